@@ -1,0 +1,60 @@
+"""The segments of one batch, in the form that the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+Segment = tuple[int, int, int]
+"""(start, stop, slot): the rows from start to stop, not included, are for the adapter in slot."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Which rows of a batch belong to which slot; made once, used for every module.
+
+    `segments` are the integers for the host: only those that have rows and an adapter. `top_slot`
+    is the highest slot named, -1 where there is none.
+    `bounds` (int32 `[n + 1]`) and `slots` (int32 `[n]`, -1: no adapter) are all n segments of the
+    batch as tensors on its device, for kernels.
+    """
+
+    tokens: int
+    segments: tuple[Segment, ...]
+    top_slot: int
+    bounds: Tensor
+    slots: Tensor
+
+    @classmethod
+    def from_segments(
+        cls, bounds: Sequence[int], slots: Sequence[int], *, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Plan for segments i = rows `bounds[i]` to `bounds[i + 1]`, of slot `slots[i]` or -1.
+
+        Raises ValueError unless bounds are 0, …, tokens in ascending order, one more than slots.
+        """
+        if len(bounds) != len(slots) + 1 or bounds[0] != 0:
+            raise ValueError(
+                f"expected {len(slots) + 1} bounds from 0 for {len(slots)} slots, "
+                f"got {len(bounds)} from {bounds[0] if bounds else 'nothing'}"
+            )
+        if list(bounds) != sorted(bounds):
+            raise ValueError("expected bounds in ascending order")
+        top_slot = max(slots, default=-1)
+        if min(slots, default=-1) < -1:
+            raise ValueError(f"expected slots of at least -1, got {min(slots)}")
+        return cls(
+            tokens=bounds[-1],
+            segments=tuple(
+                (start, stop, slot)
+                for start, stop, slot in zip(bounds[:-1], bounds[1:], slots, strict=True)
+                if start < stop and slot >= 0
+            ),
+            top_slot=top_slot,
+            bounds=torch.tensor(bounds, dtype=torch.int32, device=device),
+            slots=torch.tensor(slots, dtype=torch.int32, device=device),
+        )

@@ -1,0 +1,1 @@
+"""Placeholder until the loader lands in this folder."""

@@ -1,0 +1,109 @@
+"""The words for an adapter: what a caller asks for, which bytes that is, what its config says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """What a caller asks for: an id with where to look, which revision, on whose authority."""
+
+    id: str | Path
+    source: str | None = None
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    @property
+    def text(self) -> str:
+        return str(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """Tells two versions of a local file apart without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterKey:
+    """One version of one adapter's files. Equal keys are the same bytes, and are loaded once.
+
+    A loader has one layout, shard and dtype, so that within it a key also names one slot's content.
+    """
+
+    location: str
+    files: tuple[FileIdentity, ...]
+
+    def __str__(self) -> str:
+        return self.location
+
+
+class Matcher(Protocol):
+    """A compiled pattern of an adapter's config: does it describe this module path?"""
+
+    def __call__(self, module: str, /) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePattern:
+    """One entry of rank_pattern or alpha_pattern: the first whose matcher accepts a module wins."""
+
+    text: str
+    matches: Matcher = field(repr=False, compare=False)
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """What `adapter_config.json` says that matters for applying the adapter; data only.
+
+    Attributes
+    ----------
+    rank, alpha
+        The config's `r` and `lora_alpha`, before the patterns.
+    rslora
+        Scale by alpha / sqrt(rank) instead of alpha / rank.
+    rank_patterns, alpha_patterns
+        Exceptions by module, in the order of the file.
+    targets
+        `target_modules` as written (a tuple of names, one regular expression, or None); for people.
+    base_model
+        `base_model_name_or_path`: a label, which may be absent.
+    fan_in_fan_out
+        The author's word on how the base stores its weights; judged against the layout.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    rank_patterns: tuple[ModulePattern, ...] = ()
+    alpha_patterns: tuple[ModulePattern, ...] = ()
+    targets: tuple[str, ...] | str | None = None
+    base_model: str | None = None
+    fan_in_fan_out: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def rank_of(self, module: str) -> int:
+        return int(_first(self.rank_patterns, module, self.rank))
+
+    def alpha_of(self, module: str) -> float:
+        return _first(self.alpha_patterns, module, self.alpha)
+
+    def scale_of(self, module: str) -> float:
+        """The factor PEFT multiplies the module's delta with (peft LoraLayer.update_layer)."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (sqrt(rank) if self.rslora else rank)
+
+
+def _first(patterns: tuple[ModulePattern, ...], module: str, default: float) -> float:
+    return next((entry.value for entry in patterns if entry.matches(module)), default)

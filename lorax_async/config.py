@@ -1,0 +1,125 @@
+"""The settings of a loader: frozen, checked at construction, with defaults for a laptop."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from lorax_async.errors import ConfigError
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The dtypes an adapter can have on a device, by torch's name, with the file format's word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of a stranger's adapter is accepted. Bytes, or counts."""
+
+    max_header_bytes: int = 16 * MiB
+    max_tensors: int = 65_536
+    max_name_bytes: int = 512
+    max_dimensions: int = 8
+    max_json_depth: int = 16
+    max_config_bytes: int = 256 * KiB
+    max_rank: int = 256
+    max_adapter_bytes: int = 4 * GiB
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            _require_positive(entry.name, getattr(self, entry.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderConfig:
+    """Settings of an `AdapterLoader`.
+
+    Parameters
+    ----------
+    device
+        Where adapters become resident: "cpu".
+    dtype
+        What they are stored as there: a torch dtype or its name; None takes the layout's.
+    device_bytes, staging_bytes
+        Budgets: the arena, and the buffers in which casts and padding happen.
+    max_slots
+        Adapters that can be resident or streaming at once.
+    io_threads
+        Threads that read and copy bytes. Small metadata has two more of its own.
+    timeout
+        Seconds a call waits unless it says otherwise.
+    starvation_age
+        Seconds after which a waiting request stops new leases on an idle-less resident adapter, so
+        that a slot comes free.
+    local_roots
+        Folders from which a `str` id may name an adapter. A `pathlib.Path` needs none.
+    check_finite
+        Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
+    limits
+        How much of a stranger's adapter is accepted.
+
+    Raises
+    ------
+    ConfigError
+        A value is out of range or not available here.
+    """
+
+    device: str = "cpu"
+    dtype: object | None = None
+    device_bytes: int = 256 * MiB
+    staging_bytes: int = 16 * MiB
+    max_slots: int = 16
+    io_threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
+    timeout: float = 300.0
+    starvation_age: float = 5.0
+    local_roots: tuple[str | Path, ...] = ()
+    check_finite: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise ConfigError(f"device {self.device!r} is not available; use device='cpu'")
+        for name in ("device_bytes", "staging_bytes", "max_slots", "io_threads"):
+            _require_positive(name, getattr(self, name))
+        for name in ("timeout", "starvation_age"):
+            _require_seconds(name, getattr(self, name))
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        object.__setattr__(self, "local_roots", _roots(self.local_roots))
+
+    @property
+    def storage_dtype(self) -> str | None:
+        """`dtype` in the file format's spelling ("BF16"), or None for the layout's."""
+        return None if self.dtype is None else DTYPES[str(self.dtype)]
+
+
+def _require_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+
+
+def _require_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
+
+
+def _dtype_name(dtype: object) -> str | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)} or None, not {name!r}")
+    return name
+
+
+def _roots(roots: object) -> tuple[Path, ...]:
+    if not isinstance(roots, tuple | list) or not all(isinstance(r, str | Path) for r in roots):
+        raise ConfigError("local_roots must be a tuple of folders")
+    paths = tuple(Path(root).absolute() for root in roots)
+    for path in paths:
+        if not path.is_dir():
+            raise ConfigError(f"local root {str(path)!r} is not a folder")
+    return paths

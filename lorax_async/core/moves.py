@@ -1,0 +1,227 @@
+"""The moves that fill one layer group's extent: read verbatim, cast, or padded to a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from operator import attrgetter
+from typing import NamedTuple
+
+from lorax_async.core.header import TensorSpan
+from lorax_async.core.pairing import Pair
+
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+# Moves are cut at multiples of this, so that every piece but the last starts on a cache line.
+_ELEMENTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """`nbytes` of the file from `file_offset` go verbatim to `target` in the group's extent."""
+
+    file_offset: int
+    nbytes: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Convert:
+    """`rows` of `columns` elements of the file, cast to the plan's dtype, at `target`.
+
+    `nbytes` are the file's. On the device each row takes `row_pitch` ≥ `columns` elements, and what
+    is beyond the columns is zero: the move writes all of `rows * row_pitch` elements.
+    """
+
+    file_offset: int
+    nbytes: int
+    source_dtype: str
+    rows: int
+    columns: int
+    target: int
+    row_pitch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """`nbytes` of zeros at `target`: the rows of A that pad its rank."""
+
+    target: int
+    nbytes: int
+
+
+class Row(NamedTuple):
+    """A module's row of the device's table; a tuple, for there are hundreds in every plan.
+
+    `module` indexes `layout.modules`; A `[padded_rank, in]` lies at `a`, B `[out, padded_rank]` at
+    `b`, bytes into the group's extent; `rank` is the true one, what pads it is zero.
+    """
+
+    module: int
+    a: int
+    b: int
+    rank: int
+    padded_rank: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """One layer group: an extent of `nbytes` (aligned), and the moves that fill it.
+
+    The moves touch disjoint bytes; `spans` are the file's [start, stop) that they read, merged.
+    Bytes between tensors (alignment) are not written, and no row points to them.
+    """
+
+    layer: int
+    nbytes: int
+    reads: tuple[Read, ...]
+    converts: tuple[Convert, ...]
+    zeros: tuple[Zero, ...]
+    rows: tuple[Row, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+class Target(NamedTuple):
+    """What the device wants, and how large a move may be."""
+
+    dtype: str
+    alignment: int
+    rank_multiple: int
+    move_bytes: int
+
+
+def plan_group(layer: int, pairs: list[Pair], target: Target) -> GroupPlan:
+    modules, _, a, b, ranks, scales = zip(*pairs, strict=True)
+    multiple = target.rank_multiple
+    padded = [rank + -rank % multiple for rank in ranks] if multiple > 1 else ranks
+    ragged = {n for n, rank in enumerate(ranks) if rank < padded[n]} if multiple > 1 else set()
+    group, spans = _Group(target), [*a, *b]
+    offsets = group.place(spans, ragged)
+    rows = tuple(map(Row, modules, offsets, offsets[len(a) :], ranks, padded, scales))
+    return group.finish(layer, rows)
+
+
+@dataclass(slots=True)
+class _Run:
+    """Whole tensors that adjoin in the file and on the device, to be moved as one."""
+
+    dtype: str
+    start: int
+    stop: int
+    target: int
+    end: int
+
+
+class _Group:
+    """Gives each tensor the next aligned bytes of a group's extent, and collects the moves."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.item = _ITEM_BYTES[target.dtype]
+        self.end = 0
+        self.runs: list[_Run] = []
+        self.padded: list[Convert] = []
+        self.zeros: list[Zero] = []
+
+    def place(self, spans: list[TensorSpan], ragged: set[int]) -> list[int]:
+        """Offsets of `spans`, every A, then every B; the pairs in `ragged` need padding.
+
+        In file order each gets the next aligned bytes, and what adjoins on both sides is one run:
+        where the file's packing keeps the alignment, that is the whole group as it lies there.
+        """
+        starts = [span.start for span in spans]
+        offsets = [0] * len(spans)
+        dtype, alignment, _, _ = self.target
+        run = _Run("", -1, -1, -1, -1)
+        end = 0
+        for n in sorted(range(len(spans)), key=starts.__getitem__):
+            span = spans[n]
+            offsets[n] = offset = end + -end % alignment
+            if ragged and n % (len(spans) // 2) in ragged:
+                pad = self._pad_rows if n < len(spans) // 2 else self._pad_columns
+                end = pad(span, offset)
+                continue
+            start, stop = starts[n], span.stop
+            end = offset + stop - start
+            if span.dtype != dtype:
+                end = offset + (stop - start) // _ITEM_BYTES[span.dtype] * self.item
+            if run.stop == start and run.end == offset and run.dtype == span.dtype:
+                run.stop, run.end = stop, end
+            else:
+                run = _Run(span.dtype, start, stop, offset, end)
+                self.runs.append(run)
+        self.end = end
+        return offsets
+
+    def _pad_rows(self, a: TensorSpan, offset: int) -> int:
+        rows, columns = a.shape
+        end = offset + rows * columns * self.item
+        self.runs.append(_Run(a.dtype, a.start, a.stop, offset, end))
+        nbytes = -rows % self.target.rank_multiple * columns * self.item
+        self.zeros.append(Zero(end, nbytes))
+        return end + nbytes
+
+    def _pad_columns(self, b: TensorSpan, offset: int) -> int:
+        rows, columns = b.shape
+        pitch = columns + -columns % self.target.rank_multiple
+        source = _ITEM_BYTES[b.dtype]
+        step = self.target.move_bytes // max(columns * source, pitch * self.item)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            self.padded.append(
+                Convert(
+                    b.start + first * columns * source,
+                    count * columns * source,
+                    b.dtype,
+                    rows=count,
+                    columns=columns,
+                    target=offset + first * pitch * self.item,
+                    row_pitch=pitch,
+                )
+            )
+        return offset + rows * pitch * self.item
+
+    def finish(self, layer: int, rows: tuple[Row, ...]) -> GroupPlan:
+        reads: list[Read] = []
+        converts = self.padded
+        moved = [(each.file_offset, each.file_offset + each.nbytes) for each in converts]
+        for run in self.runs:
+            moved.append((run.start, run.stop))
+            if run.dtype == self.target.dtype:
+                reads.append(Read(run.start, run.stop - run.start, run.target))
+            else:
+                converts.extend(self._cast(run))
+        converts.sort(key=attrgetter("file_offset"))
+        moves = tuple(reads), tuple(converts), tuple(self.zeros)
+        nbytes = self.end + -self.end % self.target.alignment
+        return GroupPlan(layer, nbytes, *moves, rows, _merged(moved))
+
+    def _cast(self, run: _Run) -> Iterator[Convert]:
+        """Flat moves of about equal size: a cast without padding does not care for rows."""
+        source = _ITEM_BYTES[run.dtype]
+        elements = (run.stop - run.start) // source
+        most = self.target.move_bytes // max(source, self.item)
+        step = ceil(elements / ceil(elements / most))
+        step = min(most, step + -step % _ELEMENTS)
+        for first in range(0, elements, step):
+            count = min(step, elements - first)
+            yield Convert(
+                run.start + first * source,
+                count * source,
+                run.dtype,
+                rows=1,
+                columns=count,
+                target=run.target + first * self.item,
+                row_pitch=count,
+            )
+
+
+def _merged(moved: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    spans: list[tuple[int, int]] = []
+    for start, stop in sorted(moved):
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], stop)
+        else:
+            spans.append((start, stop))
+    return tuple(spans)

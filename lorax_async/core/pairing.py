@@ -1,0 +1,170 @@
+"""An adapter's A and B tensors, paired by module and checked against the config and the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from lorax_async.adapter import AdapterSpec
+from lorax_async.config import Limits
+from lorax_async.core.header import Header, TensorSpan
+from lorax_async.core.layout import ModelLayout, Module
+from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, parse_tensor_name
+from lorax_async.errors import (
+    AdapterFormatError,
+    IncompatibleAdapterError,
+    UnsupportedAdapterError,
+    shorten,
+)
+
+_MAX_SCALE = 3.4028234663852886e38  # of float32, in which the device's table holds it
+_SHOWN = 3
+
+
+class Pair(NamedTuple):
+    """The tensors of one module, an index into the layout; a tuple, for there are hundreds."""
+
+    module: int
+    layer: int
+    a: TensorSpan
+    b: TensorSpan
+    rank: int
+    scale: float
+
+
+def pair_tensors(
+    header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
+) -> list[Pair]:
+    """One pair per module that the adapter changes, in the order of the layout.
+
+    Raises
+    ------
+    AdapterFormatError
+        The file does not hold pairs of A and B of the rank that the config says.
+    IncompatibleAdapterError
+        The base has no such modules, or of other shapes.
+    UnsupportedAdapterError
+        A tensor, a dtype or a rank that is not accepted.
+    """
+    places = _locate(header.tensors, layout)
+    modules = layout.modules
+    plain = not (spec.rank_patterns or spec.alpha_patterns)
+    rank, scale = _rank_and_scale("", spec, limits) if plain else (0, 0.0)
+    pairs: list[Pair] = []
+    misfits: list[str] = []
+    for place in sorted(place for place in places if not place & 1):
+        a, b = places[place], places.get(place + 1)
+        if b is None:
+            raise _orphan(a, "B")
+        if not plain:
+            rank, scale = _rank_and_scale(parse_tensor_name(a.name).module, spec, limits)
+        module = modules[place >> 1]
+        fits = a.shape == (rank, module.in_features) and b.shape == (module.out_features, rank)
+        if not fits:
+            misfits.append(_describe_misfit(a, b, rank, module))
+        pairs.append(Pair(place >> 1, module.layer, a, b, rank, scale))
+    if 2 * len(pairs) < len(places):
+        raise _orphan(next(places[p] for p in places if p & 1 and p - 1 not in places), "A")
+    if misfits:
+        raise IncompatibleAdapterError(f"wrong shapes for this base: {_first(misfits, 'module')}")
+    if spec.fan_in_fan_out and not any(modules[pair.module].transposed for pair in pairs):
+        # False is PEFT's default and says nothing; with True, PEFT was shown an [in, out] weight.
+        raise IncompatibleAdapterError(
+            "fan_in_fan_out is true, but this base stores none of the adapter's modules as"
+            " [in, out]; use the base it was trained on, or set it to false"
+        )
+    return pairs
+
+
+@lru_cache(maxsize=16)
+def _known_places(_layout: ModelLayout) -> dict[str, int]:
+    """Names met before → 2 · module (+ 1 for B). Only names the layout has: so it is bounded."""
+    return {}
+
+
+def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, TensorSpan]:
+    known = _known_places(layout)
+    found: dict[int, TensorSpan] = {}
+    count = 0
+    strays: list[str] = []
+    for span in tensors:
+        place = known.get(span.name)
+        if place is None:
+            place = _place(span.name, layout)
+            if place is None:
+                strays.append(span.name)
+                continue
+            known[span.name] = place
+        found[place] = span
+        count += 1
+    if strays:
+        raise IncompatibleAdapterError(f"the base has no such module: {_first(strays, 'tensor')}")
+    if not count:
+        # The base's own answers under the adapter's name are never what its author saved.
+        raise AdapterFormatError("the file holds no tensors; save the adapter again")
+    if len(found) < count:
+        raise _doubled(tensors, known)
+    if {span.dtype for span in tensors}.difference(WEIGHT_DTYPES):
+        strange = next(span for span in tensors if span.dtype not in WEIGHT_DTYPES)
+        raise UnsupportedAdapterError(
+            f"tensor {shorten(strange.name, 200)!r} is {strange.dtype}; save the adapter as"
+            f" {', '.join(WEIGHT_DTYPES)}"
+        )
+    return found
+
+
+def _place(name: str, layout: ModelLayout) -> int | None:
+    parsed = parse_tensor_name(name)
+    index = layout.resolve(parsed.module)
+    return None if index is None else 2 * index + (parsed.part is Part.B)
+
+
+def _doubled(tensors: Sequence[TensorSpan], known: Mapping[str, int]) -> AdapterFormatError:
+    first: dict[int, str] = {}
+    for span in tensors:
+        if (other := first.setdefault(known[span.name], span.name)) != span.name:
+            break
+    return AdapterFormatError(
+        f"tensors {shorten(other, 200)!r} and {shorten(span.name, 200)!r} are for the same module;"
+        " keep one of them"
+    )
+
+
+def _rank_and_scale(module: str, spec: AdapterSpec, limits: Limits) -> tuple[int, float]:
+    rank = spec.rank_of(module)
+    if not 1 <= rank <= limits.max_rank:
+        raise UnsupportedAdapterError(
+            f"rank {rank} is outside 1 … {limits.max_rank}; raise Limits.max_rank to accept more"
+        )
+    scale = spec.scale_of(module)
+    if not abs(scale) <= _MAX_SCALE:
+        raise AdapterFormatError(
+            f"module {shorten(module, 200)!r} would be scaled by {scale}, which no float32 holds;"
+            " correct lora_alpha in adapter_config.json"
+        )
+    return rank, scale
+
+
+def _describe_misfit(a: TensorSpan, b: TensorSpan, rank: int, module: Module) -> str:
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
+        raise AdapterFormatError(
+            f"module {shorten(module.name, 200)!r}: A {list(a.shape)} and B {list(b.shape)} are no"
+            f" pair of rank {rank}, which adapter_config.json says; correct its r or rank_pattern"
+        )
+    return (
+        f"{shorten(module.name, 200)} ({a.shape[1]} → {b.shape[0]},"
+        f" the base's is {module.in_features} → {module.out_features})"
+    )
+
+
+def _orphan(span: TensorSpan, missing: str) -> AdapterFormatError:
+    return AdapterFormatError(
+        f"tensor {shorten(span.name, 200)!r} has no {missing} beside it; save the adapter again"
+    )
+
+
+def _first(offenders: list[str], noun: str) -> str:
+    shown = ", ".join(shorten(text, 250) for text in offenders[:_SHOWN])
+    more = ", …" if len(offenders) > _SHOWN else ""
+    return f"{shown}{more} ({len(offenders)} {noun}{'s' * (len(offenders) > 1)} in all)"

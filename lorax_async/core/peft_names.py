@@ -1,0 +1,225 @@
+"""The names PEFT gives to an adapter's tensors, and the patterns by which configs mean modules.
+
+A tensor's name is `base_model.model.` + module path + suffix. Only `lora_A.weight` and
+`lora_B.weight` are applied. Every other tensor a PEFT file can hold is refused by the name of the
+feature that wrote it, since leaving a tensor out changes the answers.
+Source: peft 0.21.2, `utils/save_and_load.py`, `utils/other.py` and `tuners/lora/layer.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+import re2
+
+from lorax_async.adapter import Matcher
+from lorax_async.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError, shorten
+
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+"""The dtypes adapter weights can have, in the file format's spelling."""
+
+PREFIX = "base_model.model."
+
+
+class Part(Enum):
+    """Which factor of `scale * B @ A` a tensor is: A is `[rank, in]`, B is `[out, rank]`."""
+
+    A = "lora_A"
+    B = "lora_B"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """A tensor of plain LoRA: the module it belongs to, by the path in the file, and the factor."""
+
+    module: str
+    part: Part
+
+
+_PARTS = {".lora_A.weight": Part.A, ".lora_B.weight": Part.B}
+_SUFFIX_LENGTH = len(".lora_A.weight")
+
+# What PEFT puts into names besides the two factors, each with the feature that writes it.
+_MARKERS = {
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_A": "LoRA on an embedding",
+    "lora_embedding_B": "LoRA on an embedding",
+    "base_layer.weight": "full base weights (embed_tokens or lm_head targeted)",
+    "base_layer.bias": "bias (a trained bias of the base)",
+    "base_layer": "target_parameters",
+    "trainable_tokens_delta": "trainable_token_indices",
+    "modules_to_save": "modules_to_save",
+    "lora_diag": "KaSA",
+    "lora_velora_embed": "VeLoRA",
+    "lora_monteclora_sampler": "MonteCLoRA",
+}
+_EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head)\.weight")
+_RAW_FACTOR = re.compile(r".*\.lora_[AB]\.[^.]+\.weight")
+
+# One spelling per module: components in ASCII, whole numbers without leading zeros.
+_PATH = re.compile(r"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*")
+_PADDED = re.compile(r"\.0[0-9]+(?![^.])")
+_NUMBER = re.compile(r"\.([0-9]+)(?![^.])")
+_MAX_DIGITS = 6  # more layers than any file may have tensors
+
+MAX_PATTERN_CHARACTERS = 512
+
+_PLAIN = re.compile(r"[0-9A-Za-z_.-]*")
+# Where re and re2 agree on ASCII paths. Elsewhere one refuses (\Z, \z, look-around, flags), or
+# both accept and differ: {,3}, {01} and [[:alpha:]] mean other things to re2.
+_SHARED_SYNTAX = re.compile(
+    r"""(?: [^\\(\[{]
+          | \\(?: [^0-9A-Za-z] | [AbBdDwWsS] )
+          | \( (?: (?!\?) | \?: | \?P<[A-Za-z_][0-9A-Za-z_]*> )
+          | \{ (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? \}
+          | \[ \^? \]? (?: [^\\\[\]] | \\ (?: [^0-9A-Za-z] | [dDwWsS] ) )* \]
+        )*""",
+    re.VERBOSE,
+)
+_OPTIONS = re2.Options()
+_OPTIONS.log_errors = False  # they go to stderr
+_OPTIONS.never_capture = True
+_OPTIONS.max_mem = 1 << 18  # bytes, for the program and for the states met while matching
+
+
+def parse_tensor_name(name: str) -> TensorName:
+    """Split the name of one tensor of an adapter file.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        The tensor belongs to a feature other than plain LoRA, or to nothing PEFT knows.
+    AdapterFormatError
+        The module path is malformed, or not the one spelling of its module.
+    """
+    part = _PARTS.get(name[-_SUFFIX_LENGTH:])
+    if part is None or not name.startswith(PREFIX):
+        raise _refusal(name)
+    module = name[len(PREFIX) : -_SUFFIX_LENGTH]
+    if not _PATH.fullmatch(module) or _PADDED.search(name, len(PREFIX) - 1):
+        raise _malformed(module)
+    if ("base_layer" in module or "lora_" in module or "_save" in module) and _feature(module):
+        raise _refusal(name)
+    return TensorName(module, part)
+
+
+def layer_index(module: str) -> int | None:
+    """The layer that a module path lies in: its first component that is a number, or None.
+
+    `model.layers.12.self_attn.q_proj` lies in 12, `lm_head` in none.
+
+    Raises
+    ------
+    AdapterFormatError
+        The number is not a plain decimal, or larger than any model has layers.
+    """
+    found = _NUMBER.search(f".{module}")
+    if found is None:
+        return None
+    digits = found[1]
+    if len(digits) > _MAX_DIGITS or (digits[0] == "0" and digits != "0"):
+        raise _malformed(module)
+    return int(digits)
+
+
+def compile_pattern(text: str) -> tuple[Matcher, int]:
+    r"""Compile a key of rank_pattern or alpha_pattern, once, and say how large it became.
+
+    Returns a matcher that agrees with PEFT's `re.match(rf"(.*\.)?({text})$", module)` on module
+    paths (ASCII, without line breaks, before one of which `$` would match too), in time linear in
+    the path; and the number of re2's instructions, 0 for a plain module name.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        The pattern is too large, or is none that Python's re and re2 understand alike.
+    """
+    if len(text) > MAX_PATTERN_CHARACTERS:
+        raise _unreadable(text)
+    if _PLAIN.fullmatch(text):
+        return _plain_matcher(text), 0
+    if not _SHARED_SYNTAX.fullmatch(text):
+        raise _unreadable(text)
+    try:
+        # Bytes in and out: on str, the binding counts characters before each match.
+        compiled = re2.compile(rf"(.*\.)?({text})$".encode(), _OPTIONS)
+    except (re2.error, UnicodeEncodeError):
+        raise _unreadable(text) from None
+    search = compiled.match
+    return lambda module: search(module.encode()) is not None, compiled.programsize
+
+
+def _plain_matcher(text: str) -> Matcher:
+    """For a text without operators but the dot, which stands for any one character."""
+    length = len(text)
+    pieces: list[tuple[int, str]] = []
+    for piece in text.split("."):
+        start = pieces[-1][0] + len(pieces[-1][1]) + 1 if pieces else 0
+        pieces.append((start, piece))
+    tail = pieces.pop()[1]
+
+    def matches(module: str) -> bool:
+        if not module.endswith(tail):  # modules of a model differ at the end: the usual answer
+            return False
+        at = len(module) - length
+        if at < 0 or (at and module[at - 1] != "."):
+            return False
+        return module.endswith(text) or all(
+            module.startswith(piece, at + start) for start, piece in pieces
+        )
+
+    return matches
+
+
+def _unreadable(text: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        f"pattern {shorten(text, 100)!r} is too large, or no regular expression that can be"
+        " matched in linear time and means one thing; write module names instead"
+    )
+
+
+def _refusal(name: str) -> AdapterError:
+    shown = repr(shorten(name, 200))
+    path = name.removeprefix(PREFIX)
+    if path == name:
+        return UnsupportedAdapterError(
+            f"tensor {shown} is not one of a PEFT LoRA adapter (no {PREFIX!r} in front), and"
+            " nothing would apply it; convert the adapter to PEFT's format"
+        )
+    if feature := _feature(path):
+        return UnsupportedAdapterError(
+            f"tensor {shown} belongs to {feature}, which base + scale * B @ A does not describe;"
+            " train without it, or merge the adapter into its base model"
+        )
+    if _RAW_FACTOR.fullmatch(path):
+        return UnsupportedAdapterError(
+            f"tensor {shown} still carries its adapter's name; save the adapter with PEFT's"
+            " save_pretrained"
+        )
+    return UnsupportedAdapterError(
+        f"nothing would apply tensor {shown}; only lora_A.weight and lora_B.weight are understood"
+    )
+
+
+def _feature(path: str) -> str | None:
+    dotted = f".{path}."
+    for marker, feature in _MARKERS.items():
+        if f".{marker}." in dotted:
+            return feature
+    if _EMBEDDING.fullmatch(path):
+        return "a resized vocabulary or modules_to_save"
+    if ".lora_" in dotted:
+        return None
+    if path.endswith(".bias"):
+        return "bias or modules_to_save (a trained bias of the base)"
+    return "modules_to_save (a full copy of a module)" if path.endswith(".weight") else None
+
+
+def _malformed(module: str) -> AdapterFormatError:
+    return AdapterFormatError(
+        f"module path {shorten(module, 200)!r} is malformed; PEFT writes ASCII names joined by"
+        " dots, with layer numbers in plain decimals"
+    )

@@ -1,0 +1,94 @@
+"""Which bytes of an adapter's file go where: checked spans, layout and dtype → layer groups.
+
+Where dtype and rank fit the device, a group's bytes go there as they lie in the file; what does
+not fit is cast, or padded to a multiple of the rank. The executor owns buffers, order and events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+
+from lorax_async.adapter import AdapterSpec
+from lorax_async.config import Limits
+from lorax_async.core.header import Header
+from lorax_async.core.layout import ModelLayout
+from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Target, Zero, plan_group
+from lorax_async.core.pairing import pair_tensors
+from lorax_async.errors import ConfigError, UnsupportedAdapterError
+
+__all__ = ["Convert", "GroupPlan", "Read", "Row", "TransferPlan", "Zero", "plan_transfer"]
+
+
+@dataclass(frozen=True, slots=True)
+class TransferPlan:
+    """An adapter's groups with tensors, in layer order.
+
+    `dtype` is what it is stored as on the device, `rank` its largest true rank, `nbytes` the sum
+    of its extents, `file_bytes` the size of its file.
+    """
+
+    groups: tuple[GroupPlan, ...]
+    dtype: str
+    rank: int
+    nbytes: int
+    file_bytes: int
+
+
+def plan_transfer(
+    header: Header,
+    spec: AdapterSpec,
+    layout: ModelLayout,
+    *,
+    dtype: str | None,
+    alignment: int,
+    rank_multiple: int,
+    limits: Limits,
+    staging_move_bytes: int,
+) -> TransferPlan:
+    """Plan how the adapter of this header and config reaches a device.
+
+    Parameters
+    ----------
+    dtype
+        "F32", "F16" or "BF16", as which it is stored there; None takes the layout's.
+    alignment, rank_multiple
+        What the device wants: every tensor starts on a multiple of `alignment` bytes, every rank
+        is padded to a multiple of `rank_multiple`.
+    limits
+        The largest rank, file and sum of extents accepted.
+    staging_move_bytes
+        The most bytes that one `Convert` reads, and the most that it writes.
+
+    Raises
+    ------
+    AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
+        As `pair_tensors` does; the last also for more bytes than the limits accept.
+    ConfigError
+        One padded row does not fit into `staging_move_bytes`.
+    """
+    target = Target(dtype or layout.dtype, alignment, rank_multiple, staging_move_bytes)
+    if 4 * (limits.max_rank + rank_multiple) > staging_move_bytes:
+        raise ConfigError(
+            f"staging moves of {staging_move_bytes} bytes are too small for rank"
+            f" {limits.max_rank}; raise staging_bytes"
+        )
+    file_bytes = max((span.stop for span in header.tensors), default=header.data_start)
+    _check_size(file_bytes, "in its file", limits)
+    pairs = pair_tensors(header, spec, layout, limits)
+    groups = tuple(
+        plan_group(layer, list(members), target)
+        for layer, members in groupby(pairs, key=attrgetter("layer"))
+    )
+    nbytes = sum(group.nbytes for group in groups)
+    _check_size(nbytes, f"as {target.dtype} on the device", limits)
+    return TransferPlan(groups, target.dtype, max(p.rank for p in pairs), nbytes, file_bytes)
+
+
+def _check_size(nbytes: int, where: str, limits: Limits) -> None:
+    if nbytes > limits.max_adapter_bytes:
+        raise UnsupportedAdapterError(
+            f"the adapter has {nbytes:,} bytes {where}, over the limit of"
+            f" {limits.max_adapter_bytes:,}; raise Limits.max_adapter_bytes to accept it"
+        )

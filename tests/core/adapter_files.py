@@ -1,0 +1,98 @@
+"""Adapter files in memory, in any order of tensors, and plans carried out on the CPU by torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from lorax_async.adapter import AdapterSpec
+from lorax_async.config import Limits
+from lorax_async.core.header import parse_header
+from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.core.transfer_plan import GroupPlan, TransferPlan, plan_transfer
+
+TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WORDS = {dtype: word for word, dtype in TORCH.items()}
+POISON = 0xA5
+ALIGNMENT = 64
+
+
+def file_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
+    """A safetensors file with the tensors' bytes in the order given."""
+    entries: dict[str, object] = {}
+    body = b""
+    for name, tensor in tensors:
+        data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        entries[name] = {
+            "dtype": WORDS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [len(body), len(body) + len(data)],
+        }
+        body += data
+    header = json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header + body
+
+
+def layout_of(
+    *modules: tuple[str, int, int, int], num_layers: int = 12, transposed: bool = False
+) -> ModelLayout:
+    """A layout of (name, in, out, layer), in BF16, of a model whose backbone is `model`."""
+    made = tuple(Module(*module, Parallel.COLUMN, transposed) for module in modules)
+    return ModelLayout(made, num_layers, "BF16", "model.")
+
+
+def plan(
+    file: bytes,
+    spec: AdapterSpec,
+    layout: ModelLayout,
+    *,
+    dtype: str | None = None,
+    rank_multiple: int = 1,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    staging_move_bytes: int = 1 << 20,
+) -> TransferPlan:
+    return plan_transfer(
+        parse_header(file, len(file)),
+        spec,
+        layout,
+        dtype=dtype,
+        alignment=ALIGNMENT,
+        rank_multiple=rank_multiple,
+        limits=limits,
+        staging_move_bytes=staging_move_bytes,
+    )
+
+
+def carry_out(group: GroupPlan, file: bytes, dtype: str) -> torch.Tensor:
+    """The group's extent after its moves. No byte is written twice, none outside is read."""
+    extent = torch.full((group.nbytes,), POISON, dtype=torch.uint8)
+    written = torch.zeros(group.nbytes, dtype=torch.int32)
+
+    def write(target: int, content: torch.Tensor) -> None:
+        flat = content.contiguous().view(torch.uint8).flatten()
+        extent[target : target + len(flat)] = flat
+        written[target : target + len(flat)] += 1
+        assert target + len(flat) <= group.nbytes
+
+    for read in group.reads:
+        data = file[read.file_offset : read.file_offset + read.nbytes]
+        write(read.target, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    for convert in group.converts:
+        data = file[convert.file_offset : convert.file_offset + convert.nbytes]
+        source = torch.frombuffer(bytearray(data), dtype=TORCH[convert.source_dtype])
+        content = torch.zeros(convert.rows, convert.row_pitch, dtype=TORCH[dtype])
+        content[:, : convert.columns] = source.reshape(convert.rows, convert.columns)
+        write(convert.target, content)
+    for zero in group.zeros:
+        write(zero.target, torch.zeros(zero.nbytes, dtype=torch.uint8))
+    assert written.max() <= 1
+    return extent
+
+
+def matrix(extent: torch.Tensor, offset: int, rows: int, columns: int, dtype: str) -> torch.Tensor:
+    """The matrix that lies at `offset` of an extent."""
+    nbytes = rows * columns * TORCH[dtype].itemsize
+    return extent[offset : offset + nbytes].view(TORCH[dtype]).reshape(rows, columns)

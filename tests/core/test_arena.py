@@ -1,0 +1,169 @@
+"""The arena against a bitmap that is searched cell by cell."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from lorax_async.core.arena import Arena, Extent
+from lorax_async.errors import InternalError
+
+ALIGNMENT = 64
+SIZES = st.lists(st.integers(1, 5 * ALIGNMENT), min_size=1, max_size=6)
+
+
+class Bitmap:
+    """The contract, naively: the largest size first, into the smallest hole, the lowest of equals."""
+
+    def __init__(self, cells: int) -> None:
+        self.taken = [False] * cells
+
+    def holes(self) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        start: int | None = None
+        for cell, taken in enumerate([*self.taken, True]):
+            if taken and start is not None:
+                found.append((cell - start, start))
+                start = None
+            elif not taken and start is None:
+                start = cell
+        return found
+
+    def allocate(self, sizes: list[int]) -> tuple[Extent, ...] | None:
+        before = self.taken.copy()
+        cells = [-(-size // ALIGNMENT) for size in sizes]
+        result: dict[int, Extent] = {}
+        for index in sorted(range(len(cells)), key=lambda i: (-cells[i], i)):
+            fitting = [hole for hole in self.holes() if hole[0] >= cells[index]]
+            if not fitting:
+                self.taken = before
+                return None
+            start = min(fitting)[1]
+            self.taken[start : start + cells[index]] = [True] * cells[index]
+            result[index] = Extent(start * ALIGNMENT, cells[index] * ALIGNMENT)
+        return tuple(result[index] for index in range(len(cells)))
+
+    def free(self, extents: tuple[Extent, ...]) -> None:
+        for extent in extents:
+            start, count = extent.offset // ALIGNMENT, extent.nbytes // ALIGNMENT
+            assert all(self.taken[start : start + count])
+            self.taken[start : start + count] = [False] * count
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    @initialize(cells=st.integers(0, 40), rest=st.integers(0, ALIGNMENT - 1))
+    def make(self, cells: int, rest: int) -> None:
+        self.arena = Arena(cells * ALIGNMENT + rest, ALIGNMENT)
+        self.bitmap = Bitmap(cells)
+        self.held: list[tuple[Extent, ...]] = []
+
+    @rule(sizes=SIZES)
+    def allocate(self, sizes: list[int]) -> None:
+        possible = self.arena.can_allocate(sizes)
+        extents = self.arena.allocate(sizes)
+        assert extents == self.bitmap.allocate(sizes)
+        assert possible == (extents is not None)
+        if extents is not None:
+            self.held.append(extents)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        extents = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.arena.free(extents)
+        self.bitmap.free(extents)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def free_wrongly(self, data: st.DataObject) -> None:
+        good = data.draw(st.sampled_from(self.held))
+        bad = data.draw(
+            st.sampled_from(
+                [
+                    (*good, good[0]),
+                    (*good, Extent(good[0].offset, good[0].nbytes + ALIGNMENT)),
+                    (*good, Extent(self.arena.nbytes, ALIGNMENT)),
+                    (Extent(good[0].offset + 1, good[0].nbytes), *good[1:]),
+                ]
+            )
+        )
+        with pytest.raises(InternalError, match="not allocated"):
+            self.arena.free(bad)
+
+    @rule(sizes=SIZES)
+    def change_a_copy(self, sizes: list[int]) -> None:
+        twin = self.arena.copy()
+        for extents in self.held:
+            twin.free(extents)
+        assert twin.free_bytes == twin.largest_free == self.arena.nbytes
+        twin.allocate(sizes)
+
+    @invariant()
+    def agrees(self) -> None:
+        holes = self.bitmap.holes()
+        assert self.arena.free_bytes == sum(size for size, _ in holes) * ALIGNMENT
+        assert self.arena.largest_free == max((s for s, _ in holes), default=0) * ALIGNMENT
+
+
+def test_the_arena_is_the_bitmap() -> None:
+    run_state_machine_as_test(ArenaMachine)
+
+
+@given(sizes=SIZES, slack=st.integers(0, 3))
+def test_one_run_that_holds_everything_is_always_enough(sizes: list[int], slack: int) -> None:
+    total = sum(-(-size // ALIGNMENT) for size in sizes) + slack
+    arena = Arena(total * ALIGNMENT, ALIGNMENT)
+    extents = arena.allocate(sizes)
+    assert extents is not None
+    assert arena.free_bytes == slack * ALIGNMENT
+
+
+def test_neighbours_merge_whatever_the_order_of_their_return() -> None:
+    arena = Arena(4 * 64, 64)
+    one, two, three, four = arena.allocate([64] * 4) or ()
+    arena.free([one])
+    arena.free([three])
+    assert arena.largest_free == 64
+    assert not arena.can_allocate([128])
+    arena.free([two])
+    assert arena.largest_free == 192
+    arena.free([four])
+    assert arena.allocate([256]) == (Extent(0, 256),)
+
+
+def test_all_or_none() -> None:
+    arena = Arena(3 * 64, 64)
+    low, _middle, high = arena.allocate([64, 64, 64]) or ()
+    arena.free([low, high])
+    assert arena.allocate([64, 128]) is None
+    assert arena.free_bytes == 128
+    assert arena.allocate([1, 2]) == (Extent(0, 64), Extent(128, 64))
+
+
+def test_nothing_asked_is_nothing_given() -> None:
+    assert Arena(64, 64).allocate([]) == ()
+
+
+@pytest.mark.parametrize("size", [0, -1, -64])
+def test_a_size_is_positive(size: int) -> None:
+    arena = Arena(256, 64)
+    with pytest.raises(InternalError, match="positive size"):
+        arena.allocate([64, size])
+    with pytest.raises(InternalError, match="positive size"):
+        arena.can_allocate([size])
+    assert arena.free_bytes == 256
+
+
+@pytest.mark.parametrize(("nbytes", "alignment"), [(-1, 64), (64, 0), (64, 48), (64, -64)])
+def test_an_arena_that_cannot_be(nbytes: int, alignment: int) -> None:
+    with pytest.raises(InternalError, match="cannot be"):
+        Arena(nbytes, alignment)

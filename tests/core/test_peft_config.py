@@ -1,0 +1,289 @@
+"""`adapter_config.json` as PEFT writes it, scales against PEFT's own layers, and refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lorax_async.adapter import AdapterSpec
+from lorax_async.config import Limits
+from lorax_async.core.peft_config import FIELDS, MAX_PATTERNS, Use, parse_config
+from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError
+
+LIMITS = Limits()
+PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
+
+
+def parse(**members: object) -> AdapterSpec:
+    return parse_config(json.dumps(PLAIN | members).encode(), LIMITS)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+        self.o_proj = nn.Linear(4, 4)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = Attention()
+        self.up_proj = nn.Linear(4, 4)
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(Layer() for _ in range(11))
+        self.lm_head = nn.Linear(4, 4)
+
+
+def saved(folder: Path, config: LoraConfig) -> bytes:
+    config.save_pretrained(str(folder))
+    return (folder / "adapter_config.json").read_bytes()
+
+
+def scales_of_peft(config: LoraConfig) -> dict[str, tuple[int, float]]:
+    model = get_peft_model(Decoder(), config)
+    return {
+        name.removeprefix("base_model.model."): (layer.r["default"], layer.scaling["default"])
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+TRICKY = [
+    {"q_proj": 4},
+    {"proj": 4, "q_pro": 5},
+    {"layers.1.self_attn.q_proj": 4},
+    {"1.self_attn.q_proj": 4},
+    {"model.layers.1.up_proj": 2, "model.layers.10.up_proj": 3},
+    {"model.layers.1": 2, r"model\.layers\.1\..*": 3},
+    {r".*\.0\..*": 6, "q_proj": 2},
+    {"q_proj": 2, r".*\.0\..*": 6},
+    {"^model.layers.1.*": 5},
+    {"layers.(1|2)..*proj": 5},
+    {"q_proj|up_proj": 3, "o_proj": 7},
+    {"a)|(model.layers.2": 3},
+    {"layers.[0-3].*": 3, "layers.[^3].up_proj": 9},
+    {r"layers\.\d{2}\..*": 3, r"layers\.\d\..*": 2},
+    {"q_proj$": 3, r"\bup_proj\b": 2, "": 1, ".*": 12},
+    {"lm_head": 1, "modelXlayers": 2, "model.layers.3.self_attn.o.proj": 5},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.* keys did not match any targeted module:RuntimeWarning")
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+@pytest.mark.parametrize("pattern", TRICKY, ids=str)
+def test_ranks_and_scales_are_those_of_peft(
+    pattern: dict[str, int], rslora: bool, tmp_path: Path
+) -> None:
+    config = LoraConfig(
+        r=8,
+        lora_alpha=12,
+        use_rslora=rslora,
+        target_modules=["q_proj", "o_proj", "up_proj", "lm_head"],
+        rank_pattern=pattern,
+        alpha_pattern={key: 3 * value + 1 for key, value in reversed(pattern.items())},
+    )
+    spec = parse_config(saved(tmp_path, config), LIMITS)
+    # As the file says it: PEFT sorts the patterns when it saves, and the first match wins.
+    expected = scales_of_peft(LoraConfig.from_pretrained(str(tmp_path)))
+    assert len(expected) == 34
+    assert {m: (spec.rank_of(m), spec.scale_of(m)) for m in expected} == expected
+
+
+def test_the_first_pattern_of_the_file_wins() -> None:
+    text = b'{"peft_type":"LORA","r":8,"lora_alpha":16,"rank_pattern":{"z":2,"a.z":4}}'
+    assert parse_config(text, LIMITS).rank_of("a.z") == 2
+
+
+def test_every_field_of_peft_is_treated() -> None:
+    assert set(FIELDS) == {field.name for field in fields(LoraConfig)}
+    assert len(FIELDS) == 42  # peft 0.21.2, with runtime_config, which it does not save
+
+
+def test_a_config_that_peft_wrote_becomes_data(tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4,
+        lora_alpha=10,
+        target_modules=["v_proj"],
+        base_model_name_or_path="some/base",
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+    assert parse_config(saved(tmp_path, config), LIMITS) == AdapterSpec(
+        rank=4, alpha=10.0, targets=("v_proj",), base_model="some/base", fan_in_fan_out=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [(None, None), ("all-linear", "all-linear"), (".*q", ".*q"), (["b", "a"], ("b", "a"))],
+)
+def test_targets_are_kept_as_written(written: object, kept: object) -> None:
+    assert parse(target_modules=written).targets == kept
+
+
+FEATURES: list[tuple[str, object, str]] = [
+    ("use_dora", True, "DoRA"),
+    ("bias", "all", "biases"),
+    ("bias", "lora_only", "biases"),
+    ("lora_bias", True, "bias beside B"),
+    ("modules_to_save", ["lm_head"], "full copies"),
+    ("trainable_token_indices", [1], "rows of the embedding"),
+    ("trainable_token_indices", {"embed_tokens": [1]}, "rows of the embedding"),
+    ("target_parameters", ["experts.up"], "bare parameters"),
+    ("layer_replication", [[0, 2]], "repeated layers"),
+    ("alora_invocation_tokens", [1, 2], "aLoRA"),
+    ("use_qalora", True, "QALoRA"),
+    ("megatron_config", {"tp": 2}, "Megatron"),
+    ("velora_config", {}, "VeLoRA"),
+    ("monteclora_config", {"num_samples": 8}, "MonteCLoRA"),
+    ("use_bdlora", {}, "BD-LoRA"),
+    ("arrow_config", {}, "Arrow"),
+    ("kasa_config", {}, "KaSA"),
+    ("init_lora_weights", "pissa", "PiSSA"),
+    ("init_lora_weights", "pissa_niter_16", "PiSSA"),
+    ("init_lora_weights", "OLoRA", "OLoRA"),
+    ("init_lora_weights", "corda", "CorDA"),
+    ("init_lora_weights", "lora_ga", "LoRA-GA"),
+    ("init_lora_weights", "loftq", "LoftQ"),
+    ("init_lora_weights", "fancy", "'fancy' is unknown"),
+    ("enable_lora", [True, False], "'enable_lora' is set"),
+    ("new_field", 0, "'new_field' is set"),
+    ("new_field", 1.5, "'new_field' is set"),
+    ("new_field", True, "'new_field' is set"),
+    ("new_field", {"x": None}, "'new_field' is set"),
+    ("peft_type", "ADALORA", "'ADALORA' is not LORA"),
+    ("peft_type", "lora", "'lora' is not LORA"),
+    ("r", 257, "Limits.max_rank"),
+    ("rank_pattern", {"q": 1_000}, "Limits.max_rank"),
+    ("alpha_pattern", {"(?=q)": 1}, "pattern"),
+    ("rank_pattern", {str(n): 1 for n in range(MAX_PATTERNS + 1)}, "more patterns"),
+    ("rank_pattern", {f".*{n}.*" + "x?" * 40: 1 for n in range(60)}, "more patterns"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "feature"), FEATURES)
+def test_features_are_refused_by_name(name: str, value: object, feature: str) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=feature) as caught:
+        parse(**{name: value})
+    assert len(str(caught.value)) < 400
+    assert ";" in str(caught.value)  # what is wrong; what to do
+
+
+NULLS = [
+    (name, None) for name, field in FIELDS.items() if name not in PLAIN and field.accepts(None)
+]
+NEUTRAL: list[object] = [None, False, "", [], {}]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    NULLS
+    + [(name, False) for name in FIELDS if FIELDS[name].use is Use.REFUSED]
+    + [("modules_to_save", []), ("trainable_token_indices", {}), ("bias", "none")]
+    + [("init_lora_weights", value) for value in (True, False, "gaussian", "eva", "orthogonal")]
+    + [("init_lora_weights", "mica"), ("eva_config", {"rho": 2.0}), ("loftq_config", {"bits": 4})]
+    + [("auto_mapping", {"base_model_class": "X"}), ("runtime_config", {"x": 1})]
+    + [("layers_to_transform", 3), ("layers_to_transform", [1, 2]), ("layers_pattern", "h")]
+    + [("peft_version", "0.99"), ("lora_dropout", 0.3), ("qalora_group_size", 32)]
+    + [("exclude_modules", ["lm_head"]), ("ensure_weight_tying", True), ("rank_pattern", None)]
+    + [("unknown", value) for value in NEUTRAL],
+)
+def test_what_does_not_change_the_mathematics_passes(name: str, value: object) -> None:
+    assert parse(**{name: value}) == parse()
+
+
+WRONG: dict[str, list[object]] = {
+    "r": [0, -1, True, 8.0, "8", None, [8]],
+    "lora_alpha": [True, "16", None, [], {}],
+    "rank_pattern": [[], "q", {"q": 0}, {"q": 2.0}, {"q": True}],
+    "alpha_pattern": [1, {"q": None}, {"q": "1"}, {"q": False}],
+    "use_rslora": [1, "true", None],
+    "fan_in_fan_out": [0],
+    "init_lora_weights": [1, [], {}],
+    "target_modules": [1, [1], {"q": 1}, True],
+    "exclude_modules": [1, [None]],
+    "layers_pattern": [1],
+    "layers_to_transform": [True, 1.0, "1", ["1"], [True]],
+    "eva_config": [[]],
+    "base_model_name_or_path": [1],
+    "peft_type": [None, 1, ["LORA"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+def test_wrong_types_are_named(name: str, value: object) -> None:
+    with pytest.raises(AdapterFormatError, match=name):
+        parse(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"[]", b"null", b'"LORA"', b"{}", b"{", b"\xff{}", b"\xef\xbb\xbf{}"),
+        b'{"peft_type":"LORA"}',
+        b'{"peft_type":"LORA","r":8}',
+        b'{"peft_type":"LORA","r":8,"r":8,"lora_alpha":16}',
+        *(
+            b'{"peft_type":"LORA","r":8,"lora_alpha":%s}' % number
+            for number in (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"1" + b"0" * 400)
+        ),
+        b'{"peft_type":"LORA","lora_alpha":1,"r":1%s}' % (b"0" * 5_000),
+        b'{"peft_type":"LORA","lora_alpha":1,"r":-0}',
+        b'{"peft_type":"LORA","r":8,"lora_alpha":1,"x":%s%s}' % (b"[" * 99, b"]" * 99),
+        b'{"peft_type":"LORA","r":8,"lora_alpha":1,"rank_pattern":{"\\ud800":1}}',
+        b'{"peft_type":"LORA","r":8,"lora_alpha":1}' + b" " * LIMITS.max_config_bytes,
+    ],
+    ids=lambda text: repr(text[:50]),
+)
+def test_malformed_configs(text: bytes) -> None:
+    with pytest.raises(AdapterFormatError, match="adapter_config.json"):
+        parse_config(text, LIMITS)
+
+
+@pytest.mark.parametrize("alpha", [0, -16, 0.5, 2**0.5, 10**20])
+def test_any_finite_alpha(alpha: float) -> None:
+    assert parse(lora_alpha=alpha).scale_of("q") == alpha / 8
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+VALUES = st.recursive(
+    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=4), v, max_size=3)
+)
+NAMES = st.sampled_from(sorted(FIELDS)) | st.text(max_size=8)
+
+
+@settings(max_examples=400)
+@given(st.dictionaries(NAMES, VALUES, max_size=5), st.booleans())
+def test_any_object_is_a_spec_or_refused(members: dict[str, Any], plain: bool) -> None:
+    text = json.dumps(PLAIN | members if plain else members).encode()
+    try:
+        spec = parse_config(text, LIMITS)
+    except (AdapterFormatError, UnsupportedAdapterError) as error:
+        assert len(str(error)) <= 1_000
+    else:
+        assert 1 <= spec.rank_of("model.layers.0.q_proj") <= LIMITS.max_rank
+        assert abs(spec.scale_of("model.layers.0.q_proj")) < float("inf")
+
+
+def test_limits_are_the_callers() -> None:
+    text = json.dumps(PLAIN | {"r": 512}).encode()
+    assert parse_config(text, Limits(max_rank=512)).rank == 512
+    with pytest.raises(AdapterFormatError, match="limit"):
+        parse_config(text, Limits(max_config_bytes=10))

@@ -1,0 +1,252 @@
+"""Tensor names against the ones PEFT itself writes, patterns against PEFT's own lookup."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import re2
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from lorax_async.core.peft_names import (
+    Part,
+    TensorName,
+    compile_pattern,
+    layer_index,
+    parse_tensor_name,
+)
+from lorax_async.errors import AdapterFormatError, LoraxError, UnsupportedAdapterError
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(2, 8, 8))
+        self.down = nn.Parameter(torch.zeros(2, 8, 8))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.experts = Experts()
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+
+def names_of(**settings: Any) -> set[str]:
+    settings = {"r": 2, "target_modules": ["q_proj"], **settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(Decoder(), LoraConfig(**settings))
+        return set(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def refusals(names: set[str]) -> Iterator[LoraxError]:
+    for name in names:
+        try:
+            parse_tensor_name(name)
+        except LoraxError as error:
+            yield error
+
+
+def test_plain_names_of_peft() -> None:
+    assert {parse_tensor_name(name) for name in names_of()} == {
+        TensorName(f"layers.{layer}.q_proj", part) for layer in (0, 1) for part in Part
+    }
+
+
+def test_factors_are_told_apart() -> None:
+    prefix = "base_model.model.transformer.h.3.attn.c_attn"
+    assert parse_tensor_name(f"{prefix}.lora_A.weight").part is Part.A
+    assert parse_tensor_name(f"{prefix}.lora_B.weight").part is Part.B
+
+
+@pytest.mark.parametrize(
+    ("settings", "feature"),
+    [
+        # Parameters of one module wrap each other; a single one looks like a plain linear.
+        ({"target_parameters": ["experts.up", "experts.down"]}, "target_parameters"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on an embedding"),
+        ({"modules_to_save": ["norm"]}, "(bias or )?modules_to_save"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"bias": "all"}, "bias"),
+    ],
+)
+def test_tensors_peft_writes_for_other_features(settings: dict[str, Any], feature: str) -> None:
+    errors = list(refusals(names_of(**settings)))
+    assert errors
+    assert {type(error) for error in errors} == {UnsupportedAdapterError}
+    assert all(re.search(f"belongs to {feature}", error.problem) for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "feature"),
+    [
+        ("lm_head.base_layer.weight", "full base weights"),
+        ("model.embed_tokens.weight", "resized vocabulary"),
+        ("lm_head.weight", "resized vocabulary"),
+        ("score.weight", "modules_to_save"),
+        ("model.layers.0.mlp.experts.base_layer.lora_A.weight", "target_parameters"),
+        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable_token_indices"),
+        ("q.lora_diag", "KaSA"),
+        ("q.lora_velora_embed", "VeLoRA"),
+        ("q.lora_monteclora_sampler.log_prior", "MonteCLoRA"),
+        ("q.lora_A.default.weight", "adapter's name"),
+        ("q.lora_A", "nothing would apply"),
+        ("q.lora_C.weight", "nothing would apply"),
+        ("", "nothing would apply"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(suffix: str, feature: str) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=feature):
+        parse_tensor_name(f"base_model.model.{suffix}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.q.lora_A.weight", "transformer.q.lora_B.weight", "x", "", "base_model.q.lora_A.weight"],
+)
+def test_names_of_other_formats_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedAdapterError, match="nothing would apply it"):
+        parse_tensor_name(name)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "",
+        "layers.01.q",
+        "00.q",
+        "layers.+1.q",
+        "layers.\N{ARABIC-INDIC DIGIT ONE}.q",
+        "layers.\N{SUPERSCRIPT TWO}.q",
+        "layers..q",
+        ".q",
+        "q.",
+        "la yers.1",
+        "q\n",
+        "q\x00",
+        "layérs.1",
+    ],
+)
+def test_one_spelling_per_module(module: str) -> None:
+    with pytest.raises(AdapterFormatError, match="malformed"):
+        parse_tensor_name(f"base_model.model.{module}.lora_A.weight")
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        ("model.layers.12.self_attn.q_proj", 12),
+        ("transformer.h.3.attn.c_attn", 3),
+        ("layers.0.q", 0),
+        ("0.q", 0),
+        ("model.layers.7.mlp.experts.3.up_proj", 7),
+        ("decoder.block.10", 10),
+        ("lm_head", None),
+        ("model.layer1.q", None),
+        ("model.1x.q", None),
+        ("layers.999999", 999_999),
+    ],
+)
+def test_layer_index(module: str, layer: int | None) -> None:
+    assert layer_index(module) == layer
+
+
+@pytest.mark.parametrize("module", ["layers.01.q", "007", "layers.1000000.q", "layers.00.q"])
+def test_layer_index_wants_plain_decimals(module: str) -> None:
+    with pytest.raises(AdapterFormatError):
+        layer_index(module)
+
+
+@given(st.text(max_size=60), st.sampled_from(["", ".lora_A.weight", ".lora_B.weight"]))
+def test_any_text_is_a_name_or_refused(text: str, suffix: str) -> None:
+    name = f"base_model.model.{text}{suffix}"
+    try:
+        parsed = parse_tensor_name(name)
+    except (UnsupportedAdapterError, AdapterFormatError) as error:
+        assert len(str(error)) <= 1_000
+    else:
+        assert f"base_model.model.{parsed.module}.{parsed.part.value}.weight" == name
+
+
+MODULES = [
+    *(f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1, 10, 11) for p in "qkv"),
+    *("layers.1.q_proj", "q_proj", "lm_head", "modelXlayersX1.q_proj", "a", "a.a", "aa-b.1", "0"),
+]
+ATOMS = st.sampled_from(
+    ["q_proj", "layers", "model", "1", "0", ".", r"\.", "*", "+", "?", "|", "(", ")", "[", "]"]
+    + ["^", "$", "{2}", "{,2}", "{1,}", "{01}", "(?:", "(?P<n>", r"\d", r"\w", r"\b", r"\B", "a"]
+    + ["-", "[^.]", "[0-9]", ".*", "(?i)", r"\Z", r"\z", "[[:alpha:]]", "(?=", r"\1", "é"]
+)
+
+
+@given(st.lists(ATOMS, max_size=7).map("".join))
+@example(r"layers\.1\.self_attn")
+@example("a)|(model")
+@example("q|layers.1.self_attn.q_proj")
+@example("")
+def test_patterns_mean_what_they_mean_to_peft(text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # re: "possible nested set"
+        try:
+            matches, _ = compile_pattern(text)
+            re.compile(rf"(.*\.)?({text})$")
+        except (UnsupportedAdapterError, re.error):
+            return
+        for module in MODULES:
+            # PEFT answers with the module itself where no pattern matches.
+            expected = get_pattern_key([text], module) == text != module or text == module
+            assert matches(module) is expected, module
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[[:alpha:]]", "[a[:digit:]]", r"q\Z", r"q\z", "(?=q)", "(?<!q)k", r"(q)\1", "(?i)q"),
+        *("q{,3}", "q{01}", "q{1,5000}", "(q{100}){100}", "q++", "q**", "(", "[q", "q\\", r"\Qq\E"),
+        *("(?#x)q", "(?>q)", r"\12", r"\u0071", "x" * 513, "(.{0,900}){0,1000}", "*\ud800"),
+    ],
+)
+def test_patterns_that_do_not_mean_one_thing(text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnsupportedAdapterError, match="pattern"):
+        compile_pattern(text)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_catastrophic_pattern_answers() -> None:
+    matches, _ = compile_pattern("(a+)+b")  # Python's re never ends on this
+    assert not matches("a" * 5_000)
+    assert matches("a" * 5_000 + "b")
+
+
+def test_matching_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    matchers = [compile_pattern(text)[0] for text in (r".*\.1\..*", "q_proj", "layers.1.q_proj")]
+    monkeypatch.setattr(re2, "compile", None)
+    monkeypatch.setattr(re, "compile", None)
+    assert [matches("model.layers.1.q_proj") for matches in matchers] == [True, True, True]
+
+
+def test_the_size_of_plain_names_is_nothing() -> None:
+    assert compile_pattern("model.layers.1.q_proj")[1] == 0
+    assert compile_pattern(r".*\.1\..*")[1] > 0

