@@ -1,4 +1,4 @@
-"""Train the demo's three adapters on SmolLM2-135M-Instruct, two cores, about a minute each.
+"""Train the demo's three adapters on SmolLM2-135M-Instruct: a few minutes each on two cores.
 
     python examples/train_adapters.py [--only pirate] [--out examples/adapters] [--check]
 

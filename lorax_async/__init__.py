@@ -1,1 +1,95 @@
-"""Placeholder until the loader lands in this folder."""
+"""An asyncio streaming loader for LoRA adapters, embedded in an LLM server.
+
+    async with AdapterLoader(layout, LoaderConfig()) as loader:
+        async with await loader.load(Path("sql-adapter")) as adapter:
+            ...
+"""
+
+import logging
+
+from lorax_async import layouts
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.config import Limits, LoaderConfig
+from lorax_async.core.layout import ModelLayout
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterFormatError,
+    AdapterInUseError,
+    AdapterNotFoundError,
+    AdapterTimeoutError,
+    CapacityError,
+    ConfigError,
+    FetchError,
+    FetchTimeoutError,
+    HandleClosedError,
+    IncompatibleAdapterError,
+    IntegrityError,
+    InternalError,
+    InvalidAdapterIdError,
+    InvalidTransitionError,
+    LoaderClosedError,
+    LoraxError,
+    TransferError,
+    UnsupportedAdapterError,
+    UsageError,
+)
+from lorax_async.events import (
+    BytesMoved,
+    Event,
+    Failed,
+    LayerReady,
+    Leaving,
+    Resident,
+    SlotGranted,
+    SlotId,
+)
+from lorax_async.handle import AdapterHandle, ModuleWeights
+from lorax_async.journal import Statistics
+from lorax_async.loader import AdapterLoader, AdapterResidency
+
+__all__ = [
+    "AccessDeniedError",
+    "AdapterError",
+    "AdapterFormatError",
+    "AdapterHandle",
+    "AdapterInUseError",
+    "AdapterKey",
+    "AdapterLoader",
+    "AdapterNotFoundError",
+    "AdapterRef",
+    "AdapterResidency",
+    "AdapterTimeoutError",
+    "BytesMoved",
+    "CapacityError",
+    "ConfigError",
+    "Event",
+    "Failed",
+    "FetchError",
+    "FetchTimeoutError",
+    "HandleClosedError",
+    "IncompatibleAdapterError",
+    "IntegrityError",
+    "InternalError",
+    "InvalidAdapterIdError",
+    "InvalidTransitionError",
+    "LayerReady",
+    "Leaving",
+    "Limits",
+    "LoaderClosedError",
+    "LoaderConfig",
+    "LoraxError",
+    "ModelLayout",
+    "ModuleWeights",
+    "Resident",
+    "SlotGranted",
+    "SlotId",
+    "Statistics",
+    "TransferError",
+    "UnsupportedAdapterError",
+    "UsageError",
+    "layouts",
+]
+
+# A library must not print where the application has not asked for it.
+logging.getLogger("lorax_async").addHandler(logging.NullHandler())

@@ -68,7 +68,7 @@ class LoraxError(Exception):
         stage: Stage | None = None,
         story: Sequence[object] = (),
     ) -> Self:
-        """A copy that knows its adapter. Each waiter gets its own: a raised error collects frames."""
+        """A copy that knows its adapter; each waiter gets its own, for raising collects frames."""
         copy = self._again(
             id=id if id is not None else self.id,
             key=key if key is not None else self.key,
@@ -110,7 +110,7 @@ class AdapterNotFoundError(AdapterError):
 
 
 class AdapterTimeoutError(AdapterError, TimeoutError):
-    """The deadline passed; `stage` is the one it ran out in. The work may go on for other waiters."""
+    """The deadline passed; `stage` is the one it ran out in. Other waiters are not affected."""
 
     retryable_by_default = True
 

@@ -18,7 +18,7 @@ from lorax_async.config import DTYPES, Limits
 from lorax_async.core.header import Header, HeaderLimits, TensorSpan, header_size, parse_header
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.core.peft_config import parse_config
-from lorax_async.core.peft_names import Part, layer_index, parse_tensor_name
+from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, layer_index, parse_tensor_name
 from lorax_async.core.transfer_plan import plan_transfer
 from lorax_async.errors import (
     AdapterFormatError,
@@ -206,8 +206,8 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
         for path, (a, b) in shapes.items()
     ]
     dtypes = {span.dtype for span in header.tensors}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
-    layout = ModelLayout(tuple(modules), num_layers, dtype)
+    alone = len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES)
+    layout = ModelLayout(tuple(modules), num_layers, dtypes.pop() if alone else "F32")
     # A layout of an adapter that cannot be loaded would be of no use: check what a load checks.
     plan_transfer(
         header,

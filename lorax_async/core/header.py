@@ -129,7 +129,8 @@ def _chained(spans: list[TensorSpan], data_start: int, file_size: int) -> list[T
     ordered: list[TensorSpan] = []
     position = data_start
     while True:
-        ordered.extend(_by_name(empty.pop(position, [])))
+        if position in empty:
+            ordered.extend(_by_name(empty.pop(position)))
         if (next_span := follower.pop(position, None)) is None:
             break
         ordered.append(next_span)

@@ -117,12 +117,8 @@ class Entries:
 
         It refuses nothing: what it does not take, `_member` reads, and refuses where it must.
         """
-        names, layouts, base, longest = (
-            self.names,
-            self.layouts,
-            self.data_start,
-            self.limits.max_name_bytes,
-        )
+        names, layouts, base = self.names, self.layouts, self.data_start
+        longest = self.limits.max_name_bytes
         for _ in range(self.limits.max_tensors - len(self.spans)):
             if (entry := _CANONICAL.match(self.text, position)) is None:
                 break
@@ -199,7 +195,8 @@ class Entries:
         except AdapterFormatError as error:
             raise AdapterFormatError(f"tensor {quoted(name)}: {error.problem}") from None
         assert isinstance(value, dict)
-        for member in value.keys() ^ _MEMBERS:
+        if odd := value.keys() ^ _MEMBERS:
+            member = min(odd)
             fault = "unknown" if member in value else "missing"
             raise malformed(name, f"member {quoted(member)} is {fault}")
         dtype = value["dtype"]

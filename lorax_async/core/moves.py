@@ -142,14 +142,14 @@ class _Group:
                 pad = self._pad_rows if n < len(spans) // 2 else self._pad_columns
                 end = pad(span, offset)
                 continue
-            start, stop = starts[n], span.stop
+            start, stop, source = starts[n], span.stop, span.dtype
             end = offset + stop - start
-            if span.dtype != dtype:
-                end = offset + (stop - start) // _ITEM_BYTES[span.dtype] * self.item
-            if run.stop == start and run.end == offset and run.dtype == span.dtype:
+            if source != dtype:
+                end = offset + (stop - start) * self.item // _ITEM_BYTES[source]
+            if run.stop == start and run.end == offset and run.dtype == source:
                 run.stop, run.end = stop, end
             else:
-                run = _Run(span.dtype, start, stop, offset, end)
+                run = _Run(source, start, stop, offset, end)
                 self.runs.append(run)
         self.end = end
         return offsets

@@ -53,7 +53,7 @@ def pair_tensors(
     rank, scale = _rank_and_scale("", spec, limits) if plain else (0, 0.0)
     pairs: list[Pair] = []
     misfits: list[str] = []
-    for place in sorted(place for place in places if not place & 1):
+    for place in sorted([place for place in places if not place & 1]):
         a, b = places[place], places.get(place + 1)
         if b is None:
             raise _orphan(a, "B")

@@ -74,7 +74,7 @@ def plan_transfer(
             f"staging moves of {staging_move_bytes} bytes are too small for rank"
             f" {limits.max_rank}; raise staging_bytes"
         )
-    file_bytes = max((span.stop for span in header.tensors), default=header.data_start)
+    file_bytes = header.tensors[-1].stop if header.tensors else header.data_start
     _check_size(file_bytes, "in its file", limits)
     pairs = pair_tensors(header, spec, layout, limits)
     groups = tuple(
@@ -83,7 +83,9 @@ def plan_transfer(
     )
     nbytes = sum(group.nbytes for group in groups)
     _check_size(nbytes, f"as {target.dtype} on the device", limits)
-    return TransferPlan(groups, target.dtype, max(p.rank for p in pairs), nbytes, file_bytes)
+    return TransferPlan(
+        groups, target.dtype, max(map(attrgetter("rank"), pairs)), nbytes, file_bytes
+    )
 
 
 def _check_size(nbytes: int, where: str, limits: Limits) -> None:

@@ -51,7 +51,7 @@ def plan(
     *,
     dtype: str | None = None,
     rank_multiple: int = 1,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    limits: Limits = Limits(),
     staging_move_bytes: int = 1 << 20,
 ) -> TransferPlan:
     return plan_transfer(

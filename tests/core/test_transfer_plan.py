@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 import pytest
 import safetensors.torch
 import torch
-from adapter_files import ALIGNMENT, TORCH, carry_out, file_of, layout_of, matrix, plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.adapter_files import ALIGNMENT, TORCH, carry_out, file_of, layout_of, matrix, plan
 from lorax_async.adapter import AdapterSpec, ModulePattern
 from lorax_async.config import Limits
 from lorax_async.core.layout import ModelLayout
@@ -75,8 +75,9 @@ def check_moves(made: TransferPlan, file: bytes, most: int) -> None:
     assert all(one[1] <= two[0] for one, two in zip(spans, spans[1:], strict=False))
     for group in made.groups:
         assert group.nbytes % ALIGNMENT == 0
-        for move in (*group.reads, *group.converts):
-            first, last = move.file_offset, move.file_offset + move.nbytes
+        moved = [(read.file_offset, read.nbytes) for read in group.reads]
+        moved += [(convert.file_offset, convert.nbytes) for convert in group.converts]
+        for first, last in ((offset, offset + nbytes) for offset, nbytes in moved):
             assert any(start <= first and last <= stop for start, stop in group.spans)
         for convert in group.converts:
             assert convert.nbytes <= most

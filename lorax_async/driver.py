@@ -1,0 +1,310 @@
+"""The only bridge between deciding and doing.
+
+Commands of the lifecycle become named tasks (`Files`), copies in I/O threads, and news for waiters
+and leases (`Tenants`); what comes back goes into the lifecycle as outcomes. An exception that
+escapes fails its adapter with `InternalError`; it never reaches the embedding program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.copies import Copies, CopyOutcome
+from lorax_async.core import life as commands
+from lorax_async.core.life import Command, Needs, Tier, Waiter
+from lorax_async.core.lifecycle import Lifecycle
+from lorax_async.core.transfer_plan import TransferPlan
+from lorax_async.core.transitions import FileState, SlotState
+from lorax_async.errors import FetchError, InternalError, LoraxError, Stage
+from lorax_async.events import (
+    BytesMoved,
+    Event,
+    Failed,
+    LayerReady,
+    Leaving,
+    Resident,
+    SlotGranted,
+    SlotId,
+)
+from lorax_async.files import Files
+from lorax_async.io.inbox import Inbox
+from lorax_async.io.ports import Device, Source
+from lorax_async.io.transfer import Transfer
+from lorax_async.journal import Journal
+from lorax_async.planning import Planner
+from lorax_async.tenancy import Lease, as_transfer_error
+from lorax_async.tenants import Tenants
+
+
+class Driver:
+    """Carries out what the lifecycle decides, for one loader on one event loop."""
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        *,
+        source: Source,
+        device: Device,
+        transfer: Transfer,
+        planner: Planner,
+        num_layers: int,
+        io_threads: Executor,
+        metadata_threads: Executor,
+    ) -> None:
+        self.lifecycle = lifecycle
+        self.device = device
+        self.journal = Journal()
+        self.files = Files(source, planner, metadata_threads, self)
+        self.tenants = Tenants(num_layers, self._lease_ended, self._lease_quiet)
+        self._loop = asyncio.get_running_loop()
+        self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, lambda tell: tell())
+        self._copies = Copies(self.files, transfer, io_threads, self._inbox, self._copied)
+        self._commands: deque[Command] = deque()
+        self._obeying = False
+        self._alarm: asyncio.TimerHandle | None = None
+        self._rested = asyncio.Event()
+
+    # -- what callers want ------------------------------------------------------------------------
+
+    async def wish(
+        self, key: AdapterKey, tier: Tier, *, priority: int, holder: str
+    ) -> Lease | None:
+        """Wait until the adapter has come as far as `tier`. Cancelling withdraws this wish only."""
+        waiter, future = self.tenants.add_waiter()
+        self._obey(
+            self.lifecycle.want(key, Waiter(waiter, tier, self._loop.time(), priority=priority))
+        )
+        try:
+            lease = await future
+        except asyncio.CancelledError:
+            self._withdraw(key, waiter, future)
+            raise
+        if lease is not None:
+            lease.holder = holder
+        return lease
+
+    def _withdraw(self, key: AdapterKey, waiter: int, future: asyncio.Future[Lease | None]) -> None:
+        self.tenants.drop_waiter(waiter)
+        self._obey(self.lifecycle.withdraw(key, waiter))
+        if future.done() and not future.cancelled() and future.exception() is None:
+            lease = future.result()
+            if lease is not None:
+                lease.end()
+
+    def try_lease(self, key: AdapterKey, holder: str) -> Lease | None:
+        """A lease on a resident adapter, at once."""
+        if self.lifecycle.take_lease(key) is None:
+            return None
+        return self.tenants.new_lease(key, holder)
+
+    def story(self, key: AdapterKey) -> tuple[Event, ...]:
+        return self.journal.story(key)
+
+    async def close(self, error: LoraxError, timeout: float) -> None:
+        """Fail waiters, wait for leases, revoke those that are left at the deadline.
+
+        A kernel that still runs is waited for in any case: its memory cannot be taken back.
+        """
+        self._obey(self.lifecycle.close(error))
+        try:
+            async with asyncio.timeout(timeout):
+                await self._at_rest()
+        except TimeoutError:
+            for lease in [lease for held in self.tenants.leases.values() for lease in held]:
+                lease.end("the loader was closed")
+            await self._at_rest()
+        if self._alarm is not None:
+            self._alarm.cancel()
+        await self.files.stop()
+
+    async def _at_rest(self) -> None:
+        while not self.lifecycle.at_rest:
+            self._rested.clear()
+            await self._rested.wait()
+
+    # -- outcomes ---------------------------------------------------------------------------------
+
+    def header_checked(self, key: AdapterKey, attempt: int, plan: TransferPlan) -> None:
+        needs = Needs(tuple(group.nbytes for group in plan.groups))
+        self._obey(self.lifecycle.header_checked(key, attempt, needs))
+
+    def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> None:
+        self._obey(self.lifecycle.span_fetched(key, attempt, group))
+
+    def published(self, key: AdapterKey, attempt: int) -> None:
+        self._obey(self.lifecycle.published(key, attempt))
+        self._close_idle_reader(key)
+
+    def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
+        self._obey(self.lifecycle.fetch_failed(key, attempt, error))
+
+    def populated(self, key: AdapterKey, attempt: int) -> None:
+        self._obey(self.lifecycle.populated(key, attempt))
+
+    def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
+        self._obey(self.lifecycle.lost(key, attempt, error))
+
+    def reader_opened(self, key: AdapterKey) -> None:
+        self._copies.resume(key)
+
+    def reader_failed(self, key: AdapterKey, error: LoraxError) -> None:
+        for _ in self._copies.take_unread(key):
+            self._obey(self.lifecycle.copy_failed(key, error, file_lost=True))
+
+    def spent(self, stage: Stage, seconds: float) -> None:
+        self.journal.spent(stage, seconds)
+
+    def _copied(self, outcome: CopyOutcome) -> None:
+        key = outcome.command.key
+        self.journal.spent("copy", outcome.seconds)
+        if outcome.error is None:
+            self.journal.count("bytes_moved", outcome.nbytes)
+            self._tell(BytesMoved, key, nbytes=outcome.nbytes)
+            self._obey(self.lifecycle.copy_done(key, outcome.command.group))
+        else:
+            error = as_transfer_error(outcome.error)
+            here = self.lifecycle.lives[key].file is not FileState.FETCHING
+            lost = here and isinstance(error, FetchError)
+            self._obey(self.lifecycle.copy_failed(key, error, file_lost=lost))
+
+    def _lease_ended(self, lease: Lease, in_use: bool) -> None:
+        def tell() -> None:
+            self.tenants.end_lease(lease)
+            self._obey(self.lifecycle.end_lease(lease.tenancy.key, in_use=in_use))
+
+        self._on_loop(tell)
+
+    def _lease_quiet(self, lease: Lease) -> None:
+        self._on_loop(lambda: self._obey(self.lifecycle.end_use(lease.tenancy.key)))
+
+    def _on_loop(self, tell: Callable[[], None]) -> None:
+        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001
+            tell()
+        else:
+            self._inbox.put(tell)
+
+    # -- commands ---------------------------------------------------------------------------------
+
+    def _obey(self, decided: list[Command]) -> None:
+        """Carry out commands in order. What a subscriber causes meanwhile comes after them."""
+        self._commands.extend(decided)
+        if self._obeying:
+            return
+        self._obeying = True
+        try:
+            while self._commands:
+                self._carry_out(self._commands.popleft())
+        finally:
+            self._obeying = False
+        self._set_alarm()
+        self._rested.set()
+
+    def _carry_out(self, command: Command) -> None:  # noqa: C901, PLR0912 - a case per command
+        key = command.key
+        match command:
+            case commands.Copy():
+                self._copies.start(command)
+            case commands.TellReady():
+                self._tell_ready(command)
+            case commands.Serve():
+                self.tenants.serve(key, command.waiter, command.grant)
+            case commands.Fetch():
+                self.journal.count("fetches")
+                self.files.start_fetch(key, command.attempt)
+            case commands.CancelFetch():
+                self.files.cancel_fetch(key)
+            case commands.Populate():
+                self.files.start_populate(key, command.attempt)
+            case commands.TakeSlot():
+                self._take_slot(command)
+            case commands.ClearColumn():
+                self._clear_column(command)
+            case commands.Fail():
+                self._fail(command)
+            case commands.BreakSlot():
+                self.tenants.tenancy(key).fail(command.error)
+                self._tell(Failed, key, slot=command.grant.slot, error=command.error)
+            case commands.TellLeaving():
+                self.journal.count("departures")
+                self._tell(Leaving, key, slot=command.grant.slot)
+            case commands.Drop():
+                self.files.forget(key)
+            case commands.Forget():
+                self.files.forget(key)
+                self.journal.forget(key)
+            case _:
+                raise InternalError(f"no way to carry out {command}")
+
+    def _take_slot(self, command: commands.TakeSlot) -> None:
+        plan = self.files.plans[command.key]
+        tenancy = self.tenants.move_in(command.key, command.grant, plan)
+        self._tell(
+            SlotGranted,
+            command.key,
+            slot=command.grant.slot,
+            nbytes=plan.nbytes,
+            layers=tenancy.layers,
+        )
+
+    def _clear_column(self, command: commands.ClearColumn) -> None:
+        self.device.clear_column(command.grant.slot.index)
+        self.tenants.move_out(command.key)
+        self._close_idle_reader(command.key)
+
+    def _fail(self, command: commands.Fail) -> None:
+        self.journal.count("failures")
+        self._tell(Failed, command.key, error=command.error)
+        life = self.lifecycle.lives[command.key]
+        error = command.error.located(
+            key=command.key, attempt=life.attempt, story=self.story(command.key)
+        )
+        self.tenants.fail(command.waiters, error)
+
+    def _tell_ready(self, command: commands.TellReady) -> None:
+        tenancy = self.tenants.tenancy(command.key)
+        slot = command.grant.slot
+        tenancy.advance(command.watermark)
+        if self.journal.has_subscribers:
+            layer = tenancy.layers[command.watermark - 1]
+            self._tell(LayerReady, command.key, slot=slot, layer=layer)
+        if command.last:
+            self.journal.count("loads")
+            self._tell(Resident, command.key, slot=slot)
+            self._close_idle_reader(command.key)
+
+    def _close_idle_reader(self, key: AdapterKey) -> None:
+        """Descriptors are held while bytes are read, and no longer."""
+        life = self.lifecycle.lives.get(key)
+        busy = life is not None and (
+            life.file is FileState.FETCHING or life.slot is SlotState.FILLING or life.copying
+        )
+        if not busy:
+            self.files.close_reader(key)
+
+    # -- telling ----------------------------------------------------------------------------------
+
+    def _tell(self, kind: type[Event], key: AdapterKey, **news: Any) -> None:
+        life = self.lifecycle.lives.get(key)
+        attempt = life.attempt if life is not None else 0
+        slot: SlotId | None = news.pop("slot", None)
+        self.journal.tell(kind(key, slot, attempt, self._loop.time(), **news))
+
+    def _set_alarm(self) -> None:
+        """One timer for the head of the queue; adapters that do not wait have none."""
+        due = self.lifecycle.next_tick
+        if self._alarm is not None:
+            if due == self._alarm.when():
+                return
+            self._alarm.cancel()
+            self._alarm = None
+        if due is not None:
+            self._alarm = self._loop.call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._alarm = None
+        self._obey(self.lifecycle.tick(self._loop.time()))

@@ -1,0 +1,152 @@
+"""The tasks that find, open, check and fetch adapters, and what they leave open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import Executor
+from time import perf_counter
+from typing import Protocol
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.transfer_plan import TransferPlan
+from lorax_async.errors import FetchError, InternalError, LoraxError, Stage
+from lorax_async.io.ports import AdapterFile, Cancel, Reader, Source
+from lorax_async.planning import LARGE_PREFIX, Planner
+
+
+class Outcomes(Protocol):
+    """Who is told what came of a task; called on the loop."""
+
+    def header_checked(self, key: AdapterKey, attempt: int, plan: TransferPlan) -> None: ...
+    def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> None: ...
+    def published(self, key: AdapterKey, attempt: int) -> None: ...
+    def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
+    def populated(self, key: AdapterKey, attempt: int) -> None: ...
+    def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
+    def reader_opened(self, key: AdapterKey) -> None: ...
+    def reader_failed(self, key: AdapterKey, error: LoraxError) -> None: ...
+    def spent(self, stage: Stage, seconds: float) -> None: ...
+
+
+class Files:
+    """Runs one task per fetch, populate and reopening; each ends with exactly one outcome.
+
+    `threads` parse large headers. Tasks are cancelled by `stop` alone; a fetch that nobody wants
+    any more is told so by its token.
+    """
+
+    def __init__(
+        self, source: Source, planner: Planner, threads: Executor, outcomes: Outcomes
+    ) -> None:
+        self.plans: dict[AdapterKey, TransferPlan] = {}
+        self.readers: dict[AdapterKey, Reader] = {}
+        self._source = source
+        self._planner = planner
+        self._threads = threads
+        self._outcomes = outcomes
+        self._cancels: dict[AdapterKey, Cancel] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start_fetch(self, key: AdapterKey, attempt: int) -> None:
+        self._cancels[key] = Cancel()
+        self._spawn("fetch", key, self._fetch(key, attempt))
+
+    def cancel_fetch(self, key: AdapterKey) -> None:
+        self._cancels[key].set()
+
+    def start_populate(self, key: AdapterKey, attempt: int) -> None:
+        self._spawn("populate", key, self._populate(key, attempt))
+
+    def start_reopen(self, key: AdapterKey) -> None:
+        self._spawn("reopen", key, self._reopen(key))
+
+    def close_reader(self, key: AdapterKey) -> None:
+        reader = self.readers.pop(key, None)
+        if reader is not None:
+            reader.close()
+
+    def forget(self, key: AdapterKey) -> None:
+        self.plans.pop(key, None)
+        self.close_reader(key)
+
+    async def stop(self) -> None:
+        """End the tasks that are left, and close what they opened."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for key in tuple(self.readers):
+            self.close_reader(key)
+
+    def _spawn(self, verb: str, key: AdapterKey, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=f"lorax {verb} {key}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _fetch(self, key: AdapterKey, attempt: int) -> None:
+        cancel = self._cancels[key]
+        try:
+            file = await self._open(key)
+            self.readers[key] = file.reader
+            plan = await self._plan(file)
+            if cancel.is_set():
+                raise FetchError("nobody wants it any more")
+            self.plans[key] = plan
+            self._outcomes.header_checked(key, attempt, plan)
+            await self._bring(key, attempt, file, plan, cancel)
+        except Exception as error:  # noqa: BLE001 - becomes the task's outcome
+            self.close_reader(key)
+            self._outcomes.fetch_failed(key, attempt, _as_lorax_error(error))
+        else:
+            self._outcomes.published(key, attempt)
+        finally:
+            del self._cancels[key]
+
+    async def _open(self, key: AdapterKey) -> AdapterFile:
+        started = perf_counter()
+        file = await self._source.open(key)
+        self._outcomes.spent("fetch", perf_counter() - started)
+        return file
+
+    async def _plan(self, file: AdapterFile) -> TransferPlan:
+        started = perf_counter()
+        if len(file.prefix) > LARGE_PREFIX:
+            loop = asyncio.get_running_loop()
+            plan = await loop.run_in_executor(self._threads, self._planner.plan, file)
+        else:
+            plan = self._planner.plan(file)
+        self._outcomes.spent("verify", perf_counter() - started)
+        return plan
+
+    async def _bring(
+        self, key: AdapterKey, attempt: int, file: AdapterFile, plan: TransferPlan, cancel: Cancel
+    ) -> None:
+        def arrived(group: int) -> None:
+            self._outcomes.span_fetched(key, attempt, group)
+
+        spans = [group.spans for group in plan.groups]
+        await self._source.bring(file, spans, arrived, cancel)
+
+    async def _populate(self, key: AdapterKey, attempt: int) -> None:
+        try:
+            await self._source.populate(key)
+        except Exception as error:  # noqa: BLE001 - becomes the task's outcome
+            self._outcomes.lost(key, attempt, _as_lorax_error(error))
+        else:
+            self._outcomes.populated(key, attempt)
+
+    async def _reopen(self, key: AdapterKey) -> None:
+        try:
+            self.readers[key] = await self._source.reopen(key)
+        except Exception as error:  # noqa: BLE001 - becomes the task's outcome
+            self._outcomes.reader_failed(key, _as_lorax_error(error))
+        else:
+            self._outcomes.reader_opened(key)
+
+
+def _as_lorax_error(error: Exception) -> LoraxError:
+    if isinstance(error, LoraxError):
+        return error
+    wrapped = InternalError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

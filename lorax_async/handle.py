@@ -1,0 +1,197 @@
+"""What a caller holds of an adapter on a device: a lease, with views of its weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.layout import ModelLayout
+from lorax_async.core.moves import Row
+from lorax_async.errors import AdapterTimeoutError, UsageError
+from lorax_async.events import SlotId
+from lorax_async.io.ports import Device
+from lorax_async.tenancy import Lease
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleWeights:
+    """One module's part of an adapter: the delta is `scale * (x @ a.T) @ b.T`.
+
+    Attributes
+    ----------
+    a, b
+        `[rank, in]` and `[out, rank]`: views on the device, valid while the handle is held.
+    scale, rank
+        As PEFT computes them; the rank is the true one, without padding.
+    bias, magnitude
+        Not used by the adapters that are supported today.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    rank: int
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+
+class AdapterHandle:
+    """A lease on one adapter: while it is held, the adapter stays where it is.
+
+    Leave it as a context manager, or call `release`. Views taken from it must not be used after.
+    """
+
+    def __init__(
+        self, id: str, lease: Lease, device: Device, layout: ModelLayout, timeout: float
+    ) -> None:
+        self.id = id
+        self._lease = lease
+        self._device = device
+        self._layout = layout
+        self._timeout = timeout
+
+    @property
+    def key(self) -> AdapterKey:
+        """Which version of which files."""
+        return self._lease.tenancy.key
+
+    @property
+    def slot(self) -> SlotId:
+        """The column of the device's tables, and which of its tenants this is."""
+        return self._lease.tenancy.grant.slot
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules."""
+        return self._lease.tenancy.plan.rank
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes on the device."""
+        return self._lease.tenancy.plan.nbytes
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layer groups with tensors: -1 before the layers, 0 … L-1, L after them."""
+        return self._lease.tenancy.layers
+
+    @property
+    def resident(self) -> bool:
+        """Whether every layer is on the device."""
+        return self._lease.tenancy.complete
+
+    @property
+    def released(self) -> bool:
+        return self._lease.closed
+
+    @property
+    def modules(self) -> Mapping[str, ModuleWeights]:
+        """Weights by the layout's module names, for the layers that are ready."""
+        self._lease.check()
+        return _Modules(self._lease, self._device, self._layout)
+
+    def is_ready(self, layer: int) -> bool:
+        """Whether `layer` (-1 … L) and all before it are on the device; touches no lock."""
+        return self._lease.tenancy.is_ready(layer)
+
+    async def layer_ready(self, layer: int) -> None:
+        """Wait until `layer` (-1 … L) and all before it are on the device.
+
+        Raises the error that ended the load, `HandleClosedError` after release, `UsageError` for
+        a layer that the base does not have.
+        """
+        self._lease.check()
+        await self._lease.tenancy.ready(layer)
+
+    def wait_layer(self, layer: int, timeout: float | None = None) -> None:
+        """As `layer_ready`, in a thread that is not the loop's; `timeout` in seconds.
+
+        Raises also `AdapterTimeoutError`.
+        """
+        self._lease.check()
+        seconds = self._timeout if timeout is None else timeout
+        try:
+            self._lease.tenancy.wait(layer, seconds)
+        except TimeoutError:
+            raise AdapterTimeoutError(
+                f"layer {layer} did not arrive within {seconds:g} s",
+                id=self.id,
+                key=self.key,
+                stage="copy",
+            ) from None
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Hold the slot's bytes for a computation, in any thread.
+
+        A handle that is released meanwhile, by anybody, gives its slot back only after the end.
+        """
+        self._lease.begin_use()
+        try:
+            yield
+        finally:
+            self._lease.end_use()
+
+    def release(self) -> None:
+        """Give the lease back. Synchronous, idempotent, from any thread."""
+        self._lease.end()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        lease = getattr(self, "_lease", None)
+        if lease is not None and not lease.closed:
+            lease.end("the handle was forgotten")
+            warnings.warn(
+                f"an adapter handle of {self.id!r} was never released; use `async with`",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        state = "released" if self.released else "resident" if self.resident else "streaming"
+        return f"<AdapterHandle {self.id!r} {state} slot {self.slot.index} rank {self.rank}>"
+
+
+class _Modules(Mapping[str, ModuleWeights]):
+    def __init__(self, lease: Lease, device: Device, layout: ModelLayout) -> None:
+        self._lease = lease
+        self._device = device
+        self._layout = layout
+        self._rows: dict[int, Row] = {
+            row.module: row for group in lease.tenancy.plan.groups for row in group.rows
+        }
+
+    def __getitem__(self, name: str) -> ModuleWeights:
+        self._lease.check()
+        module = self._layout.index(name)
+        row = self._rows[module]
+        layer = self._layout.modules[module].layer
+        if not self._lease.tenancy.is_ready(layer):
+            raise UsageError(f"layer {layer} is not here yet; await layer_ready({layer})")
+        operands = self._device.operands(module, self._lease.tenancy.grant.slot.index)
+        assert operands is not None
+        a, b, _ = operands
+        return ModuleWeights(a[: row.rank], b[:, : row.rank], row.scale, row.rank)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._layout.modules[module].name for module in self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)

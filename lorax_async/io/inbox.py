@@ -1,0 +1,41 @@
+"""How I/O threads tell the event loop what happened: many outcomes, one wake-up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Inbox(Generic[T]):
+    """Carries items from any thread to `handle`, called on the loop in the order of arrival.
+
+    Waking a loop costs more than a small copy, so that whatever arrives until the loop gets round
+    to it shares one wake-up.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, handle: Callable[[T], None]) -> None:
+        self._loop = loop
+        self._handle = handle
+        self._items: deque[T] = deque()
+        self._awake = False
+
+    def put(self, item: T) -> None:
+        """From any thread. Without effect once the loop is closed: nobody listens any more."""
+        self._items.append(item)
+        # The flag is cleared before the items are taken: an item put while it is set will be seen.
+        if self._awake:
+            return
+        self._awake = True
+        try:
+            self._loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            self._items.clear()
+
+    def _drain(self) -> None:
+        self._awake = False
+        while self._items:
+            self._handle(self._items.popleft())

@@ -1,0 +1,227 @@
+"""Files that a stranger may have put there, opened without trust in their names.
+
+What lies behind a name is found out on an `O_PATH` descriptor, which opens nothing: no FIFO waits,
+no device wakes. Only then is that same file opened for reading, through /proc/self/fd, so that a
+name which changes in between decides nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import NamedTuple
+
+from lorax_async.adapter import FileIdentity
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterFormatError,
+    FetchError,
+    IntegrityError,
+)
+
+IOV_MAX = 1024
+"""Most buffers that Linux takes in one call."""
+
+_KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class Located(NamedTuple):
+    """What a name led to: an `O_PATH` descriptor and its status."""
+
+    fd: int
+    status: os.stat_result
+
+    @property
+    def real_path(self) -> str:
+        return os.readlink(f"/proc/self/fd/{self.fd}")
+
+    @property
+    def kind(self) -> str:
+        return _KINDS.get(stat.S_IFMT(self.status.st_mode), "something else")
+
+    @property
+    def identity(self) -> FileIdentity:
+        return identity_of(self.status)
+
+    def open(self) -> int:
+        """A descriptor to read this very file with; only for what is known to be a file."""
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+@contextmanager
+def located(path: str, *, within: int | None = None) -> Iterator[Located]:
+    """Follow `path` (from the folder with descriptor `within`). Raises `OSError`."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=within)
+    try:
+        yield Located(fd, os.fstat(fd))
+    finally:
+        os.close(fd)
+
+
+def identity_of(status: os.stat_result) -> FileIdentity:
+    return FileIdentity(
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )
+
+
+def require_file(name: str, file: Located, max_bytes: int) -> None:
+    """Refuse what is no regular file, is empty, or is over the limit."""
+    if not stat.S_ISREG(file.status.st_mode):
+        raise AdapterFormatError(f"{name} is {file.kind}, not a regular file; put the file there")
+    size = file.status.st_size
+    if size == 0:
+        raise AdapterFormatError(f"{name} is empty; fetch or save the adapter again")
+    if size > max_bytes:
+        raise AdapterFormatError(f"{name} has {size:,} bytes, over the limit of {max_bytes:,}")
+
+
+def open_same(path: str, identity: FileIdentity) -> int:
+    """A descriptor to read the file at `path` with, if it is still the one of that identity.
+
+    Raises `IntegrityError` if not, and what `translated` makes of other failures.
+    """
+    name = os.path.basename(path)
+    try:
+        with located(path) as file:
+            if file.identity != identity or not stat.S_ISREG(file.status.st_mode):
+                raise changed(name)
+            return file.open()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise changed(name) from error
+    except OSError as error:
+        raise translated(error, name) from error
+
+
+def require_same(path: str, identity: FileIdentity) -> None:
+    """As `open_same`, opening nothing."""
+    name = os.path.basename(path)
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise changed(name) from error
+    except OSError as error:
+        raise translated(error, name) from error
+    if identity_of(status) != identity:
+        raise changed(name)
+
+
+def changed(name: str) -> IntegrityError:
+    return IntegrityError(f"{name} was changed or replaced meanwhile; load the adapter again")
+
+
+def code_of(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, "unknown error")
+
+
+def translated(error: OSError, name: str) -> AdapterError:
+    """The error of ours for one of the operating system's; the texts hold no path."""
+    if isinstance(error, PermissionError):
+        return AccessDeniedError(
+            f"{name} may not be read by this process ({code_of(error)}); give it permission:"
+            " safetensors writes files that only their owner may read (mode 0600)"
+        )
+    return FetchError(f"{name} cannot be read ({code_of(error)})")
+
+
+class FileReader:
+    """A `Reader` over a descriptor, which it owns."""
+
+    def __init__(self, fd: int, identity: FileIdentity, name: str) -> None:
+        self._fd = fd
+        self._identity = identity
+        self._name = name
+        self._lock = Lock()
+        self._reading = 0
+        self._closed = False
+
+    @property
+    def nbytes(self) -> int:
+        return self._identity.size
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        with self._held() as fd:
+            try:
+                whole = _fill(fd, buffers, offset)
+                same = identity_of(os.fstat(fd)) == self._identity
+            except OSError as error:
+                raise translated(error, self._name) from error
+        if not same:
+            raise changed(self._name)
+        if not whole:
+            raise IntegrityError(f"{self._name} ends before byte {_end(buffers, offset):,}")
+
+    def read_ahead(self) -> None:
+        """Ask the kernel to bring the whole file into memory; waits for no byte."""
+        with self._held() as fd:
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+            except OSError as error:
+                raise translated(error, self._name) from error
+
+    def close(self) -> None:
+        with self._lock:
+            idle = not self._closed and not self._reading
+            self._closed = True
+        if idle:
+            os.close(self._fd)
+
+    @contextmanager
+    def _held(self) -> Iterator[int]:
+        """The descriptor, open until the last read is through: its number must not be reused."""
+        self._enter()
+        try:
+            yield self._fd
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise FetchError(f"{self._name} was closed before it was read")
+            self._reading += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._reading -= 1
+            last = self._closed and not self._reading
+        if last:
+            os.close(self._fd)
+
+    def __del__(self) -> None:
+        if not self._closed:
+            warnings.warn(f"unclosed reader of {self._name}", ResourceWarning, stacklevel=2)
+            self.close()
+
+
+def _fill(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
+    """Read until every buffer is full; False if the file ends earlier."""
+    left = [buffer for buffer in buffers if buffer.nbytes]
+    first = 0
+    while first < len(left):
+        count = os.preadv(fd, left[first : first + IOV_MAX], offset)
+        if count == 0:
+            return False
+        offset += count
+        while first < len(left) and count >= left[first].nbytes:
+            count -= left[first].nbytes
+            first += 1
+        if count:
+            left[first] = left[first].cast("B")[count:]
+    return True
+
+
+def _end(buffers: Sequence[memoryview], offset: int) -> int:
+    return offset + sum(buffer.nbytes for buffer in buffers)

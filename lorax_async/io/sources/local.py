@@ -1,0 +1,215 @@
+"""Adapters in local folders: `adapter_config.json` and `adapter_model.safetensors`, nothing else.
+
+A `pathlib.Path` is the embedding program's own word and is followed wherever it leads. A `str` may
+come from a request: its folder, by its real path, lies in one of the operator's roots, and its
+files in that folder (or, in the standard hub cache, among the blobs of that folder's repository).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, ParamSpec, TypeVar
+
+import aiofiles
+
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.config import Limits
+from lorax_async.core.header import HeaderLimits, header_size
+from lorax_async.errors import FetchError
+from lorax_async.io.ports import AdapterFile, Cancel, Reader
+from lorax_async.io.sources.checked_open import (
+    FileReader,
+    changed,
+    identity_of,
+    open_same,
+    require_same,
+    translated,
+)
+from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS, find_adapter
+from lorax_async.io.sources.local_ids import parse_place
+
+PREFIX_BYTES = 128 << 10
+"""Read at once from the beginning of the weights: the header of nearly every adapter."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class _Weights(NamedTuple):
+    prefix: bytes
+    reader: FileReader
+
+
+class LocalSource:
+    """A `Source` of local folders.
+
+    Parameters
+    ----------
+    roots
+        Folders in which a `str` id may lie; looked up anew every time, and links are followed.
+    limits
+        What of a stranger's adapter is accepted.
+    threads
+        Where the file system is touched; two threads let config and weights open side by side.
+    """
+
+    def __init__(self, *, roots: Sequence[Path], limits: Limits, threads: Executor) -> None:
+        self._roots = tuple(os.fspath(root.absolute()) for root in roots)
+        self._limits = limits
+        self._threads = threads
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        place = parse_place(ref, self._roots)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._threads, find_adapter, place, self._roots, self._limits
+        )
+
+    async def open(self, key: AdapterKey) -> AdapterFile:
+        opening = self._threads.submit(_open_weights, key, self._limits)
+        try:
+            config = await self._read_config(key)
+            weights = await asyncio.wrap_future(opening)
+        except BaseException as error:
+            opening.add_done_callback(_drop)
+            if isinstance(error, Exception):
+                # The first error is the one to tell; it waits until the thread is through.
+                with suppress(Exception):
+                    await asyncio.wrap_future(opening)
+            raise
+        return AdapterFile(config, weights.prefix, weights.reader)
+
+    async def reopen(self, key: AdapterKey) -> Reader:
+        opening = self._threads.submit(_reopen_weights, key)
+        try:
+            return (await asyncio.wrap_future(opening)).reader
+        except BaseException:
+            opening.add_done_callback(_drop)
+            raise
+
+    async def bring(
+        self,
+        file: AdapterFile,  # noqa: ARG002 (the port's)
+        groups: Sequence[Sequence[tuple[int, int]]],
+        arrived: Callable[[int], None],
+        cancel: Cancel,
+    ) -> None:
+        """All is here: a copy reads the file itself, through its reader."""
+        for group in range(len(groups)):
+            if cancel.is_set():
+                raise FetchError("nobody waits for the adapter any more")
+            arrived(group)
+
+    async def populate(self, key: AdapterKey) -> None:
+        """Start the kernel's read-ahead over the whole file."""
+        await asyncio.get_running_loop().run_in_executor(self._threads, _read_ahead, key)
+
+    async def _read_config(self, key: AdapterKey) -> bytes:
+        path, identity = os.path.join(key.location, CONFIG), key.files[0]
+        hops = _Hops(self._threads)
+        try:
+            file = await aiofiles.open(
+                path, "rb", opener=lambda path, _: open_same(path, identity), executor=hops
+            )
+            content = await file.read(identity.size + 1)
+            status = await asyncio.wrap_future(hops.submit(_close_after_status, file.raw))
+        except BaseException as error:
+            hops.abandon()
+            if isinstance(error, OSError):
+                raise translated(error, CONFIG) from error
+            raise
+        if len(content) != identity.size or identity_of(status) != identity:
+            raise changed(CONFIG)
+        return content
+
+
+class _Hops(Executor):
+    """Where aiofiles works on one file, so that the file is closed even after a cancellation.
+
+    aiofiles loses a file whose opening is cancelled, and one that a thread still reads must wait.
+    """
+
+    def __init__(self, threads: Executor) -> None:
+        self._threads = threads
+        self._opening: Future[Any] | None = None
+        self._latest: Future[Any] | None = None
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        hop = self._threads.submit(fn, *args, **kwargs)
+        self._opening, self._latest = self._opening or hop, hop
+        return hop
+
+    def abandon(self) -> None:
+        """Close the file as soon as the latest hop is through."""
+        opening, latest = self._opening, self._latest
+        if opening is not None and latest is not None:
+            latest.add_done_callback(lambda _: _close(opening))
+
+
+def _close_after_status(file: FileIO) -> os.stat_result:
+    with file:
+        return os.fstat(file.fileno())
+
+
+def _close(opening: Future[BinaryIO]) -> None:
+    file = _outcome(opening)
+    if file is not None:
+        file.close()
+
+
+def _outcome(future: Future[_T]) -> _T | None:
+    """What a future gave, if it was not cancelled and did not fail."""
+    given = future.done() and not future.cancelled() and future.exception() is None
+    return future.result() if given else None
+
+
+def _drop(opening: Future[_Weights]) -> None:
+    weights = _outcome(opening)
+    if weights is not None:
+        weights.reader.close()
+
+
+def _open_weights(key: AdapterKey, limits: Limits) -> _Weights:
+    reader = _reader(key)
+    try:
+        return _Weights(_prefix(reader, limits), reader)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _reopen_weights(key: AdapterKey) -> _Weights:
+    require_same(os.path.join(key.location, CONFIG), key.files[0])
+    return _Weights(b"", _reader(key))
+
+
+def _reader(key: AdapterKey) -> FileReader:
+    identity = key.files[1]
+    return FileReader(open_same(os.path.join(key.location, WEIGHTS), identity), identity, WEIGHTS)
+
+
+def _prefix(reader: FileReader, limits: Limits) -> bytes:
+    """The beginning of the file, with its whole header."""
+    accepted = HeaderLimits(max_header_bytes=limits.max_header_bytes)
+    prefix = bytearray(min(PREFIX_BYTES, reader.nbytes))
+    reader.read_into([memoryview(prefix)], 0)
+    more = header_size(memoryview(prefix), reader.nbytes, accepted) - len(prefix)
+    if more > 0:
+        rest = bytearray(more)
+        reader.read_into([memoryview(rest)], len(prefix))
+        prefix += rest
+    return bytes(prefix)
+
+
+def _read_ahead(key: AdapterKey) -> None:
+    reader = _reader(key)
+    try:
+        reader.read_ahead()
+    finally:
+        reader.close()

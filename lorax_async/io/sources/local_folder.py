@@ -1,0 +1,169 @@
+"""Finding an adapter's folder and judging what is in it, on descriptors. Blocks; reads no byte."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lorax_async.adapter import AdapterKey, FileIdentity
+from lorax_async.config import Limits
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    FetchError,
+    UnsupportedAdapterError,
+)
+from lorax_async.io.sources.checked_open import (
+    Located,
+    code_of,
+    located,
+    require_file,
+    translated,
+)
+from lorax_async.io.sources.local_ids import Place
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+_INDEX = "adapter_model.safetensors.index.json"
+
+# One text whether the place exists or not; and no path, for it may be another tenant's.
+_OUTSIDE = (
+    "a str id may name a folder inside LoaderConfig.local_roots only; add a root, or pass a"
+    " pathlib.Path if the id is the program's own word"
+)
+_LEAVES = (
+    "{} is a link that leads out of the adapter's folder, or nowhere; put the file itself there"
+    " (links are followed for a pathlib.Path only)"
+)
+_SNAPSHOT = re.compile(r"(.*/models--[^/]+)/snapshots/[0-9a-f]{40}(?:/.*)?", re.DOTALL)
+_BLOB = re.compile(r"/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
+
+
+def find_adapter(place: Place, roots: Sequence[str], limits: Limits) -> AdapterKey:
+    """The key of the first place where there is a folder; its errors are the caller's."""
+    problem: AdapterError | None = None
+    inside = None if place.trusted else tuple(_real_paths(roots))
+    for path in place.paths:
+        try:
+            with located(path) as found:
+                if _allowed(found.real_path, inside):
+                    return _Folder(found, found.real_path, place.trusted).key(limits)
+        except OSError as error:
+            if problem is None and _allowed(os.path.realpath(path), inside):
+                problem = _folder_problem(error)
+    raise problem or AccessDeniedError(_OUTSIDE)
+
+
+def _real_paths(roots: Sequence[str]) -> Iterator[str]:
+    for root in roots:
+        try:
+            with located(root) as found:
+                yield found.real_path
+        except OSError:
+            continue  # nothing lies in a root that is not there
+
+
+def _allowed(real_path: str, roots: tuple[str, ...] | None) -> bool:
+    return roots is None or any(real_path == root or _lies_in(real_path, root) for root in roots)
+
+
+def _lies_in(real_path: str, folder: str) -> bool:
+    return real_path.startswith(folder.rstrip("/") + "/")
+
+
+def _folder_problem(error: OSError) -> AdapterError:
+    if isinstance(error, PermissionError):
+        return AccessDeniedError(
+            f"the adapter's folder may not be entered by this process ({code_of(error)}); give it"
+            " permission"
+        )
+    if error.errno in _ABSENT:
+        return AdapterNotFoundError(f"there is no such folder ({code_of(error)})")
+    return FetchError(f"the adapter's folder cannot be opened ({code_of(error)})")
+
+
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+class _Folder(NamedTuple):
+    found: Located
+    real_path: str
+    trusted: bool
+
+    def key(self, limits: Limits) -> AdapterKey:
+        """Judge the folder and its two files."""
+        if not stat.S_ISDIR(self.found.status.st_mode):
+            raise AdapterFormatError(
+                f"the id names {self.found.kind}; give the folder that holds {CONFIG} and {WEIGHTS}"
+                " (unpack an archive first)"
+            )
+        config = self._identity(CONFIG, limits.max_config_bytes)
+        weights = self._identity(WEIGHTS, limits.max_adapter_bytes)
+        if config is None or weights is None:
+            raise self._incomplete(config, weights)
+        return AdapterKey(self.real_path, (config, weights))
+
+    def _identity(self, name: str, max_bytes: int) -> FileIdentity | None:
+        """Which file this is, if there is one and it may be read."""
+        try:
+            with located(name, within=self.found.fd) as file:
+                return self._judge(name, file, max_bytes)
+        except OSError as error:
+            if not self.trusted and self._is_link(name):
+                raise AccessDeniedError(_LEAVES.format(name)) from None
+            if isinstance(error, FileNotFoundError):
+                return None
+            raise translated(error, name) from error
+
+    def _judge(self, name: str, file: Located, max_bytes: int) -> FileIdentity:
+        if not (self.trusted or self._owns(file.real_path)):
+            raise AccessDeniedError(_LEAVES.format(name))
+        require_file(name, file, max_bytes)
+        try:
+            os.close(file.open())
+        except OSError as error:
+            raise translated(error, name) from error
+        return file.identity
+
+    def _owns(self, real_path: str) -> bool:
+        """Is it in this folder, or a blob of the repository whose snapshot this folder is?"""
+        if _lies_in(real_path, self.real_path):
+            return True
+        snapshot = _SNAPSHOT.fullmatch(self.real_path)
+        if snapshot is None or not real_path.startswith(snapshot[1]):
+            return False
+        return _BLOB.fullmatch(real_path, len(snapshot[1])) is not None
+
+    def _is_link(self, name: str) -> bool:
+        status = self._status(name)
+        return status is not None and stat.S_ISLNK(status.st_mode)
+
+    def _status(self, name: str) -> os.stat_result | None:
+        try:
+            return os.stat(name, dir_fd=self.found.fd, follow_symlinks=False)
+        except OSError:
+            return None
+
+    def _incomplete(
+        self, config: FileIdentity | None, weights: FileIdentity | None
+    ) -> AdapterError:
+        """What to say of a folder without the one file or the other."""
+        if weights is None and self._status(_PICKLE) is not None:
+            return AdapterFormatError(
+                f"the weights are {_PICKLE}, a pickle, which can run any code and is never loaded;"
+                " re-save the adapter with safetensors (save_pretrained does by default)"
+            )
+        if weights is None and self._status(_INDEX) is not None:
+            return UnsupportedAdapterError(
+                f"the weights are split ({_INDEX}), which is not supported yet; save them as one"
+                f" {WEIGHTS}"
+            )
+        names = [name for name, file in ((CONFIG, config), (WEIGHTS, weights)) if file is None]
+        return AdapterNotFoundError(f"the folder has no {' and no '.join(names)}")

@@ -1,0 +1,80 @@
+"""What a loader remembers and tells: the events of each adapter, and totals by stage."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.errors import Stage
+from lorax_async.events import BytesMoved, Event, LayerReady
+
+STORY_LENGTH = 16
+"""Events remembered of one adapter; those of single layers are told, not remembered."""
+
+_logger = logging.getLogger("lorax_async")
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Totals since the loader was opened.
+
+    `seconds` are summed over adapters that were in a stage at the same time, so that they can
+    exceed the time that passed. `bytes_moved` are bytes on the device.
+    """
+
+    fetches: int = 0
+    loads: int = 0
+    failures: int = 0
+    departures: int = 0
+    bytes_moved: int = 0
+    seconds: Mapping[Stage, float] = field(default_factory=dict)
+
+
+class Journal:
+    """Collects events and totals; calls subscribers on the loop."""
+
+    def __init__(self) -> None:
+        self._stories: dict[AdapterKey, deque[Event]] = {}
+        self._subscribers: dict[object, Callable[[Event], None]] = {}
+        self._counts = dict.fromkeys(
+            ("fetches", "loads", "failures", "departures", "bytes_moved"), 0
+        )
+        self._seconds: dict[Stage, float] = {}
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        token = object()
+        self._subscribers[token] = callback
+        return lambda: self._subscribers.pop(token, None) and None
+
+    @property
+    def has_subscribers(self) -> bool:
+        return bool(self._subscribers)
+
+    def tell(self, event: Event) -> None:
+        """Remember an event and call the subscribers; their exceptions are theirs."""
+        if not isinstance(event, BytesMoved | LayerReady):
+            self._stories.setdefault(event.key, deque(maxlen=STORY_LENGTH)).append(event)
+        for callback in tuple(self._subscribers.values()):
+            try:
+                callback(event)
+            except Exception:
+                _logger.exception("a subscriber failed on %s", type(event).__name__)
+
+    def story(self, key: AdapterKey) -> tuple[Event, ...]:
+        return tuple(self._stories.get(key, ()))
+
+    def forget(self, key: AdapterKey) -> None:
+        self._stories.pop(key, None)
+
+    def count(self, what: str, amount: int = 1) -> None:
+        self._counts[what] += amount
+
+    def spent(self, stage: Stage, seconds: float) -> None:
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    def statistics(self) -> Statistics:
+        return Statistics(**self._counts, seconds=MappingProxyType(dict(self._seconds)))

@@ -1,0 +1,391 @@
+"""`AdapterLoader`: what an embedding server calls."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import warnings
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.config import LoaderConfig
+from lorax_async.core.layout import ModelLayout
+from lorax_async.core.life import Tier
+from lorax_async.core.lifecycle import Lifecycle
+from lorax_async.core.residency import Residency
+from lorax_async.core.transitions import SlotState
+from lorax_async.driver import Driver
+from lorax_async.errors import (
+    AdapterTimeoutError,
+    ConfigError,
+    LoaderClosedError,
+    LoraxError,
+    UsageError,
+)
+from lorax_async.events import Event, SlotId
+from lorax_async.handle import AdapterHandle
+from lorax_async.io.devices.cpu import CpuDevice
+from lorax_async.io.ports import Device, Source
+from lorax_async.io.sources.local import LocalSource
+from lorax_async.io.staging import StagingRing
+from lorax_async.io.transfer import Transfer
+from lorax_async.journal import Statistics
+from lorax_async.planning import Planner
+from lorax_async.resolver import Resolver
+from lorax_async.tenancy import Lease
+
+MOVE_BYTES = 1 << 20
+"""Of one cast through staging: small enough to stay in a core's cache between read and write."""
+
+METADATA_THREADS = 2
+COPIES_PER_THREAD = 8
+"""In flight per I/O thread: enough that a busy loop does not let the threads run dry."""
+
+AdapterId = str | Path | AdapterRef | AdapterKey
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterResidency:
+    """Where one adapter is: its slot's state in the words of docs/architecture.md."""
+
+    state: str
+    slot: SlotId
+    nbytes: int
+    leases: int
+
+
+class AdapterLoader:
+    """Loads LoRA adapters for one base model onto one device, beside whatever the loop does.
+
+    Parameters
+    ----------
+    layout
+        The base model's modules; see `lorax_async.layouts`.
+    config
+        The settings; `loader.config` shows them resolved.
+    source, device
+        Stand-ins for tests (`lorax_async.io.fakes`); None takes what the config names.
+
+    Raises
+    ------
+    ConfigError
+        On another platform than Linux, or for settings that do not fit each other.
+
+    Use it as an async context manager. It belongs to the event loop and the process that entered
+    it; other threads reach it by `asyncio.run_coroutine_threadsafe`.
+    """
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        config: LoaderConfig | None = None,
+        *,
+        source: Source | None = None,
+        device: Device | None = None,
+    ) -> None:
+        if sys.platform != "linux":
+            raise ConfigError("lorax_async runs on Linux only")
+        config = config or LoaderConfig()
+        self.layout = layout
+        self.config = config if config.dtype else replace(config, dtype=_torch_name(layout.dtype))
+        self._source = source
+        self._device = device
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._closing: asyncio.Task[None] | None = None
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._loop is not None:
+            raise UsageError("the loader was entered before; make a new one")
+        self._loop = asyncio.get_running_loop()
+        config = self.config
+        self._io = ThreadPoolExecutor(config.io_threads, "lorax-io")
+        self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
+        try:
+            await self._open(config)
+        except BaseException:
+            self._closing = self._loop.create_task(self._stop_threads())
+            await asyncio.shield(self._closing)
+            raise
+        return self
+
+    async def _open(self, config: LoaderConfig) -> None:
+        assert self._loop is not None
+        assert config.storage_dtype is not None
+        device = self._device or CpuDevice(
+            self.layout,
+            dtype=config.storage_dtype,
+            nbytes=config.device_bytes,
+            slots=config.max_slots,
+        )
+        await self._loop.run_in_executor(self._io, device.open)
+        source = self._source or LocalSource(
+            roots=[Path(root) for root in config.local_roots],
+            limits=config.limits,
+            threads=self._metadata,
+        )
+        staging = StagingRing(config.staging_bytes, min(MOVE_BYTES, config.staging_bytes))
+        names = [module.name for module in self.layout.modules]
+        residency = Residency(
+            device_bytes=config.device_bytes,
+            alignment=device.alignment,
+            max_slots=config.max_slots,
+            copies=COPIES_PER_THREAD * config.io_threads,
+        )
+        self._driver = Driver(
+            Lifecycle(residency, starvation_age=config.starvation_age),
+            source=source,
+            device=device,
+            transfer=Transfer(device, staging, names, check_finite=config.check_finite),
+            planner=Planner(self.layout, config, device, move_bytes=staging.move_bytes),
+            num_layers=self.layout.num_layers,
+            io_threads=self._io,
+            metadata_threads=self._metadata,
+        )
+        self._resolver = Resolver(source, self._driver.journal)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Fail whoever waits, wait `timeout` seconds for leases, revoke the rest, end all threads.
+
+        Idempotent; cancelling the caller does not stop it.
+        """
+        self._check_loop()
+        assert self._loop is not None
+        if self._closing is None:
+            seconds = self.config.timeout if timeout is None else timeout
+            self._closing = self._loop.create_task(self._close(seconds), name="lorax close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self, timeout: float) -> None:
+        await self._driver.close(LoaderClosedError("the loader was closed"), timeout)
+        await self._resolver.stop()
+        await self._stop_threads()
+        self._driver.device.close()
+
+    async def _stop_threads(self) -> None:
+        """Wait for the pools in a thread of our own: a pool cannot be awaited."""
+        loop = asyncio.get_running_loop()
+        stopped = loop.create_future()
+
+        def stop() -> None:
+            self._io.shutdown()
+            self._metadata.shutdown()
+            loop.call_soon_threadsafe(stopped.set_result, None)
+
+        threading.Thread(target=stop, name="lorax-stop", daemon=True).start()
+        await stopped
+
+    def __del__(self) -> None:
+        if getattr(self, "_loop", None) is not None and self._closing is None:
+            warnings.warn(
+                "an AdapterLoader was never closed; use `async with`", ResourceWarning, stacklevel=2
+            )
+
+    # -- loading ----------------------------------------------------------------------------------
+
+    async def load(
+        self,
+        adapter_id: AdapterId,
+        *,
+        source: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> AdapterHandle:
+        """Wait until every layer is on the device; the handle is a lease.
+
+        Parameters
+        ----------
+        adapter_id
+            A `pathlib.Path`, a string (a path below `local_roots`), an `AdapterRef`, or the key of
+            an adapter met before. Equal requests share one load.
+        source, revision, token
+            As in `AdapterRef`, for a string.
+        timeout
+            Seconds; None takes the config's.
+        priority
+            Of two that wait for room, the higher one is served first.
+
+        Raises
+        ------
+        AdapterError, CapacityError, UsageError
+            See docs/errors.md. Nothing is left behind.
+        """
+        ref = _as_ref(adapter_id, source, revision, token)
+        return await self._acquire(ref, Tier.DEVICE, timeout, priority)
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        adapter_id: AdapterId,
+        *,
+        source: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> AsyncIterator[AdapterHandle]:
+        """As `load`, entered once the adapter has its slot: its layers follow, in order.
+
+        `await handle.layer_ready(k)` before layer k is used.
+        """
+        ref = _as_ref(adapter_id, source, revision, token)
+        handle = await self._acquire(ref, Tier.STREAM, timeout, priority)
+        try:
+            yield handle
+        finally:
+            handle.release()
+
+    def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
+        """A lease if the adapter is resident now, else None. Touches no file and never waits."""
+        self._check_open()
+        ref = _as_ref(adapter_id)
+        key = ref if isinstance(ref, AdapterKey) else self._resolver.known(ref)
+        lease = self._driver.try_lease(key, _holder()) if key is not None else None
+        return self._handle(_text(ref), lease) if lease is not None else None
+
+    async def _acquire(
+        self, ref: AdapterRef | AdapterKey, tier: Tier, timeout: float | None, priority: int
+    ) -> AdapterHandle:
+        self._check_open()
+        seconds = self.config.timeout if timeout is None else timeout
+        key = ref if isinstance(ref, AdapterKey) else None
+        deadline = asyncio.timeout(seconds)
+        try:
+            async with deadline:
+                if isinstance(ref, AdapterRef):
+                    key = await self._resolver.resolve(ref)
+                    self._check_open()
+                assert key is not None
+                lease = await self._driver.wish(key, tier, priority=priority, holder=_holder())
+        except TimeoutError as error:
+            if not deadline.expired() or isinstance(error, LoraxError):
+                raise
+            raise self._timed_out(ref, key, seconds) from None
+        except LoraxError as error:
+            raise error.located(id=_text(ref)) from error.__cause__
+        assert lease is not None
+        return self._handle(_text(ref), lease)
+
+    def _timed_out(
+        self, ref: AdapterRef | AdapterKey, key: AdapterKey | None, seconds: float
+    ) -> AdapterTimeoutError:
+        return AdapterTimeoutError(
+            f"it was not ready within {seconds:g} s",
+            id=_text(ref),
+            key=key,
+            stage="resolve" if key is None else self._driver.lifecycle.stage(key),
+            story=() if key is None else self._driver.story(key),
+        )
+
+    def _handle(self, id: str, lease: Lease) -> AdapterHandle:
+        return AdapterHandle(id, lease, self._driver.device, self.layout, self.config.timeout)
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> Device:
+        """The device, with the tables that kernels read."""
+        self._check_open()
+        return self._driver.device
+
+    def residency(self) -> Mapping[AdapterKey, AdapterResidency]:
+        """The adapters that hold a slot."""
+        self._check_open()
+        return {
+            key: AdapterResidency(
+                "leaving" if life.leaving else life.slot.value,
+                life.grant.slot,
+                sum(extent.nbytes for extent in life.grant.extents),
+                life.leases,
+            )
+            for key, life in self._driver.lifecycle.lives.items()
+            if life.slot is not SlotState.NONE and life.grant is not None
+        }
+
+    def statistics(self) -> Statistics:
+        """Totals since the loader was opened."""
+        self._check_open()
+        return self._driver.journal.statistics()
+
+    def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
+        """The last events of one adapter, oldest first."""
+        self._check_open()
+        ref = _as_ref(adapter_id)
+        key = ref if isinstance(ref, AdapterKey) else self._resolver.known(ref)
+        return () if key is None else self._driver.story(key)
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `callback` with every event, on the loop; returns what ends that."""
+        self._check_open()
+        return self._driver.journal.subscribe(callback)
+
+    # -- checks -----------------------------------------------------------------------------------
+
+    def _check_loop(self) -> None:
+        if self._loop is None:
+            raise UsageError("enter the loader first: `async with AdapterLoader(…) as loader`")
+        if os.getpid() != self._pid:
+            raise UsageError("the loader belongs to the process that made it; make one per process")
+        if asyncio._get_running_loop() is not self._loop:  # noqa: SLF001
+            raise UsageError(
+                "the loader belongs to the event loop that entered it; "
+                "from a thread use asyncio.run_coroutine_threadsafe"
+            )
+
+    def _check_open(self) -> None:
+        self._check_loop()
+        if self._closing is not None:
+            raise LoaderClosedError("the loader is closed")
+
+
+def _as_ref(
+    adapter_id: AdapterId,
+    source: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> AdapterRef | AdapterKey:
+    if isinstance(adapter_id, AdapterRef | AdapterKey):
+        if source is not None or revision is not None or token is not None:
+            raise UsageError("an AdapterRef or a key says source, revision and token itself")
+        return adapter_id
+    if not isinstance(adapter_id, str | Path):
+        raise UsageError(
+            f"an adapter id is a str or a pathlib.Path, not {type(adapter_id).__name__}"
+        )
+    return AdapterRef(adapter_id, source, revision, token)
+
+
+def _text(ref: AdapterRef | AdapterKey) -> str:
+    return ref.text if isinstance(ref, AdapterRef) else str(ref)
+
+
+def _holder() -> str:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return ""
+    return task.get_name() if task is not None else ""
+
+
+def _torch_name(dtype: str) -> str:
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]

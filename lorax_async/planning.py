@@ -1,0 +1,54 @@
+"""From an opened adapter to its transfer plan: everything that is checked before a byte moves."""
+
+from __future__ import annotations
+
+from lorax_async.config import LoaderConfig
+from lorax_async.core.header import HeaderLimits, parse_header
+from lorax_async.core.layout import ModelLayout
+from lorax_async.core.peft_config import parse_config
+from lorax_async.core.transfer_plan import TransferPlan, plan_transfer
+from lorax_async.io.ports import AdapterFile, Device
+
+LARGE_PREFIX = 256 * 1024
+"""A header of more bytes is parsed in a thread: it would hold the loop for too long."""
+
+
+class Planner:
+    """Plans adapters for one layout, dtype and device."""
+
+    def __init__(
+        self, layout: ModelLayout, config: LoaderConfig, device: Device, *, move_bytes: int
+    ) -> None:
+        self._layout = layout
+        self._limits = config.limits
+        self._dtype = config.storage_dtype
+        self._alignment = device.alignment
+        self._rank_multiple = device.rank_multiple
+        self._move_bytes = move_bytes
+        self._header_limits = HeaderLimits(
+            max_header_bytes=config.limits.max_header_bytes,
+            max_tensors=config.limits.max_tensors,
+            max_name_bytes=config.limits.max_name_bytes,
+            max_dimensions=config.limits.max_dimensions,
+            max_depth=config.limits.max_json_depth,
+        )
+
+    def plan(self, file: AdapterFile) -> TransferPlan:
+        """Check config, header and layout against each other. Pure; may take milliseconds.
+
+        Raises
+        ------
+        AdapterFormatError, UnsupportedAdapterError, IncompatibleAdapterError
+        """
+        spec = parse_config(file.config, self._limits)
+        header = parse_header(file.prefix, file.reader.nbytes, self._header_limits)
+        return plan_transfer(
+            header,
+            spec,
+            self._layout,
+            dtype=self._dtype,
+            alignment=self._alignment,
+            rank_multiple=self._rank_multiple,
+            limits=self._limits,
+            staging_move_bytes=self._move_bytes,
+        )

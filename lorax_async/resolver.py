@@ -1,0 +1,70 @@
+"""From what a caller asks for to which bytes that is: one question at a time per request."""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.errors import InternalError, LoraxError
+from lorax_async.io.ports import Source
+from lorax_async.journal import Journal
+
+MAX_REMEMBERED = 65_536
+"""Answers kept for `known`; the one that was asked for longest ago goes first."""
+
+
+class Resolver:
+    """Joins equal requests that are under way, and remembers the last answer to each."""
+
+    def __init__(self, source: Source, journal: Journal) -> None:
+        self._source = source
+        self._journal = journal
+        self._asking: dict[AdapterRef, asyncio.Task[AdapterKey]] = {}
+        self._answers: dict[AdapterRef, AdapterKey] = {}
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        """Ask the source, or join whoever asks already. Cancelling leaves the others their answer.
+
+        Raises what the source raises, each caller a copy of its own.
+        """
+        task = self._asking.get(ref)
+        if task is None:
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self._ask(ref), name=f"lorax resolve {ref.text}")
+            self._asking[ref] = task
+            task.add_done_callback(lambda done: self._answered(ref, done))
+        try:
+            return await asyncio.shield(task)
+        except LoraxError as error:
+            raise error.located(id=ref.text, stage="resolve") from error.__cause__
+
+    def known(self, ref: AdapterRef) -> AdapterKey | None:
+        """The last answer; touches no file."""
+        return self._answers.get(ref)
+
+    async def stop(self) -> None:
+        tasks = tuple(self._asking.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask(self, ref: AdapterRef) -> AdapterKey:
+        started = perf_counter()
+        try:
+            return await self._source.resolve(ref)
+        except LoraxError:
+            raise
+        except Exception as error:
+            raise InternalError(f"{type(error).__name__}: {error}") from error
+        finally:
+            self._journal.spent("resolve", perf_counter() - started)
+
+    def _answered(self, ref: AdapterRef, task: asyncio.Task[AdapterKey]) -> None:
+        del self._asking[ref]
+        self._answers.pop(ref, None)
+        if task.cancelled() or task.exception() is not None:
+            return
+        self._answers[ref] = task.result()
+        if len(self._answers) > MAX_REMEMBERED:
+            del self._answers[next(iter(self._answers))]

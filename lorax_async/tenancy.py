@@ -1,0 +1,159 @@
+"""One adapter's stay in a slot: how far it has come, and the leases on it.
+
+Leases are ended, and kernels begun and ended, from any thread; everything else is the loop's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from bisect import bisect_left
+from collections.abc import Callable
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.life import Grant
+from lorax_async.core.transfer_plan import TransferPlan
+from lorax_async.errors import HandleClosedError, LoraxError, TransferError, UsageError
+
+
+class Tenancy:
+    """What is known of one grant: plan, watermark, error. Shared by all its leases."""
+
+    def __init__(self, key: AdapterKey, grant: Grant, plan: TransferPlan, num_layers: int) -> None:
+        self.key = key
+        self.grant = grant
+        self.plan = plan
+        self.layers = tuple(group.layer for group in plan.groups)
+        self.error: LoraxError | None = None
+        self._num_layers = num_layers
+        self._watermark = 0
+        self._changed = threading.Condition()
+        self._sleepers: list[tuple[int, asyncio.Future[None]]] = []
+
+    @property
+    def complete(self) -> bool:
+        return self._watermark == len(self.layers)
+
+    def is_ready(self, layer: int) -> bool:
+        """Whether the bytes of `layer`, and of those before it, are on the device."""
+        return self._watermark >= self._needed(layer)
+
+    async def ready(self, layer: int) -> None:
+        """Wait on the loop; raises the error that broke the slot."""
+        needed = self._needed(layer)
+        while self._watermark < needed:
+            self._raise_if_broken()
+            sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._sleepers.append((needed, sleeper))
+            await sleeper
+        self._raise_if_broken()
+
+    def wait(self, layer: int, timeout: float) -> None:
+        """Wait in a thread; raises TimeoutError, or the error that broke the slot."""
+        needed = self._needed(layer)
+        with self._changed:
+            arrived = self._changed.wait_for(
+                lambda: self._watermark >= needed or self.error is not None, timeout
+            )
+        self._raise_if_broken()
+        if not arrived:
+            raise TimeoutError
+
+    def advance(self, watermark: int) -> None:
+        """The groups below `watermark` are on the device."""
+        with self._changed:
+            self._watermark = watermark
+            self._changed.notify_all()
+        self._wake(watermark)
+
+    def fail(self, error: LoraxError) -> None:
+        """The slot must not be used any more."""
+        with self._changed:
+            self.error = error
+            self._changed.notify_all()
+        self._wake(len(self.layers))
+
+    def _wake(self, watermark: int) -> None:
+        due = [sleeper for needed, sleeper in self._sleepers if needed <= watermark]
+        self._sleepers = [entry for entry in self._sleepers if entry[0] > watermark]
+        for sleeper in due:
+            if not sleeper.done():
+                sleeper.set_result(None)
+
+    def _raise_if_broken(self) -> None:
+        if self.error is not None:
+            raise self.error.located(key=self.key)
+
+    def _needed(self, layer: int) -> int:
+        """The watermark at which `layer` is ready; a layer without tensors is ready at once."""
+        if not -1 <= layer <= self._num_layers:
+            raise UsageError(f"layer {layer} is outside -1 … {self._num_layers}")
+        place = bisect_left(self.layers, layer)
+        present = place < len(self.layers) and self.layers[place] == layer
+        return place + 1 if present else 0
+
+
+class Lease:
+    """The right to use one tenancy, held by one handle.
+
+    `ended(lease, in_use)` and `quiet(lease)` are called once each, in whatever thread ends the
+    lease or, if that left a kernel running, its last kernel.
+    """
+
+    def __init__(
+        self,
+        tenancy: Tenancy,
+        holder: str,
+        ended: Callable[[Lease, bool], None],
+        quiet: Callable[[Lease], None],
+    ) -> None:
+        self.tenancy = tenancy
+        self.holder = holder
+        self._ended = ended
+        self._quiet = quiet
+        self._lock = threading.Lock()
+        self._uses = 0
+        self._why_closed: str | None = None
+
+    @property
+    def closed(self) -> bool:
+        return self._why_closed is not None
+
+    def check(self) -> None:
+        """Raise unless the slot may be used now."""
+        if self._why_closed is not None:
+            raise HandleClosedError(self._why_closed, key=self.tenancy.key)
+        error = self.tenancy.error
+        if error is not None:
+            raise error.located(key=self.tenancy.key)
+
+    def begin_use(self) -> None:
+        """A kernel is about to read the slot; raises if the lease does not allow it any more."""
+        with self._lock:
+            self.check()
+            self._uses += 1
+
+    def end_use(self) -> None:
+        with self._lock:
+            self._uses -= 1
+            quiet = self.closed and self._uses == 0
+        if quiet:
+            self._quiet(self)
+
+    def end(self, why: str = "the handle was released") -> None:
+        """Idempotent. A kernel that runs keeps the slot from being reused until it is done."""
+        with self._lock:
+            if self.closed:
+                return
+            self._why_closed = why
+            in_use = self._uses > 0
+        self._ended(self, in_use)
+
+
+def as_transfer_error(error: BaseException) -> LoraxError:
+    """A copy's failure in our words."""
+    if isinstance(error, LoraxError):
+        return error
+    failure = TransferError(f"the copy to the device failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

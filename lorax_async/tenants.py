@@ -1,0 +1,81 @@
+"""Who waits for adapters, and who holds them: waiters, tenancies and leases of one loader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.life import Grant
+from lorax_async.core.transfer_plan import TransferPlan
+from lorax_async.errors import LoraxError
+from lorax_async.tenancy import Lease, Tenancy
+
+
+class Tenants:
+    """The loop's side of waiting and holding.
+
+    `lease_ended(lease, in_use)` and `lease_quiet(lease)` are called in any thread.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        lease_ended: Callable[[Lease, bool], None],
+        lease_quiet: Callable[[Lease], None],
+    ) -> None:
+        self.leases: dict[AdapterKey, set[Lease]] = {}
+        self._num_layers = num_layers
+        self._lease_ended = lease_ended
+        self._lease_quiet = lease_quiet
+        self._waiters: dict[int, asyncio.Future[Lease | None]] = {}
+        self._tenancies: dict[AdapterKey, Tenancy] = {}
+        self._last_waiter = 0
+
+    def add_waiter(self) -> tuple[int, asyncio.Future[Lease | None]]:
+        """A future that `serve` or `fail` will set."""
+        self._last_waiter += 1
+        future: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
+        self._waiters[self._last_waiter] = future
+        return self._last_waiter, future
+
+    def drop_waiter(self, waiter: int) -> None:
+        self._waiters.pop(waiter, None)
+
+    def move_in(self, key: AdapterKey, grant: Grant, plan: TransferPlan) -> Tenancy:
+        tenancy = Tenancy(key, grant, plan, self._num_layers)
+        self._tenancies[key] = tenancy
+        return tenancy
+
+    def move_out(self, key: AdapterKey) -> None:
+        del self._tenancies[key]
+
+    def tenancy(self, key: AdapterKey) -> Tenancy:
+        return self._tenancies[key]
+
+    def new_lease(self, key: AdapterKey, holder: str) -> Lease:
+        lease = Lease(self._tenancies[key], holder, self._lease_ended, self._lease_quiet)
+        self.leases.setdefault(key, set()).add(lease)
+        return lease
+
+    def end_lease(self, lease: Lease) -> None:
+        held = self.leases[lease.tenancy.key]
+        held.remove(lease)
+        if not held:
+            del self.leases[lease.tenancy.key]
+
+    def serve(self, key: AdapterKey, waiter: int, grant: Grant | None) -> None:
+        """Fulfil a wish. A waiter that was cancelled meanwhile gives its lease back."""
+        future = self._waiters.pop(waiter)
+        lease = self.new_lease(key, "") if grant is not None else None
+        if not future.done():
+            future.set_result(lease)
+        elif lease is not None:
+            lease.end()
+
+    def fail(self, waiters: Iterable[int], error: LoraxError) -> None:
+        for waiter in waiters:
+            future = self._waiters.pop(waiter)
+            if not future.done():
+                future.set_exception(error.located())
+                future.exception()  # a waiter may be gone before it looks

@@ -1,0 +1,299 @@
+"""Layouts of real model classes, tiny and random, against their own `named_modules`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lorax_async import layouts
+from lorax_async.config import Limits
+from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.errors import (
+    AdapterFormatError,
+    AdapterNotFoundError,
+    ConfigError,
+    UnsupportedAdapterError,
+)
+
+# PEFT asks transformers for a property that is deprecated there.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+COLUMN, ROW = Parallel.COLUMN, Parallel.ROW
+
+
+def llama(**changes: Any) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(**LLAMA | changes)
+
+
+def gpt2() -> transformers.GPT2Config:
+    return transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=16)
+
+
+def by_hand_llama() -> list[Module]:
+    """From the published shapes of the architecture: out × in of each weight."""
+    layer = [
+        ("self_attn.q_proj", 32, 32, COLUMN),
+        ("self_attn.k_proj", 32, 16, COLUMN),
+        ("self_attn.v_proj", 32, 16, COLUMN),
+        ("self_attn.o_proj", 32, 32, ROW),
+        ("mlp.gate_proj", 32, 40, COLUMN),
+        ("mlp.up_proj", 32, 40, COLUMN),
+        ("mlp.down_proj", 40, 32, ROW),
+    ]
+    modules = [
+        Module(f"model.layers.{n}.{name}", inputs, outputs, n, kind)
+        for n in range(3)
+        for name, inputs, outputs, kind in layer
+    ]
+    return [*modules, Module("lm_head", 32, 48, 3, COLUMN)]
+
+
+def test_a_llama_in_memory() -> None:
+    layout = layouts.from_module(transformers.LlamaForCausalLM(llama()))
+    assert layout == ModelLayout(tuple(by_hand_llama()), 3, "F32", "model.")
+    assert layout.resolve("layers.2.mlp.up_proj") == layout.index("model.layers.2.mlp.up_proj")
+
+
+def test_a_bare_llama() -> None:
+    layout = layouts.from_module(transformers.LlamaModel(llama()))
+    assert layout.backbone_prefix == ""
+    assert layout.modules[0].name == "layers.0.self_attn.q_proj"
+    assert len(layout.modules) == 21
+
+
+def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
+    layout = layouts.from_module(transformers.GPT2LMHeadModel(gpt2()))
+    assert layout.backbone_prefix == "transformer."
+    first = [
+        Module("transformer.h.0.attn.c_attn", 32, 96, 0, COLUMN, transposed=True),
+        Module("transformer.h.0.attn.c_proj", 32, 32, 0, ROW, transposed=True),
+        Module("transformer.h.0.mlp.c_fc", 32, 128, 0, COLUMN, transposed=True),
+        Module("transformer.h.0.mlp.c_proj", 128, 32, 0, ROW, transposed=True),
+    ]
+    assert list(layout.modules[:4]) == first
+    assert layout.modules[-1] == Module("lm_head", 32, 48, 2, COLUMN)
+    assert len(layout.modules) == 2 * 4 + 1
+
+
+CONFIGS: list[Callable[[], Any]] = [
+    llama,
+    gpt2,
+    lambda: transformers.Qwen2Config(**{k: v for k, v in LLAMA.items() if k != "head_dim"}),
+    lambda: transformers.GPTNeoXConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+]
+
+
+@pytest.mark.parametrize("make", CONFIGS)
+def test_a_folder_with_nothing_but_a_config(make: Callable[[], Any], tmp_path: Path) -> None:
+    config = make()
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config).to(torch.bfloat16)
+    layout = layouts.from_pretrained(tmp_path)
+    assert layout == layouts.from_module(model)
+    assert layout.dtype == "BF16"
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for module in layout.modules:
+        stored = (module.in_features, module.out_features)
+        shape = tuple(weights[f"{module.name}.weight"].shape)
+        assert shape == (stored if module.transposed else stored[::-1])
+    assert Parallel.REPLICATED not in {module.parallel for module in layout.modules}
+    assert layouts.from_pretrained(str(tmp_path), torch.float16).dtype == "F16"
+    assert layouts.from_pretrained(tmp_path, dtype="float32").dtype == "F32"
+
+
+def test_what_is_no_causal_model_is_built_as_its_author_saved_it(tmp_path: Path) -> None:
+    config = transformers.T5Config(
+        vocab_size=48, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, dtype="bfloat16"
+    )
+    config.architectures = ["T5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    layout = layouts.from_pretrained(tmp_path)
+    assert layout.num_layers == 2
+    assert layout.modules[layout.index("decoder.block.1.layer.1.EncDecAttention.q")].layer == 1
+    assert layout.modules[layout.index("decoder.block.1.layer.2.DenseReluDense.wo")].parallel == ROW
+
+
+def test_folders_that_are_no_base(tmp_path: Path) -> None:
+    for folder in (tmp_path, "some-org/some-model"):
+        with pytest.raises(ConfigError, match="no config.json"):
+            layouts.from_pretrained(folder)
+    config = tmp_path / "config.json"
+    for text in (
+        "{",
+        "{}",
+        '{"model_type": "no such"}',
+        '{"model_type": "t5", "dtype": "bfloat16"}',
+    ):
+        config.write_text(text)
+        with pytest.raises(ConfigError, match="transformers cannot build"):
+            layouts.from_pretrained(tmp_path)
+
+
+def test_a_dtype_is_never_guessed(tmp_path: Path) -> None:
+    config = json.loads(llama().to_json_string())
+    config.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="names no dtype"):
+        layouts.from_pretrained(tmp_path)
+    assert layouts.from_pretrained(tmp_path, "bfloat16").dtype == "BF16"
+    for wrong in ("float64", "BF16", torch.int8):
+        with pytest.raises(ConfigError, match="is not one adapters can have"):
+            layouts.from_pretrained(tmp_path, wrong)
+
+
+class Projected(nn.Module):
+    """A module before the layers, one within that no table knows, one after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projector = nn.Linear(4, 8)
+        self.layers = nn.ModuleList([nn.ModuleDict({"router": nn.Linear(8, 2)})])
+        self.norm = nn.LayerNorm(8)
+        self.score = nn.Linear(8, 3, dtype=torch.float64)
+
+
+def test_modules_outside_the_layers() -> None:
+    layout = layouts.from_module(Projected())
+    assert [(m.name, m.layer, m.parallel.value) for m in layout.modules] == [
+        ("projector", -1, "replicated"),
+        ("layers.0.router", 0, "replicated"),
+        ("score", 1, "replicated"),
+    ]
+    assert layout.dtype == "F32"
+
+
+def test_models_that_no_adapter_is_for() -> None:
+    for model in (nn.Sequential(), nn.Linear(2, 2)):
+        with pytest.raises(ConfigError, match="no linear modules"):
+            layouts.from_module(model)
+    adapted = get_peft_model(
+        transformers.LlamaForCausalLM(llama()), LoraConfig(target_modules=["q_proj"])
+    )
+    with pytest.raises(ConfigError, match="attached already"):
+        layouts.from_module(adapted)
+
+
+def save_adapter(folder: Path, **config: Any) -> None:
+    model = transformers.LlamaForCausalLM(llama())
+    get_peft_model(model, LoraConfig(**config)).save_pretrained(str(folder))
+
+
+def test_an_adapter_by_peft(tmp_path: Path) -> None:
+    save_adapter(
+        tmp_path, r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}
+    )
+    layout = layouts.from_adapter(tmp_path)
+    wanted = {m for m in by_hand_llama() if m.name.endswith(("q_proj", "down_proj"))}
+    assert set(layout.modules) == wanted
+    assert (layout.num_layers, layout.dtype, layout.backbone_prefix) == (3, "F32", "")
+    assert layouts.from_adapter(str(tmp_path)) == layout
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
+    path = folder / "adapter_model.safetensors"
+    safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "word"),
+    [
+        ([torch.bfloat16], "BF16"),
+        ([torch.bfloat16, torch.float16], "F32"),
+        ([torch.bfloat16, torch.float32], "F32"),
+    ],
+)
+def test_the_dtype_of_an_adapter(dtypes: list[torch.dtype], word: str, tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj"])
+    rewrite(
+        tmp_path,
+        lambda tensors: {
+            name: tensor.to(dtypes[n % len(dtypes)])
+            for n, (name, tensor) in enumerate(tensors.items())
+        },
+    )
+    assert layouts.from_adapter(tmp_path).dtype == word
+
+
+def test_an_adapter_of_the_head_and_of_a_conv1d(tmp_path: Path) -> None:
+    def head(tensors: Tensors) -> Tensors:
+        return {
+            name.replace("model.layers.2.self_attn.q_proj", "lm_head"): t
+            for name, t in tensors.items()
+        }
+
+    save_adapter(tmp_path, target_modules=["q_proj"])
+    rewrite(tmp_path, head)
+    layout = layouts.from_adapter(tmp_path)
+    assert layout.modules[layout.index("lm_head")].layer == layout.num_layers == 2
+    get_peft_model(
+        transformers.GPT2LMHeadModel(gpt2()),
+        LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True),
+    ).save_pretrained(str(tmp_path))
+    assert all(module.transposed for module in layouts.from_adapter(tmp_path).modules)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda t: {}, AdapterFormatError, "no tensors"),
+        (lambda t: dict(sorted(t.items())[:5]), AdapterFormatError, "only one of A and B"),
+        (lambda t: {name: w[0] for name, w in t.items()}, AdapterFormatError, "two positive dim"),
+        (
+            lambda t: {name: w[:, :3] for name, w in t.items()},
+            AdapterFormatError,
+            "no pair of rank",
+        ),
+        (lambda t: {name: w.int() for name, w in t.items()}, UnsupportedAdapterError, "is I32"),
+        (lambda t: t | {"x.weight": torch.ones(2, 2)}, UnsupportedAdapterError, "x.weight"),
+    ],
+)
+def test_adapters_that_no_load_would_accept(
+    change: Callable[[Tensors], Tensors], error: type[Exception], text: str, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj"])
+    rewrite(tmp_path, lambda t: {name: w.contiguous() for name, w in change(t).items()})
+    with pytest.raises(error, match=text):
+        layouts.from_adapter(tmp_path)
+
+
+def test_limits_and_missing_files(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj"])
+    for limits in (Limits(max_config_bytes=100), Limits(max_adapter_bytes=100), Limits(max_rank=7)):
+        with pytest.raises(UnsupportedAdapterError, match="limit of"):
+            layouts.from_adapter(tmp_path, limits=limits)
+    with pytest.raises(AdapterFormatError, match="limit of 100"):
+        layouts.from_adapter(tmp_path, limits=Limits(max_header_bytes=100))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).unlink()
+        with pytest.raises(AdapterNotFoundError, match=name):
+            layouts.from_adapter(tmp_path)
