@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,11 @@ TARGETS = {
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
+SCALE = 2.0
+"""lora_alpha over the rank, of every adapter here."""
+
 PEFT_PREFIX = "base_model.model."
+_MARK = re.compile(rb"copy \d{8}")
 _PAGE = mmap.PAGESIZE
 _PAGE_CACHED = 1  # lowest bit of each byte that mincore(2) writes
 
@@ -49,12 +54,13 @@ def module_paths() -> Iterator[tuple[str, int, int]]:
 class AdapterFolder:
     """One adapter on disk, and what safetensors' own reader says is in it.
 
-    `tensors` holds views of `content`, the whole weights file in memory, in file order.
+    `header` and `data` are the two parts of the weights file; `tensors` are views of `data`
+    (uint8 `[bytes]`) in the file's order.
     """
 
     path: Path
-    content: torch.Tensor
-    data_start: int
+    header: bytes
+    data: torch.Tensor
     tensors: dict[str, torch.Tensor]
 
     @property
@@ -62,26 +68,44 @@ class AdapterFolder:
         return self.path / WEIGHTS
 
     @property
-    def data(self) -> torch.Tensor:
-        """The weights alone, uint8 `[bytes]`."""
-        return self.content[self.data_start :]
+    def data_start(self) -> int:
+        """Where the weights begin in the file."""
+        return len(self.header)
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights."""
         return self.data.numel()
 
-    def copied_to(self, path: Path) -> AdapterFolder:
-        """The same bytes as new files (new inodes), on disk and in the page cache."""
+    @property
+    def file_size(self) -> int:
+        return len(self.header) + self.nbytes
+
+    def copied_to(self, path: Path, mark: int | None = None) -> AdapterFolder:
+        """The same weights as new files (new inodes), on disk and in the page cache.
+
+        With a `mark` the header's bytes differ as well, so that a loader that remembers headers
+        has not seen this one.
+        """
         shutil.copytree(self.path, path)
+        header = self.header
+        if mark is not None:
+            header = _MARK.sub(_mark(mark), header, count=1)
+            with (path / WEIGHTS).open("r+b") as file:
+                file.write(header)
         for name in (WEIGHTS, CONFIG):
             settle(path / name)
             (path / name).read_bytes()
-        return AdapterFolder(path, self.content, self.data_start, self.tensors)
+        return AdapterFolder(path, header, self.data, self.tensors)
 
 
-def write_adapter(path: Path, *, rank: int, dtype: torch.dtype, seed: int) -> AdapterFolder:
-    """Write an adapter with random weights: `rank` 16 in bf16 is 84 MB in 448 tensors."""
+def write_adapter(
+    path: Path, *, rank: int, dtype: torch.dtype, seed: int, mark: int = 0
+) -> AdapterFolder:
+    """Write an adapter with random weights: `rank` 16 in bf16 is 84 MB in 448 tensors.
+
+    Two with the same `mark` have the same header.
+    """
     random = torch.Generator().manual_seed(seed)
     tensors = {}
     for module, in_features, out_features in module_paths():
@@ -90,11 +114,17 @@ def write_adapter(path: Path, *, rank: int, dtype: torch.dtype, seed: int) -> Ad
             values = torch.randn(shape, generator=random)
             tensors[f"{name}.lora_{part}.weight"] = values.to(dtype)
     path.mkdir(parents=True)
-    save_file(dict(sorted(tensors.items())), path / WEIGHTS, metadata={"format": "pt"})
+    metadata = {"format": "pt", "mark": _mark(mark).decode()}
+    save_file(dict(sorted(tensors.items())), path / WEIGHTS, metadata=metadata)
     (path / CONFIG).write_text(json.dumps(peft_config(rank), indent=2))
     for name in (WEIGHTS, CONFIG):
         settle(path / name)
     return read_folder(path)
+
+
+def _mark(number: int) -> bytes:
+    """Stands in the header's metadata, and is as long for every number."""
+    return b"copy %08d" % number
 
 
 def peft_config(rank: int) -> dict[str, object]:
@@ -103,7 +133,7 @@ def peft_config(rank: int) -> dict[str, object]:
         "peft_type": "LORA",
         "task_type": None,
         "r": rank,
-        "lora_alpha": 2 * rank,
+        "lora_alpha": SCALE * rank,
         "target_modules": sorted(name.rpartition(".")[2] for name in TARGETS),
         "bias": "none",
         "lora_dropout": 0.0,
@@ -115,18 +145,16 @@ def peft_config(rank: int) -> dict[str, object]:
 def read_folder(path: Path) -> AdapterFolder:
     """Read an adapter twice, as bytes and by safetensors' reader, and check one by the other."""
     raw = (path / WEIGHTS).read_bytes()
-    content = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     data_start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:data_start])
+    entries = json.loads(raw[8:data_start])
+    data = torch.frombuffer(bytearray(raw[data_start:]), dtype=torch.uint8)
     loaded = load_file(path / WEIGHTS)
-    order = sorted(loaded, key=lambda name: header[name]["data_offsets"][0])
     tensors = {}
-    for name in order:
-        start, stop = (data_start + offset for offset in header[name]["data_offsets"])
-        view = content[start:stop].view(loaded[name].dtype).view(loaded[name].shape)
-        assert torch.equal(view, loaded[name]), name
-        tensors[name] = view
-    return AdapterFolder(path, content, data_start, tensors)
+    for name in sorted(loaded, key=lambda name: entries[name]["data_offsets"][0]):
+        view = data[slice(*entries[name]["data_offsets"])].view(loaded[name].dtype)
+        tensors[name] = view.view(loaded[name].shape)
+        assert torch.equal(tensors[name], loaded[name]), name
+    return AdapterFolder(path, raw[:data_start], data, tensors)
 
 
 def settle(path: Path) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import peers
 import torch
-from adapter_files import CONFIG, PEFT_PREFIX, AdapterFolder, drop_from_cache, write_adapter
+from adapter_files import write_adapter
 from floors import Arena, Threads
 from harness import (
     Contender,
@@ -21,7 +20,6 @@ from harness import (
     Options,
     Row,
     Target,
-    WrongBytesError,
     draw,
     measure,
     options,
@@ -30,10 +28,10 @@ from harness import (
     run_on,
     write_json,
 )
+from load_stage import Ours, Stage, require_equal
 
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig
-from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 
 SEEN_BEFORE = Target(1.2)
@@ -45,109 +43,6 @@ PEFT_EVERY = 3
 """PEFT takes some hundred ms a load: it takes part in every third round."""
 
 _SLACK = 1 << 20
-
-
-@dataclass(slots=True)
-class Stage:
-    """What the contenders of one row share: the adapter to load, its destination, another adapter.
-
-    Before each timed run the destination is filled with `other`'s bytes, so that stale bytes
-    cannot pass for loaded ones, and every contender finds the caches in the same state.
-    """
-
-    current: AdapterFolder
-    other: AdapterFolder
-    arena: Arena
-    threads: Threads
-    dtype: torch.dtype
-    cold: bool = False
-    expected: dict[str, torch.Tensor] = field(default_factory=dict)
-    places: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.expected = {k: t.to(self.dtype) for k, t in self.current.tensors.items()}
-        self.places = self.arena.places(self.current, self.dtype)
-
-    async def fill_with_other(self) -> None:
-        self.threads.read(self.other, self.arena)
-        self.drop_if_cold()
-
-    def drop_if_cold(self) -> None:
-        if self.cold:
-            drop_from_cache(self.current.weights)
-            drop_from_cache(self.current.path / CONFIG)
-
-    def check_arena(self) -> None:
-        require_equal(self.places, self.expected)
-
-    def check_whole_file(self) -> None:
-        size = self.current.content.numel()
-        if not torch.equal(self.arena.tensor[:size], self.current.content):
-            raise WrongBytesError("the arena does not hold the file")
-
-    def contender(
-        self, name: str, load: Callable[[Path, peers.Places], None], every: int = 1
-    ) -> Contender:
-        """A peer, as a function of the file and of where its tensors go."""
-
-        async def run() -> None:
-            load(self.current.weights, self.places)
-
-        return Contender(name, "peer", run, self.check_arena, self.fill_with_other, every)
-
-    def floor(self, name: str, read: Callable[[], None], check: Callable[[], None]) -> Contender:
-        async def run() -> None:
-            read()
-
-        return Contender(name, "floor", run, check, self.fill_with_other)
-
-
-def require_equal(loaded: peers.Places, expected: peers.Places) -> None:
-    """Byte for byte, after the cast that the row asks for."""
-    if loaded.keys() != expected.keys():
-        raise WrongBytesError(f"{len(loaded)} tensors instead of {len(expected)}")
-    for name, tensor in expected.items():
-        same_kind = loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
-        if not same_kind or not torch.equal(_raw(loaded[name]), _raw(tensor)):
-            raise WrongBytesError(f"{name} is not what the file says")
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-class Ours:
-    """`await loader.load(Path(...))`, on a loader whose arena has room for one adapter."""
-
-    def __init__(self, loader: AdapterLoader, stage: Stage) -> None:
-        self._loader = loader
-        self._stage = stage
-        self._handle: AdapterHandle | None = None
-
-    async def load_other(self) -> None:
-        """Evicts what was resident: the next load moves every byte again."""
-        (await self._loader.load(self._stage.other.path)).release()
-        self._stage.drop_if_cold()
-
-    async def run(self) -> None:
-        self._handle = await self._loader.load(self._stage.current.path)
-
-    def check(self) -> None:
-        assert self._handle is not None
-        with self._handle.use():
-            loaded = {
-                f"{PEFT_PREFIX}{path}.lora_{part}.weight": weight
-                for path, module in self._handle.modules.items()
-                for part, weight in (("A", module.a), ("B", module.b))
-            }
-            require_equal(loaded, self._stage.expected)
-            scales = {module.scale for module in self._handle.modules.values()}
-        self._handle.release()
-        if scales != {2.0}:
-            raise WrongBytesError(f"scales {scales} where lora_alpha is twice the rank")
-
-    def contender(self) -> Contender:
-        return Contender("lorax_async load", "ours", self.run, self.check, self.load_other)
 
 
 class Bench:
@@ -173,7 +68,7 @@ class Bench:
                 write_adapter(folder / name, rank=rank, dtype=file, seed=seed)
                 for seed, name in enumerate(("current", "other"))
             )
-            arena = Arena(current.content.numel() + _SLACK)
+            arena = Arena(current.file_size + _SLACK)
             stage = Stage(current, other, arena, threads, dtype, cold)
             config = LoaderConfig(
                 dtype=dtype,
@@ -189,14 +84,18 @@ class Bench:
             shutil.rmtree(folder)
 
 
-def fresh_copies(stage: Stage) -> Callable[[int], None]:
-    """A new folder with new inodes for every round: nobody has seen it, the page cache has it."""
+def fresh_copies(stage: Stage, *, same_header: bool = False) -> Callable[[int], None]:
+    """A new folder with new inodes for every round: nobody has seen it, the page cache has it.
+
+    Its header is new as well, unless `same_header`: adapters that were trained alike have the same.
+    """
     first = stage.current
 
     def new_round(number: int) -> None:
         if stage.current is not first:
             shutil.rmtree(stage.current.path)
-        stage.current = first.copied_to(first.path.with_name(f"round {number}"))
+        path = first.path.with_name(f"round {number}")
+        stage.current = first.copied_to(path, None if same_header else number + 1)
 
     return new_round
 
@@ -262,6 +161,13 @@ def first_sight(rank: int) -> Build:
 
 
 @asynccontextmanager
+async def known_header(bench: Bench) -> AsyncIterator[Row]:
+    async with bench.stage() as (stage, ours):
+        rounds = fresh_copies(stage, same_header=True)
+        yield Row(FIRST_SIGHT, [warm_floor(stage), ours.contender()], rounds)
+
+
+@asynccontextmanager
 async def cast(bench: Bench) -> AsyncIterator[Row]:
     async with bench.stage(file=torch.float32) as (stage, ours):
         floor = stage.floor(
@@ -291,12 +197,15 @@ ROWS: dict[str, tuple[Loop, Build]] = {
     "warm, first sight, rank 8": ("uvloop", first_sight(8)),
     "warm, first sight, rank 16": ("uvloop", first_sight(16)),
     "warm, first sight, rank 64": ("uvloop", first_sight(64)),
+    "warm, first sight, rank 16, header met before": ("uvloop", known_header),
     "warm, F32 file to bf16": ("uvloop", cast),
     "cold cache, first sight": ("uvloop", cold),
 }
 
 
-def row_of(bench: Bench, name: str) -> tuple[Loop, Callable[[], Awaitable[list[Measured]]]]:
+def row_of(
+    bench: Bench, name: str
+) -> tuple[Loop, Callable[[], Coroutine[None, None, list[Measured]]]]:
     loop, build = ROWS[name]
 
     async def run() -> list[Measured]:

@@ -14,16 +14,18 @@ import platform
 import random
 import statistics
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import uvloop
 
+T = TypeVar("T")
 Role = Literal["floor", "ours", "peer"]
 Loop = Literal["uvloop", "asyncio"]
 
@@ -169,15 +171,11 @@ async def _time(contender: Contender) -> float:
     return elapsed / 1e6
 
 
-def run_on(loop: Loop, main: Callable[[], Awaitable[list[Measured]]]) -> list[Measured]:
+def run_on(loop: Loop, main: Callable[[], Coroutine[None, None, T]]) -> T:
     """Run to the end on a new loop of that kind."""
-
-    async def whole() -> list[Measured]:
-        return await main()
-
     factory = uvloop.new_event_loop if loop == "uvloop" else None
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(whole())
+        return runner.run(main())
 
 
 HEADINGS = ("contender", "median ms", "min", "max", "÷ floor", "of minima", "target", "verdict")
@@ -254,7 +252,7 @@ def options(name: str, about: str, *, rounds: int, rows: Sequence[str]) -> Optio
             "kernel": platform.release(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "uvloop": uvloop.__version__,
+            "uvloop": version("uvloop"),
             "load_average": os.getloadavg()[0],
         },
     )

@@ -1,8 +1,8 @@
 """An asyncio streaming loader for LoRA adapters, embedded in an LLM server.
 
-    async with AdapterLoader(layout, LoaderConfig()) as loader:
-        async with await loader.load(Path("sql-adapter")) as adapter:
-            ...
+async with AdapterLoader(layout, LoaderConfig()) as loader:
+    async with await loader.load(Path("sql-adapter")) as adapter:
+        ...
 """
 
 import logging

@@ -44,6 +44,10 @@ class AdapterKey:
     location: str
     files: tuple[FileIdentity, ...]
 
+    def __hash__(self) -> int:
+        # A string remembers its hash, and keys are looked up several times per copy.
+        return hash(self.location)
+
     def __str__(self) -> str:
         return self.location
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from threading import Lock
 from time import perf_counter
 
 from lorax_async.adapter import AdapterKey
@@ -12,6 +14,8 @@ from lorax_async.core.life import Copy
 from lorax_async.files import Files
 from lorax_async.io.inbox import Inbox
 from lorax_async.io.transfer import GroupCopy, Transfer
+from lorax_async.tenancy import Tenancy
+from lorax_async.tenants import Tenants
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +31,28 @@ class CopyOutcome:
 class Copies:
     """Hands copies to the I/O threads; `copied` hears of each once, on the loop.
 
-    An adapter that comes back to the device is opened again first; its copies wait for that.
+    An adapter that comes back to the device is opened again first; its copies wait for that. The
+    loop is woken at the latest when no more than `low_water` copies are left in the threads.
     """
 
     def __init__(
         self,
         files: Files,
+        tenants: Tenants,
         transfer: Transfer,
         threads: Executor,
-        inbox: Inbox[Callable[[], None]],
         copied: Callable[[CopyOutcome], None],
+        *,
+        low_water: int,
     ) -> None:
         self._files = files
+        self._tenants = tenants
         self._transfer = transfer
         self._threads = threads
-        self._inbox = inbox
-        self._copied = copied
+        self._inbox: Inbox[CopyOutcome] = Inbox(asyncio.get_running_loop(), copied)
+        self._low_water = low_water
+        self._in_threads = 0
+        self._lock = Lock()
         self._unread: dict[AdapterKey, list[Copy]] = {}
 
     def start(self, command: Copy) -> None:
@@ -64,18 +74,24 @@ class Copies:
         for command in self._unread.pop(key):
             self._submit(command)
 
+    def hear(self) -> None:
+        """Handle the outcomes that have not woken the loop."""
+        self._inbox.take()
+
     def _submit(self, command: Copy) -> None:
-        plan = self._files.plans[command.key]
+        tenancy = self._tenants.tenancy(command.key)
         copy = GroupCopy(
             self._files.readers[command.key],
-            plan.groups[command.group],
-            plan.dtype,
+            tenancy.plan.groups[command.group],
+            tenancy.plan.dtype,
             command.grant.extents[command.group],
             command.grant.slot.index,
         )
-        self._threads.submit(self._run, command, copy)
+        with self._lock:
+            self._in_threads += 1
+        self._threads.submit(self._run, command, copy, tenancy)
 
-    def _run(self, command: Copy, copy: GroupCopy) -> None:
+    def _run(self, command: Copy, copy: GroupCopy, tenancy: Tenancy) -> None:
         """In an I/O thread: whatever happens, the loop hears of it."""
         started = perf_counter()
         error: BaseException | None = None
@@ -84,4 +100,17 @@ class Copies:
         except BaseException as problem:  # noqa: BLE001 - it is carried to the loop and told there
             error = problem
         outcome = CopyOutcome(command, copy.group.nbytes, error, perf_counter() - started)
-        self._inbox.put(lambda: self._copied(outcome))
+        self._inbox.put(outcome, wake=self._is_urgent(tenancy) or error is not None)
+
+    def _is_urgent(self, tenancy: Tenancy) -> bool:
+        """Count a copy that ended: does the loop have to hear of it now?
+
+        Waking the loop costs as much as copying half a megabyte. While the threads have work, and
+        this is not an adapter's last layer or one that somebody waits for, outcomes may gather.
+        """
+        with self._lock:
+            self._in_threads -= 1
+            tenancy.copied += 1
+            if tenancy.copied == len(tenancy.layers) or tenancy.streamed:
+                return True
+            return self._in_threads <= self._low_water

@@ -63,7 +63,14 @@ class Driver:
         self.tenants = Tenants(num_layers, self._lease_ended, self._lease_quiet)
         self._loop = asyncio.get_running_loop()
         self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, lambda tell: tell())
-        self._copies = Copies(self.files, transfer, io_threads, self._inbox, self._copied)
+        self._copies = Copies(
+            self.files,
+            self.tenants,
+            transfer,
+            io_threads,
+            self._copied,
+            low_water=lifecycle.residency.copies_free // 2,
+        )
         self._commands: deque[Command] = deque()
         self._obeying = False
         self._alarm: asyncio.TimerHandle | None = None
@@ -75,6 +82,7 @@ class Driver:
         self, key: AdapterKey, tier: Tier, *, priority: int, holder: str
     ) -> Lease | None:
         """Wait until the adapter has come as far as `tier`. Cancelling withdraws this wish only."""
+        self._copies.hear()
         waiter, future = self.tenants.add_waiter()
         self._obey(
             self.lifecycle.want(key, Waiter(waiter, tier, self._loop.time(), priority=priority))
@@ -164,7 +172,8 @@ class Driver:
         self.journal.spent("copy", outcome.seconds)
         if outcome.error is None:
             self.journal.count("bytes_moved", outcome.nbytes)
-            self._tell(BytesMoved, key, nbytes=outcome.nbytes)
+            if self.journal.has_subscribers:
+                self._tell(BytesMoved, key, nbytes=outcome.nbytes)
             self._obey(self.lifecycle.copy_done(key, outcome.command.group))
         else:
             error = as_transfer_error(outcome.error)

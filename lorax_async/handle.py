@@ -68,6 +68,11 @@ class AdapterHandle:
         return self._lease.tenancy.grant.slot
 
     @property
+    def device(self) -> Device:
+        """Where it is: its loader's device, with the tables that kernels read."""
+        return self._device
+
+    @property
     def rank(self) -> int:
         """The largest rank of its modules."""
         return self._lease.tenancy.plan.rank
@@ -108,7 +113,7 @@ class AdapterHandle:
         a layer that the base does not have.
         """
         self._lease.check()
-        await self._lease.tenancy.ready(layer)
+        await self._lease.tenancy.ready(layer, self._lease.check)
 
     def wait_layer(self, layer: int, timeout: float | None = None) -> None:
         """As `layer_ready`, in a thread that is not the loop's; `timeout` in seconds.
@@ -118,7 +123,7 @@ class AdapterHandle:
         self._lease.check()
         seconds = self._timeout if timeout is None else timeout
         try:
-            self._lease.tenancy.wait(layer, seconds)
+            self._lease.tenancy.wait(layer, seconds, self._lease.check)
         except TimeoutError:
             raise AdapterTimeoutError(
                 f"layer {layer} did not arrive within {seconds:g} s",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from lorax_async.config import LoaderConfig
 from lorax_async.core.header import HeaderLimits, parse_header
 from lorax_async.core.layout import ModelLayout
@@ -13,8 +15,15 @@ LARGE_PREFIX = 256 * 1024
 """A header of more bytes is parsed in a thread: it would hold the loop for too long."""
 
 
+REMEMBERED_PLANS = 32
+
+
 class Planner:
-    """Plans adapters for one layout, dtype and device."""
+    """Plans adapters for one layout, dtype and device.
+
+    A plan follows from config, header and size alone, and adapters that were trained alike differ
+    in none of them; so the last plans are remembered by exactly these bytes.
+    """
 
     def __init__(
         self, layout: ModelLayout, config: LoaderConfig, device: Device, *, move_bytes: int
@@ -25,6 +34,7 @@ class Planner:
         self._alignment = device.alignment
         self._rank_multiple = device.rank_multiple
         self._move_bytes = move_bytes
+        self._remembered = lru_cache(maxsize=REMEMBERED_PLANS)(self._plan)
         self._header_limits = HeaderLimits(
             max_header_bytes=config.limits.max_header_bytes,
             max_tensors=config.limits.max_tensors,
@@ -40,8 +50,13 @@ class Planner:
         ------
         AdapterFormatError, UnsupportedAdapterError, IncompatibleAdapterError
         """
-        spec = parse_config(file.config, self._limits)
-        header = parse_header(file.prefix, file.reader.nbytes, self._header_limits)
+        large = len(file.prefix) > LARGE_PREFIX
+        plan = self._plan if large else self._remembered
+        return plan(file.config, file.prefix, file.reader.nbytes)
+
+    def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:
+        spec = parse_config(config, self._limits)
+        header = parse_header(prefix, file_size, self._header_limits)
         return plan_transfer(
             header,
             spec,

@@ -25,6 +25,10 @@ class Tenancy:
         self.plan = plan
         self.layers = tuple(group.layer for group in plan.groups)
         self.error: LoraxError | None = None
+        self.streamed = False
+        """Somebody holds it before its last layer: single layers are waited for."""
+        self.copied = 0
+        """Copies that ended; counted by the I/O threads, under their lock."""
         self._num_layers = num_layers
         self._watermark = 0
         self._changed = threading.Condition()
@@ -38,26 +42,36 @@ class Tenancy:
         """Whether the bytes of `layer`, and of those before it, are on the device."""
         return self._watermark >= self._needed(layer)
 
-    async def ready(self, layer: int) -> None:
-        """Wait on the loop; raises the error that broke the slot."""
+    async def ready(self, layer: int, check: Callable[[], None]) -> None:
+        """Wait on the loop, for as long as `check` does not raise."""
         needed = self._needed(layer)
         while self._watermark < needed:
-            self._raise_if_broken()
+            check()
             sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._sleepers.append((needed, sleeper))
             await sleeper
-        self._raise_if_broken()
+        check()
 
-    def wait(self, layer: int, timeout: float) -> None:
-        """Wait in a thread; raises TimeoutError, or the error that broke the slot."""
+    def wait(self, layer: int, timeout: float, check: Callable[[], None]) -> None:
+        """As `ready`, in a thread; raises also TimeoutError."""
         needed = self._needed(layer)
+
+        def arrived() -> bool:
+            check()
+            return self._watermark >= needed
+
         with self._changed:
-            arrived = self._changed.wait_for(
-                lambda: self._watermark >= needed or self.error is not None, timeout
-            )
-        self._raise_if_broken()
-        if not arrived:
-            raise TimeoutError
+            if not self._changed.wait_for(arrived, timeout):
+                raise TimeoutError
+
+    def wake_threads(self) -> None:
+        """Whoever waits in a thread looks again. From any thread."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wake_tasks(self) -> None:
+        """Whoever waits on the loop looks again."""
+        self._wake(len(self.layers))
 
     def advance(self, watermark: int) -> None:
         """The groups below `watermark` are on the device."""
@@ -79,10 +93,6 @@ class Tenancy:
         for sleeper in due:
             if not sleeper.done():
                 sleeper.set_result(None)
-
-    def _raise_if_broken(self) -> None:
-        if self.error is not None:
-            raise self.error.located(key=self.key)
 
     def _needed(self, layer: int) -> int:
         """The watermark at which `layer` is ready; a layer without tensors is ready at once."""
@@ -147,6 +157,7 @@ class Lease:
                 return
             self._why_closed = why
             in_use = self._uses > 0
+        self.tenancy.wake_threads()
         self._ended(self, in_use)
 
 

@@ -54,7 +54,9 @@ class Tenants:
         return self._tenancies[key]
 
     def new_lease(self, key: AdapterKey, holder: str) -> Lease:
-        lease = Lease(self._tenancies[key], holder, self._lease_ended, self._lease_quiet)
+        tenancy = self._tenancies[key]
+        tenancy.streamed = tenancy.streamed or not tenancy.complete
+        lease = Lease(tenancy, holder, self._lease_ended, self._lease_quiet)
         self.leases.setdefault(key, set()).add(lease)
         return lease
 
@@ -63,6 +65,7 @@ class Tenants:
         held.remove(lease)
         if not held:
             del self.leases[lease.tenancy.key]
+        lease.tenancy.wake_tasks()
 
     def serve(self, key: AdapterKey, waiter: int, grant: Grant | None) -> None:
         """Fulfil a wish. A waiter that was cancelled meanwhile gives its lease back."""

@@ -28,7 +28,16 @@ FLOORS = {
     },
     4: {"loader", "layouts"},
     5: {"scheduler", "adapters"},
-    6: {"engines", "server", "cli", "demo", "__main__"},
+    6: {
+        "__main__",
+        "cli",
+        "demo",
+        "engines",
+        "inspection",
+        "measure",
+        "server",
+        "terminal",
+    },
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 IMPURE = {"asyncio", "torch", "os", "time", "random", "threading", "pathlib", "concurrent", "mmap"}

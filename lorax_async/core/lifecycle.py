@@ -176,9 +176,15 @@ class Lifecycle:
             life.slot, SlotMove.LAST_COPY_DONE if last else SlotMove.COPY_DONE
         )
         self._count_copy(life)
-        if life.slot is not SlotState.DRAINING:
-            life.done.add(group)
-            self._raise_watermark(life)
+        if life.slot is SlotState.DRAINING:
+            return self._settle(life)
+        life.done.add(group)
+        self._raise_watermark(life)
+        if life.slot is SlotState.FILLING:
+            # Nothing but a place for a copy came free: no other rule can apply, and a load has
+            # many of these.
+            self._copies.submit()
+            return self._decisions.take_commands()
         return self._settle(life)
 
     def copy_failed(

@@ -23,11 +23,14 @@ class Inbox(Generic[T]):
         self._items: deque[T] = deque()
         self._awake = False
 
-    def put(self, item: T) -> None:
-        """From any thread. Without effect once the loop is closed: nobody listens any more."""
+    def put(self, item: T, *, wake: bool = True) -> None:
+        """From any thread. Without effect once the loop is closed: nobody listens any more.
+
+        With `wake=False` the item waits for the next one that wakes the loop; there must be one.
+        """
         self._items.append(item)
         # The flag is cleared before the items are taken: an item put while it is set will be seen.
-        if self._awake:
+        if self._awake or not wake:
             return
         self._awake = True
         try:
@@ -37,5 +40,9 @@ class Inbox(Generic[T]):
 
     def _drain(self) -> None:
         self._awake = False
+        self.take()
+
+    def take(self) -> None:
+        """On the loop: handle what has arrived so far."""
         while self._items:
             self._handle(self._items.popleft())

@@ -199,16 +199,17 @@ def _prefix(reader: FileReader, limits: Limits) -> bytes:
     accepted = HeaderLimits(max_header_bytes=limits.max_header_bytes)
     prefix = bytearray(min(PREFIX_BYTES, reader.nbytes))
     reader.read_into([memoryview(prefix)], 0)
-    more = header_size(memoryview(prefix), reader.nbytes, accepted) - len(prefix)
+    needed = header_size(memoryview(prefix), reader.nbytes, accepted)
+    more = needed - len(prefix)
     if more > 0:
         rest = bytearray(more)
         reader.read_into([memoryview(rest)], len(prefix))
         prefix += rest
-    return bytes(prefix)
+    return bytes(prefix[:needed])
 
 
 def _read_ahead(key: AdapterKey) -> None:
-    reader = _reader(key)
+    reader = _reopen_weights(key).reader
     try:
         reader.read_ahead()
     finally:

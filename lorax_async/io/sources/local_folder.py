@@ -48,17 +48,21 @@ _BLOB = re.compile(r"/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
 
 def find_adapter(place: Place, roots: Sequence[str], limits: Limits) -> AdapterKey:
     """The key of the first place where there is a folder; its errors are the caller's."""
-    problem: AdapterError | None = None
+    problems: list[AdapterError] = []
     inside = None if place.trusted else tuple(_real_paths(roots))
     for path in place.paths:
         try:
             with located(path) as found:
-                if _allowed(found.real_path, inside):
-                    return _Folder(found, found.real_path, place.trusted).key(limits)
+                real_path = found.real_path
+                if _allowed(real_path, inside):
+                    return _Folder(found, real_path, place.trusted).key(limits)
         except OSError as error:
-            if problem is None and _allowed(os.path.realpath(path), inside):
-                problem = _folder_problem(error)
-    raise problem or AccessDeniedError(_OUTSIDE)
+            if _allowed(os.path.realpath(path), inside):
+                problems.append(_folder_problem(error))
+    # One place that leads out speaks for all: what is there must make no difference.
+    if len(problems) == len(place.paths) > 0:
+        raise problems[0]
+    raise AccessDeniedError(_OUTSIDE)
 
 
 def _real_paths(roots: Sequence[str]) -> Iterator[str]:

@@ -1,0 +1,160 @@
+"""One batch of an attached model: which adapter each row uses, for as long as its block lasts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, NoReturn
+
+import torch
+
+from lorax_async.core.batch_plan import BASE_ONLY, plan_rows
+from lorax_async.core.layout import Module
+from lorax_async.errors import UsageError
+from lorax_async.handle import AdapterHandle
+from lorax_kernels import Plan, Tables, apply
+
+Rows = Sequence[AdapterHandle | None] | None
+"""One adapter or None (the base) per row; None for a batch of any size that uses the base only."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where a loader's adapters are, and whose thread brings them there."""
+
+    tables: Tables
+    loop: asyncio.AbstractEventLoop
+
+
+class Batch:
+    """The rows of one batch. Layers may be computed in any thread.
+
+    The adapters' bytes stay where they are until the block was left and the last layer that had
+    begun by then is done: a cancelled task leaves its thread in the middle of a forward pass.
+    """
+
+    def __init__(self, rows: Rows, place: Place) -> None:
+        self._place = place
+        self._rows = None if rows is None else len(rows)
+        self._slots = [BASE_ONLY if row is None else row.slot.index for row in rows or ()]
+        self._handles = tuple(dict.fromkeys(row for row in rows or () if row is not None))
+        self._streaming: tuple[AdapterHandle, ...] = ()
+        self._plans: dict[int, Plan] = {}
+        self._uses = ExitStack()
+        self._lock = Lock()
+        self._running = 1  # the block itself
+        self._ended = False
+
+    def begin(self) -> None:
+        """Hold the adapters; raises what `AdapterHandle.use` raises, and then holds none."""
+        with ExitStack() as uses:
+            for handle in self._handles:
+                uses.enter_context(handle.use())
+            self._streaming = tuple(handle for handle in self._handles if not handle.resident)
+            self._uses = uses.pop_all()
+
+    def end(self) -> None:
+        """No further layer is computed. Does not wait for one that has begun."""
+        with self._lock:
+            self._ended = True
+        self._leave()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """While one layer is computed; raises UsageError once the block was left."""
+        with self._lock:
+            if self._ended:
+                raise UsageError(
+                    "the block of this batch was left before its forward pass was done; "
+                    "await the pass inside the block"
+                )
+            self._running += 1
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._running -= 1
+            last = self._running == 0
+        if last:
+            self._uses.close()
+
+    def check(self, x: torch.Tensor, module: Module) -> None:
+        """Raise UsageError if `x` `[rows, tokens, in]` has another number of rows."""
+        if self._rows is not None and x.dim() == 3 and x.shape[0] != self._rows:
+            raise UsageError(
+                f"module {module.name!r} got {x.shape[0]} rows in a batch of {self._rows}; give "
+                "one adapter or None per row (beams and return sequences multiply the rows)"
+            )
+
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, index: int, module: Module) -> torch.Tensor:
+        """Add each row's adapter to `y` `[rows, tokens, out]`, the layer's output, and return it.
+
+        `index` is the module's place in the layout. Waits for adapters that still stream.
+        """
+        if not self._handles:
+            return y
+        for handle in self._streaming:
+            self._await_layer(handle, module.layer)
+        if x.dim() != 3:
+            self._require_untouched(x, index, module)
+            return y
+        y = y.contiguous()
+        flat_y, flat_x = y.detach().flatten(0, 1), x.detach().flatten(0, 1).contiguous()
+        try:
+            apply(flat_y, flat_x, self._plan(x.shape[1]), index, self._place.tables)
+        except ValueError as error:
+            raise UsageError(
+                f"module {module.name!r}: {error}; give the loader the dtype and layout that the "
+                "module computes with (autocast changes the dtype)"
+            ) from error
+        if y.requires_grad:
+            on_gradient: Any = y.register_hook  # untyped in torch
+            on_gradient(_refuse_gradient)
+        return y
+
+    def _await_layer(self, handle: AdapterHandle, layer: int) -> None:
+        if handle.is_ready(layer):
+            return
+        if _running_loop() is self._place.loop:
+            raise UsageError(
+                f"layer {layer} of adapter {handle.id!r} is not here yet, and its bytes cannot "
+                "arrive while the event loop's thread waits; run the model in asyncio.to_thread"
+            )
+        handle.wait_layer(layer)
+
+    def _require_untouched(self, x: torch.Tensor, index: int, module: Module) -> None:
+        """Without a dimension of rows nobody can say whose tokens these are."""
+        if any(int(self._place.tables.rank[index, handle.slot.index]) for handle in self._handles):
+            raise UsageError(
+                f"module {module.name!r} got an input of shape {list(x.shape)}, in which the rows "
+                "cannot be told apart; adapters can be applied to [rows, tokens, features] only"
+            )
+
+    def _plan(self, tokens: int) -> Plan:
+        """Of rows with `tokens` tokens each: a prefill's, a decoding step's, the head's."""
+        plan = self._plans.get(tokens)
+        if plan is None:
+            segments = plan_rows(self._slots, [tokens] * len(self._slots))
+            plan = self._plans[tokens] = Plan.from_segments(
+                segments.bounds, segments.slots, device=self._place.tables.rank.device
+            )
+        return plan
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _refuse_gradient(_: torch.Tensor) -> NoReturn:
+    raise UsageError(
+        "attached adapters answer only, and a gradient would miss them; detach before training"
+    )

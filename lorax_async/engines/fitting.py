@@ -1,0 +1,92 @@
+"""Whether a model in memory is the base that a loader was made for: modules, dtype, device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorax_async.config import DTYPES
+from lorax_async.core.layout import ModelLayout, Module
+from lorax_async.errors import ConfigError
+
+_SHOWN = 3
+
+
+def linears_of(model: nn.Module, layout: ModelLayout) -> list[nn.Module]:
+    """The model's module for each of the layout's; raises ConfigError naming those that differ."""
+    found = dict(model.named_modules())
+    problems = [
+        problem
+        for module in layout.modules
+        if (problem := _mismatch(found.get(module.name), module)) is not None
+    ]
+    if problems:
+        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+        raise ConfigError(
+            f"the model is not the loader's base: {'; '.join(problems[:_SHOWN])}{more}; make the "
+            "layout with layouts.from_module(model)"
+        )
+    return [found[module.name] for module in layout.modules]
+
+
+def _mismatch(linear: nn.Module | None, module: Module) -> str | None:
+    if linear is None:
+        return f"it has no module {module.name!r}"
+    sizes = _sizes(linear)
+    if sizes is None:
+        return f"module {module.name!r} is a {type(linear).__name__}"
+    if sizes != (module.in_features, module.out_features):
+        wanted = f"{module.in_features} → {module.out_features}"
+        return f"module {module.name!r} is {sizes[0]} → {sizes[1]}, not {wanted}"
+    return None
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear module, None for any other."""
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
+
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else None
+
+
+def require_dtype(linears: list[nn.Module], stored: str) -> None:
+    """Raise ConfigError unless adapters `stored` so fit what the model computes in.
+
+    What most modules compute in counts, as in `layouts.from_module`: a router may be wider. A
+    quantised weight is packed in integers and says nothing.
+    """
+    weights = [_weight(linear).dtype for linear in linears]
+    floating = Counter(dtype for dtype in weights if dtype.is_floating_point)
+    if not floating:
+        return
+    computed = str(floating.most_common(1)[0][0]).removeprefix("torch.")
+    if computed not in DTYPES:
+        raise ConfigError(
+            f"the model computes in {computed}; convert it to one of {', '.join(DTYPES)}"
+        )
+    if computed != stored:
+        raise ConfigError(
+            f"the model computes in {computed} and the loader stores adapters in {stored}; make "
+            f"it with LoaderConfig(dtype={computed!r})"
+        )
+
+
+def require_device(linears: list[nn.Module], device: torch.device) -> None:
+    """Raise ConfigError unless the model is where the adapters are."""
+    for linear in linears:
+        place = _weight(linear).device
+        if place.type != device.type:
+            raise ConfigError(
+                f"the model is on {place} and the loader's adapters are on {device}; move the "
+                "model, or give LoaderConfig another device"
+            )
+
+
+def _weight(linear: Any) -> torch.Tensor:
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight

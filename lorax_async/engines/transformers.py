@@ -1,0 +1,236 @@
+"""Many adapters in one batch of a Hugging Face decoder, for demos, tests and small servers.
+
+    attached = attach(model, loader)
+    with attached.batch([pirate, None, shout]):  # a handle, or None for the base, per row
+        await asyncio.to_thread(model.generate, **inputs, max_new_tokens=32)
+
+The batch is a context variable: it holds for the code of its block, in `asyncio.to_thread` too. A
+thread that is started otherwise (`run_in_executor`, `threading.Thread`) needs the context handed
+over, inside the block:
+
+    context = contextvars.copy_context()
+    await loop.run_in_executor(pool, context.run, functools.partial(model, input_ids))
+
+A handle that still streams is accepted: every layer waits for its own weights, hence not on the
+event loop's thread. Adapters are applied for inference; a gradient through them is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Lock
+from types import TracebackType
+from typing import NoReturn, Self, cast
+
+import torch
+from torch import nn
+
+from lorax_async.core.layout import Module
+from lorax_async.engines.batch import Batch, Place, Rows
+from lorax_async.engines.fitting import linears_of, require_device, require_dtype
+from lorax_async.errors import UsageError
+from lorax_async.handle import AdapterHandle
+from lorax_async.io.ports import Device
+from lorax_async.loader import AdapterLoader
+from lorax_kernels import Tables
+
+Forward = Callable[..., torch.Tensor]
+
+
+def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
+    """Make the model's linear modules apply the adapters of `loader`, row by row.
+
+    The modules stay what they are: names, parameters, `state_dict`, hooks and tied weights do not
+    change, only what their `forward` computes. Takes milliseconds, on the loader's event loop.
+
+    Parameters
+    ----------
+    model
+        The base that `loader.layout` describes: `nn.Linear` and transformers' `Conv1D` modules,
+        whose inputs are `[rows, tokens, features]`.
+    loader
+        Open; its adapters' dtype must be what the model computes in.
+
+    Raises
+    ------
+    ConfigError
+        Modules, shapes, dtype or device of model and loader do not fit each other.
+    UsageError
+        The model is attached already, or the loader is closed or another loop's.
+
+    The model is left as it was in both cases.
+    """
+    device = loader.device
+    place = Place(cast(Tables, device), asyncio.get_running_loop())
+    linears = linears_of(model, loader.layout)
+    require_dtype(linears, str(loader.config.dtype))
+    require_device(linears, place.tables.rank.device)
+    if any(isinstance(vars(linear).get("forward"), AdaptedForward) for linear in linears):
+        raise UsageError("the model has adapters attached already; detach them first")
+    return Attached(linears, loader.layout.modules, device, place)
+
+
+class Attached:
+    """A model with adapters; `detach`, or leave it as a context manager, to get the base back."""
+
+    def __init__(
+        self,
+        linears: list[nn.Module],
+        modules: tuple[Module, ...],
+        device: Device,
+        place: Place,
+    ) -> None:
+        self._device = device
+        self._place = place
+        self._current: ContextVar[Batch | None] = ContextVar("lorax batch", default=None)
+        self._lock = Lock()
+        self._open: set[Batch] = set()
+        self._replaced = [
+            _Replaced(
+                linear,
+                AdaptedForward(self, linear.forward, index, module),
+                vars(linear).get("forward"),
+            )
+            for index, (linear, module) in enumerate(zip(linears, modules, strict=True))
+        ]
+        for replaced in self._replaced:
+            replaced.install()
+
+    @contextmanager
+    def batch(self, rows: Rows) -> Iterator[None]:
+        """While the block lasts, row i of the model's input uses the adapter of `rows[i]`.
+
+        Parameters
+        ----------
+        rows
+            A handle of this loader, resident or streaming, or None for the base, per row. None in
+            place of the whole: any number of rows, all of the base.
+
+        Raises
+        ------
+        UsageError
+            Not such rows, a handle of another loader, or the model was detached. Inside the block,
+            the model raises it for an input with another number of rows.
+        HandleClosedError
+            A handle was released. One that is released inside the block keeps its adapter there.
+        """
+        self._check(rows)
+        batch = Batch(rows, self._place)
+        with self._opened(batch):
+            batch.begin()
+            token = self._current.set(batch)
+            try:
+                yield
+            finally:
+                self._current.reset(token)
+                batch.end()
+
+    @contextmanager
+    def _opened(self, batch: Batch) -> Iterator[None]:
+        with self._lock:
+            if not self._replaced:
+                raise UsageError("the adapters were detached from this model; attach again")
+            self._open.add(batch)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.remove(batch)
+
+    def current(self) -> Batch:
+        """The batch of the running context; raises UsageError if there is none."""
+        batch = self._current.get()
+        if batch is None:
+            raise UsageError(
+                "the model has adapters attached and no batch says which row uses which; run it "
+                "in `with attached.batch([...])` (batch(None) is the base alone), and hand the "
+                "context to threads: asyncio.to_thread, or contextvars.copy_context().run"
+            )
+        return batch
+
+    def detach(self) -> None:
+        """Give the model its own forward passes back. Idempotent.
+
+        Raises UsageError, and changes nothing, inside a batch (its rows would silently become the
+        base's), or if somebody has replaced a forward since.
+        """
+        with self._lock:
+            if self._open:
+                raise UsageError(f"batches open on this model: {len(self._open)}; leave them first")
+            for replaced in self._replaced:
+                replaced.check()
+            for replaced in self._replaced:
+                replaced.restore()
+            self._replaced = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def _check(self, rows: Rows) -> None:
+        if rows is None:
+            return
+        if not rows:
+            raise UsageError("a batch has at least one row; batch(None) is the base alone")
+        for number, row in enumerate(rows):
+            if row is None:
+                continue
+            if not isinstance(row, AdapterHandle):
+                raise UsageError(f"row {number} is a {type(row).__name__}; give a handle or None")
+            if row.device is not self._device:
+                raise UsageError(
+                    f"row {number}: {row!r} is another loader's; load it with this one"
+                )
+
+
+class AdaptedForward:
+    """What a linear module computes while it is attached: its own output, plus its adapters'."""
+
+    def __init__(self, attached: Attached, base: Forward, index: int, module: Module) -> None:
+        self.base = base
+        self._attached = attached
+        self._index = index
+        self._module = module
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        batch = self._attached.current()
+        with batch.computing():
+            batch.check(x, self._module)
+            return batch.adapt(self.base(x), x, self._index, self._module)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError("a model is copied or pickled without its adapters; detach first")
+
+
+@dataclass(frozen=True, slots=True)
+class _Replaced:
+    """One module's forward, taken over by an instance attribute, as accelerate's hooks do it."""
+
+    linear: nn.Module
+    forward: AdaptedForward
+    before: Forward | None
+    """The instance's own forward, where somebody (accelerate's hooks) had given it one."""
+
+    def install(self) -> None:
+        vars(self.linear)["forward"] = self.forward
+
+    def check(self) -> None:
+        if vars(self.linear).get("forward") is not self.forward:
+            raise UsageError("a module's forward was replaced after attach; undo that first")
+
+    def restore(self) -> None:
+        if self.before is None:
+            del vars(self.linear)["forward"]  # the class's shows again
+        else:
+            vars(self.linear)["forward"] = self.before

@@ -1,0 +1,274 @@
+"""Stand-ins for tests of servers and of this package: sources and devices that do as told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from threading import Lock
+from typing import Literal
+
+from lorax_async.adapter import AdapterKey, AdapterRef, FileIdentity
+from lorax_async.core.header import header_size
+from lorax_async.errors import (
+    AdapterNotFoundError,
+    FetchError,
+    IntegrityError,
+    InternalError,
+    LoraxError,
+)
+from lorax_async.io.ports import AdapterFile, Cancel, Reader
+
+Step = Literal["resolve", "open", "reopen", "bring", "read", "populate"]
+
+_POLL_SECONDS = 0.001
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """What a `FakeSource` was asked for; calls are counted when they begin."""
+
+    resolves: int = 0
+    opens: int = 0
+    reopens: int = 0
+    brings: int = 0
+    populates: int = 0
+    bytes_read: int = 0
+    open_readers: int = 0
+
+
+@dataclass(slots=True)
+class _Version:
+    """One version of an adapter; `here` are the [start, stop) that have arrived, merged."""
+
+    id: str
+    key: AdapterKey
+    config: bytes
+    weights: bytes
+    here: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, spans: Sequence[tuple[int, int]]) -> None:
+        merged: list[tuple[int, int]] = []
+        for start, stop in sorted([*self.here, *spans]):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+            else:
+                merged.append((start, stop))
+        self.here = merged
+
+    def has(self, start: int, stop: int) -> bool:
+        return start == stop or any(first <= start and stop <= last for first, last in self.here)
+
+
+@dataclass(slots=True)
+class _Failure:
+    step: Step
+    error: Exception
+    id: str | None
+    at: int
+    times: int
+
+
+class FakeSource:
+    """A `Source` of adapters in memory, whose bytes arrive group by group.
+
+    Parameters
+    ----------
+    pace
+        Seconds that every group takes to arrive.
+
+    `bring` may be held back (`hold`, `allow`), steps fail to order (`fail`), and a read of bytes
+    that have not arrived is an `InternalError`. All methods but the port's own are quick and may be
+    called from any thread. Bytes that arrived once stay, as they would in a cache on disk.
+    """
+
+    def __init__(self, *, pace: float = 0.0) -> None:
+        self.pace = pace
+        self.counts = SourceCounts()
+        self._lock = Lock()
+        self._numbers = count(1)
+        self._current: dict[str, _Version] = {}
+        self._allowed: dict[str, set[int]] = {}
+        self._failures: list[_Failure] = []
+
+    def put(self, id: str, config: bytes, weights: bytes) -> AdapterKey:
+        """Add an adapter, or replace it by a new version; returns the version's key."""
+        number = next(self._numbers)
+        files = tuple(
+            FileIdentity(0, number, len(content), number, number) for content in (config, weights)
+        )
+        key = AdapterKey(f"memory:{id}", files)
+        self._current[id] = _Version(id, key, config, weights)
+        return key
+
+    def remove(self, id: str) -> None:
+        """Forget an adapter; readers of it fail from here on."""
+        del self._current[id]
+
+    def hold(self, id: str) -> None:
+        """From here on a group of `id` arrives only when it is allowed."""
+        self._allowed[id] = set()
+
+    def allow(self, id: str, *groups: int) -> None:
+        """Let these groups (indices into `bring`'s argument) arrive; without any, all of them."""
+        if not groups:
+            self._allowed.pop(id, None)
+        elif id in self._allowed:
+            self._allowed[id].update(groups)
+
+    def fail(
+        self,
+        step: Step,
+        error: Exception,
+        *,
+        id: str | None = None,
+        at: int = 0,
+        times: int = 1,
+    ) -> None:
+        """Raise `error` at the next `times` such steps, of `id` or of any adapter.
+
+        `at` is the group that does not arrive (bring) or the byte whose reading fails (read).
+        """
+        self._failures.append(_Failure(step, error, id, at, times))
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        self.counts.resolves += 1
+        await asyncio.sleep(0)
+        self._maybe_fail("resolve", ref.text)
+        version = self._current.get(ref.text)
+        if version is None:
+            raise AdapterNotFoundError("the fake source has no such adapter; put it there first")
+        return version.key
+
+    async def open(self, key: AdapterKey) -> AdapterFile:
+        self.counts.opens += 1
+        version = await self._version(key, "open")
+        size = header_size(version.weights[:8], len(version.weights))
+        with self._lock:
+            version.add([(0, size)])
+        return AdapterFile(version.config, version.weights[:size], self._reader(version))
+
+    async def reopen(self, key: AdapterKey) -> Reader:
+        self.counts.reopens += 1
+        return self._reader(await self._version(key, "reopen"))
+
+    async def bring(
+        self,
+        file: AdapterFile,
+        groups: Sequence[Sequence[tuple[int, int]]],
+        arrived: Callable[[int], None],
+        cancel: Cancel,
+    ) -> None:
+        self.counts.brings += 1
+        reader = file.reader
+        if not isinstance(reader, FakeReader):
+            raise InternalError(f"a fake source cannot bring the bytes of a {type(reader)}")
+        version = reader.version
+        for group, spans in enumerate(groups):
+            await self._group(version, group, cancel)
+            with self._lock:
+                version.add(spans)
+            arrived(group)
+
+    async def populate(self, key: AdapterKey) -> None:
+        self.counts.populates += 1
+        await self._version(key, "populate")
+
+    def _reader(self, version: _Version) -> FakeReader:
+        self._count_reader(1)
+        return FakeReader(version, self._read, lambda: self._count_reader(-1))
+
+    def _count_reader(self, more: int) -> None:
+        with self._lock:
+            self.counts.open_readers += more
+
+    def _read(self, version: _Version, start: int, stop: int) -> memoryview:
+        self._maybe_fail("read", version.id, start, stop)
+        self._require_current(version)
+        if stop > len(version.weights):
+            raise IntegrityError(f"the adapter ends before byte {stop:,}")
+        with self._lock:
+            if not version.has(start, stop):
+                raise InternalError(f"bytes {start:,} to {stop:,} were read before they arrived")
+            self.counts.bytes_read += stop - start
+        return memoryview(version.weights)[start:stop]
+
+    async def _group(self, version: _Version, group: int, cancel: Cancel) -> None:
+        """Wait until a group is due."""
+        due = asyncio.get_running_loop().time() + self.pace
+        while True:
+            if cancel.is_set():
+                raise FetchError("nobody waits for the adapter any more")
+            left = due - asyncio.get_running_loop().time()
+            if left <= 0 and group in self._allowed.get(version.id, (group,)):
+                break
+            await asyncio.sleep(max(_POLL_SECONDS, min(left, 10 * _POLL_SECONDS)))
+        self._maybe_fail("bring", version.id, group, group + 1)
+        self._require_current(version)
+
+    async def _version(self, key: AdapterKey, step: Step) -> _Version:
+        await asyncio.sleep(0)
+        id = key.location.removeprefix("memory:")
+        self._maybe_fail(step, id)
+        version = self._current.get(id)
+        if version is None or version.key != key:
+            raise _changed()
+        return version
+
+    def _require_current(self, version: _Version) -> None:
+        if self._current.get(version.id) is not version:
+            raise _changed()
+
+    def _maybe_fail(self, step: Step, id: str, start: int = 0, stop: int = 1) -> None:
+        with self._lock:
+            for failure in self._failures:
+                if (failure.step, failure.id or id) == (step, id) and start <= failure.at < stop:
+                    failure.times -= 1
+                    if failure.times == 0:
+                        self._failures.remove(failure)
+                    raise _fresh(failure.error)
+
+
+class FakeReader:
+    """The `Reader` of a `FakeSource`: `read` gives the bytes of [start, stop), or raises."""
+
+    def __init__(
+        self,
+        version: _Version,
+        read: Callable[[_Version, int, int], memoryview],
+        closed: Callable[[], None],
+    ) -> None:
+        self.version = version
+        self._read = read
+        self._closed = closed
+        self._lock = Lock()
+        self._open = True
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.version.weights)
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        if not self._open:
+            raise FetchError("the reader was closed before it was read")
+        stop = offset + sum(buffer.nbytes for buffer in buffers)
+        content = self._read(self.version, offset, stop)
+        for buffer in buffers:
+            buffer.cast("B")[:] = content[: buffer.nbytes]
+            content = content[buffer.nbytes :]
+
+    def close(self) -> None:
+        with self._lock:
+            was_open, self._open = self._open, False
+        if was_open:
+            self._closed()
+
+
+def _changed() -> IntegrityError:
+    return IntegrityError("the adapter was changed meanwhile; load it again")
+
+
+def _fresh(error: Exception) -> Exception:
+    """A raised error collects frames; each raise gets its own where it can."""
+    return error.located() if isinstance(error, LoraxError) else error

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engines.variants import llama, save
+from lorax_async.engines.smollm2 import prepare_base
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Where cores are shared, two OpenMP threads wait for each other several times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def load_base() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(prepare_base(), dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """SmolLM2 in float32, for our side; a test leaves it as it was."""
+    return load_base()
+
+
+@pytest.fixture(scope="session")
+def theirs() -> Any:
+    """A second copy, for PEFT."""
+    return load_base()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    loaded: Any = AutoTokenizer.from_pretrained(prepare_base(), padding_side="left")
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    return Path(__file__).parents[2] / "examples" / "adapters"
+
+
+@pytest.fixture(scope="session")
+def small() -> Any:
+    """A tiny random decoder; a test leaves it as it was."""
+    return llama()
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters of the small model, on some of its linears each."""
+    root = tmp_path_factory.mktemp("adapters")
+    most = {"r": 4, "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj", "lm_head"]}
+    return [
+        save(llama(), most, root / "most"),
+        save(llama(), {"r": 3, "target_modules": ["v_proj"]}, root / "some"),
+    ]

@@ -1,0 +1,153 @@
+"""Adapters with random weights, written by PEFT itself, and PEFT's own answers with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorax_async import AdapterLoader, LoaderConfig, layouts
+from lorax_async.engines.transformers import Attached, attach
+
+Lora = Mapping[str, Any]
+MiB = 1 << 20
+
+PEFT_WARNING = r"ignore:The `is_gradient_checkpointing` attribute:FutureWarning"
+# Wrapping a model makes peft 0.21 ask transformers 5.23 in a way that transformers deprecates.
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What `LoraConfig` is given, and what the file is saved as. `bare`: trained on the backbone."""
+
+    lora: Lora = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    bare: bool = False
+
+
+ATTENTION = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+EVERY = {**ATTENTION, "target_modules": "all-linear"}
+
+VARIANTS = {
+    "plain": Variant(ATTENTION),
+    "every_linear": Variant(EVERY),
+    "rslora": Variant({**ATTENTION, "use_rslora": True}),
+    "patterns": Variant(
+        {
+            **EVERY,
+            # PEFT sorts the patterns when it saves, and the first that matches wins.
+            "rank_pattern": {r".*\.1\d\.mlp\.down_proj": 20, "down_proj": 5, "q_proj": 2},
+            "alpha_pattern": {"v_proj": 3, "model.layers.7.self_attn.k_proj": 40, "down_proj": 1},
+        }
+    ),
+    "regex": Variant({**ATTENTION, "target_modules": r".*\.[5-8]\.(self_attn|mlp)\.[qkd].*_proj"}),
+    "layers": Variant({**ATTENTION, "layers_to_transform": [0, 3, 29]}),
+    "excluded": Variant({**EVERY, "exclude_modules": r".*\.layers\.1?\d\..*|.*\.o_proj"}),
+    "excluded_names": Variant({**ATTENTION, "exclude_modules": ["layers.2.self_attn.q_proj"]}),
+    "bf16": Variant(EVERY, torch.bfloat16),
+    "f16": Variant(EVERY, torch.float16),
+    "rank_3": Variant({**ATTENTION, "r": 3}),
+    "rank_12": Variant({**ATTENTION, "r": 12}, torch.bfloat16),
+    "rank_20": Variant({**EVERY, "r": 20}, torch.float16),
+    "bare_backbone": Variant(ATTENTION, bare=True),
+}
+
+
+@contextmanager
+def wrapped(model: Any, lora: Lora) -> Iterator[Any]:
+    """The model in a new PeftModel with random A and B; the model is plain again afterwards."""
+    peft_model: Any = get_peft_model(model, LoraConfig(**copy.deepcopy(dict(lora))))
+    random = torch.Generator().manual_seed(peft_model.peft_config["default"].r)
+    with torch.no_grad():
+        for name, weight in peft_model.named_parameters():
+            if ".lora_" in name:
+                weight.normal_(0, 0.04, generator=random)
+    try:
+        yield peft_model
+    finally:
+        peft_model.unload()
+
+
+def save(model: Any, lora: Lora, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write an adapter of `model` as PEFT does, then cast its file."""
+    with wrapped(model, lora) as peft_model:
+        # An lm_head among the targets is LoRA like the others; the base's own weight is not needed.
+        peft_model.save_pretrained(folder, save_embedding_layers=False)
+    if dtype != torch.float32:
+        file = folder / "adapter_model.safetensors"
+        cast = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        save_file(cast, file, metadata={"format": "pt"})
+    return folder
+
+
+def build(model: Any, variant: Variant, folder: Path) -> Path:
+    """Write a variant for a headed model."""
+    target = model.model if variant.bare else model
+    return save(target, variant.lora, folder, variant.dtype)
+
+
+@contextmanager
+def active(model: Any, **folders: Path) -> Iterator[Any]:
+    """PEFT with these adapters, the first one active; the model is plain again afterwards."""
+    (first, folder), *others = folders.items()
+    peft_model: Any = PeftModel.from_pretrained(model, folder, adapter_name=first)
+    for name, other in others:
+        peft_model.load_adapter(other, adapter_name=name)
+    try:
+        yield peft_model.eval()
+    finally:
+        peft_model.unload()
+
+
+def stored(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B by module path, as safetensors' own reader sees the file."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    suffix = ".lora_A.weight"
+    names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    return {
+        name.removeprefix("base_model.model."): (
+            tensors[f"{name}{suffix}"],
+            tensors[f"{name}.lora_B.weight"],
+        )
+        for name in names
+    }
+
+
+def llama(**changes: Any) -> Any:
+    """A random decoder of two layers, in float32."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    torch.manual_seed(3)
+    model: Any = LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **tokens, **changes}))
+    return model.eval()
+
+
+def prompt(rows: int, tokens: int = 5) -> dict[str, torch.Tensor]:
+    """Tokens for `llama`, other ones in every row."""
+    return {"input_ids": torch.arange(2, 2 + rows * tokens).view(rows, tokens) % 64}
+
+
+@torch.no_grad()
+def logits_of(model: Any, inputs: Mapping[str, torch.Tensor], **more: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(**inputs, **more).logits
+    return logits
+
+
+@asynccontextmanager
+async def serving(model: Any, **settings: Any) -> AsyncIterator[tuple[AdapterLoader, Attached]]:
+    """The model with a loader of its own attached, and plain again afterwards."""
+    settings = {"device_bytes": 64 * MiB, "timeout": 60.0} | settings
+    source = settings.pop("source", None)
+    layout = layouts.from_module(model)
+    async with AdapterLoader(layout, LoaderConfig(**settings), source=source) as loader:
+        with attach(model, loader) as attached:
+            yield loader, attached

@@ -1,0 +1,81 @@
+"""A place with two roots and the local source over them; afterwards nothing may be open."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import uvloop
+from source_inputs import CONFIG, tensors
+
+from lorax_async import errors
+from lorax_async.adapter import AdapterRef
+from lorax_async.config import Limits
+from lorax_async.io.sources.local import LocalSource
+
+LIMITS = Limits(max_config_bytes=4096, max_adapter_bytes=1 << 24, max_header_bytes=1 << 20)
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def descriptors() -> dict[str, str]:
+    """What is open, by number."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the listing itself
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+    return found
+
+
+class LocalWorld:
+    def __init__(self, base: Path, threads: ThreadPoolExecutor) -> None:
+        self.roots = [base / "first", base / "second"]
+        for root in self.roots:
+            root.mkdir()
+        self.outside = base / "outside"
+        self.outside.mkdir()
+        self.source = LocalSource(roots=self.roots, limits=LIMITS, threads=threads)
+
+    def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
+        folder = self.folder(name)
+        for file, content in ((CONFIG_NAME, config), (WEIGHTS_NAME, weights)):
+            (folder / "new").write_bytes(content)
+            (folder / "new").rename(folder / file)
+        return self.ref(name)
+
+    def ref(self, name: str) -> AdapterRef:
+        return AdapterRef(self.roots[0] / name)
+
+    def folder(self, name: str, base: Path | None = None) -> Path:
+        folder = (base or self.roots[0]) / name
+        folder.mkdir(exist_ok=True, parents=True)
+        return folder
+
+    def fill(self, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / CONFIG_NAME).write_bytes(CONFIG)
+        safetensors.torch.save_file(tensors(1), folder / WEIGHTS_NAME)
+        return folder
+
+
+@contextmanager
+def nothing_left_open(base: Path) -> Iterator[LocalWorld]:
+    uvloop.new_event_loop().close()  # opens a pipe once in every process
+    before = descriptors()
+    with ThreadPoolExecutor(2) as threads:
+        yield LocalWorld(base, threads)
+    assert descriptors() == before
+
+
+def refusal(world: LocalWorld, ref: AdapterRef | str | Path) -> errors.LoraxError:
+    """The error of resolving it."""
+    ref = ref if isinstance(ref, AdapterRef) else AdapterRef(ref)
+    with pytest.raises(errors.LoraxError) as caught:
+        asyncio.run(world.source.resolve(ref))
+    return caught.value

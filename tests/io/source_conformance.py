@@ -1,0 +1,300 @@
+"""What every `Source` keeps to. A test class derives from `SourceConformance`.
+
+Its module has two fixtures: `run`, which runs a coroutine function on a fresh loop, and `world`,
+which afterwards asserts that nothing stayed open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import types
+from collections.abc import Callable, Coroutine, Generator
+from itertools import pairwise
+from threading import Event, current_thread
+from typing import Any, Protocol, TypeVar
+
+import pytest
+import safetensors.torch
+import torch
+from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weights
+
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.errors import (
+    AdapterFormatError,
+    AdapterNotFoundError,
+    FetchError,
+    IntegrityError,
+)
+from lorax_async.io.ports import AdapterFile, Source
+
+T = TypeVar("T")
+
+
+class Run(Protocol):
+    def __call__(self, main: Coroutine[Any, Any, T], /) -> T: ...
+
+
+class World(Protocol):
+    source: Source
+
+    def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
+        """Add an adapter, or replace it."""
+
+    def ref(self, name: str) -> AdapterRef: ...
+
+
+async def bring_all(source: Source, file: AdapterFile, content: bytes) -> list[int]:
+    seen: list[int] = []
+    await source.bring(file, groups_of(content), seen.append, Event())
+    return seen
+
+
+@types.coroutine
+def cancelled_at(
+    main: Coroutine[Any, Any, T], at: int, late: float
+) -> Generator[Any, Any, T | None]:
+    """Cancel the running task at the `at`-th suspension of `main`; None if it was not reached.
+
+    With `late` seconds between, what is awaited has meanwhile come to its end.
+    """
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+
+    def cancel() -> None:
+        time.sleep(late)
+        task.cancel()
+
+    step: Callable[[Any], Any] = main.send
+    given: Any = None
+    for suspension in range(1000):
+        try:
+            awaited = step(given)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        if suspension == at:
+            loop.call_soon(cancel)
+        try:
+            step, given = main.send, (yield awaited)
+        except BaseException as thrown:
+            step, given = main.throw, thrown
+    raise AssertionError("it goes on and on")
+
+
+async def was_cancelled(main: Coroutine[Any, Any, Any], at: int, late: float) -> bool:
+    """Was that suspension reached? What `main` gave otherwise is closed."""
+
+    async def steps() -> Any:
+        return await cancelled_at(main, at, late)
+
+    task = asyncio.ensure_future(steps())
+    await asyncio.wait([task])
+    if not task.cancelled():
+        opened = getattr(task.result(), "reader", task.result())
+        if hasattr(opened, "close"):
+            opened.close()
+    return task.cancelled()
+
+
+class SourceConformance:
+    def test_a_key_lasts_as_long_as_the_bytes(self, world: World, run: Run) -> None:
+        async def main() -> None:
+            ref = world.put("one", CONFIG, weights(1))
+            first = await world.source.resolve(ref)
+            assert await world.source.resolve(ref) == first
+            world.put("one", CONFIG, weights(2))
+            second = await world.source.resolve(ref)
+            world.put("one", CONFIG.replace(b"8", b"9"), weights(2))
+            third = await world.source.resolve(ref)
+            assert len({first, second, third}) == 3
+            assert first.location == second.location == third.location
+
+        run(main())
+
+    def test_two_adapters_have_two_keys(self, world: World, run: Run) -> None:
+        async def main() -> None:
+            refs = [world.put(name, CONFIG, weights(1)) for name in ("one", "two")]
+            keys = [await world.source.resolve(ref) for ref in refs]
+            assert keys[0] != keys[1]
+
+        run(main())
+
+    def test_an_unknown_adapter_is_not_found(self, world: World, run: Run) -> None:
+        with pytest.raises(AdapterNotFoundError):
+            run(world.source.resolve(world.ref("nobody")))
+
+    def test_an_opened_adapter_has_config_and_header(self, world: World, run: Run) -> None:
+        content = weights(1)
+
+        async def main() -> None:
+            file = await world.source.open(await self.key(world, content))
+            assert file.config == CONFIG
+            assert content.startswith(file.prefix)
+            assert len(file.prefix) >= header_bytes(content)
+            assert file.reader.nbytes == len(content)
+            file.reader.close()
+
+        run(main())
+
+    def test_groups_arrive_in_order_on_the_loop(self, world: World, run: Run) -> None:
+        content = weights(1)
+
+        async def main() -> None:
+            file = await world.source.open(await self.key(world, content))
+            arrivals: list[tuple[int, bytes]] = []
+
+            def arrived(group: int) -> None:
+                assert current_thread() is thread
+                (span,) = groups_of(content)[group]
+                arrivals.append((group, read(file.reader, *span)))
+
+            thread = current_thread()
+            await world.source.bring(file, groups_of(content), arrived, Event())
+            spans = [span for (span,) in groups_of(content)]
+            assert arrivals == [(n, content[a:b]) for n, (a, b) in enumerate(spans)]
+            file.reader.close()
+
+        run(main())
+
+    @pytest.mark.parametrize("reopened", [False, True])
+    def test_scattered_reads_give_the_file(self, world: World, run: Run, reopened: bool) -> None:
+        content = weights(1, {"note": "x" * 9000})
+
+        async def main() -> None:
+            key = await self.key(world, content)
+            file = await world.source.open(key)
+            await bring_all(world.source, file, content)
+            reader = await world.source.reopen(key) if reopened else file.reader
+            whole = memoryview(bytearray(len(content)))
+            cuts = [0, 0, *range(3, len(content), 7), len(content)]
+            reader.read_into([whole[a:b] for a, b in pairwise(cuts)], 0)
+            assert len(cuts) > 1200  # more than one call takes
+            loaded = safetensors.torch.load(bytes(whole))
+            assert all(torch.equal(loaded[name], t) for name, t in tensors(1).items())
+            assert read(reader, 5, 5) == b""
+            file.reader.close()
+            reader.close()
+
+        run(main())
+
+    def test_a_matrix_of_bytes_is_filled_too(self, world: World, run: Run) -> None:
+        content = weights(1)
+
+        async def main() -> None:
+            file = await world.source.open(await self.key(world, content))
+            await bring_all(world.source, file, content)
+            view = memoryview(bytearray(48)).cast("B", (6, 8))
+            file.reader.read_into([view], header_bytes(content))
+            assert view.tobytes() == content[header_bytes(content) :][:48]
+            file.reader.close()
+
+        run(main())
+
+    def test_a_cancelled_fetch_ends_early(self, world: World, run: Run) -> None:
+        content = weights(1)
+
+        async def main() -> None:
+            file = await world.source.open(await self.key(world, content))
+            cancel = Event()
+            seen: list[int] = []
+
+            def arrived(group: int) -> None:
+                seen.append(group)
+                cancel.set()
+
+            with pytest.raises(FetchError):
+                await world.source.bring(file, groups_of(content), arrived, cancel)
+            assert seen == [0]
+            file.reader.close()
+
+        run(main())
+
+    @pytest.mark.parametrize("step", ["open", "reopen", "populate"])
+    @pytest.mark.parametrize("part", ["config", "weights"])
+    def test_another_version_is_not_opened(
+        self, world: World, run: Run, step: str, part: str
+    ) -> None:
+        async def main() -> None:
+            key = await self.key(world, weights(1))
+            config = CONFIG.replace(b"8", b"9") if part == "config" else CONFIG
+            world.put("one", config, weights(2 if part == "weights" else 1))
+            with pytest.raises(IntegrityError, match="again"):
+                await getattr(world.source, step)(key)
+
+        run(main())
+
+    def test_a_read_notices_another_version(self, world: World, run: Run) -> None:
+        content = weights(1)
+
+        async def main() -> None:
+            file = await world.source.open(await self.key(world, content))
+            await bring_all(world.source, file, content)
+            world.put("one", CONFIG, weights(2))
+            with pytest.raises(IntegrityError, match="again"):
+                read(file.reader, 0, len(content))
+            file.reader.close()
+
+        run(main())
+
+    def test_a_read_beyond_the_end_is_an_error(self, world: World, run: Run) -> None:
+        content = weights(1)
+
+        async def main() -> None:
+            file = await world.source.open(await self.key(world, content))
+            await bring_all(world.source, file, content)
+            with pytest.raises(IntegrityError):
+                read(file.reader, len(content) - 3, len(content) + 1)
+            file.reader.close()
+
+        run(main())
+
+    def test_a_closed_reader_reads_no_more(self, world: World, run: Run) -> None:
+        async def main() -> None:
+            file = await world.source.open(await self.key(world, weights(1)))
+            file.reader.close()
+            file.reader.close()
+            with pytest.raises(FetchError):
+                read(file.reader, 0, 8)
+
+        run(main())
+
+    @pytest.mark.parametrize("content", [b"PK\3\4" + b"x" * 400, b"x", b"\x09" + b"\0" * 7 + b"{}"])
+    def test_a_file_without_a_header_is_refused(
+        self, world: World, run: Run, content: bytes
+    ) -> None:
+        async def main() -> None:
+            key = await self.key(world, content)
+            with pytest.raises(AdapterFormatError):
+                await world.source.open(key)
+
+        run(main())
+
+    def test_many_may_open_at_once(self, world: World, run: Run) -> None:
+        content = weights(1)
+
+        async def main() -> None:
+            key = await self.key(world, content)
+            files = await asyncio.gather(*(world.source.open(key) for _ in range(20)))
+            assert {file.config for file in files} == {CONFIG}
+            for file in files:
+                file.reader.close()
+
+        run(main())
+
+    @pytest.mark.parametrize("late", [0.0, 0.003])
+    @pytest.mark.parametrize("step", ["resolve", "open", "reopen", "populate"])
+    def test_cancelled_at_any_await(self, world: World, run: Run, step: str, late: float) -> None:
+        async def main() -> None:
+            ref = world.put("one", CONFIG, weights(1))
+            key = await world.source.resolve(ref)
+            call: Callable[[Any], Coroutine[Any, Any, Any]] = getattr(world.source, step)
+            asked = ref if step == "resolve" else key
+            ends = [await was_cancelled(call(asked), at, late) for at in range(12)]
+            assert ends.count(True) >= 1
+            assert ends == sorted(ends, reverse=True)
+
+        run(main())
+
+    async def key(self, world: World, content: bytes) -> AdapterKey:
+        return await world.source.resolve(world.put("one", CONFIG, content))

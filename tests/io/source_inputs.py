@@ -1,0 +1,46 @@
+"""What the sources' tests feed them, and read back."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import safetensors.torch
+import torch
+
+from lorax_async.io.ports import Reader
+
+CONFIG = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}).encode()
+LAYERS = 3
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        f"base_model.model.layers.{layer}.q.lora_{part}.weight": torch.randn(4, 24, generator=draw)
+        for layer in range(LAYERS)
+        for part in "AB"
+    }
+
+
+def weights(seed: int, metadata: dict[str, str] | None = None) -> bytes:
+    content: bytes = safetensors.torch.save(tensors(seed), metadata or {"format": "pt"})
+    return content
+
+
+def header_bytes(content: bytes) -> int:
+    return 8 + int(struct.unpack_from("<Q", content)[0])
+
+
+def groups_of(content: bytes) -> list[list[tuple[int, int]]]:
+    """Last third first, so that a group is not simply the next bytes."""
+    first, size = header_bytes(content), len(content)
+    third = (size - first) // 3
+    middle = first + third
+    return [[(size - third, size)], [(first, middle)], [(middle, size - third)]]
+
+
+def read(reader: Reader, start: int, stop: int) -> bytes:
+    content = bytearray(stop - start)
+    reader.read_into([memoryview(content)], start)
+    return bytes(content)

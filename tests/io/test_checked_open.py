@@ -1,0 +1,296 @@
+"""Descriptors under pressure: names that change, reads that fall short, closes that come too soon."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_world import CONFIG_NAME, WEIGHTS_NAME, LocalWorld, descriptors, nothing_left_open
+from source_inputs import CONFIG, read
+
+from lorax_async import errors
+from lorax_async.adapter import AdapterRef
+from lorax_async.io.sources import local
+from lorax_async.io.sources.checked_open import FileReader, identity_of, located, open_same
+
+SECRET = b"the secret of another tenant"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[LocalWorld]:
+    with nothing_left_open(tmp_path) as world:
+        yield world
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[FileReader]:
+    before = descriptors()
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 16)
+    identity = identity_of(path.stat())
+    reader = FileReader(open_same(str(path), identity), identity, "file")
+    yield reader
+    reader.close()
+    assert descriptors() == before
+
+
+def retarget(link: Path, target: Path) -> None:
+    new = link.with_name("new")
+    new.symlink_to(target)
+    new.rename(link)
+
+
+def swing_link(folder: Path) -> None:
+    retarget(folder / "link", folder / "secret")
+
+
+def replace_file(folder: Path) -> None:
+    (folder / "secret").rename(folder / "mine")
+
+
+@pytest.mark.parametrize("change", [swing_link, replace_file])
+def test_a_descriptor_is_opened_not_its_name(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "secret").write_bytes(SECRET)
+    retarget(tmp_path / "link", tmp_path / "mine")
+    with located(str(tmp_path / "link")) as file:
+        change(tmp_path)
+        fd = file.open()
+    assert os.read(fd, 100) == b"mine"
+    assert not os.get_inheritable(fd)
+    assert not os.get_blocking(fd)
+    os.close(fd)
+
+
+def test_a_link_that_swings_never_lets_a_secret_out(world: LocalWorld) -> None:
+    folder = world.fill(world.roots[0] / "one")
+    secret = world.outside / "secret"
+    secret.write_bytes(SECRET)
+    (folder / CONFIG_NAME).rename(folder / "mine.json")
+    retarget(folder / CONFIG_NAME, folder / "mine.json")
+    stop, outcomes = threading.Event(), set[object]()
+
+    def swing() -> None:
+        while not stop.is_set():
+            for target in (secret, folder / "mine.json"):
+                retarget(folder / CONFIG_NAME, target)
+
+    async def main() -> None:
+        for turn in range(20_000):
+            if turn > 300 and len(outcomes) > 1:
+                break
+            try:
+                file = await world.source.open(await world.source.resolve(AdapterRef("./one")))
+            except (errors.AccessDeniedError, errors.IntegrityError) as error:
+                outcomes.add(type(error))
+            else:
+                outcomes.add(file.config)
+                file.reader.close()
+
+    thread = threading.Thread(target=swing)
+    thread.start()
+    try:
+        asyncio.run(main())
+    finally:
+        stop.set()
+        thread.join()
+    assert CONFIG in outcomes
+    assert errors.AccessDeniedError in outcomes
+    assert outcomes <= {CONFIG, errors.AccessDeniedError, errors.IntegrityError}
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -> None:
+    path = world.fill(world.roots[0] / "one") / name
+
+    async def main() -> None:
+        key = await world.source.resolve(AdapterRef("./one"))
+        path.unlink()
+        os.mkfifo(path)
+        for step in (world.source.open, world.source.reopen, world.source.populate):
+            with pytest.raises(errors.IntegrityError, match=name):
+                await step(key)
+        path.unlink()
+        for step in (world.source.open, world.source.reopen, world.source.populate):
+            with pytest.raises(errors.IntegrityError, match=name):
+                await step(key)
+
+    asyncio.run(main())
+
+
+def test_a_config_that_changes_while_it_is_read(
+    world: LocalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = world.fill(world.roots[0] / "one")
+    close = local._close_after_status
+
+    def edit_and_close(file: Any) -> os.stat_result:
+        (folder / CONFIG_NAME).write_bytes(CONFIG.replace(b"8", b"9"))
+        return close(file)
+
+    async def main() -> None:
+        key = await world.source.resolve(AdapterRef("./one"))
+        monkeypatch.setattr(local, "_close_after_status", edit_and_close)
+        with pytest.raises(errors.IntegrityError, match=r"adapter_config\.json.*again"):
+            await world.source.open(key)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_closed_even_when_the_open_was_given_up(
+    world: LocalWorld, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The thread opens the file after nobody wants it any more."""
+    folder = world.fill(world.roots[0] / "one")
+    entered, go = threading.Event(), threading.Event()
+
+    def slow(path: str, identity: Any) -> int:
+        if path.endswith(name):
+            entered.set()
+            assert go.wait(10)
+        return open_same(path, identity)
+
+    async def main() -> None:
+        key = await world.source.resolve(AdapterRef(folder))
+        monkeypatch.setattr(local, "open_same", slow)
+        opening = asyncio.ensure_future(world.source.open(key))
+        await asyncio.to_thread(entered.wait, 10)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        go.set()
+
+    asyncio.run(main())
+
+
+def test_an_error_waits_for_the_other_file(
+    world: LocalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once `open` has failed, no thread of its is at work and nothing is open."""
+    folder = world.fill(world.roots[0] / "one")
+    through = []
+
+    def slow(path: str, identity: Any) -> int:
+        if path.endswith(WEIGHTS_NAME):
+            threading.Event().wait(0.05)
+            through.append(path)
+        return open_same(path, identity)
+
+    async def main() -> None:
+        key = await world.source.resolve(AdapterRef(folder))
+        monkeypatch.setattr(local, "open_same", slow)
+        (folder / CONFIG_NAME).write_bytes(b"{}")
+        before = descriptors()
+        with pytest.raises(errors.IntegrityError, match=CONFIG_NAME):
+            await world.source.open(key)
+        assert through
+        assert descriptors() == before
+
+    asyncio.run(main())
+
+
+def test_short_reads_are_continued(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+
+    def stingy(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Eleven bytes a call, over as many buffers as that fills."""
+        left, some = 11, []
+        for buffer in buffers:
+            some.append(buffer.cast("B")[:left])
+            left -= some[-1].nbytes
+        return real(fd, some, offset)
+
+    monkeypatch.setattr(os, "preadv", stingy)
+    whole = memoryview(bytearray(200))
+    pieces = [whole[:3], whole[3:3], whole[3:50], whole[50:200].cast("B", (15, 10))]
+    reader.read_into(pieces, 7)
+    assert bytes(whole) == (bytes(range(256)) * 2)[7:207]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EIO, errors.FetchError), (errno.EACCES, errors.AccessDeniedError)],
+)
+def test_the_systems_errors_are_ours(
+    reader: FileReader, monkeypatch: pytest.MonkeyPatch, number: int, kind: type
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(number, "broken")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(errors.FetchError, match=errno.errorcode[number]) as caught:
+        read(reader, 0, 1)
+    assert type(caught.value) is kind
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def touch(path: Path) -> None:
+    os.utime(path)
+
+
+def rewrite(path: Path) -> None:
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+@pytest.mark.parametrize("change", [truncate, touch, rewrite, grow, Path.unlink])
+def test_a_change_is_noticed(
+    reader: FileReader, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    read(reader, 0, 10)
+    threading.Event().wait(0.02)  # the clock of files may tick that slowly
+    change(tmp_path / "file")
+    with pytest.raises(errors.IntegrityError, match="again"):
+        read(reader, 50, 150)
+
+
+def test_a_descriptor_outlives_the_read_it_serves(
+    reader: FileReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go, real = threading.Event(), threading.Event(), os.preadv
+
+    def slow(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        entered.set()
+        assert go.wait(10)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    before = descriptors()
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(read, reader, 3, 9)
+        assert entered.wait(10)
+        reader.close()
+        assert descriptors() == before
+        go.set()
+        assert reading.result() == bytes(range(3, 9))
+    assert len(descriptors()) == len(before) - 1
+    with pytest.raises(errors.FetchError):
+        read(reader, 3, 9)
+
+
+def test_a_forgotten_reader_is_closed_and_warns(tmp_path: Path) -> None:
+    before = descriptors()
+    (tmp_path / "file").write_bytes(b"x")
+    identity = identity_of((tmp_path / "file").stat())
+    reader = FileReader(open_same(str(tmp_path / "file"), identity), identity, "file")
+    with pytest.warns(ResourceWarning, match="unclosed reader of file"):
+        del reader
+    assert descriptors() == before

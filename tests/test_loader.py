@@ -1,0 +1,494 @@
+"""The loader as its callers see it, on real files and the CPU device."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import Run
+from safetensors.torch import load_file
+
+from lorax_async import (
+    AccessDeniedError,
+    AdapterLoader,
+    AdapterNotFoundError,
+    AdapterRef,
+    AdapterTimeoutError,
+    BytesMoved,
+    CapacityError,
+    ConfigError,
+    Event,
+    HandleClosedError,
+    LayerReady,
+    Leaving,
+    LoaderClosedError,
+    LoaderConfig,
+    Resident,
+    SlotGranted,
+    UsageError,
+)
+from lorax_async.io.devices.gated import POISON, GatedDevice
+from lorax_async.io.fakes import FakeSource
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+ONE = 4 * 2 * 1536
+"""Device bytes of one tiny F32 adapter of rank 4: 4 layers of A [4, 32] and B [64, 4], twice."""
+
+
+def loader(**settings: object) -> AdapterLoader:
+    plain: dict[str, object] = {"device_bytes": 1 << 20, "max_slots": 4, "io_threads": 2}
+    return AdapterLoader(tiny.layout(), LoaderConfig(**(plain | settings)))  # type: ignore[arg-type]
+
+
+def gated(device_bytes: int = 1 << 20, slots: int = 4) -> tuple[AdapterLoader, GatedDevice]:
+    layout = tiny.layout()
+    device = GatedDevice(layout, dtype="F32", nbytes=device_bytes, slots=slots)
+    config = LoaderConfig(device_bytes=device_bytes, max_slots=slots, io_threads=2)
+    return AdapterLoader(layout, config, device=device), device
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16", None])
+def test_the_device_holds_the_files_bytes(
+    run: Run, tmp_path: Path, stored: torch.dtype, wanted: str | None
+) -> None:
+    folder = tiny.write(tmp_path / "a", rank=3, dtype=stored, lora_alpha=6)
+
+    async def body() -> None:
+        async with loader(dtype=wanted) as there, await there.load(folder) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+            module = handle.modules["model.layers.0.mlp.up_proj"]
+            assert module.a.dtype is getattr(torch, wanted or "float32")
+            assert (module.rank, module.scale) == (3, 2.0)
+            assert handle.rank == 3
+            assert handle.layers == (0, 1, 2, 3)
+            assert handle.resident
+
+    run(body())
+
+
+def test_the_tables_name_what_the_handle_shows(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        async with loader() as there:
+            device = there.device
+            async with await there.load(folder) as handle:
+                slot = handle.slot.index
+                for name, module in handle.modules.items():
+                    row = there.layout.index(name)
+                    assert device.address[0, row, slot] == module.a.data_ptr()  # type: ignore[attr-defined]
+                    assert device.address[1, row, slot] == module.b.data_ptr()  # type: ignore[attr-defined]
+                    assert device.rank[row, slot] == 4  # type: ignore[attr-defined]
+                    assert device.scale[row, slot] == 2.0  # type: ignore[attr-defined]
+            assert int(device.rank.count_nonzero()) == 8  # type: ignore[attr-defined]
+
+    run(body())
+
+
+def test_a_thousand_loads_are_one(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        there, device = gated()
+        async with there:
+            device.gate.clear()
+            tasks = [asyncio.create_task(there.load(folder)) for _ in range(1000)]
+            while device.copies < 2:
+                await asyncio.sleep(0.001)
+            for task in tasks[::5]:
+                task.cancel()
+            device.gate.set()
+            done = await asyncio.gather(*tasks, return_exceptions=True)
+            handles = [h for h in done if not isinstance(h, BaseException)]
+            assert sum(isinstance(h, asyncio.CancelledError) for h in done) == 200
+            assert len(handles) == 800
+            assert device.copies == 4
+            assert there.statistics().fetches == 1
+            (where,) = there.residency().values()
+            assert where.leases == 800
+            for handle in handles:
+                handle.release()
+            (where,) = there.residency().values()
+            assert where.leases == 0
+
+    run(body())
+
+
+def test_layers_come_one_by_one(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        there, device = gated()
+        async with there:
+            device.gate.clear()
+            async with there.stream(folder) as handle:
+                assert not handle.resident
+                assert not handle.is_ready(0)
+                assert handle.is_ready(-1), "a layer without tensors is ready once it has its slot"
+                with pytest.raises(UsageError, match="layer 0 is not here yet"):
+                    handle.modules["model.layers.0.mlp.up_proj"]
+                with pytest.raises(UsageError, match="outside -1 … 4"):
+                    await handle.layer_ready(5)
+                with pytest.raises(AdapterTimeoutError, match="layer 0"):
+                    await asyncio.to_thread(handle.wait_layer, 0, 0.01)
+                waiting = asyncio.create_task(asyncio.to_thread(handle.wait_layer, 4, 30))
+                device.gate.set()
+                await handle.layer_ready(3)
+                assert handle.resident
+                await waiting
+                tiny.assert_equal_to_file(handle, folder)
+
+    run(body())
+
+
+def test_events_tell_the_whole_way(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        heard: list[Event] = []
+
+        def broken(event: Event) -> None:
+            raise RuntimeError("a subscriber's own fault")
+
+        async with loader(device_bytes=ONE, max_slots=1) as there:
+            there.subscribe(broken)
+            stop = there.subscribe(heard.append)
+            (await there.load(folder)).release()
+            kinds = [type(event) for event in heard]
+            assert kinds[0] is SlotGranted
+            assert kinds[-1] is Resident
+            assert kinds.count(LayerReady) <= 4
+            assert sum(e.nbytes for e in heard if isinstance(e, BytesMoved)) == ONE
+            layers = [e.layer for e in heard if isinstance(e, LayerReady)]
+            assert layers == sorted(layers)
+            assert layers[-1] == 3
+            other = tiny.write(tmp_path / "b", seed=1)
+            (await there.load(other)).release()
+            assert Leaving in {type(e) for e in heard if e.key == heard[0].key}
+            stop()
+            before = len(heard)
+            (await there.load(folder)).release()
+            assert len(heard) == before
+            assert [type(e) for e in there.story(folder)][-2:] == [SlotGranted, Resident]
+
+    run(body())
+
+
+def test_the_least_recently_used_makes_room(run: Run, tmp_path: Path) -> None:
+    folders = [tiny.write(tmp_path / str(n), seed=n) for n in range(3)]
+
+    async def body() -> None:
+        async with loader(device_bytes=2 * ONE, max_slots=8) as there:
+            for folder in (folders[0], folders[1], folders[0], folders[2]):
+                (await there.load(folder)).release()
+            assert there.try_acquire(folders[1]) is None
+            for folder in (folders[0], folders[2]):
+                handle = there.try_acquire(folder)
+                assert handle is not None
+                tiny.assert_equal_to_file(handle, folder)
+                handle.release()
+            async with await there.load(folders[1]) as handle:
+                tiny.assert_equal_to_file(handle, folders[1])
+
+    run(body())
+
+
+def test_waiting_for_room_ends_with_the_lease(run: Run, tmp_path: Path) -> None:
+    a, b = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", seed=1)
+
+    async def body() -> None:
+        async with loader(max_slots=1) as there:
+            first = await there.load(a)
+            with pytest.raises(AdapterTimeoutError) as caught:
+                await there.load(b, timeout=0.05)
+            assert caught.value.stage == "queue"
+            assert caught.value.retryable
+            waiting = asyncio.create_task(there.load(b))
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            first.release()
+            async with await waiting as second:
+                tiny.assert_equal_to_file(second, b)
+
+    run(body())
+
+
+def test_the_urgent_go_first(run: Run, tmp_path: Path) -> None:
+    folders = [tiny.write(tmp_path / str(n), seed=n) for n in range(3)]
+
+    async def body() -> None:
+        async with loader(max_slots=1) as there:
+            held = await there.load(folders[0])
+            order: list[int] = []
+
+            async def late(n: int, priority: int) -> None:
+                async with await there.load(folders[n], priority=priority):
+                    order.append(n)
+
+            slow = asyncio.create_task(late(1, 0))
+            await asyncio.sleep(0.02)
+            fast = asyncio.create_task(late(2, 5))
+            await asyncio.sleep(0.02)
+            held.release()
+            await asyncio.gather(slow, fast)
+            assert order == [2, 1]
+
+    run(body())
+
+
+def test_a_starving_request_ends_new_leases(run: Run, tmp_path: Path) -> None:
+    a, b = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", seed=1)
+
+    async def body() -> None:
+        async with loader(max_slots=1, starvation_age=0.05) as there:
+            held = await there.load(a)
+            waiting = asyncio.create_task(there.load(b))
+            for _ in range(200):
+                renewed = there.try_acquire(a)
+                if renewed is None:
+                    break
+                held.release()
+                held = renewed
+                await asyncio.sleep(0.005)
+            else:
+                pytest.fail("the adapter in use was leased for ever")
+            held.release()
+            (await waiting).release()
+
+    run(body())
+
+
+def test_what_never_fits_fails_at_once(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        async with loader(device_bytes=ONE - 64) as there:
+            with pytest.raises(CapacityError, match="raise device_bytes") as caught:
+                await there.load(folder)
+            assert not caught.value.retryable
+            assert str(folder) in str(caught.value)
+
+    run(body())
+
+
+@pytest.mark.parametrize("change", ["weights", "config"])
+def test_a_saved_again_adapter_loads_anew(run: Run, tmp_path: Path, change: str) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        async with loader() as there:
+            async with await there.load(folder) as old:
+                before = old.modules["model.layers.0.mlp.up_proj"].a.clone()
+                if change == "weights":
+                    tiny.write(folder, seed=7)
+                else:
+                    text = json.dumps(tiny.config(lora_alpha=16))
+                    (folder / "adapter_config.json").write_text(text)
+                async with await there.load(folder) as new:
+                    assert new.key != old.key
+                    tiny.assert_equal_to_file(new, folder)
+                    module = new.modules["model.layers.0.mlp.up_proj"]
+                    assert module.scale == (2.0 if change == "weights" else 4.0)
+                    assert torch.equal(old.modules["model.layers.0.mlp.up_proj"].a, before)
+
+    run(body())
+
+
+def test_a_string_needs_a_root(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "roots" / "a")
+    other = tiny.write(tmp_path / "elsewhere")
+
+    async def body() -> None:
+        async with loader(local_roots=(tmp_path / "roots",)) as there:
+            async with await there.load(str(folder)) as handle:
+                assert handle.id == str(folder)
+            with pytest.raises(AccessDeniedError):
+                await there.load(str(other))
+            with pytest.raises(AdapterNotFoundError):
+                await there.load(tmp_path / "nothing")
+            with pytest.raises(ConfigError):
+                await there.load("org/name")
+            async with await there.load(AdapterRef(folder)) as handle:
+                again = there.try_acquire(handle.key)
+                assert again is not None
+                again.release()
+            with pytest.raises(UsageError, match="itself"):
+                await there.load(AdapterRef(folder), revision="main")
+            with pytest.raises(UsageError, match="not int"):
+                await there.load(3)  # type: ignore[arg-type]
+
+    run(body())
+
+
+def test_a_released_handle_shows_nothing(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        async with loader() as there:
+            handle = await there.load(folder)
+            modules = handle.modules
+            thread = threading.Thread(target=handle.release)
+            thread.start()
+            thread.join()
+            handle.release()
+            assert handle.released
+            for use in (lambda: handle.modules, lambda: modules["model.layers.0.mlp.up_proj"]):
+                with pytest.raises(HandleClosedError):
+                    use()
+            with pytest.raises(HandleClosedError):
+                await handle.layer_ready(0)
+            with pytest.raises(HandleClosedError), handle.use():
+                pass
+
+    run(body())
+
+
+def test_a_forgotten_handle_warns_and_is_released(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        async with loader() as there:
+            handle = await there.load(folder)
+            with pytest.warns(ResourceWarning, match="never released"):
+                handle.__del__()
+            del handle
+            (where,) = there.residency().values()
+            assert where.leases == 0
+
+    run(body())
+
+
+def test_a_kernel_keeps_its_bytes_after_release(run: Run, tmp_path: Path) -> None:
+    a, b = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", seed=1)
+
+    async def body() -> None:
+        async with loader(max_slots=1) as there:
+            handle = await there.load(a)
+            with handle.use():
+                handle.release()
+                with pytest.raises(AdapterTimeoutError):
+                    await there.load(b, timeout=0.05)
+            (await there.load(b)).release()
+
+    run(body())
+
+
+def test_close_fails_waiters_and_revokes_leases(run: Run, tmp_path: Path) -> None:
+    a, b = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", seed=1)
+
+    async def body() -> None:
+        async with loader(max_slots=1) as there:
+            handle = await there.load(a)
+            waiting = asyncio.create_task(there.load(b))
+            await asyncio.sleep(0.01)
+            await there.close(timeout=0.05)
+            with pytest.raises(LoaderClosedError):
+                await waiting
+            with pytest.raises(HandleClosedError, match="loader was closed"):
+                _ = handle.modules
+            with pytest.raises(LoaderClosedError):
+                await there.load(a)
+            await there.close()
+
+    run(body())
+
+
+def test_close_goes_on_when_its_caller_is_cancelled(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        there = loader()
+        await there.__aenter__()
+        handle = await there.load(folder)
+        closing = asyncio.create_task(there.close(timeout=5))
+        await asyncio.sleep(0.01)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        handle.release()
+        await there.close()
+
+    run(body())
+
+
+def test_it_belongs_to_one_loop_and_one_process(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        there = loader()
+        with pytest.raises(UsageError, match="enter the loader first"):
+            await there.load(folder)
+        async with there:
+            loop = asyncio.get_running_loop()
+            with pytest.raises(UsageError, match="event loop that entered it"):
+                await asyncio.to_thread(lambda: asyncio.run(there.load(folder)))
+            handle = await asyncio.to_thread(
+                lambda: asyncio.run_coroutine_threadsafe(there.load(folder), loop).result()
+            )
+            handle.release()
+            with pytest.raises(UsageError, match="entered before"):
+                await there.__aenter__()
+            monkeypatched = there._pid
+            there._pid = os.getpid() + 1
+            with pytest.raises(UsageError, match="process that made it"):
+                there.try_acquire(folder)
+            there._pid = monkeypatched
+
+    run(body())
+
+
+def test_weights_that_are_not_finite_are_refused_when_asked(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    weights = tiny.tensors(0)
+    next(iter(weights.values()))[0, 0] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "adapter_model.safetensors")
+
+    async def body() -> None:
+        async with loader() as there:
+            (await there.load(folder)).release()
+        async with loader(check_finite=True) as there:
+            with pytest.raises(Exception, match="NaN or infinite") as caught:
+                await there.load(folder)
+            assert type(caught.value).__name__ == "AdapterFormatError"
+            assert not there.residency()
+
+    run(body())
+
+
+def test_later_layers_are_still_poison_when_the_first_is_right(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        layout = tiny.layout()
+        device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=4)
+        source = FakeSource()
+        source.put("a", *tiny.files(folder))
+        source.hold("a")
+        source.allow("a", 0)
+        config = LoaderConfig(device_bytes=1 << 20, max_slots=4)
+        async with AdapterLoader(layout, config, source=source, device=device) as there:
+            async with there.stream("a", timeout=10) as handle:
+                await handle.layer_ready(0)
+                module = handle.modules["model.layers.0.self_attn.q_proj"]
+                name = "base_model.model.model.layers.0.self_attn.q_proj"
+                saved = load_file(folder / "adapter_model.safetensors")
+                assert torch.equal(module.a, saved[f"{name}.lora_A.weight"])
+                assert torch.equal(module.b, saved[f"{name}.lora_B.weight"])
+                assert not handle.is_ready(1)
+                for extent in handle._lease.tenancy.grant.extents[1:]:
+                    assert bool((device.host_memory(extent) == POISON).all())
+                source.allow("a", 1, 2, 3)
+                await handle.layer_ready(3)
+                tiny.assert_equal_to_file(handle, folder)
+
+    run(body())

@@ -1,0 +1,84 @@
+"""Tiny adapters and layouts for tests of everything that does not need a real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorax_async import AdapterHandle
+from lorax_async.core.layout import ModelLayout, Module, Parallel
+
+LAYERS = 4
+HIDDEN = 32
+TARGETS = ("self_attn.q_proj", "mlp.up_proj")
+
+
+def layout(dtype: str = "F32", *, layers: int = LAYERS) -> ModelLayout:
+    modules = tuple(
+        Module(f"model.layers.{layer}.{target}", HIDDEN, 2 * HIDDEN, layer, Parallel.COLUMN)
+        for layer in range(layers)
+        for target in TARGETS
+    )
+    return ModelLayout(modules, layers, dtype, "model.")
+
+
+def tensors(
+    seed: int, rank: int = 4, dtype: torch.dtype = torch.float32, *, layers: int = LAYERS
+) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    made = {}
+    for layer in range(layers):
+        for target in TARGETS:
+            name = f"base_model.model.model.layers.{layer}.{target}"
+            a = torch.randn(rank, HIDDEN, generator=random)
+            b = torch.randn(2 * HIDDEN, rank, generator=random)
+            made[f"{name}.lora_A.weight"] = a.to(dtype)
+            made[f"{name}.lora_B.weight"] = b.to(dtype)
+    return made
+
+
+def config(rank: int = 4, **changes: object) -> dict[str, object]:
+    plain = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": [target.split(".")[1] for target in TARGETS],
+    }
+    return plain | changes
+
+
+def write(
+    folder: Path,
+    seed: int = 0,
+    rank: int = 4,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: int = LAYERS,
+    **changes: object,
+) -> Path:
+    """An adapter folder with random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config(rank, **changes)))
+    weights = folder / "adapter_model.safetensors"
+    save_file(tensors(seed, rank, dtype, layers=layers), weights)
+    return folder
+
+
+def files(folder: Path) -> tuple[bytes, bytes]:
+    """Config and weights of an adapter folder, as `FakeSource.put` takes them."""
+    config = (folder / "adapter_config.json").read_bytes()
+    return config, (folder / "adapter_model.safetensors").read_bytes()
+
+
+def assert_equal_to_file(handle: AdapterHandle, folder: Path) -> None:
+    """What is on the device is what safetensors' own reader finds in the file, cast by torch."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert len(saved) == 2 * len(handle.modules)
+    for name, module in handle.modules.items():
+        a = saved[f"base_model.model.{name}.lora_A.weight"]
+        b = saved[f"base_model.model.{name}.lora_B.weight"]
+        assert torch.equal(module.a, a.to(module.a.dtype))
+        assert torch.equal(module.b, b.to(module.b.dtype))
