@@ -20,7 +20,7 @@ from lorax_async.core.life import Command, Needs, Tier, Waiter
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.core.transitions import FileState, SlotState
-from lorax_async.errors import FetchError, InternalError, LoraxError, Stage
+from lorax_async.errors import FetchError, InternalError, LoraxError, Stage, TransferError
 from lorax_async.events import (
     BytesMoved,
     Event,
@@ -37,7 +37,7 @@ from lorax_async.io.ports import Device, Source
 from lorax_async.io.transfer import Transfer
 from lorax_async.journal import Journal
 from lorax_async.planning import Planner
-from lorax_async.tenancy import Lease, as_transfer_error
+from lorax_async.tenancy import Lease
 from lorax_async.tenants import Tenants
 
 
@@ -78,9 +78,7 @@ class Driver:
 
     # -- what callers want ------------------------------------------------------------------------
 
-    async def wish(
-        self, key: AdapterKey, tier: Tier, *, priority: int, holder: str
-    ) -> Lease | None:
+    async def wish(self, key: AdapterKey, tier: Tier, *, priority: int) -> Lease | None:
         """Wait until the adapter has come as far as `tier`. Cancelling withdraws this wish only."""
         self._copies.hear()
         waiter, future = self.tenants.add_waiter()
@@ -88,13 +86,10 @@ class Driver:
             self.lifecycle.want(key, Waiter(waiter, tier, self._loop.time(), priority=priority))
         )
         try:
-            lease = await future
+            return await future
         except asyncio.CancelledError:
             self._withdraw(key, waiter, future)
             raise
-        if lease is not None:
-            lease.holder = holder
-        return lease
 
     def _withdraw(self, key: AdapterKey, waiter: int, future: asyncio.Future[Lease | None]) -> None:
         self.tenants.drop_waiter(waiter)
@@ -104,11 +99,11 @@ class Driver:
             if lease is not None:
                 lease.end()
 
-    def try_lease(self, key: AdapterKey, holder: str) -> Lease | None:
+    def try_lease(self, key: AdapterKey) -> Lease | None:
         """A lease on a resident adapter, at once."""
         if self.lifecycle.take_lease(key) is None:
             return None
-        return self.tenants.new_lease(key, holder)
+        return self.tenants.new_lease(key)
 
     def story(self, key: AdapterKey) -> tuple[Event, ...]:
         return self.journal.story(key)
@@ -176,7 +171,7 @@ class Driver:
                 self._tell(BytesMoved, key, nbytes=outcome.nbytes)
             self._obey(self.lifecycle.copy_done(key, outcome.command.group))
         else:
-            error = as_transfer_error(outcome.error)
+            error = _as_transfer_error(outcome.error)
             here = self.lifecycle.lives[key].file is not FileState.FETCHING
             lost = here and isinstance(error, FetchError)
             self._obey(self.lifecycle.copy_failed(key, error, file_lost=lost))
@@ -236,8 +231,8 @@ class Driver:
             case commands.Fail():
                 self._fail(command)
             case commands.BreakSlot():
-                self.tenants.tenancy(key).fail(command.error)
                 self._tell(Failed, key, slot=command.grant.slot, error=command.error)
+                self.tenants.tenancy(key).fail(self._located(key, command.error))
             case commands.TellLeaving():
                 self.journal.count("departures")
                 self._tell(Leaving, key, slot=command.grant.slot)
@@ -268,11 +263,11 @@ class Driver:
     def _fail(self, command: commands.Fail) -> None:
         self.journal.count("failures")
         self._tell(Failed, command.key, error=command.error)
-        life = self.lifecycle.lives[command.key]
-        error = command.error.located(
-            key=command.key, attempt=life.attempt, story=self.story(command.key)
-        )
-        self.tenants.fail(command.waiters, error)
+        self.tenants.fail(command.waiters, self._located(command.key, command.error))
+
+    def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
+        attempt = self.lifecycle.lives[key].attempt
+        return error.located(key=key, attempt=attempt, story=self.story(key))
 
     def _tell_ready(self, command: commands.TellReady) -> None:
         tenancy = self.tenants.tenancy(command.key)
@@ -317,3 +312,11 @@ class Driver:
     def _tick(self) -> None:
         self._alarm = None
         self._obey(self.lifecycle.tick(self._loop.time()))
+
+
+def _as_transfer_error(error: BaseException) -> LoraxError:
+    if isinstance(error, LoraxError):
+        return error
+    failure = TransferError(f"the copy to the device failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

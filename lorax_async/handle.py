@@ -53,6 +53,7 @@ class AdapterHandle:
     ) -> None:
         self.id = id
         self._lease = lease
+        lease.id = id
         self._device = device
         self._layout = layout
         self._timeout = timeout

@@ -260,7 +260,7 @@ class AdapterLoader:
         self._check_open()
         ref = _as_ref(adapter_id)
         key = ref if isinstance(ref, AdapterKey) else self._resolver.known(ref)
-        lease = self._driver.try_lease(key, _holder()) if key is not None else None
+        lease = self._driver.try_lease(key) if key is not None else None
         return self._handle(_text(ref), lease) if lease is not None else None
 
     async def _acquire(
@@ -276,7 +276,7 @@ class AdapterLoader:
                     key = await self._resolver.resolve(ref)
                     self._check_open()
                 assert key is not None
-                lease = await self._driver.wish(key, tier, priority=priority, holder=_holder())
+                lease = await self._driver.wish(key, tier, priority=priority)
         except TimeoutError as error:
             if not deadline.expired() or isinstance(error, LoraxError):
                 raise
@@ -298,6 +298,7 @@ class AdapterLoader:
         )
 
     def _handle(self, id: str, lease: Lease) -> AdapterHandle:
+        lease.holder = _task_name()
         return AdapterHandle(id, lease, self._driver.device, self.layout, self.config.timeout)
 
     # -- looking ----------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def _text(ref: AdapterRef | AdapterKey) -> str:
     return ref.text if isinstance(ref, AdapterRef) else str(ref)
 
 
-def _holder() -> str:
+def _task_name() -> str:
     try:
         task = asyncio.current_task()
     except RuntimeError:

@@ -6,7 +6,7 @@ import asyncio
 from time import perf_counter
 
 from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.errors import InternalError, LoraxError
+from lorax_async.errors import InternalError, LoaderClosedError, LoraxError
 from lorax_async.io.ports import Source
 from lorax_async.journal import Journal
 
@@ -38,12 +38,18 @@ class Resolver:
             return await asyncio.shield(task)
         except LoraxError as error:
             raise error.located(id=ref.text, stage="resolve") from error.__cause__
+        except asyncio.CancelledError:
+            waiter = asyncio.current_task()
+            if task.cancelled() and waiter is not None and not waiter.cancelling():
+                raise LoaderClosedError("the loader was closed", stage="resolve") from None
+            raise
 
     def known(self, ref: AdapterRef) -> AdapterKey | None:
         """The last answer; touches no file."""
         return self._answers.get(ref)
 
     async def stop(self) -> None:
+        """Cancel what is asked; whoever waits gets `LoaderClosedError`."""
         tasks = tuple(self._asking.values())
         for task in tasks:
             task.cancel()

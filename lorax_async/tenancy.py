@@ -13,7 +13,7 @@ from collections.abc import Callable
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import Grant
 from lorax_async.core.transfer_plan import TransferPlan
-from lorax_async.errors import HandleClosedError, LoraxError, TransferError, UsageError
+from lorax_async.errors import HandleClosedError, LoraxError, UsageError
 
 
 class Tenancy:
@@ -113,12 +113,14 @@ class Lease:
     def __init__(
         self,
         tenancy: Tenancy,
-        holder: str,
         ended: Callable[[Lease, bool], None],
         quiet: Callable[[Lease], None],
     ) -> None:
         self.tenancy = tenancy
-        self.holder = holder
+        self.id: str | None = None
+        """What the holder calls the adapter, for its errors."""
+        self.holder = ""
+        """Name of the task that holds it."""
         self._ended = ended
         self._quiet = quiet
         self._lock = threading.Lock()
@@ -132,10 +134,10 @@ class Lease:
     def check(self) -> None:
         """Raise unless the slot may be used now."""
         if self._why_closed is not None:
-            raise HandleClosedError(self._why_closed, key=self.tenancy.key)
+            raise HandleClosedError(self._why_closed, id=self.id, key=self.tenancy.key)
         error = self.tenancy.error
         if error is not None:
-            raise error.located(key=self.tenancy.key)
+            raise error.located(id=self.id) from error.__cause__
 
     def begin_use(self) -> None:
         """A kernel is about to read the slot; raises if the lease does not allow it any more."""
@@ -159,12 +161,3 @@ class Lease:
             in_use = self._uses > 0
         self.tenancy.wake_threads()
         self._ended(self, in_use)
-
-
-def as_transfer_error(error: BaseException) -> LoraxError:
-    """A copy's failure in our words."""
-    if isinstance(error, LoraxError):
-        return error
-    failure = TransferError(f"the copy to the device failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

@@ -53,10 +53,10 @@ class Tenants:
     def tenancy(self, key: AdapterKey) -> Tenancy:
         return self._tenancies[key]
 
-    def new_lease(self, key: AdapterKey, holder: str) -> Lease:
+    def new_lease(self, key: AdapterKey) -> Lease:
         tenancy = self._tenancies[key]
         tenancy.streamed = tenancy.streamed or not tenancy.complete
-        lease = Lease(tenancy, holder, self._lease_ended, self._lease_quiet)
+        lease = Lease(tenancy, self._lease_ended, self._lease_quiet)
         self.leases.setdefault(key, set()).add(lease)
         return lease
 
@@ -70,7 +70,7 @@ class Tenants:
     def serve(self, key: AdapterKey, waiter: int, grant: Grant | None) -> None:
         """Fulfil a wish. A waiter that was cancelled meanwhile gives its lease back."""
         future = self._waiters.pop(waiter)
-        lease = self.new_lease(key, "") if grant is not None else None
+        lease = self.new_lease(key) if grant is not None else None
         if not future.done():
             future.set_result(lease)
         elif lease is not None:

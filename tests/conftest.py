@@ -52,3 +52,12 @@ def nothing_left() -> Iterator[None]:
     gc.collect()
     assert open_files() <= files
     assert not our_threads()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait, for seconds at most, until something that is on its way has happened."""
+    for _ in range(5000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it never happened")

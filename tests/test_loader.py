@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import Run
+from conftest import Run, until
 from safetensors.torch import load_file
 
 from lorax_async import (
@@ -460,7 +460,7 @@ def test_weights_that_are_not_finite_are_refused_when_asked(run: Run, tmp_path: 
             with pytest.raises(Exception, match="NaN or infinite") as caught:
                 await there.load(folder)
             assert type(caught.value).__name__ == "AdapterFormatError"
-            assert not there.residency()
+            await until(lambda: not there.residency())
 
     run(body())
 

@@ -1,0 +1,355 @@
+"""Cancel at every await, fail at every step: nothing may be left, and a clean load must follow."""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from conftest import Run, open_files, our_threads
+
+from lorax_async import (
+    AdapterFormatError,
+    AdapterLoader,
+    FetchError,
+    IntegrityError,
+    InternalError,
+    LoaderConfig,
+    LoraxError,
+    TransferError,
+)
+from lorax_async.core.transitions import SlotState
+from lorax_async.io.devices.gated import GatedDevice
+from lorax_async.io.fakes import FakeSource, Step
+from lorax_async.io.staging import StagingRing
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@types.coroutine
+def stepwise(
+    work: Coroutine[Any, Any, Any], at_step: Callable[[int], None]
+) -> Generator[Any, Any, Any]:
+    """Runs `work`, calling `at_step` with the number of each suspension just before it."""
+    steps = 0
+    answer: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            awaited = work.throw(error) if error is not None else work.send(answer)
+        except StopIteration as end:
+            return end.value
+        steps += 1
+        at_step(steps)
+        try:
+            answer, error = (yield awaited), None
+        except BaseException as thrown:
+            answer, error = None, thrown
+
+
+async def count_steps(work: Coroutine[Any, Any, Any]) -> int:
+    seen = 0
+
+    def note(step: int) -> None:
+        nonlocal seen
+        seen = step
+
+    await stepwise(work, note)
+    return seen
+
+
+async def cancel_at(work: Coroutine[Any, Any, Any], step: int) -> bool:
+    """Cancel `work` at its suspension number `step`; whether it ended cancelled."""
+
+    def cancel(current: int) -> None:
+        if current == step:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+
+    async def body() -> Any:
+        return await stepwise(work, cancel)
+
+    task = asyncio.create_task(body())
+    await asyncio.wait([task])
+    if task.cancelled():
+        return True
+    result = task.result()
+    if result is not None:
+        result.release()
+    return False
+
+
+class Bench:
+    """A loader on real files or on a fake source, and what it must look like at rest."""
+
+    def __init__(self, loader: AdapterLoader, device: GatedDevice, adapter: Path | str) -> None:
+        self.loader = loader
+        self.device = device
+        self.adapter: Any = adapter
+
+    async def load(self) -> Any:
+        return await self.loader.load(self.adapter, timeout=20)
+
+    async def stream(self) -> None:
+        async with self.loader.stream(self.adapter, timeout=20) as handle:
+            for layer in range(tiny.LAYERS):
+                await handle.layer_ready(layer)
+
+    async def settle(self) -> None:
+        """Until nothing is in flight."""
+        lives = self.loader._driver.lifecycle.lives
+        for _ in range(2000):
+            busy = any(
+                life.copying or life.fetch_running or life.slot is SlotState.DRAINING
+                for life in lives.values()
+            )
+            ours = [t for t in asyncio.all_tasks() if t.get_name().startswith("lorax")]
+            if not busy and not ours:
+                return
+            await asyncio.sleep(0.001)
+        raise AssertionError("it did not come to rest")
+
+    async def assert_clean(self) -> None:
+        await self.settle()
+        driver = self.loader._driver
+        assert not driver.tenants._waiters
+        assert not driver.tenants.leases
+        assert not driver.files.readers
+        assert not driver.files._cancels
+        for life in driver.lifecycle.lives.values():
+            assert not (life.leases or life.uses or life.waiters)
+        residency = driver.lifecycle.residency
+        held = sum(life.grant is not None for life in driver.lifecycle.lives.values())
+        assert residency.slots_used == held
+        ring: StagingRing = driver._copies._transfer._staging
+        assert ring.free == ring.buffers
+
+    async def assert_works(self, folder: Path) -> None:
+        async with await self.load() as handle:
+            tiny.assert_equal_to_file(handle, folder)
+
+    async def forget(self) -> None:
+        """Make the next load a first sight again."""
+        folder = self.adapter
+        if isinstance(folder, Path):
+            tiny.write(folder)
+
+
+@asynccontextmanager
+async def local_bench(tmp_path: Path, *, dtype: str = "bfloat16") -> AsyncIterator[Bench]:
+    folder = tiny.write(tmp_path / "a")
+    device = GatedDevice(tiny.layout(), dtype="BF16", nbytes=1 << 20, slots=2)
+    config = LoaderConfig(device_bytes=1 << 20, max_slots=2, io_threads=2, dtype=dtype)
+    async with AdapterLoader(tiny.layout(), config, device=device) as loader:
+        yield Bench(loader, device, folder)
+
+
+@asynccontextmanager
+async def fake_bench(tmp_path: Path) -> AsyncIterator[tuple[Bench, FakeSource]]:
+    folder = tiny.write(tmp_path / "a")
+    source = FakeSource()
+    source.put("a", *tiny.files(folder))
+    device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=2)
+    config = LoaderConfig(device_bytes=1 << 20, max_slots=2, io_threads=2)
+    async with AdapterLoader(tiny.layout(), config, source=source, device=device) as loader:
+        yield Bench(loader, device, "a"), source
+
+
+@pytest.mark.parametrize("verb", ["load", "stream"])
+def test_cancelled_at_every_await_of_a_load(run: Run, tmp_path: Path, verb: str) -> None:
+    async def body() -> None:
+        async with local_bench(tmp_path) as bench:
+            files = open_files()
+            work: Callable[[], Awaitable[Any]] = getattr(bench, verb)
+            await bench.forget()
+            steps = await count_steps(_released(work()))
+            assert steps >= 2, "resolve and the device are waited for"
+            for step in range(1, steps + 1):
+                await bench.forget()
+                await cancel_at(work(), step)  # type: ignore[arg-type]
+                await bench.assert_clean()
+                assert open_files() <= files
+                await bench.assert_works(bench.adapter)
+
+    run(body())
+
+
+@pytest.mark.parametrize("verb", ["load", "stream"])
+def test_cancelled_at_every_await_from_a_streaming_source(
+    run: Run, tmp_path: Path, verb: str
+) -> None:
+    async def body() -> None:
+        steps = 1
+        step = 0
+        while step < steps:
+            step += 1
+            async with fake_bench(tmp_path) as (bench, source):
+                work = getattr(bench, verb)
+                if step == 1:
+                    steps = await count_steps(_released(work()))
+                    source.put("a", *tiny.files(tmp_path / "a"))
+                await cancel_at(work(), step)
+                await bench.assert_clean()
+                assert source.counts.open_readers == 0
+                await bench.assert_works(tmp_path / "a")
+
+    run(body())
+
+
+def test_cancelled_at_every_await_of_close(run: Run, tmp_path: Path) -> None:
+    async def close_with_a_load_under_way(step: int) -> int:
+        steps = 0
+        folder = tiny.write(tmp_path / "a")
+        loader = AdapterLoader(tiny.layout(), LoaderConfig(device_bytes=1 << 20, max_slots=2))
+        await loader.__aenter__()
+        loading = asyncio.create_task(loader.load(folder))
+        await asyncio.sleep(0)
+        if step == 0:
+            steps = await count_steps(loader.close())
+        else:
+            await cancel_at(loader.close(), step)
+            await loader.close()
+        with pytest.raises(LoraxError):
+            await loading
+        assert not our_threads()
+        assert {t for t in asyncio.all_tasks() if t is not asyncio.current_task()} == set()
+        return steps
+
+    async def body() -> None:
+        steps = await close_with_a_load_under_way(0)
+        assert steps >= 1
+        for step in range(1, steps + 1):
+            await close_with_a_load_under_way(step)
+
+    run(body())
+
+
+ONE_LAYER = 2 * 4 * 4 * (tiny.HIDDEN + 2 * tiny.HIDDEN)
+"""Bytes of a layer in the file: two modules, rank 4, F32, A [4, 32] and B [64, 4]."""
+
+ORDERED = [FetchError("ordered"), IntegrityError("ordered"), RuntimeError("a foreign fault")]
+
+
+@pytest.mark.parametrize("error", ORDERED, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("step", ["resolve", "open", "bring", "read"])
+def test_every_error_of_a_source(
+    run: Run, tmp_path: Path, step: Step, at: int, error: Exception
+) -> None:
+    if step in ("resolve", "open") and at:
+        at = 0
+    if step == "read":  # a byte of the first layer, or of a later one
+        _, weights = tiny.files(tiny.write(tmp_path / "a"))
+        at = 8 + int.from_bytes(weights[:8], "little") + at * ONE_LAYER
+
+    async def body() -> None:
+        async with fake_bench(tmp_path) as (bench, source):
+            for verb in (bench.load, bench.stream):
+                source.put("a", *tiny.files(tmp_path / "a"))
+                source.fail(step, error, at=at)
+                expected = type(error) if isinstance(error, LoraxError) else LoraxError
+                with pytest.raises(expected) as caught:
+                    await verb()
+                assert caught.value.id == "a"
+                if not isinstance(error, LoraxError):
+                    assert isinstance(caught.value, InternalError | TransferError)
+                    assert isinstance(caught.value.__cause__, RuntimeError)
+                await bench.assert_clean()
+                assert source.counts.open_readers == 0
+                await bench.assert_works(tmp_path / "a")
+
+    run(body())
+
+
+def test_every_copy_can_fail(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        for number in range(tiny.LAYERS):
+            async with local_bench(tmp_path, dtype="bfloat16") as bench:
+                bench.device.failing = {number}
+                with pytest.raises(TransferError, match="told to fail"):
+                    await bench.stream()
+                await bench.assert_clean()
+                assert not bench.loader.residency()
+                bench.device.failing = set()
+                await bench.assert_works(bench.adapter)
+
+    run(body())
+
+
+def test_a_file_that_changes_under_the_copy(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        for damage in (_truncate, _touch, _replace):
+            async with local_bench(tmp_path) as bench:
+                bench.device.gate.clear()
+                loading = asyncio.create_task(bench.load())
+                while bench.device.copies < 2:
+                    await asyncio.sleep(0.001)
+                damage(bench.adapter / "adapter_model.safetensors")
+                bench.device.gate.set()
+                with pytest.raises(IntegrityError):
+                    await loading
+                await bench.assert_clean()
+                assert not bench.loader.residency()
+                await bench.forget()
+                await bench.assert_works(bench.adapter)
+
+    run(body())
+
+
+def test_a_bug_in_planning_fails_the_adapter_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with local_bench(tmp_path) as bench:
+            with monkeypatch.context() as patch:
+                patch.setattr("lorax_async.planning.parse_header", lambda *_: {}["a bug of ours"])
+                with pytest.raises(InternalError, match="KeyError") as caught:
+                    await bench.load()
+                assert caught.value.key is not None
+                await bench.assert_clean()
+            await bench.assert_works(bench.adapter)
+
+    run(body())
+
+
+def test_a_refused_adapter_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with local_bench(tmp_path) as bench:
+            (bench.adapter / "adapter_config.json").write_text("{}")
+            with pytest.raises(AdapterFormatError) as caught:
+                await bench.load()
+            assert caught.value.stage == "verify"
+            assert caught.value.id == str(bench.adapter)
+            await bench.assert_clean()
+            await bench.forget()
+            await bench.assert_works(bench.adapter)
+
+    run(body())
+
+
+async def _released(work: Awaitable[Any]) -> None:
+    result = await work
+    if result is not None:
+        result.release()
+
+
+def _truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def _touch(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+
+
+def _replace(path: Path) -> None:
+    """A new file under the old name leaves the open one whole: its ctime tells."""
+    tiny.write(path.parent, seed=9)
