@@ -8,6 +8,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Protocol
 
+from lorax_async.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
@@ -52,8 +54,29 @@ class AdapterKey:
         return self.location
 
 
+AdapterId = str | Path | AdapterRef | AdapterKey
+"""Whatever names an adapter in a call."""
+
+
+def as_ref(
+    adapter_id: object,
+    source: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> AdapterRef | AdapterKey:
+    """What a call's arguments ask for. Raises `UsageError` if they contradict each other."""
+    if isinstance(adapter_id, AdapterRef | AdapterKey):
+        if source is not None or revision is not None or token is not None:
+            raise UsageError("an AdapterRef or a key says source, revision and token itself")
+        return adapter_id
+    if not isinstance(adapter_id, str | Path):
+        kind = type(adapter_id).__name__
+        raise UsageError(f"an adapter id is a str or a pathlib.Path, not {kind}")
+    return AdapterRef(adapter_id, source, revision, token)
+
+
 class Matcher(Protocol):
-    """A compiled pattern of an adapter's config: does it describe this module path?"""
+    """A compiled pattern of an adapter's config, which describes a module path or not."""
 
     def __call__(self, module: str, /) -> bool: ...
 

@@ -11,6 +11,7 @@ from time import perf_counter
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import Copy
+from lorax_async.errors import LoraxError, TransferError
 from lorax_async.files import Files
 from lorax_async.io.inbox import Inbox
 from lorax_async.io.transfer import GroupCopy, Transfer
@@ -24,7 +25,7 @@ class CopyOutcome:
 
     command: Copy
     nbytes: int
-    error: BaseException | None
+    error: LoraxError | None
     seconds: float
 
 
@@ -94,11 +95,14 @@ class Copies:
     def _run(self, command: Copy, copy: GroupCopy, tenancy: Tenancy) -> None:
         """In an I/O thread: whatever happens, the loop hears of it."""
         started = perf_counter()
-        error: BaseException | None = None
+        error: LoraxError | None = None
         try:
             self._transfer.run(copy).result()
-        except BaseException as problem:  # noqa: BLE001 - it is carried to the loop and told there
+        except LoraxError as problem:
             error = problem
+        except BaseException as problem:  # noqa: BLE001 - it is carried to the loop and told there
+            error = TransferError(f"the copy to the device failed: {problem!r}")
+            error.__cause__ = problem
         outcome = CopyOutcome(command, copy.group.nbytes, error, perf_counter() - started)
         self._inbox.put(outcome, wake=self._is_urgent(tenancy) or error is not None)
 

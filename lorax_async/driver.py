@@ -20,7 +20,7 @@ from lorax_async.core.life import Command, Needs, Tier, Waiter
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.core.transitions import FileState, SlotState
-from lorax_async.errors import FetchError, InternalError, LoraxError, Stage, TransferError
+from lorax_async.errors import FetchError, InternalError, LoraxError, Stage
 from lorax_async.events import (
     BytesMoved,
     Event,
@@ -171,7 +171,7 @@ class Driver:
                 self._tell(BytesMoved, key, nbytes=outcome.nbytes)
             self._obey(self.lifecycle.copy_done(key, outcome.command.group))
         else:
-            error = _as_transfer_error(outcome.error)
+            error = outcome.error
             here = self.lifecycle.lives[key].file is not FileState.FETCHING
             lost = here and isinstance(error, FetchError)
             self._obey(self.lifecycle.copy_failed(key, error, file_lost=lost))
@@ -187,7 +187,11 @@ class Driver:
         self._on_loop(lambda: self._obey(self.lifecycle.end_use(lease.tenancy.key)))
 
     def _on_loop(self, tell: Callable[[], None]) -> None:
-        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if here:
             tell()
         else:
             self._inbox.put(tell)
@@ -312,11 +316,3 @@ class Driver:
     def _tick(self) -> None:
         self._alarm = None
         self._obey(self.lifecycle.tick(self._loop.time()))
-
-
-def _as_transfer_error(error: BaseException) -> LoraxError:
-    if isinstance(error, LoraxError):
-        return error
-    failure = TransferError(f"the copy to the device failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.errors import Stage
-from lorax_async.events import BytesMoved, Event, LayerReady
+from lorax_async.events import BytesMoved, Event, LayerReady, SlotId
 
 STORY_LENGTH = 16
 """Events remembered of one adapter; those of single layers are told, not remembered."""
@@ -32,6 +32,16 @@ class Statistics:
     departures: int = 0
     bytes_moved: int = 0
     seconds: Mapping[Stage, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterResidency:
+    """Where one adapter is: its slot's state in the words of docs/architecture.md."""
+
+    state: str
+    slot: SlotId
+    nbytes: int
+    leases: int
 
 
 class Journal:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.config import LoaderConfig
+from lorax_async.adapter import AdapterId, AdapterKey, AdapterRef, as_ref
+from lorax_async.config import DTYPES, LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.life import Tier
-from lorax_async.core.lifecycle import Lifecycle
-from lorax_async.core.residency import Residency
 from lorax_async.core.transitions import SlotState
-from lorax_async.driver import Driver
 from lorax_async.errors import (
     AdapterTimeoutError,
     ConfigError,
@@ -30,36 +24,12 @@ from lorax_async.errors import (
     LoraxError,
     UsageError,
 )
-from lorax_async.events import Event, SlotId
+from lorax_async.events import Event
 from lorax_async.handle import AdapterHandle
-from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.ports import Device, Source
-from lorax_async.io.sources.local import LocalSource
-from lorax_async.io.staging import StagingRing
-from lorax_async.io.transfer import Transfer
-from lorax_async.journal import Statistics
-from lorax_async.planning import Planner
-from lorax_async.resolver import Resolver
+from lorax_async.journal import AdapterResidency, Statistics
+from lorax_async.machinery import Machinery
 from lorax_async.tenancy import Lease
-
-MOVE_BYTES = 1 << 20
-"""Of one cast through staging: small enough to stay in a core's cache between read and write."""
-
-METADATA_THREADS = 2
-COPIES_PER_THREAD = 8
-"""In flight per I/O thread: enough that a busy loop does not let the threads run dry."""
-
-AdapterId = str | Path | AdapterRef | AdapterKey
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterResidency:
-    """Where one adapter is: its slot's state in the words of docs/architecture.md."""
-
-    state: str
-    slot: SlotId
-    nbytes: int
-    leases: int
 
 
 class AdapterLoader:
@@ -108,51 +78,15 @@ class AdapterLoader:
         if self._loop is not None:
             raise UsageError("the loader was entered before; make a new one")
         self._loop = asyncio.get_running_loop()
-        config = self.config
-        self._io = ThreadPoolExecutor(config.io_threads, "lorax-io")
-        self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
+        self._machinery = Machinery(self.layout, self.config, self._source, self._device)
+        opened = False
         try:
-            await self._open(config)
-        except BaseException:
-            self._closing = self._loop.create_task(self._stop_threads())
-            await asyncio.shield(self._closing)
-            raise
+            await self._machinery.open()
+            opened = True
+        finally:
+            if not opened:
+                self._closing = self._loop.create_task(asyncio.sleep(0))
         return self
-
-    async def _open(self, config: LoaderConfig) -> None:
-        assert self._loop is not None
-        assert config.storage_dtype is not None
-        device = self._device or CpuDevice(
-            self.layout,
-            dtype=config.storage_dtype,
-            nbytes=config.device_bytes,
-            slots=config.max_slots,
-        )
-        await self._loop.run_in_executor(self._io, device.open)
-        source = self._source or LocalSource(
-            roots=[Path(root) for root in config.local_roots],
-            limits=config.limits,
-            threads=self._metadata,
-        )
-        staging = StagingRing(config.staging_bytes, min(MOVE_BYTES, config.staging_bytes))
-        names = [module.name for module in self.layout.modules]
-        residency = Residency(
-            device_bytes=config.device_bytes,
-            alignment=device.alignment,
-            max_slots=config.max_slots,
-            copies=COPIES_PER_THREAD * config.io_threads,
-        )
-        self._driver = Driver(
-            Lifecycle(residency, starvation_age=config.starvation_age),
-            source=source,
-            device=device,
-            transfer=Transfer(device, staging, names, check_finite=config.check_finite),
-            planner=Planner(self.layout, config, device, move_bytes=staging.move_bytes),
-            num_layers=self.layout.num_layers,
-            io_threads=self._io,
-            metadata_threads=self._metadata,
-        )
-        self._resolver = Resolver(source, self._driver.journal)
 
     async def __aexit__(
         self,
@@ -171,27 +105,10 @@ class AdapterLoader:
         assert self._loop is not None
         if self._closing is None:
             seconds = self.config.timeout if timeout is None else timeout
-            self._closing = self._loop.create_task(self._close(seconds), name="lorax close")
+            self._closing = self._loop.create_task(
+                self._machinery.close(seconds), name="lorax close"
+            )
         await asyncio.shield(self._closing)
-
-    async def _close(self, timeout: float) -> None:
-        await self._driver.close(LoaderClosedError("the loader was closed"), timeout)
-        await self._resolver.stop()
-        await self._stop_threads()
-        self._driver.device.close()
-
-    async def _stop_threads(self) -> None:
-        """Wait for the pools in a thread of our own: a pool cannot be awaited."""
-        loop = asyncio.get_running_loop()
-        stopped = loop.create_future()
-
-        def stop() -> None:
-            self._io.shutdown()
-            self._metadata.shutdown()
-            loop.call_soon_threadsafe(stopped.set_result, None)
-
-        threading.Thread(target=stop, name="lorax-stop", daemon=True).start()
-        await stopped
 
     def __del__(self) -> None:
         if getattr(self, "_loop", None) is not None and self._closing is None:
@@ -230,7 +147,7 @@ class AdapterLoader:
         AdapterError, CapacityError, UsageError
             See docs/errors.md. Nothing is left behind.
         """
-        ref = _as_ref(adapter_id, source, revision, token)
+        ref = as_ref(adapter_id, source, revision, token)
         return await self._acquire(ref, Tier.DEVICE, timeout, priority)
 
     @asynccontextmanager
@@ -248,7 +165,7 @@ class AdapterLoader:
 
         `await handle.layer_ready(k)` before layer k is used.
         """
-        ref = _as_ref(adapter_id, source, revision, token)
+        ref = as_ref(adapter_id, source, revision, token)
         handle = await self._acquire(ref, Tier.STREAM, timeout, priority)
         try:
             yield handle
@@ -258,9 +175,9 @@ class AdapterLoader:
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
         """A lease if the adapter is resident now, else None. Touches no file and never waits."""
         self._check_open()
-        ref = _as_ref(adapter_id)
-        key = ref if isinstance(ref, AdapterKey) else self._resolver.known(ref)
-        lease = self._driver.try_lease(key) if key is not None else None
+        ref = as_ref(adapter_id)
+        key = ref if isinstance(ref, AdapterKey) else self._machinery.resolver.known(ref)
+        lease = self._machinery.driver.try_lease(key) if key is not None else None
         return self._handle(_text(ref), lease) if lease is not None else None
 
     async def _acquire(
@@ -273,10 +190,10 @@ class AdapterLoader:
         try:
             async with deadline:
                 if isinstance(ref, AdapterRef):
-                    key = await self._resolver.resolve(ref)
+                    key = await self._machinery.resolver.resolve(ref)
                     self._check_open()
                 assert key is not None
-                lease = await self._driver.wish(key, tier, priority=priority)
+                lease = await self._machinery.driver.wish(key, tier, priority=priority)
         except TimeoutError as error:
             if not deadline.expired() or isinstance(error, LoraxError):
                 raise
@@ -293,13 +210,15 @@ class AdapterLoader:
             f"it was not ready within {seconds:g} s",
             id=_text(ref),
             key=key,
-            stage="resolve" if key is None else self._driver.lifecycle.stage(key),
-            story=() if key is None else self._driver.story(key),
+            stage="resolve" if key is None else self._machinery.driver.lifecycle.stage(key),
+            story=() if key is None else self._machinery.driver.story(key),
         )
 
     def _handle(self, id: str, lease: Lease) -> AdapterHandle:
         lease.holder = _task_name()
-        return AdapterHandle(id, lease, self._driver.device, self.layout, self.config.timeout)
+        return AdapterHandle(
+            id, lease, self._machinery.driver.device, self.layout, self.config.timeout
+        )
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -307,7 +226,7 @@ class AdapterLoader:
     def device(self) -> Device:
         """The device, with the tables that kernels read."""
         self._check_open()
-        return self._driver.device
+        return self._machinery.driver.device
 
     def residency(self) -> Mapping[AdapterKey, AdapterResidency]:
         """The adapters that hold a slot."""
@@ -319,26 +238,26 @@ class AdapterLoader:
                 sum(extent.nbytes for extent in life.grant.extents),
                 life.leases,
             )
-            for key, life in self._driver.lifecycle.lives.items()
+            for key, life in self._machinery.driver.lifecycle.lives.items()
             if life.slot is not SlotState.NONE and life.grant is not None
         }
 
     def statistics(self) -> Statistics:
         """Totals since the loader was opened."""
         self._check_open()
-        return self._driver.journal.statistics()
+        return self._machinery.driver.journal.statistics()
 
     def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
         """The last events of one adapter, oldest first."""
         self._check_open()
-        ref = _as_ref(adapter_id)
-        key = ref if isinstance(ref, AdapterKey) else self._resolver.known(ref)
-        return () if key is None else self._driver.story(key)
+        ref = as_ref(adapter_id)
+        key = ref if isinstance(ref, AdapterKey) else self._machinery.resolver.known(ref)
+        return () if key is None else self._machinery.driver.story(key)
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Call `callback` with every event, on the loop; returns what ends that."""
         self._check_open()
-        return self._driver.journal.subscribe(callback)
+        return self._machinery.driver.journal.subscribe(callback)
 
     # -- checks -----------------------------------------------------------------------------------
 
@@ -347,7 +266,7 @@ class AdapterLoader:
             raise UsageError("enter the loader first: `async with AdapterLoader(…) as loader`")
         if os.getpid() != self._pid:
             raise UsageError("the loader belongs to the process that made it; make one per process")
-        if asyncio._get_running_loop() is not self._loop:  # noqa: SLF001
+        if _running_loop() is not self._loop:
             raise UsageError(
                 "the loader belongs to the event loop that entered it; "
                 "from a thread use asyncio.run_coroutine_threadsafe"
@@ -359,34 +278,21 @@ class AdapterLoader:
             raise LoaderClosedError("the loader is closed")
 
 
-def _as_ref(
-    adapter_id: AdapterId,
-    source: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-) -> AdapterRef | AdapterKey:
-    if isinstance(adapter_id, AdapterRef | AdapterKey):
-        if source is not None or revision is not None or token is not None:
-            raise UsageError("an AdapterRef or a key says source, revision and token itself")
-        return adapter_id
-    if not isinstance(adapter_id, str | Path):
-        raise UsageError(
-            f"an adapter id is a str or a pathlib.Path, not {type(adapter_id).__name__}"
-        )
-    return AdapterRef(adapter_id, source, revision, token)
-
-
 def _text(ref: AdapterRef | AdapterKey) -> str:
     return ref.text if isinstance(ref, AdapterRef) else str(ref)
 
 
-def _task_name() -> str:
+def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
-        task = asyncio.current_task()
+        return asyncio.get_running_loop()
     except RuntimeError:
-        return ""
+        return None
+
+
+def _task_name() -> str:
+    task = asyncio.current_task()
     return task.get_name() if task is not None else ""
 
 
 def _torch_name(dtype: str) -> str:
-    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
+    return next(name for name, word in DTYPES.items() if word == dtype)

@@ -21,6 +21,7 @@ FLOORS = {
         "files",
         "handle",
         "journal",
+        "machinery",
         "planning",
         "resolver",
         "tenancy",

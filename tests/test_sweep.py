@@ -103,7 +103,7 @@ class Bench:
 
     async def settle(self) -> None:
         """Until nothing is in flight."""
-        lives = self.loader._driver.lifecycle.lives
+        lives = self.loader._machinery.driver.lifecycle.lives
         for _ in range(2000):
             busy = any(
                 life.copying or life.fetch_running or life.slot is SlotState.DRAINING
@@ -117,7 +117,7 @@ class Bench:
 
     async def assert_clean(self) -> None:
         await self.settle()
-        driver = self.loader._driver
+        driver = self.loader._machinery.driver
         assert not driver.tenants._waiters
         assert not driver.tenants.leases
         assert not driver.files.readers

@@ -1,0 +1,110 @@
+"""The parts of one loader, put together: threads, device, source, driver; and taken apart again."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lorax_async.config import LoaderConfig
+from lorax_async.core.layout import ModelLayout
+from lorax_async.core.lifecycle import Lifecycle
+from lorax_async.core.residency import Residency
+from lorax_async.driver import Driver
+from lorax_async.errors import LoaderClosedError
+from lorax_async.io.devices.cpu import CpuDevice
+from lorax_async.io.ports import Device, Source
+from lorax_async.io.sources.local import LocalSource
+from lorax_async.io.staging import StagingRing
+from lorax_async.io.transfer import Transfer
+from lorax_async.planning import Planner
+from lorax_async.resolver import Resolver
+
+MOVE_BYTES = 1 << 20
+"""Of one cast through staging: small enough to stay in a core's cache between read and write."""
+
+METADATA_THREADS = 2
+COPIES_PER_THREAD = 8
+"""In flight per I/O thread: enough that a busy loop does not let the threads run dry."""
+
+
+class Machinery:
+    """Everything that one loader owns and has to end. `open` before use, `close` once."""
+
+    driver: Driver
+    resolver: Resolver
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        config: LoaderConfig,
+        source: Source | None,
+        device: Device | None,
+    ) -> None:
+        assert config.storage_dtype is not None
+        self._layout = layout
+        self._config = config
+        self._io = ThreadPoolExecutor(config.io_threads, "lorax-io")
+        self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
+        self._device = device or CpuDevice(
+            layout,
+            dtype=config.storage_dtype,
+            nbytes=config.device_bytes,
+            slots=config.max_slots,
+        )
+        self._source = source or LocalSource(
+            roots=[Path(root) for root in config.local_roots],
+            limits=config.limits,
+            threads=self._metadata,
+        )
+
+    async def open(self) -> None:
+        """Claim the device's memory; on an error or a cancellation no thread is left."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._io, self._device.open)
+            self._assemble()
+        except BaseException:
+            await asyncio.shield(asyncio.ensure_future(self._stop_threads()))
+            raise
+
+    def _assemble(self) -> None:
+        config = self._config
+        staging = StagingRing(config.staging_bytes, min(MOVE_BYTES, config.staging_bytes))
+        residency = Residency(
+            device_bytes=config.device_bytes,
+            alignment=self._device.alignment,
+            max_slots=config.max_slots,
+            copies=COPIES_PER_THREAD * config.io_threads,
+        )
+        names = [module.name for module in self._layout.modules]
+        self.driver = Driver(
+            Lifecycle(residency, starvation_age=config.starvation_age),
+            source=self._source,
+            device=self._device,
+            transfer=Transfer(self._device, staging, names, check_finite=config.check_finite),
+            planner=Planner(self._layout, config, self._device, move_bytes=staging.move_bytes),
+            num_layers=self._layout.num_layers,
+            io_threads=self._io,
+            metadata_threads=self._metadata,
+        )
+        self.resolver = Resolver(self._source, self.driver.journal)
+
+    async def close(self, timeout: float) -> None:
+        await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
+        await self.resolver.stop()
+        await self._stop_threads()
+        self._device.close()
+
+    async def _stop_threads(self) -> None:
+        """Wait for the pools in a thread of our own: a pool cannot be awaited."""
+        loop = asyncio.get_running_loop()
+        stopped = loop.create_future()
+
+        def stop() -> None:
+            self._io.shutdown()
+            self._metadata.shutdown()
+            loop.call_soon_threadsafe(stopped.set_result, None)
+
+        threading.Thread(target=stop, name="lorax-stop", daemon=True).start()
+        await stopped
