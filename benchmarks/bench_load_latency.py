@@ -30,9 +30,7 @@ from harness import (
 )
 from load_stage import Ours, Stage, require_equal
 
-from lorax_async import layouts
-from lorax_async.config import LoaderConfig
-from lorax_async.loader import AdapterLoader
+from lorax_async import AdapterLoader, LoaderConfig, layouts
 
 SEEN_BEFORE = Target(1.2)
 FIRST_SIGHT = Target(1.35, over_ms=4.0)

@@ -31,9 +31,7 @@ from harness import (
 from load_stage import check_handle, require_equal
 from safetensors.torch import load_file
 
-from lorax_async import layouts
-from lorax_async.config import LoaderConfig
-from lorax_async.loader import AdapterLoader
+from lorax_async import AdapterLoader, LoaderConfig, layouts
 
 ADAPTERS = 16
 TICK_MS = 1.0

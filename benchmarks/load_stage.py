@@ -12,8 +12,7 @@ from floors import Arena, Threads
 from harness import Contender, WrongBytesError
 from peers import Places
 
-from lorax_async.handle import AdapterHandle
-from lorax_async.loader import AdapterLoader
+from lorax_async import AdapterHandle, AdapterLoader
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
 
-from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import Copy
 from lorax_async.errors import LoraxError, TransferError
 from lorax_async.files import Files
@@ -32,8 +31,7 @@ class CopyOutcome:
 class Copies:
     """Hands copies to the I/O threads; `copied` hears of each once, on the loop.
 
-    An adapter that comes back to the device is opened again first; its copies wait for that. The
-    loop is woken at the latest when no more than `low_water` copies are left in the threads.
+    The loop is woken at the latest when no more than `low_water` copies are left in the threads.
     """
 
     def __init__(
@@ -54,35 +52,15 @@ class Copies:
         self._low_water = low_water
         self._in_threads = 0
         self._lock = Lock()
-        self._unread: dict[AdapterKey, list[Copy]] = {}
-
-    def start(self, command: Copy) -> None:
-        key = command.key
-        if key in self._unread:
-            self._unread[key].append(command)
-        elif key in self._files.readers:
-            self._submit(command)
-        else:
-            self._unread[key] = [command]
-            self._files.start_reopen(key)
-
-    def take_unread(self, key: AdapterKey) -> list[Copy]:
-        """The copies that waited for the reader of `key`, which never came."""
-        return self._unread.pop(key)
-
-    def resume(self, key: AdapterKey) -> None:
-        """The reader is here."""
-        for command in self._unread.pop(key):
-            self._submit(command)
 
     def hear(self) -> None:
         """Handle the outcomes that have not woken the loop."""
         self._inbox.take()
 
-    def _submit(self, command: Copy) -> None:
+    def start(self, command: Copy) -> None:
         tenancy = self._tenants.tenancy(command.key)
         copy = GroupCopy(
-            self._files.readers[command.key],
+            self._files.reader(command.key),
             tenancy.plan.groups[command.group],
             tenancy.plan.dtype,
             command.grant.extents[command.group],

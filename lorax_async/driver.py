@@ -20,7 +20,7 @@ from lorax_async.core.life import Command, Needs, Tier, Waiter
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.core.transitions import FileState, SlotState
-from lorax_async.errors import FetchError, InternalError, LoraxError, Stage
+from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.events import (
     BytesMoved,
     Event,
@@ -59,7 +59,7 @@ class Driver:
         self.lifecycle = lifecycle
         self.device = device
         self.journal = Journal()
-        self.files = Files(source, planner, metadata_threads, self)
+        self.files = Files(source, planner, metadata_threads, self, self.journal)
         self.tenants = Tenants(num_layers, self._lease_ended, self._lease_quiet)
         self._loop = asyncio.get_running_loop()
         self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, lambda tell: tell())
@@ -151,16 +151,6 @@ class Driver:
 
     def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
         self._obey(self.lifecycle.lost(key, attempt, error))
-
-    def reader_opened(self, key: AdapterKey) -> None:
-        self._copies.resume(key)
-
-    def reader_failed(self, key: AdapterKey, error: LoraxError) -> None:
-        for _ in self._copies.take_unread(key):
-            self._obey(self.lifecycle.copy_failed(key, error, file_lost=True))
-
-    def spent(self, stage: Stage, seconds: float) -> None:
-        self.journal.spent(stage, seconds)
 
     def _copied(self, outcome: CopyOutcome) -> None:
         key = outcome.command.key

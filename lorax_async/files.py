@@ -10,8 +10,9 @@ from typing import Protocol
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.transfer_plan import TransferPlan
-from lorax_async.errors import FetchError, InternalError, LoraxError, Stage
+from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.io.ports import AdapterFile, Cancel, Reader, Source
+from lorax_async.journal import Journal
 from lorax_async.planning import LARGE_PREFIX, Planner
 
 
@@ -24,20 +25,22 @@ class Outcomes(Protocol):
     def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
     def populated(self, key: AdapterKey, attempt: int) -> None: ...
     def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
-    def reader_opened(self, key: AdapterKey) -> None: ...
-    def reader_failed(self, key: AdapterKey, error: LoraxError) -> None: ...
-    def spent(self, stage: Stage, seconds: float) -> None: ...
 
 
 class Files:
-    """Runs one task per fetch, populate and reopening; each ends with exactly one outcome.
+    """Runs one task per fetch and populate; each ends with exactly one outcome.
 
     `threads` parse large headers. Tasks are cancelled by `stop` alone; a fetch that nobody wants
     any more is told so by its token.
     """
 
     def __init__(
-        self, source: Source, planner: Planner, threads: Executor, outcomes: Outcomes
+        self,
+        source: Source,
+        planner: Planner,
+        threads: Executor,
+        outcomes: Outcomes,
+        journal: Journal,
     ) -> None:
         self.plans: dict[AdapterKey, TransferPlan] = {}
         self.readers: dict[AdapterKey, Reader] = {}
@@ -45,6 +48,7 @@ class Files:
         self._planner = planner
         self._threads = threads
         self._outcomes = outcomes
+        self._journal = journal
         self._cancels: dict[AdapterKey, Cancel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -58,8 +62,12 @@ class Files:
     def start_populate(self, key: AdapterKey, attempt: int) -> None:
         self._spawn("populate", key, self._populate(key, attempt))
 
-    def start_reopen(self, key: AdapterKey) -> None:
-        self._spawn("reopen", key, self._reopen(key))
+    def reader(self, key: AdapterKey) -> Reader:
+        """What `key` is read through; opened again for an adapter that comes back."""
+        reader = self.readers.get(key)
+        if reader is None:
+            reader = self.readers[key] = self._source.reopen(key)
+        return reader
 
     def close_reader(self, key: AdapterKey) -> None:
         reader = self.readers.pop(key, None)
@@ -105,7 +113,7 @@ class Files:
     async def _open(self, key: AdapterKey) -> AdapterFile:
         started = perf_counter()
         file = await self._source.open(key)
-        self._outcomes.spent("fetch", perf_counter() - started)
+        self._journal.spent("fetch", perf_counter() - started)
         return file
 
     async def _plan(self, file: AdapterFile) -> TransferPlan:
@@ -115,7 +123,7 @@ class Files:
             plan = await loop.run_in_executor(self._threads, self._planner.plan, file)
         else:
             plan = self._planner.plan(file)
-        self._outcomes.spent("verify", perf_counter() - started)
+        self._journal.spent("verify", perf_counter() - started)
         return plan
 
     async def _bring(
@@ -134,14 +142,6 @@ class Files:
             self._outcomes.lost(key, attempt, _as_lorax_error(error))
         else:
             self._outcomes.populated(key, attempt)
-
-    async def _reopen(self, key: AdapterKey) -> None:
-        try:
-            self.readers[key] = await self._source.reopen(key)
-        except Exception as error:  # noqa: BLE001 - becomes the task's outcome
-            self._outcomes.reader_failed(key, _as_lorax_error(error))
-        else:
-            self._outcomes.reader_opened(key)
 
 
 def _as_lorax_error(error: Exception) -> LoraxError:

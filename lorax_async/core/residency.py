@@ -59,12 +59,14 @@ class Residency:
 
     def fits_empty(self, sizes: tuple[int, ...]) -> bool:
         """Whether an adapter of these sizes could ever be resident here."""
-        return Arena(self.arena.nbytes, self._alignment).can_allocate(sizes)
+        return sum(-(-size // self._alignment) for size in sizes) * self._alignment <= (
+            self.arena.nbytes
+        )
 
     def fits_after(self, departing: Iterable[Grant], sizes: tuple[int, ...]) -> bool:
-        """Whether there is room once `departing` are gone."""
+        """Whether there is room once `departing`, which somebody is waiting for, are gone."""
         grants = tuple(departing)
-        if not self._free_slots and not grants:
+        if not grants:
             return False
         arena = self.arena.copy()
         for grant in grants:

@@ -20,7 +20,7 @@ from lorax_async.errors import (
 )
 from lorax_async.io.ports import AdapterFile, Cancel, Reader
 
-Step = Literal["resolve", "open", "reopen", "bring", "read", "populate"]
+Step = Literal["resolve", "open", "bring", "read", "populate"]
 
 _POLL_SECONDS = 0.001
 
@@ -89,6 +89,7 @@ class FakeSource:
         self._lock = Lock()
         self._numbers = count(1)
         self._current: dict[str, _Version] = {}
+        self._versions: dict[AdapterKey, _Version] = {}
         self._allowed: dict[str, set[int]] = {}
         self._failures: list[_Failure] = []
 
@@ -99,7 +100,7 @@ class FakeSource:
             FileIdentity(0, number, len(content), number, number) for content in (config, weights)
         )
         key = AdapterKey(f"memory:{id}", files)
-        self._current[id] = _Version(id, key, config, weights)
+        self._current[id] = self._versions[key] = _Version(id, key, config, weights)
         return key
 
     def remove(self, id: str) -> None:
@@ -149,9 +150,9 @@ class FakeSource:
             version.add([(0, size)])
         return AdapterFile(version.config, version.weights[:size], self._reader(version))
 
-    async def reopen(self, key: AdapterKey) -> Reader:
+    def reopen(self, key: AdapterKey) -> Reader:
         self.counts.reopens += 1
-        return self._reader(await self._version(key, "reopen"))
+        return self._reader(self._versions[key])
 
     async def bring(
         self,

@@ -64,8 +64,11 @@ class Source(Protocol):
     async def open(self, key: AdapterKey) -> AdapterFile:
         """Open these bytes and no others: a file that changed since is an `IntegrityError`."""
 
-    async def reopen(self, key: AdapterKey) -> Reader:
-        """As `open`, for an adapter whose config and header are known."""
+    def reopen(self, key: AdapterKey) -> Reader:
+        """A reader of an adapter whose config and header are known.
+
+        Quick: the file is opened, and checked as `open` does, by the first read.
+        """
 
     async def bring(
         self,

@@ -53,7 +53,7 @@ class CpuDevice:
     def open(self) -> None:
         modules = len(self._layout.modules)
         try:
-            self._map = mmap.mmap(-1, self._nbytes)
+            self._map = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self._map.madvise(mmap.MADV_HUGEPAGE)
         except (OSError, ValueError) as error:
             raise CapacityError(
@@ -109,9 +109,13 @@ class CpuDevice:
             self._rank_words[cell] = rank
 
     def clear_column(self, slot: int) -> None:
-        self.rank[:, slot] = 0
-        self.scale[:, slot] = 0
-        self.address[:, :, slot] = 0
+        modules, slots = self.rank.shape
+        for module in self._columns[slot]:
+            cell = module * slots + slot
+            self._rank_words[cell] = 0
+            self._scale_words[cell] = 0.0
+            self._address_words[cell] = 0
+            self._address_words[modules * slots + cell] = 0
         self._columns[slot] = {}
         self._views[slot] = {}
 

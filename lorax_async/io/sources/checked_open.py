@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import NamedTuple
@@ -136,11 +136,15 @@ def translated(error: OSError, name: str) -> AdapterError:
     return FetchError(f"{name} cannot be read ({code_of(error)})")
 
 
-class FileReader:
-    """A `Reader` over a descriptor, which it owns."""
+_NOT_OPEN = -1
 
-    def __init__(self, fd: int, identity: FileIdentity, name: str) -> None:
-        self._fd = fd
+
+class FileReader:
+    """A `Reader` over a descriptor, which it owns; `opener` gives it, at the first read."""
+
+    def __init__(self, opener: Callable[[], int], identity: FileIdentity, name: str) -> None:
+        self._opener = opener
+        self._fd = _NOT_OPEN
         self._identity = identity
         self._name = name
         self._lock = Lock()
@@ -176,7 +180,7 @@ class FileReader:
             idle = not self._closed and not self._reading
             self._closed = True
         if idle:
-            os.close(self._fd)
+            self._close_descriptor()
 
     @contextmanager
     def _held(self) -> Iterator[int]:
@@ -191,6 +195,8 @@ class FileReader:
         with self._lock:
             if self._closed:
                 raise FetchError(f"{self._name} was closed before it was read")
+            if self._fd == _NOT_OPEN:
+                self._fd = self._opener()
             self._reading += 1
 
     def _leave(self) -> None:
@@ -198,10 +204,14 @@ class FileReader:
             self._reading -= 1
             last = self._closed and not self._reading
         if last:
+            self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
+        if self._fd != _NOT_OPEN:
             os.close(self._fd)
 
     def __del__(self) -> None:
-        if not self._closed:
+        if not self._closed and self._fd != _NOT_OPEN:
             warnings.warn(f"unclosed reader of {self._name}", ResourceWarning, stacklevel=2)
             self.close()
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, ParamSpec, TypeVar
@@ -85,13 +86,8 @@ class LocalSource:
             raise
         return AdapterFile(config, weights.prefix, weights.reader)
 
-    async def reopen(self, key: AdapterKey) -> Reader:
-        opening = self._threads.submit(_reopen_weights, key)
-        try:
-            return (await asyncio.wrap_future(opening)).reader
-        except BaseException:
-            opening.add_done_callback(_drop)
-            raise
+    def reopen(self, key: AdapterKey) -> Reader:
+        return _reader(key, _open_known)
 
     async def bring(
         self,
@@ -176,7 +172,7 @@ def _drop(opening: Future[_Weights]) -> None:
 
 
 def _open_weights(key: AdapterKey, limits: Limits) -> _Weights:
-    reader = _reader(key)
+    reader = _reader(key, _open_new)
     try:
         return _Weights(_prefix(reader, limits), reader)
     except BaseException:
@@ -184,14 +180,18 @@ def _open_weights(key: AdapterKey, limits: Limits) -> _Weights:
         raise
 
 
-def _reopen_weights(key: AdapterKey) -> _Weights:
+def _reader(key: AdapterKey, opener: Callable[[AdapterKey], int]) -> FileReader:
+    return FileReader(partial(opener, key), key.files[1], WEIGHTS)
+
+
+def _open_new(key: AdapterKey) -> int:
+    return open_same(os.path.join(key.location, WEIGHTS), key.files[1])
+
+
+def _open_known(key: AdapterKey) -> int:
+    """As `_open_new`, where the config will not be read again."""
     require_same(os.path.join(key.location, CONFIG), key.files[0])
-    return _Weights(b"", _reader(key))
-
-
-def _reader(key: AdapterKey) -> FileReader:
-    identity = key.files[1]
-    return FileReader(open_same(os.path.join(key.location, WEIGHTS), identity), identity, WEIGHTS)
+    return _open_new(key)
 
 
 def _prefix(reader: FileReader, limits: Limits) -> bytes:
@@ -209,7 +209,7 @@ def _prefix(reader: FileReader, limits: Limits) -> bytes:
 
 
 def _read_ahead(key: AdapterKey) -> None:
-    reader = _reopen_weights(key).reader
+    reader = _reader(key, _open_known)
     try:
         reader.read_ahead()
     finally:
