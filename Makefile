@@ -36,7 +36,8 @@ soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 
 bench: $(VENV)/installed-bench
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python benchmarks/bench_load_latency.py $(ARGS)
+	$(BIN)/python benchmarks/bench_loop_stall.py $(ARGS)
 
 # The CPU build of torch has no CUDA; then this says so and succeeds.
 gpu: $(VENV)/installed

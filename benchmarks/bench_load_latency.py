@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-import peers
 import torch
-from adapter_files import write_adapter
+
+import peers
 from floors import Arena, Threads
 from harness import (
     Contender,
@@ -29,8 +29,8 @@ from harness import (
     write_json,
 )
 from load_stage import Ours, Stage, require_equal
-
 from lorax_async import AdapterLoader, LoaderConfig, layouts
+from work_files import write_adapter
 
 SEEN_BEFORE = Target(1.2)
 FIRST_SIGHT = Target(1.35, over_ms=4.0)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
 
-import peers
 import torch
-from adapter_files import AdapterFolder, write_adapter
+from safetensors.torch import load_file
+
+import peers
 from floors import Arena, Threads
 from harness import (
     SEED,
@@ -29,9 +30,8 @@ from harness import (
     write_json,
 )
 from load_stage import check_handle, require_equal
-from safetensors.torch import load_file
-
 from lorax_async import AdapterLoader, LoaderConfig, layouts
+from work_files import AdapterFolder, write_adapter
 
 ADAPTERS = 16
 TICK_MS = 1.0

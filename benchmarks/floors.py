@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from threading import local
 
 import torch
-from adapter_files import AdapterFolder
+
+from work_files import AdapterFolder
 
 LAYER_GROUP = 2_621_440
 """Bytes of one layer of the rank-16 adapter: pieces of this size were as fast as any other."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from adapter_files import CONFIG, PEFT_PREFIX, SCALE, AdapterFolder, drop_from_cache
+
 from floors import Arena, Threads
 from harness import Contender, WrongBytesError
-from peers import Places
-
 from lorax_async import AdapterHandle, AdapterLoader
+from peers import Places
+from work_files import CONFIG, PEFT_PREFIX, SCALE, AdapterFolder, drop_from_cache
 
 
 @dataclass(slots=True)

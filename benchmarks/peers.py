@@ -15,10 +15,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from adapter_files import PEFT_PREFIX, AdapterFolder, module_paths
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+
+from work_files import PEFT_PREFIX, AdapterFolder, module_paths
 
 Places = Mapping[str, torch.Tensor]
 """Tensor name → where its values go, in the dtype wanted there."""

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from lorax_async.errors import ConfigError
 
+MAX_SECONDS = 1e9
+"""The longest wait: what locks, event loops and their C clocks can all count to."""
+
 KiB = 1 << 10
 MiB = 1 << 20
 GiB = 1 << 30
@@ -87,6 +90,10 @@ class LoaderConfig:
             _require_positive(name, getattr(self, name))
         for name in ("timeout", "starvation_age"):
             _require_seconds(name, getattr(self, name))
+        if not isinstance(self.check_finite, bool):
+            raise ConfigError(f"check_finite must be True or False, not {self.check_finite!r}")
+        if not isinstance(self.limits, Limits):
+            raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         object.__setattr__(self, "local_roots", _roots(self.local_roots))
 
@@ -102,8 +109,11 @@ def _require_positive(name: str, value: object) -> None:
 
 
 def _require_seconds(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not 0 < number <= MAX_SECONDS:
+        raise ConfigError(
+            f"{name} must be a positive number of seconds up to {MAX_SECONDS:g}, not {value!r}"
+        )
 
 
 def _dtype_name(dtype: object) -> str | None:
@@ -118,8 +128,10 @@ def _dtype_name(dtype: object) -> str | None:
 def _roots(roots: object) -> tuple[Path, ...]:
     if not isinstance(roots, tuple | list) or not all(isinstance(r, str | Path) for r in roots):
         raise ConfigError("local_roots must be a tuple of folders")
+    if "" in roots:
+        raise ConfigError("local root '' is not a folder; '.' is the present one")
     paths = tuple(Path(root).absolute() for root in roots)
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # Path.is_dir raises where it may not look
             raise ConfigError(f"local root {str(path)!r} is not a folder")
     return paths

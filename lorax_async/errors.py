@@ -42,8 +42,8 @@ class LoraxError(Exception):
         retryable: bool | None = None,
         story: Sequence[object] = (),
     ) -> None:
-        super().__init__(problem)
         self.problem = shorten(problem)
+        super().__init__(self.problem)
         self.id = id
         self.key = key
         self.attempt = attempt

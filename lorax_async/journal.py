@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class Journal:
         for callback in tuple(self._subscribers.values()):
             try:
                 callback(event)
-            except Exception:
+            except (Exception, CancelledError):
                 _logger.exception("a subscriber failed on %s", type(event).__name__)
 
     def story(self, key: AdapterKey) -> tuple[Event, ...]:

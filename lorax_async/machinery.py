@@ -21,8 +21,8 @@ from lorax_async.io.transfer import Transfer
 from lorax_async.planning import Planner
 from lorax_async.resolver import Resolver
 
-MOVE_BYTES = 1 << 20
-"""Of one cast through staging: small enough to stay in a core's cache between read and write."""
+MOVE_BYTES = 4 << 20
+"""Of one cast through staging: large enough that few calls are made, a few fit the default ring."""
 
 METADATA_THREADS = 2
 COPIES_PER_THREAD = 8

@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from conftest import Run, until
 from safetensors.torch import load_file
 
+import tiny
+from common import Run, until
 from lorax_async import (
     AccessDeniedError,
     AdapterLoader,
@@ -101,8 +101,7 @@ def test_a_thousand_loads_are_one(run: Run, tmp_path: Path) -> None:
         async with there:
             device.gate.clear()
             tasks = [asyncio.create_task(there.load(folder)) for _ in range(1000)]
-            while device.copies < 2:
-                await asyncio.sleep(0.001)
+            await until(lambda: device.copies == 2)
             for task in tasks[::5]:
                 task.cancel()
             device.gate.set()
@@ -142,8 +141,8 @@ def test_layers_come_one_by_one(run: Run, tmp_path: Path) -> None:
                 waiting = asyncio.create_task(asyncio.to_thread(handle.wait_layer, 4, 30))
                 device.gate.set()
                 await handle.layer_ready(3)
-                assert handle.resident
                 await waiting
+                assert handle.layers[-1] == 3
                 tiny.assert_equal_to_file(handle, folder)
 
     run(body())
@@ -284,20 +283,19 @@ def test_a_saved_again_adapter_loads_anew(run: Run, tmp_path: Path, change: str)
     folder = tiny.write(tmp_path / "a")
 
     async def body() -> None:
-        async with loader() as there:
-            async with await there.load(folder) as old:
-                before = old.modules["model.layers.0.mlp.up_proj"].a.clone()
-                if change == "weights":
-                    tiny.write(folder, seed=7)
-                else:
-                    text = json.dumps(tiny.config(lora_alpha=16))
-                    (folder / "adapter_config.json").write_text(text)
-                async with await there.load(folder) as new:
-                    assert new.key != old.key
-                    tiny.assert_equal_to_file(new, folder)
-                    module = new.modules["model.layers.0.mlp.up_proj"]
-                    assert module.scale == (2.0 if change == "weights" else 4.0)
-                    assert torch.equal(old.modules["model.layers.0.mlp.up_proj"].a, before)
+        async with loader() as there, await there.load(folder) as old:
+            before = old.modules["model.layers.0.mlp.up_proj"].a.clone()
+            if change == "weights":
+                tiny.write(folder, seed=7)
+            else:
+                text = json.dumps(tiny.config(lora_alpha=16))
+                (folder / "adapter_config.json").write_text(text)
+            async with await there.load(folder) as new:
+                assert new.key != old.key
+                tiny.assert_equal_to_file(new, folder)
+                module = new.modules["model.layers.0.mlp.up_proj"]
+                assert module.scale == (2.0 if change == "weights" else 4.0)
+                assert torch.equal(old.modules["model.layers.0.mlp.up_proj"].a, before)
 
     run(body())
 
@@ -476,19 +474,19 @@ def test_later_layers_are_still_poison_when_the_first_is_right(run: Run, tmp_pat
         source.hold("a")
         source.allow("a", 0)
         config = LoaderConfig(device_bytes=1 << 20, max_slots=4)
-        async with AdapterLoader(layout, config, source=source, device=device) as there:
-            async with there.stream("a", timeout=10) as handle:
-                await handle.layer_ready(0)
-                module = handle.modules["model.layers.0.self_attn.q_proj"]
-                name = "base_model.model.model.layers.0.self_attn.q_proj"
-                saved = load_file(folder / "adapter_model.safetensors")
-                assert torch.equal(module.a, saved[f"{name}.lora_A.weight"])
-                assert torch.equal(module.b, saved[f"{name}.lora_B.weight"])
-                assert not handle.is_ready(1)
-                for extent in handle._lease.tenancy.grant.extents[1:]:
-                    assert bool((device.host_memory(extent) == POISON).all())
-                source.allow("a", 1, 2, 3)
-                await handle.layer_ready(3)
-                tiny.assert_equal_to_file(handle, folder)
+        there = AdapterLoader(layout, config, source=source, device=device)
+        async with there, there.stream("a", timeout=10) as handle:
+            await handle.layer_ready(0)
+            module = handle.modules["model.layers.0.self_attn.q_proj"]
+            name = "base_model.model.model.layers.0.self_attn.q_proj"
+            saved = load_file(folder / "adapter_model.safetensors")
+            assert torch.equal(module.a, saved[f"{name}.lora_A.weight"])
+            assert torch.equal(module.b, saved[f"{name}.lora_B.weight"])
+            assert not handle.is_ready(1)
+            for extent in handle._lease.tenancy.grant.extents[1:]:
+                assert bool((device.host_memory(extent) == POISON).all())
+            source.allow("a", 1, 2, 3)
+            await handle.layer_ready(3)
+            tiny.assert_equal_to_file(handle, folder)
 
     run(body())

@@ -6,13 +6,14 @@ import asyncio
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from conftest import Run, open_files, our_threads
 
+import tiny
+from common import Run, open_files, our_threads, until
 from lorax_async import (
     AdapterFormatError,
     AdapterLoader,
@@ -123,7 +124,7 @@ class Bench:
         assert not driver.files.readers
         assert not driver.files._cancels
         for life in driver.lifecycle.lives.values():
-            assert not (life.leases or life.uses or life.waiters)
+            assert (life.leases, life.uses, life.waiters) == (0, 0, {})
         residency = driver.lifecycle.residency
         held = sum(life.grant is not None for life in driver.lifecycle.lives.values())
         assert residency.slots_used == held
@@ -288,8 +289,7 @@ def test_a_file_that_changes_under_the_copy(run: Run, tmp_path: Path) -> None:
             async with local_bench(tmp_path) as bench:
                 bench.device.gate.clear()
                 loading = asyncio.create_task(bench.load())
-                while bench.device.copies < 2:
-                    await asyncio.sleep(0.001)
+                await until(partial(_two_copies_began, bench.device))
                 damage(bench.adapter / "adapter_model.safetensors")
                 bench.device.gate.set()
                 with pytest.raises(IntegrityError):
@@ -308,7 +308,10 @@ def test_a_bug_in_planning_fails_the_adapter_alone(
     async def body() -> None:
         async with local_bench(tmp_path) as bench:
             with monkeypatch.context() as patch:
-                patch.setattr("lorax_async.planning.parse_header", lambda *_: {}["a bug of ours"])
+                patch.setattr(
+                    "lorax_async.planning.parse_header",
+                    lambda *_: dict[str, None]()["a bug of ours"],
+                )
                 with pytest.raises(InternalError, match="KeyError") as caught:
                     await bench.load()
                 assert caught.value.key is not None
@@ -331,6 +334,10 @@ def test_a_refused_adapter_leaves_nothing(run: Run, tmp_path: Path) -> None:
             await bench.assert_works(bench.adapter)
 
     run(body())
+
+
+def _two_copies_began(device: GatedDevice) -> bool:
+    return device.copies == 2
 
 
 async def _released(work: Awaitable[Any]) -> None:

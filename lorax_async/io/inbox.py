@@ -36,6 +36,7 @@ class Inbox(Generic[T]):
         try:
             self._loop.call_soon_threadsafe(self._drain)
         except RuntimeError:
+            self._awake = False
             self._items.clear()
 
     def _drain(self) -> None:
@@ -44,5 +45,9 @@ class Inbox(Generic[T]):
 
     def take(self) -> None:
         """On the loop: handle what has arrived so far."""
-        while self._items:
-            self._handle(self._items.popleft())
+        try:
+            while self._items:
+                self._handle(self._items.popleft())
+        finally:
+            if self._items:  # `handle` raised: the items behind must not wait for another one
+                self._loop.call_soon(self._drain)

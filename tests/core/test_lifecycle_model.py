@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from lifecycle_world import Setting, Violation, explore
 
+from core.lifecycle_world import Setting, Violation, explore
 from lorax_async.core.decisions import Decisions
 from lorax_async.core.life import Fetch, Life, Tier
 from lorax_async.core.lifecycle import Lifecycle

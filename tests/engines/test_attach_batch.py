@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,35 @@ def test_each_row_has_its_own_adapter(small: Any, adapters: list[Path]) -> None:
         torch.testing.assert_close(mixed[0], only_second[0])
         torch.testing.assert_close(mixed[2], only_first[2])
         assert (only_first - only_second).abs().max() > 0.01
+
+    asyncio.run(main())
+
+
+def test_a_mixed_batch_generates_what_its_rows_generate_alone(
+    small: Any, adapters: list[Path]
+) -> None:
+    """The head gets the last tokens only, which do not lie side by side in memory."""
+
+    def tokens(rows: slice) -> list[list[int]]:
+        inputs = prompt(3)["input_ids"][rows]
+        out = small.generate(inputs, max_new_tokens=6, do_sample=False)
+        listed: list[list[int]] = out.tolist()
+        return listed
+
+    async def main() -> None:
+        async with serving(small) as (loader, attached), AsyncExitStack() as held:
+            handles = [
+                await held.enter_async_context(await loader.load(adapter)) for adapter in adapters
+            ]
+            batch = [handles[0], None, handles[1]]
+            alone = []
+            for row, handle in enumerate(batch):
+                with attached.batch([handle]):
+                    alone += tokens(slice(row, row + 1))
+            with attached.batch(batch):
+                assert tokens(slice(None)) == alone
+            with attached.batch(None):
+                assert tokens(slice(None)) != alone
 
     asyncio.run(main())
 

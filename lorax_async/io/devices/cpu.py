@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -12,7 +14,7 @@ import torch
 from lorax_async.core.arena import Extent
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.moves import Read, Row
-from lorax_async.errors import CapacityError
+from lorax_async.errors import CapacityError, UsageError
 from lorax_async.io.ports import CopyTicket, FilePieces
 from lorax_async.io.staging import TORCH_DTYPES
 
@@ -47,22 +49,43 @@ class CpuDevice:
         self._dtype = TORCH_DTYPES[dtype]
         self._nbytes = nbytes
         self._slots = slots
+        self._opened = False
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._memory = memoryview(b"")
         self._columns: list[dict[int, tuple[int, int, int, float]]] = [{} for _ in range(slots)]
         self._views: list[dict[int, Operands]] = [{} for _ in range(slots)]
 
     def open(self) -> None:
-        modules = len(self._layout.modules)
+        """As the port has it, and once: whoever keeps the tables' addresses may rely on them."""
+        if self._opened:
+            raise UsageError("the device was opened before; make a new one")
         try:
-            self._map = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        except (OSError, ValueError) as error:
+            memory = self._claim_memory()
+            self._make_tables()
+        except (OSError, OverflowError, MemoryError) as error:
             raise CapacityError(
-                f"no memory for an arena of {self._nbytes:,} bytes ({error}); lower device_bytes"
+                f"no memory for an arena of {self._nbytes:,} bytes and {self._slots:,} slots"
+                f" ({error}); lower device_bytes or max_slots"
             ) from error
-        self._claim_pages()
-        self._memory = memoryview(self._map)
-        self._arena = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._memory = memoryview(memory)
+        self._arena = torch.frombuffer(memory, dtype=torch.uint8)
         self._base = self._arena.data_ptr()
+        self._opened = True
+
+    def _claim_memory(self) -> mmap.mmap:
+        memory = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a wish, which a kernel without huge pages refuses
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            memory.madvise(_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            torch.frombuffer(memory, dtype=torch.uint8).zero_()  # an older kernel: touch them
+        return memory
+
+    def _make_tables(self) -> None:
+        modules = len(self._layout.modules)
         # Writing an element through torch costs microseconds, and an adapter has hundreds: the
         # tensors share memory with plain arrays.
         self.address, memory = _table(torch.int64, (2, modules, self._slots))
@@ -71,12 +94,6 @@ class CpuDevice:
         self._rank_words = memory.cast("i")
         self.scale, memory = _table(torch.float32, (modules, self._slots))
         self._scale_words = memory.cast("f")
-
-    def _claim_pages(self) -> None:
-        try:
-            self._map.madvise(_POPULATE_WRITE)
-        except OSError:  # an older kernel: touch them instead
-            torch.frombuffer(self._map, dtype=torch.uint8).zero_()
 
     def host_memory(self, extent: Extent) -> torch.Tensor:
         return self._arena[extent.offset : extent.offset + extent.nbytes]
@@ -141,10 +158,11 @@ class CpuDevice:
         return self._arena[offset : offset + nbytes].view(self._dtype).view(rows, columns)
 
     def close(self) -> None:
+        """Idempotent; a device that was never opened is closed, too."""
         self._columns = []
         self._views = []
-        self._memory.release()
-        del self._arena, self._map
+        self._memory = memoryview(b"")
+        self._arena = torch.empty(0, dtype=torch.uint8)
 
 
 def _table(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[torch.Tensor, memoryview]:
