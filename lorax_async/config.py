@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from lorax_async.errors import ConfigError
+from lorax_async.errors import ConfigError, shorten
 
 MAX_SECONDS = 1e9
 """The longest wait: what locks, event loops and their C clocks can all count to."""
@@ -133,5 +133,5 @@ def _roots(roots: object) -> tuple[Path, ...]:
     paths = tuple(Path(root).absolute() for root in roots)
     for path in paths:
         if not os.path.isdir(path):  # Path.is_dir raises where it may not look
-            raise ConfigError(f"local root {str(path)!r} is not a folder")
+            raise ConfigError(f"local root {shorten(str(path), 500)!r} is not a folder")
     return paths

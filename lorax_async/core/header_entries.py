@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from lorax_async.core.strict_json import (
     MAX_DEPTH,
@@ -58,8 +58,7 @@ _CANONICAL = re.compile(
 _ENTRY = re.compile(r"\{[^{}]{0,65534}\}")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpan:
+class TensorSpan(NamedTuple):
     """Where one tensor lies: `start` and `stop` count bytes from the beginning of the file."""
 
     name: str

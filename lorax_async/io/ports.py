@@ -79,8 +79,9 @@ class Source(Protocol):
     ) -> None:
         """Make the byte ranges [start, stop) of every group readable, in this order.
 
-        Calls `arrived` with a group's index, on the loop, once all its bytes are here; returns
-        when all are here and checked. Ends early, with `FetchError`, when `cancel` is set.
+        Calls `arrived` with a group's index, on the loop, when all its bytes are here and others
+        are still on their way; returns when all are here and checked. Ends early, with
+        `FetchError`, when `cancel` is set.
         """
 
     async def populate(self, key: AdapterKey) -> None:

@@ -46,6 +46,19 @@ def test_no_rows_at_all_means_the_base_for_any_number(small: Any) -> None:
     asyncio.run(main())
 
 
+def test_a_block_inside_a_block_gives_way_to_the_outer_one(small: Any) -> None:
+    async def main() -> None:
+        async with serving(small) as (_, attached):
+            with attached.batch([None]):
+                with attached.batch([None, None]):
+                    logits_of(small, prompt(2))
+                logits_of(small, prompt(1))
+            with pytest.raises(UsageError, match="no batch"):
+                logits_of(small, prompt(1))
+
+    asyncio.run(main())
+
+
 def test_each_row_has_its_own_adapter(small: Any, adapters: list[Path]) -> None:
     """A row's logits do not depend on its neighbours' adapters; base rows keep their bits."""
     base = logits_of(small, prompt(3))

@@ -164,7 +164,7 @@ def test_a_pass_ends_when_the_adapter_it_waits_for_is_lost(
     asyncio.run(main())
 
 
-def test_a_pass_ends_when_the_handle_it_waits_for_is_released(
+def test_a_pass_and_a_task_end_when_the_handle_they_wait_for_is_released(
     run: Run, small: Any, adapters: list[Path]
 ) -> None:
     async def main() -> None:
@@ -175,10 +175,12 @@ def test_a_pass_ends_when_the_handle_it_waits_for_is_released(
         ):
             with attached.batch([handle]):
                 forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+                layer = asyncio.create_task(handle.layer_ready(0))
                 await asyncio.sleep(0.1)
                 handle.release()
                 async with asyncio.timeout(10):
-                    with pytest.raises(HandleClosedError):
-                        await forward
+                    for waiting in (forward, layer):
+                        with pytest.raises(HandleClosedError):
+                            await waiting
 
     run(main())

@@ -152,7 +152,10 @@ class SourceConformance:
             thread = current_thread()
             await world.source.bring(file, groups_of(content), arrived, Event())
             spans = [span for (span,) in groups_of(content)]
-            assert arrivals == [(n, content[a:b]) for n, (a, b) in enumerate(spans)]
+            expected = [(n, content[a:b]) for n, (a, b) in enumerate(spans)]
+            # A source that has everything already may leave it to the return.
+            assert arrivals in (expected, [])
+            assert [read(file.reader, *span) for span in spans] == [part for _, part in expected]
             file.reader.close()
 
         run(main())
@@ -201,11 +204,11 @@ class SourceConformance:
 
             def arrived(group: int) -> None:
                 seen.append(group)
-                cancel.set()
 
+            cancel.set()
             with pytest.raises(FetchError):
                 await world.source.bring(file, groups_of(content), arrived, cancel)
-            assert seen == [0]
+            assert seen == []
             file.reader.close()
 
         run(main())

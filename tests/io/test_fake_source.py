@@ -221,3 +221,25 @@ def test_a_removed_adapter_is_gone(world: FakeWorld, run: Run) -> None:
         file.reader.close()
 
     run(main())
+
+
+def test_a_fetch_cancelled_on_its_way_ends_before_the_next_group(
+    world: FakeWorld, run: Run
+) -> None:
+    content = weights(1)
+
+    async def main() -> None:
+        file = await opened(world.source, content)
+        cancel = Event()
+        seen: list[int] = []
+
+        def arrived(group: int) -> None:
+            seen.append(group)
+            cancel.set()
+
+        with pytest.raises(FetchError):
+            await world.source.bring(file, groups_of(content), arrived, cancel)
+        assert seen == [0]
+        file.reader.close()
+
+    run(main())

@@ -91,16 +91,14 @@ class LocalSource:
 
     async def bring(
         self,
-        file: AdapterFile,  # noqa: ARG002 (the port's)
-        groups: Sequence[Sequence[tuple[int, int]]],
-        arrived: Callable[[int], None],
+        file: AdapterFile,  # noqa: ARG002 - the port's
+        groups: Sequence[Sequence[tuple[int, int]]],  # noqa: ARG002 - the port's
+        arrived: Callable[[int], None],  # noqa: ARG002 - the port's
         cancel: Cancel,
     ) -> None:
-        """All is here: a copy reads the file itself, through its reader."""
-        for group in range(len(groups)):
-            if cancel.is_set():
-                raise FetchError("nobody waits for the adapter any more")
-            arrived(group)
+        """All is here already: a copy reads the file itself, through its reader."""
+        if cancel.is_set():
+            raise FetchError("nobody waits for the adapter any more")
 
     async def populate(self, key: AdapterKey) -> None:
         """Start the kernel's read-ahead over the whole file."""

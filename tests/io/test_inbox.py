@@ -1,0 +1,195 @@
+"""The inbox: nothing lost, in order, on the loop, with few wake-ups."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+
+from common import LOOPS, Run, until
+from lorax_async.io.inbox import Inbox
+
+
+class CountedLoop:
+    """An event loop as the inbox sees it, with a count of its wake-ups."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.wakes = 0
+
+    def call_soon_threadsafe(self, *call: Any) -> object:
+        self.wakes += 1
+        return self._loop.call_soon_threadsafe(*call)
+
+    def call_soon(self, *call: Any) -> object:
+        return self._loop.call_soon(*call)
+
+
+def in_thread(work: Any) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def test_many_items_one_wake_up(run: Run) -> None:
+    async def body() -> None:
+        loop, seen = CountedLoop(asyncio.get_running_loop()), list[int]()
+        inbox: Inbox[int] = Inbox(loop, seen.append)  # type: ignore[arg-type]
+
+        def work() -> None:
+            for n in range(100):
+                inbox.put(n)
+
+        in_thread(work)
+        assert seen == []
+        await until(lambda: seen)
+        assert seen == list(range(100))
+        assert loop.wakes == 1
+        inbox.put(100)
+        await until(lambda: len(seen) > 100)
+        assert loop.wakes == 2
+
+    run(body())
+
+
+def test_threads_at_once(run: Run) -> None:
+    """Each one's items in its order, each exactly once, all on the loop's thread."""
+
+    async def body() -> None:
+        seen: list[tuple[int, int]] = []
+        here = threading.get_ident()
+
+        def handle(item: tuple[int, int]) -> None:
+            assert threading.get_ident() == here
+            seen.append(item)
+
+        inbox = Inbox(asyncio.get_running_loop(), handle)
+
+        def work(number: int) -> None:
+            for n in range(2000):
+                inbox.put((number, n))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        await until(lambda: len(seen) == 8000)
+        for thread in threads:
+            thread.join()
+        for number in range(4):
+            assert [n for who, n in seen if who == number] == list(range(2000))
+
+    run(body())
+
+
+def test_an_item_may_wait_for_the_next(run: Run) -> None:
+    async def body() -> None:
+        loop, seen = CountedLoop(asyncio.get_running_loop()), list[str]()
+        inbox: Inbox[str] = Inbox(loop, seen.append)  # type: ignore[arg-type]
+        in_thread(lambda: inbox.put("patient", wake=False))
+        await asyncio.sleep(0.01)
+        assert (seen, loop.wakes) == ([], 0)
+        in_thread(lambda: inbox.put("urgent"))
+        await until(lambda: seen)
+        assert (seen, loop.wakes) == (["patient", "urgent"], 1)
+
+    run(body())
+
+
+def test_it_can_be_emptied_at_once(run: Run) -> None:
+    async def body() -> None:
+        seen: list[str] = []
+        inbox = Inbox(asyncio.get_running_loop(), seen.append)
+        inbox.put("patient", wake=False)
+        inbox.put("urgent")
+        inbox.take()
+        assert seen == ["patient", "urgent"]
+        inbox.take()
+        await asyncio.sleep(0.01)
+        assert seen == ["patient", "urgent"]
+
+    run(body())
+
+
+def test_what_is_put_while_handling_comes_after(run: Run) -> None:
+    async def body() -> None:
+        seen: list[int] = []
+
+        def handle(item: int) -> None:
+            seen.append(item)
+            if item < 3:
+                inbox.put(item + 10, wake=False)
+
+        inbox: Inbox[int] = Inbox(asyncio.get_running_loop(), handle)
+        for n in range(5):
+            inbox.put(n)
+        await until(lambda: len(seen) == 8)
+        assert seen == [0, 1, 2, 3, 4, 10, 11, 12]
+
+    run(body())
+
+
+def test_one_that_raises_does_not_hold_up_the_rest(run: Run) -> None:
+    async def body() -> None:
+        seen: list[int] = []
+        told: list[object] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+        errors = {1: ValueError("one"), 2: KeyError("two")}
+
+        def handle(item: int) -> None:
+            if item in errors:
+                raise errors[item]
+            seen.append(item)
+
+        inbox = Inbox(loop, handle)
+        for n in range(4):
+            inbox.put(n)
+        await until(lambda: len(seen) == 2)
+        assert seen == [0, 3]
+        assert told == [errors[1], errors[2]]
+        inbox.put(4)
+        await until(lambda: len(seen) == 3)
+
+    run(body())
+
+
+def test_whoever_empties_it_hears_of_the_error_and_the_rest_follows(run: Run) -> None:
+    async def body() -> None:
+        seen: list[int] = []
+
+        def handle(item: int) -> None:
+            seen.append(10 // item)
+
+        inbox = Inbox(asyncio.get_running_loop(), handle)
+        for n in (5, 0, 2):
+            inbox.put(n, wake=False)
+        with pytest.raises(ZeroDivisionError):
+            inbox.take()
+        await until(lambda: len(seen) == 2)
+        assert seen == [2, 5]
+
+    run(body())
+
+
+class Item: ...
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_after_the_loop_nobody_listens(name: str) -> None:
+    """No error, no call, and nothing is kept."""
+    loop = LOOPS[name]()
+    seen: list[Item] = []
+    inbox = Inbox(loop, seen.append)
+    loop.close()
+    for _ in range(3):
+        item = Item()
+        gone = weakref.ref(item)
+        in_thread(lambda item=item: inbox.put(item))
+        del item
+        gc.collect()
+        assert gone() is None
+    assert seen == []

@@ -1,0 +1,230 @@
+"""Settings: what is accepted, what is refused at construction, and by which words."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorax_async import AdapterLoader, ConfigError, Limits, LoaderConfig, LoraxError, UsageError
+from lorax_async import config as config_module
+
+BYTES_AND_COUNTS = ["device_bytes", "staging_bytes", "max_slots", "io_threads"]
+SECONDS = ["timeout", "starvation_age"]
+LIMITS = [entry.name for entry in fields(Limits)]
+NOT_POSITIVE_INTEGERS: list[object] = [
+    *(0, -1, -(1 << 70)),
+    *(1.0, 1.5, math.nan, math.inf),
+    *(True, False),
+    *("16", "", b"1", None, [1], object()),
+]
+NOT_SECONDS: list[object] = [
+    *(0, -1, 0.0, -0.5, -math.inf),
+    *(math.inf, math.nan, 1e10, 10**400),
+    *(True, False),
+    *("5", "", None, [5.0], 5j),
+]
+
+
+def made(**settings: Any) -> LoaderConfig:
+    return LoaderConfig(**settings)
+
+
+@pytest.mark.parametrize("value", NOT_POSITIVE_INTEGERS, ids=repr)
+@pytest.mark.parametrize("name", BYTES_AND_COUNTS)
+def test_bytes_and_counts_are_positive_integers(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} must be a positive integer, not "):
+        made(**{name: value})
+
+
+@pytest.mark.parametrize("name", BYTES_AND_COUNTS)
+def test_one_is_enough(name: str) -> None:
+    assert getattr(made(**{name: 1}), name) == 1
+
+
+@pytest.mark.parametrize("value", NOT_SECONDS, ids=lambda value: repr(value)[:12])
+@pytest.mark.parametrize("name", SECONDS)
+def test_seconds_are_positive_and_finite(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} must be a positive number of seconds"):
+        made(**{name: value})
+
+
+@pytest.mark.parametrize("value", [1, 0.001, 1e-9, 86_400 * 365, 1e9])
+@pytest.mark.parametrize("name", SECONDS)
+def test_seconds_may_be_few_or_many(name: str, value: float) -> None:
+    assert getattr(made(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("value", NOT_POSITIVE_INTEGERS, ids=repr)
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_are_positive_integers(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} must be a positive integer, not "):
+        Limits(**{name: value})  # type: ignore[arg-type]
+
+
+def test_limits_as_the_design_has_them() -> None:
+    """Header 16 MiB, 65,536 tensors, names 512 B, 8 dimensions, JSON depth 16, config 256 KiB, rank
+    256, adapter 4 GiB."""
+    limits = Limits()
+    assert (limits.max_header_bytes, limits.max_tensors) == (16 * 1024 * 1024, 65_536)
+    assert (limits.max_name_bytes, limits.max_dimensions, limits.max_json_depth) == (512, 8, 16)
+    assert (limits.max_config_bytes, limits.max_rank) == (256 * 1024, 256)
+    assert limits.max_adapter_bytes == 4 * 1024**3
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cuda",
+        "cuda:0",
+        "simulated",
+        "mps",
+        "meta",
+        "CPU",
+        "cpu:0",
+        "",
+        None,
+        0,
+        torch.device("cpu"),
+    ],
+    ids=repr,
+)
+def test_other_devices_are_not_available(device: object) -> None:
+    with pytest.raises(ConfigError, match="is not available; use device='cpu'"):
+        made(device=device)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "word"),
+    [
+        (None, None, None),
+        ("float32", "float32", "F32"),
+        ("float16", "float16", "F16"),
+        ("bfloat16", "bfloat16", "BF16"),
+        (torch.float32, "float32", "F32"),
+        (torch.float16, "float16", "F16"),
+        (torch.bfloat16, "bfloat16", "BF16"),
+        (torch.half, "float16", "F16"),
+    ],
+    ids=repr,
+)
+def test_dtypes(given: object, name: str | None, word: str | None) -> None:
+    config = made(dtype=given)
+    assert (config.dtype, config.storage_dtype) == (name, word)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.float64, torch.float8_e4m3fn, "float64", "F32", "fp16", "", 1, True, [], {}],
+    ids=repr,
+)
+def test_other_dtypes_are_refused(dtype: object) -> None:
+    with pytest.raises(ConfigError, match="^dtype must be one of float32, float16, bfloat16 or"):
+        made(dtype=dtype)
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, None, math.nan], ids=repr)
+def test_check_finite_is_a_bool(value: object) -> None:
+    with pytest.raises(ConfigError, match="check_finite must be True or False"):
+        made(check_finite=value)
+
+
+@pytest.mark.parametrize("value", [None, {"max_rank": 8}, 8, Limits], ids=repr)
+def test_limits_are_limits(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"limits must be Limits"):
+        made(limits=value)
+
+
+def test_roots_are_absolute_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = made(local_roots=[str(tmp_path), Path("inner"), "."])
+    monkeypatch.chdir("/")
+    assert config.local_roots == (tmp_path, tmp_path / "inner", tmp_path)
+    assert made().local_roots == ()
+
+
+@pytest.mark.parametrize("roots", ["/", Path("/"), None, 5, {"/"}, [5], [None], [b"/"]], ids=repr)
+def test_roots_are_a_tuple(roots: object) -> None:
+    """A single string would otherwise be taken letter by letter."""
+    with pytest.raises(ConfigError, match="local_roots must be a tuple of folders"):
+        made(local_roots=roots)
+
+
+@pytest.mark.parametrize("root", ["", "file", "missing", "a\0b", "x" * 5000, "file/below"])
+def test_a_root_that_is_no_folder(tmp_path: Path, root: str) -> None:
+    """An empty one (an unset variable, say) must not open the present folder."""
+    (tmp_path / "file").touch()
+    place = root and str(tmp_path / root)
+    with pytest.raises(ConfigError, match="is not a folder") as caught:
+        made(local_roots=("/", place))
+    assert len(str(caught.value)) <= 1000
+
+
+def test_a_root_behind_a_closed_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: object, **_: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refused)
+        with pytest.raises(ConfigError, match="'/elsewhere' is not a folder"):
+            made(local_roots=("/elsewhere",))
+
+
+@pytest.mark.parametrize("config", [LoaderConfig(), Limits()], ids=["config", "limits"])
+def test_settings_are_frozen(config: LoaderConfig | Limits) -> None:
+    for entry in fields(config):
+        with pytest.raises(FrozenInstanceError):
+            setattr(config, entry.name, getattr(config, entry.name))
+    with pytest.raises((AttributeError, TypeError)):
+        config.something_new = 1  # type: ignore[union-attr]
+    assert hash(config) == hash(type(config)())
+    assert config == type(config)()
+
+
+def test_a_changed_copy_is_checked_again() -> None:
+    config = made(dtype="bfloat16")
+    assert replace(config, max_slots=3).dtype == "bfloat16"
+    with pytest.raises(ConfigError):
+        replace(config, max_slots=0)
+
+
+def test_settings_go_by_name() -> None:
+    with pytest.raises(TypeError):
+        LoaderConfig("cpu")  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        made(device_byte=1)
+
+
+def test_a_long_value_makes_a_short_text() -> None:
+    with pytest.raises(ConfigError) as caught:
+        made(max_slots="x" * 100_000)
+    assert len(str(caught.value)) <= 1000
+
+
+def test_a_wrong_setting_is_a_wrong_call() -> None:
+    with pytest.raises(UsageError) as caught:
+        made(timeout=-1)
+    assert isinstance(caught.value, LoraxError)
+    assert not caught.value.retryable
+
+
+def test_the_longest_timeout_can_be_waited_for() -> None:
+    """What is accepted must not overflow in a lock."""
+    from threading import TIMEOUT_MAX
+
+    assert config_module.MAX_SECONDS < TIMEOUT_MAX
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_other_platforms_are_refused(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny
+
+    monkeypatch.setattr("sys.platform", platform)
+    with pytest.raises(ConfigError, match="runs on Linux only"):
+        AdapterLoader(tiny.layout())

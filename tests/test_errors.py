@@ -1,0 +1,192 @@
+"""The errors: their family, their copies, and what their texts must not hold."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import traceback
+from pathlib import Path
+
+import pytest
+
+import lorax_async
+from lorax_async import errors
+from lorax_async.adapter import AdapterKey, AdapterRef, as_ref
+from lorax_async.errors import (
+    AdapterError,
+    AdapterFormatError,
+    AdapterTimeoutError,
+    FetchError,
+    IntegrityError,
+    LoraxError,
+    UsageError,
+    shorten,
+)
+
+FAMILY = """
+LoraxError: Exception
+AdapterError: LoraxError
+AdapterNotFoundError: AdapterError
+AdapterTimeoutError: AdapterError TimeoutError
+FetchError: AdapterError
+FetchTimeoutError: FetchError TimeoutError
+IntegrityError: FetchError
+AccessDeniedError: FetchError
+AdapterFormatError: AdapterError
+UnsupportedAdapterError: AdapterError
+IncompatibleAdapterError: AdapterError
+TransferError: AdapterError
+CapacityError: LoraxError
+UsageError: LoraxError
+InvalidAdapterIdError: UsageError
+AdapterInUseError: UsageError
+LoaderClosedError: UsageError
+HandleClosedError: UsageError
+ConfigError: UsageError
+InternalError: LoraxError
+InvalidTransitionError: InternalError
+"""
+"""Section 9 of the design, each with its direct bases."""
+
+RETRYABLE = {
+    *("AdapterTimeoutError", "FetchError", "FetchTimeoutError", "IntegrityError"),
+    *("TransferError", "CapacityError"),
+}
+ALL: list[type[LoraxError]] = [
+    kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, LoraxError)
+]
+each = pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+KEY = AdapterKey("somewhere", ())
+SECRET = "hf_abcdefghijklmnop"
+
+
+def test_the_family_is_the_designs() -> None:
+    found = {kind.__name__: [base.__name__ for base in kind.__bases__] for kind in ALL}
+    lines = (line.split(": ") for line in FAMILY.split("\n") if line)
+    assert found == {name: bases.split() for name, bases in lines}
+
+
+@each
+def test_every_error_can_be_imported_and_is_explained(kind: type[LoraxError]) -> None:
+    assert getattr(lorax_async, kind.__name__) is kind
+    assert kind.__name__ in lorax_async.__all__
+    assert kind.__doc__
+
+
+@each
+def test_what_may_succeed_later(kind: type[LoraxError]) -> None:
+    assert kind("x").retryable == (kind.__name__ in RETRYABLE)
+    assert kind("x", retryable=True).retryable
+    assert not kind("x", retryable=False).retryable
+
+
+@pytest.mark.parametrize("kind", [AdapterTimeoutError, errors.FetchTimeoutError])
+def test_timeouts_are_the_languages_too(kind: type[LoraxError]) -> None:
+    with pytest.raises(TimeoutError, match="too late"):
+        raise kind("too late")
+
+
+def test_a_text_says_where_and_what() -> None:
+    assert str(LoraxError("it broke")) == "it broke"
+    assert str(LoraxError("it broke", id="a")) == "adapter 'a': it broke"
+    assert str(LoraxError("it broke", stage="copy")) == "stage copy: it broke"
+    assert str(FetchError("it broke", id="a")) == "adapter 'a', stage fetch: it broke"
+    assert str(FetchError("it broke", stage="queue")) == "stage queue: it broke"
+
+
+@each
+def test_a_located_copy_knows_all(kind: type[LoraxError]) -> None:
+    """And the original knows nothing of it; what is not said stays as it was."""
+    original = kind("it broke", retryable=True)
+    original.__cause__ = cause = OSError("below")
+    located = original.located(id="a", key=KEY, attempt=3, stage="ready", story=("s",))
+    assert type(located) is kind
+    assert (located.id, located.key, located.attempt, located.story) == ("a", KEY, 3, ("s",))
+    assert (located.problem, located.retryable) == ("it broke", True)
+    assert located.stage == (kind.default_stage or "ready"), "where it arose stands"
+    assert located.__cause__ is cause
+    assert (original.id, original.key, original.attempt, original.story) == (None, None, 0, ())
+    again = located.located(id="b")
+    assert (again.id, again.key, again.attempt, again.story) == ("b", KEY, 3, ("s",))
+    assert located.located(attempt=0).attempt == 0
+
+
+def test_each_copy_collects_its_own_frames() -> None:
+    original = IntegrityError("it broke")
+    depths = []
+    for _ in range(3):
+        with pytest.raises(IntegrityError) as caught:
+            raise original.located() from original.__cause__
+        depths.append(len(traceback.extract_tb(caught.value.__traceback__)))
+    assert depths == [1, 1, 1]
+    assert original.__traceback__ is None
+
+
+@each
+def test_errors_travel_between_processes(kind: type[LoraxError]) -> None:
+    error = kind("it broke", id="a", key=KEY, attempt=2, stage="copy", retryable=True, story=("s",))
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(twin) is kind
+        assert vars(twin) == vars(error)
+        assert str(twin) == str(error)
+
+
+@pytest.mark.parametrize("size", [999, 1000, 1001, 100_000])
+def test_texts_are_short(size: int) -> None:
+    """However it is shown: a stranger's names come without end."""
+    error = AdapterFormatError("x" * size, id="y" * size, stage="verify")
+    located = error.located(id="z" * size)
+    for each in (error, located):
+        assert len(str(each)) <= 1000
+        assert len(each.problem) <= 1000
+        assert len(each.args[0]) <= 1000
+        lines = traceback.format_exception_only(each)
+        assert sum(map(len, lines)) <= 1100
+    assert str(error).startswith("adapter 'yyy")
+
+
+def test_a_text_is_cut_where_one_sees_it() -> None:
+    assert shorten("x" * 1000) == "x" * 1000
+    assert shorten("x" * 1001) == "x" * 999 + "…"
+    assert shorten("abcdef", 4) == "abc…"
+    assert str(AdapterError("p", id="i" * 300)) == f"adapter '{'i' * 199}…': p"
+
+
+@pytest.mark.parametrize("sign", ["\n", "\r", "\0", "\x1b", "\u2028", "\u202e", "\udc80", "\x85"])
+def test_texts_are_one_printable_line(sign: str) -> None:
+    """Names come from files: no line of a log is forged, no terminal driven, no encoding broken."""
+    error = AdapterFormatError(f"tensor 'a{sign}b'", id=f"c{sign}d")
+    assert sign not in str(error) + error.problem + error.args[0]
+    str(error).encode()
+    assert "a\ufffdb" in str(error)
+    assert "c\ufffdd" in str(error)
+
+
+def test_a_token_is_in_no_text() -> None:
+    """The token of a reference is compared, and shown nowhere."""
+    ref = AdapterRef("org/name", source="hub", revision="main", token=SECRET)
+    assert repr(ref) == "AdapterRef(id='org/name', source='hub', revision='main')"
+    for text in (str(ref), f"{ref}", f"{ref!r}", "{}".format(ref), repr([ref]), ref.text):  # noqa: UP032
+        assert SECRET not in text
+    assert ref != AdapterRef("org/name", source="hub", revision="main", token="other")
+    assert as_ref("org/name", "hub", "main", SECRET) == ref
+    with pytest.raises(UsageError) as caught:
+        as_ref(ref, token=SECRET)
+    assert SECRET not in repr(caught.value) + str(caught.value)
+
+
+@pytest.mark.parametrize("extra", [{"source": "hub"}, {"revision": "x"}, {"token": "x"}], ids=str)
+@pytest.mark.parametrize("given", [AdapterRef("a"), KEY], ids=["ref", "key"])
+def test_a_reference_says_everything_itself(given: object, extra: dict[str, str]) -> None:
+    assert as_ref(given) is given
+    with pytest.raises(UsageError, match="says source, revision and token itself"):
+        as_ref(given, **extra)
+
+
+@pytest.mark.parametrize("given", [None, 5, b"org/name", ["a"], object()], ids=repr)
+def test_an_id_is_a_text_or_a_path(given: object) -> None:
+    with pytest.raises(UsageError, match=r"a str or a pathlib\.Path, not"):
+        as_ref(given)
+    assert as_ref(Path("a")) == AdapterRef(Path("a"))
+    assert as_ref("a") != AdapterRef(Path("a")), "a string may be a stranger's, a Path is not"

@@ -1,0 +1,108 @@
+"""What `import lorax_async` brings along, and that it leaves the process as it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+HEAVY = {"peft", "transformers", "triton", "uvloop", "rich", "safetensors", "huggingface_hub"}
+PROGRAM = """
+import asyncio, gc, json, locale, logging, os, random, signal, sys, threading, warnings
+from pathlib import Path
+import torch
+
+def state():
+    return {
+        "handlers": [repr(h) for h in logging.root.handlers],
+        "log levels": [logging.root.level, logging.root.manager.disable],
+        "logger class": logging.getLoggerClass().__name__,
+        "policy": repr(asyncio.get_event_loop_policy()),
+        "environment": dict(os.environ),
+        "threads": sorted(t.name for t in threading.enumerate()),
+        "files": len(os.listdir("/proc/self/fd")),
+        "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
+        "folder": os.getcwd(),
+        "path": list(sys.path),
+        "hooks": [repr(h) for h in (sys.excepthook, sys.unraisablehook, threading.excepthook)],
+        "meta path": [repr(f) for f in sys.meta_path],
+        "signals": [repr(signal.getsignal(n)) for n in sorted(signal.valid_signals())],
+        "warnings": [repr(f) for f in warnings.filters],
+        "locale": locale.setlocale(locale.LC_ALL),
+        "garbage": [gc.isenabled(), *gc.get_threshold()],
+        "random": hash(random.getstate()),
+        "torch seed": torch.initial_seed(),
+        "torch threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "torch grad": torch.is_grad_enabled(),
+        "torch dtype": str(torch.get_default_dtype()),
+        "switch interval": sys.getswitchinterval(),
+    }
+
+asyncio.get_event_loop_policy()
+torch_modules = set(sys.modules)
+before = state()
+import lorax_async
+after = state()
+ours = logging.getLogger("lorax_async")
+print(json.dumps({
+    "before": before,
+    "after": after,
+    "modules": sorted(set(sys.modules) - torch_modules),
+    "ours": [[type(h).__name__ for h in ours.handlers], ours.level, ours.propagate],
+    "others": sorted(
+        name for name, logger in logging.root.manager.loggerDict.items()
+        if name.startswith("lorax_async.") and getattr(logger, "handlers", None)
+    ),
+    "loop": asyncio.events._get_running_loop() is not None,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> Any:
+    """The state of a fresh interpreter around the import; warnings are errors there, too."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=25,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1, "nothing is printed"
+    return json.loads(done.stdout)
+
+
+def test_it_is_really_imported(imported: Any) -> None:
+    assert "lorax_async.loader" in imported["modules"]
+    assert "lorax_async.io.devices.cpu" in imported["modules"]
+
+
+@pytest.mark.parametrize("name", sorted(HEAVY))
+def test_nothing_heavy_comes_along(imported: Any, name: str) -> None:
+    roots = {module.split(".")[0] for module in imported["modules"]}
+    assert name not in roots
+
+
+def test_the_optional_parts_stay_away(imported: Any) -> None:
+    """The engine adapters and the command line are imported by those who use them."""
+    above = {"lorax_async.engines", "lorax_async.cli", "lorax_async.demo", "lorax_async.terminal"}
+    assert above.isdisjoint(imported["modules"])
+
+
+def test_the_process_is_left_as_it_was(imported: Any) -> None:
+    before, after = imported["before"], imported["after"]
+    assert len(before) == 22
+    changed = {name: after[name] for name in before if after[name] != before[name]}
+    assert changed == {}
+
+
+def test_it_logs_only_where_the_program_asks(imported: Any) -> None:
+    """A NullHandler of its own; levels and handlers are the program's."""
+    assert imported["ours"] == [["NullHandler"], 0, True]
+    assert imported["others"] == []
+    assert not imported["loop"]

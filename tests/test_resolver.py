@@ -1,0 +1,258 @@
+"""The first of the two joins: equal requests ask once, and no caller can hurt another."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+
+from common import Run, until
+from lorax_async import resolver as resolver_module
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterNotFoundError,
+    InternalError,
+    LoaderClosedError,
+    LoraxError,
+)
+from lorax_async.io.fakes import FakeSource
+from lorax_async.journal import Journal
+from lorax_async.resolver import Resolver
+
+ONE = AdapterRef("one")
+
+
+class SlowSource(FakeSource):
+    """Answers once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = asyncio.Event()
+        self.cancelled = 0
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        try:
+            await self.answer.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return await super().resolve(ref)
+
+
+def slow() -> tuple[SlowSource, Resolver]:
+    source = SlowSource()
+    source.put("one", b"", b"")
+    return source, Resolver(source, Journal())
+
+
+async def asked(resolver: Resolver, ref: AdapterRef, times: int) -> list[asyncio.Task[AdapterKey]]:
+    tasks = [asyncio.create_task(resolver.resolve(ref)) for _ in range(times)]
+    await asyncio.sleep(0.001)
+    return tasks
+
+
+async def ends(tasks: list[asyncio.Task[AdapterKey]]) -> list[AdapterKey | BaseException]:
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_equal_requests_are_one_question(run: Run) -> None:
+    async def body() -> None:
+        source, resolver = slow()
+        tasks = await asked(resolver, AdapterRef("one", revision="main", token="mine"), 50)
+        tasks += await asked(resolver, AdapterRef("one", revision="main", token="mine"), 50)
+        source.answer.set()
+        keys = await ends(tasks)
+        assert source.counts.resolves == 1
+        assert {key.location for key in keys if isinstance(key, AdapterKey)} == {"memory:one"}
+        assert len(keys) == 100
+        await resolver.resolve(AdapterRef("one", revision="main", token="mine"))
+        assert source.counts.resolves == 2, "an answer is remembered for `known`, not for `resolve`"
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        AdapterRef("one", token="theirs"),
+        AdapterRef("one", revision="main"),
+        AdapterRef("one", source="s3"),
+        AdapterRef(Path("one")),
+    ],
+    ids=lambda ref: repr(ref.__class__),
+)
+def test_another_scope_asks_for_itself(run: Run, other: AdapterRef) -> None:
+    """One caller's answer says nothing about what another may see."""
+
+    async def body() -> None:
+        source, resolver = slow()
+        tasks = await asked(resolver, ONE, 2) + await asked(resolver, other, 2)
+        source.answer.set()
+        await ends(tasks)
+        assert source.counts.resolves == 2
+        await resolver.resolve(ONE)
+        await resolver.stop()
+
+    run(body())
+
+
+def test_a_cancelled_caller_leaves_the_others_their_answer(run: Run) -> None:
+    async def body() -> None:
+        source, resolver = slow()
+        tasks = await asked(resolver, ONE, 3)
+        tasks[0].cancel()
+        await asyncio.sleep(0.001)
+        assert tasks[0].cancelled()
+        source.answer.set()
+        _, second, third = await ends(tasks)
+        assert isinstance(second, AdapterKey)
+        assert second == third
+        assert (source.counts.resolves, source.cancelled) == (1, 0)
+
+    run(body())
+
+
+def test_a_question_without_callers_is_answered_all_the_same(run: Run) -> None:
+    async def body() -> None:
+        source, resolver = slow()
+        (task,) = await asked(resolver, ONE, 1)
+        task.cancel()
+        await ends([task])
+        assert resolver.known(ONE) is None
+        source.answer.set()
+        await until(lambda: resolver.known(ONE))
+
+    run(body())
+
+
+def test_each_caller_has_an_error_of_its_own(run: Run) -> None:
+    async def body() -> None:
+        source, resolver = slow()
+        order = AccessDeniedError("not yours")
+        order.__cause__ = cause = OSError("403")
+        source.fail("resolve", order)
+        tasks = await asked(resolver, ONE, 3)
+        source.answer.set()
+        errors = await ends(tasks)
+        assert len(set(map(id, errors))) == 3
+        for error in errors:
+            assert isinstance(error, AccessDeniedError)
+            assert (error.id, error.stage, error.retryable) == ("one", "fetch", False)
+            assert error.problem == "not yours"
+            assert error.__cause__ is cause
+
+    run(body())
+
+
+def test_a_stage_is_added_where_the_error_has_none(run: Run) -> None:
+    async def body() -> None:
+        source, resolver = slow()
+        source.answer.set()
+        source.fail("resolve", LoraxError("something"))
+        with pytest.raises(LoraxError, match="adapter 'one', stage resolve: something"):
+            await resolver.resolve(ONE)
+
+    run(body())
+
+
+def test_a_foreign_exception_becomes_internal(run: Run) -> None:
+    async def body() -> None:
+        source, resolver = slow()
+        source.answer.set()
+        cause = ZeroDivisionError("oops")
+        source.fail("resolve", cause)
+        with pytest.raises(InternalError, match="ZeroDivisionError: oops") as caught:
+            await resolver.resolve(ONE)
+        assert caught.value.__cause__ is cause
+        await resolver.resolve(ONE)  # and the next question is a new one
+
+    run(body())
+
+
+def test_the_last_answer_is_known(run: Run) -> None:
+    """A refusal takes the answer back: it must not be served from memory after that."""
+
+    async def body() -> None:
+        source, resolver = slow()
+        source.answer.set()
+        assert resolver.known(ONE) is None
+        first = await resolver.resolve(ONE)
+        assert resolver.known(ONE) == first
+        assert resolver.known(AdapterRef("one", token="theirs")) is None
+        second = source.put("one", b"", b"new")
+        assert resolver.known(ONE) == first != second
+        assert await resolver.resolve(ONE) == second
+        assert resolver.known(ONE) == second
+        source.remove("one")
+        with pytest.raises(AdapterNotFoundError):
+            await resolver.resolve(ONE)
+        assert resolver.known(ONE) is None
+
+    run(body())
+
+
+def test_the_oldest_answer_is_forgotten_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver_module, "MAX_REMEMBERED", 3)
+
+    async def body() -> None:
+        source, resolver = slow()
+        source.answer.set()
+        refs = [AdapterRef(str(n)) for n in range(4)]
+        for ref in refs:
+            source.put(ref.text, b"", b"")
+        for ref in (*refs[:3], refs[0], refs[3]):
+            await resolver.resolve(ref)
+        assert [resolver.known(ref) is not None for ref in refs] == [True, False, True, True]
+
+    run(body())
+
+
+def test_the_time_is_counted_once(run: Run) -> None:
+    async def body() -> None:
+        source, journal = SlowSource(), Journal()
+        source.put("one", b"", b"")
+        started = perf_counter()
+        tasks = await asked(Resolver(source, journal), ONE, 10)
+        await asyncio.sleep(0.02)
+        source.answer.set()
+        await ends(tasks)
+        assert 0.02 <= journal.statistics().seconds["resolve"] <= perf_counter() - started
+
+    run(body())
+
+
+def test_a_stopped_resolver_tells_who_waits(run: Run) -> None:
+    """A caller that was cancelled itself hears that, not of the loader's end."""
+
+    async def body() -> None:
+        source, resolver = slow()
+        tasks = await asked(resolver, ONE, 3)
+        tasks[0].cancel()
+        await resolver.stop()
+        first, *others = await ends(tasks)
+        assert isinstance(first, asyncio.CancelledError)
+        for error in others:
+            assert isinstance(error, LoaderClosedError)
+            assert error.stage == "resolve"
+        assert source.cancelled == 1
+        assert resolver.known(ONE) is None
+        assert [task for task in asyncio.all_tasks() if "lorax" in task.get_name()] == []
+        await resolver.stop()
+
+    run(body())
+
+
+def test_a_question_has_a_name(run: Run) -> None:
+    async def body() -> None:
+        _, resolver = slow()
+        tasks = await asked(resolver, AdapterRef("one", token="hf_secret"), 1)
+        names = {task.get_name() for task in asyncio.all_tasks()}
+        assert "lorax resolve one" in names
+        assert not any("hf_secret" in name for name in names)
+        await resolver.stop()
+        await ends(tasks)
+
+    run(body())
