@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from threading import Lock
 from time import perf_counter
 
@@ -28,10 +29,14 @@ class CopyOutcome:
     seconds: float
 
 
+_Work = tuple[Copy, GroupCopy, Tenancy]
+
+
 class Copies:
     """Hands copies to the I/O threads; `copied` hears of each once, on the loop.
 
-    The loop is woken at the latest when no more than `low_water` copies are left in the threads.
+    `workers` of the `threads` serve until `stop`. The loop is woken at the latest when no more than
+    `low_water` copies are left in them.
     """
 
     def __init__(
@@ -42,16 +47,28 @@ class Copies:
         threads: Executor,
         copied: Callable[[CopyOutcome], None],
         *,
+        workers: int,
         low_water: int,
     ) -> None:
         self._files = files
         self._tenants = tenants
         self._transfer = transfer
-        self._threads = threads
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
+        self._workers = [threads.submit(self._serve) for _ in range(workers)]
         self._inbox: Inbox[CopyOutcome] = Inbox(asyncio.get_running_loop(), copied)
         self._low_water = low_water
         self._in_threads = 0
         self._lock = Lock()
+
+    def stop(self) -> None:
+        """Let the workers end once what was started is done."""
+        for _ in self._workers:
+            self._queue.put(None)
+
+    def _serve(self) -> None:
+        """In an I/O thread, until `stop`: an executor's own queue costs more than a small copy."""
+        while (work := self._queue.get()) is not None:
+            self._run(*work)
 
     def hear(self) -> None:
         """Handle the outcomes that have not woken the loop."""
@@ -68,7 +85,7 @@ class Copies:
         )
         with self._lock:
             self._in_threads += 1
-        self._threads.submit(self._run, command, copy, tenancy)
+        self._queue.put((command, copy, tenancy))
 
     def _run(self, command: Copy, copy: GroupCopy, tenancy: Tenancy) -> None:
         """In an I/O thread: whatever happens, the loop hears of it."""

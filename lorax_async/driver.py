@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 
 from lorax_async.adapter import AdapterKey
@@ -41,6 +42,15 @@ from lorax_async.tenancy import Lease
 from lorax_async.tenants import Tenants
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One caller's wish for an adapter; `future` gives its lease."""
+
+    key: AdapterKey
+    waiter: int
+    future: asyncio.Future[Lease | None]
+
+
 class Driver:
     """Carries out what the lifecycle decides, for one loader on one event loop."""
 
@@ -54,6 +64,7 @@ class Driver:
         planner: Planner,
         num_layers: int,
         io_threads: Executor,
+        workers: int,
         metadata_threads: Executor,
     ) -> None:
         self.lifecycle = lifecycle
@@ -69,6 +80,7 @@ class Driver:
             transfer,
             io_threads,
             self._copied,
+            workers=workers,
             low_water=lifecycle.residency.copies_free // 2,
         )
         self._commands: deque[Command] = deque()
@@ -78,22 +90,24 @@ class Driver:
 
     # -- what callers want ------------------------------------------------------------------------
 
-    async def wish(self, key: AdapterKey, tier: Tier, *, priority: int) -> Lease | None:
-        """Wait until the adapter has come as far as `tier`. Cancelling withdraws this wish only."""
+    def begin(self, key: AdapterKey, tier: Tier, *, priority: int) -> Wish:
+        """Want the adapter as far as `tier`; to be followed by `granted` or `abandon`."""
         self._copies.hear()
         waiter, future = self.tenants.add_waiter()
         self._obey(
             self.lifecycle.want(key, Waiter(waiter, tier, self._loop.time(), priority=priority))
         )
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._withdraw(key, waiter, future)
-            raise
+        return Wish(key, waiter, future)
 
-    def _withdraw(self, key: AdapterKey, waiter: int, future: asyncio.Future[Lease | None]) -> None:
-        self.tenants.drop_waiter(waiter)
-        self._obey(self.lifecycle.withdraw(key, waiter))
+    async def granted(self, wish: Wish) -> Lease | None:
+        """Wait until the wish comes true, or raise why it will not."""
+        return await wish.future
+
+    def abandon(self, wish: Wish) -> None:
+        """Withdraw one wish and give back what it brought; the others stay. Idempotent."""
+        self.tenants.drop_waiter(wish.waiter)
+        self._obey(self.lifecycle.withdraw(wish.key, wish.waiter))
+        future = wish.future
         if future.done() and not future.cancelled() and future.exception() is None:
             lease = future.result()
             if lease is not None:
@@ -105,15 +119,21 @@ class Driver:
             return None
         return self.tenants.new_lease(key)
 
-    def story(self, key: AdapterKey) -> tuple[Event, ...]:
-        return self.journal.story(key)
-
     async def close(self, error: LoraxError, timeout: float) -> None:
         """Fail waiters, wait for leases, revoke those that are left at the deadline.
 
         A kernel that still runs is waited for in any case: its memory cannot be taken back.
         """
-        self._obey(self.lifecycle.close(error))
+        try:
+            self._obey(self.lifecycle.close(error))
+            await self._vacate(timeout)
+        finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._copies.stop()
+            await self.files.stop()
+
+    async def _vacate(self, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):
                 await self._at_rest()
@@ -121,9 +141,6 @@ class Driver:
             for lease in [lease for held in self.tenants.leases.values() for lease in held]:
                 lease.end("the loader was closed")
             await self._at_rest()
-        if self._alarm is not None:
-            self._alarm.cancel()
-        await self.files.stop()
 
     async def _at_rest(self) -> None:
         while not self.lifecycle.at_rest:
@@ -261,7 +278,7 @@ class Driver:
 
     def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
         attempt = self.lifecycle.lives[key].attempt
-        return error.located(key=key, attempt=attempt, story=self.story(key))
+        return error.located(key=key, attempt=attempt, story=self.journal.story(key))
 
     def _tell_ready(self, command: commands.TellReady) -> None:
         tenancy = self.tenants.tenancy(command.key)

@@ -176,7 +176,7 @@ class AdapterLoader:
         """A lease if the adapter is resident now, else None. Touches no file and never waits."""
         self._check_open()
         ref = as_ref(adapter_id)
-        key = ref if isinstance(ref, AdapterKey) else self._machinery.resolver.known(ref)
+        key = self._known_key(ref)
         lease = self._machinery.driver.try_lease(key) if key is not None else None
         return self._handle(_text(ref), lease) if lease is not None else None
 
@@ -184,8 +184,13 @@ class AdapterLoader:
         self, ref: AdapterRef | AdapterKey, tier: Tier, timeout: float | None, priority: int
     ) -> AdapterHandle:
         self._check_open()
+        driver = self._machinery.driver
         seconds = self.config.timeout if timeout is None else timeout
         key = ref if isinstance(ref, AdapterKey) else None
+        # What the id meant last time is wanted at once, while the source is asked whether it still
+        # does: usually it does, and the bytes are on their way meanwhile.
+        guess = self._known_key(ref)
+        wish = None if guess is None else driver.begin(guess, tier, priority=priority)
         deadline = asyncio.timeout(seconds)
         try:
             async with deadline:
@@ -193,15 +198,24 @@ class AdapterLoader:
                     key = await self._machinery.resolver.resolve(ref)
                     self._check_open()
                 assert key is not None
-                lease = await self._machinery.driver.wish(key, tier, priority=priority)
-        except TimeoutError as error:
-            if not deadline.expired() or isinstance(error, LoraxError):
-                raise
-            raise self._timed_out(ref, key, seconds) from None
-        except LoraxError as error:
-            raise error.located(id=_text(ref)) from error.__cause__
+                if wish is None or wish.key != key:
+                    if wish is not None:
+                        driver.abandon(wish)
+                    wish = driver.begin(key, tier, priority=priority)
+                lease = await driver.granted(wish)
+        except BaseException as error:
+            if wish is not None:
+                driver.abandon(wish)
+            if isinstance(error, LoraxError):
+                raise error.located(id=_text(ref)) from error.__cause__
+            if isinstance(error, TimeoutError) and deadline.expired():
+                raise self._timed_out(ref, key, seconds) from None
+            raise
         assert lease is not None
         return self._handle(_text(ref), lease)
+
+    def _known_key(self, ref: AdapterRef | AdapterKey) -> AdapterKey | None:
+        return ref if isinstance(ref, AdapterKey) else self._machinery.resolver.known(ref)
 
     def _timed_out(
         self, ref: AdapterRef | AdapterKey, key: AdapterKey | None, seconds: float
@@ -211,7 +225,7 @@ class AdapterLoader:
             id=_text(ref),
             key=key,
             stage="resolve" if key is None else self._machinery.driver.lifecycle.stage(key),
-            story=() if key is None else self._machinery.driver.story(key),
+            story=() if key is None else self._machinery.driver.journal.story(key),
         )
 
     def _handle(self, id: str, lease: Lease) -> AdapterHandle:
@@ -250,9 +264,8 @@ class AdapterLoader:
     def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
         """The last events of one adapter, oldest first."""
         self._check_open()
-        ref = as_ref(adapter_id)
-        key = ref if isinstance(ref, AdapterKey) else self._machinery.resolver.known(ref)
-        return () if key is None else self._machinery.driver.story(key)
+        key = self._known_key(as_ref(adapter_id))
+        return () if key is None else self._machinery.driver.journal.story(key)
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Call `callback` with every event, on the loop; returns what ends that."""

@@ -86,6 +86,7 @@ class Machinery:
             planner=Planner(self._layout, config, self._device, move_bytes=staging.move_bytes),
             num_layers=self._layout.num_layers,
             io_threads=self._io,
+            workers=config.io_threads,
             metadata_threads=self._metadata,
         )
         self.resolver = Resolver(self._source, self.driver.journal)
@@ -106,5 +107,7 @@ class Machinery:
             self._metadata.shutdown()
             loop.call_soon_threadsafe(stopped.set_result, None)
 
-        threading.Thread(target=stop, name="lorax-stop", daemon=True).start()
+        thread = threading.Thread(target=stop, name="lorax-stop", daemon=True)
+        thread.start()
         await stopped
+        thread.join()

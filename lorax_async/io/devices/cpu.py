@@ -20,6 +20,8 @@ from lorax_async.io.staging import TORCH_DTYPES
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, not named by Python's mmap
 _MAX_BUFFERS = 1024  # IOV_MAX
+_DONE: CopyTicket = Future()
+_DONE.set_result(None)
 
 Operands = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -105,9 +107,7 @@ class CpuDevice:
             buffers = [self._window(extent, read) for read in run]
             pieces.reader.read_into(buffers, run[0].file_offset)
         self._write_rows(rows, extent, slot)
-        ticket: CopyTicket = Future()
-        ticket.set_result(None)
-        return ticket
+        return _DONE
 
     def _window(self, extent: Extent, read: Read) -> memoryview:
         start = extent.offset + read.target
@@ -172,6 +172,8 @@ def _table(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[torch.Tensor, me
 
 def _file_runs(reads: Sequence[Read]) -> list[tuple[Read, ...]]:
     """Reads that follow each other in the file, to be read in one call each."""
+    if len(reads) == 1:
+        return [tuple(reads)]
     runs: list[list[Read]] = []
     end = -1
     for read in sorted(reads, key=lambda read: read.file_offset):
