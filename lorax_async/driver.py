@@ -8,38 +8,32 @@ escapes fails its adapter with `InternalError`; it never reaches the embedding p
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
 
+from lorax_async.actions import Actions
 from lorax_async.adapter import AdapterKey
 from lorax_async.copies import Copies, CopyOutcome
 from lorax_async.core import life as commands
 from lorax_async.core.life import Command, Needs, Tier, Waiter
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.transfer_plan import TransferPlan
-from lorax_async.core.transitions import FileState, SlotState
+from lorax_async.core.transitions import FileState
 from lorax_async.errors import FetchError, InternalError, LoraxError
-from lorax_async.events import (
-    BytesMoved,
-    Event,
-    Failed,
-    LayerReady,
-    Leaving,
-    Resident,
-    SlotGranted,
-    SlotId,
-)
+from lorax_async.events import BytesMoved
 from lorax_async.files import Files
-from lorax_async.io.inbox import Inbox
+from lorax_async.io.inbox import Inbox, runs_here
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.transfer import Transfer
 from lorax_async.journal import Journal
 from lorax_async.planning import Planner
 from lorax_async.tenancy import Lease
 from lorax_async.tenants import Tenants
+
+_logger = logging.getLogger("lorax_async")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +76,15 @@ class Driver:
             self._copied,
             workers=workers,
             low_water=lifecycle.residency.copies_free // 2,
+        )
+        self._actions = Actions(
+            lifecycle.lives,
+            device=device,
+            files=self.files,
+            tenants=self.tenants,
+            copies=self._copies,
+            journal=self.journal,
+            clock=self._loop.time,
         )
         self._commands: deque[Command] = deque()
         self._obeying = False
@@ -158,7 +161,7 @@ class Driver:
 
     def published(self, key: AdapterKey, attempt: int) -> None:
         self._obey(self.lifecycle.published(key, attempt))
-        self._close_idle_reader(key)
+        self._actions.close_idle_reader(key)
 
     def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
         self._obey(self.lifecycle.fetch_failed(key, attempt, error))
@@ -175,7 +178,7 @@ class Driver:
         if outcome.error is None:
             self.journal.count("bytes_moved", outcome.nbytes)
             if self.journal.has_subscribers:
-                self._tell(BytesMoved, key, nbytes=outcome.nbytes)
+                self._actions.tell(BytesMoved, key, nbytes=outcome.nbytes)
             self._obey(self.lifecycle.copy_done(key, outcome.command.group))
         else:
             error = outcome.error
@@ -194,11 +197,7 @@ class Driver:
         self._on_loop(lambda: self._obey(self.lifecycle.end_use(lease.tenancy.key)))
 
     def _on_loop(self, tell: Callable[[], None]) -> None:
-        try:
-            here = asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            here = False
-        if here:
+        if runs_here(self._loop):
             tell()
         else:
             self._inbox.put(tell)
@@ -219,95 +218,19 @@ class Driver:
         self._set_alarm()
         self._rested.set()
 
-    def _carry_out(self, command: Command) -> None:  # noqa: C901, PLR0912 - a case per command
-        key = command.key
-        match command:
-            case commands.Copy():
-                self._copies.start(command)
-            case commands.TellReady():
-                self._tell_ready(command)
-            case commands.Serve():
-                self.tenants.serve(key, command.waiter, command.grant)
-            case commands.Fetch():
-                self.journal.count("fetches")
-                self.files.start_fetch(key, command.attempt)
-            case commands.CancelFetch():
-                self.files.cancel_fetch(key)
-            case commands.Populate():
-                self.files.start_populate(key, command.attempt)
-            case commands.TakeSlot():
-                self._take_slot(command)
-            case commands.ClearColumn():
-                self._clear_column(command)
-            case commands.Fail():
-                self._fail(command)
-            case commands.BreakSlot():
-                self._tell(Failed, key, slot=command.grant.slot, error=command.error)
-                self.tenants.tenancy(key).fail(self._located(key, command.error))
-            case commands.TellLeaving():
-                self.journal.count("departures")
-                self._tell(Leaving, key, slot=command.grant.slot)
-            case commands.Drop():
-                self.files.forget(key)
-            case commands.Forget():
-                self.files.forget(key)
-                self.journal.forget(key)
-            case _:
-                raise InternalError(f"no way to carry out {command}")
-
-    def _take_slot(self, command: commands.TakeSlot) -> None:
-        plan = self.files.plans[command.key]
-        tenancy = self.tenants.move_in(command.key, command.grant, plan)
-        self._tell(
-            SlotGranted,
-            command.key,
-            slot=command.grant.slot,
-            nbytes=plan.nbytes,
-            layers=tenancy.layers,
-        )
-
-    def _clear_column(self, command: commands.ClearColumn) -> None:
-        self.device.clear_column(command.grant.slot.index)
-        self.tenants.move_out(command.key)
-        self._close_idle_reader(command.key)
-
-    def _fail(self, command: commands.Fail) -> None:
-        self.journal.count("failures")
-        self._tell(Failed, command.key, error=command.error)
-        self.tenants.fail(command.waiters, self._located(command.key, command.error))
-
-    def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
-        attempt = self.lifecycle.lives[key].attempt
-        return error.located(key=key, attempt=attempt, story=self.journal.story(key))
-
-    def _tell_ready(self, command: commands.TellReady) -> None:
-        tenancy = self.tenants.tenancy(command.key)
-        slot = command.grant.slot
-        tenancy.advance(command.watermark)
-        if self.journal.has_subscribers:
-            layer = tenancy.layers[command.watermark - 1]
-            self._tell(LayerReady, command.key, slot=slot, layer=layer)
-        if command.last:
-            self.journal.count("loads")
-            self._tell(Resident, command.key, slot=slot)
-            self._close_idle_reader(command.key)
-
-    def _close_idle_reader(self, key: AdapterKey) -> None:
-        """Descriptors are held while bytes are read, and no longer."""
-        life = self.lifecycle.lives.get(key)
-        busy = life is not None and (
-            life.file is FileState.FETCHING or life.slot is SlotState.FILLING or life.copying
-        )
-        if not busy:
-            self.files.close_reader(key)
-
-    # -- telling ----------------------------------------------------------------------------------
-
-    def _tell(self, kind: type[Event], key: AdapterKey, **news: Any) -> None:
-        life = self.lifecycle.lives.get(key)
-        attempt = life.attempt if life is not None else 0
-        slot: SlotId | None = news.pop("slot", None)
-        self.journal.tell(kind(key, slot, attempt, self._loop.time(), **news))
+    def _carry_out(self, command: Command) -> None:
+        """A fault of ours in one command must not leave an outcome out, nor stop the others."""
+        try:
+            self._actions.carry_out(command)
+        except Exception as problem:
+            _logger.exception("carrying out %s failed", type(command).__name__)
+            error = InternalError(f"{type(command).__name__} failed: {problem!r}")
+            error.__cause__ = problem
+            if isinstance(command, commands.Copy):
+                self._commands += self.lifecycle.copy_failed(command.key, error)
+            elif isinstance(command, commands.Fetch):
+                failed = self.lifecycle.fetch_failed(command.key, command.attempt, error)
+                self._commands += failed
 
     def _set_alarm(self) -> None:
         """One timer for the head of the queue; adapters that do not wait have none."""

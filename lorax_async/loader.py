@@ -26,6 +26,7 @@ from lorax_async.errors import (
 )
 from lorax_async.events import Event
 from lorax_async.handle import AdapterHandle
+from lorax_async.io.inbox import runs_here
 from lorax_async.io.ports import Device, Source
 from lorax_async.journal import AdapterResidency, Statistics
 from lorax_async.machinery import Machinery
@@ -79,13 +80,11 @@ class AdapterLoader:
             raise UsageError("the loader was entered before; make a new one")
         self._loop = asyncio.get_running_loop()
         self._machinery = Machinery(self.layout, self.config, self._source, self._device)
-        opened = False
         try:
             await self._machinery.open()
-            opened = True
-        finally:
-            if not opened:
-                self._closing = self._loop.create_task(asyncio.sleep(0))
+        except BaseException:
+            self._closing = self._loop.create_task(asyncio.sleep(0))
+            raise
         return self
 
     async def __aexit__(
@@ -279,7 +278,7 @@ class AdapterLoader:
             raise UsageError("enter the loader first: `async with AdapterLoader(…) as loader`")
         if os.getpid() != self._pid:
             raise UsageError("the loader belongs to the process that made it; make one per process")
-        if _running_loop() is not self._loop:
+        if not runs_here(self._loop):
             raise UsageError(
                 "the loader belongs to the event loop that entered it; "
                 "from a thread use asyncio.run_coroutine_threadsafe"
@@ -293,13 +292,6 @@ class AdapterLoader:
 
 def _text(ref: AdapterRef | AdapterKey) -> str:
     return ref.text if isinstance(ref, AdapterRef) else str(ref)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 def _task_name() -> str:

@@ -16,6 +16,7 @@ FLOORS = {
     1: {"core"},
     2: {"io"},
     3: {
+        "actions",
         "copies",
         "driver",
         "files",

@@ -10,6 +10,14 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
+def runs_here(loop: asyncio.AbstractEventLoop | None) -> bool:
+    """Whether the caller runs on `loop`."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
 class Inbox(Generic[T]):
     """Carries items from any thread to `handle`, called on the loop in the order of arrival.
 

@@ -1,0 +1,132 @@
+"""What each command of the lifecycle makes happen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.copies import Copies
+from lorax_async.core import life as commands
+from lorax_async.core.life import Command, Life
+from lorax_async.core.transitions import FileState, SlotState
+from lorax_async.errors import InternalError, LoraxError
+from lorax_async.events import Event, Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
+from lorax_async.files import Files
+from lorax_async.io.ports import Device
+from lorax_async.journal import Journal
+from lorax_async.tenants import Tenants
+
+
+class Actions:
+    """Carries out single commands, on the loop, without waiting.
+
+    `lives` are the lifecycle's, to be looked at only; `clock` is the loop's, in seconds.
+    """
+
+    def __init__(
+        self,
+        lives: Mapping[AdapterKey, Life],
+        *,
+        device: Device,
+        files: Files,
+        tenants: Tenants,
+        copies: Copies,
+        journal: Journal,
+        clock: Callable[[], float],
+    ) -> None:
+        self._lives = lives
+        self._device = device
+        self._files = files
+        self._tenants = tenants
+        self._copies = copies
+        self._journal = journal
+        self._clock = clock
+
+    def carry_out(self, command: Command) -> None:  # noqa: C901, PLR0912 - a case per command
+        key = command.key
+        match command:
+            case commands.Copy():
+                self._copies.start(command)
+            case commands.TellReady():
+                self._tell_ready(command)
+            case commands.Serve():
+                self._tenants.serve(key, command.waiter, command.grant)
+            case commands.Fetch():
+                self._journal.count("fetches")
+                self._files.start_fetch(key, command.attempt)
+            case commands.CancelFetch():
+                self._files.cancel_fetch(key)
+            case commands.Populate():
+                self._files.start_populate(key, command.attempt)
+            case commands.TakeSlot():
+                self._take_slot(command)
+            case commands.ClearColumn():
+                self._clear_column(command)
+            case commands.Fail():
+                self._fail(command)
+            case commands.BreakSlot():
+                self.tell(Failed, key, slot=command.grant.slot, error=command.error)
+                self._tenants.tenancy(key).fail(self._located(key, command.error))
+            case commands.TellLeaving():
+                self._journal.count("departures")
+                self.tell(Leaving, key, slot=command.grant.slot)
+            case commands.Drop():
+                self._files.forget(key)
+            case commands.Forget():
+                self._files.forget(key)
+                self._journal.forget(key)
+            case _:
+                raise InternalError(f"no way to carry out {command}")
+
+    def _take_slot(self, command: commands.TakeSlot) -> None:
+        plan = self._files.plans[command.key]
+        tenancy = self._tenants.move_in(command.key, command.grant, plan)
+        self.tell(
+            SlotGranted,
+            command.key,
+            slot=command.grant.slot,
+            nbytes=plan.nbytes,
+            layers=tenancy.layers,
+        )
+
+    def _clear_column(self, command: commands.ClearColumn) -> None:
+        self._device.clear_column(command.grant.slot.index)
+        self._tenants.move_out(command.key)
+        self.close_idle_reader(command.key)
+
+    def _fail(self, command: commands.Fail) -> None:
+        self._journal.count("failures")
+        self.tell(Failed, command.key, error=command.error)
+        self._tenants.fail(command.waiters, self._located(command.key, command.error))
+
+    def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
+        attempt = self._lives[key].attempt
+        return error.located(key=key, attempt=attempt, story=self._journal.story(key))
+
+    def _tell_ready(self, command: commands.TellReady) -> None:
+        tenancy = self._tenants.tenancy(command.key)
+        slot = command.grant.slot
+        tenancy.advance(command.watermark)
+        if self._journal.has_subscribers:
+            layer = tenancy.layers[command.watermark - 1]
+            self.tell(LayerReady, command.key, slot=slot, layer=layer)
+        if command.last:
+            self._journal.count("loads")
+            self.tell(Resident, command.key, slot=slot)
+            self.close_idle_reader(command.key)
+
+    def close_idle_reader(self, key: AdapterKey) -> None:
+        """Descriptors are held while bytes are read, and no longer."""
+        life = self._lives.get(key)
+        busy = life is not None and (
+            life.file is FileState.FETCHING or life.slot is SlotState.FILLING or life.copying
+        )
+        if not busy:
+            self._files.close_reader(key)
+
+    def tell(self, kind: type[Event], key: AdapterKey, **news: Any) -> None:
+        life = self._lives.get(key)
+        attempt = life.attempt if life is not None else 0
+        slot: SlotId | None = news.pop("slot", None)
+        self._journal.tell(kind(key, slot, attempt, self._clock(), **news))
