@@ -83,7 +83,7 @@ class AdapterLoader:
         try:
             await self._machinery.open()
         except BaseException:
-            self._closing = self._loop.create_task(asyncio.sleep(0))
+            self._loop = None
             raise
         return self
 
