@@ -21,7 +21,7 @@ from lorax_async.tenants import Tenants
 class Actions:
     """Carries out single commands, on the loop, without waiting.
 
-    `lives` are the lifecycle's, to be looked at only; `clock` is the loop's, in seconds.
+    `lives` are the lifecycle's, to be looked at only; `clock` gives the time of events in seconds.
     """
 
     def __init__(

@@ -79,7 +79,7 @@ class LoaderConfig:
     io_threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
     timeout: float = 300.0
     starvation_age: float = 5.0
-    local_roots: tuple[str | Path, ...] = ()
+    local_roots: tuple[str | os.PathLike[str], ...] = ()
     check_finite: bool = False
     limits: Limits = field(default_factory=Limits)
 
@@ -126,11 +126,13 @@ def _dtype_name(dtype: object) -> str | None:
 
 
 def _roots(roots: object) -> tuple[Path, ...]:
-    if not isinstance(roots, tuple | list) or not all(isinstance(r, str | Path) for r in roots):
+    if not isinstance(roots, tuple | list) or not all(
+        isinstance(root, str | os.PathLike) for root in roots
+    ):
         raise ConfigError("local_roots must be a tuple of folders")
     if "" in roots:
         raise ConfigError("local root '' is not a folder; '.' is the present one")
-    paths = tuple(Path(root).absolute() for root in roots)
+    paths = tuple(Path(os.fspath(root)).absolute() for root in roots)
     for path in paths:
         if not os.path.isdir(path):  # Path.is_dir raises where it may not look
             raise ConfigError(f"local root {shorten(str(path), 500)!r} is not a folder")

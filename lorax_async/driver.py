@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from time import monotonic
 
 from lorax_async.actions import Actions
 from lorax_async.adapter import AdapterKey
@@ -84,7 +85,7 @@ class Driver:
             tenants=self.tenants,
             copies=self._copies,
             journal=self.journal,
-            clock=self._loop.time,
+            clock=monotonic,
         )
         self._commands: deque[Command] = deque()
         self._obeying = False

@@ -20,8 +20,8 @@ class SlotId:
 class Event:
     """Something happened to the adapter `key`.
 
-    `slot` is None while it holds none; `attempt` counts its fetches; `time` is the event loop's
-    monotonic clock in seconds.
+    `slot` is None while it holds none; `attempt` counts its fetches; `time` is that of
+    `time.monotonic()`, in seconds.
     """
 
     key: AdapterKey
