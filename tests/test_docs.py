@@ -1,0 +1,206 @@
+"""The documents say what is there: diagrams, map, errors, links, commands and the README's example."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lorax_async import errors
+from lorax_async.core import transitions
+from lorax_async.core.transitions import FILE_MOVES, SLOT_MOVES, FileMove, SlotMove
+
+ROOT = Path(__file__).parent.parent
+README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+ERRORS = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, errors.LoraxError)
+}
+
+
+def _draw_states() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("draw_states", ROOT / "docs" / "draw_states.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _without_code(page: Path) -> str:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
+
+
+# -- architecture.md ------------------------------------------------------------------------------
+
+
+def test_the_diagrams_are_drawn_from_the_tables() -> None:
+    page = ARCHITECTURE.read_text()
+    assert _draw_states().redrawn(page) == page, "run: python docs/draw_states.py --write"
+
+
+def test_the_diagrams_have_every_move_and_no_other() -> None:
+    drawn = {
+        (before, word.strip("«»"), after)
+        for before, after, words in re.findall(
+            r"^    (\w+) --> (\w+) : (.+)$", ARCHITECTURE.read_text(), re.MULTILINE
+        )
+        for word in words.split(", ")
+    }
+    moves = {(s.name, m.value, t.name) for (s, m), t in FILE_MOVES.items()}
+    moves |= {(s.name, m.value, t.name) for (s, m), t in SLOT_MOVES.items()}
+    assert drawn == moves
+
+
+@pytest.mark.parametrize("moves", [FileMove, SlotMove])
+def test_what_is_drawn_as_a_decision_is_one(moves: type[FileMove] | type[SlotMove]) -> None:
+    source = inspect.getsource(moves).partition("# decisions")[2]
+    decisions = set(re.findall(r"^    ([A-Z_]+) =", source, re.MULTILINE))
+    assert decisions
+    drawn = {move.name for move in moves if move in _draw_states().DECISIONS}
+    assert drawn == decisions
+
+
+@pytest.mark.parametrize("mark", ["BEGIN", "END"])
+def test_a_page_without_its_marks_is_not_touched(mark: str) -> None:
+    draw = _draw_states()
+    page = ARCHITECTURE.read_text()
+    for broken in (page.replace(vars(draw)[mark], ""), page + vars(draw)[mark]):
+        with pytest.raises(ValueError, match="once"):
+            draw.redrawn(broken)
+
+
+def test_the_map_has_every_file_and_no_other() -> None:
+    section = ARCHITECTURE.read_text().partition("## The map")[2].partition("\n## ")[0]
+    mapped = {name.rpartition("/")[2] for name in re.findall(r"`([\w/]+\.py)`", section)}
+    files = [*ROOT.glob("lorax_async/**/*.py"), *ROOT.glob("kernels/**/*.py")]
+    there = {file.name for file in files if file.name != "__init__.py"}
+    assert mapped - {"test_floors.py"} == there
+
+
+def test_every_rule_that_the_code_names_is_there() -> None:
+    page = ARCHITECTURE.read_text()
+    rules = page.partition("### The nine rules")[2].partition("\n### ")[0]
+    assert re.findall(r"^(\d)\. \*\*", rules, re.MULTILINE) == list("123456789")
+    core = (Path(transitions.__file__).parent / name for name in ("decisions.py", "queues.py"))
+    assert set(re.findall(r"[Rr]ule (\d)", "".join(file.read_text() for file in core))) <= set(
+        "123456789"
+    )
+
+
+# -- errors.md ------------------------------------------------------------------------------------
+
+
+def _sections() -> dict[str, str]:
+    parts = re.split(r"^### (\w+)$", (ROOT / "docs" / "errors.md").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_errors_have_a_section_each() -> None:
+    assert _sections().keys() == ERRORS.keys()
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_explained(name: str) -> None:
+    section, kind = _sections()[name], ERRORS[name]
+    assert re.search(r"^- \*\*Means:\*\* \w.+", section, re.MULTILINE)
+    assert re.search(r"^- \*\*Do:\*\* \w.+", section, re.MULTILINE)
+    found = re.search(r"^- \*\*Retryable:\*\* (yes|no)\. \*\*Stage:\*\* (.+)\.$", section, re.M)
+    assert found is not None
+    assert (found[1] == "yes") == kind.retryable_by_default
+    if kind is not errors.AdapterTimeoutError:  # whose stage is never a default
+        assert found[2] == (kind.default_stage or "none")
+    for example in re.findall(r"^ {6}(\S.*)$", section, re.MULTILINE):
+        assert example.startswith(f"{name}: ")
+        assert len(example) <= errors.MAX_TEXT
+
+
+def test_the_tree_of_errors_is_theirs() -> None:
+    tree = re.findall(
+        r"^    ([│├└─ ]*)(\w+Error)\b(.*)$",
+        (ROOT / "docs" / "errors.md").read_text().partition("## The tree")[2].partition("###")[0],
+        re.MULTILINE,
+    )
+    above: list[type] = []
+    for indent, name, remark in tree:
+        depth = len(indent) // 4
+        kind = ERRORS[name]
+        assert kind.__bases__[0] is (above[depth - 1] if depth else Exception), name
+        assert issubclass(kind, TimeoutError) == ("TimeoutError" in remark), name
+        above[depth:] = [kind]
+    assert sorted(name for _, name, _ in tree) == sorted(ERRORS)
+
+
+def test_every_stage_is_explained() -> None:
+    table = (ROOT / "docs" / "errors.md").read_text().partition("## Stages")[2]
+    words = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert words == list(errors.Stage.__args__)  # type: ignore[attr-defined]
+
+
+# -- all pages ------------------------------------------------------------------------------------
+
+
+def _anchors(page: Path) -> set[str]:
+    """The fragments that GitHub makes of headings."""
+    headings = re.findall(r"^#+ (.+)$", _without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def _links(page: Path) -> Iterator[str]:
+    for link in re.findall(r"\]\(([^)\s]+)\)", _without_code(page)):
+        if not re.match(r"https?:", link):
+            yield link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in _links(page):
+        path, _, fragment = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not fragment or fragment in _anchors(target), link
+
+
+def test_every_make_target_that_is_named_is_one() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        named = set(re.findall(r"(?:`|^    )make (\w+)", page.read_text(), re.MULTILINE))
+        assert named <= targets, page
+
+
+# -- README.md ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Where cores are shared, two OpenMP threads wait for each other several times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread", "nothing_left")
+def test_the_example_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+    (example,) = blocks
+    assert sum(bool(line.strip()) for line in example.splitlines()) <= 26
+    monkeypatch.chdir(ROOT)
+    exec(compile(example, str(README), "exec"), {"__name__": "__main__"})
+    shape, base, pirate, shout = capsys.readouterr().out.splitlines()
+    assert shape == "torch.Size([8, 576])"
+    assert not base.startswith("Arr")
+    assert pirate.startswith("Arr")
+    assert shout.isupper()
+    assert not base.isupper()
