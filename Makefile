@@ -41,9 +41,11 @@ bench: $(VENV)/installed-bench
 
 # The CPU build of torch has no CUDA; then this says so and succeeds.
 gpu: $(VENV)/installed
-	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
-		&& $(BIN)/python -m pytest -m gpu $(ARGS) \
-		|| echo "no CUDA device here: nothing was run on hardware"
+	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m pytest -m gpu $(ARGS); \
+	else \
+		echo 'no CUDA device here: nothing was run on hardware'; \
+	fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

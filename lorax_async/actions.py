@@ -66,7 +66,7 @@ class Actions:
             case commands.Fail():
                 self._fail(command)
             case commands.BreakSlot():
-                self.tell(Failed, key, slot=command.grant.slot, error=command.error)
+                self._tell_failed(key, command.error)
                 self._tenants.tenancy(key).fail(self._located(key, command.error))
             case commands.TellLeaving():
                 self._journal.count("departures")
@@ -80,6 +80,7 @@ class Actions:
                 raise InternalError(f"no way to carry out {command}")
 
     def _take_slot(self, command: commands.TakeSlot) -> None:
+        self._journal.granted(command.key, command.since, self._clock())
         plan = self._files.plans[command.key]
         tenancy = self._tenants.move_in(command.key, command.grant, plan)
         self.tell(
@@ -97,8 +98,16 @@ class Actions:
 
     def _fail(self, command: commands.Fail) -> None:
         self._journal.count("failures")
-        self.tell(Failed, command.key, error=command.error)
+        self._tell_failed(command.key, command.error)
         self._tenants.fail(command.waiters, self._located(command.key, command.error))
+
+    def _tell_failed(self, key: AdapterKey, error: LoraxError) -> None:
+        """Once, though waiters and lease holders are told apart."""
+        latest = self._journal.story(key)[-1:]
+        if latest and isinstance(latest[0], Failed) and latest[0].error is error:
+            return
+        grant = self._lives[key].grant
+        self.tell(Failed, key, slot=grant.slot if grant else None, error=error)
 
     def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
         attempt = self._lives[key].attempt

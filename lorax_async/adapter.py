@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -83,11 +82,15 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModulePattern:
-    """One entry of rank_pattern or alpha_pattern: the first whose matcher accepts a module wins."""
+    """One entry of rank_pattern or alpha_pattern: the first whose matcher accepts a module wins.
+
+    `cost` is that of matching one character of a path, in steps of the matcher.
+    """
 
     text: str
     matches: Matcher = field(repr=False, compare=False)
     value: float
+    cost: int = field(default=1, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,6 @@ class AdapterSpec:
     targets: tuple[str, ...] | str | None = None
     base_model: str | None = None
     fan_in_fan_out: bool = False
-    metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def rank_of(self, module: str) -> int:
         return int(_first(self.rank_patterns, module, self.rank))
@@ -126,9 +128,12 @@ class AdapterSpec:
     def alpha_of(self, module: str) -> float:
         return _first(self.alpha_patterns, module, self.alpha)
 
-    def scale_of(self, module: str) -> float:
-        """The factor PEFT multiplies the module's delta with (peft LoraLayer.update_layer)."""
-        rank = self.rank_of(module)
+    def scale_of(self, module: str, rank: int | None = None) -> float:
+        """The factor PEFT multiplies the module's delta with (peft LoraLayer.update_layer).
+
+        `rank` is that of the module where the caller knows it already.
+        """
+        rank = self.rank_of(module) if rank is None else rank
         return self.alpha_of(module) / (sqrt(rank) if self.rslora else rank)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, Self
 
-from lorax_async.errors import ConfigError, shorten
+from lorax_async.errors import ConfigError, UsageError, shorten
 
 MAX_SECONDS = 1e9
 """The longest wait: what locks, event loops and their C clocks can all count to."""
@@ -56,8 +57,8 @@ class LoaderConfig:
     timeout
         Seconds a call waits unless it says otherwise.
     starvation_age
-        Seconds after which a waiting request stops new leases on an idle-less resident adapter, so
-        that a slot comes free.
+        Seconds after which a request that waits for a slot stops new leases on an adapter that is
+        always leased, so that its slot comes free.
     local_roots
         Folders from which a `str` id may name an adapter. A `pathlib.Path` needs none.
     check_finite
@@ -102,6 +103,21 @@ class LoaderConfig:
         """`dtype` in the file format's spelling ("BF16"), or None for the layout's."""
         return None if self.dtype is None else DTYPES[str(self.dtype)]
 
+    def resolved(self, layout_dtype: str) -> Self:
+        """These settings with a dtype: where None was given, the layout's ("BF16")."""
+        if self.dtype is not None:
+            return self
+        name = next(name for name, word in DTYPES.items() if word == layout_dtype)
+        return replace(self, dtype=name)
+
+    def seconds(self, timeout: object) -> float:
+        """A call's own timeout, or the configured one where it says None."""
+        number: Any = self.timeout if timeout is None else timeout
+        plain = isinstance(number, int | float) and not isinstance(number, bool)
+        if plain and 0 <= number <= MAX_SECONDS:
+            return float(number)
+        raise UsageError(f"a timeout is from 0 to {MAX_SECONDS:g} seconds, not {timeout!r}")
+
 
 def _require_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -130,9 +146,10 @@ def _roots(roots: object) -> tuple[Path, ...]:
         isinstance(root, str | os.PathLike) for root in roots
     ):
         raise ConfigError("local_roots must be a tuple of folders")
-    if "" in roots:
+    names = [os.fsdecode(root) for root in roots]
+    if "" in names:  # an unset variable, say, must not open the present folder
         raise ConfigError("local root '' is not a folder; '.' is the present one")
-    paths = tuple(Path(os.fspath(root)).absolute() for root in roots)
+    paths = tuple(Path(name).absolute() for name in names)
     for path in paths:
         if not os.path.isdir(path):  # Path.is_dir raises where it may not look
             raise ConfigError(f"local root {shorten(str(path), 500)!r} is not a folder")

@@ -11,7 +11,7 @@ from threading import Lock
 from time import perf_counter
 
 from lorax_async.core.life import Copy
-from lorax_async.errors import LoraxError, TransferError
+from lorax_async.errors import InternalError, LoraxError
 from lorax_async.files import Files
 from lorax_async.io.inbox import Inbox
 from lorax_async.io.transfer import GroupCopy, Transfer
@@ -26,7 +26,8 @@ class CopyOutcome:
     command: Copy
     nbytes: int
     error: LoraxError | None
-    seconds: float
+    staging_seconds: float
+    copy_seconds: float
 
 
 _Work = tuple[Copy, GroupCopy, Tenancy]
@@ -91,14 +92,16 @@ class Copies:
         """In an I/O thread: whatever happens, the loop hears of it."""
         started = perf_counter()
         error: LoraxError | None = None
+        staging_seconds = 0.0
         try:
-            self._transfer.run(copy).result()
+            staging_seconds = self._transfer.run(copy)
         except LoraxError as problem:
             error = problem
         except BaseException as problem:  # noqa: BLE001 - it is carried to the loop and told there
-            error = TransferError(f"the copy to the device failed: {problem!r}")
+            error = InternalError(f"a copy to the device failed: {problem!r}", stage="copy")
             error.__cause__ = problem
-        outcome = CopyOutcome(command, copy.group.nbytes, error, perf_counter() - started)
+        copy_seconds = perf_counter() - started - staging_seconds
+        outcome = CopyOutcome(command, copy.group.nbytes, error, staging_seconds, copy_seconds)
         self._inbox.put(outcome, wake=self._is_urgent(tenancy) or error is not None)
 
     def _is_urgent(self, tenancy: Tenancy) -> bool:

@@ -90,6 +90,7 @@ class Driver:
         self._commands: deque[Command] = deque()
         self._obeying = False
         self._alarm: asyncio.TimerHandle | None = None
+        self._due: float | None = None
         self._rested = asyncio.Event()
 
     # -- what callers want ------------------------------------------------------------------------
@@ -154,6 +155,7 @@ class Driver:
     # -- outcomes ---------------------------------------------------------------------------------
 
     def header_checked(self, key: AdapterKey, attempt: int, plan: TransferPlan) -> None:
+        self.journal.checked(key, monotonic())
         needs = Needs(tuple(group.nbytes for group in plan.groups))
         self._obey(self.lifecycle.header_checked(key, attempt, needs))
 
@@ -175,11 +177,14 @@ class Driver:
 
     def _copied(self, outcome: CopyOutcome) -> None:
         key = outcome.command.key
-        self.journal.spent("copy", outcome.seconds)
+        self.journal.spent("stage", outcome.staging_seconds)
+        self.journal.spent("copy", outcome.copy_seconds)
         if outcome.error is None:
             self.journal.count("bytes_moved", outcome.nbytes)
             if self.journal.has_subscribers:
-                self._actions.tell(BytesMoved, key, nbytes=outcome.nbytes)
+                self._actions.tell(
+                    BytesMoved, key, slot=outcome.command.grant.slot, nbytes=outcome.nbytes
+                )
             self._obey(self.lifecycle.copy_done(key, outcome.command.group))
         else:
             error = outcome.error
@@ -187,12 +192,15 @@ class Driver:
             lost = here and isinstance(error, FetchError)
             self._obey(self.lifecycle.copy_failed(key, error, file_lost=lost))
 
-    def _lease_ended(self, lease: Lease, in_use: bool) -> None:
+    def _lease_ended(self, lease: Lease, in_use: bool, soon: bool) -> None:
         def tell() -> None:
             self.tenants.end_lease(lease)
             self._obey(self.lifecycle.end_lease(lease.tenancy.key, in_use=in_use))
 
-        self._on_loop(tell)
+        if soon:
+            self._inbox.put(tell)
+        else:
+            self._on_loop(tell)
 
     def _lease_quiet(self, lease: Lease) -> None:
         self._on_loop(lambda: self._obey(self.lifecycle.end_use(lease.tenancy.key)))
@@ -236,14 +244,13 @@ class Driver:
     def _set_alarm(self) -> None:
         """One timer for the head of the queue; adapters that do not wait have none."""
         due = self.lifecycle.next_tick
+        if due == self._due:
+            return
+        self._due = due
         if self._alarm is not None:
-            if due == self._alarm.when():
-                return
             self._alarm.cancel()
-            self._alarm = None
-        if due is not None:
-            self._alarm = self._loop.call_at(due, self._tick)
+        self._alarm = None if due is None else self._loop.call_at(due, self._tick)
 
     def _tick(self) -> None:
-        self._alarm = None
+        self._alarm = self._due = None
         self._obey(self.lifecycle.tick(self._loop.time()))

@@ -47,6 +47,7 @@ class LoraxError(Exception):
         self.id = id
         self.key = key
         self.attempt = attempt
+        self._said_stage = stage
         self.stage: Stage | None = stage or self.default_stage
         self.retryable = self.retryable_by_default if retryable is None else retryable
         self.story = tuple(story)
@@ -68,12 +69,15 @@ class LoraxError(Exception):
         stage: Stage | None = None,
         story: Sequence[object] = (),
     ) -> Self:
-        """A copy that knows its adapter; each waiter gets its own, for raising collects frames."""
+        """A copy that knows its adapter; each waiter gets its own, for raising collects frames.
+
+        What the error said itself stays; `stage` counts where it only had its class's.
+        """
         copy = self._again(
             id=id if id is not None else self.id,
             key=key if key is not None else self.key,
             attempt=self.attempt if attempt is None else attempt,
-            stage=self.stage or stage,
+            stage=self._said_stage or stage,
             story=story or self.story,
         )
         copy.__cause__ = self.__cause__

@@ -13,7 +13,7 @@ from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.io.ports import AdapterFile, Cancel, Reader, Source
 from lorax_async.journal import Journal
-from lorax_async.planning import LARGE_PREFIX, Planner
+from lorax_async.planning import LARGE_CONFIG, LARGE_PREFIX, Planner
 
 
 class Outcomes(Protocol):
@@ -93,22 +93,25 @@ class Files:
 
     async def _fetch(self, key: AdapterKey, attempt: int) -> None:
         cancel = self._cancels[key]
+        error: LoraxError | None = None
         try:
             file = await self._open(key)
             self.readers[key] = file.reader
-            plan = await self._plan(file)
+            self.plans[key] = plan = await self._plan(file)
+            if not cancel.is_set():
+                self._outcomes.header_checked(key, attempt, plan)
+                await self._bring(key, attempt, file, plan, cancel)
             if cancel.is_set():
-                raise FetchError("nobody wants it any more")
-            self.plans[key] = plan
-            self._outcomes.header_checked(key, attempt, plan)
-            await self._bring(key, attempt, file, plan, cancel)
-        except Exception as error:  # noqa: BLE001 - becomes the task's outcome
-            self.close_reader(key)
-            self._outcomes.fetch_failed(key, attempt, _as_lorax_error(error))
-        else:
+                error = FetchError("nobody wants it any more")
+        except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
+            error = _as_lorax_error(problem)
+        # The outcome may start the next fetch of this key: what belongs to this one goes first.
+        del self._cancels[key]
+        if error is None:
             self._outcomes.published(key, attempt)
-        finally:
-            del self._cancels[key]
+        else:
+            self.close_reader(key)
+            self._outcomes.fetch_failed(key, attempt, error)
 
     async def _open(self, key: AdapterKey) -> AdapterFile:
         started = perf_counter()
@@ -118,7 +121,7 @@ class Files:
 
     async def _plan(self, file: AdapterFile) -> TransferPlan:
         started = perf_counter()
-        if len(file.prefix) > LARGE_PREFIX:
+        if len(file.prefix) > LARGE_PREFIX or len(file.config) > LARGE_CONFIG:
             loop = asyncio.get_running_loop()
             plan = await loop.run_in_executor(self._threads, self._planner.plan, file)
         else:

@@ -16,6 +16,7 @@ from lorax_async.core.layout import ModelLayout
 from lorax_async.core.moves import Row
 from lorax_async.errors import AdapterTimeoutError, UsageError
 from lorax_async.events import SlotId
+from lorax_async.io.inbox import runs_anywhere
 from lorax_async.io.ports import Device
 from lorax_async.tenancy import Lease
 
@@ -104,11 +105,14 @@ class AdapterHandle:
         return _Modules(self._lease, self._device, self._layout)
 
     def is_ready(self, layer: int) -> bool:
-        """Whether `layer` (-1 … L) and all before it are on the device; touches no lock."""
+        """Whether the tensors of `layer` (-1 … L), and those before them, are on the device.
+
+        A layer that the adapter does not touch is ready at once. Touches no lock.
+        """
         return self._lease.tenancy.is_ready(layer)
 
     async def layer_ready(self, layer: int) -> None:
-        """Wait until `layer` (-1 … L) and all before it are on the device.
+        """Wait until `is_ready(layer)`.
 
         Raises the error that ended the load, `HandleClosedError` after release, `UsageError` for
         a layer that the base does not have.
@@ -117,11 +121,14 @@ class AdapterHandle:
         await self._lease.tenancy.ready(layer, self._lease.check)
 
     def wait_layer(self, layer: int, timeout: float | None = None) -> None:
-        """As `layer_ready`, in a thread that is not the loop's; `timeout` in seconds.
+        """As `layer_ready`, in a thread without an event loop; `timeout` in seconds.
 
-        Raises also `AdapterTimeoutError`.
+        Raises also `AdapterTimeoutError`, and `UsageError` where it would hold a loop that has to
+        bring the layer.
         """
         self._lease.check()
+        if not self.is_ready(layer) and runs_anywhere():
+            raise UsageError("wait_layer would hold the event loop; await layer_ready, or a thread")
         seconds = self._timeout if timeout is None else timeout
         try:
             self._lease.tenancy.wait(layer, seconds, self._lease.check)
@@ -163,7 +170,7 @@ class AdapterHandle:
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
         if lease is not None and not lease.closed:
-            lease.end("the handle was forgotten")
+            lease.end("the handle was forgotten", soon=True)
             warnings.warn(
                 f"an adapter handle of {self.id!r} was never released; use `async with`",
                 ResourceWarning,
@@ -187,6 +194,8 @@ class _Modules(Mapping[str, ModuleWeights]):
     def __getitem__(self, name: str) -> ModuleWeights:
         self._lease.check()
         module = self._layout.index(name)
+        if module not in self._rows:
+            raise KeyError(name)
         row = self._rows[module]
         layer = self._layout.modules[module].layer
         if not self._lease.tenancy.is_ready(layer):

@@ -55,6 +55,7 @@ class Journal:
             ("fetches", "loads", "failures", "departures", "bytes_moved"), 0
         )
         self._seconds: dict[Stage, float] = {}
+        self._checked: dict[AdapterKey, float] = {}
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         token = object()
@@ -80,9 +81,18 @@ class Journal:
 
     def forget(self, key: AdapterKey) -> None:
         self._stories.pop(key, None)
+        self._checked.pop(key, None)
 
     def count(self, what: str, amount: int = 1) -> None:
         self._counts[what] += amount
+
+    def checked(self, key: AdapterKey, time: float) -> None:
+        """From here on the adapter can be given a slot."""
+        self._checked[key] = time
+
+    def granted(self, key: AdapterKey, since: float, time: float) -> None:
+        """It has the slot that was wanted since then: what lies between was spent in the queue."""
+        self.spent("queue", max(0.0, time - max(since, self._checked.pop(key, since))))
 
     def spent(self, stage: Stage, seconds: float) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds

@@ -8,15 +8,15 @@ import sys
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from lorax_async.adapter import AdapterId, AdapterKey, AdapterRef, as_ref
-from lorax_async.config import DTYPES, LoaderConfig
+from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.life import Tier
 from lorax_async.core.transitions import SlotState
+from lorax_async.driver import Wish
 from lorax_async.errors import (
     AdapterTimeoutError,
     ConfigError,
@@ -64,9 +64,8 @@ class AdapterLoader:
     ) -> None:
         if sys.platform != "linux":
             raise ConfigError("lorax_async runs on Linux only")
-        config = config or LoaderConfig()
         self.layout = layout
-        self.config = config if config.dtype else replace(config, dtype=_torch_name(layout.dtype))
+        self.config = (config or LoaderConfig()).resolved(layout.dtype)
         self._source = source
         self._device = device
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -103,7 +102,7 @@ class AdapterLoader:
         self._check_loop()
         assert self._loop is not None
         if self._closing is None:
-            seconds = self.config.timeout if timeout is None else timeout
+            seconds = self.config.seconds(timeout)
             self._closing = self._loop.create_task(
                 self._machinery.close(seconds), name="lorax close"
             )
@@ -184,12 +183,9 @@ class AdapterLoader:
     ) -> AdapterHandle:
         self._check_open()
         driver = self._machinery.driver
-        seconds = self.config.timeout if timeout is None else timeout
+        seconds = self.config.seconds(timeout)
         key = ref if isinstance(ref, AdapterKey) else None
-        # What the id meant last time is wanted at once, while the source is asked whether it still
-        # does: usually it does, and the bytes are on their way meanwhile.
-        guess = self._known_key(ref)
-        wish = None if guess is None else driver.begin(guess, tier, priority=priority)
+        wish: Wish | None = None
         deadline = asyncio.timeout(seconds)
         try:
             async with deadline:
@@ -197,18 +193,15 @@ class AdapterLoader:
                     key = await self._machinery.resolver.resolve(ref)
                     self._check_open()
                 assert key is not None
-                if wish is None or wish.key != key:
-                    if wish is not None:
-                        driver.abandon(wish)
-                    wish = driver.begin(key, tier, priority=priority)
+                wish = driver.begin(key, tier, priority=priority)
                 lease = await driver.granted(wish)
         except BaseException as error:
+            late = deadline.expired() and isinstance(error, TimeoutError)
+            problem = self._timed_out(ref, key, seconds) if late else error
             if wish is not None:
                 driver.abandon(wish)
-            if isinstance(error, LoraxError):
-                raise error.located(id=_text(ref)) from error.__cause__
-            if isinstance(error, TimeoutError) and deadline.expired():
-                raise self._timed_out(ref, key, seconds) from None
+            if isinstance(problem, LoraxError):
+                raise problem.located(id=_text(ref)) from problem.__cause__
             raise
         assert lease is not None
         return self._handle(_text(ref), lease)
@@ -219,12 +212,16 @@ class AdapterLoader:
     def _timed_out(
         self, ref: AdapterRef | AdapterKey, key: AdapterKey | None, seconds: float
     ) -> AdapterTimeoutError:
+        """Where the adapter is now, before the wish for it is withdrawn."""
+        driver = self._machinery.driver
+        life = None if key is None else driver.lifecycle.lives.get(key)
         return AdapterTimeoutError(
             f"it was not ready within {seconds:g} s",
             id=_text(ref),
             key=key,
-            stage="resolve" if key is None else self._machinery.driver.lifecycle.stage(key),
-            story=() if key is None else self._machinery.driver.journal.story(key),
+            attempt=life.attempt if life is not None else 0,
+            stage="resolve" if key is None else driver.lifecycle.stage(key),
+            story=() if key is None else driver.journal.story(key),
         )
 
     def _handle(self, id: str, lease: Lease) -> AdapterHandle:
@@ -297,7 +294,3 @@ def _text(ref: AdapterRef | AdapterKey) -> str:
 def _task_name() -> str:
     task = asyncio.current_task()
     return task.get_name() if task is not None else ""
-
-
-def _torch_name(dtype: str) -> str:
-    return next(name for name, word in DTYPES.items() if word == dtype)

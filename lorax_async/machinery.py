@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -94,17 +95,20 @@ class Machinery:
     async def close(self, timeout: float) -> None:
         await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
         await self.resolver.stop()
-        await self._stop_threads()
-        self._device.close()
+        await self._stop_threads(self._device.close)
 
-    async def _stop_threads(self) -> None:
-        """Wait for the pools in a thread of our own: a pool cannot be awaited."""
+    async def _stop_threads(self, then: Callable[[], None] = lambda: None) -> None:
+        """Wait for the pools in a thread of our own: a pool cannot be awaited.
+
+        `then` runs there too: unmapping a large arena takes a while.
+        """
         loop = asyncio.get_running_loop()
         stopped = loop.create_future()
 
         def stop() -> None:
             self._io.shutdown()
             self._metadata.shutdown()
+            then()
             loop.call_soon_threadsafe(stopped.set_result, None)
 
         thread = threading.Thread(target=stop, name="lorax-stop", daemon=True)

@@ -14,6 +14,9 @@ from lorax_async.io.ports import AdapterFile, Device
 LARGE_PREFIX = 256 * 1024
 """A header of more bytes is parsed in a thread: it would hold the loop for too long."""
 
+LARGE_CONFIG = 8 * 1024
+"""And so is a config of more bytes: it may have thousands of patterns to match."""
+
 
 REMEMBERED_PLANS = 32
 

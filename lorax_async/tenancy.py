@@ -106,14 +106,14 @@ class Tenancy:
 class Lease:
     """The right to use one tenancy, held by one handle.
 
-    `ended(lease, in_use)` and `quiet(lease)` are called once each, in whatever thread ends the
-    lease or, if that left a kernel running, its last kernel.
+    `ended(lease, in_use, soon)` and `quiet(lease)` are called once each, in whatever thread ends
+    the lease or, if that left a kernel running, its last kernel.
     """
 
     def __init__(
         self,
         tenancy: Tenancy,
-        ended: Callable[[Lease, bool], None],
+        ended: Callable[[Lease, bool, bool], None],
         quiet: Callable[[Lease], None],
     ) -> None:
         self.tenancy = tenancy
@@ -152,12 +152,16 @@ class Lease:
         if quiet:
             self._quiet(self)
 
-    def end(self, why: str = "the handle was released") -> None:
-        """Idempotent. A kernel that runs keeps the slot from being reused until it is done."""
+    def end(self, why: str = "the handle was released", *, soon: bool = False) -> None:
+        """Idempotent. A kernel that runs keeps the slot from being reused until it is done.
+
+        With `soon`, decisions follow on the loop's next turn: a finalizer may run anywhere, also
+        in the midst of another decision.
+        """
         with self._lock:
             if self.closed:
                 return
             self._why_closed = why
             in_use = self._uses > 0
         self.tenancy.wake_threads()
-        self._ended(self, in_use)
+        self._ended(self, in_use, soon)

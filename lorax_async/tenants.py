@@ -15,13 +15,13 @@ from lorax_async.tenancy import Lease, Tenancy
 class Tenants:
     """The loop's side of waiting and holding.
 
-    `lease_ended(lease, in_use)` and `lease_quiet(lease)` are called in any thread.
+    `lease_ended(lease, in_use, soon)` and `lease_quiet(lease)` are called in any thread.
     """
 
     def __init__(
         self,
         num_layers: int,
-        lease_ended: Callable[[Lease, bool], None],
+        lease_ended: Callable[[Lease, bool, bool], None],
         lease_quiet: Callable[[Lease], None],
     ) -> None:
         self.leases: dict[AdapterKey, set[Lease]] = {}

@@ -140,6 +140,23 @@ def test_limits_are_limits(value: object) -> None:
         made(limits=value)
 
 
+class Place:
+    """What `os.PathLike` asks for, and no more."""
+
+    def __init__(self, place: str | bytes) -> None:
+        self._place = place
+
+    def __fspath__(self) -> str | bytes:
+        return self._place
+
+
+def test_whatever_names_a_path_may_be_a_root(tmp_path: Path) -> None:
+    places = (Place(str(tmp_path)), Place(bytes(tmp_path)))
+    assert made(local_roots=places).local_roots == (tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        made(local_roots=(Place(""),))
+
+
 def test_roots_are_absolute_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path)

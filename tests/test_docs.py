@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from lorax_async import errors
-from lorax_async.core import transitions
 from lorax_async.core.transitions import FILE_MOVES, SLOT_MOVES, FileMove, SlotMove
 
 ROOT = Path(__file__).parent.parent
@@ -87,14 +86,9 @@ def test_the_map_has_every_file_and_no_other() -> None:
     assert mapped - {"test_floors.py"} == there
 
 
-def test_every_rule_that_the_code_names_is_there() -> None:
-    page = ARCHITECTURE.read_text()
-    rules = page.partition("### The nine rules")[2].partition("\n### ")[0]
+def test_there_are_nine_rules() -> None:
+    rules = ARCHITECTURE.read_text().partition("### The nine rules")[2].partition("\n### ")[0]
     assert re.findall(r"^(\d)\. \*\*", rules, re.MULTILINE) == list("123456789")
-    core = (Path(transitions.__file__).parent / name for name in ("decisions.py", "queues.py"))
-    assert set(re.findall(r"[Rr]ule (\d)", "".join(file.read_text() for file in core))) <= set(
-        "123456789"
-    )
 
 
 # -- errors.md ------------------------------------------------------------------------------------
@@ -114,7 +108,9 @@ def test_an_error_is_explained(name: str) -> None:
     section, kind = _sections()[name], ERRORS[name]
     assert re.search(r"^- \*\*Means:\*\* \w.+", section, re.MULTILINE)
     assert re.search(r"^- \*\*Do:\*\* \w.+", section, re.MULTILINE)
-    found = re.search(r"^- \*\*Retryable:\*\* (yes|no)\. \*\*Stage:\*\* (.+)\.$", section, re.M)
+    found = re.search(
+        r"^- \*\*Retryable:\*\* (yes|no)\. \*\*Stage:\*\* (.+)\.$", section, re.MULTILINE
+    )
     assert found is not None
     assert (found[1] == "yes") == kind.retryable_by_default
     if kind is not errors.AdapterTimeoutError:  # whose stage is never a default

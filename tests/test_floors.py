@@ -117,7 +117,7 @@ _STDLIB = {"__future__", "collections", "dataclasses", "typing", "math", "functo
     "path", [*SOURCES, *sorted((ROOT / "kernels").rglob("*.py"))], ids=lambda p: p.name
 )
 def test_sizes_stay_readable(path: Path) -> None:
-    assert path.read_text().count("\n") <= 320
+    assert path.read_text().count("\n") <= 300
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 60, node.name

@@ -24,6 +24,7 @@ from lorax_async import (
     CapacityError,
     ConfigError,
     Event,
+    Failed,
     HandleClosedError,
     LayerReady,
     Leaving,
@@ -31,6 +32,7 @@ from lorax_async import (
     LoaderConfig,
     Resident,
     SlotGranted,
+    TransferError,
     UsageError,
 )
 from lorax_async.io.devices.gated import POISON, GatedDevice
@@ -136,6 +138,8 @@ def test_layers_come_one_by_one(run: Run, tmp_path: Path) -> None:
                     handle.modules["model.layers.0.mlp.up_proj"]
                 with pytest.raises(UsageError, match="outside -1 … 4"):
                     await handle.layer_ready(5)
+                with pytest.raises(UsageError, match="would hold the event loop"):
+                    handle.wait_layer(0)
                 with pytest.raises(AdapterTimeoutError, match="layer 0"):
                     await asyncio.to_thread(handle.wait_layer, 0, 0.01)
                 waiting = asyncio.create_task(asyncio.to_thread(handle.wait_layer, 4, 30))
@@ -166,6 +170,7 @@ def test_events_tell_the_whole_way(run: Run, tmp_path: Path) -> None:
             assert kinds[-1] is Resident
             assert kinds.count(LayerReady) <= 4
             assert sum(e.nbytes for e in heard if isinstance(e, BytesMoved)) == ONE
+            assert {e.slot for e in heard} == {heard[0].slot}
             layers = [e.layer for e in heard if isinstance(e, LayerReady)]
             assert layers == sorted(layers)
             assert layers[-1] == 3
@@ -265,6 +270,63 @@ def test_a_starving_request_ends_new_leases(run: Run, tmp_path: Path) -> None:
     run(body())
 
 
+def test_a_deadline_names_the_stage_it_ran_out_in(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        there, device = gated()
+        async with there:
+            device.gate.clear()
+            with pytest.raises(AdapterTimeoutError) as caught:
+                await there.load(folder, timeout=0.05)
+            assert (caught.value.stage, caught.value.attempt) == ("copy", 1)
+            device.gate.set()
+            for odd in (-1, float("nan"), float("inf"), True, "1"):
+                with pytest.raises(UsageError, match="a timeout is from 0"):
+                    await there.load(folder, timeout=odd)  # type: ignore[arg-type]
+
+    run(body())
+
+
+def test_wanted_again_while_its_fetch_is_ending(run: Run, tmp_path: Path) -> None:
+    """The fetch that nobody wanted ends into the next one of the same key."""
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        source = FakeSource()
+        source.put("a", *tiny.files(folder))
+        config = LoaderConfig(device_bytes=1 << 20, max_slots=1)
+        async with AdapterLoader(tiny.layout(), config, source=source) as there:
+            for _ in range(3):
+                source.put("a", *tiny.files(folder))
+                source.hold("a")
+                with pytest.raises(AdapterTimeoutError):
+                    await there.load("a", timeout=0.02)
+                source.allow("a", *range(4))
+                async with await there.load("a", timeout=10) as handle:
+                    tiny.assert_equal_to_file(handle, folder)
+        assert source.counts.open_readers == 0
+
+    run(body())
+
+
+def test_a_failure_is_told_once(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        there, device = gated()
+        async with there:
+            heard: list[Event] = []
+            there.subscribe(heard.append)
+            device.failing = {0}
+            with pytest.raises(TransferError):
+                await there.load(folder)
+            (failed,) = [event for event in heard if isinstance(event, Failed)]
+            assert failed.slot is not None
+
+    run(body())
+
+
 def test_what_never_fits_fails_at_once(run: Run, tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
 
@@ -358,8 +420,7 @@ def test_a_forgotten_handle_warns_and_is_released(run: Run, tmp_path: Path) -> N
             with pytest.warns(ResourceWarning, match="never released"):
                 handle.__del__()
             del handle
-            (where,) = there.residency().values()
-            assert where.leases == 0
+            await until(lambda: [w.leases for w in there.residency().values()] == [0])
 
     run(body())
 

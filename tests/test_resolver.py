@@ -245,6 +245,24 @@ def test_a_stopped_resolver_tells_who_waits(run: Run) -> None:
     run(body())
 
 
+@pytest.mark.parametrize("steps", range(6))
+def test_a_caller_cancelled_while_it_stops(run: Run, steps: int) -> None:
+    """At whichever step: who was cancelled hears that, and who was not hears of the end."""
+
+    async def body() -> None:
+        _, resolver = slow()
+        (task,) = await asked(resolver, ONE, 1)
+        stopping = asyncio.create_task(resolver.stop())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        cancelled = task.cancel()
+        (end,) = await ends([task])
+        assert type(end) is (asyncio.CancelledError if cancelled else LoaderClosedError)
+        await stopping
+
+    run(body())
+
+
 def test_a_question_has_a_name(run: Run) -> None:
     async def body() -> None:
         _, resolver = slow()

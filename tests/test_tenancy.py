@@ -43,7 +43,8 @@ class Ends:
     def lease(self, of: Tenancy) -> Lease:
         return Lease(of, self._ended, self._quiet)
 
-    def _ended(self, lease: Lease, in_use: bool) -> None:
+    def _ended(self, lease: Lease, in_use: bool, soon: bool) -> None:
+        assert not soon
         self.heard.append((lease, in_use))
 
     def _quiet(self, lease: Lease) -> None:
@@ -148,9 +149,10 @@ def both_ways(stay: Tenancy, lease: Lease, happens: Callable[[], None]) -> list[
         await asyncio.sleep(0.02)
         assert not any(wait.done() for wait in waits)
         happens()
-        errors = [wait.exception() for wait in (await asyncio.wait(waits, timeout=10))[0]]
+        done, _ = await asyncio.wait(waits, timeout=10)
+        errors = [error for wait in done if (error := wait.exception()) is not None]
         assert len(errors) == 2
-        return [error for error in errors if error is not None]
+        return errors
 
     return asyncio.run(body())
 
@@ -176,12 +178,16 @@ def test_a_failure_reaches_all_who_wait() -> None:
     assert ends.heard == [(lease, False)]
 
 
-def test_an_ended_lease_waits_for_nothing() -> None:
+@pytest.mark.parametrize("arrived", [False, True])
+def test_an_ended_lease_waits_for_nothing(arrived: bool) -> None:
+    """Not even where its layer comes at the same moment."""
     stay, ends = tenancy(), Ends()
     lease, other = ends.lease(stay), ends.lease(stay)
 
     def end() -> None:
         lease.end("the loader was closed")
+        if arrived:
+            stay.advance(4)
         stay.wake_tasks()  # the loop's part, once it hears of the end
 
     for error in both_ways(stay, lease, end):

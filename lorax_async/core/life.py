@@ -146,9 +146,10 @@ class Forget(Command):
 
 @dataclass(frozen=True, slots=True)
 class TakeSlot(Command):
-    """The adapter has its slot and extents."""
+    """The adapter has its slot and extents, wanted since then (seconds of the loop's clock)."""
 
     grant: Grant
+    since: float
 
 
 @dataclass(frozen=True, slots=True)

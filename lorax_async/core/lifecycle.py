@@ -243,7 +243,8 @@ class Lifecycle:
         self._decisions.settle(life)
         self._slots.update(life)
         self._copies.update(life)
-        if life.slot is SlotState.NONE and not life.waiters and life.file in _RESTING:
+        idle = life.slot is SlotState.NONE and not (life.waiters or life.populating)
+        if idle and life.file in _RESTING:
             self._idle.setdefault(life.key)
         else:
             self._idle.pop(life.key, None)

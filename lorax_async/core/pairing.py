@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ from lorax_async.errors import (
 
 _MAX_SCALE = 3.4028234663852886e38  # of float32, in which the device's table holds it
 _SHOWN = 3
+
+MAX_MATCHING_STEPS = 200_000_000
+"""Of patterns over module paths: about a second, and ten times what the largest bases need."""
 
 
 class Pair(NamedTuple):
@@ -50,6 +53,8 @@ def pair_tensors(
     places = _locate(header.tensors, layout)
     modules = layout.modules
     plain = not (spec.rank_patterns or spec.alpha_patterns)
+    if not plain:
+        _check_matching(spec, places.values())
     rank, scale = _rank_and_scale("", spec, limits) if plain else (0, 0.0)
     pairs: list[Pair] = []
     misfits: list[str] = []
@@ -131,13 +136,22 @@ def _doubled(tensors: Sequence[TensorSpan], known: Mapping[str, int]) -> Adapter
     )
 
 
+def _check_matching(spec: AdapterSpec, spans: Iterable[TensorSpan]) -> None:
+    """Matching is linear in pattern and path, but a stranger may bring many of both."""
+    steps = sum(pattern.cost for pattern in (*spec.rank_patterns, *spec.alpha_patterns))
+    if steps * sum(len(span.name) for span in spans) > MAX_MATCHING_STEPS:
+        raise UnsupportedAdapterError(
+            "rank_pattern and alpha_pattern would take too long to match; write fewer of them"
+        )
+
+
 def _rank_and_scale(module: str, spec: AdapterSpec, limits: Limits) -> tuple[int, float]:
     rank = spec.rank_of(module)
     if not 1 <= rank <= limits.max_rank:
         raise UnsupportedAdapterError(
             f"rank {rank} is outside 1 … {limits.max_rank}; raise Limits.max_rank to accept more"
         )
-    scale = spec.scale_of(module)
+    scale = spec.scale_of(module, rank)
     if not abs(scale) <= _MAX_SCALE:
         raise AdapterFormatError(
             f"module {shorten(module, 200)!r} would be scaled by {scale}, which no float32 holds;"

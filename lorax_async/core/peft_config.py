@@ -270,7 +270,7 @@ def _patterns(
         if instructions > MAX_INSTRUCTIONS:
             raise _too_many(field)
         number = read(f"{field} of {shorten(text, 100)!r}", value)
-        patterns.append(ModulePattern(text, matches, number))
+        patterns.append(ModulePattern(text, matches, number, max(1, size)))
     return tuple(patterns)
 
 

@@ -42,7 +42,7 @@ class SlotQueue:
         if grant is not None:
             head.slot = next_slot_state(head.slot, SlotMove.SLOT_GRANTED)
             head.grant = grant
-            self._decisions.command(TakeSlot(head.key, grant))
+            self._decisions.command(TakeSlot(head.key, grant, head.urgency[2]))
             return head
         if not self._residency.fits_empty(sizes):
             waiters = [w.id for w in head.waiters.values() if w.tier >= Tier.STREAM]

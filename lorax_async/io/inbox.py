@@ -18,6 +18,15 @@ def runs_here(loop: asyncio.AbstractEventLoop | None) -> bool:
         return False
 
 
+def runs_anywhere() -> bool:
+    """Whether the calling thread runs an event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 class Inbox(Generic[T]):
     """Carries items from any thread to `handle`, called on the loop in the order of arrival.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import GroupPlan
 from lorax_async.errors import AdapterFormatError
-from lorax_async.io.ports import CopyTicket, Device, FilePieces, Reader
+from lorax_async.io.ports import Device, FilePieces, Reader
 from lorax_async.io.staging import StagingRing, zero
 
 
@@ -42,22 +43,26 @@ class Transfer:
         self._module_names = module_names
         self._check_finite = check_finite
 
-    def run(self, copy: GroupCopy) -> CopyTicket:
-        """Move one group. Blocks; raises what the reader, the device or the check raises.
+    def run(self, copy: GroupCopy) -> float:
+        """Move one group; returns the seconds that casts and padding took.
 
-        Converted bytes are written before the device is asked, so that its rows come last.
+        Blocks; raises what the reader, the device or the check raises. Converted bytes are written
+        before the device is asked, so that its rows come last.
         """
-        group = copy.group
+        staging_seconds = self._stage(copy)
+        pieces = FilePieces(copy.reader, copy.group.reads)
+        self._device.copy(pieces, copy.group.rows, copy.extent, copy.slot).result()
+        if self._check_finite:
+            self._require_finite(copy)
+        return staging_seconds
+
+    def _stage(self, copy: GroupCopy) -> float:
+        group, started = copy.group, perf_counter()
         if group.converts or group.zeros:
             target = self._device.host_memory(copy.extent)
             self._staging.convert(copy.reader, group.converts, copy.dtype, target)
             zero(group.zeros, target)
-        pieces = FilePieces(copy.reader, group.reads)
-        ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
-        if self._check_finite:
-            ticket.result()
-            self._require_finite(copy)
-        return ticket
+        return perf_counter() - started
 
     def _require_finite(self, copy: GroupCopy) -> None:
         for row in copy.group.rows:

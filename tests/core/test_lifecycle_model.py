@@ -33,6 +33,7 @@ UNEVEN = ((64, 64), (64,))
 
 SETTINGS = {
     "little is remembered": Setting((DEVICE,), sizes=UNEVEN, streaming=False, max_idle=0),
+    "populated and forgotten": Setting((HOST, DISK), sizes=((64,), (64,)), max_idle=0),
     "one copy at a time": Setting((DEVICE,), sizes=UNEVEN, copies=1, streaming=False),
     "two slots, bytes for one": Setting((DEVICE,), sizes=UNEVEN, slots=2, streaming=False),
     "host and disk tiers": Setting((HOST, DISK, DEVICE), sizes=((64, 64),), kernels=False),
@@ -54,6 +55,20 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_reachable_state_is_sound(name: str) -> None:
     assert explore(SETTINGS[name], limit=60_000) > 50
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting((DEVICE, STREAM), sizes=UNEVEN),
+        Setting((DEVICE, PREFETCH), sizes=UNEVEN),
+        Setting((DEVICE,), sizes=((64,), (64,), (64,)), streaming=False, ageing=True),
+    ],
+    ids=["streaming and whole", "prefetch", "three adapters"],
+)
+def test_larger_worlds_are_sound_too(setting: Setting) -> None:
+    assert explore(setting, limit=5_000_000) > 1000
 
 
 def _never(*_: object) -> bool:

@@ -120,7 +120,8 @@ def holds(device: TabledDevice, slot: int, expected: dict[int, Operands]) -> Non
         operands = device.operands(module, slot)
         if module not in expected:
             assert operands is None
-            assert device.rank[module, slot] == 0
+            assert not device.rank[module, slot]
+            assert not device.scale[module, slot]
             assert device.address[:, module, slot].tolist() == [0, 0]
             continue
         assert operands is not None

@@ -18,6 +18,7 @@ from device_conformance import (
     LAYOUT,
     NAN_BYTE,
     SLOTS,
+    BytesReader,
     DeviceConformance,
     extent,
     group,
@@ -109,7 +110,7 @@ def fill(device: CpuDevice, folder: Path, slot: int, *, dtype: str) -> None:
     plan = whole_adapter(folder, device, dtype)
     for made in plan.groups:
         here = Extent(offset, made.nbytes)
-        transfer.run(GroupCopy(reader, made, dtype, here, slot)).result(10)
+        transfer.run(GroupCopy(reader, made, dtype, here, slot))
         offset += made.nbytes
     reader.close()
 
@@ -145,6 +146,17 @@ def test_kernels_compute_with_what_was_copied(
         apply(y, x, plan, module, device)
         assert torch.equal(y.double(), expected)
         assert torch.equal(by_definition, expected)
+
+
+def test_neighbours_in_the_file_are_read_in_one_call(new_device: Made) -> None:
+    device, calls = new_device(), list[None]()
+    device.open()
+    reads = [Read(8 + 4 * n, 4, 8 * n) for n in (3, 0, 2, 1, 5)]
+    reader = BytesReader(bytes(range(32)), lambda: calls.append(None))
+    device.copy(FilePieces(reader, tuple(reads)), (), extent(0), 0).result(10)
+    assert len(calls) == 2
+    memory = device.host_memory(extent(0))
+    assert [int(memory[read.target]) for read in reads] == [20, 8, 16, 12, 28]
 
 
 @pytest.mark.parametrize("count", [1023, 1024, 1025, 2500])

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections import deque
 from typing import Any
 
 import pytest
@@ -81,6 +82,41 @@ def test_threads_at_once(run: Run) -> None:
             thread.join()
         for number in range(4):
             assert [n for who, n in seen if who == number] == list(range(2000))
+
+    run(body())
+
+
+class Ambushed(deque[int]):
+    """A thread puts one more item at the very moment that the loop finds none left.
+
+    `late`: not when it looks for the first time, but when it looks for the last time.
+    """
+
+    def __init__(self, inbox: Inbox[int], times: int, late: bool) -> None:
+        super().__init__()
+        self._inbox = inbox
+        self._times = times
+        self._late = late
+        self._looks = 0
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        self._looks += length == 0
+        if length == 0 and self._times and (not self._late or self._looks % 2 == 0):
+            self._times -= 1
+            in_thread(lambda: self._inbox.put(self._times))
+        return length
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_item_that_comes_at_the_last_moment(run: Run, late: bool) -> None:
+    async def body() -> None:
+        seen: list[int] = []
+        inbox = Inbox(asyncio.get_running_loop(), seen.append)
+        inbox._items = Ambushed(inbox, 7, late)
+        inbox.put(100)
+        await until(lambda: len(seen) == 8)
+        assert seen == [100, 6, 5, 4, 3, 2, 1, 0]
 
     run(body())
 

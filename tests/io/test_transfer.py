@@ -64,7 +64,7 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_move_reaches_its_place(check_finite: bool) -> None:
     device = opened()
     moving = transfer(device, check_finite=check_finite)
-    moving.run(copy_of(BytesReader(file_of(A, B)), mixed_group())).result(10)
+    moving.run(copy_of(BytesReader(file_of(A, B)), mixed_group()))
     holds(device, 1, {0: (*padded(), 0.5)})
     around = device.host_memory(extent(2))[NBYTES:]
     assert (around == POISON).all()
@@ -86,7 +86,7 @@ class LateDevice(GatedDevice):
 def test_what_is_converted_is_there_before_the_device_is_asked() -> None:
     device = LateDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS)
     device.open()
-    transfer(device).run(copy_of(BytesReader(file_of(A, B)), mixed_group())).result(10)
+    transfer(device).run(copy_of(BytesReader(file_of(A, B)), mixed_group()))
     assert (device.seen[:288] == POISON).all(), "this is the device's to read"
     assert not device.seen[288:768].any()
     assert torch.equal(device.seen[768:].view(torch.float32).view(40, 8), padded()[1])
@@ -136,7 +136,7 @@ def test_weights_that_are_not_finite(part: str, value: float) -> None:
     device = opened()
     with pytest.raises(AdapterFormatError, match=r"layers\.0\.q.* check_finite=False"):
         transfer(device, check_finite=True).run(copy_of(BytesReader(content), mixed_group()))
-    transfer(device).run(copy_of(BytesReader(content), mixed_group(), slot=0)).result(10)
+    transfer(device).run(copy_of(BytesReader(content), mixed_group(), slot=0))
     operands = device.operands(0, 0)
     assert operands is not None
     whole = torch.cat([operands[0].flatten(), operands[1].flatten()])
@@ -149,11 +149,11 @@ def test_only_its_own_modules_are_checked() -> None:
     device = opened()
     bad = B.clone()
     bad[0, 0] = torch.nan
-    transfer(device).run(copy_of(BytesReader(file_of(A, bad)), mixed_group())).result(10)
+    transfer(device).run(copy_of(BytesReader(file_of(A, bad)), mixed_group()))
     other = GroupPlan(1, 640, (Read(0, 640, 0),), (), (), (Row(2, 0, 64, 2, 2, 1.0),), ((0, 640),))
     content = torch.ones(160).view(torch.uint8).numpy().tobytes()
     copy = GroupCopy(BytesReader(content), other, "F32", extent(5), 1)
-    transfer(device, check_finite=True).run(copy).result(10)
+    transfer(device, check_finite=True).run(copy)
     assert device.rank[:, 1].tolist() == [8, 0, 2, 0]
     device.close()
 

@@ -148,6 +148,7 @@ class FileReader:
         self._identity = identity
         self._name = name
         self._lock = Lock()
+        self._opening = Lock()
         self._reading = 0
         self._closed = False
 
@@ -177,17 +178,17 @@ class FileReader:
 
     def close(self) -> None:
         with self._lock:
-            idle = not self._closed and not self._reading
+            unused = not self._closed and not self._reading
             self._closed = True
-        if idle:
-            self._close_descriptor()
+        if unused and self._fd != _NOT_OPEN:
+            os.close(self._fd)
 
     @contextmanager
     def _held(self) -> Iterator[int]:
         """The descriptor, open until the last read is through: its number must not be reused."""
         self._enter()
         try:
-            yield self._fd
+            yield self._descriptor()
         finally:
             self._leave()
 
@@ -195,20 +196,22 @@ class FileReader:
         with self._lock:
             if self._closed:
                 raise FetchError(f"{self._name} was closed before it was read")
-            if self._fd == _NOT_OPEN:
-                self._fd = self._opener()
             self._reading += 1
 
     def _leave(self) -> None:
         with self._lock:
             self._reading -= 1
             last = self._closed and not self._reading
-        if last:
-            self._close_descriptor()
-
-    def _close_descriptor(self) -> None:
-        if self._fd != _NOT_OPEN:
+        if last and self._fd != _NOT_OPEN:
             os.close(self._fd)
+
+    def _descriptor(self) -> int:
+        """Opened once, by whoever reads first; `close` need not wait for that."""
+        if self._fd == _NOT_OPEN:
+            with self._opening:
+                if self._fd == _NOT_OPEN:
+                    self._fd = self._opener()
+        return self._fd
 
     def __del__(self) -> None:
         if not self._closed and self._fd != _NOT_OPEN:
