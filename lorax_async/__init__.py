@@ -45,8 +45,8 @@ from lorax_async.events import (
     SlotId,
 )
 from lorax_async.handle import AdapterHandle, ModuleWeights
-from lorax_async.journal import AdapterResidency, Statistics
 from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.journal import AdapterResidency, Statistics
 
 __all__ = [
     "AccessDeniedError",

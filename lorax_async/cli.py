@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from lorax_async import layouts
+from lorax_async.commands.inspection import Inspection, Target, inspect_adapter
+from lorax_async.commands.measure import Load, load_as_json, load_at_once, loads_of, run_on_uvloop
+from lorax_async.commands.terminal import Bars, Screen, milliseconds, require_rich, size, spans
 from lorax_async.config import DTYPES, LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import LoraxError
-from lorax_async.inspection import Inspection, Target, inspect_adapter
 from lorax_async.loader import AdapterLoader
-from lorax_async.measure import Load, load_as_json, load_at_once, loads_of, run_on_uvloop
-from lorax_async.terminal import Bars, Screen, milliseconds, require_rich, size, spans
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         screen.complain("interrupted")
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has had enough; nothing may be flushed into the pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,7 +254,7 @@ def _load_row(load: Load) -> tuple[str, ...]:
 
 
 def _demo(arguments: argparse.Namespace, screen: Screen) -> int:
-    from lorax_async import demo  # noqa: PLC0415 (kernels and threads that nothing else needs)
+    from lorax_async.commands import demo  # noqa: PLC0415 (kernels and threads that nothing else needs)
 
     result = demo.run_demo(arguments.adapters, arguments.prompt or demo.PROMPT, screen)
     if arguments.json:

@@ -18,7 +18,7 @@ from lorax_async.errors import AdapterTimeoutError, UsageError
 from lorax_async.events import SlotId
 from lorax_async.io.inbox import runs_anywhere
 from lorax_async.io.ports import Device
-from lorax_async.tenancy import Lease
+from lorax_async.runtime.tenancy import Lease
 
 
 @dataclass(frozen=True, slots=True, eq=False)

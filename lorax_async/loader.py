@@ -16,7 +16,6 @@ from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.life import Tier
 from lorax_async.core.transitions import SlotState
-from lorax_async.driver import Wish
 from lorax_async.errors import (
     AdapterTimeoutError,
     ConfigError,
@@ -28,9 +27,10 @@ from lorax_async.events import Event
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.inbox import runs_here
 from lorax_async.io.ports import Device, Source
-from lorax_async.journal import AdapterResidency, Statistics
-from lorax_async.machinery import Machinery
-from lorax_async.tenancy import Lease
+from lorax_async.runtime.driver import Wish
+from lorax_async.runtime.journal import AdapterResidency, Statistics
+from lorax_async.runtime.machinery import Machinery
+from lorax_async.runtime.tenancy import Lease
 
 
 class AdapterLoader:

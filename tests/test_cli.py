@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from command_line import ADAPTERS, adapter, base, on_a_terminal, output, query, read_until
-from lorax_async import cli, terminal
+from lorax_async import cli
 from lorax_async.cli import main
+from lorax_async.commands import terminal
 
 CONTROL = re.compile(r"[^\n\x20-\x7e–─→…]")
 Capture = pytest.CaptureFixture[str]

@@ -211,6 +211,23 @@ def test_a_changed_copy_is_checked_again() -> None:
         replace(config, max_slots=0)
 
 
+@pytest.mark.parametrize("value", [-1, -0.1, math.nan, math.inf, 1e10, 10**400, True, "5", [5]])
+def test_a_calls_own_timeout_is_checked_too(value: object) -> None:
+    with pytest.raises(UsageError, match="a timeout is from 0 to"):
+        made().seconds(value)
+
+
+def test_a_calls_own_timeout_comes_first() -> None:
+    """No time at all is a question: is it here already?"""
+    config = made(timeout=7)
+    assert [config.seconds(value) for value in (None, 0, 2.5, 10**9)] == [7.0, 0.0, 2.5, 1e9]
+
+
+def test_a_resolved_config_has_a_dtype() -> None:
+    assert made(max_slots=3).resolved("BF16") == made(max_slots=3, dtype="bfloat16")
+    assert made(dtype="float16").resolved("BF16") == made(dtype="float16")
+
+
 def test_settings_go_by_name() -> None:
     with pytest.raises(TypeError):
         LoaderConfig("cpu")  # type: ignore[call-arg]

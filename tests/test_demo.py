@@ -13,7 +13,7 @@ import pytest
 
 from command_line import ADAPTERS, on_a_terminal, read_until
 from lorax_async.cli import main
-from lorax_async.measure import loads_of, run_on_uvloop, with_ticker
+from lorax_async.commands.measure import loads_of, run_on_uvloop, with_ticker
 
 Capture = pytest.CaptureFixture[str]
 

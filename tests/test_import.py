@@ -90,7 +90,12 @@ def test_nothing_heavy_comes_along(imported: Any, name: str) -> None:
 
 def test_the_optional_parts_stay_away(imported: Any) -> None:
     """The engine adapters and the command line are imported by those who use them."""
-    above = {"lorax_async.engines", "lorax_async.cli", "lorax_async.demo", "lorax_async.terminal"}
+    above = {
+        "lorax_async.engines",
+        "lorax_async.cli",
+        "lorax_async.commands.demo",
+        "lorax_async.commands.terminal",
+    }
     assert above.isdisjoint(imported["modules"])
 
 

@@ -21,7 +21,7 @@ from lorax_async.events import (
     SlotGranted,
     SlotId,
 )
-from lorax_async.journal import STORY_LENGTH, Journal
+from lorax_async.runtime.journal import STORY_LENGTH, Journal
 
 ONE, TWO = AdapterKey("one", ()), AdapterKey("two", ())
 SLOT = SlotId(0, 1)

@@ -9,7 +9,6 @@ from time import perf_counter
 import pytest
 
 from common import Run, until
-from lorax_async import resolver as resolver_module
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.errors import (
     AccessDeniedError,
@@ -19,8 +18,9 @@ from lorax_async.errors import (
     LoraxError,
 )
 from lorax_async.io.fakes import FakeSource
-from lorax_async.journal import Journal
-from lorax_async.resolver import Resolver
+from lorax_async.runtime import resolver as resolver_module
+from lorax_async.runtime.journal import Journal
+from lorax_async.runtime.resolver import Resolver
 
 ONE = AdapterRef("one")
 

@@ -309,7 +309,7 @@ def test_a_bug_in_planning_fails_the_adapter_alone(
         async with local_bench(tmp_path) as bench:
             with monkeypatch.context() as patch:
                 patch.setattr(
-                    "lorax_async.planning.parse_header",
+                    "lorax_async.runtime.planning.parse_header",
                     lambda *_: dict[str, None]()["a bug of ours"],
                 )
                 with pytest.raises(InternalError, match="KeyError") as caught:

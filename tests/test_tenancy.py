@@ -17,7 +17,7 @@ from lorax_async.core.moves import GroupPlan
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, HandleClosedError, IntegrityError, UsageError
 from lorax_async.events import SlotId
-from lorax_async.tenancy import Lease, Tenancy
+from lorax_async.runtime.tenancy import Lease, Tenancy
 
 LAYERS = (-1, 0, 2, 4)
 """Of a model with four layers: 1 and 3 have no tensors, 4 is what comes after them."""
@@ -30,8 +30,7 @@ def tenancy() -> Tenancy:
     return Tenancy(KEY, Grant(SlotId(0, 1), ()), plan, 4)
 
 
-def always() -> None:
-    """A check that has no objection."""
+def always() -> None: ...  # a check that has no objection
 
 
 class Ends:
@@ -71,7 +70,7 @@ def test_it_is_complete_with_its_last_group() -> None:
     assert stay.layers == LAYERS
     for watermark in range(5):
         stay.advance(watermark)
-        assert stay.complete == (watermark == 4)
+        assert stay.complete == (watermark == len(LAYERS))
 
 
 @pytest.mark.parametrize("layer", [-2, 5])
@@ -292,8 +291,8 @@ def test_uses_and_ends_in_many_threads_balance() -> None:
 
 
 def test_a_failed_stay_is_told_apart_from_a_released_handle() -> None:
-    stay, ends = tenancy(), Ends()
-    lease = ends.lease(stay)
+    stay = tenancy()
+    lease = Ends().lease(stay)
     stay.fail(FetchError("gone"))
     lease.end()
     with pytest.raises(HandleClosedError, match="released"):

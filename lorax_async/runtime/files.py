@@ -12,8 +12,8 @@ from lorax_async.adapter import AdapterKey
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.io.ports import AdapterFile, Cancel, Reader, Source
-from lorax_async.journal import Journal
-from lorax_async.planning import LARGE_CONFIG, LARGE_PREFIX, Planner
+from lorax_async.runtime.journal import Journal
+from lorax_async.runtime.planning import LARGE_CONFIG, LARGE_PREFIX, Planner
 
 
 class Outcomes(Protocol):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress, TaskID
 
-    from lorax_async.measure import Load
+    from lorax_async.commands.measure import Load
 
 PIPE_WIDTH = 5_000
 """Columns of a table that goes into a file: what reads it there wants whole lines."""

@@ -9,7 +9,7 @@ from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import Grant
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import LoraxError
-from lorax_async.tenancy import Lease, Tenancy
+from lorax_async.runtime.tenancy import Lease, Tenancy
 
 
 class Tenants:

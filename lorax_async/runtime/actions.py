@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorax_async.adapter import AdapterKey
-from lorax_async.copies import Copies
 from lorax_async.core import life as commands
 from lorax_async.core.life import Command, Life
 from lorax_async.core.transitions import FileState, SlotState
 from lorax_async.errors import InternalError, LoraxError
 from lorax_async.events import Event, Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
-from lorax_async.files import Files
 from lorax_async.io.ports import Device
-from lorax_async.journal import Journal
-from lorax_async.tenants import Tenants
+from lorax_async.runtime.copies import Copies
+from lorax_async.runtime.files import Files
+from lorax_async.runtime.journal import Journal
+from lorax_async.runtime.tenants import Tenants
 
 
 class Actions:

@@ -29,7 +29,7 @@ from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.sources.checked_open import located, require_file, translated
 from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS, find_adapter
 from lorax_async.io.sources.local_ids import parse_place
-from lorax_async.machinery import MOVE_BYTES
+from lorax_async.runtime.machinery import MOVE_BYTES
 
 SHOWN = (
     "peft_type",

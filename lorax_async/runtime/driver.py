@@ -15,9 +15,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import monotonic
 
-from lorax_async.actions import Actions
 from lorax_async.adapter import AdapterKey
-from lorax_async.copies import Copies, CopyOutcome
 from lorax_async.core import life as commands
 from lorax_async.core.life import Command, Needs, Tier, Waiter
 from lorax_async.core.lifecycle import Lifecycle
@@ -25,14 +23,16 @@ from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.core.transitions import FileState
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.events import BytesMoved
-from lorax_async.files import Files
 from lorax_async.io.inbox import Inbox, runs_here
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.transfer import Transfer
-from lorax_async.journal import Journal
-from lorax_async.planning import Planner
-from lorax_async.tenancy import Lease
-from lorax_async.tenants import Tenants
+from lorax_async.runtime.actions import Actions
+from lorax_async.runtime.copies import Copies, CopyOutcome
+from lorax_async.runtime.files import Files
+from lorax_async.runtime.journal import Journal
+from lorax_async.runtime.planning import Planner
+from lorax_async.runtime.tenancy import Lease
+from lorax_async.runtime.tenants import Tenants
 
 _logger = logging.getLogger("lorax_async")
 

@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorax_async import layouts
-from lorax_async.config import LoaderConfig
-from lorax_async.core.layout import ModelLayout
-from lorax_async.engines.smollm2 import BASE_MODEL, prepare_base
-from lorax_async.engines.transformers import attach
-from lorax_async.errors import ConfigError
-from lorax_async.handle import AdapterHandle
-from lorax_async.loader import AdapterLoader
-from lorax_async.measure import (
+from lorax_async.commands.measure import (
     Load,
     Show,
     Stall,
@@ -31,7 +24,14 @@ from lorax_async.measure import (
     run_on_uvloop,
     with_ticker,
 )
-from lorax_async.terminal import Screen, milliseconds, size, spans
+from lorax_async.commands.terminal import Screen, milliseconds, size, spans
+from lorax_async.config import LoaderConfig
+from lorax_async.core.layout import ModelLayout
+from lorax_async.engines.smollm2 import BASE_MODEL, prepare_base
+from lorax_async.engines.transformers import attach
+from lorax_async.errors import ConfigError
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
 
 if TYPE_CHECKING:
     import torch

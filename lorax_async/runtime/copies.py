@@ -12,11 +12,11 @@ from time import perf_counter
 
 from lorax_async.core.life import Copy
 from lorax_async.errors import InternalError, LoraxError
-from lorax_async.files import Files
 from lorax_async.io.inbox import Inbox
 from lorax_async.io.transfer import GroupCopy, Transfer
-from lorax_async.tenancy import Tenancy
-from lorax_async.tenants import Tenants
+from lorax_async.runtime.files import Files
+from lorax_async.runtime.tenancy import Tenancy
+from lorax_async.runtime.tenants import Tenants
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.residency import Residency
-from lorax_async.driver import Driver
 from lorax_async.errors import LoaderClosedError
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.sources.local import LocalSource
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import Transfer
-from lorax_async.planning import Planner
-from lorax_async.resolver import Resolver
+from lorax_async.runtime.driver import Driver
+from lorax_async.runtime.planning import Planner
+from lorax_async.runtime.resolver import Resolver
 
 MOVE_BYTES = 4 << 20
 """Of one cast through staging: large enough that few calls are made, a few fit the default ring."""

@@ -8,7 +8,7 @@ from time import perf_counter
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.errors import InternalError, LoaderClosedError, LoraxError
 from lorax_async.io.ports import Source
-from lorax_async.journal import Journal
+from lorax_async.runtime.journal import Journal
 
 MAX_REMEMBERED = 65_536
 """Answers kept for `known`; the one that was asked for longest ago goes first."""
