@@ -10,6 +10,7 @@ from typing import Any, Self
 from lorax_async.errors import ConfigError, UsageError, shorten
 
 MAX_SECONDS = 1e9
+MAX_SLOTS = 65_536
 """The longest wait: what locks, event loops and their C clocks can all count to."""
 
 KiB = 1 << 10
@@ -89,6 +90,8 @@ class LoaderConfig:
             raise ConfigError(f"device {self.device!r} is not available; use device='cpu'")
         for name in ("device_bytes", "staging_bytes", "max_slots", "io_threads"):
             _require_positive(name, getattr(self, name))
+        if self.max_slots > MAX_SLOTS:
+            raise ConfigError(f"max_slots must be {MAX_SLOTS:,} at most, not {self.max_slots:,}")
         for name in ("timeout", "starvation_age"):
             _require_seconds(name, getattr(self, name))
         if not isinstance(self.check_finite, bool):

@@ -104,12 +104,20 @@ def test_a_located_copy_knows_all(kind: type[LoraxError]) -> None:
     assert type(located) is kind
     assert (located.id, located.key, located.attempt, located.story) == ("a", KEY, 3, ("s",))
     assert (located.problem, located.retryable) == ("it broke", True)
-    assert located.stage == (kind.default_stage or "ready"), "where it arose stands"
+    assert located.stage == "ready"
     assert located.__cause__ is cause
     assert (original.id, original.key, original.attempt, original.story) == (None, None, 0, ())
     again = located.located(id="b")
     assert (again.id, again.key, again.attempt, again.story) == ("b", KEY, 3, ("s",))
     assert located.located(attempt=0).attempt == 0
+
+
+@each
+def test_the_stage_that_an_error_names_itself_stands(kind: type[LoraxError]) -> None:
+    """Who hears of it later can only say where there is nothing but the class's usual stage."""
+    assert kind("x").located(id="a").stage == kind.default_stage
+    assert kind("x").located(stage="ready").located(stage="queue").stage == "ready"
+    assert kind("x", stage="verify").located(stage="ready").stage == "verify"
 
 
 def test_each_copy_collects_its_own_frames() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -551,3 +553,29 @@ def test_later_layers_are_still_poison_when_the_first_is_right(run: Run, tmp_pat
             tiny.assert_equal_to_file(handle, folder)
 
     run(body())
+
+
+def test_a_program_ends_without_closing_its_loader(tmp_path: Path) -> None:
+    """No thread of ours keeps the interpreter, and it says what was forgotten."""
+    folder = tiny.write(tmp_path / "a")
+    program = f"""
+import asyncio, pathlib, tiny
+from lorax_async import AdapterLoader, LoaderConfig
+
+async def main():
+    loader = AdapterLoader(tiny.layout(), LoaderConfig(device_bytes=1 << 20))
+    await loader.__aenter__()
+    (await loader.load(pathlib.Path({str(folder)!r}))).release()
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", program],
+        cwd=Path(__file__).parent,
+        timeout=60,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "was never closed" in done.stderr

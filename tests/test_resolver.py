@@ -140,19 +140,22 @@ def test_each_caller_has_an_error_of_its_own(run: Run) -> None:
         assert len(set(map(id, errors))) == 3
         for error in errors:
             assert isinstance(error, AccessDeniedError)
-            assert (error.id, error.stage, error.retryable) == ("one", "fetch", False)
+            assert (error.id, error.stage, error.retryable) == ("one", "resolve", False)
             assert error.problem == "not yours"
             assert error.__cause__ is cause
 
     run(body())
 
 
-def test_a_stage_is_added_where_the_error_has_none(run: Run) -> None:
+def test_a_stage_is_added_where_the_error_names_none(run: Run) -> None:
     async def body() -> None:
         source, resolver = slow()
         source.answer.set()
         source.fail("resolve", LoraxError("something"))
         with pytest.raises(LoraxError, match="adapter 'one', stage resolve: something"):
+            await resolver.resolve(ONE)
+        source.fail("resolve", LoraxError("something", stage="verify"))
+        with pytest.raises(LoraxError, match="adapter 'one', stage verify: something"):
             await resolver.resolve(ONE)
 
     run(body())

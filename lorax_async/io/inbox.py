@@ -40,14 +40,19 @@ class Inbox(Generic[T]):
         self._items: deque[T] = deque()
         self._awake = False
 
-    def put(self, item: T, *, wake: bool = True) -> None:
-        """From any thread. Without effect once the loop is closed: nobody listens any more.
+    def put(self, item: T) -> None:
+        """From any thread. Without effect once the loop is closed: nobody listens any more."""
+        self.leave(item)
+        self.wake()
 
-        With `wake=False` the item waits for the next one that wakes the loop; there must be one.
-        """
+    def leave(self, item: T) -> None:
+        """From any thread: as `put`, for the next `wake`, which somebody must call after this."""
         self._items.append(item)
-        # The flag is cleared before the items are taken: an item put while it is set will be seen.
-        if self._awake or not wake:
+
+    def wake(self) -> None:
+        """From any thread: let the loop handle what was left."""
+        # The flag is cleared before the items are taken: what was left while it is set is seen.
+        if self._awake:
             return
         self._awake = True
         try:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Lock
+from threading import Lock, Thread
 from time import perf_counter
 
 from lorax_async.core.life import Copy
@@ -36,8 +35,8 @@ _Work = tuple[Copy, GroupCopy, Tenancy]
 class Copies:
     """Hands copies to the I/O threads; `copied` hears of each once, on the loop.
 
-    `workers` of the `threads` serve until `stop`. The loop is woken at the latest when no more than
-    `low_water` copies are left in them.
+    Its `threads` serve until `stop`. The loop is woken at the latest when no more than `low_water`
+    copies are left in them.
     """
 
     def __init__(
@@ -45,29 +44,38 @@ class Copies:
         files: Files,
         tenants: Tenants,
         transfer: Transfer,
-        threads: Executor,
         copied: Callable[[CopyOutcome], None],
         *,
-        workers: int,
+        threads: int,
         low_water: int,
     ) -> None:
         self._files = files
         self._tenants = tenants
         self._transfer = transfer
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
-        self._workers = [threads.submit(self._serve) for _ in range(workers)]
+        # Daemons: a loader that nobody closed must not keep the interpreter from ending.
+        self._threads = [
+            Thread(target=self._serve, name=f"lorax-io-{n}", daemon=True) for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
         self._inbox: Inbox[CopyOutcome] = Inbox(asyncio.get_running_loop(), copied)
         self._low_water = low_water
         self._in_threads = 0
         self._lock = Lock()
 
     def stop(self) -> None:
-        """Let the workers end once what was started is done."""
-        for _ in self._workers:
+        """Let the threads end once what was started is done."""
+        for _ in self._threads:
             self._queue.put(None)
 
+    def join(self) -> None:
+        """Wait until they have. Blocks."""
+        for thread in self._threads:
+            thread.join()
+
     def _serve(self) -> None:
-        """In an I/O thread, until `stop`: an executor's own queue costs more than a small copy."""
+        """In an I/O thread: an executor's queue would cost more than a small copy."""
         while (work := self._queue.get()) is not None:
             self._run(*work)
 
@@ -102,7 +110,10 @@ class Copies:
             error.__cause__ = problem
         copy_seconds = perf_counter() - started - staging_seconds
         outcome = CopyOutcome(command, copy.group.nbytes, error, staging_seconds, copy_seconds)
-        self._inbox.put(outcome, wake=self._is_urgent(tenancy) or error is not None)
+        # Left before it is counted: whoever counts the last one wakes the loop for all.
+        self._inbox.leave(outcome)
+        if self._is_urgent(tenancy) or error is not None:
+            self._inbox.wake()
 
     def _is_urgent(self, tenancy: Tenancy) -> bool:
         """Count a copy that ended: does the loop have to hear of it now?

@@ -58,8 +58,7 @@ class Driver:
         transfer: Transfer,
         planner: Planner,
         num_layers: int,
-        io_threads: Executor,
-        workers: int,
+        io_threads: int,
         metadata_threads: Executor,
     ) -> None:
         self.lifecycle = lifecycle
@@ -73,9 +72,8 @@ class Driver:
             self.files,
             self.tenants,
             transfer,
-            io_threads,
             self._copied,
-            workers=workers,
+            threads=io_threads,
             low_water=lifecycle.residency.copies_free // 2,
         )
         self._actions = Actions(
@@ -137,6 +135,10 @@ class Driver:
                 self._alarm.cancel()
             self._copies.stop()
             await self.files.stop()
+
+    def join(self) -> None:
+        """Wait for the I/O threads after `close`. Blocks."""
+        self._copies.join()
 
     async def _vacate(self, timeout: float) -> None:
         try:

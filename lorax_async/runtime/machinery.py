@@ -46,7 +46,6 @@ class Machinery:
         assert config.storage_dtype is not None
         self._layout = layout
         self._config = config
-        self._io = ThreadPoolExecutor(config.io_threads, "lorax-io")
         self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
         self._device = device or CpuDevice(
             layout,
@@ -63,10 +62,11 @@ class Machinery:
     async def open(self) -> None:
         """Claim the device's memory; on an error or a cancellation no thread is left."""
         try:
-            await asyncio.get_running_loop().run_in_executor(self._io, self._device.open)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._metadata, self._device.open)
             self._assemble()
         except BaseException:
-            await asyncio.shield(asyncio.ensure_future(self._stop_threads()))
+            await asyncio.shield(asyncio.ensure_future(self._in_thread(self._metadata.shutdown)))
             raise
 
     def _assemble(self) -> None:
@@ -86,32 +86,35 @@ class Machinery:
             transfer=Transfer(self._device, staging, names, check_finite=config.check_finite),
             planner=Planner(self._layout, config, self._device, move_bytes=staging.move_bytes),
             num_layers=self._layout.num_layers,
-            io_threads=self._io,
-            workers=config.io_threads,
+            io_threads=config.io_threads,
             metadata_threads=self._metadata,
         )
         self.resolver = Resolver(self._source, self.driver.journal)
 
     async def close(self, timeout: float) -> None:
-        await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
-        await self.resolver.stop()
-        await self._stop_threads(self._device.close)
+        try:
+            await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
+        finally:
+            await self.resolver.stop()
+            await self._in_thread(self._end)
 
-    async def _stop_threads(self, then: Callable[[], None] = lambda: None) -> None:
-        """Wait for the pools in a thread of our own: a pool cannot be awaited.
+    def _end(self) -> None:
+        self.driver.join()
+        self._metadata.shutdown()
+        self._device.close()
 
-        `then` runs there too: unmapping a large arena takes a while.
-        """
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        """Run what blocks (joining, unmapping) in a thread of its own, and wait for both."""
         loop = asyncio.get_running_loop()
-        stopped = loop.create_future()
+        done: asyncio.Future[None] = loop.create_future()
 
-        def stop() -> None:
-            self._io.shutdown()
-            self._metadata.shutdown()
-            then()
-            loop.call_soon_threadsafe(stopped.set_result, None)
+        def body() -> None:
+            try:
+                work()
+            finally:
+                loop.call_soon_threadsafe(done.set_result, None)
 
-        thread = threading.Thread(target=stop, name="lorax-stop", daemon=True)
+        thread = threading.Thread(target=body, name="lorax-stop", daemon=True)
         thread.start()
-        await stopped
+        await done
         thread.join()

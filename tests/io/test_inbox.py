@@ -125,7 +125,7 @@ def test_an_item_may_wait_for_the_next(run: Run) -> None:
     async def body() -> None:
         loop, seen = CountedLoop(asyncio.get_running_loop()), list[str]()
         inbox: Inbox[str] = Inbox(loop, seen.append)  # type: ignore[arg-type]
-        in_thread(lambda: inbox.put("patient", wake=False))
+        in_thread(lambda: inbox.leave("patient"))
         await asyncio.sleep(0.01)
         assert (seen, loop.wakes) == ([], 0)
         in_thread(lambda: inbox.put("urgent"))
@@ -139,7 +139,7 @@ def test_it_can_be_emptied_at_once(run: Run) -> None:
     async def body() -> None:
         seen: list[str] = []
         inbox = Inbox(asyncio.get_running_loop(), seen.append)
-        inbox.put("patient", wake=False)
+        inbox.leave("patient")
         inbox.put("urgent")
         inbox.take()
         assert seen == ["patient", "urgent"]
@@ -157,7 +157,7 @@ def test_what_is_put_while_handling_comes_after(run: Run) -> None:
         def handle(item: int) -> None:
             seen.append(item)
             if item < 3:
-                inbox.put(item + 10, wake=False)
+                inbox.leave(item + 10)
 
         inbox: Inbox[int] = Inbox(asyncio.get_running_loop(), handle)
         for n in range(5):
@@ -202,7 +202,7 @@ def test_whoever_empties_it_hears_of_the_error_and_the_rest_follows(run: Run) ->
 
         inbox = Inbox(asyncio.get_running_loop(), handle)
         for n in (5, 0, 2):
-            inbox.put(n, wake=False)
+            inbox.leave(n)
         with pytest.raises(ZeroDivisionError):
             inbox.take()
         await until(lambda: len(seen) == 2)
