@@ -10,8 +10,10 @@ from typing import Any, Self
 from lorax_async.errors import ConfigError, UsageError, shorten
 
 MAX_SECONDS = 1e9
-MAX_SLOTS = 65_536
 """The longest wait: what locks, event loops and their C clocks can all count to."""
+
+MAX_SLOTS = 65_536
+"""A slot is a column of the device's tables, with 24 bytes for every module of the base."""
 
 KiB = 1 << 10
 MiB = 1 << 20
