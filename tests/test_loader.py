@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from lorax_async import (
 )
 from lorax_async.io.devices.gated import POISON, GatedDevice
 from lorax_async.io.fakes import FakeSource
+from lorax_async.io.ports import FilePieces
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -150,6 +152,38 @@ def test_layers_come_one_by_one(run: Run, tmp_path: Path) -> None:
                 await waiting
                 assert handle.layers[-1] == 3
                 tiny.assert_equal_to_file(handle, folder)
+
+    run(body())
+
+
+@pytest.mark.parametrize("verb", ["load", "stream"])
+def test_who_streams_gets_layers_in_order_who_loads_the_files(
+    run: Run, tmp_path: Path, verb: str
+) -> None:
+    """Sorted by name a file has layer 10 before layer 2."""
+    folder = tiny.write(tmp_path / "a", layers=12)
+
+    async def body() -> None:
+        layout = tiny.layout(layers=12)
+        device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=1)
+        offsets: list[int] = []
+        copy = device.copy
+
+        def noting(pieces: FilePieces, *rest: Any) -> Any:
+            offsets.append(pieces.reads[0].file_offset)
+            return copy(pieces, *rest)
+
+        device.copy = noting  # type: ignore[assignment, method-assign]
+        config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
+        async with AdapterLoader(layout, config, device=device) as there:
+            if verb == "load":
+                (await there.load(folder)).release()
+                assert offsets == sorted(offsets)
+            else:
+                async with there.stream(folder) as handle:
+                    await handle.layer_ready(11)
+                in_layer_order = [0, 1, *range(4, 12), 2, 3]
+                assert [sorted(offsets).index(o) for o in offsets] == in_layer_order
 
     run(body())
 

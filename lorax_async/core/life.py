@@ -34,9 +34,14 @@ class Waiter:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the checked header says the device must have room for: bytes of each layer group."""
+    """What the checked header says of the layer groups, in layer order.
+
+    `group_nbytes` the device must have room for; `file_place` is where each stands among the others
+    in the file, empty if they stand as they come.
+    """
 
     group_nbytes: tuple[int, ...]
+    file_place: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,19 @@ class Life:
     def has_interest(self) -> bool:
         """Somebody would miss the file if it went."""
         return bool(self.waiters) or (self.leases > 0 and self.slot is not SlotState.DRAINING)
+
+    @property
+    def next_copy(self) -> int:
+        """The group to be copied next, of those that can be read.
+
+        Whoever streams uses the layers in their order. For whoever waits for all of them, the
+        order of the file is the faster one: a disk reads ahead.
+        """
+        ready = self.fetched - self.submitted
+        streams = self.leases > 0 or any(w.tier is Tier.STREAM for w in self.waiters.values())
+        if streams or self.needs is None or not self.needs.file_place:
+            return min(ready)
+        return min(ready, key=self.needs.file_place.__getitem__)
 
     @property
     def wants_slot(self) -> bool:

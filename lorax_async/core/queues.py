@@ -112,7 +112,7 @@ class CopyQueue:
         residency = self._decisions.residency
         while self._queue and residency.copies_free:
             life = min(self._queue.values(), key=_copy_order)
-            group = min(life.fetched - life.submitted)
+            group = life.next_copy
             assert life.grant is not None
             life.submitted.add(group)
             life.copying += 1

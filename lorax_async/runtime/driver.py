@@ -158,7 +158,11 @@ class Driver:
 
     def header_checked(self, key: AdapterKey, attempt: int, plan: TransferPlan) -> None:
         self.journal.checked(key, monotonic())
-        needs = Needs(tuple(group.nbytes for group in plan.groups))
+        starts = sorted(group.spans[0] for group in plan.groups)
+        needs = Needs(
+            tuple(group.nbytes for group in plan.groups),
+            tuple(starts.index(group.spans[0]) for group in plan.groups),
+        )
         self._obey(self.lifecycle.header_checked(key, attempt, needs))
 
     def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> None:

@@ -210,7 +210,10 @@ class FileReader:
         if self._fd == _NOT_OPEN:
             with self._opening:
                 if self._fd == _NOT_OPEN:
-                    self._fd = self._opener()
+                    fd = self._opener()
+                    # Whole adapters are read, and mostly in file order: read ahead twice as far.
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                    self._fd = fd
         return self._fd
 
     def __del__(self) -> None:
