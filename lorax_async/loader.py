@@ -14,8 +14,8 @@ from typing import Self
 from lorax_async.adapter import AdapterId, AdapterKey, AdapterRef, as_ref
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.life import Tier
 from lorax_async.core.transitions import SlotState
+from lorax_async.core.waiters import Tier
 from lorax_async.errors import (
     AdapterTimeoutError,
     ConfigError,

@@ -124,7 +124,7 @@ class Bench:
         assert not driver.files.readers
         assert not driver.files._cancels
         for life in driver.lifecycle.lives.values():
-            assert (life.leases, life.uses, life.waiters) == (0, 0, {})
+            assert (life.leases, life.uses, len(life.waiters)) == (0, 0, 0)
         residency = driver.lifecycle.residency
         held = sum(life.grant is not None for life in driver.lifecycle.lives.values())
         assert residency.slots_used == held

@@ -13,7 +13,6 @@ from lorax_async.core.life import (
     Populate,
     Serve,
     TellLeaving,
-    Tier,
 )
 from lorax_async.core.residency import Residency
 from lorax_async.core.transitions import (
@@ -24,6 +23,7 @@ from lorax_async.core.transitions import (
     next_file_state,
     next_slot_state,
 )
+from lorax_async.core.waiters import Tier
 from lorax_async.errors import LoraxError
 
 
@@ -69,9 +69,10 @@ class Decisions:
 
     def _serve(self, life: Life) -> bool:
         """Rule 1. A foreground wish for the device becomes a lease; a prefetch just leaves."""
-        served = [w for w in life.waiters.values() if self.reached(life, w.tier)]
+        tiers = {tier for tier, _ in life.waiters.kinds if self.reached(life, tier)}
+        served = life.waiters.of_tiers(tiers) if tiers else []
         for waiter in served:
-            del life.waiters[waiter.id]
+            life.waiters.remove(waiter.id)
             leases = waiter.tier >= Tier.STREAM and waiter.foreground
             if leases:
                 life.leases += 1
@@ -151,16 +152,16 @@ class Decisions:
         """Rule 7."""
         if life.file is not FileState.PRESENT or life.populated or life.populating:
             return False
-        if all(w.tier is not Tier.HOST for w in life.waiters.values()):
+        if not life.waiters.has_tier(Tier.HOST):
             return False
         life.populating = True
         self.command(Populate(life.key, life.attempt))
         return True
 
     def fail(self, life: Life, error: LoraxError, waiters: list[int] | None = None) -> None:
-        failed = tuple(life.waiters if waiters is None else waiters)
+        failed = tuple([w.id for w in life.waiters] if waiters is None else waiters)
         for waiter in failed:
-            del life.waiters[waiter]
+            life.waiters.remove(waiter)
         if failed:
             self.command(Fail(life.key, failed, error))
 

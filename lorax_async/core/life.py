@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.arena import Extent
 from lorax_async.core.transitions import FileState, SlotState
+from lorax_async.core.waiters import Tier, Waiters
 from lorax_async.errors import LoraxError
 from lorax_async.events import SlotId
-
-
-class Tier(IntEnum):
-    """How far an adapter has to come before a waiter is served."""
-
-    DISK = 0
-    HOST = 1
-    STREAM = 2
-    DEVICE = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Waiter:
-    """Somebody who wants an adapter; `since` in seconds of the loop's clock."""
-
-    id: int
-    tier: Tier
-    since: float
-    foreground: bool = True
-    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +17,12 @@ class Needs:
     """What the checked header says of the layer groups, in layer order.
 
     `group_nbytes` the device must have room for; `file_place` is where each stands among the others
-    in the file, empty if they stand as they come.
+    in the file, empty if they stand as they come; `weight` is what remembering all this costs.
     """
 
     group_nbytes: tuple[int, ...]
     file_place: tuple[int, ...] = ()
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +59,7 @@ class Life:
     leases: int = 0
     uses: int = 0
     leaving: bool = False
-    waiters: dict[int, Waiter] = field(default_factory=dict)
+    waiters: Waiters = field(default_factory=Waiters)
 
     @property
     def groups(self) -> int:
@@ -97,7 +78,7 @@ class Life:
         order of the file is the faster one: a disk reads ahead.
         """
         ready = self.fetched - self.submitted
-        streams = self.leases > 0 or any(w.tier is Tier.STREAM for w in self.waiters.values())
+        streams = self.leases > 0 or self.waiters.has_tier(Tier.STREAM)
         if streams or self.needs is None or not self.needs.file_place:
             return min(ready)
         return min(ready, key=self.needs.file_place.__getitem__)
@@ -107,20 +88,10 @@ class Life:
         """A foreground wish counts once the header is checked, a prefetch once the file is here."""
         if self.needs is None or self.file not in (FileState.FETCHING, FileState.PRESENT):
             return False
+        present = self.file is FileState.PRESENT
         return any(
-            w.tier >= Tier.STREAM and (w.foreground or self.file is FileState.PRESENT)
-            for w in self.waiters.values()
-        )
-
-    @property
-    def urgency(self) -> tuple[bool, int, float]:
-        """Sorts queues: foreground first, then priority, then the oldest wish."""
-        waiters = self.waiters.values()
-        foreground = [w for w in waiters if w.foreground]
-        return (
-            not foreground,
-            -max(w.priority for w in foreground or waiters),
-            min(w.since for w in waiters),
+            tier >= Tier.STREAM and (foreground or present)
+            for tier, foreground in self.waiters.kinds
         )
 
 

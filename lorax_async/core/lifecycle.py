@@ -9,17 +9,7 @@ from __future__ import annotations
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.decisions import Decisions
-from lorax_async.core.life import (
-    Command,
-    Drop,
-    Forget,
-    Grant,
-    Life,
-    Needs,
-    TellReady,
-    Tier,
-    Waiter,
-)
+from lorax_async.core.life import Command, Drop, Forget, Grant, Life, Needs, TellReady
 from lorax_async.core.queues import CopyQueue, SlotQueue
 from lorax_async.core.residency import Residency
 from lorax_async.core.transitions import (
@@ -30,7 +20,11 @@ from lorax_async.core.transitions import (
     next_file_state,
     next_slot_state,
 )
+from lorax_async.core.waiters import Tier, Waiter
 from lorax_async.errors import LoraxError, Stage
+
+MAX_IDLE_WEIGHT = 262_144
+"""Of adapters without slot and waiter, in rows of their plans: some 60 MB in all."""
 
 
 class Lifecycle:
@@ -55,19 +49,20 @@ class Lifecycle:
         self._slots = SlotQueue(self._decisions, self.lives, starvation_age)
         self._copies = CopyQueue(self._decisions)
         self._max_idle = max_idle
-        self._idle: dict[AdapterKey, None] = {}
+        self._idle: dict[AdapterKey, int] = {}
+        self._idle_weight = 0
 
     # -- interest ---------------------------------------------------------------------------------
 
     def want(self, key: AdapterKey, waiter: Waiter) -> list[Command]:
         life = self.lives.setdefault(key, Life(key))
-        life.waiters[waiter.id] = waiter
+        life.waiters.add(waiter)
         return self._settle(life)
 
     def withdraw(self, key: AdapterKey, waiter: int) -> list[Command]:
         """One waiter goes; nobody else's wish changes."""
         life = self.lives.get(key)
-        if life is None or life.waiters.pop(waiter, None) is None:
+        if life is None or not life.waiters.remove(waiter):
             return []
         return self._settle(life)
 
@@ -198,8 +193,7 @@ class Lifecycle:
             next_file_state(life.file, FileMove.LOST)
         self._count_copy(life)
         if was_filling:
-            slot_waiters = [w.id for w in life.waiters.values() if w.tier >= Tier.STREAM]
-            self._decisions.fail(life, error, slot_waiters)
+            self._decisions.fail(life, error, life.waiters.for_slot)
             self._decisions.tell_broken(life, error)
             self._decisions.drain(life, after)
         if file_lost:
@@ -243,16 +237,21 @@ class Lifecycle:
         self._decisions.settle(life)
         self._slots.update(life)
         self._copies.update(life)
-        idle = life.slot is SlotState.NONE and not (life.waiters or life.populating)
-        if idle and life.file in _RESTING:
-            self._idle.setdefault(life.key)
+        resting = life.slot is SlotState.NONE and life.file in _RESTING
+        if resting and not (life.waiters or life.populating):
+            self._remember(life)
         else:
-            self._idle.pop(life.key, None)
+            self._idle_weight -= self._idle.pop(life.key, 0)
+
+    def _remember(self, life: Life) -> None:
+        weight = life.needs.weight if life.needs is not None else 1
+        self._idle_weight += weight - self._idle.get(life.key, 0)
+        self._idle[life.key] = weight
 
     def _forget_oldest(self) -> None:
-        while len(self._idle) > self._max_idle:
+        while len(self._idle) > self._max_idle or self._idle_weight > MAX_IDLE_WEIGHT:
             key = next(iter(self._idle))
-            del self._idle[key]
+            self._idle_weight -= self._idle.pop(key)
             life = self.lives.pop(key)
             if life.file is FileState.PRESENT:
                 life.file = next_file_state(life.file, FileMove.DROPPED)

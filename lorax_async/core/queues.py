@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from heapq import heappop, heappush
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.decisions import Decisions
-from lorax_async.core.life import Copy, Life, TakeSlot, Tier
+from lorax_async.core.life import Copy, Life, TakeSlot
 from lorax_async.core.transitions import SlotMove, SlotState, next_slot_state
+from lorax_async.core.waiters import Urgency
 from lorax_async.errors import CapacityError
 
 
@@ -25,12 +26,22 @@ class SlotQueue:
         self._residency = decisions.residency
         self._lives = lives
         self._starvation_age = starvation_age
-        self._queue: dict[AdapterKey, Life] = {}
+        self._waiting: dict[AdapterKey, Urgency] = {}
+        # Entries of the heap count while they say what `_waiting` says; others are passed over.
+        self._heap: list[tuple[Urgency, int, AdapterKey]] = []
+        self._entries = 0
 
     def update(self, life: Life) -> None:
         """Let the queue see that `life` has changed."""
         waits = life.slot is SlotState.NONE and life.wants_slot and not self._decisions.closing
-        _set_member(self._queue, life, member=waits)
+        if not waits:
+            self._waiting.pop(life.key, None)
+            return
+        urgency = life.waiters.urgency
+        if self._waiting.get(life.key) != urgency:
+            self._waiting[life.key] = urgency
+            self._entries += 1
+            heappush(self._heap, (urgency, self._entries, life.key))
 
     def settle_head(self) -> Life | None:
         """Grant, refuse or make room for the head; returns the adapter that changed, if any."""
@@ -42,11 +53,10 @@ class SlotQueue:
         if grant is not None:
             head.slot = next_slot_state(head.slot, SlotMove.SLOT_GRANTED)
             head.grant = grant
-            self._decisions.command(TakeSlot(head.key, grant, head.urgency[2]))
+            self._decisions.command(TakeSlot(head.key, grant, head.waiters.urgency[2]))
             return head
         if not self._residency.fits_empty(sizes):
-            waiters = [w.id for w in head.waiters.values() if w.tier >= Tier.STREAM]
-            self._decisions.fail(head, self._too_large(sizes), waiters)
+            self._decisions.fail(head, self._too_large(sizes), head.waiters.for_slot)
             return head
         return self._make_room(head, sizes)
 
@@ -61,10 +71,13 @@ class SlotQueue:
 
     def _make_room(self, head: Life, sizes: tuple[int, ...]) -> Life | None:
         """Wait for what drains, else pick a victim: the least recently used goes first."""
-        departing = [life.grant for life in self._lives.values() if life.leaving and life.grant]
+        holders = [self._lives[key] for key in self._residency.least_recent()]
+        departing = [life.grant for life in holders if life.leaving and life.grant]
         if self._residency.fits_after(departing, sizes):
             return None
-        residents = list(self._staying_residents())
+        residents = [
+            life for life in holders if life.slot is SlotState.RESIDENT and not life.leaving
+        ]
         victim = next((life for life in residents if not life.leases), None)
         if victim is None and residents and self.now >= self._starves_at(head):
             victim = residents[0]
@@ -72,17 +85,16 @@ class SlotQueue:
             self._decisions.leave(victim)
         return victim
 
-    def _staying_residents(self) -> Iterable[Life]:
-        for key in self._residency.least_recent():
-            life = self._lives[key]
-            if life.slot is SlotState.RESIDENT and not life.leaving:
-                yield life
-
     def _head(self) -> Life | None:
-        return min(self._queue.values(), key=lambda life: life.urgency, default=None)
+        while self._heap:
+            urgency, _, key = self._heap[0]
+            if self._waiting.get(key) == urgency:
+                return self._lives[key]
+            heappop(self._heap)
+        return None
 
     def _starves_at(self, life: Life) -> float:
-        background, _, since = life.urgency
+        background, _, since = life.waiters.urgency
         return float("inf") if background else since + self._starvation_age
 
     def _too_large(self, sizes: tuple[int, ...]) -> CapacityError:
@@ -102,8 +114,10 @@ class CopyQueue:
 
     def update(self, life: Life) -> None:
         """Let the queue see that `life` has changed."""
-        waits = life.slot is SlotState.FILLING and len(life.fetched) > len(life.submitted)
-        _set_member(self._queue, life, member=waits)
+        if life.slot is SlotState.FILLING and len(life.fetched) > len(life.submitted):
+            self._queue.setdefault(life.key, life)
+        else:
+            self._queue.pop(life.key, None)
 
     def submit(self) -> None:
         """Submit while there is room: foreground first, then whoever has the fewest submitted,
@@ -122,13 +136,6 @@ class CopyQueue:
 
 
 def _copy_order(life: Life) -> tuple[bool, int, int]:
-    foreground = life.leases > 0 or any(w.foreground for w in life.waiters.values())
+    foreground = life.leases > 0 or life.waiters.has_foreground
     generation = life.grant.slot.generation if life.grant else 0
     return (not foreground, len(life.submitted), generation)
-
-
-def _set_member(queue: dict[AdapterKey, Life], life: Life, *, member: bool) -> None:
-    if member:
-        queue.setdefault(life.key, life)
-    else:
-        queue.pop(life.key, None)

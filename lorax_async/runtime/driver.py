@@ -17,10 +17,11 @@ from time import monotonic
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core import life as commands
-from lorax_async.core.life import Command, Needs, Tier, Waiter
+from lorax_async.core.life import Command, Needs
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.core.transitions import FileState
+from lorax_async.core.waiters import Tier, Waiter
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.events import BytesMoved
 from lorax_async.io.inbox import Inbox, runs_here

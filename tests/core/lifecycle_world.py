@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core import life as words
-from lorax_async.core.life import Life, Needs, Tier, Waiter
+from lorax_async.core.life import Life, Needs
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.residency import Residency
 from lorax_async.core.transitions import FileState, SlotState
+from lorax_async.core.waiters import Tier, Waiter, Waiters
 from lorax_async.errors import FetchError, LoaderClosedError, TransferError
 
 AGE = 10.0
@@ -422,16 +423,19 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     twin._decisions.closing = original._decisions.closing
     twin._slots.now = original._slots.now
     twin._idle.update(original._idle)
+    twin._idle_weight = original._idle_weight
     for key, life in original.lives.items():
         new = copy.copy(life)
-        for name in ("fetched", "submitted", "done", "waiters"):
+        for name in ("fetched", "submitted", "done"):
             setattr(new, name, getattr(life, name).copy())
+        new.waiters = Waiters()
+        for waiter in life.waiters:
+            new.waiters.add(waiter)
         twin.lives[key] = new
-    for queue, source in (
-        (twin._slots._queue, original._slots._queue),
-        (twin._copies._queue, original._copies._queue),
-    ):
-        queue.update((key, twin.lives[key]) for key in source)
+    twin._slots._waiting.update(original._slots._waiting)
+    twin._slots._heap.extend(original._slots._heap)
+    twin._slots._entries = original._slots._entries
+    twin._copies._queue.update((key, twin.lives[key]) for key in original._copies._queue)
     residency = twin.residency
     residency.arena = original.residency.arena.copy()
     residency.copies_free = original.residency.copies_free
@@ -470,7 +474,7 @@ def _life_print(
 ) -> tuple[object, ...]:
     if life is None:
         return ()
-    waiters = tuple((order[w.id], w.tier, w.foreground) for w in life.waiters.values())
+    waiters = tuple((order[w.id], w.tier, w.foreground) for w in life.waiters)
     return (
         life.file,
         life.slot,

@@ -8,7 +8,7 @@ import pytest
 
 from core.lifecycle_world import Setting, Violation, explore
 from lorax_async.core.decisions import Decisions
-from lorax_async.core.life import Fetch, Life, Tier
+from lorax_async.core.life import Fetch, Life
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.queues import CopyQueue, SlotQueue
 from lorax_async.core.residency import Residency
@@ -22,6 +22,7 @@ from lorax_async.core.transitions import (
     next_file_state,
     next_slot_state,
 )
+from lorax_async.core.waiters import Tier
 from lorax_async.errors import InvalidTransitionError
 
 DEVICE = (Tier.DEVICE, True)
@@ -76,7 +77,7 @@ def _never(*_: object) -> bool:
 
 
 def _unsettled_withdraw(self: Lifecycle, key: object, waiter: int) -> list[object]:
-    self.lives[key].waiters.pop(waiter, None)  # type: ignore[index]
+    self.lives[key].waiters.remove(waiter)  # type: ignore[index]
     return []
 
 
@@ -158,7 +159,7 @@ def _forgets_the_place(self: Lifecycle, life: Life) -> None:
 
 def _prefetch_is_foreground(self: Life) -> bool:
     ready = self.needs is not None and self.file in (FileState.FETCHING, FileState.PRESENT)
-    return ready and any(w.tier >= Tier.STREAM for w in self.waiters.values())
+    return ready and any(w.tier >= Tier.STREAM for w in self.waiters)
 
 
 def _fetch_twice(self: Decisions, life: Life) -> bool:

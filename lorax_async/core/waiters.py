@@ -1,0 +1,99 @@
+"""Those who wait for one adapter. Thousands may, so that no question looks at each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeVar
+
+_K = TypeVar("_K")
+
+Urgency = tuple[bool, int, float]
+"""Sorts queues: foreground first, then the higher priority, then the oldest wish."""
+
+
+class Tier(IntEnum):
+    """How far an adapter has to come before a waiter is served."""
+
+    DISK = 0
+    HOST = 1
+    STREAM = 2
+    DEVICE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """Somebody who wants an adapter; `since` in seconds of the loop's clock."""
+
+    id: int
+    tier: Tier
+    since: float
+    foreground: bool = True
+    priority: int = 0
+
+
+class Waiters:
+    """Waiters in the order in which they came, and how many there are of each kind."""
+
+    __slots__ = ("_by_id", "_kinds", "_priorities")
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, Waiter] = {}
+        self._kinds: dict[tuple[Tier, bool], int] = {}
+        self._priorities: dict[tuple[bool, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Waiter]:
+        return iter(self._by_id.values())
+
+    def add(self, waiter: Waiter) -> None:
+        self._by_id[waiter.id] = waiter
+        _count(self._kinds, (waiter.tier, waiter.foreground), 1)
+        _count(self._priorities, (waiter.foreground, waiter.priority), 1)
+
+    def remove(self, waiter_id: int) -> bool:
+        """Whether there was such a waiter."""
+        waiter = self._by_id.pop(waiter_id, None)
+        if waiter is None:
+            return False
+        _count(self._kinds, (waiter.tier, waiter.foreground), -1)
+        _count(self._priorities, (waiter.foreground, waiter.priority), -1)
+        return True
+
+    @property
+    def kinds(self) -> tuple[tuple[Tier, bool], ...]:
+        """The (tier, foreground) that somebody waits for."""
+        return tuple(self._kinds)
+
+    def of_tiers(self, tiers: set[Tier]) -> list[Waiter]:
+        return [waiter for waiter in self if waiter.tier in tiers]
+
+    @property
+    def for_slot(self) -> list[int]:
+        """Ids of those who wait for the slot."""
+        return [waiter.id for waiter in self.of_tiers({Tier.STREAM, Tier.DEVICE})]
+
+    @property
+    def has_foreground(self) -> bool:
+        return any(foreground for _, foreground in self._kinds)
+
+    def has_tier(self, tier: Tier) -> bool:
+        return (tier, True) in self._kinds or (tier, False) in self._kinds
+
+    @property
+    def urgency(self) -> Urgency:
+        """Of the adapter as a whole; there must be a waiter."""
+        foreground = self.has_foreground
+        highest = max(p for ahead, p in self._priorities if ahead or not foreground)
+        return not foreground, -highest, next(iter(self)).since
+
+
+def _count(counts: dict[_K, int], key: _K, more: int) -> None:
+    left = counts.get(key, 0) + more
+    if left:
+        counts[key] = left
+    else:
+        del counts[key]
