@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ import torch
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.moves import Row
-from lorax_async.errors import AdapterTimeoutError, UsageError
+from lorax_async.errors import AdapterTimeoutError, LoraxError, UsageError
 from lorax_async.events import SlotId
-from lorax_async.io.inbox import runs_anywhere
+from lorax_async.io.inbox import running_loop
 from lorax_async.io.ports import Device
 from lorax_async.runtime.tenancy import Lease
 
@@ -111,34 +112,41 @@ class AdapterHandle:
         """
         return self._lease.tenancy.is_ready(layer)
 
-    async def layer_ready(self, layer: int) -> None:
-        """Wait until `is_ready(layer)`.
+    async def layer_ready(self, layer: int, timeout: float | None = None) -> None:
+        """Wait until `is_ready(layer)`, `timeout` seconds at most (None: the config's).
 
-        Raises the error that ended the load, `HandleClosedError` after release, `UsageError` for
-        a layer that the base does not have.
+        Raises the error that ended the load, `AdapterTimeoutError`, `HandleClosedError` after
+        release, `UsageError` for a layer that the base does not have, or on another loop.
         """
         self._lease.check()
-        await self._lease.tenancy.ready(layer, self._lease.check)
+        seconds = self._timeout if timeout is None else timeout
+        try:
+            async with asyncio.timeout(seconds) as deadline:
+                await self._lease.tenancy.ready(layer, self._lease.check)
+        except TimeoutError as error:
+            if not deadline.expired() or isinstance(error, LoraxError):
+                raise
+            raise self._too_late(layer, seconds) from None
 
     def wait_layer(self, layer: int, timeout: float | None = None) -> None:
-        """As `layer_ready`, in a thread without an event loop; `timeout` in seconds.
+        """As `layer_ready`, in a thread without an event loop.
 
-        Raises also `AdapterTimeoutError`, and `UsageError` where it would hold a loop that has to
-        bring the layer.
+        Raises `UsageError` where it would hold a loop, which may be the one to bring the layer.
         """
         self._lease.check()
-        if not self.is_ready(layer) and runs_anywhere():
+        if not self.is_ready(layer) and running_loop() is not None:
             raise UsageError("wait_layer would hold the event loop; await layer_ready, or a thread")
         seconds = self._timeout if timeout is None else timeout
         try:
             self._lease.tenancy.wait(layer, seconds, self._lease.check)
-        except TimeoutError:
-            raise AdapterTimeoutError(
-                f"layer {layer} did not arrive within {seconds:g} s",
-                id=self.id,
-                key=self.key,
-                stage="copy",
-            ) from None
+        except TimeoutError as error:
+            if isinstance(error, LoraxError):
+                raise
+            raise self._too_late(layer, seconds) from None
+
+    def _too_late(self, layer: int, seconds: float) -> AdapterTimeoutError:
+        problem = f"layer {layer} did not arrive within {seconds:g} s"
+        return AdapterTimeoutError(problem, id=self.id, key=self.key, stage="copy")
 
     @contextmanager
     def use(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from lorax_async.errors import (
 )
 from lorax_async.events import Event
 from lorax_async.handle import AdapterHandle
-from lorax_async.io.inbox import runs_here
+from lorax_async.io.inbox import running_loop
 from lorax_async.io.ports import Device, Source
 from lorax_async.runtime.driver import Wish
 from lorax_async.runtime.journal import AdapterResidency, Statistics
@@ -275,7 +275,7 @@ class AdapterLoader:
             raise UsageError("enter the loader first: `async with AdapterLoader(…) as loader`")
         if os.getpid() != self._pid:
             raise UsageError("the loader belongs to the process that made it; make one per process")
-        if not runs_here(self._loop):
+        if running_loop() is not self._loop:
             raise UsageError(
                 "the loader belongs to the event loop that entered it; "
                 "from a thread use asyncio.run_coroutine_threadsafe"

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import tiny
 from common import Run, until
 from lorax_async import (
     AccessDeniedError,
+    AdapterFormatError,
     AdapterLoader,
     AdapterNotFoundError,
     AdapterRef,
@@ -514,6 +517,86 @@ def test_close_goes_on_when_its_caller_is_cancelled(run: Run, tmp_path: Path) ->
     run(body())
 
 
+def _in_a_fork(use: Callable[[], object]) -> str:
+    """Name of the exception that `use` raises in a forked child."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        child = os.fork()
+    if child == 0:
+        try:
+            use()
+        except BaseException as error:
+            os.write(write, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as pipe:
+        return pipe.read()
+
+
+def test_opening_does_not_hold_the_loop(run: Run) -> None:
+    """Claiming memory takes a while; the loop must turn meanwhile, however slowly."""
+
+    async def body() -> None:
+        turns = 0
+        opening = asyncio.create_task(_open_and_close())
+        while not opening.done():
+            await asyncio.sleep(0.001)
+            turns += 1
+        await opening
+        assert turns > 20
+
+    async def _open_and_close() -> None:
+        async with loader(device_bytes=512 << 20, staging_bytes=256 << 20):
+            pass
+
+    run(body())
+
+
+def test_more_wait_than_are_remembered_and_all_hear_of_the_end(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        source = FakeSource()
+        names = [str(n) for n in range(1100)]
+        for name in names:
+            source.put(name, *tiny.files(folder))
+        config = LoaderConfig(device_bytes=1 << 20, max_slots=1)
+        async with AdapterLoader(tiny.layout(), config, source=source) as there:
+            held = await there.load(names[0])
+            waiting = [asyncio.create_task(there.load(name)) for name in names[1:]]
+            await until(lambda: source.counts.opens == len(names))
+            closing = asyncio.create_task(there.close())
+            done = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+            assert {type(each) for each in done} == {LoaderClosedError}
+            held.release()
+            await closing
+
+    run(body())
+
+
+def test_a_failed_stream_is_counted_and_ends_its_wait(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        there, device = gated()
+        async with there:
+            device.gate.clear()
+            async with there.stream(folder) as handle:
+                with pytest.raises(AdapterTimeoutError, match="layer 0"):
+                    await handle.layer_ready(0, timeout=0.01)
+                assert not handle._lease.tenancy._sleepers
+                device.failing = {0, 1}
+                device.gate.set()
+                with pytest.raises(TransferError):
+                    await handle.layer_ready(3)
+            assert there.statistics().failures == 1
+
+    run(body())
+
+
 def test_it_belongs_to_one_loop_and_one_process(run: Run, tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
 
@@ -531,11 +614,13 @@ def test_it_belongs_to_one_loop_and_one_process(run: Run, tmp_path: Path) -> Non
             handle.release()
             with pytest.raises(UsageError, match="entered before"):
                 await there.__aenter__()
-            monkeypatched = there._pid
-            there._pid = os.getpid() + 1
-            with pytest.raises(UsageError, match="process that made it"):
-                there.try_acquire(folder)
-            there._pid = monkeypatched
+            async with await there.load(folder) as held:
+                with pytest.raises(UsageError, match="awaited on the event loop"):
+                    await asyncio.to_thread(lambda: asyncio.run(held.layer_ready(0)))
+                assert _in_a_fork(lambda: there.try_acquire(folder)) == "UsageError"
+                assert _in_a_fork(lambda: held.modules) == "UsageError"
+                assert _in_a_fork(held.release) == ""
+                assert not held.released
 
     run(body())
 
@@ -552,9 +637,8 @@ def test_weights_that_are_not_finite_are_refused_when_asked(run: Run, tmp_path: 
         async with loader() as there:
             (await there.load(folder)).release()
         async with loader(check_finite=True) as there:
-            with pytest.raises(Exception, match="NaN or infinite") as caught:
+            with pytest.raises(AdapterFormatError, match="NaN or infinite"):
                 await there.load(folder)
-            assert type(caught.value).__name__ == "AdapterFormatError"
             await until(lambda: not there.residency())
 
     run(body())

@@ -14,6 +14,7 @@ from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
 from lorax_async.core.header import Header
 from lorax_async.core.layout import ModelLayout
+from lorax_async.core.life import Needs
 from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Target, Zero, plan_group
 from lorax_async.core.pairing import pair_tensors
 from lorax_async.errors import ConfigError, UnsupportedAdapterError
@@ -34,6 +35,18 @@ class TransferPlan:
     rank: int
     nbytes: int
     file_bytes: int
+
+    @property
+    def needs(self) -> Needs:
+        """What the lifecycle has to know of it."""
+        groups = self.groups
+        in_file = sorted(range(len(groups)), key=lambda n: groups[n].spans[0])
+        place = sorted(range(len(groups)), key=in_file.__getitem__)
+        return Needs(
+            tuple(group.nbytes for group in groups),
+            tuple(place),
+            weight=sum(len(group.rows) for group in groups),
+        )
 
 
 def plan_transfer(

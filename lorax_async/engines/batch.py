@@ -15,6 +15,7 @@ from lorax_async.core.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.core.layout import Module
 from lorax_async.errors import UsageError
 from lorax_async.handle import AdapterHandle
+from lorax_async.io.inbox import running_loop
 from lorax_kernels import Plan, Tables, apply
 
 Rows = Sequence[AdapterHandle | None] | None
@@ -121,7 +122,7 @@ class Batch:
     def _await_layer(self, handle: AdapterHandle, layer: int) -> None:
         if handle.is_ready(layer):
             return
-        if _running_loop() is self._place.loop:
+        if running_loop() is self._place.loop:
             raise UsageError(
                 f"layer {layer} of adapter {handle.id!r} is not here yet, and its bytes cannot "
                 "arrive while the event loop's thread waits; run the model in asyncio.to_thread"
@@ -145,13 +146,6 @@ class Batch:
                 segments.bounds, segments.slots, device=self._place.tables.rank.device
             )
         return plan
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 def _refuse_gradient(_: torch.Tensor) -> NoReturn:

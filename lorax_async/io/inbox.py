@@ -10,21 +10,12 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-def runs_here(loop: asyncio.AbstractEventLoop | None) -> bool:
-    """Whether the caller runs on `loop`."""
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that the calling thread runs, if it runs one."""
     try:
-        return asyncio.get_running_loop() is loop
+        return asyncio.get_running_loop()
     except RuntimeError:
-        return False
-
-
-def runs_anywhere() -> bool:
-    """Whether the calling thread runs an event loop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+        return None
 
 
 class Inbox(Generic[T]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -29,16 +30,17 @@ class StagingRing:
     def __init__(self, nbytes: int, move_bytes: int) -> None:
         self.buffers = max(1, nbytes // move_bytes)
         self.move_bytes = move_bytes
-        self._free: SimpleQueue[bytearray] = SimpleQueue()
+        self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
         for _ in range(self.buffers):
-            self._free.put(bytearray(move_bytes))
+            # A map's pages come when they are used; a bytearray would be zeroed here.
+            self._free.put(mmap.mmap(-1, move_bytes))
 
     @property
     def free(self) -> int:
         return self._free.qsize()
 
     @contextmanager
-    def buffer(self) -> Iterator[bytearray]:
+    def buffer(self) -> Iterator[mmap.mmap]:
         """A buffer of `move_bytes`; waits until one is free."""
         buffer = self._free.get()
         try:

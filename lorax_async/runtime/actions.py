@@ -97,7 +97,6 @@ class Actions:
         self.close_idle_reader(command.key)
 
     def _fail(self, command: commands.Fail) -> None:
-        self._journal.count("failures")
         self._tell_failed(command.key, command.error)
         self._tenants.fail(command.waiters, self._located(command.key, command.error))
 
@@ -106,11 +105,14 @@ class Actions:
         latest = self._journal.story(key)[-1:]
         if latest and isinstance(latest[0], Failed) and latest[0].error is error:
             return
-        grant = self._lives[key].grant
+        self._journal.count("failures")
+        life = self._lives.get(key)
+        grant = life.grant if life is not None else None
         self.tell(Failed, key, slot=grant.slot if grant else None, error=error)
 
     def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
-        attempt = self._lives[key].attempt
+        life = self._lives.get(key)  # it may be forgotten by now: a close ends all at once
+        attempt = life.attempt if life is not None else 0
         return error.located(key=key, attempt=attempt, story=self._journal.story(key))
 
     def _tell_ready(self, command: commands.TellReady) -> None:

@@ -104,7 +104,7 @@ class Copies:
         try:
             staging_seconds = self._transfer.run(copy)
         except LoraxError as problem:
-            error = problem
+            error = problem.located()  # without its frames, for it is remembered
         except BaseException as problem:  # noqa: BLE001 - it is carried to the loop and told there
             error = InternalError(f"a copy to the device failed: {problem!r}", stage="copy")
             error.__cause__ = problem

@@ -17,14 +17,14 @@ from time import monotonic
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core import life as commands
-from lorax_async.core.life import Command, Needs
+from lorax_async.core.life import Command
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.core.transitions import FileState
 from lorax_async.core.waiters import Tier, Waiter
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.events import BytesMoved
-from lorax_async.io.inbox import Inbox, runs_here
+from lorax_async.io.inbox import Inbox, running_loop
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.transfer import Transfer
 from lorax_async.runtime.actions import Actions
@@ -159,28 +159,38 @@ class Driver:
 
     def header_checked(self, key: AdapterKey, attempt: int, plan: TransferPlan) -> None:
         self.journal.checked(key, monotonic())
-        starts = sorted(group.spans[0] for group in plan.groups)
-        needs = Needs(
-            tuple(group.nbytes for group in plan.groups),
-            tuple(starts.index(group.spans[0]) for group in plan.groups),
-        )
-        self._obey(self.lifecycle.header_checked(key, attempt, needs))
+        self._decide(key, lambda: self.lifecycle.header_checked(key, attempt, plan.needs))
 
     def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> None:
-        self._obey(self.lifecycle.span_fetched(key, attempt, group))
+        self._decide(key, lambda: self.lifecycle.span_fetched(key, attempt, group))
 
     def published(self, key: AdapterKey, attempt: int) -> None:
-        self._obey(self.lifecycle.published(key, attempt))
+        self._decide(key, lambda: self.lifecycle.published(key, attempt))
         self._actions.close_idle_reader(key)
 
     def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
-        self._obey(self.lifecycle.fetch_failed(key, attempt, error))
+        self._decide(key, lambda: self.lifecycle.fetch_failed(key, attempt, error))
 
     def populated(self, key: AdapterKey, attempt: int) -> None:
-        self._obey(self.lifecycle.populated(key, attempt))
+        self._decide(key, lambda: self.lifecycle.populated(key, attempt))
 
     def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
-        self._obey(self.lifecycle.lost(key, attempt, error))
+        self._decide(key, lambda: self.lifecycle.lost(key, attempt, error))
+
+    def _decide(self, key: AdapterKey, decide: Callable[[], list[Command]]) -> None:
+        """Let an outcome have its consequences; a fault of ours in it fails this adapter alone."""
+        try:
+            decided = decide()
+        except Exception as problem:
+            _logger.exception("an outcome of an adapter was not understood")
+            error = InternalError(f"an outcome was not understood: {problem!r}", key=key)
+            error.__cause__ = problem
+            waiters = [waiter.id for waiter in self.lifecycle.lives[key].waiters]
+            for waiter in waiters:
+                self._obey(self.lifecycle.withdraw(key, waiter))
+            self.tenants.fail(waiters, error)
+        else:
+            self._obey(decided)
 
     def _copied(self, outcome: CopyOutcome) -> None:
         key = outcome.command.key
@@ -192,12 +202,12 @@ class Driver:
                 self._actions.tell(
                     BytesMoved, key, slot=outcome.command.grant.slot, nbytes=outcome.nbytes
                 )
-            self._obey(self.lifecycle.copy_done(key, outcome.command.group))
+            self._decide(key, lambda: self.lifecycle.copy_done(key, outcome.command.group))
         else:
             error = outcome.error
             here = self.lifecycle.lives[key].file is not FileState.FETCHING
             lost = here and isinstance(error, FetchError)
-            self._obey(self.lifecycle.copy_failed(key, error, file_lost=lost))
+            self._decide(key, lambda: self.lifecycle.copy_failed(key, error, file_lost=lost))
 
     def _lease_ended(self, lease: Lease, in_use: bool, soon: bool) -> None:
         def tell() -> None:
@@ -213,7 +223,7 @@ class Driver:
         self._on_loop(lambda: self._obey(self.lifecycle.end_use(lease.tenancy.key)))
 
     def _on_loop(self, tell: Callable[[], None]) -> None:
-        if runs_here(self._loop):
+        if running_loop() is self._loop:
             tell()
         else:
             self._inbox.put(tell)
@@ -244,6 +254,8 @@ class Driver:
             error.__cause__ = problem
             if isinstance(command, commands.Copy):
                 self._commands += self.lifecycle.copy_failed(command.key, error)
+            elif isinstance(command, commands.Serve):
+                self.tenants.fail([command.waiter], error)
             elif isinstance(command, commands.Fetch):
                 failed = self.lifecycle.fetch_failed(command.key, command.attempt, error)
                 self._commands += failed

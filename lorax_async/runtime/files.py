@@ -13,7 +13,7 @@ from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.io.ports import AdapterFile, Cancel, Reader, Source
 from lorax_async.runtime.journal import Journal
-from lorax_async.runtime.planning import LARGE_CONFIG, LARGE_PREFIX, Planner
+from lorax_async.runtime.planning import Planner
 
 
 class Outcomes(Protocol):
@@ -96,6 +96,7 @@ class Files:
         error: LoraxError | None = None
         try:
             file = await self._open(key)
+            self.close_reader(key)
             self.readers[key] = file.reader
             self.plans[key] = plan = await self._plan(file)
             if not cancel.is_set():
@@ -121,7 +122,7 @@ class Files:
 
     async def _plan(self, file: AdapterFile) -> TransferPlan:
         started = perf_counter()
-        if len(file.prefix) > LARGE_PREFIX or len(file.config) > LARGE_CONFIG:
+        if self._planner.is_long(file):
             loop = asyncio.get_running_loop()
             plan = await loop.run_in_executor(self._threads, self._planner.plan, file)
         else:
@@ -149,7 +150,8 @@ class Files:
 
 def _as_lorax_error(error: Exception) -> LoraxError:
     if isinstance(error, LoraxError):
-        return error
+        # Without its frames, which hold the file's bytes: errors are remembered in stories.
+        return error.located()
     wrapped = InternalError(f"{type(error).__name__}: {error}")
     wrapped.__cause__ = error
     return wrapped

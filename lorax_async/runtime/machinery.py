@@ -66,7 +66,7 @@ class Machinery:
             await loop.run_in_executor(self._metadata, self._device.open)
             self._assemble()
         except BaseException:
-            await asyncio.shield(asyncio.ensure_future(self._in_thread(self._metadata.shutdown)))
+            await asyncio.shield(asyncio.ensure_future(self._in_thread(self._give_up)))
             raise
 
     def _assemble(self) -> None:
@@ -98,6 +98,10 @@ class Machinery:
             await self.resolver.stop()
             await self._in_thread(self._end)
 
+    def _give_up(self) -> None:
+        self._metadata.shutdown()
+        self._device.close()
+
     def _end(self) -> None:
         self.driver.join()
         self._metadata.shutdown()
@@ -108,11 +112,21 @@ class Machinery:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
+        def tell(problem: BaseException | None) -> None:
+            if done.cancelled():
+                return
+            if problem is None:
+                done.set_result(None)
+            else:
+                done.set_exception(problem)
+
         def body() -> None:
+            problem: BaseException | None = None
             try:
                 work()
-            finally:
-                loop.call_soon_threadsafe(done.set_result, None)
+            except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
+                problem = error
+            loop.call_soon_threadsafe(tell, problem)
 
         thread = threading.Thread(target=body, name="lorax-stop", daemon=True)
         thread.start()

@@ -14,9 +14,8 @@ from lorax_async.io.ports import AdapterFile, Device
 LARGE_PREFIX = 256 * 1024
 """A header of more bytes is parsed in a thread: it would hold the loop for too long."""
 
-LARGE_CONFIG = 8 * 1024
-"""And so is a config of more bytes: it may have thousands of patterns to match."""
-
+MANY_MEMBERS = 64
+"""And so is a config of more members: PEFT writes some 40, and what is more may be patterns."""
 
 REMEMBERED_PLANS = 32
 
@@ -46,6 +45,11 @@ class Planner:
             max_depth=config.limits.max_json_depth,
         )
 
+    @staticmethod
+    def is_long(file: AdapterFile) -> bool:
+        """Whether planning would hold an event loop for longer than it should be held."""
+        return len(file.prefix) > LARGE_PREFIX or file.config.count(b":") > MANY_MEMBERS
+
     def plan(self, file: AdapterFile) -> TransferPlan:
         """Check config, header and layout against each other. Pure; may take milliseconds.
 
@@ -53,8 +57,7 @@ class Planner:
         ------
         AdapterFormatError, UnsupportedAdapterError, IncompatibleAdapterError
         """
-        large = len(file.prefix) > LARGE_PREFIX
-        plan = self._plan if large else self._remembered
+        plan = self._plan if self.is_long(file) else self._remembered
         return plan(file.config, file.prefix, file.reader.nbytes)
 
     def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:

@@ -6,6 +6,7 @@ Leases are ended, and kernels begun and ended, from any thread; everything else 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import Grant
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import HandleClosedError, LoraxError, UsageError
+from lorax_async.io.inbox import running_loop
 
 
 class Tenancy:
@@ -32,7 +34,8 @@ class Tenancy:
         self._num_layers = num_layers
         self._watermark = 0
         self._changed = threading.Condition()
-        self._sleepers: list[tuple[int, asyncio.Future[None]]] = []
+        self._loop = running_loop()
+        self._sleepers: dict[asyncio.Future[None], int] = {}
 
     @property
     def complete(self) -> bool:
@@ -43,13 +46,18 @@ class Tenancy:
         return self._watermark >= self._needed(layer)
 
     async def ready(self, layer: int, check: Callable[[], None]) -> None:
-        """Wait on the loop, for as long as `check` does not raise."""
+        """Wait on the loader's loop, for as long as `check` does not raise."""
+        if self._loop not in (None, running_loop()):
+            raise UsageError("a handle is awaited on the event loop of its loader")
         needed = self._needed(layer)
         while self._watermark < needed:
             check()
             sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._sleepers.append((needed, sleeper))
-            await sleeper
+            self._sleepers[sleeper] = needed
+            try:
+                await sleeper
+            finally:
+                self._sleepers.pop(sleeper, None)
         check()
 
     def wait(self, layer: int, timeout: float, check: Callable[[], None]) -> None:
@@ -88,10 +96,8 @@ class Tenancy:
         self._wake(len(self.layers))
 
     def _wake(self, watermark: int) -> None:
-        due = [sleeper for needed, sleeper in self._sleepers if needed <= watermark]
-        self._sleepers = [entry for entry in self._sleepers if entry[0] > watermark]
-        for sleeper in due:
-            if not sleeper.done():
+        for sleeper, needed in self._sleepers.items():
+            if needed <= watermark and not sleeper.done():
                 sleeper.set_result(None)
 
     def _needed(self, layer: int) -> int:
@@ -124,6 +130,7 @@ class Lease:
         self._ended = ended
         self._quiet = quiet
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._uses = 0
         self._why_closed: str | None = None
 
@@ -133,6 +140,8 @@ class Lease:
 
     def check(self) -> None:
         """Raise unless the slot may be used now."""
+        if os.getpid() != self._pid:
+            raise UsageError("a handle belongs to the process of its loader")
         if self._why_closed is not None:
             raise HandleClosedError(self._why_closed, id=self.id, key=self.tenancy.key)
         error = self.tenancy.error
@@ -158,6 +167,8 @@ class Lease:
         With `soon`, decisions follow on the loop's next turn: a finalizer may run anywhere, also
         in the midst of another decision.
         """
+        if os.getpid() != self._pid:
+            return  # a forked child's copy: the lease is the parent's
         with self._lock:
             if self.closed:
                 return

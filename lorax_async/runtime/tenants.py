@@ -69,8 +69,8 @@ class Tenants:
 
     def serve(self, key: AdapterKey, waiter: int, grant: Grant | None) -> None:
         """Fulfil a wish. A waiter that was cancelled meanwhile gives its lease back."""
-        future = self._waiters.pop(waiter)
         lease = self.new_lease(key) if grant is not None else None
+        future = self._waiters.pop(waiter)
         if not future.done():
             future.set_result(lease)
         elif lease is not None:
@@ -78,7 +78,7 @@ class Tenants:
 
     def fail(self, waiters: Iterable[int], error: LoraxError) -> None:
         for waiter in waiters:
-            future = self._waiters.pop(waiter)
-            if not future.done():
+            future = self._waiters.pop(waiter, None)
+            if future is not None and not future.done():
                 future.set_exception(error.located())
                 future.exception()  # a waiter may be gone before it looks

@@ -36,6 +36,7 @@ from lorax_async.core.moves import Read
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.errors import CapacityError, TransferError
+from lorax_async.io.devices import cpu
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.gated import POISON, GatedDevice
 from lorax_async.io.ports import FilePieces
@@ -221,20 +222,15 @@ def test_the_rank_is_written_last(new_device: Made) -> None:
 
 
 class OldKernel(mmap.mmap):
-    """Knows neither huge pages nor populating."""
-
-    error = errno.EINVAL
+    """Does not know huge pages."""
 
     def madvise(self, *advice: int) -> None:
-        raise OSError(self.error, os.strerror(self.error))
-
-
-class FullMachine(OldKernel):
-    error = errno.ENOMEM
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
 
 def test_an_older_kernel_will_do(new_device: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "mmap", OldKernel)
+    monkeypatch.setattr(cpu, "_madvise", lambda *_: errno.EINVAL)
     device, made = new_device(), group(1, [0])
     device.open()
     move(device, made, extent(0), 0)
@@ -244,7 +240,7 @@ def test_an_older_kernel_will_do(new_device: Made, monkeypatch: pytest.MonkeyPat
 def test_pages_that_cannot_be_had(new_device: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     device, made = new_device(), group(1, [0])
     with monkeypatch.context() as patch:
-        patch.setattr(mmap, "mmap", FullMachine)
+        patch.setattr(cpu, "_madvise", lambda *_: errno.ENOMEM)
         with pytest.raises(CapacityError, match="lower device_bytes"):
             device.open()
     device.open()  # there is memory now

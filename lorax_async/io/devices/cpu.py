@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -18,6 +20,7 @@ from lorax_async.errors import CapacityError, UsageError
 from lorax_async.io.ports import CopyTicket, FilePieces
 from lorax_async.io.staging import TORCH_DTYPES
 
+_CLAIMED_AT_ONCE = 32 << 20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, not named by Python's mmap
 _MAX_BUFFERS = 1024  # IOV_MAX
 _DONE: CopyTicket = Future()
@@ -78,12 +81,7 @@ class CpuDevice:
         memory = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # a wish, which a kernel without huge pages refuses
             memory.madvise(mmap.MADV_HUGEPAGE)
-        try:
-            memory.madvise(_POPULATE_WRITE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            torch.frombuffer(memory, dtype=torch.uint8).zero_()  # an older kernel: touch them
+        _claim_pages(torch.frombuffer(memory, dtype=torch.uint8))
         return memory
 
     def _make_tables(self) -> None:
@@ -163,6 +161,24 @@ class CpuDevice:
         self._views = []
         self._memory = memoryview(b"")
         self._arena = torch.empty(0, dtype=torch.uint8)
+
+
+def _claim_pages(memory: torch.Tensor) -> None:
+    """Fault all pages of `memory` in, in pieces: others may map and fault in between."""
+    for start in range(0, memory.nbytes, _CLAIMED_AT_ONCE):
+        piece = memory[start : start + _CLAIMED_AT_ONCE]
+        code = _madvise(piece.data_ptr(), piece.nbytes, _POPULATE_WRITE)
+        if code == errno.EINVAL:
+            piece.zero_()  # an older kernel: touch them
+        elif code:
+            raise OSError(code, os.strerror(code))
+
+
+def _madvise(address: int, size: int, advice: int) -> int:
+    """As madvise(2), returning errno. Python's own would hold the GIL throughout."""
+    call = ctypes.CDLL(None, use_errno=True).madvise
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return ctypes.get_errno() if call(address, size, advice) else 0
 
 
 def _table(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[torch.Tensor, memoryview]:
