@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from common import LOOPS, Run, open_files, our_threads
+from common import LOOPS, Run, mapped_files, open_files, our_threads
 
 
 @pytest.fixture(params=LOOPS)
@@ -27,3 +27,4 @@ def nothing_left() -> Iterator[None]:
     gc.collect()
     assert open_files() <= files
     assert not our_threads()
+    assert not mapped_files()

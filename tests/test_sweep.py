@@ -173,7 +173,7 @@ def test_cancelled_at_every_await_of_a_load(run: Run, tmp_path: Path, verb: str)
             assert steps >= 2, "resolve and the device are waited for"
             for step in range(1, steps + 1):
                 await bench.forget()
-                await cancel_at(work(), step)  # type: ignore[arg-type]
+                assert await cancel_at(work(), step)  # type: ignore[arg-type]
                 await bench.assert_clean()
                 assert open_files() <= files
                 await bench.assert_works(bench.adapter)
@@ -195,7 +195,7 @@ def test_cancelled_at_every_await_from_a_streaming_source(
                 if step == 1:
                     steps = await count_steps(_released(work()))
                     source.put("a", *tiny.files(tmp_path / "a"))
-                await cancel_at(work(), step)
+                assert await cancel_at(work(), step)
                 await bench.assert_clean()
                 assert source.counts.open_readers == 0
                 await bench.assert_works(tmp_path / "a")
