@@ -7,7 +7,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Protocol
 
-from lorax_async.errors import UsageError
+from lorax_async.errors import InvalidAdapterIdError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,15 @@ class AdapterRef:
     source: str | None = None
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        given: object = self.id
+        if not isinstance(given, str | Path):
+            kind = type(given).__name__
+            raise InvalidAdapterIdError(f"an adapter id is a str or a pathlib.Path, not {kind}")
+        for name in ("source", "revision", "token"):
+            if not isinstance(getattr(self, name), str | None):
+                raise UsageError(f"{name} of an adapter is a str or None")
 
     @property
     def text(self) -> str:
@@ -44,10 +53,15 @@ class AdapterKey:
 
     location: str
     files: tuple[FileIdentity, ...]
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Kept, for keys are looked up several times per copy; over all, for versions of one
+        # location lie in the same dictionaries.
+        object.__setattr__(self, "_hash", hash((self.location, self.files)))
 
     def __hash__(self) -> int:
-        # A string remembers its hash, and keys are looked up several times per copy.
-        return hash(self.location)
+        return self._hash
 
     def __str__(self) -> str:
         return self.location
@@ -68,10 +82,7 @@ def as_ref(
         if source is not None or revision is not None or token is not None:
             raise UsageError("an AdapterRef or a key says source, revision and token itself")
         return adapter_id
-    if not isinstance(adapter_id, str | Path):
-        kind = type(adapter_id).__name__
-        raise UsageError(f"an adapter id is a str or a pathlib.Path, not {kind}")
-    return AdapterRef(adapter_id, source, revision, token)
+    return AdapterRef(adapter_id, source, revision, token)  # type: ignore[arg-type]  # it checks
 
 
 class Matcher(Protocol):

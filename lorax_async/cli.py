@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import json
 import os
 import sys
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Raises SystemExit for --help and wrong usage."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace, Screen], int] = arguments.command
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know every sign
     screen = Screen(sys.stdout, sys.stderr)
     try:
         if not arguments.json or sys.stderr.isatty():
@@ -56,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has had enough; nothing may be flushed into the pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        screen.complain(str(error))
         return FAILED
 
 

@@ -15,6 +15,8 @@ MAX_SECONDS = 1e9
 MAX_SLOTS = 65_536
 """A slot is a column of the device's tables, with 24 bytes for every module of the base."""
 
+MAX_THREADS = 256
+
 KiB = 1 << 10
 MiB = 1 << 20
 GiB = 1 << 30
@@ -92,8 +94,9 @@ class LoaderConfig:
             raise ConfigError(f"device {self.device!r} is not available; use device='cpu'")
         for name in ("device_bytes", "staging_bytes", "max_slots", "io_threads"):
             _require_positive(name, getattr(self, name))
-        if self.max_slots > MAX_SLOTS:
-            raise ConfigError(f"max_slots must be {MAX_SLOTS:,} at most, not {self.max_slots:,}")
+        for name, most in (("max_slots", MAX_SLOTS), ("io_threads", MAX_THREADS)):
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} must be {most:,} at most, not {getattr(self, name):,}")
         for name in ("timeout", "starvation_age"):
             _require_seconds(name, getattr(self, name))
         if not isinstance(self.check_finite, bool):

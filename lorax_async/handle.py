@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self, SupportsIndex
 
 import torch
 
@@ -174,6 +174,9 @@ class AdapterHandle:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise UsageError("a handle is one lease and cannot be copied; load the adapter again")
 
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)

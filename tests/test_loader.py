@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from common import Run, until
+from common import Run, our_threads, until
 from lorax_async import (
     AccessDeniedError,
     AdapterFormatError,
@@ -170,11 +172,11 @@ def test_who_streams_gets_layers_in_order_who_loads_the_files(
         layout = tiny.layout(layers=12)
         device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=1)
         offsets: list[int] = []
-        copy = device.copy
+        plain_copy = device.copy
 
         def noting(pieces: FilePieces, *rest: Any) -> Any:
             offsets.append(pieces.reads[0].file_offset)
-            return copy(pieces, *rest)
+            return plain_copy(pieces, *rest)
 
         device.copy = noting  # type: ignore[assignment, method-assign]
         config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
@@ -446,6 +448,44 @@ def test_a_released_handle_shows_nothing(run: Run, tmp_path: Path) -> None:
                 await handle.layer_ready(0)
             with pytest.raises(HandleClosedError), handle.use():
                 pass
+
+    run(body())
+
+
+def test_a_handle_cannot_be_copied(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        async with loader() as there, await there.load(folder) as handle:
+            for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(UsageError, match="cannot be copied"):
+                    copied(handle)
+            assert not handle.released
+
+    run(body())
+
+
+def test_threads_that_cannot_be_had(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third thread is refused; those before it end, and the loader may be entered later."""
+    start = threading.Thread.start
+    seen: list[str] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name.startswith("lorax-io"):
+            seen.append(thread.name)
+            if len(seen) == 3:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def body() -> None:
+        there = loader(io_threads=4)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", limited)
+            with pytest.raises(CapacityError, match="lower io_threads"):
+                await there.__aenter__()
+        assert not our_threads()
 
     run(body())
 

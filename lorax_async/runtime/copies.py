@@ -10,7 +10,7 @@ from threading import Lock, Thread
 from time import perf_counter
 
 from lorax_async.core.life import Copy
-from lorax_async.errors import InternalError, LoraxError
+from lorax_async.errors import CapacityError, InternalError, LoraxError
 from lorax_async.io.inbox import Inbox
 from lorax_async.io.transfer import GroupCopy, Transfer
 from lorax_async.runtime.files import Files
@@ -57,8 +57,7 @@ class Copies:
         self._threads = [
             Thread(target=self._serve, name=f"lorax-io-{n}", daemon=True) for n in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        self._start(self._threads)
         self._inbox: Inbox[CopyOutcome] = Inbox(asyncio.get_running_loop(), copied)
         self._low_water = low_water
         self._in_threads = 0
@@ -82,6 +81,16 @@ class Copies:
     def hear(self) -> None:
         """Handle the outcomes that have not woken the loop."""
         self._inbox.take()
+
+    def _start(self, threads: list[Thread]) -> None:
+        for started, thread in enumerate(threads):
+            try:
+                thread.start()
+            except RuntimeError as error:  # the process may have no more threads
+                del threads[started:]
+                self.stop()
+                self.join()
+                raise CapacityError(f"no {len(threads) + 1}th thread; lower io_threads") from error
 
     def start(self, command: Copy) -> None:
         tenancy = self._tenants.tenancy(command.key)

@@ -6,13 +6,14 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.residency import Residency
-from lorax_async.errors import LoaderClosedError
+from lorax_async.errors import CapacityError, LoaderClosedError
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.sources.local import LocalSource
@@ -63,15 +64,22 @@ class Machinery:
         """Claim the device's memory; on an error or a cancellation no thread is left."""
         try:
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._metadata, self._device.open)
-            self._assemble()
+            staging = await loop.run_in_executor(self._metadata, self._claim_memory)
+            self._assemble(staging)
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(self._in_thread(self._give_up)))
             raise
 
-    def _assemble(self) -> None:
+    def _claim_memory(self) -> StagingRing:
+        self._device.open()
+        nbytes = self._config.staging_bytes
+        try:
+            return StagingRing(nbytes, min(MOVE_BYTES, nbytes))
+        except (OSError, MemoryError) as error:
+            raise CapacityError(f"no memory for {nbytes:,} bytes of staging ({error})") from error
+
+    def _assemble(self, staging: StagingRing) -> None:
         config = self._config
-        staging = StagingRing(config.staging_bytes, min(MOVE_BYTES, config.staging_bytes))
         residency = Residency(
             device_bytes=config.device_bytes,
             alignment=self._device.alignment,
@@ -126,7 +134,8 @@ class Machinery:
                 work()
             except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
                 problem = error
-            loop.call_soon_threadsafe(tell, problem)
+            with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+                loop.call_soon_threadsafe(tell, problem)
 
         thread = threading.Thread(target=body, name="lorax-stop", daemon=True)
         thread.start()

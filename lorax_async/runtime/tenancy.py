@@ -102,8 +102,8 @@ class Tenancy:
 
     def _needed(self, layer: int) -> int:
         """The watermark at which `layer` is ready; a layer without tensors is ready at once."""
-        if not -1 <= layer <= self._num_layers:
-            raise UsageError(f"layer {layer} is outside -1 … {self._num_layers}")
+        if not isinstance(layer, int) or not -1 <= layer <= self._num_layers:
+            raise UsageError(f"layer {layer!r} is outside -1 … {self._num_layers}")
         place = bisect_left(self.layers, layer)
         present = place < len(self.layers) and self.layers[place] == layer
         return place + 1 if present else 0

@@ -121,10 +121,16 @@ def test_a_folder_has_no_revision(world: LocalWorld, id: str | Path) -> None:
     "id",
     ["", "./a\0b", "./a\nb", "./a\x7fb", "./\x85", "./\ud800", "/" + "a" * 4096, Path("a\0b")]
     + ["file:", "file:one", "file://host/a", "file:///a%00b", "file:///a%0ab", "file:///%ff"]
-    + ["file:///a?b", "file:///a#b", "file:///a%zz", b"/a", 7, None],
+    + ["file:///a?b", "file:///a#b", "file:///a%zz"],
 )
 def test_what_is_no_id_is_refused(world: LocalWorld, id: Any) -> None:
     assert type(refusal(world, AdapterRef(id))) is errors.InvalidAdapterIdError
+
+
+@pytest.mark.parametrize("id", [b"/a", 7, None, ["a"]])
+def test_what_is_neither_text_nor_path_is_no_ref(id: Any) -> None:
+    with pytest.raises(errors.InvalidAdapterIdError):
+        AdapterRef(id)
 
 
 def test_outside_of_the_roots_nothing_is_told(world: LocalWorld) -> None:

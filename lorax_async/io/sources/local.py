@@ -22,7 +22,7 @@ import aiofiles
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import Limits
 from lorax_async.core.header import HeaderLimits, header_size
-from lorax_async.errors import FetchError
+from lorax_async.errors import FetchError, UsageError
 from lorax_async.io.ports import AdapterFile, Cancel, Reader
 from lorax_async.io.sources.checked_open import (
     FileReader,
@@ -73,6 +73,8 @@ class LocalSource:
         )
 
     async def open(self, key: AdapterKey) -> AdapterFile:
+        if len(key.files) != 2:
+            raise UsageError("this is no key of a local adapter")
         opening = self._threads.submit(_open_weights, key, self._limits)
         try:
             config = await self._read_config(key)
