@@ -51,6 +51,7 @@ class Files:
         self._journal = journal
         self._cancels: dict[AdapterKey, Cancel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._planning = asyncio.Lock()
 
     def start_fetch(self, key: AdapterKey, attempt: int) -> None:
         self._cancels[key] = Cancel()
@@ -121,13 +122,18 @@ class Files:
         return file
 
     async def _plan(self, file: AdapterFile) -> TransferPlan:
-        started = perf_counter()
         if self._planner.is_long(file):
-            loop = asyncio.get_running_loop()
+            loop, started = asyncio.get_running_loop(), perf_counter()
             plan = await loop.run_in_executor(self._threads, self._planner.plan, file)
-        else:
+            self._journal.spent("verify", perf_counter() - started)
+            return plan
+        # One in each turn of the loop: many adapters that were opened at the same time would
+        # otherwise be planned in the same turn, and nobody else would have theirs.
+        async with self._planning:
+            started = perf_counter()
             plan = self._planner.plan(file)
-        self._journal.spent("verify", perf_counter() - started)
+            self._journal.spent("verify", perf_counter() - started)
+            await asyncio.sleep(0)
         return plan
 
     async def _bring(
