@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from core.lifecycle_world import Setting, Violation, explore
+from core.lifecycle_explorer import explore
+from core.lifecycle_world import Setting, Violation
 from lorax_async.core.decisions import Decisions
 from lorax_async.core.life import Fetch, Life
 from lorax_async.core.lifecycle import Lifecycle

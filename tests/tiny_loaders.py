@@ -1,0 +1,25 @@
+"""Loaders on tiny adapters, for tests."""
+
+from __future__ import annotations
+
+import tiny
+from lorax_async import (
+    AdapterLoader,
+    LoaderConfig,
+)
+from lorax_async.io.devices.gated import GatedDevice
+
+ONE = 4 * 2 * 1536
+"""Device bytes of one tiny F32 adapter of rank 4: 4 layers of A [4, 32] and B [64, 4], twice."""
+
+
+def loader(**settings: object) -> AdapterLoader:
+    plain: dict[str, object] = {"device_bytes": 1 << 20, "max_slots": 4, "io_threads": 2}
+    return AdapterLoader(tiny.layout(), LoaderConfig(**(plain | settings)))  # type: ignore[arg-type]
+
+
+def gated(device_bytes: int = 1 << 20, slots: int = 4) -> tuple[AdapterLoader, GatedDevice]:
+    layout = tiny.layout()
+    device = GatedDevice(layout, dtype="F32", nbytes=device_bytes, slots=slots)
+    config = LoaderConfig(device_bytes=device_bytes, max_slots=slots, io_threads=2)
+    return AdapterLoader(layout, config, device=device), device
