@@ -52,6 +52,10 @@ def test_the_device_holds_the_files_bytes(
             assert handle.rank == 3
             assert handle.layers == (0, 1, 2, 3)
             assert handle.resident
+            moved = there.statistics().nbytes
+            assert moved["copy"] == handle.nbytes
+            same = stored is module.a.dtype
+            assert moved.get("stage", 0) == (0 if same else 8 * 3 * 96 * stored.itemsize)
 
     run(body())
 

@@ -173,21 +173,41 @@ def test_a_file_that_changes_under_the_copy(run: Run, tmp_path: Path) -> None:
     run(body())
 
 
-def test_a_bug_in_planning_fails_the_adapter_alone(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+STEPS = {
+    "verify, config": "lorax_async.runtime.planning.parse_config",
+    "verify, header": "lorax_async.runtime.planning.parse_header",
+    "verify, plan": "lorax_async.runtime.planning.plan_transfer",
+    "stage": "lorax_async.io.staging.StagingRing.convert",
+    "copy": "lorax_async.io.devices.cpu.CpuDevice.copy",
+}
+
+
+@pytest.mark.parametrize(
+    "error", [*ORDERED, MemoryError("none left")], ids=lambda e: type(e).__name__
+)
+@pytest.mark.parametrize("step", STEPS)
+def test_every_error_of_every_later_step(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
 ) -> None:
+    """A typed error stays what it is; a foreign one is a fault of ours, and says which."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error.located() if isinstance(error, LoraxError) else error
+
     async def body() -> None:
-        async with local_bench(tmp_path) as bench:
-            with monkeypatch.context() as patch:
-                patch.setattr(
-                    "lorax_async.runtime.planning.parse_header",
-                    lambda *_: dict[str, None]()["a bug of ours"],
-                )
-                with pytest.raises(InternalError, match="KeyError") as caught:
-                    await bench.load()
-                assert caught.value.key is not None
+        for verb in ("load", "stream"):
+            async with local_bench(tmp_path) as bench:
+                with monkeypatch.context() as patch:
+                    patch.setattr(STEPS[step], fail)
+                    with pytest.raises(LoraxError) as caught:
+                        await getattr(bench, verb)()
+                typed = isinstance(error, LoraxError)
+                assert isinstance(caught.value, type(error) if typed else InternalError)
+                assert typed or caught.value.__cause__ is error
+                assert caught.value.id == str(bench.adapter)
                 await bench.assert_clean()
-            await bench.assert_works(bench.adapter)
+                await bench.forget()
+                await bench.assert_works(bench.adapter)
 
     run(body())
 

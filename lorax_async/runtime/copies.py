@@ -20,10 +20,14 @@ from lorax_async.runtime.tenants import Tenants
 
 @dataclass(frozen=True, slots=True)
 class CopyOutcome:
-    """What an I/O thread says about one copy: `nbytes` on the device, or why not."""
+    """What an I/O thread says about one copy: `nbytes` on the device, or why not.
+
+    `staged_nbytes` of the file had to be cast or padded.
+    """
 
     command: Copy
     nbytes: int
+    staged_nbytes: int
     error: LoraxError | None
     staging_seconds: float
     copy_seconds: float
@@ -118,7 +122,10 @@ class Copies:
             error = InternalError(f"a copy to the device failed: {problem!r}", stage="copy")
             error.__cause__ = problem
         copy_seconds = perf_counter() - started - staging_seconds
-        outcome = CopyOutcome(command, copy.group.nbytes, error, staging_seconds, copy_seconds)
+        staged = 0 if error else sum(move.nbytes for move in copy.group.converts)
+        outcome = CopyOutcome(
+            command, copy.group.nbytes, staged, error, staging_seconds, copy_seconds
+        )
         # Left before it is counted: whoever counts the last one wakes the loop for all.
         self._inbox.leave(outcome)
         if self._is_urgent(tenancy) or error is not None:

@@ -194,8 +194,8 @@ class Driver:
 
     def _copied(self, outcome: CopyOutcome) -> None:
         key = outcome.command.key
-        self.journal.spent("stage", outcome.staging_seconds)
-        self.journal.spent("copy", outcome.copy_seconds)
+        self.journal.spent("stage", outcome.staging_seconds, outcome.staged_nbytes)
+        self.journal.spent("copy", outcome.copy_seconds, outcome.nbytes if not outcome.error else 0)
         if outcome.error is None:
             self.journal.count("bytes_moved", outcome.nbytes)
             if self.journal.has_subscribers:

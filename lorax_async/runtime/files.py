@@ -118,7 +118,8 @@ class Files:
     async def _open(self, key: AdapterKey) -> AdapterFile:
         started = perf_counter()
         file = await self._source.open(key)
-        self._journal.spent("fetch", perf_counter() - started)
+        nbytes = len(file.config) + len(file.prefix)
+        self._journal.spent("fetch", perf_counter() - started, nbytes)
         return file
 
     async def _plan(self, file: AdapterFile) -> TransferPlan:

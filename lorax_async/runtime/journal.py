@@ -24,7 +24,8 @@ class Statistics:
     """Totals since the loader was opened.
 
     `seconds` are summed over adapters that were in a stage at the same time, so that they can
-    exceed the time that passed. `bytes_moved` are bytes on the device.
+    exceed the time that passed. `nbytes` are those of configs and headers ("fetch"), of the file
+    where it was cast or padded ("stage"), and on the device ("copy"), which `bytes_moved` are too.
     """
 
     fetches: int = 0
@@ -33,6 +34,7 @@ class Statistics:
     departures: int = 0
     bytes_moved: int = 0
     seconds: Mapping[Stage, float] = field(default_factory=dict)
+    nbytes: Mapping[Stage, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Journal:
             ("fetches", "loads", "failures", "departures", "bytes_moved"), 0
         )
         self._seconds: dict[Stage, float] = {}
+        self._nbytes: dict[Stage, int] = {}
         self._checked: dict[AdapterKey, float] = {}
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
@@ -94,8 +97,14 @@ class Journal:
         """It has the slot that was wanted since then: what lies between was spent in the queue."""
         self.spent("queue", max(0.0, time - max(since, self._checked.pop(key, since))))
 
-    def spent(self, stage: Stage, seconds: float) -> None:
+    def spent(self, stage: Stage, seconds: float, nbytes: int = 0) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+        if nbytes:
+            self._nbytes[stage] = self._nbytes.get(stage, 0) + nbytes
 
     def statistics(self) -> Statistics:
-        return Statistics(**self._counts, seconds=MappingProxyType(dict(self._seconds)))
+        return Statistics(
+            **self._counts,
+            seconds=MappingProxyType(dict(self._seconds)),
+            nbytes=MappingProxyType(dict(self._nbytes)),
+        )
