@@ -12,22 +12,9 @@ from pathlib import Path
 import torch
 
 import peers
+from bench_options import Options, options, print_environment, write_json
 from floors import Arena, Threads
-from harness import (
-    Contender,
-    Loop,
-    Measured,
-    Options,
-    Row,
-    Target,
-    draw,
-    measure,
-    options,
-    print_environment,
-    print_row,
-    run_on,
-    write_json,
-)
+from harness import Contender, Loop, Measured, Row, Target, draw, measure, print_row, run_on
 from load_stage import Ours, Stage, require_equal
 from lorax_async import AdapterLoader, LoaderConfig, layouts
 from work_files import write_adapter

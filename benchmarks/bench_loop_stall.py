@@ -18,17 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 import peers
+from bench_options import Options, options, print_environment, write_json
 from floors import Arena, Threads
-from harness import (
-    SEED,
-    Loop,
-    Options,
-    options,
-    print_environment,
-    print_table,
-    run_on,
-    write_json,
-)
+from harness import SEED, Loop, print_table, run_on
 from load_stage import check_handle, require_equal
 from lorax_async import AdapterLoader, LoaderConfig, layouts
 from work_files import AdapterFolder, write_adapter

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import local
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ LAYER_GROUP = 2_621_440
 DIRECT_PIECE = 4 << 20
 _BLOCK = 4096  # what O_DIRECT wants offsets, sizes and addresses aligned to, on every disk
 
+T = TypeVar("T")
 Piece = tuple[int, int]
 """Start and stop in the weights of the file, in bytes."""
 
@@ -68,6 +70,22 @@ class Threads:
 
             self._share(work, _pieces(folder.nbytes, LAYER_GROUP))
 
+    def read_many(self, folders: Sequence[AdapterFolder], arena: Arena) -> None:
+        """As `read`, of several files without a stop between them, one behind the other."""
+        with ExitStack() as files:
+            work, at = [], 0
+            for folder in folders:
+                file = files.enter_context(_opened(folder, os.O_RDONLY))
+                pieces = _pieces(folder.nbytes, LAYER_GROUP)
+                work += [(file, folder.data_start, at, piece) for piece in pieces]
+                at += folder.nbytes
+
+            def read(one: tuple[int, int, int, Piece]) -> None:
+                file, data_start, at, (start, stop) = one
+                _read(file, arena.bytes[at + start : at + stop], data_start + start)
+
+            self._share(read, work)
+
     def read_and_cast(self, folder: AdapterFolder, arena: Arena, dtype: torch.dtype) -> None:
         """preadv into a small buffer per thread, `copy_` from there: a cast on the way."""
         source = next(iter(folder.tensors.values())).dtype
@@ -107,12 +125,12 @@ class Threads:
             buffer = self._own.buffer = Arena(nbytes)
         return buffer
 
-    def _share(self, work: Callable[[Piece], None], pieces: list[Piece]) -> None:
+    def _share(self, work: Callable[[T], None], pieces: Iterable[T]) -> None:
         """Every thread takes the next piece until none is left."""
-        left = iter(pieces)
+        left = iter(tuple(pieces))
 
         def drain() -> None:
-            for piece in left:  # a list's iterator is safe to share under the GIL
+            for piece in left:  # a tuple's iterator is safe to share under the GIL
                 work(piece)
 
         for done in [self._pool.submit(drain) for _ in range(self.count)]:

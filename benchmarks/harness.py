@@ -1,28 +1,21 @@
-"""Interleaved measurement against a floor: rounds, medians, verdicts, JSON lines, a picture.
+"""Interleaved measurement against a floor: rounds, medians, verdicts, a picture.
 
 A timing never fails a run; a wrong byte does.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
-import json
-import os
-import platform
 import random
 import statistics
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Literal, TypeVar
 
-import torch
 import uvloop
 
 T = TypeVar("T")
@@ -33,7 +26,6 @@ FAULT_BELOW = 0.97
 """Nobody beats the floor: a lower ratio says that the floor or the timer is wrong."""
 
 SEED = 11
-RESULTS = Path(__file__).parent / "results"
 
 
 class WrongBytesError(AssertionError):
@@ -82,9 +74,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question: the contenders, of which exactly one is the floor, and the design's answer."""
+    """One question: the contenders, of which exactly one is the floor, and the design's answer.
 
-    target: Target
+    Without a target there is no verdict.
+    """
+
+    target: Target | None
     contenders: Sequence[Contender]
     new_round: Callable[[int], None] = lambda _: None
 
@@ -99,7 +94,7 @@ class Measured:
     role: Role
     samples: tuple[float, ...]
     floor: tuple[float, ...]
-    target: Target
+    target: Target | None
 
     @property
     def median(self) -> float:
@@ -121,7 +116,8 @@ class Measured:
     def verdict(self) -> str:
         if self.role != "floor" and self.ratio < FAULT_BELOW:
             return f"FAULT OF THE BENCH: below {FAULT_BELOW} of the floor"
-        return self.target.verdict(self.ratio, self.over_ms) if self.role == "ours" else ""
+        ours = self.target if self.role == "ours" else None
+        return ours.verdict(self.ratio, self.over_ms) if ours else ""
 
     def line(self) -> dict[str, object]:
         """As one JSON line."""
@@ -136,7 +132,7 @@ class Measured:
             "ratio": self.ratio,
             "ratio_of_minima": self.ratio_of_minima,
             "over_floor_ms": self.over_ms,
-            "target": str(self.target) if self.role == "ours" else None,
+            "target": str(self.target or "") if self.role == "ours" else None,
             "verdict": self.verdict or None,
             "samples_ms": list(self.samples),
         }
@@ -188,7 +184,7 @@ def print_row(title: str, results: Iterable[Measured]) -> None:
             *(f"{t:.2f}" for t in (result.median, min(result.samples), max(result.samples))),
             f"{result.ratio:.2f}",
             f"{result.ratio_of_minima:.2f}",
-            str(result.target) if result.role == "ours" else "",
+            str(result.target or "") if result.role == "ours" else "",
             result.verdict,
         )
         for result in results
@@ -202,72 +198,6 @@ def print_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[st
     for line in (headings, ["-" * width for width in widths], *lines):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     sys.stdout.flush()
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line says."""
-
-    rounds: int
-    quick: bool
-    io_threads: int
-    torch_threads: int
-    work: Path
-    json: Path
-    plot: Path | None
-    only: tuple[str, ...]
-    environment: dict[str, object] = field(default_factory=dict)
-
-
-def options(name: str, about: str, *, rounds: int, rows: Sequence[str]) -> Options:
-    """Parse the command line and pin this process's threads."""
-    parser = argparse.ArgumentParser(name, description=about)
-    cores = len(os.sched_getaffinity(0))
-    add = parser.add_argument
-    add("--rounds", type=int, default=0, help=f"rounds per row (default {rounds}; quick 5)")
-    add("--quick", action="store_true", help="few rounds, to see that everything runs")
-    add("--io-threads", type=int, default=min(4, cores), help="of the loader and of the floors")
-    add("--torch-threads", type=int, default=1, help="torch.set_num_threads of this process")
-    add("--work", type=Path, default=RESULTS, help="folder on a local disk for the work files")
-    add("--json", type=Path, default=RESULTS / f"{name}.jsonl", help="JSON lines (appended)")
-    add("--plot", type=Path, default=None, help="draw a picture into this file")
-    add("--row", action="append", choices=rows, default=[], help="only this row (repeatable)")
-    given = parser.parse_args()
-    torch.set_num_threads(given.torch_threads)
-    return Options(
-        rounds=given.rounds or (5 if given.quick else rounds),
-        quick=given.quick,
-        io_threads=given.io_threads,
-        torch_threads=given.torch_threads,
-        work=given.work,
-        json=given.json,
-        plot=given.plot,
-        only=tuple(given.row) or tuple(rows),
-        environment={
-            "bench": name,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "cores": cores,
-            "io_threads": given.io_threads,
-            "torch_threads": torch.get_num_threads(),
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "uvloop": version("uvloop"),
-            "load_average": os.getloadavg()[0],
-        },
-    )
-
-
-def print_environment(options: Options) -> None:
-    print(", ".join(f"{name} {value}" for name, value in options.environment.items()))
-
-
-def write_json(options: Options, lines: Iterable[dict[str, object]]) -> None:
-    """Append one JSON line per result, each with the environment it was measured in."""
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    with options.json.open("a") as file:
-        for line in lines:
-            print(json.dumps({**line, "environment": options.environment}), file=file)
 
 
 def draw(path: Path, results: Sequence[Measured]) -> None:
@@ -289,6 +219,8 @@ def draw(path: Path, results: Sequence[Measured]) -> None:
             xerr=[below, above],
             color=[colours[result.role] for result in shown],
         )
-        panel.axvline(statistics.median(shown[0].floor) * shown[0].target.ratio, color="tab:red")
+        if shown[0].target is not None:
+            wanted = statistics.median(shown[0].floor) * shown[0].target.ratio
+            panel.axvline(wanted, color="tab:red")
         panel.set_title(f"{row}: ms, lower is better; red: the target", fontsize="medium")
     figure.savefig(path)

@@ -43,11 +43,11 @@ _PAGE = mmap.PAGESIZE
 _PAGE_CACHED = 1  # lowest bit of each byte that mincore(2) writes
 
 
-def module_paths() -> Iterator[tuple[str, int, int]]:
-    """Every targeted module: its path in the base model, in and out features."""
+def module_paths(divisor: int = 1) -> Iterator[tuple[str, int, int]]:
+    """Every targeted module: its path in the base model, in and out features (÷ `divisor`)."""
     for layer in range(LAYERS):
         for name, (in_features, out_features) in TARGETS.items():
-            yield f"model.layers.{layer}.{name}", in_features, out_features
+            yield f"model.layers.{layer}.{name}", in_features // divisor, out_features // divisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +100,15 @@ class AdapterFolder:
 
 
 def write_adapter(
-    path: Path, *, rank: int, dtype: torch.dtype, seed: int, mark: int = 0
+    path: Path, *, rank: int, dtype: torch.dtype, seed: int, mark: int = 0, divisor: int = 1
 ) -> AdapterFolder:
     """Write an adapter with random weights: `rank` 16 in bf16 is 84 MB in 448 tensors.
 
-    Two with the same `mark` have the same header.
+    Two with the same `mark` have the same header. A `divisor` makes the base so much narrower.
     """
     random = torch.Generator().manual_seed(seed)
     tensors = {}
-    for module, in_features, out_features in module_paths():
+    for module, in_features, out_features in module_paths(divisor):
         name = f"{PEFT_PREFIX}{module}"
         for part, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
             values = torch.randn(shape, generator=random)

@@ -9,7 +9,7 @@ import logging
 
 from lorax_async import layouts
 from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.config import Limits, LoaderConfig
+from lorax_async.config import Limits, LoaderConfig, LocalRoot
 from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import (
     AccessDeniedError,
@@ -46,7 +46,9 @@ from lorax_async.events import (
 )
 from lorax_async.handle import AdapterHandle, ModuleWeights
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.journal import AdapterResidency, Statistics
+from lorax_async.runtime.journal import Statistics
+from lorax_async.runtime.prefetch import Prefetch
+from lorax_async.runtime.whereabouts import AdapterResidency
 
 __all__ = [
     "AccessDeniedError",
@@ -78,9 +80,11 @@ __all__ = [
     "Limits",
     "LoaderClosedError",
     "LoaderConfig",
+    "LocalRoot",
     "LoraxError",
     "ModelLayout",
     "ModuleWeights",
+    "Prefetch",
     "Resident",
     "SlotGranted",
     "SlotId",

@@ -185,6 +185,9 @@ class InvalidAdapterIdError(UsageError):
 class AdapterInUseError(UsageError):
     """Leases are still out."""
 
+    retryable_by_default = True
+    default_stage = "ready"
+
 
 class LoaderClosedError(UsageError):
     """The loader is closed, or closing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -51,10 +51,17 @@ class AdapterHandle:
     """
 
     def __init__(
-        self, id: str, lease: Lease, device: Device, layout: ModelLayout, timeout: float
+        self,
+        id: str,
+        lease: Lease,
+        device: Device,
+        layout: ModelLayout,
+        timeout: float,
+        share: Callable[[Lease], Lease],
     ) -> None:
         self.id = id
         self._lease = lease
+        self._share = share
         lease.id = id
         self._device = device
         self._layout = layout
@@ -148,17 +155,54 @@ class AdapterHandle:
         problem = f"layer {layer} did not arrive within {seconds:g} s"
         return AdapterTimeoutError(problem, id=self.id, key=self.key, stage="copy")
 
+    def queue_behind(self, layer: int, stream: object | None = None) -> bool:
+        """Let what is put on a stream from here on run after `layer`, and those before it, arrived.
+
+        Blocks nobody: the device itself waits. False if some copies have not been asked for yet;
+        then nothing was done, and `layer_ready` or `wait_layer` is the way. `stream` is one of the
+        device's library (on cuda a `torch.Stream`); None is the current one. In any thread.
+        """
+        self._lease.check()
+        tickets = self._lease.tenancy.tickets(layer)
+        if tickets is None:
+            return False
+        for ticket in tickets:
+            self._device.wait_for(ticket, stream)
+        return True
+
     @contextmanager
-    def use(self) -> Iterator[None]:
+    def use(self, stream: object | None = None) -> Iterator[None]:
         """Hold the slot's bytes for a computation, in any thread.
 
-        A handle that is released meanwhile, by anybody, gives its slot back only after the end.
+        A handle that is released meanwhile, by anybody, gives its slot back only after the end: on
+        a device that computes later, when what is on `stream` (None: the current one) has run.
         """
         self._lease.begin_use()
         try:
             yield
         finally:
+            self._end_use(stream)
+
+    def _end_use(self, stream: object | None) -> None:
+        try:
+            ticket = self._device.note_use(stream)
+        except BaseException:
             self._lease.end_use()
+            raise
+        ticket.add_done_callback(lambda _: self._lease.end_use())
+
+    def clone(self) -> Self:
+        """One more handle on the same adapter, to be released by itself. On the loader's loop.
+
+        Where this handle may be used the other one may be had, also while the adapter is leaving:
+        that takes until both are released.
+        """
+        self._lease.check()
+        if not self._lease.tenancy.on_its_loop:
+            raise UsageError("a handle is cloned on the event loop of its loader")
+        lease = self._share(self._lease)
+        lease.holder = current_task_name()
+        return type(self)(self.id, lease, self._device, self._layout, self._timeout, self._share)
 
     def release(self) -> None:
         """Give the lease back. Synchronous, idempotent, from any thread."""
@@ -176,7 +220,7 @@ class AdapterHandle:
         self.release()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise UsageError("a handle is one lease and cannot be copied; load the adapter again")
+        raise UsageError("a handle is one lease and cannot be copied; use clone()")
 
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
@@ -191,6 +235,12 @@ class AdapterHandle:
     def __repr__(self) -> str:
         state = "released" if self.released else "resident" if self.resident else "streaming"
         return f"<AdapterHandle {self.id!r} {state} slot {self.slot.index} rank {self.rank}>"
+
+
+def current_task_name() -> str:
+    """Of the running task; empty where there is none."""
+    task = asyncio.current_task()
+    return task.get_name() if task is not None else ""
 
 
 class _Modules(Mapping[str, ModuleWeights]):

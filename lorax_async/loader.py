@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import warnings
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from lorax_async.adapter import AdapterId, AdapterKey, AdapterRef, as_ref
+from lorax_async.adapter import AdapterId, AdapterKey, as_ref
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.transitions import SlotState
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import (
-    AdapterTimeoutError,
     ConfigError,
     LoaderClosedError,
     LoraxError,
     UsageError,
 )
 from lorax_async.events import Event
-from lorax_async.handle import AdapterHandle
-from lorax_async.io.inbox import running_loop
+from lorax_async.handle import AdapterHandle, current_task_name
 from lorax_async.io.ports import Device, Source
-from lorax_async.runtime.driver import Wish
-from lorax_async.runtime.journal import AdapterResidency, Statistics
+from lorax_async.runtime.acquiring import Ref, text_of
+from lorax_async.runtime.home import Home
+from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.machinery import Machinery
+from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.tenancy import Lease
+from lorax_async.runtime.whereabouts import AdapterResidency, TierName, residency_of
 
 
 class AdapterLoader:
@@ -68,22 +67,20 @@ class AdapterLoader:
         self.config = (config or LoaderConfig()).resolved(layout.dtype)
         self._source = source
         self._device = device
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = os.getpid()
+        self._home = Home()
         self._closing: asyncio.Task[None] | None = None
 
     # -- life -------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        if self._loop is not None:
-            raise UsageError("the loader was entered before; make a new one")
-        self._loop = asyncio.get_running_loop()
+        self._home.enter()
         self._machinery = Machinery(self.layout, self.config, self._source, self._device)
         try:
-            await self._machinery.open()
+            await self._machinery.open(self._check_open)
         except BaseException:
-            self._loop = None
+            self._home.leave()
             raise
+        self._driver, self._acquiring = self._machinery.driver, self._machinery.acquiring
         return self
 
     async def __aexit__(
@@ -99,17 +96,15 @@ class AdapterLoader:
 
         Idempotent; cancelling the caller does not stop it.
         """
-        self._check_loop()
-        assert self._loop is not None
+        loop = self._home.check()
         if self._closing is None:
             seconds = self.config.seconds(timeout)
-            self._closing = self._loop.create_task(
-                self._machinery.close(seconds), name="lorax close"
-            )
+            self._closing = loop.create_task(self._machinery.close(seconds), name="lorax close")
         await asyncio.shield(self._closing)
 
     def __del__(self) -> None:
-        if getattr(self, "_loop", None) is not None and self._closing is None:
+        home = getattr(self, "_home", None)
+        if home is not None and home.loop is not None and self._closing is None:
             warnings.warn(
                 "an AdapterLoader was never closed; use `async with`", ResourceWarning, stacklevel=2
             )
@@ -174,61 +169,95 @@ class AdapterLoader:
         """A lease if the adapter is resident now, else None. Touches no file and never waits."""
         self._check_open()
         ref = as_ref(adapter_id)
-        key = self._known_key(ref)
-        lease = self._machinery.driver.try_lease(key) if key is not None else None
-        return self._handle(_text(ref), lease) if lease is not None else None
+        key = self._acquiring.known(ref)
+        lease = self._driver.interest.try_lease(key) if key is not None else None
+        return self._handle(ref, lease) if lease is not None else None
 
     async def _acquire(
-        self, ref: AdapterRef | AdapterKey, tier: Tier, timeout: float | None, priority: int
+        self, ref: Ref, tier: Tier, timeout: float | None, priority: int
     ) -> AdapterHandle:
         self._check_open()
-        driver = self._machinery.driver
         seconds = self.config.seconds(timeout)
-        key = ref if isinstance(ref, AdapterKey) else None
-        wish: Wish | None = None
-        deadline = asyncio.timeout(seconds)
+        lease = await self._acquiring.lease(ref, tier, seconds, priority=priority)
+        return self._handle(ref, lease)
+
+    def _handle(self, ref: Ref, lease: Lease) -> AdapterHandle:
+        lease.holder = current_task_name()
+        share, timeout = self._driver.interest.share, self.config.timeout
+        return AdapterHandle(text_of(ref), lease, self._driver.device, self.layout, timeout, share)
+
+    # -- room -------------------------------------------------------------------------------------
+
+    def prefetch(
+        self,
+        ids: AdapterId | Iterable[AdapterId],
+        *,
+        tier: TierName = "device",
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Prefetch:
+        """Begin to bring adapters nearer, after everybody who waits for one; take no lease.
+
+        Parameters
+        ----------
+        ids
+            One, or several.
+        tier
+            How near: "disk" (the files are here and checked), "host" (in memory, held there within
+            `host_bytes` if they lie below an immutable `LocalRoot`), "device".
+        priority, timeout
+            As for `load`, among prefetches.
+        """
+        self._check_open()
+        wanted = _TIERS.get(tier)
+        if wanted is None:
+            raise UsageError(f"a tier is one of {', '.join(_TIERS)}, not {tier!r}")
+        seconds = self.config.seconds(timeout)
+        several = (ids,) if isinstance(ids, AdapterId) else ids
+        refs = [as_ref(id) for id in several]
+        return self._machinery.prefetch(refs, wanted, seconds, priority)
+
+    async def pin(
+        self, adapter_id: AdapterId, *, timeout: float | None = None, priority: int = 0
+    ) -> None:
+        """Load the adapter and keep it on the device until `unpin` or `unload`, leased or not.
+
+        A pin belongs to the id: pinning it again after it was re-saved moves the pin. Raises as
+        `load` does.
+        """
+        self._check_open()
+        ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
+        pinned = False
+        while not pinned:  # an unload may come between: it is waited for, and the load repeated
+            lease = await self._acquiring.lease(ref, Tier.DEVICE, seconds, priority=priority)
+            pinned = self._driver.interest.pin(ref, lease)
+            lease.end()
+
+    def unpin(self, adapter_id: AdapterId) -> bool:
+        """Let the adapter be evicted again. Whether this id had pinned it."""
+        self._check_open()
+        return self._driver.interest.unpin(as_ref(adapter_id))
+
+    async def unload(self, adapter_id: AdapterId, *, timeout: float | None = None) -> None:
+        """Take the adapter from device and host memory; its files stay. Ends its pins.
+
+        Waits for leases, `timeout` seconds at most (None: the config's). New loads of it wait
+        meanwhile. Without effect on an adapter that this loader does not know.
+
+        Raises
+        ------
+        AdapterInUseError
+            It is still leased; the error names the holders' tasks, and the adapter stays.
+        """
+        self._check_open()
+        ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
+        key = self._acquiring.known(ref)
+        if key is None:
+            return
         try:
-            async with deadline:
-                if isinstance(ref, AdapterRef):
-                    key = await self._machinery.resolver.resolve(ref)
-                    self._check_open()
-                assert key is not None
-                wish = driver.begin(key, tier, priority=priority)
-                lease = await driver.granted(wish)
-        except BaseException as error:
-            late = deadline.expired() and isinstance(error, TimeoutError)
-            problem = self._timed_out(ref, key, seconds) if late else error
-            if wish is not None:
-                driver.abandon(wish)
-            if isinstance(problem, LoraxError):
-                raise problem.located(id=_text(ref)) from problem.__cause__
-            raise
-        assert lease is not None
-        return self._handle(_text(ref), lease)
-
-    def _known_key(self, ref: AdapterRef | AdapterKey) -> AdapterKey | None:
-        return ref if isinstance(ref, AdapterKey) else self._machinery.resolver.known(ref)
-
-    def _timed_out(
-        self, ref: AdapterRef | AdapterKey, key: AdapterKey | None, seconds: float
-    ) -> AdapterTimeoutError:
-        """Where the adapter is now, before the wish for it is withdrawn."""
-        driver = self._machinery.driver
-        life = None if key is None else driver.lifecycle.lives.get(key)
-        return AdapterTimeoutError(
-            f"it was not ready within {seconds:g} s",
-            id=_text(ref),
-            key=key,
-            attempt=life.attempt if life is not None else 0,
-            stage="resolve" if key is None else driver.lifecycle.stage(key),
-            story=() if key is None else driver.journal.story(key),
-        )
-
-    def _handle(self, id: str, lease: Lease) -> AdapterHandle:
-        lease.holder = _task_name()
-        return AdapterHandle(
-            id, lease, self._machinery.driver.device, self.layout, self.config.timeout
-        )
+            await self._driver.interest.unload(key, seconds)
+        except LoraxError as error:
+            raise error.located(id=text_of(ref)) from None
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -236,61 +265,35 @@ class AdapterLoader:
     def device(self) -> Device:
         """The device, with the tables that kernels read."""
         self._check_open()
-        return self._machinery.driver.device
+        return self._driver.device
 
     def residency(self) -> Mapping[AdapterKey, AdapterResidency]:
-        """The adapters that hold a slot."""
+        """Where the adapters are that are anywhere, and what each takes."""
         self._check_open()
-        return {
-            key: AdapterResidency(
-                "leaving" if life.leaving else life.slot.value,
-                life.grant.slot,
-                sum(extent.nbytes for extent in life.grant.extents),
-                life.leases,
-            )
-            for key, life in self._machinery.driver.lifecycle.lives.items()
-            if life.slot is not SlotState.NONE and life.grant is not None
-        }
+        return residency_of(self._driver.lifecycle.lives, self._driver.files.holds)
 
     def statistics(self) -> Statistics:
         """Totals since the loader was opened."""
         self._check_open()
-        return self._machinery.driver.journal.statistics()
+        return self._driver.journal.statistics()
 
     def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
         """The last events of one adapter, oldest first."""
         self._check_open()
-        key = self._known_key(as_ref(adapter_id))
-        return () if key is None else self._machinery.driver.journal.story(key)
+        key = self._acquiring.known(as_ref(adapter_id))
+        return () if key is None else self._driver.journal.story(key)
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Call `callback` with every event, on the loop; returns what ends that."""
         self._check_open()
-        return self._machinery.driver.journal.subscribe(callback)
+        return self._driver.journal.subscribe(callback)
 
     # -- checks -----------------------------------------------------------------------------------
 
-    def _check_loop(self) -> None:
-        if self._loop is None:
-            raise UsageError("enter the loader first: `async with AdapterLoader(…) as loader`")
-        if os.getpid() != self._pid:
-            raise UsageError("the loader belongs to the process that made it; make one per process")
-        if running_loop() is not self._loop:
-            raise UsageError(
-                "the loader belongs to the event loop that entered it; "
-                "from a thread use asyncio.run_coroutine_threadsafe"
-            )
-
     def _check_open(self) -> None:
-        self._check_loop()
+        self._home.check()
         if self._closing is not None:
             raise LoaderClosedError("the loader is closed")
 
 
-def _text(ref: AdapterRef | AdapterKey) -> str:
-    return ref.text if isinstance(ref, AdapterRef) else str(ref)
-
-
-def _task_name() -> str:
-    task = asyncio.current_task()
-    return task.get_name() if task is not None else ""
+_TIERS: Mapping[str, Tier] = {"disk": Tier.DISK, "host": Tier.HOST, "device": Tier.DEVICE}

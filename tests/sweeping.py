@@ -113,7 +113,7 @@ class Bench:
         assert not driver.files._cancels
         for life in driver.lifecycle.lives.values():
             assert (life.leases, life.uses, len(life.waiters)) == (0, 0, 0)
-        residency = driver.lifecycle.residency
+        residency = driver.lifecycle.budgets.device
         held = sum(life.grant is not None for life in driver.lifecycle.lives.values())
         assert residency.slots_used == held
         ring: StagingRing = driver._copies._transfer._staging

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from lorax_async import errors
+import tiny
+from common import Run
+from lorax_async import LocalRoot, errors
 from lorax_async.core.transitions import FILE_MOVES, SLOT_MOVES, FileMove, SlotMove
+from tiny_loaders import ONE, loader
 
 ROOT = Path(__file__).parent.parent
 README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
@@ -185,12 +191,35 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def _python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_the_lines_about_room_run(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, lines = _python_blocks()
+    scope: dict[str, Any] = {}
+    exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
+    for name in ("sql", "chat"):
+        tiny.write(tmp_path / name)
+
+    async def body() -> None:
+        async with loader(local_roots=(LocalRoot(tmp_path, immutable=True),)) as there:
+            await scope["play"](there)
+
+    run(body())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "sql" in line]
+    file_bytes = os.path.getsize(tmp_path / "sql" / "adapter_model.safetensors")
+    assert line.split()[1:] == ["device", str(ONE), str(file_bytes)]
+
+
 @pytest.mark.usefixtures("one_thread", "nothing_left")
 def test_the_example_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
-    (example,) = blocks
+    example, _ = _python_blocks()
     assert sum(bool(line.strip()) for line in example.splitlines()) <= 26
     monkeypatch.chdir(ROOT)
     exec(compile(example, str(README), "exec"), {"__name__": "__main__"})

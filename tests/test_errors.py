@@ -51,7 +51,7 @@ InvalidTransitionError: InternalError
 
 RETRYABLE = {
     *("AdapterTimeoutError", "FetchError", "FetchTimeoutError", "IntegrityError"),
-    *("TransferError", "CapacityError"),
+    *("TransferError", "CapacityError", "AdapterInUseError"),
 }
 ALL: list[type[LoraxError]] = [
     kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, LoraxError)

@@ -31,7 +31,7 @@ from lorax_async import (
     UsageError,
 )
 from lorax_async.io.fakes import FakeSource
-from tiny_loaders import ONE, gated, loader
+from tiny_loaders import ONE, gated, loader, on_device
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -260,6 +260,6 @@ def test_weights_that_are_not_finite_are_refused_when_asked(run: Run, tmp_path: 
         async with loader(check_finite=True) as there:
             with pytest.raises(AdapterFormatError, match="NaN or infinite"):
                 await there.load(folder)
-            await until(lambda: not there.residency())
+            await until(lambda: not on_device(there))
 
     run(body())

@@ -18,6 +18,7 @@ import pytest
 import tiny
 from common import Run, our_threads, until
 from lorax_async import (
+    AdapterHandle,
     CapacityError,
     HandleClosedError,
     LoaderClosedError,
@@ -141,6 +142,31 @@ def test_close_fails_waiters_and_revokes_leases(run: Run, tmp_path: Path) -> Non
             with pytest.raises(LoaderClosedError):
                 await there.load(a)
             await there.close()
+
+    run(body())
+
+
+def test_close_waits_for_kernels_whatever_its_deadline(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    begun, may_end = threading.Event(), threading.Event()
+
+    def compute(handle: AdapterHandle) -> None:
+        with handle.use():
+            begun.set()
+            may_end.wait(10)
+
+    async def body() -> None:
+        async with loader() as there:
+            handle = await there.load(folder)
+            computing = asyncio.create_task(asyncio.to_thread(compute, handle))
+            await asyncio.to_thread(begun.wait)
+            closing = asyncio.create_task(there.close(timeout=0.01))
+            await asyncio.sleep(0.05)
+            assert handle.released
+            assert not closing.done()
+            may_end.set()
+            await computing
+            await closing
 
     run(body())
 

@@ -18,6 +18,7 @@ from lorax_async import (
 )
 from lorax_async.io.fakes import FakeSource
 from tiny_loaders import ONE, loader
+from tiny_sources import state
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -152,5 +153,45 @@ def test_a_kernel_keeps_its_bytes_after_release(run: Run, tmp_path: Path) -> Non
                 with pytest.raises(AdapterTimeoutError):
                     await there.load(b, timeout=0.05)
             (await there.load(b)).release()
+
+    run(body())
+
+
+def test_what_leaves_already_is_waited_for(run: Run, tmp_path: Path) -> None:
+    """And nobody else has to go: of two, the colder one, which a kernel still reads."""
+    a, b, c = (tiny.write(tmp_path / name, seed) for seed, name in enumerate("abc"))
+
+    async def body() -> None:
+        async with loader(max_slots=2) as there:
+            handle = await there.load(a)
+            with handle.use():
+                handle.release()
+                (await there.load(b)).release()
+                waiting = asyncio.create_task(there.load(c))
+                await until(lambda: state(there, a) == "leaving")
+                with pytest.raises(AdapterTimeoutError):
+                    await there.load(c, timeout=0.02)
+                assert state(there, b) == "resident"
+            (await waiting).release()
+            assert state(there, b) == "resident"
+
+    run(body())
+
+
+def test_one_of_two_is_told_to_leave(run: Run, tmp_path: Path) -> None:
+    """Though both are leased, and who starves wants room for one."""
+    a, b, c = (tiny.write(tmp_path / name, seed) for seed, name in enumerate("abc"))
+
+    async def body() -> None:
+        async with loader(max_slots=2, starvation_age=0.01) as there:
+            first, second = await there.load(a), await there.load(b)
+            waiting = asyncio.create_task(there.load(c))
+            await until(lambda: state(there, a) == "leaving")
+            with pytest.raises(AdapterTimeoutError):
+                await there.load(c, timeout=0.03)
+            assert state(there, b) == "resident"
+            first.release()
+            (await waiting).release()
+            second.release()
 
     run(body())

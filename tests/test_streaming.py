@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from common import Run
+from common import Run, until
 from lorax_async import (
     AdapterLoader,
     AdapterTimeoutError,
+    HandleClosedError,
     LoaderConfig,
     TransferError,
     UsageError,
@@ -109,7 +112,7 @@ def test_later_layers_are_still_poison_when_the_first_is_right(run: Run, tmp_pat
             assert torch.equal(module.b, saved[f"{name}.lora_B.weight"])
             assert not handle.is_ready(1)
             for extent in handle._lease.tenancy.grant.extents[1:]:
-                assert bool((device.host_memory(extent) == POISON).all())
+                assert bool((device.host_view(extent) == POISON).all())
             source.allow("a", 1, 2, 3)
             await handle.layer_ready(3)
             tiny.assert_equal_to_file(handle, folder)
@@ -133,5 +136,62 @@ def test_a_failed_stream_is_counted_and_ends_its_wait(run: Run, tmp_path: Path) 
                 with pytest.raises(TransferError):
                     await handle.layer_ready(3)
             assert there.statistics().failures == 1
+
+    run(body())
+
+
+def test_a_release_ends_the_waits_of_others(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        there, device = gated()
+        async with there:
+            device.gate.clear()
+            async with there.stream(folder) as handle:
+                waits = [
+                    asyncio.create_task(handle.layer_ready(3, timeout=30)),
+                    asyncio.create_task(asyncio.to_thread(handle.wait_layer, 3, 15)),
+                ]
+                await asyncio.sleep(0.02)
+                handle.release()
+                ended, _ = await asyncio.wait(waits, timeout=10)
+                device.gate.set()
+                assert len(ended) == 2
+                for wait in waits:
+                    with pytest.raises(HandleClosedError):
+                        await wait
+
+    run(body())
+
+
+def test_who_comes_later_hears_of_the_layers_that_came_before(run: Run, tmp_path: Path) -> None:
+    """While many copies are under way the loop is not woken for each; a caller is told all."""
+    folder, may_go_on = tiny.write(tmp_path / "a", layers=12), threading.Event()
+
+    async def body() -> None:
+        layout = tiny.layout(layers=12)
+        device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=1)
+        begun, ended, plain_copy = count(), list[Any](), device.copy
+
+        def copy(*what: Any) -> Any:
+            if next(begun) >= 2:
+                may_go_on.wait(20)
+            ended.append(plain_copy(*what))
+            return ended[-1]
+
+        device.copy = copy  # type: ignore[assignment, method-assign]
+        config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
+        async with AdapterLoader(layout, config, device=device) as there:
+            loading = asyncio.create_task(there.load(folder))
+            await until(lambda: len(ended) == 2)
+            await asyncio.sleep(0.02)
+            assert there.statistics().bytes_moved == 0
+            async with there.stream(folder) as handle:
+                try:
+                    await handle.layer_ready(1, timeout=5)
+                    assert len(ended) == 2
+                finally:
+                    may_go_on.set()
+            (await loading).release()
 
     run(body())

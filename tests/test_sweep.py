@@ -25,6 +25,7 @@ from lorax_async import (
 from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.io.fakes import Step
 from sweeping import cancel_at, count_steps, fake_bench, local_bench, released
+from tiny_loaders import on_device
 
 SURE_STEPS = 2
 """A load always waits for its resolve and for the device; for single layers if they are late."""
@@ -147,7 +148,7 @@ def test_every_copy_can_fail(run: Run, tmp_path: Path) -> None:
                 with pytest.raises(TransferError, match="told to fail"):
                     await bench.stream()
                 await bench.assert_clean()
-                assert not bench.loader.residency()
+                assert not on_device(bench.loader)
                 bench.device.failing = set()
                 await bench.assert_works(bench.adapter)
 
@@ -166,7 +167,7 @@ def test_a_file_that_changes_under_the_copy(run: Run, tmp_path: Path) -> None:
                 with pytest.raises(IntegrityError):
                     await loading
                 await bench.assert_clean()
-                assert not bench.loader.residency()
+                assert not on_device(bench.loader)
                 await bench.forget()
                 await bench.assert_works(bench.adapter)
 
@@ -177,7 +178,7 @@ STEPS = {
     "verify, config": "lorax_async.runtime.planning.parse_config",
     "verify, header": "lorax_async.runtime.planning.parse_header",
     "verify, plan": "lorax_async.runtime.planning.plan_transfer",
-    "stage": "lorax_async.io.staging.StagingRing.convert",
+    "stage": "lorax_async.io.staging.Buffer.convert",
     "copy": "lorax_async.io.devices.cpu.CpuDevice.copy",
 }
 

@@ -143,7 +143,7 @@ def both_ways(stay: Tenancy, lease: Lease, happens: Callable[[], None]) -> list[
         loop = asyncio.get_running_loop()
         waits = [
             asyncio.ensure_future(stay.ready(4, lease.check)),
-            asyncio.ensure_future(loop.run_in_executor(None, stay.wait, 4, 10, lease.check)),
+            asyncio.ensure_future(loop.run_in_executor(None, stay.wait, 4, 15, lease.check)),
         ]
         await asyncio.sleep(0.02)
         assert not any(wait.done() for wait in waits)

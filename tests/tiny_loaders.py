@@ -5,6 +5,7 @@ from __future__ import annotations
 import tiny
 from lorax_async import (
     AdapterLoader,
+    AdapterResidency,
     LoaderConfig,
 )
 from lorax_async.io.devices.gated import GatedDevice
@@ -23,3 +24,8 @@ def gated(device_bytes: int = 1 << 20, slots: int = 4) -> tuple[AdapterLoader, G
     device = GatedDevice(layout, dtype="F32", nbytes=device_bytes, slots=slots)
     config = LoaderConfig(device_bytes=device_bytes, max_slots=slots, io_threads=2)
     return AdapterLoader(layout, config, device=device), device
+
+
+def on_device(loader: AdapterLoader) -> list[AdapterResidency]:
+    """The adapters that hold a slot."""
+    return [where for where in loader.residency().values() if where.tier == "device"]

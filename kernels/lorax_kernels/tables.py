@@ -14,7 +14,8 @@ class Tables(Protocol):
     """The pointer tables of a device: a column per slot, a row per module of the base model.
 
     The tensors keep their addresses while slots come and go, so that a captured graph may hold
-    them. A rank of 0 says that the slot's adapter does not touch the module.
+    them. Their strides are the device's: where copies write a slot's column, it is contiguous. A
+    rank of 0 says that the slot's adapter does not touch the module.
     """
 
     @property

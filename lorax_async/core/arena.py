@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Self
 
 from lorax_async.errors import InternalError
@@ -77,6 +77,19 @@ class Arena:
             self._live[extent.offset] = extent.nbytes
             self._free_bytes -= extent.nbytes
         return extents
+
+    def reserve(self, extents: Iterable[Extent]) -> Self:
+        """Take these extents of an arena that is empty, given out by one of the same size."""
+        taken = sorted(extents, key=attrgetter("offset"))
+        ends = [0, *(extent.offset + extent.nbytes for extent in taken)]
+        starts = [*(extent.offset for extent in taken), self.nbytes]
+        runs = [(start - end, end) for end, start in zip(ends, starts, strict=True)]
+        if self._live or any(size < 0 for size, _ in runs):
+            raise InternalError("extents were reserved that are not free")
+        live = {extent.offset: extent.nbytes for extent in taken}
+        free = sorted(run for run in runs if run[0])
+        self._adopt(free, self.nbytes - sum(live.values()), live)
+        return self
 
     def can_allocate(self, sizes: Sequence[int]) -> bool:
         """Whether `allocate` would succeed now; raises as it does."""

@@ -1,20 +1,22 @@
-"""Decisions about one adapter at a time: rules 1 to 7, and the moves that several rules share."""
+"""Decisions about one adapter at a time: rules 1 to 6, and the moves that several rules share."""
 
 from __future__ import annotations
 
-from lorax_async.core.life import (
+from lorax_async.core.commands import (
     BreakSlot,
     CancelFetch,
     ClearColumn,
     Command,
     Fail,
     Fetch,
-    Life,
-    Populate,
+    Release,
     Serve,
     TellLeaving,
+    TellStays,
+    TellUnloaded,
 )
-from lorax_async.core.residency import Residency
+from lorax_async.core.life import HostState, Life
+from lorax_async.core.residency import HostBudget, ImageBudget, Residency
 from lorax_async.core.transitions import (
     FileMove,
     FileState,
@@ -28,11 +30,17 @@ from lorax_async.errors import LoraxError
 
 
 class Decisions:
-    """Takes the decisions that are due for one adapter; collects the commands they need."""
+    """Takes the decisions that are due for one adapter; collects the commands they need.
 
-    def __init__(self, residency: Residency) -> None:
+    `touched` are others that lost something to it, and have to be settled too.
+    """
+
+    def __init__(self, residency: Residency, host: HostBudget, images: ImageBudget) -> None:
         self.residency = residency
+        self.host = host
+        self.images = images
         self.closing = False
+        self.touched: list[Life] = []
         self._commands: list[Command] = []
 
     def command(self, command: Command) -> None:
@@ -43,21 +51,22 @@ class Decisions:
         return commands
 
     def settle(self, life: Life) -> None:
-        """Apply rules 1 to 7 until nothing changes. A rule returns whether it changed something."""
+        """Apply rules 1 to 6 until nothing changes. A rule returns whether it changed something."""
         while (
             self._serve(life)
             or self._slot_unwanted(life)
             or self._evicted(life)
             or self._slot_quiesced(life)
+            or self._host_unwanted(life)
+            or self._unloaded(life)
             or self._file_unwanted(life)
             or self.file_quiesced(life)
             or self._fetch(life)
-            or self._populate(life)
         ):
             pass
 
     def reached(self, life: Life, tier: Tier) -> bool:
-        if tier >= Tier.STREAM and (life.leaving or self.closing):
+        if tier >= Tier.STREAM and (life.departing or self.closing):
             return False
         if life.slot is SlotState.RESIDENT:
             return True
@@ -65,7 +74,7 @@ class Decisions:
             return life.slot is SlotState.FILLING
         if tier is Tier.DEVICE or life.file is not FileState.PRESENT:
             return False
-        return tier is Tier.DISK or life.populated
+        return tier is Tier.DISK or life.in_host
 
     def _serve(self, life: Life) -> bool:
         """Rule 1. A foreground wish for the device becomes a lease; a prefetch just leaves."""
@@ -76,25 +85,34 @@ class Decisions:
             leases = waiter.tier >= Tier.STREAM and waiter.foreground
             if leases:
                 life.leases += 1
-                self.residency.touch(life.key)
             self.command(Serve(life.key, waiter.id, life.grant if leases else None))
         return bool(served)
+
+    def touch(self, life: Life) -> None:
+        """Somebody asked for what has a slot: that is a use of all that keeps it near."""
+        self.residency.policy.use(life.key)
+        self.host.use(life.key)
+        if life.image is not None:
+            self.images.policy.use(life.key)
 
     def _slot_unwanted(self, life: Life) -> bool:
         """Rule 2."""
         if life.slot is not SlotState.FILLING or life.leases:
             return False
-        if life.wants_slot and not life.leaving:
+        if life.wants_slot and not life.departing:
             return False
         self.drain(life, next_slot_state(life.slot, SlotMove.UNWANTED))
         return True
 
     def _evicted(self, life: Life) -> bool:
-        """Rule 3; rule 8 picks by marking `leaving`."""
-        if life.slot is not SlotState.RESIDENT or life.leases:
+        """Rule 3; rule 8 picks by marking `leaving`. What was pushed out goes on in host memory."""
+        if life.slot is not SlotState.RESIDENT or life.leases or life.pins:
             return False
-        if not (life.leaving or self.closing):
+        if not (life.departing or self.closing):
             return False
+        holdable = life.needs is not None and life.needs.holdable
+        near = life.has_whole_image or life.host in (HostState.POPULATING, HostState.HELD)
+        life.demoted = holdable and not (near or life.unloads or self.closing)
         self.drain(life, next_slot_state(life.slot, SlotMove.EVICTED))
         return True
 
@@ -106,19 +124,44 @@ class Decisions:
             return False
         life.slot = next_slot_state(life.slot, SlotMove.QUIESCED)
         self.command(ClearColumn(life.key, life.grant))
-        self.residency.release(life.key, life.grant)
-        life.grant = None
-        life.submitted.clear()
-        life.done.clear()
-        life.watermark = 0
-        life.leaving = False
+        self.residency.release(life.key, life.grant, evicted=life.leaving)
+        life.vacate()
+        return True
+
+    def _host_unwanted(self, life: Life) -> bool:
+        """Rule 7, its other half: what must go now goes whoever waits."""
+        unloaded = life.unloads > 0 and life.slot is SlotState.NONE
+        gone = unloaded or self.closing or life.file is FileState.ENDING
+        if not gone:
+            return False
+        life.demoted = False
+        if life.image is not None and not life.copying and life.slot is not SlotState.FILLING:
+            self.images.drop(life)
+        if life.host is not HostState.HELD:
+            return False
+        self.release_host(life)
+        return True
+
+    def release_host(self, life: Life, *, evicted: bool = False) -> None:
+        self.host.pick(life.key, evicted=evicted)
+        life.host = HostState.RELEASING
+        self.command(Release(life.key, life.attempt))
+
+    def _unloaded(self, life: Life) -> bool:
+        """Nothing is left of it in memory; whoever waits for it may claim again."""
+        if not life.unloads or life.slot is not SlotState.NONE:
+            return False
+        if life.host is not HostState.NONE or life.image is not None:
+            return False
+        life.unloads = 0
+        self.command(TellUnloaded(life.key))
         return True
 
     def _file_unwanted(self, life: Life) -> bool:
         """Rule 5. With all spans here the fetch finishes: unverified bytes may be leased."""
         if life.file is not FileState.FETCHING or life.has_interest:
             return False
-        if life.needs is not None and len(life.fetched) == life.groups:
+        if life.needs is not None and life.fetched == life.all_groups:
             return False
         life.file = next_file_state(life.file, FileMove.UNWANTED)
         self.command(CancelFetch(life.key, life.attempt))
@@ -128,12 +171,12 @@ class Decisions:
         """Rule 4."""
         if life.file is not FileState.ENDING:
             return False
-        if life.fetch_running or life.populating or life.copying:
+        if life.fetch_running or life.copying or life.host is not HostState.NONE:
             return False
+        self.images.drop(life)
         life.file = next_file_state(life.file, FileMove.QUIESCED)
         life.needs = None
-        life.fetched.clear()
-        life.populated = False
+        life.fetched = 0
         return True
 
     def _fetch(self, life: Life) -> bool:
@@ -148,16 +191,6 @@ class Decisions:
         self.command(Fetch(life.key, life.attempt))
         return True
 
-    def _populate(self, life: Life) -> bool:
-        """Rule 7."""
-        if life.file is not FileState.PRESENT or life.populated or life.populating:
-            return False
-        if not life.waiters.has_tier(Tier.HOST):
-            return False
-        life.populating = True
-        self.command(Populate(life.key, life.attempt))
-        return True
-
     def fail(self, life: Life, error: LoraxError, waiters: list[int] | None = None) -> None:
         failed = tuple([w.id for w in life.waiters] if waiters is None else waiters)
         for waiter in failed:
@@ -166,13 +199,27 @@ class Decisions:
             self.command(Fail(life.key, failed, error))
 
     def leave(self, life: Life) -> None:
-        if not life.leaving and life.grant is not None:
-            life.leaving = True
+        """Pick the slot: it takes no new lease and goes with the last."""
+        life.leaving = True
+        self.tell_leaving(life)
+
+    def tell_leaving(self, life: Life) -> None:
+        if life.grant is not None and not life.told:
+            life.told = True
             self.command(TellLeaving(life.key, life.grant))
 
+    def tell_stays(self, life: Life) -> None:
+        """Nobody wants it gone any more."""
+        if self.closing or life.slot not in (SlotState.FILLING, SlotState.RESIDENT):
+            return
+        if life.grant is not None and life.told:
+            life.told = False
+            self.command(TellStays(life.key, life.grant))
+
     def drain(self, life: Life, state: SlotState) -> None:
-        self.leave(life)
+        self.tell_leaving(life)
         life.slot = state
+        life.pins = 0
 
     def tell_broken(self, life: Life, error: LoraxError) -> None:
         assert life.grant is not None

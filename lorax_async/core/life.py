@@ -1,28 +1,44 @@
-"""What the lifecycle knows of one adapter, and the commands it gives the driver about it."""
+"""What the lifecycle knows of one adapter."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.arena import Extent
 from lorax_async.core.transitions import FileState, SlotState
 from lorax_async.core.waiters import Tier, Waiters
-from lorax_async.errors import LoraxError
 from lorax_async.events import SlotId
+
+RESTING = (FileState.ABSENT, FileState.PRESENT)
+"""File states in which nothing is under way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What the checked header says of the layer groups, in layer order.
 
-    `group_nbytes` the device must have room for; `file_place` is where each stands among the others
-    in the file, empty if they stand as they come; `weight` is what remembering all this costs.
+    `group_nbytes` the device must have room for; `file_order` are the groups as they come in the
+    file, empty if that is layer order. `file_nbytes` a reload reads; `holdable` says
+    whether the host tier would hold these bytes. `weight` is what remembering all this costs.
     """
 
     group_nbytes: tuple[int, ...]
-    file_place: tuple[int, ...] = ()
+    file_order: tuple[int, ...] = ()
+    file_nbytes: int = 0
+    holdable: bool = False
     weight: int = 1
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest group."""
+        return max(self.group_nbytes)
+
+    @property
+    def held_nbytes(self) -> int:
+        """What the host tier takes of its budget."""
+        return self.file_nbytes if self.holdable else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,33 +48,57 @@ class Grant:
     slot: SlotId
     extents: tuple[Extent, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(extent.nbytes for extent in self.extents)
+
+
+class HostState(Enum):
+    """Of the file's bytes in host memory: an attribute of PRESENT, and of ENDING until it ends."""
+
+    NONE = "none"
+    POPULATING = "populating"
+    HELD = "held"
+    RELEASING = "releasing"
+
 
 @dataclass(slots=True)
 class Life:
     """One adapter's file and slot.
 
+    Sets of groups are bits: thousands of adapters are remembered, and a set would take kilobytes.
     `attempt` counts fetches. `fetched` are the groups whose bytes can be read; `submitted`,
-    `copying` and `done` belong to the present grant. A lease that ended under a running kernel is
-    one of `uses` until the kernel is done.
+    `copying` and `done` belong to the present grant, and `copy_turn` is its place among those that
+    copy. A lease that ended under a running kernel is one of `uses` until the kernel is done.
+    `image` are extents of page-locked host memory in which the groups in `imaged` lie as they do on
+    the device. `leaving` was picked to make room; `unloads` callers wait for it to be gone; `told`
+    says that its departure was told. `demoted` would go on in the host tier.
     """
 
     key: AdapterKey
     file: FileState = FileState.ABSENT
+    host: HostState = HostState.NONE
     slot: SlotState = SlotState.NONE
     attempt: int = 0
     needs: Needs | None = None
     fetch_running: bool = False
-    fetched: set[int] = field(default_factory=set)
-    populating: bool = False
-    populated: bool = False
+    fetched: int = 0
     grant: Grant | None = None
-    submitted: set[int] = field(default_factory=set)
+    submitted: int = 0
     copying: int = 0
-    done: set[int] = field(default_factory=set)
+    copy_turn: int = 0
+    done: int = 0
     watermark: int = 0
+    resident_since: float = 0.0
+    image: tuple[Extent, ...] | None = None
+    imaged: int = 0
     leases: int = 0
     uses: int = 0
+    pins: int = 0
     leaving: bool = False
+    unloads: int = 0
+    told: bool = False
+    demoted: bool = False
     waiters: Waiters = field(default_factory=Waiters)
 
     @property
@@ -66,9 +106,47 @@ class Life:
         return len(self.needs.group_nbytes) if self.needs else 0
 
     @property
+    def all_groups(self) -> int:
+        """The bits of all groups."""
+        return (1 << self.groups) - 1
+
+    @property
+    def departing(self) -> bool:
+        """The slot takes no new lease and claims nothing."""
+        return self.leaving or self.unloads > 0
+
+    @property
     def has_interest(self) -> bool:
         """Somebody would miss the file if it went."""
-        return bool(self.waiters) or (self.leases > 0 and self.slot is not SlotState.DRAINING)
+        held = self.leases > 0 or self.pins > 0
+        return bool(self.waiters) or (held and self.slot is not SlotState.DRAINING)
+
+    @property
+    def has_whole_image(self) -> bool:
+        return self.image is not None and self.imaged == self.all_groups
+
+    @property
+    def in_host(self) -> bool:
+        """Its bytes are in host memory, as far as that can be had."""
+        return self.host is HostState.HELD or self.has_whole_image
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing of it is under way, and it has no slot."""
+        host_rests = self.host in (HostState.NONE, HostState.HELD)
+        return self.slot is SlotState.NONE and self.file in RESTING and host_rests
+
+    @property
+    def is_idle(self) -> bool:
+        """It could be forgotten: nobody waits, and it holds nothing of any budget."""
+        wanted = self.waiters or self.unloads or self.demoted
+        return self.at_rest and not wanted and not self.is_held and self.image is None
+
+    @property
+    def is_held(self) -> bool:
+        """Its pages count in the budget, unlike those that were only read ahead."""
+        holdable = self.needs is not None and self.needs.holdable
+        return holdable and self.host is HostState.HELD
 
     @property
     def next_copy(self) -> int:
@@ -77,16 +155,16 @@ class Life:
         Whoever streams uses the layers in their order. For whoever waits for all of them, the
         order of the file is the faster one: a disk reads ahead.
         """
-        ready = self.fetched - self.submitted
+        ready = self.fetched & ~self.submitted
         streams = self.leases > 0 or self.waiters.has_tier(Tier.STREAM)
-        if streams or self.needs is None or not self.needs.file_place:
-            return min(ready)
-        return min(ready, key=self.needs.file_place.__getitem__)
+        if streams or self.needs is None or not self.needs.file_order:
+            return (ready & -ready).bit_length() - 1
+        return next(group for group in self.needs.file_order if ready >> group & 1)
 
     @property
     def wants_slot(self) -> bool:
         """A foreground wish counts once the header is checked, a prefetch once the file is here."""
-        if self.needs is None or self.file not in (FileState.FETCHING, FileState.PRESENT):
+        if self.needs is None or self.unloads or self.file not in _OPENED:
             return False
         present = self.file is FileState.PRESENT
         return any(
@@ -94,103 +172,19 @@ class Life:
             for tier, foreground in self.waiters.kinds
         )
 
+    @property
+    def wants_host(self) -> bool:
+        """Somebody waits for the host tier, or it was demoted to it."""
+        if self.file is not FileState.PRESENT or self.host is not HostState.NONE or self.unloads:
+            return False
+        return self.demoted or self.waiters.has_tier(Tier.HOST)
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """Something the driver must do; `attempt` comes back with the outcome."""
-
-    key: AdapterKey
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch(Command):
-    """Open, check and read: answers HeaderChecked, SpanFetched …, then Published or FetchFailed."""
-
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class CancelFetch(Command):
-    """Nobody wants the file any more; the fetch still answers."""
-
-    attempt: int
+    def vacate(self) -> None:
+        """Forget the grant."""
+        self.grant = None
+        self.submitted = self.done = 0
+        self.watermark = self.copy_turn = self.pins = 0
+        self.leaving = self.told = False
 
 
-@dataclass(frozen=True, slots=True)
-class Populate(Command):
-    """Bring the file's pages into memory: answers Populated or Lost."""
-
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class Drop(Command):
-    """The file is not kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Forget(Command):
-    """Nothing is known of the adapter any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class TakeSlot(Command):
-    """The adapter has its slot and extents, wanted since then (seconds of the loop's clock)."""
-
-    grant: Grant
-    since: float
-
-
-@dataclass(frozen=True, slots=True)
-class Copy(Command):
-    """Move one group to its extent: answers CopyDone or CopyFailed."""
-
-    grant: Grant
-    group: int
-
-
-@dataclass(frozen=True, slots=True)
-class ClearColumn(Command):
-    """The slot's column names nobody from here on; what comes next may reuse slot and extents."""
-
-    grant: Grant
-
-
-@dataclass(frozen=True, slots=True)
-class Serve(Command):
-    """A waiter's wish came true; with `grant` it holds a lease."""
-
-    waiter: int
-    grant: Grant | None
-
-
-@dataclass(frozen=True, slots=True)
-class Fail(Command):
-    """These waiters get `error`."""
-
-    waiters: tuple[int, ...]
-    error: LoraxError
-
-
-@dataclass(frozen=True, slots=True)
-class BreakSlot(Command):
-    """What the slot holds must not be used; whoever has a lease on it is told."""
-
-    grant: Grant
-    error: LoraxError
-
-
-@dataclass(frozen=True, slots=True)
-class TellReady(Command):
-    """The groups below `watermark` are on the device; `last` if these are all."""
-
-    grant: Grant
-    watermark: int
-    last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TellLeaving(Command):
-    """The slot takes no new lease."""
-
-    grant: Grant
+_OPENED = (FileState.FETCHING, FileState.PRESENT)

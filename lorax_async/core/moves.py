@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from operator import attrgetter
@@ -14,6 +14,7 @@ from lorax_async.core.pairing import Pair
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Moves are cut at multiples of this, so that every piece but the last starts on a cache line.
 _ELEMENTS = 64
+_MAX_BUFFERS = 1024  # IOV_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,20 @@ class Target(NamedTuple):
     alignment: int
     rank_multiple: int
     move_bytes: int
+
+
+def file_runs(reads: Sequence[Read]) -> list[tuple[Read, ...]]:
+    """Reads that follow each other in the file, to be read in one call each."""
+    if len(reads) == 1:
+        return [tuple(reads)]
+    runs: list[list[Read]] = []
+    end = -1
+    for read in sorted(reads, key=attrgetter("file_offset")):
+        if read.file_offset != end or len(runs[-1]) == _MAX_BUFFERS:
+            runs.append([])
+        runs[-1].append(read)
+        end = read.file_offset + read.nbytes
+    return [tuple(run) for run in runs]
 
 
 def plan_group(layer: int, pairs: list[Pair], target: Target) -> GroupPlan:

@@ -2,140 +2,198 @@
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from collections.abc import Iterator
 
 from lorax_async.adapter import AdapterKey
+from lorax_async.core.commands import Copy, TakeSlot
 from lorax_async.core.decisions import Decisions
-from lorax_async.core.life import Copy, Life, TakeSlot
+from lorax_async.core.host_tier import Images
+from lorax_async.core.life import Life
+from lorax_async.core.line import Line
 from lorax_async.core.transitions import SlotMove, SlotState, next_slot_state
-from lorax_async.core.waiters import Urgency
 from lorax_async.errors import CapacityError
+
+COPIES_AHEAD = 8
+"""In flight for each I/O thread: enough that a busy loop does not let the threads run dry."""
+
+IN_FLIGHT_BYTES = 32 << 20
+"""Of one adapter; more only where that is less than every thread has at hand."""
 
 
 class SlotQueue:
     """Adapters that want a slot and hold none. Only the head is served: the larger would starve.
 
-    `lives` are all adapters by key; `starvation_age` as for `Lifecycle`.
+    `lives` are all adapters by key; `starvation_age` and `min_residency` as for `Lifecycle`.
     """
 
     def __init__(
-        self, decisions: Decisions, lives: dict[AdapterKey, Life], starvation_age: float
+        self,
+        decisions: Decisions,
+        lives: dict[AdapterKey, Life],
+        images: Images,
+        *,
+        starvation_age: float,
+        min_residency: float,
     ) -> None:
         self.now = 0.0
+        self.line = Line()
         self._decisions = decisions
         self._residency = decisions.residency
+        self._images = images
         self._lives = lives
         self._starvation_age = starvation_age
-        self._waiting: dict[AdapterKey, Urgency] = {}
-        # Entries of the heap count while they say what `_waiting` says; others are passed over.
-        self._heap: list[tuple[Urgency, int, AdapterKey]] = []
-        self._entries = 0
+        self._min_residency = min_residency
 
     def update(self, life: Life) -> None:
         """Let the queue see that `life` has changed."""
         waits = life.slot is SlotState.NONE and life.wants_slot and not self._decisions.closing
-        if not waits:
-            self._waiting.pop(life.key, None)
-            return
-        urgency = life.waiters.urgency
-        if self._waiting.get(life.key) != urgency:
-            self._waiting[life.key] = urgency
-            self._entries += 1
-            heappush(self._heap, (urgency, self._entries, life.key))
+        urgency = life.waiters.urgency(self._starvation_age) if waits else None
+        self.line.update(life.key, urgency)
 
     def settle_head(self) -> Life | None:
         """Grant, refuse or make room for the head; returns the adapter that changed, if any."""
-        head = self._head()
+        head = self._head
         if head is None or head.needs is None:
             return None
-        sizes = head.needs.group_nbytes
-        grant = self._residency.claim(head.key, sizes)
+        grant = self._residency.claim(head.key, head.needs)
         if grant is not None:
             head.slot = next_slot_state(head.slot, SlotMove.SLOT_GRANTED)
             head.grant = grant
-            self._decisions.command(TakeSlot(head.key, grant, head.waiters.urgency[2]))
+            head.demoted = False
+            self._images.claim(head)
+            self._decisions.host.use(head.key)
+            self._decisions.command(TakeSlot(head.key, grant, head.waiters.oldest))
             return head
-        if not self._residency.fits_empty(sizes):
-            self._decisions.fail(head, self._too_large(sizes), head.waiters.for_slot)
+        sizes = head.needs.group_nbytes
+        pinned = [life.grant for life in self._holders() if life.pins and life.grant]
+        if not self._residency.fits_beside(pinned, sizes):
+            error = self._too_large(sizes, pinned=len(pinned))
+            self._decisions.fail(head, error, head.waiters.for_slot)
             return head
         return self._make_room(head, sizes)
 
     @property
     def next_tick(self) -> float | None:
-        """When the head, if it waits, will be past its age."""
-        head = self._head()
+        """When the head, if it waits, will be past its age, or somebody may be picked for it."""
+        head = self._head
         if head is None:
             return None
-        due = self._starves_at(head)
-        return due if self.now < due < float("inf") else None
+        due = [self._starves_at(head)]
+        if self._min_residency:
+            due += [self._evictable_at(life) for life in self._unused()]
+        later = [time for time in due if self.now < time < float("inf")]
+        return min(later, default=None)
 
     def _make_room(self, head: Life, sizes: tuple[int, ...]) -> Life | None:
-        """Wait for what drains, else pick a victim: the least recently used goes first."""
-        holders = [self._lives[key] for key in self._residency.least_recent()]
-        departing = [life.grant for life in holders if life.leaving and life.grant]
-        if self._residency.fits_after(departing, sizes):
+        """Wait for what drains, else pick a victim, in the order of the policy.
+
+        Who is told to go and still leased may take long, or stay: it is waited for, and not
+        another one told, only if nobody could go now.
+        """
+        going = [life for life in self._holders() if _is_going(life)]
+        free_soon = [life.grant for life in going if life.grant and not life.leases]
+        if self._residency.fits_after(free_soon, sizes):
             return None
-        residents = [
-            life for life in holders if life.slot is SlotState.RESIDENT and not life.leaving
-        ]
-        victim = next((life for life in residents if not life.leases), None)
-        if victim is None and residents and self.now >= self._starves_at(head):
-            victim = residents[0]
+        unused = self._unused()
+        victim = next((life for life in unused if self.now >= self._evictable_at(life)), None)
+        if victim is None:
+            if self._residency.fits_after([life.grant for life in going if life.grant], sizes):
+                return None
+            if self.now >= self._starves_at(head):
+                victim = next((life for life in self._holders() if _may_go(life)), None)
         if victim is not None:
             self._decisions.leave(victim)
         return victim
 
+    @property
     def _head(self) -> Life | None:
-        while self._heap:
-            urgency, _, key = self._heap[0]
-            if self._waiting.get(key) == urgency:
-                return self._lives[key]
-            heappop(self._heap)
-        return None
+        key = self.line.head
+        return None if key is None else self._lives[key]
+
+    def _holders(self) -> Iterator[Life]:
+        return (self._lives[key] for key in self._residency.ranked())
+
+    def _unused(self) -> Iterator[Life]:
+        return (life for life in self._holders() if _may_go(life) and not life.leases)
+
+    def _evictable_at(self, life: Life) -> float:
+        return life.resident_since + self._min_residency
 
     def _starves_at(self, life: Life) -> float:
-        background, _, since = life.waiters.urgency
-        return float("inf") if background else since + self._starvation_age
+        if not life.waiters.has_foreground:
+            return float("inf")
+        return life.waiters.oldest + self._starvation_age
 
-    def _too_large(self, sizes: tuple[int, ...]) -> CapacityError:
+    def _too_large(self, sizes: tuple[int, ...], *, pinned: int) -> CapacityError:
+        beside = f" beside {pinned} pinned adapters" if pinned else ""
+        remedy = (
+            "unpin some, or raise device_bytes or max_slots" if pinned else "raise device_bytes"
+        )
         return CapacityError(
             f"it needs {sum(sizes):,} bytes of a device arena of "
-            f"{self._residency.arena.nbytes:,}; raise device_bytes",
-            retryable=False,
+            f"{self._residency.arena.nbytes:,}{beside}; {remedy}",
+            retryable=pinned > 0,
         )
 
 
+def _is_going(life: Life) -> bool:
+    return life.departing or life.slot is SlotState.DRAINING
+
+
+def _may_go(life: Life) -> bool:
+    return life.slot is SlotState.RESIDENT and not (life.departing or life.pins)
+
+
 class CopyQueue:
-    """Adapters with groups that can be copied and are not submitted yet."""
+    """Adapters with groups that can be copied and are not submitted yet.
+
+    They share the way to the device by bytes (self-clocked fair queueing): each has its turn when
+    it would have moved its next group had all moved equally much, so that a large adapter does not
+    hold up small ones, and small ones do not starve it.
+    """
 
     def __init__(self, decisions: Decisions) -> None:
+        self.turn = 0
         self._decisions = decisions
+        self._least = max(1, decisions.residency.copies_free // COPIES_AHEAD)
         self._queue: dict[AdapterKey, Life] = {}
 
     def update(self, life: Life) -> None:
         """Let the queue see that `life` has changed."""
-        if life.slot is SlotState.FILLING and len(life.fetched) > len(life.submitted):
-            self._queue.setdefault(life.key, life)
-        else:
+        if life.slot is not SlotState.FILLING or not life.fetched & ~life.submitted:
             self._queue.pop(life.key, None)
+        elif life.key not in self._queue:
+            life.copy_turn = max(life.copy_turn, self.turn)
+            self._queue[life.key] = life
 
     def submit(self) -> None:
-        """Submit while there is room: foreground first, then whoever has the fewest submitted,
-        so that every adapter's first layers come soon.
-        """
+        """Submit while there is room: foreground first, then whoever's turn is next."""
         residency = self._decisions.residency
-        while self._queue and residency.copies_free:
-            life = min(self._queue.values(), key=_copy_order)
+        while residency.copies_free:
+            ready = [life for life in self._queue.values() if self._may_add(life)]
+            if not ready:
+                return
+            life = min(ready, key=_copy_order)
             group = life.next_copy
             assert life.grant is not None
-            life.submitted.add(group)
+            life.submitted |= 1 << group
             life.copying += 1
+            life.copy_turn += life.grant.extents[group].nbytes
+            self.turn = max(self.turn, life.copy_turn)
             residency.copies_free -= 1
-            self._decisions.command(Copy(life.key, life.grant, group))
+            image = life.image[group] if life.image is not None else None
+            warm = bool(life.imaged >> group & 1)
+            self._decisions.command(Copy(life.key, life.grant, group, image, warm))
             self.update(life)
+
+    def _may_add(self, life: Life) -> bool:
+        """Whoever comes next must not find the way full of one adapter's large groups."""
+        assert life.needs is not None
+        return life.copying < max(self._least, IN_FLIGHT_BYTES // life.needs.largest)
 
 
 def _copy_order(life: Life) -> tuple[bool, int, int]:
     foreground = life.leases > 0 or life.waiters.has_foreground
-    generation = life.grant.slot.generation if life.grant else 0
-    return (not foreground, len(life.submitted), generation)
+    if life.grant is None or life.needs is None:
+        return (not foreground, 0, 0)
+    return (not foreground, life.copy_turn + life.needs.largest, life.grant.slot.generation)

@@ -1,13 +1,22 @@
-"""The device's budget: slots, arena bytes and copies in flight, and who must make room for whom."""
+"""Budgets of device and host: who holds what, and in which order they must make room."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
 from lorax_async.adapter import AdapterKey
-from lorax_async.core.arena import Arena
-from lorax_async.core.life import Grant
+from lorax_async.core.arena import Arena, Extent
+from lorax_async.core.life import Grant, Life, Needs
+from lorax_async.core.policies import Policy
 from lorax_async.events import SlotId
+
+FIXED_COST = 4 << 20
+"""What a reload costs besides its bytes, in bytes that could be read meanwhile."""
+
+
+def reload_cost(needs: Needs) -> float:
+    """What has to be read, once the adapter has gone, to have it back; in bytes."""
+    return FIXED_COST + (needs.file_nbytes or sum(needs.group_nbytes))
 
 
 class Residency:
@@ -21,47 +30,53 @@ class Residency:
         Columns of the device's tables.
     copies
         Copies that may be in flight at once.
+    policy
+        In which order those that hold a slot have to go.
     """
 
-    def __init__(self, *, device_bytes: int, alignment: int, max_slots: int, copies: int) -> None:
+    def __init__(
+        self, *, device_bytes: int, alignment: int, max_slots: int, copies: int, policy: Policy
+    ) -> None:
         self.arena = Arena(device_bytes, alignment)
         self.copies_free = copies
+        self.policy = policy
         self._alignment = alignment
         self._max_slots = max_slots
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._generation = 0
-        self._recency: dict[AdapterKey, None] = {}
 
-    def claim(self, key: AdapterKey, sizes: tuple[int, ...]) -> Grant | None:
+    def claim(self, key: AdapterKey, needs: Needs) -> Grant | None:
         """A slot and all extents, or nothing."""
         if not self._free_slots:
             return None
-        extents = self.arena.allocate(sizes)
+        extents = self.arena.allocate(needs.group_nbytes)
         if extents is None:
             return None
         self._generation += 1
-        self.touch(key)
-        return Grant(SlotId(self._free_slots.pop(), self._generation), extents)
+        grant = Grant(SlotId(self._free_slots.pop(), self._generation), extents)
+        self.policy.admit(key, grant.nbytes, reload_cost(needs))
+        return grant
 
-    def release(self, key: AdapterKey, grant: Grant) -> None:
+    def release(self, key: AdapterKey, grant: Grant, *, evicted: bool) -> None:
+        """Take back what was claimed; `evicted` if the policy had picked it."""
         self.arena.free(grant.extents)
         self._free_slots.append(grant.slot.index)
-        self._recency.pop(key, None)
+        self.policy.remove(key, evicted=evicted)
 
-    def touch(self, key: AdapterKey) -> None:
-        """`key` was used just now."""
-        self._recency.pop(key, None)
-        self._recency[key] = None
+    def ranked(self) -> Iterator[AdapterKey]:
+        """Holders of slots, the first to go first."""
+        return self.policy.ranked()
 
-    def least_recent(self) -> Iterator[AdapterKey]:
-        """Holders of slots, the one that was not used for longest first."""
-        return iter(tuple(self._recency))
-
-    def fits_empty(self, sizes: tuple[int, ...]) -> bool:
-        """Whether an adapter of these sizes could ever be resident here."""
-        return sum(-(-size // self._alignment) for size in sizes) * self._alignment <= (
-            self.arena.nbytes
-        )
+    def fits_beside(self, staying: Iterable[Grant], sizes: tuple[int, ...]) -> bool:
+        """Whether there would be room if `staying` alone kept what they hold."""
+        grants = tuple(staying)
+        if not grants:
+            return sum(-(-size // self._alignment) for size in sizes) * self._alignment <= (
+                self.arena.nbytes
+            )
+        arena = Arena(self.arena.nbytes, self._alignment)
+        arena.reserve(extent for grant in grants for extent in grant.extents)
+        return len(grants) < self._max_slots and arena.can_allocate(sizes)
 
     def fits_after(self, departing: Iterable[Grant], sizes: tuple[int, ...]) -> bool:
         """Whether there is room once `departing`, which somebody is waiting for, are gone."""
@@ -76,3 +91,55 @@ class Residency:
     @property
     def slots_used(self) -> int:
         return self._max_slots - len(self._free_slots)
+
+
+class HostBudget:
+    """Bytes of files held in host memory, by key; what was only read ahead counts nothing."""
+
+    def __init__(self, nbytes: int, policy: Policy) -> None:
+        self.nbytes = nbytes
+        self.free = nbytes
+        self.held: dict[AdapterKey, int] = {}
+        self.leaving: set[AdapterKey] = set()
+        self.policy = policy
+
+    def claim(self, key: AdapterKey, nbytes: int, cost: float) -> None:
+        if nbytes:
+            self.free -= nbytes
+            self.held[key] = nbytes
+            self.policy.admit(key, nbytes, cost)
+
+    def pick(self, key: AdapterKey, *, evicted: bool) -> None:
+        """It is on its way out; its bytes are free when it has gone."""
+        if key in self.held:
+            self.leaving.add(key)
+            self.policy.remove(key, evicted=evicted)
+
+    def release(self, key: AdapterKey) -> None:
+        self.leaving.discard(key)
+        self.free += self.held.pop(key, 0)
+
+    def use(self, key: AdapterKey) -> None:
+        if key in self.held and key not in self.leaving:
+            self.policy.use(key)
+
+
+class ImageBudget:
+    """An arena of page-locked memory, whose extents hold adapters as they lie on the device."""
+
+    def __init__(self, nbytes: int, alignment: int, policy: Policy) -> None:
+        self.arena = Arena(nbytes, alignment)
+        self.alignment = alignment
+        self.policy = policy
+
+    def give(self, life: Life, extents: tuple[Extent, ...], cost: float) -> None:
+        life.image = extents
+        self.policy.admit(life.key, sum(extent.nbytes for extent in extents), cost)
+
+    def drop(self, life: Life, *, evicted: bool = False) -> None:
+        """Take the image away, if there is one."""
+        if life.image is not None:
+            self.arena.free(life.image)
+            self.policy.remove(life.key, evicted=evicted)
+            life.image = None
+            life.imaged = 0

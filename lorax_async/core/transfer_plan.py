@@ -6,7 +6,7 @@ not fit is cast, or padded to a multiple of the rank. The executor owns buffers,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
 
@@ -35,18 +35,21 @@ class TransferPlan:
     rank: int
     nbytes: int
     file_bytes: int
+    layers: tuple[int, ...] = field(init=False)
+    _variants: tuple[Needs, Needs] = field(init=False, repr=False, compare=False)
 
-    @property
-    def needs(self) -> Needs:
-        """What the lifecycle has to know of it."""
-        groups = self.groups
-        in_file = sorted(range(len(groups)), key=lambda n: groups[n].spans[0])
-        place = sorted(range(len(groups)), key=in_file.__getitem__)
-        return Needs(
-            tuple(group.nbytes for group in groups),
-            tuple(place),
-            weight=sum(len(group.rows) for group in groups),
-        )
+    def __post_init__(self) -> None:
+        # Made once, for thousands of adapters may share a plan.
+        needs = _needs(self.groups, self.file_bytes)
+        object.__setattr__(self, "layers", tuple(group.layer for group in self.groups))
+        object.__setattr__(self, "_variants", (needs, replace(needs, holdable=True)))
+
+    def needs(self, *, holdable: bool) -> Needs:
+        """What the lifecycle has to know of it; adapters that share a plan share this.
+
+        `holdable` as in `Needs`.
+        """
+        return self._variants[holdable]
 
 
 def plan_transfer(
@@ -96,8 +99,16 @@ def plan_transfer(
     )
     nbytes = sum(group.nbytes for group in groups)
     _check_size(nbytes, f"as {target.dtype} on the device", limits)
-    return TransferPlan(
-        groups, target.dtype, max(map(attrgetter("rank"), pairs)), nbytes, file_bytes
+    rank = max(map(attrgetter("rank"), pairs))
+    return TransferPlan(groups, target.dtype, rank, nbytes, file_bytes)
+
+
+def _needs(groups: tuple[GroupPlan, ...], file_bytes: int) -> Needs:
+    return Needs(
+        tuple(group.nbytes for group in groups),
+        tuple(sorted(range(len(groups)), key=lambda n: groups[n].spans[:1])),
+        file_nbytes=file_bytes,
+        weight=sum(len(group.rows) for group in groups),
     )
 
 

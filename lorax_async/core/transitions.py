@@ -33,6 +33,7 @@ class FileMove(Enum):
     PUBLISHED = "published"
     FETCH_FAILED = "fetch failed"
     POPULATED = "populated"
+    RELEASED = "released"
     LOST = "lost"
     # decisions
     FETCH = "fetch"
@@ -63,6 +64,7 @@ FILE_MOVES: Mapping[tuple[FileState, FileMove], FileState] = {
     (FileState.FETCHING, FileMove.FETCH_FAILED): FileState.ENDING,
     (FileState.FETCHING, FileMove.UNWANTED): FileState.ENDING,
     (FileState.PRESENT, FileMove.POPULATED): FileState.PRESENT,
+    (FileState.PRESENT, FileMove.RELEASED): FileState.PRESENT,
     (FileState.PRESENT, FileMove.LOST): FileState.ENDING,
     (FileState.PRESENT, FileMove.DROPPED): FileState.ENDING,
     (FileState.ENDING, FileMove.HEADER_CHECKED): FileState.ENDING,
@@ -70,6 +72,7 @@ FILE_MOVES: Mapping[tuple[FileState, FileMove], FileState] = {
     (FileState.ENDING, FileMove.PUBLISHED): FileState.ENDING,
     (FileState.ENDING, FileMove.FETCH_FAILED): FileState.ENDING,
     (FileState.ENDING, FileMove.POPULATED): FileState.ENDING,
+    (FileState.ENDING, FileMove.RELEASED): FileState.ENDING,
     (FileState.ENDING, FileMove.LOST): FileState.ENDING,
     (FileState.ENDING, FileMove.QUIESCED): FileState.ABSENT,
 }

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 _K = TypeVar("_K")
 
-Urgency = tuple[bool, int, float]
-"""Sorts queues: foreground first, then the higher priority, then the oldest wish."""
+Urgency = tuple[bool, float]
+"""Sorts queues: foreground first, then the oldest wish, where priority counts as age (seconds)."""
 
 
 class Tier(IntEnum):
@@ -33,15 +33,25 @@ class Waiter:
     priority: int = 0
 
 
+_NOBODY: dict[int, Waiter] = {}
+_NO_KINDS: dict[tuple[Tier, bool], int] = {}
+_NO_PRIORITIES: dict[tuple[bool, int], int] = {}
+
+
 class Waiters:
     """Waiters in the order in which they came, and how many there are of each kind."""
 
-    __slots__ = ("_by_id", "_kinds", "_priorities")
+    __slots__ = ("_ahead", "_by_id", "_kinds", "_priorities")
 
     def __init__(self) -> None:
-        self._by_id: dict[int, Waiter] = {}
-        self._kinds: dict[tuple[Tier, bool], int] = {}
-        self._priorities: dict[tuple[bool, int], int] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        """Nobody waits for most adapters: they share what is empty, and is not written to."""
+        self._by_id: dict[int, Waiter] = _NOBODY
+        self._ahead: dict[int, Waiter] = _NOBODY
+        self._kinds: dict[tuple[Tier, bool], int] = _NO_KINDS
+        self._priorities: dict[tuple[bool, int], int] = _NO_PRIORITIES
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -50,7 +60,11 @@ class Waiters:
         return iter(self._by_id.values())
 
     def add(self, waiter: Waiter) -> None:
+        if not self._by_id:
+            self._by_id, self._ahead, self._kinds, self._priorities = {}, {}, {}, {}
         self._by_id[waiter.id] = waiter
+        if waiter.foreground:
+            self._ahead[waiter.id] = waiter
         _count(self._kinds, (waiter.tier, waiter.foreground), 1)
         _count(self._priorities, (waiter.foreground, waiter.priority), 1)
 
@@ -59,6 +73,10 @@ class Waiters:
         waiter = self._by_id.pop(waiter_id, None)
         if waiter is None:
             return False
+        if not self._by_id:
+            self._clear()
+            return True
+        self._ahead.pop(waiter_id, None)
         _count(self._kinds, (waiter.tier, waiter.foreground), -1)
         _count(self._priorities, (waiter.foreground, waiter.priority), -1)
         return True
@@ -84,11 +102,21 @@ class Waiters:
         return (tier, True) in self._kinds or (tier, False) in self._kinds
 
     @property
-    def urgency(self) -> Urgency:
-        """Of the adapter as a whole; there must be a waiter."""
+    def oldest(self) -> float:
+        """Since when somebody has been waiting, in the foreground if anybody is there.
+
+        There must be a waiter.
+        """
+        return next(iter((self._ahead or self._by_id).values())).since
+
+    def urgency(self, level: float) -> Urgency:
+        """Of the adapter as a whole; each level of priority counts as `level` seconds of waiting.
+
+        So a low priority waits longer, and not for ever.
+        """
         foreground = self.has_foreground
-        highest = max(p for ahead, p in self._priorities if ahead or not foreground)
-        return not foreground, -highest, next(iter(self)).since
+        highest = max((p for ahead, p in self._priorities if ahead or not foreground), default=0)
+        return not foreground, self.oldest - highest * level
 
 
 def _count(counts: dict[_K, int], key: _K, more: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from threading import Lock
 from typing import Literal
@@ -18,7 +18,8 @@ from lorax_async.errors import (
     InternalError,
     LoraxError,
 )
-from lorax_async.io.ports import AdapterFile, Cancel, Reader
+from lorax_async.io.fake_files import FakeHold, FakeReader, Version
+from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader
 
 Step = Literal["resolve", "open", "bring", "read", "populate"]
 
@@ -36,29 +37,7 @@ class SourceCounts:
     populates: int = 0
     bytes_read: int = 0
     open_readers: int = 0
-
-
-@dataclass(slots=True)
-class _Version:
-    """One version of an adapter; `here` are the [start, stop) that have arrived, merged."""
-
-    id: str
-    key: AdapterKey
-    config: bytes
-    weights: bytes
-    here: list[tuple[int, int]] = field(default_factory=list)
-
-    def add(self, spans: Sequence[tuple[int, int]]) -> None:
-        merged: list[tuple[int, int]] = []
-        for start, stop in sorted([*self.here, *spans]):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-            else:
-                merged.append((start, stop))
-        self.here = merged
-
-    def has(self, start: int, stop: int) -> bool:
-        return start == stop or any(first <= start and stop <= last for first, last in self.here)
+    open_holds: int = 0
 
 
 @dataclass(slots=True)
@@ -77,19 +56,23 @@ class FakeSource:
     ----------
     pace
         Seconds that every group takes to arrive.
+    holdable
+        Does `populate` hold an adapter's bytes, and say that they are locked? Adapters opened from
+        now on tell so.
 
     `bring` may be held back (`hold`, `allow`), steps fail to order (`fail`), and a read of bytes
     that have not arrived is an `InternalError`. All methods but the port's own are quick and may be
     called from any thread. Bytes that arrived once stay, as they would in a cache on disk.
     """
 
-    def __init__(self, *, pace: float = 0.0) -> None:
+    def __init__(self, *, pace: float = 0.0, holdable: bool = False) -> None:
         self.pace = pace
+        self.holdable = holdable
         self.counts = SourceCounts()
         self._lock = Lock()
         self._numbers = count(1)
-        self._current: dict[str, _Version] = {}
-        self._versions: dict[AdapterKey, _Version] = {}
+        self._current: dict[str, Version] = {}
+        self._versions: dict[AdapterKey, Version] = {}
         self._allowed: dict[str, set[int]] = {}
         self._failures: list[_Failure] = []
 
@@ -100,7 +83,7 @@ class FakeSource:
             FileIdentity(0, number, len(content), number, number) for content in (config, weights)
         )
         key = AdapterKey(f"memory:{id}", files)
-        self._current[id] = self._versions[key] = _Version(id, key, config, weights)
+        self._current[id] = self._versions[key] = Version(id, key, config, weights)
         return key
 
     def remove(self, id: str) -> None:
@@ -148,7 +131,8 @@ class FakeSource:
         size = header_size(version.weights[:8], len(version.weights))
         with self._lock:
             version.add([(0, size)])
-        return AdapterFile(version.config, version.weights[:size], self._reader(version))
+        prefix = version.weights[:size]
+        return AdapterFile(version.config, prefix, self._reader(version), self.holdable)
 
     def reopen(self, key: AdapterKey) -> Reader:
         self.counts.reopens += 1
@@ -172,19 +156,23 @@ class FakeSource:
                 version.add(spans)
             arrived(group)
 
-    async def populate(self, key: AdapterKey) -> None:
+    async def populate(self, key: AdapterKey) -> Hold:
         self.counts.populates += 1
-        await self._version(key, "populate")
+        version = await self._version(key, "populate")
+        self._count(holds=1)
+        nbytes = len(version.weights) if self.holdable else 0
+        return FakeHold(nbytes, self.holdable, lambda: self._count(holds=-1))
 
-    def _reader(self, version: _Version) -> FakeReader:
-        self._count_reader(1)
-        return FakeReader(version, self._read, lambda: self._count_reader(-1))
+    def _reader(self, version: Version) -> FakeReader:
+        self._count(readers=1)
+        return FakeReader(version, self._read, lambda: self._count(readers=-1))
 
-    def _count_reader(self, more: int) -> None:
+    def _count(self, *, readers: int = 0, holds: int = 0) -> None:
         with self._lock:
-            self.counts.open_readers += more
+            self.counts.open_readers += readers
+            self.counts.open_holds += holds
 
-    def _read(self, version: _Version, start: int, stop: int) -> memoryview:
+    def _read(self, version: Version, start: int, stop: int) -> memoryview:
         self._maybe_fail("read", version.id, start, stop)
         self._require_current(version)
         if stop > len(version.weights):
@@ -195,7 +183,7 @@ class FakeSource:
             self.counts.bytes_read += stop - start
         return memoryview(version.weights)[start:stop]
 
-    async def _group(self, version: _Version, group: int, cancel: Cancel) -> None:
+    async def _group(self, version: Version, group: int, cancel: Cancel) -> None:
         """Wait until a group is due."""
         due = asyncio.get_running_loop().time() + self.pace
         while True:
@@ -208,7 +196,7 @@ class FakeSource:
         self._maybe_fail("bring", version.id, group, group + 1)
         self._require_current(version)
 
-    async def _version(self, key: AdapterKey, step: Step) -> _Version:
+    async def _version(self, key: AdapterKey, step: Step) -> Version:
         await asyncio.sleep(0)
         id = key.location.removeprefix("memory:")
         self._maybe_fail(step, id)
@@ -217,7 +205,7 @@ class FakeSource:
             raise _changed()
         return version
 
-    def _require_current(self, version: _Version) -> None:
+    def _require_current(self, version: Version) -> None:
         if self._current.get(version.id) is not version:
             raise _changed()
 
@@ -229,41 +217,6 @@ class FakeSource:
                     if failure.times == 0:
                         self._failures.remove(failure)
                     raise _fresh(failure.error)
-
-
-class FakeReader:
-    """The `Reader` of a `FakeSource`: `read` gives the bytes of [start, stop), or raises."""
-
-    def __init__(
-        self,
-        version: _Version,
-        read: Callable[[_Version, int, int], memoryview],
-        closed: Callable[[], None],
-    ) -> None:
-        self.version = version
-        self._read = read
-        self._closed = closed
-        self._lock = Lock()
-        self._open = True
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.version.weights)
-
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        if not self._open:
-            raise FetchError("the reader was closed before it was read")
-        stop = offset + sum(buffer.nbytes for buffer in buffers)
-        content = self._read(self.version, offset, stop)
-        for buffer in buffers:
-            buffer.cast("B")[:] = content[: buffer.nbytes]
-            content = content[buffer.nbytes :]
-
-    def close(self) -> None:
-        with self._lock:
-            was_open, self._open = self._open, False
-        if was_open:
-            self._closed()
 
 
 def _changed() -> IntegrityError:

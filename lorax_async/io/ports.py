@@ -42,13 +42,32 @@ class Reader(Protocol):
         """Quick and idempotent."""
 
 
+class Hold(Protocol):
+    """Keeps the bytes of one adapter in memory until it is closed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it maps; 0 where the kernel was merely asked to read ahead."""
+
+    @property
+    def locked(self) -> bool:
+        """The kernel may not take the pages back; else they stay for as long as it likes."""
+
+    def close(self) -> None:
+        """Blocks. Idempotent."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """An opened adapter: its config, the beginning of its weights (the whole header), a reader."""
+    """An opened adapter: its config, the beginning of its weights (the whole header), a reader.
+
+    `holdable` says whether `populate` would hold the bytes, and not only read ahead.
+    """
 
     config: bytes
     prefix: bytes
     reader: Reader
+    holdable: bool = False
 
 
 class Source(Protocol):
@@ -84,8 +103,11 @@ class Source(Protocol):
         `FetchError`, when `cancel` is set.
         """
 
-    async def populate(self, key: AdapterKey) -> None:
-        """Bring the bytes close (into memory), as far as the source can."""
+    async def populate(self, key: AdapterKey) -> Hold:
+        """Bring all bytes into memory, and keep them there as far as the source can.
+
+        Raises as `open` does.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +118,27 @@ class FilePieces:
     reads: tuple[Read, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StagedPiece:
+    """Bytes that lie as they shall on the device: `memory` goes to `target` in the extent.
+
+    `memory` is a uint8 `[nbytes]` view of what the device's `staging_memory` gave; it is not
+    written to until the copy's ticket is done.
+    """
+
+    memory: torch.Tensor
+    target: int
+
+
 class Device(Protocol):
     """One arena, one table, and copies into them. Sizes and offsets in bytes.
 
-    A copy writes its bytes, then its rows, and only then is its ticket done. A column is cleared
-    before its slot or extents are given to somebody else; that is the driver's word to keep.
+    A copy writes its bytes, then its rows, and only then is its ticket done. Copies, and clearings
+    of columns, take effect in the order in which they were asked for. A column is cleared before
+    its slot or extents are given to somebody else; that is the driver's word to keep.
+
+    A `stream` is what the device's library calls one, and None is the current one; a device that
+    computes when it is called (`reads_files`) has none, and ignores it.
     """
 
     name: str
@@ -108,23 +146,58 @@ class Device(Protocol):
     """Every extent and tensor starts on a multiple of it."""
     rank_multiple: int
     """Ranks are padded with zeros to a multiple of it."""
+    reads_files: bool
+    """Its arena is host memory: it copies `FilePieces`, and casts write into its `host_view`.
+    Other devices copy `StagedPiece`s alone."""
 
     def open(self) -> None:
-        """Claim the arena and the tables. Blocks. Raises `CapacityError` if they do not fit."""
+        """Claim the arena and the tables. Blocks.
 
-    def host_memory(self, extent: Extent) -> torch.Tensor:
-        """The extent as writable uint8 `[nbytes]` of host memory. Quick."""
+        Raises `CapacityError` if they do not fit, `ConfigError` if there is no such device here.
+        """
+
+    def staging_memory(self, nbytes: int) -> torch.Tensor:
+        """Host memory that copies can read at full speed: uint8 `[nbytes]`, writable. Blocks.
+
+        Raises `CapacityError` if there is not so much.
+        """
+
+    def host_view(self, extent: Extent) -> torch.Tensor:
+        """The extent as writable uint8 `[nbytes]`. Quick. `UsageError` unless `reads_files`."""
 
     def copy(
-        self, pieces: FilePieces, rows: Sequence[Row], extent: Extent, slot: int
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
     ) -> CopyTicket:
-        """Read the pieces into the extent, then write the rows into the slot's column. Blocks."""
+        """Move the bytes into the extent, then write the rows into the slot's column.
+
+        May block, in an I/O thread. What fails before the copy was begun is raised, what fails
+        later is the ticket's; `TransferError` is the device's own.
+        """
+
+    def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:
+        """Let what is put on `stream` from here on run after the copy, wherever it stands. Quick.
+
+        Blocks no thread. A copy that failed, or a device that was lost, is not waited for: the
+        ticket tells. `UsageError` for a ticket of another device.
+        """
+
+    def note_use(self, stream: object | None = None) -> CopyTicket:
+        """A ticket that is done once all that is on `stream` by now has run. Quick.
+
+        On a device that was lost nothing runs any more: it is done at once.
+        """
 
     def clear_column(self, slot: int) -> None:
-        """From here on the slot's column names nobody. Quick."""
+        """Let the slot's column name nobody, after the copies asked for so far. Quick."""
 
     def operands(self, module: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """A `[rank, in]`, B `[out, rank]`, scale of one module in one slot; None if it has none."""
+        """A `[rank, in]`, B `[out, rank]`, scale of one module in one slot; None if it has none.
+
+        Views on the device. They tell what copies whose tickets are done have written.
+        """
 
     def close(self) -> None:
-        """Let the arena go; views that are still held keep their memory alive."""
+        """End what runs, let the arena go; views that are still held keep their memory alive.
+
+        Blocks. Idempotent.
+        """

@@ -1,72 +1,122 @@
-"""The bounded ring of host buffers in which tensors are cast and padded on their way."""
+"""The bounded ring of host buffers in which groups are put together, cast and padded."""
 
 from __future__ import annotations
 
-import mmap
+import ctypes
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from queue import SimpleQueue
+from dataclasses import dataclass
+from threading import Condition
 
 import torch
 
-from lorax_async.core.moves import Convert, Zero
+from lorax_async.core.moves import Convert, Read, Zero, file_runs
 from lorax_async.errors import InternalError
 from lorax_async.io.ports import Reader
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNMENT = 64
 
 
-class StagingRing:
-    """Equal buffers of ordinary memory; a move uses one while it runs.
+@dataclass(frozen=True, slots=True, eq=False)
+class Buffer:
+    """The same bytes twice: as a writable memoryview of format "B", and as uint8 `[nbytes]`."""
 
-    Parameters
-    ----------
-    nbytes
-        The budget, in bytes.
-    move_bytes
-        Size of a buffer: the most that one `Convert` reads.
-    """
+    memory: memoryview
+    tensor: torch.Tensor
 
-    def __init__(self, nbytes: int, move_bytes: int) -> None:
-        self.buffers = max(1, nbytes // move_bytes)
-        self.move_bytes = move_bytes
-        self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
-        for _ in range(self.buffers):
-            # A map's pages come when they are used; a bytearray would be zeroed here.
-            self._free.put(mmap.mmap(-1, move_bytes))
-
-    @property
-    def free(self) -> int:
-        return self._free.qsize()
-
-    @contextmanager
-    def buffer(self) -> Iterator[mmap.mmap]:
-        """A buffer of `move_bytes`; waits until one is free."""
-        buffer = self._free.get()
-        try:
-            yield buffer
-        finally:
-            self._free.put(buffer)
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Buffer:
+        """Of a contiguous uint8 tensor of host memory, which the buffer keeps alive."""
+        # Without numpy, a tensor gives no memoryview of its own.
+        content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        return cls(memoryview(content).cast("B"), tensor)
 
     def convert(
         self, reader: Reader, moves: tuple[Convert, ...], dtype: str, target: torch.Tensor
     ) -> None:
-        """Read, cast and pad every move into `target`, the uint8 bytes of a group's extent.
+        """Read every move into this buffer, and cast and pad it into `target`, uint8.
 
         Blocks, in an I/O thread. Casts round to nearest even, as `Tensor.copy_` does.
         """
-        with self.buffer() as buffer:
-            memory = memoryview(buffer)
-            source = torch.frombuffer(buffer, dtype=torch.uint8)
-            for move in moves:
-                if move.nbytes > self.move_bytes:
-                    raise InternalError(f"a move of {move.nbytes} bytes exceeds its buffer")
-                reader.read_into([memory[: move.nbytes]], move.file_offset)
-                _cast(source, move, TORCH_DTYPES[dtype], target)
+        for move in moves:
+            if move.nbytes > len(self.memory):
+                raise InternalError(f"a move of {move.nbytes} bytes exceeds its buffer")
+            reader.read_into([self.memory[: move.nbytes]], move.file_offset)
+            _cast(self.tensor, move, TORCH_DTYPES[dtype], target)
+
+
+class StagingRing:
+    """Equal buffers, one after the other in one piece of memory.
+
+    Parameters
+    ----------
+    memory
+        uint8 `[nbytes]`, of the device's `staging_memory`: the budget.
+    move_bytes
+        Size of a buffer, rounded down to a multiple of 64 bytes: the most that one `Convert`
+        reads or writes.
+    """
+
+    def __init__(self, memory: torch.Tensor, move_bytes: int) -> None:
+        self.move_bytes = size = move_bytes - move_bytes % _ALIGNMENT
+        self.buffers = memory.nbytes // size if size else 0
+        if not self.buffers:
+            raise InternalError(f"{memory.nbytes} bytes hold no buffer of {move_bytes}")
+        self._free = [Buffer.of(memory[n * size : (n + 1) * size]) for n in range(self.buffers)]
+        self._turns: deque[object] = deque()
+        self._changed = Condition()
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[Buffer]:
+        """`count` buffers at once. Waits until they are free, and until nobody came before.
+
+        Who waits holds none of those it waits for: takers of two cannot block each other.
+        """
+        if count > self.buffers:
+            raise InternalError(f"{count} buffers of a ring of {self.buffers}")
+        turn = object()
+        with self._changed:
+            self._turns.append(turn)
+            try:
+                self._changed.wait_for(lambda: self._is_served(turn, count))
+                return [self._free.pop() for _ in range(count)]
+            finally:
+                self._turns.remove(turn)
+                self._changed.notify_all()
+
+    def _is_served(self, turn: object, count: int) -> bool:
+        return self._turns[0] is turn and len(self._free) >= count
+
+    def release(self, buffer: Buffer) -> None:
+        """Give a buffer back. From any thread; quick."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    @contextmanager
+    def buffer(self) -> Iterator[Buffer]:
+        """One buffer, for as long as the block runs."""
+        (buffer,) = self.take(1)
+        try:
+            yield buffer
+        finally:
+            self.release(buffer)
+
+
+def read(reader: Reader, moves: tuple[Read, ...], target: memoryview) -> None:
+    """Read every move as it lies in the file into `target`, in one call per run of the file."""
+    for run in file_runs(moves):
+        buffers = [target[move.target : move.target + move.nbytes] for move in run]
+        reader.read_into(buffers, run[0].file_offset)
 
 
 def zero(moves: tuple[Zero, ...], target: torch.Tensor) -> None:
-    """Write the zeros that pad ranks into `target`, the uint8 bytes of a group's extent."""
+    """Write the zeros that pad ranks into `target`, uint8."""
     for move in moves:
         target[move.target : move.target + move.nbytes].zero_()
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorax_async.adapter import AdapterKey
-from lorax_async.core import life as commands
-from lorax_async.core.life import Command, Life
+from lorax_async.core import commands
+from lorax_async.core.commands import Command
+from lorax_async.core.life import Life
 from lorax_async.core.transitions import FileState, SlotState
 from lorax_async.errors import InternalError, LoraxError
 from lorax_async.events import Event, Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
@@ -59,6 +60,8 @@ class Actions:
                 self._files.cancel_fetch(key)
             case commands.Populate():
                 self._files.start_populate(key, command.attempt)
+            case commands.Release():
+                self._files.start_release(key, command.attempt)
             case commands.TakeSlot():
                 self._take_slot(command)
             case commands.ClearColumn():
@@ -71,6 +74,11 @@ class Actions:
             case commands.TellLeaving():
                 self._journal.count("departures")
                 self.tell(Leaving, key, slot=command.grant.slot)
+            case commands.TellStays():
+                if self._tenants.tenancy(key).complete:  # else it is told with the last layer
+                    self.tell(Resident, key, slot=command.grant.slot)
+            case commands.TellUnloaded():
+                self._tenants.unloaded(key)
             case commands.Drop():
                 self._files.forget(key)
             case commands.Forget():
@@ -92,9 +100,12 @@ class Actions:
         )
 
     def _clear_column(self, command: commands.ClearColumn) -> None:
-        self._device.clear_column(command.grant.slot.index)
-        self._tenants.move_out(command.key)
-        self.close_idle_reader(command.key)
+        try:
+            self._device.clear_column(command.grant.slot.index)
+        finally:  # the slot is no longer the adapter's, whatever the device says
+            self._tenants.move_out(command.key)
+            self._journal.shorten(command.key)
+            self.close_idle_reader(command.key)
 
     def _fail(self, command: commands.Fail) -> None:
         self._tell_failed(command.key, command.error)

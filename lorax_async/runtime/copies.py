@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Lock, Thread
 from time import perf_counter
 
-from lorax_async.core.life import Copy
+import torch
+
+from lorax_async.core.commands import Copy
 from lorax_async.errors import CapacityError, InternalError, LoraxError
 from lorax_async.io.inbox import Inbox
 from lorax_async.io.transfer import GroupCopy, Transfer
@@ -20,7 +22,7 @@ from lorax_async.runtime.tenants import Tenants
 
 @dataclass(frozen=True, slots=True)
 class CopyOutcome:
-    """What an I/O thread says about one copy: `nbytes` on the device, or why not.
+    """What came of one copy: `nbytes` on the device, or why not.
 
     `staged_nbytes` of the file had to be cast or padded.
     """
@@ -33,14 +35,22 @@ class CopyOutcome:
     copy_seconds: float
 
 
-_Work = tuple[Copy, GroupCopy, Tenancy]
+@dataclass(slots=True, eq=False)
+class _Work:
+    """One copy on its way."""
+
+    command: Copy
+    copy: GroupCopy
+    tenancy: Tenancy
+    staging_seconds: float = 0.0
+    started: float = field(default_factory=perf_counter)
 
 
 class Copies:
     """Hands copies to the I/O threads; `copied` hears of each once, on the loop.
 
     Its `threads` serve until `stop`. The loop is woken at the latest when no more than `low_water`
-    copies are left in them.
+    copies are left. `images` is the page-locked memory whose extents commands name.
     """
 
     def __init__(
@@ -52,10 +62,12 @@ class Copies:
         *,
         threads: int,
         low_water: int,
+        images: torch.Tensor,
     ) -> None:
         self._files = files
         self._tenants = tenants
         self._transfer = transfer
+        self._images = images
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         # Daemons: a loader that nobody closed must not keep the interpreter from ending.
         self._threads = [
@@ -64,7 +76,7 @@ class Copies:
         self._start(self._threads)
         self._inbox: Inbox[CopyOutcome] = Inbox(asyncio.get_running_loop(), copied)
         self._low_water = low_water
-        self._in_threads = 0
+        self._under_way = 0
         self._lock = Lock()
 
     def stop(self) -> None:
@@ -77,14 +89,25 @@ class Copies:
         for thread in self._threads:
             thread.join()
 
-    def _serve(self) -> None:
-        """In an I/O thread: an executor's queue would cost more than a small copy."""
-        while (work := self._queue.get()) is not None:
-            self._run(*work)
-
     def hear(self) -> None:
         """Handle the outcomes that have not woken the loop."""
         self._inbox.take()
+
+    def start(self, command: Copy) -> None:
+        tenancy = self._tenants.tenancy(command.key)
+        group, image = tenancy.plan.groups[command.group], command.image
+        copy = GroupCopy(
+            self._files.reader(command.key),
+            group,
+            tenancy.plan.dtype,
+            command.grant.extents[command.group],
+            command.grant.slot.index,
+            None if image is None else self._images[image.offset : image.offset + group.nbytes],
+            command.warm,
+        )
+        with self._lock:
+            self._under_way += 1
+        self._queue.put(_Work(command, copy, tenancy))
 
     def _start(self, threads: list[Thread]) -> None:
         for started, thread in enumerate(threads):
@@ -96,39 +119,36 @@ class Copies:
                 self.join()
                 raise CapacityError(f"no {len(threads) + 1}th thread; lower io_threads") from error
 
-    def start(self, command: Copy) -> None:
-        tenancy = self._tenants.tenancy(command.key)
-        copy = GroupCopy(
-            self._files.reader(command.key),
-            tenancy.plan.groups[command.group],
-            tenancy.plan.dtype,
-            command.grant.extents[command.group],
-            command.grant.slot.index,
-        )
-        with self._lock:
-            self._in_threads += 1
-        self._queue.put((command, copy, tenancy))
+    def _serve(self) -> None:
+        """In an I/O thread: an executor's queue would cost more than a small copy."""
+        while (work := self._queue.get()) is not None:
+            self._run(work)
 
-    def _run(self, command: Copy, copy: GroupCopy, tenancy: Tenancy) -> None:
+    def _run(self, work: _Work) -> None:
         """In an I/O thread: whatever happens, the loop hears of it."""
-        started = perf_counter()
-        error: LoraxError | None = None
-        staging_seconds = 0.0
+        work.started = perf_counter()
         try:
-            staging_seconds = self._transfer.run(copy)
-        except LoraxError as problem:
-            error = problem.located()  # without its frames, for it is remembered
+            moved = self._transfer.run(work.copy)
         except BaseException as problem:  # noqa: BLE001 - it is carried to the loop and told there
-            error = InternalError(f"a copy to the device failed: {problem!r}", stage="copy")
-            error.__cause__ = problem
-        copy_seconds = perf_counter() - started - staging_seconds
-        staged = 0 if error else sum(move.nbytes for move in copy.group.converts)
+            self._end(work, problem)
+            return
+        work.staging_seconds = moved.staging_seconds
+        # Asked for, so that a stream can wait for it, though it may not have run yet.
+        work.tenancy.sent(work.command.group, moved.ticket)
+        moved.done.add_done_callback(lambda done: self._end(work, done.exception()))
+
+    def _end(self, work: _Work, problem: BaseException | None) -> None:
+        """In an I/O thread, or in one of the device's."""
+        error = None if problem is None else _as_lorax_error(problem)
+        group = work.copy.group
+        staged = 0 if error else sum(move.nbytes for move in group.converts)
+        seconds = perf_counter() - work.started - work.staging_seconds
         outcome = CopyOutcome(
-            command, copy.group.nbytes, staged, error, staging_seconds, copy_seconds
+            work.command, group.nbytes, staged, error, work.staging_seconds, seconds
         )
         # Left before it is counted: whoever counts the last one wakes the loop for all.
         self._inbox.leave(outcome)
-        if self._is_urgent(tenancy) or error is not None:
+        if self._is_urgent(work.tenancy) or error is not None:
             self._inbox.wake()
 
     def _is_urgent(self, tenancy: Tenancy) -> bool:
@@ -138,8 +158,16 @@ class Copies:
         this is not an adapter's last layer or one that somebody waits for, outcomes may gather.
         """
         with self._lock:
-            self._in_threads -= 1
+            self._under_way -= 1
             tenancy.copied += 1
             if tenancy.copied == len(tenancy.layers) or tenancy.streamed:
                 return True
-            return self._in_threads <= self._low_water
+            return self._under_way <= self._low_water
+
+
+def _as_lorax_error(problem: BaseException) -> LoraxError:
+    if isinstance(problem, LoraxError):
+        return problem.located()  # without its frames, for it is remembered
+    error = InternalError(f"a copy to the device failed: {problem!r}", stage="copy")
+    error.__cause__ = problem
+    return error

@@ -12,16 +12,16 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from time import monotonic
 
+import torch
+
 from lorax_async.adapter import AdapterKey
-from lorax_async.core import life as commands
-from lorax_async.core.life import Command
+from lorax_async.core import commands
+from lorax_async.core.commands import Command
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.core.transitions import FileState
-from lorax_async.core.waiters import Tier, Waiter
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.events import BytesMoved
 from lorax_async.io.inbox import Inbox, running_loop
@@ -30,21 +30,13 @@ from lorax_async.io.transfer import Transfer
 from lorax_async.runtime.actions import Actions
 from lorax_async.runtime.copies import Copies, CopyOutcome
 from lorax_async.runtime.files import Files
+from lorax_async.runtime.interest import Interest
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.planning import Planner
 from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.tenants import Tenants
 
 _logger = logging.getLogger("lorax_async")
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """One caller's wish for an adapter; `future` gives its lease."""
-
-    key: AdapterKey
-    waiter: int
-    future: asyncio.Future[Lease | None]
 
 
 class Driver:
@@ -61,12 +53,14 @@ class Driver:
         num_layers: int,
         io_threads: int,
         metadata_threads: Executor,
+        images: torch.Tensor,
     ) -> None:
         self.lifecycle = lifecycle
         self.device = device
         self.journal = Journal()
         self.files = Files(source, planner, metadata_threads, self, self.journal)
         self.tenants = Tenants(num_layers, self._lease_ended, self._lease_quiet)
+        self.interest = Interest(lifecycle, self.tenants, self._hear_and_obey)
         self._loop = asyncio.get_running_loop()
         self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, lambda tell: tell())
         self._copies = Copies(
@@ -75,7 +69,8 @@ class Driver:
             transfer,
             self._copied,
             threads=io_threads,
-            low_water=lifecycle.residency.copies_free // 2,
+            low_water=lifecycle.budgets.device.copies_free // 2,
+            images=images,
         )
         self._actions = Actions(
             lifecycle.lives,
@@ -92,36 +87,7 @@ class Driver:
         self._due: float | None = None
         self._rested = asyncio.Event()
 
-    # -- what callers want ------------------------------------------------------------------------
-
-    def begin(self, key: AdapterKey, tier: Tier, *, priority: int) -> Wish:
-        """Want the adapter as far as `tier`; to be followed by `granted` or `abandon`."""
-        self._copies.hear()
-        waiter, future = self.tenants.add_waiter()
-        self._obey(
-            self.lifecycle.want(key, Waiter(waiter, tier, self._loop.time(), priority=priority))
-        )
-        return Wish(key, waiter, future)
-
-    async def granted(self, wish: Wish) -> Lease | None:
-        """Wait until the wish comes true, or raise why it will not."""
-        return await wish.future
-
-    def abandon(self, wish: Wish) -> None:
-        """Withdraw one wish and give back what it brought; the others stay. Idempotent."""
-        self.tenants.drop_waiter(wish.waiter)
-        self._obey(self.lifecycle.withdraw(wish.key, wish.waiter))
-        future = wish.future
-        if future.done() and not future.cancelled() and future.exception() is None:
-            lease = future.result()
-            if lease is not None:
-                lease.end()
-
-    def try_lease(self, key: AdapterKey) -> Lease | None:
-        """A lease on a resident adapter, at once."""
-        if self.lifecycle.take_lease(key) is None:
-            return None
-        return self.tenants.new_lease(key)
+    # -- ending ------------------------------------------------------------------------------------
 
     async def close(self, error: LoraxError, timeout: float) -> None:
         """Fail waiters, wait for leases, revoke those that are left at the deadline.
@@ -129,6 +95,7 @@ class Driver:
         A kernel that still runs is waited for in any case: its memory cannot be taken back.
         """
         try:
+            self.files.begin_close()
             self._obey(self.lifecycle.close(error))
             await self._vacate(timeout)
         finally:
@@ -157,9 +124,12 @@ class Driver:
 
     # -- outcomes ---------------------------------------------------------------------------------
 
-    def header_checked(self, key: AdapterKey, attempt: int, plan: TransferPlan) -> None:
+    def header_checked(
+        self, key: AdapterKey, attempt: int, plan: TransferPlan, *, holdable: bool
+    ) -> None:
         self.journal.checked(key, monotonic())
-        self._decide(key, lambda: self.lifecycle.header_checked(key, attempt, plan.needs))
+        needs = plan.needs(holdable=holdable)
+        self._decide(key, lambda: self.lifecycle.header_checked(key, attempt, needs))
 
     def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> None:
         self._decide(key, lambda: self.lifecycle.span_fetched(key, attempt, group))
@@ -173,6 +143,9 @@ class Driver:
 
     def populated(self, key: AdapterKey, attempt: int) -> None:
         self._decide(key, lambda: self.lifecycle.populated(key, attempt))
+
+    def released(self, key: AdapterKey, attempt: int) -> None:
+        self._decide(key, lambda: self.lifecycle.released(key, attempt))
 
     def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
         self._decide(key, lambda: self.lifecycle.lost(key, attempt, error))
@@ -194,6 +167,7 @@ class Driver:
 
     def _copied(self, outcome: CopyOutcome) -> None:
         key = outcome.command.key
+        self.lifecycle.note_time(self._loop.time())
         self.journal.spent("stage", outcome.staging_seconds, outcome.staged_nbytes)
         self.journal.spent("copy", outcome.copy_seconds, outcome.nbytes if not outcome.error else 0)
         if outcome.error is None:
@@ -229,6 +203,11 @@ class Driver:
             self._inbox.put(tell)
 
     # -- commands ---------------------------------------------------------------------------------
+
+    def _hear_and_obey(self, decided: list[Command]) -> None:
+        """A caller is here: what has been copied meanwhile concerns it."""
+        self._obey(decided)
+        self._copies.hear()
 
     def _obey(self, decided: list[Command]) -> None:
         """Carry out commands in order. What a subscriber causes meanwhile comes after them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from concurrent.futures import Executor
 from time import perf_counter
@@ -11,24 +12,29 @@ from typing import Protocol
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, InternalError, LoraxError
-from lorax_async.io.ports import AdapterFile, Cancel, Reader, Source
+from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader, Source
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.planning import Planner
+
+_logger = logging.getLogger("lorax_async")
 
 
 class Outcomes(Protocol):
     """Who is told what came of a task; called on the loop."""
 
-    def header_checked(self, key: AdapterKey, attempt: int, plan: TransferPlan) -> None: ...
+    def header_checked(
+        self, key: AdapterKey, attempt: int, plan: TransferPlan, *, holdable: bool
+    ) -> None: ...
     def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> None: ...
     def published(self, key: AdapterKey, attempt: int) -> None: ...
     def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
     def populated(self, key: AdapterKey, attempt: int) -> None: ...
+    def released(self, key: AdapterKey, attempt: int) -> None: ...
     def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
 
 
 class Files:
-    """Runs one task per fetch and populate; each ends with exactly one outcome.
+    """Runs one task per fetch, populate and release; each ends with exactly one outcome.
 
     `threads` parse large headers. Tasks are cancelled by `stop` alone; a fetch that nobody wants
     any more is told so by its token.
@@ -44,6 +50,7 @@ class Files:
     ) -> None:
         self.plans: dict[AdapterKey, TransferPlan] = {}
         self.readers: dict[AdapterKey, Reader] = {}
+        self.holds: dict[AdapterKey, Hold] = {}
         self._source = source
         self._planner = planner
         self._threads = threads
@@ -52,6 +59,8 @@ class Files:
         self._cancels: dict[AdapterKey, Cancel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._planning = asyncio.Lock()
+        self._populating = asyncio.Lock()
+        self._closing = False
 
     def start_fetch(self, key: AdapterKey, attempt: int) -> None:
         self._cancels[key] = Cancel()
@@ -62,6 +71,9 @@ class Files:
 
     def start_populate(self, key: AdapterKey, attempt: int) -> None:
         self._spawn("populate", key, self._populate(key, attempt))
+
+    def start_release(self, key: AdapterKey, attempt: int) -> None:
+        self._spawn("release", key, self._release(key, attempt))
 
     def reader(self, key: AdapterKey) -> Reader:
         """What `key` is read through; opened again for an adapter that comes back."""
@@ -78,6 +90,13 @@ class Files:
     def forget(self, key: AdapterKey) -> None:
         self.plans.pop(key, None)
         self.close_reader(key)
+        hold = self.holds.pop(key, None)
+        if hold is not None:
+            _close(hold)  # what is forgotten was read ahead at most: there is no map to undo
+
+    def begin_close(self) -> None:
+        """What has not begun to populate need not."""
+        self._closing = True
 
     async def stop(self) -> None:
         """End the tasks that are left, and close what they opened."""
@@ -86,6 +105,8 @@ class Files:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for key in tuple(self.readers):
             self.close_reader(key)
+        for key in tuple(self.holds):
+            await self._close_hold(key)
 
     def _spawn(self, verb: str, key: AdapterKey, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"lorax {verb} {key}")
@@ -101,7 +122,7 @@ class Files:
             self.readers[key] = file.reader
             self.plans[key] = plan = await self._plan(file)
             if not cancel.is_set():
-                self._outcomes.header_checked(key, attempt, plan)
+                self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
                 await self._bring(key, attempt, file, plan, cancel)
             if cancel.is_set():
                 error = FetchError("nobody wants it any more")
@@ -147,12 +168,38 @@ class Files:
         await self._source.bring(file, spans, arrived, cancel)
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
+        """One at a time: foreground loads share the threads, and the disk, with one at most."""
         try:
-            await self._source.populate(key)
+            async with self._populating:
+                if self._closing:
+                    raise FetchError("the loader was closed")
+                hold = await self._source.populate(key)
         except Exception as error:  # noqa: BLE001 - becomes the task's outcome
             self._outcomes.lost(key, attempt, _as_lorax_error(error))
         else:
+            before = self.holds.get(key)
+            if before is not None:
+                _close(before)  # it was read ahead: there is no map to undo
+            self.holds[key] = hold
             self._outcomes.populated(key, attempt)
+
+    async def _release(self, key: AdapterKey, attempt: int) -> None:
+        await self._close_hold(key)
+        self._outcomes.released(key, attempt)
+
+    async def _close_hold(self, key: AdapterKey) -> None:
+        """Undoing a map of many pages takes milliseconds."""
+        hold = self.holds.pop(key, None)
+        if hold is not None:
+            await asyncio.get_running_loop().run_in_executor(self._threads, _close, hold)
+
+
+def _close(hold: Hold) -> None:
+    """A hold that does not close is gone all the same: whoever waits for that must be told."""
+    try:
+        hold.close()
+    except Exception:
+        _logger.exception("a hold on an adapter's bytes did not close")
 
 
 def _as_lorax_error(error: Exception) -> LoraxError:

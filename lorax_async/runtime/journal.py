@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from asyncio import CancelledError
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.errors import Stage
-from lorax_async.events import BytesMoved, Event, LayerReady, SlotId
+from lorax_async.events import BytesMoved, Event, LayerReady
 
 STORY_LENGTH = 16
 """Events remembered of one adapter; those of single layers are told, not remembered."""
+
+REST_LENGTH = 4
+"""And of one that is not on the device: a stay with its end."""
 
 _logger = logging.getLogger("lorax_async")
 
@@ -37,21 +39,11 @@ class Statistics:
     nbytes: Mapping[Stage, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterResidency:
-    """Where one adapter is: its slot's state in the words of docs/architecture.md."""
-
-    state: str
-    slot: SlotId
-    nbytes: int
-    leases: int
-
-
 class Journal:
     """Collects events and totals; calls subscribers on the loop."""
 
     def __init__(self) -> None:
-        self._stories: dict[AdapterKey, deque[Event]] = {}
+        self._stories: dict[AdapterKey, tuple[Event, ...]] = {}
         self._subscribers: dict[object, Callable[[Event], None]] = {}
         self._counts = dict.fromkeys(
             ("fetches", "loads", "failures", "departures", "bytes_moved"), 0
@@ -72,7 +64,8 @@ class Journal:
     def tell(self, event: Event) -> None:
         """Remember an event and call the subscribers; their exceptions are theirs."""
         if not isinstance(event, BytesMoved | LayerReady):
-            self._stories.setdefault(event.key, deque(maxlen=STORY_LENGTH)).append(event)
+            story = self._stories.get(event.key, ())
+            self._stories[event.key] = (*story[1 - STORY_LENGTH :], event)
         for callback in tuple(self._subscribers.values()):
             try:
                 callback(event)
@@ -80,7 +73,11 @@ class Journal:
                 _logger.exception("a subscriber failed on %s", type(event).__name__)
 
     def story(self, key: AdapterKey) -> tuple[Event, ...]:
-        return tuple(self._stories.get(key, ()))
+        return self._stories.get(key, ())
+
+    def shorten(self, key: AdapterKey) -> None:
+        """It has left the device: its last events are enough to know what it was like."""
+        self._stories[key] = self._stories.get(key, ())[-REST_LENGTH:]
 
     def forget(self, key: AdapterKey) -> None:
         self._stories.pop(key, None)

@@ -4,31 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.lifecycle import Lifecycle
-from lorax_async.core.residency import Residency
-from lorax_async.errors import CapacityError, LoaderClosedError
-from lorax_async.io.devices.cpu import CpuDevice
+from lorax_async.core.policies import policy
+from lorax_async.core.queues import COPIES_AHEAD
+from lorax_async.core.residency import HostBudget, ImageBudget, Residency
+from lorax_async.core.settling import Budgets, Pace
+from lorax_async.core.waiters import Tier
+from lorax_async.errors import LoaderClosedError
+from lorax_async.io.devices import make_device
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.sources.local import LocalSource
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import Transfer
+from lorax_async.runtime.acquiring import Acquiring, Ref, require_priority, text_of
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.planning import Planner
+from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.resolver import Resolver
 
 MOVE_BYTES = 4 << 20
 """Of one cast through staging: large enough that few calls are made, a few fit the default ring."""
 
 METADATA_THREADS = 2
-COPIES_PER_THREAD = 8
-"""In flight per I/O thread: enough that a busy loop does not let the threads run dry."""
+
+
+_NO_IMAGES = torch.empty(0, dtype=torch.uint8)
+
+
+class _Memory(NamedTuple):
+    """Host memory that copies read: the ring, and uint8 `[pinned_bytes]` for images."""
+
+    staging: StagingRing
+    images: torch.Tensor
 
 
 class Machinery:
@@ -36,6 +52,7 @@ class Machinery:
 
     driver: Driver
     resolver: Resolver
+    acquiring: Acquiring
 
     def __init__(
         self,
@@ -48,62 +65,96 @@ class Machinery:
         self._layout = layout
         self._config = config
         self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
-        self._device = device or CpuDevice(
-            layout,
-            dtype=config.storage_dtype,
-            nbytes=config.device_bytes,
-            slots=config.max_slots,
-        )
+        self._device = device or make_device(layout, config)
         self._source = source or LocalSource(
-            roots=[Path(root) for root in config.local_roots],
-            limits=config.limits,
-            threads=self._metadata,
+            roots=config.local_roots, limits=config.limits, threads=self._metadata
         )
+        self._prefetching: set[asyncio.Task[None]] = set()
 
-    async def open(self) -> None:
+    async def open(self, check_open: Callable[[], None]) -> None:
         """Claim the device's memory; on an error or a cancellation no thread is left."""
         try:
             loop = asyncio.get_running_loop()
-            staging = await loop.run_in_executor(self._metadata, self._claim_memory)
-            self._assemble(staging)
+            memory = await loop.run_in_executor(self._metadata, self._claim_memory)
+            self._assemble(memory)
+            self.acquiring = Acquiring(self.resolver, self.driver, check_open)
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(self._in_thread(self._give_up)))
             raise
 
-    def _claim_memory(self) -> StagingRing:
-        self._device.open()
-        nbytes = self._config.staging_bytes
-        try:
-            return StagingRing(nbytes, min(MOVE_BYTES, nbytes))
-        except (OSError, MemoryError) as error:
-            raise CapacityError(f"no memory for {nbytes:,} bytes of staging ({error})") from error
-
-    def _assemble(self, staging: StagingRing) -> None:
-        config = self._config
-        residency = Residency(
-            device_bytes=config.device_bytes,
-            alignment=self._device.alignment,
-            max_slots=config.max_slots,
-            copies=COPIES_PER_THREAD * config.io_threads,
+    def _claim_memory(self) -> _Memory:
+        """In a thread."""
+        device, config = self._device, self._config
+        device.open()
+        # Whoever fills a window needs one buffer to read what is cast, and one for the result.
+        buffers = 1 if device.reads_files else 2
+        staging = StagingRing(
+            device.staging_memory(config.staging_bytes),
+            min(MOVE_BYTES, config.staging_bytes // buffers),
         )
+        pinned_bytes = 0 if device.reads_files else config.pinned_bytes
+        images = device.staging_memory(pinned_bytes) if pinned_bytes else _NO_IMAGES
+        return _Memory(staging, images)
+
+    def _assemble(self, memory: _Memory) -> None:
+        config, device, staging = self._config, self._device, memory.staging
         names = [module.name for module in self._layout.modules]
         self.driver = Driver(
-            Lifecycle(residency, starvation_age=config.starvation_age),
+            Lifecycle(
+                self._budgets(memory),
+                Pace(starvation_age=config.starvation_age, min_residency=config.min_residency),
+            ),
             source=self._source,
-            device=self._device,
-            transfer=Transfer(self._device, staging, names, check_finite=config.check_finite),
-            planner=Planner(self._layout, config, self._device, move_bytes=staging.move_bytes),
+            device=device,
+            transfer=Transfer(device, staging, names, check_finite=config.check_finite),
+            planner=Planner(self._layout, config, device, move_bytes=staging.move_bytes),
             num_layers=self._layout.num_layers,
             io_threads=config.io_threads,
             metadata_threads=self._metadata,
+            images=memory.images,
         )
         self.resolver = Resolver(self._source, self.driver.journal)
+
+    def _budgets(self, memory: _Memory) -> Budgets:
+        config, alignment = self._config, self._device.alignment
+        device = Residency(
+            device_bytes=config.device_bytes,
+            alignment=alignment,
+            max_slots=config.max_slots,
+            copies=COPIES_AHEAD * config.io_threads,
+            policy=policy(config.eviction),
+        )
+        host = HostBudget(config.host_bytes, policy(config.eviction))
+        images = ImageBudget(memory.images.nbytes, alignment, policy(config.eviction))
+        return Budgets(device, host, images)
+
+    def prefetch(self, refs: Sequence[Ref], tier: Tier, seconds: float, priority: int) -> Prefetch:
+        """One task for each; `close` waits for those that are left."""
+        require_priority(priority)
+        return Prefetch([(text_of(ref), self._start(ref, tier, seconds, priority)) for ref in refs])
+
+    def _start(self, ref: Ref, tier: Tier, seconds: float, priority: int) -> asyncio.Task[None]:
+        async def bring() -> None:
+            await self.acquiring.acquire(ref, tier, seconds, priority=priority, foreground=False)
+
+        task = asyncio.get_running_loop().create_task(
+            bring(), name=f"lorax prefetch {text_of(ref)}"
+        )
+        self._prefetching.add(task)
+        task.add_done_callback(self._prefetched)
+        return task
+
+    def _prefetched(self, task: asyncio.Task[None]) -> None:
+        self._prefetching.discard(task)
+        if not task.cancelled():
+            task.exception()  # a hint that failed may have nobody who looks
 
     async def close(self, timeout: float) -> None:
         try:
             await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
         finally:
             await self.resolver.stop()
+            await asyncio.gather(*self._prefetching, return_exceptions=True)
             await self._in_thread(self._end)
 
     def _give_up(self) -> None:

@@ -68,9 +68,11 @@ class Resolver:
 
     def _answered(self, ref: AdapterRef, task: asyncio.Task[AdapterKey]) -> None:
         del self._asking[ref]
-        self._answers.pop(ref, None)
+        before = self._answers.pop(ref, None)
         if task.cancelled() or task.exception() is not None:
             return
-        self._answers[ref] = task.result()
+        key = task.result()
+        # Of equal keys the first is kept, which others keep too.
+        self._answers[ref] = before if before == key and before is not None else key
         if len(self._answers) > MAX_REMEMBERED:
             del self._answers[next(iter(self._answers))]

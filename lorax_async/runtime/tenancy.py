@@ -16,6 +16,7 @@ from lorax_async.core.life import Grant
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import HandleClosedError, LoraxError, UsageError
 from lorax_async.io.inbox import running_loop
+from lorax_async.io.ports import CopyTicket
 
 
 class Tenancy:
@@ -25,17 +26,34 @@ class Tenancy:
         self.key = key
         self.grant = grant
         self.plan = plan
-        self.layers = tuple(group.layer for group in plan.groups)
+        self.layers = plan.layers
         self.error: LoraxError | None = None
         self.streamed = False
         """Somebody holds it before its last layer: single layers are waited for."""
         self.copied = 0
         """Copies that ended; counted by the I/O threads, under their lock."""
+        self._tickets: dict[int, CopyTicket] = {}
         self._num_layers = num_layers
         self._watermark = 0
         self._changed = threading.Condition()
         self._loop = running_loop()
         self._sleepers: dict[asyncio.Future[None], int] = {}
+
+    def sent(self, group: int, ticket: CopyTicket) -> None:
+        """The device was asked for a group's copy. From any thread."""
+        self._tickets[group] = ticket
+
+    def tickets(self, layer: int) -> list[CopyTicket] | None:
+        """Of the copies of `layer` and of the groups before it that may not be done; None if some
+        have not been asked for. From any thread.
+        """
+        groups = range(self._watermark, self._needed(layer))
+        tickets = [self._tickets.get(group) for group in groups]
+        return None if None in tickets else [ticket for ticket in tickets if ticket is not None]
+
+    @property
+    def on_its_loop(self) -> bool:
+        return self._loop in (None, running_loop())
 
     @property
     def complete(self) -> bool:
@@ -47,7 +65,7 @@ class Tenancy:
 
     async def ready(self, layer: int, check: Callable[[], None]) -> None:
         """Wait on the loader's loop, for as long as `check` does not raise."""
-        if self._loop not in (None, running_loop()):
+        if not self.on_its_loop:
             raise UsageError("a handle is awaited on the event loop of its loader")
         needed = self._needed(layer)
         while self._watermark < needed:

@@ -29,6 +29,7 @@ class Tenants:
         self._lease_ended = lease_ended
         self._lease_quiet = lease_quiet
         self._waiters: dict[int, asyncio.Future[Lease | None]] = {}
+        self._unloads: dict[AdapterKey, list[asyncio.Future[None]]] = {}
         self._tenancies: dict[AdapterKey, Tenancy] = {}
         self._last_waiter = 0
 
@@ -70,11 +71,32 @@ class Tenants:
     def serve(self, key: AdapterKey, waiter: int, grant: Grant | None) -> None:
         """Fulfil a wish. A waiter that was cancelled meanwhile gives its lease back."""
         lease = self.new_lease(key) if grant is not None else None
-        future = self._waiters.pop(waiter)
-        if not future.done():
+        future = self._waiters.pop(waiter, None)
+        if future is not None and not future.done():
             future.set_result(lease)
         elif lease is not None:
             lease.end()
+
+    def add_unload(self, key: AdapterKey) -> asyncio.Future[None]:
+        """A future that `unloaded` will set, unless `drop_unload` comes first."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unloads.setdefault(key, []).append(future)
+        return future
+
+    def drop_unload(self, key: AdapterKey, future: asyncio.Future[None]) -> bool:
+        """Whether it was still waited for."""
+        waiting = self._unloads.get(key, [])
+        if future not in waiting:
+            return False
+        waiting.remove(future)
+        if not waiting:
+            del self._unloads[key]
+        return True
+
+    def unloaded(self, key: AdapterKey) -> None:
+        for future in self._unloads.pop(key, ()):
+            if not future.done():
+                future.set_result(None)
 
     def fail(self, waiters: Iterable[int], error: LoraxError) -> None:
         for waiter in waiters:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import copy
+import gc
 from collections import deque
+from dataclasses import fields
 
 from core.lifecycle_actions import actions, perform
 from core.lifecycle_world import Action, Setting, Violation, World, keys, new_world
 from lorax_async.core.life import Life
 from lorax_async.core.lifecycle import Lifecycle
+from lorax_async.core.residency import HostBudget, Residency
+from lorax_async.core.transitions import SlotState
 from lorax_async.core.waiters import Waiters
+
+_Way = tuple["_Way", Action] | None
+"""The last action, and the way before it."""
+
+_COPIED = (
+    *("fetches", "populating", "held", "read_ahead", "releasing", "copies", "on_device"),
+    *("readable", "content", "holder", "told", "resident_at", "idle_leases", "busy_leases"),
+    *("orphan_uses", "broken", "pins", "unloads", "waiting", "since"),
+)
+_LIFE = tuple(field.name for field in fields(Life))
 
 
 def clone(world: World) -> World:
-    twin = copy.copy(world)
-    for name in ("fetches", "populating", "copies", "on_device", "readable", "holder"):
-        setattr(twin, name, getattr(world, name).copy())
-    for name in ("idle_leases", "busy_leases", "orphan_uses", "broken", "waiting"):
-        setattr(twin, name, getattr(world, name).copy())
+    twin = World.__new__(World)
+    state = twin.__dict__
+    state.update(world.__dict__)
+    for name in _COPIED:
+        state[name] = state[name].copy()
     twin.lifecycle = _clone_lifecycle(world)
     return twin
 
@@ -26,73 +39,131 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     """What copy.deepcopy would give, a hundred times faster."""
     original = world.lifecycle
     twin = new_world(world.setting).lifecycle
-    twin._decisions.closing = original._decisions.closing
-    twin._slots.now = original._slots.now
-    twin._idle.update(original._idle)
-    twin._idle_weight = original._idle_weight
     for key, life in original.lives.items():
-        new = copy.copy(life)
-        for name in ("fetched", "submitted", "done"):
-            setattr(new, name, getattr(life, name).copy())
-        new.waiters = Waiters()
-        for waiter in life.waiters:
-            new.waiters.add(waiter)
-        twin.lives[key] = new
-    twin._slots._waiting.update(original._slots._waiting)
-    twin._slots._heap.extend(original._slots._heap)
-    twin._slots._entries = original._slots._entries
-    twin._copies._queue.update((key, twin.lives[key]) for key in original._copies._queue)
-    residency = twin.residency
-    residency.arena = original.residency.arena.copy()
-    residency.copies_free = original.residency.copies_free
-    residency._free_slots = original.residency._free_slots.copy()
-    residency._generation = original.residency._generation
-    residency._recency = original.residency._recency.copy()
+        twin.lives[key] = _clone_life(life)
+    old, new = original._settling, twin._settling
+    new.decisions.closing = old.decisions.closing
+    new.slots.now = old.slots.now
+    new.slots.line.adopt(old.slots.line)
+    new.host_queue.line.adopt(old.host_queue.line)
+    new.copies.turn = old.copies.turn
+    new.copies._queue.update((key, twin.lives[key]) for key in old.copies._queue)
+    new.idle.adopt(old.idle)
+    _clone_device(original.budgets.device, twin.budgets.device)
+    if world.setting.host_bytes:
+        _clone_host(original.budgets.host, twin.budgets.host)
+    if world.setting.image_bytes:
+        twin.budgets.images.arena = original.budgets.images.arena.copy()
+        twin.budgets.images.policy = original.budgets.images.policy.copy()
     return twin
+
+
+def _clone_life(life: Life) -> Life:
+    new = Life.__new__(Life)
+    for name in _LIFE:
+        setattr(new, name, getattr(life, name))
+    new.waiters = Waiters()
+    for waiter in life.waiters:
+        new.waiters.add(waiter)
+    return new
+
+
+def _clone_device(old: Residency, new: Residency) -> None:
+    new.arena = old.arena.copy()
+    new.copies_free = old.copies_free
+    new._free_slots = old._free_slots.copy()
+    new._generation = old._generation
+    new.policy = old.policy.copy()
+
+
+def _clone_host(old: HostBudget, new: HostBudget) -> None:
+    new.free = old.free
+    new.held = old.held.copy()
+    new.leaving = old.leaving.copy()
+    new.policy = old.policy.copy()
 
 
 def fingerprint(world: World) -> tuple[object, ...]:
     """Two worlds with one fingerprint have the same future: no counters, only their order."""
     order = {w: n for n, w in enumerate(sorted(world.waiting))}
-    lives = tuple(
-        _life_print(world, a, world.lifecycle.lives.get(key), order)
-        for a, key in enumerate(keys(world.setting))
-    )
-    recency = tuple(k.location for k in world.lifecycle.residency.least_recent())
+    names = keys(world.setting)
+    lives = tuple(_life_print(world, world.lifecycle.lives.get(key), order) for key in names)
     return (
         lives,
-        recency,
+        _queue_print(world),
         tuple(sorted(world.fetches.items())),
         frozenset(world.populating),
+        frozenset(world.held),
+        frozenset(world.read_ahead),
+        frozenset(world.releasing),
         frozenset(world.copies),
         tuple(sorted(world.readable.items())),
+        tuple(sorted(world.content.items())),
         tuple(sorted(world.idle_leases)),
         tuple(sorted(world.busy_leases)),
         tuple(sorted(world.orphan_uses)),
         frozenset(world.broken),
+        frozenset(world.told),
+        tuple((a, world.pins.get(a), world.unloads.get(a)) for a in range(len(names))),
         world.closed,
-        world.lifecycle.next_tick is None,
     )
 
 
-def _life_print(
-    world: World, a: int, life: Life | None, order: dict[int, int]
-) -> tuple[object, ...]:
+def _queue_print(world: World) -> tuple[object, ...]:
+    lifecycle, setting = world.lifecycle, world.setting
+    budgets, settling = lifecycle.budgets, lifecycle._settling
+    forgets = len(setting.sizes) > setting.max_idle
+    demoted = settling.host_queue.line
+    waits = (entry for entry in sorted(demoted._heap) if demoted._waiting.get(entry[2]) == entry[0])
+    return (
+        budgets.device.policy.state(),
+        budgets.host.policy.state(),
+        budgets.images.policy.state(),
+        tuple(settling.idle) if forgets else None,
+        tuple(dict.fromkeys(entry[2] for entry in waits)),
+        lifecycle.next_tick is None,
+    )
+
+
+def _life_print(world: World, life: Life | None, order: dict[int, int]) -> tuple[object, ...]:
     if life is None:
         return ()
-    waiters = tuple((order[w.id], w.tier, w.foreground) for w in life.waiters)
+    copies = world.lifecycle._settling.copies
+    turn = life.copy_turn - copies.turn
+    if life.slot is not SlotState.FILLING:
+        turn = 0
+    elif life.key not in copies._queue:
+        turn = max(turn, 0)
     return (
         life.file,
+        life.host,
         life.slot,
         life.needs is None,
-        frozenset(life.fetched),
-        life.populated,
-        frozenset(life.submitted),
-        frozenset(life.done),
-        life.leaving,
-        waiters,
-        life.grant.extents if life.grant else None,
+        life.fetched,
+        life.submitted,
+        life.done,
+        turn,
+        _grant_print(world, life),
+        life.image,
+        life.imaged,
+        (life.pins, life.leaving, life.unloads, life.told, life.demoted),
+        tuple((order[w.id], w.tier, w.foreground, _age(world, w.since, 2)) for w in life.waiters),
     )
+
+
+def _grant_print(world: World, life: Life) -> tuple[object, ...]:
+    """Extents, how many grants are older, and whether it may be evicted."""
+    if life.grant is None:
+        return ()
+    generation = life.grant.slot.generation
+    older = sum(grant.slot.generation < generation for grant in world.holder.values())
+    resident = life.slot is SlotState.RESIDENT and world.setting.min_residency
+    return (life.grant.extents, older, _age(world, life.resident_since, 1) if resident else 0)
+
+
+def _age(world: World, since: float, most: int) -> int:
+    """Steps of time that have passed; the wishes between two of them take next to none."""
+    return min(round((world.now - since) / world.setting.step), most)
 
 
 def explore(setting: Setting, *, limit: int = 1_000_000) -> int:
@@ -100,9 +171,19 @@ def explore(setting: Setting, *, limit: int = 1_000_000) -> int:
 
     Raises the first violation, with the way that led to it.
     """
+    collects = gc.isenabled()
+    gc.disable()  # Nothing here is a cycle, and looking for some takes a third of the time.
+    try:
+        return _explore(setting, limit)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _explore(setting: Setting, limit: int) -> int:
     start = new_world(setting)
     seen = {fingerprint(start)}
-    queue: deque[tuple[World, tuple[Action, ...]]] = deque([(start, ())])
+    queue: deque[tuple[World, _Way]] = deque([(start, None)])
     while queue:
         world, way = queue.popleft()
         for action in list(actions(world)):
@@ -111,11 +192,18 @@ def explore(setting: Setting, *, limit: int = 1_000_000) -> int:
                 perform(twin, action)
                 mark = fingerprint(twin)
             except Exception as error:
-                way_there = " → ".join(" ".join(map(str, step)) for step in (*way, action))
-                raise Violation(f"{error!r} after: {way_there}") from error
+                raise Violation(f"{error!r} after: {_told((way, action))}") from error
             if mark not in seen:
                 if len(seen) >= limit:
                     raise Violation(f"more than {limit} states")
                 seen.add(mark)
-                queue.append((twin, (*way, action)))
+                queue.append((twin, (way, action)))
     return len(seen)
+
+
+def _told(way: _Way) -> str:
+    steps: list[str] = []
+    while way is not None:
+        way, action = way
+        steps.append(" ".join(map(str, action)))
+    return " → ".join(reversed(steps))

@@ -1,4 +1,4 @@
-"""What every `Device` keeps to. A test class derives from `DeviceConformance`.
+"""What every `Device` keeps to. A test class derives from one of the two at the end.
 
 Its module has a fixture `new_device`, which makes devices (not yet opened) for `LAYOUT` and closes
 them afterwards.
@@ -6,134 +6,35 @@ them afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
 
 import pytest
 import torch
+from device_groups import (
+    ARENA,
+    EXTENT,
+    SLOTS,
+    START,
+    TORCH,
+    BytesReader,
+    NewDevice,
+    begin,
+    extent,
+    group,
+    holds,
+    move,
+    settle,
+    staged,
+    when_done,
+)
 
 from lorax_async.core.arena import Extent
-from lorax_async.core.layout import ModelLayout, Module, Parallel
-from lorax_async.core.moves import Read, Row
-from lorax_async.errors import CapacityError, FetchError, UsageError
-from lorax_async.io.ports import Device, FilePieces
-from lorax_kernels import Operands, Tables
+from lorax_async.errors import CapacityError, FetchError, LoraxError, UsageError
+from lorax_async.io.ports import FilePieces
 
-SHAPES = ((24, 40), (16, 8), (8, 56), (40, 24))
-LAYOUT = ModelLayout(
-    tuple(
-        Module(f"layers.{layer}.{name}", *SHAPES[2 * layer + n], layer, Parallel.COLUMN)
-        for layer in range(2)
-        for n, name in enumerate("qk")
-    ),
-    2,
-    "F32",
-)
-ARENA, SLOTS = 1 << 18, 3
-EXTENT = 1 << 14
-TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAN_BYTE = 0xFF
 """Memory full of it is NaN in every dtype."""
-
-
-class TabledDevice(Device, Tables, Protocol):
-    """What kernels need as well: the tables."""
-
-
-class NewDevice(Protocol):
-    def __call__(
-        self, *, dtype: str = "F32", nbytes: int = ARENA, slots: int = SLOTS
-    ) -> TabledDevice: ...
-
-
-class BytesReader:
-    """A file in memory; `before` is called at every read."""
-
-    def __init__(self, content: bytes, before: Callable[[], None] = lambda: None) -> None:
-        self._content = content
-        self._before = before
-
-    @property
-    def nbytes(self) -> int:
-        return len(self._content)
-
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self._before()
-        for buffer in buffers:
-            buffer[:] = self._content[offset : offset + len(buffer)]
-            offset += len(buffer)
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Some modules' weights as a file, how they go to an extent, and what should be there."""
-
-    content: bytes
-    reads: tuple[Read, ...]
-    rows: tuple[Row, ...]
-    weights: dict[int, Operands]
-    written: tuple[range, ...]
-
-    def pieces(self, before: Callable[[], None] = lambda: None) -> FilePieces:
-        return FilePieces(BytesReader(self.content, before), self.reads)
-
-
-def group(seed: int, modules: Sequence[int], dtype: str = "F32", rank: int = 8) -> Group:
-    """Random weights. The file has odd offsets, and the extent another order, with gaps."""
-    random = torch.Generator().manual_seed(seed)
-    file, target, rows, weights = b"odd", 64, [], {}
-    reads: list[Read] = []
-    for module in modules:
-        a_shape, b_shape = (rank, SHAPES[module][0]), (SHAPES[module][1], rank)
-        a, b = (torch.randn(s, generator=random).to(TORCH[dtype]) for s in (a_shape, b_shape))
-        places = []
-        for tensor in (b, a):
-            data = tensor.view(torch.uint8).numpy().tobytes()
-            reads.insert(0, Read(len(file), len(data), target))
-            places.append(target)
-            file += data
-            target += len(data) + 128 - len(data) % 64
-        scale = 1 / (3 + seed + module)
-        # The true rank is smaller: what kernels read is padded.
-        rows.append(Row(module, places[1], places[0], rank - 1, rank, scale))
-        weights[module] = (a, b, scale)
-    assert target <= EXTENT
-    written = tuple(range(read.target, read.target + read.nbytes) for read in reads)
-    return Group(file, tuple(reads), tuple(rows), weights, written)
-
-
-def move(device: Device, made: Group, extent: Extent, slot: int) -> None:
-    device.copy(made.pieces(), made.rows, extent, slot).result(10)
-
-
-def extent(number: int) -> Extent:
-    return Extent(number * EXTENT, EXTENT)
-
-
-def holds(device: TabledDevice, slot: int, expected: dict[int, Operands]) -> None:
-    """The slot's column has these weights, bit for bit, and no others."""
-    for module in range(len(SHAPES)):
-        operands = device.operands(module, slot)
-        if module not in expected:
-            assert operands is None
-            assert not device.rank[module, slot]
-            assert not device.scale[module, slot]
-            assert device.address[:, module, slot].tolist() == [0, 0]
-            continue
-        assert operands is not None
-        a, b, scale = operands
-        want_a, want_b, want_scale = expected[module]
-        assert a.dtype == want_a.dtype
-        assert torch.equal(a, want_a)
-        assert torch.equal(b, want_b)
-        assert scale == want_scale
-        assert device.address[:, module, slot].tolist() == [a.data_ptr(), b.data_ptr()]
-        assert device.rank[module, slot] == want_a.shape[0]
-        assert device.scale[module, slot] == torch.tensor(want_scale)
+IMPOSSIBLE = [1 << 60, 1 << 63, 1 << 80]
 
 
 class DeviceConformance:
@@ -147,6 +48,13 @@ class DeviceConformance:
         holds(device, 1, first.weights | second.weights)
         for slot in (0, 2):
             holds(device, slot, {})
+
+    def test_it_is_there_once_the_ticket_is_done(self, new_device: NewDevice) -> None:
+        device, made = new_device(), group(1, [0, 1, 2, 3])
+        device.open()
+        ticket = begin(device, made, extent(1), 2)
+        when_done(ticket, lambda: holds(device, 2, made.weights))
+        assert ticket.result(0) is None
 
     def test_tables_are_as_the_kernels_expect(self, new_device: NewDevice) -> None:
         device = new_device()
@@ -162,45 +70,18 @@ class DeviceConformance:
         device.open()
         assert device.alignment % 64 == 0
         move(device, group(1, [0]), extent(1), 0)
-        assert (device.address[:, 0, 0] % device.alignment).tolist() == [0, 0]
+        assert (device.address[:, 0, 0].cpu() % device.alignment).tolist() == [0, 0]
 
-    def test_bytes_come_before_rows_and_rows_before_the_ticket(self, new_device: NewDevice) -> None:
-        device, made, seen = new_device(), group(1, [0, 1]), []
+    def test_neighbours_are_left_alone(self, new_device: NewDevice) -> None:
+        """Each extent begins where the one before ends; the middle one is written last."""
+        device, groups = new_device(), [group(n, [0, 3]) for n in range(3)]
         device.open()
-
-        def look() -> None:
-            seen.append((int(device.rank.count_nonzero()), device.operands(0, 0)))
-
-        ticket = device.copy(made.pieces(look), made.rows, extent(0), 0)
-        ticket.result(10)
-        assert seen
-        assert set(seen) == {(0, None)}
-        holds(device, 0, made.weights)
-
-    def test_nothing_else_is_written(self, new_device: NewDevice) -> None:
-        device, made = new_device(), group(1, [0, 1])
-        device.open()
-        whole = Extent(0, ARENA)
-        device.host_memory(whole).fill_(NAN_BYTE)
-        move(device, made, extent(2), 0)
-        untouched = torch.ones(ARENA, dtype=torch.bool)
-        for part in made.written:
-            untouched[extent(2).offset + part.start : extent(2).offset + part.stop] = False
-        assert untouched.sum() < ARENA
-        assert (device.host_memory(whole)[untouched] == NAN_BYTE).all()
-        holds(device, 0, made.weights)
-
-    def test_what_was_written_before_the_copy_counts(self, new_device: NewDevice) -> None:
-        """Converted tensors come this way: the copy has rows, and nothing to read."""
-        device, made = new_device(), group(1, [0, 3])
-        device.open()
-        memory = device.host_memory(extent(1))
-        assert (memory.dtype, memory.shape) == (torch.uint8, (EXTENT,))
-        for read in made.reads:
-            data = made.content[read.file_offset : read.file_offset + read.nbytes]
-            memory[read.target : read.target + read.nbytes] = torch.tensor(list(data))
-        device.copy(FilePieces(BytesReader(b""), ()), made.rows, extent(1), 2).result(10)
-        holds(device, 2, made.weights)
+        size = START + len(groups[0].image)
+        assert size % device.alignment == 0
+        for n in (0, 2, 1):
+            move(device, groups[n], Extent(n * size, size), n)
+        for n in range(3):
+            holds(device, n, groups[n].weights)
 
     def test_a_cleared_column_names_nobody(self, new_device: NewDevice) -> None:
         device, gone, stays = new_device(), group(1, [0, 1, 2]), group(2, [0, 1, 3])
@@ -209,6 +90,7 @@ class DeviceConformance:
         move(device, stays, extent(1), 1)
         holds(device, 0, gone.weights)
         device.clear_column(0)
+        settle(device)
         holds(device, 0, {})
         holds(device, 1, stays.weights)
 
@@ -223,18 +105,19 @@ class DeviceConformance:
             device.clear_column(0)
         assert tables == [table.data_ptr() for table in (device.address, device.rank, device.scale)]
 
-    def test_a_failed_read_writes_no_row(self, new_device: NewDevice) -> None:
-        device, made = new_device(), group(1, [0, 1])
+    def test_what_is_asked_for_takes_effect_in_order(self, new_device: NewDevice) -> None:
+        """Nobody waits in between, and the extents change their owners."""
+        device, tickets = new_device(), []
         device.open()
-
-        def fail() -> None:
-            raise FetchError("the disk is on fire")
-
-        with pytest.raises(FetchError, match="on fire"):
-            device.copy(made.pieces(fail), made.rows, extent(0), 0).result(10)
+        groups = [group(n, [n % 4, (n + 1) % 4]) for n in range(8)]
+        for n, made in enumerate(groups):
+            for slot in (0, 1):
+                device.clear_column(slot)
+            tickets.append(begin(device, made, extent(1), n % 2))
+        for ticket in tickets:
+            ticket.result(10)
         holds(device, 0, {})
-        move(device, made, extent(0), 0)
-        holds(device, 0, made.weights)
+        holds(device, 1, groups[7].weights)
 
     def test_copies_side_by_side(self, new_device: NewDevice) -> None:
         device = new_device()
@@ -246,6 +129,62 @@ class DeviceConformance:
         for slot in range(SLOTS):
             holds(device, slot, groups[2 * slot].weights | groups[2 * slot + 1].weights)
 
+    def test_a_stream_that_waits_for_a_copy_finds_it(self, new_device: NewDevice) -> None:
+        device, made = new_device(), group(1, [0, 1])
+        device.open()
+        ticket = begin(device, made, extent(2), 1)
+        device.wait_for(ticket)
+        device.note_use().result(10)
+        assert device.rank[:, 1].cpu().tolist() == [8, 8, 0, 0]
+        ticket.result(10)
+        holds(device, 1, made.weights)
+        device.wait_for(ticket)
+        assert device.note_use().result(10) is None
+
+    def test_tickets_of_another_device(self, new_device: NewDevice) -> None:
+        device, other = new_device(), new_device()
+        device.open()
+        other.open()
+        ticket = begin(other, group(1, [0]), extent(0), 0)
+        with pytest.raises(UsageError, match="another device"):
+            device.wait_for(ticket)
+        ticket.result(10)
+        other.wait_for(ticket)
+
+    def test_a_use_ends(self, new_device: NewDevice) -> None:
+        device = new_device()
+        device.open()
+        assert device.note_use().result(10) is None
+
+    @pytest.mark.parametrize("nbytes", [1, 4096, 100_001])
+    def test_staging_memory_is_the_askers(self, new_device: NewDevice, nbytes: int) -> None:
+        device = new_device()
+        device.open()
+        memory, other = device.staging_memory(nbytes), device.staging_memory(nbytes)
+        assert (memory.dtype, memory.shape) == (torch.uint8, (nbytes,))
+        assert memory.device.type == "cpu"
+        other.fill_(1)
+        memory.fill_(7)
+        assert (other == 1).all()
+        assert (memory == 7).all()
+
+    @pytest.mark.parametrize("nbytes", IMPOSSIBLE)
+    def test_staging_memory_beyond_the_machine(self, new_device: NewDevice, nbytes: int) -> None:
+        device, made = new_device(), group(1, [0])
+        device.open()
+        with pytest.raises(CapacityError, match=f"{nbytes:,} bytes"):
+            device.staging_memory(nbytes)
+        move(device, made, extent(0), 0)
+        holds(device, 0, made.weights)
+
+    def test_closing_ends_what_runs(self, new_device: NewDevice) -> None:
+        device = new_device()
+        device.open()
+        tickets = [begin(device, group(n, [n]), extent(n), 0) for n in range(4)]
+        tickets.append(device.note_use())
+        device.close()
+        assert [ticket.done() for ticket in tickets] == [True] * 5
+
     def test_views_outlive_the_device(self, new_device: NewDevice) -> None:
         device, made = new_device(), group(1, [0])
         device.open()
@@ -254,8 +193,8 @@ class DeviceConformance:
         device.close()
         device.close()
         assert operands is not None
-        assert torch.equal(operands[0], made.weights[0][0])
-        assert torch.equal(operands[1], made.weights[0][1])
+        assert torch.equal(operands[0].cpu(), made.weights[0][0])
+        assert torch.equal(operands[1].cpu(), made.weights[0][1])
 
     def test_it_is_opened_once(self, new_device: NewDevice) -> None:
         device, made = new_device(), group(1, [0])
@@ -268,9 +207,93 @@ class DeviceConformance:
         with pytest.raises(UsageError, match="make a new one"):
             device.open()
 
-    @pytest.mark.parametrize("nbytes", [1 << 60, 1 << 63, 1 << 80])
+    def test_one_that_was_never_opened_is_closed(self, new_device: NewDevice) -> None:
+        new_device().close()
+
+    @pytest.mark.parametrize("nbytes", IMPOSSIBLE)
     def test_an_arena_beyond_the_machine(self, new_device: NewDevice, nbytes: int) -> None:
         device = new_device(nbytes=nbytes)
         with pytest.raises(CapacityError, match=f"{nbytes:,} bytes"):
             device.open()
         device.close()
+
+
+class FileDeviceConformance(DeviceConformance):
+    """Of devices that read files: the arena is host memory."""
+
+    def test_bytes_come_before_rows(self, new_device: NewDevice) -> None:
+        device, made, seen = new_device(), group(1, [0, 1]), []
+        device.open()
+
+        def look() -> None:
+            seen.append((int(device.rank.count_nonzero()), device.operands(0, 0)))
+
+        device.copy(made.file_pieces(look), made.rows, extent(0), 0).result(10)
+        assert seen
+        assert set(seen) == {(0, None)}
+        holds(device, 0, made.weights)
+
+    def test_nothing_else_is_written(self, new_device: NewDevice) -> None:
+        device, made = new_device(), group(1, [0, 1])
+        device.open()
+        memory = device.host_view(Extent(0, ARENA))
+        memory.fill_(NAN_BYTE)
+        move(device, made, extent(2), 0)
+        untouched = torch.ones(ARENA, dtype=torch.bool)
+        for part in made.written:
+            untouched[extent(2).offset + part.start : extent(2).offset + part.stop] = False
+        assert untouched.sum() < ARENA
+        assert (memory[untouched] == NAN_BYTE).all()
+        holds(device, 0, made.weights)
+
+    def test_what_was_written_before_the_copy_counts(self, new_device: NewDevice) -> None:
+        """Converted tensors come this way: the copy has rows, and nothing to read."""
+        device, made = new_device(), group(1, [0, 3])
+        device.open()
+        memory = device.host_view(extent(1))
+        assert (memory.dtype, memory.shape) == (torch.uint8, (EXTENT,))
+        memory[START : START + len(made.image)] = torch.tensor(list(made.image))
+        device.copy(FilePieces(BytesReader(b""), ()), made.rows, extent(1), 2).result(10)
+        holds(device, 2, made.weights)
+
+    def test_a_failed_read_writes_no_row(self, new_device: NewDevice) -> None:
+        device, made = new_device(), group(1, [0, 1])
+        device.open()
+
+        def fail() -> None:
+            raise FetchError("the disk is on fire")
+
+        with pytest.raises(FetchError, match="on fire"):
+            device.copy(made.file_pieces(fail), made.rows, extent(0), 0).result(10)
+        holds(device, 0, {})
+        move(device, made, extent(0), 0)
+        holds(device, 0, made.weights)
+
+
+class StagedDeviceConformance(DeviceConformance):
+    """Of devices with memory of their own."""
+
+    def test_what_it_cannot_do_it_refuses(self, new_device: NewDevice) -> None:
+        device, made = new_device(), group(1, [0, 1])
+        device.open()
+        with pytest.raises(UsageError, match="host memory"):
+            device.host_view(extent(0))
+        with pytest.raises(LoraxError, match="read files"):
+            device.copy(made.file_pieces(), made.rows, extent(0), 0)
+        settle(device)
+        holds(device, 0, {})
+        move(device, made, extent(0), 0)
+        holds(device, 0, made.weights)
+
+    def test_a_group_may_come_in_pieces(self, new_device: NewDevice) -> None:
+        """They touch, and each is written where it belongs, whatever the order."""
+        device, made = new_device(), group(1, [0, 1, 2, 3])
+        device.open()
+        cuts = [0, 192, 1024, len(made.image)]
+        pieces = [
+            staged(device, made.image[start:stop], START + start)
+            for start, stop in zip(cuts, cuts[1:], strict=False)
+        ]
+        for piece, rows in ((pieces[2], ()), (pieces[0], ()), (pieces[1], made.rows)):
+            device.copy(piece, rows, extent(1), 1).result(10)
+        holds(device, 1, made.weights)

@@ -16,12 +16,18 @@ from source_inputs import CONFIG, tensors
 
 from lorax_async import errors
 from lorax_async.adapter import AdapterRef
-from lorax_async.config import Limits
+from lorax_async.config import Limits, LocalRoot
 from lorax_async.io.sources.local import LocalSource
 
 LIMITS = Limits(max_config_bytes=4096, max_adapter_bytes=1 << 24, max_header_bytes=1 << 20)
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def maps_below(folder: Path) -> list[str]:
+    """This process's maps of files in there."""
+    with open("/proc/self/maps") as maps:
+        return [line for line in maps if f" {folder}/" in line]
 
 
 def descriptors() -> dict[str, str]:
@@ -34,13 +40,18 @@ def descriptors() -> dict[str, str]:
 
 
 class LocalWorld:
-    def __init__(self, base: Path, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, base: Path, threads: ThreadPoolExecutor, immutable: bool = False) -> None:
+        self.holds = immutable
         self.roots = [base / "first", base / "second"]
         for root in self.roots:
             root.mkdir()
         self.outside = base / "outside"
         self.outside.mkdir()
-        self.source = LocalSource(roots=self.roots, limits=LIMITS, threads=threads)
+        self.source = LocalSource(
+            roots=[LocalRoot(root, immutable=immutable) for root in self.roots],
+            limits=LIMITS,
+            threads=threads,
+        )
 
     def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
         folder = self.folder(name)
@@ -65,12 +76,13 @@ class LocalWorld:
 
 
 @contextmanager
-def nothing_left_open(base: Path) -> Iterator[LocalWorld]:
+def nothing_left_open(base: Path, *, immutable: bool = False) -> Iterator[LocalWorld]:
     uvloop.new_event_loop().close()  # opens a pipe once in every process
     before = descriptors()
     with ThreadPoolExecutor(2) as threads:
-        yield LocalWorld(base, threads)
+        yield LocalWorld(base, threads, immutable)
     assert descriptors() == before
+    assert maps_below(base) == []
 
 
 def refusal(world: LocalWorld, ref: AdapterRef | str | Path) -> errors.LoraxError:

@@ -7,6 +7,7 @@ bfloat16, which numpy does not have, IEEE 754's rounding to nearest even worked 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -14,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 import torch
-from device_conformance import BytesReader
+from device_groups import BytesReader
 
 from lorax_async.core.moves import Convert
 from lorax_async.errors import FetchError, InternalError
@@ -66,7 +67,8 @@ def flat(content: bytes, dtype: str, offset: int = 0, target: int = 0) -> Conver
 def converted(staging: StagingRing, content: bytes, moves: Sequence[Convert], dtype: str) -> bytes:
     """What a poisoned extent holds afterwards."""
     extent = torch.full((3 * BUFFER,), POISON, dtype=torch.uint8)
-    staging.convert(BytesReader(content), tuple(moves), dtype, extent)
+    with staging.buffer() as scratch:
+        scratch.convert(BytesReader(content), tuple(moves), dtype, extent)
     return extent.numpy().tobytes()
 
 
@@ -142,14 +144,17 @@ class StagingConformance:
             staging = new_staging(nbytes)
             assert (staging.buffers, staging.free) == (buffers, buffers)
             with staging.buffer() as buffer:
-                assert len(buffer) == BUFFER
+                assert len(buffer.memory) == buffer.tensor.nbytes == BUFFER
                 assert staging.free == buffers - 1
 
     def test_nobody_shares_a_buffer(self, new_staging: NewStaging) -> None:
         staging = new_staging(2 * BUFFER)
         with staging.buffer() as one, staging.buffer() as two:
-            assert one is not two
             assert staging.free == 0
+            for buffer, byte in ((one, 1), (two, 2)):
+                buffer.tensor.fill_(byte)
+            assert one.memory.tobytes() == bytes([1]) * BUFFER
+            assert two.memory.tobytes() == bytes([2]) * BUFFER
 
     def test_who_finds_none_waits(self, new_staging: NewStaging) -> None:
         staging, started, got = new_staging(BUFFER), threading.Event(), threading.Event()
@@ -168,6 +173,83 @@ class StagingConformance:
         taking.join()
         assert staging.free == 1
 
+    def test_a_buffer_is_the_same_bytes_twice(self, new_staging: NewStaging) -> None:
+        with new_staging().buffer() as buffer:
+            buffer.memory[10:13] = b"abc"
+            assert buffer.tensor[10:13].tolist() == list(b"abc")
+            assert (buffer.memory.format, buffer.memory.readonly) == ("B", False)
+
+    def test_two_at_once_or_none(self, new_staging: NewStaging) -> None:
+        """Who waits for two does not hold the one that is free."""
+        staging, got = new_staging(2 * BUFFER), threading.Event()
+
+        def take() -> None:
+            for buffer in staging.take(2):
+                staging.release(buffer)
+            got.set()
+
+        with staging.buffer():
+            taking = threading.Thread(target=take)
+            taking.start()
+            assert not got.wait(0.05)
+            assert staging.free == 1
+        assert got.wait(10)
+        taking.join()
+
+    def test_takers_of_two_do_not_block_each_other(self, new_staging: NewStaging) -> None:
+        """With three buffers, two of them could hold one each and wait for the other's."""
+        staging = new_staging(3 * BUFFER)
+
+        def take(_: int) -> bool:
+            one, two = staging.take(2)
+            time.sleep(0.0001)
+            staging.release(one)
+            staging.release(two)
+            return one is not two
+
+        with ThreadPoolExecutor(6) as threads:
+            assert all(threads.map(take, range(300), timeout=30))
+        assert staging.free == 3
+
+    def test_who_came_first_is_served_first(self, new_staging: NewStaging) -> None:
+        """Those who want one do not pass one who waits for two."""
+        staging, served = new_staging(2 * BUFFER), list[int]()
+
+        def take(number: int, count: int) -> None:
+            buffers = staging.take(count)
+            served.append(number)
+            for buffer in buffers:
+                staging.release(buffer)
+
+        with staging.buffer():
+            takers = [
+                threading.Thread(target=take, args=(n, count)) for n, count in enumerate((2, 1, 1))
+            ]
+            for waiting, taker in enumerate(takers):
+                taker.start()
+                while len(staging._turns) <= waiting:
+                    time.sleep(0.001)
+            assert (served, staging.free) == ([], 1)
+        for taker in takers:
+            taker.join(10)
+        assert served[0] == 0
+        assert sorted(served) == [0, 1, 2]
+
+    def test_what_the_ring_does_not_have(self, new_staging: NewStaging) -> None:
+        staging = new_staging(2 * BUFFER)
+        with pytest.raises(InternalError, match="3 buffers of a ring of 2"):
+            staging.take(3)
+        assert len(staging.take(2)) == 2
+        for nbytes, move_bytes in ((BUFFER - 1, BUFFER), (BUFFER, 63)):
+            with pytest.raises(InternalError, match="no buffer"):
+                new_staging(nbytes, move_bytes)
+
+    def test_buffers_start_on_cache_lines(self, new_staging: NewStaging) -> None:
+        """So that every element in them is aligned."""
+        staging = new_staging(1_000, 333)
+        assert (staging.move_bytes, staging.buffers) == (320, 3)
+        assert {buffer.tensor.storage_offset() % 64 for buffer in staging.take(3)} == {0}
+
     def test_never_more_moves_than_buffers(self, new_staging: NewStaging) -> None:
         """Eight threads, two buffers, and every extent comes out right."""
         staging, running, most = new_staging(2 * BUFFER), [0], [0]
@@ -185,7 +267,8 @@ class StagingConformance:
             values = np.full(1000, number, "<f4")
             extent = torch.empty(2000, dtype=torch.uint8)
             move = (flat(values.tobytes(), "F32"),)
-            staging.convert(BytesReader(values.tobytes(), before), move, "F16", extent)
+            with staging.buffer() as scratch:
+                scratch.convert(BytesReader(values.tobytes(), before), move, "F16", extent)
             return extent.numpy().tobytes() == values.astype("<f2").tobytes()
 
         with ThreadPoolExecutor(8) as threads:
@@ -200,7 +283,7 @@ class StagingConformance:
             raise FetchError("the disk is on fire")
 
         extent = torch.full((64,), POISON, dtype=torch.uint8)
-        with pytest.raises(FetchError, match="on fire"):
-            staging.convert(BytesReader(content, fail), (flat(content, "F32"),), "F32", extent)
+        with pytest.raises(FetchError, match="on fire"), staging.buffer() as scratch:
+            scratch.convert(BytesReader(content, fail), (flat(content, "F32"),), "F32", extent)
         assert staging.free == 1
         assert (extent == POISON).all()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from populate_conformance import PopulateConformance
 from source_conformance import Run, SourceConformance, T, bring_all
 from source_inputs import CONFIG, groups_of, read, weights
 
@@ -20,8 +21,9 @@ from lorax_async.io.ports import AdapterFile
 
 
 class FakeWorld:
-    def __init__(self) -> None:
-        self.source = FakeSource()
+    def __init__(self, *, holds: bool = False) -> None:
+        self.holds = holds
+        self.source = FakeSource(holdable=holds)
 
     def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
         self.source.put(name, config, weights)
@@ -31,11 +33,12 @@ class FakeWorld:
         return AdapterRef(name)
 
 
-@pytest.fixture
-def world() -> Iterator[FakeWorld]:
-    world = FakeWorld()
+@pytest.fixture(params=[False, True], ids=["read ahead", "held"])
+def world(request: pytest.FixtureRequest) -> Iterator[FakeWorld]:
+    world = FakeWorld(holds=request.param)
     yield world
     assert world.source.counts.open_readers == 0
+    assert world.source.counts.open_holds == 0
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -49,6 +52,10 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 class TestConformance(SourceConformance):
+    pass
+
+
+class TestPopulate(PopulateConformance):
     pass
 
 
@@ -67,7 +74,11 @@ def test_it_counts(world: FakeWorld, run: Run) -> None:
         counts = world.source.counts
         assert counts.open_readers == 5
         await bring_all(world.source, files[0], content)
-        await world.source.populate(key)
+        hold = await world.source.populate(key)
+        assert counts.open_holds == 1
+        hold.close()
+        assert hold.locked is world.holds
+        assert counts.open_holds == 0
         read(files[0].reader, 0, 10)
         read(readers[0], 5, 7)
         for reader in [*readers, *(file.reader for file in files)]:

@@ -229,3 +229,36 @@ def test_after_the_loop_nobody_listens(name: str) -> None:
         gc.collect()
         assert gone() is None
     assert seen == []
+
+
+class DrainedLoop(CountedLoop):
+    """The loop has handled all before whoever wakes it goes on."""
+
+    def call_soon_threadsafe(self, *call: Any) -> object:
+        handled = threading.Event()
+        super().call_soon_threadsafe(*call)
+        self._loop.call_soon_threadsafe(handled.set)
+        handled.wait(10)
+        return None
+
+
+def test_a_loop_that_is_quicker_than_who_wakes_it(run: Run) -> None:
+    async def body() -> None:
+        loop, seen = DrainedLoop(asyncio.get_running_loop()), list[int]()
+        inbox: Inbox[int] = Inbox(loop, seen.append)  # type: ignore[arg-type]
+        for n in range(2):
+            await asyncio.to_thread(inbox.put, n)
+        await until(lambda: seen == [0, 1])
+
+    run(body())
+
+
+def test_a_loop_that_sleeps_is_woken(run: Run) -> None:
+    async def body() -> None:
+        heard = asyncio.Event()
+        inbox: Inbox[int] = Inbox(asyncio.get_running_loop(), lambda item: heard.set())
+        threading.Timer(0.05, inbox.put, (1,)).start()
+        async with asyncio.timeout(10):
+            await heard.wait()
+
+    run(body())

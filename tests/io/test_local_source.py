@@ -85,10 +85,11 @@ def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld, r
     for version in ("v1", "v2"):
         world.fill(tmp_path / version / "one")
     current = tmp_path / "current"
+    current.symlink_to(tmp_path / "v1")
     with ThreadPoolExecutor(1) as threads:
         source = LocalSource(roots=[current], limits=LIMITS, threads=threads)
         for version in ("v1", "v2"):
-            current.unlink(missing_ok=True)
+            current.unlink()
             current.symlink_to(tmp_path / version)
             key = run(source.resolve(AdapterRef(f"{current}/one")))
             assert key.location == str(tmp_path / version / "one")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from device_groups import BytesReader
 from staging_conformance import BUFFER, POISON, NewStaging, StagingConformance
 
-from lorax_async.core.moves import Zero
-from lorax_async.io.staging import StagingRing, zero
+from lorax_async.core.moves import Read, Zero
+from lorax_async.io.staging import Buffer, StagingRing, read, zero
 
 
 class TestStagingRing(StagingConformance):
     @pytest.fixture
     def new_staging(self) -> NewStaging:
         def make(nbytes: int = 2 * BUFFER, move_bytes: int = BUFFER) -> StagingRing:
-            return StagingRing(nbytes, move_bytes)
+            return StagingRing(torch.empty(nbytes, dtype=torch.uint8), move_bytes)
 
         return make
 
@@ -24,3 +27,48 @@ def test_zeros_go_where_they_belong() -> None:
     zero((Zero(10, 5), Zero(40, 0), Zero(90, 10)), extent)
     expected = [POISON] * 10 + [0] * 5 + [POISON] * 75 + [0] * 10
     assert extent.tolist() == expected
+
+
+class CountingReader(BytesReader):
+    """Remembers where its calls began, and into how many buffers each read."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.calls: list[tuple[int, int]] = []
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        self.calls.append((offset, len(buffers)))
+        super().read_into(buffers, offset)
+
+
+def test_one_call_reads_what_adjoins_in_the_file() -> None:
+    reader, extent = CountingReader(bytes(range(100))), bytearray([POISON]) * 64
+    moves = (Read(20, 10, 0), Read(50, 8, 16), Read(0, 20, 32), Read(30, 5, 56))
+    read(reader, moves, memoryview(extent))
+    assert reader.calls == [(0, 3), (50, 1)]
+    gap = bytes([POISON])
+    assert extent == (
+        bytes(range(20, 30))
+        + 6 * gap
+        + bytes(range(50, 58))
+        + 8 * gap
+        + bytes(range(20))
+        + 4 * gap
+        + bytes(range(30, 35))
+        + 3 * gap
+    )
+
+
+def test_the_kernel_takes_no_more_than_1024_buffers_at_once() -> None:
+    reader, extent = CountingReader(bytes(range(250)) * 10), bytearray(2500)
+    moves = tuple(Read(n, 1, 2499 - n) for n in range(2500))
+    read(reader, moves, memoryview(extent))
+    assert reader.calls == [(0, 1024), (1024, 1024), (2048, 452)]
+    assert extent == bytes(reversed(bytes(range(250)) * 10))
+
+
+def test_a_buffer_keeps_its_memory() -> None:
+    buffer = Buffer.of(torch.full((1 << 20,), 7, dtype=torch.uint8))
+    others = [torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(4)]
+    assert buffer.memory.tobytes() == bytes([7]) * (1 << 20)
+    assert len(others) == 4

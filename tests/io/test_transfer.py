@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import pytest
 import torch
-from device_conformance import ARENA, LAYOUT, SLOTS, BytesReader, TabledDevice, extent, holds
+from device_groups import ARENA, LAYOUT, SLOTS, BytesReader, TabledDevice, extent, holds
 
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Zero
 from lorax_async.errors import AdapterFormatError, FetchError, TransferError
 from lorax_async.io.devices.gated import POISON, GatedDevice
-from lorax_async.io.ports import CopyTicket, FilePieces, Reader
+from lorax_async.io.ports import CopyTicket, FilePieces, Reader, StagedPiece
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import GroupCopy, Transfer
 
@@ -51,7 +53,9 @@ def copy_of(reader: Reader, group: GroupPlan, slot: int = 1) -> GroupCopy:
 
 
 def transfer(device: TabledDevice, *, check_finite: bool = False) -> Transfer:
-    return Transfer(device, StagingRing(4096, 2048), NAMES, check_finite=check_finite)
+    return Transfer(
+        device, StagingRing(device.staging_memory(4096), 2048), NAMES, check_finite=check_finite
+    )
 
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +70,7 @@ def test_every_move_reaches_its_place(check_finite: bool) -> None:
     moving = transfer(device, check_finite=check_finite)
     moving.run(copy_of(BytesReader(file_of(A, B)), mixed_group()))
     holds(device, 1, {0: (*padded(), 0.5)})
-    around = device.host_memory(extent(2))[NBYTES:]
+    around = device.host_view(extent(2))[NBYTES:]
     assert (around == POISON).all()
     device.close()
 
@@ -77,9 +81,9 @@ class LateDevice(GatedDevice):
     seen: torch.Tensor
 
     def copy(
-        self, pieces: FilePieces, rows: Sequence[Row], extent: Extent, slot: int
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
     ) -> CopyTicket:
-        self.seen = self.host_memory(extent)[:NBYTES].clone()
+        self.seen = self.host_view(extent)[:NBYTES].clone()
         return super().copy(pieces, rows, extent, slot)
 
 
@@ -107,7 +111,7 @@ def failing_at(number: int, error: Exception) -> Callable[[], None]:
 def test_a_reader_that_fails_leaves_no_row(number: int) -> None:
     """First while staging, then while the device reads."""
     device, error = opened(), FetchError("the disk is on fire")
-    staging = StagingRing(4096, 2048)
+    staging = StagingRing(device.staging_memory(4096), 2048)
     moving = Transfer(device, staging, NAMES, check_finite=True)
     with pytest.raises(FetchError) as caught:
         moving.run(copy_of(BytesReader(file_of(A, B), failing_at(number, error)), mixed_group()))
@@ -175,4 +179,30 @@ def test_a_value_too_large_for_the_device_is_not_finite() -> None:
     reader = BytesReader(values.view(torch.uint8).numpy().tobytes())
     with pytest.raises(AdapterFormatError, match="NaN or infinite"):
         transfer(device, check_finite=True).run(GroupCopy(reader, group, "F16", extent(0), 0))
+    device.close()
+
+
+class PatientDevice(GatedDevice):
+    """Copies in a thread, some time after it was asked to."""
+
+    def copy(
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
+    ) -> CopyTicket:
+        ticket: CopyTicket = Future()
+
+        def copy() -> None:
+            super(PatientDevice, self).copy(pieces, rows, extent, slot)
+            ticket.set_result(None)
+
+        threading.Timer(0.03, copy).start()
+        return ticket
+
+
+def test_weights_are_checked_once_they_are_there() -> None:
+    device, bad = PatientDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS), A.clone()
+    device.open()
+    bad[0, 0] = torch.nan
+    reader = BytesReader(file_of(bad, B))
+    with pytest.raises(AdapterFormatError, match="NaN or infinite"):
+        transfer(device, check_finite=True).run(copy_of(reader, mixed_group()))
     device.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -15,16 +14,13 @@ import torch
 
 from lorax_async.core.arena import Extent
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.moves import Read, Row
+from lorax_async.core.moves import Row
 from lorax_async.errors import CapacityError, UsageError
-from lorax_async.io.ports import CopyTicket, FilePieces
-from lorax_async.io.staging import TORCH_DTYPES
+from lorax_async.io.memory_calls import POPULATE_WRITE, madvise
+from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
+from lorax_async.io.staging import TORCH_DTYPES, read
 
 _CLAIMED_AT_ONCE = 32 << 20
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, not named by Python's mmap
-_MAX_BUFFERS = 1024  # IOV_MAX
-_DONE: CopyTicket = Future()
-_DONE.set_result(None)
 
 Operands = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -48,6 +44,7 @@ class CpuDevice:
     name = "cpu"
     alignment = 64
     rank_multiple = 1
+    reads_files = True
 
     def __init__(self, layout: ModelLayout, *, dtype: str, nbytes: int, slots: int) -> None:
         self._layout = layout
@@ -59,6 +56,8 @@ class CpuDevice:
         self._memory = memoryview(b"")
         self._columns: list[dict[int, tuple[int, int, int, float]]] = [{} for _ in range(slots)]
         self._views: list[dict[int, Operands]] = [{} for _ in range(slots)]
+        self._done: CopyTicket = Future()
+        self._done.set_result(None)
 
     def open(self) -> None:
         """As the port has it, and once: whoever keeps the tables' addresses may rely on them."""
@@ -95,21 +94,24 @@ class CpuDevice:
         self.scale, memory = _table(torch.float32, (modules, self._slots))
         self._scale_words = memory.cast("f")
 
-    def host_memory(self, extent: Extent) -> torch.Tensor:
+    def staging_memory(self, nbytes: int) -> torch.Tensor:
+        """As the port has it; a page of it is claimed when it is first written to."""
+        return lazy_memory(nbytes)
+
+    def host_view(self, extent: Extent) -> torch.Tensor:
         return self._arena[extent.offset : extent.offset + extent.nbytes]
 
     def copy(
-        self, pieces: FilePieces, rows: Sequence[Row], extent: Extent, slot: int
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
     ) -> CopyTicket:
-        for run in _file_runs(pieces.reads):
-            buffers = [self._window(extent, read) for read in run]
-            pieces.reader.read_into(buffers, run[0].file_offset)
+        if isinstance(pieces, StagedPiece):
+            target = Extent(extent.offset + pieces.target, pieces.memory.nbytes)
+            self.host_view(target).copy_(pieces.memory)
+        else:
+            memory = self._memory[extent.offset : extent.offset + extent.nbytes]
+            read(pieces.reader, pieces.reads, memory)
         self._write_rows(rows, extent, slot)
-        return _DONE
-
-    def _window(self, extent: Extent, read: Read) -> memoryview:
-        start = extent.offset + read.target
-        return self._memory[start : start + read.nbytes]
+        return self._done
 
     def _write_rows(self, rows: Sequence[Row], extent: Extent, slot: int) -> None:
         """Addresses and scale first: a row whose rank is not 0 is complete."""
@@ -122,6 +124,15 @@ class CpuDevice:
             self._address_words[modules * slots + cell] = self._base + extent.offset + b
             self._scale_words[cell] = scale
             self._rank_words[cell] = rank
+
+    def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:  # noqa: ARG002
+        """Every copy is done when `copy` returns."""
+        if ticket is not self._done:
+            raise UsageError("a ticket of another device")
+
+    def note_use(self, stream: object | None = None) -> CopyTicket:  # noqa: ARG002 - it has none
+        """Done: whoever computes has computed."""
+        return self._done
 
     def clear_column(self, slot: int) -> None:
         modules, slots = self.rank.shape
@@ -163,38 +174,28 @@ class CpuDevice:
         self._arena = torch.empty(0, dtype=torch.uint8)
 
 
+def lazy_memory(nbytes: int) -> torch.Tensor:
+    """Zeros, uint8 `[nbytes]`; their pages come when they are used. `CapacityError` if none do."""
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, MemoryError) as error:
+        raise CapacityError(
+            f"no {nbytes:,} bytes of host memory for staging ({error}); lower staging_bytes"
+        ) from error
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 def _claim_pages(memory: torch.Tensor) -> None:
     """Fault all pages of `memory` in, in pieces: others may map and fault in between."""
     for start in range(0, memory.nbytes, _CLAIMED_AT_ONCE):
         piece = memory[start : start + _CLAIMED_AT_ONCE]
-        code = _madvise(piece.data_ptr(), piece.nbytes, _POPULATE_WRITE)
+        code = madvise(piece.data_ptr(), piece.nbytes, POPULATE_WRITE)
         if code == errno.EINVAL:
             piece.zero_()  # an older kernel: touch them
         elif code:
             raise OSError(code, os.strerror(code))
 
 
-def _madvise(address: int, size: int, advice: int) -> int:
-    """As madvise(2), returning errno. Python's own would hold the GIL throughout."""
-    call = ctypes.CDLL(None, use_errno=True).madvise
-    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return ctypes.get_errno() if call(address, size, advice) else 0
-
-
 def _table(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[torch.Tensor, memoryview]:
     memory = bytearray(prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype).view(shape), memoryview(memory)
-
-
-def _file_runs(reads: Sequence[Read]) -> list[tuple[Read, ...]]:
-    """Reads that follow each other in the file, to be read in one call each."""
-    if len(reads) == 1:
-        return [tuple(reads)]
-    runs: list[list[Read]] = []
-    end = -1
-    for read in sorted(reads, key=lambda read: read.file_offset):
-        if read.file_offset != end or len(runs[-1]) == _MAX_BUFFERS:
-            runs.append([])
-        runs[-1].append(read)
-        end = read.file_offset + read.nbytes
-    return [tuple(run) for run in runs]

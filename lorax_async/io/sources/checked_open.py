@@ -157,7 +157,7 @@ class FileReader:
         return self._identity.size
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        with self._held() as fd:
+        with self.held() as fd:
             try:
                 whole = _fill(fd, buffers, offset)
                 same = identity_of(os.fstat(fd)) == self._identity
@@ -170,7 +170,7 @@ class FileReader:
 
     def read_ahead(self) -> None:
         """Ask the kernel to bring the whole file into memory; waits for no byte."""
-        with self._held() as fd:
+        with self.held() as fd:
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
             except OSError as error:
@@ -184,8 +184,11 @@ class FileReader:
             os.close(self._fd)
 
     @contextmanager
-    def _held(self) -> Iterator[int]:
-        """The descriptor, open until the last read is through: its number must not be reused."""
+    def held(self) -> Iterator[int]:
+        """The descriptor, open until the last read is through: its number must not be reused.
+
+        The first time it is opened, which blocks and raises as `read_into` does.
+        """
         self._enter()
         try:
             yield self._descriptor()

@@ -14,16 +14,15 @@ from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
 from io import FileIO
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import aiofiles
 
 from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.config import Limits
+from lorax_async.config import Limits, Root, as_local_roots
 from lorax_async.core.header import HeaderLimits, header_size
 from lorax_async.errors import FetchError, UsageError
-from lorax_async.io.ports import AdapterFile, Cancel, Reader
+from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader
 from lorax_async.io.sources.checked_open import (
     FileReader,
     changed,
@@ -33,6 +32,7 @@ from lorax_async.io.sources.checked_open import (
     translated,
 )
 from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS, find_adapter
+from lorax_async.io.sources.local_hold import LocalHold, begin_hold, can_hold
 from lorax_async.io.sources.local_ids import parse_place
 
 PREFIX_BYTES = 128 << 10
@@ -42,9 +42,20 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_C = TypeVar("_C", bound=_Closable)
+
+
 class _Weights(NamedTuple):
     prefix: bytes
     reader: FileReader
+    holdable: bool
+
+    def close(self) -> None:
+        self.reader.close()
 
 
 class LocalSource:
@@ -54,14 +65,17 @@ class LocalSource:
     ----------
     roots
         Folders in which a `str` id may lie; looked up anew every time, and links are followed.
+        Adapters in immutable ones can be held in host memory, by whatever id they are named.
     limits
         What of a stranger's adapter is accepted.
     threads
         Where the file system is touched; two threads let config and weights open side by side.
     """
 
-    def __init__(self, *, roots: Sequence[Path], limits: Limits, threads: Executor) -> None:
-        self._roots = tuple(os.fspath(root.absolute()) for root in roots)
+    def __init__(self, *, roots: Sequence[Root], limits: Limits, threads: Executor) -> None:
+        known = as_local_roots(roots)
+        self._roots = tuple(os.fspath(root.path) for root in known)
+        self._immutable = tuple(os.fspath(root.path) for root in known if root.immutable)
         self._limits = limits
         self._threads = threads
 
@@ -75,18 +89,18 @@ class LocalSource:
     async def open(self, key: AdapterKey) -> AdapterFile:
         if len(key.files) != 2:
             raise UsageError("this is no key of a local adapter")
-        opening = self._threads.submit(_open_weights, key, self._limits)
+        opening = self._threads.submit(_open_weights, key, self._limits, self._immutable)
         try:
             config = await self._read_config(key)
             weights = await asyncio.wrap_future(opening)
         except BaseException as error:
-            opening.add_done_callback(_drop)
+            opening.add_done_callback(_close)
             if isinstance(error, Exception):
                 # The first error is the one to tell; it waits until the thread is through.
                 with suppress(Exception):
                     await asyncio.wrap_future(opening)
             raise
-        return AdapterFile(config, weights.prefix, weights.reader)
+        return AdapterFile(config, weights.prefix, weights.reader, weights.holdable)
 
     def reopen(self, key: AdapterKey) -> Reader:
         return _reader(key, _open_known)
@@ -102,9 +116,36 @@ class LocalSource:
         if cancel.is_set():
             raise FetchError("nobody waits for the adapter any more")
 
-    async def populate(self, key: AdapterKey) -> None:
-        """Start the kernel's read-ahead over the whole file."""
-        await asyncio.get_running_loop().run_in_executor(self._threads, _read_ahead, key)
+    async def populate(self, key: AdapterKey) -> Hold:
+        """In an immutable root: all bytes, mapped, and locked where the process may.
+
+        Elsewhere the kernel is asked to read ahead, and nothing is held.
+        """
+        beginning = self._threads.submit(
+            begin_hold, _reader(key, _open_known), key, self._immutable
+        )
+        try:
+            hold = await asyncio.wrap_future(beginning)
+        except BaseException:
+            beginning.add_done_callback(_close)
+            raise
+        if isinstance(hold, LocalHold):
+            await self._fill(hold)
+        return hold
+
+    async def _fill(self, hold: LocalHold) -> None:
+        """Piece by piece, so that others who need these threads wait for one piece at most."""
+        loop = asyncio.get_running_loop()
+        try:
+            for start in hold.starts:
+                await loop.run_in_executor(self._threads, hold.populate, start)
+            await loop.run_in_executor(self._threads, hold.settle)
+        except BaseException as error:
+            # A thread that still populates keeps the map until it is through.
+            closing = self._threads.submit(hold.close)
+            if isinstance(error, Exception):
+                await asyncio.wrap_future(closing)
+            raise
 
     async def _read_config(self, key: AdapterKey) -> bytes:
         path, identity = os.path.join(key.location, CONFIG), key.files[0]
@@ -153,10 +194,10 @@ def _close_after_status(file: FileIO) -> os.stat_result:
         return os.fstat(file.fileno())
 
 
-def _close(opening: Future[BinaryIO]) -> None:
-    file = _outcome(opening)
-    if file is not None:
-        file.close()
+def _close(opening: Future[_C]) -> None:
+    opened = _outcome(opening)
+    if opened is not None:
+        opened.close()
 
 
 def _outcome(future: Future[_T]) -> _T | None:
@@ -165,16 +206,10 @@ def _outcome(future: Future[_T]) -> _T | None:
     return future.result() if given else None
 
 
-def _drop(opening: Future[_Weights]) -> None:
-    weights = _outcome(opening)
-    if weights is not None:
-        weights.reader.close()
-
-
-def _open_weights(key: AdapterKey, limits: Limits) -> _Weights:
+def _open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str]) -> _Weights:
     reader = _reader(key, _open_new)
     try:
-        return _Weights(_prefix(reader, limits), reader)
+        return _Weights(_prefix(reader, limits), reader, can_hold(reader, key, immutable))
     except BaseException:
         reader.close()
         raise
@@ -206,11 +241,3 @@ def _prefix(reader: FileReader, limits: Limits) -> bytes:
         reader.read_into([memoryview(rest)], len(prefix))
         prefix += rest
     return bytes(prefix[:needed])
-
-
-def _read_ahead(key: AdapterKey) -> None:
-    reader = _reader(key, _open_known)
-    try:
-        reader.read_ahead()
-    finally:
-        reader.close()

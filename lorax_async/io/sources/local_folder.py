@@ -49,15 +49,15 @@ _BLOB = re.compile(r"/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
 def find_adapter(place: Place, roots: Sequence[str], limits: Limits) -> AdapterKey:
     """The key of the first place where there is a folder; its errors are the caller's."""
     problems: list[AdapterError] = []
-    inside = None if place.trusted else tuple(_real_paths(roots))
+    inside = None if place.trusted else tuple(real_paths(roots))
     for path in place.paths:
         try:
             with located(path) as found:
                 real_path = found.real_path
-                if _allowed(real_path, inside):
+                if is_inside(real_path, inside):
                     return _Folder(found, real_path, place.trusted).key(limits)
         except OSError as error:
-            if _allowed(os.path.realpath(path), inside):
+            if is_inside(os.path.realpath(path), inside):
                 problems.append(_folder_problem(error))
     # One place that leads out speaks for all: what is there must make no difference.
     if len(problems) == len(place.paths) > 0:
@@ -65,7 +65,7 @@ def find_adapter(place: Place, roots: Sequence[str], limits: Limits) -> AdapterK
     raise AccessDeniedError(_OUTSIDE)
 
 
-def _real_paths(roots: Sequence[str]) -> Iterator[str]:
+def real_paths(roots: Sequence[str]) -> Iterator[str]:
     for root in roots:
         try:
             with located(root) as found:
@@ -74,11 +74,12 @@ def _real_paths(roots: Sequence[str]) -> Iterator[str]:
             continue  # nothing lies in a root that is not there
 
 
-def _allowed(real_path: str, roots: tuple[str, ...] | None) -> bool:
-    return roots is None or any(real_path == root or _lies_in(real_path, root) for root in roots)
+def is_inside(real_path: str, roots: Sequence[str] | None) -> bool:
+    """Is it one of these real paths, or below one? None is everywhere."""
+    return roots is None or any(real_path == root or lies_in(real_path, root) for root in roots)
 
 
-def _lies_in(real_path: str, folder: str) -> bool:
+def lies_in(real_path: str, folder: str) -> bool:
     return real_path.startswith(folder.rstrip("/") + "/")
 
 
@@ -138,7 +139,7 @@ class _Folder(NamedTuple):
 
     def _owns(self, real_path: str) -> bool:
         """Is it in this folder, or a blob of the repository whose snapshot this folder is?"""
-        if _lies_in(real_path, self.real_path):
+        if lies_in(real_path, self.real_path):
             return True
         snapshot = _SNAPSHOT.fullmatch(self.real_path)
         if snapshot is None or not real_path.startswith(snapshot[1]):

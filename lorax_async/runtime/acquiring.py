@@ -1,0 +1,94 @@
+"""From what a caller asks for to a lease, or to an error that says how far it came."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.core.waiters import Tier
+from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, UsageError
+from lorax_async.runtime.driver import Driver
+from lorax_async.runtime.interest import Wish
+from lorax_async.runtime.resolver import Resolver
+from lorax_async.runtime.tenancy import Lease
+
+Ref = AdapterRef | AdapterKey
+
+
+MAX_PRIORITY = 1_000_000
+"""Either way of 0: as seconds of waiting, levels stay numbers that can be told apart."""
+
+
+def text_of(ref: Ref) -> str:
+    return ref.text if isinstance(ref, AdapterRef) else str(ref)
+
+
+def require_priority(priority: int) -> None:
+    """What cannot be compared with others would hold up everybody who waits."""
+    plain = isinstance(priority, int) and not isinstance(priority, bool)
+    if not (plain and abs(priority) <= MAX_PRIORITY):
+        raise UsageError(f"a priority is a whole number up to {MAX_PRIORITY:,}, not {priority!r}")
+
+
+class Acquiring:
+    """Resolves and wants adapters within a deadline; `check_open` raises once nothing may begin."""
+
+    def __init__(self, resolver: Resolver, driver: Driver, check_open: Callable[[], None]) -> None:
+        self._resolver = resolver
+        self._driver = driver
+        self._check_open = check_open
+
+    def known(self, ref: Ref) -> AdapterKey | None:
+        """Which key `ref` last was; touches no file."""
+        return ref if isinstance(ref, AdapterKey) else self._resolver.known(ref)
+
+    async def acquire(
+        self, ref: Ref, tier: Tier, seconds: float, *, priority: int, foreground: bool = True
+    ) -> Lease | None:
+        """Wait until the adapter is at `tier`; the lease is None for who takes none.
+
+        On an error or a cancellation the wish is withdrawn.
+        """
+        require_priority(priority)
+        key = ref if isinstance(ref, AdapterKey) else None
+        wish: Wish | None = None
+        interest = self._driver.interest
+        deadline = asyncio.timeout(seconds)
+        try:
+            async with deadline:
+                if isinstance(ref, AdapterRef):
+                    key = await self._resolver.resolve(ref)
+                self._check_open()  # nobody would tell a wish that begins later
+                assert key is not None
+                wish = interest.begin(key, tier, foreground=foreground, priority=priority)
+                return await interest.granted(wish)
+        except BaseException as error:
+            late = deadline.expired() and isinstance(error, TimeoutError)
+            problem = self._timed_out(ref, key, seconds) if late else error
+            if wish is not None:
+                interest.abandon(wish)
+            if isinstance(problem, LoraxError):
+                raise problem.located(id=text_of(ref)) from problem.__cause__
+            if isinstance(problem, Exception):
+                raise InternalError(f"a wish failed: {problem!r}", id=text_of(ref)) from problem
+            raise
+
+    async def lease(self, ref: Ref, tier: Tier, seconds: float, *, priority: int) -> Lease:
+        """As `acquire`, for who takes one."""
+        lease = await self.acquire(ref, tier, seconds, priority=priority)
+        assert lease is not None
+        return lease
+
+    def _timed_out(self, ref: Ref, key: AdapterKey | None, seconds: float) -> AdapterTimeoutError:
+        """Where the adapter is now, before the wish for it is withdrawn."""
+        driver = self._driver
+        life = None if key is None else driver.lifecycle.lives.get(key)
+        return AdapterTimeoutError(
+            f"it was not ready within {seconds:g} s",
+            id=text_of(ref),
+            key=key,
+            attempt=life.attempt if life is not None else 0,
+            stage="resolve" if key is None else driver.lifecycle.stage(key),
+            story=() if key is None else driver.journal.story(key),
+        )

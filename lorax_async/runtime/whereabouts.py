@@ -1,0 +1,85 @@
+"""Where adapters are, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.life import HostState, Life
+from lorax_async.core.transitions import FileState, SlotState
+from lorax_async.events import SlotId
+from lorax_async.io.ports import Hold
+
+TierName = Literal["disk", "host", "device"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterResidency:
+    """The nearest tier at which one adapter is, and what it takes of each budget.
+
+    Attributes
+    ----------
+    tier
+        "device": it has a slot; "host": its bytes are in host memory; "disk": its files are here
+        and were checked.
+    state
+        Of the slot: "filling", "resident" or "leaving"; where there is no slot, of the file:
+        "present", "populating", "held", "read ahead" or "releasing".
+    slot
+        None where it has none.
+    device_bytes, host_bytes, pinned_bytes
+        Of the arena; of held file pages; of page-locked memory.
+    locked
+        The kernel may not take the host pages back. Where it may, or where a file was only read
+        ahead (0 `host_bytes`), the host tier is best effort.
+    leases, pins
+        Handles that are out, and callers of `pin`.
+    """
+
+    tier: TierName
+    state: str
+    slot: SlotId | None
+    device_bytes: int
+    host_bytes: int
+    pinned_bytes: int
+    locked: bool
+    leases: int
+    pins: int
+
+
+def residency_of(
+    lives: Mapping[AdapterKey, Life], holds: Mapping[AdapterKey, Hold]
+) -> dict[AdapterKey, AdapterResidency]:
+    """The adapters that are anywhere."""
+    return {
+        key: _residency(life, holds.get(key))
+        for key, life in lives.items()
+        if life.grant is not None or life.file is FileState.PRESENT
+    }
+
+
+def _residency(life: Life, hold: Hold | None) -> AdapterResidency:
+    grant = life.grant
+    return AdapterResidency(
+        "device" if grant else "host" if life.in_host else "disk",
+        _state(life, hold),
+        grant.slot if grant else None,
+        grant.nbytes if grant else 0,
+        hold.nbytes if hold is not None else 0,
+        sum(extent.nbytes for extent in life.image or ()),
+        hold is not None and hold.locked,
+        life.leases,
+        life.pins,
+    )
+
+
+def _state(life: Life, hold: Hold | None) -> str:
+    if life.slot is not SlotState.NONE:
+        leaving = life.departing or life.slot is SlotState.DRAINING
+        return "leaving" if leaving else life.slot.value
+    if life.host is HostState.NONE:
+        return life.file.value
+    ahead = life.host is HostState.HELD and hold is not None and not hold.nbytes
+    return "read ahead" if ahead else life.host.value

@@ -1,0 +1,289 @@
+"""Watches a device from outside: what may be copied where, and when a slot may be cleared.
+
+It believes the calls at the device's seam, the events that the loader tells, and what the test
+itself holds and runs; of the loader's own state it knows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Event, RLock
+
+import torch
+
+from contention.adapters import LAYERS, Weights
+from lorax_async import events
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.arena import Extent
+from lorax_async.core.moves import Row
+from lorax_async.events import Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
+from lorax_async.io.devices.simulated import SimulatedDevice
+from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
+from wrapped_device import WrappedDevice
+
+Cell = tuple[int, int, int, float]
+"""Where A and B are in the arena, padded rank, scale."""
+
+
+@dataclass(slots=True, eq=False)
+class Stay:
+    """One adapter's time in a slot.
+
+    `cells` are the rows that have been written, by module.
+    """
+
+    key: AdapterKey
+    slot: SlotId
+    nbytes: int
+    extents: set[Extent] = field(default_factory=set)
+    written: list[range] = field(default_factory=list)
+    tickets: list[CopyTicket] = field(default_factory=list)
+    asked: set[int] = field(default_factory=set)
+    cells: dict[int, Cell] = field(default_factory=dict)
+    kernels: int = 0
+    resident: bool = False
+    over: bool = False
+    """It is leaving, or failed: nobody is promised anything of it."""
+
+    @property
+    def copying(self) -> bool:
+        return any(not ticket.done() for ticket in self.tickets)
+
+    @property
+    def spoiled(self) -> bool:
+        """A copy failed."""
+        return any(ticket.done() and ticket.exception() for ticket in self.tickets)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """A copy that was asked for; `content` is what its memory held then."""
+
+    stay: Stay
+    piece: StagedPiece
+    content: torch.Tensor
+    cells: Mapping[int, Cell]
+    ticket: CopyTicket
+
+    @property
+    def memory(self) -> range:
+        return _memory(self.piece.memory)
+
+
+class ObservedDevice(WrappedDevice):
+    """Collects, as `faults`, what was not right.
+
+    Parameters
+    ----------
+    inner
+        The device.
+    nbytes
+        Of its arena.
+    budgets
+        Sizes of the host memory that may be claimed.
+    expected
+        What an adapter's modules must be.
+    leased
+        Whether the test holds a handle on this stay.
+    """
+
+    def __init__(
+        self,
+        inner: SimulatedDevice,
+        *,
+        nbytes: int,
+        budgets: list[int],
+        expected: Callable[[AdapterKey], Mapping[int, Weights]],
+        leased: Callable[[SlotId], bool],
+    ) -> None:
+        super().__init__(inner)
+        self.simulated = inner
+        self.faults: list[str] = []
+        self.stays: dict[int, Stay] = {}
+        self._arena = range(nbytes)
+        self._budgets = budgets
+        self._expected = expected
+        self._leased = leased
+        self._claimed: list[torch.Tensor] = []
+        self._flights: list[Flight] = []
+        self._base: int | None = None
+        self._lock = RLock()
+
+    def blame(self, holds: object, fault: str) -> None:
+        if not holds:
+            self.faults.append(fault)
+
+    # -- what the loader tells ---------------------------------------------------------------------
+
+    def heard(self, event: events.Event) -> None:
+        """Every event, on the loop."""
+        if event.slot is None:
+            return
+        with self._lock:
+            if isinstance(event, SlotGranted):
+                self._granted(event.key, event.slot, event.nbytes)
+                return
+            stay = self.stays.get(event.slot.index)
+            if stay is None or stay.slot != event.slot or stay.key != event.key:
+                self.faults.append(f"{type(event).__name__} of a slot that somebody else has")
+            elif isinstance(event, LayerReady):
+                self.check_weights(stay, event.layer)
+            elif isinstance(event, Resident):
+                stay.resident, stay.over = True, False
+                self.check_weights(stay)
+            elif isinstance(event, Leaving | Failed):
+                stay.over = True
+
+    def _granted(self, key: AdapterKey, slot: SlotId, nbytes: int) -> None:
+        self.blame(slot.index not in self.stays, "a slot was granted before it was cleared")
+        self.stays[slot.index] = Stay(key, slot, nbytes)
+        taken = sum(stay.nbytes for stay in self.stays.values())
+        self.blame(taken <= len(self._arena), "more was granted than the arena has")
+
+    def check_weights(self, stay: Stay, layer: int = LAYERS[-1]) -> None:
+        """The device has the right bytes of all layers up to this one."""
+        for module, weights in self._expected(stay.key).items():
+            if LAYERS[module] <= layer and not self.is_right(module, stay, weights):
+                self.faults.append(f"wrong weights of module {module} in slot {stay.slot}")
+
+    def is_right(self, module: int, stay: Stay, weights: Weights) -> bool:
+        """Whether the tables name these weights, as a kernel would read them."""
+        slot, device = stay.slot.index, self.simulated
+        found = device.operands(module, slot)
+        if found is None:
+            return False
+        (a, b, scale), (want_a, want_b, want_scale) = found, weights
+        named = device.address[:, module, slot].tolist() == [a.data_ptr(), b.data_ptr()]
+        shaped = int(device.rank[module, slot]) == want_a.shape[0] and scale == want_scale
+        return named and shaped and torch.equal(a, want_a) and torch.equal(b, want_b)
+
+    # -- the device's seam -------------------------------------------------------------------------
+
+    def staging_memory(self, nbytes: int) -> torch.Tensor:
+        self.blame(nbytes in self._budgets, f"{nbytes} bytes of host memory are no budget")
+        self.blame(len(self._claimed) < len(self._budgets), "host memory was claimed twice")
+        self._claimed.append(super().staging_memory(nbytes))
+        return self._claimed[-1]
+
+    def copy(
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
+    ) -> CopyTicket:
+        with self._lock:
+            stay = self.stays.get(slot)
+            if stay is None or isinstance(pieces, FilePieces):
+                self.faults.append("a copy of file pieces, or into a slot that nobody has")
+                return super().copy(pieces, rows, extent, slot)
+            self._judge(stay, pieces, rows, extent)
+            content = pieces.memory.clone()
+            ticket = super().copy(pieces, rows, extent, slot)
+            stay.tickets.append(ticket)
+            flight = Flight(stay, pieces, content, _cells(rows, extent), ticket)
+            self._flights.append(flight)
+            # First among those who hear of it, and before anything can be put behind the copy.
+            ticket.add_done_callback(lambda _: self._landed(flight))
+        return ticket
+
+    def _judge(self, stay: Stay, piece: StagedPiece, rows: Sequence[Row], extent: Extent) -> None:
+        whole = range(extent.offset, extent.offset + extent.nbytes)
+        part = range(whole.start + piece.target, whole.start + piece.target + piece.memory.nbytes)
+        others = [each for each in self.stays.values() if each is not stay]
+        self.blame(_inside(whole, self._arena) and _inside(part, whole), "outside the arena")
+        theirs = [range(e.offset, e.offset + e.nbytes) for each in others for e in each.extents]
+        mine = [range(e.offset, e.offset + e.nbytes) for e in stay.extents - {extent}]
+        self.blame(not _meets(whole, theirs), "an extent of somebody else's")
+        self.blame(not _meets(whole, mine), "extents of one adapter overlap")
+        self.blame(not _meets(part, stay.written), "bytes are copied twice")
+        self.blame(stay.asked.isdisjoint(row.module for row in rows), "rows are written twice")
+        stay.extents.add(extent)
+        stay.written.append(part)
+        stay.asked.update(row.module for row in rows)
+        taken = sum(each.nbytes for each in stay.extents)
+        self.blame(taken <= stay.nbytes, "more bytes than were granted")
+        self._judge_memory(_memory(piece.memory))
+
+    def _judge_memory(self, memory: range) -> None:
+        self._flights = [flight for flight in self._flights if not flight.ticket.done()]
+        claimed = any(_inside(memory, _memory(each)) for each in self._claimed)
+        self.blame(claimed, "a copy from memory that is no budget's")
+        in_use = [flight.memory for flight in self._flights]
+        self.blame(not _meets(memory, in_use), "host memory is used while a copy reads it")
+
+    def _landed(self, flight: Flight) -> None:
+        """Nothing that was asked for later has begun."""
+        unchanged = torch.equal(flight.piece.memory, flight.content)
+        self.blame(unchanged, "host memory was written to under a copy")
+        if flight.ticket.exception() is not None:
+            return
+        stay = flight.stay
+        stay.cells.update(flight.cells)
+        if self._base is None and stay.cells:
+            module, cell = next(iter(stay.cells.items()))
+            self._base = int(self.simulated.address[0, module, stay.slot.index]) - cell[0]
+        self.blame(self.column(stay.slot.index) == stay.cells, "rows of an earlier tenant")
+
+    def column(self, slot: int) -> dict[int, Cell]:
+        """What a kernel finds: the rows with a rank."""
+        device = self.simulated
+        a, b = (device.address[:, :, slot] - (self._base or 0)).tolist()
+        ranks, scales = device.rank[:, slot].tolist(), device.scale[:, slot].tolist()
+        cells = zip(a, b, ranks, scales, strict=True)
+        return {n: cell for n, cell in enumerate(cells) if cell[2]}
+
+    def clear_column(self, slot: int) -> None:
+        with self._lock:
+            stay = self.stays.pop(slot, None)
+            if stay is None:
+                self.faults.append("a slot that nobody has was cleared")
+            else:
+                self.blame(not stay.copying, "a slot was freed under a copy")
+                self.blame(not stay.kernels, "a slot was freed under a kernel")
+                self.blame(not self._leased(stay.slot), "a slot was freed under a lease")
+            super().clear_column(slot)
+
+    # -- kernels -----------------------------------------------------------------------------------
+
+    def kernel(self, slot: SlotId, layer: int) -> Kernel:
+        """One that reads all layers of a stay up to `layer`, from here on until it has run."""
+        with self._lock:
+            stay = self.stays[slot.index]
+            stay.kernels += 1
+        return Kernel(lambda: self._read(stay, layer))
+
+    def _read(self, stay: Stay, layer: int) -> None:
+        if not stay.spoiled:  # what it waited for may have failed
+            self.check_weights(stay, layer)
+        with self._lock:
+            stay.kernels -= 1
+
+
+class Kernel:
+    """Runs when it is its turn on its stream and `go` is set."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.go = Event()
+        self._work = work
+
+    def __call__(self) -> None:
+        self.go.wait(60)
+        self._work()
+
+
+def _cells(rows: Sequence[Row], extent: Extent) -> dict[int, Cell]:
+    at = extent.offset
+    return {
+        module: (at + a, at + b, rank, torch.tensor(scale).item())
+        for module, a, b, _, rank, scale in rows
+    }
+
+
+def _memory(tensor: torch.Tensor) -> range:
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+
+def _inside(inner: range, outer: range) -> bool:
+    return outer.start <= inner.start and inner.stop <= outer.stop
+
+
+def _meets(one: range, others: Sequence[range]) -> bool:
+    return any(one.start < other.stop and other.start < one.stop for other in others)

@@ -1,0 +1,189 @@
+"""Whose copy goes next: equal shares by bytes, nobody starves, and foreground goes first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.core import queues
+from lorax_async.core.arena import Extent
+from lorax_async.core.commands import Command, Copy
+from lorax_async.core.decisions import Decisions
+from lorax_async.core.life import Grant, Life, Needs
+from lorax_async.core.policies import LRU
+from lorax_async.core.queues import CopyQueue
+from lorax_async.core.residency import HostBudget, ImageBudget, Residency
+from lorax_async.core.transitions import SlotState
+from lorax_async.core.waiters import Tier, Waiter
+from lorax_async.events import SlotId
+
+UNIT = 64
+"""Bytes; sizes below are multiples of it."""
+groups = st.lists(st.integers(1, 20), min_size=1, max_size=12)
+
+
+class Link:
+    """A copy queue in front of a link with room for `window` copies at once."""
+
+    def __init__(self, window: int = 1) -> None:
+        residency = Residency(
+            device_bytes=1 << 30, alignment=UNIT, max_slots=1000, copies=window, policy=LRU()
+        )
+        self.decisions = Decisions(residency, HostBudget(0, LRU()), ImageBudget(0, UNIT, LRU()))
+        self.queue = CopyQueue(self.decisions)
+        self.lives: dict[str, Life] = {}
+        self.under_way: list[Copy] = []
+        self._generations = count(1)
+
+    def begin(self, name: str, sizes: Sequence[int], *, foreground: bool = True) -> None:
+        """An adapter whose groups, of so many units, are all here."""
+        nbytes = tuple(UNIT * size for size in sizes)
+        number = next(self._generations)
+        grant = Grant(SlotId(number, number), tuple(Extent(0, each) for each in nbytes))
+        life = Life(AdapterKey(name, ()), slot=SlotState.FILLING, grant=grant, needs=Needs(nbytes))
+        life.fetched = life.all_groups
+        life.waiters.add(Waiter(number, Tier.DEVICE, 0.0, foreground))
+        self.lives[name] = life
+        self.queue.update(life)
+
+    def next(self) -> tuple[str, int] | None:
+        """Whose copy of how many units ran; None if there is none left."""
+        self.queue.submit()
+        self.under_way += [_copy(command) for command in self.decisions.take_commands()]
+        if not self.under_way:
+            return None
+        copy = self.under_way.pop(0)
+        self.decisions.residency.copies_free += 1
+        return copy.key.location, copy.grant.extents[copy.group].nbytes // UNIT
+
+    def run(self) -> list[tuple[str, int]]:
+        ran = []
+        while (copy := self.next()) is not None:
+            ran.append(copy)
+        return ran
+
+
+def _copy(command: Command) -> Copy:
+    assert isinstance(command, Copy)
+    return command
+
+
+@pytest.fixture
+def first_come_first_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_arrival(life: Life) -> int:
+        assert life.grant is not None
+        return life.grant.slot.generation
+
+    monkeypatch.setattr(queues, "_copy_order", by_arrival)
+
+
+def assert_equal_shares(flows: list[list[int]], window: int) -> None:
+    """Of any two that have something left, neither is ahead by more than the other's largest."""
+    link = Link(window)
+    for number, sizes in enumerate(flows):
+        link.begin(str(number), sizes)
+    moved = [0] * len(flows)
+    for name, size in link.run():
+        moved[int(name)] += size
+        waiting = [n for n, sizes in enumerate(flows) if moved[n] < sum(sizes)]
+        for one in waiting:
+            for other in waiting:
+                assert moved[one] - moved[other] <= max(flows[other])
+    assert moved == [sum(sizes) for sizes in flows]
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.lists(groups, min_size=2, max_size=6), st.integers(1, 8))
+def test_equal_shares_at_any_time(flows: list[list[int]], window: int) -> None:
+    assert_equal_shares(flows, window)
+
+
+@pytest.mark.usefixtures("first_come_first_served")
+def test_unequal_shares_are_noticed() -> None:
+    with pytest.raises(AssertionError):
+        assert_equal_shares([[2] * 4, [1] * 4], 1)
+
+
+def test_the_small_ones_do_not_wait_for_the_large_one() -> None:
+    """By hand: two of 1 unit a group, and one of 4, which has its turn when they have moved 4."""
+    link = Link()
+    link.begin("L", [4, 4])
+    for name in "ab":
+        link.begin(name, [1] * 6)
+    order = "".join(name for name, _ in link.run())
+    assert order == "ababab" + "Lab" + "abab" + "L"
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(groups, st.lists(groups, min_size=1, max_size=5))
+def test_shares_count_from_the_arrival_on(early: list[int], late: list[list[int]]) -> None:
+    """Who comes later neither waits for what others moved before, nor has anything in store."""
+    link = Link()
+    link.begin("early", early)
+    link.begin("always", [1] * 1000)
+    for _ in range(2 * len(early) + 20):
+        link.next()
+    for number, sizes in enumerate(late):
+        link.begin(str(number), sizes)
+    moved = {"early": 0, "always": 0} | {str(number): 0 for number in range(len(late))}
+    waiting = set(range(len(late)))
+    while waiting:
+        ran = link.next()
+        assert ran is not None
+        moved[ran[0]] += ran[1]
+        waiting = {n for n in waiting if moved[str(n)] < sum(late[n])}
+        for n in waiting:
+            assert -max(late[n]) - 1 <= moved[str(n)] - moved["always"] <= 2
+
+
+@pytest.mark.parametrize("beside", [1, 4, 16])
+def test_small_ones_without_end_do_not_starve_a_large_one(beside: int) -> None:
+    link = Link()
+    link.begin("large", [12] * 5)
+    names = iter(map(str, count()))
+    for _ in range(beside):
+        link.begin(next(names), [1])
+    total, large, left = 0, 0, 5
+    while left:
+        ran = link.next()
+        assert ran is not None
+        total += ran[1]
+        if ran[0] == "large":
+            large, left = large + ran[1], left - 1
+        else:
+            link.begin(next(names), [1])
+        assert large >= total / (beside + 1) - 2 * 12
+
+
+def test_foreground_goes_before_prefetch() -> None:
+    """However much it has moved already; and a prefetch that somebody joins is one no longer."""
+    link = Link()
+    link.begin("hint", [1] * 4, foreground=False)
+    link.begin("joined", [1] * 2, foreground=False)
+    link.begin("load", [5] * 3)
+    assert [link.next() for _ in range(2)] == [("load", 5)] * 2
+    link.begin("late", [7])
+    link.lives["joined"].waiters.add(Waiter(99, Tier.DEVICE, 0.0))
+    ran = [name for name, _ in link.run()]
+    assert set(ran[:4]) == {"load", "late", "joined"}
+    assert ran[4:] == ["hint"] * 4
+
+
+def test_prefetches_share_what_is_left() -> None:
+    link = Link()
+    link.begin("L", [3] * 2, foreground=False)
+    link.begin("a", [1] * 6, foreground=False)
+    assert "".join(name for name, _ in link.run()) == "aaLaaaLa"
+
+
+def test_no_more_than_the_window_is_under_way() -> None:
+    link = Link(window=3)
+    link.begin("a", [1] * 5)
+    assert link.next() == ("a", 1)
+    assert len(link.under_way) == 2
+    assert len(link.run()) == 4

@@ -1,0 +1,131 @@
+"""Mutants of the loader's end, and of what goes on without its caller."""
+
+from __future__ import annotations
+
+from ordering.loader import DRIVER, OWNERSHIP
+from ordering.mutant import Mutants, mutant
+
+MACHINERY, RESOLVER, PREFETCH = (
+    f"runtime/{name}.py" for name in ("machinery", "resolver", "prefetch")
+)
+
+ENDING = "test_ending.py"
+
+CLOSING: Mutants = {
+    "driver: close waits for leases": mutant(
+        DRIVER,
+        "            await self._vacate(timeout)\n",
+        "",
+        f"{OWNERSHIP}::test_close_fails_waiters_and_revokes_leases",
+    ),
+    "driver: close gives leases their time": mutant(
+        DRIVER,
+        """\
+            async with asyncio.timeout(timeout):
+                await self._at_rest()
+""",
+        """\
+            raise TimeoutError
+""",
+        f"{OWNERSHIP}::test_close_goes_on_when_its_caller_is_cancelled",
+    ),
+    "driver: close waits for kernels": mutant(
+        DRIVER,
+        """\
+                lease.end("the loader was closed")
+            await self._at_rest()
+""",
+        """\
+                lease.end("the loader was closed")
+""",
+        f"{OWNERSHIP}::test_close_waits_for_kernels_whatever_its_deadline",
+    ),
+    "driver: whoever waits for rest is woken": mutant(
+        DRIVER,
+        "        self._rested.set()\n",
+        "",
+        f"{OWNERSHIP}::test_close_waits_for_kernels_whatever_its_deadline",
+    ),
+    "driver: rest is waited for again": mutant(
+        DRIVER,
+        "            self._rested.clear()\n",
+        "",
+        f"{OWNERSHIP}::test_close_goes_on_when_its_caller_is_cancelled",
+    ),
+    "driver: close waits for the tasks": mutant(
+        DRIVER,
+        "            await self.files.stop()\n",
+        "",
+        f"{ENDING}::test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off",
+    ),
+    "machinery: I/O threads end before the device": mutant(
+        MACHINERY,
+        """\
+    def _end(self) -> None:
+        self.driver.join()
+        self._metadata.shutdown()
+        self._device.close()
+""",
+        """\
+    def _end(self) -> None:
+        self._device.close()
+        self.driver.join()
+        self._metadata.shutdown()
+""",
+        f"{ENDING}::test_the_device_ends_after_the_copies_even_if_close_is_broken_off",
+    ),
+    "machinery: close waits for the I/O threads": mutant(
+        MACHINERY,
+        "        self.driver.join()\n",
+        "",
+        f"{ENDING}::test_the_device_ends_after_the_copies_even_if_close_is_broken_off",
+    ),
+    "machinery: close waits for the metadata threads": mutant(
+        MACHINERY,
+        "        self.driver.join()\n        self._metadata.shutdown()\n",
+        "        self.driver.join()\n        self._metadata.shutdown(wait=False)\n",
+        f"{ENDING}::test_close_waits_for_what_still_runs",
+    ),
+    "machinery: close waits for prefetches": mutant(
+        MACHINERY,
+        "            await asyncio.gather(*self._prefetching, return_exceptions=True)\n",
+        "",
+        f"{ENDING}::test_close_waits_for_what_still_runs",
+    ),
+    "machinery: the end is waited for": mutant(
+        MACHINERY,
+        "        await done\n        thread.join()\n",
+        "        thread.name\n",
+        OWNERSHIP,
+    ),
+    "machinery: the thread that ended all has ended": mutant(
+        MACHINERY,
+        "        await done\n        thread.join()\n",
+        "        await done\n",
+        f"{ENDING}::test_not_even_the_thread_that_ended_the_others_is_left",
+    ),
+    "loader: close goes on without its caller": mutant(
+        "loader.py",
+        "        await asyncio.shield(self._closing)\n",
+        "        await self._closing\n",
+        f"{OWNERSHIP}::test_close_goes_on_when_its_caller_is_cancelled",
+    ),
+    "resolver: a question goes on without its first asker": mutant(
+        RESOLVER,
+        "return await asyncio.shield(task)",
+        "return await task",
+        "test_resolver.py::test_a_cancelled_caller_leaves_the_others_their_answer",
+    ),
+    "resolver: questions that are stopped are waited for": mutant(
+        RESOLVER,
+        "        await asyncio.gather(*tasks, return_exceptions=True)\n",
+        "",
+        f"{ENDING}::test_questions_that_are_stopped_are_waited_for",
+    ),
+    "prefetch: who awaits it waits for all": mutant(
+        PREFETCH,
+        "            await asyncio.wait([task for _, task in self._tasks])\n",
+        "            pass\n",
+        "test_prefetch.py",
+    ),
+}

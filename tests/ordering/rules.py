@@ -1,0 +1,262 @@
+"""Mutants of the rules: what must be over before something is given away."""
+
+from __future__ import annotations
+
+from ordering.mutant import Mutants, mutant
+
+DECISIONS, LIFECYCLE, QUEUES = (f"core/{name}.py" for name in ("decisions", "lifecycle", "queues"))
+HOST_TIER, LIFE = "core/host_tier.py", "core/life.py"
+
+
+def world(name: str) -> str:
+    return f"core/test_lifecycle_model.py::test_every_reachable_state_is_sound[{name}]"
+
+
+ONE_SLOT = world("two adapters, one slot")
+STREAMS = world("two adapters, streaming leases")
+UNLOAD = world("unload beside loads")
+IMAGES = world("images, unload and failures")
+BETWEEN = world("an image between two slots")
+HOST = world("host memory and unload")
+HOST_OF_TWO = world("host memory for one of two")
+PINS = world("pins and ageing")
+
+SLOTS: Mutants = {
+    "slot: it is free after its copies": mutant(
+        DECISIONS,
+        "if life.copying or life.uses or life.leases:",
+        "if life.uses or life.leases:",
+        ONE_SLOT,
+    ),
+    "slot: it is free after its kernels": mutant(
+        DECISIONS,
+        "if life.copying or life.uses or life.leases:",
+        "if life.copying or life.leases:",
+        ONE_SLOT,
+    ),
+    "slot: it is free after its leases": mutant(
+        DECISIONS,
+        "if life.copying or life.uses or life.leases:",
+        "if life.copying or life.uses:",
+        ONE_SLOT,
+        UNLOAD,
+    ),
+    "slot: its column is cleared before others are given it": mutant(
+        DECISIONS,
+        "        commands, self._commands = self._commands, []\n",
+        """\
+        commands = sorted(self._commands, key=lambda each: isinstance(each, ClearColumn))
+        self._commands = []
+""",
+        ONE_SLOT,
+    ),
+    "slot: who streams keeps it": mutant(
+        DECISIONS,
+        "if life.slot is not SlotState.FILLING or life.leases:",
+        "if life.slot is not SlotState.FILLING:",
+        "test_streaming.py::test_layers_come_one_by_one",
+    ),
+    "slot: it is evicted after its leases": mutant(
+        DECISIONS,
+        "if life.slot is not SlotState.RESIDENT or life.leases or life.pins:",
+        "if life.slot is not SlotState.RESIDENT or life.pins:",
+        "test_unload.py::test_what_is_leased_stays_and_its_holders_are_named",
+    ),
+    "slot: what leaves takes no lease": mutant(
+        DECISIONS,
+        "        if tier >= Tier.STREAM and (life.departing or self.closing):\n",
+        "        if tier >= Tier.STREAM and self.closing:\n",
+        world("lookups and ageing"),
+    ),
+    "slot: nobody takes a lease while it closes": mutant(
+        DECISIONS,
+        "        if tier >= Tier.STREAM and (life.departing or self.closing):\n",
+        "        if tier >= Tier.STREAM and life.departing:\n",
+        PINS,
+        world("pins"),
+    ),
+    "slot: who wants all layers waits for the last": mutant(
+        DECISIONS,
+        "        if tier is Tier.STREAM:\n            return life.slot",
+        "        if tier >= Tier.STREAM:\n            return life.slot",
+        ONE_SLOT,
+    ),
+    "slot: a kernel outlives its lease": mutant(
+        LIFECYCLE,
+        "        life.uses += in_use\n",
+        "",
+        ONE_SLOT,
+    ),
+    "slot: layers are ready in their order": mutant(
+        LIFECYCLE,
+        "        while life.done >> life.watermark & 1:\n            life.watermark += 1\n",
+        "        life.watermark = life.done.bit_count()\n",
+        ONE_SLOT,
+    ),
+    "slot: it waits for what leaves by itself": mutant(
+        QUEUES,
+        """\
+        if self._residency.fits_after(free_soon, sizes):
+            return None
+""",
+        "",
+        "test_room.py::test_what_leaves_already_is_waited_for",
+    ),
+    "slot: where nobody may go at once, who was told to is waited for": mutant(
+        QUEUES,
+        """\
+            if self._residency.fits_after([life.grant for life in going if life.grant], sizes):
+                return None
+""",
+        "",
+        "test_room.py::test_one_of_two_is_told_to_leave",
+    ),
+    "slot: a victim may go": mutant(
+        QUEUES,
+        "return life.slot is SlotState.RESIDENT and not (life.departing or life.pins)",
+        "return life.slot is SlotState.RESIDENT and not life.departing",
+        world("pins of one of three"),
+    ),
+    "slot: a victim without leases goes first": mutant(
+        QUEUES,
+        "for life in self._holders() if _may_go(life) and not life.leases)",
+        "for life in self._holders() if _may_go(life))",
+        world("lookups and ageing"),
+    ),
+}
+
+COPYING: Mutants = {
+    "copy: it waits for its slot": mutant(
+        QUEUES,
+        "if life.slot is not SlotState.FILLING or not life.fetched & ~life.submitted:",
+        "if not life.fetched & ~life.submitted:",
+        ONE_SLOT,
+    ),
+    "copy: it waits for its bytes": mutant(
+        LIFE,
+        "ready = self.fetched & ~self.submitted",
+        "ready = (1 << self.groups) - 1 & ~self.submitted",
+        ONE_SLOT,
+        STREAMS,
+    ),
+    "copy: it waits for a place": mutant(
+        QUEUES,
+        "        while residency.copies_free:\n",
+        "        while True:\n",
+        world("one copy at a time"),
+    ),
+    "image: it is warm once it was filled": mutant(
+        QUEUES,
+        "warm = bool(life.imaged >> group & 1)",
+        "warm = life.image is not None",
+        world("images for one of two"),
+    ),
+    "image: it stays while it is copied from": mutant(
+        HOST_TIER,
+        "return life.slot is not SlotState.FILLING and not life.copying",
+        "return life.slot is not SlotState.FILLING",
+        BETWEEN,
+    ),
+    "image: it is dropped after its copies": mutant(
+        DECISIONS,
+        "if life.image is not None and not life.copying and life.slot",
+        "if life.image is not None and life.slot",
+        IMAGES,
+    ),
+}
+
+FILES: Mutants = {
+    "file: it is gone after its fetch": mutant(
+        DECISIONS,
+        "if life.fetch_running or life.copying or life.host",
+        "if life.copying or life.host",
+        ONE_SLOT,
+    ),
+    "file: it is gone after its copies": mutant(
+        DECISIONS,
+        "if life.fetch_running or life.copying or life.host",
+        "if life.fetch_running or life.host",
+        IMAGES,
+    ),
+    "file: it is gone after its pages": mutant(
+        DECISIONS,
+        "life.copying or life.host is not HostState.NONE:",
+        "life.copying:",
+        HOST,
+    ),
+    "file: it is fetched again after it has ended": mutant(
+        DECISIONS,
+        "if life.file is not FileState.ABSENT or not life.waiters",
+        "if life.file not in (FileState.ABSENT, FileState.ENDING) or not life.waiters",
+        ONE_SLOT,
+    ),
+    "host: pages are free once they were released": mutant(
+        DECISIONS,
+        """\
+        life.host = HostState.RELEASING
+        self.command(Release(life.key, life.attempt))
+""",
+        """\
+        self.host.release(life.key)
+        life.host = HostState.NONE
+        self.command(Release(life.key, life.attempt))
+""",
+        HOST_OF_TWO,
+    ),
+    "host: who wants pages waits for those that are released": mutant(
+        HOST_TIER,
+        """\
+        if self._budget.free + leaving >= nbytes:
+            return None
+""",
+        "",
+        "test_host_tier.py::test_the_coldest_makes_room_within_the_budget",
+    ),
+    "host: who wants pages waits until they are free": mutant(
+        HOST_TIER,
+        """\
+        if nbytes > self._budget.free:
+            return self._make_room(nbytes)
+""",
+        "",
+        HOST_OF_TWO,
+    ),
+    "host: it is reached once it is populated": mutant(
+        LIFE,
+        "return self.host is HostState.HELD or self.has_whole_image",
+        "return self.host is not HostState.NONE or self.has_whole_image",
+        HOST_OF_TWO,
+    ),
+    "unload: it is over after the slot": mutant(
+        DECISIONS,
+        "        if not life.unloads or life.slot is not SlotState.NONE:\n",
+        "        if not life.unloads:\n",
+        UNLOAD,
+    ),
+    "unload: it is over after the pages": mutant(
+        DECISIONS,
+        "        if life.host is not HostState.NONE or life.image is not None:\n",
+        "        if life.image is not None:\n",
+        HOST,
+    ),
+    "close: it waits for pages on their way": mutant(
+        LIFE,
+        "return self.slot is SlotState.NONE and self.file in RESTING and host_rests",
+        "return self.slot is SlotState.NONE and self.file in RESTING",
+        HOST,
+    ),
+    "close: it waits for files on their way": mutant(
+        LIFE,
+        "return self.slot is SlotState.NONE and self.file in RESTING and host_rests",
+        "return self.slot is SlotState.NONE and host_rests",
+        world("little is remembered"),
+    ),
+    "close: it waits for slots": mutant(
+        LIFE,
+        "return self.slot is SlotState.NONE and self.file in RESTING and host_rests",
+        "return self.file in RESTING and host_rests",
+        world("little is remembered"),
+    ),
+}
+
+RULES: Mutants = {**SLOTS, **COPYING, **FILES}

@@ -1,0 +1,231 @@
+"""Fetching, holding and letting go: what is over before it is told, and one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from common import Run, until
+from lorax_async.adapter import AdapterKey
+from lorax_async.errors import FetchError
+from lorax_async.io.ports import AdapterFile, Hold
+from lorax_async.runtime.files import Files
+from lorax_async.runtime.journal import Journal
+
+KEYS = [AdapterKey(f"place {n}", ()) for n in range(3)]
+
+
+class Bytes:
+    """A reader, or a hold, that may be slow to close."""
+
+    nbytes, locked, closed = 64, False, False
+
+    def __init__(self, before_close: Callable[[], object] = lambda: None) -> None:
+        self._before_close = before_close
+
+    def close(self) -> None:
+        self._before_close()
+        self.closed = True
+
+
+class Origin:
+    """A source whose steps take a few turns of the loop, also where they are cancelled."""
+
+    def __init__(self) -> None:
+        self.inside = self.most_inside = self.undone = 0
+        self.bringing = asyncio.Event()
+        self.may_bring = asyncio.Event()
+        self.holds: list[Bytes] = []
+
+    async def open(self, key: AdapterKey) -> AdapterFile:
+        return AdapterFile(b"", b"", Bytes())  # type: ignore[arg-type]
+
+    async def bring(self, file: object, groups: object, arrived: object, cancel: Any) -> None:
+        self.bringing.set()
+        try:
+            while not self.may_bring.is_set():
+                if cancel.is_set():
+                    raise FetchError("nobody waits")
+                await asyncio.sleep(0.001)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.01)
+            self.undone += 1
+            raise
+
+    async def populate(self, key: AdapterKey) -> Hold:
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
+        await asyncio.sleep(0.002)
+        self.inside -= 1
+        self.holds.append(Bytes())
+        return self.holds[-1]
+
+
+class Told:
+    """The outcomes; `look` is called with each, at the moment it is told."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.look: Callable[[str, AdapterKey], None] = lambda name, key: None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def tell(key: AdapterKey, attempt: int, *details: object, **more: object) -> None:
+            self.names.append(name)
+            self.look(name, key)
+
+        return tell
+
+
+class Place:
+    """Files of that source; `turns` are the loop's turns in which something was planned."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self.source, self.told = Origin(), Told()
+        self.turns: list[int] = []
+        self._turn = 0
+        planner = SimpleNamespace(is_long=lambda file: False, plan=self._plan)
+        self.files = Files(
+            self.source,  # type: ignore[arg-type]
+            planner,  # type: ignore[arg-type]
+            threads,
+            self.told,
+            Journal(),
+        )
+        self._tick()
+
+    def _tick(self) -> None:
+        self._turn += 1
+        asyncio.get_running_loop().call_soon(self._tick)
+
+    def _plan(self, file: object) -> object:
+        self.turns.append(self._turn)
+        return SimpleNamespace(groups=())
+
+
+async def _body_of(work: Callable[[Place], Any]) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        await work(Place(threads))
+
+
+def test_what_is_told_may_begin_the_next_fetch(run: Run) -> None:
+    async def body(place: Place) -> None:
+        def again(name: str, key: AdapterKey) -> None:
+            if name == "fetch_failed":
+                place.source.may_bring.set()
+                place.files.start_fetch(key, 2)
+                place.told.look = lambda name, key: None
+
+        place.told.look = again
+        place.files.start_fetch(KEYS[0], 1)
+        await place.source.bringing.wait()
+        place.files.cancel_fetch(KEYS[0])
+        await until(lambda: place.told.names[-1:] == ["published"])
+        assert place.told.names == ["header_checked", "fetch_failed", "header_checked", "published"]
+        await place.files.stop()
+
+    run(_body_of(body))
+
+
+def test_a_file_is_published_once_it_is_brought(run: Run) -> None:
+    async def body(place: Place) -> None:
+        place.files.start_fetch(KEYS[0], 1)
+        await place.source.bringing.wait()
+        await asyncio.sleep(0.01)
+        assert place.told.names == ["header_checked"]
+        place.source.may_bring.set()
+        await until(lambda: place.told.names == ["header_checked", "published"])
+        await place.files.stop()
+
+    run(_body_of(body))
+
+
+def test_one_plan_in_each_turn_of_the_loop(run: Run) -> None:
+    async def body(place: Place) -> None:
+        place.source.may_bring.set()
+        for key in KEYS:
+            place.files.start_fetch(key, 1)
+        await until(lambda: place.told.names.count("published") == 3)
+        assert len(place.turns) == len(set(place.turns)) == 3
+        await place.files.stop()
+
+    run(_body_of(body))
+
+
+def test_one_is_populated_at_a_time(run: Run) -> None:
+    async def body(place: Place) -> None:
+        for key in KEYS:
+            place.files.start_populate(key, 1)
+        await until(lambda: place.told.names == ["populated"] * 3)
+        assert place.source.most_inside == 1
+        await place.files.stop()
+        assert all(hold.closed for hold in place.source.holds)
+
+    run(_body_of(body))
+
+
+def test_what_has_not_begun_when_it_closes_is_not_populated(run: Run) -> None:
+    async def body(place: Place) -> None:
+        for key in KEYS:
+            place.files.start_populate(key, 1)
+        await until(lambda: place.source.inside)
+        place.files.begin_close()
+        await until(lambda: len(place.told.names) == 3)
+        assert place.told.names == ["populated", "lost", "lost"]
+        await place.files.stop()
+
+    run(_body_of(body))
+
+
+def test_a_hold_is_there_when_it_is_told_and_closed_when_that_is_told(run: Run) -> None:
+    seen: list[tuple[str, bool, bool]] = []
+
+    async def body(place: Place) -> None:
+        def look(name: str, key: AdapterKey) -> None:
+            (hold,) = place.source.holds
+            seen.append((name, key in place.files.holds, hold.closed))
+
+        place.told.look = look
+        place.files.start_populate(KEYS[0], 1)
+        await until(lambda: len(seen) == 1)
+        place.files.start_release(KEYS[0], 1)
+        await until(lambda: len(seen) == 2)
+        await place.files.stop()
+
+    run(_body_of(body))
+    assert seen == [("populated", True, False), ("released", False, True)]
+
+
+@pytest.mark.parametrize("by", ["stop", "release"])
+def test_closing_a_hold_is_waited_for(run: Run, by: str) -> None:
+    """It is unmapped in a thread, which takes a while."""
+
+    async def body(place: Place) -> None:
+        may_close = Event()
+        place.files.holds[KEYS[0]] = hold = Bytes(lambda: may_close.wait(10))
+        if by == "release":
+            place.files.start_release(KEYS[0], 1)
+        stopping = asyncio.create_task(place.files.stop()) if by == "stop" else None
+        await asyncio.sleep(0.02)
+        assert not place.told.names
+        assert stopping is None or not stopping.done()
+        may_close.set()
+        await until(lambda: hold.closed)
+        await (stopping or place.files.stop())
+
+    run(_body_of(body))
+
+
+def test_stop_waits_for_what_its_tasks_undo(run: Run) -> None:
+    async def body(place: Place) -> None:
+        place.files.start_fetch(KEYS[0], 1)
+        await place.source.bringing.wait()
+        await place.files.stop()
+        assert place.source.undone == 1
+
+    run(_body_of(body))

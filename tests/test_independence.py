@@ -1,0 +1,198 @@
+"""A stalled, a failing and a twelve times larger load beside 16 others, which hardly wait for them.
+
+Times are those of the simulated device's clock: what the link had worked when an adapter's last
+copy had run. How fast threads and event loops are has no part in them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from random import Random
+from statistics import median
+
+import pytest
+
+import tiny
+from common import Run, until
+from lorax_async import (
+    AdapterHandle,
+    AdapterLoader,
+    Event,
+    FetchError,
+    LoaderConfig,
+    SlotGranted,
+    TransferError,
+)
+from lorax_async.core import queues
+from lorax_async.core.arena import Extent
+from lorax_async.core.life import Life
+from lorax_async.core.moves import Row
+from lorax_async.io.devices.simulated import SimulatedDevice, SimulatedTicket
+from lorax_async.io.fakes import FakeSource
+from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+LAYERS, RANK = 32, 8
+LAYOUT = tiny.layout(layers=LAYERS)
+GROUP_BYTES = 2 * RANK * (tiny.HIDDEN + 2 * tiny.HIDDEN) * 4
+"""Of a small adapter: two modules, A [8, 32] and B [64, 8] in F32, neither cast nor padded."""
+TIMES_LARGER = 12
+"""1 GB to 84 MB, as everything here is scaled down alike: 84 MB of 32 layers have groups of 2.6."""
+IN_FLIGHT_BYTES = queues.IN_FLIGHT_BYTES * GROUP_BYTES * LAYERS // 84_000_000
+
+SMALL = tuple(f"small {n}" for n in range(16))
+BESIDE = ("stalled", "unfetched", "unread", "uncopied", "large")
+"""Bytes of the first never come; those of the next three fail to be fetched, read and copied."""
+WITHIN = 1.1
+SEEDS = 2
+SLOTS = len(SMALL) + len(BESIDE)
+
+
+class TimedDevice(SimulatedDevice):
+    """A link that moves a small adapter's group in a second, and remembers each slot's copies."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            LAYOUT,
+            dtype="F32",
+            nbytes=(SLOTS + TIMES_LARGER) * LAYERS * GROUP_BYTES,
+            slots=SLOTS,
+            bytes_per_second=GROUP_BYTES,
+            seconds_per_copy=0.01,
+        )
+        self.doomed: int | None = None
+        self._tickets: dict[int, list[SimulatedTicket]] = {}
+
+    def copy(
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
+    ) -> CopyTicket:
+        if slot == self.doomed and len(self._tickets.get(slot, ())) >= 3:
+            raise TransferError("ordered")
+        ticket = super().copy(pieces, rows, extent, slot)
+        assert isinstance(ticket, SimulatedTicket)
+        self._tickets.setdefault(slot, []).append(ticket)
+        return ticket
+
+    def finished(self, slot: int) -> float:
+        tickets = self._tickets[slot]
+        assert len(tickets) == LAYERS
+        return max(ticket.finished_at or 0.0 for ticket in tickets)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, bytes]]:
+    base, made = tmp_path_factory.mktemp("adapters"), {}
+    for seed, name in enumerate((*SMALL, *BESIDE)):
+        rank = RANK * TIMES_LARGER if name == "large" else RANK
+        made[name] = tiny.files(tiny.write(base / name, seed, rank, layers=LAYERS))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def scaled_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queues, "IN_FLIGHT_BYTES", IN_FLIGHT_BYTES)
+
+
+def stocked(folders: dict[str, tuple[bytes, bytes]]) -> FakeSource:
+    source = FakeSource()
+    for name, files in folders.items():
+        source.put(name, *files)
+    source.hold("stalled")
+    source.allow("stalled", 0, 1)
+    source.fail("bring", FetchError("ordered"), id="unfetched", at=3)
+    middle = len(folders["unread"][1]) // 2
+    source.fail("read", FetchError("ordered"), id="unread", at=middle)
+    return source
+
+
+async def times(
+    source: FakeSource, beside: Sequence[str], *, io_threads: int, seed: int
+) -> list[float]:
+    """When each of the 16 was on the device. No copy runs before all have begun."""
+    device, names = TimedDevice(), list(SMALL)
+    Random(seed).shuffle(names)
+    config = LoaderConfig(
+        device_bytes=(SLOTS + TIMES_LARGER) * LAYERS * GROUP_BYTES,
+        max_slots=SLOTS,
+        io_threads=io_threads,
+        timeout=60,
+    )
+    granted: list[str] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, SlotGranted):
+            granted.append(event.key.location.removeprefix("memory:"))
+            if granted[-1] == "uncopied":
+                device.doomed = event.slot.index if event.slot else None
+
+    async with AdapterLoader(LAYOUT, config, source=source, device=device) as loader:
+        loader.subscribe(hear)
+        device.gate.clear()
+        others = {name: asyncio.create_task(loader.load(name)) for name in beside}
+        await until(lambda: set(granted) >= set(beside))
+        loads = [asyncio.create_task(loader.load(name)) for name in names]
+        await until(lambda: set(granted) >= set(SMALL))
+        device.gate.set()
+        handles = [await load for load in loads]
+        found = [device.finished(handle.slot.index) for handle in handles]
+        for handle in handles:
+            handle.release()
+        await end(others)
+    return found
+
+
+async def end(others: dict[str, asyncio.Task[AdapterHandle]]) -> None:
+    """The large one arrives, too; the stalled one is still waiting; the others have failed."""
+    for name, task in others.items():
+        if name == "large":
+            (await task).release()
+        elif name == "stalled":
+            assert not task.done()
+            task.cancel()
+            await asyncio.wait([task])
+        else:
+            with pytest.raises(TransferError if name == "uncopied" else FetchError):
+                await task
+
+
+def slowed(
+    run: Run, folders: dict[str, tuple[bytes, bytes]], beside: Sequence[str], io_threads: int
+) -> float:
+    """The worst ratio of medians, of several orders in which the 16 begin."""
+    ratios = []
+    for seed in range(SEEDS):
+        alone = run(times(stocked(folders), (), io_threads=io_threads, seed=seed))
+        among = run(times(stocked(folders), beside, io_threads=io_threads, seed=seed))
+        ratios.append(median(among) / median(alone))
+    return max(ratios)
+
+
+@pytest.mark.parametrize("io_threads", [1, 2, 4])
+@pytest.mark.parametrize("beside", [(name,) for name in BESIDE], ids="".join)
+def test_the_others_hardly_wait(
+    run: Run, folders: dict[str, tuple[bytes, bytes]], beside: tuple[str, ...], io_threads: int
+) -> None:
+    assert slowed(run, folders, beside, io_threads) <= WITHIN
+
+
+@pytest.mark.parametrize("io_threads", [1, 2])
+def test_the_others_hardly_wait_for_all_of_them(
+    run: Run, folders: dict[str, tuple[bytes, bytes]], io_threads: int
+) -> None:
+    assert slowed(run, folders, BESIDE, io_threads) <= WITHIN
+
+
+@pytest.mark.parametrize("io_threads", [1, 2, 4])
+def test_they_would_if_the_first_to_come_were_served_first(
+    run: Run,
+    folders: dict[str, tuple[bytes, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    io_threads: int,
+) -> None:
+    def by_arrival(life: Life) -> int:
+        return life.grant.slot.generation if life.grant else 0
+
+    monkeypatch.setattr(queues, "_copy_order", by_arrival)
+    assert slowed(run, folders, ["large"], io_threads) > 1.5

@@ -1,0 +1,108 @@
+"""Callers who act while the loader is in the midst of something on the same loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import Run, until
+from lorax_async import AdapterHandle, Event, LayerReady, Resident
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.life import Grant
+from tiny_sources import over, state, stocked, where
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def test_what_a_subscriber_causes_comes_after(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last lease on what is being unloaded ends while its last layer is told."""
+    source, told = stocked(tmp_path, "a"), list[str]()
+
+    async def body() -> None:
+        async with over(source) as there:
+            source.hold("a")
+            clear = there.device.clear_column
+
+            def cleared(slot: int) -> None:
+                told.append("cleared")
+                clear(slot)
+
+            monkeypatch.setattr(there.device, "clear_column", cleared)
+            async with there.stream("a") as handle:
+
+                def hear(event: Event) -> None:
+                    if isinstance(event, LayerReady) and event.layer == 3:
+                        handle.release()
+                        told.append("last layer")
+                    if isinstance(event, Resident):
+                        told.append("resident")
+
+                there.subscribe(hear)
+                unloading = asyncio.create_task(there.unload("a"))
+                await until(lambda: state(there, "a") == "leaving")
+                source.allow("a")
+                await unloading
+        assert told == ["last layer", "resident", "cleared"]
+
+    run(body())
+
+
+def test_a_handle_that_is_forgotten_in_the_midst_of_a_decision(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Garbage is collected anywhere; its lease ends in a turn of its own."""
+    source, held = stocked(tmp_path, "a"), list[AdapterHandle]()
+
+    async def body() -> None:
+        async with over(source) as there:
+            held.append(await there.load("a"))
+            lifecycle = there._driver.lifecycle
+            take_lease = lifecycle.take_lease
+
+            def forgetful(key: AdapterKey) -> Grant | None:
+                before = lifecycle.lives[key].leases
+                held.clear()
+                assert lifecycle.lives[key].leases == before
+                return take_lease(key)
+
+            monkeypatch.setattr(lifecycle, "take_lease", forgetful)
+            with pytest.warns(ResourceWarning, match="never released"):
+                handle = there.try_acquire("a")
+            assert handle is not None
+            await until(lambda: where(there, "a").leases == 1)
+            handle.release()
+
+    run(body())
+
+
+def test_ends_in_threads_are_the_loops_to_decide_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, deciding = stocked(tmp_path, "a"), list[int]()
+
+    def use_and_release(handle: AdapterHandle) -> None:
+        with handle.use():
+            handle.release()
+
+    async def body() -> None:
+        async with over(source) as there:
+            handle, lifecycle = await there.load("a"), there._driver.lifecycle
+            for name in ("end_lease", "end_use"):
+                decide = getattr(lifecycle, name)
+
+                def noted(*what: object, decide: Any = decide, **more: object) -> object:
+                    deciding.append(threading.get_ident())
+                    return decide(*what, **more)
+
+                monkeypatch.setattr(lifecycle, name, noted)
+            await asyncio.to_thread(use_and_release, handle)
+            await until(lambda: len(deciding) == 2)
+            assert set(deciding) == {threading.get_ident()}
+
+    run(body())

@@ -1,0 +1,74 @@
+"""Fake sources full of tiny adapters, and loaders over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tiny
+from lorax_async import (
+    AdapterLoader,
+    AdapterResidency,
+    Event,
+    LoaderConfig,
+    SlotGranted,
+)
+from lorax_async.adapter import AdapterId, as_ref
+from lorax_async.io.devices.simulated import SimulatedDevice
+from lorax_async.io.fakes import FakeSource
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def stocked(base: Path, *names: str, rank: int = 4, holdable: bool = False) -> FakeSource:
+    """An adapter for each name, other bytes in each; `base / name` has the same files."""
+    source = FakeSource(holdable=holdable)
+    for seed, name in enumerate(names):
+        source.put(name, *tiny.files(tiny.write(base / name, seed, rank)))
+    return source
+
+
+def over(source: FakeSource, **settings: object) -> AdapterLoader:
+    plain: dict[str, object] = {
+        "device_bytes": 1 << 20,
+        "max_slots": 4,
+        "io_threads": 2,
+        "timeout": 20,
+    }
+    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
+    return AdapterLoader(tiny.layout(), config, source=source)
+
+
+def simulated(loader: AdapterLoader) -> SimulatedDevice:
+    device = loader.device
+    assert isinstance(device, SimulatedDevice)
+    return device
+
+
+def where(loader: AdapterLoader, id: AdapterId) -> AdapterResidency:
+    """Of the version that was met last, which must be somewhere."""
+    return _residency(loader, id)[0]
+
+
+def state(loader: AdapterLoader, id: AdapterId) -> str:
+    """As residency has it, or "nowhere"."""
+    return next((found.state for found in _residency(loader, id)), "nowhere")
+
+
+def is_at(loader: AdapterLoader, id: AdapterId, tier: str) -> bool:
+    """On the device is also what is still on its way there, or leaving."""
+    return any(found.tier == tier for found in _residency(loader, id))
+
+
+def is_resident(loader: AdapterLoader, id: AdapterId) -> bool:
+    return state(loader, id) == "resident"
+
+
+def _residency(loader: AdapterLoader, id: AdapterId) -> list[AdapterResidency]:
+    key = loader._acquiring.known(as_ref(id))
+    return [found for other, found in loader.residency().items() if other == key]
+
+
+def granted(events: list[Event]) -> list[str]:
+    """Ids of a fake source, in the order in which they were given slots."""
+    grants = [event for event in events if isinstance(event, SlotGranted)]
+    return [event.key.location.removeprefix("memory:") for event in grants]
