@@ -161,7 +161,7 @@ def slowed(
     run: Run, folders: dict[str, tuple[bytes, bytes]], beside: Sequence[str], io_threads: int
 ) -> float:
     """The worst ratio of medians, of several orders in which the 16 begin."""
-    ratios = []
+    ratios: list[float] = []
     for seed in range(SEEDS):
         alone = run(times(stocked(folders), (), io_threads=io_threads, seed=seed))
         among = run(times(stocked(folders), beside, io_threads=io_threads, seed=seed))

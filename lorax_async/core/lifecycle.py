@@ -210,7 +210,7 @@ class Lifecycle:
         life.slot = next_slot_state(
             life.slot, SlotMove.LAST_COPY_DONE if last else SlotMove.COPY_DONE
         )
-        self._count_copy(life)
+        self._settling.copies.copied(life)
         if life.image is not None:
             life.imaged |= 1 << group
         if life.slot is SlotState.DRAINING:
@@ -232,7 +232,7 @@ class Lifecycle:
         after = next_slot_state(life.slot, SlotMove.COPY_FAILED)
         if file_lost:
             next_file_state(life.file, FileMove.LOST)
-        self._count_copy(life)
+        self._settling.copies.copied(life)
         if was_filling:
             self._decisions.fail(life, error, life.waiters.for_slot)
             self._decisions.tell_broken(life, error)
@@ -272,10 +272,6 @@ class Lifecycle:
         """The adapter, if this attempt is its latest."""
         life = self.lives[key]
         return life if life.attempt == attempt else None
-
-    def _count_copy(self, life: Life) -> None:
-        life.copying -= 1
-        self.budgets.device.copies_free += 1
 
     def _raise_watermark(self, life: Life) -> None:
         before = life.watermark

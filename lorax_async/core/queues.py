@@ -149,7 +149,8 @@ class CopyQueue:
 
     They share the way to the device by bytes (self-clocked fair queueing): each has its turn when
     it would have moved its next group had all moved equally much, so that a large adapter does not
-    hold up small ones, and small ones do not starve it.
+    hold up small ones, and small ones do not starve it. `turn` is how far those have come whose
+    copies are done: what is in flight when somebody arrives counts against who moves it.
     """
 
     def __init__(self, decisions: Decisions) -> None:
@@ -179,12 +180,18 @@ class CopyQueue:
             life.submitted |= 1 << group
             life.copying += 1
             life.copy_turn += life.grant.extents[group].nbytes
-            self.turn = max(self.turn, life.copy_turn)
             residency.copies_free -= 1
             image = life.image[group] if life.image is not None else None
             warm = bool(life.imaged >> group & 1)
             self._decisions.command(Copy(life.key, life.grant, group, image, warm))
             self.update(life)
+
+    def copied(self, life: Life) -> None:
+        """One of the copies of `life` ended."""
+        life.copying -= 1
+        self._decisions.residency.copies_free += 1
+        if life.slot is not SlotState.DRAINING and life.needs is not None:
+            self.turn = max(self.turn, life.copy_turn - life.copying * life.needs.largest)
 
     def _may_add(self, life: Life) -> bool:
         """Whoever comes next must not find the way full of one adapter's large groups."""

@@ -80,7 +80,7 @@ def _copies_unread(self: CopyQueue) -> None:
     _submit(self)
 
 
-def _forgets_the_place(_: Lifecycle, life: Life) -> None:
+def _forgets_the_place(_: CopyQueue, life: Life) -> None:
     life.copying -= 1
 
 
@@ -144,7 +144,7 @@ SLOTS_AND_FILES: dict[str, Mutant] = {
     "failed fetches fail nobody": ("two adapters, one slot", Decisions, "fail", nothing),
     "copies of bytes not here": ("two adapters, one slot", CopyQueue, "submit", _copies_unread),
     "a copy's place is not given back": (
-        *("one copy at a time", Lifecycle, "_count_copy"),
+        *("one copy at a time", CopyQueue, "copied"),
         _forgets_the_place,
     ),
     "a prefetch takes a slot early": (

@@ -58,7 +58,7 @@ class Link:
         if not self.under_way:
             return None
         copy = self.under_way.pop(0)
-        self.decisions.residency.copies_free += 1
+        self.queue.copied(self.lives[copy.key.location])
         return copy.key.location, copy.grant.extents[copy.group].nbytes // UNIT
 
     def run(self) -> list[tuple[str, int]]:
