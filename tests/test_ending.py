@@ -77,9 +77,10 @@ def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(
 class DeafSource(FakeSource):
     """Goes on opening, and does not look whether anybody still wants that."""
 
-    undone = 0
+    asked, undone = False, 0
 
     async def open(self, key: AdapterKey) -> AdapterFile:
+        self.asked = True
         never: asyncio.Future[AdapterFile] = asyncio.get_running_loop().create_future()
         try:
             return await never
@@ -96,7 +97,7 @@ def test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off(run: Run, tmp_
         there = over(source)
         await there.__aenter__()
         loading = asyncio.create_task(there.load("a"))
-        await asyncio.sleep(0.01)
+        await until(lambda: source.asked)
         closing = asyncio.create_task(there.close())
         await asyncio.sleep(0.01)
         assert there._closing is not None
@@ -156,9 +157,10 @@ def test_questions_that_are_stopped_are_waited_for(run: Run) -> None:
     """A source may have something to undo."""
 
     class Slow(FakeSource):
-        undone = 0
+        asked, undone = False, 0
 
         async def resolve(self, ref: AdapterRef) -> AdapterKey:
+            self.asked = True
             never: asyncio.Future[AdapterKey] = asyncio.get_running_loop().create_future()
             try:
                 return await never
@@ -170,7 +172,7 @@ def test_questions_that_are_stopped_are_waited_for(run: Run) -> None:
         source = Slow()
         resolver = Resolver(source, Journal())
         asking = asyncio.create_task(resolver.resolve(AdapterRef("a")))
-        await asyncio.sleep(0.001)
+        await until(lambda: source.asked)
         await resolver.stop()
         assert source.undone == 1
         with pytest.raises(LoaderClosedError):

@@ -32,7 +32,7 @@ class HostQueue:
         self._budget = decisions.host
         self._lives = lives
         self._level = level
-        self.line = Line()
+        self.line: Line[Urgency] = Line()
 
     def update(self, life: Life) -> None:
         """Let the queue see that `life` has changed."""

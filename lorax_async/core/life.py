@@ -29,11 +29,11 @@ class Needs:
     file_nbytes: int = 0
     holdable: bool = False
     weight: int = 1
+    largest: int = field(init=False)
+    """Bytes of the largest group."""
 
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest group."""
-        return max(self.group_nbytes)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "largest", max(self.group_nbytes, default=1))
 
     @property
     def held_nbytes(self) -> int:

@@ -11,6 +11,7 @@ from lorax_async.core.host_tier import Images
 from lorax_async.core.life import Life
 from lorax_async.core.line import Line
 from lorax_async.core.transitions import SlotMove, SlotState, next_slot_state
+from lorax_async.core.waiters import Urgency
 from lorax_async.errors import CapacityError
 
 COPIES_AHEAD = 8
@@ -36,7 +37,7 @@ class SlotQueue:
         min_residency: float,
     ) -> None:
         self.now = 0.0
-        self.line = Line()
+        self.line: Line[Urgency] = Line()
         self._decisions = decisions
         self._residency = decisions.residency
         self._images = images
@@ -158,23 +159,24 @@ class CopyQueue:
         self._decisions = decisions
         self._least = max(1, decisions.residency.copies_free // COPIES_AHEAD)
         self._queue: dict[AdapterKey, Life] = {}
+        self._line: Line[tuple[bool, int, int]] = Line()
 
     def update(self, life: Life) -> None:
         """Let the queue see that `life` has changed."""
         if life.slot is not SlotState.FILLING or not life.fetched & ~life.submitted:
             self._queue.pop(life.key, None)
-        elif life.key not in self._queue:
+            self._line.update(life.key, None)
+            return
+        if life.key not in self._queue:
             life.copy_turn = max(life.copy_turn, self.turn)
             self._queue[life.key] = life
+        self._line.update(life.key, _copy_order(life) if self._may_add(life) else None)
 
     def submit(self) -> None:
         """Submit while there is room: foreground first, then whoever's turn is next."""
         residency = self._decisions.residency
-        while residency.copies_free:
-            ready = [life for life in self._queue.values() if self._may_add(life)]
-            if not ready:
-                return
-            life = min(ready, key=_copy_order)
+        while residency.copies_free and (key := self._line.head) is not None:
+            life = self._queue[key]
             group = life.next_copy
             assert life.grant is not None
             life.submitted |= 1 << group
@@ -192,6 +194,7 @@ class CopyQueue:
         self._decisions.residency.copies_free += 1
         if life.slot is not SlotState.DRAINING and life.needs is not None:
             self.turn = max(self.turn, life.copy_turn - life.copying * life.needs.largest)
+            self.update(life)
 
     def _may_add(self, life: Life) -> bool:
         """Whoever comes next must not find the way full of one adapter's large groups."""

@@ -96,7 +96,7 @@ class Waiters:
 
     @property
     def has_foreground(self) -> bool:
-        return any(foreground for _, foreground in self._kinds)
+        return bool(self._ahead)
 
     def has_tier(self, tier: Tier) -> bool:
         return (tier, True) in self._kinds or (tier, False) in self._kinds

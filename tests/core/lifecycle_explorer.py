@@ -47,7 +47,9 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     new.slots.line.adopt(old.slots.line)
     new.host_queue.line.adopt(old.host_queue.line)
     new.copies.turn = old.copies.turn
-    new.copies._queue.update((key, twin.lives[key]) for key in old.copies._queue)
+    for key in old.copies._queue:
+        new.copies._queue[key] = twin.lives[key]
+        new.copies.update(twin.lives[key])
     new.idle.adopt(old.idle)
     _clone_device(original.budgets.device, twin.budgets.device)
     if world.setting.host_bytes:

@@ -169,6 +169,7 @@ def test_foreground_goes_before_prefetch() -> None:
     assert [link.next() for _ in range(2)] == [("load", 5)] * 2
     link.begin("late", [7])
     link.lives["joined"].waiters.add(Waiter(99, Tier.DEVICE, 0.0))
+    link.queue.update(link.lives["joined"])
     ran = [name for name, _ in link.run()]
     assert set(ran[:4]) == {"load", "late", "joined"}
     assert ran[4:] == ["hint"] * 4

@@ -20,7 +20,8 @@ CHANGES = st.lists(
 def test_the_head_is_the_most_urgent(
     changes: list[tuple[AdapterKey, tuple[bool, int] | None]],
 ) -> None:
-    line, waiting = Line(), dict[AdapterKey, tuple[bool, int]]()
+    line: Line[tuple[bool, int]] = Line()
+    waiting: dict[AdapterKey, tuple[bool, int]] = {}
     for key, urgency in changes:
         line.update(key, urgency)
         if urgency is None:
@@ -36,7 +37,7 @@ def test_the_head_is_the_most_urgent(
 
 
 def test_of_equals_the_first_is_first() -> None:
-    line = Line()
+    line: Line[tuple[bool, float]] = Line()
     for key in reversed(KEYS):
         line.update(key, (False, 1.0))
     left = []
@@ -47,7 +48,7 @@ def test_of_equals_the_first_is_first() -> None:
 
 
 def test_wishes_that_come_and_go_behind_a_head_that_stays_take_no_memory() -> None:
-    line = Line()
+    line: Line[tuple[bool, float]] = Line()
     line.update(KEYS[0], (False, 0.0))
     for n in range(10_000):
         line.update(KEYS[1], (False, 1.0 + n))

@@ -79,6 +79,13 @@ def read_on(stream: torch.Stream, source: torch.Tensor, into: torch.Tensor) -> N
         into.copy_(source, non_blocking=True)
 
 
+def waits(stream: torch.Stream) -> None:
+    """What is on it does not run, however much time it has."""
+    for _ in range(30):
+        assert not stream.query()
+        time.sleep(0.001)
+
+
 def eventually(condition: Callable[[], object]) -> None:
     for _ in range(5000):
         if condition():

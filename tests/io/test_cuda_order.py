@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 
+import accelerators
 import pytest
 import torch
 from accelerators import (
@@ -230,7 +231,9 @@ class TestCompute:
             if waits:
                 device.wait_for(ticket, compute)
             read_on(compute, source, seen)
-            if not waits:
+            if waits:
+                accelerators.waits(compute)
+            else:
                 compute.synchronize()
         ticket.result(10)
         compute.synchronize()
@@ -245,6 +248,7 @@ class TestCompute:
             with compute:
                 device.wait_for(ticket)
                 seen.copy_(source, non_blocking=True)
+            accelerators.waits(compute)
             assert not ticket.done()
         compute.synchronize()
         assert torch.equal(seen.cpu(), NEW_A)

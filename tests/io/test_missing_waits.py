@@ -50,7 +50,10 @@ def test_a_kernel_that_does_not_wait_reads_poison(device: SimulatedDevice, waits
     if waits:
         device.wait_for(ticket)
     kernel = device.compute.run(lambda: seen.append(there.clone()))
-    if not waits:
+    if waits:
+        with pytest.raises(TimeoutError):
+            kernel.result(0.03)
+    else:
         kernel.result(10)
         assert not ticket.done()
     device.gate.set()
@@ -70,7 +73,10 @@ def test_kernels_find_the_tables_as_the_copies_left_them(
     if waits:
         device.wait_for(ticket)
     kernel = device.compute.run(lambda: apply(y, x, plan, 0, device))
-    if not waits:
+    if waits:
+        with pytest.raises(TimeoutError):
+            kernel.result(0.03)
+    else:
         kernel.result(10)
     device.gate.set()
     kernel.result(10)
