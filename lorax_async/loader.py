@@ -74,8 +74,8 @@ class AdapterLoader:
 
     async def __aenter__(self) -> Self:
         self._home.enter()
-        self._machinery = Machinery(self.layout, self.config, self._source, self._device)
         try:
+            self._machinery = Machinery(self.layout, self.config, self._source, self._device)
             await self._machinery.open(self._check_open)
         except BaseException:
             self._home.leave()
@@ -227,11 +227,7 @@ class AdapterLoader:
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
-        pinned = False
-        while not pinned:  # an unload may come between: it is waited for, and the load repeated
-            lease = await self._acquiring.lease(ref, Tier.DEVICE, seconds, priority=priority)
-            pinned = self._driver.interest.pin(ref, lease)
-            lease.end()
+        await self._acquiring.pin(ref, seconds, priority=priority)
 
     def unpin(self, adapter_id: AdapterId) -> bool:
         """Let the adapter be evicted again. Whether this id had pinned it."""
@@ -248,6 +244,8 @@ class AdapterLoader:
         ------
         AdapterInUseError
             It is still leased; the error names the holders' tasks, and the adapter stays.
+        AdapterTimeoutError
+            It is not, and could not be let go in time: it stays, too.
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)

@@ -44,7 +44,7 @@ def test_a_reload_reads_no_byte_of_the_file(run: Run, tmp_path: Path) -> None:
             assert await read_for(there, tmp_path, "b") == ONE
             found = where(there, "a")
             assert (found.tier, found.device_bytes, found.pinned_bytes) == ("host", 0, PADDED)
-            assert (found.host_bytes, found.locked) == (0, False)
+            assert (found.host_bytes, found.locked) == (0, True)
             await there.prefetch("a", tier="host")
             assert source.counts.populates == 0, "it is there already"
             for name in "abab":

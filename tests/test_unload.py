@@ -238,7 +238,9 @@ def test_a_kernel_is_waited_for(run: Run, tmp_path: Path) -> None:
             handle = await there.load("a")
             with handle.use():
                 handle.release()
-                with pytest.raises(AdapterTimeoutError, match="copied or computed with") as caught:
+                with pytest.raises(
+                    AdapterTimeoutError, match="copied, computed with or held"
+                ) as caught:
                     await there.unload("a", timeout=0.02)
                 assert (caught.value.id, caught.value.stage) == ("a", "ready")
                 assert state(there, "a") == "leaving"

@@ -139,7 +139,10 @@ class Decisions:
             self.images.drop(life)
         if life.host is not HostState.HELD:
             return False
-        self.release_host(life)
+        if life.is_held:
+            self.release_host(life)
+        else:
+            life.host = HostState.NONE  # it was read ahead: there is nothing to let go
         return True
 
     def release_host(self, life: Life, *, evicted: bool = False) -> None:

@@ -20,7 +20,7 @@ _LAST: Urgency = (True, float("inf"))
 
 
 class HostQueue:
-    """Adapters that want the host tier; rule 7. Only the head is served.
+    """Adapters that want the host tier; rule 7. Only the head is served, and one at a time.
 
     `lives` are all adapters by key; `level` is what a level of priority is worth, in seconds.
     """
@@ -44,7 +44,7 @@ class HostQueue:
     def settle_head(self) -> Life | None:
         """Populate, refuse or make room for the head; returns the adapter that changed, if any."""
         key = self.line.head
-        if key is None:
+        if key is None or self._budget.populating is not None:
             return None
         head = self._lives[key]
         assert head.needs is not None
@@ -55,6 +55,7 @@ class HostQueue:
             return self._make_room(nbytes)
         self._budget.claim(key, nbytes, reload_cost(head.needs))
         head.host = HostState.POPULATING
+        self._budget.populating = key
         head.demoted = False
         self._decisions.command(Populate(key, head.attempt))
         return head

@@ -171,6 +171,7 @@ class Lifecycle:
         if life is None:
             return []
         life.file = next_file_state(life.file, FileMove.POPULATED)
+        self.budgets.host.populating = None
         life.host = HostState.HELD
         return self._settling.settle(life)
 
@@ -189,6 +190,7 @@ class Lifecycle:
         if life is None:
             return []
         self._decisions.lose(life, error)
+        self.budgets.host.populating = None
         self.budgets.host.pick(key, evicted=False)
         self._end_host(life)
         return self._settling.settle(life)

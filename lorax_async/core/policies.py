@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from lorax_async.adapter import AdapterKey
+from lorax_async.config import Eviction
 from lorax_async.errors import InternalError
 
 _Mark = TypeVar("_Mark")
 
-PolicyName = Literal["lru", "lfu", "gdsf"]
+PolicyName = Eviction
 
 
 class Policy(Protocol):

@@ -24,7 +24,7 @@ IN_FLIGHT_BYTES = 32 << 20
 class SlotQueue:
     """Adapters that want a slot and hold none. Only the head is served: the larger would starve.
 
-    `lives` are all adapters by key; `starvation_age` and `min_residency` as for `Lifecycle`.
+    `lives` are all adapters by key; `starvation_age` and `min_residency` as for `Pace`.
     """
 
     def __init__(

@@ -101,6 +101,8 @@ class HostBudget:
         self.free = nbytes
         self.held: dict[AdapterKey, int] = {}
         self.leaving: set[AdapterKey] = set()
+        self.populating: AdapterKey | None = None
+        """One at a time: foreground loads share the disk with one at most."""
         self.policy = policy
 
     def claim(self, key: AdapterKey, nbytes: int, cost: float) -> None:

@@ -130,7 +130,7 @@ class Transfer:
         copy, group = sending.copy, sending.copy.group
         if not copy.warm:
             whole = Window(0, group.nbytes, group.reads, group.converts, group.zeros)
-            scratch = self._staging.take(1 if whole.converts else 0)
+            scratch = self._staging.take(1) if whole.converts else []
             self._fill(sending, whole, Buffer.of(image), scratch)
         sending.send(image, 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.core.waiters import Tier
@@ -12,12 +13,16 @@ from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.interest import Wish
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.tenancy import Lease
+from lorax_async.runtime.turns import Turns
 
 Ref = AdapterRef | AdapterKey
 
 
 MAX_PRIORITY = 1_000_000
 """Either way of 0: as seconds of waiting, levels stay numbers that can be told apart."""
+
+BACKGROUND = 2
+"""Prefetches that are resolved and opened at a time: what a load has to wait for, at most."""
 
 
 def text_of(ref: Ref) -> str:
@@ -38,6 +43,7 @@ class Acquiring:
         self._resolver = resolver
         self._driver = driver
         self._check_open = check_open
+        self._turns = Turns(BACKGROUND)
 
     def known(self, ref: Ref) -> AdapterKey | None:
         """Which key `ref` last was; touches no file."""
@@ -57,11 +63,16 @@ class Acquiring:
         deadline = asyncio.timeout(seconds)
         try:
             async with deadline:
-                if isinstance(ref, AdapterRef):
-                    key = await self._resolver.resolve(ref)
-                self._check_open()  # nobody would tell a wish that begins later
-                assert key is not None
-                wish = interest.begin(key, tier, foreground=foreground, priority=priority)
+                # Threads take what they are given in the order in which it came: a load must not
+                # find thousands of hints before it.
+                async with nullcontext() if foreground else self._turns.turn(priority):
+                    if isinstance(ref, AdapterRef):
+                        key = await self._resolver.resolve(ref)
+                    self._check_open()  # nobody would tell a wish that begins later
+                    assert key is not None
+                    wish = interest.begin(key, tier, foreground=foreground, priority=priority)
+                    if not foreground:
+                        await self._driver.files.opened(key)
                 return await interest.granted(wish)
         except BaseException as error:
             late = deadline.expired() and isinstance(error, TimeoutError)
@@ -79,6 +90,18 @@ class Acquiring:
         lease = await self.acquire(ref, tier, seconds, priority=priority)
         assert lease is not None
         return lease
+
+    async def pin(self, ref: Ref, seconds: float, *, priority: int) -> None:
+        """Wait until the adapter is resident, and keep it there on behalf of `ref`."""
+        loop, pinned = asyncio.get_running_loop(), False
+        deadline = loop.time() + seconds
+        while not pinned:  # an unload may come between: it is waited for, and the load repeated
+            left = max(0.0, deadline - loop.time())
+            lease = await self.lease(ref, Tier.DEVICE, left, priority=priority)
+            try:
+                pinned = self._driver.interest.pin(ref, lease)
+            finally:
+                lease.end()
 
     def _timed_out(self, ref: Ref, key: AdapterKey | None, seconds: float) -> AdapterTimeoutError:
         """Where the adapter is now, before the wish for it is withdrawn."""

@@ -57,14 +57,22 @@ class Files:
         self._outcomes = outcomes
         self._journal = journal
         self._cancels: dict[AdapterKey, Cancel] = {}
+        self._opening: dict[AdapterKey, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._planning = asyncio.Lock()
-        self._populating = asyncio.Lock()
+        self._populating: asyncio.Task[None] | None = None
         self._closing = False
 
     def start_fetch(self, key: AdapterKey, attempt: int) -> None:
         self._cancels[key] = Cancel()
+        self._opening[key] = asyncio.Event()
         self._spawn("fetch", key, self._fetch(key, attempt))
+
+    async def opened(self, key: AdapterKey) -> None:
+        """Wait until the fetch that is under way, if one is, has its plan or has failed."""
+        opening = self._opening.get(key)
+        if opening is not None:
+            await opening.wait()
 
     def cancel_fetch(self, key: AdapterKey) -> None:
         self._cancels[key].set()
@@ -95,14 +103,18 @@ class Files:
             _close(hold)  # what is forgotten was read ahead at most: there is no map to undo
 
     def begin_close(self) -> None:
-        """What has not begun to populate need not."""
+        """Whoever is populated need not be: whole files may take long to come."""
         self._closing = True
+        if self._populating is not None:
+            self._populating.cancel()
 
     async def stop(self) -> None:
         """End the tasks that are left, and close what they opened."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for key in tuple(self._opening):
+            self._end_opening(key)
         for key in tuple(self.readers):
             self.close_reader(key)
         for key in tuple(self.holds):
@@ -121,6 +133,7 @@ class Files:
             self.close_reader(key)
             self.readers[key] = file.reader
             self.plans[key] = plan = await self._plan(file)
+            self._end_opening(key)
             if not cancel.is_set():
                 self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
                 await self._bring(key, attempt, file, plan, cancel)
@@ -130,11 +143,17 @@ class Files:
             error = _as_lorax_error(problem)
         # The outcome may start the next fetch of this key: what belongs to this one goes first.
         del self._cancels[key]
+        self._end_opening(key)
         if error is None:
             self._outcomes.published(key, attempt)
         else:
             self.close_reader(key)
             self._outcomes.fetch_failed(key, attempt, error)
+
+    def _end_opening(self, key: AdapterKey) -> None:
+        opening = self._opening.pop(key, None)
+        if opening is not None:
+            opening.set()
 
     async def _open(self, key: AdapterKey) -> AdapterFile:
         started = perf_counter()
@@ -168,12 +187,9 @@ class Files:
         await self._source.bring(file, spans, arrived, cancel)
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
-        """One at a time: foreground loads share the threads, and the disk, with one at most."""
+        """Of which there is one at a time."""
         try:
-            async with self._populating:
-                if self._closing:
-                    raise FetchError("the loader was closed")
-                hold = await self._source.populate(key)
+            hold = await self._held(key)
         except Exception as error:  # noqa: BLE001 - becomes the task's outcome
             self._outcomes.lost(key, attempt, _as_lorax_error(error))
         else:
@@ -182,6 +198,17 @@ class Files:
                 _close(before)  # it was read ahead: there is no map to undo
             self.holds[key] = hold
             self._outcomes.populated(key, attempt)
+
+    async def _held(self, key: AdapterKey) -> Hold:
+        self._populating = asyncio.current_task()
+        try:
+            return await self._source.populate(key)
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
+            raise FetchError("the loader was closed") from None
+        finally:
+            self._populating = None
 
     async def _release(self, key: AdapterKey, attempt: int) -> None:
         await self._close_hold(key)

@@ -76,6 +76,7 @@ class Interest:
 
         False if the adapter is leaving.
         """
+        lease.check()
         key, grant = lease.tenancy.key, lease.tenancy.grant
         if self._pins.get(name) == (key, grant):
             return True
@@ -116,7 +117,7 @@ class Interest:
         holders = sorted(lease.holder or "no task" for lease in self._tenants.leases.get(key, ()))
         if not holders:
             problem = (
-                f"it was not gone within {seconds:g} s: it is still being copied or computed with"
+                f"it was not gone within {seconds:g} s: it is still copied, computed with or held"
             )
             return AdapterTimeoutError(problem, key=key, stage="ready")
         return AdapterInUseError(

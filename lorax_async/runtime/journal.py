@@ -15,7 +15,7 @@ from lorax_async.events import BytesMoved, Event, LayerReady
 STORY_LENGTH = 16
 """Events remembered of one adapter; those of single layers are told, not remembered."""
 
-REST_LENGTH = 4
+REST_LENGTH = 3
 """And of one that is not on the device: a stay with its end."""
 
 _logger = logging.getLogger("lorax_async")

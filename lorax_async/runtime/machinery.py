@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,12 @@ class _Memory(NamedTuple):
 
     staging: StagingRing
     images: torch.Tensor
+
+
+def _heed(task: asyncio.Task[None]) -> None:
+    """A hint that failed may have nobody who looks."""
+    if not task.cancelled():
+        task.exception()
 
 
 class Machinery:
@@ -131,23 +138,20 @@ class Machinery:
     def prefetch(self, refs: Sequence[Ref], tier: Tier, seconds: float, priority: int) -> Prefetch:
         """One task for each; `close` waits for those that are left."""
         require_priority(priority)
-        return Prefetch([(text_of(ref), self._start(ref, tier, seconds, priority)) for ref in refs])
 
-    def _start(self, ref: Ref, tier: Tier, seconds: float, priority: int) -> asyncio.Task[None]:
-        async def bring() -> None:
+        async def bring(ref: Ref) -> None:
             await self.acquiring.acquire(ref, tier, seconds, priority=priority, foreground=False)
 
-        task = asyncio.get_running_loop().create_task(
-            bring(), name=f"lorax prefetch {text_of(ref)}"
-        )
-        self._prefetching.add(task)
-        task.add_done_callback(self._prefetched)
-        return task
+        def begin(ref: Ref) -> asyncio.Task[None]:
+            loop, name = asyncio.get_running_loop(), f"lorax prefetch {text_of(ref)}"
+            task = loop.create_task(bring(ref), name=name)
+            task.add_done_callback(_heed)
+            return task
 
-    def _prefetched(self, task: asyncio.Task[None]) -> None:
-        self._prefetching.discard(task)
-        if not task.cancelled():
-            task.exception()  # a hint that failed may have nobody who looks
+        prefetch = Prefetch([(text_of(ref), partial(begin, ref)) for ref in refs])
+        self._prefetching.add(prefetch.task)
+        prefetch.task.add_done_callback(self._prefetching.discard)
+        return prefetch
 
     async def close(self, timeout: float) -> None:
         try:

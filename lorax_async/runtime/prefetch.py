@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import MappingProxyType
 
 from lorax_async.errors import LoraxError
+
+AT_ONCE = 32
+"""Begun in one turn of the loop: thousands of hints must not hold it."""
+
+Hint = tuple[str, Callable[[], asyncio.Task[None]]]
+"""An id, and what begins to bring it."""
 
 
 class Prefetch:
@@ -16,19 +22,24 @@ class Prefetch:
     raises the first error, in the order of the ids. Cancelling who waits does not cancel it.
     """
 
-    def __init__(self, tasks: Sequence[tuple[str, asyncio.Task[None]]]) -> None:
-        self._tasks = tuple(tasks)
+    def __init__(self, hints: Sequence[Hint]) -> None:
+        self._hints = tuple(hints)
+        self._begun: list[asyncio.Task[None]] = []
+        self._cancelled = False
+        self.task = asyncio.get_running_loop().create_task(self._run(), name="lorax prefetch")
+        """Done when all is."""
 
     @property
     def done(self) -> bool:
         """Whether nothing of it is under way."""
-        return all(task.done() for _, task in self._tasks)
+        begun = self._cancelled or len(self._begun) == len(self._hints)
+        return begun and all(task.done() for task in self._begun)
 
     @property
     def errors(self) -> Mapping[str, LoraxError]:
         """Why adapters did not arrive, by id, so far."""
         found: dict[str, LoraxError] = {}
-        for id, task in self._tasks:
+        for (id, _), task in zip(self._hints, self._begun, strict=False):
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, LoraxError):
                 found[id] = error
@@ -36,18 +47,28 @@ class Prefetch:
 
     def cancel(self) -> None:
         """Want the adapters that have not arrived no longer; other wishes for them stay."""
-        for _, task in self._tasks:
+        self._cancelled = True
+        for task in self._begun:
             task.cancel()
+
+    async def _run(self) -> None:
+        for number, (_, begin) in enumerate(self._hints):
+            if self._cancelled:
+                break
+            self._begun.append(begin())
+            if number % AT_ONCE == AT_ONCE - 1:
+                await asyncio.sleep(0)
+        if self._begun:
+            await asyncio.wait(self._begun)
 
     def __await__(self) -> Generator[object, None, None]:
         yield from self._wait().__await__()
 
     async def _wait(self) -> None:
-        if self._tasks:
-            await asyncio.wait([task for _, task in self._tasks])
+        await asyncio.wait([self.task])
         for error in self.errors.values():
             raise error
 
     def __repr__(self) -> str:
-        left = sum(not task.done() for _, task in self._tasks)
-        return f"<Prefetch of {len(self._tasks)} adapters, {left} on their way>"
+        arrived = sum(task.done() for task in self._begun)
+        return f"<Prefetch of {len(self._hints)} adapters, {arrived} of them done>"

@@ -32,7 +32,7 @@ class AdapterResidency:
     device_bytes, host_bytes, pinned_bytes
         Of the arena; of held file pages; of page-locked memory.
     locked
-        The kernel may not take the host pages back. Where it may, or where a file was only read
+        The kernel may not take the host memory back. Where it may, or where a file was only read
         ahead (0 `host_bytes`), the host tier is best effort.
     leases, pins
         Handles that are out, and callers of `pin`.
@@ -69,7 +69,7 @@ def _residency(life: Life, hold: Hold | None) -> AdapterResidency:
         grant.nbytes if grant else 0,
         hold.nbytes if hold is not None else 0,
         sum(extent.nbytes for extent in life.image or ()),
-        hold is not None and hold.locked,
+        life.has_whole_image or (hold is not None and hold.locked),
         life.leases,
         life.pins,
     )

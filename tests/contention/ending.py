@@ -99,7 +99,7 @@ async def _ended(world: World) -> None:
     for holder in world.holders:
         world.blame(holder.handle.released, "a handle outlives its loader")
         holder.gone.set()
-    hints = [task for hint in world.prefetches for _, task in hint._tasks]
+    hints = [task for hint in world.prefetches for task in hint._begun]
     for answer in await asyncio.gather(*world.wants, *hints, return_exceptions=True):
         good = not isinstance(answer, Exception) or world.is_provoked(answer)
         world.blame(good, f"a wish ended with {type(answer).__name__}: {answer}")

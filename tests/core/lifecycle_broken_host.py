@@ -36,10 +36,9 @@ def _demotes_the_held(self: Decisions, life: Life) -> bool:
     return evicted
 
 
-def _awaits_what_counts_nothing(self: HostQueue, nbytes: int) -> Life | None:
-    leaving = [life.key for life in self._lives.values() if life.host is HostState.RELEASING]
-    assert all(key in self._budget.held for key in leaving)
-    return _make_room(self, nbytes)
+def _several_at_once(self: HostQueue) -> Life | None:
+    self._budget.populating = None
+    return _settle_head(self)
 
 
 def _uses_what_leaves(self: HostBudget, key: AdapterKey) -> None:
@@ -71,7 +70,7 @@ def _losers_unsettled(self: Settling) -> Life | None:
     return self.slots.settle_head() or self.host_queue.settle_head()
 
 
-_make_room = HostQueue._make_room
+_settle_head = HostQueue.settle_head
 _host_unwanted = Decisions._host_unwanted
 _is_idle = Life.is_idle
 _claim_image = Images.claim
@@ -82,6 +81,10 @@ HOST_MEMORY: dict[str, Mutant] = {
     "held bytes are counted for ever": (
         *("host memory for one of two", HostBudget, "release"),
         nothing,
+    ),
+    "several are populated at once": (
+        *("some can be held", HostQueue, "settle_head"),
+        _several_at_once,
     ),
     "released is not awaited": (
         *("host memory for one of two", Decisions, "release_host"),
@@ -102,10 +105,6 @@ HOST_MEMORY: dict[str, Mutant] = {
     "what is released is used": (
         *("host memory for one of two", HostBudget, "use"),
         _uses_what_leaves,
-    ),
-    "what was only read ahead is awaited": (
-        *("some can be held", HostQueue, "_make_room"),
-        _awaits_what_counts_nothing,
     ),
     "what cannot be held waits": ("no host memory", HostQueue, "_refuse", nothing),
     "close keeps what is held": (

@@ -52,6 +52,7 @@ def _clone_lifecycle(world: World) -> Lifecycle:
         new.copies.update(twin.lives[key])
     new.idle.adopt(old.idle)
     _clone_device(original.budgets.device, twin.budgets.device)
+    twin.budgets.host.populating = original.budgets.host.populating
     if world.setting.host_bytes:
         _clone_host(original.budgets.host, twin.budgets.host)
     if world.setting.image_bytes:

@@ -45,7 +45,7 @@ def _cancel_fetch(world: World, a: int, _: commands.CancelFetch) -> None:
 
 def _populate(world: World, a: int, _: commands.Populate) -> None:
     forbid(world.closed, "populated after close")
-    forbid(a in world.populating, "populated twice at once")
+    forbid(bool(world.populating), "two are populated at once")
     forbid(a in world.releasing, "populated while it is released")
     forbid(a in world.held, "populated while it is held")
     forbid(world.unloads.get(a), "populated while it is unloaded")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-HANGS_AFTER = 20
+HANGS_AFTER = 12
 """Seconds; each of the tests takes a few at most."""
 
 

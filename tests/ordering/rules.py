@@ -141,8 +141,8 @@ COPYING: Mutants = {
     ),
     "copy: it waits for a place": mutant(
         QUEUES,
-        "        while residency.copies_free:\n",
-        "        while True:\n",
+        "while residency.copies_free and (key := self._line.head) is not None:",
+        "while (key := self._line.head) is not None:",
         world("one copy at a time"),
     ),
     "image: it is warm once it was filled": mutant(

@@ -218,7 +218,9 @@ class CudaDevice:
             if not ticket.done():
                 ticket.event.wait(where)
         except RuntimeError as error:
-            self._failures.note(error)  # whatever is put on the stream from here on fails by itself
+            problem = self._failures.note(error)
+            if problem.retryable:  # what is put on the stream from here on would run, and too early
+                raise problem from error
 
     def note_use(self, stream: object | None = None) -> CopyTicket:
         """Record an event on `stream`; the ticket is done when all that is before it has run.
@@ -227,11 +229,12 @@ class CudaDevice:
         on a device that was lost: there the ticket is done at once.
         """
         self._require_open()
-        ticket = EventTicket(self, new_event(self._device))
+        ticket, where = EventTicket(self, new_event(self._device)), stream_on(self._device, stream)
         try:
-            ticket.event.record(stream_on(self._device, stream))
+            ticket.event.record(where)
         except RuntimeError as error:
-            self._failures.note(error)
+            if self._failures.note(error).retryable:  # no event, but what is there runs
+                where.synchronize()
             ticket.finish()
         else:
             self._uses.watch(ticket)
