@@ -1,0 +1,105 @@
+"""Thousands of hints at once: nobody waits behind them, and the most urgent come first."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from common import Run, until
+from lorax_async import AdapterNotFoundError
+from lorax_async.runtime.turns import Turns
+from tiny_sources import is_at, over, stocked
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+NAMES = tuple(f"hint-{n}" for n in range(60))
+
+
+def test_a_load_does_not_stand_behind_them(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, *NAMES, "urgent")
+
+    async def body() -> None:
+        async with over(source) as there:
+            hints = there.prefetch(NAMES, tier="disk")
+            await until(lambda: source.counts.opens > 0)
+            before = source.counts.opens
+            (await there.load("urgent")).release()
+            assert source.counts.opens - before < len(NAMES) / 2
+            assert not hints.done
+            await hints
+            assert all(is_at(there, name, "disk") for name in NAMES)
+
+    run(body())
+
+
+def test_one_that_never_opens_holds_up_no_more_than_its_place(run: Run, tmp_path: Path) -> None:
+    """Its bytes may be long in coming: the next are opened meanwhile."""
+    source = stocked(tmp_path, *NAMES)
+
+    async def body() -> None:
+        async with over(source) as there:
+            for name in NAMES[:4]:
+                source.hold(name)
+            hints = there.prefetch(NAMES, tier="disk")
+            await until(lambda: all(is_at(there, name, "disk") for name in NAMES[4:]))
+            assert not hints.done
+            source.allow(NAMES[0])
+            hints.cancel()
+            await hints
+            assert hints.done
+
+    run(body())
+
+
+def test_cancelled_before_they_began(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, *NAMES)
+
+    async def body() -> None:
+        async with over(source) as there:
+            hints = there.prefetch(NAMES, tier="disk")
+            hints.cancel()
+            await hints
+            assert hints.done
+            assert source.counts.resolves == 0
+
+    run(body())
+
+
+def test_those_that_are_left_at_the_end_are_told(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, *NAMES)
+
+    async def body() -> None:
+        async with over(source) as there:
+            hints = there.prefetch([*NAMES, "nobody"], tier="device")
+            await until(lambda: source.counts.opens > 2)
+        assert hints.done
+        assert all(
+            "closed" in str(error) or isinstance(error, AdapterNotFoundError)
+            for error in hints.errors.values()
+        )
+        assert hints.errors
+
+    run(body())
+
+
+def test_turns_go_by_priority_and_pass_over_who_left(run: Run) -> None:
+    order: list[str] = []
+
+    async def one(turns: Turns, name: str, priority: int) -> None:
+        async with turns.turn(priority):
+            order.append(name)
+            await asyncio.sleep(0.001)
+
+    async def body() -> None:
+        turns = Turns(1)
+        calls = (("first", 0), ("low", -1), ("high", 5), ("gone", 9), ("also high", 5))
+        tasks = {name: asyncio.create_task(one(turns, name, rank)) for name, rank in calls}
+        await asyncio.sleep(0)
+        tasks["gone"].cancel()
+        await asyncio.wait(tasks.values())
+        await one(turns, "last", 0)
+
+    run(body())
+    assert order == ["first", "high", "also high", "low", "last"]
