@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from lorax_async.errors import LoraxError
 
-AT_ONCE = 32
+AT_ONCE = 8
 """Begun in one turn of the loop: thousands of hints must not hold it."""
 
 Hint = tuple[str, Callable[[], asyncio.Task[None]]]

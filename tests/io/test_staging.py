@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,3 +74,32 @@ def test_a_buffer_keeps_its_memory() -> None:
     others = [torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(4)]
     assert buffer.memory.tobytes() == bytes([7]) * (1 << 20)
     assert len(others) == 4
+
+
+class Breaking(StagingRing):
+    """Whoever wants two buffers fails once that was ordered."""
+
+    broken = False
+
+    def _is_served(self, turn: object, count: int) -> bool:
+        if self.broken and count == 2:
+            raise ZeroDivisionError
+        return super()._is_served(turn, count)
+
+
+def test_who_leaves_the_line_wakes_the_next() -> None:
+    """The second needs nothing but its turn."""
+    ring = Breaking(torch.zeros(128, dtype=torch.uint8), 64)
+    with ThreadPoolExecutor(2) as threads, ring.buffer():
+        takers: list[Future[list[Buffer]]] = []
+        for count in (2, 1):
+            takers.append(threads.submit(ring.take, count))
+            while len(ring._turns) < len(takers):
+                time.sleep(0.001)
+        with ring._changed:
+            ring.broken = True
+            ring._changed.notify(1)  # the first
+        with pytest.raises(ZeroDivisionError):
+            takers[0].result(10)
+        (taken,) = takers[1].result(5)
+        ring.release(taken)

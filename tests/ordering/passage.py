@@ -120,7 +120,7 @@ RING_OF_BUFFERS: Mutants = {
         """\
                 self._turns.remove(turn)
 """,
-        RING,
+        "io/test_staging.py::test_who_leaves_the_line_wakes_the_next",
     ),
     "staging: a buffer is held for as long as the block runs": mutant(
         STAGING,
