@@ -41,9 +41,12 @@ class Origin:
         self.inside = self.undone = 0
         self.bringing = asyncio.Event()
         self.may_bring = asyncio.Event()
+        self.may_open = asyncio.Event()
+        self.may_open.set()
         self.holds: list[Bytes] = []
 
     async def open(self, key: AdapterKey) -> AdapterFile:
+        await self.may_open.wait()
         return AdapterFile(b"", b"", Bytes())  # type: ignore[arg-type]
 
     async def bring(self, file: object, groups: object, arrived: object, cancel: Any) -> None:
@@ -214,5 +217,22 @@ def test_stop_waits_for_what_its_tasks_undo(run: Run) -> None:
         await place.source.bringing.wait()
         await place.files.stop()
         assert place.source.undone == 1
+
+    run(_body_of(body))
+
+
+def test_who_waits_until_it_is_opened_does_not_wait_for_its_bytes(run: Run) -> None:
+    async def body(place: Place) -> None:
+        await place.files.opened(KEYS[0])  # nobody opens it
+        place.source.may_open.clear()
+        place.files.start_fetch(KEYS[0], 1)
+        opened = asyncio.create_task(place.files.opened(KEYS[0]))
+        await asyncio.sleep(0.01)
+        assert not opened.done()
+        place.source.may_open.set()
+        await opened
+        assert place.turns
+        assert "published" not in place.told.names
+        await place.files.stop()
 
     run(_body_of(body))

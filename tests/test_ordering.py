@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
@@ -18,6 +20,23 @@ def test_what_is_to_be_removed_is_there(name: str) -> None:
     whole = path.read_text()
     assert whole.count(mutant.snippet) == 1
     compile(whole.replace(mutant.snippet, mutant.instead), path, "exec")
+
+
+@cache
+def defined() -> set[str]:
+    """Names of all tests and their classes."""
+    found: set[str] = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        found.update(re.findall(r"^ *(?:def|class) (\w+)", path.read_text(), re.MULTILINE))
+    return found
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_what_is_to_miss_it_is_there(name: str) -> None:
+    for node in MUTANTS[name].tests:
+        file, *names = node.partition("[")[0].split("::")
+        assert (ROOT / "tests" / file).is_file()
+        assert defined().issuperset(names)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from common import Run, until
 from lorax_async import AdapterHandle, Event, LayerReady, Resident
 from lorax_async.adapter import AdapterKey
-from lorax_async.core.life import Grant
+from lorax_async.core.life import Grant, Needs
 from tiny_sources import over, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -21,34 +21,34 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 def test_what_a_subscriber_causes_comes_after(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last lease on what is being unloaded ends while its last layer is told."""
-    source, told = stocked(tmp_path, "a"), list[str]()
+    """What it unpins makes room for another, but not before all is told that was decided."""
+    source, told = stocked(tmp_path, "a", "b", "c"), list[str]()
 
     async def body() -> None:
-        async with over(source) as there:
-            source.hold("a")
+        async with over(source, max_slots=2) as there:
+            await there.pin("a")
             clear = there.device.clear_column
 
             def cleared(slot: int) -> None:
                 told.append("cleared")
                 clear(slot)
 
+            def hear(event: Event) -> None:
+                if isinstance(event, LayerReady) and event.layer == 3 and not told:
+                    told.append("last layer")
+                    assert there.unpin("a")
+                if isinstance(event, Resident) and event.key.location == "memory:b":
+                    told.append("resident")
+
             monkeypatch.setattr(there.device, "clear_column", cleared)
-            async with there.stream("a") as handle:
-
-                def hear(event: Event) -> None:
-                    if isinstance(event, LayerReady) and event.layer == 3:
-                        handle.release()
-                        told.append("last layer")
-                    if isinstance(event, Resident):
-                        told.append("resident")
-
+            source.hold("b")
+            async with there.stream("b"):
+                waiting = asyncio.create_task(there.load("c"))
+                await until(lambda: state(there, "c") == "present")
                 there.subscribe(hear)
-                unloading = asyncio.create_task(there.unload("a"))
-                await until(lambda: state(there, "a") == "leaving")
-                source.allow("a")
-                await unloading
-        assert told == ["last layer", "resident", "cleared"]
+                source.allow("b")
+                (await waiting).release()
+                assert told[:3] == ["last layer", "resident", "cleared"]
 
     run(body())
 
@@ -77,6 +77,31 @@ def test_a_handle_that_is_forgotten_in_the_midst_of_a_decision(
             assert handle is not None
             await until(lambda: where(there, "a").leases == 1)
             handle.release()
+
+    run(body())
+
+
+def test_a_release_in_the_midst_of_a_decision(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finalizer may call it, at any allocation: while a slot is being claimed, say."""
+    source = stocked(tmp_path, "a", "b")
+
+    async def body() -> None:
+        async with over(source) as there:
+            handle, lifecycle = await there.load("a"), there._driver.lifecycle
+            (held,) = lifecycle.lives.values()
+            claim, seen = lifecycle.budgets.device.claim, list[int]()
+
+            def disturbed(key: AdapterKey, needs: Needs) -> Grant | None:
+                handle.release()
+                seen.append(held.leases)
+                return claim(key, needs)
+
+            monkeypatch.setattr(lifecycle.budgets.device, "claim", disturbed)
+            (await there.load("b")).release()
+            await until(lambda: where(there, "a").leases == 0)
+            assert seen == [1]
 
     run(body())
 

@@ -177,3 +177,22 @@ def test_the_policy_is_the_one_that_was_named(
 
     assert run(victim(EQUAL, "bbac")) == equal
     assert run(victim(UNEQUAL, "abbc")) == unequal
+
+
+def test_who_was_told_to_go_stays_if_nobody_waits_any_more(run: Run, tmp_path: Path) -> None:
+    source, told = stocked(tmp_path, "held", "late"), list[Event]()
+
+    async def body() -> None:
+        async with over(source, max_slots=1, starvation_age=0.01) as there:
+            first = await there.load("held")
+            there.subscribe(told.append)
+            with pytest.raises(AdapterTimeoutError):
+                await there.load("late", timeout=0.1)
+            assert [type(event) for event in told] == [Leaving, Resident]
+            second = there.try_acquire("held")
+            assert second is not None
+            first.release()
+            second.release()
+            (await there.load("late")).release()
+
+    run(body())

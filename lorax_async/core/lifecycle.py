@@ -19,15 +19,19 @@ from lorax_async.core.transitions import (
     next_file_state,
     next_slot_state,
 )
+from lorax_async.core.undisturbed import undisturbed
 from lorax_async.core.waiters import Tier, Waiter
 from lorax_async.errors import LoraxError, Stage
 
 
+@undisturbed
 class Lifecycle:
     """The state of all adapters of one loader, within its budgets."""
 
     def __init__(self, budgets: Budgets, pace: Pace | None = None) -> None:
         self.budgets = budgets
+        self.deciding = False
+        """A method of this is running."""
         self._settling = Settling(budgets, pace or Pace())
         self._decisions = self._settling.decisions
         self.lives = self._settling.lives
@@ -58,6 +62,7 @@ class Lifecycle:
             return None
         life.leases += 1
         self._decisions.touch(life)
+        self._settling.slots.update(life)
         return life.grant
 
     def add_lease(self, key: AdapterKey) -> None:
@@ -82,6 +87,7 @@ class Lifecycle:
         if not self._decisions.reached(life, Tier.DEVICE):
             return False
         life.pins += 1
+        self._settling.slots.update(life)
         return True
 
     def unpin(self, key: AdapterKey, grant: Grant) -> list[Command]:

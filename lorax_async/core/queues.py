@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.commands import Copy, TakeSlot
 from lorax_async.core.decisions import Decisions
+from lorax_async.core.holders import Holders, may_go
 from lorax_async.core.host_tier import Images
 from lorax_async.core.life import Life
 from lorax_async.core.line import Line
 from lorax_async.core.transitions import SlotMove, SlotState, next_slot_state
 from lorax_async.core.waiters import Urgency
 from lorax_async.errors import CapacityError
+
+_Wish = tuple[AdapterKey, float, bool]
 
 COPIES_AHEAD = 8
 """In flight for each I/O thread: enough that a busy loop does not let the threads run dry."""
@@ -44,17 +47,24 @@ class SlotQueue:
         self._lives = lives
         self._starvation_age = starvation_age
         self._min_residency = min_residency
+        self.holders = Holders()
+        self._no_room: tuple[_Wish, float] | None = None
+        """A wish that found none, and when time alone may make some; until a holder changes."""
 
     def update(self, life: Life) -> None:
         """Let the queue see that `life` has changed."""
         waits = life.slot is SlotState.NONE and life.wants_slot and not self._decisions.closing
         urgency = life.waiters.urgency(self._starvation_age) if waits else None
         self.line.update(life.key, urgency)
+        if self.holders.note(life):
+            self._no_room = None
 
     def settle_head(self) -> Life | None:
         """Grant, refuse or make room for the head; returns the adapter that changed, if any."""
         head = self._head
         if head is None or head.needs is None:
+            return self._take_back()
+        if self._waits_still(head):
             return None
         grant = self._residency.claim(head.key, head.needs)
         if grant is not None:
@@ -66,12 +76,34 @@ class SlotQueue:
             self._decisions.command(TakeSlot(head.key, grant, head.waiters.oldest))
             return head
         sizes = head.needs.group_nbytes
-        pinned = [life.grant for life in self._holders() if life.pins and life.grant]
+        pinned = [life.grant for life in self.holders.pinned.values() if life.grant]
         if not self._residency.fits_beside(pinned, sizes):
             error = self._too_large(sizes, pinned=len(pinned))
             self._decisions.fail(head, error, head.waiters.for_slot)
             return head
-        return self._make_room(head, sizes)
+        victim = self._make_room(head, sizes)
+        if victim is None:
+            self._no_room = (_wish(head), self._next_chance(head))
+        return victim
+
+    def _waits_still(self, head: Life) -> bool:
+        return (
+            self._no_room is not None
+            and self._no_room[0] == _wish(head)
+            and self.now < self._no_room[1]
+        )
+
+    def _take_back(self) -> Life | None:
+        """Nobody waits for a slot: whoever was told to leave, and is leased, need not."""
+        if self._decisions.closing:
+            return None
+        for life in self.holders.going.values():
+            if life.leaving and life.leases and life.slot is SlotState.RESIDENT:
+                life.leaving = False
+                if not life.departing:
+                    self._decisions.tell_stays(life)
+                return life
+        return None
 
     @property
     def next_tick(self) -> float | None:
@@ -79,11 +111,15 @@ class SlotQueue:
         head = self._head
         if head is None:
             return None
+        waits = self._no_room is not None and self._no_room[0] == _wish(head)
+        due = self._no_room[1] if self._no_room and waits else self._next_chance(head)
+        return due if self.now < due < float("inf") else None
+
+    def _next_chance(self, head: Life) -> float:
         due = [self._starves_at(head)]
         if self._min_residency:
-            due += [self._evictable_at(life) for life in self._unused()]
-        later = [time for time in due if self.now < time < float("inf")]
-        return min(later, default=None)
+            due += [self._evictable_at(life) for life in self.holders.spare.values()]
+        return min((time for time in due if self.now < time), default=float("inf"))
 
     def _make_room(self, head: Life, sizes: tuple[int, ...]) -> Life | None:
         """Wait for what drains, else pick a victim, in the order of the policy.
@@ -91,17 +127,16 @@ class SlotQueue:
         Who is told to go and still leased may take long, or stay: it is waited for, and not
         another one told, only if nobody could go now.
         """
-        going = [life for life in self._holders() if _is_going(life)]
+        going = list(self.holders.going.values())
         free_soon = [life.grant for life in going if life.grant and not life.leases]
         if self._residency.fits_after(free_soon, sizes):
             return None
-        unused = self._unused()
-        victim = next((life for life in unused if self.now >= self._evictable_at(life)), None)
+        victim = self._unused()
         if victim is None:
             if self._residency.fits_after([life.grant for life in going if life.grant], sizes):
                 return None
             if self.now >= self._starves_at(head):
-                victim = next((life for life in self._holders() if _may_go(life)), None)
+                victim = next((life for life in self._ranked() if may_go(life)), None)
         if victim is not None:
             self._decisions.leave(victim)
         return victim
@@ -111,11 +146,15 @@ class SlotQueue:
         key = self.line.head
         return None if key is None else self._lives[key]
 
-    def _holders(self) -> Iterator[Life]:
+    def _ranked(self) -> Iterator[Life]:
         return (self._lives[key] for key in self._residency.ranked())
 
-    def _unused(self) -> Iterator[Life]:
-        return (life for life in self._holders() if _may_go(life) and not life.leases)
+    def _unused(self) -> Life | None:
+        """The first that could go now, if any."""
+        if not any(self.now >= self._evictable_at(life) for life in self.holders.spare.values()):
+            return None
+        spare = (life for life in self._ranked() if life.key in self.holders.spare)
+        return next((life for life in spare if self.now >= self._evictable_at(life)), None)
 
     def _evictable_at(self, life: Life) -> float:
         return life.resident_since + self._min_residency
@@ -137,12 +176,8 @@ class SlotQueue:
         )
 
 
-def _is_going(life: Life) -> bool:
-    return life.departing or life.slot is SlotState.DRAINING
-
-
-def _may_go(life: Life) -> bool:
-    return life.slot is SlotState.RESIDENT and not (life.departing or life.pins)
+def _wish(head: Life) -> _Wish:
+    return head.key, head.waiters.oldest, head.waiters.has_foreground
 
 
 class CopyQueue:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -133,8 +134,9 @@ class Copies:
             self._end(work, problem)
             return
         work.staging_seconds = moved.staging_seconds
-        # Asked for, so that a stream can wait for it, though it may not have run yet.
-        work.tenancy.sent(work.command.group, moved.ticket)
+        with suppress(MemoryError):  # then a stream cannot wait for it, and layer_ready can
+            # Asked for, so that a stream can wait for it, though it may not have run yet.
+            work.tenancy.sent(work.command.group, moved.ticket)
         moved.done.add_done_callback(lambda done: self._end(work, done.exception()))
 
     def _end(self, work: _Work, problem: BaseException | None) -> None:

@@ -62,7 +62,7 @@ class Driver:
         self.tenants = Tenants(num_layers, self._lease_ended, self._lease_quiet)
         self.interest = Interest(lifecycle, self.tenants, self._hear_and_obey)
         self._loop = asyncio.get_running_loop()
-        self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, lambda tell: tell())
+        self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, self._tell)
         self._copies = Copies(
             self.files,
             self.tenants,
@@ -82,7 +82,7 @@ class Driver:
             clock=monotonic,
         )
         self._commands: deque[Command] = deque()
-        self._obeying = False
+        self._obeying = self._telling = False
         self._alarm: asyncio.TimerHandle | None = None
         self._due: float | None = None
         self._rested = asyncio.Event()
@@ -185,8 +185,10 @@ class Driver:
 
     def _lease_ended(self, lease: Lease, in_use: bool, soon: bool) -> None:
         def tell() -> None:
-            self.tenants.end_lease(lease)
-            self._obey(self.lifecycle.end_lease(lease.tenancy.key, in_use=in_use))
+            try:
+                self.tenants.end_lease(lease)
+            finally:
+                self._obey(self.lifecycle.end_lease(lease.tenancy.key, in_use=in_use))
 
         if soon:
             self._inbox.put(tell)
@@ -197,10 +199,19 @@ class Driver:
         self._on_loop(lambda: self._obey(self.lifecycle.end_use(lease.tenancy.key)))
 
     def _on_loop(self, tell: Callable[[], None]) -> None:
-        if running_loop() is self._loop:
-            tell()
-        else:
+        # A finalizer may run in the midst of any of these, and a subscriber's call within one.
+        busy = self._telling or self._obeying or self.lifecycle.deciding
+        if busy or running_loop() is not self._loop:
             self._inbox.put(tell)
+        else:
+            self._tell(tell)
+
+    def _tell(self, tell: Callable[[], None]) -> None:
+        self._telling = True
+        try:
+            tell()
+        finally:
+            self._telling = False
 
     # -- commands ---------------------------------------------------------------------------------
 
@@ -235,6 +246,12 @@ class Driver:
                 self._commands += self.lifecycle.copy_failed(command.key, error)
             elif isinstance(command, commands.Serve):
                 self.tenants.fail([command.waiter], error)
+                if command.grant is not None:
+                    self._commands += self.lifecycle.end_lease(command.key)
+            elif isinstance(command, commands.Populate):
+                self._commands += self.lifecycle.lost(command.key, command.attempt, error)
+            elif isinstance(command, commands.Release):
+                self._commands += self.lifecycle.released(command.key, command.attempt)
             elif isinstance(command, commands.Fetch):
                 failed = self.lifecycle.fetch_failed(command.key, command.attempt, error)
                 self._commands += failed

@@ -211,14 +211,22 @@ class Files:
             self._populating = None
 
     async def _release(self, key: AdapterKey, attempt: int) -> None:
-        await self._close_hold(key)
-        self._outcomes.released(key, attempt)
+        try:
+            await self._close_hold(key)
+        finally:  # nothing refers to the hold any more, whatever came of closing it
+            self._outcomes.released(key, attempt)
 
     async def _close_hold(self, key: AdapterKey) -> None:
         """Undoing a map of many pages takes milliseconds."""
         hold = self.holds.pop(key, None)
         if hold is not None:
-            await asyncio.get_running_loop().run_in_executor(self._threads, _close, hold)
+            try:
+                closing = asyncio.get_running_loop().run_in_executor(self._threads, _close, hold)
+            except Exception:  # no thread can be had
+                _logger.exception("a hold is closed on the loop")
+                _close(hold)
+            else:
+                await closing
 
 
 def _close(hold: Hold) -> None:

@@ -8,6 +8,7 @@ from core.lifecycle_broken import Mutant, never, no_commands, nothing
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.commands import Fetch, Serve
 from lorax_async.core.decisions import Decisions
+from lorax_async.core.holders import Holders
 from lorax_async.core.life import Life
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.queues import CopyQueue, SlotQueue
@@ -36,6 +37,11 @@ def _without(*counters: str) -> Callable[[Decisions, Life], bool]:
 def _unsettled_withdraw(self: Lifecycle, key: AdapterKey, waiter: int) -> list[object]:
     self.lives[key].waiters.remove(waiter)
     return []
+
+
+def _notes_in_silence(self: Holders, life: Life) -> bool:
+    _note(self, life)
+    return False
 
 
 def _file_gone_under_fetch(_: Decisions, life: Life) -> bool:
@@ -110,6 +116,7 @@ def _leases_for_all(self: Decisions, life: Life) -> bool:
     return bool(served)
 
 
+_note = Holders.note
 _submit = CopyQueue.submit
 
 SLOTS_AND_FILES: dict[str, Mutant] = {
@@ -141,6 +148,10 @@ SLOTS_AND_FILES: dict[str, Mutant] = {
     "the leased are evicted": ("lookups and ageing", Decisions, "_evicted", _evicts_the_leased),
     "nobody is evicted": ("two adapters, one slot", Decisions, "_evicted", never),
     "no room is made": ("two adapters, one slot", SlotQueue, "_make_room", nothing),
+    "no change of a holder is noticed": (
+        *("two adapters, one slot", Holders, "note"),
+        _notes_in_silence,
+    ),
     "failed fetches fail nobody": ("two adapters, one slot", Decisions, "fail", nothing),
     "copies of bytes not here": ("two adapters, one slot", CopyQueue, "submit", _copies_unread),
     "a copy's place is not given back": (

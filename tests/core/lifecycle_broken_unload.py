@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from core.lifecycle_broken import Mutant, never, no_commands, nothing
 from lorax_async.adapter import AdapterKey
-from lorax_async.core import queues
+from lorax_async.core import holders
 from lorax_async.core.commands import TellUnloaded
 from lorax_async.core.decisions import Decisions
 from lorax_async.core.life import HostState, Life
@@ -115,7 +115,7 @@ _unloaded = Decisions._unloaded
 _tell_stays = Decisions.tell_stays
 
 PINS_AND_UNLOAD: dict[str, Mutant] = {
-    "the pinned are picked": ("pins of one of three", queues, "_may_go", _pins_may_go),
+    "the pinned are picked": ("pins of one of three", holders, "may_go", _pins_may_go),
     "the pinned-out wait": ("pins", Residency, "fits_beside", _blind_to_pins),
     "pins survive a drain": ("pins and streams", Decisions, "drain", _drains_pinned),
     "what leaves is pinned": ("pins and ageing", Lifecycle, "pin", _pin_anything),

@@ -45,6 +45,9 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     new.decisions.closing = old.decisions.closing
     new.slots.now = old.slots.now
     new.slots.line.adopt(old.slots.line)
+    new.slots._no_room = old.slots._no_room
+    for life in twin.lives.values():
+        new.slots.holders.note(life)
     new.host_queue.line.adopt(old.host_queue.line)
     new.copies.turn = old.copies.turn
     for key in old.copies._queue:

@@ -124,8 +124,14 @@ CLOSING: Mutants = {
     ),
     "prefetch: who awaits it waits for all": mutant(
         PREFETCH,
-        "            await asyncio.wait([task for _, task in self._tasks])\n",
+        "        await asyncio.wait([self.task])\n",
+        "",
+        "test_prefetch.py::test_each_tier",
+    ),
+    "prefetch: it is done when all that it began is": mutant(
+        PREFETCH,
+        "            await asyncio.wait(self._begun)\n",
         "            pass\n",
-        "test_prefetch.py",
+        "test_prefetch.py::test_each_tier",
     ),
 }

@@ -100,12 +100,12 @@ STREAM: Mutants = {
         CUDA,
         """\
         try:
-            ticket.event.record(stream_on(self._device, stream))
+            ticket.event.record(where)
 """,
         """\
         self._uses.watch(ticket)
         try:
-            ticket.event.record(stream_on(self._device, stream))
+            ticket.event.record(where)
 """,
         f"{TURNS}::test_nothing_is_watched_before_its_event_is_recorded",
     ),
@@ -123,15 +123,21 @@ STREAM: Mutants = {
     ),
     "cuda: a use has an event": mutant(
         CUDA,
-        "            ticket.event.record(stream_on(self._device, stream))\n",
+        "            ticket.event.record(where)\n",
         "            pass\n",
         f"{COMPUTE}::test_a_use_is_noted_until_it_has_run",
     ),
     "cuda: a use is recorded on its stream": mutant(
         CUDA,
-        "ticket.event.record(stream_on(self._device, stream))",
+        "ticket.event.record(where)",
         "ticket.event.record(self._memory.stream)",
         f"{COMPUTE}::test_a_use_is_noted_until_it_has_run",
+    ),
+    "cuda: a use that has no event is waited for": mutant(
+        CUDA,
+        "                where.synchronize()\n",
+        "                pass\n",
+        f"{TURNS}::test_a_use_without_an_event_is_waited_for",
     ),
     "cuda: uses have a watcher of their own": mutant(
         CUDA,

@@ -14,19 +14,20 @@ OF_FILES: Mutants = {
     "files: a hold is closed before that is told": mutant(
         FILES,
         """\
-        await self._close_hold(key)
-        self._outcomes.released(key, attempt)
-""",
+        try:
+            await self._close_hold(key)
+        finally:  # nothing refers""",
         """\
-        self._outcomes.released(key, attempt)
-        await self._close_hold(key)
-""",
+        try:
+            self._outcomes.released(key, attempt)
+            await self._close_hold(key)
+        finally:  # nothing refers""",
         f"{FILES_ALONE}::test_a_hold_is_there_when_it_is_told_and_closed_when_that_is_told",
     ),
     "files: closing a hold is waited for": mutant(
         FILES,
-        "            await asyncio.get_running_loop().run_in_executor(self._threads, _close, hold)",
-        "            asyncio.get_running_loop().run_in_executor(self._threads, _close, hold)",
+        "                await closing\n",
+        "                pass\n",
         f"{FILES_ALONE}::test_closing_a_hold_is_waited_for",
     ),
     "files: a hold is there before that is told": mutant(
@@ -40,12 +41,6 @@ OF_FILES: Mutants = {
             self.holds[key] = hold
 """,
         f"{FILES_ALONE}::test_a_hold_is_there_when_it_is_told_and_closed_when_that_is_told",
-    ),
-    "files: one populates at a time": mutant(
-        FILES,
-        "            async with self._populating:\n",
-        "            if self._populating:\n",
-        f"{FILES_ALONE}::test_one_is_populated_at_a_time",
     ),
     "files: one plan in a turn of the loop": mutant(
         FILES,
@@ -69,6 +64,7 @@ OF_FILES: Mutants = {
         FILES,
         """\
         del self._cancels[key]
+        self._end_opening(key)
         if error is None:
             self._outcomes.published(key, attempt)
         else:
@@ -82,8 +78,15 @@ OF_FILES: Mutants = {
             self.close_reader(key)
             self._outcomes.fetch_failed(key, attempt, error)
         del self._cancels[key]
+        self._end_opening(key)
 """,
         f"{FILES_ALONE}::test_what_is_told_may_begin_the_next_fetch",
+    ),
+    "files: a hint waits until its file was opened": mutant(
+        FILES,
+        "            await opening.wait()\n",
+        "            pass\n",
+        f"{FILES_ALONE}::test_who_waits_until_it_is_opened_does_not_wait_for_its_bytes",
     ),
     "files: tasks that are stopped are waited for": mutant(
         FILES,
@@ -91,11 +94,11 @@ OF_FILES: Mutants = {
         "",
         f"{FILES_ALONE}::test_stop_waits_for_what_its_tasks_undo",
     ),
-    "files: what has not begun to populate need not": mutant(
+    "files: who is populated when it closes need not be": mutant(
         FILES,
         "        self._closing = True\n",
         "        pass\n",
-        f"{FILES_ALONE}::test_what_has_not_begun_when_it_closes_is_not_populated",
+        f"{FILES_ALONE}::test_who_is_populated_when_it_closes_is_lost",
     ),
     "files: holds that are stopped are closed": mutant(
         FILES,
@@ -168,8 +171,8 @@ OBEYING: Mutants = {
     ),
     "driver: the ends of leases are told on the loop": mutant(
         DRIVER,
-        "        if running_loop() is self._loop:\n            tell()",
-        "        if self._loop:\n            tell()",
+        "        if busy or running_loop() is not self._loop:\n",
+        "        if busy:\n",
         f"{REENTRY}::test_ends_in_threads_are_the_loops_to_decide_on",
     ),
     "driver: who comes hears of copies that ended": mutant(

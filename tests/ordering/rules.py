@@ -6,6 +6,7 @@ from ordering.mutant import Mutants, mutant
 
 DECISIONS, LIFECYCLE, QUEUES = (f"core/{name}.py" for name in ("decisions", "lifecycle", "queues"))
 HOST_TIER, LIFE = "core/host_tier.py", "core/life.py"
+HOLDERS_OF_SLOTS = "core/holders.py"
 
 
 def world(name: str) -> str:
@@ -112,15 +113,15 @@ SLOTS: Mutants = {
         "test_room.py::test_one_of_two_is_told_to_leave",
     ),
     "slot: a victim may go": mutant(
-        QUEUES,
+        HOLDERS_OF_SLOTS,
         "return life.slot is SlotState.RESIDENT and not (life.departing or life.pins)",
         "return life.slot is SlotState.RESIDENT and not life.departing",
         world("pins of one of three"),
     ),
     "slot: a victim without leases goes first": mutant(
-        QUEUES,
-        "for life in self._holders() if _may_go(life) and not life.leases)",
-        "for life in self._holders() if _may_go(life))",
+        HOLDERS_OF_SLOTS,
+        "wanted=may_go(life) and not life.leases)",
+        "wanted=may_go(life))",
         world("lookups and ageing"),
     ),
 }
@@ -220,6 +221,13 @@ FILES: Mutants = {
 """,
         "",
         HOST_OF_TWO,
+    ),
+    "host: one is populated at a time": mutant(
+        HOST_TIER,
+        "        if key is None or self._budget.populating is not None:\n",
+        "        if key is None:\n",
+        HOST_OF_TWO,
+        world("some can be held"),
     ),
     "host: it is reached once it is populated": mutant(
         LIFE,
