@@ -81,6 +81,7 @@ class AdapterLoader:
             self._home.leave()
             raise
         self._driver, self._acquiring = self._machinery.driver, self._machinery.acquiring
+        self._home.settle()
         return self
 
     async def __aexit__(

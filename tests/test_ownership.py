@@ -260,3 +260,20 @@ asyncio.run(main())
     )
     assert done.returncode == 0
     assert "was never closed" in done.stderr
+
+
+def test_nothing_can_be_asked_of_it_while_it_opens(run: Run) -> None:
+    async def body() -> None:
+        there = loader()
+        opening = asyncio.create_task(there.__aenter__())
+        await asyncio.sleep(0)
+        for ask in (there.residency, there.statistics, lambda: there.prefetch([])):
+            with pytest.raises(UsageError, match="enter the loader first"):
+                ask()
+        with pytest.raises(UsageError, match="enter the loader first"):
+            await there.close()
+        await opening
+        assert not there.residency()
+        await there.close()
+
+    run(body())
