@@ -20,7 +20,6 @@ from local_world import (
     maps_below,
     nothing_left_open,
 )
-from page_looks import cached_pages, drop_pages, map_sizes, pages
 from populate_conformance import PopulateConformance
 from source_conformance import SourceConformance
 from source_inputs import CONFIG, weights
@@ -33,6 +32,7 @@ from lorax_async.io import mapped
 from lorax_async.io.ports import Hold
 from lorax_async.io.sources import local_hold
 from lorax_async.io.sources.local import LocalSource
+from page_looks import cached_pages, drop_pages, map_sizes, pages
 
 
 @pytest.fixture(params=[False, True], ids=["read ahead", "held"])

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from page_looks import LIBRARY, cached_pages, drop_pages, map_sizes, may_lock, pages
 
 from lorax_async.errors import IntegrityError, UsageError
 from lorax_async.io import mapped, memory_calls
 from lorax_async.io.mapped import MappedFile
+from page_looks import LIBRARY, cached_pages, drop_pages, map_sizes, may_lock, pages
 
 NBYTES = 9 * mmap.PAGESIZE + 100
 ROUNDED = 10 * mmap.PAGESIZE
