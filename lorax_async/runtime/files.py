@@ -193,10 +193,10 @@ class Files:
         except Exception as error:  # noqa: BLE001 - becomes the task's outcome
             self._outcomes.lost(key, attempt, _as_lorax_error(error))
         else:
-            before = self.holds.get(key)
-            if before is not None:
-                _close(before)  # it was read ahead: there is no map to undo
-            self.holds[key] = hold
+            if not hold.nbytes:
+                _close(hold)  # it was read ahead: there is nothing to keep
+            else:
+                self.holds[key] = hold
             self._outcomes.populated(key, attempt)
 
     async def _held(self, key: AdapterKey) -> Hold:

@@ -64,7 +64,7 @@ def _residency(life: Life, hold: Hold | None) -> AdapterResidency:
     grant = life.grant
     return AdapterResidency(
         "device" if grant else "host" if life.in_host else "disk",
-        _state(life, hold),
+        _state(life),
         grant.slot if grant else None,
         grant.nbytes if grant else 0,
         hold.nbytes if hold is not None else 0,
@@ -75,11 +75,11 @@ def _residency(life: Life, hold: Hold | None) -> AdapterResidency:
     )
 
 
-def _state(life: Life, hold: Hold | None) -> str:
+def _state(life: Life) -> str:
     if life.slot is not SlotState.NONE:
         leaving = life.departing or life.slot is SlotState.DRAINING
         return "leaving" if leaving else life.slot.value
     if life.host is HostState.NONE:
         return life.file.value
-    ahead = life.host is HostState.HELD and hold is not None and not hold.nbytes
+    ahead = life.host is HostState.HELD and not life.is_held
     return "read ahead" if ahead else life.host.value

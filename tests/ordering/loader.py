@@ -33,12 +33,14 @@ OF_FILES: Mutants = {
     "files: a hold is there before that is told": mutant(
         FILES,
         """\
-            self.holds[key] = hold
+                self.holds[key] = hold
             self._outcomes.populated(key, attempt)
 """,
         """\
+                self._outcomes.populated(key, attempt)
+                self.holds[key] = hold
+                return
             self._outcomes.populated(key, attempt)
-            self.holds[key] = hold
 """,
         f"{FILES_ALONE}::test_a_hold_is_there_when_it_is_told_and_closed_when_that_is_told",
     ),
