@@ -82,7 +82,7 @@ def test_no_hold_closes_at_the_end(
 def test_what_was_read_ahead_does_not_close(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Reading ahead again closes the one before."""
+    """Its hold keeps nothing, and is closed as soon as it is made."""
 
     def fail(hold: FakeHold) -> None:
         close(hold)
