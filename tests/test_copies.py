@@ -134,14 +134,15 @@ def test_no_outcome_is_left_behind(run: Run) -> None:
 
 
 class SlowInt(int):
-    """While it is counted up or down, others have their turn."""
+    """While it is counted up or down, others have their turn; up takes longer."""
 
     def __add__(self, other: int) -> SlowInt:
-        time.sleep(0.03)
+        time.sleep(0.06)
         return SlowInt(int(self) + other)
 
     def __sub__(self, other: int) -> SlowInt:
-        return self + -other
+        time.sleep(0.03)
+        return SlowInt(int(self) - other)
 
 
 def test_copies_that_end_at_the_same_moment_are_both_counted(run: Run) -> None:

@@ -45,6 +45,29 @@ def test_a_load_does_not_stand_behind_them(
     run(body())
 
 
+def test_two_files_are_opened_at_a_time(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stocked(tmp_path, *NAMES)
+    opening, at_once, plain_open = set[str](), list[int](), source.open
+
+    async def slow(key: AdapterKey) -> AdapterFile:
+        opening.add(key.location)
+        at_once.append(len(opening))
+        await asyncio.sleep(0.001)
+        opening.remove(key.location)
+        return await plain_open(key)
+
+    monkeypatch.setattr(source, "open", slow)
+
+    async def body() -> None:
+        async with over(source) as there:
+            await there.prefetch(NAMES, tier="disk")
+            assert max(at_once) == 2
+
+    run(body())
+
+
 def test_one_that_never_opens_holds_up_no_more_than_its_place(run: Run, tmp_path: Path) -> None:
     """Its bytes may be long in coming: the next are opened meanwhile."""
     source = stocked(tmp_path, *NAMES)
@@ -74,6 +97,22 @@ def test_cancelled_before_they_began(run: Run, tmp_path: Path) -> None:
             await hints
             assert hints.done
             assert source.counts.resolves == 0
+
+    run(body())
+
+
+def test_cancelled_while_they_begin(run: Run, tmp_path: Path) -> None:
+    """A few begin in each turn of the loop; others have theirs between."""
+    source = stocked(tmp_path, *NAMES)
+
+    async def body() -> None:
+        async with over(source) as there:
+            hints = there.prefetch(NAMES, tier="disk")
+            await asyncio.sleep(0)
+            assert len(asyncio.all_tasks()) < len(NAMES) // 2
+            hints.cancel()
+            await hints
+            assert source.counts.resolves < len(NAMES) // 2
 
     run(body())
 
@@ -114,3 +153,25 @@ def test_turns_go_by_priority_and_pass_over_who_left(run: Run) -> None:
 
     run(body())
     assert order == ["first", "high", "also high", "low", "last"]
+
+
+def test_a_turn_that_comes_to_one_who_is_just_leaving_is_passed_on(run: Run) -> None:
+    order: list[str] = []
+
+    async def one(turns: Turns, name: str, leaves: list[asyncio.Task[None]]) -> None:
+        async with turns.turn(0):
+            order.append(name)
+            await asyncio.sleep(0)
+        for task in leaves:  # which has just been given its turn
+            task.cancel()
+
+    async def body() -> None:
+        turns, leaves = Turns(1), list[asyncio.Task[None]]()
+        first = asyncio.create_task(one(turns, "first", leaves))
+        await asyncio.sleep(0)
+        leaves.append(asyncio.create_task(one(turns, "leaving", [])))
+        last = asyncio.create_task(one(turns, "last", []))
+        await asyncio.wait([first, *leaves, last])
+
+    run(body())
+    assert order == ["first", "last"]

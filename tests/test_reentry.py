@@ -13,6 +13,7 @@ from common import Run, until
 from lorax_async import AdapterHandle, Event, LayerReady, Resident
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import Grant, Needs
+from lorax_async.runtime.tenancy import Lease
 from tiny_sources import over, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -102,6 +103,31 @@ def test_a_release_in_the_midst_of_a_decision(
             (await there.load("b")).release()
             await until(lambda: where(there, "a").leases == 0)
             assert seen == [1]
+
+    run(body())
+
+
+def test_a_release_in_the_midst_of_another(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The books of who holds what are open then, though nothing is being decided."""
+    source = stocked(tmp_path, "a", "b")
+
+    async def body() -> None:
+        async with over(source) as there:
+            outer, inner = await there.load("a"), await there.load("b")
+            tenants, seen = there._driver.tenants, list[int]()
+            end_lease = tenants.end_lease
+
+            def disturbed(lease: Lease) -> None:
+                inner.release()
+                seen.append(where(there, "b").leases)
+                end_lease(lease)
+
+            monkeypatch.setattr(tenants, "end_lease", disturbed)
+            outer.release()
+            await until(lambda: where(there, "b").leases == 0)
+            assert seen == [1, 1]
 
     run(body())
 

@@ -188,3 +188,15 @@ def test_no_more_than_the_window_is_under_way() -> None:
     assert link.next() == ("a", 1)
     assert len(link.under_way) == 2
     assert len(link.run()) == 4
+
+
+def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
+    """By hand: an eighth of 64 places, as one group has all bytes that one may have under way."""
+    link = Link(window=64)
+    link.begin("large", [queues.IN_FLIGHT_BYTES // UNIT] * 20)
+    assert link.next() is not None
+    assert len(link.under_way) == 64 // 8 - 1
+    link.begin("small", [1])
+    link.queue.submit()
+    names = [_copy(command).key.location for command in link.decisions.take_commands()]
+    assert names == ["small", "large"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from ordering.loader import DRIVER, OWNERSHIP
 from ordering.mutant import Mutants, mutant
 
-MACHINERY, RESOLVER, PREFETCH = (
-    f"runtime/{name}.py" for name in ("machinery", "resolver", "prefetch")
+MACHINERY, RESOLVER, PREFETCH, ACQUIRING, TURNS = (
+    f"runtime/{name}.py" for name in ("machinery", "resolver", "prefetch", "acquiring", "turns")
 )
 
 ENDING = "test_ending.py"
+HINTS = "test_many_hints.py"
 
 CLOSING: Mutants = {
     "driver: close waits for leases": mutant(
@@ -121,6 +122,51 @@ CLOSING: Mutants = {
         "        await asyncio.gather(*tasks, return_exceptions=True)\n",
         "",
         f"{ENDING}::test_questions_that_are_stopped_are_waited_for",
+    ),
+    "prefetch: a few begin in a turn of the loop": mutant(
+        PREFETCH,
+        "                await asyncio.sleep(0)\n",
+        "                pass\n",
+        f"{HINTS}::test_cancelled_while_they_begin",
+    ),
+    "prefetch: a few are opened at a time": mutant(
+        ACQUIRING,
+        "nullcontext() if foreground else self._turns.turn(priority)",
+        "nullcontext()",
+        f"{HINTS}::test_a_load_does_not_stand_behind_them",
+    ),
+    "prefetch: a turn lasts until the file was opened": mutant(
+        ACQUIRING,
+        "                        await self._driver.files.opened(key)\n",
+        "                        pass\n",
+        f"{HINTS}::test_two_files_are_opened_at_a_time",
+    ),
+    "turns: a turn is waited for": mutant(
+        TURNS,
+        "        if self._free:\n",
+        "        if True:\n",
+        f"{HINTS}::test_turns_go_by_priority_and_pass_over_who_left",
+    ),
+    "turns: a turn ends": mutant(
+        TURNS,
+        """\
+        finally:
+            self._pass_on()
+""",
+        """\
+        finally:
+            pass
+""",
+        f"{HINTS}::test_turns_go_by_priority_and_pass_over_who_left",
+    ),
+    "turns: who is just leaving passes it on": mutant(
+        TURNS,
+        """\
+            if mine.done() and not mine.cancelled():  # it came in the same turn of the loop
+                self._pass_on()
+""",
+        "",
+        f"{HINTS}::test_a_turn_that_comes_to_one_who_is_just_leaving_is_passed_on",
     ),
     "prefetch: who awaits it waits for all": mutant(
         PREFETCH,

@@ -171,6 +171,18 @@ OBEYING: Mutants = {
         "        if False:\n",
         f"{REENTRY}::test_a_handle_that_is_forgotten_in_the_midst_of_a_decision",
     ),
+    "driver: no lease ends in the midst of a decision": mutant(
+        "core/undisturbed.py",
+        "before, self.deciding = self.deciding, True",
+        "before = self.deciding",
+        f"{REENTRY}::test_a_release_in_the_midst_of_a_decision",
+    ),
+    "driver: no lease ends in the midst of another's end": mutant(
+        DRIVER,
+        "busy = self._telling or self._obeying or self.lifecycle.deciding",
+        "busy = self._obeying or self.lifecycle.deciding",
+        f"{REENTRY}::test_a_release_in_the_midst_of_another",
+    ),
     "driver: the ends of leases are told on the loop": mutant(
         DRIVER,
         "        if busy or running_loop() is not self._loop:\n",

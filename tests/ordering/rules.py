@@ -21,6 +21,7 @@ BETWEEN = world("an image between two slots")
 HOST = world("host memory and unload")
 HOST_OF_TWO = world("host memory for one of two")
 PINS = world("pins and ageing")
+COPY_QUEUE = "core/test_copy_queue.py"
 
 SLOTS: Mutants = {
     "slot: it is free after its copies": mutant(
@@ -112,6 +113,37 @@ SLOTS: Mutants = {
         "",
         "test_room.py::test_one_of_two_is_told_to_leave",
     ),
+    "slot: who found no room looks again when a holder changes": mutant(
+        QUEUES,
+        "            self._no_room = None\n",
+        "            pass\n",
+        ONE_SLOT,
+    ),
+    "slot: a holder that changes is seen": mutant(
+        HOLDERS_OF_SLOTS,
+        "now = (life.slot, life.departing, life.pins > 0, life.leases > 0)",
+        "now = (life.slot, life.departing, life.pins > 0, False)",
+        ONE_SLOT,
+    ),
+    "slot: who found no room looks again when time makes some": mutant(
+        QUEUES,
+        "            and self.now < self._no_room[1]\n",
+        "",
+        "test_waiting.py::test_and_goes_when_it_is_over",
+    ),
+    "slot: another who waits looks for himself": mutant(
+        QUEUES,
+        "            and self._no_room[0] == _wish(head)\n",
+        "",
+        "test_waiting.py",
+    ),
+    "slot: who was told to go need not once nobody waits": mutant(
+        QUEUES,
+        "                life.leaving = False\n",
+        "",
+        "test_room.py",
+        "test_waiting.py",
+    ),
     "slot: a victim may go": mutant(
         HOLDERS_OF_SLOTS,
         "return life.slot is SlotState.RESIDENT and not (life.departing or life.pins)",
@@ -145,6 +177,24 @@ COPYING: Mutants = {
         "while residency.copies_free and (key := self._line.head) is not None:",
         "while (key := self._line.head) is not None:",
         world("one copy at a time"),
+    ),
+    "copy: large ones leave room for who comes next": mutant(
+        QUEUES,
+        "_copy_order(life) if self._may_add(life) else None",
+        "_copy_order(life)",
+        f"{COPY_QUEUE}::test_one_with_large_groups_leaves_room_for_who_comes_next",
+    ),
+    "copy: its adapter's turn comes by the bytes it has moved": mutant(
+        QUEUES,
+        "            life.copy_turn += life.grant.extents[group].nbytes\n",
+        "",
+        f"{COPY_QUEUE}::test_the_small_ones_do_not_wait_for_the_large_one",
+    ),
+    "copy: who comes later has nothing in store": mutant(
+        QUEUES,
+        "life.copy_turn = max(life.copy_turn, self.turn)",
+        "pass",
+        f"{COPY_QUEUE}::test_shares_count_from_the_arrival_on",
     ),
     "image: it is warm once it was filled": mutant(
         QUEUES,
