@@ -21,8 +21,19 @@ class Parallel(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Features of a module's output that tensor parallelism cuts by themselves: a fused q, say.
+
+    `unit` features stay together, as those of one attention head do.
+    """
+
+    size: int
+    unit: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Module:
-    """One linear module of a base model.
+    """One linear module of a base model, or an embedding.
 
     Attributes
     ----------
@@ -36,6 +47,11 @@ class Module:
         How it is cut between devices.
     transposed
         The base stores its weight as `[in, out]` (GPT-2's Conv1D). A and B are not affected.
+    parts
+        Of the output, where it is fused or has heads: their sizes sum to `out_features`. Empty:
+        one part, cut anywhere.
+    embedding
+        It looks rows up: `in_features` is the size of the vocabulary.
     """
 
     name: str
@@ -44,6 +60,8 @@ class Module:
     layer: int
     parallel: Parallel
     transposed: bool = False
+    parts: tuple[Part, ...] = ()
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,10 @@ class ModelLayout:
                 f"layout: module {module.name!r} is in layer {module.layer}, "
                 f"outside -1 … {self.num_layers}"
             )
+        if any(part.unit < 1 or part.size < 1 or part.size % part.unit for part in module.parts):
+            raise ConfigError(f"layout: a part has whole units, not {module.parts}")
+        if module.parts and sum(part.size for part in module.parts) != module.out_features:
+            raise ConfigError(f"layout: the parts of {module.name!r} are not its output")
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -109,7 +131,8 @@ class ModelLayout:
         words = [str(self.num_layers), self.dtype, self.backbone_prefix]
         for m in self.modules:
             words += [ascii(m.name), str(m.in_features), str(m.out_features), str(m.layer)]
-            words += [m.parallel.value, str(m.transposed)]
+            words += [m.parallel.value, str(m.transposed), str(m.embedding)]
+            words += [f"{part.size}/{part.unit}" for part in m.parts]
         return sha256("\0".join(words).encode()).hexdigest()[:16]
 
     def index(self, name: str) -> int:
