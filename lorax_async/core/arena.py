@@ -53,10 +53,6 @@ class Arena:
     def free_bytes(self) -> int:
         return self._free_bytes
 
-    @property
-    def largest_free(self) -> int:
-        return self._free[-1][0] if self._free else 0
-
     def allocate(self, sizes: Sequence[int]) -> tuple[Extent, ...] | None:
         """One extent per size, in the order given, or None (and no change) if not all fit.
 

@@ -154,12 +154,20 @@ SETTINGS = {
     ),
 }
 LARGER = {
-    "streaming and whole": Setting((DEVICE, STREAM), sizes=UNEVEN),
+    "streaming and whole": Setting((DEVICE, STREAM), sizes=SMALL),
     "streaming and kernels": Setting((STREAM,), sizes=UNEVEN),
     "prefetch": Setting((DEVICE, PREFETCH), sizes=UNEVEN, kernels=False, closing=False),
-    "three adapters": Setting((DEVICE,), sizes=THREE, streaming=False, ageing=True),
+    "three adapters": _quiet(Setting((DEVICE,), sizes=THREE, ageing=True)),
     "pins and unload of three": _quiet(
-        Setting((DEVICE,), sizes=THREE, slots=2, pins=1, unloads=1, failures=False)
+        Setting(
+            (DEVICE,),
+            sizes=THREE,
+            slots=2,
+            pins=1,
+            unloads=1,
+            failures=False,
+            withdrawals=False,
+        )
     ),
     "unload beside streams and kernels": Setting(
         (DEVICE, STREAM), sizes=ONE, unloads=2, clones=True, max_idle=0

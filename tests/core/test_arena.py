@@ -104,14 +104,17 @@ class ArenaMachine(RuleBasedStateMachine):
         twin = self.arena.copy()
         for extents in self.held:
             twin.free(extents)
-        assert twin.free_bytes == twin.largest_free == self.arena.nbytes
+        assert twin.free_bytes == self.arena.nbytes
+        assert not self.arena.nbytes or twin.can_allocate([self.arena.nbytes])
         twin.allocate(sizes)
 
     @invariant()
     def agrees(self) -> None:
         holes = self.bitmap.holes()
         assert self.arena.free_bytes == sum(size for size, _ in holes) * ALIGNMENT
-        assert self.arena.largest_free == max((s for s, _ in holes), default=0) * ALIGNMENT
+        largest = max((size for size, _ in holes), default=0) * ALIGNMENT
+        assert not largest or self.arena.can_allocate([largest])
+        assert not self.arena.can_allocate([largest + 1])
 
 
 def test_the_arena_is_the_bitmap() -> None:
@@ -132,10 +135,11 @@ def test_neighbours_merge_whatever_the_order_of_their_return() -> None:
     one, two, three, four = arena.allocate([64] * 4) or ()
     arena.free([one])
     arena.free([three])
-    assert arena.largest_free == 64
-    assert not arena.can_allocate([128])
+    assert arena.can_allocate([64])
+    assert not arena.can_allocate([65])
     arena.free([two])
-    assert arena.largest_free == 192
+    assert arena.can_allocate([192])
+    assert not arena.can_allocate([193])
     arena.free([four])
     assert arena.allocate([256]) == (Extent(0, 256),)
 

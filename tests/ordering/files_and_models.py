@@ -8,7 +8,8 @@ OPEN, LOCAL, MAPPED = "io/sources/checked_open.py", "io/sources/local.py", "io/m
 BATCH = "engines/batch.py"
 
 OF_OPEN = "io/test_checked_open.py"
-OUTLIVES = f"{OF_OPEN}::test_a_descriptor_outlives_the_read_it_serves"
+OF_FILE_READER = "io/test_file_reader.py"
+OUTLIVES = f"{OF_FILE_READER}::test_a_descriptor_outlives_the_read_it_serves"
 GIVEN_UP = f"{OF_OPEN}::test_closed_even_when_the_open_was_given_up"
 THREADS = "engines/test_attach_threads.py"
 

@@ -11,6 +11,7 @@ from ordering.loader import LOADER
 from ordering.mutant import Mutants
 from ordering.passage import PASSAGE
 from ordering.rules import RULES
+from ordering.rules_of_files import RULES_OF_FILES
 from ordering.tickets import TICKETS_AND_TABLES
 
 MUTANTS: Mutants = {
@@ -23,4 +24,5 @@ MUTANTS: Mutants = {
     **CLOSING,
     **FILES_AND_MODELS,
     **RULES,
+    **RULES_OF_FILES,
 }
