@@ -161,7 +161,7 @@ def test_a_turn_that_comes_to_one_who_is_just_leaving_is_passed_on(run: Run) -> 
     async def one(turns: Turns, name: str, leaves: list[asyncio.Task[None]]) -> None:
         async with turns.turn(0):
             order.append(name)
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)  # the others wait by then
         for task in leaves:  # which has just been given its turn
             task.cancel()
 
@@ -172,6 +172,7 @@ def test_a_turn_that_comes_to_one_who_is_just_leaving_is_passed_on(run: Run) -> 
         leaves.append(asyncio.create_task(one(turns, "leaving", [])))
         last = asyncio.create_task(one(turns, "last", []))
         await asyncio.wait([first, *leaves, last])
+        assert leaves[0].cancelled()
 
     run(body())
     assert order == ["first", "last"]
