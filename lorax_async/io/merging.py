@@ -98,7 +98,8 @@ def combine_weighted(
         return weighted.sum(dim=0)
     signs = stacked.sign()
     balance = stacked.sum(dim=0) if sign == "total" else signs.sum(dim=0)
-    agreeing = signs == torch.where(balance >= 0, 1, -1)
+    majority = (balance >= 0).float() * 2 - 1
+    agreeing = (signs == majority).float()  # as numbers, in which all this is several times faster
     return (weighted * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp(min=1)
 
 
@@ -112,8 +113,7 @@ def _largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
     flat = tensor.abs().reshape(-1)
     # Unsorted, which picks the same ones, also among equals.
     kept = torch.topk(flat, int(density * flat.numel()), sorted=False).indices
-    mask = torch.zeros_like(flat)
-    mask[kept] = 1
+    mask = torch.zeros_like(flat).index_fill_(0, kept, 1)
     return tensor * mask.view(tensor.shape)
 
 
