@@ -10,6 +10,7 @@ import pytest
 
 from lorax_async import AdapterKey, AdapterRef, InvalidAdapterIdError, Merge, UsageError
 from lorax_async.adapter import FileIdentity, MergedKey, as_ref, text_of
+from lorax_async.identity import PartId
 from lorax_async.merge import MAX_PARTS
 
 
@@ -18,7 +19,7 @@ def key(name: str, *numbers: int) -> AdapterKey:
     return AdapterKey(f"/adapters/{name}", files)
 
 
-TWO = ["one", Path("two")]
+TWO: list[PartId] = ["one", Path("two")]
 MERGED = MergedKey.of(Merge("linear", TWO, [1, 1]), [key("one", 1, 2), key("two", 3, 4)])
 
 

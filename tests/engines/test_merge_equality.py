@@ -95,7 +95,8 @@ def theirs(
 
 
 async def ours(merge: Merge, **settings: Any) -> dict[str, Weights]:
-    config = LoaderConfig(**{"dtype": "float32", "io_threads": 2, "timeout": 60.0} | settings)
+    plain: dict[str, Any] = {"dtype": "float32", "io_threads": 2, "timeout": 60.0}
+    config = LoaderConfig(**plain | settings)
     async with (
         AdapterLoader(layouts.from_module(llama()), config) as loader,
         await loader.load(merge) as handle,
@@ -171,7 +172,7 @@ def test_another_seed_drops_others(folder: Folders) -> None:
 def test_of_bf16_files_too(folder: Folders, kind: Any) -> None:
     """PEFT holds them as float32, in which both compute."""
     folders, weights = [folder("one-bf16"), folder("two-bf16")], (0.8, -0.3)
-    more = {} if kind == "cat" else {"density": 0.4}
+    more: dict[str, Any] = {} if kind == "cat" else {"density": 0.4}
     seed = 3 if kind == "dare_ties" else 0
     expected, _ = theirs(folders, weights, kind, seed=seed, **more)
     strategy: Any = "linear" if kind == "cat" else kind
