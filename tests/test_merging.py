@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 import tiny
-from common import Run
+from common import Run, until
 from lorax_async import (
     AdapterLoader,
     IntegrityError,
@@ -17,6 +19,7 @@ from lorax_async import (
     LocalRoot,
     Merge,
 )
+from lorax_async.io.fake_files import FakeReader
 from merges import BOTH, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
 from tiny_loaders import loader
 from tiny_sources import WEIGHTS, is_resident, over, state, stocked, where
@@ -114,6 +117,32 @@ def test_small_windows_cut_it_nowhere(run: Run, tmp_path: Path, merge: Merge) ->
         assert_same(*found)
 
     run(body())
+
+
+def test_it_leaves_an_io_thread_to_others(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c")
+    began, go_on = Event(), Event()
+    read = FakeReader.read_into
+
+    def slowly(self: FakeReader, buffers: Sequence[memoryview], offset: int) -> None:
+        if self.version.id != "c":
+            began.set()
+            assert go_on.wait(20)
+        read(self, buffers, offset)
+
+    async def body() -> None:
+        async with over(source, io_threads=2) as there:
+            merging = asyncio.create_task(there.load(HALVES))
+            await until(began.is_set)
+            async with await there.load("c") as handle:
+                tiny.assert_equal_to_file(handle, tmp_path / "c")
+            assert not merging.done()
+            go_on.set()
+            (await merging).release()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FakeReader, "read_into", slowly)
+        run(body())
 
 
 @pytest.mark.parametrize("tier", ["disk", "host", "device"])
