@@ -8,7 +8,7 @@ async with AdapterLoader(layout, LoaderConfig()) as loader:
 import logging
 
 from lorax_async import layouts
-from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.adapter import AdapterKey, AdapterRef, Merge
 from lorax_async.config import Limits, LoaderConfig, LocalRoot
 from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import (
@@ -82,6 +82,7 @@ __all__ = [
     "LoaderConfig",
     "LocalRoot",
     "LoraxError",
+    "Merge",
     "ModelLayout",
     "ModuleWeights",
     "Prefetch",

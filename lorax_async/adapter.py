@@ -4,71 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import sqrt
-from pathlib import Path
 from typing import Protocol
 
-from lorax_async.errors import InvalidAdapterIdError, UsageError
+from lorax_async.errors import UsageError
+from lorax_async.identity import AdapterKey, AdapterRef, FileIdentity, PartId
+from lorax_async.merge import Merge, MergedKey
 
+__all__ = [
+    "AdapterId",
+    "AdapterKey",
+    "AdapterRef",
+    "AdapterSpec",
+    "FileIdentity",
+    "Matcher",
+    "Merge",
+    "MergedKey",
+    "ModulePattern",
+    "Ref",
+    "as_ref",
+    "text_of",
+]
 
-@dataclass(frozen=True, slots=True)
-class AdapterRef:
-    """What a caller asks for: an id with where to look, which revision, on whose authority."""
-
-    id: str | Path
-    source: str | None = None
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        given: object = self.id
-        if not isinstance(given, str | Path):
-            kind = type(given).__name__
-            raise InvalidAdapterIdError(f"an adapter id is a str or a pathlib.Path, not {kind}")
-        for name in ("source", "revision", "token"):
-            if not isinstance(getattr(self, name), str | None):
-                raise UsageError(f"{name} of an adapter is a str or None")
-
-    @property
-    def text(self) -> str:
-        return str(self.id)
-
-
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """Tells two versions of a local file apart without reading it."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterKey:
-    """One version of one adapter's files. Equal keys are the same bytes, and are loaded once.
-
-    A loader has one layout, shard and dtype, so that within it a key also names one slot's content.
-    """
-
-    location: str
-    files: tuple[FileIdentity, ...]
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        # Kept, for keys are looked up several times per copy; over all, for versions of one
-        # location lie in the same dictionaries.
-        object.__setattr__(self, "_hash", hash((self.location, self.files)))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __str__(self) -> str:
-        return self.location
-
-
-AdapterId = str | Path | AdapterRef | AdapterKey
+AdapterId = PartId | Merge
 """Whatever names an adapter in a call."""
+
+Ref = AdapterRef | AdapterKey | Merge
+"""An `AdapterId` as it is kept."""
 
 
 def as_ref(
@@ -76,13 +37,19 @@ def as_ref(
     source: str | None = None,
     revision: str | None = None,
     token: str | None = None,
-) -> AdapterRef | AdapterKey:
+) -> Ref:
     """What a call's arguments ask for. Raises `UsageError` if they contradict each other."""
-    if isinstance(adapter_id, AdapterRef | AdapterKey):
+    if isinstance(adapter_id, Ref):
         if source is not None or revision is not None or token is not None:
-            raise UsageError("an AdapterRef or a key says source, revision and token itself")
+            raise UsageError(
+                "an AdapterRef, a key or a Merge says source, revision and token itself"
+            )
         return adapter_id
     return AdapterRef(adapter_id, source, revision, token)  # type: ignore[arg-type]  # it checks
+
+
+def text_of(ref: Ref) -> str:
+    return str(ref) if isinstance(ref, AdapterKey) else ref.text
 
 
 class Matcher(Protocol):

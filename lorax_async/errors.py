@@ -83,6 +83,13 @@ class LoraxError(Exception):
         copy.__cause__ = self.__cause__
         return copy
 
+    def prefixed(self, words: str) -> Self:
+        """A copy whose problem begins with `words`: which part of what was asked for it is."""
+        copy = self.located()
+        copy.problem = shorten(f"{words}{self.problem}")
+        copy.args = (copy.problem,)
+        return copy
+
     def _again(
         self,
         *,

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from lorax_async.adapter import AdapterId, AdapterKey, as_ref
+from lorax_async.adapter import AdapterId, AdapterKey, Ref, as_ref, text_of
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.waiters import Tier
@@ -23,7 +23,6 @@ from lorax_async.errors import (
 from lorax_async.events import Event
 from lorax_async.handle import AdapterHandle, current_task_name
 from lorax_async.io.ports import Device, Source
-from lorax_async.runtime.acquiring import Ref, text_of
 from lorax_async.runtime.home import Home
 from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.machinery import Machinery
@@ -127,8 +126,8 @@ class AdapterLoader:
         Parameters
         ----------
         adapter_id
-            A `pathlib.Path`, a string (a path below `local_roots`), an `AdapterRef`, or the key of
-            an adapter met before. Equal requests share one load.
+            A `pathlib.Path`, a string (a path below `local_roots`), an `AdapterRef`, the key of an
+            adapter met before, or a `Merge` of several. Equal requests share one load.
         source, revision, token
             As in `AdapterRef`, for a string.
         timeout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorax_async.adapter import AdapterKey
+from lorax_async.adapter import AdapterKey, MergedKey
 from lorax_async.core.commands import Copy, TakeSlot
 from lorax_async.core.decisions import Decisions
 from lorax_async.core.holders import Holders, may_go
@@ -232,8 +232,13 @@ class CopyQueue:
             self.update(life)
 
     def _may_add(self, life: Life) -> bool:
-        """Whoever comes next must not find the way full of one adapter's large groups."""
+        """Whoever comes next must not find the way full of one adapter's large groups.
+
+        Nor all threads at work on a merge, which is computed as it is copied.
+        """
         assert life.needs is not None
+        if isinstance(life.key, MergedKey):
+            return not life.copying
         return life.copying < max(self._least, IN_FLIGHT_BYTES // life.needs.largest)
 
 

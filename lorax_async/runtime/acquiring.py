@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.adapter import AdapterKey, Ref, text_of
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, UsageError
 from lorax_async.runtime.driver import Driver
@@ -15,18 +15,11 @@ from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.turns import Turns
 
-Ref = AdapterRef | AdapterKey
-
-
 MAX_PRIORITY = 1_000_000
 """Either way of 0: as seconds of waiting, levels stay numbers that can be told apart."""
 
 BACKGROUND = 2
 """Prefetches that are resolved and opened at a time: what a load has to wait for, at most."""
-
-
-def text_of(ref: Ref) -> str:
-    return ref.text if isinstance(ref, AdapterRef) else str(ref)
 
 
 def require_priority(priority: int) -> None:
@@ -66,7 +59,7 @@ class Acquiring:
                 # Threads take what they are given in the order in which it came: a load must not
                 # find thousands of hints before it.
                 async with nullcontext() if foreground else self._turns.turn(priority):
-                    if isinstance(ref, AdapterRef):
+                    if not isinstance(ref, AdapterKey):
                         key = await self._resolver.resolve(ref)
                     self._check_open()  # nobody would tell a wish that begins later
                     assert key is not None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from lorax_async.adapter import Ref, text_of
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.lifecycle import Lifecycle
@@ -24,9 +25,10 @@ from lorax_async.errors import LoaderClosedError
 from lorax_async.io.devices import make_device
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.sources.local import LocalSource
+from lorax_async.io.sources.merged import MergedSource
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import Transfer
-from lorax_async.runtime.acquiring import Acquiring, Ref, require_priority, text_of
+from lorax_async.runtime.acquiring import Acquiring, require_priority
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.planning import Planner
 from lorax_async.runtime.prefetch import Prefetch
@@ -111,7 +113,13 @@ class Machinery:
                 self._budgets(memory),
                 Pace(starvation_age=config.starvation_age, min_residency=config.min_residency),
             ),
-            source=self._source,
+            source=MergedSource(
+                self._source,
+                self._layout,
+                dtype=config.storage_dtype or self._layout.dtype,
+                limits=config.limits,
+                threads=self._metadata,
+            ),
             device=device,
             transfer=Transfer(device, staging, names, check_finite=config.check_finite),
             planner=Planner(self._layout, config, device, move_bytes=staging.move_bytes),

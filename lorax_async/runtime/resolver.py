@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.adapter import AdapterKey, AdapterRef, Merge, MergedKey
 from lorax_async.errors import InternalError, LoaderClosedError, LoraxError
 from lorax_async.io.ports import Source
 from lorax_async.runtime.journal import Journal
@@ -14,26 +14,35 @@ MAX_REMEMBERED = 65_536
 """Answers kept for `known`; the one that was asked for longest ago goes first."""
 
 
+Question = AdapterRef | Merge
+
+
 class Resolver:
     """Joins equal requests that are under way, and remembers the last answer to each."""
 
     def __init__(self, source: Source, journal: Journal) -> None:
         self._source = source
         self._journal = journal
-        self._asking: dict[AdapterRef, asyncio.Task[AdapterKey]] = {}
-        self._answers: dict[AdapterRef, AdapterKey] = {}
+        self._asking: dict[Question, asyncio.Task[AdapterKey]] = {}
+        self._answers: dict[Question, AdapterKey] = {}
 
-    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+    async def resolve(self, ref: Question) -> AdapterKey:
         """Ask the source, or join whoever asks already. Cancelling leaves the others their answer.
 
         Raises what the source raises, each caller a copy of its own.
         """
+        return await self._answer(ref, self._begin(ref))
+
+    def _begin(self, ref: Question) -> asyncio.Task[AdapterKey]:
         task = self._asking.get(ref)
         if task is None:
             loop = asyncio.get_running_loop()
             task = loop.create_task(self._ask(ref), name=f"lorax resolve {ref.text}")
             self._asking[ref] = task
             task.add_done_callback(lambda done: self._answered(ref, done))
+        return task
+
+    async def _answer(self, ref: Question, task: asyncio.Task[AdapterKey]) -> AdapterKey:
         try:
             return await asyncio.shield(task)
         except LoraxError as error:
@@ -44,7 +53,7 @@ class Resolver:
                 raise LoaderClosedError("the loader was closed", stage="resolve") from None
             raise
 
-    def known(self, ref: AdapterRef) -> AdapterKey | None:
+    def known(self, ref: Question) -> AdapterKey | None:
         """The last answer; touches no file."""
         return self._answers.get(ref)
 
@@ -55,7 +64,9 @@ class Resolver:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _ask(self, ref: AdapterRef) -> AdapterKey:
+    async def _ask(self, ref: Question) -> AdapterKey:
+        if isinstance(ref, Merge):
+            return MergedKey.of(ref, await self._ask_parts(ref))
         started = perf_counter()
         try:
             return await self._source.resolve(ref)
@@ -66,7 +77,25 @@ class Resolver:
         finally:
             self._journal.spent("resolve", perf_counter() - started)
 
-    def _answered(self, ref: AdapterRef, task: asyncio.Task[AdapterKey]) -> None:
+    async def _ask_parts(self, merge: Merge) -> list[AdapterKey]:
+        """Side by side, and each is a question that others may join."""
+        asked = [
+            part if isinstance(part, AdapterKey) else (part, self._begin(part))
+            for part in merge.parts
+        ]
+        keys: list[AdapterKey] = []
+        for number, part in enumerate(asked, 1):
+            if isinstance(part, AdapterKey):
+                keys.append(part)
+                continue
+            try:
+                keys.append(await self._answer(*part))
+            except LoraxError as error:
+                words = f"part {number} ({part[0].text!r}): "
+                raise error.prefixed(words) from error.__cause__
+        return keys
+
+    def _answered(self, ref: Question, task: asyncio.Task[AdapterKey]) -> None:
         del self._asking[ref]
         before = self._answers.pop(ref, None)
         if task.cancelled() or task.exception() is not None:

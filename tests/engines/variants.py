@@ -62,10 +62,11 @@ VARIANTS = {
 
 
 @contextmanager
-def wrapped(model: Any, lora: Lora) -> Iterator[Any]:
+def wrapped(model: Any, lora: Lora, seed: int | None = None) -> Iterator[Any]:
     """The model in a new PeftModel with random A and B; the model is plain again afterwards."""
     peft_model: Any = get_peft_model(model, LoraConfig(**copy.deepcopy(dict(lora))))
-    random = torch.Generator().manual_seed(peft_model.peft_config["default"].r)
+    rank = peft_model.peft_config["default"].r
+    random = torch.Generator().manual_seed(rank if seed is None else seed)
     with torch.no_grad():
         for name, weight in peft_model.named_parameters():
             if ".lora_" in name:
@@ -76,9 +77,15 @@ def wrapped(model: Any, lora: Lora) -> Iterator[Any]:
         peft_model.unload()
 
 
-def save(model: Any, lora: Lora, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save(
+    model: Any,
+    lora: Lora,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+) -> Path:
     """Write an adapter of `model` as PEFT does, then cast its file."""
-    with wrapped(model, lora) as peft_model:
+    with wrapped(model, lora, seed) as peft_model:
         # An lm_head among the targets is LoRA like the others; the base's own weight is not needed.
         peft_model.save_pretrained(folder, save_embedding_layers=False)
     if dtype != torch.float32:

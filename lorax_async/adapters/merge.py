@@ -1,0 +1,224 @@
+"""Merging under LoRAX's names (`lorax_server.utils.merges`), with the numbers of PEFT.
+
+To have a merge resident, load the `Merge` that `AdapterParameters.merge` gives: this module is for
+code that merges module maps itself. Where LoRAX is wrong this is not: its "linear" adds A and B up
+by themselves, so that every adapter meets every other one's B; its weights count twice, once in A
+and once in B; the adapters' own scales do not count but for the first one's; and what DARE keeps is
+not made larger for what it drops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
+
+import torch
+from torch.nn.functional import pad
+
+from lorax_async.core.merge_draws import Start
+from lorax_async.core.peft_names import Part
+from lorax_async.errors import IncompatibleAdapterError, UsageError, shorten
+from lorax_async.identity import PartId
+from lorax_async.io.merging import Draws, combine, concatenate
+from lorax_async.merge import MajoritySign, Merge, Strategy
+
+
+class Readable(Protocol):
+    """A file that has tensors, in place of a tensor."""
+
+    def shape(self, key: str, /) -> tuple[int, ...]: ...
+
+    def read(self, key: str, /) -> torch.Tensor: ...
+
+
+class MergeableConfig(Protocol):
+    """Of an adapter's config, what merging asks; `adapters.LoraConfig` has it."""
+
+    def __init__(
+        self,
+        *,
+        base_model_name_or_path: str | None,
+        r: int,
+        target_modules: list[str] | str | None,
+        fan_in_fan_out: bool,
+        lora_alpha: float,
+        use_rslora: bool,
+    ) -> None: ...
+
+    @property
+    def base_model_name_or_path(self) -> str | None: ...
+
+    @property
+    def r(self) -> int: ...
+
+    @property
+    def fan_in_fan_out(self) -> bool: ...
+
+    def rank_of(self, module: str, /) -> int: ...
+
+    def scale_of(self, module: str, /) -> float: ...
+
+
+Config = TypeVar("Config", bound=MergeableConfig)
+Content = torch.Tensor | Readable
+ModuleMap = Mapping[str, Mapping[str, tuple[Content, str]]]
+"""By module name, "lora_A" and "lora_B": each the tensor, or its file, and its name in the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterParameters:
+    """What a request of LoRAX's says of a merge. Names of strategies and signs in any case.
+
+    `weights` may be left out, and are 1 then. There is no default for the density, nor is it 0.
+    """
+
+    adapter_ids: Sequence[PartId]
+    weights: Sequence[float] = ()
+    merge_strategy: str = "linear"
+    density: float | None = None
+    majority_sign_method: str = "total"
+    seed: int = 0
+
+    @property
+    def merge(self) -> Merge:
+        """The same as an id for a loader. Raises `UsageError` as `Merge` does."""
+        return Merge(
+            cast(Strategy, self.merge_strategy.lower()),
+            refs=self.adapter_ids,
+            weights=self.weights or [1.0] * len(self.adapter_ids),
+            density=self.density,
+            majority_sign=cast(MajoritySign, self.majority_sign_method.lower()),
+            seed=self.seed,
+        )
+
+
+def merge_adapters(
+    adapters: Sequence[tuple[ModuleMap, Config]], merge_params: AdapterParameters
+) -> tuple[ModuleMap, Config]:
+    """One module map, and its config, out of several. Blocks where the maps hold files.
+
+    Parameters
+    ----------
+    adapters
+        Of every adapter of `merge_params.adapter_ids`, in this order. What DARE drops is what PEFT
+        drops if the first map has its modules in the model's order, and the others no more of them.
+
+    Returns
+    -------
+    float32 tensors, all of the config's rank (those of modules that have a smaller one end in
+    zeros), with the scale 1: all scales and weights are in A and B.
+
+    Raises
+    ------
+    IncompatibleAdapterError
+        Shapes do not fit each other, or a strategy's ranks are not equal.
+    UsageError
+        There is no such merge.
+    """
+    merge = merge_params.merge
+    if len(adapters) != len(merge.refs):
+        raise UsageError(f"{len(merge.refs)} adapter_ids, but {len(adapters)} adapters are given")
+    modules = dict.fromkeys(name for module_map, _ in adapters for name in module_map)
+    work = _Merging(merge, adapters, list(modules))
+    merged = {name: (work.one(name, Part.A), work.one(name, Part.B)) for name in modules}
+    first = adapters[0][1]
+    rank = max((len(a) for a, _ in merged.values()), default=first.r)
+    config = type(first)(
+        base_model_name_or_path=first.base_model_name_or_path,
+        r=rank,
+        target_modules=list(modules),
+        fan_in_fan_out=first.fan_in_fan_out,
+        lora_alpha=rank,
+        use_rslora=False,
+    )
+    return {name: work.entry(name, *merged[name], rank) for name in modules}, config
+
+
+async def merge_adapters_async(
+    adapters: Sequence[tuple[ModuleMap, Config]], merge_params: AdapterParameters
+) -> tuple[ModuleMap, Config]:
+    """As `merge_adapters`, in a thread."""
+    return await asyncio.to_thread(merge_adapters, adapters, merge_params)
+
+
+class _Merging:
+    def __init__(
+        self,
+        merge: Merge,
+        adapters: Sequence[tuple[ModuleMap, MergeableConfig]],
+        modules: Sequence[str],
+    ) -> None:
+        self._merge = merge
+        self._adapters = adapters
+        self._generator: torch.Generator | None = None
+        if merge.drops and merge.density != 1:
+            starts = [self._start(name) for name in modules]
+            self._generator = Draws(merge.seed, starts, ()).before(0)
+
+    def one(self, module: str, part: Part) -> torch.Tensor:
+        """Every adapter's A, or B, of one module as one."""
+        held = self._held(module, part)
+        self._require_fit(module, part, [_shape(*content) for content, _ in held])
+        tensors = [_read(*content) for content, _ in held]
+        factors = [factor for _, factor in held]
+        if self._merge.strategy != "linear":
+            return combine(self._merge, part, tensors, factors, self._generator)
+        shape = list(tensors[0].shape)
+        along = _along_rank(part)
+        shape[along] = sum(tensor.shape[along] for tensor in tensors)
+        made = torch.empty(shape, dtype=torch.float32)
+        concatenate(made, part, tensors, factors)
+        return made
+
+    def entry(
+        self, module: str, a: torch.Tensor, b: torch.Tensor, rank: int
+    ) -> Mapping[str, tuple[torch.Tensor, str]]:
+        """Of a module map, with zeros up to `rank`."""
+        missing = rank - len(a)
+        padded = {Part.A: pad(a, (0, 0, 0, missing)), Part.B: pad(b, (0, missing))}
+        names = {part: self._held(module, part)[0][0][1] for part in Part}
+        return {part.value: (padded[part], names[part]) for part in Part}
+
+    def _held(self, module: str, part: Part) -> list[tuple[_Place, tuple[float, float]]]:
+        """Where the adapters that change the module have it; weight and scale of each."""
+        return [
+            (module_map[module][part.value], (weight, config.scale_of(module)))
+            for (module_map, config), weight in zip(
+                self._adapters, self._merge.weights, strict=True
+            )
+            if module in module_map
+        ]
+
+    def _start(self, module: str) -> Start:
+        """What PEFT draws for a new layer that starts as most do."""
+        module_map, config = self._adapters[0]
+        rank = max([config.r, *map(config.rank_of, module_map)])
+        a, b = (_shape(*self._held(module, part)[0][0]) for part in Part)
+        return Start(rank * (2 * a[1] + b[0]), 0)
+
+    def _require_fit(self, module: str, part: Part, shapes: Sequence[tuple[int, ...]]) -> None:
+        linear, along = self._merge.strategy == "linear", _along_rank(part)
+        sizes = {shape[1 - along] if linear else shape for shape in shapes}
+        if len(sizes) > 1 or any(len(shape) != 2 for shape in shapes):
+            shown = " and ".join(str(list(shape)) for shape in shapes)
+            raise IncompatibleAdapterError(
+                f"module {shorten(module, 200)!r}: {self._merge.strategy!r} cannot merge"
+                f" {part.value} of the shapes {shown}"
+            )
+
+
+_Place = tuple[Content, str]
+
+
+def _along_rank(part: Part) -> int:
+    return 0 if part is Part.A else 1
+
+
+def _shape(content: Content, key: str) -> tuple[int, ...]:
+    return tuple(content.shape) if isinstance(content, torch.Tensor) else content.shape(key)
+
+
+def _read(content: Content, key: str) -> torch.Tensor:
+    return content if isinstance(content, torch.Tensor) else content.read(key)

@@ -1,0 +1,214 @@
+"""The file that a merge would be: its config, its header, and what it is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from core.adapter_files import file_of, layout_of
+from lorax_async.adapter import AdapterKey, Merge, MergedKey
+from lorax_async.config import Limits
+from lorax_async.core.header import header_size, parse_header
+from lorax_async.core.layout import ModelLayout
+from lorax_async.core.merge_draws import Start
+from lorax_async.core.merge_plan import MergePlan, PartFile, plan_merge
+from lorax_async.core.peft_config import parse_config
+from lorax_async.core.peft_names import Part
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, LoraxError
+
+Q, OUT = "model.layers.0.q", "model.layers.1.o"
+LAYOUT = layout_of((Q, 24, 16, 0), (OUT, 16, 24, 1), ("lm_head", 24, 40, 12))
+
+
+def part(ranks: dict[str, int], layout: ModelLayout = LAYOUT, **config: Any) -> PartFile:
+    """Zeros of these ranks; the config says them by patterns."""
+    tensors: list[tuple[str, torch.Tensor]] = []
+    for name, rank in ranks.items():
+        module = layout.modules[layout.index(name)]
+        stem = f"base_model.model.{name}"
+        tensors.append((f"{stem}.lora_A.weight", torch.zeros(rank, module.in_features)))
+        tensors.append((f"{stem}.lora_B.weight", torch.zeros(module.out_features, rank)))
+    content = file_of(tensors)
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": ranks}
+    prefix = content[: header_size(content, len(content))]
+    return PartFile(json.dumps(plain | config).encode(), prefix, len(content))
+
+
+def planned(
+    merge: Merge, *parts: PartFile, layout: ModelLayout = LAYOUT, limits: Limits = Limits()
+) -> MergePlan:
+    keys = [AdapterKey(f"/adapters/{n}", ()) for n in range(len(parts))]
+    return plan_merge(MergedKey.of(merge, keys), parts, layout, dtype="F32", limits=limits)
+
+
+def linear(*weights: float) -> Merge:
+    return Merge("linear", ["x"] * len(weights), weights)
+
+
+def dare(density: float = 0.5) -> Merge:
+    return Merge("dare_linear", ["x", "y"], [1, 1], density=density)
+
+
+def ranks_of(plan: MergePlan) -> dict[str, int]:
+    """What the plan's own header says, which is a valid file's."""
+    header = parse_header(plan.prefix, plan.nbytes)
+    body = bytes(plan.nbytes - len(plan.prefix))
+    assert safetensors.torch.load(plan.prefix + body).keys() == {t.name for t in header.tensors}
+    assert [(t.start, t.stop) for t in header.tensors] == [(t.start, t.stop) for t in plan.tensors]
+    return {
+        t.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): t.shape[0]
+        for t in header.tensors
+        if "lora_A" in t.name
+    }
+
+
+def test_modules_of_either_part_in_the_layouts_order() -> None:
+    plan = planned(linear(1, 1), part({"lm_head": 2, Q: 4}), part({OUT: 3, Q: 5}))
+    assert ranks_of(plan) == {Q: 9, OUT: 3, "lm_head": 2}
+    assert [tensor.factor for tensor in plan.tensors] == [Part.A, Part.B] * 3
+    assert [[p.part for p in tensor.pieces] for tensor in plan.tensors[::2]] == [[0, 1], [1], [0]]
+    spec = parse_config(plan.config, Limits())
+    assert {name: spec.rank_of(name) for name in (Q, OUT, "lm_head")} == ranks_of(plan)
+    assert {spec.scale_of(name) for name in (Q, OUT, "lm_head")} == {1.0}
+
+
+def test_weights_and_scales_by_module() -> None:
+    parts = part({Q: 4, OUT: 2}), part({Q: 4}, use_rslora=True, lora_alpha=6)
+    plan = planned(linear(0.5, -2), *parts)
+    assert [(p.weight, p.scale) for p in plan.tensors[0].pieces] == [(0.5, 2.0), (-2.0, 3.0)]
+    assert [(p.weight, p.scale) for p in plan.tensors[2].pieces] == [(0.5, 4.0)]
+
+
+def test_tensors_lie_on_multiples_of_64() -> None:
+    plan = planned(linear(1, 1), part({Q: 4, OUT: 4}), part({Q: 4, OUT: 4}))
+    assert {tensor.start % 64 for tensor in plan.tensors} == {0}
+
+
+@pytest.mark.parametrize(("bases", "named"), [(("x", "x"), "x"), (("x", "y"), None)])
+def test_the_bases_name_if_they_have_one(bases: tuple[str, str], named: str | None) -> None:
+    parts = [part({Q: 4}, base_model_name_or_path=base) for base in bases]
+    assert parse_config(planned(linear(1, 1), *parts).config, Limits()).base_model == named
+
+
+def test_which_bytes_are_needed() -> None:
+    one = part({Q: 4, OUT: 4})
+    plan = planned(linear(1, 1), one, part({OUT: 2}))
+    header = parse_header(one.prefix, one.nbytes)
+    q_a, q_b, o_a, _ = plan.tensors
+    assert list(plan.touched(0, len(plan.prefix))) == []
+    assert list(plan.touched(0, plan.nbytes)) == [0, 1, 2, 3]
+    assert list(plan.touched(q_a.stop - 1, q_b.start + 1)) == [0, 1]
+    assert list(plan.touched(q_b.start, q_b.stop)) == [1]
+    first = header.tensors[0]
+    assert plan.spans(0, [(q_a.start, q_a.start + 1)]) == [(first.start, first.stop)]
+    assert plan.spans(1, [(q_a.start, q_b.stop)]) == []
+    assert len(plan.spans(1, [(q_a.start, q_b.stop), (o_a.start, o_a.stop)])) == 1
+
+
+# -- ranks that a config cannot say ----------------------------------------------------------------
+
+
+def test_names_that_end_in_anothers_are_filled_up() -> None:
+    """By PEFT's rules a pattern also means every module whose path ends in it."""
+    outer, inner = "vision.layers.0.q", "layers.0.q"
+    layout = layout_of((outer, 8, 8, 0), (inner, 8, 8, 0), ("x.q", 8, 8, 1))
+    plan = planned(
+        linear(1),
+        part({outer: 4, inner: 2, "x.q": 4}, layout, rank_pattern={"^layers.0.q": 2}),
+        layout=layout,
+    )
+    assert ranks_of(plan) == {outer: 4, inner: 4, "x.q": 4}
+    assert {tensor.shape for tensor in plan.tensors} == {(4, 8), (8, 4)}
+    assert [p.span.shape for p in plan.tensors[2].pieces] == [(2, 8)]
+
+
+def test_a_config_that_would_be_too_long_is_filled_up() -> None:
+    names = [f"model.layers.{n}.q" for n in range(12)]
+    layout = layout_of(*((name, 8, 8, n) for n, name in enumerate(names)))
+    ranks = {name: n % 5 + 1 for n, name in enumerate(names)}
+    parts = [part(ranks, layout)]
+    assert ranks_of(planned(linear(1), *parts, layout=layout)) == ranks
+    short = Limits(max_config_bytes=len(parts[0].config))
+    plan = planned(linear(1), *parts, layout=layout, limits=short)
+    assert set(ranks_of(plan).values()) == {5}
+    assert len(plan.config) <= len(parts[0].config)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "kind", "problem"),
+    [
+        (
+            [part({Q: 4}), part({Q: 3})],
+            IncompatibleAdapterError,
+            f"'{Q}': .*the parts have 4 and 3",
+        ),
+        ([part({Q: 4}), part({Q: 4}, r=0)], AdapterFormatError, r"part 2 \('1'\): .*r must be"),
+        (
+            [part({Q: 4})._replace(prefix=b"\x09" + b"\0" * 7 + b"{}"), part({Q: 4})],
+            AdapterFormatError,
+            r"part 1 \('0'\): ",
+        ),
+    ],
+)
+def test_parts_that_cannot_be_merged(
+    parts: list[PartFile], kind: type[LoraxError], problem: str
+) -> None:
+    with pytest.raises(kind, match=problem):
+        planned(dare(), *parts)
+
+
+def test_equal_ranks_are_a_modules_own_affair() -> None:
+    plan = planned(dare(), part({Q: 4, OUT: 2}), part({Q: 4, OUT: 2}))
+    assert ranks_of(plan) == {Q: 4, OUT: 2}
+
+
+def test_a_factor_that_no_float32_holds() -> None:
+    large = part({Q: 4}, lora_alpha=1e38)
+    planned(linear(1), large)
+    with pytest.raises(
+        AdapterFormatError, match=r"weight 20 times the scale of part 1 \(2.5e\+37\)"
+    ):
+        planned(linear(20), large)
+
+
+# -- what PEFT draws -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (None, Start(4 * (24 + 16), 0)),
+        (True, Start(4 * (24 + 24 + 16), 0)),
+        (False, Start(4 * (24 + 16), 0)),
+        ("gaussian", Start(4 * (24 + 16), 4 * 24)),
+        ("Gaussian", Start(4 * (24 + 16), 4 * 24)),
+        ("eva", Start(4 * (24 + 16), 0)),
+    ],
+)
+def test_what_is_drawn_first(start: object, expected: Start) -> None:
+    first = part({Q: 4}, init_lora_weights=start)
+    assert planned(dare(), first, part({Q: 4})).starts == (expected,)
+
+
+def test_a_config_that_says_no_start_has_pefts_default() -> None:
+    assert planned(dare(), part({Q: 4}), part({Q: 4})).starts == (Start(4 * 64, 0),)
+
+
+def test_new_layers_have_the_largest_rank_of_the_first_part() -> None:
+    parts = part({Q: 2}, rank_pattern={"q": 2, "nowhere": 6}), part({Q: 2})
+    assert planned(dare(), *parts).starts == (Start(6 * 64, 0),)
+
+
+def test_where_nothing_is_dropped_nothing_is_drawn() -> None:
+    pair = part({Q: 4}), part({Q: 4})
+    assert planned(dare(1.0), *pair).starts == ()
+    assert planned(replace(dare(), strategy="ties"), *pair).starts == ()
+    assert planned(linear(1, 1), *pair).starts == ()
