@@ -157,6 +157,9 @@ class _Group:
                 pad = self._pad_rows if n < len(spans) // 2 else self._pad_columns
                 end = pad(span, offset)
                 continue
+            if span.pieces:
+                end = self._place_pieces(span, offset)
+                continue
             start, stop, source = starts[n], span.stop, span.dtype
             end = offset + stop - start
             if source != dtype:
@@ -169,33 +172,42 @@ class _Group:
         self.end = end
         return offsets
 
+    def _place_pieces(self, span: TensorSpan, offset: int) -> int:
+        """A run for each, one after the other from `offset` on."""
+        for start, stop in span.pieces or ((span.start, span.stop),):
+            end = offset + (stop - start) * self.item // _ITEM_BYTES[span.dtype]
+            self.runs.append(_Run(span.dtype, start, stop, offset, end))
+            offset = end
+        return offset
+
     def _pad_rows(self, a: TensorSpan, offset: int) -> int:
         rows, columns = a.shape
-        end = offset + rows * columns * self.item
-        self.runs.append(_Run(a.dtype, a.start, a.stop, offset, end))
+        end = self._place_pieces(a, offset)
         nbytes = -rows % self.target.rank_multiple * columns * self.item
         self.zeros.append(Zero(end, nbytes))
         return end + nbytes
 
     def _pad_columns(self, b: TensorSpan, offset: int) -> int:
-        rows, columns = b.shape
+        columns = b.shape[1]
         pitch = columns + -columns % self.target.rank_multiple
-        source = _ITEM_BYTES[b.dtype]
-        step = self.target.move_bytes // max(columns * source, pitch * self.item)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            self.padded.append(
-                Convert(
-                    b.start + first * columns * source,
-                    count * columns * source,
-                    b.dtype,
-                    rows=count,
-                    columns=columns,
-                    target=offset + first * pitch * self.item,
-                    row_pitch=pitch,
+        nbytes = columns * _ITEM_BYTES[b.dtype]
+        step = self.target.move_bytes // max(nbytes, pitch * self.item)
+        for start, stop in b.pieces or ((b.start, b.stop),):
+            for first in range(start, stop, step * nbytes):
+                rows = min(step, (stop - first) // nbytes)
+                self.padded.append(
+                    Convert(
+                        first,
+                        rows * nbytes,
+                        b.dtype,
+                        rows=rows,
+                        columns=columns,
+                        target=offset,
+                        row_pitch=pitch,
+                    )
                 )
-            )
-        return offset + rows * pitch * self.item
+                offset += rows * pitch * self.item
+        return offset
 
     def finish(self, layer: int, rows: tuple[Row, ...]) -> GroupPlan:
         reads: list[Read] = []
