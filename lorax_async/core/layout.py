@@ -138,7 +138,7 @@ class ModelLayout:
         return sha256("\0".join(words).encode()).hexdigest()[:16]
 
     def replicate(self, *names: str) -> ModelLayout:
-        """This layout with modules that every rank holds whole, as servers keep small ones.
+        """Return this layout with modules that every rank holds whole, as small ones may be.
 
         A name is a module's path, or its last words ("lm_head", "attn.c_attn"). Raises
         `ConfigError` for one that no module has.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 
 import safetensors.torch
@@ -88,7 +89,7 @@ def check_bytes(groups: Sequence[GroupPlan], file: bytes, wanted: int) -> None:
         covered = [n for start, stop in moved(group) for n in range(start, stop)]
         assert len(covered) == len(set(covered))
         assert covered == [n for start, stop in group.spans for n in range(start, stop)]
-        assert all(one[1] < two[0] for one, two in zip(group.spans, group.spans[1:]))
+        assert all(one[1] < two[0] for one, two in pairwise(group.spans))
         wanted -= len(covered)
     assert wanted == 0
 
@@ -164,6 +165,6 @@ def assert_whole(
         if module.parallel is COLUMN and not any(part.replicable for part in module.parts):
             sizes = [part.size // len(shares) for part in module.parts] or [len(b) // len(shares)]
             split = [share.split(sizes) for _, share in shares]
-            joined = torch.cat([part for parts in zip(*split) for part in parts])
+            joined = torch.cat([part for parts in zip(*split, strict=True) for part in parts])
             assert torch.equal(joined, b.to(joined.dtype))
     assert not ranks
