@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from lorax_async.core.header import TensorSpan
 from lorax_async.core.pairing import Pair
+from lorax_async.core.runs import Run, adjoining, merged, portions
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Moves are cut at multiples of this, so that every piece but the last starts on a cache line.
@@ -31,7 +32,8 @@ class Convert:
     """`rows` of `columns` elements of the file, cast to the plan's dtype, at `target`.
 
     `nbytes` are the file's. On the device each row takes `row_pitch` ≥ `columns` elements, and what
-    is beyond the columns is zero: the move writes all of `rows * row_pitch` elements.
+    is beyond the columns is zero: the move writes all of `rows * row_pitch` elements. Where they do
+    not follow each other in the file, `pieces` are where they lie, each [start, stop).
     """
 
     file_offset: int
@@ -41,6 +43,12 @@ class Convert:
     columns: int
     target: int
     row_pitch: int
+    pieces: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sources(self) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of the file, in the order of the elements."""
+        return self.pieces or ((self.file_offset, self.file_offset + self.nbytes),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +125,6 @@ def plan_group(layer: int, pairs: list[Pair], target: Target) -> GroupPlan:
     return group.finish(layer, rows)
 
 
-@dataclass(slots=True)
-class _Run:
-    """Whole tensors that adjoin in the file and on the device, to be moved as one."""
-
-    dtype: str
-    start: int
-    stop: int
-    target: int
-    end: int
-
-
 class _Group:
     """Gives each tensor the next aligned bytes of a group's extent, and collects the moves."""
 
@@ -135,7 +132,7 @@ class _Group:
         self.target = target
         self.item = _ITEM_BYTES[target.dtype]
         self.end = 0
-        self.runs: list[_Run] = []
+        self.runs: list[Run] = []
         self.padded: list[Convert] = []
         self.zeros: list[Zero] = []
 
@@ -148,7 +145,7 @@ class _Group:
         starts = [span.start for span in spans]
         offsets = [0] * len(spans)
         dtype, alignment, _, _ = self.target
-        run = _Run("", -1, -1, -1, -1)
+        run = Run("", -1, -1, -1, -1)
         end = 0
         for n in sorted(range(len(spans)), key=starts.__getitem__):
             span = spans[n]
@@ -167,7 +164,7 @@ class _Group:
             if run.stop == start and run.end == offset and run.dtype == source:
                 run.stop, run.end = stop, end
             else:
-                run = _Run(source, start, stop, offset, end)
+                run = Run(source, start, stop, offset, end)
                 self.runs.append(run)
         self.end = end
         return offsets
@@ -176,7 +173,7 @@ class _Group:
         """A run for each, one after the other from `offset` on."""
         for start, stop in span.pieces or ((span.start, span.stop),):
             end = offset + (stop - start) * self.item // _ITEM_BYTES[span.dtype]
-            self.runs.append(_Run(span.dtype, start, stop, offset, end))
+            self.runs.append(Run(span.dtype, start, stop, offset, end))
             offset = end
         return offset
 
@@ -217,38 +214,30 @@ class _Group:
             moved.append((run.start, run.stop))
             if run.dtype == self.target.dtype:
                 reads.append(Read(run.start, run.stop - run.start, run.target))
-            else:
-                converts.extend(self._cast(run))
+        for runs in adjoining([run for run in self.runs if run.dtype != self.target.dtype]):
+            converts.extend(self._cast(runs))
         converts.sort(key=attrgetter("file_offset"))
         moves = tuple(reads), tuple(converts), tuple(self.zeros)
         nbytes = self.end + -self.end % self.target.alignment
-        return GroupPlan(layer, nbytes, *moves, rows, _merged(moved))
+        return GroupPlan(layer, nbytes, *moves, rows, merged(moved))
 
-    def _cast(self, run: _Run) -> Iterator[Convert]:
+    def _cast(self, runs: list[Run]) -> Iterator[Convert]:
         """Flat moves of about equal size: a cast without padding does not care for rows."""
-        source = _ITEM_BYTES[run.dtype]
-        elements = (run.stop - run.start) // source
+        target, source = runs[0].target, _ITEM_BYTES[runs[0].dtype]
+        elements = (runs[-1].end - target) // self.item
         most = self.target.move_bytes // max(source, self.item)
         step = ceil(elements / ceil(elements / most))
         step = min(most, step + -step % _ELEMENTS)
-        for first in range(0, elements, step):
-            count = min(step, elements - first)
+        for pieces in portions(runs, step * source):
+            nbytes = sum(stop - start for start, stop in pieces)
             yield Convert(
-                run.start + first * source,
-                count * source,
-                run.dtype,
+                pieces[0][0],
+                nbytes,
+                runs[0].dtype,
                 rows=1,
-                columns=count,
-                target=run.target + first * self.item,
-                row_pitch=count,
+                columns=nbytes // source,
+                target=target,
+                row_pitch=nbytes // source,
+                pieces=tuple(pieces) if len(pieces) > 1 else (),
             )
-
-
-def _merged(moved: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    spans: list[tuple[int, int]] = []
-    for start, stop in sorted(moved):
-        if spans and spans[-1][1] == start:
-            spans[-1] = (spans[-1][0], stop)
-        else:
-            spans.append((start, stop))
-    return tuple(spans)
+            target += nbytes // source * self.item

@@ -84,7 +84,8 @@ def carry_out(group: GroupPlan, file: bytes, dtype: str) -> torch.Tensor:
         data = file[read.file_offset : read.file_offset + read.nbytes]
         write(read.target, torch.frombuffer(bytearray(data), dtype=torch.uint8))
     for convert in group.converts:
-        data = file[convert.file_offset : convert.file_offset + convert.nbytes]
+        data = b"".join(file[start:stop] for start, stop in convert.sources)
+        assert len(data) == convert.nbytes
         source = torch.frombuffer(bytearray(data), dtype=TORCH[convert.source_dtype])
         content = torch.zeros(convert.rows, convert.row_pitch, dtype=TORCH[dtype])
         content[:, : convert.columns] = source.reshape(convert.rows, convert.columns)

@@ -10,7 +10,7 @@ import torch
 
 from core.adapter_files import file_of, plan
 from lorax_async.adapter import AdapterSpec
-from lorax_async.config import Shard
+from lorax_async.config import Limits, Shard
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
 from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Zero
 from lorax_async.core.sharding import Cut, shard_layout
@@ -158,12 +158,37 @@ def test_casts_and_padding_of_a_cut_b() -> None:
 
 def test_casts_and_padding_of_a_cut_a() -> None:
     group, start = planned(row(4), Shard(0, 2), rank=2, dtype="BF16", rank_multiple=8)
-    assert group.converts[:2] == (
-        Convert(start, 8, "F32", rows=1, columns=2, target=0, row_pitch=2),
-        Convert(start + 16, 8, "F32", rows=1, columns=2, target=4, row_pitch=2),
+    pieces = ((start, start + 8), (start + 16, start + 24))
+    assert group.converts[0] == Convert(
+        start, 16, "F32", rows=1, columns=4, target=0, row_pitch=4, pieces=pieces
     )
     assert group.zeros == (Zero(8, 6 * 2 * 2),)
     assert group.rows == (Row(0, 0, 64, 2, 8, 1.0),)
+
+
+def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
+    """A is [4, 64], B [16, 4]; a move holds 256 bytes of F32: two halves of rows, then B."""
+    file, base = adapter(row(64)), layout(row(64))
+    cuts = shard_layout(base, Shard(1, 2)).cuts
+    (group,) = plan(
+        file,
+        SPEC,
+        base,
+        dtype="BF16",
+        cuts=cuts,
+        limits=Limits(max_rank=32),
+        staging_move_bytes=256,
+    ).groups
+    start = len(file) - 4 * 4 * (64 + 16)
+    starts = [start + 256 * n + 128 for n in range(4)]
+    pieces = [(first, first + 128) for first in starts]
+    assert [move.sources for move in group.converts] == [
+        tuple(pieces[:2]),
+        tuple(pieces[2:]),
+        ((start + 1024, start + 1280),),
+    ]
+    assert [move.target for move in group.converts] == [0, 128, 256]
+    assert group.spans == (*pieces[:3], (pieces[3][0], start + 1280))
 
 
 def test_what_many_pieces_take_to_remember_is_counted() -> None:

@@ -79,8 +79,7 @@ def held_by(module: Module, a: torch.Tensor, b: torch.Tensor, shard: Shard) -> l
 
 def moved(group: GroupPlan) -> list[tuple[int, int]]:
     reads = [(read.file_offset, read.file_offset + read.nbytes) for read in group.reads]
-    converts = [(move.file_offset, move.file_offset + move.nbytes) for move in group.converts]
-    return sorted(reads + converts)
+    return sorted(reads + [piece for move in group.converts for piece in move.sources])
 
 
 def check_bytes(groups: Sequence[GroupPlan], file: bytes, wanted: int) -> None:
