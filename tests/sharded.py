@@ -89,7 +89,7 @@ def rows_of(name: str, shard: Shard) -> torch.Tensor:
         return every.chunk(world)[shard.rank]
     if last != "qkv_proj":
         return every
-    q, k, v = every.split([HEADS * HEAD_DIM, GROUPS * HEAD_DIM, GROUPS * HEAD_DIM])
+    q, k, v = every.tensor_split([HEADS * HEAD_DIM, (HEADS + GROUPS) * HEAD_DIM])
     group = shard.rank * GROUPS // world
     pieces = min(world, GROUPS)
     return torch.cat([q.chunk(world)[shard.rank], k.chunk(pieces)[group], v.chunk(pieces)[group]])

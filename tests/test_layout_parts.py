@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,8 +167,9 @@ class Block(nn.Module):
 
     def __init__(self, model_type: str, outputs: int, **facts: int) -> None:
         super().__init__()
-        self.config = transformers.PretrainedConfig(hidden_size=HIDDEN, num_attention_heads=8)
-        self.config.model_type = model_type
+        self.config = SimpleNamespace(
+            model_type=model_type, hidden_size=HIDDEN, num_attention_heads=8
+        )
         attention = nn.ModuleDict(
             {"c_attn": nn.Linear(HIDDEN, outputs), "k_proj": nn.Linear(HIDDEN, 8)}
         )

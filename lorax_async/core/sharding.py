@@ -135,7 +135,8 @@ def _divides(part: Part, world: int) -> bool:
 
 
 def _cut(module: Module, shard: Shard) -> Cut:
-    rows, columns = ((0, module.out_features),), (0, module.in_features)
+    rows: tuple[Range, ...] = ((0, module.out_features),)
+    columns = (0, module.in_features)
     if module.parallel is Parallel.COLUMN:
         parts = module.parts or (Part(module.out_features),)
         starts = accumulate((part.size for part in parts), initial=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from random import Random
 
 import safetensors.torch
@@ -139,8 +139,10 @@ def test_every_rank_has_its_rows_and_columns_and_reads_no_other(
                 assert (row.rank, row.a % ALIGNMENT, row.b % ALIGNMENT) == (rank, 0, 0)
                 assert not a[rank:].any()
                 assert not b[:, rank:].any()
-                full = [saved[f"base_model.model.{module.name}.lora_{x}.weight"] for x in "AB"]
-                expected = held_by(module, *full, shard)
+                full_a, full_b = (
+                    saved[f"base_model.model.{module.name}.lora_{x}.weight"] for x in "AB"
+                )
+                expected = held_by(module, full_a, full_b, shard)
                 assert torch.equal(a[:rank], expected[0].to(TORCH[dtype]))
                 assert torch.equal(b[:, :rank], expected[1].to(TORCH[dtype]))
                 whole.setdefault(module.name, []).append((a[:rank], b[:, :rank]))
@@ -162,8 +164,8 @@ def assert_whole(
             joined = torch.cat([share for share, _ in shares], 1)
             assert torch.equal(joined, a.to(joined.dtype))
         if module.parallel is COLUMN and not any(part.replicable for part in module.parts):
-            sizes = [part.size // len(shares) for part in module.parts] or [len(b) // len(shares)]
-            split = [share.split(sizes) for _, share in shares]
+            ends = [*accumulate(part.size // len(shares) for part in module.parts)][:-1]
+            split = [share.tensor_split(ends) for _, share in shares]
             joined = torch.cat([part for parts in zip(*split, strict=True) for part in parts])
             assert torch.equal(joined, b.to(joined.dtype))
     assert not ranks
