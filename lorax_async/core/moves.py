@@ -208,13 +208,15 @@ class _Group:
 
     def finish(self, layer: int, rows: tuple[Row, ...]) -> GroupPlan:
         reads: list[Read] = []
-        converts = self.padded
+        converts, casts = self.padded, list[Run]()
         moved = [(each.file_offset, each.file_offset + each.nbytes) for each in converts]
         for run in self.runs:
             moved.append((run.start, run.stop))
             if run.dtype == self.target.dtype:
                 reads.append(Read(run.start, run.stop - run.start, run.target))
-        for runs in adjoining([run for run in self.runs if run.dtype != self.target.dtype]):
+            else:
+                casts.append(run)
+        for runs in adjoining(casts):
             converts.extend(self._cast(runs))
         converts.sort(key=attrgetter("file_offset"))
         moves = tuple(reads), tuple(converts), tuple(self.zeros)
@@ -228,16 +230,17 @@ class _Group:
         most = self.target.move_bytes // max(source, self.item)
         step = ceil(elements / ceil(elements / most))
         step = min(most, step + -step % _ELEMENTS)
-        for pieces in portions(runs, step * source):
-            nbytes = sum(stop - start for start, stop in pieces)
+        for first, pieces in zip(
+            range(0, elements, step), portions(runs, step * source), strict=True
+        ):
+            count = min(step, elements - first)
             yield Convert(
                 pieces[0][0],
-                nbytes,
+                count * source,
                 runs[0].dtype,
                 rows=1,
-                columns=nbytes // source,
-                target=target,
-                row_pitch=nbytes // source,
+                columns=count,
+                target=target + first * self.item,
+                row_pitch=count,
                 pieces=tuple(pieces) if len(pieces) > 1 else (),
             )
-            target += nbytes // source * self.item
