@@ -79,7 +79,7 @@ def test_every_rank_has_its_share(
     folder = sharded.write(tmp_path / "a", rank)
 
     async def body(shard: Shard) -> None:
-        small = loader(shard, on=device, dtype=dtype, staging_bytes=8192)
+        small = loader(shard, on=device, dtype=dtype, staging_bytes=4096)
         async with small as there, await there.load(folder) as handle:
             assert_is_the_share(handle, folder, shard)
 
