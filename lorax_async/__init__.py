@@ -9,7 +9,7 @@ import logging
 
 from lorax_async import layouts
 from lorax_async.adapter import AdapterKey, AdapterRef, Merge
-from lorax_async.config import Limits, LoaderConfig, LocalRoot
+from lorax_async.config import Limits, LoaderConfig, LocalRoot, Shard
 from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import (
     AccessDeniedError,
@@ -87,6 +87,7 @@ __all__ = [
     "ModuleWeights",
     "Prefetch",
     "Resident",
+    "Shard",
     "SlotGranted",
     "SlotId",
     "Statistics",

@@ -75,6 +75,26 @@ Root = str | os.PathLike[str] | LocalRoot
 """What names a local root: a plain path says nothing of how its files change."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which of the `world_size` parts of every tensor-parallel module a loader holds: the `rank`th.
+
+    Raises `ConfigError` unless 0 <= rank < world_size.
+    """
+
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        _require_positive("world_size", self.world_size)
+        _require_count("rank", self.rank, least=0)
+        if self.rank >= self.world_size:
+            raise ConfigError(
+                f"rank {self.rank} is outside 0 … {self.world_size - 1}: a world of"
+                f" {self.world_size} counts its ranks from 0"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderConfig:
     """Settings of an `AdapterLoader`.
@@ -86,6 +106,10 @@ class LoaderConfig:
         of servers: host memory behind copies that run late).
     dtype
         What they are stored as there: a torch dtype or its name; None takes the layout's.
+    shard
+        The part of a tensor-parallel base that this process runs, cut as Megatron-LM cuts: of a
+        column-parallel module B's rows are held, of a row-parallel one A's columns, and its delta
+        is added before the all-reduce. Only these bytes are read. None: all of it.
     device_bytes, staging_bytes
         Budgets: the arena, and the buffers in which casts and padding happen (page-locked on cuda,
         where everything passes through them).
@@ -124,6 +148,7 @@ class LoaderConfig:
 
     device: str = "cpu"
     dtype: object | None = None
+    shard: Shard | None = None
     device_bytes: int = 256 * MiB
     host_bytes: int = 256 * MiB
     pinned_bytes: int = 0
@@ -149,6 +174,8 @@ class LoaderConfig:
             raise ConfigError(f"check_finite must be True or False, not {self.check_finite!r}")
         if not isinstance(self.limits, Limits):
             raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")
+        if not isinstance(self.shard, Shard | None):
+            raise ConfigError(f"shard must be Shard(rank, world_size) or None, not {self.shard!r}")
         self._check_numbers()
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         object.__setattr__(self, "local_roots", as_local_roots(self.local_roots))

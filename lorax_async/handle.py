@@ -13,6 +13,7 @@ from typing import NoReturn, Self, SupportsIndex
 import torch
 
 from lorax_async.adapter import AdapterKey
+from lorax_async.config import Shard
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.moves import Row
 from lorax_async.errors import AdapterTimeoutError, LoraxError, UsageError
@@ -29,7 +30,8 @@ class ModuleWeights:
     Attributes
     ----------
     a, b
-        `[rank, in]` and `[out, rank]`: views on the device, valid while the handle is held.
+        `[rank, in]` and `[out, rank]`: views on the device, valid while the handle is held. Of a
+        sharded loader `in` and `out` are the shard's (`loader.held_layout`).
     scale, rank
         As PEFT computes them; the rank is the true one, without padding.
     bias, magnitude
@@ -58,8 +60,11 @@ class AdapterHandle:
         layout: ModelLayout,
         timeout: float,
         share: Callable[[Lease], Lease],
+        shard: Shard | None = None,
     ) -> None:
         self.id = id
+        self.shard = shard
+        """Which part of every tensor-parallel module the weights are; None: they are whole."""
         self._lease = lease
         self._share = share
         lease.id = id
@@ -202,7 +207,9 @@ class AdapterHandle:
             raise UsageError("a handle is cloned on the event loop of its loader")
         lease = self._share(self._lease)
         lease.holder = current_task_name()
-        return type(self)(self.id, lease, self._device, self._layout, self._timeout, self._share)
+        return type(self)(
+            self.id, lease, self._device, self._layout, self._timeout, self._share, self.shard
+        )
 
     def release(self) -> None:
         """Give the lease back. Synchronous, idempotent, from any thread."""

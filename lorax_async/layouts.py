@@ -27,6 +27,7 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     shorten,
 )
+from lorax_async.parts import parts_of
 
 Dtype: TypeAlias = str | torch.dtype | None
 
@@ -38,7 +39,17 @@ _HEADS = frozenset({"lm_head", "embed_out"})
 _COLUMN = _HEADS | {
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"),
     *("q", "k", "v", "query", "key", "value", "query_key_value", "W_pack", "Wqkv", "wqkv"),
-    *("c_attn", "in_proj", "gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in"),
+    *(
+        "c_attn",
+        "q_attn",
+        "in_proj",
+        "gate_proj",
+        "up_proj",
+        "gate_up_proj",
+        "c_fc",
+        "fc1",
+        "fc_in",
+    ),
     *("dense_h_to_4h", "lin1", "w1", "w3", "wi", "wi_0", "wi_1"),
 }
 _ROW = frozenset(
@@ -123,7 +134,7 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     num_layers = max(numbered) + 1
     first = layers.index(numbered[0])
     modules = [
-        _module(name, linear, (-1 if n < first else num_layers) if layer is None else layer)
+        _module(model, name, linear, (-1 if n < first else num_layers) if layer is None else layer)
         for n, ((name, linear), layer) in enumerate(zip(linears.items(), layers, strict=True))
     ]
     common = Counter(linear.weight.dtype for linear in linears.values()).most_common(1)[0][0]
@@ -145,11 +156,14 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _module(name: str, linear: Any, layer: int) -> Module:
+def _module(model: nn.Module, name: str, linear: Any, layer: int) -> Module:
     transposed = not isinstance(linear, nn.Linear)
     # A quantised linear packs its weight: only the module knows its sizes.
     sizes = linear.weight.shape if transposed else (linear.in_features, linear.out_features)
-    return Module(name, int(sizes[0]), int(sizes[1]), layer, _parallel(name), transposed)
+    inputs, outputs = map(int, sizes)
+    parallel = _parallel(name)
+    parts = parts_of(model, name, outputs) if parallel is Parallel.COLUMN else ()
+    return Module(name, inputs, outputs, layer, parallel, transposed, parts)
 
 
 def _parallel(name: str) -> Parallel:

@@ -13,13 +13,9 @@ from typing import Self
 from lorax_async.adapter import AdapterId, AdapterKey, Ref, as_ref, text_of
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
+from lorax_async.core.sharding import shard_layout
 from lorax_async.core.waiters import Tier
-from lorax_async.errors import (
-    ConfigError,
-    LoaderClosedError,
-    LoraxError,
-    UsageError,
-)
+from lorax_async.errors import ConfigError, LoaderClosedError, LoraxError, UsageError
 from lorax_async.events import Event
 from lorax_async.handle import AdapterHandle, current_task_name
 from lorax_async.io.ports import Device, Source
@@ -46,7 +42,7 @@ class AdapterLoader:
     Raises
     ------
     ConfigError
-        On another platform than Linux, or for settings that do not fit each other.
+        On another platform than Linux, or for settings that do not fit each other or the layout.
 
     Use it as an async context manager. It belongs to the event loop and the process that entered
     it; other threads reach it by `asyncio.run_coroutine_threadsafe`.
@@ -64,6 +60,9 @@ class AdapterLoader:
             raise ConfigError("lorax_async runs on Linux only")
         self.layout = layout
         self.config = (config or LoaderConfig()).resolved(layout.dtype)
+        self._sharding = shard_layout(layout, self.config.shard)
+        self.held_layout = self._sharding.held
+        """The layout's modules in the sizes that the config's shard has."""
         self._source = source
         self._device = device
         self._home = Home()
@@ -74,7 +73,7 @@ class AdapterLoader:
     async def __aenter__(self) -> Self:
         self._home.enter()
         try:
-            self._machinery = Machinery(self.layout, self.config, self._source, self._device)
+            self._machinery = Machinery(self._sharding, self.config, self._source, self._device)
             await self._machinery.open(self._check_open)
         except BaseException:
             self._home.leave()
@@ -184,7 +183,8 @@ class AdapterLoader:
     def _handle(self, ref: Ref, lease: Lease) -> AdapterHandle:
         lease.holder = current_task_name()
         share, timeout = self._driver.interest.share, self.config.timeout
-        return AdapterHandle(text_of(ref), lease, self._driver.device, self.layout, timeout, share)
+        device, shard = self._driver.device, self.config.shard
+        return AdapterHandle(text_of(ref), lease, device, self.layout, timeout, share, shard)
 
     # -- room -------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from lorax_async import layouts
 from lorax_async.config import Limits
-from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
 from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
@@ -48,20 +49,20 @@ def gpt2() -> transformers.GPT2Config:
 
 
 def by_hand_llama() -> list[Module]:
-    """From the published shapes of the architecture: out × in of each weight."""
-    layer = [
-        ("self_attn.q_proj", 32, 32, COLUMN),
-        ("self_attn.k_proj", 32, 16, COLUMN),
-        ("self_attn.v_proj", 32, 16, COLUMN),
+    """From the published shapes of the architecture: out × in of each weight, heads of 8."""
+    layer: list[Any] = [
+        ("self_attn.q_proj", 32, 32, COLUMN, Part(32, 8)),
+        ("self_attn.k_proj", 32, 16, COLUMN, Part(16, 8, replicable=True)),
+        ("self_attn.v_proj", 32, 16, COLUMN, Part(16, 8, replicable=True)),
         ("self_attn.o_proj", 32, 32, ROW),
         ("mlp.gate_proj", 32, 40, COLUMN),
         ("mlp.up_proj", 32, 40, COLUMN),
         ("mlp.down_proj", 40, 32, ROW),
     ]
     modules = [
-        Module(f"model.layers.{n}.{name}", inputs, outputs, n, kind)
+        Module(f"model.layers.{n}.{name}", inputs, outputs, n, kind, parts=tuple(parts))
         for n in range(3)
-        for name, inputs, outputs, kind in layer
+        for name, inputs, outputs, kind, *parts in layer
     ]
     return [*modules, Module("lm_head", 32, 48, 3, COLUMN)]
 
@@ -82,8 +83,9 @@ def test_a_bare_llama() -> None:
 def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
     layout = layouts.from_module(transformers.GPT2LMHeadModel(gpt2()))
     assert layout.backbone_prefix == "transformer."
+    thirds = Part(32, 8), Part(32, 8, True), Part(32, 8, True)
     first = [
-        Module("transformer.h.0.attn.c_attn", 32, 96, 0, COLUMN, transposed=True),
+        Module("transformer.h.0.attn.c_attn", 32, 96, 0, COLUMN, transposed=True, parts=thirds),
         Module("transformer.h.0.attn.c_proj", 32, 32, 0, ROW, transposed=True),
         Module("transformer.h.0.mlp.c_fc", 32, 128, 0, COLUMN, transposed=True),
         Module("transformer.h.0.mlp.c_proj", 128, 32, 0, ROW, transposed=True),
@@ -145,12 +147,8 @@ def test_folders_that_are_no_base(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no config.json"):
             layouts.from_pretrained(folder)
     config = tmp_path / "config.json"
-    for text in (
-        "{",
-        "{}",
-        '{"model_type": "no such"}',
-        '{"model_type": "t5", "dtype": "bfloat16"}',
-    ):
+    wrong = ("{", "{}", '{"model_type": "no such"}', '{"model_type": "t5", "dtype": "bfloat16"}')
+    for text in wrong:
         config.write_text(text)
         with pytest.raises(ConfigError, match="transformers cannot build"):
             layouts.from_pretrained(tmp_path)
@@ -210,8 +208,9 @@ def test_an_adapter_by_peft(tmp_path: Path) -> None:
         tmp_path, r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}
     )
     layout = layouts.from_adapter(tmp_path)
-    wanted = {m for m in by_hand_llama() if m.name.endswith(("q_proj", "down_proj"))}
-    assert set(layout.modules) == wanted
+    wanted = [m for m in by_hand_llama() if m.name.endswith(("q_proj", "down_proj"))]
+    wanted = [replace(m, parts=()) for m in wanted]  # it does not say of how many heads
+    assert set(layout.modules) == set(wanted)
     assert (layout.num_layers, layout.dtype, layout.backbone_prefix) == (3, "F32", "")
     assert layouts.from_adapter(str(tmp_path)) == layout
 

@@ -60,13 +60,18 @@ _ENTRY = re.compile(r"\{[^{}]{0,65534}\}")
 
 
 class TensorSpan(NamedTuple):
-    """Where one tensor lies: `start` and `stop` count bytes from the beginning of the file."""
+    """Where one tensor lies: `start` and `stop` count bytes from the beginning of the file.
+
+    Where only some of its bytes are meant (a shard's), `pieces` are these, each [start, stop), and
+    `shape` is what they make. A header's spans have none.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    pieces: tuple[tuple[int, int], ...] = ()
 
     @property
     def nbytes(self) -> int:

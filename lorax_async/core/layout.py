@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from hashlib import sha256
@@ -24,11 +24,13 @@ class Parallel(Enum):
 class Part:
     """Features of a module's output that tensor parallelism cuts by themselves: a fused q, say.
 
-    `unit` features stay together, as those of one attention head do.
+    `unit` features stay together, as those of one attention head do. Where ranks outnumber the
+    units, several hold the same one if it is `replicable`, as heads of k and v are.
     """
 
     size: int
     unit: int = 1
+    replicable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +134,25 @@ class ModelLayout:
         for m in self.modules:
             words += [ascii(m.name), str(m.in_features), str(m.out_features), str(m.layer)]
             words += [m.parallel.value, str(m.transposed), str(m.embedding)]
-            words += [f"{part.size}/{part.unit}" for part in m.parts]
+            words += [f"{part.size}/{part.unit}/{part.replicable}" for part in m.parts]
         return sha256("\0".join(words).encode()).hexdigest()[:16]
+
+    def replicate(self, *names: str) -> ModelLayout:
+        """Return this layout with modules that every rank holds whole, as small ones may be.
+
+        A name is a module's path, or its last words ("lm_head", "attn.c_attn"). Raises
+        `ConfigError` for one that no module has.
+        """
+        for name in names:
+            if not any(_ends_with(module.name, name) for module in self.modules):
+                raise ConfigError(f"layout: no module is called {name!r}")
+        whole = tuple(
+            replace(module, parallel=Parallel.REPLICATED)
+            if any(_ends_with(module.name, name) for name in names)
+            else module
+            for module in self.modules
+        )
+        return replace(self, modules=whole)
 
     def index(self, name: str) -> int:
         """The position of the module of this name; KeyError where the base has none."""
@@ -148,3 +167,7 @@ class ModelLayout:
         index = self._index
         found = index.get(path)
         return index.get(self.backbone_prefix + path) if found is None else found
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from lorax_async.core.header import TensorSpan
 from lorax_async.core.pairing import Pair
+from lorax_async.core.runs import Run, adjoining, merged, portions
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Moves are cut at multiples of this, so that every piece but the last starts on a cache line.
@@ -31,7 +32,8 @@ class Convert:
     """`rows` of `columns` elements of the file, cast to the plan's dtype, at `target`.
 
     `nbytes` are the file's. On the device each row takes `row_pitch` ≥ `columns` elements, and what
-    is beyond the columns is zero: the move writes all of `rows * row_pitch` elements.
+    is beyond the columns is zero: the move writes all of `rows * row_pitch` elements. Where they do
+    not follow each other in the file, `pieces` are where they lie, each [start, stop).
     """
 
     file_offset: int
@@ -41,6 +43,12 @@ class Convert:
     columns: int
     target: int
     row_pitch: int
+    pieces: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sources(self) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of the file, in the order of the elements."""
+        return self.pieces or ((self.file_offset, self.file_offset + self.nbytes),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +125,6 @@ def plan_group(layer: int, pairs: list[Pair], target: Target) -> GroupPlan:
     return group.finish(layer, rows)
 
 
-@dataclass(slots=True)
-class _Run:
-    """Whole tensors that adjoin in the file and on the device, to be moved as one."""
-
-    dtype: str
-    start: int
-    stop: int
-    target: int
-    end: int
-
-
 class _Group:
     """Gives each tensor the next aligned bytes of a group's extent, and collects the moves."""
 
@@ -135,7 +132,7 @@ class _Group:
         self.target = target
         self.item = _ITEM_BYTES[target.dtype]
         self.end = 0
-        self.runs: list[_Run] = []
+        self.runs: list[Run] = []
         self.padded: list[Convert] = []
         self.zeros: list[Zero] = []
 
@@ -148,7 +145,7 @@ class _Group:
         starts = [span.start for span in spans]
         offsets = [0] * len(spans)
         dtype, alignment, _, _ = self.target
-        run = _Run("", -1, -1, -1, -1)
+        run = Run("", -1, -1, -1, -1)
         end = 0
         for n in sorted(range(len(spans)), key=starts.__getitem__):
             span = spans[n]
@@ -157,6 +154,9 @@ class _Group:
                 pad = self._pad_rows if n < len(spans) // 2 else self._pad_columns
                 end = pad(span, offset)
                 continue
+            if span.pieces:
+                end = self._place_pieces(span, offset)
+                continue
             start, stop, source = starts[n], span.stop, span.dtype
             end = offset + stop - start
             if source != dtype:
@@ -164,79 +164,83 @@ class _Group:
             if run.stop == start and run.end == offset and run.dtype == source:
                 run.stop, run.end = stop, end
             else:
-                run = _Run(source, start, stop, offset, end)
+                run = Run(source, start, stop, offset, end)
                 self.runs.append(run)
         self.end = end
         return offsets
 
+    def _place_pieces(self, span: TensorSpan, offset: int) -> int:
+        """A run for each, one after the other from `offset` on."""
+        for start, stop in span.pieces or ((span.start, span.stop),):
+            end = offset + (stop - start) * self.item // _ITEM_BYTES[span.dtype]
+            self.runs.append(Run(span.dtype, start, stop, offset, end))
+            offset = end
+        return offset
+
     def _pad_rows(self, a: TensorSpan, offset: int) -> int:
         rows, columns = a.shape
-        end = offset + rows * columns * self.item
-        self.runs.append(_Run(a.dtype, a.start, a.stop, offset, end))
+        end = self._place_pieces(a, offset)
         nbytes = -rows % self.target.rank_multiple * columns * self.item
         self.zeros.append(Zero(end, nbytes))
         return end + nbytes
 
     def _pad_columns(self, b: TensorSpan, offset: int) -> int:
-        rows, columns = b.shape
+        columns = b.shape[1]
         pitch = columns + -columns % self.target.rank_multiple
-        source = _ITEM_BYTES[b.dtype]
-        step = self.target.move_bytes // max(columns * source, pitch * self.item)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            self.padded.append(
-                Convert(
-                    b.start + first * columns * source,
-                    count * columns * source,
-                    b.dtype,
-                    rows=count,
-                    columns=columns,
-                    target=offset + first * pitch * self.item,
-                    row_pitch=pitch,
+        nbytes = columns * _ITEM_BYTES[b.dtype]
+        step = self.target.move_bytes // max(nbytes, pitch * self.item)
+        for start, stop in b.pieces or ((b.start, b.stop),):
+            for first in range(start, stop, step * nbytes):
+                rows = min(step, (stop - first) // nbytes)
+                self.padded.append(
+                    Convert(
+                        first,
+                        rows * nbytes,
+                        b.dtype,
+                        rows=rows,
+                        columns=columns,
+                        target=offset,
+                        row_pitch=pitch,
+                    )
                 )
-            )
-        return offset + rows * pitch * self.item
+                offset += rows * pitch * self.item
+        return offset
 
     def finish(self, layer: int, rows: tuple[Row, ...]) -> GroupPlan:
         reads: list[Read] = []
-        converts = self.padded
+        converts, casts = self.padded, list[Run]()
         moved = [(each.file_offset, each.file_offset + each.nbytes) for each in converts]
         for run in self.runs:
             moved.append((run.start, run.stop))
             if run.dtype == self.target.dtype:
                 reads.append(Read(run.start, run.stop - run.start, run.target))
             else:
-                converts.extend(self._cast(run))
+                casts.append(run)
+        for runs in adjoining(casts):
+            converts.extend(self._cast(runs))
         converts.sort(key=attrgetter("file_offset"))
         moves = tuple(reads), tuple(converts), tuple(self.zeros)
         nbytes = self.end + -self.end % self.target.alignment
-        return GroupPlan(layer, nbytes, *moves, rows, _merged(moved))
+        return GroupPlan(layer, nbytes, *moves, rows, merged(moved))
 
-    def _cast(self, run: _Run) -> Iterator[Convert]:
+    def _cast(self, runs: list[Run]) -> Iterator[Convert]:
         """Flat moves of about equal size: a cast without padding does not care for rows."""
-        source = _ITEM_BYTES[run.dtype]
-        elements = (run.stop - run.start) // source
+        target, source = runs[0].target, _ITEM_BYTES[runs[0].dtype]
+        elements = (runs[-1].end - target) // self.item
         most = self.target.move_bytes // max(source, self.item)
         step = ceil(elements / ceil(elements / most))
         step = min(most, step + -step % _ELEMENTS)
-        for first in range(0, elements, step):
+        for first, pieces in zip(
+            range(0, elements, step), portions(runs, step * source), strict=True
+        ):
             count = min(step, elements - first)
             yield Convert(
-                run.start + first * source,
+                pieces[0][0],
                 count * source,
-                run.dtype,
+                runs[0].dtype,
                 rows=1,
                 columns=count,
-                target=run.target + first * self.item,
+                target=target + first * self.item,
                 row_pitch=count,
+                pieces=tuple(pieces) if len(pieces) > 1 else (),
             )
-
-
-def _merged(moved: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    spans: list[tuple[int, int]] = []
-    for start, stop in sorted(moved):
-        if spans and spans[-1][1] == start:
-            spans[-1] = (spans[-1][0], stop)
-        else:
-            spans.append((start, stop))
-    return tuple(spans)

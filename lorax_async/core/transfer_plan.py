@@ -6,6 +6,7 @@ not fit is cast, or padded to a multiple of the rank. The executor owns buffers,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
@@ -17,6 +18,7 @@ from lorax_async.core.layout import ModelLayout
 from lorax_async.core.life import Needs
 from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Target, Zero, plan_group
 from lorax_async.core.pairing import pair_tensors
+from lorax_async.core.sharding import Cut, cut_pairs
 from lorax_async.errors import ConfigError, UnsupportedAdapterError
 
 __all__ = ["Convert", "GroupPlan", "Read", "Row", "TransferPlan", "Zero", "plan_transfer"]
@@ -62,6 +64,7 @@ def plan_transfer(
     rank_multiple: int,
     limits: Limits,
     staging_move_bytes: int,
+    cuts: Sequence[Cut] = (),
 ) -> TransferPlan:
     """Plan how the adapter of this header and config reaches a device.
 
@@ -76,6 +79,8 @@ def plan_transfer(
         The largest rank, file and sum of extents accepted.
     staging_move_bytes
         The most bytes that one `Convert` reads, and the most that it writes.
+    cuts
+        What a rank holds of each of the layout's modules (`Sharding.cuts`); empty: all of it.
 
     Raises
     ------
@@ -93,6 +98,8 @@ def plan_transfer(
     file_bytes = header.tensors[-1].stop if header.tensors else header.data_start
     _check_size(file_bytes, "in its file", limits)
     pairs = pair_tensors(header, spec, layout, limits)
+    if cuts:
+        pairs = cut_pairs(pairs, cuts)
     groups = tuple(
         plan_group(layer, list(members), target)
         for layer, members in groupby(pairs, key=attrgetter("layer"))
@@ -108,7 +115,7 @@ def _needs(groups: tuple[GroupPlan, ...], file_bytes: int) -> Needs:
         tuple(group.nbytes for group in groups),
         tuple(sorted(range(len(groups)), key=lambda n: groups[n].spans[:1])),
         file_nbytes=file_bytes,
-        weight=sum(len(group.rows) for group in groups),
+        weight=sum(max(len(group.rows), len(group.spans)) for group in groups),
     )
 
 

@@ -84,6 +84,7 @@ def _moved(convert: Convert, target: int) -> Convert:
         convert.columns,
         target,
         convert.row_pitch,
+        convert.pieces,
     )
 
 

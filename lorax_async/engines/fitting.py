@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorax_async.config import DTYPES
+from lorax_async.config import DTYPES, Shard
 from lorax_async.core.layout import ModelLayout, Module
 from lorax_async.errors import ConfigError
 
 _SHOWN = 3
 
 
-def linears_of(model: nn.Module, layout: ModelLayout) -> list[nn.Module]:
-    """The model's module for each of the layout's; raises ConfigError naming those that differ."""
+def linears_of(model: nn.Module, layout: ModelLayout, shard: Shard | None) -> list[nn.Module]:
+    """The model's module for each of the layout's; raises ConfigError naming those that differ.
+
+    `shard` is what the layout's sizes are of.
+    """
     found = dict(model.named_modules())
     problems = [
         problem
@@ -25,9 +28,14 @@ def linears_of(model: nn.Module, layout: ModelLayout) -> list[nn.Module]:
     ]
     if problems:
         more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+        base = "the loader's base" if shard is None else f"the {shard} that the loader holds"
+        remedy = (
+            "make the layout with layouts.from_module(model)"
+            if shard is None
+            else "for a whole model make the loader without a shard"
+        )
         raise ConfigError(
-            f"the model is not the loader's base: {'; '.join(problems[:_SHOWN])}{more}; make the "
-            "layout with layouts.from_module(model)"
+            f"the model is not {base}: {'; '.join(problems[:_SHOWN])}{more}; {remedy}"
         )
     return [found[module.name] for module in layout.modules]
 

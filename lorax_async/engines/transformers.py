@@ -50,8 +50,8 @@ def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
     Parameters
     ----------
     model
-        The base that `loader.layout` describes: `nn.Linear` and transformers' `Conv1D` modules,
-        whose inputs are `[rows, tokens, features]`.
+        The base that `loader.held_layout` describes: `nn.Linear` and transformers' `Conv1D`
+        modules, whose inputs are `[rows, tokens, features]`.
     loader
         Open; its adapters' dtype must be what the model computes in.
 
@@ -66,12 +66,12 @@ def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
     """
     device = loader.device
     place = Place(cast(Tables, device), asyncio.get_running_loop())
-    linears = linears_of(model, loader.layout)
+    linears = linears_of(model, loader.held_layout, loader.config.shard)
     require_dtype(linears, str(loader.config.dtype))
     require_device(linears, place.tables.rank.device)
     if any(isinstance(vars(linear).get("forward"), AdaptedForward) for linear in linears):
         raise UsageError("the model has adapters attached already; detach them first")
-    return Attached(linears, loader.layout.modules, device, place)
+    return Attached(linears, loader.held_layout.modules, device, place)
 
 
 class Attached:

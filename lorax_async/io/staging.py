@@ -43,7 +43,11 @@ class Buffer:
         for move in moves:
             if move.nbytes > len(self.memory):
                 raise InternalError(f"a move of {move.nbytes} bytes exceeds its buffer")
-            reader.read_into([self.memory[: move.nbytes]], move.file_offset)
+            first = 0
+            for start, stop in move.sources:
+                last = first + stop - start
+                reader.read_into([self.memory[first:last]], start)
+                first = last
             _cast(self.tensor, move, TORCH_DTYPES[dtype], target)
 
 

@@ -14,12 +14,12 @@ import torch
 
 from lorax_async.adapter import Ref, text_of
 from lorax_async.config import LoaderConfig
-from lorax_async.core.layout import ModelLayout
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.policies import policy
 from lorax_async.core.queues import COPIES_AHEAD
 from lorax_async.core.residency import HostBudget, ImageBudget, Residency
 from lorax_async.core.settling import Budgets, Pace
+from lorax_async.core.sharding import Sharding
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import LoaderClosedError
 from lorax_async.io.devices import make_device
@@ -65,16 +65,16 @@ class Machinery:
 
     def __init__(
         self,
-        layout: ModelLayout,
+        sharding: Sharding,
         config: LoaderConfig,
         source: Source | None,
         device: Device | None,
     ) -> None:
         assert config.storage_dtype is not None
-        self._layout = layout
+        self._sharding = sharding
         self._config = config
         self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
-        self._device = device or make_device(layout, config)
+        self._device = device or make_device(sharding.held, config)
         self._source = source or LocalSource(
             roots=config.local_roots, limits=config.limits, threads=self._metadata
         )
@@ -107,7 +107,7 @@ class Machinery:
 
     def _assemble(self, memory: _Memory) -> None:
         config, device, staging = self._config, self._device, memory.staging
-        names = [module.name for module in self._layout.modules]
+        names = [module.name for module in self._sharding.held.modules]
         self.driver = Driver(
             Lifecycle(
                 self._budgets(memory),
@@ -115,15 +115,15 @@ class Machinery:
             ),
             source=MergedSource(
                 self._source,
-                self._layout,
-                dtype=config.storage_dtype or self._layout.dtype,
+                self._sharding.whole,
+                dtype=config.storage_dtype or self._sharding.whole.dtype,
                 limits=config.limits,
                 threads=self._metadata,
             ),
             device=device,
             transfer=Transfer(device, staging, names, check_finite=config.check_finite),
-            planner=Planner(self._layout, config, device, move_bytes=staging.move_bytes),
-            num_layers=self._layout.num_layers,
+            planner=Planner(self._sharding, config, device, move_bytes=staging.move_bytes),
+            num_layers=self._sharding.held.num_layers,
             io_threads=config.io_threads,
             metadata_threads=self._metadata,
             images=memory.images,

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 from lorax_async.config import LoaderConfig
 from lorax_async.core.header import HeaderLimits, parse_header
-from lorax_async.core.layout import ModelLayout
 from lorax_async.core.peft_config import parse_config
+from lorax_async.core.sharding import Sharding
 from lorax_async.core.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.io.ports import AdapterFile, Device
 
@@ -21,16 +21,16 @@ REMEMBERED_PLANS = 32
 
 
 class Planner:
-    """Plans adapters for one layout, dtype and device.
+    """Plans adapters for one layout, shard, dtype and device.
 
     A plan follows from config, header and size alone, and adapters that were trained alike differ
     in none of them; so the last plans are remembered by exactly these bytes.
     """
 
     def __init__(
-        self, layout: ModelLayout, config: LoaderConfig, device: Device, *, move_bytes: int
+        self, sharding: Sharding, config: LoaderConfig, device: Device, *, move_bytes: int
     ) -> None:
-        self._layout = layout
+        self._sharding = sharding
         self._limits = config.limits
         self._dtype = config.storage_dtype
         self._alignment = device.alignment
@@ -60,10 +60,11 @@ class Planner:
         return plan_transfer(
             header,
             spec,
-            self._layout,
+            self._sharding.whole,
             dtype=self._dtype,
             alignment=self._alignment,
             rank_multiple=self._rank_multiple,
             limits=self._limits,
             staging_move_bytes=self._move_bytes,
+            cuts=self._sharding.cuts,
         )

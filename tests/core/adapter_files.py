@@ -12,6 +12,7 @@ from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
 from lorax_async.core.header import parse_header
 from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.core.sharding import Cut
 from lorax_async.core.transfer_plan import GroupPlan, TransferPlan, plan_transfer
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,6 +54,7 @@ def plan(
     rank_multiple: int = 1,
     limits: Limits = Limits(),
     staging_move_bytes: int = 1 << 20,
+    cuts: Sequence[Cut] = (),
 ) -> TransferPlan:
     return plan_transfer(
         parse_header(file, len(file)),
@@ -63,6 +65,7 @@ def plan(
         rank_multiple=rank_multiple,
         limits=limits,
         staging_move_bytes=staging_move_bytes,
+        cuts=cuts,
     )
 
 
@@ -81,7 +84,8 @@ def carry_out(group: GroupPlan, file: bytes, dtype: str) -> torch.Tensor:
         data = file[read.file_offset : read.file_offset + read.nbytes]
         write(read.target, torch.frombuffer(bytearray(data), dtype=torch.uint8))
     for convert in group.converts:
-        data = file[convert.file_offset : convert.file_offset + convert.nbytes]
+        data = b"".join(file[start:stop] for start, stop in convert.sources)
+        assert len(data) == convert.nbytes
         source = torch.frombuffer(bytearray(data), dtype=TORCH[convert.source_dtype])
         content = torch.zeros(convert.rows, convert.row_pitch, dtype=TORCH[dtype])
         content[:, : convert.columns] = source.reshape(convert.rows, convert.columns)

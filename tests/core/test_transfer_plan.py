@@ -76,8 +76,8 @@ def check_moves(made: TransferPlan, file: bytes, most: int) -> None:
     for group in made.groups:
         assert group.nbytes % ALIGNMENT == 0
         moved = [(read.file_offset, read.nbytes) for read in group.reads]
-        moved += [(convert.file_offset, convert.nbytes) for convert in group.converts]
-        for first, last in ((offset, offset + nbytes) for offset, nbytes in moved):
+        ranges = [(offset, offset + nbytes) for offset, nbytes in moved]
+        for first, last in ranges + [each for move in group.converts for each in move.sources]:
             assert any(start <= first and last <= stop for start, stop in group.spans)
         for convert in group.converts:
             assert convert.nbytes <= most

@@ -1,0 +1,261 @@
+"""Shards by hand: which rows and columns a rank holds, at which bytes of the file, and refusals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from core.adapter_files import file_of, plan
+from lorax_async.adapter import AdapterSpec
+from lorax_async.config import Limits, Shard
+from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
+from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Zero
+from lorax_async.core.sharding import Cut, shard_layout
+from lorax_async.errors import ConfigError, IncompatibleAdapterError
+
+COLUMN, ROW, REPLICATED = Parallel
+SPEC = AdapterSpec(rank=4, alpha=4.0)
+
+
+def layout(*modules: Module) -> ModelLayout:
+    return ModelLayout(modules, 1, "F32")
+
+
+def column(outputs: int, *parts: Part, name: str = "layers.0.up_proj", inputs: int = 16) -> Module:
+    return Module(name, inputs, outputs, 0, COLUMN, parts=parts)
+
+
+def row(inputs: int, name: str = "layers.0.down_proj") -> Module:
+    return Module(name, inputs, 16, 0, ROW)
+
+
+def adapter(*modules: Module, rank: int = 4) -> bytes:
+    tensors = []
+    for module in modules:
+        stem = f"base_model.model.{module.name}.lora_"
+        tensors.append((f"{stem}A.weight", torch.randn(rank, module.in_features)))
+        tensors.append((f"{stem}B.weight", torch.randn(module.out_features, rank)))
+    return file_of(tensors)
+
+
+def planned(
+    module: Module, shard: Shard, *, rank: int = 4, dtype: str = "F32", rank_multiple: int = 1
+) -> tuple[GroupPlan, int]:
+    """The plan of an adapter of this one module, and where its tensors begin in the file."""
+    file, base = adapter(module, rank=rank), layout(module)
+    made = plan(
+        file,
+        AdapterSpec(rank=rank, alpha=float(rank)),
+        base,
+        dtype=dtype,
+        rank_multiple=rank_multiple,
+        cuts=shard_layout(base, shard).cuts,
+    )
+    (group,) = made.groups
+    return group, len(file) - 4 * rank * (module.in_features + module.out_features)
+
+
+# -- what is held ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard", [None, Shard(0, 1)])
+def test_a_world_of_one_holds_everything_as_it_is(shard: Shard | None) -> None:
+    """Also what no larger world could share."""
+    base = layout(column(7, name="layers.0.c_attn"), row(5))
+    sharding = shard_layout(base, shard)
+    assert sharding.whole is sharding.held is base
+    assert sharding.cuts == ()
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "rows"),
+    [
+        # 8 heads of q and 2 of k and v, of 4 features: k begins at 32, v at 40.
+        (0, 2, ((0, 16), (32, 36), (40, 44))),
+        (1, 2, ((16, 32), (36, 40), (44, 48))),
+        # Twice as many ranks as heads of k: ranks 0 and 1 hold the first, 2 and 3 the second.
+        (1, 4, ((8, 16), (32, 36), (40, 44))),
+        (2, 4, ((16, 24), (36, 40), (44, 48))),
+        (3, 8, ((12, 16), (32, 36), (40, 44))),
+        (4, 8, ((16, 20), (36, 40), (44, 48))),
+    ],
+)
+def test_q_k_and_v_are_cut_by_heads(rank: int, world: int, rows: tuple[tuple[int, int]]) -> None:
+    fused = column(48, Part(32, 4), Part(8, 4, True), Part(8, 4, True))
+    sharding = shard_layout(layout(fused), Shard(rank, world))
+    assert sharding.cuts == (Cut(rows, (0, 16)),)
+    (held,) = sharding.held.modules
+    size = 32 // world
+    kept = Part(4, 4, True)
+    assert held.parts == (Part(size, 4), kept, kept)
+    assert (held.in_features, held.out_features) == (16, size + 8)
+
+
+def test_modules_of_every_kind() -> None:
+    whole = Module("layers.0.gate", 3, 5, 0, REPLICATED)
+    head = Module("lm_head", 16, 30, 1, COLUMN)
+    tokens = Module("embed", 30, 16, -1, ROW, embedding=True)
+    base = layout(column(12), row(9), whole, head, tokens)
+    sharding = shard_layout(base, Shard(2, 3))
+    assert sharding.cuts == (
+        Cut(((0, 16),), (20, 30)),
+        Cut(((8, 12),), (0, 16)),
+        Cut(((0, 16),), (6, 9)),
+        Cut(((0, 5),), (0, 3)),
+        Cut(((20, 30),), (0, 16)),
+    )
+    sizes = [(held.in_features, held.out_features) for held in sharding.held.modules]
+    assert sizes == [(10, 16), (16, 4), (3, 16), (3, 5), (16, 10)]
+    assert [held.name for held in sharding.held.modules] == [m.name for m in base.modules]
+    assert sharding.held.fingerprint != base.fingerprint
+
+
+# -- what is read ---------------------------------------------------------------------------------
+
+
+def test_rows_of_b_are_one_range_for_each_part() -> None:
+    """A is [4, 16], 256 bytes; B's rows of four F32 take 16 each and come after it."""
+    group, start = planned(column(12, Part(8), Part(4)), Shard(1, 2))
+    b = start + 256
+    assert group.reads == (
+        Read(start, 256, 0),
+        Read(b + 4 * 16, 64, 256),
+        Read(b + 10 * 16, 32, 320),
+    )
+    assert group.spans == ((start, b), (b + 64, b + 128), (b + 160, b + 192))
+    assert (group.nbytes, group.converts, group.zeros) == (384, (), ())
+    assert group.rows == (Row(0, 0, 256, 4, 4, 1.0),)
+
+
+def test_columns_of_a_are_a_piece_of_each_row() -> None:
+    """A is [4, 24]: rows of 96 bytes, of which the second of three ranks has bytes 32 to 64."""
+    group, start = planned(row(24), Shard(1, 3))
+    pieces = tuple(Read(start + 96 * n + 32, 32, 32 * n) for n in range(4))
+    assert group.reads == (*pieces, Read(start + 384, 256, 128))
+    assert group.spans == (
+        *((start + 96 * n + 32, start + 96 * n + 64) for n in range(4)),
+        (start + 384, start + 640),
+    )
+    assert (group.nbytes, group.rows) == (384, (Row(0, 0, 128, 4, 4, 1.0),))
+
+
+def test_casts_and_padding_of_a_cut_b() -> None:
+    """Rank 3 becomes 8: rows of three F32 become rows of eight BF16."""
+    group, start = planned(
+        column(4, Part(2), Part(2)), Shard(1, 2), rank=3, dtype="BF16", rank_multiple=8
+    )
+    assert group.converts == (
+        Convert(start, 192, "F32", rows=1, columns=48, target=0, row_pitch=48),
+        Convert(start + 192 + 12, 12, "F32", rows=1, columns=3, target=256, row_pitch=8),
+        Convert(start + 192 + 36, 12, "F32", rows=1, columns=3, target=272, row_pitch=8),
+    )
+    assert group.zeros == (Zero(96, 5 * 16 * 2),)
+    assert (group.reads, group.rows) == ((), (Row(0, 0, 256, 3, 8, 1.0),))
+
+
+def test_casts_and_padding_of_a_cut_a() -> None:
+    group, start = planned(row(4), Shard(0, 2), rank=2, dtype="BF16", rank_multiple=8)
+    pieces = ((start, start + 8), (start + 16, start + 24))
+    assert group.converts[0] == Convert(
+        start, 16, "F32", rows=1, columns=4, target=0, row_pitch=4, pieces=pieces
+    )
+    assert group.zeros == (Zero(8, 6 * 2 * 2),)
+    assert group.rows == (Row(0, 0, 64, 2, 8, 1.0),)
+
+
+def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
+    """A is [4, 64], B [16, 4]; a move holds 256 bytes of F32: two halves of rows, then B."""
+    file, base = adapter(row(64)), layout(row(64))
+    cuts = shard_layout(base, Shard(1, 2)).cuts
+    (group,) = plan(
+        file,
+        SPEC,
+        base,
+        dtype="BF16",
+        cuts=cuts,
+        limits=Limits(max_rank=32),
+        staging_move_bytes=256,
+    ).groups
+    start = len(file) - 4 * 4 * (64 + 16)
+    starts = [start + 256 * n + 128 for n in range(4)]
+    pieces = [(first, first + 128) for first in starts]
+    assert [move.sources for move in group.converts] == [
+        tuple(pieces[:2]),
+        tuple(pieces[2:]),
+        ((start + 1024, start + 1280),),
+    ]
+    assert [move.target for move in group.converts] == [0, 128, 256]
+    assert group.spans == (*pieces[:3], (pieces[3][0], start + 1280))
+
+
+def test_what_many_pieces_take_to_remember_is_counted() -> None:
+    base = layout(row(24))
+    file = adapter(*base.modules)
+    whole = plan(file, SPEC, base)
+    cut = plan(file, SPEC, base, cuts=shard_layout(base, Shard(0, 3)).cuts)
+    assert [made.needs(holdable=False).weight for made in (whole, cut)] == [1, 5]
+
+
+def test_a_file_is_checked_against_the_whole_base() -> None:
+    """An adapter of a rank's sizes is none of this base's."""
+    base = layout(column(12))
+    file = adapter(column(6))
+    with pytest.raises(IncompatibleAdapterError, match=r"16 → 6, the base's is 16 → 12"):
+        plan(file, SPEC, base, cuts=shard_layout(base, Shard(0, 2)).cuts)
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+KNOWS_HEADS = "take a layout that knows them (layouts.from_pretrained)"
+
+
+@pytest.mark.parametrize(
+    ("module", "world", "texts"),
+    [
+        (
+            Module("lm_head", 16, 50257, 1, COLUMN),
+            2,
+            ["'lm_head'", "50,257 output", "2 ranks", "layout.replicate('lm_head')"],
+        ),
+        (row(10), 4, ["'layers.0.down_proj'", "10 input features", "4 ranks", "'down_proj'"]),
+        (column(48, Part(32, 8), Part(16)), 8, ["a part of 4 × 8 output features", "8 ranks"]),
+        (column(8, Part(8, 4, True)), 3, ["a part of 2 × 4 output", "another world_size"]),
+        (column(24, Part(24, 4, True)), 4, ["a part of 6 × 4 output", "4 ranks"]),
+        (column(6, name="layers.0.k_proj"), 4, ["6 output features", KNOWS_HEADS]),
+        (column(24, name="layers.0.qkv_proj"), 2, ["'layers.0.qkv_proj' may be fused", "parts"]),
+        (column(24, name="layers.0.c_attn"), 2, ["from_pretrained or from_module"]),
+        (column(24, name="layers.0.query_key_value"), 2, ["may be fused"]),
+        (column(24, name="layers.0.gate_up_proj"), 2, ["may be fused"]),
+    ],
+)
+def test_what_cannot_be_shared(module: Module, world: int, texts: Sequence[str]) -> None:
+    for rank in range(world):
+        with pytest.raises(ConfigError) as caught:
+            shard_layout(layout(module), Shard(rank, world))
+        for text in texts:
+            assert text in str(caught.value)
+    assert shard_layout(layout(module).replicate(module.name), Shard(0, world)).cuts == (
+        Cut(((0, module.out_features),), (0, module.in_features)),
+    )
+
+
+def test_a_few_are_named_and_the_rest_are_counted() -> None:
+    base = ModelLayout(tuple(Module(f"layers.{n}.w1", 8, 9, n, COLUMN) for n in range(5)), 5)
+    with pytest.raises(ConfigError, match=re.escape("(and 2 more modules)")) as caught:
+        shard_layout(base, Shard(0, 2))
+    assert str(caught.value).count("9 output features") == 3
+    assert shard_layout(base, Shard(1, 3)).held.modules[4].out_features == 3
+
+
+def test_a_layout_replicates_what_it_is_told_to() -> None:
+    base = ModelLayout(tuple(Module(f"h.{n}.attn.c_attn", 8, 9, n, COLUMN) for n in range(2)), 2)
+    assert {m.parallel for m in base.replicate("c_attn").modules} == {REPLICATED}
+    assert base.replicate("attn.c_attn") == base.replicate("c_attn")
+    one = base.replicate("h.1.attn.c_attn")
+    assert [m.parallel for m in one.modules] == [COLUMN, REPLICATED]
+    for wrong in ("attn", "_attn", "c_attn.", ""):
+        with pytest.raises(ConfigError, match="no module is called"):
+            base.replicate("c_attn", wrong)

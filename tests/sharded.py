@@ -1,0 +1,136 @@
+"""A small tensor-parallel base with fused, grouped heads, adapters for it, and each rank's share.
+
+What a rank holds is said by slices: of tensors, for their values, and of the numbers of their
+bytes, for what may be read.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorax_async.config import Shard
+from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
+
+LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 2, 32, 8, 2, 4, 48
+SIZES = {
+    "self_attn.qkv_proj": (HIDDEN, (HEADS + 2 * GROUPS) * HEAD_DIM),
+    "self_attn.o_proj": (HEADS * HEAD_DIM, HIDDEN),
+    "mlp.up_proj": (HIDDEN, FFN),
+    "mlp.down_proj": (FFN, HIDDEN),
+    "mlp.gate": (HIDDEN, 3),
+}
+"""Of each module: in, out."""
+PARALLEL = {
+    "qkv_proj": Parallel.COLUMN,
+    "o_proj": Parallel.ROW,
+    "up_proj": Parallel.COLUMN,
+    "down_proj": Parallel.ROW,
+    "gate": Parallel.REPLICATED,
+}
+
+
+def layout(dtype: str = "F32") -> ModelLayout:
+    group = Part(GROUPS * HEAD_DIM, HEAD_DIM, replicable=True)
+    parts = {"qkv_proj": (Part(HEADS * HEAD_DIM, HEAD_DIM), group, group)}
+    modules = []
+    for layer in range(LAYERS):
+        for name, (inputs, outputs) in SIZES.items():
+            last = name.rpartition(".")[2]
+            path = f"model.layers.{layer}.{name}"
+            made = Module(path, inputs, outputs, layer, PARALLEL[last], parts=parts.get(last, ()))
+            modules.append(made)
+    return ModelLayout(tuple(modules), LAYERS, dtype, "model.")
+
+
+def write(folder: Path, rank: int = 4, seed: int = 0) -> Path:
+    """An F32 adapter of every module."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": "all-linear",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    random = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for module in layout().modules:
+        a = torch.randn(rank, module.in_features, generator=random)
+        pairs[module.name] = a, torch.randn(module.out_features, rank, generator=random)
+    save(folder, pairs)
+    return folder
+
+
+def save(folder: Path, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Put these A and B, by module, into an adapter's folder."""
+    tensors = {
+        f"base_model.model.{name}.lora_{part}.weight": tensor.contiguous()
+        for name, pair in pairs.items()
+        for part, tensor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _sizes(name: str) -> tuple[int, int]:
+    return next(sizes for last, sizes in SIZES.items() if name.endswith(last))
+
+
+def rows_of(name: str, shard: Shard) -> torch.Tensor:
+    """The outputs of a module that a rank has."""
+    last, world = name.rpartition(".")[2], shard.world_size
+    every = torch.arange(_sizes(name)[1])
+    if last == "up_proj":
+        return every.chunk(world)[shard.rank]
+    if last != "qkv_proj":
+        return every
+    q, k, v = every.tensor_split([HEADS * HEAD_DIM, (HEADS + GROUPS) * HEAD_DIM])
+    group = shard.rank * GROUPS // world
+    pieces = min(world, GROUPS)
+    return torch.cat([q.chunk(world)[shard.rank], k.chunk(pieces)[group], v.chunk(pieces)[group]])
+
+
+def columns_of(name: str, shard: Shard) -> torch.Tensor:
+    """The inputs of a module that a rank has."""
+    every = torch.arange(_sizes(name)[0])
+    whole = name.rpartition(".")[2] not in {"o_proj", "down_proj"}
+    return every if whole else every.chunk(shard.world_size)[shard.rank]
+
+
+def share_of(folder: Path, shard: Shard) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of every module, as safetensors' own reader has them, cut for a rank."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    return _cut(lambda name: saved[name], shard)
+
+
+def bytes_of(folder: Path, shard: Shard) -> set[int]:
+    """The numbers of those bytes of the file that a rank needs."""
+    content = (folder / "adapter_model.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + size])
+
+    def numbers(name: str) -> torch.Tensor:
+        first, last = entries[name]["data_offsets"]
+        return torch.arange(8 + size + first, 8 + size + last).view(*entries[name]["shape"], 4)
+
+    pairs = _cut(numbers, shard)
+    return {n for pair in pairs.values() for each in pair for n in each.flatten().tolist()}
+
+
+def _cut(
+    tensor: Callable[[str], torch.Tensor], shard: Shard
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        module.name: (
+            tensor(f"base_model.model.{module.name}.lora_A.weight")[
+                :, columns_of(module.name, shard)
+            ],
+            tensor(f"base_model.model.{module.name}.lora_B.weight")[rows_of(module.name, shard)],
+        )
+        for module in layout().modules
+    }

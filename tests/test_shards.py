@@ -1,0 +1,299 @@
+"""A sharded loader: what a rank has on its device, what it read for that, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sharded
+import tiny
+from common import Run
+from engines.variants import llama
+from late_device.world import loaded
+from lorax_async import (
+    AdapterHandle,
+    AdapterLoader,
+    ConfigError,
+    IncompatibleAdapterError,
+    LoaderConfig,
+    Shard,
+    layouts,
+)
+from lorax_async.core.sharding import shard_layout
+from lorax_async.engines.transformers import attach
+from lorax_async.io.devices.cuda import CudaDevice
+from lorax_async.io.fake_files import Version
+from lorax_async.io.fakes import FakeSource
+from lorax_async.io.ports import Device, Source
+from lorax_async.io.sources.checked_open import FileReader
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+WORLDS = [1, 2, 4, 8]
+MiB = 1 << 20
+
+
+def ranks(world: int) -> list[Shard]:
+    return [Shard(rank, world) for rank in range(world)]
+
+
+def loader(
+    shard: Shard | None,
+    *,
+    source: Source | None = None,
+    device: Device | None = None,
+    on: str = "cpu",
+    **settings: Any,
+) -> AdapterLoader:
+    plain: dict[str, Any] = {"device_bytes": MiB, "max_slots": 2, "io_threads": 2, "timeout": 20}
+    config = LoaderConfig(shard=shard, device=on, **plain | settings)
+    return AdapterLoader(sharded.layout(), config, source=source, device=device)
+
+
+# -- what is held ---------------------------------------------------------------------------------
+
+
+def assert_is_the_share(handle: AdapterHandle, folder: Path, shard: Shard) -> None:
+    expected = sharded.share_of(folder, shard)
+    assert handle.modules.keys() == expected.keys()
+    for name, module in handle.modules.items():
+        a, b = expected[name]
+        assert torch.equal(module.a.cpu(), a.to(module.a.dtype))
+        assert torch.equal(module.b.cpu(), b.to(module.b.dtype))
+        assert (module.scale, module.rank) == (2.0, len(a))
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_every_rank_has_its_share(
+    device: str, dtype: str, rank: int, run: Run, tmp_path: Path
+) -> None:
+    """With so small a ring that groups come in several windows."""
+    folder = sharded.write(tmp_path / "a", rank)
+
+    async def body(shard: Shard) -> None:
+        small = loader(shard, on=device, dtype=dtype, staging_bytes=4096)
+        async with small as there, await there.load(folder) as handle:
+            assert_is_the_share(handle, folder, shard)
+
+    for shard in [shard for world in WORLDS for shard in ranks(world)]:
+        run(body(shard))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_device_whose_streams_run_late_has_it_too(dtype: str, run: Run, tmp_path: Path) -> None:
+    folder = sharded.write(tmp_path / "a", 3)
+
+    async def body(shard: Shard) -> None:
+        held = shard_layout(sharded.layout(), shard).held
+        stored = "F32" if dtype == "float32" else "BF16"
+        device = CudaDevice(held, dtype=stored, nbytes=MiB, slots=2, device="late")
+        late = loader(shard, device=device, dtype=dtype)
+        async with late as there, await there.load(folder) as handle:
+            assert_is_the_share(handle, folder, shard)
+
+    with contextmanager(loaded)():
+        for shard in (Shard(0, 2), Shard(3, 4)):
+            run(body(shard))
+
+
+def test_a_handle_says_whose_share_it_is(run: Run, tmp_path: Path) -> None:
+    folder = sharded.write(tmp_path / "a")
+
+    async def body(shard: Shard | None) -> None:
+        async with loader(shard) as there, await there.load(folder) as handle:
+            async with handle.clone() as again:
+                assert handle.shard is again.shard is there.config.shard is shard
+            assert there.layout == sharded.layout()
+            assert (there.held_layout is there.layout) == (shard is None)
+            for module in there.held_layout.modules:
+                weights = handle.modules[module.name]
+                sizes = weights.a.shape[1], weights.b.shape[0]
+                assert sizes == (module.in_features, module.out_features)
+
+    for shard in (None, Shard(1, 4)):
+        run(body(shard))
+
+
+def test_the_tables_are_of_the_share(run: Run, tmp_path: Path) -> None:
+    """Kernels find A and B where the tables say, in the sizes of `held_layout`."""
+    folder = sharded.write(tmp_path / "a")
+
+    async def body() -> None:
+        async with loader(Shard(1, 2)) as there, await there.load(folder) as handle:
+            tables: Any = there.device
+            for n, module in enumerate(there.held_layout.modules):
+                weights, slot = handle.modules[module.name], handle.slot.index
+                addresses = tables.address[:, n, slot].tolist()
+                assert addresses == [weights.a.data_ptr(), weights.b.data_ptr()]
+                assert tables.rank[n, slot] == 4
+
+    run(body())
+
+
+# -- what is read ---------------------------------------------------------------------------------
+
+
+class Recorded(FakeSource):
+    """Which bytes its readers were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranges: list[tuple[int, int]] = []
+
+    def _read(self, version: Version, start: int, stop: int) -> memoryview:
+        self.ranges.append((start, stop))
+        return super()._read(version, start, stop)
+
+
+def numbers(ranges: Sequence[tuple[int, int]]) -> list[int]:
+    return [n for start, stop in ranges for n in range(start, stop)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_a_rank_reads_its_bytes_and_no_other(
+    world: int, device: str, dtype: str, run: Run, tmp_path: Path
+) -> None:
+    folder = sharded.write(tmp_path / "a", 3)
+
+    async def body(shard: Shard) -> int:
+        source = Recorded()
+        source.put("a", *tiny.files(folder))
+        cold = loader(shard, source=source, on=device, dtype=dtype)
+        async with cold as there, await there.load("a"):
+            pass
+        read = numbers(source.ranges)
+        assert len(read) == len(set(read)) == source.counts.bytes_read
+        assert set(read) == sharded.bytes_of(folder, shard)
+        return len(read)
+
+    total = sum(run(body(shard)) for shard in ranks(world))
+    # Rank 3 in F32, two layers. Once in all: B of q and up, A of o and down. By every rank: A of
+    # qkv and up, B of o and down, both of the gate. And k and v by each rank that has a head.
+    once, always = 32 + 48 + 32 + 48, 4 * 32 + (32 + 3)
+    heads = max(2, world) * 2 * 4
+    assert total == 2 * 3 * 4 * (once + world * always + heads)
+
+
+def test_a_local_file_is_read_no_further(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening it takes the beginning with the header; when it comes again it is known."""
+    folder, ranges = sharded.write(tmp_path / "a"), list[tuple[int, int]]()
+    plain = FileReader.read_into
+
+    def recorded(self: FileReader, buffers: Sequence[memoryview], offset: int) -> None:
+        ranges.append((offset, offset + sum(buffer.nbytes for buffer in buffers)))
+        plain(self, buffers, offset)
+
+    monkeypatch.setattr(FileReader, "read_into", recorded)
+
+    async def body() -> None:
+        async with loader(Shard(1, 2)) as there:
+            (await there.load(folder)).release()
+            await there.unload(folder)
+            ranges.clear()
+            async with await there.load(folder) as handle:
+                assert_is_the_share(handle, folder, Shard(1, 2))
+
+    run(body())
+    assert sorted(numbers(ranges)) == sorted(sharded.bytes_of(folder, Shard(1, 2)))
+
+
+def test_what_it_takes_on_the_device_is_the_share(run: Run, tmp_path: Path) -> None:
+    """Of two layers, each tensor of rank 4 on the next multiple of 64 bytes."""
+    folder = sharded.write(tmp_path / "a")
+
+    async def body(shard: Shard | None) -> int:
+        async with loader(shard) as there, await there.load(folder) as handle:
+            return handle.nbytes
+
+    features = [(24, 32), (32, 3), (32, 24), (16, 32), (32, 24)]  # in and out, on two ranks
+    whole = [(48, 32), (32, 3), (32, 48), (32, 32), (32, 48)]
+    for shard, sizes in ((Shard(0, 2), features), (None, whole)):
+        wanted = sum(-(-16 * size // 64) * 64 for pair in sizes for size in pair)
+        assert run(body(shard)) == 2 * wanted
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "text"),
+    [
+        (2, 2, "rank 2 is outside 0 … 1"),
+        (-1, 2, "rank must be an integer of at least 0, not -1"),
+        (0, 0, "world_size must be a positive integer, not 0"),
+        (0, True, "world_size must be"),
+        (False, 1, "rank must be"),
+        ("0", 1, "rank must be"),
+        (0, 2.0, "world_size must be"),
+    ],
+)
+def test_shards_that_are_none(rank: Any, world_size: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Shard(rank, world_size)
+
+
+def test_a_shard_is_a_value() -> None:
+    assert Shard(1, 2) == Shard(rank=1, world_size=2)
+    assert len({Shard(1, 2), Shard(1, 2), Shard(0, 2)}) == 2
+    with pytest.raises(FrozenInstanceError):
+        Shard(0, 1).rank = 1  # type: ignore[misc]
+    assert LoaderConfig().shard is None
+    for wrong in (1, (0, 2), "0/2"):
+        with pytest.raises(ConfigError, match=r"shard must be Shard\(rank, world_size\) or None"):
+            LoaderConfig(shard=wrong)  # type: ignore[arg-type]
+
+
+def test_a_base_that_cannot_be_cut_is_refused_at_construction(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"8 × 4 output features, which 3 ranks cannot share"):
+        loader(Shard(0, 3))
+    fused = layouts.from_adapter(sharded.write(tmp_path / "a"))
+    with pytest.raises(ConfigError, match=r"qkv_proj' may be fused.*layouts\.from_pretrained"):
+        AdapterLoader(fused, LoaderConfig(shard=Shard(0, 2)))
+    AdapterLoader(fused.replicate("qkv_proj"), LoaderConfig(shard=Shard(0, 2)))
+
+
+def test_a_ranks_own_file_is_no_adapter_of_the_base(run: Run, tmp_path: Path) -> None:
+    """What was cut already would be cut again."""
+    folder = sharded.write(tmp_path / "a")
+    cut = sharded.share_of(folder, Shard(0, 2))
+    sharded.save(folder, cut)
+
+    async def body() -> None:
+        async with loader(Shard(0, 2)) as there:
+            with pytest.raises(IncompatibleAdapterError, match=r"32 → 24, the base's is 32 → 48"):
+                await there.load(folder)
+
+    run(body())
+
+
+def test_a_whole_model_is_not_attached_to_a_share(run: Run) -> None:
+    model = llama()
+    layout = layouts.from_module(model)
+
+    async def body(shard: Shard) -> None:
+        config = LoaderConfig(device_bytes=MiB, shard=shard)
+        async with AdapterLoader(layout, config) as there:
+            if shard.world_size == 1:
+                attach(model, there).detach()
+                return
+            with pytest.raises(ConfigError) as caught:
+                attach(model, there)
+        text = str(caught.value)
+        assert "the model is not the Shard(rank=1, world_size=2) that the loader holds" in text
+        assert "q_proj' is 32 → 32, not 32 → 16" in text
+        assert "for a whole model make the loader without a shard" in text
+
+    for shard in (Shard(0, 1), Shard(1, 2)):
+        run(body(shard))
