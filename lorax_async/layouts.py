@@ -33,6 +33,7 @@ Dtype: TypeAlias = str | torch.dtype | None
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+_MATRICES = (Part.A, Part.B)
 _HEADS = frozenset({"lm_head", "embed_out"})
 # By the names that Llama, Qwen, GPT-2, GPT-NeoX, Falcon, Phi, OPT, BLOOM, T5 and their kin use.
 _COLUMN = _HEADS | {
@@ -100,8 +101,9 @@ def _build(transformers: Any, config: Any) -> nn.Module:
 def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     """The layout of a base model in memory (or on the meta device), before adapters are attached.
 
-    Its modules are those PEFT adapts as linear ones: `nn.Linear` and transformers' `Conv1D`. A
-    module without a layer number comes before the layers if it does so in the model, else after.
+    Its modules are those PEFT adapts: `nn.Linear` and transformers' `Conv1D`, and the embeddings
+    that look up tokens or positions. A linear module without a layer number comes before the layers
+    if it does so in the model, else after; an embedding comes before them.
 
     Parameters
     ----------
@@ -115,7 +117,9 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     ConfigError
         The model has no numbered layers, carries adapters already, or its dtype is not known.
     """
-    linears = dict(_linears(model))
+    found = dict(_adaptable(model))
+    linears = {name: m for name, m in found.items() if not isinstance(m, nn.Embedding)}
+    embeddings = [_embedding(name, m) for name, m in found.items() if isinstance(m, nn.Embedding)]
     layers = [layer_index(name) for name in linears]
     numbered = [layer for layer in layers if layer is not None]
     if not numbered:
@@ -128,11 +132,14 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     ]
     common = Counter(linear.weight.dtype for linear in linears.values()).most_common(1)[0][0]
     return ModelLayout(
-        tuple(modules), num_layers, _storage_dtype(dtype or common), _backbone_prefix(model)
+        (*embeddings, *modules),
+        num_layers,
+        _storage_dtype(dtype or common),
+        _backbone_prefix(model),
     )
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _adaptable(model: nn.Module) -> Iterator[tuple[str, Any]]:
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
 
     for name, module in model.named_modules():
@@ -141,8 +148,25 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 f"module {name!r} belongs to an adapter that is attached already; take the layout"
                 " of the plain base model"
             )
-        if isinstance(module, nn.Linear | Conv1D) and name:
+        if (isinstance(module, nn.Linear | Conv1D) or _looks_up(name, module)) and name:
             yield name, module
+
+
+def _looks_up(name: str, module: nn.Module) -> bool:
+    """Whether it gives rows of its weight for ids of tokens or positions, scaled perhaps.
+
+    What computes anything else, as OPT's positions do, no adapter can be for. What lies within a
+    layer (T5's relative positions) has no tokens for its input.
+    """
+    if not isinstance(module, nn.Embedding) or layer_index(name) is not None:
+        return False
+    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    return plain and module.max_norm is None
+
+
+def _embedding(name: str, module: nn.Embedding) -> Module:
+    sizes = module.num_embeddings, module.embedding_dim
+    return Module(name, *sizes, -1, Parallel.REPLICATED, embedding=True)
 
 
 def _module(name: str, linear: Any, layer: int) -> Module:
@@ -178,8 +202,8 @@ def _backbone_prefix(model: nn.Module) -> str:
 def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayout:
     """A layout of just what one adapter targets, by its own shapes, when the base is not at hand.
 
-    The dtype is the file's; where it mixes several, F32, which holds them all. `lm_head` comes
-    after the layers, any other module without a number before them.
+    The dtype is that of its A and B; where they mix several, F32, which holds them all. `lm_head`
+    comes after the layers, any other module without a number before them.
 
     Raises
     ------
@@ -201,11 +225,12 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
             out_features=b.shape[0],
             layer=_layer(path, numbers[path], num_layers),
             parallel=_parallel(path),
-            transposed=spec.fan_in_fan_out,
+            transposed=spec.fan_in_fan_out and not embedding,
+            embedding=embedding,
         )
-        for path, (a, b) in shapes.items()
+        for path, (a, b, embedding) in shapes.items()
     ]
-    dtypes = {span.dtype for span in header.tensors}
+    dtypes = {span.dtype for a, b, _ in shapes.values() for span in (a, b)}
     alone = len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES)
     layout = ModelLayout(tuple(modules), num_layers, dtypes.pop() if alone else "F32")
     # A layout of an adapter that cannot be loaded would be of no use: check what a load checks.
@@ -228,24 +253,29 @@ def _layer(path: str, number: int | None, num_layers: int) -> int:
     return num_layers if path.rpartition(".")[2] in _HEADS else -1
 
 
-def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan]]:
+def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
+    """A and B of each module, and whether it is an embedding."""
     parts: dict[str, dict[Part, TensorSpan]] = {}
+    embeddings: dict[str, bool] = {}
     for span in header.tensors:
         name = parse_tensor_name(span.name)
+        if name.part not in _MATRICES:
+            continue
         if len(span.shape) != 2 or 0 in span.shape:
             raise AdapterFormatError(
                 f"tensor {shorten(span.name, 200)!r} has shape {list(span.shape)}, not two"
                 " positive dimensions; save the adapter again"
             )
         parts.setdefault(name.module, {})[name.part] = span
+        embeddings[name.module] = name.embedding is True
     for path, found in parts.items():
-        if len(found) < len(Part):
+        if len(found) < len(_MATRICES):
             raise AdapterFormatError(
                 f"module {shorten(path, 200)!r} has only one of A and B; save the adapter again"
             )
     if not parts:
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
-    return {path: (found[Part.A], found[Part.B]) for path, found in parts.items()}
+    return {path: (ab[Part.A], ab[Part.B], embeddings[path]) for path, ab in parts.items()}
 
 
 def _read(path: Path, most: int) -> bytes:

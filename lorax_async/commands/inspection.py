@@ -20,7 +20,8 @@ from lorax_async.adapter import AdapterRef, AdapterSpec
 from lorax_async.config import Limits
 from lorax_async.core.header import LENGTH_BYTES, Header, TensorSpan, header_size, parse_header
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.peft_config import FIELDS, parse_config
+from lorax_async.core.peft_config import parse_config
+from lorax_async.core.peft_fields import FIELDS
 from lorax_async.core.peft_names import Part, TensorName, layer_index, parse_tensor_name
 from lorax_async.core.strict_json import JsonValue, parse_object
 from lorax_async.core.transfer_plan import TransferPlan, plan_transfer

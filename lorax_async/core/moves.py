@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from lorax_async.core.header import TensorSpan
 from lorax_async.core.pairing import Pair
+from lorax_async.core.peft_names import Part
 
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Moves are cut at multiples of this, so that every piece but the last starts on a cache line.
 _ELEMENTS = 64
 _MAX_BUFFERS = 1024  # IOV_MAX
@@ -66,6 +67,25 @@ class Row(NamedTuple):
     scale: float
 
 
+class Vector(NamedTuple):
+    """A module's bias or magnitude: `length` elements at `offset` of the group's extent.
+
+    It lies there as in the file, in the file's `dtype`. A magnitude is what a row of the base's
+    weight is scaled to: rounding it to bf16 would scale all of the row by up to 0.2 %. Measured on
+    SmolLM2, that moves the logits a hundred times as far as rounding A and B does.
+    """
+
+    module: int
+    part: Part
+    offset: int
+    length: int
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.length * ITEM_BYTES[self.dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
     """One layer group: an extent of `nbytes` (aligned), and the moves that fill it.
@@ -81,6 +101,7 @@ class GroupPlan:
     zeros: tuple[Zero, ...]
     rows: tuple[Row, ...]
     spans: tuple[tuple[int, int], ...]
+    vectors: tuple[Vector, ...] = ()
 
 
 class Target(NamedTuple):
@@ -107,14 +128,19 @@ def file_runs(reads: Sequence[Read]) -> list[tuple[Read, ...]]:
 
 
 def plan_group(layer: int, pairs: list[Pair], target: Target) -> GroupPlan:
-    modules, _, a, b, ranks, scales = zip(*pairs, strict=True)
+    modules, _, a, b, ranks, scales, _ = zip(*pairs, strict=True)
     multiple = target.rank_multiple
     padded = [rank + -rank % multiple for rank in ranks] if multiple > 1 else ranks
     ragged = {n for n, rank in enumerate(ranks) if rank < padded[n]} if multiple > 1 else set()
-    group, spans = _Group(target), [*a, *b]
-    offsets = group.place(spans, ragged)
+    owned = [(pair.module, *vector) for pair in pairs for vector in pair.vectors]
+    group = _Group(target)
+    offsets = group.place([*a, *b], [span for _, _, span in owned], ragged)
     rows = tuple(map(Row, modules, offsets, offsets[len(a) :], ranks, padded, scales))
-    return group.finish(layer, rows)
+    vectors = tuple(
+        Vector(module, part, offset, span.shape[0], span.dtype)
+        for (module, part, span), offset in zip(owned, offsets[2 * len(a) :], strict=True)
+    )
+    return group.finish(layer, rows, vectors)
 
 
 @dataclass(slots=True)
@@ -133,18 +159,23 @@ class _Group:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.item = _ITEM_BYTES[target.dtype]
+        self.item = ITEM_BYTES[target.dtype]
         self.end = 0
         self.runs: list[_Run] = []
         self.padded: list[Convert] = []
         self.zeros: list[Zero] = []
 
-    def place(self, spans: list[TensorSpan], ragged: set[int]) -> list[int]:
-        """Offsets of `spans`, every A, then every B; the pairs in `ragged` need padding.
+    def place(
+        self, matrices: list[TensorSpan], vectors: list[TensorSpan], ragged: set[int]
+    ) -> list[int]:
+        """Offsets of `matrices`, every A, then every B, and of `vectors`, which are not cast.
+
+        The pairs in `ragged` need padding.
 
         In file order each gets the next aligned bytes, and what adjoins on both sides is one run:
         where the file's packing keeps the alignment, that is the whole group as it lies there.
         """
+        spans, pairs = [*matrices, *vectors], len(matrices) // 2
         starts = [span.start for span in spans]
         offsets = [0] * len(spans)
         dtype, alignment, _, _ = self.target
@@ -153,14 +184,14 @@ class _Group:
         for n in sorted(range(len(spans)), key=starts.__getitem__):
             span = spans[n]
             offsets[n] = offset = end + -end % alignment
-            if ragged and n % (len(spans) // 2) in ragged:
-                pad = self._pad_rows if n < len(spans) // 2 else self._pad_columns
+            if ragged and n < 2 * pairs and n % pairs in ragged:
+                pad = self._pad_rows if n < pairs else self._pad_columns
                 end = pad(span, offset)
                 continue
-            start, stop, source = starts[n], span.stop, span.dtype
+            start, stop, source = starts[n], span.stop, span.dtype if n < 2 * pairs else dtype
             end = offset + stop - start
             if source != dtype:
-                end = offset + (stop - start) * self.item // _ITEM_BYTES[source]
+                end = offset + (stop - start) * self.item // ITEM_BYTES[source]
             if run.stop == start and run.end == offset and run.dtype == source:
                 run.stop, run.end = stop, end
             else:
@@ -180,7 +211,7 @@ class _Group:
     def _pad_columns(self, b: TensorSpan, offset: int) -> int:
         rows, columns = b.shape
         pitch = columns + -columns % self.target.rank_multiple
-        source = _ITEM_BYTES[b.dtype]
+        source = ITEM_BYTES[b.dtype]
         step = self.target.move_bytes // max(columns * source, pitch * self.item)
         for first in range(0, rows, step):
             count = min(step, rows - first)
@@ -197,7 +228,7 @@ class _Group:
             )
         return offset + rows * pitch * self.item
 
-    def finish(self, layer: int, rows: tuple[Row, ...]) -> GroupPlan:
+    def finish(self, layer: int, rows: tuple[Row, ...], vectors: tuple[Vector, ...]) -> GroupPlan:
         reads: list[Read] = []
         converts = self.padded
         moved = [(each.file_offset, each.file_offset + each.nbytes) for each in converts]
@@ -210,11 +241,11 @@ class _Group:
         converts.sort(key=attrgetter("file_offset"))
         moves = tuple(reads), tuple(converts), tuple(self.zeros)
         nbytes = self.end + -self.end % self.target.alignment
-        return GroupPlan(layer, nbytes, *moves, rows, _merged(moved))
+        return GroupPlan(layer, nbytes, *moves, rows, _merged(moved), vectors)
 
     def _cast(self, run: _Run) -> Iterator[Convert]:
         """Flat moves of about equal size: a cast without padding does not care for rows."""
-        source = _ITEM_BYTES[run.dtype]
+        source = ITEM_BYTES[run.dtype]
         elements = (run.stop - run.start) // source
         most = self.target.move_bytes // max(source, self.item)
         step = ceil(elements / ceil(elements / most))
