@@ -22,6 +22,9 @@ MiB = 1 << 20
 
 PEFT_WARNING = r"ignore:The `is_gradient_checkpointing` attribute:FutureWarning"
 # Wrapping a model makes peft 0.21 ask transformers 5.23 in a way that transformers deprecates.
+FEATURE_WARNINGS = r"ignore:.*(lora_bias=True|tie_word_embeddings=True|have invalid shape)"
+# PEFT warns that adapters with a bias, or of tied modules, cannot be merged; nobody merges here. And
+# when it saves biases it takes them for matrices that were gathered wrongly.
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +61,28 @@ VARIANTS = {
     "rank_12": Variant({**ATTENTION, "r": 12}, torch.bfloat16),
     "rank_20": Variant({**EVERY, "r": 20}, torch.float16),
     "bare_backbone": Variant(ATTENTION, bare=True),
+    "dora": Variant({**EVERY, "use_dora": True}),
+    "dora_bf16": Variant({**EVERY, "use_dora": True, "use_rslora": True}, torch.bfloat16),
+    "lora_bias": Variant({**EVERY, "lora_bias": True}),
+    "embedding": Variant({"r": 4, "target_modules": ["embed_tokens"]}),
+    "lm_head": Variant({"r": 4, "target_modules": ["lm_head"]}),
+    "embedding_and_all": Variant({"r": 3, "target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "dora_embedding": Variant(
+        {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"], "use_dora": True}
+    ),
 }
 
 
 @contextmanager
 def wrapped(model: Any, lora: Lora) -> Iterator[Any]:
-    """The model in a new PeftModel with random A and B; the model is plain again afterwards."""
+    """The model in a new PeftModel with random weights; the model is plain again afterwards."""
     peft_model: Any = get_peft_model(model, LoraConfig(**copy.deepcopy(dict(lora))))
     random = torch.Generator().manual_seed(peft_model.peft_config["default"].r)
     with torch.no_grad():
         for name, weight in peft_model.named_parameters():
-            if ".lora_" in name:
+            if "magnitude" in name:
+                weight.mul_(torch.empty_like(weight).uniform_(0.7, 1.3, generator=random))
+            elif ".lora_" in name:
                 weight.normal_(0, 0.04, generator=random)
     try:
         yield peft_model
