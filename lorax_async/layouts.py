@@ -291,13 +291,7 @@ def _read(path: Path, most: int) -> bytes:
 def _read_header(path: Path, limits: Limits) -> Header:
     if not path.is_file():
         raise AdapterNotFoundError(f"there is no file {str(path)!r}")
-    accepted = HeaderLimits(
-        max_header_bytes=limits.max_header_bytes,
-        max_tensors=limits.max_tensors,
-        max_name_bytes=limits.max_name_bytes,
-        max_dimensions=limits.max_dimensions,
-        max_depth=limits.max_json_depth,
-    )
+    accepted = HeaderLimits.of(limits)
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)

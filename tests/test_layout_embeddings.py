@@ -61,7 +61,13 @@ def opt() -> Any:
 
 def t5() -> Any:
     """Layer 0 has an embedding of relative positions."""
-    sizes = {"vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 48,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 40,
+        "num_layers": 2,
+    }
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, num_heads=4))
 
 

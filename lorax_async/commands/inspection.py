@@ -38,6 +38,8 @@ SHOWN = (
     "r",
     "lora_alpha",
     "use_rslora",
+    "use_dora",
+    "lora_bias",
     "target_modules",
     "rank_pattern",
     "alpha_pattern",
@@ -219,7 +221,7 @@ class _Tensor(NamedTuple):
 
 
 def _lora_tensors(header: Header | None, seen: _Problems) -> list[_Tensor]:
-    """The tensors that plain LoRA has; the others are problems."""
+    """The tensors that are applied; the others are problems."""
     tensors = []
     for span in header.tensors if header is not None else ():
         with seen.noted():

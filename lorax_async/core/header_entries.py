@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, Self, TypeAlias
 
+from lorax_async.config import Limits
 from lorax_async.core.strict_json import (
     MAX_DEPTH,
     JsonValue,
@@ -82,6 +83,17 @@ class HeaderLimits:
     max_dimensions: int = 8
     max_depth: int = MAX_DEPTH
     max_metadata_members: int = 65_536
+
+    @classmethod
+    def of(cls, limits: Limits) -> Self:
+        """As the loader's settings have them."""
+        return cls(
+            max_header_bytes=limits.max_header_bytes,
+            max_tensors=limits.max_tensors,
+            max_name_bytes=limits.max_name_bytes,
+            max_dimensions=limits.max_dimensions,
+            max_depth=limits.max_json_depth,
+        )
 
 
 _Layout: TypeAlias = tuple[tuple[int, ...], int]

@@ -113,6 +113,8 @@ class Features:
     ) -> None:
         a, b, scale = operands
         delta, factor = embedding(ids, a.T) @ b.T, self._factor(slot, operands, adapted)
+        if delta.dtype != y.dtype:
+            raise ValueError(f"expected y in {y.dtype}, and the adapter's product is {delta.dtype}")
         delta = (delta if factor is None else factor * delta) * scale
         scale_of_all = getattr(adapted.base, "embed_scale", None)
         if scale_of_all is not None:

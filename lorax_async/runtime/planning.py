@@ -37,13 +37,7 @@ class Planner:
         self._rank_multiple = device.rank_multiple
         self._move_bytes = move_bytes
         self._remembered = lru_cache(maxsize=REMEMBERED_PLANS)(self._plan)
-        self._header_limits = HeaderLimits(
-            max_header_bytes=config.limits.max_header_bytes,
-            max_tensors=config.limits.max_tensors,
-            max_name_bytes=config.limits.max_name_bytes,
-            max_dimensions=config.limits.max_dimensions,
-            max_depth=config.limits.max_json_depth,
-        )
+        self._header_limits = HeaderLimits.of(config.limits)
 
     @staticmethod
     def is_long(file: AdapterFile) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -165,3 +166,19 @@ async def serving(model: Any, **settings: Any) -> AsyncIterator[tuple[AdapterLoa
     async with AdapterLoader(layout, LoaderConfig(**settings), source=source) as loader:
         with attach(model, loader) as attached:
             yield loader, attached
+
+
+async def logits_with(
+    model: Any, adapter: Path, inputs: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Ours, computed in a thread, with the same adapter for all rows."""
+    rows = len(inputs["input_ids"])
+    async with serving(model) as (loader, attached), await loader.load(adapter) as handle:
+        with attached.batch([handle] * rows):
+            return await asyncio.to_thread(logits_of, model, inputs)
+
+
+def pefts(model: Any, adapter: Path, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """PEFT's own, of a model that is for it alone: what it wraps is frozen afterwards."""
+    with active(model, only=adapter):
+        return logits_of(model, inputs)
