@@ -66,7 +66,14 @@ def test_inspect_goes_on_after_each_problem(tmp_path: Path, capsys: Capture) -> 
     assert main(["inspect", path, "--json"]) == 2
     found = output(capsys)
     texts = [problem["text"] for problem in found["problems"]]
-    for needle in ("'use_bdlora'", "'bias'", "r must be a positive", "lora_diag", "embed", "99999999"):
+    for needle in (
+        "'use_bdlora'",
+        "'bias'",
+        "r must be a positive",
+        "lora_diag",
+        "embed",
+        "99999999",
+    ):
         assert sum(needle in text for text in texts) == 1, needle
     assert len(texts) == 6
     # Even so: what the file holds is shown.

@@ -136,12 +136,13 @@ class Features:
 def _factor(magnitude: torch.Tensor, operands: Operands, adapted: Adapted) -> torch.Tensor:
     """`magnitude / |weight + scale * B @ A|`, where lengths are of rows of `[out, in]`."""
     weight, (a, b, scale) = _rows(adapted), operands
-    into = a.float().T.contiguous()
     step = max(1, _AT_A_TIME // weight.shape[1])
-    lengths = [
-        torch.linalg.norm(some.float() + scale * linear(into, b_rows.float()).T, dim=1)
-        for some, b_rows in zip(torch.split(weight, step), torch.split(b, step), strict=True)
-    ]
+    lengths = []
+    for some, b_rows in zip(torch.split(weight, step), torch.split(b, step), strict=True):
+        # In the memory order of the weight: quick to add, and PEFT's order of summation.
+        left, right = b_rows.float(), a.float()
+        whole = left @ right if some.is_contiguous() else (right.T @ left.T).T
+        lengths.append(torch.linalg.norm(whole.mul_(scale).add_(some), dim=1))
     return magnitude.float() / torch.cat(lengths)
 
 
