@@ -89,6 +89,10 @@ class AdapterSpec:
         `base_model_name_or_path`: a label, which may be absent.
     fan_in_fan_out
         The author's word on how the base stores its weights; judged against the layout.
+    dora
+        Every module has a magnitude, which its weight's rows are scaled to.
+    lora_bias
+        Every module has a bias beside B. Never with `dora`.
     """
 
     rank: int
@@ -99,6 +103,8 @@ class AdapterSpec:
     targets: tuple[str, ...] | str | None = None
     base_model: str | None = None
     fan_in_fan_out: bool = False
+    dora: bool = False
+    lora_bias: bool = False
 
     def rank_of(self, module: str) -> int:
         return int(_first(self.rank_patterns, module, self.rank))

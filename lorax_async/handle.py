@@ -16,16 +16,21 @@ from lorax_async.adapter import AdapterKey
 from lorax_async.config import Shard
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.moves import Row
+from lorax_async.core.peft_names import Part
 from lorax_async.errors import AdapterTimeoutError, LoraxError, UsageError
 from lorax_async.events import SlotId
 from lorax_async.io.inbox import running_loop
 from lorax_async.io.ports import Device
 from lorax_async.runtime.tenancy import Lease
+from lorax_async.runtime.vectors import Vectors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleWeights:
     """One module's part of an adapter: the delta is `scale * (x @ a.T) @ b.T`.
+
+    Of an embedding `x @ a.T` is `a.T[ids]`. With a bias the delta is `scale * ((x @ a.T) @ b.T +
+    bias)`. With a magnitude the rows of the base's weight plus delta are scaled to that length.
 
     Attributes
     ----------
@@ -35,7 +40,7 @@ class ModuleWeights:
     scale, rank
         As PEFT computes them; the rank is the true one, without padding.
     bias, magnitude
-        Not used by the adapters that are supported today.
+        `[out]`, in the file's dtype: lora_bias's and DoRA's; None where the adapter has none.
     """
 
     a: torch.Tensor
@@ -116,6 +121,12 @@ class AdapterHandle:
         """Weights by the layout's module names, for the layers that are ready."""
         self._lease.check()
         return _Modules(self._lease, self._device, self._layout)
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """Its biases or magnitudes; None where kernels, which read A, B and scale, have it all."""
+        self._lease.check()
+        return self._lease.tenancy.vectors
 
     def is_ready(self, layer: int) -> bool:
         """Whether the tensors of `layer` (-1 … L), and those before them, are on the device.
@@ -271,7 +282,13 @@ class _Modules(Mapping[str, ModuleWeights]):
         operands = self._device.operands(module, self._lease.tenancy.grant.slot.index)
         assert operands is not None
         a, b, _ = operands
-        return ModuleWeights(a[: row.rank], b[:, : row.rank], row.scale, row.rank)
+        bias, magnitude = self._vector(module, Part.BIAS), self._vector(module, Part.MAGNITUDE)
+        weights = (a[: row.rank], b[:, : row.rank])
+        return ModuleWeights(*weights, row.scale, row.rank, bias, magnitude)
+
+    def _vector(self, module: int, part: Part) -> torch.Tensor | None:
+        vectors = self._lease.tenancy.vectors
+        return None if vectors is None else vectors.view(self._device, module, part)
 
     def __iter__(self) -> Iterator[str]:
         return (self._layout.modules[module].name for module in self._rows)

@@ -7,16 +7,16 @@ them while the server starts, or in a thread.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from lorax_async.adaptable import HEADS, adaptable, embedding_module, linear_module, parallel_of
 from lorax_async.config import DTYPES, Limits
 from lorax_async.core.header import Header, HeaderLimits, TensorSpan, header_size, parse_header
-from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.core.layout import ModelLayout, Module
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, layer_index, parse_tensor_name
 from lorax_async.core.transfer_plan import plan_transfer
@@ -27,37 +27,13 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     shorten,
 )
-from lorax_async.parts import parts_of
 
 Dtype: TypeAlias = str | torch.dtype | None
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_HEADS = frozenset({"lm_head", "embed_out"})
-# By the names that Llama, Qwen, GPT-2, GPT-NeoX, Falcon, Phi, OPT, BLOOM, T5 and their kin use.
-_COLUMN = _HEADS | {
-    *("q_proj", "k_proj", "v_proj", "qkv_proj", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"),
-    *("q", "k", "v", "query", "key", "value", "query_key_value", "W_pack", "Wqkv", "wqkv"),
-    *(
-        "c_attn",
-        "q_attn",
-        "in_proj",
-        "gate_proj",
-        "up_proj",
-        "gate_up_proj",
-        "c_fc",
-        "fc1",
-        "fc_in",
-    ),
-    *("dense_h_to_4h", "lin1", "w1", "w3", "wi", "wi_0", "wi_1"),
-}
-_ROW = frozenset(
-    {
-        *("o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo", "o"),
-        *("down_proj", "dense_4h_to_h", "fc2", "fc_out", "lin2", "w2"),
-    }
-)
+_MATRICES = (Part.A, Part.B)
 
 
 def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
@@ -111,8 +87,9 @@ def _build(transformers: Any, config: Any) -> nn.Module:
 def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     """The layout of a base model in memory (or on the meta device), before adapters are attached.
 
-    Its modules are those PEFT adapts as linear ones: `nn.Linear` and transformers' `Conv1D`. A
-    module without a layer number comes before the layers if it does so in the model, else after.
+    Its modules are those PEFT adapts: `nn.Linear` and transformers' `Conv1D`, and the embeddings
+    that look up tokens or positions. A linear module without a layer number comes before the layers
+    if it does so in the model, else after; an embedding comes before them.
 
     Parameters
     ----------
@@ -126,51 +103,29 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     ConfigError
         The model has no numbered layers, carries adapters already, or its dtype is not known.
     """
-    linears = dict(_linears(model))
+    found = dict(adaptable(model))
+    linears = {name: m for name, m in found.items() if not isinstance(m, nn.Embedding)}
+    embeddings = [
+        embedding_module(name, m) for name, m in found.items() if isinstance(m, nn.Embedding)
+    ]
     layers = [layer_index(name) for name in linears]
     numbered = [layer for layer in layers if layer is not None]
     if not numbered:
         raise ConfigError(f"{type(model).__name__} has no linear modules in numbered layers")
     num_layers = max(numbered) + 1
     first = layers.index(numbered[0])
+    places = [-1 if n < first else num_layers for n in range(len(layers))]
     modules = [
-        _module(model, name, linear, (-1 if n < first else num_layers) if layer is None else layer)
-        for n, ((name, linear), layer) in enumerate(zip(linears.items(), layers, strict=True))
+        linear_module(model, name, linear, place if layer is None else layer)
+        for (name, linear), layer, place in zip(linears.items(), layers, places, strict=True)
     ]
     common = Counter(linear.weight.dtype for linear in linears.values()).most_common(1)[0][0]
     return ModelLayout(
-        tuple(modules), num_layers, _storage_dtype(dtype or common), _backbone_prefix(model)
+        (*embeddings, *modules),
+        num_layers,
+        _storage_dtype(dtype or common),
+        _backbone_prefix(model),
     )
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
-
-    for name, module in model.named_modules():
-        if name.endswith(".base_layer") or ".lora_A." in name:
-            raise ConfigError(
-                f"module {name!r} belongs to an adapter that is attached already; take the layout"
-                " of the plain base model"
-            )
-        if isinstance(module, nn.Linear | Conv1D) and name:
-            yield name, module
-
-
-def _module(model: nn.Module, name: str, linear: Any, layer: int) -> Module:
-    transposed = not isinstance(linear, nn.Linear)
-    # A quantised linear packs its weight: only the module knows its sizes.
-    sizes = linear.weight.shape if transposed else (linear.in_features, linear.out_features)
-    inputs, outputs = map(int, sizes)
-    parallel = _parallel(name)
-    parts = parts_of(model, name, outputs) if parallel is Parallel.COLUMN else ()
-    return Module(name, inputs, outputs, layer, parallel, transposed, parts)
-
-
-def _parallel(name: str) -> Parallel:
-    last = name.rpartition(".")[2]
-    if last in _COLUMN:
-        return Parallel.COLUMN
-    return Parallel.ROW if last in _ROW else Parallel.REPLICATED
 
 
 def _storage_dtype(dtype: str | torch.dtype) -> str:
@@ -192,8 +147,8 @@ def _backbone_prefix(model: nn.Module) -> str:
 def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayout:
     """A layout of just what one adapter targets, by its own shapes, when the base is not at hand.
 
-    The dtype is the file's; where it mixes several, F32, which holds them all. `lm_head` comes
-    after the layers, any other module without a number before them.
+    The dtype is that of its A and B; where they mix several, F32, which holds them all. `lm_head`
+    comes after the layers, any other module without a number before them.
 
     Raises
     ------
@@ -214,12 +169,13 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
             in_features=a.shape[1],
             out_features=b.shape[0],
             layer=_layer(path, numbers[path], num_layers),
-            parallel=_parallel(path),
-            transposed=spec.fan_in_fan_out,
+            parallel=parallel_of(path),
+            transposed=spec.fan_in_fan_out and not embedding,
+            embedding=embedding,
         )
-        for path, (a, b) in shapes.items()
+        for path, (a, b, embedding) in shapes.items()
     ]
-    dtypes = {span.dtype for span in header.tensors}
+    dtypes = {span.dtype for a, b, _ in shapes.values() for span in (a, b)}
     alone = len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES)
     layout = ModelLayout(tuple(modules), num_layers, dtypes.pop() if alone else "F32")
     # A layout of an adapter that cannot be loaded would be of no use: check what a load checks.
@@ -239,27 +195,32 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
 def _layer(path: str, number: int | None, num_layers: int) -> int:
     if number is not None:
         return number
-    return num_layers if path.rpartition(".")[2] in _HEADS else -1
+    return num_layers if path.rpartition(".")[2] in HEADS else -1
 
 
-def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan]]:
+def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
+    """A and B of each module, and whether it is an embedding."""
     parts: dict[str, dict[Part, TensorSpan]] = {}
+    embeddings: dict[str, bool] = {}
     for span in header.tensors:
         name = parse_tensor_name(span.name)
+        if name.part not in _MATRICES:
+            continue
         if len(span.shape) != 2 or 0 in span.shape:
             raise AdapterFormatError(
                 f"tensor {shorten(span.name, 200)!r} has shape {list(span.shape)}, not two"
                 " positive dimensions; save the adapter again"
             )
         parts.setdefault(name.module, {})[name.part] = span
+        embeddings[name.module] = name.embedding is True
     for path, found in parts.items():
-        if len(found) < len(Part):
+        if len(found) < len(_MATRICES):
             raise AdapterFormatError(
                 f"module {shorten(path, 200)!r} has only one of A and B; save the adapter again"
             )
     if not parts:
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
-    return {path: (found[Part.A], found[Part.B]) for path, found in parts.items()}
+    return {path: (ab[Part.A], ab[Part.B], embeddings[path]) for path, ab in parts.items()}
 
 
 def _read(path: Path, most: int) -> bytes:

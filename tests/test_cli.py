@@ -25,7 +25,7 @@ Patch = pytest.MonkeyPatch
 
 
 def test_load_reports_each_adapter(tmp_path: Path, capsys: Capture) -> None:
-    refused = adapter(tmp_path / "refused", query(0), use_dora=True)
+    refused = adapter(tmp_path / "refused", query(0), use_bdlora={})
     paths = [str(ADAPTERS / "pirate"), refused, str(tmp_path / "absent"), str(ADAPTERS / "json")]
     assert (
         main(["load", *paths, "--base", base(tmp_path / "base"), "--dtype", "float32", "--json"])

@@ -18,6 +18,8 @@ import torch
 import tiny
 from common import Run
 from lorax_async import LocalRoot, errors
+from lorax_async.core.peft_fields import FIELDS, Use
+from lorax_async.core.peft_names import SUFFIXES
 from lorax_async.core.transitions import FILE_MOVES, SLOT_MOVES, FileMove, SlotMove
 from tiny_loaders import ONE, loader
 
@@ -146,6 +148,26 @@ def test_every_stage_is_explained() -> None:
     table = (ROOT / "docs" / "errors.md").read_text().partition("## Stages")[2]
     words = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert words == list(errors.Stage.__args__)  # type: ignore[attr-defined]
+
+
+# -- adapters.md ----------------------------------------------------------------------------------
+
+
+def _mentioned(section: str) -> set[str]:
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    text = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"`([^`\s]+)`", text))
+
+
+def test_every_refused_field_has_its_reason() -> None:
+    refused = {name for name, field in FIELDS.items() if field.use is Use.REFUSED}
+    assert refused | {"peft_type", "init_lora_weights"} <= _mentioned("Refused")
+    assert not refused & _mentioned("Applied")
+
+
+def test_every_tensor_that_is_applied_is_explained() -> None:
+    assert set(SUFFIXES) <= _mentioned("Applied")
+    assert {"use_dora", "lora_bias", "use_rslora", "rank_pattern"} <= _mentioned("Applied")
 
 
 # -- all pages ------------------------------------------------------------------------------------

@@ -58,15 +58,22 @@ def test_inspect_finds_that_the_base_does_not_fit(tmp_path: Path, capsys: Captur
 
 def test_inspect_goes_on_after_each_problem(tmp_path: Path, capsys: Capture) -> None:
     tensors = query(0) | {
-        "model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(576),
+        "model.layers.0.self_attn.q_proj.lora_diag": torch.ones(8),
         "model.embed_tokens.weight": torch.ones(2, 2),
         "model.layers.99999999.q_proj.lora_A.weight": torch.ones(8, 4),
     }
-    path = adapter(tmp_path / "bad", tensors, use_dora=True, bias="all", r="eight")
+    path = adapter(tmp_path / "bad", tensors, use_bdlora={}, bias="all", r="eight")
     assert main(["inspect", path, "--json"]) == 2
     found = output(capsys)
     texts = [problem["text"] for problem in found["problems"]]
-    for needle in ("'use_dora'", "'bias'", "r must be a positive", "vector", "embed", "99999999"):
+    for needle in (
+        "'use_bdlora'",
+        "'bias'",
+        "r must be a positive",
+        "lora_diag",
+        "embed",
+        "99999999",
+    ):
         assert sum(needle in text for text in texts) == 1, needle
     assert len(texts) == 6
     # Even so: what the file holds is shown.
@@ -74,10 +81,25 @@ def test_inspect_goes_on_after_each_problem(tmp_path: Path, capsys: Capture) -> 
 
 
 def test_inspect_checks_the_tensors_of_a_refused_config(tmp_path: Path, capsys: Capture) -> None:
-    path = adapter(tmp_path / "bad", query(0, rank=4), use_dora=True)
+    path = adapter(tmp_path / "bad", query(0, rank=4), use_bdlora={})
     assert main(["inspect", path, "--base", base(tmp_path / "base"), "--json"]) == 2
     errors = [problem["error"] for problem in output(capsys)["problems"]]
-    assert errors == ["UnsupportedAdapterError", "AdapterFormatError"]  # DoRA, and rank 4 is not 8
+    assert errors == ["UnsupportedAdapterError", "AdapterFormatError"]  # and rank 4 is not 8
+
+
+def test_inspect_knows_magnitudes_and_their_absence(tmp_path: Path, capsys: Capture) -> None:
+    name = "model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    whole = adapter(tmp_path / "whole", query(0) | {name: torch.ones(576)}, use_dora=True)
+    assert main(["inspect", whole, "--base", base(tmp_path / "base"), "--json"]) == 0
+    found = output(capsys)
+    assert (found["config"]["use_dora"], found["tensors"]) == (True, 3)
+    # A and B are cast to bf16; the magnitude stays as it is.
+    assert found["device_bytes"] == 2 * 8 * 1152 + 4 * 576
+    assert found["targets"][0]["nbytes"] == 4 * 8 * 1152 + 4 * 576
+    assert main(["inspect", adapter(tmp_path / "flag", query(0), use_dora=True), "--json"]) == 2
+    (problem,) = output(capsys)["problems"]
+    assert problem["error"] == "AdapterFormatError"
+    assert "use_dora is set" in problem["text"]
 
 
 def test_inspect_leaves_out_what_repeats(tmp_path: Path, capsys: Capture) -> None:

@@ -64,7 +64,8 @@ def by_hand_llama() -> list[Module]:
         for n in range(3)
         for name, inputs, outputs, kind, *parts in layer
     ]
-    return [*modules, Module("lm_head", 32, 48, 3, COLUMN)]
+    embedding = Module("model.embed_tokens", 48, 32, -1, Parallel.REPLICATED, embedding=True)
+    return [embedding, *modules, Module("lm_head", 32, 48, 3, COLUMN)]
 
 
 def test_a_llama_in_memory() -> None:
@@ -76,8 +77,8 @@ def test_a_llama_in_memory() -> None:
 def test_a_bare_llama() -> None:
     layout = layouts.from_module(transformers.LlamaModel(llama()))
     assert layout.backbone_prefix == ""
-    assert layout.modules[0].name == "layers.0.self_attn.q_proj"
-    assert len(layout.modules) == 21
+    assert [m.name for m in layout.modules[:2]] == ["embed_tokens", "layers.0.self_attn.q_proj"]
+    assert len(layout.modules) == 22
 
 
 def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
@@ -85,27 +86,23 @@ def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
     assert layout.backbone_prefix == "transformer."
     thirds = Part(32, 8), Part(32, 8, True), Part(32, 8, True)
     first = [
+        Module("transformer.wte", 48, 32, -1, Parallel.REPLICATED, embedding=True),
+        Module("transformer.wpe", 16, 32, -1, Parallel.REPLICATED, embedding=True),
         Module("transformer.h.0.attn.c_attn", 32, 96, 0, COLUMN, transposed=True, parts=thirds),
         Module("transformer.h.0.attn.c_proj", 32, 32, 0, ROW, transposed=True),
         Module("transformer.h.0.mlp.c_fc", 32, 128, 0, COLUMN, transposed=True),
         Module("transformer.h.0.mlp.c_proj", 128, 32, 0, ROW, transposed=True),
     ]
-    assert list(layout.modules[:4]) == first
+    assert list(layout.modules[:6]) == first
     assert layout.modules[-1] == Module("lm_head", 32, 48, 2, COLUMN)
-    assert len(layout.modules) == 2 * 4 + 1
+    assert len(layout.modules) == 2 + 2 * 4 + 1
 
 
 CONFIGS: list[Callable[[], Any]] = [
     llama,
     gpt2,
     lambda: transformers.Qwen2Config(**{k: v for k, v in LLAMA.items() if k != "head_dim"}),
-    lambda: transformers.GPTNeoXConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    ),
+    lambda: transformers.GPTNeoXConfig(**dict(list(LLAMA.items())[:5])),
 ]
 
 
@@ -124,8 +121,8 @@ def test_a_folder_with_nothing_but_a_config(make: Callable[[], Any], tmp_path: P
     for module in layout.modules:
         stored = (module.in_features, module.out_features)
         shape = tuple(weights[f"{module.name}.weight"].shape)
-        assert shape == (stored if module.transposed else stored[::-1])
-    assert Parallel.REPLICATED not in {module.parallel for module in layout.modules}
+        assert shape == (stored if module.transposed or module.embedding else stored[::-1])
+        assert (module.parallel is Parallel.REPLICATED) == module.embedding
     assert layouts.from_pretrained(str(tmp_path), torch.float16).dtype == "F16"
     assert layouts.from_pretrained(tmp_path, dtype="float32").dtype == "F32"
 

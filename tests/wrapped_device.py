@@ -47,5 +47,8 @@ class WrappedDevice:
     def operands(self, module: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         return self.inner.operands(module, slot)
 
+    def view(self, extent: Extent) -> torch.Tensor:
+        return self.inner.view(extent)
+
     def close(self) -> None:
         self.inner.close()

@@ -178,13 +178,13 @@ class _Merging:
         """Of a module map, with zeros up to `rank`."""
         missing = rank - len(a)
         padded = {Part.A: pad(a, (0, 0, 0, missing)), Part.B: pad(b, (0, missing))}
-        names = {part: self._held(module, part)[0][0][1] for part in Part}
-        return {part.value: (padded[part], names[part]) for part in Part}
+        names = {part: self._held(module, part)[0][0][1] for part in _FACTORS}
+        return {f"lora_{part.value}": (padded[part], names[part]) for part in _FACTORS}
 
     def _held(self, module: str, part: Part) -> list[tuple[_Place, tuple[float, float]]]:
         """Where the adapters that change the module have it; weight and scale of each."""
         return [
-            (module_map[module][part.value], (weight, config.scale_of(module)))
+            (module_map[module][f"lora_{part.value}"], (weight, config.scale_of(module)))
             for (module_map, config), weight in zip(
                 self._adapters, self._merge.weights, strict=True
             )
@@ -195,7 +195,7 @@ class _Merging:
         """What PEFT draws for a new layer that starts as most do."""
         module_map, config = self._adapters[0]
         rank = max([config.r, *map(config.rank_of, module_map)])
-        a, b = (_shape(*self._held(module, part)[0][0]) for part in Part)
+        a, b = (_shape(*self._held(module, part)[0][0]) for part in _FACTORS)
         return Start(rank * (2 * a[1] + b[0]), 0)
 
     def _require_fit(self, module: str, part: Part, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -205,11 +205,12 @@ class _Merging:
             shown = " and ".join(str(list(shape)) for shape in shapes)
             raise IncompatibleAdapterError(
                 f"module {shorten(module, 200)!r}: {self._merge.strategy!r} cannot merge"
-                f" {part.value} of the shapes {shown}"
+                f" lora_{part.value} of the shapes {shown}"
             )
 
 
 _Place = tuple[Content, str]
+_FACTORS = (Part.A, Part.B)
 
 
 def _along_rank(part: Part) -> int:

@@ -20,7 +20,8 @@ from lorax_async.adapter import AdapterRef, AdapterSpec
 from lorax_async.config import Limits
 from lorax_async.core.header import LENGTH_BYTES, Header, TensorSpan, header_size, parse_header
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.peft_config import FIELDS, parse_config
+from lorax_async.core.peft_config import parse_config
+from lorax_async.core.peft_fields import FIELDS
 from lorax_async.core.peft_names import Part, TensorName, layer_index, parse_tensor_name
 from lorax_async.core.strict_json import JsonValue, parse_object
 from lorax_async.core.transfer_plan import TransferPlan, plan_transfer
@@ -37,6 +38,8 @@ SHOWN = (
     "r",
     "lora_alpha",
     "use_rslora",
+    "use_dora",
+    "lora_bias",
     "target_modules",
     "rank_pattern",
     "alpha_pattern",
@@ -218,7 +221,7 @@ class _Tensor(NamedTuple):
 
 
 def _lora_tensors(header: Header | None, seen: _Problems) -> list[_Tensor]:
-    """The tensors that plain LoRA has; the others are problems."""
+    """The tensors that are applied; the others are problems."""
     tensors = []
     for span in header.tensors if header is not None else ():
         with seen.noted():

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, Self, TypeAlias
 
 from lorax_async.config import Limits
 from lorax_async.core.strict_json import (
@@ -90,7 +90,8 @@ class HeaderLimits:
     max_metadata_members: int = 65_536
 
     @classmethod
-    def of(cls, limits: Limits) -> HeaderLimits:
+    def of(cls, limits: Limits) -> Self:
+        """As the loader's settings have them."""
         return cls(
             max_header_bytes=limits.max_header_bytes,
             max_tensors=limits.max_tensors,

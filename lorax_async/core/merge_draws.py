@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
 from lorax_async.core.layout import Module
-from lorax_async.core.peft_config import WHAT
+from lorax_async.core.peft_fields import WHAT
 from lorax_async.core.strict_json import parse_object
 from lorax_async.merge import Merge
 

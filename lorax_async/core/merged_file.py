@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{PREFIX}{self.module}.{self.factor.value}.weight"
+        return f"{PREFIX}{self.module}.lora_{self.factor.value}.weight"
 
 
 def lay_out(entries: Sequence[Entry], dtype: str) -> tuple[bytes, list[tuple[Entry, int, int]]]:

@@ -1,4 +1,4 @@
-"""An adapter's A and B tensors, paired by module and checked against the config and the base."""
+"""An adapter's tensors, put together by module and checked against the config and the base."""
 
 from __future__ import annotations
 
@@ -21,12 +21,19 @@ from lorax_async.errors import (
 _MAX_SCALE = 3.4028234663852886e38  # of float32, in which the device's table holds it
 _SHOWN = 3
 
+_PARTS = tuple(Part)
+_PLACES = len(_PARTS)  # of one module
+_FLAGS = {Part.BIAS: "lora_bias", Part.MAGNITUDE: "use_dora"}
+
 MAX_MATCHING_STEPS = 200_000_000
 """Of patterns over module paths: about a second, and ten times what the largest bases need."""
 
 
 class Pair(NamedTuple):
-    """The tensors of one module, an index into the layout; a tuple, for there are hundreds."""
+    """The tensors of one module, an index into the layout; a tuple, for there are hundreds.
+
+    `vectors` are `[out]`, as B's rows, and there is one at most: the bias beside B, or a magnitude.
+    """
 
     module: int
     layer: int
@@ -34,6 +41,7 @@ class Pair(NamedTuple):
     b: TensorSpan
     rank: int
     scale: float
+    vectors: tuple[tuple[Part, TensorSpan], ...] = ()
 
 
 def pair_tensors(
@@ -44,7 +52,8 @@ def pair_tensors(
     Raises
     ------
     AdapterFormatError
-        The file does not hold pairs of A and B of the rank that the config says.
+        The file does not hold pairs of A and B of the rank that the config says, or not the
+        vectors that it says.
     IncompatibleAdapterError
         The base has no such modules, or of other shapes.
     UnsupportedAdapterError
@@ -58,33 +67,87 @@ def pair_tensors(
     rank, scale = _rank_and_scale("", spec, limits) if plain else (0, 0.0)
     pairs: list[Pair] = []
     misfits: list[str] = []
-    for place in sorted([place for place in places if not place & 1]):
+    wanted = _wanted_vector(spec)
+    for place in sorted([place for place in places if place % _PLACES == 0]):
         a, b = places[place], places.get(place + 1)
         if b is None:
             raise _orphan(a, "B")
         if not plain:
             rank, scale = _rank_and_scale(parse_tensor_name(a.name).module, spec, limits)
-        module = modules[place >> 1]
+        module = modules[place // _PLACES]
         fits = a.shape == (rank, module.in_features) and b.shape == (module.out_features, rank)
         if not fits:
             misfits.append(_describe_misfit(a, b, rank, module))
-        pairs.append(Pair(place >> 1, module.layer, a, b, rank, scale))
-    if 2 * len(pairs) < len(places):
-        raise _orphan(next(places[p] for p in places if p & 1 and p - 1 not in places), "A")
+        vectors = () if wanted is None else _vectors(places, place, wanted, module)
+        pairs.append(Pair(place // _PLACES, module.layer, a, b, rank, scale, vectors))
+    if (2 if wanted is None else 3) * len(pairs) < len(places):
+        raise _surplus(places, wanted)
     if misfits:
         raise IncompatibleAdapterError(f"wrong shapes for this base: {_first(misfits, 'module')}")
-    if spec.fan_in_fan_out and not any(modules[pair.module].transposed for pair in pairs):
-        # False is PEFT's default and says nothing; with True, PEFT was shown an [in, out] weight.
+    if spec.fan_in_fan_out:
+        _require_transposed([modules[pair.module] for pair in pairs])
+    return pairs
+
+
+def _wanted_vector(spec: AdapterSpec) -> Part | None:
+    """What each module has besides A and B; PEFT has no adapters with both."""
+    if spec.dora:
+        return Part.MAGNITUDE
+    return Part.BIAS if spec.lora_bias else None
+
+
+def _vectors(
+    places: Mapping[int, TensorSpan], place: int, part: Part, module: Module
+) -> tuple[tuple[Part, TensorSpan], ...]:
+    """The vector of the module whose A is at `place`, of as many elements as B has rows."""
+    flag, shown = _FLAGS[part], shorten(module.name, 200)
+    if part is Part.BIAS and module.embedding:
+        raise UnsupportedAdapterError(
+            f"adapter_config.json: lora_bias is set and {shown!r} is an embedding, for which PEFT"
+            " has no bias; train without lora_bias, or without the embedding"
+        )
+    vector = places.get(place + _PARTS.index(part))
+    if vector is None:
+        raise AdapterFormatError(
+            f"adapter_config.json: {flag} is set, and module {shown!r} has no {part.value}; save"
+            f" the adapter again, or correct {flag}"
+        )
+    rows = places[place + 1].shape[:1]
+    if vector.shape != rows:
+        raise AdapterFormatError(
+            f"tensor {shorten(vector.name, 200)!r} has shape {list(vector.shape)}, and B has"
+            f" {rows[0] if rows else 'no'} rows; save the adapter again"
+        )
+    return ((part, vector),)
+
+
+def _surplus(places: Mapping[int, TensorSpan], wanted: Part | None) -> AdapterFormatError:
+    """There are tensors that no pair took: B or a vector without A, or vectors unannounced."""
+    for place, span in places.items():
+        part = _PARTS[place % _PLACES]
+        if place - place % _PLACES not in places:
+            return _orphan(span, "A")
+        if part in _FLAGS and part is not wanted:
+            break
+    return AdapterFormatError(
+        f"tensor {shorten(span.name, 200)!r} is there and adapter_config.json does not set"
+        f" {_FLAGS[part]}; save the adapter again, or correct the config"
+    )
+
+
+def _require_transposed(modules: Sequence[Module]) -> None:
+    """False is PEFT's default and says nothing; with True, PEFT was shown an [in, out] weight."""
+    linears = [module for module in modules if not module.embedding]
+    if linears and not any(module.transposed for module in linears):
         raise IncompatibleAdapterError(
             "fan_in_fan_out is true, but this base stores none of the adapter's modules as"
             " [in, out]; use the base it was trained on, or set it to false"
         )
-    return pairs
 
 
 @lru_cache(maxsize=16)
 def _known_places(_layout: ModelLayout) -> dict[str, int]:
-    """Names met before → 2 · module (+ 1 for B). Only names the layout has: so it is bounded."""
+    """Names met before → 4 · module + part. Only names that the layout has: so it is bounded."""
     return {}
 
 
@@ -122,7 +185,16 @@ def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, Ten
 def _place(name: str, layout: ModelLayout) -> int | None:
     parsed = parse_tensor_name(name)
     index = layout.resolve(parsed.module)
-    return None if index is None else 2 * index + (parsed.part is Part.B)
+    if index is None:
+        return None
+    embedding = layout.modules[index].embedding
+    if parsed.embedding not in {None, embedding}:
+        kinds = ("a linear module", "an embedding")
+        raise IncompatibleAdapterError(
+            f"tensor {shorten(name, 200)!r} is for {kinds[not embedding]}, and the base has"
+            f" {kinds[embedding]} there; use the base it was trained on"
+        )
+    return _PLACES * index + _PARTS.index(parsed.part)
 
 
 def _doubled(tensors: Sequence[TensorSpan], known: Mapping[str, int]) -> AdapterFormatError:

@@ -1,23 +1,20 @@
 """`adapter_config.json`: what it says about applying the adapter, and what we refuse to guess.
 
-Fields and defaults are those of `peft.LoraConfig` 0.21.2; :data:`FIELDS` treats each of them.
+What becomes of each field says :data:`lorax_async.core.peft_fields.FIELDS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from math import isfinite
 
 from lorax_async.adapter import AdapterSpec, ModulePattern
 from lorax_async.config import Limits
+from lorax_async.core.peft_fields import FIELDS, UNKNOWN, WHAT, shown
 from lorax_async.core.peft_names import compile_pattern
 from lorax_async.core.strict_json import JsonValue, parse_object
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, shorten
-
-WHAT = "adapter_config.json"
 
 MAX_PATTERNS = 2_048
 """Entries of rank_pattern, and of alpha_pattern; EVA writes one per module."""
@@ -25,127 +22,6 @@ MAX_PATTERNS = 2_048
 MAX_INSTRUCTIONS = 2_048
 """Of all regular expressions of a field together, as re2 compiles them: bounds a match's time."""
 
-
-class Use(Enum):
-    """What becomes of a field of the config."""
-
-    READ = "read into the spec"
-    CHECKED = "its type is checked; loading does not need it, for the file's tensors decide"
-    INERT = "ignored, whatever it holds"
-    REFUSED = "refused unless neutral"
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """How one field is treated: `says` is the type it must have, or the feature it turns on."""
-
-    use: Use
-    accepts: Callable[[JsonValue], bool] = lambda _: True
-    says: str = ""
-
-    def check(self, name: str, value: JsonValue) -> None:
-        if self.accepts(value):
-            return
-        if self.use is Use.REFUSED:
-            raise UnsupportedAdapterError(
-                f"{WHAT}: {shorten(name, 100)!r} is set ({self.says}), which"
-                " base + scale * B @ A does not describe; train without it, or merge the adapter"
-                " into its base model"
-            )
-        raise AdapterFormatError(f"{WHAT}: {name!r} must be {self.says}, not {_shown(value)}")
-
-
-def _off(value: JsonValue) -> bool:
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
-
-
-def _unset(value: JsonValue) -> bool:
-    return value is None or value is False
-
-
-def _is_bool(value: JsonValue) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: JsonValue) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_object(value: JsonValue) -> bool:
-    return value is None or isinstance(value, dict)
-
-
-def _are_names(value: JsonValue) -> bool:
-    return _is_text(value) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-
-
-def _are_indices(value: JsonValue) -> bool:
-    each = value if isinstance(value, list) else [value]
-    return value is None or all(type(index) is int for index in each)
-
-
-def _refused(feature: str, neutral: Callable[[JsonValue], bool] = _off) -> Field:
-    return Field(Use.REFUSED, neutral, feature)
-
-
-_READ = Field(Use.READ)
-_FLAG = Field(Use.READ, _is_bool, "true or false")
-_NAMES = Field(Use.CHECKED, _are_names, "null, a string or a list of strings")
-_OBJECT = Field(Use.CHECKED, _is_object, "null or an object")
-_INERT = Field(Use.INERT)
-_UNKNOWN = _refused("a field that this version does not know")
-
-FIELDS: Mapping[str, Field] = {
-    "peft_type": _READ,
-    "r": _READ,
-    "lora_alpha": _READ,
-    "use_rslora": _FLAG,
-    "rank_pattern": _READ,
-    "alpha_pattern": _READ,
-    "init_lora_weights": _READ,
-    "target_modules": Field(Use.READ, _are_names, "null, a string or a list of strings"),
-    "fan_in_fan_out": _FLAG,
-    "base_model_name_or_path": Field(Use.READ, _is_text, "null or a string"),
-    "exclude_modules": _NAMES,
-    "layers_pattern": _NAMES,
-    "layers_to_transform": Field(
-        Use.CHECKED, _are_indices, "null, an integer or a list of integers"
-    ),
-    # The settings of initialisations: only init_lora_weights turns one on.
-    "loftq_config": _OBJECT,
-    "eva_config": _OBJECT,
-    "corda_config": _OBJECT,
-    "lora_ga_config": _OBJECT,
-    # Who trained it, how, and where the base came from.
-    "auto_mapping": _INERT,
-    "peft_version": _INERT,
-    "revision": _INERT,
-    "task_type": _INERT,
-    "inference_mode": _INERT,
-    "runtime_config": _INERT,
-    "lora_dropout": _INERT,
-    "megatron_core": _INERT,
-    "qalora_group_size": _INERT,
-    # Tied copies show as tensors of the embedding, which are refused by their names.
-    "ensure_weight_tying": _INERT,
-    "use_dora": _refused("DoRA"),
-    "bias": _refused("trained biases", lambda value: value == "none" or _off(value)),
-    "lora_bias": _refused("a bias beside B"),
-    "modules_to_save": _refused("full copies of modules"),
-    "trainable_token_indices": _refused("trained rows of the embedding"),
-    "target_parameters": _refused("LoRA on bare parameters, as in fused experts"),
-    "layer_replication": _refused("a base with repeated layers"),
-    "alora_invocation_tokens": _refused("aLoRA, active only after its invocation tokens"),
-    "use_qalora": _refused("QALoRA, whose input is pooled"),
-    "megatron_config": _refused("Megatron's parallel layers", _unset),
-    # An empty object turns these on: PEFT fills in the feature's defaults.
-    "velora_config": _refused("VeLoRA", _unset),
-    "monteclora_config": _refused("MonteCLoRA", _unset),
-    "use_bdlora": _refused("BD-LoRA, whose factors are block-diagonal", _unset),
-    "arrow_config": _refused("Arrow routing", _unset),
-    "kasa_config": _refused("KaSA, which truncates the base's weights", _unset),
-}
-"""Every field of `peft.LoraConfig`. One that is not here passes only at a neutral value."""
 
 # Starting points that leave the base as it is: afterwards the adapter is plain LoRA.
 _PLAIN_STARTS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
@@ -175,8 +51,9 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
     )
     _check_type(config.get("peft_type"))
     for name, value in config.items():
-        FIELDS.get(name, _UNKNOWN).check(name, value)
+        FIELDS.get(name, UNKNOWN).check(name, value)
     _check_start(config.get("init_lora_weights"))
+    _check_combination(config)
     base = config.get("base_model_name_or_path")
     read_rank = partial(_rank, max_rank=limits.max_rank)
     return AdapterSpec(
@@ -188,6 +65,8 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
         targets=_targets(config.get("target_modules")),
         base_model=base if isinstance(base, str) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
+        dora=config.get("use_dora") is True,
+        lora_bias=config.get("lora_bias") is True,
     )
 
 
@@ -205,7 +84,7 @@ def _check_start(value: JsonValue) -> None:
         return
     if not isinstance(value, str):
         raise AdapterFormatError(
-            f"{WHAT}: 'init_lora_weights' must be true, false or a name, not {_shown(value)}"
+            f"{WHAT}: 'init_lora_weights' must be true, false or a name, not {shown(value)}"
         )
     start = value.lower()
     if start in _PLAIN_STARTS:
@@ -226,12 +105,29 @@ def _check_start(value: JsonValue) -> None:
     )
 
 
+def _check_combination(config: Mapping[str, JsonValue]) -> None:
+    """What PEFT itself raises ValueError for, in `LoraConfig` or when it makes the layer."""
+    start = config.get("init_lora_weights", True)
+    dora, bias = config.get("use_dora") is True, config.get("lora_bias") is True
+    other = None
+    if bias and dora:
+        other = "lora_bias with use_dora"
+    elif bias and not isinstance(start, bool):
+        other = f"lora_bias with init_lora_weights {shorten(str(start), 40)!r}"
+    elif dora and start == "mica":
+        other = "use_dora with init_lora_weights 'mica'"
+    if other is not None:
+        raise UnsupportedAdapterError(
+            f"{WHAT}: {other} is a combination that PEFT does not define; train with one of them"
+        )
+
+
 def _rank(name: str, value: JsonValue, *, max_rank: int) -> int:
     if type(value) is not int or value < 1:
-        raise AdapterFormatError(f"{WHAT}: {name} must be a positive integer, not {_shown(value)}")
+        raise AdapterFormatError(f"{WHAT}: {name} must be a positive integer, not {shown(value)}")
     if value > max_rank:
         raise UnsupportedAdapterError(
-            f"{WHAT}: {name} is {_shown(value)}, above the limit of {max_rank};"
+            f"{WHAT}: {name} is {shown(value)}, above the limit of {max_rank};"
             " raise Limits.max_rank to accept it"
         )
     return value
@@ -240,7 +136,7 @@ def _rank(name: str, value: JsonValue, *, max_rank: int) -> int:
 def _finite(name: str, value: JsonValue) -> float:
     number = _number(value)
     if number is None or not isfinite(number):
-        raise AdapterFormatError(f"{WHAT}: {name} must be a finite number, not {_shown(value)}")
+        raise AdapterFormatError(f"{WHAT}: {name} must be a finite number, not {shown(value)}")
     return number
 
 
@@ -259,7 +155,7 @@ def _patterns(
     if entries is None:
         return ()
     if not isinstance(entries, dict):
-        raise AdapterFormatError(f"{WHAT}: {field!r} must be an object, not {_shown(entries)}")
+        raise AdapterFormatError(f"{WHAT}: {field!r} must be an object, not {shown(entries)}")
     if len(entries) > MAX_PATTERNS:
         raise _too_many(field)
     patterns: list[ModulePattern] = []
@@ -284,9 +180,3 @@ def _targets(value: JsonValue) -> tuple[str, ...] | str | None:
     if isinstance(value, list):
         return tuple(str(name) for name in value)
     return value if isinstance(value, str) else None
-
-
-def _shown(value: JsonValue) -> str:
-    if value is None or isinstance(value, bool | int | float):
-        return "missing or null" if value is None else shorten(str(value), 24)
-    return {str: "a string", list: "a list", dict: "an object"}[type(value)]

@@ -1,8 +1,8 @@
 """The names PEFT gives to an adapter's tensors, and the patterns by which configs mean modules.
 
-A tensor's name is `base_model.model.` + module path + suffix. Only `lora_A.weight` and
-`lora_B.weight` are applied. Every other tensor a PEFT file can hold is refused by the name of the
-feature that wrote it, since leaving a tensor out changes the answers.
+A tensor's name is `base_model.model.` + module path + suffix. :data:`SUFFIXES` are applied. Every
+other tensor a PEFT file can hold is refused by the name of the feature that wrote it, since leaving
+a tensor out changes the answers.
 Source: peft 0.21.2, `utils/save_and_load.py`, `utils/other.py` and `tuners/lora/layer.py`.
 """
 
@@ -24,30 +24,42 @@ PREFIX = "base_model.model."
 
 
 class Part(Enum):
-    """Which factor of `scale * B @ A` a tensor is: A is `[rank, in]`, B is `[out, rank]`."""
+    """Which part of a module's adapter a tensor is.
 
-    A = "lora_A"
-    B = "lora_B"
+    A `[rank, in]` and B `[out, rank]` are the factors of `scale * B @ A`; the vectors are `[out]`:
+    lora_bias's, which is added to B's output, and DoRA's.
+    """
+
+    A = "A"
+    B = "B"
+    BIAS = "bias"
+    MAGNITUDE = "magnitude"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """A tensor of plain LoRA: the module it belongs to, by the path in the file, and the factor."""
+    """The module that a tensor belongs to, by the path in the file, and which part of it.
+
+    `embedding` is None where the name does not say whether the module is one.
+    """
 
     module: str
     part: Part
+    embedding: bool | None = False
 
 
-_PARTS = {".lora_A.weight": Part.A, ".lora_B.weight": Part.B}
-_SUFFIX_LENGTH = len(".lora_A.weight")
+SUFFIXES = {
+    "lora_A.weight": (Part.A, False),
+    "lora_B.weight": (Part.B, False),
+    "lora_B.bias": (Part.BIAS, False),
+    "lora_embedding_A": (Part.A, True),
+    "lora_embedding_B": (Part.B, True),
+    "lora_magnitude_vector": (Part.MAGNITUDE, None),
+}
+"""The ends of the names that are applied: which part that is, and whether of an embedding."""
 
-# What PEFT puts into names besides the two factors, each with the feature that writes it.
+# What else PEFT puts into names, each with the feature that writes it.
 _MARKERS = {
-    "lora_B.bias": "lora_bias",
-    "lora_magnitude_vector": "DoRA",
-    "lora_embedding_A": "LoRA on an embedding",
-    "lora_embedding_B": "LoRA on an embedding",
-    "base_layer.weight": "full base weights (embed_tokens or lm_head targeted)",
     "base_layer.bias": "bias (a trained bias of the base)",
     "base_layer": "target_parameters",
     "trainable_tokens_delta": "trainable_token_indices",
@@ -57,7 +69,11 @@ _MARKERS = {
     "lora_monteclora_sampler": "MonteCLoRA",
 }
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head)\.weight")
-_RAW_FACTOR = re.compile(r".*\.lora_[AB]\.[^.]+\.weight")
+_NAMED = r"\.(?!weight$|bias$)[^.]+"  # the adapter's name, which PEFT strips
+_RAW = re.compile(
+    rf".*\.lora_(?:[AB]{_NAMED}\.(?:weight|bias)|embedding_[AB]{_NAMED}|magnitude_vector{_NAMED}\.weight)"
+)
+_FULL_WEIGHT = ".base_layer.weight"
 
 # One spelling per module: components in ASCII, whole numbers without leading zeros.
 _PATH = re.compile(r"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*")
@@ -91,19 +107,23 @@ def parse_tensor_name(name: str) -> TensorName:
     Raises
     ------
     UnsupportedAdapterError
-        The tensor belongs to a feature other than plain LoRA, or to nothing PEFT knows.
+        The tensor belongs to a feature that is not applied, or to nothing PEFT knows.
     AdapterFormatError
         The module path is malformed, or not the one spelling of its module.
     """
-    part = _PARTS.get(name[-_SUFFIX_LENGTH:])
-    if part is None or not name.startswith(PREFIX):
+    path, _, last = name.rpartition(".")
+    if last in {"weight", "bias"}:
+        path, _, factor = path.rpartition(".")
+        last = f"{factor}.{last}"
+    found = SUFFIXES.get(last)
+    if found is None or not path.startswith(PREFIX):
         raise _refusal(name)
-    module = name[len(PREFIX) : -_SUFFIX_LENGTH]
+    module = path[len(PREFIX) :]
     if not _PATH.fullmatch(module) or _PADDED.search(name, len(PREFIX) - 1):
         raise _malformed(module)
     if ("base_layer" in module or "lora_" in module or "_save" in module) and _feature(module):
         raise _refusal(name)
-    return TensorName(module, part)
+    return TensorName(module, *found)
 
 
 def layer_index(module: str) -> int | None:
@@ -186,18 +206,23 @@ def _refusal(name: str) -> AdapterError:
             f"tensor {shown} is not one of a PEFT LoRA adapter (no {PREFIX!r} in front), and"
             " nothing would apply it; convert the adapter to PEFT's format"
         )
+    if path.endswith(_FULL_WEIGHT):
+        return UnsupportedAdapterError(
+            f"tensor {shown} is a copy of the base's own weight, which PEFT adds where embed_tokens"
+            " or lm_head is targeted; save with save_pretrained(…, save_embedding_layers=False)"
+        )
     if feature := _feature(path):
         return UnsupportedAdapterError(
             f"tensor {shown} belongs to {feature}, which base + scale * B @ A does not describe;"
             " train without it, or merge the adapter into its base model"
         )
-    if _RAW_FACTOR.fullmatch(path):
+    if _RAW.fullmatch(path):
         return UnsupportedAdapterError(
             f"tensor {shown} still carries its adapter's name; save the adapter with PEFT's"
             " save_pretrained"
         )
     return UnsupportedAdapterError(
-        f"nothing would apply tensor {shown}; only lora_A.weight and lora_B.weight are understood"
+        f"nothing would apply tensor {shown}; understood are {', '.join(SUFFIXES)}"
     )
 
 

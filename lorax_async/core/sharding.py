@@ -81,14 +81,16 @@ def shard_layout(layout: ModelLayout, shard: Shard | None) -> Sharding:
 
 
 def cut_pairs(pairs: Iterable[Pair], cuts: Sequence[Cut]) -> list[Pair]:
-    """The same pairs, with spans of what is held."""
-    return [
-        pair._replace(
-            a=_columns_of(pair.a, cuts[pair.module].columns),
-            b=_rows_of(pair.b, cuts[pair.module].rows),
-        )
-        for pair in pairs
-    ]
+    """The same pairs, with spans of what is held; vectors are cut as B's rows are."""
+    return [_cut_pair(pair, cuts[pair.module]) for pair in pairs]
+
+
+def _cut_pair(pair: Pair, cut: Cut) -> Pair:
+    return pair._replace(
+        a=_columns_of(pair.a, cut.columns),
+        b=_rows_of(pair.b, cut.rows),
+        vectors=tuple((part, _rows_of(span, cut.rows)) for part, span in pair.vectors),
+    )
 
 
 def _problem(module: Module, world: int) -> str | None:

@@ -16,20 +16,20 @@ from lorax_async.config import Limits
 from lorax_async.core.header import Header
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.life import Needs
-from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Target, Zero, plan_group
+from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Target, Vector, Zero, plan_group
 from lorax_async.core.pairing import pair_tensors
 from lorax_async.core.sharding import Cut, cut_pairs
 from lorax_async.errors import ConfigError, UnsupportedAdapterError
 
-__all__ = ["Convert", "GroupPlan", "Read", "Row", "TransferPlan", "Zero", "plan_transfer"]
+__all__ = ["Convert", "GroupPlan", "Read", "Row", "TransferPlan", "Vector", "Zero", "plan_transfer"]
 
 
 @dataclass(frozen=True, slots=True)
 class TransferPlan:
     """An adapter's groups with tensors, in layer order.
 
-    `dtype` is what it is stored as on the device, `rank` its largest true rank, `nbytes` the sum
-    of its extents, `file_bytes` the size of its file.
+    `dtype` is what A and B are stored as on the device, `rank` its largest true rank, `nbytes` the
+    sum of its extents, `file_bytes` the size of its file.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -38,12 +38,14 @@ class TransferPlan:
     nbytes: int
     file_bytes: int
     layers: tuple[int, ...] = field(init=False)
+    has_vectors: bool = field(init=False)
     _variants: tuple[Needs, Needs] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Made once, for thousands of adapters may share a plan.
         needs = _needs(self.groups, self.file_bytes)
         object.__setattr__(self, "layers", tuple(group.layer for group in self.groups))
+        object.__setattr__(self, "has_vectors", any(group.vectors for group in self.groups))
         object.__setattr__(self, "_variants", (needs, replace(needs, holdable=True)))
 
     def needs(self, *, holdable: bool) -> Needs:
@@ -115,7 +117,7 @@ def _needs(groups: tuple[GroupPlan, ...], file_bytes: int) -> Needs:
         tuple(group.nbytes for group in groups),
         tuple(sorted(range(len(groups)), key=lambda n: groups[n].spans[:1])),
         file_nbytes=file_bytes,
-        weight=sum(max(len(group.rows), len(group.spans)) for group in groups),
+        weight=sum(max(len(group.rows) + len(group.vectors), len(group.spans)) for group in groups),
     )
 
 

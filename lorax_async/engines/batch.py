@@ -13,9 +13,12 @@ import torch
 
 from lorax_async.core.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.core.layout import Module
+from lorax_async.engines.features import Adapted, Factors, Features, Segment
 from lorax_async.errors import UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.inbox import running_loop
+from lorax_async.io.ports import Device
+from lorax_async.runtime.vectors import Vectors
 from lorax_kernels import Plan, Tables, apply
 
 Rows = Sequence[AdapterHandle | None] | None
@@ -24,10 +27,23 @@ Rows = Sequence[AdapterHandle | None] | None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Where a loader's adapters are, and whose thread brings them there."""
+    """Where a loader's adapters are, and whose thread brings them there.
 
+    `tables` are the device's; `factors` are of the model's weights and the adapters there.
+    """
+
+    device: Device
     tables: Tables
     loop: asyncio.AbstractEventLoop
+    factors: Factors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """The segments of adapters that kernels know, and those of adapters with vectors."""
+
+    kernel: Plan
+    others: tuple[Segment, ...]
 
 
 class Batch:
@@ -43,7 +59,9 @@ class Batch:
         self._slots = [BASE_ONLY if row is None else row.slot.index for row in rows or ()]
         self._handles = tuple(dict.fromkeys(row for row in rows or () if row is not None))
         self._streaming: tuple[AdapterHandle, ...] = ()
-        self._plans: dict[int, Plan] = {}
+        self._vectors: dict[int, Vectors] = {}
+        self._features = Features(place.device, place.tables, place.factors, self._vectors)
+        self._plans: dict[int, _Plan] = {}
         self._uses = ExitStack()
         self._lock = Lock()
         self._running = 1  # the block itself
@@ -55,6 +73,9 @@ class Batch:
             for handle in self._handles:
                 uses.enter_context(handle.use())
             self._streaming = tuple(handle for handle in self._handles if not handle.resident)
+            for handle in self._handles:
+                if (vectors := handle.vectors) is not None:
+                    self._vectors[handle.slot.index] = vectors
             self._uses = uses.pop_all()
 
     def end(self) -> None:
@@ -93,31 +114,46 @@ class Batch:
                 "one adapter or None per row (beams and return sequences multiply the rows)"
             )
 
-    def adapt(self, y: torch.Tensor, x: torch.Tensor, index: int, module: Module) -> torch.Tensor:
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
         """Add each row's adapter to `y` `[rows, tokens, out]`, the layer's output, and return it.
 
-        `index` is the module's place in the layout. Waits for adapters that still stream.
+        Waits for adapters that still stream.
         """
         if not self._handles:
             return y
         for handle in self._streaming:
-            self._await_layer(handle, module.layer)
-        if x.dim() != 3:
-            self._require_untouched(x, index, module)
+            self._await_layer(handle, adapted.module.layer)
+        if not self._has_rows(x, adapted.module):
+            self._require_untouched(x, adapted)
             return y
         y = y.contiguous()
         flat_y, flat_x = y.detach().flatten(0, 1), x.detach().flatten(0, 1).contiguous()
         try:
-            apply(flat_y, flat_x, self._plan(x.shape[1]), index, self._place.tables)
+            self._add(flat_y, flat_x, self._plan(x.shape[1]), adapted)
         except ValueError as error:
             raise UsageError(
-                f"module {module.name!r}: {error}; give the loader the dtype and layout that the "
-                "module computes with (autocast changes the dtype)"
+                f"module {adapted.module.name!r}: {error}; give the loader the dtype and layout "
+                "that the module computes with (autocast changes the dtype)"
             ) from error
         if y.requires_grad:
             on_gradient: Any = y.register_hook  # untyped in torch
             on_gradient(_refuse_gradient)
         return y
+
+    def _has_rows(self, x: torch.Tensor, module: Module) -> bool:
+        """Whether the first dimension of the module's input is the batch's rows.
+
+        Embeddings are also given positions, which are one row for all: `[1, tokens]`.
+        """
+        return x.dim() == 2 and x.shape[0] == self._rows if module.embedding else x.dim() == 3
+
+    def _add(self, y: torch.Tensor, x: torch.Tensor, plan: _Plan, adapted: Adapted) -> None:
+        """To `y` `[tokens, out]`: by the kernels, and what these do not know."""
+        if adapted.module.embedding:
+            self._features.add(y, x, plan.kernel.segments + plan.others, adapted)
+            return
+        apply(y, x, plan.kernel, adapted.index, self._place.tables)
+        self._features.add(y, x, plan.others, adapted)
 
     def _await_layer(self, handle: AdapterHandle, layer: int) -> None:
         if handle.is_ready(layer):
@@ -129,22 +165,29 @@ class Batch:
             )
         handle.wait_layer(layer)
 
-    def _require_untouched(self, x: torch.Tensor, index: int, module: Module) -> None:
+    def _require_untouched(self, x: torch.Tensor, adapted: Adapted) -> None:
         """Without a dimension of rows nobody can say whose tokens these are."""
-        if any(int(self._place.tables.rank[index, handle.slot.index]) for handle in self._handles):
+        ranks, module = self._place.tables.rank[adapted.index], adapted.module
+        if any(int(ranks[handle.slot.index]) for handle in self._handles):
+            wanted = "[rows, tokens]" if module.embedding else "[rows, tokens, features]"
             raise UsageError(
                 f"module {module.name!r} got an input of shape {list(x.shape)}, in which the rows "
-                "cannot be told apart; adapters can be applied to [rows, tokens, features] only"
+                f"of a batch of {self._rows} cannot be told apart; adapters can be applied to "
+                f"{wanted} only"
             )
 
-    def _plan(self, tokens: int) -> Plan:
+    def _plan(self, tokens: int) -> _Plan:
         """Of rows with `tokens` tokens each: a prefill's, a decoding step's, the head's."""
         plan = self._plans.get(tokens)
         if plan is None:
+            device = self._place.tables.rank.device
             segments = plan_rows(self._slots, [tokens] * len(self._slots))
-            plan = self._plans[tokens] = Plan.from_segments(
-                segments.bounds, segments.slots, device=self._place.tables.rank.device
-            )
+            bounds, slots = segments.bounds, segments.slots
+            known = [BASE_ONLY if slot in self._vectors else slot for slot in slots]
+            kernel = Plan.from_segments(bounds, known, device=device)
+            each = zip(bounds, bounds[1:], slots, strict=False)
+            others = tuple(segment for segment in each if segment[2] in self._vectors)
+            plan = self._plans[tokens] = _Plan(kernel, others)
         return plan
 
 

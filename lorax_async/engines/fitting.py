@@ -15,7 +15,7 @@ from lorax_async.errors import ConfigError
 _SHOWN = 3
 
 
-def linears_of(model: nn.Module, layout: ModelLayout, shard: Shard | None) -> list[nn.Module]:
+def modules_of(model: nn.Module, layout: ModelLayout, shard: Shard | None) -> list[nn.Module]:
     """The model's module for each of the layout's; raises ConfigError naming those that differ.
 
     `shard` is what the layout's sizes are of.
@@ -40,34 +40,36 @@ def linears_of(model: nn.Module, layout: ModelLayout, shard: Shard | None) -> li
     return [found[module.name] for module in layout.modules]
 
 
-def _mismatch(linear: nn.Module | None, module: Module) -> str | None:
-    if linear is None:
+def _mismatch(found: nn.Module | None, module: Module) -> str | None:
+    if found is None:
         return f"it has no module {module.name!r}"
-    sizes = _sizes(linear)
-    if sizes is None:
-        return f"module {module.name!r} is a {type(linear).__name__}"
+    sizes = _sizes(found)
+    if sizes is None or isinstance(found, nn.Embedding) != module.embedding:
+        return f"module {module.name!r} is a {type(found).__name__}"
     if sizes != (module.in_features, module.out_features):
         wanted = f"{module.in_features} → {module.out_features}"
         return f"module {module.name!r} is {sizes[0]} → {sizes[1]}, not {wanted}"
     return None
 
 
-def _sizes(linear: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear module, None for any other."""
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear module, (vocabulary, out) of an embedding, None for any other."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
 
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
-    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else None
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else None
 
 
-def require_dtype(linears: list[nn.Module], stored: str) -> None:
+def require_dtype(modules: list[nn.Module], stored: str) -> None:
     """Raise ConfigError unless adapters `stored` so fit what the model computes in.
 
     What most modules compute in counts, as in `layouts.from_module`: a router may be wider. A
     quantised weight is packed in integers and says nothing.
     """
-    weights = [_weight(linear).dtype for linear in linears]
+    weights = [_weight(module).dtype for module in modules]
     floating = Counter(dtype for dtype in weights if dtype.is_floating_point)
     if not floating:
         return
@@ -83,10 +85,10 @@ def require_dtype(linears: list[nn.Module], stored: str) -> None:
         )
 
 
-def require_device(linears: list[nn.Module], device: torch.device) -> None:
+def require_device(modules: list[nn.Module], device: torch.device) -> None:
     """Raise ConfigError unless the model is where the adapters are."""
-    for linear in linears:
-        place = _weight(linear).device
+    for module in modules:
+        place = _weight(module).device
         if place.type != device.type:
             raise ConfigError(
                 f"the model is on {place} and the loader's adapters are on {device}; move the "
@@ -94,7 +96,7 @@ def require_device(linears: list[nn.Module], device: torch.device) -> None:
             )
 
 
-def _weight(linear: Any) -> torch.Tensor:
-    weight = linear.weight
+def _weight(module: Any) -> torch.Tensor:
+    weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight

@@ -31,10 +31,10 @@ from torch import nn
 
 from lorax_async.core.layout import Module
 from lorax_async.engines.batch import Batch, Place, Rows
-from lorax_async.engines.fitting import linears_of, require_device, require_dtype
+from lorax_async.engines.features import Adapted, Factors
+from lorax_async.engines.fitting import modules_of, require_device, require_dtype
 from lorax_async.errors import UsageError
 from lorax_async.handle import AdapterHandle
-from lorax_async.io.ports import Device
 from lorax_async.loader import AdapterLoader
 from lorax_kernels import Tables
 
@@ -42,7 +42,7 @@ Forward = Callable[..., torch.Tensor]
 
 
 def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
-    """Make the model's linear modules apply the adapters of `loader`, row by row.
+    """Make the model's modules apply the adapters of `loader`, row by row.
 
     The modules stay what they are: names, parameters, `state_dict`, hooks and tied weights do not
     change, only what their `forward` computes. Takes milliseconds, on the loader's event loop.
@@ -51,7 +51,8 @@ def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
     ----------
     model
         The base that `loader.held_layout` describes: `nn.Linear` and transformers' `Conv1D`
-        modules, whose inputs are `[rows, tokens, features]`.
+        modules, whose inputs are `[rows, tokens, features]`, and embeddings, which get
+        `[rows, tokens]`.
     loader
         Open; its adapters' dtype must be what the model computes in.
 
@@ -65,13 +66,13 @@ def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
     The model is left as it was in both cases.
     """
     device = loader.device
-    place = Place(cast(Tables, device), asyncio.get_running_loop())
-    linears = linears_of(model, loader.held_layout, loader.config.shard)
-    require_dtype(linears, str(loader.config.dtype))
-    require_device(linears, place.tables.rank.device)
-    if any(isinstance(vars(linear).get("forward"), AdaptedForward) for linear in linears):
+    place = Place(device, cast(Tables, device), asyncio.get_running_loop(), Factors())
+    bases = modules_of(model, loader.held_layout, loader.config.shard)
+    require_dtype(bases, str(loader.config.dtype))
+    require_device(bases, place.tables.rank.device)
+    if any(isinstance(vars(base).get("forward"), AdaptedForward) for base in bases):
         raise UsageError("the model has adapters attached already; detach them first")
-    return Attached(linears, loader.held_layout.modules, device, place)
+    return Attached(bases, loader.held_layout.modules, place)
 
 
 class Attached:
@@ -79,23 +80,21 @@ class Attached:
 
     def __init__(
         self,
-        linears: list[nn.Module],
+        bases: list[nn.Module],
         modules: tuple[Module, ...],
-        device: Device,
         place: Place,
     ) -> None:
-        self._device = device
         self._place = place
         self._current: ContextVar[Batch | None] = ContextVar("lorax batch", default=None)
         self._lock = Lock()
         self._open: set[Batch] = set()
         self._replaced = [
             _Replaced(
-                linear,
-                AdaptedForward(self, linear.forward, index, module),
-                vars(linear).get("forward"),
+                base,
+                AdaptedForward(self, Adapted(base, module, index), base.forward),
+                vars(base).get("forward"),
             )
-            for index, (linear, module) in enumerate(zip(linears, modules, strict=True))
+            for index, (base, module) in enumerate(zip(bases, modules, strict=True))
         ]
         for replaced in self._replaced:
             replaced.install()
@@ -166,6 +165,7 @@ class Attached:
             for replaced in self._replaced:
                 replaced.restore()
             self._replaced = []
+            self._place.factors.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -188,26 +188,25 @@ class Attached:
                 continue
             if not isinstance(row, AdapterHandle):
                 raise UsageError(f"row {number} is a {type(row).__name__}; give a handle or None")
-            if row.device is not self._device:
+            if row.device is not self._place.device:
                 raise UsageError(
                     f"row {number}: {row!r} is another loader's; load it with this one"
                 )
 
 
 class AdaptedForward:
-    """What a linear module computes while it is attached: its own output, plus its adapters'."""
+    """What a module computes while it is attached: its own output, plus its adapters'."""
 
-    def __init__(self, attached: Attached, base: Forward, index: int, module: Module) -> None:
+    def __init__(self, attached: Attached, adapted: Adapted, base: Forward) -> None:
         self.base = base
         self._attached = attached
-        self._index = index
-        self._module = module
+        self._adapted = adapted
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         batch = self._attached.current()
         with batch.computing():
-            batch.check(x, self._module)
-            return batch.adapt(self.base(x), x, self._index, self._module)
+            batch.check(x, self._adapted.module)
+            return batch.adapt(self.base(x), x, self._adapted)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UsageError("a model is copied or pickled without its adapters; detach first")
@@ -217,20 +216,20 @@ class AdaptedForward:
 class _Replaced:
     """One module's forward, taken over by an instance attribute, as accelerate's hooks do it."""
 
-    linear: nn.Module
+    base: nn.Module
     forward: AdaptedForward
     before: Forward | None
     """The instance's own forward, where somebody (accelerate's hooks) had given it one."""
 
     def install(self) -> None:
-        vars(self.linear)["forward"] = self.forward
+        vars(self.base)["forward"] = self.forward
 
     def check(self) -> None:
-        if vars(self.linear).get("forward") is not self.forward:
+        if vars(self.base).get("forward") is not self.forward:
             raise UsageError("a module's forward was replaced after attach; undo that first")
 
     def restore(self) -> None:
         if self.before is None:
-            del vars(self.linear)["forward"]  # the class's shows again
+            del vars(self.base)["forward"]  # the class's shows again
         else:
-            vars(self.linear)["forward"] = self.before
+            vars(self.base)["forward"] = self.before

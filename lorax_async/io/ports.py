@@ -196,6 +196,12 @@ class Device(Protocol):
         Views on the device. They tell what copies whose tickets are done have written.
         """
 
+    def view(self, extent: Extent) -> torch.Tensor:
+        """The bytes of an extent, or of a part of one, on the device: uint8 `[nbytes]`. Quick.
+
+        They tell what copies whose tickets are done have written; nobody else may write to them.
+        """
+
     def close(self) -> None:
         """End what runs, let the arena go; views that are still held keep their memory alive.
 

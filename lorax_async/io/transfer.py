@@ -108,7 +108,7 @@ class Transfer:
         if self._check_finite:
             ticket.result()
             names = self._module_names
-            require_finite_operands(self._device, group.rows, copy.slot, names)
+            require_finite_operands(self._device, group, copy.extent, copy.slot, names)
         return Moved(ticket, ticket, seconds)
 
     def _send_windows(self, sending: _Sending) -> None:
@@ -150,8 +150,8 @@ class Transfer:
             for each in scratch:
                 self._staging.release(each)
         if self._check_finite:
-            rows, names = copy.group.rows, self._module_names
-            require_finite_window(buffer.tensor, window, copy.dtype, rows, names)
+            names = self._module_names
+            require_finite_window(buffer.tensor, window, copy.dtype, copy.group, names)
 
 
 class _Sending:

@@ -17,6 +17,7 @@ from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import HandleClosedError, LoraxError, UsageError
 from lorax_async.io.inbox import running_loop
 from lorax_async.io.ports import CopyTicket
+from lorax_async.runtime.vectors import Vectors
 
 
 class Tenancy:
@@ -27,6 +28,8 @@ class Tenancy:
         self.grant = grant
         self.plan = plan
         self.layers = plan.layers
+        self.vectors = Vectors(plan, grant) if plan.has_vectors else None
+        """Until the slot is free again."""
         self.error: LoraxError | None = None
         self.streamed = False
         """Somebody holds it before its last layer: single layers are waited for."""

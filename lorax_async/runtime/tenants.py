@@ -49,7 +49,7 @@ class Tenants:
         return tenancy
 
     def move_out(self, key: AdapterKey) -> None:
-        del self._tenancies[key]
+        self._tenancies.pop(key).vectors = None
 
     def tenancy(self, key: AdapterKey) -> Tenancy:
         return self._tenancies[key]

@@ -16,7 +16,8 @@ from torch import nn
 
 from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
-from lorax_async.core.peft_config import FIELDS, MAX_PATTERNS, Use, parse_config
+from lorax_async.core.peft_config import MAX_PATTERNS, parse_config
+from lorax_async.core.peft_fields import FIELDS, Use
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError
 
 LIMITS = Limits()
@@ -137,10 +138,8 @@ def test_targets_are_kept_as_written(written: object, kept: object) -> None:
 
 
 FEATURES: list[tuple[str, object, str]] = [
-    ("use_dora", True, "DoRA"),
     ("bias", "all", "biases"),
     ("bias", "lora_only", "biases"),
-    ("lora_bias", True, "bias beside B"),
     ("modules_to_save", ["lm_head"], "full copies"),
     ("trainable_token_indices", [1], "rows of the embedding"),
     ("trainable_token_indices", {"embed_tokens": [1]}, "rows of the embedding"),
@@ -214,6 +213,8 @@ WRONG: dict[str, list[object]] = {
     "alpha_pattern": [1, {"q": None}, {"q": "1"}, {"q": False}],
     "use_rslora": [1, "true", None],
     "fan_in_fan_out": [0],
+    "use_dora": [1, "true", [], ""],
+    "lora_bias": [0, "none", {}],
     "init_lora_weights": [1, [], {}],
     "target_modules": [1, [1], {"q": 1}, True],
     "exclude_modules": [1, [None]],

@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from lorax_async.core.peft_names import (
+    SUFFIXES,
     Part,
     TensorName,
     compile_pattern,
@@ -67,10 +68,31 @@ def refusals(names: set[str]) -> Iterator[LoraxError]:
             yield error
 
 
-def test_plain_names_of_peft() -> None:
-    assert {parse_tensor_name(name) for name in names_of()} == {
-        TensorName(f"layers.{layer}.q_proj", part) for layer in (0, 1) for part in Part
-    }
+QUERIES = [f"layers.{layer}.q_proj" for layer in (0, 1)]
+FACTORS = [TensorName(query, part) for query in QUERIES for part in (Part.A, Part.B)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({}, []),
+        ({"use_dora": True}, [TensorName(query, Part.MAGNITUDE, None) for query in QUERIES]),
+        ({"lora_bias": True}, [TensorName(query, Part.BIAS) for query in QUERIES]),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            [TensorName("embed_tokens", part, True) for part in (Part.A, Part.B)],
+        ),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+            [TensorName(path, Part.MAGNITUDE, None) for path in (*QUERIES, "embed_tokens")]
+            + [TensorName("embed_tokens", part, True) for part in (Part.A, Part.B)],
+        ),
+    ],
+)
+def test_names_of_peft_that_are_applied(settings: dict[str, Any], more: list[TensorName]) -> None:
+    names = names_of(**settings)
+    assert {parse_tensor_name(name) for name in names} == {*FACTORS, *more}
+    assert len(names) == len(FACTORS) + len(more)
 
 
 def test_factors_are_told_apart() -> None:
@@ -84,9 +106,6 @@ def test_factors_are_told_apart() -> None:
     [
         # Parameters of one module wrap each other; a single one looks like a plain linear.
         ({"target_parameters": ["experts.up", "experts.down"]}, "target_parameters"),
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on an embedding"),
         ({"modules_to_save": ["norm"]}, "(bias or )?modules_to_save"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"bias": "all"}, "bias"),
@@ -102,7 +121,8 @@ def test_tensors_peft_writes_for_other_features(settings: dict[str, Any], featur
 @pytest.mark.parametrize(
     ("suffix", "feature"),
     [
-        ("lm_head.base_layer.weight", "full base weights"),
+        ("lm_head.base_layer.weight", "base's own weight.*save_embedding_layers=False"),
+        ("model.embed_tokens.base_layer.weight", "base's own weight.*save_embedding_layers=False"),
         ("model.embed_tokens.weight", "resized vocabulary"),
         ("lm_head.weight", "resized vocabulary"),
         ("score.weight", "modules_to_save"),
@@ -112,6 +132,12 @@ def test_tensors_peft_writes_for_other_features(settings: dict[str, Any], featur
         ("q.lora_velora_embed", "VeLoRA"),
         ("q.lora_monteclora_sampler.log_prior", "MonteCLoRA"),
         ("q.lora_A.default.weight", "adapter's name"),
+        ("q.lora_B.default.bias", "adapter's name"),
+        ("q.lora_embedding_A.default", "adapter's name"),
+        ("q.lora_magnitude_vector.default.weight", "adapter's name"),
+        ("q.lora_A.bias", "nothing would apply"),
+        ("q.lora_embedding_A.weight", "nothing would apply"),
+        ("q.lora_magnitude_vector.weight", "nothing would apply"),
         ("q.lora_A", "nothing would apply"),
         ("q.lora_C.weight", "nothing would apply"),
         ("", "nothing would apply"),
@@ -179,7 +205,7 @@ def test_layer_index_wants_plain_decimals(module: str) -> None:
         layer_index(module)
 
 
-@given(st.text(max_size=60), st.sampled_from(["", ".lora_A.weight", ".lora_B.weight"]))
+@given(st.text(max_size=60), st.sampled_from(["", *(f".{suffix}" for suffix in SUFFIXES)]))
 def test_any_text_is_a_name_or_refused(text: str, suffix: str) -> None:
     name = f"base_model.model.{text}{suffix}"
     try:
@@ -187,7 +213,8 @@ def test_any_text_is_a_name_or_refused(text: str, suffix: str) -> None:
     except (UnsupportedAdapterError, AdapterFormatError) as error:
         assert len(str(error)) <= 1_000
     else:
-        assert f"base_model.model.{parsed.module}.{parsed.part.value}.weight" == name
+        end = name.removeprefix(f"base_model.model.{parsed.module}.")
+        assert SUFFIXES[end] == (parsed.part, parsed.embedding)
 
 
 MODULES = [

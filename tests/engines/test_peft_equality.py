@@ -16,11 +16,24 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from engines.variants import PEFT_WARNING, VARIANTS, active, build, logits_of, save, serving, stored
+from engines.variants import (
+    FEATURE_WARNINGS,
+    PEFT_WARNING,
+    VARIANTS,
+    active,
+    build,
+    logits_of,
+    save,
+    serving,
+    stored,
+)
 from lorax_async import AdapterLoader, LoaderConfig, layouts
 from lorax_async.io.fakes import FakeSource
 
-pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
+pytestmark = [
+    pytest.mark.filterwarnings(PEFT_WARNING),
+    pytest.mark.filterwarnings(FEATURE_WARNINGS),
+]
 
 Inputs = Mapping[str, torch.Tensor]
 Run = Callable[[Coroutine[Any, Any, Any]], Any]

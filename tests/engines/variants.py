@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -22,6 +23,9 @@ MiB = 1 << 20
 
 PEFT_WARNING = r"ignore:The `is_gradient_checkpointing` attribute:FutureWarning"
 # Wrapping a model makes peft 0.21 ask transformers 5.23 in a way that transformers deprecates.
+FEATURE_WARNINGS = r"ignore:.*(lora_bias=True|tie_word_embeddings=True|have invalid shape)"
+# PEFT warns that adapters with a bias, or of tied modules, cannot be merged; nobody merges here. And
+# when it saves biases it takes them for matrices that were gathered wrongly.
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +62,29 @@ VARIANTS = {
     "rank_12": Variant({**ATTENTION, "r": 12}, torch.bfloat16),
     "rank_20": Variant({**EVERY, "r": 20}, torch.float16),
     "bare_backbone": Variant(ATTENTION, bare=True),
+    "dora": Variant({**EVERY, "use_dora": True}),
+    "dora_bf16": Variant({**EVERY, "use_dora": True, "use_rslora": True}, torch.bfloat16),
+    "lora_bias": Variant({**EVERY, "lora_bias": True}),
+    "embedding": Variant({"r": 4, "target_modules": ["embed_tokens"]}),
+    "lm_head": Variant({"r": 4, "target_modules": ["lm_head"]}),
+    "embedding_and_all": Variant({"r": 3, "target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "dora_embedding": Variant(
+        {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"], "use_dora": True}
+    ),
 }
 
 
 @contextmanager
 def wrapped(model: Any, lora: Lora, seed: int | None = None) -> Iterator[Any]:
-    """The model in a new PeftModel with random A and B; the model is plain again afterwards."""
+    """The model in a new PeftModel with random weights; the model is plain again afterwards."""
     peft_model: Any = get_peft_model(model, LoraConfig(**copy.deepcopy(dict(lora))))
     rank = peft_model.peft_config["default"].r
     random = torch.Generator().manual_seed(rank if seed is None else seed)
     with torch.no_grad():
         for name, weight in peft_model.named_parameters():
-            if ".lora_" in name:
+            if "magnitude" in name:
+                weight.mul_(torch.empty_like(weight).uniform_(0.7, 1.3, generator=random))
+            elif ".lora_" in name:
                 weight.normal_(0, 0.04, generator=random)
     try:
         yield peft_model
@@ -158,3 +173,19 @@ async def serving(model: Any, **settings: Any) -> AsyncIterator[tuple[AdapterLoa
     async with AdapterLoader(layout, LoaderConfig(**settings), source=source) as loader:
         with attach(model, loader) as attached:
             yield loader, attached
+
+
+async def logits_with(
+    model: Any, adapter: Path, inputs: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Ours, computed in a thread, with the same adapter for all rows."""
+    rows = len(inputs["input_ids"])
+    async with serving(model) as (loader, attached), await loader.load(adapter) as handle:
+        with attached.batch([handle] * rows):
+            return await asyncio.to_thread(logits_of, model, inputs)
+
+
+def pefts(model: Any, adapter: Path, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """PEFT's own, of a model that is for it alone: what it wraps is frozen afterwards."""
+    with active(model, only=adapter):
+        return logits_of(model, inputs)

@@ -24,6 +24,7 @@ from device_groups import (
     holds,
     move,
     settle,
+    shows,
     staged,
     when_done,
 )
@@ -46,6 +47,8 @@ class DeviceConformance:
         move(device, second, extent(3), 1)
         move(device, first, extent(1), 1)
         holds(device, 1, first.weights | second.weights)
+        shows(device, first, extent(1))
+        shows(device, second, extent(3))
         for slot in (0, 2):
             holds(device, slot, {})
 
@@ -142,9 +145,8 @@ class DeviceConformance:
         assert device.note_use().result(10) is None
 
     def test_tickets_of_another_device(self, new_device: NewDevice) -> None:
-        device, other = new_device(), new_device()
-        device.open()
-        other.open()
+        (device := new_device()).open()
+        (other := new_device()).open()
         ticket = begin(other, group(1, [0]), extent(0), 0)
         with pytest.raises(UsageError, match="another device"):
             device.wait_for(ticket)
@@ -152,14 +154,12 @@ class DeviceConformance:
         other.wait_for(ticket)
 
     def test_a_use_ends(self, new_device: NewDevice) -> None:
-        device = new_device()
-        device.open()
+        (device := new_device()).open()
         assert device.note_use().result(10) is None
 
     @pytest.mark.parametrize("nbytes", [1, 4096, 100_001])
     def test_staging_memory_is_the_askers(self, new_device: NewDevice, nbytes: int) -> None:
-        device = new_device()
-        device.open()
+        (device := new_device()).open()
         memory, other = device.staging_memory(nbytes), device.staging_memory(nbytes)
         assert (memory.dtype, memory.shape) == (torch.uint8, (nbytes,))
         assert memory.device.type == "cpu"
@@ -178,8 +178,7 @@ class DeviceConformance:
         holds(device, 0, made.weights)
 
     def test_closing_ends_what_runs(self, new_device: NewDevice) -> None:
-        device = new_device()
-        device.open()
+        (device := new_device()).open()
         tickets = [begin(device, group(n, [n]), extent(n), 0) for n in range(4)]
         tickets.append(device.note_use())
         device.close()

@@ -201,6 +201,18 @@ def holds(device: TabledDevice, slot: int, expected: dict[int, Operands]) -> Non
         assert scale[module, slot] == torch.tensor(want_factor)
 
 
+def shows(device: Device, made: Group, where: Extent) -> None:
+    """The device's view of the extent, and of any part of it, has the group's bytes."""
+    whole = device.view(where)
+    assert (whole.dtype, whole.shape) == (torch.uint8, (where.nbytes,))
+    assert device.view(where).data_ptr() == whole.data_ptr()
+    for part in made.written:
+        image = torch.tensor(list(made.image[part.start - START : part.stop - START]))
+        some = device.view(Extent(where.offset + part.start, len(part)))
+        assert torch.equal(some.cpu(), image.to(torch.uint8))
+        assert torch.equal(whole[part.start : part.stop].cpu(), image.to(torch.uint8))
+
+
 OLD, NEW = group(1, [0, 1]), group(2, [0, 1])
 """They have the same shapes, and so the same places in an extent."""
 

@@ -73,10 +73,10 @@ GROUPS: Mutants = {
         TRANSFER,
         """\
         if self._check_finite:
-            rows, names""",
+            names""",
         """\
         if self._check_finite and sending.tickets:
-            rows, names""",
+            names""",
         f"{STAGED}::test_weights_that_are_not_finite",
     ),
     "transfer: two buffers are taken at once": mutant(

@@ -162,6 +162,9 @@ class CpuDevice:
             )
         return found
 
+    def view(self, extent: Extent) -> torch.Tensor:
+        return self.host_view(extent)
+
     def _view(self, offset: int, rows: int, columns: int) -> torch.Tensor:
         nbytes = rows * columns * self._dtype.itemsize
         return self._arena[offset : offset + nbytes].view(self._dtype).view(rows, columns)

@@ -262,6 +262,10 @@ class CudaDevice:
         shape = self._layout.modules[module]
         return self._tenants[slot].operands(module, shape, self._memory.arena, self._dtype)
 
+    def view(self, extent: Extent) -> torch.Tensor:
+        """As the port has it, with `operands`' promise to streams."""
+        return self._memory.arena[extent.offset : extent.offset + extent.nbytes]
+
     def close(self) -> None:
         """Wait for all that was put on the copy stream and all uses noted; let the memory go.
 

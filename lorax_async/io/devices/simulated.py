@@ -105,7 +105,7 @@ class SimulatedDevice:
     """An arena of poison in host memory, and a copy stream that fills it in its own time.
 
     `copy` poisons the range that it will write, at once; the copy stream reads the staged bytes
-    only when it gets there, writes them, and then the rows. A cleared column's weights become
+    only when it gets there, writes them, and then the rows. The extents of a cleared column become
     poison, too. Compute is what `SimulatedStream.run` is given; `compute` is the stream that None
     stands for, `stream` makes more.
 
@@ -149,7 +149,8 @@ class SimulatedDevice:
     ) -> None:
         self._memory = CpuDevice(layout, dtype=dtype, nbytes=nbytes, slots=slots)
         self._whole = Extent(0, nbytes)
-        self._modules, self._slots = range(len(layout.modules)), range(slots)
+        self._slots = range(slots)
+        self._extents: list[set[Extent]] = [set() for _ in self._slots]
         self._seconds_per_byte = 1 / bytes_per_second if bytes_per_second else 0.0
         self._seconds_per_copy = seconds_per_copy
         self.gate = threading.Event()
@@ -218,6 +219,7 @@ class SimulatedDevice:
         ticket.finished_at = self.clock
         if number in self.failing:
             raise TransferError(f"copy {number} was told to fail")
+        self._extents[slot].add(extent)
         self._memory.copy(piece, rows, extent, slot)
 
     def lose(self) -> None:
@@ -249,16 +251,18 @@ class SimulatedDevice:
         self._copying.run(lambda: self._clear(index))
 
     def _clear(self, slot: int) -> None:
-        for module in self._modules:
-            operands = self._memory.operands(module, slot)
-            if operands is not None:
-                for weights in operands[:2]:
-                    weights.view(torch.uint8).fill_(POISON)
+        for extent in self._extents[slot]:
+            self._memory.host_view(extent).fill_(POISON)
+        self._extents[slot] = set()
         self._memory.clear_column(slot)
 
     def operands(self, module: int, slot: int) -> Operands | None:
         """Views into the arena, as of what the copy stream has done."""
         return self._memory.operands(module, slot)
+
+    def view(self, extent: Extent) -> torch.Tensor:
+        """A view into the arena, as of what the copy stream has done."""
+        return self._memory.host_view(extent)
 
     def close(self) -> None:
         """Opens the gate and waits for all streams: what was put on them runs, kernels included."""
