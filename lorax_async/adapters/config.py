@@ -15,11 +15,15 @@ from lorax_async.adapters.base import AdapterConfig, AdapterModel, Content, Modu
 from lorax_async.adapters.peft_values import require_agreement
 from lorax_async.adapters.places import LIMITS, folder_of, named, read_small
 from lorax_async.adapters.threads import in_thread
-from lorax_async.adapters.unapplied import require_all_matched
+from lorax_async.adapters.unapplied import (
+    FACTORS,
+    require_all_matched,
+    require_plain_spec,
+    tensor_name,
+)
 from lorax_async.adapters.weights_file import WeightsFile
 from lorax_async.core.pairing import MAX_MATCHING_STEPS
 from lorax_async.core.peft_config import parse_config
-from lorax_async.core.peft_names import PREFIX, Part
 from lorax_async.errors import UnsupportedAdapterError, UsageError
 from lorax_async.io.sources.local_folder import CONFIG
 
@@ -86,6 +90,7 @@ class LoraConfig(AdapterConfig):
         """
         with named(adapter_id):
             spec = parse_config(read_small(folder_of(adapter_id, CONFIG)), LIMITS)
+            require_plain_spec(spec)
             require_agreement(spec)
         return cls._of(spec)
 
@@ -159,10 +164,10 @@ class LoraConfig(AdapterConfig):
         """
         module_map: dict[str, dict[str, tuple[Content, str]]] = {}
         for name in weight_names:
-            keys = {part.value: f"{PREFIX}{name}.{part.value}.weight" for part in Part}
+            keys = {factor: tensor_name(factor, name) for factor in FACTORS}
             if all(key in adapter_weights for key in keys.values()):
                 module_map[name] = {
-                    part: (_content(adapter_weights, key), key) for part, key in keys.items()
+                    factor: (_content(adapter_weights, key), key) for factor, key in keys.items()
                 }
         matched = {key for factors in module_map.values() for _, key in factors.values()}
         require_all_matched(adapter_weights, matched)

@@ -10,9 +10,9 @@ import torch
 
 from lorax_async.adapters.base import AdapterModel, Content, ModuleMap
 from lorax_async.adapters.padding import padded_rank
+from lorax_async.adapters.unapplied import FACTORS
 from lorax_async.adapters.weights_file import WeightsFile
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.peft_names import Part
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
@@ -170,7 +170,7 @@ def find_layers(
 
 
 def _layer(name: str, factors: Mapping[str, tuple[Content, str]], config: Ranks) -> Layer:
-    a, b = (Factor(*factors[part.value]) for part in Part)
+    a, b = (Factor(*factors[factor]) for factor in FACTORS)
     rank = config.rank_of(name)
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise AdapterFormatError(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-import torch
-
 from lorax_async.adapters.layers import Factor, Layer, TypeLayers
 from lorax_async.adapters.layout_model import LayerNames
+from lorax_async.adapters.unapplied import FACTORS, inexpressible, tensor_name
 from lorax_async.core.layout import ModelLayout
-from lorax_async.errors import UsageError
+from lorax_async.errors import UsageError, shorten
 from lorax_async.handle import ModuleWeights
 
 
@@ -31,10 +30,12 @@ def resident_layers(handle: ResidentAdapter, layer_type: str) -> TypeLayers | No
     """The layers of one type, or None where the adapter has none of them.
 
     Raises `UsageError` if the loader keeps one shard of every module only, if the base has no such
-    type, or if a layer is not here yet.
+    type, or if a layer is not here yet; `UnsupportedAdapterError` for an adapter that has more than
+    A and B of linear modules.
     """
     _require_whole(handle)
     modules = handle.modules
+    _require_linear(handle.layout, modules)
     names = LayerNames.of(handle.layout).of_type(layer_type)
     weights = {name: modules[name] for name in names.values() if name in modules}
     if not weights:
@@ -49,8 +50,17 @@ def resident_layers(handle: ResidentAdapter, layer_type: str) -> TypeLayers | No
 
 
 def _layer(name: str, module: ModuleWeights) -> Layer:
-    a: torch.Tensor = module.a
-    return Layer(name, Factor(a, f"{name} A"), Factor(module.b, f"{name} B"), module.scale)
+    for vector, feature in ((module.bias, "lora_bias"), (module.magnitude, "DoRA")):
+        if vector is not None:
+            raise inexpressible(f"module {shorten(name, 200)!r}", feature)
+    a, b = (tensor_name(factor, name) for factor in FACTORS)
+    return Layer(name, Factor(module.a, a), Factor(module.b, b), module.scale)
+
+
+def _require_linear(layout: ModelLayout, names: Iterable[str]) -> None:
+    for name in names:
+        if layout.modules[layout.index(name)].embedding:
+            raise inexpressible(f"module {shorten(name, 200)!r}", "LoRA on an embedding")
 
 
 def _require_whole(handle: ResidentAdapter) -> None:

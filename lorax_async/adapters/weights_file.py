@@ -13,9 +13,10 @@ import torch
 
 from lorax_async.adapters.places import LIMITS, folder_of, named
 from lorax_async.adapters.threads import in_thread
+from lorax_async.adapters.unapplied import require_plain_name
 from lorax_async.config import Limits
 from lorax_async.core.header import Header, HeaderLimits, TensorSpan, header_size, parse_header
-from lorax_async.core.peft_names import WEIGHT_DTYPES, parse_tensor_name
+from lorax_async.core.peft_names import WEIGHT_DTYPES
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError, shorten
 from lorax_async.io.sources.checked_open import FileReader, open_same
 from lorax_async.io.sources.local_folder import WEIGHTS, find_adapter
@@ -153,7 +154,7 @@ def _read_prefix(reader: FileReader, start: int, stop: int) -> bytearray:
 
 
 def _check_span(span: TensorSpan) -> None:
-    parse_tensor_name(span.name)
+    require_plain_name(span.name)
     if len(span.shape) != 2 or 0 in span.shape:
         raise AdapterFormatError(
             f"tensor {shorten(span.name, 200)!r} has shape {list(span.shape)}, not two positive"

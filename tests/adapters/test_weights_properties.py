@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import small_base as base
+from adapters import small_base as base
 from lorax_async.adapters import LayoutModel, LoraWeights, padded_rank
 from lorax_async.errors import IncompatibleAdapterError
 
