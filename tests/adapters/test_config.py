@@ -54,7 +54,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def folder(tmp_path: Path, **changes: object) -> Path:
+def folder(tmp_path: Path, **changes: Any) -> Path:
     return base.write(tmp_path / "adapter", base.tensors(types=["q_proj"]), **changes)
 
 
@@ -109,7 +109,7 @@ def test_peft_gets_plain_values_and_compiles_nothing(
     given: list[dict[str, object]] = []
 
     class Watched(peft.LoraConfig):
-        def __init__(self, **values: object) -> None:
+        def __init__(self, **values: Any) -> None:
             given.append(values)
             super().__init__(**values)
 

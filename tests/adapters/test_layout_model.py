@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from adapters import small_base as base
+from lorax_async.adapter import ModulePattern
 from lorax_async.adapters import LayoutModel, LoraWeights
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
+from lorax_async.core.peft_names import compile_pattern
 from lorax_async.errors import ConfigError, IncompatibleAdapterError, UsageError
 
 COLUMN, ROW, REPLICATED = Parallel.COLUMN, Parallel.ROW, Parallel.REPLICATED
@@ -233,10 +235,7 @@ def test_absent_layers_and_mixed_ranks_among_processes(place: int) -> None:
     assert not weights.weights_b[1].any()
 
 
-def _pattern(text: str, value: float) -> tuple[object, ...]:
-    from lorax_async.adapter import ModulePattern
-    from lorax_async.core.peft_names import compile_pattern
-
+def _pattern(text: str, value: float) -> tuple[ModulePattern, ...]:
     matches, _ = compile_pattern(text)
     return (ModulePattern(text, matches, value),)
 
