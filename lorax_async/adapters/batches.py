@@ -172,7 +172,7 @@ class BatchLoraWeights(BatchAdapterWeights):
             return None
         ranks = {index: adapter.lora_a_r for index, adapter in adapters.items()}
         by_segment = prefill or max(ranks.values()) > MAX_DECODE_RANK
-        runs = _runs(meta, check_tokens=not by_segment)
+        runs = _runs(meta)
         if prefill_head_indices is not None:
             runs = runs.over(prefill_head_indices)
         if by_segment:
@@ -206,16 +206,13 @@ def _is_stacked(weights: object) -> TypeGuard[Stacked]:
     return hasattr(weights, "lora_a_r")
 
 
-def _runs(meta: AdapterBatchMetadata, *, check_tokens: bool) -> Runs:
+def _runs(meta: AdapterBatchMetadata) -> Runs:
+    """Checked, for a contradiction would apply a stranger's adapter to a token."""
     runs = runs_of(meta.adapter_segments, meta.segment_indices)
-    if runs.bounds[-1] != len(meta.adapter_indices):
+    if runs.by_row() != to_list("adapter_indices", meta.adapter_indices):
         raise UsageError(
-            f"adapter_segments end at {runs.bounds[-1]}, but adapter_indices has "
-            f"{len(meta.adapter_indices)} tokens; make both from the same tokens"
-        )
-    if check_tokens and runs.by_row() != to_list("adapter_indices", meta.adapter_indices):
-        raise UsageError(
-            "adapter_indices and the segments name different adapters for a token; make both from "
-            "the same tokens, with AdapterBatchMetadata.from_indices"
+            f"adapter_indices ({len(meta.adapter_indices)} tokens) and the segments (up to "
+            f"{runs.bounds[-1]}) name different adapters for a token; make both from the same "
+            "tokens, with AdapterBatchMetadata.from_indices"
         )
     return runs

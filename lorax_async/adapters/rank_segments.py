@@ -113,21 +113,17 @@ def group_by_segment(
 
 
 def group_by_token(ranks: Mapping[int, int], runs: Runs, stacks: Stacks) -> dict[int, RankSegments]:
-    """As `group_by_segment`, with an address for each row."""
-    groups, rows = {}, runs.by_row()
+    """As `group_by_segment`, with a place among the addresses for each row."""
+    groups = {}
     for rank, places in _places(ranks, runs).items():
         a_ptr, b_ptr = _addresses(runs, places, stacks)
+        rows = [-1] * runs.bounds[-1]
         first: dict[int, int] = {}
         for at, place in enumerate(places):
-            first.setdefault(runs.indices[place], at)
-        groups[rank] = RankSegments(
-            rank,
-            a_ptr,
-            b_ptr,
-            indices=torch.tensor(
-                [first.get(index, -1) for index in rows], dtype=torch.int64, device=a_ptr.device
-            ),
-        )
+            start, stop = runs.bounds[place], runs.bounds[place + 1]
+            rows[start:stop] = [first.setdefault(runs.indices[place], at)] * (stop - start)
+        indices = torch.tensor(rows, dtype=torch.int64, device=a_ptr.device)
+        groups[rank] = RankSegments(rank, a_ptr, b_ptr, indices=indices)
     return groups
 
 
@@ -140,11 +136,14 @@ def _places(ranks: Mapping[int, int], runs: Runs) -> dict[int, list[int]]:
 
 
 def _addresses(runs: Runs, places: Sequence[int], stacks: Stacks) -> tuple[Tensor, Tensor]:
-    pairs = [stacks[runs.indices[place]] for place in places]
-    device = pairs[0][0].device
+    used = [runs.indices[place] for place in places]
+    pairs = {index: stacks[index] for index in used}
+    a_at = {index: a.data_ptr() for index, (a, _) in pairs.items()}
+    b_at = {index: b.data_ptr() for index, (_, b) in pairs.items()}
+    device = stacks[used[0]][0].device
     return (
-        torch.tensor([a.data_ptr() for a, _ in pairs], dtype=torch.int64, device=device),
-        torch.tensor([b.data_ptr() for _, b in pairs], dtype=torch.int64, device=device),
+        torch.tensor([a_at[index] for index in used], dtype=torch.int64, device=device),
+        torch.tensor([b_at[index] for index in used], dtype=torch.int64, device=device),
     )
 
 

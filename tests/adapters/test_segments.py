@@ -68,6 +68,7 @@ LAST = (torch.tensor([0, 2, 5]), [1, 2])
         ([FIRST, LAST], [0, 1, 4, 7, 10, 13], [2, 1, 2, 1, 2]),
         ([OTHER, LAST], [0, 1, 4, 7, 9, 12], [2, 1, 2, 1, 2]),
         ([([0, 2], [5]), ([0], []), ([0, 3], [5])], [0, 5], [5]),
+        ([([0, 2], [5]), ([0, 0, 3, 4], [7, 5, 5])], [0, 6], [5]),  # an empty run, equal ones
         ([([0], [])], [0], []),
         ([], [0], []),
     ],
@@ -135,7 +136,7 @@ def test_heads_keep_their_adapters(tokens: list[int], data: st.DataObject) -> No
     assert over.indices == tuple(indices)
 
 
-@pytest.mark.parametrize("heads", [[4, 2], [-1, 2], [2, 12]])
+@pytest.mark.parametrize("heads", [[4, 2], [2, 1, 4], [-1, 2], [2, 12]])
 def test_heads_must_be_tokens_in_order(heads: list[int]) -> None:
     with pytest.raises(UsageError, match=r"prefill_head_indices .* from 0 to 11, got \["):
         Runs((0, 3, 5, 10, 12), (0, 1, 2, 1)).over(heads)
