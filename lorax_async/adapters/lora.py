@@ -5,15 +5,27 @@ from __future__ import annotations
 from math import sqrt
 
 from lorax_async.adapters.base import AdapterConfig, AdapterWeights, ModuleMap
+from lorax_async.adapters.batches import (
+    LORA,
+    AdapterBatchMetadata,
+    BatchAdapterWeights,
+    BatchLoraWeights,
+)
 from lorax_async.adapters.config import LoraConfig
+from lorax_async.adapters.rank_segments import RankSegments
 from lorax_async.adapters.weights import LoraWeights
 
 __all__ = [
+    "LORA",
+    "AdapterBatchMetadata",
     "AdapterConfig",
     "AdapterWeights",
+    "BatchAdapterWeights",
+    "BatchLoraWeights",
     "LoraConfig",
     "LoraWeights",
     "ModuleMap",
+    "RankSegments",
     "get_scaling_factor",
 ]
 

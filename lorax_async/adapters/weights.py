@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from lorax_async.adapters.base import AdapterModel, AdapterWeights, ModuleMap
+from lorax_async.adapters.batches import BatchLoraWeights
 from lorax_async.adapters.config import LoraConfig
 from lorax_async.adapters.layers import TypeLayers, find_layers
 from lorax_async.adapters.resident import ResidentAdapter, resident_layers
@@ -86,8 +87,6 @@ class LoraWeights(AdapterWeights):
 
     @classmethod
     def get_batch_types(cls) -> list[type[Any]]:
-        from lorax_async.adapters.batches import BatchLoraWeights  # noqa: PLC0415 (it knows us)
-
         return [BatchLoraWeights]
 
     @classmethod
