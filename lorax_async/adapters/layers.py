@@ -84,6 +84,12 @@ class TypeLayers:
         return self.present[0].features
 
     @property
+    def origin(self) -> torch.device:
+        """Where their bytes are now: a file's come to the host."""
+        content = self.present[0].a.content
+        return torch.device("cpu") if isinstance(content, WeightsFile) else content.device
+
+    @property
     def keys(self) -> set[str]:
         """The names of the tensors that are used."""
         return {factor.key for layer in self.present for factor in (layer.a, layer.b)}

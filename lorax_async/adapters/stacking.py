@@ -46,14 +46,21 @@ class Stack:
         return self.a.mT if self.a.shape[2] in BY_RANK else self.a
 
     @classmethod
-    def zeros(cls, layers: int, a: torch.Size, b: torch.Size, like: TypeLayers) -> Stack:
+    def zeros(
+        cls, layers: int, a: torch.Size, b: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> Stack:
         """For factors of these shapes, `[in, r]` and `[r, out]`."""
         features, rank = a
-        stored = (layers, rank, features) if rank in BY_RANK else (layers, features, rank)
-        memory = _zeros(stored, like.dtype, like.device)
-        return cls(
-            memory.mT if rank in BY_RANK else memory, _zeros((layers, *b), like.dtype, like.device)
-        )
+        by_rank = rank in BY_RANK
+        stored = (layers, rank, features) if by_rank else (layers, features, rank)
+        memory = _zeros(stored, dtype, device)
+        return cls(memory.mT if by_rank else memory, _zeros((layers, *b), dtype, device))
+
+    def put(self, place: int, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Copy one layer's factors, `[in, r]` and `[r, out]`, from whichever device."""
+        stored = self.stored_a[place]
+        stored.copy_(a.mT if a.shape[1] in BY_RANK else a)
+        self.b[place].copy_(b)
 
 
 def stack_layers(
@@ -72,17 +79,17 @@ def stack_layers(
     FetchError, IntegrityError
         The file cannot be read.
     """
-    if found.world_size == 1 or model is None:
-        stack = _stack_whole(found, go_on)
+    if found.world_size == 1 and found.origin == found.device:
+        stack = _stack_in_place(found, go_on)
     else:
-        stack = _stack_parts(found, model, layer_type, go_on)
+        stack = _stack_by_layer(found, model, layer_type, go_on)
     if found.device.type != "cpu":  # the caller may compute on any stream
         torch.accelerator.current_stream(found.device).synchronize()
     return stack
 
 
-def _stack_whole(found: TypeLayers, go_on: GoOn) -> Stack:
-    result = _whole(len(found.layers), found)
+def _stack_in_place(found: TypeLayers, go_on: GoOn) -> Stack:
+    result = _whole(len(found.layers), found, found.device)
     scratch = _Scratch()
     for place, layer in enumerate(found.layers):
         _require(go_on)
@@ -91,9 +98,12 @@ def _stack_whole(found: TypeLayers, go_on: GoOn) -> Stack:
     return result
 
 
-def _stack_parts(found: TypeLayers, model: AdapterModel, layer_type: str, go_on: GoOn) -> Stack:
+def _stack_by_layer(
+    found: TypeLayers, model: AdapterModel | None, layer_type: str, go_on: GoOn
+) -> Stack:
+    """Each layer is made where its bytes come from, and this process's part of it moved on."""
     result: Stack | None = None
-    whole = _whole(1, found)
+    whole = _whole(1, found, found.origin)
     scratch = _Scratch()
     for place, layer in enumerate(found.layers):
         _require(go_on)
@@ -102,19 +112,20 @@ def _stack_parts(found: TypeLayers, model: AdapterModel, layer_type: str, go_on:
         whole.a[0, :, layer.rank :].zero_()  # the layer before may have had a higher rank
         whole.b[0, layer.rank :].zero_()
         scratch.fill(layer, whole.a[0], whole.b[0])
-        a, b = _part((whole.a[0], whole.b[0]), model, layer_type)
+        a, b = whole.a[0], whole.b[0]
+        if model is not None and found.world_size > 1:
+            a, b = _part((a, b), model, layer_type)
         if result is None:
-            result = Stack.zeros(len(found.layers), a.shape, b.shape, found)
-        result.a[place].copy_(a)
-        result.b[place].copy_(b)
+            result = Stack.zeros(len(found.layers), a.shape, b.shape, found.dtype, found.device)
+        result.put(place, a, b)
     assert result is not None
     return result
 
 
-def _whole(layers: int, found: TypeLayers) -> Stack:
+def _whole(layers: int, found: TypeLayers, device: torch.device) -> Stack:
     (features_in, features_out), rank = found.features, found.padded_rank
     a, b = torch.Size((features_in, rank)), torch.Size((rank, features_out))
-    return Stack.zeros(layers, a, b, found)
+    return Stack.zeros(layers, a, b, found.dtype, device)
 
 
 def _part(whole: Pair, model: AdapterModel, layer_type: str) -> Pair:
