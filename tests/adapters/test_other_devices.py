@@ -68,3 +68,22 @@ def test_the_same_bytes_as_on_the_host(
                 assert ours.is_contiguous()
                 assert ours.shape == getattr(wanted, name).shape
                 assert bytes_now(ours) == bytes_now(getattr(wanted, name))
+
+
+@pytest.mark.parametrize("rank", [8, 33])
+def test_what_is_on_the_device_already_is_there_on_return(rank: int) -> None:
+    """Copies on the device run late; the caller may compute on any stream."""
+    made = {name: torch.ones_like(tensor) for name, tensor in base.tensors(rank).items()}
+    on_device: Any = OnDevice(1, 0)
+    moved = {name: tensor.to(LATE) for name, tensor in made.items()}
+    config = base.config(rank, rank)
+    for layer_type in base.SHAPES:
+        found = []
+        for content, model in ((made, base.FakeModel()), (moved, on_device)):
+            module_map, names = config.map_weights_for_model(content, model.weight_names)
+            found.append(LoraWeights.load(config, model, module_map, layer_type, names))
+        wanted, got = found
+        assert wanted is not None
+        assert got is not None
+        assert bytes_now(got.weights_a) == bytes_now(wanted.weights_a)
+        assert bytes_now(got.weights_b) == bytes_now(wanted.weights_b)
