@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
 
 from adapters import hub_cache
 from adapters import small_base as base
@@ -22,20 +20,9 @@ from lorax_async.adapters import (
 )
 from lorax_async.errors import IncompatibleAdapterError
 
+pytestmark = pytest.mark.usefixtures("no_network", "cache")
+
 LLAMA, QWEN = ["LlamaForCausalLM"], ["Qwen2ForCausalLM"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub cache, and no network."""
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a network request")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
 
 
 def put(cache: Path, architectures: object, repo_id: str = "org/base") -> None:
@@ -67,7 +54,6 @@ def test_another_name_with_the_same_architecture_warns(cache: Path, check: Any) 
     assert "'org/base'" in str(seen[0].message)
 
 
-@pytest.mark.usefixtures("cache")
 def test_a_base_that_nobody_knows_warns_and_shapes_decide(check: Any) -> None:
     with pytest.warns(UserWarning, match="was not trained on base model"):
         check("org/served", "sql", base.config(), LLAMA)
