@@ -93,6 +93,11 @@ class AdapterHandle:
         return self._device
 
     @property
+    def layout(self) -> ModelLayout:
+        """Its loader's base model."""
+        return self._layout
+
+    @property
     def rank(self) -> int:
         """The largest rank of its modules."""
         return self._lease.tenancy.plan.rank

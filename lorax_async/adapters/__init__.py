@@ -1,0 +1,54 @@
+"""LoRA adapters in LoRAX's form: its names and signatures, and the numbers that PEFT computes.
+
+config = await LoraConfig.load_async("org/sql-adapter", None)
+with await WeightsFile.open_async("org/sql-adapter", None) as file:
+    module_map, names = config.map_weights_for_model(file, model.weight_names)
+    weights = await LoraWeights.load_async(config, model, module_map, "q_proj", names)
+"""
+
+from lorax_async.adapters.base import AdapterConfig, AdapterModel, AdapterWeights, ModuleMap
+from lorax_async.adapters.batches import (
+    AdapterBatchMetadata,
+    BatchAdapterWeights,
+    BatchLoraWeights,
+)
+from lorax_async.adapters.bridge import Bridge
+from lorax_async.adapters.compatibility import (
+    cached_architectures,
+    check_architectures,
+    check_architectures_async,
+)
+from lorax_async.adapters.config import LoraConfig
+from lorax_async.adapters.layout_model import LayoutModel
+from lorax_async.adapters.lora import get_scaling_factor
+from lorax_async.adapters.padding import padded_rank
+from lorax_async.adapters.rank_segments import RankSegments
+from lorax_async.adapters.segments import concat_segments, find_segments
+from lorax_async.adapters.unapplied import require_all_matched, require_all_used
+from lorax_async.adapters.weights import LoraWeights
+from lorax_async.adapters.weights_file import WeightsFile
+
+__all__ = [
+    "AdapterBatchMetadata",
+    "AdapterConfig",
+    "AdapterModel",
+    "AdapterWeights",
+    "BatchAdapterWeights",
+    "BatchLoraWeights",
+    "Bridge",
+    "LayoutModel",
+    "LoraConfig",
+    "LoraWeights",
+    "ModuleMap",
+    "RankSegments",
+    "WeightsFile",
+    "cached_architectures",
+    "check_architectures",
+    "check_architectures_async",
+    "concat_segments",
+    "find_segments",
+    "get_scaling_factor",
+    "padded_rank",
+    "require_all_matched",
+    "require_all_used",
+]

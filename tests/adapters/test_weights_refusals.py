@@ -1,0 +1,114 @@
+"""LoraWeights.load: what does not fit, and what contradicts itself, is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters import small_base as base
+from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
+
+MODELS = [base.FakeModel(), LayoutModel(base.layout(), torch.float32, 1)]
+
+
+@pytest.fixture(params=MODELS, ids=lambda model: type(model).__name__)
+def model(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def load(
+    config: LoraConfig, model: Any, made: dict[str, Tensor], layer_type: str
+) -> LoraWeights | None:
+    module_map, names = config.map_weights_for_model(made, model.weight_names)
+    return LoraWeights.load(config, model, module_map, layer_type, names)
+
+
+# -- what does not fit ----------------------------------------------------------------------------
+
+
+def test_a_failed_load_leaves_the_names(model: Any) -> None:
+    config, made = base.config(4), base.tensors(8)
+    module_map, names = config.map_weights_for_model(made, model.weight_names)
+    with pytest.raises(AdapterFormatError, match="rank 4, which the config says"):
+        LoraWeights.load(config, model, module_map, "q_proj", names)
+    assert names == set(made)
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_shapes_decide(model: Any, part: str) -> None:
+    made = base.tensors(types=["q_proj"])
+    name = base.key(1, "q_proj", part)
+    made[name] = torch.zeros(8, 839) if part == "A" else torch.zeros(841, 8)
+    with pytest.raises(IncompatibleAdapterError, match=base.module_name(1, "q_proj")):
+        load(base.config(), model, made, "q_proj")
+
+
+def test_a_weight_that_does_not_say_its_sizes_is_not_asked() -> None:
+    """A quantised one: LoRAX's layers hold packed integers."""
+    model = base.FakeModel()
+    for _, layer in model.target_to_layer.values():
+        layer.base_layer.linear.weight = torch.zeros(7, 1, dtype=torch.uint8)
+    assert load(base.config(), model, base.tensors(), "q_proj") is not None
+
+
+def test_layers_of_different_sizes_cannot_be_stacked() -> None:
+    model = base.FakeModel()
+    made = base.tensors(types=["q_proj"])
+    made[base.key(1, "q_proj", "A")] = torch.zeros(8, 420)
+    model.target_to_layer[1, "q_proj"][1].base_layer.linear.weight = torch.zeros(840, 420)
+    with pytest.raises(IncompatibleAdapterError, match="cannot be stacked"):
+        load(base.config(), model, made, "q_proj")
+
+
+def test_a_type_lies_on_one_device() -> None:
+    model = base.FakeModel()
+    meta = torch.zeros(840, 840, device="meta")
+    model.target_to_layer[1, "q_proj"][1].base_layer.linear.weight = meta
+    with pytest.raises(UsageError, match="2 devices"):
+        load(base.config(), model, base.tensors(), "q_proj")
+
+
+def test_a_scale_that_no_float32_holds(model: Any) -> None:
+    with pytest.raises(AdapterFormatError, match="lora_alpha"):
+        load(base.config(8, 1e40), model, base.tensors(), "q_proj")
+
+
+# -- fan_in_fan_out -------------------------------------------------------------------------------
+
+
+def _transposed(*types: str) -> LayoutModel:
+    layout = base.layout()
+    modules = tuple(
+        dataclasses.replace(module, transposed=module.name.rpartition(".")[2] in types)
+        for module in layout.modules
+    )
+    return LayoutModel(dataclasses.replace(layout, modules=modules), torch.float32, 1)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_the_file_is_the_same_whatever_the_base_stores(said: bool) -> None:
+    made = base.tensors()
+    plain = load(base.config(), MODELS[1], made, "v_proj")
+    turned = load(base.config(fan_in_fan_out=said), _transposed(*base.SHAPES), made, "v_proj")
+    assert plain is not None
+    assert turned is not None
+    assert torch.equal(plain.weights_a, turned.weights_a)
+    assert torch.equal(plain.weights_b, turned.weights_b)
+
+
+def test_one_module_of_the_adapter_is_enough() -> None:
+    made = base.tensors(types=["q_proj", "v_proj"])
+    assert load(base.config(fan_in_fan_out=True), _transposed("v_proj"), made, "q_proj") is not None
+
+
+def test_true_for_a_base_that_stores_no_module_so_is_refused() -> None:
+    with pytest.raises(IncompatibleAdapterError, match="fan_in_fan_out is true"):
+        load(base.config(fan_in_fan_out=True), MODELS[1], base.tensors(), "q_proj")
+    made = base.tensors(types=["q_proj"])
+    with pytest.raises(IncompatibleAdapterError, match="fan_in_fan_out is true"):
+        load(base.config(fan_in_fan_out=True), _transposed("v_proj"), made, "q_proj")
