@@ -127,6 +127,28 @@ def test_columns_of_different_ranks_line_up() -> None:
 
 
 @pytest.mark.parametrize("by_rank", [True, False])
+def test_what_came_together_may_lie_in_any_order(by_rank: bool) -> None:
+    process = bridges({0: whole(16, 2)}, [0, 0, 0], 2, by_rank=by_rank)[0]
+    v = integers(4, 3, process.width, 2).permute(2, 0, 1) if by_rank else integers(4, 16, 3).T
+    turned, straight = torch.zeros(3, OUT_EACH).double(), torch.zeros(3, OUT_EACH).double()
+    process.expand(turned, v, 0)
+    process.expand(straight, v.contiguous(), 0)
+    assert turned.any()
+    assert torch.equal(turned, straight)
+
+
+@pytest.mark.parametrize("heads", [[], [1, 3]])
+def test_rows_are_the_heads_where_there_are_some(heads: list[int]) -> None:
+    adapters, tokens = {0: whole(8, 2), 1: whole(40, 2, seed=1)}, [0, 0, 1, 1]
+    shares = [{i: one.share(2, k, by_rank=True) for i, one in adapters.items()} for k in range(2)]
+    batches = [load(share, tokens, heads=heads) for share in shares]
+    x, y = integers(5, len(heads), 2 * IN_EACH), torch.zeros(len(heads), 2 * OUT_EACH).double()
+    processes = [ShardBridge.of(batch, world_size=2) for batch in batches]
+    expected = exact(adapters, [tokens[at] for at in heads], x, 1)
+    assert torch.equal(column_parallel(processes, x, y, 1), expected)
+
+
+@pytest.mark.parametrize("by_rank", [True, False])
 def test_rows_without_weights_keep_their_bits(by_rank: bool) -> None:
     processes = bridges({1: whole(8, 2)}, [0, 1, 2], 2, by_rank=by_rank)
     before = torch.tensor([-0.0, torch.nan, torch.inf, -torch.nan, 1e-300, 1.0]).double()
