@@ -44,9 +44,10 @@ from lorax_async.events import (
     SlotGranted,
     SlotId,
 )
-from lorax_async.handle import AdapterHandle, ModuleWeights
+from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.journal import Statistics
+from lorax_async.runtime.module_views import ModuleWeights
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.whereabouts import AdapterResidency
 

@@ -6,49 +6,19 @@ import asyncio
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, Self, SupportsIndex
-
-import torch
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.config import Shard
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.moves import Row
-from lorax_async.core.peft_names import Part
 from lorax_async.errors import AdapterTimeoutError, LoraxError, UsageError
 from lorax_async.events import SlotId
 from lorax_async.io.inbox import running_loop
 from lorax_async.io.ports import Device
+from lorax_async.runtime.module_views import ModuleViews, ModuleWeights
 from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.vectors import Vectors
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ModuleWeights:
-    """One module's part of an adapter: the delta is `scale * (x @ a.T) @ b.T`.
-
-    Of an embedding `x @ a.T` is `a.T[ids]`. With a bias the delta is `scale * ((x @ a.T) @ b.T +
-    bias)`. With a magnitude the rows of the base's weight plus delta are scaled to that length.
-
-    Attributes
-    ----------
-    a, b
-        `[rank, in]` and `[out, rank]`: views on the device, valid while the handle is held. Of a
-        sharded loader `in` and `out` are the shard's (`loader.held_layout`).
-    scale, rank
-        As PEFT computes them; the rank is the true one, without padding.
-    bias, magnitude
-        `[out]`, in the file's dtype: lora_bias's and DoRA's; None where the adapter has none.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    rank: int
-    bias: torch.Tensor | None = None
-    magnitude: torch.Tensor | None = None
 
 
 class AdapterHandle:
@@ -125,7 +95,7 @@ class AdapterHandle:
     def modules(self) -> Mapping[str, ModuleWeights]:
         """Weights by the layout's module names, for the layers that are ready."""
         self._lease.check()
-        return _Modules(self._lease, self._device, self._layout)
+        return ModuleViews(self._lease, self._device, self._layout)
 
     @property
     def vectors(self) -> Vectors | None:
@@ -264,39 +234,3 @@ def current_task_name() -> str:
     """Of the running task; empty where there is none."""
     task = asyncio.current_task()
     return task.get_name() if task is not None else ""
-
-
-class _Modules(Mapping[str, ModuleWeights]):
-    def __init__(self, lease: Lease, device: Device, layout: ModelLayout) -> None:
-        self._lease = lease
-        self._device = device
-        self._layout = layout
-        self._rows: dict[int, Row] = {
-            row.module: row for group in lease.tenancy.plan.groups for row in group.rows
-        }
-
-    def __getitem__(self, name: str) -> ModuleWeights:
-        self._lease.check()
-        module = self._layout.index(name)
-        if module not in self._rows:
-            raise KeyError(name)
-        row = self._rows[module]
-        layer = self._layout.modules[module].layer
-        if not self._lease.tenancy.is_ready(layer):
-            raise UsageError(f"layer {layer} is not here yet; await layer_ready({layer})")
-        operands = self._device.operands(module, self._lease.tenancy.grant.slot.index)
-        assert operands is not None
-        a, b, _ = operands
-        bias, magnitude = self._vector(module, Part.BIAS), self._vector(module, Part.MAGNITUDE)
-        weights = (a[: row.rank], b[:, : row.rank])
-        return ModuleWeights(*weights, row.scale, row.rank, bias, magnitude)
-
-    def _vector(self, module: int, part: Part) -> torch.Tensor | None:
-        vectors = self._lease.tenancy.vectors
-        return None if vectors is None else vectors.view(self._device, module, part)
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._layout.modules[module].name for module in self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)

@@ -12,7 +12,7 @@ from lorax_async.adapters.batches import (
     BatchAdapterWeights,
     BatchLoraWeights,
 )
-from lorax_async.adapters.bridge import Bridge
+from lorax_async.adapters.bridge import Bridge, ShardBridge
 from lorax_async.adapters.compatibility import (
     cached_architectures,
     check_architectures,
@@ -21,6 +21,7 @@ from lorax_async.adapters.compatibility import (
 from lorax_async.adapters.config import LoraConfig
 from lorax_async.adapters.layout_model import LayoutModel
 from lorax_async.adapters.lora import get_scaling_factor
+from lorax_async.adapters.merge import AdapterParameters, merge_adapters, merge_adapters_async
 from lorax_async.adapters.padding import padded_rank
 from lorax_async.adapters.rank_segments import RankSegments
 from lorax_async.adapters.segments import concat_segments, find_segments
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterBatchMetadata",
     "AdapterConfig",
     "AdapterModel",
+    "AdapterParameters",
     "AdapterWeights",
     "BatchAdapterWeights",
     "BatchLoraWeights",
@@ -41,6 +43,7 @@ __all__ = [
     "LoraWeights",
     "ModuleMap",
     "RankSegments",
+    "ShardBridge",
     "WeightsFile",
     "cached_architectures",
     "check_architectures",
@@ -48,6 +51,8 @@ __all__ = [
     "concat_segments",
     "find_segments",
     "get_scaling_factor",
+    "merge_adapters",
+    "merge_adapters_async",
     "padded_rank",
     "require_all_matched",
     "require_all_used",

@@ -11,7 +11,7 @@ from lorax_async.adapters.layout_model import LayerNames
 from lorax_async.adapters.unapplied import FACTORS, inexpressible, tensor_name
 from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import UsageError, shorten
-from lorax_async.handle import ModuleWeights
+from lorax_async.runtime.module_views import ModuleWeights
 
 
 class ResidentAdapter(Protocol):

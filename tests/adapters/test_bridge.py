@@ -149,7 +149,7 @@ def test_the_plan_joins_what_it_may() -> None:
 
 def test_weights_sharded_by_rank_are_refused() -> None:
     split = StandIn(integers(1, LAYERS, IN, 12), integers(2, LAYERS, 48, OUT))  # 33 on 4 processes
-    with pytest.raises(UsageError, match="A of adapter 0 has rank 12 and B has 48: it is sharded"):
+    with pytest.raises(UsageError, match="A of adapter 0 has rank 12 and B has 48: it is one"):
         bridge_of({0: split}, [0])
 
 

@@ -53,7 +53,7 @@ def test_tensors_that_no_module_takes_are_refused() -> None:
     [
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
-        ("base_model.model.lm_head.base_layer.weight", "full base weights"),
+        ("base_model.model.lm_head.base_layer.weight", "copy of the base"),
         ("something.else", "no 'base_model.model.' in front"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ordering.mutant import Mutants, mutant
 
 TENANCY, TENANTS, HANDLE = "runtime/tenancy.py", "runtime/tenants.py", "handle.py"
-INTEREST = "runtime/interest.py"
+INTEREST, MODULE_VIEWS = "runtime/interest.py", "runtime/module_views.py"
 
 OF_TENANCY = "test_tenancy.py"
 LEASES = "test_leases.py"
@@ -98,7 +98,7 @@ LAYERS: Mutants = {
         RELEASED,
     ),
     "handle: weights are shown once their layer is here": mutant(
-        HANDLE,
+        MODULE_VIEWS,
         "        if not self._lease.tenancy.is_ready(layer):\n",
         "        if layer is None:\n",
         "test_streaming.py::test_layers_come_one_by_one",
