@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from lorax_async.adapters.base import AdapterModel, Content, ModuleMap
+from lorax_async.adapters.base import AdapterModel, Content, OpenModuleMap
 from lorax_async.adapters.padding import padded_rank
 from lorax_async.adapters.unapplied import FACTORS
 from lorax_async.adapters.weights_file import WeightsFile
@@ -138,7 +138,7 @@ def layer_ids(model: AdapterModel, layer_type: str) -> Sequence[int]:
 
 
 def find_layers(
-    config: Ranks, model: AdapterModel, module_map: ModuleMap, layer_type: str
+    config: Ranks, model: AdapterModel, module_map: OpenModuleMap, layer_type: str
 ) -> TypeLayers | None:
     """The layers of one type, or None where the adapter has none of them.
 
@@ -215,12 +215,12 @@ def _check_fit(
         )
 
 
-def check_fan_in_fan_out(module_map: ModuleMap, layout: ModelLayout) -> None:
+def check_fan_in_fan_out(module_names: Iterable[str], layout: ModelLayout) -> None:
     """For a config that says true: some module of the adapter is stored as `[in, out]`.
 
     False is PEFT's default and says nothing. Raises `IncompatibleAdapterError`.
     """
-    indices = [layout.resolve(name) for name in module_map]
+    indices = [layout.resolve(name) for name in module_names]
     if not any(index is not None and layout.modules[index].transposed for index in indices):
         raise IncompatibleAdapterError(
             "fan_in_fan_out is true, but this base stores none of the adapter's modules as"
