@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
+    UnsupportedAdapterError,
     UsageError,
     shorten,
 )
@@ -149,10 +150,12 @@ def find_layers(
     IncompatibleAdapterError
         They do not fit the base, or cannot be stacked or shared; or `fan_in_fan_out` contradicts
         the model's layout.
+    UnsupportedAdapterError
+        They are no numbers of floating point.
     UsageError
-        The layers of this type are on several devices.
+        The model has no such layers, or they are on several devices.
     """
-    targets = [model.target_to_layer[layer, layer_type] for layer in layer_ids(model, layer_type)]
+    targets = [_target(model, layer, layer_type) for layer in layer_ids(model, layer_type)]
     layers = [
         _layer(name, module_map[name], config) if name in module_map else None
         for name, _ in targets
@@ -175,6 +178,16 @@ def find_layers(
     )
 
 
+def _target(model: AdapterModel, layer: int, layer_type: str) -> tuple[str, Any]:
+    try:
+        return model.target_to_layer[layer, layer_type]
+    except KeyError:
+        raise UsageError(
+            f"the model's target_to_layer has no layer {layer} of type"
+            f" {shorten(str(layer_type), 100)!r}; ask for one of its types"
+        ) from None
+
+
 def _layer(name: str, factors: Mapping[str, tuple[Content, str]], config: Ranks) -> Layer:
     a, b = (Factor(*factors[factor]) for factor in FACTORS)
     rank = config.rank_of(name)
@@ -182,6 +195,11 @@ def _layer(name: str, factors: Mapping[str, tuple[Content, str]], config: Ranks)
         raise AdapterFormatError(
             f"module {shorten(name, 200)!r}: A {list(a.shape)} and B {list(b.shape)} are no pair of"
             f" rank {rank}, which the config says; correct its r or rank_pattern"
+        )
+    if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
+        raise UnsupportedAdapterError(
+            f"module {shorten(name, 200)!r}: A is {a.dtype} and B {b.dtype}; give them as floating"
+            " point"
         )
     scale = config.scale_of(name)
     if not abs(scale) <= MAX_SCALE:

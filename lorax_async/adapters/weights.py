@@ -110,6 +110,10 @@ class LoraWeights(AdapterWeights):
             A and B are no pair of the rank that the config says.
         IncompatibleAdapterError
             They do not fit the base, cannot be stacked, or not be shared evenly.
+        UnsupportedAdapterError
+            They are no numbers of floating point.
+        UsageError
+            The model has no such type, or its layers are on several devices.
         FetchError, IntegrityError
             The file cannot be read, or changed since it was opened. A file that is named by its
             path is opened here; what is wrong with it is raised as by `WeightsFile.at`.
