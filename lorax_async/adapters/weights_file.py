@@ -83,6 +83,11 @@ class WeightsFile:
             return cls._of(os.fspath(path), _identity(os.fspath(path)))
 
     @classmethod
+    async def at_async(cls, path: str | Path) -> Self:
+        """As `at`, in a thread."""
+        return await in_thread(lambda _: cls.at(path), cls.close)
+
+    @classmethod
     def _of(cls, path: str, identity: FileIdentity) -> Self:
         reader = FileReader(partial(open_same, path, identity), identity, os.path.basename(path))
         try:
