@@ -6,8 +6,10 @@ Names and signatures are those of `config` and `weights` in `lorax_server.adapte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +17,35 @@ import torch
 from lorax_async.adapters.weights_file import WeightsFile
 
 Content = torch.Tensor | WeightsFile
-"""A tensor, or the file in which a tensor lies."""
+"""A tensor, or the open file in which a tensor lies."""
 
-ModuleMap = Mapping[str, Mapping[str, tuple[Content, str]]]
+ContentOrPath = Content | str | Path
+"""LoRAX's servers name the file by its path; whoever loads opens it, once for each layer type."""
+
+ModuleMap = Mapping[str, Mapping[str, tuple[ContentOrPath, str]]]
 """By module name, "lora_A" and "lora_B": each the tensor, or its file, and its name in the file."""
+
+OpenModuleMap = Mapping[str, Mapping[str, tuple[Content, str]]]
+"""A module map whose files are open."""
+
+
+@contextmanager
+def opened(module_map: ModuleMap) -> Iterator[OpenModuleMap]:
+    """With every file open that is named by its path, once each. Blocks, as `WeightsFile.at`."""
+    files: dict[str | Path, WeightsFile] = {}
+    with ExitStack() as stack:
+
+        def content(given: ContentOrPath) -> Content:
+            if not isinstance(given, str | Path):
+                return given
+            if given not in files:
+                files[given] = stack.enter_context(WeightsFile.at(given))
+            return files[given]
+
+        yield {
+            name: {factor: (content(given), key) for factor, (given, key) in factors.items()}
+            for name, factors in module_map.items()
+        }
 
 
 class AdapterModel(Protocol):
@@ -60,7 +87,9 @@ class AdapterConfig(ABC):
 
     @abstractmethod
     def map_weights_for_model(
-        self, adapter_weights: Mapping[str, torch.Tensor] | WeightsFile, weight_names: Sequence[str]
+        self,
+        adapter_weights: Mapping[str, torch.Tensor | str | Path] | WeightsFile,
+        weight_names: Sequence[str],
     ) -> tuple[ModuleMap, set[str]]:
         """The weights of each module that the adapter changes, and all names that were matched."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from lorax_async.adapter import AdapterSpec, ModulePattern
-from lorax_async.adapters.base import AdapterConfig, AdapterModel, Content, ModuleMap
+from lorax_async.adapters.base import AdapterConfig, AdapterModel, ContentOrPath, ModuleMap
 from lorax_async.adapters.peft_values import require_agreement
 from lorax_async.adapters.places import LIMITS, folder_of, named, read_small
 from lorax_async.adapters.threads import in_thread
@@ -136,14 +136,17 @@ class LoraConfig(AdapterConfig):
         return replace(self, padded_rank=rank)
 
     def map_weights_for_model(
-        self, adapter_weights: Mapping[str, torch.Tensor] | WeightsFile, weight_names: Sequence[str]
+        self,
+        adapter_weights: Mapping[str, torch.Tensor | str | Path] | WeightsFile,
+        weight_names: Sequence[str],
     ) -> tuple[ModuleMap, set[str]]:
         """Find A and B of every module that the adapter changes. Touches no file.
 
         Parameters
         ----------
         adapter_weights
-            All tensors of the adapter by their names in the file, or an opened file.
+            All tensors of the adapter by their names in the file, or an opened file. Instead of a
+            tensor there may be the path of the file that holds it, as LoRAX's servers have it.
         weight_names
             The names of the model's modules.
 
@@ -162,7 +165,7 @@ class LoraConfig(AdapterConfig):
         UnsupportedAdapterError
             A tensor belongs to another feature than plain LoRA.
         """
-        module_map: dict[str, dict[str, tuple[Content, str]]] = {}
+        module_map: dict[str, dict[str, tuple[ContentOrPath, str]]] = {}
         for name in weight_names:
             keys = {factor: tensor_name(factor, name) for factor in FACTORS}
             if all(key in adapter_weights for key in keys.values()):
@@ -211,5 +214,7 @@ class LoraConfig(AdapterConfig):
         )
 
 
-def _content(adapter_weights: Mapping[str, torch.Tensor] | WeightsFile, key: str) -> Content:
+def _content(
+    adapter_weights: Mapping[str, torch.Tensor | str | Path] | WeightsFile, key: str
+) -> ContentOrPath:
     return adapter_weights if isinstance(adapter_weights, WeightsFile) else adapter_weights[key]

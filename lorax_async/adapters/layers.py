@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from lorax_async.adapters.base import AdapterModel, Content, ModuleMap
+from lorax_async.adapters.base import AdapterModel, Content, OpenModuleMap
 from lorax_async.adapters.padding import padded_rank
 from lorax_async.adapters.unapplied import FACTORS
 from lorax_async.adapters.weights_file import WeightsFile
@@ -16,6 +16,7 @@ from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
+    UnsupportedAdapterError,
     UsageError,
     shorten,
 )
@@ -138,7 +139,7 @@ def layer_ids(model: AdapterModel, layer_type: str) -> Sequence[int]:
 
 
 def find_layers(
-    config: Ranks, model: AdapterModel, module_map: ModuleMap, layer_type: str
+    config: Ranks, model: AdapterModel, module_map: OpenModuleMap, layer_type: str
 ) -> TypeLayers | None:
     """The layers of one type, or None where the adapter has none of them.
 
@@ -149,10 +150,12 @@ def find_layers(
     IncompatibleAdapterError
         They do not fit the base, or cannot be stacked or shared; or `fan_in_fan_out` contradicts
         the model's layout.
+    UnsupportedAdapterError
+        They are no numbers of floating point.
     UsageError
-        The layers of this type are on several devices.
+        The model has no such layers, or they are on several devices.
     """
-    targets = [model.target_to_layer[layer, layer_type] for layer in layer_ids(model, layer_type)]
+    targets = [_target(model, layer, layer_type) for layer in layer_ids(model, layer_type)]
     layers = [
         _layer(name, module_map[name], config) if name in module_map else None
         for name, _ in targets
@@ -175,6 +178,16 @@ def find_layers(
     )
 
 
+def _target(model: AdapterModel, layer: int, layer_type: str) -> tuple[str, Any]:
+    try:
+        return model.target_to_layer[layer, layer_type]
+    except KeyError:
+        raise UsageError(
+            f"the model's target_to_layer has no layer {layer} of type"
+            f" {shorten(str(layer_type), 100)!r}; ask for one of its types"
+        ) from None
+
+
 def _layer(name: str, factors: Mapping[str, tuple[Content, str]], config: Ranks) -> Layer:
     a, b = (Factor(*factors[factor]) for factor in FACTORS)
     rank = config.rank_of(name)
@@ -182,6 +195,11 @@ def _layer(name: str, factors: Mapping[str, tuple[Content, str]], config: Ranks)
         raise AdapterFormatError(
             f"module {shorten(name, 200)!r}: A {list(a.shape)} and B {list(b.shape)} are no pair of"
             f" rank {rank}, which the config says; correct its r or rank_pattern"
+        )
+    if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
+        raise UnsupportedAdapterError(
+            f"module {shorten(name, 200)!r}: A is {a.dtype} and B {b.dtype}; give them as floating"
+            " point"
         )
     scale = config.scale_of(name)
     if not abs(scale) <= MAX_SCALE:
@@ -215,12 +233,12 @@ def _check_fit(
         )
 
 
-def check_fan_in_fan_out(module_map: ModuleMap, layout: ModelLayout) -> None:
+def check_fan_in_fan_out(module_names: Iterable[str], layout: ModelLayout) -> None:
     """For a config that says true: some module of the adapter is stored as `[in, out]`.
 
     False is PEFT's default and says nothing. Raises `IncompatibleAdapterError`.
     """
-    indices = [layout.resolve(name) for name in module_map]
+    indices = [layout.resolve(name) for name in module_names]
     if not any(index is not None and layout.modules[index].transposed for index in indices):
         raise IncompatibleAdapterError(
             "fan_in_fan_out is true, but this base stores none of the adapter's modules as"

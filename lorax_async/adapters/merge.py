@@ -9,62 +9,23 @@ not made larger for what it drops.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from typing import cast
 
 import torch
 from torch.nn.functional import pad
 
+from lorax_async.adapters.base import Content, ModuleMap, OpenModuleMap, opened
+from lorax_async.adapters.config import LoraConfig
+from lorax_async.adapters.threads import in_thread
 from lorax_async.core.merge_draws import Start
 from lorax_async.core.peft_names import Part
 from lorax_async.errors import IncompatibleAdapterError, UsageError, shorten
 from lorax_async.identity import PartId
 from lorax_async.io.merging import Draws, combine, concatenate
 from lorax_async.merge import MajoritySign, Merge, Strategy
-
-
-class Readable(Protocol):
-    """A file that has tensors, in place of a tensor."""
-
-    def shape(self, key: str, /) -> tuple[int, ...]: ...
-
-    def read(self, key: str, /) -> torch.Tensor: ...
-
-
-class MergeableConfig(Protocol):
-    """Of an adapter's config, what merging asks; `adapters.LoraConfig` has it."""
-
-    def __init__(
-        self,
-        *,
-        base_model_name_or_path: str | None,
-        r: int,
-        target_modules: list[str] | str | None,
-        fan_in_fan_out: bool,
-        lora_alpha: float,
-        use_rslora: bool,
-    ) -> None: ...
-
-    @property
-    def base_model_name_or_path(self) -> str | None: ...
-
-    @property
-    def r(self) -> int: ...
-
-    @property
-    def fan_in_fan_out(self) -> bool: ...
-
-    def rank_of(self, module: str, /) -> int: ...
-
-    def scale_of(self, module: str, /) -> float: ...
-
-
-Config = TypeVar("Config", bound=MergeableConfig)
-Content = torch.Tensor | Readable
-ModuleMap = Mapping[str, Mapping[str, tuple[Content, str]]]
-"""By module name, "lora_A" and "lora_B": each the tensor, or its file, and its name in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +56,8 @@ class AdapterParameters:
 
 
 def merge_adapters(
-    adapters: Sequence[tuple[ModuleMap, Config]], merge_params: AdapterParameters
-) -> tuple[ModuleMap, Config]:
+    adapters: Sequence[tuple[ModuleMap, LoraConfig]], merge_params: AdapterParameters
+) -> tuple[ModuleMap, LoraConfig]:
     """One module map, and its config, out of several. Blocks where the maps hold files.
 
     Parameters
@@ -120,12 +81,20 @@ def merge_adapters(
     merge = merge_params.merge
     if len(adapters) != len(merge.refs):
         raise UsageError(f"{len(merge.refs)} adapter_ids, but {len(adapters)} adapters are given")
+    with ExitStack() as stack:
+        open_adapters = [(stack.enter_context(opened(one)), config) for one, config in adapters]
+        return _merged(merge, open_adapters)
+
+
+def _merged(
+    merge: Merge, adapters: Sequence[tuple[OpenModuleMap, LoraConfig]]
+) -> tuple[ModuleMap, LoraConfig]:
     modules = dict.fromkeys(name for module_map, _ in adapters for name in module_map)
     work = _Merging(merge, adapters, list(modules))
     merged = {name: (work.one(name, Part.A), work.one(name, Part.B)) for name in modules}
     first = adapters[0][1]
     rank = max((len(a) for a, _ in merged.values()), default=first.r)
-    config = type(first)(
+    config = LoraConfig(
         base_model_name_or_path=first.base_model_name_or_path,
         r=rank,
         target_modules=list(modules),
@@ -137,17 +106,17 @@ def merge_adapters(
 
 
 async def merge_adapters_async(
-    adapters: Sequence[tuple[ModuleMap, Config]], merge_params: AdapterParameters
-) -> tuple[ModuleMap, Config]:
+    adapters: Sequence[tuple[ModuleMap, LoraConfig]], merge_params: AdapterParameters
+) -> tuple[ModuleMap, LoraConfig]:
     """As `merge_adapters`, in a thread."""
-    return await asyncio.to_thread(merge_adapters, adapters, merge_params)
+    return await in_thread(lambda _: merge_adapters(adapters, merge_params))
 
 
 class _Merging:
     def __init__(
         self,
         merge: Merge,
-        adapters: Sequence[tuple[ModuleMap, MergeableConfig]],
+        adapters: Sequence[tuple[OpenModuleMap, LoraConfig]],
         modules: Sequence[str],
     ) -> None:
         self._merge = merge

@@ -81,7 +81,8 @@ def _cached_snapshot(repo_id: str, revision: str | None, wanted: str) -> str:
         at = "" if revision is None else f" --revision {revision}"
         raise AdapterNotFoundError(
             f"the hub cache of this machine has no {wanted} of {repo_id!r}, and this version"
-            f" fetches nothing by itself; run 'hf download {repo_id}{at}' first"
+            f" fetches nothing by itself; run 'hf download {repo_id}{at}' first (a folder is a"
+            f" pathlib.Path, or './{repo_id}')"
         )
     return os.path.dirname(path)
 

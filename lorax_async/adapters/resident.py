@@ -9,6 +9,7 @@ from typing import Protocol
 from lorax_async.adapters.layers import Factor, Layer, TypeLayers
 from lorax_async.adapters.layout_model import LayerNames
 from lorax_async.adapters.unapplied import FACTORS, inexpressible, tensor_name
+from lorax_async.config import Shard
 from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import UsageError, shorten
 from lorax_async.runtime.module_views import ModuleWeights
@@ -22,6 +23,9 @@ class ResidentAdapter(Protocol):
 
     @property
     def layout(self) -> ModelLayout: ...
+
+    @property
+    def shard(self) -> Shard | None: ...
 
     def use(self) -> AbstractContextManager[None]: ...
 
@@ -64,8 +68,7 @@ def _require_linear(layout: ModelLayout, names: Iterable[str]) -> None:
 
 
 def _require_whole(handle: ResidentAdapter) -> None:
-    shard = getattr(handle, "shard", None)
-    if shard is not None and shard.world_size > 1:
+    if handle.shard is not None and handle.shard.world_size > 1:
         raise UsageError(
             "the loader holds one shard of this adapter, cut as Megatron cuts, and LoRAX cuts"
             " otherwise; load the adapter's files with LoraConfig.load and LoraWeights.load"

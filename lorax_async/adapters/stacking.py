@@ -168,7 +168,7 @@ class _Scratch:
             source = self._room("file", factor.shape, factor.dtype, torch.device("cpu"))
             content.read_into(factor.key, source)
         else:
-            source = content
+            source = content.detach()
         alike = (source.dtype, source.device) == (target.dtype, target.device)
         if not (straight or alike):  # one at a time: casting while turning takes twice as long
             source = self._room("cast", factor.shape, target.dtype, target.device).copy_(source)

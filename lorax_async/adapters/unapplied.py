@@ -53,8 +53,8 @@ def require_plain_name(name: str) -> str:
 
 def require_plain_spec(spec: AdapterSpec) -> None:
     """Refuse configs that turn on what LoRAX's form does not have: `UnsupportedAdapterError`."""
-    for flag, feature in (("dora", "DoRA"), ("lora_bias", "lora_bias")):
-        if getattr(spec, flag, False):
+    for has_it, feature in ((spec.dora, "DoRA"), (spec.lora_bias, "lora_bias")):
+        if has_it:
             raise inexpressible("the config", feature)
 
 

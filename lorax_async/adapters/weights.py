@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from lorax_async.adapters.base import AdapterModel, AdapterWeights, ModuleMap
+from lorax_async.adapters.base import AdapterModel, AdapterWeights, ModuleMap, opened
 from lorax_async.adapters.batches import BatchLoraWeights
 from lorax_async.adapters.config import LoraConfig
 from lorax_async.adapters.layers import TypeLayers, find_layers
@@ -110,8 +110,13 @@ class LoraWeights(AdapterWeights):
             A and B are no pair of the rank that the config says.
         IncompatibleAdapterError
             They do not fit the base, cannot be stacked, or not be shared evenly.
+        UnsupportedAdapterError
+            They are no numbers of floating point.
+        UsageError
+            The model has no such type, or its layers are on several devices.
         FetchError, IntegrityError
-            The file cannot be read, or changed since it was opened.
+            The file cannot be read, or changed since it was opened. A file that is named by its
+            path is opened here; what is wrong with it is raised as by `WeightsFile.at`.
         CapacityError
             There is no memory for them.
         """
@@ -176,8 +181,9 @@ _Made = tuple[TypeLayers, Stack]
 def _load(
     config: LoraConfig, model: AdapterModel, module_map: ModuleMap, layer_type: str, go_on: GoOn
 ) -> _Made | None:
-    found = find_layers(config, model, module_map, layer_type)
-    return None if found is None else (found, stack_layers(found, model, layer_type, go_on))
+    with opened(module_map) as open_map:
+        found = find_layers(config, model, open_map, layer_type)
+        return None if found is None else (found, stack_layers(found, model, layer_type, go_on))
 
 
 def _copy(handle: ResidentAdapter, layer_type: str, go_on: GoOn) -> _Made | None:

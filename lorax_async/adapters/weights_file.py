@@ -11,19 +11,31 @@ from typing import Self
 
 import torch
 
+from lorax_async.adapter import FileIdentity
 from lorax_async.adapters.places import LIMITS, folder_of, named
 from lorax_async.adapters.threads import in_thread
 from lorax_async.adapters.unapplied import require_plain_name
 from lorax_async.config import Limits
-from lorax_async.core.header import Header, HeaderLimits, TensorSpan, header_size, parse_header
+from lorax_async.core.header import Header, HeaderLimits, TensorSpan, parse_header
 from lorax_async.core.peft_names import WEIGHT_DTYPES
-from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError, shorten
-from lorax_async.io.sources.checked_open import FileReader, open_same
+from lorax_async.errors import (
+    AdapterFormatError,
+    AdapterNotFoundError,
+    UnsupportedAdapterError,
+    UsageError,
+    shorten,
+)
+from lorax_async.io.sources.checked_open import (
+    FileReader,
+    located,
+    open_same,
+    require_file,
+    translated,
+)
+from lorax_async.io.sources.local import read_prefix
 from lorax_async.io.sources.local_folder import WEIGHTS, find_adapter
 from lorax_async.io.sources.local_ids import Place
 from lorax_async.io.staging import TORCH_DTYPES, Buffer
-
-_PREFIX_BYTES = 128 << 10
 
 
 class WeightsFile:
@@ -54,19 +66,35 @@ class WeightsFile:
         with named(adapter_id):
             folder = folder_of(adapter_id, WEIGHTS)
             key = find_adapter(Place((folder,), trusted=True), (), LIMITS)
-            weights = key.files[1]
-            opener = partial(open_same, os.path.join(key.location, WEIGHTS), weights)
-            reader = FileReader(opener, weights, WEIGHTS)
-            try:
-                return cls(reader, _checked_header(reader, LIMITS))
-            except BaseException:
-                reader.close()
-                raise
+            return cls._of(os.path.join(key.location, WEIGHTS), key.files[1])
 
     @classmethod
     async def open_async(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
         """As `open`, in a thread."""
         return await in_thread(lambda _: cls.open(adapter_id, api_token), cls.close)
+
+    @classmethod
+    def at(cls, path: str | Path) -> Self:
+        """Open one file of weights by its own path, whatever it is called. Blocks.
+
+        Raises `AdapterNotFoundError` if there is none; else as `open`.
+        """
+        with named(path):
+            return cls._of(os.fspath(path), _identity(os.fspath(path)))
+
+    @classmethod
+    async def at_async(cls, path: str | Path) -> Self:
+        """As `at`, in a thread."""
+        return await in_thread(lambda _: cls.at(path), cls.close)
+
+    @classmethod
+    def _of(cls, path: str, identity: FileIdentity) -> Self:
+        reader = FileReader(partial(open_same, path, identity), identity, os.path.basename(path))
+        try:
+            return cls(reader, _checked_header(reader, LIMITS))
+        except BaseException:
+            reader.close()
+            raise
 
     def __contains__(self, key: object) -> bool:
         return key in self._spans
@@ -123,34 +151,29 @@ class WeightsFile:
         try:
             return self._spans[key]
         except KeyError:
-            raise UsageError(f"{WEIGHTS} has no tensor {shorten(key, 200)!r}") from None
+            raise UsageError(f"the file has no tensor {shorten(key, 200)!r}") from None
+
+
+def _identity(path: str) -> FileIdentity:
+    name = os.path.basename(path)
+    try:
+        with located(path) as file:
+            require_file(name, file, LIMITS.max_adapter_bytes)
+            return file.identity
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterNotFoundError(f"there is no file {name!r} at this path") from error
+    except OSError as error:
+        raise translated(error, name) from error
 
 
 def _checked_header(reader: FileReader, limits: Limits) -> Header:
     """What a loader checks before it knows the base: the format, and every name and dtype."""
-    accepted = HeaderLimits(
-        max_header_bytes=limits.max_header_bytes,
-        max_tensors=limits.max_tensors,
-        max_name_bytes=limits.max_name_bytes,
-        max_dimensions=limits.max_dimensions,
-        max_depth=limits.max_json_depth,
-    )
-    prefix = _read_prefix(reader, 0, min(_PREFIX_BYTES, reader.nbytes))
-    needed = header_size(memoryview(prefix), reader.nbytes, accepted)
-    if needed > len(prefix):
-        prefix += _read_prefix(reader, len(prefix), needed)
-    header = parse_header(memoryview(prefix)[:needed], reader.nbytes, accepted)
+    header = parse_header(read_prefix(reader, limits), reader.nbytes, HeaderLimits.of(limits))
     if not header.tensors:
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
     for span in header.tensors:
         _check_span(span)
     return header
-
-
-def _read_prefix(reader: FileReader, start: int, stop: int) -> bytearray:
-    piece = bytearray(stop - start)
-    reader.read_into([memoryview(piece)], start)
-    return piece
 
 
 def _check_span(span: TensorSpan) -> None:

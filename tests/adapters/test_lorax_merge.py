@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from common import Run
+from lorax_async.adapters import LoraConfig
+from lorax_async.adapters.base import ModuleMap
 from lorax_async.adapters.merge import (
     AdapterParameters,
-    ModuleMap,
     merge_adapters,
     merge_adapters_async,
 )
@@ -30,22 +31,8 @@ from lorax_async.merge import Merge
 Q, K = "layers.0.q", "layers.0.k"
 
 
-@dataclass(frozen=True)
-class Config:
-    """What merging asks of an adapter's config."""
-
-    base_model_name_or_path: str | None = "base"
-    r: int = 2
-    target_modules: list[str] | str | None = None
-    fan_in_fan_out: bool = False
-    lora_alpha: float = 4
-    use_rslora: bool = False
-
-    def rank_of(self, module: str) -> int:
-        return self.r
-
-    def scale_of(self, module: str) -> float:
-        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+def config_of(r: int = 2, lora_alpha: float = 4, use_rslora: bool = False) -> LoraConfig:
+    return LoraConfig("base", r, None, False, lora_alpha, use_rslora)
 
 
 def made(seed: int, *modules: str, rank: int = 2) -> ModuleMap:
@@ -75,8 +62,8 @@ def delta(module_map: ModuleMap, module: str, scale: float) -> torch.Tensor:
 def test_linear_is_the_weighted_sum_of_the_deltas() -> None:
     """LoRAX's would be (w₁A₁ + w₂A₂)(w₁B₁ + w₂B₂), by the first one's scale, of equal ranks only."""
     adapters = [
-        (made(1, Q, K), Config()),
-        (made(2, Q, rank=3), Config(r=3, lora_alpha=6, use_rslora=True)),
+        (made(1, Q, K), config_of()),
+        (made(2, Q, rank=3), config_of(r=3, lora_alpha=6, use_rslora=True)),
     ]
     given = AdapterParameters(adapter_ids=["a", "b"], weights=[0.5, -2])
     merged, config = merge_adapters(adapters, given)
@@ -95,7 +82,7 @@ def test_linear_is_the_weighted_sum_of_the_deltas() -> None:
 
 def test_a_weight_counts_once() -> None:
     """Of one adapter four times as strong; the squares that LoRAX makes of it would be 16."""
-    alone = [(made(1, Q), Config())]
+    alone = [(made(1, Q), config_of())]
     merged, _ = merge_adapters(alone, AdapterParameters(adapter_ids=["a"], weights=[4]))
     torch.testing.assert_close(
         delta(merged, Q, 1), 4 * delta(alone[0][0], Q, 2), atol=1e-5, rtol=1e-5
@@ -103,7 +90,7 @@ def test_a_weight_counts_once() -> None:
 
 
 def test_weights_left_out_are_one() -> None:
-    adapters = [(made(1, Q), Config()), (made(2, Q), Config())]
+    adapters = [(made(1, Q), config_of()), (made(2, Q), config_of())]
     merged, _ = merge_adapters(adapters, AdapterParameters(adapter_ids=["a", "b"]))
     expected = delta(adapters[0][0], Q, 2) + delta(adapters[1][0], Q, 2)
     torch.testing.assert_close(delta(merged, Q, 1), expected, atol=1e-5, rtol=1e-5)
@@ -112,10 +99,10 @@ def test_weights_left_out_are_one() -> None:
 def test_ties_by_hand() -> None:
     """One row of A, of scale 1: the larger half stays, the sign of the sum wins, the mean counts."""
     rows = [[4.0, -3.0, 1.0, 0.5], [-1.0, -5.0, 2.0, 0.1]]
-    adapters: list[tuple[ModuleMap, Config]] = [
+    adapters: list[tuple[ModuleMap, LoraConfig]] = [
         (
             {Q: {"lora_A": (torch.tensor([row]), "a"), "lora_B": (torch.ones(1, 1), "b")}},
-            Config(r=1, lora_alpha=1),
+            config_of(r=1, lora_alpha=1),
         )
         for row in rows
     ]
@@ -135,7 +122,7 @@ def test_dare_makes_up_for_what_it_drops(kind: str) -> None:
     ones: ModuleMap = {
         Q: {"lora_A": (torch.ones(2, 5000), "a"), "lora_B": (torch.ones(5000, 2), "b")}
     }
-    adapters = [(ones, Config(lora_alpha=2)), (ones, Config(lora_alpha=2))]
+    adapters = [(ones, config_of(lora_alpha=2)), (ones, config_of(lora_alpha=2))]
     given = AdapterParameters(
         adapter_ids=["a", "b"], weights=[1, 0], merge_strategy=kind, density=0.25, seed=3
     )
@@ -151,34 +138,31 @@ def test_dare_makes_up_for_what_it_drops(kind: str) -> None:
             assert abs(tensor.mean() - 1) < 0.05
 
 
-class File:
-    """Tensors that are read when they are needed."""
-
-    def __init__(self, module_map: ModuleMap) -> None:
-        self._tensors = {
-            key: content for factors in module_map.values() for content, key in factors.values()
-        }
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.read(key).shape)
-
-    def read(self, key: str) -> torch.Tensor:
-        tensor = self._tensors[key]
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
+def filed(module_map: ModuleMap, path: Path) -> ModuleMap:
+    """As a server of LoRAX's has it that reads nothing yet: with the file's path for each tensor."""
+    tensors = {}
+    for factors in module_map.values():
+        for content, key in factors.values():
+            assert isinstance(content, torch.Tensor)
+            tensors[key] = content
+    save_file(tensors, path)
+    return {
+        name: {factor: (path, key) for factor, (_, key) in factors.items()}
+        for name, factors in module_map.items()
+    }
 
 
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear"])
-def test_files_give_what_tensors_give_and_the_loop_goes_on(kind: str) -> None:
-    plain = [(made(1, Q), Config()), (made(2, Q), Config())]
-    filed: Sequence[tuple[ModuleMap, Config]] = [
-        ({n: {p: (File(m), key) for p, (_, key) in f.items()} for n, f in m.items()}, c)
-        for m, c in plain
-    ]
+def test_files_give_what_tensors_give_and_the_loop_goes_on(
+    run: Run, tmp_path: Path, kind: str
+) -> None:
+    plain = [(made(1, Q), config_of()), (made(2, Q), config_of())]
+    in_files = [(filed(m, tmp_path / f"{n}.safetensors"), c) for n, (m, c) in enumerate(plain)]
     density = None if kind == "linear" else 0.5
     given = AdapterParameters(adapter_ids=["a", "b"], merge_strategy=kind, density=density)
     expected, _ = merge_adapters(plain, given)
-    merged, _ = asyncio.run(merge_adapters_async(filed, given))
+    merged, _ = run(merge_adapters_async(in_files, given))
     for part in ("lora_A", "lora_B"):
         found, other = merged[Q][part][0], expected[Q][part][0]
         assert isinstance(found, torch.Tensor)
@@ -207,11 +191,11 @@ def test_shapes_that_do_not_fit(
     density = None if kind == "linear" else 0.5
     given = AdapterParameters(adapter_ids=["a", "b"], merge_strategy=kind, density=density)
     with pytest.raises(IncompatibleAdapterError, match=problem):
-        merge_adapters([(made(1, Q), Config()), (other, Config())], given)
+        merge_adapters([(made(1, Q), config_of()), (other, config_of())], given)
 
 
 def test_there_is_no_density_of_zero() -> None:
-    pair = [(made(1, Q), Config()), (made(2, Q), Config())]
+    pair = [(made(1, Q), config_of()), (made(2, Q), config_of())]
     for density in (None, 0.0):
         given = AdapterParameters(adapter_ids=["a", "b"], merge_strategy="ties", density=density)
         with pytest.raises(UsageError, match="'ties' needs a density"):
@@ -223,7 +207,7 @@ def test_there_is_no_density_of_zero() -> None:
 
 def test_as_many_adapters_as_ids() -> None:
     with pytest.raises(UsageError, match="2 adapter_ids, but 1 adapters"):
-        merge_adapters([(made(1, Q), Config())], AdapterParameters(adapter_ids=["a", "b"]))
+        merge_adapters([(made(1, Q), config_of())], AdapterParameters(adapter_ids=["a", "b"]))
 
 
 def test_a_request_is_an_id_for_a_loader() -> None:

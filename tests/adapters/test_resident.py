@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from adapters import small_base as base
 from common import Run
-from lorax_async import AdapterLoader, LoaderConfig, ModelLayout, ModuleWeights
+from lorax_async import AdapterLoader, LoaderConfig, ModelLayout, ModuleWeights, Shard
 from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights
 from lorax_async.core.layout import Module, Parallel
 from lorax_async.errors import HandleClosedError, UnsupportedAdapterError, UsageError
@@ -108,6 +108,21 @@ def test_a_shard_is_refused() -> None:
     with pytest.raises(UsageError, match=r"one shard.*LoraWeights.load"):
         LoraWeights.from_adapter(Handle({NAME: weights()}, shard=OneOf(2)), "q_proj")
     assert LoraWeights.from_adapter(Handle({NAME: weights()}, shard=OneOf(1)), "q_proj") is not None
+
+
+def test_a_loaders_shard_is_refused(run: Run, tmp_path: Path) -> None:
+    folder = base.write(tmp_path / "a", base.tensors(types=["q_proj"]))
+
+    async def body() -> None:
+        settings = LoaderConfig(device_bytes=8 << 20, shard=Shard(1, 2))
+        async with (
+            AdapterLoader(base.layout(), settings) as loader,
+            await loader.load(folder) as handle,
+        ):
+            with pytest.raises(UsageError, match="one shard"):
+                await LoraWeights.from_adapter_async(handle, "q_proj")
+
+    run(body())
 
 
 @pytest.mark.parametrize(("part", "feature"), [("bias", "lora_bias"), ("magnitude", "DoRA")])

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapters import small_base as base
 from adapters.opened import opens
-from common import open_files
+from common import Run, open_files
 from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights, WeightsFile
 from lorax_async.errors import (
     AdapterFormatError,
@@ -180,6 +181,84 @@ def test_the_file_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         for layer_type in base.SHAPES:
             LoraWeights.load(config, model, module_map, layer_type, names)
     assert seen == []
+
+
+# -- files that are named by their paths ----------------------------------------------------------
+
+
+def _lazily(*paths: Path | str) -> dict[str, Path | str]:
+    """As LoRAX's `load_module_map` does: every tensor's name, with the file that it is in."""
+    found: dict[str, Path | str] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _split(folder: Path) -> tuple[Path, Path]:
+    """The adapter's tensors in two files, each with another half."""
+    saved = load_file(folder / WEIGHTS)
+    halves = folder / "a.safetensors", folder / "b.safetensors"
+    for path, part in zip(halves, ("lora_A", "lora_B"), strict=True):
+        save_file({name: tensor for name, tensor in saved.items() if part in name}, path)
+    return halves
+
+
+def test_one_file_by_its_path(run: Run, folder: Path) -> None:
+    renamed = (folder / WEIGHTS).rename(folder / "part-1.safetensors")
+    saved = load_file(renamed)
+    for file in (WeightsFile.at(renamed), run(WeightsFile.at_async(str(renamed)))):
+        with file:
+            assert set(file) == set(saved)
+            assert torch.equal(file.read(A), saved[A])
+
+
+@pytest.mark.parametrize("how", ["str", "Path", "split"])
+def test_paths_in_place_of_tensors(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    config, model, path = LoraConfig.load(folder), base.FakeModel(), folder / WEIGHTS
+    paths = _split(folder) if how == "split" else (str(path) if how == "str" else path,)
+    module_map, names = config.map_weights_for_model(_lazily(*paths), model.weight_names)
+    in_memory, _ = config.map_weights_for_model(load_file(path), model.weight_names)
+    wanted = LoraWeights.load(config, model, in_memory, "v_proj", set())
+    assert wanted is not None
+    for load in (
+        lambda: LoraWeights.load(config, model, module_map, "v_proj", names),
+        lambda: run(LoraWeights.load_async(config, model, module_map, "v_proj", names)),
+    ):
+        with opens(monkeypatch) as seen:
+            got = load()
+        assert len(seen) == len(paths)  # once each, not for every module
+        assert got is not None
+        assert torch.equal(got.weights_a, wanted.weights_a)
+        assert torch.equal(got.weights_b, wanted.weights_b)
+    assert len(names) == 6
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "text"),
+    [
+        ("missing", AdapterNotFoundError, "no file 'adapter_model.safetensors' at this path"),
+        ("cut", AdapterFormatError, "fetch it again"),
+        ("int", UnsupportedAdapterError, "I8"),
+        ("folder", AdapterFormatError, "a folder"),
+    ],
+)
+def test_strange_files_behind_paths(
+    folder: Path, how: str, kind: type[LoraxError], text: str
+) -> None:
+    config, model, path = LoraConfig.load(folder), base.FakeModel(), folder / WEIGHTS
+    module_map, names = config.map_weights_for_model(_lazily(path), model.weight_names)
+    _spoil(folder, how)
+    if how == "folder":
+        path.mkdir()
+    before = open_files()
+    with pytest.raises(kind, match=text) as caught:
+        LoraWeights.load(config, model, module_map, "q_proj", names)
+    assert caught.value.id == str(path)
+    assert open_files() == before
+    assert len(names) == 12
 
 
 def test_a_file_that_is_closed_meanwhile(folder: Path) -> None:

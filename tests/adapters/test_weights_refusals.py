@@ -11,7 +11,12 @@ from torch import Tensor
 
 from adapters import small_base as base
 from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights
-from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
+from lorax_async.errors import (
+    AdapterFormatError,
+    IncompatibleAdapterError,
+    UnsupportedAdapterError,
+    UsageError,
+)
 
 MODELS = [base.FakeModel(), LayoutModel(base.layout(), torch.float32, 1)]
 
@@ -76,6 +81,29 @@ def test_a_type_lies_on_one_device() -> None:
 def test_a_scale_that_no_float32_holds(model: Any) -> None:
     with pytest.raises(AdapterFormatError, match="lora_alpha"):
         load(base.config(8, 1e40), model, base.tensors(), "q_proj")
+
+
+def test_types_that_the_model_does_not_have(model: Any) -> None:
+    module_map, names = base.config().map_weights_for_model(base.tensors(), model.weight_names)
+    with pytest.raises(UsageError, match=r"no layer.* type 'k_proj'"):
+        LoraWeights.load(base.config(), model, module_map, "k_proj", names)
+
+
+def test_integers_are_no_weights(model: Any) -> None:
+    made = base.tensors(types=["q_proj"])
+    made[base.key(1, "q_proj", "B")] = torch.ones(840, 8, dtype=torch.int8)
+    with pytest.raises(UnsupportedAdapterError, match=r"layers.1.*B torch.int8"):
+        load(base.config(), model, made, "q_proj")
+
+
+def test_weights_in_training_are_copied_without_their_gradients(model: Any) -> None:
+    made = {
+        name: tensor.requires_grad_() for name, tensor in base.tensors(types=["q_proj"]).items()
+    }
+    weights = load(base.config(), model, made, "q_proj")
+    assert weights is not None
+    assert not weights.weights_a.requires_grad
+    assert not weights.weights_b.requires_grad
 
 
 # -- fan_in_fan_out -------------------------------------------------------------------------------

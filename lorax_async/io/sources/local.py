@@ -209,7 +209,7 @@ def _outcome(future: Future[_T]) -> _T | None:
 def _open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str]) -> _Weights:
     reader = _reader(key, _open_new)
     try:
-        return _Weights(_prefix(reader, limits), reader, can_hold(reader, key, immutable))
+        return _Weights(read_prefix(reader, limits), reader, can_hold(reader, key, immutable))
     except BaseException:
         reader.close()
         raise
@@ -229,7 +229,7 @@ def _open_known(key: AdapterKey) -> int:
     return _open_new(key)
 
 
-def _prefix(reader: FileReader, limits: Limits) -> bytes:
+def read_prefix(reader: FileReader, limits: Limits) -> bytes:
     """The beginning of the file, with its whole header."""
     accepted = HeaderLimits(max_header_bytes=limits.max_header_bytes)
     prefix = bytearray(min(PREFIX_BYTES, reader.nbytes))
