@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lorax_async.adapters.weights_file import WeightsFile
+from lorax_async.adapters.loading.weights_file import WeightsFile
 
 Content = torch.Tensor | WeightsFile
 """A tensor, or the open file in which a tensor lies."""

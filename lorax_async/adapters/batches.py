@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self, TypeGuard
 import torch
 from torch import Tensor
 
-from lorax_async.adapters.rank_segments import (
+from lorax_async.adapters.batching.rank_segments import (
     RankSegments,
     Stacked,
     decode_stacks,
@@ -21,7 +21,7 @@ from lorax_async.adapters.rank_segments import (
     group_by_token,
     prefill_stacks,
 )
-from lorax_async.adapters.segments import (
+from lorax_async.adapters.batching.segments import (
     Integers,
     Runs,
     find_segments,

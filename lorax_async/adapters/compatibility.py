@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Sequence
 
 from lorax_async.adapters.base import AdapterConfig
-from lorax_async.adapters.places import LIMITS, cached_file, read_small
-from lorax_async.adapters.threads import in_thread
+from lorax_async.adapters.loading.places import LIMITS, cached_file, read_small
+from lorax_async.adapters.loading.threads import in_thread
 from lorax_async.core.strict_json import parse_object
 from lorax_async.errors import IncompatibleAdapterError, LoraxError, shorten
 

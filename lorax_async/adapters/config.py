@@ -12,16 +12,16 @@ import torch
 
 from lorax_async.adapter import AdapterSpec, ModulePattern
 from lorax_async.adapters.base import AdapterConfig, AdapterModel, ContentOrPath, ModuleMap
-from lorax_async.adapters.peft_values import require_agreement
-from lorax_async.adapters.places import LIMITS, folder_of, named, read_small
-from lorax_async.adapters.threads import in_thread
-from lorax_async.adapters.unapplied import (
+from lorax_async.adapters.loading.peft_values import require_agreement
+from lorax_async.adapters.loading.places import LIMITS, folder_of, named, read_small
+from lorax_async.adapters.loading.threads import in_thread
+from lorax_async.adapters.loading.unapplied import (
     FACTORS,
     require_all_matched,
     require_plain_spec,
     tensor_name,
 )
-from lorax_async.adapters.weights_file import WeightsFile
+from lorax_async.adapters.loading.weights_file import WeightsFile
 from lorax_async.core.pairing import MAX_MATCHING_STEPS
 from lorax_async.core.peft_config import parse_config
 from lorax_async.errors import UnsupportedAdapterError, UsageError

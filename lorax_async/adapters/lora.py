@@ -11,8 +11,8 @@ from lorax_async.adapters.batches import (
     BatchAdapterWeights,
     BatchLoraWeights,
 )
+from lorax_async.adapters.batching.rank_segments import RankSegments
 from lorax_async.adapters.config import LoraConfig
-from lorax_async.adapters.rank_segments import RankSegments
 from lorax_async.adapters.weights import LoraWeights
 
 __all__ = [

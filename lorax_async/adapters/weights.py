@@ -11,10 +11,10 @@ import torch
 from lorax_async.adapters.base import AdapterModel, AdapterWeights, ModuleMap, opened
 from lorax_async.adapters.batches import BatchLoraWeights
 from lorax_async.adapters.config import LoraConfig
-from lorax_async.adapters.layers import TypeLayers, find_layers
-from lorax_async.adapters.resident import ResidentAdapter, resident_layers
-from lorax_async.adapters.stacking import BY_RANK, Stack, stack_layers
-from lorax_async.adapters.threads import GoOn, always, in_thread
+from lorax_async.adapters.loading.layers import TypeLayers, find_layers
+from lorax_async.adapters.loading.resident import ResidentAdapter, resident_layers
+from lorax_async.adapters.loading.stacking import BY_RANK, Stack, stack_layers
+from lorax_async.adapters.loading.threads import GoOn, always, in_thread
 from lorax_async.errors import UsageError
 
 

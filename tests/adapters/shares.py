@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.stacked import LAYERS, StandIn, integers, load
-from lorax_async.adapters.bridge import ShardBridge
+from lorax_async.adapters.batching.bridge import ShardBridge
 
 IN_EACH, OUT_EACH = 5, 3
 """Of one process, where a side is split."""

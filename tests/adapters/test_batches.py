@@ -13,7 +13,7 @@ from lorax_async.adapters.batches import (
     BatchAdapterWeights,
     BatchLoraWeights,
 )
-from lorax_async.adapters.rank_segments import RankSegments
+from lorax_async.adapters.batching.rank_segments import RankSegments
 
 TOKENS = [0, 0, 1, 1, 0, 0, 1, 1]
 

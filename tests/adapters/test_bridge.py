@@ -22,7 +22,7 @@ from adapters.stacked import (
     stand_in,
 )
 from lorax_async.adapters.batches import BatchLoraWeights
-from lorax_async.adapters.bridge import Bridge
+from lorax_async.adapters.batching.bridge import Bridge
 from lorax_async.errors import UsageError
 from lorax_kernels import Tables
 

@@ -22,7 +22,7 @@ from adapters.shares import (
     whole,
 )
 from adapters.stacked import LAYERS, integers, load
-from lorax_async.adapters.bridge import ShardBridge
+from lorax_async.adapters.batching.bridge import ShardBridge
 
 
 @dataclass(frozen=True)

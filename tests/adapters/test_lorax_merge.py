@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from common import Run
 from lorax_async.adapters import LoraConfig
 from lorax_async.adapters.base import ModuleMap
-from lorax_async.adapters.merge import (
+from lorax_async.adapters.merging.merge import (
     AdapterParameters,
     merge_adapters,
     merge_adapters_async,
 )
-from lorax_async.adapters.merge_strategies import (
+from lorax_async.adapters.merging.merge_strategies import (
     DareLinearMerge,
     DareTiesMerge,
     LinearMerge,

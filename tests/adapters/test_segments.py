@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.adapters.segments import Integers, Runs, concat_segments, find_segments
+from lorax_async.adapters.batching.segments import Integers, Runs, concat_segments, find_segments
 from lorax_async.errors import UsageError
 
 tokens_of_a_batch = st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 5)), max_size=8).map(

@@ -7,7 +7,7 @@ import torch
 
 from adapters.shares import IN_EACH, OUT_EACH, bridges, whole
 from adapters.stacked import LAYERS, StandIn, integers, load
-from lorax_async.adapters.bridge import Bridge, ShardBridge
+from lorax_async.adapters.batching.bridge import Bridge, ShardBridge
 from lorax_async.errors import UsageError
 
 

@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from lorax_async.adapters.sharding import Share, shard_a, shard_b
+from lorax_async.adapters.sharing.sharding import Share, shard_a, shard_b
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.errors import ConfigError, UsageError, shorten
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorax_async.adapters.batches import BatchLoraWeights
-from lorax_async.adapters.rank_segments import Stacks, decode_stacks
+from lorax_async.adapters.batching.rank_segments import Stacks, decode_stacks
 from lorax_async.core.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.errors import UsageError
 from lorax_kernels import Operands, Plan, apply

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from lorax_async.adapters.base import AdapterModel, Content, OpenModuleMap
-from lorax_async.adapters.padding import padded_rank
-from lorax_async.adapters.unapplied import FACTORS
-from lorax_async.adapters.weights_file import WeightsFile
+from lorax_async.adapters.loading.unapplied import FACTORS
+from lorax_async.adapters.loading.weights_file import WeightsFile
+from lorax_async.adapters.sharing.padding import padded_rank
 from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import (
     AdapterFormatError,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_async.adapters.padding import require_world_size
+from lorax_async.adapters.sharing.padding import require_world_size
 from lorax_async.core.layout import Part
 from lorax_async.errors import ConfigError, IncompatibleAdapterError
 

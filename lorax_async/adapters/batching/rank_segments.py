@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lorax_async.adapters.segments import Runs
+from lorax_async.adapters.batching.segments import Runs
 from lorax_async.errors import UsageError
 
 Stacks = Mapping[int, tuple[Tensor, Tensor]]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lorax_async.adapters.batches import BatchLoraWeights
-from lorax_async.adapters.rank_segments import Stacks
-from lorax_async.adapters.stacked_tables import (
+from lorax_async.adapters.batching.rank_segments import Stacks
+from lorax_async.adapters.batching.stacked_tables import (
     Stack,
     StackedTables,
     padded,

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from lorax_async.adapters.layers import Factor, Layer, TypeLayers
-from lorax_async.adapters.layout_model import LayerNames
-from lorax_async.adapters.unapplied import FACTORS, inexpressible, tensor_name
+from lorax_async.adapters.loading.layers import Factor, Layer, TypeLayers
+from lorax_async.adapters.loading.unapplied import FACTORS, inexpressible, tensor_name
+from lorax_async.adapters.sharing.layout_model import LayerNames
 from lorax_async.config import Shard
 from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import UsageError, shorten

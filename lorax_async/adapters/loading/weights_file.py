@@ -12,9 +12,9 @@ from typing import Self
 import torch
 
 from lorax_async.adapter import FileIdentity
-from lorax_async.adapters.places import LIMITS, folder_of, named
-from lorax_async.adapters.threads import in_thread
-from lorax_async.adapters.unapplied import require_plain_name
+from lorax_async.adapters.loading.places import LIMITS, folder_of, named
+from lorax_async.adapters.loading.threads import in_thread
+from lorax_async.adapters.loading.unapplied import require_plain_name
 from lorax_async.config import Limits
 from lorax_async.core.header import Header, HeaderLimits, TensorSpan, parse_header
 from lorax_async.core.peft_names import WEIGHT_DTYPES

@@ -13,9 +13,9 @@ from math import prod
 import torch
 
 from lorax_async.adapters.base import AdapterModel
-from lorax_async.adapters.layers import Factor, Layer, TypeLayers
-from lorax_async.adapters.threads import GoOn
-from lorax_async.adapters.weights_file import WeightsFile
+from lorax_async.adapters.loading.layers import Factor, Layer, TypeLayers
+from lorax_async.adapters.loading.threads import GoOn
+from lorax_async.adapters.loading.weights_file import WeightsFile
 from lorax_async.errors import CapacityError, IncompatibleAdapterError, UsageError
 
 BY_RANK = range(16, 129)
