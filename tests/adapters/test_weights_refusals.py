@@ -44,6 +44,16 @@ def test_a_failed_load_leaves_the_names(model: Any) -> None:
     assert names == set(made)
 
 
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_module_map_has_both_factors(model: Any, factor: str) -> None:
+    config, made = base.config(), base.tensors(types=["q_proj"])
+    module_map, names = config.map_weights_for_model(made, model.weight_names)
+    module = base.module_name(1, "q_proj")
+    halved = {other: place for other, place in module_map[module].items() if other != factor}
+    with pytest.raises(UsageError, match=f"{module}.* has no {factor} in the module map"):
+        LoraWeights.load(config, model, {**module_map, module: halved}, "q_proj", names)
+
+
 @pytest.mark.parametrize("part", ["A", "B"])
 def test_shapes_decide(model: Any, part: str) -> None:
     made = base.tensors(types=["q_proj"])
