@@ -191,7 +191,7 @@ def _target(model: AdapterModel, layer: int, layer_type: str) -> tuple[str, Any]
 def _layer(name: str, factors: Mapping[str, tuple[Content, str]], config: Ranks) -> Layer:
     if missing := [factor for factor in FACTORS if factor not in factors]:
         raise UsageError(
-            f"module {shorten(name, 200)!r} has no {missing[0]} in the module map; make the map with"
+            f"module {shorten(name, 200)!r} has no {missing[0]} in the module map; make it with"
             " LoraConfig.map_weights_for_model"
         )
     a, b = (Factor(*factors[factor]) for factor in FACTORS)
