@@ -39,11 +39,11 @@ def adaptable(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 f"module {name!r} belongs to an adapter that is attached already; take the layout"
                 " of the plain base model"
             )
-        if (isinstance(module, nn.Linear | Conv1D) or _looks_up(name, module)) and name:
+        if (isinstance(module, nn.Linear | Conv1D) or looks_up(name, module)) and name:
             yield name, module
 
 
-def _looks_up(name: str, module: nn.Module) -> bool:
+def looks_up(name: str, module: nn.Module) -> bool:
     """Whether it gives rows of its weight for ids of tokens or positions, scaled perhaps.
 
     What computes anything else, as OPT's positions do, no adapter can be for. What lies within a

@@ -16,7 +16,7 @@ from torch import nn
 from lorax_async.adaptable import HEADS, adaptable, embedding_module, linear_module, parallel_of
 from lorax_async.config import DTYPES, Limits
 from lorax_async.core.header import Header, HeaderLimits, TensorSpan, header_size, parse_header
-from lorax_async.core.layout import ModelLayout, Module
+from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, layer_index, parse_tensor_name
 from lorax_async.core.transfer_plan import plan_transfer
@@ -169,7 +169,7 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
             in_features=a.shape[1],
             out_features=b.shape[0],
             layer=_layer(path, numbers[path], num_layers),
-            parallel=parallel_of(path),
+            parallel=Parallel.REPLICATED if embedding else parallel_of(path),
             transposed=spec.fan_in_fan_out and not embedding,
             embedding=embedding,
         )

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import tiny
 from lorax_async import layouts
 from lorax_async.core.layout import Module, Parallel
 from lorax_async.errors import AdapterFormatError
@@ -128,6 +129,15 @@ def test_an_adapter_of_embedding_head_and_layers(tmp_path: Path) -> None:
         *((f"model.layers.{n}.self_attn.q_proj", n, False) for n in range(2)),
         ("lm_head", 2, False),
     ]
+
+
+def test_an_embedding_is_whole_on_every_rank_whatever_its_name(tmp_path: Path) -> None:
+    tiny.write(tmp_path, rank=4)
+    name = "base_model.model.lm_head.lora_embedding_"
+    tensors = {f"{name}A": torch.zeros(4, 48), f"{name}B": torch.zeros(32, 4)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (module,) = layouts.from_adapter(tmp_path).modules
+    assert (module.embedding, module.parallel) == (True, Parallel.REPLICATED)
 
 
 def test_vectors_say_nothing_of_the_dtype(tmp_path: Path) -> None:

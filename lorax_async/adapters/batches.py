@@ -167,7 +167,8 @@ class BatchLoraWeights(BatchAdapterWeights):
         Raises UsageError for metadata that contradicts itself, and for weights whose addresses a
         kernel could not use.
         """
-        adapters = _lora_adapters(adapter_weights, meta.segment_indices)
+        indices = to_list("segment_indices", meta.segment_indices)
+        adapters = _lora_adapters(adapter_weights, indices)
         if not adapters:
             return None
         ranks = {index: adapter.lora_a_r for index, adapter in adapters.items()}
@@ -209,9 +210,11 @@ def _is_stacked(weights: object) -> TypeGuard[Stacked]:
 def _runs(meta: AdapterBatchMetadata) -> Runs:
     """Checked, for a contradiction would apply a stranger's adapter to a token."""
     runs = runs_of(meta.adapter_segments, meta.segment_indices)
-    if runs.by_row() != to_list("adapter_indices", meta.adapter_indices):
+    tokens = to_list("adapter_indices", meta.adapter_indices)
+    # Their number first: bounds that are wrong may be of any size.
+    if runs.bounds[-1] != len(tokens) or runs.by_row() != tokens:
         raise UsageError(
-            f"adapter_indices ({len(meta.adapter_indices)} tokens) and the segments (up to "
+            f"adapter_indices ({len(tokens)} tokens) and the segments (up to "
             f"{runs.bounds[-1]}) name different adapters for a token; make both from the same "
             "tokens, with AdapterBatchMetadata.from_indices"
         )

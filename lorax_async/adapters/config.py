@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -29,6 +29,8 @@ from lorax_async.io.sources.local_folder import CONFIG
 
 if TYPE_CHECKING:
     from lorax_async.adapters.weights import LoraWeights
+
+_MAX_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         if type(self.r) is not int or self.r < 1:
             raise UsageError(f"r is a positive integer, not {self.r!r}")
-        if not isinstance(self.lora_alpha, int | float) or not isfinite(self.lora_alpha):
+        if not (isinstance(self.lora_alpha, int | float) and abs(self.lora_alpha) <= _MAX_FLOAT):
             raise UsageError(f"lora_alpha is a finite number, not {self.lora_alpha!r}")
 
     @classmethod

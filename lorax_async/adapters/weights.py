@@ -207,10 +207,11 @@ def _resident_config(found: TypeLayers) -> LoraConfig:
 
 def _stack(weights_a: list[torch.Tensor], weights_b: list[torch.Tensor]) -> Stack:
     shapes = {tuple(w.shape) for w in weights_a}, {tuple(w.shape) for w in weights_b}
-    if len(weights_a) != len(weights_b) or any(len(s) != 1 for s in shapes):
+    matrices = all(w.dim() == 2 for w in (*weights_a, *weights_b))
+    if not matrices or len(weights_a) != len(weights_b) or any(len(s) != 1 for s in shapes):
         raise UsageError(
             "LoraWeights takes A and B of every layer, [in, r] and [r, out], of equal shapes"
         )
-    turned = weights_a[0].dim() == 2 and weights_a[0].shape[1] in BY_RANK
+    turned = weights_a[0].shape[1] in BY_RANK
     a = torch.stack([w.mT if turned else w for w in weights_a])
     return Stack(a.mT if turned else a, torch.stack(weights_b))

@@ -56,7 +56,10 @@ class Factors:
             known = self._known.setdefault(vectors, {})
             factor = known.get(adapted.index)
             if factor is None:
-                factor = known[adapted.index] = _factor(magnitude, operands, adapted)
+                factor = _factor(magnitude, operands, adapted)
+                if factor.device.type != "cpu":  # the next one may compute on another stream
+                    torch.accelerator.current_stream(factor.device).synchronize()
+                known[adapted.index] = factor
         return factor
 
     def forget(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorax_async.adaptable import looks_up
 from lorax_async.config import DTYPES, Shard
 from lorax_async.core.layout import ModelLayout, Module
 from lorax_async.errors import ConfigError
@@ -46,6 +47,9 @@ def _mismatch(found: nn.Module | None, module: Module) -> str | None:
     sizes = _sizes(found)
     if sizes is None or isinstance(found, nn.Embedding) != module.embedding:
         return f"module {module.name!r} is a {type(found).__name__}"
+    if module.embedding and not looks_up(module.name, found):
+        kind = type(found).__name__
+        return f"module {module.name!r} ({kind}) does not just look tokens or positions up"
     if sizes != (module.in_features, module.out_features):
         wanted = f"{module.in_features} → {module.out_features}"
         return f"module {module.name!r} is {sizes[0]} → {sizes[1]}, not {wanted}"

@@ -29,7 +29,7 @@ from typing import NoReturn, Self, cast
 import torch
 from torch import nn
 
-from lorax_async.core.layout import Module
+from lorax_async.core.layout import Module, Parallel
 from lorax_async.engines.batch import Batch, Place, Rows
 from lorax_async.engines.features import Adapted, Factors
 from lorax_async.engines.fitting import modules_of, require_device, require_dtype
@@ -192,6 +192,20 @@ class Attached:
                 raise UsageError(
                     f"row {number}: {row!r} is another loader's; load it with this one"
                 )
+            self._require_local(row)
+
+    def _require_local(self, row: AdapterHandle) -> None:
+        """A bias comes once, after the all-reduce, and a row's length is of all its columns."""
+        if row.shard is None or row.shard.world_size == 1 or row.vectors is None:
+            return
+        for index in row.vectors.modules:
+            module = self._replaced[index].forward.module
+            if module.parallel is Parallel.ROW:
+                raise UsageError(
+                    f"adapter {row.id!r} has a bias or a magnitude for module {module.name!r}, of"
+                    f" which {row.shard} has some columns: it cannot be applied before the sum over"
+                    " all ranks is there; apply handle.modules yourself, or replicate the module"
+                )
 
 
 class AdaptedForward:
@@ -201,6 +215,11 @@ class AdaptedForward:
         self.base = base
         self._attached = attached
         self._adapted = adapted
+
+    @property
+    def module(self) -> Module:
+        """What the layout says of it."""
+        return self._adapted.module
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         batch = self._attached.current()

@@ -39,10 +39,12 @@ class Planner:
         self._remembered = lru_cache(maxsize=REMEMBERED_PLANS)(self._plan)
         self._header_limits = HeaderLimits.of(config.limits)
 
-    @staticmethod
-    def is_long(file: AdapterFile) -> bool:
-        """Whether planning would hold an event loop for longer than it should be held."""
-        return len(file.prefix) > LARGE_PREFIX or file.config.count(b":") > MANY_MEMBERS
+    def is_long(self, file: AdapterFile) -> bool:
+        """Whether planning would hold an event loop for longer than it should be held.
+
+        A shard's plan has a move for each row of A, which are thousands where ranks are high.
+        """
+        return bool(self._sharding.cuts) or _is_large(file)
 
     def plan(self, file: AdapterFile) -> TransferPlan:
         """Check config, header and layout against each other. Pure; may take milliseconds.
@@ -51,7 +53,7 @@ class Planner:
         ------
         AdapterFormatError, UnsupportedAdapterError, IncompatibleAdapterError
         """
-        plan = self._plan if self.is_long(file) else self._remembered
+        plan = self._plan if _is_large(file) else self._remembered
         return plan(file.config, file.prefix, file.reader.nbytes)
 
     def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:
@@ -68,3 +70,7 @@ class Planner:
             staging_move_bytes=self._move_bytes,
             cuts=self._sharding.cuts,
         )
+
+
+def _is_large(file: AdapterFile) -> bool:
+    return len(file.prefix) > LARGE_PREFIX or file.config.count(b":") > MANY_MEMBERS

@@ -25,6 +25,11 @@ class Vectors:
             for vector in group.vectors
         }
 
+    @property
+    def modules(self) -> list[int]:
+        """Which modules of the layout have one."""
+        return [module for module, _ in self._places]
+
     def view(self, device: Device, module: int, part: Part) -> torch.Tensor | None:
         """`[out]`, in the file's dtype; None if the adapter has none for this module.
 

@@ -79,6 +79,8 @@ def test_what_an_address_names_stays_as_long_as_the_batch(prefill: bool) -> None
         ([0, 1], [0, 2], [0], "name different adapters for a token"),
         ([0, 0], [0, 2, 1], [0, 1], r"ascending order for 2 segments, got \[0, 2, 1\]"),
         ([0, 0], [0, 2], [0, 1], "expected adapter_segments of 3 bounds"),
+        ([0, 0], [0, 1 << 62], [0], r"adapter_indices \(2 tokens\) and the segments \(up to 46"),
+        ([0, 0], [0, 1], [0], r"adapter_indices \(2 tokens\) and the segments \(up to 1\)"),
     ],
 )
 def test_metadata_must_not_contradict_itself(
@@ -87,6 +89,22 @@ def test_metadata_must_not_contradict_itself(
     meta = AdapterBatchMetadata(torch.tensor(tokens), {0}, torch.tensor(bounds), indices)
     with pytest.raises(UsageError, match=named):
         BatchLoraWeights.load(of_ranks(8, 8), meta, "q_proj", prefill, None)
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+def test_segment_indices_may_be_a_tensor(prefill: bool) -> None:
+    """Whose elements are equal to an adapter's index and not found by it."""
+    weights = of_ranks(8, 16)
+    made = []
+    for indices in ([1, 0], torch.tensor([1, 0])):
+        tokens, bounds = torch.tensor([1, 1, 0]), torch.tensor([0, 2, 3])
+        meta = AdapterBatchMetadata(tokens, {0, 1}, bounds, indices)  # type: ignore[arg-type]
+        batch = BatchLoraWeights.load(weights, meta, "q_proj", prefill, None)
+        assert batch is not None
+        made.append(batch)
+    assert made[1].runs == made[0].runs
+    assert list(made[1].rank_data) == [16, 8]
+    assert made[1].has_adapter(0)
 
 
 @pytest.mark.parametrize("prefill", [True, False])

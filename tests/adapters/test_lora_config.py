@@ -62,7 +62,16 @@ def test_it_never_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"r": 0}, {"r": True}, {"r": 8.0}, {"alpha": float("nan")}, {"alpha": "16"}]
+    "changes",
+    [
+        {"r": 0},
+        {"r": True},
+        {"r": 8.0},
+        {"alpha": float("nan")},
+        {"alpha": -float("inf")},
+        {"alpha": 10**400},
+        {"alpha": "16"},
+    ],
 )
 def test_made_by_hand_it_is_checked(changes: Any) -> None:
     with pytest.raises(UsageError, match=r"r is|lora_alpha is"):

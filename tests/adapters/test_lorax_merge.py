@@ -194,6 +194,15 @@ def test_shapes_that_do_not_fit(
         merge_adapters([(made(1, Q), config_of()), (other, config_of())], given)
 
 
+@pytest.mark.parametrize(("kind", "density"), [("linear", None), ("ties", 0.5)])
+def test_a_and_b_of_other_ranks_are_no_pair(kind: str, density: float | None) -> None:
+    other = {Q: {**made(2, Q)[Q], "lora_B": (torch.ones(5, 3), "b")}}
+    maps = [(other, Config()), (other, Config())]
+    given = AdapterParameters(adapter_ids=["a", "b"], merge_strategy=kind, density=density)
+    with pytest.raises(IncompatibleAdapterError, match=r"A \[2, 6\] and B \[5, 3\] are no pair"):
+        merge_adapters(maps, given)
+
+
 def test_there_is_no_density_of_zero() -> None:
     pair = [(made(1, Q), config_of()), (made(2, Q), config_of())]
     for density in (None, 0.0):

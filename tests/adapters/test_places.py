@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from adapters import hub_cache
@@ -12,9 +14,11 @@ from adapters import small_base as base
 from common import Run
 from lorax_async.adapters import LoraConfig, WeightsFile
 from lorax_async.errors import (
+    AccessDeniedError,
     AdapterFormatError,
     AdapterNotFoundError,
     ConfigError,
+    FetchError,
     InvalidAdapterIdError,
     LoraxError,
 )
@@ -149,6 +153,26 @@ def test_a_cached_config_without_weights(tmp_path: Path, cache: Path) -> None:
     assert LoraConfig.load("org/sql").r == 8
     with pytest.raises(AdapterNotFoundError, match=f"has no {WEIGHTS} of 'org/sql'"):
         WeightsFile.open("org/sql")
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_damaged_cache_is_said_to_be(cache: Path) -> None:
+    """What was being written when the machine went down, say."""
+    (cache / "models--org--sql" / "refs" / "main").write_bytes(b"\xff\xfe")
+    for call in (LoraConfig.load, WeightsFile.open):
+        with pytest.raises(FetchError, match="cache is damaged") as caught:
+            call("org/sql")
+        assert caught.value.id == "org/sql"
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_cache_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", refused)
+    with pytest.raises(AccessDeniedError, match="hub cache may not be read"):
+        LoraConfig.load("org/sql")
 
 
 @pytest.mark.usefixtures("versions")

@@ -207,6 +207,7 @@ def test_made_by_hand_of_a_tensor_for_each_layer(rank: int) -> None:
         ([], []),
         ([torch.zeros(4, 8)], []),
         ([torch.zeros(4, 8), torch.zeros(5, 8)], [torch.zeros(8, 2)] * 2),
+        ([torch.zeros(8)], [torch.zeros(8)]),
     ],
 )
 def test_by_hand_of_layers_that_are_not_alike(a: list[Tensor], b: list[Tensor]) -> None:

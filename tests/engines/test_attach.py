@@ -83,6 +83,20 @@ def test_another_base_is_refused_before_anything_is_replaced(small: Any) -> None
     assert "'model.layers.1.mlp.up_proj' is a Bilinear" in asyncio.run(refusal(odd, small))
 
 
+def test_an_embedding_that_does_more_than_look_up_is_refused(small: Any) -> None:
+    """An adapter's layout may have one (OPT's positions); what it computes nobody here knows."""
+
+    class Doubled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(ids)
+
+    for embedding in (Doubled(64, 32), nn.Embedding(64, 32, max_norm=1.0)):
+        model = llama()
+        model.model.embed_tokens = embedding
+        text = asyncio.run(refusal(model, small))
+        assert f"'model.embed_tokens' ({type(embedding).__name__}) does not just look" in text
+
+
 def test_another_dtype_or_device_is_refused_with_the_one_to_set(small: Any) -> None:
     half, double, meta = llama().bfloat16(), llama().double(), llama().to("meta")
     assert "LoaderConfig(dtype='bfloat16')" in asyncio.run(refusal(half, small))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import uvloop
@@ -16,6 +17,7 @@ from source_conformance import Run, SourceConformance, T
 
 from lorax_async import errors
 from lorax_async.adapter import AdapterRef
+from lorax_async.io.sources import local_folder
 from lorax_async.io.sources.local import LocalSource
 
 COMMIT, BLOB = "c" * 40, "b" * 64
@@ -166,6 +168,24 @@ def test_without_roots_no_text_is_local(tmp_path: Path) -> None:
 @pytest.mark.parametrize("id", ["./nothing", "./a/b", "./" + "a" * 300])
 def test_inside_a_root_a_missing_folder_is_not_found(world: LocalWorld, id: str) -> None:
     assert type(refusal(world, id)) is errors.AdapterNotFoundError
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_link_that_may_not_be_read(
+    world: LocalWorld, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    """As /proc/1/root, which no path leads through: not even where it leads may be asked."""
+    place = "/proc/1/root"
+    refused = PermissionError(errno.EACCES, "Permission denied", place)
+
+    def no_link(*_: object, **__: object) -> NoReturn:
+        raise refused
+
+    monkeypatch.setattr(os.path, "realpath", no_link)
+    monkeypatch.setattr(local_folder, "located", no_link)
+    error = refusal(world, Path(place) if trusted else place)
+    assert type(error) is errors.AccessDeniedError
+    assert ("give it permission" if trusted else "local_roots only") in str(error)
 
 
 def test_links_stay_in_the_folder(world: LocalWorld, run: Run) -> None:

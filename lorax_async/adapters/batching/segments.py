@@ -83,9 +83,9 @@ def concat_segments(
     return joined_bounds, joined
 
 
-def runs_of(bounds: Integers, indices: Sequence[int]) -> Runs:
+def runs_of(bounds: Integers, segment_indices: Integers) -> Runs:
     """Checked: raises UsageError unless bounds are 0, …, ascending, one more than indices."""
-    ends = to_list("adapter_segments", bounds)
+    ends, indices = to_list("adapter_segments", bounds), to_list("segment_indices", segment_indices)
     if len(ends) != len(indices) + 1 or ends[0] != 0 or ends != sorted(ends):
         raise UsageError(
             f"expected adapter_segments of {len(indices) + 1} bounds from 0 in ascending order "

@@ -17,6 +17,7 @@ from lorax_async.config import Limits
 from lorax_async.errors import (
     AdapterNotFoundError,
     ConfigError,
+    FetchError,
     InvalidAdapterIdError,
     LoraxError,
     shorten,
@@ -88,7 +89,15 @@ def _cached_snapshot(repo_id: str, revision: str | None, wanted: str) -> str:
 
 
 def cached_file(repo_id: str, revision: str | None, name: str) -> str | None:
-    """Where the standard hub cache has a file, if it has it. `InvalidAdapterIdError` for no id."""
+    """Where the standard hub cache has a file, if it has it. Blocks.
+
+    Raises
+    ------
+    InvalidAdapterIdError
+        The hub has no such ids.
+    AccessDeniedError, FetchError
+        The cache cannot be read, or what it says of the revision is no text.
+    """
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (slow)
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 
@@ -96,6 +105,13 @@ def cached_file(repo_id: str, revision: str | None, name: str) -> str | None:
         path = try_to_load_from_cache(repo_id, name, revision=revision)
     except HFValidationError as error:
         raise InvalidAdapterIdError(f"the hub has no such ids ({error})") from error
+    except OSError as error:
+        raise translated(error, "the hub cache") from error
+    except UnicodeDecodeError as error:
+        raise FetchError(
+            "the hub cache is damaged: what it says of this revision is no text; remove the"
+            " repository from it, and download it again"
+        ) from error
     return path if isinstance(path, str) else None
 
 

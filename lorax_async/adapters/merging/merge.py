@@ -74,7 +74,7 @@ def merge_adapters(
     Raises
     ------
     IncompatibleAdapterError
-        Shapes do not fit each other, or a strategy's ranks are not equal.
+        Shapes do not fit each other, A and B are no pair, or a strategy's ranks are not equal.
     UsageError
         There is no such merge.
     """
@@ -130,6 +130,8 @@ class _Merging:
         """Every adapter's A, or B, of one module as one."""
         held = self._held(module, part)
         self._require_fit(module, part, [_shape(*content) for content, _ in held])
+        if part is Part.B:  # then both are matrices
+            self._require_pairs(module)
         tensors = [_read(*content) for content, _ in held]
         factors = [factor for _, factor in held]
         if self._merge.strategy != "linear":
@@ -166,6 +168,16 @@ class _Merging:
         rank = max([config.r, *map(config.rank_of, module_map)])
         a, b = (_shape(*self._held(module, part)[0][0]) for part in _FACTORS)
         return Start(rank * (2 * a[1] + b[0]), 0)
+
+    def _require_pairs(self, module: str) -> None:
+        """Else the columns of one adapter's B would meet the rows of another one's A."""
+        of_a, of_b = (self._held(module, part) for part in _FACTORS)
+        for (a, _), (b, _) in zip(of_a, of_b, strict=True):
+            if _shape(*a)[0] != _shape(*b)[1]:
+                raise IncompatibleAdapterError(
+                    f"module {shorten(module, 200)!r}: A {list(_shape(*a))} and B"
+                    f" {list(_shape(*b))} are no pair"
+                )
 
     def _require_fit(self, module: str, part: Part, shapes: Sequence[tuple[int, ...]]) -> None:
         linear, along = self._merge.strategy == "linear", _along_rank(part)

@@ -57,7 +57,7 @@ def find_adapter(place: Place, roots: Sequence[str], limits: Limits) -> AdapterK
                 if is_inside(real_path, inside):
                     return _Folder(found, real_path, place.trusted).key(limits)
         except OSError as error:
-            if is_inside(os.path.realpath(path), inside):
+            if inside is None or is_inside(_readable_path(path), inside):
                 problems.append(_folder_problem(error))
     # One place that leads out speaks for all: what is there must make no difference.
     if len(problems) == len(place.paths) > 0:
@@ -81,6 +81,14 @@ def is_inside(real_path: str, roots: Sequence[str] | None) -> bool:
 
 def lies_in(real_path: str, folder: str) -> bool:
     return real_path.startswith(folder.rstrip("/") + "/")
+
+
+def _readable_path(path: str) -> str:
+    """Where a path leads; "" if a link on the way may not be read, as of other processes in proc"""
+    try:
+        return os.path.realpath(path)
+    except OSError:
+        return ""
 
 
 def _folder_problem(error: OSError) -> AdapterError:
