@@ -197,7 +197,7 @@ def test_shapes_that_do_not_fit(
 @pytest.mark.parametrize(("kind", "density"), [("linear", None), ("ties", 0.5)])
 def test_a_and_b_of_other_ranks_are_no_pair(kind: str, density: float | None) -> None:
     other = {Q: {**made(2, Q)[Q], "lora_B": (torch.ones(5, 3), "b")}}
-    maps = [(other, Config()), (other, Config())]
+    maps = [(other, config_of()), (other, config_of())]
     given = AdapterParameters(adapter_ids=["a", "b"], merge_strategy=kind, density=density)
     with pytest.raises(IncompatibleAdapterError, match=r"A \[2, 6\] and B \[5, 3\] are no pair"):
         merge_adapters(maps, given)
