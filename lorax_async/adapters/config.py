@@ -98,7 +98,11 @@ class LoraConfig(AdapterConfig):
 
     @classmethod
     async def load_async(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
-        """As `load`, in a thread."""
+        """As `load`, in a thread.
+
+        The first one imports peft, which holds the interpreter for tenths of a second: a server
+        that must not wait imports it before it serves.
+        """
         return await in_thread(lambda _: cls.load(adapter_id, api_token))
 
     @classmethod
