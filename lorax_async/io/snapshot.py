@@ -117,7 +117,7 @@ class Snapshot:
         content = self._begin()
         nbytes = count = 0
         for described, (start, stop) in zip(self._described, self._places, strict=True):
-            source = self._tensors[described.name].detach()
+            source = _source(described.name, self._tensors[described.name])
             target = content[start:stop].view(source.dtype)
             for piece, rows in _pieces(source, target):
                 _copy_piece(described.name, piece, rows)
@@ -197,6 +197,16 @@ def _described(name: object, tensor: torch.Tensor) -> Described:
             f"tensor {shown} is {tensor.dtype}; give it as {', '.join(map(str, _SPELLED))}"
         )
     return Described(name, dtype, tuple(tensor.shape))
+
+
+def _source(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """To read from; without the check, a tensor whose memory was freed would end the process."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = (tensor.storage_offset() + reach + 1) * tensor.itemsize
+    if tensor.numel() and tensor.untyped_storage().nbytes() < last:
+        problem = f"tensor {shorten(name, 200)!r} has no memory behind it; gather it first"
+        raise FetchError(problem, retryable=False)
+    return tensor.detach()
 
 
 def _pieces(
