@@ -11,11 +11,10 @@ import torch
 
 import tiny
 from common import Run, until
+from given import assert_holds, give, put, used
 from lorax_async import AdapterHandle, AdapterLoader, AdapterNotFoundError, Merge, UsageError
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.io.fakes import FakeSource
-from test_from_memory import assert_holds, used
-from test_replace import give, put
 from tiny_loaders import loader
 from tiny_sources import over, stocked, where
 

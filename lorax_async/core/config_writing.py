@@ -33,7 +33,9 @@ def write_config(config: GivenConfig) -> bytes:
     AdapterFormatError
         It holds what JSON does not have.
     """
-    members: object = config.to_dict() if isinstance(config, Convertible) else config
+    members: object = config
+    if isinstance(config, Convertible) and not isinstance(config, type):
+        members = config.to_dict()
     if not isinstance(members, Mapping):
         kind = type(config).__name__
         raise UsageError(

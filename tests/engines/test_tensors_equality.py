@@ -60,15 +60,17 @@ def test_it_answers_as_the_live_model(run: Run, tmp_path: Path, name: str) -> No
         live.save_pretrained(tmp_path, save_embedding_layers=False)
 
     async def body() -> None:
-        async with serving(model) as (loader, attached):
-            async with await loader.load_tensors("policy", given, config) as handle:
-                with attached.batch([handle] * 2):
-                    logits = await asyncio.to_thread(logits_of, model, inputs)
-                if name != "patterns":  # PEFT sorts them when it saves: its own file does not load
-                    async with await loader.load(tmp_path) as twin:
-                        ours, its = weights_of(handle), weights_of(twin)
-                        assert ours.keys() == its.keys()
-                        assert all(torch.equal(ours[key], its[key]) for key in ours)
+        async with (
+            serving(model) as (loader, attached),
+            await loader.load_tensors("policy", given, config) as handle,
+        ):
+            with attached.batch([handle] * 2):
+                logits = await asyncio.to_thread(logits_of, model, inputs)
+            if name != "patterns":  # PEFT sorts them when it saves: its own file does not load
+                async with await loader.load(tmp_path) as twin:
+                    ours, its = weights_of(handle), weights_of(twin)
+                    assert ours.keys() == its.keys()
+                    assert all(torch.equal(ours[key], its[key]) for key in ours)
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
         assert not torch.allclose(logits, logits_of(model, inputs), atol=1e-3)
 
@@ -111,13 +113,13 @@ def test_a_shard_of_it_is_that_of_its_file(run: Run, tmp_path: Path, rank: int) 
 
     async def body() -> None:
         settings = LoaderConfig(shard=Shard(rank, 2), dtype="bfloat16")
-        async with AdapterLoader(layouts.from_module(model), settings) as loader:
-            async with (
-                await loader.load_tensors("policy", given, config) as handle,
-                await loader.load(tmp_path) as twin,
-            ):
-                ours, its = weights_of(handle), weights_of(twin)
-                assert all(torch.equal(ours[key], its[key]) for key in its)
-                assert handle.nbytes == twin.nbytes
+        async with (
+            AdapterLoader(layouts.from_module(model), settings) as loader,
+            await loader.load_tensors("policy", given, config) as handle,
+            await loader.load(tmp_path) as twin,
+        ):
+            ours, its = weights_of(handle), weights_of(twin)
+            assert all(torch.equal(ours[key], its[key]) for key in its)
+            assert handle.nbytes == twin.nbytes
 
     run(body())

@@ -15,7 +15,7 @@ from cancelling import was_cancelled
 from source_conformance import bring_all
 from source_inputs import CONFIG, groups_of, read, tensors, weights
 
-from common import Run
+from common import Run, until
 from lorax_async.adapter import AdapterKey, AdapterRef, TensorsKey
 from lorax_async.config import Limits
 from lorax_async.errors import (
@@ -199,8 +199,7 @@ def test_a_thread_that_still_copies_has_the_room(
             await taking
         assert world.used > 0
         go_on.set()
-        while world.used:
-            await asyncio.sleep(0.001)
+        await until(lambda: not world.used)
 
     run(main())
 
