@@ -21,7 +21,7 @@ def assert_holds(handle: AdapterHandle, given: dict[str, torch.Tensor]) -> None:
 
 
 def used(there: AdapterLoader) -> int:
-    return there._machinery._source.copies.used
+    return there._machinery._tensors.copies.used
 
 
 def file_bytes(seed: int = 0) -> int:

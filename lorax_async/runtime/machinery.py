@@ -78,9 +78,11 @@ class Machinery:
         self._config = config
         self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
         self._device = device or make_device(sharding.held, config)
-        self._source = MemorySource(
-            source
-            or LocalSource(roots=config.local_roots, limits=config.limits, threads=self._metadata),
+        self._source = source or LocalSource(
+            roots=config.local_roots, limits=config.limits, threads=self._metadata
+        )
+        self._tensors = MemorySource(
+            self._source,
             nbytes=config.memory_bytes,
             limits=config.limits,
             threads=self._metadata,
@@ -95,7 +97,7 @@ class Machinery:
             self._assemble(memory)
             self.acquiring = Acquiring(self.resolver, self.driver, check_open)
             self.giving = Giving(
-                self._source, self.resolver, self.acquiring, self.driver, check_open
+                self._tensors, self.resolver, self.acquiring, self.driver, check_open
             )
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(self._in_thread(self._give_up)))
@@ -124,7 +126,7 @@ class Machinery:
                 Pace(starvation_age=config.starvation_age, min_residency=config.min_residency),
             ),
             source=MergedSource(
-                self._source,
+                self._tensors,
                 self._sharding.whole,
                 dtype=config.storage_dtype or self._sharding.whole.dtype,
                 limits=config.limits,
@@ -138,7 +140,7 @@ class Machinery:
             metadata_threads=self._metadata,
             images=memory.images,
         )
-        self.resolver = Resolver(self._source, self.driver.journal)
+        self.resolver = Resolver(self._tensors, self.driver.journal)
 
     def _budgets(self, memory: _Memory) -> Budgets:
         config, alignment = self._config, self._device.alignment
@@ -156,7 +158,7 @@ class Machinery:
     @property
     def given(self) -> Mapping[AdapterKey, int]:
         """Adapters that are kept in host memory, for they came as tensors; bytes of each."""
-        return self._source.copies.sizes
+        return self._tensors.copies.sizes
 
     def prefetch(self, refs: Sequence[Ref], tier: Tier, seconds: float, priority: int) -> Prefetch:
         """One task for each; `close` waits for those that are left."""
@@ -183,7 +185,7 @@ class Machinery:
             await self.resolver.stop()
             await asyncio.gather(*self._prefetching, return_exceptions=True)
             await self._in_thread(self._end)
-            self._source.copies.clear()
+            self._tensors.copies.clear()
 
     def _give_up(self) -> None:
         self._metadata.shutdown()
