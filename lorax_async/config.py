@@ -115,6 +115,9 @@ class LoaderConfig:
         where everything passes through them).
     host_bytes
         Budget of the host tier: file pages below immutable `LocalRoot`s that are held in memory.
+    memory_bytes
+        Budget of adapters that were given as tensors: copies in host memory, kept until they are
+        unloaded or replaced.
     pinned_bytes
         Budget, on other devices than "cpu", of page-locked memory beside staging: adapters are
         kept there as they lie on the device, and come back without reading a file.
@@ -151,6 +154,7 @@ class LoaderConfig:
     shard: Shard | None = None
     device_bytes: int = 256 * MiB
     host_bytes: int = 256 * MiB
+    memory_bytes: int = 256 * MiB
     pinned_bytes: int = 0
     staging_bytes: int = 16 * MiB
     max_slots: int = 16
@@ -183,7 +187,7 @@ class LoaderConfig:
     def _check_numbers(self) -> None:
         for name in ("device_bytes", "staging_bytes", "max_slots", "io_threads"):
             _require_positive(name, getattr(self, name))
-        for name in ("host_bytes", "pinned_bytes"):
+        for name in ("host_bytes", "memory_bytes", "pinned_bytes"):
             _require_count(name, getattr(self, name), least=0)
         for name, most in (("max_slots", MAX_SLOTS), ("io_threads", MAX_THREADS)):
             if getattr(self, name) > most:

@@ -65,6 +65,22 @@ class AdapterKey:
         return self.location
 
 
+@dataclass(frozen=True, slots=True)
+class TensorsKey(AdapterKey):
+    """An adapter that was given as tensors: the location tells config, names and bytes by digest.
+
+    So equal content is one adapter, whatever it is called.
+    """
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @classmethod
+    def of(cls, digest: str) -> TensorsKey:
+        """Of a SHA-256 in hexadecimal."""
+        return cls(f"tensors:sha256:{digest}", ())
+
+
 PartId = str | Path | AdapterRef | AdapterKey
 """Whatever names one adapter that somebody saved."""
 

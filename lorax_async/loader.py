@@ -24,10 +24,11 @@ from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.machinery import Machinery
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.tenancy import Lease
-from lorax_async.runtime.whereabouts import AdapterResidency, TierName, residency_of
+from lorax_async.runtime.whereabouts import TIERS, AdapterResidency, TierName, residency_of
+from lorax_async.tensor_calls import TensorCalls
 
 
-class AdapterLoader:
+class AdapterLoader(TensorCalls):
     """Loads LoRA adapters for one base model onto one device, beside whatever the loop does.
 
     Parameters
@@ -209,9 +210,9 @@ class AdapterLoader:
             As for `load`, among prefetches.
         """
         self._check_open()
-        wanted = _TIERS.get(tier)
+        wanted = TIERS.get(tier)
         if wanted is None:
-            raise UsageError(f"a tier is one of {', '.join(_TIERS)}, not {tier!r}")
+            raise UsageError(f"a tier is one of {', '.join(TIERS)}, not {tier!r}")
         seconds = self.config.seconds(timeout)
         several = (ids,) if isinstance(ids, AdapterId) else ids
         refs = [as_ref(id) for id in several]
@@ -237,6 +238,8 @@ class AdapterLoader:
     async def unload(self, adapter_id: AdapterId, *, timeout: float | None = None) -> None:
         """Take the adapter from device and host memory; its files stay. Ends its pins.
 
+        What was given as tensors has no files and is gone; its id means what a source has by it.
+
         Waits for leases, `timeout` seconds at most (None: the config's). New loads of it wait
         meanwhile. Without effect on an adapter that this loader does not know.
 
@@ -256,6 +259,7 @@ class AdapterLoader:
             await self._driver.interest.unload(key, seconds)
         except LoraxError as error:
             raise error.located(id=text_of(ref)) from None
+        self._machinery.giving.take_back(ref, key)
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -268,7 +272,8 @@ class AdapterLoader:
     def residency(self) -> Mapping[AdapterKey, AdapterResidency]:
         """Where the adapters are that are anywhere, and what each takes."""
         self._check_open()
-        return residency_of(self._driver.lifecycle.lives, self._driver.files.holds)
+        driver, given = self._driver, self._machinery.given
+        return residency_of(driver.lifecycle.lives, driver.files.holds, given)
 
     def statistics(self) -> Statistics:
         """Totals since the loader was opened."""
@@ -292,6 +297,3 @@ class AdapterLoader:
         self._home.check()
         if self._closing is not None:
             raise LoaderClosedError("the loader is closed")
-
-
-_TIERS: Mapping[str, Tier] = {"disk": Tier.DISK, "host": Tier.HOST, "device": Tier.DEVICE}

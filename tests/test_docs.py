@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,7 +221,7 @@ def _python_blocks() -> list[str]:
 def test_the_lines_about_room_run(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, lines = _python_blocks()
+    _, lines, _ = _python_blocks()
     scope: dict[str, Any] = {}
     exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
     for name in ("sql", "chat"):
@@ -237,11 +237,29 @@ def test_the_lines_about_room_run(
     assert line.split()[1:] == ["device", str(ONE), str(file_bytes)]
 
 
+@pytest.mark.usefixtures("nothing_left")
+def test_the_lines_about_tensors_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    *_, lines = _python_blocks()
+    steps = iter((1, 2))
+    scope: dict[str, Any] = {
+        "model": SimpleNamespace(peft_config={"default": tiny.config()}),
+        "get_peft_model_state_dict": lambda _: tiny.tensors(next(steps)),
+    }
+    exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
+
+    async def body() -> None:
+        async with loader() as there:
+            await scope["play"](there)
+
+    run(body())
+    assert capsys.readouterr().out.splitlines() == ["policy 4", "True"]
+
+
 @pytest.mark.usefixtures("one_thread", "nothing_left")
 def test_the_example_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example, _ = _python_blocks()
+    example, *_ = _python_blocks()
     assert sum(bool(line.strip()) for line in example.splitlines()) <= 26
     monkeypatch.chdir(ROOT)
     exec(compile(example, str(README), "exec"), {"__name__": "__main__"})

@@ -116,6 +116,10 @@ class Lifecycle:
             self._decisions.tell_stays(life)
         return self._settling.settle(life)
 
+    def forget(self, key: AdapterKey) -> list[Command]:
+        """Its bytes are kept nowhere any more; without effect unless it is idle."""
+        return self._settling.forget(key)
+
     def close(self, error: LoraxError) -> list[Command]:
         """Fail all waiters and claim nothing from here on."""
         self._decisions.closing = True

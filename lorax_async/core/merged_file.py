@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import NamedTuple
 
 from lorax_async.config import Limits
-from lorax_async.core.header import LENGTH_BYTES
-from lorax_async.core.header_entries import DTYPE_BITS
+from lorax_async.core.header_writing import Described, write_header
 from lorax_async.core.pairing import MAX_MATCHING_STEPS
 from lorax_async.core.peft_config import MAX_PATTERNS, parse_config
 from lorax_async.core.peft_names import PREFIX, Part
-
-ALIGNMENT = 64
-"""The tensors begin on a multiple of it: most then lie in the file as on a device."""
 
 
 class Entry(NamedTuple):
@@ -33,22 +28,11 @@ class Entry(NamedTuple):
 
 def lay_out(entries: Sequence[Entry], dtype: str) -> tuple[bytes, list[tuple[Entry, int, int]]]:
     """The header of a safetensors file of these tensors, and where each lies, [start, stop)."""
-    places: list[tuple[Entry, int, int]] = []
-    described: dict[str, object] = {}
-    end = 0
-    for entry in entries:
-        start, end = end, end + prod(entry.shape) * DTYPE_BITS[dtype] // 8
-        described[entry.name] = {
-            "dtype": dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
-        }
-        places.append((entry, start, end))
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT)
-    prefix = len(text).to_bytes(LENGTH_BYTES, "little") + text
-    first = len(prefix)
-    return prefix, [(entry, first + start, first + stop) for entry, start, stop in places]
+    described = [Described(entry.name, dtype, entry.shape) for entry in entries]
+    prefix, places = write_header(described)
+    return prefix, [
+        (entry, start, stop) for entry, (start, stop) in zip(entries, places, strict=True)
+    ]
 
 
 def describe(

@@ -219,7 +219,7 @@ def _refusal(name: str) -> AdapterError:
     if _RAW.fullmatch(path):
         return UnsupportedAdapterError(
             f"tensor {shown} still carries its adapter's name; save the adapter with PEFT's"
-            " save_pretrained"
+            " save_pretrained, or take its tensors with get_peft_model_state_dict"
         )
     return UnsupportedAdapterError(
         f"nothing would apply tensor {shown}; understood are {', '.join(SUFFIXES)}"

@@ -100,12 +100,22 @@ class Settling:
 
     def _forget_oldest(self) -> None:
         while (key := self.idle.one_too_many) is not None:
-            self.idle.discard(key)
-            life = self.lives.pop(key)
-            if life.file is FileState.PRESENT:
-                life.host = HostState.NONE
-                life.file = next_file_state(life.file, FileMove.DROPPED)
-                self.decisions.command(Drop(key))
-                self.decisions.file_quiesced(life)
+            self._forget(key)
+
+    def forget(self, key: AdapterKey) -> list[Command]:
+        """Forget an adapter now, if it is idle."""
+        life = self.lives.get(key)
+        if life is not None and life.is_idle:
+            self._forget(key)
+        return self.decisions.take_commands()
+
+    def _forget(self, key: AdapterKey) -> None:
+        self.idle.discard(key)
+        life = self.lives.pop(key)
+        if life.file is FileState.PRESENT:
+            life.host = HostState.NONE
             life.file = next_file_state(life.file, FileMove.DROPPED)
-            self.decisions.command(Forget(key))
+            self.decisions.command(Drop(key))
+            self.decisions.file_quiesced(life)
+        life.file = next_file_state(life.file, FileMove.DROPPED)
+        self.decisions.command(Forget(key))

@@ -98,7 +98,7 @@ def plan_transfer(
             f" {limits.max_rank}; raise staging_bytes"
         )
     file_bytes = header.tensors[-1].stop if header.tensors else header.data_start
-    _check_size(file_bytes, "in its file", limits)
+    check_size(file_bytes, "in its file", limits)
     pairs = pair_tensors(header, spec, layout, limits)
     if cuts:
         pairs = cut_pairs(pairs, cuts)
@@ -107,7 +107,7 @@ def plan_transfer(
         for layer, members in groupby(pairs, key=attrgetter("layer"))
     )
     nbytes = sum(group.nbytes for group in groups)
-    _check_size(nbytes, f"as {target.dtype} on the device", limits)
+    check_size(nbytes, f"as {target.dtype} on the device", limits)
     rank = max(map(attrgetter("rank"), pairs))
     return TransferPlan(groups, target.dtype, rank, nbytes, file_bytes)
 
@@ -121,7 +121,8 @@ def _needs(groups: tuple[GroupPlan, ...], file_bytes: int) -> Needs:
     )
 
 
-def _check_size(nbytes: int, where: str, limits: Limits) -> None:
+def check_size(nbytes: int, where: str, limits: Limits) -> None:
+    """Raises `UnsupportedAdapterError` for more bytes than the limits accept."""
     if nbytes > limits.max_adapter_bytes:
         raise UnsupportedAdapterError(
             f"the adapter has {nbytes:,} bytes {where}, over the limit of"

@@ -8,7 +8,13 @@ from contextlib import nullcontext
 
 from lorax_async.adapter import AdapterKey, Ref, text_of
 from lorax_async.core.waiters import Tier
-from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, UsageError
+from lorax_async.errors import (
+    AdapterError,
+    AdapterTimeoutError,
+    InternalError,
+    LoraxError,
+    UsageError,
+)
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.interest import Wish
 from lorax_async.runtime.resolver import Resolver
@@ -56,17 +62,23 @@ class Acquiring:
         deadline = asyncio.timeout(seconds)
         try:
             async with deadline:
-                # Threads take what they are given in the order in which it came: a load must not
-                # find thousands of hints before it.
-                async with nullcontext() if foreground else self._turns.turn(priority):
-                    if not isinstance(ref, AdapterKey):
-                        key = await self._resolver.resolve(ref)
-                    self._check_open()  # nobody would tell a wish that begins later
-                    assert key is not None
-                    wish = interest.begin(key, tier, foreground=foreground, priority=priority)
-                    if not foreground:
-                        await self._driver.files.opened(key)
-                return await interest.granted(wish)
+                while True:
+                    # Threads take what they are given in the order in which it came: a load must
+                    # not find thousands of hints before it.
+                    async with nullcontext() if foreground else self._turns.turn(priority):
+                        if not isinstance(ref, AdapterKey):
+                            key = await self._resolver.resolve(ref)
+                        self._check_open()  # nobody would tell a wish that begins later
+                        assert key is not None
+                        wish = interest.begin(key, tier, foreground=foreground, priority=priority)
+                        if not foreground:
+                            await self._driver.files.opened(key)
+                    try:
+                        return await interest.granted(wish)
+                    except AdapterError:
+                        if not self._resolver.outdated(ref, key):
+                            raise
+                    interest.abandon(wish)  # what it was has gone; it means something else now
         except BaseException as error:
             late = deadline.expired() and isinstance(error, TimeoutError)
             problem = self._timed_out(ref, key, seconds) if late else error
@@ -92,7 +104,8 @@ class Acquiring:
             left = max(0.0, deadline - loop.time())
             lease = await self.lease(ref, Tier.DEVICE, left, priority=priority)
             try:
-                pinned = self._driver.interest.pin(ref, lease)
+                if not self._resolver.outdated(ref, lease.tenancy.key):  # else it was replaced
+                    pinned = self._driver.interest.pin(ref, lease)
             finally:
                 lease.end()
 

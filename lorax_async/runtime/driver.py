@@ -33,6 +33,7 @@ from lorax_async.runtime.files import Files
 from lorax_async.runtime.interest import Interest
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.planning import Planner
+from lorax_async.runtime.retiring import Retiring
 from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.tenants import Tenants
 
@@ -61,6 +62,7 @@ class Driver:
         self.files = Files(source, planner, metadata_threads, self, self.journal)
         self.tenants = Tenants(num_layers, self._lease_ended, self._lease_quiet)
         self.interest = Interest(lifecycle, self.tenants, self._hear_and_obey)
+        self.retiring = Retiring(lifecycle, self._obey)
         self._loop = asyncio.get_running_loop()
         self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, self._tell)
         self._copies = Copies(
@@ -121,6 +123,10 @@ class Driver:
         while not self.lifecycle.at_rest:
             self._rested.clear()
             await self._rested.wait()
+
+    def forget(self, key: AdapterKey) -> None:
+        """Know nothing of an adapter that is idle."""
+        self._obey(self.lifecycle.forget(key))
 
     # -- outcomes ---------------------------------------------------------------------------------
 
@@ -231,6 +237,7 @@ class Driver:
                 self._carry_out(self._commands.popleft())
         finally:
             self._obeying = False
+        self.retiring.look()
         self._set_alarm()
         self._rested.set()
 

@@ -86,6 +86,10 @@ class Interest:
         self._pins[name] = (key, grant)
         return True
 
+    def pinned(self, ours: Callable[[object], bool]) -> list[object]:
+        """The names that have pinned something, of those that are `ours`."""
+        return [name for name in self._pins if ours(name)]
+
     def unpin(self, name: object) -> bool:
         """Whether `name` had pinned something."""
         pinned = self._pins.pop(name, None)

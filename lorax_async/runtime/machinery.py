@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorax_async.adapter import Ref, text_of
+from lorax_async.adapter import AdapterKey, Ref, text_of
 from lorax_async.config import LoaderConfig
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.policies import policy
@@ -24,12 +24,14 @@ from lorax_async.core.waiters import Tier
 from lorax_async.errors import LoaderClosedError
 from lorax_async.io.devices import make_device
 from lorax_async.io.ports import Device, Source
+from lorax_async.io.sources.from_memory import MemorySource
 from lorax_async.io.sources.local import LocalSource
 from lorax_async.io.sources.merged import MergedSource
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import Transfer
 from lorax_async.runtime.acquiring import Acquiring, require_priority
 from lorax_async.runtime.driver import Driver
+from lorax_async.runtime.giving import Giving
 from lorax_async.runtime.planning import Planner
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.resolver import Resolver
@@ -62,6 +64,7 @@ class Machinery:
     driver: Driver
     resolver: Resolver
     acquiring: Acquiring
+    giving: Giving
 
     def __init__(
         self,
@@ -78,6 +81,12 @@ class Machinery:
         self._source = source or LocalSource(
             roots=config.local_roots, limits=config.limits, threads=self._metadata
         )
+        self._tensors = MemorySource(
+            self._source,
+            nbytes=config.memory_bytes,
+            limits=config.limits,
+            threads=self._metadata,
+        )
         self._prefetching: set[asyncio.Task[None]] = set()
 
     async def open(self, check_open: Callable[[], None]) -> None:
@@ -87,6 +96,9 @@ class Machinery:
             memory = await loop.run_in_executor(self._metadata, self._claim_memory)
             self._assemble(memory)
             self.acquiring = Acquiring(self.resolver, self.driver, check_open)
+            self.giving = Giving(
+                self._tensors, self.resolver, self.acquiring, self.driver, check_open
+            )
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(self._in_thread(self._give_up)))
             raise
@@ -114,7 +126,7 @@ class Machinery:
                 Pace(starvation_age=config.starvation_age, min_residency=config.min_residency),
             ),
             source=MergedSource(
-                self._source,
+                self._tensors,
                 self._sharding.whole,
                 dtype=config.storage_dtype or self._sharding.whole.dtype,
                 limits=config.limits,
@@ -128,7 +140,7 @@ class Machinery:
             metadata_threads=self._metadata,
             images=memory.images,
         )
-        self.resolver = Resolver(self._source, self.driver.journal)
+        self.resolver = Resolver(self._tensors, self.driver.journal)
 
     def _budgets(self, memory: _Memory) -> Budgets:
         config, alignment = self._config, self._device.alignment
@@ -142,6 +154,11 @@ class Machinery:
         host = HostBudget(config.host_bytes, policy(config.eviction))
         images = ImageBudget(memory.images.nbytes, alignment, policy(config.eviction))
         return Budgets(device, host, images)
+
+    @property
+    def given(self) -> Mapping[AdapterKey, int]:
+        """Adapters that are kept in host memory, for they came as tensors; bytes of each."""
+        return self._tensors.copies.sizes
 
     def prefetch(self, refs: Sequence[Ref], tier: Tier, seconds: float, priority: int) -> Prefetch:
         """One task for each; `close` waits for those that are left."""
@@ -168,6 +185,7 @@ class Machinery:
             await self.resolver.stop()
             await asyncio.gather(*self._prefetching, return_exceptions=True)
             await self._in_thread(self._end)
+            self._tensors.copies.clear()
 
     def _give_up(self) -> None:
         self._metadata.shutdown()

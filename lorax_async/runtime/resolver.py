@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-from lorax_async.adapter import AdapterKey, AdapterRef, Merge, MergedKey
+from lorax_async.adapter import AdapterKey, AdapterRef, Merge, MergedKey, Ref, TensorsKey
 from lorax_async.errors import InternalError, LoaderClosedError, LoraxError
 from lorax_async.io.ports import Source
 from lorax_async.runtime.journal import Journal
+from lorax_async.runtime.names import Names
 
 MAX_REMEMBERED = 65_536
 """Answers kept for `known`; the one that was asked for longest ago goes first."""
@@ -18,11 +19,15 @@ Question = AdapterRef | Merge
 
 
 class Resolver:
-    """Joins equal requests that are under way, and remembers the last answer to each."""
+    """Joins equal requests that are under way, and remembers the last answer to each.
+
+    Its `names` come before the source.
+    """
 
     def __init__(self, source: Source, journal: Journal) -> None:
         self._source = source
         self._journal = journal
+        self.names = Names()
         self._asking: dict[Question, asyncio.Task[AdapterKey]] = {}
         self._answers: dict[Question, AdapterKey] = {}
 
@@ -31,7 +36,11 @@ class Resolver:
 
         Raises what the source raises, each caller a copy of its own.
         """
-        return await self._answer(ref, self._begin(ref))
+        while (key := self.names.get(ref)) is None:
+            answer = await self._answer(ref, self._begin(ref))
+            if not self.outdated(ref, answer):
+                return answer
+        return key
 
     def _begin(self, ref: Question) -> asyncio.Task[AdapterKey]:
         task = self._asking.get(ref)
@@ -54,8 +63,25 @@ class Resolver:
             raise
 
     def known(self, ref: Question) -> AdapterKey | None:
-        """The last answer; touches no file."""
-        return self._answers.get(ref)
+        """What `ref` means by name, else the last answer; touches no file."""
+        answer = self.names.get(ref) or self._answers.get(ref)
+        return None if answer is None or self.outdated(ref, answer) else answer
+
+    def outdated(self, ref: Ref, answer: AdapterKey) -> bool:
+        """Whether an id in `ref` was given another meaning since this was the answer."""
+        if isinstance(ref, Merge) and isinstance(answer, MergedKey):
+            pairs = zip(ref.parts, answer.merge.parts, strict=True)
+            return any(
+                isinstance(key, AdapterKey) and self._is_old(part, key) for part, key in pairs
+            )
+        return self._is_old(ref, answer)
+
+    def _is_old(self, ref: Ref, answer: AdapterKey) -> bool:
+        if not isinstance(ref, AdapterRef):
+            return False
+        key = self.names.get(ref)
+        # An id whose name was taken back means what its source says.
+        return isinstance(answer, TensorsKey) if key is None else key != answer
 
     async def stop(self) -> None:
         """Cancel what is asked; whoever waits gets `LoaderClosedError`."""
@@ -80,7 +106,9 @@ class Resolver:
     async def _ask_parts(self, merge: Merge) -> list[AdapterKey]:
         """Side by side, and each is a question that others may join."""
         asked = [
-            part if isinstance(part, AdapterKey) else (part, self._begin(part))
+            part
+            if isinstance(part, AdapterKey)
+            else self.names.get(part) or (part, self._begin(part))
             for part in merge.parts
         ]
         keys: list[AdapterKey] = []

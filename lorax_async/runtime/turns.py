@@ -1,10 +1,10 @@
-"""Who may go on, of many who wait in the background: a few at a time, the more urgent first."""
+"""Who may go on: of many in the background a few at a time; of several with one name in order."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from heapq import heappop, heappush
 from itertools import count
 
@@ -45,3 +45,36 @@ class Turns:
                 following.set_result(None)
                 return
         self._free += 1
+
+
+class InOrder:
+    """Calls with one name come to pass in the order in which they began."""
+
+    def __init__(self) -> None:
+        self._last: dict[Hashable, asyncio.Future[None]] = {}
+
+    @contextmanager
+    def place(self, name: Hashable) -> Iterator[Callable[[], Awaitable[None]]]:
+        """Stand behind those who came before; what it gives waits until they are through.
+
+        Who leaves early leaves a gap: those behind still wait for those before.
+        """
+        before = self._last.get(name)
+        mine = self._last[name] = asyncio.get_running_loop().create_future()
+
+        async def come_first() -> None:
+            if before is not None:
+                await asyncio.wait([before])
+
+        def end(_: object) -> None:
+            mine.set_result(None)
+            if self._last.get(name) is mine:
+                del self._last[name]
+
+        try:
+            yield come_first
+        finally:
+            if before is None or before.done():
+                end(None)
+            else:
+                before.add_done_callback(end)

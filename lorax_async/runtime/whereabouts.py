@@ -9,10 +9,14 @@ from typing import Literal
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import HostState, Life
 from lorax_async.core.transitions import FileState, SlotState
+from lorax_async.core.waiters import Tier
 from lorax_async.events import SlotId
 from lorax_async.io.ports import Hold
 
 TierName = Literal["disk", "host", "device"]
+
+TIERS: Mapping[str, Tier] = {"disk": Tier.DISK, "host": Tier.HOST, "device": Tier.DEVICE}
+"""What a caller asks for, and which bytes that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class AdapterResidency:
     slot
         None where it has none.
     device_bytes, host_bytes, pinned_bytes
-        Of the arena; of held file pages; of page-locked memory.
+        Of the arena; of held file pages, or of a copy of tensors; of page-locked memory.
     locked
         The kernel may not take the host memory back. Where it may, or where a file was only read
         ahead (0 `host_bytes`), the host tier is best effort.
@@ -50,24 +54,26 @@ class AdapterResidency:
 
 
 def residency_of(
-    lives: Mapping[AdapterKey, Life], holds: Mapping[AdapterKey, Hold]
+    lives: Mapping[AdapterKey, Life],
+    holds: Mapping[AdapterKey, Hold],
+    given: Mapping[AdapterKey, int],
 ) -> dict[AdapterKey, AdapterResidency]:
-    """The adapters that are anywhere."""
+    """The adapters that are anywhere; of those that are kept in memory, `given` has the bytes."""
     return {
-        key: _residency(life, holds.get(key))
+        key: _residency(life, holds.get(key), given.get(key, 0))
         for key, life in lives.items()
         if life.grant is not None or life.file is FileState.PRESENT
     }
 
 
-def _residency(life: Life, hold: Hold | None) -> AdapterResidency:
+def _residency(life: Life, hold: Hold | None, given: int) -> AdapterResidency:
     grant = life.grant
     return AdapterResidency(
-        "device" if grant else "host" if life.in_host else "disk",
-        _state(life),
+        "device" if grant else "host" if life.in_host or given else "disk",
+        "held" if given and not grant else _state(life),
         grant.slot if grant else None,
         grant.nbytes if grant else 0,
-        hold.nbytes if hold is not None else 0,
+        hold.nbytes if hold is not None else given,
         sum(extent.nbytes for extent in life.image or ()),
         life.has_whole_image or (hold is not None and hold.locked),
         life.leases,

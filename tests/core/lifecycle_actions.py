@@ -45,6 +45,8 @@ def _wishes(world: World, a: int) -> Iterator[Action]:
             yield ("look up", a)
     if world.unloads.get(a, 0) < setting.unloads:
         yield ("unload", a)
+    if setting.forgets:
+        yield ("forget", a)
 
 
 def _uses(world: World) -> Iterator[Action]:
@@ -134,6 +136,10 @@ def _give_up_unload(world: World, a: int) -> list[Command]:
     return world.lifecycle.withdraw_unload(_key(world, a))
 
 
+def _forget(world: World, a: int) -> list[Command]:
+    return world.lifecycle.forget(_key(world, a))
+
+
 def _end_lease(world: World, a: int) -> list[Command]:
     world.idle_leases.remove(a)
     return world.lifecycle.end_lease(_key(world, a))
@@ -187,6 +193,7 @@ _HANDLERS: dict[str, Callable[..., list[Command]]] = {
     "pin": _pin,
     "unpin": _unpin,
     "unload": _unload,
+    "forget": _forget,
     "give up unload": _give_up_unload,
     "end lease": _end_lease,
     "start kernel": _start_kernel,

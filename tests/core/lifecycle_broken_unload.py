@@ -7,11 +7,12 @@ from collections.abc import Callable
 from core.lifecycle_broken import Mutant, never, no_commands, nothing
 from lorax_async.adapter import AdapterKey
 from lorax_async.core import holders
-from lorax_async.core.commands import TellUnloaded
+from lorax_async.core.commands import Command, TellUnloaded
 from lorax_async.core.decisions import Decisions
 from lorax_async.core.life import HostState, Life
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.residency import Residency
+from lorax_async.core.settling import Settling
 from lorax_async.core.transitions import SlotState
 
 
@@ -26,6 +27,12 @@ def _blind_to_pins(self: Residency, _: object, sizes: tuple[int, ...]) -> bool:
 def _drains_pinned(self: Decisions, life: Life, state: SlotState) -> None:
     self.tell_leaving(life)
     life.slot = state
+
+
+def _forget_anything(self: Settling, key: AdapterKey) -> list[Command]:
+    if key in self.lives:
+        self._forget(key)
+    return self.decisions.take_commands()
 
 
 def _pin_anything(self: Lifecycle, key: AdapterKey) -> bool:
@@ -140,6 +147,7 @@ PINS_AND_UNLOAD: dict[str, Mutant] = {
         *("images, unload and failures", Decisions, "_host_unwanted"),
         never,
     ),
+    "forgets whatever it is": ("forgotten on demand", Settling, "forget", _forget_anything),
     "unload has no end": ("unload beside loads", Decisions, "_unloaded", never),
     "unload strands those who wait": (
         *("unload beside loads", Decisions, "_unloaded"),

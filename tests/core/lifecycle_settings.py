@@ -29,6 +29,9 @@ def _quiet(world: Setting) -> Setting:
 SETTINGS = {
     "little is remembered": Setting((DEVICE,), sizes=UNEVEN, streaming=False, max_idle=0),
     "populated and forgotten": Setting((HOST, DISK), sizes=SMALL, streaming=False, max_idle=0),
+    "forgotten on demand": Setting(
+        (DEVICE, HOST), sizes=ONE, host_bytes=128, holdable=(0,), unloads=1, forgets=True
+    ),
     "one copy at a time": Setting((DEVICE,), sizes=UNEVEN, copies=1, streaming=False),
     "two slots, bytes for one": Setting((DEVICE,), sizes=UNEVEN, slots=2, streaming=False),
     "host and disk tiers": Setting((HOST, DISK, DEVICE), sizes=ONE, kernels=False),

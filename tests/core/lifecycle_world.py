@@ -57,6 +57,7 @@ class Setting:
     unloads: int = 0
     closing: bool = True
     max_idle: int = 10
+    forgets: bool = False
 
     @property
     def step(self) -> float:

@@ -1,0 +1,166 @@
+"""From tensors to an id that means them: copied, loaded beside what it meant, then exchanged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+
+import torch
+
+from lorax_async.adapter import AdapterKey, AdapterRef, Ref, TensorsKey
+from lorax_async.core.waiters import Tier
+from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, Stage, UsageError
+from lorax_async.io.sources.from_memory import MemorySource
+from lorax_async.runtime.acquiring import Acquiring, require_priority
+from lorax_async.runtime.driver import Driver
+from lorax_async.runtime.resolver import Resolver
+from lorax_async.runtime.tenancy import Lease
+from lorax_async.runtime.turns import InOrder
+
+
+class Giving:
+    """Gives ids the meaning of tensors, and takes it back.
+
+    A copy in `source` is kept for as long as a name means it, a call is about it, or somebody wants
+    or holds the adapter. `check_open` raises once nothing may begin.
+    """
+
+    def __init__(
+        self,
+        source: MemorySource,
+        resolver: Resolver,
+        acquiring: Acquiring,
+        driver: Driver,
+        check_open: Callable[[], None],
+    ) -> None:
+        self._source = source
+        self._resolver = resolver
+        self._names = resolver.names
+        self._acquiring = acquiring
+        self._driver = driver
+        self._check_open = check_open
+        self._order = InOrder()
+        self._calls: Counter[AdapterKey] = Counter()
+
+    async def give(
+        self,
+        ref: AdapterRef,
+        tensors: Mapping[str, torch.Tensor],
+        config: bytes,
+        seconds: float,
+        *,
+        priority: int,
+        replaces: bool,
+    ) -> Lease:
+        """Let `ref` mean these tensors, once they are resident; a lease on them.
+
+        Unless it `replaces`, a name that means other ones is a `UsageError`. On an error or a
+        cancellation `ref` means what it meant.
+        """
+        require_priority(priority)
+        deadline = _Deadline(seconds)
+        problem: LoraxError
+        try:
+            with self._order.place(ref) as come_first:
+                async with deadline.at("fetch"):
+                    key = await self._source.take(tensors, config, self._check_open)
+                with self._kept(key):
+                    async with deadline.at("queue"):
+                        await come_first()
+                    if not replaces:
+                        self._require_free(ref, key)
+                    return await self._load(ref, key, deadline, priority)
+        except LoraxError as error:
+            problem = error.located(id=ref.text)
+        except Exception as error:  # noqa: BLE001 - a fault of ours, whatever it is
+            problem = InternalError(f"tensors were not taken: {error!r}", id=ref.text)
+            problem.__cause__ = error.with_traceback(None)
+        raise problem  # without the frames of where it arose, which hold the bytes
+
+    def take_back(self, ref: Ref, key: AdapterKey) -> None:
+        """`key` was unloaded as `ref`: that means it no longer, where it was given the meaning."""
+        self._names.take_back(ref, key)
+        if isinstance(key, TensorsKey):
+            self._retire(key)
+
+    async def _load(
+        self, ref: AdapterRef, key: AdapterKey, deadline: _Deadline, priority: int
+    ) -> Lease:
+        while True:  # what leaves again at once cannot be pinned: it is loaded once more
+            lease = await self._acquiring.lease(
+                key, Tier.DEVICE, deadline.seconds_left, priority=priority
+            )
+            try:
+                if self._exchange(ref, key, lease):
+                    return lease
+            except BaseException:
+                lease.end()
+                raise
+            lease.end()
+
+    def _exchange(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
+        """In one step: the id, its pins, and the end of what it meant. False if it is leaving."""
+        interest = self._driver.interest
+        pinned = interest.pinned(lambda name: self._names.covers(ref, name))
+        if not all(interest.pin(name, lease) for name in pinned):
+            return False
+        before = self._resolver.known(ref)
+        self._names.give(ref, key)
+        if before is not None and before != key:
+            self._retire(before)
+        return True
+
+    @contextmanager
+    def _kept(self, key: AdapterKey) -> Iterator[None]:
+        self._calls[key] += 1
+        self._driver.retiring.keep(key)
+        try:
+            yield
+        finally:
+            self._calls[key] -= 1
+            if not self._calls[key]:
+                del self._calls[key]
+            self._retire(key)
+
+    def _retire(self, key: AdapterKey) -> None:
+        """Let it go, unless it is meant or about to be."""
+        if not self._names.mean(key) and key not in self._calls:
+            self._driver.retiring.begin(key, self._gone)
+
+    def _gone(self, key: AdapterKey) -> None:
+        if isinstance(key, TensorsKey):
+            self._driver.forget(key)
+            self._source.copies.drop(key)
+
+    def _require_free(self, ref: AdapterRef, key: AdapterKey) -> None:
+        meant = self._names.get(ref)
+        if meant is not None and meant != key:
+            raise UsageError(
+                "the name means other tensors already; replace them with `replace`, unload them"
+                " first, or choose another name"
+            )
+
+
+class _Deadline:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._clock = asyncio.get_running_loop().time
+        self._until = self._clock() + seconds
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self._until - self._clock())
+
+    @asynccontextmanager
+    async def at(self, stage: Stage) -> AsyncIterator[None]:
+        """Whoever is still there at the deadline gets `AdapterTimeoutError`."""
+        try:
+            async with asyncio.timeout_at(self._until) as limit:
+                yield
+        except TimeoutError as error:
+            if isinstance(error, LoraxError) or not limit.expired():
+                raise
+            problem = f"it was not ready within {self._seconds:g} s"
+            raise AdapterTimeoutError(problem, stage=stage) from None

@@ -1,0 +1,43 @@
+"""Tiny adapters that are given as tensors, and what a loader has of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import tiny
+from lorax_async import AdapterHandle, AdapterLoader
+
+
+def assert_holds(handle: AdapterHandle, given: dict[str, torch.Tensor]) -> None:
+    """What is on the device is what was given, cast by torch."""
+    assert len(given) == 2 * len(handle.modules)
+    for name, module in handle.modules.items():
+        a = given[f"base_model.model.{name}.lora_A.weight"]
+        b = given[f"base_model.model.{name}.lora_B.weight"]
+        assert torch.equal(module.a, a.to(module.a.dtype))
+        assert torch.equal(module.b, b.to(module.b.dtype))
+
+
+def used(there: AdapterLoader) -> int:
+    return there._machinery._tensors.copies.used
+
+
+def file_bytes(seed: int = 0) -> int:
+    """Of the tensors alone: a file has its header before them."""
+    return sum(tensor.nbytes for tensor in tiny.tensors(seed).values())
+
+
+async def give(there: AdapterLoader, seed: int, name: str = "mine") -> AdapterHandle:
+    return await there.load_tensors(name, tiny.tensors(seed), tiny.config())
+
+
+async def put(there: AdapterLoader, seed: int, name: str | Path = "mine") -> AdapterHandle:
+    return await there.replace(name, tiny.tensors(seed), tiny.config())
+
+
+def acquired(there: AdapterLoader, name: str | Path = "mine") -> AdapterHandle:
+    handle = there.try_acquire(name)
+    assert handle is not None
+    return handle
