@@ -19,12 +19,11 @@ _ELEMENTS = 64
 _MAX_BUFFERS = 1024  # IOV_MAX
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """`nbytes` of the file from `file_offset` go verbatim to `target` in the group's extent.
 
     Of several `rows` each has its share of `nbytes`, and begins `pitch` bytes after the one before;
-    on the device they follow each other.
+    on the device they follow each other. A tuple, for a shard's plan has hundreds.
     """
 
     file_offset: int
@@ -184,7 +183,8 @@ class _Group:
         In file order each gets the next aligned bytes, and what adjoins on both sides is one run:
         where the file's packing keeps the alignment, that is the whole group as it lies there.
         """
-        spans, pairs = [*matrices, *vectors], len(matrices) // 2
+        spans, count = [*matrices, *vectors], len(matrices)
+        pairs = count // 2
         starts = [span.start for span in spans]
         offsets = [0] * len(spans)
         dtype, alignment, _, _ = self.target
@@ -193,11 +193,11 @@ class _Group:
         for n in sorted(range(len(spans)), key=starts.__getitem__):
             span = spans[n]
             offsets[n] = offset = end + -end % alignment
-            if ragged and n < 2 * pairs and n % pairs in ragged:
+            if ragged and n < count and n % pairs in ragged:
                 pad = self._pad_rows if n < pairs else self._pad_columns
                 end = pad(span, offset)
                 continue
-            source = span.dtype if n < 2 * pairs else dtype
+            source = span.dtype if n < count else dtype
             if span.pieces:
                 end = self._place_pieces(span, offset, source)
                 continue
@@ -256,9 +256,10 @@ class _Group:
         converts, casts = self.padded, list[Run]()
         moved = [source for each in converts for source in each.sources]
         for run in self.runs:
-            moved.append(span := run.span)
+            moved.append(Span(run.start, run.stop, run.rows, run.pitch))
             if run.dtype == self.target.dtype:
-                reads.append(Read(run.start, span.nbytes, run.target, run.rows, run.pitch))
+                nbytes = (run.stop - run.start) * run.rows
+                reads.append(Read(run.start, nbytes, run.target, run.rows, run.pitch))
             else:
                 casts.append(run)
         for runs in adjoining(casts):

@@ -34,26 +34,27 @@ class Span(NamedTuple):
         for n in range(rows):
             yield start + n * pitch, stop + n * pitch
 
-    def cut(self, first: int, last: int) -> Iterator[Span]:
+    def cut(self, first: int, last: int) -> list[Span]:
         """The bytes [first, last) of its rows, one after the other: at most three spans."""
         start, stop, rows, pitch = self
         if rows == 1:
-            yield Span(start + first, start + last)
-            return
+            return [Span(start + first, start + last)]
+        cut: list[Span] = []
         size = stop - start
         row, skipped = divmod(first, size)
         if skipped:
             begun = start + row * pitch
             taken = min(skipped + last - first, size)
-            yield Span(begun + skipped, begun + taken)
+            cut.append(Span(begun + skipped, begun + taken))
             first, row = first + taken - skipped, row + 1
         whole, rest = divmod(last - first, size)
         begun = start + row * pitch
         if whole:
-            yield Span(begun, begun + size, whole, pitch if whole > 1 else 0)
+            cut.append(Span(begun, begun + size, whole, pitch if whole > 1 else 0))
         if rest:
             begun += whole * pitch
-            yield Span(begun, begun + rest)
+            cut.append(Span(begun, begun + rest))
+        return cut
 
 
 @dataclass(slots=True)
@@ -67,10 +68,6 @@ class Run:
     end: int
     rows: int = 1
     pitch: int = 0
-
-    @property
-    def span(self) -> Span:
-        return Span(self.start, self.stop, self.rows, self.pitch)
 
 
 def adjoining(runs: Iterable[Run]) -> Iterator[list[Run]]:
@@ -89,11 +86,12 @@ def portions(runs: Iterable[Run], nbytes: int) -> Iterator[list[Span]]:
     """The runs' bytes of the file, `nbytes` of them at a time."""
     portion: list[Span] = []
     room = nbytes
-    for span in [run.span for run in runs]:
-        first = 0
-        while first < span.nbytes:
-            last = min(span.nbytes, first + room)
-            portion.extend(span.cut(first, last))
+    for run in runs:
+        span = Span(run.start, run.stop, run.rows, run.pitch)
+        first, end = 0, span.nbytes
+        while first < end:
+            last = min(end, first + room)
+            portion += span.cut(first, last)
             room -= last - first
             first = last
             if not room:
