@@ -13,6 +13,7 @@ from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits, Shard
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
 from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Zero
+from lorax_async.core.runs import Span
 from lorax_async.core.sharding import Cut, shard_layout
 from lorax_async.errors import ConfigError, IncompatibleAdapterError
 
@@ -125,7 +126,7 @@ def test_rows_of_b_are_one_range_for_each_part() -> None:
         Read(b + 4 * 16, 64, 256),
         Read(b + 10 * 16, 32, 320),
     )
-    assert group.spans == ((start, b), (b + 64, b + 128), (b + 160, b + 192))
+    assert group.spans == (Span(start, b), Span(b + 64, b + 128), Span(b + 160, b + 192))
     assert (group.nbytes, group.converts, group.zeros) == (384, (), ())
     assert group.rows == (Row(0, 0, 256, 4, 4, 1.0),)
 
@@ -133,12 +134,10 @@ def test_rows_of_b_are_one_range_for_each_part() -> None:
 def test_columns_of_a_are_a_piece_of_each_row() -> None:
     """A is [4, 24]: rows of 96 bytes, of which the second of three ranks has bytes 32 to 64."""
     group, start = planned(row(24), Shard(1, 3))
-    pieces = tuple(Read(start + 96 * n + 32, 32, 32 * n) for n in range(4))
-    assert group.reads == (*pieces, Read(start + 384, 256, 128))
-    assert group.spans == (
-        *((start + 96 * n + 32, start + 96 * n + 64) for n in range(4)),
-        (start + 384, start + 640),
-    )
+    assert group.reads == (Read(start + 32, 4 * 32, 0, 4, 96), Read(start + 384, 256, 128))
+    columns, b = group.spans
+    assert b == Span(start + 384, start + 640)
+    assert list(columns.ranges()) == [(start + 96 * n + 32, start + 96 * n + 64) for n in range(4)]
     assert (group.nbytes, group.rows) == (384, (Row(0, 0, 128, 4, 4, 1.0),))
 
 
@@ -158,7 +157,7 @@ def test_casts_and_padding_of_a_cut_b() -> None:
 
 def test_casts_and_padding_of_a_cut_a() -> None:
     group, start = planned(row(4), Shard(0, 2), rank=2, dtype="BF16", rank_multiple=8)
-    pieces = ((start, start + 8), (start + 16, start + 24))
+    pieces = (Span(start, start + 8, 2, 16),)
     assert group.converts[0] == Convert(
         start, 16, "F32", rows=1, columns=4, target=0, row_pitch=4, pieces=pieces
     )
@@ -180,23 +179,66 @@ def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
         staging_move_bytes=256,
     ).groups
     start = len(file) - 4 * 4 * (64 + 16)
-    starts = [start + 256 * n + 128 for n in range(4)]
-    pieces = [(first, first + 128) for first in starts]
     assert [move.sources for move in group.converts] == [
-        tuple(pieces[:2]),
-        tuple(pieces[2:]),
-        ((start + 1024, start + 1280),),
+        (Span(start + 128, start + 256, 2, 256),),
+        (Span(start + 640, start + 768, 2, 256),),
+        (Span(start + 1024, start + 1280),),
     ]
     assert [move.target for move in group.converts] == [0, 128, 256]
-    assert group.spans == (*pieces[:3], (pieces[3][0], start + 1280))
+    assert group.spans == (
+        Span(start + 128, start + 256, 4, 256),
+        Span(start + 1024, start + 1280),
+    )
+
+
+def test_a_cast_is_cut_inside_rows_too() -> None:
+    """A is [4, 64], 128 bytes of each row are held, and a move holds 192: one row and a half."""
+    file, base = adapter(row(64)), layout(row(64))
+    (group,) = plan(
+        file,
+        SPEC,
+        base,
+        dtype="BF16",
+        cuts=shard_layout(base, Shard(1, 2)).cuts,
+        limits=Limits(max_rank=32),
+        staging_move_bytes=192,
+    ).groups
+    start = len(file) - 4 * 4 * (64 + 16) + 128
+    first, second, third, *_ = (move.sources for move in group.converts)
+    assert first == (Span(start, start + 128), Span(start + 256, start + 320))
+    assert second == (Span(start + 320, start + 384), Span(start + 512, start + 640))
+    assert third == (Span(start + 768, start + 896), Span(start + 896, start + 960))  # of B
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_plan_of_many_rows_has_no_more_to_remember(dtype: str, multiple: int) -> None:
+    base = layout(row(24))
+    cuts = shard_layout(base, Shard(0, 3)).cuts
+    found = []
+    for rank in (5, 205):
+        spec, limits = AdapterSpec(rank=rank, alpha=4.0), Limits(max_rank=256)
+        made = plan(
+            adapter(*base.modules, rank=rank),
+            spec,
+            base,
+            cuts=cuts,
+            dtype=dtype,
+            rank_multiple=multiple,
+            limits=limits,
+        )
+        (group,) = made.groups
+        found.append((len(group.reads) + len(group.converts), made.needs(holdable=False).weight))
+    assert found == [(2, 2), (2, 2)]
 
 
 def test_what_many_pieces_take_to_remember_is_counted() -> None:
-    base = layout(row(24))
+    """Of B there is one for each part, of A one for all rows, and else one for both."""
+    base = layout(column(24, *[Part(4)] * 6))
     file = adapter(*base.modules)
     whole = plan(file, SPEC, base)
-    cut = plan(file, SPEC, base, cuts=shard_layout(base, Shard(0, 3)).cuts)
-    assert [made.needs(holdable=False).weight for made in (whole, cut)] == [1, 5]
+    cut = plan(file, SPEC, base, cuts=shard_layout(base, Shard(1, 4)).cuts)
+    assert [made.needs(holdable=False).weight for made in (whole, cut)] == [1, 7]
 
 
 def test_a_file_is_checked_against_the_whole_base() -> None:
