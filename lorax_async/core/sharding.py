@@ -87,11 +87,11 @@ def cut_pairs(pairs: Iterable[Pair], cuts: Sequence[Cut]) -> list[Pair]:
 
 
 def _cut_pair(pair: Pair, cut: Cut) -> Pair:
-    return pair._replace(
-        a=_columns_of(pair.a, cut.columns),
-        b=_rows_of(pair.b, cut.rows),
-        vectors=tuple((part, _rows_of(span, cut.rows)) for part, span in pair.vectors),
-    )
+    module, layer, a, b, rank, scale, vectors = pair
+    if vectors:
+        vectors = tuple((part, _rows_of(span, cut.rows)) for part, span in vectors)
+    a, b = _columns_of(a, cut.columns), _rows_of(b, cut.rows)
+    return Pair(module, layer, a, b, rank, scale, vectors)
 
 
 def _problem(module: Module, world: int) -> str | None:
@@ -173,8 +173,8 @@ def _rows_of(span: TensorSpan, rows: Sequence[Range]) -> TensorSpan:
     held = sum(last - first for first, last in rows)
     if held == count:
         return span
-    pitch = span.nbytes // count
-    pieces = tuple(Span(span.start + first * pitch, span.start + last * pitch) for first, last in rows)
+    start, pitch = span.start, span.nbytes // count
+    pieces = tuple(Span(start + first * pitch, start + last * pitch) for first, last in rows)
     return span._replace(shape=(held, *span.shape[1:]), pieces=pieces)
 
 
