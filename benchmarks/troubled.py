@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorax_async import AdapterKey, AdapterRef
+from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError
 from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader, Source
 
@@ -24,6 +25,11 @@ class FailingReader:
         if offset >= self.nbytes // 2:
             raise FetchError("the disk was told to fail")
         self._inner.read_into(buffers, offset)
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        if offset + (rows - 1) * pitch >= self.nbytes // 2:
+            raise FetchError("the disk was told to fail")
+        self._inner.read_rows(buffer, offset, rows, pitch)
 
     def close(self) -> None:
         self._inner.close()
@@ -56,7 +62,7 @@ class TroubledSource:
     async def bring(
         self,
         file: AdapterFile,
-        groups: Sequence[Sequence[tuple[int, int]]],
+        groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
         cancel: Cancel,
     ) -> None:

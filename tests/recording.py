@@ -20,7 +20,7 @@ from lorax_async.core.commands import Command
 from lorax_async.core.moves import Row
 from lorax_async.events import Event
 from lorax_async.io.ports import CopyTicket, Device, FilePieces, StagedPiece
-from lorax_async.io.staging import Buffer
+from lorax_async.io.staging import Buffer, read
 from lorax_async.runtime.actions import Actions
 from wrapped_device import WrappedDevice
 
@@ -114,9 +114,8 @@ def _written(pieces: FilePieces | StagedPiece, extent: Extent) -> tuple[list[lis
         image[spans[0][0] : spans[0][1]] = pieces.memory
     else:
         memory = Buffer.of(image).memory
-        spans = [(read.target, read.target + read.nbytes) for read in pieces.reads]
-        for read, (start, stop) in zip(pieces.reads, spans, strict=True):
-            pieces.reader.read_into([memory[start:stop]], read.file_offset)
+        spans = [(each.target, each.target + each.nbytes) for each in pieces.reads]
+        read(pieces.reader, pieces.reads, memory)
     return _merged(spans), sha256(bytes(Buffer.of(image).memory)).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
@@ -31,7 +32,6 @@ from lorax_async.io.devices.cuda import CudaDevice
 from lorax_async.io.fake_files import Version
 from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Device, Source
-from lorax_async.io.sources.checked_open import FileReader
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -189,13 +189,13 @@ def test_a_local_file_is_read_no_further(
 ) -> None:
     """Opening it takes the beginning with the header; when it comes again it is known."""
     folder, ranges = sharded.write(tmp_path / "a"), list[tuple[int, int]]()
-    plain = FileReader.read_into
+    plain = os.preadv
 
-    def recorded(self: FileReader, buffers: Sequence[memoryview], offset: int) -> None:
+    def recorded(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         ranges.append((offset, offset + sum(buffer.nbytes for buffer in buffers)))
-        plain(self, buffers, offset)
+        return plain(fd, buffers, offset)
 
-    monkeypatch.setattr(FileReader, "read_into", recorded)
+    monkeypatch.setattr(os, "preadv", recorded)
 
     async def body() -> None:
         async with loader(Shard(1, 2)) as there:

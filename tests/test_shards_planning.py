@@ -1,4 +1,4 @@
-"""Plans of shards: a move for each row of A, of which an adapter may have thousands."""
+"""Plans of shards: every tensor is cut, and moved by itself, which takes a while."""
 
 from __future__ import annotations
 

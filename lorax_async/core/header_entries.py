@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple, Self, TypeAlias
 
 from lorax_async.config import Limits
+from lorax_async.core.runs import Span
 from lorax_async.core.strict_json import (
     MAX_DEPTH,
     JsonValue,
@@ -62,8 +63,8 @@ _ENTRY = re.compile(r"\{[^{}]{0,65534}\}")
 class TensorSpan(NamedTuple):
     """Where one tensor lies: `start` and `stop` count bytes from the beginning of the file.
 
-    Where only some of its bytes are meant (a shard's), `pieces` are these, each [start, stop), and
-    `shape` is what they make. A header's spans have none.
+    Where only some of its bytes are meant (a shard's), `pieces` are these, and `shape` is what they
+    make. A header's spans have none.
     """
 
     name: str
@@ -71,7 +72,7 @@ class TensorSpan(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
-    pieces: tuple[tuple[int, int], ...] = ()
+    pieces: tuple[Span, ...] = ()
 
     @property
     def nbytes(self) -> int:

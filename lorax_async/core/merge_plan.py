@@ -22,6 +22,7 @@ from lorax_async.core.merged_file import Entry, describe, lay_out
 from lorax_async.core.pairing import Pair, pair_tensors
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.peft_names import Part
+from lorax_async.core.runs import Span
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
@@ -91,11 +92,11 @@ class MergePlan:
         first = max(0, bisect_right(self._offsets, start) - 1)
         return range(first, bisect_right(self._offsets, stop - 1))
 
-    def spans(self, part: int, group: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Which [start, stop) of a part's file these of the merged file are made of."""
-        positions = chain.from_iterable(self.touched(*span) for span in group)
-        pieces = chain.from_iterable(self.tensors[n].pieces for n in positions)
-        return [(p.span.start, p.span.stop) for p in pieces if p.part == part]
+    def spans(self, part: int, group: Sequence[Span]) -> list[Span]:
+        """Which bytes of a part's file these of the merged file are made of."""
+        touched = chain.from_iterable(self.touched(span.start, span.end) for span in group)
+        pieces = chain.from_iterable(self.tensors[n].pieces for n in dict.fromkeys(touched))
+        return [Span(p.span.start, p.span.stop) for p in pieces if p.part == part]
 
 
 def plan_merge(

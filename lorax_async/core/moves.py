@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lorax_async.core.header import TensorSpan
 from lorax_async.core.pairing import Pair
 from lorax_async.core.peft_names import Part
-from lorax_async.core.runs import Run, adjoining, merged, portions
+from lorax_async.core.runs import Run, Span, adjoining, merged, portions
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Moves are cut at multiples of this, so that every piece but the last starts on a cache line.
@@ -19,13 +19,24 @@ _ELEMENTS = 64
 _MAX_BUFFERS = 1024  # IOV_MAX
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """`nbytes` of the file from `file_offset` go verbatim to `target` in the group's extent."""
+class Read(NamedTuple):
+    """`nbytes` of the file from `file_offset` go verbatim to `target` in the group's extent.
+
+    Of several `rows` each has its share of `nbytes`, and begins `pitch` bytes after the one before;
+    on the device they follow each other. A tuple, for a shard's plan has hundreds.
+    """
 
     file_offset: int
     nbytes: int
     target: int
+    rows: int = 1
+    pitch: int = 0
+
+    @property
+    def source(self) -> Span:
+        """Which bytes of the file."""
+        stop = self.file_offset + self.nbytes // self.rows
+        return Span(self.file_offset, stop, self.rows, self.pitch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +45,7 @@ class Convert:
 
     `nbytes` are the file's. On the device each row takes `row_pitch` ≥ `columns` elements, and what
     is beyond the columns is zero: the move writes all of `rows * row_pitch` elements. Where they do
-    not follow each other in the file, `pieces` are where they lie, each [start, stop).
+    not follow each other in the file, `pieces` are where they lie.
     """
 
     file_offset: int
@@ -44,12 +55,12 @@ class Convert:
     columns: int
     target: int
     row_pitch: int
-    pieces: tuple[tuple[int, int], ...] = ()
+    pieces: tuple[Span, ...] = ()
 
     @property
-    def sources(self) -> tuple[tuple[int, int], ...]:
-        """[start, stop) of the file, in the order of the elements."""
-        return self.pieces or ((self.file_offset, self.file_offset + self.nbytes),)
+    def sources(self) -> tuple[Span, ...]:
+        """Which bytes of the file, in the order of the elements."""
+        return self.pieces or (Span(self.file_offset, self.file_offset + self.nbytes),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +109,7 @@ class Vector(NamedTuple):
 class GroupPlan:
     """One layer group: an extent of `nbytes` (aligned), and the moves that fill it.
 
-    The moves touch disjoint bytes; `spans` are the file's [start, stop) that they read, merged.
+    The moves touch disjoint bytes; `spans` are the file's that they read, no other, in order.
     Bytes between tensors (alignment) are not written, and no row points to them.
     """
 
@@ -108,7 +119,7 @@ class GroupPlan:
     converts: tuple[Convert, ...]
     zeros: tuple[Zero, ...]
     rows: tuple[Row, ...]
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
     vectors: tuple[Vector, ...] = ()
 
 
@@ -122,16 +133,16 @@ class Target(NamedTuple):
 
 
 def file_runs(reads: Sequence[Read]) -> list[tuple[Read, ...]]:
-    """Reads that follow each other in the file, to be read in one call each."""
+    """Reads that follow each other in the file, to be read in one call each; strided ones alone."""
     if len(reads) == 1:
         return [tuple(reads)]
     runs: list[list[Read]] = []
     end = -1
     for read in sorted(reads, key=attrgetter("file_offset")):
-        if read.file_offset != end or len(runs[-1]) == _MAX_BUFFERS:
+        if read.rows > 1 or read.file_offset != end or len(runs[-1]) == _MAX_BUFFERS:
             runs.append([])
         runs[-1].append(read)
-        end = read.file_offset + read.nbytes
+        end = read.file_offset + read.nbytes if read.rows == 1 else -1
     return [tuple(run) for run in runs]
 
 
@@ -172,7 +183,8 @@ class _Group:
         In file order each gets the next aligned bytes, and what adjoins on both sides is one run:
         where the file's packing keeps the alignment, that is the whole group as it lies there.
         """
-        spans, pairs = [*matrices, *vectors], len(matrices) // 2
+        spans, count = [*matrices, *vectors], len(matrices)
+        pairs = count // 2
         starts = [span.start for span in spans]
         offsets = [0] * len(spans)
         dtype, alignment, _, _ = self.target
@@ -181,11 +193,11 @@ class _Group:
         for n in sorted(range(len(spans)), key=starts.__getitem__):
             span = spans[n]
             offsets[n] = offset = end + -end % alignment
-            if ragged and n < 2 * pairs and n % pairs in ragged:
+            if ragged and n < count and n % pairs in ragged:
                 pad = self._pad_rows if n < pairs else self._pad_columns
                 end = pad(span, offset)
                 continue
-            source = span.dtype if n < 2 * pairs else dtype
+            source = span.dtype if n < count else dtype
             if span.pieces:
                 end = self._place_pieces(span, offset, source)
                 continue
@@ -203,9 +215,10 @@ class _Group:
 
     def _place_pieces(self, span: TensorSpan, offset: int, source: str) -> int:
         """A run for each, of dtype `source`, one after the other from `offset` on."""
-        for start, stop in span.pieces or ((span.start, span.stop),):
-            end = offset + (stop - start) * self.item // ITEM_BYTES[source]
-            self.runs.append(Run(source, start, stop, offset, end))
+        for piece in span.pieces or (Span(span.start, span.stop),):
+            start, stop, rows, pitch = piece
+            end = offset + piece.nbytes * self.item // ITEM_BYTES[source]
+            self.runs.append(Run(source, start, stop, offset, end, rows, pitch))
             offset = end
         return offset
 
@@ -221,7 +234,7 @@ class _Group:
         pitch = columns + -columns % self.target.rank_multiple
         nbytes = columns * ITEM_BYTES[b.dtype]
         step = self.target.move_bytes // max(nbytes, pitch * self.item)
-        for start, stop in b.pieces or ((b.start, b.stop),):
+        for start, stop, _, _ in b.pieces or (Span(b.start, b.stop),):  # whole rows
             for first in range(start, stop, step * nbytes):
                 rows = min(step, (stop - first) // nbytes)
                 self.padded.append(
@@ -241,11 +254,12 @@ class _Group:
     def finish(self, layer: int, rows: tuple[Row, ...], vectors: tuple[Vector, ...]) -> GroupPlan:
         reads: list[Read] = []
         converts, casts = self.padded, list[Run]()
-        moved = [(each.file_offset, each.file_offset + each.nbytes) for each in converts]
+        moved = [source for each in converts for source in each.sources]
         for run in self.runs:
-            moved.append((run.start, run.stop))
+            moved.append(Span(run.start, run.stop, run.rows, run.pitch))
             if run.dtype == self.target.dtype:
-                reads.append(Read(run.start, run.stop - run.start, run.target))
+                nbytes = (run.stop - run.start) * run.rows
+                reads.append(Read(run.start, nbytes, run.target, run.rows, run.pitch))
             else:
                 casts.append(run)
         for runs in adjoining(casts):
@@ -267,12 +281,12 @@ class _Group:
         ):
             count = min(step, elements - first)
             yield Convert(
-                pieces[0][0],
+                pieces[0].start,
                 count * source,
                 runs[0].dtype,
                 rows=1,
                 columns=count,
                 target=target + first * self.item,
                 row_pitch=count,
-                pieces=tuple(pieces) if len(pieces) > 1 else (),
+                pieces=tuple(pieces) if len(pieces) > 1 or pieces[0].rows > 1 else (),
             )

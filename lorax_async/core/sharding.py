@@ -15,6 +15,7 @@ from lorax_async.config import Shard
 from lorax_async.core.header import TensorSpan
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
 from lorax_async.core.pairing import Pair
+from lorax_async.core.runs import Span
 from lorax_async.errors import ConfigError, shorten
 
 _SHOWN = 3
@@ -86,11 +87,11 @@ def cut_pairs(pairs: Iterable[Pair], cuts: Sequence[Cut]) -> list[Pair]:
 
 
 def _cut_pair(pair: Pair, cut: Cut) -> Pair:
-    return pair._replace(
-        a=_columns_of(pair.a, cut.columns),
-        b=_rows_of(pair.b, cut.rows),
-        vectors=tuple((part, _rows_of(span, cut.rows)) for part, span in pair.vectors),
-    )
+    module, layer, a, b, rank, scale, vectors = pair
+    if vectors:
+        vectors = tuple((part, _rows_of(span, cut.rows)) for part, span in vectors)
+    a, b = _columns_of(a, cut.columns), _rows_of(b, cut.rows)
+    return Pair(module, layer, a, b, rank, scale, vectors)
 
 
 def _problem(module: Module, world: int) -> str | None:
@@ -172,19 +173,19 @@ def _rows_of(span: TensorSpan, rows: Sequence[Range]) -> TensorSpan:
     held = sum(last - first for first, last in rows)
     if held == count:
         return span
-    pitch = span.nbytes // count
-    pieces = tuple((span.start + first * pitch, span.start + last * pitch) for first, last in rows)
+    start, pitch = span.start, span.nbytes // count
+    pieces = tuple(Span(start + first * pitch, start + last * pitch) for first, last in rows)
     return span._replace(shape=(held, *span.shape[1:]), pieces=pieces)
 
 
 def _columns_of(span: TensorSpan, columns: Range) -> TensorSpan:
-    """Some columns of a matrix: a piece of each row."""
+    """Some columns of a matrix: a part of each row, all of them one strided piece."""
     count, width = span.shape
     first, last = columns
     if last - first == width:
         return span
     pitch = span.nbytes // count
     item = pitch // width
-    starts = range(span.start, span.stop, pitch)
-    pieces = tuple((start + first * item, start + last * item) for start in starts)
-    return span._replace(shape=(count, last - first), pieces=pieces)
+    start, stop = span.start + first * item, span.start + last * item
+    piece = Span(start, stop, count, pitch if count > 1 else 0)
+    return span._replace(shape=(count, last - first), pieces=(piece,))

@@ -47,8 +47,7 @@ def windows(group: GroupPlan, nbytes: int, item_bytes: int) -> tuple[Window, ...
     made = [_Moves() for _ in starts]
     for read in group.reads:
         for n, first, last in _pieces(starts, read.target, read.nbytes):
-            offset = read.file_offset + first - read.target
-            made[n].reads.append(Read(offset, last - first, first - starts[n]))
+            made[n].reads.extend(_part(read, first, last, starts[n]))
     for convert in group.converts:
         n = bisect_right(starts, convert.target) - 1
         made[n].converts.append(_moved(convert, convert.target - starts[n]))
@@ -73,6 +72,14 @@ class _Moves:
 
 def _whole(group: GroupPlan) -> Window:
     return Window(0, group.nbytes, group.reads, group.converts, group.zeros)
+
+
+def _part(read: Read, first: int, last: int, start: int) -> Iterator[Read]:
+    """What of a read fills [first, last) of the extent, in the window that begins at `start`."""
+    target = first - start
+    for piece in read.source.cut(first - read.target, last - read.target):
+        yield Read(piece.start, piece.nbytes, target, piece.rows, piece.pitch)
+        target += piece.nbytes
 
 
 def _moved(convert: Convert, target: int) -> Convert:

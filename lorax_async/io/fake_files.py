@@ -74,6 +74,12 @@ class FakeReader(_Open):
             buffer.cast("B")[:] = content[: buffer.nbytes]
             content = content[buffer.nbytes :]
 
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        content = buffer.cast("B")
+        size = content.nbytes // rows
+        for n in range(rows):
+            self.read_into([content[n * size : (n + 1) * size]], offset + n * pitch)
+
 
 class FakeHold(_Open):
     """The `Hold` of a `FakeSource`."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 from lorax_async.adapter import AdapterKey, AdapterRef, FileIdentity
 from lorax_async.core.header import header_size
+from lorax_async.core.runs import Span
 from lorax_async.errors import (
     AdapterNotFoundError,
     FetchError,
@@ -141,7 +142,7 @@ class FakeSource:
     async def bring(
         self,
         file: AdapterFile,
-        groups: Sequence[Sequence[tuple[int, int]]],
+        groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
         cancel: Cancel,
     ) -> None:
@@ -153,7 +154,7 @@ class FakeSource:
         for group, spans in enumerate(groups):
             await self._group(version, group, cancel)
             with self._lock:
-                version.add(spans)
+                version.add([each for span in spans for each in span.ranges()])
             arrived(group)
 
     async def populate(self, key: AdapterKey) -> Hold:

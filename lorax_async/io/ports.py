@@ -16,6 +16,7 @@ import torch
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Read, Row
+from lorax_async.core.runs import Span
 
 Cancel = Event
 """Set when nobody wants a fetch any more; looked at between chunks."""
@@ -36,6 +37,13 @@ class Reader(Protocol):
 
         Raises `IntegrityError` if the file is shorter or is no longer the one that was opened, and
         `FetchError` if it cannot be read.
+        """
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        """Fill the buffer with `rows` equal parts of the file, `pitch` bytes from one to the next.
+
+        The first begins at `offset`. Nothing between them is read. Blocks, and raises as
+        `read_into` does.
         """
 
     def close(self) -> None:
@@ -92,11 +100,11 @@ class Source(Protocol):
     async def bring(
         self,
         file: AdapterFile,
-        groups: Sequence[Sequence[tuple[int, int]]],
+        groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
         cancel: Cancel,
     ) -> None:
-        """Make the byte ranges [start, stop) of every group readable, in this order.
+        """Make the bytes of every group readable, in this order.
 
         Calls `arrived` with a group's index, on the loop, when all its bytes are here and others
         are still on their way; returns when all are here and checked. Ends early, with

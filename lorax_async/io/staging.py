@@ -12,6 +12,7 @@ from threading import Condition
 import torch
 
 from lorax_async.core.moves import Convert, Read, Zero, file_runs
+from lorax_async.core.runs import Span
 from lorax_async.errors import InternalError
 from lorax_async.io.ports import Reader
 
@@ -44,9 +45,9 @@ class Buffer:
             if move.nbytes > len(self.memory):
                 raise InternalError(f"a move of {move.nbytes} bytes exceeds its buffer")
             first = 0
-            for start, stop in move.sources:
-                last = first + stop - start
-                reader.read_into([self.memory[first:last]], start)
+            for source in move.sources:
+                last = first + source.nbytes
+                _read(reader, source, [self.memory[first:last]])
                 first = last
             _cast(self.tensor, move, TORCH_DTYPES[dtype], target)
 
@@ -116,7 +117,15 @@ def read(reader: Reader, moves: tuple[Read, ...], target: memoryview) -> None:
     """Read every move as it lies in the file into `target`, in one call per run of the file."""
     for run in file_runs(moves):
         buffers = [target[move.target : move.target + move.nbytes] for move in run]
-        reader.read_into(buffers, run[0].file_offset)
+        _read(reader, run[0].source, buffers)
+
+
+def _read(reader: Reader, source: Span, buffers: list[memoryview]) -> None:
+    """From where `source` begins; it has several rows for one buffer only."""
+    if source.rows == 1:
+        reader.read_into(buffers, source.start)
+    else:
+        reader.read_rows(buffers[0], source.start, source.rows, source.pitch)
 
 
 def zero(moves: tuple[Zero, ...], target: torch.Tensor) -> None:

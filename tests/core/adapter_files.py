@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -12,6 +12,7 @@ from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
 from lorax_async.core.header import parse_header
 from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.core.runs import Span
 from lorax_async.core.sharding import Cut
 from lorax_async.core.transfer_plan import GroupPlan, TransferPlan, plan_transfer
 
@@ -69,6 +70,11 @@ def plan(
     )
 
 
+def content_of(spans: Iterable[Span], file: bytes) -> bytes:
+    """The bytes of all rows, one after the other."""
+    return b"".join(file[start:stop] for span in spans for start, stop in span.ranges())
+
+
 def carry_out(group: GroupPlan, file: bytes, dtype: str) -> torch.Tensor:
     """The group's extent after its moves. No byte is written twice, none outside is read."""
     extent = torch.full((group.nbytes,), POISON, dtype=torch.uint8)
@@ -81,10 +87,11 @@ def carry_out(group: GroupPlan, file: bytes, dtype: str) -> torch.Tensor:
         assert target + len(flat) <= group.nbytes
 
     for read in group.reads:
-        data = file[read.file_offset : read.file_offset + read.nbytes]
+        data = content_of([read.source], file)
+        assert len(data) == read.nbytes
         write(read.target, torch.frombuffer(bytearray(data), dtype=torch.uint8))
     for convert in group.converts:
-        data = b"".join(file[start:stop] for start, stop in convert.sources)
+        data = content_of(convert.sources, file)
         assert len(data) == convert.nbytes
         source = torch.frombuffer(bytearray(data), dtype=TORCH[convert.source_dtype])
         content = torch.zeros(convert.rows, convert.row_pitch, dtype=TORCH[dtype])

@@ -19,6 +19,7 @@ from lorax_async.core.merge_draws import Start
 from lorax_async.core.merge_plan import MergePlan, PartFile, plan_merge
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.peft_names import Part
+from lorax_async.core.runs import Span
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, LoraxError
 
 Q, OUT = "model.layers.0.q", "model.layers.1.o"
@@ -105,9 +106,17 @@ def test_which_bytes_are_needed() -> None:
     assert list(plan.touched(q_a.stop - 1, q_b.start + 1)) == [0, 1]
     assert list(plan.touched(q_b.start, q_b.stop)) == [1]
     first = header.tensors[0]
-    assert plan.spans(0, [(q_a.start, q_a.start + 1)]) == [(first.start, first.stop)]
-    assert plan.spans(1, [(q_a.start, q_b.stop)]) == []
-    assert len(plan.spans(1, [(q_a.start, q_b.stop), (o_a.start, o_a.stop)])) == 1
+    assert plan.spans(0, [Span(q_a.start, q_a.start + 1)]) == [Span(first.start, first.stop)]
+    assert plan.spans(1, [Span(q_a.start, q_b.stop)]) == []
+    assert len(plan.spans(1, [Span(q_a.start, q_b.stop), Span(o_a.start, o_a.stop)])) == 1
+    # Some columns of four rows, and two parts of the rows: one whole tensor each.
+    columns = Span(q_a.start + 4, q_a.start + 8, 4, (q_a.stop - q_a.start) // 4)
+    parts = [Span(q_b.start, q_b.start + 8), Span(q_b.stop - 8, q_b.stop)]
+    second = header.tensors[1]
+    assert plan.spans(0, [columns, *parts]) == [
+        Span(first.start, first.stop),
+        Span(second.start, second.stop),
+    ]
 
 
 # -- ranks that a config cannot say ----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Shards by hand: which rows and columns a rank holds, at which bytes of the file, and refusals."""
+"""Shards by hand: which rows and columns a rank holds, and refusals."""
 
 from __future__ import annotations
 
@@ -6,56 +6,15 @@ import re
 from collections.abc import Sequence
 
 import pytest
-import torch
 
-from core.adapter_files import file_of, plan
-from lorax_async.adapter import AdapterSpec
-from lorax_async.config import Limits, Shard
+from core.adapter_files import plan
+from core.shard_plans import SPEC, adapter, column, layout, row
+from lorax_async.config import Shard
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
-from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Zero
 from lorax_async.core.sharding import Cut, shard_layout
 from lorax_async.errors import ConfigError, IncompatibleAdapterError
 
 COLUMN, ROW, REPLICATED = Parallel
-SPEC = AdapterSpec(rank=4, alpha=4.0)
-
-
-def layout(*modules: Module) -> ModelLayout:
-    return ModelLayout(modules, 1, "F32")
-
-
-def column(outputs: int, *parts: Part, name: str = "layers.0.up_proj", inputs: int = 16) -> Module:
-    return Module(name, inputs, outputs, 0, COLUMN, parts=parts)
-
-
-def row(inputs: int, name: str = "layers.0.down_proj") -> Module:
-    return Module(name, inputs, 16, 0, ROW)
-
-
-def adapter(*modules: Module, rank: int = 4) -> bytes:
-    tensors = []
-    for module in modules:
-        stem = f"base_model.model.{module.name}.lora_"
-        tensors.append((f"{stem}A.weight", torch.randn(rank, module.in_features)))
-        tensors.append((f"{stem}B.weight", torch.randn(module.out_features, rank)))
-    return file_of(tensors)
-
-
-def planned(
-    module: Module, shard: Shard, *, rank: int = 4, dtype: str = "F32", rank_multiple: int = 1
-) -> tuple[GroupPlan, int]:
-    """The plan of an adapter of this one module, and where its tensors begin in the file."""
-    file, base = adapter(module, rank=rank), layout(module)
-    made = plan(
-        file,
-        AdapterSpec(rank=rank, alpha=float(rank)),
-        base,
-        dtype=dtype,
-        rank_multiple=rank_multiple,
-        cuts=shard_layout(base, shard).cuts,
-    )
-    (group,) = made.groups
-    return group, len(file) - 4 * rank * (module.in_features + module.out_features)
 
 
 # -- what is held ---------------------------------------------------------------------------------
@@ -111,92 +70,6 @@ def test_modules_of_every_kind() -> None:
     assert sizes == [(10, 16), (16, 4), (3, 16), (3, 5), (16, 10)]
     assert [held.name for held in sharding.held.modules] == [m.name for m in base.modules]
     assert sharding.held.fingerprint != base.fingerprint
-
-
-# -- what is read ---------------------------------------------------------------------------------
-
-
-def test_rows_of_b_are_one_range_for_each_part() -> None:
-    """A is [4, 16], 256 bytes; B's rows of four F32 take 16 each and come after it."""
-    group, start = planned(column(12, Part(8), Part(4)), Shard(1, 2))
-    b = start + 256
-    assert group.reads == (
-        Read(start, 256, 0),
-        Read(b + 4 * 16, 64, 256),
-        Read(b + 10 * 16, 32, 320),
-    )
-    assert group.spans == ((start, b), (b + 64, b + 128), (b + 160, b + 192))
-    assert (group.nbytes, group.converts, group.zeros) == (384, (), ())
-    assert group.rows == (Row(0, 0, 256, 4, 4, 1.0),)
-
-
-def test_columns_of_a_are_a_piece_of_each_row() -> None:
-    """A is [4, 24]: rows of 96 bytes, of which the second of three ranks has bytes 32 to 64."""
-    group, start = planned(row(24), Shard(1, 3))
-    pieces = tuple(Read(start + 96 * n + 32, 32, 32 * n) for n in range(4))
-    assert group.reads == (*pieces, Read(start + 384, 256, 128))
-    assert group.spans == (
-        *((start + 96 * n + 32, start + 96 * n + 64) for n in range(4)),
-        (start + 384, start + 640),
-    )
-    assert (group.nbytes, group.rows) == (384, (Row(0, 0, 128, 4, 4, 1.0),))
-
-
-def test_casts_and_padding_of_a_cut_b() -> None:
-    """Rank 3 becomes 8: rows of three F32 become rows of eight BF16."""
-    group, start = planned(
-        column(4, Part(2), Part(2)), Shard(1, 2), rank=3, dtype="BF16", rank_multiple=8
-    )
-    assert group.converts == (
-        Convert(start, 192, "F32", rows=1, columns=48, target=0, row_pitch=48),
-        Convert(start + 192 + 12, 12, "F32", rows=1, columns=3, target=256, row_pitch=8),
-        Convert(start + 192 + 36, 12, "F32", rows=1, columns=3, target=272, row_pitch=8),
-    )
-    assert group.zeros == (Zero(96, 5 * 16 * 2),)
-    assert (group.reads, group.rows) == ((), (Row(0, 0, 256, 3, 8, 1.0),))
-
-
-def test_casts_and_padding_of_a_cut_a() -> None:
-    group, start = planned(row(4), Shard(0, 2), rank=2, dtype="BF16", rank_multiple=8)
-    pieces = ((start, start + 8), (start + 16, start + 24))
-    assert group.converts[0] == Convert(
-        start, 16, "F32", rows=1, columns=4, target=0, row_pitch=4, pieces=pieces
-    )
-    assert group.zeros == (Zero(8, 6 * 2 * 2),)
-    assert group.rows == (Row(0, 0, 64, 2, 8, 1.0),)
-
-
-def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
-    """A is [4, 64], B [16, 4]; a move holds 256 bytes of F32: two halves of rows, then B."""
-    file, base = adapter(row(64)), layout(row(64))
-    cuts = shard_layout(base, Shard(1, 2)).cuts
-    (group,) = plan(
-        file,
-        SPEC,
-        base,
-        dtype="BF16",
-        cuts=cuts,
-        limits=Limits(max_rank=32),
-        staging_move_bytes=256,
-    ).groups
-    start = len(file) - 4 * 4 * (64 + 16)
-    starts = [start + 256 * n + 128 for n in range(4)]
-    pieces = [(first, first + 128) for first in starts]
-    assert [move.sources for move in group.converts] == [
-        tuple(pieces[:2]),
-        tuple(pieces[2:]),
-        ((start + 1024, start + 1280),),
-    ]
-    assert [move.target for move in group.converts] == [0, 128, 256]
-    assert group.spans == (*pieces[:3], (pieces[3][0], start + 1280))
-
-
-def test_what_many_pieces_take_to_remember_is_counted() -> None:
-    base = layout(row(24))
-    file = adapter(*base.modules)
-    whole = plan(file, SPEC, base)
-    cut = plan(file, SPEC, base, cuts=shard_layout(base, Shard(0, 3)).cuts)
-    assert [made.needs(holdable=False).weight for made in (whole, cut)] == [1, 5]
 
 
 def test_a_file_is_checked_against_the_whole_base() -> None:

@@ -15,6 +15,7 @@ from core.adapter_files import ALIGNMENT, TORCH, carry_out, file_of, layout_of, 
 from lorax_async.adapter import AdapterSpec, ModulePattern
 from lorax_async.config import Limits
 from lorax_async.core.layout import ModelLayout
+from lorax_async.core.runs import Span
 from lorax_async.core.transfer_plan import Convert, Read, TransferPlan, Zero
 from lorax_async.errors import (
     AdapterError,
@@ -71,14 +72,14 @@ def adapters(draw: st.DrawFn) -> tuple[bytes, AdapterSpec, ModelLayout]:
 
 def check_moves(made: TransferPlan, file: bytes, most: int) -> None:
     spans = sorted(span for group in made.groups for span in group.spans)
-    assert sum(stop - start for start, stop in spans) == len(file) - spans[0][0]
-    assert all(one[1] <= two[0] for one, two in zip(spans, spans[1:], strict=False))
+    assert sum(span.nbytes for span in spans) == len(file) - spans[0].start
+    assert all(one.end <= two.start for one, two in zip(spans, spans[1:], strict=False))
     for group in made.groups:
         assert group.nbytes % ALIGNMENT == 0
-        moved = [(read.file_offset, read.nbytes) for read in group.reads]
-        ranges = [(offset, offset + nbytes) for offset, nbytes in moved]
-        for first, last in ranges + [each for move in group.converts for each in move.sources]:
-            assert any(start <= first and last <= stop for start, stop in group.spans)
+        moved = [read.source for read in group.reads]
+        for each in moved + [each for move in group.converts for each in move.sources]:
+            assert each.rows == 1
+            assert any(s.start <= each.start and each.stop <= s.stop for s in group.spans)
         for convert in group.converts:
             assert convert.nbytes <= most
             assert convert.rows * convert.row_pitch * TORCH[made.dtype].itemsize <= most
@@ -144,7 +145,7 @@ def test_a_layer_of_a_file_by_peft_is_one_read() -> None:
     assert [group.layer for group in made.groups] == list(range(12))
     for group in made.groups:
         assert group.reads == (Read(offsets[group.layer], size, target=0),)
-        assert group.spans == ((offsets[group.layer], offsets[group.layer] + size),)
+        assert group.spans == (Span(offsets[group.layer], offsets[group.layer] + size),)
         assert (group.nbytes, group.converts, group.zeros) == (size, (), ())
 
 
@@ -152,7 +153,7 @@ def test_a_cast_layer_is_a_few_large_moves() -> None:
     file = saved(dict(sum((pair(name, 64, 96, dtype="F32") for name, *_ in TWELVE), [])))
     elements = 2 * (16 * 64 + 96 * 16)
     [first, *_] = plan(file, SPEC, layout_of(*TWELVE)).groups
-    start = first.spans[0][0]
+    start = first.spans[0].start
     assert first.converts == (
         Convert(start, 4 * elements, "F32", 1, elements, target=0, row_pitch=elements),
     )
@@ -171,7 +172,7 @@ def test_where_the_packing_breaks_the_alignment_each_tensor_has_its_place() -> N
     [group] = plan(file, AdapterSpec(rank=3, alpha=3.0), layout_of((name, 5, 7, 0))).groups
     start = len(file) - 30 - 42
     assert group.reads == (Read(start, 30, target=0), Read(start + 30, 42, target=64))
-    assert (group.nbytes, group.spans) == (128, ((start, len(file)),))
+    assert (group.nbytes, group.spans) == (128, (Span(start, len(file)),))
 
 
 def test_a_rank_is_padded_with_zero_rows_of_a_and_columns_of_b() -> None:

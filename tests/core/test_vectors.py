@@ -121,7 +121,7 @@ def test_every_byte_has_its_place(
             there = extent[vector.offset : vector.offset + vector.nbytes].view(TORCH[own])
             assert torch.equal(there, expected.pop(f"{PREFIX}{module.name}.{KINDS[kind]}"))
     assert not expected
-    assert sum(stop - start for g in made.groups for start, stop in g.spans) == sum(
+    assert sum(span.nbytes for g in made.groups for span in g.spans) == sum(
         tensor.nbytes for _, tensor in written
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
@@ -36,6 +37,13 @@ class Drawing:
         self.file += elements * self.item
         self.end += elements * self.item
 
+    def read_rows(self, elements: int, rows: int, gap: int) -> None:
+        nbytes = elements * self.item
+        pitch = nbytes + gap * self.item
+        self.reads.append(Read(self.file, rows * nbytes, self.end, rows, pitch))
+        self.file += rows * pitch
+        self.end += rows * nbytes
+
     def zero(self, elements: int) -> None:
         self.zeros.append(Zero(self.end, elements * self.item))
         self.end += elements * self.item
@@ -55,7 +63,7 @@ class Drawing:
 def groups(draw: st.DrawFn) -> tuple[GroupPlan, str, bytes]:
     dtype = draw(st.sampled_from(sorted(TORCH)))
     drawing = Drawing(TORCH[dtype].itemsize)
-    for kind in draw(st.lists(st.sampled_from("rrccz"), min_size=1, max_size=12)):
+    for kind in draw(st.lists(st.sampled_from("rsscz"), min_size=1, max_size=12)):
         if draw(st.booleans()):
             drawing.end += -drawing.end % 64
         if kind == "c":
@@ -65,6 +73,9 @@ def groups(draw: st.DrawFn) -> tuple[GroupPlan, str, bytes]:
             drawing.convert(draw(st.sampled_from(sorted(TORCH))), rows, columns, pitch)
         elif kind == "r":
             drawing.read(draw(st.integers(1, 1_500)))
+        elif kind == "s":
+            elements = draw(st.sampled_from([1, 16, 32, 50, 700]))
+            drawing.read_rows(elements, draw(st.integers(2, 40)), draw(st.integers(0, 9)))
         else:
             drawing.zero(draw(st.integers(1, 400)))
     file = torch.randint(256, (drawing.file,), dtype=torch.uint8)
@@ -79,6 +90,12 @@ def filled(made: tuple[Window, ...], file: bytes, dtype: str) -> torch.Tensor:
         for each in made
     ]
     return torch.cat(parts)
+
+
+def bytes_read(reads: Iterable[Read]) -> list[int]:
+    """Their numbers in the file, in order; what is read twice is there twice."""
+    ranges = [each for read in reads for each in read.source.ranges()]
+    return sorted(n for start, stop in ranges for n in range(start, stop))
 
 
 def ends(convert: Convert, dtype: str) -> tuple[int, int]:
@@ -105,6 +122,9 @@ def test_windows_are_the_group_in_parts(drawn: tuple[GroupPlan, str, bytes], nby
         assert may_be_cut(each.stop, group, dtype)
     assert torch.equal(filled(made, file, dtype), carry_out(group, file, dtype))
     assert sum(len(each.converts) for each in made) == len(group.converts)
+    assert bytes_read(read for each in made for read in each.reads) == bytes_read(group.reads)
+    parts = [read for each in made for read in each.reads]
+    assert len(parts) <= 3 * len(group.reads) + 3 * (len(made) - 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -134,6 +154,25 @@ def test_by_hand() -> None:
         ),
         Window(328, 448, (Read(500, 64, 56),), (), ()),
     )
+
+
+def test_windows_cut_a_strided_read_at_ends_of_rows_and_inside_them() -> None:
+    """Rows of 48 bytes, of which the file has 100: five and a third, then half of one, then two."""
+    group = GroupPlan(0, 384, (Read(10, 384, 0, 8, 100),), (), (), (), ())
+    assert windows(group, 256, 2) == (
+        Window(0, 256, (Read(10, 240, 0, 5, 100), Read(510, 16, 240)), (), ()),
+        Window(256, 384, (Read(526, 32, 0), Read(610, 96, 32, 2, 100)), (), ()),
+    )
+    inside = [each.reads for each in windows(group, 64, 2)]
+    assert inside[:3] == [
+        (Read(10, 48, 0), Read(110, 16, 48)),
+        (Read(126, 32, 0), Read(210, 32, 32)),
+        (Read(242, 16, 0), Read(310, 48, 16)),
+    ]
+    ends = [each.reads for each in windows(group, 192, 2)]
+    assert ends == [(Read(10, 192, 0, 4, 100),), (Read(410, 192, 0, 4, 100),)]
+    (row,) = windows(GroupPlan(0, 384, (Read(10, 384, 0, 2, 900),), (), (), (), ()), 64, 2)[1].reads
+    assert row == Read(74, 64, 0)
 
 
 def test_what_fits_is_one_window() -> None:

@@ -83,6 +83,12 @@ class BytesReader:
             buffer[:] = self._content[offset : offset + len(buffer)]
             offset += len(buffer)
 
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        self._before()
+        size = len(buffer) // rows
+        content = b"".join(self._content[offset + n * pitch :][:size] for n in range(rows))
+        buffer[:] = content
+
     def close(self) -> None: ...
 
 

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
+from rows_conformance import RowsConformance
 from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weights
 
 from lorax_async.adapter import AdapterKey, AdapterRef
@@ -49,7 +50,7 @@ async def bring_all(source: Source, file: AdapterFile, content: bytes) -> list[i
     return seen
 
 
-class SourceConformance:
+class SourceConformance(RowsConformance):
     def test_a_key_lasts_as_long_as_the_bytes(self, world: World, run: Run) -> None:
         async def main() -> None:
             ref = world.put("one", CONFIG, weights(1))
@@ -99,11 +100,11 @@ class SourceConformance:
             def arrived(group: int) -> None:
                 assert current_thread() is thread
                 (span,) = groups_of(content)[group]
-                arrivals.append((group, read(file.reader, *span)))
+                arrivals.append((group, read(file.reader, span.start, span.stop)))
 
             thread = current_thread()
             await world.source.bring(file, groups_of(content), arrived, Event())
-            spans = [span for (span,) in groups_of(content)]
+            spans = [(span.start, span.stop) for (span,) in groups_of(content)]
             expected = [(n, content[a:b]) for n, (a, b) in enumerate(spans)]
             # A source that has everything already may leave it to the return.
             assert arrivals in (expected, [])

@@ -8,6 +8,7 @@ import struct
 import safetensors.torch
 import torch
 
+from lorax_async.core.runs import Span
 from lorax_async.io.ports import Reader
 
 CONFIG = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}).encode()
@@ -32,12 +33,13 @@ def header_bytes(content: bytes) -> int:
     return 8 + int(struct.unpack_from("<Q", content)[0])
 
 
-def groups_of(content: bytes) -> list[list[tuple[int, int]]]:
+def groups_of(content: bytes) -> list[list[Span]]:
     """Last third first, so that a group is not simply the next bytes."""
     first, size = header_bytes(content), len(content)
     third = (size - first) // 3
     middle = first + third
-    return [[(size - third, size)], [(first, middle)], [(middle, size - third)]]
+    cuts = [(size - third, size), (first, middle), (middle, size - third)]
+    return [[Span(start, stop)] for start, stop in cuts]
 
 
 def read(reader: Reader, start: int, stop: int) -> bytes:

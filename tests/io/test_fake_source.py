@@ -15,6 +15,7 @@ from source_conformance import Run, SourceConformance, T, bring_all
 from source_inputs import CONFIG, groups_of, read, weights
 
 from lorax_async.adapter import AdapterRef
+from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import AdapterFile
@@ -94,12 +95,12 @@ def test_bytes_that_have_not_arrived_cannot_be_read(world: FakeWorld, run: Run) 
 
     async def main() -> None:
         file = await opened(world.source, content)
-        spans = [span for (span,) in groups_of(content)]
+        spans = [(span.start, span.stop) for (span,) in groups_of(content)]
         late = [(spans[0][0], spans[0][1]), (0, len(content)), (spans[1][0], spans[1][0] + 1)]
         for start, stop in late:
             with pytest.raises(InternalError, match="before they arrived"):
                 read(file.reader, start, stop)
-        await world.source.bring(file, [[spans[1]]], lambda _: None, Event())
+        await world.source.bring(file, [[Span(*spans[1])]], lambda _: None, Event())
         assert read(file.reader, 0, spans[1][1]) == content[: spans[1][1]]
         with pytest.raises(InternalError, match="before they arrived"):
             read(file.reader, spans[1][0], spans[1][1] + 1)

@@ -48,6 +48,47 @@ def test_short_reads_are_continued(reader: FileReader, monkeypatch: pytest.Monke
     assert bytes(whole) == (bytes(range(256)) * 2)[7:207]
 
 
+def test_short_reads_of_rows_are_continued(
+    reader: FileReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 30 bytes come in pieces of eleven; no byte between them is asked for."""
+    real, asked = os.preadv, set[int]()
+
+    def stingy(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        asked.update(range(offset, offset + sum(buffer.nbytes for buffer in buffers)))
+        return real(fd, [buffers[0].cast("B")[:11]], offset)
+
+    monkeypatch.setattr(os, "preadv", stingy)
+    content, starts = bytearray(5 * 30), range(7, 7 + 5 * 100, 100)
+    reader.read_rows(memoryview(content), 7, 5, 100)
+    wanted = [n for start in starts for n in range(start, start + 30)]
+    assert list(content) == [n % 256 for n in wanted]
+    assert asked == set(wanted)
+
+
+@pytest.mark.parametrize(("rows", "start", "stop"), [(2, 4000, 4110), (2, 4010, 4110)])
+def test_rows_that_the_file_has_not(reader: FileReader, rows: int, start: int, stop: int) -> None:
+    """4096 bytes are there: the last row ends in between, and begins behind them."""
+    size = stop - start - 90 * (rows - 1)
+    with pytest.raises(errors.IntegrityError, match=f"file ends before byte {stop:,}"):
+        reader.read_rows(memoryview(bytearray(rows * size)), start, rows, 90)
+
+
+def test_rows_are_checked_together(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a call of the kernel; that the file is still the same is looked at once."""
+    calls: list[str] = []
+    for name in ("preadv", "fstat"):
+        real = getattr(os, name)
+
+        def counted(*given: object, name: str = name, real: Callable[..., object] = real) -> object:
+            calls.append(name)
+            return real(*given)
+
+        monkeypatch.setattr(os, name, counted)
+    reader.read_rows(memoryview(bytearray(400)), 0, 100, 40)
+    assert calls == ["preadv"] * 100 + ["fstat"]
+
+
 @pytest.mark.parametrize(
     ("number", "kind"),
     [(errno.EIO, errors.FetchError), (errno.EACCES, errors.AccessDeniedError)],
@@ -59,10 +100,12 @@ def test_the_systems_errors_are_ours(
         raise OSError(number, "broken")
 
     monkeypatch.setattr(os, "preadv", broken)
-    with pytest.raises(errors.FetchError, match=errno.errorcode[number]) as caught:
-        read(reader, 0, 1)
-    assert type(caught.value) is kind
-    assert isinstance(caught.value.__cause__, OSError)
+    rows = memoryview(bytearray(2))
+    for reading in (lambda: read(reader, 0, 1), lambda: reader.read_rows(rows, 0, 2, 9)):
+        with pytest.raises(errors.FetchError, match=errno.errorcode[number]) as caught:
+            reading()
+        assert type(caught.value) is kind
+        assert isinstance(caught.value.__cause__, OSError)
 
 
 def truncate(path: Path) -> None:

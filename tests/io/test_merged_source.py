@@ -24,6 +24,7 @@ from common import Run
 from lorax_async import Merge
 from lorax_async.adapter import AdapterRef, MergedKey
 from lorax_async.config import Limits
+from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.io.fakes import FakeSource
 from lorax_async.io.sources.merged import MergedSource
@@ -82,7 +83,7 @@ async def whole(world: MergedWorld, key: MergedKey) -> bytes:
     """The merged file, brought and read in one piece."""
     file = await world.source.open(key)
     with closing(file.reader) as reader:
-        await world.source.bring(file, [[(0, reader.nbytes)]], lambda _: None, Event())
+        await world.source.bring(file, [[Span(0, reader.nbytes)]], lambda _: None, Event())
         return await asyncio.to_thread(read, reader, 0, reader.nbytes)
 
 
@@ -113,7 +114,7 @@ def test_scattered_reads_give_the_file(
         content = await whole(world, key)
         file = await world.source.open(key)
         assert content.startswith(file.prefix)
-        await world.source.bring(file, [[(0, len(content))]], lambda _: None, Event())
+        await world.source.bring(file, [[Span(0, len(content))]], lambda _: None, Event())
         reader = world.source.reopen(key) if reopened else file.reader
         result = memoryview(bytearray(len(content)))
         cuts = [0, 0, 5, *range(len(file.prefix) - 3, len(content), 1000), len(content)]
@@ -167,7 +168,7 @@ def test_a_fetch_that_nobody_wants_ends(world: MergedWorld, run: Run) -> None:
         world.inner.hold("c")
         cancel = Event()
         bringing = asyncio.create_task(
-            world.source.bring(file, [[(0, file.reader.nbytes)]], lambda _: None, cancel)
+            world.source.bring(file, [[Span(0, file.reader.nbytes)]], lambda _: None, cancel)
         )
         await asyncio.sleep(0.01)
         cancel.set()

@@ -11,7 +11,8 @@ import torch
 from device_groups import BytesReader
 from staging_conformance import BUFFER, POISON, NewStaging, StagingConformance
 
-from lorax_async.core.moves import Read, Zero
+from lorax_async.core.moves import Convert, Read, Zero
+from lorax_async.core.runs import Span
 from lorax_async.io.staging import Buffer, StagingRing, read, zero
 
 
@@ -37,10 +38,15 @@ class CountingReader(BytesReader):
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
         self.calls: list[tuple[int, int]] = []
+        self.rows: list[tuple[int, int, int]] = []
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         self.calls.append((offset, len(buffers)))
         super().read_into(buffers, offset)
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        self.rows.append((offset, rows, pitch))
+        super().read_rows(buffer, offset, rows, pitch)
 
 
 def test_one_call_reads_what_adjoins_in_the_file() -> None:
@@ -59,6 +65,30 @@ def test_one_call_reads_what_adjoins_in_the_file() -> None:
         + bytes(range(30, 35))
         + 3 * gap
     )
+
+
+def test_one_call_reads_all_rows_of_a_strided_move() -> None:
+    """Beside neighbours in the file, with which it shares no call."""
+    reader, extent = CountingReader(bytes(range(100))), bytearray([POISON]) * 40
+    moves = (Read(60, 4, 36), Read(0, 10, 0), Read(10, 12, 16, 3, 20), Read(54, 6, 10))
+    read(reader, moves, memoryview(extent))
+    assert (reader.calls, reader.rows) == ([(0, 1), (54, 2)], [(10, 3, 20)])
+    rows = [*range(10, 14), *range(30, 34), *range(50, 54)]
+    assert list(extent) == [*range(10), *range(54, 60), *rows, *[POISON] * 8, *range(60, 64)]
+
+
+def test_one_call_reads_all_rows_of_a_cast() -> None:
+    """Two rows of four F32 and one of two: what a cut inside rows leaves."""
+    values = torch.arange(64, dtype=torch.float32)
+    reader = CountingReader(values.view(torch.uint8).numpy().tobytes())
+    pieces = (Span(16, 32, 2, 48), Span(112, 120))
+    move = Convert(16, 40, "F32", rows=1, columns=10, target=4, row_pitch=10, pieces=pieces)
+    buffer = Buffer.of(torch.zeros(64, dtype=torch.uint8))
+    target = torch.zeros(32, dtype=torch.uint8)
+    buffer.convert(reader, (move,), "BF16", target)
+    assert (reader.calls, reader.rows) == ([(112, 1)], [(16, 2, 48)])
+    expected = [0, 0, *range(4, 8), *range(16, 20), 28, 29, *[0] * 4]
+    assert target.view(torch.bfloat16).tolist() == expected
 
 
 def test_the_kernel_takes_no_more_than_1024_buffers_at_once() -> None:

@@ -12,6 +12,7 @@ from device_groups import ARENA, LAYOUT, SLOTS, BytesReader, TabledDevice, exten
 
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Zero
+from lorax_async.core.runs import Span
 from lorax_async.errors import AdapterFormatError, FetchError, TransferError
 from lorax_async.io.devices.gated import POISON, GatedDevice
 from lorax_async.io.ports import CopyTicket, FilePieces, Reader, StagedPiece
@@ -44,7 +45,7 @@ def mixed_group() -> GroupPlan:
         converts=(Convert(288, 480, "F32", rows=40, columns=3, target=768, row_pitch=8),),
         zeros=(Zero(288, 480),),
         rows=(Row(0, 0, 768, 3, 8, 0.5),),
-        spans=((0, 768),),
+        spans=(Span(0, 768),),
     )
 
 
@@ -154,7 +155,9 @@ def test_only_its_own_modules_are_checked() -> None:
     bad = B.clone()
     bad[0, 0] = torch.nan
     transfer(device).run(copy_of(BytesReader(file_of(A, bad)), mixed_group()))
-    other = GroupPlan(1, 640, (Read(0, 640, 0),), (), (), (Row(2, 0, 64, 2, 2, 1.0),), ((0, 640),))
+    other = GroupPlan(
+        1, 640, (Read(0, 640, 0),), (), (), (Row(2, 0, 64, 2, 2, 1.0),), (Span(0, 640),)
+    )
     content = torch.ones(160).view(torch.uint8).numpy().tobytes()
     copy = GroupCopy(BytesReader(content), other, "F32", extent(5), 1)
     transfer(device, check_finite=True).run(copy)
@@ -174,7 +177,7 @@ def test_a_value_too_large_for_the_device_is_not_finite() -> None:
         converts=(Convert(0, 256, "F32", rows=1, columns=64, target=0, row_pitch=64),),
         zeros=(),
         rows=(Row(0, 0, 48, 1, 1, 1.0),),
-        spans=((0, 256),),
+        spans=(Span(0, 256),),
     )
     reader = BytesReader(values.view(torch.uint8).numpy().tobytes())
     with pytest.raises(AdapterFormatError, match="NaN or infinite"):

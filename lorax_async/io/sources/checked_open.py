@@ -157,16 +157,27 @@ class FileReader:
         return self._identity.size
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        if not self._checked(lambda fd: _fill(fd, buffers, offset)):
+            raise self._ends_before(offset + sum(buffer.nbytes for buffer in buffers))
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        if not self._checked(lambda fd: _fill_rows(fd, buffer.cast("B"), offset, rows, pitch)):
+            raise self._ends_before(offset + (rows - 1) * pitch + buffer.nbytes // rows)
+
+    def _checked(self, fill: Callable[[int], bool]) -> bool:
+        """What `fill` says of the descriptor; afterwards it is still the file that was meant."""
         with self.held() as fd:
             try:
-                whole = _fill(fd, buffers, offset)
+                whole = fill(fd)
                 same = identity_of(os.fstat(fd)) == self._identity
             except OSError as error:
                 raise translated(error, self._name) from error
         if not same:
             raise changed(self._name)
-        if not whole:
-            raise IntegrityError(f"{self._name} ends before byte {_end(buffers, offset):,}")
+        return whole
+
+    def _ends_before(self, stop: int) -> IntegrityError:
+        return IntegrityError(f"{self._name} ends before byte {stop:,}")
 
     def read_ahead(self) -> None:
         """Ask the kernel to bring the whole file into memory; waits for no byte."""
@@ -242,5 +253,13 @@ def _fill(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
     return True
 
 
-def _end(buffers: Sequence[memoryview], offset: int) -> int:
-    return offset + sum(buffer.nbytes for buffer in buffers)
+def _fill_rows(fd: int, content: memoryview, offset: int, rows: int, pitch: int) -> bool:
+    """Row by row, for no byte between them is to be read; False if the file ends earlier."""
+    size = content.nbytes // rows
+    for first in range(0, rows * size, size):
+        row = content[first : first + size]
+        count = os.preadv(fd, (row,), offset)
+        if count < size and not _fill(fd, [row[count:]], offset + count):
+            return False
+        offset += pitch
+    return True

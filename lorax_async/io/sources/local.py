@@ -21,6 +21,7 @@ import aiofiles
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import Limits, Root, as_local_roots
 from lorax_async.core.header import HeaderLimits, header_size
+from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, UsageError
 from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader
 from lorax_async.io.sources.checked_open import (
@@ -108,7 +109,7 @@ class LocalSource:
     async def bring(
         self,
         file: AdapterFile,  # noqa: ARG002 - the port's
-        groups: Sequence[Sequence[tuple[int, int]]],  # noqa: ARG002 - the port's
+        groups: Sequence[Sequence[Span]],  # noqa: ARG002 - the port's
         arrived: Callable[[int], None],  # noqa: ARG002 - the port's
         cancel: Cancel,
     ) -> None:

@@ -12,6 +12,7 @@ from lorax_async.adapter import AdapterKey, AdapterRef, MergedKey
 from lorax_async.config import Limits
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.merge_plan import PartFile, part_words, plan_merge
+from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, LoraxError
 from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader, Source
 from lorax_async.io.sources.merged_reader import MergedReader, Opened
@@ -67,7 +68,7 @@ class MergedSource:
     async def bring(
         self,
         file: AdapterFile,
-        groups: Sequence[Sequence[tuple[int, int]]],
+        groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
         cancel: Cancel,
     ) -> None:
@@ -112,7 +113,7 @@ class MergedSource:
         self,
         key: MergedKey,
         opened: Opened,
-        groups: Sequence[Sequence[tuple[int, int]]],
+        groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
         cancel: Cancel,
     ) -> None:
@@ -138,7 +139,7 @@ class MergedSource:
     async def _bring_part(
         self,
         file: AdapterFile,
-        groups: Sequence[Sequence[tuple[int, int]]],
+        groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
         cancel: Cancel,
     ) -> None:
@@ -166,7 +167,7 @@ class MergedSource:
         opened = await self._open(key)
         plan = opened.plan
         try:
-            whole = [[(len(plan.prefix), plan.nbytes)]]
+            whole = [[Span(len(plan.prefix), plan.nbytes)]]
             await self._bring(key, opened, whole, lambda _: None, Cancel())
         except BaseException:
             opened.close()

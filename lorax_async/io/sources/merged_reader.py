@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from threading import Lock
+from threading import Lock, get_ident
 
 import torch
 
@@ -51,7 +51,7 @@ class MergedReader:
         self.key = key
         self._opener = opener
         self._draws: Draws | None = None
-        self._cut: tuple[int, torch.Tensor] | None = None
+        self._cut: dict[int, tuple[int, torch.Tensor]] = {}
         self._lock = Lock()
         self._opening = Lock()
         self._reading = 0
@@ -63,13 +63,16 @@ class MergedReader:
             return opened.plan.nbytes
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        stop = offset + sum(buffer.nbytes for buffer in buffers)
         with self._held() as opened:
-            if stop > opened.plan.nbytes:
-                raise IntegrityError(f"the merge ends before byte {stop:,}")
-            targets = _Targets(buffers)
-            for content in self._contents(opened, offset, stop):
-                targets.fill(content)
+            self._fill(opened, buffers, offset)
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        """The tensor that the rows are of is computed once."""
+        content = buffer.cast("B")
+        size = content.nbytes // rows
+        with self._held() as opened:
+            for n in range(rows):
+                self._fill(opened, [content[n * size : (n + 1) * size]], offset + n * pitch)
 
     def close(self) -> None:
         with self._lock:
@@ -77,6 +80,14 @@ class MergedReader:
             self._closed = True
         if unused:
             self._end()
+
+    def _fill(self, opened: Opened, buffers: Sequence[memoryview], offset: int) -> None:
+        stop = offset + sum(buffer.nbytes for buffer in buffers)
+        if stop > opened.plan.nbytes:
+            raise IntegrityError(f"the merge ends before byte {stop:,}")
+        targets = _Targets(buffers)
+        for content in self._contents(opened, offset, stop):
+            targets.fill(content)
 
     def _contents(self, opened: Opened, start: int, stop: int) -> Iterator[torch.Tensor]:
         """The bytes of [start, stop), as flat uint8 tensors."""
@@ -93,19 +104,21 @@ class MergedReader:
                     generator = self._draws.before(n)
                 made = _merged(self.key, opened, tensor, generator)
                 if last < tensor.stop:
-                    self._cut = (n, made)
+                    self._cut[get_ident()] = n, made
             else:
                 generator = None
             yield made[first - tensor.start : last - tensor.start]
 
     def _take_cut(self, n: int, last: bool) -> torch.Tensor | None:
-        """The tensor that an earlier read took only the beginning of; it is kept up to its end."""
-        cut = self._cut
-        if cut is None or cut[0] != n:
-            return None
-        if last:
-            self._cut = None
-        return cut[1]
+        """The tensor that this thread read last, and not to its end; kept until then.
+
+        Or until the thread needs another: of one that is cut for a shard, the end is not read.
+        """
+        thread = get_ident()
+        cut, made = self._cut.get(thread, (n, None))
+        if last or cut != n:
+            self._cut.pop(thread, None)
+        return made if cut == n else None
 
     @contextmanager
     def _held(self) -> Iterator[Opened]:
@@ -140,7 +153,8 @@ class MergedReader:
             return self.opened
 
     def _end(self) -> None:
-        self._cut = self._draws = None
+        self._cut.clear()
+        self._draws = None
         if self.opened is not None:
             self.opened.close()
 
