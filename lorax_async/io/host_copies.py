@@ -60,18 +60,28 @@ class HostReader:
         self._lock = Lock()
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        content = self._content
-        if content is None:
-            raise FetchError("the reader was closed before it was read")
-        stop = offset + sum(buffer.nbytes for buffer in buffers)
-        if stop > content.nbytes:
-            raise IntegrityError(f"the adapter ends before byte {stop:,}")
+        content = self._up_to(offset + sum(buffer.nbytes for buffer in buffers))
         for buffer in buffers:
             if buffer.nbytes:
                 target = torch.frombuffer(buffer.cast("B"), dtype=torch.uint8)
                 # As a memoryview it would hold the GIL.
                 target.copy_(content[offset : offset + buffer.nbytes])
                 offset += buffer.nbytes
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        size = buffer.nbytes // rows
+        stop = offset + (rows - 1) * pitch + size
+        apart = self._up_to(stop)[offset:stop].as_strided((rows, size), (pitch, 1))
+        torch.frombuffer(buffer.cast("B"), dtype=torch.uint8).view(rows, size).copy_(apart)
+
+    def _up_to(self, stop: int) -> torch.Tensor:
+        """The content, which has so many bytes."""
+        content = self._content
+        if content is None:
+            raise FetchError("the reader was closed before it was read")
+        if stop > content.nbytes:
+            raise IntegrityError(f"the adapter ends before byte {stop:,}")
+        return content
 
     def close(self) -> None:
         with self._lock:

@@ -12,12 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
+from rows_conformance import read_rows, rows_of
 from source_conformance import bring_all
 from source_inputs import CONFIG, groups_of, read, tensors, weights
 
 from common import Run, until
 from lorax_async.adapter import AdapterKey, AdapterRef, TensorsKey
 from lorax_async.config import Limits
+from lorax_async.core.runs import Span
 from lorax_async.errors import (
     AdapterNotFoundError,
     CapacityError,
@@ -72,13 +74,19 @@ def test_it_is_opened_like_a_file(world: World, run: Run) -> None:
         parts = [memoryview(bytearray(n)) for n in (0, 5, 1, 64)]
         again.read_into(parts, 7)
         assert b"".join(parts) == content[7:77]
+        apart = Span(50, 55, 7, 11)
+        assert read_rows(again, apart) == rows_of(content, apart)
         for reader in (file.reader, again):
             with pytest.raises(IntegrityError, match="ends before byte"):
                 read(reader, len(content) - 3, len(content) + 1)
+            with pytest.raises(IntegrityError, match="ends before byte"):
+                read_rows(reader, Span(len(content) - 20, len(content) - 16, 3, 9))
             reader.close()
             reader.close()
             with pytest.raises(FetchError, match="was closed"):
                 read(reader, 0, 1)
+            with pytest.raises(FetchError, match="was closed"):
+                read_rows(reader, apart)
         assert world.used == len(content)
         hold = await world.source.populate(key)
         assert (hold.nbytes, hold.locked) == (0, False)

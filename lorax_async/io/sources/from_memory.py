@@ -11,6 +11,7 @@ import torch
 
 from lorax_async.adapter import AdapterKey, AdapterRef, TensorsKey
 from lorax_async.config import Limits
+from lorax_async.core.runs import Span
 from lorax_async.errors import AdapterNotFoundError, FetchError
 from lorax_async.io.host_copies import HostCopies, HostReader
 from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader, Source
@@ -88,7 +89,7 @@ class MemorySource:
     async def bring(
         self,
         file: AdapterFile,
-        groups: Sequence[Sequence[tuple[int, int]]],
+        groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
         cancel: Cancel,
     ) -> None:
@@ -119,6 +120,9 @@ class _Nothing:
     nbytes = 0
 
     def read_into(self, _: Sequence[memoryview], __: int) -> None:
+        raise FetchError(_GONE, retryable=False)
+
+    def read_rows(self, _: memoryview, __: int, ___: int, ____: int) -> None:
         raise FetchError(_GONE, retryable=False)
 
     def close(self) -> None:
