@@ -110,6 +110,22 @@ def test_columns_of_every_tensor_are_the_files(
     run(main())
 
 
+def test_a_thread_keeps_one_tensor(source: MergedSource, run: Run, computed: Counter[int]) -> None:
+    """The first is given up for the second, though that is read to its end at once."""
+
+    async def main() -> None:
+        reader, content = await opened(source, Merge("linear", ["a", "b"], [1, -0.5]))
+        first, second, *_ = tensors_of(reader)
+        spans = [columns(first, 0, 2), Span(second.start, second.stop), columns(first, 0, 2)]
+        computed.clear()
+        for span in spans:
+            assert read_rows(reader, span) == rows_of(content, span)
+        assert computed == {first.start: 2, second.start: 1}
+        reader.close()
+
+    run(main())
+
+
 def test_rows_of_several_tensors_and_of_the_header(source: MergedSource, run: Run) -> None:
     async def main() -> None:
         reader, content = await opened(source, Merge("linear", ["a", "b"], [1, -0.5]))
