@@ -42,8 +42,8 @@ class Reader(Protocol):
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
         """Fill the buffer with `rows` equal parts of the file, `pitch` bytes from one to the next.
 
-        The first begins at `offset`. Nothing between them is read. Blocks, and raises as
-        `read_into` does.
+        Each has a byte or more; the first begins at `offset`. Nothing between them is read. Blocks,
+        and raises as `read_into` does.
         """
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -105,6 +106,32 @@ def test_columns_of_every_tensor_are_the_files(
                 span = columns(tensor, part, 2)
                 assert read_rows(reader, span) == rows_of(content, span)
         assert set(computed.values()) == {1}
+        reader.close()
+
+    run(main())
+
+
+def test_a_thread_keeps_one_tensor(
+    source: MergedSource, run: Run, computed: Counter[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is given up for the second, before that is computed."""
+    kept, counted = list[int](), merged_reader._merged
+
+    async def main() -> None:
+        reader, content = await opened(source, Merge("linear", ["a", "b"], [1, -0.5]))
+
+        def watched(*given: Any) -> torch.Tensor:
+            kept.append(len(reader._cut))
+            return counted(*given)
+
+        monkeypatch.setattr(merged_reader, "_merged", watched)
+        first, second, *_ = tensors_of(reader)
+        computed.clear()
+        for tensor in (first, second, first):
+            span = columns(tensor, 0, 2)
+            assert read_rows(reader, span) == rows_of(content, span)
+        assert computed == {first.start: 2, second.start: 1}
+        assert (kept, len(reader._cut)) == ([0, 0, 0], 1)
         reader.close()
 
     run(main())

@@ -68,13 +68,20 @@ def test_one_call_reads_what_adjoins_in_the_file() -> None:
 
 
 def test_one_call_reads_all_rows_of_a_strided_move() -> None:
-    """Beside neighbours in the file, with which it shares no call."""
+    """Beside neighbours in the file, and between its rows, with which it shares no call."""
     reader, extent = CountingReader(bytes(range(100))), bytearray([POISON]) * 40
-    moves = (Read(60, 4, 36), Read(0, 10, 0), Read(10, 12, 16, 3, 20), Read(54, 6, 10))
+    moves = (
+        Read(60, 4, 36),
+        Read(0, 10, 0),
+        Read(10, 12, 16, 3, 20),
+        Read(54, 6, 10),
+        Read(22, 2, 28),
+    )
     read(reader, moves, memoryview(extent))
-    assert (reader.calls, reader.rows) == ([(0, 1), (54, 2)], [(10, 3, 20)])
+    assert (reader.calls, reader.rows) == ([(0, 1), (22, 1), (54, 2)], [(10, 3, 20)])
     rows = [*range(10, 14), *range(30, 34), *range(50, 54)]
-    assert list(extent) == [*range(10), *range(54, 60), *rows, *[POISON] * 8, *range(60, 64)]
+    assert list(extent[:28]) == [*range(10), *range(54, 60), *rows]
+    assert list(extent[28:]) == [22, 23, *[POISON] * 6, *range(60, 64)]
 
 
 def test_one_call_reads_all_rows_of_a_cast() -> None:
