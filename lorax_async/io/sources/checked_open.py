@@ -159,7 +159,7 @@ class FileReader:
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         with self.held() as fd:
             try:
-                whole = _fill(fd, buffers, offset)
+                whole = fill(fd, buffers, offset)
                 same = identity_of(os.fstat(fd)) == self._identity
             except OSError as error:
                 raise translated(error, self._name) from error
@@ -225,7 +225,7 @@ class FileReader:
             self.close()
 
 
-def _fill(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
+def fill(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
     """Read until every buffer is full; False if the file ends earlier."""
     left = [buffer for buffer in buffers if buffer.nbytes]
     first = 0
