@@ -50,20 +50,25 @@ class DiskBudget:
         for name, seen in sorted(entries.items(), key=lambda item: item[1].used_ns):
             known = self._entries.get(name)
             if known is None:
-                self._policy.admit(
-                    _key(name), max(1, seen.nbytes), float(FETCH_FIXED_COST + seen.nbytes)
-                )
+                self._admit(name, seen)
             elif seen.used_ns > known.used_ns:
                 self._policy.use(_key(name))
             self._entries[name] = seen
         self._partials = dict(partials)
 
-    def use(self, name: str, used_ns: int) -> None:
-        """Somebody here used an entry; its folder will say so at `used_ns`."""
-        known = self._entries.get(name)
-        if known is not None:
+    def use(self, name: str, seen: Stored) -> None:
+        """Somebody here used an entry, or put it there; its folder says this of it now."""
+        if self._entries.get(name, seen).nbytes != seen.nbytes:
+            self.forget(name, evicted=False)
+        if name in self._entries:
             self._policy.use(_key(name))
-            self._entries[name] = Stored(known.nbytes, max(used_ns, known.used_ns))
+        else:
+            self._admit(name, seen)
+        self._entries[name] = seen
+
+    def _admit(self, name: str, seen: Stored) -> None:
+        cost = float(FETCH_FIXED_COST + seen.nbytes)
+        self._policy.admit(_key(name), max(1, seen.nbytes), cost)
 
     def forget(self, name: str, *, evicted: bool) -> None:
         """An entry or a partial is gone; `evicted` for the sake of others."""

@@ -76,7 +76,7 @@ class DiskCache:
         if entry is not None:
             try:
                 with translated_errors("note a use"):
-                    self.shelves.room.note_use(key.name, entry.note_use())
+                    self.shelves.room.note_use(key.name, entry.used_now())
             except BaseException:
                 entry.close()
                 raise

@@ -34,7 +34,7 @@ def test_partials_go_first_and_then_what_was_not_used_for_longest() -> None:
 def test_a_use_counts_wherever_it_was() -> None:
     entries = {name: Stored(1, at) for at, name in enumerate("abc")}
     found = budget(entries, {})
-    found.use("a", 10)
+    found.use("a", Stored(1, 10))
     assert list(found.victims()) == ["b", "c", "a"]
     found.observe(entries | {"a": Stored(1, 10)}, {})  # our own use again
     assert list(found.victims()) == ["b", "c", "a"]
@@ -42,12 +42,14 @@ def test_a_use_counts_wherever_it_was() -> None:
     assert list(found.victims()) == ["c", "a", "b"]
 
 
-def test_a_use_of_what_is_not_known_yet_is_seen_later() -> None:
-    found = budget({"a": Stored(1, 1)}, {})
-    found.use("b", 5)
-    assert list(found.victims()) == ["a"]
-    found.observe({"a": Stored(1, 7), "b": Stored(1, 5)}, {})
+def test_what_was_just_put_there_counts_from_then_on() -> None:
+    found = budget({"a": Stored(1, 1)}, {}, "lfu")
+    found.use("b", Stored(1, 5))
+    found.use("b", Stored(1, 6))
+    found.use("a", Stored(1, 7))
     assert list(found.victims()) == ["b", "a"]
+    found.observe({"a": Stored(1, 7), "b": Stored(1, 6), "c": Stored(1, 9)}, {})
+    assert list(found.victims()) == ["c", "b", "a"]
 
 
 def test_what_is_gone_is_forgotten() -> None:
@@ -64,6 +66,8 @@ def test_another_one_of_the_same_name_is_new() -> None:
     found = budget({"a": Stored(10, 1), "b": Stored(10, 2)}, {})
     found.observe({"a": Stored(11, 3), "b": Stored(10, 2)}, {})
     assert (found.used, list(found.victims())) == (21, ["b", "a"])
+    found.use("b", Stored(12, 4))
+    assert (found.used, list(found.victims())) == (23, ["a", "b"])
 
 
 def test_gdsf_weighs_what_a_fetch_costs() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lorax_async.core.cache_names import RECORD, CacheKey, FileRole, role_of
+from lorax_async.core.cache_names import MAP_SUFFIX, RECORD, CacheKey, FileRole, role_of
 from lorax_async.core.cache_record import Record, record_of
 from lorax_async.core.file_digest import Digest
 from lorax_async.errors import FetchError, IntegrityError, InternalError
@@ -112,7 +112,7 @@ class DiskDownload:
 
     def _write_record(self, taken: Taken, record: Record) -> None:
         for name in taken.folder.names():
-            role = role_of(name)
+            role = role_of(name.removesuffix(MAP_SUFFIX))
             if name == RECORD or (role is not None and role not in self._files):
                 taken.folder.unlink(name)  # of one that was interrupted
         taken.folder.write(RECORD, record.encoded())
@@ -149,7 +149,9 @@ class DiskDownload:
             self._shelves.place.entries.sync()
             for file in self._files.values():
                 file.remove_map()
-            return self._shelves.entries.adopt(taken.folder, record)
+            entry = self._shelves.entries.adopt(taken.folder, record)
+        self._shelves.room.note_use(record.name, entry.used_now())
+        return entry
 
     @contextmanager
     def _discarded_if_wrong(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from threading import Lock
 from lorax_async.adapter import FileIdentity
 from lorax_async.core.cache_names import MAP_SUFFIX, RECORD, SCOPE_PREFIX, FileRole, scope_name
 from lorax_async.core.cache_record import MAX_RECORD_BYTES, FileRecord, Record, decoded_record
+from lorax_async.core.disk_budget import Stored
 from lorax_async.core.file_digest import FileHash
 from lorax_async.errors import AdapterFormatError, IntegrityError, InternalError
 from lorax_async.io.cache.failures import translated_errors
@@ -25,7 +26,8 @@ from lorax_async.io.cache.locks import granted_alone, granted_shared
 from lorax_async.io.cache.place import Place
 from lorax_async.io.sources.checked_open import FileReader, changed, identity_of, translated
 
-_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR}
+_NO_FOLDER = {errno.ENOTDIR, errno.ELOOP}
+_ABSENT = {errno.ENOENT, errno.EISDIR} | _NO_FOLDER
 
 MAX_SCOPES = 1_024
 """Scopes that an entry remembers; any other has to ask the source."""
@@ -43,10 +45,10 @@ class DiskEntry:
         self._files = files
         self._open = True
 
-    def note_use(self) -> int:
-        """It was used now, which every process can see; when that was."""
+    def used_now(self) -> Stored:
+        """Every process can see that it was used now; as it is stored then. Raises `OSError`."""
         os.utime(self._folder.fd)
-        return os.fstat(self._folder.fd).st_mtime_ns
+        return Stored(self.record.nbytes, os.fstat(self._folder.fd).st_mtime_ns)
 
     def reader(self, role: FileRole) -> FileReader:
         identity = self._files.get(role)
@@ -194,8 +196,14 @@ class Entries:
 
     def _claimed(self, name: str) -> str | None:
         """Its name in the trash; None if another process holds it, or was faster."""
-        with suppress(FileNotFoundError), self.folder.subfolder(name) as folder:
-            if granted_alone(folder.fd):
+        with suppress(FileNotFoundError):
+            try:
+                with self.folder.subfolder(name) as folder:
+                    free = granted_alone(folder.fd)
+                    return self._place.move_out(self.folder, name) if free else None
+            except OSError as error:
+                if error.errno not in _NO_FOLDER:
+                    raise
                 return self._place.move_out(self.folder, name)
         return None
 

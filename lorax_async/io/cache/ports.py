@@ -20,8 +20,9 @@ class CacheEntry(Protocol):
         """Its files, their sizes and digests."""
 
     def reader(self, role: FileRole) -> Reader:
-        """A reader of one file, which may outlive this. Quick: opened by the first read.
+        """A reader of one file. Quick: opened by the first read.
 
+        It may outlive this, but when the entry is removed it raises `IntegrityError`. Raises
         `InternalError` for a file that the record does not name.
         """
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from threading import Lock
 
 from lorax_async.core.cache_names import BUDGET_LOCK, is_entry_name, is_partial_name
-from lorax_async.core.disk_budget import DiskBudget
+from lorax_async.core.disk_budget import DiskBudget, Stored
 from lorax_async.core.policies import Policy
 from lorax_async.errors import CapacityError
 from lorax_async.io.cache.entries import Entries
@@ -61,9 +61,9 @@ class Room:
             self._observe()
             return self._budget.used
 
-    def note_use(self, name: str, used_ns: int) -> None:
+    def note_use(self, name: str, stored: Stored) -> None:
         with self._lock:
-            self._budget.use(name, used_ns)
+            self._budget.use(name, stored)
 
     def _observe(self) -> None:
         # What partials take changes, so each look is a first one; there are few.
