@@ -61,7 +61,7 @@ class DiskCache:
         place = Place(path)
         try:
             with translated_errors("clean up"):
-                place.empty_trash()
+                place.tidy()
         except BaseException:
             place.close()
             raise

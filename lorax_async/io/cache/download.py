@@ -13,7 +13,7 @@ from lorax_async.core.cache_names import MAP_SUFFIX, RECORD, CacheKey, FileRole,
 from lorax_async.core.cache_record import Record, record_of
 from lorax_async.core.file_digest import Digest
 from lorax_async.errors import FetchError, IntegrityError, InternalError
-from lorax_async.io.cache.entries import DiskEntry, Entries, grant
+from lorax_async.io.cache.entries import DiskEntry, Entries, Identities, grant, require_whole
 from lorax_async.io.cache.failures import translated_errors
 from lorax_async.io.cache.locks import NamedLock, granted_shared
 from lorax_async.io.cache.partial_file import PartialFile
@@ -79,7 +79,8 @@ class DiskDownload:
             files = (file.settled(digest) for file, digest in settled)
             record = record_of(self.key, tuple(sorted(files, key=lambda file: file.role)))
             self._write_record(taken, record)
-            return self._renamed(taken, record)
+            files = require_whole(taken.folder, record, check=False)
+            return self._renamed(taken, record, files)
 
     def discard(self) -> None:
         if (taken := self._taken) is not None:
@@ -119,7 +120,7 @@ class DiskDownload:
         grant(taken.folder, self._scope)
         taken.folder.sync()
 
-    def _renamed(self, taken: Taken, record: Record) -> DiskEntry:
+    def _renamed(self, taken: Taken, record: Record, files: Identities) -> DiskEntry:
         place, entries = self._shelves.place, self._shelves.entries
         granted_shared(taken.folder.fd)  # it must not be evicted as soon as it is there
         for _ in range(_ATTEMPTS):
@@ -140,16 +141,16 @@ class DiskDownload:
                     self.discard()
                     return theirs
             else:
-                return self._published(taken, record)
+                return self._published(taken, record, files)
         raise FetchError("the disk cache's entry was in the way again and again; load it again")
 
-    def _published(self, taken: Taken, record: Record) -> DiskEntry:
+    def _published(self, taken: Taken, record: Record, files: Identities) -> DiskEntry:
         with self._ending():
             self._shelves.partials.forget(taken)
             self._shelves.place.entries.sync()
             for file in self._files.values():
                 file.remove_map()
-            entry = self._shelves.entries.adopt(taken.folder, record)
+            entry = self._shelves.entries.adopt(taken.folder, record, files)
         self._shelves.room.note_use(record.name, entry.used_now())
         return entry
 

@@ -123,9 +123,8 @@ class Entries:
                 raise
             return None
 
-    def adopt(self, folder: Folder, record: Record) -> DiskEntry:
-        """The entry that a folder of ours, which is open, has just become. Raises `OSError`."""
-        files = _require_whole(folder, record, check=False)
+    def adopt(self, folder: Folder, record: Record, files: Identities) -> DiskEntry:
+        """The entry that a folder of ours, which is open, has just become."""
         with self._lock:
             self._held[record.name] += 1
         return DiskEntry(self, folder, record, files)
@@ -190,7 +189,7 @@ class Entries:
 
     def _opened(self, name: str, folder: Folder, *, check: bool) -> DiskEntry:
         record = read_record(folder, name)
-        files = _require_whole(folder, record, check=check)
+        files = require_whole(folder, record, check=check)
         _tidy(folder)
         return DiskEntry(self, folder, record, files)
 
@@ -223,8 +222,8 @@ def read_record(folder: Folder, name: str) -> Record:
     return record
 
 
-def _require_whole(folder: Folder, record: Record, *, check: bool) -> Identities:
-    """Raises `IntegrityError` if a file is not the one that was published."""
+def require_whole(folder: Folder, record: Record, *, check: bool) -> Identities:
+    """Which files these are; `IntegrityError` if one is not as it was published, else `OSError`."""
     return {file.role: _identity(folder, file, check=check) for file in record.files}
 
 

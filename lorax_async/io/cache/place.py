@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from lorax_async.core.cache_names import Owner
 from lorax_async.io.cache.folders import Folder, private_root, private_subfolder, remove_tree
+from lorax_async.io.cache.locks import attempt
 from lorax_async.io.cache.processes import this_process
 
 
@@ -42,10 +43,14 @@ class Place:
         """As `move_out`, and give its room back."""
         remove_tree(self.move_out(folder, name), self.trash)
 
-    def empty_trash(self) -> None:
-        """Remove what was being removed when a process was killed."""
+    def tidy(self) -> None:
+        """Remove what killed processes were removing, and the locks that they had."""
         for name in self.trash.names():
             remove_tree(name, self.trash)
+        for name in self.locks.names():
+            lock = attempt(self.locks, name)
+            if lock is not None:
+                lock.release()
 
     def close(self) -> None:
         self._opened.close()

@@ -15,7 +15,6 @@ from lorax_async.core.disk_budget import Stored
 from lorax_async.errors import IntegrityError
 from lorax_async.io.cache.download import Shelves
 from lorax_async.io.cache.failures import translated_errors
-from lorax_async.io.cache.locks import attempt
 from lorax_async.io.cache.sizes import Sizes
 from lorax_async.io.disk_cache import DiskCache
 
@@ -110,10 +109,7 @@ def gc(cache: DiskCache, *, older_than: float = 0.0) -> Freed:
             elif listed.is_partial and listed.age >= older_than:
                 shelves.partials.drop(listed.name)
         shelves.room.trim()
-        shelves.place.empty_trash()
-        for name in shelves.place.locks.names():
-            if (lock := attempt(shelves.place.locks, name)) is not None:
-                lock.release()
+        shelves.place.tidy()
         after = {*shelves.place.entries.names(), *shelves.place.partials.names()}
     gone = [listed for name, listed in before.items() if name not in after]
     partials = sum(listed.is_partial for listed in gone)
