@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Event
-from typing import cast
 
 from source_inputs import read
 
@@ -43,7 +42,7 @@ def put(file: CacheFile, content: bytes, spans: Iterable[Span]) -> None:
 def begun(cache: Cache, of: CacheKey = KEY, scope: str = SCOPE) -> CacheDownload:
     found = cache.begin(of, scope, Event())
     assert not hasattr(found, "record"), "there is an entry already"
-    return cast(CacheDownload, found)
+    return found
 
 
 def stored(cache: Cache, of: CacheKey, content: bytes, config: bytes = CONFIG) -> CacheEntry:

@@ -47,12 +47,16 @@ def fork(main: Callable[[Callable[[object], None]], None]) -> tuple[int, int]:
     code = 1
     try:
         os.close(reading)
-        main(lambda told: WRITE(writing, json.dumps(told).encode() + b"\n") and None)
+        main(lambda told: written(writing, told))
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def written(pipe: int, told: object) -> None:
+    WRITE(pipe, json.dumps(told).encode() + b"\n")
 
 
 def ended(pid: int, reading: int) -> tuple[int, list[Any]]:
@@ -244,4 +248,4 @@ def main(what: str, base: Path, locks: str) -> object:
 
 if __name__ == "__main__":
     outcome = main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
-    print(json.dumps(outcome))
+    sys.stdout.write(json.dumps(outcome))

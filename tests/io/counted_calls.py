@@ -8,9 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-CHANGES = ("open", "mkdir", "pwritev", "write", "posix_fallocate", "ftruncate", "fsync", "rename")
+CHANGES: tuple[str, ...] = (
+    "open",
+    "mkdir",
+    "pwritev",
+    "write",
+    "posix_fallocate",
+    "ftruncate",
+    "fsync",
+    "rename",
+)
 CHANGES += ("unlink", "rmdir", "utime")
-LOOKS = ("preadv", "read", "stat", "fstat", "listdir", "scandir", "dup")
+LOOKS: tuple[str, ...] = ("preadv", "read", "stat", "fstat", "listdir", "scandir", "dup")
 
 Act = Callable[[str], None]
 

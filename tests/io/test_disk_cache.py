@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -264,11 +264,12 @@ def test_a_folder_that_went_away_is_an_error_and_no_crash(tmp_path: Path) -> Non
 def test_after_close_everything_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path / "cache") as world:
         keep(world.cache, KEY, weights(1, NBYTES))
-    for call in (world.cache.open, begun_at(world), world.cache.remove):
+    calls: list[Callable[[CacheKey], object]] = [
+        world.cache.open,
+        world.cache.remove,
+        lambda of: begun(world.cache, of),
+    ]
+    for call in calls:
         with pytest.raises(FetchError, match="closed"):
             call(KEY)
     world.cache.close()
-
-
-def begun_at(world: DiskWorld):  # type: ignore[no-untyped-def]
-    return lambda of: begun(world.cache, of)

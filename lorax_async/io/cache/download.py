@@ -79,8 +79,8 @@ class DiskDownload:
             files = (file.settled(digest) for file, digest in settled)
             record = record_of(self.key, tuple(sorted(files, key=lambda file: file.role)))
             self._write_record(taken, record)
-            files = require_whole(taken.folder, record, check=False)
-            return self._renamed(taken, record, files)
+            identities = require_whole(taken.folder, record, check=False)
+            return self._renamed(taken, record, identities)
 
     def discard(self) -> None:
         if (taken := self._taken) is not None:
@@ -145,13 +145,17 @@ class DiskDownload:
         raise FetchError("the disk cache's entry was in the way again and again; load it again")
 
     def _published(self, taken: Taken, record: Record, files: Identities) -> DiskEntry:
-        with self._ending():
-            self._shelves.partials.forget(taken)
-            self._shelves.place.entries.sync()
-            for file in self._files.values():
-                file.remove_map()
-            entry = self._shelves.entries.adopt(taken.folder, record, files)
-        self._shelves.room.note_use(record.name, entry.used_now())
+        entry = self._shelves.entries.adopt(taken.folder, record, files)
+        try:
+            with self._ending():
+                self._shelves.partials.forget(taken.name)
+                self._shelves.place.entries.sync()
+                for file in self._files.values():
+                    file.remove_map()
+            self._shelves.room.note_use(record.name, entry.used_now())
+        except BaseException:
+            entry.close()
+            raise
         return entry
 
     @contextmanager

@@ -168,17 +168,19 @@ class Entries:
             except FileNotFoundError:
                 return None
             except OSError as error:
-                if error.errno not in _ABSENT:
+                if error.errno not in _NO_FOLDER:
                     raise
-                folder = None
-            if folder is not None and self._is_still(name, folder):
+                self.condemn(name)
+                return None
+            held = False
+            try:
+                held = self._is_still(name, folder)
+            finally:
+                if not held:
+                    folder.close()
+            if held:
                 self._held[name] += 1
-                return folder
-        if folder is None:
-            self.condemn(name)
-        else:
-            folder.close()
-        return None
+            return folder if held else None
 
     def _is_still(self, name: str, folder: Folder) -> bool:
         """Is it locked for us before anybody removed it?"""
@@ -262,13 +264,17 @@ def grant(folder: Folder, scope: str) -> None:
 
 
 def _open_same(folder: Folder, entry: str, role: FileRole, identity: FileIdentity) -> int:
+    name = role.file_name
     try:
-        fd = folder.file(f"{entry}/{role.file_name}", os.O_RDONLY)
+        fd = folder.file(f"{entry}/{name}", os.O_RDONLY)
+        try:
+            if identity_of(os.fstat(fd)) != identity:
+                raise changed(name)
+        except BaseException:
+            os.close(fd)
+            raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise changed(role.file_name) from error
+        raise changed(name) from error
     except OSError as error:
-        raise translated(error, role.file_name) from error
-    if identity_of(os.fstat(fd)) != identity:
-        os.close(fd)
-        raise changed(role.file_name)
+        raise translated(error, name) from error
     return fd

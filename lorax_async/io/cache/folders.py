@@ -105,49 +105,39 @@ def private_root(path: str | os.PathLike[str]) -> Folder:
 
     `path` is the operator's word: a link there is followed.
     """
-    said = repr(shorten(os.fspath(path), 500))
-    try:
+    with _config_errors(f"the disk cache's folder {shorten(os.fspath(path), 500)!r}") as said:
         with suppress(FileExistsError):
             os.makedirs(path, 0o700)
-        folder = Folder(os.open(path, _FOLDER))
-    except OSError as error:
-        raise ConfigError(
-            f"the disk cache's folder {said} cannot be opened: {error.strerror}"
-        ) from error
-    with _closed_on_error(folder):
-        _require_private(folder, said)
-    return folder
+        return _private(Folder(os.open(path, _FOLDER)), said)
 
 
 def private_subfolder(root: Folder, name: str) -> Folder:
     """As `private_root`, inside of it; a link is refused."""
-    said = f"{name!r} in the disk cache"
-    try:
+    with _config_errors(f"the disk cache's own folder {name!r}") as said:
         with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=root.fd)
-        folder = root.subfolder(name)
-    except OSError as error:
-        raise ConfigError(f"the folder {said} cannot be opened: {error.strerror}") from error
-    with _closed_on_error(folder):
-        _require_private(folder, said)
-    return folder
+        return _private(root.subfolder(name), said)
 
 
 @contextmanager
-def _closed_on_error(folder: Folder) -> Iterator[None]:
+def _config_errors(said: str) -> Iterator[str]:
     try:
-        yield
+        yield said
+    except OSError as error:
+        raise ConfigError(f"{said} cannot be opened: {error.strerror}") from error
+
+
+def _private(folder: Folder, said: str) -> Folder:
+    try:
+        status = os.fstat(folder.fd)
+        if status.st_uid != os.geteuid():
+            raise ConfigError(f"{said} belongs to another user; give one of your own")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ConfigError(f"others may write to {said}; chmod 700 it, or give another")
     except BaseException:
         folder.close()
         raise
-
-
-def _require_private(folder: Folder, said: str) -> None:
-    status = os.fstat(folder.fd)
-    if status.st_uid != os.geteuid():
-        raise ConfigError(f"the folder {said} belongs to another user; give one of your own")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(f"others may write to the folder {said}; chmod 700 it, or give another")
+    return folder
 
 
 def remove_tree(name: str, within: Folder) -> None:

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event
 from time import monotonic
 
@@ -57,7 +57,9 @@ class NamedLock:
         fd, self._fd = self._fd, None
         if fd is not None:
             try:
-                self._folder.unlink(self._name)
+                # A file that stays is free, and goes when somebody next has the lock.
+                with suppress(OSError):
+                    self._folder.unlink(self._name)
             finally:
                 os.close(fd)
 

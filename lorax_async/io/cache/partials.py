@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from threading import Lock
 
@@ -31,6 +31,8 @@ class Partials:
         self._place = place
         self._lock = Lock()
         self._own: set[str] = set()
+        self._given_up: set[str] = set()
+        """Those that should have been left or removed, and could not be."""
 
     def own(self) -> set[str]:
         with self._lock:
@@ -39,9 +41,8 @@ class Partials:
     def begin(self, entry: str) -> Taken:
         """A new one, which nobody else knows of."""
         name = str(PartialName(entry, self._place.here, unique()))
-        with self._lock:
-            self._own.add(name)
-        return Taken(name, self._place.partials.make_subfolder(name))
+        with self._owned(name):
+            return Taken(name, self._place.partials.make_subfolder(name))
 
     def take_over(self, entry: str) -> Taken | None:
         """The newest one that can be gone on with; others that nobody writes to are dropped.
@@ -76,26 +77,19 @@ class Partials:
         found = partial_name(taken.name)
         assert found is not None
         fd = self._place.partials.fd
-        try:
+        with self._ending(taken), suppress(FileNotFoundError):
             # Whoever took it over, where locks do nothing, has it now.
-            with suppress(FileNotFoundError):
-                os.rename(taken.name, str(replace(found, owner=None)), src_dir_fd=fd, dst_dir_fd=fd)
-        finally:
-            taken.folder.close()
-            self.forget(taken)
+            os.rename(taken.name, str(replace(found, owner=None)), src_dir_fd=fd, dst_dir_fd=fd)
 
     def remove(self, taken: Taken) -> None:
         """Leave nothing of it. Closes its folder."""
-        try:
+        with self._ending(taken):
             self._removed(taken.name)
-        finally:
-            taken.folder.close()
-            self.forget(taken)
 
-    def forget(self, taken: Taken) -> None:
-        """It is no partial of this process any more."""
+    def forget(self, name: str) -> None:
+        """It is no partial any more."""
         with self._lock:
-            self._own.discard(taken.name)
+            self._own.discard(name)
 
     def progress(self, entry: str) -> int:
         """A number that changes as long as somebody downloads the entry."""
@@ -121,24 +115,49 @@ class Partials:
 
     def _is_written(self, left: PartialName) -> bool:
         """Does a process that is known to run write to it?"""
-        if left.owner == self._place.here:
-            with self._lock:
-                return str(left) in self._own
+        with self._lock:
+            if str(left) in self._given_up:
+                return False
         return left.owner is not None and is_running(left.owner, self._place.here)
 
     def _renamed(self, left: PartialName) -> Taken | None:
         """It is ours under our own name; None if somebody else was faster."""
         name = str(PartialName(left.entry, self._place.here, unique()))
         fd = self._place.partials.fd
+        with self._owned(name):
+            try:
+                os.rename(str(left), name, src_dir_fd=fd, dst_dir_fd=fd)
+            except FileNotFoundError:
+                self.forget(name)
+                return None
+            return Taken(name, self._place.partials.subfolder(name))
+
+    @contextmanager
+    def _owned(self, name: str) -> Iterator[None]:
+        """Ours from before it is there on; after an error nobody's."""
         with self._lock:
             self._own.add(name)
         try:
-            os.rename(str(left), name, src_dir_fd=fd, dst_dir_fd=fd)
-        except FileNotFoundError:
-            with self._lock:
-                self._own.discard(name)
-            return None
-        return Taken(name, self._place.partials.subfolder(name))
+            yield
+        except BaseException:
+            self._give_up(name)
+            raise
+
+    @contextmanager
+    def _ending(self, taken: Taken) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._give_up(taken.name)
+            raise
+        finally:
+            self.forget(taken.name)
+            taken.folder.close()
+
+    def _give_up(self, name: str) -> None:
+        with self._lock:
+            self._own.discard(name)
+            self._given_up.add(name)
 
     def _removed(self, name: str) -> bool:
         try:

@@ -7,6 +7,7 @@ import secrets
 from contextlib import ExitStack
 
 from lorax_async.core.cache_names import Owner
+from lorax_async.io.cache.failures import translated_errors
 from lorax_async.io.cache.folders import Folder, private_root, private_subfolder, remove_tree
 from lorax_async.io.cache.locks import attempt
 from lorax_async.io.cache.processes import this_process
@@ -20,7 +21,8 @@ class Place:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.here: Owner = this_process()
+        with translated_errors("tell this process from others"):
+            self.here: Owner = this_process()
         with ExitStack() as opened:
             root = opened.enter_context(private_root(path))
             folders = [
@@ -43,10 +45,14 @@ class Place:
         """As `move_out`, and give its room back."""
         remove_tree(self.move_out(folder, name), self.trash)
 
-    def tidy(self) -> None:
-        """Remove what killed processes were removing, and the locks that they had."""
+    def empty_trash(self) -> None:
+        """Remove what is being removed; whoever began it was killed, or does not mind."""
         for name in self.trash.names():
             remove_tree(name, self.trash)
+
+    def tidy(self) -> None:
+        """Remove what killed processes were removing, and the locks that they had."""
+        self.empty_trash()
         for name in self.locks.names():
             lock = attempt(self.locks, name)
             if lock is not None:

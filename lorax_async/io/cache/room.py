@@ -66,6 +66,8 @@ class Room:
             self._budget.use(name, stored)
 
     def _observe(self) -> None:
+        # Its bytes count nowhere; there are none but after a kill or a failure.
+        self._place.empty_trash()
         # What partials take changes, so each look is a first one; there are few.
         partials = Sizes(self._place.partials, is_partial_name)
         self._budget.observe(self._stored.look(), partials.look())
