@@ -110,6 +110,9 @@ class DiskCache:
             shelves.entries.drop(key.name)
             return not left and shelves.place.entries.status(key.name) is None
 
+    def used(self) -> int:
+        return self.shelves.room.used()
+
     def close(self) -> None:
         if self._open:
             self._open = False

@@ -150,7 +150,7 @@ def together(folder: Path, count: int, pause: float) -> list[tuple[int, list[Any
 
 
 def without_locks() -> None:
-    fcntl.flock = lambda fd, how: None  # type: ignore[assignment]
+    fcntl.flock = lambda fd, how: None
 
 
 # -- anything at any time -------------------------------------------------------------------------
@@ -219,10 +219,10 @@ def adventures(folder: Path, seed: int) -> dict[str, Any]:
             code, each = ended(*child)
             codes.append(code)
             told += each
-            most = max(most, cache.shelves.room.used())
+            most = max(most, cache.used())
     problems = [each.problem for each in upkeep.verify(cache) if each.problem]
     upkeep.gc(cache)
-    used = cache.shelves.room.used()
+    used = cache.used()
     partials = sum(listed.is_partial for listed in upkeep.ls(cache))
     cache.close()
     nothing_odd(folder)

@@ -182,11 +182,11 @@ def test_room_that_was_allocated_in_part_is_given_back(
     download = begun(world.cache)
     file = download.file(WEIGHTS_FILE, None)
     put(file, CONTENT, [(0, 1_000)])
-    grown = world.cache.shelves.room.used()
+    grown = world.cache.used()
     monkeypatch.setattr(os, "posix_fallocate", in_part)
     with pytest.raises(CapacityError, match="ENOSPC"):
         put(file, CONTENT * 8, [(1_000, 8 * NBYTES)])
-    assert world.cache.shelves.room.used() == grown
+    assert world.cache.used() == grown
     file.ends_at(1_000)
     download.publish().close()
     assert is_there(world.cache, KEY)

@@ -127,5 +127,8 @@ class Cache(Protocol):
     def remove(self, key: CacheKey) -> bool:
         """Remove the entry and partials of it; False if somebody holds or downloads it."""
 
+    def used(self) -> int:
+        """Bytes of adapters' files that it holds now, whole or not."""
+
     def close(self) -> None:
         """Entries and downloads are to be closed first; readers may stay open. Idempotent."""
