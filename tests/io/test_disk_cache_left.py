@@ -106,6 +106,24 @@ def test_a_process_that_hangs_is_not_waited_for(
     entry.close()
 
 
+def test_without_its_lock_a_download_is_not_taken_over(
+    world: DiskWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another container a process cannot be seen, but its lock can."""
+    monkeypatch.setattr(disk_cache, "PATIENCE_SECONDS", 0.05)
+    hanging = begun(world.cache)
+    put(hanging.file(WEIGHTS_FILE, NBYTES), CONTENT, [(0, NBYTES)])
+    (path,) = (world.folder / "partials").iterdir()
+    path = owned(path, namespace=1)
+    with opened(world.folder) as other:
+        download = begun(other.cache)
+        assert download.file(WEIGHTS_FILE, NBYTES).missing() == [(0, NBYTES)]
+        download.close()
+    assert (path / WEIGHTS_FILE.file_name).read_bytes() == CONTENT
+    hanging.close()
+    assert world.cache.remove(KEY)
+
+
 def test_a_download_that_was_taken_away_says_so(world: DiskWorld) -> None:
     """As it may be where locks do nothing, between containers."""
     for end in ("publish", "close"):

@@ -141,6 +141,24 @@ def test_a_file_system_without_locks(two: Two, monkeypatch: pytest.MonkeyPatch, 
     keep(two[0].cache, key(1), bytes(1_000))
 
 
+def test_without_locks_a_process_still_knows_what_it_holds(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda fd, how: None)
+    cache = two[0].cache
+    held = stored(cache, key(0), bytes(1_000))
+    download = begun(cache, key(1))
+    download.file(WEIGHTS_FILE, SIZE)
+    for number in range(2, 4):
+        keep(cache, key(number), bytes(1_000))
+    assert there(two[0], 4) == [0, 3]
+    assert not cache.remove(key(0))
+    assert not cache.remove(key(1))
+    assert content_of(held) == bytes(1_000)
+    download.close()
+    held.close()
+
+
 def test_a_lock_that_fails_otherwise_is_an_error(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(fd: int, how: int) -> None:
         raise OSError(errno.EIO, "broken")

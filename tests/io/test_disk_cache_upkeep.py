@@ -140,6 +140,20 @@ def test_gc_removes_what_serves_nobody(world: DiskWorld) -> None:
     assert {name.split("/")[0] for name in below(world.folder)} == {"entries"}
 
 
+def test_opening_a_cache_removes_what_killed_processes_left(world: DiskWorld) -> None:
+    (world.folder / "trash" / "0").mkdir(0o700)
+    for path in (
+        world.folder / "trash" / "0" / "adapter_config.json",
+        world.folder / "locks" / "0",
+    ):
+        path.touch(0o600)
+    lock = begun(world.cache)
+    with opened(world.folder):
+        assert {name.split("/")[0] for name in below(world.folder)} == {"locks", "partials"}
+        assert (world.folder / "locks" / KEY.name).exists()
+    lock.close()
+
+
 def test_gc_makes_a_cache_as_small_as_its_budget_says(world: DiskWorld) -> None:
     for number in range(5):
         keep(world.cache, key(number), b"abc")

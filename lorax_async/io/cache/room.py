@@ -88,15 +88,14 @@ class Room:
         """Drop who goes first until so much is free, or nobody can go."""
         if self._budget.free >= nbytes:
             return
-        staying = self._staying()
         for name in self._budget.victims():
-            if name not in staying and self._drop(name):
+            if self._drop(name):
                 self._budget.forget(name, evicted=True)
                 if self._budget.free >= nbytes:
                     return
 
     def _staying(self) -> set[str]:
-        """What this process uses; what others do shows when it is to be dropped."""
+        """What this process uses; what others use shows when it is to be dropped."""
         return self._entries.held() | self._partials.own()
 
     def _drop(self, name: str) -> bool:
