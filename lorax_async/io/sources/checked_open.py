@@ -157,18 +157,18 @@ class FileReader:
         return self._identity.size
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        if not self._checked(lambda fd: _fill(fd, buffers, offset)):
+        if not self._checked(lambda fd: fill(fd, buffers, offset)):
             raise self._ends_before(offset + sum(buffer.nbytes for buffer in buffers))
 
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
         if not self._checked(lambda fd: _fill_rows(fd, buffer.cast("B"), offset, rows, pitch)):
             raise self._ends_before(offset + (rows - 1) * pitch + buffer.nbytes // rows)
 
-    def _checked(self, fill: Callable[[int], bool]) -> bool:
-        """What `fill` says of the descriptor; afterwards it is still the file that was meant."""
+    def _checked(self, read: Callable[[int], bool]) -> bool:
+        """What `read` says of the descriptor; afterwards it is still the file that was meant."""
         with self.held() as fd:
             try:
-                whole = fill(fd)
+                whole = read(fd)
                 same = identity_of(os.fstat(fd)) == self._identity
             except OSError as error:
                 raise translated(error, self._name) from error
@@ -236,7 +236,7 @@ class FileReader:
             self.close()
 
 
-def _fill(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
+def fill(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
     """Read until every buffer is full; False if the file ends earlier."""
     left = [buffer for buffer in buffers if buffer.nbytes]
     first = 0
@@ -259,7 +259,7 @@ def _fill_rows(fd: int, content: memoryview, offset: int, rows: int, pitch: int)
     for first in range(0, rows * size, size):
         row = content[first : first + size]
         count = os.preadv(fd, (row,), offset)
-        if count < size and not _fill(fd, [row[count:]], offset + count):
+        if count < size and not fill(fd, [row[count:]], offset + count):
             return False
         offset += pitch
     return True

@@ -1,0 +1,67 @@
+"""Where a disk cache is: its folders, and the one way in which something leaves them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import ExitStack
+
+from lorax_async.core.cache_names import Owner
+from lorax_async.io.cache.failures import translated_errors
+from lorax_async.io.cache.folders import Folder, private_root, private_subfolder, remove_tree
+from lorax_async.io.cache.locks import attempt
+from lorax_async.io.cache.processes import this_process
+
+
+class Place:
+    """The folders of a cache, open, and the process that has opened them.
+
+    `entries` holds what is whole, `partials` what is on its way, `locks` what is being done, and
+    `trash` what is being removed. Raises `ConfigError` if a folder is not this user's alone.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        with translated_errors("tell this process from others"):
+            self.here: Owner = this_process()
+        with ExitStack() as opened:
+            root = opened.enter_context(private_root(path))
+            folders = [
+                opened.enter_context(private_subfolder(root, name))
+                for name in ("entries", "partials", "locks", "trash")
+            ]
+            self._opened = opened.pop_all()
+        self.entries, self.partials, self.locks, self.trash = folders
+
+    def move_out(self, folder: Folder, name: str) -> str:
+        """Take something away from everybody's eyes at once; returns its name in the trash.
+
+        Raises `FileNotFoundError` if somebody else did.
+        """
+        serial = unique()
+        os.rename(name, serial, src_dir_fd=folder.fd, dst_dir_fd=self.trash.fd)
+        return serial
+
+    def throw_away(self, folder: Folder, name: str) -> None:
+        """As `move_out`, and give its room back."""
+        remove_tree(self.move_out(folder, name), self.trash)
+
+    def empty_trash(self) -> None:
+        """Remove what is being removed; whoever began it was killed, or does not mind."""
+        for name in self.trash.names():
+            remove_tree(name, self.trash)
+
+    def tidy(self) -> None:
+        """Remove what killed processes were removing, and the locks that they had."""
+        self.empty_trash()
+        for name in self.locks.names():
+            lock = attempt(self.locks, name)
+            if lock is not None:
+                lock.release()
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+def unique() -> str:
+    """A name that nobody else has."""
+    return secrets.token_hex(8)

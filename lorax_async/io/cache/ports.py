@@ -1,0 +1,134 @@
+"""The seam to a disk cache. All methods block and may be called from any thread, unless said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from lorax_async.core.cache_names import CacheKey, FileRole
+from lorax_async.core.cache_record import Record
+from lorax_async.core.file_digest import Digest
+from lorax_async.core.spans import Span
+from lorax_async.io.ports import Cancel, Reader
+
+
+class CacheEntry(Protocol):
+    """A whole adapter in the cache, which stays there until this is closed."""
+
+    @property
+    def record(self) -> Record:
+        """Its files, their sizes and digests."""
+
+    def reader(self, role: FileRole) -> Reader:
+        """A reader of one file. Quick: opened by the first read.
+
+        It may outlive this, but when the entry is removed it raises `IntegrityError`. Raises
+        `InternalError` for a file that the record does not name.
+        """
+
+    def granted(self, scope: str) -> float | None:
+        """Seconds since its source last let this scope of authorization have it; None if never."""
+
+    def grant(self, scope: str) -> None:
+        """Its source has just let this scope have it."""
+
+    def close(self) -> None:
+        """Quick and idempotent."""
+
+
+class CacheFile(Protocol):
+    """One file of a download, written by many threads."""
+
+    @property
+    def nbytes(self) -> int | None:
+        """Its size; None while nobody knows."""
+
+    def ends_at(self, nbytes: int) -> None:
+        """Its size, where that was not known before.
+
+        Raises `IntegrityError` if more was written, or another size is known; `CapacityError` as
+        `write` does.
+        """
+
+    def missing(self, start: int = 0, stop: int | None = None) -> list[Span]:
+        """What of [start, stop) was not written yet, ascending; None is the end. Quick.
+
+        Of a file whose size is not known, `stop` must be given.
+        """
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """The bytes from `offset` on, of all buffers together.
+
+        Raises `IntegrityError` if the file ends before them, `CapacityError` if the disk is full
+        (or the file may not be so large, or its owner may have no more), `FetchError` if it fails.
+        """
+
+    def hash_along(self) -> int:
+        """Hash on, as far as all bytes are here; how many are hashed by now.
+
+        For one thread beside those that write: what is left is hashed by `publish`. Nothing is
+        hashed while the size is not known.
+        """
+
+    def reader(self) -> Reader:
+        """A reader of what is here; whatever is not raises `InternalError`.
+
+        Stays good when the download is published, and after. Its size must be known.
+        """
+
+
+class CacheDownload(Protocol):
+    """An adapter on its way into the cache. Nobody else downloads it meanwhile, if locks work."""
+
+    def file(self, role: FileRole, nbytes: int | None, expected: Digest | None = None) -> CacheFile:
+        """Add a file, with room for all of it where the size is known.
+
+        What an interrupted download left of it is here already, if the size is the same. Without
+        an `expected` digest our own is recorded. Raises `CapacityError` if there is no room.
+        """
+
+    def publish(self) -> CacheEntry:
+        """All files are complete: check their digests and let everybody have them, at once.
+
+        Where somebody else was faster, theirs is returned. Raises `IntegrityError` for a digest
+        that is not the expected one, and then nothing is left of the download; else as `write`.
+        """
+
+    def discard(self) -> None:
+        """Leave nothing. Idempotent; does nothing after `publish`."""
+
+    def close(self) -> None:
+        """End it; what is here stays, and the next download of it goes on from there. Idempotent.
+
+        No thread may write any more.
+        """
+
+
+class Cache(Protocol):
+    """Whole adapters by key, and partial ones on their way, within a budget of bytes.
+
+    The budget counts adapters' files; what makes room are partials that nobody downloads and
+    entries that nobody holds, the first of the policy first.
+    """
+
+    def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None:
+        """The entry, which counts as a use of it; None if there is none.
+
+        One whose files have not the recorded sizes is removed, and None. So is one whose bytes
+        have not the recorded digests: they are hashed with `check`, or if a file was touched.
+        """
+
+    def begin(self, key: CacheKey, scope: str, cancel: Cancel) -> CacheEntry | CacheDownload:
+        """Download `key` on the authority of `scope`, or have what another one downloaded.
+
+        Waits while somebody else downloads it and gets on. Raises `FetchError` if `cancel` is set.
+        """
+
+    def remove(self, key: CacheKey) -> bool:
+        """Remove the entry and partials of it; False if somebody holds or downloads it."""
+
+    def used(self) -> int:
+        """Bytes of adapters' files that it holds now, whole or not."""
+
+    def close(self) -> None:
+        """Entries and downloads are to be closed first; readers may stay open. Idempotent."""

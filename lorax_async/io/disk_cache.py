@@ -1,0 +1,143 @@
+"""Whole adapters on this machine's disk, and partial ones on their way. Blocks; knows no loop.
+
+In the folder, which is its owner's alone (0700, files 0600), all names are ours:
+
+    entries/DIGEST/     adapter_config.json, weights, record.json, scope.DIGEST…
+    partials/DIGEST.WHO.SERIAL/     the same files, and a chunk map beside each
+    locks/, trash/      what is being done, and what is being removed
+
+DIGEST is that of the key. An entry appears by one rename, after its digests were checked and its
+files were brought to the disk (fsync); when it was used last is the time of its folder.
+
+A partial is written by one process, whose name it bears. Its chunk maps are written right after the
+bytes and brought to the disk with them when it is left; so they are true after a kill, for the
+kernel has the pages, and after a proper end. After a crash of the machine they may not be: a
+partial that was being written to in another boot is dropped. Nothing in the way of a byte waits for
+the disk, and the digest at the end judges in any case.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from time import monotonic
+
+from lorax_async.core.cache_names import CacheKey
+from lorax_async.core.policies import Policy
+from lorax_async.errors import FetchError
+from lorax_async.io.cache.download import DiskDownload, Shelves
+from lorax_async.io.cache.entries import DiskEntry, Entries
+from lorax_async.io.cache.failures import translated_errors
+from lorax_async.io.cache.locks import NamedLock, attempt
+from lorax_async.io.cache.partials import Partials
+from lorax_async.io.cache.place import Place
+from lorax_async.io.cache.room import Room
+from lorax_async.io.ports import Cancel
+
+_POLL_SECONDS = 0.02
+PATIENCE_SECONDS = 10.0
+"""Somebody else's download that got no byte for so long is not waited for any more."""
+
+
+class DiskCache:
+    """The `Cache` in a folder, which several processes may use at once.
+
+    Parameters
+    ----------
+    path
+        The folder, made if it is not there; for nothing else.
+    nbytes
+        Budget, over entries and partials of all processes.
+    policy
+        In which order entries have to go; a new one.
+
+    Raises
+    ------
+    ConfigError
+        The folder belongs to another user, others may write to it, or it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], nbytes: int, policy: Policy) -> None:
+        place = Place(path)
+        try:
+            with translated_errors("clean up"):
+                place.tidy()
+        except BaseException:
+            place.close()
+            raise
+        entries, partials = Entries(place), Partials(place)
+        room = Room(place, entries, partials, nbytes, policy)
+        self.shelves = Shelves(place, entries, partials, room)
+        """For `io/cache/upkeep.py`."""
+        self._open = True
+
+    def open(self, key: CacheKey, *, check: bool = False) -> DiskEntry | None:
+        entry = self.shelves.entries.open(key.name, check=check)
+        if entry is not None:
+            try:
+                with translated_errors("note a use"):
+                    self.shelves.room.note_use(key.name, entry.used_now())
+            except BaseException:
+                entry.close()
+                raise
+        return entry
+
+    def begin(self, key: CacheKey, scope: str, cancel: Cancel) -> DiskEntry | DiskDownload:
+        progress, since = -1, monotonic()
+        while True:
+            if cancel.is_set():
+                raise FetchError("the fetch was cancelled before it began")
+            entry = self.open(key)
+            if entry is not None:
+                return entry
+            with translated_errors("begin a download"):
+                lock = attempt(self.shelves.place.locks, key.name)
+                if lock is not None:
+                    return self._locked(key, scope, lock)
+                now = self.shelves.partials.progress(key.name)
+                if now != progress:
+                    progress, since = now, monotonic()
+                elif monotonic() - since > PATIENCE_SECONDS:
+                    return self._download(key, scope, None)
+            cancel.wait(_POLL_SECONDS)
+
+    def remove(self, key: CacheKey) -> bool:
+        shelves = self.shelves
+        with translated_errors("remove an entry"):
+            left = [
+                name for name in shelves.partials.of(key.name) if not shelves.partials.drop(name)
+            ]
+            shelves.entries.drop(key.name)
+            return not left and shelves.place.entries.status(key.name) is None
+
+    def used(self) -> int:
+        return self.shelves.room.used()
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self.shelves.place.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):
+            warnings.warn("unclosed disk cache", ResourceWarning, stacklevel=2)
+            self.close()
+
+    def _locked(self, key: CacheKey, scope: str, lock: NamedLock) -> DiskEntry | DiskDownload:
+        """Whoever had the lock before may have published it."""
+        try:
+            found = self.open(key)
+            if found is None:
+                return self._download(key, scope, lock)
+        except BaseException:
+            lock.release()
+            raise
+        lock.release()
+        return found
+
+    def _download(self, key: CacheKey, scope: str, lock: NamedLock | None) -> DiskDownload:
+        partials = self.shelves.partials
+        taken = None if lock is None else partials.take_over(key.name)
+        if taken is None:
+            taken = partials.begin(key.name)
+        return DiskDownload(self.shelves, key, scope, taken, lock)

@@ -1,0 +1,251 @@
+"""Disk caches in processes that end as they like: run as a script, it forks them and tells by JSON.
+
+One Python starts and imports; its children are forks, each of them a process to the cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from cache_inputs import CONFIG, KEY, NBYTES, SCOPE, below, content_of, key, put, sha256, weights
+from counted_calls import CHANGES, Calls
+from disk_cache_world import nothing_odd
+
+from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
+from lorax_async.core.policies import policy
+from lorax_async.core.spans import Span
+from lorax_async.errors import CapacityError, FetchError
+from lorax_async.io.cache import upkeep
+from lorax_async.io.cache.download import DiskDownload
+from lorax_async.io.disk_cache import DiskCache
+
+CONTENT = weights()
+SPANS = [(400_000, 900_000), (10, 300_000), (NBYTES - 9, NBYTES), (0, 10), (300_000, 400_000)]
+SPANS += [(900_000, NBYTES - 9)]
+KILLED = -signal.SIGKILL
+WRITE = os.write  # what a child tells is none of the calls that are counted
+
+
+def fork(main: Callable[[Callable[[object], None]], None]) -> tuple[int, int]:
+    """Run `main` in a process of its own, which may `tell`; its id, and where that is read."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(writing)
+        return pid, reading
+    code = 1
+    try:
+        os.close(reading)
+        main(lambda told: written(writing, told))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def written(pipe: int, told: object) -> None:
+    WRITE(pipe, json.dumps(told).encode() + b"\n")
+
+
+def ended(pid: int, reading: int) -> tuple[int, list[Any]]:
+    """How a process ended, and what it told."""
+    with os.fdopen(reading, "rb") as pipe:
+        told = [json.loads(line) for line in pipe]
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), told
+
+
+def opened(folder: Path, nbytes: int = 1 << 30) -> DiskCache:
+    return DiskCache(folder, nbytes, policy("lru"))
+
+
+def bring(download: DiskDownload, tell: Callable[[object], None], pause: float = 0.0) -> None:
+    """All that is missing, and telling each span that was."""
+    config = download.file(CONFIG_FILE, len(CONFIG))
+    file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
+    for start, stop in SPANS:
+        for gap in file.missing(start, stop):
+            put(file, CONTENT, [gap])
+            tell(gap)
+            time.sleep(pause)
+        file.hash_along()
+    put(config, CONFIG, config.missing())
+
+
+def fetch(folder: Path, tell: Callable[[object], None], pause: float = 0.0) -> None:
+    """Have the adapter, and tell how."""
+    cache = opened(folder)
+    found = cache.begin(KEY, SCOPE, Event())
+    if isinstance(found, DiskDownload):
+        bring(found, tell, pause)
+        tell("published")
+        found = found.publish()
+    else:
+        tell("had")
+    assert content_of(found) == CONTENT
+    assert content_of(found, CONFIG_FILE) == CONFIG
+    found.close()
+    cache.close()
+
+
+# -- kill -9 at every call ------------------------------------------------------------------------
+
+
+def fetch_until(folder: Path, at: int, tell: Callable[[object], None]) -> None:
+    calls = Calls(CHANGES)
+
+    def kill(name: str) -> None:
+        if len(calls.made) == at:
+            tell({"killed after": name})
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    calls.after = kill
+    with calls.counted():
+        fetch(folder, tell)
+
+
+def kills(base: Path) -> list[dict[str, Any]]:
+    """Kill a process after each of its calls that change something; a second one goes on."""
+    outcomes: list[dict[str, Any]] = []
+    for at in range(1, 10_000):
+        folder = base / str(at)
+        code, told = ended(*fork(lambda tell, f=folder, n=at: fetch_until(f, n, tell)))  # type: ignore[misc]
+        if code != KILLED:
+            assert code == 0
+            return outcomes
+        second, then = ended(*fork(lambda tell, f=folder: fetch(f, tell)))  # type: ignore[misc]
+        nothing_odd(folder)
+        outcomes.append(
+            {
+                "call": next(each["killed after"] for each in told if isinstance(each, dict)),
+                "written": [each for each in told if isinstance(each, list)],
+                "second": second,
+                "fetched": [each for each in then if isinstance(each, list)],
+                "left": sorted(below(folder)),
+            }
+        )
+    raise AssertionError("it never ended")
+
+
+# -- several at once ------------------------------------------------------------------------------
+
+
+def together(folder: Path, count: int, pause: float) -> list[tuple[int, list[Any]]]:
+    """So many processes want the same adapter at once."""
+    children = [fork(lambda tell: fetch(folder, tell, pause)) for _ in range(count)]
+    outcomes = [ended(*child) for child in children]
+    nothing_odd(folder)
+    return outcomes
+
+
+def without_locks() -> None:
+    fcntl.flock = lambda fd, how: None
+
+
+# -- anything at any time -------------------------------------------------------------------------
+
+KEYS = 5
+ADAPTERS = [weights(number, 200_000 + 90_000 * number) for number in range(KEYS)]
+BUDGET = 1_000_000
+
+
+def adventure(folder: Path, seed: int, tell: Callable[[object], None]) -> None:
+    """Fetch what comes to mind, wait, give up, be killed."""
+    draw = random.Random(seed)
+    cache = opened(folder, BUDGET)
+    for _ in range(12):
+        number = draw.randrange(KEYS)
+        try:
+            one_fetch(cache, key(number), ADAPTERS[number], draw)
+            tell("had")
+        except (CapacityError, FetchError) as error:
+            tell(error.problem)
+    cache.close()
+
+
+def one_fetch(cache: DiskCache, of: CacheKey, content: bytes, draw: random.Random) -> None:
+    found = cache.begin(of, SCOPE, Event())
+    if isinstance(found, DiskDownload):
+        try:
+            file = found.file(WEIGHTS_FILE, len(content), sha256(content))
+            for gap in pieces(file.missing(), draw):
+                if draw.random() < 0.01:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if draw.random() < 0.01:
+                    return
+                put(file, content, [gap])
+                time.sleep(draw.random() * 0.002)
+            found = found.publish()
+        finally:
+            if isinstance(found, DiskDownload):
+                found.close()
+    assert content_of(found) == content
+    time.sleep(draw.random() * 0.01)
+    found.close()
+
+
+def pieces(gaps: list[Span], draw: random.Random) -> list[Span]:
+    found = [
+        (at, min(stop, at + 30_000)) for start, stop in gaps for at in range(start, stop, 30_000)
+    ]
+    draw.shuffle(found)
+    return found
+
+
+def adventures(folder: Path, seed: int) -> dict[str, Any]:
+    """Six at a time, four times over; afterwards all that is there must be right."""
+    codes: list[int] = []
+    told: list[Any] = []
+    most = 0
+    cache = opened(folder, BUDGET)
+    for turn in range(4):
+        first = seed + 6 * turn
+        children = [
+            fork(lambda tell, n=first + number: adventure(folder, n, tell))  # type: ignore[misc]
+            for number in range(6)
+        ]
+        for child in children:
+            code, each = ended(*child)
+            codes.append(code)
+            told += each
+            most = max(most, cache.used())
+    problems = [each.problem for each in upkeep.verify(cache) if each.problem]
+    upkeep.gc(cache)
+    used = cache.used()
+    partials = sum(listed.is_partial for listed in upkeep.ls(cache))
+    cache.close()
+    nothing_odd(folder)
+    return {
+        "codes": codes,
+        "told": sorted(set(map(str, told))),
+        "most": most,
+        "used": used,
+        "problems": problems,
+        "partials": partials,
+    }
+
+
+def main(what: str, base: Path, locks: str) -> object:
+    if locks == "none":
+        without_locks()
+    if what == "kills":
+        return kills(base)
+    if what == "together":
+        return [together(base / str(pause), 4, pause) for pause in (0.0, 0.02)]
+    return adventures(base / "cache", 1)
+
+
+if __name__ == "__main__":
+    outcome = main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    sys.stdout.write(json.dumps(outcome))

@@ -1,0 +1,239 @@
+"""Every call that a disk cache makes of the system fails in turn; full disks, quotas, old boots."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from cache_inputs import (
+    CONFIG,
+    KEY,
+    NBYTES,
+    begun,
+    below,
+    content_of,
+    is_there,
+    keep,
+    key,
+    put,
+    sha256,
+    weights,
+)
+from counted_calls import CHANGES, LOOKS, Calls, failing
+from disk_cache_world import DiskWorld, nothing_odd, open_below, opened
+
+from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.core.policies import policy
+from lorax_async.errors import CapacityError, ConfigError, FetchError, LoraxError
+from lorax_async.io.cache.ports import Cache
+from lorax_async.io.disk_cache import DiskCache
+
+CONTENT = weights()
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[DiskWorld]:
+    with opened(tmp_path / "cache") as world:
+        yield world
+    nothing_odd(tmp_path / "cache")
+
+
+def resumed_and_published(cache: Cache) -> None:
+    """A download that was left is gone on with, published, opened, checked, and removed."""
+    download = begun(cache)
+    try:
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
+        put(file, CONTENT, [(5, 400_000)])
+    finally:
+        download.close()
+    download = begun(cache)
+    try:
+        config = download.file(CONFIG_FILE, None)
+        put(config, CONFIG, [(0, len(CONFIG))])
+        config.ends_at(len(CONFIG))
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
+        reader = file.reader()
+        reader.close()
+        put(file, CONTENT, file.missing())
+        download.publish().close()
+    finally:
+        download.close()
+    entry = cache.open(KEY, check=True)
+    assert entry is not None
+    try:
+        entry.grant("other")
+        assert content_of(entry) == CONTENT
+    finally:
+        entry.close()
+    assert cache.remove(KEY)
+
+
+def calls_of_a_fetch(folder: Path, names: tuple[str, ...]) -> list[str]:
+    calls = Calls(names)
+    with opened(folder) as world, calls.counted():
+        resumed_and_published(world.cache)
+    return calls.made
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        (errno.EIO, CHANGES + LOOKS),
+        (errno.ENOSPC, ("mkdir", "pwritev", "write", "posix_fallocate", "fsync", "rename")),
+        (errno.EMFILE, ("open", "dup", "listdir", "scandir")),
+    ],
+    ids=["EIO", "ENOSPC", "EMFILE"],
+)
+def test_whatever_call_fails_the_next_fetch_is_right(
+    tmp_path: Path, code: int, names: tuple[str, ...]
+) -> None:
+    made = calls_of_a_fetch(tmp_path / "first", names)
+    assert {*names, "flock"} == set(made)
+    failed = 0
+    for at in range(1, len(made) + 1):
+        with opened(tmp_path / "cache") as world:
+            with failing(names, at, code).counted():
+                try:
+                    resumed_and_published(world.cache)
+                except LoraxError as error:
+                    failed += 1
+                    full = code in FULL and isinstance(error, CapacityError)
+                    assert full or type(error) is FetchError, (at, made[at - 1], error)
+                    assert error.retryable
+            assert len(open_below(tmp_path / "cache")) == 4, (at, made[at - 1])  # the folders
+            assert world.cache.remove(KEY), (at, made[at - 1])
+            resumed_and_published(world.cache)
+            assert below(tmp_path / "cache") - {"locks/budget"} == set(), (at, made[at - 1])
+    nothing_odd(tmp_path / "cache")
+    assert failed > len(made) // 2
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_a_cache_that_cannot_be_opened_leaves_nothing_open(tmp_path: Path, code: int) -> None:
+    calls = Calls(CHANGES + LOOKS)
+    with calls.counted():
+        DiskCache(tmp_path / "first", 1, policy("lru")).close()
+    failed = 0
+    for at in range(1, len(calls.made) + 1):
+        with failing(CHANGES + LOOKS, at, code).counted():
+            try:
+                DiskCache(tmp_path / str(at), 1, policy("lru")).close()
+            except (ConfigError, FetchError):
+                failed += 1
+        assert open_below(tmp_path) == []
+    assert failed > len(calls.made) // 2
+
+
+# -- full disks -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def file_limit(nbytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("nbytes", [NBYTES, None])
+def test_a_file_over_the_process_limit(world: DiskWorld, nbytes: int | None) -> None:
+    download = begun(world.cache)
+    with file_limit(1 << 20), pytest.raises(CapacityError, match="EFBIG.*RLIMIT_FSIZE") as raised:
+        put(download.file(WEIGHTS_FILE, nbytes), CONTENT, [(0, NBYTES)])
+    assert raised.value.retryable
+    assert raised.value.stage == "fetch"
+    download.close()
+    assert below(world.folder) == set()
+    keep(world.cache, KEY, CONTENT)
+
+
+def test_a_quota_that_is_used_up(world: DiskWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(errno.EDQUOT, "quota")
+
+    download = begun(world.cache)
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    with pytest.raises(CapacityError, match="EDQUOT.*quota is used up"):
+        download.file(WEIGHTS_FILE, NBYTES)
+    download.close()
+    assert below(world.folder) == set()
+
+
+def test_room_that_was_allocated_in_part_is_given_back(
+    world: DiskWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As file systems without a call for it do: glibc writes block after block."""
+    real = os.posix_fallocate
+
+    def in_part(fd: int, offset: int, nbytes: int) -> None:
+        real(fd, offset, nbytes // 2)
+        raise OSError(errno.ENOSPC, "full")
+
+    download = begun(world.cache)
+    file = download.file(WEIGHTS_FILE, None)
+    put(file, CONTENT, [(0, 1_000)])
+    grown = world.cache.used()
+    monkeypatch.setattr(os, "posix_fallocate", in_part)
+    with pytest.raises(CapacityError, match="ENOSPC"):
+        put(file, CONTENT * 8, [(1_000, 8 * NBYTES)])
+    assert world.cache.used() == grown
+    file.ends_at(1_000)
+    download.publish().close()
+    assert is_there(world.cache, KEY)
+
+
+SMALL_DISK = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_disk_cache_failures import on_a_small_disk
+on_a_small_disk(Path(sys.argv[1]))
+"""
+
+
+def on_a_small_disk(folder: Path) -> None:
+    """Of 2 MiB. What was written stays, and is gone on with when there is room again."""
+    with opened(folder / "cache") as world:
+        keep(world.cache, key(0), bytes(500_000))
+        download = begun(world.cache)
+        with pytest.raises(CapacityError, match=r"ENOSPC.*disk is full"):
+            download.file(WEIGHTS_FILE, 1_700_000)
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
+        put(file, CONTENT, [(0, NBYTES)])
+        with (folder / "other").open("wb", buffering=0) as other, suppress(OSError):
+            while True:
+                other.write(bytes(4096))
+        with pytest.raises(CapacityError, match=r"publish.*ENOSPC"):
+            download.publish()
+        download.close()
+        (folder / "other").unlink()
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
+        assert file.missing() == []
+        entry = download.publish()
+        assert content_of(entry) == CONTENT
+        entry.close()
+        assert is_there(world.cache, key(0))
+    nothing_odd(folder / "cache")
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    mount = f"mount -t tmpfs -o size=2m,mode=700 tmpfs {tmp_path}"
+    apart = ["unshare", "-rm", "sh", "-c"]
+    if subprocess.run([*apart, mount], capture_output=True, check=False).returncode:
+        pytest.skip("a disk of 2 MiB, which this test fills, cannot be mounted here")
+    paths = [tests, tests.parent, tests.parent.parent, tests.parent.parent / "kernels"]
+    command = [*apart, f'{mount} && exec "$@"', "sh", sys.executable, "-c", SMALL_DISK]
+    done = subprocess.run([*command, tmp_path, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
