@@ -28,6 +28,12 @@ FIRST_WAVE_COST = 0.15
 LATER_WAVES_COST = 0.05
 """The same for all waves together, where the rest is cut into several."""
 
+_LATER_PIECE_SECONDS = 0.005
+"""Below it, and below ten delays, requests would cost more than their order is worth."""
+
+_SPLIT_SECONDS = 0.02
+"""What a split has to gain at least: rates are not measured exactly."""
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -104,14 +110,18 @@ def split_of(left: Span, own_rate: float, link: Link, least: int) -> int | None:
     """Where another connection should take over a straggler's piece; None if that gains little.
 
     `left` is what the straggler has not begun to read, `own_rate` what it does per second. Both
-    would end at the same moment; that has to be two delays earlier than if it went on alone, for
-    the straggler's connection is lost, and another must be opened instead.
+    would end at the same moment; that has to be two delays earlier than if it went on alone (and 20
+    ms), for the straggler's connection is lost, and another must be opened instead.
     """
     start, stop = left
     alone = (stop - start) / own_rate
     together = (stop - start + link.delay * link.rate) / (own_rate + link.rate)
     given = int((together - link.delay) * link.rate)
-    if alone - together <= 2 * link.delay or given < least or stop - given - start < 1:
+    if (
+        alone - together <= max(2 * link.delay, _SPLIT_SECONDS)
+        or given < least
+        or stop - given - start < 1
+    ):
         return None
     return stop - given
 
@@ -125,10 +135,8 @@ def _in_waves(
         return [groups]
     rest = groups[first:]
     affordable = int(LATER_WAVES_COST * seconds / link.delay) if link.delay else len(rest)
-    # A wave of less than ten delays would cost more than its order is worth.
-    worth = int(
-        size_of(chain.from_iterable(rest)) / (connections * 10 * link.delay * link.rate + 1)
-    )
+    piece = link.rate * max(_LATER_PIECE_SECONDS, 10 * link.delay)
+    worth = int(size_of(chain.from_iterable(rest)) / (connections * piece))
     count = max(1, min(affordable, worth, len(rest)))
     cuts = [len(rest) * n // count for n in range(count + 1)]
     return [groups[:first], *(rest[a:b] for a, b in pairwise(cuts))]

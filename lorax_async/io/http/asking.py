@@ -15,7 +15,7 @@ from lorax_async.io.http.target import Answer, Known, Target
 
 
 class Ask(Job[Answer]):
-    """Asks for the first `nbytes` bytes by range; without `ranged`, for a file of at most so many."""
+    """Asks for the first `nbytes` bytes; without `ranged`, for a file of at most so many."""
 
     def __init__(
         self,

@@ -17,9 +17,6 @@ from lorax_async.io.http.failures import AbortedError, SetbackError, broken_off
 from lorax_async.io.http.links import Links
 from lorax_async.io.http.target import Answer
 
-_MEASURED = 256 << 10
-"""From so many bytes on, how fast they came says something."""
-
 _GIVEN_UP = 512 << 10
 """A piece with more left than this is handed back when others lack a connection."""
 
@@ -150,10 +147,8 @@ class Download(Job[None]):
                 piece.at += got
                 piece.came += got
                 self.came += got
-                piece.rate = response.rate if response.nbytes >= _MEASURED else None
+                piece.rate = response.rate
             self._tell()
-        if response.nbytes >= _MEASURED and response.rate is not None:
-            self._links.moved(response.place.url.origin, response.rate)
 
     def _claim(self, piece: Piece, most: int) -> int:
         """How many bytes to read next: nobody else will take them over."""

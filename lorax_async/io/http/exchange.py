@@ -18,13 +18,20 @@ from lorax_async.io.http.urls import InvalidUrlError, redirected
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED = 16 << 10
+_MEASURED = 256 << 10
 
 
 class Response:
     """A head, and a body to be read. Whoever got it calls `leave`."""
 
     def __init__(
-        self, connection: Connection, head: Head, place: Place, pool: Pool, attempt: Attempt
+        self,
+        connection: Connection,
+        head: Head,
+        place: Place,
+        pool: Pool,
+        links: Links,
+        attempt: Attempt,
     ) -> None:
         self.head = head
         self.place = place
@@ -32,17 +39,14 @@ class Response:
         self._connection: Connection | None = connection
         self._stream = connection.stream
         self._pool = pool
+        self._links = links
         self._attempt = attempt
 
     @property
     def rate(self) -> float | None:
-        """Bytes per second so far, of waiting for them."""
-        return self._stream.pace.rate
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes read so far."""
-        return self._stream.pace.nbytes
+        """Bytes per second of waiting for them; None before it says something."""
+        pace = self._stream.pace
+        return pace.rate if pace.nbytes >= _MEASURED else None
 
     def fill(self, view: memoryview) -> int:
         """Read until the view is full or the body ends; how much came.
@@ -65,6 +69,8 @@ class Response:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        if self.rate is not None:
+            self._links.moved(self.place.url.origin, self.rate)
         if self.body.done and self.head.keeps_alive:
             self._pool.give(connection)
         else:
@@ -150,7 +156,7 @@ class Exchange:
             connection.wire.send("\r\n".join([*lines, "", ""]).encode("ascii"))
             head = connection.stream.head()
             self._links.answered(url.origin, self._clock() - begun)
-            return Response(connection, head, place, self._pool, attempt)
+            return Response(connection, head, place, self._pool, self._links, attempt)
         except BaseException:
             attempt.leave()
             connection.wire.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import replace
 from threading import Lock
 
 from lorax_async.core.ranges import Link
@@ -20,31 +19,34 @@ class Links:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._links: OrderedDict[Origin, Link] = OrderedDict()
+        self._seen: OrderedDict[Origin, tuple[float | None, float | None]] = OrderedDict()
 
     def of(self, origin: Origin) -> Link:
+        """What is not known yet is guessed."""
         with self._lock:
-            return self._links.get(origin, UNKNOWN)
+            delay, rate = self._seen.get(origin, (None, None))
+        return Link(
+            UNKNOWN.delay if delay is None else delay, UNKNOWN.rate if rate is None else rate
+        )
 
     def answered(self, origin: Origin, seconds: float) -> None:
         """So long it took from a request to the head of its response."""
         with self._lock:
-            before = self._links.get(origin)
-            delay = seconds if before is None else _mixed(before.delay, seconds)
-            self._keep(origin, replace(before or UNKNOWN, delay=delay))
+            delay, rate = self._seen.get(origin, (None, None))
+            self._keep(origin, (_mixed(delay, seconds), rate))
 
     def moved(self, origin: Origin, rate: float) -> None:
         """So many bytes per second came on one connection."""
         with self._lock:
-            before = self._links.get(origin, UNKNOWN)
-            self._keep(origin, replace(before, rate=_mixed(before.rate, rate)))
+            delay, before = self._seen.get(origin, (None, None))
+            self._keep(origin, (delay, _mixed(before, rate)))
 
-    def _keep(self, origin: Origin, link: Link) -> None:
-        self._links[origin] = link
-        self._links.move_to_end(origin)
-        if len(self._links) > _KEPT:
-            self._links.popitem(last=False)
+    def _keep(self, origin: Origin, seen: tuple[float | None, float | None]) -> None:
+        self._seen[origin] = seen
+        self._seen.move_to_end(origin)
+        if len(self._seen) > _KEPT:
+            self._seen.popitem(last=False)
 
 
-def _mixed(before: float, new: float) -> float:
-    return before + _NEW * (new - before)
+def _mixed(before: float | None, new: float) -> float:
+    return new if before is None else before + _NEW * (new - before)

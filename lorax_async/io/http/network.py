@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from ipaddress import ip_address
 from threading import Event, Lock, Thread
 from typing import NamedTuple, Protocol
@@ -82,9 +81,8 @@ class Lookups:
         self, host: str, port: int, timeout: float, look: Callable[[], None]
     ) -> list[Endpoint]:
         """Raises `TimeoutError`, what the network raised, and what `look` raises now and then."""
-        with suppress(ValueError):
-            ip_address(host)
-            return self._network.resolve(host, port)  # a number is not looked up anywhere
+        if _is_number(host):  # and is not looked up anywhere
+            return self._network.resolve(host, port)
         lookup = self._begin(host, port)
         waited = 0.0
         while not lookup.done.wait(0.05):
@@ -115,3 +113,11 @@ class Lookups:
         with self._lock:
             del self._running[host, port]
         lookup.done.set()
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
