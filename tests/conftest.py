@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from common import LOOPS, Run, mapped_files, open_files, our_threads
+from common import LOOPS, Run, mapped_files, open_files, open_sockets, our_threads
 
 
 @pytest.fixture(params=LOOPS)
@@ -31,3 +31,11 @@ def nothing_left() -> Iterator[None]:
     assert open_files() <= files
     assert not our_threads()
     assert not mapped_files()
+
+
+@pytest.fixture
+def no_socket_left() -> Iterator[None]:
+    """Fails the test if it leaves a socket open."""
+    before = open_sockets()
+    yield
+    assert open_sockets() <= before

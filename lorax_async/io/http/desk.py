@@ -112,9 +112,9 @@ class Job(Generic[T]):
                 attempt.end()
 
     def _set_back(self, piece: Piece, setback: SetbackError) -> None:
-        # Where we are too many, others' progress counts too: it is not this piece that fails.
-        came = self.came if setback.crowded else piece.came
-        piece.failed = 1 if came - piece.mark >= _PROGRESS else piece.failed + 1
+        # Where we are too many, others' progress counts: it is not this piece that fails.
+        came, enough = (self.came, 1) if setback.crowded else (piece.came, _PROGRESS)
+        piece.failed = 1 if came - piece.mark >= enough else piece.failed + 1
         piece.mark = came
         now = self.desk.clock()
         wait = self.desk.retries.wait(piece.failed, self.desk.draw(), setback.retry_after)

@@ -132,13 +132,13 @@ class Exchange:
     ) -> Response:
         """On an idle connection; if that was closed meanwhile, on a new one."""
         lines = self._fields(target, place, span, known)
-        idle = self._pool.take(place.url.origin, attempt)
-        if idle is not None:
-            try:
-                return self._send(idle, lines, place, attempt)
-            except (NoAnswerError, ConnectionError):
-                attempt.look()
         try:
+            idle = self._pool.take(place.url.origin, attempt)
+            if idle is not None:
+                try:
+                    return self._send(idle, lines, place, attempt)
+                except (NoAnswerError, ConnectionError):
+                    attempt.look()
             fresh = self._pool.open(place.url, target.rules, attempt)
             return self._send(fresh, lines, place, attempt)
         except OSError as error:
