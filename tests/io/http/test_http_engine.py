@@ -60,22 +60,20 @@ def test_shares_are_even() -> None:
 
 
 def test_the_foreground_goes_first() -> None:
-    with FaultServer(DATA) as server, engine(timeouts=PATIENT) as fetching:
+    """Of a hint that came earlier only what was under way comes before it."""
+    sizes = PieceSizes(least=10_000, most=20_000)
+    with FaultServer(DATA) as server, engine(timeouts=PATIENT, sizes=sizes) as fetching:
         hint, wanted = asked(fetching, server.url("/hint")), asked(fetching, server.url("/wanted"))
         gate = server.behave = Gate(server)
-        ended: list[str] = []
-        jobs = []
-        for name, answer, urgency in (("hint", hint, PREFETCH), ("wanted", wanted, 0)):
-            job = fetching.download(
-                answer, GROUPS, MemorySink(), lambda _: None, first=2, urgency=urgency
-            )
-            job.done.add_done_callback(lambda _, name=name: ended.append(name))  # type: ignore[misc]
-            jobs.append(job)
+        behind = fetching.download(hint, GROUPS, MemorySink(), lambda _: None, urgency=PREFETCH)
         until(lambda: len(gate.waiting) == 4)
+        before = fetching.download(wanted, GROUPS, MemorySink(), lambda _: None)
         gate.opened.set()
-        for job in jobs:
-            job.done.result(10)
-        assert ended == ["wanted", "hint"]
+        before.done.result(10)
+        behind.done.result(10)
+        pieces = gate.waiting.count("/wanted")
+        assert pieces >= 20
+        assert gate.waiting[: 4 + pieces] == [*["/hint"] * 4, *["/wanted"] * pieces]
 
 
 def test_a_long_piece_makes_way() -> None:
