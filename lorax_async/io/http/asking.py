@@ -35,6 +35,7 @@ class Ask(Job[Answer]):
         self._nbytes = nbytes
         self._ranged = ranged
         self._wall = wall
+        self.announced = desk.connections if ranged else 0
         self.pending.append(Piece(0, 0, nbytes))
 
     def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002

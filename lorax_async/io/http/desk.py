@@ -43,6 +43,8 @@ class Job(Generic[T]):
     ----------
     done
         Its outcome, or one typed error; set when its last thread has left it.
+    announced
+        How many connections will be wanted when it is done: threads for them start meanwhile.
     """
 
     def __init__(self, desk: Desk, urgency: int, deadline: float) -> None:
@@ -54,6 +56,7 @@ class Job(Generic[T]):
         self.running: dict[Attempt, Piece] = {}
         self.pending: list[Piece] = []
         self.limit = desk.connections
+        self.announced = 0
         self.not_before = 0.0
         self.came = 0
         self.over = False
@@ -168,6 +171,12 @@ class Desk:
         job.running[attempt] = piece
         return job, piece, attempt
 
+    def wanted(self) -> int:
+        """How many threads there should be. With the lock."""
+        now = self.clock()
+        wanted = sum(max(job.wanted(now), job.announced) for job in self.jobs if not job.over)
+        return min(self.connections, wanted)
+
     def overdrawn(self, job: Job[Any]) -> bool:
         """Whether the job has more threads than its share, and another less. With the lock."""
         if len(self.jobs) < 2:
@@ -198,7 +207,8 @@ class Desk:
                 return
             self.jobs.remove(job)
             job.pending.clear()
-            self.changed.notify_all()
+            if self.jobs:
+                self.changed.notify_all()
         if job.error is not None:
             job.done.set_exception(job.error)
         else:

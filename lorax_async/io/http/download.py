@@ -137,7 +137,8 @@ class Download(Job[None]):
             response.leave()
 
     def _bring(self, piece: Piece, response: Response, buffer: memoryview) -> None:
-        while count := self._claim(piece, len(buffer)):
+        count = self._claim(piece, len(buffer))
+        while count:
             got = response.fill(buffer[:count])
             if not got:
                 raise broken_off(str(response.place.url))
@@ -148,6 +149,7 @@ class Download(Job[None]):
                 piece.came += got
                 self.came += got
                 piece.rate = response.rate
+                count = self._claim(piece, len(buffer))
             self._tell()
 
     def _claim(self, piece: Piece, most: int) -> int:
@@ -217,7 +219,7 @@ class Download(Job[None]):
 
     def _tell(self) -> None:
         """Tell of groups in order; who comes while another thread tells leaves it to that one."""
-        while True:
+        while self._news:
             with self.desk.changed:
                 if self._telling or not self._news:
                     return

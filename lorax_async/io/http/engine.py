@@ -6,7 +6,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from threading import Thread, current_thread
+from threading import Event, Lock, Thread, current_thread
 from typing import Any, Self
 
 from lorax_async.core.arrivals import Arrivals
@@ -66,7 +66,8 @@ class RangeEngine:
         self._desk = Desk(self._settings.connections, self._settings.retries, clock, draw)
         self._threads: set[Thread] = set()
         self._watch: Thread | None = None
-        self._free = 0
+        self._hiring = Lock()
+        self._woken = Event()
         self._closed = False
 
     def ask(
@@ -174,6 +175,7 @@ class RangeEngine:
             self._closed = True
             jobs = list(self._desk.jobs)
             self._desk.changed.notify_all()
+        self._woken.set()
         for job in jobs:
             job.cancel(FetchError("the engine was closed"))
         while (thread := self._some_thread()) is not None:
@@ -193,7 +195,7 @@ class RangeEngine:
     # -- threads ----------------------------------------------------------------------------------
 
     def _some_thread(self) -> Thread | None:
-        with self._desk.changed:
+        with self._hiring, self._desk.changed:
             threads = self._threads | ({self._watch} if self._watch else set())
         return next((thread for thread in threads if thread is not current_thread()), None)
 
@@ -202,21 +204,29 @@ class RangeEngine:
             if self._closed:
                 raise FetchError("the engine is closed", retryable=False)
             self._desk.jobs.append(job)
-            self._hire()
             self._desk.changed.notify_all()
+        self._start_clock()
+        self._woken.set()
         self._desk.finish(job)
 
-    def _hire(self) -> None:
-        """Threads for all that may be begun now. With the lock."""
-        now = self._clock()
-        wanted = sum(job.wanted(now) for job in self._desk.jobs)
-        while len(self._threads) < min(wanted, self._settings.connections):
-            thread = Thread(target=self._work, name="lorax-http", daemon=True)
-            self._threads.add(thread)
-            thread.start()
-        if self._watch is None:
-            self._watch = Thread(target=self._keep_time, name="lorax-http-clock", daemon=True)
+    def _start_clock(self) -> None:
+        with self._hiring:
+            with self._desk.changed:
+                if self._watch is not None or self._closed:
+                    return
+                self._watch = Thread(target=self._keep_time, name="lorax-http-clock", daemon=True)
             self._watch.start()
+
+    def _hire(self) -> None:
+        """Threads for all that may be begun now, or soon. By the clock: starting takes time."""
+        while True:
+            with self._hiring:
+                with self._desk.changed:
+                    if self._closed or len(self._threads) >= self._desk.wanted():
+                        return
+                    thread = Thread(target=self._work, name="lorax-http", daemon=True)
+                    self._threads.add(thread)
+                thread.start()
 
     def _work(self) -> None:
         buffer = memoryview(bytearray(BUFFER_BYTES))
@@ -251,26 +261,28 @@ class RangeEngine:
             failure.__cause__ = error
         with self._desk.changed:
             job.left(attempt, failure)
-            self._desk.changed.notify_all()
+            if job.pending:  # somebody else may go on with it; this thread looks itself
+                self._desk.changed.notify()
         self._desk.finish(job)
 
     def _keep_time(self) -> None:
         while (pause := self._tick()) is not None:
-            time.sleep(pause)
+            self._woken.wait(pause)
+            self._woken.clear()
 
     def _tick(self) -> float | None:
         """End what is late, close what is idle, wake who waits; None when there is nothing left."""
+        self._hire()
         with self._desk.changed:
             late = self._desk.expire()
         for job in late:
             self._desk.finish(job)
-        soon = self._pool.expire()
+        kept = self._pool.expire()
         with self._desk.changed:
             if self._desk.jobs and not self._closed:
-                self._hire()
                 self._desk.changed.notify_all()
                 return _TICK
-            if soon is None or self._closed:
+            if self._closed or not kept:
                 self._watch = None
                 return None
             return _TICK * 4

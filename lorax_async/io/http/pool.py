@@ -77,16 +77,16 @@ class Pool:
         if oldest is not None:
             oldest.wire.close()
 
-    def expire(self) -> float | None:
-        """Close what was idle for too long; when the next one will be, or None."""
+    def expire(self) -> bool:
+        """Close what was idle for too long; whether there is more that is idle."""
         limit = self._clock() - self._settings.timeouts.idle
         with self._lock:
             old = [each for each in self._idle if each.idle_since <= limit]
             self._idle = [each for each in self._idle if each.idle_since > limit]
-            oldest = self._idle[0].idle_since if self._idle else None
+            kept = bool(self._idle)
         for connection in old:
             connection.wire.close()
-        return None if oldest is None else oldest + self._settings.timeouts.idle
+        return kept
 
     def close(self) -> None:
         """Close what is idle."""
