@@ -100,10 +100,18 @@ class Lookups:
             if lookup is None:
                 if len(self._running) >= _LOOKUPS:
                     raise SetbackError(FetchError("the name service answers nothing any more"))
-                lookup = self._running[host, port] = _Lookup()
-                work = (host, port, lookup)
-                Thread(target=self._run, args=work, name="lorax-lookup", daemon=True).start()
+                lookup = self._start(host, port)
+                self._running[host, port] = lookup
             return lookup
+
+    def _start(self, host: str, port: int) -> _Lookup:
+        lookup = _Lookup()
+        work = (host, port, lookup)
+        try:
+            Thread(target=self._run, args=work, name="lorax-lookup", daemon=True).start()
+        except RuntimeError as error:
+            raise SetbackError(FetchError("the process may have no more threads")) from error
+        return lookup
 
     def _run(self, host: str, port: int, lookup: _Lookup) -> None:
         try:

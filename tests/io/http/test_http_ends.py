@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 
@@ -129,3 +130,24 @@ def test_a_callback_that_fails() -> None:
         job = fetching.download(answer, GROUPS, MemorySink(), fail)
         with pytest.raises(InternalError, match="ZeroDivisionError"):
             job.done.result(10)
+
+
+@pytest.mark.parametrize("name", ["lorax-http-clock", "lorax-http"])
+def test_no_more_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said plainly or late, but never waited for without end; afterwards all is as before."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with FaultServer(DATA) as server, engine() as fetching:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            job = fetching.ask(target(server.url()), 9, timeout=0.2)
+            error = job.done.exception(5)
+            assert isinstance(error, FetchError)
+            late = isinstance(error, FetchTimeoutError)
+            assert late is (name == "lorax-http")
+        check(*fetched(fetching, asked(fetching, server.url())))
