@@ -17,6 +17,7 @@ from lorax_async.io.http.failures import SetbackError
 
 T = TypeVar("T")
 
+_SHARES_SECONDS = 0.01
 _PROGRESS = 1 << 20
 """After so many bytes a piece counts its failures anew."""
 
@@ -147,6 +148,8 @@ class Desk:
         self.clock = clock
         self.draw = draw
         self.jobs: list[Job[Any]] = []
+        self._counted = 0.0
+        self._parts: dict[Job[Any], int] = {}
 
     def next(self) -> tuple[Job[Any], Piece, Attempt] | None:
         """What a free thread should do. With the lock."""
@@ -178,12 +181,17 @@ class Desk:
         return min(self.connections, wanted)
 
     def overdrawn(self, job: Job[Any]) -> bool:
-        """Whether the job has more threads than its share, and another less. With the lock."""
+        """Whether the job has more threads than its share, and another less. With the lock.
+
+        Asked between chunks, so that shares are counted every 10 ms only.
+        """
         if len(self.jobs) < 2:
             return False
-        parts = self._shares(self.clock())
-        return len(job.running) > parts.get(job, 0) and any(
-            len(other.running) < part for other, part in parts.items()
+        now = self.clock()
+        if now >= self._counted + _SHARES_SECONDS:
+            self._counted, self._parts = now, self._shares(now)
+        return len(job.running) > self._parts.get(job, len(job.running)) and any(
+            len(other.running) < part for other, part in self._parts.items() if not other.over
         )
 
     def fail(self, job: Job[Any], error: LoraxError) -> None:
@@ -206,6 +214,7 @@ class Desk:
             if not job.over or job.running or job not in self.jobs:
                 return
             self.jobs.remove(job)
+            self._parts.pop(job, None)
             job.pending.clear()
             if self.jobs:
                 self.changed.notify_all()
