@@ -56,7 +56,7 @@ class Job(Generic[T]):
         self.done.set_running_or_notify_cancel()
         self.running: dict[Attempt, Piece] = {}
         self.pending: list[Piece] = []
-        self.limit = desk.connections
+        self.limit = float(desk.connections)
         self.announced = 0
         self.not_before = 0.0
         self.came = 0
@@ -77,7 +77,9 @@ class Job(Generic[T]):
         used = len(self.running)
         if now < self.not_before:
             return used
-        return max(used, min(self.limit, used + sum(p.not_before <= now for p in self.pending)))
+        return max(
+            used, min(int(self.limit), used + sum(p.not_before <= now for p in self.pending))
+        )
 
     def take(self, now: float) -> Piece | None:
         """The first piece that may be begun."""
@@ -128,7 +130,7 @@ class Job(Generic[T]):
         piece.not_before = now + wait
         if setback.crowded:
             self.not_before = max(self.not_before, piece.not_before)
-            self.limit = max(1, min(self.limit, len(self.running)))
+            self.limit = max(1.0, min(self.limit, len(self.running)))
         self.put_back(piece)
 
 

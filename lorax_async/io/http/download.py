@@ -86,7 +86,11 @@ class Download(Job[None]):
         return self._stream if free else None
 
     def split(self, now: float) -> Piece | None:
-        if self._stream is not None or now < self.not_before or len(self.running) >= self.limit:
+        if (
+            self._stream is not None
+            or now < self.not_before
+            or len(self.running) >= int(self.limit)
+        ):
             return None
         link = self._links.of(self._place.url.origin)
         for piece in sorted(self.running.values(), key=lambda each: each.claimed - each.stop):
@@ -103,8 +107,8 @@ class Download(Job[None]):
     def settle(self, piece: Piece) -> None:
         if piece is not self._stream and piece.at < piece.stop:
             self.put_back(piece)
-        else:  # room for one more, if the source had too much to do before
-            self.limit = min(self.limit + 1, self.desk.connections)
+        else:  # if the source had too much to do: one more after each round that went well
+            self.limit = min(self.limit + 1 / self.limit, float(self.desk.connections))
         self.over = not self.pending and not self.running
 
     def put_back(self, piece: Piece) -> None:

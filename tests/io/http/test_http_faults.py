@@ -266,6 +266,7 @@ def test_hostile_heads_are_refused(name: str) -> None:
         with pytest.raises(FetchError) as caught:
             asked(fetching, server.url())
         assert took(begun) < 3
+        assert type(caught.value) is FetchError, "refused, and not waited for"
         assert "y" * 20 not in str(caught.value)
 
 
