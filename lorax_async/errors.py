@@ -25,7 +25,8 @@ class LoraxError(Exception):
     """Base of all errors of this package.
 
     `problem` says what is wrong and what to do; `id`, `key`, `attempt`, `stage` say where;
-    `retryable` whether the same call may succeed later; `story` what had happened to the adapter.
+    `retryable` whether the same call may succeed later, and `retry_after` after how many seconds,
+    if the source said so; `story` what had happened to the adapter.
     """
 
     retryable_by_default: ClassVar[bool] = False
@@ -40,6 +41,7 @@ class LoraxError(Exception):
         attempt: int = 0,
         stage: Stage | None = None,
         retryable: bool | None = None,
+        retry_after: float | None = None,
         story: Sequence[object] = (),
     ) -> None:
         self.problem = shorten(problem)
@@ -50,6 +52,7 @@ class LoraxError(Exception):
         self._said_stage = stage
         self.stage: Stage | None = stage or self.default_stage
         self.retryable = self.retryable_by_default if retryable is None else retryable
+        self.retry_after = retry_after
         self.story = tuple(story)
 
     def __str__(self) -> str:
@@ -106,6 +109,7 @@ class LoraxError(Exception):
             attempt=attempt,
             stage=stage,
             retryable=self.retryable,
+            retry_after=self.retry_after,
             story=story,
         )
 

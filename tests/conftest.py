@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 from collections.abc import Iterator
 
 import pytest
 
-from common import LOOPS, Run, mapped_files, open_files, our_threads
+from common import LOOPS, Run, mapped_files, open_files, open_sockets, our_threads
+
+_not_run: dict[str, int] = {}
+"""How many tests were left out for want of each program."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that need a program which this machine has not; they are told of at the end."""
+    left_out = []
+    for item in items:
+        for program in (mark.args[0] for mark in item.iter_markers("needs")):
+            if shutil.which(program) is None and item not in left_out:
+                left_out.append(item)
+                _not_run[program] = _not_run.get(program, 0) + 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _not_run:
+        terminalreporter.section("not run")
+    for program, count in sorted(_not_run.items()):
+        terminalreporter.write_line(f"{count} tests against {program}, which is not installed")
 
 
 @pytest.fixture(params=LOOPS)
@@ -31,3 +54,11 @@ def nothing_left() -> Iterator[None]:
     assert open_files() <= files
     assert not our_threads()
     assert not mapped_files()
+
+
+@pytest.fixture
+def no_socket_left() -> Iterator[None]:
+    """Fails the test if it leaves a socket open."""
+    before = open_sockets()
+    yield
+    assert open_sockets() <= before

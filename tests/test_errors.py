@@ -98,12 +98,12 @@ def test_a_text_says_where_and_what() -> None:
 @each
 def test_a_located_copy_knows_all(kind: type[LoraxError]) -> None:
     """And the original knows nothing of it; what is not said stays as it was."""
-    original = kind("it broke", retryable=True)
+    original = kind("it broke", retryable=True, retry_after=2.5)
     original.__cause__ = cause = OSError("below")
     located = original.located(id="a", key=KEY, attempt=3, stage="ready", story=("s",))
     assert type(located) is kind
     assert (located.id, located.key, located.attempt, located.story) == ("a", KEY, 3, ("s",))
-    assert (located.problem, located.retryable) == ("it broke", True)
+    assert (located.problem, located.retryable, located.retry_after) == ("it broke", True, 2.5)
     assert located.stage == "ready"
     assert located.__cause__ is cause
     assert (original.id, original.key, original.attempt, original.story) == (None, None, 0, ())

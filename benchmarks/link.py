@@ -1,0 +1,240 @@
+"""A throttled link: files over HTTP from one process, each connection at its own rate.
+
+Each TCP connection has one token bucket, which goes on from request to request, so that many small
+ranges are as slow as one large. Before each response a fixed delay passes.
+
+    python benchmarks/link.py --rate 20e6 --delay 0.01 name=path …     # prints its port as JSON
+
+`GET /-/counts` tells requests, body bytes and connections so far, without delay or throttle, and
+is not counted itself; `?reset` begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import mmap
+import re
+import select
+import socket
+import subprocess
+import sys
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Self
+from urllib.request import ProxyHandler, build_opener
+
+BURST = 64 << 10
+_QUANTUM = BURST // 2
+_RANGE = re.compile(rb"\r\nrange: *bytes=(\d+)-(\d*)\r\n", re.IGNORECASE)
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """One connection: what it has sent, what it is being sent, and its bucket."""
+
+    socket: socket.socket
+    asked: bytes = b""
+    head: bytes = b""
+    body: memoryview = field(default_factory=lambda: memoryview(b""))
+    tokens: float = BURST
+    filled: float = field(default_factory=monotonic)
+    busy: bool = False
+    free: bool = False
+    blocked: bool = False
+
+
+class LinkServer:
+    """Serves until it is killed."""
+
+    def __init__(self, files: Mapping[str, Path], rate: float, delay: float) -> None:
+        self._files = {f"/{name}": _content(path) for name, path in files.items()}
+        self._etags = {name: f'"{zlib.crc32(data):08x}"' for name, data in self._files.items()}
+        self._rate = rate
+        self._delay = delay
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self._listener.setblocking(False)
+        self._clients: dict[int, Client] = {}
+        self._timers: list[tuple[float, int, Client]] = []
+        self._number = 0
+        self.counts = {"requests": 0, "bytes": 0, "connections": 0}
+        self.port: int = self._listener.getsockname()[1]
+
+    def serve(self) -> None:
+        # `select` wakes by the microsecond, the others by the millisecond.
+        while True:
+            wait = max(0.0, self._timers[0][0] - monotonic()) if self._timers else None
+            full = [fd for fd, client in self._clients.items() if client.blocked]
+            sources = [self._listener.fileno(), *self._clients]
+            readable, writable, _ = select.select(sources, full, [], wait)
+            for source in readable:
+                if source == self._listener.fileno():
+                    self._accept()
+                elif source in self._clients:
+                    self._read(self._clients[source])
+            for fd in writable:
+                if fd in self._clients:
+                    self._clients[fd].blocked = False
+                    self._pump(self._clients[fd])
+            while self._timers and self._timers[0][0] <= monotonic():
+                _, _, client = heapq.heappop(self._timers)
+                self._pump(client)
+
+    def _accept(self) -> None:
+        connected, _ = self._listener.accept()
+        connected.setblocking(False)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._clients[connected.fileno()] = Client(connected)
+        self.counts["connections"] += 1
+
+    def _read(self, client: Client) -> None:
+        try:
+            data = client.socket.recv(65_536)
+        except ConnectionError:
+            data = b""
+        if not data:
+            self._close(client)
+            return
+        client.asked += data
+        self._next(client)
+
+    def _next(self, client: Client) -> None:
+        if client.busy or b"\r\n\r\n" not in client.asked:
+            return
+        head, _, client.asked = client.asked.partition(b"\r\n\r\n")
+        client.busy = True
+        self._respond(client, head + b"\r\n")
+        self._later(client, 0.0 if client.free else self._delay)
+
+    def _respond(self, client: Client, head: bytes) -> None:
+        target = head.split(b" ", 2)[1].decode("latin-1")
+        client.free = target.startswith("/-/counts")
+        if client.free:
+            body = json.dumps(self.counts).encode()
+            if target.endswith("?reset"):
+                self.counts = dict.fromkeys(self.counts, 0)
+            client.head, client.body = _head("200 OK", len(body)), memoryview(body)
+            return
+        self.counts["requests"] += 1
+        data = self._files.get(target)
+        if data is None:
+            client.head, client.body = _head("404 Not Found", 0), memoryview(b"")
+            return
+        tag = f"ETag: {self._etags[target]}\r\nAccept-Ranges: bytes\r\n"
+        found = _RANGE.search(head)
+        if found is None:
+            client.head, client.body = _head("200 OK", len(data), tag), data
+            return
+        start, stop = int(found[1]), min(int(found[2] or len(data)) + 1, len(data))
+        if start >= stop:
+            tag += f"Content-Range: bytes */{len(data)}\r\n"
+            client.head = _head("416 Range Not Satisfiable", 0, tag)
+            client.body = memoryview(b"")
+            return
+        tag += f"Content-Range: bytes {start}-{stop - 1}/{len(data)}\r\n"
+        client.head = _head("206 Partial Content", stop - start, tag)
+        client.body = data[start:stop]
+
+    def _later(self, client: Client, seconds: float) -> None:
+        self._number += 1
+        heapq.heappush(self._timers, (monotonic() + seconds, self._number, client))
+
+    def _pump(self, client: Client) -> None:
+        """Send what the bucket holds."""
+        if client.blocked or client.socket.fileno() < 0:
+            return
+        try:
+            if client.head:
+                client.socket.sendall(client.head)
+                client.head = b""
+            self._pour(client)
+        except BlockingIOError:
+            client.blocked = True
+        except ConnectionError:
+            self._close(client)
+
+    def _pour(self, client: Client) -> None:
+        while client.body:
+            most = len(client.body)
+            if self._rate and not client.free:
+                self._fill(client)
+                enough = min(most, _QUANTUM)
+                if client.tokens < enough:
+                    self._later(client, (enough - client.tokens) / self._rate)
+                    return
+                most = min(most, int(client.tokens))
+            sent = client.socket.send(client.body[: min(most, 1 << 20)])
+            client.tokens -= sent
+            client.body = client.body[sent:]
+            self.counts["bytes"] += 0 if client.free else sent
+        client.busy = False
+        self._next(client)
+
+    def _fill(self, client: Client) -> None:
+        now = monotonic()
+        client.tokens = min(float(BURST), client.tokens + (now - client.filled) * self._rate)
+        client.filled = now
+
+    def _close(self, client: Client) -> None:
+        self._clients.pop(client.socket.fileno(), None)
+        client.socket.close()
+
+
+def _content(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+
+
+def _head(status: str, length: int, more: str = "") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {length}\r\n{more}\r\n".encode()
+
+
+class Link:
+    """The server, started in a process of its own; `rate` 0 is no throttle. Closes with `with`."""
+
+    def __init__(self, files: Mapping[str, Path], *, rate: float, delay: float) -> None:
+        named = [f"{name}={path}" for name, path in files.items()]
+        command = [sys.executable, __file__, "--rate", str(rate), "--delay", str(delay), *named]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        self.port: int = json.loads(self._process.stdout.readline())["port"]
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{name}"
+
+    def counts(self, *, reset: bool = False) -> dict[str, int]:
+        """Requests, body bytes and connections since the start or the last reset."""
+        opener = build_opener(ProxyHandler({}))
+        query = "?reset" if reset else ""
+        with opener.open(f"http://127.0.0.1:{self.port}/-/counts{query}", timeout=10) as answer:
+            counts: dict[str, int] = json.load(answer)
+        return counts
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("link", description=__doc__)
+    parser.add_argument("--rate", type=float, default=20e6, help="bytes/s per connection; 0: none")
+    parser.add_argument("--delay", type=float, default=0.01, help="seconds before each response")
+    parser.add_argument("files", nargs="+", help="name=path")
+    given = parser.parse_args()
+    files = {name: Path(path) for name, _, path in (each.partition("=") for each in given.files)}
+    server = LinkServer(files, given.rate, given.delay)
+    print(json.dumps({"port": server.port}), flush=True)
+    server.serve()
+
+
+if __name__ == "__main__":
+    main()

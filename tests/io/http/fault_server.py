@@ -1,0 +1,189 @@
+"""A server on loopback that does as told, right or wrong: plain sockets, one thread each."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Self
+
+ETAG = '"v1"'
+
+
+class Hangup(Exception):
+    """Ends the connection from within a behaviour."""
+
+
+@dataclass
+class Asked:
+    """A request as it came: fields by name in lower case."""
+
+    line: str
+    fields: dict[str, str]
+    raw: str
+
+    @property
+    def target(self) -> str:
+        return self.line.split(" ")[1]
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        text = self.fields.get("range")
+        if text is None:
+            return None
+        first, last = text.removeprefix("bytes=").split("-")
+        return int(first), int(last) + 1
+
+
+@dataclass
+class Client:
+    """The server's end of one connection."""
+
+    socket: socket.socket
+    ending: threading.Event
+    number: int
+    requests: int = 0
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def head(self, status: str, *fields: str) -> None:
+        self.send("\r\n".join([f"HTTP/1.1 {status}", *fields, "", ""]).encode("latin-1"))
+
+    def drip(self, data: bytes, seconds: float = 0.01) -> None:
+        for n in range(len(data)):
+            self.send(data[n : n + 1])
+            if self.ending.wait(seconds):
+                raise Hangup
+
+    def stall(self) -> None:
+        self.ending.wait(30)
+        raise Hangup
+
+    def reset(self) -> None:
+        """Close with RST in place of FIN."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raise Hangup
+
+
+Behaviour = Callable[[Asked, Client], None]
+
+
+@dataclass
+class FaultServer:
+    """Serves `data` at every target; `behave` is asked for each request and may do otherwise."""
+
+    data: bytes
+    behave: Behaviour | None = None
+    etag: str | None = ETAG
+    asked: list[Asked] = field(default_factory=list)
+    clients: list[Client] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._ending = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for client in list(self.clients):
+            with suppress(OSError):  # it is closed already
+                client.socket.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        self._listener.close()
+
+    def url(self, path: str = "/weights") -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    @property
+    def spans(self) -> list[tuple[int, int] | None]:
+        return [asked.span for asked in self.asked]
+
+    def connected(self) -> int:
+        """Connections that are open at both ends."""
+        return sum(client.socket.fileno() >= 0 for client in self.clients)
+
+    def right(self, asked: Asked, client: Client) -> None:
+        """What a good server answers."""
+        tag = [f"ETag: {self.etag}"] if self.etag else []
+        span = asked.span
+        if span is None:
+            client.head("200 OK", f"Content-Length: {len(self.data)}", *tag)
+            client.send(self.data)
+            return
+        start, stop = span[0], min(span[1], len(self.data))
+        client.head(
+            "206 Partial Content",
+            f"Content-Length: {stop - start}",
+            f"Content-Range: bytes {start}-{stop - 1}/{len(self.data)}",
+            *tag,
+        )
+        client.send(self.data[start:stop])
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connected, _ = self._listener.accept()
+            except OSError:
+                return
+            client = Client(connected, self._ending, len(self.clients))
+            self.clients.append(client)
+            thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, client: Client) -> None:
+        try:
+            while (asked := self._read(client)) is not None:
+                client.requests += 1
+                self.asked.append(asked)
+                (self.behave or self.right)(asked, client)
+        except (Hangup, OSError):
+            pass
+        finally:
+            client.socket.close()
+
+    def _read(self, client: Client) -> Asked | None:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            part = client.socket.recv(65_536)
+            if not part:
+                return None
+            data += part
+        raw = data.decode("latin-1")
+        line, *lines = raw.strip().split("\r\n")
+        fields = {name.lower(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
+        return Asked(line, fields, raw)
+
+    def stalled(self, asked: Asked, client: Client) -> None:
+        """Right, but for all requests after the first only 100 bytes come."""
+        assert asked.span is not None
+        start, stop = asked.span
+        client.head(
+            "206 Partial Content",
+            f"Content-Length: {stop - start}",
+            f"Content-Range: bytes {start}-{stop - 1}/{len(self.data)}",
+            f"ETag: {ETAG}",
+        )
+        if start == 0:
+            client.send(self.data[:stop])
+            return
+        client.send(self.data[start : start + 100])
+        client.stall()
+
+
+def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    late = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < late, "it never happened"
+        time.sleep(0.002)

@@ -1,0 +1,155 @@
+"""An engine that may go to loopback only, in short patience."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from lorax_async.core.ranges import PieceSizes, Span
+from lorax_async.core.retries import Retries
+from lorax_async.io.http.engine import RangeEngine
+from lorax_async.io.http.network import Endpoint, Network, RealNetwork
+from lorax_async.io.http.settings import Address, HttpSettings, Rules, Timeouts
+from lorax_async.io.http.target import Answer, Target
+from lorax_async.io.http.urls import Url, parse_url
+
+DATA = random.Random(5).randbytes(400_000)
+GROUPS: list[list[Span]] = [
+    [],
+    [(5_000, 105_000)],
+    [(205_000, 305_000)],
+    [(105_000, 205_000), (305_000, 330_000)],
+    [(330_000, 400_000)],
+]
+"""Layers 0 to 2, of which 1 lies after 2, and something after the layers; before them a header."""
+
+PATIENCE = Timeouts(connect=0.6, read=0.4, slowest=5_000, over=0.3, idle=5.0)
+PATIENT = Timeouts(read=20, slowest=1)
+RETRIES = Retries(attempts=3, base=0.01, most=0.02, obeyed=2.0)
+
+
+class Anywhere:
+    """Rules for loopback servers of the tests."""
+
+    def allows(self, url: Url, hop: int) -> bool:
+        return True
+
+    def allows_address(self, url: Url, address: Address) -> bool:
+        return address.is_loopback
+
+
+class LoopbackOnly(RealNetwork):
+    """The machine's network, which ends the test if it should lead anywhere else."""
+
+    def connect(
+        self, endpoint: Endpoint, timeout: float, opened: Callable[[socket.socket], None]
+    ) -> socket.socket:
+        assert ip_address(endpoint.address).is_loopback, endpoint
+        return super().connect(endpoint, timeout, opened)
+
+
+@dataclass
+class PretendNetwork(LoopbackOnly):
+    """Names lead to addresses, and addresses to loopback ports; peers tell the address."""
+
+    names: dict[str, list[str]] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)
+    peers: dict[str, str] = field(default_factory=dict)
+    connected: list[str] = field(default_factory=list)
+    resolved: list[str] = field(default_factory=list)
+
+    def resolve(self, host: str, port: int) -> list[Endpoint]:
+        self.resolved.append(host)
+        if host not in self.names:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return [Endpoint(socket.AF_INET, address, port) for address in self.names[host]]
+
+    def connect(
+        self, endpoint: Endpoint, timeout: float, opened: Callable[[socket.socket], None]
+    ) -> socket.socket:
+        self.connected.append(endpoint.address)
+        self._last = endpoint.address
+        port = self.ports[endpoint.address]
+        return super().connect(Endpoint(socket.AF_INET, "127.0.0.1", port), timeout, opened)
+
+    def peer(self, connected: socket.socket) -> str:
+        return self.peers.get(self._last, self._last)
+
+
+class MemorySink:
+    """Keeps what is written, and how often each byte was."""
+
+    def __init__(self, nbytes: int = len(DATA)) -> None:
+        self.data = bytearray(nbytes)
+        self.times = bytearray(nbytes)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.data[offset : offset + len(data)] = data
+        for n in range(offset, offset + len(data)):
+            self.times[n] += 1
+
+
+def engine(
+    connections: int = 4,
+    *,
+    timeouts: Timeouts = PATIENCE,
+    retries: Retries = RETRIES,
+    sizes: PieceSizes | None = None,
+    network: Network | None = None,
+    proxies: dict[str, str] | None = None,
+    ca_bundle: str | None = None,
+) -> RangeEngine:
+    settings = HttpSettings(
+        connections=connections,
+        timeouts=timeouts,
+        retries=retries,
+        sizes=sizes or PieceSizes(least=10_000, most=1 << 20),
+        proxies=proxies or {},
+        ca_bundle=ca_bundle,
+    )
+    return RangeEngine(settings, network=network or LoopbackOnly())
+
+
+def target(url: str, headers: dict[str, str] | None = None, rules: Rules | None = None) -> Target:
+    return Target(parse_url(url), "weights", headers or {}, rules or Anywhere())
+
+
+def asked(engine: RangeEngine, url: str, nbytes: int = 5_000) -> Answer:
+    return engine.ask(target(url), nbytes, timeout=20).done.result(25)
+
+
+def fetched(
+    engine: RangeEngine,
+    answer: Answer,
+    *,
+    groups: Sequence[Sequence[Span]] = GROUPS,
+    have: Sequence[Span] = (),
+    first: int = 2,
+    timeout: float = 20,
+) -> tuple[MemorySink, list[int]]:
+    """Download to the end; raises what the download raises."""
+    sink, order = MemorySink(), list[int]()
+    job = engine.download(
+        answer, groups, sink, order.append, first=first, have=have, timeout=timeout
+    )
+    job.done.result(timeout + 5)
+    return sink, order
+
+
+def check(sink: MemorySink, order: list[int], groups: Sequence[Sequence[Span]] = GROUPS) -> None:
+    """All bytes of the groups are right and came once, nothing else came, groups in order."""
+    wanted = bytearray(len(DATA))
+    for group in groups:
+        for start, stop in group:
+            assert sink.data[start:stop] == DATA[start:stop]
+            wanted[start:stop] = b"\1" * (stop - start)
+    assert sink.times == wanted
+    assert order == list(range(len(groups)))
+
+
+def took(begun: float) -> float:
+    return time.monotonic() - begun

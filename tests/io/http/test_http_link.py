@@ -1,0 +1,103 @@
+"""The throttled link of the benchmarks is one, and the engine on it brings layer 0 early."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from fetching import Anywhere
+
+from link import BURST, Link
+from lorax_async.io.http.engine import RangeEngine
+from lorax_async.io.http.file_sink import FileSink
+from lorax_async.io.http.settings import HttpSettings
+from lorax_async.io.http.target import Target
+from lorax_async.io.http.urls import parse_url
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+LAYERS = 16
+LAYER = 125_000
+HEADER = 20_000
+DATA = random.Random(3).randbytes(HEADER + LAYERS * LAYER)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights"
+    path.write_bytes(DATA)
+    return path
+
+
+def ask(connected: socket.socket, start: int, stop: int) -> bytes:
+    connected.sendall(f"GET /w HTTP/1.1\r\nRange: bytes={start}-{stop - 1}\r\n\r\n".encode())
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connected.recv(65_536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert f"Content-Range: bytes {start}-{stop - 1}/{len(DATA)}".encode() in head
+    while len(body) < stop - start:
+        body += connected.recv(65_536)
+    return body
+
+
+@pytest.mark.parametrize("pieces", [1, 20])
+def test_a_bucket_goes_on_from_request_to_request(file: Path, pieces: int) -> None:
+    """400 KB at 1 MB/s, in one range or in 20: never faster than the bucket lets them."""
+    with Link({"w": file}, rate=1e6, delay=0.002) as link:
+        with socket.create_connection(("127.0.0.1", link.port)) as connected:
+            begun = time.monotonic()
+            step = 400_000 // pieces
+            body = b"".join(ask(connected, n * step, (n + 1) * step) for n in range(pieces))
+            took = time.monotonic() - begun
+        assert body == DATA[:400_000]
+        assert took >= (400_000 - BURST) / 1e6
+        assert took >= pieces * 0.002
+        assert link.counts(reset=True) == {"requests": pieces, "bytes": 400_000, "connections": 2}
+        assert link.counts()["requests"] == 0
+
+
+def test_what_the_link_has_not(file: Path) -> None:
+    with (
+        Link({"w": file}, rate=0, delay=0) as link,
+        socket.create_connection(("127.0.0.1", link.port)) as connected,
+    ):
+        connected.sendall(b"GET /x HTTP/1.1\r\n\r\n")
+        assert connected.recv(99).startswith(b"HTTP/1.1 404")
+        connected.sendall(b"GET /w HTTP/1.1\r\nRange: bytes=99999999-\r\n\r\n")
+        assert connected.recv(999).startswith(b"HTTP/1.1 416")
+
+
+def test_layer_0_comes_before_15_percent_of_a_throttled_load(file: Path, tmp_path: Path) -> None:
+    """2 MB on 4 connections of 250 KB/s."""
+    spans = [(HEADER + n * LAYER, HEADER + (n + 1) * LAYER) for n in range(LAYERS)]
+    names = sorted(range(LAYERS), key=str)
+    groups = [[], *([spans[names.index(layer)]] for layer in range(LAYERS)), []]
+    fd = os.open(tmp_path / "copy", os.O_RDWR | os.O_CREAT)
+    told: list[tuple[int, float]] = []
+    with Link({"w": file}, rate=2.5e5, delay=0.005) as link:
+        with RangeEngine(HttpSettings(connections=4, proxies={})) as engine:
+            place = Target(parse_url(link.url("w")), "w", rules=Anywhere())
+            answer = engine.ask(place, HEADER).done.result(10)
+            os.pwrite(fd, answer.start, 0)
+            header = time.monotonic()
+            job = engine.download(
+                answer,
+                groups,
+                FileSink(fd),
+                lambda group: told.append((group, time.monotonic())),
+                first=2,
+            )
+            job.done.result(20)
+            ended = time.monotonic()
+        counts = link.counts()
+    assert os.pread(fd, len(DATA), 0) == DATA
+    os.close(fd)
+    assert [group for group, _ in told] == list(range(LAYERS + 2))
+    assert (told[1][1] - header) / (ended - header) < 0.15
+    assert counts["bytes"] == len(DATA), "and every byte was sent once"
+    assert counts["requests"] <= 1 + 4 * 6

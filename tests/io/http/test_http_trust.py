@@ -1,0 +1,223 @@
+"""Proxies and TLS, as users have them set up."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fault_server import Asked, Client, FaultServer, Hangup, until
+from fetching import DATA, PretendNetwork, asked, check, engine, fetched, target, took
+
+from lorax_async.errors import AccessDeniedError, ConfigError, FetchError
+from lorax_async.io.http.settings import Timeouts
+from lorax_async.io.http.trust import Proxies, tls_context
+from lorax_async.io.http.urls import Origin
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+PUBLIC = "93.184.216.34"
+
+
+def forward(server: FaultServer) -> Callable[[Asked, Client], None]:
+    """A proxy that knows one place, and tunnels bytes to it."""
+
+    def behave(asked: Asked, client: Client) -> None:
+        if not asked.line.startswith("CONNECT"):
+            server.right(asked, client)
+            return
+        with socket.create_connection(("127.0.0.1", server.port)) as onward:
+            client.head("200 Connected")
+            back = threading.Thread(target=pour, args=(onward, client.socket))
+            back.start()
+            pour(client.socket, onward)
+            back.join()
+        raise Hangup
+
+    return behave
+
+
+def pour(source: socket.socket, drain: socket.socket) -> None:
+    try:
+        while data := source.recv(65_536):
+            drain.sendall(data)
+        drain.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # the other direction sees it too
+
+
+def test_plain_requests_through_a_proxy() -> None:
+    with FaultServer(DATA) as server, FaultServer(DATA, forward(server)) as proxy:
+        given = {"http": f"http://user:sword%20fish@127.0.0.1:{proxy.port}"}
+        with engine(proxies=given) as fetching:
+            check(*fetched(fetching, asked(fetching, "http://files.example/weights")))
+        first = proxy.asked[0]
+        assert first.target == "http://files.example/weights"
+        assert first.fields["proxy-authorization"] == "Basic dXNlcjpzd29yZCBmaXNo"
+        assert first.fields["host"] == "files.example"
+        assert not server.clients
+
+
+def test_numbers_behind_a_proxy_are_looked_at() -> None:
+    with FaultServer(DATA) as proxy:
+        with (
+            engine(proxies={"http": f"http://127.0.0.1:{proxy.port}"}) as fetching,
+            pytest.raises(AccessDeniedError, match="not public"),
+        ):
+            asked(fetching, "http://169.254.169.254/latest")
+        assert not proxy.asked
+
+
+def test_which_hosts_need_no_proxy() -> None:
+    proxies = Proxies({"http": "p:3128", "no": "localhost, .example, 10.0.0.1:8080,*.corp"})
+    direct = [
+        ("localhost", 80),
+        ("a.example", 80),
+        ("example", 80),
+        ("10.0.0.1", 8080),
+        ("x.corp", 1),
+    ]
+    for host, port in direct:
+        assert proxies.to(Origin("http", host, port)) is None
+    for host, port in [("notexample", 80), ("10.0.0.1", 80), ("h", 80)]:
+        found = proxies.to(Origin("http", host, port))
+        assert found is not None
+        assert found.origin == Origin("http", "p", 3128)
+    assert proxies.to(Origin("https", "h", 443)) is None
+    assert Proxies({"http": "p:1", "no": "*"}).to(Origin("http", "h", 80)) is None
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://u:swordfish@p:3128")
+    monkeypatch.setenv("no_proxy", "h.example")
+    proxies = Proxies(None)
+    found = proxies.to(Origin("https", "other", 443))
+    assert found is not None
+    assert "swordfish" not in repr(found)
+    assert proxies.to(Origin("https", "h.example", 443)) is None
+
+
+@pytest.mark.parametrize("text", ["socks5://p:1080", "https://p:1", "http://u:swordfish@", "p:x"])
+def test_proxies_that_are_not_known(text: str) -> None:
+    with pytest.raises(ConfigError, match="a proxy must be") as caught:
+        Proxies({"http": text})
+    assert "swordfish" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Key and certificate of files.example, in one file."""
+    both = tmp_path_factory.mktemp("tls") / "both.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-keyout", str(both), "-out", str(both.with_suffix(".crt"))),
+            *("-subj", "/CN=files.example", "-addext", "subjectAltName=DNS:files.example"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    both.write_bytes(both.read_bytes() + both.with_suffix(".crt").read_bytes())
+    return both
+
+
+class TlsServer(FaultServer):
+    """The same over TLS; a handshake that fails ends the connection."""
+
+    context: ssl.SSLContext
+
+    def _serve(self, client: Client) -> None:
+        try:
+            client.socket = self.context.wrap_socket(client.socket, server_side=True)
+        except OSError:
+            client.socket.close()
+            return
+        super()._serve(client)
+
+
+def tls_server(certificate: Path) -> TlsServer:
+    server = TlsServer(DATA)
+    server.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.context.load_cert_chain(certificate)
+    return server
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_over_tls(certificate: Path, proxied: bool) -> None:
+    with tls_server(certificate) as server, FaultServer(DATA, forward(server)) as proxy:
+        network = PretendNetwork(
+            names={"files.example": [PUBLIC], "proxy": [PUBLIC]},
+            ports={PUBLIC: proxy.port if proxied else server.port},
+        )
+        proxies = {"https": "http://u:p@proxy:3128"} if proxied else {}
+        with engine(network=network, proxies=proxies, ca_bundle=str(certificate)) as fetching:
+            check(*fetched(fetching, asked(fetching, "https://files.example/weights")))
+        assert server.asked
+        if proxied:
+            assert proxy.asked[0].line == "CONNECT files.example:443 HTTP/1.1"
+            assert "proxy-authorization" not in server.asked[0].fields
+
+
+@pytest.mark.parametrize("case", ["unknown authority", "another name"])
+def test_certificates_that_are_not_trusted(certificate: Path, case: str) -> None:
+    with tls_server(certificate) as server:
+        host = "files.example" if case == "unknown authority" else "other.example"
+        bundle = None if case == "unknown authority" else str(certificate)
+        network = PretendNetwork(names={host: [PUBLIC]}, ports={PUBLIC: server.port})
+        with (
+            engine(network=network, ca_bundle=bundle) as fetching,
+            pytest.raises(AccessDeniedError, match="SSL_CERT_FILE") as caught,
+        ):
+            asked(fetching, f"https://{host}/weights?k=swordfish")
+        assert "swordfish" not in str(caught.value)
+        assert not server.asked
+
+
+def test_a_download_over_tls_is_cancelled(certificate: Path) -> None:
+    with tls_server(certificate) as server:
+
+        def stall(asked: Asked, client: Client) -> None:
+            client.stall()
+
+        server.behave = stall
+        network = PretendNetwork(names={"files.example": [PUBLIC]}, ports={PUBLIC: server.port})
+        patient = Timeouts(read=20)
+        with engine(network=network, ca_bundle=str(certificate), timeouts=patient) as fetching:
+            job = fetching.ask(target("https://files.example/x"), 9)
+            until(lambda: server.asked)
+            begun = time.monotonic()
+            job.cancel(FetchError("enough"))
+            with pytest.raises(FetchError, match="enough"):
+                job.done.result(5)
+            assert took(begun) < 1
+
+
+def test_https_does_not_go_on_as_http(certificate: Path) -> None:
+    with tls_server(certificate) as server, FaultServer(DATA) as plain:
+
+        def down(asked: Asked, client: Client) -> None:
+            client.head("302 Found", "Content-Length: 0", f"Location: {plain.url('/?k=swordfish')}")
+
+        server.behave = down
+        network = PretendNetwork(names={"files.example": [PUBLIC]}, ports={PUBLIC: server.port})
+        with (
+            engine(network=network, ca_bundle=str(certificate)) as fetching,
+            pytest.raises(AccessDeniedError, match="from https to http") as caught,
+        ):
+            asked(fetching, "https://files.example/weights")
+        assert "swordfish" not in str(caught.value)
+        assert not plain.clients
+
+
+def test_bundles_of_other_tools_count(certificate: Path, tmp_path: Path) -> None:
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        context = tls_context(None, {name: str(certificate)})
+        assert "files.example" in str(context.get_ca_certs())
+    with pytest.raises(ConfigError, match="cannot be read"):
+        tls_context(str(tmp_path / "none.pem"), {})
+    assert tls_context(None, {}).verify_mode is ssl.CERT_REQUIRED
