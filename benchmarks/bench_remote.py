@@ -32,7 +32,7 @@ from harness import (
     run_on,
 )
 from link import Link
-from lorax_async.core.ranges import Span
+from lorax_async.core.spans import Span
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.file_sink import FileSink
 from lorax_async.io.http.settings import Address, HttpSettings

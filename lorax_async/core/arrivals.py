@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from lorax_async.core.ranges import Span, overlaps, size_of
+from lorax_async.core.ranges import overlaps, size_of
+from lorax_async.core.spans import Span
 from lorax_async.errors import InternalError
 
 

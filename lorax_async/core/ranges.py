@@ -11,10 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 
-from lorax_async.core.runs import merged
-
-Span = tuple[int, int]
-"""Bytes [start, stop) of a file."""
+from lorax_async.core.spans import Span, SpanSet
 
 Wave = tuple[Span, ...]
 """Pieces that are asked for together, each in one request, in the order of the file."""
@@ -85,7 +82,7 @@ def plan_waves(
 
 def without(spans: Iterable[Span], have: Iterable[Span]) -> tuple[Span, ...]:
     """What of `spans` is in none of `have`; in order, each as large as it goes."""
-    left = list(merged(spans))
+    left = list(_joined(spans))
     for start, stop in (span for span in have if span[0] < span[1]):
         left = [
             part
@@ -94,6 +91,11 @@ def without(spans: Iterable[Span], have: Iterable[Span]) -> tuple[Span, ...]:
             if part[0] < part[1]
         ]
     return tuple(left)
+
+
+def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """In order, those that adjoin as one, none empty."""
+    return tuple(SpanSet(span for span in spans if span[0] < span[1]))
 
 
 def overlaps(spans: Iterable[Span], span: Span) -> tuple[Span, ...]:
@@ -148,7 +150,7 @@ def _balanced(spans: Iterable[Span], connections: int, sizes: PieceSizes) -> Wav
     A piece lies in one span. A cut that would leave less than the least before or after a span's
     end is left out.
     """
-    runs = merged(span for span in spans if span[0] < span[1])
+    runs = _joined(spans)
     total = size_of(runs)
     if not total:
         return ()

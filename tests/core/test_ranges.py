@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from lorax_async.core.ranges import (
     Link,
     PieceSizes,
-    Span,
     overlaps,
     plan_waves,
     size_of,
     split_of,
     without,
 )
+from lorax_async.core.spans import Span
 
 LAYER = 2_621_440
 THROTTLED = Link(delay=0.010, rate=20e6)

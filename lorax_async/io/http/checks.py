@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lorax_async.core.ranges import Span
 from lorax_async.core.retries import retry_after_of
+from lorax_async.core.spans import Span
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lorax_async.core.arrivals import Arrivals
-from lorax_async.core.ranges import Span, Wave, overlaps, split_of, without
+from lorax_async.core.ranges import Wave, overlaps, split_of, without
+from lorax_async.core.spans import Span
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.io.http.attempt import Attempt
 from lorax_async.io.http.checks import content_of

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 from lorax_async.core.arrivals import Arrivals
-from lorax_async.core.ranges import Link, Span, plan_waves, without
+from lorax_async.core.ranges import Link, plan_waves, without
+from lorax_async.core.spans import Span
 from lorax_async.io.http.asking import Ask
 from lorax_async.io.http.crew import Crew
 from lorax_async.io.http.desk import Desk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lorax_async.core.ranges import Span
+from lorax_async.core.spans import Span
 from lorax_async.errors import AccessDeniedError, FetchError
 from lorax_async.io.http.attempt import Attempt
 from lorax_async.io.http.body import Body, body_of

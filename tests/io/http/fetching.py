@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
-from lorax_async.core.ranges import PieceSizes, Span
+from lorax_async.core.ranges import PieceSizes
 from lorax_async.core.retries import Retries
+from lorax_async.core.spans import Span
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.network import Endpoint, Network, RealNetwork
 from lorax_async.io.http.settings import Address, HttpSettings, Rules, Timeouts
