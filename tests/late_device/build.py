@@ -45,7 +45,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch.utils import cpp_extension
 from torch.utils.backend_registration import rename_privateuse1_backend
 
 POISON = 0xFB
@@ -202,12 +201,14 @@ def _cache() -> Path:
 
 def _command(compiler: str) -> list[str]:
     abi = int(torch.compiled_with_cxx11_abi())
-    libraries = cpp_extension.library_paths()
+    # torch.utils.cpp_extension knows these paths, and warns where it finds nvcc and no GPU.
+    torch_folder = Path(torch.__file__).parent
+    headers = torch_folder / "include", torch_folder / "include/torch/csrc/api/include"
     return [
         *(compiler, "-std=c++20", "-O1", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
-        *(option for path in cpp_extension.include_paths() for option in ("-isystem", path)),
+        *(option for path in headers for option in ("-isystem", str(path))),
         *(str(path) for path in _SOURCES if path.suffix == ".cpp"),
-        *(f"-L{path}" for path in libraries),
+        f"-L{torch_folder / 'lib'}",
         *("-lc10", "-ltorch_cpu", "-pthread"),
     ]
 
