@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -37,7 +38,7 @@ class Piece:
     not_before: float = 0.0
 
 
-class Job(Generic[T]):
+class Job(ABC, Generic[T]):
     """Something that threads work on. All but `done`, `work` and `cancel` needs the desk's lock.
 
     Attributes
@@ -64,9 +65,9 @@ class Job(Generic[T]):
         self.error: LoraxError | None = None
         self.result: T | None = None
 
+    @abstractmethod
     def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
         """Bring the piece, by way of the thread's own buffer. Raises what `left` shall be told."""
-        raise NotImplementedError
 
     def cancel(self, error: LoraxError) -> None:
         """End it with this error; `done` follows when its threads have left. Quick."""
@@ -107,9 +108,9 @@ class Job(Generic[T]):
         else:
             self.settle(piece)
 
+    @abstractmethod
     def settle(self, piece: Piece) -> None:
         """What of the piece is left, or else whether the job is done."""
-        raise NotImplementedError
 
     def fail(self, error: LoraxError) -> None:
         if not self.over:
