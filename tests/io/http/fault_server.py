@@ -54,6 +54,17 @@ class Client:
     def head(self, status: str, *fields: str) -> None:
         self.send("\r\n".join([f"HTTP/1.1 {status}", *fields, "", ""]).encode("latin-1"))
 
+    def part(
+        self, start: int, stop: int, total: int, *fields: str, length: int | None = None
+    ) -> None:
+        """The head of an answer with bytes [start, stop), of `length` bytes if it lies."""
+        self.head(
+            "206 Partial Content",
+            f"Content-Length: {stop - start if length is None else length}",
+            f"Content-Range: bytes {start}-{stop - 1}/{total}",
+            *fields,
+        )
+
     def drip(self, data: bytes, seconds: float = 0.01) -> None:
         for n in range(len(data)):
             self.send(data[n : n + 1])
@@ -122,12 +133,7 @@ class FaultServer:
             client.send(self.data)
             return
         start, stop = span[0], min(span[1], len(self.data))
-        client.head(
-            "206 Partial Content",
-            f"Content-Length: {stop - start}",
-            f"Content-Range: bytes {start}-{stop - 1}/{len(self.data)}",
-            *tag,
-        )
+        client.part(start, stop, len(self.data), *tag)
         client.send(self.data[start:stop])
 
     def _accept(self) -> None:
@@ -169,12 +175,7 @@ class FaultServer:
         """Right, but for all requests after the first only 100 bytes come."""
         assert asked.span is not None
         start, stop = asked.span
-        client.head(
-            "206 Partial Content",
-            f"Content-Length: {stop - start}",
-            f"Content-Range: bytes {start}-{stop - 1}/{len(self.data)}",
-            f"ETag: {ETAG}",
-        )
+        client.part(start, stop, len(self.data), f"ETag: {ETAG}")
         if start == 0:
             client.send(self.data[:stop])
             return
