@@ -9,7 +9,8 @@ from pathlib import Path
 from lorax_async import AdapterKey, AdapterRef
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError
-from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader, Source
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
+from lorax_async.verification import Verification
 
 _POLL_SECONDS = 0.01
 
@@ -47,8 +48,8 @@ class TroubledSource:
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await self._inner.resolve(ref)
 
-    async def open(self, key: AdapterKey) -> AdapterFile:
-        file = await self._inner.open(key)
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
+        file = await self._inner.open(key, demand)
         if key.location == self._stalled:
             self._stalling.add(id(file.reader))
         if key.location == self._failing:
@@ -64,13 +65,13 @@ class TroubledSource:
         file: AdapterFile,
         groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
-        cancel: Cancel,
-    ) -> None:
+        demand: Demand,
+    ) -> Verification:
         if id(file.reader) in self._stalling:
-            while not cancel.is_set():  # noqa: ASYNC110 - it is a threading.Event
+            while not demand.ended:  # noqa: ASYNC110 - it is a threading.Event
                 await asyncio.sleep(_POLL_SECONDS)
             self._stalling.discard(id(file.reader))
-        await self._inner.bring(file, groups, arrived, cancel)
+        return await self._inner.bring(file, groups, arrived, demand)
 
     async def populate(self, key: AdapterKey) -> Hold:
         return await self._inner.populate(key)

@@ -7,7 +7,7 @@ from math import sqrt
 from typing import Protocol
 
 from lorax_async.errors import UsageError
-from lorax_async.identity import AdapterKey, AdapterRef, FileIdentity, PartId, TensorsKey
+from lorax_async.identity import AdapterKey, AdapterRef, FileIdentity, PartId, RemoteKey, TensorsKey
 from lorax_async.merge import Merge, MergedKey
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "MergedKey",
     "ModulePattern",
     "Ref",
+    "RemoteKey",
     "TensorsKey",
     "as_ref",
     "text_of",

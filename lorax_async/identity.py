@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorax_async.errors import InvalidAdapterIdError, UsageError
 
+_SHA256 = re.compile("[0-9a-f]{64}")
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """What a caller asks for: an id with where to look, which revision, on whose authority."""
+    """What a caller asks for: an id with where to look, which revision, on whose authority.
+
+    Attributes
+    ----------
+    source
+        "hub", "s3", "gs", "az", "http", "https" or "local", where the id does not say it; None is
+        the hub for `org/name`.
+    revision
+        A branch, tag or commit of the hub; a versionId or ETag elsewhere. None is the present one.
+    token
+        What the source is asked with; never shown.
+    digest
+        What the weights come to, as sha256 in hexadecimal, for who knows it: all else is refused.
+    allow_stale
+        Where the source cannot be asked, take the version that it last named.
+    """
 
     id: str | Path
     source: str | None = None
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
+    digest: str | None = None
+    allow_stale: bool = False
 
     def __post_init__(self) -> None:
         given: object = self.id
         if not isinstance(given, str | Path):
             kind = type(given).__name__
             raise InvalidAdapterIdError(f"an adapter id is a str or a pathlib.Path, not {kind}")
-        for name in ("source", "revision", "token"):
+        for name in ("source", "revision", "token", "digest"):
             if not isinstance(getattr(self, name), str | None):
                 raise UsageError(f"{name} of an adapter is a str or None")
+        if self.digest is not None and not _SHA256.fullmatch(self.digest):
+            raise UsageError(f"digest {self.digest!r} is no sha256 in 64 lower-case hex digits")
+        if not isinstance(self.allow_stale, bool):
+            raise UsageError(f"allow_stale must be True or False, not {self.allow_stale!r}")
 
     @property
     def text(self) -> str:
@@ -79,6 +103,27 @@ class TensorsKey(AdapterKey):
     def of(cls, digest: str) -> TensorsKey:
         """Of a SHA-256 in hexadecimal."""
         return cls(f"tensors:sha256:{digest}", ())
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteKey(AdapterKey):
+    """One version of an adapter that lies elsewhere; the location is its id without a revision.
+
+    `version` is the hub's commit, or what versionIds or strong ETags of its files come to. It is
+    `stale` where the source could not be asked, and last named this one.
+    """
+
+    version: str = ""
+    stale: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.location, self.version)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        return f"{self.location}@{self.version}"
 
 
 PartId = str | Path | AdapterRef | AdapterKey

@@ -110,7 +110,7 @@ class Bench:
         assert not driver.tenants._waiters
         assert not driver.tenants.leases
         assert not driver.files.readers
-        assert not driver.files._cancels
+        assert not driver.files._demands
         for life in driver.lifecycle.lives.values():
             assert (life.leases, life.uses, len(life.waiters)) == (0, 0, 0)
         residency = driver.lifecycle.budgets.device

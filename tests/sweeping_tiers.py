@@ -138,7 +138,7 @@ class TierBench:
         assert not driver.tenants._unloads
         assert not driver.tenants.leases
         assert not driver.files.readers
-        assert not driver.files._cancels
+        assert not driver.files._demands
         assert not driver.files._tasks
         for life in self.lifecycle.lives.values():
             assert (life.leases, life.uses, len(life.waiters), life.unloads) == (0, 0, 0, 0)

@@ -18,7 +18,7 @@ from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Row
 from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.io.fakes import FakeSource
-from lorax_async.io.ports import AdapterFile, CopyTicket, FilePieces, StagedPiece
+from lorax_async.io.ports import AdapterFile, CopyTicket, Demand, FilePieces, StagedPiece
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.resolver import Resolver
 from tiny_loaders import loader
@@ -79,7 +79,7 @@ class DeafSource(FakeSource):
 
     asked, undone = False, 0
 
-    async def open(self, key: AdapterKey) -> AdapterFile:
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         self.asked = True
         never: asyncio.Future[AdapterFile] = asyncio.get_running_loop().create_future()
         try:

@@ -45,15 +45,15 @@ class Origin:
         self.may_open.set()
         self.holds: list[Bytes] = []
 
-    async def open(self, key: AdapterKey) -> AdapterFile:
+    async def open(self, key: AdapterKey, demand: object) -> AdapterFile:
         await self.may_open.wait()
         return AdapterFile(b"", b"", Bytes())  # type: ignore[arg-type]
 
-    async def bring(self, file: object, groups: object, arrived: object, cancel: Any) -> None:
+    async def bring(self, file: object, groups: object, arrived: object, demand: Any) -> None:
         self.bringing.set()
         try:
             while not self.may_bring.is_set():
-                if cancel.is_set():
+                if demand.ended:
                     raise FetchError("nobody waits")
                 await asyncio.sleep(0.001)
         except asyncio.CancelledError:
@@ -120,11 +120,11 @@ def test_what_is_told_may_begin_the_next_fetch(run: Run) -> None:
         def again(name: str, key: AdapterKey) -> None:
             if name == "fetch_failed":
                 place.source.may_bring.set()
-                place.files.start_fetch(key, 2)
+                place.files.start_fetch(key, 2, urgent=True)
                 place.told.look = lambda name, key: None
 
         place.told.look = again
-        place.files.start_fetch(KEYS[0], 1)
+        place.files.start_fetch(KEYS[0], 1, urgent=True)
         await place.source.bringing.wait()
         place.files.cancel_fetch(KEYS[0])
         await until(lambda: place.told.names[-1:] == ["published"])
@@ -136,7 +136,7 @@ def test_what_is_told_may_begin_the_next_fetch(run: Run) -> None:
 
 def test_a_file_is_published_once_it_is_brought(run: Run) -> None:
     async def body(place: Place) -> None:
-        place.files.start_fetch(KEYS[0], 1)
+        place.files.start_fetch(KEYS[0], 1, urgent=True)
         await place.source.bringing.wait()
         await asyncio.sleep(0.01)
         assert place.told.names == ["header_checked"]
@@ -151,7 +151,7 @@ def test_one_plan_in_each_turn_of_the_loop(run: Run) -> None:
     async def body(place: Place) -> None:
         place.source.may_bring.set()
         for key in KEYS:
-            place.files.start_fetch(key, 1)
+            place.files.start_fetch(key, 1, urgent=True)
         await until(lambda: place.told.names.count("published") == 3)
         assert len(place.turns) == len(set(place.turns)) == 3
         await place.files.stop()
@@ -213,7 +213,7 @@ def test_closing_a_hold_is_waited_for(run: Run, by: str) -> None:
 
 def test_stop_waits_for_what_its_tasks_undo(run: Run) -> None:
     async def body(place: Place) -> None:
-        place.files.start_fetch(KEYS[0], 1)
+        place.files.start_fetch(KEYS[0], 1, urgent=True)
         await place.source.bringing.wait()
         await place.files.stop()
         assert place.source.undone == 1
@@ -225,7 +225,7 @@ def test_who_waits_until_it_is_opened_does_not_wait_for_its_bytes(run: Run) -> N
     async def body(place: Place) -> None:
         await place.files.opened(KEYS[0])  # nobody opens it
         place.source.may_open.clear()
-        place.files.start_fetch(KEYS[0], 1)
+        place.files.start_fetch(KEYS[0], 1, urgent=True)
         opened = asyncio.create_task(place.files.opened(KEYS[0]))
         await asyncio.sleep(0.01)
         assert not opened.done()

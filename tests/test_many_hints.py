@@ -10,7 +10,7 @@ import pytest
 from common import Run, until
 from lorax_async import AdapterNotFoundError
 from lorax_async.adapter import AdapterKey
-from lorax_async.io.ports import AdapterFile
+from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.runtime.turns import Turns
 from tiny_sources import is_at, over, stocked
 
@@ -25,9 +25,9 @@ def test_a_load_does_not_stand_behind_them(
     source = stocked(tmp_path, *NAMES, "urgent")
     opened, plain_open = list[str](), source.open
 
-    async def noted(key: AdapterKey) -> AdapterFile:
+    async def noted(key: AdapterKey, demand: Demand) -> AdapterFile:
         opened.append(key.location)
-        return await plain_open(key)
+        return await plain_open(key, demand)
 
     monkeypatch.setattr(source, "open", noted)
 
@@ -51,12 +51,12 @@ def test_two_files_are_opened_at_a_time(
     source = stocked(tmp_path, *NAMES)
     opening, at_once, plain_open = set[str](), list[int](), source.open
 
-    async def slow(key: AdapterKey) -> AdapterFile:
+    async def slow(key: AdapterKey, demand: Demand) -> AdapterFile:
         opening.add(key.location)
         at_once.append(len(opening))
         await asyncio.sleep(0.001)
         opening.remove(key.location)
-        return await plain_open(key)
+        return await plain_open(key, demand)
 
     monkeypatch.setattr(source, "open", slow)
 

@@ -32,7 +32,7 @@ from lorax_async.io.cache.locks import NamedLock, attempt
 from lorax_async.io.cache.partials import Partials
 from lorax_async.io.cache.place import Place
 from lorax_async.io.cache.room import Room
-from lorax_async.io.ports import Cancel
+from lorax_async.io.ports import Demand
 
 _POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 10.0
@@ -82,10 +82,10 @@ class DiskCache:
                 raise
         return entry
 
-    def begin(self, key: CacheKey, scope: str, cancel: Cancel) -> DiskEntry | DiskDownload:
+    def begin(self, key: CacheKey, scope: str, demand: Demand) -> DiskEntry | DiskDownload:
         progress, since = -1, monotonic()
         while True:
-            if cancel.is_set():
+            if demand.ended:
                 raise FetchError("the fetch was cancelled before it began")
             entry = self.open(key)
             if entry is not None:
@@ -99,7 +99,7 @@ class DiskCache:
                     progress, since = now, monotonic()
                 elif monotonic() - since > PATIENCE_SECONDS:
                     return self._download(key, scope, None)
-            cancel.wait(_POLL_SECONDS)
+            demand.wait(_POLL_SECONDS)
 
     def remove(self, key: CacheKey) -> bool:
         shelves = self.shelves

@@ -14,7 +14,7 @@ from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import Policy
 from lorax_async.errors import CapacityError, FetchError, IntegrityError, InternalError, LoraxError
 from lorax_async.io.fake_cache_files import FakeCacheFile, FakeCacheReader, digest_of
-from lorax_async.io.ports import Cancel, Reader
+from lorax_async.io.ports import Demand, Reader
 
 _POLL_SECONDS = 0.001
 
@@ -76,9 +76,9 @@ class FakeCache:
             self.held[key.name] += 1
             return FakeEntry(self, whole)
 
-    def begin(self, key: CacheKey, scope: str, cancel: Cancel) -> FakeEntry | FakeDownload:
+    def begin(self, key: CacheKey, scope: str, demand: Demand) -> FakeEntry | FakeDownload:
         while True:
-            if cancel.is_set():
+            if demand.ended:
                 raise FetchError("the fetch was cancelled before it began")
             with self.lock:
                 entry = self.open(key)
@@ -87,7 +87,7 @@ class FakeCache:
                 if key.name not in self._downloading:
                     self._downloading.add(key.name)
                     return FakeDownload(self, key, scope, self._partials.get(key.name, {}))
-            cancel.wait(_POLL_SECONDS)
+            demand.wait(_POLL_SECONDS)
 
     def remove(self, key: CacheKey) -> bool:
         with self.lock:

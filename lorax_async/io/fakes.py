@@ -20,7 +20,8 @@ from lorax_async.errors import (
     LoraxError,
 )
 from lorax_async.io.fake_files import FakeHold, FakeReader, Version
-from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
+from lorax_async.verification import UNCHECKED, Verification
 
 Step = Literal["resolve", "open", "bring", "read", "populate"]
 
@@ -126,7 +127,7 @@ class FakeSource:
             raise AdapterNotFoundError("the fake source has no such adapter; put it there first")
         return version.key
 
-    async def open(self, key: AdapterKey) -> AdapterFile:
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:  # noqa: ARG002 - the port's
         self.counts.opens += 1
         version = await self._version(key, "open")
         size = header_size(version.weights[:8], len(version.weights))
@@ -144,18 +145,19 @@ class FakeSource:
         file: AdapterFile,
         groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
-        cancel: Cancel,
-    ) -> None:
+        demand: Demand,
+    ) -> Verification:
         self.counts.brings += 1
         reader = file.reader
         if not isinstance(reader, FakeReader):
             raise InternalError(f"a fake source cannot bring the bytes of a {type(reader)}")
         version = reader.version
         for group, spans in enumerate(groups):
-            await self._group(version, group, cancel)
+            await self._group(version, group, demand)
             with self._lock:
                 version.add([each for span in spans for each in span.ranges()])
             arrived(group)
+        return UNCHECKED
 
     async def populate(self, key: AdapterKey) -> Hold:
         self.counts.populates += 1
@@ -184,11 +186,11 @@ class FakeSource:
             self.counts.bytes_read += stop - start
         return memoryview(version.weights)[start:stop]
 
-    async def _group(self, version: Version, group: int, cancel: Cancel) -> None:
+    async def _group(self, version: Version, group: int, demand: Demand) -> None:
         """Wait until a group is due."""
         due = asyncio.get_running_loop().time() + self.pace
         while True:
-            if cancel.is_set():
+            if demand.ended:
                 raise FetchError("nobody waits for the adapter any more")
             left = due - asyncio.get_running_loop().time()
             if left <= 0 and group in self._allowed.get(version.id, (group,)):

@@ -5,8 +5,9 @@ Methods that are not `async` and not said to be quick block, and run in an I/O t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 from typing import Protocol
@@ -17,9 +18,53 @@ from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Read, Row
 from lorax_async.core.runs import Span
+from lorax_async.verification import Verification
 
-Cancel = Event
-"""Set when nobody wants a fetch any more; looked at between chunks."""
+
+class Demand:
+    """How much a fetch is wanted. Changed on the loop, asked for in any thread.
+
+    `urgent`: somebody waits for it, and it is no prefetch.
+    """
+
+    def __init__(self, *, urgent: bool = True) -> None:
+        self.urgent = urgent
+        self._ended = Event()
+        self._watchers: list[Callable[[], None]] = []
+
+    @property
+    def ended(self) -> bool:
+        """Nobody wants it any more; looked at between chunks."""
+        return self._ended.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ended within so many seconds. Blocks."""
+        return self._ended.wait(seconds)
+
+    def end(self) -> None:
+        self._ended.set()
+        self._tell()
+
+    def hasten(self) -> None:
+        """Somebody waits for it now."""
+        if not self.urgent:
+            self.urgent = True
+            self._tell()
+
+    @contextmanager
+    def watched(self, changed: Callable[[], None]) -> Iterator[None]:
+        """Call `changed` at each change, on the loop, and once at the beginning. Quick."""
+        self._watchers.append(changed)
+        try:
+            changed()
+            yield
+        finally:
+            self._watchers.remove(changed)
+
+    def _tell(self) -> None:
+        for changed in tuple(self._watchers):
+            changed()
+
 
 CopyTicket = Future[None]
 """Done when the bytes and the table rows of one copy are on the device; carries its error."""
@@ -88,8 +133,11 @@ class Source(Protocol):
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         """Which bytes `ref` names now. Checks that the caller may have them; reads none."""
 
-    async def open(self, key: AdapterKey) -> AdapterFile:
-        """Open these bytes and no others: a file that changed since is an `IntegrityError`."""
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
+        """Open these bytes and no others: a file that changed since is an `IntegrityError`.
+
+        Ends early, with `FetchError`, when `demand` ends, if it takes long at all.
+        """
 
     def reopen(self, key: AdapterKey) -> Reader:
         """A reader of an adapter whose config and header are known.
@@ -102,13 +150,13 @@ class Source(Protocol):
         file: AdapterFile,
         groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
-        cancel: Cancel,
-    ) -> None:
+        demand: Demand,
+    ) -> Verification:
         """Make the bytes of every group readable, in this order.
 
-        Calls `arrived` with a group's index, on the loop, when all its bytes are here and others
-        are still on their way; returns when all are here and checked. Ends early, with
-        `FetchError`, when `cancel` is set.
+        Calls `arrived` with a group's index, on the loop, when its bytes may be used before all of
+        the file was checked; returns how it was, when all are here. Ends early, with `FetchError`,
+        when `demand` ends.
         """
 
     async def populate(self, key: AdapterKey) -> Hold:

@@ -55,7 +55,9 @@ class Actions:
                 self._tenants.serve(key, command.waiter, command.grant)
             case commands.Fetch():
                 self._journal.count("fetches")
-                self._files.start_fetch(key, command.attempt)
+                kinds = self._lives[key].waiters.kinds
+                urgent = any(foreground for _, foreground in kinds)
+                self._files.start_fetch(key, command.attempt, urgent=urgent)
             case commands.CancelFetch():
                 self._files.cancel_fetch(key)
             case commands.Populate():

@@ -12,9 +12,10 @@ from typing import Protocol
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, InternalError, LoraxError
-from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader, Source
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.planning import Planner
+from lorax_async.verification import Verification
 
 _logger = logging.getLogger("lorax_async")
 
@@ -56,15 +57,16 @@ class Files:
         self._threads = threads
         self._outcomes = outcomes
         self._journal = journal
-        self._cancels: dict[AdapterKey, Cancel] = {}
+        self.verifications: dict[AdapterKey, Verification] = {}
+        self._demands: dict[AdapterKey, Demand] = {}
         self._opening: dict[AdapterKey, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._planning = asyncio.Lock()
         self._populating: asyncio.Task[None] | None = None
         self._closing = False
 
-    def start_fetch(self, key: AdapterKey, attempt: int) -> None:
-        self._cancels[key] = Cancel()
+    def start_fetch(self, key: AdapterKey, attempt: int, *, urgent: bool) -> None:
+        self._demands[key] = Demand(urgent=urgent)
         self._opening[key] = asyncio.Event()
         self._spawn("fetch", key, self._fetch(key, attempt))
 
@@ -74,8 +76,14 @@ class Files:
         if opening is not None:
             await opening.wait()
 
+    def hasten(self, key: AdapterKey) -> None:
+        """Somebody waits for the fetch that is under way, if one is."""
+        demand = self._demands.get(key)
+        if demand is not None:
+            demand.hasten()
+
     def cancel_fetch(self, key: AdapterKey) -> None:
-        self._cancels[key].set()
+        self._demands[key].end()
 
     def start_populate(self, key: AdapterKey, attempt: int) -> None:
         self._spawn("populate", key, self._populate(key, attempt))
@@ -97,6 +105,7 @@ class Files:
 
     def forget(self, key: AdapterKey) -> None:
         self.plans.pop(key, None)
+        self.verifications.pop(key, None)
         self.close_reader(key)
         hold = self.holds.pop(key, None)
         if hold is not None:
@@ -126,23 +135,24 @@ class Files:
         task.add_done_callback(self._tasks.discard)
 
     async def _fetch(self, key: AdapterKey, attempt: int) -> None:
-        cancel = self._cancels[key]
+        demand = self._demands[key]
         error: LoraxError | None = None
         try:
-            file = await self._open(key)
+            file = await self._open(key, demand)
             self.close_reader(key)
             self.readers[key] = file.reader
             self.plans[key] = plan = await self._plan(file)
             self._end_opening(key)
-            if not cancel.is_set():
+            if not demand.ended:
                 self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
-                await self._bring(key, attempt, file, plan, cancel)
-            if cancel.is_set():
+                verification = await self._bring(key, attempt, file, plan, demand)
+                self.verifications[key] = verification
+            if demand.ended:
                 error = FetchError("nobody wants it any more")
         except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
             error = _as_lorax_error(problem)
         # The outcome may start the next fetch of this key: what belongs to this one goes first.
-        del self._cancels[key]
+        del self._demands[key]
         self._end_opening(key)
         if error is None:
             self._outcomes.published(key, attempt)
@@ -155,9 +165,9 @@ class Files:
         if opening is not None:
             opening.set()
 
-    async def _open(self, key: AdapterKey) -> AdapterFile:
+    async def _open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         started = perf_counter()
-        file = await self._source.open(key)
+        file = await self._source.open(key, demand)
         nbytes = len(file.config) + len(file.prefix)
         self._journal.spent("fetch", perf_counter() - started, nbytes)
         return file
@@ -178,13 +188,13 @@ class Files:
         return plan
 
     async def _bring(
-        self, key: AdapterKey, attempt: int, file: AdapterFile, plan: TransferPlan, cancel: Cancel
-    ) -> None:
+        self, key: AdapterKey, attempt: int, file: AdapterFile, plan: TransferPlan, demand: Demand
+    ) -> Verification:
         def arrived(group: int) -> None:
             self._outcomes.span_fetched(key, attempt, group)
 
         spans = [group.spans for group in plan.groups]
-        await self._source.bring(file, spans, arrived, cancel)
+        return await self._source.bring(file, spans, arrived, demand)
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
         """Of which there is one at a time."""

@@ -26,14 +26,22 @@ class Wish:
 
 
 class Interest:
-    """Turns calls into changes of interest; `obey` carries out what the lifecycle answers."""
+    """Turns calls into changes of interest; `obey` carries out what the lifecycle answers.
+
+    `hasten` hears of each key that somebody waits for in the foreground.
+    """
 
     def __init__(
-        self, lifecycle: Lifecycle, tenants: Tenants, obey: Callable[[list[Command]], None]
+        self,
+        lifecycle: Lifecycle,
+        tenants: Tenants,
+        obey: Callable[[list[Command]], None],
+        hasten: Callable[[AdapterKey], None],
     ) -> None:
         self._lifecycle = lifecycle
         self._tenants = tenants
         self._obey = obey
+        self._hasten = hasten
         self._pins: dict[object, tuple[AdapterKey, Grant]] = {}
 
     def begin(
@@ -43,6 +51,8 @@ class Interest:
         waiter, future = self._tenants.add_waiter()
         since = asyncio.get_running_loop().time()
         self._obey(self._lifecycle.want(key, Waiter(waiter, tier, since, foreground, priority)))
+        if foreground:
+            self._hasten(key)
         return Wish(key, waiter, future)
 
     async def granted(self, wish: Wish) -> Lease | None:

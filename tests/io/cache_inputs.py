@@ -6,7 +6,6 @@ import hashlib
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from threading import Event
 
 from source_inputs import read
 
@@ -15,6 +14,7 @@ from lorax_async.core.chunk_map import CHUNK_BYTES
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.spans import Span
 from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry, CacheFile
+from lorax_async.io.ports import Demand
 
 CONFIG = b'{"peft_type": "LORA"}'
 SCOPE = "somebody"
@@ -40,7 +40,7 @@ def put(file: CacheFile, content: bytes, spans: Iterable[Span]) -> None:
 
 
 def begun(cache: Cache, of: CacheKey = KEY, scope: str = SCOPE) -> CacheDownload:
-    found = cache.begin(of, scope, Event())
+    found = cache.begin(of, scope, Demand())
     assert not hasattr(found, "record"), "there is an entry already"
     return found
 

@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from cache_inputs import CONFIG, KEY, NBYTES, SCOPE, below, content_of, key, put, sha256, weights
@@ -29,6 +28,7 @@ from lorax_async.errors import CapacityError, FetchError
 from lorax_async.io.cache import upkeep
 from lorax_async.io.cache.download import DiskDownload
 from lorax_async.io.disk_cache import DiskCache
+from lorax_async.io.ports import Demand
 
 CONTENT = weights()
 SPANS = [(400_000, 900_000), (10, 300_000), (NBYTES - 9, NBYTES), (0, 10), (300_000, 400_000)]
@@ -86,7 +86,7 @@ def bring(download: DiskDownload, tell: Callable[[object], None], pause: float =
 def fetch(folder: Path, tell: Callable[[object], None], pause: float = 0.0) -> None:
     """Have the adapter, and tell how."""
     cache = opened(folder)
-    found = cache.begin(KEY, SCOPE, Event())
+    found = cache.begin(KEY, SCOPE, Demand())
     if isinstance(found, DiskDownload):
         bring(found, tell, pause)
         tell("published")
@@ -175,7 +175,7 @@ def adventure(folder: Path, seed: int, tell: Callable[[object], None]) -> None:
 
 
 def one_fetch(cache: DiskCache, of: CacheKey, content: bytes, draw: random.Random) -> None:
-    found = cache.begin(of, SCOPE, Event())
+    found = cache.begin(of, SCOPE, Demand())
     if isinstance(found, DiskDownload):
         try:
             file = found.file(WEIGHTS_FILE, len(content), sha256(content))

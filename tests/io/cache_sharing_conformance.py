@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
 
 import pytest
 from cache_conformance import World
@@ -27,13 +26,14 @@ from cache_inputs import (
 
 from lorax_async.core.cache_names import WEIGHTS_FILE
 from lorax_async.errors import FetchError
+from lorax_async.io.ports import Demand
 
 
 class CacheSharingConformance:
     def test_others_wait_and_have_what_was_published(self, world: World) -> None:
         download = begun(world.cache)
         with ThreadPoolExecutor(3) as threads:
-            others = [threads.submit(world.cache.begin, KEY, "other", Event()) for _ in range(3)]
+            others = [threads.submit(world.cache.begin, KEY, "other", Demand()) for _ in range(3)]
             put(download.file(WEIGHTS_FILE, 10), bytes(10), [(0, 10)])
             time.sleep(0.05)
             assert not any(other.done() for other in others)
@@ -54,12 +54,12 @@ class CacheSharingConformance:
         download.publish().close()
 
     def test_waiting_can_be_cancelled(self, world: World) -> None:
-        download, cancel = begun(world.cache), Event()
+        download, demand = begun(world.cache), Demand()
         with ThreadPoolExecutor(1) as threads:
-            other = threads.submit(world.cache.begin, KEY, SCOPE, cancel)
+            other = threads.submit(world.cache.begin, KEY, SCOPE, demand)
             time.sleep(0.03)
             assert not other.done()
-            cancel.set()
+            demand.end()
             with pytest.raises(FetchError, match="cancelled"):
                 other.result()
         download.close()

@@ -17,6 +17,7 @@ from source_inputs import CONFIG, read, weights
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.errors import IntegrityError
+from lorax_async.io.ports import Demand
 
 
 class World(SourceWorld, Protocol):
@@ -29,7 +30,7 @@ async def resolved(world: World, content: bytes) -> AdapterKey:
 
 
 async def is_holdable(world: World, key: AdapterKey) -> bool:
-    file = await world.source.open(key)
+    file = await world.source.open(key, Demand())
     file.reader.close()
     return file.holdable
 
@@ -67,7 +68,7 @@ class PopulateConformance:
 
         async def main() -> None:
             key = await resolved(world, content)
-            file = await world.source.open(key)
+            file = await world.source.open(key, Demand())
             await bring_all(world.source, file, content)
             hold = await world.source.populate(key)
             if closed:

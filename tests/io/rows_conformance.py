@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from threading import Event
 from typing import Any, Protocol
 
 import pytest
@@ -12,7 +11,7 @@ from source_inputs import CONFIG, header_bytes, weights
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError, InternalError
-from lorax_async.io.ports import AdapterFile, Reader, Source
+from lorax_async.io.ports import AdapterFile, Demand, Reader, Source
 
 
 class World(Protocol):
@@ -136,6 +135,6 @@ class RowsConformance:
 async def brought(world: World, content: bytes, span: Span) -> tuple[AdapterFile, AdapterKey]:
     """An adapter that is opened, and these bytes of it are here."""
     key = await world.source.resolve(world.put("one", CONFIG, content))
-    file = await world.source.open(key)
-    await world.source.bring(file, [[span]], lambda _: None, Event())
+    file = await world.source.open(key, Demand())
+    await world.source.bring(file, [[span]], lambda _: None, Demand())
     return file, key

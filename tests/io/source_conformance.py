@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
-from threading import Event, current_thread
+from threading import current_thread
 from typing import Any, Protocol, TypeVar
 
 import pytest
@@ -26,7 +26,7 @@ from lorax_async.errors import (
     FetchError,
     IntegrityError,
 )
-from lorax_async.io.ports import AdapterFile, Source
+from lorax_async.io.ports import AdapterFile, Demand, Source
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class World(Protocol):
 
 async def bring_all(source: Source, file: AdapterFile, content: bytes) -> list[int]:
     seen: list[int] = []
-    await source.bring(file, groups_of(content), seen.append, Event())
+    await source.bring(file, groups_of(content), seen.append, Demand())
     return seen
 
 
@@ -81,7 +81,7 @@ class SourceConformance(RowsConformance):
         content = weights(1)
 
         async def main() -> None:
-            file = await world.source.open(await self.key(world, content))
+            file = await world.source.open(await self.key(world, content), Demand())
             assert file.config == CONFIG
             assert content.startswith(file.prefix)
             assert len(file.prefix) >= header_bytes(content)
@@ -94,7 +94,7 @@ class SourceConformance(RowsConformance):
         content = weights(1)
 
         async def main() -> None:
-            file = await world.source.open(await self.key(world, content))
+            file = await world.source.open(await self.key(world, content), Demand())
             arrivals: list[tuple[int, bytes]] = []
 
             def arrived(group: int) -> None:
@@ -103,7 +103,7 @@ class SourceConformance(RowsConformance):
                 arrivals.append((group, read(file.reader, span.start, span.stop)))
 
             thread = current_thread()
-            await world.source.bring(file, groups_of(content), arrived, Event())
+            await world.source.bring(file, groups_of(content), arrived, Demand())
             spans = [(span.start, span.stop) for (span,) in groups_of(content)]
             expected = [(n, content[a:b]) for n, (a, b) in enumerate(spans)]
             # A source that has everything already may leave it to the return.
@@ -119,7 +119,7 @@ class SourceConformance(RowsConformance):
 
         async def main() -> None:
             key = await self.key(world, content)
-            file = await world.source.open(key)
+            file = await world.source.open(key, Demand())
             await bring_all(world.source, file, content)
             reader = world.source.reopen(key) if reopened else file.reader
             whole = memoryview(bytearray(len(content)))
@@ -138,7 +138,7 @@ class SourceConformance(RowsConformance):
         content = weights(1)
 
         async def main() -> None:
-            file = await world.source.open(await self.key(world, content))
+            file = await world.source.open(await self.key(world, content), Demand())
             await bring_all(world.source, file, content)
             view = memoryview(bytearray(48)).cast("B", (6, 8))
             file.reader.read_into([view], header_bytes(content))
@@ -151,16 +151,16 @@ class SourceConformance(RowsConformance):
         content = weights(1)
 
         async def main() -> None:
-            file = await world.source.open(await self.key(world, content))
-            cancel = Event()
+            file = await world.source.open(await self.key(world, content), Demand())
+            demand = Demand()
             seen: list[int] = []
 
             def arrived(group: int) -> None:
                 seen.append(group)
 
-            cancel.set()
+            demand.end()
             with pytest.raises(FetchError):
-                await world.source.bring(file, groups_of(content), arrived, cancel)
+                await world.source.bring(file, groups_of(content), arrived, demand)
             assert seen == []
             file.reader.close()
 
@@ -173,7 +173,7 @@ class SourceConformance(RowsConformance):
             config = CONFIG.replace(b"8", b"9") if part == "config" else CONFIG
             world.put("one", config, weights(2 if part == "weights" else 1))
             with pytest.raises(IntegrityError, match="again"):
-                await world.source.open(key)
+                await world.source.open(key, Demand())
 
         run(main())
 
@@ -182,7 +182,7 @@ class SourceConformance(RowsConformance):
 
         async def main() -> None:
             key = await self.key(world, content)
-            file = await world.source.open(key)
+            file = await world.source.open(key, Demand())
             await bring_all(world.source, file, content)
             world.put("one", CONFIG, weights(2))
             for reader in (file.reader, world.source.reopen(key)):
@@ -196,7 +196,7 @@ class SourceConformance(RowsConformance):
         content = weights(1)
 
         async def main() -> None:
-            file = await world.source.open(await self.key(world, content))
+            file = await world.source.open(await self.key(world, content), Demand())
             await bring_all(world.source, file, content)
             with pytest.raises(IntegrityError):
                 read(file.reader, len(content) - 3, len(content) + 1)
@@ -206,7 +206,7 @@ class SourceConformance(RowsConformance):
 
     def test_a_closed_reader_reads_no_more(self, world: World, run: Run) -> None:
         async def main() -> None:
-            file = await world.source.open(await self.key(world, weights(1)))
+            file = await world.source.open(await self.key(world, weights(1)), Demand())
             file.reader.close()
             file.reader.close()
             with pytest.raises(FetchError):
@@ -221,7 +221,7 @@ class SourceConformance(RowsConformance):
         async def main() -> None:
             key = await self.key(world, content)
             with pytest.raises(AdapterFormatError):
-                await world.source.open(key)
+                await world.source.open(key, Demand())
 
         run(main())
 
@@ -230,7 +230,7 @@ class SourceConformance(RowsConformance):
 
         async def main() -> None:
             key = await self.key(world, content)
-            files = await asyncio.gather(*(world.source.open(key) for _ in range(20)))
+            files = await asyncio.gather(*(world.source.open(key, Demand()) for _ in range(20)))
             assert {file.config for file in files} == {CONFIG}
             for file in files:
                 file.reader.close()
@@ -243,9 +243,9 @@ class SourceConformance(RowsConformance):
         async def main() -> None:
             ref = world.put("one", CONFIG, weights(1))
             key = await world.source.resolve(ref)
-            call: Callable[[Any], Coroutine[Any, Any, Any]] = getattr(world.source, step)
-            asked = ref if step == "resolve" else key
-            ends = [await was_cancelled(call(asked), at, late) for at in range(12)]
+            call: Callable[..., Coroutine[Any, Any, Any]] = getattr(world.source, step)
+            asked = (ref,) if step == "resolve" else (key, Demand())
+            ends = [await was_cancelled(call(*asked), at, late) for at in range(12)]
             assert ends.count(True) >= 1
             assert ends == sorted(ends, reverse=True)
 

@@ -15,6 +15,7 @@ from source_inputs import CONFIG
 
 from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.io.sources import local
 from lorax_async.io.sources.checked_open import located, open_same
 
@@ -75,7 +76,9 @@ def test_a_link_that_swings_never_lets_a_secret_out(world: LocalWorld) -> None:
             if turn > 300 and len(outcomes) > 1:
                 break
             try:
-                file = await world.source.open(await world.source.resolve(AdapterRef("./one")))
+                file = await world.source.open(
+                    await world.source.resolve(AdapterRef("./one")), Demand()
+                )
             except (errors.AccessDeniedError, errors.IntegrityError) as error:
                 outcomes.add(type(error))
             else:
@@ -92,6 +95,10 @@ def test_a_link_that_swings_never_lets_a_secret_out(world: LocalWorld) -> None:
     assert CONFIG in outcomes
     assert errors.AccessDeniedError in outcomes
     assert outcomes <= {CONFIG, errors.AccessDeniedError, errors.IntegrityError}
+
+
+def opens(world: LocalWorld) -> Callable[[AdapterKey], Coroutine[Any, Any, AdapterFile]]:
+    return lambda key: world.source.open(key, Demand())
 
 
 def reads_reopened(world: LocalWorld) -> Callable[[AdapterKey], Coroutine[Any, Any, None]]:
@@ -113,11 +120,11 @@ def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -> None
         key = await world.source.resolve(AdapterRef("./one"))
         path.unlink()
         os.mkfifo(path)
-        for step in (world.source.open, reads_reopened(world), world.source.populate):
+        for step in (opens(world), reads_reopened(world), world.source.populate):
             with pytest.raises(errors.IntegrityError, match=name):
                 await step(key)
         path.unlink()
-        for step in (world.source.open, reads_reopened(world), world.source.populate):
+        for step in (opens(world), reads_reopened(world), world.source.populate):
             with pytest.raises(errors.IntegrityError, match=name):
                 await step(key)
 
@@ -138,7 +145,7 @@ def test_a_config_that_changes_while_it_is_read(
         key = await world.source.resolve(AdapterRef("./one"))
         monkeypatch.setattr(local, "_close_after_status", edit_and_close)
         with pytest.raises(errors.IntegrityError, match=r"adapter_config\.json.*again"):
-            await world.source.open(key)
+            await world.source.open(key, Demand())
 
     asyncio.run(main())
 
@@ -160,7 +167,7 @@ def test_closed_even_when_the_open_was_given_up(
     async def main() -> None:
         key = await world.source.resolve(AdapterRef(folder))
         monkeypatch.setattr(local, "open_same", slow)
-        opening = asyncio.ensure_future(world.source.open(key))
+        opening = asyncio.ensure_future(world.source.open(key, Demand()))
         await asyncio.to_thread(entered.wait, 10)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -189,7 +196,7 @@ def test_an_error_waits_for_the_other_file(
         (folder / CONFIG_NAME).write_bytes(b"{}")
         before = descriptors()
         with pytest.raises(errors.IntegrityError, match=CONFIG_NAME):
-            await world.source.open(key)
+            await world.source.open(key, Demand())
         assert through
         assert descriptors() == before
 

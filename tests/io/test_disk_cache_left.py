@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
 
 import pytest
 from cache_inputs import KEY, NBYTES, SCOPE, begun, content_of, put, stored, weights
@@ -18,6 +17,7 @@ from lorax_async.core.cache_names import WEIGHTS_FILE, partial_name
 from lorax_async.errors import FetchError
 from lorax_async.io import disk_cache
 from lorax_async.io.cache.processes import this_process
+from lorax_async.io.ports import Demand
 
 CONTENT = weights()
 
@@ -136,6 +136,6 @@ def test_a_download_that_was_taken_away_says_so(world: DiskWorld) -> None:
                 download.publish()
         download.close()
         assert (moved / WEIGHTS_FILE.file_name).read_bytes() == CONTENT
-    found = world.cache.begin(KEY, SCOPE, Event())
+    found = world.cache.begin(KEY, SCOPE, Demand())
     assert found.file(WEIGHTS_FILE, NBYTES).missing() == []  # type: ignore[union-attr]
     found.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from itertools import pairwise
-from threading import Event
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from lorax_async.adapter import AdapterRef
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.io.fakes import FakeSource
-from lorax_async.io.ports import AdapterFile
+from lorax_async.io.ports import AdapterFile, Demand
 
 
 class FakeWorld:
@@ -61,7 +60,7 @@ class TestPopulate(PopulateConformance):
 
 
 async def opened(source: FakeSource, content: bytes, name: str = "one") -> AdapterFile:
-    return await source.open(source.put(name, CONFIG, content))
+    return await source.open(source.put(name, CONFIG, content), Demand())
 
 
 def test_it_counts(world: FakeWorld, run: Run) -> None:
@@ -70,7 +69,7 @@ def test_it_counts(world: FakeWorld, run: Run) -> None:
     async def main() -> None:
         ref = world.put("one", CONFIG, content)
         key = await world.source.resolve(ref)
-        files = [await world.source.open(key) for _ in range(2)]
+        files = [await world.source.open(key, Demand()) for _ in range(2)]
         readers = [world.source.reopen(key) for _ in range(3)]
         counts = world.source.counts
         assert counts.open_readers == 5
@@ -100,7 +99,7 @@ def test_bytes_that_have_not_arrived_cannot_be_read(world: FakeWorld, run: Run) 
         for start, stop in late:
             with pytest.raises(InternalError, match="before they arrived"):
                 read(file.reader, start, stop)
-        await world.source.bring(file, [[Span(*spans[1])]], lambda _: None, Event())
+        await world.source.bring(file, [[Span(*spans[1])]], lambda _: None, Demand())
         assert read(file.reader, 0, spans[1][1]) == content[: spans[1][1]]
         with pytest.raises(InternalError, match="before they arrived"):
             read(file.reader, spans[1][0], spans[1][1] + 1)
@@ -117,7 +116,7 @@ def test_a_held_group_waits_until_it_is_allowed(world: FakeWorld, run: Run) -> N
         world.source.hold("one")
         seen: list[int] = []
         bringing = asyncio.ensure_future(
-            world.source.bring(file, groups_of(content), seen.append, Event())
+            world.source.bring(file, groups_of(content), seen.append, Demand())
         )
         await asyncio.sleep(0.02)
         assert seen == []
@@ -138,10 +137,10 @@ def test_a_cancelled_fetch_does_not_wait_for_its_group(world: FakeWorld, run: Ru
     async def main() -> None:
         file = await opened(world.source, content)
         world.source.hold("one")
-        cancel = Event()
-        asyncio.get_running_loop().call_later(0.01, cancel.set)
+        demand = Demand()
+        asyncio.get_running_loop().call_later(0.01, demand.end)
         with pytest.raises(FetchError):
-            await world.source.bring(file, groups_of(content), lambda _: None, cancel)
+            await world.source.bring(file, groups_of(content), lambda _: None, demand)
         file.reader.close()
 
     run(main())
@@ -154,7 +153,7 @@ def test_groups_keep_the_pace(run: Run) -> None:
         loop = asyncio.get_running_loop()
         file = await opened(source, content)
         times = [loop.time()]
-        await source.bring(file, groups_of(content), lambda _: times.append(loop.time()), Event())
+        await source.bring(file, groups_of(content), lambda _: times.append(loop.time()), Demand())
         waits = [after - before for before, after in pairwise(times)]
         assert len(waits) == 3
         assert min(waits) >= 0.0199
@@ -173,12 +172,13 @@ def test_steps_fail_to_order(world: FakeWorld, run: Run, step: Any) -> None:
         key, other_key = [await world.source.resolve(each) for each in (ref, other)]
         world.source.fail(step, order, id="one", times=2)
         call = getattr(world.source, step)
+        more = (Demand(),) if step == "open" else ()
         for _ in range(2):
             with pytest.raises(FetchError, match="on fire") as caught:
-                await call(ref if step == "resolve" else key)
+                await call(ref if step == "resolve" else key, *more)
             assert caught.value is not order
         for each in (other, ref) if step == "resolve" else (other_key, key):
-            close_if_open(await call(each))
+            close_if_open(await call(each, *more))
 
     run(main())
 
@@ -197,7 +197,7 @@ def test_a_group_fails_to_order(world: FakeWorld, run: Run) -> None:
         world.source.fail("bring", FetchError("cut off"), at=1)
         seen: list[int] = []
         with pytest.raises(FetchError, match="cut off"):
-            await world.source.bring(file, groups_of(content), seen.append, Event())
+            await world.source.bring(file, groups_of(content), seen.append, Demand())
         assert seen == [0]
         assert await bring_all(world.source, file, content) == [0, 1, 2]
         file.reader.close()
@@ -242,15 +242,15 @@ def test_a_fetch_cancelled_on_its_way_ends_before_the_next_group(
 
     async def main() -> None:
         file = await opened(world.source, content)
-        cancel = Event()
+        demand = Demand()
         seen: list[int] = []
 
         def arrived(group: int) -> None:
             seen.append(group)
-            cancel.set()
+            demand.end()
 
         with pytest.raises(FetchError):
-            await world.source.bring(file, groups_of(content), arrived, cancel)
+            await world.source.bring(file, groups_of(content), arrived, demand)
         assert seen == [0]
         file.reader.close()
 

@@ -18,6 +18,7 @@ from source_inputs import CONFIG, header_bytes, tensors, weights
 
 from lorax_async import errors
 from lorax_async.adapter import AdapterRef
+from lorax_async.io.ports import Demand
 from lorax_async.io.sources.local import LocalSource
 
 
@@ -131,7 +132,7 @@ def test_limits_are_the_last_size_that_passes(world: LocalWorld) -> None:
     (path / CONFIG_NAME).write_bytes(config)
 
     async def main() -> None:
-        file = await world.source.open(await world.source.resolve(AdapterRef(path)))
+        file = await world.source.open(await world.source.resolve(AdapterRef(path)), Demand())
         assert file.config == config
         file.reader.close()
 
@@ -147,7 +148,7 @@ def test_a_header_of_any_legal_size_is_brought(world: LocalWorld) -> None:
         ref = world.put("one", CONFIG, content)
 
         async def main(ref: AdapterRef = ref) -> bytes:
-            file = await world.source.open(await world.source.resolve(ref))
+            file = await world.source.open(await world.source.resolve(ref), Demand())
             file.reader.close()
             return file.prefix
 
@@ -180,7 +181,7 @@ def test_what_the_process_may_not_read(denied: str, step: str) -> None:
         else:
             # A new mode is another version of a file.
             with pytest.raises(errors.IntegrityError if denied else errors.AccessDeniedError):
-                await source.open(key)
+                await source.open(key, Demand())
 
     with (
         tempfile.TemporaryDirectory() as name,

@@ -29,7 +29,7 @@ from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import LocalRoot
 from lorax_async.io import mapped
-from lorax_async.io.ports import Hold
+from lorax_async.io.ports import Demand, Hold
 from lorax_async.io.sources import local_hold
 from lorax_async.io.sources.local import LocalSource
 from page_looks import cached_pages, drop_pages, map_sizes, pages
@@ -57,7 +57,7 @@ class TestPopulate(PopulateConformance):
 
 async def opened_and_held(source: LocalSource, ref: AdapterRef) -> tuple[bool, Hold]:
     key = await source.resolve(ref)
-    file = await source.open(key)
+    file = await source.open(key, Demand())
     file.reader.close()
     return file.holdable, await source.populate(key)
 
@@ -188,7 +188,7 @@ def test_a_file_that_changes_is_not_held(
 
     async def main() -> None:
         key = await key_of(host, weights(1))
-        file = await host.source.open(key)
+        file = await host.source.open(key, Demand())
         file.reader.close()
         if when == "before":
             change(path)

@@ -28,6 +28,7 @@ from lorax_async.errors import (
     LoaderClosedError,
 )
 from lorax_async.io.fakes import FakeSource
+from lorax_async.io.ports import Demand
 from lorax_async.io.sources.from_memory import MemorySource
 
 ROOM = 1 << 20
@@ -60,7 +61,7 @@ def test_it_is_opened_like_a_file(world: World, run: Run) -> None:
     async def main() -> None:
         key = await world.take()
         assert isinstance(key, TensorsKey)
-        file = await world.source.open(key)
+        file = await world.source.open(key, Demand())
         content = read(file.reader, 0, file.reader.nbytes)
         loaded = safetensors.torch.load(content)
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
@@ -100,7 +101,7 @@ def test_everything_else_is_the_other_sources(world: World, run: Run) -> None:
         content = weights(2)
         key = world.inner.put("other", CONFIG, content)
         assert await world.source.resolve(AdapterRef("other")) == key
-        file = await world.source.open(key)
+        file = await world.source.open(key, Demand())
         await bring_all(world.source, file, content)
         reader = world.source.reopen(key)
         for each in (file.reader, reader):
@@ -114,12 +115,12 @@ def test_everything_else_is_the_other_sources(world: World, run: Run) -> None:
 
 def test_nobody_wants_it_any_more(world: World, run: Run) -> None:
     async def main() -> None:
-        file = await world.source.open(await world.take())
-        cancel = Event()
-        cancel.set()
+        file = await world.source.open(await world.take(), Demand())
+        demand = Demand()
+        demand.end()
         groups = groups_of(read(file.reader, 0, file.reader.nbytes))
         with pytest.raises(FetchError, match="nobody waits"):
-            await world.source.bring(file, groups, lambda _: None, cancel)
+            await world.source.bring(file, groups, lambda _: None, demand)
         file.reader.close()
 
     run(main())
@@ -128,7 +129,7 @@ def test_nobody_wants_it_any_more(world: World, run: Run) -> None:
 def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World, run: Run) -> None:
     async def main() -> None:
         key = await world.take()
-        file = await world.source.open(key)
+        file = await world.source.open(key, Demand())
         nbytes = world.used
         world.source.copies.drop(key)
         world.source.copies.drop(key)
@@ -136,7 +137,7 @@ def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World, run: Run)
         assert world.used == nbytes, "who reads has the bytes"
         assert len(read(file.reader, 0, nbytes)) == nbytes
         with pytest.raises(AdapterNotFoundError, match="give them again") as caught:
-            await world.source.open(key)
+            await world.source.open(key, Demand())
         assert caught.value.stage == "fetch"
         with pytest.raises(FetchError, match="give them again"):
             await world.source.populate(key)

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, Event
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from lorax_async.core.merge_plan import MergedTensor
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.io.fakes import FakeSource
+from lorax_async.io.ports import Demand
 from lorax_async.io.sources import merged_reader
 from lorax_async.io.sources.merged import MergedSource
 from lorax_async.io.sources.merged_reader import MergedReader
@@ -67,10 +68,10 @@ def source() -> Iterator[MergedSource]:
 async def opened(source: MergedSource, merge: Merge) -> tuple[MergedReader, bytes]:
     """A reader, and all that it reads."""
     keys = [await source.resolve(AdapterRef(name)) for name in "ab"]
-    file = await source.open(MergedKey.of(merge, keys))
+    file = await source.open(MergedKey.of(merge, keys), Demand())
     reader = file.reader
     assert isinstance(reader, MergedReader)
-    await source.bring(file, [[Span(0, reader.nbytes)]], lambda _: None, Event())
+    await source.bring(file, [[Span(0, reader.nbytes)]], lambda _: None, Demand())
     return reader, read(reader, 0, reader.nbytes)
 
 

@@ -27,6 +27,7 @@ from lorax_async.config import Limits
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.io.fakes import FakeSource
+from lorax_async.io.ports import Demand
 from lorax_async.io.sources.merged import MergedSource
 
 LINEAR = Merge("linear", ["a", "b", "c"], [1, -0.5, 0.25])
@@ -81,9 +82,9 @@ class TestPlainHolds(PopulateConformance):
 
 async def whole(world: MergedWorld, key: MergedKey) -> bytes:
     """The merged file, brought and read in one piece."""
-    file = await world.source.open(key)
+    file = await world.source.open(key, Demand())
     with closing(file.reader) as reader:
-        await world.source.bring(file, [[Span(0, reader.nbytes)]], lambda _: None, Event())
+        await world.source.bring(file, [[Span(0, reader.nbytes)]], lambda _: None, Demand())
         return await asyncio.to_thread(read, reader, 0, reader.nbytes)
 
 
@@ -112,9 +113,9 @@ def test_scattered_reads_give_the_file(
     async def main() -> None:
         key = world.key(merge)
         content = await whole(world, key)
-        file = await world.source.open(key)
+        file = await world.source.open(key, Demand())
         assert content.startswith(file.prefix)
-        await world.source.bring(file, [[Span(0, len(content))]], lambda _: None, Event())
+        await world.source.bring(file, [[Span(0, len(content))]], lambda _: None, Demand())
         reader = world.source.reopen(key) if reopened else file.reader
         result = memoryview(bytearray(len(content)))
         cuts = [0, 0, 5, *range(len(file.prefix) - 3, len(content), 1000), len(content)]
@@ -143,11 +144,11 @@ def test_a_group_is_here_with_the_last_of_its_parts(world: MergedWorld, run: Run
         key = world.key(LINEAR)
         content = await whole(world, key)
         world.inner._versions[key.merge.parts[1]].here.clear()  # type: ignore[index]
-        file = await world.source.open(key)
+        file = await world.source.open(key, Demand())
         world.inner.hold("b")
         seen: list[int] = []
         bringing = asyncio.create_task(
-            world.source.bring(file, groups_of(content), seen.append, Event())
+            world.source.bring(file, groups_of(content), seen.append, Demand())
         )
         await asyncio.sleep(0.02)
         assert seen == []
@@ -164,14 +165,14 @@ def test_a_group_is_here_with_the_last_of_its_parts(world: MergedWorld, run: Run
 
 def test_a_fetch_that_nobody_wants_ends(world: MergedWorld, run: Run) -> None:
     async def main() -> None:
-        file = await world.source.open(world.key(LINEAR))
+        file = await world.source.open(world.key(LINEAR), Demand())
         world.inner.hold("c")
-        cancel = Event()
+        demand = Demand()
         bringing = asyncio.create_task(
-            world.source.bring(file, [[Span(0, file.reader.nbytes)]], lambda _: None, cancel)
+            world.source.bring(file, [[Span(0, file.reader.nbytes)]], lambda _: None, demand)
         )
         await asyncio.sleep(0.01)
-        cancel.set()
+        demand.end()
         with pytest.raises(FetchError, match="part 3"):
             await bringing
         file.reader.close()
@@ -183,7 +184,7 @@ def test_a_fetch_that_nobody_wants_ends(world: MergedWorld, run: Run) -> None:
 def test_cancelled_at_any_await(world: MergedWorld, run: Run, late: float) -> None:
     async def main() -> None:
         key = world.key(DRAWN)
-        ends = [await was_cancelled(world.source.open(key), at, late) for at in range(12)]
+        ends = [await was_cancelled(world.source.open(key, Demand()), at, late) for at in range(12)]
         assert ends.count(True) >= 1
         assert ends == sorted(ends, reverse=True)
 
@@ -209,7 +210,7 @@ def test_a_reader_reads_these_bytes_and_no_others(world: MergedWorld, run: Run) 
     async def main() -> None:
         key = world.key(LINEAR)
         content = await whole(world, key)
-        file = await world.source.open(key)
+        file = await world.source.open(key, Demand())
         reader = file.reader
         with pytest.raises(IntegrityError, match="ends before byte"):
             read(reader, len(content) - 3, len(content) + 1)
@@ -234,7 +235,7 @@ def test_closed_while_it_is_read_it_reads_to_the_end(world: MergedWorld, run: Ru
     async def main() -> None:
         key = world.key(DRAWN)
         content = await whole(world, key)
-        file = await world.source.open(key)
+        file = await world.source.open(key, Demand())
         began, go_on = Event(), Event()
         inner = file.reader.opened.files[2].reader  # type: ignore[attr-defined]
         plainly = inner._read

@@ -9,7 +9,7 @@ from lorax_async.core.cache_names import CacheKey, FileRole
 from lorax_async.core.cache_record import Record
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.spans import Span
-from lorax_async.io.ports import Cancel, Reader
+from lorax_async.io.ports import Demand, Reader
 
 
 class CacheEntry(Protocol):
@@ -118,10 +118,10 @@ class Cache(Protocol):
         have not the recorded digests: they are hashed with `check`, or if a file was touched.
         """
 
-    def begin(self, key: CacheKey, scope: str, cancel: Cancel) -> CacheEntry | CacheDownload:
+    def begin(self, key: CacheKey, scope: str, demand: Demand) -> CacheEntry | CacheDownload:
         """Download `key` on the authority of `scope`, or have what another one downloaded.
 
-        Waits while somebody else downloads it and gets on. Raises `FetchError` if `cancel` is set.
+        Waits while somebody else downloads it and gets on. Raises `FetchError` when `demand` ends.
         """
 
     def remove(self, key: CacheKey) -> bool:

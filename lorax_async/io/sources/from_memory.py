@@ -14,8 +14,9 @@ from lorax_async.config import Limits
 from lorax_async.core.runs import Span
 from lorax_async.errors import AdapterNotFoundError, FetchError
 from lorax_async.io.host_copies import HostCopies, HostReader
-from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader, Source
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
 from lorax_async.io.snapshot import Snapshot
+from lorax_async.verification import UNCHECKED, Verification
 
 _T = TypeVar("_T")
 
@@ -72,9 +73,9 @@ class MemorySource:
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await self._source.resolve(ref)
 
-    async def open(self, key: AdapterKey) -> AdapterFile:
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         if not isinstance(key, TensorsKey):
-            return await self._source.open(key)
+            return await self._source.open(key, demand)
         copy = self.copies.get(key)
         if copy is None:
             raise AdapterNotFoundError(_GONE, stage="fetch")
@@ -91,13 +92,14 @@ class MemorySource:
         file: AdapterFile,
         groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
-        cancel: Cancel,
-    ) -> None:
+        demand: Demand,
+    ) -> Verification:
         """Of what is in memory, all is here already."""
         if not isinstance(file.reader, HostReader):
-            await self._source.bring(file, groups, arrived, cancel)
-        elif cancel.is_set():
+            return await self._source.bring(file, groups, arrived, demand)
+        if demand.ended:
             raise FetchError("nobody waits for the adapter any more")
+        return UNCHECKED
 
     async def populate(self, key: AdapterKey) -> Hold:
         """What is in memory needs no hold."""

@@ -23,7 +23,7 @@ from lorax_async.config import Limits, Root, as_local_roots
 from lorax_async.core.header import HeaderLimits, header_size
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, UsageError
-from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
 from lorax_async.io.sources.checked_open import (
     FileReader,
     changed,
@@ -35,6 +35,7 @@ from lorax_async.io.sources.checked_open import (
 from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS, find_adapter
 from lorax_async.io.sources.local_hold import LocalHold, begin_hold, can_hold
 from lorax_async.io.sources.local_ids import parse_place
+from lorax_async.verification import UNCHECKED, Verification
 
 PREFIX_BYTES = 128 << 10
 """Read at once from the beginning of the weights: the header of nearly every adapter."""
@@ -87,7 +88,7 @@ class LocalSource:
             self._threads, find_adapter, place, self._roots, self._limits
         )
 
-    async def open(self, key: AdapterKey) -> AdapterFile:
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:  # noqa: ARG002 - the port's
         if len(key.files) != 2:
             raise UsageError("this is no key of a local adapter")
         opening = self._threads.submit(_open_weights, key, self._limits, self._immutable)
@@ -111,11 +112,12 @@ class LocalSource:
         file: AdapterFile,  # noqa: ARG002 - the port's
         groups: Sequence[Sequence[Span]],  # noqa: ARG002 - the port's
         arrived: Callable[[int], None],  # noqa: ARG002 - the port's
-        cancel: Cancel,
-    ) -> None:
+        demand: Demand,
+    ) -> Verification:
         """All is here already: a copy reads the file itself, through its reader."""
-        if cancel.is_set():
+        if demand.ended:
             raise FetchError("nobody waits for the adapter any more")
+        return UNCHECKED
 
     async def populate(self, key: AdapterKey) -> Hold:
         """In an immutable root: all bytes, mapped, and locked where the process may.

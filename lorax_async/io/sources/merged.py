@@ -14,8 +14,9 @@ from lorax_async.core.layout import ModelLayout
 from lorax_async.core.merge_plan import PartFile, part_words, plan_merge
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, LoraxError
-from lorax_async.io.ports import AdapterFile, Cancel, Hold, Reader, Source
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
 from lorax_async.io.sources.merged_reader import MergedReader, Opened
+from lorax_async.verification import Verification, weakest
 
 _T = TypeVar("_T")
 
@@ -52,10 +53,10 @@ class MergedSource:
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await self._source.resolve(ref)
 
-    async def open(self, key: AdapterKey) -> AdapterFile:
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         if not isinstance(key, MergedKey):
-            return await self._source.open(key)
-        opened = await self._open(key)
+            return await self._source.open(key, demand)
+        opened = await self._open(key, demand)
         plan = opened.plan
         return AdapterFile(plan.config, plan.prefix, MergedReader(key, opened))
 
@@ -70,15 +71,14 @@ class MergedSource:
         file: AdapterFile,
         groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
-        cancel: Cancel,
-    ) -> None:
+        demand: Demand,
+    ) -> Verification:
         """A group is here when every part's bytes of it are."""
         reader = file.reader
         if not isinstance(reader, MergedReader):
-            await self._source.bring(file, groups, arrived, cancel)
-            return
+            return await self._source.bring(file, groups, arrived, demand)
         assert reader.opened is not None
-        await self._bring(reader.key, reader.opened, groups, arrived, cancel)
+        return await self._bring(reader.key, reader.opened, groups, arrived, demand)
 
     async def populate(self, key: AdapterKey) -> Hold:
         """Of a merge the parts are read ahead, and nothing is held."""
@@ -89,9 +89,9 @@ class MergedSource:
             await asyncio.wrap_future(self._threads.submit(hold.close))
         return _NothingHeld()
 
-    async def _open(self, key: MergedKey) -> Opened:
+    async def _open(self, key: MergedKey, demand: Demand) -> Opened:
         openings = [
-            _of_part(key, number, self._source.open(part))
+            _of_part(key, number, self._source.open(part, demand))
             for number, part in enumerate(_part_keys(key))
         ]
         files = await _all(openings, lambda file: file.reader.close())
@@ -115,8 +115,8 @@ class MergedSource:
         opened: Opened,
         groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
-        cancel: Cancel,
-    ) -> None:
+        demand: Demand,
+    ) -> Verification:
         parts = range(len(opened.files))
         needed = [[opened.plan.spans(part, group) for group in groups] for part in parts]
         left = [sum(bool(spans[group]) for spans in needed) for group in range(len(groups))]
@@ -126,23 +126,24 @@ class MergedSource:
             if not left[group]:
                 arrived(group)
 
-        await _all(
+        brought = await _all(
             [
                 _of_part(
-                    key, part, self._bring_part(opened.files[part], needed[part], count, cancel)
+                    key, part, self._bring_part(opened.files[part], needed[part], count, demand)
                 )
                 for part in parts
             ],
             lambda _: None,
         )
+        return weakest(brought)
 
     async def _bring_part(
         self,
         file: AdapterFile,
         groups: Sequence[Sequence[Span]],
         arrived: Callable[[int], None],
-        cancel: Cancel,
-    ) -> None:
+        demand: Demand,
+    ) -> Verification:
         """As `bring`, with groups in which the part has nothing; tells of all the others."""
         numbers = [number for number, spans in enumerate(groups) if spans]
         told: set[int] = set()
@@ -151,10 +152,12 @@ class MergedSource:
             told.add(n)
             arrived(numbers[n])
 
-        await self._source.bring(file, [groups[number] for number in numbers], tell, cancel)
+        wanted = [groups[number] for number in numbers]
+        verification = await self._source.bring(file, wanted, tell, demand)
         for n in range(len(numbers)):
             if n not in told:
                 tell(n)
+        return verification
 
     def _open_from_thread(self, key: MergedKey, loop: asyncio.AbstractEventLoop) -> Opened:
         """The parts once more, with whatever of them is no longer here. Blocks."""
@@ -164,11 +167,12 @@ class MergedSource:
             raise FetchError("the loader was closed") from None
 
     async def _reopen(self, key: MergedKey) -> Opened:
-        opened = await self._open(key)
+        demand = Demand()
+        opened = await self._open(key, demand)
         plan = opened.plan
         try:
             whole = [[Span(len(plan.prefix), plan.nbytes)]]
-            await self._bring(key, opened, whole, lambda _: None, Cancel())
+            await self._bring(key, opened, whole, lambda _: None, demand)
         except BaseException:
             opened.close()
             raise

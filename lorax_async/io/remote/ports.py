@@ -1,0 +1,79 @@
+"""The seam between the kinds of places that adapters come from and how their bytes come here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lorax_async.adapter import AdapterRef
+from lorax_async.core.cache_names import FileRole
+from lorax_async.core.file_digest import Digest
+from lorax_async.io.http.target import Answer, Target
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of an adapter, as its source tells of it.
+
+    Attributes
+    ----------
+    target
+        Where it is asked for, with what that takes.
+    nbytes, expected
+        Its size and digest, where the source says so without being asked for bytes.
+    answer
+        What came of asking for its beginning, where that was how to learn its version.
+    """
+
+    role: FileRole
+    target: Target
+    nbytes: int | None = None
+    expected: Digest | None = None
+    answer: Answer | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """One version of an adapter, and its files.
+
+    Attributes
+    ----------
+    source
+        The adapter's id without its revision, in the one form it is known by: no secret.
+    version
+        The hub's commit, or what the versionIds or strong ETags of its files come to: equal
+        versions are equal bytes.
+    scope
+        On whose authority the source has told so: a digest of the token, "" if there was none.
+    files
+        The config, then the weights, or else their index (then `Locator.shards` has the rest).
+    """
+
+    source: str
+    version: str
+    scope: str
+    files: tuple[RemoteFile, ...]
+
+
+class Locator(Protocol):
+    """Knows one kind of place: the hub, one kind of object store, folders behind URLs.
+
+    Errors are those of `lorax_async.errors`, without id and story.
+    """
+
+    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+        """Source, version and scope, where `ref` alone says which version it is; quick.
+
+        Then the files may come from the cache without asking anybody, if that scope was let have
+        them. None: the source has to be asked.
+        """
+
+    async def locate(self, ref: AdapterRef) -> Located:
+        """Ask the source which version `ref` names now, and for its files.
+
+        Raises `AdapterNotFoundError`, `AccessDeniedError`, or another `FetchError`.
+        """
+
+    async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
+        """The files of weights that an index names, of the same version."""
