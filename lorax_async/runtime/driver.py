@@ -61,9 +61,7 @@ class Driver:
         self.journal = Journal()
         self.files = Files(source, planner, metadata_threads, self, self.journal)
         self.tenants = Tenants(num_layers, self._lease_ended, self._lease_quiet)
-        self.interest = Interest(
-            lifecycle, self.tenants, self._hear_and_obey, self.files.hasten
-        )
+        self.interest = Interest(lifecycle, self.tenants, self._hear_and_obey, self.files.hasten)
         self.retiring = Retiring(lifecycle, self._obey)
         self._loop = asyncio.get_running_loop()
         self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, self._tell)

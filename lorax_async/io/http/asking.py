@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lorax_async.errors import FetchError
+from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError
 from lorax_async.io.http.attempt import Attempt
 from lorax_async.io.http.checks import Content, content_of
 from lorax_async.io.http.desk import Desk, Job, Piece
 from lorax_async.io.http.exchange import Exchange, Response
-from lorax_async.io.http.failures import broken_off
+from lorax_async.io.http.failures import SetbackError, broken_off
 from lorax_async.io.http.target import Answer, Known, Target
 
 
@@ -32,6 +32,7 @@ class Ask(Job[Answer]):
         super().__init__(desk, urgency, deadline)
         self._exchange = exchange
         self._target = target
+        self._place = target.first_place
         self._nbytes = nbytes
         self._ranged = ranged
         self._wall = wall
@@ -41,10 +42,15 @@ class Ask(Job[Answer]):
     def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002
         target = self._target
         span = (0, self._nbytes) if self._ranged else None
-        response = self._exchange.get(target, target.place, span, Known(), attempt)
+        response = self._exchange.get(target, self._place, span, Known(), attempt)
         try:
             content = content_of(response, span, Known(), target.name, self._wall)
             start = self._read(response, content)
+        except (AccessDeniedError, AdapterNotFoundError) as error:
+            if self._place == target.place:
+                raise
+            self._place = target.place  # signed places expire
+            raise SetbackError(error) from error
         finally:
             response.leave()
         if content.stop is None and len(start) < self._nbytes:  # it has ended, so that is its size

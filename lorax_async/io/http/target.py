@@ -34,12 +34,16 @@ class Target:
         Fields for the URL's own origin. Whatever they are, no other origin ever sees them.
     rules
         Where requests and redirects may go.
+    found
+        Where redirects led to a moment ago, for who was told so: it is asked there first. Another
+        origin than the URL's does not see the headers.
     """
 
     url: Url
     name: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     rules: Rules = field(default_factory=PublicOnly, repr=False)
+    found: Url | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.headers.items():
@@ -51,6 +55,12 @@ class Target:
     @property
     def place(self) -> Place:
         return Place(self.url, 0, trusted=True)
+
+    @property
+    def first_place(self) -> Place:
+        if self.found is None:
+            return self.place
+        return Place(self.found, 1, trusted=self.found.origin == self.url.origin)
 
 
 @dataclass(frozen=True, slots=True)

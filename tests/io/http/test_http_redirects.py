@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fault_server import Asked, Client, FaultServer
 from fetching import DATA, Anywhere, asked, check, engine, fetched, target
@@ -152,3 +154,24 @@ def test_without_rules_plain_http_is_refused() -> None:
 def test_fields_that_a_caller_may_not_set(headers: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         target("http://127.0.0.1/", headers)
+
+
+def test_a_place_that_is_known_is_asked_first_and_without_credentials() -> None:
+    headers = {"Authorization": SECRET}
+    with FaultServer(DATA) as store, FaultServer(DATA) as hub, engine() as fetching:
+        there = replace(target(hub.url(), headers), found=parse_url(store.url("/signed")))
+        answer = fetching.ask(there, 5_000).done.result(10)
+        check(*fetched(fetching, answer))
+        assert not hub.asked
+        assert all("authorization" not in each.fields for each in store.asked)
+
+
+def test_where_a_known_place_has_expired_the_way_is_asked_for_anew() -> None:
+    headers = {"Authorization": SECRET}
+    with FaultServer(DATA) as store, FaultServer(DATA) as hub, engine() as fetching:
+        store.behave = lambda _, client: client.head("403 Forbidden", "Content-Length: 0")
+        there = replace(target(hub.url(), headers), found=parse_url(store.url("/signed")))
+        answer = fetching.ask(there, 5_000).done.result(10)
+        check(*fetched(fetching, answer))
+        assert len(store.asked) == 1
+        assert all(each.fields["authorization"] == SECRET for each in hub.asked)
