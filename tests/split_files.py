@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import safetensors.torch
 import torch
 from huggingface_hub import save_torch_state_dict
 
-import tiny
-
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 
 
@@ -40,16 +41,28 @@ def write(folder: Path, parts: Sequence[Mapping[str, torch.Tensor]]) -> list[Pat
     return paths
 
 
-def tiny_adapter(folder: Path, seed: int = 0, files: int = 3, **changes: object) -> Path:
-    """The tiny adapter of this seed, split by huggingface_hub into so many files."""
-    rank = 4
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps(tiny.config(rank, **changes)))
-    tensors = tiny.tensors(seed, rank)
-    most = -(-sum(t.nbytes for t in tensors.values()) // files)
-    pattern = "adapter_model{suffix}.safetensors"
+def split(one: Path, several: Path, files: int = 3) -> Path:
+    """The adapter in the folder `one`, its weights split by huggingface_hub into so many files."""
+    several.mkdir()
+    shutil.copy(one / CONFIG, several)
+    tensors = safetensors.torch.load_file(one / WEIGHTS)
+    most = -(-sum(tensor.nbytes for tensor in tensors.values()) // files)
     save_torch_state_dict(
-        tensors, folder, filename_pattern=pattern, max_shard_size=most + most // 8
+        tensors,
+        several,
+        filename_pattern="adapter_model{suffix}.safetensors",
+        max_shard_size=most + max(tensor.nbytes for tensor in tensors.values()),
     )
-    assert len(list(folder.glob("*.safetensors"))) == files
-    return folder
+    assert len(list(several.glob("*.safetensors"))) == files
+    return several
+
+
+def deal(one: Path, several: Path, files: int = 3) -> Path:
+    """The same, dealt out tensor by tensor: every file has something of every layer."""
+    several.mkdir()
+    shutil.copy(one / CONFIG, several)
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(files)]
+    for n, (name, tensor) in enumerate(sorted(safetensors.torch.load_file(one / WEIGHTS).items())):
+        parts[n % files][name] = tensor
+    write(several, parts)
+    return several

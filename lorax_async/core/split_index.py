@@ -110,14 +110,11 @@ def _after_metadata(text: str, position: int, max_depth: int) -> int:
 
 def _complete(found: _WeightMap) -> SplitIndex:
     """If every file from the first to the last has a tensor."""
-    tensors = Counter(found.numbers.values())
-    for number in range(1, found.count + 1):
-        if number not in tensors:
-            raise AdapterFormatError(
-                f"{INDEX}: no tensor is in {split_name(number, found.count)}; {_REMEDY}"
-            )
-    counts = tuple(tensors[number] for number in range(1, found.count + 1))
-    return SplitIndex(MappingProxyType(found.numbers), counts)
+    tensors_in = tuple(found.tensors_in[number] for number in range(1, found.count + 1))
+    if 0 in tensors_in:
+        empty = split_name(1 + tensors_in.index(0), found.count)
+        raise AdapterFormatError(f"{INDEX}: no tensor is in {empty}; {_REMEDY}")
+    return SplitIndex(MappingProxyType(found.numbers), tensors_in)
 
 
 class _WeightMap:
@@ -125,6 +122,7 @@ class _WeightMap:
 
     def __init__(self, text: str, max_tensors: int) -> None:
         self.numbers: dict[str, int] = {}
+        self.tensors_in = Counter[int]()
         self.count = 0
         self._text = text
         self._max_tensors = max_tensors
@@ -143,7 +141,8 @@ class _WeightMap:
             if not self._text.startswith('"', position):
                 raise _wrong(name, "has no name of a file")
             file, position = read_string(self._text, position, what=what)
-            self.numbers[name] = self._known.get(file) or self._number(name, file)
+            self.numbers[name] = number = self._known.get(file) or self._number(name, file)
+            self.tensors_in[number] += 1
             more, position = read_delimiter(self._text, position, what=what)
         return position
 
