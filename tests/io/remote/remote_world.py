@@ -25,6 +25,7 @@ from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import parse_url
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.known import Known
+from lorax_async.io.remote.opening import Opening
 from lorax_async.io.remote.ports import Located, RemoteFile
 from lorax_async.io.remote.resolving import Resolving
 from lorax_async.io.remote.source import RemoteSource
@@ -145,11 +146,13 @@ class RemoteWorld:
             fresh=revalidate,
         )
         kind = CachedSource if cached else RemoteSource
-        self.source = kind(
+        limits = limits or Limits()
+        opening = Opening(
             *(self.resolving, self.known, self.cache_of, self.engine, self.workers),
-            limits=limits or Limits(),
+            limits=limits,
             verify=verify,
         )
+        self.source = kind(self.resolving, opening, self.workers, limits=limits, verify=verify)
 
     def cache_of(self, _: str) -> DiskCache:
         if self._cache is None:
