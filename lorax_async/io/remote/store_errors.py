@@ -29,7 +29,7 @@ _SIGNS = (
         retryable=False,
     ),
     _Sign("configured region", "its region is another one; set AWS_REGION", retryable=False),
-    _Sign("certificate", "its certificate is not trusted", retryable=False),
+    _Sign("ertificate", "its certificate is not trusted", retryable=False),
     _Sign("dns error", "there is no such host", retryable=True),
     _Sign("onnection refused", "it refuses connections", retryable=True),
 )
