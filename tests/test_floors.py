@@ -22,7 +22,16 @@ FLOORS = {
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 IMPURE = {"asyncio", "torch", "os", "time", "random", "threading", "pathlib", "concurrent", "mmap"}
-HEAVY = {"peft", "transformers", "triton", "safetensors", "huggingface_hub", "rich", "uvloop"}
+HEAVY = {
+    "peft",
+    "transformers",
+    "triton",
+    "safetensors",
+    "huggingface_hub",
+    "obstore",
+    "rich",
+    "uvloop",
+}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
