@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorax_async.errors import InvalidAdapterIdError, UsageError
+from lorax_async.ids.texts import refuse_secrets
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -45,6 +46,8 @@ class AdapterRef:
         for name in ("source", "revision", "token", "digest"):
             if not isinstance(getattr(self, name), str | None):
                 raise UsageError(f"{name} of an adapter is a str or None")
+        if isinstance(self.id, str):
+            refuse_secrets(self.id, self.source)
         if self.digest is not None and not _SHA256.fullmatch(self.digest):
             raise UsageError(f"digest {self.digest!r} is no sha256 in 64 lower-case hex digits")
         if not isinstance(self.allow_stale, bool):
