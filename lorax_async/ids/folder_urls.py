@@ -16,7 +16,7 @@ _URL = re.compile(
     r"(?P<path>/.*)?",
     re.IGNORECASE | re.ASCII,
 )
-_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _PATH = re.compile(r"/(?:[A-Za-z0-9._~!$&'()*+,=:@/-]|%[0-9A-Fa-f]{2})*")
 _ENCODED = re.compile(r"%([0-9A-Fa-f]{2})")

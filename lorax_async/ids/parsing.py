@@ -79,7 +79,7 @@ def _read(text: str, source: str | None) -> tuple[str, str]:
         return "local", text
     found = _SCHEME.match(text)
     if found is None:
-        return source or "hub", text
+        return "hub" if source is None else source, text
     said = found[1].lower()
     _require_agreement(source, said)
     # "hub://", say: these are sources, and no schemes.
