@@ -31,7 +31,8 @@ def test_as_the_issue_has_them() -> None:
 def test_words(name: str, words: tuple[str, ...]) -> None:
     for word in words:
         assert getattr(made(**{name: word}), name) == word
-    for wrong in ("READ", "", "always", None, True, [], {}):
+    others: list[object] = ["READ", "", "always", None, True, [], {}]
+    for wrong in others:
         with pytest.raises(ConfigError, match=f"^{name} must be one of {', '.join(words)}$"):
             made(**{name: wrong})
 

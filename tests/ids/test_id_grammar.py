@@ -8,7 +8,7 @@ import socket
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
