@@ -20,7 +20,7 @@ class AdapterRef:
     ----------
     source
         "hub", "s3", "gs", "az", "http", "https" or "local", where the id does not say it; None is
-        the hub for `org/name`.
+        the hub for `org/name` (docs/sources.md has all forms).
     revision
         A branch, tag or commit of the hub; a versionId or ETag elsewhere. None is the present one.
     token
@@ -29,6 +29,11 @@ class AdapterRef:
         What the weights come to, as sha256 in hexadecimal, for who knows it: all else is refused.
     allow_stale
         Where the source cannot be asked, take the version that it last named.
+
+    Raises
+    ------
+    InvalidAdapterIdError
+        The id is neither text nor path, or a URL with a user name, password, query or fragment.
     """
 
     id: str | Path

@@ -46,7 +46,7 @@ def test_pull_requests_are_allowed_as_it_says() -> None:
 
 def test_settings_have_the_defaults_that_it_says() -> None:
     section = PAGE.read_text().partition("\n## Settings\n")[2]
-    rows = re.findall(r"^\| `(\w+)` \| `?(.+?)`? \|", section, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z_]+)` \| `?(.+?)`? \|", section, re.MULTILINE)
     assert {name for name, _ in rows} <= {entry.name for entry in fields(LoaderConfig)}
     config = LoaderConfig()
     for name, text in rows:
