@@ -12,7 +12,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorax_async"
 
 FLOORS = {
-    0: {"errors", "identity", "verification", "merge", "adapter", "events", "config"},
+    0: {
+        *("errors", "identity", "ids", "verification", "merge", "adapter", "events"),
+        *("config", "settings"),
+    },
     1: {"core"},
     2: {"io"},
     3: {"runtime", "handle"},

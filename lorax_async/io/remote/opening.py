@@ -9,7 +9,7 @@ from functools import partial
 from time import monotonic
 
 from lorax_async.adapter import RemoteKey
-from lorax_async.config import Limits, Verify
+from lorax_async.config import Checking, Limits
 from lorax_async.core.cache_names import CacheKey, FileRole
 from lorax_async.core.file_digest import Digest, FileHash
 from lorax_async.errors import IntegrityError
@@ -45,7 +45,7 @@ class Opening:
         workers: Workers,
         *,
         limits: Limits,
-        verify: Verify,
+        verify: Checking,
     ) -> None:
         self._resolving = resolving
         self._known = known
@@ -53,7 +53,7 @@ class Opening:
         self._engine = engine
         self._workers = workers
         self._limits = limits
-        self._verify: Verify = verify
+        self._verify: Checking = verify
         self._beginnings = Beginnings(engine, workers, limits, resolving.shards)
         self._idle: Counter[RemoteKey] = Counter()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from lorax_async.adapter import AdapterKey, AdapterRef, RemoteKey
-from lorax_async.config import Limits, Verify
+from lorax_async.config import Checking, Limits
 from lorax_async.core import runs
 from lorax_async.errors import IntegrityError, InternalError
 from lorax_async.io.cache.ports import CacheEntry
@@ -47,13 +47,13 @@ class RemoteSource:
         workers: Workers,
         *,
         limits: Limits,
-        verify: Verify,
+        verify: Checking,
     ) -> None:
         self._resolving = resolving
         self._opening = opening
         self._workers = workers
         self._limits = limits
-        self._verify: Verify = verify
+        self._verify: Checking = verify
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await self._resolving.resolve(ref)

@@ -14,7 +14,7 @@ from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, engine
 
 from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.config import Limits, Verify
+from lorax_async.config import Checking, Limits
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import policy
@@ -118,7 +118,7 @@ class RemoteWorld:
         self,
         folder: Path,
         *,
-        verify: Verify = "stream",
+        verify: Checking = "stream",
         cache_bytes: int = 64 << 20,
         revalidate: float = 0.0,
         offline: bool = False,
