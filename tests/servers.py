@@ -17,6 +17,8 @@ from tools import tool
 BEGIN_SECONDS = 60.0
 END_SECONDS = 20.0
 
+Command = Sequence[str | Path]
+
 NGINX = """
 daemon off; pid {root}/pid; error_log {root}/errors; worker_processes 1; {user}
 events {{ worker_connections 256; }}
@@ -78,8 +80,10 @@ def nginx(root: Path) -> Iterator[Nginx]:
     user = "user root;" if os.geteuid() == 0 else ""
     text = NGINX.format(root=root, first=server.first, second=server.second, user=user)
     (root / "nginx.conf").write_text(text)
-    command = [_program("nginx"), "-p", root, "-c", root / "nginx.conf", "-e", root / "errors"]
-    with running(command, [server.first, server.second], root / "nginx.log"):
+    command: Command = [_program("nginx"), "-p", root, "-c", root / "nginx.conf"]
+    with running(
+        [*command, "-e", root / "errors"], [server.first, server.second], root / "nginx.log"
+    ):
         yield server
 
 
@@ -88,7 +92,7 @@ def rclone(kind: str, folder: Path, scratch: Path) -> Iterator[str]:
     """The URL at which `rclone serve KIND` serves the folder."""
     port = free_port()
     address = f"127.0.0.1:{port}"
-    command = [_program("rclone"), "serve", kind, "--config", scratch / "rclone.conf"]
+    command: Command = [_program("rclone"), "serve", kind, "--config", scratch / "rclone.conf"]
     with running([*command, "--addr", address, folder], [port], scratch / "rclone.log"):
         yield f"http://{address}/"
 
@@ -97,14 +101,22 @@ def rclone(kind: str, folder: Path, scratch: Path) -> Iterator[str]:
 def pythons_own(folder: Path, scratch: Path) -> Iterator[str]:
     """The URL at which Python's `http.server` serves the folder. It knows no ranges."""
     port = free_port()
-    command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory", folder]
+    command: Command = [
+        sys.executable,
+        "-m",
+        "http.server",
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        folder,
+    ]
     with running([*command, str(port)], [port], scratch / "python.log"):
         yield f"http://127.0.0.1:{port}/"
 
 
 @contextmanager
 def running(
-    command: Sequence[str | Path],
+    command: Command,
     ports: Sequence[int],
     log: Path,
     environment: Mapping[str, str] | None = None,
