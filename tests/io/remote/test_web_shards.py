@@ -60,8 +60,9 @@ def test_the_version_is_that_of_every_file(run: Run) -> None:
         it.folder.fields = {shard(2): []}
         assert run(it.locator.locate(it.ref())).version.startswith("weak-")
         it.folder.fields = {INDEX: ['ETag: "v1"']}
-        with pytest.raises(AdapterNotFoundError, match="revision"):
-            run(it.locator.locate(it.ref(revision='"v1"')))
+        for etag in ('"v1"', f"{CONFIG}-1", f"{shard(1)}-1"):
+            with pytest.raises(AdapterNotFoundError, match="revision"):
+                run(it.locator.locate(it.ref(revision=etag)))
 
 
 def test_one_file_of_weights_comes_before_an_index(run: Run) -> None:
