@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import random
-from typing import Any
 
 import pytest
 from fault_server import Asked, Client
-from web_folder import CONFIG, INDEX, WEIGHTS, Folder, World, refuse, world
+from web_folder import CONFIG, INDEX, WEIGHTS, World, refuse, world
 
-from common import Run, until
+from common import Run
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE
@@ -24,8 +22,6 @@ from lorax_async.errors import (
     InvalidAdapterIdError,
     UsageError,
 )
-from lorax_async.io.http.asking import Ask
-from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import PublicOnly
 from lorax_async.io.remote.web import FIRST_BYTES, WEAK
 
@@ -248,53 +244,3 @@ def test_what_is_no_folders_url_is_refused(run: Run, id: str) -> None:
         with pytest.raises(InvalidAdapterIdError, match="URL of an adapter's folder") as raised:
             run(it.locator.locate(AdapterRef(id)))
         assert "s3cret" not in str(raised.value)
-
-
-def stall(folder: Folder, *names: str) -> None:
-    folder.instead = {name: lambda _, client: client.stall() for name in names}
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Ask]:
-    """Whatever an engine is asked."""
-    asked: list[Ask] = []
-    ask = RangeEngine.ask
-
-    def noted(*given: Any, **more: Any) -> Ask:
-        asked.append(ask(*given, **more))
-        return asked[-1]
-
-    monkeypatch.setattr(RangeEngine, "ask", noted)
-    return asked
-
-
-async def given_up(jobs: list[Ask]) -> None:
-    await until(lambda: all(job.done.done() for job in jobs))
-    for job in jobs:
-        with pytest.raises(FetchError, match="nobody waits"):
-            job.done.result()
-
-
-def test_the_first_failure_ends_both(run: Run, jobs: list[Ask]) -> None:
-    with world({WEIGHTS: DATA}) as it:
-        stall(it.folder, WEIGHTS)
-        with pytest.raises(AdapterNotFoundError, match=CONFIG):
-            run(it.locator.locate(it.ref()))
-        run(given_up(jobs[1:]))
-
-
-def test_a_cancellation_ends_both_and_waits_for_nothing(run: Run, jobs: list[Ask]) -> None:
-    async def cancelled(it: World) -> None:
-        task = asyncio.create_task(it.locator.locate(it.ref()))
-        await until(lambda: len(it.folder.asked) == 2)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-        await given_up(jobs)
-
-    with world(FILES) as it:
-        stall(it.folder, CONFIG, WEIGHTS)
-        run(cancelled(it))
-        it.folder.instead = {}
-        assert run(it.locator.locate(it.ref())).files[1].nbytes == len(DATA)
