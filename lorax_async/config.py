@@ -25,6 +25,9 @@ GiB = 1 << 30
 Eviction = Literal["lru", "lfu", "gdsf"]
 """Who makes room."""
 
+Verify = Literal["none", "stream", "before_use"]
+"""What `load` waits for of a check of the bytes: see `LoaderConfig.verify`."""
+
 _DEVICE = re.compile(r"cpu|simulated|cuda(:(0|[1-9][0-9]?))?")
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

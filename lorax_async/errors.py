@@ -137,6 +137,10 @@ class FetchError(AdapterError):
     default_stage = "fetch"
 
 
+class EvictedError(FetchError):
+    """Its file made room in the disk cache before it was read; a load fetches it again itself."""
+
+
 class FetchTimeoutError(FetchError, TimeoutError):
     """A source did not answer in time."""
 

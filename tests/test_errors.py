@@ -31,6 +31,7 @@ AdapterNotFoundError: AdapterError
 AdapterTimeoutError: AdapterError TimeoutError
 FetchError: AdapterError
 FetchTimeoutError: FetchError TimeoutError
+EvictedError: FetchError
 IntegrityError: FetchError
 AccessDeniedError: FetchError
 AdapterFormatError: AdapterError
@@ -50,7 +51,7 @@ InvalidTransitionError: InternalError
 """Section 9 of the design, each with its direct bases."""
 
 RETRYABLE = {
-    *("AdapterTimeoutError", "FetchError", "FetchTimeoutError", "IntegrityError"),
+    *("AdapterTimeoutError", "FetchError", "FetchTimeoutError", "EvictedError", "IntegrityError"),
     *("TransferError", "CapacityError", "AdapterInUseError"),
 }
 ALL: list[type[LoraxError]] = [
@@ -174,7 +175,7 @@ def test_texts_are_one_printable_line(sign: str) -> None:
 def test_a_token_is_in_no_text() -> None:
     """The token of a reference is compared, and shown nowhere."""
     ref = AdapterRef("org/name", source="hub", revision="main", token=SECRET)
-    assert repr(ref) == "AdapterRef(id='org/name', source='hub', revision='main')"
+    assert repr(ref).startswith("AdapterRef(id='org/name', source='hub', revision='main', digest=")
     for text in (str(ref), f"{ref}", f"{ref!r}", "{}".format(ref), repr([ref]), ref.text):  # noqa: UP032
         assert SECRET not in text
     assert ref != AdapterRef("org/name", source="hub", revision="main", token="other")

@@ -4,7 +4,7 @@ In the folder, which is its owner's alone (0700, files 0600), all names are ours
 
     entries/DIGEST/     adapter_config.json, weights, record.json, scope.DIGEST…
     partials/DIGEST.WHO.SERIAL/     the same files, and a chunk map beside each
-    locks/, trash/      what is being done, and what is being removed
+    locks/, trash/, answers/    what is being done; being removed; was answered last
 
 DIGEST is that of the key. An entry appears by one rename, after its digests were checked and its
 files were brought to the disk (fsync); when it was used last is the time of its folder.
@@ -25,6 +25,7 @@ from time import monotonic
 from lorax_async.core.cache_names import CacheKey
 from lorax_async.core.policies import Policy
 from lorax_async.errors import FetchError
+from lorax_async.io.cache.answers import note, recall
 from lorax_async.io.cache.download import DiskDownload, Shelves
 from lorax_async.io.cache.entries import DiskEntry, Entries
 from lorax_async.io.cache.failures import translated_errors
@@ -34,7 +35,7 @@ from lorax_async.io.cache.place import Place
 from lorax_async.io.cache.room import Room
 from lorax_async.io.ports import Demand
 
-_POLL_SECONDS = 0.02
+POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 10.0
 """Somebody else's download that got no byte for so long is not waited for any more."""
 
@@ -82,24 +83,37 @@ class DiskCache:
                 raise
         return entry
 
+    def try_begin(
+        self, key: CacheKey, scope: str, *, alone: bool = False
+    ) -> DiskEntry | DiskDownload | int:
+        entry = self.open(key)
+        if entry is not None:
+            return entry
+        with translated_errors("begin a download"):
+            lock = attempt(self.shelves.place.locks, key.name)
+            if lock is not None:
+                return self._locked(key, scope, lock)
+            if alone:
+                return self._download(key, scope, None)
+            return self.shelves.partials.progress(key.name)
+
     def begin(self, key: CacheKey, scope: str, demand: Demand) -> DiskEntry | DiskDownload:
-        progress, since = -1, monotonic()
-        while True:
-            if demand.ended:
-                raise FetchError("the fetch was cancelled before it began")
-            entry = self.open(key)
-            if entry is not None:
-                return entry
-            with translated_errors("begin a download"):
-                lock = attempt(self.shelves.place.locks, key.name)
-                if lock is not None:
-                    return self._locked(key, scope, lock)
-                now = self.shelves.partials.progress(key.name)
-                if now != progress:
-                    progress, since = now, monotonic()
-                elif monotonic() - since > PATIENCE_SECONDS:
-                    return self._download(key, scope, None)
-            demand.wait(_POLL_SECONDS)
+        progress, since, alone = -1, monotonic(), False
+        while not demand.ended:
+            begun = self.try_begin(key, scope, alone=alone)
+            if not isinstance(begun, int):
+                return begun
+            if begun != progress:
+                progress, since = begun, monotonic()
+            alone = monotonic() - since > PATIENCE_SECONDS
+            demand.wait(POLL_SECONDS)
+        raise FetchError("the fetch was cancelled before it began")
+
+    def note_version(self, question: str, source: str, version: str) -> None:
+        note(self.shelves.place.answers, question, source, version)
+
+    def last_version(self, question: str) -> tuple[str, str] | None:
+        return recall(self.shelves.place.answers, question)
 
     def remove(self, key: CacheKey) -> bool:
         shelves = self.shelves

@@ -48,6 +48,7 @@ class FakeCache:
         self._downloading: set[str] = set()
         self._failures: list[LoraxError] = []
         self._now_ns = 0
+        self._answers: dict[str, tuple[str, str]] = {}
 
     def fail(self, error: LoraxError, times: int = 1) -> None:
         """Raise `error` at the next `times` writes."""
@@ -76,18 +77,32 @@ class FakeCache:
             self.held[key.name] += 1
             return FakeEntry(self, whole)
 
+    def try_begin(
+        self, key: CacheKey, scope: str, *, alone: bool = False
+    ) -> FakeEntry | FakeDownload | int:
+        with self.lock:
+            entry = self.open(key)
+            if entry is not None:
+                return entry
+            if key.name in self._downloading and not alone:
+                return 0
+            left = {} if key.name in self._downloading else self._partials.get(key.name, {})
+            self._downloading.add(key.name)
+            return FakeDownload(self, key, scope, left)
+
     def begin(self, key: CacheKey, scope: str, demand: Demand) -> FakeEntry | FakeDownload:
-        while True:
-            if demand.ended:
-                raise FetchError("the fetch was cancelled before it began")
-            with self.lock:
-                entry = self.open(key)
-                if entry is not None:
-                    return entry
-                if key.name not in self._downloading:
-                    self._downloading.add(key.name)
-                    return FakeDownload(self, key, scope, self._partials.get(key.name, {}))
+        while not demand.ended:
+            begun = self.try_begin(key, scope)
+            if not isinstance(begun, int):
+                return begun
             demand.wait(_POLL_SECONDS)
+        raise FetchError("the fetch was cancelled before it began")
+
+    def note_version(self, question: str, source: str, version: str) -> None:
+        self._answers[question] = (source, version)
+
+    def last_version(self, question: str) -> tuple[str, str] | None:
+        return self._answers.get(question)
 
     def remove(self, key: CacheKey) -> bool:
         with self.lock:
@@ -165,6 +180,8 @@ class FakeCache:
 class FakeEntry:
     """The `CacheEntry` of a `FakeCache`."""
 
+    mappable = False
+
     def __init__(self, cache: FakeCache, whole: _Whole) -> None:
         self.record = whole.record
         self._cache = cache
@@ -193,6 +210,8 @@ class FakeEntry:
 
 class FakeDownload:
     """The `CacheDownload` of a `FakeCache`; `left` are the files of the one before."""
+
+    mappable = False
 
     def __init__(
         self, cache: FakeCache, key: CacheKey, scope: str, left: dict[FileRole, FakeCacheFile]

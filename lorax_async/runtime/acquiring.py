@@ -11,6 +11,7 @@ from lorax_async.core.waiters import Tier
 from lorax_async.errors import (
     AdapterError,
     AdapterTimeoutError,
+    EvictedError,
     InternalError,
     LoraxError,
     UsageError,
@@ -26,6 +27,9 @@ MAX_PRIORITY = 1_000_000
 
 BACKGROUND = 2
 """Prefetches that are resolved and opened at a time: what a load has to wait for, at most."""
+
+EVICTIONS = 3
+"""So often may a file leave the disk cache between its fetch and its reading."""
 
 
 def require_priority(priority: int) -> None:
@@ -58,6 +62,7 @@ class Acquiring:
         require_priority(priority)
         key = ref if isinstance(ref, AdapterKey) else None
         wish: Wish | None = None
+        evicted = 0
         interest = self._driver.interest
         deadline = asyncio.timeout(seconds)
         try:
@@ -75,10 +80,12 @@ class Acquiring:
                             await self._driver.files.opened(key)
                     try:
                         return await interest.granted(wish)
-                    except AdapterError:
-                        if not self._resolver.outdated(ref, key):
+                    except AdapterError as error:
+                        evicted += isinstance(error, EvictedError)
+                        again = isinstance(error, EvictedError) and evicted < EVICTIONS
+                        if not again and not self._resolver.outdated(ref, key):
                             raise
-                    interest.abandon(wish)  # what it was has gone; it means something else now
+                    interest.abandon(wish)  # what it was has gone, or means something else now
         except BaseException as error:
             late = deadline.expired() and isinstance(error, TimeoutError)
             problem = self._timed_out(ref, key, seconds) if late else error

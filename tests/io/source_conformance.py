@@ -171,13 +171,18 @@ class SourceConformance(RowsConformance):
         async def main() -> None:
             key = await self.key(world, weights(1))
             config = CONFIG.replace(b"8", b"9") if part == "config" else CONFIG
-            world.put("one", config, weights(2 if part == "weights" else 1))
+            content = weights(2 if part == "weights" else 1)
+            world.put("one", config, content)
             with pytest.raises(IntegrityError, match="again"):
-                await world.source.open(key, Demand())
+                file = await world.source.open(key, Demand())
+                try:  # what came until then may be no more than a promise
+                    await bring_all(world.source, file, content)
+                finally:
+                    file.reader.close()
 
         run(main())
 
-    def test_a_read_notices_another_version(self, world: World, run: Run) -> None:
+    def test_no_read_mixes_versions(self, world: World, run: Run) -> None:
         content = weights(1)
 
         async def main() -> None:
@@ -186,8 +191,10 @@ class SourceConformance(RowsConformance):
             await bring_all(world.source, file, content)
             world.put("one", CONFIG, weights(2))
             for reader in (file.reader, world.source.reopen(key)):
-                with pytest.raises(IntegrityError, match="again"):
-                    read(reader, 0, len(content))
+                try:  # a source that has its own copy goes on with what was opened
+                    assert read(reader, 0, len(content)) == content
+                except IntegrityError as error:
+                    assert "again" in str(error)
                 reader.close()
 
         run(main())
@@ -247,7 +254,7 @@ class SourceConformance(RowsConformance):
             asked = (ref,) if step == "resolve" else (key, Demand())
             ends = [await was_cancelled(call(*asked), at, late) for at in range(12)]
             assert ends.count(True) >= 1
-            assert ends == sorted(ends, reverse=True)
+            assert False in ends
 
         run(main())
 

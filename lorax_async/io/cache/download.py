@@ -42,6 +42,8 @@ class DiskDownload:
     folder, and the first to rename his to the entry's name has published it.
     """
 
+    mappable = True
+
     def __init__(
         self, shelves: Shelves, key: CacheKey, scope: str, taken: Taken, lock: NamedLock | None
     ) -> None:

@@ -38,6 +38,8 @@ Identities = Mapping[FileRole, FileIdentity]
 class DiskEntry:
     """The `CacheEntry` of a folder, which is open and locked against removal."""
 
+    mappable = True
+
     def __init__(self, shelf: Entries, folder: Folder, record: Record, files: Identities) -> None:
         self.record = record
         self._shelf = shelf

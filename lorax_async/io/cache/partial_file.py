@@ -233,6 +233,8 @@ class PartialReader:
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         stop = offset + sum(buffer.nbytes for buffer in buffers)
         name = self._file.role.file_name
+        if stop > self.nbytes:
+            raise IntegrityError(f"{name} ends before byte {stop:,}")
         if not self._file.covers(offset, stop):
             raise InternalError(f"bytes {offset:,} to {stop:,} of {name} were read too early")
         with translated_errors("read a download back"), self._descriptor.held() as fd:

@@ -17,7 +17,8 @@ class Place:
     """The folders of a cache, open, and the process that has opened them.
 
     `entries` holds what is whole, `partials` what is on its way, `locks` what is being done, and
-    `trash` what is being removed. Raises `ConfigError` if a folder is not this user's alone.
+    `trash` what is being removed, `answers` what sources said last. Raises `ConfigError` if a
+    folder is not this user's alone.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -27,10 +28,10 @@ class Place:
             root = opened.enter_context(private_root(path))
             folders = [
                 opened.enter_context(private_subfolder(root, name))
-                for name in ("entries", "partials", "locks", "trash")
+                for name in ("entries", "partials", "locks", "trash", "answers")
             ]
             self._opened = opened.pop_all()
-        self.entries, self.partials, self.locks, self.trash = folders
+        self.entries, self.partials, self.locks, self.trash, self.answers = folders
 
     def move_out(self, folder: Folder, name: str) -> str:
         """Take something away from everybody's eyes at once; returns its name in the trash.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lorax_async.core.cache_names import CacheKey, FileRole
 from lorax_async.core.cache_record import Record
@@ -12,8 +12,14 @@ from lorax_async.core.spans import Span
 from lorax_async.io.ports import Demand, Reader
 
 
+@runtime_checkable
 class CacheEntry(Protocol):
-    """A whole adapter in the cache, which stays there until this is closed."""
+    """A whole adapter in the cache, which stays there until this is closed.
+
+    `mappable`: nobody else changes its files, so that they may be mapped.
+    """
+
+    mappable: bool
 
     @property
     def record(self) -> Record:
@@ -77,8 +83,14 @@ class CacheFile(Protocol):
         """
 
 
+@runtime_checkable
 class CacheDownload(Protocol):
-    """An adapter on its way into the cache. Nobody else downloads it meanwhile, if locks work."""
+    """An adapter on its way into the cache. Nobody else downloads it meanwhile, if locks work.
+
+    It is `mappable` if the entry will be.
+    """
+
+    mappable: bool
 
     def file(self, role: FileRole, nbytes: int | None, expected: Digest | None = None) -> CacheFile:
         """Add a file, with room for all of it where the size is known.
@@ -118,11 +130,25 @@ class Cache(Protocol):
         have not the recorded digests: they are hashed with `check`, or if a file was touched.
         """
 
+    def try_begin(
+        self, key: CacheKey, scope: str, *, alone: bool = False
+    ) -> CacheEntry | CacheDownload | int:
+        """Download `key` on the authority of `scope`, or have what another one downloaded.
+
+        While somebody else downloads it: how many bytes he has. `alone` does not heed him.
+        """
+
     def begin(self, key: CacheKey, scope: str, demand: Demand) -> CacheEntry | CacheDownload:
         """Download `key` on the authority of `scope`, or have what another one downloaded.
 
         Waits while somebody else downloads it and gets on. Raises `FetchError` when `demand` ends.
         """
+
+    def note_version(self, question: str, source: str, version: str) -> None:
+        """A source's latest answer to a question, whatever the cache has of it."""
+
+    def last_version(self, question: str) -> tuple[str, str] | None:
+        """Source and version that it answered last; None if nobody noted that."""
 
     def remove(self, key: CacheKey) -> bool:
         """Remove the entry and partials of it; False if somebody holds or downloads it."""

@@ -13,6 +13,7 @@ from lorax_async.core.cache_names import is_entry_name, is_partial_name
 from lorax_async.core.cache_record import Record
 from lorax_async.core.disk_budget import Stored
 from lorax_async.errors import IntegrityError
+from lorax_async.io.cache.answers import forget_others
 from lorax_async.io.cache.download import Shelves
 from lorax_async.io.cache.failures import translated_errors
 from lorax_async.io.cache.sizes import Sizes
@@ -110,7 +111,9 @@ def gc(cache: DiskCache, *, older_than: float = 0.0) -> Freed:
                 shelves.partials.drop(listed.name)
         shelves.room.trim()
         shelves.place.tidy()
-        after = {*shelves.place.entries.names(), *shelves.place.partials.names()}
+        left = set(shelves.place.entries.names())
+        forget_others(shelves.place.answers, left)
+        after = left | set(shelves.place.partials.names())
     gone = [listed for name, listed in before.items() if name not in after]
     partials = sum(listed.is_partial for listed in gone)
     return Freed(len(gone) - partials, partials, sum(listed.nbytes for listed in gone))

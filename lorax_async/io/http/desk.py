@@ -73,6 +73,12 @@ class Job(ABC, Generic[T]):
         """End it with this error; `done` follows when its threads have left. Quick."""
         self.desk.fail(self, error)
 
+    def hasten(self, urgency: int) -> None:
+        """It is as urgent as that from now on. From any thread. Quick."""
+        with self.desk.changed:
+            self.urgency = urgency
+            self.desk.changed.notify_all()
+
     def wanted(self, now: float) -> int:
         """How many connections it can use now."""
         used = len(self.running)

@@ -100,12 +100,16 @@ class HubLocator:
         self._own: _Own | None = None
         """Both are None until somebody looked."""
 
-    async def prepare(self) -> None:
-        """Learn what `recalled` needs to know: this machine's token and endpoint."""
-        await self._authority(None)
+    async def scope(self, ref: AdapterRef) -> str:
+        """As of `Locator`. From then on `recalled` knows it."""
+        return self._scope(await self._authority(checked_token(ref.token)))
+
+    def own_scope(self) -> str | None:
+        """On what authority this machine itself asks; None while nobody looked. Quick."""
+        return None if self._own is None else self._scope(self._own.token)
 
     def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        """As of `Locator`; None for all before the first `prepare` or `locate`."""
+        """As of `Locator`; None for all before the first `scope` or `locate`."""
         token, own = checked_token(ref.token), self._own
         if self._place is None or ref.revision is None or not is_commit(ref.revision):
             return None

@@ -11,6 +11,9 @@ from lorax_async.core.cache_names import FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.io.http.target import Answer, Target
 
+WEAK = "weak-"
+"""A version that begins so does not name the bytes, but what could be learnt of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
@@ -68,6 +71,9 @@ class Locator(Protocol):
         Then the files may come from the cache without asking anybody, if that scope was let have
         them. None: the source has to be asked.
         """
+
+    async def scope(self, ref: AdapterRef) -> str:
+        """On whose authority the source would be asked; asks nobody."""
 
     async def locate(self, ref: AdapterRef) -> Located:
         """Ask the source which version `ref` names now, and for its files.

@@ -232,7 +232,7 @@ def _open_known(key: AdapterKey) -> int:
     return _open_new(key)
 
 
-def read_prefix(reader: FileReader, limits: Limits) -> bytes:
+def read_prefix(reader: Reader, limits: Limits) -> bytes:
     """The beginning of the file, with its whole header."""
     accepted = HeaderLimits(max_header_bytes=limits.max_header_bytes)
     prefix = bytearray(min(PREFIX_BYTES, reader.nbytes))

@@ -239,20 +239,27 @@ def test_what_a_commit_says_by_itself(hub: HubStandIn, run: Run, tmp_path: Path)
         pinned = AdapterRef(REPO, revision=commit, token=TOKEN)
         assert locator.recalled(pinned) == (REPO, commit, located.scope)
         assert locator.recalled(AdapterRef(REPO, revision=commit)) is None, "whose is it?"
-        run(locator.prepare())
+        assert locator.own_scope() is None
+        assert run(locator.scope(AdapterRef(REPO))) == locator.own_scope() == ""
         assert locator.recalled(AdapterRef(REPO, revision=commit)) == (REPO, commit, "")
         (tmp_path / "token").write_text(TOKEN)
-        run(locator.prepare())
+        assert run(locator.scope(AdapterRef(REPO))) == locator.own_scope() == located.scope
         own = locator.recalled(AdapterRef(REPO, revision=commit))
         assert own == (REPO, commit, located.scope)
         for name in (None, "main", commit[:39], commit.upper(), f"{commit}0"):
             assert locator.recalled(AdapterRef(REPO, revision=name)) is None
 
 
-def test_prepared_though_the_hub_is_down(hub: HubStandIn, run: Run) -> None:
-    with locating("http://127.0.0.1:9") as locator:
-        run(locator.prepare())
-        assert locator.recalled(AdapterRef(REPO, revision="a" * 40)) == (REPO, "a" * 40, "")
+def test_on_whose_authority_is_told_though_the_hub_is_down(hub: HubStandIn, run: Run) -> None:
+    commit = hub.put(REPO, ADAPTER)
+    with locating(hub) as locator:
+        hub.behave = lambda asked: Reply(500)
+        given = run(locator.scope(AdapterRef(REPO, token=TOKEN)))
+        assert locator.recalled(AdapterRef(REPO, revision=commit, token=TOKEN)) == (
+            *(REPO, commit),
+            given,
+        )
+        assert run(locator.scope(AdapterRef(REPO))) == ""
     assert not hub.asked
 
 

@@ -1,0 +1,45 @@
+"""The engine's jobs, for as long as somebody wants what they bring."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from lorax_async.errors import FetchError
+from lorax_async.io.http.desk import Job
+from lorax_async.io.http.engine import FOREGROUND
+from lorax_async.io.ports import Demand
+from lorax_async.io.remote.workers import ended
+
+LONGEST = 86_400.0
+"""Seconds. Who waits has a deadline of his own, and what nobody waits for ends."""
+
+
+@asynccontextmanager
+async def followed(demand: Demand, *jobs: Job[Any]) -> AsyncIterator[None]:
+    """While this is entered they are as urgent as the demand, and end with it.
+
+    On an error or a cancellation they are ended, and their threads have left when it is raised.
+    """
+
+    def follow() -> None:
+        for job in jobs:
+            if demand.ended:
+                job.cancel(nobody_waits())
+            elif demand.urgent:
+                job.hasten(FOREGROUND)
+
+    try:
+        with demand.watched(follow):
+            yield
+    except BaseException:
+        for job in jobs:
+            job.cancel(nobody_waits())
+        for job in jobs:
+            await ended(job.done)
+        raise
+
+
+def nobody_waits() -> FetchError:
+    return FetchError("nobody waits for the adapter any more")

@@ -1,0 +1,74 @@
+"""What sources have told, for as long as it may be taken as true."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lorax_async.adapter import AdapterRef, RemoteKey
+from lorax_async.io.remote.ports import Located
+
+MAX_REFS = 65_536
+MAX_KEYS = 16_384
+"""As many as the lifecycle remembers idle adapters."""
+
+MAX_ANSWERS = 64
+"""First bytes that came with a version, and were not used yet; some 256 KiB each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who asked for a key, and what its source told of it; None where nobody asked the source."""
+
+    ref: AdapterRef
+    located: Located | None
+
+
+class Known:
+    """The answers of sources, by what was asked and by key.
+
+    `seconds` they count for; `clock` in seconds.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._keys: OrderedDict[AdapterRef, tuple[RemoteKey, float]] = OrderedDict()
+        self._origins: OrderedDict[RemoteKey, Origin] = OrderedDict()
+        self._answered: OrderedDict[RemoteKey, None] = OrderedDict()
+
+    def recent(self, ref: AdapterRef) -> RemoteKey | None:
+        """What it was a moment ago."""
+        key, since = self._keys.get(ref, (None, 0.0))
+        return key if self._clock() - since < self._seconds else None
+
+    def remember(self, ref: AdapterRef, key: RemoteKey, located: Located | None) -> None:
+        """`ref` is `key` now: its source says so, or the cache, where nobody had to be asked."""
+        self._keys[ref] = (key, self._clock())
+        self._keys.move_to_end(ref)
+        if len(self._keys) > MAX_REFS:
+            self._keys.popitem(last=False)
+        if located is None and key in self._origins:
+            return
+        self._origins[key] = Origin(ref, located)
+        self._origins.move_to_end(key)
+        if len(self._origins) > MAX_KEYS:
+            gone, _ = self._origins.popitem(last=False)
+            self._answered.pop(gone, None)
+        if located is not None and any(file.answer for file in located.files):
+            self._answered[key] = None
+            self._answered.move_to_end(key)
+            if len(self._answered) > MAX_ANSWERS:
+                self.used(next(iter(self._answered)))
+
+    def origin(self, key: RemoteKey) -> Origin | None:
+        return self._origins.get(key)
+
+    def used(self, key: RemoteKey) -> None:
+        """The first bytes that came with it are not needed any more."""
+        self._answered.pop(key, None)
+        origin = self._origins.get(key)
+        if origin is not None and origin.located is not None:
+            files = tuple(replace(file, answer=None) for file in origin.located.files)
+            self._origins[key] = Origin(origin.ref, replace(origin.located, files=files))

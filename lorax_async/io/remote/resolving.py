@@ -1,0 +1,163 @@
+"""From what is asked for to a version: by the source's word, or by what it said before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import inf
+
+from lorax_async.adapter import AdapterRef, RemoteKey
+from lorax_async.core.cache_names import CacheKey
+from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError, InternalError
+from lorax_async.io.cache.ports import Cache
+from lorax_async.io.remote.known import Known
+from lorax_async.io.remote.ports import Located, Locator
+from lorax_async.io.remote.workers import Workers
+
+Caches = Callable[[str], Cache]
+"""The cache for what a kind of source has; made when it is first asked for, which blocks."""
+
+
+class Resolving:
+    """Asks locators, by the kind of source, within what the settings allow.
+
+    Parameters
+    ----------
+    locators, caches
+        By `AdapterRef.source`.
+    known
+        What was told lately.
+    offline
+        Nobody is asked.
+    fresh
+        Seconds for which a scope may have from the cache what it was granted there.
+    """
+
+    def __init__(
+        self,
+        locators: Mapping[str, Locator],
+        caches: Caches,
+        known: Known,
+        workers: Workers,
+        *,
+        offline: bool,
+        fresh: float,
+    ) -> None:
+        self._locators = locators
+        self._caches = caches
+        self._known = known
+        self._workers = workers
+        self._offline = offline
+        self._fresh = fresh
+        self._noted: dict[str, str] = {}
+
+    async def resolve(self, ref: AdapterRef) -> RemoteKey:
+        key = self._known.recent(ref)
+        return key if key is not None else await self._resolve(ref)
+
+    async def located(self, key: RemoteKey) -> Located:
+        """Where the key's files are. Asks the source if that is not known."""
+        origin = self._known.origin(key)
+        if origin is None:
+            raise AdapterNotFoundError("where this key lies is no longer known; load it by its id")
+        if origin.located is not None:
+            return origin.located
+        located = await self._asked(origin.ref)
+        found = RemoteKey(located.source, (), located.version)
+        self._known.remember(origin.ref, found, located)
+        if found != key:
+            raise IntegrityError("it is another version by now; load it again")
+        return located
+
+    async def _resolve(self, ref: AdapterRef) -> RemoteKey:
+        locator = self._locator(ref)
+        pinned = locator.recalled(ref)
+        if pinned is not None and await self._may_have(ref, *pinned, self._fresh):
+            return self._remembered(ref, RemoteKey(pinned[0], (), pinned[1]), None)
+        try:
+            located = await self._asked(ref)
+        except FetchError as error:
+            if not error.retryable and not self._offline:
+                raise
+            if pinned is not None and await self._may_have(ref, *pinned, inf):
+                return self._remembered(ref, RemoteKey(pinned[0], (), pinned[1]), None)
+            stale = await self._last_known(ref, locator)
+            if stale is None:
+                raise
+            return stale
+        key = self._remembered(ref, RemoteKey(located.source, (), located.version), located)
+        await self._note(ref, located)
+        return key
+
+    async def _asked(self, ref: AdapterRef) -> Located:
+        if self._offline:
+            raise FetchError(
+                "it is not in the cache, and the loader is offline; fetch it before, or set"
+                " LoaderConfig(offline=False)",
+                retryable=False,
+            )
+        return await self._locator(ref).locate(ref)
+
+    def _locator(self, ref: AdapterRef) -> Locator:
+        locator = self._locators.get(ref.source or "")
+        if locator is None:
+            raise InternalError(f"nobody knows where {ref.source!r} adapters lie")
+        return locator
+
+    def _remembered(self, ref: AdapterRef, key: RemoteKey, located: Located | None) -> RemoteKey:
+        self._known.remember(ref, key, located)
+        return key
+
+    async def _may_have(
+        self, ref: AdapterRef, source: str, version: str, scope: str, within: float
+    ) -> bool:
+        """Is it in the cache, and public or granted to this scope within so many seconds?"""
+
+        def look() -> bool:
+            entry = self._caches(ref.source or "").open(CacheKey(source, version))
+            if entry is None:
+                return False
+            try:
+                since = entry.granted(scope)
+            finally:
+                entry.close()
+            return since is not None and (not scope or since <= within)
+
+        return await self._workers.run(look)
+
+    async def _last_known(self, ref: AdapterRef, locator: Locator) -> RemoteKey | None:
+        """What the source said last, if it is here, and the caller takes what may be old."""
+        if not ref.allow_stale and not self._offline:
+            return None
+        scope = await locator.scope(ref)
+        question = _question(ref, scope)
+        found = await self._workers.run(
+            lambda: self._caches(ref.source or "").last_version(question)
+        )
+        if found is None:
+            return None
+        source, version = found
+        if not await self._may_have(ref, source, version, scope, inf):
+            return None
+        key = RemoteKey(source, (), version, stale=True)
+        self._known.remember(ref, key, None)
+        return key
+
+    async def _note(self, ref: AdapterRef, located: Located) -> None:
+        """For the time when the source cannot be asked."""
+        question = _question(ref, located.scope)
+        if self._noted.get(question) == located.version:
+            return
+        answer = (located.source, located.version)
+        await self._workers.run(
+            lambda: self._caches(ref.source or "").note_version(question, *answer)
+        )
+        if len(self._noted) >= _MAX_NOTED:
+            self._noted.clear()
+        self._noted[question] = located.version
+
+
+_MAX_NOTED = 65_536
+
+
+def _question(ref: AdapterRef, scope: str) -> str:
+    return "\n".join((ref.source or "", ref.text, ref.revision or "", scope))

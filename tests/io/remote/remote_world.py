@@ -1,0 +1,206 @@
+"""A remote source over a server on loopback, with a locator that is told what there is."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from fault_server import Asked, Client, FaultServer
+from fetching import Anywhere, engine
+
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.config import Limits, Verify
+from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.core.file_digest import Digest
+from lorax_async.core.policies import policy
+from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError
+from lorax_async.io.disk_cache import DiskCache
+from lorax_async.io.http.settings import Timeouts
+from lorax_async.io.http.target import Target
+from lorax_async.io.http.urls import parse_url
+from lorax_async.io.ports import Demand
+from lorax_async.io.remote.known import Known
+from lorax_async.io.remote.ports import Located, RemoteFile
+from lorax_async.io.remote.resolving import Resolving
+from lorax_async.io.remote.source import RemoteSource
+from lorax_async.io.remote.workers import Workers
+
+PATIENT = Timeouts(read=20, slowest=1)
+
+
+@dataclass
+class Stored:
+    """One adapter as its source has it now; `token` is what it takes to have it."""
+
+    config: bytes
+    weights: bytes
+    token: str | None = None
+
+    @property
+    def version(self) -> str:
+        return hashlib.sha1(self.config + b"\0" + self.weights).hexdigest()
+
+
+@dataclass
+class ToldLocator:
+    """A `Locator` of what it was told; a revision of 40 digits is a version."""
+
+    server: FaultServer
+    there: dict[str, Stored] = field(default_factory=dict)
+    promises: bool = True
+    located: int = 0
+    error: FetchError | None = None
+
+    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+        if ref.revision is None or len(ref.revision) != 40:
+            return None
+        return ref.text, ref.revision, _scope(ref)
+
+    async def scope(self, ref: AdapterRef) -> str:
+        return _scope(ref)
+
+    async def locate(self, ref: AdapterRef) -> Located:
+        self.located += 1
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error.located()
+        stored = self.there.get(ref.text)
+        if stored is None:
+            raise AdapterNotFoundError("there is no such adapter")
+        if stored.token not in {None, ref.token}:
+            raise AccessDeniedError("give a token that may have it")
+        contents = {CONFIG_FILE: stored.config, WEIGHTS_FILE: stored.weights}
+        files = tuple(self._file(ref.text, role, data) for role, data in contents.items())
+        return Located(ref.text, stored.version, _scope(ref), files)
+
+    async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
+        raise AssertionError("nothing here has an index")
+
+    def _file(self, name: str, role: FileRole, data: bytes) -> RemoteFile:
+        url = parse_url(self.server.url(f"/{name}/{role.file_name}"))
+        target = Target(url, f"{name}/{role.file_name}", {}, Anywhere())
+        if not self.promises:
+            return RemoteFile(role, target)
+        return RemoteFile(role, target, len(data), sha256(data))
+
+
+def sha256(data: bytes) -> Digest:
+    return Digest("sha256", hashlib.sha256(data).hexdigest())
+
+
+def _scope(ref: AdapterRef) -> str:
+    return "" if ref.token is None else f"scope of {ref.token}"
+
+
+class CachedSource(RemoteSource):
+    """Has everything in its cache before anybody opens it."""
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        key = await super().resolve(ref)
+        file = await self.open(key, Demand())
+        await self.bring(file, [], lambda _: None, Demand())
+        file.reader.close()
+        return key
+
+
+class RemoteWorld:
+    """A source with everything that it stands on; to be closed, or entered."""
+
+    holds = True
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        verify: Verify = "stream",
+        cache_bytes: int = 64 << 20,
+        revalidate: float = 0.0,
+        offline: bool = False,
+        limits: Limits | None = None,
+        timeouts: Timeouts = PATIENT,
+        clock: Callable[[], float] = time.monotonic,
+        cached: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.cache_bytes = cache_bytes
+        self.server = FaultServer(b"")
+        self.server.__enter__()
+        self.server.behave = self.serve
+        self.locator = ToldLocator(self.server)
+        self.engine = engine(timeouts=timeouts)
+        self.workers = Workers(4)
+        self.known = Known(revalidate, clock)
+        self._cache: DiskCache | None = None
+        self.resolving = Resolving(
+            {"hub": self.locator},
+            self.cache_of,
+            self.known,
+            self.workers,
+            offline=offline,
+            fresh=revalidate,
+        )
+        kind = CachedSource if cached else RemoteSource
+        self.source = kind(
+            *(self.resolving, self.known, self.cache_of, self.engine, self.workers),
+            limits=limits or Limits(),
+            verify=verify,
+        )
+
+    def cache_of(self, _: str) -> DiskCache:
+        if self._cache is None:
+            self._cache = DiskCache(self.folder, self.cache_bytes, policy("lru"))
+        return self._cache
+
+    @property
+    def cache(self) -> DiskCache:
+        return self.cache_of("hub")
+
+    def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
+        self.locator.there[name] = Stored(config, weights)
+        return self.ref(name)
+
+    def ref(self, name: str) -> AdapterRef:
+        return AdapterRef(name, source="hub")
+
+    def content(self, target: str) -> tuple[bytes, str]:
+        """The bytes at a target, and their ETag. Raises `KeyError`."""
+        name, file = target.removeprefix("/").split("/")
+        stored = self.locator.there[name]
+        data = stored.config if file == CONFIG_FILE.file_name else stored.weights
+        return data, f'"{stored.version}-{file}"'
+
+    def serve(self, asked: Asked, client: Client) -> None:
+        """What a good server answers."""
+        try:
+            data, etag = self.content(asked.target)
+        except KeyError:
+            client.head("404 Not Found", "Content-Length: 0")
+            return
+        self.answer(asked, client, data, etag)
+
+    def answer(self, asked: Asked, client: Client, data: bytes, etag: str) -> None:
+        if asked.span is None:
+            client.head("200 OK", f"Content-Length: {len(data)}", f"ETag: {etag}")
+            client.send(data)
+            return
+        start, stop = asked.span[0], min(asked.span[1], len(data))
+        client.part(start, stop, len(data), f"ETag: {etag}")
+        client.send(data[start:stop])
+
+    def close(self) -> None:
+        self.engine.close()
+        self.workers.close()
+        if self._cache is not None:
+            self._cache.close()
+        self.server.__exit__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

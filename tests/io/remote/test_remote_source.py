@@ -1,0 +1,58 @@
+"""A remote source keeps to the port: fresh, and from the cache."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from populate_conformance import PopulateConformance
+from remote_world import RemoteWorld
+from source_conformance import Run, SourceConformance, T
+from source_inputs import CONFIG, weights
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[RemoteWorld]:
+    with RemoteWorld(tmp_path / "cache") as world:
+        yield world
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    def run(main: Coroutine[Any, Any, T]) -> T:
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = request.param
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            return runner.run(main)
+
+    return run
+
+
+class TestConformance(SourceConformance):
+    pass
+
+
+class TestCached(PopulateConformance):
+    @pytest.fixture
+    def world(self, tmp_path: Path) -> Iterator[RemoteWorld]:
+        with RemoteWorld(tmp_path / "cache", cached=True) as world:
+            yield world
+
+    @pytest.mark.parametrize("part", ["config", "weights"])
+    def test_another_version_is_not_held(self, world: Any, run: Run, part: str) -> None:
+        """What is held is what was resolved, for the cache has its own copy."""
+
+        async def main() -> None:
+            key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
+            config = CONFIG.replace(b"8", b"9") if part == "config" else CONFIG
+            world.put("one", config, weights(2 if part == "weights" else 1, {"note": "longer"}))
+            hold = await world.source.populate(key)
+            assert hold.nbytes == len(weights(1))
+            hold.close()
+
+        run(main())
