@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from time import monotonic
+from typing import TypeVar
 
 from lorax_async.core.cache_names import CacheKey
 from lorax_async.core.policies import Policy
@@ -38,6 +40,22 @@ from lorax_async.io.ports import Demand
 POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 10.0
 """Somebody else's download that got no byte for so long is not waited for any more."""
+
+_T = TypeVar("_T")
+
+
+def begun_in_turn(attempt: Callable[[bool], _T | int], demand: Demand) -> _T:
+    """What `try_begin`, told whether to go on alone, gives for the asking. Blocks."""
+    progress, since, alone = -1, monotonic(), False
+    while not demand.ended:
+        begun = attempt(alone)
+        if not isinstance(begun, int):
+            return begun
+        if begun != progress:
+            progress, since = begun, monotonic()
+        alone = monotonic() - since > PATIENCE_SECONDS
+        demand.wait(POLL_SECONDS)
+    raise FetchError("the fetch was cancelled before it began")
 
 
 class DiskCache:
@@ -98,16 +116,7 @@ class DiskCache:
             return self.shelves.partials.progress(key.name)
 
     def begin(self, key: CacheKey, scope: str, demand: Demand) -> DiskEntry | DiskDownload:
-        progress, since, alone = -1, monotonic(), False
-        while not demand.ended:
-            begun = self.try_begin(key, scope, alone=alone)
-            if not isinstance(begun, int):
-                return begun
-            if begun != progress:
-                progress, since = begun, monotonic()
-            alone = monotonic() - since > PATIENCE_SECONDS
-            demand.wait(POLL_SECONDS)
-        raise FetchError("the fetch was cancelled before it began")
+        return begun_in_turn(lambda alone: self.try_begin(key, scope, alone=alone), demand)
 
     def note_version(self, question: str, source: str, version: str) -> None:
         note(self.shelves.place.answers, question, source, version)
