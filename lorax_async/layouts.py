@@ -19,6 +19,7 @@ from lorax_async.core.header import Header, HeaderLimits, TensorSpan, header_siz
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, layer_index, parse_tensor_name
+from lorax_async.core.split_index import INDEX
 from lorax_async.core.transfer_plan import plan_transfer
 from lorax_async.errors import (
     AdapterFormatError,
@@ -27,6 +28,7 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     shorten,
 )
+from lorax_async.io.sources.local_weights import read_header
 
 Dtype: TypeAlias = str | torch.dtype | None
 
@@ -153,13 +155,13 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
     Raises
     ------
     AdapterNotFoundError
-        The folder lacks one of the adapter's two files.
+        The folder lacks one of the adapter's files.
     AdapterFormatError, UnsupportedAdapterError
         As a load of this adapter would raise.
     """
     folder, limits = Path(dir), limits or Limits()
     spec = parse_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), limits)
-    header = _read_header(folder / WEIGHTS_FILE, limits)
+    header = _read_header(folder, limits)
     shapes = _shapes(header)
     numbers = {path: layer_index(path) for path in shapes}
     num_layers = 1 + max((n for n in numbers.values() if n is not None), default=0)
@@ -233,7 +235,10 @@ def _read(path: Path, most: int) -> bytes:
     return content
 
 
-def _read_header(path: Path, limits: Limits) -> Header:
+def _read_header(folder: Path, limits: Limits) -> Header:
+    path = folder / WEIGHTS_FILE
+    if not path.exists() and (folder / INDEX).exists():
+        return read_header(folder, limits)[0]
     if not path.is_file():
         raise AdapterNotFoundError(f"there is no file {str(path)!r}")
     accepted = HeaderLimits.of(limits)

@@ -42,7 +42,7 @@ LATER_STEPS = {
     "config": ("lorax_async.runtime.planning.parse_config", VERBS),
     "header": ("lorax_async.runtime.planning.parse_header", VERBS),
     "plan": ("lorax_async.runtime.planning.plan_transfer", VERBS),
-    "file opened": ("lorax_async.io.sources.local.read_prefix", VERBS),
+    "file opened": ("lorax_async.io.sources.local_weights.read_prefix", VERBS),
     "file read": ("lorax_async.io.transfer.read", DEVICE_VERBS),
     "staging taken": ("lorax_async.io.staging.StagingRing.take", DEVICE_VERBS),
     "staged": ("lorax_async.io.staging.Buffer.convert", DEVICE_VERBS),

@@ -23,6 +23,7 @@ from lorax_async.core.layout import ModelLayout
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.peft_fields import FIELDS
 from lorax_async.core.peft_names import Part, TensorName, layer_index, parse_tensor_name
+from lorax_async.core.split_index import INDEX
 from lorax_async.core.strict_json import JsonValue, parse_object
 from lorax_async.core.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.errors import LoraxError
@@ -30,6 +31,7 @@ from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.sources.checked_open import located, require_file, translated
 from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS, find_adapter
 from lorax_async.io.sources.local_ids import parse_place
+from lorax_async.io.sources.local_weights import read_header
 from lorax_async.runtime.machinery import MOVE_BYTES
 
 SHOWN = (
@@ -116,7 +118,7 @@ def inspect_adapter(
     with seen.noted():
         find_adapter(parse_place(AdapterRef(folder), ()), (), limits)
     fields, spec = _read_config(folder, limits, seen)
-    header, file_bytes = _read_header(folder, seen)
+    header, file_bytes = _read_header(folder, limits, seen)
     tensors = _lora_tensors(header, seen)
     plan = None
     if spec is not None and header is not None:
@@ -200,8 +202,8 @@ def _accepted(text: bytes, fields: Mapping[str, JsonValue], seen: _Problems) -> 
     return text if len(accepted) == len(fields) else json.dumps(accepted).encode()
 
 
-def _read_header(folder: Path, seen: _Problems) -> tuple[Header | None, int | None]:
-    """The header if it is well-formed, and the size of the file if there is one."""
+def _read_header(folder: Path, limits: Limits, seen: _Problems) -> tuple[Header | None, int | None]:
+    """The header if it is well-formed, and the size of the file, or files, if there is one."""
     header = nbytes = None
     with seen.noted(WEIGHTS):
         file = _open(folder, WEIGHTS)
@@ -211,6 +213,8 @@ def _read_header(folder: Path, seen: _Problems) -> tuple[Header | None, int | No
                 first = file.read(LENGTH_BYTES)
                 rest = file.read(header_size(first, nbytes) - LENGTH_BYTES)
             header = parse_header(first + rest, nbytes)
+        elif (folder / INDEX).exists():
+            header, nbytes = read_header(folder, limits)
     return header, nbytes
 
 

@@ -15,6 +15,7 @@ from lorax_async.adapter import AdapterKey
 from lorax_async.errors import LoraxError
 from lorax_async.events import BytesMoved, Event, LayerReady, SlotGranted
 from lorax_async.handle import AdapterHandle
+from lorax_async.io.sources.local_weights import weight_files
 from lorax_async.loader import AdapterLoader
 
 TICK = 1e-3
@@ -72,7 +73,8 @@ class Load:
             self.describe(handle.key, handle.nbytes, handle.layers)
 
     def describe(self, key: AdapterKey, nbytes: int, layers: tuple[int, ...]) -> None:
-        self.nbytes, self.layers, self.file_bytes = nbytes, layers, key.files[-1].size
+        self.nbytes, self.layers = nbytes, layers
+        self.file_bytes = sum(file.size for file in weight_files(key))
 
     def release(self) -> None:
         if self.handle is not None:

@@ -26,10 +26,12 @@ class Described(NamedTuple):
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-def write_header(tensors: Iterable[Described]) -> tuple[bytes, list[tuple[int, int]]]:
+def write_header(
+    tensors: Iterable[Described], *, least: int = 0
+) -> tuple[bytes, list[tuple[int, int]]]:
     """All of the file before its tensors; and where each of them lies in it, [start, stop).
 
-    They lie in the order in which they are given, without gaps.
+    They lie in the order in which they are given, without gaps, from byte `least` on or later.
     """
     # One by one: to write thousands in one call would hold the GIL for as long as that takes.
     entries: list[str] = []
@@ -44,7 +46,8 @@ def write_header(tensors: Iterable[Described]) -> tuple[bytes, list[tuple[int, i
         )
         lengths.append(end - start)
     text = f"{{{','.join(entries)}}}".encode()
-    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT)
+    end = max(least, LENGTH_BYTES + len(text))
+    text = text.ljust(end + -end % ALIGNMENT - LENGTH_BYTES)
     prefix = len(text).to_bytes(LENGTH_BYTES, "little") + text
     return prefix, _places(len(prefix), lengths)
 

@@ -13,6 +13,7 @@ from lorax_async.core.disk_budget import DiskBudget, Stored
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import Policy
 from lorax_async.errors import CapacityError, FetchError, IntegrityError, InternalError, LoraxError
+from lorax_async.io.cache.failures import CrowdedError
 from lorax_async.io.fake_cache_files import FakeCacheFile, FakeCacheReader, digest_of
 from lorax_async.io.ports import Demand, Reader
 
@@ -129,7 +130,8 @@ class FakeCache:
                     self._entries.pop(name, None)
                     self._partials.pop(name.removesuffix("."), None)
         if budget.free < nbytes:
-            raise CapacityError(
+            kind = CrowdedError if nbytes <= budget.nbytes else CapacityError
+            raise kind(
                 f"{nbytes:,} bytes do not fit into the cache's {budget.nbytes:,} beside what is in"
                 " use; raise its budget",
                 stage="fetch",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,8 +34,8 @@ _REVISION = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]*(?:/[0-9A-Za-z_][0-9A-Za-z._
 _OTHER_SOURCE = re.compile(r"[A-Za-z][0-9A-Za-z+.-]*:")
 
 
-def folder_of(adapter_id: object, wanted: str) -> str:
-    """The folder that should have the file `wanted`. Blocks.
+def folder_of(adapter_id: object, *wanted: str) -> str:
+    """The folder that should have one of the files `wanted`. Blocks.
 
     A `pathlib.Path`, or a str that begins with "/", "./" or "../", is a local folder;
     `org/name[@revision]` the snapshot of that revision (or of "main") in the standard hub cache.
@@ -43,7 +43,7 @@ def folder_of(adapter_id: object, wanted: str) -> str:
     Raises
     ------
     AdapterNotFoundError
-        The hub cache does not have the file.
+        The hub cache has none of them.
     InvalidAdapterIdError, ConfigError
         The id is none, or names a source that is not available here.
     """
@@ -76,16 +76,17 @@ def _hub_names(text: str) -> tuple[str, str | None]:
     return repo_id, revision
 
 
-def _cached_snapshot(repo_id: str, revision: str | None, wanted: str) -> str:
-    path = cached_file(repo_id, revision, wanted)
-    if path is None:
-        at = "" if revision is None else f" --revision {revision}"
-        raise AdapterNotFoundError(
-            f"the hub cache of this machine has no {wanted} of {repo_id!r}, and this version"
-            f" fetches nothing by itself; run 'hf download {repo_id}{at}' first (a folder is a"
-            f" pathlib.Path, or './{repo_id}')"
-        )
-    return os.path.dirname(path)
+def _cached_snapshot(repo_id: str, revision: str | None, wanted: Sequence[str]) -> str:
+    for name in wanted:
+        path = cached_file(repo_id, revision, name)
+        if path is not None:
+            return os.path.dirname(path)
+    at = "" if revision is None else f" --revision {revision}"
+    raise AdapterNotFoundError(
+        f"the hub cache of this machine has no {wanted[0]} of {repo_id!r}, and this version"
+        f" fetches nothing by itself; run 'hf download {repo_id}{at}' first (a folder is a"
+        f" pathlib.Path, or './{repo_id}')"
+    )
 
 
 def cached_file(repo_id: str, revision: str | None, name: str) -> str | None:

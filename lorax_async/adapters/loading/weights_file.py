@@ -18,6 +18,7 @@ from lorax_async.adapters.loading.unapplied import require_plain_name
 from lorax_async.config import Limits
 from lorax_async.core.header import Header, HeaderLimits, TensorSpan, parse_header
 from lorax_async.core.peft_names import WEIGHT_DTYPES
+from lorax_async.core.split_index import INDEX
 from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
@@ -25,6 +26,7 @@ from lorax_async.errors import (
     UsageError,
     shorten,
 )
+from lorax_async.io.ports import Reader
 from lorax_async.io.sources.checked_open import (
     FileReader,
     located,
@@ -32,21 +34,23 @@ from lorax_async.io.sources.checked_open import (
     require_file,
     translated,
 )
-from lorax_async.io.sources.local import read_prefix
 from lorax_async.io.sources.local_folder import WEIGHTS, find_adapter
 from lorax_async.io.sources.local_ids import Place
+from lorax_async.io.sources.local_weights import open_weights, read_prefix
 from lorax_async.io.staging import TORCH_DTYPES, Buffer
 
 
 class WeightsFile:
-    """An `adapter_model.safetensors` whose header was checked; its tensors are read when needed.
+    """An adapter's weights whose header was checked; its tensors are read when needed.
+
+    They are `adapter_model.safetensors`, or the files that an index beside them names.
 
     It stands for the dictionary of tensors in `LoraConfig.map_weights_for_model`, and in a module
     map for each tensor: (file, key). Close it, or leave it as a context manager, when the last
     layer type was loaded.
     """
 
-    def __init__(self, reader: FileReader, header: Header) -> None:
+    def __init__(self, reader: Reader, header: Header) -> None:
         self._reader = reader
         self._spans = {span.name: span for span in header.tensors}
 
@@ -64,9 +68,10 @@ class WeightsFile:
             It cannot be read.
         """
         with named(adapter_id):
-            folder = folder_of(adapter_id, WEIGHTS)
+            folder = folder_of(adapter_id, WEIGHTS, INDEX)
             key = find_adapter(Place((folder,), trusted=True), (), LIMITS)
-            return cls._of(os.path.join(key.location, WEIGHTS), key.files[1])
+            weights = open_weights(key, LIMITS)
+            return cls._of(weights.prefix, weights.reader)
 
     @classmethod
     async def open_async(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
@@ -80,7 +85,7 @@ class WeightsFile:
         Raises `AdapterNotFoundError` if there is none; else as `open`.
         """
         with named(path):
-            return cls._of(os.fspath(path), _identity(os.fspath(path)))
+            return cls._of(*_opened(os.fspath(path)))
 
     @classmethod
     async def at_async(cls, path: str | Path) -> Self:
@@ -88,10 +93,9 @@ class WeightsFile:
         return await in_thread(lambda _: cls.at(path), cls.close)
 
     @classmethod
-    def _of(cls, path: str, identity: FileIdentity) -> Self:
-        reader = FileReader(partial(open_same, path, identity), identity, os.path.basename(path))
+    def _of(cls, prefix: bytes, reader: Reader) -> Self:
         try:
-            return cls(reader, _checked_header(reader, LIMITS))
+            return cls(reader, _checked_header(prefix, reader.nbytes, LIMITS))
         except BaseException:
             reader.close()
             raise
@@ -154,6 +158,17 @@ class WeightsFile:
             raise UsageError(f"the file has no tensor {shorten(key, 200)!r}") from None
 
 
+def _opened(path: str) -> tuple[bytes, FileReader]:
+    """The file's beginning with its header, and its reader."""
+    identity = _identity(path)
+    reader = FileReader(partial(open_same, path, identity), identity, os.path.basename(path))
+    try:
+        return read_prefix(reader, LIMITS), reader
+    except BaseException:
+        reader.close()
+        raise
+
+
 def _identity(path: str) -> FileIdentity:
     name = os.path.basename(path)
     try:
@@ -166,9 +181,9 @@ def _identity(path: str) -> FileIdentity:
         raise translated(error, name) from error
 
 
-def _checked_header(reader: FileReader, limits: Limits) -> Header:
+def _checked_header(prefix: bytes, nbytes: int, limits: Limits) -> Header:
     """What a loader checks before it knows the base: the format, and every name and dtype."""
-    header = parse_header(read_prefix(reader, limits), reader.nbytes, HeaderLimits.of(limits))
+    header = parse_header(prefix, nbytes, HeaderLimits.of(limits))
     if not header.tensors:
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
     for span in header.tensors:

@@ -16,6 +16,10 @@ _FULL = {
 }
 
 
+class CrowdedError(CapacityError):
+    """There will be room when those who use it now have ended."""
+
+
 def of_the_system(error: OSError, doing: str) -> LoraxError:
     """What is raised for it."""
     if error.errno in _FULL:

@@ -11,7 +11,7 @@ from lorax_async.core.disk_budget import DiskBudget, Stored
 from lorax_async.core.policies import Policy
 from lorax_async.errors import CapacityError
 from lorax_async.io.cache.entries import Entries
-from lorax_async.io.cache.failures import translated_errors
+from lorax_async.io.cache.failures import CrowdedError, translated_errors
 from lorax_async.io.cache.locks import short_lock
 from lorax_async.io.cache.partials import Partials
 from lorax_async.io.cache.place import Place
@@ -77,11 +77,12 @@ class Room:
         if budget.fits_beside(nbytes, self._staying()):
             self._evict(nbytes)
         if budget.free < nbytes:
-            raise CapacityError(
+            ever = nbytes <= budget.nbytes
+            raise (CrowdedError if ever else CapacityError)(
                 f"{nbytes:,} bytes do not fit into the disk cache's {budget.nbytes:,}"
                 " beside what is in use; raise its budget",
                 stage="fetch",
-                retryable=nbytes <= budget.nbytes,
+                retryable=ever,
             )
 
     def _evict(self, nbytes: int) -> None:

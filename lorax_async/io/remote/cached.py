@@ -126,19 +126,18 @@ class FetchReader:
 
 
 class EntryHold:
-    """The `Hold` of an entry's weights, which keeps it in the cache, too.
+    """The `Hold` of an entry's weights. It does not keep the entry: disk is shared with others.
 
     Whoever makes it calls each of `pieces`, in order, and closes it if one fails.
     """
 
     def __init__(self, entry: CacheEntry) -> None:
-        self._entry = entry
         self._maps: list[LocalHold] = []
         self.pieces: list[Callable[[], None]] = []
         for file in entry.record.files:
             reader = entry.reader(file.role) if file.role.kind == "weights" else None
             if isinstance(reader, FileReader):
-                self._add(reader)
+                self._add(reader, mappable=entry.mappable)
 
     @property
     def nbytes(self) -> int:
@@ -151,10 +150,9 @@ class EntryHold:
     def close(self) -> None:
         for each in self._maps:
             each.close()
-        self._entry.close()
 
-    def _add(self, reader: FileReader) -> None:
-        if not self._entry.mappable:
+    def _add(self, reader: FileReader, *, mappable: bool) -> None:
+        if not mappable:
             self.pieces += [reader.read_ahead, reader.close]
             return
         hold = LocalHold(reader)
@@ -163,12 +161,11 @@ class EntryHold:
 
 
 def held(entry: CacheEntry) -> EntryHold:
-    """Blocks. On an error the entry is closed."""
+    """Blocks. The entry is closed."""
     try:
         return EntryHold(entry)
-    except BaseException:
+    finally:
         entry.close()
-        raise
 
 
 def config_of(entry: CacheEntry) -> bytes:

@@ -9,7 +9,7 @@ from functools import partial
 from threading import Lock
 
 from lorax_async.core import runs
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.core.cache_names import CONFIG_FILE, FileRole
 from lorax_async.core.file_digest import Digest, FileHash
 from lorax_async.core.spans import Span, SpanSet
 from lorax_async.errors import IntegrityError
@@ -125,28 +125,19 @@ class Fetch:
             self._download.close()
 
 
-def begun(
-    download: CacheDownload,
-    config: bytes,
-    answer: Answer,
-    nbytes: int,
-    expected: tuple[Digest | None, Digest | None],
-) -> CacheFile:
-    """Put the config and the beginning of the weights into a download. Blocks.
+def put(download: CacheDownload, role: FileRole, start: bytes, nbytes: int, expected: Digest | None) -> CacheFile:
+    """Begin a file of a download, whose first bytes are here. Blocks.
 
-    `expected` are the digests of config and weights. On an error the download is the caller's.
+    On an error the download is the caller's; `CapacityError` leaves it as it was.
     """
-    _check(config, expected[0])  # it is used before the download is published
-    file = download.file(CONFIG_FILE, len(config), expected[0])
-    file.write([memoryview(config)], 0)
-    weights = download.file(WEIGHTS_FILE, nbytes, expected[1])
-    start = memoryview(answer.start)[:nbytes]
-    for first, last in weights.missing(0, len(start)):
-        weights.write([start[first:last]], first)
-    return weights
+    file = download.file(role, nbytes, expected)
+    content = memoryview(start)[:nbytes]
+    for first, last in file.missing(0, len(content)):
+        file.write([content[first:last]], first)
+    return file
 
 
-def _check(config: bytes, expected: Digest | None) -> None:
+def check_config(config: bytes, expected: Digest | None) -> None:
     if expected is None:
         return
     found = FileHash(expected.kind, len(config))

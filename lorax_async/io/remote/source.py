@@ -15,7 +15,8 @@ from lorax_async.core.cache_names import CacheKey
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.header import header_size
 from lorax_async.errors import IntegrityError, InternalError
-from lorax_async.io.cache.ports import CacheDownload, CacheEntry
+from lorax_async.io.cache.failures import CrowdedError
+from lorax_async.io.cache.ports import CacheDownload, CacheEntry, CacheFile
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
 from lorax_async.io.remote.beginning import Beginning
@@ -204,9 +205,9 @@ class RemoteSource:
         whole, start = await self._beginning.of(config, weights, demand)
         nbytes = self._beginning.size(weights, start)
         expected = (self._expected(config, None), self._expected(weights, digest))
-        file = await self._workers.run(
-            partial(begun, download, whole.start, start, nbytes, expected)
-        )
+        check_config(whole.start, expected[0])  # it is used before the download is published
+        for role, begins, size, digest in (CONFIG)
+        file = await self._in_room(place, demand)
         prefix = start.start[: header_size(start.start[:8], nbytes, self._beginning.header_limits)]
         fetch = Fetch(
             *(self._engine, self._workers, download, file, start),
@@ -215,6 +216,15 @@ class RemoteSource:
         self._idle[key] += 1
         reader = FetchReader(file.reader(), fetch, partial(self._no_longer_idle, key))
         return AdapterFile(whole.start, prefix, reader, download.mappable)
+
+    async def _in_room(self, place: Callable[[], CacheFile], demand: Demand) -> CacheFile:
+        """Wait for room, where others have it who will end."""
+        while not demand.ended:
+            try:
+                return await self._workers.run(place)
+            except CrowdedError:
+                await asyncio.sleep(_POLL_SECONDS)
+        raise nobody_waits()
 
     def _no_longer_idle(self, key: RemoteKey) -> None:
         self._idle[key] -= 1

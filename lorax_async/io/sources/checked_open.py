@@ -153,6 +153,10 @@ class FileReader:
         self._closed = False
 
     @property
+    def name(self) -> str:
+        return self._name
+
+    @property
     def nbytes(self) -> int:
         return self._identity.size
 

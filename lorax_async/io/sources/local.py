@@ -1,5 +1,7 @@
 """Adapters in local folders: `adapter_config.json` and `adapter_model.safetensors`, nothing else.
 
+Instead of the one file of weights there may be an index and the files that it names.
+
 A `pathlib.Path` is the embedding program's own word and is followed wherever it leads. A `str` may
 come from a request: its folder, by its real path, lies in one of the operator's roots, and its
 files in that folder (or, in the standard hub cache, among the blobs of that folder's repository).
@@ -12,48 +14,33 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from functools import partial
 from io import FileIO
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import aiofiles
 
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import Limits, Root, as_local_roots
-from lorax_async.core.header import HeaderLimits, header_size
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, UsageError
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
-from lorax_async.io.sources.checked_open import (
-    FileReader,
-    changed,
-    identity_of,
-    open_same,
-    require_same,
-    translated,
-)
-from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS, find_adapter
-from lorax_async.io.sources.local_hold import LocalHold, begin_hold, can_hold
+from lorax_async.io.sources.checked_open import changed, identity_of, open_same, translated
+from lorax_async.io.sources.local_folder import CONFIG, find_adapter
+from lorax_async.io.sources.local_hold import Closable, LocalHold, begin_hold, can_hold
 from lorax_async.io.sources.local_ids import parse_place
+from lorax_async.io.sources.local_weights import open_weights, readers_of, reopened
 from lorax_async.verification import UNCHECKED, Verification
-
-PREFIX_BYTES = 128 << 10
-"""Read at once from the beginning of the weights: the header of nearly every adapter."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class _Closable(Protocol):
-    def close(self) -> None: ...
-
-
-_C = TypeVar("_C", bound=_Closable)
+_C = TypeVar("_C", bound=Closable)
 
 
 class _Weights(NamedTuple):
     prefix: bytes
-    reader: FileReader
+    reader: Reader
     holdable: bool
 
     def close(self) -> None:
@@ -89,7 +76,7 @@ class LocalSource:
         )
 
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:  # noqa: ARG002 - the port's
-        if len(key.files) != 2:
+        if len(key.files) < 2:
             raise UsageError("this is no key of a local adapter")
         opening = self._threads.submit(_open_weights, key, self._limits, self._immutable)
         try:
@@ -105,7 +92,7 @@ class LocalSource:
         return AdapterFile(config, weights.prefix, weights.reader, weights.holdable)
 
     def reopen(self, key: AdapterKey) -> Reader:
-        return _reader(key, _open_known)
+        return reopened(key, self._limits)
 
     async def bring(
         self,
@@ -125,7 +112,7 @@ class LocalSource:
         Elsewhere the kernel is asked to read ahead, and nothing is held.
         """
         beginning = self._threads.submit(
-            begin_hold, _reader(key, _open_known), key, self._immutable
+            begin_hold, readers_of(key, known=True), key, self._immutable
         )
         try:
             hold = await asyncio.wrap_future(beginning)
@@ -210,37 +197,9 @@ def _outcome(future: Future[_T]) -> _T | None:
 
 
 def _open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str]) -> _Weights:
-    reader = _reader(key, _open_new)
+    prefix, reader, files = open_weights(key, limits)
     try:
-        return _Weights(read_prefix(reader, limits), reader, can_hold(reader, key, immutable))
+        return _Weights(prefix, reader, can_hold(files, key, immutable))
     except BaseException:
         reader.close()
         raise
-
-
-def _reader(key: AdapterKey, opener: Callable[[AdapterKey], int]) -> FileReader:
-    return FileReader(partial(opener, key), key.files[1], WEIGHTS)
-
-
-def _open_new(key: AdapterKey) -> int:
-    return open_same(os.path.join(key.location, WEIGHTS), key.files[1])
-
-
-def _open_known(key: AdapterKey) -> int:
-    """As `_open_new`, where the config will not be read again."""
-    require_same(os.path.join(key.location, CONFIG), key.files[0])
-    return _open_new(key)
-
-
-def read_prefix(reader: Reader, limits: Limits) -> bytes:
-    """The beginning of the file, with its whole header."""
-    accepted = HeaderLimits(max_header_bytes=limits.max_header_bytes)
-    prefix = bytearray(min(PREFIX_BYTES, reader.nbytes))
-    reader.read_into([memoryview(prefix)], 0)
-    needed = header_size(memoryview(prefix), reader.nbytes, accepted)
-    more = needed - len(prefix)
-    if more > 0:
-        rest = bytearray(more)
-        reader.read_into([memoryview(rest)], len(prefix))
-        prefix += rest
-    return bytes(prefix[:needed])

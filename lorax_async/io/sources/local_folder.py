@@ -1,4 +1,7 @@
-"""Finding an adapter's folder and judging what is in it, on descriptors. Blocks; reads no byte."""
+"""Finding an adapter's folder and judging what is in it, on descriptors. Blocks.
+
+No byte is read but of an index, which says what else there is.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,25 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from lorax_async.adapter import AdapterKey, FileIdentity
 from lorax_async.config import Limits
+from lorax_async.core.split_index import INDEX, SplitIndex, parse_index
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
     AdapterFormatError,
     AdapterNotFoundError,
     FetchError,
-    UnsupportedAdapterError,
 )
 from lorax_async.io.sources.checked_open import (
+    FileReader,
     Located,
     code_of,
     located,
+    open_same,
     require_file,
     translated,
 )
@@ -31,7 +37,6 @@ from lorax_async.io.sources.local_ids import Place
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-_INDEX = "adapter_model.safetensors.index.json"
 
 # One text whether the place exists or not; and no path, for it may be another tenant's.
 _OUTSIDE = (
@@ -111,7 +116,7 @@ class _Folder(NamedTuple):
     trusted: bool
 
     def key(self, limits: Limits) -> AdapterKey:
-        """Judge the folder and its two files."""
+        """Judge the folder and its files: config and weights, or else index and several of them."""
         if not stat.S_ISDIR(self.found.status.st_mode):
             raise AdapterFormatError(
                 f"the id names {self.found.kind}; give the folder that holds {CONFIG} and {WEIGHTS}"
@@ -119,9 +124,32 @@ class _Folder(NamedTuple):
             )
         config = self._identity(CONFIG, limits.max_config_bytes)
         weights = self._identity(WEIGHTS, limits.max_adapter_bytes)
-        if config is None or weights is None:
-            raise self._incomplete(config, weights)
-        return AdapterKey(self.real_path, (config, weights))
+        if weights is not None:
+            rest: tuple[FileIdentity, ...] = (weights,)
+        elif index := self._identity(INDEX, limits.max_header_bytes):
+            rest = (index, *self._split(index, limits))
+        else:
+            raise self._incomplete(config, WEIGHTS)
+        if config is None:
+            raise self._incomplete(config)
+        return AdapterKey(self.real_path, (config, *rest))
+
+    def _split(self, index: FileIdentity, limits: Limits) -> Iterator[FileIdentity]:
+        """The files of weights that the index names."""
+        nbytes = 0
+        for name in read_index(self.real_path, index, limits).file_names:
+            file = self._identity(name, limits.max_adapter_bytes)
+            if file is None:
+                raise AdapterNotFoundError(
+                    f"the folder has no {name}, which {INDEX} names; fetch the adapter again"
+                )
+            nbytes += file.size
+            if nbytes > limits.max_adapter_bytes:
+                raise AdapterFormatError(
+                    f"the files up to {name} have {nbytes:,} bytes, over the limit of"
+                    f" {limits.max_adapter_bytes:,}"
+                )
+            yield file
 
     def _identity(self, name: str, max_bytes: int) -> FileIdentity | None:
         """Which file this is, if there is one and it may be read."""
@@ -164,19 +192,27 @@ class _Folder(NamedTuple):
         except OSError:
             return None
 
-    def _incomplete(
-        self, config: FileIdentity | None, weights: FileIdentity | None
-    ) -> AdapterError:
-        """What to say of a folder without the one file or the other."""
-        if weights is None and self._status(_PICKLE) is not None:
+    def _incomplete(self, config: FileIdentity | None, weights: str = "") -> AdapterError:
+        """What to say of a folder that lacks a config, or the file that is called `weights`."""
+        if weights and self._status(_PICKLE) is not None:
             return AdapterFormatError(
                 f"the weights are {_PICKLE}, a pickle, which can run any code and is never loaded;"
                 " re-save the adapter with safetensors (save_pretrained does by default)"
             )
-        if weights is None and self._status(_INDEX) is not None:
-            return UnsupportedAdapterError(
-                f"the weights are split ({_INDEX}), which is not supported yet; save them as one"
-                f" {WEIGHTS}"
-            )
-        names = [name for name, file in ((CONFIG, config), (WEIGHTS, weights)) if file is None]
+        names = [name for name in (CONFIG if config is None else "", weights) if name]
         return AdapterNotFoundError(f"the folder has no {' and no '.join(names)}")
+
+
+def read_index(folder: str, identity: FileIdentity, limits: Limits) -> SplitIndex:
+    """The index in this folder, if it is still the one of that identity.
+
+    Raises `IntegrityError` if not, and what `parse_index` does.
+    """
+    path = os.path.join(folder, INDEX)
+    content = bytearray(identity.size)
+    reader = FileReader(partial(open_same, path, identity), identity, INDEX)
+    try:
+        reader.read_into([memoryview(content)], 0)
+    finally:
+        reader.close()
+    return parse_index(bytes(content), limits)

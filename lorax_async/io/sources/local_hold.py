@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.io.mapped import MappedFile
 from lorax_async.io.sources.checked_open import FileReader, translated
-from lorax_async.io.sources.local_folder import WEIGHTS, is_inside, lies_in, real_paths
+from lorax_async.io.sources.local_folder import is_inside, lies_in, real_paths
 
 PIECE_BYTES = 8 << 20
 """Populated in one go: milliseconds from a good disk."""
@@ -27,65 +30,101 @@ class ReadAhead:
 
 
 class LocalHold:
-    """The `Hold` of a file that does not change: a map of all of it.
+    """The `Hold` of files that do not change: a map of all of each.
 
-    Whoever makes it calls `populate` with each of `starts`, then `settle`. It owns the reader; the
-    descriptor is open until it is settled or closed. `close` may be called from another thread
-    while one of the others runs, and takes effect after it.
+    Whoever makes it calls `populate` with each of `starts`, which count the files' bytes one after
+    the other, then `settle`. It owns the readers; the descriptors are open until it is settled or
+    closed. `close` may be called from another thread while one of the others runs, and takes effect
+    after it.
     """
 
-    def __init__(self, reader: FileReader) -> None:
-        self.nbytes = reader.nbytes
-        self.starts = range(0, self.nbytes, PIECE_BYTES)
-        self._reader = reader
+    def __init__(self, readers: Sequence[FileReader]) -> None:
+        *self._firsts, self.nbytes = accumulate((each.nbytes for each in readers), initial=0)
+        self.starts = [
+            start
+            for first, reader in zip(self._firsts, readers, strict=True)
+            for start in range(first, first + reader.nbytes, PIECE_BYTES)
+        ]
+        self._readers = readers
+        self._maps: list[MappedFile] = []
         try:
-            with reader.held() as fd:
-                self._map = MappedFile(fd, self.nbytes, WEIGHTS)
-        except OSError as error:
-            raise translated(error, WEIGHTS) from error
-        self._map.lock()
+            for reader in readers:
+                self._maps.append(_mapped(reader))
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def locked(self) -> bool:
-        return self._map.locked
+        return all(each.locked for each in self._maps)
 
     def populate(self, start: int) -> None:
         """Bring the piece that begins there. `FetchError` if it cannot be read."""
+        n = bisect_right(self._firsts, start) - 1
+        start -= self._firsts[n]
         try:
-            self._map.populate(start, start + PIECE_BYTES)
+            self._maps[n].populate(start, start + PIECE_BYTES)
         except OSError as error:
-            raise translated(error, WEIGHTS) from error
+            raise translated(error, self._readers[n].name) from error
 
     def settle(self) -> None:
         """All is here: is it still what was opened? `IntegrityError` if not."""
-        self._reader.read_into([], 0)
-        self._reader.close()
+        for reader in self._readers:
+            reader.read_into([], 0)
+            reader.close()
 
     def close(self) -> None:
-        self._reader.close()
-        self._map.close()
+        close_all(self._readers)
+        close_all(self._maps)
 
 
-def can_hold(reader: FileReader, key: AdapterKey, immutable: Sequence[str]) -> bool:
-    """Do the adapter's folder and the file that was opened lie in roots that do not change?"""
+def _mapped(reader: FileReader) -> MappedFile:
+    try:
+        with reader.held() as fd:
+            mapped = MappedFile(fd, reader.nbytes, reader.name)
+    except OSError as error:
+        raise translated(error, reader.name) from error
+    mapped.lock()
+    return mapped
+
+
+def can_hold(readers: Sequence[FileReader], key: AdapterKey, immutable: Sequence[str]) -> bool:
+    """Do the adapter's folder and the files that were opened lie in roots that do not change?"""
     if not immutable:
         return False
     roots = tuple(real_paths(immutable))
-    with reader.held() as fd:
-        path = os.readlink(f"/proc/self/fd/{fd}")
-    return is_inside(key.location, roots) and any(lies_in(path, root) for root in roots)
+    paths = []
+    for reader in readers:
+        with reader.held() as fd:
+            paths.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return is_inside(key.location, roots) and all(
+        any(lies_in(path, root) for root in roots) for path in paths
+    )
 
 
 def begin_hold(
-    reader: FileReader, key: AdapterKey, immutable: Sequence[str]
+    readers: Sequence[FileReader], key: AdapterKey, immutable: Sequence[str]
 ) -> LocalHold | ReadAhead:
-    """Map the file if it can be held, else start reading ahead. Closes the reader on an error."""
+    """Map the files if they can be held, else start reading ahead.
+
+    Closes the readers, but for those that a hold needs until it is settled.
+    """
     try:
-        if can_hold(reader, key, immutable):
-            return LocalHold(reader)
-        reader.read_ahead()
+        if can_hold(readers, key, immutable):
+            return LocalHold(readers)
+        for reader in readers:
+            reader.read_ahead()
     except BaseException:
-        reader.close()
+        close_all(readers)
         raise
-    reader.close()
+    close_all(readers)
     return ReadAhead()
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+def close_all(several: Iterable[Closable]) -> None:
+    for each in several:
+        each.close()

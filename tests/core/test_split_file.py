@@ -1,0 +1,279 @@
+"""Several files as one: what safetensors reads of it, where its bytes are, what is refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lorax_async.config import Limits
+from lorax_async.core.header import parse_header
+from lorax_async.core.runs import Span
+from lorax_async.core.split_file import Head, SplitArrivals, SplitPlan, plan_split
+from lorax_async.core.split_index import parse_index
+from lorax_async.errors import AdapterFormatError, InternalError
+from split_files import contents_of, index_of, name_of
+
+LIMITS = Limits()
+Parts = Sequence[Mapping[str, torch.Tensor]]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.bool)
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+SHAPES = st.lists(st.integers(0, 5), max_size=3)
+
+
+@st.composite
+def parts_of_files(draw: st.DrawFn) -> Parts:
+    """Tensors of all kinds, some without bytes, in one to four files."""
+    names = draw(st.lists(NAMES, unique=True, min_size=1, max_size=12))
+    assume("__metadata__" not in names)
+    count = draw(st.integers(1, min(4, len(names))))
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
+    for n, name in enumerate(names):
+        number = n if n < count else draw(st.integers(0, count - 1))
+        values = torch.randint(0, 100, draw(SHAPES))
+        parts[number][name] = values.to(draw(st.sampled_from(DTYPES)))
+    return parts
+
+
+def plan_of(contents: Sequence[bytes], index: bytes, limits: Limits = LIMITS) -> SplitPlan:
+    heads = (Head(content, len(content)) for content in contents)
+    return plan_split(parse_index(index, limits), heads, limits)
+
+
+def whole(plan: SplitPlan, contents: Sequence[bytes]) -> bytes:
+    """The one file, put together by what the files say of themselves."""
+    sizes = [8 + int(struct.unpack_from("<Q", content)[0]) for content in contents]
+    return plan.prefix + b"".join(c[size:] for c, size in zip(contents, sizes, strict=True))
+
+
+def cut(content: bytes, span: Span) -> bytes:
+    return b"".join(content[start:stop] for start, stop in span.ranges())
+
+
+@settings(max_examples=150, deadline=None)
+@given(parts_of_files())
+def test_safetensors_reads_the_one_file(parts: Parts) -> None:
+    contents = contents_of(parts)
+    plan = plan_of(contents, index_of(parts))
+    content = whole(plan, contents)
+    assert len(content) == plan.nbytes
+    loaded = safetensors.torch.load(content)
+    expected = {name: tensor for part in parts for name, tensor in part.items()}
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    assert {span.name for span in parse_header(plan.prefix, plan.nbytes).tensors} == set(expected)
+    assert plan.nbytes >= sum(map(len, contents))
+    assert plan_of(contents, index_of(parts)) == plan
+
+
+@st.composite
+def spans_in(draw: st.DrawFn, nbytes: int) -> Span:
+    start = draw(st.integers(0, nbytes))
+    size = draw(st.integers(0, min(60, nbytes - start)))
+    pitch = size + draw(st.integers(0, 30))
+    most = 1 + (nbytes - start - size) // pitch if size else 1
+    rows = draw(st.integers(1, min(9, most)))
+    return Span(start, start + size, rows, pitch if rows > 1 else 0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts_of_files(), st.data())
+def test_bytes_of_the_one_file_are_those_of_its_pieces(parts: Parts, data: st.DataObject) -> None:
+    contents = contents_of(parts)
+    plan = plan_of(contents, index_of(parts))
+    content = whole(plan, contents)
+    span = data.draw(spans_in(plan.nbytes))
+    pieces = list(plan.pieces(span))
+    files = [plan.prefix, *contents]
+    assert b"".join(cut(files[number], piece) for number, piece in pieces) == cut(content, span)
+    assert all(piece.nbytes for _, piece in pieces)
+    assert all((piece.rows > 1) == (piece.pitch > 0) for _, piece in pieces)
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts_of_files(), st.data())
+def test_each_file_has_its_bytes_of_each_group(parts: Parts, data: st.DataObject) -> None:
+    contents = contents_of(parts)
+    plan = plan_of(contents, index_of(parts))
+    content = whole(plan, contents)
+    spans = st.lists(spans_in(plan.nbytes), max_size=3)
+    groups = data.draw(st.lists(spans, max_size=5))
+    files = plan.by_file(groups)
+    assert len(files) == len(parts)
+    for n, group in enumerate(groups):
+        needed = sorted(b for s in group for b in cut(content, s)[_in_prefix(plan, s) :])
+        found = [
+            cut(contents[number], span)
+            for number, file in enumerate(files)
+            if n in file.groups
+            for span in file.spans[file.groups.index(n)]
+        ]
+        assert sorted(b for part in found for b in part) == needed
+        assert all(found)
+
+
+def _in_prefix(plan: SplitPlan, span: Span) -> int:
+    """How many of the span's bytes the prefix has: its first ones."""
+    size = len(plan.prefix)
+    return sum(max(0, min(stop, size) - min(start, size)) for start, stop in span.ranges())
+
+
+def test_of_a_matrix_in_one_file_the_rows_stay_one_span() -> None:
+    parts: Parts = [{"a": torch.ones(3)}, {"b": torch.ones(8, 16)}]
+    contents = contents_of(parts)
+    plan = plan_of(contents, index_of(parts))
+    header = parse_header(contents[1], len(contents[1]))
+    start = plan.places[2].start
+    (piece,) = plan.pieces(Span(start + 16, start + 32, 8, 64))
+    at = header.data_start + 16
+    assert piece == (2, Span(at, at + 16, 8, 64))
+
+
+def test_bytes_beyond_the_end_are_nobodys() -> None:
+    parts: Parts = [{"a": torch.ones(3)}]
+    plan = plan_of(contents_of(parts), index_of(parts))
+    with pytest.raises(InternalError):
+        list(plan.pieces(Span(plan.nbytes - 1, plan.nbytes + 1)))
+
+
+def test_groups_are_told_in_order_when_every_file_has_its_part() -> None:
+    parts: Parts = [{"a": torch.ones(4)}, {"b": torch.ones(4)}, {"c": torch.ones(4)}]
+    plan = plan_of(contents_of(parts), index_of(parts))
+    a, b, c = (Span(place.start, place.stop) for place in plan.places[1:])
+    files = plan.by_file([[], [a, b], [b._replace(stop=b.stop - 8)], [], [a, c]])
+    assert [file.groups for file in files] == [(1, 4), (1, 2), (4,)]
+    arrivals = SplitArrivals(5, files)
+    assert arrivals.take() == [0]
+    assert arrivals.landed(2, 0) == []
+    assert arrivals.landed(2, 1) == []
+    assert arrivals.landed(1, 0) == [1, 2, 3]
+    assert arrivals.landed(3, 0) == []
+    assert arrivals.landed(1, 1) == [4]
+    assert arrivals.take() == []
+    with pytest.raises(InternalError, match="twice"):
+        arrivals.landed(1, 1)
+
+
+THREE: Parts = [
+    {"a": torch.ones(2, 2), "b": torch.ones(3)},
+    {"c": torch.ones(5)},
+    {"d": torch.ones(1), "e": torch.ones(0, 4)},
+]
+
+
+def refused(contents: Sequence[bytes], index: bytes, limits: Limits = LIMITS) -> str:
+    with pytest.raises(AdapterFormatError) as caught:
+        plan_of(contents, index, limits)
+    return caught.value.problem
+
+
+def test_a_tensor_that_the_index_does_not_know() -> None:
+    contents = contents_of([THREE[0], {**THREE[1], "more": torch.ones(1)}, THREE[2]])
+    problem = refused(contents, index_of(THREE))
+    assert problem.startswith(f"{name_of(2, 3)}: has tensor 'more'")
+    assert "nowhere" in problem
+
+
+def test_a_tensor_in_another_file_than_the_index_says() -> None:
+    contents = contents_of([{"a": THREE[0]["a"]}, {**THREE[1], "b": THREE[0]["b"]}, THREE[2]])
+    assert refused(contents, index_of(THREE)).startswith(f"{name_of(1, 3)}: has no tensor 'b'")
+    contents = contents_of([THREE[0], {**THREE[1], "d": THREE[2]["d"]}, THREE[2]])
+    problem = refused(contents, index_of(THREE))
+    assert problem.startswith(f"{name_of(2, 3)}: has tensor 'd'")
+    assert f"is in {name_of(3, 3)}" in problem
+
+
+def test_a_tensor_that_is_nowhere() -> None:
+    contents = contents_of([THREE[0], THREE[1], {"d": THREE[2]["d"]}])
+    assert refused(contents, index_of(THREE)).startswith(f"{name_of(3, 3)}: has no tensor 'e'")
+
+
+def test_two_files_that_were_swapped() -> None:
+    first, second, third = contents_of(THREE)
+    assert "has tensor 'c'" in refused([second, first, third], index_of(THREE))
+
+
+def edited(content: bytes, change: Callable[[dict[str, dict[str, list[int]]]], object]) -> bytes:
+    size = int(struct.unpack_from("<Q", content)[0])
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+
+def hostile(content: bytes) -> Iterator[tuple[bytes, str]]:
+    yield content[:-1], "the file ends 1 bytes before"
+    yield content + b"x", "1 bytes after the last tensor"
+    yield content[:20], "ends inside its header"
+    yield content[:5], "cannot be a safetensors file"
+    yield b"PK\3\4" + b"x" * 400, "over the limit"
+    yield content.replace(b'"b"', b'"a"'), "stands there twice"
+    yield edited(content, lambda h: h["b"].update(data_offsets=[0, 12])), "overlap"
+    yield edited(content, lambda h: h["b"].update(data_offsets=[17, 29])), "a hole of 1 bytes"
+    yield edited(content, lambda h: h["b"].update(data_offsets=[16, 27])), "needs 12 bytes"
+    yield edited(content, lambda h: h["b"].update(more=[])), "'more' is unknown"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_each_file_is_held_to_the_format(number: int) -> None:
+    other = {"z": torch.ones(1)}
+    parts: Parts = [THREE[0], other] if number == 1 else [other, THREE[0]]
+    good = contents_of(parts)
+    assert plan_of(good, index_of(parts)).nbytes
+    for bad, words in hostile(good[number - 1]):
+        contents = [bad if n == number else good[n - 1] for n in (1, 2)]
+        problem = refused(contents, index_of(parts))
+        assert problem.startswith(f"{name_of(number, 2)}: ")
+        assert words in problem
+
+
+def test_limits_hold_for_all_files_together() -> None:
+    contents, index = contents_of(THREE), index_of(THREE)
+    nbytes = sum(map(len, contents))
+    header_bytes = sum(8 + int(struct.unpack_from("<Q", c)[0]) for c in contents)
+    assert plan_of(contents, index, Limits(max_adapter_bytes=nbytes))
+    problem = refused(contents, index, Limits(max_adapter_bytes=nbytes - 1))
+    assert f"{nbytes:,} bytes, over the limit of {nbytes - 1:,}" in problem
+    problem = refused(contents, index, Limits(max_header_bytes=header_bytes - 1))
+    assert f"{header_bytes:,} header bytes, over the limit" in problem
+    assert plan_of(contents, index, Limits(max_header_bytes=header_bytes + 64))
+
+
+def test_a_short_name_may_become_a_long_one_in_the_one_header() -> None:
+    """Headers are written in ASCII, where a letter of three bytes takes six."""
+    parts: Parts = [{"あ" * 150: torch.ones(1)}]
+    contents, index = contents_of(parts), index_of(parts)
+    plan = plan_of(contents, index)
+    limit = len(plan.prefix) - 8
+    assert plan_of(contents, index, Limits(max_header_bytes=limit)) == plan
+    problem = refused(contents, index, Limits(max_header_bytes=limit - 1))
+    assert "one header of all files" in problem
+    assert safetensors.torch.load(whole(plan, contents)).keys() == parts[0].keys()
+
+
+def test_a_file_is_let_go_before_the_next_is_asked_for() -> None:
+    contents = contents_of(THREE)
+    alive = 0
+
+    class Content(bytes):
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def heads() -> Iterator[Head]:
+        nonlocal alive
+        for content in contents:
+            assert alive <= 1
+            alive += 1
+            yield Head(Content(content), len(content))
+
+    plan_split(parse_index(index_of(THREE), LIMITS), heads(), LIMITS)
+    assert alive == 0
