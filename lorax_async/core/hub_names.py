@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-from lorax_async.core.cache_names import FileRole
+from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.core.file_digest import Digest
+from lorax_async.core.split_index import split_name
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _REVISION_PART = re.compile(r"(?!\.{1,2}$)[^/\x00-\x20\x7f\\]{1,255}")
-_SHARD = re.compile(r"adapter_model-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
+_SHARD = re.compile(r"adapter_model-[0-9]{5}-of-(?P<count>[0-9]{5})\.safetensors")
 _OURS = "transport-"
 
 MAX_REVISION = 1_024
@@ -29,15 +31,27 @@ def is_revision(text: str) -> bool:
 
 def hub_file_name(role: FileRole, count: int = 0) -> str:
     """What the hub calls an adapter's file; a shard of weights is one of `count`."""
-    if not role.number:
-        return role.file_name
-    return f"adapter_model-{role.number:05d}-of-{count:05d}.safetensors"
+    return split_name(role.number, count) if role.number else role.file_name
 
 
-def shard_of(name: str) -> tuple[int, int] | None:
-    """Which shard has that name, and of how many; None if it is none."""
-    found = _SHARD.fullmatch(name)
-    return None if found is None else (int(found["number"]), int(found["count"]))
+def adapter_files(names: Iterable[str]) -> dict[FileRole, str]:
+    """Which of a commit's files are those of its adapter; none if it is not whole.
+
+    The config comes first, then the weights, or else their index and all files that it may name.
+    """
+    there = set(names)
+    weights = [role for role in (WEIGHTS_FILE, INDEX_FILE) if role.file_name in there]
+    if CONFIG_FILE.file_name not in there or not weights:
+        return {}
+    found = {role: role.file_name for role in (CONFIG_FILE, weights[0])}
+    return found if weights[0] == WEIGHTS_FILE else _with_shards(found, there)
+
+
+def _with_shards(found: dict[FileRole, str], there: set[str]) -> dict[FileRole, str]:
+    counts = {int(shard["count"]) for shard in map(_SHARD.fullmatch, there) if shard is not None}
+    for number in range(1, max(counts, default=0) + 1):
+        found[FileRole("weights", number)] = split_name(number, max(counts))
+    return found if len(counts) == 1 and there.issuperset(found.values()) else {}
 
 
 def digest_of_etag(etag: str | None) -> Digest | None:

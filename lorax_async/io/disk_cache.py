@@ -31,8 +31,9 @@ from lorax_async.io.cache.answers import note, recall
 from lorax_async.io.cache.download import DiskDownload, Shelves
 from lorax_async.io.cache.entries import DiskEntry, Entries
 from lorax_async.io.cache.failures import translated_errors
-from lorax_async.io.cache.locks import NamedLock, attempt
-from lorax_async.io.cache.partials import Partials
+from lorax_async.io.cache.locks import NamedLock
+from lorax_async.io.cache.partial_download import one_at_a_time
+from lorax_async.io.cache.partials import Partials, Taken
 from lorax_async.io.cache.place import Place
 from lorax_async.io.cache.room import Room
 from lorax_async.io.ports import Demand
@@ -104,16 +105,14 @@ class DiskCache:
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
     ) -> DiskEntry | DiskDownload | int:
-        entry = self.open(key)
-        if entry is not None:
-            return entry
-        with translated_errors("begin a download"):
-            lock = attempt(self.shelves.place.locks, key.name)
-            if lock is not None:
-                return self._locked(key, scope, lock)
-            if alone:
-                return self._download(key, scope, None)
-            return self.shelves.partials.progress(key.name)
+        shelves = self.shelves
+
+        def download(taken: Taken, lock: NamedLock | None) -> DiskDownload:
+            return DiskDownload(shelves, key, scope, taken, lock)
+
+        return one_at_a_time(
+            *(shelves.place, shelves.partials, key, self.open, download), alone=alone
+        )
 
     def begin(self, key: CacheKey, scope: str, demand: Demand) -> DiskEntry | DiskDownload:
         return begun_in_turn(lambda alone: self.try_begin(key, scope, alone=alone), demand)
@@ -145,22 +144,3 @@ class DiskCache:
         if getattr(self, "_open", False):
             warnings.warn("unclosed disk cache", ResourceWarning, stacklevel=2)
             self.close()
-
-    def _locked(self, key: CacheKey, scope: str, lock: NamedLock) -> DiskEntry | DiskDownload:
-        """Whoever had the lock before may have published it."""
-        try:
-            found = self.open(key)
-            if found is None:
-                return self._download(key, scope, lock)
-        except BaseException:
-            lock.release()
-            raise
-        lock.release()
-        return found
-
-    def _download(self, key: CacheKey, scope: str, lock: NamedLock | None) -> DiskDownload:
-        partials = self.shelves.partials
-        taken = None if lock is None else partials.take_over(key.name)
-        if taken is None:
-            taken = partials.begin(key.name)
-        return DiskDownload(self.shelves, key, scope, taken, lock)

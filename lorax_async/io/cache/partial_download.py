@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from lorax_async.core.cache_names import FileRole
+from lorax_async.core.cache_names import CacheKey, FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.io.cache.failures import translated_errors
-from lorax_async.io.cache.locks import NamedLock
+from lorax_async.io.cache.locks import NamedLock, attempt
 from lorax_async.io.cache.partial_file import PartialFile, Reserve
 from lorax_async.io.cache.partials import Partials, Taken
+from lorax_async.io.cache.place import Place
+
+_E = TypeVar("_E")
+_D = TypeVar("_D")
+
 
 class PartialDownload:
-    """All of a `CacheDownload` but `publish`: a folder of its own, under the key's lock if it has it.
+    """All of a `CacheDownload` but its end: in a folder of its own, under the key's lock if it can.
 
     Nothing here relies on that lock: another process that downloads the same writes to another
     folder.
@@ -111,3 +117,36 @@ class PartialDownload:
                 file.close()
             if self._lock is not None:
                 self._lock.release()
+
+
+def one_at_a_time(
+    place: Place,
+    partials: Partials,
+    key: CacheKey,
+    opened: Callable[[CacheKey], _E | None],
+    download: Callable[[Taken, NamedLock | None], _D],
+    *,
+    alone: bool,
+) -> _E | _D | int:
+    """What `opened` finds; else what `download` makes of a folder, which others may have left.
+
+    While somebody else downloads `key`: how far he is. `alone` does not heed him.
+    """
+    entry = opened(key)
+    if entry is not None:
+        return entry
+    with translated_errors("begin a download"):
+        lock = attempt(place.locks, key.name)
+        if lock is None:
+            return (
+                download(partials.begin(key.name), None) if alone else partials.progress(key.name)
+            )
+        try:
+            found = opened(key)  # whoever had the lock before may have published it
+            if found is None:
+                return download(partials.take_over(key.name) or partials.begin(key.name), lock)
+        except BaseException:
+            lock.release()
+            raise
+        lock.release()
+        return found

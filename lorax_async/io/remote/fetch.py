@@ -125,7 +125,9 @@ class Fetch:
             self._download.close()
 
 
-def put(download: CacheDownload, role: FileRole, start: bytes, nbytes: int, expected: Digest | None) -> CacheFile:
+def put(
+    download: CacheDownload, role: FileRole, start: bytes, nbytes: int, expected: Digest | None
+) -> CacheFile:
     """Begin a file of a download, whose first bytes are here. Blocks.
 
     On an error the download is the caller's; `CapacityError` leaves it as it was.
