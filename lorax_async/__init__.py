@@ -8,8 +8,8 @@ async with AdapterLoader(layout, LoaderConfig()) as loader:
 import logging
 
 from lorax_async import layouts
-from lorax_async.adapter import AdapterKey, AdapterRef, Merge
-from lorax_async.config import Limits, LoaderConfig, LocalRoot, Shard
+from lorax_async.adapter import AdapterKey, AdapterRef, Merge, parse_adapter_id
+from lorax_async.config import Allow, Limits, LoaderConfig, LocalRoot, Shard
 from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import (
     AccessDeniedError,
@@ -51,6 +51,7 @@ from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.module_views import ModuleWeights
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.whereabouts import AdapterResidency
+from lorax_async.verification import Verification
 
 __all__ = [
     "AccessDeniedError",
@@ -64,6 +65,7 @@ __all__ = [
     "AdapterRef",
     "AdapterResidency",
     "AdapterTimeoutError",
+    "Allow",
     "BytesMoved",
     "CapacityError",
     "ConfigError",
@@ -97,7 +99,9 @@ __all__ = [
     "TransferError",
     "UnsupportedAdapterError",
     "UsageError",
+    "Verification",
     "layouts",
+    "parse_adapter_id",
 ]
 
 # A library must not print where the application has not asked for it.

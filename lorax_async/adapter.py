@@ -8,6 +8,7 @@ from typing import Protocol
 
 from lorax_async.errors import UsageError
 from lorax_async.identity import AdapterKey, AdapterRef, FileIdentity, PartId, RemoteKey, TensorsKey
+from lorax_async.ids.parsing import parse_adapter_id
 from lorax_async.merge import Merge, MergedKey
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RemoteKey",
     "TensorsKey",
     "as_ref",
+    "parse_adapter_id",
     "text_of",
 ]
 

@@ -4,98 +4,63 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from lorax_async.errors import ConfigError, UsageError, shorten
+from lorax_async.errors import ConfigError, InvalidAdapterIdError, UsageError
+from lorax_async.ids.folder_urls import parse_folder_url
+from lorax_async.settings.allow import Allow, as_allow
+from lorax_async.settings.limits import GiB, Limits, MiB
+from lorax_async.settings.local_roots import LocalRoot, Root, as_local_roots
+from lorax_async.settings.requirements import (
+    MAX_SECONDS,
+    as_folder_to_be,
+    require_bool,
+    require_count,
+    require_one_of,
+    require_positive,
+    require_seconds,
+)
+from lorax_async.settings.shard import Shard
 
-MAX_SECONDS = 1e9
-"""The longest wait: what locks, event loops and their C clocks can all count to."""
+__all__ = [
+    "DTYPES",
+    "MAX_SECONDS",
+    "MAX_SLOTS",
+    "MAX_THREADS",
+    "Allow",
+    "Checking",
+    "Eviction",
+    "HubCache",
+    "Limits",
+    "LoaderConfig",
+    "LocalRoot",
+    "Root",
+    "Shard",
+    "as_local_roots",
+]
 
 MAX_SLOTS = 65_536
 """A slot is a column of the device's tables, with 24 bytes for every module of the base."""
 
 MAX_THREADS = 256
 
-KiB = 1 << 10
-MiB = 1 << 20
-GiB = 1 << 30
+_MOST = {"max_slots": MAX_SLOTS, "io_threads": MAX_THREADS, "connections": MAX_THREADS}
 
 Eviction = Literal["lru", "lfu", "gdsf"]
 """Who makes room."""
 
-Verify = Literal["none", "stream", "before_use"]
-"""What `load` waits for of a check of the bytes: see `LoaderConfig.verify`."""
+HubCache = Literal["read", "write", "off"]
+"""What the standard hub cache of this machine is for."""
+
+Checking = Literal["none", "stream", "before_use"]
+"""What a load waits for, of the digest of an adapter's weights."""
 
 _DEVICE = re.compile(r"cpu|simulated|cuda(:(0|[1-9][0-9]?))?")
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes an adapter can have on a device, by torch's name, with the file format's word."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much of a stranger's adapter is accepted. Bytes, or counts."""
-
-    max_header_bytes: int = 16 * MiB
-    max_tensors: int = 65_536
-    max_name_bytes: int = 512
-    max_dimensions: int = 8
-    max_json_depth: int = 16
-    max_config_bytes: int = 256 * KiB
-    max_rank: int = 256
-    max_adapter_bytes: int = 4 * GiB
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            _require_positive(entry.name, getattr(self, entry.name))
-
-
-@dataclass(frozen=True, slots=True)
-class LocalRoot:
-    """A folder from which a `str` id may name an adapter. `path` is kept as an absolute `Path`.
-
-    `immutable=True` is the operator's word that no file below it is ever changed in place or
-    truncated (new versions come by rename), so that such files may be mapped and held in host
-    memory. A file that is cut while it is mapped can kill the process.
-
-    Raises `ConfigError` if there is no such folder.
-    """
-
-    path: str | os.PathLike[str]
-    immutable: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.path, str | os.PathLike):
-            raise ConfigError(f"a local root must be the path of a folder, not {self.path!r}")
-        if not isinstance(self.immutable, bool):
-            raise ConfigError(f"immutable must be True or False, not {self.immutable!r}")
-        object.__setattr__(self, "path", _folder(os.fsdecode(self.path)))
-
-
-Root = str | os.PathLike[str] | LocalRoot
-"""What names a local root: a plain path says nothing of how its files change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Which of the `world_size` parts of every tensor-parallel module a loader holds: the `rank`th.
-
-    Raises `ConfigError` unless 0 <= rank < world_size.
-    """
-
-    rank: int
-    world_size: int
-
-    def __post_init__(self) -> None:
-        _require_positive("world_size", self.world_size)
-        _require_count("rank", self.rank, least=0)
-        if self.rank >= self.world_size:
-            raise ConfigError(
-                f"rank {self.rank} is outside 0 … {self.world_size - 1}: a world of"
-                f" {self.world_size} counts its ranks from 0"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +106,32 @@ class LoaderConfig:
     local_roots
         Folders from which a `str` id may name an adapter: paths, or `LocalRoot`s, as which they
         are kept. A `pathlib.Path` id needs none.
+    allow
+        From where adapters may come that are not local, in `Allow` entries (docs/sources.md).
+        Without any: from the hub. Once there is one for the hub, from what the hub's entries name.
+    hub_endpoint
+        URL of the hub. None is huggingface_hub's own: https://huggingface.co, or what `HF_ENDPOINT`
+        said when huggingface_hub was imported; nothing here reads it. Wherever it leads is allowed.
+    hub_cache
+        The standard hub cache, which other programs share: "read" takes what is there; "write" also
+        keeps there what comes from the hub, instead of in `cache_dir`; "off" leaves it alone.
+    hub_cache_dir
+        Where that is; None is where huggingface_hub has it.
+    offline
+        Ask no source: adapters come from local folders and the two caches only.
+    verify
+        What `load` waits for: "stream" for the weights on the device, while their digest follows;
+        "before_use" for the digest too, also of local files; "none" checks no digest at all.
+    cache_dir
+        Where adapters from elsewhere are kept, private to this user; made when first needed. None
+        is `$XDG_CACHE_HOME/lorax-async`, else `~/.cache/lorax-async` (`cache_folder` says it).
+    cache_bytes
+        Budget of that folder.
+    connections
+        To all sources together: each has a thread.
+    revalidate
+        Seconds for which an answer of a source about a revision that may move, or about who may
+        have an adapter, is taken again without asking; 0 asks each time.
     check_finite
         Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
     limits
@@ -167,6 +158,16 @@ class LoaderConfig:
     min_residency: float = 0.0
     eviction: Eviction = "lru"
     local_roots: tuple[Root, ...] = ()
+    allow: tuple[Allow, ...] = ()
+    hub_endpoint: str | None = None
+    hub_cache: HubCache = "read"
+    hub_cache_dir: str | os.PathLike[str] | None = None
+    offline: bool = False
+    verify: Checking = "stream"
+    cache_dir: str | os.PathLike[str] | None = None
+    cache_bytes: int = 16 * GiB
+    connections: int = 16
+    revalidate: float = 60.0
     check_finite: bool = False
     limits: Limits = field(default_factory=Limits)
 
@@ -175,30 +176,45 @@ class LoaderConfig:
             raise ConfigError(
                 f"device {self.device!r} is not 'cpu', 'cuda', 'cuda:N' or 'simulated'"
             )
-        if self.eviction not in get_args(Eviction):
-            raise ConfigError(f"eviction must be one of {', '.join(get_args(Eviction))}")
-        if not isinstance(self.check_finite, bool):
-            raise ConfigError(f"check_finite must be True or False, not {self.check_finite!r}")
+        for name, words in (("eviction", Eviction), ("hub_cache", HubCache), ("verify", Checking)):
+            require_one_of(name, getattr(self, name), get_args(words))
+        for name in ("check_finite", "offline"):
+            require_bool(name, getattr(self, name))
         if not isinstance(self.limits, Limits):
             raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")
         if not isinstance(self.shard, Shard | None):
             raise ConfigError(f"shard must be Shard(rank, world_size) or None, not {self.shard!r}")
         self._check_numbers()
-        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
-        object.__setattr__(self, "local_roots", as_local_roots(self.local_roots))
+        settled = {
+            "dtype": _dtype_name(self.dtype),
+            "local_roots": as_local_roots(self.local_roots),
+            "allow": as_allow(self.allow),
+            "hub_endpoint": _endpoint(self.hub_endpoint),
+            "hub_cache_dir": as_folder_to_be("hub_cache_dir", self.hub_cache_dir),
+            "cache_dir": as_folder_to_be("cache_dir", self.cache_dir),
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
 
     def _check_numbers(self) -> None:
-        for name in ("device_bytes", "staging_bytes", "max_slots", "io_threads"):
-            _require_positive(name, getattr(self, name))
-        for name in ("host_bytes", "memory_bytes", "pinned_bytes"):
-            _require_count(name, getattr(self, name), least=0)
-        for name, most in (("max_slots", MAX_SLOTS), ("io_threads", MAX_THREADS)):
+        for name in ("device_bytes", "staging_bytes", "cache_bytes"):
+            require_positive(name, getattr(self, name))
+        for name, most in _MOST.items():
+            require_positive(name, getattr(self, name))
             if getattr(self, name) > most:
                 raise ConfigError(f"{name} must be {most:,} at most, not {getattr(self, name):,}")
+        for name in ("host_bytes", "memory_bytes", "pinned_bytes"):
+            require_count(name, getattr(self, name), least=0)
         for name in ("timeout", "starvation_age"):
-            _require_seconds(name, getattr(self, name))
-        if self.min_residency != 0 or isinstance(self.min_residency, bool):
-            _require_seconds("min_residency", self.min_residency)
+            require_seconds(name, getattr(self, name))
+        for name in ("min_residency", "revalidate"):
+            if getattr(self, name) != 0 or isinstance(getattr(self, name), bool):
+                require_seconds(name, getattr(self, name))
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, or the folder that stands for None, as the environment has it now."""
+        return Path(self.cache_dir) if self.cache_dir is not None else _usual_cache_folder()
 
     @property
     def storage_dtype(self) -> str | None:
@@ -221,24 +237,6 @@ class LoaderConfig:
         raise UsageError(f"a timeout is from 0 to {MAX_SECONDS:g} seconds, not {timeout!r}")
 
 
-def _require_positive(name: str, value: object) -> None:
-    _require_count(name, value, least=1)
-
-
-def _require_count(name: str, value: object, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        kind = "a positive integer" if least else "an integer of at least 0"
-        raise ConfigError(f"{name} must be {kind}, not {value!r}")
-
-
-def _require_seconds(name: str, value: object) -> None:
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
-    if not 0 < number <= MAX_SECONDS:
-        raise ConfigError(
-            f"{name} must be a positive number of seconds up to {MAX_SECONDS:g}, not {value!r}"
-        )
-
-
 def _dtype_name(dtype: object) -> str | None:
     if dtype is None:
         return None
@@ -248,19 +246,23 @@ def _dtype_name(dtype: object) -> str | None:
     return name
 
 
-def as_local_roots(roots: object) -> tuple[LocalRoot, ...]:
-    """Of a tuple or list of `Root`s; those that are `LocalRoot`s already stay as they are."""
-    if not isinstance(roots, tuple | list) or not all(
-        isinstance(root, str | os.PathLike | LocalRoot) for root in roots
-    ):
-        raise ConfigError("local_roots must be a tuple of folders")
-    return tuple(root if isinstance(root, LocalRoot) else LocalRoot(root) for root in roots)
+def _endpoint(url: object) -> str | None:
+    """In its one spelling, without a "/" at the end."""
+    if url is None:
+        return None
+    if not isinstance(url, str):
+        raise ConfigError(f"hub_endpoint must be a URL or None, not {url!r}")
+    try:
+        return parse_folder_url(url).text.removesuffix("/")
+    except InvalidAdapterIdError as error:  # the URL may hold a secret: it is not repeated
+        raise ConfigError(f"hub_endpoint is not accepted: {error.problem}") from None
 
 
-def _folder(name: str) -> Path:
-    if not name:  # an unset variable, say, must not open the present folder
-        raise ConfigError("local root '' is not a folder; '.' is the present one")
-    path = Path(name).absolute()
-    if not os.path.isdir(path):  # Path.is_dir raises where it may not look
-        raise ConfigError(f"local root {shorten(str(path), 500)!r} is not a folder")
-    return path
+def _usual_cache_folder() -> Path:
+    """By the XDG base directory specification, which ignores what is not absolute."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigError("this process has no home folder; name a cache_dir") from error
+    return base / "lorax-async"

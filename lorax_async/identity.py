@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorax_async.errors import InvalidAdapterIdError, UsageError
+from lorax_async.ids.texts import refuse_secrets
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -19,7 +20,7 @@ class AdapterRef:
     ----------
     source
         "hub", "s3", "gs", "az", "http", "https" or "local", where the id does not say it; None is
-        the hub for `org/name`.
+        the hub for `org/name` (docs/sources.md has all forms).
     revision
         A branch, tag or commit of the hub; a versionId or ETag elsewhere. None is the present one.
     token
@@ -28,6 +29,11 @@ class AdapterRef:
         What the weights come to, as sha256 in hexadecimal, for who knows it: all else is refused.
     allow_stale
         Where the source cannot be asked, take the version that it last named.
+
+    Raises
+    ------
+    InvalidAdapterIdError
+        The id is neither text nor path, or a URL with a user name, password, query or fragment.
     """
 
     id: str | Path
@@ -45,6 +51,8 @@ class AdapterRef:
         for name in ("source", "revision", "token", "digest"):
             if not isinstance(getattr(self, name), str | None):
                 raise UsageError(f"{name} of an adapter is a str or None")
+        if isinstance(self.id, str):
+            refuse_secrets(self.id, self.source)
         if self.digest is not None and not _SHA256.fullmatch(self.digest):
             raise UsageError(f"digest {self.digest!r} is no sha256 in 64 lower-case hex digits")
         if not isinstance(self.allow_stale, bool):

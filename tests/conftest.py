@@ -4,35 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from common import LOOPS, Run, mapped_files, open_files, open_sockets, our_threads
+from tools import tool
 
-_not_run: dict[str, int] = {}
-"""How many tests were left out for want of each program."""
+_ran: Counter[str] = Counter()
+"""How many tests ran against each program that somebody else wrote."""
+
+_not_run: Counter[str] = Counter()
+"""How many were left out for want of it."""
 
 
+def _programs(item: pytest.Item) -> list[str]:
+    return [mark.args[0] for mark in item.iter_markers("needs")]
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests that need a program which this machine has not; they are told of at the end."""
     left_out = []
     for item in items:
-        for program in (mark.args[0] for mark in item.iter_markers("needs")):
-            if shutil.which(program) is None and item not in left_out:
-                left_out.append(item)
-                _not_run[program] = _not_run.get(program, 0) + 1
+        missing = [program for program in _programs(item) if tool(program) is None]
+        _not_run.update(missing)
+        if missing:
+            left_out.append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _ran.update(_programs(item))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _not_run:
-        terminalreporter.section("not run")
+    if _ran or _not_run:
+        terminalreporter.section("against programs that others wrote")
+    for program, count in sorted(_ran.items()):
+        terminalreporter.write_line(f"{count} tests ran against {program} ({tool(program)})")
     for program, count in sorted(_not_run.items()):
-        terminalreporter.write_line(f"{count} tests against {program}, which is not installed")
+        terminalreporter.write_line(
+            f"{count} tests did not run: {program} is not installed; `make servers` does that"
+        )
 
 
 @pytest.fixture(params=LOOPS)

@@ -51,7 +51,7 @@ def split(one: Path, several: Path, files: int = 3) -> Path:
         tensors,
         several,
         filename_pattern="adapter_model{suffix}.safetensors",
-        max_shard_size=most + max(tensor.nbytes for tensor in tensors.values()),
+        max_shard_size=most + max(tensor.nbytes for tensor in tensors.values()) // 2,
     )
     assert len(list(several.glob("*.safetensors"))) == files
     return several

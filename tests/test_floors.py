@@ -12,7 +12,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorax_async"
 
 FLOORS = {
-    0: {"errors", "identity", "verification", "merge", "adapter", "events", "config"},
+    0: {
+        *("errors", "identity", "ids", "verification", "merge", "adapter", "events"),
+        *("config", "settings"),
+    },
     1: {"core"},
     2: {"io"},
     3: {"runtime", "handle"},
@@ -22,7 +25,16 @@ FLOORS = {
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 IMPURE = {"asyncio", "torch", "os", "time", "random", "threading", "pathlib", "concurrent", "mmap"}
-HEAVY = {"peft", "transformers", "triton", "safetensors", "huggingface_hub", "rich", "uvloop"}
+HEAVY = {
+    "peft",
+    "transformers",
+    "triton",
+    "safetensors",
+    "huggingface_hub",
+    "obstore",
+    "rich",
+    "uvloop",
+}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-HEAVY = {"peft", "transformers", "triton", "uvloop", "rich", "safetensors", "huggingface_hub"}
+HEAVY = {
+    "peft",
+    "transformers",
+    "triton",
+    "uvloop",
+    "rich",
+    "safetensors",
+    "huggingface_hub",
+    "obstore",
+}
 PROGRAM = """
 import asyncio, gc, json, locale, logging, os, random, signal, sys, threading, warnings
 from pathlib import Path

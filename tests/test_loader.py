@@ -19,9 +19,9 @@ from lorax_async import (
     AdapterRef,
     AdapterTimeoutError,
     BytesMoved,
-    ConfigError,
     Event,
     Failed,
+    InvalidAdapterIdError,
     LayerReady,
     Leaving,
     LoaderConfig,
@@ -232,8 +232,8 @@ def test_a_string_needs_a_root(run: Run, tmp_path: Path) -> None:
                 await there.load(str(other))
             with pytest.raises(AdapterNotFoundError):
                 await there.load(tmp_path / "nothing")
-            with pytest.raises(ConfigError):
-                await there.load("org/name")
+            with pytest.raises(InvalidAdapterIdError):
+                await there.load("name")
             async with await there.load(AdapterRef(folder)) as handle:
                 again = there.try_acquire(handle.key)
                 assert again is not None

@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from adapters import hub_cache
+from command_line import adapter, base, query
 from lorax_async import layouts
 from lorax_async.adapters import WeightsFile
 from lorax_async.cli import main
@@ -41,6 +42,16 @@ def test_inspect_and_layouts_read_them(
     assert main(["inspect", str(several), "--json"]) == 2
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert name_of(1, 3) in problem["text"]
+
+
+def test_the_command_line_loads_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = adapter(tmp_path / "one", query(0) | query(3) | query(7))
+    several = split(Path(one), tmp_path / "several")
+    assert main(["load", str(several), "--base", base(tmp_path / "base"), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["adapters"]
+    assert found["state"] == "resident"
+    nbytes = sum(path.stat().st_size for path in several.glob("*.safetensors"))
+    assert found["file_bytes"] == nbytes
 
 
 @BOTH

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,16 +108,25 @@ def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld, r
         AdapterRef("s3://b/k", source="local"),
     ],
 )
-def test_other_sources_are_not_available(world: LocalWorld, ref: AdapterRef) -> None:
+def test_no_other_source_is_asked(world: LocalWorld, ref: AdapterRef) -> None:
+    """What is no id says why; what names another place says that this source has folders only."""
     error = refusal(world, ref)
-    assert type(error) is errors.ConfigError
-    assert "not available in this version" in error.problem
+    assert type(error) is errors.InvalidAdapterIdError
+    assert len(error.problem) > 40
+
+
+@pytest.mark.parametrize(
+    "id", ["org/name", "s3://buc/k", "https://h/x", "gs://buc/k", "az://con/k"]
+)
+def test_another_source_is_said_to_be_one(world: LocalWorld, id: str) -> None:
+    error = refusal(world, id)
+    assert re.search(r"only local folders.*local_roots", error.problem)
 
 
 @pytest.mark.parametrize("id", ["./one", Path("one")])
 def test_a_folder_has_no_revision(world: LocalWorld, id: str | Path) -> None:
     error = refusal(world, AdapterRef(id, revision="main"))
-    assert type(error) is errors.ConfigError
+    assert type(error) is errors.InvalidAdapterIdError
     assert "revision" in error.problem
 
 

@@ -20,9 +20,11 @@ from common import Run
 from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.core.runs import Span
+from lorax_async.core.split_index import SplitIndex
 from lorax_async.io.ports import Demand, Reader
+from lorax_async.io.sources import local_folder
 from lorax_async.io.sources.checked_open import identity_of
-from split_files import INDEX
+from split_files import INDEX, write
 
 
 @pytest.fixture
@@ -154,5 +156,31 @@ def test_many_may_open_at_once(world: LocalWorld, folder: Path, run: Run) -> Non
             file.reader.close()
             with pytest.raises(errors.FetchError):
                 read(file.reader, 0, 8)
+
+    run(main())
+
+
+def test_an_index_is_read_once_until_it_changes(
+    world: LocalWorld, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request for the adapter resolves its id."""
+    read_index, reads = local_folder.read_index, []
+
+    def counted(*given: Any) -> SplitIndex:
+        reads.append(given)
+        return read_index(*given)
+
+    monkeypatch.setattr(local_folder, "read_index", counted)
+
+    async def main() -> None:
+        key = await world.source.resolve(AdapterRef(folder))
+        assert {await world.source.resolve(AdapterRef("./one")) for _ in range(5)} == {key}
+        assert len(reads) == 1
+        touch(folder / FILES[3])
+        assert await world.source.resolve(AdapterRef(folder)) != key
+        assert len(reads) == 1
+        write(folder, [tensors(1)])
+        assert len((await world.source.resolve(AdapterRef(folder))).files) == 3
+        assert len(reads) == 2
 
     run(main())

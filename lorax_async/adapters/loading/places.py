@@ -22,6 +22,8 @@ from lorax_async.errors import (
     LoraxError,
     shorten,
 )
+from lorax_async.ids.hub import HubId, parse_hub_id
+from lorax_async.ids.texts import checked, readable
 from lorax_async.io.sources.checked_open import changed, located, require_file, translated
 from lorax_async.io.sources.local_folder import CONFIG
 from lorax_async.io.sources.local_ids import parse_place
@@ -29,8 +31,6 @@ from lorax_async.io.sources.local_ids import parse_place
 LIMITS = Limits()
 
 _LOCAL = ("/", "./", "../")
-_HUB_ID = re.compile(r"([0-9A-Za-z_][0-9A-Za-z._-]*/[0-9A-Za-z_][0-9A-Za-z._-]*)(?:@(.*))?")
-_REVISION = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]*(?:/[0-9A-Za-z_][0-9A-Za-z._-]*)*")
 _OTHER_SOURCE = re.compile(r"[A-Za-z][0-9A-Za-z+.-]*:")
 
 
@@ -48,8 +48,7 @@ def folder_of(adapter_id: object, *wanted: str) -> str:
         The id is none, or names a source that is not available here.
     """
     if isinstance(adapter_id, str) and not adapter_id.startswith(_LOCAL):
-        repo_id, revision = _hub_names(adapter_id)
-        return _cached_snapshot(repo_id, revision, wanted)
+        return _cached_snapshot(*_hub_id(adapter_id), wanted)
     if not isinstance(adapter_id, str | Path):
         kind = type(adapter_id).__name__
         raise InvalidAdapterIdError(f"an adapter id is a str or a pathlib.Path, not {kind}")
@@ -57,23 +56,13 @@ def folder_of(adapter_id: object, *wanted: str) -> str:
     return path
 
 
-def _hub_names(text: str) -> tuple[str, str | None]:
+def _hub_id(text: str) -> HubId:
     if _OTHER_SOURCE.match(text):
         raise ConfigError(
-            "the source of this id is not available in this version; name a local folder, or an"
-            " adapter in the hub cache"
+            "these calls read local folders and what is in the hub cache; an AdapterLoader loads"
+            " adapters from elsewhere"
         )
-    found = _HUB_ID.fullmatch(text)
-    if found is None:
-        raise InvalidAdapterIdError(
-            "an id is org/name or org/name@revision on the hub, or the path of a local folder,"
-            " which is a pathlib.Path or begins with '/', './' or '../'"
-        )
-    repo_id, revision = found[1], found[2]
-    # It becomes part of a path below the cache.
-    if revision is not None and not _REVISION.fullmatch(revision):
-        raise InvalidAdapterIdError("the revision is no name of a branch, a tag or a commit")
-    return repo_id, revision
+    return parse_hub_id(readable(checked(text, str.encode)))
 
 
 def _cached_snapshot(repo_id: str, revision: str | None, wanted: Sequence[str]) -> str:
@@ -83,8 +72,8 @@ def _cached_snapshot(repo_id: str, revision: str | None, wanted: Sequence[str]) 
             return os.path.dirname(path)
     at = "" if revision is None else f" --revision {revision}"
     raise AdapterNotFoundError(
-        f"the hub cache of this machine has no {wanted[0]} of {repo_id!r}, and this version"
-        f" fetches nothing by itself; run 'hf download {repo_id}{at}' first (a folder is a"
+        f"the hub cache of this machine has no {wanted[0]} of {repo_id!r}, and these calls"
+        f" fetch nothing by themselves; run 'hf download {repo_id}{at}' first (a folder is a"
         f" pathlib.Path, or './{repo_id}')"
     )
 

@@ -133,7 +133,7 @@ class Exchange:
         """On an idle connection; if that was closed meanwhile, on a new one."""
         lines = self._fields(target, place, span, known)
         try:
-            idle = self._pool.take(place.url.origin, attempt)
+            idle = self._pool.take(place.url, target.rules, attempt)
             if idle is not None:
                 try:
                     return self._send(idle, lines, place, attempt)

@@ -22,13 +22,19 @@ _ADDRESSES = 4
 
 
 class Connection:
-    """To one origin; `proxy` is set where requests name their URL whole."""
+    """To one origin; `proxy` is set where requests name their URL whole.
 
-    def __init__(self, wire: Wire, stream: Stream, origin: Origin, proxy: Proxy | None) -> None:
+    `address` is that of the other end, where that is the host.
+    """
+
+    def __init__(
+        self, wire: Wire, stream: Stream, origin: Origin, proxy: Proxy | None, address: str | None
+    ) -> None:
         self.wire = wire
         self.stream = stream
         self.origin = origin
         self.proxy = proxy
+        self.address = address
         self.idle_since = 0.0
 
 
@@ -47,9 +53,12 @@ class Pool:
         self._lock = Lock()
         self._idle: list[Connection] = []
 
-    def take(self, origin: Origin, attempt: Attempt) -> Connection | None:
-        """An idle connection on which nothing has happened; the one used last."""
-        while (connection := self._pop(origin)) is not None:
+    def take(self, url: Url, rules: Rules, attempt: Attempt) -> Connection | None:
+        """An idle connection on which nothing has happened; the one used last.
+
+        Others may have opened it, by other rules: where it leads is asked anew.
+        """
+        while (connection := self._pop(url, rules)) is not None:
             if connection.wire.quiet:
                 try:
                     attempt.use(connection.wire)
@@ -60,10 +69,13 @@ class Pool:
             connection.wire.close()
         return None
 
-    def _pop(self, origin: Origin) -> Connection | None:
+    def _pop(self, url: Url, rules: Rules) -> Connection | None:
         with self._lock:
             for n in range(len(self._idle) - 1, -1, -1):
-                if self._idle[n].origin == origin:
+                idle = self._idle[n]
+                if idle.origin == url.origin and (
+                    idle.address is None or _allowed(idle.address, url, rules)
+                ):
                     return self._idle.pop(n)
         return None
 
@@ -107,9 +119,11 @@ class Pool:
         timeouts = self._settings.timeouts
         try:
             if proxy is None:
-                self._connect(wire, url.origin, attempt, lambda text: _allowed(text, url, rules))
+                address: str | None = self._connect(
+                    wire, url.origin, attempt, lambda text: _allowed(text, url, rules)
+                )
             else:
-                _refuse_numbers(url, rules)
+                address = _number_allowed(url, rules)
                 self._connect(wire, proxy.origin, attempt, lambda _: True)
                 if url.secure:
                     self._tunnel(wire, url, proxy)
@@ -123,11 +137,12 @@ class Pool:
             wire.close()
             raise
         stream = Stream(wire, timeouts, self._clock, str(url))
-        return Connection(wire, stream, url.origin, None if url.secure else proxy)
+        return Connection(wire, stream, url.origin, None if url.secure else proxy, address)
 
     def _connect(
         self, wire: Wire, origin: Origin, attempt: Attempt, allowed: Callable[[str], bool]
-    ) -> None:
+    ) -> str:
+        """The address that it is connected to."""
         found = self._found(origin, attempt)
         endpoints = [endpoint for endpoint in found if allowed(endpoint.address)]
         if not endpoints:
@@ -144,9 +159,10 @@ class Pool:
                 failed = error
                 continue
             # What is connected to counts, not what a name service said before.
-            if not allowed(self._network.peer(connected)):
+            peer = self._network.peer(connected)
+            if not allowed(peer):
                 raise _refused(origin)
-            return
+            return peer
         assert failed is not None
         raise failed
 
@@ -179,14 +195,15 @@ def _allowed(text: str, url: Url, rules: Rules) -> bool:
     return is_public(address) or rules.allows_address(url, address)
 
 
-def _refuse_numbers(url: Url, rules: Rules) -> None:
+def _number_allowed(url: Url, rules: Rules) -> str | None:
     """Behind a proxy names are its own business, but a number is plain to see."""
     try:
         ip_address(url.origin.host)
     except ValueError:
-        return
+        return None
     if not _allowed(url.origin.host, url, rules):
         raise _refused(url.origin)
+    return url.origin.host
 
 
 def _refused(origin: Origin) -> AccessDeniedError:

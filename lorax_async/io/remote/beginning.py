@@ -1,55 +1,118 @@
-"""The first bytes of an adapter: its config, and its weights as far as the header goes."""
+"""The first bytes of an adapter: its config, and its weights as far as their headers go."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
 from lorax_async.config import Limits
-from lorax_async.core.cache_names import CONFIG_FILE
+from lorax_async.core.cache_names import INDEX_FILE, FileRole
 from lorax_async.core.header import HeaderLimits, header_size
+from lorax_async.core.split_file import Head, SplitPlan, plan_split
+from lorax_async.core.split_index import parse_index
 from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError
 from lorax_async.io.http.desk import Job
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.io.http.target import Answer
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.jobs import LONGEST, followed
-from lorax_async.io.remote.ports import RemoteFile
-from lorax_async.io.remote.workers import outcome
+from lorax_async.io.remote.ports import Located, RemoteFile
+from lorax_async.io.remote.workers import Workers, outcome
 
 FIRST_BYTES = 256 << 10
 """Of weights: the header of nearly every adapter, and not much of what follows out of turn."""
 
+Shards = Callable[[Located, Sequence[FileRole]], Awaitable[tuple[RemoteFile, ...]]]
 
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """One file of weights, of which the `prefix` with the whole header is here."""
+
+    file: RemoteFile
+    answer: Answer
+    nbytes: int
+    prefix: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Beginning:
+    """What is checked before a layer is fetched.
+
+    Of weights in several files there are an index, and the plan of the one that they stand for.
+    """
+
+    config: tuple[RemoteFile, bytes]
+    index: tuple[RemoteFile, bytes] | None
+    parts: tuple[Part, ...]
+    plan: SplitPlan | None
+
+    @property
+    def prefix(self) -> bytes:
+        return self.parts[0].prefix if self.plan is None else self.plan.prefix
+
+
+class Beginnings:
     """Asks for the first bytes of files, as far as nobody has before."""
 
-    def __init__(self, engine: RangeEngine, limits: Limits) -> None:
+    def __init__(
+        self, engine: RangeEngine, workers: Workers, limits: Limits, shards: Shards
+    ) -> None:
         self._engine = engine
+        self._workers = workers
         self._limits = limits
-        self.header_limits = HeaderLimits(max_header_bytes=limits.max_header_bytes)
+        self._shards = shards
+        self._header_limits = HeaderLimits(max_header_bytes=limits.max_header_bytes)
 
-    async def of(
-        self, config: RemoteFile, weights: RemoteFile, demand: Demand
-    ) -> tuple[Answer, Answer]:
-        """All of the config; the header of the weights, and whatever came with it."""
+    async def of(self, located: Located, demand: Demand) -> Beginning:
+        config, second = located.files
+        is_split = second.role == INDEX_FILE
+        most = self._limits.max_header_bytes if is_split else FIRST_BYTES
         whole, start = await self._asked(
-            [(config, self._limits.max_config_bytes), (weights, FIRST_BYTES)], demand
+            [(config, self._limits.max_config_bytes), (second, most)], demand
         )
-        needed = header_size(start.start[:8], self.size(weights, start), self.header_limits)
-        if needed > len(start.start):
-            (again,) = await self._asked([(_unanswered(weights), needed)], demand)
-            if again.known != start.known:
-                raise IntegrityError(f"{weights.target.name} changed while it was asked for")
-            start = again
-        return whole, start
+        said = (config, self._whole(config, whole))
+        if not is_split:
+            return Beginning(said, None, await self._parts([second], [start], demand), None)
+        content = self._whole(second, start)
+        index = await self._workers.run(partial(parse_index, content, self._limits))
+        roles = [FileRole("weights", number + 1) for number in range(index.count)]
+        files = await self._shards(located, roles)
+        starts = await self._asked([(file, FIRST_BYTES) for file in files], demand)
+        parts = await self._parts(files, starts, demand)
+        heads = [Head(part.prefix, part.nbytes) for part in parts]
+        plan = await self._workers.run(partial(plan_split, index, heads, self._limits))
+        return Beginning(said, (second, content), parts, plan)
 
-    def size(self, file: RemoteFile, answer: Answer) -> int:
+    async def _parts(
+        self, files: Sequence[RemoteFile], starts: Sequence[Answer], demand: Demand
+    ) -> tuple[Part, ...]:
+        return tuple(
+            [
+                await self._part(file, start, demand)
+                for file, start in zip(files, starts, strict=True)
+            ]
+        )
+
+    async def _part(self, file: RemoteFile, start: Answer, demand: Demand) -> Part:
+        nbytes = self._size(file, start)
+        needed = header_size(start.start[:8], nbytes, self._header_limits)
+        if needed > len(start.start):
+            (again,) = await self._asked([(_unanswered(file), needed)], demand)
+            if again.known != start.known:
+                raise IntegrityError(
+                    f"{file.target.name} changed while it was asked for; load it again"
+                )
+            start = again
+        return Part(file, start, nbytes, start.start[:needed])
+
+    def _size(self, file: RemoteFile, answer: Answer) -> int:
         """Of the whole file. Raises what is wrong with it."""
         name, size = file.target.name, answer.known.size
         if size is None:
             raise FetchError(f"the source does not say how large {name} is", retryable=False)
-        if file.nbytes not in {None, size}:
-            raise IntegrityError(
-                f"{name} has {size:,} bytes, and {file.nbytes:,} were promised; load it again"
-            )
+        _require_promised(file, size)
         if size > self._limits.max_adapter_bytes:
             raise AdapterFormatError(
                 f"{name} has {size:,} bytes, over the limit of {self._limits.max_adapter_bytes:,};"
@@ -57,13 +120,18 @@ class Beginning:
             )
         return size
 
-    async def _asked(self, files: list[tuple[RemoteFile, int]], demand: Demand) -> list[Answer]:
+    def _whole(self, file: RemoteFile, answer: Answer) -> bytes:
+        _require_promised(file, len(answer.start))
+        return answer.start
+
+    async def _asked(self, files: Sequence[tuple[RemoteFile, int]], demand: Demand) -> list[Answer]:
+        """Of each file the first bytes; of one that is small by its nature, all of it."""
         jobs: list[Job[Answer] | Answer] = [
             file.answer
             or self._engine.ask(
                 file.target,
                 nbytes,
-                ranged=file.role != CONFIG_FILE,
+                ranged=file.role.kind == "weights",
                 urgency=FOREGROUND if demand.urgent else PREFETCH,
                 timeout=LONGEST,
             )
@@ -71,6 +139,14 @@ class Beginning:
         ]
         async with followed(demand, *(job for job in jobs if isinstance(job, Job))):
             return [job if isinstance(job, Answer) else await outcome(job.done) for job in jobs]
+
+
+def _require_promised(file: RemoteFile, size: int) -> None:
+    if file.nbytes not in {None, size}:
+        raise IntegrityError(
+            f"{file.target.name} has {size:,} bytes, and {file.nbytes:,} were promised; load it"
+            " again"
+        )
 
 
 def _unanswered(file: RemoteFile) -> RemoteFile:

@@ -1,30 +1,41 @@
-"""Reading and holding adapters that are in the cache."""
+"""Reading and holding adapters that are in the cache, or on their way into it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from hashlib import sha256
 from threading import Lock
 
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
+from lorax_async.config import Limits
+from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, CacheKey, FileRole
 from lorax_async.core.cache_record import Record
+from lorax_async.core.split_file import Head, plan_split
+from lorax_async.core.split_index import parse_index
 from lorax_async.errors import EvictedError, InternalError
 from lorax_async.io.cache.ports import CacheEntry
-from lorax_async.io.ports import Reader
+from lorax_async.io.ports import AdapterFile, Reader
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.sources.checked_open import FileReader
-from lorax_async.io.sources.local_hold import LocalHold
+from lorax_async.io.sources.local_hold import LocalHold, ReadAhead, close_all
+from lorax_async.io.sources.local_weights import read_prefix
+from lorax_async.io.sources.split_reader import SplitFiles, SplitReader
 from lorax_async.verification import Verification
 
 
 class EntryReader:
-    """The `Reader` of an entry's weights, which keeps it in the cache until it is closed."""
+    """The `Reader` of an entry's weights, which keeps it in the cache until it is closed. Blocks.
 
-    def __init__(self, entry: CacheEntry, key: CacheKey) -> None:
+    `key` is the entry's. On an error the entry is closed.
+    """
+
+    def __init__(self, entry: CacheEntry, key: CacheKey, limits: Limits) -> None:
         self.entry = entry
         self.key = key
-        self._reader = entry.reader(WEIGHTS_FILE)
+        try:
+            self._reader = _weights(entry, limits)
+        except BaseException:
+            entry.close()
+            raise
         self.nbytes = self._reader.nbytes
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -41,9 +52,8 @@ class EntryReader:
 class ReopenedReader:
     """The `Reader` of a key, whose entry is opened by the first read."""
 
-    def __init__(self, open: Callable[[], CacheEntry | None], key: CacheKey) -> None:
+    def __init__(self, open: Callable[[], EntryReader]) -> None:
         self._open = open
-        self._key = key
         self._lock = Lock()
         self._opened: EntryReader | None = None
         self._closed = False
@@ -66,12 +76,10 @@ class ReopenedReader:
 
     def _reader(self) -> EntryReader:
         with self._lock:
-            if self._opened is None and not self._closed:
-                entry = self._open()
-                if entry is not None:
-                    self._opened = EntryReader(entry, self._key)
-            if self._opened is None:
+            if self._closed:
                 raise gone()
+            if self._opened is None:
+                self._opened = self._open()
             return self._opened
 
 
@@ -103,11 +111,6 @@ class FetchReader:
         if self._closed:
             entry.close()
 
-    @property
-    def entry(self) -> CacheEntry:
-        assert self._entry is not None
-        return self._entry
-
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         self._reader.read_into(buffers, offset)
 
@@ -125,64 +128,44 @@ class FetchReader:
             self._entry.close()
 
 
-class EntryHold:
-    """The `Hold` of an entry's weights. It does not keep the entry: disk is shared with others.
-
-    Whoever makes it calls each of `pieces`, in order, and closes it if one fails.
-    """
-
-    def __init__(self, entry: CacheEntry) -> None:
-        self._maps: list[LocalHold] = []
-        self.pieces: list[Callable[[], None]] = []
-        for file in entry.record.files:
-            reader = entry.reader(file.role) if file.role.kind == "weights" else None
-            if isinstance(reader, FileReader):
-                self._add(reader, mappable=entry.mappable)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(each.nbytes for each in self._maps)
-
-    @property
-    def locked(self) -> bool:
-        return bool(self._maps) and all(each.locked for each in self._maps)
-
-    def close(self) -> None:
-        for each in self._maps:
-            each.close()
-
-    def _add(self, reader: FileReader, *, mappable: bool) -> None:
-        if not mappable:
-            self.pieces += [reader.read_ahead, reader.close]
-            return
-        hold = LocalHold(reader)
-        self._maps.append(hold)
-        self.pieces += [*(partial(hold.populate, start) for start in hold.starts), hold.settle]
-
-
-def held(entry: CacheEntry) -> EntryHold:
-    """Blocks. The entry is closed."""
+def opened(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
+    """Config, header and reader of an entry. Blocks. On an error the entry is closed."""
+    reader = EntryReader(entry, key, limits)
     try:
-        return EntryHold(entry)
+        config = _content(entry, CONFIG_FILE)
+        return AdapterFile(config, read_prefix(reader, limits), reader, entry.mappable)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def held(entry: CacheEntry) -> LocalHold | ReadAhead:
+    """Maps of a file of the cache's own, which nobody cuts; else it is read ahead. Blocks.
+
+    The entry is closed, so that its room on the disk can become others' meanwhile.
+    """
+    try:
+        readers = [
+            reader
+            for role in _weight_roles(entry.record)
+            if isinstance(reader := entry.reader(role), FileReader)
+        ]
+        if entry.mappable:
+            return LocalHold(readers)
+        try:
+            for reader in readers:
+                reader.read_ahead()
+        finally:
+            close_all(readers)
+        return ReadAhead()
     finally:
         entry.close()
 
 
-def config_of(entry: CacheEntry) -> bytes:
-    """Blocks."""
-    reader = entry.reader(CONFIG_FILE)
-    try:
-        content = bytearray(reader.nbytes)
-        reader.read_into([memoryview(content)], 0)
-    finally:
-        reader.close()
-    return bytes(content)
-
-
 def verification_of(record: Record) -> Verification:
     """What publishing, or the check after it, has found of the weights."""
-    weights = sorted(file.role for file in record.files if file.role.kind == "weights")
     digests = {file.role: file.digest for file in record.files}
+    weights = _weight_roles(record)
     kinds = {digests[role].kind for role in weights}
     kind = next(each for each in ("transport", "git-sha1", "sha256") if each in kinds)
     if len(weights) == 1:
@@ -193,3 +176,30 @@ def verification_of(record: Record) -> Verification:
 
 def gone() -> EvictedError:
     return EvictedError("it has left the disk cache; load it again")
+
+
+def _weight_roles(record: Record) -> list[FileRole]:
+    return sorted(file.role for file in record.files if file.role.kind == "weights")
+
+
+def _content(entry: CacheEntry, role: FileRole) -> bytes:
+    reader = entry.reader(role)
+    try:
+        content = bytearray(reader.nbytes)
+        reader.read_into([memoryview(content)], 0)
+    finally:
+        reader.close()
+    return bytes(content)
+
+
+def _weights(entry: CacheEntry, limits: Limits) -> Reader:
+    readers = [entry.reader(role) for role in _weight_roles(entry.record)]
+    if entry.record.file(INDEX_FILE) is None:
+        return readers[0]
+    try:
+        index = parse_index(_content(entry, INDEX_FILE), limits)
+        heads = (Head(read_prefix(reader, limits), reader.nbytes) for reader in readers)
+        return SplitReader(SplitFiles(plan_split(index, heads, limits), tuple(readers)))
+    except BaseException:
+        close_all(readers)
+        raise

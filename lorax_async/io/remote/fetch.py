@@ -9,16 +9,19 @@ from functools import partial
 from threading import Lock
 
 from lorax_async.core import runs
-from lorax_async.core.cache_names import CONFIG_FILE, FileRole
-from lorax_async.core.file_digest import Digest, FileHash
 from lorax_async.core.spans import Span, SpanSet
+from lorax_async.core.split_file import FileGroups, SplitArrivals
 from lorax_async.errors import IntegrityError
 from lorax_async.io.cache.ports import CacheDownload, CacheEntry, CacheFile
+from lorax_async.io.http.desk import Job
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
-from lorax_async.io.http.target import Answer
-from lorax_async.io.ports import Demand
+from lorax_async.io.ports import Demand, Reader
+from lorax_async.io.remote.beginning import Beginning
 from lorax_async.io.remote.jobs import LONGEST, followed, nobody_waits
 from lorax_async.io.remote.workers import Workers, outcome
+from lorax_async.io.sources.split_reader import SplitFiles, SplitReader
+
+Groups = Sequence[Sequence[runs.Span]]
 
 
 class CacheSink:
@@ -32,14 +35,14 @@ class CacheSink:
 
 
 class Fetch:
-    """A download whose config and header are here. Its owner ends it: by `bring`, or `leave`.
+    """A download whose config and headers are here. Its owner ends it: by `bring`, or `leave`.
 
     Parameters
     ----------
-    download, weights
-        Where it goes.
-    answer
-        What came of asking for the beginning of the weights.
+    download, files
+        Where it goes; the files of its weights.
+    begun
+        What came of asking for the beginning.
     resumable
         Whether what was left of it may be gone on with: its version names the bytes.
     """
@@ -49,31 +52,40 @@ class Fetch:
         engine: RangeEngine,
         workers: Workers,
         download: CacheDownload,
-        weights: CacheFile,
-        answer: Answer,
+        files: Sequence[CacheFile],
+        begun: Beginning,
         *,
         resumable: bool,
     ) -> None:
-        self.weights = weights
         self._engine = engine
         self._workers = workers
         self._download = download
-        self._answer = answer
+        self._files = files
+        self._begun = begun
         self._resumable = resumable
         self._lock = Lock()
-        self._hashing: Future[int] | None = None
+        self._hashing: dict[int, Future[int]] = {}
+
+    def reader(self) -> Reader:
+        """Of what is here of the weights."""
+        readers = [file.reader() for file in self._files]
+        plan = self._begun.plan
+        return readers[0] if plan is None else SplitReader(SplitFiles(plan, tuple(readers)))
 
     async def bring(
-        self, groups: Sequence[Sequence[runs.Span]], arrived: Callable[[int], None], demand: Demand
+        self, groups: Groups, arrived: Callable[[int], None], demand: Demand
     ) -> CacheEntry:
-        """All of the file, the groups' bytes first; then its digest is checked, and it published.
+        """All of the files, the groups' bytes first; then digests are checked, and it is published.
 
         `arrived` is called on the loop. Whatever happens, the download has ended after it.
         """
         try:
             if demand.ended:
                 raise nobody_waits()
-            await self._bring(groups, arrived, demand)
+            jobs = self._begin(groups, _on_loop(arrived), demand)
+            async with followed(demand, *jobs):
+                for job in jobs:
+                    await outcome(job.done)
             return await self._workers.run(self._download.publish, lambda entry: entry.close())
         except BaseException as error:
             await self._workers.run(partial(self._leave, error))
@@ -83,75 +95,78 @@ class Fetch:
         """Nobody will bring it. What is here stays for the next one. Quick."""
         self._workers.submit(partial(self._leave, None))
 
-    async def _bring(
-        self, groups: Sequence[Sequence[runs.Span]], arrived: Callable[[int], None], demand: Demand
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        nbytes = self.weights.nbytes
-        assert nbytes is not None
-        wanted = in_turn(groups, nbytes)
+    def _begin(
+        self, groups: Groups, arrived: Callable[[int], None], demand: Demand
+    ) -> list[Job[None]]:
+        shares = self._shares(groups)
+        arrivals = SplitArrivals(len(groups), shares)
+        for group in arrivals.take():
+            arrived(group)
 
-        def told(group: int) -> None:
-            self._hash_on()
-            if group < len(groups):
-                loop.call_soon_threadsafe(arrived, group)
+        def told(number: int, n: int) -> None:
+            self._hash_on(number)
+            if n < len(shares[number].groups):
+                with self._lock:
+                    for group in arrivals.landed(number + 1, n):
+                        arrived(group)
 
-        job = self._engine.download(
-            self._answer,
+        return [
+            self._job(number, share, partial(told, number), demand)
+            for number, share in enumerate(shares)
+        ]
+
+    def _shares(self, groups: Groups) -> tuple[FileGroups, ...]:
+        """What each file has of the groups."""
+        if self._begun.plan is not None:
+            return self._begun.plan.by_file(groups)
+        numbers = tuple(n for n, group in enumerate(groups) if group)
+        return (FileGroups(numbers, tuple(tuple(groups[n]) for n in numbers)),)
+
+    def _job(
+        self, number: int, share: FileGroups, told: Callable[[int], None], demand: Demand
+    ) -> Job[None]:
+        file, part = self._files[number], self._begun.parts[number]
+        wanted = in_turn(share.spans, part.nbytes)
+        return self._engine.download(
+            part.answer,
             wanted,
-            CacheSink(self.weights),
+            CacheSink(file),
             told,
             first=1 + next((n for n, spans in enumerate(wanted) if spans), 0),
-            have=SpanSet(self.weights.missing()).missing(0, nbytes),
+            have=SpanSet(file.missing()).missing(0, part.nbytes),
             urgency=FOREGROUND if demand.urgent else PREFETCH,
             timeout=LONGEST,
         )
-        async with followed(demand, job):
-            await outcome(job.done)
 
-    def _hash_on(self) -> None:
-        """Beside the download, in one thread at a time."""
+    def _hash_on(self, number: int) -> None:
+        """Beside the download, in one thread at a time for each file."""
         with self._lock:
-            if self._hashing is None or self._hashing.done():
-                self._hashing = self._workers.submit(self.weights.hash_along)
+            before = self._hashing.get(number)
+            if before is None or before.done():
+                self._hashing[number] = self._workers.submit(self._files[number].hash_along)
 
     def _leave(self, error: BaseException | None) -> None:
         """In a thread. Of what may be wrong nothing is kept."""
-        if self._hashing is not None and not self._hashing.cancel():
-            self._hashing.exception()
+        for hashing in self._hashing.values():
+            if not hashing.cancel():
+                hashing.exception()
         if isinstance(error, IntegrityError) or not self._resumable:
             self._download.discard()
         else:
             self._download.close()
 
 
-def put(
-    download: CacheDownload, role: FileRole, start: bytes, nbytes: int, expected: Digest | None
-) -> CacheFile:
-    """Begin a file of a download, whose first bytes are here. Blocks.
+def _on_loop(arrived: Callable[[int], None]) -> Callable[[int], None]:
+    """From any thread."""
+    loop = asyncio.get_running_loop()
 
-    On an error the download is the caller's; `CapacityError` leaves it as it was.
-    """
-    file = download.file(role, nbytes, expected)
-    content = memoryview(start)[:nbytes]
-    for first, last in file.missing(0, len(content)):
-        file.write([content[first:last]], first)
-    return file
+    def tell(group: int) -> None:
+        loop.call_soon_threadsafe(arrived, group)
+
+    return tell
 
 
-def check_config(config: bytes, expected: Digest | None) -> None:
-    if expected is None:
-        return
-    found = FileHash(expected.kind, len(config))
-    found.feed(memoryview(config))
-    if found.digest() != expected:
-        raise IntegrityError(
-            f"{CONFIG_FILE.file_name} has not the {expected.kind} digest that was promised; load it"
-            " again"
-        )
-
-
-def in_turn(groups: Sequence[Sequence[runs.Span]], nbytes: int) -> list[list[Span]]:
+def in_turn(groups: Groups, nbytes: int) -> list[list[Span]]:
     """What to fetch in which turn: the groups' bytes, none twice, and then the rest of the file.
 
     Of a strided span all between its rows comes with them: a request for each would cost more.

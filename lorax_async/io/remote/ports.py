@@ -9,6 +9,7 @@ from typing import Protocol
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import FileRole
 from lorax_async.core.file_digest import Digest
+from lorax_async.errors import IntegrityError
 from lorax_async.io.http.target import Answer, Target
 
 WEAK = "weak-"
@@ -23,8 +24,9 @@ class RemoteFile:
     ----------
     target
         Where it is asked for, with what that takes.
-    nbytes, expected
-        Its size and digest, where the source says so without being asked for bytes.
+    nbytes, expected, etag
+        Its size, digest and strong ETag (in quotes, as the field has it), where the source says so
+        without being asked for bytes.
     answer
         What came of asking for its beginning, where that was how to learn its version.
     """
@@ -33,7 +35,23 @@ class RemoteFile:
     target: Target
     nbytes: int | None = None
     expected: Digest | None = None
+    etag: str | None = field(default=None, repr=False)
     answer: Answer | None = field(default=None, repr=False)
+
+    def checked(self, answer: Answer) -> Answer:
+        """The first answer, if it is about the file that the source told of.
+
+        Raises `IntegrityError` if size or ETag are another's.
+        """
+        size, etag = answer.known.size, answer.known.etag
+        if None not in {self.nbytes, size} and self.nbytes != size:
+            raise IntegrityError(
+                f"{self.role.file_name} has {size:,} bytes, and its source said {self.nbytes:,};"
+                " it was replaced meanwhile"
+            )
+        if self.etag is not None and self.etag != etag:
+            raise IntegrityError(f"{self.role.file_name} was replaced since its version was told")
+        return answer
 
 
 @dataclass(frozen=True, slots=True)

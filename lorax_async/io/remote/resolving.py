@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
 from lorax_async.adapter import AdapterRef, RemoteKey
-from lorax_async.core.cache_names import CacheKey
+from lorax_async.core.cache_names import CacheKey, FileRole
 from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError, InternalError
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.remote.known import Known
-from lorax_async.io.remote.ports import Located, Locator
+from lorax_async.io.remote.ports import Located, Locator, RemoteFile
 from lorax_async.io.remote.questions import question_of
 from lorax_async.io.remote.workers import Workers
 
@@ -68,6 +68,13 @@ class Resolving:
         if found != key:
             raise IntegrityError("it is another version by now; load it again")
         return located
+
+    async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
+        """Where the files lie that its index names."""
+        key = RemoteKey(located.source, (), located.version)
+        origin = self._known.origin(key)
+        assert origin is not None, "it was located a moment ago"
+        return await self._locator(origin.ref).shards(located, roles)
 
     async def _resolve(self, ref: AdapterRef) -> RemoteKey:
         locator = self._locator(ref)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
+from functools import lru_cache
 from io import FileIO
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -25,11 +26,14 @@ from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, UsageError
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
 from lorax_async.io.sources.checked_open import changed, identity_of, open_same, translated
-from lorax_async.io.sources.local_folder import CONFIG, find_adapter
+from lorax_async.io.sources.local_folder import CONFIG, count_files, find_adapter
 from lorax_async.io.sources.local_hold import Closable, LocalHold, begin_hold, can_hold
 from lorax_async.io.sources.local_ids import parse_place
 from lorax_async.io.sources.local_weights import open_weights, readers_of, reopened
 from lorax_async.verification import UNCHECKED, Verification
+
+REMEMBERED_INDEXES = 1024
+"""Every request resolves its id, and of an index that is known only the number of files counts."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -67,12 +71,13 @@ class LocalSource:
         self._immutable = tuple(os.fspath(root.path) for root in known if root.immutable)
         self._limits = limits
         self._threads = threads
+        self._count = lru_cache(maxsize=REMEMBERED_INDEXES)(count_files)
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         place = parse_place(ref, self._roots)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads, find_adapter, place, self._roots, self._limits
+            self._threads, find_adapter, place, self._roots, self._limits, self._count
         )
 
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:  # noqa: ARG002 - the port's

@@ -9,13 +9,13 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from lorax_async.adapter import AdapterKey, FileIdentity
 from lorax_async.config import Limits
-from lorax_async.core.split_index import INDEX, SplitIndex, parse_index
+from lorax_async.core.split_index import INDEX, SplitIndex, parse_index, split_name
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
@@ -51,8 +51,22 @@ _SNAPSHOT = re.compile(r"(.*/models--[^/]+)/snapshots/[0-9a-f]{40}(?:/.*)?", re.
 _BLOB = re.compile(r"/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
 
 
-def find_adapter(place: Place, roots: Sequence[str], limits: Limits) -> AdapterKey:
-    """The key of the first place where there is a folder; its errors are the caller's."""
+CountFiles = Callable[[str, FileIdentity, Limits], int]
+"""How many files of weights an index names, by its folder and its identity."""
+
+
+def count_files(folder: str, identity: FileIdentity, limits: Limits) -> int:
+    """A `CountFiles` that reads the index."""
+    return read_index(folder, identity, limits).count
+
+
+def find_adapter(
+    place: Place, roots: Sequence[str], limits: Limits, count: CountFiles = count_files
+) -> AdapterKey:
+    """The key of the first place where there is a folder; its errors are the caller's.
+
+    `count` may remember: an index of one identity is read and checked once then.
+    """
     problems: list[AdapterError] = []
     inside = None if place.trusted else tuple(real_paths(roots))
     for path in place.paths:
@@ -60,7 +74,7 @@ def find_adapter(place: Place, roots: Sequence[str], limits: Limits) -> AdapterK
             with located(path) as found:
                 real_path = found.real_path
                 if is_inside(real_path, inside):
-                    return _Folder(found, real_path, place.trusted).key(limits)
+                    return _Folder(found, real_path, place.trusted).key(limits, count)
         except OSError as error:
             if inside is None or is_inside(_readable_path(path), inside):
                 problems.append(_folder_problem(error))
@@ -115,7 +129,7 @@ class _Folder(NamedTuple):
     real_path: str
     trusted: bool
 
-    def key(self, limits: Limits) -> AdapterKey:
+    def key(self, limits: Limits, count: CountFiles) -> AdapterKey:
         """Judge the folder and its files: config and weights, or else index and several of them."""
         if not stat.S_ISDIR(self.found.status.st_mode):
             raise AdapterFormatError(
@@ -127,17 +141,18 @@ class _Folder(NamedTuple):
         if weights is not None:
             rest: tuple[FileIdentity, ...] = (weights,)
         elif index := self._identity(INDEX, limits.max_header_bytes):
-            rest = (index, *self._split(index, limits))
+            rest = (index, *self._split(count(self.real_path, index, limits), limits))
         else:
             raise self._incomplete(config, WEIGHTS)
         if config is None:
             raise self._incomplete(config)
         return AdapterKey(self.real_path, (config, *rest))
 
-    def _split(self, index: FileIdentity, limits: Limits) -> Iterator[FileIdentity]:
-        """The files of weights that the index names."""
+    def _split(self, count: int, limits: Limits) -> Iterator[FileIdentity]:
+        """So many files of weights, as an index names them."""
         nbytes = 0
-        for name in read_index(self.real_path, index, limits).file_names:
+        for number in range(1, count + 1):
+            name = split_name(number, count)
             file = self._identity(name, limits.max_adapter_bytes)
             if file is None:
                 raise AdapterNotFoundError(

@@ -14,7 +14,7 @@ from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, engine
 
 from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.config import Limits, Verify
+from lorax_async.config import Checking, Limits
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import policy
@@ -25,6 +25,7 @@ from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import parse_url
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.known import Known
+from lorax_async.io.remote.opening import Opening
 from lorax_async.io.remote.ports import Located, RemoteFile
 from lorax_async.io.remote.resolving import Resolving
 from lorax_async.io.remote.source import RemoteSource
@@ -117,7 +118,7 @@ class RemoteWorld:
         self,
         folder: Path,
         *,
-        verify: Verify = "stream",
+        verify: Checking = "stream",
         cache_bytes: int = 64 << 20,
         revalidate: float = 0.0,
         offline: bool = False,
@@ -145,11 +146,13 @@ class RemoteWorld:
             fresh=revalidate,
         )
         kind = CachedSource if cached else RemoteSource
-        self.source = kind(
+        limits = limits or Limits()
+        opening = Opening(
             *(self.resolving, self.known, self.cache_of, self.engine, self.workers),
-            limits=limits or Limits(),
+            limits=limits,
             verify=verify,
         )
+        self.source = kind(self.resolving, opening, self.workers, limits=limits, verify=verify)
 
     def cache_of(self, _: str) -> DiskCache:
         if self._cache is None:

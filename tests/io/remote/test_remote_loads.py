@@ -49,9 +49,8 @@ def test_an_adapter_comes_once(run: Run, tmp_path: Path) -> None:
 
         async def body() -> None:
             for _ in range(2):
-                async with over(world) as loader:
-                    async with await loader.load(world.ref("one")) as handle:
-                        tiny.assert_equal_to_file(handle, folder)
+                async with over(world) as loader, await loader.load(world.ref("one")) as handle:
+                    tiny.assert_equal_to_file(handle, folder)
 
         run(body())
         size = (folder / "adapter_model.safetensors").stat().st_size
@@ -188,9 +187,7 @@ def test_what_is_private_is_asked_for_by_everybody(run: Run, tmp_path: Path) -> 
         run(body())
 
 
-def test_the_cache_serves_what_is_pinned_while_the_source_is_down(
-    run: Run, tmp_path: Path
-) -> None:
+def test_the_cache_serves_what_is_pinned_while_the_source_is_down(run: Run, tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
         pinned = AdapterRef("one", "hub", world.locator.there["one"].version)

@@ -1,0 +1,159 @@
+"""From what a caller names to an id in its one spelling, which says where to look."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lorax_async.errors import AccessDeniedError, InvalidAdapterIdError
+from lorax_async.identity import AdapterRef
+from lorax_async.ids.folder_urls import DEFAULT_PORTS, parse_folder_url
+from lorax_async.ids.hub import checked_revision, names_pull_request, parse_hub_id
+from lorax_async.ids.local_paths import checked_path, is_local_text, parse_local
+from lorax_async.ids.stores import STORES, parse_store
+from lorax_async.ids.texts import checked, readable
+from lorax_async.settings.allow import Allow, Reach
+
+SOURCES = ("hub", *STORES, "http", "https", "local")
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_VERSION = re.compile(r"[\x21-\x7e]{1,1024}")
+
+
+def parse_adapter_id(text: str, allow: Sequence[Allow] = ()) -> AdapterRef:
+    """What a text names, with `source` set and the id in its one spelling; asks nobody.
+
+    `org/name[@revision]` is always the hub; see docs/sources.md for the other forms, and for what
+    `allow` allows: without entries the hub only.
+
+    Raises
+    ------
+    InvalidAdapterIdError
+        The text is no id.
+    AccessDeniedError
+        No entry allows it.
+    """
+    return as_parsed(AdapterRef(text), allow)
+
+
+def as_parsed(ref: AdapterRef, allow: Sequence[Allow]) -> AdapterRef:
+    """`parsed`, if it is allowed. Raises `InvalidAdapterIdError` and `AccessDeniedError`."""
+    found = parsed(ref)
+    require_allowed(found, allow)
+    return found
+
+
+def parsed(ref: AdapterRef) -> AdapterRef:
+    """`ref` with its source set and its id in the one spelling, whoever may ask for it.
+
+    A `Path` stays what it is, and local. Where the id says no source, `ref.source` decides what it
+    means: "s3" makes `bucket/folder` of it, "local" a path below a root. A hub id's revision moves
+    to `revision`. Idempotent. Raises `InvalidAdapterIdError`, also where two words contradict.
+    """
+    if isinstance(ref.id, Path):
+        _require_agreement(ref.source, "local")
+        return _at(ref, "local", checked_path(ref.id))
+    source, rest = _read(readable(checked(ref.id, str.encode)), ref.source)
+    if source == "hub":
+        return _on_hub(ref, rest)
+    if source == "local":
+        return _at(ref, source, checked(parse_local(rest), str.encode))
+    if source in DEFAULT_PORTS:
+        return _at(ref, source, parse_folder_url(f"{source}://{rest}").text)
+    if source in STORES:
+        return _at(ref, source, parse_store(source, rest).text)
+    raise InvalidAdapterIdError(
+        "there is no such source; it is one of "
+        + ", ".join(SOURCES)
+        + ", or a URL that begins with"
+        " s3://, gs://, az://, https://, http:// or file:"
+    )
+
+
+def _read(text: str, source: str | None) -> tuple[str, str]:
+    """The source, and what it is to understand."""
+    if is_local_text(text):
+        _require_agreement(source, "local")
+        return "local", text
+    found = _SCHEME.match(text)
+    if found is None:
+        return "hub" if source is None else source, text
+    said = found[1].lower()
+    _require_agreement(source, said)
+    # "hub://", say: these are sources, and no schemes.
+    return ("", text) if said in {"hub", "local"} else (said, found[2])
+
+
+def _require_agreement(source: str | None, said: str) -> None:
+    if source not in {None, said}:
+        what = "a local folder" if said == "local" else "a URL of another source"
+        raise InvalidAdapterIdError(
+            f"the id names {what}, and source= says otherwise; leave the source out"
+        )
+
+
+def _on_hub(ref: AdapterRef, text: str) -> AdapterRef:
+    repo, revision = parse_hub_id(text)
+    if ref.revision is not None and revision not in {None, ref.revision}:
+        raise InvalidAdapterIdError("the id has one revision and revision= another; give one")
+    if revision is None and ref.revision is not None:
+        revision = checked_revision(ref.revision)
+    return replace(ref, id=repo, source="hub", revision=revision)
+
+
+def _at(ref: AdapterRef, source: str, id: str | Path) -> AdapterRef:
+    if ref.revision is not None:
+        if source == "local":
+            raise InvalidAdapterIdError("a local folder has no revisions; leave the revision out")
+        if not _VERSION.fullmatch(ref.revision):
+            raise InvalidAdapterIdError(
+                "a revision here is a versionId or a strong ETag: up to 1,024 printable characters"
+                " of ASCII without spaces"
+            )
+    return replace(ref, id=id, source=source)
+
+
+def require_allowed(ref: AdapterRef, allow: Sequence[Allow]) -> None:
+    """Of a `parsed` one. Local folders are judged by `local_roots`, not here.
+
+    Raises `AccessDeniedError`, which says what entry would allow it.
+    """
+    if ref.source == "local":
+        return
+    reach = reach_of(ref)
+    hub = reach.scheme == "hub"
+    entries = [entry for entry in allow if entry.covers(reach)]
+    if hub and names_pull_request(ref.revision):
+        allowed = any(entry.pull_requests for entry in entries)
+    else:
+        allowed = bool(entries) or (hub and not any(entry.scheme == "hub" for entry in allow))
+    if not allowed:
+        raise _refusal(reach, pull_request=hub and names_pull_request(ref.revision))
+
+
+def reach_of(ref: AdapterRef) -> Reach:
+    """Where a `parsed` one that is not local lies."""
+    if ref.source == "hub":
+        return Reach("hub", "", None, f"{ref.id}/")
+    scheme, _, rest = str(ref.id).partition("://")
+    if scheme in STORES:
+        place = parse_store(scheme, rest)
+        return Reach(scheme, place.bucket, None, place.prefix)
+    url = parse_folder_url(str(ref.id))
+    return Reach(url.scheme, url.host, url.port, url.path[1:])
+
+
+def _refusal(reach: Reach, *, pull_request: bool) -> AccessDeniedError:
+    words = [repr(reach.scheme)]
+    words += [repr(reach.host)] if reach.host else []
+    words += [f"port={reach.port}"] if reach.port is not None else []
+    words += [f"prefix={reach.path!r}"] if 0 < len(reach.path) <= 300 else []
+    words += ["pull_requests=True"] if pull_request else []
+    what = "pull requests of this adapter are" if pull_request else "this adapter is"
+    return AccessDeniedError(
+        f"{what} not allowed here; the operator can allow it by"
+        f" LoaderConfig(allow=(Allow({', '.join(words)}), …))",
+        stage="resolve",
+    )

@@ -1,0 +1,225 @@
+"""Opening an adapter: from the cache, or with a download into it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+
+from lorax_async.adapter import RemoteKey
+from lorax_async.config import Checking, Limits
+from lorax_async.core.cache_names import CacheKey, FileRole
+from lorax_async.core.file_digest import Digest, FileHash
+from lorax_async.errors import IntegrityError
+from lorax_async.io.cache.failures import CrowdedError
+from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry, CacheFile
+from lorax_async.io.http.engine import RangeEngine
+from lorax_async.io.ports import AdapterFile, Demand
+from lorax_async.io.remote.beginning import Beginning, Beginnings
+from lorax_async.io.remote.cached import FetchReader, opened
+from lorax_async.io.remote.fetch import Fetch
+from lorax_async.io.remote.jobs import nobody_waits
+from lorax_async.io.remote.known import Known
+from lorax_async.io.remote.ports import WEAK, RemoteFile
+from lorax_async.io.remote.resolving import Caches, Resolving
+from lorax_async.io.remote.workers import Workers
+
+PATIENCE_SECONDS = 10.0
+"""Somebody else's download that got no byte for so long is not waited for any more."""
+
+_IDLE_SECONDS = 0.5
+_POLL_SECONDS = 0.02
+
+
+class Opening:
+    """Opens what is in the caches, and begins to download what is not."""
+
+    def __init__(
+        self,
+        resolving: Resolving,
+        known: Known,
+        caches: Caches,
+        engine: RangeEngine,
+        workers: Workers,
+        *,
+        limits: Limits,
+        verify: Checking,
+    ) -> None:
+        self._resolving = resolving
+        self._known = known
+        self._caches = caches
+        self._engine = engine
+        self._workers = workers
+        self._limits = limits
+        self._verify: Checking = verify
+        self._beginnings = Beginnings(engine, workers, limits, resolving.shards)
+        self._idle: Counter[RemoteKey] = Counter()
+
+    async def open(self, key: RemoteKey, demand: Demand) -> AdapterFile:
+        """Its reader is an `EntryReader` or a `FetchReader`."""
+        found = await self._found(key, demand)
+        if isinstance(found, CacheEntry):
+            return await self._workers.run(
+                partial(opened, found, cache_key(key), self._limits), _close_reader
+            )
+        try:
+            file = await self._fetching(key, found, demand)
+        except BaseException as error:
+            await self._workers.run(partial(_end, found, error))
+            raise
+        self._known.used(key)
+        return file
+
+    def cache(self, key: RemoteKey | CacheKey) -> Cache:
+        """Where it belongs. May block."""
+        location = key.location if isinstance(key, RemoteKey) else key.source
+        return self._caches(kind_of(location))
+
+    async def _found(self, key: RemoteKey, demand: Demand) -> CacheEntry | CacheDownload:
+        """What the cache has, or a download. Waits while another process downloads it."""
+        origin = self._known.origin(key)
+        if origin is None or origin.located is None:  # nobody has asked the source this time
+
+            def look() -> CacheEntry | None:
+                return self.cache(key).open(cache_key(key))
+
+            here = await self._workers.run(look, close)
+            if here is not None:
+                return here
+        scope = (await self._resolving.located(key)).scope
+        progress, since, alone = -1, monotonic(), False
+        while not demand.ended:
+            attempt = partial(self._attempt, key, scope, alone=alone)
+            found = await self._workers.run(attempt, close)
+            if not isinstance(found, int):
+                return found
+            if found != progress:
+                progress, since = found, monotonic()
+            idle = key in self._idle  # opened here, and nobody brings it: it may be for us to do
+            alone = monotonic() - since > (_IDLE_SECONDS if idle else PATIENCE_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
+        raise nobody_waits()
+
+    def _attempt(
+        self, key: RemoteKey, scope: str, *, alone: bool
+    ) -> CacheEntry | CacheDownload | int:
+        """Blocks."""
+        found = self.cache(key).try_begin(cache_key(key), scope, alone=alone)
+        if isinstance(found, CacheEntry):
+            try:
+                found.grant(scope)
+            except BaseException:
+                found.close()
+                raise
+        return found
+
+    async def _fetching(
+        self, key: RemoteKey, download: CacheDownload, demand: Demand
+    ) -> AdapterFile:
+        located, origin = await self._resolving.located(key), self._known.origin(key)
+        begun = await self._beginnings.of(located, demand)
+        digest = None if origin is None else origin.ref.digest
+        files = await self._put(download, begun, digest, demand)
+        fetch = Fetch(
+            *(self._engine, self._workers, download, files, begun),
+            resumable=not located.version.startswith(WEAK),
+        )
+        self._idle[key] += 1
+        reader = FetchReader(fetch.reader(), fetch, partial(self._no_longer_idle, key))
+        return AdapterFile(begun.config[1], begun.prefix, reader, download.mappable)
+
+    async def _put(
+        self, download: CacheDownload, begun: Beginning, digest: str | None, demand: Demand
+    ) -> list[CacheFile]:
+        """Give what is here a place in the download; returns the files of the weights."""
+        for small in (begun.config, begun.index):
+            if small is not None:
+                file, content = small
+                expected = self._expected(file, None)
+                _check(content, file.role, expected)  # it is used before all is published
+                place = partial(_placed, download, file.role, content, len(content), expected)
+                await self._in_room(place, demand)
+        places = [
+            partial(
+                _placed,
+                *(download, part.file.role, part.answer.start, part.nbytes),
+                self._expected(part.file, digest if begun.plan is None else None),
+            )
+            for part in begun.parts
+        ]
+        return [await self._in_room(place, demand) for place in places]
+
+    async def _in_room(self, place: Callable[[], CacheFile], demand: Demand) -> CacheFile:
+        """Wait for room, where others have it who will end."""
+        while not demand.ended:
+            try:
+                return await self._workers.run(place)
+            except CrowdedError:
+                await asyncio.sleep(_POLL_SECONDS)
+        raise nobody_waits()
+
+    def _no_longer_idle(self, key: RemoteKey) -> None:
+        self._idle[key] -= 1
+        if not self._idle[key]:
+            del self._idle[key]
+
+    def _expected(self, file: RemoteFile, digest: str | None) -> Digest | None:
+        """What its bytes have to come to, by the source's word or else the caller's."""
+        if self._verify == "none":
+            return None
+        return file.expected or (None if digest is None else Digest("sha256", digest))
+
+
+def _placed(
+    download: CacheDownload, role: FileRole, start: bytes, nbytes: int, expected: Digest | None
+) -> CacheFile:
+    """A file of a download, whose first bytes are here. Blocks.
+
+    On an error the download is the caller's; `CapacityError` leaves it as it was.
+    """
+    file = download.file(role, nbytes, expected)
+    content = memoryview(start)[:nbytes]
+    for first, last in file.missing(0, len(content)):
+        file.write([content[first:last]], first)
+    return file
+
+
+def _check(content: bytes, role: FileRole, expected: Digest | None) -> None:
+    if expected is None:
+        return
+    found = FileHash(expected.kind, len(content))
+    found.feed(memoryview(content))
+    if found.digest() != expected:
+        raise IntegrityError(
+            f"{role.file_name} has not the {expected.kind} digest that was promised; load it again"
+        )
+
+
+def kind_of(location: str) -> str:
+    """Which kind of source has what is called so: its scheme, or "hub"."""
+    scheme, separator, _ = location.partition("://")
+    return scheme if separator else "hub"
+
+
+def cache_key(key: RemoteKey) -> CacheKey:
+    return CacheKey(key.location, key.version)
+
+
+def close(found: object) -> None:
+    """What came too late for whoever asked for it."""
+    if isinstance(found, CacheEntry | CacheDownload):
+        found.close()
+
+
+def _close_reader(file: AdapterFile) -> None:
+    file.reader.close()
+
+
+def _end(download: CacheDownload, error: BaseException) -> None:
+    """Of what may be wrong nothing is kept."""
+    if isinstance(error, IntegrityError):
+        download.discard()
+    else:
+        download.close()

@@ -1,0 +1,1 @@
+"""What a `LoaderConfig` is made of; `lorax_async.config` has all of it."""

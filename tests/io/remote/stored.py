@@ -1,0 +1,91 @@
+"""An adapter in a bucket, put there and read back by obstore, and brought here by our engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import obstore
+from fetching import DATA, GROUPS, PATIENT, MemorySink, engine
+
+from lorax_async.adapter import AdapterRef
+from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.io.http.settings import PublicOnly
+from lorax_async.io.remote.ports import Located, RemoteFile
+from lorax_async.io.remote.stores import StoreLocator
+
+if TYPE_CHECKING:
+    from obstore.store import AzureStore, GCSStore, S3Store
+
+CONFIG = b'{"peft_type": "LORA", "r": 8}'
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One as obstore sees it."""
+
+    store: AzureStore | GCSStore | S3Store
+
+    def put(self, path: str, data: bytes) -> str | None:
+        """The versionId, where there is one."""
+        return obstore.put(self.store, path, data)["version"]
+
+    def put_adapter(self, prefix: str, weights: bytes = DATA, config: bytes = CONFIG) -> None:
+        self.put(f"{prefix}adapter_config.json", config)
+        self.put(f"{prefix}adapter_model.safetensors", weights)
+
+    def read(self, path: str) -> bytes:
+        return bytes(obstore.get(self.store, path).bytes())
+
+    def etag(self, path: str) -> str:
+        found = obstore.head(self.store, path)["e_tag"]
+        assert found is not None
+        return found
+
+
+@contextmanager
+def locator(*, signed_for: float = 600.0) -> Iterator[StoreLocator]:
+    with ThreadPoolExecutor(2, "lorax-test") as threads:
+        made = StoreLocator(threads, PublicOnly(), signed_for=signed_for)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def located(id: str, revision: str | None = None) -> Located:
+    with locator() as made:
+        return asyncio.run(made.locate(AdapterRef(id, revision=revision)))
+
+
+def brought(file: RemoteFile) -> bytes:
+    """By ranges, as a source would: first the beginning, then the rest over many connections."""
+    assert file.nbytes is not None
+    with engine(4, timeouts=PATIENT) as fetching:
+        answer = fetching.ask(file.target, 5_000, timeout=30).done.result(40)
+        assert file.checked(answer) is answer
+        assert answer.ranges
+        sink, order = MemorySink(file.nbytes), list[int]()
+        groups = GROUPS if file.nbytes == len(DATA) else [[(0, file.nbytes)]]
+        job = fetching.download(answer, groups, sink, order.append, first=2, timeout=30)
+        job.done.result(40)
+        assert order == list(range(len(groups)))
+        start = groups[1][0][0] if len(groups) > 1 else 0
+        assert set(sink.times[start:]) == {1}, "all of it came, and came once"
+        sink.data[:start] = answer.start[:start]
+        return bytes(sink.data)
+
+
+def check_streams(bucket: Bucket, id: str, prefix: str) -> Located:
+    """Both files, byte for byte as obstore reads them, at the places that were told."""
+    found = located(id)
+    assert [file.role for file in found.files] == [CONFIG_FILE, WEIGHTS_FILE]
+    for file in found.files:
+        path = f"{prefix}{file.role.file_name}"
+        assert brought(file) == bucket.read(path)
+        assert file.etag == bucket.etag(path)
+    return found

@@ -1,0 +1,246 @@
+"""Folders behind URLs: which version is there, by whose word, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import random
+
+import pytest
+from fault_server import Asked, Client
+from web_folder import CONFIG, INDEX, WEIGHTS, World, refuse, world
+
+from common import Run
+from lorax_async.adapter import AdapterRef
+from lorax_async.config import Limits
+from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.core.file_digest import Digest
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterNotFoundError,
+    FetchError,
+    InvalidAdapterIdError,
+    UsageError,
+)
+from lorax_async.io.http.settings import PublicOnly
+from lorax_async.io.remote.web import FIRST_BYTES, WEAK
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+DATA = random.Random(7).randbytes(FIRST_BYTES + 10_000)
+FILES = {CONFIG: b'{"r": 4}', WEIGHTS: DATA}
+
+
+def test_a_folder_is_located_by_two_requests(run: Run) -> None:
+    with world(FILES) as it:
+        located = run(it.locator.locate(it.ref()))
+        assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
+        spans = {asked.target: asked.span for asked in it.folder.asked}
+        assert spans == {
+            f"/adapters/one/{CONFIG}": None,
+            f"/adapters/one/{WEIGHTS}": (0, FIRST_BYTES),
+        }
+        assert (located.source, located.scope) == (it.server.url("/adapters/one/"), "")
+        config, weights = located.files
+        assert (config.role, weights.role) == (CONFIG_FILE, WEIGHTS_FILE)
+        assert config.answer is not None
+        assert weights.answer is not None
+        assert (config.answer.start, config.nbytes) == (FILES[CONFIG], 8)
+        assert weights.answer.start == DATA[:FIRST_BYTES]
+        assert (weights.nbytes, weights.expected) == (len(DATA), None)
+        assert it.locator.recalled(it.ref(revision=located.version)) is None
+
+
+def test_both_are_asked_for_at_once(run: Run) -> None:
+    """Neither is answered before the other one was asked for."""
+    with world(FILES) as it:
+        serve = it.folder
+
+        def wait_for_both(asked: Asked, client: Client) -> None:
+            while len(serve.asked) < 2 and not client.ending.wait(0.005):
+                pass
+            serve._serve(asked.target.rpartition("/")[2], asked, client)
+
+        it.folder.instead = {CONFIG: wait_for_both, WEIGHTS: wait_for_both}
+        run(it.locator.locate(it.ref()))
+
+
+def located_version(run: Run, it: World, **fields: list[str]) -> str:
+    """With these fields for the config, or the weights."""
+    names = {"config": CONFIG, "weights": WEIGHTS}
+    it.folder.fields = {names[which]: lines for which, lines in fields.items()}
+    version: str = run(it.locator.locate(it.ref())).version
+    return version
+
+
+def test_a_version_is_what_strong_etags_come_to(run: Run) -> None:
+    with world(FILES) as it:
+        first = located_version(run, it)
+        assert len(first) == 40
+        assert located_version(run, it) == first
+        it.folder.files[WEIGHTS] = DATA[::-1]
+        assert located_version(run, it) == first, "the ETag is the server's word"
+        seen = [
+            located_version(run, it, weights=['ETag: "another"']),
+            located_version(run, it, config=['ETag: "another"']),
+            located_version(run, it, weights=['ETag: "another"', "x-amz-version-id: a"]),
+            located_version(run, it, weights=['ETag: "another"', "x-amz-version-id: b"]),
+            located_version(run, it, weights=['ETag: "\xe9\xff"']),
+        ]
+        assert len({first, *seen}) == 6
+        assert not any(version.startswith(WEAK) for version in [first, *seen])
+
+
+UNNAMED = [[], ['ETag: W/"v1"'], ["ETag: v1"], ['ETag: ""'], ["ETag: *"], ['ETag: "a" "b"']]
+
+
+@pytest.mark.parametrize("etag", UNNAMED)
+def test_without_a_strong_etag_a_version_is_weak(run: Run, etag: list[str]) -> None:
+    """All that was seen of the file counts."""
+    dated = [*etag, "Last-Modified: Wed, 21 Oct 2026 07:28:00 GMT"]
+    with world(FILES) as it:
+        versions = [located_version(run, it, weights=etag)]
+        assert located_version(run, it, weights=etag) == versions[0]
+        versions.append(located_version(run, it, weights=dated))
+        for changed in (b"!" + DATA[1:], DATA + b"!"):
+            it.folder.files[WEIGHTS] = changed
+            versions.append(located_version(run, it, weights=etag))
+        it.folder.files = FILES | {CONFIG: b'{"r": 8}'}
+        versions.append(located_version(run, it, weights=etag, config=[]))
+        versions.append(located_version(run, it, config=[]))
+        assert len(set(versions)) == len(versions)
+        assert all(version.startswith(WEAK) for version in versions)
+
+
+def test_what_a_weak_version_cannot_tell(run: Run) -> None:
+    """Of the same size, and different behind its beginning only."""
+    with world(FILES) as it:
+        version = located_version(run, it, weights=[])
+        it.folder.files[WEIGHTS] = DATA[:FIRST_BYTES] + bytes(len(DATA) - FIRST_BYTES)
+        assert located_version(run, it, weights=[]) == version
+
+
+def test_a_token_goes_to_the_server_and_nowhere_else(run: Run) -> None:
+    with world(FILES) as it:
+        located = run(it.locator.locate(it.ref(token="s3cret-token")))
+        sent = [asked.fields.get("authorization") for asked in it.folder.asked]
+        assert sent == ["Bearer s3cret-token"] * 2
+        assert "s3cret" not in repr(located) + str(located)
+        others = [it.ref(token="another"), it.ref(token=None)]
+        scopes = [located.scope, *(run(it.locator.locate(ref)).scope for ref in others)]
+        assert len(set(scopes)) == 3
+        assert scopes[2] == ""
+        assert run(it.locator.locate(it.ref(token="s3cret-token", path="/two/"))).scope == scopes[0]
+        with world(FILES) as elsewhere:
+            there = run(elsewhere.locator.locate(elsewhere.ref(token="s3cret-token")))
+            assert there.scope not in scopes, "what one server grants, another one does not"
+
+
+@pytest.mark.parametrize("token", ["s3cret\r\nHost: other", "s3cret\xe9", "s3cret ", ""])
+def test_what_is_no_token_is_not_sent(run: Run, token: str) -> None:
+    with world(FILES) as it:
+        with pytest.raises(UsageError) as raised:
+            run(it.locator.locate(it.ref(token=token)))
+        assert "s3cret" not in str(raised.value)
+        assert it.folder.asked == []
+
+
+def test_a_revision_is_the_version_or_the_etag_of_the_weights(run: Run) -> None:
+    with world(FILES) as it:
+        it.folder.fields = {WEIGHTS: ['ETag: "the-weights"']}
+        version = run(it.locator.locate(it.ref())).version
+        for revision in (version, '"the-weights"', "the-weights"):
+            assert run(it.locator.locate(it.ref(revision=revision))).version == version
+        for revision in (version[:-1], f"{CONFIG}-1", "main", "", "x" * 5_000):
+            with pytest.raises(AdapterNotFoundError, match=version) as raised:
+                run(it.locator.locate(it.ref(revision=revision)))
+            assert not raised.value.retryable
+
+
+def test_a_weak_etag_is_no_revision(run: Run) -> None:
+    with world(FILES) as it:
+        it.folder.fields = {WEIGHTS: ['ETag: W/"v1"']}
+        version = run(it.locator.locate(it.ref())).version
+        assert run(it.locator.locate(it.ref(revision=version))).version == version
+        for revision in ('W/"v1"', '"v1"', "v1"):
+            with pytest.raises(AdapterNotFoundError):
+                run(it.locator.locate(it.ref(revision=revision)))
+
+
+def test_a_digest_of_the_file_is_taken_from_the_fields(run: Run) -> None:
+    digest = hashlib.sha256(DATA)
+    told = base64.b64encode(digest.digest()).decode()
+    expected = Digest("sha256", digest.hexdigest())
+    with world(FILES) as it:
+        for line, found in (
+            (f"Repr-Digest: sha-256=:{told}:", expected),
+            (f"Content-Digest: sha-256=:{told}:", None),
+            (f"x-amz-checksum-sha256: {told}\r\nx-amz-checksum-type: FULL_OBJECT", expected),
+            (f"x-amz-checksum-sha256: {told}-2", None),
+        ):
+            it.folder.fields = {WEIGHTS: ['ETag: "v1"', line]}
+            config, weights = run(it.locator.locate(it.ref())).files
+            assert (config.expected, weights.expected) == (None, found)
+
+
+def test_what_is_not_there_is_named(run: Run) -> None:
+    with world({WEIGHTS: DATA}) as it, pytest.raises(AdapterNotFoundError, match=CONFIG):
+        run(it.locator.locate(it.ref()))
+    with world({CONFIG: b"{}", "adapter_model.bin": b"pickled"}) as it:
+        with pytest.raises(AdapterNotFoundError, match=f"neither {WEIGHTS} nor {INDEX}"):
+            run(it.locator.locate(it.ref()))
+        assert sorted(it.folder.names) == [CONFIG, WEIGHTS, INDEX], "and nothing else is asked for"
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        ("401 Unauthorized", AccessDeniedError),
+        ("403 Forbidden", AccessDeniedError),
+        ("500 Internal Server Error", FetchError),
+        ("418 I'm a teapot", FetchError),
+    ],
+)
+def test_other_answers_are_errors(run: Run, name: str, status: str, error: type[Exception]) -> None:
+    with world(FILES) as it:
+        it.folder.instead = {name: refuse(status)}
+        with pytest.raises(error, match=f"{name} .*status {status[:3]}") as raised:
+            run(it.locator.locate(it.ref(token="s3cret")))
+        assert "s3cret" not in str(raised.value)
+        assert INDEX not in it.folder.names
+
+
+def test_a_config_has_a_limit(run: Run) -> None:
+    with world(FILES, limits=Limits(max_config_bytes=8)) as it:
+        run(it.locator.locate(it.ref()))
+        it.folder.files[CONFIG] += b" "
+        with pytest.raises(FetchError, match=f"{CONFIG} has more than the 8 bytes"):
+            run(it.locator.locate(it.ref()))
+
+
+def test_the_rules_are_asked(run: Run) -> None:
+    with world(FILES, rules=PublicOnly()) as it:
+        with pytest.raises(AccessDeniedError):
+            run(it.locator.locate(it.ref()))
+        assert it.server.clients == []
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "http://127.0.0.1:1/folder",
+        "http://127.0.0.1:1/folder/?X-Signature=s3cret",
+        "http://127.0.0.1:1/folder?/",
+        "http://127.0.0.1:1/folder/#one",
+        "http://user:s3cret@127.0.0.1:1/folder/",
+        "http://127.0.0.1:99999/",
+        "ftp://127.0.0.1/folder/",
+        "org/name",
+    ],
+)
+def test_what_is_no_folders_url_is_refused(run: Run, id: str) -> None:
+    with world(FILES) as it:
+        with pytest.raises(InvalidAdapterIdError, match="URL of an adapter's folder") as raised:
+            run(it.locator.locate(AdapterRef(id)))
+        assert "s3cret" not in str(raised.value)

@@ -1,0 +1,164 @@
+"""Servers that nobody here wrote, on loopback, for as long as a test runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fault_server import until
+
+from tools import tool
+
+BEGIN_SECONDS = 60.0
+END_SECONDS = 20.0
+
+Command = Sequence[str | Path]
+
+NGINX = """
+daemon off; pid {root}/pid; error_log {root}/errors; worker_processes 1; {user}
+events {{ worker_connections 256; }}
+http {{
+    log_format ours '"$request" $status $server_port "$http_range" "$http_authorization"';
+    access_log {root}/requests ours; sendfile on; gzip on; gzip_types *; gzip_min_length 1;
+    client_body_temp_path {root}/t1; proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3;
+    uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
+    limit_req_zone $server_port zone=slow:1m rate=30r/s;
+    server {{
+        listen 127.0.0.1:{first}; root {root}/files; keepalive_requests 3;
+        location /moved/ {{ rewrite ^/moved/(.*)$ http://127.0.0.1:{second}/$1 redirect; }}
+        location /loop {{ return 302 /loop; }}
+        location /slow/ {{ alias {root}/files/; limit_req zone=slow; }}
+        location /whole/ {{ alias {root}/files/; max_ranges 0; }}
+        location /untagged/ {{ alias {root}/files/; etag off; }}
+        location /private/ {{
+            if ($http_authorization != "Bearer the-token") {{ return 401; }}
+            alias {root}/files/;
+        }}
+    }}
+    server {{ listen 127.0.0.1:{second}; root {root}/files; }}
+}}
+"""
+
+
+class Nginx:
+    """Serves `files`, in the ways that the locations of its configuration tell."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files = root / "files"
+        self.first, self.second = free_port(), free_port()
+        self._puts = 0
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.first}/{path}"
+
+    def put(self, name: str, data: bytes) -> None:
+        """Replace a file; its ETag is made of its time, in seconds, and its size."""
+        file = self.files / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".new")
+        new.write_bytes(data)
+        self._puts += 1
+        os.utime(new, (1_000_000_000, 1_000_000_000 + self._puts))
+        new.rename(file)
+
+    def requests(self) -> list[str]:
+        """A line each: the request, its status, the port, the range, the authorization."""
+        log = self.root / "requests"
+        return log.read_text().splitlines() if log.exists() else []
+
+
+@contextmanager
+def nginx(root: Path) -> Iterator[Nginx]:
+    server = Nginx(root)
+    server.files.mkdir()
+    user = "user root;" if os.geteuid() == 0 else ""
+    text = NGINX.format(root=root, first=server.first, second=server.second, user=user)
+    (root / "nginx.conf").write_text(text)
+    command: Command = [_program("nginx"), "-p", root, "-c", root / "nginx.conf"]
+    with running(
+        [*command, "-e", root / "errors"], [server.first, server.second], root / "nginx.log"
+    ):
+        yield server
+
+
+@contextmanager
+def rclone(kind: str, folder: Path, scratch: Path) -> Iterator[str]:
+    """The URL at which `rclone serve KIND` serves the folder."""
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    command: Command = [_program("rclone"), "serve", kind, "--config", scratch / "rclone.conf"]
+    with running([*command, "--addr", address, folder], [port], scratch / "rclone.log"):
+        yield f"http://{address}/"
+
+
+@contextmanager
+def pythons_own(folder: Path, scratch: Path) -> Iterator[str]:
+    """The URL at which Python's `http.server` serves the folder. It knows no ranges."""
+    port = free_port()
+    command: Command = [
+        sys.executable,
+        "-m",
+        "http.server",
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        folder,
+    ]
+    with running([*command, str(port)], [port], scratch / "python.log"):
+        yield f"http://127.0.0.1:{port}/"
+
+
+@contextmanager
+def running(
+    command: Command,
+    ports: Sequence[int],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[None]:
+    """A process that answers on its ports; it is ended, and gone, on the way out."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=None if environment is None else os.environ | environment,
+        )
+    try:
+        until(lambda: process.poll() is not None or all(map(_answers, ports)), BEGIN_SECONDS)
+        assert process.poll() is None, log.read_text(errors="replace")[-2_000:]
+        yield
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+    return port
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _program(name: str) -> Path:
+    found = tool(name)
+    assert found is not None, f"{name} is not installed; mark the test with needs({name!r})"
+    return found

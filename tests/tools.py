@@ -1,0 +1,36 @@
+"""The programs of others that tests run beside us: where they are on this machine.
+
+`python tests/tools.py NAME…` tells, and fails if one is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / ".tools" / "bin"
+"""Where `make servers` puts them. It comes first: versions are chosen there."""
+
+_ADMINISTRATORS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+"""Servers are there, and not everybody's PATH leads there."""
+
+
+@cache
+def tool(name: str) -> Path | None:
+    """The program of that name; None if it is not installed."""
+    usual = os.environ.get("PATH", os.defpath)
+    found = shutil.which(name, path=os.pathsep.join([str(FOLDER), usual, *_ADMINISTRATORS]))
+    return None if found is None else Path(found)
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        sys.stdout.write(f"{name}: {tool(name) or 'not installed'}\n")
+    sys.exit(any(tool(name) is None for name in names))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
