@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from time import monotonic
-from typing import TypeVar
 
 from lorax_async.core.cache_names import CacheKey
 from lorax_async.core.policies import Policy
@@ -42,21 +40,30 @@ POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 10.0
 """Somebody else's download that got no byte for so long is not waited for any more."""
 
-_T = TypeVar("_T")
 
+class Turn:
+    """Waits while somebody else downloads, and tells when to go on alone: `alone`.
 
-def begun_in_turn(attempt: Callable[[bool], _T | int], demand: Demand) -> _T:
-    """What `try_begin`, told whether to go on alone, gives for the asking. Blocks."""
-    progress, since, alone = -1, monotonic(), False
-    while not demand.ended:
-        begun = attempt(alone)
-        if not isinstance(begun, int):
-            return begun
-        if begun != progress:
-            progress, since = begun, monotonic()
-        alone = monotonic() - since > PATIENCE_SECONDS
-        demand.wait(POLL_SECONDS)
-    raise FetchError("the fetch was cancelled before it began")
+    Raises `FetchError` if the demand has ended, when it is made and by `wait`.
+    """
+
+    def __init__(self, demand: Demand) -> None:
+        self.alone = False
+        self._demand = demand
+        self._progress, self._since = -1, monotonic()
+        self._require()
+
+    def wait(self, progress: int) -> None:
+        """A moment; the other one is that far. Blocks."""
+        if progress != self._progress:
+            self._progress, self._since = progress, monotonic()
+        self.alone = monotonic() - self._since > PATIENCE_SECONDS
+        self._demand.wait(POLL_SECONDS)
+        self._require()
+
+    def _require(self) -> None:
+        if self._demand.ended:
+            raise FetchError("the fetch was cancelled before it began")
 
 
 class DiskCache:
@@ -115,7 +122,10 @@ class DiskCache:
         )
 
     def begin(self, key: CacheKey, scope: str, demand: Demand) -> DiskEntry | DiskDownload:
-        return begun_in_turn(lambda alone: self.try_begin(key, scope, alone=alone), demand)
+        turn = Turn(demand)
+        while isinstance(begun := self.try_begin(key, scope, alone=turn.alone), int):
+            turn.wait(begun)
+        return begun
 
     def note_version(self, question: str, source: str, version: str) -> None:
         note(self.shelves.place.answers, question, source, version)

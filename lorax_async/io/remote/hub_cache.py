@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from lorax_async.adapter import FileIdentity
@@ -29,7 +29,7 @@ from lorax_async.io.cache.partial_download import one_at_a_time
 from lorax_async.io.cache.partials import Partials, Taken
 from lorax_async.io.cache.place import Place
 from lorax_async.io.cache.sizes import Sizes
-from lorax_async.io.disk_cache import begun_in_turn
+from lorax_async.io.disk_cache import Turn
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.hub_download import HubDownload
 from lorax_async.io.remote.hub_layout import HubFile, commit_of, files_of, is_right, open_same
@@ -145,12 +145,15 @@ class HubCache:
 
         def download(taken: Taken, lock: NamedLock | None) -> HubDownload:
             published = partial(self._published, key, scope)
-            return HubDownload(shelf, published, partials, nullcontext, taken, lock)
+            return HubDownload(shelf, published, partials, _without_budget, taken, lock)
 
         return one_at_a_time(self._place, partials, key, self.open, download, alone=alone)
 
     def begin(self, key: CacheKey, scope: str, demand: Demand) -> HubEntry | HubDownload:
-        return begun_in_turn(lambda alone: self.try_begin(key, scope, alone=alone), demand)
+        turn = Turn(demand)
+        while isinstance(begun := self.try_begin(key, scope, alone=turn.alone), int):
+            turn.wait(begun)
+        return begun
 
     def note_revision(self, source: str, revision: str, commit: str) -> None:
         """A branch or tag means that commit now: from when it is here, other tools can see it."""
@@ -223,6 +226,10 @@ class HubCache:
 def _repo_of(key: CacheKey) -> str | None:
     """Its folder's name; None for the key of another kind of source."""
     return repo_folder(key.source) if is_commit(key.version) else None
+
+
+def _without_budget(_: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _place(path: str) -> Place:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorax_async.core.cache_names import CacheKey
 from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry
-from lorax_async.io.disk_cache import begun_in_turn
+from lorax_async.io.disk_cache import Turn
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.hub_cache import HubCache
 from lorax_async.io.remote.questions import asked_in
@@ -37,7 +37,10 @@ class HubFirst:
         return cache.try_begin(key, scope, alone=alone)
 
     def begin(self, key: CacheKey, scope: str, demand: Demand) -> CacheEntry | CacheDownload:
-        return begun_in_turn(lambda alone: self.try_begin(key, scope, alone=alone), demand)
+        turn = Turn(demand)
+        while isinstance(begun := self.try_begin(key, scope, alone=turn.alone), int):
+            turn.wait(begun)
+        return begun
 
     def note_version(self, question: str, source: str, version: str) -> None:
         self._disk.note_version(question, source, version)

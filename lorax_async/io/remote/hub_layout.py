@@ -33,6 +33,7 @@ _ABSENT = {
     errno.EINVAL,  # of reading a link that is none
     *(errno.EACCES, errno.EPERM),  # what this process may not read is as good as not there
 }
+_COMMIT_BYTES = 40
 _LINK = re.compile(r"\.\./\.\./blobs/(?P<blob>[0-9a-z-]{40,80})")
 _SHARED = re.compile(r"\.\./\.\./blobs/(?P<first>[0-9a-f]{2})/(?P<blob>(?P=first)[0-9a-f]{62})")
 
@@ -81,12 +82,15 @@ def files_of(path: str, repo: str, commit: str) -> tuple[HubFile, ...]:
 
     Raises `FetchError` if the cache cannot be read.
     """
-    with _nothing_if_absent(), entered(path, snapshot_of(repo, commit)) as snapshot:
-        roles = adapter_files(snapshot.names())
-        found = [_linked(path, repo, snapshot, role, name) for role, name in roles.items()]
-        whole = [file for file in found if file is not None]
-        return tuple(whole) if len(whole) == len(found) else ()
-    return ()
+    try:
+        with entered(path, snapshot_of(repo, commit)) as snapshot:
+            roles = adapter_files(snapshot.names())
+            found = [_linked(path, repo, snapshot, role, name) for role, name in roles.items()]
+    except OSError as error:
+        _require_absent(error)
+        return ()
+    whole = tuple(file for file in found if file is not None)
+    return whole if len(whole) == len(found) else ()
 
 
 def blob_file(path: str, repo: str, role: FileRole, name: str) -> HubFile | None:
@@ -94,23 +98,15 @@ def blob_file(path: str, repo: str, role: FileRole, name: str) -> HubFile | None
     digest = digest_of_blob(name)
     if digest is None:
         return None
-    with _nothing_if_absent():
-        folders = blobs_of(repo)
-        with entered(path, folders) as blobs:
-            status = blobs.status(name)
-            if status is not None and stat.S_ISLNK(status.st_mode):
-                shared = _SHARED.fullmatch(os.readlink(name, dir_fd=blobs.fd))
-                if shared is None:
-                    return None
-                folders, name = ("blobs", shared["first"]), shared["blob"]
-        fd = _opened(path, folders, name)
-        try:
-            found = os.fstat(fd)
-        finally:
-            os.close(fd)
-        if stat.S_ISREG(found.st_mode):
-            return HubFile(role, digest, folders, name, identity_of(found))
-    return None
+    try:
+        place = _place_of(path, repo, name)
+        status = None if place is None else _status(path, *place)
+    except OSError as error:
+        _require_absent(error)
+        return None
+    if place is None or status is None or not stat.S_ISREG(status.st_mode):
+        return None
+    return HubFile(role, digest, *place, identity_of(status))
 
 
 def open_same(path: str, file: HubFile) -> int:
@@ -153,10 +149,33 @@ def is_right(path: str, file: HubFile) -> bool:
 def commit_of(path: str, repo: str, revision: Sequence[str]) -> str | None:
     """Which commit a revision meant when somebody looked last. Raises `FetchError`."""
     *folders, name = revision
-    with _nothing_if_absent(), entered(path, (f"{repo}/refs", *folders)) as refs:
-        text = refs.read(name, 40).decode("ascii", "replace")
-        return text if is_commit(text) else None
-    return None
+    try:
+        with entered(path, (f"{repo}/refs", *folders)) as refs:
+            text = refs.read(name, _COMMIT_BYTES).decode("ascii", "replace")
+    except OSError as error:
+        _require_absent(error)
+        return None
+    return text if is_commit(text) else None
+
+
+def _place_of(path: str, repo: str, name: str) -> tuple[tuple[str, ...], str] | None:
+    """The folders and the name of a blob; None for a link that is not of the cache."""
+    folders = blobs_of(repo)
+    with entered(path, folders) as blobs:
+        status = blobs.status(name)
+        if status is None or not stat.S_ISLNK(status.st_mode):
+            return folders, name
+        shared = _SHARED.fullmatch(os.readlink(name, dir_fd=blobs.fd))
+    return None if shared is None else (("blobs", shared["first"]), shared["blob"])
+
+
+def _status(path: str, folders: Sequence[str], name: str) -> os.stat_result:
+    """Of a file that this process may read."""
+    fd = _opened(path, folders, name)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def _linked(path: str, repo: str, snapshot: Folder, role: FileRole, name: str) -> HubFile | None:
@@ -169,11 +188,7 @@ def _opened(path: str, folders: Sequence[str], name: str) -> int:
         return folder.file(name, os.O_RDONLY)
 
 
-@contextmanager
-def _nothing_if_absent() -> Iterator[None]:
-    """Whatever else the system says is a `FetchError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _ABSENT and not isinstance(error, IsADirectoryError):
-            raise FetchError(f"the hub cache cannot be read ({code_of(error)})") from error
+def _require_absent(error: OSError) -> None:
+    """Raises `FetchError` if it says more than that something is not there."""
+    if error.errno not in _ABSENT and not isinstance(error, IsADirectoryError):
+        raise FetchError(f"the hub cache cannot be read ({code_of(error)})") from error
