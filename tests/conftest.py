@@ -6,6 +6,7 @@ import asyncio
 import gc
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,24 @@ def no_socket_left() -> Iterator[None]:
     before = open_sockets()
     yield
     assert open_sockets() <= before
+
+
+@pytest.fixture
+def hub_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """huggingface_hub as where nobody logged in, asking nobody by itself; its cache's folder."""
+    from huggingface_hub import close_session, constants  # (slow)
+
+    folder = tmp_path / "hub"
+    settings = {
+        "HF_HUB_CACHE": str(folder),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    yield folder
+    close_session()

@@ -29,8 +29,9 @@ from lorax_async.io.cache.answers import note, recall
 from lorax_async.io.cache.download import DiskDownload, Shelves
 from lorax_async.io.cache.entries import DiskEntry, Entries
 from lorax_async.io.cache.failures import translated_errors
-from lorax_async.io.cache.locks import NamedLock, attempt
-from lorax_async.io.cache.partials import Partials
+from lorax_async.io.cache.locks import NamedLock
+from lorax_async.io.cache.partial_download import one_at_a_time
+from lorax_async.io.cache.partials import Partials, Taken
 from lorax_async.io.cache.place import Place
 from lorax_async.io.cache.room import Room
 from lorax_async.io.ports import Demand
@@ -38,6 +39,31 @@ from lorax_async.io.ports import Demand
 POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 10.0
 """Somebody else's download that got no byte for so long is not waited for any more."""
+
+
+class Turn:
+    """Waits while somebody else downloads, and tells when to go on alone: `alone`.
+
+    Raises `FetchError` if the demand has ended, when it is made and by `wait`.
+    """
+
+    def __init__(self, demand: Demand) -> None:
+        self.alone = False
+        self._demand = demand
+        self._progress, self._since = -1, monotonic()
+        self._require()
+
+    def wait(self, progress: int) -> None:
+        """A moment; the other one is that far. Blocks."""
+        if progress != self._progress:
+            self._progress, self._since = progress, monotonic()
+        self.alone = monotonic() - self._since > PATIENCE_SECONDS
+        self._demand.wait(POLL_SECONDS)
+        self._require()
+
+    def _require(self) -> None:
+        if self._demand.ended:
+            raise FetchError("the fetch was cancelled before it began")
 
 
 class DiskCache:
@@ -86,28 +112,20 @@ class DiskCache:
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
     ) -> DiskEntry | DiskDownload | int:
-        entry = self.open(key)
-        if entry is not None:
-            return entry
-        with translated_errors("begin a download"):
-            lock = attempt(self.shelves.place.locks, key.name)
-            if lock is not None:
-                return self._locked(key, scope, lock)
-            if alone:
-                return self._download(key, scope, None)
-            return self.shelves.partials.progress(key.name)
+        shelves = self.shelves
+
+        def download(taken: Taken, lock: NamedLock | None) -> DiskDownload:
+            return DiskDownload(shelves, key, scope, taken, lock)
+
+        return one_at_a_time(
+            *(shelves.place, shelves.partials, key, self.open, download), alone=alone
+        )
 
     def begin(self, key: CacheKey, scope: str, demand: Demand) -> DiskEntry | DiskDownload:
-        progress, since, alone = -1, monotonic(), False
-        while not demand.ended:
-            begun = self.try_begin(key, scope, alone=alone)
-            if not isinstance(begun, int):
-                return begun
-            if begun != progress:
-                progress, since = begun, monotonic()
-            alone = monotonic() - since > PATIENCE_SECONDS
-            demand.wait(POLL_SECONDS)
-        raise FetchError("the fetch was cancelled before it began")
+        turn = Turn(demand)
+        while isinstance(begun := self.try_begin(key, scope, alone=turn.alone), int):
+            turn.wait(begun)
+        return begun
 
     def note_version(self, question: str, source: str, version: str) -> None:
         note(self.shelves.place.answers, question, source, version)
@@ -136,22 +154,3 @@ class DiskCache:
         if getattr(self, "_open", False):
             warnings.warn("unclosed disk cache", ResourceWarning, stacklevel=2)
             self.close()
-
-    def _locked(self, key: CacheKey, scope: str, lock: NamedLock) -> DiskEntry | DiskDownload:
-        """Whoever had the lock before may have published it."""
-        try:
-            found = self.open(key)
-            if found is None:
-                return self._download(key, scope, lock)
-        except BaseException:
-            lock.release()
-            raise
-        lock.release()
-        return found
-
-    def _download(self, key: CacheKey, scope: str, lock: NamedLock | None) -> DiskDownload:
-        partials = self.shelves.partials
-        taken = None if lock is None else partials.take_over(key.name)
-        if taken is None:
-            taken = partials.begin(key.name)
-        return DiskDownload(self.shelves, key, scope, taken, lock)

@@ -11,6 +11,7 @@ from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError,
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.ports import Located, Locator, RemoteFile
+from lorax_async.io.remote.questions import question_of
 from lorax_async.io.remote.workers import Workers
 
 Caches = Callable[[str], Cache]
@@ -136,7 +137,7 @@ class Resolving:
         if not ref.allow_stale and not self._offline:
             return None
         scope = await locator.scope(ref)
-        question = _question(ref, scope)
+        question = question_of(ref, scope)
         found = await self._workers.run(
             lambda: self._caches(ref.source or "").last_version(question)
         )
@@ -151,7 +152,7 @@ class Resolving:
 
     async def _note(self, ref: AdapterRef, located: Located) -> None:
         """For the time when the source cannot be asked."""
-        question = _question(ref, located.scope)
+        question = question_of(ref, located.scope)
         if self._noted.get(question) == located.version:
             return
         answer = (located.source, located.version)
@@ -164,7 +165,3 @@ class Resolving:
 
 
 _MAX_NOTED = 65_536
-
-
-def _question(ref: AdapterRef, scope: str) -> str:
-    return "\n".join((ref.source or "", ref.text, ref.revision or "", scope))

@@ -1,0 +1,270 @@
+"""What huggingface_hub is asked, and its errors as ours. Blocks.
+
+Its errors hold URLs, fields and what servers wrote, so none of them is chained.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lorax_async.core.file_digest import Digest
+from lorax_async.core.hub_names import digest_of_etag, is_commit
+from lorax_async.core.retries import retry_after_of
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterNotFoundError,
+    FetchError,
+    FetchTimeoutError,
+    InvalidAdapterIdError,
+    LoraxError,
+    UsageError,
+    shorten,
+)
+from lorax_async.io.http.failures import SetbackError, failed_io, failed_lookup
+from lorax_async.io.http.settings import Rules
+from lorax_async.io.http.urls import InvalidUrlError, Url, parse_url
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+_DENIED = frozenset({401, 403, 407, 451})
+_ABSENT = frozenset({404, 410})
+_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+_REMEDY = "give a token that may read it (or log in on this machine: hf auth login)"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One file that the hub is asked about."""
+
+    source: str
+    name: str
+    revision: str
+    endpoint: str | None
+    token: str | None = field(repr=False)
+    rules: Rules = field(repr=False, compare=False)
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the hub told of a file: it is in `commit`, and lies at `location`."""
+
+    commit: str
+    nbytes: int | None
+    expected: Digest | None
+    location: Url | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """There is no such file; in which commit, if the hub said it."""
+
+    commit: str | None
+
+
+Outcome = Told | Absent | LoraxError
+
+
+def checked_token(token: str | None) -> str | None:
+    """Raises `UsageError` for what can be no token: an empty one is not "no token"."""
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise UsageError(
+            "the hub's token is empty, or has characters that no token has; leave it out (None) to"
+            " ask with this machine's own, if it has one"
+        )
+    return token
+
+
+def endpoint_in_use(endpoint: str | None) -> str:
+    from huggingface_hub import constants  # noqa: PLC0415 (slow)
+
+    return endpoint or constants.ENDPOINT
+
+
+def machine_token() -> str | None:
+    """The token that huggingface_hub asks with by itself. May go to the network, to renew it."""
+    import httpx2  # noqa: PLC0415 (slow)
+    from huggingface_hub.errors import DeviceCodeError, OIDCError  # noqa: PLC0415
+
+    # Documented, and not declared: that module imports it when it is used.
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
+        build_hf_headers,
+    )
+
+    try:
+        said = build_hf_headers().get("authorization", "")
+    except (OIDCError, DeviceCodeError, httpx2.HTTPError, OSError, ValueError) as error:
+        raise AccessDeniedError(
+            f"this machine's own token of the hub cannot be had ({type(error).__name__}); log in"
+            " anew (hf auth login), or give a token",
+            stage="resolve",
+        ) from None
+    return checked_token(said.removeprefix("Bearer ") or None)
+
+
+def url_of(source: str, name: str, revision: str, endpoint: str | None) -> Url:
+    """Where a file of a repository is asked for. Raises `InvalidAdapterIdError`."""
+    from huggingface_hub import hf_hub_url  # noqa: PLC0415 (slow)
+
+    try:
+        return parse_url(hf_hub_url(source, name, revision=revision, endpoint=endpoint))
+    except ValueError:
+        raise InvalidAdapterIdError(
+            f"the hub has no such ids or revisions as {shorten(source, 200)!r} at"
+            f" {shorten(revision, 200)!r}"
+        ) from None
+
+
+def ask(question: Question) -> Outcome:
+    """Never raises an error that it can return."""
+    try:
+        url = url_of(question.source, question.name, question.revision, question.endpoint)
+        if not question.rules.allows(url, 0):
+            return AccessDeniedError(
+                f"requests to {url} are not allowed; allow it explicitly", stage="resolve"
+            )
+        return _asked(question, url)
+    except LoraxError as error:
+        return error
+
+
+def _asked(question: Question, url: Url) -> Told | Absent:
+    import httpx2  # noqa: PLC0415 (slow)
+    from huggingface_hub import get_hf_file_metadata  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        found = get_hf_file_metadata(
+            url.text,
+            token=question.token or False,
+            timeout=question.timeout,
+            endpoint=question.endpoint,
+        )
+    except RemoteEntryNotFoundError as error:
+        return Absent(_commit_of(error))
+    except HfHubHTTPError as error:
+        if error.response.status_code in _ABSENT and "X-Error-Code" not in error.response.headers:
+            return Absent(_commit_of(error))  # a mirror, or a server of files
+        raise _refusal(error, question, url) from None
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+        raise _failure(error, url) from None
+    if found.commit_hash is None or not is_commit(found.commit_hash):
+        raise FetchError(
+            f"{url} names no commit in its answers: it is no hub; check the endpoint",
+            stage="resolve",
+            retryable=False,
+        )
+    nbytes = None if found.size is None or found.size < 0 else found.size
+    return Told(
+        found.commit_hash, nbytes, digest_of_etag(found.etag), _location(found.location, url)
+    )
+
+
+def _location(text: str, asked: Url) -> Url | None:
+    """Where it was found, if that is elsewhere, and the engine would ask there."""
+    try:
+        found = parse_url(text)
+    except InvalidUrlError:
+        return None
+    return found if found != asked else None
+
+
+def _commit_of(error: HfHubHTTPError) -> str | None:
+    commit = error.response.headers.get("X-Repo-Commit", "")
+    return commit if is_commit(commit) else None
+
+
+def _refusal(error: HfHubHTTPError, question: Question, url: Url) -> AdapterError:
+    """For an answer that is an error."""
+    from huggingface_hub.errors import (  # noqa: PLC0415 (slow)
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    source, status = question.source, error.response.status_code
+    if isinstance(error, RevisionNotFoundError):
+        revision = shorten(question.revision, 200)
+        return AdapterNotFoundError(f"{source!r} on {url} has no revision {revision!r}")
+    if isinstance(error, GatedRepoError):
+        return _denied(f"{source!r} on {url} is gated: accept its conditions there, and {_REMEDY}")
+    if isinstance(error, RepositoryNotFoundError) and status != 403:
+        if question.token is None and status == 401:
+            return _denied(
+                f"{url} shows no {source!r} to whoever has no token: check the id, or if it is"
+                f" private {_REMEDY}"
+            )
+        if status != 401:
+            return AdapterNotFoundError(f"{url} has no {source!r}, or none that the token may see")
+    if status in _DENIED:
+        token = "without a token" if question.token is None else "with this token"
+        return _denied(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
+    return _by_status(error, f"{question.name} of {source!r} at {url}: status {status}")
+
+
+def _by_status(error: HfHubHTTPError, problem: str) -> AdapterError:
+    if error.response.status_code not in _AGAIN:
+        return FetchError(
+            f"{problem}, which is no answer to what was asked", stage="resolve", retryable=False
+        )
+    return FetchError(problem, stage="resolve", retry_after=_retry_after(error))
+
+
+def _retry_after(error: HfHubHTTPError) -> float | None:
+    """By `Retry-After`, or by the hub's own fields for those who asked too often."""
+    # Documented, and not declared: that module imports it when it is used.
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
+        parse_ratelimit_headers,
+    )
+
+    fields = error.response.headers
+    after = retry_after_of(fields.get("retry-after", ""), time.time())
+    if after is None and error.response.status_code == 429:
+        limit = parse_ratelimit_headers(fields)
+        if limit is not None and limit.remaining == 0:
+            return float(limit.reset_in_seconds)
+    return after
+
+
+def _denied(problem: str) -> AccessDeniedError:
+    return AccessDeniedError(problem, stage="resolve")
+
+
+def _failure(error: Exception, url: Url) -> AdapterError:
+    """For a request that has no answer."""
+    import httpx2  # noqa: PLC0415 (slow)
+    from huggingface_hub.errors import OfflineModeIsEnabled  # noqa: PLC0415
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return FetchError(
+            "huggingface_hub was told to ask nobody (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE)",
+            stage="resolve",
+            retryable=False,
+        )
+    if isinstance(error, httpx2.TimeoutException):
+        return FetchTimeoutError(f"{url} did not answer in time", stage="resolve")
+    system = next((each for each in _causes(error) if isinstance(each, OSError)), None)
+    if isinstance(system, socket.gaierror):
+        found = failed_lookup(system, url.origin.host)
+    elif system is not None:
+        found = failed_io(system, str(url))
+    else:
+        what = type(error).__name__
+        retryable = isinstance(error, httpx2.TransportError)
+        found = FetchError(f"the request to {url} failed ({what})", retryable=retryable)
+    reason = found.error if isinstance(found, SetbackError) else found
+    return reason.located(stage="resolve")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

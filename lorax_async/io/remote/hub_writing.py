@@ -1,0 +1,109 @@
+"""Putting files where every tool that knows the standard hub cache finds them. Blocks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+
+from lorax_async.core.cache_names import FileRole
+from lorax_async.core.file_digest import Digest
+from lorax_async.core.hub_names import blob_name, hub_file_name
+from lorax_async.io.cache.folders import Folder
+from lorax_async.io.cache.place import unique
+from lorax_async.io.remote.hub_layout import (
+    HubFile,
+    blob_file,
+    blobs_of,
+    entered,
+    is_right,
+    snapshot_of,
+)
+
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY}
+
+
+class Shelf:
+    """One commit of a repository in the cache at `path`; made where it is not there."""
+
+    def __init__(self, path: str, repo: str, commit: str) -> None:
+        self.path = path
+        self._repo = repo
+        self._commit = commit
+
+    def blob(self, role: FileRole, digest: Digest) -> HubFile | None:
+        """The file with this digest, if there is one and its bytes are right. Reads all of it."""
+        found = blob_file(self.path, self._repo, role, blob_name(digest))
+        return found if found is not None and is_right(self.path, found) else None
+
+    def put(self, here: Folder, digests: Mapping[FileRole, Digest]) -> None:
+        """Let an adapter's files be in the commit; those that are no blobs yet come from `here`.
+
+        The config is linked last: without it nobody takes the rest for an adapter. Raises `OSError`
+        and what `blob` does.
+        """
+        for name in ("", "blobs", "snapshots", f"snapshots/{self._commit}"):
+            with suppress(FileExistsError):
+                os.mkdir(os.path.join(self.path, self._repo, name))
+        with entered(self.path, blobs_of(self._repo)) as blobs:
+            for role, digest in digests.items():
+                # Another tool may have been faster, and its readers have it open: it stays.
+                if here.status(role.file_name) is not None and self.blob(role, digest) is None:
+                    _move(here, role.file_name, blobs, blob_name(digest))
+            blobs.sync()
+        count = sum(role.number > 0 for role in digests)
+        with entered(self.path, snapshot_of(self._repo, self._commit)) as snapshot:
+            for role, digest in sorted(digests.items(), reverse=True):
+                _link(
+                    here, snapshot, hub_file_name(role, count), f"../../blobs/{blob_name(digest)}"
+                )
+            snapshot.sync()
+
+
+def write_ref(path: str, repo: str, revision: str, commit: str) -> None:
+    """Let a branch or tag mean this commit, for tools that cannot ask. Raises `OSError`."""
+    *folders, name = ("refs", *revision.split("/"))
+    place = os.path.join(path, repo, *folders)
+    new = f"{name}.{unique()}.tmp"
+    # Where git once had a branch a, and now has a/b, the cache may have either.
+    with suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+        os.makedirs(place, exist_ok=True)
+        with entered(path, (os.path.join(repo, *folders),)) as refs:
+            try:
+                _write(refs, new, commit.encode())
+                os.replace(new, name, src_dir_fd=refs.fd, dst_dir_fd=refs.fd)
+            finally:
+                refs.unlink(new)
+
+
+def _move(here: Folder, name: str, blobs: Folder, blob: str) -> None:
+    os.chmod(name, _mode(here), dir_fd=here.fd, follow_symlinks=False)
+    os.replace(name, blob, src_dir_fd=here.fd, dst_dir_fd=blobs.fd)
+
+
+def _mode(folder: Folder) -> int:
+    """What new files of this process are allowed; there is no other way to ask in a thread."""
+    probe = unique()
+    _write(folder, probe, b"")
+    try:
+        return os.stat(probe, dir_fd=folder.fd).st_mode & 0o777
+    finally:
+        folder.unlink(probe)
+
+
+def _link(here: Folder, snapshot: Folder, name: str, target: str) -> None:
+    """At once, also where another link was."""
+    new = unique()
+    os.symlink(target, new, dir_fd=here.fd)
+    os.replace(new, name, src_dir_fd=here.fd, dst_dir_fd=snapshot.fd)
+
+
+def _write(folder: Folder, name: str, content: bytes) -> None:
+    """A new file, as others may see it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(name, flags, 0o666, dir_fd=folder.fd)
+    try:
+        os.write(fd, content)
+    finally:
+        os.close(fd)
