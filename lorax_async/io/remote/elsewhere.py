@@ -11,27 +11,33 @@ from typing import NamedTuple
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import LoaderConfig
 from lorax_async.core import runs
-from lorax_async.core.policies import policy
 from lorax_async.errors import LoaderClosedError
-from lorax_async.io.cache.ports import Cache
-from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
+from lorax_async.io.remote.kinds import Kinds
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.opening import Opening
-from lorax_async.io.remote.ports import Locator
 from lorax_async.io.remote.resolving import Resolving
-from lorax_async.io.remote.rules import AllowRules
 from lorax_async.io.remote.source import RemoteSource
-from lorax_async.io.remote.stores import StoreLocator
-from lorax_async.io.remote.web import WebLocator
 from lorax_async.io.remote.workers import Workers
 from lorax_async.verification import Verification
 
 CACHE_THREADS = 4
-ASKING_THREADS = 8
-"""Each question to a hub or a store takes two; a host that does not answer keeps them for long."""
+
+
+class _Made(NamedTuple):
+    """What there is to end."""
+
+    source: RemoteSource
+    engine: RangeEngine
+    workers: Workers
+    kinds: Kinds
+
+    def close(self) -> None:
+        self.engine.close()
+        self.workers.close()
+        self.kinds.close()
 
 
 class Elsewhere:
@@ -88,3 +94,21 @@ class Elsewhere:
             if self._made is None:
                 self._made = _made(self._config)
             return self._made
+
+
+def _made(config: LoaderConfig) -> _Made:
+    engine = RangeEngine(HttpSettings(connections=config.connections))
+    workers = Workers(CACHE_THREADS)
+    kinds = Kinds(config, engine)
+    known = Known(config.revalidate, time.monotonic)
+    resolving = Resolving(
+        *(kinds.locator, kinds.cache, known, workers),
+        offline=config.offline,
+        fresh=config.revalidate,
+    )
+    limits, verify = config.limits, config.verify
+    opening = Opening(
+        *(resolving, known, kinds.cache, engine, workers), limits=limits, verify=verify
+    )
+    source = RemoteSource(resolving, opening, workers, limits=limits, verify=verify)
+    return _Made(source, engine, workers, kinds)
