@@ -78,9 +78,9 @@ def test_what_the_hub_cache_has_is_used(run: Run, tmp_path: Path) -> None:
         begun = len(hub.asked)
 
         async def body() -> None:
-            async with over(tmp_path, hub_endpoint=hub.endpoint) as loader:
-                async with await loader.load("org/name") as handle:
-                    tiny.assert_equal_to_file(handle, folder)
+            ours = over(tmp_path, hub_endpoint=hub.endpoint)
+            async with ours as loader, await loader.load("org/name") as handle:
+                tiny.assert_equal_to_file(handle, folder)
             assert all(asked.method == "HEAD" for asked in hub.asked[begun:])
             async with over(tmp_path, hub_endpoint=hub.endpoint, offline=True) as loader:
                 (await loader.load("org/name")).release()
