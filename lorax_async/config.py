@@ -115,6 +115,9 @@ class LoaderConfig:
     hub_cache
         The standard hub cache, which other programs share: "read" takes what is there; "write" also
         keeps there what comes from the hub, instead of in `cache_dir`; "off" leaves it alone.
+    hub_cache_private
+        Whether "write" is for adapters too that took a token: whoever may read that folder can
+        read them then.
     hub_cache_dir
         Where that is; None is where huggingface_hub has it.
     offline
@@ -161,6 +164,7 @@ class LoaderConfig:
     allow: tuple[Allow, ...] = ()
     hub_endpoint: str | None = None
     hub_cache: HubCache = "read"
+    hub_cache_private: bool = False
     hub_cache_dir: str | os.PathLike[str] | None = None
     offline: bool = False
     verify: Checking = "stream"
@@ -178,7 +182,7 @@ class LoaderConfig:
             )
         for name, words in (("eviction", Eviction), ("hub_cache", HubCache), ("verify", Checking)):
             require_one_of(name, getattr(self, name), get_args(words))
-        for name in ("check_finite", "offline"):
+        for name in ("check_finite", "offline", "hub_cache_private"):
             require_bool(name, getattr(self, name))
         if not isinstance(self.limits, Limits):
             raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")

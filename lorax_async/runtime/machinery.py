@@ -22,8 +22,11 @@ from lorax_async.core.settling import Budgets, Pace
 from lorax_async.core.sharding import Sharding
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import LoaderClosedError
+from lorax_async.ids.parsing import as_parsed
 from lorax_async.io.devices import make_device
 from lorax_async.io.ports import Device, Source
+from lorax_async.io.remote.elsewhere import Elsewhere
+from lorax_async.io.sources.anywhere import AnySource
 from lorax_async.io.sources.from_memory import MemorySource
 from lorax_async.io.sources.local import LocalSource
 from lorax_async.io.sources.merged import MergedSource
@@ -78,8 +81,11 @@ class Machinery:
         self._config = config
         self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
         self._device = device or make_device(sharding.held, config)
-        self._source = source or LocalSource(
-            roots=config.local_roots, limits=config.limits, threads=self._metadata
+        self._elsewhere = Elsewhere(config)
+        self._source = source or AnySource(
+            LocalSource(roots=config.local_roots, limits=config.limits, threads=self._metadata),
+            self._elsewhere,
+            partial(as_parsed, allow=config.allow),
         )
         self._tensors = MemorySource(
             self._source,
@@ -193,6 +199,7 @@ class Machinery:
 
     def _end(self) -> None:
         self.driver.join()
+        self._elsewhere.close()
         self._metadata.shutdown()
         self._device.close()
 

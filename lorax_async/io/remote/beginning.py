@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from lorax_async.config import Limits
@@ -112,7 +112,6 @@ class Beginnings:
         name, size = file.target.name, answer.known.size
         if size is None:
             raise FetchError(f"the source does not say how large {name} is", retryable=False)
-        _require_promised(file, size)
         if size > self._limits.max_adapter_bytes:
             raise AdapterFormatError(
                 f"{name} has {size:,} bytes, over the limit of {self._limits.max_adapter_bytes:,};"
@@ -121,7 +120,11 @@ class Beginnings:
         return size
 
     def _whole(self, file: RemoteFile, answer: Answer) -> bytes:
-        _require_promised(file, len(answer.start))
+        if file.nbytes not in {None, len(answer.start)}:
+            raise IntegrityError(
+                f"{file.target.name} has {len(answer.start):,} bytes, and {file.nbytes:,} were"
+                " promised; load it again"
+            )
         return answer.start
 
     async def _asked(self, files: Sequence[tuple[RemoteFile, int]], demand: Demand) -> list[Answer]:
@@ -138,16 +141,9 @@ class Beginnings:
             for file, nbytes in files
         ]
         async with followed(demand, *(job for job in jobs if isinstance(job, Job))):
-            return [job if isinstance(job, Answer) else await outcome(job.done) for job in jobs]
-
-
-def _require_promised(file: RemoteFile, size: int) -> None:
-    if file.nbytes not in {None, size}:
-        raise IntegrityError(
-            f"{file.target.name} has {size:,} bytes, and {file.nbytes:,} were promised; load it"
-            " again"
-        )
+            answers = [job if isinstance(job, Answer) else await outcome(job.done) for job in jobs]
+        return [file.checked(answer) for (file, _), answer in zip(files, answers, strict=True)]
 
 
 def _unanswered(file: RemoteFile) -> RemoteFile:
-    return RemoteFile(file.role, file.target, file.nbytes, file.expected)
+    return replace(file, answer=None)

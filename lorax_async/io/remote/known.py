@@ -17,12 +17,17 @@ MAX_ANSWERS = 64
 """First bytes that came with a version, and were not used yet; some 256 KiB each."""
 
 
+LOCATED_SECONDS = 600.0
+"""For so long files are looked for where the source said: signed places expire."""
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who asked for a key, and what its source told of it; None where nobody asked the source."""
+    """Who asked for a key, and what its source told of it; None where it is to be asked (again)."""
 
     ref: AdapterRef
     located: Located | None
+    since: float
 
 
 class Known:
@@ -51,7 +56,7 @@ class Known:
             self._keys.popitem(last=False)
         if located is None and key in self._origins:
             return
-        self._origins[key] = Origin(ref, located)
+        self._origins[key] = Origin(ref, located, self._clock())
         self._origins.move_to_end(key)
         if len(self._origins) > MAX_KEYS:
             gone, _ = self._origins.popitem(last=False)
@@ -63,12 +68,13 @@ class Known:
                 self.used(next(iter(self._answered)))
 
     def origin(self, key: RemoteKey) -> Origin | None:
-        return self._origins.get(key)
+        origin = self._origins.get(key)
+        if origin is None or self._clock() - origin.since < LOCATED_SECONDS:
+            return origin
+        return replace(origin, located=None)
 
     def used(self, key: RemoteKey) -> None:
-        """The first bytes that came with it are not needed any more."""
-        self._answered.pop(key, None)
-        origin = self._origins.get(key)
-        if origin is not None and origin.located is not None:
-            files = tuple(replace(file, answer=None) for file in origin.located.files)
-            self._origins[key] = Origin(origin.ref, replace(origin.located, files=files))
+        """First bytes that came with it were used, or are too many: it is located anew."""
+        if key in self._answered:
+            del self._answered[key]
+            self._origins[key] = replace(self._origins[key], located=None)

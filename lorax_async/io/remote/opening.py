@@ -12,17 +12,18 @@ from lorax_async.adapter import RemoteKey
 from lorax_async.config import Checking, Limits
 from lorax_async.core.cache_names import CacheKey, FileRole
 from lorax_async.core.file_digest import Digest, FileHash
+from lorax_async.core.sent_digest import sent_sha256
 from lorax_async.errors import IntegrityError
 from lorax_async.io.cache.failures import CrowdedError
 from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry, CacheFile
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.ports import AdapterFile, Demand
-from lorax_async.io.remote.beginning import Beginning, Beginnings
+from lorax_async.io.remote.beginning import Beginning, Beginnings, Part
 from lorax_async.io.remote.cached import FetchReader, opened
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.remote.jobs import nobody_waits
 from lorax_async.io.remote.known import Known
-from lorax_async.io.remote.ports import WEAK, RemoteFile
+from lorax_async.io.remote.ports import WEAK
 from lorax_async.io.remote.resolving import Caches, Resolving
 from lorax_async.io.remote.workers import Workers
 
@@ -137,7 +138,7 @@ class Opening:
         for small in (begun.config, begun.index):
             if small is not None:
                 file, content = small
-                expected = self._expected(file, None)
+                expected = None if self._verify == "none" else file.expected
                 _check(content, file.role, expected)  # it is used before all is published
                 place = partial(_placed, download, file.role, content, len(content), expected)
                 await self._in_room(place, demand)
@@ -145,7 +146,7 @@ class Opening:
             partial(
                 _placed,
                 *(download, part.file.role, part.answer.start, part.nbytes),
-                self._expected(part.file, digest if begun.plan is None else None),
+                self._expected(part, digest if begun.plan is None else None),
             )
             for part in begun.parts
         ]
@@ -165,11 +166,12 @@ class Opening:
         if not self._idle[key]:
             del self._idle[key]
 
-    def _expected(self, file: RemoteFile, digest: str | None) -> Digest | None:
+    def _expected(self, part: Part, digest: str | None) -> Digest | None:
         """What its bytes have to come to, by the source's word or else the caller's."""
         if self._verify == "none":
             return None
-        return file.expected or (None if digest is None else Digest("sha256", digest))
+        told = part.file.expected or sent_sha256(part.answer.fields)
+        return told or (None if digest is None else Digest("sha256", digest))
 
 
 def _placed(

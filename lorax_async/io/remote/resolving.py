@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 from lorax_async.adapter import AdapterRef, RemoteKey
 from lorax_async.core.cache_names import CacheKey, FileRole
-from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError, InternalError
+from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.ports import Located, Locator, RemoteFile
@@ -24,7 +24,7 @@ class Resolving:
     Parameters
     ----------
     locators, caches
-        By `AdapterRef.source`.
+        By `AdapterRef.source`; both may block.
     known
         What was told lately.
     offline
@@ -35,7 +35,7 @@ class Resolving:
 
     def __init__(
         self,
-        locators: Mapping[str, Locator],
+        locators: Callable[[str], Locator],
         caches: Caches,
         known: Known,
         workers: Workers,
@@ -50,6 +50,7 @@ class Resolving:
         self._offline = offline
         self._fresh = fresh
         self._noted: dict[str, str] = {}
+        self._here: dict[str, Locator] = {}
 
     async def resolve(self, ref: AdapterRef) -> RemoteKey:
         key = self._known.recent(ref)
@@ -74,10 +75,11 @@ class Resolving:
         key = RemoteKey(located.source, (), located.version)
         origin = self._known.origin(key)
         assert origin is not None, "it was located a moment ago"
-        return await self._locator(origin.ref).shards(located, roles)
+        return await (await self._locator(origin.ref)).shards(located, roles)
 
     async def _resolve(self, ref: AdapterRef) -> RemoteKey:
-        locator = self._locator(ref)
+        locator = await self._locator(ref)
+        await locator.scope(ref)  # from then on it is known who asks
         pinned = locator.recalled(ref)
         if pinned is not None and await self._may_have(ref, *pinned, self._fresh):
             return self._remembered(ref, RemoteKey(pinned[0], (), pinned[1]), None)
@@ -103,13 +105,13 @@ class Resolving:
                 " LoaderConfig(offline=False)",
                 retryable=False,
             )
-        return await self._locator(ref).locate(ref)
+        return await (await self._locator(ref)).locate(ref)
 
-    def _locator(self, ref: AdapterRef) -> Locator:
-        locator = self._locators.get(ref.source or "")
-        if locator is None:
-            raise InternalError(f"nobody knows where {ref.source!r} adapters lie")
-        return locator
+    async def _locator(self, ref: AdapterRef) -> Locator:
+        kind = ref.source or ""
+        if kind not in self._here:
+            self._here[kind] = await self._workers.run(lambda: self._locators(kind))
+        return self._here[kind]
 
     def _remembered(self, ref: AdapterRef, key: RemoteKey, located: Located | None) -> RemoteKey:
         self._known.remember(ref, key, located)

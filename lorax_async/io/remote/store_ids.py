@@ -6,18 +6,16 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 from lorax_async.adapter import AdapterRef
 from lorax_async.errors import InvalidAdapterIdError, UsageError
+from lorax_async.ids.parsing import parsed
+from lorax_async.ids.stores import STORES, parse_store
 
 Scheme = Literal["s3", "gs", "az"]
 
-_ID = re.compile(r"(?P<scheme>[a-z0-9]+)://(?P<bucket>[^/]*)(?:/(?P<prefix>.*))?", re.DOTALL)
-_BUCKET = re.compile(r"[A-Za-z0-9](?:[._-]?[A-Za-z0-9]){2,221}")
 _VERSION = re.compile(r"(?:versions|etags)-[0-9a-f]{32}(?:-[0-9a-f]{32})?")
-_MOST_BYTES = 900
-"""Of a prefix; keys have 1,024 at most, and the file's name comes behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,35 +32,15 @@ class Folder:
 
 def folder_of(ref: AdapterRef) -> Folder:
     """Raises `InvalidAdapterIdError` for what names none, `UsageError` for one with a token."""
-    text = ref.text if "://" in ref.text else f"{ref.source}://{ref.text}"
-    found = _ID.fullmatch(text)
-    if found is None or found["scheme"] not in get_args(Scheme):
-        raise InvalidAdapterIdError("it is not s3://, gs:// or az:// with a bucket and a prefix")
-    if not _BUCKET.fullmatch(found["bucket"]):
-        raise InvalidAdapterIdError(
-            "a bucket's name has 3 to 222 letters and digits, with dots, - and _ between them"
-        )
+    found = parsed(ref)
+    if found.source not in STORES:
+        raise InvalidAdapterIdError(f"it is in no object store, but in {found.source}")
     if ref.token is not None:
         raise UsageError(
             "object stores are asked with the credentials of the environment; leave token out"
         )
-    scheme = cast("Scheme", found["scheme"])
-    return Folder(scheme, found["bucket"], _prefix(found["prefix"] or ""))
-
-
-def _prefix(text: str) -> str:
-    path = text.removesuffix("/")
-    if not path:
-        if text:
-            raise InvalidAdapterIdError("there is an empty name in the prefix")
-        return ""
-    if not path.isprintable() or len(path.encode()) > _MOST_BYTES:
-        raise InvalidAdapterIdError(
-            f"a prefix is {_MOST_BYTES} bytes of printable text at most, in UTF-8"
-        )
-    if not {"", ".", ".."}.isdisjoint(path.split("/")):
-        raise InvalidAdapterIdError("there is an empty name, or one of dots alone, in the prefix")
-    return f"{path}/"
+    place = parse_store(found.source, found.text.partition("://")[2])
+    return Folder(cast("Scheme", place.scheme), place.bucket, place.prefix)
 
 
 def is_version(text: str) -> bool:

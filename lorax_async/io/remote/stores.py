@@ -89,6 +89,9 @@ class StoreLocator:
             return None
         return str(folder), ref.revision, scope_of(folder.scheme)
 
+    async def scope(self, ref: AdapterRef) -> str:
+        return scope_of(folder_of(ref).scheme)
+
     async def locate(self, ref: AdapterRef) -> Located:
         """The present version, and URLs of its files, signed now.
 

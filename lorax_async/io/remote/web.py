@@ -17,10 +17,11 @@ from lorax_async.errors import (
     InvalidAdapterIdError,
     shorten,
 )
+from lorax_async.ids.parsing import parsed
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import Rules
 from lorax_async.io.http.target import Answer, Target
-from lorax_async.io.http.urls import InvalidUrlError, Url, parse_url
+from lorax_async.io.http.urls import Url, parse_url
 from lorax_async.io.remote.inquiry import Inquiry, answered
 from lorax_async.io.remote.ports import Located, RemoteFile
 
@@ -86,6 +87,9 @@ class WebLocator:
         """None: a server has to be asked which version it has."""
         return None
 
+    async def scope(self, ref: AdapterRef) -> str:
+        return _folder(ref, self._rules).scope
+
     async def locate(self, ref: AdapterRef) -> Located:
         """Ask for the config and for the beginning of the weights, both at once.
 
@@ -124,14 +128,10 @@ class WebLocator:
 
 
 def _folder(ref: AdapterRef, rules: Rules) -> _Folder:
-    try:
-        url = parse_url(ref.text)
-    except InvalidUrlError as error:
-        raise InvalidAdapterIdError(f"the URL of an adapter's folder: {error}") from error
-    if not url.target.endswith("/") or "?" in url.target or "#" in ref.text:
-        raise InvalidAdapterIdError(
-            "the URL of an adapter's folder ends with a slash, and has no query and no fragment"
-        )
+    found = parsed(ref)
+    if found.source not in {"http", "https"}:
+        raise InvalidAdapterIdError(f"it is no folder behind a URL, but in {found.source}")
+    url = parse_url(found.text)
     if ref.token is None:
         return _Folder(url, {}, rules, "")
     scope = hashlib.sha256(f"{url.origin}\n{ref.token}".encode("utf-8", "surrogatepass"))
@@ -171,7 +171,7 @@ def _shard_names(index: bytes) -> list[str]:
 
 def _told(role: FileRole, answer: Answer) -> RemoteFile:
     expected = sent_sha256(answer.fields)
-    return RemoteFile(role, answer.target, answer.known.size, expected, answer)
+    return RemoteFile(role, answer.target, answer.known.size, expected, answer=answer)
 
 
 def _version(answers: Sequence[Answer]) -> str:

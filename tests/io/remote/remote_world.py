@@ -138,7 +138,7 @@ class RemoteWorld:
         self.known = Known(revalidate, clock)
         self._cache: DiskCache | None = None
         self.resolving = Resolving(
-            {"hub": self.locator},
+            lambda _: self.locator,
             self.cache_of,
             self.known,
             self.workers,

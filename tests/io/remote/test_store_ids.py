@@ -18,7 +18,6 @@ from lorax_async.io.remote.store_ids import Folder, digest_of, folder_of, is_ver
         (AdapterRef("az://container"), Folder("az", "container", "")),
         (AdapterRef("az://container/"), Folder("az", "container", "")),
         (AdapterRef("my-bucket/a", source="s3"), Folder("s3", "my-bucket", "a/")),
-        (AdapterRef("s3://bucket/ä b/100% #1?/"), Folder("s3", "bucket", "ä b/100% #1?/")),
     ],
 )
 def test_an_id_means_a_folder(ref: AdapterRef, folder: Folder) -> None:
@@ -29,7 +28,7 @@ def test_an_id_means_a_folder(ref: AdapterRef, folder: Folder) -> None:
 @pytest.mark.parametrize(
     "id",
     [
-        *("org/name", "http://host/a", "s3:/bucket/a", "S3://bucket/a", "s3://", "s3:///a", "://a"),
+        *("org/name", "http://host/a", "s3:/bucket/a", "s3://", "s3:///a", "://a"),
         *("s3://ab/a", "s3://-bucket/a", "s3://bucket-/a", "s3://b..t/a", "s3://user@bucket/a"),
         *("s3://bucket:80/a", "s3://bücket/a", "s3://buck%65t/a", f"s3://{'b' * 223}/a"),
         *("s3://bucket//", "s3://bucket//a", "s3://bucket/a//b", "s3://bucket/a//"),

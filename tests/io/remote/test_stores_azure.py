@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import shutil
 from collections.abc import Iterator
 from urllib.parse import parse_qs
 
@@ -18,15 +17,16 @@ from common import Run
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import INDEX_FILE, FileRole
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, IntegrityError
+from tools import tool
 
 pytestmark = [pytest.mark.needs("azurite-blob"), pytest.mark.usefixtures("nothing_left")]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
-    binary = shutil.which("azurite-blob")
+    binary = tool("azurite-blob")
     assert binary is not None
-    with azurite(binary, tmp_path_factory.mktemp("azurite")) as running:
+    with azurite(str(binary), tmp_path_factory.mktemp("azurite")) as running:
         yield running
 
 

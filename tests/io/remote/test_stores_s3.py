@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import traceback
 from collections.abc import Iterator
 
@@ -23,6 +22,7 @@ from lorax_async.errors import (
     FetchError,
     IntegrityError,
 )
+from tools import tool
 
 pytestmark = [pytest.mark.needs("weed"), pytest.mark.usefixtures("nothing_left")]
 
@@ -31,9 +31,9 @@ SHARDS = [FileRole("weights", 1), FileRole("weights", 2)]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
-    binary = shutil.which("weed")
+    binary = tool("weed")
     assert binary is not None
-    with weed(binary, tmp_path_factory.mktemp("weed")) as running:
+    with weed(str(binary), tmp_path_factory.mktemp("weed")) as running:
         yield running
 
 

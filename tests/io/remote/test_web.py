@@ -151,7 +151,7 @@ def test_a_revision_is_the_version_or_the_etag_of_the_weights(run: Run) -> None:
         version = run(it.locator.locate(it.ref())).version
         for revision in (version, '"the-weights"', "the-weights"):
             assert run(it.locator.locate(it.ref(revision=revision))).version == version
-        for revision in (version[:-1], f"{CONFIG}-1", "main", "", "x" * 5_000):
+        for revision in (version[:-1], f"{CONFIG}-1", "main"):
             with pytest.raises(AdapterNotFoundError, match=version) as raised:
                 run(it.locator.locate(it.ref(revision=revision)))
             assert not raised.value.retryable
@@ -226,21 +226,6 @@ def test_the_rules_are_asked(run: Run) -> None:
         assert it.server.clients == []
 
 
-@pytest.mark.parametrize(
-    "id",
-    [
-        "http://127.0.0.1:1/folder",
-        "http://127.0.0.1:1/folder/?X-Signature=s3cret",
-        "http://127.0.0.1:1/folder?/",
-        "http://127.0.0.1:1/folder/#one",
-        "http://user:s3cret@127.0.0.1:1/folder/",
-        "http://127.0.0.1:99999/",
-        "ftp://127.0.0.1/folder/",
-        "org/name",
-    ],
-)
-def test_what_is_no_folders_url_is_refused(run: Run, id: str) -> None:
-    with world(FILES) as it:
-        with pytest.raises(InvalidAdapterIdError, match="URL of an adapter's folder") as raised:
-            run(it.locator.locate(AdapterRef(id)))
-        assert "s3cret" not in str(raised.value)
+def test_what_is_in_no_folder_is_not_looked_for_in_one(run: Run) -> None:
+    with world(FILES) as it, pytest.raises(InvalidAdapterIdError, match="no folder behind a URL"):
+        run(it.locator.locate(AdapterRef("org/name")))
