@@ -114,7 +114,10 @@ class HubCache:
         self._private = private
         self._wrong: set[FileIdentity] = set()
         self._meant: dict[CacheKey, set[str]] = {}
-        self._place, self._partials = _opened(self.path) if write else (None, None)
+        self._place: Place | None = None
+        self._partials: Partials | None = None
+        if write:
+            self._place, self._partials = _opened(self.path)
         self.scopes = Scopes(None if self._place is None else self._place.entries)
 
     def takes(self, scope: str) -> bool:

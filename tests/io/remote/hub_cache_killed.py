@@ -57,7 +57,7 @@ def fetch_until(folder: Path, at: int, tell: Callable[[object], None]) -> None:
 
 
 def main(base: Path) -> list[dict[str, Any]]:
-    outcomes = []
+    outcomes: list[dict[str, Any]] = []
     for at in range(1, 10_000):
         folder = base / str(at)
         code, told = ended(*fork(lambda tell, f=folder, n=at: fetch_until(f, n, tell)))  # type: ignore[misc]
