@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cache_inputs import put
 from cache_processes import KILLED, ended, fork
 from counted_calls import CHANGES, Calls
 from hub_cache_world import KEY, ROLES, contents, digest_of, tree
 from hub_world import ADAPTER, REPO
 
-from cache_inputs import put
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.hub_cache import HubCache
 from lorax_async.io.remote.hub_download import HubDownload

@@ -10,9 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from cache_inputs import content_of, put
-from huggingface_hub import snapshot_download
 from hub_stand_in import HubStandIn, git_sha1, is_large
 from hub_world import ADAPTER, REPO
+from huggingface_hub import snapshot_download
 
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey, FileRole
 from lorax_async.core.file_digest import Digest

@@ -107,7 +107,11 @@ def test_in_front_of_another_hub(run: Run, tmp_path: Path) -> None:
 
 def git(folder: Path, *words: str) -> str:
     """As a user who has no settings."""
-    who = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    who = {
+        f"GIT_{role}_{what}": "a@b"
+        for role in ("AUTHOR", "COMMITTER")
+        for what in ("NAME", "EMAIL")
+    }
     alone = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     done = subprocess.run(
         ["git", "-C", folder, *words],
@@ -124,14 +128,15 @@ def committed(folder: Path, files: dict[str, bytes]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     git(folder, "init", "--quiet", "--initial-branch=main")
     for name, content in files.items():
+        tracked = content
         if name.endswith(".safetensors"):
             oid = sha256(content)
             place = folder / ".git" / "lfs" / "objects" / oid[:2] / oid[2:4] / oid
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(content)
             head = "version https://git-lfs.github.com/spec/v1"
-            content = f"{head}\noid sha256:{oid}\nsize {len(content)}\n".encode()
-        (folder / name).write_bytes(content)
+            tracked = f"{head}\noid sha256:{oid}\nsize {len(content)}\n".encode()
+        (folder / name).write_bytes(tracked)
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "files")
     return git(folder, "rev-parse", "HEAD")
