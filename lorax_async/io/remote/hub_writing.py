@@ -83,7 +83,11 @@ def write_ref(path: str, repo: str, revision: str, commit: str, scratch: Folder)
 
 
 def _move(here: Folder, name: str, blobs: Folder, blob: str) -> None:
-    os.chmod(name, _mode(here), dir_fd=here.fd, follow_symlinks=False)
+    fd = here.file(name, os.O_RDONLY)
+    try:
+        os.fchmod(fd, _mode(here))
+    finally:
+        os.close(fd)
     os.replace(name, blob, src_dir_fd=here.fd, dst_dir_fd=blobs.fd)
 
 

@@ -23,7 +23,7 @@ from lorax_async.io.ports import Demand
 from lorax_async.io.remote.hub_cache import HubCache
 from lorax_async.io.remote.hub_download import HubDownload
 
-STORING = (*CHANGES, "symlink", "replace", "chmod")
+STORING = (*CHANGES, "symlink", "replace", "fchmod")
 
 
 def fetch(folder: Path, tell: Callable[[object], None]) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("hub_client", "nothing_left")
 
 HERE = Path(__file__).parent
 PATHS = [HERE, HERE.parent, HERE.parent / "http", HERE.parent.parent, HERE.parent.parent.parent]
-LINKS = ("symlink", "replace", "chmod", "readlink")
+LINKS = ("symlink", "replace", "fchmod", "readlink")
 FULL = ("mkdir", "pwritev", "write", "posix_fallocate", "fsync", "symlink", "replace")
 
 
@@ -87,7 +87,7 @@ def test_killed_after_any_call_a_second_process_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     outcomes = json.loads(done.stdout)
-    assert {"pwritev", "fsync", "chmod", "replace", "symlink", "unlink"} <= {
+    assert {"pwritev", "fsync", "fchmod", "replace", "symlink", "unlink"} <= {
         outcome["call"] for outcome in outcomes
     }
     assert [outcome["whole"] for outcome in outcomes] == sorted(o["whole"] for o in outcomes)
