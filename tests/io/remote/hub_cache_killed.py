@@ -64,7 +64,9 @@ def main(base: Path) -> list[dict[str, Any]]:
         if code != KILLED:
             assert code == 0
             return outcomes
-        # Nobody may take for an adapter what is not whole.
+        # Nobody may take for an adapter what is not whole, other tools included.
+        linked = {name.rpartition("/")[2] for name in tree(folder, "") if "/snapshots/" in name}
+        assert "adapter_config.json" not in linked or linked.issuperset(ADAPTER)
         cache = HubCache(folder, str)
         left = cache.open(KEY, check=True)
         assert left is None or contents(left) == ADAPTER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ SPOILT = {
     "a link to a file outside": _linked("../../../secret"),
     "an absolute link": _linked("/etc/passwd"),
     "a link out through the blobs": _linked("../../blobs/../../secret"),
+    "an absolute link to the name of a blob": _linked(f"/blobs/{sha256(WEIGHTS).hexdigest()}"),
     "a link to another repository": _linked(f"../../../models--org--b/blobs/{'e' * 64}"),
     "a blob without a digest": _linked("../../blobs/adapter_model.safetensors-and-more-of-it-1234"),
     "a link to a link outside": _blob(lambda blob: blob.symlink_to("../../secret")),

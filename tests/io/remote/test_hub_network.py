@@ -74,7 +74,9 @@ def test_a_silent_hub_holds_nobody_but_who_asked(run: Run) -> None:
                 with pytest.raises(FetchTimeoutError, match="did not answer in time") as caught:
                     await asking
                 tells_no_secret(caught.value)
-                assert ticks >= 6  # in more than a second; held, it would have ticked between attempts only
+                assert (
+                    ticks >= 6
+                )  # in more than a second; held, it would have ticked between attempts only
 
     run(body())
 
