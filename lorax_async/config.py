@@ -25,6 +25,9 @@ GiB = 1 << 30
 Eviction = Literal["lru", "lfu", "gdsf"]
 """Who makes room."""
 
+Verify = Literal["none", "stream", "before_use"]
+"""What is waited for before bytes are used."""
+
 _DEVICE = re.compile(r"cpu|simulated|cuda(:(0|[1-9][0-9]?))?")
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -140,6 +143,9 @@ class LoaderConfig:
         are kept. A `pathlib.Path` id needs none.
     check_finite
         Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
+    verify
+        What a load waits for: "stream" uses bytes before the digest of all of them is known,
+        "before_use" waits for it, and hashes local files, too; "none" computes none.
     limits
         How much of a stranger's adapter is accepted.
 
@@ -165,6 +171,7 @@ class LoaderConfig:
     eviction: Eviction = "lru"
     local_roots: tuple[Root, ...] = ()
     check_finite: bool = False
+    verify: Verify = "stream"
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -174,6 +181,8 @@ class LoaderConfig:
             )
         if self.eviction not in get_args(Eviction):
             raise ConfigError(f"eviction must be one of {', '.join(get_args(Eviction))}")
+        if self.verify not in get_args(Verify):
+            raise ConfigError(f"verify must be one of {', '.join(get_args(Verify))}")
         if not isinstance(self.check_finite, bool):
             raise ConfigError(f"check_finite must be True or False, not {self.check_finite!r}")
         if not isinstance(self.limits, Limits):

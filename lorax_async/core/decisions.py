@@ -124,11 +124,12 @@ class Decisions:
         """
         if life.slot is not SlotState.DRAINING or life.grant is None:
             return False
-        if life.copying or life.uses or life.leases or life.wiping:
+        if life.copying or life.uses or life.leases:
             return False
         if life.broken:
-            life.wiping = True
-            self.command(Wipe(life.key, life.grant))
+            if not life.wiping:
+                life.wiping = True
+                self.command(Wipe(life.key, life.grant))
             return False
         life.slot = next_slot_state(life.slot, SlotMove.QUIESCED)
         self.command(ClearColumn(life.key, life.grant))

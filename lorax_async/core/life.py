@@ -72,9 +72,9 @@ class Life:
     `copying` and `done` belong to the present grant, and `copy_turn` is its place among those that
     copy. A lease that ended under a running kernel is one of `uses` until the kernel is done.
     `image` are extents of page-locked host memory in which the groups in `imaged` lie as they do on
-    the device. The slot is `broken` if its bytes must not be used, and `wiping` while they are zeroed.
-    `leaving` was picked to make room; `unloads` callers wait for it to be gone; `told` says that its
-    departure was told. `demoted` would go on in the host tier.
+    the device. The slot is `broken` if its bytes must not be used, and `wiping` while they are
+    zeroed. `leaving` was picked to make room; `unloads` callers wait for it to be gone; `told` says
+    that its departure was told. `demoted` would go on in the host tier.
     """
 
     key: AdapterKey

@@ -5,7 +5,15 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-from lorax_async.adapter import AdapterKey, AdapterRef, Merge, MergedKey, Ref, TensorsKey
+from lorax_async.adapter import (
+    AdapterKey,
+    AdapterRef,
+    Merge,
+    MergedKey,
+    Ref,
+    TensorsKey,
+    is_stale,
+)
 from lorax_async.errors import InternalError, LoaderClosedError, LoraxError
 from lorax_async.io.ports import Source
 from lorax_async.runtime.journal import Journal
@@ -129,7 +137,8 @@ class Resolver:
         if task.cancelled() or task.exception() is not None:
             return
         key = task.result()
+        same = before == key and before is not None and is_stale(before) == is_stale(key)
         # Of equal keys the first is kept, which others keep too.
-        self._answers[ref] = before if before == key and before is not None else key
+        self._answers[ref] = before if same and before is not None else key
         if len(self._answers) > MAX_REMEMBERED:
             del self._answers[next(iter(self._answers))]

@@ -80,7 +80,9 @@ def _take_slot(world: World, a: int, command: commands.TakeSlot) -> None:
         forbid(other.slot.index == grant.slot.index, "a slot was granted before it was cleared")
         forbid(_overlap(other.extents, grant.extents), "extents of two slots overlap")
     for broken in world.dirty.values():
-        forbid(_overlap(broken.extents, grant.extents), "what broke was granted before it was zeroed")
+        forbid(
+            _overlap(broken.extents, grant.extents), "what broke was granted before it was zeroed"
+        )
     forbid(grant.slot.index >= setting.slots, "more slots than there are")
     end = max(extent.offset + extent.nbytes for extent in grant.extents)
     forbid(end > setting.device_bytes, "extents outside the arena")

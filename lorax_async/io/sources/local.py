@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import aiofiles
 
-from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.adapter import AdapterKey, AdapterRef, FileIdentity
 from lorax_async.config import Limits, Root, as_local_roots
 from lorax_async.core.header import HeaderLimits, header_size
 from lorax_async.core.runs import Span
-from lorax_async.errors import FetchError, UsageError
+from lorax_async.errors import FetchError, IntegrityError, UsageError
+from lorax_async.io.hashing import sha256_of
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
 from lorax_async.io.sources.checked_open import (
     FileReader,
@@ -39,6 +40,9 @@ from lorax_async.verification import UNCHECKED, Verification
 
 PREFIX_BYTES = 128 << 10
 """Read at once from the beginning of the weights: the header of nearly every adapter."""
+
+MAX_DIGESTS = 65_536
+"""Of files that were hashed; the one that was met first goes first."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -72,14 +76,25 @@ class LocalSource:
         What of a stranger's adapter is accepted.
     threads
         Where the file system is touched; two threads let config and weights open side by side.
+    hashes
+        Weights are hashed whenever they are opened anew, before they are used.
     """
 
-    def __init__(self, *, roots: Sequence[Root], limits: Limits, threads: Executor) -> None:
+    def __init__(
+        self,
+        *,
+        roots: Sequence[Root],
+        limits: Limits,
+        threads: Executor,
+        hashes: bool = False,
+    ) -> None:
         known = as_local_roots(roots)
         self._roots = tuple(os.fspath(root.path) for root in known)
         self._immutable = tuple(os.fspath(root.path) for root in known if root.immutable)
         self._limits = limits
         self._threads = threads
+        self._hashes = hashes
+        self._digests: dict[FileIdentity, str] = {}
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         place = parse_place(ref, self._roots)
@@ -109,15 +124,41 @@ class LocalSource:
 
     async def bring(
         self,
-        file: AdapterFile,  # noqa: ARG002 - the port's
+        file: AdapterFile,
         groups: Sequence[Sequence[Span]],  # noqa: ARG002 - the port's
         arrived: Callable[[int], None],  # noqa: ARG002 - the port's
         demand: Demand,
     ) -> Verification:
-        """All is here already: a copy reads the file itself, through its reader."""
+        """All is here already: a copy reads the file itself, through its reader.
+
+        Nobody said what the file should come to: a digest is our own, and the same each time.
+        """
         if demand.ended:
             raise FetchError("nobody waits for the adapter any more")
-        return UNCHECKED
+        if not self._hashes:
+            return UNCHECKED
+        return Verification("transport", await self._digest(file.reader, demand))
+
+    async def digest(self, key: AdapterKey) -> str:
+        reader = _reader(key, _open_known)
+        try:
+            return await self._digest(reader, Demand())
+        finally:
+            reader.close()
+
+    async def _digest(self, reader: Reader, demand: Demand) -> str:
+        """What the file comes to, and came to before if it was hashed before."""
+        assert isinstance(reader, FileReader)
+        found = await sha256_of(reader, self._threads, demand)
+        known = self._digests.setdefault(reader.identity, found)
+        if known != found:
+            raise IntegrityError(
+                f"{WEIGHTS} has other bytes than before, though it was not written to: look at"
+                " the disk, and save the adapter again"
+            )
+        if len(self._digests) > MAX_DIGESTS:
+            del self._digests[next(iter(self._digests))]
+        return found
 
     async def populate(self, key: AdapterKey) -> Hold:
         """In an immutable root: all bytes, mapped, and locked where the process may.
