@@ -26,7 +26,7 @@ class Names:
 
     def give(self, ref: AdapterRef, key: AdapterKey) -> None:
         """From here on `ref` means `key`."""
-        ref = _name(ref)
+        ref = ref.name
         self._end(ref)
         self._keys[ref] = key
         self._uses[key] += 1
@@ -48,13 +48,13 @@ class Names:
         """Whether `other` means, or would mean, what is given to `ref`."""
         if not isinstance(other, AdapterRef):
             return False
-        ref, other = _name(ref), _name(other)
+        ref, other = ref.name, other.name
         return other == ref or (other not in self._keys and replace(other, token=None) == ref)
 
     def _entry(self, ref: object) -> AdapterRef | None:
         if not isinstance(ref, AdapterRef):
             return None
-        ref = _name(ref)
+        ref = ref.name
         if ref in self._keys or ref.token is None:
             return ref if ref in self._keys else None
         bare = replace(ref, token=None)
@@ -66,8 +66,3 @@ class Names:
             self._uses[key] -= 1
             if not self._uses[key]:
                 del self._uses[key]
-
-
-def _name(ref: AdapterRef) -> AdapterRef:
-    plain = ref.digest is None and not ref.allow_stale
-    return ref if plain else replace(ref, digest=None, allow_stale=False)

@@ -59,7 +59,7 @@ OF_FILES: Mutants = {
     "files: a file is published once all of it is here": mutant(
         FILES,
         "                verification = await self._bring(key, attempt, file, plan, demand)\n",
-        "                verification = Verification(\"none\")\n",
+        '                verification = Verification("none")\n',
         f"{FILES_ALONE}::test_a_file_is_published_once_it_is_brought",
     ),
     "files: a fetch is over before its outcome is told": mutant(
