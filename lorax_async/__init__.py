@@ -50,6 +50,7 @@ from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.module_views import ModuleWeights
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.whereabouts import AdapterResidency
+from lorax_async.verification import Verification
 
 __all__ = [
     "AccessDeniedError",
@@ -95,6 +96,7 @@ __all__ = [
     "TransferError",
     "UnsupportedAdapterError",
     "UsageError",
+    "Verification",
     "layouts",
 ]
 

@@ -144,8 +144,9 @@ class LoaderConfig:
     check_finite
         Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
     verify
-        What a load waits for: "stream" uses bytes before the digest of all of them is known,
-        "before_use" waits for it, and hashes local files, too; "none" computes none.
+        What a load waits for: with "stream" a layer is used when its bytes are here, and the digest
+        of all of them follows; with "before_use" it comes first, of local files, too; "none"
+        compares none but a call's own.
     limits
         How much of a stranger's adapter is accepted.
 

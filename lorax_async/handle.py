@@ -152,6 +152,18 @@ class AdapterHandle:
         problem = f"layer {layer} did not arrive within {seconds:g} s"
         return AdapterTimeoutError(problem, id=self.id, key=self.key, stage="copy")
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether `verified` has nothing to wait for: nothing can turn out to be false any more."""
+        return self._lease.is_verified
+
+    def require_sound(self) -> None:
+        """Raise `IntegrityError`, or whatever broke the adapter under this handle, released or not.
+
+        For computations that go on for long under one `use`. Touches no lock; in any thread.
+        """
+        self._lease.require_sound()
+
     async def verified(self, timeout: float | None = None) -> Verification:
         """Wait until all bytes are here and checked as far as they will be; how far that was.
 

@@ -51,6 +51,7 @@ def test_other_weights_are_refused_for_who_gave_it(run: Run, tmp_path: Path) -> 
             error = caught.value
             assert (error.id, error.key, error.stage) == (str(folder), handle.key, "verify")
             assert not error.retryable
+            assert error.story == there.story(folder)
             assert digest_of(folder) in error.problem
             assert OTHER in error.problem
             assert holders(there) == 1
@@ -172,9 +173,9 @@ def test_a_prefetch_and_a_pin_are_held_against_it_too(run: Run, tmp_path: Path) 
     async def body() -> None:
         async with loader() as there:
             for tier in ("disk", "device"):
-                await there.prefetch(right, tier=tier)  # type: ignore[arg-type]
+                await there.prefetch(right, tier=tier)
                 with pytest.raises(IntegrityError):
-                    await there.prefetch(wrong, tier=tier)  # type: ignore[arg-type]
+                    await there.prefetch(wrong, tier=tier)
             with pytest.raises(IntegrityError):
                 await there.pin(wrong)
             await there.pin(right)
@@ -248,6 +249,6 @@ def test_what_is_no_digest(run: Run, tmp_path: Path, digest: object) -> None:
         async with loader() as there:
             for call in (there.load, lambda *a, **k: there.stream(*a, **k).__aenter__()):
                 with pytest.raises(UsageError, match="digest"):
-                    await call(tmp_path, digest=digest)  # type: ignore[operator]
+                    await call(tmp_path, digest=digest)  # type: ignore[arg-type]
 
     run(body())

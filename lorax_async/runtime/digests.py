@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lorax_async.adapter import AdapterKey, AdapterRef, Merge, MergedKey, Ref
 from lorax_async.errors import IntegrityError, InternalError, LoaderClosedError, LoraxError
 from lorax_async.io.ports import Source
+from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.tenancy import Lease, Promise, Tenancy
 from lorax_async.verification import Verification
 
@@ -30,8 +31,9 @@ class Digests:
     `check_open` raises once the loader is closing.
     """
 
-    def __init__(self, source: Source, check_open: Callable[[], None]) -> None:
+    def __init__(self, source: Source, journal: Journal, check_open: Callable[[], None]) -> None:
         self._source = source
+        self._journal = journal
         self._check_open = check_open
         self._known: dict[AdapterKey, str] = {}
         self._asking: dict[AdapterKey, _Question] = {}
@@ -96,7 +98,7 @@ class Digests:
             await tenancy.until(lambda: tenancy.verification is not None, tenancy.check)
             await self.compare(ref, key, tenancy.verification)
         except LoraxError as problem:
-            error = problem.located(key=key)
+            error = problem.located(key=key, story=self._journal.story(key))
         except Exception as problem:  # noqa: BLE001 - who holds the lease is told
             error = InternalError(f"a digest was not compared: {problem!r}", key=key)
             error.__cause__ = problem

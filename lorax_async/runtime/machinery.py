@@ -107,7 +107,7 @@ class Machinery:
             loop = asyncio.get_running_loop()
             memory = await loop.run_in_executor(self._metadata, self._claim_memory)
             self._assemble(memory)
-            self.digests = Digests(self._merged, check_open)
+            self.digests = Digests(self._merged, self.driver.journal, check_open)
             self.acquiring = Acquiring(self.resolver, self.driver, self.digests, check_open)
             self.giving = Giving(
                 self._tensors, self.resolver, self.acquiring, self.driver, check_open

@@ -223,21 +223,26 @@ class Lease:
             raise UsageError("a handle belongs to the process of its loader")
         if self._why_closed is not None:
             raise HandleClosedError(self._why_closed, id=self.id, key=self.tenancy.key)
+        self.require_sound()
+
+    def require_sound(self) -> None:
+        """Raise what broke the slot, or what it holds for this lease; ended or not."""
         error = self.tenancy.error
         if error is None and self.promise is not None:
             error = self.promise.error
         if error is not None:
             raise error.located(id=self.id) from error.__cause__
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether it is known how far the bytes were checked. From any thread."""
+        pending = self.promise is not None and self.promise.pending
+        return self.tenancy.verification is not None and not pending
+
     async def verified(self, check: Callable[[], None]) -> Verification:
         """Wait on the loader's loop until it is known how far the bytes were checked."""
         tenancy, promise = self.tenancy, self.promise
-
-        def known() -> bool:
-            pending = promise is not None and promise.pending
-            return tenancy.verification is not None and not pending
-
-        await tenancy.until(known, check)
+        await tenancy.until(lambda: self.is_verified, check)
         assert tenancy.verification is not None
         return (promise and promise.kept) or tenancy.verification
 

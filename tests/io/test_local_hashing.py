@@ -22,6 +22,7 @@ from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.io import hashing
 from lorax_async.io.ports import Demand
 from lorax_async.io.sources import local
+from lorax_async.io.sources.checked_open import FileReader
 from lorax_async.io.sources.local import LocalSource
 from lorax_async.verification import Verification
 
@@ -68,7 +69,7 @@ class Reading:
     def __init__(self, before: Callable[[int], None]) -> None:
         self.count = 0
         self._before = before
-        self._read = local.FileReader.read_into
+        self._read = FileReader.read_into
 
     def __get__(self, reader: Any, _: Any) -> Callable[..., None]:
         def read_into(buffers: Any, offset: int) -> None:
@@ -114,7 +115,7 @@ def test_a_file_that_changes_meanwhile_is_refused(
 
     async def main() -> None:
         key = await world.key()
-        monkeypatch.setattr(local.FileReader, "read_into", reading)
+        monkeypatch.setattr(FileReader, "read_into", reading)
         with pytest.raises(IntegrityError, match="changed or replaced meanwhile"):
             await (world.bring(key) if call == "bring" else world.source.digest(key))
 
@@ -148,7 +149,7 @@ def test_hashing_ends_when_nobody_wants_it(
 
     async def main() -> None:
         key = await world.key()
-        monkeypatch.setattr(local.FileReader, "read_into", reading)
+        monkeypatch.setattr(FileReader, "read_into", reading)
         with pytest.raises(FetchError, match="nobody waits"):
             await world.bring(key, demand=demand)
         assert reading.count == 3
