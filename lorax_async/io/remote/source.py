@@ -72,11 +72,9 @@ class RemoteSource:
         arrived: Callable[[int], None],
         demand: Demand,
     ) -> Verification:
-        """With "before_use", nothing arrives before all is checked."""
-        tell = _nobody if self._verify == "before_use" else arrived
         reader = file.reader
         if isinstance(reader, FetchReader):
-            entry = await reader.taken().bring(groups, tell, demand)
+            entry = await reader.taken().bring(groups, arrived, demand)
             reader.adopt(entry)
             return self._verification(entry)
         if not isinstance(reader, EntryReader):
@@ -84,7 +82,7 @@ class RemoteSource:
         if demand.ended:
             raise nobody_waits()
         for group in range(len(groups)):
-            tell(group)
+            arrived(group)
         await self._check(reader)
         return self._verification(reader.entry)
 
@@ -145,7 +143,3 @@ def _remote(key: AdapterKey) -> RemoteKey:
 
 def _close_hold(hold: LocalHold | ReadAhead) -> None:
     hold.close()
-
-
-def _nobody(_: int) -> None:
-    """Is told of nothing before all is checked."""
