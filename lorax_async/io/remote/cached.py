@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from hashlib import sha256
+from concurrent.futures import Executor
 from threading import Lock
 
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, CacheKey, FileRole
 from lorax_async.core.cache_record import Record
 from lorax_async.core.split_file import Head, plan_split
-from lorax_async.core.split_index import parse_index
+from lorax_async.core.split_index import joined_digest, parse_index
 from lorax_async.errors import EvictedError, InternalError
 from lorax_async.io.cache.ports import CacheEntry
+from lorax_async.io.hashing import sha256_of
 from lorax_async.io.ports import AdapterFile, Reader
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.sources.checked_open import FileReader
@@ -168,10 +169,23 @@ def verification_of(record: Record) -> Verification:
     weights = _weight_roles(record)
     kinds = {digests[role].kind for role in weights}
     kind = next(each for each in ("transport", "git-sha1", "sha256") if each in kinds)
-    if len(weights) == 1:
-        return Verification(kind, digests[weights[0]].value)
-    lines = "".join(f"{digests[role].value}  {role.file_name}\n" for role in weights)
-    return Verification(kind, sha256(lines.encode()).hexdigest())
+    return Verification(kind, joined_digest([digests[role].value for role in weights]))
+
+
+async def sha256_of_entry(entry: CacheEntry, threads: Executor) -> str:
+    """What its weights come to, as was found before, or else hashed now."""
+    found = []
+    for role in _weight_roles(entry.record):
+        file = entry.record.file(role)
+        if file is not None and file.digest.kind != "git-sha1":
+            found.append(file.digest.value)
+            continue
+        reader = entry.reader(role)
+        try:
+            found.append(await sha256_of(reader, threads))
+        finally:
+            reader.close()
+    return joined_digest(found)
 
 
 def gone() -> EvictedError:

@@ -70,6 +70,9 @@ class Elsewhere:
     ) -> Verification:
         return await (await self._source()).bring(file, groups, arrived, demand)
 
+    async def digest(self, key: AdapterKey) -> str:
+        return await (await self._source()).digest(key)
+
     async def populate(self, key: AdapterKey) -> Hold:
         return await (await self._source()).populate(key)
 

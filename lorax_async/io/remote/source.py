@@ -17,6 +17,7 @@ from lorax_async.io.remote.cached import (
     ReopenedReader,
     gone,
     held,
+    sha256_of_entry,
     verification_of,
 )
 from lorax_async.io.remote.jobs import nobody_waits
@@ -86,6 +87,14 @@ class RemoteSource:
             tell(group)
         await self._check(reader)
         return self._verification(reader.entry)
+
+    async def digest(self, key: AdapterKey) -> str:
+        remote = _remote(key)
+        entry = await self._workers.run(partial(self._entry, remote), close)
+        try:
+            return await sha256_of_entry(entry, self._workers.threads)
+        finally:
+            entry.close()
 
     async def populate(self, key: AdapterKey) -> Hold:
         remote = _remote(key)
