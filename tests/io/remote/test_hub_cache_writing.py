@@ -186,6 +186,16 @@ def test_what_a_commit_shares_with_another_is_not_fetched(
     assert scan_cache_dir(hub_client).warnings == []
 
 
+def test_a_source_that_contradicts_itself(cache: HubCache) -> None:
+    """The digest is that of a blob, and the size another: the blob is not taken for it."""
+    stored(cache)
+    download = begun(cache, CacheKey(REPO, "d" * 40))
+    size = len(WEIGHTS) - 1
+    weights = download.file(WEIGHTS_FILE, size, digest_of(NAME, WEIGHTS))
+    assert weights.missing() == [(0, size)]
+    download.discard()
+
+
 def test_a_blob_with_other_bytes_is_replaced(cache: HubCache, hub_client: Path) -> None:
     """huggingface_hub checks a size at most: what it left there is not taken on trust."""
     key = by_the_library(hub_client, ADAPTER)
