@@ -77,9 +77,10 @@ def is_there(cache: Cache, of: CacheKey) -> bool:
 
 
 def below(folder: Path) -> set[str]:
-    """Files and folders in there, as paths from it, but for the cache's own four."""
+    """Files and folders in there, as paths from it, but for the cache's own five."""
     return {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.parent != folder or path.name not in {"entries", "partials", "locks", "trash"}
+        if path.parent != folder
+        or path.name not in {"entries", "partials", "locks", "trash", "answers"}
     }
