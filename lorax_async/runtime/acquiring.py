@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from lorax_async.adapter import AdapterKey, Ref, text_of
+from lorax_async.adapter import AdapterKey, Ref, RemoteKey, text_of
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import (
     AdapterError,
@@ -79,7 +79,10 @@ class Acquiring:
                         if not foreground:
                             await self._driver.files.opened(key)
                     try:
-                        return await interest.granted(wish)
+                        lease = await interest.granted(wish)
+                        if tier is Tier.STREAM and isinstance(key, RemoteKey):
+                            await self._readable(key, lease)
+                        return lease
                     except AdapterError as error:
                         evicted += isinstance(error, EvictedError)
                         again = isinstance(error, EvictedError) and evicted < EVICTIONS
@@ -96,6 +99,16 @@ class Acquiring:
             if isinstance(problem, Exception):
                 raise InternalError(f"a wish failed: {problem!r}", id=text_of(ref)) from problem
             raise
+
+    async def _readable(self, key: RemoteKey, lease: Lease | None) -> None:
+        """Who streams has the adapter before its file was opened, which may have gone: that is
+        seen while it can still be fetched again. Raises `EvictedError`.
+        """
+        try:
+            await self._driver.files.readable(key)
+        except EvictedError:  # which is also said of a file that was read to its end
+            if lease is None or not lease.tenancy.complete:
+                raise
 
     async def lease(self, ref: Ref, tier: Tier, seconds: float, *, priority: int) -> Lease:
         """As `acquire`, for who takes one."""

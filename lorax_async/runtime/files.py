@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from time import perf_counter
 from typing import Protocol
 
-from lorax_async.adapter import AdapterKey
+from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
@@ -97,6 +97,16 @@ class Files:
         if reader is None:
             reader = self.readers[key] = self._source.reopen(key)
         return reader
+
+    async def readable(self, key: RemoteKey) -> None:
+        """Wait until the file that is read, if it is, is open, and so stays where it is.
+
+        Raises `EvictedError` if it is gone.
+        """
+        reader = self.readers.get(key)
+        if reader is not None:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._threads, lambda: reader.nbytes)
 
     def close_reader(self, key: AdapterKey) -> None:
         reader = self.readers.pop(key, None)
