@@ -11,9 +11,7 @@ from soak.play import play
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
-DEVICES = pytest.mark.parametrize(
-    ("device", "loop"), [("cpu", "uvloop"), ("simulated", "asyncio")]
-)
+DEVICES = pytest.mark.parametrize(("device", "loop"), [("cpu", "uvloop"), ("simulated", "asyncio")])
 
 
 @pytest.mark.soak

@@ -79,10 +79,7 @@ class Acquiring:
                         if not foreground:
                             await self._driver.files.opened(key)
                     try:
-                        lease = await interest.granted(wish)
-                        if tier is Tier.STREAM and isinstance(key, RemoteKey):
-                            await self._readable(key, lease)
-                        return lease
+                        return await self._granted(wish, tier)
                     except AdapterError as error:
                         evicted += isinstance(error, EvictedError)
                         again = isinstance(error, EvictedError) and evicted < EVICTIONS
@@ -100,15 +97,21 @@ class Acquiring:
                 raise InternalError(f"a wish failed: {problem!r}", id=text_of(ref)) from problem
             raise
 
-    async def _readable(self, key: RemoteKey, lease: Lease | None) -> None:
+    async def _granted(self, wish: Wish, tier: Tier) -> Lease | None:
         """Who streams has the adapter before its file was opened, which may have gone: that is
-        seen while it can still be fetched again. Raises `EvictedError`.
+        seen while it can still be fetched again. Raises `EvictedError` then.
         """
-        try:
-            await self._driver.files.readable(key)
-        except EvictedError:  # which is also said of a file that was read to its end
-            if lease is None or not lease.tenancy.complete:
-                raise
+        lease = await self._driver.interest.granted(wish)
+        if lease is None or tier is not Tier.STREAM or not isinstance(wish.key, RemoteKey):
+            return lease
+        if not lease.tenancy.complete:
+            try:
+                await self._driver.files.readable(wish.key)
+            except EvictedError:
+                # Which is also said of what was read to its end. The copies know; and until they
+                # have failed, the lifecycle takes the file for present, and would not fetch it.
+                await lease.tenancy.ready(lease.tenancy.layers[-1], lease.check)
+        return lease
 
     async def lease(self, ref: Ref, tier: Tier, seconds: float, *, priority: int) -> Lease:
         """As `acquire`, for who takes one."""

@@ -99,14 +99,12 @@ class Files:
         return reader
 
     async def readable(self, key: RemoteKey) -> None:
-        """Wait until the file that is read, if it is, is open, and so stays where it is.
+        """Wait until the file of an adapter that fills its slot is open, and so stays where it is.
 
         Raises `EvictedError` if it is gone.
         """
-        reader = self.readers.get(key)
-        if reader is not None:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._threads, lambda: reader.nbytes)
+        loop, reader = asyncio.get_running_loop(), self.reader(key)
+        await loop.run_in_executor(self._threads, lambda: reader.nbytes)
 
     def close_reader(self, key: AdapterKey) -> None:
         reader = self.readers.pop(key, None)

@@ -184,10 +184,7 @@ class Callers:
         self._tally.outcomes["layers compared"] += len(layers)
         if found == self._expected[stored.number][layers.start : layers.stop]:
             return
-        stay, late = (handle.key, handle.slot), monotonic() + GRACE
-        while stay not in self._judge.broken and monotonic() < late:
-            await asyncio.sleep(0.01)
-        told = self._judge.broken.get(stay)
+        told = await self._judge.verdict(handle.key, handle.slot, GRACE)
         if not stored.promised or not isinstance(told, IntegrityError):
             story = self._setting.loader.story(handle.key)
             raise SoakError(f"{stored.name}: {layers} on the device is wrong ({told})", story)

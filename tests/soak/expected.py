@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -55,6 +56,6 @@ def _names(layer: int) -> tuple[str, ...]:
     return MODULES[layer * PER_LAYER : (layer + 1) * PER_LAYER]
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
+def _raw(tensor: torch.Tensor) -> Any:
     """The bytes as they are: not all of them are numbers."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.contiguous().view(torch.uint8).numpy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lorax_async import (
@@ -19,7 +21,7 @@ from soak.library import Stored
 from soak.tally import SoakError
 
 EVERYWHERE = {"queue", "resolve", "fetch", "verify", "stage", "copy", "ready"}
-ALLOWED = {
+ALLOWED: dict[type[LoraxError], set[str]] = {
     FetchError: {"resolve", "fetch"},
     FetchTimeoutError: {"resolve", "fetch"},
     IntegrityError: {"resolve", "fetch"},
@@ -37,9 +39,21 @@ class Judge:
     doubted: set[Stored] = field(default_factory=set)
     """Adapters about which the loader said that their bytes are not what they should be."""
 
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
     def heard(self, event: Event) -> None:
         if isinstance(event, Failed) and event.slot is not None:
             self.broken[event.key, event.slot] = event.error
+            self._news.set()
+            self._news = asyncio.Event()
+
+    async def verdict(self, key: AdapterKey, slot: SlotId, seconds: float) -> LoraxError | None:
+        """What that stay ended with, or will soon."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while (key, slot) not in self.broken:
+                    await self._news.wait()
+        return self.broken.get((key, slot))
 
     def broken_stays(self, location: str) -> int:
         return sum(key.location == location for key, _ in self.broken)

@@ -30,7 +30,7 @@ from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import parse_url
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.opening import Opening
-from lorax_async.io.remote.ports import Located, RemoteFile
+from lorax_async.io.remote.ports import Located, Locator, RemoteFile
 from lorax_async.io.remote.resolving import Resolving
 from lorax_async.io.remote.rules import AllowRules
 from lorax_async.io.remote.source import RemoteSource
@@ -161,7 +161,7 @@ async def setting(
     )
     workers, limits = Workers(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
-    locators = {
+    locators: dict[str, Locator] = {
         "hub": LibraryLocator(library, process.url, rules),
         "http": WebLocator(engine, rules, limits),
     }

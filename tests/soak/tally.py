@@ -44,13 +44,13 @@ class Tally:
     def lines(self) -> list[str]:
         quarter = len(self.rss) // 4
         later = [round(value / 1e6) for value in self.rss[quarter:]]
+        lags = ", ".join(f"p{part * 100:g} {self.lag(part):.1f}" for part in (0.5, 0.99, 0.999))
         return [
             f"outcomes: {_told(self.outcomes)}",
             f"errors: {_told(self.errors)}",
             f"at most: {_told(self.peaks)}",
             f"RSS after a quarter: {min(later, default=0)} to {max(later, default=0)} MB",
-            f"loop lag: p50 {self.lag(0.5):.1f}, p99 {self.lag(0.99):.1f},"
-            f" p99.9 {self.lag(0.999):.1f}, max {max(self.lags, default=0) / 10:.1f} ms",
+            f"loop lag: {lags}, max {max(self.lags, default=0) / 10:.1f} ms",
         ]
 
 

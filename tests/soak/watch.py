@@ -21,8 +21,8 @@ from soak.tally import SoakError, Tally
 MOST = {
     "sockets": 2 * CONNECTIONS + 8,
     "threads": CONNECTIONS + 24,
-    "descriptors": 16 * AT_ONCE,
-    "tasks": 8 * AT_ONCE,
+    "descriptors": 6 * AT_ONCE,
+    "tasks": 4 * AT_ONCE,
 }
 """More than there were before; 16 connections are in use, and as many idle."""
 

@@ -28,7 +28,7 @@ async def leave(world: RemoteWorld, loader: AdapterLoader, name: str) -> None:
     """It is loaded, and then neither on the device nor on the disk; the loader knows it still."""
     (await loader.load(world.ref(name))).release()
     (await loader.load(world.ref("another"))).release()
-    await until(lambda: all([rm(world.cache, entry.name) for entry in ls(world.cache)]))
+    await until(lambda: all(rm(world.cache, entry.name) for entry in ls(world.cache)))
 
 
 def stocked(world: RemoteWorld, folder: Path) -> Path:
