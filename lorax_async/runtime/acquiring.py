@@ -126,6 +126,7 @@ class Acquiring:
         while not pinned:  # an unload may come between: it is waited for, and the load repeated
             left = max(0.0, deadline - loop.time())
             lease = await self.lease(ref, Tier.DEVICE, left, priority=priority)
+            lease.id = text_of(ref)
             try:
                 if not self._resolver.outdated(ref, lease.tenancy.key):  # else it was replaced
                     pinned = self._driver.interest.pin(ref, lease)
