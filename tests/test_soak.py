@@ -15,7 +15,6 @@ DEVICES = pytest.mark.parametrize(("device", "loop"), [("cpu", "uvloop"), ("simu
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
 @DEVICES
 def test_a_bad_source_for_long(
     tmp_path: Path,

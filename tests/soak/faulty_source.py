@@ -187,17 +187,22 @@ def _crowded(answer: Answer, client: Client, draw: random.Random) -> None:
 
 
 def _wrong(answer: Answer, client: Client, draw: random.Random) -> None:
-    """One byte of what follows the header is another one."""
-    body = bytearray(answer.body)
-    body[draw.randrange(max(0, answer.header - answer.start), len(body))] ^= 1 << draw.randrange(8)
     client.head(answer.status, *answer.fields)
-    client.send(bytes(body))
+    client.send(_other(answer, draw))
 
 
 def _changed(answer: Answer, client: Client, draw: random.Random) -> None:
+    """Another version; of whose beginning, by which it is known, the bytes are the same."""
     rest = [field for field in answer.fields if not field.startswith("ETag")]
     client.head(answer.status, *rest, f'ETag: "changed-{draw.getrandbits(64):016x}"')
-    client.send(answer.body)
+    client.send(_other(answer, draw) if answer.start else answer.body)
+
+
+def _other(answer: Answer, draw: random.Random) -> bytes:
+    """One byte of what follows the header is another one."""
+    body = bytearray(answer.body)
+    body[draw.randrange(max(0, answer.header - answer.start), len(body))] ^= 1 << draw.randrange(8)
+    return bytes(body)
 
 
 FAULTS: dict[str, Callable[[Answer, Client, random.Random], None]] = {

@@ -9,8 +9,9 @@ from remote_world import RemoteWorld
 
 import tiny
 from common import Run, until
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig
+from lorax_async import AdapterHandle, AdapterLoader, EvictedError, LoaderConfig
 from lorax_async.io.cache.upkeep import ls, rm
+from lorax_async.io.remote.cached import EntryReader, ReopenedReader, gone
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -72,3 +73,20 @@ def test_it_is_fetched_again_for_who_streams(run: Run, tmp_path: Path, device: s
 async def all_of(handle: AdapterHandle) -> None:
     for layer in range(tiny.LAYERS):
         await handle.layer_ready(layer)
+
+
+def test_what_was_gone_once_stays_gone() -> None:
+    """All who read are told the same, though it may come back meanwhile."""
+    opened = 0
+
+    def open() -> EntryReader:
+        nonlocal opened
+        opened += 1
+        raise gone()
+
+    reader = ReopenedReader(open)
+    for _ in range(2):
+        with pytest.raises(EvictedError):
+            reader.read_into([memoryview(bytearray(1))], 0)
+    assert opened == 1
+    reader.close()
