@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from lorax_async.adapter import AdapterKey, Ref, is_stale, text_of
+from lorax_async.adapter import AdapterKey, Ref, RemoteKey, is_stale, text_of
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import (
     AdapterError,
@@ -91,7 +91,7 @@ class Acquiring:
                         if not foreground:
                             await self._driver.files.opened(key)
                     try:
-                        lease = await interest.granted(wish)
+                        lease = await self._granted(wish, tier)
                         granted = True
                     except AdapterError as error:
                         evicted += isinstance(error, EvictedError)
@@ -114,28 +114,7 @@ class Acquiring:
                 raise InternalError(f"a wish failed: {problem!r}", id=text_of(ref)) from problem
             raise
 
-    async def _hold_to_digest(
-        self, ref: Ref, key: AdapterKey, tier: Tier, lease: Lease | None
-    ) -> None:
-        if lease is None:
-            await self._digests.compare(ref, key, self._driver.files.verifications.get(key))
-            return
-        lease.stale = is_stale(key)
-        if tier is Tier.STREAM:
-            self._digests.watch(ref, key, lease)
-        else:
-            await self._digests.hold(ref, key, lease)
-
-    def try_lease(self, ref: Ref) -> Lease | None:
-        """A lease on what is resident, if `ref` is known to mean it; touches no file."""
-        key = self.known(ref)
-        lease = self._driver.interest.try_lease(key) if key is not None else None
-        if key is None or lease is None:
-            return None
-        if not self._digests.agrees(ref, key, lease.tenancy.verification):
-            lease.end()
-            return None
-        lease.stale = is_stale(key)
+from lorax_async.adapter import AdapterKey, Ref, RemoteKey, is_stale, text_of
         return lease
 
     async def lease(self, ref: Ref, tier: Tier, seconds: float, *, priority: int) -> Lease:
@@ -151,6 +130,7 @@ class Acquiring:
         while not pinned:  # an unload may come between: it is waited for, and the load repeated
             left = max(0.0, deadline - loop.time())
             lease = await self.lease(ref, Tier.DEVICE, left, priority=priority)
+            lease.id = text_of(ref)
             try:
                 if not self._resolver.outdated(ref, lease.tenancy.key):  # else it was replaced
                     pinned = self._driver.interest.pin(ref, lease)

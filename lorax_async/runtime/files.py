@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from time import perf_counter
 from typing import Protocol
 
-from lorax_async.adapter import AdapterKey
+from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
@@ -102,6 +102,14 @@ class Files:
         if reader is None:
             reader = self.readers[key] = self._source.reopen(key)
         return reader
+
+    async def readable(self, key: RemoteKey) -> None:
+        """Wait until the file of an adapter that fills its slot is open, and so stays where it is.
+
+        Raises `EvictedError` if it is gone.
+        """
+        loop, reader = asyncio.get_running_loop(), self.reader(key)
+        await loop.run_in_executor(self._threads, lambda: reader.nbytes)
 
     def close_reader(self, key: AdapterKey) -> None:
         reader = self.readers.pop(key, None)

@@ -51,7 +51,10 @@ class EntryReader:
 
 
 class ReopenedReader:
-    """The `Reader` of a key, whose entry is opened by the first read."""
+    """The `Reader` of a key, whose entry is opened by the first read.
+
+    What is gone then stays so, whatever comes into the cache later: all threads are told the same.
+    """
 
     def __init__(self, open: Callable[[], EntryReader]) -> None:
         self._open = open
@@ -80,7 +83,11 @@ class ReopenedReader:
             if self._closed:
                 raise gone()
             if self._opened is None:
-                self._opened = self._open()
+                try:
+                    self._opened = self._open()
+                except EvictedError:
+                    self._closed = True
+                    raise
             return self._opened
 
 
