@@ -275,7 +275,8 @@ class Lifecycle:
         if life is None or life.needs is None:
             return "fetch"
         if life.slot is SlotState.FILLING:
-            return "copy"
+            fetching = life.file is FileState.FETCHING and not life.fetched & ~life.done
+            return "fetch" if fetching else "copy"
         return "ready" if life.slot is SlotState.RESIDENT else "queue"
 
     # -- steps that several outcomes share ---------------------------------------------------------

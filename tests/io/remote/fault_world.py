@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fault_server import Asked, Client
 from remote_world import RemoteWorld, Stored
@@ -22,6 +22,8 @@ from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
 from lorax_async.io.cache.upkeep import ls
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from sweeping import Bench
+
+T = TypeVar("T")
 
 RANK = 128
 """Some 400 KB: more than comes with the first request."""
@@ -99,9 +101,9 @@ def at(part: str, fault: Fault, times: int = 1 << 30) -> Fault:
     return behave
 
 
-def in_turn(names: Iterable[str]) -> list[tuple[str, str]]:
+def in_turn(cases: Iterable[T]) -> list[tuple[str, T]]:
     """Each with one event loop, all loops in turn: what is told does not come from the loop."""
-    return list(zip(cycle(LOOPS), names, strict=False))
+    return list(zip(cycle(LOOPS), cases, strict=False))
 
 
 def over(world: RemoteWorld, **settings: object) -> AdapterLoader:

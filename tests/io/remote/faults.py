@@ -106,7 +106,8 @@ def silent(world: FaultyWorld, asked: Asked, client: Client) -> None:
 
 
 def stalled(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    client.send(begin(world, asked, client)[:100])
+    body = begin(world, asked, client)
+    client.send(body[: len(body) // 2])
     client.stall()
 
 

@@ -60,8 +60,8 @@ class ToldLocator:
     promises: bool = True
     located: int = 0
     error: FetchError | None = None
-    base: str | None = None
-    """Under which URL the files are, if that is not the server's own."""
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    """Below which URL an adapter lies that is not at the server, by its name."""
 
     def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         if ref.revision is None or len(ref.revision) != 40:
@@ -90,7 +90,7 @@ class ToldLocator:
 
     def _file(self, ref: AdapterRef, role: FileRole, data: bytes) -> RemoteFile:
         path = f"/{ref.text}/{role.file_name}"
-        url = parse_url(self.server.url(path) if self.base is None else self.base + path)
+        url = parse_url(self.elsewhere.get(ref.text, self.server.url("")) + path)
         headers = {} if ref.token is None else {"Authorization": f"Bearer {ref.token}"}
         target = Target(url, path[1:], headers, Anywhere())
         if not self.promises:

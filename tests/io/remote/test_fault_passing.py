@@ -98,7 +98,8 @@ def test_pythons_own_server_has_no_ranges(run: Run, tmp_path: Path) -> None:
         thread.start()
         try:
             folders = [world.stock(name, seed) for seed, name in enumerate(("bad", "good"))]
-            world.locator.base = f"http://127.0.0.1:{server.server_address[1]}"
+            place = f"http://127.0.0.1:{server.server_address[1]}"
+            world.locator.elsewhere = dict.fromkeys(["bad", "good"], place)
             run(comes_right(world, *folders))
             assert not world.server.asked
         finally:
