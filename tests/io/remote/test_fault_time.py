@@ -38,6 +38,7 @@ STALLS = {
 }
 
 
+@pytest.mark.parametrize("run", ["uvloop"], indirect=True)
 def test_what_stalls_or_drips_ends_by_itself(run: Run, tmp_path: Path) -> None:
     """All of it at the same time, beside one adapter that comes: they hold up nobody."""
     http = engine(32, timeouts=HURRIED, retries=ONCE_AGAIN)
