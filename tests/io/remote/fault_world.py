@@ -19,6 +19,7 @@ import tiny
 from common import LOOPS, until
 from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
+from lorax_async.core.layout import ModelLayout
 from lorax_async.io.cache.upkeep import ls
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from sweeping import Bench
@@ -106,7 +107,9 @@ def in_turn(cases: Iterable[T]) -> list[tuple[str, T]]:
     return list(zip(cycle(LOOPS), cases, strict=False))
 
 
-def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
+def over(
+    world: RemoteWorld, layout: ModelLayout | None = None, **settings: object
+) -> AdapterLoader:
     plain: dict[str, object] = {
         "device_bytes": 16 << 20,
         "max_slots": 8,
@@ -114,7 +117,7 @@ def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
         "timeout": 30,
     }
     config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
-    return AdapterLoader(tiny.layout(), config, source=world.source)
+    return AdapterLoader(layout or tiny.layout(), config, source=world.source)
 
 
 async def loads_right(loader: AdapterLoader, world: RemoteWorld, folder: Path) -> AdapterHandle:
