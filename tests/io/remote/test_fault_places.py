@@ -82,9 +82,7 @@ def test_nobody_is_led_to_a_private_address(
 
 
 @pytest.mark.parametrize("part", ["config", "header", "body"])
-def test_https_does_not_become_http(
-    run: Run, tmp_path: Path, certificate: Path, part: str
-) -> None:
+def test_https_does_not_become_http(run: Run, tmp_path: Path, certificate: Path, part: str) -> None:
     pretence = Pretence()
     pretence.network.names["files.example"] = [PUBLIC]
     with (

@@ -80,9 +80,7 @@ CASES = {
     "weights, no promise": Case(
         *(large, AdapterFormatError, "max_adapter_bytes", {CONFIG, WEIGHTS}), promises=False
     ),
-    "a header over the limit": Case(
-        padded_header, AdapterFormatError, "header", {CONFIG, WEIGHTS}
-    ),
+    "a header over the limit": Case(padded_header, AdapterFormatError, "header", {CONFIG, WEIGHTS}),
     "a huge header in huge weights": Case(
         *(huge_header, AdapterFormatError, "max_adapter_bytes", {CONFIG, WEIGHTS}), promises=False
     ),
@@ -117,9 +115,7 @@ OTHER_SIZES = {f"{name} {by:+}": (name, by) for name in (CONFIG, WEIGHTS) for by
 
 
 @pytest.mark.parametrize(("run", "name"), in_turn(OTHER_SIZES), indirect=["run"])
-def test_other_sizes_than_were_promised(
-    run: Run, tmp_path: Path, name: str
-) -> None:
+def test_other_sizes_than_were_promised(run: Run, tmp_path: Path, name: str) -> None:
     """The source says one byte more or less, and no digest."""
     wrong, by = OTHER_SIZES[name]
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:

@@ -79,9 +79,7 @@ class Held:
         world.well(asked, client)
 
 
-@pytest.mark.parametrize(
-    ("run", "part"), in_turn(["config", "header", "body"]), indirect=["run"]
-)
+@pytest.mark.parametrize(("run", "part"), in_turn(["config", "header", "body"]), indirect=["run"])
 def test_a_deadline_ends_the_download_too(run: Run, tmp_path: Path, part: str) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad, good = world.stock("bad"), world.stock("good", 1)
