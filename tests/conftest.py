@@ -55,7 +55,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{count} tests ran against {program} ({tool(program)})")
     for program, count in sorted(_not_run.items()):
         terminalreporter.write_line(
-            f"{count} tests did not run: {program} is not installed; `make servers` does that"
+            f"{count} tests did not run: {program} is not installed or not permitted here;"
+            " `make servers` installs servers"
         )
 
 

@@ -189,7 +189,8 @@ class Life:
         if self.needs is None:
             return "fetch"
         if self.slot is SlotState.FILLING:
-            return "copy"
+            awaited = self.file is FileState.FETCHING and not self.fetched & ~self.done
+            return "fetch" if awaited else "copy"
         return "ready" if self.slot is SlotState.RESIDENT else "queue"
 
     def vacate(self) -> None:

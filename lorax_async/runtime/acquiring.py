@@ -114,7 +114,44 @@ class Acquiring:
                 raise InternalError(f"a wish failed: {problem!r}", id=text_of(ref)) from problem
             raise
 
-from lorax_async.adapter import AdapterKey, Ref, RemoteKey, is_stale, text_of
+    async def _granted(self, wish: Wish, tier: Tier) -> Lease | None:
+        """Who streams has the adapter before its file was opened, which may have gone: that is
+        seen while it can still be fetched again. Raises `EvictedError` then.
+        """
+        lease = await self._driver.interest.granted(wish)
+        if lease is None or tier is not Tier.STREAM or not isinstance(wish.key, RemoteKey):
+            return lease
+        if not lease.tenancy.complete:
+            try:
+                await self._driver.files.readable(wish.key)
+            except EvictedError:
+                # Which is also said of what was read to its end. The copies know; and until they
+                # have failed, the lifecycle takes the file for present, and would not fetch it.
+                await lease.tenancy.ready(lease.tenancy.layers[-1], lease.check)
+        return lease
+
+    async def _hold_to_digest(
+        self, ref: Ref, key: AdapterKey, tier: Tier, lease: Lease | None
+    ) -> None:
+        if lease is None:
+            await self._digests.compare(ref, key, self._driver.files.verifications.get(key))
+            return
+        lease.stale = is_stale(key)
+        if tier is Tier.STREAM:
+            self._digests.watch(ref, key, lease)
+        else:
+            await self._digests.hold(ref, key, lease)
+
+    def try_lease(self, ref: Ref) -> Lease | None:
+        """A lease on what is resident, if `ref` is known to mean it; touches no file."""
+        key = self.known(ref)
+        lease = self._driver.interest.try_lease(key) if key is not None else None
+        if key is None or lease is None:
+            return None
+        if not self._digests.agrees(ref, key, lease.tenancy.verification):
+            lease.end()
+            return None
+        lease.stale = is_stale(key)
         return lease
 
     async def lease(self, ref: Ref, tier: Tier, seconds: float, *, priority: int) -> Lease:
