@@ -158,7 +158,7 @@ def _verify(arguments: argparse.Namespace, screen: Screen) -> int:
             ]
             screen.json({"folder": str(folder), "entries": entries})
         elif found:
-            screen.say(f"{len(found)} entries hashed, {len(damaged)} damaged, in {folder}")
+            screen.say(f"entries: {len(found)} hashed, {len(damaged)} damaged, in {folder}")
         else:
             _say_empty(folder, cache, screen)
     for each in damaged:
@@ -195,7 +195,7 @@ def _rm(arguments: argparse.Namespace, screen: Screen) -> int:
             try:
                 meant = _meant(name, () if cache is None else upkeep.ls(cache))
             except UsageError as error:
-                problems.append(str(error))
+                problems.append(error.problem)
                 continue
             for each in meant:
                 if cache is not None and upkeep.rm(cache, each.name):
@@ -210,7 +210,7 @@ def _rm(arguments: argparse.Namespace, screen: Screen) -> int:
         for each in removed:
             of = "partial" if each.record is None else each.record.source
             screen.say(f"removed {each.name[:SHOWN]} ({of})")
-        screen.say(f"{size(nbytes)} were removed from {folder}")
+        screen.say(f"removed: {size(nbytes)} from {folder}")
     for problem in problems:
         screen.complain(problem)
     return FAILED if problems else OK
@@ -257,8 +257,8 @@ def _gc(arguments: argparse.Namespace, screen: Screen) -> int:
         _say_empty(folder, cache, screen)
     else:
         screen.say(
-            f"removed {freed.entries} entries and {freed.partials} partial downloads,"
-            f" {size(freed.nbytes)}; {size(left)} are left in {folder}"
+            f"removed: {size(freed.nbytes)} (entries: {freed.entries}, partial downloads:"
+            f" {freed.partials}); left: {size(left)} in {folder}"
         )
     if left > budget:
         screen.complain(f"{size(left)} are in use, and more than {size(budget)}")
