@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from lorax_async.commands.inspection import Inspection, Target, inspect_adapter
 from lorax_async.commands.looking import look
 from lorax_async.commands.places import ID_HELP, TOKENS, add_sources, as_place, settings_of
 from lorax_async.commands.terminal import Screen, spans
+from lorax_async.core.layout import ModelLayout
 from lorax_async.identity import AdapterRef
 
 
@@ -32,8 +32,7 @@ def add_to(add: AddParser) -> None:
 def _inspect(arguments: argparse.Namespace, screen: Screen) -> int:
     base: str | None = arguments.base
     layout = layout_of(base, screen) if base is not None else None
-    with _folder_of(arguments, screen) as folder:
-        found = replace(inspect_adapter(folder, layout, base), path=arguments.path.text)
+    found = _inspected(arguments, layout, screen)
     if arguments.json:
         screen.json({"loadable": found.loadable} | asdict(found))
     else:
@@ -41,17 +40,18 @@ def _inspect(arguments: argparse.Namespace, screen: Screen) -> int:
     return OK if found.loadable else REFUSED
 
 
-@contextmanager
-def _folder_of(arguments: argparse.Namespace, screen: Screen) -> Iterator[Path]:
+def _inspected(
+    arguments: argparse.Namespace, layout: ModelLayout | None, screen: Screen
+) -> Inspection:
     ref: AdapterRef = arguments.path
     if isinstance(ref.id, Path):
-        yield ref.id
-        return
+        return inspect_adapter(ref.id, layout, arguments.base)
     with screen.steps() as report:
         report(f"asking for config and header of {ref.text}")
         looked = look(ref, settings_of(arguments, [ref]))
     with looked.as_folder() as folder:
-        yield folder
+        found = inspect_adapter(folder, layout, arguments.base)
+    return replace(found, path=ref.text, file_bytes=looked.file_bytes)
 
 
 def _show_inspection(found: Inspection, screen: Screen) -> None:

@@ -18,11 +18,16 @@ from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """Config and header of an adapter whose weights have `nbytes`."""
+    """Config and header of an adapter.
+
+    `nbytes` is the size of the one file that its weights are, or stand for; `file_bytes` that of
+    its files.
+    """
 
     config: bytes
     prefix: bytes
     nbytes: int
+    file_bytes: int
 
     @contextmanager
     def as_folder(self) -> Iterator[Path]:
@@ -49,4 +54,5 @@ def look(ref: AdapterRef, settings: Mapping[str, Any]) -> Looked:
 
 async def _look(elsewhere: Elsewhere, ref: AdapterRef) -> Looked:
     begun = await elsewhere.beginning(await elsewhere.resolve(ref))
-    return Looked(begun.config[1], begun.prefix, begun.nbytes)
+    file_bytes = sum(part.nbytes for part in begun.parts)
+    return Looked(begun.config[1], begun.prefix, begun.nbytes, file_bytes)
