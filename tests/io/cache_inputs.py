@@ -19,6 +19,7 @@ from lorax_async.io.ports import Demand
 CONFIG = b'{"peft_type": "LORA"}'
 SCOPE = "somebody"
 KEY = CacheKey("hub:org/name", "c0ffee")
+OWN = {"entries", "partials", "locks", "trash", "answers"}
 NBYTES = 5 * CHUNK_BYTES + 1_000
 
 

@@ -58,6 +58,11 @@ class Beginning:
     def prefix(self) -> bytes:
         return self.parts[0].prefix if self.plan is None else self.plan.prefix
 
+    @property
+    def nbytes(self) -> int:
+        """Of the one file that the weights are, or stand for."""
+        return self.parts[0].nbytes if self.plan is None else self.plan.nbytes
+
 
 class Beginnings:
     """Asks for the first bytes of files, as far as nobody has before."""

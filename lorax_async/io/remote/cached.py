@@ -94,7 +94,8 @@ class ReopenedReader:
 class FetchReader:
     """The `Reader` of what is on its way; from its end on it keeps the entry in the cache.
 
-    `taken` is called once, when somebody brings it, or nobody will.
+    `taken` is called once, when somebody brings it, or nobody will. `landed` is that of `Fetch`;
+    `entry` is there from the end on.
     """
 
     def __init__(self, reader: Reader, fetch: Fetch, taken: Callable[[], None]) -> None:
@@ -102,7 +103,8 @@ class FetchReader:
         self._reader = reader
         self._fetch: Fetch | None = fetch
         self._taken = taken
-        self._entry: CacheEntry | None = None
+        self.landed = fetch.landed
+        self.entry: CacheEntry | None = None
         self._closed = False
 
     def taken(self) -> Fetch:
@@ -115,7 +117,7 @@ class FetchReader:
 
     def adopt(self, entry: CacheEntry) -> None:
         """All of it is here."""
-        self._entry = entry
+        self.entry = entry
         if self._closed:
             entry.close()
 
@@ -132,8 +134,8 @@ class FetchReader:
         self._reader.close()
         if self._fetch is not None:
             self.taken().leave()
-        if self._entry is not None:
-            self._entry.close()
+        if self.entry is not None:
+            self.entry.close()
 
 
 def opened(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:

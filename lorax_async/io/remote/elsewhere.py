@@ -15,6 +15,7 @@ from lorax_async.errors import LoaderClosedError
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
+from lorax_async.io.remote.beginning import Beginning
 from lorax_async.io.remote.kinds import Kinds
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.opening import Opening
@@ -57,6 +58,10 @@ class Elsewhere:
 
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         return await (await self._source()).open(key, demand)
+
+    async def beginning(self, key: AdapterKey) -> Beginning:
+        """As of `RemoteSource`."""
+        return await (await self._source()).beginning(key, Demand())
 
     def reopen(self, key: AdapterKey) -> Reader:
         return self._make().source.reopen(key)

@@ -11,6 +11,7 @@ from lorax_async.core import runs
 from lorax_async.errors import IntegrityError, InternalError
 from lorax_async.io.cache.ports import CacheEntry
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
+from lorax_async.io.remote.beginning import Beginning
 from lorax_async.io.remote.cached import (
     EntryReader,
     FetchReader,
@@ -61,6 +62,10 @@ class RemoteSource:
 
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         return await self._opening.open(_remote(key), demand)
+
+    async def beginning(self, key: AdapterKey, demand: Demand) -> Beginning:
+        """Config and headers of an adapter that was resolved, for who wants no more of it."""
+        return await self._opening.beginning(_remote(key), demand)
 
     def reopen(self, key: AdapterKey) -> Reader:
         return ReopenedReader(partial(self._reader, _remote(key)))
