@@ -18,7 +18,7 @@ from lorax_async.io.http.urls import InvalidUrlError, redirected
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED = 16 << 10
-_MEASURED = 256 << 10
+_MEASURED = 128 << 10
 
 
 class Response:
