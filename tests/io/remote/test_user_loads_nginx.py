@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fault_server import until as wait_until
 from slow_proxy import SlowProxy
 from user_loads import (
-    FIRST_PART,
-    RATE,
     at,
     contents,
     has,
@@ -30,7 +29,13 @@ from user_loads import (
 import servers
 import tiny
 from common import Run
-from lorax_async import AccessDeniedError, AdapterLoader, AdapterNotFoundError, IntegrityError
+from lorax_async import (
+    AccessDeniedError,
+    AdapterLoader,
+    AdapterNotFoundError,
+    FetchError,
+    IntegrityError,
+)
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.chunk_map import CHUNK_BYTES
 from servers import Nginx
@@ -107,7 +112,9 @@ def test_a_folder(
     if way == "whole/":
         assert not any(" 206 " in line for line in lines(nginx, place))
     else:
-        served = [line for line in lines(nginx, place) if ".safetensors" in line and "302" not in line]
+        served = [
+            line for line in lines(nginx, place) if ".safetensors" in line and "302" not in line
+        ]
         assert all(" 206 " in line for line in served)
         assert sum(int(line.rpartition(" ")[2]) for line in served) == size, "each byte once"
 
@@ -200,10 +207,44 @@ def test_a_replaced_adapter_is_the_next_load_and_not_the_one_before(
                 version = await has(there, nginx.url(place), adapters[1])
                 assert version != version_of(old)
                 tiny.assert_equal_to_file(old, adapters[0])
-                with pytest.raises(AdapterNotFoundError, match="revision"):
-                    await there.load(nginx.url(place), revision=version_of(old))
+                # It cannot be had from the server any more, and is in the cache.
+                await has(
+                    there, AdapterRef(nginx.url(place), revision=version_of(old)), adapters[0]
+                )
+        async with loader(tmp_path / "elsewhere", **settings) as there:
+            with pytest.raises(AdapterNotFoundError, match="is not what the URL leads to now"):
+                await there.load(nginx.url(place), revision=version_of(old))
 
     run(body())
+
+
+def test_while_the_server_is_down(
+    nginx: Nginx, adapters: list[Path], place: str, tmp_path: Path
+) -> None:
+    """What is pinned comes from the cache, and only for who was let have it."""
+
+    async def body(link: SlowProxy) -> None:
+        folder = f"http://127.0.0.1:{link.port}"
+        refs = [
+            AdapterRef(f"{folder}/{place}/"),
+            AdapterRef(f"{folder}/untagged/{place}/"),
+            AdapterRef(f"{folder}/private/{place}/", token="the-token"),
+        ]
+        allow = (at(f"127.0.0.1:{link.port}"),)
+        async with loader(tmp_path, allow=allow) as there:
+            versions = [await has(there, ref, adapters[0]) for ref in refs]
+        link.close()
+        async with loader(tmp_path, allow=allow) as there:
+            pinned = [replace(ref, revision=v) for ref, v in zip(refs, versions, strict=True)]
+            for ref in pinned:
+                await has(there, ref, adapters[0])
+            for other in (refs[0], replace(pinned[2], token=None)):
+                with pytest.raises(FetchError, match="ECONNREFUSED") as caught:
+                    await there.load(other)
+                assert caught.value.retryable
+
+    with SlowProxy(nginx.first) as link:
+        asyncio.run(body(link))
 
 
 @pytest.mark.parametrize("way", ["", "untagged/"])
@@ -215,9 +256,7 @@ def test_replaced_on_the_way(
     async def body(link: SlowProxy) -> None:
         id = f"http://127.0.0.1:{link.port}/{way}{place}/"
         async with loader(tmp_path, allow=(at(f"127.0.0.1:{link.port}"),), revalidate=0) as there:
-            link.rate = RATE
-            # Past the first answers; the second wave of ranges is still to be asked for.
-            link.stop_after(int(FIRST_PART * size_of(adapters[0]) / 2))
+            link.stop_after(100_000)  # of the first answer; what comes next is asked for later
             loading = asyncio.create_task(there.load(id))
             await until(lambda: link.stopped)
             put(nginx, place, adapters[1])
@@ -245,7 +284,6 @@ def test_what_was_cancelled_half_way_is_gone_on_with(
     size = size_of(adapters[0])
 
     async def cancelled(there: AdapterLoader, id: str, link: SlowProxy) -> None:
-        link.rate = 4 * RATE
         link.stop_after(size // 2)
         loading = asyncio.create_task(there.load(id))
         await until(lambda: link.stopped)
