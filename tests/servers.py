@@ -90,11 +90,12 @@ def nginx(root: Path) -> Iterator[Nginx]:
 
 @contextmanager
 def rclone(kind: str, folder: Path, scratch: Path) -> Iterator[str]:
-    """The URL at which `rclone serve KIND` serves the folder."""
+    """The URL at which `rclone serve KIND` serves the folder, as it is at each moment."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     command: Command = [_program("rclone"), "serve", kind, "--config", scratch / "rclone.conf"]
-    with running([*command, "--addr", address, folder], [port], scratch / "rclone.log"):
+    options = ["--addr", address, "--dir-cache-time", "0s"]
+    with running([*command, *options, folder], [port], scratch / "rclone.log"):
         yield f"http://{address}/"
 
 
