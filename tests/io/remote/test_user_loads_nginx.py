@@ -201,16 +201,13 @@ def test_a_replaced_adapter_is_the_next_load_and_not_the_one_before(
 ) -> None:
     async def body() -> None:
         settings: dict[str, object] = {"allow": (at(first(nginx)),), "revalidate": 0}
-        async with loader(tmp_path, **settings) as there:
-            async with await there.load(nginx.url(place)) as old:
-                put(nginx, place, adapters[1])
-                version = await has(there, nginx.url(place), adapters[1])
-                assert version != version_of(old)
-                tiny.assert_equal_to_file(old, adapters[0])
-                # It cannot be had from the server any more, and is in the cache.
-                await has(
-                    there, AdapterRef(nginx.url(place), revision=version_of(old)), adapters[0]
-                )
+        async with loader(tmp_path, **settings) as there, await there.load(nginx.url(place)) as old:
+            put(nginx, place, adapters[1])
+            version = await has(there, nginx.url(place), adapters[1])
+            assert version != version_of(old)
+            tiny.assert_equal_to_file(old, adapters[0])
+            # It cannot be had from the server any more, and is in the cache.
+            await has(there, AdapterRef(nginx.url(place), revision=version_of(old)), adapters[0])
         async with loader(tmp_path / "elsewhere", **settings) as there:
             with pytest.raises(AdapterNotFoundError, match="is not what the URL leads to now"):
                 await there.load(nginx.url(place), revision=version_of(old))
