@@ -40,7 +40,7 @@ def olah(folder: Path, hub: HubStandIn, mirrors: Path | None = None) -> Iterator
     settings = folder / "olah.toml"
     lines = [f"{name} = {json.dumps(value)}" for name, value in basic.items()]
     settings.write_text("\n".join(["[basic]", *lines, ""]))
-    command = [program, "--config", settings, "--log-path", folder / "logs"]
+    command: servers.Command = [program, "--config", settings, "--log-path", folder / "logs"]
     with servers.running(command, [port], folder / "log"):
         yield f"http://{own}"
 

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return [written(tmp_path_factory.mktemp("saved") / str(n), n) for n in range(2)]
+    return [written(tmp_path_factory.mktemp("saved") / str(n), n, rank=64) for n in range(2)]
 
 
 @pytest.fixture
@@ -61,13 +61,14 @@ def put(prefix: str, adapter: Path) -> None:
 
 
 def test_the_first_layer_is_there_before_15_percent(
-    run: Run, prefix: str, link: SlowProxy, adapters: list[Path], tmp_path: Path
+    run: Run, prefix: str, link: SlowProxy, tmp_path: Path
 ) -> None:
-    put(prefix, adapters[0])
+    large = written(tmp_path / "large")
+    put(prefix, large)
 
     async def body() -> None:
         async with loader(tmp_path, allow=ALLOW) as there:
-            version = await streams(there, f"az://adapters/{prefix}", adapters[0], link)
+            version = await streams(there, f"az://adapters/{prefix}", large, link)
             assert version.startswith("etags-")
 
     run(body())

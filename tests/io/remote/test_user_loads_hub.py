@@ -40,13 +40,18 @@ def over(hub: HubStandIn, folder: Path, **settings: object) -> AdapterLoader:
 
 def is_everybodys(folder: Path, commit: str, files: dict[str, bytes]) -> None:
     """huggingface_hub finds all of it without asking, and nothing that is amiss."""
-    place = {"cache_dir": folder / "hub", "local_files_only": True}
+    place = folder / "hub"
     for revision in ("main", commit):
         for name, content in files.items():
-            found = hf_hub_download("org/name", name, revision=revision, **place)
+            found = hf_hub_download(
+                "org/name", name, revision=revision, cache_dir=place, local_files_only=True
+            )
             assert Path(found).read_bytes() == content
-        assert contents(Path(snapshot_download("org/name", revision=revision, **place))) == files
-    inventory = scan_cache_dir(folder / "hub")
+        snapshot = snapshot_download(
+            "org/name", revision=revision, cache_dir=place, local_files_only=True
+        )
+        assert contents(Path(snapshot)) == files
+    inventory = scan_cache_dir(place)
     assert inventory.warnings == []
     (repo,) = inventory.repos
     assert [each.commit_hash for each in repo.revisions] == [commit]
@@ -124,8 +129,8 @@ def test_what_it_has_stored_with_a_token_is_for_who_may_have_it(run: Run, tmp_pa
     adapter, there = saved(tmp_path, "one file")
     with HubStandIn() as hub:
         hub.put("org/name", there, private_token=TOKEN)
-        place = {"cache_dir": tmp_path / "hub", "endpoint": hub.endpoint}
-        snapshot_download("org/name", token=TOKEN, **place)
+        place = tmp_path / "hub"
+        snapshot_download("org/name", token=TOKEN, cache_dir=place, endpoint=hub.endpoint)
         begun = len(hub.asked)
 
         async def body() -> None:

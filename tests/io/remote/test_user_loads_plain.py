@@ -52,7 +52,7 @@ def test_a_folder_and_what_replaces_it(
 ) -> None:
     """By its date, where nothing else tells that it is another one."""
     url: str = request.getfixturevalue(server)
-    old, new = (written(tmp_path / name, n) for n, name in enumerate(("old", "new")))
+    old, new = (written(tmp_path / name, n, rank=64) for n, name in enumerate(("old", "new")))
     folder = shelf / f"{server}-{tmp_path.name}"
     folder.mkdir()
 
