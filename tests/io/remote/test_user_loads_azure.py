@@ -12,7 +12,17 @@ from obstore.store import AzureStore
 from slow_proxy import SlowProxy
 from store_process import set_environment
 from stored import Bucket
-from user_loads import contents, has, loader, secretless, stored_in, streams, version_of, written
+from user_loads import (
+    CONNECTIONS,
+    contents,
+    has,
+    loader,
+    secretless,
+    stored_in,
+    streams,
+    version_of,
+    written,
+)
 
 import split_files
 import tiny
@@ -67,7 +77,7 @@ def test_the_first_layer_is_there_before_15_percent(
     put(prefix, large)
 
     async def body() -> None:
-        async with loader(tmp_path, allow=ALLOW) as there:
+        async with loader(tmp_path, allow=ALLOW, connections=CONNECTIONS) as there:
             version = await streams(there, f"az://adapters/{prefix}", large, link)
             assert version.startswith("etags-")
 

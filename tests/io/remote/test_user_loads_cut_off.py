@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from nginx_folders import folder_of, of_weights, put
 from slow_proxy import SlowProxy
-from user_loads import at, has, loader, missing_of, size_of, stored_in, until, written
+from user_loads import CONNECTIONS, at, has, loader, missing_of, size_of, stored_in, until, written
 
 import servers
 from common import Run
@@ -23,8 +23,6 @@ pytestmark = [
     pytest.mark.needs("nginx"),
     pytest.mark.usefixtures("nothing_left", "no_socket_left"),
 ]
-
-CONNECTIONS = 8
 
 
 @pytest.fixture(scope="module")

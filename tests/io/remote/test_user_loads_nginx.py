@@ -10,6 +10,7 @@ from fault_server import until as wait_until
 from nginx_folders import first, folder_of, lines, of_weights, put, second
 from slow_proxy import SlowProxy
 from user_loads import (
+    CONNECTIONS,
     at,
     has,
     loader,
@@ -91,7 +92,8 @@ def test_the_first_layer_is_there_before_15_percent(
     put(nginx, place, large)
 
     async def body(link: SlowProxy) -> None:
-        async with loader(tmp_path, allow=(at(f"127.0.0.1:{link.port}"),)) as there:
+        allow = (at(f"127.0.0.1:{link.port}"),)
+        async with loader(tmp_path, allow=allow, connections=CONNECTIONS) as there:
             await streams(there, f"http://127.0.0.1:{link.port}/{place}/", large, link)
 
     with SlowProxy(nginx.first) as link:

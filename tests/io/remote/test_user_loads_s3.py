@@ -11,6 +11,7 @@ from slow_proxy import SlowProxy
 from store_process import set_environment
 from stored import Bucket
 from user_loads import (
+    CONNECTIONS,
     contents,
     has,
     loader,
@@ -75,7 +76,7 @@ def test_the_first_layer_is_there_before_15_percent(
     put(prefix, large)
 
     async def body() -> None:
-        async with loader(tmp_path, allow=ALLOW) as there:
+        async with loader(tmp_path, allow=ALLOW, connections=CONNECTIONS) as there:
             version = await streams(there, f"s3://adapters/{prefix}", large, link)
             assert version.startswith("etags-")
 
