@@ -124,7 +124,8 @@ class Beginnings:
 
     def _size(self, file: RemoteFile, answer: Answer) -> int:
         """Of the whole file. Raises what is wrong with it."""
-        name, size = file.target.name, answer.known.size
+        name = file.target.name
+        size = file.nbytes if answer.known.size is None else answer.known.size
         if size is None:
             raise FetchError(f"the source does not say how large {name} is", retryable=False)
         self._require_size(file, size)
