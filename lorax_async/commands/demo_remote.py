@@ -92,7 +92,7 @@ def run_remote_demo(folder: Path, screen: Screen, rate: float = RATE) -> RemoteD
         config = LoaderConfig(
             device_bytes=32 << 20,
             max_slots=len(ADAPTERS),
-            connections=1,  # all share one line: more gain nothing, and would hide the layers' order
+            connections=1,  # more would gain nothing on one line, and hide the layers' order
             allow=(Allow("http", "127.0.0.1", server.server_port),),
             cache_dir=cache,
         )
