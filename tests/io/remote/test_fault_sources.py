@@ -57,6 +57,7 @@ def test_while_the_origin_is_down(run: Run, tmp_path: Path, again: bool) -> None
             async with over(world) as loader:
                 await loads_right(loader, world, bad)
                 await loads_right(loader, world, good)
+                await assert_at_rest(loader, world)  # both are published by then
                 if not again:
                     await down(loader)
             if again:
@@ -77,6 +78,7 @@ def test_who_is_refused_is_given_nothing_old(run: Run, tmp_path: Path) -> None:
         async def body() -> None:
             async with over(world) as loader:
                 await of_ref(loader, mine, bad)
+                await assert_at_rest(loader, world)
                 world.locator.there["bad"].token = "another"
                 with pytest.raises(AccessDeniedError):
                     await loader.load(mine)
