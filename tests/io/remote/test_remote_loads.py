@@ -75,7 +75,7 @@ def test_wrong_bytes_of_the_right_length_are_published_nowhere(run: Run, tmp_pat
             world.answer(asked, client, data, etag)
 
         async def body() -> None:
-            async with over(world) as loader:
+            async with over(world, verify="before_use") as loader:
                 world.server.behave = wrong
                 with pytest.raises(IntegrityError, match="sha256 digest that was promised"):
                     await loader.load(world.ref("one"))
