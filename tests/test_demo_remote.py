@@ -43,6 +43,8 @@ def test_layers_come_one_after_the_other(
         times = row["layers_ms"]
         assert len(times) == len(row["layers"]) == (15 if row["name"] == "json" else 30)
         assert times == sorted(times)
+        weights = (ADAPTERS / row["name"] / "adapter_model.safetensors").read_bytes()
+        assert row["checked"] == {"kind": "sha256", "digest": hashlib.sha256(weights).hexdigest()}
         assert row["first_layer_ms"] == times[0] < times[-1] <= row["resident_ms"]
     files = [path for path in ADAPTERS.glob("*/adapter_*") if path.suffix != ".md"]
     assert result["bytes"] == sum(path.stat().st_size for path in files)

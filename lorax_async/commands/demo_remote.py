@@ -6,7 +6,7 @@ import argparse
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,10 +20,11 @@ from lorax_async.errors import ConfigError
 from lorax_async.identity import AdapterRef
 from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS
 from lorax_async.loader import AdapterLoader
+from lorax_async.verification import Verification
 
 ADAPTERS = ("pirate", "shout", "json")
 
-RATE = 1_200_000.0
+RATE = 1_400_000.0
 """Bytes per second of the whole link: the three adapters take two to three seconds."""
 
 COLUMNS = 50
@@ -35,6 +36,7 @@ class RemoteDemo:
     """What came out: the loads, over a link of `rate` bytes per second, of `nbytes` in all."""
 
     loads: tuple[Load, ...]
+    verifications: tuple[Verification, ...]
     rate: float
     nbytes: int
 
@@ -42,7 +44,7 @@ class RemoteDemo:
 def add_to(add: AddParser) -> None:
     about = "load the demo's adapters over a slow link, and show when each layer came"
     more = (
-        "They are served on loopback by this process, at 1.2 MB/s, into a cache that is empty at"
+        "They are served on loopback by this process, at 1.4 MB/s, into a cache that is empty at"
         " first and gone afterwards. No base model is needed, only its shapes."
     )
     add_adapters(add_command(add, "demo-remote", about, _demo_remote, more))
@@ -92,24 +94,35 @@ def run_remote_demo(folder: Path, screen: Screen, rate: float = RATE) -> RemoteD
         config = LoaderConfig(
             device_bytes=32 << 20,
             max_slots=len(ADAPTERS),
-            connections=len(ADAPTERS),  # all share one line, so that more would gain nothing
+            connections=1,  # more would gain nothing on one line, and hide the layers' order
             allow=(Allow("http", "127.0.0.1", server.server_port),),
             cache_dir=cache,
         )
         loads = loads_of([AdapterRef(server.url(name)) for name in ADAPTERS])
         for load, name in zip(loads, ADAPTERS, strict=True):
             load.name = name
-        run_on_uvloop(_load(config, loads, screen))
-    return RemoteDemo(tuple(loads), rate, sum(map(len, files.values())))
+        verifications = run_on_uvloop(_load(config, loads, screen))
+    return RemoteDemo(tuple(loads), verifications, rate, sum(map(len, files.values())))
 
 
-async def _load(config: LoaderConfig, loads: Sequence[Load], screen: Screen) -> None:
+async def _load(
+    config: LoaderConfig, loads: Sequence[Load], screen: Screen
+) -> tuple[Verification, ...]:
     async with AdapterLoader(smollm2_layout(), config) as loader:
         with screen.bars() as bars:
-            await load_at_once(loader, loads, bars.show, hold=False)
-    for load in loads:
-        if load.error is not None:
-            raise load.error
+            await load_at_once(loader, loads, bars.show, hold=True)
+        try:
+            return tuple([await _verified(load) for load in loads])
+        finally:
+            for load in loads:
+                load.release()
+
+
+async def _verified(load: Load) -> Verification:
+    if load.error is not None:
+        raise load.error
+    assert load.handle is not None
+    return await load.handle.verified()
 
 
 def smollm2_layout() -> ModelLayout:
@@ -143,13 +156,14 @@ def picture(came: Sequence[float], seconds: float) -> str:
 
 
 def _show(demo: RemoteDemo, screen: Screen) -> None:
-    columns = ("adapter", "layers", " on device", " first layer", " resident")
-    screen.table(columns, [_row(load) for load in demo.loads])
+    columns = ("adapter", "layers", " on device", " first layer", " resident", "checked by")
+    rows = zip(demo.loads, demo.verifications, strict=True)
+    screen.table(columns, [(*_row(load), found.kind) for load, found in rows])
     seconds = max(load.resident or 0.0 for load in demo.loads)
-    rows = [(load.name, picture(load.came, seconds)) for load in demo.loads]
+    pictures = [(load.name, picture(load.came, seconds)) for load in demo.loads]
     column = milliseconds(seconds / COLUMNS)
     screen.say(f"layers on the device; each column is {column}", "bold")
-    screen.pairs(rows)
+    screen.pairs(pictures)
     screen.say()
     link = f"{demo.rate / 1e6:g} MB/s for all three, on loopback; {size(demo.nbytes)} to bring"
     screen.pairs([("link", link), ("times", "from load(), called for all three in one turn")])
@@ -168,7 +182,8 @@ def _row(load: Load) -> tuple[str, ...]:
 
 def _as_json(demo: RemoteDemo) -> dict[str, object]:
     adapters = [
-        load_as_json(load) | {"layers_ms": [round(each * 1e3, 3) for each in load.came]}
-        for load in demo.loads
+        load_as_json(load)
+        | {"layers_ms": [round(each * 1e3, 3) for each in load.came], "checked": asdict(found)}
+        for load, found in zip(demo.loads, demo.verifications, strict=True)
     ]
     return {"adapters": adapters, "rate": demo.rate, "bytes": demo.nbytes}
