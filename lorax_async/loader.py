@@ -278,7 +278,7 @@ class AdapterLoader(TensorCalls):
     def statistics(self) -> Statistics:
         """Totals since the loader was opened."""
         self._check_open()
-        return self._driver.journal.statistics()
+        return self._machinery.statistics()
 
     def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
         """The last events of one adapter, oldest first."""
