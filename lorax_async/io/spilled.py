@@ -1,4 +1,4 @@
-"""Adapters that were given as tensors, as entries of the disk cache: written, checked, read. Blocks."""
+"""Adapters that were given as tensors, as entries of the disk cache. Blocks."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def entry_key(key: TensorsKey) -> CacheKey:
 
 
 def written(cache: Cache, file: TensorsFile, demand: Demand) -> CacheEntry:
-    """The entry of a file in memory, whoever wrote it, with exactly its bytes. The caller closes it.
+    """The entry of a file in memory, whoever wrote it, with exactly its bytes; to be closed.
 
-    Raises `FetchError` when `demand` ends, `CapacityError` if there is no room, and what caches do.
-    Then nothing is left.
+    Raises `FetchError` when `demand` ends, `CapacityError` if there is no room, and what caches
+    do; then nothing is left.
     """
     content = Buffer.of(file.content).memory
     files = {CONFIG_FILE: memoryview(file.config), WEIGHTS_FILE: content}
@@ -162,7 +162,8 @@ def _as_given() -> Iterator[None]:
     try:
         yield
     except IntegrityError as error:
-        raise IntegrityError(
-            f"in the disk cache, where memory_bytes made it go: {error.problem}; or give its tensors"
-            " again"
-        ) from error
+        problem = (
+            "its copy in the disk cache, which took it where memory had no room, was changed or"
+            " removed by somebody; give its tensors again"
+        )
+        raise IntegrityError(problem, retryable=False) from error
