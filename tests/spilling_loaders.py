@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import json
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
+from safetensors.torch import save
 
 import tiny
-from given import used
+from given import assert_holds, used
 from lorax_async import AdapterLoader, LoaderConfig
 from lorax_async.core.cache_names import CacheKey
 from lorax_async.identity import AdapterKey, TensorsKey
@@ -62,32 +65,29 @@ def in_memory(there: AdapterLoader) -> list[AdapterKey]:
 def nbytes_on_disk(folder: Path) -> int:
     """Of adapters' files, those that are being written included."""
     found = 0
-    for path in folder.glob("[ep]*/*/adapter_*"):
-        try:
-            found += path.stat().st_size if path.suffix != ".chunks" else 0
-        except FileNotFoundError:
-            continue
+    for base, _, names in os.walk(folder):
+        for name in names:
+            if name in {WEIGHTS, CONFIG} and "/trash/" not in base:
+                with suppress(FileNotFoundError):
+                    found += os.stat(os.path.join(base, name)).st_size
     return found
 
 
 async def off_device(there: AdapterLoader) -> None:
-    """Nothing is resident any more; other adapters took the slots."""
-    slots = there.config.max_slots
-    for number in range(slots):
-        source = there._machinery._source
-        assert isinstance(source, FakeSource)
-        source.put(f"filler {number}", *_filler(number))
-    handles = [await there.load(f"filler {number}") for number in range(slots)]
-    for handle in handles:
-        handle.release()
+    """Nothing that nobody holds is resident any more; other adapters took the slots."""
+    source = there._machinery._source
+    assert isinstance(source, FakeSource)
+    for number in range(there.config.max_slots):
+        name, weights = f"filler {number}", save(tiny.tensors(1000 + number))
+        source.put(name, json.dumps(tiny.config()).encode(), weights)
+        (await there.load(name)).release()
 
 
-def _filler(number: int) -> tuple[bytes, bytes]:
-    import json
-
-    from safetensors.torch import save
-
-    return json.dumps(tiny.config()).encode(), save(tiny.tensors(1000 + number))
+async def assert_all_there(there: AdapterLoader, *seeds: int) -> None:
+    await off_device(there)
+    for seed in seeds:
+        async with await there.load(str(seed)) as handle:
+            assert_holds(handle, tiny.tensors(seed))
 
 
 class Stalled:
@@ -117,8 +117,6 @@ STEPS = {
 @contextmanager
 def stalled(monkeypatch: pytest.MonkeyPatch, step: str) -> Iterator[Stalled]:
     """Every spill waits at that step, until the end of this at most."""
-    import importlib
-
     stall = Stalled()
     path, _, name = STEPS[step].rpartition(".")
     try:

@@ -1,4 +1,4 @@
-"""Spills that fail or are given up, at every step: each adapter is somewhere, and nothing is left."""
+"""Spills that fail: each adapter is somewhere, and nothing is left."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ from common import Run, until
 from given import assert_holds, used
 from lorax_async import (
     AdapterLoader,
-    AdapterTimeoutError,
     CapacityError,
     IntegrityError,
     InternalError,
-    LoaderClosedError,
 )
 from spilling_loaders import (
     FILE,
     STEPS,
     WEIGHTS,
+    assert_all_there,
     entries,
     entry_of,
     given,
@@ -37,18 +36,9 @@ from spilling_loaders import (
     off_device,
     roomy,
     spilled,
-    stalled,
 )
-from sweeping import cancel_at, count_steps, released
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-async def assert_all_there(there: AdapterLoader, *seeds: int) -> None:
-    await off_device(there)
-    for seed in seeds:
-        async with await there.load(str(seed)) as handle:
-            assert_holds(handle, tiny.tensors(seed))
 
 
 @contextmanager
@@ -218,81 +208,6 @@ def test_what_somebody_damages_says_what_to_do(run: Run, tmp_path: Path, change:
             await there.unload("0")
             await given(there, 0)
             await assert_all_there(there, 0, 1)
-
-    run(body())
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_the_loader_closes_meanwhile(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    async def body() -> None:
-        there = roomy(tmp_path, 1)
-        async with there:
-            await given(there, 0)
-            with stalled(monkeypatch, step) as stall:
-                giving = asyncio.create_task(given(there, 1))
-                await stall.reached()
-                closing = asyncio.create_task(there.close(timeout=0.01))
-                await asyncio.sleep(0.02)
-                stall.go_on.set()
-                await closing
-            with pytest.raises(LoaderClosedError):
-                await giving
-            assert used(there) == 0
-            assert entries(tmp_path) == []
-        assert open_below(tmp_path) == []
-
-    run(body())
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_a_deadline_passes_meanwhile(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    async def body() -> None:
-        async with roomy(tmp_path, 1) as there:
-            key = await given(there, 0)
-            with stalled(monkeypatch, step) as stall:
-                giving = asyncio.create_task(
-                    there.load_tensors("1", tiny.tensors(1), tiny.config(), timeout=0.3)
-                )
-                await stall.reached()
-                with pytest.raises(AdapterTimeoutError) as caught:
-                    await giving
-                assert (caught.value.id, caught.value.stage) == ("1", "fetch")
-                assert in_memory(there) == [key]
-                await assert_all_there(there, 0)
-            await given(there, 1)
-            await assert_all_there(there, 0, 1)
-            assert len(entries(tmp_path)) == 1
-
-    run(body())
-
-
-def test_cancelled_at_every_await(run: Run, tmp_path: Path) -> None:
-    async def body() -> None:
-        async with roomy(tmp_path / "counted", 1) as there:
-            await given(there, 0)
-            call = there.load_tensors("1", tiny.tensors(1), tiny.config())
-            steps = await count_steps(released(call))
-        assert steps >= 4, "the spill is waited for, too"
-        for step in range(1, steps + 1):
-            folder = tmp_path / str(step)
-            async with roomy(folder, 1) as there:
-                key = await given(there, 0)
-                call = there.load_tensors("1", tiny.tensors(1), tiny.config())
-                if not await cancel_at(call, step):
-                    assert step > 3
-                    return
-                on_disk = entry_of(folder, key)
-                await until(lambda: (key in in_memory(there)) != on_disk.is_dir())  # noqa: B023
-                await assert_all_there(there, 0)
-                await until(lambda: used(there) == sum(there._machinery.given.values()))  # noqa: B023
-                await given(there, 1)
-                await assert_all_there(there, 0, 1)
-            assert entries(folder) == []
-            assert open_below(folder) == []
 
     run(body())
 
