@@ -112,3 +112,49 @@ def test_cancelled_at_every_await(run: Run, tmp_path: Path) -> None:
         assert ends == sorted(ends, reverse=True)
 
     run(body())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_cancelled_it_ends_between_two_pieces(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Before it is published it stays in memory, and afterwards it is on disk."""
+    on_disk = step in {"publish", "switch"}
+
+    async def body() -> None:
+        async with roomy(tmp_path, 1) as there:
+            key = await given(there, 0)
+            with stalled(monkeypatch, step) as stall:
+                giving = asyncio.create_task(given(there, 1))
+                await stall.reached()
+                giving.cancel()
+                await asyncio.wait([giving])
+                assert giving.cancelled()
+                assert in_memory(there) == [key]
+            await until(lambda: there._machinery._tensors.copies.idle or not in_memory(there))
+            assert (there.statistics().spills, len(entries(tmp_path))) == (on_disk, on_disk)
+            assert in_memory(there) == ([] if on_disk else [key])
+            await assert_all_there(there, 0)
+
+    run(body())
+
+
+@pytest.mark.parametrize("step", ["hash", "write"])
+def test_unloaded_meanwhile_it_keeps_no_other_from_going(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    async def body() -> None:
+        async with roomy(tmp_path, 2) as there:
+            await given(there, 0)
+            other = await given(there, 1)
+            with stalled(monkeypatch, step) as stall:
+                large = there.load_tensors("large", tiny.tensors(2, 8), tiny.config(8))
+                giving = asyncio.create_task(large)
+                await stall.reached()
+                await there.unload("0")
+                stall.go_on.set()
+                (await giving).release()
+            assert entries(tmp_path) == [entry_of(tmp_path, other).name]
+            await assert_all_there(there, 1)
+
+    run(body())

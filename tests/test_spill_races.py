@@ -196,6 +196,7 @@ def test_who_needs_the_room_gives_up_and_others_get_it(
             now._stall.go_on.set()
             await third
             now.assert_spilled()
+            assert now.loader.statistics().spills == 1
             for seed in (0, 3):
                 async with await now.loader.load(str(seed)) as handle:
                     assert_holds(handle, tiny.tensors(seed))

@@ -135,7 +135,7 @@ class HostReader:
         self.prefix = file.prefix
         self.nbytes = file.content.nbytes
         self._content: torch.Tensor | None = file.content
-        self._closed = closed
+        self._closed: Callable[[], None] | None = closed
         self._lock = Lock()
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -164,9 +164,9 @@ class HostReader:
 
     def close(self) -> None:
         with self._lock:
-            was_open, self._content = self._content is not None, None
-        if was_open:
-            self._closed()
+            closed, self._closed, self._content = self._closed, None, None
+        if closed is not None:
+            closed()
 
 
 class HostCopies:

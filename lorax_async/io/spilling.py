@@ -14,9 +14,9 @@ from math import inf
 
 from lorax_async.adapter import TensorsKey
 from lorax_async.errors import CapacityError, LoraxError
-from lorax_async.io.cache.ports import Cache
-from lorax_async.io.host_copies import Claim, HostCopies, HostCopy, InMemory
-from lorax_async.io.ports import Demand
+from lorax_async.io.cache.ports import Cache, CacheEntry
+from lorax_async.io.host_copies import Claim, HostCopies, HostCopy
+from lorax_async.io.ports import Demand, Reader
 from lorax_async.io.remote.workers import outcome
 from lorax_async.io.spilled import Spilled, entry_key, written
 
@@ -92,31 +92,39 @@ class Spilling:
         """On a cancellation it is told to end, and not waited for: it ends one way or the other."""
         memory = copy.in_memory
         assert memory is not None
+        nbytes = memory.nbytes
+        del memory  # the thread shall be the last to have it: to free so much takes a while
         demand = copy.moving = Demand()
-        reader = copy.open()  # so it is not idle
-        writing = self._threads.submit(self._write, copy, memory, demand)
-        writing.add_done_callback(lambda _: reader.close())
+        # With a reader, so that it is not idle.
+        writing = self._threads.submit(self._write, copy, copy.open(), demand)
         try:
             error = await outcome(writing)
         except asyncio.CancelledError:
             demand.end()
             raise
         if error is not None and not demand.ended:
-            attempts.failed(error, memory.nbytes)
+            attempts.failed(error, nbytes)
 
-    def _write(self, copy: HostCopy, memory: InMemory, demand: Demand) -> LoraxError | None:
+    def _write(self, copy: HostCopy, reader: Reader, demand: Demand) -> LoraxError | None:
         """In the thread. Why it stays in memory, if it does."""
+        memory = copy.in_memory
+        assert memory is not None
         try:
             self._require_descriptors()
             entry = written(self._cache(), memory.file, demand)
+            self._move(copy, entry)
         except LoraxError as error:
             bare = error.located()
             bare.__cause__ = None  # its frames hold the bytes
             return bare
+        finally:
+            reader.close()
+        return None
+
+    def _move(self, copy: HostCopy, entry: CacheEntry) -> None:
         self._held += 1
         self.count += 1
         copy.move(Spilled(entry, partial(self._ended, copy.key)))
-        return None
 
     def _ended(self, key: TensorsKey) -> None:
         """Its entry was closed, in whichever thread."""
