@@ -85,7 +85,10 @@ class LoaderConfig:
         Budget of the host tier: file pages below immutable `LocalRoot`s that are held in memory.
     memory_bytes
         Budget of adapters that were given as tensors: copies in host memory, kept until they are
-        unloaded or replaced.
+        unloaded or replaced, or spilled.
+    spill
+        Let those that were used longest ago go on in `cache_dir`, within `cache_bytes`, where a new
+        one finds no room in `memory_bytes`; False writes no tensors to the disk.
     pinned_bytes
         Budget, on other devices than "cpu", of page-locked memory beside staging: adapters are
         kept there as they lie on the device, and come back without reading a file.
@@ -152,6 +155,7 @@ class LoaderConfig:
     device_bytes: int = 256 * MiB
     host_bytes: int = 256 * MiB
     memory_bytes: int = 256 * MiB
+    spill: bool = True
     pinned_bytes: int = 0
     staging_bytes: int = 16 * MiB
     max_slots: int = 16
@@ -182,7 +186,7 @@ class LoaderConfig:
             )
         for name, words in (("eviction", Eviction), ("hub_cache", HubCache), ("verify", Checking)):
             require_one_of(name, getattr(self, name), get_args(words))
-        for name in ("check_finite", "offline", "hub_cache_private"):
+        for name in ("check_finite", "spill", "offline", "hub_cache_private"):
             require_bool(name, getattr(self, name))
         if not isinstance(self.limits, Limits):
             raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")

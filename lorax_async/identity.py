@@ -118,6 +118,11 @@ class TensorsKey(AdapterKey):
         """Of a SHA-256 in hexadecimal."""
         return cls(f"tensors:sha256:{digest}", ())
 
+    @property
+    def digest(self) -> str:
+        """That SHA-256."""
+        return self.location.rpartition(":")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteKey(AdapterKey):

@@ -43,7 +43,7 @@ class Looking:
     def statistics(self: _Loader) -> Statistics:
         """Totals since the loader was opened."""
         self._check_open()
-        return self._driver.journal.statistics()
+        return self._machinery.statistics()
 
     def story(self: _Loader, adapter_id: AdapterId) -> tuple[Event, ...]:
         """The last events of one adapter, oldest first."""

@@ -51,8 +51,9 @@ class TensorCalls:
     ) -> AdapterHandle:
         """Load an adapter from tensors; from here on `name` is an id that means it.
 
-        Its bytes are kept in host memory, within `memory_bytes`, until `unload(name)` or a
-        `replace`; on the device it comes and goes as others do.
+        Its bytes are kept until `unload(name)` or a `replace`: in host memory, within
+        `memory_bytes`, or, once newer ones need the room and with `spill`, in the disk cache. On
+        the device it comes and goes as others do.
 
         Parameters
         ----------
@@ -70,9 +71,9 @@ class TensorCalls:
         Raises
         ------
         AdapterError, CapacityError, UsageError
-            As `load` does; `CapacityError` also if `memory_bytes` has no room, `IntegrityError` if
-            a tensor was written to meanwhile, `UsageError` if the name means other tensors (equal
-            ones join). The name then means what it did.
+            As `load` does; `CapacityError` also if `memory_bytes` has no room and others cannot
+            make any, `IntegrityError` if a tensor was written to meanwhile, `UsageError` if the
+            name means other tensors (equal ones join). The name then means what it did.
         """
         self._check_open()
         if not isinstance(name, str) or not name:

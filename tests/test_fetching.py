@@ -14,7 +14,7 @@ from lorax_async.adapter import AdapterRef
 from lorax_async.commands.fetching import AT_ONCE, Fetched, fetch_all, place_by
 from lorax_async.config import Allow, LoaderConfig
 from lorax_async.ids.parsing import parsed
-from lorax_async.io.remote.elsewhere import Elsewhere
+from lorax_async.io.remote.elsewhere import elsewhere_of
 from served import NAMES, contents, files_of, right, serving
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left")
@@ -81,10 +81,7 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
 def _fetch(run: Run, tmp_path: Path, urls: list[str], port: int, show: object) -> list[Fetched]:
     assert callable(show)
     config = LoaderConfig(cache_dir=tmp_path / "cache", allow=(Allow("http", "127.0.0.1", port),))
-    elsewhere = Elsewhere(config)
     rows = [Fetched(parsed(AdapterRef(url))) for url in urls]
-    try:
+    with elsewhere_of(config) as elsewhere:
         run(fetch_all(elsewhere, rows, place_by(config), show))
-    finally:
-        elsewhere.close()
     return rows

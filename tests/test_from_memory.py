@@ -179,7 +179,7 @@ def test_who_waits_while_it_is_unloaded_gets_it_and_then_it_goes(run: Run, tmp_p
 
 def test_the_budget_is_kept_and_freed_exactly(run: Run, tmp_path: Path) -> None:
     async def body(room: int) -> None:
-        async with over(stocked(tmp_path), memory_bytes=room) as there:
+        async with over(stocked(tmp_path), memory_bytes=room, spill=False) as there:
             (await there.load_tensors("one", tiny.tensors(1), tiny.config())).release()
             one = used(there)
             (await there.load_tensors("two", tiny.tensors(2), tiny.config())).release()

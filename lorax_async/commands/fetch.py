@@ -18,7 +18,7 @@ from lorax_async.commands.places import (
 )
 from lorax_async.commands.terminal import Bars, Screen, size
 from lorax_async.config import LoaderConfig
-from lorax_async.io.remote.elsewhere import Elsewhere
+from lorax_async.io.remote.elsewhere import elsewhere_of
 
 
 def add_to(add: AddParser) -> None:
@@ -43,16 +43,12 @@ def _fetch(arguments: argparse.Namespace, screen: Screen) -> int:
     refs = [at_revision(ref, arguments.revision) for ref in dict.fromkeys(arguments.ids)]
     rows = [Fetched(ref) for ref in refs]
     config = LoaderConfig(**settings_of(arguments, refs))
-    elsewhere = Elsewhere(config)
-    try:
-        with screen.bars() as bars:
+    with elsewhere_of(config) as elsewhere, screen.bars() as bars:
 
-            def show(number: int, row: Fetched) -> None:
-                _show_progress(number, row, bars)
+        def show(number: int, row: Fetched) -> None:
+            _show_progress(number, row, bars)
 
-            run_on_uvloop(fetch_all(elsewhere, rows, place_by(config), show))
-    finally:
-        elsewhere.close()
+        run_on_uvloop(fetch_all(elsewhere, rows, place_by(config), show))
     if arguments.json:
         screen.json({"adapters": [_as_json(row) for row in rows]})
     else:

@@ -12,7 +12,7 @@ from typing import Any
 from lorax_async.commands.measure import run_on_uvloop
 from lorax_async.config import LoaderConfig
 from lorax_async.identity import AdapterRef
-from lorax_async.io.remote.elsewhere import Elsewhere
+from lorax_async.io.remote.elsewhere import Elsewhere, elsewhere_of
 from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS
 
 
@@ -45,11 +45,8 @@ def look(ref: AdapterRef, settings: Mapping[str, Any]) -> Looked:
     """Ask the source of `ref` for its beginning. Blocks; raises what a load would."""
     with TemporaryDirectory(prefix="lorax-async-") as name:
         config = LoaderConfig(**{**settings, "cache_dir": Path(name) / "cache"})
-        elsewhere = Elsewhere(config)
-        try:
+        with elsewhere_of(config) as elsewhere:
             return run_on_uvloop(_look(elsewhere, ref))
-        finally:
-            elsewhere.close()
 
 
 async def _look(elsewhere: Elsewhere, ref: AdapterRef) -> Looked:

@@ -1,14 +1,17 @@
-"""Adapters that are kept in host memory, for they came from nowhere else; within a budget."""
+"""Adapters that came from nowhere else: in host memory, within a budget, or in a home elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from threading import Lock
+from typing import Protocol
 
 import torch
 
-from lorax_async.adapter import AdapterKey
+from lorax_async.adapter import AdapterKey, TensorsKey
 from lorax_async.errors import CapacityError, FetchError, IntegrityError
+from lorax_async.io.ports import Demand, Reader
 from lorax_async.io.snapshot import TensorsFile
 
 
@@ -27,36 +30,112 @@ class Claim:
         self._give_back(nbytes)
 
 
-class HostCopy:
-    """One adapter's file. Its bytes are claimed until it is dropped and nobody reads it."""
+class Users:
+    """Counts who uses something, its maker first; calls `ended` when nobody does. Any thread."""
 
-    def __init__(self, file: TensorsFile, claim: Claim) -> None:
-        self.file = file
-        self._claim = claim
-        self._users = 1
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self.count = 1
+        self._ended = ended
         self._lock = Lock()
 
-    def open(self) -> HostReader:
+    def join(self) -> None:
+        """One more."""
         with self._lock:
-            self._users += 1
-        return HostReader(self.file.content, self.leave)
+            self.count += 1
 
     def leave(self) -> None:
-        """One who needed it does so no longer."""
+        """One less."""
         with self._lock:
-            self._users -= 1
-            unused = not self._users
+            self.count -= 1
+            unused = not self.count
         if unused:
-            self._claim.end()
+            self._ended()
+
+
+class Home(Protocol):
+    """Where an adapter's bytes are, for as long as somebody uses them; its maker does."""
+
+    def open(self) -> Reader:
+        """One more user, until the reader is closed. Quick."""
+
+    def leave(self) -> None:
+        """Its maker uses it no longer. Quick."""
+
+
+class InMemory:
+    """The `Home` of a file in memory, whose bytes are claimed. `changed` hears of who leaves."""
+
+    def __init__(self, file: TensorsFile, claim: Claim, changed: Callable[[], None]) -> None:
+        self.file = file
+        self._changed = changed
+        self._users = Users(claim.end)
+
+    @property
+    def nbytes(self) -> int:
+        return self.file.content.nbytes
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody reads it now."""
+        return self._users.count == 1
+
+    def open(self) -> HostReader:
+        self._users.join()
+        return HostReader(self.file, self.leave)
+
+    def leave(self) -> None:
+        self._users.leave()
+        self._changed()
+
+
+class HostCopy:
+    """One adapter's file, wherever it is, until it is dropped."""
+
+    def __init__(self, key: TensorsKey, home: InMemory) -> None:
+        self.key = key
+        self._home: Home = home
+        self._lock = Lock()
+        self._dropped = False
+        self.moving: Demand | None = None
+        """Of whoever is about to move it; ends when it is dropped."""
+
+    @property
+    def in_memory(self) -> InMemory | None:
+        """None if it has moved elsewhere."""
+        home = self._home
+        return home if isinstance(home, InMemory) else None
+
+    def open(self) -> Reader:
+        """Of where it is now; there it is read to the reader's end. Quick."""
+        with self._lock:
+            return self._home.open()
+
+    def move(self, home: Home) -> None:
+        """From here on it is read from there. From any thread."""
+        with self._lock:
+            left = home if self._dropped else self._home
+            self._home = home
+        left.leave()
+
+    def drop(self) -> None:
+        """Once, on the loop; who reads it reads on."""
+        with self._lock:
+            self._dropped = True
+            left = self._home
+        if self.moving is not None:
+            self.moving.end()
+        left.leave()
 
 
 class HostReader:
-    """The `Reader` of a `HostCopy`."""
+    """The `Reader` of a file in memory, with its config and header."""
 
-    def __init__(self, content: torch.Tensor, closed: Callable[[], None]) -> None:
-        self.nbytes = content.nbytes
-        self._content: torch.Tensor | None = content
-        self._closed = closed
+    def __init__(self, file: TensorsFile, closed: Callable[[], None]) -> None:
+        self.config = file.config
+        self.prefix = file.prefix
+        self.nbytes = file.content.nbytes
+        self._content: torch.Tensor | None = file.content
+        self._closed: Callable[[], None] | None = closed
         self._lock = Lock()
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -85,24 +164,37 @@ class HostReader:
 
     def close(self) -> None:
         with self._lock:
-            was_open, self._content = self._content is not None, None
-        if was_open:
-            self._closed()
+            closed, self._closed, self._content = self._closed, None, None
+        if closed is not None:
+            closed()
 
 
 class HostCopies:
-    """The copies, by key, within `nbytes`. On the loop, but for what readers give back."""
+    """The copies by key, the one that was used last at the end; in memory, within `nbytes`.
+
+    On the loop, but for what readers give back.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.used = 0
         self._copies: dict[AdapterKey, HostCopy] = {}
         self._lock = Lock()
+        self._watchers: tuple[Callable[[], None], ...] = ()
 
     @property
     def sizes(self) -> Mapping[AdapterKey, int]:
-        """Bytes of each."""
-        return {key: copy.file.content.nbytes for key, copy in self._copies.items()}
+        """Bytes of each that is in memory."""
+        homes = {key: copy.in_memory for key, copy in self._copies.items()}
+        return {key: home.nbytes for key, home in homes.items() if home is not None}
+
+    @property
+    def idle(self) -> Mapping[HostCopy, int]:
+        """Bytes of each that is in memory and not read now; the first was used longest ago."""
+        homes = {copy: copy.in_memory for copy in self._copies.values()}
+        return {
+            copy: home.nbytes for copy, home in homes.items() if home is not None and home.is_idle
+        }
 
     def claim(self, nbytes: int) -> Claim:
         """Room for one more. Raises `CapacityError` if there is none."""
@@ -118,26 +210,46 @@ class HostCopies:
 
     def put(self, file: TensorsFile, claim: Claim) -> AdapterKey:
         """Keep a file, or the one that is here with the same content."""
-        known = self._copies.get(file.key)
+        known = self.get(file.key)
         if known is not None:
             claim.end()
-            return known.file.key
-        self._copies[file.key] = HostCopy(file, claim)
+            return known.key
+        home = InMemory(file, claim, self._changed)
+        self._copies[file.key] = HostCopy(file.key, home)
+        self._changed()
         return file.key
 
     def get(self, key: AdapterKey) -> HostCopy | None:
-        return self._copies.get(key)
+        """For using it now."""
+        copy = self._copies.pop(key, None)
+        if copy is not None:
+            self._copies[key] = copy
+        return copy
 
     def drop(self, key: AdapterKey) -> None:
         """Keep it no longer; who reads it reads on."""
         copy = self._copies.pop(key, None)
         if copy is not None:
-            copy.leave()
+            copy.drop()
 
     def clear(self) -> None:
         for key in tuple(self._copies):
             self.drop(key)
 
+    @contextmanager
+    def watched(self, changed: Callable[[], None]) -> Iterator[None]:
+        """Call `changed`, in any thread, whenever there may be more room, or another idle copy."""
+        self._watchers += (changed,)
+        try:
+            yield
+        finally:
+            self._watchers = tuple(each for each in self._watchers if each is not changed)
+
+    def _changed(self) -> None:
+        for changed in self._watchers:
+            changed()
+
     def _give_back(self, nbytes: int) -> None:
         with self._lock:
             self.used -= nbytes
+        self._changed()

@@ -28,6 +28,7 @@ class Statistics:
     `seconds` are summed over adapters that were in a stage at the same time, so that they can
     exceed the time that passed. `nbytes` are those of configs and headers ("fetch"), of the file
     where it was cast or padded ("stage"), and on the device ("copy"), which `bytes_moved` are too.
+    `spills` counts adapters that were given as tensors and went from host memory to the disk cache.
     """
 
     fetches: int = 0
@@ -35,6 +36,7 @@ class Statistics:
     failures: int = 0
     departures: int = 0
     bytes_moved: int = 0
+    spills: int = 0
     seconds: Mapping[Stage, float] = field(default_factory=dict)
     nbytes: Mapping[Stage, int] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from lorax_async.core.waiters import Tier
 from lorax_async.errors import LoaderClosedError
 from lorax_async.ids.parsing import as_parsed
 from lorax_async.io.devices import make_device
+from lorax_async.io.own_cache import OwnCache
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.remote.elsewhere import Elsewhere
 from lorax_async.io.sources.anywhere import AnySource
@@ -36,6 +38,7 @@ from lorax_async.runtime.acquiring import Acquiring, require_priority
 from lorax_async.runtime.digests import Digests
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.giving import Giving
+from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.planning import Planner
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.resolver import Resolver
@@ -83,7 +86,8 @@ class Machinery:
         self._config = config
         self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
         self._device = device or make_device(sharding.held, config)
-        self._elsewhere = Elsewhere(config)
+        self._cache = OwnCache(config)
+        self._elsewhere = Elsewhere(config, self._cache)
         self._source = source or AnySource(
             LocalSource(
                 roots=config.local_roots,
@@ -99,6 +103,7 @@ class Machinery:
             nbytes=config.memory_bytes,
             limits=config.limits,
             threads=self._metadata,
+            cache=self._cache.get if config.spill else None,
         )
         self._merged = MergedSource(
             self._tensors,
@@ -173,8 +178,11 @@ class Machinery:
 
     @property
     def given(self) -> Mapping[AdapterKey, int]:
-        """Adapters that are kept in host memory, for they came as tensors; bytes of each."""
+        """Adapters that are in host memory, for they came as tensors; bytes of each."""
         return self._tensors.copies.sizes
+
+    def statistics(self) -> Statistics:
+        return replace(self.driver.journal.statistics(), spills=self._tensors.spills)
 
     def prefetch(self, refs: Sequence[Ref], tier: Tier, seconds: float, priority: int) -> Prefetch:
         """One task for each; `close` waits for those that are left."""
@@ -202,8 +210,9 @@ class Machinery:
             await self.resolver.stop()
             await self.digests.stop()
             await asyncio.gather(*self._prefetching, return_exceptions=True)
-            await self._in_thread(self._end)
             self._tensors.copies.clear()
+            await self._in_thread(self._end)
+            self._tensors.copies.clear()  # and what a call that was under way has put there
 
     def _give_up(self) -> None:
         self._metadata.shutdown()
@@ -211,8 +220,10 @@ class Machinery:
 
     def _end(self) -> None:
         self.driver.join()
+        self._tensors.close()
         self._elsewhere.close()
         self._metadata.shutdown()
+        self._cache.close()
         self._device.close()
 
     async def _in_thread(self, work: Callable[[], None]) -> None:

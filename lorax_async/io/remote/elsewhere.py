@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from lorax_async.core import runs
 from lorax_async.errors import LoaderClosedError
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings
+from lorax_async.io.own_cache import OwnCache
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
 from lorax_async.io.remote.beginning import Beginning
 from lorax_async.io.remote.kinds import Kinds
@@ -44,11 +46,12 @@ class _Made(NamedTuple):
 class Elsewhere:
     """The `Source` of adapters that are not local. Who never asks for one pays nothing for it.
 
-    What it makes ends with `close`.
+    What it makes ends with `close`; the loader's own cache, `own`, is somebody else's to end.
     """
 
-    def __init__(self, config: LoaderConfig) -> None:
+    def __init__(self, config: LoaderConfig, own: OwnCache) -> None:
         self._config = config
+        self._own = own
         self._making = Lock()
         self._made: _Made | None = None
         self._closed = False
@@ -100,14 +103,26 @@ class Elsewhere:
             if self._closed:
                 raise LoaderClosedError("the loader is closed")
             if self._made is None:
-                self._made = _made(self._config)
+                self._made = _made(self._config, self._own)
             return self._made
 
 
-def _made(config: LoaderConfig) -> _Made:
+@contextmanager
+def elsewhere_of(config: LoaderConfig) -> Iterator[Elsewhere]:
+    """For who has no loader to share a cache with."""
+    own = OwnCache(config)
+    elsewhere = Elsewhere(config, own)
+    try:
+        yield elsewhere
+    finally:
+        elsewhere.close()
+        own.close()
+
+
+def _made(config: LoaderConfig, own: OwnCache) -> _Made:
     engine = RangeEngine(HttpSettings(connections=config.connections))
     workers = Workers(CACHE_THREADS)
-    kinds = Kinds(config, engine)
+    kinds = Kinds(config, engine, own)
     known = Known(config.revalidate, time.monotonic)
     resolving = Resolving(
         *(kinds.locator, kinds.cache, known, workers),

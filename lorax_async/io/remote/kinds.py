@@ -8,11 +8,10 @@ from threading import RLock
 from typing import Any
 
 from lorax_async.config import LoaderConfig
-from lorax_async.core.policies import policy
 from lorax_async.io.cache.ports import Cache
-from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.urls import parse_url
+from lorax_async.io.own_cache import OwnCache
 from lorax_async.io.remote.hub import HubLocator
 from lorax_async.io.remote.hub_cache import HubCache, standard_folder
 from lorax_async.io.remote.hub_calls import endpoint_in_use
@@ -27,11 +26,15 @@ ASKING_THREADS = 8
 
 
 class Kinds:
-    """Locators and caches, each made when it is first asked for. All methods block."""
+    """Locators and caches, each made when it is first asked for. All methods block.
 
-    def __init__(self, config: LoaderConfig, engine: RangeEngine) -> None:
+    What it makes ends with `close`; the loader's own cache, `own`, is somebody else's to end.
+    """
+
+    def __init__(self, config: LoaderConfig, engine: RangeEngine, own: OwnCache) -> None:
         self._config = config
         self._engine = engine
+        self._own = own
         self._threads = ThreadPoolExecutor(ASKING_THREADS, "lorax-asking")
         self._lock = RLock()
         self._made: dict[str, Any] = {}
@@ -46,7 +49,7 @@ class Kinds:
     def cache(self, kind: str) -> Cache:
         """Where what comes from there is kept."""
         hub = kind == "hub" and self._config.hub_cache != "off"
-        return self._once("hub first", self._hub_first) if hub else self._disk()
+        return self._once("hub first", self._hub_first) if hub else self._own.get()
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -85,16 +88,6 @@ class Kinds:
         found: WebLocator = self._once("web", make)
         return found
 
-    def _disk(self) -> DiskCache:
-        def make() -> DiskCache:
-            config = self._config
-            made = DiskCache(config.cache_folder, config.cache_bytes, policy(config.eviction))
-            self._closing.append(made.close)
-            return made
-
-        found: DiskCache = self._once("disk", make)
-        return found
-
     def _hub_first(self) -> HubFirst:
         config = self._config
         folder = config.hub_cache_dir or standard_folder()
@@ -103,4 +96,4 @@ class Kinds:
             folder, self._hub().own_scope, write=write, private=config.hub_cache_private
         )
         self._closing.append(cache.close)
-        return HubFirst(cache, self._disk())
+        return HubFirst(cache, self._own.get())

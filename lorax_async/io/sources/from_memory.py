@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,10 +14,13 @@ from lorax_async.adapter import AdapterKey, AdapterRef, TensorsKey
 from lorax_async.config import Limits
 from lorax_async.core.runs import Span
 from lorax_async.errors import AdapterNotFoundError, FetchError
+from lorax_async.io.cache.ports import Cache
 from lorax_async.io.hashing import sha256_of
-from lorax_async.io.host_copies import HostCopies, HostReader
+from lorax_async.io.host_copies import Claim, HostCopies, HostReader
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
 from lorax_async.io.snapshot import Snapshot
+from lorax_async.io.spilled import SpilledReader
+from lorax_async.io.spilling import Spilling
 from lorax_async.verification import UNCHECKED, Verification
 
 _T = TypeVar("_T")
@@ -30,15 +34,27 @@ class MemorySource:
     source
         Has everything else.
     nbytes
-        Budget of the copies, which are kept until they are dropped.
+        Budget of the copies in memory. They are kept until they are dropped.
     limits
         What of them is accepted.
     threads
         Where tensors are copied, a few milliseconds at a time.
+    cache
+        Gives the disk cache (it blocks) where copies go on for which memory has no room; None
+        leaves them in memory.
     """
 
-    def __init__(self, source: Source, *, nbytes: int, limits: Limits, threads: Executor) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        nbytes: int,
+        limits: Limits,
+        threads: Executor,
+        cache: Callable[[], Cache] | None = None,
+    ) -> None:
         self.copies = HostCopies(nbytes)
+        self._spilling = None if cache is None else Spilling(self.copies, cache)
         self._source = source
         self._limits = limits
         self._threads = threads
@@ -55,7 +71,7 @@ class MemorySource:
         `CapacityError` if the budget has no room. Nothing is left on an error or a cancellation.
         """
         snapshot = Snapshot(tensors, config, self._limits)
-        claim = self.copies.claim(await self._in_thread(snapshot.measure))
+        claim = await self._claim(await self._in_thread(snapshot.measure), check_open)
         running: Future[bool] | None = None
         try:
             more = True
@@ -80,7 +96,11 @@ class MemorySource:
         copy = self.copies.get(key)
         if copy is None:
             raise AdapterNotFoundError(_GONE, stage="fetch")
-        return AdapterFile(copy.file.config, copy.file.prefix, copy.open())
+        reader = copy.open()
+        if isinstance(reader, SpilledReader):
+            return await self._opened(reader)
+        assert isinstance(reader, HostReader)
+        return AdapterFile(reader.config, reader.prefix, reader)
 
     def reopen(self, key: AdapterKey) -> Reader:
         if not isinstance(key, TensorsKey):
@@ -95,8 +115,8 @@ class MemorySource:
         arrived: Callable[[int], None],
         demand: Demand,
     ) -> Verification:
-        """Of what is in memory, all is here already; nobody says what it should come to."""
-        if not isinstance(file.reader, HostReader):
+        """Of what was given, all is here already; nobody says what it should come to."""
+        if not isinstance(file.reader, HostReader | SpilledReader):
             return await self._source.bring(file, groups, arrived, demand)
         if demand.ended:
             raise FetchError("nobody waits for the adapter any more")
@@ -116,12 +136,42 @@ class MemorySource:
             reader.close()
 
     async def populate(self, key: AdapterKey) -> Hold:
-        """What is in memory needs no hold."""
+        """What is in memory needs no hold; what is on disk is read ahead."""
         if not isinstance(key, TensorsKey):
             return await self._source.populate(key)
-        if self.copies.get(key) is None:
+        copy = self.copies.get(key)
+        if copy is None:
             raise FetchError(_GONE, retryable=False)
+        reader = copy.open()
+        try:
+            if isinstance(reader, SpilledReader):
+                await self._in_thread(reader.read_ahead)
+        finally:
+            reader.close()
         return _NoHold()
+
+    @property
+    def spills(self) -> int:
+        """Copies that went to disk so far."""
+        return 0 if self._spilling is None else self._spilling.count
+
+    def close(self) -> None:
+        """Leave nothing in the disk cache. Copies are to be dropped, and readers closed. Blocks."""
+        if self._spilling is not None:
+            self._spilling.close()
+
+    async def _claim(self, nbytes: int, check_open: Callable[[], None]) -> Claim:
+        if self._spilling is None:
+            return self.copies.claim(nbytes)
+        return await self._spilling.claim(nbytes, check_open)
+
+    async def _opened(self, reader: SpilledReader) -> AdapterFile:
+        try:
+            config, prefix = await self._in_thread(partial(reader.head, self._limits))
+        except BaseException:
+            reader.close()
+            raise
+        return AdapterFile(config, prefix, reader)
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
