@@ -16,7 +16,7 @@ from source_inputs import CONFIG
 from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.io.ports import AdapterFile, Demand
-from lorax_async.io.sources import local
+from lorax_async.io.sources import local, local_weights
 from lorax_async.io.sources.checked_open import located, open_same
 
 SECRET = b"the secret of another tenant"
@@ -26,6 +26,12 @@ SECRET = b"the secret of another tenant"
 def world(tmp_path: Path) -> Iterator[LocalWorld]:
     with nothing_left_open(tmp_path) as world:
         yield world
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, opener: Callable[[str, Any], int]) -> None:
+    """Config and weights are both opened so."""
+    monkeypatch.setattr(local, "open_same", opener)
+    monkeypatch.setattr(local_weights, "open_same", opener)
 
 
 def retarget(link: Path, target: Path) -> None:
@@ -166,7 +172,7 @@ def test_closed_even_when_the_open_was_given_up(
 
     async def main() -> None:
         key = await world.source.resolve(AdapterRef(folder))
-        monkeypatch.setattr(local, "open_same", slow)
+        patched(monkeypatch, slow)
         opening = asyncio.ensure_future(world.source.open(key, Demand()))
         await asyncio.to_thread(entered.wait, 10)
         opening.cancel()
@@ -192,7 +198,7 @@ def test_an_error_waits_for_the_other_file(
 
     async def main() -> None:
         key = await world.source.resolve(AdapterRef(folder))
-        monkeypatch.setattr(local, "open_same", slow)
+        patched(monkeypatch, slow)
         (folder / CONFIG_NAME).write_bytes(b"{}")
         before = descriptors()
         with pytest.raises(errors.IntegrityError, match=CONFIG_NAME):

@@ -139,6 +139,7 @@ class RemoteWorld:
         http: RangeEngine | None = None,
     ) -> None:
         self.folder = folder
+        self.verify: Checking = verify
         self.cache_bytes = cache_bytes
         self.server = FaultServer(b"")
         self.server.__enter__()

@@ -175,6 +175,7 @@ def test_a_replaced_adapter_is_the_next_load_and_not_the_one_before(
             loader(tmp_path, allow=allow, revalidate=0) as there,
             await there.load(nginx.url(place)) as old,
         ):
+            await old.verified()  # from then on it is in the cache
             put(nginx, place, adapters[1])
             version = await has(there, nginx.url(place), adapters[1])
             assert version != version_of(old)
