@@ -67,8 +67,7 @@ def test_what_a_source_says_is_no_name(
         async def body() -> AdapterHandle:
             async with over(world) as loader:
                 await loads_right(loader, world, good)
-                handle = await loads_right(loader, world, bad)
-                return handle
+                return await loads_right(loader, world, bad)
 
         key = run(body()).key
         assert [listed.is_partial for listed in ls(world.cache)] == [False, False]
