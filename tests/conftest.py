@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ _ran: Counter[str] = Counter()
 
 _not_run: Counter[str] = Counter()
 """How many were left out for want of it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("soak")
+    group.addoption("--soak-seconds", type=float, default=120.0, help="on each device")
+    group.addoption("--soak-seed", type=int, default=random.randrange(1 << 32))
 
 
 def _programs(item: pytest.Item) -> list[str]:

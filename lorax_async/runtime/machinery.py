@@ -33,6 +33,7 @@ from lorax_async.io.sources.merged import MergedSource
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import Transfer
 from lorax_async.runtime.acquiring import Acquiring, require_priority
+from lorax_async.runtime.digests import Digests
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.giving import Giving
 from lorax_async.runtime.planning import Planner
@@ -66,6 +67,7 @@ class Machinery:
 
     driver: Driver
     resolver: Resolver
+    digests: Digests
     acquiring: Acquiring
     giving: Giving
 
@@ -83,13 +85,25 @@ class Machinery:
         self._device = device or make_device(sharding.held, config)
         self._elsewhere = Elsewhere(config)
         self._source = source or AnySource(
-            LocalSource(roots=config.local_roots, limits=config.limits, threads=self._metadata),
+            LocalSource(
+                roots=config.local_roots,
+                limits=config.limits,
+                threads=self._metadata,
+                hashes=config.verify == "before_use",
+            ),
             self._elsewhere,
             partial(as_parsed, allow=config.allow),
         )
         self._tensors = MemorySource(
             self._source,
             nbytes=config.memory_bytes,
+            limits=config.limits,
+            threads=self._metadata,
+        )
+        self._merged = MergedSource(
+            self._tensors,
+            sharding.whole,
+            dtype=config.storage_dtype or sharding.whole.dtype,
             limits=config.limits,
             threads=self._metadata,
         )
@@ -101,7 +115,8 @@ class Machinery:
             loop = asyncio.get_running_loop()
             memory = await loop.run_in_executor(self._metadata, self._claim_memory)
             self._assemble(memory)
-            self.acquiring = Acquiring(self.resolver, self.driver, check_open)
+            self.digests = Digests(self._merged, self.driver.journal, check_open)
+            self.acquiring = Acquiring(self.resolver, self.driver, self.digests, check_open)
             self.giving = Giving(
                 self._tensors, self.resolver, self.acquiring, self.driver, check_open
             )
@@ -131,13 +146,7 @@ class Machinery:
                 self._budgets(memory),
                 Pace(starvation_age=config.starvation_age, min_residency=config.min_residency),
             ),
-            source=MergedSource(
-                self._tensors,
-                self._sharding.whole,
-                dtype=config.storage_dtype or self._sharding.whole.dtype,
-                limits=config.limits,
-                threads=self._metadata,
-            ),
+            source=self._merged,
             device=device,
             transfer=Transfer(device, staging, names, check_finite=config.check_finite),
             planner=Planner(self._sharding, config, device, move_bytes=staging.move_bytes),
@@ -145,6 +154,7 @@ class Machinery:
             io_threads=config.io_threads,
             metadata_threads=self._metadata,
             images=memory.images,
+            before_use=config.verify == "before_use",
         )
         self.resolver = Resolver(self._tensors, self.driver.journal)
 
@@ -186,9 +196,11 @@ class Machinery:
 
     async def close(self, timeout: float) -> None:
         try:
+            self.digests.begin_close()
             await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
         finally:
             await self.resolver.stop()
+            await self.digests.stop()
             await asyncio.gather(*self._prefetching, return_exceptions=True)
             await self._in_thread(self._end)
             self._tensors.copies.clear()

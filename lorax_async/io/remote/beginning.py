@@ -58,6 +58,11 @@ class Beginning:
     def prefix(self) -> bytes:
         return self.parts[0].prefix if self.plan is None else self.plan.prefix
 
+    @property
+    def nbytes(self) -> int:
+        """Of the one file that the weights are, or stand for."""
+        return self.parts[0].nbytes if self.plan is None else self.plan.nbytes
+
 
 class Beginnings:
     """Asks for the first bytes of files, as far as nobody has before."""
@@ -119,7 +124,8 @@ class Beginnings:
 
     def _size(self, file: RemoteFile, answer: Answer) -> int:
         """Of the whole file. Raises what is wrong with it."""
-        name, size = file.target.name, answer.known.size
+        name = file.target.name
+        size = file.nbytes if answer.known.size is None else answer.known.size
         if size is None:
             raise FetchError(f"the source does not say how large {name} is", retryable=False)
         self._require_size(file, size)

@@ -15,6 +15,7 @@ from lorax_async.errors import LoaderClosedError
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
+from lorax_async.io.remote.beginning import Beginning
 from lorax_async.io.remote.kinds import Kinds
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.opening import Opening
@@ -58,6 +59,10 @@ class Elsewhere:
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         return await (await self._source()).open(key, demand)
 
+    async def beginning(self, key: AdapterKey) -> Beginning:
+        """As of `RemoteSource`."""
+        return await (await self._source()).beginning(key, Demand())
+
     def reopen(self, key: AdapterKey) -> Reader:
         return self._make().source.reopen(key)
 
@@ -69,6 +74,9 @@ class Elsewhere:
         demand: Demand,
     ) -> Verification:
         return await (await self._source()).bring(file, groups, arrived, demand)
+
+    async def digest(self, key: AdapterKey) -> str:
+        return await (await self._source()).digest(key)
 
     async def populate(self, key: AdapterKey) -> Hold:
         return await (await self._source()).populate(key)

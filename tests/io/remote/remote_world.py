@@ -14,12 +14,14 @@ from typing import Self
 from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, engine
 
+import tiny
+from lorax_async import AdapterLoader, LoaderConfig
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import Checking, Limits
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import policy
-from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError
+from lorax_async.errors import AccessDeniedError, AdapterError, AdapterNotFoundError
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import Timeouts
@@ -59,7 +61,7 @@ class ToldLocator:
     there: dict[str, Stored] = field(default_factory=dict)
     promises: bool = True
     located: int = 0
-    error: FetchError | None = None
+    error: AdapterError | None = None
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Below which URL an adapter lies that is not at the server, by its name."""
 
@@ -218,3 +220,24 @@ class RemoteWorld:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+RANK = 256
+"""Some 800 KB: more than comes with the first request."""
+
+
+def stocked(world: RemoteWorld, folder: Path, name: str = "one", seed: int = 0) -> Path:
+    """An adapter at the source; the folder has the same files."""
+    world.put(name, *tiny.files(tiny.write(folder / name, seed, RANK)))
+    return folder / name
+
+
+def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
+    plain: dict[str, object] = {
+        "device_bytes": 8 << 20,
+        "max_slots": 4,
+        "io_threads": 2,
+        "timeout": 20,
+    }
+    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
+    return AdapterLoader(tiny.layout(), config, source=world.source)

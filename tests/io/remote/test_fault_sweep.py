@@ -60,6 +60,9 @@ class Stepping:
         verification: Verification = await self._stepped(bringing)
         return verification
 
+    async def digest(self, key: AdapterKey) -> str:
+        return await self._source.digest(key)
+
     async def populate(self, key: AdapterKey) -> Hold:
         return await self._source.populate(key)
 
