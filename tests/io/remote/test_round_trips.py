@@ -86,17 +86,18 @@ async def streamed(there: AdapterLoader, id: str, adapter: Path, rounds: Rounds,
 
 
 async def given_up(there: AdapterLoader, id: str, hub: HubStandIn) -> None:
-    """A load that ends when it was told which version there is, and has asked for more."""
-    begun, go_on = threading.Event(), threading.Event()
+    """A load that ends when it was told which version there is, and has asked for what comes next."""
+    asked_for: list[str] = []
+    go_on = threading.Event()
 
     def hold(asked: Asked) -> None:
         if asked.method == "GET":
-            begun.set()
+            asked_for.append(asked.target)
             assert go_on.wait(PATIENCE)
 
     hub.behave = hold
     loading = asyncio.create_task(there.load(id))
-    await until(begun.is_set)
+    await until(lambda: len(asked_for) == 2)
     loading.cancel()
     await asyncio.wait([loading])
     go_on.set()

@@ -116,12 +116,13 @@ def test_while_the_store_is_down(
             version = await has(there, id, adapters[0])
         link.close()
         async with loader(tmp_path, allow=ALLOW) as there:
-            await has(there, AdapterRef(id, revision=version), adapters[0])
+            pinned = await there.load(AdapterRef(id, revision=version))
             with pytest.raises(FetchError, match="refuses connections") as caught:
                 await there.load(id)
             assert caught.value.retryable
-        async with loader(tmp_path, allow=ALLOW) as there:
-            await has(there, AdapterRef(id, allow_stale=True), adapters[0])
+            async with pinned, await there.load(AdapterRef(id, allow_stale=True)) as stale:
+                tiny.assert_equal_to_file(stale, adapters[0])
+                assert (pinned.stale, stale.stale) == (False, True)
         async with loader(tmp_path, allow=ALLOW, offline=True) as there:
             await has(there, id, adapters[0])
 
