@@ -73,5 +73,8 @@ class TroubledSource:
             self._stalling.discard(id(file.reader))
         return await self._inner.bring(file, groups, arrived, demand)
 
+    async def digest(self, key: AdapterKey) -> str:
+        return await self._inner.digest(key)
+
     async def populate(self, key: AdapterKey) -> Hold:
         return await self._inner.populate(key)

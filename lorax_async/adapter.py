@@ -25,6 +25,7 @@ __all__ = [
     "RemoteKey",
     "TensorsKey",
     "as_ref",
+    "is_stale",
     "parse_adapter_id",
     "text_of",
 ]
@@ -41,19 +42,27 @@ def as_ref(
     source: str | None = None,
     revision: str | None = None,
     token: str | None = None,
+    digest: str | None = None,
 ) -> Ref:
     """What a call's arguments ask for. Raises `UsageError` if they contradict each other."""
     if isinstance(adapter_id, Ref):
-        if source is not None or revision is not None or token is not None:
+        if any(given is not None for given in (source, revision, token, digest)):
             raise UsageError(
-                "an AdapterRef, a key or a Merge says source, revision and token itself"
+                "an AdapterRef, a key or a Merge says source, revision, token and digest itself"
             )
         return adapter_id
-    return AdapterRef(adapter_id, source, revision, token)  # type: ignore[arg-type]  # it checks
+    return AdapterRef(adapter_id, source, revision, token, digest)  # type: ignore[arg-type]  # it checks
 
 
 def text_of(ref: Ref) -> str:
     return str(ref) if isinstance(ref, AdapterKey) else ref.text
+
+
+def is_stale(key: AdapterKey) -> bool:
+    """Whether a source could not be asked, and last named this version, of it or of a part."""
+    if isinstance(key, MergedKey):
+        return any(isinstance(part, AdapterKey) and is_stale(part) for part in key.merge.parts)
+    return isinstance(key, RemoteKey) and key.stale
 
 
 class Matcher(Protocol):

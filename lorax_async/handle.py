@@ -19,6 +19,7 @@ from lorax_async.io.ports import Device
 from lorax_async.runtime.module_views import ModuleViews, ModuleWeights
 from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.vectors import Vectors
+from lorax_async.verification import Verification
 
 
 class AdapterHandle:
@@ -92,6 +93,11 @@ class AdapterHandle:
         return self._lease.closed
 
     @property
+    def stale(self) -> bool:
+        """The source could not be asked, and this is the version that it last named."""
+        return self._lease.stale
+
+    @property
     def modules(self) -> Mapping[str, ModuleWeights]:
         """Weights by the layout's module names, for the layers that are ready."""
         self._lease.check()
@@ -145,6 +151,36 @@ class AdapterHandle:
     def _too_late(self, layer: int, seconds: float) -> AdapterTimeoutError:
         problem = f"layer {layer} did not arrive within {seconds:g} s"
         return AdapterTimeoutError(problem, id=self.id, key=self.key, stage="copy")
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether `verified` has nothing to wait for: nothing can turn out to be false any more."""
+        return self._lease.is_verified
+
+    def require_sound(self) -> None:
+        """Raise `IntegrityError`, or whatever broke the adapter under this handle, released or not.
+
+        For computations that go on for long under one `use`. Touches no lock; in any thread.
+        """
+        self._lease.require_sound()
+
+    async def verified(self, timeout: float | None = None) -> Verification:
+        """Wait until all bytes are here and checked as far as they will be; how far that was.
+
+        Raises `IntegrityError` if they are not what was promised (whoever holds the adapter gets
+        it, from every use), or not what this handle's `digest` says (then other handles may go on);
+        `AdapterTimeoutError` and the rest as `layer_ready`.
+        """
+        self._lease.check()
+        seconds = self._timeout if timeout is None else timeout
+        try:
+            async with asyncio.timeout(seconds) as deadline:
+                return await self._lease.verified(self._lease.check)
+        except TimeoutError as error:
+            if not deadline.expired() or isinstance(error, LoraxError):
+                raise
+        problem = f"not all of it was here and checked within {seconds:g} s"
+        raise AdapterTimeoutError(problem, id=self.id, key=self.key, stage="verify")
 
     def queue_behind(self, layer: int, stream: object | None = None) -> bool:
         """Let what is put on a stream from here on run after `layer`, and those before it, arrived.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorax_async.errors import InvalidAdapterIdError, UsageError
@@ -61,6 +61,12 @@ class AdapterRef:
     @property
     def text(self) -> str:
         return str(self.id)
+
+    @property
+    def name(self) -> AdapterRef:
+        """What it means, whatever its caller knows of the bytes and whether old ones will do."""
+        plain = self.digest is None and not self.allow_stale
+        return self if plain else replace(self, digest=None, allow_stale=False)
 
 
 @dataclass(frozen=True, slots=True)

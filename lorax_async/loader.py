@@ -5,30 +5,29 @@ from __future__ import annotations
 import asyncio
 import sys
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from lorax_async.adapter import AdapterId, AdapterKey, Ref, as_ref, text_of
+from lorax_async.adapter import AdapterId, Ref, as_ref, text_of
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.sharding import shard_layout
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import ConfigError, LoaderClosedError, LoraxError, UsageError
-from lorax_async.events import Event
 from lorax_async.handle import AdapterHandle, current_task_name
 from lorax_async.io.ports import Device, Source
+from lorax_async.looking import Looking
 from lorax_async.runtime.home import Home
-from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.machinery import Machinery
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.tenancy import Lease
-from lorax_async.runtime.whereabouts import TIERS, AdapterResidency, TierName, residency_of
+from lorax_async.runtime.whereabouts import TIERS, TierName
 from lorax_async.tensor_calls import TensorCalls
 
 
-class AdapterLoader(TensorCalls):
+class AdapterLoader(TensorCalls, Looking):
     """Loads LoRA adapters for one base model onto one device, beside whatever the loop does.
 
     Parameters
@@ -118,6 +117,7 @@ class AdapterLoader(TensorCalls):
         source: str | None = None,
         revision: str | None = None,
         token: str | None = None,
+        digest: str | None = None,
         timeout: float | None = None,
         priority: int = 0,
     ) -> AdapterHandle:
@@ -130,6 +130,10 @@ class AdapterLoader(TensorCalls):
             adapter met before, or a `Merge` of several. Equal requests share one load.
         source, revision, token
             As in `AdapterRef`, for a string.
+        digest
+            What the weights come to, as sha256 in hexadecimal. The call waits until they were held
+            against it (local ones are hashed for that, once); others are an `IntegrityError`, of
+            this call alone where the adapter is in use already.
         timeout
             Seconds; None takes the config's.
         priority
@@ -140,7 +144,7 @@ class AdapterLoader(TensorCalls):
         AdapterError, CapacityError, UsageError
             See docs/errors.md. Nothing is left behind.
         """
-        ref = as_ref(adapter_id, source, revision, token)
+        ref = as_ref(adapter_id, source, revision, token, digest)
         return await self._acquire(ref, Tier.DEVICE, timeout, priority)
 
     @asynccontextmanager
@@ -151,14 +155,16 @@ class AdapterLoader(TensorCalls):
         source: str | None = None,
         revision: str | None = None,
         token: str | None = None,
+        digest: str | None = None,
         timeout: float | None = None,
         priority: int = 0,
     ) -> AsyncIterator[AdapterHandle]:
         """As `load`, entered once the adapter has its slot: its layers follow, in order.
 
-        `await handle.layer_ready(k)` before layer k is used.
+        `await handle.layer_ready(k)` before layer k is used. A digest is compared when all bytes
+        are here: if they are others, the handle, and its clones, fail from then on.
         """
-        ref = as_ref(adapter_id, source, revision, token)
+        ref = as_ref(adapter_id, source, revision, token, digest)
         handle = await self._acquire(ref, Tier.STREAM, timeout, priority)
         try:
             yield handle
@@ -166,11 +172,13 @@ class AdapterLoader(TensorCalls):
             handle.release()
 
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
-        """A lease if the adapter is resident now, else None. Touches no file and never waits."""
+        """A lease if the adapter is resident now, else None. Touches no file and never waits.
+
+        With a digest, also None unless the weights are known to have it.
+        """
         self._check_open()
         ref = as_ref(adapter_id)
-        key = self._acquiring.known(ref)
-        lease = self._driver.interest.try_lease(key) if key is not None else None
+        lease = self._acquiring.try_lease(ref)
         return self._handle(ref, lease) if lease is not None else None
 
     async def _acquire(
@@ -260,36 +268,6 @@ class AdapterLoader(TensorCalls):
         except LoraxError as error:
             raise error.located(id=text_of(ref)) from None
         self._machinery.giving.take_back(ref, key)
-
-    # -- looking ----------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> Device:
-        """The device, with the tables that kernels read."""
-        self._check_open()
-        return self._driver.device
-
-    def residency(self) -> Mapping[AdapterKey, AdapterResidency]:
-        """Where the adapters are that are anywhere, and what each takes."""
-        self._check_open()
-        driver, given = self._driver, self._machinery.given
-        return residency_of(driver.lifecycle.lives, driver.files.holds, given)
-
-    def statistics(self) -> Statistics:
-        """Totals since the loader was opened."""
-        self._check_open()
-        return self._machinery.statistics()
-
-    def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
-        """The last events of one adapter, oldest first."""
-        self._check_open()
-        key = self._acquiring.known(as_ref(adapter_id))
-        return () if key is None else self._driver.journal.story(key)
-
-    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `callback` with every event, on the loop; returns what ends that."""
-        self._check_open()
-        return self._driver.journal.subscribe(callback)
 
     # -- checks -----------------------------------------------------------------------------------
 

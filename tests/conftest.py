@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ _ran: Counter[str] = Counter()
 
 _not_run: Counter[str] = Counter()
 """How many were left out for want of it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("soak")
+    group.addoption("--soak-seconds", type=float, default=120.0, help="on each device")
+    group.addoption("--soak-seed", type=int, default=random.randrange(1 << 32))
 
 
 def _programs(item: pytest.Item) -> list[str]:
@@ -48,7 +55,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{count} tests ran against {program} ({tool(program)})")
     for program, count in sorted(_not_run.items()):
         terminalreporter.write_line(
-            f"{count} tests did not run: {program} is not installed; `make servers` does that"
+            f"{count} tests did not run: {program} is not installed or not permitted here;"
+            " `make servers` installs servers"
         )
 
 

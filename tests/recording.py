@@ -89,6 +89,10 @@ class RecordingDevice(WrappedDevice):
         self._calls.append(("note_use",))
         return super().note_use(stream)
 
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        self._calls.append(("wipe", *extents))
+        return super().wipe(extents)
+
     def clear_column(self, slot: int) -> None:
         self._calls.append(("clear_column", slot))
         super().clear_column(slot)

@@ -23,7 +23,8 @@ NGINX = """
 daemon off; pid {root}/pid; error_log {root}/errors; worker_processes 1; {user}
 events {{ worker_connections 256; }}
 http {{
-    log_format ours '"$request" $status $server_port "$http_range" "$http_authorization"';
+    log_format ours '"$request" $status $server_port "$http_range" "$http_authorization" '
+                    '$body_bytes_sent';
     access_log {root}/requests ours; sendfile on; gzip on; gzip_types *; gzip_min_length 1;
     client_body_temp_path {root}/t1; proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3;
     uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
@@ -68,7 +69,7 @@ class Nginx:
         new.rename(file)
 
     def requests(self) -> list[str]:
-        """A line each: the request, its status, the port, the range, the authorization."""
+        """A line each: request, status, port, range, authorization, and bytes of the body."""
         log = self.root / "requests"
         return log.read_text().splitlines() if log.exists() else []
 
@@ -89,11 +90,12 @@ def nginx(root: Path) -> Iterator[Nginx]:
 
 @contextmanager
 def rclone(kind: str, folder: Path, scratch: Path) -> Iterator[str]:
-    """The URL at which `rclone serve KIND` serves the folder."""
+    """The URL at which `rclone serve KIND` serves the folder, as it is at each moment."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     command: Command = [_program("rclone"), "serve", kind, "--config", scratch / "rclone.conf"]
-    with running([*command, "--addr", address, folder], [port], scratch / "rclone.log"):
+    options = ["--addr", address, "--dir-cache-time", "0s"]
+    with running([*command, *options, folder], [port], scratch / "rclone.log"):
         yield f"http://{address}/"
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from command_line import ADAPTERS, adapter, base, on_a_terminal, output, query, read_until
-from lorax_async import cli
 from lorax_async.cli import main
-from lorax_async.commands import terminal
+from lorax_async.commands import load, terminal
+from lorax_async.commands.arguments import as_size
 
 CONTROL = re.compile(r"[^\n\x20-\x7e–─→…]")
 Capture = pytest.CaptureFixture[str]
@@ -82,7 +82,7 @@ def test_ctrl_c_closes_the_loader(tmp_path: Path, monkeypatch: Patch, capsys: Ca
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(cli, "load_at_once", interrupted)
+    monkeypatch.setattr(load, "load_at_once", interrupted)
     assert main(["load", str(ADAPTERS / "pirate"), "--base", base(tmp_path / "base")]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
     assert not [t for t in threading.enumerate() if t.name.startswith("lorax")]
@@ -95,7 +95,7 @@ def test_ctrl_c_closes_the_loader(tmp_path: Path, monkeypatch: Patch, capsys: Ca
     ("text", "nbytes"), [("1", 1), ("64KiB", 65_536), ("3MiB", 3_145_728), ("1GiB", 1_073_741_824)]
 )
 def test_sizes_are_read(text: str, nbytes: int) -> None:
-    assert cli._size(text) == nbytes
+    assert as_size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "1.5MiB", "-1", "1MB", "1KiBMiB", "²"])

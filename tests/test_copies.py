@@ -44,6 +44,7 @@ class Copying:
 
     def __init__(self, low_water: int = 0) -> None:
         self.heard: list[int] = []
+        self.wiped: list[AdapterKey] = []
         self.tickets: list[CopyTicket] = [Future() for _ in range(GROUPS)]
         self.asked: list[int] = []
         self.may_run = threading.Event()
@@ -57,6 +58,7 @@ class Copying:
             _Part(tenancy=lambda key: tenancy),
             _Part(run=self._run),
             self._hear,
+            self.wiped.append,
             threads=2,
             low_water=low_water,
             images=torch.empty(0, dtype=torch.uint8),

@@ -17,7 +17,9 @@ from lorax_async.errors import FetchError
 from lorax_async.io.ports import AdapterFile, Hold
 from lorax_async.runtime.files import Files
 from lorax_async.runtime.journal import Journal
+from lorax_async.verification import Verification
 
+KNOWN = Verification("sha256", "a" * 64)
 KEYS = [AdapterKey(f"place {n}", ()) for n in range(3)]
 
 
@@ -39,6 +41,7 @@ class Origin:
 
     def __init__(self) -> None:
         self.inside = self.undone = 0
+        self.arrives = False
         self.bringing = asyncio.Event()
         self.may_bring = asyncio.Event()
         self.may_open = asyncio.Event()
@@ -49,7 +52,11 @@ class Origin:
         await self.may_open.wait()
         return AdapterFile(b"", b"", Bytes())  # type: ignore[arg-type]
 
-    async def bring(self, file: object, groups: object, arrived: object, demand: Any) -> None:
+    async def bring(
+        self, file: object, groups: object, arrived: Callable[[int], None], demand: Any
+    ) -> Verification:
+        if self.arrives:
+            arrived(0)
         self.bringing.set()
         try:
             while not self.may_bring.is_set():
@@ -60,6 +67,7 @@ class Origin:
             await asyncio.sleep(0.01)
             self.undone += 1
             raise
+        return KNOWN
 
     async def populate(self, key: AdapterKey) -> Hold:
         self.inside += 1
@@ -87,7 +95,7 @@ class Told:
 class Place:
     """Files of that source; `turns` are the loop's turns in which something was planned."""
 
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, threads: ThreadPoolExecutor, *, before_use: bool = False) -> None:
         self.source, self.told = Origin(), Told()
         self.turns: list[int] = []
         self._turn = 0
@@ -98,6 +106,7 @@ class Place:
             threads,
             self.told,
             Journal(),
+            before_use=before_use,
         )
         self._tick()
 
@@ -236,3 +245,31 @@ def test_who_waits_until_it_is_opened_does_not_wait_for_its_bytes(run: Run) -> N
         await place.files.stop()
 
     run(_body_of(body))
+
+
+@pytest.mark.parametrize("before_use", [False, True])
+def test_groups_are_told_of_unless_all_has_to_be_checked(run: Run, before_use: bool) -> None:
+    """And what was known of an earlier fetch is not known of a new one."""
+
+    async def body(place: Place) -> None:
+        files, source = place.files, place.source
+        source.arrives = True
+        for attempt in (1, 2):
+            place.told.names.clear()
+            files.start_fetch(KEYS[0], attempt, urgent=True)
+            assert not files.verifications
+            await source.bringing.wait()
+            told = ["header_checked", *([] if before_use else ["span_fetched"])]
+            assert place.told.names == told
+            source.may_bring.set()
+            await until(lambda: "published" in place.told.names)
+            assert files.verifications == {KEYS[0]: KNOWN}
+            source.bringing.clear()
+            source.may_bring.clear()
+        await files.stop()
+
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as threads:
+            await body(Place(threads, before_use=before_use))
+
+    run(main())

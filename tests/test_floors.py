@@ -19,7 +19,7 @@ FLOORS = {
     1: {"core"},
     2: {"io"},
     3: {"runtime", "handle"},
-    4: {"loader", "tensor_calls", "layouts", "adaptable", "parts"},
+    4: {"loader", "looking", "tensor_calls", "layouts", "adaptable", "parts"},
     5: {"scheduler", "adapters"},
     6: {"engines", "server", "cli", "commands", "__main__"},
 }

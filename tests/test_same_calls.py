@@ -204,7 +204,7 @@ def test_a_gpu_is_asked_for_what_the_cpu_is(tmp_path: Path) -> None:
 def test_the_script_has_what_was_counted_by_hand(tmp_path: Path) -> None:
     """Stays: a b, c a b, d twice in vain, d, c, a b d beside the pinned c, and a: 13, of 4 layers.
 
-    One use in `load_and_use`, one in `unload`.
+    One use in `load_and_use`, one in `unload`. What d left in vain is zeroed, twice.
     """
     recording = _record(_on_cpu, tmp_path)
     counts = Counter(str(call[0]) for call in recording.calls)
@@ -214,6 +214,7 @@ def test_the_script_has_what_was_counted_by_hand(tmp_path: Path) -> None:
         "copy": 13 * tiny.LAYERS,
         "wait_for": tiny.LAYERS,
         "note_use": 2,
+        "wipe": 2,
         "clear_column": 13,
         "close": 1,
     }

@@ -111,11 +111,11 @@ def test_cancelled_at_every_await_of_close(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", ORDERED, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("at", [0, 2])
-@pytest.mark.parametrize("step", ["resolve", "open", "bring", "read"])
+@pytest.mark.parametrize("step", ["resolve", "open", "bring", "verify", "read"])
 def test_every_error_of_a_source(
     run: Run, tmp_path: Path, step: Step, at: int, error: Exception
 ) -> None:
-    if step in ("resolve", "open") and at:
+    if step in ("resolve", "open", "verify") and at:
         at = 0
     if step == "read":  # a byte of the first layer, or of a later one
         _, weights = tiny.files(tiny.write(tmp_path / "a"))

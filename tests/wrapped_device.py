@@ -41,6 +41,9 @@ class WrappedDevice:
     def note_use(self, stream: object | None = None) -> CopyTicket:
         return self.inner.note_use(stream)
 
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        return self.inner.wipe(extents)
+
     def clear_column(self, slot: int) -> None:
         self.inner.clear_column(slot)
 

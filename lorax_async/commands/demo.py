@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorax_async import layouts
+from lorax_async.commands.demo_remote import ADAPTERS, adapters_in
 from lorax_async.commands.measure import (
     Load,
     Show,
@@ -29,7 +30,6 @@ from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.engines.smollm2 import BASE_MODEL, prepare_base
 from lorax_async.engines.transformers import attach
-from lorax_async.errors import ConfigError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 PROMPT = "What is ice?"
 """One that the adapters were trained on: the smallest of them knows little beyond its pairs."""
 
-ADAPTERS = ("pirate", "shout", "json")
 MAX_NEW_TOKENS = 32
 IDLE_SECONDS = 0.25
 """For how long the loop is watched before the loads: about ten times as long as they take."""
@@ -82,12 +81,7 @@ def run_demo(folder: Path, prompt: str, screen: Screen) -> Demo:
     Raises `ConfigError` where the adapters or the base model are not installed, and whatever a
     load raises.
     """
-    paths = [folder / name for name in ADAPTERS]
-    if missing := [str(path) for path in paths if not path.is_dir()]:
-        raise ConfigError(
-            f"the demo's adapters are not here: {', '.join(missing)}; run it in a checkout of the"
-            " project, or give their folder with --adapters"
-        )
+    paths = adapters_in(folder)
     start = time.perf_counter()
     # Before the loop starts, for both hold the interpreter for long: Ctrl-C ends them at once.
     with screen.steps() as report:

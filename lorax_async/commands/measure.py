@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorax_async.adapter import AdapterKey
-from lorax_async.errors import LoraxError
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.commands.places import is_local
+from lorax_async.errors import LoraxError, UsageError
 from lorax_async.events import BytesMoved, Event, LayerReady, SlotGranted
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.sources.local_weights import weight_files
@@ -28,17 +29,19 @@ T = TypeVar("T")
 class Load:
     """One adapter's way onto the device, as it goes. Times are seconds from the call of `load`."""
 
-    path: Path
+    ref: AdapterRef
     name: str
     state: str = "waiting"
     moved: int = 0
     nbytes: int | None = None
     """Bytes it takes on the device, known with its slot."""
     file_bytes: int | None = None
+    """Of local files."""
     layers: tuple[int, ...] = ()
     ready: int = 0
     """How many of the layers are on the device."""
-    first_layer: float | None = None
+    came: list[float] = field(default_factory=list)
+    """When each of these was there."""
     resident: float | None = None
     error: LoraxError | None = None
     handle: AdapterHandle | None = None
@@ -52,18 +55,24 @@ class Load:
         match event:
             case SlotGranted():
                 self.state, self.moved, self.ready = "loading", 0, 0
+                self.came.clear()
                 self.describe(event.key, event.nbytes, event.layers)
             case BytesMoved():
                 self.moved += event.nbytes
             case LayerReady():
                 self.ready = self.layers.index(event.layer) + 1
-                self.first_layer = self.first_layer or time.perf_counter() - self.started
+                now = time.perf_counter() - self.started
+                self.came += [now] * (self.ready - len(self.came))
+
+    @property
+    def first_layer(self) -> float | None:
+        return self.came[0] if self.came else None
 
     async def run(self, loader: AdapterLoader) -> None:
         """Load it and keep the handle, or the typed error."""
         self.started = time.perf_counter()
         try:
-            handle = await loader.load(self.path)
+            handle = await loader.load(self.ref)
         except LoraxError as error:
             self.state, self.error = "failed", error
         else:
@@ -74,7 +83,8 @@ class Load:
 
     def describe(self, key: AdapterKey, nbytes: int, layers: tuple[int, ...]) -> None:
         self.nbytes, self.layers = nbytes, layers
-        self.file_bytes = sum(file.size for file in weight_files(key))
+        if key.files:
+            self.file_bytes = sum(file.size for file in weight_files(key))
 
     def release(self) -> None:
         if self.handle is not None:
@@ -88,7 +98,7 @@ def in_ms(seconds: float | None) -> float | None:
 def load_as_json(load: Load) -> dict[str, object]:
     """What is known of a load, for machines."""
     return {
-        "path": str(load.path),
+        "path": load.ref.text,
         "name": load.name,
         "state": load.state,
         "layers": list(load.layers),
@@ -96,14 +106,18 @@ def load_as_json(load: Load) -> dict[str, object]:
         "device_bytes": load.nbytes,
         "first_layer_ms": in_ms(load.first_layer),
         "resident_ms": in_ms(load.resident),
-        "error": None
-        if load.error is None
-        else {
-            "type": type(load.error).__name__,
-            "text": str(load.error),
-            "stage": load.error.stage,
-            "retryable": load.error.retryable,
-        },
+        "error": error_as_json(load.error),
+    }
+
+
+def error_as_json(error: LoraxError | None) -> dict[str, object] | None:
+    if error is None:
+        return None
+    return {
+        "type": type(error).__name__,
+        "text": str(error),
+        "stage": error.stage,
+        "retryable": error.retryable,
     }
 
 
@@ -111,12 +125,18 @@ Show = Callable[[int, Load], None]
 """Called with the number and the state of a load that went on."""
 
 
-def loads_of(paths: Sequence[Path]) -> list[Load]:
-    """One load per path, named by its folder, or by the whole path where two folders share one."""
-    names = [path.resolve().name for path in paths]
+def loads_of(places: Sequence[Path | AdapterRef]) -> list[Load]:
+    """One load per place, named by its folder, or by all of it where two folders share a name.
+
+    Raises `UsageError` for one remote adapter in several revisions: events do not tell them apart.
+    """
+    refs = [AdapterRef(place) if isinstance(place, Path) else place for place in places]
+    if len({ref.id for ref in refs}) < len({(ref.id, ref.revision) for ref in refs}):
+        raise UsageError("one adapter was named in several revisions; load one after the other")
+    names = [ref.id.resolve().name if isinstance(ref.id, Path) else ref.text for ref in refs]
     return [
-        Load(path, name if names.count(name) == 1 else str(path))
-        for path, name in zip(paths, names, strict=True)
+        Load(ref, name if names.count(name) == 1 else ref.text)
+        for ref, name in zip(refs, names, strict=True)
     ]
 
 
@@ -151,7 +171,8 @@ async def load_at_once(
 def _heard(loader: AdapterLoader, loads: Sequence[Load], show: Show) -> Iterator[None]:
     places: dict[str, list[tuple[int, Load]]] = {}
     for number, load in enumerate(loads):
-        places.setdefault(os.path.realpath(load.path), []).append((number, load))
+        location = os.path.realpath(load.ref.id) if is_local(load.ref) else load.ref.text
+        places.setdefault(location, []).append((number, load))
 
     def hear(event: Event) -> None:
         for number, load in places.get(event.key.location, ()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
@@ -35,6 +36,10 @@ class Screen:
     def complain(self, text: str) -> None:
         """A line for stderr. Needs no rich: it may be what reports that rich is missing."""
         print(shorten(text, 2_000), file=self._err)
+
+    def json(self, value: object) -> None:
+        """The result for machines, in one line."""
+        print(json.dumps(value), file=self._out)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; columns whose title starts with a blank hold numbers, set to the right."""
@@ -97,19 +102,20 @@ class Bars:
 
     def show(self, row: int, load: Load) -> None:
         """Bring the bar of adapter number `row` up to date."""
+        layers = f"{load.ready}/{len(load.layers)} layers" if load.layers else ""
+        self.update(row, load.name, load.moved, load.nbytes, load.state, layers)
+
+    def update(
+        self, row: int, name: str, done: int, total: int | None, state: str, layers: str = ""
+    ) -> None:
+        """Bring bar number `row` up to date; bytes, of which None is not known yet."""
         progress = self._progress
         if progress is None:
             return
         if row not in self._tasks:
-            name = shorten(load.name, 60)
+            name = shorten(name, 60)
             self._tasks[row] = progress.add_task(name, total=None, layers="", state="")
-        progress.update(
-            self._tasks[row],
-            completed=load.moved,
-            total=load.nbytes,
-            layers=f"{load.ready}/{len(load.layers)} layers" if load.layers else "",
-            state=load.state,
-        )
+        progress.update(self._tasks[row], completed=done, total=total, layers=layers, state=state)
 
 
 def require_rich() -> None:
@@ -158,6 +164,14 @@ def size(nbytes: int) -> str:
             return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} GiB"
+
+
+def age(seconds: float) -> str:
+    """How long ago something was, in the largest unit that it fills."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def milliseconds(seconds: float | None) -> str:

@@ -78,6 +78,13 @@ class Copy(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class Wipe(Command):
+    """Zero the extents of a slot that broke, which nobody reads any more: answers Wiped."""
+
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
 class ClearColumn(Command):
     """The slot's column names nobody from here on; what comes next may reuse slot and extents."""
 

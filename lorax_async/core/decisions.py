@@ -14,6 +14,7 @@ from lorax_async.core.commands import (
     TellLeaving,
     TellStays,
     TellUnloaded,
+    Wipe,
 )
 from lorax_async.core.life import HostState, Life
 from lorax_async.core.residency import HostBudget, ImageBudget, Residency
@@ -117,10 +118,18 @@ class Decisions:
         return True
 
     def _slot_quiesced(self, life: Life) -> bool:
-        """Rule 4. The column is cleared before anybody else can be given the slot or its bytes."""
+        """Rule 4. The column is cleared before anybody else can be given the slot or its bytes.
+
+        What broke is zeroed before that, and no earlier: a kernel may be reading it.
+        """
         if life.slot is not SlotState.DRAINING or life.grant is None:
             return False
         if life.copying or life.uses or life.leases:
+            return False
+        if life.broken:
+            if not life.wiping:
+                life.wiping = True
+                self.command(Wipe(life.key, life.grant))
             return False
         life.slot = next_slot_state(life.slot, SlotMove.QUIESCED)
         self.command(ClearColumn(life.key, life.grant))
@@ -226,12 +235,20 @@ class Decisions:
 
     def tell_broken(self, life: Life, error: LoraxError) -> None:
         assert life.grant is not None
+        life.broken = True
         self.command(BreakSlot(life.key, life.grant, error))
 
     def break_slot(self, life: Life, error: LoraxError, states: tuple[SlotState, ...]) -> None:
         if life.slot in states:
             self.tell_broken(life, error)
             self.drain(life, next_slot_state(life.slot, SlotMove.FILE_FAILED))
+
+    def distrust(self, life: Life, error: LoraxError) -> None:
+        """Its fetch failed: nothing that came of it may be used, or stay."""
+        self.fail(life, error)
+        if life.slot is SlotState.DRAINING:
+            life.broken = True  # nobody holds it any more, but there it is
+        self.break_slot(life, error, (SlotState.FILLING, SlotState.RESIDENT))
 
     def lose(self, life: Life, error: LoraxError) -> None:
         was_present = life.file is FileState.PRESENT

@@ -9,6 +9,7 @@ from lorax_async.adapter import AdapterKey
 from lorax_async.core.arena import Extent
 from lorax_async.core.transitions import FileState, SlotState
 from lorax_async.core.waiters import Tier, Waiters
+from lorax_async.errors import Stage
 from lorax_async.events import SlotId
 
 RESTING = (FileState.ABSENT, FileState.PRESENT)
@@ -71,8 +72,9 @@ class Life:
     `copying` and `done` belong to the present grant, and `copy_turn` is its place among those that
     copy. A lease that ended under a running kernel is one of `uses` until the kernel is done.
     `image` are extents of page-locked host memory in which the groups in `imaged` lie as they do on
-    the device. `leaving` was picked to make room; `unloads` callers wait for it to be gone; `told`
-    says that its departure was told. `demoted` would go on in the host tier.
+    the device. The slot is `broken` if its bytes must not be used, and `wiping` while they are
+    zeroed. `leaving` was picked to make room; `unloads` callers wait for it to be gone; `told` says
+    that its departure was told. `demoted` would go on in the host tier.
     """
 
     key: AdapterKey
@@ -95,6 +97,8 @@ class Life:
     leases: int = 0
     uses: int = 0
     pins: int = 0
+    broken: bool = False
+    wiping: bool = False
     leaving: bool = False
     unloads: int = 0
     told: bool = False
@@ -179,12 +183,22 @@ class Life:
             return False
         return self.demoted or self.waiters.has_tier(Tier.HOST)
 
+    @property
+    def stage(self) -> Stage:
+        """Where it is, in the words of errors and statistics."""
+        if self.needs is None:
+            return "fetch"
+        if self.slot is SlotState.FILLING:
+            awaited = self.file is FileState.FETCHING and not self.fetched & ~self.done
+            return "fetch" if awaited else "copy"
+        return "ready" if self.slot is SlotState.RESIDENT else "queue"
+
     def vacate(self) -> None:
         """Forget the grant."""
         self.grant = None
         self.submitted = self.done = 0
         self.watermark = self.copy_turn = self.pins = 0
-        self.leaving = self.told = False
+        self.leaving = self.told = self.broken = self.wiping = False
 
 
 _OPENED = (FileState.FETCHING, FileState.PRESENT)

@@ -172,8 +172,7 @@ class Lifecycle:
         life.file = next_file_state(life.file, FileMove.FETCH_FAILED)
         life.fetch_running = False
         if unverified:
-            self._decisions.fail(life, error)
-            self._decisions.break_slot(life, error, (SlotState.FILLING, SlotState.RESIDENT))
+            self._decisions.distrust(life, error)
         return self._settling.settle(life)
 
     def populated(self, key: AdapterKey, attempt: int) -> list[Command]:
@@ -253,6 +252,13 @@ class Lifecycle:
             self._decisions.lose(life, error)
         return self._settling.settle(life)
 
+    def wiped(self, key: AdapterKey) -> list[Command]:
+        """Nothing is left of what a slot held when it broke."""
+        life = self.lives[key]
+        life.slot = next_slot_state(life.slot, SlotMove.WIPED)
+        life.broken = life.wiping = False
+        return self._settling.settle(life)
+
     # -- time -------------------------------------------------------------------------------------
 
     def note_time(self, now: float) -> None:
@@ -272,11 +278,7 @@ class Lifecycle:
     def stage(self, key: AdapterKey) -> Stage:
         """Where the adapter is, in the words of errors and statistics."""
         life = self.lives.get(key)
-        if life is None or life.needs is None:
-            return "fetch"
-        if life.slot is SlotState.FILLING:
-            return "copy"
-        return "ready" if life.slot is SlotState.RESIDENT else "queue"
+        return life.stage if life is not None else "fetch"
 
     # -- steps that several outcomes share ---------------------------------------------------------
 

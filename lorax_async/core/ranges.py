@@ -28,6 +28,9 @@ LATER_WAVES_COST = 0.05
 _LATER_PIECE_SECONDS = 0.005
 """Below it, and below ten delays, requests would cost more than their order is worth."""
 
+_LATER_PIECE_BYTES = 256 * KiB
+"""Below it they do in any case, also where the rate is but a guess."""
+
 _SPLIT_SECONDS = 0.02
 """What a split has to gain at least: rates are not measured exactly."""
 
@@ -137,7 +140,7 @@ def _in_waves(
         return [groups]
     rest = groups[first:]
     affordable = int(LATER_WAVES_COST * seconds / link.delay) if link.delay else len(rest)
-    piece = link.rate * max(_LATER_PIECE_SECONDS, 10 * link.delay)
+    piece = max(_LATER_PIECE_BYTES, link.rate * max(_LATER_PIECE_SECONDS, 10 * link.delay))
     worth = int(size_of(chain.from_iterable(rest)) / (connections * piece))
     count = max(1, min(affordable, worth, len(rest)))
     cuts = [len(rest) * n // count for n in range(count + 1)]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from types import MappingProxyType
 
 from lorax_async.config import Limits
@@ -41,6 +42,18 @@ _REMEDY = "write the index again with the tool that split the weights"
 def split_name(number: int, count: int) -> str:
     """The name of one of `count` files of weights, numbered from 1."""
     return f"adapter_model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """The sha256 of weights, given that of each file in the order of their numbers.
+
+    Of several files it is that of the lines "digest  file name", as `sha256sum` writes them.
+    """
+    if len(digests) == 1:
+        return digests[0]
+    names = (split_name(number, len(digests)) for number in range(1, len(digests) + 1))
+    lines = (f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
+    return sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ class SlotMove(Enum):
     LAST_COPY_DONE = "last copy done"
     COPY_FAILED = "copy failed"
     FILE_FAILED = "file failed"
+    WIPED = "wiped"
     # decisions
     SLOT_GRANTED = "slot granted"
     UNWANTED = "unwanted"
@@ -89,6 +90,7 @@ SLOT_MOVES: Mapping[tuple[SlotState, SlotMove], SlotState] = {
     (SlotState.DRAINING, SlotMove.COPY_DONE): SlotState.DRAINING,
     (SlotState.DRAINING, SlotMove.LAST_COPY_DONE): SlotState.DRAINING,
     (SlotState.DRAINING, SlotMove.COPY_FAILED): SlotState.DRAINING,
+    (SlotState.DRAINING, SlotMove.WIPED): SlotState.DRAINING,
     (SlotState.DRAINING, SlotMove.QUIESCED): SlotState.NONE,
 }
 

@@ -59,6 +59,7 @@ class Batch:
         self._slots = [BASE_ONLY if row is None else row.slot.index for row in rows or ()]
         self._handles = tuple(dict.fromkeys(row for row in rows or () if row is not None))
         self._streaming: tuple[AdapterHandle, ...] = ()
+        self._unverified: tuple[AdapterHandle, ...] = ()
         self._vectors: dict[int, Vectors] = {}
         self._features = Features(place.device, place.tables, place.factors, self._vectors)
         self._plans: dict[int, _Plan] = {}
@@ -73,6 +74,7 @@ class Batch:
             for handle in self._handles:
                 uses.enter_context(handle.use())
             self._streaming = tuple(handle for handle in self._handles if not handle.resident)
+            self._unverified = tuple(each for each in self._handles if not each.is_verified)
             for handle in self._handles:
                 if (vectors := handle.vectors) is not None:
                     self._vectors[handle.slot.index] = vectors
@@ -117,10 +119,13 @@ class Batch:
     def adapt(self, y: torch.Tensor, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
         """Add each row's adapter to `y` `[rows, tokens, out]`, the layer's output, and return it.
 
-        Waits for adapters that still stream.
+        Waits for adapters that still stream. Raises `IntegrityError` once one of them turned out
+        to be false.
         """
         if not self._handles:
             return y
+        for handle in self._unverified:
+            handle.require_sound()
         for handle in self._streaming:
             self._await_layer(handle, adapted.module.layer)
         if not self._has_rows(x, adapted.module):

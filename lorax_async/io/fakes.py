@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import count
 from threading import Lock
 from typing import Literal
@@ -23,7 +24,7 @@ from lorax_async.io.fake_files import FakeHold, FakeReader, Version
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
 from lorax_async.verification import UNCHECKED, Verification
 
-Step = Literal["resolve", "open", "bring", "read", "populate"]
+Step = Literal["resolve", "open", "bring", "verify", "digest", "read", "populate"]
 
 _POLL_SECONDS = 0.001
 
@@ -37,6 +38,7 @@ class SourceCounts:
     reopens: int = 0
     brings: int = 0
     populates: int = 0
+    digests: int = 0
     bytes_read: int = 0
     open_readers: int = 0
     open_holds: int = 0
@@ -62,20 +64,28 @@ class FakeSource:
         Does `populate` hold an adapter's bytes, and say that they are locked? Adapters opened from
         now on tell so.
 
-    `bring` may be held back (`hold`, `allow`), steps fail to order (`fail`), and a read of bytes
-    that have not arrived is an `InternalError`. All methods but the port's own are quick and may be
-    called from any thread. Bytes that arrived once stay, as they would in a cache on disk.
+    `bring` may be held back (`hold`, `allow`; with all groups there, `hold_verification`), steps
+    fail to order (`fail`), and a read of bytes that have not arrived is an `InternalError`. All
+    methods but the port's own are quick and may be called from any thread. Bytes that arrived once
+    stay, as they would in a cache on disk.
+
+    Attributes
+    ----------
+    verifications
+        What `bring` returns, by id; `UNCHECKED` where nothing stands.
     """
 
     def __init__(self, *, pace: float = 0.0, holdable: bool = False) -> None:
         self.pace = pace
         self.holdable = holdable
         self.counts = SourceCounts()
+        self.verifications: dict[str, Verification] = {}
         self._lock = Lock()
         self._numbers = count(1)
         self._current: dict[str, Version] = {}
         self._versions: dict[AdapterKey, Version] = {}
         self._allowed: dict[str, set[int]] = {}
+        self._unverified: set[str] = set()
         self._failures: list[_Failure] = []
 
     def put(self, id: str, config: bytes, weights: bytes) -> AdapterKey:
@@ -103,6 +113,13 @@ class FakeSource:
         elif id in self._allowed:
             self._allowed[id].update(groups)
 
+    def hold_verification(self, id: str) -> None:
+        """From here on `bring` of `id` returns only when it is allowed."""
+        self._unverified.add(id)
+
+    def allow_verification(self, id: str) -> None:
+        self._unverified.discard(id)
+
     def fail(
         self,
         step: Step,
@@ -114,7 +131,8 @@ class FakeSource:
     ) -> None:
         """Raise `error` at the next `times` such steps, of `id` or of any adapter.
 
-        `at` is the group that does not arrive (bring) or the byte whose reading fails (read).
+        `at` is the group that does not arrive (bring) or the byte whose reading fails (read). After
+        a failure to "verify", which comes when all groups have arrived, nothing of them is here.
         """
         self._failures.append(_Failure(step, error, id, at, times))
 
@@ -157,7 +175,13 @@ class FakeSource:
             with self._lock:
                 version.add([each for span in spans for each in span.ranges()])
             arrived(group)
-        return UNCHECKED
+        await self._verify(version, demand)
+        return self.verifications.get(version.id, UNCHECKED)
+
+    async def digest(self, key: AdapterKey) -> str:
+        self.counts.digests += 1
+        version = await self._version(key, "digest")
+        return sha256(version.weights).hexdigest()
 
     async def populate(self, key: AdapterKey) -> Hold:
         self.counts.populates += 1
@@ -198,6 +222,18 @@ class FakeSource:
             await asyncio.sleep(max(_POLL_SECONDS, min(left, 10 * _POLL_SECONDS)))
         self._maybe_fail("bring", version.id, group, group + 1)
         self._require_current(version)
+
+    async def _verify(self, version: Version, demand: Demand) -> None:
+        while version.id in self._unverified:
+            if demand.ended:
+                raise FetchError("nobody waits for the adapter any more")
+            await asyncio.sleep(_POLL_SECONDS)
+        try:
+            self._maybe_fail("verify", version.id)
+        except Exception:
+            with self._lock:
+                version.here.clear()
+            raise
 
     async def _version(self, key: AdapterKey, step: Step) -> Version:
         await asyncio.sleep(0)

@@ -159,6 +159,12 @@ class Source(Protocol):
         when `demand` ends.
         """
 
+    async def digest(self, key: AdapterKey) -> str:
+        """What the weights, which are here, come to: `Verification.digest`, by sha256.
+
+        Raises as `open` does.
+        """
+
     async def populate(self, key: AdapterKey) -> Hold:
         """Bring all bytes into memory, and keep them there as far as the source can.
 
@@ -189,9 +195,9 @@ class StagedPiece:
 class Device(Protocol):
     """One arena, one table, and copies into them. Sizes and offsets in bytes.
 
-    A copy writes its bytes, then its rows, and only then is its ticket done. Copies, and clearings
-    of columns, take effect in the order in which they were asked for. A column is cleared before
-    its slot or extents are given to somebody else; that is the driver's word to keep.
+    A copy writes its bytes, then its rows, and only then is its ticket done. Copies, wipes, and
+    clearings of columns, take effect in the order in which they were asked for. A column is cleared
+    before its slot or extents are given to somebody else; that is the driver's word to keep.
 
     A `stream` is what the device's library calls one, and None is the current one; a device that
     computes when it is called (`reads_files`) has none, and ignores it.
@@ -241,6 +247,12 @@ class Device(Protocol):
         """A ticket that is done once all that is on `stream` by now has run. Quick.
 
         On a device that was lost nothing runs any more: it is done at once.
+        """
+
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        """Zero these extents; whoever asks has seen all done that reads them.
+
+        May block, in an I/O thread. Errors are as those of `copy`.
         """
 
     def clear_column(self, slot: int) -> None:

@@ -93,6 +93,10 @@ class Transfer:
             raise
         return sending.moved()
 
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        """Zero extents that nobody reads any more. Blocks as `run` does."""
+        return self._device.wipe(extents)
+
     def _run_from_file(self, copy: GroupCopy) -> Moved:
         """Converted bytes are written before the device is asked, so that its rows come last."""
         group, started = copy.group, perf_counter()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from lorax_async.adapter import AdapterKey, Ref, text_of
+from lorax_async.adapter import AdapterKey, Ref, RemoteKey, is_stale, text_of
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import (
     AdapterError,
@@ -14,8 +14,10 @@ from lorax_async.errors import (
     EvictedError,
     InternalError,
     LoraxError,
+    Stage,
     UsageError,
 )
+from lorax_async.runtime.digests import Digests
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.interest import Wish
 from lorax_async.runtime.resolver import Resolver
@@ -42,9 +44,16 @@ def require_priority(priority: int) -> None:
 class Acquiring:
     """Resolves and wants adapters within a deadline; `check_open` raises once nothing may begin."""
 
-    def __init__(self, resolver: Resolver, driver: Driver, check_open: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        resolver: Resolver,
+        driver: Driver,
+        digests: Digests,
+        check_open: Callable[[], None],
+    ) -> None:
         self._resolver = resolver
         self._driver = driver
+        self._digests = digests
         self._check_open = check_open
         self._turns = Turns(BACKGROUND)
 
@@ -57,17 +66,20 @@ class Acquiring:
     ) -> Lease | None:
         """Wait until the adapter is at `tier`; the lease is None for who takes none.
 
-        On an error or a cancellation the wish is withdrawn.
+        And until it was held against the digest in `ref`, if there is one; who streams waits for
+        that later. On an error or a cancellation the wish is withdrawn.
         """
         require_priority(priority)
         key = ref if isinstance(ref, AdapterKey) else None
         wish: Wish | None = None
         evicted = 0
+        lease: Lease | None = None
+        granted = False
         interest = self._driver.interest
         deadline = asyncio.timeout(seconds)
         try:
             async with deadline:
-                while True:
+                while not granted:
                     # Threads take what they are given in the order in which it came: a load must
                     # not find thousands of hints before it.
                     async with nullcontext() if foreground else self._turns.turn(priority):
@@ -79,16 +91,21 @@ class Acquiring:
                         if not foreground:
                             await self._driver.files.opened(key)
                     try:
-                        return await interest.granted(wish)
+                        lease = await self._granted(wish, tier)
+                        granted = True
                     except AdapterError as error:
                         evicted += isinstance(error, EvictedError)
                         again = isinstance(error, EvictedError) and evicted < EVICTIONS
                         if not again and not self._resolver.outdated(ref, key):
                             raise
-                    interest.abandon(wish)  # what it was has gone, or means something else now
+                        # What it was has gone, or means something else now.
+                        interest.abandon(wish)
+                assert key is not None
+                await self._hold_to_digest(ref, key, tier, lease)
+                return lease
         except BaseException as error:
             late = deadline.expired() and isinstance(error, TimeoutError)
-            problem = self._timed_out(ref, key, seconds) if late else error
+            problem = self._timed_out(ref, key, seconds, granted=granted) if late else error
             if wish is not None:
                 interest.abandon(wish)
             if isinstance(problem, LoraxError):
@@ -96,6 +113,46 @@ class Acquiring:
             if isinstance(problem, Exception):
                 raise InternalError(f"a wish failed: {problem!r}", id=text_of(ref)) from problem
             raise
+
+    async def _granted(self, wish: Wish, tier: Tier) -> Lease | None:
+        """Who streams has the adapter before its file was opened, which may have gone: that is
+        seen while it can still be fetched again. Raises `EvictedError` then.
+        """
+        lease = await self._driver.interest.granted(wish)
+        if lease is None or tier is not Tier.STREAM or not isinstance(wish.key, RemoteKey):
+            return lease
+        if not lease.tenancy.complete:
+            try:
+                await self._driver.files.readable(wish.key)
+            except EvictedError:
+                # Which is also said of what was read to its end. The copies know; and until they
+                # have failed, the lifecycle takes the file for present, and would not fetch it.
+                await lease.tenancy.ready(lease.tenancy.layers[-1], lease.check)
+        return lease
+
+    async def _hold_to_digest(
+        self, ref: Ref, key: AdapterKey, tier: Tier, lease: Lease | None
+    ) -> None:
+        if lease is None:
+            await self._digests.compare(ref, key, self._driver.files.verifications.get(key))
+            return
+        lease.stale = is_stale(key)
+        if tier is Tier.STREAM:
+            self._digests.watch(ref, key, lease)
+        else:
+            await self._digests.hold(ref, key, lease)
+
+    def try_lease(self, ref: Ref) -> Lease | None:
+        """A lease on what is resident, if `ref` is known to mean it; touches no file."""
+        key = self.known(ref)
+        lease = self._driver.interest.try_lease(key) if key is not None else None
+        if key is None or lease is None:
+            return None
+        if not self._digests.agrees(ref, key, lease.tenancy.verification):
+            lease.end()
+            return None
+        lease.stale = is_stale(key)
+        return lease
 
     async def lease(self, ref: Ref, tier: Tier, seconds: float, *, priority: int) -> Lease:
         """As `acquire`, for who takes one."""
@@ -110,21 +167,25 @@ class Acquiring:
         while not pinned:  # an unload may come between: it is waited for, and the load repeated
             left = max(0.0, deadline - loop.time())
             lease = await self.lease(ref, Tier.DEVICE, left, priority=priority)
+            lease.id = text_of(ref)
             try:
                 if not self._resolver.outdated(ref, lease.tenancy.key):  # else it was replaced
                     pinned = self._driver.interest.pin(ref, lease)
             finally:
                 lease.end()
 
-    def _timed_out(self, ref: Ref, key: AdapterKey | None, seconds: float) -> AdapterTimeoutError:
+    def _timed_out(
+        self, ref: Ref, key: AdapterKey | None, seconds: float, *, granted: bool
+    ) -> AdapterTimeoutError:
         """Where the adapter is now, before the wish for it is withdrawn."""
         driver = self._driver
+        stage: Stage = "resolve" if key is None else driver.lifecycle.stage(key)
         life = None if key is None else driver.lifecycle.lives.get(key)
         return AdapterTimeoutError(
             f"it was not ready within {seconds:g} s",
             id=text_of(ref),
             key=key,
             attempt=life.attempt if life is not None else 0,
-            stage="resolve" if key is None else driver.lifecycle.stage(key),
+            stage="verify" if granted else stage,
             story=() if key is None else driver.journal.story(key),
         )

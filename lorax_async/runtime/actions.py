@@ -66,6 +66,8 @@ class Actions:
                 self._files.start_release(key, command.attempt)
             case commands.TakeSlot():
                 self._take_slot(command)
+            case commands.Wipe():
+                self._copies.wipe(command)
             case commands.ClearColumn():
                 self._clear_column(command)
             case commands.Fail():
@@ -92,7 +94,9 @@ class Actions:
     def _take_slot(self, command: commands.TakeSlot) -> None:
         self._journal.granted(command.key, command.since, self._clock())
         plan = self._files.plans[command.key]
-        tenancy = self._tenants.move_in(command.key, command.grant, plan)
+        tenancy = self._tenants.move_in(
+            command.key, command.grant, plan, self._files.verifications.get(command.key)
+        )
         self.tell(
             SlotGranted,
             command.key,

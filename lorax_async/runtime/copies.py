@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -12,13 +14,17 @@ from time import perf_counter
 
 import torch
 
-from lorax_async.core.commands import Copy
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.commands import Copy, Wipe
 from lorax_async.errors import CapacityError, InternalError, LoraxError
 from lorax_async.io.inbox import Inbox
+from lorax_async.io.ports import CopyTicket
 from lorax_async.io.transfer import GroupCopy, Transfer
 from lorax_async.runtime.files import Files
 from lorax_async.runtime.tenancy import Tenancy
 from lorax_async.runtime.tenants import Tenants
+
+_logger = logging.getLogger("lorax_async")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +56,9 @@ class _Work:
 class Copies:
     """Hands copies to the I/O threads; `copied` hears of each once, on the loop.
 
-    Its `threads` serve until `stop`. The loop is woken at the latest when no more than `low_water`
-    copies are left. `images` is the page-locked memory whose extents commands name.
+    And slots that broke, to be zeroed; `wiped` hears of each once, in any thread. The `threads`
+    serve until `stop`. The loop is woken at the latest when no more than `low_water` copies are
+    left. `images` is the page-locked memory whose extents commands name.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class Copies:
         tenants: Tenants,
         transfer: Transfer,
         copied: Callable[[CopyOutcome], None],
+        wiped: Callable[[AdapterKey], None],
         *,
         threads: int,
         low_water: int,
@@ -69,7 +77,8 @@ class Copies:
         self._tenants = tenants
         self._transfer = transfer
         self._images = images
-        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
+        self._wiped = wiped
+        self._queue: SimpleQueue[_Work | Wipe | None] = SimpleQueue()
         # Daemons: a loader that nobody closed must not keep the interpreter from ending.
         self._threads = [
             Thread(target=self._serve, name=f"lorax-io-{n}", daemon=True) for n in range(threads)
@@ -110,6 +119,9 @@ class Copies:
             self._under_way += 1
         self._queue.put(_Work(command, copy, tenancy))
 
+    def wipe(self, command: Wipe) -> None:
+        self._queue.put(command)
+
     def _start(self, threads: list[Thread]) -> None:
         for started, thread in enumerate(threads):
             try:
@@ -123,7 +135,10 @@ class Copies:
     def _serve(self) -> None:
         """In an I/O thread: an executor's queue would cost more than a small copy."""
         while (work := self._queue.get()) is not None:
-            self._run(work)
+            if isinstance(work, Wipe):
+                self._zero(work)
+            else:
+                self._run(work)
 
     def _run(self, work: _Work) -> None:
         """In an I/O thread: whatever happens, the loop hears of it."""
@@ -138,6 +153,21 @@ class Copies:
             # Asked for, so that a stream can wait for it, though it may not have run yet.
             work.tenancy.sent(work.command.group, moved.ticket)
         moved.done.add_done_callback(lambda done: self._end(work, done.exception()))
+
+    def _zero(self, command: Wipe) -> None:
+        """In an I/O thread. What cannot be zeroed is overwritten before it is named again."""
+
+        def told(ticket: CopyTicket) -> None:
+            if ticket.exception() is not None:
+                _logger.warning("a slot that broke was not zeroed: %s", ticket.exception())
+            self._wiped(command.key)
+
+        try:
+            ticket = self._transfer.wipe(command.grant.extents)
+        except BaseException as problem:  # noqa: BLE001 - it is told like that of a ticket
+            ticket = Future()
+            ticket.set_exception(problem)
+        ticket.add_done_callback(told)
 
     def _end(self, work: _Work, problem: BaseException | None) -> None:
         """In an I/O thread, or in one of the device's."""

@@ -55,11 +55,14 @@ class Driver:
         io_threads: int,
         metadata_threads: Executor,
         images: torch.Tensor,
+        before_use: bool = False,
     ) -> None:
         self.lifecycle = lifecycle
         self.device = device
         self.journal = Journal()
-        self.files = Files(source, planner, metadata_threads, self, self.journal)
+        self.files = Files(
+            source, planner, metadata_threads, self, self.journal, before_use=before_use
+        )
         self.tenants = Tenants(num_layers, self._lease_ended, self._lease_quiet)
         self.interest = Interest(lifecycle, self.tenants, self._hear_and_obey, self.files.hasten)
         self.retiring = Retiring(lifecycle, self._obey)
@@ -70,6 +73,7 @@ class Driver:
             self.tenants,
             transfer,
             self._copied,
+            self._wiped,
             threads=io_threads,
             low_water=lifecycle.budgets.device.copies_free // 2,
             images=images,
@@ -141,6 +145,7 @@ class Driver:
         self._decide(key, lambda: self.lifecycle.span_fetched(key, attempt, group))
 
     def published(self, key: AdapterKey, attempt: int) -> None:
+        self.tenants.verified(key, self.files.verifications[key])
         self._decide(key, lambda: self.lifecycle.published(key, attempt))
         self._actions.close_idle_reader(key)
 
@@ -188,6 +193,9 @@ class Driver:
             here = self.lifecycle.lives[key].file is not FileState.FETCHING
             lost = here and isinstance(error, FetchError)
             self._decide(key, lambda: self.lifecycle.copy_failed(key, error, file_lost=lost))
+
+    def _wiped(self, key: AdapterKey) -> None:
+        self._on_loop(lambda: self._decide(key, lambda: self.lifecycle.wiped(key)))
 
     def _lease_ended(self, lease: Lease, in_use: bool, soon: bool) -> None:
         def tell() -> None:
@@ -251,6 +259,8 @@ class Driver:
             error.__cause__ = problem
             if isinstance(command, commands.Copy):
                 self._commands += self.lifecycle.copy_failed(command.key, error)
+            elif isinstance(command, commands.Wipe):
+                self._commands += self.lifecycle.wiped(command.key)
             elif isinstance(command, commands.Serve):
                 self.tenants.fail([command.waiter], error)
                 if command.grant is not None:

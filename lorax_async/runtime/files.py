@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from time import perf_counter
 from typing import Protocol
 
-from lorax_async.adapter import AdapterKey
+from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, InternalError, LoraxError
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
@@ -37,7 +37,8 @@ class Outcomes(Protocol):
 class Files:
     """Runs one task per fetch, populate and release; each ends with exactly one outcome.
 
-    `threads` parse large headers. Tasks are cancelled by `stop` alone; a fetch that nobody wants
+    `threads` parse large headers. `before_use`: no group may be used before all of the file was
+    checked. Tasks are cancelled by `stop` alone; a fetch that nobody wants
     any more is told so by its token.
     """
 
@@ -48,6 +49,8 @@ class Files:
         threads: Executor,
         outcomes: Outcomes,
         journal: Journal,
+        *,
+        before_use: bool = False,
     ) -> None:
         self.plans: dict[AdapterKey, TransferPlan] = {}
         self.readers: dict[AdapterKey, Reader] = {}
@@ -57,6 +60,7 @@ class Files:
         self._threads = threads
         self._outcomes = outcomes
         self._journal = journal
+        self._before_use = before_use
         self.verifications: dict[AdapterKey, Verification] = {}
         self._demands: dict[AdapterKey, Demand] = {}
         self._opening: dict[AdapterKey, asyncio.Event] = {}
@@ -66,6 +70,7 @@ class Files:
         self._closing = False
 
     def start_fetch(self, key: AdapterKey, attempt: int, *, urgent: bool) -> None:
+        self.verifications.pop(key, None)
         self._demands[key] = Demand(urgent=urgent)
         self._opening[key] = asyncio.Event()
         self._spawn("fetch", key, self._fetch(key, attempt))
@@ -97,6 +102,14 @@ class Files:
         if reader is None:
             reader = self.readers[key] = self._source.reopen(key)
         return reader
+
+    async def readable(self, key: RemoteKey) -> None:
+        """Wait until the file of an adapter that fills its slot is open, and so stays where it is.
+
+        Raises `EvictedError` if it is gone.
+        """
+        loop, reader = asyncio.get_running_loop(), self.reader(key)
+        await loop.run_in_executor(self._threads, lambda: reader.nbytes)
 
     def close_reader(self, key: AdapterKey) -> None:
         reader = self.readers.pop(key, None)
@@ -191,7 +204,8 @@ class Files:
         self, key: AdapterKey, attempt: int, file: AdapterFile, plan: TransferPlan, demand: Demand
     ) -> Verification:
         def arrived(group: int) -> None:
-            self._outcomes.span_fetched(key, attempt, group)
+            if not self._before_use:
+                self._outcomes.span_fetched(key, attempt, group)
 
         spans = [group.spans for group in plan.groups]
         return await self._source.bring(file, spans, arrived, demand)

@@ -79,7 +79,11 @@ class Interest:
         """One more lease on the same stay in a slot. Raises if that one may not be used."""
         lease.check()
         self._lifecycle.add_lease(lease.tenancy.key)
-        return self._tenants.new_lease(lease.tenancy.key)
+        shared = self._tenants.new_lease(lease.tenancy.key)
+        shared.stale = lease.stale
+        if lease.promise is not None:
+            lease.promise.join(shared)
+        return shared
 
     def pin(self, name: object, lease: Lease) -> bool:
         """Keep what is leased, on behalf of `name`, in place of what that pinned before.

@@ -35,6 +35,7 @@ from lorax_async.io.sources.merged import MergedSource
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import Transfer
 from lorax_async.runtime.acquiring import Acquiring, require_priority
+from lorax_async.runtime.digests import Digests
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.giving import Giving
 from lorax_async.runtime.journal import Statistics
@@ -69,6 +70,7 @@ class Machinery:
 
     driver: Driver
     resolver: Resolver
+    digests: Digests
     acquiring: Acquiring
     giving: Giving
 
@@ -87,7 +89,12 @@ class Machinery:
         self._cache = OwnCache(config)
         self._elsewhere = Elsewhere(config, self._cache)
         self._source = source or AnySource(
-            LocalSource(roots=config.local_roots, limits=config.limits, threads=self._metadata),
+            LocalSource(
+                roots=config.local_roots,
+                limits=config.limits,
+                threads=self._metadata,
+                hashes=config.verify == "before_use",
+            ),
             self._elsewhere,
             partial(as_parsed, allow=config.allow),
         )
@@ -98,6 +105,13 @@ class Machinery:
             threads=self._metadata,
             cache=self._cache.get if config.spill else None,
         )
+        self._merged = MergedSource(
+            self._tensors,
+            sharding.whole,
+            dtype=config.storage_dtype or sharding.whole.dtype,
+            limits=config.limits,
+            threads=self._metadata,
+        )
         self._prefetching: set[asyncio.Task[None]] = set()
 
     async def open(self, check_open: Callable[[], None]) -> None:
@@ -106,7 +120,8 @@ class Machinery:
             loop = asyncio.get_running_loop()
             memory = await loop.run_in_executor(self._metadata, self._claim_memory)
             self._assemble(memory)
-            self.acquiring = Acquiring(self.resolver, self.driver, check_open)
+            self.digests = Digests(self._merged, self.driver.journal, check_open)
+            self.acquiring = Acquiring(self.resolver, self.driver, self.digests, check_open)
             self.giving = Giving(
                 self._tensors, self.resolver, self.acquiring, self.driver, check_open
             )
@@ -136,13 +151,7 @@ class Machinery:
                 self._budgets(memory),
                 Pace(starvation_age=config.starvation_age, min_residency=config.min_residency),
             ),
-            source=MergedSource(
-                self._tensors,
-                self._sharding.whole,
-                dtype=config.storage_dtype or self._sharding.whole.dtype,
-                limits=config.limits,
-                threads=self._metadata,
-            ),
+            source=self._merged,
             device=device,
             transfer=Transfer(device, staging, names, check_finite=config.check_finite),
             planner=Planner(self._sharding, config, device, move_bytes=staging.move_bytes),
@@ -150,6 +159,7 @@ class Machinery:
             io_threads=config.io_threads,
             metadata_threads=self._metadata,
             images=memory.images,
+            before_use=config.verify == "before_use",
         )
         self.resolver = Resolver(self._tensors, self.driver.journal)
 
@@ -194,9 +204,11 @@ class Machinery:
 
     async def close(self, timeout: float) -> None:
         try:
+            self.digests.begin_close()
             await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
         finally:
             await self.resolver.stop()
+            await self.digests.stop()
             await asyncio.gather(*self._prefetching, return_exceptions=True)
             self._tensors.copies.clear()
             await self._in_thread(self._end)

@@ -12,6 +12,7 @@ class Names:
     """Which key such an id means. They come before every source.
 
     A name that was given without a token is the same for every token; with one, for that one only.
+    What a caller knows of the bytes, and whether old ones will do, makes no other name.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class Names:
 
     def give(self, ref: AdapterRef, key: AdapterKey) -> None:
         """From here on `ref` means `key`."""
+        ref = ref.name
         self._end(ref)
         self._keys[ref] = key
         self._uses[key] += 1
@@ -44,15 +46,15 @@ class Names:
 
     def covers(self, ref: AdapterRef, other: object) -> bool:
         """Whether `other` means, or would mean, what is given to `ref`."""
-        return other == ref or (
-            isinstance(other, AdapterRef)
-            and other not in self._keys
-            and replace(other, token=None) == ref
-        )
+        if not isinstance(other, AdapterRef):
+            return False
+        ref, other = ref.name, other.name
+        return other == ref or (other not in self._keys and replace(other, token=None) == ref)
 
     def _entry(self, ref: object) -> AdapterRef | None:
         if not isinstance(ref, AdapterRef):
             return None
+        ref = ref.name
         if ref in self._keys or ref.token is None:
             return ref if ref in self._keys else None
         bare = replace(ref, token=None)

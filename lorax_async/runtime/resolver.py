@@ -5,7 +5,15 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-from lorax_async.adapter import AdapterKey, AdapterRef, Merge, MergedKey, Ref, TensorsKey
+from lorax_async.adapter import (
+    AdapterKey,
+    AdapterRef,
+    Merge,
+    MergedKey,
+    Ref,
+    TensorsKey,
+    is_stale,
+)
 from lorax_async.errors import InternalError, LoaderClosedError, LoraxError
 from lorax_async.io.ports import Source
 from lorax_async.runtime.journal import Journal
@@ -64,7 +72,7 @@ class Resolver:
 
     def known(self, ref: Question) -> AdapterKey | None:
         """What `ref` means by name, else the last answer; touches no file."""
-        answer = self.names.get(ref) or self._answers.get(ref)
+        answer = self.names.get(ref) or self._answers.get(_name(ref))
         return None if answer is None or self.outdated(ref, answer) else answer
 
     def outdated(self, ref: Ref, answer: AdapterKey) -> bool:
@@ -125,11 +133,17 @@ class Resolver:
 
     def _answered(self, ref: Question, task: asyncio.Task[AdapterKey]) -> None:
         del self._asking[ref]
-        before = self._answers.pop(ref, None)
+        name = _name(ref)
+        before = self._answers.pop(name, None)
         if task.cancelled() or task.exception() is not None:
             return
         key = task.result()
+        same = before == key and before is not None and is_stale(before) == is_stale(key)
         # Of equal keys the first is kept, which others keep too.
-        self._answers[ref] = before if before == key and before is not None else key
+        self._answers[name] = before if same and before is not None else key
         if len(self._answers) > MAX_REMEMBERED:
             del self._answers[next(iter(self._answers))]
+
+
+def _name(ref: Question) -> Question:
+    return ref.name if isinstance(ref, AdapterRef) else ref

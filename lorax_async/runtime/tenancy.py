@@ -10,6 +10,7 @@ import os
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Self
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import Grant
@@ -18,12 +19,20 @@ from lorax_async.errors import HandleClosedError, LoraxError, UsageError
 from lorax_async.io.inbox import running_loop
 from lorax_async.io.ports import CopyTicket
 from lorax_async.runtime.vectors import Vectors
+from lorax_async.verification import Verification
 
 
 class Tenancy:
     """What is known of one grant: plan, watermark, error. Shared by all its leases."""
 
-    def __init__(self, key: AdapterKey, grant: Grant, plan: TransferPlan, num_layers: int) -> None:
+    def __init__(
+        self,
+        key: AdapterKey,
+        grant: Grant,
+        plan: TransferPlan,
+        num_layers: int,
+        verification: Verification | None = None,
+    ) -> None:
         self.key = key
         self.grant = grant
         self.plan = plan
@@ -31,6 +40,8 @@ class Tenancy:
         self.vectors = Vectors(plan, grant) if plan.has_vectors else None
         """Until the slot is free again."""
         self.error: LoraxError | None = None
+        self.verification = verification
+        """Once all bytes are here, and checked as far as they will be."""
         self.streamed = False
         """Somebody holds it before its last layer: single layers are waited for."""
         self.copied = 0
@@ -68,13 +79,19 @@ class Tenancy:
 
     async def ready(self, layer: int, check: Callable[[], None]) -> None:
         """Wait on the loader's loop, for as long as `check` does not raise."""
+        needed = self._needed(layer)
+        await self.until(lambda: self._watermark >= needed, check, needed)
+
+    async def until(
+        self, reached: Callable[[], bool], check: Callable[[], None], needed: int | None = None
+    ) -> None:
+        """As `ready`, for what is looked at whenever tasks are woken, and at a watermark."""
         if not self.on_its_loop:
             raise UsageError("a handle is awaited on the event loop of its loader")
-        needed = self._needed(layer)
-        while self._watermark < needed:
+        while not reached():
             check()
             sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._sleepers[sleeper] = needed
+            self._sleepers[sleeper] = len(self.layers) if needed is None else needed
             try:
                 await sleeper
             finally:
@@ -109,6 +126,16 @@ class Tenancy:
             self._changed.notify_all()
         self._wake(watermark)
 
+    def verify(self, verification: Verification) -> None:
+        """All bytes are here; how far they were checked."""
+        self.verification = self.verification or verification
+        self.wake_tasks()
+
+    def check(self) -> None:
+        """Raise if the slot must not be used any more."""
+        if self.error is not None:
+            raise self.error.located() from self.error.__cause__
+
     def fail(self, error: LoraxError) -> None:
         """The slot must not be used any more."""
         with self._changed:
@@ -130,6 +157,34 @@ class Tenancy:
         return place + 1 if present else 0
 
 
+class Promise:
+    """A digest that a caller gave, to be held against what is there. On the loop.
+
+    It is one lease's, and of those shared from it. `task` finds out, and ends when they have.
+    """
+
+    def __init__(self) -> None:
+        self.pending = True
+        self.kept: Verification | None = None
+        """What the caller's word makes known of the adapter."""
+        self.error: LoraxError | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._leases: set[Lease] = set()
+
+    def join(self, lease: Lease) -> Self:
+        lease.promise = self
+        self._leases.add(lease)
+        return self
+
+    def leave(self, lease: Lease) -> None:
+        self._leases.discard(lease)
+        if not self._leases and self.task is not None:  # which may be done
+            self.task.cancel()
+
+    def settle(self, kept: Verification | None, error: LoraxError | None = None) -> None:
+        self.kept, self.error, self.pending = kept, error, False
+
+
 class Lease:
     """The right to use one tenancy, held by one handle.
 
@@ -148,6 +203,9 @@ class Lease:
         """What the holder calls the adapter, for its errors."""
         self.holder = ""
         """Name of the task that holds it."""
+        self.stale = False
+        """The source could not be asked when it was wanted, and last named this version."""
+        self.promise: Promise | None = None
         self._ended = ended
         self._quiet = quiet
         self._lock = threading.Lock()
@@ -165,9 +223,28 @@ class Lease:
             raise UsageError("a handle belongs to the process of its loader")
         if self._why_closed is not None:
             raise HandleClosedError(self._why_closed, id=self.id, key=self.tenancy.key)
+        self.require_sound()
+
+    def require_sound(self) -> None:
+        """Raise what broke the slot, or what it holds for this lease; ended or not."""
         error = self.tenancy.error
+        if error is None and self.promise is not None:
+            error = self.promise.error
         if error is not None:
             raise error.located(id=self.id) from error.__cause__
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether it is known how far the bytes were checked. From any thread."""
+        pending = self.promise is not None and self.promise.pending
+        return self.tenancy.verification is not None and not pending
+
+    async def verified(self, check: Callable[[], None]) -> Verification:
+        """Wait on the loader's loop until it is known how far the bytes were checked."""
+        tenancy, promise = self.tenancy, self.promise
+        await tenancy.until(lambda: self.is_verified, check)
+        assert tenancy.verification is not None
+        return (promise and promise.kept) or tenancy.verification
 
     def begin_use(self) -> None:
         """A kernel is about to read the slot; raises if the lease does not allow it any more."""

@@ -10,6 +10,7 @@ from lorax_async.core.life import Grant
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import LoraxError
 from lorax_async.runtime.tenancy import Lease, Tenancy
+from lorax_async.verification import Verification
 
 
 class Tenants:
@@ -43,13 +44,25 @@ class Tenants:
     def drop_waiter(self, waiter: int) -> None:
         self._waiters.pop(waiter, None)
 
-    def move_in(self, key: AdapterKey, grant: Grant, plan: TransferPlan) -> Tenancy:
-        tenancy = Tenancy(key, grant, plan, self._num_layers)
+    def move_in(
+        self,
+        key: AdapterKey,
+        grant: Grant,
+        plan: TransferPlan,
+        verification: Verification | None,
+    ) -> Tenancy:
+        tenancy = Tenancy(key, grant, plan, self._num_layers, verification)
         self._tenancies[key] = tenancy
         return tenancy
 
     def move_out(self, key: AdapterKey) -> None:
         self._tenancies.pop(key).vectors = None
+
+    def verified(self, key: AdapterKey, verification: Verification) -> None:
+        """All bytes of it are here, and were checked so far."""
+        tenancy = self._tenancies.get(key)
+        if tenancy is not None:
+            tenancy.verify(verification)
 
     def tenancy(self, key: AdapterKey) -> Tenancy:
         return self._tenancies[key]
@@ -66,6 +79,8 @@ class Tenants:
         held.remove(lease)
         if not held:
             del self.leases[lease.tenancy.key]
+        if lease.promise is not None:
+            lease.promise.leave(lease)
         lease.tenancy.wake_tasks()
 
     def serve(self, key: AdapterKey, waiter: int, grant: Grant | None) -> None:

@@ -230,15 +230,25 @@ class ObservedDevice(WrappedDevice):
         cells = zip(a, b, ranks, scales, strict=True)
         return {n: cell for n, cell in enumerate(cells) if cell[2]}
 
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        with self._lock:
+            for stay in self.stays.values():
+                if not stay.extents.isdisjoint(extents):
+                    self._blame_users(stay, "zeroed")
+            return super().wipe(extents)
+
+    def _blame_users(self, stay: Stay, deed: str) -> None:
+        self.blame(not stay.copying, f"a slot was {deed} under a copy")
+        self.blame(not stay.kernels, f"a slot was {deed} under a kernel")
+        self.blame(not self._leased(stay.slot), f"a slot was {deed} under a lease")
+
     def clear_column(self, slot: int) -> None:
         with self._lock:
             stay = self.stays.pop(slot, None)
             if stay is None:
                 self.faults.append("a slot that nobody has was cleared")
             else:
-                self.blame(not stay.copying, "a slot was freed under a copy")
-                self.blame(not stay.kernels, "a slot was freed under a kernel")
-                self.blame(not self._leased(stay.slot), "a slot was freed under a lease")
+                self._blame_users(stay, "freed")
             super().clear_column(slot)
 
     # -- kernels -----------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ ARGUMENTS: Mapping[str, Strategies] = {
     "allow_source": {**_id, "group": st.none() | _layers},
     "fail_source": {
         **_id,
-        "step": st.sampled_from(["resolve", "open", "bring", "read", "populate"]),
+        "step": st.sampled_from(["resolve", "open", "bring", "verify", "read", "populate"]),
         "group": _layers,
     },
     "replace": _id,

@@ -15,6 +15,7 @@ from lorax_async.core.queues import CopyQueue, SlotQueue
 from lorax_async.core.residency import Residency
 from lorax_async.core.transitions import FileState, SlotState
 from lorax_async.core.waiters import Tier
+from lorax_async.errors import LoraxError
 
 
 def _without(*counters: str) -> Callable[[Decisions, Life], bool]:
@@ -80,6 +81,23 @@ def _column_not_cleared(self: Decisions, life: Life) -> bool:
     return True
 
 
+def _not_zeroed(self: Decisions, life: Life) -> bool:
+    life.broken = False
+    return _slot_quiesced(self, life)
+
+
+def _zeroing_is_not_waited_for(self: Decisions, life: Life) -> bool:
+    quiesced = _slot_quiesced(self, life)
+    life.broken = life.broken and not life.wiping
+    life.wiping = False
+    return quiesced or _slot_quiesced(self, life)
+
+
+def _distrusts_what_is_held(self: Decisions, life: Life, error: LoraxError) -> None:
+    self.fail(life, error)
+    self.break_slot(life, error, (SlotState.FILLING, SlotState.RESIDENT))
+
+
 def _copies_unread(self: CopyQueue) -> None:
     for life in list(self._queue.values()):
         life.fetched = life.all_groups
@@ -117,6 +135,7 @@ def _leases_for_all(self: Decisions, life: Life) -> bool:
 
 
 _note = Holders.note
+_slot_quiesced = Decisions._slot_quiesced
 _submit = CopyQueue.submit
 
 SLOTS_AND_FILES: dict[str, Mutant] = {
@@ -135,6 +154,18 @@ SLOTS_AND_FILES: dict[str, Mutant] = {
     "column not cleared": (
         *("two adapters, one slot", Decisions, "_slot_quiesced"),
         _column_not_cleared,
+    ),
+    "what broke is not zeroed": (
+        *("two adapters, one slot", Decisions, "_slot_quiesced"),
+        _not_zeroed,
+    ),
+    "zeroing is not waited for": (
+        *("two adapters, one slot", Decisions, "_slot_quiesced"),
+        _zeroing_is_not_waited_for,
+    ),
+    "what drains is trusted": (
+        *("two adapters, one slot", Decisions, "distrust"),
+        _distrusts_what_is_held,
     ),
     "slot never freed": ("two adapters, one slot", Decisions, "_slot_quiesced", never),
     "file gone while it is fetched": (

@@ -20,6 +20,7 @@ _Way = tuple["_Way", Action] | None
 _COPIED = (
     *("fetches", "populating", "held", "read_ahead", "releasing", "copies", "on_device"),
     *("readable", "content", "holder", "told", "resident_at", "idle_leases", "busy_leases"),
+    *("dirty", "wiping"),
     *("orphan_uses", "broken", "pins", "unloads", "waiting", "since"),
 )
 _LIFE = tuple(field.name for field in fields(Life))
@@ -110,6 +111,8 @@ def fingerprint(world: World) -> tuple[object, ...]:
         tuple(sorted(world.orphan_uses)),
         frozenset(world.broken),
         frozenset(world.told),
+        tuple(sorted((a, grant.extents) for a, grant in world.dirty.items())),
+        frozenset(world.wiping),
         tuple((a, world.pins.get(a), world.unloads.get(a)) for a in range(len(names))),
         world.closed,
     )
@@ -152,7 +155,7 @@ def _life_print(world: World, life: Life | None, order: dict[int, int]) -> tuple
         _grant_print(world, life),
         life.image,
         life.imaged,
-        (life.pins, life.leaving, life.unloads, life.told, life.demoted),
+        (life.pins, life.leaving, life.unloads, life.told, life.demoted, life.broken, life.wiping),
         tuple((order[w.id], w.tier, w.foreground, _age(world, w.since, 2)) for w in life.waiters),
     )
 

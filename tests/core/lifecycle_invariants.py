@@ -124,6 +124,7 @@ def _check_forward(world: World) -> None:
     """With nothing in flight and nothing in use nobody may still wait, whatever is pinned."""
     lifecycle = world.lifecycle
     in_flight = world.fetches or world.populating or world.releasing or world.copies
+    in_flight = in_flight or world.wiping
     if lifecycle.at_rest and (in_flight or world.holder):
         raise Violation("at rest, but something is under way")
     if in_flight or world.in_use:

@@ -79,6 +79,10 @@ def _take_slot(world: World, a: int, command: commands.TakeSlot) -> None:
     for other in world.holder.values():
         forbid(other.slot.index == grant.slot.index, "a slot was granted before it was cleared")
         forbid(_overlap(other.extents, grant.extents), "extents of two slots overlap")
+    for broken in world.dirty.values():
+        forbid(
+            _overlap(broken.extents, grant.extents), "what broke was granted before it was zeroed"
+        )
     forbid(grant.slot.index >= setting.slots, "more slots than there are")
     end = max(extent.offset + extent.nbytes for extent in grant.extents)
     forbid(end > setting.device_bytes, "extents outside the arena")
@@ -121,10 +125,22 @@ def _overlap(some: tuple[Extent, ...], others: tuple[Extent, ...]) -> bool:
     )
 
 
+def _wipe(world: World, a: int, command: commands.Wipe) -> None:
+    forbid(world.dirty.get(a) != command.grant, "zeroed, but nothing broke")
+    forbid(world.holder.get(a) != command.grant, "another's bytes were zeroed")
+    forbid(a in world.wiping, "zeroed twice at once")
+    _forbid_use(world, a, "zeroed")
+    world.wiping.add(a)
+
+
+def _forbid_use(world: World, a: int, deed: str) -> None:
+    forbid(any(copying == a for copying, _ in world.copies), f"a slot was {deed} under a copy")
+    forbid(a in world.idle_leases + world.busy_leases, f"a slot was {deed} under a lease")
+    forbid(a in world.orphan_uses, f"a slot was {deed} under a kernel")
+
+
 def _clear_column(world: World, a: int, command: commands.ClearColumn) -> None:
-    forbid(any(copying == a for copying, _ in world.copies), "a slot was freed under a copy")
-    forbid(a in world.idle_leases + world.busy_leases, "a slot was freed under a lease")
-    forbid(a in world.orphan_uses, "a slot was freed under a kernel")
+    _forbid_use(world, a, "freed")
     forbid(world.pins.get(a), "a slot was freed under a pin")
     forbid(a not in world.told, "a slot was freed before it was told to be leaving")
     forbid(world.holder.pop(a) != command.grant, "another's column was cleared")
@@ -172,6 +188,7 @@ def _fail(world: World, _: int, command: commands.Fail) -> None:
 
 def _break_slot(world: World, a: int, _: commands.BreakSlot) -> None:
     world.broken.add(a)
+    world.dirty[a] = world.holder[a]
     world.pins.pop(a, None)
 
 
@@ -226,6 +243,7 @@ _JUDGES: dict[type[commands.Command], Callable[..., None]] = {
     commands.Forget: _forget,
     commands.TakeSlot: _take_slot,
     commands.Copy: _start_copy,
+    commands.Wipe: _wipe,
     commands.ClearColumn: _clear_column,
     commands.Serve: _serve,
     commands.Fail: _fail,

@@ -21,6 +21,8 @@ def outcomes(world: World) -> Iterator[Action]:
             yield ("lost", a)
     for a in world.releasing:
         yield ("released", a)
+    for a in world.wiping:
+        yield ("wiped", a)
     for (a, group), copy in world.copies.items():
         yield ("copy done", a, group)
         if world.setting.failures:
@@ -74,7 +76,9 @@ def _published(world: World, a: int) -> list[Command]:
 
 
 def _fetch_failed(world: World, a: int) -> list[Command]:
-    del world.fetches[a]
+    _, _, cancelled = world.fetches.pop(a)
+    if a in world.holder and not cancelled:
+        world.dirty[a] = world.holder[a]
     forget_content(world, a)
     return world.lifecycle.fetch_failed(_key(world, a), _attempt(world, a), FetchError("ordered"))
 
@@ -119,6 +123,12 @@ def _copy_lost(world: World, a: int, group: int) -> list[Command]:
     return world.lifecycle.copy_failed(_key(world, a), FetchError("ordered"), file_lost=True)
 
 
+def _wiped(world: World, a: int) -> list[Command]:
+    world.wiping.discard(a)
+    del world.dirty[a]
+    return world.lifecycle.wiped(_key(world, a))
+
+
 OUTCOMES: dict[str, Callable[..., list[Command]]] = {
     "header": _header,
     "span": _span,
@@ -130,4 +140,5 @@ OUTCOMES: dict[str, Callable[..., list[Command]]] = {
     "copy done": _copy_done,
     "copy failed": _copy_failed,
     "copy lost": _copy_lost,
+    "wiped": _wiped,
 }

@@ -85,6 +85,9 @@ class World:
     """Offset in the page-locked memory → adapter and group whose bytes lie there in whole."""
     holder: dict[int, Grant] = field(default_factory=dict)
     """Adapter → grant, from TakeSlot to ClearColumn."""
+    dirty: dict[int, Grant] = field(default_factory=dict)
+    """Adapter → grant that broke, until it was zeroed."""
+    wiping: set[int] = field(default_factory=set)
     told: set[int] = field(default_factory=set)
     """Adapters that were told to be leaving."""
     resident_at: dict[int, float] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from lorax_async.io.ports import Demand
 CONFIG = b'{"peft_type": "LORA"}'
 SCOPE = "somebody"
 KEY = CacheKey("hub:org/name", "c0ffee")
+OWN = {"entries", "partials", "locks", "trash", "answers"}
 NBYTES = 5 * CHUNK_BYTES + 1_000
 
 
@@ -77,9 +78,10 @@ def is_there(cache: Cache, of: CacheKey) -> bool:
 
 
 def below(folder: Path) -> set[str]:
-    """Files and folders in there, as paths from it, but for the cache's own four."""
+    """Files and folders in there, as paths from it, but for the cache's own five."""
     return {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.parent != folder or path.name not in {"entries", "partials", "locks", "trash"}
+        if path.parent != folder
+        or path.name not in {"entries", "partials", "locks", "trash", "answers"}
     }

@@ -28,6 +28,7 @@ from device_groups import (
     staged,
     when_done,
 )
+from wipe_conformance import WipeConformance
 
 from lorax_async.core.arena import Extent
 from lorax_async.errors import CapacityError, FetchError, LoraxError, UsageError
@@ -38,7 +39,7 @@ NAN_BYTE = 0xFF
 IMPOSSIBLE = [1 << 60, 1 << 63, 1 << 80]
 
 
-class DeviceConformance:
+class DeviceConformance(WipeConformance):
     @pytest.mark.parametrize("dtype", TORCH)
     def test_what_was_copied_is_there(self, new_device: NewDevice, dtype: str) -> None:
         device = new_device(dtype=dtype)

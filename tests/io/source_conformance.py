@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from hashlib import sha256
 from itertools import pairwise
 from threading import current_thread
 from typing import Any, Protocol, TypeVar
@@ -232,6 +233,24 @@ class SourceConformance(RowsConformance):
 
         run(main())
 
+    def test_a_digest_is_that_of_the_weights(self, world: World, run: Run) -> None:
+        contents = [weights(1), weights(2, {"note": "x" * 9000})]
+
+        async def main() -> None:
+            for content in contents:
+                key = await self.key(world, content)
+                file = await world.source.open(key, Demand())
+                await bring_all(world.source, file, content)
+                file.reader.close()
+                assert await world.source.digest(key) == sha256(content).hexdigest()
+            world.put("one", CONFIG, weights(3))
+            try:  # a source that has its own copy goes on with what was opened
+                assert await world.source.digest(key) == sha256(contents[-1]).hexdigest()
+            except IntegrityError as error:
+                assert "again" in str(error)
+
+        run(main())
+
     def test_many_may_open_at_once(self, world: World, run: Run) -> None:
         content = weights(1)
 
@@ -245,13 +264,17 @@ class SourceConformance(RowsConformance):
         run(main())
 
     @pytest.mark.parametrize("late", [0.0, 0.003])
-    @pytest.mark.parametrize("step", ["resolve", "open"])
+    @pytest.mark.parametrize("step", ["resolve", "open", "digest"])
     def test_cancelled_at_any_await(self, world: World, run: Run, step: str, late: float) -> None:
         async def main() -> None:
             ref = world.put("one", CONFIG, weights(1))
             key = await world.source.resolve(ref)
+            if step == "digest":
+                file = await world.source.open(key, Demand())
+                await bring_all(world.source, file, weights(1))
+                file.reader.close()
             call: Callable[..., Coroutine[Any, Any, Any]] = getattr(world.source, step)
-            asked = (ref,) if step == "resolve" else (key, Demand())
+            asked = {"resolve": (ref,), "open": (key, Demand()), "digest": (key,)}[step]
             ends = [await was_cancelled(call(*asked), at, late) for at in range(12)]
             assert ends.count(True) >= 1
             assert False in ends

@@ -72,7 +72,7 @@ def test_what_is_forgotten_is_closed_with_a_warning(
     with opened(tmp_path / "cache") as world:
         with pytest.warns(ResourceWarning, match=f"unclosed.*{name}"):
             forget(lambda: make(world.cache))
-        assert len(open_below(tmp_path / "cache")) == 4
+        assert len(open_below(tmp_path / "cache")) == 5
 
 
 def test_a_cache_that_is_forgotten_is_closed_with_a_warning(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_all_is_private_whatever_the_umask(tmp_path: Path, mask: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o720, 0o702, 0o1777])
-@pytest.mark.parametrize("inside", ["", "entries", "partials", "locks", "trash"])
+@pytest.mark.parametrize("inside", ["", "entries", "partials", "locks", "trash", "answers"])
 def test_a_folder_that_others_write_to_is_refused(tmp_path: Path, mode: int, inside: str) -> None:
     DiskCache(tmp_path / "cache", 1, policy("lru")).close()
     (tmp_path / "cache" / inside).chmod(mode)

@@ -108,7 +108,7 @@ def test_whatever_call_fails_the_next_fetch_is_right(
                     full = code in FULL and isinstance(error, CapacityError)
                     assert full or type(error) is FetchError, (at, made[at - 1], error)
                     assert error.retryable
-            assert len(open_below(tmp_path / "cache")) == 4, (at, made[at - 1])  # the folders
+            assert len(open_below(tmp_path / "cache")) == 5, (at, made[at - 1])  # the folders
             assert world.cache.remove(KEY), (at, made[at - 1])
             resumed_and_published(world.cache)
             assert below(tmp_path / "cache") - {"locks/budget"} == set(), (at, made[at - 1])

@@ -18,6 +18,7 @@ from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import AdapterFile, Demand
+from lorax_async.verification import Verification
 
 
 class FakeWorld:
@@ -162,7 +163,7 @@ def test_groups_keep_the_pace(run: Run) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("step", ["resolve", "open", "populate"])
+@pytest.mark.parametrize("step", ["resolve", "open", "digest", "populate"])
 def test_steps_fail_to_order(world: FakeWorld, run: Run, step: Any) -> None:
     order = FetchError("the disk is on fire")
 
@@ -200,6 +201,39 @@ def test_a_group_fails_to_order(world: FakeWorld, run: Run) -> None:
             await world.source.bring(file, groups_of(content), seen.append, Demand())
         assert seen == [0]
         assert await bring_all(world.source, file, content) == [0, 1, 2]
+        file.reader.close()
+
+    run(main())
+
+
+def test_a_file_that_is_here_is_verified_to_order(world: FakeWorld, run: Run) -> None:
+    content, known = weights(1), Verification("transport", "0" * 64)
+
+    async def main() -> None:
+        source, seen = world.source, list[int]()
+        file = await opened(source, content)
+        source.hold_verification("one")
+        source.verifications["one"] = known
+        source.fail("verify", IntegrityError("other bytes"))
+        for _ in range(2):
+            seen.clear()
+            demand = Demand()
+            bringing = asyncio.ensure_future(
+                source.bring(file, groups_of(content), seen.append, demand)
+            )
+            await asyncio.sleep(0.02)
+            assert seen == [0, 1, 2]
+            assert not bringing.done()
+            demand.end()
+            with pytest.raises(FetchError, match="nobody waits"):
+                await bringing
+        source.allow_verification("one")
+        with pytest.raises(IntegrityError, match="other bytes"):
+            await bring_all(source, file, content)
+        with pytest.raises(InternalError, match="before they arrived"):
+            read(file.reader, len(content) - 8, len(content))
+        assert await source.bring(file, groups_of(content), seen.append, Demand()) == known
+        assert read(file.reader, len(content) - 8, len(content)) == content[-8:]
         file.reader.close()
 
     run(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from threading import Event
 from typing import Any
 
@@ -209,6 +210,26 @@ def test_a_thread_that_still_copies_has_the_room(
         assert world.used > 0
         go_on.set()
         await until(lambda: not world.used)
+
+    run(main())
+
+
+def test_a_digest_is_that_of_the_file_they_became(world: World, run: Run) -> None:
+    """Other adapters' is their source's business."""
+
+    async def main() -> None:
+        key, other = await world.take(), world.inner.put("one", CONFIG, weights(2))
+        file = await world.source.open(key, Demand())
+        content = read(file.reader, 0, file.reader.nbytes)
+        file.reader.close()
+        loaded = safetensors.torch.load(content)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
+        assert await world.source.digest(key) == sha256(content).hexdigest()
+        assert await world.source.digest(other) == sha256(weights(2)).hexdigest()
+        world.source.copies.drop(key)
+        with pytest.raises(FetchError, match="load_tensors") as caught:
+            await world.source.digest(key)
+        assert not caught.value.retryable
 
     run(main())
 

@@ -25,7 +25,7 @@ from lorax_async import Merge
 from lorax_async.adapter import AdapterRef, MergedKey
 from lorax_async.config import Limits
 from lorax_async.core.runs import Span
-from lorax_async.errors import FetchError, IntegrityError
+from lorax_async.errors import FetchError, IntegrityError, UsageError
 from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Demand
 from lorax_async.io.sources.merged import MergedSource
@@ -253,6 +253,15 @@ def test_closed_while_it_is_read_it_reads_to_the_end(world: MergedWorld, run: Ru
         go_on.set()
         assert await reading == content
         assert world.inner.counts.open_readers == 0
+
+    run(main())
+
+
+def test_a_merge_has_no_digest(world: MergedWorld, run: Run) -> None:
+    async def main() -> None:
+        key = world.key(LINEAR)
+        with pytest.raises(UsageError, match="its parts have theirs"):
+            await world.source.digest(key)
 
     run(main())
 

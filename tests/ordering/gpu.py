@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ordering.mutant import Mutants, mutant
 
-CUDA = "io/devices/cuda.py"
+CUDA, MEMORY = "io/devices/cuda.py", "io/devices/device_memory.py"
 
 ORDER = "io/test_cuda_order.py"
 DEVICE = "io/test_cuda_device.py"
 FAILURES = "io/test_cuda_failures.py"
+WIPING = "io/test_wiping.py"
 TURNS = "io/test_cuda_turns.py"
 COPY = f"{ORDER}::TestACopy"
 CLEARING = f"{ORDER}::TestAClearing"
@@ -155,6 +156,28 @@ STREAM: Mutants = {
                 self._memory.columns.clear(slot)
 """,
         f"{CLEARING}",
+    ),
+    "cuda: what broke is zeroed on the copy stream": mutant(
+        MEMORY,
+        """\
+        with self.stream:
+            for extent""",
+        """\
+        if True:
+            for extent""",
+        f"{WIPING}::test_the_ticket_comes_after_the_zeros",
+    ),
+    "cuda: zeros have an event": mutant(
+        CUDA,
+        """\
+                ticket.error = self._failures.note(error)
+            self._record(ticket)
+""",
+        """\
+                ticket.error = self._failures.note(error)
+            ticket.finish(ticket.error)
+""",
+        f"{WIPING}::test_the_ticket_comes_after_the_zeros",
     ),
     "cuda: a copy that was begun fails after its event": mutant(
         CUDA,

@@ -34,7 +34,7 @@ LAYERS: Mutants = {
     ),
     "tenancy: a task waits for its layer": mutant(
         TENANCY,
-        "        while self._watermark < needed:\n",
+        "        while not reached():\n",
         "        while False:\n",
         f"{OF_TENANCY}::test_tasks_wake_with_their_layer",
     ),

@@ -58,14 +58,14 @@ OF_FILES: Mutants = {
     ),
     "files: a file is published once all of it is here": mutant(
         FILES,
-        "                await self._bring(key, attempt, file, plan, cancel)\n",
-        "",
+        "                verification = await self._bring(key, attempt, file, plan, demand)\n",
+        '                verification = Verification("none")\n',
         f"{FILES_ALONE}::test_a_file_is_published_once_it_is_brought",
     ),
     "files: a fetch is over before its outcome is told": mutant(
         FILES,
         """\
-        del self._cancels[key]
+        del self._demands[key]
         self._end_opening(key)
         if error is None:
             self._outcomes.published(key, attempt)
@@ -79,7 +79,7 @@ OF_FILES: Mutants = {
         else:
             self.close_reader(key)
             self._outcomes.fetch_failed(key, attempt, error)
-        del self._cancels[key]
+        del self._demands[key]
         self._end_opening(key)
 """,
         f"{FILES_ALONE}::test_what_is_told_may_begin_the_next_fetch",

@@ -134,6 +134,11 @@ class CpuDevice:
         """Done: whoever computes has computed."""
         return self._done
 
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        for extent in extents:
+            self.host_view(extent).zero_()
+        return self._done
+
     def clear_column(self, slot: int) -> None:
         modules, slots = self.rank.shape
         for module in self._columns[slot]:

@@ -1,4 +1,4 @@
-"""A GPU as a device: pinned staging, one copy stream, events. Nothing here computes.
+"""A GPU as a device: pinned staging, one copy stream, events. Nothing here computes but zeros.
 
 Written on torch's generic streams and events: it runs on any accelerator that has them. The order
 that all of it relies on:
@@ -33,7 +33,7 @@ from lorax_async.io.devices.device_memory import DeviceMemory
 from lorax_async.io.devices.failures import Failures
 from lorax_async.io.devices.streams import new_event, resolve_device, stream_on
 from lorax_async.io.devices.tenants import Cell, Tenant
-from lorax_async.io.devices.watcher import EventTicket, Watcher
+from lorax_async.io.devices.watcher import EventTicket, Watcher, start_watchers
 from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
 from lorax_async.io.staging import TORCH_DTYPES
 
@@ -92,24 +92,16 @@ class CudaDevice:
         if self._opened:
             raise UsageError("the device was opened before; make a new one")
         self._memory.claim(self._layout, self._nbytes, self._slots)
+        self._copies = Watcher("lorax-watch-copies", self._failures.note)
+        self._uses = Watcher("lorax-watch-uses", self._failures.note_use)
         try:
-            self._start_watchers()
+            start_watchers(self._copies, self._uses)
         except CapacityError:
             self._memory.let_go()
             raise
         tables = self._memory.columns
         self.address, self.rank, self.scale = tables.address, tables.rank, tables.scale
         self._opened = self._working = True
-
-    def _start_watchers(self) -> None:
-        self._copies = Watcher("lorax-watch-copies", self._failures.note)
-        self._uses = Watcher("lorax-watch-uses", self._failures.note_use)
-        self._copies.start()
-        try:
-            self._uses.start()
-        except CapacityError:
-            self._copies.end()
-            raise
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
         """Pinned memory, before or after `open`.
@@ -238,6 +230,18 @@ class CudaDevice:
             ticket.finish()
         else:
             self._uses.watch(ticket)
+        return ticket
+
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        """Put zeros on the copy stream: kernels, which wait for a place beside the model's."""
+        ticket = EventTicket(self, new_event(self._device))
+        with self._order:
+            self._require_working()
+            try:
+                self._memory.wipe(extents)
+            except RuntimeError as error:
+                ticket.error = self._failures.note(error)
+            self._record(ticket)
         return ticket
 
     def clear_column(self, slot: int) -> None:

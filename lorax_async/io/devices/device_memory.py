@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 
 import torch
 
+from lorax_async.core.arena import Extent
 from lorax_async.core.layout import ModelLayout
 from lorax_async.errors import CapacityError, ConfigError, InternalError, UsageError
 from lorax_async.io.devices.columns import Columns
@@ -90,6 +92,12 @@ class DeviceMemory:
         before.record(stream_on(self._device, None))
         before.wait(stream)
         stream.synchronize()
+
+    def wipe(self, extents: Sequence[Extent]) -> None:
+        """Put zeros on the copy stream, by kernels; raises `RuntimeError` if they cannot be put."""
+        with self.stream:
+            for extent in extents:
+                self.arena[extent.offset : extent.offset + extent.nbytes].zero_()
 
     def let_go(self) -> None:
         """Drop what was claimed.

@@ -245,6 +245,11 @@ class SimulatedDevice:
             raise UsageError("a stream of another device; ask this one's stream() for one")
         return stream
 
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        """In the copy stream; what is cleared afterwards is poison again."""
+        wiped = tuple(extents)
+        return self._copying.run(lambda: self._memory.wipe(wiped))
+
     def clear_column(self, slot: int) -> None:
         """In the copy stream, after the copies that were asked for before."""
         index = self._slots[slot]  # raises here, for nobody looks at what the stream raises

@@ -65,6 +65,19 @@ class EventTicket(Future[None]):
         return self.done() and self.exception() is None
 
 
+def start_watchers(*watchers: Watcher) -> None:
+    """All of them, or `CapacityError` and none."""
+    started: list[Watcher] = []
+    try:
+        for watcher in watchers:
+            watcher.start()
+            started.append(watcher)
+    except CapacityError:
+        for watcher in started:
+            watcher.end()
+        raise
+
+
 class Watcher:
     """A thread that waits for events, one after the other, and finishes their tickets.
 

@@ -18,7 +18,7 @@ from lorax_async.io.http.urls import InvalidUrlError, redirected
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED = 16 << 10
-_MEASURED = 256 << 10
+_MEASURED = 128 << 10
 
 
 class Response:
@@ -153,7 +153,8 @@ class Exchange:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
         begun = self._clock()
         try:
-            connection.wire.send("\r\n".join([*lines, "", ""]).encode("ascii"))
+            # An ETag goes back as it came, and may have any byte from 0x80 on (RFC 9110, 8.8.3).
+            connection.wire.send("\r\n".join([*lines, "", ""]).encode("latin-1"))
             head = connection.stream.head()
             self._links.answered(url.origin, self._clock() - begun)
             return Response(connection, head, place, self._pool, self._links, attempt)

@@ -23,6 +23,12 @@ from lorax_async.io.remote.workers import Workers, outcome
 FIRST_BYTES = 256 << 10
 """Of weights: the header of nearly every adapter, and not much of what follows out of turn."""
 
+_LIMITS = {
+    "config": "max_config_bytes",
+    "index": "max_header_bytes",
+    "weights": "max_adapter_bytes",
+}
+
 Shards = Callable[[Located, Sequence[FileRole]], Awaitable[tuple[RemoteFile, ...]]]
 
 
@@ -52,6 +58,11 @@ class Beginning:
     def prefix(self) -> bytes:
         return self.parts[0].prefix if self.plan is None else self.plan.prefix
 
+    @property
+    def nbytes(self) -> int:
+        """Of the one file that the weights are, or stand for."""
+        return self.parts[0].nbytes if self.plan is None else self.plan.nbytes
+
 
 class Beginnings:
     """Asks for the first bytes of files, as far as nobody has before."""
@@ -66,6 +77,8 @@ class Beginnings:
         self._header_limits = HeaderLimits(max_header_bytes=limits.max_header_bytes)
 
     async def of(self, located: Located, demand: Demand) -> Beginning:
+        for file in located.files:
+            self._require_size(file, file.nbytes)
         config, second = located.files
         is_split = second.role == INDEX_FILE
         most = self._limits.max_header_bytes if is_split else FIRST_BYTES
@@ -79,6 +92,8 @@ class Beginnings:
         index = await self._workers.run(partial(parse_index, content, self._limits))
         roles = [FileRole("weights", number + 1) for number in range(index.count)]
         files = await self._shards(located, roles)
+        for file in files:
+            self._require_size(file, file.nbytes)
         starts = await self._asked([(file, FIRST_BYTES) for file in files], demand)
         parts = await self._parts(files, starts, demand)
         heads = [Head(part.prefix, part.nbytes) for part in parts]
@@ -109,15 +124,22 @@ class Beginnings:
 
     def _size(self, file: RemoteFile, answer: Answer) -> int:
         """Of the whole file. Raises what is wrong with it."""
-        name, size = file.target.name, answer.known.size
+        name = file.target.name
+        size = file.nbytes if answer.known.size is None else answer.known.size
         if size is None:
             raise FetchError(f"the source does not say how large {name} is", retryable=False)
-        if size > self._limits.max_adapter_bytes:
-            raise AdapterFormatError(
-                f"{name} has {size:,} bytes, over the limit of {self._limits.max_adapter_bytes:,};"
-                " raise Limits.max_adapter_bytes to accept it"
-            )
+        self._require_size(file, size)
         return size
+
+    def _require_size(self, file: RemoteFile, nbytes: int | None) -> None:
+        """What is known to be too large is not asked for."""
+        limit = _LIMITS[file.role.kind]
+        most: int = getattr(self._limits, limit)
+        if nbytes is not None and nbytes > most:
+            raise AdapterFormatError(
+                f"{file.target.name} has {nbytes:,} bytes, over the limit of {most:,};"
+                f" raise Limits.{limit} to accept it"
+            )
 
     def _whole(self, file: RemoteFile, answer: Answer) -> bytes:
         if file.nbytes not in {None, len(answer.start)}:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from hashlib import sha256
+from concurrent.futures import Executor
 from threading import Lock
 
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, CacheKey, FileRole
 from lorax_async.core.cache_record import Record
 from lorax_async.core.split_file import Head, plan_split
-from lorax_async.core.split_index import parse_index
+from lorax_async.core.split_index import joined_digest, parse_index
 from lorax_async.errors import EvictedError, InternalError
 from lorax_async.io.cache.ports import CacheEntry
+from lorax_async.io.hashing import sha256_of
 from lorax_async.io.ports import AdapterFile, Reader
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.sources.checked_open import FileReader
@@ -50,7 +51,10 @@ class EntryReader:
 
 
 class ReopenedReader:
-    """The `Reader` of a key, whose entry is opened by the first read."""
+    """The `Reader` of a key, whose entry is opened by the first read.
+
+    What is gone then stays so, whatever comes into the cache later: all threads are told the same.
+    """
 
     def __init__(self, open: Callable[[], EntryReader]) -> None:
         self._open = open
@@ -79,14 +83,19 @@ class ReopenedReader:
             if self._closed:
                 raise gone()
             if self._opened is None:
-                self._opened = self._open()
+                try:
+                    self._opened = self._open()
+                except EvictedError:
+                    self._closed = True
+                    raise
             return self._opened
 
 
 class FetchReader:
     """The `Reader` of what is on its way; from its end on it keeps the entry in the cache.
 
-    `taken` is called once, when somebody brings it, or nobody will.
+    `taken` is called once, when somebody brings it, or nobody will. `landed` is that of `Fetch`;
+    `entry` is there from the end on.
     """
 
     def __init__(self, reader: Reader, fetch: Fetch, taken: Callable[[], None]) -> None:
@@ -94,7 +103,8 @@ class FetchReader:
         self._reader = reader
         self._fetch: Fetch | None = fetch
         self._taken = taken
-        self._entry: CacheEntry | None = None
+        self.landed = fetch.landed
+        self.entry: CacheEntry | None = None
         self._closed = False
 
     def taken(self) -> Fetch:
@@ -107,7 +117,7 @@ class FetchReader:
 
     def adopt(self, entry: CacheEntry) -> None:
         """All of it is here."""
-        self._entry = entry
+        self.entry = entry
         if self._closed:
             entry.close()
 
@@ -124,8 +134,8 @@ class FetchReader:
         self._reader.close()
         if self._fetch is not None:
             self.taken().leave()
-        if self._entry is not None:
-            self._entry.close()
+        if self.entry is not None:
+            self.entry.close()
 
 
 def opened(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
@@ -168,10 +178,23 @@ def verification_of(record: Record) -> Verification:
     weights = _weight_roles(record)
     kinds = {digests[role].kind for role in weights}
     kind = next(each for each in ("transport", "git-sha1", "sha256") if each in kinds)
-    if len(weights) == 1:
-        return Verification(kind, digests[weights[0]].value)
-    lines = "".join(f"{digests[role].value}  {role.file_name}\n" for role in weights)
-    return Verification(kind, sha256(lines.encode()).hexdigest())
+    return Verification(kind, joined_digest([digests[role].value for role in weights]))
+
+
+async def sha256_of_entry(entry: CacheEntry, threads: Executor) -> str:
+    """What its weights come to, as was found before, or else hashed now."""
+    found = []
+    for role in _weight_roles(entry.record):
+        file = entry.record.file(role)
+        if file is not None and file.digest.kind != "git-sha1":
+            found.append(file.digest.value)
+            continue
+        reader = entry.reader(role)
+        try:
+            found.append(await sha256_of(reader, threads))
+        finally:
+            reader.close()
+    return joined_digest(found)
 
 
 def gone() -> EvictedError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings
 from lorax_async.io.own_cache import OwnCache
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
+from lorax_async.io.remote.beginning import Beginning
 from lorax_async.io.remote.kinds import Kinds
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.opening import Opening
@@ -60,6 +62,10 @@ class Elsewhere:
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         return await (await self._source()).open(key, demand)
 
+    async def beginning(self, key: AdapterKey) -> Beginning:
+        """As of `RemoteSource`."""
+        return await (await self._source()).beginning(key, Demand())
+
     def reopen(self, key: AdapterKey) -> Reader:
         return self._make().source.reopen(key)
 
@@ -71,6 +77,9 @@ class Elsewhere:
         demand: Demand,
     ) -> Verification:
         return await (await self._source()).bring(file, groups, arrived, demand)
+
+    async def digest(self, key: AdapterKey) -> str:
+        return await (await self._source()).digest(key)
 
     async def populate(self, key: AdapterKey) -> Hold:
         return await (await self._source()).populate(key)
@@ -96,6 +105,18 @@ class Elsewhere:
             if self._made is None:
                 self._made = _made(self._config, self._own)
             return self._made
+
+
+@contextmanager
+def elsewhere_of(config: LoaderConfig) -> Iterator[Elsewhere]:
+    """For who has no loader to share a cache with."""
+    own = OwnCache(config)
+    elsewhere = Elsewhere(config, own)
+    try:
+        yield elsewhere
+    finally:
+        elsewhere.close()
+        own.close()
 
 
 def _made(config: LoaderConfig, own: OwnCache) -> _Made:

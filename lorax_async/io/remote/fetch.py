@@ -9,6 +9,7 @@ from functools import partial
 from threading import Lock
 
 from lorax_async.core import runs
+from lorax_async.core.ranges import size_of
 from lorax_async.core.spans import Span, SpanSet
 from lorax_async.core.split_file import FileGroups, SplitArrivals
 from lorax_async.errors import IntegrityError
@@ -71,6 +72,12 @@ class Fetch:
         readers = [file.reader() for file in self._files]
         plan = self._begun.plan
         return readers[0] if plan is None else SplitReader(SplitFiles(plan, tuple(readers)))
+
+    def landed(self) -> tuple[int, int]:
+        """Bytes of the weights' files that are here, and of all of them. Quick, from any thread."""
+        wanted = sum(part.nbytes for part in self._begun.parts)
+        missing = sum(size_of(file.missing()) for file in self._files)
+        return wanted - missing, wanted
 
     async def bring(
         self, groups: Groups, arrived: Callable[[int], None], demand: Demand

@@ -28,7 +28,7 @@ from lorax_async.io.cache.locks import NamedLock
 from lorax_async.io.cache.partial_download import one_at_a_time
 from lorax_async.io.cache.partials import Partials, Taken
 from lorax_async.io.cache.place import Place
-from lorax_async.io.cache.sizes import Sizes
+from lorax_async.io.cache.sizes import Sizes, files_in
 from lorax_async.io.disk_cache import Turn
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.hub_download import HubDownload
@@ -114,8 +114,10 @@ class HubCache:
         self._private = private
         self._wrong: set[FileIdentity] = set()
         self._meant: dict[CacheKey, set[str]] = {}
-        self._place = _place(self.path) if write else None
-        self._partials = None if self._place is None else Partials(self._place)
+        self._place: Place | None = None
+        self._partials: Partials | None = None
+        if write:
+            self._place, self._partials = _opened(self.path)
         self.scopes = Scopes(None if self._place is None else self._place.entries)
 
     def takes(self, scope: str) -> bool:
@@ -215,12 +217,13 @@ class HubCache:
         return self.open(key)
 
     def _write_refs(self, key: CacheKey) -> None:
-        repo = _repo_of(key)
+        repo, place = _repo_of(key), self._place
         assert repo is not None
-        for revision in self._meant.pop(key, ()):
-            if revision != key.version:
-                with translated_errors("note a revision in the hub cache"):
-                    write_ref(self.path, repo, revision, key.version)
+        assert place is not None
+        with translated_errors("note a revision in the hub cache"):
+            for revision in self._meant.get(key, set()) - {key.version}:
+                write_ref(self.path, repo, revision, key.version, place.trash)
+        self._meant.pop(key, None)
 
 
 def _repo_of(key: CacheKey) -> str | None:
@@ -232,12 +235,17 @@ def _without_budget(_: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _place(path: str) -> Place:
+def _opened(path: str) -> tuple[Place, Partials]:
     place = Place(os.path.join(path, ".locks", f"lorax-async-{os.geteuid()}"))
     try:
         with translated_errors("clean up"):
             place.tidy()
+            partials = Partials(place)
+            for name in place.partials.names():
+                # Of one that was killed when all its files were blobs.
+                if not files_in(place.partials, name):
+                    partials.drop(name)
     except BaseException:
         place.close()
         raise
-    return place
+    return place, partials

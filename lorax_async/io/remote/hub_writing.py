@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +20,7 @@ from lorax_async.io.remote.hub_layout import (
     snapshot_of,
 )
 
-_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY}
+_ATTEMPTS = 5
 
 
 class Shelf:
@@ -48,9 +47,13 @@ class Shelf:
                 os.mkdir(os.path.join(self.path, self._repo, name))
         with entered(self.path, blobs_of(self._repo)) as blobs:
             for role, digest in digests.items():
-                # Another tool may have been faster, and its readers have it open: it stays.
-                if here.status(role.file_name) is not None and self.blob(role, digest) is None:
-                    _move(here, role.file_name, blobs, blob_name(digest))
+                name = role.file_name
+                if here.status(name) is None:
+                    continue  # it was a blob already
+                if self.blob(role, digest) is None:
+                    _move(here, name, blobs, blob_name(digest))
+                else:
+                    here.unlink(name)  # another tool was faster, and its readers have that open
             blobs.sync()
         count = sum(role.number > 0 for role in digests)
         with entered(self.path, snapshot_of(self._repo, self._commit)) as snapshot:
@@ -61,24 +64,30 @@ class Shelf:
             snapshot.sync()
 
 
-def write_ref(path: str, repo: str, revision: str, commit: str) -> None:
-    """Let a branch or tag mean this commit, for tools that cannot ask. Raises `OSError`."""
+def write_ref(path: str, repo: str, revision: str, commit: str, scratch: Folder) -> None:
+    """Let a branch or tag mean this commit, for tools that cannot ask. Raises `OSError`.
+
+    Nobody minds what a kill leaves in `scratch`, which others may remove at any time.
+    """
     *folders, name = ("refs", *revision.split("/"))
-    place = os.path.join(path, repo, *folders)
-    new = f"{name}.{unique()}.tmp"
     # Where git once had a branch a, and now has a/b, the cache may have either.
     with suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
-        os.makedirs(place, exist_ok=True)
+        os.makedirs(os.path.join(path, repo, *folders), exist_ok=True)
         with entered(path, (os.path.join(repo, *folders),)) as refs:
-            try:
-                _write(refs, new, commit.encode())
-                os.replace(new, name, src_dir_fd=refs.fd, dst_dir_fd=refs.fd)
-            finally:
-                refs.unlink(new)
+            for _ in range(_ATTEMPTS):
+                with suppress(FileNotFoundError):
+                    new = unique()
+                    _write(scratch, new, commit.encode())
+                    os.replace(new, name, src_dir_fd=scratch.fd, dst_dir_fd=refs.fd)
+                    return
 
 
 def _move(here: Folder, name: str, blobs: Folder, blob: str) -> None:
-    os.chmod(name, _mode(here), dir_fd=here.fd, follow_symlinks=False)
+    fd = here.file(name, os.O_RDONLY)
+    try:
+        os.fchmod(fd, _mode(here))
+    finally:
+        os.close(fd)
     os.replace(name, blob, src_dir_fd=here.fd, dst_dir_fd=blobs.fd)
 
 

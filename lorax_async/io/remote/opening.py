@@ -73,6 +73,10 @@ class Opening:
         self._known.used(key)
         return file
 
+    async def beginning(self, key: RemoteKey, demand: Demand) -> Beginning:
+        """Its first bytes, by the source's word; the caches have no part in it."""
+        return await self._beginnings.of(await self._resolving.located(key), demand)
+
     def cache(self, key: RemoteKey | CacheKey) -> Cache:
         """Where it belongs. May block."""
         location = key.location if isinstance(key, RemoteKey) else key.source

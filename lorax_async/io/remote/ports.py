@@ -9,11 +9,15 @@ from typing import Protocol
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import FileRole
 from lorax_async.core.file_digest import Digest
-from lorax_async.errors import IntegrityError
+from lorax_async.errors import AdapterNotFoundError, IntegrityError
 from lorax_async.io.http.target import Answer, Target
 
 WEAK = "weak-"
 """A version that begins so does not name the bytes, but what could be learnt of them."""
+
+
+class AnotherVersionError(AdapterNotFoundError):
+    """The source let the caller have it, and has another version by now than the pinned one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,8 @@ class Locator(Protocol):
     async def locate(self, ref: AdapterRef) -> Located:
         """Ask the source which version `ref` names now, and for its files.
 
-        Raises `AdapterNotFoundError`, `AccessDeniedError`, or another `FetchError`.
+        Raises `AdapterNotFoundError` (`AnotherVersionError`, where the present one could be had),
+        `AccessDeniedError`, or another `FetchError`.
         """
 
     async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:

@@ -10,7 +10,7 @@ from lorax_async.core.cache_names import CacheKey, FileRole
 from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.remote.known import Known
-from lorax_async.io.remote.ports import Located, Locator, RemoteFile
+from lorax_async.io.remote.ports import AnotherVersionError, Located, Locator, RemoteFile
 from lorax_async.io.remote.questions import question_of
 from lorax_async.io.remote.workers import Workers
 
@@ -81,22 +81,32 @@ class Resolving:
         locator = await self._locator(ref)
         await locator.scope(ref)  # from then on it is known who asks
         pinned = locator.recalled(ref)
-        if pinned is not None and await self._may_have(ref, *pinned, self._fresh):
-            return self._remembered(ref, RemoteKey(pinned[0], (), pinned[1]), None)
+        here = await self._here_already(ref, pinned, self._fresh)
+        if here is not None:
+            return here
         try:
             located = await self._asked(ref)
-        except FetchError as error:
-            if not error.retryable and not self._offline:
+        except (FetchError, AnotherVersionError) as error:
+            away = isinstance(error, FetchError)
+            if away and not error.retryable and not self._offline:
                 raise
-            if pinned is not None and await self._may_have(ref, *pinned, inf):
-                return self._remembered(ref, RemoteKey(pinned[0], (), pinned[1]), None)
-            stale = await self._last_known(ref, locator)
-            if stale is None:
+            here = await self._here_already(ref, pinned, inf)
+            if here is None and away:
+                here = await self._last_known(ref, locator)
+            if here is None:
                 raise
-            return stale
+            return here
         key = self._remembered(ref, RemoteKey(located.source, (), located.version), located)
         await self._note(ref, located)
         return key
+
+    async def _here_already(
+        self, ref: AdapterRef, pinned: tuple[str, str, str] | None, within: float
+    ) -> RemoteKey | None:
+        """What a pinned revision names, if it is in the cache for this caller."""
+        if pinned is None or not await self._may_have(ref, *pinned, within):
+            return None
+        return self._remembered(ref, RemoteKey(pinned[0], (), pinned[1]), None)
 
     async def _asked(self, ref: AdapterRef) -> Located:
         if self._offline:

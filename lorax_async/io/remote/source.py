@@ -11,12 +11,14 @@ from lorax_async.core import runs
 from lorax_async.errors import IntegrityError, InternalError
 from lorax_async.io.cache.ports import CacheEntry
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
+from lorax_async.io.remote.beginning import Beginning
 from lorax_async.io.remote.cached import (
     EntryReader,
     FetchReader,
     ReopenedReader,
     gone,
     held,
+    sha256_of_entry,
     verification_of,
 )
 from lorax_async.io.remote.jobs import nobody_waits
@@ -61,6 +63,10 @@ class RemoteSource:
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         return await self._opening.open(_remote(key), demand)
 
+    async def beginning(self, key: AdapterKey, demand: Demand) -> Beginning:
+        """Config and headers of an adapter that was resolved, for who wants no more of it."""
+        return await self._opening.beginning(_remote(key), demand)
+
     def reopen(self, key: AdapterKey) -> Reader:
         return ReopenedReader(partial(self._reader, _remote(key)))
 
@@ -71,11 +77,9 @@ class RemoteSource:
         arrived: Callable[[int], None],
         demand: Demand,
     ) -> Verification:
-        """With "before_use", nothing arrives before all is checked."""
-        tell = _nobody if self._verify == "before_use" else arrived
         reader = file.reader
         if isinstance(reader, FetchReader):
-            entry = await reader.taken().bring(groups, tell, demand)
+            entry = await reader.taken().bring(groups, arrived, demand)
             reader.adopt(entry)
             return self._verification(entry)
         if not isinstance(reader, EntryReader):
@@ -83,9 +87,17 @@ class RemoteSource:
         if demand.ended:
             raise nobody_waits()
         for group in range(len(groups)):
-            tell(group)
+            arrived(group)
         await self._check(reader)
         return self._verification(reader.entry)
+
+    async def digest(self, key: AdapterKey) -> str:
+        remote = _remote(key)
+        entry = await self._workers.run(partial(self._entry, remote), close)
+        try:
+            return await sha256_of_entry(entry, self._workers.threads)
+        finally:
+            entry.close()
 
     async def populate(self, key: AdapterKey) -> Hold:
         remote = _remote(key)
@@ -136,7 +148,3 @@ def _remote(key: AdapterKey) -> RemoteKey:
 
 def _close_hold(hold: LocalHold | ReadAhead) -> None:
     hold.close()
-
-
-def _nobody(_: int) -> None:
-    """Is told of nothing before all is checked."""

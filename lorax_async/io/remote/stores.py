@@ -22,7 +22,7 @@ from lorax_async.io.http.settings import Address, Rules
 from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import Origin, Url
 from lorax_async.io.remote.buckets import Buckets, StoredObject
-from lorax_async.io.remote.ports import Located, RemoteFile
+from lorax_async.io.remote.ports import AnotherVersionError, Located, RemoteFile
 from lorax_async.io.remote.store_environment import scope_of
 from lorax_async.io.remote.store_ids import (
     Folder,
@@ -160,7 +160,7 @@ class StoreLocator:
             version += f"-{_digest_of_shards(self._shards_of(folder))}"
         asked_for = {version, weights.version_id, weights.etag, (weights.etag or "").strip('"')}
         if ref.revision is not None and ref.revision not in asked_for:
-            raise AdapterNotFoundError(
+            raise AnotherVersionError(
                 f"{folder} is not what the revision names any more, or never was; now it is"
                 f" {version}, and only that can be had"
             )

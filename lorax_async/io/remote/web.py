@@ -23,7 +23,7 @@ from lorax_async.io.http.settings import Rules
 from lorax_async.io.http.target import Answer, Target
 from lorax_async.io.http.urls import Url, parse_url
 from lorax_async.io.remote.inquiry import Inquiry, answered
-from lorax_async.io.remote.ports import Located, RemoteFile
+from lorax_async.io.remote.ports import WEAK, AnotherVersionError, Located, RemoteFile
 
 FIRST_BYTES = 256 << 10
 """How much of the weights is asked for first, over one connection.
@@ -37,9 +37,7 @@ tell little of the link's rate), 303 with 256 KiB, 340 with 1 MiB.
 MAX_INDEX_BYTES = 2 << 20
 MAX_SHARDS = 256
 
-WEAK = "weak-"
-"""Versions begin so where a server has no strong ETag for a file: then nothing names its bytes."""
-
+_VERSION = re.compile(f"({WEAK})?[0-9a-f]{{40}}")
 _STRONG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]+"')
 _SHARD = re.compile(rb'"adapter_model-[0-9]{5}-of-([0-9]{5})\.safetensors"')
 
@@ -83,9 +81,12 @@ class WebLocator:
         self._rules = rules
         self._limits = limits
 
-    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:  # noqa: ARG002
-        """None: a server has to be asked which version it has."""
-        return None
+    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+        """Where the revision is a version that a handle told; of ETags the server is asked."""
+        folder = _folder(ref, self._rules)
+        if ref.revision is None or not _VERSION.fullmatch(ref.revision):
+            return None
+        return folder.url.text, ref.revision, folder.scope
 
     async def scope(self, ref: AdapterRef) -> str:
         return _folder(ref, self._rules).scope
@@ -200,7 +201,7 @@ def _described(answer: Answer) -> str:
 def _check_revision(revision: str | None, located: Located, etag: str | None) -> None:
     names = {located.version, etag, etag and etag.strip('"')}
     if revision is not None and revision not in names:
-        raise AdapterNotFoundError(
+        raise AnotherVersionError(
             f"revision {shorten(revision, 100)!r} is not what the URL leads to now: that is"
             f" {located.version}, and there is no other behind a URL"
         )

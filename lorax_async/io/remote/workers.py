@@ -15,11 +15,11 @@ class Workers:
     """A pool of its own: who waits for a disk here holds up nobody who opens a local file."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = ThreadPoolExecutor(threads, "lorax-remote")
+        self.threads = ThreadPoolExecutor(threads, "lorax-remote")
 
     async def run(self, work: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
         """What `work` returns. On a cancellation it is waited for all the same, and undone."""
-        future = self._threads.submit(work)
+        future = self.threads.submit(work)
         try:
             return await outcome(future)
         except asyncio.CancelledError:
@@ -31,11 +31,11 @@ class Workers:
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Let it run, without waiting. From any thread."""
-        return self._threads.submit(work)
+        return self.threads.submit(work)
 
     def close(self) -> None:
         """Wait for what was submitted. Blocks."""
-        self._threads.shutdown()
+        self.threads.shutdown()
 
 
 async def outcome(future: Future[T]) -> T:

@@ -47,6 +47,9 @@ class AnySource:
         source = self._remote if remote else self._local
         return await source.bring(file, groups, arrived, demand)
 
+    async def digest(self, key: AdapterKey) -> str:
+        return await self._of(key).digest(key)
+
     async def populate(self, key: AdapterKey) -> Hold:
         return await self._of(key).populate(key)
 

@@ -160,6 +160,11 @@ class FileReader:
     def nbytes(self) -> int:
         return self._identity.size
 
+    @property
+    def identity(self) -> FileIdentity:
+        """Of the file that was meant."""
+        return self._identity
+
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         if not self._checked(lambda fd: fill(fd, buffers, offset)):
             raise self._ends_before(offset + sum(buffer.nbytes for buffer in buffers))

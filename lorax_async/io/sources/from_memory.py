@@ -15,6 +15,7 @@ from lorax_async.config import Limits
 from lorax_async.core.runs import Span
 from lorax_async.errors import AdapterNotFoundError, FetchError
 from lorax_async.io.cache.ports import Cache
+from lorax_async.io.hashing import sha256_of
 from lorax_async.io.host_copies import Claim, HostCopies, HostReader
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
 from lorax_async.io.snapshot import Snapshot
@@ -114,12 +115,25 @@ class MemorySource:
         arrived: Callable[[int], None],
         demand: Demand,
     ) -> Verification:
-        """Of what was given, all is here already."""
+        """Of what was given, all is here already; nobody says what it should come to."""
         if not isinstance(file.reader, HostReader | SpilledReader):
             return await self._source.bring(file, groups, arrived, demand)
         if demand.ended:
             raise FetchError("nobody waits for the adapter any more")
         return UNCHECKED
+
+    async def digest(self, key: AdapterKey) -> str:
+        """Of tensors, that of the file which they became."""
+        if not isinstance(key, TensorsKey):
+            return await self._source.digest(key)
+        copy = self.copies.get(key)
+        if copy is None:
+            raise FetchError(_GONE, retryable=False)
+        reader = copy.open()
+        try:
+            return await sha256_of(reader, self._threads)
+        finally:
+            reader.close()
 
     async def populate(self, key: AdapterKey) -> Hold:
         """What is in memory needs no hold; what is on disk is read ahead."""

@@ -20,20 +20,38 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import aiofiles
 
-from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.adapter import AdapterKey, AdapterRef, FileIdentity
 from lorax_async.config import Limits, Root, as_local_roots
 from lorax_async.core.runs import Span
-from lorax_async.errors import FetchError, UsageError
+from lorax_async.core.split_index import joined_digest
+from lorax_async.errors import FetchError, IntegrityError, UsageError
+from lorax_async.io.hashing import sha256_of
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
-from lorax_async.io.sources.checked_open import changed, identity_of, open_same, translated
+from lorax_async.io.sources.checked_open import (
+    FileReader,
+    changed,
+    identity_of,
+    open_same,
+    translated,
+)
 from lorax_async.io.sources.local_folder import CONFIG, count_files, find_adapter
-from lorax_async.io.sources.local_hold import Closable, LocalHold, begin_hold, can_hold
+from lorax_async.io.sources.local_hold import (
+    Closable,
+    LocalHold,
+    begin_hold,
+    can_hold,
+    close_all,
+)
 from lorax_async.io.sources.local_ids import parse_place
 from lorax_async.io.sources.local_weights import open_weights, readers_of, reopened
+from lorax_async.io.sources.split_reader import SplitReader
 from lorax_async.verification import UNCHECKED, Verification
 
 REMEMBERED_INDEXES = 1024
 """Every request resolves its id, and of an index that is known only the number of files counts."""
+
+MAX_DIGESTS = 65_536
+"""Of files that were hashed; the one that was met first goes first."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -63,15 +81,26 @@ class LocalSource:
         What of a stranger's adapter is accepted.
     threads
         Where the file system is touched; two threads let config and weights open side by side.
+    hashes
+        Weights are hashed whenever they are opened anew, before they are used.
     """
 
-    def __init__(self, *, roots: Sequence[Root], limits: Limits, threads: Executor) -> None:
+    def __init__(
+        self,
+        *,
+        roots: Sequence[Root],
+        limits: Limits,
+        threads: Executor,
+        hashes: bool = False,
+    ) -> None:
         known = as_local_roots(roots)
         self._roots = tuple(os.fspath(root.path) for root in known)
         self._immutable = tuple(os.fspath(root.path) for root in known if root.immutable)
         self._limits = limits
         self._threads = threads
         self._count = lru_cache(maxsize=REMEMBERED_INDEXES)(count_files)
+        self._hashes = hashes
+        self._digests: dict[FileIdentity, str] = {}
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         place = parse_place(ref, self._roots)
@@ -101,15 +130,43 @@ class LocalSource:
 
     async def bring(
         self,
-        file: AdapterFile,  # noqa: ARG002 - the port's
+        file: AdapterFile,
         groups: Sequence[Sequence[Span]],  # noqa: ARG002 - the port's
         arrived: Callable[[int], None],  # noqa: ARG002 - the port's
         demand: Demand,
     ) -> Verification:
-        """All is here already: a copy reads the file itself, through its reader."""
+        """All is here already: a copy reads the file itself, through its reader.
+
+        Nobody said what the file should come to: a digest is our own, and the same each time.
+        """
         if demand.ended:
             raise FetchError("nobody waits for the adapter any more")
-        return UNCHECKED
+        if not self._hashes:
+            return UNCHECKED
+        return Verification("transport", await self._digest(_files_of(file.reader), demand))
+
+    async def digest(self, key: AdapterKey) -> str:
+        readers = readers_of(key, known=True)
+        try:
+            return await self._digest(readers, Demand())
+        finally:
+            close_all(readers)
+
+    async def _digest(self, readers: Sequence[FileReader], demand: Demand) -> str:
+        return joined_digest([await self._file_digest(reader, demand) for reader in readers])
+
+    async def _file_digest(self, reader: FileReader, demand: Demand) -> str:
+        """What the file comes to, and came to before if it was hashed before."""
+        found = await sha256_of(reader, self._threads, demand)
+        known = self._digests.setdefault(reader.identity, found)
+        if known != found:
+            raise IntegrityError(
+                f"{reader.name} has other bytes than before, though it was not written to: look at"
+                " the disk, and save the adapter again"
+            )
+        if len(self._digests) > MAX_DIGESTS:
+            del self._digests[next(iter(self._digests))]
+        return found
 
     async def populate(self, key: AdapterKey) -> Hold:
         """In an immutable root: all bytes, mapped, and locked where the process may.
@@ -159,6 +216,14 @@ class LocalSource:
         if len(content) != identity.size or identity_of(status) != identity:
             raise changed(CONFIG)
         return content
+
+
+def _files_of(reader: Reader) -> list[FileReader]:
+    """The files behind the reader of an opened adapter."""
+    several = (
+        reader.files.readers if isinstance(reader, SplitReader) and reader.files else (reader,)
+    )
+    return [each for each in several if isinstance(each, FileReader)]
 
 
 class _Hops(Executor):

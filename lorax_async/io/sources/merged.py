@@ -13,7 +13,7 @@ from lorax_async.config import Limits
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.merge_plan import PartFile, part_words, plan_merge
 from lorax_async.core.runs import Span
-from lorax_async.errors import FetchError, LoraxError
+from lorax_async.errors import FetchError, LoraxError, UsageError
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
 from lorax_async.io.sources.merged_reader import MergedReader, Opened
 from lorax_async.verification import Verification, weakest
@@ -79,6 +79,14 @@ class MergedSource:
             return await self._source.bring(file, groups, arrived, demand)
         assert reader.opened is not None
         return await self._bring(reader.key, reader.opened, groups, arrived, demand)
+
+    async def digest(self, key: AdapterKey) -> str:
+        """Of a part. A merge is in no file: `UsageError`."""
+        if isinstance(key, MergedKey):
+            raise UsageError(
+                "a merge has no digest; its parts have theirs, as AdapterRef(digest=…)"
+            )
+        return await self._source.digest(key)
 
     async def populate(self, key: AdapterKey) -> Hold:
         """Of a merge the parts are read ahead, and nothing is held."""

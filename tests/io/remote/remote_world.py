@@ -8,18 +8,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Self
 
 from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, engine
 
+import tiny
+from lorax_async import AdapterLoader, LoaderConfig
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import Checking, Limits
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import policy
-from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError
+from lorax_async.errors import AccessDeniedError, AdapterError, AdapterNotFoundError
 from lorax_async.io.disk_cache import DiskCache
+from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import Timeouts
 from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import parse_url
@@ -41,10 +45,12 @@ class Stored:
     config: bytes
     weights: bytes
     token: str | None = None
+    named: str | None = None
+    """What its source calls this version, if that is not a commit."""
 
     @property
     def version(self) -> str:
-        return hashlib.sha1(self.config + b"\0" + self.weights).hexdigest()
+        return self.named or hashlib.sha1(self.config + b"\0" + self.weights).hexdigest()
 
 
 @dataclass
@@ -55,7 +61,9 @@ class ToldLocator:
     there: dict[str, Stored] = field(default_factory=dict)
     promises: bool = True
     located: int = 0
-    error: FetchError | None = None
+    error: AdapterError | None = None
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    """Below which URL an adapter lies that is not at the server, by its name."""
 
     def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         if ref.revision is None or len(ref.revision) != 40:
@@ -76,15 +84,17 @@ class ToldLocator:
         if stored.token not in {None, ref.token}:
             raise AccessDeniedError("give a token that may have it")
         contents = {CONFIG_FILE: stored.config, WEIGHTS_FILE: stored.weights}
-        files = tuple(self._file(ref.text, role, data) for role, data in contents.items())
+        files = tuple(self._file(ref, role, data) for role, data in contents.items())
         return Located(ref.text, stored.version, _scope(ref), files)
 
     async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
         raise AssertionError("nothing here has an index")
 
-    def _file(self, name: str, role: FileRole, data: bytes) -> RemoteFile:
-        url = parse_url(self.server.url(f"/{name}/{role.file_name}"))
-        target = Target(url, f"{name}/{role.file_name}", {}, Anywhere())
+    def _file(self, ref: AdapterRef, role: FileRole, data: bytes) -> RemoteFile:
+        path = f"/{ref.text}/{role.file_name}"
+        url = parse_url(self.elsewhere.get(ref.text, self.server.url("")) + path)
+        headers = {} if ref.token is None else {"Authorization": f"Bearer {ref.token}"}
+        target = Target(url, path[1:], headers, Anywhere())
         if not self.promises:
             return RemoteFile(role, target)
         return RemoteFile(role, target, len(data), sha256(data))
@@ -126,6 +136,7 @@ class RemoteWorld:
         timeouts: Timeouts = PATIENT,
         clock: Callable[[], float] = time.monotonic,
         cached: bool = False,
+        http: RangeEngine | None = None,
     ) -> None:
         self.folder = folder
         self.cache_bytes = cache_bytes
@@ -133,10 +144,11 @@ class RemoteWorld:
         self.server.__enter__()
         self.server.behave = self.serve
         self.locator = ToldLocator(self.server)
-        self.engine = engine(timeouts=timeouts)
+        self.engine = http or engine(timeouts=timeouts)
         self.workers = Workers(4)
         self.known = Known(revalidate, clock)
         self._cache: DiskCache | None = None
+        self._making = Lock()
         self.resolving = Resolving(
             lambda _: self.locator,
             self.cache_of,
@@ -155,9 +167,10 @@ class RemoteWorld:
         self.source = kind(self.resolving, opening, self.workers, limits=limits, verify=verify)
 
     def cache_of(self, _: str) -> DiskCache:
-        if self._cache is None:
-            self._cache = DiskCache(self.folder, self.cache_bytes, policy("lru"))
-        return self._cache
+        with self._making:
+            if self._cache is None:
+                self._cache = DiskCache(self.folder, self.cache_bytes, policy("lru"))
+            return self._cache
 
     @property
     def cache(self) -> DiskCache:
@@ -207,3 +220,24 @@ class RemoteWorld:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+RANK = 256
+"""Some 800 KB: more than comes with the first request."""
+
+
+def stocked(world: RemoteWorld, folder: Path, name: str = "one", seed: int = 0) -> Path:
+    """An adapter at the source; the folder has the same files."""
+    world.put(name, *tiny.files(tiny.write(folder / name, seed, RANK)))
+    return folder / name
+
+
+def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
+    plain: dict[str, object] = {
+        "device_bytes": 8 << 20,
+        "max_slots": 4,
+        "io_threads": 2,
+        "timeout": 20,
+    }
+    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
+    return AdapterLoader(tiny.layout(), config, source=world.source)

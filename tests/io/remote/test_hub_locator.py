@@ -178,6 +178,18 @@ def test_shards_of_a_private_repository(hub: HubStandIn, run: Run) -> None:
     tells_no_secret(located, files)
 
 
+def test_shards_are_asked_for_on_the_same_authority(
+    hub: HubStandIn, run: Run, tmp_path: Path
+) -> None:
+    """Whoever logs in on this machine meanwhile lends nobody his token."""
+    located, _ = sharded(hub, run)
+    (tmp_path / "token").write_text(TOKEN)
+    with locating(hub) as locator:
+        files = run(locator.shards(located, [FileRole("weights", k) for k in (1, 2, 3)]))
+    assert all(not file.target.headers for file in files)
+    assert all("authorization" not in asked.fields for asked in hub.asked)
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

@@ -65,7 +65,7 @@ def test_a_silent_hub_holds_nobody_but_who_asked(run: Run) -> None:
     async def body() -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
             endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            with locating(endpoint, timeout=0.2) as locator:
+            with locating(endpoint, timeout=0.4) as locator:
                 asking = asyncio.ensure_future(locator.locate(AdapterRef(REPO, token=TOKEN)))
                 ticks = 0
                 while not asking.done():
@@ -74,7 +74,9 @@ def test_a_silent_hub_holds_nobody_but_who_asked(run: Run) -> None:
                 with pytest.raises(FetchTimeoutError, match="did not answer in time") as caught:
                     await asking
                 tells_no_secret(caught.value)
-                assert ticks >= 10
+                assert (
+                    ticks >= 6
+                )  # in more than a second; held, it would have ticked between attempts only
 
     run(body())
 

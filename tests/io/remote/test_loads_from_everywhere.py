@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -66,47 +65,6 @@ def test_from_the_hub(run: Run, tmp_path: Path) -> None:
                     await loader.load("org/other")
 
         run(body())
-
-
-def test_what_the_hub_cache_has_is_used(run: Run, tmp_path: Path) -> None:
-    from huggingface_hub import snapshot_download
-
-    folder = tiny.write(tmp_path / "a")
-    with HubStandIn() as hub:
-        hub.put("org/name", contents(folder))
-        snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
-        begun = len(hub.asked)
-
-        async def body() -> None:
-            ours = over(tmp_path, hub_endpoint=hub.endpoint)
-            async with ours as loader, await loader.load("org/name") as handle:
-                tiny.assert_equal_to_file(handle, folder)
-            assert all(asked.method == "HEAD" for asked in hub.asked[begun:])
-            async with over(tmp_path, hub_endpoint=hub.endpoint, offline=True) as loader:
-                (await loader.load("org/name")).release()
-
-        run(body())
-        assert not list((tmp_path / "cache" / "entries").iterdir()), "no file is stored twice"
-
-
-def test_what_is_written_to_the_hub_cache_is_everybodys(run: Run, tmp_path: Path) -> None:
-    from huggingface_hub import hf_hub_download
-
-    folder = tiny.write(tmp_path / "a", rank=64)
-    with HubStandIn() as hub:
-        hub.put("org/name", contents(folder))
-
-        async def body() -> None:
-            allow = (Allow("hub"), at_store(hub))
-            settings: dict[str, object] = {"hub_endpoint": hub.endpoint, "allow": allow}
-            async with over(tmp_path, hub_cache="write", **settings) as loader:
-                (await loader.load("org/name")).release()
-
-        run(body())
-    for name, content in contents(folder).items():
-        found = hf_hub_download("org/name", name, cache_dir=tmp_path / "hub", local_files_only=True)
-        assert Path(found).read_bytes() == content
-    assert not os.listdir(tmp_path / "cache" / "entries")
 
 
 def test_from_a_folder_behind_a_url(run: Run, tmp_path: Path) -> None:

@@ -8,35 +8,15 @@ from pathlib import Path
 
 import pytest
 from fault_server import Asked, Client
-from remote_world import RemoteWorld
+from remote_world import RemoteWorld, over, stocked
 
 import tiny
 from common import Run, until
-from lorax_async import AdapterLoader, FetchError, IntegrityError, LoaderConfig
+from lorax_async import FetchError, IntegrityError
 from lorax_async.adapter import AdapterRef
 from lorax_async.io.cache.upkeep import ls
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
-
-RANK = 256
-"""Some 800 KB: more than comes with the first request."""
-
-
-def stocked(world: RemoteWorld, folder: Path, name: str = "one", seed: int = 0) -> Path:
-    """An adapter at the source; the folder has the same files."""
-    world.put(name, *tiny.files(tiny.write(folder / name, seed, RANK)))
-    return folder / name
-
-
-def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
-    plain: dict[str, object] = {
-        "device_bytes": 8 << 20,
-        "max_slots": 4,
-        "io_threads": 2,
-        "timeout": 20,
-    }
-    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
-    return AdapterLoader(tiny.layout(), config, source=world.source)
 
 
 def weights_asked(world: RemoteWorld) -> list[Asked]:
@@ -95,7 +75,7 @@ def test_wrong_bytes_of_the_right_length_are_published_nowhere(run: Run, tmp_pat
             world.answer(asked, client, data, etag)
 
         async def body() -> None:
-            async with over(world) as loader:
+            async with over(world, verify="before_use") as loader:
                 world.server.behave = wrong
                 with pytest.raises(IntegrityError, match="sha256 digest that was promised"):
                     await loader.load(world.ref("one"))

@@ -23,7 +23,8 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.io.http.settings import PublicOnly
-from lorax_async.io.remote.web import FIRST_BYTES, WEAK
+from lorax_async.io.remote.ports import WEAK
+from lorax_async.io.remote.web import FIRST_BYTES
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -48,7 +49,10 @@ def test_a_folder_is_located_by_two_requests(run: Run) -> None:
         assert (config.answer.start, config.nbytes) == (FILES[CONFIG], 8)
         assert weights.answer.start == DATA[:FIRST_BYTES]
         assert (weights.nbytes, weights.expected) == (len(DATA), None)
-        assert it.locator.recalled(it.ref(revision=located.version)) is None
+        pinned = it.ref(revision=located.version)
+        assert it.locator.recalled(pinned) == (located.source, located.version, "")
+        for other in (None, weights.answer.known.etag, "main"):
+            assert it.locator.recalled(it.ref(revision=other)) is None
 
 
 def test_both_are_asked_for_at_once(run: Run) -> None:

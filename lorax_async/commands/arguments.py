@@ -1,0 +1,45 @@
+"""What the commands have in common: options, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from lorax_async.commands.terminal import Screen
+
+OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses; argparse has `REFUSED` for wrong usage."""
+
+AddParser = Callable[..., argparse.ArgumentParser]
+Command = Callable[[argparse.Namespace, Screen], int]
+
+UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+SIZE_HELP = "a number, or one with KiB, MiB or GiB"
+
+
+def add_command(
+    add: AddParser, name: str, about: str, command: Command, more: str = ""
+) -> argparse.ArgumentParser:
+    """A parser for one command, with `--json`; `more` is told by its own help only."""
+    parser = add(name, help=about, description=f"{about[0].upper()}{about[1:]}. {more}".rstrip())
+    parser.set_defaults(command=command)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return parser
+
+
+def add_base(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--base",
+        required=required,
+        metavar="DIR",
+        help="the base model's folder (its config.json suffices), or smollm2 for the demo's",
+    )
+
+
+def as_size(text: str) -> int:
+    """Bytes, for argparse."""
+    digits = text.rstrip("KMGiB")
+    unit = text[len(digits) :]
+    if not digits.isascii() or not digits.isdecimal() or unit not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 1000000, 64MiB or 1GiB")
+    return int(digits) * UNITS[unit]

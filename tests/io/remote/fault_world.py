@@ -1,0 +1,182 @@
+"""A remote source of which one adapter is served wrongly beside others; and what must be left."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import cycle
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar, cast
+
+from fault_server import Asked, Client
+from remote_world import RemoteWorld, Stored
+
+import tiny
+from common import LOOPS, until
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig
+from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
+from lorax_async.core.layout import ModelLayout
+from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.remote.beginning import FIRST_BYTES
+from sweeping import Bench
+
+T = TypeVar("T")
+
+RANK = 128
+"""Some 400 KB: more than comes with the first request."""
+
+CHUNK = 256 << 10
+_MAP = struct.Struct("<8sQQ")
+
+Fault = Callable[["FaultyWorld", Asked, Client], None]
+
+
+class FaultyWorld(RemoteWorld):
+    """As `RemoteWorld`; `faults` has what is done wrong, by the name of the adapter."""
+
+    def __init__(self, folder: Path, adapters: Path, **settings: Any) -> None:
+        self.faults: dict[str, Fault] = {}
+        self.adapters = adapters
+        self.versions: list[tuple[str, Stored]] = []
+        self.sent: Counter[str] = Counter()
+        """Requests that were answered right, by adapter."""
+        super().__init__(folder, **settings)
+
+    def stock(self, name: str, seed: int = 0, rank: int = RANK, **shape: Any) -> Path:
+        """An adapter at the source; the folder that is returned has the same files."""
+        folder = tiny.write(self.adapters / name, seed, rank, **shape)
+        self.put(name, *tiny.files(folder))
+        self.versions.append((name, self.locator.there[name]))
+        return folder
+
+    def serve(self, asked: Asked, client: Client) -> None:
+        name = adapter_of(asked)
+        fault = self.faults.get(name)
+        if fault is not None:
+            fault(self, asked, client)
+            return
+        super().serve(asked, client)
+        self.sent[name] += 1
+
+    def well(self, asked: Asked, client: Client) -> None:
+        """As if there were no fault."""
+        super().serve(asked, client)
+
+    def asked_of(self, name: str) -> list[Asked]:
+        return [each for each in list(self.server.asked) if adapter_of(each) == name]
+
+    def spans_of(self, name: str) -> list[tuple[int, int]]:
+        """What was asked for of its weights."""
+        return [asked.span for asked in self.asked_of(name) if is_weights(asked) and asked.span]
+
+
+def adapter_of(asked: Asked) -> str:
+    return asked.target.split("/")[1]
+
+
+def is_weights(asked: Asked) -> bool:
+    return asked.target.endswith(WEIGHTS_FILE.file_name)
+
+
+def part_of(asked: Asked) -> str:
+    """Which step of a load asks so."""
+    if asked.target.endswith(CONFIG_FILE.file_name):
+        return "config"
+    return "header" if asked.span == (0, FIRST_BYTES) else "body"
+
+
+def at(part: str, fault: Fault, times: int = 1 << 30) -> Fault:
+    """Wrong in that part of a load, so many times; else right."""
+    left, lock = [times], Lock()
+
+    def behave(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        with lock:
+            wrong = part_of(asked) == part and left[0] > 0
+            left[0] -= wrong
+        (fault if wrong else FaultyWorld.well)(world, asked, client)
+
+    return behave
+
+
+def in_turn(cases: Iterable[T]) -> list[tuple[str, T]]:
+    """Each with one event loop, all loops in turn: what is told does not come from the loop."""
+    return list(zip(cycle(LOOPS), cases, strict=False))
+
+
+def over(
+    world: RemoteWorld, layout: ModelLayout | None = None, **settings: object
+) -> AdapterLoader:
+    plain: dict[str, object] = {
+        "device_bytes": 16 << 20,
+        "max_slots": 8,
+        "io_threads": 2,
+        "timeout": 30,
+    }
+    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
+    return AdapterLoader(layout or tiny.layout(), config, source=world.source)
+
+
+async def loads_right(loader: AdapterLoader, world: RemoteWorld, folder: Path) -> AdapterHandle:
+    """What was loaded, released by now."""
+    async with await loader.load(world.ref(folder.name)) as handle:
+        tiny.assert_equal_to_file(handle, folder)
+    return handle
+
+
+async def assert_at_rest(loader: AdapterLoader, world: FaultyWorld, *, swept: bool = True) -> None:
+    """Nobody waits, nothing is held or under way, and what is in the cache is true."""
+    bench = Bench(loader, cast(Any, loader.device), "")
+    await bench.assert_clean()
+    await until(lambda: not world.engine._desk.jobs)
+    await until(lambda: not any(listed.in_use for listed in ls(world.cache)))
+    await asyncio.to_thread(assert_true_cache, world.folder, world.versions, swept=swept)
+
+
+def assert_true_cache(
+    folder: Path, versions: list[tuple[str, Stored]], *, swept: bool = True
+) -> None:
+    """All is private; entries are whole, partials tell the truth, nothing is locked or half gone.
+
+    Not `swept`: what could not be removed is in nobody's way, until somebody needs room.
+    """
+    contents = {CacheKey(name, each.version).name: each for name, each in versions}
+    for path in folder.rglob("*"):
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+    assert {path.name for path in folder.iterdir()} == FOLDERS
+    for name in ("locks", "trash") if swept else ():
+        assert not list((folder / name).iterdir()), name
+    for entry in (folder / "entries").iterdir():
+        stored = contents[entry.name]
+        assert (entry / CONFIG_FILE.file_name).read_bytes() == stored.config
+        assert (entry / WEIGHTS_FILE.file_name).read_bytes() == stored.weights
+        assert not list(entry.glob("*.chunks"))
+    for partial in (folder / "partials").iterdir():
+        digest, state, _ = partial.name.split(".")
+        assert state == "free", "nobody writes to it"
+        for map_file in partial.glob("*.chunks"):
+            file = partial / map_file.stem
+            stored = contents[digest]
+            true = stored.config if file.name == CONFIG_FILE.file_name else stored.weights
+            written = file.read_bytes()
+            for start, stop in chunks_in(map_file.read_bytes()):
+                assert written[start:stop] == true[start:stop], (file.name, start)
+
+
+FOLDERS = {"entries", "partials", "locks", "trash", "answers"}
+
+
+def chunks_in(content: bytes) -> list[tuple[int, int]]:
+    """The spans that a chunk map tells to be here, by hand: a bit for each, lowest first."""
+    magic, nbytes, size = _MAP.unpack_from(content)
+    assert (magic, size) == (b"LRXCHNK1", CHUNK)
+    bits = content[_MAP.size :]
+    return [
+        (n * size, min((n + 1) * size, nbytes))
+        for n in range(-(-nbytes // size))
+        if bits[n // 8] >> n % 8 & 1
+    ]

@@ -1,0 +1,187 @@
+"""Given up, or closed, at every moment at which a remote source waits for anything."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_world import FaultyWorld, assert_at_rest, at, over
+from faults import silent
+
+import tiny
+from common import LOOPS, Run, our_threads, until
+from lorax_async import AdapterHandle, AdapterLoader, LoaderClosedError
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.core import runs
+from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
+from lorax_async.verification import Verification
+from sweeping import stepwise
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+RANK = 100
+"""Some 300 KB: ranges are asked for after the first."""
+
+LEAST = {"download": 7, "resumed": 7, "cached": 2}
+"""Suspensions: of a download, at least for the version, the beginning, two places, bytes, the end."""
+
+
+class Stepping:
+    """Counts the suspensions of the source's own calls, and tells of each before it."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.steps = 0
+        self.at_step: Callable[[int], None] = lambda step: None
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        key: AdapterKey = await self._stepped(self._source.resolve(ref))
+        return key
+
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
+        file: AdapterFile = await self._stepped(self._source.open(key, demand))
+        return file
+
+    def reopen(self, key: AdapterKey) -> Reader:
+        return self._source.reopen(key)
+
+    async def bring(
+        self,
+        file: AdapterFile,
+        groups: Sequence[Sequence[runs.Span]],
+        arrived: Callable[[int], None],
+        demand: Demand,
+    ) -> Verification:
+        bringing = self._source.bring(file, groups, arrived, demand)
+        verification: Verification = await self._stepped(bringing)
+        return verification
+
+    async def digest(self, key: AdapterKey) -> str:
+        return await self._source.digest(key)
+
+    async def populate(self, key: AdapterKey) -> Hold:
+        return await self._source.populate(key)
+
+    async def _stepped(self, work: Coroutine[Any, Any, Any]) -> Any:
+        def told(_: int) -> None:
+            self.steps += 1
+            self.at_step(self.steps)
+
+        return await stepwise(work, told)
+
+
+def stepping(world: FaultyWorld) -> tuple[AdapterLoader, Stepping]:
+    loader = over(world)
+    source = Stepping(world.source)
+    loader._source = source
+    return loader, source
+
+
+async def prepared(world: FaultyWorld, what: str, step: int, contents: tuple[bytes, bytes]) -> str:
+    """An adapter that nobody has loaded, or somebody in part, or as a whole."""
+    name = f"{what}-{step}"
+    ref = world.put(name, *contents)
+    world.versions.append((name, world.locator.there[name]))
+    if what == "cached":
+        async with over(world) as loader:
+            (await loader.load(ref)).release()
+    if what == "resumed":
+        await part_of_it(world, ref)
+    return name
+
+
+async def part_of_it(world: FaultyWorld, ref: AdapterRef) -> None:
+    """Its first bytes are on the disk, and no more come."""
+    world.faults[ref.text] = at("body", silent)
+    async with over(world) as loader:
+        loading = asyncio.create_task(loader.load(ref))
+        await until(lambda: len(world.spans_of(ref.text)) > 1)
+        loading.cancel()
+        await asyncio.wait([loading])
+        await assert_at_rest(loader, world)
+    del world.faults[ref.text]
+    assert any(listed.is_partial for listed in ls(world.cache))
+
+
+async def ended(loading: asyncio.Task[AdapterHandle]) -> None:
+    """By a cancellation, by the loader's end, or well."""
+    await asyncio.wait([loading])
+    if not loading.cancelled():
+        error = loading.exception()
+        assert error is None or type(error) is LoaderClosedError, error
+        if error is None:
+            loading.result().release()
+
+
+async def given_up(world: FaultyWorld, name: str, step: int) -> bool:
+    """Cancel a load at that step; whether there was one. Then it loads right, in that loader."""
+    loader, source = stepping(world)
+    async with loader:
+        loading = asyncio.create_task(loader.load(world.ref(name)))
+
+        def cancel(current: int) -> None:
+            if current == step:
+                loading.cancel()
+
+        source.at_step = cancel
+        await ended(loading)
+        reached = source.steps >= step
+        source.at_step = lambda step: None
+        await assert_at_rest(loader, world)
+        await loads(loader, world, name)
+        await assert_at_rest(loader, world)
+    return reached
+
+
+async def closed(world: FaultyWorld, name: str, step: int) -> bool:
+    """Close the loader at that step. Then another loader loads it right."""
+    loader, source = stepping(world)
+    closing: list[asyncio.Task[None]] = []
+
+    def close(current: int) -> None:
+        if current == step:
+            closing.append(asyncio.create_task(loader.close(timeout=10)))
+
+    async with loader:
+        source.at_step = close
+        await ended(asyncio.create_task(loader.load(world.ref(name))))
+        if closing:
+            await closing[0]
+    assert not {name for name in our_threads() if "http" not in name and "remote" not in name}
+    async with over(world) as other:
+        await loads(other, world, name)
+        await assert_at_rest(other, world)
+    return bool(closing)
+
+
+async def loads(loader: AdapterLoader, world: FaultyWorld, name: str) -> None:
+    async with await loader.load(world.ref(name)) as handle:
+        tiny.assert_equal_to_file(handle, world.adapters / "a")
+
+
+ENDS = {"given up": given_up, "closed": closed}
+CASES = [
+    *((loop, "download", end) for loop in LOOPS for end in ENDS),
+    *(("asyncio", "resumed", "given up"), ("uvloop", "resumed", "closed")),
+    *(("uvloop", "cached", "given up"), ("asyncio", "cached", "closed")),
+]
+
+
+@pytest.mark.parametrize(("run", "what", "end"), CASES, indirect=["run"])
+def test_it_ends_at_every_step(run: Run, tmp_path: Path, what: str, end: str) -> None:
+    with FaultyWorld(tmp_path / "cache", tmp_path, cache_bytes=1_000_000) as world:
+        contents = tiny.files(tiny.write(tmp_path / "a", 0, RANK))
+
+        async def body() -> None:
+            step, missed = 0, 0
+            while missed < 2:  # how often threads are waited for depends on how quick they are
+                step += 1
+                name = await prepared(world, what, step, contents)
+                missed = 0 if await ENDS[end](world, name, step) else missed + 1
+            assert step - 2 >= LEAST[what]
+
+        run(body())

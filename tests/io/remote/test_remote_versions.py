@@ -1,0 +1,64 @@
+"""What a source said before, and what it says now: of sizes, and of versions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fault_server import Asked, Client
+from remote_world import RemoteWorld, over, stocked
+
+import tiny
+from common import Run
+from lorax_async import AdapterNotFoundError, FetchError
+from lorax_async.adapter import AdapterRef
+from lorax_async.io.remote.ports import AnotherVersionError
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+
+def test_who_tells_no_length_is_believed_what_was_told_before(run: Run, tmp_path: Path) -> None:
+    """All in one response, without ranges: the size is the locator's word, or nobody's."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        folder = stocked(world, tmp_path)
+        stocked(world, tmp_path, "two")
+
+        def streamed(asked: Asked, client: Client) -> None:
+            data, etag = world.content(asked.target)
+            client.head("200 OK", f"ETag: {etag}", "Transfer-Encoding: chunked")
+            client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+
+        world.server.behave = streamed
+
+        async def body() -> None:
+            async with over(world) as loader:
+                async with await loader.load(world.ref("one")) as handle:
+                    tiny.assert_equal_to_file(handle, folder)
+                world.locator.promises = False
+                with pytest.raises(FetchError, match="does not say how large"):
+                    await loader.load(world.ref("two"))
+
+        run(body())
+
+
+def test_a_pinned_version_that_the_source_has_replaced(run: Run, tmp_path: Path) -> None:
+    """Who was let have it, and may still ask, has it from the cache; nobody else has."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        folder = stocked(world, tmp_path)
+        world.locator.there["one"].token = "mine"
+        pinned = AdapterRef("one", "hub", world.locator.there["one"].version, "mine")
+
+        async def body() -> None:
+            async with over(world) as loader:
+                (await loader.load(pinned)).release()
+            world.locator.error = AnotherVersionError("it has another one by now")
+            async with over(world) as loader:
+                async with await loader.load(pinned) as handle:
+                    tiny.assert_equal_to_file(handle, folder)
+                for other in (replace(pinned, token="x"), replace(pinned, revision=None)):
+                    for stale in (False, True):
+                        with pytest.raises(AdapterNotFoundError, match="another one"):
+                            await loader.load(replace(other, allow_stale=stale))
+
+        run(body())

@@ -1,0 +1,144 @@
+"""Loads as users have them: an `AdapterLoader`, its `LoaderConfig`, and ids."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from slow_proxy import SlowProxy
+
+import tiny
+from lorax_async import AdapterHandle, AdapterLoader, Allow, LoaderConfig
+from lorax_async.adapter import AdapterRef, RemoteKey
+from lorax_async.core.cache_names import MAP_SUFFIX
+from lorax_async.core.chunk_map import ChunkMap
+from lorax_async.core.layout import ModelLayout, Module, Parallel
+
+HIDDEN = 96
+LAYERS = 24
+RANK = 256
+"""Together some 14 MB. Layer 0 has 4 % of it, more than comes with the first answer."""
+
+CONNECTIONS = 8
+RATE = 128e3
+"""Bytes per second and connection: all of them come in 14 seconds, so half a second more is little."""
+
+FIRST_PART = 0.15
+"""The part of the bytes with which layer 0 has to be there."""
+
+KINDS = ("entries", "partials")
+
+
+def layout(layers: int) -> ModelLayout:
+    modules = tuple(
+        Module(f"model.layers.{layer}.{target}", HIDDEN, 2 * HIDDEN, layer, Parallel.COLUMN)
+        for layer in range(layers)
+        for target in tiny.TARGETS
+    )
+    return ModelLayout(modules, layers, "F32", "model.")
+
+
+def written(folder: Path, seed: int = 0, *, layers: int = LAYERS, rank: int = RANK) -> Path:
+    """An adapter for such a model, with random weights."""
+    random = torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(tiny.config(rank)))
+    saved = {}
+    for module in layout(layers).modules:
+        name = f"base_model.model.{module.name}"
+        saved[f"{name}.lora_A.weight"] = torch.randn(rank, HIDDEN, generator=random)
+        saved[f"{name}.lora_B.weight"] = torch.randn(2 * HIDDEN, rank, generator=random)
+    save_file(saved, folder / "adapter_model.safetensors")
+    return folder
+
+
+def loader(folder: Path, *, layers: int = LAYERS, **settings: object) -> AdapterLoader:
+    """Its caches are below the folder."""
+    plain: dict[str, object] = {
+        "device_bytes": 32 << 20,
+        "max_slots": 4,
+        "io_threads": 2,
+        "timeout": 40,
+        "cache_dir": folder / "cache",
+        "hub_cache_dir": folder / "hub",
+    }
+    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
+    return AdapterLoader(layout(layers), config)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of an adapter, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def size_of(folder: Path) -> int:
+    return (folder / "adapter_model.safetensors").stat().st_size
+
+
+def at(netloc: str, prefix: str = "") -> Allow:
+    """By plain http on loopback, which has to be allowed."""
+    host, _, port = netloc.partition(":")
+    return Allow("http", host, int(port), prefix)
+
+
+def version_of(handle: AdapterHandle) -> str:
+    assert isinstance(handle.key, RemoteKey)
+    return handle.key.version
+
+
+def secretless(error: BaseException | None, *secrets: str) -> str:
+    """All that is said of it, and of what led to it."""
+    text = ""
+    while error is not None:
+        text += f"{error}\n{error!r}\n{error.args}\n"
+        error = error.__cause__ or error.__context__
+    for secret in secrets:
+        assert secret not in text, text
+    return text
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait, for a minute at most: also a slow machine comes to it."""
+    for _ in range(12_000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never happened")
+
+
+async def has(there: AdapterLoader, id: str | AdapterRef, folder: Path) -> str:
+    """It loads, and is what is in the folder; its version."""
+    async with await there.load(id) as handle:
+        tiny.assert_equal_to_file(handle, folder)
+        return version_of(handle)
+
+
+async def streams(there: AdapterLoader, id: str, folder: Path, link: SlowProxy) -> str:
+    """Layer 0 is there before the link has passed `FIRST_PART`, at `RATE`; the version."""
+    link.rate = RATE
+    link.stop_after(int(FIRST_PART * size_of(folder)))
+    async with there.stream(id) as handle:
+        await handle.layer_ready(0)
+        assert not handle.is_ready(LAYERS - 1)
+        link.go_on()
+        await handle.layer_ready(LAYERS - 1)
+        tiny.assert_equal_to_file(handle, folder)
+        return version_of(handle)
+
+
+def stored_in(folder: Path) -> tuple[int, int]:
+    """How many adapters our own cache has, and how many downloads that ended half-way."""
+    entries, partials = (list((folder / "cache").glob(f"{kind}/*")) for kind in KINDS)
+    return len(entries), len(partials)
+
+
+def missing_of(folder: Path, size: int) -> int:
+    """How many bytes the one partial download lacks, in whole chunks, by its own map."""
+    (content,) = (folder / "cache").glob(f"partials/*/adapter_model.safetensors{MAP_SUFFIX}")
+    found = ChunkMap.decoded(content.read_bytes(), size)
+    assert found is not None
+    return sum(stop - start for start, stop in found.spans().missing(0, size))

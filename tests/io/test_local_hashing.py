@@ -1,0 +1,211 @@
+"""Local files that are hashed before they are used, and when a caller says what they come to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cancelling import was_cancelled
+from local_world import LIMITS, WEIGHTS_NAME, LocalWorld, nothing_left_open
+from source_conformance import SourceConformance
+from source_inputs import CONFIG, groups_of, read, weights
+
+from common import Run
+from lorax_async.adapter import AdapterKey
+from lorax_async.errors import FetchError, IntegrityError
+from lorax_async.io import hashing
+from lorax_async.io.ports import Demand
+from lorax_async.io.sources import local
+from lorax_async.io.sources.checked_open import FileReader
+from lorax_async.io.sources.local import LocalSource
+from lorax_async.verification import Verification
+
+CONTENT = weights(1, {"note": "x" * 3000})
+
+
+class HashingWorld(LocalWorld):
+    def __init__(self, base: Path, threads: ThreadPoolExecutor) -> None:
+        super().__init__(base, threads)
+        self.source = LocalSource(roots=self.roots, limits=LIMITS, threads=threads, hashes=True)
+
+    @property
+    def path(self) -> Path:
+        return self.roots[0] / "one" / WEIGHTS_NAME
+
+    async def key(self) -> AdapterKey:
+        return await self.source.resolve(self.put("one", CONFIG, CONTENT))
+
+    async def bring(
+        self, key: AdapterKey, seen: list[int] | None = None, demand: Demand | None = None
+    ) -> Verification:
+        file = await self.source.open(key, Demand())
+        arrived: Callable[[int], None] = ([] if seen is None else seen).append
+        try:
+            return await self.source.bring(file, groups_of(CONTENT), arrived, demand or Demand())
+        finally:
+            file.reader.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[HashingWorld]:
+    with nothing_left_open(tmp_path), ThreadPoolExecutor(2) as threads:
+        (tmp_path / "more").mkdir()
+        yield HashingWorld(tmp_path / "more", threads)
+
+
+class TestConformance(SourceConformance):
+    pass
+
+
+class Reading:
+    """Reads of any file; `before` is called with the number of each."""
+
+    def __init__(self, before: Callable[[int], None]) -> None:
+        self.count = 0
+        self._before = before
+        self._read = FileReader.read_into
+
+    def __get__(self, reader: Any, _: Any) -> Callable[..., None]:
+        def read_into(buffers: Any, offset: int) -> None:
+            self._before(self.count)
+            self.count += 1
+            self._read(reader, buffers, offset)
+
+        return read_into
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "PIECE_BYTES", 1000)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_all_of_it_is_hashed_before_any_may_be_used(world: HashingWorld, run: Run) -> None:
+    async def main() -> None:
+        seen: list[int] = []
+        found = await world.bring(await world.key(), seen)
+        assert found == Verification("transport", sha256(CONTENT).hexdigest())
+        assert seen == []
+
+    run(main())
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("call", ["bring", "digest"])
+@pytest.mark.parametrize("piece", [0, 2])
+def test_a_file_that_changes_meanwhile_is_refused(
+    world: HashingWorld, run: Run, monkeypatch: pytest.MonkeyPatch, call: str, piece: int
+) -> None:
+    """Also by other bytes of the same length, put in their place."""
+
+    def change(number: int) -> None:
+        if number == first + piece:
+            with world.path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"!")
+
+    first = 1 if call == "bring" else 0  # opening reads the header
+    reading = Reading(change)
+
+    async def main() -> None:
+        key = await world.key()
+        monkeypatch.setattr(FileReader, "read_into", reading)
+        with pytest.raises(IntegrityError, match="changed or replaced meanwhile"):
+            await (world.bring(key) if call == "bring" else world.source.digest(key))
+
+    run(main())
+
+
+def test_a_digest_is_the_same_at_every_open(world: HashingWorld, run: Run) -> None:
+    """A disk that forgets changes no time of change; here it is the record that is another."""
+
+    async def main() -> None:
+        key = await world.key()
+        first = await world.bring(key)
+        assert await world.bring(key) == first
+        world.source._digests[key.files[1]] = "0" * 64
+        for call in (world.bring(key), world.source.digest(key)):
+            with pytest.raises(IntegrityError, match="other bytes than before"):
+                await call
+        newer = await world.key()
+        assert newer != key
+        assert await world.bring(newer) == first
+
+    run(main())
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_hashing_ends_when_nobody_wants_it(
+    world: HashingWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demand = Demand()
+    reading = Reading(lambda number: demand.end() if number == 2 else None)
+
+    async def main() -> None:
+        key = await world.key()
+        monkeypatch.setattr(FileReader, "read_into", reading)
+        with pytest.raises(FetchError, match="nobody waits"):
+            await world.bring(key, demand=demand)
+        assert reading.count == 3
+
+    run(main())
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("late", [0.0, 0.002])
+def test_cancelled_at_any_await(world: HashingWorld, run: Run, late: float) -> None:
+    async def main() -> None:
+        key = await world.key()
+        file = await world.source.open(key, Demand())
+        ends = []
+        for at in range(2 * len(CONTENT) // 1000):
+            groups = groups_of(CONTENT)
+            bringing = world.source.bring(file, groups, lambda _: None, Demand())
+            ends.append(await was_cancelled(bringing, at, late))
+        assert ends.count(True) >= 1
+        assert read(file.reader, 0, len(CONTENT)) == CONTENT
+        file.reader.close()
+
+    run(main())
+
+
+def test_records_are_bounded(
+    world: HashingWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "MAX_DIGESTS", 2)
+
+    async def main() -> None:
+        keys = [await world.key() for _ in range(4)]
+        await world.bring(keys[3])
+        for content in (weights(2), weights(3)):
+            key = await world.source.resolve(world.put("one", CONFIG, content))
+            assert await world.source.digest(key) == sha256(content).hexdigest()
+        assert len(world.source._digests) == 2
+        assert keys[3].files[1] not in world.source._digests
+
+    run(main())
+
+
+def test_others_have_the_threads_in_between(
+    world: HashingWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large the file is: its pieces queue behind what was asked for meanwhile."""
+    monkeypatch.setattr(hashing, "PIECE_BYTES", 64)
+
+    async def main() -> None:
+        key = await world.key()
+        loop, others = asyncio.get_running_loop(), 0
+        hashed = asyncio.ensure_future(world.bring(key))
+        while not hashed.done():
+            await loop.run_in_executor(world.source._threads, int)
+            others += 1
+        assert (await hashed).kind == "transport"
+        assert others > 10
+
+    run(main())

@@ -1,0 +1,191 @@
+"""Those who want adapters: they load, stream, prefetch and pin, look at what they got, and leave."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import accumulate
+from time import monotonic
+
+from lorax_async import AdapterHandle, IntegrityError, LoraxError
+from lorax_async.adapter import AdapterRef
+from soak.expected import Digests, on_device
+from soak.judging import Judge
+from soak.library import COUNT, LAYERS, Stored
+from soak.setting import Setting
+from soak.tally import SoakError, Tally
+
+AT_ONCE = 64
+ZIPF = 1.1
+CANCELLED = 0.2
+GRACE = 60.0
+"""Seconds after its deadline, or its cancellation, in which a call must have ended."""
+MOST_PINNED = 2
+
+WISHES = {"load": 55, "stream": 20, "prefetch": 15, "pin": 10}
+TIERS = ("disk", "host", "device")
+_POPULAR = list(accumulate(1 / (1 + n) ** ZIPF for n in range(COUNT)))
+
+
+class Callers:
+    """`held` are the handles that are out now. `threads` are those that look at the device."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        expected: tuple[Digests, ...],
+        judge: Judge,
+        tally: Tally,
+        threads: ThreadPoolExecutor,
+    ) -> None:
+        self.held: set[AdapterHandle] = set()
+        self._setting = setting
+        self._expected = expected
+        self._judge = judge
+        self._tally = tally
+        self._threads = threads
+        self._pinned: set[Stored] = set()
+
+    async def caller(self, draw: random.Random, until: float) -> None:
+        """One of them, one wish after the other."""
+        while monotonic() < until:
+            (stored,) = draw.choices(self._setting.library, cum_weights=_POPULAR)
+            (wish,) = draw.choices(list(WISHES), list(WISHES.values()))
+            doing = {
+                "load": self._load,
+                "stream": self._stream,
+                "prefetch": self._prefetch,
+                "pin": self._pin,
+            }[wish]
+            await self._wish(wish, doing, stored, draw)
+
+    async def everything_loads(self, stored: Stored, draw: random.Random) -> None:
+        """Now that the source is good; what was left of a bad download may show once."""
+        for _ in range(5):
+            try:
+                await self._load(stored, draw, 120)
+            except LoraxError as error:
+                self._judge.require_allowed(stored, error)
+                failed = error
+            else:
+                return
+        raise SoakError(f"{stored.name} does not load any more: {failed}", failed.story)
+
+    async def _wish(
+        self,
+        wish: str,
+        doing: Callable[[Stored, random.Random, float], Awaitable[None]],
+        stored: Stored,
+        draw: random.Random,
+    ) -> None:
+        seconds = draw.uniform(1, 10)
+        impatient = draw.random() < CANCELLED
+        task = asyncio.ensure_future(doing(stored, draw, seconds))
+        try:
+            if impatient:
+                await asyncio.wait([task], timeout=draw.uniform(0, 1.5))
+                impatient = task.cancel()
+            await asyncio.wait([task], timeout=seconds + GRACE)
+            if not task.done():
+                raise SoakError(f"{wish} of {stored.name} neither ends nor fails")
+        finally:
+            if task.cancel():
+                await asyncio.wait([task], timeout=GRACE)
+        self._judged(wish, stored, task, impatient=impatient)
+
+    def _judged(
+        self, wish: str, stored: Stored, task: asyncio.Future[None], *, impatient: bool
+    ) -> None:
+        if task.cancelled():
+            if not impatient:
+                raise SoakError(f"{wish} of {stored.name} was cancelled by nobody")
+            self._tally.outcomes["cancelled"] += 1
+            return
+        error = task.exception()
+        if error is None:
+            self._tally.outcomes[wish] += 1
+            return
+        if isinstance(error, SoakError):
+            raise error
+        self._judge.require_allowed(stored, error)
+        assert isinstance(error, LoraxError)
+        self._tally.outcomes["failed"] += 1
+        self._tally.failed(error)
+
+    # -- wishes -----------------------------------------------------------------------------------
+
+    async def _load(self, stored: Stored, draw: random.Random, seconds: float) -> None:
+        ref = self._setting.ref(stored, draw)
+        handle = await self._setting.loader.load(ref, timeout=seconds, priority=draw.randrange(3))
+        with self._holding(handle):
+            await self._look(stored, handle, range(LAYERS))
+            await asyncio.sleep(draw.uniform(0, 0.2))
+
+    async def _stream(self, stored: Stored, draw: random.Random, seconds: float) -> None:
+        ref = self._setting.ref(stored, draw)
+        async with self._setting.loader.stream(ref, timeout=seconds) as handle:
+            with self._holding(handle):
+                for layer in range(LAYERS):
+                    await handle.layer_ready(layer, timeout=seconds)
+                    await self._look(stored, handle, range(layer, layer + 1))
+
+    async def _prefetch(self, stored: Stored, draw: random.Random, seconds: float) -> None:
+        ref, tier = self._setting.ref(stored, draw), draw.choice(TIERS)
+        hint = self._setting.loader.prefetch(ref, tier=tier, timeout=seconds)  # type: ignore[arg-type]
+        try:
+            await hint
+        finally:
+            hint.cancel()
+
+    async def _pin(self, stored: Stored, draw: random.Random, seconds: float) -> None:
+        """For a while; what a name that does not move has pinned can be had at once."""
+        busy = len(self._pinned) == MOST_PINNED or stored in self._pinned
+        if busy or not stored.told:
+            await self._load(stored, draw, seconds)
+            return
+        ref, loader = self._setting.ref(stored, draw), self._setting.loader
+        self._pinned.add(stored)
+        try:
+            broken = self._judge.broken_stays(ref.text)
+            await loader.pin(ref, timeout=seconds)
+            await asyncio.sleep(draw.uniform(0, 0.3))
+            await self._look_at_pinned(stored, ref, broken)
+        finally:
+            self._pinned.discard(stored)
+            loader.unpin(ref)
+
+    async def _look_at_pinned(self, stored: Stored, ref: AdapterRef, broken: int) -> None:
+        handle = self._setting.loader.try_acquire(ref)
+        if handle is not None:
+            with self._holding(handle):
+                await self._look(stored, handle, range(LAYERS))
+        elif self._judge.broken_stays(ref.text) == broken:
+            story = self._setting.loader.story(ref)
+            raise SoakError(f"{stored.name} was pinned and is gone", story)
+
+    # -- what they hold ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _holding(self, handle: AdapterHandle) -> Iterator[None]:
+        self.held.add(handle)
+        try:
+            yield
+        finally:
+            self.held.discard(handle)
+            handle.release()
+
+    async def _look(self, stored: Stored, handle: AdapterHandle, layers: range) -> None:
+        """The bytes are the source's; or the loader, which had no time to check them, finds out."""
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._threads, on_device, handle, layers)
+        self._tally.outcomes["layers compared"] += len(layers)
+        if found == self._expected[stored.number][layers.start : layers.stop]:
+            return
+        told = await self._judge.verdict(handle.key, handle.slot, GRACE)
+        if not stored.promised or not isinstance(told, IntegrityError):
+            story = self._setting.loader.story(handle.key)
+            raise SoakError(f"{stored.name}: {layers} on the device is wrong ({told})", story)
+        self._tally.outcomes["wrong bytes that were told of"] += len(layers)

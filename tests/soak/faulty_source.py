@@ -1,0 +1,228 @@
+"""The source of a soak, in a process of its own: three requests of ten meet a fault.
+
+Which ones follows from the seed, the request, and how often it came. It says its port on stdout.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fault_server import Asked, Client, FaultServer, Hangup
+
+from soak.library import Stored, library
+
+SHARE = 0.3
+"""Of the requests."""
+
+KINDS = {
+    "reset": 20,
+    "truncated": 20,
+    "stall": 15,
+    "slow": 15,
+    "crowded": 20,
+    "wrong": 5,
+    "changed": 5,
+}
+"""How often each is chosen, of a hundred."""
+
+DAMAGING = ("wrong", "changed")
+"""After these the bytes are not those that were promised."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a good server sends: `start` is where the body begins in the file of `total` bytes."""
+
+    status: str
+    fields: list[str]
+    body: bytes
+    start: int
+    header: int
+    """The first bytes of the file that say what follows."""
+
+
+class FaultySource(FaultServer):
+    """Serves `/aNNN/FILE`, and to whoever runs the soak `/counts` and `/calm`."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(b"")
+        self.seed = seed
+        self.behave = self.serve
+        self._there = {stored.name: stored for stored in library(seed)}
+        self._lock = threading.Lock()
+        self._times: Counter[str] = Counter()
+        self._faults: Counter[str] = Counter()
+        self._damaged: dict[str, set[str]] = defaultdict(set)
+        self._requests = 0
+        self._calm = False
+
+    def serve(self, asked: Asked, client: Client) -> None:
+        with self._lock:  # a long soak keeps nothing of what is over
+            self.asked.clear()
+            self.clients[:] = [each for each in self.clients if each.socket.fileno() >= 0]
+            self._threads[1:] = [each for each in self._threads[1:] if each.is_alive()]
+        if asked.target == "/counts":
+            self._json(client, self.counts())
+        elif asked.target == "/calm":
+            self._calm = True
+            self._json(client, {})
+        else:
+            self._file(asked, client)
+
+    def counts(self) -> dict[str, object]:
+        with self._lock:
+            damaged = {kind: sorted(names) for kind, names in self._damaged.items()}
+            return {"requests": self._requests, "faults": dict(self._faults), "damaged": damaged}
+
+    def _json(self, client: Client, said: object) -> None:
+        body = json.dumps(said).encode()
+        client.head("200 OK", f"Content-Length: {len(body)}")
+        client.send(body)
+
+    def _file(self, asked: Asked, client: Client) -> None:
+        _, name, file = asked.target.split("/")
+        stored = self._there.get(name)
+        if stored is None or file not in {"adapter_config.json", "adapter_model.safetensors"}:
+            client.head("404 Not Found", "Content-Length: 0")
+            return
+        answer = _right(stored, file, asked)
+        draw, kind = self._fault(stored, asked, answer)
+        if kind is None:
+            client.head(answer.status, *answer.fields)
+            client.send(answer.body)
+        else:
+            FAULTS[kind](answer, client, draw)
+
+    def _fault(
+        self, stored: Stored, asked: Asked, answer: Answer
+    ) -> tuple[random.Random, str | None]:
+        request = f"{asked.target} {asked.span}"
+        with self._lock:
+            self._requests += 1
+            self._times[request] += 1
+            draw = random.Random(f"{self.seed} {request} {self._times[request]}")
+            if self._calm or draw.random() >= SHARE:
+                return draw, None
+            possible = dict(KINDS)
+            if not stored.promised or answer.start + len(answer.body) <= answer.header:
+                del possible["wrong"]  # nobody could notice
+            (kind,) = draw.choices(list(possible), list(possible.values()))
+            self._faults[kind] += 1
+            if kind in DAMAGING:
+                self._damaged[kind].add(stored.name)
+            return draw, kind
+
+
+def _right(stored: Stored, file: str, asked: Asked) -> Answer:
+    is_config = file == "adapter_config.json"
+    total = len(stored.config) if is_config else stored.nbytes
+    etag = f'"{stored.version}-{file}"'
+    fields = [f"ETag: {etag}"]
+    if stored.promised and not stored.told:
+        digest = bytes.fromhex(stored.digests[0 if is_config else 1])
+        fields.append(f"Repr-Digest: sha-256=:{base64.b64encode(digest).decode()}:")
+    header = 0 if is_config else len(stored.header)
+    wanted = asked.fields.get("if-match", etag)
+    if wanted != etag:
+        return Answer("412 Precondition Failed", ["Content-Length: 0"], b"", 0, header)
+    span = asked.span if asked.fields.get("if-range", etag) == etag else None
+    start, stop = (0, total) if span is None else (span[0], min(span[1], total))
+    body = stored.config[start:stop] if is_config else stored.weights(start, stop)
+    fields.append(f"Content-Length: {len(body)}")
+    if span is None:
+        return Answer("200 OK", fields, body, start, header)
+    fields.append(f"Content-Range: bytes {start}-{stop - 1}/{total}")
+    return Answer("206 Partial Content", fields, body, start, header)
+
+
+def _half(answer: Answer, client: Client) -> int:
+    client.head(answer.status, *answer.fields)
+    client.send(answer.body[: len(answer.body) // 2])
+    return len(answer.body) // 2
+
+
+def _reset(answer: Answer, client: Client, draw: random.Random) -> None:
+    _half(answer, client)
+    client.reset()
+
+
+def _truncated(answer: Answer, client: Client, draw: random.Random) -> None:
+    _half(answer, client)
+    raise Hangup
+
+
+def _wait(client: Client, seconds: float) -> None:
+    if client.ending.wait(seconds):
+        raise Hangup
+
+
+def _stall(answer: Answer, client: Client, draw: random.Random) -> None:
+    """For longer than whoever reads has patience, or not."""
+    sent = _half(answer, client)
+    _wait(client, draw.uniform(0.1, 2.0))
+    client.send(answer.body[sent:])
+
+
+def _slow(answer: Answer, client: Client, draw: random.Random) -> None:
+    """So that reading never ends by itself; for some seconds at most."""
+    client.head(answer.status, *answer.fields)
+    sent = 0
+    for _ in range(draw.randrange(5, 40)):
+        client.send(answer.body[sent : sent + 500])
+        sent += 500
+        _wait(client, 0.05)
+    client.send(answer.body[sent:])
+
+
+def _crowded(answer: Answer, client: Client, draw: random.Random) -> None:
+    seconds = draw.choice([0, 0, 1])
+    client.head("503 Service Unavailable", "Content-Length: 0", f"Retry-After: {seconds}")
+
+
+def _wrong(answer: Answer, client: Client, draw: random.Random) -> None:
+    client.head(answer.status, *answer.fields)
+    client.send(_other(answer, draw))
+
+
+def _changed(answer: Answer, client: Client, draw: random.Random) -> None:
+    """Another version; of whose beginning, by which it is known, the bytes are the same."""
+    rest = [field for field in answer.fields if not field.startswith("ETag")]
+    client.head(answer.status, *rest, f'ETag: "changed-{draw.getrandbits(64):016x}"')
+    client.send(_other(answer, draw) if answer.start else answer.body)
+
+
+def _other(answer: Answer, draw: random.Random) -> bytes:
+    """One byte of what follows the header is another one."""
+    body = bytearray(answer.body)
+    body[draw.randrange(max(0, answer.header - answer.start), len(body))] ^= 1 << draw.randrange(8)
+    return bytes(body)
+
+
+FAULTS: dict[str, Callable[[Answer, Client, random.Random], None]] = {
+    "reset": _reset,
+    "truncated": _truncated,
+    "stall": _stall,
+    "slow": _slow,
+    "crowded": _crowded,
+    "wrong": _wrong,
+    "changed": _changed,
+}
+
+
+def main() -> None:
+    """Until stdin ends, which it also does when whoever started this was killed."""
+    with FaultySource(int(sys.argv[1])) as source:
+        sys.stdout.write(f"{source.port}\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

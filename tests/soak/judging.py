@@ -1,0 +1,79 @@
+"""Which errors a caller may see where the source does what it does, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from lorax_async import (
+    AdapterTimeoutError,
+    Event,
+    Failed,
+    FetchError,
+    FetchTimeoutError,
+    IntegrityError,
+    LoraxError,
+    SlotId,
+)
+from lorax_async.adapter import AdapterKey
+from soak.library import Stored
+from soak.tally import SoakError
+
+EVERYWHERE = {"queue", "resolve", "fetch", "verify", "stage", "copy", "ready"}
+ALLOWED: dict[type[LoraxError], set[str]] = {
+    FetchError: {"resolve", "fetch"},
+    FetchTimeoutError: {"resolve", "fetch"},
+    IntegrityError: {"resolve", "fetch"},
+    AdapterTimeoutError: EVERYWHERE,
+}
+"""By stage. All of them may pass, and say so."""
+
+
+@dataclass
+class Judge:
+    """Hears what the loader tells, and what callers met."""
+
+    broken: dict[tuple[AdapterKey, SlotId], LoraxError] = field(default_factory=dict)
+    """Stays in a slot that ended with an error."""
+    doubted: set[Stored] = field(default_factory=set)
+    """Adapters about which the loader said that their bytes are not what they should be."""
+
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def heard(self, event: Event) -> None:
+        if isinstance(event, Failed) and event.slot is not None:
+            self.broken[event.key, event.slot] = event.error
+            self._news.set()
+            self._news = asyncio.Event()
+
+    async def verdict(self, key: AdapterKey, slot: SlotId, seconds: float) -> LoraxError | None:
+        """What that stay ended with, or will soon."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while (key, slot) not in self.broken:
+                    await self._news.wait()
+        return self.broken.get((key, slot))
+
+    def broken_stays(self, location: str) -> int:
+        return sum(key.location == location for key, _ in self.broken)
+
+    def require_allowed(self, stored: Stored, error: BaseException | None) -> None:
+        """Raises `SoakError` for what must not come to a caller."""
+        if not isinstance(error, LoraxError):
+            raise SoakError(f"{stored.name}: {error!r}") from error
+        stages = ALLOWED.get(type(error), set())
+        if error.stage not in stages or not error.retryable or error.id is None:
+            told = f"{type(error).__name__}, retryable {error.retryable}: {error}"
+            raise SoakError(told, error.story) from error
+        if "status 503" in error.problem and error.retry_after is None:
+            raise SoakError(f"it does not say when to come back: {error}", error.story)
+        if isinstance(error, IntegrityError):
+            self.doubted.add(stored)
+
+    def require_reasons(self, damaged: dict[str, list[str]]) -> None:
+        """Nobody is doubted whose bytes and ETags were always right."""
+        guilty = {name for names in damaged.values() for name in names}
+        innocent = sorted(stored.name for stored in self.doubted if stored.name not in guilty)
+        if innocent:
+            raise SoakError(f"they were sent right, and refused all the same: {innocent}")

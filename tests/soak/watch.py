@@ -1,0 +1,155 @@
+"""Looks at a loader from outside, each second: budgets, leases, what is open, how large it grows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from common import open_sockets
+from lorax_async.core.cache_names import BUDGET_LOCK, role_of
+from lorax_async.io.cache.locks import short_lock
+from soak.callers import AT_ONCE, Callers
+from soak.judging import Judge
+from soak.setting import CONNECTIONS, DEVICE_BYTES, HOST_BYTES, PINNED_BYTES, SLOTS, Setting
+from soak.tally import SoakError, Tally
+
+MOST = {
+    "sockets": 2 * CONNECTIONS + 8,
+    "threads": CONNECTIONS + 24,
+    "descriptors": 6 * AT_ONCE,
+    "tasks": 4 * AT_ONCE,
+}
+"""More than there were before; 16 connections are in use, and as many idle."""
+
+RSS_SAMPLES = 60
+"""In less time nothing can be said about growth."""
+RSS_MARGIN = 48 << 20
+_LAG_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the process has now."""
+
+    sockets: int
+    threads: int
+    descriptors: int
+
+    @classmethod
+    def now(cls) -> Opened:
+        descriptors = len(os.listdir("/proc/self/fd"))
+        return cls(open_sockets(), threading.active_count(), descriptors)
+
+
+class Watch:
+    """`before` is what the process had before the loader; `threads` of the soak itself come on top."""
+
+    def __init__(
+        self, setting: Setting, callers: Callers, judge: Judge, tally: Tally, before: Opened
+    ) -> None:
+        self._setting = setting
+        self._callers = callers
+        self._judge = judge
+        self._tally = tally
+        self._before = before
+
+    async def each_second(self, until: float) -> None:
+        while monotonic() < until:
+            await self.look()
+            await asyncio.sleep(1)
+
+    async def each_moment(self, until: float) -> None:
+        """How late the loop is; that fails nothing."""
+        while (begun := monotonic()) < until:
+            await asyncio.sleep(_LAG_SECONDS)
+            late = monotonic() - begun - _LAG_SECONDS
+            self._tally.lags[max(0, round(late * 10_000))] += 1
+
+    async def look(self) -> None:
+        self._require_room()
+        self._require_leased()
+        self._require_few_open()
+        self._tally.rss.append(_rss())
+        await asyncio.to_thread(self._require_room_on_disk)
+
+    def require_flat(self) -> None:
+        """The process took in the second half what it took in the first, warmed up."""
+        samples = self._tally.rss[len(self._tally.rss) // 4 :]
+        if len(samples) < RSS_SAMPLES:
+            return
+        half = len(samples) // 2
+        first, second = max(samples[:half]), max(samples[half:])
+        if second > first + RSS_MARGIN:
+            raise SoakError(f"the process grew from {first:,} to {second:,} bytes")
+
+    def _require_room(self) -> None:
+        residency = self._setting.loader.residency().values()
+        slots = [where.slot.index for where in residency if where.slot is not None]
+        self._require(len(slots) == len(set(slots)) <= SLOTS, f"slots {slots}")
+        for what, most, taken in (
+            ("device", DEVICE_BYTES, sum(where.device_bytes for where in residency)),
+            ("host", HOST_BYTES, sum(where.host_bytes for where in residency)),
+            ("pinned", PINNED_BYTES, sum(where.pinned_bytes for where in residency)),
+        ):
+            self._tally.peak(f"{what} bytes", taken)
+            self._require(taken <= most, f"{taken:,} {what} bytes of {most:,}")
+
+    def _require_leased(self) -> None:
+        """Whoever holds a handle has his slot, but for what the loader told to be broken."""
+        residency = self._setting.loader.residency()
+        self._tally.peak("handles", len(self._callers.held))
+        for handle in self._callers.held:
+            where = residency.get(handle.key)
+            there = where is not None and where.slot == handle.slot and not handle.released
+            broken = (handle.key, handle.slot) in self._judge.broken
+            if not there and not broken:
+                story = self._setting.loader.story(handle.key)
+                raise SoakError(f"{handle.id} is leased, and gone: {where}", story)
+
+    def _require_few_open(self) -> None:
+        now = Opened.now()
+        for what, count in (
+            ("sockets", now.sockets - self._before.sockets),
+            ("threads", now.threads - self._before.threads),
+            ("descriptors", now.descriptors - self._before.descriptors),
+            ("tasks", len(asyncio.all_tasks())),
+        ):
+            self._tally.peak(what, count)
+            self._require(count <= MOST[what], f"{count} {what} more than before")
+
+    def _require_room_on_disk(self) -> None:
+        """By its own word, and by what is in the folder while nobody makes or claims room."""
+        setting, budget = self._setting, self._setting.cache_bytes
+        used = setting.cache.used()
+        self._require(used <= budget, f"the cache says that it has {used:,} bytes of {budget:,}")
+        with short_lock(setting.cache.shelves.place.locks, BUDGET_LOCK):
+            # Entries first: what is published meanwhile is not counted twice.
+            sizes = [list(_sizes(setting.folder / part)) for part in ("entries", "partials")]
+        taken = sum(nbytes for part in sizes for nbytes, _ in part)
+        self._tally.peak("bytes on disk", taken)
+        self._require(taken <= budget, f"the folder has {taken:,} bytes of {budget:,}")
+
+    def _require(self, right: object, problem: str) -> None:
+        if not right:
+            raise SoakError(problem)
+
+
+def _sizes(folder: Path) -> Iterator[tuple[int, str]]:
+    """Of adapters' files below it, as they are now; much of it goes meanwhile."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if role_of(name) is not None:
+                try:
+                    yield os.stat(os.path.join(path, name)).st_size, name
+                except FileNotFoundError:
+                    continue
+
+
+def _rss() -> int:
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
