@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
 import stat
 from pathlib import Path
-from random import Random
 
 import pytest
 import safetensors.torch
@@ -19,23 +17,21 @@ from common import Run, until
 from given import assert_holds, put, used
 from lorax_async import (
     AdapterNotFoundError,
+    AdapterRef,
     CapacityError,
     ConfigError,
+    IntegrityError,
     LoaderConfig,
-    LoraxError,
     Merge,
 )
-from lorax_async.adapter import TensorsKey
 from merges import weights_of
 from spilling_loaders import (
     CONFIG,
-    FILE,
     WEIGHTS,
     entries,
     entry_of,
     given,
     in_memory,
-    nbytes_on_disk,
     off_device,
     roomy,
     spilled,
@@ -88,6 +84,22 @@ def test_the_entry_is_an_adapter_as_others_read_it(run: Run, tmp_path: Path) -> 
             assert loaded.keys() == expected.keys()
             assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
             assert json.loads((folder / CONFIG).read_bytes()).items() >= tiny.config().items()
+
+    run(body())
+
+
+def test_its_digest_is_asked_for_on_disk_as_in_memory(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with roomy(tmp_path, 1) as there:
+            keys = [await given(there, seed) for seed in (0, 1)]
+            content = (entry_of(tmp_path, keys[0]) / WEIGHTS).read_bytes()
+            await off_device(there)
+            right = AdapterRef("0", digest=hashlib.sha256(content).hexdigest())
+            async with await there.load(right) as handle:
+                assert_holds(handle, tiny.tensors(0))
+                assert (await handle.verified()).digest == right.digest
+            with pytest.raises(IntegrityError):
+                await there.load(AdapterRef("0", digest=64 * "0"))
 
     run(body())
 
@@ -238,55 +250,3 @@ def test_the_disk_is_used_when_it_must_be_and_never_without_leave(run: Run, tmp_
         run(body(spill))
     with pytest.raises(ConfigError, match="spill"):
         LoaderConfig(spill=1)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_all_at_once(run: Run, tmp_path: Path, seed: int) -> None:
-    """Budgets are kept at every moment, and whoever gets an adapter gets its own bytes."""
-
-    async def body() -> None:
-        random = Random(seed)
-        peaks = [0, 0]
-        async with roomy(tmp_path, 2.5, cache_bytes=int(6.5 * FILE)) as there:
-            meaning = {str(name): {100 + name} for name in range(5)}
-            for number in range(5):
-                (await put(there, 100 + number, str(number))).release()
-
-            async def call(name: str, number: int) -> None:
-                verb = random.choice(["put", "put", "load", "load", "unload"])
-                if verb == "put":
-                    meaning[name].add(number)
-                    handle = await put(there, number, name)
-                    try:
-                        assert_holds(handle, tiny.tensors(number))
-                    finally:
-                        handle.release()
-                elif verb == "load":
-                    async with await there.load(name) as handle:
-                        a = handle.modules[min(handle.modules)].a
-                        known = [tiny.tensors(each) for each in meaning[name]]
-                        first = f"base_model.model.{min(handle.modules)}.lora_A.weight"
-                        assert any((each[first].to(a.dtype) == a).all() for each in known)
-                else:
-                    await there.unload(name, timeout=20)
-
-            tasks = []
-            for number in range(40):
-                name = random.choice(list(meaning))
-                tasks.append(asyncio.create_task(call(name, number)))
-                if random.random() < 0.2:
-                    random.choice(tasks).cancel()
-                await asyncio.sleep(random.random() / 300)
-                peaks[0] = max(peaks[0], used(there))
-                peaks[1] = max(peaks[1], nbytes_on_disk(tmp_path))
-            for end in await asyncio.gather(*tasks, return_exceptions=True):
-                assert end is None or isinstance(end, LoraxError | asyncio.CancelledError), end
-            await until(lambda: used(there) == sum(there._machinery.given.values()))
-            assert there.statistics().spills >= 3
-            meant = {key for key in there.residency() if isinstance(key, TensorsKey)}
-            await until(lambda: len(entries(tmp_path)) == len(meant) - len(in_memory(there)))
-        assert 0 < peaks[0] <= there.config.memory_bytes
-        assert peaks[1] <= there.config.cache_bytes
-        assert entries(tmp_path) == []
-
-    run(body())

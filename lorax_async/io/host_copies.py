@@ -191,10 +191,13 @@ class HostCopies:
     @property
     def idle(self) -> Mapping[HostCopy, int]:
         """Bytes of each that is in memory and not read now; the first was used longest ago."""
-        homes = {copy: copy.in_memory for copy in self._copies.values()}
-        return {
-            copy: home.nbytes for copy, home in homes.items() if home is not None and home.is_idle
-        }
+        found: dict[HostCopy, int] = {}
+        for copy in self._copies.values():
+            home = copy.in_memory
+            # Looked at again, for who moves it may have left it just now.
+            if home is not None and home.is_idle and copy.in_memory is home:
+                found[copy] = home.nbytes
+        return found
 
     def claim(self, nbytes: int) -> Claim:
         """Room for one more. Raises `CapacityError` if there is none."""
