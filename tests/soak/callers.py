@@ -12,6 +12,7 @@ from time import monotonic
 
 from lorax_async import AdapterHandle, IntegrityError, LoraxError
 from lorax_async.adapter import AdapterRef
+from lorax_async.verification import Verification, VerificationKind
 from soak.expected import Digests, on_device
 from soak.judging import Judge
 from soak.library import COUNT, LAYERS, Stored
@@ -21,6 +22,8 @@ from soak.tally import SoakError, Tally
 AT_ONCE = 64
 ZIPF = 1.1
 CANCELLED = 0.2
+VERIFIED = 0.5
+"""Of those who load: they wait for the digest."""
 GRACE = 60.0
 """Seconds after its deadline, or its cancellation, in which a call must have ended."""
 MOST_PINNED = 2
@@ -122,7 +125,16 @@ class Callers:
         handle = await self._setting.loader.load(ref, timeout=seconds, priority=draw.randrange(3))
         with self._holding(handle):
             await self._look(stored, handle, range(LAYERS))
+            if draw.random() < VERIFIED:
+                await self._verify(stored, handle, seconds)
             await asyncio.sleep(draw.uniform(0, 0.2))
+
+    async def _verify(self, stored: Stored, handle: AdapterHandle, seconds: float) -> None:
+        found = await handle.verified(timeout=seconds)
+        kind: VerificationKind = "sha256" if stored.promised else "transport"
+        if found != Verification(kind, stored.digests[1]):
+            raise SoakError(f"{stored.name} was checked, and is {found}")
+        self._tally.outcomes["verified"] += 1
 
     async def _stream(self, stored: Stored, draw: random.Random, seconds: float) -> None:
         ref = self._setting.ref(stored, draw)

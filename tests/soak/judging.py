@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lorax_async import (
     AdapterTimeoutError,
     Event,
+    EvictedError,
     Failed,
     FetchError,
     FetchTimeoutError,
@@ -24,6 +25,7 @@ EVERYWHERE = {"queue", "resolve", "fetch", "verify", "stage", "copy", "ready"}
 ALLOWED: dict[type[LoraxError], set[str]] = {
     FetchError: {"resolve", "fetch"},
     FetchTimeoutError: {"resolve", "fetch"},
+    EvictedError: {"fetch"},
     IntegrityError: {"resolve", "fetch"},
     AdapterTimeoutError: EVERYWHERE,
 }
@@ -68,6 +70,8 @@ class Judge:
             raise SoakError(told, error.story) from error
         if "status 503" in error.problem and error.retry_after is None:
             raise SoakError(f"it does not say when to come back: {error}", error.story)
+        if isinstance(error, EvictedError) and _evictions(error) < 2:
+            raise SoakError(f"it could have been fetched again: {error}", error.story)
         if isinstance(error, IntegrityError):
             self.doubted.add(stored)
 
@@ -77,3 +81,9 @@ class Judge:
         innocent = sorted(stored.name for stored in self.doubted if stored.name not in guilty)
         if innocent:
             raise SoakError(f"they were sent right, and refused all the same: {innocent}")
+
+
+def _evictions(error: LoraxError) -> int:
+    """How often the file went before it was read, as far as the story, which is cut, goes back."""
+    failed = [event.error for event in error.story if isinstance(event, Failed)]
+    return sum(isinstance(each, EvictedError) for each in failed)

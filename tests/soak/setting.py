@@ -40,7 +40,9 @@ from soak.library import HIDDEN, LARGEST, LAYERS, MODULES, Stored
 
 SLOTS = 4
 DEVICE_BYTES = LARGEST * 7 // 2
-HOST_BYTES = PINNED_BYTES = LARGEST
+PINNED_BYTES = LARGEST
+HOST_BYTES = LARGEST + (64 << 10)
+"""Files are held with their headers."""
 CONNECTIONS = 16
 REVALIDATE = 1.0
 
