@@ -23,7 +23,7 @@ LOCATED_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who asked last for a key, and what its source told of it; None where it is to be asked (again)."""
+    """Who asked last for a key, and what its source told of it; None where it is to be asked."""
 
     ref: AdapterRef
     located: Located | None

@@ -43,8 +43,8 @@ def test_what_is_public_is_there_for_who_has_a_token(run: Run, tmp_path: Path) -
             async with over(world) as loader:
                 (await loader.load(pinned)).release()
             world.locator.error = FetchError("it is down")
-            async with over(world) as loader:
-                async with await loader.load(replace(pinned, token="mine")) as handle:
-                    tiny.assert_equal_to_file(handle, folder)
+            theirs = replace(pinned, token="mine")
+            async with over(world) as loader, await loader.load(theirs) as handle:
+                tiny.assert_equal_to_file(handle, folder)
 
         run(body())
