@@ -180,7 +180,8 @@ class AdapterLoader(TensorCalls, Looking):
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
         """A lease if the adapter is resident now, else None. Touches no file and never waits.
 
-        With a digest, also None unless the weights are known to have it.
+        With a digest, also None unless the weights are known to have it. Of what lies elsewhere,
+        None once its source was not asked for `LoaderConfig.revalidate` seconds: `load` asks it.
         """
         self._check_open()
         ref = as_ref(adapter_id)
