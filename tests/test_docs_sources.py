@@ -52,4 +52,4 @@ def test_settings_have_the_defaults_that_it_says() -> None:
     for name, text in rows:
         value = 16 << 30 if text == "16 GiB" else eval(text)
         assert getattr(config, name) == value, name
-    assert len(rows) == 10
+    assert len(rows) == 11
