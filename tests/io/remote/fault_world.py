@@ -115,6 +115,7 @@ def over(
         "max_slots": 8,
         "io_threads": 2,
         "timeout": 30,
+        "verify": world.verify,
     }
     config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
     return AdapterLoader(layout or tiny.layout(), config, source=world.source)

@@ -140,6 +140,7 @@ class RemoteWorld:
     ) -> None:
         self.folder = folder
         self.cache_bytes = cache_bytes
+        self.verify: Checking = verify
         self.server = FaultServer(b"")
         self.server.__enter__()
         self.server.behave = self.serve
