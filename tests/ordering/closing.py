@@ -64,14 +64,11 @@ CLOSING: Mutants = {
         """\
     def _end(self) -> None:
         self.driver.join()
-        self._metadata.shutdown()
-        self._device.close()
 """,
         """\
     def _end(self) -> None:
         self._device.close()
         self.driver.join()
-        self._metadata.shutdown()
 """,
         f"{ENDING}::test_the_device_ends_after_the_copies_even_if_close_is_broken_off",
     ),
@@ -83,8 +80,8 @@ CLOSING: Mutants = {
     ),
     "machinery: close waits for the metadata threads": mutant(
         MACHINERY,
-        "        self.driver.join()\n        self._metadata.shutdown()\n",
-        "        self.driver.join()\n        self._metadata.shutdown(wait=False)\n",
+        "        self._metadata.shutdown()\n        self._cache.close()\n",
+        "        self._metadata.shutdown(wait=False)\n        self._cache.close()\n",
         f"{ENDING}::test_close_waits_for_what_still_runs",
     ),
     "machinery: close waits for prefetches": mutant(

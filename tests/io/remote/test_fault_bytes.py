@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import threading
 from pathlib import Path
@@ -20,6 +21,7 @@ from lorax_async.core.cache_names import WEIGHTS_FILE
 from lorax_async.events import Failed
 from lorax_async.io.cache.download import DiskDownload
 from lorax_async.io.cache.upkeep import ls
+from lorax_async.verification import Verification
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -75,6 +77,8 @@ def test_who_has_it_already_is_told(
                 for handle in handles:
                     with pytest.raises(IntegrityError, match="sha256"):
                         await handle.layer_ready(0)
+                    with pytest.raises(IntegrityError, match="sha256"):
+                        await handle.verified()
                     handle.release()
                 await assert_at_rest(loader, world)
                 assert len(ls(world.cache)) == 1
@@ -96,7 +100,10 @@ def test_what_nobody_promised_is_taken_and_named_so(
 
         async def first() -> None:
             async with over(world) as loader:
-                await loads_right(loader, world, bad)
+                async with await loader.load(world.ref("bad")) as handle:
+                    tiny.assert_equal_to_file(handle, bad)
+                    own = hashlib.sha256(world.locator.there["bad"].weights).hexdigest()
+                    assert await handle.verified() == Verification("transport", own)
                 await loads_right(loader, world, good)
                 await assert_at_rest(loader, world)
 

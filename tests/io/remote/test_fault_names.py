@@ -88,7 +88,7 @@ def test_what_a_source_says_is_no_name(
                     return
                 async with await loader.load(ref) as handle:
                     assert handle.key == key
-                    assert getattr(handle.key, "stale", None) is True
+                    assert handle.stale
 
         run(stale())
 

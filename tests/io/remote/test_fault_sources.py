@@ -40,9 +40,8 @@ def test_while_the_origin_is_down(run: Run, tmp_path: Path, again: bool) -> None
         async def down(loader: AdapterLoader) -> None:
             asked = len(world.server.asked)
             world.locator.error = DOWN
-            old = await of_ref(loader, stale, bad)
-            assert not again or getattr(old.key, "stale", None) is True
-            await of_ref(loader, pinned, bad)
+            assert (await of_ref(loader, stale, bad)).stale
+            assert not (await of_ref(loader, pinned, bad)).stale
             for ref in (moving, AdapterRef("never seen", source="hub", allow_stale=True)):
                 with pytest.raises(FetchError, match="it is down") as caught:
                     await loader.load(ref)
@@ -51,7 +50,8 @@ def test_while_the_origin_is_down(run: Run, tmp_path: Path, again: bool) -> None
             await assert_at_rest(loader, world)
             assert len(world.server.asked) == asked
             world.locator.error = None
-            await of_ref(loader, moving, bad)
+            for ref in (moving, stale):
+                assert not (await of_ref(loader, ref, bad)).stale
 
         async def body() -> None:
             async with over(world) as loader:

@@ -96,6 +96,7 @@ def test_a_new_version_and_a_store_that_is_down(
             loader(tmp_path, allow=ALLOW, revalidate=0) as there,
             await there.load(id) as old,
         ):
+            await old.verified()
             put(prefix, adapters[1])
             version = await has(there, id, adapters[1])
             assert version != version_of(old)

@@ -111,11 +111,13 @@ def test_what_was_cancelled_half_way_is_gone_on_with(
     large = written(tmp_path / "large")
     put(nginx, place, large)
     size = size_of(large)
+    # Of what has passed each connection may hold a chunk, and another one that is not whole.
+    most = size // 2 + (2 * CONNECTIONS + 1) * CHUNK_BYTES
 
     async def cancelled(there: AdapterLoader, id: str, link: SlowProxy) -> None:
         link.stop_after(size // 2)
         loading = asyncio.create_task(there.load(id))
-        await until(lambda: link.stopped)
+        await until(lambda: link.stopped and missing_of(tmp_path, size) <= most)
         loading.cancel()
         await asyncio.wait([loading])
         assert loading.cancelled()
@@ -142,6 +144,6 @@ def test_what_was_cancelled_half_way_is_gone_on_with(
 
     with SlowProxy(nginx.first) as link:
         missing, came = run(body(link))
-    assert size // 2 <= missing <= size // 2 + 2 * CONNECTIONS * CHUNK_BYTES
+    assert missing >= size // 2
     assert came <= missing + CONNECTIONS * CHUNK_BYTES
     assert stored_in(tmp_path) == (1, 0)

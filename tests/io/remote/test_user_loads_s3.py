@@ -95,6 +95,7 @@ def test_after_a_put_the_next_load_is_the_new_version(
             loader(tmp_path, allow=ALLOW, revalidate=0) as there,
             await there.load(id) as old,
         ):
+            await old.verified()
             put(prefix, adapters[1])
             assert await has(there, id, adapters[1]) != version_of(old)
             tiny.assert_equal_to_file(old, adapters[0])

@@ -111,9 +111,10 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def has(there: AdapterLoader, id: str | AdapterRef, folder: Path) -> str:
-    """It loads, and is what is in the folder; its version."""
+    """It loads, is what is in the folder, and then is in a cache, too; its version."""
     async with await there.load(id) as handle:
         tiny.assert_equal_to_file(handle, folder)
+        await handle.verified()
         return version_of(handle)
 
 
