@@ -70,12 +70,12 @@ class Opening:
                 found.close()  # it may be that no thread has begun
                 raise
         try:
-            file = await self._fetching(key, found, demand)
+            return await self._fetching(key, found, demand)
         except BaseException as error:
             await self._workers.finish(partial(_end, found, error))
             raise
-        self._known.used(key)
-        return file
+        finally:
+            self._known.used(key)  # of what was refused, too: a stranger says how much it is
 
     async def beginning(self, key: RemoteKey, demand: Demand) -> Beginning:
         """Its first bytes, by the source's word; the caches have no part in it."""

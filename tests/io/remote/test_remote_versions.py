@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fault_server import Asked, Client
-from remote_world import RemoteWorld, over, stocked
+from remote_world import RemoteWorld, ToldLocator, over, stocked
 
 import tiny
 from common import Run
-from lorax_async import AdapterNotFoundError, FetchError
-from lorax_async.adapter import AdapterRef
-from lorax_async.io.remote.ports import AnotherVersionError
+from lorax_async import AdapterFormatError, AdapterNotFoundError, FetchError
+from lorax_async.adapter import AdapterRef, RemoteKey
+from lorax_async.core.cache_names import WEIGHTS_FILE
+from lorax_async.io.http.engine import RangeEngine
+from lorax_async.io.ports import Demand
+from lorax_async.io.remote.ports import AnotherVersionError, Located
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -60,5 +64,43 @@ def test_a_pinned_version_that_the_source_has_replaced(run: Run, tmp_path: Path)
                     for stale in (False, True):
                         with pytest.raises(AdapterNotFoundError, match="another one"):
                             await loader.load(replace(other, allow_stale=stale))
+
+        run(body())
+
+
+class AnsweringLocator(ToldLocator):
+    """Asks for the files' beginnings to learn their version, as for URLs."""
+
+    async def locate(self, ref: AdapterRef) -> Located:
+        located = await super().locate(ref)
+        with RangeEngine() as engine:
+            files = [
+                replace(
+                    file,
+                    answer=await asyncio.wrap_future(
+                        engine.ask(file.target, 64, ranged=file.role == WEIGHTS_FILE).done
+                    ),
+                )
+                for file in located.files
+            ]
+        return replace(located, files=tuple(files))
+
+
+def test_first_bytes_of_what_was_refused_are_let_go(run: Run, tmp_path: Path) -> None:
+    with RemoteWorld(tmp_path / "cache") as world:
+        world.locator = AnsweringLocator(world.server)
+        ref = world.put("bad", b"{}", b"\xff" * 64)
+
+        async def body() -> None:
+            key = await world.source.resolve(ref)
+            assert isinstance(key, RemoteKey)
+            origin = world.known.origin(key)
+            assert origin is not None
+            assert origin.located is not None
+            with pytest.raises(AdapterFormatError):
+                await world.source.open(key, Demand())
+            origin = world.known.origin(key)
+            assert origin is not None
+            assert origin.located is None
 
         run(body())
