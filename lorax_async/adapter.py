@@ -43,15 +43,22 @@ def as_ref(
     revision: str | None = None,
     token: str | None = None,
     digest: str | None = None,
+    *,
+    allow_stale: bool = False,
 ) -> Ref:
     """What a call's arguments ask for. Raises `UsageError` if they contradict each other."""
     if isinstance(adapter_id, Ref):
-        if any(given is not None for given in (source, revision, token, digest)):
+        if allow_stale or any(given is not None for given in (source, revision, token, digest)):
             raise UsageError(
-                "an AdapterRef, a key or a Merge says source, revision, token and digest itself"
+                "an AdapterRef, a key or a Merge says source, revision, token, digest and"
+                " allow_stale itself"
             )
         return adapter_id
-    return AdapterRef(adapter_id, source, revision, token, digest)  # type: ignore[arg-type]  # it checks
+    return AdapterRef(
+        adapter_id,  # type: ignore[arg-type]  # it checks
+        *(source, revision, token, digest),
+        allow_stale=allow_stale,
+    )
 
 
 def text_of(ref: Ref) -> str:

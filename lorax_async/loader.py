@@ -118,6 +118,7 @@ class AdapterLoader(TensorCalls, Looking):
         revision: str | None = None,
         token: str | None = None,
         digest: str | None = None,
+        allow_stale: bool = False,
         timeout: float | None = None,
         priority: int = 0,
     ) -> AdapterHandle:
@@ -126,14 +127,18 @@ class AdapterLoader(TensorCalls, Looking):
         Parameters
         ----------
         adapter_id
-            A `pathlib.Path`, a string (a path below `local_roots`), an `AdapterRef`, the key of an
-            adapter met before, or a `Merge` of several. Equal requests share one load.
+            A `pathlib.Path`, a string (`org/name` on the hub, a URL, or a path below
+            `local_roots`: docs/sources.md), an `AdapterRef`, the key of an adapter met before, or a
+            `Merge` of several. Equal requests share one load.
         source, revision, token
             As in `AdapterRef`, for a string.
         digest
             What the weights come to, as sha256 in hexadecimal. The call waits until they were held
             against it (local ones are hashed for that, once); others are an `IntegrityError`, of
             this call alone where the adapter is in use already.
+        allow_stale
+            Where the source cannot be asked, take the version that it last named, if that is in the
+            cache; then `handle.stale` is True.
         timeout
             Seconds; None takes the config's.
         priority
@@ -144,7 +149,7 @@ class AdapterLoader(TensorCalls, Looking):
         AdapterError, CapacityError, UsageError
             See docs/errors.md. Nothing is left behind.
         """
-        ref = as_ref(adapter_id, source, revision, token, digest)
+        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
         return await self._acquire(ref, Tier.DEVICE, timeout, priority)
 
     @asynccontextmanager
@@ -156,6 +161,7 @@ class AdapterLoader(TensorCalls, Looking):
         revision: str | None = None,
         token: str | None = None,
         digest: str | None = None,
+        allow_stale: bool = False,
         timeout: float | None = None,
         priority: int = 0,
     ) -> AsyncIterator[AdapterHandle]:
@@ -164,7 +170,7 @@ class AdapterLoader(TensorCalls, Looking):
         `await handle.layer_ready(k)` before layer k is used. A digest is compared when all bytes
         are here: if they are others, the handle, and its clones, fail from then on.
         """
-        ref = as_ref(adapter_id, source, revision, token, digest)
+        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
         handle = await self._acquire(ref, Tier.STREAM, timeout, priority)
         try:
             yield handle
@@ -174,7 +180,8 @@ class AdapterLoader(TensorCalls, Looking):
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
         """A lease if the adapter is resident now, else None. Touches no file and never waits.
 
-        With a digest, also None unless the weights are known to have it.
+        With a digest, also None unless the weights are known to have it. Of what lies elsewhere,
+        None once its source was not asked for `LoaderConfig.revalidate` seconds: `load` asks it.
         """
         self._check_open()
         ref = as_ref(adapter_id)

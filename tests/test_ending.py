@@ -170,7 +170,7 @@ def test_questions_that_are_stopped_are_waited_for(run: Run) -> None:
 
     async def body() -> None:
         source = Slow()
-        resolver = Resolver(source, Journal())
+        resolver = Resolver(source, Journal(), 60)
         asking = asyncio.create_task(resolver.resolve(AdapterRef("a")))
         await until(lambda: source.asked)
         await resolver.stop()

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,14 +188,17 @@ def test_a_token_is_in_no_text() -> None:
     assert SECRET not in repr(caught.value) + str(caught.value)
 
 
-EXTRAS = [{"source": "hub"}, {"revision": "x"}, {"token": "x"}, {"digest": "a" * 64}]
+EXTRAS: list[dict[str, Any]] = [
+    *({"source": "hub"}, {"revision": "x"}, {"token": "x"}, {"digest": "a" * 64}),
+    {"allow_stale": True},
+]
 
 
 @pytest.mark.parametrize("extra", EXTRAS, ids=str)
 @pytest.mark.parametrize("given", [AdapterRef("a"), KEY], ids=["ref", "key"])
-def test_a_reference_says_everything_itself(given: object, extra: dict[str, str]) -> None:
+def test_a_reference_says_everything_itself(given: object, extra: dict[str, Any]) -> None:
     assert as_ref(given) is given
-    with pytest.raises(UsageError, match="says source, revision, token and digest itself"):
+    with pytest.raises(UsageError, match="says source, revision, token, digest and"):
         as_ref(given, **extra)
 
 

@@ -45,7 +45,7 @@ class SlowSource(FakeSource):
 def slow() -> tuple[SlowSource, Resolver]:
     source = SlowSource()
     source.put("one", b"", b"")
-    return source, Resolver(source, Journal())
+    return source, Resolver(source, Journal(), 60)
 
 
 async def asked(resolver: Resolver, ref: AdapterRef, times: int) -> list[asyncio.Task[AdapterKey]]:
@@ -218,7 +218,7 @@ def test_the_time_is_counted_once(run: Run) -> None:
         source, journal = SlowSource(), Journal()
         source.put("one", b"", b"")
         started = perf_counter()
-        tasks = await asked(Resolver(source, journal), ONE, 10)
+        tasks = await asked(Resolver(source, journal, 60), ONE, 10)
         await asyncio.sleep(0.02)
         source.answer.set()
         await ends(tasks)

@@ -143,8 +143,8 @@ class Acquiring:
             await self._digests.hold(ref, key, lease)
 
     def try_lease(self, ref: Ref) -> Lease | None:
-        """A lease on what is resident, if `ref` is known to mean it; touches no file."""
-        key = self.known(ref)
+        """A lease on what is resident, if `ref` was told to mean it lately; touches no file."""
+        key = ref if isinstance(ref, AdapterKey) else self._resolver.recent(ref)
         lease = self._driver.interest.try_lease(key) if key is not None else None
         if key is None or lease is None:
             return None

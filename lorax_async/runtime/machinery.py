@@ -161,7 +161,7 @@ class Machinery:
             images=memory.images,
             before_use=config.verify == "before_use",
         )
-        self.resolver = Resolver(self._tensors, self.driver.journal)
+        self.resolver = Resolver(self._tensors, self.driver.journal, config.revalidate)
 
     def _budgets(self, memory: _Memory) -> Budgets:
         config, alignment = self._config, self._device.alignment

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from time import perf_counter
+from time import monotonic, perf_counter
+from typing import NamedTuple
 
 from lorax_async.adapter import (
     AdapterKey,
@@ -11,6 +12,7 @@ from lorax_async.adapter import (
     Merge,
     MergedKey,
     Ref,
+    RemoteKey,
     TensorsKey,
     is_stale,
 )
@@ -26,18 +28,25 @@ MAX_REMEMBERED = 65_536
 Question = AdapterRef | Merge
 
 
+class _Answer(NamedTuple):
+    key: AdapterKey
+    since: float
+
+
 class Resolver:
     """Joins equal requests that are under way, and remembers the last answer to each.
 
-    Its `names` come before the source.
+    Its `names` come before the source. For `fresh` seconds it counts what one said that lies
+    elsewhere: of a moving revision, and of who may have it.
     """
 
-    def __init__(self, source: Source, journal: Journal) -> None:
+    def __init__(self, source: Source, journal: Journal, fresh: float) -> None:
         self._source = source
         self._journal = journal
+        self._fresh = fresh
         self.names = Names()
         self._asking: dict[Question, asyncio.Task[AdapterKey]] = {}
-        self._answers: dict[Question, AdapterKey] = {}
+        self._answers: dict[Question, _Answer] = {}
 
     async def resolve(self, ref: Question) -> AdapterKey:
         """Ask the source, or join whoever asks already. Cancelling leaves the others their answer.
@@ -72,8 +81,17 @@ class Resolver:
 
     def known(self, ref: Question) -> AdapterKey | None:
         """What `ref` means by name, else the last answer; touches no file."""
-        answer = self.names.get(ref) or self._answers.get(_name(ref))
+        named = self.names.get(ref)
+        told = self._answers.get(_name(ref))
+        answer = named or (None if told is None else told.key)
         return None if answer is None or self.outdated(ref, answer) else answer
+
+    def recent(self, ref: Question) -> AdapterKey | None:
+        """`known`, unless a source that is elsewhere has to be asked again."""
+        key, told = self.known(ref), self._answers.get(_name(ref))
+        if key is None or told is None or told.key != key or not _is_elsewhere(key):
+            return key
+        return key if self._is_fresh(told) else None
 
     def outdated(self, ref: Ref, answer: AdapterKey) -> bool:
         """Whether an id in `ref` was given another meaning since this was the answer."""
@@ -90,6 +108,9 @@ class Resolver:
         key = self.names.get(ref)
         # An id whose name was taken back means what its source says.
         return isinstance(answer, TensorsKey) if key is None else key != answer
+
+    def _is_fresh(self, answer: _Answer) -> bool:
+        return monotonic() - answer.since < self._fresh
 
     async def stop(self) -> None:
         """Cancel what is asked; whoever waits gets `LoaderClosedError`."""
@@ -138,11 +159,25 @@ class Resolver:
         if task.cancelled() or task.exception() is not None:
             return
         key = task.result()
-        same = before == key and before is not None and is_stale(before) == is_stale(key)
-        # Of equal keys the first is kept, which others keep too.
-        self._answers[name] = before if same and before is not None else key
+        same = before is not None and before.key == key and is_stale(before.key) == is_stale(key)
+        # Of equal keys the first is kept, which others keep too; and the time, for the source may
+        # have been spared the question.
+        if before is not None and same:
+            self._answers[name] = before if self._is_fresh(before) else _now(before.key)
+        else:
+            self._answers[name] = _now(key)
         if len(self._answers) > MAX_REMEMBERED:
             del self._answers[next(iter(self._answers))]
+
+
+def _now(key: AdapterKey) -> _Answer:
+    return _Answer(key, monotonic())
+
+
+def _is_elsewhere(key: AdapterKey) -> bool:
+    if isinstance(key, MergedKey):
+        return any(isinstance(part, RemoteKey) for part in key.merge.parts)
+    return isinstance(key, RemoteKey)
 
 
 def _name(ref: Question) -> Question:

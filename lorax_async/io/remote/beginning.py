@@ -21,7 +21,13 @@ from lorax_async.io.remote.ports import Located, RemoteFile
 from lorax_async.io.remote.workers import Workers, outcome
 
 FIRST_BYTES = 256 << 10
-"""Of weights: the header of nearly every adapter, and not much of what follows out of turn."""
+"""How much of the weights is asked for first, over one connection.
+
+The header should be in it, or another round trip is needed: it has 60 KB for 448 tensors, and about
+235 KB for DoRA on all seven targets of 80 layers. What is beyond it would come sooner over all
+connections. Measured, 84 MB over 16 connections of 20 MB/s with 10 ms: 348 ms with 64 KiB (which
+tell little of the link's rate), 303 with 256 KiB, 340 with 1 MiB.
+"""
 
 _LIMITS = {
     "config": "max_config_bytes",

@@ -58,6 +58,7 @@ class ReopenedReader:
 
     def __init__(self, open: Callable[[], EntryReader]) -> None:
         self._open = open
+        self._opening = Lock()
         self._lock = Lock()
         self._opened: EntryReader | None = None
         self._closed = False
@@ -73,22 +74,36 @@ class ReopenedReader:
         self._reader().read_rows(buffer, offset, rows, pitch)
 
     def close(self) -> None:
+        """Quick, also while a thread opens it: that closes it then."""
         with self._lock:
             self._closed = True
-            if self._opened is not None:
-                self._opened.close()
+            opened = self._opened
+        if opened is not None:
+            opened.close()
 
     def _reader(self) -> EntryReader:
-        with self._lock:
-            if self._closed:
+        with self._opening:
+            with self._lock:
+                if self._closed:
+                    raise gone()
+                if self._opened is not None:
+                    return self._opened
+            try:
+                opened = self._open()
+            except EvictedError:
+                self._closed = True
+                raise
+            if not self._keeps(opened):
+                opened.close()
                 raise gone()
-            if self._opened is None:
-                try:
-                    self._opened = self._open()
-                except EvictedError:
-                    self._closed = True
-                    raise
-            return self._opened
+            return opened
+
+    def _keeps(self, opened: EntryReader) -> bool:
+        """Whether it is read still."""
+        with self._lock:
+            if not self._closed:
+                self._opened = opened
+            return not self._closed
 
 
 class FetchReader:

@@ -23,7 +23,7 @@ LOCATED_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who asked for a key, and what its source told of it; None where it is to be asked (again)."""
+    """Who asked last for a key, and what its source told of it; None where it is to be asked."""
 
     ref: AdapterRef
     located: Located | None
@@ -46,7 +46,10 @@ class Known:
     def recent(self, ref: AdapterRef) -> RemoteKey | None:
         """What it was a moment ago."""
         key, since = self._keys.get(ref, (None, 0.0))
-        return key if self._clock() - since < self._seconds else None
+        if key is None or self._clock() - since >= self._seconds:
+            return None
+        self._asked(ref, key)
+        return key
 
     def remember(self, ref: AdapterRef, key: RemoteKey, located: Located | None) -> None:
         """`ref` is `key` now: its source says so, or the cache, where nobody had to be asked."""
@@ -54,7 +57,7 @@ class Known:
         self._keys.move_to_end(ref)
         if len(self._keys) > MAX_REFS:
             self._keys.popitem(last=False)
-        if located is None and key in self._origins:
+        if located is None and self._asked(ref, key):
             return
         self._origins[key] = Origin(ref, located, self._clock())
         self._origins.move_to_end(key)
@@ -66,6 +69,16 @@ class Known:
             self._answered.move_to_end(key)
             if len(self._answered) > MAX_ANSWERS:
                 self.used(next(iter(self._answered)))
+
+    def _asked(self, ref: AdapterRef, key: RemoteKey) -> bool:
+        """Who asked last is in whose name it is fetched; False if nothing is known of the key.
+
+        With another's token it might be refused, and held against another's digest.
+        """
+        origin = self._origins.get(key)
+        if origin is not None and origin.ref != ref:
+            self._origins[key] = replace(origin, ref=ref)
+        return origin is not None
 
     def origin(self, key: RemoteKey) -> Origin | None:
         origin = self._origins.get(key)

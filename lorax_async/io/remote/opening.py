@@ -62,13 +62,17 @@ class Opening:
         """Its reader is an `EntryReader` or a `FetchReader`."""
         found = await self._found(key, demand)
         if isinstance(found, CacheEntry):
-            return await self._workers.run(
-                partial(opened, found, cache_key(key), self._limits), _close_reader
-            )
+            try:
+                return await self._workers.run(
+                    partial(opened, found, cache_key(key), self._limits), _close_reader
+                )
+            except BaseException:
+                found.close()  # it may be that no thread has begun
+                raise
         try:
             file = await self._fetching(key, found, demand)
         except BaseException as error:
-            await self._workers.run(partial(_end, found, error))
+            await self._workers.finish(partial(_end, found, error))
             raise
         self._known.used(key)
         return file

@@ -137,10 +137,12 @@ class Resolving:
             if entry is None:
                 return False
             try:
+                if entry.granted(PUBLIC) is not None:
+                    return True
                 since = entry.granted(scope)
             finally:
                 entry.close()
-            return since is not None and (not scope or since <= within)
+            return since is not None and since <= within
 
         return await self._workers.run(look)
 
@@ -177,3 +179,6 @@ class Resolving:
 
 
 _MAX_NOTED = 65_536
+
+PUBLIC = ""
+"""The scope of who has no token."""

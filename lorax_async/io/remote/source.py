@@ -108,7 +108,7 @@ class RemoteSource:
                     await self._workers.run(partial(hold.populate, start))
                 await self._workers.run(hold.settle)
         except BaseException:
-            await self._workers.run(hold.close)
+            await self._workers.finish(hold.close)
             raise
         return hold
 

@@ -22,17 +22,9 @@ from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import Rules
 from lorax_async.io.http.target import Answer, Target
 from lorax_async.io.http.urls import Url, parse_url
+from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.inquiry import Inquiry, answered
 from lorax_async.io.remote.ports import WEAK, AnotherVersionError, Located, RemoteFile
-
-FIRST_BYTES = 256 << 10
-"""How much of the weights is asked for first, over one connection.
-
-The header should be in it, or another round trip is needed: it has 60 KB for 448 tensors, and about
-235 KB for DoRA on all seven targets of 80 layers. What is beyond it would come sooner over all
-connections. Measured, 84 MB over 16 connections of 20 MB/s with 10 ms: 348 ms with 64 KiB (which
-tell little of the link's rate), 303 with 256 KiB, 340 with 1 MiB.
-"""
 
 MAX_INDEX_BYTES = 2 << 20
 MAX_SHARDS = 256

@@ -29,6 +29,12 @@ class Workers:
                     undo(future.result())
             raise
 
+    async def finish(self, work: Callable[[], object]) -> None:
+        """Let it run to its end, however often that is cancelled: something is let go."""
+        future = self.threads.submit(work)
+        await ended(future)
+        future.result()
+
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Let it run, without waiting. From any thread."""
         return self.threads.submit(work)

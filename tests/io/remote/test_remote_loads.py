@@ -12,7 +12,7 @@ from remote_world import RemoteWorld, over, stocked
 
 import tiny
 from common import Run, until
-from lorax_async import FetchError, IntegrityError
+from lorax_async import FetchError, IntegrityError, UsageError
 from lorax_async.adapter import AdapterRef
 from lorax_async.io.cache.upkeep import ls
 
@@ -172,7 +172,6 @@ def test_the_cache_serves_what_is_pinned_while_the_source_is_down(run: Run, tmp_
         folder = stocked(world, tmp_path)
         pinned = AdapterRef("one", "hub", world.locator.there["one"].version)
         moving = world.ref("one")
-        stale = AdapterRef("one", "hub", allow_stale=True)
 
         async def body() -> None:
             async with over(world) as loader:
@@ -183,8 +182,13 @@ def test_the_cache_serves_what_is_pinned_while_the_source_is_down(run: Run, tmp_
                     tiny.assert_equal_to_file(handle, folder)
                 with pytest.raises(FetchError, match="down"):
                     await loader.load(moving)
-                async with await loader.load(stale) as handle:
+                async with await loader.load("one", source="hub", allow_stale=True) as handle:
                     tiny.assert_equal_to_file(handle, folder)
+                    assert handle.stale
+                async with loader.stream("one", source="hub", allow_stale=True) as handle:
+                    assert handle.stale
+                with pytest.raises(UsageError, match="allow_stale itself"):
+                    await loader.load(moving, allow_stale=True)
 
         run(body())
 

@@ -23,8 +23,8 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.io.http.settings import PublicOnly
+from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.ports import WEAK
-from lorax_async.io.remote.web import FIRST_BYTES
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

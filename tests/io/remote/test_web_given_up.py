@@ -12,7 +12,7 @@ from common import Run, until
 from lorax_async.errors import AdapterNotFoundError, FetchError
 from lorax_async.io.http.asking import Ask
 from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.remote.web import FIRST_BYTES
+from lorax_async.io.remote.beginning import FIRST_BYTES
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

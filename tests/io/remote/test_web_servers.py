@@ -18,8 +18,9 @@ from lorax_async.config import Limits
 from lorax_async.core.spans import Span
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, IntegrityError
 from lorax_async.io.http.engine import RangeEngine
+from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.ports import WEAK, Located
-from lorax_async.io.remote.web import FIRST_BYTES, WebLocator
+from lorax_async.io.remote.web import WebLocator
 from servers import Nginx
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")

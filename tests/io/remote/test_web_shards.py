@@ -10,7 +10,8 @@ from web_folder import CONFIG, INDEX, WEIGHTS, world
 from common import Run
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, FileRole
 from lorax_async.errors import AdapterFormatError, AdapterNotFoundError, FetchError
-from lorax_async.io.remote.web import FIRST_BYTES, MAX_INDEX_BYTES, MAX_SHARDS
+from lorax_async.io.remote.beginning import FIRST_BYTES
+from lorax_async.io.remote.web import MAX_INDEX_BYTES, MAX_SHARDS
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

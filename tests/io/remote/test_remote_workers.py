@@ -1,0 +1,123 @@
+"""What is done in threads for remote adapters, when whoever waits for it is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from remote_world import RemoteWorld, stocked
+
+from common import Run, until
+from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.ports import Demand
+from lorax_async.io.remote.cached import EntryReader, FetchReader, ReopenedReader, gone
+from lorax_async.io.remote.workers import Workers
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+
+def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began(run: Run) -> None:
+    workers, busy, done = Workers(1), Event(), Event()
+
+    async def body() -> None:
+        workers.submit(busy.wait)
+        letting_go = asyncio.create_task(workers.finish(done.set))
+        for _ in range(3):
+            await asyncio.sleep(0)
+            letting_go.cancel()
+        busy.set()
+        await asyncio.wait([letting_go])
+        assert done.is_set()
+
+    run(body())
+    workers.close()
+
+
+def test_a_load_that_is_cancelled_twice_leaves_nothing_locked(run: Run, tmp_path: Path) -> None:
+    """All threads are at something else meanwhile."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+        busy = Event()
+
+        async def body() -> None:
+            key = await world.source.resolve(world.ref("one"))
+            file = await world.source.open(key, Demand())
+            assert isinstance(file.reader, FetchReader)
+            world.server.behave = lambda *_: None
+            for _ in range(4):
+                world.workers.submit(busy.wait)
+            bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
+            for _ in range(20):
+                await asyncio.sleep(0.01)
+                bringing.cancel()
+            busy.set()
+            await asyncio.wait([bringing])
+            file.reader.close()
+
+        run(body())
+        assert not any(each.in_use for each in ls(world.cache))
+
+
+def test_who_is_cancelled_before_a_thread_opens_holds_no_entry(run: Run, tmp_path: Path) -> None:
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+        busy = Event()
+
+        async def body() -> None:
+            key = await world.source.resolve(world.ref("one"))
+            file = await world.source.open(key, Demand())
+            await world.source.bring(file, [], lambda _: None, Demand())
+            file.reader.close()
+            key = await world.source.resolve(world.ref("one"))
+            plain, found = world.workers.run, Event()
+
+            async def run_late(*args: Any) -> object:
+                answer: object = await plain(*args)
+                if not found.is_set():
+                    found.set()
+                    for _ in range(4):
+                        world.workers.submit(busy.wait)
+                return answer
+
+            world.workers.run = run_late  # type: ignore[method-assign, assignment]
+            opening = asyncio.create_task(world.source.open(key, Demand()))
+            await until(found.is_set)
+            await asyncio.sleep(0)
+            opening.cancel()
+            await asyncio.wait([opening])
+            assert opening.cancelled()
+            (entry,) = ls(world.cache)
+            assert not entry.in_use
+            busy.set()
+
+        run(body())
+
+
+def test_closing_waits_for_nobody_who_opens() -> None:
+    """It is done on the loop, and the disk may be slow."""
+    begun, slow, closed = Event(), Event(), []
+
+    class Opened:
+        nbytes = 1
+
+        def close(self) -> None:
+            closed.append(self)
+
+    def open() -> EntryReader:
+        begun.set()
+        slow.wait(20)
+        return Opened()  # type: ignore[return-value]
+
+    reader, workers = ReopenedReader(open), Workers(2)
+    reading = workers.submit(lambda: reader.nbytes)
+    assert begun.wait(20)
+    closing = workers.submit(reader.close)
+    assert closing.result(10) is None
+    slow.set()
+    with pytest.raises(type(gone())):
+        reading.result(20)
+    assert len(closed) == 1
+    workers.close()
