@@ -100,18 +100,6 @@ class RemoteSource:
             entry.close()
 
     async def populate(self, key: AdapterKey) -> Hold:
-<<<<<<< HEAD
-        remote = _remote(key)
-        hold = await self._workers.run(lambda: held(self._entry(remote)), _close_hold)
-        try:
-            if isinstance(hold, LocalHold):
-                for start in hold.starts:
-                    await self._workers.run(partial(hold.populate, start))
-                await self._workers.run(hold.settle)
-        except BaseException:
-            await self._workers.finish(hold.close)
-            raise
-=======
         entry = await self._workers.run(partial(self._entry, _remote(key)), close)
         try:  # who is removed meanwhile looks as if he was replaced
             hold = await self._workers.run(partial(held, entry), _close_hold)
@@ -121,11 +109,10 @@ class RemoteSource:
                         await self._workers.run(partial(hold.populate, start))
                     await self._workers.run(hold.settle)
             except BaseException:
-                await self._workers.run(hold.close)
+                await self._workers.finish(hold.close)
                 raise
         finally:
             entry.close()
->>>>>>> 3dad0866921be18d204e79cda9581396da43726c
         return hold
 
     def _entry(self, key: RemoteKey) -> CacheEntry:
