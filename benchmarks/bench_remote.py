@@ -154,7 +154,7 @@ def costs(name: str, noted: Noted, asked: Question) -> dict[str, object]:
 
 
 def first_layer(loads: Loads, asked: Question) -> dict[str, object]:
-    """When layer 0 was ready, as a part of the time from the header to the last layer."""
+    """When layer 0 was ready, as a part of the time from the header to RESIDENT."""
     share = _middle(loads.first_layer)
     judged = bool(asked.rate) and not asked.busy_loop
     return {
@@ -215,7 +215,7 @@ def main() -> int:
             row, more, first = run_on(LOOP, run)
             print_row(f"{name} [{LOOP}, {given.rounds} rounds]", row)
             print_costs("counted at the server, and the caller's thread", more)
-            print_costs("(layer 0 − header) ÷ (last layer − header)", {OURS: first})
+            print_costs("(layer 0 − header) ÷ (resident − header)", {OURS: first})
             write_json(given, lines(row, more, first))
             results += row
     if given.plot is not None:

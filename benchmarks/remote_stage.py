@@ -148,7 +148,8 @@ class Loads:
         self._loader: AdapterLoader | None = None
         self._handle: AdapterHandle | None = None
         self._revision: str | None = None
-        self._events: list[Event] = []
+        self._times: dict[str, float] = {}
+        self._unsubscribe: Callable[[], None] = lambda: None
         self.first_layer: list[float] = []
 
     async def prepare(self) -> None:
@@ -156,23 +157,29 @@ class Loads:
             shutil.rmtree(self._cache, ignore_errors=True)
         self._loader = AdapterLoader(self._layout, self._config)
         await self._loader.__aenter__()
-        (await self._loader.load(self._other.url(""))).release()
+        small = await self._loader.load(self._other.url(""))
+        await small.verified()  # and so nothing of it runs on
+        small.release()
         if self._cached and self._revision is None:
-            await self.run()
-            handle = self._handle
-            assert handle is not None
-            await handle.verified()
-            assert isinstance(handle.key, RemoteKey)
-            self._revision = handle.key.version
-            await self.settle()
-            await self.prepare()
-        self._events.clear()
-        self._loader.subscribe(self._events.append)
+            await self._fill_cache(self._loader)
+            return
+        self._times.clear()
+        self._unsubscribe = self._loader.subscribe(self._note)
+
+    async def _fill_cache(self, loader: AdapterLoader) -> None:
+        handle = await loader.load(self._stage.link.url(""))
+        await handle.verified()
+        assert isinstance(handle.key, RemoteKey)
+        self._revision = handle.key.version
+        handle.release()
+        await loader.__aexit__(None, None, None)
+        await self.prepare()
 
     async def run(self) -> None:
         """To RESIDENT."""
         assert self._loader is not None
         self._handle = await self._loader.load(self._stage.link.url(""), revision=self._revision)
+        self._times["resident"] = time.monotonic()
 
     async def run_to_published(self) -> None:
         await self.run()
@@ -185,18 +192,16 @@ class Loads:
         assert self._handle is not None
         check_handle(self._handle, self._stage.folder.tensors)
         await self._handle.verified()
-        self._note_first_layer()
+        header = self._times["header"]
+        done = self._times["resident"] - header
+        self.first_layer.append((self._times["layer 0"] - header) / done)
         self._handle.release()
         await self._loader.__aexit__(None, None, None)
 
-    def _note_first_layer(self) -> None:
-        times = {}
-        for event in self._events:
-            if isinstance(event, SlotGranted):
-                times["header"] = event.time
-            elif isinstance(event, LayerReady):
-                times.setdefault("first", event.time)
-                times["last"] = event.time
-        if len(times) == 3:
-            done = times["last"] - times["header"]
-            self.first_layer.append((times["first"] - times["header"]) / done)
+    def _note(self, event: Event) -> None:
+        """Until layer 0 is ready: a load costs less while nobody listens."""
+        if isinstance(event, SlotGranted):
+            self._times["header"] = event.time
+        elif isinstance(event, LayerReady):
+            self._times["layer 0"] = event.time
+            self._unsubscribe()
