@@ -33,15 +33,16 @@ class WrongBytesError(AssertionError):
 
 
 async def nothing() -> None:
-    """The preparation of a contender that needs none."""
+    """The preparation, or the settling, of a contender that needs none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
     """One way to do the row's work. Only `run` is timed.
 
-    `prepare` brings it into the state that the row asks for; `check` raises `WrongBytesError` and
-    clears up. It takes part in every `every`-th round.
+    `prepare` brings it into the state that the row asks for; `settle` waits for what it left
+    running; `check` raises `WrongBytesError` and clears up. It takes part in every `every`-th
+    round.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Contender:
     check: Callable[[], None]
     prepare: Callable[[], Awaitable[None]] = nothing
     every: int = 1
+    settle: Callable[[], Awaitable[None]] = nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ async def _time(contender: Contender) -> float:
     start = perf_counter_ns()
     await contender.run()
     elapsed = perf_counter_ns() - start
+    await contender.settle()
     contender.check()
     return elapsed / 1e6
 

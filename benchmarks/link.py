@@ -5,7 +5,8 @@ ranges are as slow as one large. Before each response a fixed delay passes.
 
     python benchmarks/link.py --rate 20e6 --delay 0.01 name=path …     # prints its port as JSON
 
-`GET /-/counts` tells requests, body bytes and connections so far, without delay or throttle, and
+`GET /-/counts` tells, without delay or throttle, requests and body bytes so far, the connections
+that they used, and the most requests on one of them, each of which cost its client a round trip. It
 is not counted itself; `?reset` begins anew.
 """
 
@@ -30,6 +31,9 @@ from urllib.request import ProxyHandler, build_opener
 
 BURST = 64 << 10
 _QUANTUM = BURST // 2
+_TARGET = re.compile(r"(?:http://[^/]*)?(/[^?]*)(\?reset)?.*")
+"""The path of a request, which may name its URL whole."""
+
 _RANGE = re.compile(rb"\r\nrange: *bytes=(\d+)-(\d*)\r\n", re.IGNORECASE)
 
 
@@ -46,6 +50,8 @@ class Client:
     busy: bool = False
     free: bool = False
     blocked: bool = False
+    since: int = -1
+    requests: int = 0
 
 
 class LinkServer:
@@ -61,7 +67,8 @@ class LinkServer:
         self._clients: dict[int, Client] = {}
         self._timers: list[tuple[float, int, Client]] = []
         self._number = 0
-        self.counts = {"requests": 0, "bytes": 0, "connections": 0}
+        self.counts = {"requests": 0, "bytes": 0, "connections": 0, "in_sequence": 0}
+        self._since = 0
         self.port: int = self._listener.getsockname()[1]
 
     def serve(self) -> None:
@@ -89,7 +96,6 @@ class LinkServer:
         connected.setblocking(False)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._clients[connected.fileno()] = Client(connected)
-        self.counts["connections"] += 1
 
     def _read(self, client: Client) -> None:
         try:
@@ -111,25 +117,27 @@ class LinkServer:
         self._later(client, 0.0 if client.free else self._delay)
 
     def _respond(self, client: Client, head: bytes) -> None:
-        target = head.split(b" ", 2)[1].decode("latin-1")
-        client.free = target.startswith("/-/counts")
+        found = _TARGET.fullmatch(head.split(b" ", 2)[1].decode("latin-1"))
+        path, reset = found.groups() if found else ("", None)
+        client.free = path == "/-/counts"
         if client.free:
             body = json.dumps(self.counts).encode()
-            if target.endswith("?reset"):
+            if reset:
                 self.counts = dict.fromkeys(self.counts, 0)
+                self._since += 1
             client.head, client.body = _head("200 OK", len(body)), memoryview(body)
             return
-        self.counts["requests"] += 1
-        data = self._files.get(target)
+        self._count(client)
+        data = self._files.get(path)
         if data is None:
             client.head, client.body = _head("404 Not Found", 0), memoryview(b"")
             return
-        tag = f"ETag: {self._etags[target]}\r\nAccept-Ranges: bytes\r\n"
-        found = _RANGE.search(head)
-        if found is None:
+        tag = f"ETag: {self._etags[path]}\r\nAccept-Ranges: bytes\r\n"
+        part = _RANGE.search(head)
+        if part is None:
             client.head, client.body = _head("200 OK", len(data), tag), data
             return
-        start, stop = int(found[1]), min(int(found[2] or len(data)) + 1, len(data))
+        start, stop = int(part[1]), min(int(part[2] or len(data)) + 1, len(data))
         if start >= stop:
             tag += f"Content-Range: bytes */{len(data)}\r\n"
             client.head = _head("416 Range Not Satisfiable", 0, tag)
@@ -138,6 +146,14 @@ class LinkServer:
         tag += f"Content-Range: bytes {start}-{stop - 1}/{len(data)}\r\n"
         client.head = _head("206 Partial Content", stop - start, tag)
         client.body = data[start:stop]
+
+    def _count(self, client: Client) -> None:
+        if client.since != self._since:
+            client.since, client.requests = self._since, 0
+            self.counts["connections"] += 1
+        client.requests += 1
+        self.counts["requests"] += 1
+        self.counts["in_sequence"] = max(self.counts["in_sequence"], client.requests)
 
     def _later(self, client: Client, seconds: float) -> None:
         self._number += 1
@@ -207,7 +223,7 @@ class Link:
         return f"http://127.0.0.1:{self.port}/{name}"
 
     def counts(self, *, reset: bool = False) -> dict[str, int]:
-        """Requests, body bytes and connections since the start or the last reset."""
+        """Requests, bytes, connections, in_sequence since the start or the last reset."""
         opener = build_opener(ProxyHandler({}))
         query = "?reset" if reset else ""
         with opener.open(f"http://127.0.0.1:{self.port}/-/counts{query}", timeout=10) as answer:

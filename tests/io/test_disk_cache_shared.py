@@ -222,4 +222,5 @@ def test_what_is_left_is_on_the_disk_before_it_is_trusted(two: Two) -> None:
     calls = Calls(CHANGES)
     with calls.counted():
         download.close()
-    assert calls.made[:4] == ["fsync", "fsync", "fsync", "rename"]
+    made = [name for name in calls.made if name in {"fsync", "rename"}]
+    assert made == ["fsync", "fsync", "fsync", "rename"]

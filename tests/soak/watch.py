@@ -11,8 +11,7 @@ from pathlib import Path
 from time import monotonic
 
 from common import open_sockets
-from lorax_async.core.cache_names import BUDGET_LOCK, role_of
-from lorax_async.io.cache.locks import short_lock
+from lorax_async.core.cache_names import role_of
 from soak.callers import AT_ONCE, Callers
 from soak.judging import Judge
 from soak.setting import CONNECTIONS, DEVICE_BYTES, HOST_BYTES, PINNED_BYTES, SLOTS, Setting
@@ -127,8 +126,7 @@ class Watch:
         setting, budget = self._setting, self._setting.cache_bytes
         used = setting.cache.used()
         self._require(used <= budget, f"the cache says that it has {used:,} bytes of {budget:,}")
-        with short_lock(setting.cache.shelves.place.locks, BUDGET_LOCK):
-            # Entries first: what is published meanwhile is not counted twice.
+        with setting.cache.shelves.place.undisturbed():
             sizes = [list(_sizes(setting.folder / part)) for part in ("entries", "partials")]
         taken = sum(nbytes for part in sizes for nbytes, _ in part)
         self._tally.peak("bytes on disk", taken)

@@ -82,7 +82,7 @@ class DiskDownload(PartialDownload):
         granted_shared(taken.folder.fd)  # it must not be evicted as soon as it is there
         for _ in range(_ATTEMPTS):
             try:
-                with self._unless_taken_away():
+                with self._unless_taken_away(), place.undisturbed():
                     os.rename(
                         taken.name,
                         self.key.name,

@@ -8,8 +8,8 @@ import stat
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from threading import Lock
 
@@ -49,7 +49,8 @@ class DiskEntry:
 
     def used_now(self) -> Stored:
         """Every process can see that it was used now; as it is stored then. Raises `OSError`."""
-        os.utime(self._folder.fd)
+        with _unless_read_only():
+            os.utime(self._folder.fd)
         return Stored(self.record.nbytes, os.fstat(self._folder.fd).st_mtime_ns)
 
     def reader(self, role: FileRole) -> FileReader:
@@ -65,7 +66,7 @@ class DiskEntry:
         return None if status is None else max(0.0, time.time() - status.st_mtime)
 
     def grant(self, scope: str) -> None:
-        with translated_errors("write to an entry"):
+        with translated_errors("write to an entry"), _unless_read_only():
             grant(self._folder, scope)
 
     def close(self) -> None:
@@ -209,6 +210,16 @@ class Entries:
                     raise
                 return self._place.move_out(self.folder, name)
         return None
+
+
+@contextmanager
+def _unless_read_only() -> Iterator[None]:
+    """On a read-only file system an entry is as good as elsewhere, and nothing is noted of it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
 
 
 def read_record(folder: Folder, name: str) -> Record:

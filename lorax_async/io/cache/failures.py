@@ -15,6 +15,11 @@ _FULL = {
     errno.EFBIG: "this process may not write so large a file; raise its RLIMIT_FSIZE (ulimit -f)",
 }
 
+_HINTS = {
+    errno.ENOENT: "somebody removed what was in use; if its folder is gone, make a new loader",
+    errno.EROFS: "its file system can only be read; name another cache_dir to fetch anything new",
+}
+
 
 class CrowdedError(CapacityError):
     """There will be room when those who use it now have ended."""
@@ -27,7 +32,8 @@ def of_the_system(error: OSError, doing: str) -> LoraxError:
             f"the disk cache cannot {doing} ({code_of(error)}): {_FULL[error.errno]}",
             stage="fetch",
         )
-    return FetchError(f"the disk cache cannot {doing} ({code_of(error)})")
+    said = f"the disk cache cannot {doing} ({code_of(error)})"
+    return FetchError(f"{said}: {_HINTS[error.errno]}" if error.errno in _HINTS else said)
 
 
 @contextmanager

@@ -77,7 +77,11 @@ class Partials:
         found = partial_name(taken.name)
         assert found is not None
         fd = self._place.partials.fd
-        with self._ending(taken), suppress(FileNotFoundError):
+        with (
+            self._ending(taken),
+            self._place.undisturbed(),
+            suppress(FileNotFoundError),
+        ):
             # Whoever took it over, where locks do nothing, has it now.
             os.rename(taken.name, str(replace(found, owner=None)), src_dir_fd=fd, dst_dir_fd=fd)
 
@@ -126,7 +130,8 @@ class Partials:
         fd = self._place.partials.fd
         with self._owned(name):
             try:
-                os.rename(str(left), name, src_dir_fd=fd, dst_dir_fd=fd)
+                with self._place.undisturbed():
+                    os.rename(str(left), name, src_dir_fd=fd, dst_dir_fd=fd)
             except FileNotFoundError:
                 self.forget(name)
                 return None

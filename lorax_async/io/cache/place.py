@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 
-from lorax_async.core.cache_names import Owner
+from lorax_async.core.cache_names import BUDGET_LOCK, Owner
 from lorax_async.io.cache.failures import translated_errors
 from lorax_async.io.cache.folders import Folder, private_root, private_subfolder, remove_tree
-from lorax_async.io.cache.locks import attempt
+from lorax_async.io.cache.locks import attempt, short_lock
 from lorax_async.io.cache.processes import this_process
 
 
@@ -32,6 +34,16 @@ class Place:
             ]
             self._opened = opened.pop_all()
         self.entries, self.partials, self.locks, self.trash, self.answers = folders
+        self._counting = Lock()
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """While this is entered nothing here gets another name, so that all of it can be counted.
+
+        Whoever renames what counts enters it, too.
+        """
+        with self._counting, short_lock(self.locks, BUDGET_LOCK):
+            yield
 
     def move_out(self, folder: Folder, name: str) -> str:
         """Take something away from everybody's eyes at once; returns its name in the trash.

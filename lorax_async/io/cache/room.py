@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
-from lorax_async.core.cache_names import BUDGET_LOCK, is_entry_name, is_partial_name
+from lorax_async.core.cache_names import is_entry_name, is_partial_name
 from lorax_async.core.disk_budget import DiskBudget, Stored
 from lorax_async.core.policies import Policy
 from lorax_async.errors import CapacityError
 from lorax_async.io.cache.entries import Entries
 from lorax_async.io.cache.failures import CrowdedError, translated_errors
-from lorax_async.io.cache.locks import short_lock
 from lorax_async.io.cache.partials import Partials
 from lorax_async.io.cache.place import Place
 from lorax_async.io.cache.sizes import Sizes
@@ -44,20 +43,20 @@ class Room:
 
         Raises `CapacityError` if there is not so much beside what is in use.
         """
-        with self._lock, translated_errors(_LOOKING), short_lock(self._place.locks, BUDGET_LOCK):
+        with self._lock, translated_errors(_LOOKING), self._place.undisturbed():
             self._observe()
             self._make(nbytes)
             yield
 
     def trim(self) -> None:
         """Drop what is over the budget, as far as it is not in use."""
-        with self._lock, translated_errors(_LOOKING), short_lock(self._place.locks, BUDGET_LOCK):
+        with self._lock, translated_errors(_LOOKING), self._place.undisturbed():
             self._observe()
             self._evict(0)
 
     def used(self) -> int:
         """Bytes of adapters' files that the folder holds now."""
-        with self._lock, translated_errors(_LOOKING):
+        with self._lock, translated_errors(_LOOKING), self._place.undisturbed():
             self._observe()
             return self._budget.used
 

@@ -167,24 +167,21 @@ def opened(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
 def held(entry: CacheEntry) -> LocalHold | ReadAhead:
     """Maps of a file of the cache's own, which nobody cuts; else it is read ahead. Blocks.
 
-    The entry is closed, so that its room on the disk can become others' meanwhile.
+    Once the hold is settled the entry may be closed, and its room on the disk become others'.
     """
+    readers = [
+        reader
+        for role in _weight_roles(entry.record)
+        if isinstance(reader := entry.reader(role), FileReader)
+    ]
+    if entry.mappable:
+        return LocalHold(readers)
     try:
-        readers = [
-            reader
-            for role in _weight_roles(entry.record)
-            if isinstance(reader := entry.reader(role), FileReader)
-        ]
-        if entry.mappable:
-            return LocalHold(readers)
-        try:
-            for reader in readers:
-                reader.read_ahead()
-        finally:
-            close_all(readers)
-        return ReadAhead()
+        for reader in readers:
+            reader.read_ahead()
     finally:
-        entry.close()
+        close_all(readers)
+    return ReadAhead()
 
 
 def verification_of(record: Record) -> Verification:

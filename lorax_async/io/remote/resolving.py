@@ -7,7 +7,7 @@ from math import inf
 
 from lorax_async.adapter import AdapterRef, RemoteKey
 from lorax_async.core.cache_names import CacheKey, FileRole
-from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
+from lorax_async.errors import AdapterNotFoundError, CapacityError, FetchError, IntegrityError
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.ports import AnotherVersionError, Located, Locator, RemoteFile
@@ -165,14 +165,17 @@ class Resolving:
         return key
 
     async def _note(self, ref: AdapterRef, located: Located) -> None:
-        """For the time when the source cannot be asked."""
+        """For the time when the source cannot be asked. Nobody waits in vain for want of it."""
         question = question_of(ref, located.scope)
         if self._noted.get(question) == located.version:
             return
         answer = (located.source, located.version)
-        await self._workers.run(
-            lambda: self._caches(ref.source or "").note_version(question, *answer)
-        )
+        try:
+            await self._workers.run(
+                lambda: self._caches(ref.source or "").note_version(question, *answer)
+            )
+        except (CapacityError, FetchError):
+            return  # what is here already needs no room; who needs some is told when he fetches
         if len(self._noted) >= _MAX_NOTED:
             self._noted.clear()
         self._noted[question] = located.version

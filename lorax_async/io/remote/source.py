@@ -100,16 +100,19 @@ class RemoteSource:
             entry.close()
 
     async def populate(self, key: AdapterKey) -> Hold:
-        remote = _remote(key)
-        hold = await self._workers.run(lambda: held(self._entry(remote)), _close_hold)
-        try:
-            if isinstance(hold, LocalHold):
-                for start in hold.starts:
-                    await self._workers.run(partial(hold.populate, start))
-                await self._workers.run(hold.settle)
-        except BaseException:
-            await self._workers.finish(hold.close)
-            raise
+        entry = await self._workers.run(partial(self._entry, _remote(key)), close)
+        try:  # who is removed meanwhile looks as if he was replaced
+            hold = await self._workers.run(partial(held, entry), _close_hold)
+            try:
+                if isinstance(hold, LocalHold):
+                    for start in hold.starts:
+                        await self._workers.run(partial(hold.populate, start))
+                    await self._workers.run(hold.settle)
+            except BaseException:
+                await self._workers.finish(hold.close)
+                raise
+        finally:
+            entry.close()
         return hold
 
     def _entry(self, key: RemoteKey) -> CacheEntry:

@@ -141,7 +141,6 @@ class RemoteWorld:
         self.folder = folder
         self.verify: Checking = verify
         self.cache_bytes = cache_bytes
-        self.verify: Checking = verify
         self.server = FaultServer(b"")
         self.server.__enter__()
         self.server.behave = self.serve
