@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from lorax_async.core.cache_names import WEIGHTS_FILE
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.ports import AnotherVersionError, Located
+from lorax_async.io.remote.workers import outcome
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -74,14 +74,13 @@ class AnsweringLocator(ToldLocator):
     async def locate(self, ref: AdapterRef) -> Located:
         located = await super().locate(ref)
         with RangeEngine() as engine:
-            files = [
-                replace(
-                    file,
-                    answer=await asyncio.wrap_future(
-                        engine.ask(file.target, 64, ranged=file.role == WEIGHTS_FILE).done
-                    ),
-                )
+            asked = [
+                engine.ask(file.target, 64, ranged=file.role == WEIGHTS_FILE)
                 for file in located.files
+            ]
+            files = [
+                replace(file, answer=await outcome(job.done))
+                for file, job in zip(located.files, asked, strict=True)
             ]
         return replace(located, files=tuple(files))
 
