@@ -78,10 +78,11 @@ class AnsweringLocator(ToldLocator):
                 engine.ask(file.target, 64, ranged=file.role == WEIGHTS_FILE)
                 for file in located.files
             ]
-            files = [
-                replace(file, answer=await outcome(job.done))
-                for file, job in zip(located.files, asked, strict=True)
-            ]
+            answers = [await outcome(job.done) for job in asked]
+        files = [
+            replace(file, answer=answer)
+            for file, answer in zip(located.files, answers, strict=True)
+        ]
         return replace(located, files=tuple(files))
 
 
