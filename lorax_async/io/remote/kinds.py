@@ -35,7 +35,6 @@ class Kinds:
         self._config = config
         self._engine = engine
         self._own = own
-        self._threads = ThreadPoolExecutor(ASKING_THREADS, "lorax-asking")
         self._lock = RLock()
         self._made: dict[str, Any] = {}
         self._closing: list[Callable[[], None]] = []
@@ -52,7 +51,6 @@ class Kinds:
         return self._once("hub first", self._hub_first) if hub else self._own.get()
 
     def close(self) -> None:
-        self._threads.shutdown()
         for close in reversed(self._closing):
             close()
 
@@ -62,18 +60,24 @@ class Kinds:
                 self._made[name] = make()
             return self._made[name]
 
+    def _threads(self, kind: str) -> ThreadPoolExecutor:
+        """Of its own: a hub that does not answer holds up no store."""
+        made = ThreadPoolExecutor(ASKING_THREADS, f"lorax-asking-{kind}")
+        self._closing.append(made.shutdown)
+        return made
+
     def _hub(self) -> HubLocator:
         def make() -> HubLocator:
             endpoint = endpoint_in_use(self._config.hub_endpoint)
             rules = AllowRules(self._config.allow, named=(parse_url(endpoint).origin,))
-            return HubLocator(endpoint=endpoint, rules=rules, threads=self._threads)
+            return HubLocator(endpoint=endpoint, rules=rules, threads=self._threads("hub"))
 
         found: HubLocator = self._once("hub", make)
         return found
 
     def _stores(self) -> StoreLocator:
         def make() -> StoreLocator:
-            made = StoreLocator(self._threads, AllowRules(self._config.allow))
+            made = StoreLocator(self._threads("stores"), AllowRules(self._config.allow))
             self._closing.append(made.close)
             return made
 
