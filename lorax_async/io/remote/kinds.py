@@ -37,6 +37,7 @@ class Kinds:
         self._own = own
         self._lock = RLock()
         self._made: dict[str, Any] = {}
+        self._pools: list[ThreadPoolExecutor] = []
         self._closing: list[Callable[[], None]] = []
 
     def locator(self, kind: str) -> Locator:
@@ -51,6 +52,8 @@ class Kinds:
         return self._once("hub first", self._hub_first) if hub else self._own.get()
 
     def close(self) -> None:
+        for pool in self._pools:
+            pool.shutdown()
         for close in reversed(self._closing):
             close()
 
@@ -63,7 +66,7 @@ class Kinds:
     def _threads(self, kind: str) -> ThreadPoolExecutor:
         """Of its own: a hub that does not answer holds up no store."""
         made = ThreadPoolExecutor(ASKING_THREADS, f"lorax-asking-{kind}")
-        self._closing.append(made.shutdown)
+        self._pools.append(made)
         return made
 
     def _hub(self) -> HubLocator:
