@@ -114,7 +114,7 @@ def test_nobody_makes_room_of_what_is_being_held(
 ) -> None:
     """Its file would look as if it was replaced, and it was not."""
     settle: Callable[[LocalHold], None] = LocalHold.settle
-    removed = []
+    removed: list[bool] = []
 
     with RemoteWorld(tmp_path / "cache") as world:
         world.put("one", *tiny.files(tiny.write(tmp_path / "one")))
