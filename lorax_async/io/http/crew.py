@@ -136,10 +136,11 @@ class Crew:
             self._woken.clear()
 
     def _tick(self) -> float | None:
-        """End what is late, close what is idle, wake who waits; None when there is nothing left."""
+        """End what is late or stuck, close what is idle, wake who waits; None when all is done."""
         self._hire()
         with self._desk.changed:
             late = self._desk.expire()
+            self._desk.reclaim()
         for job in late:
             self._desk.finish(job)
         kept = self._pool.expire()

@@ -150,6 +150,7 @@ class Desk:
         retries: Retries,
         clock: Callable[[], float],
         draw: Callable[[], float],
+        stuck: float,
     ) -> None:
         self.changed = Condition()
         self.connections = connections
@@ -159,6 +160,8 @@ class Desk:
         self.jobs: list[Job[Any]] = []
         self._counted = 0.0
         self._parts: dict[Job[Any], int] = {}
+        self._stuck = stuck
+        self._news: dict[Attempt, tuple[int, float]] = {}
 
     def next(self) -> tuple[Job[Any], Piece, Attempt] | None:
         """What a free thread should do. With the lock."""
@@ -202,6 +205,25 @@ class Desk:
         return len(job.running) > self._parts.get(job, len(job.running)) and any(
             len(other.running) < part for other, part in self._parts.items() if not other.over
         )
+
+    def reclaim(self) -> None:
+        """End what brings nothing, as far as it keeps others from their shares. With the lock.
+
+        Who reads chunks hands over by himself: a source that stalls would hold up all others.
+        """
+        now = self.clock()
+        parts = self._shares(now)
+        lacking = any(len(job.running) < part for job, part in parts.items())
+        news = {}
+        for job, part in parts.items():
+            excess = len(job.running) - part
+            for attempt, piece in job.running.items():
+                came, since = self._news.get(attempt, (piece.came, now))
+                news[attempt] = (came, since) if came == piece.came else (piece.came, now)
+                if lacking and excess > 0 and now - news[attempt][1] >= self._stuck:
+                    attempt.end()
+                    excess -= 1
+        self._news = news
 
     def fail(self, job: Job[Any], error: LoraxError) -> None:
         """From any thread, without the lock."""

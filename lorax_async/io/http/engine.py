@@ -56,8 +56,11 @@ class RangeEngine:
         self._links = Links()
         self._pool = Pool(self._settings, network or RealNetwork(), clock)
         self._exchange = Exchange(self._settings, self._pool, self._links, clock)
-        self._desk = Desk(self._settings.connections, self._settings.retries, clock, draw)
-        self._crew = Crew(self._desk, self._pool, self._settings.timeouts.idle)
+        timeouts = self._settings.timeouts
+        self._desk = Desk(
+            self._settings.connections, self._settings.retries, clock, draw, timeouts.stuck
+        )
+        self._crew = Crew(self._desk, self._pool, timeouts.idle)
 
     def ask(
         self,

@@ -50,6 +50,9 @@ class Timeouts:
         waiting for it. Per-read timeouts never end what drips.
     idle
         For how long a connection is kept for the next request.
+    stuck
+        After so long without a byte written, a connection of a download that has more than its
+        share is ended, if another has less.
     """
 
     connect: float = 10.0
@@ -57,6 +60,7 @@ class Timeouts:
     slowest: float = 4_096.0
     over: float = 15.0
     idle: float = 15.0
+    stuck: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

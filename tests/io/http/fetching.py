@@ -29,7 +29,7 @@ GROUPS: list[list[Span]] = [
 """Layers 0 to 2, of which 1 lies after 2, and something after the layers; before them a header."""
 
 PATIENCE = Timeouts(connect=0.6, read=0.4, slowest=5_000, over=0.3, idle=5.0)
-PATIENT = Timeouts(read=20, slowest=1)
+PATIENT = Timeouts(read=20, slowest=1, stuck=60)
 RETRIES = Retries(attempts=3, base=0.01, most=0.02, obeyed=2.0)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
-from fault_server import ETAG, Asked, Client, FaultServer, until
+from fault_server import ETAG, Asked, Client, FaultServer, Hangup, until
 from fetching import (
     DATA,
     GROUPS,
@@ -22,7 +23,7 @@ from fetching import (
 from lorax_async.core.ranges import PieceSizes
 from lorax_async.core.retries import Retries
 from lorax_async.errors import FetchError
-from lorax_async.io.http.engine import PREFETCH
+from lorax_async.io.http.engine import FOREGROUND, PREFETCH
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -108,6 +109,40 @@ def test_a_long_piece_makes_way() -> None:
         release.set()
         behind.done.result(10)
         assert sink.times == b"\1" * LARGE, "and no byte of the other came twice"
+
+
+@pytest.mark.parametrize("urgency", [FOREGROUND, PREFETCH])
+@pytest.mark.parametrize("sent", [0, 100])
+def test_who_is_stuck_makes_way(sent: int, urgency: int) -> None:
+    """A source stalls on all connections; the other download has its share, and both are whole."""
+    release = threading.Event()
+    timeouts = replace(PATIENT, stuck=0.1)
+    with FaultServer(DATA) as server, engine(timeouts=timeouts) as fetching:
+        stuck, wanted = asked(fetching, server.url("/stuck")), asked(fetching, server.url("/good"))
+        waiting = []
+
+        def stalled(asked: Asked, client: Client) -> None:
+            if asked.target != "/stuck" or release.is_set():
+                server.right(asked, client)
+                return
+            assert asked.span is not None
+            if sent:
+                client.part(*asked.span, len(DATA), f"ETag: {ETAG}")
+                client.send(DATA[asked.span[0] : asked.span[0] + sent])
+            waiting.append(asked)
+            release.wait(20)
+            raise Hangup
+
+        server.behave = stalled
+        sinks, orders = (MemorySink(), MemorySink()), (list[int](), list[int]())
+        behind = fetching.download(stuck, GROUPS, sinks[0], orders[0].append, urgency=urgency)
+        until(lambda: len(waiting) == 4)
+        fetching.download(wanted, GROUPS, sinks[1], orders[1].append).done.result(10)
+        assert not behind.done.done()
+        release.set()
+        behind.done.result(10)
+        for sink, order in zip(sinks, orders, strict=True):
+            check(sink, order)
 
 
 def test_a_straggler_is_relieved() -> None:
