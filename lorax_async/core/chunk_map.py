@@ -11,7 +11,7 @@ import struct
 from lorax_async.core.spans import Span, SpanSet
 
 CHUNK_BYTES = 256 << 10
-"""What a kill costs each connection at most; 4 GiB are then 2 KiB of bits."""
+"""What a kill costs each connection, besides what it is reading; 4 GiB are then 2 KiB of bits."""
 
 _MAGIC = b"LRXCHNK1"
 _HEADER = struct.Struct("<8sQQ")

@@ -11,8 +11,8 @@ from lorax_async.io.http.desk import Desk, Job, Piece
 from lorax_async.io.http.failures import AbortedError, SetbackError
 from lorax_async.io.http.pool import Pool
 
-BUFFER_BYTES = 256 << 10
-"""Of each thread: what is read at once, and written on."""
+BUFFER_BYTES = 1 << 20
+"""Of each thread: the most that is read at once, and written on."""
 
 _TICK = 0.05
 

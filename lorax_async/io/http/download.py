@@ -18,6 +18,10 @@ from lorax_async.io.http.failures import AbortedError, SetbackError, broken_off
 from lorax_async.io.http.links import Links
 from lorax_async.io.http.target import Answer
 
+_READ_BYTES = 256 << 10
+_READ_SECONDS = 0.01
+"""What comes in so long is read at once: few calls on a fast link, and early news on a slow one."""
+
 _GIVEN_UP = 512 << 10
 """A piece with more left than this is handed back when others lack a connection."""
 
@@ -142,7 +146,7 @@ class Download(Job[None]):
             response.leave()
 
     def _bring(self, piece: Piece, response: Response, buffer: memoryview) -> None:
-        count = self._claim(piece, len(buffer))
+        count = self._claim(piece, min(_READ_BYTES, len(buffer)))
         while count:
             got = response.fill(buffer[:count])
             if not got:
@@ -154,7 +158,7 @@ class Download(Job[None]):
                 piece.came += got
                 self.came += got
                 piece.rate = response.rate
-                count = self._claim(piece, len(buffer))
+                count = self._claim(piece, _at_once(response.rate, len(buffer)))
             self._tell()
 
     def _claim(self, piece: Piece, most: int) -> int:
@@ -235,3 +239,8 @@ class Download(Job[None]):
             finally:
                 with self.desk.changed:
                     self._telling = False
+
+
+def _at_once(rate: float | None, most: int) -> int:
+    """Bytes to read in one call, from a connection that brings `rate` of them per second."""
+    return min(most, max(_READ_BYTES, int((rate or 0.0) * _READ_SECONDS)))

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lorax_async.errors import FetchError
-from lorax_async.io.http.failures import NoAnswerError, SetbackError, broken_off, timed_out
+from lorax_async.io.http.failures import (
+    AbortedError,
+    NoAnswerError,
+    SetbackError,
+    broken_off,
+    timed_out,
+)
 from lorax_async.io.http.head import MAX_HEAD_BYTES, Head, MalformedHeadError, parse_head
 from lorax_async.io.http.settings import Timeouts
 from lorax_async.io.http.wire import Wire
@@ -92,10 +98,18 @@ class Stream:
         return self._taken(view) or self._received(view, self.wire.receive)
 
     def fill(self, view: memoryview) -> int:
-        """Until the view is full or the other end has closed; how much came."""
+        """Until the view is full or the other end has closed; how much came.
+
+        Who is ended meanwhile gets what came before, and is told when he asks for more.
+        """
         got = self._taken(view)
         while got < len(view):
-            count = self._received(view[got:], self.wire.receive_all)
+            try:
+                count = self._received(view[got:], self.wire.receive_all)
+            except AbortedError:
+                if not got:
+                    raise
+                break
             if not count:
                 break
             got += count

@@ -81,7 +81,7 @@ class Wire:
             if self._aborted:
                 raise AbortedError from None
             raise
-        if self._aborted:
+        if self._aborted and not count:  # what came before is good
             raise AbortedError
         return count
 
