@@ -135,10 +135,10 @@ class PartialFile:
         return found
 
     def settled(self, digest: Digest) -> FileRecord:
-        """Bring it to the disk. Raises `OSError`."""
+        """Bring it to the disk; its map is not needed any more. Raises `OSError`."""
         assert self._nbytes is not None
-        self.sync()
         with self._file.held() as fd:
+            os.fsync(fd)
             return FileRecord(self.role, self._nbytes, os.fstat(fd).st_mtime_ns, digest)
 
     def sync(self) -> None:
