@@ -197,7 +197,7 @@ class Callers:
         if found == self._expected[stored.number][layers.start : layers.stop]:
             return
         told = await self._judge.verdict(handle.key, handle.slot, GRACE)
-        if not stored.promised or not isinstance(told, IntegrityError):
+        if not stored.promised or told is not IntegrityError:
             story = self._setting.loader.story(handle.key)
             raise SoakError(f"{stored.name}: {layers} on the device is wrong ({told})", story)
         self._tally.outcomes["wrong bytes that were told of"] += len(layers)

@@ -192,9 +192,12 @@ def _wrong(answer: Answer, client: Client, draw: random.Random) -> None:
 
 
 def _changed(answer: Answer, client: Client, draw: random.Random) -> None:
-    """Another version; of whose beginning, by which it is known, the bytes are the same."""
+    """Another version. Of one whose beginning comes, by which it is known, the bytes are the same;
+    there are two of each file, for every version is remembered.
+    """
     rest = [field for field in answer.fields if not field.startswith("ETag")]
-    client.head(answer.status, *rest, f'ETag: "changed-{draw.getrandbits(64):016x}"')
+    name = f"{draw.getrandbits(64):016x}" if answer.start else "once"
+    client.head(answer.status, *rest, f'ETag: "changed-{name}"')
     client.send(_other(answer, draw) if answer.start else answer.body)
 
 

@@ -36,8 +36,8 @@ ALLOWED: dict[type[LoraxError], set[str]] = {
 class Judge:
     """Hears what the loader tells, and what callers met."""
 
-    broken: dict[tuple[AdapterKey, SlotId], LoraxError] = field(default_factory=dict)
-    """Stays in a slot that ended with an error."""
+    broken: dict[tuple[AdapterKey, SlotId], type[LoraxError]] = field(default_factory=dict)
+    """Stays in a slot that ended with an error, and of which kind."""
     doubted: set[Stored] = field(default_factory=set)
     """Adapters about which the loader said that their bytes are not what they should be."""
 
@@ -45,11 +45,13 @@ class Judge:
 
     def heard(self, event: Event) -> None:
         if isinstance(event, Failed) and event.slot is not None:
-            self.broken[event.key, event.slot] = event.error
+            self.broken[event.key, event.slot] = type(event.error)
             self._news.set()
             self._news = asyncio.Event()
 
-    async def verdict(self, key: AdapterKey, slot: SlotId, seconds: float) -> LoraxError | None:
+    async def verdict(
+        self, key: AdapterKey, slot: SlotId, seconds: float
+    ) -> type[LoraxError] | None:
         """What that stay ended with, or will soon."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -42,14 +42,14 @@ class Tally:
         return 0.0
 
     def lines(self) -> list[str]:
-        quarter = len(self.rss) // 4
-        later = [round(value / 1e6) for value in self.rss[quarter:]]
+        step = -(-len(self.rss) // 8) or 1
+        grown = [max(self.rss[at : at + step]) for at in range(0, len(self.rss), step)]
         lags = ", ".join(f"p{part * 100:g} {self.lag(part):.1f}" for part in (0.5, 0.99, 0.999))
         return [
             f"outcomes: {_told(self.outcomes)}",
             f"errors: {_told(self.errors)}",
             f"at most: {_told(self.peaks)}",
-            f"RSS after a quarter: {min(later, default=0)} to {max(later, default=0)} MB",
+            f"RSS, in eighths of the time: {[round(value / 1e6) for value in grown]} MB",
             f"loop lag: {lags}, max {max(self.lags, default=0) / 10:.1f} ms",
         ]
 
