@@ -25,8 +25,9 @@ FIRST_BYTES = 256 << 10
 
 The header should be in it, or another round trip is needed: it has 60 KB for 448 tensors, and about
 235 KB for DoRA on all seven targets of 80 layers. What is beyond it would come sooner over all
-connections. Measured, 84 MB over 16 connections of 20 MB/s with 10 ms: 348 ms with 64 KiB (which
-tell little of the link's rate), 303 with 256 KiB, 340 with 1 MiB.
+connections. Measured, 84 MB over 16 connections of 20 MB/s with 10 ms: 390 ms with 64 KiB (which
+tell little of the link's rate), 351 with 128, 337 with 256, 350 with 512, 385 with 1 MiB; at 5 MB/s
+1.13 s with 128 and with 256 KiB, 1.18 with 512.
 """
 
 _LIMITS = {

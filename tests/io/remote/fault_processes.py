@@ -109,8 +109,8 @@ Checkpoint = tuple[str, Callable[[tuple[Any, ...]], bool], int, str]
 CHECKPOINTS: dict[str, Checkpoint] = {
     "open": ("open", is_weights, 1, "after"),
     "first-write": ("pwritev", is_large, 1, "after"),
-    "in-a-write": ("pwritev", is_large, 4, "amid"),
-    "mid-write": ("pwritev", is_large, 8, "after"),
+    "in-a-write": ("pwritev", is_large, 3, "amid"),
+    "mid-write": ("pwritev", is_large, 4, "after"),
     "before-fsync": ("fsync", is_of_weights, 1, "before"),
     "after-fsync": ("fsync", is_of_weights, 1, "after"),
     "before-rename": ("rename", is_publishing, 1, "before"),
