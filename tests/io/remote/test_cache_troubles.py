@@ -55,7 +55,8 @@ def test_an_answer_that_cannot_be_noted_holds_up_nobody(
 ) -> None:
     async def body() -> None:
         async with over(hub, tmp_path) as loader:
-            (await loader.load("org/one")).release()
+            async with await loader.load("org/one") as handle:
+                await handle.verified()  # nobody writes to the cache any more
             shutil.rmtree(tmp_path / "cache" / "answers")
             async with await loader.load("org/one", revision="tag") as handle:
                 tiny.assert_equal_to_file(handle, tmp_path / "one")
@@ -101,7 +102,8 @@ def test_a_folder_that_is_gone_is_told_of(hub: HubStandIn, run: Run, tmp_path: P
 
     async def body() -> None:
         async with over(hub, tmp_path) as loader:
-            (await loader.load("org/one")).release()
+            async with await loader.load("org/one") as handle:
+                await handle.verified()  # nobody writes to the cache any more
             shutil.rmtree(tmp_path / "cache")
             with pytest.raises(FetchError, match="make a new loader"):
                 await loader.load("org/two")
