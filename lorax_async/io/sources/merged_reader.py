@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from threading import Lock, get_ident
@@ -13,9 +12,10 @@ import torch
 
 from lorax_async.adapter import MergedKey
 from lorax_async.core.merge_plan import MergedTensor, MergePlan, Piece, part_words
-from lorax_async.errors import FetchError, IntegrityError, LoraxError
+from lorax_async.errors import IntegrityError, LoraxError
 from lorax_async.io.merging import Draws, combine, concatenate
 from lorax_async.io.ports import AdapterFile
+from lorax_async.io.sources.opened_once import OpenedOnce
 from lorax_async.io.staging import TORCH_DTYPES, Buffer
 
 
@@ -47,51 +47,58 @@ class MergedReader:
     def __init__(
         self, key: MergedKey, opened: Opened | None, opener: Callable[[], Opened] | None = None
     ) -> None:
-        self.opened = opened
         self.key = key
-        self._opener = opener
-        self._draws: Draws | None = None
-        self._cut: dict[int, tuple[int, torch.Tensor]] = {}
-        self._lock = Lock()
-        self._opening = Lock()
-        self._reading = 0
-        self._closed = False
+        self._shared = OpenedOnce(
+            "the merge was closed before it was read",
+            None if opened is None else _Work(key, opened),
+            None if opener is None else lambda: _Work(key, opener()),
+        )
+
+    @property
+    def opened(self) -> Opened | None:
+        """What it reads, if that was opened."""
+        work = self._shared.opened
+        return None if work is None else work.opened
 
     @property
     def nbytes(self) -> int:
-        with self._held() as opened:
-            return opened.plan.nbytes
+        with self._shared.held() as work:
+            return work.opened.plan.nbytes
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        with self._held() as opened:
-            self._fill(opened, buffers, offset)
+        with self._shared.held() as work:
+            _fill(work, buffers, offset)
 
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
         """The tensor that the rows are of is computed once."""
         content = buffer.cast("B")
         size = content.nbytes // rows
-        with self._held() as opened:
+        with self._shared.held() as work:
             for n in range(rows):
-                self._fill(opened, [content[n * size : (n + 1) * size]], offset + n * pitch)
+                _fill(work, [content[n * size : (n + 1) * size]], offset + n * pitch)
 
     def close(self) -> None:
-        with self._lock:
-            unused = not self._closed and not self._reading
-            self._closed = True
-        if unused:
-            self._end()
+        self._shared.close()
 
-    def _fill(self, opened: Opened, buffers: Sequence[memoryview], offset: int) -> None:
-        stop = offset + sum(buffer.nbytes for buffer in buffers)
-        if stop > opened.plan.nbytes:
-            raise IntegrityError(f"the merge ends before byte {stop:,}")
-        targets = _Targets(buffers)
-        for content in self._contents(opened, offset, stop):
-            targets.fill(content)
 
-    def _contents(self, opened: Opened, start: int, stop: int) -> Iterator[torch.Tensor]:
+class _Work:
+    """What is opened, and what of it is under way in the threads that read."""
+
+    def __init__(self, key: MergedKey, opened: Opened) -> None:
+        self.opened = opened
+        self._key = key
+        self._lock = Lock()
+        self._draws: Draws | None = None
+        self._cut: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def close(self) -> None:
+        self._cut.clear()
+        self._draws = None
+        self.opened.close()
+
+    def contents(self, start: int, stop: int) -> Iterator[torch.Tensor]:
         """The bytes of [start, stop), as flat uint8 tensors."""
-        plan = opened.plan
+        plan, draws = self.opened.plan, self._drawn()
         if start < stop and start < len(plan.prefix):
             yield torch.frombuffer(bytearray(plan.prefix[start:stop]), dtype=torch.uint8)
         generator: torch.Generator | None = None
@@ -100,14 +107,21 @@ class MergedReader:
             first, last = max(start, tensor.start), min(stop, tensor.stop)
             made = self._take_cut(n, last == tensor.stop)
             if made is None:
-                if generator is None and self._draws is not None:
-                    generator = self._draws.before(n)
-                made = _merged(self.key, opened, tensor, generator)
+                if generator is None and draws is not None:
+                    generator = draws.before(n)
+                made = _merged(self._key, self.opened, tensor, generator)
                 if last < tensor.stop:
                     self._cut[get_ident()] = n, made
             else:
                 generator = None
             yield made[first - tensor.start : last - tensor.start]
+
+    def _drawn(self) -> Draws | None:
+        """Made once, by whoever reads first."""
+        with self._lock:
+            if self._draws is None and self.opened.plan.starts:
+                self._draws = _draws(self._key, self.opened.plan)
+            return self._draws
 
     def _take_cut(self, n: int, last: bool) -> torch.Tensor | None:
         """The tensor that this thread read last, and not to its end; kept until then.
@@ -120,43 +134,14 @@ class MergedReader:
             self._cut.pop(thread, None)
         return made if cut == n else None
 
-    @contextmanager
-    def _held(self) -> Iterator[Opened]:
-        """What it reads, open until the last read is through."""
-        self._enter()
-        try:
-            yield self._open()
-        finally:
-            self._leave()
 
-    def _enter(self) -> None:
-        with self._lock:
-            if self._closed:
-                raise FetchError("the merge was closed before it was read")
-            self._reading += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._reading -= 1
-            last = self._closed and not self._reading
-        if last:
-            self._end()
-
-    def _open(self) -> Opened:
-        """Once, by whoever reads first."""
-        with self._opening:
-            if self.opened is None:
-                assert self._opener is not None
-                self.opened = self._opener()
-            if self._draws is None and self.opened.plan.starts:
-                self._draws = _draws(self.key, self.opened.plan)
-            return self.opened
-
-    def _end(self) -> None:
-        self._cut.clear()
-        self._draws = None
-        if self.opened is not None:
-            self.opened.close()
+def _fill(work: _Work, buffers: Sequence[memoryview], offset: int) -> None:
+    stop = offset + sum(buffer.nbytes for buffer in buffers)
+    if stop > work.opened.plan.nbytes:
+        raise IntegrityError(f"the merge ends before byte {stop:,}")
+    targets = _Targets(buffers)
+    for content in work.contents(offset, stop):
+        targets.fill(content)
 
 
 class _Targets:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from threading import Lock
 
 from lorax_async.core.runs import Span
 from lorax_async.core.split_file import SplitPlan
-from lorax_async.errors import FetchError, IntegrityError
+from lorax_async.errors import IntegrityError
 from lorax_async.io.ports import Reader
+from lorax_async.io.sources.opened_once import OpenedOnce
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,21 +37,21 @@ class SplitReader:
     def __init__(
         self, files: SplitFiles | None, opener: Callable[[], SplitFiles] | None = None
     ) -> None:
-        self.files = files
-        self._opener = opener
-        self._lock = Lock()
-        self._opening = Lock()
-        self._reading = 0
-        self._closed = False
+        self._shared = OpenedOnce("the weights were closed before they were read", files, opener)
+
+    @property
+    def files(self) -> SplitFiles | None:
+        """What it reads, if that was opened."""
+        return self._shared.opened
 
     @property
     def nbytes(self) -> int:
-        with self._held() as files:
+        with self._shared.held() as files:
             return files.plan.nbytes
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         stop = offset + sum(buffer.nbytes for buffer in buffers)
-        with self._held() as files:
+        with self._shared.held() as files:
             pieces = _pieces(files.plan, Span(offset, stop))
             if len(pieces) == 1 and pieces[0][0]:
                 number, span = pieces[0]
@@ -63,49 +62,11 @@ class SplitReader:
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
         size = buffer.nbytes // rows
         span = Span(offset, offset + size, rows, pitch if rows > 1 else 0)
-        with self._held() as files:
+        with self._shared.held() as files:
             _fill(files, _pieces(files.plan, span), _Targets([buffer]))
 
     def close(self) -> None:
-        with self._lock:
-            unused = not self._closed and not self._reading
-            self._closed = True
-        if unused:
-            self._end()
-
-    @contextmanager
-    def _held(self) -> Iterator[SplitFiles]:
-        """What it reads, open until the last read is through."""
-        self._enter()
-        try:
-            yield self._open()
-        finally:
-            self._leave()
-
-    def _enter(self) -> None:
-        with self._lock:
-            if self._closed:
-                raise FetchError("the weights were closed before they were read")
-            self._reading += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._reading -= 1
-            last = self._closed and not self._reading
-        if last:
-            self._end()
-
-    def _open(self) -> SplitFiles:
-        """Once, by whoever reads first."""
-        with self._opening:
-            if self.files is None:
-                assert self._opener is not None
-                self.files = self._opener()
-            return self.files
-
-    def _end(self) -> None:
-        if self.files is not None:
-            self.files.close()
+        self._shared.close()
 
 
 def _pieces(plan: SplitPlan, span: Span) -> list[tuple[int, Span]]:

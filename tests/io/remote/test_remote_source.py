@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 from populate_conformance import PopulateConformance
 from remote_world import RemoteWorld
-from source_conformance import Run, SourceConformance, T
+from source_conformance import Run, SourceConformance
 from source_inputs import CONFIG, weights
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -21,16 +19,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 def world(tmp_path: Path) -> Iterator[RemoteWorld]:
     with RemoteWorld(tmp_path / "cache") as world:
         yield world
-
-
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Run:
-    def run(main: Coroutine[Any, Any, T]) -> T:
-        new_loop: Callable[[], asyncio.AbstractEventLoop] = request.param
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            return runner.run(main)
-
-    return run
 
 
 class TestConformance(SourceConformance):
