@@ -26,7 +26,7 @@ NOT_POSITIVE_INTEGERS: list[object] = [
     *(0, -1, -(1 << 70)),
     *(1.0, 1.5, math.nan, math.inf),
     *(True, False),
-    *("16", "", b"1", None, [1], object()),
+    *("16", "", b"1", None, [1], ...),
 ]
 NOT_SECONDS: list[object] = [
     *(0, -1, 0.0, -0.5, -math.inf),

@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Sequence
 
 from lorax_async.adapters.base import AdapterConfig
-from lorax_async.adapters.loading.places import LIMITS, cached_file, read_small
+from lorax_async.adapters.loading.hub_files import cached_file
+from lorax_async.adapters.loading.places import LIMITS, read_small
 from lorax_async.adapters.loading.threads import in_thread
 from lorax_async.core.strict_json import parse_object
 from lorax_async.errors import IncompatibleAdapterError, LoraxError, shorten
+from lorax_async.ids.hub import HubId
 
 _BASE_CONFIG = "config.json"
 
@@ -68,7 +70,7 @@ def cached_architectures(base: str) -> Architectures | None:
     The name is a stranger's word: no folder outside of the cache is looked at.
     """
     try:
-        path = cached_file(base, None, _BASE_CONFIG)
+        path = cached_file(HubId(base, None), _BASE_CONFIG)
         if path is None:
             return None
         text = read_small(os.path.dirname(path), _BASE_CONFIG)

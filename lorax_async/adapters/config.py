@@ -13,7 +13,7 @@ import torch
 from lorax_async.adapter import AdapterSpec, ModulePattern
 from lorax_async.adapters.base import AdapterConfig, AdapterModel, ContentOrPath, ModuleMap
 from lorax_async.adapters.loading.peft_values import require_agreement
-from lorax_async.adapters.loading.places import LIMITS, folder_of, named, read_small
+from lorax_async.adapters.loading.places import LIMITS, folder_with_config, named, read_small
 from lorax_async.adapters.loading.threads import in_thread
 from lorax_async.adapters.loading.unapplied import (
     FACTORS,
@@ -25,7 +25,6 @@ from lorax_async.adapters.loading.weights_file import WeightsFile
 from lorax_async.core.pairing import MAX_MATCHING_STEPS
 from lorax_async.core.peft_config import parse_config
 from lorax_async.errors import UnsupportedAdapterError, UsageError
-from lorax_async.io.sources.local_folder import CONFIG
 
 if TYPE_CHECKING:
     from lorax_async.adapters.weights import LoraWeights
@@ -68,30 +67,33 @@ class LoraConfig(AdapterConfig):
             raise UsageError(f"lora_alpha is a finite number, not {self.lora_alpha!r}")
 
     @classmethod
-    def load(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:  # noqa: ARG003
-        """Read an adapter's config. Blocks: it reads a file, and imports peft. No network request.
+    def load(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
+        """Read an adapter's config. Blocks: it fetches and reads a file, and imports peft.
 
         Parameters
         ----------
         adapter_id
             A `pathlib.Path`, or a str that begins with "/", "./" or "../": a local folder.
-            `org/name[@revision]`: an adapter in the standard hub cache.
+            `org/name[@revision]`: an adapter on the hub. What the standard hub cache has of it is
+            taken without asking; only this one file is fetched.
         api_token
-            Not needed for what is on this machine.
+            What the hub is asked with; None is this machine's own token, if it has one.
 
         Raises
         ------
         AdapterNotFoundError
-            There is no such adapter, or it is not in the hub cache.
+            There is no such adapter, or none that the token may see.
         AdapterFormatError, UnsupportedAdapterError
             The config is malformed, or turns on what plain LoRA does not describe.
-        InvalidAdapterIdError, ConfigError, AccessDeniedError, FetchError
-            The id is none, its source is not available, or the file cannot be read.
+        InvalidAdapterIdError, ConfigError, UsageError
+            The id or the token is none, or the source is not available.
+        AccessDeniedError, FetchError
+            The file cannot be fetched or read.
         InternalError
             peft understands the config otherwise.
         """
         with named(adapter_id):
-            spec = parse_config(read_small(folder_of(adapter_id, CONFIG)), LIMITS)
+            spec = parse_config(read_small(folder_with_config(adapter_id, api_token)), LIMITS)
             require_plain_spec(spec)
             require_agreement(spec)
         return cls._of(spec)

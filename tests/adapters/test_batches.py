@@ -203,7 +203,11 @@ class OtherKind:
 
 
 @pytest.mark.parametrize("prefill", [True, False])
-@pytest.mark.parametrize("weights", [{}, {1: stand_in(8)}, {0: OtherKind()}, {0: None}], ids=str)
+@pytest.mark.parametrize(
+    "weights",
+    [{}, {1: stand_in(8)}, {0: OtherKind()}, {0: None}],
+    ids=["nobody's", "another's", "of another kind", "of nobody"],
+)
 def test_a_batch_without_lora_weights_has_nothing(
     weights: dict[int, object], prefill: bool
 ) -> None:

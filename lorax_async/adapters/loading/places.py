@@ -1,23 +1,22 @@
 """Where an adapter id of LoRAX's calls leads: to a local folder, or into the standard hub cache.
 
 These calls are the embedding program's own word, so that a path is followed wherever it leads.
-Nothing here makes a network request.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lorax_async.adapter import AdapterRef
+from lorax_async.adapters.loading.hub_files import HubFiles
 from lorax_async.config import Limits
 from lorax_async.errors import (
     AdapterNotFoundError,
     ConfigError,
-    FetchError,
     InvalidAdapterIdError,
     LoraxError,
     shorten,
@@ -34,21 +33,32 @@ _LOCAL = ("/", "./", "../")
 _OTHER_SOURCE = re.compile(r"[A-Za-z][0-9A-Za-z+.-]*:")
 
 
-def folder_of(adapter_id: object, *wanted: str) -> str:
-    """The folder that should have one of the files `wanted`. Blocks.
+def folder_with_config(adapter_id: object, token: str | None = None) -> str:
+    """The folder that should have an adapter's config. Blocks.
 
     A `pathlib.Path`, or a str that begins with "/", "./" or "../", is a local folder;
-    `org/name[@revision]` the snapshot of that revision (or of "main") in the standard hub cache.
+    `org/name[@revision]` a folder of the standard hub cache, into which it is fetched if need be.
 
     Raises
     ------
-    AdapterNotFoundError
-        The hub cache has none of them.
     InvalidAdapterIdError, ConfigError
         The id is none, or names a source that is not available here.
+
+    For what is on the hub also what `HubFiles` raises.
     """
+    place = _place_of(adapter_id, token)
+    return place.with_config() if isinstance(place, HubFiles) else place
+
+
+def folder_with_weights(adapter_id: object, token: str | None = None) -> str:
+    """The folder that should have an adapter's config and weights; as `folder_with_config`."""
+    place = _place_of(adapter_id, token)
+    return place.with_weights() if isinstance(place, HubFiles) else place
+
+
+def _place_of(adapter_id: object, token: str | None) -> HubFiles | str:
     if isinstance(adapter_id, str) and not adapter_id.startswith(_LOCAL):
-        return _cached_snapshot(*_hub_id(adapter_id), wanted)
+        return HubFiles(_hub_id(adapter_id), token, LIMITS)
     if not isinstance(adapter_id, str | Path):
         kind = type(adapter_id).__name__
         raise InvalidAdapterIdError(f"an adapter id is a str or a pathlib.Path, not {kind}")
@@ -59,50 +69,10 @@ def folder_of(adapter_id: object, *wanted: str) -> str:
 def _hub_id(text: str) -> HubId:
     if _OTHER_SOURCE.match(text):
         raise ConfigError(
-            "these calls read local folders and what is in the hub cache; an AdapterLoader loads"
+            "these calls read local folders and what is on the hub; an AdapterLoader loads"
             " adapters from elsewhere"
         )
     return parse_hub_id(readable(checked(text, str.encode)))
-
-
-def _cached_snapshot(repo_id: str, revision: str | None, wanted: Sequence[str]) -> str:
-    for name in wanted:
-        path = cached_file(repo_id, revision, name)
-        if path is not None:
-            return os.path.dirname(path)
-    at = "" if revision is None else f" --revision {revision}"
-    raise AdapterNotFoundError(
-        f"the hub cache of this machine has no {wanted[0]} of {repo_id!r}, and these calls"
-        f" fetch nothing by themselves; run 'hf download {repo_id}{at}' first (a folder is a"
-        f" pathlib.Path, or './{repo_id}')"
-    )
-
-
-def cached_file(repo_id: str, revision: str | None, name: str) -> str | None:
-    """Where the standard hub cache has a file, if it has it. Blocks.
-
-    Raises
-    ------
-    InvalidAdapterIdError
-        The hub has no such ids.
-    AccessDeniedError, FetchError
-        The cache cannot be read, or what it says of the revision is no text.
-    """
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (slow)
-    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
-
-    try:
-        path = try_to_load_from_cache(repo_id, name, revision=revision)
-    except HFValidationError as error:
-        raise InvalidAdapterIdError(f"the hub has no such ids ({error})") from error
-    except OSError as error:
-        raise translated(error, "the hub cache") from error
-    except UnicodeDecodeError as error:
-        raise FetchError(
-            "the hub cache is damaged: what it says of this revision is no text; remove the"
-            " repository from it, and download it again"
-        ) from error
-    return path if isinstance(path, str) else None
 
 
 def read_small(folder: str, name: str = CONFIG, limits: Limits = LIMITS) -> bytes:

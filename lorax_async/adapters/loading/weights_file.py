@@ -12,13 +12,12 @@ from typing import Self
 import torch
 
 from lorax_async.adapter import FileIdentity
-from lorax_async.adapters.loading.places import LIMITS, folder_of, named
+from lorax_async.adapters.loading.places import LIMITS, folder_with_weights, named
 from lorax_async.adapters.loading.threads import in_thread
 from lorax_async.adapters.loading.unapplied import require_plain_name
 from lorax_async.config import Limits
 from lorax_async.core.header import Header, HeaderLimits, TensorSpan, parse_header
 from lorax_async.core.peft_names import WEIGHT_DTYPES
-from lorax_async.core.split_index import INDEX
 from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
@@ -34,7 +33,7 @@ from lorax_async.io.sources.checked_open import (
     require_file,
     translated,
 )
-from lorax_async.io.sources.local_folder import WEIGHTS, find_adapter
+from lorax_async.io.sources.local_folder import find_adapter
 from lorax_async.io.sources.local_ids import Place
 from lorax_async.io.sources.local_weights import open_weights, read_prefix
 from lorax_async.io.staging import TORCH_DTYPES, Buffer
@@ -55,20 +54,22 @@ class WeightsFile:
         self._spans = {span.name: span for span in header.tensors}
 
     @classmethod
-    def open(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:  # noqa: ARG003
+    def open(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
         """Open the weights of an adapter, from the same places as `LoraConfig.load`. Blocks.
+
+        What the standard hub cache lacks of the adapter is fetched into it, and nothing else.
 
         Raises
         ------
         AdapterNotFoundError
-            There is no such adapter, or it is not in the hub cache.
+            There is no such adapter, or none that the token may see.
         AdapterFormatError, UnsupportedAdapterError
             The file is malformed, or holds tensors that are not those of plain LoRA.
         AccessDeniedError, FetchError
-            It cannot be read.
+            It cannot be fetched or read.
         """
         with named(adapter_id):
-            folder = folder_of(adapter_id, WEIGHTS, INDEX)
+            folder = folder_with_weights(adapter_id, api_token)
             key = find_adapter(Place((folder,), trusted=True), (), LIMITS)
             weights = open_weights(key, LIMITS)
             return cls._of(weights.prefix, weights.reader)

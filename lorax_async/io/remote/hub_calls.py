@@ -153,9 +153,9 @@ def _asked(question: Question, url: Url) -> Told | Absent:
     except HfHubHTTPError as error:
         if error.response.status_code in _ABSENT and "X-Error-Code" not in error.response.headers:
             return Absent(_commit_of(error))  # a mirror, or a server of files
-        raise _refusal(error, question, url) from None
+        raise problem_of(error, question, url) from None
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-        raise _failure(error, url) from None
+        raise problem_of(error, question, url) from None
     if found.commit_hash is None or not is_commit(found.commit_hash):
         raise FetchError(
             f"{url} names no commit in its answers: it is no hub; check the endpoint",
@@ -180,6 +180,15 @@ def _location(text: str, asked: Url) -> Url | None:
 def _commit_of(error: HfHubHTTPError) -> str | None:
     commit = error.response.headers.get("X-Repo-Commit", "")
     return commit if is_commit(commit) else None
+
+
+def problem_of(error: Exception, question: Question, url: Url) -> AdapterError:
+    """What is raised for an error of huggingface_hub or of its client."""
+    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415 (slow)
+
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(error, question, url)
+    return _failure(error, url)
 
 
 def _refusal(error: HfHubHTTPError, question: Question, url: Url) -> AdapterError:

@@ -1,0 +1,246 @@
+"""What the hub cache lacks is fetched into it: the two files, and no more than these."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from answering_server import Asked, Reply
+from hub_stand_in import HubStandIn
+from huggingface_hub import constants, hf_hub_download
+
+import split_files
+from adapters import small_base as base
+from common import Run
+from lorax_async.adapters import LoraConfig, WeightsFile
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    FetchError,
+    FetchTimeoutError,
+    LoraxError,
+    UsageError,
+)
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+CONFIG, WEIGHTS, INDEX = split_files.CONFIG, split_files.WEIGHTS, split_files.INDEX
+SQL = "org/sql"
+A = base.key(0, "q_proj", "A")
+
+
+def adapter(tmp_path: Path, rank: int = 8) -> Path:
+    folder = tmp_path / f"rank {rank}"
+    return folder if folder.exists() else base.write(folder, base.tensors(rank), rank)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def hub(hub_client: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    with HubStandIn() as running:
+        # What HF_ENDPOINT does at import.
+        template = f"{running.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield running
+        huggingface_hub.close_session()
+
+
+def asked(hub: HubStandIn) -> set[tuple[str, str]]:
+    """Which files the hub itself was asked for, and by what."""
+    return {(each.method, each.target.split("/")[-1]) for each in hub.asked if not each.at_store}
+
+
+def test_the_two_files_are_fetched(hub: HubStandIn, tmp_path: Path, capfd: Any) -> None:
+    commit = hub.put(SQL, contents(adapter(tmp_path)) | {"README.md": b"long"})
+    assert LoraConfig.load(SQL).r == 8
+    assert asked(hub) == {("HEAD", CONFIG), ("GET", CONFIG)}
+    with WeightsFile.open(SQL) as file:
+        assert file.read(A).equal(base.tensors()[A])
+    assert {name for _, name in asked(hub)} == {CONFIG, WEIGHTS}
+    found = hf_hub_download(SQL, WEIGHTS, local_files_only=True)
+    assert Path(found).parent.name == commit
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_was_fetched_is_not_asked_for_again(hub: HubStandIn, tmp_path: Path) -> None:
+    hub.put(SQL, contents(adapter(tmp_path)))
+    WeightsFile.open(SQL).close()
+    hub.asked.clear()
+    WeightsFile.open(SQL).close()
+    assert LoraConfig.load(SQL).r == 8
+    assert not hub.asked
+
+
+def test_while_the_loop_goes_on(run: Run, hub: HubStandIn, tmp_path: Path) -> None:
+    hub.put(SQL, contents(adapter(tmp_path)))
+
+    async def both() -> None:
+        config, weights = await asyncio.gather(
+            LoraConfig.load_async(SQL), WeightsFile.open_async(SQL)
+        )
+        with weights:
+            assert (config.r, weights.shape(A)) == (8, (8, 840))
+
+    run(both())
+
+
+def test_config_and_weights_are_of_one_commit(hub: HubStandIn, tmp_path: Path) -> None:
+    """The branch moves after the config was fetched."""
+    hub.put(SQL, contents(adapter(tmp_path)))
+    assert LoraConfig.load(SQL).r == 8
+    hub.put(SQL, contents(adapter(tmp_path, 4)))
+    with WeightsFile.open(SQL) as file:
+        assert file.shape(A) == (8, 840)
+    with WeightsFile.open(f"{SQL}@{hub.repos[SQL].refs['main']}") as file:
+        assert file.shape(A) == (4, 840)
+
+
+@pytest.mark.parametrize("revision", ["v1", "refs/pr/1"])
+def test_a_revision(hub: HubStandIn, tmp_path: Path, revision: str) -> None:
+    hub.put(SQL, contents(adapter(tmp_path)))
+    hub.put(SQL, contents(adapter(tmp_path, 4)), revision)
+    assert LoraConfig.load(f"{SQL}@{revision}").r == 4
+    assert LoraConfig.load(SQL).r == 8
+    with WeightsFile.open(f"{SQL}@{revision}") as file:
+        assert file.shape(A) == (4, 840)
+
+
+def test_weights_in_several_files(hub: HubStandIn, tmp_path: Path) -> None:
+    several = split_files.deal(adapter(tmp_path), tmp_path / "several")
+    hub.put(SQL, contents(several))
+    with WeightsFile.open(SQL) as file:
+        for name, tensor in base.tensors().items():
+            assert file.read(name).equal(tensor)
+    (shard,) = (each for each in Path(hf_hub_download(SQL, INDEX)).parent.glob("*-00002-*"))
+    shard.unlink()  # what the cache lost is fetched again
+    WeightsFile.open(SQL).close()
+    assert shard.exists()
+
+
+TOKEN = "hf_5ecre7"
+
+
+def test_a_private_adapter(hub: HubStandIn, tmp_path: Path) -> None:
+    hub.put(SQL, contents(adapter(tmp_path)), private_token=TOKEN)
+    for token in (None, "hf_another"):
+        with pytest.raises(LoraxError) as caught:
+            LoraConfig.load(SQL, token)
+        assert isinstance(caught.value, AccessDeniedError | AdapterNotFoundError)
+        assert (caught.value.id, caught.value.stage) == (SQL, "resolve")
+        assert "hf_" not in str(caught.value)
+    assert LoraConfig.load(SQL, TOKEN).r == 8
+    with WeightsFile.open(SQL, TOKEN) as file:
+        assert A in file
+
+
+def test_the_token_of_this_machine(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put(SQL, contents(adapter(tmp_path)), private_token=TOKEN)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert LoraConfig.load(SQL).r == 8
+
+
+@pytest.mark.parametrize("token", ["", "two words", "ö"])
+def test_no_token(hub: HubStandIn, token: str) -> None:
+    with pytest.raises(UsageError, match="token"):
+        LoraConfig.load(SQL, token)
+    assert not hub.asked
+
+
+def test_who_is_to_ask_nobody(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put(SQL, contents(adapter(tmp_path)))
+    assert LoraConfig.load(SQL).r == 8
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    hub.asked.clear()
+    assert LoraConfig.load(SQL).r == 8
+    with pytest.raises(FetchError, match="ask nobody") as caught:
+        WeightsFile.open(SQL)
+    assert (caught.value.id, caught.value.retryable) == (SQL, False)
+    assert not hub.asked
+
+
+@pytest.mark.parametrize(
+    ("id", "without", "problem"),
+    [
+        ("org/other", (), "org/other"),
+        (f"{SQL}@v2", (), "no revision 'v2'"),
+        (SQL, (CONFIG,), f"no {CONFIG} at 'main'"),
+        (SQL, (WEIGHTS,), f"no {WEIGHTS} at 'main'"),
+    ],
+)
+def test_what_the_hub_has_not(
+    hub: HubStandIn, tmp_path: Path, id: str, without: tuple[str, ...], problem: str
+) -> None:
+    found = contents(adapter(tmp_path))
+    hub.put(SQL, {name: content for name, content in found.items() if name not in without})
+    with pytest.raises(LoraxError, match=problem) as caught:
+        WeightsFile.open(id)
+    assert isinstance(caught.value, AdapterNotFoundError | AccessDeniedError)
+    assert caught.value.id == id
+
+
+def test_a_file_over_the_limit_is_not_fetched(hub: HubStandIn, hub_client: Path) -> None:
+    hub.put(SQL, {CONFIG: b" " * (256 * 1024 + 1)})
+    with pytest.raises(AdapterFormatError, match="262,145 bytes, over the limit of 262,144"):
+        LoraConfig.load(SQL)
+    assert asked(hub) == {("HEAD", CONFIG)}
+    assert not list(hub_client.rglob("blobs/*"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "after"),
+    [
+        (Reply(503, {"Retry-After": "7"}), FetchError, 7.0),
+        (Reply(403), AccessDeniedError, None),
+        (None, FetchTimeoutError, None),
+    ],
+)
+def test_a_hub_that_refuses(
+    hub: HubStandIn,
+    reply: Reply | None,
+    kind: type[LoraxError],
+    after: float | None,
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr("lorax_async.adapters.loading.hub_files._SECONDS", 0.2)
+
+    def behave(_: Asked) -> Reply:
+        if reply is None:
+            time.sleep(0.6)
+        return reply or Reply(503)
+
+    hub.behave = behave
+    with pytest.raises(kind) as caught:
+        LoraConfig.load(SQL)
+    assert (caught.value.id, caught.value.stage) == (SQL, "resolve")
+    assert getattr(caught.value, "retry_after", None) == after
+
+
+def test_a_disk_that_takes_no_more(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put(SQL, contents(adapter(tmp_path)))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/home/somebody/.cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    with pytest.raises(FetchError, match=r"cannot be stored in the hub cache \(ENOSPC\)") as caught:
+        LoraConfig.load(SQL)
+    assert (caught.value.id, caught.value.retryable) == (SQL, False)
+    assert "somebody" not in str(caught.value)
