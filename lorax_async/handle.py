@@ -89,6 +89,12 @@ class AdapterHandle:
         return self._lease.tenancy.complete
 
     @property
+    def arrived(self) -> bool:
+        """Whether all its bytes are on this machine: layers that are missing are not far away."""
+        tenancy = self._lease.tenancy
+        return tenancy.complete or tenancy.has_arrived()
+
+    @property
     def released(self) -> bool:
         return self._lease.closed
 

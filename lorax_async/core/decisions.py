@@ -173,7 +173,7 @@ class Decisions:
         """Rule 5. With all spans here the fetch finishes: unverified bytes may be leased."""
         if life.file is not FileState.FETCHING or life.has_interest:
             return False
-        if life.needs is not None and life.fetched == life.all_groups:
+        if life.has_arrived:
             return False
         life.file = next_file_state(life.file, FileMove.UNWANTED)
         self.command(CancelFetch(life.key, life.attempt))

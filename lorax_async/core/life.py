@@ -115,6 +115,11 @@ class Life:
         return (1 << self.groups) - 1
 
     @property
+    def has_arrived(self) -> bool:
+        """All groups can be read."""
+        return self.needs is not None and self.fetched == self.all_groups
+
+    @property
     def departing(self) -> bool:
         """The slot takes no new lease and claims nothing."""
         return self.leaving or self.unloads > 0

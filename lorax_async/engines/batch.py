@@ -14,9 +14,9 @@ import torch
 from lorax_async.core.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.core.layout import Module
 from lorax_async.engines.features import Adapted, Factors, Features, Segment
+from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.errors import UsageError
 from lorax_async.handle import AdapterHandle
-from lorax_async.io.inbox import running_loop
 from lorax_async.io.ports import Device
 from lorax_async.runtime.vectors import Vectors
 from lorax_kernels import Plan, Tables, apply
@@ -53,16 +53,15 @@ class Batch:
     begun by then is done: a cancelled task leaves its thread in the middle of a forward pass.
     """
 
-    def __init__(self, rows: Rows, place: Place) -> None:
+    def __init__(self, rows: Rows, place: Place, budget: float | None = None) -> None:
+        self.gate = LayerGate(rows or (), place.loop, budget)
         self._place = place
         self._rows = None if rows is None else len(rows)
         self._slots = [BASE_ONLY if row is None else row.slot.index for row in rows or ()]
         self._handles = tuple(dict.fromkeys(row for row in rows or () if row is not None))
-        self._streaming: tuple[AdapterHandle, ...] = ()
-        self._unverified: tuple[AdapterHandle, ...] = ()
         self._vectors: dict[int, Vectors] = {}
         self._features = Features(place.device, place.tables, place.factors, self._vectors)
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[tuple[int, frozenset[int]], _Plan] = {}
         self._uses = ExitStack()
         self._lock = Lock()
         self._running = 1  # the block itself
@@ -73,8 +72,6 @@ class Batch:
         with ExitStack() as uses:
             for handle in self._handles:
                 uses.enter_context(handle.use())
-            self._streaming = tuple(handle for handle in self._handles if not handle.resident)
-            self._unverified = tuple(each for each in self._handles if not each.is_verified)
             for handle in self._handles:
                 if (vectors := handle.vectors) is not None:
                     self._vectors[handle.slot.index] = vectors
@@ -119,15 +116,12 @@ class Batch:
     def adapt(self, y: torch.Tensor, x: torch.Tensor, adapted: Adapted) -> torch.Tensor:
         """Add each row's adapter to `y` `[rows, tokens, out]`, the layer's output, and return it.
 
-        Waits for adapters that still stream. Raises `IntegrityError` once one of them turned out
-        to be false.
+        Waits for adapters that still stream, and leaves out those that are `gate.out`; without a
+        budget it raises their errors, also `IntegrityError` once one turned out to be false.
         """
         if not self._handles:
             return y
-        for handle in self._unverified:
-            handle.require_sound()
-        for handle in self._streaming:
-            self._await_layer(handle, adapted.module.layer)
+        self.gate.enter(adapted.module.layer)
         if not self._has_rows(x, adapted.module):
             self._require_untouched(x, adapted)
             return y
@@ -160,16 +154,6 @@ class Batch:
         apply(y, x, plan.kernel, adapted.index, self._place.tables)
         self._features.add(y, x, plan.others, adapted)
 
-    def _await_layer(self, handle: AdapterHandle, layer: int) -> None:
-        if handle.is_ready(layer):
-            return
-        if running_loop() is self._place.loop:
-            raise UsageError(
-                f"layer {layer} of adapter {handle.id!r} is not here yet, and its bytes cannot "
-                "arrive while the event loop's thread waits; run the model in asyncio.to_thread"
-            )
-        handle.wait_layer(layer)
-
     def _require_untouched(self, x: torch.Tensor, adapted: Adapted) -> None:
         """Without a dimension of rows nobody can say whose tokens these are."""
         ranks, module = self._place.tables.rank[adapted.index], adapted.module
@@ -183,16 +167,19 @@ class Batch:
 
     def _plan(self, tokens: int) -> _Plan:
         """Of rows with `tokens` tokens each: a prefill's, a decoding step's, the head's."""
-        plan = self._plans.get(tokens)
+        out = self.gate.slots_out
+        plan = self._plans.get((tokens, out))
         if plan is None:
             device = self._place.tables.rank.device
             segments = plan_rows(self._slots, [tokens] * len(self._slots))
             bounds, slots = segments.bounds, segments.slots
-            known = [BASE_ONLY if slot in self._vectors else slot for slot in slots]
+            left_out = out.union(self._vectors)
+            known = [BASE_ONLY if slot in left_out else slot for slot in slots]
             kernel = Plan.from_segments(bounds, known, device=device)
             each = zip(bounds, bounds[1:], slots, strict=False)
-            others = tuple(segment for segment in each if segment[2] in self._vectors)
-            plan = self._plans[tokens] = _Plan(kernel, others)
+            vectors = self._vectors.keys() - out
+            others = tuple(segment for segment in each if segment[2] in vectors)
+            plan = self._plans[tokens, out] = _Plan(kernel, others)
         return plan
 
 

@@ -11,8 +11,9 @@ over, inside the block:
     context = contextvars.copy_context()
     await loop.run_in_executor(pool, context.run, functools.partial(model, input_ids))
 
-A handle that still streams is accepted: every layer waits for its own weights, hence not on the
-event loop's thread. Adapters are applied for inference; a gradient through them is refused.
+A handle that still streams is accepted: every layer waits for its own weights (with a budget, not
+for ever: see `LayerGate`), hence not on the event loop's thread. Adapters are applied for
+inference; a gradient through them is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lorax_async.core.layout import Module, Parallel
 from lorax_async.engines.batch import Batch, Place, Rows
 from lorax_async.engines.features import Adapted, Factors
 from lorax_async.engines.fitting import modules_of, require_device, require_dtype
+from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.errors import UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
@@ -100,14 +102,20 @@ class Attached:
             replaced.install()
 
     @contextmanager
-    def batch(self, rows: Rows) -> Iterator[None]:
+    def batch(self, rows: Rows, budget: float | None = None) -> Iterator[LayerGate]:
         """While the block lasts, row i of the model's input uses the adapter of `rows[i]`.
+
+        With a budget, look at the gate's `out` after each pass: these rows were computed without
+        their adapters, because one failed, or did not arrive in time.
 
         Parameters
         ----------
         rows
             A handle of this loader, resident or streaming, or None for the base, per row. None in
             place of the whole: any number of rows, all of the base.
+        budget
+            For how many seconds one pass waits for adapters that are not on this machine yet: see
+            `LayerGate`. None: it waits for all of them, and raises their errors.
 
         Raises
         ------
@@ -118,12 +126,12 @@ class Attached:
             A handle was released. One that is released inside the block keeps its adapter there.
         """
         self._check(rows)
-        batch = Batch(rows, self._place)
+        batch = Batch(rows, self._place, budget)
         with self._opened(batch):
             batch.begin()
             token = self._current.set(batch)
             try:
-                yield
+                yield batch.gate
             finally:
                 self._current.reset(token)
                 batch.end()

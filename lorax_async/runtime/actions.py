@@ -93,9 +93,13 @@ class Actions:
 
     def _take_slot(self, command: commands.TakeSlot) -> None:
         self._journal.granted(command.key, command.since, self._clock())
-        plan = self._files.plans[command.key]
+        plan, life = self._files.plans[command.key], self._lives[command.key]
         tenancy = self._tenants.move_in(
-            command.key, command.grant, plan, self._files.verifications.get(command.key)
+            command.key,
+            command.grant,
+            plan,
+            self._files.verifications.get(command.key),
+            lambda: life.has_arrived,
         )
         self.tell(
             SlotGranted,

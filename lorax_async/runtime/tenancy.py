@@ -32,6 +32,7 @@ class Tenancy:
         plan: TransferPlan,
         num_layers: int,
         verification: Verification | None = None,
+        has_arrived: Callable[[], bool] = lambda: False,
     ) -> None:
         self.key = key
         self.grant = grant
@@ -42,6 +43,8 @@ class Tenancy:
         self.error: LoraxError | None = None
         self.verification = verification
         """Once all bytes are here, and checked as far as they will be."""
+        self.has_arrived = has_arrived
+        """Whether all bytes are on this machine. Quick, from any thread."""
         self.streamed = False
         """Somebody holds it before its last layer: single layers are waited for."""
         self.copied = 0

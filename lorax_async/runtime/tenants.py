@@ -50,8 +50,9 @@ class Tenants:
         grant: Grant,
         plan: TransferPlan,
         verification: Verification | None,
+        has_arrived: Callable[[], bool],
     ) -> Tenancy:
-        tenancy = Tenancy(key, grant, plan, self._num_layers, verification)
+        tenancy = Tenancy(key, grant, plan, self._num_layers, verification, has_arrived)
         self._tenancies[key] = tenancy
         return tenancy
 

@@ -1,0 +1,124 @@
+"""A forward pass's way through layers whose adapters may still be on their way.
+
+gate = LayerGate(rows, loop, budget=0.02)
+...                  # in a thread, before the adapters of layer k are applied:
+gate.enter(k)        # waits; from then on the slots in `gate.slots_out` are not to be applied
+...
+gate.out             # which rows were computed without their adapter, and why
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from time import monotonic
+from types import MappingProxyType
+
+from lorax_async.errors import AdapterTimeoutError, HandleClosedError, LoraxError, UsageError
+from lorax_async.handle import AdapterHandle
+from lorax_async.io.inbox import running_loop
+
+
+class LayerGate:
+    """Lets a pass into layer k when the adapters of its batch have layer k.
+
+    It waits freely for an adapter whose bytes are on this machine, or whose rows are all there are.
+    For others a pass waits for `budget` seconds in all. When these are spent, or when an adapter
+    fails, that one is out: its rows are computed without it from there on, and are to be thrown
+    away. The other rows come to the same bits as if nothing had happened.
+
+    Parameters
+    ----------
+    rows
+        A handle, resident or streaming, or None for the base, per row. They stay usable meanwhile
+        (see `AdapterHandle.use`).
+    loop
+        That of their loader. On its thread the gate raises `UsageError` where it would wait, for
+        the layer could not arrive.
+    budget
+        In seconds, for one pass. None: nobody is ever out; the pass waits for everybody, as long as
+        the loader's timeout allows, and raises an adapter's error.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[AdapterHandle | None],
+        loop: asyncio.AbstractEventLoop,
+        budget: float | None = None,
+    ) -> None:
+        if budget is not None and not 0 <= budget < float("inf"):
+            raise UsageError(f"budget is None or a number of seconds from 0, not {budget!r}")
+        handles = tuple(dict.fromkeys(row for row in rows if row is not None))
+        self._rows = tuple(rows)
+        self._alone = len(set(self._rows)) == 1
+        self._loop = loop
+        self._budget = budget
+        self.left = budget or 0.0
+        """Seconds of the budget that the pass may still wait for."""
+        self._streaming = tuple(handle for handle in handles if not handle.resident)
+        self._unverified = tuple(handle for handle in handles if not handle.is_verified)
+        self._layer = -1
+        self._errors: dict[AdapterHandle, LoraxError] = {}
+        self.slots_out: frozenset[int] = frozenset()
+        """Slots whose adapters are out."""
+
+    @property
+    def out(self) -> Mapping[int, LoraxError]:
+        """Rows whose results are to be thrown away, and why. After a timeout: try them again."""
+        errors = self._errors
+        return MappingProxyType(
+            {number: errors[row] for number, row in enumerate(self._rows) if row in errors}
+        )
+
+    def enter(self, layer: int) -> None:
+        """Wait until `layer` (-1 … L) may be computed. In any thread but the loop's.
+
+        A layer before the last one begins another pass: its budget is whole, who is out stays out.
+        Raises `UsageError` on the loop's thread; with a budget of None, an adapter's error.
+        """
+        if layer < self._layer:
+            self.left = self._budget or 0.0
+        self._layer = layer
+        for handle in self._unverified:
+            self._go_on(handle, handle.require_sound)
+        for handle in self._streaming:
+            if not handle.is_ready(layer):
+                self._go_on(handle, partial(self._await, handle, layer))
+
+    def _go_on(self, handle: AdapterHandle, step: Callable[[], None]) -> None:
+        """With the adapter, or without it."""
+        if handle in self._errors:
+            return
+        try:
+            step()
+        except LoraxError as error:
+            # A handle that was released is its holder's business, all other misuse is the pass's.
+            misused = isinstance(error, UsageError) and not isinstance(error, HandleClosedError)
+            if self._budget is None or misused:
+                raise
+            self._errors[handle] = error
+            self.slots_out |= {handle.slot.index}
+
+    def _await(self, handle: AdapterHandle, layer: int) -> None:
+        if running_loop() is self._loop:
+            raise UsageError(
+                f"layer {layer} of adapter {handle.id!r} is not here yet, and its bytes cannot "
+                "arrive while the event loop's thread waits; run the model in asyncio.to_thread"
+            )
+        if self._budget is None or self._alone or handle.arrived:
+            handle.wait_layer(layer)
+            return
+        began = monotonic()
+        try:
+            handle.wait_layer(layer, timeout=max(0.0, self.left))
+        except AdapterTimeoutError:
+            raise AdapterTimeoutError(
+                f"layer {layer} had not arrived when the pass had waited {self._budget:g} s for it;"
+                " queue the request again",
+                id=handle.id,
+                key=handle.key,
+                stage="copy",
+            ) from None
+        finally:
+            self.left -= monotonic() - began

@@ -1,0 +1,246 @@
+"""Passes that go on without an adapter that fails, or does not come in time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common import until
+from engines.variants import PEFT_WARNING, logits_of, prompt, serving
+from lorax_async import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
+from lorax_async.io.fakes import FakeSource
+
+pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture
+def source(adapters: list[Path]) -> FakeSource:
+    """ "warm" comes at once, "cold" as far as it is allowed to; both are on most linears."""
+    source = FakeSource()
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    for id, folder in (("warm", adapters[1]), ("cold", adapters[0])):
+        source.put(id, *((folder / name).read_bytes() for name in names))
+    source.hold("cold")
+    return source
+
+
+async def expected(small: Any, adapters: list[Path]) -> torch.Tensor:
+    """Of the rows [warm, cold, None] with everything there."""
+    async with (
+        serving(small) as (loader, attached),
+        await loader.load(adapters[1]) as warm,
+        await loader.load(adapters[0]) as cold,
+    ):
+        with attached.batch([warm, cold, None]):
+            return logits_of(small, prompt(3))
+
+
+def forward(small: Any) -> Coroutine[Any, Any, torch.Tensor]:
+    return asyncio.to_thread(logits_of, small, prompt(3))
+
+
+def test_a_spent_budget_takes_out_the_rows_that_wait(
+    run: Run, small: Any, adapters: list[Path], source: FakeSource
+) -> None:
+    async def main() -> None:
+        whole = await expected(small, adapters)
+        async with (
+            serving(small, source=source) as (loader, attached),
+            await loader.load("warm") as warm,
+            loader.stream("cold") as cold,
+        ):
+            source.allow("cold", 0)
+            await cold.layer_ready(0)
+            with attached.batch([warm, cold, None], budget=0.01) as gate:
+                logits = await forward(small)
+                (error,) = gate.out.values()
+                assert set(gate.out) == {1}
+                assert isinstance(error, AdapterTimeoutError)
+                assert (error.id, error.retryable) == ("cold", True)
+                assert torch.equal(logits[[0, 2]], whole[[0, 2]])
+                assert not torch.equal(logits[1], whole[1])
+                source.allow("cold")
+                await cold.layer_ready(cold.layers[-1])
+                assert torch.equal((await forward(small))[[0, 2]], whole[[0, 2]])
+                assert set(gate.out) == {1}  # its first pass was wrong: it begins anew
+            with attached.batch([warm, cold, None], budget=0.01) as gate:
+                assert torch.equal(await forward(small), whole)
+                assert not gate.out
+
+    run(main())
+
+
+def test_a_layer_within_the_budget_is_waited_for(
+    run: Run, small: Any, adapters: list[Path], source: FakeSource
+) -> None:
+    async def main() -> None:
+        whole = await expected(small, adapters)
+        async with (
+            serving(small, source=source) as (loader, attached),
+            await loader.load("warm") as warm,
+            loader.stream("cold") as cold,
+        ):
+            with attached.batch([warm, cold, None], budget=60.0) as gate:
+                passing = asyncio.create_task(forward(small))
+                await asyncio.sleep(0.05)
+                assert not passing.done()
+                source.allow("cold")
+                assert torch.equal(await passing, whole)
+                assert not gate.out
+
+    run(main())
+
+
+def test_a_failure_in_mid_stream_takes_out_its_own_rows(
+    run: Run, small: Any, source: FakeSource
+) -> None:
+    async def main() -> None:
+        source.fail("bring", FetchError("the line is down"), id="cold", at=1)
+        async with (
+            serving(small, source=source) as (loader, attached),
+            await loader.load("warm") as warm,
+            loader.stream("cold") as cold,
+        ):
+            with attached.batch([cold, warm, None, cold], budget=60.0) as gate:
+                passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(4)))
+                source.allow("cold")
+                logits = await passing
+                assert set(gate.out) == {0, 3}
+                assert all("the line is down" in str(error) for error in gate.out.values())
+            with attached.batch([None, warm, None, None]):
+                assert torch.equal(logits[1:3], logits_of(small, prompt(4))[1:3])
+
+    run(main())
+
+
+def test_a_handle_that_is_released_takes_out_its_own_rows(
+    run: Run, small: Any, source: FakeSource
+) -> None:
+    async def main() -> None:
+        async with (
+            serving(small, source=source) as (loader, attached),
+            await loader.load("warm") as warm,
+            loader.stream("cold") as cold,
+        ):
+            with attached.batch([warm, cold, None], budget=60.0) as gate:
+                passing = asyncio.create_task(forward(small))
+                await asyncio.sleep(0.05)
+                cold.release()
+                await passing
+                assert isinstance(gate.out[1], HandleClosedError)
+
+    run(main())
+
+
+def test_who_is_alone_waits_beyond_the_budget(run: Run, small: Any, source: FakeSource) -> None:
+    async def main() -> None:
+        async with (
+            serving(small, source=source) as (loader, attached),
+            loader.stream("cold") as cold,
+        ):
+            with attached.batch([cold, cold], budget=0.0) as gate:
+                passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(2)))
+                await asyncio.sleep(0.05)
+                assert not passing.done()
+                source.allow("cold")
+                streamed = await passing
+                assert not gate.out
+                assert torch.equal(streamed, logits_of(small, prompt(2)))
+
+    run(main())
+
+
+def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
+    run: Run, small: Any, adapters: list[Path], source: FakeSource, monkeypatch: Any
+) -> None:
+    """Its bytes are here, and no thread has copied them yet."""
+    from lorax_async.io.transfer import Transfer
+
+    go, original = threading.Event(), Transfer.run
+
+    def late(self: Transfer, *arguments: Any) -> Any:
+        assert go.wait(10)
+        return original(self, *arguments)
+
+    async def main() -> None:
+        whole = await expected(small, adapters)
+        async with (
+            serving(small, source=source) as (loader, attached),
+            await loader.load("warm") as warm,
+            loader.stream("cold") as cold,
+        ):
+            monkeypatch.setattr(Transfer, "run", late)
+            assert warm.arrived > cold.arrived
+            source.allow("cold")
+            await until(lambda: cold.arrived)
+            assert not cold.is_ready(0)
+            with attached.batch([warm, cold, None], budget=0.0) as gate:
+                passing = asyncio.create_task(forward(small))
+                await asyncio.sleep(0.05)
+                assert not passing.done()
+                go.set()
+                assert torch.equal(await passing, whole)
+                assert not gate.out
+
+    try:
+        run(main())
+    finally:
+        go.set()
+
+
+def test_each_pass_has_the_whole_budget(run: Run, small: Any, source: FakeSource) -> None:
+    """By what a pass leaves of it: a second one is not out for what the first has waited."""
+
+    async def main() -> None:
+        async with (
+            serving(small, source=source) as (loader, attached),
+            await loader.load("warm") as warm,
+            loader.stream("cold") as cold,
+        ):
+            with attached.batch([warm, cold], budget=30.0) as gate:
+                passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(2)))
+                await asyncio.sleep(0.05)
+                source.allow("cold")
+                await passing
+                spent = gate.left
+                assert 0 < spent < 30.0
+                gate.enter(-1)
+                assert gate.left == 30.0
+
+    run(main())
+
+
+def test_on_the_loops_thread_nobody_is_taken_out_for_it(
+    run: Run, small: Any, source: FakeSource
+) -> None:
+    async def main() -> None:
+        async with (
+            serving(small, source=source) as (loader, attached),
+            await loader.load("warm") as warm,
+            loader.stream("cold") as cold,
+        ):
+            with attached.batch([warm, cold], budget=1.0) as gate:
+                with pytest.raises(UsageError, match=r"layer 0 .*asyncio\.to_thread"):
+                    logits_of(small, prompt(2))
+                assert not gate.out
+            source.allow("cold")
+
+    run(main())
+
+
+@pytest.mark.parametrize("budget", [-1.0, float("inf"), float("nan")])
+def test_no_budget(small: Any, adapters: list[Path], budget: float) -> None:
+    async def main() -> None:
+        async with serving(small) as (loader, attached), await loader.load(adapters[0]) as handle:
+            with pytest.raises(UsageError, match="budget"), attached.batch([handle], budget):
+                pass
+
+    asyncio.run(main())
