@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from ordering.mutant import Mutants, mutant
 
-DIGESTS, TENANCY = "runtime/digests.py", "runtime/tenancy.py"
-ONCE, MERGED = "io/sources/opened_once.py", "io/sources/merged.py"
-MERGED_READER, HOLD = "io/sources/merged_reader.py", "io/sources/local_hold.py"
-THREADS, BATCH = "adapters/loading/threads.py", "engines/batch.py"
+DIGESTS = "runtime/digests.py"
+TENANCY = "runtime/tenancy.py"
+ONCE = "io/sources/opened_once.py"
+MERGED = "io/sources/merged.py"
+MERGED_READER = "io/sources/merged_reader.py"
+HOLD = "io/sources/local_hold.py"
+THREADS = "adapters/loading/threads.py"
+BATCH = "engines/batch.py"
 
 OF_DIGESTS = "test_digests.py"
 WAITING = "test_digests_waiting.py"
@@ -38,7 +42,7 @@ OF_COMPARING: Mutants = {
         DIGESTS,
         "        promise.settle(_kept(ref), error)\n        tenancy.wake_threads()\n",
         "        promise.settle(_kept(ref), error)\n",
-        f"{OF_DIGESTS}::test_who_waits_in_a_thread_is_woken",
+        f"{OF_DIGESTS}::test_who_waits_for_a_copy_in_a_thread_need_not_wait_for_its_end",
     ),
     "digests: who waits on the loop is woken": mutant(
         DIGESTS,
@@ -107,8 +111,7 @@ OF_COMPARING: Mutants = {
         DIGESTS,
         "        await asyncio.gather(*tasks, return_exceptions=True)\n",
         "",
-        AT_CLOSE,
-        OF_DIGESTS,
+        "test_ending.py::test_hashing_that_is_stopped_is_waited_for",
     ),
     "tenancy: what was verified wakes tasks": mutant(
         TENANCY,
@@ -161,15 +164,13 @@ OF_READERS: Mutants = {
         MERGED,
         "        await asyncio.gather(*tasks, return_exceptions=True)\n",
         "",
-        AT_ANY_AWAIT,
-        MERGE_FAILURES,
+        f"{OF_MERGED}::test_when_a_part_fails_the_others_have_ended",
     ),
     "merged: parts end with the one that failed": mutant(
         MERGED,
         "            task.cancel()\n",
         "",
-        AT_ANY_AWAIT,
-        MERGE_FAILURES,
+        f"{OF_MERGED}::test_when_a_part_fails_the_others_have_ended",
     ),
     "merged: parts that were opened in vain are closed": mutant(
         MERGED,
@@ -183,14 +184,7 @@ OF_READERS: Mutants = {
         MERGED,
         "            await self._bring(key, opened, whole, lambda _: None, demand)\n",
         "",
-        "test_merging.py",
-        OF_MERGED,
-    ),
-    "merged: a thread that opens parts again ends with the loop": mutant(
-        MERGED,
-        "        except CancelledError:\n",
-        "        except ZeroDivisionError:\n",
-        f"{MERGE_FAILURES}::test_closed_while_it_is_opened_again",
+        "io/remote/test_remote_evicted.py::test_parts_of_a_merge_are_fetched_again",
     ),
     "local: what is held is what was opened": mutant(
         HOLD,
@@ -230,3 +224,5 @@ OF_READERS: Mutants = {
         "engines/test_attach_false_bytes.py",
     ),
 }
+
+DIGESTS_AND_READERS: Mutants = {**OF_COMPARING, **OF_READERS}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from ordering.mutant import Mutants, mutant
 
-_NAMES = ("desk", "crew", "download", "attempt", "wire", "pool", "exchange", "network", "asking")
-DESK, CREW, DOWNLOAD, ATTEMPT, WIRE, POOL, EXCHANGE, NETWORK, ASKING = (
-    f"io/http/{name}.py" for name in _NAMES
-)
+DESK = "io/http/desk.py"
+CREW = "io/http/crew.py"
+DOWNLOAD = "io/http/download.py"
+ATTEMPT = "io/http/attempt.py"
+WIRE = "io/http/wire.py"
+POOL = "io/http/pool.py"
+EXCHANGE = "io/http/exchange.py"
+NETWORK = "io/http/network.py"
 
 ENDS = "io/http/test_http_ends.py"
 ENGINE = "io/http/test_http_engine.py"
 FAULTS = "io/http/test_http_faults.py"
 SERVERS = "io/http/test_http_servers.py"
 PLACES = "io/http/test_http_places.py"
-TRUST = "io/http/test_http_trust.py"
+PARTS = "io/http/test_http_parts.py"
 FROM_OUTSIDE = f"{ENDS}::test_an_end_from_outside"
 IN_ORDER = f"{SERVERS}::test_every_byte_once_in_order"
 
@@ -37,20 +41,11 @@ HTTP: Mutants = {
         "        piece.not_before = now\n",
         f"{SERVERS}::test_retry_after_is_waited_for_without_a_connection",
     ),
-    "http: where they are too many all wait": mutant(
-        DESK,
-        "            self.not_before = max(self.not_before, piece.not_before)\n",
-        "",
-        f"{SERVERS}::test_too_many_connections_for_the_server",
-        SERVERS,
-        FAULTS,
-    ),
     "http: the foreground goes first": mutant(
         DESK,
-        "key=lambda job: (job.urgency, len(job.running) - parts[job])",
-        "key=lambda job: (0, len(job.running) - parts[job])",
+        "Claim(job.urgency, job.wanted(now))",
+        "Claim(0, job.wanted(now))",
         f"{ENGINE}::test_the_foreground_goes_first",
-        ENGINE,
     ),
     "http: a long piece makes way": mutant(
         DOWNLOAD,
@@ -104,13 +99,6 @@ HTTP: Mutants = {
         "        self._woken.set()\n",
         f"{SERVERS}::test_all_is_there_already",
     ),
-    "http: threads that begin wake the clock": mutant(
-        CREW,
-        "        self._woken.set()\n        self._desk.finish(job)\n",
-        "        self._desk.finish(job)\n",
-        ENDS,
-        ENGINE,
-    ),
     "http: idle threads end": mutant(
         CREW,
         "                if self._desk.clock() >= late:\n                    break\n",
@@ -139,26 +127,13 @@ HTTP: Mutants = {
             with self.desk.changed:
                 piece.at += got
 """,
-        IN_ORDER,
-        SERVERS,
-        ENDS,
+        f"{SERVERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
     ),
     "http: groups are told of by one thread at a time": mutant(
         DOWNLOAD,
         "                if self._telling or not self._news:\n",
         "                if not self._news:\n",
-        IN_ORDER,
-        ENGINE,
-    ),
-    "http: nothing is written after the end": mutant(
-        DOWNLOAD,
-        """\
-            if self.over:
-                raise AbortedError
-            left =""",
-        "            left =",
-        FROM_OUTSIDE,
-        ENDS,
+        f"{SERVERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
     ),
     "http: one response is the whole": mutant(
         DOWNLOAD,
@@ -166,19 +141,11 @@ HTTP: Mutants = {
         "                pass\n",
         f"{SERVERS}::test_a_server_that_sends_all_or_nothing",
     ),
-    "http: others end where one response is the whole": mutant(
-        DOWNLOAD,
-        "                if other is not attempt:\n                    other.end()\n",
-        "                pass\n",
-        f"{SERVERS}::test_a_server_that_sends_all_or_nothing",
-    ),
     "http: who was ended before he had a connection is told": mutant(
         ATTEMPT,
         "        if ended:\n            raise AbortedError\n",
         "",
-        FROM_OUTSIDE,
-        ENDS,
-        PLACES,
+        f"{PARTS}::test_who_was_ended_gets_no_connection",
     ),
     "http: an end reaches a thread that waits": mutant(
         ATTEMPT,
@@ -187,11 +154,10 @@ HTTP: Mutants = {
         FROM_OUTSIDE,
     ),
     "http: an end does not reach a connection that was given back": mutant(
-        EXCHANGE,
-        "        self._attempt.leave()\n        connection, self._connection",
-        "        connection, self._connection",
-        ENDS,
-        ENGINE,
+        ATTEMPT,
+        "        with self._lock:\n            self._wire = None\n",
+        "        pass\n",
+        f"{PARTS}::test_an_end_does_not_reach_what_was_given_back",
     ),
     "http: a connection is given back when its response was read": mutant(
         EXCHANGE,
@@ -204,17 +170,7 @@ HTTP: Mutants = {
         WIRE,
         "            aborted = self._aborted\n        if aborted:\n            raise AbortedError\n",
         "",
-        PLACES,
-        ENDS,
-    ),
-    "http: an end is no end of the body": mutant(
-        WIRE,
-        "        if self._aborted and not count:  # what came before is good\n"
-        "            raise AbortedError\n",
-        "",
-        FROM_OUTSIDE,
-        ENDS,
-        SERVERS,
+        f"{PARTS}::test_a_socket_is_not_opened_for_who_was_ended",
     ),
     "http: an end closes nothing under a thread that reads": mutant(
         WIRE,

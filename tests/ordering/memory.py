@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from ordering.mutant import Mutants, mutant
 
-SPILLING, SPILLED, COPIES = "io/spilling.py", "io/spilled.py", "io/host_copies.py"
-FROM_MEMORY, SNAPSHOT = "io/sources/from_memory.py", "io/snapshot.py"
-GIVING, TURNS, RETIRING, DIGESTS = (
-    f"runtime/{name}.py" for name in ("giving", "turns", "retiring", "digests")
-)
-TENANCY = "runtime/tenancy.py"
+SPILLING = "io/spilling.py"
+SPILLED = "io/spilled.py"
+COPIES = "io/host_copies.py"
+FROM_MEMORY = "io/sources/from_memory.py"
+SNAPSHOT = "io/snapshot.py"
+GIVING = "runtime/giving.py"
+TURNS = "runtime/turns.py"
+RETIRING = "runtime/retiring.py"
 
 OF_SPILLING = "io/test_spilling.py"
 OF_MEMORY = "io/test_memory_source.py"
@@ -18,15 +20,10 @@ ENDS = "test_spill_ends.py"
 SPILL = "test_spill.py"
 IN_USE = f"{OF_SPILLING}::test_what_is_read_or_copied_now_is_waited_for"
 HAS_MEMORY = f"{OF_SPILLING}::test_who_has_the_memory_keeps_it_and_who_needs_it_waits"
-UNLOADED = f"{ENDS}::test_unloaded_meanwhile_it_keeps_no_other_from_going"
-
 BESIDE = "test_replace_beside_loads.py"
 REPLACED = "test_replace_races.py"
 IN_ORDER = f"{BESIDE}::test_several_at_once_come_in_their_order"
 GIVEN = "test_from_memory.py"
-OF_DIGESTS = "test_digests.py"
-WAITING = "test_digests_waiting.py"
-NOBODY_WAITS = f"{WAITING}::test_hashing_ends_when_nobody_waits_for_it"
 
 OF_COPIES: Mutants = {
     "spilling: claims are granted in their order": mutant(
@@ -45,20 +42,19 @@ OF_COPIES: Mutants = {
         SPILLING,
         "                loop.call_soon_threadsafe(changed.set)\n",
         "                loop.call_soon(changed.set)\n",
-        f"{OF_SPILLING}",
-        RACES,
+        f"{OF_SPILLING}::test_each_reader_that_leaves_is_heard_of",
     ),
     "spilling: who waits looks again after a change": mutant(
         SPILLING,
         "                    changed.clear()\n",
         "",
-        IN_USE,
+        f"{OF_SPILLING}::test_each_reader_that_leaves_is_heard_of",
     ),
     "spilling: nothing begins once it is closed": mutant(
         SPILLING,
         "                    check_open()\n",
         "",
-        ENDS,
+        f"{OF_SPILLING}::test_once_it_is_closed_nothing_goes_any_more",
     ),
     "spilling: what goes is read to its end": mutant(
         SPILLING,
@@ -78,7 +74,7 @@ OF_COPIES: Mutants = {
         COPIES,
         "            self.moving.end()\n",
         "            pass\n",
-        UNLOADED,
+        f"{OF_SPILLING}::test_what_is_dropped_need_not_go_on",
     ),
     "spilling: what was dropped meanwhile goes from the disk": mutant(
         COPIES,
@@ -130,8 +126,7 @@ OF_COPIES: Mutants = {
         SPILLED,
         "        _require(demand)\n        found.update",
         "        found.update",
-        f"{ENDS}::test_cancelled_it_ends_between_two_pieces",
-        UNLOADED,
+        f"{OF_SPILLING}::test_what_is_dropped_need_not_go_on",
     ),
     "spilled: who reads it keeps it": mutant(
         SPILLED,
@@ -233,14 +228,8 @@ OF_NAMES: Mutants = {
         RETIRING,
         "        if life is None or life.is_idle:\n",
         "        if True:\n",
-        GIVEN,
-        "test_replace.py",
-    ),
-    "retiring: what is told meanwhile does not begin it again": mutant(
-        RETIRING,
-        "        if not self._keys or self._looking:\n",
-        "        if not self._keys:\n",
-        "test_replace.py",
-        REPLACED,
+        f"{REPLACED}::test_while_the_old_one_computes",
     ),
 }
+
+MEMORY: Mutants = {**OF_COPIES, **OF_NAMES}

@@ -1,31 +1,25 @@
-"""Mutants of how an adapter from elsewhere is found: versions, turns, and the hub's cache."""
+"""Mutants of how an adapter from elsewhere is found: versions, turns, and room."""
 
 from __future__ import annotations
 
 from ordering.mutant import Mutants, mutant
 
-_NAMES = ("opening", "resolving", "known", "beginning", "elsewhere")
-OPENING, RESOLVING, KNOWN, BEGINNING, ELSEWHERE = (f"io/remote/{name}.py" for name in _NAMES)
-_HUBS = ("hub", "hub_first", "hub_cache", "hub_download", "hub_writing")
-HUB, HUB_FIRST, HUB_CACHE, HUB_DOWNLOAD, HUB_WRITING = (f"io/remote/{name}.py" for name in _HUBS)
+OPENING = "io/remote/opening.py"
+RESOLVING = "io/remote/resolving.py"
+KNOWN = "io/remote/known.py"
+BEGINNING = "io/remote/beginning.py"
+ELSEWHERE = "io/remote/elsewhere.py"
 
 OF_WORKERS = "io/remote/test_remote_workers.py"
 OF_SOURCE = "io/remote/test_remote_source.py::TestConformance"
 AT_ANY_AWAIT = f"{OF_SOURCE}::test_cancelled_at_any_await"
+WAITS = "io/remote/test_remote_waits.py"
 LOADS = "io/remote/test_remote_loads.py"
 SIZES = "io/remote/test_fault_sizes.py"
-BYTES = "io/remote/test_fault_bytes.py"
 CALLERS = "io/remote/test_remote_callers.py"
 VERSIONS = "io/remote/test_remote_versions.py"
-SHARING = "io/remote/test_hub_cache_sharing.py"
-WRITING = "io/remote/test_hub_cache_writing.py"
-READING = "io/remote/test_hub_cache_reading.py"
-FIRST = "io/remote/test_hub_first.py"
-LOCATOR = "io/remote/test_hub_locator.py"
-NETWORK = "io/remote/test_hub_network.py"
-OTHERS_WAIT = f"{SHARING}::test_one_downloads_and_others_wait"
 
-OF_OPENING: Mutants = {
+OPENINGS: Mutants = {
     "opening: an entry is let go where no thread opens it": mutant(
         OPENING,
         "                found.close()  # it may be that no thread has begun\n",
@@ -36,15 +30,13 @@ OF_OPENING: Mutants = {
         OPENING,
         "partial(opened, found, cache_key(key), self._limits), _close_reader\n",
         "partial(opened, found, cache_key(key), self._limits)\n",
-        AT_ANY_AWAIT,
-        OF_WORKERS,
+        f"{WAITS}::test_opening_what_is_here_is_cancelled_at_any_await",
     ),
     "opening: a download has ended when that is told": mutant(
         OPENING,
         "            await self._workers.finish(partial(_end, found, error))\n",
         "            self._workers.submit(partial(_end, found, error))\n",
-        AT_ANY_AWAIT,
-        OF_SOURCE,
+        f"{WAITS}::test_a_download_has_ended_when_its_failure_is_told",
     ),
     "opening: first bytes are used once": mutant(
         OPENING,
@@ -63,8 +55,7 @@ OF_OPENING: Mutants = {
         OPENING,
         "await self._workers.run(look, close)",
         "await self._workers.run(look)",
-        AT_ANY_AWAIT,
-        "io/remote/test_fault_sweep.py",
+        f"{WAITS}::test_opening_what_is_here_is_cancelled_at_any_await",
     ),
     "opening: who downloads is waited for": mutant(
         OPENING,
@@ -80,7 +71,7 @@ OF_OPENING: Mutants = {
         """\
         while True:
             attempt""",
-        OF_SOURCE,
+        f"{WAITS}::test_who_waits_for_others_ends_with_the_demand",
     ),
     "opening: who has room and ends is waited for": mutant(
         OPENING,
@@ -96,21 +87,19 @@ OF_OPENING: Mutants = {
         """\
         while True:
             try""",
-        SIZES,
+        f"{WAITS}::test_who_waits_for_others_ends_with_the_demand",
     ),
     "opening: small files are checked before they are used": mutant(
         OPENING,
         "                _check(content, file.role, expected)  # it is used before all is published\n",
         "",
-        OF_SOURCE,
-        BYTES,
+        f"{WAITS}::test_small_files_are_checked_before_they_are_used",
     ),
     "opening: who is let have it is noted": mutant(
         OPENING,
         "                found.grant(scope)\n",
         "                pass\n",
-        CALLERS,
-        LOADS,
+        f"{WAITS}::test_who_was_let_have_it_has_it_while_the_source_is_down",
     ),
     "resolving: who asks is known before it is recalled": mutant(
         RESOLVING,
@@ -135,15 +124,13 @@ OF_OPENING: Mutants = {
         RESOLVING,
         "        if self._noted.get(question) == located.version:\n",
         "        if question in self._noted:\n",
-        "io/remote/test_fault_sources.py",
-        LOADS,
+        f"{WAITS}::test_the_last_version_is_what_is_stale",
     ),
     "resolving: another version is not taken for the one": mutant(
         RESOLVING,
         "        if found != key:\n",
         "        if False:\n",
-        OF_SOURCE,
-        VERSIONS,
+        f"{WAITS}::test_another_version_is_not_stored_under_the_name_of_the_one",
     ),
     "known: who asked last is in whose name it is fetched": mutant(
         KNOWN,
@@ -155,8 +142,7 @@ OF_OPENING: Mutants = {
         BEGINNING,
         "            if again.known != start.known:\n",
         "            if False:\n",
-        BYTES,
-        OF_SOURCE,
+        f"{WAITS}::test_what_changes_between_two_answers_is_noticed",
     ),
     "beginning: what is too large is not asked for": mutant(
         BEGINNING,
@@ -171,136 +157,12 @@ OF_OPENING: Mutants = {
         ELSEWHERE,
         "        with self._making:\n            if self._closed:\n",
         "        if self._making:\n            if self._closed:\n",
-        "io/remote/test_loads_from_everywhere.py",
+        f"{WAITS}::test_all_that_it_takes_is_made_once",
     ),
     "elsewhere: nothing is made after its end": mutant(
         ELSEWHERE,
         "            if self._closed:\n",
         "            if False:\n",
-        "io/remote/test_loads_from_everywhere.py",
-    ),
-}
-
-OF_HUB: Mutants = {
-    "hub: both files are of one commit": mutant(
-        HUB,
-        "        if weights.commit != config.commit:  # a branch moved between the two answers\n",
-        "        if False:\n",
-        f"{LOCATOR}::test_a_branch_that_moves_between_two_answers",
-    ),
-    "hub: questions are given up with who asked": mutant(
-        HUB,
-        "                each.cancel()\n",
-        "                pass\n",
-        f"{NETWORK}::test_who_does_not_wait_any_more",
-    ),
-    "hub: what passes is asked again after a while": mutant(
-        HUB,
-        "            await asyncio.sleep(wait)\n",
-        "            pass\n",
-        f"{NETWORK}::test_waiting_between_attempts_can_be_ended",
-        "io/remote/test_hub_refusals.py::test_how_long_the_hub_wants_to_be_left_alone",
-    ),
-    "hub: an answer about another commit is none": mutant(
-        HUB,
-        "    if is_commit(question.revision) and told.commit not in {None, question.revision}:\n",
-        "    if False:\n",
-        "io/remote/test_hub_refusals.py::test_an_answer_about_another_commit",
-    ),
-    "hub first: who downloads is waited for": mutant(
-        HUB_FIRST,
-        "            turn.wait(begun)\n        return begun\n",
-        "            turn.alone = True\n        return begun\n",
-        f"{FIRST}::test_others_wait_whichever_it_goes_to",
-    ),
-    "hub first: what either has is not downloaded": mutant(
-        HUB_FIRST,
-        """\
-        entry = self.open(key)
-        if entry is not None:
-            return entry
-        cache""",
-        "        cache",
-        f"{FIRST}::test_what_the_hub_cache_has_is_not_downloaded",
-    ),
-    "hub cache: who downloads is waited for": mutant(
-        HUB_CACHE,
-        "            turn.wait(begun)\n        return begun\n",
-        "            turn.alone = True\n        return begun\n",
-        OTHERS_WAIT,
-    ),
-    "hub cache: a revision means a commit when that is here": mutant(
-        HUB_CACHE,
-        "        if self.open(key) is not None:\n            self._write_refs(key)\n",
-        "        self._write_refs(key)\n",
-        f"{SHARING}::test_refs_are_noted_when_the_commit_is_here",
-    ),
-    "hub cache: a revision means a commit once that is published": mutant(
-        HUB_CACHE,
-        "        self._write_refs(key)\n        return self.open(key)\n",
-        "        return self.open(key)\n",
-        f"{SHARING}::test_refs_are_noted_when_the_commit_is_here",
-        f"{WRITING}::test_other_tools_find_it",
-    ),
-    "hub cache: who it was published for may have it": mutant(
-        HUB_CACHE,
-        "        self.scopes.grant(key.name, scope)\n        self._write_refs(key)\n",
-        "        self._write_refs(key)\n",
-        f"{SHARING}::test_who_may_have_it",
-    ),
-    "hub cache: wrong bytes are remembered": mutant(
-        HUB_CACHE,
-        "        self._wrong.update(wrong)\n",
-        "",
-        f"{READING}::test_altered_bytes_are_noticed_and_remembered",
-    ),
-    "hub download: digests are checked before blobs are there": mutant(
-        HUB_DOWNLOAD,
-        "{role: file.checked_digest() for role, file in self._files.items()}",
-        '{role: Digest("sha256", "0" * 64) for role in self._files}',
-        f"{WRITING}::test_wrong_bytes_leave_nothing",
-    ),
-    "hub download: wrong bytes are discarded": mutant(
-        HUB_DOWNLOAD,
-        "        with self._discarded_if_wrong():\n            digests |=",
-        "        if True:\n            digests |=",
-        f"{WRITING}::test_wrong_bytes_leave_nothing",
-    ),
-    "hub download: its bytes are on the disk before they are blobs": mutant(
-        HUB_DOWNLOAD,
-        "                file.settled(digests[role])\n",
-        "                pass\n",
-        WRITING,
-    ),
-    "hub download: a partial has gone when it is published": mutant(
-        HUB_DOWNLOAD,
-        "        self.discard()\n        entry = self._published()\n",
-        "        entry = self._published()\n",
-        WRITING,
-    ),
-    "hub writing: blobs are on the disk before links": mutant(
-        HUB_WRITING,
-        "            blobs.sync()\n",
-        "",
-        WRITING,
-    ),
-    "hub writing: the config is linked last": mutant(
-        HUB_WRITING,
-        "sorted(digests.items(), reverse=True)",
-        "sorted(digests.items())",
-        WRITING,
-        "io/remote/test_hub_cache_failures.py",
-    ),
-    "hub writing: links are on the disk when it is published": mutant(
-        HUB_WRITING,
-        "            snapshot.sync()\n",
-        "",
-        WRITING,
-    ),
-    "hub writing: a blob that came meanwhile stays": mutant(
-        HUB_WRITING,
-        "                if self.blob(role, digest) is None:\n",
-        "                if True:\n",
-        f"{SHARING}::test_somebody_who_does_not_heed_the_lock",
+        f"{WAITS}::test_all_that_it_takes_is_made_once",
     ),
 }

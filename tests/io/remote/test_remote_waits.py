@@ -6,7 +6,7 @@ import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
@@ -21,8 +21,10 @@ from common import Run
 from lorax_async import AdapterError, FetchError, IntegrityError, LoaderClosedError, LoaderConfig
 from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
+from lorax_async.core.runs import Span
 from lorax_async.io import own_cache
 from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.own_cache import OwnCache
 from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.io.remote import elsewhere, opening
@@ -34,7 +36,9 @@ from lorax_async.io.sources.local_hold import LocalHold
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 
-async def opened(world: RemoteWorld, name: str = "one", demand: Demand | None = None) -> AdapterFile:
+async def opened(
+    world: RemoteWorld, name: str = "one", demand: Demand | None = None
+) -> AdapterFile:
     key = await world.source.resolve(world.ref(name))
     return await world.source.open(key, demand or Demand())
 
@@ -107,7 +111,9 @@ def test_opening_what_is_here_is_cancelled_at_any_await(
             ref = replace(world.ref("one"), revision=version if pinned else None)
             key = await world.source.resolve(ref)
             assert world.locator.located == (0 if pinned else 1)
-            ends = [await was_cancelled(world.source.open(key, Demand()), at, late) for at in range(8)]
+            ends = [
+                await was_cancelled(world.source.open(key, Demand()), at, late) for at in range(8)
+            ]
             assert {True, False} == set(ends)
             assert not any(in_use(world))
 
@@ -127,6 +133,25 @@ def test_an_entry_stays_for_as_long_as_it_is_read(run: Run, tmp_path: Path) -> N
         run(body())
 
 
+def test_groups_are_told_of_on_the_loop(run: Run, tmp_path: Path) -> None:
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+
+        async def body() -> None:
+            file, told = await opened(world), list[tuple[int, Thread]]()
+            half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
+
+            def note(group: int) -> None:
+                told.append((group, current_thread()))
+
+            groups = [[Span(0, half)], [Span(half, nbytes)]]
+            await world.source.bring(file, groups, note, Demand())
+            assert told == [(0, current_thread()), (1, current_thread())]
+            file.reader.close()
+
+        run(body())
+
+
 def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
     run: Run, tmp_path: Path
 ) -> None:
@@ -135,9 +160,7 @@ def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
 
         async def body() -> None:
             file = await opened(world)
-            bringing = asyncio.create_task(
-                world.source.bring(file, [], lambda _: None, Demand())
-            )
+            bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
             await asyncio.sleep(0)
             file.reader.close()
             await bringing
@@ -332,12 +355,12 @@ def test_all_that_it_takes_is_made_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_loaders_own_cache_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By several threads, and not after the end."""
-    plainly, begun, go_on = own_cache.DiskCache, [], Event()
+    begun, go_on = list[object](), Event()
 
     def slowly(*given: Any) -> Any:
         begun.append(given)
         go_on.wait(20)
-        return plainly(*given)
+        return DiskCache(*given)
 
     monkeypatch.setattr(own_cache, "DiskCache", slowly)
     own = OwnCache(LoaderConfig(cache_dir=tmp_path / "cache"))
