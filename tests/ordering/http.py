@@ -135,12 +135,6 @@ HTTP: Mutants = {
         "                if not self._news:\n",
         f"{SERVERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
     ),
-    "http: one response is the whole": mutant(
-        DOWNLOAD,
-        "                raise AbortedError  # another thread saw it first\n",
-        "                pass\n",
-        f"{SERVERS}::test_a_server_that_sends_all_or_nothing",
-    ),
     "http: who was ended before he had a connection is told": mutant(
         ATTEMPT,
         "        if ended:\n            raise AbortedError\n",

@@ -187,8 +187,11 @@ def test_a_download_has_ended_when_its_failure_is_told(
 
 
 @pytest.mark.parametrize("what", ["the same", "room"])
-def test_who_waits_for_others_ends_with_the_demand(run: Run, tmp_path: Path, what: str) -> None:
+def test_who_waits_for_others_ends_with_the_demand(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     """For who downloads the same, and for who has the room that it needs."""
+    monkeypatch.setattr(opening, "PATIENCE_SECONDS", 60)
     with RemoteWorld(tmp_path / "cache", cache_bytes=1_000_000) as world:
         stocked(world, tmp_path)
 
@@ -224,22 +227,22 @@ def test_small_files_are_checked_before_they_are_used(run: Run, tmp_path: Path) 
 
 
 def test_who_was_let_have_it_has_it_while_the_source_is_down(run: Run, tmp_path: Path) -> None:
-    """Not only who it was fetched for."""
+    """Not only who it was fetched for; and nobody else."""
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
+        first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
         version = world.locator.there["one"].version
-        first, second, third = (replace(world.ref("one"), token=token) for token in "abc")
 
         async def body() -> None:
-            (await brought(world)).reader.close()
             for ref in (first, second):
-                key = await world.source.resolve(ref)
-                (await world.source.open(key, Demand())).reader.close()
+                file = await world.source.open(await world.source.resolve(ref), Demand())
+                await world.source.bring(file, [], lambda _: None, Demand())
+                file.reader.close()
             world.locator.error = FetchError("it is down")
             for ref in (first, second):
                 await world.source.resolve(replace(ref, revision=version))
-            stranger = replace(third, revision=version)
-            assert await world.source.resolve(stranger) == key, "it is public"
+            with pytest.raises(FetchError, match="it is down"):
+                await world.source.resolve(replace(stranger, revision=version))
 
         run(body())
 
