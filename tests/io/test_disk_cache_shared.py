@@ -19,6 +19,8 @@ from lorax_async.core.cache_names import BUDGET_LOCK, CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.errors import CapacityError, FetchError
 from lorax_async.io.cache import entries, locks, partial_download
 from lorax_async.io.cache.entries import DiskEntry
+from lorax_async.io.disk_cache import Turn
+from lorax_async.io.ports import Demand
 
 SIZE = 1_000 + len(CONFIG)
 
@@ -236,6 +238,15 @@ def test_what_one_has_opened_the_other_does_not_remove(two: Two) -> None:
     assert not other.cache.remove(KEY)
     entry.close()
     assert other.cache.remove(KEY)
+
+
+def test_who_waits_ends_with_the_demand() -> None:
+    demand = Demand()
+    turn = Turn(demand)
+    turn.wait(1)
+    demand.end()
+    with pytest.raises(FetchError, match="cancelled"):
+        turn.wait(2)
 
 
 def test_what_is_published_just_before_one_may_begin_is_taken(

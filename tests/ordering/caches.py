@@ -84,12 +84,6 @@ CACHES: Mutants = {
         "            suppress",
         NOBODY_THERE,
     ),
-    "cache: a download is taken over when nobody counts": mutant(
-        PARTIALS,
-        "                with self._place.undisturbed():\n",
-        "                if True:\n",
-        NOBODY_THERE,
-    ),
     "cache: bytes are on the disk before they are left": mutant(
         FILE,
         """\
@@ -191,6 +185,6 @@ CACHES: Mutants = {
         DISK,
         "        self._demand.wait(POLL_SECONDS)\n        self._require()\n",
         "        self._demand.wait(POLL_SECONDS)\n",
-        "io/test_fake_cache.py::TestSharing::test_waiting_can_be_cancelled",
+        f"{SHARED}::test_who_waits_ends_with_the_demand",
     ),
 }
