@@ -70,7 +70,7 @@ CACHES: Mutants = {
         DOWNLOAD,
         "        granted_shared(taken.folder.fd)  # it must not be evicted as soon as it is there\n",
         "",
-        SHARED,
+        f"{SHARED}::test_what_one_holds_the_other_does_not_evict",
     ),
     "cache: a download gets its name when nobody counts": mutant(
         DOWNLOAD,
@@ -147,8 +147,7 @@ CACHES: Mutants = {
         FILE,
         "with self._reserve(more), self._file.held() as fd:",
         "with self._file.held() as fd:",
-        f"{IN_ROOM}::test_room_is_there_before_the_bytes",
-        IN_ROOM,
+        f"{IN_ROOM}::test_the_least_recently_used_goes",
     ),
     "cache: who had the lock before may have published it": mutant(
         PARTIAL,
@@ -167,7 +166,6 @@ CACHES: Mutants = {
         "                self._lock.release()\n",
         "                pass\n",
         f"{SHARING}::test_others_wait_and_have_what_was_published",
-        CONFORMANCE,
     ),
     "cache: who downloads is waited for": mutant(
         PARTIAL,

@@ -20,7 +20,6 @@ AT_CLOSE = f"{WAITING}::test_who_waits_when_it_closes_waits_no_longer"
 SPLIT = "io/test_split_reader.py"
 ACROSS = f"{SPLIT}::test_a_read_across_a_border_ends_before_its_files_are_closed"
 OF_MERGED = "io/test_merged_source.py"
-AT_ANY_AWAIT = f"{OF_MERGED}::test_cancelled_at_any_await"
 ROWS = "io/test_merged_rows.py"
 MERGE_FAILURES = "test_merge_failures.py"
 ASYNC = "adapters/test_weights_async.py"
@@ -117,8 +116,7 @@ OF_COMPARING: Mutants = {
         TENANCY,
         "        self.verification = self.verification or verification\n        self.wake_tasks()\n",
         "        self.verification = self.verification or verification\n",
-        "test_verified.py",
-        OF_DIGESTS,
+        "test_verified.py::test_a_load_is_there_before_it_is_verified",
     ),
 }
 
@@ -152,7 +150,7 @@ OF_READERS: Mutants = {
         MERGED_READER,
         "        thread = get_ident()\n",
         "        thread = next(iter(self._cut), 0)\n",
-        ROWS,
+        f"{ROWS}::test_threads_that_take_turns_compute_their_tensors_once",
     ),
     "merged: a group is here when every part's bytes are": mutant(
         MERGED,
@@ -176,9 +174,7 @@ OF_READERS: Mutants = {
         MERGED,
         "            task.add_done_callback(partial(_undo, undo))\n",
         "",
-        AT_ANY_AWAIT,
-        MERGE_FAILURES,
-        OF_MERGED,
+        f"{MERGE_FAILURES}::test_a_part_that_fails",
     ),
     "merged: parts that come back are whole before they are read": mutant(
         MERGED,
@@ -191,7 +187,6 @@ OF_READERS: Mutants = {
         "            reader.read_into([], 0)\n",
         "",
         "io/test_local_hold.py::test_a_file_that_changes_is_not_held",
-        "io/test_split_hold.py",
     ),
     "threads: who is not waited for need not go on": mutant(
         THREADS,
@@ -221,7 +216,7 @@ OF_READERS: Mutants = {
         BATCH,
         "        for handle in self._unverified:\n            handle.require_sound()\n",
         "",
-        "engines/test_attach_false_bytes.py",
+        "engines/test_attach_false_bytes.py::test_they_fail_and_the_others_go_on",
     ),
 }
 

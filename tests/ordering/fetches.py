@@ -47,14 +47,13 @@ FETCHES: Mutants = {
         FETCH,
         "                    for group in arrivals.landed(number + 1, n):\n",
         "                    for group in arrivals.landed(number + 1, n + 1):\n",
-        f"{OF_SOURCE}::TestConformance",
-        LOADS,
+        f"{OF_SOURCE}::TestConformance::test_rows_come_one_after_the_other",
     ),
     "fetch: what nobody has brought is left when its reader is closed": mutant(
         CACHED,
         "            self.taken().leave()\n",
         "            pass\n",
-        f"{OF_SOURCE}::TestConformance",
+        f"{OF_SOURCE}::TestConformance::test_an_opened_adapter_has_config_and_header",
     ),
     "fetch: an entry goes with the reader that was closed meanwhile": mutant(
         CACHED,
@@ -116,14 +115,13 @@ FETCHES: Mutants = {
         self.entry.close()
 """,
         "        self._reader.close()\n",
-        f"{OF_SOURCE}::TestConformance",
-        f"{OF_WORKERS}",
+        f"{OF_SOURCE}::TestConformance::test_rows_come_one_after_the_other",
     ),
     "source: what is here is checked before that is told": mutant(
         SOURCE,
         "        await self._check(reader)\n",
         "",
-        BYTES,
+        f"{BYTES}::test_what_nobody_promised_is_taken_and_named_so",
     ),
     "source: a hold is told of when all pieces are here": mutant(
         SOURCE,
@@ -141,13 +139,13 @@ FETCHES: Mutants = {
         SOURCE,
         "                await self._workers.finish(hold.close)\n",
         "",
-        f"{OF_SOURCE}::TestCached",
+        f"{OF_SOURCE}::TestCached::test_cancelled_at_any_await_of_populate",
     ),
     "source: a hold that came too late is closed": mutant(
         SOURCE,
         "partial(held, entry), _close_hold)",
         "partial(held, entry))",
-        f"{OF_SOURCE}::TestCached",
+        f"{OF_SOURCE}::TestCached::test_cancelled_at_any_await_of_populate",
     ),
     "source: an entry stays until it is held": mutant(
         SOURCE,
@@ -158,7 +156,6 @@ FETCHES: Mutants = {
         entry.close()
         try:
 """,
-        f"{OF_SOURCE}::TestCached",
         "io/remote/test_cache_troubles.py::test_nobody_makes_room_of_what_is_being_held",
     ),
 }

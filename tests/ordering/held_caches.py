@@ -133,7 +133,7 @@ HELD_CACHES: Mutants = {
             folder.unlink(_name(question))
             folder.write(_name(question), content)
 """,
-        "io/test_disk_cache_answers.py",
+        "io/test_disk_cache_answers.py::test_an_answer_that_is_not_on_the_disk_leaves_the_one_before",
     ),
     "own cache: it is made once": mutant(
         OWN,

@@ -15,7 +15,6 @@ NETWORK = "io/http/network.py"
 
 ENDS = "io/http/test_http_ends.py"
 ENGINE = "io/http/test_http_engine.py"
-FAULTS = "io/http/test_http_faults.py"
 SERVERS = "io/http/test_http_servers.py"
 PLACES = "io/http/test_http_places.py"
 PARTS = "io/http/test_http_parts.py"
@@ -157,8 +156,7 @@ HTTP: Mutants = {
         EXCHANGE,
         "        if self.body.done and self.head.keeps_alive:\n",
         "        if self.head.keeps_alive:\n",
-        SERVERS,
-        FAULTS,
+        f"{SERVERS}::test_small_files_whole",
     ),
     "http: an end reaches a socket that is being opened": mutant(
         WIRE,
@@ -171,7 +169,6 @@ HTTP: Mutants = {
         "                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)\n",
         "                    self._socket.close()\n",
         FROM_OUTSIDE,
-        ENDS,
     ),
     "http: an idle connection on which something came is none": mutant(
         POOL,

@@ -112,7 +112,7 @@ HUBS: Mutants = {
         HUB_DOWNLOAD,
         "        self.discard()\n        entry = self._published()\n",
         "        entry = self._published()\n",
-        WRITING,
+        f"{WRITING}::test_readers_of_a_download_go_on_after_it",
     ),
     "hub writing: blobs are on the disk before links": mutant(
         HUB_WRITING,
@@ -124,8 +124,7 @@ HUBS: Mutants = {
         HUB_WRITING,
         "sorted(digests.items(), reverse=True)",
         "sorted(digests.items())",
-        WRITING,
-        "io/remote/test_hub_cache_failures.py",
+        "io/remote/test_hub_cache_failures.py::test_killed_after_any_call_a_second_process_goes_on",
     ),
     "hub writing: links are on the disk when it is published": mutant(
         HUB_WRITING,

@@ -17,7 +17,6 @@ OF_SPILLING = "io/test_spilling.py"
 OF_MEMORY = "io/test_memory_source.py"
 RACES = "test_spill_races.py"
 ENDS = "test_spill_ends.py"
-SPILL = "test_spill.py"
 IN_USE = f"{OF_SPILLING}::test_what_is_read_or_copied_now_is_waited_for"
 HAS_MEMORY = f"{OF_SPILLING}::test_who_has_the_memory_keeps_it_and_who_needs_it_waits"
 BESIDE = "test_replace_beside_loads.py"
@@ -60,9 +59,7 @@ OF_COPIES: Mutants = {
         SPILLING,
         "self._write, copy, copy.open(), demand)",
         'self._write, copy, open("/dev/null"), demand)',
-        OF_SPILLING,
-        ENDS,
-        RACES,
+        f"{ENDS}::test_a_deadline_passes_meanwhile",
     ),
     "spilling: it ends when nobody waits": mutant(
         SPILLING,
@@ -80,8 +77,7 @@ OF_COPIES: Mutants = {
         COPIES,
         "            left = home if self._dropped else self._home\n",
         "            left = self._home\n",
-        RACES,
-        ENDS,
+        f"{RACES}::test_it_is_unloaded",
     ),
     "spilling: what was written is removed once nobody reads it": mutant(
         SPILLING,
@@ -93,15 +89,13 @@ OF_COPIES: Mutants = {
         SPILLING,
         "        self._threads.shutdown()\n",
         "        self._threads.shutdown(wait=False)\n",
-        ENDS,
-        SPILL,
+        f"{ENDS}::test_the_loader_closes_meanwhile",
     ),
     "spilling: what is left at the end is removed": mutant(
         SPILLING,
         "        self._threads.shutdown()\n        self._remove_left()\n",
         "        self._threads.shutdown()\n",
-        SPILL,
-        ENDS,
+        f"{ENDS}::test_the_loader_closes_meanwhile",
     ),
     "spilled: what is there already is checked": mutant(
         SPILLED,
@@ -113,8 +107,7 @@ OF_COPIES: Mutants = {
         SPILLED,
         "        download.discard()\n",
         "        download.close()\n",
-        ENDS,
-        OF_SPILLING,
+        f"{ENDS}::test_the_loader_closes_meanwhile",
     ),
     "spilled: writing ends between two pieces": mutant(
         SPILLED,
@@ -132,8 +125,7 @@ OF_COPIES: Mutants = {
         SPILLED,
         "        self._users.join()\n",
         "",
-        f"{OF_SPILLING}::test_what_is_dropped_is_read_to_its_end_and_then_removed",
-        OF_SPILLING,
+        f"{OF_SPILLING}::test_it_is_opened_like_a_file",
     ),
     "copies in memory: who reads one keeps its room": mutant(
         COPIES,
@@ -186,23 +178,18 @@ OF_NAMES: Mutants = {
         "            if before is None or before.done():\n",
         "            if True:\n",
         IN_ORDER,
-        REPLACED,
-        "test_giving_fails.py",
     ),
     "giving: what a call is about stays": mutant(
         GIVING,
         " and key not in self._calls:\n",
         ":\n",
-        f"{REPLACED}::test_while_the_same_is_given_by_another_name",
-        REPLACED,
+        f"{REPLACED}::test_while_its_turn_has_not_come_the_same_is_unloaded_elsewhere",
     ),
     "giving: what is given again is kept": mutant(
         GIVING,
         "        self._driver.retiring.keep(key)\n",
         "",
-        REPLACED,
-        BESIDE,
-        "test_replace.py",
+        "test_replace.py::test_back_and_forth",
     ),
     "giving: what is leaving is loaded again before it is pinned": mutant(
         GIVING,
@@ -214,15 +201,13 @@ OF_NAMES: Mutants = {
         RETIRING,
         "        if life is not None and (life.leases or life.pins or life.waiters):\n",
         "        if life is not None and life.leases:\n",
-        f"{BESIDE}::test_who_waits_for_the_old_one_gets_the_old_one",
-        f"{GIVEN}",
+        f"{GIVEN}::test_who_waits_while_it_is_unloaded_gets_it_and_then_it_goes",
     ),
     "retiring: who holds it keeps it": mutant(
         RETIRING,
         "        if life is not None and (life.leases or life.pins or life.waiters):\n",
         "        if life is not None and (life.pins or life.waiters):\n",
-        "test_replace.py",
-        BESIDE,
+        "test_replace.py::test_back_and_forth",
     ),
     "retiring: it is gone when it is idle": mutant(
         RETIRING,

@@ -42,8 +42,7 @@ OPENINGS: Mutants = {
         OPENING,
         "            self._known.used(key)  # of what was refused, too: a stranger says how much it is\n",
         "            pass\n",
-        VERSIONS,
-        "io/remote/test_fault_sizes.py",
+        f"{VERSIONS}::test_first_bytes_of_what_was_refused_are_let_go",
     ),
     "opening: what was found too late is closed": mutant(
         OPENING,
@@ -111,8 +110,7 @@ OPENINGS: Mutants = {
         pinned = locator.recalled(ref)
         await locator.scope(ref)
 """,
-        "io/remote/test_user_loads_hub.py",
-        "io/remote/test_cache_troubles.py",
+        "io/remote/test_user_loads_hub.py::test_a_load_finds_what_it_has_stored",
     ),
     "resolving: what was answered is noted": mutant(
         RESOLVING,
@@ -136,7 +134,7 @@ OPENINGS: Mutants = {
         KNOWN,
         "        self._asked(ref, key)\n        return key\n",
         "        return key\n",
-        CALLERS,
+        f"{CALLERS}::test_a_digest_is_its_callers_own",
     ),
     "beginning: what changed between two answers is noticed": mutant(
         BEGINNING,
