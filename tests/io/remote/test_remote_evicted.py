@@ -8,11 +8,13 @@ from threading import Event
 
 import pytest
 from remote_world import RemoteWorld
+from safetensors.torch import load, save
 
 import tiny
 from common import Run, until
 from lorax_async import AdapterHandle, AdapterLoader, EvictedError, LoaderConfig, Merge
 from lorax_async.io.cache.upkeep import ls, rm
+from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.cached import EntryReader, ReopenedReader, gone
 from merges import assert_halves
 
@@ -119,9 +121,12 @@ def test_many_first_reads_open_it_once() -> None:
 
 
 def test_parts_of_a_merge_are_fetched_again(run: Run, tmp_path: Path) -> None:
+    """All of them, for no tensor comes with the first bytes."""
+    note = {"note": "long" * FIRST_BYTES}
     with RemoteWorld(tmp_path / "cache") as world:
         for seed, name in enumerate("abc"):
-            world.put(name, *tiny.files(tiny.write(tmp_path / name, seed)))
+            config, content = tiny.files(tiny.write(tmp_path / name, seed))
+            world.put(name, config, save(load(content), note))
         refs = [world.ref(name) for name in "ab"]
         merge = Merge("linear", refs, [0.5, -2])
 
