@@ -124,7 +124,7 @@ HUBS: Mutants = {
         HUB_WRITING,
         "sorted(digests.items(), reverse=True)",
         "sorted(digests.items())",
-        "io/remote/test_hub_cache_failures.py::test_killed_after_any_call_a_second_process_goes_on",
+        f"{WRITING}::test_all_is_on_the_disk_before_it_is_linked",
     ),
     "hub writing: links are on the disk when it is published": mutant(
         HUB_WRITING,
