@@ -10,6 +10,7 @@ import pytest
 
 import tiny
 from common import Run, until
+from false_bytes import watched
 from known_digests import OTHER, digest_of, holders
 from lorax_async import (
     AdapterRef,
@@ -162,6 +163,27 @@ def test_who_waits_in_a_thread_is_woken(run: Run, tmp_path: Path) -> None:
             # The last layer may have come first: that a digest is another's is known after it.
             assert isinstance(ends[1], IntegrityError)
             assert ends[0] is None or isinstance(ends[0], IntegrityError)
+
+    run(body())
+
+
+def test_who_waits_for_a_copy_in_a_thread_need_not_wait_for_its_end(
+    run: Run, tmp_path: Path
+) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    source.verifications["a"] = Verification("sha256", "1" * 64)
+
+    async def body() -> None:
+        there, device = watched(source)
+        async with there, there.stream("a", digest=OTHER) as handle:
+            device.gate.clear()
+            waiting = asyncio.create_task(asyncio.to_thread(handle.wait_layer, 3, 60))
+            await asyncio.sleep(0.01)
+            source.allow("a")
+            with pytest.raises(IntegrityError, match=f"not {OTHER}"):
+                await waiting
+            device.gate.set()
 
     run(body())
 

@@ -19,6 +19,7 @@ from lorax_async.core.moves import Row
 from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import AdapterFile, CopyTicket, Demand, FilePieces, StagedPiece
+from lorax_async.runtime.digests import Digests
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.resolver import Resolver
 from tiny_loaders import loader
@@ -151,6 +152,36 @@ def test_not_even_the_thread_that_ended_the_others_is_left() -> None:
 
     with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(body())
+
+
+def test_hashing_that_is_stopped_is_waited_for(run: Run) -> None:
+    """A source may have something to undo."""
+
+    class Slow(FakeSource):
+        asked, undone = False, 0
+
+        async def digest(self, key: AdapterKey) -> str:
+            self.asked = True
+            never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            try:
+                return await never
+            finally:
+                await asyncio.sleep(0.01)
+                self.undone += 1
+
+    async def body() -> None:
+        source = Slow()
+        key = source.put("a", b"{}", b"")
+        digests = Digests(source, Journal(), lambda: None)
+        comparing = digests.compare(AdapterRef("a", digest="0" * 64), key, None)
+        asking = asyncio.create_task(comparing)
+        await until(lambda: source.asked)
+        await digests.stop()
+        assert source.undone == 1
+        with pytest.raises(LoaderClosedError):
+            await asking
+
+    run(body())
 
 
 def test_questions_that_are_stopped_are_waited_for(run: Run) -> None:

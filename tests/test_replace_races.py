@@ -270,3 +270,19 @@ def test_while_its_turn_has_not_come_the_same_is_unloaded_elsewhere(run: Run) ->
             assert used(there) == where(there, "mine").host_bytes
 
     run(body())
+
+
+def test_while_the_old_one_computes(run: Run) -> None:
+    """It is known until that has ended, and then no longer."""
+
+    async def body() -> None:
+        async with loader() as there:
+            old = await give(there, 1)
+            with old.use():
+                old.release()
+                (await put(there, 2)).release()
+                assert old.key in there.residency()
+            await until(lambda: old.key not in there._driver.lifecycle.lives)
+            assert used(there) == where(there, "mine").host_bytes
+
+    run(body())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from adapters import small_base as base
 from adapters.opened import opens
 from common import Run, open_files, until
 from lorax_async.adapters import LoraConfig, LoraWeights, WeightsFile
+from lorax_async.adapters.loading.threads import in_thread
 from lorax_async.io.sources import checked_open
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -144,13 +146,20 @@ def test_a_cancelled_load_stops_at_the_next_layer(
     run(body())
 
 
-def test_a_call_that_is_cancelled_before_its_thread_begins(run: Run, folder: Path) -> None:
+def test_a_call_that_is_cancelled_before_its_thread_begins(run: Run) -> None:
+    busy, begun = threading.Event(), list[int]()
+
     async def body() -> None:
-        opening = asyncio.create_task(WeightsFile.open_async(folder, None))
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        loop.run_in_executor(None, busy.wait)
+        call = asyncio.create_task(in_thread(lambda _: begun.append(1)))
         await asyncio.sleep(0)
-        opening.cancel()
+        call.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await opening
-        await asyncio.get_running_loop().shutdown_default_executor()
+            await call
+        busy.set()
+        await loop.shutdown_default_executor()
+        assert begun == []
 
     run(body())

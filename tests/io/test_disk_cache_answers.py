@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cache_inputs import KEY, keep, weights
+from counted_calls import failing
 from disk_cache_world import DiskWorld, nothing_odd, opened
 
+from lorax_async.errors import FetchError
 from lorax_async.io.cache.upkeep import gc
 
 ELSEWHERE = ("org/elsewhere", "2" * 40)
@@ -48,3 +51,10 @@ def test_answers_that_help_nobody_are_cleaned_up(world: DiskWorld) -> None:
     gc(world.cache)
     assert world.cache.last_version("here?") == (KEY.source, KEY.version)
     assert world.cache.last_version("gone?") is None
+
+
+def test_an_answer_that_is_not_on_the_disk_leaves_the_one_before(world: DiskWorld) -> None:
+    world.cache.note_version("what is it?", "hub:org/name", "1")
+    with failing(("fsync",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
+        world.cache.note_version("what is it?", "hub:org/name", "2")
+    assert world.cache.last_version("what is it?") == ("hub:org/name", "1")

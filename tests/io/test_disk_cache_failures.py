@@ -132,6 +132,15 @@ def test_a_cache_that_cannot_be_opened_leaves_nothing_open(tmp_path: Path, code:
     assert failed > len(calls.made) // 2
 
 
+def test_bytes_that_could_not_be_written_are_missing(world: DiskWorld) -> None:
+    download = begun(world.cache)
+    file = download.file(WEIGHTS_FILE, 10)
+    with failing(("pwritev",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
+        put(file, bytes(10), [(0, 10)])
+    assert file.missing() == [(0, 10)]
+    download.discard()
+
+
 # -- full disks -----------------------------------------------------------------------------------
 
 

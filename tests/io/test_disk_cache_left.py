@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from cache_inputs import KEY, NBYTES, SCOPE, begun, content_of, put, stored, weights
+from counted_calls import Calls
 from disk_cache_world import DiskWorld, nothing_odd, opened
 
 from lorax_async.core.cache_names import WEIGHTS_FILE, partial_name
 from lorax_async.errors import FetchError
 from lorax_async.io import disk_cache
+from lorax_async.io.cache.locks import attempt
 from lorax_async.io.cache.processes import this_process
 from lorax_async.io.ports import Demand
 
@@ -139,3 +141,23 @@ def test_a_download_that_was_taken_away_says_so(world: DiskWorld) -> None:
     found = world.cache.begin(KEY, SCOPE, Demand())
     assert found.file(WEIGHTS_FILE, NBYTES).missing() == []  # type: ignore[union-attr]
     found.close()
+
+
+def test_what_somebody_is_about_to_take_over_stays(world: DiskWorld) -> None:
+    path = left(world)
+    lock = attempt(world.cache.shelves.place.locks, KEY.name)
+    assert lock is not None
+    assert not world.cache.remove(KEY)
+    assert path.is_dir()
+    lock.release()
+    assert world.cache.remove(KEY)
+
+
+def test_a_map_goes_before_the_bytes_that_it_tells_of(world: DiskWorld) -> None:
+    left(world)
+    download = begun(world.cache)
+    calls = Calls(("unlink", "ftruncate"))
+    with calls.counted():
+        download.file(WEIGHTS_FILE, NBYTES - 1)
+    assert calls.made[:2] == ["unlink", "ftruncate"]
+    download.discard()

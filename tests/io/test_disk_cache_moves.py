@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -65,12 +66,17 @@ def at_the_first_look(monkeypatch: pytest.MonkeyPatch, move: Callable[[], None])
     return begun
 
 
+@pytest.mark.parametrize("locks", [True, False])
 @pytest.mark.parametrize("moved", [published, left, taken_over])
 def test_no_room_is_found_where_somebody_is(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     moved: Callable[[DiskWorld], Callable[[], None]],
+    locks: bool,
 ) -> None:
+    """In one process also where locks do nothing."""
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", lambda fd, how: None)
     with opened(tmp_path / "cache", NBYTES_FOR_ONE) as world:
         download = begun(world.cache, key(2))
         threads = at_the_first_look(monkeypatch, moved(world))

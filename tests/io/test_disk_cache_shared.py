@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cache_inputs import CONFIG, KEY, begun, content_of, is_there, keep, key, put, stored
@@ -16,7 +17,10 @@ from disk_cache_world import DiskWorld, nothing_odd, opened
 
 from lorax_async.core.cache_names import BUDGET_LOCK, CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.errors import CapacityError, FetchError
-from lorax_async.io.cache import locks
+from lorax_async.io.cache import entries, locks, partial_download
+from lorax_async.io.cache.entries import DiskEntry
+from lorax_async.io.disk_cache import Turn
+from lorax_async.io.ports import Demand
 
 SIZE = 1_000 + len(CONFIG)
 
@@ -224,3 +228,63 @@ def test_what_is_left_is_on_the_disk_before_it_is_trusted(two: Two) -> None:
         download.close()
     made = [name for name in calls.made if name in {"fsync", "rename"}]
     assert made == ["fsync", "fsync", "fsync", "rename"]
+
+
+def test_what_one_has_opened_the_other_does_not_remove(two: Two) -> None:
+    one, other = two
+    keep(one.cache, KEY, b"abc")
+    entry = one.cache.open(KEY)
+    assert entry is not None
+    assert not other.cache.remove(KEY)
+    entry.close()
+    assert other.cache.remove(KEY)
+
+
+def test_who_waits_ends_with_the_demand() -> None:
+    demand = Demand()
+    turn = Turn(demand)
+    turn.wait(1)
+    demand.end()
+    with pytest.raises(FetchError, match="cancelled"):
+        turn.wait(2)
+
+
+def test_what_is_published_just_before_one_may_begin_is_taken(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is nobody's to download then."""
+    one, other = two
+    download, attempt = begun(one.cache), locks.attempt
+    put(download.file(WEIGHTS_FILE, 5), b"abcde", [(0, 5)])
+
+    def late(*given: Any) -> Any:
+        monkeypatch.undo()
+        download.publish().close()
+        return attempt(*given)
+
+    monkeypatch.setattr(partial_download, "attempt", late)
+    entry = other.cache.try_begin(KEY, "somebody")
+    assert isinstance(entry, DiskEntry)
+    entry.close()
+    assert one.cache.remove(KEY)
+    again = other.cache.try_begin(KEY, "somebody")
+    assert not isinstance(again, int)
+    again.close()
+
+
+def test_what_is_replaced_just_before_one_holds_it_stays(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    keep(one.cache, KEY, b"abc")
+    granted = locks.granted_shared
+
+    def late(fd: int) -> bool:
+        monkeypatch.undo()
+        assert other.cache.remove(KEY)
+        keep(other.cache, KEY, b"abc")
+        return granted(fd)
+
+    monkeypatch.setattr(entries, "granted_shared", late)
+    assert one.cache.open(KEY) is None
+    assert is_there(one.cache, KEY)

@@ -22,12 +22,12 @@ from source_inputs import CONFIG, groups_of, read
 import tiny
 from common import Run
 from lorax_async import Merge
-from lorax_async.adapter import AdapterRef, MergedKey
+from lorax_async.adapter import AdapterKey, AdapterRef, MergedKey
 from lorax_async.config import Limits
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError, UsageError
 from lorax_async.io.fakes import FakeSource
-from lorax_async.io.ports import Demand
+from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.io.sources.merged import MergedSource
 
 LINEAR = Merge("linear", ["a", "b", "c"], [1, -0.5, 0.25])
@@ -176,6 +176,34 @@ def test_a_fetch_that_nobody_wants_ends(world: MergedWorld, run: Run) -> None:
         with pytest.raises(FetchError, match="part 3"):
             await bringing
         file.reader.close()
+
+    run(main())
+
+
+def test_when_a_part_fails_the_others_have_ended(
+    world: MergedWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source may have something to undo."""
+    undone: list[str] = []
+    open = world.inner.open
+
+    async def slow(key: AdapterKey, demand: Demand) -> AdapterFile:
+        file = await open(key, demand)
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await asyncio.sleep(0.01)
+            file.reader.close()
+            undone.append(key.location)
+        return file
+
+    async def main() -> None:
+        key = world.key(LINEAR)
+        world.inner.fail("open", FetchError("ordered"), id="b")
+        monkeypatch.setattr(world.inner, "open", slow)
+        with pytest.raises(FetchError, match="ordered"):
+            await world.source.open(key, Demand())
+        assert sorted(undone) == ["memory:a", "memory:c"]
 
     run(main())
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from common import Run, until
 from lorax_async.core.cache_names import CacheKey
 from lorax_async.core.policies import policy
 from lorax_async.core.runs import Span
-from lorax_async.errors import CapacityError, FetchError
+from lorax_async.errors import CapacityError, FetchError, LoaderClosedError
 from lorax_async.io import spilled
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.disk_cache import DiskCache
@@ -184,3 +184,56 @@ def test_where_nothing_fits_the_disk_it_says_so(world: World, run: Run) -> None:
 
     run(main())
     world.cache.remove(CacheKey("hub:org/name", "1"))
+
+
+def test_each_reader_that_leaves_is_heard_of(world: World, run: Run) -> None:
+    """The last makes room; also in a thread, while the loop has nothing else to do."""
+
+    async def main() -> None:
+        key = await world.take(1)
+        first, last = world.source.reopen(key), world.source.reopen(key)
+        taking = asyncio.create_task(world.take(2))
+        await asyncio.sleep(0.01)
+        first.close()
+        await asyncio.sleep(0.01)
+        assert not taking.done()
+
+        def close_late() -> None:
+            Event().wait(0.05)
+            last.close()
+
+        closing = Thread(target=close_late)
+        closing.start()
+        await taking
+        closing.join()
+        assert world.is_spilled(key)
+
+    run(main())
+
+
+def test_once_it_is_closed_nothing_goes_any_more(world: World, run: Run) -> None:
+    def closed() -> None:
+        raise LoaderClosedError("the loader is closed")
+
+    async def main() -> None:
+        key = await world.take(1)
+        with pytest.raises(LoaderClosedError):
+            await world.source.take(tensors(2), CONFIG, closed)
+        assert not world.is_spilled(key)
+
+    run(main())
+
+
+def test_what_is_dropped_need_not_go_on(world: World, run: Run) -> None:
+    async def main() -> None:
+        key = await world.take(1)
+        copy = world.source.copies.get(key)
+        assert copy is not None
+        assert copy.in_memory is not None
+        file, copy.moving = copy.in_memory.file, Demand()
+        world.source.copies.drop(key)
+        assert copy.moving.ended
+        with pytest.raises(FetchError, match="nobody wants it on disk"):
+            spilled.written(world.cache, file, copy.moving)
+
+    run(main())

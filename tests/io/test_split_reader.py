@@ -175,6 +175,7 @@ def test_many_first_reads_open_it_once(world: World) -> None:
 
     def opener() -> SplitFiles:
         opened.append(1)
+        Event().wait(0.05)  # others come meanwhile
         return SplitFiles(world.plan, tuple(world.files))
 
     reader = SplitReader(None, opener)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from ordering.caches import CACHES
 from ordering.closing import CLOSING
+from ordering.digests import DIGESTS_AND_READERS
+from ordering.fetches import FETCHES
 from ordering.files_and_models import FILES_AND_MODELS
 from ordering.gpu import GPU
+from ordering.held_caches import HELD_CACHES
 from ordering.holders import HOLDERS
 from ordering.host import HOST
+from ordering.http import HTTP
+from ordering.hub import HUBS
 from ordering.loader import LOADER
+from ordering.memory import MEMORY
 from ordering.mutant import Mutants
+from ordering.opening import OPENINGS
 from ordering.passage import PASSAGE
+from ordering.remote import REMOTE
 from ordering.rules import RULES
 from ordering.rules_of_files import RULES_OF_FILES
 from ordering.tickets import TICKETS_AND_TABLES
@@ -25,4 +34,13 @@ MUTANTS: Mutants = {
     **FILES_AND_MODELS,
     **RULES,
     **RULES_OF_FILES,
+    **REMOTE,
+    **FETCHES,
+    **OPENINGS,
+    **HUBS,
+    **HTTP,
+    **CACHES,
+    **HELD_CACHES,
+    **MEMORY,
+    **DIGESTS_AND_READERS,
 }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorax_async.io.http.failures import SetbackError
+from lorax_async.io.http.attempt import Attempt
+from lorax_async.io.http.failures import AbortedError, SetbackError
 from lorax_async.io.http.head import Head, MalformedHeadError, parse_head
 from lorax_async.io.http.links import UNKNOWN, Links
 from lorax_async.io.http.settings import Timeouts
 from lorax_async.io.http.stream import Pace
 from lorax_async.io.http.urls import Origin
+from lorax_async.io.http.wire import Wire
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -98,3 +102,30 @@ def test_what_drips_is_too_slow() -> None:
         pace.add(999, 1.0)
     assert caught.value.error.retryable
     assert pace.rate == pytest.approx((20 * 500 + 10 * 999) / 20)
+
+
+def test_who_was_ended_gets_no_connection() -> None:
+    attempt = Attempt()
+    attempt.end()
+    with pytest.raises(AbortedError):
+        attempt.use(Wire())
+
+
+def test_an_end_does_not_reach_what_was_given_back() -> None:
+    here, there = socket.socketpair()
+    attempt, wire = Attempt(), Wire()
+    wire.attach(here)
+    attempt.use(wire)
+    attempt.leave()
+    attempt.end()
+    wire.send(b"x")
+    assert there.recv(1) == b"x"
+    wire.close()
+    there.close()
+
+
+def test_a_socket_is_not_opened_for_who_was_ended() -> None:
+    wire = Wire()
+    wire.abort()
+    with socket.socket() as opened, pytest.raises(AbortedError):
+        wire.attach(opened)

@@ -9,7 +9,18 @@ from ipaddress import ip_address
 
 import pytest
 from fault_server import Asked, Client, FaultServer, until
-from fetching import DATA, Anywhere, PretendNetwork, asked, check, engine, fetched, target, took
+from fetching import (
+    DATA,
+    PATIENT,
+    Anywhere,
+    PretendNetwork,
+    asked,
+    check,
+    engine,
+    fetched,
+    target,
+    took,
+)
 
 from lorax_async.errors import AccessDeniedError, FetchError, FetchTimeoutError
 from lorax_async.io.http.network import Endpoint
@@ -183,7 +194,7 @@ def test_a_name_service_that_does_not_answer() -> None:
     """The deadline holds, and all who ask share one question."""
     network = SlowNames()
     try:
-        with engine(network=network) as fetching:
+        with engine(network=network, timeouts=PATIENT) as fetching:
             begun = time.monotonic()
             jobs = [fetching.ask(target("http://slow.example/"), 9, timeout=0.3) for _ in range(3)]
             for job in jobs:

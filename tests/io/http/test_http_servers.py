@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 from fault_server import ETAG, Asked, Client, FaultServer, Hangup
-from fetching import DATA, GROUPS, asked, check, engine, fetched, target, took
+from fetching import DATA, GROUPS, MemorySink, asked, check, engine, fetched, target, took
 
 from lorax_async.core.ranges import PieceSizes
 from lorax_async.errors import FetchError, IntegrityError
@@ -261,3 +261,22 @@ def test_what_comes_unasked_answers_nothing() -> None:
             answer = fetching.ask(target(server.url()), 4).done.result(10)
             assert answer.start == DATA[:4]
             time.sleep(0.1)
+
+
+def test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it() -> None:
+    """Whichever threads bring them, and however long somebody takes to hear it."""
+    sink, there, order = MemorySink(), list[bool](), list[int]()
+
+    def slowly(group: int) -> None:
+        there.append(
+            all(sink.data[start:stop] == DATA[start:stop] for start, stop in GROUPS[group])
+        )
+        if group == 1:
+            threading.Event().wait(0.1)
+        order.append(group)
+
+    with FaultServer(DATA) as server, engine() as fetching:
+        answer = asked(fetching, server.url())
+        fetching.download(answer, GROUPS, sink, slowly).done.result(20)
+    assert all(there)
+    assert order == list(range(len(GROUPS)))

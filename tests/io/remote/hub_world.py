@@ -27,7 +27,11 @@ QUICK = Retries(attempts=3, base=0.01, most=0.02, obeyed=1.0)
 
 @contextmanager
 def locating(
-    hub: HubStandIn | str, *, rules: Rules | None = None, timeout: float = 20.0
+    hub: HubStandIn | str,
+    *,
+    rules: Rules | None = None,
+    timeout: float = 20.0,
+    retries: Retries = QUICK,
 ) -> Iterator[HubLocator]:
     endpoint = hub if isinstance(hub, str) else hub.endpoint
     with ThreadPoolExecutor(8, "lorax-test") as threads:
@@ -36,7 +40,7 @@ def locating(
             rules=rules or Anywhere(),
             threads=threads,
             timeout=timeout,
-            retries=QUICK,
+            retries=retries,
         )
 
 

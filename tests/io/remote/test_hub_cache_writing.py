@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cache_inputs import put
+from counted_calls import Calls
 from hub_cache_world import (
     KEY,
     ROLES,
@@ -184,6 +185,30 @@ def test_what_a_commit_shares_with_another_is_not_fetched(
     assert after.items() > before.items()
     assert len(after) == len(before) + 1
     assert scan_cache_dir(hub_client).warnings == []
+
+
+def test_all_is_on_the_disk_before_it_is_linked(
+    cache: HubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes, then blobs by their names, then links, and that too; the config's is the last."""
+    download = begun(cache, KEY)
+    for name, content in ADAPTER.items():
+        put(download.file(ROLES[name], len(content)), content, [(0, len(content))])
+    replace, named = os.replace, list[str]()
+
+    def noted(new: str, name: str, **folders: int) -> None:
+        replace(new, name, **folders)
+        named.append(name)
+
+    monkeypatch.setattr(os, "replace", noted)
+    calls = Calls(("fsync", "symlink", "replace"))
+    with calls.counted():
+        download.publish()
+    assert named[-2:] == [NAME, "adapter_config.json"]
+    made = [name for name in calls.made if name != "flock"]
+    blobs, links = ["replace"] * 2, ["symlink", "replace"] * 2
+    assert made[:9] == [*["fsync"] * 2, *blobs, "fsync", *links]
+    assert made[9] == "fsync"
 
 
 def test_a_source_that_contradicts_itself(cache: HubCache) -> None:

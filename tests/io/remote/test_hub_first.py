@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -128,10 +129,13 @@ def test_others_wait_whichever_it_goes_to(writing: Both) -> None:
         demand.end()
         with pytest.raises(FetchError, match="cancelled"):
             writing.cache.begin(key, scope, demand)
-        for name, content in ADAPTER.items():
-            put(download.file(ROLES[name], len(content)), content, [(0, len(content))])
-        download.publish().close()
-        entry = writing.cache.begin(key, scope, Demand())
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(writing.cache.begin, key, scope, Demand())
+            for name, content in ADAPTER.items():
+                put(download.file(ROLES[name], len(content)), content, [(0, len(content))])
+            assert not wait([waiting], timeout=0.05).done
+            download.publish().close()
+            entry = waiting.result(30)
         assert isinstance(entry, CacheEntry)
         entry.close()
 

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,10 +149,11 @@ def test_a_machine_whose_own_token_cannot_be_had(
 
 def test_waiting_between_attempts_can_be_ended(hub: HubStandIn, run: Run) -> None:
     async def body() -> None:
-        hub.behave = lambda asked: Reply(503, {"Retry-After": "1"})
-        with locating(hub) as locator:
+        hub.behave = lambda asked: Reply(503, {"Retry-After": "30"})
+        with locating(hub, retries=replace(QUICK, obeyed=60)) as locator:
             asking = asyncio.ensure_future(locator.locate(AdapterRef(REPO)))
             await until(lambda: len(hub.asked) == 2)
+            await asyncio.sleep(0.05)
             asking.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asking

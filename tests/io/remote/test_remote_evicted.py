@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 
 import pytest
 from remote_world import RemoteWorld
+from safetensors.torch import load, save
 
 import tiny
 from common import Run, until
-from lorax_async import AdapterHandle, AdapterLoader, EvictedError, LoaderConfig
+from lorax_async import AdapterHandle, AdapterLoader, EvictedError, LoaderConfig, Merge
 from lorax_async.io.cache.upkeep import ls, rm
+from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.cached import EntryReader, ReopenedReader, gone
+from merges import assert_halves
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -90,3 +95,47 @@ def test_what_was_gone_once_stays_gone() -> None:
             reader.read_into([memoryview(bytearray(1))], 0)
     assert opened == 1
     reader.close()
+
+
+def test_many_first_reads_open_it_once() -> None:
+    begun, go_on = [], Event()
+
+    class Opened:
+        nbytes = 1
+
+        def close(self) -> None:
+            pass
+
+    def open() -> EntryReader:
+        begun.append(1)
+        assert go_on.wait(20)
+        return Opened()  # type: ignore[return-value]
+
+    reader = ReopenedReader(open)
+    with ThreadPoolExecutor(2) as threads:
+        reading = [threads.submit(lambda: reader.nbytes) for _ in range(2)]
+        assert not wait(reading, timeout=0.05).done
+        go_on.set()
+    assert len(begun) == 1
+    reader.close()
+
+
+def test_parts_of_a_merge_are_fetched_again(run: Run, tmp_path: Path) -> None:
+    """All of them, for no tensor comes with the first bytes."""
+    note = {"note": "long" * FIRST_BYTES}
+    with RemoteWorld(tmp_path / "cache") as world:
+        for seed, name in enumerate("abc"):
+            config, content = tiny.files(tiny.write(tmp_path / name, seed))
+            world.put(name, config, save(load(content), note))
+        refs = [world.ref(name) for name in "ab"]
+        merge = Merge("linear", refs, [0.5, -2])
+
+        async def body() -> None:
+            async with over(world, "cpu") as loader:
+                (await loader.load(merge)).release()
+                (await loader.load(world.ref("c"))).release()
+                await until(lambda: all(rm(world.cache, entry.name) for entry in ls(world.cache)))
+                async with await loader.load(merge) as handle:
+                    assert_halves(handle, tmp_path)
+
+        run(body())
