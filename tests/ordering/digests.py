@@ -11,7 +11,6 @@ MERGED = "io/sources/merged.py"
 MERGED_READER = "io/sources/merged_reader.py"
 HOLD = "io/sources/local_hold.py"
 THREADS = "adapters/loading/threads.py"
-BATCH = "engines/batch.py"
 
 OF_DIGESTS = "test_digests.py"
 WAITING = "test_digests_waiting.py"
@@ -205,18 +204,6 @@ OF_READERS: Mutants = {
         "        if not outcome.set_running_or_notify_cancel():\n            return\n",
         "        outcome.set_running_or_notify_cancel()\n",
         f"{ASYNC}::test_a_call_that_is_cancelled_before_its_thread_begins",
-    ),
-    "batch: the loop's own thread does not wait": mutant(
-        BATCH,
-        "        if running_loop() is self._place.loop:\n",
-        "        if False:\n",
-        "engines/test_attach_threads.py::test_the_loops_own_thread_does_not_wait_for_a_layer",
-    ),
-    "batch: what turned out to be false computes no further": mutant(
-        BATCH,
-        "        for handle in self._unverified:\n            handle.require_sound()\n",
-        "",
-        "engines/test_attach_false_bytes.py::test_they_fail_and_the_others_go_on",
     ),
 }
 

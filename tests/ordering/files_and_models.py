@@ -6,12 +6,14 @@ from ordering.mutant import Mutants, mutant
 
 OPEN, LOCAL, MAPPED = "io/sources/checked_open.py", "io/sources/local.py", "io/mapped.py"
 BATCH = "engines/batch.py"
+GATE = "engines/layer_gate.py"
 
 OF_OPEN = "io/test_checked_open.py"
 OF_FILE_READER = "io/test_file_reader.py"
 OUTLIVES = f"{OF_FILE_READER}::test_a_descriptor_outlives_the_read_it_serves"
 GIVEN_UP = f"{OF_OPEN}::test_closed_even_when_the_open_was_given_up"
 THREADS = "engines/test_attach_threads.py"
+OF_GATE = "engines/test_layer_gate.py"
 
 FILES: Mutants = {
     "reader: a descriptor outlives the read it serves": mutant(
@@ -99,11 +101,53 @@ MODELS: Mutants = {
         "            if False:\n",
         f"{THREADS}::test_a_pass_that_outlives_its_block_stops_and_then_frees_its_adapter",
     ),
-    "batch: a layer waits for its adapters": mutant(
+    "batch: a layer passes the gate": mutant(
         BATCH,
-        "        handle.wait_layer(layer)\n",
+        "        self.gate.enter(adapted.module.layer)\n",
         "",
-        f"{THREADS}",
+        f"{OF_GATE}::test_a_layer_within_the_budget_is_waited_for",
+    ),
+    "batch: a plan knows who is out": mutant(
+        BATCH,
+        "        out = self.gate.slots_out\n",
+        "        out = frozenset()\n",
+        f"{OF_GATE}::test_a_spent_budget_takes_out_the_rows_that_wait",
+    ),
+    "gate: it waits for a layer": mutant(
+        GATE,
+        "            handle.wait_layer(layer)\n",
+        "            handle.rank\n",
+        f"{OF_GATE}::test_who_is_alone_waits_beyond_the_budget",
+    ),
+    "gate: it waits for a layer within the budget": mutant(
+        GATE,
+        "            handle.wait_layer(layer, timeout=max(0.0, self.left))\n",
+        "            handle.rank\n",
+        f"{OF_GATE}::test_a_layer_within_the_budget_is_waited_for",
+    ),
+    "gate: what turned out to be false computes no further": mutant(
+        GATE,
+        "            self._go_on(handle, handle.require_sound)\n",
+        "            handle.rank\n",
+        "engines/test_attach_false_bytes.py::test_they_fail_and_the_others_go_on",
+    ),
+    "gate: the loop's own thread does not wait": mutant(
+        GATE,
+        "        if running_loop() is self._loop:\n",
+        "        if False:\n",
+        f"{THREADS}::test_the_loops_own_thread_does_not_wait_for_a_layer",
+    ),
+    "gate: what is here is waited for": mutant(
+        GATE,
+        "self._alone or handle.arrived:\n",
+        "self._alone:\n",
+        f"{OF_GATE}::test_what_is_on_this_machine_is_waited_for_beyond_the_budget",
+    ),
+    "gate: what a pass has waited counts": mutant(
+        GATE,
+        "            self.left -= monotonic() - began\n",
+        "            pass\n",
+        f"{OF_GATE}::test_each_pass_has_the_whole_budget",
     ),
 }
 
