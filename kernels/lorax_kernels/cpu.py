@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lorax_kernels import dense, together
+from lorax_kernels import dense, segments, together
+from lorax_kernels.checks import check_rows, check_tables
 from lorax_kernels.plan import Plan
-from lorax_kernels.segments import apply_alone, expand_rows, shrink_rows
 from lorax_kernels.tables import Tables
 from lorax_kernels.work import Work
 from lorax_kernels.workspace import Workspace
@@ -21,51 +21,75 @@ from lorax_kernels.workspace import Workspace
 def apply_cpu(
     y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables, group: Sequence[int]
 ) -> None:
-    """As :func:`lorax_kernels.apply`, for tensors that it has checked against the plan."""
+    """As :func:`lorax_kernels.apply`."""
     with plan.workspace.lent() as space:
-        work = space.work(plan.tokens, plan.segments, module, tables)
+        work = _work(plan, module, tables, space)
+        if not work.fits(y, x):
+            check_rows("y", y, plan)
+            check_rows("x", x, plan)
+            check_tables(plan, group, tables)
+            work.check(x=x, y=y)
         if not work.pieces:
             return
-        work.check(x=x, y=y)
-        shared = _shared(x, work, plan, group, space) if len(group) > 1 and work.again else None
-        if shared is not None:
-            together.expand(y, work, shared, space)
-        else:
-            _apply_one(y, x, work, space)
+        if group and work.again:
+            shared = _shared(x, work, plan, group, space)
+            if shared is not None:
+                shared.expand(y, work)
+                return
+        _apply_one(y, x, work, space)
 
 
 def shrink_cpu(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """As :func:`lorax_kernels.shrink`, for tensors that it has checked against the plan."""
+    """As :func:`lorax_kernels.shrink`."""
+    check_rows("h", h, plan)
+    check_rows("x", x, plan)
     with plan.workspace.lent() as space:
-        work = space.work(plan.tokens, plan.segments, module, tables)
+        work = _work(plan, module, tables, space)
         work.check(x=x)
         _check_planes(h, work)
         h.zero_()
         x_parts, h_parts = work.parts(x), work.parts(h)
-        for piece in work.pieces:
-            shrunk = shrink_rows(x_parts[piece.part], piece.a, piece.a_t, space, "h")
+        for piece, (by, _) in zip(work.pieces, _steps(work, space), strict=True):
+            shrunk = segments.shrink_rows(x_parts[piece.part], by)
             h_parts[piece.part][:, : piece.rank].copy_(shrunk)
 
 
 def expand_cpu(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """As :func:`lorax_kernels.expand`, for tensors that it has checked against the plan."""
+    """As :func:`lorax_kernels.expand`."""
+    check_rows("y", y, plan)
+    check_rows("h", h, plan)
     with plan.workspace.lent() as space:
-        work = space.work(plan.tokens, plan.segments, module, tables)
+        work = _work(plan, module, tables, space)
         work.check(y=y)
         _check_planes(h, work)
         y_parts, h_parts = work.parts(y), work.parts(h)
-        for piece in work.pieces:
-            expand_rows(y_parts[piece.part], h_parts[piece.part][:, : piece.rank], piece, space)
+        for piece, (_, by) in zip(work.pieces, _steps(work, space), strict=True):
+            segments.expand_rows(y_parts[piece.part], h_parts[piece.part][:, : piece.rank], by)
+
+
+def _work(plan: Plan, module: int, tables: Tables, space: Workspace) -> Work:
+    found = space.known_work(module, tables)
+    if found is not None:
+        return found
+    check_tables(plan, (module,), tables)
+    return space.new_work(plan.tokens, plan.segments, module, tables)
+
+
+def _steps(work: Work, space: Workspace) -> tuple[segments.Step, ...]:
+    if work.steps is None:
+        work.steps = segments.prepare(work, space)
+    return work.steps
 
 
 def _apply_one(y: Tensor, x: Tensor, work: Work, space: Workspace) -> None:
-    expanding = dense.expanding(work, space)
-    shrinking = dense.shrinking((work,), space) if expanding else None
-    if expanding is None or shrinking is None:
-        apply_alone(y, x, work, space)
+    if work.again and not work.decided:
+        work.decided = True
+        (work.dense,) = dense.dense((work,), space) or (None,)
+    if work.dense is None:
+        segments.run(work.parts(y), work.parts(x), _steps(work, space))
     else:
-        h = dense.shrink(x, shrinking, space, "dense")
-        dense.expand(y, h, shrinking.first, expanding, space)
+        dense.shrink(x, work.dense.shrinking)
+        work.dense.expand(y)
 
 
 def _shared(
@@ -78,8 +102,8 @@ def _shared(
         return space.shared
     if work.module not in group:
         return None
-    of = (space.work(plan.tokens, plan.segments, module, work.tables) for module in group)
-    return together.shrink(x, tuple(of), space)
+    works = tuple(_work(plan, module, work.tables, space) for module in group)
+    return together.shrink(x, works, space)
 
 
 def _check_planes(h: Tensor, work: Work) -> None:

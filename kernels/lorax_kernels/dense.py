@@ -19,21 +19,25 @@ from lorax_kernels.workspace import Workspace, new_memory, stacked
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shrinking:
-    """A of one or several modules, one below the other, and whose columns each row throws away.
+    """A of one or several modules, one below the other, and which columns are not a row's own.
 
-    Rows `first` to `last` are computed; `columns` are each module's, from and to.
+    `h` is memory for the rows from `first` to `last`; `columns` are each module's, from and to.
     """
 
     first: int
     last: int
     a_t: Tensor
     others: Tensor
+    h: Tensor
     columns: dict[int, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expanding:
-    """B of all adapters beside each other, and their scales: one number, or one per column."""
+    """B of all adapters beside each other, and their scales: one number, or one per column.
+
+    `spans` are the runs of rows that all have an adapter: the others keep their bits.
+    """
 
     spans: tuple[tuple[int, int], ...]
     b_t: Tensor
@@ -41,13 +45,69 @@ class Expanding:
     scales: Tensor | None
 
 
-def saves(work: Work, thresholds: Thresholds) -> bool:
+class Dense:
+    """Both, for one module; the shrinking may be that of its group."""
+
+    __slots__ = ("_by", "_h", "_scaled", "_spans", "shrinking")
+
+    def __init__(self, work: Work, shrinking: Shrinking, by: Expanding, space: Workspace) -> None:
+        self.shrinking, self._by = shrinking, by
+        begin, end = shrinking.columns[work.module]
+        self._h = self._scaled = shrinking.h[:, begin:end]
+        if by.scales is not None:
+            self._scaled = space.view("scaled", self._h.dtype, *self._h.shape)
+        first = shrinking.first
+        self._spans = tuple(
+            (start, stop, self._scaled[start - first : stop - first]) for start, stop in by.spans
+        )
+
+    def expand(self, y: Tensor) -> None:
+        """Add to `y` `[tokens, out]` what :func:`shrink` made last of the shrinking."""
+        by = self._by
+        if by.scales is not None:
+            torch.mul(self._h, by.scales, out=self._scaled)
+        for start, stop, h in self._spans:
+            y[start:stop].addmm_(h, by.b_t, alpha=by.scale)
+
+
+def shrink(x: Tensor, by: Shrinking) -> None:
+    """From `x` `[tokens, in]`. A row's columns of other adapters are zero, whatever they hold."""
+    torch.mm(x[by.first : by.last], by.a_t, out=by.h)
+    by.h.masked_fill_(by.others, 0)
+
+
+def dense(works: tuple[Work, ...], space: Workspace) -> tuple[Dense, ...]:
+    """For modules that get the same input, or a single one.
+
+    None at all if it is not worth it for one of them, would take too much memory, or is too early
+    to tell. Nor can it be where scales would be rounded, or B is not finite: zero times infinity is
+    NaN, in the rows of others.
+    """
+    expandings = []
+    for work in works:
+        if len(work.pieces) < 2 or (by := _expanding(work, space)) is None:
+            return ()
+        expandings.append(by)
+    nbytes = sum(piece.a.nbytes for work in works for piece in work.adapters)
+    shrinking = space.kept("A", works, nbytes, lambda: _make_shrinking(works, space))
+    if shrinking is None:
+        return ()
+    pairs = zip(works, expandings, strict=True)
+    return tuple(Dense(work, shrinking, by, space) for work, by in pairs)
+
+
+def _expanding(work: Work, space: Workspace) -> Expanding | None:
+    nbytes = sum(piece.b.nbytes for piece in work.adapters)
+    return space.kept("B", (work,), nbytes, lambda: _make_expanding(work, space.thresholds))
+
+
+def _saves(work: Work, thresholds: Thresholds) -> bool:
     """Whether the products in vain cost less than the calls that are saved."""
     pieces = work.pieces
     saved, worth = len(pieces) - len(_spans(pieces)), thresholds.dense(pieces[0].a.dtype)
     if not (saved and worth):
         return False
-    features, out = pieces[0].a.shape[1], pieces[0].b_t.shape[1]
+    features, out = pieces[0].a.shape[1], pieces[0].b.shape[0]
     width = sum(piece.rank for piece in work.adapters)
     rows = sum(piece.rows for piece in pieces)
     needed = sum(piece.rows * piece.rank for piece in pieces) * (features + out)
@@ -55,40 +115,7 @@ def saves(work: Work, thresholds: Thresholds) -> bool:
     return computed - needed <= saved * worth
 
 
-def shrinking(works: tuple[Work, ...], space: Workspace) -> Shrinking | None:
-    """Of several modules whose :func:`expanding` there is; None if it would be too large."""
-    nbytes = sum(piece.a.nbytes for work in works for piece in work.adapters)
-    return space.kept("A", works, nbytes, lambda: _make_shrinking(works))
-
-
-def expanding(work: Work, space: Workspace) -> Expanding | None:
-    """None if it is not worth it, cannot be, or not yet.
-
-    It cannot be if scales would be rounded, or if B is not finite: zero times infinity is NaN, in
-    the rows of others.
-    """
-    if len(work.pieces) < 2 or not work.again:
-        return None
-    nbytes = sum(piece.b_t.nbytes for piece in work.adapters)
-    return space.kept("B", (work,), nbytes, lambda: _make_expanding(work, space.thresholds))
-
-
-def shrink(x: Tensor, by: Shrinking, space: Workspace, name: str) -> Tensor:
-    """`[last - first, columns]`, in memory of that name; a row is zero where it is not its own."""
-    h = space.view(name, x.dtype, by.last - by.first, by.a_t.shape[1])
-    torch.mm(x[by.first : by.last], by.a_t, out=h)
-    return h.masked_fill_(by.others, 0)
-
-
-def expand(y: Tensor, h: Tensor, first: int, by: Expanding, space: Workspace) -> None:
-    """Add to `y` what `h` gives, of which row 0 is row `first` of `y`."""
-    if by.scales is not None:
-        h = torch.mul(h, by.scales, out=space.view("scaled", h.dtype, *h.shape))
-    for start, stop in by.spans:
-        y[start:stop].addmm_(h[start - first : stop - first], by.b_t, alpha=by.scale)
-
-
-def _make_shrinking(works: tuple[Work, ...]) -> Shrinking:
+def _make_shrinking(works: tuple[Work, ...], space: Workspace) -> Shrinking:
     first = min(work.pieces[0].start for work in works)
     last = max(work.pieces[-1].stop for work in works)
     a = stacked([piece.a for work in works for piece in work.adapters], 0)
@@ -102,15 +129,16 @@ def _make_shrinking(works: tuple[Work, ...]) -> Shrinking:
         for piece in work.pieces:
             others[piece.start - first : piece.stop - first, place[piece.slot]] = False
         columns[work.module] = begin, at
-    return Shrinking(first, last, a.t(), others, columns)
+    h = space.view("dense" if len(works) == 1 else "shared", a.dtype, last - first, len(a))
+    return Shrinking(first, last, a.t(), others, h, columns)
 
 
 def _make_expanding(work: Work, thresholds: Thresholds) -> Expanding | None:
-    if not saves(work, thresholds):
+    if not _saves(work, thresholds):
         return None
     scales = [piece.scale for piece in work.adapters]
     alike, factors = len(set(scales)) == 1, _factors(work.adapters)
-    b = stacked([piece.b_t.t() for piece in work.adapters], 1)
+    b = stacked([piece.b for piece in work.adapters], 1)
     if not (all(map(isfinite, scales)) and (alike or factors is not None) and b.isfinite().all()):
         return None
     one = scales[0] if alike else 1.0
@@ -127,7 +155,6 @@ def _factors(adapters: Sequence[Piece]) -> Tensor | None:
 
 
 def _spans(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
-    """Runs of rows that all have an adapter."""
     spans: list[tuple[int, int]] = []
     for piece in pieces:
         if spans and spans[-1][1] == piece.start:

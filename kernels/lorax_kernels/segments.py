@@ -1,12 +1,15 @@
 """The products of one segment.
 
-In float32 the order of operations (shrink, expand, times scale, plus) is that of PEFT's
-`lora.Linear`, so that a segment has PEFT's bits. Other types round once less.
+In float32 a segment has the bits of PEFT's `lora.Linear`, which shrinks, expands, multiplies by the
+scale and adds. Other types round once less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from math import frexp
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,29 +18,95 @@ from lorax_kernels.work import Piece, Work
 from lorax_kernels.workspace import Workspace
 
 
-def shrink_rows(x: Tensor, a: Tensor, a_t: Tensor, space: Workspace, name: Hashable) -> Tensor:
-    """`x @ A.T`, `[rows, rank]`, in memory of that name."""
-    rows, rank = x.shape[0], a.shape[0]
-    if space.thresholds.turns(rows, rank, x.shape[1], x.dtype):
-        return torch.mm(a, x.t(), out=space.view(name, x.dtype, rank, rows)).t()
-    return torch.mm(x, a_t, out=space.view(name, x.dtype, rows, rank))
+class Shrinking(NamedTuple):
+    """`out = x @ a_t`, or `out = a @ x.T` where `a` is there. `h` is `out` by row."""
+
+    a: Tensor | None
+    a_t: Tensor
+    out: Tensor
+    h: Tensor
 
 
-def expand_rows(y: Tensor, h: Tensor, piece: Piece, space: Workspace) -> None:
-    """`y += scale * (h @ B.T)`."""
-    if y.dtype != torch.float32:
-        y.addmm_(h, piece.b_t, alpha=piece.scale)
-        return
-    delta = torch.mm(h, piece.b_t, out=space.view("delta", y.dtype, *y.shape))
-    if piece.scale_is_exact:  # then one pass rounds as two do
-        y.add_(delta, alpha=piece.scale)
+class Expanding(NamedTuple):
+    """`y += scale * (h @ b_t)` for part `part` of the rows; by way of `delta`, or at once."""
+
+    part: int
+    b_t: Tensor
+    scale: float
+    delta: Tensor | None
+
+
+Step = tuple[Shrinking, Expanding]
+
+
+def shrinking(a: Tensor, rows: int, space: Workspace, name: Hashable) -> Shrinking:
+    """For `rows` of x and A `[rank, in]`, into memory of that name."""
+    rank, features = a.shape
+    if space.thresholds.turns(rows, rank, features, a.dtype):
+        out = space.view(name, a.dtype, rank, rows)
+        return Shrinking(a, a.t(), out, out.t())
+    out = space.view(name, a.dtype, rows, rank)
+    return Shrinking(None, a.t(), out, out)
+
+
+def expanding(piece: Piece, space: Workspace) -> Expanding:
+    """Of one segment, alone or not."""
+    b, scale = piece.b, piece.scale
+    delta = None
+    if b.dtype == torch.float32 and not (_is_power_of_two(scale) and _adds_alike(piece.rank)):
+        delta = space.view("delta", b.dtype, piece.rows, b.shape[0])
+    return Expanding(piece.part, b.t(), scale, delta)
+
+
+def shrink_rows(x: Tensor, by: Shrinking) -> Tensor:
+    """`[rows, rank]`, in the memory of `by`."""
+    if by.a is None:
+        return torch.mm(x, by.a_t, out=by.out)
+    torch.mm(by.a, x.t(), out=by.out)
+    return by.h
+
+
+def expand_rows(y: Tensor, h: Tensor, by: Expanding) -> None:
+    """Add to `y` `[rows, out]`."""
+    _, b_t, scale, delta = by
+    if delta is None:
+        y.addmm_(h, b_t, alpha=scale)
     else:
-        y.add_(delta.mul_(piece.scale))
+        y.add_(torch.mm(h, b_t, out=delta).mul_(scale))
 
 
-def apply_alone(y: Tensor, x: Tensor, work: Work, space: Workspace) -> None:
-    """Each segment by itself."""
-    x_parts, y_parts = work.parts(x), work.parts(y)
-    for piece in work.pieces:
-        h = shrink_rows(x_parts[piece.part], piece.a, piece.a_t, space, "h")
-        expand_rows(y_parts[piece.part], h, piece, space)
+def prepare(work: Work, space: Workspace) -> tuple[Step, ...]:
+    """Each segment alone."""
+    return tuple(
+        (shrinking(piece.a, piece.rows, space, "h"), expanding(piece, space))
+        for piece in work.pieces
+    )
+
+
+def run(y_parts: Sequence[Tensor], x_parts: Sequence[Tensor], steps: tuple[Step, ...]) -> None:
+    """One after the other: they may share memory."""
+    for shrinking, expanding in steps:
+        part = expanding.part
+        expand_rows(y_parts[part], shrink_rows(x_parts[part], shrinking), expanding)
+
+
+def _is_power_of_two(scale: float) -> bool:
+    """Then to multiply by it rounds nothing."""
+    return abs(frexp(scale)[0]) == 0.5
+
+
+@lru_cache
+def _adds_alike(rank: int) -> bool:
+    """Whether the BLAS of this machine rounds `y += h @ B.T` as it rounds a product and a sum.
+
+    Most do, up to a rank at which they split the inner sum. No BLAS says so: it is tried.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    for rows, out in ((1, 96), (2, 96), (5, 96), (16, 1040), (67, 576)):
+        h, b, y = (
+            torch.empty(size).uniform_(-1, 1, generator=generator)
+            for size in ((rows, rank), (out, rank), (rows, out))
+        )
+        if not torch.equal(torch.addmm(y, h, b.t(), alpha=2.0), y + torch.mm(h, b.t()) * 2.0):
+            return False
+    return True

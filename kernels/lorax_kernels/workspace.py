@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -22,7 +21,7 @@ Made = TypeVar("Made")
 
 
 class Workspace:
-    """Of one plan, for one call at a time: a call has it by :meth:`lent`."""
+    """Of one plan, for one call at a time: `with plan.workspace.lent() as space`."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
@@ -34,16 +33,16 @@ class Workspace:
         self._made: dict[Hashable, tuple[tuple[Work, ...], object, int]] = {}
         self._kept = 0
 
-    @contextmanager
-    def lent(self) -> Iterator[Workspace]:
+    def lent(self) -> Workspace:
         """Itself; while another thread computes with it, a new one that ends with the call."""
-        if not self._lock.acquire(blocking=False):
-            yield Workspace(self.thresholds)
-            return
-        try:
-            yield self
-        finally:
-            self._lock.release()
+        free = self._lock.acquire(blocking=False)
+        return self if free else Workspace(self.thresholds).lent()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def view(self, name: Hashable, dtype: torch.dtype, *shape: int) -> Tensor:
         """Memory to compute in, contiguous. What is in it lasts until the name's next use."""
@@ -58,14 +57,19 @@ class Workspace:
             found = views[shape] = flat[:size].view(shape)
         return found
 
-    def work(self, tokens: int, segments: tuple[Segment, ...], module: int, tables: Tables) -> Work:
-        """A module's work, prepared anew where the tables give other operands than before."""
-        key = id(tables), module  # the work holds the tables, so that no others get their id
-        found = self._works.get(key)
-        if found is not None and found.stands():
-            found.again = True
-            return found
-        made = self._works[key] = Work(tokens, segments, module, tables)
+    def known_work(self, module: int, tables: Tables) -> Work | None:
+        """A module's work, if it was prepared and the tables give the same operands as then."""
+        found = self._works.get((id(tables), module))
+        if found is None or not found.stands():
+            return None
+        found.again = True
+        return found
+
+    def new_work(
+        self, tokens: int, segments: tuple[Segment, ...], module: int, tables: Tables
+    ) -> Work:
+        """Prepared now. It holds the tables, so that no others get their id."""
+        made = self._works[id(tables), module] = Work(tokens, segments, module, tables)
         return made
 
     def kept(
