@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from time import perf_counter_ns
+from time import perf_counter_ns, thread_time_ns
 
 import torch
 
@@ -23,8 +23,8 @@ RANKS = (8, 16, 64)
 GEOMETRIC_MEAN, PERCENTILE_95 = 1.1, 1.4
 """At most so many times the best fixed method's time, over all shapes."""
 
-SECONDS = 0.9
-"""For the rounds of one shape, at least as many as are asked for at the least."""
+SECONDS, SAMPLE_US = 1.0, 100.0
+"""For all rounds of one shape, about; and for a sample, which is of as many calls as that takes."""
 
 LEAST_ROUNDS, SITS_OUT = 6, 4.0
 """Who takes so many times as long as the fastest, in the first call, is not the best: no rounds."""
@@ -48,8 +48,9 @@ class Cell:
 
     @property
     def ratio(self) -> float:
-        ours, best = (statistics.median(self.times[name][::2]) for name in (OURS, self.best))
-        return ours / best
+        """Of the same round: what else the machine does meets both."""
+        rounds = zip(self.times[OURS][::2], self.times[self.best][::2], strict=True)
+        return statistics.median(ours / best for ours, best in rounds)
 
     def lines(self) -> Iterator[dict[str, object]]:
         shape = self.shape
@@ -74,10 +75,13 @@ class Cell:
             yield {**where, "contender": name, "left_out": why}
 
 
-def time_us(method: Method) -> float:
-    start = perf_counter_ns()
-    method()
-    return (perf_counter_ns() - start) / 1e3
+def time_us(method: Method, calls: int = 1) -> float:
+    """Of one of several calls: CPU time of this thread, which is all there is with one thread."""
+    clock = thread_time_ns if torch.get_num_threads() == 1 else perf_counter_ns
+    start = clock()
+    for _ in range(calls):
+        method()
+    return (clock() - start) / calls / 1e3
 
 
 def measure(shape: Shape, given: Options, thresholds: Thresholds) -> Cell:
@@ -101,14 +105,15 @@ def measure(shape: Shape, given: Options, thresholds: Thresholds) -> Cell:
         if took > SITS_OUT * fastest and name != OURS:
             cell.left_out[name] = f"{took / fastest:.0f} × the fastest"
             del methods[name]
-    rounds = SECONDS * 1e6 / sum(first[name] for name in methods)
+    calls = {name: max(1, round(SAMPLE_US / first[name])) for name in methods}
+    rounds = SECONDS * 1e6 / sum(first[name] * calls[name] for name in methods)
     shuffled, order = random.Random(SEED), list(methods)
     cell.times = {name: [] for name in order}
     for _ in range(max(LEAST_ROUNDS, min(int(rounds), given.rounds))):
         work.reset()
         shuffled.shuffle(order)
         for name in order:
-            cell.times[name].append(time_us(methods[name]))
+            cell.times[name].append(time_us(methods[name], calls[name]))
     return cell
 
 

@@ -28,3 +28,10 @@ def check_tables(plan: Plan, named: Sequence[int], tables: Tables) -> None:
             raise ValueError(f"expected a module from 0 to {modules - 1}, got {module}")
     if plan.top_slot >= slots:
         raise ValueError(f"expected slots below {slots}, the plan has slot {plan.top_slot}")
+
+
+def check_group(module: int, group: Sequence[int], plan: Plan, tables: Tables) -> None:
+    """Raise ValueError unless the group's modules are there, and `module` is one of them."""
+    check_tables(plan, group, tables)
+    if module not in group:
+        raise ValueError(f"expected module {module} in its group, got {list(group)}")

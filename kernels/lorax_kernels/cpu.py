@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lorax_kernels import dense, segments, together
-from lorax_kernels.checks import check_rows, check_tables
+from lorax_kernels.checks import check_group, check_rows, check_tables
 from lorax_kernels.plan import Plan
 from lorax_kernels.tables import Tables
 from lorax_kernels.work import Work
@@ -27,8 +27,10 @@ def apply_cpu(
         if not work.fits(y, x):
             check_rows("y", y, plan)
             check_rows("x", x, plan)
-            check_tables(plan, group, tables)
             work.check(x=x, y=y)
+        if group and group != work.group:
+            check_group(module, group, plan, tables)
+            work.group = tuple(group)
         if not work.pieces:
             return
         if group and work.again:
@@ -100,8 +102,6 @@ def _shared(
         return None
     if space.shared is not None and space.shared.is_of(x, work):
         return space.shared
-    if work.module not in group:
-        return None
     works = tuple(_work(plan, module, work.tables, space) for module in group)
     return together.shrink(x, works, space)
 

@@ -26,6 +26,7 @@ class Shrinking:
 
     first: int
     last: int
+    all_rows: bool
     a_t: Tensor
     others: Tensor
     h: Tensor
@@ -48,7 +49,7 @@ class Expanding:
 class Dense:
     """Both, for one module; the shrinking may be that of its group."""
 
-    __slots__ = ("_by", "_h", "_scaled", "_spans", "shrinking")
+    __slots__ = ("_all_rows", "_by", "_h", "_scaled", "_spans", "shrinking")
 
     def __init__(self, work: Work, shrinking: Shrinking, by: Expanding, space: Workspace) -> None:
         self.shrinking, self._by = shrinking, by
@@ -56,6 +57,7 @@ class Dense:
         self._h = self._scaled = shrinking.h[:, begin:end]
         if by.scales is not None:
             self._scaled = space.view("scaled", self._h.dtype, *self._h.shape)
+        self._all_rows = shrinking.all_rows and len(by.spans) == 1
         first = shrinking.first
         self._spans = tuple(
             (start, stop, self._scaled[start - first : stop - first]) for start, stop in by.spans
@@ -66,13 +68,16 @@ class Dense:
         by = self._by
         if by.scales is not None:
             torch.mul(self._h, by.scales, out=self._scaled)
+        if self._all_rows:
+            y.addmm_(self._scaled, by.b_t, alpha=by.scale)
+            return
         for start, stop, h in self._spans:
             y[start:stop].addmm_(h, by.b_t, alpha=by.scale)
 
 
 def shrink(x: Tensor, by: Shrinking) -> None:
     """From `x` `[tokens, in]`. A row's columns of other adapters are zero, whatever they hold."""
-    torch.mm(x[by.first : by.last], by.a_t, out=by.h)
+    torch.mm(x if by.all_rows else x[by.first : by.last], by.a_t, out=by.h)
     by.h.masked_fill_(by.others, 0)
 
 
@@ -130,7 +135,8 @@ def _make_shrinking(works: tuple[Work, ...], space: Workspace) -> Shrinking:
             others[piece.start - first : piece.stop - first, place[piece.slot]] = False
         columns[work.module] = begin, at
     h = space.view("dense" if len(works) == 1 else "shared", a.dtype, last - first, len(a))
-    return Shrinking(first, last, a.t(), others, h, columns)
+    tokens = sum(works[0].lengths)
+    return Shrinking(first, last, last - first == tokens, a.t(), others, h, columns)
 
 
 def _make_expanding(work: Work, thresholds: Thresholds) -> Expanding | None:

@@ -84,10 +84,20 @@ def prepare(work: Work, space: Workspace) -> tuple[Step, ...]:
 
 
 def run(y_parts: Sequence[Tensor], x_parts: Sequence[Tensor], steps: tuple[Step, ...]) -> None:
-    """One after the other: they may share memory."""
-    for shrinking, expanding in steps:
-        part = expanding.part
-        expand_rows(y_parts[part], shrink_rows(x_parts[part], shrinking), expanding)
+    """One after the other: they may share memory.
+
+    As :func:`shrink_rows` and :func:`expand_rows`, whose calls would take as long as a token does.
+    """
+    mm = torch.mm
+    for (a, a_t, out, h), (part, b_t, scale, delta) in steps:
+        if a is None:
+            mm(x_parts[part], a_t, out=out)
+        else:
+            mm(a, x_parts[part].t(), out=out)
+        if delta is None:
+            y_parts[part].addmm_(h, b_t, alpha=scale)
+        else:
+            y_parts[part].add_(mm(h, b_t, out=delta).mul_(scale))
 
 
 def _is_power_of_two(scale: float) -> bool:

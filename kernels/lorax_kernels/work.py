@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -38,12 +39,13 @@ class Work:
 
     `adapters` are a piece of each slot. `again` says that a second call found the operands as they
     were: what is put together of them will be of use. `steps` and `dense` are the ways to compute
-    it, as far as they are prepared; `decided` says that it need not be asked again which.
+    it, as far as they are prepared; `decided` says that it need not be asked again which. `group` is
+    one that was checked.
     """
 
     __slots__ = (
-        *("adapters", "again", "decided", "dense", "lengths", "module", "pieces", "steps"),
-        *("_shapes", "_used", "tables"),
+        *("adapters", "again", "decided", "dense", "group", "lengths", "module", "pieces"),
+        *("_shapes", "_used", "steps", "tables"),
     )
 
     def __init__(
@@ -52,6 +54,7 @@ class Work:
         self.module, self.tables, self.again, self.decided = module, tables, False, False
         self.steps: tuple[Step, ...] | None = None
         self.dense: Dense | None = None
+        self.group: Sequence[int] = ()
         used = {slot: tables.operands(module, slot) for _, _, slot in segments}
         self._used = tuple(used.items())
         self.lengths: list[int] = []
