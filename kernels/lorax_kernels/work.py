@@ -39,7 +39,7 @@ class Work:
 
     `adapters` are a piece of each slot. `again` says that a second call found the operands as they
     were: what is put together of them will be of use. `steps` and `dense` are the ways to compute
-    it, as far as they are prepared; `decided` says that it need not be asked again which. `group` is
+    it, as far as they are prepared; `decided` says that which need not be asked again. `group` is
     one that was checked.
     """
 
