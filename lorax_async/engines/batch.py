@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NoReturn
+from weakref import ReferenceType, ref
 
 import torch
 
@@ -63,6 +64,7 @@ class Batch:
         self._vectors: dict[int, Vectors] = {}
         self._features = Features(place.device, place.tables, place.factors, self._vectors)
         self._plans: dict[int, _Plan] = {}
+        self._flat: tuple[ReferenceType[torch.Tensor], torch.Tensor] | None = None
         self._uses = ExitStack()
         self._lock = Lock()
         self._running = 1  # the block itself
@@ -132,7 +134,7 @@ class Batch:
             self._require_untouched(x, adapted)
             return y
         y = y.contiguous()
-        flat_y, flat_x = y.detach().flatten(0, 1), x.detach().flatten(0, 1).contiguous()
+        flat_y, flat_x = y.detach().flatten(0, 1), self._flattened(x)
         try:
             self._add(flat_y, flat_x, self._plan(x.shape[1]), adapted)
         except ValueError as error:
@@ -157,8 +159,18 @@ class Batch:
         if adapted.module.embedding:
             self._features.add(y, x, plan.kernel.segments + plan.others, adapted)
             return
-        apply(y, x, plan.kernel, adapted.index, self._place.tables)
+        apply(y, x, plan.kernel, adapted.index, self._place.tables, group=adapted.group)
         self._features.add(y, x, plan.others, adapted)
+
+    def _flattened(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` as `[tokens, in]`: the same view again for q, k and v, by which kernels know it."""
+        known = self._flat
+        if known is not None and known[0]() is x:
+            return known[1]
+        flat = x.detach().flatten(0, 1).contiguous()
+        if flat.data_ptr() == x.data_ptr():  # a copy would not follow what is written to x
+            self._flat = ref(x), flat
+        return flat
 
     def _await_layer(self, handle: AdapterHandle, layer: int) -> None:
         if handle.is_ready(layer):
