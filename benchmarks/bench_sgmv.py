@@ -23,7 +23,7 @@ RANKS = (8, 16, 64)
 GEOMETRIC_MEAN, PERCENTILE_95 = 1.1, 1.4
 """At most so many times the best fixed method's time, over all shapes."""
 
-SECONDS, SAMPLE_US = 1.0, 100.0
+SECONDS, SAMPLE_US = 0.7, 100.0
 """For all rounds of one shape, about; and for a sample, which is of as many calls as that takes."""
 
 LEAST_ROUNDS, SITS_OUT = 6, 4.0
