@@ -229,6 +229,15 @@ def test_another_input_of_the_same_values_or_place_is_not_taken_for_it(
         del x
 
 
+def test_another_tensor_of_the_same_memory_is_not_taken_for_it(
+    warm: tuple[Plan, GuardedTables],
+) -> None:
+    x = drawn(7, torch.bfloat16)
+    assert agrees(x, *warm, module=0)
+    x.data.neg_()  # of which the version of x does not tell
+    assert agrees(x.data, *warm, module=1)
+
+
 def test_other_weights_of_a_slot_are_used_at_once(warm: tuple[Plan, GuardedTables]) -> None:
     plan, tables = warm
     x = drawn(8, torch.bfloat16)

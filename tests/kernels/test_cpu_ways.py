@@ -125,6 +125,18 @@ def test_an_adapter_that_is_not_finite_spoils_its_own_rows_only(
     assert not result[2:4].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_the_base_between_others_keep_every_bit(way: str, dtype: torch.dtype) -> None:
+    tables = make_tables(SIGNED, [4, 4, 4], (16, 8), dtype, 2.0)
+    x, y = draw(SIGNED, 7, 16, dtype=dtype, seed=1), draw(SIGNED, 7, 8, dtype=dtype, seed=2)
+    y[2] = torch.tensor([-0.0, torch.nan, -torch.nan, torch.inf, 1e-7, 0.0, -1.0, 3.0]).to(dtype)
+    plan = make_plan([(0, 2), (-1, 1), (1, 2), (2, 2)], WAYS[way])
+    result = passes(y, x, plan, tables)
+    assert torch.equal(bits(result[2]), bits(y[2]))
+    assert (result[[0, 1, 3, 4, 5, 6]] != y[[0, 1, 3, 4, 5, 6]]).any(dim=1).all()
+
+
 def test_in_float32_a_row_does_not_depend_on_who_else_is_there() -> None:
     tables = make_tables(SIGNED, [8, 4, 16], (576, 192), torch.float32, 2.0)
     x, y = (draw(SIGNED, 12, n, dtype=torch.float32, seed=n) for n in (576, 192))
