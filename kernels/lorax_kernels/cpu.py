@@ -1,44 +1,115 @@
-"""Per-segment matrix products on the CPU.
+"""The CPU's way: segment by segment, all adapters in one product, or several modules at once.
 
-The order of operations (shrink, expand, times scale, plus) is that of PEFT's `lora.Linear`, so that
-in float32 a batch of one adapter gives PEFT's bits.
+What is quicker is decided by :class:`lorax_kernels.Thresholds`. Nothing is allocated once a plan
+has been used twice for each module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
-from torch.nn.functional import linear
 
+from lorax_kernels import dense, segments, together
+from lorax_kernels.checks import check_group, check_rows, check_tables
 from lorax_kernels.plan import Plan
-from lorax_kernels.tables import Operands, Tables
+from lorax_kernels.tables import Tables
+from lorax_kernels.work import Work
+from lorax_kernels.workspace import Workspace
 
 
-def apply_cpu(y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """As :func:`lorax_kernels.apply`, for tensors that it has checked against the plan."""
-    work = [
-        (start, stop, operands)
-        for start, stop, slot in plan.segments
-        if (operands := tables.operands(module, slot)) is not None
-    ]
-    for _, _, operands in work:
-        _check_fit(y, x, operands)
-    for start, stop, operands in work:
-        if stop - start == plan.tokens:  # the usual case: one adapter, nothing to slice
-            _add(y, x, operands)
-        else:
-            _add(y[start:stop], x[start:stop], operands)
+def apply_cpu(
+    y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables, group: Sequence[int]
+) -> None:
+    """As :func:`lorax_kernels.apply`."""
+    with plan.workspace.lent() as space:
+        work = _work(plan, module, tables, space)
+        if not work.fits(y, x):
+            check_rows("y", y, plan)
+            check_rows("x", x, plan)
+            work.check(x=x, y=y)
+        if group and group != work.group:
+            check_group(module, group, plan, tables)
+            work.group = tuple(group)
+        if not work.pieces:
+            return
+        if group and work.again:
+            shared = _shared(x, work, plan, group, space)
+            if shared is not None:
+                shared.expand(y, work)
+                return
+        _apply_one(y, x, work, space)
 
 
-def _add(y: Tensor, x: Tensor, operands: Operands) -> None:
-    a, b, scale = operands
-    y.add_(linear(linear(x, a), b).mul_(scale))
+def shrink_cpu(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
+    """As :func:`lorax_kernels.shrink`."""
+    check_rows("h", h, plan)
+    check_rows("x", x, plan)
+    with plan.workspace.lent() as space:
+        work = _work(plan, module, tables, space)
+        work.check(x=x)
+        _check_planes(h, work)
+        h.zero_()
+        x_parts, h_parts = work.parts(x), work.parts(h)
+        for piece, (by, _) in zip(work.pieces, _steps(work, space), strict=True):
+            shrunk = segments.shrink_rows(x_parts[piece.part], by)
+            h_parts[piece.part][:, : piece.rank].copy_(shrunk)
 
 
-def _check_fit(y: Tensor, x: Tensor, operands: Operands) -> None:
-    a, b, _ = operands
-    shapes_fit = x.shape[1] == a.shape[1] and y.shape[1] == b.shape[0]
-    if not (shapes_fit and x.dtype == y.dtype == a.dtype == b.dtype):
-        raise ValueError(
-            f"expected x [tokens, {a.shape[1]}] in {a.dtype} and y [tokens, {b.shape[0]}] in "
-            f"{b.dtype}, got x {list(x.shape)} in {x.dtype} and y {list(y.shape)} in {y.dtype}"
-        )
+def expand_cpu(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> None:
+    """As :func:`lorax_kernels.expand`."""
+    check_rows("y", y, plan)
+    check_rows("h", h, plan)
+    with plan.workspace.lent() as space:
+        work = _work(plan, module, tables, space)
+        work.check(y=y)
+        _check_planes(h, work)
+        y_parts, h_parts = work.parts(y), work.parts(h)
+        for piece, (_, by) in zip(work.pieces, _steps(work, space), strict=True):
+            segments.expand_rows(y_parts[piece.part], h_parts[piece.part][:, : piece.rank], by)
+
+
+def _work(plan: Plan, module: int, tables: Tables, space: Workspace) -> Work:
+    found = space.known_work(module, tables)
+    if found is not None:
+        return found
+    check_tables(plan, (module,), tables)
+    return space.new_work(plan.tokens, plan.segments, module, tables)
+
+
+def _steps(work: Work, space: Workspace) -> tuple[segments.Step, ...]:
+    if work.steps is None:
+        work.steps = segments.prepare(work, space)
+    return work.steps
+
+
+def _apply_one(y: Tensor, x: Tensor, work: Work, space: Workspace) -> None:
+    if work.again and not work.decided:
+        work.decided = True
+        (work.dense,) = dense.dense((work,), space) or (None,)
+    if work.dense is None:
+        segments.run(work.parts(y), work.parts(x), _steps(work, space))
+    else:
+        dense.shrink(x, work.dense.shrinking)
+        work.dense.expand(y)
+
+
+def _shared(
+    x: Tensor, work: Work, plan: Plan, group: Sequence[int], space: Workspace
+) -> together.Shared | None:
+    """What `x` gave for the group, or gives now. Tensors of inference mode tell of no change."""
+    if x.is_inference() or not space.thresholds.shares(x.dtype):
+        return None
+    if space.shared is not None and space.shared.is_of(x, work):
+        return space.shared
+    works = tuple(_work(plan, module, work.tables, space) for module in group)
+    return together.shrink(x, works, space)
+
+
+def _check_planes(h: Tensor, work: Work) -> None:
+    for piece in work.adapters:
+        if h.shape[1] < piece.rank or h.dtype != piece.a.dtype:
+            raise ValueError(
+                f"expected h [tokens, {piece.rank} or more] in {piece.a.dtype}, "
+                f"got {list(h.shape)} in {h.dtype}"
+            )

@@ -1,39 +1,62 @@
-"""The one public entry: checks what every device needs checked, then picks the implementation."""
+"""The public entries: they check what every device needs checked, then pick the implementation."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lorax_kernels.cpu import apply_cpu
+from lorax_kernels.cpu import apply_cpu, expand_cpu, shrink_cpu
 from lorax_kernels.plan import Plan
 from lorax_kernels.tables import Tables
 
 
-@torch.no_grad()
-def apply(y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
+def apply(
+    y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables, *, group: Sequence[int] = ()
+) -> None:
     """Add each row's adapter to a linear layer's output: `y += scale * (x @ A.T) @ B.T`, in place.
 
     `x` `[tokens, in]` is the layer's input, `y` `[tokens, out]` its output; both are contiguous
     and of the operands' dtype and device. `module` is the row of `tables`. Rows without a slot,
     or whose adapter does not touch the module, keep their bits. Nothing is recorded for autograd.
 
+    `group` are modules, this one among them, that are given the very same tensor `x`, one after the
+    other (q, k and v; gate and up). Then it is shrunk for all of them at the first. That is taken
+    for another only where `x` is the same object and was not written to since (by its version, of
+    which `x.data` and numpy say nothing), and the tables give the same operands.
+
+    Raises ValueError, before `y` is touched, for tensors, modules or a slot that do not fit.
+    """
+    if not torch.is_grad_enabled():
+        apply_cpu(y, x, plan, module, tables, group)
+        return
+    with torch.no_grad():
+        apply_cpu(y, x, plan, module, tables, group)
+
+
+@torch.no_grad()
+def shrink(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
+    """The first half of :func:`apply`, without the scale: `h = x @ A.T`, row by row.
+
+    `x` is `[tokens, in]`; `h` is `[tokens, width]`, of which a row gets as many columns as its
+    adapter's rank, at most `width`. The other columns, and rows without an adapter, become zero.
+    Both are contiguous and of the operands' dtype and device.
+
+    Raises ValueError, before `h` is touched, for tensors, a module or a slot that do not fit.
+    """
+    shrink_cpu(h, x, plan, module, tables)
+
+
+@torch.no_grad()
+def expand(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> None:
+    """The second half of :func:`apply`: `y += scale * h @ B.T`, row by row, in place.
+
+    `h` `[tokens, width]` is what :func:`shrink` made, or the sum of that of several processes; of
+    a row only the first columns are read, as many as its adapter's rank. `y` is `[tokens, out]`.
+    Both are contiguous and of the operands' dtype and device. Rows without an adapter keep their
+    bits.
+
     Raises ValueError, before `y` is touched, for tensors, a module or a slot that do not fit.
     """
-    _check_batch("y", y, plan)
-    _check_batch("x", x, plan)
-    modules, slots = tables.rank.shape
-    if not 0 <= module < modules:
-        raise ValueError(f"expected a module from 0 to {modules - 1}, got {module}")
-    if plan.top_slot >= slots:
-        raise ValueError(f"expected slots below {slots}, the plan has slot {plan.top_slot}")
-    apply_cpu(y, x, plan, module, tables)
-
-
-def _check_batch(name: str, tensor: Tensor, plan: Plan) -> None:
-    fits = tensor.dim() == 2 and tensor.shape[0] == plan.tokens
-    if not (fits and tensor.is_contiguous() and tensor.device.type == "cpu"):
-        raise ValueError(
-            f"expected {name} contiguous [{plan.tokens}, features] on cpu, "
-            f"got {list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-        )
+    expand_cpu(y, h, plan, module, tables)

@@ -9,8 +9,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-Segment = tuple[int, int, int]
-"""(start, stop, slot): the rows from start to stop, not included, are for the adapter in slot."""
+from lorax_kernels.tables import Segment
+from lorax_kernels.thresholds import Thresholds
+from lorax_kernels.workspace import Workspace
+
+DEFAULTS = Thresholds()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,7 +23,8 @@ class Plan:
     `segments` are the integers for the host: only those that have rows and an adapter. `top_slot`
     is the highest slot named, -1 where there is none.
     `bounds` (int32 `[n + 1]`) and `slots` (int32 `[n]`, -1: no adapter) are all n segments of the
-    batch as tensors on its device, for kernels.
+    batch as tensors on its device, for kernels. `workspace` is what the CPU keeps from call to
+    call; calls in several threads do not disturb each other.
     """
 
     tokens: int
@@ -28,12 +32,20 @@ class Plan:
     top_slot: int
     bounds: Tensor
     slots: Tensor
+    workspace: Workspace
 
     @classmethod
     def from_segments(
-        cls, bounds: Sequence[int], slots: Sequence[int], *, device: torch.device | str = "cpu"
+        cls,
+        bounds: Sequence[int],
+        slots: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        thresholds: Thresholds = DEFAULTS,
     ) -> Self:
         """Plan for segments i = rows `bounds[i]` to `bounds[i + 1]`, of slot `slots[i]` or -1.
+
+        `thresholds` are the CPU's.
 
         Raises ValueError unless bounds are 0, …, tokens in ascending order, one more than slots.
         """
@@ -57,4 +69,5 @@ class Plan:
             top_slot=top_slot,
             bounds=torch.tensor(bounds, dtype=torch.int32, device=device),
             slots=torch.tensor(slots, dtype=torch.int32, device=device),
+            workspace=Workspace(thresholds),
         )

@@ -9,6 +9,9 @@ from torch import Tensor
 Operands = tuple[Tensor, Tensor, float]
 """A `[r, in]`, B `[out, r]` (PEFT's own layout, contiguous) and the scale in double precision."""
 
+Segment = tuple[int, int, int]
+"""(start, stop, slot): the rows from start to stop, not included, are for the adapter in slot."""
+
 
 class Tables(Protocol):
     """The pointer tables of a device: a column per slot, a row per module of the base model.
@@ -31,4 +34,8 @@ class Tables(Protocol):
         """Float32 `[modules, slots]`."""
 
     def operands(self, module: int, slot: int) -> Operands | None:
-        """Views of one module's weights, None where the rank is 0. Asked by the CPU path only."""
+        """Views of one module's weights, None where the rank is 0. Asked by the CPU path only.
+
+        Tables that give the very same tuple again say by it that the weights are as they were:
+        then a plan may keep what was put together of them.
+        """

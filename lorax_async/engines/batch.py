@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NoReturn
+from weakref import ReferenceType, ref
 
 import torch
 
@@ -19,7 +20,7 @@ from lorax_async.errors import UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.ports import Device
 from lorax_async.runtime.vectors import Vectors
-from lorax_kernels import Plan, Tables, apply
+from lorax_kernels import Plan, Tables, Thresholds, apply
 
 Rows = Sequence[AdapterHandle | None] | None
 """One adapter or None (the base) per row; None for a batch of any size that uses the base only."""
@@ -55,6 +56,8 @@ class Batch:
 
     def __init__(self, rows: Rows, place: Place, budget: float | None = None) -> None:
         self.gate = LayerGate(rows or (), place.loop, budget)
+        # Where a row may be out, the bits of the others must not depend on it.
+        self._thresholds = Thresholds() if budget is None else Thresholds(kept_bytes=0)
         self._place = place
         self._rows = None if rows is None else len(rows)
         self._slots = [BASE_ONLY if row is None else row.slot.index for row in rows or ()]
@@ -62,6 +65,7 @@ class Batch:
         self._vectors: dict[int, Vectors] = {}
         self._features = Features(place.device, place.tables, place.factors, self._vectors)
         self._plans: dict[tuple[int, frozenset[int]], _Plan] = {}
+        self._flat: tuple[ReferenceType[torch.Tensor], torch.Tensor] | None = None
         self._uses = ExitStack()
         self._lock = Lock()
         self._running = 1  # the block itself
@@ -126,7 +130,7 @@ class Batch:
             self._require_untouched(x, adapted)
             return y
         y = y.contiguous()
-        flat_y, flat_x = y.detach().flatten(0, 1), x.detach().flatten(0, 1).contiguous()
+        flat_y, flat_x = y.detach().flatten(0, 1), self._flattened(x)
         try:
             self._add(flat_y, flat_x, self._plan(x.shape[1]), adapted)
         except ValueError as error:
@@ -151,8 +155,18 @@ class Batch:
         if adapted.module.embedding:
             self._features.add(y, x, plan.kernel.segments + plan.others, adapted)
             return
-        apply(y, x, plan.kernel, adapted.index, self._place.tables)
+        apply(y, x, plan.kernel, adapted.index, self._place.tables, group=adapted.group)
         self._features.add(y, x, plan.others, adapted)
+
+    def _flattened(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` as `[tokens, in]`: the same view again for q, k and v, by which kernels know it."""
+        known = self._flat
+        if known is not None and known[0]() is x:
+            return known[1]
+        flat = x.detach().flatten(0, 1).contiguous()
+        if flat.data_ptr() == x.data_ptr():  # a copy would not follow what is written to x
+            self._flat = ref(x), flat
+        return flat
 
     def _require_untouched(self, x: torch.Tensor, adapted: Adapted) -> None:
         """Without a dimension of rows nobody can say whose tokens these are."""
@@ -175,7 +189,7 @@ class Batch:
             bounds, slots = segments.bounds, segments.slots
             left_out = out.union(self._vectors)
             known = [BASE_ONLY if slot in left_out else slot for slot in slots]
-            kernel = Plan.from_segments(bounds, known, device=device)
+            kernel = Plan.from_segments(bounds, known, device=device, thresholds=self._thresholds)
             each = zip(bounds, bounds[1:], slots, strict=False)
             vectors = self._vectors.keys() - out
             others = tuple(segment for segment in each if segment[2] in vectors)

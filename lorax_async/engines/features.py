@@ -31,11 +31,15 @@ Segment = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapted:
-    """A module of the model, what the layout says of it, and its place there."""
+    """A module of the model, what the layout says of it, and its place there.
+
+    `group` are the places of the modules that are given the same input, or nothing.
+    """
 
     base: nn.Module
     module: Module
     index: int
+    group: tuple[int, ...] = ()
 
 
 class Factors:

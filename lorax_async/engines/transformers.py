@@ -35,6 +35,7 @@ from lorax_async.engines.batch import Batch, Place, Rows
 from lorax_async.engines.features import Adapted, Factors
 from lorax_async.engines.fitting import modules_of, require_device, require_dtype
 from lorax_async.engines.layer_gate import LayerGate
+from lorax_async.engines.shared_inputs import groups_of
 from lorax_async.errors import UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
@@ -90,10 +91,13 @@ class Attached:
         self._current: ContextVar[Batch | None] = ContextVar("lorax batch", default=None)
         self._lock = Lock()
         self._open: set[Batch] = set()
+        groups = groups_of(modules)
         self._replaced = [
             _Replaced(
                 base,
-                AdaptedForward(self, Adapted(base, module, index), base.forward),
+                AdaptedForward(
+                    self, Adapted(base, module, index, groups.get(index, ())), base.forward
+                ),
                 vars(base).get("forward"),
             )
             for index, (base, module) in enumerate(zip(bases, modules, strict=True))

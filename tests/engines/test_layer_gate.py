@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -32,14 +33,17 @@ def source(adapters: list[Path]) -> FakeSource:
     return source
 
 
-async def expected(small: Any, adapters: list[Path]) -> torch.Tensor:
+async def expected(
+    small: Any, adapters: list[Path], budget: float | None = None, **settings: Any
+) -> torch.Tensor:
     """Of the rows [warm, cold, None] with everything there."""
     async with (
-        serving(small) as (loader, attached),
+        serving(small, **settings) as (loader, attached),
         await loader.load(adapters[1]) as warm,
         await loader.load(adapters[0]) as cold,
     ):
-        with attached.batch([warm, cold, None]):
+        with attached.batch([warm, cold, None], budget):
+            logits_of(small, prompt(3))  # the kernels know the batch from then on
             return logits_of(small, prompt(3))
 
 
@@ -47,13 +51,16 @@ def forward(small: Any) -> Coroutine[Any, Any, torch.Tensor]:
     return asyncio.to_thread(logits_of, small, prompt(3))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_spent_budget_takes_out_the_rows_that_wait(
-    run: Run, small: Any, adapters: list[Path], source: FakeSource
+    run: Run, small: Any, adapters: list[Path], source: FakeSource, dtype: str
 ) -> None:
+    small = copy.deepcopy(small).to(getattr(torch, dtype))
+
     async def main() -> None:
-        whole = await expected(small, adapters)
+        whole = await expected(small, adapters, 0.01, dtype=dtype)
         async with (
-            serving(small, source=source) as (loader, attached),
+            serving(small, source=source, dtype=dtype) as (loader, attached),
             await loader.load("warm") as warm,
             loader.stream("cold") as cold,
         ):
@@ -71,7 +78,7 @@ def test_a_spent_budget_takes_out_the_rows_that_wait(
                 await cold.layer_ready(cold.layers[-1])
                 again = await forward(small)
                 assert set(gate.out) == {1}  # its first pass was wrong: it begins anew
-            with attached.batch([warm, None, None]):
+            with attached.batch([warm, None, None], budget=0.01):
                 assert torch.equal(again, await forward(small))
             with attached.batch([warm, cold, None], budget=0.01) as gate:
                 assert torch.equal(await forward(small), whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -35,6 +35,7 @@ class StackedTables:
     rank: Tensor
     scale: Tensor
     stacks: tuple[Stack, ...]
+    views: dict[tuple[int, int], Operands] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, stacks: Iterable[Stack]) -> Self:
@@ -50,8 +51,12 @@ class StackedTables:
         )
 
     def operands(self, module: int, slot: int) -> Operands:
-        a, b = self.stacks[slot]
-        return a[module], b[module], 1.0
+        """The same views again: by that kernels know that the weights are as they were."""
+        found = self.views.get((module, slot))
+        if found is None:
+            a, b = self.stacks[slot]
+            found = self.views[module, slot] = a[module], b[module], 1.0
+        return found
 
     def add(self, y: Tensor, x: Tensor, plan: Plan, layer: int) -> None:
         """As `lorax_kernels.apply`. Raises UsageError for tensors that do not fit."""

@@ -1,0 +1,133 @@
+"""One module's weights for the segments of a plan, looked up and viewed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from lorax_kernels.tables import Segment, Tables
+
+if TYPE_CHECKING:
+    from lorax_kernels.dense import Dense
+    from lorax_kernels.segments import Step
+
+
+class Piece(NamedTuple):
+    """A segment whose adapter touches the module. Its rows are part `part` of `Work.lengths`."""
+
+    part: int
+    start: int
+    stop: int
+    slot: int
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+class Work:
+    """The pieces of one module, and the lengths into which they cut the batch's rows.
+
+    `adapters` are a piece of each slot. `again` says that a second call found the operands as they
+    were: what is put together of them will be of use. `steps` and `dense` are the ways to compute
+    it, as far as they are prepared; `decided` says that which need not be asked again. `group` is
+    one that was checked.
+    """
+
+    __slots__ = (
+        *("adapters", "again", "decided", "dense", "group", "lengths", "module", "pieces"),
+        *("_shapes", "_used", "steps", "tables"),
+    )
+
+    def __init__(
+        self, tokens: int, segments: tuple[Segment, ...], module: int, tables: Tables
+    ) -> None:
+        self.module, self.tables, self.again, self.decided = module, tables, False, False
+        self.steps: tuple[Step, ...] | None = None
+        self.dense: Dense | None = None
+        self.group: Sequence[int] = ()
+        used = {slot: tables.operands(module, slot) for _, _, slot in segments}
+        self._used = tuple(used.items())
+        self.lengths: list[int] = []
+        pieces, at = [], 0
+        for start, stop, slot in segments:
+            operands = used[slot]
+            if operands is None:
+                continue
+            if at < start:
+                self.lengths.append(start - at)
+            pieces.append(Piece(len(self.lengths), start, stop, slot, *operands))
+            self.lengths.append(stop - start)
+            at = stop
+        if at < tokens:
+            self.lengths.append(tokens - at)
+        self.pieces = tuple(pieces)
+        self.adapters = tuple({piece.slot: piece for piece in pieces}.values())
+        self._shapes = self._expected(tokens)
+
+    def stands(self) -> bool:
+        """Whether the tables still give the very same operands."""
+        operands, module = self.tables.operands, self.module
+        for slot, known in self._used:  # noqa: SIM110 - a third of a generator's time
+            if operands(module, slot) is not known:
+                return False
+        return True
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of `rows` `[tokens, …]`, by the lengths."""
+        return (rows,) if len(self.lengths) == 1 else rows.split_with_sizes(self.lengths)
+
+    def fits(self, y: Tensor, x: Tensor) -> bool:
+        """Whether `x` and `y` are as :func:`lorax_kernels.apply` wants them; quick, for each call.
+
+        False, too, for operands that do not fit each other: :meth:`check` says what is wrong.
+        """
+        if self._shapes is None:
+            return False
+        x_shape, y_shape, dtype = self._shapes
+        return (
+            x.shape == x_shape
+            and y.shape == y_shape
+            and x.dtype == dtype
+            and y.dtype == dtype
+            and x.is_cpu
+            and y.is_cpu
+            and x.is_contiguous()
+            and y.is_contiguous()
+        )
+
+    def check(self, *, x: Tensor | None = None, y: Tensor | None = None) -> None:
+        """Raise ValueError unless `x` `[tokens, in]` and `y` `[tokens, out]` fit all operands."""
+        for piece in self.adapters:
+            a, b_t = piece.a, piece.b.t()
+            if not (_fits(x, a) and _fits(y, b_t) and a.dtype == b_t.dtype):
+                pairs = [("x", x, a), ("y", y, b_t)]
+                given = [(name, one, of) for name, one, of in pairs if one is not None]
+                wanted = [f"{name} [tokens, {of.shape[1]}] in {of.dtype}" for name, _, of in given]
+                got = [f"{name} {list(one.shape)} in {one.dtype}" for name, one, _ in given]
+                raise ValueError(f"expected {' and '.join(wanted)}, got {' and '.join(got)}")
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether `x` is what the module is given; not so where the batch has no adapter of it."""
+        return bool(self.adapters) and all(_fits(x, piece.a) for piece in self.adapters)
+
+    def _expected(self, tokens: int) -> tuple[tuple[int, int], tuple[int, int], object] | None:
+        found = {
+            ((tokens, piece.a.shape[1]), (tokens, piece.b.shape[0]), piece.a.dtype)
+            for piece in self.adapters
+            if piece.a.dtype == piece.b.dtype
+        }
+        return found.pop() if len(found) == 1 else None
+
+
+def _fits(rows: Tensor | None, weights: Tensor) -> bool:
+    return rows is None or (rows.shape[1] == weights.shape[1] and rows.dtype == weights.dtype)
