@@ -156,7 +156,8 @@ class Engine:
                     raise AdapterTimeoutError("it did not come", id=handle.id, stage="copy")
                 return False
             # Whether others wait is looked at now and then.
-            await self.world.until_news(min(left, max(budget, clock.now - began)))
+            slice = max(BUDGET * self.world.scene.seconds, clock.now - began)
+            await self.world.until_news(min(left, slice))
         return True
 
     def _kernels(self, handles: Iterable[AdapterHandle], layer: int) -> None:
