@@ -51,6 +51,9 @@ from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.module_views import ModuleWeights
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.whereabouts import AdapterResidency
+from lorax_async.scheduler import AdapterScheduler
+from lorax_async.scheduling.batch import Batch, BatchRow
+from lorax_async.scheduling.requests import Request, Ticket
 from lorax_async.verification import Verification
 
 __all__ = [
@@ -64,8 +67,11 @@ __all__ = [
     "AdapterNotFoundError",
     "AdapterRef",
     "AdapterResidency",
+    "AdapterScheduler",
     "AdapterTimeoutError",
     "Allow",
+    "Batch",
+    "BatchRow",
     "BytesMoved",
     "CapacityError",
     "ConfigError",
@@ -91,11 +97,13 @@ __all__ = [
     "ModelLayout",
     "ModuleWeights",
     "Prefetch",
+    "Request",
     "Resident",
     "Shard",
     "SlotGranted",
     "SlotId",
     "Statistics",
+    "Ticket",
     "TransferError",
     "UnsupportedAdapterError",
     "UsageError",

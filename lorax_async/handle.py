@@ -84,6 +84,11 @@ class AdapterHandle:
         return self._lease.tenancy.layers
 
     @property
+    def timeout(self) -> float:
+        """Seconds after which its waits give up, unless they are told otherwise."""
+        return self._timeout
+
+    @property
     def resident(self) -> bool:
         """Whether every layer is on the device."""
         return self._lease.tenancy.complete

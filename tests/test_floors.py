@@ -20,7 +20,7 @@ FLOORS = {
     2: {"io"},
     3: {"runtime", "handle"},
     4: {"loader", "looking", "tensor_calls", "layouts", "adaptable", "parts"},
-    5: {"scheduler", "adapters"},
+    5: {"scheduler", "scheduling", "adapters"},
     6: {"engines", "server", "cli", "commands", "__main__"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

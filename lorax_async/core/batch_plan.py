@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from lorax_async.errors import HandleClosedError
 
 BASE_ONLY = -1
 """The slot of rows that no adapter touches."""
+
+TILE_ROWS = 16
+"""Rows that a kernel takes at a time, unless said otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +49,154 @@ def plan_rows(slots: Sequence[int], lengths: Sequence[int]) -> Segments:
             merged.append(slot)
             bounds.append(bounds[-1] + length)
     return Segments(tuple(bounds), tuple(merged))
+
+
+class Place(NamedTuple):
+    """A slot and which of its tenants; the base's is `NOWHERE`."""
+
+    slot: int
+    generation: int
+
+
+NOWHERE = Place(BASE_ONLY, -1)
+
+
+class Tenant(NamedTuple):
+    """Who has a slot now: its generation, and its rank."""
+
+    generation: int
+    rank: int
+
+
+_NOBODY = Tenant(-2, 0)
+
+Tile = tuple[int, int, int]
+"""(segment, start, stop): rows from start to stop, not included, of one segment."""
+
+RankGroup = tuple[int, int, int]
+"""(rank, first, stop): segments from first to stop, not included, of one rank; 0 is the base's."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """A batch in the order in which kernels want it.
+
+    Attributes
+    ----------
+    order
+        `order[i]` is which of the given sequences is the i-th: by rank, then by slot, then as
+        given. The base's are the first.
+    segments
+        Of the rows in that order; each slot has one.
+    tiles
+        The segments in pieces of a kernel's size, in order. They do not cross segments.
+    groups
+        The segments by rank, in order.
+    """
+
+    order: tuple[int, ...]
+    segments: Segments
+    tiles: tuple[Tile, ...]
+    groups: tuple[RankGroup, ...]
+
+
+def plan_batch(
+    places: Sequence[Place],
+    lengths: Sequence[int],
+    tenants: Mapping[int, Tenant],
+    *,
+    tile_rows: int = TILE_ROWS,
+) -> BatchPlan:
+    """Plan for a batch whose i-th sequence has `lengths[i]` tokens and its adapter at `places[i]`.
+
+    Parameters
+    ----------
+    places, lengths
+        Of the sequences, in any order. Each has at least one token.
+    tenants
+        Who has which slot now.
+    tile_rows
+        The most rows of a tile.
+
+    Raises
+    ------
+    HandleClosedError
+        A sequence's slot has another tenant now, or none.
+    ValueError
+        A sequence without tokens, or sequences of different sizes.
+    """
+    if len(places) != len(lengths) or min(lengths, default=1) < 1:
+        raise ValueError("each sequence of a batch has a place and at least one token")
+    members: dict[Place, list[int]] = {}
+    for number, place in enumerate(places):
+        here = members.get(place)
+        if here is None:
+            members[place] = [number]
+        else:
+            here.append(number)
+    order, bounds, slots, ranks = list[int](), [0], list[int](), list[int]()
+    tokens = 0
+    for rank, slot, here in _by_rank(members, tenants):
+        for number in here:
+            tokens += lengths[number]
+        order += here
+        bounds.append(tokens)
+        slots.append(slot)
+        ranks.append(rank)
+    segments = Segments(tuple(bounds), tuple(slots))
+    return BatchPlan(tuple(order), segments, _tiles(bounds, tile_rows), _groups(ranks))
+
+
+def _by_rank(
+    members: Mapping[Place, list[int]], tenants: Mapping[int, Tenant]
+) -> list[tuple[int, int, list[int]]]:
+    """Rank, slot and sequences of each place, by rank and slot: no slot is there twice."""
+    found = []
+    for place, here in members.items():
+        slot, generation = place
+        tenant = tenants.get(slot, _NOBODY)
+        if tenant[0] != generation:
+            _refuse(place, tenants)
+        found.append((tenant[1], slot, here))
+    found.sort()
+    return found
+
+
+def require_current(places: Sequence[Place], tenants: Mapping[int, Tenant]) -> None:
+    """Raise `HandleClosedError` for the first place that has another tenant now, or none."""
+    for place in places:
+        if tenants.get(place.slot, _NOBODY)[0] != place.generation:
+            _refuse(place, tenants)
+
+
+def _refuse(place: Place, tenants: Mapping[int, Tenant]) -> None:
+    """Unless it is the base's, which has no slot that anybody could take."""
+    if place == NOWHERE:
+        return
+    tenant = tenants.get(place.slot)
+    now = "nobody" if tenant is None else f"generation {tenant.generation}"
+    raise HandleClosedError(
+        f"a row is of generation {place.generation} of slot {place.slot}, which {now} has by now"
+    )
+
+
+def _tiles(bounds: Sequence[int], rows: int) -> tuple[Tile, ...]:
+    tiles, start = list[Tile](), 0
+    for segment, stop in enumerate(bounds[1:]):
+        while stop - start > rows:
+            tiles.append((segment, start, start + rows))
+            start += rows
+        tiles.append((segment, start, stop))
+        start = stop
+    return tuple(tiles)
+
+
+def _groups(ranks: Sequence[int]) -> tuple[RankGroup, ...]:
+    groups, first = list[RankGroup](), 0
+    for segment, rank in enumerate(ranks):
+        if rank != ranks[first]:
+            groups.append((ranks[first], first, segment))
+            first = segment
+    if ranks:
+        groups.append((ranks[first], first, len(ranks)))
+    return tuple(groups)

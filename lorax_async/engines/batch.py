@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -54,8 +54,14 @@ class Batch:
     begun by then is done: a cancelled task leaves its thread in the middle of a forward pass.
     """
 
-    def __init__(self, rows: Rows, place: Place, budget: float | None = None) -> None:
-        self.gate = LayerGate(rows or (), place.loop, budget)
+    def __init__(
+        self,
+        rows: Rows,
+        place: Place,
+        budget: float | None = None,
+        others_wait: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.gate = LayerGate(rows or (), place.loop, budget, others_wait)
         # Where a row may be out, the bits of the others must not depend on it.
         self._thresholds = Thresholds() if budget is None else Thresholds(kept_bytes=0)
         self._place = place

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 from types import MappingProxyType
@@ -18,6 +19,9 @@ from types import MappingProxyType
 from lorax_async.errors import AdapterTimeoutError, HandleClosedError, LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.inbox import running_loop
+
+_LOOK_SECONDS = 0.02
+"""Between two looks at whether others wait."""
 
 
 class LayerGate:
@@ -39,6 +43,9 @@ class LayerGate:
     budget
         In seconds, for one pass. None: nobody is ever out; the pass waits for everybody, as long as
         the loader's timeout allows, and raises an adapter's error.
+    others_wait
+        Whether other requests could be computed in place of the pass, as `Batch.others_wait` of a
+        scheduler says: then adapters whose rows are all there are wait no longer, either.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class LayerGate:
         rows: Sequence[AdapterHandle | None],
         loop: asyncio.AbstractEventLoop,
         budget: float | None = None,
+        others_wait: Callable[[], bool] = lambda: False,
     ) -> None:
         if budget is not None and not 0 <= budget < float("inf"):
             raise UsageError(f"budget is None or a number of seconds from 0, not {budget!r}")
@@ -58,6 +66,7 @@ class LayerGate:
         """Seconds of the budget that the pass may still wait for."""
         self._streaming = tuple(handle for handle in handles if not handle.resident)
         self._unverified = tuple(handle for handle in handles if not handle.is_verified)
+        self._others_wait = others_wait
         self._layer = -1
         self._errors: dict[AdapterHandle, LoraxError] = {}
         self.slots_out: frozenset[int] = frozenset()
@@ -106,19 +115,38 @@ class LayerGate:
                 f"layer {layer} of adapter {handle.id!r} is not here yet, and its bytes cannot "
                 "arrive while the event loop's thread waits; run the model in asyncio.to_thread"
             )
-        if self._budget is None or self._alone or handle.arrived:
+        if self._budget is None or handle.arrived:
             handle.wait_layer(layer)
-            return
+        elif self._alone:
+            self._await_alone(handle, layer)
+        else:
+            self._await_beside(handle, layer)
+
+    def _await_alone(self, handle: AdapterHandle, layer: int) -> None:
+        """Until somebody else could be computed instead."""
+        until = monotonic() + handle.timeout
+        while not handle.is_ready(layer):
+            seconds = until - monotonic()
+            with suppress(AdapterTimeoutError):
+                handle.wait_layer(layer, timeout=max(0.0, min(seconds, _LOOK_SECONDS)))
+                return
+            if self._others_wait():
+                raise _late(handle, f"layer {layer} had not arrived when others could be computed")
+            if seconds <= 0:
+                raise _late(handle, f"layer {layer} did not arrive within {handle.timeout:g} s")
+
+    def _await_beside(self, handle: AdapterHandle, layer: int) -> None:
         began = monotonic()
         try:
             handle.wait_layer(layer, timeout=max(0.0, self.left))
         except AdapterTimeoutError:
-            raise AdapterTimeoutError(
-                f"layer {layer} had not arrived when the pass had waited {self._budget:g} s for it;"
-                " queue the request again",
-                id=handle.id,
-                key=handle.key,
-                stage="copy",
-            ) from None
+            waited = f"the pass had waited {self._budget:g} s for it"
+            raise _late(handle, f"layer {layer} had not arrived when {waited}") from None
         finally:
             self.left -= monotonic() - began
+
+
+def _late(handle: AdapterHandle, problem: str) -> AdapterTimeoutError:
+    return AdapterTimeoutError(
+        f"{problem}; queue the request again", id=handle.id, key=handle.key, stage="copy"
+    )

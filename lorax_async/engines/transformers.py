@@ -106,7 +106,12 @@ class Attached:
             replaced.install()
 
     @contextmanager
-    def batch(self, rows: Rows, budget: float | None = None) -> Iterator[LayerGate]:
+    def batch(
+        self,
+        rows: Rows,
+        budget: float | None = None,
+        others_wait: Callable[[], bool] = lambda: False,
+    ) -> Iterator[LayerGate]:
         """While the block lasts, row i of the model's input uses the adapter of `rows[i]`.
 
         With a budget, look at the gate's `out` after each pass: these rows were computed without
@@ -120,6 +125,8 @@ class Attached:
         budget
             For how many seconds one pass waits for adapters that are not on this machine yet: see
             `LayerGate`. None: it waits for all of them, and raises their errors.
+        others_wait
+            Whether the pass keeps others from being computed: see `LayerGate`.
 
         Raises
         ------
@@ -130,7 +137,7 @@ class Attached:
             A handle was released. One that is released inside the block keeps its adapter there.
         """
         self._check(rows)
-        batch = Batch(rows, self._place, budget)
+        batch = Batch(rows, self._place, budget, others_wait)
         with self._opened(batch):
             batch.begin()
             token = self._current.set(batch)

@@ -117,7 +117,19 @@ MODELS: Mutants = {
         GATE,
         "            handle.wait_layer(layer)\n",
         "            handle.rank\n",
+        f"{OF_GATE}::test_what_is_on_this_machine_is_waited_for_beyond_the_budget",
+    ),
+    "gate: who is alone waits for a layer": mutant(
+        GATE,
+        "                handle.wait_layer(layer, timeout=max(0.0, min(seconds, _LOOK_SECONDS)))\n",
+        "                handle.rank\n",
         f"{OF_GATE}::test_who_is_alone_waits_beyond_the_budget",
+    ),
+    "gate: who is alone looks whether others wait": mutant(
+        GATE,
+        "            if self._others_wait():\n",
+        "            if False:\n",
+        f"{OF_GATE}::test_who_is_alone_waits_no_longer_when_others_could_be_computed",
     ),
     "gate: it waits for a layer within the budget": mutant(
         GATE,
@@ -139,8 +151,8 @@ MODELS: Mutants = {
     ),
     "gate: what is here is waited for": mutant(
         GATE,
-        "self._alone or handle.arrived:\n",
-        "self._alone:\n",
+        "        if self._budget is None or handle.arrived:\n",
+        "        if self._budget is None:\n",
         f"{OF_GATE}::test_what_is_on_this_machine_is_waited_for_beyond_the_budget",
     ),
     "gate: what a pass has waited counts": mutant(

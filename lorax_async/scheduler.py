@@ -1,0 +1,294 @@
+"""`AdapterScheduler`: requests for adapters become batches, as adapters become ready."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from math import inf
+from types import TracebackType
+from typing import Self
+
+from lorax_async.core.pace import Pace
+from lorax_async.core.urgency import LookAhead, urgency
+from lorax_async.errors import (
+    AdapterTimeoutError,
+    LoaderClosedError,
+    LoraxError,
+    UsageError,
+)
+from lorax_async.loader import AdapterLoader
+from lorax_async.scheduling.batch import Batch, BatchRow, make_batch
+from lorax_async.scheduling.clock import Clock
+from lorax_async.scheduling.guestbook import Guestbook
+from lorax_async.scheduling.guests import Guest
+from lorax_async.scheduling.news import News
+from lorax_async.scheduling.picking import Room, pick
+from lorax_async.scheduling.requests import Request, Ticket
+from lorax_async.settings.requirements import require_count
+
+MAX_LOADS = 8
+"""Adapters that are loaded in the foreground at a time, unless said otherwise."""
+
+
+class AdapterScheduler:
+    """Turns requests into batches, for one engine.
+
+    Rows of adapters that are not there wait, and nobody waits for them. An adapter whose layers are
+    still coming joins when each is expected before its turn. When not all fits, adapters share rows
+    and tokens evenly, and among equals the oldest request comes first.
+
+    Parameters
+    ----------
+    loader
+        Open; the scheduler belongs to its event loop, and is closed before it.
+    max_begun
+        Sequences that may have begun and not ended, for which the engine keeps keys and values.
+        None: any number. A batch's `max_sequences` counts its rows only.
+    loads
+        Adapters that are waited for in the foreground at a time, in the order of the queue; None is
+        as many as there are slots, and 8 at most. As many more as there are slots are hinted onto
+        the device.
+    look_ahead
+        How many more are hinted into host memory.
+    clock
+        For tests; None is the loop's.
+
+    Use it as an async context manager.
+
+    Raises `ConfigError` for a number out of range, and `LoaderClosedError` or `UsageError` if the
+    loader is closed or another loop's.
+    """
+
+    def __init__(
+        self,
+        loader: AdapterLoader,
+        *,
+        max_begun: int | None = None,
+        loads: int | None = None,
+        look_ahead: int = 8,
+        clock: Clock | None = None,
+    ) -> None:
+        slots, self._level = loader.config.max_slots, loader.config.starvation_age
+        loads = min(slots, MAX_LOADS) if loads is None else loads
+        require_count("loads", loads, least=1)
+        require_count("look_ahead", look_ahead, least=0)
+        if max_begun is not None:
+            require_count("max_begun", max_begun, least=1)
+        self._max_begun = inf if max_begun is None else max_begun
+        self._loop = asyncio.get_running_loop()
+        self._clock: Clock = self._loop if clock is None else clock
+        self._patience = loader.config.timeout
+        self._layers = loader.layout.num_layers
+        self._pace = Pace()
+        self._book = Guestbook(
+            loader,
+            self._clock,
+            LookAhead(loads, slots, look_ahead),
+            self._level,
+            changed=self._changed,
+            sent_back=self._sent_back,
+            in_the_way=self._in_the_way,
+        )
+        self._submitted = 0
+        self._out: set[Batch] = set()
+        self._news = News(self._loop, self._clock)
+        self._closing: asyncio.Task[None] | None = None
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Fail all requests with `LoaderClosedError`, and give all adapters back.
+
+        Batches under way need not be completed any more: who computes them holds the bytes by
+        `AdapterHandle.use`. Idempotent; cancelling the caller does not stop it.
+        """
+        self._check_loop()
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close(), name="lorax scheduler close")
+            self._changed()
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._out.clear()
+        await self._book.close(LoaderClosedError("the scheduler was closed"))
+
+    def _check_open(self) -> None:
+        self._check_loop()
+        if self._closing is not None:
+            raise LoaderClosedError("the scheduler was closed")
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request; its adapter begins to come. What is wrong with that, the ticket raises.
+
+        Raises `LoaderClosedError` if the scheduler or the loader was closed.
+        """
+        self._check_open()
+        now = self._clock.time()
+        seconds = self._patience if request.deadline is None else request.deadline
+        self._submitted += 1
+        order = urgency(now, request.priority, now + seconds, self._level), self._submitted
+        ticket = Ticket(request, order, self._loop.create_future(), self._cancelled)
+        self._book.enter(ticket)
+        self._arm(ticket, seconds)
+        return ticket
+
+    def _cancelled(self, ticket: Ticket) -> None:
+        self._book.leave(ticket)
+        self._changed()  # another one may begin instead
+
+    def _arm(self, ticket: Ticket, seconds: float) -> None:
+        ticket.disarm()
+        when = self._clock.time() + seconds
+        ticket.alarm = self._clock.call_at(when, lambda: self._too_late(ticket, seconds))
+
+    def _sent_back(self, ticket: Ticket) -> None:
+        """It had begun, and waits for its adapter once more."""
+        if ticket.begun:
+            self._arm(ticket, self._patience)
+
+    def _too_late(self, ticket: Ticket, seconds: float) -> None:
+        if ticket.done or ticket.flying:
+            return
+        guest = self._book.guest_of(ticket)
+        problem = f"it was in no batch within {seconds:g} s"
+        self._end(ticket, AdapterTimeoutError(problem, id=guest.id, stage=guest.stage))
+
+    # -- batches -----------------------------------------------------------------------------------
+
+    async def next_batch(self, max_tokens: int, max_sequences: int) -> Batch:
+        """Wait until something can be computed; it is to be given to `complete`.
+
+        Parameters
+        ----------
+        max_tokens, max_sequences
+            Of the batch, at most; at least 1. What is left of a longer prompt comes later.
+
+        Raises `LoaderClosedError` once the scheduler was closed. Several batches may be under way;
+        no request is in two of them. Cancelling it loses nothing.
+        """
+        require_count("max_tokens", max_tokens, least=1)
+        require_count("max_sequences", max_sequences, least=1)
+        await asyncio.sleep(0)  # news that are on their way are heard first, whoever computes
+        while True:
+            self._check_open()
+            self._book.check()
+            now = self._clock.time()
+            room = Room(max_tokens, max_sequences, self._max_begun - self._book.begun)
+            picked = pick(self._book.held, room, self._pace, self._layers, now)
+            if picked.rows:
+                return self._batch(picked.rows, now)
+            await self._news.wait(picked.due)
+
+    async def batches(self, max_tokens: int, max_sequences: int) -> AsyncIterator[Batch]:
+        """`next_batch` again and again, until the scheduler is closed."""
+        while self._closing is None:
+            try:
+                batch = await self.next_batch(max_tokens, max_sequences)
+            except LoaderClosedError:
+                return
+            yield batch
+
+    def _check_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise UsageError("a scheduler is used on the event loop that it was made on")
+
+    def _changed(self) -> None:
+        """Whoever waits looks again; who waits within a pass is told if others need not."""
+        self._news.tell()
+        streaming = [batch for batch in self._out if batch.streaming and not batch.others_wait]
+        if streaming and self._book.has_ready:
+            for batch in streaming:
+                batch.others_wait = True
+
+    def _in_the_way(self, guest: Guest) -> None:
+        """Nothing comes into its slot, and others wait for one."""
+        for batch in self._out:
+            batch.others_wait = batch.others_wait or guest in batch.guests
+
+    def _batch(self, rows: list[tuple[Guest, Ticket, int]], now: float) -> Batch:
+        batch = make_batch(rows, self._book.slots.tenants, self._pace, now)
+        for guest, ticket, _ in rows:
+            self._book.begin(guest, ticket)
+            ticket.flying = True
+        for guest in batch.guests:
+            guest.flights += 1
+        self._out.add(batch)
+        return batch
+
+    def complete(
+        self,
+        batch: Batch,
+        finished: Iterable[Ticket] = (),
+        *,
+        again: Iterable[Ticket] = (),
+        failed: Mapping[Ticket, LoraxError] | None = None,
+    ) -> None:
+        """Say what came of a batch: the next token of its rows is queued, its adapters given back.
+
+        Parameters
+        ----------
+        finished
+            Those whose last token was among them; besides these, who has `max_new_tokens`.
+        again
+            Those of whom nothing came, and whose keys and values were thrown away: they are queued
+            from their first token on, and join the next time when all of their adapter is there.
+        failed
+            Those that ended, and why.
+
+        Raises `UsageError`, and changes nothing, if it is no batch of this scheduler that is under
+        way, or has no such rows.
+        """
+        self._check_loop()
+        if self._closing is not None:
+            batch.completed = True
+            return
+        finished, again, failed = set(finished), set(again), dict(failed or {})
+        if batch not in self._out:
+            raise UsageError("a batch is completed once, by the scheduler that made it")
+        if not {*finished, *again, *failed} <= {row.ticket for row in batch.rows}:
+            raise UsageError("tickets were named that have no row in this batch")
+        batch.completed = True
+        self._out.remove(batch)
+        if not batch.streaming and not again and not failed:
+            self._pace.note(batch.tokens, self._clock.time() - batch.began)
+        for row in batch.rows:
+            row.ticket.flying = False
+            if not row.ticket.done:
+                self._advance(row, finished, again, failed)
+        for guest in batch.guests:
+            self._book.landed(guest)
+        self._changed()
+
+    def _advance(
+        self,
+        row: BatchRow,
+        finished: set[Ticket],
+        again: set[Ticket],
+        failed: Mapping[Ticket, LoraxError],
+    ) -> None:
+        ticket = row.ticket
+        if ticket in failed:
+            self._end(ticket, failed[ticket].located(id=row.handle.id if row.handle else None))
+        elif ticket in again:  # its rows waited in vain, and shall not do so once more
+            ticket.progress.restart()
+            self._book.begin_again(ticket)
+            self._arm(ticket, self._patience)
+        elif ticket.progress.advance(row.tokens) or ticket in finished:
+            self._end(ticket)
+
+    def _end(self, ticket: Ticket, error: LoraxError | None = None) -> None:
+        self._book.leave(ticket)
+        ticket.end(error)

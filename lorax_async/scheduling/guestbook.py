@@ -1,0 +1,277 @@
+"""Which adapters have requests, and which of them have slots, as the loader's events tell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from math import inf
+
+from lorax_async.adapter import AdapterKey, Ref
+from lorax_async.core.batch_plan import Place
+from lorax_async.core.urgency import LookAhead
+from lorax_async.errors import LoaderClosedError, LoraxError
+from lorax_async.events import Event, Failed, LayerReady, Leaving, Resident
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.scheduling.clock import Alarm, Clock
+from lorax_async.scheduling.guests import Guest
+from lorax_async.scheduling.requests import Ticket
+from lorax_async.scheduling.slots import Slots
+from lorax_async.scheduling.waiting import Waiting
+
+
+class Guestbook:
+    """All guests.
+
+    `changed` hears when there may be something to compute; `sent_back` of the requests of an
+    adapter that has lost its slot; `in_the_way` of a guest in a batch that keeps a slot in vain.
+
+    Attributes
+    ----------
+    slots
+        What is known of the device's slots.
+    held
+        Guests that have slots, and the base if it has requests.
+    begun
+        Requests of which the engine keeps something.
+    """
+
+    def __init__(
+        self,
+        loader: AdapterLoader,
+        clock: Clock,
+        ahead: LookAhead,
+        patience: float,
+        *,
+        changed: Callable[[], None],
+        sent_back: Callable[[Ticket], None],
+        in_the_way: Callable[[Guest], None],
+    ) -> None:
+        self.slots = Slots(clock)
+        self.held: dict[Guest, None] = {}
+        self.begun = 0
+        self._loader = loader
+        self._clock = clock
+        self._patience = patience
+        self._changed = changed
+        self._sent_back = sent_back
+        self._in_the_way = in_the_way
+        self._guests: dict[Ref | None, Guest] = {}
+        self._by_key: dict[AdapterKey, list[Guest]] = {}
+        self._alarm: Alarm | None = None
+        self._looked = -inf
+        self._waiting = Waiting(
+            loader,
+            ahead,
+            patience,
+            clock,
+            held=lambda: sum(guest.handle is not None for guest in self.held),
+            granted=self._granted,
+            failed=self.fail,
+        )
+        self._unsubscribe = loader.subscribe(self._heard)
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def enter(self, ticket: Ticket) -> None:
+        """One more request. Raises what `AdapterLoader.try_acquire` raises, and then has none."""
+        guest = self._guests.get(ticket.ref)
+        if guest is not None:
+            guest.add(ticket)
+            self._waiting.update(guest)
+        else:
+            handle = None if ticket.ref is None else self._loader.try_acquire(ticket.ref)
+            guest = self._guests[ticket.ref] = Guest(ticket.ref)
+            guest.add(ticket)
+            if handle is not None:
+                self._adopt(guest, handle)
+            elif ticket.ref is None:
+                self.held[guest] = None
+            else:
+                self._waiting.add(guest)
+                self._watch()
+        self._changed()
+
+    def guest_of(self, ticket: Ticket) -> Guest:
+        """Whose it is; it must not be done."""
+        return self._guests[ticket.ref]
+
+    def begin(self, guest: Guest, ticket: Ticket) -> None:
+        """It is computed: the engine keeps something of it, and it cannot come too late."""
+        ticket.disarm()
+        if not ticket.begun:
+            ticket.begun = True
+            guest.begun += 1
+            self.begun += 1
+
+    def begin_again(self, ticket: Ticket) -> None:
+        """The engine keeps nothing of it, for its adapter did not come in time."""
+        guest = self._guests[ticket.ref]
+        guest.trusted = False
+        guest.begun -= ticket.begun
+        self.begun -= ticket.begun
+        ticket.begun = False
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether there are rows that wait for nothing but their turn."""
+        ready = (guest for guest in self.held if guest.is_ready and not guest.leaving)
+        return any(guest.waiting(1, True) for guest in ready)
+
+    def leave(self, ticket: Ticket) -> None:
+        """It is done, for whatever reason; once."""
+        guest = self._guests[ticket.ref]
+        guest.remove(ticket)
+        self.begun -= ticket.begun
+        if guest.tickets:
+            self._waiting.update(guest)
+        else:
+            self._part(guest)
+
+    def landed(self, guest: Guest) -> None:
+        """A batch that it was in was completed."""
+        guest.flights -= 1
+        if guest.flights:
+            return
+        if not guest.tickets:
+            self._release(guest)
+        else:
+            self._settle(guest)
+        self._watch()
+
+    def fail(self, guest: Guest, error: LoraxError) -> None:
+        """What goes wrong with an adapter goes wrong with its requests, and with no other."""
+        tickets, guest.tickets = guest.tickets, []
+        self.begun -= guest.begun
+        self._part(guest)
+        for ticket in tickets:
+            ticket.end(error.located(id=guest.id))
+        self._changed()
+
+    def _part(self, guest: Guest) -> None:
+        """It has no requests any more; new ones are another guest's."""
+        if self._guests.get(guest.ref) is guest:
+            del self._guests[guest.ref]
+        self._waiting.remove(guest)
+        if not guest.flights:
+            self._release(guest)
+
+    # -- slots -------------------------------------------------------------------------------------
+
+    def _granted(self, guest: Guest, handle: AdapterHandle) -> None:
+        self._waiting.remove(guest)
+        self._adopt(guest, handle)
+        self._changed()
+
+    def _adopt(self, guest: Guest, handle: AdapterHandle) -> None:
+        slot = handle.slot
+        guest.handle, guest.place = handle, Place(slot.index, slot.generation)
+        guest.trusted = True
+        guest.leaving = self.slots.is_leaving(slot)
+        guest.arrival = self.slots.adopt(handle)
+        self.held[guest] = None
+        self._by_key.setdefault(handle.key, []).append(guest)
+        self._settle(guest)
+        self._watch()
+
+    def _release(self, guest: Guest) -> None:
+        """Give its slot back, if it has one. Idempotent."""
+        self.held.pop(guest, None)
+        handle, guest.handle, guest.arrival = guest.handle, None, None
+        if handle is None:
+            return
+        others = self._by_key[handle.key]
+        others.remove(guest)
+        if not others:
+            del self._by_key[handle.key]
+        handle.release()
+        self._waiting.look_soon()
+
+    def _send_back(self, guest: Guest, *, resting: bool = False) -> None:
+        """Others get its slot; it waits for another one."""
+        self._release(guest)
+        for ticket in guest.tickets:
+            self._sent_back(ticket)
+        self._waiting.add(guest, resting=resting)
+        self._watch()
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def _heard(self, event: Event) -> None:
+        if event.slot is not None:
+            self.slots.heard(event, event.slot)
+        for guest in tuple(self._by_key.get(event.key, ())):
+            self._tell(guest, event)
+
+    def _tell(self, guest: Guest, event: Event) -> None:
+        if isinstance(event, LayerReady | Resident):
+            guest.leaving = guest.leaving and not isinstance(event, Resident)
+            self._changed()
+        elif isinstance(event, Failed | Leaving):
+            guest.leaving = guest.leaving or isinstance(event, Leaving)
+            # A slot breaks, and leaves, after that was told.
+            asyncio.get_running_loop().call_soon(self._settle, guest)
+
+    def _settle(self, guest: Guest) -> None:
+        """Fail it if its weights are no good; let it go if it is to."""
+        if guest.handle is None:
+            return
+        try:
+            guest.handle.require_sound()
+            if guest.handle.released:
+                raise LoaderClosedError("the loader was closed")
+        except LoraxError as error:
+            self.fail(guest, error)
+            return
+        if guest.leaving and guest.tickets and not guest.flights:
+            self._send_back(guest)
+
+    def check(self) -> None:
+        """Fail those whose handles somebody took away: the loader was closed."""
+        for guest in tuple(self.held):
+            if guest.handle is not None and guest.handle.released:
+                self._settle(guest)
+
+    # -- slots in which nothing comes --------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """While others wait, a slot is not for who gets nothing in it."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        due = min((latest for _, latest in self._streaming()), default=None)
+        if due is not None and len(self._waiting):
+            when = max(due, self._looked) + self._patience
+            self._alarm = self._clock.call_at(when, self._relieve)
+
+    def _relieve(self) -> None:
+        now = self._looked = self._clock.time()
+        for guest, latest in self._streaming():
+            if now < latest + self._patience or not len(self._waiting):
+                continue
+            if guest.flights:
+                self._in_the_way(guest)
+            else:
+                self._send_back(guest, resting=True)
+        self._watch()
+
+    def _streaming(self) -> list[tuple[Guest, float]]:
+        """Guests whose layers are to come, and when something of them came last."""
+        return [
+            (guest, guest.arrival.latest)
+            for guest in self.held
+            if guest.arrival is not None and not guest.is_ready
+        ]
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    async def close(self, error: LoraxError) -> None:
+        """Fail all requests and give all slots back, those of batches under way, too."""
+        self._unsubscribe()
+        if self._alarm is not None:
+            self._alarm.cancel()
+        for guest in tuple(self._guests.values()):
+            self.fail(guest, error)
+        for guest in tuple(self.held):
+            self._release(guest)
+        await self._waiting.close()

@@ -1,0 +1,153 @@
+"""What a server asks the scheduler for, and what it holds until that is done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+from lorax_async.adapter import AdapterId, Ref, as_ref
+from lorax_async.core.progress import Progress
+from lorax_async.errors import LoraxError
+from lorax_async.runtime.acquiring import require_priority
+from lorax_async.scheduling.clock import Alarm
+from lorax_async.settings.requirements import require_count, require_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to be generated with one adapter.
+
+    Parameters
+    ----------
+    adapter_id
+        As for `AdapterLoader.load`; None is the base alone.
+    prompt_tokens
+        How many tokens the prompt has; at least 1.
+    max_new_tokens
+        After so many it is finished, if nothing else ends it; at least 1.
+    priority
+        Each level counts as `LoaderConfig.starvation_age` seconds of waiting, as for loads.
+    deadline
+        Seconds from `submit` by which it must be in a batch; None takes the config's `timeout`.
+
+    Raises
+    ------
+    UsageError
+        A number is out of range, or the id is none.
+    """
+
+    adapter_id: AdapterId | None
+    prompt_tokens: int
+    max_new_tokens: int
+    priority: int = 0
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        require_priority(self.priority)
+        for name in ("prompt_tokens", "max_new_tokens"):
+            require_count(name, getattr(self, name), least=1)
+        if self.deadline is not None:
+            require_seconds("deadline", self.deadline)
+        _ = self.ref
+
+    @property
+    def ref(self) -> Ref | None:
+        """The id as it is kept."""
+        return None if self.adapter_id is None else as_ref(self.adapter_id)
+
+
+class Ticket:
+    """One request under way. Awaiting it waits until it is finished, or raises why it is not.
+
+    Whoever is cancelled while awaiting does not cancel it; `cancel` does. All on the scheduler's
+    loop.
+    """
+
+    __slots__ = (
+        "_cancel", "_future", "alarm", "begun", "error", "flying", "order", "progress", "ref",
+        "request",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: Request,
+        order: tuple[float, int],
+        future: asyncio.Future[None],
+        cancel: Callable[[Ticket], None],
+    ) -> None:
+        self.request = request
+        self.ref = request.ref
+        self.order = order
+        """Sorts by urgency."""
+        self.progress = Progress(request.prompt_tokens, request.max_new_tokens)
+        self.begun = False
+        """It was in a batch: the engine has keys and values of it."""
+        self.flying = False
+        """It is in a batch."""
+        self.alarm: Alarm | None = None
+        self.error: LoraxError | None = None
+        """Why it was not finished."""
+        self._future = future
+        self._cancel = cancel
+
+    @property
+    def done(self) -> bool:
+        """Finished, failed or cancelled."""
+        return self._future.done()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._future.cancelled()
+
+    @property
+    def generated(self) -> int:
+        """Tokens that came out so far."""
+        return self.progress.generated
+
+    def cancel(self) -> bool:
+        """Have no further token computed; what a batch has begun is computed and thrown away.
+
+        Whether it was not done before.
+        """
+        if self.done:
+            return False
+        self.disarm()
+        self._future.cancel()
+        self._cancel(self)
+        return True
+
+    def end(self, error: LoraxError | None = None) -> None:
+        """For the scheduler: it is finished, or failed."""
+        self.disarm()
+        if not self._future.done():
+            self.error = error
+            self._future.set_result(None)
+
+    def disarm(self) -> None:
+        """For the scheduler: it waits for nothing that could come too late."""
+        if self.alarm is not None:
+            self.alarm.cancel()
+            self.alarm = None
+
+    def __await__(self) -> Generator[object, None, int]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> int:
+        """Returns the number of tokens that came out."""
+        if not self._future.done():
+            await asyncio.wait([self._future])
+        if self.error is not None:
+            raise self.error.located() from self.error.__cause__
+        self._future.result()
+        return self.generated
+
+    def __repr__(self) -> str:
+        state = (
+            "cancelled" if self.cancelled
+            else "failed" if self.error is not None
+            else "finished" if self.done
+            else "computing" if self.flying
+            else "waiting"
+        )  # fmt: skip
+        return f"<Ticket of {self.request.adapter_id!r} {state} after {self.generated} tokens>"

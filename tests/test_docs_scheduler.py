@@ -1,0 +1,61 @@
+"""docs/scheduler.md says what is there: its example serves, its names are the batch's."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import Run
+from lorax_async import AdapterNotFoundError, AdapterScheduler, Batch, BatchRow, Request, Ticket
+from lorax_async.core.batch_plan import TILE_ROWS
+from lorax_async.core.shares import LEAST
+from tiny_sources import over, stocked
+
+PAGE = Path(__file__).parent.parent / "docs" / "scheduler.md"
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_the_example_serves(run: Run, tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    scope: dict[str, Any] = {
+        **{kind.__name__: kind for kind in (AdapterScheduler, Batch, Request, Ticket)},
+        "Callable": Callable,
+        "asyncio": asyncio,
+    }
+    exec(block, scope)
+
+    def compute(batch: Batch) -> set[Ticket]:
+        """ "b" ends with its third token, "a" when it is long enough."""
+        ends = [row for row in batch.rows if row.ticket.generated == 2]
+        return {row.ticket for row in ends if row.handle is not None and row.handle.id == "b"}
+
+    async def body() -> None:
+        async with over(stocked(tmp_path, "a", "b")) as loader:
+            async with AdapterScheduler(loader) as scheduler:
+                serving = asyncio.create_task(scope["serve"](scheduler, compute))
+                answers = [scope["answer"](scheduler, id, 5) for id in ("a", "b", "none")]
+                found = await asyncio.gather(*answers, return_exceptions=True)
+                assert found[:2] == [32, 3]
+                assert isinstance(found[2], AdapterNotFoundError)
+            await asyncio.wait_for(serving, 5)
+
+    run(body())
+
+
+def test_the_table_is_the_batch() -> None:
+    section = PAGE.read_text().partition("\n## A batch\n")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `batch\.(\w+)", section, re.MULTILINE)
+    assert all(hasattr(Batch, name) or name in {f.name for f in fields(Batch)} for name in named)
+    line = next(line for line in section.splitlines() if line.startswith("| `batch.rows`"))
+    assert set(re.findall(r"`(\w+)`", line)) == set(BatchRow._fields)
+
+
+def test_its_numbers_are_those_of_the_code() -> None:
+    assert f"tiles of {TILE_ROWS} rows" in PAGE.read_text()
+    assert f"fewer than {LEAST} tokens" in PAGE.read_text()
