@@ -221,8 +221,11 @@ class AdapterScheduler:
     def _batch(self, rows: list[tuple[Guest, Ticket, int]], now: float) -> Batch:
         batch = make_batch(rows, self._book.slots.tenants, self._pace, now)
         for guest, ticket, _ in rows:
-            self._book.begin(guest, ticket)
             ticket.flying = True
+            if ticket.alarm is not None:
+                ticket.disarm()
+            if not ticket.begun:
+                self._book.begin(guest, ticket)
         for guest in batch.guests:
             guest.flights += 1
         self._out.add(batch)
@@ -268,8 +271,7 @@ class AdapterScheduler:
             row.ticket.flying = False
             if not row.ticket.done:
                 self._advance(row, finished, again, failed)
-        for guest in batch.guests:
-            self._book.landed(guest)
+        self._book.landed(batch.guests)
         self._changed()
 
     def _advance(

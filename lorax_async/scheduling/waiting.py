@@ -9,7 +9,7 @@ from itertools import islice
 from operator import itemgetter
 
 from lorax_async.core.urgency import LookAhead, Reach
-from lorax_async.errors import InternalError, LoraxError
+from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.prefetch import Prefetch
@@ -210,12 +210,16 @@ class Waiting:
             hint.task.add_done_callback(lambda _: self._hinted(errand, hint))
 
     def _hinted(self, errand: Errand, hint: Prefetch) -> None:
-        """It is there, and the slot a matter of asking; or a load would fail, too."""
+        """It is there, and the slot a matter of asking; or it is time to load it.
+
+        Who rests has no other way, and ends with it; but for time, which is its requests' own.
+        """
         if self._errands.get(errand.guest) is not errand:
             return
         for error in hint.errors.values():
-            self._fail(errand, error)
-            return
+            if errand.resting and not isinstance(error, AdapterTimeoutError):
+                self._fail(errand, error)
+                return
         errand.resting = False
         if not errand.wishes:
             self._wish(errand)
