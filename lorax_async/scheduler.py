@@ -18,7 +18,7 @@ from lorax_async.errors import (
 )
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduling.batch import Batch, BatchRow, make_batch
-from lorax_async.scheduling.clock import Clock
+from lorax_async.scheduling.clock import Clock, LoopClock
 from lorax_async.scheduling.guestbook import Guestbook
 from lorax_async.scheduling.guests import Guest
 from lorax_async.scheduling.news import News
@@ -76,7 +76,7 @@ class AdapterScheduler:
             require_count("max_begun", max_begun, least=1)
         self._max_begun = inf if max_begun is None else max_begun
         self._loop = asyncio.get_running_loop()
-        self._clock: Clock = self._loop if clock is None else clock
+        self._clock = LoopClock(self._loop) if clock is None else clock
         self._patience = loader.config.timeout
         self._layers = loader.layout.num_layers
         self._pace = Pace()

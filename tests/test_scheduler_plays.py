@@ -117,6 +117,17 @@ TELLING: list[Play] = [
         [Step(0.0, Request("c", 5, 1)), Step(0.01, Request("a", 5, 1))],
         c=COLD["never begins"],
     ),
+    # So it is, and another one comes only then.
+    _one(
+        1,
+        8,
+        [
+            Step(0.0, Request("c", 5, 1)),
+            Step(0.01, Request("a", 5, 1)),
+            Step(0.1, Request("b", 5, 1)),
+        ],
+        c=COLD["stalls before its last layer"],
+    ),
     # One that joined alone and is too slow, once there are others.
     _one(2, 8, [Step(0.0, Request("c", 5, 2)), Step(0.002, Request(None, 5, 9))], c=SLOW),
     # One that joins others and then stops.

@@ -244,11 +244,12 @@ class Guestbook:
             self._alarm = self._clock.call_at(when, self._relieve)
 
     def _relieve(self) -> None:
-        now = self._looked = self._clock.time()
+        now = self._clock.time()
         for guest, latest in self._streaming():
             if now < latest + self._patience or not len(self._waiting):
                 continue
             if guest.flights:
+                self._looked = now
                 self._in_the_way(guest)
             else:
                 self._send_back(guest, resting=True)

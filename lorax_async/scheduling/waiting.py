@@ -134,17 +134,19 @@ class Waiting:
             return
         now = self._clock.time()
         reaches = self._ahead.reaches(self._held())
-        in_time = (errand for _, errand in self._line if not self._is_late(errand, now))
-        near = list(islice(in_time, len(reaches)))
+        counting = (errand for _, errand in self._line if self._counts(errand, now))
+        near = list(islice(counting, len(reaches)))
         for errand, reach in zip(near, reaches, strict=False):
             self._reach(errand, reach)
         self._set_alarm(min((each.since for each in near if each.wishes), default=None))
 
-    def _is_late(self, errand: Errand, now: float) -> bool:
-        return bool(errand.wishes) and now >= errand.since + self._patience
+    def _counts(self, errand: Errand, now: float) -> bool:
+        """Whether it takes a place among the first: whose sources do not answer take none."""
+        late = errand.wishes and now >= errand.since + self._patience
+        return not late and not errand.resting
 
     def _reach(self, errand: Errand, reach: Reach) -> None:
-        if errand.resting or errand.wishes:
+        if errand.wishes:
             return
         if reach is Reach.LOAD:
             self._wish(errand)

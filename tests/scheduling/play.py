@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import LOOPS, our_threads
+from contention.play import complaints
 from lorax_async import LoaderClosedError, LoraxError, Request
 from scheduling.engine import Engine
 from scheduling.world import LEVEL, Scene, World
@@ -43,25 +44,27 @@ def play(scene: Scene, plan: Sequence[Step], warm: str = "") -> Result:
 
 async def _play(scene: Scene, plan: Sequence[Step], warm: str) -> Result:
     world = World(scene)
-    await world.open()
-    engine = Engine(world)
-    engines = [asyncio.create_task(engine.run()) for _ in range(scene.engines)]
-    tasks = list(engines)
-    try:
-        await _drive(world, asyncio.gather(*[_load(world, id) for id in warm]))
-        tasks.append(asyncio.create_task(_arrive(world, plan)))
-        await _drive(world, tasks[-1])
-        await _drive(world, asyncio.ensure_future(_all_done(world, engine)))
-        for each in world.wanted:
-            world.judge(each)
-        await _end(world, engines)
+    with complaints(world.blame):
+        await world.open()
+        engine = Engine(world)
+        engines = [asyncio.create_task(engine.run()) for _ in range(scene.engines)]
+        tasks = list(engines)
+        try:
+            await _drive(world, asyncio.gather(*[_load(world, id) for id in warm]))
+            tasks.append(asyncio.create_task(_arrive(world, plan)))
+            await _drive(world, tasks[-1])
+            await _drive(world, asyncio.ensure_future(_all_done(world, engine)))
+            for each in world.wanted:
+                world.judge(each)
+            await _end(world, engines)
+            world.require_no_faults()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await world.scheduler.close()
+            await world.loader.close(timeout=1)
         world.require_no_faults()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        await world.scheduler.close()
-        await world.loader.close(timeout=1)
     assert not our_threads()
     return Result([each.ended for each in world.wanted], engine.passes, engine.waited)
 
