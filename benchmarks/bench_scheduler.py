@@ -77,15 +77,16 @@ def check(plan: BatchPlan, given: Work) -> None:
 
 
 def time_each(calls: list[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """µs of each call, in turn."""
+    """µs of each call, some of one and then some of the next."""
     times: list[list[float]] = [[] for _ in calls]
     gc.collect()
     gc.freeze()  # what is imported is no garbage, and a collection would walk over it
-    for _ in range(rounds * PLANS_PER_ROUND):
+    for _ in range(rounds):
         for call, samples in zip(calls, times, strict=True):
-            start = perf_counter_ns()
-            call()
-            samples.append((perf_counter_ns() - start) / 1e3)
+            for _ in range(PLANS_PER_ROUND):
+                start = perf_counter_ns()
+                call()
+                samples.append((perf_counter_ns() - start) / 1e3)
     gc.unfreeze()
     return times
 
