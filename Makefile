@@ -49,6 +49,7 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_loop_stall.py $(ARGS)
 	$(BIN)/python benchmarks/bench_scale.py $(ARGS)
 	$(BIN)/python benchmarks/bench_independence.py $(ARGS)
+	$(BIN)/python benchmarks/bench_scheduler.py $(ARGS)
 	$(BIN)/python benchmarks/bench_lora_weights.py $(ARGS)
 	$(BIN)/python benchmarks/bench_remote.py $(ARGS)
 	$(BIN)/python benchmarks/bench_cold_request.py $(ARGS)

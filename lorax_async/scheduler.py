@@ -18,7 +18,7 @@ from lorax_async.errors import (
 )
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduling.batch import Batch, BatchRow, make_batch
-from lorax_async.scheduling.clock import Clock
+from lorax_async.scheduling.clock import Clock, LoopClock
 from lorax_async.scheduling.guestbook import Guestbook
 from lorax_async.scheduling.guests import Guest
 from lorax_async.scheduling.news import News
@@ -76,7 +76,7 @@ class AdapterScheduler:
             require_count("max_begun", max_begun, least=1)
         self._max_begun = inf if max_begun is None else max_begun
         self._loop = asyncio.get_running_loop()
-        self._clock: Clock = self._loop if clock is None else clock
+        self._clock = LoopClock(self._loop) if clock is None else clock
         self._patience = loader.config.timeout
         self._layers = loader.layout.num_layers
         self._pace = Pace()
@@ -221,8 +221,11 @@ class AdapterScheduler:
     def _batch(self, rows: list[tuple[Guest, Ticket, int]], now: float) -> Batch:
         batch = make_batch(rows, self._book.slots.tenants, self._pace, now)
         for guest, ticket, _ in rows:
-            self._book.begin(guest, ticket)
             ticket.flying = True
+            if ticket.alarm is not None:
+                ticket.disarm()
+            if not ticket.begun:
+                self._book.begin(guest, ticket)
         for guest in batch.guests:
             guest.flights += 1
         self._out.add(batch)
@@ -268,8 +271,7 @@ class AdapterScheduler:
             row.ticket.flying = False
             if not row.ticket.done:
                 self._advance(row, finished, again, failed)
-        for guest in batch.guests:
-            self._book.landed(guest)
+        self._book.landed(batch.guests)
         self._changed()
 
     def _advance(

@@ -207,6 +207,20 @@ def test_who_waited_in_vain_joins_when_all_is_there(run: Run, tmp_path: Path) ->
     run(body())
 
 
+def test_what_was_lost_is_computed_again(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with opened(stocked(tmp_path, "a"), max_begun=1) as (_, scheduler):
+            ticket = scheduler.submit(Request("a", 10, 4))
+            await step(scheduler)
+            await step(scheduler)
+            assert rows(await step(scheduler, again=[ticket])) == [("a", 11, 1, True)]
+            assert rows(await step(scheduler)) == [("a", 0, 12, True)]
+            assert rows(await step(scheduler)) == [("a", 12, 1, True)]
+            assert await ticket == 4
+
+    run(body())
+
+
 # -- order and shares ------------------------------------------------------------------------------
 
 

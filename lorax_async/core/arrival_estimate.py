@@ -110,7 +110,9 @@ class Arrival:
             self._course.note(self._times, self._nbytes)
 
     def expected(self, now: float) -> list[float] | None:
-        """When each group that is not there will be; None while nothing of it has come."""
+        """When each group that is not there will be; None while nothing of it has come, or all that
+        is known came in no time.
+        """
         here, groups = len(self._times), len(self._layers)
         if not here:
             return None
@@ -120,6 +122,8 @@ class Arrival:
         # What a whole load takes, by how far this one has come, or by all that is known.
         elapsed = self._times[-1]
         whole = elapsed / parts[0] if elapsed else self._usual
+        if not whole:
+            return None
         if here < groups and parts[1] * whole < now - self._since:
             whole = LATE * (now - self._since) / parts[1]
         return [self._since + part * whole for part in parts[1:]]

@@ -128,18 +128,18 @@ def plan_batch(
     if len(places) != len(lengths) or min(lengths, default=1) < 1:
         raise ValueError("each sequence of a batch has a place and at least one token")
     members: dict[Place, list[int]] = {}
+    latest: Place | None = None
     for number, place in enumerate(places):
-        here = members.get(place)
-        if here is None:
-            members[place] = [number]
-        else:
-            here.append(number)
+        if place is not latest:  # those of one adapter mostly come together
+            here = members.setdefault(place, [])
+            latest = place
+        here.append(number)
     order, bounds, slots, ranks = list[int](), [0], list[int](), list[int]()
     tokens = 0
-    for rank, slot, here in _by_rank(members, tenants):
-        for number in here:
+    for rank, slot, there in _by_rank(members, tenants):
+        for number in there:
             tokens += lengths[number]
-        order += here
+        order += there
         bounds.append(tokens)
         slots.append(slot)
         ranks.append(rank)

@@ -10,7 +10,7 @@ LEAST = 64
 
 def share(
     wants: Sequence[Sequence[int]], max_tokens: int, max_sequences: int, *, least: int = LEAST
-) -> list[list[int]]:
+) -> Sequence[Sequence[int]]:
     """Tokens for the first sequences of each adapter.
 
     An adapter gets no less than another one but where it wants less: first rows, one each in turn,
@@ -28,11 +28,13 @@ def share(
         Nobody's prompt is begun with fewer tokens, unless that is all of it, or of the batch.
     """
     if sum(map(len, wants)) <= max_sequences and sum(map(sum, wants)) <= max_tokens:
-        return [list(each) for each in wants]
+        return wants
     least = min(least, max_tokens)
     counts, left = _rows(wants, max_tokens, max_sequences, least)
     chosen = [each[:count] for each, count in zip(wants, counts, strict=True)]
     more = [sum([want - least for want in each if want > least]) for each in chosen]
+    if not any(more):
+        return chosen
     return [
         _spread(each, least, extra) for each, extra in zip(chosen, level(more, left), strict=True)
     ]
@@ -48,8 +50,10 @@ def _rows(
         again = []
         for number in in_turn:
             each, count = wants[number], counts[number]
-            needed = min(each[count], least)
-            if not rows or needed > tokens:
+            needed = min(least, each[count])
+            if not rows:
+                break
+            if needed > tokens:
                 continue
             rows -= 1
             tokens -= needed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 
 from lorax_async.adapter import AdapterKey, Ref
@@ -97,12 +97,10 @@ class Guestbook:
         return self._guests[ticket.ref]
 
     def begin(self, guest: Guest, ticket: Ticket) -> None:
-        """It is computed: the engine keeps something of it, and it cannot come too late."""
-        ticket.disarm()
-        if not ticket.begun:
-            ticket.begun = True
-            guest.begun += 1
-            self.begun += 1
+        """It is computed: the engine keeps something of it from now on."""
+        ticket.begun = True
+        guest.begun += 1
+        self.begun += 1
 
     def begin_again(self, ticket: Ticket) -> None:
         """The engine keeps nothing of it, for its adapter did not come in time."""
@@ -116,7 +114,7 @@ class Guestbook:
     def has_ready(self) -> bool:
         """Whether there are rows that wait for nothing but their turn."""
         ready = (guest for guest in self.held if guest.is_ready and not guest.leaving)
-        return any(guest.waiting(1, True) for guest in ready)
+        return any(guest.waiting(1, inf) for guest in ready)
 
     def leave(self, ticket: Ticket) -> None:
         """It is done, for whatever reason; once."""
@@ -128,15 +126,16 @@ class Guestbook:
         else:
             self._part(guest)
 
-    def landed(self, guest: Guest) -> None:
-        """A batch that it was in was completed."""
-        guest.flights -= 1
-        if guest.flights:
-            return
-        if not guest.tickets:
-            self._release(guest)
-        else:
-            self._settle(guest)
+    def landed(self, guests: Iterable[Guest]) -> None:
+        """A batch that they were in was completed."""
+        for guest in guests:
+            guest.flights -= 1
+            if guest.flights:
+                continue
+            if not guest.tickets:
+                self._release(guest)
+            elif guest.leaving:
+                self._settle(guest)
         self._watch()
 
     def fail(self, guest: Guest, error: LoraxError) -> None:
@@ -245,11 +244,12 @@ class Guestbook:
             self._alarm = self._clock.call_at(when, self._relieve)
 
     def _relieve(self) -> None:
-        now = self._looked = self._clock.time()
+        now = self._clock.time()
         for guest, latest in self._streaming():
             if now < latest + self._patience or not len(self._waiting):
                 continue
             if guest.flights:
+                self._looked = now
                 self._in_the_way(guest)
             else:
                 self._send_back(guest, resting=True)

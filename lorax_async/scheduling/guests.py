@@ -85,12 +85,14 @@ class Guest:
         self.tickets.remove(ticket)
         self.begun -= ticket.begun
 
-    def waiting(self, most: int, may_begin: bool) -> list[Ticket]:
-        """The first ones that are in no batch; of those that have not begun only if they may."""
+    def waiting(self, most: int, fresh: float) -> list[Ticket]:
+        """The first ones that are in no batch; at most so many of those that have not begun."""
         found = []
         for ticket in self.tickets:
-            if not ticket.flying and (may_begin or ticket.begun):
-                found.append(ticket)
-                if len(found) == most:
-                    break
+            if ticket.flying or (fresh <= 0 and not ticket.begun):
+                continue
+            found.append(ticket)
+            if len(found) == most:
+                break
+            fresh -= not ticket.begun
         return found

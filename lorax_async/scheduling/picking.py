@@ -38,7 +38,7 @@ def pick(guests: Iterable[Guest], room: Room, pace: Pace, layers: int, now: floa
     for guest in guests:
         if guest.leaving:
             continue
-        tickets = guest.waiting(room.sequences, room.fresh > 0)
+        tickets = guest.waiting(room.sequences, room.fresh)
         if tickets:
             (ready if guest.is_ready else coming).append((guest, tickets))
     due = _join(ready, coming, room, pace, layers, now) if coming else inf

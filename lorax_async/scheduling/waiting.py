@@ -9,7 +9,7 @@ from itertools import islice
 from operator import itemgetter
 
 from lorax_async.core.urgency import LookAhead, Reach
-from lorax_async.errors import InternalError, LoraxError
+from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.prefetch import Prefetch
@@ -134,17 +134,19 @@ class Waiting:
             return
         now = self._clock.time()
         reaches = self._ahead.reaches(self._held())
-        in_time = (errand for _, errand in self._line if not self._is_late(errand, now))
-        near = list(islice(in_time, len(reaches)))
+        counting = (errand for _, errand in self._line if self._counts(errand, now))
+        near = list(islice(counting, len(reaches)))
         for errand, reach in zip(near, reaches, strict=False):
             self._reach(errand, reach)
         self._set_alarm(min((each.since for each in near if each.wishes), default=None))
 
-    def _is_late(self, errand: Errand, now: float) -> bool:
-        return bool(errand.wishes) and now >= errand.since + self._patience
+    def _counts(self, errand: Errand, now: float) -> bool:
+        """Whether it takes a place among the first: whose sources do not answer take none."""
+        late = errand.wishes and now >= errand.since + self._patience
+        return not late and not errand.resting
 
     def _reach(self, errand: Errand, reach: Reach) -> None:
-        if errand.resting or errand.wishes:
+        if errand.wishes:
             return
         if reach is Reach.LOAD:
             self._wish(errand)
@@ -210,12 +212,16 @@ class Waiting:
             hint.task.add_done_callback(lambda _: self._hinted(errand, hint))
 
     def _hinted(self, errand: Errand, hint: Prefetch) -> None:
-        """It is there, and the slot a matter of asking; or a load would fail, too."""
+        """It is there, and the slot a matter of asking; or it is time to load it.
+
+        Who rests has no other way, and ends with it; but for time, which is its requests' own.
+        """
         if self._errands.get(errand.guest) is not errand:
             return
         for error in hint.errors.values():
-            self._fail(errand, error)
-            return
+            if errand.resting and not isinstance(error, AdapterTimeoutError):
+                self._fail(errand, error)
+                return
         errand.resting = False
         if not errand.wishes:
             self._wish(errand)

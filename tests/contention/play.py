@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from common import LOOPS
@@ -21,7 +21,7 @@ def play(scene: Scene, plan: Sequence[Step]) -> None:
 
 async def _play(scene: Scene, plan: Sequence[Step]) -> None:
     world = World(scene)
-    with _complaints(world):
+    with complaints(world.blame):
         await world.loader.__aenter__()
         world.loader.subscribe(world.device.heard)
         try:
@@ -46,23 +46,25 @@ async def _take(world: World, plan: Sequence[Step]) -> None:
 class _Complaints(logging.Handler):
     """What is logged as an error is one."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, blame: Callable[[object, str], None]) -> None:
         super().__init__(logging.ERROR)
-        self._world = world
+        self._blame = blame
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._world.blame(False, self.format(record))
+        self._blame(False, self.format(record))
 
 
 @contextmanager
-def _complaints(world: World) -> Iterator[None]:
+def complaints(blame: Callable[[object, str], None]) -> Iterator[None]:
+    """While the block lasts, what is logged or goes wrong in a callback is blamed on the play."""
+
     def complain(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-        world.blame(False, str(context))
+        blame(False, str(context))
 
     asyncio.get_running_loop().set_exception_handler(complain)
-    logger, complaints = logging.getLogger("lorax_async"), _Complaints(world)
-    logger.addHandler(complaints)
+    logger, handler = logging.getLogger("lorax_async"), _Complaints(blame)
+    logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(complaints)
+        logger.removeHandler(handler)

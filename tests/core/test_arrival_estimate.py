@@ -22,6 +22,14 @@ def test_nothing_is_expected_before_something_came() -> None:
     assert load.latest == 10.0
 
 
+def test_nothing_is_expected_of_what_came_in_no_time() -> None:
+    load = arrival()
+    load.note(0, 10.0)
+    assert load.expected(10.0) is None
+    load.note(1, 12.0)
+    assert load.expected(12.0) == pytest.approx([13.0, 14.0])
+
+
 def test_the_rest_is_expected_as_the_first_came() -> None:
     load = arrival()
     load.note(0, 12.0)

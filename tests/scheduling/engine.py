@@ -27,7 +27,7 @@ class Engine:
     Attributes
     ----------
     computing
-        Whether a batch is under way.
+        Batches that are under way.
     passes
         Batches that were computed.
     waited
@@ -36,7 +36,7 @@ class Engine:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.computing = False
+        self.computing = 0
         self.passes = 0
         self.waited = 0.0
         self._burnt: dict[AdapterHandle, None] = {}
@@ -45,10 +45,10 @@ class Engine:
         scene = self.world.scene
         async for batch in self.world.scheduler.batches(scene.max_tokens, scene.max_sequences):
             self._judge(batch)
-            self.computing = True
+            self.computing += 1
             again, failed = await self._compute(batch)
             self._complete(batch, again, failed)
-            self.computing = False
+            self.computing -= 1
 
     # -- what must be true of a batch --------------------------------------------------------------
 

@@ -26,6 +26,7 @@ scenes = st.builds(
     max_sequences=st.sampled_from([1, 2, 8]),
     max_begun=st.sampled_from([None, 1, 3]),
     loads=st.sampled_from([None, 1, 2]),
+    engines=st.sampled_from([1, 1, 2]),
     conducts=st.fixed_dictionaries(dict.fromkeys(IDS, conducts)),
 )
 requests = st.builds(

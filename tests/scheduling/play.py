@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import LOOPS, our_threads
+from contention.play import complaints
 from lorax_async import LoaderClosedError, LoraxError, Request
 from scheduling.engine import Engine
 from scheduling.world import LEVEL, Scene, World
+
+MOMENTS = 50_000
+"""More than any play has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +44,27 @@ def play(scene: Scene, plan: Sequence[Step], warm: str = "") -> Result:
 
 async def _play(scene: Scene, plan: Sequence[Step], warm: str) -> Result:
     world = World(scene)
-    await world.open()
-    engine = Engine(world)
-    tasks = [asyncio.create_task(engine.run())]
-    try:
-        await _drive(world, asyncio.gather(*[_load(world, id) for id in warm]))
-        tasks.append(asyncio.create_task(_arrive(world, plan)))
-        await _drive(world, tasks[1])
-        await _drive(world, asyncio.ensure_future(_all_done(world, engine)))
-        for each in world.wanted:
-            world.judge(each)
-        await _end(world, tasks[0])
+    with complaints(world.blame):
+        await world.open()
+        engine = Engine(world)
+        engines = [asyncio.create_task(engine.run()) for _ in range(scene.engines)]
+        tasks = list(engines)
+        try:
+            await _drive(world, asyncio.gather(*[_load(world, id) for id in warm]))
+            tasks.append(asyncio.create_task(_arrive(world, plan)))
+            await _drive(world, tasks[-1])
+            await _drive(world, asyncio.ensure_future(_all_done(world, engine)))
+            for each in world.wanted:
+                world.judge(each)
+            await _end(world, engines)
+            world.require_no_faults()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await world.scheduler.close()
+            await world.loader.close(timeout=1)
         world.require_no_faults()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        await world.scheduler.close()
-        await world.loader.close(timeout=1)
     assert not our_threads()
     return Result([each.ended for each in world.wanted], engine.passes, engine.waited)
 
@@ -87,7 +94,7 @@ async def _all_done(world: World, engine: Engine) -> None:
 async def _drive(world: World, work: asyncio.Future[Any]) -> None:
     """Let virtual time pass until `work` is done: from one moment to the next, each to its end."""
     idle = 0
-    while True:
+    for _ in range(MOMENTS):
         await world.settle()
         world.note_ends()
         world.require_no_faults()
@@ -104,15 +111,16 @@ async def _drive(world: World, work: asyncio.Future[Any]) -> None:
         else:
             idle = 0
             world.clock.step()
+    raise AssertionError("it goes on and on")
 
 
-async def _end(world: World, engine: asyncio.Task[None]) -> None:
+async def _end(world: World, engines: list[asyncio.Task[None]]) -> None:
     """Close, and nothing is left."""
     leases = world.loader._machinery.driver.tenants.leases
     world.blame(not leases, f"leases without requests: {leases}")
     await world.scheduler.close()
-    await asyncio.wait([engine], timeout=1)
-    world.blame(engine.done(), "the engine goes on after close")
+    await asyncio.wait(engines, timeout=1)
+    world.blame(all(engine.done() for engine in engines), "an engine goes on after close")
     try:
         world.scheduler.submit(Request(None, 1, 1))
         world.blame(False, "a closed scheduler takes requests")

@@ -27,6 +27,9 @@ LEVEL = 0.02
 """`starvation_age`: of the scheduler in virtual seconds, of the loader in real ones."""
 
 TIMEOUT = 60.0
+BOUND = 30.0
+"""Nobody waits longer whose adapter comes: more than all passes and loads of a plan take."""
+
 MISSING = "x"
 """An id that nobody has."""
 
@@ -42,6 +45,8 @@ class Scene:
     max_begun: int | None
     loads: int | None
     conducts: Mapping[str, Conduct]
+    engines: int = 1
+    """Batches that are under way at a time."""
     seconds: float = 0.01
     """Of a pass, however many rows it has."""
 
@@ -59,7 +64,6 @@ class Wanted:
     at: float
     cancelled: bool = False
     ended: float | None = None
-    passed_over: int = 0
     tokens: list[int] = field(default_factory=list)
     """Positions that were computed since its last restart."""
 
@@ -142,13 +146,15 @@ class World:
             self.blame(ticket.generated == request.max_new_tokens, "it is too short")
             wanted = list(range(request.prompt_tokens + request.max_new_tokens - 1))
             self.blame(each.tokens == wanted, f"not each position once: {each.tokens}")
+            late = each.ended is None or each.ended - each.at > BOUND
+            self.blame(not late, f"it waited too long, until {each.ended}: {ticket}")
         else:
             self.blame(error.id == request.adapter_id, "an error of another adapter")
             self.blame(self._is_provoked(error, fate, hurried=hurried), f"{ticket}: {error!r}")
 
     def _is_provoked(self, error: LoraxError, fate: str, *, hurried: bool) -> bool:
         if isinstance(error, AdapterTimeoutError):
-            return hurried or fate != "comes"
+            return hurried or fate == "stalls"
         told = isinstance(error, FetchError) and TOLD in str(error)
         return fate == "fails" and (told or error.id == MISSING)
 
