@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from lorax_kernels.checks import check_rows, check_tables
@@ -55,8 +56,8 @@ SHAPES = {
     DECODE_ROWS: Shape(16, 128, 64, 32, warps=4, stages=3),
     PREFILL_ROWS: Shape(32, 64, 64, 32, warps=4, stages=3),
 }
-PROMOTED = False
-"""Set where Triton's interpreter runs the programs; see `sgmv_programs`."""
+_PROMOTED = not isinstance(shrink_program, triton.JITFunction)
+"""Triton's interpreter runs the programs; see there."""
 
 
 def apply_one(y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
@@ -147,7 +148,7 @@ def shrink(planes: Tensor, x: Tensor, plan: Plan, modules: Sequence[int], tables
         tile_rows=tiles.rows,
         tile_ranks=shape.shrink_ranks,
         tile_inner=shape.shrink_inner,
-        promoted=PROMOTED,
+        promoted=_PROMOTED,
         num_warps=shape.warps,
         num_stages=shape.stages,
     )
@@ -186,7 +187,7 @@ def expand(
         tile_rows=tiles.rows,
         tile_columns=shape.expand_columns,
         tile_ranks=shape.expand_ranks,
-        promoted=PROMOTED,
+        promoted=_PROMOTED,
         num_warps=shape.warps,
         num_stages=shape.stages,
     )

@@ -5,8 +5,8 @@ meets whatever adapters are there when it is replayed. Nothing is added by atomi
 a plane and of y has one program, and the order of every sum is fixed.
 
 No argument is specialised but by the constants, so that their number is the number of variants.
-What the compiler has to know of alignment is said in hints: without them loads become scalar. It
-believes them of the results of operations only, never of a bare argument.
+What the compiler has to know of alignment is said in hints, or is seen in a product: without that,
+loads become scalar. It believes hints of the results of operations only, never of a bare argument.
 
 `promoted` is for Triton's interpreter, which multiplies the bits of bfloat16 and cuts where it
 should round. `modules` and `outs` have three integers of 20 bits, one per member of the group.
@@ -34,6 +34,12 @@ def _of_member(packed: tl.tensor, member: tl.tensor) -> tl.tensor:
 def _operand(cell: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Where A or B begins, from its cell of the address table."""
     return tl.multiple_of(tl.load(cell).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _fitting(rank: tl.tensor, width: tl.tensor) -> tl.tensor:
+    """To the compiler the division says that a row of B begins where 16-byte loads may."""
+    return tl.minimum(rank, width) // 8 * 8
 
 
 @triton.jit
@@ -180,7 +186,7 @@ def expand_program(
         return
     # A rank that does not fit cannot be refused here: its rows become NaN.
     width = width_units * 8
-    rank = tl.multiple_of(tl.minimum(true_rank, width) // 8 * 8, 8)
+    rank = _fitting(true_rank, width)
     scale = tl.load(scales + module * scale_module_step + slot * scale_slot_step)
     scale = tl.where(rank == true_rank, scale, float("nan"))
     b_cell = address + side_step + module * module_step + slot * slot_step
