@@ -70,6 +70,18 @@ class World:
         self._poison_base_rows()
         self.x_before, self.ys_before = self.x.clone().cpu(), [y.clone().cpu() for y in self.ys]
 
+    def restart(self, seed: int) -> None:
+        """Other numbers in x and y, without NaN, and other ranks in the tables."""
+        self._generator.manual_seed(seed)
+        self.x.copy_(self._draw(*self.x.shape))
+        for y in self.ys:
+            y.copy_(self._draw(*y.shape))
+        self.ys_before = [y.clone().cpu() for y in self.ys]
+        ranks = torch.tensor(self.case.ranks, dtype=torch.int32)
+        for member, module in enumerate(self.modules):
+            padded = (ranks + -ranks % 8).roll(-member)
+            self.tables.rank[module] = padded if seed % 2 else padded.clamp(max=8)
+
     def _poison_base_rows(self) -> None:
         """What must not be read into other rows, and what would change if 0 was added."""
         base = torch.ones(self.plan.tokens, dtype=torch.bool, device=self.x.device)
