@@ -8,10 +8,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+
+from lorax_kernels import Plan
 
 TESTS = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.needs("triton")
+
+
+PLAN = Plan.from_segments([0, 3], [0], tile_rows=16, max_rank=8)
+X, Y = torch.ones(3, 32), torch.ones(3, 16)
+
+
+class Tables:
+    address = torch.zeros(2, 4, 2, dtype=torch.int64)
+    rank = torch.zeros(4, 2, dtype=torch.int32)
+    scale = torch.zeros(4, 2)
+
+    def operands(self, module: int, slot: int) -> None:
+        raise AssertionError("the tables alone are read")
 
 
 def prove(module: str, *parts: str, timeout: float = 280) -> None:
@@ -31,7 +48,7 @@ def prove(module: str, *parts: str, timeout: float = 280) -> None:
 
 
 def test_cases_by_hand_and_the_fault_that_each_of_them_notices() -> None:
-    prove("sgmv.interpreted", "by_hand", "unfit_ranks", "mutants")
+    prove("sgmv.interpreted", "by_hand", "unfit_ranks", "halves", "mutants")
 
 
 def test_every_pair_of_levels_of_the_grid() -> None:
@@ -44,6 +61,50 @@ def test_any_segments() -> None:
 
 def test_compiled_for_sm_80_and_sm_90() -> None:
     prove("sgmv.compiled", "gates", "variants", "large_tiles", "mutants")
+
+
+@pytest.mark.parametrize(
+    ("ys", "x", "modules", "named"),
+    [
+        ([], X, [], "expected one to 3 outputs, each with its module, got 0 and 0"),
+        ([Y] * 4, X, [0, 1, 2, 3], "got 4 and 4"),
+        ([Y], X, [0, 1], "got 1 and 2"),
+        ([Y[:2]], X, [0], r"expected y contiguous \[3, features\] on cpu, got \[2, 16\]"),
+        ([Y], torch.ones(32, 3).T, [0], r"expected x contiguous \[3, features\]"),
+        ([Y, Y.half()], X, [0, 1], "expected y in torch.float32, got torch.float16"),
+        ([Y.double()], X.double(), [0], "expected y in torch.bfloat16 or torch.float16 or torch.f"),
+        ([Y], X, [4], "expected a module from 0 to 3, got 4"),
+    ],
+)
+def test_a_group_refuses(ys: list[Tensor], x: Tensor, modules: list[int], named: str) -> None:
+    from lorax_kernels.sgmv import apply_group
+
+    with pytest.raises(ValueError, match=named):
+        apply_group(ys, x, PLAN, modules, Tables())
+
+
+def test_the_halves_refuse_other_planes() -> None:
+    from lorax_kernels.sgmv import expand, shrink
+
+    for shape in ((1, 2, 3, 8), (1, 1, 3, 16), (2, 1, 3, 8)):
+        with pytest.raises(ValueError, match=r"expected planes contiguous \[1, 1, 3, 8\]"):
+            shrink(torch.ones(shape), X, PLAN, [0], Tables())
+    with pytest.raises(ValueError, match=r"in torch.float32, got \[1, 1, 3, 8\] in torch.float16"):
+        shrink(torch.ones(1, 1, 3, 8).half(), X, PLAN, [0], Tables())
+    with pytest.raises(ValueError, match=r"expected planes contiguous \[2, 1, 3, 8\]"):
+        expand([Y], torch.ones(2, 3, 3, 8), PLAN, [0], Tables())
+    with pytest.raises(ValueError, match="expected a plan with tiles"):
+        shrink(torch.ones(1), X, Plan.from_segments([0, 3], [0]), [0], Tables())
+
+
+def test_the_number_of_planes_follows_from_the_shapes() -> None:
+    from lorax_kernels.sgmv import new_planes
+
+    expected = {32: 1, 1024: 2, 4096: 8, 14336: 8}
+    for features, count in expected.items():
+        assert new_planes(torch.ones(3, features), PLAN, 2).shape == (count, 2, 3, 8)
+    busy = Plan.from_segments([0, 3], [0], tile_rows=16, tile_room=512)
+    assert new_planes(torch.ones(3, 4096), busy, 1).shape == (1, 1, 3, 256)
 
 
 @pytest.mark.soak

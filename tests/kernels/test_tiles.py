@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -54,3 +57,9 @@ def test_a_refill_that_does_not_fit_changes_nothing() -> None:
     with pytest.raises(ValueError, match="at most 1 tiles, the segments need 2"):
         tiles.refill([(0, 1, 0), (1, 2, 1)])
     assert tiles.table.tolist() == [[0, 1, 0]]
+
+
+def test_triton_is_not_imported_before_a_gpu_is_used() -> None:
+    program = "import sys, torch; before = set(sys.modules); import lorax_kernels; "
+    program += "assert not [m for m in set(sys.modules) - before if m.startswith('triton')]"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

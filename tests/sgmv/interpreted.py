@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_kernels import sgmv, sgmv_programs
-from sgmv.cases import BY_HAND, DTYPES, KINDS, TILE_ROWS, Case, full_grid, pairwise
+from sgmv.cases import BY_HAND, DTYPES, INTEGERS, KINDS, TILE_ROWS, Case, full_grid, pairwise
 from sgmv.judge import World
 from sgmv.mutants import MUTANTS, Mutant
 from sgmv.parts import part, run_parts, say
@@ -103,6 +103,27 @@ def unfit_ranks() -> int:
         assert not before.isnan().any()
         assert all("of slot 0" in text or "planes" in text for text in wrong), wrong
     return 2
+
+
+@part
+def halves() -> int:
+    """`shrink` and `expand` of the public entries, whose middle is rounded and zero elsewhere."""
+    world = World(
+        Case(kind=INTEGERS, segments=((0, 2), (-1, 1), (1, 3), (2, 1)), features=(160, 40))
+    )
+    [module], x = world.modules, world.x_before
+    expected = torch.zeros(7, 32, dtype=torch.float64)
+    for start, stop, slot in world.plan.segments:
+        if (operands := world.tables.operands(module, slot)) is not None:
+            rank = len(operands[0])
+            expected[start:stop, :rank] = x[start:stop].double() @ operands[0].double().T
+    h = world.arena.room(7, 32, dtype=world.dtype)
+    sgmv.shrink_one(h, world.x, world.plan, module, world.tables)
+    assert torch.equal(h.double(), expected)
+    world.arena.remember()
+    sgmv.expand_one(world.ys[0], h, world.plan, module, world.tables)
+    assert not (wrong := world.complaints(h.new_empty(0, 1, 7, 24))), wrong
+    return 1
 
 
 @part
