@@ -18,14 +18,19 @@ import torch
 import triton
 from torch import Tensor
 
-from lorax_kernels.checks import check_rows, check_tables
+from lorax_kernels.checks import check_rows
 from lorax_kernels.plan import Plan
+from lorax_kernels.sgmv_checks import (
+    ALIGNMENT,
+    MAX_MEMBERS,
+    check_inputs,
+    check_outputs,
+    check_planes,
+)
 from lorax_kernels.sgmv_programs import expand_program, shrink_program
 from lorax_kernels.tables import Tables
 from lorax_kernels.tiles import DECODE_ROWS, PREFILL_ROWS, Tiles
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_MEMBERS = 3
 MAX_PLANES = 8
 PROGRAMS = 512
 """Tiles times planes: more planes than that do not make a GPU any busier."""
@@ -33,7 +38,7 @@ PROGRAMS = 512
 PLANE_FEATURES = 512
 """The fewest input features that are a plane of their own."""
 
-_UNIT = 16
+_UNIT = ALIGNMENT
 """Rows of so many elements begin where 16-byte loads may, whatever the dtype."""
 
 
@@ -96,10 +101,11 @@ def apply_group(
     `plan.max_rank`, and A and B begin at multiples of 16 bytes: a slot with another rank makes its
     rows NaN. Raises ValueError, before `ys` are touched, for what does not fit.
     """
-    _check_outputs(ys, x.dtype, plan, modules)
+    check_inputs(x, plan, modules, tables)
+    check_outputs(ys, x.dtype, plan, modules, tables)
     planes = new_planes(x, plan, len(modules))
-    shrink(planes, x, plan, modules, tables)
-    expand(ys, planes, plan, modules, tables)
+    _launch_shrink(planes, x, plan, modules, tables)
+    _launch_expand(ys, planes, plan, modules, tables)
 
 
 def new_planes(x: Tensor, plan: Plan, members: int) -> Tensor:
@@ -122,18 +128,18 @@ def shrink(planes: Tensor, x: Tensor, plan: Plan, modules: Sequence[int], tables
     for tensors and modules that do not fit, and for more planes than the features of `x` can be
     cut into.
     """
+    check_inputs(x, plan, modules, tables)
+    count = _cut(x.shape[1], len(planes), SHAPES[_tiles(plan).rows].shrink_inner)[0]
+    check_planes(planes, (count, len(modules), plan.tokens, plan.max_rank))
+    _launch_shrink(planes, x, plan, modules, tables)
+
+
+def _launch_shrink(
+    planes: Tensor, x: Tensor, plan: Plan, modules: Sequence[int], tables: Tables
+) -> None:
     tiles = _tiles(plan)
-    check_rows("x", x, plan, tiles.table.device.type)
-    _check_dtype("x", x, x.dtype)
-    check_tables(plan, modules, tables)
     shape, features = SHAPES[tiles.rows], x.shape[1]
     count, depth = _cut(features, len(planes), shape.shrink_inner)
-    expected = (count, len(modules), plan.tokens, plan.max_rank)
-    if planes.shape != expected or planes.dtype != torch.float32 or not planes.is_contiguous():
-        raise ValueError(
-            f"expected planes contiguous {list(expected)} in torch.float32, "
-            f"got {list(planes.shape)} in {planes.dtype}"
-        )
     unit = _unit(features, x)
     blocks = -(-plan.max_rank // shape.shrink_ranks)
     if not len(tiles.table):
@@ -162,13 +168,16 @@ def expand(
     The sum is rounded to the dtype of `ys` once, the result once; all else is float32. Raises
     ValueError for tensors and modules that do not fit.
     """
+    check_outputs(ys, ys[0].dtype if ys else torch.float32, plan, modules, tables)
+    check_planes(planes, (len(planes), len(modules), plan.tokens, plan.max_rank))
+    _launch_expand(ys, planes, plan, modules, tables)
+
+
+def _launch_expand(
+    ys: Sequence[Tensor], planes: Tensor, plan: Plan, modules: Sequence[int], tables: Tables
+) -> None:
     tiles = _tiles(plan)
     shape = SHAPES[tiles.rows]
-    _check_outputs(ys, ys[0].dtype, plan, modules)
-    check_tables(plan, modules, tables)
-    expected = (len(planes), len(modules), plan.tokens, plan.max_rank)
-    if planes.shape != expected or not planes.is_contiguous():
-        raise ValueError(f"expected planes contiguous {list(expected)}, got {list(planes.shape)}")
     unit = min(_unit(y.shape[1], y) for y in ys)
     blocks = -(-max(y.shape[1] for y in ys) // shape.expand_columns)
     if not len(tiles.table):
@@ -211,6 +220,8 @@ def _words(
 
 def _packed(members: Iterable[int]) -> int:
     """Up to three integers of 20 bits in one."""
+    members = list(members)
+    assert all(0 <= member < 1 << 20 for member in members), members
     return sum(member << 20 * place for place, member in enumerate(members))
 
 
@@ -221,7 +232,7 @@ def _cut(features: int, planes: int, inner: int) -> tuple[int, int]:
 
 
 def _unit(features: int, rows: Tensor) -> int:
-    aligned = features % _UNIT == 0 and rows.data_ptr() % _UNIT == 0
+    aligned = features % _UNIT == 0 and rows.data_ptr() % ALIGNMENT == 0
     return _UNIT if aligned else 1
 
 
@@ -229,24 +240,3 @@ def _tiles(plan: Plan) -> Tiles:
     if plan.tiles is None:
         raise ValueError("expected a plan with tiles: made for a GPU, or with tile_rows")
     return plan.tiles
-
-
-def _check_outputs(
-    ys: Sequence[Tensor], dtype: torch.dtype, plan: Plan, modules: Sequence[int]
-) -> None:
-    if not 1 <= len(ys) == len(modules) <= MAX_MEMBERS:
-        raise ValueError(
-            f"expected one to {MAX_MEMBERS} outputs, each with its module, "
-            f"got {len(ys)} and {len(modules)}"
-        )
-    for y in ys:
-        check_rows("y", y, plan, plan.slots.device.type)
-        _check_dtype("y", y, dtype)
-
-
-def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    if dtype not in DTYPES or tensor.dtype != dtype:
-        raise ValueError(
-            f"expected {name} in {dtype if dtype in DTYPES else ' or '.join(map(str, DTYPES))}, "
-            f"got {tensor.dtype}"
-        )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorax_kernels import Plan
+from lorax_kernels import Operands, Plan
 
 TESTS = Path(__file__).parents[1]
 
@@ -27,8 +27,8 @@ class Tables:
     rank = torch.zeros(4, 2, dtype=torch.int32)
     scale = torch.zeros(4, 2)
 
-    def operands(self, module: int, slot: int) -> None:
-        raise AssertionError("the tables alone are read")
+    def operands(self, module: int, slot: int) -> Operands | None:
+        return (torch.ones(8, 32), torch.ones(16, 8), 1.0) if module == 2 else None
 
 
 def prove(module: str, *parts: str, timeout: float = 280) -> None:
@@ -72,7 +72,15 @@ def test_compiled_for_sm_80_and_sm_90() -> None:
         ([Y[:2]], X, [0], r"expected y contiguous \[3, features\] on cpu, got \[2, 16\]"),
         ([Y], torch.ones(32, 3).T, [0], r"expected x contiguous \[3, features\]"),
         ([Y, Y.half()], X, [0, 1], "expected y in torch.float32, got torch.float16"),
-        ([Y.double()], X.double(), [0], "expected y in torch.bfloat16 or torch.float16 or torch.f"),
+        ([Y.double()], X.double(), [0], "expected x in torch.bfloat16 or torch.float16 or torch.f"),
+        (
+            [Y],
+            torch.ones(3, 16),
+            [2],
+            r"expected x \[tokens, 32\] in torch.float32, got x \[3, 16\]",
+        ),
+        ([Y, X], X, [0, 2], r"expected y \[tokens, 16\] in torch.float32, got y \[3, 32\]"),
+        ([Y.half()], X.half(), [2], r"in torch.float32, got x \[3, 32\] in torch.float16"),
         ([Y], X, [4], "expected a module from 0 to 3, got 4"),
     ],
 )
@@ -89,7 +97,7 @@ def test_the_halves_refuse_other_planes() -> None:
     for shape in ((1, 2, 3, 8), (1, 1, 3, 16), (2, 1, 3, 8)):
         with pytest.raises(ValueError, match=r"expected planes contiguous \[1, 1, 3, 8\]"):
             shrink(torch.ones(shape), X, PLAN, [0], Tables())
-    with pytest.raises(ValueError, match=r"in torch.float32, got \[1, 1, 3, 8\] in torch.float16"):
+    with pytest.raises(ValueError, match=r"16 bytes on, got \[1, 1, 3, 8\] in torch.float16"):
         shrink(torch.ones(1, 1, 3, 8).half(), X, PLAN, [0], Tables())
     with pytest.raises(ValueError, match=r"expected planes contiguous \[2, 1, 3, 8\]"):
         expand([Y], torch.ones(2, 3, 3, 8), PLAN, [0], Tables())
