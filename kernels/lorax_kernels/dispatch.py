@@ -25,7 +25,8 @@ def apply(
     `group` are modules, this one among them, that are given the very same tensor `x`, one after the
     other (q, k and v; gate and up). Then it is shrunk for all of them at the first. That is taken
     for another only where `x` is the same object and was not written to since (by its version, of
-    which `x.data` and numpy say nothing), and the tables give the same operands.
+    which `x.data` and numpy say nothing), and the tables give the same operands. On a GPU each is
+    computed by itself: who has all outputs at once calls `lorax_kernels.sgmv.apply_group`.
 
     Raises ValueError, before `y` is touched, for tensors, modules or a slot that do not fit.
     """

@@ -5,8 +5,9 @@ launches, each with its own ranks. The planes are parts of the sum over the inpu
 `expand` adds up in their order, so that few rows of a decoding step still fill the GPU and equal
 inputs give equal bits.
 
-Every launch takes fixed addresses only: tables, the plan's tiles, x and y. Importing this file
-imports Triton.
+Every launch takes fixed addresses only: tables, the plan's tiles, x and y. Before a graph is
+captured, the same shapes are to be launched once: the first launch of a variant compiles it.
+Importing this file imports Triton.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ says which one to compile for. Fails with what is wrong.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -15,6 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
 
 import torch
 import triton
