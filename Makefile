@@ -60,7 +60,9 @@ gpu: $(VENV)/installed
 	@if ! $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
 		echo 'no CUDA device here: nothing was run on hardware'; \
 	else \
-		$(BIN)/python -m pytest -m gpu $(ARGS) && $(BIN)/python benchmarks/bench_gpu_load.py; \
+		$(BIN)/python -m pytest -m gpu $(ARGS) \
+			&& $(BIN)/python benchmarks/bench_gpu_load.py \
+			&& $(BIN)/python benchmarks/bench_gpu_sgmv.py; \
 	fi
 
 clean:

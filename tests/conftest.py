@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from common import LOOPS, Run, mapped_files, open_files, open_sockets, our_threads
-from tools import tool
+from tools import INSTALLED_BY, tool
 
 _ran: Counter[str] = Counter()
 """How many tests ran against each program that somebody else wrote."""
@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for program, count in sorted(_not_run.items()):
         terminalreporter.write_line(
             f"{count} tests did not run: {program} is not installed or not permitted here;"
-            " `make servers` installs servers"
+            f" {INSTALLED_BY.get(program, '`make servers` installs servers')}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,12 @@ def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["sh"])
     assert ended.value.code == 0
+
+
+def test_a_module_of_python_is_looked_for_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "INSTALLED_BY", {"json": "", "no_such_module": ""})
+    assert tool("json") == Path(json.__file__)
+    assert tool("no_such_module") is None
 
 
 TESTS = """

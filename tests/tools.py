@@ -1,4 +1,4 @@
-"""The programs of others that tests run beside us: where they are on this machine.
+"""The programs of others that tests run beside us or need: where they are on this machine.
 
 `python tests/tools.py NAME…` tells, and fails if one is missing.
 """
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / ".tools" / "bin"
@@ -19,6 +20,9 @@ _ADMINISTRATORS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 """Servers are there, and not everybody's PATH leads there."""
 
 
+INSTALLED_BY = {"triton": "the extra `test` brings it, where it is to be had"}
+"""Python's modules, which are told of as programs are; all else is a server."""
+
 _PERMITTED = {"unshare": ("-rm", "mount", "-t", "tmpfs", "tmpfs", "/tmp")}
 """What a program has to be let do here; else it is as good as not installed."""
 
@@ -26,6 +30,9 @@ _PERMITTED = {"unshare": ("-rm", "mount", "-t", "tmpfs", "tmpfs", "/tmp")}
 @cache
 def tool(name: str) -> Path | None:
     """The program of that name; None if it is not installed, or may not do what it is for."""
+    if name in INSTALLED_BY:
+        spec = find_spec(name)
+        return None if spec is None or spec.origin is None else Path(spec.origin)
     usual = os.environ.get("PATH", os.defpath)
     found = shutil.which(name, path=os.pathsep.join([str(FOLDER), usual, *_ADMINISTRATORS]))
     if found is None:

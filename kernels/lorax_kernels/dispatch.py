@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +25,19 @@ def apply(
     `group` are modules, this one among them, that are given the very same tensor `x`, one after the
     other (q, k and v; gate and up). Then it is shrunk for all of them at the first. That is taken
     for another only where `x` is the same object and was not written to since (by its version, of
-    which `x.data` and numpy say nothing), and the tables give the same operands.
+    which `x.data` and numpy say nothing), and the tables give the same operands. On a GPU each is
+    computed by itself: who has all outputs at once calls `lorax_kernels.sgmv.apply_group`.
 
     Raises ValueError, before `y` is touched, for tensors, modules or a slot that do not fit.
     """
-    if not torch.is_grad_enabled():
+    if x.is_cuda:
+        with torch.no_grad(), torch.cuda.device(x.device):
+            _sgmv().apply_one(y, x, plan, module, tables)
+    elif not torch.is_grad_enabled():
         apply_cpu(y, x, plan, module, tables, group)
-        return
-    with torch.no_grad():
-        apply_cpu(y, x, plan, module, tables, group)
+    else:
+        with torch.no_grad():
+            apply_cpu(y, x, plan, module, tables, group)
 
 
 @torch.no_grad()
@@ -45,7 +50,11 @@ def shrink(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> Non
 
     Raises ValueError, before `h` is touched, for tensors, a module or a slot that do not fit.
     """
-    shrink_cpu(h, x, plan, module, tables)
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            _sgmv().shrink_one(h, x, plan, module, tables)
+    else:
+        shrink_cpu(h, x, plan, module, tables)
 
 
 @torch.no_grad()
@@ -59,4 +68,15 @@ def expand(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> Non
 
     Raises ValueError, before `y` is touched, for tensors, a module or a slot that do not fit.
     """
-    expand_cpu(y, h, plan, module, tables)
+    if y.is_cuda:
+        with torch.cuda.device(y.device):
+            _sgmv().expand_one(y, h, plan, module, tables)
+    else:
+        expand_cpu(y, h, plan, module, tables)
+
+
+def _sgmv() -> Any:
+    """The module for GPUs, which imports Triton: slow, and not everywhere."""
+    from lorax_kernels import sgmv  # noqa: PLC0415
+
+    return sgmv

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lorax_kernels.tables import Segment
 from lorax_kernels.thresholds import Thresholds
+from lorax_kernels.tiles import Tiles
 from lorax_kernels.workspace import Workspace
 
 DEFAULTS = Thresholds()
+MAX_RANK = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +26,9 @@ class Plan:
     is the highest slot named, -1 where there is none.
     `bounds` (int32 `[n + 1]`) and `slots` (int32 `[n]`, -1: no adapter) are all n segments of the
     batch as tensors on its device, for kernels. `workspace` is what the CPU keeps from call to
-    call; calls in several threads do not disturb each other.
+    call; calls in several threads do not disturb each other. `tiles` are those of `segments`, None
+    on the CPU, which has no use for them. On a GPU no slot's rank is above `max_rank`, a multiple
+    of 8.
     """
 
     tokens: int
@@ -33,6 +37,8 @@ class Plan:
     bounds: Tensor
     slots: Tensor
     workspace: Workspace
+    tiles: Tiles | None
+    max_rank: int
 
     @classmethod
     def from_segments(
@@ -42,12 +48,18 @@ class Plan:
         *,
         device: torch.device | str = "cpu",
         thresholds: Thresholds = DEFAULTS,
+        max_rank: int = MAX_RANK,
+        tile_rows: int | None = None,
+        tile_room: int | None = None,
     ) -> Self:
         """Plan for segments i = rows `bounds[i]` to `bounds[i + 1]`, of slot `slots[i]` or -1.
 
-        `thresholds` are the CPU's.
+        `thresholds` are the CPU's. `max_rank` is rounded up to a multiple of 8. `tile_rows` and
+        `tile_room` are of :meth:`Tiles.of`, for a graph that is captured once and replayed with
+        other segments.
 
-        Raises ValueError unless bounds are 0, …, tokens in ascending order, one more than slots.
+        Raises ValueError unless bounds are 0, …, tokens in ascending order, one more than slots,
+        and for tiles that do not fit.
         """
         if len(bounds) != len(slots) + 1 or bounds[0] != 0:
             raise ValueError(
@@ -59,15 +71,21 @@ class Plan:
         top_slot = max(slots, default=-1)
         if min(slots, default=-1) < -1:
             raise ValueError(f"expected slots of at least -1, got {min(slots)}")
+        segments = tuple(
+            (start, stop, slot)
+            for start, stop, slot in zip(bounds[:-1], bounds[1:], slots, strict=True)
+            if start < stop and slot >= 0
+        )
+        tiles = None
+        if tile_rows is not None or torch.device(device).type == "cuda":
+            tiles = Tiles.of(segments, rows=tile_rows, room=tile_room, device=device)
         return cls(
             tokens=bounds[-1],
-            segments=tuple(
-                (start, stop, slot)
-                for start, stop, slot in zip(bounds[:-1], bounds[1:], slots, strict=True)
-                if start < stop and slot >= 0
-            ),
+            segments=segments,
             top_slot=top_slot,
             bounds=torch.tensor(bounds, dtype=torch.int32, device=device),
             slots=torch.tensor(slots, dtype=torch.int32, device=device),
             workspace=Workspace(thresholds),
+            tiles=tiles,
+            max_rank=max_rank + -max_rank % 8,
         )

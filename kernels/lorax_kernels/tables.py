@@ -34,7 +34,10 @@ class Tables(Protocol):
         """Float32 `[modules, slots]`."""
 
     def operands(self, module: int, slot: int) -> Operands | None:
-        """Views of one module's weights, None where the rank is 0. Asked by the CPU path only.
+        """Views of one module's weights, None where the rank is 0.
+
+        They are read on the CPU. On a GPU only their sizes and dtype are asked for; there None may
+        also say that they are not there yet.
 
         Tables that give the very same tuple again say by it that the weights are as they were:
         then a plan may keep what was put together of them.

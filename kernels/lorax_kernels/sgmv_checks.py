@@ -1,0 +1,71 @@
+"""What the GPU's kernels refuse before they are launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorax_kernels.checks import check_rows, check_tables
+from lorax_kernels.plan import Plan
+from lorax_kernels.tables import Tables
+
+ALIGNMENT = 16
+"""Bytes of the largest load."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_MEMBERS = 3
+
+
+def check_inputs(x: Tensor, plan: Plan, modules: Sequence[int], tables: Tables) -> None:
+    """Raise ValueError unless `x` is `[plan.tokens, in]`, and the modules take it."""
+    check_rows("x", x, plan, plan.slots.device.type)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"expected x in {' or '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_tables(plan, modules, tables)
+    for module in modules:
+        _check_fit("x", x, plan, module, tables)
+
+
+def check_outputs(
+    ys: Sequence[Tensor], dtype: torch.dtype, plan: Plan, modules: Sequence[int], tables: Tables
+) -> None:
+    """Raise ValueError unless each of `ys` is `[plan.tokens, out]` of its module, in `dtype`."""
+    if not 1 <= len(ys) == len(modules) <= MAX_MEMBERS:
+        raise ValueError(
+            f"expected one to {MAX_MEMBERS} outputs, each with its module, "
+            f"got {len(ys)} and {len(modules)}"
+        )
+    check_tables(plan, modules, tables)
+    for y, module in zip(ys, modules, strict=True):
+        check_rows("y", y, plan, plan.slots.device.type)
+        if y.dtype != dtype:
+            raise ValueError(f"expected y in {dtype}, got {y.dtype}")
+        _check_fit("y", y, plan, module, tables)
+
+
+def check_planes(planes: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError for another shape, dtype or alignment."""
+    fits = planes.shape == expected and planes.dtype == torch.float32 and planes.is_contiguous()
+    if not (fits and planes.data_ptr() % ALIGNMENT == 0):
+        raise ValueError(
+            f"expected planes contiguous {list(expected)} in torch.float32 from a multiple of "
+            f"{ALIGNMENT} bytes on, got {list(planes.shape)} in {planes.dtype}"
+        )
+
+
+def _check_fit(name: str, rows: Tensor, plan: Plan, module: int, tables: Tables) -> None:
+    """By the first adapter that is there: all of a module are of one size and dtype."""
+    for _, _, slot in plan.segments:
+        operands = tables.operands(module, slot)
+        if operands is None:
+            continue
+        a, b, _ = operands
+        features = a.shape[1] if name == "x" else b.shape[0]
+        if rows.shape[1] != features or rows.dtype != a.dtype:
+            raise ValueError(
+                f"expected {name} [tokens, {features}] in {a.dtype}, "
+                f"got {name} {list(rows.shape)} in {rows.dtype}"
+            )
+        return

@@ -1,0 +1,73 @@
+"""A batch in runs of rows that one program of a GPU computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+DECODE_ROWS = 16
+PREFILL_ROWS = 32
+"""Not more: from 64 rows on, the compiler for sm_90 takes instructions that it gets wrong
+(triton-lang/triton#9433)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiles:
+    """Runs of at most `rows` rows of one slot, as a tensor that keeps its address.
+
+    `table` is int32 `[tiles, 3]` of (start, stop, slot) on the plan's device; the tiles that a
+    batch does not need have slot -1.
+    """
+
+    rows: int
+    table: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        segments: Sequence[tuple[int, int, int]],
+        *,
+        rows: int | None,
+        room: int | None,
+        device: torch.device | str,
+    ) -> Self:
+        """Tiles of (start, stop, slot) segments.
+
+        `rows` is 16, for decoding, or 32; None takes what the longest segment asks for. `room`
+        is the number of tiles, None: as many as are needed. Raises ValueError for other rows, and
+        for too little room.
+        """
+        longest = max((stop - start for start, stop, _ in segments), default=0)
+        if rows is None:
+            rows = DECODE_ROWS if longest <= DECODE_ROWS else PREFILL_ROWS
+        if rows not in {DECODE_ROWS, PREFILL_ROWS}:
+            raise ValueError(f"expected tiles of {DECODE_ROWS} or {PREFILL_ROWS} rows, got {rows}")
+        lines = _lines(segments, rows)
+        table = _padded(lines, len(lines) if room is None else room)
+        return cls(rows, table.to(device))
+
+    def refill(self, segments: Sequence[tuple[int, int, int]]) -> None:
+        """Write other segments into the table, where a captured graph reads them.
+
+        Enqueued on the current stream. Raises ValueError for more tiles than the table has.
+        """
+        self.table.copy_(_padded(_lines(segments, self.rows), len(self.table)))
+
+
+def _lines(segments: Sequence[tuple[int, int, int]], rows: int) -> list[tuple[int, int, int]]:
+    return [
+        (first, min(first + rows, stop), slot)
+        for start, stop, slot in segments
+        for first in range(start, stop, rows)
+    ]
+
+
+def _padded(lines: list[tuple[int, int, int]], room: int) -> Tensor:
+    if len(lines) > room:
+        raise ValueError(f"expected at most {room} tiles, the segments need {len(lines)}")
+    lines = lines + [(0, 0, -1)] * (room - len(lines))
+    return torch.tensor(lines, dtype=torch.int32).view(room, 3)

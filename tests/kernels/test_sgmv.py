@@ -1,0 +1,126 @@
+"""The GPU's kernels without a GPU: interpreted against float64, and compiled for two of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorax_kernels import Operands, Plan
+
+TESTS = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.needs("triton")
+
+
+PLAN = Plan.from_segments([0, 3], [0], tile_rows=16, max_rank=8)
+X, Y = torch.ones(3, 32), torch.ones(3, 16)
+
+
+class Tables:
+    address = torch.zeros(2, 4, 2, dtype=torch.int64)
+    rank = torch.zeros(4, 2, dtype=torch.int32)
+    scale = torch.zeros(4, 2)
+
+    def operands(self, module: int, slot: int) -> Operands | None:
+        return (torch.ones(8, 32), torch.ones(16, 8), 1.0) if module == 2 else None
+
+
+def prove(module: str, *parts: str, timeout: float = 280) -> None:
+    """In a process: Triton reads once what it is to do, and a stray access ends the process."""
+    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *parts],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-8000:]
+    tried = [line.partition(":")[0] for line in done.stdout.splitlines() if line.endswith(" tried")]
+    assert tried == list(parts)
+
+
+def test_cases_by_hand_and_the_fault_that_each_of_them_notices() -> None:
+    prove("sgmv.interpreted", "by_hand", "unfit_ranks", "halves", "mutants")
+
+
+def test_every_pair_of_levels_of_the_grid() -> None:
+    prove("sgmv.interpreted", "pairs")
+
+
+def test_any_segments() -> None:
+    prove("sgmv.interpreted", "segments")
+
+
+def test_compiled_for_sm_80_and_sm_90() -> None:
+    prove("sgmv.compiled", "gates", "variants", "large_tiles", "mutants")
+
+
+@pytest.mark.parametrize(
+    ("ys", "x", "modules", "named"),
+    [
+        ([], X, [], "expected one to 3 outputs, each with its module, got 0 and 0"),
+        ([Y] * 4, X, [0, 1, 2, 3], "got 4 and 4"),
+        ([Y], X, [0, 1], "got 1 and 2"),
+        ([Y[:2]], X, [0], r"expected y contiguous \[3, features\] on cpu, got \[2, 16\]"),
+        ([Y], torch.ones(32, 3).T, [0], r"expected x contiguous \[3, features\]"),
+        ([Y, Y.half()], X, [0, 1], "expected y in torch.float32, got torch.float16"),
+        ([Y.double()], X.double(), [0], "expected x in torch.bfloat16 or torch.float16 or torch.f"),
+        (
+            [Y],
+            torch.ones(3, 16),
+            [2],
+            r"expected x \[tokens, 32\] in torch.float32, got x \[3, 16\]",
+        ),
+        ([Y, X], X, [0, 2], r"expected y \[tokens, 16\] in torch.float32, got y \[3, 32\]"),
+        ([Y.half()], X.half(), [2], r"in torch.float32, got x \[3, 32\] in torch.float16"),
+        ([Y], X, [4], "expected a module from 0 to 3, got 4"),
+    ],
+)
+def test_a_group_refuses(ys: list[Tensor], x: Tensor, modules: list[int], named: str) -> None:
+    from lorax_kernels.sgmv import apply_group
+
+    with pytest.raises(ValueError, match=named):
+        apply_group(ys, x, PLAN, modules, Tables())
+
+
+def test_the_halves_refuse_other_planes() -> None:
+    from lorax_kernels.sgmv import expand, shrink
+
+    for shape in ((1, 2, 3, 8), (1, 1, 3, 16), (2, 1, 3, 8)):
+        with pytest.raises(ValueError, match=r"expected planes contiguous \[1, 1, 3, 8\]"):
+            shrink(torch.ones(shape), X, PLAN, [0], Tables())
+    with pytest.raises(ValueError, match=r"16 bytes on, got \[1, 1, 3, 8\] in torch.float16"):
+        shrink(torch.ones(1, 1, 3, 8).half(), X, PLAN, [0], Tables())
+    with pytest.raises(ValueError, match=r"expected planes contiguous \[2, 1, 3, 8\]"):
+        expand([Y], torch.ones(2, 3, 3, 8), PLAN, [0], Tables())
+    with pytest.raises(ValueError, match="expected a plan with tiles"):
+        shrink(torch.ones(1), X, Plan.from_segments([0, 3], [0]), [0], Tables())
+
+
+def test_the_number_of_planes_follows_from_the_shapes() -> None:
+    from lorax_kernels.sgmv import new_planes
+
+    expected = {32: 1, 1024: 2, 4096: 8, 14336: 8}
+    for features, count in expected.items():
+        assert new_planes(torch.ones(3, features), PLAN, 2).shape == (count, 2, 3, 8)
+    busy = Plan.from_segments([0, 3], [0], tile_rows=16, tile_room=512)
+    assert new_planes(torch.ones(3, 4096), busy, 1).shape == (1, 1, 3, 256)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_whole_grid(dtype: str) -> None:
+    prove("sgmv.interpreted", f"{dtype}_grid", timeout=3500)
+
+
+@pytest.mark.soak
+def test_compiled_for_the_other_dtypes() -> None:
+    prove("sgmv.compiled", "other_gates")

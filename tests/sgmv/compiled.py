@@ -1,0 +1,240 @@
+"""Compiles the kernels for GPUs that are not here: `python -m sgmv.compiled gates variants mutants`.
+
+The launches are the real ones, up to where the driver would be asked: a driver that has no GPU
+says which one to compile for. Fails with what is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from lorax_kernels import Plan, sgmv, sgmv_programs
+from lorax_kernels.tiles import Tiles
+from sgmv.cases import DTYPES, TILE_ROWS
+from sgmv.mutants import COMPILED_MUTANTS
+from sgmv.parts import part, run_parts, say
+
+TARGETS = (80, 90)
+FEATURES = {True: (4096, 4096), False: (67, 129)}
+"""Rows that begin where 16-byte loads may, and rows that do not."""
+
+REGISTERS = {"float32": 96, "bfloat16": 72, "float16": 72}
+"""Of a thread, of 128, for aligned rows: five blocks per multiprocessor, and seven."""
+
+TABLE_LOADS = 5
+"""Scalars of 32 bits that a program reads: start, stop, slot, rank, scale."""
+
+
+class _NoGpu:
+    """A driver for `triton.runtime`, of a GPU that only has a compute capability."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_device(self) -> int:
+        return self._capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+
+class _Tables:
+    """Of 4 modules and 8 slots, without strides of 1."""
+
+    address = torch.zeros(8, 4, 3, dtype=torch.int64)[:, :, :2].permute(2, 1, 0)
+    rank = torch.zeros(8, 4, dtype=torch.int32).permute(1, 0)
+    scale = torch.zeros(8, 4, 6)[:, :, 4].permute(1, 0)
+
+    def operands(self, module: int, slot: int) -> None:
+        """Not there yet."""
+
+
+class _Warm:
+    """In the place of a program: a launch compiles it, and goes no further."""
+
+    def __init__(self, program: Any, compiled: list[Any]) -> None:
+        self._program, self._compiled = program, compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: object, **options: object) -> None:
+            self._compiled.append(self._program.warmup(*args, grid=grid, **options))
+
+        return launch
+
+
+@contextmanager
+def _compiling(capability: int, programs: object = sgmv_programs) -> Iterator[list[Any]]:
+    compiled: list[Any] = []
+    triton.runtime.driver.set_active(_NoGpu(capability))
+    for name in ("shrink_program", "expand_program"):
+        setattr(sgmv, name, _Warm(getattr(programs, name), compiled))
+    yield compiled
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    dtype: str
+    tile_rows: int
+    aligned: bool
+
+    def __call__(self) -> None:
+        launch(self.dtype, self.tile_rows, FEATURES[self.aligned], tokens=5, members=3)
+
+
+def launch(
+    dtype: str, tile_rows: int, features: tuple[int, int], *, tokens: int, members: int
+) -> None:
+    tiles = Tiles(tile_rows, torch.tensor([[0, tokens, 0]], dtype=torch.int32))
+    plan = replace(Plan.from_segments([0, tokens], [0]), tiles=tiles)
+    x = torch.zeros(tokens, features[0], dtype=getattr(torch, dtype))
+    ys = [torch.zeros(tokens, features[1], dtype=x.dtype) for _ in range(members)]
+    sgmv.apply_group(ys, x, plan, range(members), _Tables())
+
+
+def faults(kernel: Any, launched: Launch) -> list[str]:
+    """What a compiled kernel must not be."""
+    ptx = kernel.asm["ptx"]
+    used = _resources(kernel)
+    found = []
+    if used["STACK"] or used["LOCAL"]:
+        found.append(f"spills: {used}")
+    if "wgmma." in ptx:
+        found.append("warpgroup instructions, whose operands in registers are miscompiled")
+    if re.search(r"\b(atom|red)\.", ptx):
+        found.append("atomics")
+    if ".tf32" in ptx:
+        found.append("float32 products in tf32")
+    if launched.aligned:
+        found += _slow_loads(ptx, used["REG"], launched)
+    if launched.dtype == "bfloat16" and _is_expand(kernel) and "cvt.rn.bf16" not in ptx:
+        found.append("no rounding to nearest")
+    if launched.dtype != "float32" and not re.search(r"mma\.sync\S+\.f32\.\w+\.\w+\.f32", ptx):
+        found.append("no tensor core products that accumulate in float32")
+    return [f"{kernel.metadata.name} for {launched}: {text}" for text in found]
+
+
+def _slow_loads(ptx: str, registers: int, launched: Launch) -> list[str]:
+    """Of rows that are aligned: every load of elements takes 16 bytes."""
+    found = []
+    if registers > REGISTERS[launched.dtype]:
+        found.append(f"{registers} registers, more than {REGISTERS[launched.dtype]}")
+    if re.search(r"\b(ld|st)\.global\S*\.b16\b", ptx):
+        found.append("scalar loads or stores of 16 bits")
+    if len(re.findall(r"\bld\.global\.b32\b", ptx)) > TABLE_LOADS:
+        found.append("scalar loads of 32 bits")
+    if "cp.async.ca" in ptx:
+        found.append("copies of less than 16 bytes into shared memory")
+    return found
+
+
+def _is_expand(kernel: Any) -> bool:
+    return bool(kernel.metadata.name == "expand_program")
+
+
+def _resources(kernel: Any) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+
+
+def _look(
+    launches: Iterable[Launch], programs: object = sgmv_programs, targets: Iterable[int] = TARGETS
+) -> tuple[int, list[str]]:
+    """How many kernels these launches compile to, and what is wrong with them."""
+    count, found = 0, []
+    for capability in targets:
+        for launched in launches:
+            with _compiling(capability, programs) as compiled:
+                launched()
+            count += len(compiled)
+            for kernel in compiled:
+                found += [f"sm_{capability} {text}" for text in faults(kernel, launched)]
+    return count, found
+
+
+def _gates(dtypes: Sequence[str]) -> int:
+    levels = product(dtypes, TILE_ROWS, FEATURES)
+    count, found = _look([Launch(dtype, rows, aligned) for dtype, rows, aligned in levels])
+    assert not found, "\n".join(found)
+    return count
+
+
+@part
+def gates() -> int:
+    return _gates(["bfloat16"])
+
+
+@part
+def other_gates() -> int:
+    return _gates([dtype for dtype in DTYPES if dtype != "bfloat16"])
+
+
+@part
+def variants() -> int:
+    """Whatever the shapes: two tiles times aligned or not, of each program."""
+    launches = 0
+    with _compiling(90) as compiled:
+        for features in ((1, 1), (16, 16), (48, 17), (17, 48), (4096, 1024), (2, 14336)):
+            for tokens, members in ((1, 1), (16, 2), (33, 3)):
+                for rows in TILE_ROWS:
+                    launch("bfloat16", rows, features, tokens=tokens, members=members)
+                    launches += 1
+    assert len(compiled) == 2 * launches
+    different = {kernel.hash for kernel in compiled}
+    assert len(different) == 2 * len(TILE_ROWS) * len(FEATURES), len(different)
+    return launches
+
+
+@part
+def mutants() -> int:
+    """Without a hint a gate closes; a mutant's row has what must be said."""
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for mutant in COMPILED_MUTANTS:
+            programs = mutant.programs(Path(folder))
+            launches = [Launch(dtype, 16, aligned=True) for dtype in ("bfloat16", "float32")]
+            found = _look(launches, programs, TARGETS[:1])[1]
+            say(f"{mutant.name}: {found[0] if found else 'nothing noticed'}")
+            if not any(mutant.noticed_by in text for text in found):
+                missed.append(mutant.name)
+    assert not missed, f"not noticed: {missed}"
+    return len(COMPILED_MUTANTS)
+
+
+@part
+def large_tiles() -> int:
+    """Tiles of 64 rows are what the cap is for: their instructions are noticed."""
+    sgmv.SHAPES[64] = sgmv.SHAPES[32]
+    launched = Launch("bfloat16", 64, aligned=True)
+    with _compiling(90) as compiled:
+        launched()
+    found = [text for kernel in compiled for text in faults(kernel, launched)]
+    assert any("warpgroup" in text for text in found), found
+    return len(compiled)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        triton.knobs.cache.dir = folder
+        run_parts()

@@ -1,0 +1,156 @@
+"""Cases in Triton's interpreter: `python -m sgmv.interpreted by_hand pairs …`.
+
+Fails with what is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorax_kernels import sgmv, sgmv_programs
+from sgmv.cases import BY_HAND, DTYPES, INTEGERS, KINDS, TILE_ROWS, Case, full_grid, pairwise
+from sgmv.judge import World
+from sgmv.mutants import MUTANTS, Mutant
+from sgmv.parts import part, run_parts, say
+from sgmv.watching import watched
+
+
+def _complaints(world: World) -> list[str]:
+    planes = world.planes(sgmv)
+    with watched(world.arena) as watching:
+        world.compute(sgmv, planes)
+    strays = [f"{watching.strays} accesses outside of tensors"] if watching.strays else []
+    return strays + world.complaints(planes)
+
+
+def _run_all(cases: Iterable[Case]) -> int:
+    worlds = 0
+    wrong: list[str] = []
+    for case in cases:
+        worlds += 1
+        wrong += [f"{case}: {text}" for text in _complaints(World(case))]
+    assert not wrong, "\n".join(wrong[:20])
+    return worlds
+
+
+@part
+def by_hand() -> int:
+    return _run_all(BY_HAND.values())
+
+
+@part
+def pairs() -> int:
+    return _run_all(pairwise())
+
+
+@part
+def float32_grid() -> int:
+    return _run_all(full_grid("float32"))
+
+
+@part
+def bfloat16_grid() -> int:
+    return _run_all(full_grid("bfloat16"))
+
+
+@part
+def float16_grid() -> int:
+    return _run_all(full_grid("float16"))
+
+
+@part
+def segments() -> int:
+    """Whatever segments: hypothesis makes them, and makes those that fail small."""
+    seen = []
+
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(
+        segments=st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 18)), max_size=8),
+        ranks=st.tuples(*[st.integers(0, 17)] * 4),
+        features=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+        dtype=st.sampled_from(DTYPES),
+        kind=st.sampled_from(KINDS),
+        tile_rows=st.sampled_from(TILE_ROWS),
+    )
+    def any_case(**fields: object) -> None:
+        fields["segments"] = tuple(fields["segments"])  # type: ignore[arg-type]
+        seen.append(_run_all([Case(**fields)]))  # type: ignore[arg-type]
+
+    any_case()
+    return len(seen)
+
+
+@part
+def unfit_ranks() -> int:
+    """A rank that is no multiple of 8, or above the plan's, makes its rows NaN and nothing else."""
+    for rank in (12, 24):
+        world = World(Case(ranks=(16, 8), segments=((0, 2), (1, 2)), features=(64, 32)))
+        [module] = world.modules
+        world.tables.rank[module, 0] = rank
+        before = world.ys_before[0]
+        wrong = _complaints(world)
+        y = world.ys[0]
+        assert y[:2].isnan().all(), f"rank {rank}: {y[:2]}"
+        assert not before.isnan().any()
+        assert all("of slot 0" in text or "planes" in text for text in wrong), wrong
+    return 2
+
+
+@part
+def halves() -> int:
+    """`shrink` and `expand` of the public entries, whose middle is rounded and zero elsewhere."""
+    world = World(
+        Case(kind=INTEGERS, segments=((0, 2), (-1, 1), (1, 3), (2, 1)), features=(160, 40))
+    )
+    [module], x = world.modules, world.x_before
+    expected = torch.zeros(7, 32, dtype=torch.float64)
+    for start, stop, slot in world.plan.segments:
+        if (operands := world.tables.operands(module, slot)) is not None:
+            rank = len(operands[0])
+            expected[start:stop, :rank] = x[start:stop].double() @ operands[0].double().T
+    h = world.arena.room(7, 32, dtype=world.dtype)
+    sgmv.shrink_one(h, world.x, world.plan, module, world.tables)
+    assert torch.equal(h.double(), expected)
+    world.arena.remember()
+    sgmv.expand_one(world.ys[0], h, world.plan, module, world.tables)
+    assert not (wrong := world.complaints(h.new_empty(0, 1, 7, 24))), wrong
+    return 1
+
+
+@part
+def mutants() -> int:
+    """Each fault is noticed by the case that its row names, which the source as it is passes."""
+    with tempfile.TemporaryDirectory() as folder:
+        missed = [each.name for each in MUTANTS if not _noticed(each, Path(folder))]
+    assert not missed, f"not noticed: {missed}"
+    return len(MUTANTS)
+
+
+def _noticed(mutant: Mutant, folder: Path) -> bool:
+    world = World(BY_HAND[mutant.noticed_by])
+    _use(mutant.programs(folder))
+    try:
+        wrong = _complaints(world)
+    finally:
+        _use(sgmv_programs)
+    say(f"{mutant.name}: {wrong[0] if wrong else 'nothing noticed'}")
+    return bool(wrong)
+
+
+def _use(programs: object) -> None:
+    for name in ("shrink_program", "expand_program"):
+        setattr(sgmv, name, getattr(programs, name))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_parts()
