@@ -26,7 +26,7 @@ HTTP: Mutants = {
         DESK,
         "            if not job.over or job.running or job not in self.jobs:\n",
         "            if not job.over or job not in self.jobs:\n",
-        FROM_OUTSIDE,
+        f"{ENDS}::test_an_end_is_told_when_nobody_writes_any_more",
     ),
     "http: threads of what is over are told": mutant(
         DESK,

@@ -33,7 +33,7 @@ REMOTE: Mutants = {
                 if not future.done():
                     raise
                 if undo""",
-        AT_ANY_AWAIT,
+        f"{OF_WORKERS}::test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did",
     ),
     "workers: what lets go is waited for": mutant(
         WORKERS,

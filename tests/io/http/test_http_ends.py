@@ -103,6 +103,34 @@ class Broken(MemorySink):
         raise self.error
 
 
+class Slow(MemorySink):
+    """Whose first write ends when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.begun.set()
+        self.go.wait(10)
+        super().write(offset, data)
+
+
+def test_an_end_is_told_when_nobody_writes_any_more() -> None:
+    sink = Slow()
+    with FaultServer(DATA) as server, engine() as fetching:
+        answer = asked(fetching, server.url())
+        job = fetching.download(answer, GROUPS, sink, lambda _: None)
+        assert sink.begun.wait(10)
+        job.cancel(FetchError("enough"))
+        time.sleep(0.05)
+        told = job.done.done()
+        sink.go.set()
+        assert str(job.done.exception(10)) == str(FetchError("enough"))
+        assert not told
+        assert not job.running
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [

@@ -36,6 +36,31 @@ def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began(run: Run) 
     workers.close()
 
 
+def test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did(run: Run) -> None:
+    workers, begun, go = Workers(1), Event(), Event()
+    undone: list[bool] = []
+
+    def work() -> bool:
+        begun.set()
+        return go.wait(10)
+
+    async def body() -> None:
+        running = asyncio.create_task(workers.run(work, undone.append))
+        await until(begun.is_set)
+        for _ in range(3):
+            running.cancel()
+            await asyncio.sleep(0)
+        early = running.done()
+        go.set()
+        await asyncio.wait([running])
+        assert running.cancelled()
+        assert not early
+        assert undone == [True]
+
+    run(body())
+    workers.close()
+
+
 def test_a_load_that_is_cancelled_twice_leaves_nothing_locked(run: Run, tmp_path: Path) -> None:
     """All threads are at something else meanwhile."""
     with RemoteWorld(tmp_path / "cache") as world:
