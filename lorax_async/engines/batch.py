@@ -195,7 +195,13 @@ class Batch:
             bounds, slots = segments.bounds, segments.slots
             left_out = out.union(self._vectors)
             known = [BASE_ONLY if slot in left_out else slot for slot in slots]
-            kernel = Plan.from_segments(bounds, known, device=device, thresholds=self._thresholds)
+            kernel = Plan.from_segments(
+                bounds,
+                known,
+                device=device,
+                thresholds=self._thresholds,
+                max_rank=max(handle.rank for handle in self._handles),
+            )
             each = zip(bounds, bounds[1:], slots, strict=False)
             vectors = self._vectors.keys() - out
             others = tuple(segment for segment in each if segment[2] in vectors)

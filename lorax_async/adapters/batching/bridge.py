@@ -47,7 +47,7 @@ class Bridge:
                     "and ShardBridge.expand"
                 )
         tables = StackedTables.of(map(padded, stacks.values()))
-        return cls(plan_of(batch, tables.rank.device), tables)
+        return cls(plan_of(batch, tables.stacks), tables)
 
     def apply(self, y: Tensor, x: Tensor, layer: int) -> None:
         """Add each row's adapter to a layer's output: `y += x @ A @ B`, in place.
@@ -120,7 +120,7 @@ class ShardBridge:
         ranks = [a.shape[1] for a, _ in stacks.values()]
         width = max(a.shape[1] for a, _ in whole)
         return cls(
-            plan=plan_of(batch, whole[0][0].device),
+            plan=plan_of(batch, whole),
             parts=parts,
             width=width,
             shrinking=StackedTables.of(_shrinking(whole, width)),

@@ -84,12 +84,16 @@ def stacks_of(batch: BatchLoraWeights) -> Stacks:
     return stacks
 
 
-def plan_of(batch: BatchLoraWeights, device: torch.device) -> Plan:
-    """Slots are counted in the order of `batch.adapters`."""
+def plan_of(batch: BatchLoraWeights, stacks: Iterable[Stack]) -> Plan:
+    """Where the stacks are; slots are counted in the order of `batch.adapters`."""
+    found = tuple(stacks)
     slots = {index: slot for slot, index in enumerate(batch.adapters)}
     rows = [slots.get(index, BASE_ONLY) for index in batch.runs.indices]
     segments = plan_rows(rows, batch.runs.lengths)
-    return Plan.from_segments(segments.bounds, segments.slots, device=device)
+    max_rank = max(rank for a, b in found for rank in (a.shape[1], b.shape[2]))
+    return Plan.from_segments(
+        segments.bounds, segments.slots, device=found[0][0].device, max_rank=max_rank
+    )
 
 
 def padded(stack: Stack) -> Stack:
