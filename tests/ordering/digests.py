@@ -61,7 +61,7 @@ OF_COMPARING: Mutants = {
         await asyncio.sleep(0)
         promise.settle(_kept(ref), error)
 """,
-        f"{OF_DIGESTS}::test_who_streams_is_told_when_it_is_known",
+        f"{OF_DIGESTS}::test_other_weights_are_refused_for_who_gave_it",
     ),
     "digests: who waits when it closes is woken": mutant(
         DIGESTS,
