@@ -123,6 +123,9 @@ def test_weights_in_several_files(hub: HubStandIn, tmp_path: Path) -> None:
         for name, tensor in base.tensors().items():
             assert file.read(name).equal(tensor)
     (shard,) = (each for each in Path(hf_hub_download(SQL, INDEX)).parent.glob("*-00002-*"))
+    hub.asked.clear()
+    WeightsFile.open(SQL).close()
+    assert not hub.asked
     shard.unlink()  # what the cache lost is fetched again
     WeightsFile.open(SQL).close()
     assert shard.exists()

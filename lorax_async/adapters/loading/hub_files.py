@@ -99,10 +99,20 @@ class HubFiles:
 
     def with_weights(self) -> str:
         """The folder of the hub cache that has the config and the weights, also if in several."""
-        if self._look(WEIGHTS, self.limits.max_adapter_bytes) is None:
-            for name in self._names_in(self._found(INDEX, self.limits.max_header_bytes, WEIGHTS)):
+        index = self._index()
+        if index is not None:
+            for name in self._names_in(index):
                 self._found(name, self.limits.max_adapter_bytes)
         return self.with_config()
+
+    def _index(self) -> str | None:
+        """None if the weights are in one file, which then is here."""
+        one, index = (cached_file(self.id, name) for name in (WEIGHTS, INDEX))
+        if one is not None or index is not None:  # it was one or the other when they were fetched
+            return None if one is not None else index
+        if self._fetched(WEIGHTS, self.limits.max_adapter_bytes) is not None:
+            return None
+        return self._found(INDEX, self.limits.max_header_bytes, WEIGHTS)
 
     def _names_in(self, index: str) -> tuple[str, ...]:
         try:
@@ -114,7 +124,7 @@ class HubFiles:
 
     def _found(self, name: str, max_bytes: int, wanted: str | None = None) -> str:
         """What it is wanted for is `wanted`, if that is not the file itself."""
-        path = self._look(name, max_bytes)
+        path = cached_file(self.id, name) or self._fetched(name, max_bytes)
         if path is None:
             repo, at = self.id.repo, self.id.revision or _MAIN
             raise AdapterNotFoundError(
@@ -123,12 +133,8 @@ class HubFiles:
             )
         return path
 
-    def _look(self, name: str, max_bytes: int) -> str | None:
-        """None if the hub has no such file."""
-        path = cached_file(self.id, name)
-        return self._fetched(name, max_bytes) if path is None else path
-
     def _fetched(self, name: str, max_bytes: int) -> str | None:
+        """None if the hub has no such file."""
         revision = self._commit() or self.id.revision or _MAIN
         url = url_of(self.id.repo, name, revision, None)
         question = Question(
