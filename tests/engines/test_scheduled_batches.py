@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from common import Run
 from engines.variants import PEFT_WARNING, active, logits_of, prompt, serving
 from lorax_async import (
@@ -190,8 +191,7 @@ def test_the_pages_engine_computes_again_what_did_not_come(
     run: Run, small: Any, adapters: list[Path]
 ) -> None:
     source = FakeSource()
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    source.put("cold", *((adapters[0] / name).read_bytes() for name in names))
+    source.put("cold", *tiny.files(adapters[0]))
     source.hold("cold")
     source.allow("cold", 0)
     compute = functions()["compute_streaming"]
