@@ -194,6 +194,11 @@ def measure_group(size: Size, clock: Clock, gb_s: float, dtype: torch.dtype) -> 
 
     lines = []
     for name, call in (("ours, a group", together), ("ours, one by one", alone)):
+        for y in ys:
+            y.copy_(batch.y)
+        call()
+        for module, y in enumerate(ys):
+            _require_close(y, batch.expected(module))
         us, how = clock.us([call] * 4)
         launched = clock.launched_us([call] * 4)
         lines.append(
@@ -217,7 +222,10 @@ def _check(batch: Batch, call: Call) -> None:
     """Once per contender, outside of the timer."""
     y = batch.y.clone()
     call(y, 1)
-    expected = batch.expected(1)
+    _require_close(y, batch.expected(1))
+
+
+def _require_close(y: torch.Tensor, expected: torch.Tensor) -> None:
     off = float((y.double() - expected).abs().max() / expected.abs().max())
     if not off <= TOLERANCE:
         raise AssertionError(f"wrong by {off:.3g} of the largest element")

@@ -72,7 +72,7 @@ class Base:
 
     @asynccontextmanager
     async def served(
-        self, link: Link, cache: Path, *, io_threads: int, connections: int = CONNECTIONS
+        self, link: Link, cache: Path, *, io_threads: int
     ) -> AsyncIterator[tuple[AdapterLoader, Attached]]:
         """By a loader that has never heard of the adapters, with an empty disk cache."""
         shutil.rmtree(cache, ignore_errors=True)
@@ -82,7 +82,7 @@ class Base:
             device_bytes=room * (3 * self.nbytes),
             max_slots=room,
             io_threads=io_threads,
-            connections=connections,
+            connections=CONNECTIONS,
             cache_dir=cache,
             allow=(Allow("http", "127.0.0.1", link.port),),
         )

@@ -46,8 +46,8 @@ class AdapterScheduler:
         None: any number. A batch's `max_sequences` counts its rows only.
     loads
         Adapters that are waited for in the foreground at a time, in the order of the queue; None is
-        as many as there are slots, and 8 at most. As many more as there are slots are hinted onto
-        the device.
+        as many as there are slots, and 8 at most. The next ones are hinted onto the device, as far
+        as slots are free.
     look_ahead
         How many more are hinted into host memory.
     clock

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from common import Run
-from lorax_async import AdapterNotFoundError, AdapterScheduler, Batch, BatchRow, Request, Ticket
+from lorax_async import AdapterNotFoundError, AdapterScheduler, Batch, BatchRow, Ticket
 from lorax_async.core.batch_plan import TILE_ROWS
 from lorax_async.core.shares import LEAST
+from scheduling.page import PAGE, functions
 from tiny_sources import over, stocked
-
-PAGE = Path(__file__).parent.parent / "docs" / "scheduler.md"
 
 
 @pytest.mark.usefixtures("nothing_left")
 def test_the_example_serves(run: Run, tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    scope: dict[str, Any] = {
-        **{kind.__name__: kind for kind in (AdapterScheduler, Batch, Request, Ticket)},
-        "Callable": Callable,
-        "asyncio": asyncio,
-    }
-    exec(block, scope)
+    page = functions()
 
     def compute(batch: Batch) -> set[Ticket]:
         """ "b" ends with its third token, "a" when it is long enough."""
@@ -38,8 +29,8 @@ def test_the_example_serves(run: Run, tmp_path: Path) -> None:
     async def body() -> None:
         async with over(stocked(tmp_path, "a", "b")) as loader:
             async with AdapterScheduler(loader) as scheduler:
-                serving = asyncio.create_task(scope["serve"](scheduler, compute))
-                answers = [scope["answer"](scheduler, id, 5) for id in ("a", "b", "none")]
+                serving = asyncio.create_task(page["serve"](scheduler, compute))
+                answers = [page["answer"](scheduler, id, 5) for id in ("a", "b", "none")]
                 found = await asyncio.gather(*answers, return_exceptions=True)
                 assert found[:2] == [32, 3]
                 assert isinstance(found[2], AdapterNotFoundError)
@@ -51,6 +42,7 @@ def test_the_example_serves(run: Run, tmp_path: Path) -> None:
 def test_the_table_is_the_batch() -> None:
     section = PAGE.read_text().partition("\n## A batch\n")[2].partition("\n## ")[0]
     named = re.findall(r"^\| `batch\.(\w+)", section, re.MULTILINE)
+    assert len(named) > 5
     assert all(hasattr(Batch, name) or name in {f.name for f in fields(Batch)} for name in named)
     line = next(line for line in section.splitlines() if line.startswith("| `batch.rows`"))
     assert set(re.findall(r"`(\w+)`", line)) == set(BatchRow._fields)

@@ -380,8 +380,7 @@ def test_close_answers_everybody(run: Run, tmp_path: Path) -> None:
             await warm(loader, "c")
             tickets = [scheduler.submit(Request(id, 4, 2)) for id in (*"abcde", "c", None)]
             batch = await scheduler.next_batch(MANY, 1)
-            wanting = [asyncio.create_task(scheduler.next_batch(MANY, MANY)) for _ in range(1)]
-            other = await asyncio.wait_for(wanting[0], 5)
+            other = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
             waits = asyncio.create_task(scheduler.next_batch(MANY, MANY))
             iterated = asyncio.create_task(_all(scheduler))
             await asyncio.sleep(0)

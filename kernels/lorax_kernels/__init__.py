@@ -1,8 +1,9 @@
 """Many LoRA adapters in one batch: `y[segment] += scale * (x[segment] @ A.T) @ B.T`.
 
-Depends on torch alone. A caller has a :class:`Tables` (what is on the device), makes a
-:class:`Plan` once per batch and calls :func:`apply` once per adapted linear layer; or
-:func:`shrink` and :func:`expand`, where something belongs between the two products.
+Depends on torch, and for GPUs on Triton, which torch brings there. A caller has a :class:`Tables`
+(what is on the device), makes a :class:`Plan` once per batch and calls :func:`apply` once per
+adapted linear layer; or :func:`shrink` and :func:`expand`, where something belongs between the two
+products.
 """
 
 from lorax_kernels.dispatch import apply, expand, shrink

@@ -27,8 +27,8 @@ class Plan:
     `bounds` (int32 `[n + 1]`) and `slots` (int32 `[n]`, -1: no adapter) are all n segments of the
     batch as tensors on its device, for kernels. `workspace` is what the CPU keeps from call to
     call; calls in several threads do not disturb each other. `tiles` are those of `segments`, None
-    on the CPU, which has no use for them. On a GPU no slot's rank is above `max_rank`, a multiple
-    of 8.
+    on the CPU unless they were asked for, by `tile_rows`. On a GPU no slot's rank is above
+    `max_rank`, a multiple of 8.
     """
 
     tokens: int

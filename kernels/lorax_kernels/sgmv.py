@@ -25,6 +25,7 @@ from lorax_kernels.sgmv_checks import (
     ALIGNMENT,
     MAX_MEMBERS,
     check_inputs,
+    check_members,
     check_outputs,
     check_planes,
 )
@@ -129,6 +130,7 @@ def shrink(planes: Tensor, x: Tensor, plan: Plan, modules: Sequence[int], tables
     for tensors and modules that do not fit, and for more planes than the features of `x` can be
     cut into.
     """
+    check_members(modules)
     check_inputs(x, plan, modules, tables)
     count = _cut(x.shape[1], len(planes), SHAPES[_tiles(plan).rows].shrink_inner)[0]
     check_planes(planes, (count, len(modules), plan.tokens, plan.max_rank))

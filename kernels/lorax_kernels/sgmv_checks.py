@@ -18,6 +18,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_MEMBERS = 3
 
 
+def check_members(modules: Sequence[int]) -> None:
+    """Raise ValueError for more modules than a launch has room for, or none."""
+    if not 1 <= len(modules) <= MAX_MEMBERS:
+        raise ValueError(f"expected one to {MAX_MEMBERS} modules, got {len(modules)}")
+
+
 def check_inputs(x: Tensor, plan: Plan, modules: Sequence[int], tables: Tables) -> None:
     """Raise ValueError unless `x` is `[plan.tokens, in]`, and the modules take it."""
     check_rows("x", x, plan, plan.slots.device.type)

@@ -63,7 +63,7 @@ class Batch:
     ) -> None:
         self.gate = LayerGate(rows or (), place.loop, budget, others_wait)
         # Where a row may be out, the bits of the others must not depend on it.
-        self._thresholds = Thresholds() if budget is None else Thresholds(kept_bytes=0)
+        self._thresholds = Thresholds(kept_bytes=0) if self.gate.may_take_out else Thresholds()
         self._place = place
         self._rows = None if rows is None else len(rows)
         self._slots = [BASE_ONLY if row is None else row.slot.index for row in rows or ()]

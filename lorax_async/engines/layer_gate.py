@@ -80,6 +80,11 @@ class LayerGate:
             {number: errors[row] for number, row in enumerate(self._rows) if row in errors}
         )
 
+    @property
+    def may_take_out(self) -> bool:
+        """Whether a row can ever be out: with a budget, if not all was here and checked before."""
+        return self._budget is not None and bool(self._streaming or self._unverified)
+
     def enter(self, layer: int) -> None:
         """Wait until `layer` (-1 … L) may be computed. In any thread but the loop's.
 

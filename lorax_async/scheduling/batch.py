@@ -61,6 +61,8 @@ class Batch:
         has waited long for a slot in which nothing comes. Whoever waits for layers of a batch that
         has no other rows waits no longer then. Told of batches with `streaming` adapters, in any
         thread.
+
+    The other fields are the scheduler's own.
     """
 
     rows: tuple[BatchRow, ...]

@@ -60,8 +60,8 @@ class Request:
 class Ticket:
     """One request under way. Awaiting it waits until it is finished, or raises why it is not.
 
-    Whoever is cancelled while awaiting does not cancel it; `cancel` does. All on the scheduler's
-    loop.
+    It gives the number of tokens that came out, and raises `CancelledError` after `cancel`. Whoever
+    is cancelled while awaiting does not cancel it; `cancel` does. All on the scheduler's loop.
     """
 
     __slots__ = (

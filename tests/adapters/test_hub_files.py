@@ -18,7 +18,9 @@ from huggingface_hub import constants, hf_hub_download
 import split_files
 from adapters import small_base as base
 from common import Run
+from lorax_async import Limits
 from lorax_async.adapters import LoraConfig, WeightsFile
+from lorax_async.adapters.loading.hub_files import HubFiles
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterFormatError,
@@ -28,6 +30,7 @@ from lorax_async.errors import (
     LoraxError,
     UsageError,
 )
+from lorax_async.ids.hub import parse_hub_id
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -199,10 +202,25 @@ def test_what_the_hub_has_not(
 
 def test_a_file_over_the_limit_is_not_fetched(hub: HubStandIn, hub_client: Path) -> None:
     hub.put(SQL, {CONFIG: b" " * (256 * 1024 + 1)})
-    with pytest.raises(AdapterFormatError, match="262,145 bytes, over the limit of 262,144"):
+    with pytest.raises(AdapterFormatError, match="262,145 bytes, over the 262,144 that"):
         LoraConfig.load(SQL)
     assert asked(hub) == {("HEAD", CONFIG)}
     assert not list(hub_client.rglob("blobs/*"))
+
+
+def test_files_that_are_over_the_limit_together(
+    hub: HubStandIn, hub_client: Path, tmp_path: Path
+) -> None:
+    """The last one is not fetched."""
+    several = split_files.deal(adapter(tmp_path), tmp_path / "several")
+    hub.put(SQL, contents(several))
+    files = sorted(several.glob("*.safetensors"))
+    *_, last = sizes = [file.stat().st_size for file in files]
+    limits = Limits(max_adapter_bytes=sum(sizes) - 1)
+    with pytest.raises(AdapterFormatError, match=f"{last:,} bytes, over the {last - 1:,} that"):
+        HubFiles(parse_hub_id(SQL), None, limits).with_weights()
+    fetched = {file.name for file in hub_client.rglob("*-of-*.safetensors")}
+    assert fetched == {file.name for file in files[:-1]}
 
 
 @pytest.mark.parametrize(

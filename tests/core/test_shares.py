@@ -77,7 +77,7 @@ def test_nobody_gets_too_much_and_nothing_is_left(
     flat = [each for adapter in given for each in adapter]
     assert sum(flat) <= tokens
     assert len(flat) <= rows
-    assert [len(each) for each in given] <= [len(each) for each in asked]
+    assert all(len(one) <= len(other) for one, other in zip(given, asked, strict=True))
     for adapter, wanted in zip(given, asked, strict=True):
         for number, got in enumerate(adapter):
             assert min(least, tokens, wanted[number]) <= got <= wanted[number]

@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorax_async import AdapterLoader, LoaderConfig, layouts
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, layouts
 from lorax_async.engines.transformers import Attached, attach
+from lorax_async.io.fakes import FakeSource
 
 Lora = Mapping[str, Any]
 MiB = 1 << 20
@@ -173,6 +174,19 @@ async def serving(model: Any, **settings: Any) -> AsyncIterator[tuple[AdapterLoa
     async with AdapterLoader(layout, LoaderConfig(**settings), source=source) as loader:
         with attach(model, loader) as attached:
             yield loader, attached
+
+
+@asynccontextmanager
+async def streaming(
+    small: Any, source: FakeSource, **settings: Any
+) -> AsyncIterator[tuple[Attached, AdapterHandle, AdapterHandle]]:
+    """ "warm" is there, "cold" on its way."""
+    async with (
+        serving(small, source=source, **settings) as (loader, attached),
+        await loader.load("warm") as warm,
+        loader.stream("cold") as cold,
+    ):
+        yield attached, warm, cold
 
 
 async def logits_with(

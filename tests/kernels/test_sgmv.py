@@ -101,6 +101,9 @@ def test_the_halves_refuse_other_planes() -> None:
         shrink(torch.ones(1, 1, 3, 8).half(), X, PLAN, [0], Tables())
     with pytest.raises(ValueError, match=r"expected planes contiguous \[2, 1, 3, 8\]"):
         expand([Y], torch.ones(2, 3, 3, 8), PLAN, [0], Tables())
+    for modules in ([], [0, 1, 2, 3]):
+        with pytest.raises(ValueError, match="expected one to 3 modules, got"):
+            shrink(torch.ones(1, len(modules), 3, 8), X, PLAN, modules, Tables())
     with pytest.raises(ValueError, match="expected a plan with tiles"):
         shrink(torch.ones(1), X, Plan.from_segments([0, 3], [0]), [0], Tables())
 

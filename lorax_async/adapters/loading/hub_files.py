@@ -83,7 +83,7 @@ class HubFiles:
     AccessDeniedError, FetchError
         The hub refuses or cannot be asked, or what it sends cannot be stored.
     AdapterFormatError
-        A file is over the limits.
+        A file is over the limits, or all weights together are.
     """
 
     id: HubId
@@ -99,10 +99,10 @@ class HubFiles:
 
     def with_weights(self) -> str:
         """The folder of the hub cache that has the config and the weights, also if in several."""
-        index = self._index()
+        index, room = self._index(), self.limits.max_adapter_bytes
         if index is not None:
             for name in self._names_in(index):
-                self._found(name, self.limits.max_adapter_bytes)
+                room = max(0, room - _size_of(self._found(name, room), name))
         return self.with_config()
 
     def _index(self) -> str | None:
@@ -150,7 +150,7 @@ class HubFiles:
             return None
         if told.nbytes is not None and told.nbytes > max_bytes:
             raise AdapterFormatError(
-                f"{name} has {told.nbytes:,} bytes, over the limit of {max_bytes:,}"
+                f"{name} has {told.nbytes:,} bytes, over the {max_bytes:,} that may come"
             )
         return _downloaded(question, url)
 
@@ -158,6 +158,13 @@ class HubFiles:
         """Which one the cache takes the revision for."""
         repo, revision = repo_folder(self.id.repo), self.id.revision or _MAIN
         return None if repo is None else commit_of(standard_folder(), repo, revision.split("/"))
+
+
+def _size_of(path: str, name: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise translated(error, name) from error
 
 
 def _downloaded(question: Question, url: Url) -> str:

@@ -1,0 +1,26 @@
+"""The functions of docs/scheduler.md."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorax_async import AdapterScheduler, Batch, Request, Ticket
+from lorax_async.engines.transformers import Attached
+
+PAGE = Path(__file__).parents[2] / "docs" / "scheduler.md"
+
+
+def functions() -> dict[str, Any]:
+    """By their names, from all of its blocks."""
+    scope: dict[str, Any] = {
+        **{kind.__name__: kind for kind in (AdapterScheduler, Attached, Batch, Request, Ticket)},
+        "Callable": Callable,
+        "asyncio": asyncio,
+    }
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE):
+        exec(block, scope)
+    return scope
