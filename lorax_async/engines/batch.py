@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any, NoReturn
 from weakref import ReferenceType, ref
@@ -15,6 +16,7 @@ import torch
 from lorax_async.core.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.core.layout import Module
 from lorax_async.engines.features import Adapted, Factors, Features, Segment
+from lorax_async.engines.last_plans import LastPlans
 from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.errors import UsageError
 from lorax_async.handle import AdapterHandle
@@ -27,24 +29,26 @@ Rows = Sequence[AdapterHandle | None] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowsPlan:
+    """The segments of adapters that kernels know, and those of adapters with vectors."""
+
+    kernel: Plan
+    others: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Place:
     """Where a loader's adapters are, and whose thread brings them there.
 
-    `tables` are the device's; `factors` are of the model's weights and the adapters there.
+    `tables` are the device's; `factors` are of the model's weights and the adapters there; `plans`
+    are those of the last batches.
     """
 
     device: Device
     tables: Tables
     loop: asyncio.AbstractEventLoop
     factors: Factors
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Plan:
-    """The segments of adapters that kernels know, and those of adapters with vectors."""
-
-    kernel: Plan
-    others: tuple[Segment, ...]
+    plans: LastPlans[RowsPlan]
 
 
 class Batch:
@@ -70,7 +74,7 @@ class Batch:
         self._handles = tuple(dict.fromkeys(row for row in rows or () if row is not None))
         self._vectors: dict[int, Vectors] = {}
         self._features = Features(place.device, place.tables, place.factors, self._vectors)
-        self._plans: dict[tuple[int, frozenset[int]], _Plan] = {}
+        self._tenants = tuple(None if row is None else row.slot for row in rows or ())
         self._flat: tuple[ReferenceType[torch.Tensor], torch.Tensor] | None = None
         self._uses = ExitStack()
         self._lock = Lock()
@@ -156,7 +160,7 @@ class Batch:
         """
         return x.dim() == 2 and x.shape[0] == self._rows if module.embedding else x.dim() == 3
 
-    def _add(self, y: torch.Tensor, x: torch.Tensor, plan: _Plan, adapted: Adapted) -> None:
+    def _add(self, y: torch.Tensor, x: torch.Tensor, plan: RowsPlan, adapted: Adapted) -> None:
         """To `y` `[tokens, out]`: by the kernels, and what these do not know."""
         if adapted.module.embedding:
             self._features.add(y, x, plan.kernel.segments + plan.others, adapted)
@@ -185,28 +189,26 @@ class Batch:
                 f"{wanted} only"
             )
 
-    def _plan(self, tokens: int) -> _Plan:
+    def _plan(self, tokens: int) -> RowsPlan:
         """Of rows with `tokens` tokens each: a prefill's, a decoding step's, the head's."""
         out = self.gate.slots_out
-        plan = self._plans.get((tokens, out))
-        if plan is None:
-            device = self._place.tables.rank.device
-            segments = plan_rows(self._slots, [tokens] * len(self._slots))
-            bounds, slots = segments.bounds, segments.slots
-            left_out = out.union(self._vectors)
-            known = [BASE_ONLY if slot in left_out else slot for slot in slots]
-            kernel = Plan.from_segments(
-                bounds,
-                known,
-                device=device,
-                thresholds=self._thresholds,
-                max_rank=max(handle.rank for handle in self._handles),
-            )
-            each = zip(bounds, bounds[1:], slots, strict=False)
-            vectors = self._vectors.keys() - out
-            others = tuple(segment for segment in each if segment[2] in vectors)
-            plan = self._plans[tokens, out] = _Plan(kernel, others)
-        return plan
+        key = self._tenants, tokens, out, self._thresholds
+        return self._place.plans.get(key, partial(self._new_plan, tokens, out))
+
+    def _new_plan(self, tokens: int, out: frozenset[int]) -> RowsPlan:
+        segments = plan_rows(self._slots, [tokens] * len(self._slots))
+        bounds, slots = segments.bounds, segments.slots
+        left_out = out.union(self._vectors)
+        kernel = Plan.from_segments(
+            bounds,
+            [BASE_ONLY if slot in left_out else slot for slot in slots],
+            device=self._place.tables.rank.device,
+            thresholds=self._thresholds,
+            max_rank=max(handle.rank for handle in self._handles),
+        )
+        each = zip(bounds, bounds[1:], slots, strict=False)
+        vectors = self._vectors.keys() - out
+        return RowsPlan(kernel, tuple(segment for segment in each if segment[2] in vectors))
 
 
 def _refuse_gradient(_: torch.Tensor) -> NoReturn:

@@ -34,6 +34,7 @@ from lorax_async.core.layout import Module, Parallel
 from lorax_async.engines.batch import Batch, Place, Rows
 from lorax_async.engines.features import Adapted, Factors
 from lorax_async.engines.fitting import modules_of, require_device, require_dtype
+from lorax_async.engines.last_plans import LastPlans
 from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.engines.shared_inputs import groups_of
 from lorax_async.errors import UsageError
@@ -69,7 +70,8 @@ def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
     The model is left as it was in both cases.
     """
     device = loader.device
-    place = Place(device, cast(Tables, device), asyncio.get_running_loop(), Factors())
+    loop = asyncio.get_running_loop()
+    place = Place(device, cast(Tables, device), loop, Factors(), LastPlans())
     bases = modules_of(model, loader.held_layout, loader.config.shard)
     require_dtype(bases, str(loader.config.dtype))
     require_device(bases, place.tables.rank.device)
@@ -185,6 +187,7 @@ class Attached:
                 replaced.restore()
             self._replaced = []
             self._place.factors.forget()
+            self._place.plans.forget()
 
     def __enter__(self) -> Self:
         return self

@@ -84,6 +84,13 @@ class Batch:
         """Of each row, as `engines.transformers.Attached.batch` takes them."""
         return tuple(row.handle for row in self.rows)
 
+    @property
+    def budget(self) -> float:
+        """Seconds for which the pass may wait for adapters that are not on this machine: a tenth of
+        what it takes. 0 before the first pass, when who streams is alone.
+        """
+        return 0.1 * (self.seconds or 0.0)
+
     def check(self) -> None:
         """Raise `HandleClosedError` if a row's slot is not its adapter's any more.
 

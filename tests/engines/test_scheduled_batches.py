@@ -77,9 +77,8 @@ class Engine:
 
     async def _compute(self, batch: Batch) -> list[Ticket]:
         inputs = self._inputs(batch)
-        budget = None if batch.seconds is None else 0.1 * batch.seconds
         waits = partial(getattr, batch, "others_wait")
-        with self.attached.batch(batch.handles, budget or 60.0, waits) as gate, self._noted(batch):
+        with self.attached.batch(batch.handles, batch.budget, waits) as gate, self._noted(batch):
             logits = (await asyncio.to_thread(logits_of, self.model, inputs))[:, -1]
         names = [self.names[row.ticket] for row in batch.rows]
         expected = await asyncio.to_thread(logits_of, self.peft_model, inputs, adapter_names=names)
