@@ -69,7 +69,7 @@ HTTP: Mutants = {
         CREW,
         "            thread.join()\n",
         "            break\n",
-        FROM_OUTSIDE,
+        f"{ENDS}::test_the_engine_has_ended_when_nobody_writes_any_more",
     ),
     "http: its end ends all jobs": mutant(
         CREW,

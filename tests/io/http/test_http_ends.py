@@ -131,6 +131,22 @@ def test_an_end_is_told_when_nobody_writes_any_more() -> None:
         assert not job.running
 
 
+def test_the_engine_has_ended_when_nobody_writes_any_more() -> None:
+    sink = Slow()
+    with FaultServer(DATA) as server, engine() as fetching:
+        job = fetching.download(asked(fetching, server.url()), GROUPS, sink, lambda _: None)
+        assert sink.begun.wait(10)
+        closing = threading.Thread(target=fetching.close)
+        closing.start()
+        closing.join(0.05)
+        early = not closing.is_alive()
+        sink.go.set()
+        closing.join(10)
+        assert not early
+        assert not our_threads()
+        assert job.done.exception(0) is not None
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
