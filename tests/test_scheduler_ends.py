@@ -29,7 +29,7 @@ from lorax_async import (
 from lorax_async.adapter import AdapterKey
 from scheduling.serving import MANY, opened, rows, step, warm
 from sweeping import count_steps, stepwise
-from tiny_sources import is_at, over, simulated, stocked
+from tiny_sources import over, simulated, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -509,12 +509,12 @@ def test_a_failure_in_a_batch_makes_room_for_no_more_than_its_own(run: Run, tmp_
         source = stocked(tmp_path, "a")
         source.hold_verification("a")
         source.fail("verify", IntegrityError("others than promised"), id="a")
-        async with opened(source, max_begun=3) as (loader, scheduler):
+        async with opened(source, max_begun=3) as (_, scheduler):
             bad = [scheduler.submit(Request("a", 1, MANY)) for _ in range(2)]
-            await until(lambda: is_at(loader, "a", "device"))
-            good = [scheduler.submit(Request(None, 1, 2)) for _ in range(3)]
-            while not good[0].begun or not bad[1].begun:
+            while not bad[1].begun:
                 await step(scheduler)
+            good = [scheduler.submit(Request(None, 1, 2)) for _ in range(3)]
+            await step(scheduler)
             assert [each.begun for each in (*bad, *good)] == [True] * 3 + [False] * 2
             batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
             source.allow_verification("a")
