@@ -133,7 +133,7 @@ class AdapterScheduler:
     def submit(self, request: Request) -> Ticket:
         """Queue a request; its adapter begins to come. What is wrong with that, the ticket raises.
 
-        Raises `LoaderClosedError` if the scheduler or the loader was closed.
+        Raises `LoaderClosedError` if the scheduler was closed, or the loader of its adapter.
         """
         self._check_open()
         now = self._clock.time()
@@ -190,6 +190,8 @@ class AdapterScheduler:
             picked = pick(self._book.held, room, self._pace, self._layers, now)
             if picked.rows:
                 return self._batch(picked.rows, now)
+            if room.fresh <= 0 and not self._out:
+                self._book.make_way()
             await self._news.wait(picked.due)
 
     async def batches(self, max_tokens: int, max_sequences: int) -> AsyncIterator[Batch]:
@@ -208,6 +210,9 @@ class AdapterScheduler:
     def _changed(self) -> None:
         """Whoever waits looks again; who waits within a pass is told if others need not."""
         self._news.tell()
+        self._tell_passes()
+
+    def _tell_passes(self) -> None:
         streaming = [batch for batch in self._out if batch.streaming and not batch.others_wait]
         if streaming and self._book.has_ready:
             for batch in streaming:
@@ -229,6 +234,7 @@ class AdapterScheduler:
         for guest in batch.guests:
             guest.flights += 1
         self._out.add(batch)
+        self._tell_passes()  # of rows that did not fit
         return batch
 
     def complete(
@@ -265,6 +271,7 @@ class AdapterScheduler:
             raise UsageError("tickets were named that have no row in this batch")
         batch.completed = True
         self._out.remove(batch)
+        self._book.judge(batch.guests)
         if not batch.streaming and not again and not failed:
             self._pace.note(batch.tokens, self._clock.time() - batch.began)
         for row in batch.rows:

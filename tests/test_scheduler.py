@@ -11,7 +11,6 @@ import pytest
 import tiny
 from common import Run, until
 from lorax_async import (
-    AdapterLoader,
     AdapterRef,
     AdapterScheduler,
     ConfigError,
@@ -160,9 +159,9 @@ def test_it_does_not_join_others_before_their_pace_is_known(run: Run, tmp_path: 
         source = stocked(tmp_path, "cold")
         source.hold("cold")
         source.allow("cold", 0)
-        async with opened(source) as (loader, scheduler):
+        async with opened(source) as (_, scheduler):
             cold = scheduler.submit(Request("cold", 10, 1))
-            handle = await _streaming(loader, scheduler, cold)
+            handle = await _streaming(scheduler, cold)
             await handle.layer_ready(0)
             scheduler.submit(Request(None, 10, 1))
             assert [row[0] for row in rows(await step(scheduler))] == [None]
@@ -172,7 +171,7 @@ def test_it_does_not_join_others_before_their_pace_is_known(run: Run, tmp_path: 
     run(body())
 
 
-async def _streaming(loader: AdapterLoader, scheduler: AdapterScheduler, ticket: Ticket) -> Any:
+async def _streaming(scheduler: AdapterScheduler, ticket: Ticket) -> Any:
     """The handle that the scheduler has of an adapter on its way."""
     guest = scheduler._book.guest_of(ticket)
     await until(lambda: guest.handle is not None)
@@ -203,6 +202,51 @@ def test_who_waited_in_vain_joins_when_all_is_there(run: Run, tmp_path: Path) ->
             scheduler.complete(batch)
             assert rows(await step(scheduler)) == [("a", 10, 1, True)]
             assert await ticket == 2
+
+    run(body())
+
+
+def test_a_pass_is_told_of_others_that_did_not_fit(run: Run, tmp_path: Path) -> None:
+    """They were there before it; nothing that happens later would tell."""
+
+    async def body() -> None:
+        source = stocked(tmp_path, "a")
+        source.hold("a")
+        source.allow("a", 0)
+        async with opened(source) as (_, scheduler):
+            scheduler.submit(Request(None, 1, 1))
+            batch = await scheduler.next_batch(MANY, MANY)
+            await asyncio.sleep(0.2)
+            scheduler.complete(batch)  # a pass is slow: whoever comes may join it
+            streams = scheduler.submit(Request("a", 1, 1))
+            handle = await _streaming(scheduler, streams)
+            await handle.layer_ready(0)
+            scheduler.submit(Request(None, 1, 1))
+            batch = await asyncio.wait_for(scheduler.next_batch(MANY, 1), 5)
+            assert (rows(batch), batch.others_wait) == ([("a", 0, 1, True)], True)
+            scheduler.complete(batch, again=[streams])
+            assert rows(await step(scheduler)) == [(None, 0, 1, True)]
+            source.allow("a")
+            await step(scheduler)
+
+    run(body())
+
+
+def test_who_may_not_begin_keeps_no_slot_from_who_has_begun(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        source = stocked(tmp_path, "a", "b")
+        settings = {"max_slots": 1, "starvation_age": 1000.0, "timeout": 1000.0}
+        async with opened(source, settings, max_begun=1) as (loader, scheduler):
+            begun = scheduler.submit(Request("a", 1, 3))
+            await step(scheduler)
+            other = scheduler.submit(Request("b", 1, 1))
+            lives = loader._machinery.driver.lifecycle.lives
+            await until(lambda: any(life.waiters for life in lives.values()))
+            await asyncio.wait_for(loader.unload("a"), 5)
+            await until(lambda: is_resident(loader, "b"))
+            while not other.done:
+                await step(scheduler)
+            assert (await begun, await other) == (3, 1)
 
     run(body())
 
@@ -308,9 +352,9 @@ def test_a_slot_in_which_nothing_comes_is_given_to_others(run: Run, tmp_path: Pa
         source = stocked(tmp_path, "stalls", "b")
         source.hold("stalls")
         settings = {"max_slots": 1, "starvation_age": 0.02}
-        async with opened(source, settings) as (loader, scheduler):
+        async with opened(source, settings) as (_, scheduler):
             stalls = scheduler.submit(Request("stalls", 1, 1))
-            await _streaming(loader, scheduler, stalls)
+            await _streaming(scheduler, stalls)
             other = scheduler.submit(Request("b", 1, 1))
             assert rows(await step(scheduler)) == [("b", 0, 1, True)]
             assert await other == 1

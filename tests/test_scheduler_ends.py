@@ -13,6 +13,7 @@ from common import Run, until
 from lorax_async import (
     AdapterError,
     AdapterNotFoundError,
+    AdapterRef,
     AdapterScheduler,
     AdapterTimeoutError,
     Batch,
@@ -25,6 +26,7 @@ from lorax_async import (
     TransferError,
     UsageError,
 )
+from lorax_async.adapter import AdapterKey
 from scheduling.serving import MANY, opened, rows, step, warm
 from sweeping import count_steps, stepwise
 from tiny_sources import over, simulated, stocked
@@ -468,3 +470,86 @@ def test_it_belongs_to_its_loop(tmp_path: Path) -> None:
             await asyncio.to_thread(asyncio.run, elsewhere(scheduler))
 
     asyncio.run(body())
+
+
+# -- what no event tells, or two events tell -------------------------------------------------------
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_another_digest_fails_the_request(run: Run, tmp_path: Path, resident: bool) -> None:
+    """Also when the engine did not ask; requests for the same adapter without one go on."""
+
+    async def body() -> None:
+        async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+            if resident:
+                await warm(loader, "a")
+            false = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, MANY))
+            other = scheduler.submit(Request("a", 1, 3))
+
+            async def serve() -> None:
+                async for batch in scheduler.batches(MANY, MANY):
+                    scheduler.complete(batch)
+                    await asyncio.sleep(0)
+
+            serving = asyncio.create_task(serve())
+            with pytest.raises(IntegrityError):
+                await asyncio.wait_for(false._wait(), 5)
+            assert await asyncio.wait_for(other._wait(), 5) == 3
+            await scheduler.close()
+            await serving
+
+    run(body())
+
+
+def test_a_failure_in_a_batch_makes_room_for_no_more_than_its_own(run: Run, tmp_path: Path) -> None:
+    """Its slot breaks, and leaves: both are told of the same requests."""
+
+    async def body() -> None:
+        source = stocked(tmp_path, "a")
+        source.hold_verification("a")
+        source.fail("verify", IntegrityError("others than promised"), id="a")
+        async with opened(source, max_begun=3) as (_, scheduler):
+            bad = [scheduler.submit(Request("a", 1, MANY)) for _ in range(2)]
+            while not bad[1].begun:
+                await step(scheduler)
+            good = [scheduler.submit(Request(None, 1, 2)) for _ in range(3)]
+            await step(scheduler)
+            assert [each.begun for each in (*bad, *good)] == [True] * 3 + [False] * 2
+            batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+            source.allow_verification("a")
+            await until(lambda: bad[0].done)
+            await asyncio.sleep(0.01)  # whatever else is told
+            scheduler.complete(batch)
+            assert good[0].done
+            more = [scheduler.submit(Request(None, 1, 2)) for _ in range(3)]
+            assert len((await step(scheduler)).rows) == 3
+            await finish(scheduler, more[-1])
+
+    run(body())
+
+
+def test_a_second_load_that_gets_no_answer_does_not_hold_up_close(run: Run, tmp_path: Path) -> None:
+    """A more urgent request asks once more, while the first load waits for a slot."""
+
+    async def body() -> None:
+        source = stocked(tmp_path, "a", "b")
+        resolve, answer = source.resolve, asyncio.Event()
+
+        async def silent(ref: AdapterRef) -> AdapterKey:
+            await answer.wait()
+            return await resolve(ref)
+
+        async with opened(source, {"max_slots": 1}) as (loader, scheduler):
+            async with await loader.load("b"):
+                first = scheduler.submit(Request("a", 1, 1))
+                lives = loader._machinery.driver.lifecycle.lives
+                await until(lambda: any(life.waiters for life in lives.values()))
+                source.resolve = silent  # type: ignore[method-assign]
+                urgent = scheduler.submit(Request("a", 1, 1, priority=1))
+                await asyncio.sleep(0.01)
+            await step(scheduler)
+            assert await first == await urgent == 1
+            await asyncio.wait_for(scheduler.close(), 5)
+            answer.set()
+
+    run(body())

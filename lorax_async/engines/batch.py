@@ -18,7 +18,7 @@ from lorax_async.core.layout import Module
 from lorax_async.engines.features import Adapted, Factors, Features, Segment
 from lorax_async.engines.last_plans import LastPlans
 from lorax_async.engines.layer_gate import LayerGate
-from lorax_async.errors import UsageError
+from lorax_async.errors import LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.ports import Device
 from lorax_async.runtime.vectors import Vectors
@@ -82,13 +82,20 @@ class Batch:
         self._ended = False
 
     def begin(self) -> None:
-        """Hold the adapters; raises what `AdapterHandle.use` raises, and then holds none."""
+        """Hold the adapters; raises what `AdapterHandle.use` raises, and then holds none.
+
+        With a budget, an adapter that has failed is out from the beginning.
+        """
         with ExitStack() as uses:
             for handle in self._handles:
-                uses.enter_context(handle.use())
-            for handle in self._handles:
-                if (vectors := handle.vectors) is not None:
-                    self._vectors[handle.slot.index] = vectors
+                try:
+                    uses.enter_context(handle.use())
+                    if (vectors := handle.vectors) is not None:
+                        self._vectors[handle.slot.index] = vectors
+                except UsageError:
+                    raise
+                except LoraxError as error:
+                    self.gate.leave_out(handle, error)
             self._uses = uses.pop_all()
 
     def end(self) -> None:

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from threading import Lock
 from time import monotonic
 from types import MappingProxyType
 
@@ -59,7 +60,8 @@ class LayerGate:
             raise UsageError(f"budget is None or a number of seconds from 0, not {budget!r}")
         handles = tuple(dict.fromkeys(row for row in rows if row is not None))
         self._rows = tuple(rows)
-        self._alone = len(set(self._rows)) == 1
+        self._handles = handles
+        self._alone = len({None if row is None else row.slot for row in rows}) == 1
         self._loop = loop
         self._budget = budget
         self.left = budget or 0.0
@@ -69,8 +71,9 @@ class LayerGate:
         self._others_wait = others_wait
         self._layer = -1
         self._errors: dict[AdapterHandle, LoraxError] = {}
+        self._lock = Lock()
         self.slots_out: frozenset[int] = frozenset()
-        """Slots whose adapters are out."""
+        """Slots whose adapters are out, for all rows that have them."""
 
     @property
     def out(self) -> Mapping[int, LoraxError]:
@@ -109,10 +112,21 @@ class LayerGate:
         except LoraxError as error:
             # A handle that was released is its holder's business, all other misuse is the pass's.
             misused = isinstance(error, UsageError) and not isinstance(error, HandleClosedError)
-            if self._budget is None or misused:
+            if misused:
                 raise
+            self.leave_out(handle, error)
+
+    def leave_out(self, handle: AdapterHandle, error: LoraxError) -> None:
+        """Compute its rows without it from here on; with a budget of None, raise the error.
+
+        Other handles of the same adapter go on.
+        """
+        if self._budget is None:
+            raise error
+        with self._lock:  # passes of several threads
             self._errors[handle] = error
-            self.slots_out |= {handle.slot.index}
+            going_on = {each.slot.index for each in self._handles if each not in self._errors}
+            self.slots_out = frozenset(each.slot.index for each in self._errors) - going_on
 
     def _await(self, handle: AdapterHandle, layer: int) -> None:
         if running_loop() is self._loop:

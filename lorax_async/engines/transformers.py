@@ -137,6 +137,8 @@ class Attached:
             the model raises it for an input with another number of rows.
         HandleClosedError
             A handle was released. One that is released inside the block keeps its adapter there.
+        LoraxError
+            Without a budget: what ended an adapter's load.
         """
         self._check(rows)
         batch = Batch(rows, self._place, budget, others_wait)

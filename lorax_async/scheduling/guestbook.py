@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from math import inf
+from operator import attrgetter
 
 from lorax_async.adapter import AdapterKey, Ref
 from lorax_async.core.batch_plan import Place
@@ -142,6 +143,7 @@ class Guestbook:
         """What goes wrong with an adapter goes wrong with its requests, and with no other."""
         tickets, guest.tickets = guest.tickets, []
         self.begun -= guest.begun
+        guest.begun = 0
         self._part(guest)
         for ticket in tickets:
             ticket.end(error.located(id=guest.id))
@@ -213,23 +215,40 @@ class Guestbook:
 
     def _settle(self, guest: Guest) -> None:
         """Fail it if its weights are no good; let it go if it is to."""
+        self.judge([guest])
         if guest.handle is None:
             return
-        try:
-            guest.handle.require_sound()
-            if guest.handle.released:
-                raise LoaderClosedError("the loader was closed")
-        except LoraxError as error:
-            self.fail(guest, error)
-            return
-        if guest.leaving and guest.tickets and not guest.flights:
+        if guest.handle.released:
+            self.fail(guest, LoaderClosedError("the loader was closed"))
+        elif guest.leaving and guest.tickets and not guest.flights:
             self._send_back(guest)
 
     def check(self) -> None:
-        """Fail those whose handles somebody took away: the loader was closed."""
+        """Settle what no event tells: a digest that is another, a loader that was closed."""
         for guest in tuple(self.held):
-            if guest.handle is not None and guest.handle.released:
-                self._settle(guest)
+            self._settle(guest)
+
+    def judge(self, guests: Iterable[Guest]) -> None:
+        """Fail those whose weights turned out to be no good."""
+        for guest in guests:
+            try:
+                if guest.handle is not None:
+                    guest.handle.require_sound()
+            except LoraxError as error:
+                self.fail(guest, error)
+
+    def make_way(self) -> None:
+        """Nobody may begin. Where all who have begun wait for slots, they get one held in vain.
+
+        Who gave way keeps what it gets next: those who have begun may not be ready to take it.
+        """
+        held = [guest for guest in self.held if guest.handle is not None]
+        since = self._clock.time() - self._patience
+        in_vain = [guest for guest in held if guest.gave_way <= since]
+        if in_vain and not any(guest.begun for guest in held):
+            guest = max(in_vain, key=attrgetter("urgency"))
+            guest.gave_way = self._clock.time()
+            self._send_back(guest)
 
     # -- slots in which nothing comes --------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from math import inf
 from operator import attrgetter
 
 from lorax_async.adapter import Ref, text_of
@@ -36,6 +37,8 @@ class Guest:
         May its rows join a batch before the last layer is there?
     leaving
         The slot is to be given back.
+    gave_way
+        When it last did, to those who have begun.
     priority
         The highest that a request had.
     begun
@@ -51,6 +54,7 @@ class Guest:
         self.arrival: Arrival | None = None
         self.trusted = True
         self.leaving = False
+        self.gave_way = -inf
         self.priority = -MAX_PRIORITY
         self.begun = 0
 

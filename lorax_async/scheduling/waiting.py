@@ -188,7 +188,7 @@ class Waiting:
             self._fail(errand, fault)
         else:
             if self._errands.get(errand.guest) is errand:
-                errand.wishes.clear()
+                errand.wishes.discard(asyncio.current_task())  # the others are given up
                 self._granted(errand.guest, handle)
             else:
                 handle.release()

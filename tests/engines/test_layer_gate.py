@@ -170,13 +170,77 @@ def test_a_handle_that_is_released_takes_out_its_own_rows(
     run(main())
 
 
+def test_a_handle_that_is_released_leaves_others_of_its_adapter_alone(
+    run: Run, small: Any, adapters: list[Path], source: FakeSource
+) -> None:
+    """Two requests for one adapter: one of them is given up in the midst."""
+
+    async def main() -> None:
+        async with (
+            serving(small) as (loader, attached),
+            await loader.load(adapters[1]) as warm,
+            await loader.load(adapters[0]) as cold,
+        ):
+            with attached.batch([cold, cold, warm, None]):
+                whole = logits_of(small, prompt(4))
+        async with (
+            serving(small, source=source) as (loader, attached),
+            await loader.load("warm") as warm,
+            loader.stream("cold") as cold,
+            cold.clone() as twin,
+        ):
+            with attached.batch([cold, twin, warm, None], budget=60.0) as gate:
+                passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(4)))
+                await asyncio.sleep(0.05)
+                cold.release()
+                await asyncio.sleep(0.05)
+                source.allow("cold")
+                logits = await passing
+                assert set(gate.out) == {0}
+                assert torch.equal(logits[1:], whole[1:])
+
+    run(main())
+
+
+def test_an_adapter_that_failed_before_its_batch_takes_out_its_own_rows(
+    run: Run, small: Any, source: FakeSource
+) -> None:
+    """It did so between the scheduler's choice and the pass."""
+
+    async def main() -> None:
+        source.fail("bring", FetchError("the line is down"), id="cold", at=0)
+        async with (
+            serving(small, source=source) as (loader, attached),
+            await loader.load("warm") as warm,
+            loader.stream("cold") as cold,
+        ):
+            source.allow("cold")
+            with pytest.raises(FetchError):
+                await cold.layer_ready(0)
+            with pytest.raises(FetchError), attached.batch([cold, warm]):
+                pass
+            with attached.batch([cold, warm, None], budget=60.0) as gate:
+                logits = await forward(small)
+                (error,) = gate.out.values()
+                assert set(gate.out) == {0}
+                assert isinstance(error, FetchError)
+            with attached.batch([None, warm, None], budget=60.0):
+                assert torch.equal(logits, await forward(small))
+            cold.release()
+            with pytest.raises(HandleClosedError), attached.batch([cold, warm], budget=60.0):
+                pass
+
+    run(main())
+
+
 def test_who_is_alone_waits_beyond_the_budget(run: Run, small: Any, source: FakeSource) -> None:
     async def main() -> None:
         async with (
             serving(small, source=source) as (loader, attached),
             loader.stream("cold") as cold,
+            cold.clone() as twin,
         ):
-            with attached.batch([cold, cold], budget=0.0) as gate:
+            with attached.batch([cold, twin], budget=0.0) as gate:
                 passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(2)))
                 await asyncio.sleep(0.05)
                 assert not passing.done()
