@@ -149,6 +149,7 @@ class LayerGate:
             with suppress(AdapterTimeoutError):
                 handle.wait_layer(layer, timeout=max(0.0, min(seconds, _LOOK_SECONDS)))
                 return
+            handle.require_sound()  # it may have ended with such an error itself
             if self._others_wait():
                 raise _late(handle, f"layer {layer} had not arrived when others could be computed")
             if seconds <= 0:

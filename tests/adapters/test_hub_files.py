@@ -98,6 +98,27 @@ def test_while_the_loop_goes_on(run: Run, hub: HubStandIn, tmp_path: Path) -> No
     run(both())
 
 
+def test_many_at_once_get_the_same(run: Run, hub: HubStandIn, tmp_path: Path) -> None:
+    """Some are cancelled, whose threads go on."""
+    hub.put(SQL, contents(adapter(tmp_path)))
+
+    async def main() -> None:
+        calls = [asyncio.create_task(WeightsFile.open_async(SQL)) for _ in range(12)]
+        await asyncio.sleep(0)
+        for call in calls[::3]:
+            call.cancel()
+        opened = await asyncio.gather(*calls, return_exceptions=True)
+        for number, weights in enumerate(opened):
+            if number % 3 == 0:
+                assert isinstance(weights, asyncio.CancelledError)
+                continue
+            assert isinstance(weights, WeightsFile)
+            with weights:
+                assert weights.read(A).equal(base.tensors()[A])
+
+    run(main())
+
+
 def test_config_and_weights_are_of_one_commit(hub: HubStandIn, tmp_path: Path) -> None:
     """The branch moves after the config was fetched."""
     hub.put(SQL, contents(adapter(tmp_path)))
