@@ -46,7 +46,7 @@ OF_COMPARING: Mutants = {
         DIGESTS,
         "        tenancy.wake_threads()\n        tenancy.wake_tasks()\n",
         "        tenancy.wake_threads()\n",
-        f"{OF_DIGESTS}::test_who_streams_is_told_when_it_is_known",
+        f"{OF_DIGESTS}::test_other_weights_are_refused_for_who_gave_it",
     ),
     "digests: it is settled before anybody is woken": mutant(
         DIGESTS,
