@@ -10,12 +10,7 @@ from typing import Self
 
 from lorax_async.core.pace import Pace
 from lorax_async.core.urgency import LookAhead, urgency
-from lorax_async.errors import (
-    AdapterTimeoutError,
-    LoaderClosedError,
-    LoraxError,
-    UsageError,
-)
+from lorax_async.errors import AdapterTimeoutError, LoaderClosedError, LoraxError, UsageError
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduling.batch import Batch, BatchRow, make_batch
 from lorax_async.scheduling.clock import Clock, LoopClock
@@ -227,8 +222,7 @@ class AdapterScheduler:
         batch = make_batch(rows, self._book.slots.tenants, self._pace, now)
         for guest, ticket, _ in rows:
             ticket.flying = True
-            if ticket.alarm is not None:
-                ticket.disarm()
+            ticket.disarm()
             if not ticket.begun:
                 self._book.begin(guest, ticket)
         for guest in batch.guests:
