@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from fault_server import ETAG, Asked, Client, FaultServer, Hangup
+from fault_server import ETAG, Asked, Client, FaultServer, Hangup, until
 from fetching import DATA, GROUPS, MemorySink, asked, check, engine, fetched, target, took
 
 from lorax_async.core.ranges import PieceSizes
@@ -263,16 +263,31 @@ def test_what_comes_unasked_answers_nothing() -> None:
             time.sleep(0.1)
 
 
+class AfterGroup1(MemorySink):
+    """What lies behind group 1 is written when somebody hears of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = threading.Event()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if offset >= GROUPS[1][0][1]:
+            self.heard.wait(1)  # nobody hears of it while all threads wait here
+        super().write(offset, data)
+
+
 def test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it() -> None:
     """Whichever threads bring them, and however long somebody takes to hear it."""
-    sink, there, order = MemorySink(), list[bool](), list[int]()
+    sink, there, order = AfterGroup1(), list[bool](), list[int]()
 
     def slowly(group: int) -> None:
         there.append(
             all(sink.data[start:stop] == DATA[start:stop] for start, stop in GROUPS[group])
         )
         if group == 1:
-            threading.Event().wait(0.1)
+            sink.heard.set()
+            until(lambda: sink.data[5_000:] == DATA[5_000:])
+            threading.Event().wait(0.1)  # for whoever would tell of the others
         order.append(group)
 
     with FaultServer(DATA) as server, engine() as fetching:
