@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lorax_kernels import Operands, Plan, Thresholds
+from lorax_kernels import Operands, Plan, Thresholds, apply
 from lorax_kernels.reference import reference
 
 MIXED = [(0, 1), (-1, 2), (1, 15), (2, 16), (0, 0), (3, 17), (-1, 1), (0, 33), (4, 3), (5, 5)]
@@ -118,3 +118,26 @@ def assert_untouched(
         dtype=torch.bool,
     )
     assert torch.equal(bits(y[base]), bits(before[base]))
+
+
+def check_apply(
+    kind: str,
+    plan: Plan,
+    tables: GuardedTables,
+    segments: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    seeds: tuple[int, int],
+) -> None:
+    """`apply` once, to `x` and `y` drawn from the seeds, against float64."""
+    x = guarded(draw(kind, plan.tokens, features[0], dtype=dtype, seed=seeds[0]))
+    y = guarded(draw(kind, plan.tokens, features[1], dtype=dtype, seed=seeds[1]))
+    expected, before = reference(y, x, plan, 1, tables), y.clone()
+    bound = error_bound(y, x, plan, tables)
+    apply(y, x, plan, 1, tables)
+    assert guards_hold(y)
+    if kind == INTEGERS:
+        assert torch.equal(y.double(), expected)
+    assert ((y.double() - expected).abs() <= bound).all()
+    assert_untouched(y, before, segments, ranks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,57 +154,45 @@ def test_not_even_the_thread_that_ended_the_others_is_left() -> None:
         runner.run(body())
 
 
-def test_hashing_that_is_stopped_is_waited_for(run: Run) -> None:
-    """A source may have something to undo."""
+class NeverAnswers(FakeSource):
+    """It has something to undo when a question is stopped."""
 
-    class Slow(FakeSource):
-        asked, undone = False, 0
+    asked, undone = False, 0
 
-        async def digest(self, key: AdapterKey) -> str:
-            self.asked = True
-            never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-            try:
-                return await never
-            finally:
-                await asyncio.sleep(0.01)
-                self.undone += 1
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        await self._never()
+        raise AssertionError
 
+    async def digest(self, key: AdapterKey) -> str:
+        await self._never()
+        raise AssertionError
+
+    async def _never(self) -> None:
+        self.asked = True
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            await never
+        finally:
+            await asyncio.sleep(0.01)
+            self.undone += 1
+
+
+@pytest.mark.parametrize("question", ["digest", "id"])
+def test_questions_that_are_stopped_are_waited_for(run: Run, question: str) -> None:
     async def body() -> None:
-        source = Slow()
-        key = source.put("a", b"{}", b"")
-        digests = Digests(source, Journal(), lambda: None)
-        comparing = digests.compare(AdapterRef("a", digest="0" * 64), key, None)
-        asking = asyncio.create_task(comparing)
+        source = NeverAnswers()
+        if question == "id":
+            resolver = Resolver(source, Journal(), 60)
+            asked: Coroutine[Any, Any, object] = resolver.resolve(AdapterRef("a"))
+            stop = resolver.stop
+        else:
+            key = source.put("a", b"{}", b"")
+            digests = Digests(source, Journal(), lambda: None)
+            asked = digests.compare(AdapterRef("a", digest="0" * 64), key, None)
+            stop = digests.stop
+        asking = asyncio.create_task(asked)
         await until(lambda: source.asked)
-        await digests.stop()
-        assert source.undone == 1
-        with pytest.raises(LoaderClosedError):
-            await asking
-
-    run(body())
-
-
-def test_questions_that_are_stopped_are_waited_for(run: Run) -> None:
-    """A source may have something to undo."""
-
-    class Slow(FakeSource):
-        asked, undone = False, 0
-
-        async def resolve(self, ref: AdapterRef) -> AdapterKey:
-            self.asked = True
-            never: asyncio.Future[AdapterKey] = asyncio.get_running_loop().create_future()
-            try:
-                return await never
-            finally:
-                await asyncio.sleep(0.01)
-                self.undone += 1
-
-    async def body() -> None:
-        source = Slow()
-        resolver = Resolver(source, Journal(), 60)
-        asking = asyncio.create_task(resolver.resolve(AdapterRef("a")))
-        await until(lambda: source.asked)
-        await resolver.stop()
+        await stop()
         assert source.undone == 1
         with pytest.raises(LoaderClosedError):
             await asking

@@ -20,10 +20,8 @@ from kernel_cases import (
     SIGNED,
     GuardedTables,
     assert_untouched,
+    check_apply,
     draw,
-    error_bound,
-    guarded,
-    guards_hold,
     make_plan,
     make_tables,
 )
@@ -40,16 +38,7 @@ def check(
     scale: float,
 ) -> None:
     tables, plan = make_tables(kind, ranks, features, dtype, scale), make_plan(segments)
-    x = guarded(draw(kind, plan.tokens, features[0], dtype=dtype, seed=1))
-    y = guarded(draw(kind, plan.tokens, features[1], dtype=dtype, seed=2))
-    expected, before = reference(y, x, plan, 1, tables), y.clone()
-    bound = error_bound(y, x, plan, tables)
-    apply(y, x, plan, 1, tables)
-    assert guards_hold(y)
-    if kind == INTEGERS:
-        assert torch.equal(y.double(), expected)
-    assert ((y.double() - expected).abs() <= bound).all()
-    assert_untouched(y, before, segments, ranks)
+    check_apply(kind, plan, tables, segments, ranks, features, dtype, (1, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

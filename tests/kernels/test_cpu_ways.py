@@ -19,12 +19,10 @@ from kernel_cases import (
     POSITIVE,
     SIGNED,
     GuardedTables,
-    assert_untouched,
     bits,
+    check_apply,
     draw,
     error_bound,
-    guarded,
-    guards_hold,
     make_plan,
     make_tables,
 )
@@ -55,16 +53,7 @@ def check(
             a, b, _ = tables.operands(1, slot) or pytest.fail("no operands")
             tables.put(1, slot, a, b, scales[slot % len(scales)])
     for seed in range(PASSES):
-        x = guarded(draw(kind, plan.tokens, features[0], dtype=dtype, seed=seed))
-        y = guarded(draw(kind, plan.tokens, features[1], dtype=dtype, seed=20 + seed))
-        expected, before = reference(y, x, plan, 1, tables), y.clone()
-        bound = error_bound(y, x, plan, tables)
-        apply(y, x, plan, 1, tables)
-        assert guards_hold(y)
-        if kind == INTEGERS:
-            assert torch.equal(y.double(), expected)
-        assert ((y.double() - expected).abs() <= bound).all()
-        assert_untouched(y, before, segments, ranks)
+        check_apply(kind, plan, tables, segments, ranks, features, dtype, (seed, 20 + seed))
 
 
 @pytest.mark.parametrize("scales", [(7 / 3,), (2.0, 0.5, 3.0), (0.3, 2.0)], ids=str)

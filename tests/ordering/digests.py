@@ -109,7 +109,7 @@ OF_COMPARING: Mutants = {
         DIGESTS,
         "        await asyncio.gather(*tasks, return_exceptions=True)\n",
         "",
-        "test_ending.py::test_hashing_that_is_stopped_is_waited_for",
+        "test_ending.py::test_questions_that_are_stopped_are_waited_for",
     ),
     "tenancy: what was verified wakes tasks": mutant(
         TENANCY,
