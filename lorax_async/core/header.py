@@ -35,6 +35,7 @@ __all__ = [
     "Header",
     "HeaderLimits",
     "TensorSpan",
+    "header_end",
     "header_size",
     "parse_header",
 ]
@@ -54,6 +55,16 @@ class Header:
     tensors: tuple[TensorSpan, ...]
     metadata: Mapping[str, str]
     data_start: int
+
+
+def header_end(start: bytes | memoryview) -> int:
+    """How many bytes the header needs by its own word, which nobody has checked.
+
+    `start` is what is there of the file; before it has the word, that is what is needed.
+    """
+    if len(start) < LENGTH_BYTES:
+        return LENGTH_BYTES
+    return LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
 
 
 def header_size(

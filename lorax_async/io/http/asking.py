@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError
 from lorax_async.io.http.attempt import Attempt
@@ -13,9 +14,16 @@ from lorax_async.io.http.exchange import Exchange, Response
 from lorax_async.io.http.failures import SetbackError, broken_off
 from lorax_async.io.http.target import Answer, Known, Target
 
+_PIECE = 16 << 10
+"""What is read between two looks at the clock."""
+
 
 class Ask(Job[Answer]):
-    """Asks for the first `nbytes` bytes; without `ranged`, for a file of at most so many."""
+    """Asks for the first `nbytes` bytes; without `ranged`, for a file of at most so many.
+
+    Once what is `enough` has come, the rest is waited for only as long as it would take to open
+    another connection: on a slow one it comes sooner over all.
+    """
 
     def __init__(
         self,
@@ -28,6 +36,7 @@ class Ask(Job[Answer]):
         urgency: int,
         deadline: float,
         wall: Callable[[], float],
+        enough: Callable[[memoryview], int] | None = None,
     ) -> None:
         super().__init__(desk, urgency, deadline)
         self._exchange = exchange
@@ -36,6 +45,7 @@ class Ask(Job[Answer]):
         self._nbytes = nbytes
         self._ranged = ranged
         self._wall = wall
+        self._enough = enough
         self.announced = desk.connections if ranged else 0
         self.pending.append(Piece(0, 0, nbytes))
 
@@ -65,6 +75,8 @@ class Ask(Job[Answer]):
         wanted = self._nbytes if content.stop is None else min(content.stop, self._nbytes)
         # One more than may come, where only the end tells how much it is.
         data = memoryview(bytearray(wanted + (content.stop is None and not self._ranged)))
+        if content.stop is not None and self._enough is not None:
+            return bytes(data[: self._read_enough(response, data, self._enough)])
         got = 0
         while got < len(data) and (count := response.fill(data[got:])):
             got += count
@@ -73,6 +85,20 @@ class Ask(Job[Answer]):
         if got > self._nbytes:
             raise self._too_large()
         return bytes(data[:got])
+
+    def _read_enough(
+        self, response: Response, data: memoryview, enough: Callable[[memoryview], int]
+    ) -> int:
+        """How much of it came."""
+        got, until = 0, inf
+        while got < len(data) and self.desk.clock() < until:
+            count = response.fill(data[got : got + _PIECE])
+            if not count:
+                raise broken_off(str(response.place.url))
+            got += count
+            if until == inf and got >= enough(data[:got]):
+                until = self.desk.clock() + response.another
+        return got
 
     def _too_large(self) -> FetchError:
         return FetchError(

@@ -70,8 +70,12 @@ class RangeEngine:
         ranged: bool = True,
         urgency: int = FOREGROUND,
         timeout: float = 60.0,
+        enough: Callable[[memoryview], int] | None = None,
     ) -> Ask:
         """Ask for the first `nbytes` of a file, or without `ranged` for a file of at most so many.
+
+        `enough` says how many of them are needed, by those that came: the others may be left out
+        where they come slowly.
 
         Its `done` brings an `Answer`, or `FetchError` (and those below it) or
         `AdapterNotFoundError`.
@@ -86,6 +90,7 @@ class RangeEngine:
             urgency=urgency,
             deadline=deadline,
             wall=self._wall,
+            enough=enough,
         )
         self._crew.begin(job)
         return job

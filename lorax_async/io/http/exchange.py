@@ -19,6 +19,8 @@ from lorax_async.io.http.urls import InvalidUrlError, redirected
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED = 16 << 10
 _MEASURED = 128 << 10
+_OPENING = 0.002
+"""Seconds that a new connection costs here, however near the server is."""
 
 
 class Response:
@@ -47,6 +49,11 @@ class Response:
         """Bytes per second of waiting for them; None before it says something."""
         pace = self._stream.pace
         return pace.rate if pace.nbytes >= _MEASURED else None
+
+    @property
+    def another(self) -> float:
+        """Seconds that another connection would take until something comes, or a bit more."""
+        return _OPENING + 2 * self._links.of(self.place.url.origin).delay
 
     def fill(self, view: memoryview) -> int:
         """Read until the view is full or the body ends; how much came.

@@ -8,7 +8,7 @@ from functools import partial
 
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import INDEX_FILE, FileRole
-from lorax_async.core.header import HeaderLimits, header_size
+from lorax_async.core.header import HeaderLimits, header_end, header_size
 from lorax_async.core.split_file import Head, SplitPlan, plan_split
 from lorax_async.core.split_index import parse_index
 from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError
@@ -25,7 +25,7 @@ FIRST_BYTES = 256 << 10
 
 The header should be in it, or another round trip is needed: it has 60 KB for 448 tensors, and about
 235 KB for DoRA on all seven targets of 80 layers. What is beyond it would come sooner over all
-connections. Measured, 84 MB over 16 connections of 20 MB/s with 10 ms: 390 ms with 64 KiB (which
+connections, and is left to these where it comes slowly (see `Ask`). Measured before it was so, 84 MB over 16 connections of 20 MB/s with 10 ms: 390 ms with 64 KiB (which
 tell little of the link's rate), 351 with 128, 337 with 256, 350 with 512, 385 with 1 MiB; at 5 MB/s
 1.13 s with 128 and with 256 KiB, 1.18 with 512.
 """
@@ -164,6 +164,7 @@ class Beginnings:
                 file.target,
                 nbytes,
                 ranged=file.role.kind == "weights",
+                enough=header_end if file.role.kind == "weights" else None,
                 urgency=FOREGROUND if demand.urgent else PREFETCH,
                 timeout=LONGEST,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Self
 
+from lorax_async.core.header import header_end
 from lorax_async.errors import FetchError
 from lorax_async.io.http.asking import Ask
 from lorax_async.io.http.engine import RangeEngine
@@ -22,15 +23,14 @@ class Inquiry:
         self._asked: list[Ask] = []
 
     def beginning(self, target: Target, nbytes: int) -> Ask:
-        """Ask for the first bytes of a file."""
-        return self._ask(target, nbytes, ranged=True)
+        """Ask for the first bytes of weights; at least their header comes, if it is among them."""
+        return self._followed(self._engine.ask(target, nbytes, enough=header_end))
 
     def whole(self, target: Target, most: int) -> Ask:
         """Ask for all of a file, which may have `most` bytes."""
-        return self._ask(target, most, ranged=False)
+        return self._followed(self._engine.ask(target, most, ranged=False))
 
-    def _ask(self, target: Target, nbytes: int, *, ranged: bool) -> Ask:
-        job = self._engine.ask(target, nbytes, ranged=ranged)
+    def _followed(self, job: Ask) -> Ask:
         self._asked.append(job)
         return job
 
