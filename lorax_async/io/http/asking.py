@@ -14,6 +14,9 @@ from lorax_async.io.http.exchange import Exchange, Response
 from lorax_async.io.http.failures import SetbackError, broken_off
 from lorax_async.io.http.target import Answer, Known, Target
 
+Enough = Callable[[memoryview, Known], int]
+"""How many of the first bytes are needed, by those that came and what was said of the file."""
+
 _PIECE = 16 << 10
 """What is read between two looks at the clock."""
 
@@ -36,7 +39,7 @@ class Ask(Job[Answer]):
         urgency: int,
         deadline: float,
         wall: Callable[[], float],
-        enough: Callable[[memoryview], int] | None = None,
+        enough: Enough | None = None,
     ) -> None:
         super().__init__(desk, urgency, deadline)
         self._exchange = exchange
@@ -76,7 +79,7 @@ class Ask(Job[Answer]):
         # One more than may come, where only the end tells how much it is.
         data = memoryview(bytearray(wanted + (content.stop is None and not self._ranged)))
         if content.stop is not None and self._enough is not None:
-            return bytes(data[: self._read_enough(response, data, self._enough)])
+            return bytes(data[: self._read_enough(response, data, content.known, self._enough)])
         got = 0
         while got < len(data) and (count := response.fill(data[got:])):
             got += count
@@ -87,7 +90,7 @@ class Ask(Job[Answer]):
         return bytes(data[:got])
 
     def _read_enough(
-        self, response: Response, data: memoryview, enough: Callable[[memoryview], int]
+        self, response: Response, data: memoryview, known: Known, enough: Enough
     ) -> int:
         """How much of it came."""
         got, until = 0, inf
@@ -96,7 +99,7 @@ class Ask(Job[Answer]):
             if not count:
                 raise broken_off(str(response.place.url))
             got += count
-            if until == inf and got >= enough(data[:got]):
+            if until == inf and got >= enough(data[:got], known):
                 until = self.desk.clock() + response.another
         return got
 

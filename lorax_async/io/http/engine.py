@@ -11,7 +11,7 @@ from typing import Self
 from lorax_async.core.arrivals import Arrivals
 from lorax_async.core.ranges import Link, plan_waves, without
 from lorax_async.core.spans import Span
-from lorax_async.io.http.asking import Ask
+from lorax_async.io.http.asking import Ask, Enough
 from lorax_async.io.http.crew import Crew
 from lorax_async.io.http.desk import Desk
 from lorax_async.io.http.download import Download, Sink
@@ -70,12 +70,11 @@ class RangeEngine:
         ranged: bool = True,
         urgency: int = FOREGROUND,
         timeout: float = 60.0,
-        enough: Callable[[memoryview], int] | None = None,
+        enough: Enough | None = None,
     ) -> Ask:
         """Ask for the first `nbytes` of a file, or without `ranged` for a file of at most so many.
 
-        `enough` says how many of them are needed, by those that came: the others may be left out
-        where they come slowly.
+        `enough` says how many of them are needed: where the others come slowly, they are left out.
 
         Its `done` brings an `Answer`, or `FetchError` (and those below it) or
         `AdapterNotFoundError`.

@@ -14,7 +14,7 @@ from lorax_async.core.split_index import parse_index
 from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError
 from lorax_async.io.http.desk import Job
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
-from lorax_async.io.http.target import Answer
+from lorax_async.io.http.target import Answer, Known
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.jobs import LONGEST, followed
 from lorax_async.io.remote.ports import Located, RemoteFile
@@ -25,9 +25,10 @@ FIRST_BYTES = 256 << 10
 
 The header should be in it, or another round trip is needed: it has 60 KB for 448 tensors, and about
 235 KB for DoRA on all seven targets of 80 layers. What is beyond it would come sooner over all
-connections, and is left to these where it comes slowly (see `Ask`). Measured before it was so, 84 MB over 16 connections of 20 MB/s with 10 ms: 390 ms with 64 KiB (which
-tell little of the link's rate), 351 with 128, 337 with 256, 350 with 512, 385 with 1 MiB; at 5 MB/s
-1.13 s with 128 and with 256 KiB, 1.18 with 512.
+connections, and is left to these where it comes slowly (see `Ask`). Measured before that was so,
+84 MB over 16 connections of 20 MB/s with 10 ms: 390 ms with 64 KiB (which tell little of the link's
+rate), 351 with 128, 337 with 256, 350 with 512, 385 with 1 MiB; at 5 MB/s 1.13 s with 128 and with
+256 KiB, 1.18 with 512.
 """
 
 _LIMITS = {
@@ -164,7 +165,7 @@ class Beginnings:
                 file.target,
                 nbytes,
                 ranged=file.role.kind == "weights",
-                enough=header_end if file.role.kind == "weights" else None,
+                enough=_header if file.role.kind == "weights" else None,
                 urgency=FOREGROUND if demand.urgent else PREFETCH,
                 timeout=LONGEST,
             )
@@ -173,6 +174,10 @@ class Beginnings:
         async with followed(demand, *(job for job in jobs if isinstance(job, Job))):
             answers = [job if isinstance(job, Answer) else await outcome(job.done) for job in jobs]
         return [file.checked(answer) for (file, _), answer in zip(files, answers, strict=True)]
+
+
+def _header(start: memoryview, _: Known) -> int:
+    return header_end(start)
 
 
 def _unanswered(file: RemoteFile) -> RemoteFile:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Self
 
-from lorax_async.core.header import header_end
 from lorax_async.errors import FetchError
-from lorax_async.io.http.asking import Ask
+from lorax_async.io.http.asking import Ask, Enough
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.target import Answer, Target
 
@@ -22,9 +21,9 @@ class Inquiry:
         self._engine = engine
         self._asked: list[Ask] = []
 
-    def beginning(self, target: Target, nbytes: int) -> Ask:
-        """Ask for the first bytes of weights; at least their header comes, if it is among them."""
-        return self._followed(self._engine.ask(target, nbytes, enough=header_end))
+    def beginning(self, target: Target, nbytes: int, enough: Enough) -> Ask:
+        """Ask for the first bytes of a file; see `RangeEngine.ask`."""
+        return self._followed(self._engine.ask(target, nbytes, enough=enough))
 
     def whole(self, target: Target, most: int) -> Ask:
         """Ask for all of a file, which may have `most` bytes."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.core.header import header_end
 from lorax_async.core.sent_digest import sent_sha256
 from lorax_async.errors import (
     AdapterFormatError,
@@ -20,7 +21,7 @@ from lorax_async.errors import (
 from lorax_async.ids.parsing import parsed
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import Rules
-from lorax_async.io.http.target import Answer, Target
+from lorax_async.io.http.target import Answer, Known, Target
 from lorax_async.io.http.urls import Url, parse_url
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.inquiry import Inquiry, answered
@@ -93,7 +94,7 @@ class WebLocator:
         folder = _folder(ref, self._rules)
         with Inquiry(self._engine) as inquiry:
             asked = inquiry.whole(folder.file(CONFIG_FILE.file_name), self._limits.max_config_bytes)
-            begun = inquiry.beginning(folder.file(WEIGHTS_FILE.file_name), FIRST_BYTES)
+            begun = inquiry.beginning(folder.file(WEIGHTS_FILE.file_name), FIRST_BYTES, _needed)
             config = await answered(asked)
             try:
                 weights = await answered(begun)
@@ -104,7 +105,7 @@ class WebLocator:
                 files = (_told(CONFIG_FILE, config), _told(WEIGHTS_FILE, weights))
                 version = _version([config, weights])
                 located = Located(folder.url.text, version, folder.scope, files)
-                etag = _strong_etag(weights)
+                etag = _strong(weights.known)
         _check_revision(ref.revision, located, etag)
         return located
 
@@ -140,7 +141,7 @@ async def _in_parts(inquiry: Inquiry, folder: _Folder, config: Answer) -> _InPar
             f" {INDEX_FILE.file_name}; nothing else is read"
         ) from error
     names = _shard_names(index.start)
-    begun = [inquiry.beginning(folder.file(name), FIRST_BYTES) for name in names]
+    begun = [inquiry.beginning(folder.file(name), FIRST_BYTES, _needed) for name in names]
     parts = [await answered(job) for job in begun]
     files = (_told(CONFIG_FILE, config), _told(INDEX_FILE, index))
     shards = tuple(_told(FileRole("weights", n), part) for n, part in enumerate(parts, 1))
@@ -170,17 +171,22 @@ def _told(role: FileRole, answer: Answer) -> RemoteFile:
 def _version(answers: Sequence[Answer]) -> str:
     lines = [_named(answer) or _described(answer) for answer in answers]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
-    return digest if all(map(_strong_etag, answers)) else f"{WEAK}{digest}"
+    return digest if all(_strong(answer.known) for answer in answers) else f"{WEAK}{digest}"
 
 
-def _strong_etag(answer: Answer) -> str | None:
+def _needed(start: memoryview, known: Known) -> int:
+    """Without a strong ETag all that was asked for is part of the version."""
+    return header_end(start) if _strong(known) else FIRST_BYTES
+
+
+def _strong(known: Known) -> str | None:
     """What names the very bytes of the file, by the server's word; None if nothing does."""
-    etag = answer.known.etag or ""
+    etag = known.etag or ""
     return etag if _STRONG.fullmatch(etag) else None
 
 
 def _named(answer: Answer) -> str | None:
-    etag, version_id = _strong_etag(answer), answer.fields.get("x-amz-version-id", "")
+    etag, version_id = _strong(answer.known), answer.fields.get("x-amz-version-id", "")
     return None if etag is None else f"{answer.target.name} {etag} {version_id}"
 
 

@@ -12,6 +12,7 @@ from fetching import DATA, LoopbackOnly, check, fetched, target
 from lorax_async.core.header import header_end
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings
+from lorax_async.io.http.target import Known
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -41,7 +42,7 @@ def fetching(clock: Clock) -> Iterator[RangeEngine]:
 def test_what_comes_slowly_after_enough_is_not_waited_for() -> None:
     clock = Clock()
 
-    def enough(data: memoryview) -> int:
+    def enough(data: memoryview, known: Known) -> int:
         clock.step = 0.5 if len(data) >= ENOUGH else 0.0
         return ENOUGH
 
@@ -66,7 +67,7 @@ def test_what_comes_slowly_after_enough_is_not_waited_for() -> None:
 def test_what_comes_at_once_is_taken() -> None:
     clock = Clock()
     with FaultServer(DATA) as server, fetching(clock) as engine:
-        asked = engine.ask(target(server.url()), ASKED, enough=lambda data: ENOUGH)
+        asked = engine.ask(target(server.url()), ASKED, enough=lambda data, known: ENOUGH)
         answer = asked.done.result(10)
         assert answer.start == DATA[:ASKED]
         check(*fetched(engine, answer))
@@ -76,7 +77,7 @@ def test_what_is_needed_is_waited_for_however_slowly_it_comes() -> None:
     clock = Clock()
     with FaultServer(DATA) as server, fetching(clock) as engine:
         clock.step = 0.05
-        asked = engine.ask(target(server.url()), ASKED, enough=lambda data: ASKED)
+        asked = engine.ask(target(server.url()), ASKED, enough=lambda data, known: ASKED)
         assert asked.done.result(10).start == DATA[:ASKED]
 
 
@@ -90,7 +91,9 @@ def test_a_file_without_a_length_is_read_to_its_end() -> None:
 
     with FaultServer(DATA, endless) as server, fetching(clock) as engine:
         clock.step = 0.01
-        answer = engine.ask(target(server.url()), ASKED, enough=lambda data: 1).done.result(10)
+        answer = engine.ask(target(server.url()), ASKED, enough=lambda data, known: 1).done.result(
+            10
+        )
         assert answer.start == DATA[: ASKED // 2]
         assert answer.known.size == ASKED // 2
 
