@@ -1,0 +1,178 @@
+"""Which adapters are on the device, in a file, for the server that comes after this one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lorax_async.adapter import AdapterId, AdapterRef
+from lorax_async.errors import ConfigError, InvalidAdapterIdError
+from lorax_async.events import Event
+from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.prefetch import Prefetch
+
+_KEPT = 4096
+"""Names that are remembered: beyond these, those used last."""
+
+_MOST_BYTES = 16 << 20
+
+_logger = logging.getLogger("lorax_async")
+
+
+class WarmList:
+    """Keeps a file with the adapters that are on the device, those used last first.
+
+    Entering it begins to bring back what the file names, after everybody who waits for an adapter.
+    The file is written when that has changed, at most every `pause` seconds, and replaced as a
+    whole: killed at any time, it is the old or the new one. Tokens are never written.
+
+    Parameters
+    ----------
+    path
+        Its folder exists; the file need not.
+    loader
+        Open; closed after it.
+    pause
+        Seconds between two writings.
+
+    Raises `ConfigError`, on entering it, for a file that is no such list.
+    """
+
+    def __init__(self, path: Path, loader: AdapterLoader, *, pause: float = 1.0) -> None:
+        self._path = path
+        self._loader = loader
+        self._pause = pause
+        self._used: dict[AdapterRef, None] = {}
+        self._written: bytes | None = None
+        self._coming: frozenset[AdapterRef] = frozenset()
+        self._changed = asyncio.Event()
+        self._ended = asyncio.Event()
+        self.restored: Prefetch | None = None
+        """What the file named, on its way; None where there was none."""
+
+    async def __aenter__(self) -> Self:
+        named = await asyncio.to_thread(_read, self._path)
+        if named:
+            for ref in reversed(named):
+                self.used(ref)
+            fit = named[: self._loader.config.max_slots]
+            self.restored, self._coming = self._loader.prefetch(fit), frozenset(fit)
+        self._unsubscribe = self._loader.subscribe(self._on_event)
+        self._task = asyncio.create_task(self._keep(), name="lorax warm list")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._unsubscribe()
+        self._ended.set()
+        self._changed.set()
+        await asyncio.shield(self._task)  # it may be writing
+        if self.restored is not None:
+            self.restored.cancel()
+
+    def used(self, adapter: AdapterId) -> None:
+        """Somebody asked for it just now."""
+        if isinstance(adapter, str | Path):
+            adapter = AdapterRef(adapter)
+        if not isinstance(adapter, AdapterRef) or adapter.token is not None:
+            return
+        self._used.pop(adapter, None)
+        self._used[adapter] = None
+        if len(self._used) > _KEPT:
+            del self._used[next(iter(self._used))]
+        self._changed.set()
+
+    def _on_event(self, event: Event) -> None:  # noqa: ARG002 - any may mean that others are there
+        self._changed.set()
+
+    async def _keep(self) -> None:
+        while not self._ended.is_set():
+            await self._changed.wait()
+            self._changed.clear()
+            await self._write()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), self._pause)
+        await self._write()
+
+    async def _write(self) -> None:
+        content = _as_json(self._here())
+        if content == self._written:
+            return
+        try:
+            await asyncio.to_thread(_replace, self._path, content)
+        except OSError as error:
+            _logger.warning("the warm list %s could not be written: %s", self._path, error)
+        else:
+            self._written = content
+
+    def _here(self) -> list[AdapterRef]:
+        """Those on the device now, or on their way back there; the last one used first."""
+        coming = self._coming if self.restored and not self.restored.done else frozenset()
+        residency = self._loader.residency()
+        on_device = {key for key, where in residency.items() if where.tier == "device"}
+        return [ref for ref in reversed(self._used) if ref in coming or self._key(ref) in on_device]
+
+    def _key(self, ref: AdapterRef) -> object:
+        story = self._loader.story(ref)
+        return story[-1].key if story else None
+
+
+def _as_json(refs: Sequence[AdapterRef]) -> bytes:
+    rows = [
+        {
+            "path" if isinstance(ref.id, Path) else "id": ref.text,
+            "source": ref.source,
+            "revision": ref.revision,
+        }
+        for ref in refs
+    ]
+    return json.dumps({"adapters": rows}, indent=1).encode()
+
+
+def _read(path: Path) -> list[AdapterRef]:
+    """Blocks."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"the warm list {path} could not be read: {error}") from error
+    try:
+        found: Any = json.loads(content)
+        return [_as_ref(row) for row in found["adapters"]]
+    except (ValueError, TypeError, KeyError, InvalidAdapterIdError) as error:
+        raise ConfigError(
+            f"{path} is no warm list of this server ({type(error).__name__}); delete it"
+        ) from error
+
+
+def _as_ref(row: dict[str, Any]) -> AdapterRef:
+    id = Path(row["path"]) if "path" in row else row["id"]
+    return AdapterRef(id, row["source"], row["revision"])
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Blocks."""
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,138 @@
+"""The warm list: written as adapters come and go, read by the server that comes after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from common import Run, until
+from lorax_async import AdapterRef, ConfigError
+from lorax_async.server.warm_list import WarmList
+from tiny_loaders import loader
+from tiny_sources import is_resident, over, stocked
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def named(path: Path) -> list[str]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"adapters": []}
+    return [row.get("id") or row["path"] for row in found["adapters"]]
+
+
+def test_who_is_on_the_device_is_named_the_last_one_used_first(run: Run, tmp_path: Path) -> None:
+    source, path = stocked(tmp_path, "one", "two", "three"), tmp_path / "warm"
+
+    async def body() -> None:
+        async with over(source, max_slots=2) as there, WarmList(path, there, pause=0) as warm:
+            for name in ("one", "two"):
+                warm.used(name)
+                (await there.load(name)).release()
+            await until(lambda: named(path) == ["two", "one"])
+            warm.used("one")
+            await until(lambda: named(path) == ["one", "two"])
+            warm.used("three")
+            (await there.load("three")).release()  # one of the others has left for it
+            await until(lambda: named(path)[0] == "three" and len(named(path)) == 2)
+
+    run(body())
+
+
+def test_the_next_one_brings_them_back(run: Run, tmp_path: Path) -> None:
+    source, path = stocked(tmp_path, "one", "two"), tmp_path / "warm"
+
+    async def body() -> None:
+        async with over(source) as there, WarmList(path, there) as warm:
+            warm.used(AdapterRef("one"))
+            (await there.load("one")).release()
+        assert named(path) == ["one"], "leaving it writes what has not been written"
+        async with over(source) as there, WarmList(path, there) as warm:
+            assert warm.restored is not None
+            await warm.restored
+            assert is_resident(there, "one")
+            assert not is_resident(there, "two")
+            assert there.try_acquire("two") is None
+        assert named(path) == ["one"]
+
+    run(body())
+
+
+def test_a_path_comes_back_as_a_path(run: Run, tmp_path: Path) -> None:
+    folder, path = tiny.write(tmp_path / "one"), tmp_path / "warm"
+
+    async def body() -> None:
+        async with loader() as there, WarmList(path, there) as warm:
+            warm.used(folder)
+            (await there.load(folder)).release()
+        async with loader() as there, WarmList(path, there) as warm:
+            assert warm.restored is not None
+            await warm.restored
+            assert is_resident(there, folder)
+
+    run(body())
+
+
+def test_who_is_coming_back_stays_named(run: Run, tmp_path: Path) -> None:
+    """Killed while they come, the list is what it was."""
+    source, path = stocked(tmp_path, "one"), tmp_path / "warm"
+    path.write_text(json.dumps({"adapters": [{"id": "one", "source": None, "revision": None}]}))
+
+    async def body() -> None:
+        source.hold("one")
+        async with over(source) as there, WarmList(path, there, pause=0) as warm:
+            warm.used("elsewhere/other")
+            await until(lambda: path.read_text().startswith("{\n"))  # it was written anew
+            assert named(path) == ["one"]
+            source.allow("one")
+            assert warm.restored is not None
+            await warm.restored
+
+    run(body())
+
+
+def test_tokens_are_not_written(run: Run, tmp_path: Path) -> None:
+    source, path = stocked(tmp_path, "one"), tmp_path / "warm"
+
+    async def body() -> None:
+        async with over(source) as there, WarmList(path, there) as warm:
+            ref = AdapterRef("one", token="SECRET")
+            warm.used(ref)
+            (await there.load(ref)).release()
+        assert named(path) == []
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"adapters": [1]}', '{"adapters": [{"id": 1, "source": null}]}', "\x00"],
+)
+def test_what_is_no_such_list_is_refused(run: Run, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "warm"
+    path.write_text(content)
+
+    async def body() -> None:
+        async with loader() as there:
+            with pytest.raises(ConfigError, match="delete it"):
+                async with WarmList(path, there):
+                    pass
+        assert path.read_text() == content
+
+    run(body())
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_no_more(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "no folder" / "warm"
+
+    async def body() -> None:
+        async with over(stocked(tmp_path, "one")) as there, WarmList(path, there) as warm:
+            warm.used("one")
+            (await there.load("one")).release()
+
+    run(body())
+    assert "could not be written" in caplog.text
