@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from types import TracebackType
@@ -86,11 +87,10 @@ class Engine:
     async def drain(self, timeout: float | None = None) -> bool:
         """Take nothing more, and wait until what was taken has ended; whether it has, in time."""
         self._refusing = "the server is closing"
-        try:
-            await asyncio.wait_for(self._ended.wait(), timeout)
-        except TimeoutError:
-            return False
-        return True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._ended.wait()
+        return self._ended.is_set()
 
     async def close(self) -> None:
         """End what is under way with `LoaderClosedError`. Waits for the step that is computed.

@@ -44,9 +44,7 @@ class Play:
     others_wait: bool = False
     steps: list[list[int]] = field(default_factory=list)
 
-    async def step(
-        self, rows: Sequence[tuple[Sequence_, int]], *, budget: float = 0.0
-    ) -> Computed:
+    async def step(self, rows: Sequence[tuple[Sequence_, int]], *, budget: float = 0.0) -> Computed:
         """Compute so many tokens of each; whoever has all its tokens gets the likeliest next one."""
         parts = [
             Part(one.number, one.computed, one.tokens[one.computed : one.computed + n], one.handle)
@@ -60,9 +58,7 @@ class Play:
                 continue
             one.computed += tokens
             expected = self.solo(one.name, one.tokens[: one.computed])
-            torch.testing.assert_close(
-                computed.logits[number], expected, atol=self.atol, rtol=1e-4
-            )
+            torch.testing.assert_close(computed.logits[number], expected, atol=self.atol, rtol=1e-4)
             assert computed.logits[number].argmax() == expected.argmax()
             if not one.wants:
                 one.tokens.append(int(expected.argmax()))

@@ -42,9 +42,7 @@ def test_each_row_is_its_solo_run(
             if len(there) < PLACES and shuffled.random() < 0.5:
                 name = shuffled.choice(["most", "some", None])
                 length = shuffled.choice([1, 3, 3, 7, 70])
-                there.append(
-                    Sequence_(number, name, handles[name], tokens_of(shuffled, length))
-                )
+                there.append(Sequence_(number, name, handles[name], tokens_of(shuffled, length)))
             rows = shuffled.sample(there, shuffled.randint(0, len(there)))
             if rows:
                 await play.step([(one, shuffled.choice([one.wants, 1])) for one in rows])
@@ -128,8 +126,8 @@ def family(name: str) -> Any:
     config: Any = getattr(transformers, f"{name}Config")
     given = sizes | older if name == "GPT2" else sizes | more | older
     torch.manual_seed(5)
-    made: Any = transformers.AutoModelForCausalLM.from_config(config(**given))
-    return made.eval()
+    auto: Any = transformers.AutoModelForCausalLM  # untyped
+    return auto.from_config(config(**given)).eval()
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Qwen2", "Qwen3", "Gemma"])

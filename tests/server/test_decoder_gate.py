@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from common import Run
-from engines.variants import PEFT_WARNING, active, serving, streaming
+from engines.variants import PEFT_WARNING, active, streaming
 from lorax_async import AdapterTimeoutError, FetchError
 from lorax_async.engines.transformers import Attached
 from lorax_async.io.fakes import FakeSource
