@@ -86,7 +86,10 @@ def test_core_touches_nothing(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_heavy_imports_stand_where_they_are_used(path: Path) -> None:
     at_top = {name.split(".")[0] for name in _imports(_tree(path), top_level=True)}
-    assert not at_top & HEAVY
+    used = (
+        {"transformers"} if _part(path) == "server" else set()
+    )  # whoever imports it serves a model
+    assert not at_top & HEAVY - used
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.stem)

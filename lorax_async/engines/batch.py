@@ -64,8 +64,10 @@ class Batch:
         place: Place,
         budget: float | None = None,
         others_wait: Callable[[], bool] = lambda: False,
+        *,
+        beside: bool = False,
     ) -> None:
-        self.gate = LayerGate(rows or (), place.loop, budget, others_wait)
+        self.gate = LayerGate(rows or (), place.loop, budget, others_wait, beside=beside)
         # Where a row may be out, the bits of the others must not depend on it.
         self._thresholds = Thresholds(kept_bytes=0) if self.gate.may_take_out else Thresholds()
         self._place = place

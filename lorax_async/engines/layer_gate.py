@@ -47,6 +47,8 @@ class LayerGate:
     others_wait
         Whether other requests could be computed in place of the pass, as `Batch.others_wait` of a
         scheduler says: then adapters whose rows are all there are wait no longer, either.
+    beside
+        Whether other rows wait for this pass, so that these are not all there are.
     """
 
     def __init__(
@@ -55,13 +57,15 @@ class LayerGate:
         loop: asyncio.AbstractEventLoop,
         budget: float | None = None,
         others_wait: Callable[[], bool] = lambda: False,
+        *,
+        beside: bool = False,
     ) -> None:
         if budget is not None and not 0 <= budget < float("inf"):
             raise UsageError(f"budget is None or a number of seconds from 0, not {budget!r}")
         handles = tuple(dict.fromkeys(row for row in rows if row is not None))
         self._rows = tuple(rows)
         self._handles = handles
-        self._alone = len({None if row is None else row.slot for row in rows}) == 1
+        self._alone = not beside and len({None if row is None else row.slot for row in rows}) == 1
         self._loop = loop
         self._budget = budget
         self.left = budget or 0.0

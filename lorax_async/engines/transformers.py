@@ -113,6 +113,8 @@ class Attached:
         rows: Rows,
         budget: float | None = None,
         others_wait: Callable[[], bool] = lambda: False,
+        *,
+        beside: bool = False,
     ) -> Iterator[LayerGate]:
         """While the block lasts, row i of the model's input uses the adapter of `rows[i]`.
 
@@ -129,6 +131,8 @@ class Attached:
             `LayerGate`. None: it waits for all of them, and raises their errors.
         others_wait
             Whether the pass keeps others from being computed: see `LayerGate`.
+        beside
+            Whether rows that are not of this pass wait for it: see `LayerGate`.
 
         Raises
         ------
@@ -141,7 +145,7 @@ class Attached:
             Without a budget: what ended an adapter's load.
         """
         self._check(rows)
-        batch = Batch(rows, self._place, budget, others_wait)
+        batch = Batch(rows, self._place, budget, others_wait, beside=beside)
         with self._opened(batch):
             batch.begin()
             token = self._current.set(batch)

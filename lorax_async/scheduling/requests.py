@@ -105,6 +105,10 @@ class Ticket:
         """Tokens that came out so far."""
         return self.progress.generated
 
+    def add_done_callback(self, heard: Callable[[], None]) -> None:
+        """Have it called once it is done, in the loop's next turn."""
+        self._future.add_done_callback(lambda _: heard())
+
     def cancel(self) -> bool:
         """Have no further token computed; what a batch has begun is computed and thrown away.
 

@@ -77,6 +77,10 @@ class Decoder(Protocol):
     def max_length(self) -> int:
         """Tokens that a sequence may have, at most."""
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+
     def compute(self, step: Step) -> Computed:
         """Blocks. An exception is the decoder's fault: nothing of the step counts."""
 

@@ -1,0 +1,233 @@
+"""`Engine`: generations become tokens, many at a time, with a decoder in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeVar
+
+from lorax_async.errors import InternalError, LoaderClosedError, LoraxError, UsageError
+from lorax_async.scheduler import AdapterScheduler
+from lorax_async.scheduling.batch import Batch
+from lorax_async.scheduling.requests import Request, Ticket
+from lorax_async.server.answers import Answer
+from lorax_async.server.generation import Generation
+from lorax_async.server.ports import Decoder
+from lorax_async.server.sampling import Sampler
+from lorax_async.server.steps import Outcome, Work
+from lorax_async.settings.requirements import require_count
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Continuous batching: each step computes a batch of whoever can be computed.
+
+    Parameters
+    ----------
+    scheduler
+        Open, and closed after the engine. Nobody else takes its batches. Its `max_begun` is the
+        number of sequences that the decoder has room for.
+    decoder
+        Called in one thread, the engine's; nothing of a model is computed on the event loop.
+    max_tokens, max_sequences
+        Of a step, at most. A longer prompt is computed in parts.
+
+    Use it as an async context manager, on the scheduler's loop. What goes wrong with an adapter
+    goes wrong with its generations alone. Where the decoder raises, those of the step end with
+    `InternalError`, and the others go on.
+    """
+
+    def __init__(
+        self,
+        scheduler: AdapterScheduler,
+        decoder: Decoder,
+        *,
+        max_tokens: int = 2048,
+        max_sequences: int = 64,
+    ) -> None:
+        require_count("max_tokens", max_tokens, least=1)
+        require_count("max_sequences", max_sequences, least=1)
+        self._scheduler = scheduler
+        self._decoder = decoder
+        self._limits = max_tokens, max_sequences
+        self._numbers = itertools.count()
+        self._answers: dict[Ticket, Answer] = {}
+        self._waiting: set[Answer] = set()
+        self._gone: list[int] = []
+        self._thread = ThreadPoolExecutor(1, "lorax-decoder")
+        self._refusing: str | None = "the engine is not open yet"
+        self._idle = False
+        self._ended = asyncio.Event()
+        self._ended.set()
+        self._running: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        self._refusing = None
+        self._running = asyncio.create_task(self._run(), name="lorax engine")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take nothing more, and wait until what was taken has ended; whether it has, in time."""
+        self._refusing = "the server is closing"
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._ended.wait()
+        return self._ended.is_set()
+
+    async def close(self) -> None:
+        """End what is under way with `LoaderClosedError`. Waits for the step that is computed.
+
+        Idempotent; cancelling the caller does not stop it.
+        """
+        if self._closing is None:
+            self._refusing = "the engine was closed"
+            self._closing = asyncio.create_task(self._close(), name="lorax engine close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._end_all(LoaderClosedError("the engine was closed"))
+        await asyncio.sleep(0)  # tickets tell that they are done in the loop's next turn
+        if self._running is not None:
+            if self._idle:
+                self._running.cancel()
+            await asyncio.wait([self._running])
+        try:
+            await self._in_thread(self._forget, self._take_gone())
+        finally:
+            self._thread.shutdown()  # it has nothing to do any more
+
+    # -- generations -------------------------------------------------------------------------------
+
+    @property
+    def max_length(self) -> int:
+        return self._decoder.max_length
+
+    @property
+    def waiting(self) -> int:
+        """Generations that were submitted, and of which nothing has been computed yet."""
+        return len(self._waiting)
+
+    def submit(self, generation: Generation) -> Answer:
+        """Queue it; its adapter begins to come. What is wrong with that, its tokens raise.
+
+        Raises
+        ------
+        UsageError
+            A number is out of range; a token is none of the model's; or prompt and
+            `max_new_tokens` together are more than `max_length`.
+        LoaderClosedError
+            The engine is not open, or closing.
+        """
+        if self._refusing is not None:
+            raise LoaderClosedError(self._refusing)
+        sampler = Sampler(generation.sampling)
+        request = Request(
+            generation.adapter,
+            len(generation.prompt),
+            generation.max_new_tokens,
+            deadline=generation.deadline,
+        )
+        self._check(generation)
+        ticket = self._scheduler.submit(request)
+        answer = Answer(next(self._numbers), generation, sampler, ticket)
+        self._answers[ticket] = answer
+        self._waiting.add(answer)
+        self._ended.clear()
+        ticket.add_done_callback(partial(self._leave, answer))
+        return answer
+
+    def _check(self, generation: Generation) -> None:
+        length, vocabulary = len(generation.prompt), self._decoder.vocabulary
+        if length + generation.max_new_tokens > self.max_length:
+            raise UsageError(
+                f"the prompt has {length} tokens and max_new_tokens is {generation.max_new_tokens}:"
+                f" together more than the {self.max_length} that a sequence may have"
+            )
+        if not all(isinstance(t, int) and 0 <= t < vocabulary for t in generation.prompt):
+            raise UsageError(f"the prompt's tokens must be integers from 0 to {vocabulary - 1}")
+
+    def _leave(self, answer: Answer) -> None:
+        """Its ticket is done."""
+        ticket = answer.ticket
+        self._answers.pop(ticket, None)
+        self._waiting.discard(answer)
+        self._gone.append(answer.number)
+        answer.end(None if ticket.cancelled else ticket.error)
+        if not self._answers:
+            self._ended.set()
+
+    def _end_all(self, error: LoraxError) -> None:
+        for answer in tuple(self._answers.values()):
+            answer.end(error)
+            answer.ticket.cancel()
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            while self._closing is None:
+                self._idle = True
+                batch = await self._scheduler.next_batch(*self._limits)
+                self._idle = False
+                await self._step(batch)
+        except LoaderClosedError:
+            self._refusing = "the scheduler was closed"
+        except Exception as error:  # noqa: BLE001 - nobody waits for ever
+            self._refusing = "the engine has failed"
+            failed = InternalError(f"the engine has failed: {type(error).__name__}: {error}")
+            failed.__cause__ = error
+            self._end_all(failed)
+
+    async def _step(self, batch: Batch) -> None:
+        work = Work.of(batch, self._answers)
+        self._complete(work, await self._in_thread(work.compute, self._decoder, self._take_gone()))
+
+    def _complete(self, work: Work, outcome: Outcome) -> None:
+        finished = [
+            answer.ticket
+            for answer, token in outcome.tokens.items()
+            if token in answer.generation.stop_tokens
+        ]
+        self._scheduler.complete(work.batch, finished, again=outcome.again, failed=outcome.failed)
+        again = set(outcome.again)
+        for row, answer in work.rows:
+            if row.ticket in again:
+                continue
+            self._waiting.discard(answer)
+            if answer in outcome.tokens and _counts(row.ticket):
+                answer.add(outcome.tokens[answer])
+
+    def _take_gone(self) -> list[int]:
+        gone, self._gone = self._gone, []
+        return gone
+
+    def _forget(self, gone: Iterable[int]) -> None:
+        for number in gone:
+            self._decoder.forget(number)
+
+    async def _in_thread(self, work: Callable[..., T], *given: object) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, copy_context().run, work, *given)
+
+
+def _counts(ticket: Ticket) -> bool:
+    """Its token is good: its adapter has not turned out to be false meanwhile, and it is wanted."""
+    return not ticket.cancelled and ticket.error is None

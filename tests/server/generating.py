@@ -1,0 +1,79 @@
+"""Engines over fake decoders, and what a generation would be alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from common import our_threads
+from lorax_async import AdapterLoader, LoraxError
+from lorax_async.io.fakes import FakeSource
+from lorax_async.server.engine import Engine
+from lorax_async.server.fake_decoder import FakeDecoder, fake_logits
+from lorax_async.server.generation import Generation, Sampling
+from lorax_async.server.ports import Computed, Step
+from scheduling.serving import opened
+
+GREEDY = Sampling(temperature=0)
+VOCABULARY = 32
+
+
+class ScriptedDecoder(FakeDecoder):
+    """A fake that does as it is told before each step.
+
+    `before` is called in the decoder's thread with the number of the step, and may raise; `leave`
+    says which sequences are out of it, and why.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.before: Callable[[int], None] = lambda number: None
+        self.leave: Callable[[int, Step], dict[int, LoraxError]] = lambda number, step: {}
+
+    def compute(self, step: Step) -> Computed:
+        number = len(self.steps)
+        self.before(number)
+        computed = super().compute(step)
+        out = {**computed.out, **self.leave(number, step)}
+        for row in out:
+            self.forget(step.parts[row].sequence)
+        return Computed(computed.logits, out)
+
+
+@asynccontextmanager
+async def generating(
+    source: FakeSource,
+    *,
+    scheduling: dict[str, Any] | None = None,
+    decoder: dict[str, Any] | None = None,
+    loader: dict[str, Any] | None = None,
+    **settings: Any,
+) -> AsyncIterator[tuple[Engine, ScriptedDecoder, AdapterLoader]]:
+    """And closed; then the decoder keeps nothing, and no task or thread of the engine is left."""
+    made = ScriptedDecoder(loop=asyncio.get_running_loop(), **(decoder or {}))
+    async with opened(source, loader, **(scheduling or {})) as (loading, scheduler):
+        async with Engine(scheduler, made, **settings) as engine:
+            yield engine, made, loading
+        assert made.kept == {}
+        assert "lorax-decoder_0" not in our_threads()
+        names = [task.get_name() for task in asyncio.all_tasks()]
+        assert not [name for name in names if name.startswith("lorax engine")]
+
+
+def asked(prompt: Sequence[int], new: int, adapter: str | None = None, **more: Any) -> Generation:
+    """The likeliest tokens, unless said otherwise."""
+    return Generation(adapter, tuple(prompt), new, **{"sampling": GREEDY, **more})
+
+
+def alone(prompt: Sequence[int], new: int, adapter: str | None = None) -> list[int]:
+    """The likeliest tokens after the prompt."""
+    tokens = list(prompt)
+    for _ in range(new):
+        tokens.append(int(fake_logits(adapter, tokens, VOCABULARY).argmax()))
+    return tokens[len(prompt) :]
+
+
+async def all_of(tokens: Any) -> list[int]:
+    return [token async for token in tokens]
