@@ -1,83 +1,121 @@
-"""One generation under way: what the engine knows of it, and the tokens that come out."""
+"""The JSON of answers, whole and in pieces, as OpenAI has it."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from lorax_async.errors import LoraxError
-from lorax_async.scheduling.requests import Ticket
-from lorax_async.server.generation import Finish, Generation
-from lorax_async.server.sampling import Sampler
+from lorax_async.server.generation import Finish
+
+DONE = b"data: [DONE]\n\n"
+
+Json = dict[str, Any]
 
 
-class Answer:
-    """The `Tokens` of one generation, for one reader. On the event loop.
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How many tokens went in and came out."""
 
-    Attributes
-    ----------
-    number
-        Names its sequence to the decoder.
-    known
-        Token ids: the prompt's, and those that were generated.
-    finish
-        Why it ended, by itself.
+    prompt_tokens: int
+    completion_tokens: int
+
+    def as_json(self) -> Json:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One sequence, as far as it came."""
+
+    text: str
+    finish: Finish | None
+
+
+def as_event(data: Json) -> bytes:
+    """One server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one request of /v1/completions.
+
+    `with_usage`: the pieces end with one that has the usage, and none before has any.
     """
 
-    def __init__(
-        self, number: int, generation: Generation, sampler: Sampler, ticket: Ticket
-    ) -> None:
-        self.number = number
-        self.generation = generation
-        self.sampler = sampler
-        self.ticket = ticket
-        self.known = list(generation.prompt)
-        self.finish: Finish | None = None
-        self._coming = deque[int]()
-        self._ended = False
-        self._error: LoraxError | None = None
-        self._wake: asyncio.Future[None] | None = None
+    model: str
+    with_usage: bool = False
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
 
-    def __aiter__(self) -> AsyncIterator[int]:
-        return self
+    whole_object: ClassVar[str] = "text_completion"
+    piece_object: ClassVar[str] = "text_completion"
 
-    async def __anext__(self) -> int:
-        while not self._coming:
-            if self._error is not None:
-                raise self._error.located() from self._error.__cause__
-            if self._ended:
-                raise StopAsyncIteration
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
-        return self._coming.popleft()
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> Json:
+        told = [self._choice(n, choice.text, choice.finish) for n, choice in enumerate(choices)]
+        return self._envelope(self.whole_object, told) | {"usage": usage.as_json()}
 
-    def cancel(self) -> None:
-        """Have no further token computed. Idempotent."""
-        self.ticket.cancel()
-        self.end()
+    def beginning(self, index: int) -> Json | None:
+        """What comes before the first text of a sequence, if anything does."""
+        del index
+        return None
 
-    # -- for the engine ----------------------------------------------------------------------------
+    def piece(self, index: int, text: str) -> Json:
+        return self._piece([self._choice(index, text, None)])
 
-    def add(self, token: int) -> None:
-        """It was generated; it comes out unless it stops the answer."""
-        self.known.append(token)
-        if token in self.generation.stop_tokens:
-            self.finish = "stop"
-            return
-        if len(self.known) == len(self.generation.prompt) + self.generation.max_new_tokens:
-            self.finish = "length"
-        self._coming.append(token)
-        self._tell()
+    def end(self, index: int, finish: Finish) -> Json:
+        return self._piece([self._choice(index, "", finish)])
 
-    def end(self, error: LoraxError | None = None) -> None:
-        """Nothing more comes. Only the first call counts."""
-        if not self._ended:
-            self._ended = True
-            self._error = error
-            self._tell()
+    def usage(self, usage: Usage) -> Json:
+        return self._piece([]) | {"usage": usage.as_json()}
 
-    def _tell(self) -> None:
-        wake, self._wake = self._wake, None
-        if wake is not None and not wake.done():
-            wake.set_result(None)
+    def _choice(self, index: int, text: str, finish: Finish | None) -> Json:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+
+    def _piece(self, choices: list[Json]) -> Json:
+        none_yet = {"usage": None} if self.with_usage else {}
+        return self._envelope(self.piece_object, choices) | none_yet
+
+    def _envelope(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCompletion(Completion):
+    """The answer to one request of /v1/chat/completions."""
+
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+
+    whole_object: ClassVar[str] = "chat.completion"
+    piece_object: ClassVar[str] = "chat.completion.chunk"
+
+    def beginning(self, index: int) -> Json | None:
+        return self._piece([_delta(index, {"role": "assistant", "content": ""}, None)])
+
+    def piece(self, index: int, text: str) -> Json:
+        return self._piece([_delta(index, {"content": text}, None)])
+
+    def end(self, index: int, finish: Finish) -> Json:
+        return self._piece([_delta(index, {}, finish)])
+
+    def _choice(self, index: int, text: str, finish: Finish | None) -> Json:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
+
+
+def _delta(index: int, delta: Json, finish: Finish | None) -> Json:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}

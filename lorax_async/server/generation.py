@@ -82,6 +82,10 @@ class Generating(Protocol):
     def waiting(self) -> int:
         """Generations that were submitted, and of which nothing has been computed yet."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes generations: False once it is closing, or its model has failed it."""
+
     def submit(self, generation: Generation) -> Tokens:
         """Queue it; its adapter begins to come.
 

@@ -1,0 +1,172 @@
+"""The operator's calls: adapters by name, as in vLLM, and where all adapters are."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from lorax_async.adapter import AdapterId, AdapterKey, as_ref
+from lorax_async.errors import AdapterInUseError, AdapterTimeoutError, LoraxError
+from lorax_async.events import Event, SlotId
+from lorax_async.runtime.whereabouts import AdapterResidency
+from lorax_async.server.bodies import read_body
+from lorax_async.server.clients import bearer_of
+from lorax_async.server.errors import Refusal
+from lorax_async.server.requests import LoadBody, T, UnloadBody, parsed
+from lorax_async.server.service import Service
+
+UNLOAD_SECONDS = 1.0
+"""For how long requests that still have the adapter are waited for, while new ones of it wait."""
+
+
+class Administration:
+    """Endpoints for whoever has the operator's token."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def load(self, request: Request) -> Response:
+        """POST /v1/load_lora_adapter. The adapter is loaded once, so that its errors are told."""
+        with self._service.under_way.one():
+            body = await self._body(request, LoadBody)
+            if not body.lora_name or not body.lora_path:
+                raise _invalid("Both 'lora_name' and 'lora_path' must be provided.")
+            self._require_free(body)
+            adapter = await asyncio.to_thread(_adapter_at, body.lora_path)
+            (await self._service.loader.load(adapter)).release()
+            self._require_free(body)
+            self._service.names.put(body.lora_name, adapter)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload(self, request: Request) -> Response:
+        """POST /v1/unload_lora_adapter. Requests that have it go on with it."""
+        with self._service.under_way.one():
+            body = await self._body(request, UnloadBody)
+            if not body.lora_name:
+                raise _invalid("'lora_name' needs to be provided to unload a LoRA adapter.")
+            adapter = self._service.names.take(body.lora_name)
+            if adapter is None:
+                raise Refusal(
+                    404,
+                    f"The lora adapter '{body.lora_name}' cannot be found.",
+                    param="lora_name",
+                    kind="NotFoundError",
+                    code=404,
+                )
+            await self._let_go(adapter)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    async def adapters(self, request: Request) -> Response:
+        """GET /v1/adapters: the adapters that are anywhere, and what happened to them."""
+        self._require_admin(request)
+        loader, names = self._service.loader, self._service.names
+        named: dict[AdapterKey, list[str]] = {}
+        for name, adapter in names.adapters.items():
+            for event in loader.story(adapter)[-1:]:
+                named.setdefault(event.key, []).append(name)
+        found = [
+            (key, named.get(key, []), where, loader.story(key))
+            for key, where in loader.residency().items()
+        ]
+        # Of thousands of adapters this is a long text, and answers are under way.
+        return await asyncio.to_thread(_listed, found)
+
+    async def _body(self, request: Request, kind: type[T]) -> T:
+        self._require_admin(request)
+        settings = self._service.settings
+        content = await read_body(request, settings.max_body_bytes, settings.slow_client)
+        return parsed(kind, content)
+
+    def _require_admin(self, request: Request) -> None:
+        token = self._service.settings.admin_token
+        if token is None:
+            raise Refusal(
+                403,
+                "This server was started without an admin token: nobody may make this call",
+                code="admin_disabled",
+            )
+        given = (bearer_of(request) or "").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(given, token.encode()):
+            raise Refusal(
+                401,
+                "This call needs the admin token, as Authorization: Bearer …",
+                code="invalid_api_key",
+            )
+
+    def _require_free(self, body: LoadBody) -> None:
+        names = self._service.names
+        if body.lora_name == names.base:
+            raise _invalid(f"'{body.lora_name}' is the name of the base model.")
+        if body.lora_name in names.adapters and not body.load_inplace:
+            raise _invalid(
+                f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load"
+                " the adapter in place, set 'load_inplace' to True."
+            )
+
+    async def _let_go(self, adapter: AdapterId) -> None:
+        """Free its memory, unless somebody uses it; then it is evicted as all others are."""
+        if adapter in self._service.names.adapters.values():
+            return
+        with suppress(AdapterInUseError, AdapterTimeoutError):
+            await self._service.loader.unload(adapter, timeout=UNLOAD_SECONDS)
+
+
+def _adapter_at(path: str) -> AdapterId:
+    """An operator's word: a folder that is there, else an id. Blocks."""
+    with suppress(OSError, ValueError):
+        if Path(path).is_dir():
+            return Path(path).absolute()
+    as_ref(path)
+    return path
+
+
+def _invalid(message: str) -> Refusal:
+    return Refusal(400, message, kind="InvalidUserInput", code=400)
+
+
+def _listed(
+    found: Sequence[tuple[AdapterKey, list[str], AdapterResidency, Sequence[Event]]],
+) -> Response:
+    data = [
+        {
+            "id": str(key),
+            "names": names,
+            "tier": where.tier,
+            "state": where.state,
+            "slot": _plain(where.slot),
+            "device_bytes": where.device_bytes,
+            "host_bytes": where.host_bytes,
+            "pinned_bytes": where.pinned_bytes,
+            "locked": where.locked,
+            "leases": where.leases,
+            "pins": where.pins,
+            "story": [_event(event) for event in story],
+        }
+        for key, names, where, story in found
+    ]
+    return JSONResponse({"object": "list", "data": data})
+
+
+def _event(event: Event) -> dict[str, Any]:
+    told = {name.name: _plain(getattr(event, name.name)) for name in fields(event)}
+    del told["key"]
+    return {"event": type(event).__name__} | told
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, LoraxError):
+        return {"error": type(value).__name__, "message": str(value)}
+    if isinstance(value, AdapterKey):
+        return str(value)
+    if isinstance(value, SlotId):
+        return {"index": value.index, "generation": value.generation}
+    return list(value) if isinstance(value, tuple) else value

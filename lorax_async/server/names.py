@@ -1,0 +1,35 @@
+"""What requests call the base, and adapters that the operator named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from lorax_async.adapter import AdapterId
+
+
+class Names:
+    """The base's name, and names for adapters, which come and go."""
+
+    def __init__(self, base: str, adapters: Mapping[str, AdapterId]) -> None:
+        self.base = base
+        self._adapters = dict(adapters)
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterId]:
+        """What each name stands for."""
+        return MappingProxyType(self._adapters)
+
+    def find(self, model: str) -> AdapterId | None:
+        """What a request's `model` means: None is the base; what has no name here is an id.
+
+        A request's text stays text, so that it is local only below `local_roots`.
+        """
+        return None if model == self.base else self._adapters.get(model, model)
+
+    def put(self, name: str, adapter: AdapterId) -> None:
+        self._adapters[name] = adapter
+
+    def take(self, name: str) -> AdapterId | None:
+        """Forget a name; what it stood for, or None if it was none."""
+        return self._adapters.pop(name, None)

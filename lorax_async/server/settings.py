@@ -1,0 +1,100 @@
+"""What an operator decides: names, who may administer the server, and how much it takes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from lorax_async.adapter import AdapterId, as_ref
+from lorax_async.errors import ConfigError
+from lorax_async.settings.limits import MiB
+from lorax_async.settings.requirements import require_count, require_positive, require_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Settings of the HTTP server.
+
+    Parameters
+    ----------
+    base
+        What requests call the base model; whatever else they name is an adapter.
+    adapters
+        Names for adapters, as `AdapterLoader.load` takes them. A `pathlib.Path` is the operator's
+        own word. Names in requests that are not among them are ids, local only below `local_roots`.
+    admin_token
+        Who brings it as `Authorization: Bearer …` may load and unload by name, and look at all
+        adapters. None: nobody may.
+    max_body_bytes
+        Of one request.
+    max_prompt_tokens
+        Of one prompt; None is as many as leave room for one new token.
+    max_choices
+        Sequences that one request may ask for: its prompts, times `n`.
+    max_waiting
+        Sequences of all clients together of which nothing has been computed yet.
+    max_adapters_per_client
+        Different adapters that one client may have under way at a time. A client is who brings the
+        same bearer key, which nothing here verifies, or who has the same address.
+    slow_client
+        Seconds within which a client sends its body, and within which it takes what is ready for
+        it, before its connection is cut.
+    retry_after
+        Seconds told to clients where nobody knows better.
+    drain
+        Seconds for which requests under way may go on once the server is told to end.
+
+    Raises
+    ------
+    ConfigError
+        A value is out of range.
+    UsageError
+        Something among `adapters` is no adapter id.
+    """
+
+    base: str
+    adapters: Mapping[str, AdapterId] = field(default_factory=dict)
+    admin_token: str | None = field(default=None, repr=False)
+    max_body_bytes: int = MiB
+    max_prompt_tokens: int | None = None
+    max_choices: int = 16
+    max_waiting: int = 256
+    max_adapters_per_client: int = 64
+    slow_client: float = 30.0
+    retry_after: float = 1.0
+    drain: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_choices", "max_waiting", "max_adapters_per_client"):
+            require_positive(name, getattr(self, name))
+        if self.max_prompt_tokens is not None:
+            require_count("max_prompt_tokens", self.max_prompt_tokens, least=1)
+        for name in ("slow_client", "retry_after", "drain"):
+            require_seconds(name, getattr(self, name))
+        if self.max_waiting < self.max_choices:
+            raise ConfigError(
+                "max_waiting must be at least max_choices, or such requests never fit"
+            )
+        _require_token(self.admin_token)
+        _require_names(self.base, self.adapters)
+        object.__setattr__(self, "adapters", MappingProxyType(dict(self.adapters)))
+
+
+def _require_token(token: object) -> None:
+    """An unset variable must not let everybody in."""
+    if token is None:
+        return
+    if not isinstance(token, str) or not token or not all("!" <= c <= "~" for c in token):
+        raise ConfigError("admin_token must be printable ASCII without spaces, or None")
+
+
+def _require_names(base: object, adapters: Mapping[str, AdapterId]) -> None:
+    if not isinstance(base, str) or not base:
+        raise ConfigError("base must be the name of the base model")
+    for name, adapter in adapters.items():
+        if not isinstance(name, str) or not name:
+            raise ConfigError("the names of adapters are not empty")
+        if name == base:
+            raise ConfigError(f"{name!r} is the base model's name; give the adapter another one")
+        as_ref(adapter)

@@ -1,0 +1,241 @@
+"""A server of the real HTTP layer before an engine that says what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lorax_async import AdapterLoader, LoaderClosedError, LoraxError
+from lorax_async.server.generation import Finish, Generation
+from lorax_async.server.service import Service
+from lorax_async.server.serving import Serving, listen
+from lorax_async.server.settings import ServerSettings
+from tiny_loaders import loader as tiny_loader
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}"
+    "{{ raise_exception('the user speaks first') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+KEY = "a client's key"
+TOKEN = "the-admin-token"
+MAX_LENGTH = 1 << 16
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """Every byte is a token, so that most characters of the world are several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def tokens_of(text: str) -> list[int]:
+    found = tokenizer().backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert isinstance(found, list)
+    return found
+
+
+def text_of(tokens: tuple[int, ...]) -> str:
+    return str(tokenizer().backend_tokenizer.decode(tokens))
+
+
+class FakeTokens:
+    """What comes of one generation is what the test says of it."""
+
+    def __init__(self, engine: FakeEngine, generation: Generation) -> None:
+        self.generation = generation
+        self.finish: Finish | None = None
+        self.cancelled = asyncio.Event()
+        self._engine = engine
+        self._coming: asyncio.Queue[int | Finish | Exception] = asyncio.Queue()
+
+    def say(self, text: str) -> None:
+        self.give(*tokens_of(text))
+
+    def give(self, *tokens: int) -> None:
+        self._engine.begun(self)
+        for token in tokens:
+            self._coming.put_nowait(token)
+
+    def end(self, finish: Finish = "stop") -> None:
+        self._engine.begun(self)
+        self._coming.put_nowait(finish)
+
+    def fail(self, error: Exception) -> None:
+        self._engine.begun(self)
+        self._coming.put_nowait(error)
+
+    def cancel(self) -> None:
+        self._engine.begun(self)
+        self.cancelled.set()
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        while True:
+            item = await self._coming.get()
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, str):
+                self.finish = item
+                return
+            yield item
+
+
+Rule = Callable[[FakeTokens], object]
+
+
+class FakeEngine:
+    """Tells `rule` of each generation. None leaves it to the test what comes of them, and when."""
+
+    def __init__(self, rule: Rule | None = None, max_length: int = MAX_LENGTH) -> None:
+        self.max_length = max_length
+        self.alive = True
+        self.submitted: list[FakeTokens] = []
+        self._rule = rule
+        self._waiting: set[FakeTokens] = set()
+        self._news = asyncio.Condition()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, generation: Generation) -> FakeTokens:
+        if not self.alive:
+            raise LoaderClosedError("the engine is closed")
+        tokens = FakeTokens(self, generation)
+        self.submitted.append(tokens)
+        self._waiting.add(tokens)
+        if self._rule is not None:
+            self._rule(tokens)
+        return tokens
+
+    def begun(self, tokens: FakeTokens) -> None:
+        self._waiting.discard(tokens)
+
+    async def asked(self, count: int = 1) -> FakeTokens:
+        """The last of so many generations, once they were submitted."""
+        async with asyncio.timeout(20):
+            while len(self.submitted) < count:
+                await asyncio.sleep(0)
+        return self.submitted[count - 1]
+
+
+def saying(text: str, finish: Finish = "stop") -> Rule:
+    """Whoever is asked says it; cut to what was asked for, as an engine does."""
+
+    def rule(tokens: FakeTokens) -> None:
+        said, most = tokens_of(text), tokens.generation.max_new_tokens
+        tokens.give(*said[:most])
+        tokens.end("length" if len(said) > most else finish)
+
+    return rule
+
+
+def echo(tokens: FakeTokens) -> None:
+    """Says who was asked what, and how."""
+    asked = tokens.generation
+    sampling = asked.sampling
+    tokens.say(
+        f"{asked.adapter}|{text_of(asked.prompt)}|{sampling.temperature}|{sampling.top_p}|{sampling.seed}"
+    )
+    tokens.end()
+
+
+def failing(error: LoraxError) -> Rule:
+    return lambda tokens: tokens.fail(error)
+
+
+@dataclass
+class World:
+    """A server on loopback, and what talks to it."""
+
+    service: Service
+    server: Serving
+    engine: Any
+    client: AsyncOpenAI
+    port: int
+    ended: asyncio.Task[None]
+
+    async def ask(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
+        """One request on a connection of its own; `body` as JSON, or as it is if bytes."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        lines = [f"{method} {path} HTTP/1.1", "Host: test", f"Content-Length: {len(content)}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        head = "\r\n".join([*lines, "Connection: close", "", ""]).encode()
+        return await self.raw(head + content)
+
+    async def raw(self, content: bytes) -> Answer:
+        """Everything that comes back for these bytes, until the server closes."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(content)
+            return Answer.of(await reader.read())
+        finally:
+            writer.close()
+
+    async def admin(self, path: str, body: object) -> Answer:
+        return await self.ask("POST", path, body, Authorization=f"Bearer {TOKEN}")
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @classmethod
+    def of(cls, content: bytes) -> Answer:
+        head, _, body = content.partition(b"\r\n\r\n")
+        first, *rest = head.decode().split("\r\n")
+        headers = {
+            name.lower(): value for name, _, value in (line.partition(": ") for line in rest)
+        }
+        return cls(int(first.split()[1]), headers, body)
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> Any:
+        return self.json["error"]
+
+
+@asynccontextmanager
+async def serving(
+    engine: Any = None, loader: AdapterLoader | None = None, **settings: Any
+) -> AsyncIterator[World]:
+    """A server before `engine`, or before one that says "hello"."""
+    engine = FakeEngine(saying("hello")) if engine is None else engine
+    plain: dict[str, Any] = {"base": "base", "admin_token": TOKEN}
+    async with AsyncExitStack() as stack:
+        loader = await stack.enter_async_context(tiny_loader() if loader is None else loader)
+        made = ServerSettings(**(plain | settings))
+        eos = frozenset({tokenizer().eos_token_id})
+        service = Service(made, engine, loader, tokenizer(), eos)
+        ready = asyncio.Event()
+        server, listener = Serving(service, ready.set), listen("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        ended = asyncio.create_task(server.serve([listener]))
+        await ready.wait()
+        http = DefaultAsyncHttpxClient(trust_env=False)
+        client = AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, http_client=http
+        )
+        async with client:
+            yield World(service, server, engine, client, port, ended)
+        server.stop()
+        await ended
