@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from lorax_async.commands.arguments import SIZE_HELP, as_size
 from lorax_async.config import Allow, HubCache
-from lorax_async.errors import InvalidAdapterIdError, shorten
+from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
 from lorax_async.identity import AdapterRef
 from lorax_async.ids.folder_urls import DEFAULT_PORTS, parse_folder_url
 from lorax_async.ids.hub import names_pull_request
@@ -119,6 +119,32 @@ def as_allow(text: str) -> Allow:
     except InvalidAdapterIdError as error:
         raise argparse.ArgumentTypeError(error.problem) from None
     return _on_the_web(Reach(url.scheme, url.host, url.port, url.path[1:]))
+
+
+def as_source(text: str) -> Allow | Path:
+    """What adapters lie below, for argparse: a folder, or what is allowed."""
+    if text == "hub" or text.startswith("hub:"):
+        try:
+            return Allow("hub", prefix=text[4:])
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(error.problem) from None
+    if "://" not in text:
+        if Path(text).is_dir():
+            return Path(text)
+        raise argparse.ArgumentTypeError(f"{shorten(text, 200)!r} is no folder")
+    return _allowing(_parsed(text))
+
+
+def sources_of(arguments: argparse.Namespace, refs: Sequence[AdapterRef]) -> dict[str, Any]:
+    """What `--source` and the options about caches said, and that `refs` are allowed.
+
+    To name an adapter of the hub does not narrow the hub to that one; `hub:…` does.
+    """
+    folders = tuple(each for each in arguments.source if isinstance(each, Path))
+    arguments.allow = [each for each in arguments.source if isinstance(each, Allow)]
+    if not any(each.scheme == "hub" for each in arguments.allow):
+        arguments.allow.append(Allow("hub"))
+    return settings_of(arguments, refs) | {"local_roots": folders}
 
 
 def _allowing(ref: AdapterRef) -> Allow:

@@ -121,6 +121,10 @@ class Engine:
         return self._decoder.max_length
 
     @property
+    def alive(self) -> bool:
+        return self._refusing is None
+
+    @property
     def waiting(self) -> int:
         """Generations that were submitted, and of which nothing has been computed yet."""
         return len(self._waiting)

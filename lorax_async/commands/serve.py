@@ -1,0 +1,231 @@
+"""`lorax-async serve`: an OpenAI-compatible server whose requests name adapters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorax_async.adapter import AdapterId
+from lorax_async.commands.arguments import (
+    FAILED,
+    OK,
+    SIZE_HELP,
+    AddParser,
+    add_base,
+    add_command,
+    as_size,
+)
+from lorax_async.commands.measure import run_on_uvloop
+from lorax_async.commands.places import ID_HELP, TOKENS, add_caches, as_place, as_source, sources_of
+from lorax_async.commands.terminal import Screen
+from lorax_async.config import DTYPES, LoaderConfig
+from lorax_async.engines.smollm2 import prepare_base
+from lorax_async.errors import ConfigError
+from lorax_async.identity import AdapterRef
+from lorax_async.io.sources.local_folder import CONFIG
+
+if TYPE_CHECKING:
+    from lorax_async.server.assembly import Base, Capacity
+    from lorax_async.server.settings import ServerSettings
+
+ADMIN_TOKEN = "LORAX_ADMIN_TOKEN"  # noqa: S105 - the variable's name
+SWITCH_SECONDS = 0.0005
+"""For how long a thread may keep the interpreter from the loop's: Python's own 5 ms are as long as
+a whole token's budget of bookkeeping, and several threads wait in turn."""
+
+
+def add_to(add: AddParser) -> None:
+    about = "serve a base model and its adapters to OpenAI's clients"
+    more = (
+        "A request's `model` is the base's name, a name given here, or an id below a --source."
+        f" Calls that load and unload need the token in {ADMIN_TOKEN}. {TOKENS}"
+    )
+    parser = add_command(add, "serve", about, _serve, more)
+    add_base(parser, required=True)
+    _add_adapters(parser)
+    _add_place(parser)
+    _add_room(parser)
+    add_caches(parser)
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="adapters that requests call by name: an adapter's folder, a folder of such folders,"
+        f" or {ID_HELP}; without NAME it is the last part of the path",
+    )
+    parser.add_argument(
+        "--source",
+        action="append",
+        type=as_source,
+        default=[],
+        metavar="PLACE",
+        help="where requests may take adapters from, by their ids: a URL that ends with / (https,"
+        " http, s3, gs, az), or a folder; repeatable. The hub is one, which hub:ORG/ narrows",
+    )
+    parser.add_argument(
+        "--warm",
+        type=Path,
+        metavar="FILE",
+        help="keep a list of the adapters on the device there, and begin with those that it names",
+    )
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="to listen at (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="0 is any (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="to compute in (default: float32 on cpu, bfloat16 on cuda)"
+    )
+
+
+def _add_room(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device-bytes",
+        type=as_size,
+        default="256MiB",
+        metavar="N",
+        help=f"the room for adapters: {SIZE_HELP} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-slots", type=int, default=8, metavar="N", help="adapters on the device at a time"
+    )
+    parser.add_argument(
+        "--max-sequences",
+        type=int,
+        default=16,
+        metavar="N",
+        help="sequences under way at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of a sequence, the new ones included (default: %(default)s)",
+    )
+
+
+def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
+    try:
+        from lorax_async.server.assembly import Base, Capacity  # noqa: PLC0415 - what others need not
+        from lorax_async.server.settings import ServerSettings  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(f"{error}; run: pip install 'lorax-async[serve]'") from error
+    cuda = arguments.device == "cuda"
+    dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
+    adapters = named(arguments.adapters)
+    settings = ServerSettings(
+        base="smollm2" if arguments.base == "smollm2" else Path(arguments.base).resolve().name,
+        adapters=adapters,
+        admin_token=os.environ.get(ADMIN_TOKEN) or None,
+    )
+    config = LoaderConfig(
+        dtype=dtype,
+        device=arguments.device,
+        device_bytes=arguments.device_bytes,
+        max_slots=arguments.max_slots,
+        **sources_of(
+            arguments, [each for each in adapters.values() if isinstance(each, AdapterRef)]
+        ),
+    )
+    capacity = Capacity(sequences=arguments.max_sequences, length=arguments.max_length)
+    with screen.steps() as report:
+        base = arguments.base
+        folder = prepare_base(progress=report) if base == "smollm2" else Path(base)
+        report("loading the base model")
+        loaded = Base.load(folder, dtype=dtype, device=arguments.device)
+    _as_application()
+    try:
+        run_on_uvloop(_run(arguments, screen, loaded, config, settings, capacity))
+    except OSError as error:
+        screen.complain(f"{arguments.host}:{arguments.port}: {error}")
+        return FAILED
+    return OK
+
+
+def _as_application() -> None:
+    """What only the owner of a process may decide: this one is the server's own."""
+    import torch  # noqa: PLC0415
+
+    sys.setswitchinterval(SWITCH_SECONDS)
+    # The loop and the loader's threads need a core as well, or each token waits for theirs.
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+
+
+async def _run(
+    arguments: argparse.Namespace,
+    screen: Screen,
+    base: Base,
+    config: LoaderConfig,
+    settings: ServerSettings,
+    capacity: Capacity,
+) -> None:
+    from lorax_async.server.assembly import assembled  # noqa: PLC0415
+    from lorax_async.server.serving import listen, serve  # noqa: PLC0415
+
+    listener = listen(arguments.host, arguments.port)
+    async with assembled(base, config, settings, capacity, arguments.warm) as service:
+        await serve(
+            service, listener, ready=lambda: _tell(listener, settings, arguments.json, screen)
+        )
+
+
+def _tell(listener: socket.socket, settings: ServerSettings, as_json: bool, screen: Screen) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if as_json:
+        told: dict[str, Any] = {"url": url, "models": [settings.base, *settings.adapters]}
+        screen.json(told)
+        return
+    screen.say(f"serving {', '.join([settings.base, *settings.adapters])} at {url}", "bold")
+    screen.say(curl(url, next(iter(settings.adapters), settings.base)))
+
+
+def curl(url: str, model: str) -> str:
+    """One line that asks."""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is ice?"}}]}}'
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def named(given: Sequence[str]) -> dict[str, AdapterId]:
+    """The adapters of `--adapters`, by name. Raises `ConfigError`."""
+    found: dict[str, AdapterId] = {}
+    for text in given:
+        name, separator, place = text.partition("=")
+        if not separator or "/" in name:
+            name, place = "", text
+        for each, adapter in _places(name, place):
+            if each in found:
+                raise ConfigError(f"two adapters are called {each!r}; name one: NAME=PATH")
+            found[each] = adapter
+    return found
+
+
+def _places(name: str, place: str) -> list[tuple[str, AdapterId]]:
+    folder = Path(place)
+    if folder.is_dir() and not (folder / CONFIG).exists() and not name:
+        below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+        if not below:
+            raise ConfigError(f"{folder} is no adapter, and holds none")
+        return [(path.name, path.resolve()) for path in below]
+    try:
+        ref = as_place(place)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--adapters: {error}") from None
+    if isinstance(ref.id, Path):
+        return [(name or ref.id.resolve().name, ref.id.resolve())]
+    return [(name or ref.text.rstrip("/").rpartition("/")[2].partition("@")[0], ref)]

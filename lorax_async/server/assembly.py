@@ -1,0 +1,161 @@
+"""A whole server from its parts: the base, the loader, the scheduler, the engine, the service."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorax_async import layouts
+from lorax_async.adapter import AdapterId
+from lorax_async.config import LoaderConfig
+from lorax_async.engines.transformers import attach
+from lorax_async.errors import ConfigError
+from lorax_async.loader import AdapterLoader
+from lorax_async.scheduler import AdapterScheduler
+from lorax_async.server.engine import Engine
+from lorax_async.server.generation import Generation, Tokens
+from lorax_async.server.service import Service
+from lorax_async.server.settings import ServerSettings
+from lorax_async.server.transformers_decoder import TransformersDecoder
+from lorax_async.server.warm_list import WarmList
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model that answers, with its tokenizer and the token ids that end an answer."""
+
+    model: Any
+    tokenizer: Any
+    stop_tokens: frozenset[int]
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: str, device: str) -> Base:
+        """Blocks, for seconds. Raises `ConfigError` where it is no such folder."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+        logging: Any = importlib.import_module("transformers.utils.logging")  # untyped
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} is no base model that can be served: {error}") from error
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        return cls(model.to(device).eval(), tokenizer, _stop_tokens(model, tokenizer))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model was made for."""
+        return int(self.model.config.max_position_embeddings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """How much is computed at a time.
+
+    Attributes
+    ----------
+    sequences
+        That have begun and not ended: the engine keeps keys and values of so many.
+    length
+        Tokens of one sequence, at most; None is what the model was made for.
+    step_tokens
+        Of all sequences together, in one step; longer prompts come in parts.
+    """
+
+    sequences: int = 16
+    length: int | None = None
+    step_tokens: int = 1024
+
+
+@asynccontextmanager
+async def assembled(
+    base: Base,
+    config: LoaderConfig,
+    settings: ServerSettings,
+    capacity: Capacity,
+    warm: Path | None = None,
+) -> AsyncIterator[Service]:
+    """What answers requests, open; on leaving, all of it is closed. On the loop that serves.
+
+    Parameters
+    ----------
+    base
+        Nobody else uses its model meanwhile.
+    config
+        Of the loader; its dtype is that in which the model computes.
+    warm
+        The file of a `WarmList`; None keeps none.
+
+    Raises `ConfigError` for what does not fit together.
+    """
+    length = min(base.max_length, capacity.length or base.max_length)
+    async with AsyncExitStack() as stack:
+        loader = await stack.enter_async_context(
+            AdapterLoader(layouts.from_module(base.model), config)
+        )
+        attached = stack.enter_context(attach(base.model, loader))
+        scheduler = await stack.enter_async_context(
+            AdapterScheduler(loader, max_begun=capacity.sequences)
+        )
+        decoder = TransformersDecoder(
+            base.model, attached, max_sequences=capacity.sequences, max_length=length
+        )
+        engine = await stack.enter_async_context(
+            Engine(
+                scheduler,
+                decoder,
+                max_tokens=capacity.step_tokens,
+                max_sequences=capacity.sequences,
+            )
+        )
+        noted = Noted(engine, _nobody)
+        if warm is not None:
+            noted.used = (await stack.enter_async_context(WarmList(warm, loader))).used
+        yield Service(settings, noted, loader, base.tokenizer, base.stop_tokens)
+
+
+class Noted:
+    """An engine that tells `used` of every adapter that is asked for."""
+
+    def __init__(self, engine: Engine, used: Callable[[AdapterId], None]) -> None:
+        self._engine = engine
+        self.used = used
+
+    @property
+    def max_length(self) -> int:
+        return self._engine.max_length
+
+    @property
+    def waiting(self) -> int:
+        return self._engine.waiting
+
+    @property
+    def alive(self) -> bool:
+        return self._engine.alive
+
+    def submit(self, generation: Generation) -> Tokens:
+        tokens = self._engine.submit(generation)
+        if generation.adapter is not None:
+            self.used(generation.adapter)
+        return tokens
+
+
+def _nobody(adapter: AdapterId) -> None:
+    del adapter
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Of the model's generation config, and the tokenizer's own."""
+    found = model.generation_config.eos_token_id
+    said = found if isinstance(found, list) else [found]
+    return frozenset(token for token in (*said, tokenizer.eos_token_id) if token is not None)
