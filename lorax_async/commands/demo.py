@@ -25,6 +25,7 @@ from lorax_async.commands.measure import (
     run_on_uvloop,
     with_ticker,
 )
+from lorax_async.commands.serve import how_to_serve
 from lorax_async.commands.terminal import Screen, milliseconds, size, spans
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
@@ -65,6 +66,7 @@ class Demo:
     difference to `loads` is what the first load of a process pays for warming up.
     """
 
+    adapters: Path
     prompt: str
     answers: tuple[Answer, ...]
     loads: tuple[Load, ...]
@@ -81,18 +83,17 @@ def run_demo(folder: Path, prompt: str, screen: Screen) -> Demo:
     Raises `ConfigError` where the adapters or the base model are not installed, and whatever a
     load raises.
     """
-    paths = adapters_in(folder)
+    adapters_in(folder)  # before the base, which takes longer
     start = time.perf_counter()
     # Before the loop starts, for both hold the interpreter for long: Ctrl-C ends them at once.
     with screen.steps() as report:
         base = _Base.load(report)
     prepared = time.perf_counter() - start
-    return run_on_uvloop(_demo(base, paths, prompt, screen, prepared))
+    return run_on_uvloop(_demo(base, folder, prompt, screen, prepared))
 
 
-async def _demo(
-    base: _Base, paths: Sequence[Path], prompt: str, screen: Screen, prepared: float
-) -> Demo:
+async def _demo(base: _Base, folder: Path, prompt: str, screen: Screen, prepared: float) -> Demo:
+    paths = adapters_in(folder)
     layout = layouts.from_module(base.model)
     async with AdapterLoader(layout, CONFIG) as loader:
         loads = loads_of(paths)
@@ -108,7 +109,7 @@ async def _demo(
             spent = time.perf_counter() - start
         finally:
             _release(loads)
-    return Demo(prompt, answers, tuple(loads), again, idle, stall, prepared, spent)
+    return Demo(folder, prompt, answers, tuple(loads), again, idle, stall, prepared, spent)
 
 
 async def _load(loader: AdapterLoader, loads: Sequence[Load], show: Show) -> None:
@@ -242,6 +243,11 @@ def show_demo(demo: Demo, screen: Screen) -> None:
             ("answers", f"{demo.generate_seconds:.1f} s for four rows in one batch, fp32, greedy"),
         ]
     )
+    serving, asking = how_to_serve(demo.adapters)
+    screen.say()
+    screen.say("To serve them, and to ask:", "bold")
+    screen.say(serving)
+    screen.say(asking)
 
 
 def _row(load: Load) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from lorax_async.server.settings import ServerSettings
 
 ADMIN_TOKEN = "LORAX_ADMIN_TOKEN"  # noqa: S105 - the variable's name
+PORT = 8000
 SWITCH_SECONDS = 0.0005
 """For how long a thread may keep the interpreter from the loop's: Python's own 5 ms are as long as
 a whole token's budget of bookkeeping, and several threads wait in turn."""
@@ -82,7 +85,7 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
 def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="to listen at (default: %(default)s)")
     parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="0 is any (default: %(default)s)"
+        "--port", type=int, default=PORT, metavar="N", help="0 is any (default: %(default)s)"
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
@@ -195,10 +198,22 @@ def _tell(listener: socket.socket, settings: ServerSettings, as_json: bool, scre
     screen.say(curl(url, next(iter(settings.adapters), settings.base)))
 
 
+def how_to_serve(adapters: Path) -> tuple[str, str]:
+    """Two lines for a shell in this folder: one that serves the demo's adapters, one that asks."""
+    program = os.path.relpath(Path(sys.executable).with_name("lorax-async"))
+    serving = shlex.join([program, "serve", "--base", "smollm2", "--adapters", str(adapters)])
+    return serving, curl(f"http://127.0.0.1:{PORT}", "pirate")
+
+
 def curl(url: str, model: str) -> str:
     """One line that asks."""
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is ice?"}}]}}'
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    asked = {"model": model, "messages": [{"role": "user", "content": "What is ice?"}]}
+    return shlex.join(
+        [
+            *("curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"),
+            *("-d", json.dumps(asked)),
+        ]
+    )
 
 
 def named(given: Sequence[str]) -> dict[str, AdapterId]:
