@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common import Run
+from common import Run, until
 from server.world import FakeEngine, World, serving
 
 PLAIN = {"model": "base", "prompt": "x"}
@@ -76,6 +77,29 @@ def test_a_second_signal_ends_it_now(run: Run) -> None:
             return await asked
 
     assert run(play()).status == 503
+
+
+def test_who_is_still_asking_is_told(run: Run) -> None:
+    """A body that becomes whole when the time is up is not begun with."""
+
+    async def play() -> bytes:
+        async with serving() as world:
+            reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+            body = json.dumps(PLAIN).encode()
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            writer.write(head.encode() + body[:-1])
+            await until(lambda: world.service.under_way._count)
+            world.server.stop()
+            world.server.stop()
+            writer.write(body[-1:])
+            answer = await reader.readline()
+            writer.close()
+            assert not world.engine.submitted
+            return answer
+
+    assert b" 503 " in run(play())
 
 
 def test_connections_that_ask_nothing_are_closed(run: Run) -> None:
