@@ -71,10 +71,10 @@ class EventStream:
         await self._send({"type": "http.response.body", "body": content, "more_body": more})
 
     async def _send(self, message: Message) -> None:
-        self.begun = True
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send_on(message)
+                self.begun = True
         except TimeoutError:
             await self._cut_off()
             raise ClientGone from None

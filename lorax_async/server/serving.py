@@ -6,7 +6,7 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, cast
@@ -67,6 +67,7 @@ class Serving(uvicorn.Server):
             await super().serve(sockets)
         finally:
             self._under_way.close()
+            await self._cut_off(sockets or ())
 
     def stop(self) -> None:
         """As a signal does. On the loop."""
@@ -116,9 +117,16 @@ class Serving(uvicorn.Server):
             self._under_way.fail()
             await self._under_way.ended(LAST_SECONDS)
         await super().shutdown(sockets)
+
+    async def _cut_off(self, sockets: Iterable[socket.socket]) -> None:
+        """Close what is left; after a cancelled `serve`, that is everything."""
+        for server in getattr(self, "servers", ()):
+            server.close()
+        for listener in sockets:
+            listener.close()
         for connection in tuple(self.server_state.connections):
             cast(Any, connection).transport.abort()
-        if self.server_state.tasks:
+        if self.server_state.tasks:  # they find out that their clients have gone
             await asyncio.wait(tuple(self.server_state.tasks), timeout=LAST_SECONDS)
 
 

@@ -72,6 +72,7 @@ class UnderWay:
 
     def __init__(self) -> None:
         self.closing = False
+        self._over = False
         self._count = 0
         self._watches: set[Watch] = set()
         self._idle = asyncio.Event()
@@ -92,7 +93,12 @@ class UnderWay:
                 self._idle.set()
 
     def watched(self, receive: Receive) -> Watch:
-        """To be entered by a request that has read its body: ends it early where need be."""
+        """To be entered by a request that has read its body: ends it early where need be.
+
+        Raises `LoaderClosedError` after `fail`.
+        """
+        if self._over:
+            raise LoaderClosedError(CLOSING)
         return Watch(self._watches, receive)
 
     def close(self) -> None:
@@ -100,7 +106,8 @@ class UnderWay:
         self.closing = True
 
     def fail(self) -> None:
-        """End those under way with `LoaderClosedError`."""
+        """End those under way with `LoaderClosedError`; who still reads a body, after it."""
+        self._over = True
         for watch in tuple(self._watches):
             watch.interrupt(LoaderClosedError(CLOSING))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -36,9 +37,9 @@ def tokenizer() -> Any:
     """Every byte is a token, so that most characters of the world are several."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")  # type: ignore[no-untyped-call]
     fast.chat_template = TEMPLATE
     return fast
 
@@ -106,7 +107,7 @@ class FakeEngine:
         self.submitted: list[FakeTokens] = []
         self._rule = rule
         self._waiting: set[FakeTokens] = set()
-        self._news = asyncio.Condition()
+        self._news = asyncio.Event()
 
     @property
     def waiting(self) -> int:
@@ -118,6 +119,7 @@ class FakeEngine:
         tokens = FakeTokens(self, generation)
         self.submitted.append(tokens)
         self._waiting.add(tokens)
+        self._news.set()
         if self._rule is not None:
             self._rule(tokens)
         return tokens
@@ -129,7 +131,8 @@ class FakeEngine:
         """The last of so many generations, once they were submitted."""
         async with asyncio.timeout(20):
             while len(self.submitted) < count:
-                await asyncio.sleep(0)
+                self._news.clear()
+                await self._news.wait()
         return self.submitted[count - 1]
 
 
@@ -216,7 +219,11 @@ class Answer:
 
 @asynccontextmanager
 async def serving(
-    engine: Any = None, loader: AdapterLoader | None = None, **settings: Any
+    engine: Any = None,
+    loader: AdapterLoader | None = None,
+    *,
+    send_buffer: int | None = None,
+    **settings: Any,
 ) -> AsyncIterator[World]:
     """A server before `engine`, or before one that says "hello"."""
     engine = FakeEngine(saying("hello")) if engine is None else engine
@@ -228,6 +235,8 @@ async def serving(
         service = Service(made, engine, loader, tokenizer(), eos)
         ready = asyncio.Event()
         server, listener = Serving(service, ready.set), listen("127.0.0.1", 0)
+        if send_buffer is not None:  # of all connections that it accepts
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         port = listener.getsockname()[1]
         ended = asyncio.create_task(server.serve([listener]))
         await ready.wait()
@@ -238,4 +247,6 @@ async def serving(
         async with client:
             yield World(service, server, engine, client, port, ended)
         server.stop()
-        await ended
+        await asyncio.wait([ended])
+        if not ended.cancelled():
+            await ended

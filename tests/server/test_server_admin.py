@@ -1,0 +1,250 @@
+"""Adapters by name, as in vLLM, and where they are; for whoever has the token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from common import Run
+from lorax_async import ConfigError, FetchError, UsageError
+from lorax_async.server.settings import ServerSettings
+from server.world import TOKEN, Answer, serving
+from tiny_loaders import loader as tiny_loader
+from tiny_sources import over, stocked
+
+LOAD, UNLOAD, ADAPTERS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters"
+
+
+def test_load_use_and_unload(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "pirate")
+
+    async def play() -> None:
+        async with serving() as world:
+            body = {"lora_name": "pirate", "lora_path": str(folder)}
+            loaded = await world.admin(LOAD, body)
+            assert loaded.status == 200
+            assert loaded.body == b"Success: LoRA adapter 'pirate' added successfully."
+            assert [where.state for where in world.service.loader.residency().values()] == [
+                "resident"
+            ]
+            models = await world.client.models.list()
+            assert [model.id for model in models.data] == ["base", "pirate"]
+            await world.client.completions.create(model="pirate", prompt="x")
+            assert world.engine.submitted[0].generation.adapter == folder
+
+            unloaded = await world.admin(UNLOAD, {"lora_name": "pirate"})
+            assert unloaded.status == 200
+            assert unloaded.body == b"Success: LoRA adapter 'pirate' removed successfully."
+            models = await world.client.models.list()
+            assert [model.id for model in models.data] == ["base"]
+            tiers = [where.tier for where in world.service.loader.residency().values()]
+            assert "device" not in tiers
+            again = await world.admin(UNLOAD, {"lora_name": "pirate"})
+            assert (again.status, again.error["type"]) == (404, "NotFoundError")
+            assert again.error["message"] == "The lora adapter 'pirate' cannot be found."
+
+    run(play())
+
+
+def test_an_id_can_be_named(run: Run, tmp_path: Path) -> None:
+    """What is no folder is an id, which the loader's sources know."""
+    source = stocked(tmp_path, "org/pirate")
+
+    async def play() -> None:
+        async with serving(loader=over(source)) as world:
+            body = {"lora_name": "pirate", "lora_path": "org/pirate"}
+            assert (await world.admin(LOAD, body)).status == 200
+            assert world.service.names.find("pirate") == "org/pirate"
+
+    run(play())
+
+
+def test_a_name_is_given_once(run: Run, tmp_path: Path) -> None:
+    one, two = tiny.write(tmp_path / "one", 1), tiny.write(tmp_path / "two", 2)
+
+    async def play() -> None:
+        async with serving() as world:
+            body = {"lora_name": "a", "lora_path": str(one)}
+            assert (await world.admin(LOAD, body)).status == 200
+            again = await world.admin(LOAD, body)
+            assert (again.status, again.error["type"]) == (400, "InvalidUserInput")
+            assert "has already been loaded" in again.error["message"]
+            other = body | {"lora_path": str(two), "load_inplace": True}
+            assert (await world.admin(LOAD, other)).status == 200
+            assert world.service.names.find("a") == two
+            base = await world.admin(LOAD, body | {"lora_name": "base"})
+            assert base.status == 400
+
+    run(play())
+
+
+def test_a_folder_with_two_names_stays_for_the_other(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+
+    async def play() -> None:
+        async with serving() as world:
+            for name in ("a", "b"):
+                await world.admin(LOAD, {"lora_name": name, "lora_path": str(folder)})
+            await world.admin(UNLOAD, {"lora_name": "a"})
+            (where,) = world.service.loader.residency().values()
+            assert where.tier == "device"
+
+    run(play())
+
+
+def test_what_is_in_use_is_unloaded_later(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorax_async.server.admin.UNLOAD_SECONDS", 0.01)
+    folder = tiny.write(tmp_path / "one")
+
+    async def play() -> None:
+        async with serving(adapters={"a": folder}) as world:
+            async with await world.service.loader.load(folder) as handle:
+                assert (await world.admin(UNLOAD, {"lora_name": "a"})).status == 200
+                assert not handle.released
+            assert world.service.names.find("a") == "a"
+
+    run(play())
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 400),
+        ({"lora_name": "a"}, 400),
+        ({"lora_name": "", "lora_path": "x/y"}, 400),
+        ({"lora_name": "a", "lora_path": "no id"}, 400),
+        ({"lora_name": "a", "lora_path": "./nowhere"}, 404),
+        ({"lora_name": "a", "lora_path": "/etc/nowhere"}, 403),
+        ({"lora_name": "a", "lora_path": "x/\0"}, 400),
+        ({"lora_name": 5, "lora_path": "x/y"}, 400),
+    ],
+)
+def test_what_cannot_be_loaded(run: Run, tmp_path: Path, body: Any, status: int) -> None:
+    async def play() -> Answer:
+        async with serving(loader=tiny_loader(local_roots=(tmp_path,))) as world:
+            answer = await world.admin(LOAD, body)
+            assert not world.service.names.adapters
+            return answer
+
+    assert run(play()).status == status
+
+
+def test_a_malformed_folder_is_told(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "torn")
+    (folder / "adapter_config.json").write_text("{")
+
+    async def play() -> Answer:
+        async with serving() as world:
+            return await world.admin(LOAD, {"lora_name": "a", "lora_path": str(folder)})
+
+    answer = run(play())
+    assert (answer.status, answer.error["code"]) == (422, "adapter_malformed")
+
+
+def test_where_adapters_are(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+
+    async def play() -> Any:
+        async with serving() as world:
+            body = {"lora_name": "a", "lora_path": str(folder)}
+            await world.admin(LOAD, body)
+            async with await world.service.loader.load(folder):
+                answer = await world.ask("GET", ADAPTERS, Authorization=f"Bearer {TOKEN}")
+            return answer.json["data"]
+
+    (one,) = run(play())
+    assert one["names"] == ["a"]
+    assert one["id"].endswith(str(folder))
+    assert (one["tier"], one["state"], one["leases"], one["pins"]) == ("device", "resident", 1, 0)
+    assert one["slot"] == {"index": 0, "generation": 1}
+    assert one["device_bytes"] == 4 * 2 * 1536
+    assert [event["event"] for event in one["story"]] == ["SlotGranted", "Resident"]
+    assert one["story"][0]["layers"] == [0, 1, 2, 3]
+
+
+def test_a_failure_stands_in_the_story(run: Run, tmp_path: Path) -> None:
+    """Also with its error, which JSON does not know."""
+    source = stocked(tmp_path, "org/a")
+    source.fail("bring", FetchError("the line was cut", retryable=False))
+
+    async def play() -> Any:
+        async with serving(loader=over(source)) as world:
+            with pytest.raises(FetchError):
+                await world.service.loader.load("org/a")
+            (await world.service.loader.load("org/a")).release()
+            return (await world.ask("GET", ADAPTERS, Authorization=f"Bearer {TOKEN}")).json
+
+    story = run(play())["data"][0]["story"]
+    assert [event["event"] for event in story] == [
+        "SlotGranted",
+        "Failed",
+        "Leaving",
+        "SlotGranted",
+        "Resident",
+    ]
+    assert story[1]["error"]["error"] == "FetchError"
+    assert "the line was cut" in story[1]["error"]["message"]
+
+
+@pytest.mark.parametrize("key", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", "Bearer \xe9"])
+def test_the_token_is_needed(run: Run, key: str) -> None:
+    async def play() -> list[Answer]:
+        async with serving() as world:
+            head = f"Host: x\r\nConnection: close\r\nAuthorization: {key}\r\nContent-Length: 2\r\n\r\n{{}}"
+            return [
+                await world.raw(f"{method} {path} HTTP/1.1\r\n{head}".encode("latin-1"))
+                for method, path in (("POST", LOAD), ("POST", UNLOAD), ("GET", ADAPTERS))
+            ]
+
+    for answer in run(play()):
+        assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+        assert TOKEN not in answer.body.decode()
+
+
+def test_without_a_token_nobody_administers(run: Run) -> None:
+    async def play() -> list[Answer]:
+        async with serving(admin_token=None) as world:
+            return [
+                await world.admin(LOAD, {"lora_name": "a", "lora_path": "b/c"}),
+                await world.admin(UNLOAD, {"lora_name": "a"}),
+                await world.ask("GET", ADAPTERS),
+            ]
+
+    for answer in run(play()):
+        assert (answer.status, answer.error["code"]) == (403, "admin_disabled")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"admin_token": ""},
+        {"admin_token": "two words"},
+        {"max_body_bytes": 0},
+        {"max_prompt_tokens": 0},
+        {"max_waiting": 1},
+        {"slow_client": 0},
+        {"drain": -1},
+        {"retry_after": "1"},
+        {"base": ""},
+        {"adapters": {"b": "x/y"}},
+        {"adapters": {"": "x/y"}},
+        {"adapters": {"a": 5}},
+    ],
+)
+def test_settings_are_checked(wrong: Any) -> None:
+    with pytest.raises((ConfigError, UsageError)):
+        ServerSettings(**({"base": "b"} | wrong))
+
+
+def test_names_are_the_servers_own() -> None:
+    names = {"a": "x/y"}
+    settings = ServerSettings(base="b", adapters=names)
+    names["c"] = "x/z"
+    assert settings.adapters == {"a": "x/y"}
+    with pytest.raises(TypeError):
+        settings.adapters["d"] = "x/y"  # type: ignore[index]
