@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from lorax_async.server.serving import Serving, listen
 from lorax_async.server.settings import ServerSettings
 
 CLIENTS = Path(__file__).with_name("clients.py")
-STYLES = {
+STYLES: dict[str, Callable[[str], bool]] = {
     "pirate": lambda text: text.startswith("Arr"),
     "shout": str.isupper,
     "json": lambda text: text.startswith('{"answer":'),
@@ -38,7 +38,8 @@ SEQUENCES = 16
 RATE = 1.5e6
 """Bytes per second of each connection to the source: an adapter takes a quarter of a second."""
 
-TICK = 0.001
+TICK, LOOK = 0.001, 0.25
+"""Seconds between two looks at the loop, and at the memory."""
 
 
 @dataclass
@@ -159,11 +160,17 @@ async def answers_of(asked: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 async def watch(lags: list[float], resident: list[int]) -> None:
-    page, looked = os.sysconf("SC_PAGE_SIZE"), 0.0
+    looked = 0.0
     while True:
         due = monotonic() + TICK
         await asyncio.sleep(TICK)
         lags.append(monotonic() - due)
-        if monotonic() > looked + 0.25:
+        if monotonic() > looked + LOOK:
             looked = monotonic()
-            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
+            resident.append(resident_bytes())
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
