@@ -92,7 +92,7 @@ def source(adapters: Path, work: Path, copies: int) -> Iterator[tuple[Link, list
         for path in folder.glob("adapter_*")
     }
     with Link(files, rate=RATE, delay=0.005) as link:
-        every = [*names[: copies // 2], f"{MISSING}-0", f"{REFUSED}-0", *names[copies // 2 :]]
+        every = [*names[:5], f"{MISSING}-0", f"{REFUSED}-0", *names[5:]]  # often asked for
         yield link, [f"{link.url(name)}/" for name in every]
 
 
