@@ -101,6 +101,7 @@ def test_the_optional_parts_stay_away(imported: Any) -> None:
     """The engine adapters and the command line are imported by those who use them."""
     above = {
         "lorax_async.engines",
+        "lorax_async.server",
         "lorax_async.cli",
         "lorax_async.commands.demo",
         "lorax_async.commands.terminal",
