@@ -53,6 +53,7 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_lora_weights.py $(ARGS)
 	$(BIN)/python benchmarks/bench_remote.py $(ARGS)
 	$(BIN)/python benchmarks/bench_cold_request.py $(ARGS)
+	$(BIN)/python benchmarks/bench_server.py $(ARGS)
 	$(BIN)/python benchmarks/bench_sgmv.py $(ARGS)
 
 # The CPU build of torch has no CUDA; then this says so and succeeds.

@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -23,10 +23,11 @@ import torch
 
 from bench_options import Options, options, print_environment, write_json
 from cold_stage import Base, Decoding
-from harness import SEED, WrongBytesError, print_table, run_on
+from harness import SEED, WrongBytesError, run_on
 from link import Link
 from lorax_async import AdapterHandle, AdapterLoader
 from lorax_async.engines.transformers import Attached
+from times import Line, Times, print_lines, verdict
 
 TOKENS = 224
 FIRST_TOKEN = 1.1
@@ -41,8 +42,6 @@ STEPS_BETWEEN = 6
 LOAD_SECONDS = 1.0
 """Of one adapter over its link: several are on their way at once."""
 MEDIAN, P99 = 1.1, 1.3
-
-Line = dict[str, object]
 
 
 @dataclass(slots=True, eq=False)
@@ -86,23 +85,6 @@ class Request:
         self.expected.append(decoding.next)
         if not self.expected[-1].equal(self.expected[0]):
             raise WrongBytesError("another token than with the adapter resident")
-
-
-@dataclass(slots=True)
-class Times:
-    """Of each contender, in ms."""
-
-    of: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, seconds: float) -> None:
-        self.of.setdefault(name, []).append(seconds * 1e3)
-
-    def median(self, name: str) -> float:
-        return statistics.median(self.of[name])
-
-    def p99(self, name: str) -> float:
-        found = sorted(self.of[name])
-        return found[min(len(found) - 1, int(0.99 * len(found)))]
 
 
 class Bench:
@@ -209,7 +191,7 @@ def inter_token_lines(row: str, times: Times) -> list[Line]:
         ratio = times.p99(name) / times.p99(warm)
         line |= {"p99_ms": times.p99(name), "p99_ratio": ratio}
         if name == cold:
-            line |= {"p99_target": f"≤ {P99}", "p99_verdict": _verdict(ratio, P99)}
+            line |= {"p99_target": f"≤ {P99}", "p99_verdict": verdict(ratio, P99)}
         found.append(line)
     return found
 
@@ -223,22 +205,8 @@ def _line(row: str, name: str, times: Times, ratio: float, target: float, *, jud
         "max_ms": max(times.of[name]),
         "ratio": ratio,
         "target": f"≤ {target}" if judged else "",
-        "verdict": _verdict(ratio, target) if judged else "",
+        "verdict": verdict(ratio, target) if judged else "",
     }
-
-
-def _verdict(ratio: float, target: float) -> str:
-    return f"missed by {ratio - target:.2f} ×" if ratio > target else "reached"
-
-
-def print_lines(title: str, found: Sequence[Line]) -> None:
-    keys = [key for key in found[-1] if key != "row"]
-    cells = [[_cell(line.get(key, "")) for key in keys] for line in found]
-    print_table(title, [key.replace("_", " ") for key in keys], cells)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def main() -> int:
