@@ -16,11 +16,11 @@ from lorax_async.engines.transformers import attach
 from lorax_async.errors import ConfigError
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler import AdapterScheduler
+from lorax_async.server.calls.service import Service
+from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
 from lorax_async.server.engine import Engine
 from lorax_async.server.generation import Generation, Tokens
-from lorax_async.server.service import Service
 from lorax_async.server.settings import ServerSettings
-from lorax_async.server.transformers_decoder import TransformersDecoder
 from lorax_async.server.warm_list import WarmList
 
 

@@ -16,11 +16,11 @@ from lorax_async.errors import InternalError, LoaderClosedError, LoraxError, Usa
 from lorax_async.scheduler import AdapterScheduler
 from lorax_async.scheduling.batch import Batch
 from lorax_async.scheduling.requests import Request, Ticket
-from lorax_async.server.answer import Answer
+from lorax_async.server.decoding.answer import Answer
+from lorax_async.server.decoding.sampling import Sampler
+from lorax_async.server.decoding.steps import Outcome, Work
 from lorax_async.server.generation import Generation
 from lorax_async.server.ports import Decoder
-from lorax_async.server.sampling import Sampler
-from lorax_async.server.steps import Outcome, Work
 from lorax_async.settings.requirements import require_count
 
 T = TypeVar("T")

@@ -15,9 +15,9 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.server import HANDLED_SIGNALS
 
-from lorax_async.server.app import create_app
-from lorax_async.server.events import ABORT
-from lorax_async.server.service import Service
+from lorax_async.server.calls.app import create_app
+from lorax_async.server.calls.events import ABORT
+from lorax_async.server.calls.service import Service
 
 LAST_SECONDS = 5
 """For answers that are computed, and errors, to be taken by their clients."""

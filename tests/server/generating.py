@@ -10,8 +10,8 @@ from typing import Any
 from common import our_threads
 from lorax_async import AdapterLoader, LoraxError
 from lorax_async.io.fakes import FakeSource
+from lorax_async.server.decoding.fake_decoder import FakeDecoder, fake_logits
 from lorax_async.server.engine import Engine
-from lorax_async.server.fake_decoder import FakeDecoder, fake_logits
 from lorax_async.server.generation import Generation, Sampling
 from lorax_async.server.ports import Computed, Step
 from scheduling.serving import opened

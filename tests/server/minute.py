@@ -19,7 +19,7 @@ from typing import Any
 from link import Link
 from lorax_async import Allow, LoaderConfig
 from lorax_async.server.assembly import Base, Capacity, assembled
-from lorax_async.server.service import Service
+from lorax_async.server.calls.service import Service
 from lorax_async.server.serving import Serving, listen
 from lorax_async.server.settings import ServerSettings
 

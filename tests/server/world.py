@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorax_async import AdapterLoader, LoaderClosedError, LoraxError
+from lorax_async.server.calls.service import Service
 from lorax_async.server.generation import Finish, Generation
-from lorax_async.server.service import Service
 from lorax_async.server.serving import Serving, listen
 from lorax_async.server.settings import ServerSettings
 from tiny_loaders import loader as tiny_loader

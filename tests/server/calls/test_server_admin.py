@@ -98,7 +98,7 @@ def test_a_folder_with_two_names_stays_for_the_other(run: Run, tmp_path: Path) -
 def test_what_is_in_use_is_unloaded_later(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorax_async.server.admin.UNLOAD_SECONDS", 0.01)
+    monkeypatch.setattr("lorax_async.server.calls.admin.UNLOAD_SECONDS", 0.01)
     folder = tiny.write(tmp_path / "one")
 
     async def play() -> None:

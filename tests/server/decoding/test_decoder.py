@@ -14,8 +14,8 @@ import torch
 from common import Run
 from engines.variants import PEFT_WARNING, active, logits_of, prompt, serving
 from lorax_async.engines.transformers import Attached
-from lorax_async.server.transformers_decoder import TransformersDecoder
-from server.decoding import Play, Sequence_, alone, base_alone
+from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
+from server.solo_runs import Play, Sequence_, alone, base_alone
 
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
 

@@ -20,8 +20,8 @@ from common import Run
 from engines.variants import serving
 from lorax_async import ConfigError, UsageError
 from lorax_async.engines.transformers import Attached
+from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
 from lorax_async.server.ports import Part, Step
-from lorax_async.server.transformers_decoder import TransformersDecoder
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

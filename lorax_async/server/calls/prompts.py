@@ -9,8 +9,8 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from lorax_async.errors import shorten
-from lorax_async.server.errors import Refusal
-from lorax_async.server.requests import Body, ChatBody, CompletionBody
+from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody
 
 
 class ChatTokenizer(Protocol):

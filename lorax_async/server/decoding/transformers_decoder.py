@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lorax_async.engines.transformers import Attached
 from lorax_async.errors import ConfigError, LoraxError
-from lorax_async.server.kept_keys import KeptKeys
+from lorax_async.server.decoding.kept_keys import KeptKeys
 from lorax_async.server.ports import Computed, Part, Step
 from lorax_async.settings.requirements import require_count
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorax_async.adapter import AdapterId
-from lorax_async.server.errors import Refusal
+from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody
+from lorax_async.server.calls.service import Service
 from lorax_async.server.generation import Generation, Sampling
-from lorax_async.server.requests import Body, ChatBody, CompletionBody
-from lorax_async.server.service import Service
 
 
 def require_few(body: Body, most: int) -> None:

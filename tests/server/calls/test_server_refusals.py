@@ -12,7 +12,7 @@ import pytest
 import lorax_async as la
 from common import Run
 from lorax_async import LoraxError
-from lorax_async.server.errors import INTERNAL, refusal_of
+from lorax_async.server.calls.errors import INTERNAL, refusal_of
 from server.world import (
     FakeEngine,
     FakeTokens,

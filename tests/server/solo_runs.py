@@ -12,8 +12,8 @@ import torch
 
 from engines.variants import logits_of
 from lorax_async import AdapterHandle
+from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
 from lorax_async.server.ports import Computed, Part, Step
-from lorax_async.server.transformers_decoder import TransformersDecoder
 
 Solo = Callable[[str | None, Sequence[int]], torch.Tensor]
 """Logits after these tokens, computed alone with the adapter of that name."""

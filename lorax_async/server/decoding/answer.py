@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 
 from lorax_async.errors import LoraxError
 from lorax_async.scheduling.requests import Ticket
+from lorax_async.server.decoding.sampling import Sampler
 from lorax_async.server.generation import Finish, Generation
-from lorax_async.server.sampling import Sampler
 
 
 class Answer:

@@ -10,8 +10,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from lorax_async import UsageError
+from lorax_async.server.decoding.sampling import Sampler, choose
 from lorax_async.server.generation import Sampling
-from lorax_async.server.sampling import Sampler, choose
 
 
 def logits_of(seed: int, vocabulary: int, spread: float = 3.0) -> torch.Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lorax_async.server.errors import Refusal
-from lorax_async.server.requests import Body, ChatBody, CompletionBody, parsed
+from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody, parsed
 
 PLAIN: dict[str, Any] = {"model": "m", "prompt": "p"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "c"}]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorax_async.server.kept_keys import BLOCK, KeptKeys, KeptLayer
+from lorax_async.server.decoding.kept_keys import BLOCK, KeptKeys, KeptLayer
 
 HEADS, DIM = 2, 3
 

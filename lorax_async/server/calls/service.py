@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lorax_async.errors import CapacityError
 from lorax_async.loader import AdapterLoader
-from lorax_async.server.clients import Clients
+from lorax_async.server.calls.clients import Clients
+from lorax_async.server.calls.names import Names
+from lorax_async.server.calls.prompts import ChatTokenizer, Prompts
+from lorax_async.server.calls.under_way import UnderWay
 from lorax_async.server.generation import Generating
-from lorax_async.server.names import Names
-from lorax_async.server.prompts import ChatTokenizer, Prompts
 from lorax_async.server.settings import ServerSettings
-from lorax_async.server.under_way import UnderWay
 
 
 class Service:

@@ -9,8 +9,8 @@ from contextlib import aclosing, suppress
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from lorax_async.server.errors import Refusal
-from lorax_async.server.under_way import ClientGone
+from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.calls.under_way import ClientGone
 
 LINGER_BYTES = 8 << 20
 """Of a body that is too large, what is thrown away before the connection is closed: who is still

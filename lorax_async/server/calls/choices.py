@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lorax_async.errors import InternalError
-from lorax_async.server.answers import Choice
+from lorax_async.server.calls.forms import Choice
+from lorax_async.server.calls.text import Detokenizer, StopStrings
 from lorax_async.server.generation import Finish, Tokens
-from lorax_async.server.text import Detokenizer, StopStrings
 
 
 class Piece(NamedTuple):

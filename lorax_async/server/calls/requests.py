@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from lorax_async.errors import shorten
-from lorax_async.server.errors import Refusal
+from lorax_async.server.calls.errors import Refusal
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lorax_async.errors import UsageError
-from lorax_async.server.rows import Rows
+from lorax_async.server.decoding.rows import Rows
 
 BLOCK = 64
 """Tokens by which places become longer."""

@@ -11,9 +11,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from lorax_async.server.answers import DONE, as_event
-from lorax_async.server.errors import Refusal
-from lorax_async.server.under_way import ClientGone, until_gone
+from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.calls.forms import DONE, as_event
+from lorax_async.server.calls.under_way import ClientGone, until_gone
 
 ABORT = "lorax_abort"
 """In the scope's state: cuts the connection at once, whatever has not been sent."""

@@ -17,11 +17,11 @@ from lorax_async.adapter import AdapterId, AdapterKey, as_ref
 from lorax_async.errors import AdapterInUseError, AdapterTimeoutError, LoraxError
 from lorax_async.events import Event, SlotId
 from lorax_async.runtime.whereabouts import AdapterResidency
-from lorax_async.server.bodies import read_body
-from lorax_async.server.clients import bearer_of
-from lorax_async.server.errors import Refusal
-from lorax_async.server.requests import LoadBody, T, UnloadBody, parsed
-from lorax_async.server.service import Service
+from lorax_async.server.calls.bodies import read_body
+from lorax_async.server.calls.clients import bearer_of
+from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.calls.requests import LoadBody, T, UnloadBody, parsed
+from lorax_async.server.calls.service import Service
 
 UNLOAD_SECONDS = 1.0
 """For how long requests that still have the adapter are waited for, while new ones of it wait."""

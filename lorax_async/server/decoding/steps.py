@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from lorax_async.errors import AdapterFormatError, InternalError, LoraxError
 from lorax_async.scheduling.batch import Batch, BatchRow
 from lorax_async.scheduling.requests import Ticket
-from lorax_async.server.answer import Answer
+from lorax_async.server.decoding.answer import Answer
+from lorax_async.server.decoding.sampling import choose
 from lorax_async.server.ports import Computed, Decoder, Part, Step
-from lorax_async.server.sampling import choose
 
 
 @dataclass(slots=True)

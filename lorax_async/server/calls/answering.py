@@ -13,18 +13,18 @@ from starlette.types import Receive, Scope, Send
 
 from lorax_async.adapter import AdapterId
 from lorax_async.errors import LoraxError
-from lorax_async.server.answers import ChatCompletion, Completion, Usage
-from lorax_async.server.bodies import read_body
-from lorax_async.server.choices import Choices, Writing
-from lorax_async.server.clients import client_of
-from lorax_async.server.errors import refusal_of
-from lorax_async.server.events import EventStream
+from lorax_async.server.calls.bodies import read_body
+from lorax_async.server.calls.choices import Choices, Writing
+from lorax_async.server.calls.clients import client_of
+from lorax_async.server.calls.errors import refusal_of
+from lorax_async.server.calls.events import EventStream
+from lorax_async.server.calls.forms import ChatCompletion, Completion, Usage
+from lorax_async.server.calls.planning import generations_of, require_few
+from lorax_async.server.calls.requests import Body, ChatBody, parsed
+from lorax_async.server.calls.service import Service
+from lorax_async.server.calls.text import Detokenizer, StopStrings
+from lorax_async.server.calls.under_way import ClientGone
 from lorax_async.server.generation import Generation
-from lorax_async.server.planning import generations_of, require_few
-from lorax_async.server.requests import Body, ChatBody, parsed
-from lorax_async.server.service import Service
-from lorax_async.server.text import Detokenizer, StopStrings
-from lorax_async.server.under_way import ClientGone
 
 
 class Answering:

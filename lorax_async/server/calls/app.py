@@ -12,13 +12,13 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lorax_async.errors import LoraxError
-from lorax_async.server.admin import Administration
-from lorax_async.server.answering import Answering
-from lorax_async.server.bodies import refuse_unread
-from lorax_async.server.errors import INTERNAL, Refusal, refusal_of
-from lorax_async.server.requests import ChatBody, CompletionBody
-from lorax_async.server.service import Service
-from lorax_async.server.under_way import CLOSING, ClientGone
+from lorax_async.server.calls.admin import Administration
+from lorax_async.server.calls.answering import Answering
+from lorax_async.server.calls.bodies import refuse_unread
+from lorax_async.server.calls.errors import INTERNAL, Refusal, refusal_of
+from lorax_async.server.calls.requests import ChatBody, CompletionBody
+from lorax_async.server.calls.service import Service
+from lorax_async.server.calls.under_way import CLOSING, ClientGone
 
 
 def create_app(service: Service) -> Starlette:

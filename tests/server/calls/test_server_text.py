@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.server.text import Detokenizer, StopStrings
+from lorax_async.server.calls.text import Detokenizer, StopStrings
 from server.world import tokenizer, tokens_of
 
 BACKEND = tokenizer().backend_tokenizer

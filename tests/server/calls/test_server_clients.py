@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from common import Run, until
-from lorax_async.server.answering import Answering
-from lorax_async.server.events import ABORT
-from lorax_async.server.requests import CompletionBody
+from lorax_async.server.calls.answering import Answering
+from lorax_async.server.calls.events import ABORT
+from lorax_async.server.calls.requests import CompletionBody
 from server.world import FakeEngine, FakeTokens, World, serving
 
 PLAIN = {"model": "org/a", "prompt": "x"}
@@ -190,7 +190,7 @@ def test_who_waits_with_a_large_body_sends_none(run: Run) -> None:
 
 def test_an_endless_body_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody who goes on sending is listened to for so many bytes, and no longer."""
-    monkeypatch.setattr("lorax_async.server.bodies.LINGER_BYTES", 100_000)
+    monkeypatch.setattr("lorax_async.server.calls.bodies.LINGER_BYTES", 100_000)
 
     async def play() -> None:
         async with serving(max_body_bytes=10) as world:

@@ -1,0 +1,1 @@
+"""OpenAI's calls, and the operator's, over HTTP."""

@@ -1,0 +1,1 @@
+"""A batch of sequences, from keys and values to the next tokens."""
