@@ -12,6 +12,7 @@ from ordering.held_caches import HELD_CACHES
 from ordering.holders import HOLDERS
 from ordering.host import HOST
 from ordering.http import HTTP
+from ordering.http_desk import HTTP_DESK
 from ordering.hub import HUBS
 from ordering.loader import LOADER
 from ordering.memory import MEMORY
@@ -39,6 +40,7 @@ MUTANTS: Mutants = {
     **OPENINGS,
     **HUBS,
     **HTTP,
+    **HTTP_DESK,
     **CACHES,
     **HELD_CACHES,
     **MEMORY,
