@@ -132,6 +132,7 @@ class Pool:
             wire.set_timeout(timeouts.read)
         except OSError as error:
             wire.close()
+            attempt.look()
             raise failed_io(error, str(url)) from error
         except BaseException:
             wire.close()
@@ -154,7 +155,6 @@ class Pool:
                     endpoint, self._settings.timeouts.connect, wire.attach
                 )
             except OSError as error:
-                attempt.look()
                 wire.close()
                 failed = error
                 continue
