@@ -142,8 +142,8 @@ HTTP: Mutants = {
     ),
     "http: an end reaches a thread that waits": mutant(
         ATTEMPT,
-        "            wire.abort()\n",
-        "            pass\n",
+        "                self._wire.abort()\n",
+        "                pass\n",
         FROM_OUTSIDE,
     ),
     "http: an end does not reach a connection that was given back": mutant(

@@ -13,6 +13,7 @@ from ordering.holders import HOLDERS
 from ordering.host import HOST
 from ordering.http import HTTP
 from ordering.http_desk import HTTP_DESK
+from ordering.http_wires import HTTP_WIRES
 from ordering.hub import HUBS
 from ordering.loader import LOADER
 from ordering.memory import MEMORY
@@ -41,6 +42,7 @@ MUTANTS: Mutants = {
     **HUBS,
     **HTTP,
     **HTTP_DESK,
+    **HTTP_WIRES,
     **CACHES,
     **HELD_CACHES,
     **MEMORY,
