@@ -169,7 +169,7 @@ def download(office: Office, count: int) -> Download:
         Exchange(settings, pool, links, office.desk.clock),
         links,
         Answer(place, place.place, Known(), {}, b"", ranges=True),
-        [[span] for span in spans],
+        [(span,) for span in spans],
         Arrivals([spans]),
         MemorySink(),
         lambda _: None,
