@@ -57,6 +57,12 @@ HTTP_CREW: Mutants = {
         "        with self._desk.changed:\n",
         BEING_STARTED,
     ),
+    "crew: an end does not wait for who makes it": mutant(
+        CREW,
+        "next((thread for thread in threads if thread is not current_thread()), None)",
+        "next(iter(threads), None)",
+        f"{OF_CREW}::test_a_thread_of_its_own_may_end_it",
+    ),
     "crew: a thread is begun by one who may be waited for": mutant(
         CREW,
         "            with self._hiring:\n                with self._desk.changed:\n                    if len",
@@ -122,12 +128,6 @@ HTTP_CREW: Mutants = {
         "            if self.closed or not kept:\n",
         "            if True:\n",
         IDLE,
-    ),
-    "engine: connections are closed after their threads have ended": mutant(
-        ENGINE,
-        "        self._crew.close()\n        self._pool.close()\n",
-        "        self._pool.close()\n        self._crew.close()\n",
-        f"{ENDS}::test_the_engine_has_ended_when_nobody_writes_any_more",
     ),
     "engine: what is there already is told": mutant(
         ENGINE,

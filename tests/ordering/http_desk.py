@@ -86,6 +86,12 @@ WAITING: Mutants = {
         "        piece = self.running.pop(attempt)\n",
         f"{ENDS}::test_an_end_from_outside",
     ),
+    "desk: who waits for an outcome cannot take it away": mutant(
+        DESK,
+        "        self.done.set_running_or_notify_cancel()\n",
+        "",
+        f"{OF_DESK}::test_who_waits_for_an_outcome_cannot_take_it_away",
+    ),
     "desk: an outcome is told once": mutant(
         DESK,
         "            if not job.over or job.running or job not in self.jobs:\n",

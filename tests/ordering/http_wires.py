@@ -93,6 +93,27 @@ HTTP_WIRES: Mutants = {
         "        if self._lock:\n            for n in range",
         f"{WIRES}::test_an_idle_connection_is_taken_by_one",
     ),
+    "pool: it is idle from when it was given": mutant(
+        POOL,
+        """\
+        connection.idle_since = self._clock()
+        with self._lock:
+            self._idle.append(connection)
+            many""",
+        """\
+        with self._lock:
+            self._idle.append(connection)
+        connection.idle_since = self._clock()
+        with self._lock:
+            many""",
+        f"{WIRES}::test_a_connection_is_idle_from_when_it_was_given",
+    ),
+    "pool: what is given back after its end is closed": mutant(
+        POOL,
+        "            many = self._closed or len(self._idle)",
+        "            many = len(self._idle)",
+        "io/http/test_http_crew.py::test_a_thread_of_its_own_may_end_it",
+    ),
     "pool: who is ended while he connects is told so": mutant(
         POOL,
         "            attempt.look()\n            raise failed_io",

@@ -145,6 +145,24 @@ def test_who_may_come_back_is_woken() -> None:
             check(sink, order)
 
 
+def test_a_thread_of_its_own_may_end_it() -> None:
+    """It does not wait for itself, and leaves nothing open."""
+    ended: list[int] = []
+
+    def end(group: int) -> None:
+        fetching.close()
+        ended.append(group)
+
+    with FaultServer(DATA) as server:
+        fetching = engine()
+        answer = asked(fetching, server.url())
+        job = fetching.download(answer, GROUPS[1:], MemorySink(), end)
+        with pytest.raises(FetchError, match="closed"):
+            job.done.result(10)
+        until(lambda: not our_threads())
+        assert ended == [0]
+
+
 # -- the clock ------------------------------------------------------------------------------------
 
 

@@ -78,6 +78,15 @@ def test_a_piece_that_waits_keeps_no_other() -> None:
     assert [piece for _, piece, _ in office.all_begun()] == [first]
 
 
+def test_who_waits_for_an_outcome_cannot_take_it_away() -> None:
+    """As asyncio does when the task that waits is cancelled."""
+    office = Office()
+    job = Pieces(office.desk, 1)
+    assert not job.done.cancel()
+    job.cancel(FetchError("enough"))
+    assert job.done.exception(0) is not None
+
+
 def test_who_waits_leaves_its_share_to_others() -> None:
     office = Office()
     job = Pieces(office.desk, 4)

@@ -142,8 +142,8 @@ def test_an_end_reaches_a_socket_that_is_being_secured() -> None:
 # -- the pool -------------------------------------------------------------------------------------
 
 
-def pool_of(network: LoopbackOnly | None = None) -> Pool:
-    return Pool(HttpSettings(proxies={}), network or LoopbackOnly(), lambda: 0.0)
+def pool_of(network: LoopbackOnly | None = None, clock: Callable[[], float] = lambda: 0.0) -> Pool:
+    return Pool(HttpSettings(proxies={}), network or LoopbackOnly(), clock)
 
 
 URL = parse_url("http://127.0.0.1:1/weights")
@@ -188,6 +188,22 @@ def test_an_idle_connection_is_taken_by_one() -> None:
         assert pool.take(URL, rules, Attempt()) is connection
         rules.threads[0].join()
         assert others == [None]
+
+
+def test_a_connection_is_idle_from_when_it_was_given() -> None:
+    """Somebody closes old ones just when it is."""
+    looks: list[bool] = []
+
+    def clock() -> float:
+        looks.append(True)
+        if len(looks) == 1:
+            pool.expire()
+        return 1_000.0
+
+    pool = pool_of(clock=clock)
+    with connected() as (wire, _):
+        connection = idle(pool, wire)
+        assert pool.take(URL, Anywhere(), Attempt()) is connection
 
 
 class Unreachable(LoopbackOnly):
