@@ -96,7 +96,7 @@ WAITING: Mutants = {
         DESK,
         "            if not job.over or job.running or job not in self.jobs:\n",
         "            if not job.over or job.running:\n",
-        f"{ENDS}::test_an_end_from_outside",
+        f"{OF_DESK}::test_what_has_ended_ends_once",
     ),
 }
 

@@ -87,6 +87,13 @@ def test_who_waits_for_an_outcome_cannot_take_it_away() -> None:
     assert job.done.exception(0) is not None
 
 
+def test_what_has_ended_ends_once() -> None:
+    job = Pieces(Office().desk, 1)
+    job.cancel(FetchError("enough"))
+    job.cancel(FetchError("more than that"))
+    assert str(job.done.exception(0)) == str(FetchError("enough"))
+
+
 def test_who_waits_leaves_its_share_to_others() -> None:
     office = Office()
     job = Pieces(office.desk, 4)
