@@ -59,8 +59,8 @@ HTTP_CREW: Mutants = {
     ),
     "crew: an end does not wait for who makes it": mutant(
         CREW,
-        "next((thread for thread in threads if thread is not current_thread()), None)",
-        "next(iter(threads), None)",
+        "        return next((thread for thread in threads if thread not in {None, current_thread()}), None)\n",
+        "        return next((thread for thread in threads if thread), None)\n",
         f"{OF_CREW}::test_a_thread_of_its_own_may_end_it",
     ),
     "crew: a thread is begun by one who may be waited for": mutant(

@@ -62,8 +62,8 @@ class Crew:
 
     def _some_thread(self) -> Thread | None:
         with self._hiring, self._desk.changed:
-            threads = self._threads | ({self._watch} if self._watch else set())
-        return next((thread for thread in threads if thread is not current_thread()), None)
+            threads = [*self._threads, self._watch]
+        return next((thread for thread in threads if thread not in {None, current_thread()}), None)
 
     def _start_clock(self) -> None:
         with self._hiring:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -9,6 +10,8 @@ from fault_server import ETAG, Asked, Client, FaultServer, until
 from fetching import DATA, GROUPS, PATIENT, MemorySink, asked, check, engine
 
 from lorax_async.errors import FetchError
+from lorax_async.io.http.attempt import Attempt
+from lorax_async.io.http.desk import Piece
 from lorax_async.io.http.download import Download
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -54,24 +57,32 @@ def test_who_waits_for_an_answer_leaves_it_to_the_one_that_came() -> None:
         assert len(served) == 1
 
 
-def test_of_two_answers_that_have_all_one_counts() -> None:
-    everybody = threading.Barrier(4)
+def test_of_two_answers_that_have_all_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are here before anybody says what they are."""
+    both, calls, streams = threading.Barrier(2), itertools.count(), list[Piece]()
+    as_stream = Download._as_stream
 
-    def at_once(request: Asked, client: Client) -> None:
+    def at_once(job: Download, piece: Piece, attempt: Attempt) -> Piece:
+        if next(calls) < 2:
+            both.wait(10)
+        streams.append(as_stream(job, piece, attempt))
+        return streams[-1]
+
+    def all_of_it(request: Asked, client: Client) -> None:
         if request.span == (0, 5_000):
             server.right(request, client)
-            return
-        if len(server.asked) <= 5:
-            everybody.wait(10)
-        head_of_all(client)
-        client.send(DATA)
+        else:
+            head_of_all(client)
+            client.send(DATA)
 
-    with FaultServer(DATA) as server, engine(timeouts=PATIENT) as fetching:
-        server.behave = at_once
+    monkeypatch.setattr(Download, "_as_stream", at_once)
+    with FaultServer(DATA) as server, engine(2, timeouts=PATIENT) as fetching:
+        server.behave = all_of_it
         answer = asked(fetching, server.url())
         sink, order = MemorySink(), list[int]()
         fetching.download(answer, GROUPS, sink, order.append).done.result(10)
         check(sink, order)
+        assert all(stream is streams[0] for stream in streams)
 
 
 class EndsItself(MemorySink):
