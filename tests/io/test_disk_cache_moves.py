@@ -89,6 +89,22 @@ def test_no_room_is_found_where_somebody_is(
     nothing_odd(tmp_path / "cache")
 
 
+def test_what_was_left_is_found_while_somebody_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both list the same folder at once, and both see all of it."""
+    with opened(tmp_path / "cache") as world:
+        whole(world).close()
+        found: list[CacheDownload] = []
+        threads = at_the_first_look(monkeypatch, lambda: found.append(begun(world.cache)))
+        assert world.cache.used() == NBYTES
+        (thread,) = threads
+        thread.join()
+        (download,) = found
+        assert download.file(WEIGHTS_FILE, NBYTES).missing() == []
+        download.discard()
+
+
 def test_one_of_both_has_a_place(tmp_path: Path) -> None:
     """The budget is what the test above takes it for."""
     with opened(tmp_path / "cache", NBYTES_FOR_ONE) as world:

@@ -84,6 +84,21 @@ CACHES: Mutants = {
         "            suppress",
         NOBODY_THERE,
     ),
+    "cache: a download is taken over when nobody counts": mutant(
+        PARTIALS,
+        "                with self._place.undisturbed():\n",
+        "                if name:\n",
+        NOBODY_THERE,
+    ),
+    "cache: who lists a folder sees all of it": mutant(
+        FOLDERS,
+        """\
+        with self.subfolder(".") as own:  # of two who list by one descriptor, each sees a part
+            return os.listdir(own.fd)
+""",
+        "        return os.listdir(self.fd)\n",
+        f"{MOVES}::test_what_was_left_is_found_while_somebody_counts",
+    ),
     "cache: bytes are on the disk before they are left": mutant(
         FILE,
         """\

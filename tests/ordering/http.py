@@ -106,8 +106,8 @@ HTTP: Mutants = {
     ),
     "http: idle connections end": mutant(
         CREW,
-        "        kept = self._pool.expire()\n",
-        "        kept = False\n",
+        "        kept = self._pool.expire() or busy\n",
+        "        kept = busy\n",
         f"{ENDS}::test_idle_threads_and_connections_end",
     ),
     "http: bytes are in the sink when a group is told of": mutant(
@@ -142,8 +142,8 @@ HTTP: Mutants = {
     ),
     "http: an end reaches a thread that waits": mutant(
         ATTEMPT,
-        "            wire.abort()\n",
-        "            pass\n",
+        "                self._wire.abort()\n",
+        "                pass\n",
         FROM_OUTSIDE,
     ),
     "http: an end does not reach a connection that was given back": mutant(

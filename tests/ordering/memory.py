@@ -209,6 +209,12 @@ OF_NAMES: Mutants = {
         "        if life is not None and (life.pins or life.waiters):\n",
         "test_replace.py::test_back_and_forth",
     ),
+    "retiring: they leave one by one": mutant(
+        RETIRING,
+        "        if not self._keys or self._looking:\n",
+        "        if not self._keys:\n",
+        "test_many_leave.py",
+    ),
     "retiring: it is gone when it is idle": mutant(
         RETIRING,
         "        if life is None or life.is_idle:\n",

@@ -12,6 +12,9 @@ from ordering.held_caches import HELD_CACHES
 from ordering.holders import HOLDERS
 from ordering.host import HOST
 from ordering.http import HTTP
+from ordering.http_crew import HTTP_CREW
+from ordering.http_desk import HTTP_DESK
+from ordering.http_wires import HTTP_WIRES
 from ordering.hub import HUBS
 from ordering.loader import LOADER
 from ordering.memory import MEMORY
@@ -39,6 +42,9 @@ MUTANTS: Mutants = {
     **OPENINGS,
     **HUBS,
     **HTTP,
+    **HTTP_CREW,
+    **HTTP_DESK,
+    **HTTP_WIRES,
     **CACHES,
     **HELD_CACHES,
     **MEMORY,

@@ -28,7 +28,8 @@ class Folder:
         return self._fd
 
     def names(self) -> list[str]:
-        return os.listdir(self.fd)
+        with self.subfolder(".") as own:  # of two who list by one descriptor, each sees a part
+            return os.listdir(own.fd)
 
     def status(self, name: str) -> os.stat_result | None:
         """Of what has that name, which may be a link; None if nothing has."""

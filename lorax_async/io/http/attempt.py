@@ -33,9 +33,8 @@ class Attempt:
         """From any thread. Quick, idempotent."""
         with self._lock:
             self._ended = True
-            wire = self._wire
-        if wire is not None:
-            wire.abort()
+            if self._wire is not None:
+                self._wire.abort()
 
     def leave(self) -> None:
         """The wire is somebody else's from here on."""

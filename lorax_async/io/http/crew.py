@@ -62,8 +62,8 @@ class Crew:
 
     def _some_thread(self) -> Thread | None:
         with self._hiring, self._desk.changed:
-            threads = self._threads | ({self._watch} if self._watch else set())
-        return next((thread for thread in threads if thread is not current_thread()), None)
+            threads = [*self._threads, self._watch]
+        return next((thread for thread in threads if thread not in {None, current_thread()}), None)
 
     def _start_clock(self) -> None:
         with self._hiring:
@@ -83,7 +83,7 @@ class Crew:
         while True:
             with self._hiring:
                 with self._desk.changed:
-                    if self.closed or len(self._threads) >= self._desk.wanted():
+                    if len(self._threads) >= self._desk.wanted():
                         return
                     thread = Thread(target=self._work, name="lorax-http", daemon=True)
                     self._threads.add(thread)
@@ -141,9 +141,10 @@ class Crew:
         with self._desk.changed:
             late = self._desk.expire()
             self._desk.reclaim()
+            busy = bool(self._desk.jobs)  # their connections may come back after the next look
         for job in late:
             self._desk.finish(job)
-        kept = self._pool.expire()
+        kept = self._pool.expire() or busy
         with self._desk.changed:
             if self._desk.jobs and not self.closed:
                 self._desk.changed.notify_all()

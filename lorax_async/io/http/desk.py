@@ -77,7 +77,6 @@ class Job(ABC, Generic[T]):
         """It is as urgent as that from now on. From any thread. Quick."""
         with self.desk.changed:
             self.urgency = urgency
-            self.desk.changed.notify_all()
 
     def wanted(self, now: float) -> int:
         """How many connections it can use now."""
@@ -247,8 +246,6 @@ class Desk:
             self.jobs.remove(job)
             self._parts.pop(job, None)
             job.pending.clear()
-            if self.jobs:
-                self.changed.notify_all()
         if job.error is not None:
             job.done.set_exception(job.error)
         else:

@@ -85,10 +85,7 @@ class Download(Job[None]):
         return max(len(self.running), int(ready))
 
     def take(self, now: float) -> Piece | None:
-        if self._stream is None:
-            return super().take(now)
-        free = not self.running and self._stream.not_before <= now
-        return self._stream if free else None
+        return self._stream or super().take(now)
 
     def split(self, now: float) -> Piece | None:
         if (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from lorax_async.core.spans import Span
 from lorax_async.errors import AccessDeniedError, FetchError
@@ -142,10 +143,8 @@ class Exchange:
         try:
             idle = self._pool.take(place.url, target.rules, attempt)
             if idle is not None:
-                try:
+                with suppress(NoAnswerError, ConnectionError):
                     return self._send(idle, lines, place, attempt)
-                except (NoAnswerError, ConnectionError):
-                    attempt.look()
             fresh = self._pool.open(place.url, target.rules, attempt)
             return self._send(fresh, lines, place, attempt)
         except OSError as error:
@@ -166,7 +165,6 @@ class Exchange:
             self._links.answered(url.origin, self._clock() - begun)
             return Response(connection, head, place, self._pool, self._links, attempt)
         except BaseException:
-            attempt.leave()
             connection.wire.close()
             raise
 

@@ -52,6 +52,7 @@ class Pool:
         self._tls = tls_context(settings.ca_bundle, os.environ)
         self._lock = Lock()
         self._idle: list[Connection] = []
+        self._closed = False
 
     def take(self, url: Url, rules: Rules, attempt: Attempt) -> Connection | None:
         """An idle connection on which nothing has happened; the one used last.
@@ -84,7 +85,7 @@ class Pool:
         connection.idle_since = self._clock()
         with self._lock:
             self._idle.append(connection)
-            many = len(self._idle) > self._settings.connections
+            many = self._closed or len(self._idle) > self._settings.connections
             oldest = self._idle.pop(0) if many else None
         if oldest is not None:
             oldest.wire.close()
@@ -101,8 +102,9 @@ class Pool:
         return kept
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close what is idle, and what is given back from here on."""
         with self._lock:
+            self._closed = True
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.wire.close()
@@ -132,6 +134,7 @@ class Pool:
             wire.set_timeout(timeouts.read)
         except OSError as error:
             wire.close()
+            attempt.look()
             raise failed_io(error, str(url)) from error
         except BaseException:
             wire.close()
@@ -154,7 +157,6 @@ class Pool:
                     endpoint, self._settings.timeouts.connect, wire.attach
                 )
             except OSError as error:
-                attempt.look()
                 wire.close()
                 failed = error
                 continue

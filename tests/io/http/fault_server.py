@@ -188,3 +188,11 @@ def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < late, "it never happened"
         time.sleep(0.002)
+
+
+def meanwhile(call: Callable[[], object]) -> threading.Thread:
+    """It happens in another thread now, unless it has to wait for somebody."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(0.2)
+    return thread

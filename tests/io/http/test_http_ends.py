@@ -133,6 +133,7 @@ def test_an_end_is_told_when_nobody_writes_any_more() -> None:
 
 def test_the_engine_has_ended_when_nobody_writes_any_more() -> None:
     sink = Slow()
+    before = open_sockets()
     with FaultServer(DATA) as server, engine() as fetching:
         job = fetching.download(asked(fetching, server.url()), GROUPS, sink, lambda _: None)
         assert sink.begun.wait(10)
@@ -144,6 +145,7 @@ def test_the_engine_has_ended_when_nobody_writes_any_more() -> None:
         closing.join(10)
         assert not early
         assert not our_threads()
+        until(lambda: open_sockets() - server.connected() - 1 <= before)
         assert job.done.exception(0) is not None
 
 
