@@ -15,7 +15,9 @@ RETIRING = "runtime/retiring.py"
 
 OF_SPILLING = "io/test_spilling.py"
 OF_MEMORY = "io/test_memory_source.py"
-YET_TO_WRITE = "io/test_snapshot.py::TestOfDevices::test_what_its_stream_has_yet_to_write_is_waited_for"
+YET_TO_WRITE = (
+    "io/test_snapshot.py::TestOfDevices::test_what_its_stream_has_yet_to_write_is_waited_for"
+)
 RACES = "test_spill_races.py"
 ENDS = "test_spill_ends.py"
 IN_USE = f"{OF_SPILLING}::test_what_is_read_or_copied_now_is_waited_for"

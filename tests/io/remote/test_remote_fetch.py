@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Event, Lock
+from functools import partial
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from lorax_async.io.ports import Demand
 from lorax_async.io.remote import fetch as fetch_module
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.remote.workers import Workers
+from telling import TellingLock
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -106,23 +108,6 @@ async def begun(fetch: Fetch, groups: Any, told: list[int]) -> asyncio.Task[Any]
     return bringing
 
 
-class TellingLock:
-    """Tells when somebody has to wait for it."""
-
-    waited = Event()
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            self.waited.set()
-            self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
 def test_groups_of_two_files_are_told_of_in_their_order(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,8 +122,7 @@ def test_groups_of_two_files_are_told_of_in_their_order(
                 go_on.wait(20)
             return groups
 
-    monkeypatch.setattr(TellingLock, "waited", go_on)
-    monkeypatch.setattr(fetch_module, "Lock", TellingLock)
+    monkeypatch.setattr(fetch_module, "Lock", partial(TellingLock, go_on))
     monkeypatch.setattr(fetch_module, "SplitArrivals", Slow)
     workers, told = Workers(2), list[int]()
 
@@ -209,9 +193,7 @@ class Asked(Future[int]):
         return super().exception(timeout)
 
 
-def test_nothing_reads_a_download_that_has_ended(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_reads_a_download_that_has_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file is being hashed, the other waits for a thread."""
     workers, files, download = Workers(2), [HeldFile(), HeldFile()], ToldDownload()
     hashing = Asked(files[0].go)

@@ -1,0 +1,114 @@
+"""What the scheduler does because time has passed, on a clock that passes when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from common import Run, until
+from lorax_async import AdapterTimeoutError, Request
+from scheduling.clock import VirtualClock
+from scheduling.serving import MANY, held, opened, rows, step, wanted
+from tiny_sources import stocked
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+PATIENT = {"timeout": 60.0, "starvation_age": 1000.0}
+
+
+def test_who_loses_its_slot_has_all_its_time_again(run: Run, tmp_path: Path) -> None:
+    """Each time; the engine keeps what it has of it."""
+
+    async def body() -> None:
+        clock = VirtualClock()
+        async with opened(stocked(tmp_path, "a"), PATIENT, clock=clock) as (loader, scheduler):
+            ticket = scheduler.submit(Request("a", 1, MANY))
+            await step(scheduler)
+            for moment in (0.0, 40.0):
+                clock.pass_until(moment)
+                await loader.unload("a")
+                await held(scheduler, ticket)
+            clock.pass_until(99.0)
+            assert not ticket.done
+            clock.pass_until(101.0)
+            assert isinstance(ticket.error, AdapterTimeoutError)
+
+    run(body())
+
+
+def test_who_has_not_begun_has_its_own_time_only(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        clock = VirtualClock()
+        async with opened(stocked(tmp_path, "a"), PATIENT, clock=clock) as (loader, scheduler):
+            ticket = scheduler.submit(Request("a", 1, 1, deadline=5.0))
+            await held(scheduler, ticket)
+            clock.pass_until(3.0)
+            await loader.unload("a")
+            await held(scheduler, ticket)
+            clock.pass_until(4.0)
+            assert not ticket.done
+            clock.pass_until(6.0)
+            assert isinstance(ticket.error, AdapterTimeoutError)
+
+    run(body())
+
+
+def test_who_streams_joins_when_it_is_time_though_nothing_tells(run: Run, tmp_path: Path) -> None:
+    """A pass of four layers takes 12 s. The first one took 4 s to come, so that the last one is
+    here after 16: the pass, which needs it after 9, may begin after 7.
+    """
+
+    async def body() -> None:
+        source, clock = stocked(tmp_path, "a"), VirtualClock()
+        source.hold("a")
+        async with opened(source, PATIENT, clock=clock) as (_, scheduler):
+            scheduler.submit(Request(None, 10, 1))
+            batch = await scheduler.next_batch(MANY, MANY)
+            clock.pass_until(12.0)
+            scheduler.complete(batch)
+            ticket = scheduler.submit(Request("a", 10, 1))
+            handle = await held(scheduler, ticket)
+            clock.pass_until(16.0)
+            source.allow("a", 0)
+            guest = scheduler._book.guest_of(ticket)
+            await until(lambda: guest.arrival is not None and guest.arrival.arrived)
+            waiting = await wanted(scheduler)
+            assert clock.due == pytest.approx(19.0)
+            clock.step()
+            batch = await asyncio.wait_for(waiting, 5)
+            assert batch.streaming == (handle,)
+            source.allow("a")
+            await handle.layer_ready(handle.layers[-1])
+            scheduler.complete(batch)
+            assert await ticket == 1
+
+    run(body())
+
+
+def test_a_slot_in_which_nothing_comes_is_given_away_with_its_batch(
+    run: Run, tmp_path: Path
+) -> None:
+    """Whose pass is told that others wait."""
+
+    async def body() -> None:
+        source, clock = stocked(tmp_path, "stalls", "b"), VirtualClock()
+        source.hold("stalls")
+        source.allow("stalls", 0)
+        settings = {"max_slots": 1, "timeout": 10_000.0, "starvation_age": 1000.0}
+        async with opened(source, settings, clock=clock) as (_, scheduler):
+            stalls = scheduler.submit(Request("stalls", 1, 1))
+            batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+            other = scheduler.submit(Request("b", 1, 1))
+            clock.pass_until(999.0)
+            assert not batch.others_wait
+            clock.pass_until(1001.0)
+            assert batch.others_wait
+            scheduler.complete(batch, again=[stalls])
+            assert rows(await step(scheduler)) == [("b", 0, 1, True)]
+            assert await other == 1
+            source.allow("stalls")
+            assert rows(await step(scheduler)) == [("stalls", 0, 1, True)]
+
+    run(body())

@@ -1,0 +1,298 @@
+"""Whoever waits for the scheduler is woken, and what must not come too early does not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+import tiny
+from common import Run
+from lorax_async import (
+    AdapterLoader,
+    AdapterRef,
+    AdapterScheduler,
+    FetchError,
+    LoaderClosedError,
+    Request,
+)
+from lorax_async.adapter import AdapterKey
+from lorax_async.handle import AdapterHandle
+from scheduling.serving import MANY, held, opened, rows, silence, step, turns, wanted, warm
+from tiny_sources import over, stocked
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+# -- who wants a batch -----------------------------------------------------------------------------
+
+
+def test_others_have_their_turn_before_a_batch_that_is_there(run: Run, tmp_path: Path) -> None:
+    """An engine may compute on the loop itself, and never wait."""
+
+    async def body() -> None:
+        async with opened(stocked(tmp_path)) as (_, scheduler):
+            ticket, turn = scheduler.submit(Request(None, 1, MANY)), list[bool]()
+            asyncio.get_running_loop().call_soon(turn.append, True)
+            scheduler.complete(await scheduler.next_batch(MANY, MANY))
+            assert turn
+            ticket.cancel()
+
+    run(body())
+
+
+def test_who_wants_a_batch_when_it_closes_wants_none(run: Run, tmp_path: Path) -> None:
+    """Though there is no request whose end could tell."""
+
+    async def body() -> None:
+        async with over(stocked(tmp_path)) as loader:
+            scheduler = AdapterScheduler(loader)
+            waiting = await wanted(scheduler)
+            await scheduler.close()
+            with pytest.raises(LoaderClosedError):
+                await asyncio.wait_for(waiting, 5)
+
+    run(body())
+
+
+def test_what_one_completes_another_goes_on_with(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with opened(stocked(tmp_path)) as (_, scheduler):
+            ticket = scheduler.submit(Request(None, 1, 2))
+            batch = await scheduler.next_batch(MANY, MANY)
+            waiting = await wanted(scheduler)
+            scheduler.complete(batch)
+            batch = await asyncio.wait_for(waiting, 5)
+            assert rows(batch) == [(None, 1, 1, True)]
+            scheduler.complete(batch)
+            assert await ticket == 2
+
+    run(body())
+
+
+def test_who_may_not_begin_does_when_another_is_cancelled(run: Run, tmp_path: Path) -> None:
+    """That one had begun, and lost its slot."""
+
+    async def body() -> None:
+        source = stocked(tmp_path, "a")
+        async with opened(source, max_begun=1) as (loader, scheduler):
+            begun = scheduler.submit(Request("a", 1, MANY))
+            await step(scheduler)
+            silence(source, "a")
+            await loader.unload("a")
+            fresh = scheduler.submit(Request(None, 1, 1))
+            waiting = await wanted(scheduler)
+            begun.cancel()
+            batch = await asyncio.wait_for(waiting, 5)
+            assert [row.ticket for row in batch.rows] == [fresh]
+            scheduler.complete(batch)
+
+    run(body())
+
+
+def test_who_may_not_begin_does_when_another_has_failed(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        source = stocked(tmp_path, "a")
+        async with opened(source, max_begun=1) as (loader, scheduler):
+            begun = scheduler.submit(Request("a", 1, MANY))
+            await step(scheduler)
+            go = asyncio.Event()
+
+            async def failing(ref: AdapterRef) -> AdapterKey:
+                await go.wait()
+                raise FetchError("as told")
+
+            source.resolve = failing  # type: ignore[method-assign]
+            await loader.unload("a")
+            fresh = scheduler.submit(Request(None, 1, 1))
+            waiting = await wanted(scheduler)
+            go.set()
+            batch = await asyncio.wait_for(waiting, 5)
+            assert [row.ticket for row in batch.rows] == [fresh]
+            assert isinstance(begun.error, FetchError)
+            scheduler.complete(batch)
+
+    run(body())
+
+
+def test_who_may_not_begin_keeps_its_slot_while_others_are_computed(
+    run: Run, tmp_path: Path
+) -> None:
+    """These may be through with it soon."""
+
+    async def body() -> None:
+        async with opened(stocked(tmp_path, "a"), max_begun=1) as (loader, scheduler):
+            await warm(loader, "a")
+            scheduler.submit(Request(None, 1, 1))
+            batch = await scheduler.next_batch(MANY, MANY)
+            fresh = scheduler.submit(Request("a", 1, 1))
+            handle = await held(scheduler, fresh)
+            waiting = await wanted(scheduler)
+            assert not handle.released
+            scheduler.complete(batch)
+            batch = await asyncio.wait_for(waiting, 5)
+            assert [row.handle for row in batch.rows] == [handle]
+            scheduler.complete(batch)
+
+    run(body())
+
+
+def test_who_gave_way_in_vain_keeps_what_it_gets_next(run: Run, tmp_path: Path) -> None:
+    """The one that has begun, and waits for a slot, cannot take it yet."""
+
+    async def body() -> None:
+        source = stocked(tmp_path, "a", "b")
+        async with opened(source, max_begun=1) as (loader, scheduler):
+            begun = scheduler.submit(Request("a", 1, MANY))
+            await step(scheduler)
+            silence(source, "a")
+            await loader.unload("a")
+            fresh = scheduler.submit(Request("b", 1, MANY))
+            first = await held(scheduler, fresh)
+            waiting = await wanted(scheduler)
+            assert first.released
+            second = await held(scheduler, fresh)
+            await turns(100)
+            assert not second.released
+            for ticket in (begun, fresh):
+                ticket.cancel()
+            waiting.cancel()
+
+    run(body())
+
+
+# -- slots and batches under way -------------------------------------------------------------------
+
+
+def test_an_adapter_is_given_back_after_the_last_of_its_batches(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+            await warm(loader, "a")
+            tickets = [scheduler.submit(Request("a", 1, MANY)) for _ in range(2)]
+            batches = [await scheduler.next_batch(MANY, 1) for _ in range(2)]
+            for ticket in tickets:
+                ticket.cancel()
+            scheduler.complete(batches[1])
+            batches[0].check()
+            scheduler.complete(batches[0])
+            assert not loader._machinery.driver.tenants.leases
+
+    run(body())
+
+
+def test_who_is_to_leave_leaves_with_its_batch(run: Run, tmp_path: Path) -> None:
+    """Whether or not its engine wants another one."""
+
+    async def body() -> None:
+        async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+            ticket = scheduler.submit(Request("a", 1, MANY))
+            batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+            unloading = asyncio.create_task(loader.unload("a"))
+            await turns()
+            assert not unloading.done()
+            batch.check()
+            scheduler.complete(batch)
+            await asyncio.wait_for(unloading, 5)
+            ticket.cancel()
+
+    run(body())
+
+
+def test_a_failure_is_told_beside_a_batch_that_goes_on(run: Run, tmp_path: Path) -> None:
+    """Though its adapter is leaving already, so that no other event follows."""
+
+    async def body() -> None:
+        source = stocked(tmp_path, "a")
+        source.hold("a")
+        source.allow("a", 0)
+        source.fail("bring", FetchError("as told"), id="a", at=2)
+        async with opened(source) as (loader, scheduler):
+            tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
+            batch = await asyncio.wait_for(scheduler.next_batch(MANY, 1), 5)
+            unloading = asyncio.create_task(loader.unload("a"))
+            await turns()
+            source.allow("a")
+            for ticket in tickets:
+                with pytest.raises(FetchError, match="as told"):
+                    await asyncio.wait_for(ticket._wait(), 5)
+            scheduler.complete(batch)
+            await unloading
+
+    run(body())
+
+
+def test_who_waited_in_vain_is_trusted_in_its_next_slot(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        source = stocked(tmp_path, "a")
+        source.hold("a")
+        source.allow("a", 0)
+        async with opened(source) as (loader, scheduler):
+            ticket = scheduler.submit(Request("a", 1, 1))
+            batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+            scheduler.complete(batch, again=[ticket])
+            await loader.unload("a")
+            batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+            assert batch.streaming
+            source.allow("a")
+            await batch.streaming[0].layer_ready(tiny.LAYERS - 1)
+            scheduler.complete(batch)
+            assert await ticket == 1
+
+    run(body())
+
+
+# -- close -----------------------------------------------------------------------------------------
+
+
+def test_it_is_closed_when_its_loads_have_ended(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them takes its time to end."""
+    begun, ended = asyncio.Event(), list[bool]()
+
+    @asynccontextmanager
+    async def slow(*_: object, **__: object) -> AsyncIterator[AdapterHandle]:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+            raise AssertionError
+            yield
+        finally:
+            await turns()
+            ended.append(True)
+
+    async def body() -> None:
+        async with over(stocked(tmp_path, "a")) as loader:
+            monkeypatch.setattr(AdapterLoader, "stream", slow)
+            scheduler = AdapterScheduler(loader)
+            ticket = scheduler.submit(Request("a", 1, 1))
+            await begun.wait()
+            await scheduler.close()
+            assert ended
+            with pytest.raises(LoaderClosedError):
+                await ticket
+
+    run(body())
+
+
+def test_who_is_computed_hears_that_the_loader_was_closed(run: Run, tmp_path: Path) -> None:
+    """As soon as somebody wants another batch; that one may never be completed."""
+
+    async def body() -> None:
+        async with over(stocked(tmp_path, "a")) as loader:
+            scheduler = AdapterScheduler(loader)
+            ticket = scheduler.submit(Request("a", 1, 1))
+            batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+            await loader.close(timeout=0.01)
+            waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
+            with pytest.raises(LoaderClosedError):
+                await asyncio.wait_for(ticket._wait(), 5)
+            scheduler.complete(batch)
+            await scheduler.close()
+            with pytest.raises(LoaderClosedError):
+                await waiting
+
+    run(body())
