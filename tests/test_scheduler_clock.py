@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from common import Run, until
-from lorax_async import AdapterTimeoutError, Request
+from lorax_async import AdapterScheduler, AdapterTimeoutError, FetchError, Request
 from scheduling.clock import VirtualClock
-from scheduling.serving import MANY, held, opened, rows, step, wanted
-from tiny_sources import stocked
+from scheduling.serving import MANY, held, opened, rows, step, turns, wanted
+from tiny_sources import over, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -74,8 +74,12 @@ def test_who_streams_joins_when_it_is_time_though_nothing_tells(run: Run, tmp_pa
             source.allow("a", 0)
             guest = scheduler._book.guest_of(ticket)
             await until(lambda: guest.arrival is not None and guest.arrival.arrived)
-            waiting = await wanted(scheduler)
+            given_up = await wanted(scheduler)
             assert clock.due == pytest.approx(19.0)
+            given_up.cancel()
+            await asyncio.wait([given_up])
+            assert clock.due == 72.0, "but for the request's deadline"
+            waiting = await wanted(scheduler)
             clock.step()
             batch = await asyncio.wait_for(waiting, 5)
             assert batch.streaming == (handle,)
@@ -110,5 +114,34 @@ def test_a_slot_in_which_nothing_comes_is_given_away_with_its_batch(
             assert await other == 1
             source.allow("stalls")
             assert rows(await step(scheduler)) == [("stalls", 0, 1, True)]
+
+    run(body())
+
+
+def test_no_alarm_outlives_what_it_was_for(run: Run, tmp_path: Path) -> None:
+    """Nor the scheduler; some requests are cancelled, fail, or are finished before."""
+
+    async def body() -> None:
+        source, clock = stocked(tmp_path, "stalls", "b", "bad"), VirtualClock()
+        source.hold("stalls")
+        source.fail("resolve", FetchError("as told"), id="bad")
+        settings = {"max_slots": 1, "timeout": 10_000.0, "starvation_age": 1000.0}
+        async with over(source, **settings) as loader:
+            async with AdapterScheduler(loader, clock=clock) as scheduler:
+                scheduler.submit(Request(None, 1, 2))
+                await step(scheduler)
+                assert clock.due is None, "it is in time"
+                await step(scheduler)
+                scheduler.submit(Request(None, 1, 1)).cancel()
+                assert clock.due is None
+                stalls = scheduler.submit(Request("stalls", 1, 1))
+                await held(scheduler, stalls)
+                bad = scheduler.submit(Request("bad", 1, 1))
+                with pytest.raises(FetchError):
+                    await bad
+                others = [scheduler.submit(Request("b", 1, 1)) for _ in range(2)]
+                others[0].cancel()
+                await turns()
+            assert clock.due is None
 
     run(body())

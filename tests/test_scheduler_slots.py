@@ -49,6 +49,28 @@ def test_who_is_told_to_leave_while_it_comes_leaves(
     run(body())
 
 
+def test_who_is_told_to_leave_while_layers_come_leaves_when_they_are_there(
+    run: Run, tmp_path: Path
+) -> None:
+    async def body() -> None:
+        source = stocked(tmp_path, "a")
+        source.hold("a")
+        source.allow("a", 0)
+        async with opened(source) as (loader, scheduler):
+            ticket = scheduler.submit(Request("a", 1, MANY))
+            batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+            (handle,) = batch.streaming
+            unloading = asyncio.create_task(loader.unload("a"))
+            await turns()
+            source.allow("a")
+            await until(lambda: handle.resident)
+            scheduler.complete(batch)
+            await asyncio.wait_for(unloading, 5)
+            ticket.cancel()
+
+    run(body())
+
+
 def test_who_need_not_leave_any_more_stays(run: Run, tmp_path: Path) -> None:
     """Whoever waited for its slot has gone, while it was computed."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from common import until
 from engines.variants import PEFT_WARNING, logits_of, prompt, serving
 from lorax_async import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
 from lorax_async.io.fakes import FakeSource
@@ -176,8 +177,10 @@ def test_a_pass_does_not_wait_for_an_adapter_that_came_too_late_for_itself(
             serving(small, source=source, timeout=1000.0) as (loader, attached),
             loader.stream("held") as handle,
         ):
-            with attached.batch([handle], budget=0.0) as gate:
+            looked = threading.Event()
+            with attached.batch([handle], 0.0, lambda: bool(looked.set())) as gate:
                 forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+                await until(looked.is_set)  # it waits by now
                 source.allow("held")
                 await asyncio.wait_for(forward, 10)
                 assert "too late for itself" in str(gate.out[0])
