@@ -119,7 +119,7 @@ def test_a_slot_in_which_nothing_comes_is_given_away_with_its_batch(
 
 
 def test_no_alarm_outlives_what_it_was_for(run: Run, tmp_path: Path) -> None:
-    """Nor the scheduler; some requests are cancelled, fail, or are finished before."""
+    """Nor the scheduler, which hears of nothing any more; some requests are cancelled, fail, or are finished before."""
 
     async def body() -> None:
         source, clock = stocked(tmp_path, "stalls", "b", "bad"), VirtualClock()
@@ -143,5 +143,6 @@ def test_no_alarm_outlives_what_it_was_for(run: Run, tmp_path: Path) -> None:
                 others[0].cancel()
                 await turns()
             assert clock.due is None
+            assert not loader._machinery.driver.journal.has_subscribers
 
     run(body())

@@ -136,6 +136,57 @@ def test_nor_when_another_has_lost_its_own(run: Run, tmp_path: Path) -> None:
     run(body())
 
 
+def test_every_slot_is_waited_for_since_something_came_into_it(run: Run, tmp_path: Path) -> None:
+    """The first one gets a layer, the other one nothing; each is later than the alarm before it."""
+
+    async def body() -> None:
+        source, clock = stocked(tmp_path, "one", "two", "b"), VirtualClock()
+        for id in ("one", "two"):
+            source.hold(id)
+        silence(source, "b")
+        async with opened(source, VIRTUAL | {"max_slots": 2}, clock=clock) as (_, scheduler):
+            one = scheduler.submit(Request("one", 1, 1))
+            first = await held(scheduler, one)
+            clock.pass_until(100.0)
+            two = scheduler.submit(Request("two", 1, 1))
+            second = await held(scheduler, two)
+            waits = scheduler.submit(Request("b", 1, 1))
+            clock.pass_until(500.0)
+            source.allow("one", 0)
+            arrival = scheduler._book.guest_of(one).arrival
+            assert arrival is not None
+            await until(lambda: arrival.arrived)
+            released = []
+            for moment in (1001.0, 1099.0, 1101.0, 1499.0, 1501.0):
+                clock.pass_until(moment)
+                released.append((first.released, second.released))
+            assert released == [(False, False)] * 2 + [(False, True)] * 2 + [(True, True)]
+            for ticket in (one, two, waits):
+                ticket.cancel()
+
+    run(body())
+
+
+def test_a_slot_in_which_nothing_comes_is_kept_while_nobody_waits(run: Run, tmp_path: Path) -> None:
+    """Somebody has waited for a while."""
+
+    async def body() -> None:
+        source, clock = stocked(tmp_path, "stalls", "b"), VirtualClock()
+        source.hold("stalls")
+        settings = VIRTUAL | {"max_slots": 1}
+        async with opened(source, settings, clock=clock) as (_, scheduler):
+            ticket = scheduler.submit(Request("stalls", 1, 1))
+            handle = await held(scheduler, ticket)
+            other = scheduler.submit(Request("b", 1, 1))
+            clock.pass_until(500.0)
+            other.cancel()
+            clock.pass_until(1001.0)
+            assert not handle.released
+            ticket.cancel()
+
+    run(body())
+
+
 def test_who_got_nothing_in_its_slot_is_behind_those_who_may(run: Run, tmp_path: Path) -> None:
     """Until its file is here; though it is the oldest."""
 

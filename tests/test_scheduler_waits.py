@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import pytest
 import tiny
 from common import Run
 from lorax_async import (
-    AdapterLoader,
     AdapterRef,
     AdapterScheduler,
     FetchError,
@@ -20,7 +17,6 @@ from lorax_async import (
     Request,
 )
 from lorax_async.adapter import AdapterKey
-from lorax_async.handle import AdapterHandle
 from scheduling.serving import MANY, held, opened, rows, silence, step, turns, wanted, warm
 from tiny_sources import over, stocked
 
@@ -201,6 +197,26 @@ def test_who_is_to_leave_leaves_with_its_batch(run: Run, tmp_path: Path) -> None
     run(body())
 
 
+def test_who_is_to_leave_is_in_no_further_batch(run: Run, tmp_path: Path) -> None:
+    """Of another engine, say; else it would never leave."""
+
+    async def body() -> None:
+        async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+            await warm(loader, "a")
+            tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
+            batch = await scheduler.next_batch(MANY, 1)
+            unloading = asyncio.create_task(loader.unload("a"))
+            await turns()
+            waiting = await wanted(scheduler)
+            scheduler.complete(batch)
+            await asyncio.wait_for(unloading, 5)
+            batch = await asyncio.wait_for(waiting, 5)
+            assert [row.ticket for row in batch.rows] == tickets[1:]
+            scheduler.complete(batch)
+
+    run(body())
+
+
 def test_a_failure_is_told_beside_a_batch_that_goes_on(run: Run, tmp_path: Path) -> None:
     """Though its adapter is leaving already, so that no other event follows."""
 
@@ -240,59 +256,5 @@ def test_who_waited_in_vain_is_trusted_in_its_next_slot(run: Run, tmp_path: Path
             await batch.streaming[0].layer_ready(tiny.LAYERS - 1)
             scheduler.complete(batch)
             assert await ticket == 1
-
-    run(body())
-
-
-# -- close -----------------------------------------------------------------------------------------
-
-
-def test_it_is_closed_when_its_loads_have_ended(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of them takes its time to end."""
-    begun, ended = asyncio.Event(), list[bool]()
-
-    @asynccontextmanager
-    async def slow(*_: object, **__: object) -> AsyncIterator[AdapterHandle]:
-        begun.set()
-        try:
-            await asyncio.Event().wait()
-            raise AssertionError
-            yield
-        finally:
-            await turns()
-            ended.append(True)
-
-    async def body() -> None:
-        async with over(stocked(tmp_path, "a")) as loader:
-            monkeypatch.setattr(AdapterLoader, "stream", slow)
-            scheduler = AdapterScheduler(loader)
-            ticket = scheduler.submit(Request("a", 1, 1))
-            await begun.wait()
-            await scheduler.close()
-            assert ended
-            with pytest.raises(LoaderClosedError):
-                await ticket
-
-    run(body())
-
-
-def test_who_is_computed_hears_that_the_loader_was_closed(run: Run, tmp_path: Path) -> None:
-    """As soon as somebody wants another batch; that one may never be completed."""
-
-    async def body() -> None:
-        async with over(stocked(tmp_path, "a")) as loader:
-            scheduler = AdapterScheduler(loader)
-            ticket = scheduler.submit(Request("a", 1, 1))
-            batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
-            await loader.close(timeout=0.01)
-            waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
-            with pytest.raises(LoaderClosedError):
-                await asyncio.wait_for(ticket._wait(), 5)
-            scheduler.complete(batch)
-            await scheduler.close()
-            with pytest.raises(LoaderClosedError):
-                await waiting
 
     run(body())
