@@ -10,7 +10,7 @@ import pytest
 from common import Run, until
 from lorax_async import AdapterScheduler, AdapterTimeoutError, FetchError, Request
 from scheduling.clock import VirtualClock
-from scheduling.serving import MANY, held, opened, rows, step, turns, wanted
+from scheduling.serving import MANY, held, opened, rows, silence, step, turns, wanted
 from tiny_sources import over, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -114,6 +114,28 @@ def test_a_slot_in_which_nothing_comes_is_given_away_with_its_batch(
             assert await other == 1
             source.allow("stalls")
             assert rows(await step(scheduler)) == [("stalls", 0, 1, True)]
+
+    run(body())
+
+
+def test_a_source_that_does_not_answer_holds_up_the_next_for_a_while_only(
+    run: Run, tmp_path: Path
+) -> None:
+    async def body() -> None:
+        source, clock = stocked(tmp_path, "silent", "b"), VirtualClock()
+        silence(source, "silent")
+        settings = {"timeout": 10_000.0, "starvation_age": 1000.0}
+        async with opened(source, settings, clock=clock, loads=1, look_ahead=0) as (_, scheduler):
+            silent, other = (scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b"))
+            waiting = await wanted(scheduler)
+            clock.pass_until(999.0)
+            await turns()
+            assert scheduler._book.guest_of(other).handle is None
+            clock.pass_until(1001.0)
+            batch = await asyncio.wait_for(waiting, 5)
+            assert rows(batch) == [("b", 0, 1, True)]
+            scheduler.complete(batch)
+            silent.cancel()
 
     run(body())
 

@@ -231,12 +231,17 @@ def test_the_next_one_is_brought_nearer_when_a_slot_is_given_back(run: Run, tmp_
 # -- the queue of adapters -------------------------------------------------------------------------
 
 
-async def _first_of_two(source: Any, urgent: Any) -> str:
-    """Which of a and b comes first, whose loads wait behind another's; `urgent` is told of b."""
+async def _first_of_two(source: Any, urgent: Any, *, later: bool = False, loads: int = 1) -> str:
+    """Which of a and b comes first, which wait for c's slot; then `urgent` says something of b.
+
+    `later`, loads have begun: a's, and b's if there are two.
+    """
     settings = {"max_slots": 1, "starvation_age": 100.0, "timeout": 1000.0}
-    async with opened(source, settings, loads=1, look_ahead=0) as (loader, scheduler):
+    async with opened(source, settings, loads=loads, look_ahead=0) as (loader, scheduler):
         async with await loader.load("c"):
             tickets = [scheduler.submit(Request(id, 1, 1)) for id in "ab"]
+            if later:
+                await turns()
             urgent(scheduler)
             await turns()
         first = rows(await step(scheduler))[0][0]
@@ -255,5 +260,24 @@ def test_an_adapter_of_which_somebody_urgent_wants_something_comes_first(
         assert await _first_of_two(source, lambda scheduler: scheduler.submit(urgent)) == "b"
         given_up = await _first_of_two(source, lambda scheduler: scheduler.submit(urgent).cancel())
         assert given_up == "a"
+        for loads in (1, 2):
+            later = await _first_of_two(
+                source, lambda scheduler: scheduler.submit(urgent), later=True, loads=loads
+            )
+            assert later == "b"
+
+    run(body())
+
+
+def test_another_is_loaded_for_who_was_cancelled(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        source = stocked(tmp_path, "silent", "b")
+        silence(source, "silent")
+        settings = {"starvation_age": 1000.0, "timeout": 1000.0}
+        async with opened(source, settings, loads=1, look_ahead=0) as (_, scheduler):
+            tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
+            await turns()
+            tickets[0].cancel()
+            assert rows(await step(scheduler)) == [("b", 0, 1, True)]
 
     run(body())
