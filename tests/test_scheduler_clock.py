@@ -124,10 +124,13 @@ def test_a_source_that_does_not_answer_holds_up_the_next_for_a_while_only(
     async def body() -> None:
         source, clock = stocked(tmp_path, "silent", "b"), VirtualClock()
         silence(source, "silent")
-        settings = {"timeout": 10_000.0, "starvation_age": 1000.0}
+        settings = {"max_slots": 1, "timeout": 10_000.0, "starvation_age": 1000.0}
         async with opened(source, settings, clock=clock, loads=1, look_ahead=0) as (_, scheduler):
             silent, other = (scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b"))
             waiting = await wanted(scheduler)
+            clock.pass_until(500.0)
+            urgent = scheduler.submit(Request("silent", 1, 1, priority=1))
+            await turns()
             clock.pass_until(999.0)
             await turns()
             assert scheduler._book.guest_of(other).handle is None
@@ -135,7 +138,8 @@ def test_a_source_that_does_not_answer_holds_up_the_next_for_a_while_only(
             batch = await asyncio.wait_for(waiting, 5)
             assert rows(batch) == [("b", 0, 1, True)]
             scheduler.complete(batch)
-            silent.cancel()
+            for ticket in (silent, urgent):
+                ticket.cancel()
 
     run(body())
 

@@ -273,7 +273,7 @@ def test_another_is_loaded_for_who_was_cancelled(run: Run, tmp_path: Path) -> No
     async def body() -> None:
         source = stocked(tmp_path, "silent", "b")
         silence(source, "silent")
-        settings = {"starvation_age": 1000.0, "timeout": 1000.0}
+        settings = {"max_slots": 1, "starvation_age": 1000.0, "timeout": 1000.0}
         async with opened(source, settings, loads=1, look_ahead=0) as (_, scheduler):
             tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
             await turns()
