@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tiny
-from common import Run
+from common import Run, until
 from lorax_async import (
+    AdapterHandle,
+    AdapterLoader,
     AdapterRef,
     AdapterScheduler,
     FetchError,
@@ -66,6 +71,30 @@ def test_what_one_completes_another_goes_on_with(run: Run, tmp_path: Path) -> No
             scheduler.complete(batch)
             assert await ticket == 2
 
+    run(body())
+
+
+def test_who_has_a_slot_is_computed_though_all_of_it_came_before(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler hears of its slot after the last layer: no event follows."""
+    stream = AdapterLoader.stream
+
+    @asynccontextmanager
+    async def slow(loader: AdapterLoader, *args: Any, **more: Any) -> AsyncIterator[AdapterHandle]:
+        async with stream(loader, *args, **more) as handle:
+            await until(lambda: handle.resident)
+            await turns()
+            yield handle
+
+    async def body() -> None:
+        async with opened(stocked(tmp_path, "a")) as (_, scheduler):
+            ticket = scheduler.submit(Request("a", 1, 1))
+            waiting = await wanted(scheduler)
+            scheduler.complete(await asyncio.wait_for(waiting, 5))
+            assert await ticket == 1
+
+    monkeypatch.setattr(AdapterLoader, "stream", slow)
     run(body())
 
 

@@ -173,12 +173,17 @@ def test_a_pass_does_not_wait_for_an_adapter_that_came_too_late_for_itself(
     async def main() -> None:
         source = held_back(adapters[1])
         source.fail("bring", AdapterTimeoutError("too late for itself"), at=1)
+        looked = threading.Event()
+
+        def others_wait() -> bool:
+            looked.set()
+            return False
+
         async with (
             serving(small, source=source, timeout=1000.0) as (loader, attached),
             loader.stream("held") as handle,
         ):
-            looked = threading.Event()
-            with attached.batch([handle], 0.0, lambda: bool(looked.set())) as gate:
+            with attached.batch([handle], 0.0, others_wait) as gate:
                 forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
                 await until(looked.is_set)  # it waits by now
                 source.allow("held")

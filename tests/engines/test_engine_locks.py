@@ -108,8 +108,9 @@ def test_two_threads_that_leave_somebody_out_leave_both_out(meeting: Meeting) ->
             return self._slot
 
     first, second = handles = [Handle(0), Handle(1)]
-    given: Any = (handles, None)
-    gate, error = LayerGate(*given, budget=1.0), FetchError("as told")
+    rows: Any = handles
+    loop: Any = None
+    gate, error = LayerGate(rows, loop, 1.0), FetchError("as told")
     leave_out: Any = gate.leave_out
     for done in meeting.of(partial(leave_out, first, error), partial(leave_out, second, error)):
         assert done.result() is None
@@ -137,7 +138,7 @@ def held(meeting: Meeting) -> Iterator[tuple[Halting, list[str]]]:
     """A batch that has begun, and what became of its adapters."""
     place: Any = SimpleNamespace(loop=None, device=None, tables=None, factors=None)
     batch, seen = Halting(None, place), list[str]()
-    batch.halt = meeting.halt  # type: ignore[method-assign]
+    batch.halt = meeting.halt
     batch._uses.callback(seen.append, "free")
     yield batch, seen
     assert seen[-1:] == ["free"]

@@ -132,7 +132,7 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "        self._adopt(guest, handle)\n        self._changed()\n",
         "        self._adopt(guest, handle)\n",
-        f"{PLAIN}::test_sources_that_do_not_answer_hold_up_nobody",
+        f"{WAITS}::test_who_has_a_slot_is_computed_though_all_of_it_came_before",
     ),
     "guests: a slot that is to be left is not settled in": mutant(
         BOOK,

@@ -100,4 +100,10 @@ SCHEDULING_SLOTS: Mutants = {
         "                pass\n",
         f"{SLOTS}::test_who_is_told_to_leave_while_it_comes_leaves",
     ),
+    "slots: who is told to leave while layers come is told again when they are there": mutant(
+        "runtime/actions.py",
+        "            if life is not None and life.told:  # or that would say that it stays\n",
+        "            if False:\n",
+        f"{SLOTS}::test_who_is_told_to_leave_while_layers_come_leaves_when_they_are_there",
+    ),
 }
