@@ -82,6 +82,7 @@ def test_who_streams_joins_when_it_is_time_though_nothing_tells(run: Run, tmp_pa
             waiting = await wanted(scheduler)
             clock.step()
             batch = await asyncio.wait_for(waiting, 5)
+            assert not scheduler._news._idle
             assert batch.streaming == (handle,)
             source.allow("a")
             await handle.layer_ready(handle.layers[-1])

@@ -13,6 +13,7 @@ from common import Run
 from lorax_async import (
     AdapterLoader,
     AdapterScheduler,
+    HandleClosedError,
     LoaderClosedError,
     Request,
 )
@@ -64,6 +65,8 @@ def test_who_is_computed_hears_that_the_loader_was_closed(run: Run, tmp_path: Pa
             waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
             with pytest.raises(LoaderClosedError):
                 await asyncio.wait_for(ticket._wait(), 5)
+            with pytest.raises(HandleClosedError):
+                batch.check()
             scheduler.complete(batch)
             await scheduler.close()
             with pytest.raises(LoaderClosedError):

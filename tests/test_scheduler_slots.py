@@ -270,6 +270,20 @@ def test_an_adapter_of_which_somebody_urgent_wants_something_comes_first(
     run(body())
 
 
+def test_who_may_not_begin_takes_no_row_from_who_has_begun(run: Run, tmp_path: Path) -> None:
+    """Though it is the more urgent one."""
+
+    async def body() -> None:
+        async with opened(stocked(tmp_path), max_begun=1) as (_, scheduler):
+            begun = scheduler.submit(Request(None, 1, 2))
+            await step(scheduler)
+            urgent = scheduler.submit(Request(None, 1, 1, priority=5))
+            for ticket in (begun, urgent):
+                assert (await step(scheduler, sequences=1)).rows[0].ticket is ticket
+
+    run(body())
+
+
 def test_another_is_loaded_for_who_was_cancelled(run: Run, tmp_path: Path) -> None:
     async def body() -> None:
         source = stocked(tmp_path, "silent", "b")

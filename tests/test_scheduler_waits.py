@@ -51,10 +51,11 @@ def test_who_wants_a_batch_when_it_closes_wants_none(run: Run, tmp_path: Path) -
     async def body() -> None:
         async with over(stocked(tmp_path)) as loader:
             scheduler = AdapterScheduler(loader)
-            waiting = await wanted(scheduler)
+            several = [await wanted(scheduler) for _ in range(2)]
             await scheduler.close()
-            with pytest.raises(LoaderClosedError):
-                await asyncio.wait_for(waiting, 5)
+            for waiting in several:
+                with pytest.raises(LoaderClosedError):
+                    await asyncio.wait_for(waiting, 5)
 
     run(body())
 
@@ -95,6 +96,23 @@ def test_who_has_a_slot_is_computed_though_all_of_it_came_before(
             assert await ticket == 1
 
     monkeypatch.setattr(AdapterLoader, "stream", slow)
+    run(body())
+
+
+def test_a_layer_that_comes_is_computed(run: Run, tmp_path: Path) -> None:
+    async def body() -> None:
+        source = stocked(tmp_path, "a")
+        source.hold("a")
+        async with opened(source) as (_, scheduler):
+            ticket = scheduler.submit(Request("a", 1, 1))
+            handle = await held(scheduler, ticket)
+            waiting = await wanted(scheduler)
+            source.allow("a", 0)
+            batch = await asyncio.wait_for(waiting, 5)
+            assert batch.streaming == (handle,)
+            scheduler.complete(batch)
+            source.allow("a")
+
     run(body())
 
 

@@ -183,7 +183,7 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "not isinstance(event, Resident)\n            self._changed()\n",
         "not isinstance(event, Resident)\n",
-        f"{PLAIN}::test_alone_a_streaming_adapter_joins_when_its_first_layer_is_there",
+        f"{WAITS}::test_a_layer_that_comes_is_computed",
     ),
     "guests: who need not leave stays": mutant(
         BOOK,

@@ -33,15 +33,9 @@ SCHEDULING_QUEUE: Mutants = {
     ),
     "ticket: one that ended has no deadline": mutant(
         REQUESTS,
-        "        self.disarm()\n        if not self._future.done()",
-        "        if not self._future.done()",
+        "        self.disarm()\n        self.error = error\n",
+        "        self.error = error\n",
         f"{CLOCK}::test_no_alarm_outlives_what_it_was_for",
-    ),
-    "ticket: one that was cancelled does not end again": mutant(
-        REQUESTS,
-        "        if not self._future.done():\n            self.error = error",
-        "        if True:\n            self.error = error",
-        f"{ENDS}::test_a_cancelled_request_leaves_the_others_alone",
     ),
     "ticket: who awaits it may be cancelled without it": mutant(
         REQUESTS,
@@ -65,7 +59,7 @@ SCHEDULING_QUEUE: Mutants = {
         NEWS,
         "                future.set_result(None)\n",
         "                future.set_result(None)\n                break\n",
-        f"{ENDS}::test_close_answers_everybody",
+        f"{WAITS}::test_who_wants_a_batch_when_it_closes_wants_none",
     ),
     "news: who waits is woken in time": mutant(
         NEWS,
@@ -95,7 +89,7 @@ SCHEDULING_QUEUE: Mutants = {
         BATCH,
         "            if row.handle is not None and row.handle.released:",
         "            if False:",
-        f"{PLAIN}::test_a_stale_batch_is_caught",
+        f"{CLOSING}::test_who_is_computed_hears_that_the_loader_was_closed",
     ),
     "batch of rows: it is good while its slots are its own": mutant(
         BATCH,
@@ -113,7 +107,7 @@ SCHEDULING_QUEUE: Mutants = {
         GUESTS,
         "if ticket.flying or (fresh <= 0 and not ticket.begun):",
         "if ticket.flying:",
-        f"{PLAIN}::test_no_more_begin_than_the_engine_has_room_for",
+        f"{SLOTS}::test_who_may_not_begin_takes_no_row_from_who_has_begun",
     ),
     "batch of rows: who leaves joins no batch": mutant(
         PICKING,
@@ -125,13 +119,13 @@ SCHEDULING_QUEUE: Mutants = {
         PICKING,
         "if not guest.trusted or guest.arrival is None:",
         "if guest.arrival is None:",
-        f"{PLAIN}::test_who_waited_in_vain_joins_when_all_is_there",
+        f"{PLAIN}::test_a_pass_is_told_of_others_that_did_not_fit",
     ),
     "batch of rows: who is alone waits for a layer": mutant(
         PICKING,
         "at = now if guest.arrival.arrived else inf",
         "at = now",
-        f"{PLAIN}::test_alone_a_streaming_adapter_joins_when_its_first_layer_is_there",
+        f"{WAITS}::test_a_layer_that_comes_is_computed",
     ),
     "queue: it is closed when its loads have ended": mutant(
         QUEUE,
