@@ -184,7 +184,6 @@ class Waiting:
             self._fail(errand, fault)
         else:
             if self._errands.get(errand.guest) is errand:
-                errand.wishes.discard(asyncio.current_task())  # the others are given up
                 self._granted(errand.guest, handle)
             else:
                 handle.release()

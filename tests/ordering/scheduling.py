@@ -14,6 +14,7 @@ DIGESTS = "test_scheduler_digests.py"
 PLAIN = "test_scheduler.py"
 ENDS = "test_scheduler_ends.py"
 PLAYS = "test_scheduler_plays.py"
+FLIGHTS = "test_scheduler_flights.py"
 
 SCHEDULING: Mutants = {
     "scheduler: who wants a batch when it closes is woken": mutant(
@@ -177,13 +178,13 @@ SCHEDULING: Mutants = {
         SCHEDULER,
         "        for guest in batch.guests:\n            guest.flights += 1\n",
         "        for guest in batch.guests:\n            guest.flights += 0\n",
-        f"{WAITS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
+        f"{FLIGHTS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
     ),
     "scheduler: a batch gives its adapters back": mutant(
         SCHEDULER,
         "        self._book.landed(batch.guests)\n",
         "",
-        f"{WAITS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
+        f"{FLIGHTS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
     ),
     "scheduler: another engine is woken by what was completed": mutant(
         SCHEDULER,

@@ -12,6 +12,8 @@ SLOTS = "test_scheduler_slots.py"
 CLOCK = "test_scheduler_clock.py"
 PLAIN = "test_scheduler.py"
 ENDS = "test_scheduler_ends.py"
+IN_QUEUE = "test_scheduler_queue.py"
+FLIGHTS = "test_scheduler_flights.py"
 
 SCHEDULING_GUESTS: Mutants = {
     "guests: who begins to wait is watched for": mutant(
@@ -34,7 +36,7 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "            guest.add(ticket)\n            self._waiting.update(guest)\n",
         "            guest.add(ticket)\n",
-        f"{SLOTS}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
+        f"{IN_QUEUE}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
     ),
     "guests: and back when it is gone": mutant(
         BOOK,
@@ -44,7 +46,7 @@ SCHEDULING_GUESTS: Mutants = {
         else\
 """,
         "        if guest.tickets:\n            pass\n        else",
-        f"{SLOTS}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
+        f"{IN_QUEUE}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
     ),
     "guests: who waited in vain does not join before all is there": mutant(
         BOOK,
@@ -56,13 +58,13 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "        guest.trusted = True\n",
         "",
-        f"{WAITS}::test_who_waited_in_vain_is_trusted_in_its_next_slot",
+        f"{FLIGHTS}::test_who_waited_in_vain_is_trusted_in_its_next_slot",
     ),
     "guests: a slot is kept until the last batch is completed": mutant(
         BOOK,
         "            if guest.flights:\n                continue\n",
         "",
-        f"{WAITS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
+        f"{FLIGHTS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
     ),
     "guests: a slot is kept for its batches though its requests are gone": mutant(
         BOOK,
@@ -73,7 +75,7 @@ SCHEDULING_GUESTS: Mutants = {
     # -- slots\
 """,
         "        self._release(guest)\n\n    # -- slots",
-        f"{WAITS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
+        f"{FLIGHTS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
     ),
     "guests: what was kept for a batch is given back after it": mutant(
         BOOK,
@@ -87,13 +89,13 @@ SCHEDULING_GUESTS: Mutants = {
                 pass
             elif\
 """,
-        f"{WAITS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
+        f"{FLIGHTS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
     ),
     "guests: who is to leave leaves after its batch": mutant(
         BOOK,
         "            elif guest.leaving:\n                self._settle(guest)\n",
         "",
-        f"{WAITS}::test_who_is_to_leave_leaves_with_its_batch",
+        f"{FLIGHTS}::test_who_is_to_leave_leaves_with_its_batch",
     ),
     "guests: a stalled slot goes with its batch": mutant(
         BOOK,
@@ -162,7 +164,7 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "        handle.release()\n        self._waiting.look_soon()\n",
         "        handle.release()\n",
-        f"{SLOTS}::test_the_next_one_is_brought_nearer_when_a_slot_is_given_back",
+        f"{IN_QUEUE}::test_the_next_one_is_brought_nearer_when_a_slot_is_given_back",
     ),
     "guests: who lost its slot is watched for": mutant(
         BOOK,
@@ -195,19 +197,19 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "            asyncio.get_running_loop().call_soon(self._settle, guest)\n",
         "            pass\n",
-        f"{WAITS}::test_a_failure_is_told_beside_a_batch_that_goes_on",
+        f"{FLIGHTS}::test_a_failure_is_told_beside_a_batch_that_goes_on",
     ),
     "guests: it is settled after it was told": mutant(
         BOOK,
         "            asyncio.get_running_loop().call_soon(self._settle, guest)\n",
         "            self._settle(guest)\n",
-        f"{WAITS}::test_a_failure_is_told_beside_a_batch_that_goes_on",
+        f"{FLIGHTS}::test_a_failure_is_told_beside_a_batch_that_goes_on",
     ),
     "guests: who is to leave stays for its batches": mutant(
         BOOK,
         "elif guest.leaving and guest.tickets and not guest.flights:",
         "elif guest.leaving and guest.tickets:",
-        f"{WAITS}::test_who_is_to_leave_leaves_with_its_batch",
+        f"{FLIGHTS}::test_who_is_to_leave_leaves_with_its_batch",
     ),
     "guests: a loader that was closed fails its requests": mutant(
         BOOK,

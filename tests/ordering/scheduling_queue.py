@@ -17,6 +17,8 @@ SLOTS = "test_scheduler_slots.py"
 CLOCK = "test_scheduler_clock.py"
 PLAIN = "test_scheduler.py"
 ENDS = "test_scheduler_ends.py"
+IN_QUEUE = "test_scheduler_queue.py"
+FLIGHTS = "test_scheduler_flights.py"
 
 SCHEDULING_QUEUE: Mutants = {
     "ticket: a cancelled one has no deadline": mutant(
@@ -107,13 +109,13 @@ SCHEDULING_QUEUE: Mutants = {
         GUESTS,
         "if ticket.flying or (fresh <= 0 and not ticket.begun):",
         "if ticket.flying:",
-        f"{SLOTS}::test_who_may_not_begin_takes_no_row_from_who_has_begun",
+        f"{IN_QUEUE}::test_who_may_not_begin_takes_no_row_from_who_has_begun",
     ),
     "batch of rows: who leaves joins no batch": mutant(
         PICKING,
         "        if guest.leaving:\n            continue\n",
         "",
-        f"{WAITS}::test_who_is_to_leave_is_in_no_further_batch",
+        f"{FLIGHTS}::test_who_is_to_leave_is_in_no_further_batch",
     ),
     "batch of rows: who waited in vain waits for all": mutant(
         PICKING,
@@ -137,7 +139,7 @@ SCHEDULING_QUEUE: Mutants = {
         QUEUE,
         "            asyncio.get_running_loop().call_soon(self._look)\n",
         "            self._look()\n",
-        f"{SLOTS}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
+        f"{IN_QUEUE}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
     ),
     "queue: it is looked at again": mutant(
         QUEUE,
@@ -164,31 +166,31 @@ SCHEDULING_QUEUE: Mutants = {
             self.look_soon()
 """,
         "            insort(self._line, (errand.place, errand))\n",
-        f"{SLOTS}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
+        f"{IN_QUEUE}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
     ),
     "queue: who has become more urgent is wished for once more": mutant(
         QUEUE,
         "            self._wish(errand)  # beside",
         "            pass  # beside",
-        f"{SLOTS}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
+        f"{IN_QUEUE}::test_an_adapter_of_which_somebody_urgent_wants_something_comes_first",
     ),
     "queue: who waits no longer is loaded no longer": mutant(
         QUEUE,
         "        for task in errand.wishes:\n            task.cancel()\n",
         "",
-        f"{ENDS}::test_close_answers_everybody",
+        f"{WAITS}::test_who_may_not_begin_does_when_another_is_cancelled",
     ),
     "queue: and no longer hinted": mutant(
         QUEUE,
         "        for hint in errand.hints.values():\n            hint.cancel()\n",
         "",
-        f"{ENDS}::test_close_answers_everybody",
+        f"{IN_QUEUE}::test_nothing_is_loaded_when_its_hint_is_given_up",
     ),
     "queue: another is brought nearer for who waits no longer": mutant(
         QUEUE,
         "            hint.cancel()\n        self.look_soon()\n",
         "            hint.cancel()\n",
-        f"{SLOTS}::test_another_is_loaded_for_who_was_cancelled",
+        f"{IN_QUEUE}::test_another_is_loaded_for_who_was_cancelled",
     ),
     "queue: who has no answer holds up the others for a while": mutant(
         QUEUE,
@@ -224,18 +226,6 @@ SCHEDULING_QUEUE: Mutants = {
         "        if True:\n            errand.since",
         f"{CLOCK}::test_a_source_that_does_not_answer_holds_up_the_next_for_a_while_only",
     ),
-    "queue: a load that is through does not end itself": mutant(
-        QUEUE,
-        "                errand.wishes.discard(asyncio.current_task())  # the others are given up\n",
-        "",
-        f"{PLAIN}::test_a_request_is_computed_a_token_at_a_time",
-    ),
-    "queue: a load that nobody wants any more gives its slot back": mutant(
-        QUEUE,
-        "            else:\n                handle.release()\n",
-        "",
-        f"{ENDS}::test_cancelled_after_any_turn_of_the_loop",
-    ),
     "queue: a load keeps its slot when it is through": mutant(
         QUEUE,
         """\
@@ -247,18 +237,6 @@ SCHEDULING_QUEUE: Mutants = {
                 handle = streaming
 """,
         f"{PLAIN}::test_a_request_is_computed_a_token_at_a_time",
-    ),
-    "queue: a load is for who still waits": mutant(
-        QUEUE,
-        "            if self._errands.get(errand.guest) is errand:\n                errand.wishes",
-        "            if True:\n                errand.wishes",
-        f"{ENDS}::test_cancelled_after_any_turn_of_the_loop",
-    ),
-    "queue: a failure is for who still waits": mutant(
-        QUEUE,
-        "        if self._errands.get(errand.guest) is errand:\n            self._failed(errand.guest, error)",
-        "        if True:\n            self._failed(errand.guest, error)",
-        f"{ENDS}::test_a_failing_adapter_fails_its_requests_and_no_other",
     ),
     "queue: what was hinted is loaded when it is there": mutant(
         QUEUE,
@@ -274,13 +252,7 @@ SCHEDULING_QUEUE: Mutants = {
         for\
 """,
         "        for",
-        f"{ENDS}::test_close_answers_everybody",
-    ),
-    "queue: who rested counts again": mutant(
-        QUEUE,
-        "        errand.resting = False\n",
-        "",
-        f"{PLAIN}::test_a_slot_in_which_nothing_comes_is_given_to_others",
+        f"{IN_QUEUE}::test_nothing_is_loaded_when_its_hint_is_given_up",
     ),
     "queue: who rested is loaded when its file is here": mutant(
         QUEUE,
