@@ -67,4 +67,8 @@ class Failed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Leaving(Event):
-    """The slot takes no new lease and is given back once the last lease and kernel are done."""
+    """The slot takes no new lease and is given back once the last lease and kernel are done.
+
+    A later `Resident` of the same slot says that it stays. Who is told while layers are on their
+    way is told again when the last one is there.
+    """

@@ -155,8 +155,6 @@ class AdapterScheduler:
             self._arm(ticket, self._patience)
 
     def _too_late(self, ticket: Ticket, seconds: float) -> None:
-        if ticket.done or ticket.flying:
-            return
         guest = self._book.guest_of(ticket)
         problem = f"it was in no batch within {seconds:g} s"
         self._end(ticket, AdapterTimeoutError(problem, id=guest.id, stage=guest.stage))
@@ -191,7 +189,7 @@ class AdapterScheduler:
 
     async def batches(self, max_tokens: int, max_sequences: int) -> AsyncIterator[Batch]:
         """`next_batch` again and again, until the scheduler is closed."""
-        while self._closing is None:
+        while True:
             try:
                 batch = await self.next_batch(max_tokens, max_sequences)
             except LoaderClosedError:

@@ -102,9 +102,8 @@ class Batch:
 
     def end(self) -> None:
         """No further layer is computed. Does not wait for one that has begun."""
-        with self._lock:
-            self._ended = True
-        self._leave()
+        self._ended = True
+        self._leave()  # after those that did not see it had entered
 
     @contextmanager
     def computing(self) -> Iterator[None]:

@@ -146,6 +146,9 @@ class Actions:
         if command.last:
             self._journal.count("loads")
             self.tell(Resident, command.key, slot=slot)
+            life = self._lives.get(command.key)
+            if life is not None and life.told:  # or that would say that it stays
+                self.tell(Leaving, command.key, slot=slot)
             self.close_idle_reader(command.key)
 
     def close_idle_reader(self, key: AdapterKey) -> None:

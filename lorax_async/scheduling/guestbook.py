@@ -137,7 +137,7 @@ class Guestbook:
                 self._release(guest)
             elif guest.leaving:
                 self._settle(guest)
-        self._watch()
+        self._relieve()
 
     def fail(self, guest: Guest, error: LoraxError) -> None:
         """What goes wrong with an adapter goes wrong with its requests, and with no other."""

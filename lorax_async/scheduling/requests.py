@@ -122,11 +122,10 @@ class Ticket:
         return True
 
     def end(self, error: LoraxError | None = None) -> None:
-        """For the scheduler: it is finished, or failed."""
+        """For the scheduler: it is finished, or failed; it was not done before."""
         self.disarm()
-        if not self._future.done():
-            self.error = error
-            self._future.set_result(None)
+        self.error = error
+        self._future.set_result(None)
 
     def disarm(self) -> None:
         """For the scheduler: it waits for nothing that could come too late."""

@@ -70,7 +70,7 @@ class Waiting:
         self._numbers = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarm: Alarm | None = None
-        self._looking = self._closed = False
+        self._looking = False
 
     def __len__(self) -> int:
         return len(self._line)
@@ -114,8 +114,6 @@ class Waiting:
 
     async def close(self) -> None:
         """Nobody may be waiting any more. Returns when no task is left."""
-        self._closed = True
-        self._set_alarm(None)
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -123,15 +121,13 @@ class Waiting:
 
     def look_soon(self) -> None:
         """Once for all that changes in one turn of the loop."""
-        if not self._looking and not self._closed:
+        if not self._looking:
             self._looking = True
             asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
         """Bring the first ones nearer."""
         self._looking = False
-        if self._closed:
-            return
         now = self._clock.time()
         reaches = self._ahead.reaches(self._held())
         counting = (errand for _, errand in self._line if self._counts(errand, now))
@@ -188,7 +184,6 @@ class Waiting:
             self._fail(errand, fault)
         else:
             if self._errands.get(errand.guest) is errand:
-                errand.wishes.discard(asyncio.current_task())  # the others are given up
                 self._granted(errand.guest, handle)
             else:
                 handle.release()

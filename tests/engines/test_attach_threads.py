@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from common import until
 from engines.variants import PEFT_WARNING, logits_of, prompt, serving
-from lorax_async import FetchError, HandleClosedError, UsageError
+from lorax_async import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
 from lorax_async.io.fakes import FakeSource
 
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
@@ -162,6 +163,34 @@ def test_a_pass_ends_when_the_adapter_it_waits_for_is_lost(
                     await forward
 
     asyncio.run(main())
+
+
+def test_a_pass_does_not_wait_for_an_adapter_that_came_too_late_for_itself(
+    run: Run, small: Any, adapters: list[Path]
+) -> None:
+    """Its error is of the kind that a look in vain raises, too."""
+
+    async def main() -> None:
+        source = held_back(adapters[1])
+        source.fail("bring", AdapterTimeoutError("too late for itself"), at=1)
+        looked = threading.Event()
+
+        def others_wait() -> bool:
+            looked.set()
+            return False
+
+        async with (
+            serving(small, source=source, timeout=1000.0) as (loader, attached),
+            loader.stream("held") as handle,
+        ):
+            with attached.batch([handle], 0.0, others_wait) as gate:
+                forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+                await until(looked.is_set)  # it waits by now
+                source.allow("held")
+                await asyncio.wait_for(forward, 10)
+                assert "too late for itself" in str(gate.out[0])
+
+    run(main())
 
 
 def test_a_pass_and_a_task_end_when_the_handle_they_wait_for_is_released(

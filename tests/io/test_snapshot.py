@@ -177,7 +177,19 @@ class TestOfDevices:
     def late(self) -> Iterator[None]:
         yield from loaded()
 
-    def test_what_its_stream_has_yet_to_write_is_waited_for(self) -> None:
+    def test_what_its_stream_has_yet_to_write_is_waited_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, ended = threading.Event(), threading.Event()
+        was_done: list[bool] = []
+
+        class Told(torch.Event):
+            def synchronize(self) -> None:
+                was_done.append(self.query())
+                begun.set()
+                super().synchronize()
+
+        monkeypatch.setattr(snapshot_module, "new_event", lambda device: Told(device=device))
         there = torch.zeros(64, dtype=torch.float32, device=LATE)
         source = torch.arange(64, dtype=torch.float32).pin_memory()
         stream = torch.Stream(device=LATE)
@@ -186,15 +198,17 @@ class TestOfDevices:
                 there.copy_(source, non_blocking=True)
                 snapshot = Snapshot({"x": there, "y": source}, CONFIG, Limits())
             snapshot.measure()
-            ended = threading.Event()
 
             def copy() -> None:
                 while snapshot.step():
                     pass
                 ended.set()
+                begun.set()
 
             thread = threading.Thread(target=copy)
             thread.start()
-            assert not ended.wait(0.05)
+            assert begun.wait(20)
+            assert was_done == [False]
+            assert not ended.is_set()
         thread.join(20)
         assert_equal(read_back(snapshot.file()), {"x": source, "y": source})

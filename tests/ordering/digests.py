@@ -181,6 +181,12 @@ OF_READERS: Mutants = {
         "",
         "io/remote/test_remote_evicted.py::test_parts_of_a_merge_are_fetched_again",
     ),
+    "merged: who reads in a thread hears that the loop has ended": mutant(
+        MERGED,
+        "        except CancelledError:\n",
+        "        except ZeroDivisionError:\n",
+        "io/test_merged_ends.py",
+    ),
     "local: what is held is what was opened": mutant(
         HOLD,
         "            reader.read_into([], 0)\n",

@@ -8,6 +8,7 @@ FETCH = "io/remote/fetch.py"
 CACHED = "io/remote/cached.py"
 SOURCE = "io/remote/source.py"
 
+THREADS = "io/remote/test_remote_fetch.py"
 OF_WORKERS = "io/remote/test_remote_workers.py"
 OF_SOURCE = "io/remote/test_remote_source.py"
 LOADS = "io/remote/test_remote_loads.py"
@@ -69,6 +70,36 @@ FETCHES: Mutants = {
         "            reader.adopt(entry)\n",
         "            entry.close()\n            reader.entry = None\n",
         f"{WAITS}::test_an_entry_stays_for_as_long_as_it_is_read",
+    ),
+    "fetch: groups of several files are told of in their order": mutant(
+        FETCH,
+        "                with self._lock:\n                    for group in arrivals",
+        "                if self._lock:\n                    for group in arrivals",
+        f"{THREADS}::test_groups_of_two_files_are_told_of_in_their_order",
+    ),
+    "fetch: one thread hashes a file": mutant(
+        FETCH,
+        "        if before is None or before.done():\n",
+        "        if True:\n",
+        f"{THREADS}::test_one_thread_hashes_a_file",
+    ),
+    "fetch: a file is hashed on": mutant(
+        FETCH,
+        "        if before is None or before.done():\n",
+        "        if before is None:\n",
+        f"{THREADS}::test_one_thread_hashes_a_file",
+    ),
+    "fetch: who hashes is waited for": mutant(
+        FETCH,
+        "                hashing.exception()\n",
+        "                pass\n",
+        f"{THREADS}::test_nothing_reads_a_download_that_has_ended",
+    ),
+    "fetch: who has not begun to hash does not": mutant(
+        FETCH,
+        "            if not hashing.cancel():\n",
+        "            if hashing.running():\n",
+        f"{THREADS}::test_nothing_reads_a_download_that_has_ended",
     ),
     "cached: one read opens": mutant(
         CACHED,

@@ -7,6 +7,7 @@ from ordering.mutant import Mutants, mutant
 OPEN, LOCAL, MAPPED = "io/sources/checked_open.py", "io/sources/local.py", "io/mapped.py"
 BATCH = "engines/batch.py"
 GATE = "engines/layer_gate.py"
+PLANS = "engines/last_plans.py"
 
 OF_OPEN = "io/test_checked_open.py"
 OF_FILE_READER = "io/test_file_reader.py"
@@ -14,6 +15,7 @@ OUTLIVES = f"{OF_FILE_READER}::test_a_descriptor_outlives_the_read_it_serves"
 GIVEN_UP = f"{OF_OPEN}::test_closed_even_when_the_open_was_given_up"
 THREADS = "engines/test_attach_threads.py"
 OF_GATE = "engines/test_layer_gate.py"
+LOCKS = "engines/test_engine_locks.py"
 
 FILES: Mutants = {
     "reader: a descriptor outlives the read it serves": mutant(
@@ -95,6 +97,36 @@ MODELS: Mutants = {
         "            last = self._ended\n",
         f"{THREADS}::test_a_pass_that_outlives_its_block_stops_and_then_frees_its_adapter",
     ),
+    "batch: a layer begins before its block ends, or not": mutant(
+        BATCH,
+        """\
+        with self._lock:
+            if self._ended:
+""",
+        """\
+        if self._lock:
+            if self._ended:
+""",
+        f"{LOCKS}::test_a_layer_that_begins_while_the_block_ends_keeps_its_adapters",
+    ),
+    "batch: layers end one after the other": mutant(
+        BATCH,
+        "        with self._lock:\n            self._running -= 1\n",
+        "        if self._lock:\n            self._running -= 1\n",
+        f"{LOCKS}::test_two_layers_that_end_at_once_are_both_over",
+    ),
+    "batch: its block ends before it leaves": mutant(
+        BATCH,
+        """\
+        self._ended = True
+        self._leave()  # after those that did not see it had entered
+""",
+        """\
+        self._leave()
+        self._ended = True
+""",
+        f"{LOCKS}::test_no_layer_begins_while_adapters_are_let_go",
+    ),
     "batch: no layer begins after its block": mutant(
         BATCH,
         "            if self._ended:\n",
@@ -154,6 +186,42 @@ MODELS: Mutants = {
         "        if self._budget is None or handle.arrived:\n",
         "        if self._budget is None:\n",
         f"{OF_GATE}::test_what_is_on_this_machine_is_waited_for_beyond_the_budget",
+    ),
+    "gate: threads leave out one after the other": mutant(
+        GATE,
+        "        with self._lock:  # passes of several threads\n",
+        "        if self._lock:\n",
+        f"{LOCKS}::test_two_threads_that_leave_somebody_out_leave_both_out",
+    ),
+    "gate: another pass has a budget of its own": mutant(
+        GATE,
+        "        if layer < self._layer:\n",
+        "        if False:\n",
+        f"{OF_GATE}::test_each_pass_has_the_whole_budget",
+    ),
+    "gate: who is alone waits as long as the loader says": mutant(
+        GATE,
+        "            if seconds <= 0:\n",
+        "            if False:\n",
+        f"{OF_GATE}::test_who_is_alone_waits_as_long_as_the_loader_says",
+    ),
+    "gate: who came too late for himself is not waited for": mutant(
+        GATE,
+        "            handle.require_sound()  # it may have ended with such an error itself\n",
+        "",
+        f"{THREADS}::test_a_pass_does_not_wait_for_an_adapter_that_came_too_late_for_itself",
+    ),
+    "plans: one thread makes one": mutant(
+        PLANS,
+        "        with self._lock:\n            plan = ",
+        "        if self._lock:\n            plan = ",
+        f"{LOCKS}::test_two_threads_make_one_plan",
+    ),
+    "plans: what is being made is forgotten as well": mutant(
+        PLANS,
+        "        with self._lock:\n            self._plans.clear()\n",
+        "        if self._lock:\n            self._plans.clear()\n",
+        f"{LOCKS}::test_a_plan_that_was_being_made_is_forgotten",
     ),
     "gate: what a pass has waited counts": mutant(
         GATE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ordering.mutant import Mutants, mutant
 
 HUB = "io/remote/hub.py"
+HUB_FILES = "adapters/loading/hub_files.py"
 HUB_FIRST = "io/remote/hub_first.py"
 HUB_CACHE = "io/remote/hub_cache.py"
 HUB_DOWNLOAD = "io/remote/hub_download.py"
@@ -16,6 +17,7 @@ READING = "io/remote/test_hub_cache_reading.py"
 FIRST = "io/remote/test_hub_first.py"
 LOCATOR = "io/remote/test_hub_locator.py"
 NETWORK = "io/remote/test_hub_network.py"
+OF_HUB_FILES = "adapters/test_hub_files.py"
 OTHERS_WAIT = f"{SHARING}::test_one_downloads_and_others_wait"
 
 HUBS: Mutants = {
@@ -137,5 +139,41 @@ HUBS: Mutants = {
         "                if self.blob(role, digest) is None:\n",
         "                if True:\n",
         f"{SHARING}::test_somebody_who_does_not_heed_the_lock",
+    ),
+    "hub files: what is here is not asked for": mutant(
+        HUB_FILES,
+        "        path = cached_file(self.id, name) or self._fetched(name, max_bytes)\n",
+        "        path = self._fetched(name, max_bytes)\n",
+        f"{OF_HUB_FILES}::test_what_was_fetched_is_not_asked_for_again",
+    ),
+    "hub files: whether weights are in one file is not asked again": mutant(
+        HUB_FILES,
+        "        if one is not None or index is not None:",
+        "        if False:",
+        f"{OF_HUB_FILES}::test_weights_in_several_files",
+    ),
+    "hub files: weights are of the config's commit": mutant(
+        HUB_FILES,
+        "        revision = self._commit() or self.id.revision or _MAIN\n",
+        "        revision = self.id.revision or _MAIN\n",
+        f"{OF_HUB_FILES}::test_config_and_weights_are_of_one_commit",
+    ),
+    "hub files: a size is asked for before the file": mutant(
+        HUB_FILES,
+        "        if told.nbytes is not None and told.nbytes > max_bytes:\n",
+        "        if False:\n",
+        f"{OF_HUB_FILES}::test_a_file_over_the_limit_is_not_fetched",
+    ),
+    "hub files: what came before counts": mutant(
+        HUB_FILES,
+        "                room = max(0, room - _size_of(self._found(name, room), name))\n",
+        "                self._found(name, room)\n",
+        f"{OF_HUB_FILES}::test_files_that_are_over_the_limit_together",
+    ),
+    "hub files: a hub that does not answer is not waited for": mutant(
+        HUB_FILES,
+        "            timeout=_SECONDS,\n",
+        "            timeout=20.0,\n",
+        f"{OF_HUB_FILES}::test_a_hub_that_refuses",
     ),
 }

@@ -15,6 +15,9 @@ RETIRING = "runtime/retiring.py"
 
 OF_SPILLING = "io/test_spilling.py"
 OF_MEMORY = "io/test_memory_source.py"
+YET_TO_WRITE = (
+    "io/test_snapshot.py::TestOfDevices::test_what_its_stream_has_yet_to_write_is_waited_for"
+)
 RACES = "test_spill_races.py"
 ENDS = "test_spill_ends.py"
 IN_USE = f"{OF_SPILLING}::test_what_is_read_or_copied_now_is_waited_for"
@@ -163,6 +166,18 @@ OF_COPIES: Mutants = {
         "        self._require_unchanged()\n",
         "",
         "io/test_snapshot.py::test_a_write_at_any_time_is_noticed",
+    ),
+    "snapshot: what a device has yet to write is waited for": mutant(
+        SNAPSHOT,
+        "            event.synchronize()\n",
+        "            pass\n",
+        YET_TO_WRITE,
+    ),
+    "snapshot: its event stands behind what the stream has yet to write": mutant(
+        SNAPSHOT,
+        "            event.record(stream_on(device, None))\n",
+        "",
+        YET_TO_WRITE,
     ),
 }
 

@@ -24,6 +24,10 @@ from ordering.passage import PASSAGE
 from ordering.remote import REMOTE
 from ordering.rules import RULES
 from ordering.rules_of_files import RULES_OF_FILES
+from ordering.scheduling import SCHEDULING
+from ordering.scheduling_guests import SCHEDULING_GUESTS
+from ordering.scheduling_queue import SCHEDULING_QUEUE
+from ordering.scheduling_slots import SCHEDULING_SLOTS
 from ordering.tickets import TICKETS_AND_TABLES
 
 MUTANTS: Mutants = {
@@ -49,4 +53,8 @@ MUTANTS: Mutants = {
     **HELD_CACHES,
     **MEMORY,
     **DIGESTS_AND_READERS,
+    **SCHEDULING,
+    **SCHEDULING_GUESTS,
+    **SCHEDULING_QUEUE,
+    **SCHEDULING_SLOTS,
 }

@@ -56,3 +56,9 @@ class VirtualClock:
             _, _, alarm = heappop(self._heap)
             if alarm.callback is not None:
                 alarm.callback()
+
+    def pass_until(self, moment: float) -> None:
+        """Let all ring that are due by then, each in its time."""
+        while self.due is not None and self.due <= moment:
+            self.step()
+        self.now = moment

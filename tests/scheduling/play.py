@@ -62,8 +62,10 @@ async def _play(scene: Scene, plan: Sequence[Step], warm: str) -> Result:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            await world.scheduler.close()
-            await world.loader.close(timeout=1)
+            try:
+                await world.scheduler.close()
+            finally:  # what is put into the code on purpose may break even that
+                await world.loader.close(timeout=1)
         world.require_no_faults()
     assert not our_threads()
     return Result([each.ended for each in world.wanted], engine.passes, engine.waited)

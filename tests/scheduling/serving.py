@@ -7,7 +7,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from lorax_async import AdapterLoader, AdapterScheduler, Batch
+from common import until
+from lorax_async import (
+    AdapterHandle,
+    AdapterLoader,
+    AdapterRef,
+    AdapterScheduler,
+    Batch,
+    Ticket,
+)
+from lorax_async.adapter import AdapterKey
 from lorax_async.io.fakes import FakeSource
 from tiny_sources import over
 
@@ -36,6 +45,40 @@ async def step(
     batch.check()
     scheduler.complete(batch, **results)
     return batch
+
+
+def silence(source: FakeSource, id: str) -> None:
+    """Whoever asks for it from now on has no answer."""
+    resolve = source.resolve
+
+    async def silent(ref: AdapterRef) -> AdapterKey:
+        if ref.text == id:
+            await asyncio.Event().wait()
+        return await resolve(ref)
+
+    source.resolve = silent  # type: ignore[method-assign]
+
+
+async def held(scheduler: AdapterScheduler, ticket: Ticket) -> AdapterHandle:
+    """Its adapter has a slot, and may be on its way."""
+    guest = scheduler._book.guest_of(ticket)
+    await until(lambda: guest.handle is not None)
+    assert guest.handle is not None
+    return guest.handle
+
+
+async def turns(count: int = 20) -> None:
+    """So many of the loop: whatever waits for nothing else has happened."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def wanted(scheduler: AdapterScheduler) -> asyncio.Task[Batch]:
+    """A batch that is not there yet."""
+    waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
+    await turns()
+    assert not waiting.done()
+    return waiting
 
 
 async def warm(loader: AdapterLoader, *ids: str) -> None:

@@ -146,11 +146,10 @@ class Fetch:
         )
 
     def _hash_on(self, number: int) -> None:
-        """Beside the download, in one thread at a time for each file."""
-        with self._lock:
-            before = self._hashing.get(number)
-            if before is None or before.done():
-                self._hashing[number] = self._workers.submit(self._files[number].hash_along)
+        """Beside the download, in one thread at a time for each file. So is this called."""
+        before = self._hashing.get(number)
+        if before is None or before.done():
+            self._hashing[number] = self._workers.submit(self._files[number].hash_along)
 
     def _leave(self, error: BaseException | None) -> None:
         """In a thread. Of what may be wrong nothing is kept."""

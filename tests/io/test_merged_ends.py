@@ -1,0 +1,45 @@
+"""A merge that is opened once more, for who reads it in a thread, while its loop ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import safetensors.torch
+from source_inputs import read
+
+import tiny
+from common import Run, until
+from lorax_async import Merge
+from lorax_async.adapter import MergedKey
+from lorax_async.config import Limits
+from lorax_async.errors import FetchError
+from lorax_async.io.fakes import FakeSource
+from lorax_async.io.sources.merged import MergedSource
+
+
+def test_who_reads_in_a_thread_hears_that_the_loop_has_ended(run: Run) -> None:
+    """Whoever ends a loop cancels its tasks."""
+    inner = FakeSource()
+    config = json.dumps(tiny.config()).encode()
+    parts = [inner.put(id, config, safetensors.torch.save(tiny.tensors(0))) for id in "ab"]
+    key = MergedKey.of(Merge("linear", ["a", "b"], [1, -0.5]), parts)
+    inner.hold("b")
+
+    async def body(threads: ThreadPoolExecutor) -> None:
+        source = MergedSource(inner, tiny.layout(), dtype="F32", limits=Limits(), threads=threads)
+        reader = source.reopen(key)
+        reading = threads.submit(read, reader, 0, 8)
+        await until(lambda: inner.counts.brings == 2)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await until(reading.done)
+        with pytest.raises(FetchError, match="the loader was closed"):
+            reading.result()
+        reader.close()
+
+    with ThreadPoolExecutor(2) as threads:
+        run(body(threads))
+    assert inner.counts.open_readers == 0
