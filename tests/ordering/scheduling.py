@@ -12,7 +12,9 @@ CLOSING = "test_scheduler_closing.py"
 CLOCK = "test_scheduler_clock.py"
 DIGESTS = "test_scheduler_digests.py"
 PLAIN = "test_scheduler.py"
+WAITED_FOR = "test_scheduler_waited_for.py"
 ENDS = "test_scheduler_ends.py"
+CANCELLED = "test_scheduler_cancelled.py"
 PLAYS = "test_scheduler_plays.py"
 FLIGHTS = "test_scheduler_flights.py"
 
@@ -118,7 +120,7 @@ SCHEDULING: Mutants = {
         SCHEDULER,
         "                self._book.make_way()\n",
         "                pass\n",
-        f"{PLAIN}::test_who_may_not_begin_keeps_no_slot_from_who_has_begun",
+        f"{WAITED_FOR}::test_who_may_not_begin_keeps_no_slot_from_who_has_begun",
     ),
     "scheduler: nobody makes way while others are computed": mutant(
         SCHEDULER,
@@ -130,25 +132,25 @@ SCHEDULING: Mutants = {
         SCHEDULER,
         "        self._news.tell()\n        self._tell_passes()",
         "        self._tell_passes()",
-        f"{PLAIN}::test_next_batch_waits_until_there_is_something",
+        f"{WAITED_FOR}::test_next_batch_waits_until_there_is_something",
     ),
     "scheduler: a pass is told of others that come": mutant(
         SCHEDULER,
         "        self._news.tell()\n        self._tell_passes()",
         "        self._news.tell()",
-        f"{PLAIN}::test_who_waited_in_vain_joins_when_all_is_there",
+        f"{WAITED_FOR}::test_who_waited_in_vain_joins_when_all_is_there",
     ),
     "scheduler: a pass is told of others that did not fit": mutant(
         SCHEDULER,
         "        self._tell_passes()  # of rows",
         "        pass  # of rows",
-        f"{PLAIN}::test_a_pass_is_told_of_others_that_did_not_fit",
+        f"{WAITED_FOR}::test_a_pass_is_told_of_others_that_did_not_fit",
     ),
     "scheduler: a pass is not told of others that must wait": mutant(
         SCHEDULER,
         "        if streaming and self._book.has_ready:",
         "        if streaming:",
-        f"{PLAIN}::test_who_waited_in_vain_joins_when_all_is_there",
+        f"{WAITED_FOR}::test_who_waited_in_vain_joins_when_all_is_there",
     ),
     "scheduler: a pass is told that it keeps a slot in vain": mutant(
         SCHEDULER,
@@ -172,7 +174,7 @@ SCHEDULING: Mutants = {
         SCHEDULER,
         "            if not row.ticket.done:\n",
         "            if True:\n",
-        f"{ENDS}::test_cancelled_at_every_await_of_who_serves",
+        f"{CANCELLED}::test_cancelled_at_every_await_of_who_serves",
     ),
     "scheduler: a batch keeps its adapters": mutant(
         SCHEDULER,

@@ -11,7 +11,11 @@ CLOSING = "test_scheduler_closing.py"
 SLOTS = "test_scheduler_slots.py"
 CLOCK = "test_scheduler_clock.py"
 PLAIN = "test_scheduler.py"
+AHEAD = "test_scheduler_ahead.py"
+WAITED_FOR = "test_scheduler_waited_for.py"
 ENDS = "test_scheduler_ends.py"
+CANCELLED = "test_scheduler_cancelled.py"
+FAILURES = "test_scheduler_failures.py"
 IN_QUEUE = "test_scheduler_queue.py"
 FLIGHTS = "test_scheduler_flights.py"
 
@@ -24,13 +28,13 @@ SCHEDULING_GUESTS: Mutants = {
         self._changed()\
 """,
         "                self._waiting.add(guest)\n        self._changed()",
-        f"{PLAIN}::test_a_slot_in_which_nothing_comes_is_given_to_others",
+        f"{AHEAD}::test_a_slot_in_which_nothing_comes_is_given_to_others",
     ),
     "guests: a request wakes who waits": mutant(
         BOOK,
         "                self._watch()\n        self._changed()\n",
         "                self._watch()\n",
-        f"{PLAIN}::test_next_batch_waits_until_there_is_something",
+        f"{WAITED_FOR}::test_next_batch_waits_until_there_is_something",
     ),
     "guests: a more urgent request moves its adapter forward": mutant(
         BOOK,
@@ -52,7 +56,7 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "        guest.trusted = False\n",
         "",
-        f"{PLAIN}::test_a_pass_is_told_of_others_that_did_not_fit",
+        f"{WAITED_FOR}::test_a_pass_is_told_of_others_that_did_not_fit",
     ),
     "guests: in its next slot it may": mutant(
         BOOK,
@@ -116,13 +120,13 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "        guest.begun = 0\n        self._part(guest)\n",
         "        guest.begun = 0\n",
-        f"{ENDS}::test_a_failing_adapter_fails_its_requests_and_no_other",
+        f"{FAILURES}::test_a_failing_adapter_fails_its_requests_and_no_other",
     ),
     "guests: new requests are another guest's": mutant(
         BOOK,
         "            del self._guests[guest.ref]\n        self._waiting",
         "            pass\n        self._waiting",
-        f"{ENDS}::test_the_last_request_takes_its_load_with_it",
+        f"{CANCELLED}::test_the_last_request_takes_its_load_with_it",
     ),
     "guests: who has no requests waits no longer": mutant(
         BOOK,
@@ -221,7 +225,7 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "        self.judge([guest])\n",
         "",
-        f"{ENDS}::test_a_failing_adapter_fails_its_requests_and_no_other",
+        f"{FAILURES}::test_a_failing_adapter_fails_its_requests_and_no_other",
     ),
     "guests: who gave way keeps what it gets next": mutant(
         BOOK,
@@ -233,6 +237,6 @@ SCHEDULING_GUESTS: Mutants = {
         BOOK,
         "        if in_vain and not any(guest.begun for guest in held):",
         "        if in_vain:",
-        f"{PLAIN}::test_who_may_not_begin_keeps_no_slot_from_who_has_begun",
+        f"{WAITED_FOR}::test_who_may_not_begin_keeps_no_slot_from_who_has_begun",
     ),
 }

@@ -16,7 +16,10 @@ CLOSING = "test_scheduler_closing.py"
 SLOTS = "test_scheduler_slots.py"
 CLOCK = "test_scheduler_clock.py"
 PLAIN = "test_scheduler.py"
+AHEAD = "test_scheduler_ahead.py"
+WAITED_FOR = "test_scheduler_waited_for.py"
 ENDS = "test_scheduler_ends.py"
+CANCELLED = "test_scheduler_cancelled.py"
 IN_QUEUE = "test_scheduler_queue.py"
 FLIGHTS = "test_scheduler_flights.py"
 
@@ -31,7 +34,7 @@ SCHEDULING_QUEUE: Mutants = {
         REQUESTS,
         "        self._cancel(self)\n",
         "",
-        f"{ENDS}::test_the_last_request_takes_its_load_with_it",
+        f"{CANCELLED}::test_the_last_request_takes_its_load_with_it",
     ),
     "ticket: one that ended has no deadline": mutant(
         REQUESTS,
@@ -43,7 +46,7 @@ SCHEDULING_QUEUE: Mutants = {
         REQUESTS,
         "            await asyncio.wait([self._future])\n",
         "            await self._future\n",
-        f"{ENDS}::test_who_awaits_may_be_cancelled_without_the_request",
+        f"{CANCELLED}::test_who_awaits_may_be_cancelled_without_the_request",
     ),
     "ticket: a deadline that was met is none": mutant(
         REQUESTS,
@@ -85,7 +88,7 @@ SCHEDULING_QUEUE: Mutants = {
         BATCH,
         "        if self.completed:\n",
         "        if False:\n",
-        f"{PLAIN}::test_a_stale_batch_is_caught",
+        f"{AHEAD}::test_a_stale_batch_is_caught",
     ),
     "batch of rows: it is good while its adapters are held": mutant(
         BATCH,
@@ -97,7 +100,7 @@ SCHEDULING_QUEUE: Mutants = {
         BATCH,
         "        require_current([row.place for row in self.rows], self.tenants)\n",
         "",
-        f"{PLAIN}::test_a_stale_batch_is_caught",
+        f"{AHEAD}::test_a_stale_batch_is_caught",
     ),
     "batch of rows: a row is in one batch": mutant(
         GUESTS,
@@ -121,7 +124,7 @@ SCHEDULING_QUEUE: Mutants = {
         PICKING,
         "if not guest.trusted or guest.arrival is None:",
         "if guest.arrival is None:",
-        f"{PLAIN}::test_a_pass_is_told_of_others_that_did_not_fit",
+        f"{WAITED_FOR}::test_a_pass_is_told_of_others_that_did_not_fit",
     ),
     "batch of rows: who is alone waits for a layer": mutant(
         PICKING,
@@ -242,7 +245,7 @@ SCHEDULING_QUEUE: Mutants = {
         QUEUE,
         "            hint.task.add_done_callback(lambda _: self._hinted(errand, hint))\n",
         "            pass\n",
-        f"{PLAIN}::test_a_slot_in_which_nothing_comes_is_given_to_others",
+        f"{AHEAD}::test_a_slot_in_which_nothing_comes_is_given_to_others",
     ),
     "queue: a hint is for who still waits": mutant(
         QUEUE,
@@ -262,6 +265,6 @@ SCHEDULING_QUEUE: Mutants = {
             self._wish(errand)\
 """,
         "        errand.resting = False",
-        f"{PLAIN}::test_a_slot_in_which_nothing_comes_is_given_to_others",
+        f"{AHEAD}::test_a_slot_in_which_nothing_comes_is_given_to_others",
     ),
 }

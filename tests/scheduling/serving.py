@@ -88,3 +88,16 @@ async def warm(loader: AdapterLoader, *ids: str) -> None:
 
 def rows(batch: Batch) -> list[tuple[object, int, int, bool]]:
     return [(row.ticket.request.adapter_id, row.start, row.tokens, row.last) for row in batch.rows]
+
+
+async def finish(scheduler: AdapterScheduler, *tickets: Ticket) -> None:
+    """Serve until all are done."""
+    while not all(ticket.done for ticket in tickets):
+        await step(scheduler)
+
+
+async def streaming(scheduler: AdapterScheduler, ticket: Ticket) -> Any:
+    """The handle that the scheduler has of an adapter on its way."""
+    guest = scheduler._book.guest_of(ticket)
+    await until(lambda: guest.handle is not None)
+    return guest.handle
