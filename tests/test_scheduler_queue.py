@@ -118,14 +118,16 @@ def test_nothing_is_loaded_when_its_hint_is_given_up(
     async def body() -> None:
         loaded.clear()
         source = stocked(tmp_path, "silent", "b")
-        for id in ("silent", "b"):
-            silence(source, id)
+        silence(source, "silent")
+        source.hold("b")
         settings = {"max_slots": 2, "starvation_age": 1000.0, "timeout": 1000.0}
-        async with opened(source, settings, loads=1, look_ahead=0) as (_, scheduler):
+        async with opened(source, settings, loads=1, look_ahead=0) as (loader, scheduler):
             tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
-            await turns()
+            waiters = loader._machinery.driver.tenants._waiters
+            await until(lambda: waiters)
             tickets[1].cancel()
             await turns()
+            assert not waiters
             assert loaded == ["silent"]
             tickets[0].cancel()
 

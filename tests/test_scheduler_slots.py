@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common import Run, until
-from lorax_async import AdapterHandle, AdapterLoader, Leaving, Request
+from lorax_async import AdapterHandle, AdapterLoader, Event, Leaving, Request
 from scheduling.clock import VirtualClock
 from scheduling.serving import MANY, held, opened, rows, silence, step, turns, warm
 from tiny_sources import stocked
@@ -32,8 +32,11 @@ def test_who_is_told_to_leave_while_it_comes_leaves(
     async def slow(loader: AdapterLoader, *args: Any, **more: Any) -> AsyncIterator[AdapterHandle]:
         async with stream(loader, *args, **more) as handle:
             if not unloading:
+                left = list[Event]()
+                await until(lambda: handle.resident)
+                loader.subscribe(left.append)
                 unloading.append(asyncio.create_task(loader.unload("a")))
-                await turns()
+                await until(lambda: left)
             yield handle
 
     async def body() -> None:

@@ -148,7 +148,7 @@ SCHEDULING_QUEUE: Mutants = {
         QUEUE,
         "        self._looking = False\n        now =",
         "        now =",
-        f"{WAITS}::test_who_may_not_begin_does_when_another_has_failed",
+        f"{IN_QUEUE}::test_another_is_loaded_for_who_was_cancelled",
     ),
     "queue: who begins to wait is brought nearer": mutant(
         QUEUE,
