@@ -1,0 +1,55 @@
+"""What of a request could hold the loop, on which all others are answered."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody, parsed
+
+MANY = 3000
+MEMBERS = {f"x{n}": 1 for n in range(MANY)}
+
+
+def saying(content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param"),
+    [
+        (CompletionBody, {"prompt": [1.5] * MANY}, "prompt"),
+        (CompletionBody, {"prompt": [1] + [""] * MANY}, "prompt"),
+        (CompletionBody, {"prompt": [[""] * 3] * MANY}, "prompt"),
+        (CompletionBody, {"prompt": [[]] * MANY}, "prompt"),
+        (CompletionBody, {"prompt": "x", "stop": [""] * MANY}, "stop"),
+        (CompletionBody, {"prompt": "x"} | MEMBERS, "the body"),
+        (ChatBody, {"messages": [{}] * MANY}, "messages.0.role"),
+        (ChatBody, {"messages": saying("x")["messages"] * MANY}, "messages"),
+        (ChatBody, {"messages": [{"role": "user", "content": "x"} | MEMBERS]}, "messages.0"),
+        (ChatBody, saying([{}] * MANY), "messages.0.content"),
+        (ChatBody, saying([{"type": "text", "text": "x"}] * MANY), "messages.0.content"),
+        (ChatBody, saying([{"type": "text", "text": "x"} | MEMBERS]), "messages.0.content"),
+    ],
+)
+def test_a_body_full_of_faults_is_refused_at_the_first_few(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Body], fields: Any, param: str
+) -> None:
+    counts = list[int]()
+
+    def validate(found: Any) -> Body:
+        try:
+            return kind(**found)
+        except ValidationError as error:
+            counts.append(error.error_count())
+            raise
+
+    monkeypatch.setattr(kind, "model_validate", validate)
+    with pytest.raises(Refusal) as refused:
+        parsed(kind, json.dumps({"model": "m"} | fields).encode())
+    assert (refused.value.status, refused.value.param) == (400, param)
+    assert max(counts) < 10
