@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.calls.prompts import Prompts
 from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody, parsed
+from server.world import tokenizer
 
 MANY = 3000
 MEMBERS = {f"x{n}": 1 for n in range(MANY)}
@@ -53,3 +58,32 @@ def test_a_body_full_of_faults_is_refused_at_the_first_few(
         parsed(kind, json.dumps({"model": "m"} | fields).encode())
     assert (refused.value.status, refused.value.param) == (400, param)
     assert max(counts) < 10
+
+
+@pytest.fixture
+def unasked() -> Iterator[None]:
+    """Nobody has to hand over the interpreter, who does not do so by itself."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_others_run_while_a_long_text_becomes_tokens(kind: type[Body]) -> None:
+    prompts, text = Prompts(tokenizer()), "what is ice " * 30_000
+    fields = saying(text) if kind is ChatBody else {"prompt": text}
+    body = parsed(kind, json.dumps({"model": "m"} | fields).encode())
+    begun, read = threading.Event(), list[int]()
+
+    def reading() -> None:
+        begun.set()
+        read.extend(map(len, prompts.read(body)))
+
+    thread = threading.Thread(target=reading)
+    thread.start()
+    begun.wait()
+    assert not read
+    thread.join()
+    assert read[0] >= len(text)
