@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from lorax_async.commands import serve
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.prompts import Prompts
 from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody, parsed
@@ -87,3 +90,15 @@ def test_others_run_while_a_long_text_becomes_tokens(kind: type[Body]) -> None:
     assert not read
     thread.join()
     assert read[0] >= len(text)
+
+
+def test_what_lives_for_ever_is_not_looked_through_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    try:
+        serve._as_application()
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
