@@ -85,7 +85,7 @@ def test_two_adapters_are_in_one_forward_pass(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         pirate, shout = runner.run(main())
-    assert sorted(max(passes, key=len)) == ["pirate", "shout"]
+    assert ["pirate", "shout"] in map(sorted, passes)
     assert len(passes) < 2 * NEW, "one after the other it would be as many"
     assert pirate.startswith("Arr")
     assert shout.isupper()
