@@ -93,3 +93,14 @@ def test_models(run: Run, path: str) -> None:
     assert Model.model_validate(card, strict=True).id == "base"
     # As vLLM has them.
     assert card.keys() - Model.model_fields.keys() == {"parent", "max_model_len"}
+
+
+def test_seeds_of_several_sequences_stay_seeds(run: Run) -> None:
+    async def ask() -> Any:
+        async with serving(FakeEngine(saying("x"))) as world:
+            asked = {"model": "base", "prompt": "x", "n": 3, "seed": 2**63 - 2}
+            answer = await world.ask("POST", "/v1/completions", asked)
+            assert answer.status == 200
+            return [tokens.generation.sampling.seed for tokens in world.engine.submitted]
+
+    assert run(ask()) == [2**63 - 2, 2**63 - 1, -(2**63)]
