@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from lorax_async.adapter import AdapterId
 from lorax_async.commands.arguments import (
-    FAILED,
     OK,
     SIZE_HELP,
     AddParser,
@@ -85,7 +85,7 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
 def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="to listen at (default: %(default)s)")
     parser.add_argument(
-        "--port", type=int, default=PORT, metavar="N", help="0 is any (default: %(default)s)"
+        "--port", type=as_port, default=PORT, metavar="N", help="0 is any (default: %(default)s)"
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
@@ -122,6 +122,13 @@ def _add_room(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def as_port(text: str) -> int:
+    """For argparse."""
+    if not (text.isascii() and text.isdecimal() and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; it is from 0 to 65535")
+    return int(text)
+
+
 def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
     try:
         from lorax_async.server.assembly import Base, Capacity  # noqa: PLC0415 - what others need not
@@ -152,11 +159,7 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
         report("loading the base model")
         loaded = Base.load(folder, dtype=dtype, device=arguments.device)
     _as_application()
-    try:
-        run_on_uvloop(_run(arguments, screen, loaded, config, settings, capacity))
-    except OSError as error:
-        screen.complain(f"{arguments.host}:{arguments.port}: {error}")
-        return FAILED
+    run_on_uvloop(_run(arguments, screen, loaded, config, settings, capacity))
     return OK
 
 
@@ -167,6 +170,9 @@ def _as_application() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     # The loop and the loader's threads need a core as well, or each token waits for theirs.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+    # Else each full collection looks at all of the libraries, for tenths of a second, on the loop.
+    gc.collect()
+    gc.freeze()
 
 
 async def _run(
@@ -180,7 +186,10 @@ async def _run(
     from lorax_async.server.assembly import assembled  # noqa: PLC0415
     from lorax_async.server.serving import listen, serve  # noqa: PLC0415
 
-    listener = listen(arguments.host, arguments.port)
+    try:
+        listener = listen(arguments.host, arguments.port)
+    except OSError as error:
+        raise ConfigError(f"{arguments.host}:{arguments.port}: {error}") from error
     async with assembled(base, config, settings, capacity, arguments.warm) as service:
         await serve(
             service, listener, ready=lambda: _tell(listener, settings, arguments.json, screen)

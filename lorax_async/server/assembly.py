@@ -98,7 +98,7 @@ async def assembled(
 
     Raises `ConfigError` for what does not fit together.
     """
-    length = min(base.max_length, capacity.length or base.max_length)
+    length = base.max_length if capacity.length is None else min(base.max_length, capacity.length)
     async with AsyncExitStack() as stack:
         loader = await stack.enter_async_context(
             AdapterLoader(layouts.from_module(base.model), config)

@@ -220,7 +220,9 @@ class Engine:
                 answer.add(outcome.tokens[answer])
 
     def _take_gone(self) -> list[int]:
-        gone, self._gone = self._gone, []
+        """All whose places the scheduler may have given away, told in this turn or not."""
+        untold = [answer.number for ticket, answer in self._answers.items() if ticket.done]
+        gone, self._gone = self._gone + untold, []
         return gone
 
     def _forget(self, gone: Iterable[int]) -> None:

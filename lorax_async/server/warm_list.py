@@ -13,13 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lorax_async.adapter import AdapterId, AdapterRef
+from lorax_async.adapter import AdapterId, AdapterKey, AdapterRef
 from lorax_async.errors import ConfigError, InvalidAdapterIdError
 from lorax_async.events import Event
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.prefetch import Prefetch
 
-_KEPT = 4096
+_KEPT = 1024
 """Names that are remembered: beyond these, those used last."""
 
 _MOST_BYTES = 16 << 20
@@ -119,12 +119,21 @@ class WarmList:
 
     def _here(self) -> list[AdapterRef]:
         """Those on the device now, or on their way back there; the last one used first."""
-        coming = self._coming if self.restored and not self.restored.done else frozenset()
+        coming = set(self._coming) if self.restored and not self.restored.done else set()
         residency = self._loader.residency()
         on_device = {key for key, where in residency.items() if where.tier == "device"}
-        return [ref for ref in reversed(self._used) if ref in coming or self._key(ref) in on_device]
+        found = list[AdapterRef]()
+        for ref in reversed(self._used):
+            if not coming and not on_device:
+                break  # many more names may be remembered, and the loop has others to answer
+            key = self._key(ref)
+            if ref in coming or key in on_device:
+                found.append(ref)
+            coming.discard(ref)
+            on_device.discard(key)
+        return found
 
-    def _key(self, ref: AdapterRef) -> object:
+    def _key(self, ref: AdapterRef) -> AdapterKey | None:
         story = self._loader.story(ref)
         return story[-1].key if story else None
 

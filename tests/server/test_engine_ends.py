@@ -96,6 +96,29 @@ def test_cancelled_while_it_is_computed(run: Run, source: FakeSource) -> None:
     run(main())
 
 
+def test_who_has_gone_has_left_its_place_before_another_takes_it(
+    run: Run, source: FakeSource
+) -> None:
+    """A reader that has enough says so in the very turn of the loop in which a batch is made."""
+    kept = list[int]()
+
+    async def main() -> None:
+        async with generating(source, scheduling={"max_begun": 1}) as (engine, decoder, _):
+
+            def count(number: int, step: Step) -> dict[int, LoraxError]:
+                kept.append(len(decoder.kept))
+                return {}
+
+            decoder.leave = count
+            gone, waits = engine.submit(asked([1], 9)), engine.submit(asked([2], 3))
+            assert [await anext(gone)] == alone([1], 1)
+            gone.cancel()
+            assert await all_of(waits) == alone([2], 3)
+
+    run(main())
+    assert set(kept) == {1}
+
+
 def test_who_was_out_of_a_step_goes_on_and_says_nothing_twice(run: Run, source: FakeSource) -> None:
     """With its random numbers where they were: it is as if nothing had happened."""
     late = AdapterTimeoutError("late", id="a")

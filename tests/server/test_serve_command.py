@@ -19,10 +19,15 @@ import pytest
 from openai import DefaultHttpxClient, OpenAI
 
 import tiny
-from lorax_async import Allow, ConfigError
+from common import Run
+from lorax_async import Allow, ConfigError, LoaderConfig
 from lorax_async.cli import main
+from lorax_async.commands import serve
 from lorax_async.commands.places import as_place, as_source, sources_of
 from lorax_async.commands.serve import ADMIN_TOKEN, how_to_serve, named
+from lorax_async.server import serving as serving_module
+from lorax_async.server.assembly import Base, Capacity, assembled
+from lorax_async.server.settings import ServerSettings
 
 TOKEN = "a-token"
 
@@ -172,6 +177,39 @@ def test_places_that_are_none(text: str) -> None:
 def test_a_base_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--base", str(tmp_path), "--json"]) == 1
     assert "is no base model that can be served" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "x", "²", ""])
+def test_ports_that_are_none(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--base", "smollm2", f"--port={port}"])
+    assert ended.value.code == 2
+    assert "is no port" in capsys.readouterr().err
+
+
+def test_only_what_goes_wrong_with_the_place_is_said_of_it(
+    monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    given: Any = argparse.Namespace(host="127.0.0.1", port=1, warm=None)
+    monkeypatch.setattr(serving_module, "listen", refusing_to_listen)
+    nothing: Any = None
+    with pytest.raises(ConfigError, match="127.0.0.1:1: in use"):
+        run(serve._run(given, nothing, nothing, nothing, nothing, nothing))
+
+
+def refusing_to_listen(host: str, port: int) -> Any:
+    raise OSError("in use")
+
+
+def test_a_length_of_nothing_is_refused(run: Run, small: Any) -> None:
+    async def body() -> None:
+        config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=1)
+        base, settings = Base(small, None, frozenset()), ServerSettings(base="base")
+        with pytest.raises(ConfigError, match="max_length"):
+            async with assembled(base, config, settings, Capacity(length=0)):
+                pass
+
+    run(body())
 
 
 @pytest.mark.needs("curl")

@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from common import Run, until
-from lorax_async import AdapterRef, ConfigError
+from lorax_async import AdapterLoader, AdapterRef, ConfigError
 from lorax_async.server.warm_list import WarmList
 from tiny_loaders import loader
 from tiny_sources import is_resident, over, stocked
@@ -39,6 +39,30 @@ def test_who_is_on_the_device_is_named_the_last_one_used_first(run: Run, tmp_pat
             await until(lambda: named(path)[0] == "three" and len(named(path)) == 2)
 
     run(body())
+
+
+def test_of_many_names_only_the_last_ones_are_looked_up(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done on the loop, again and again."""
+    source, path = stocked(tmp_path, "one"), tmp_path / "warm"
+    asked, story = list[object](), AdapterLoader.story
+
+    def counted(self: AdapterLoader, ref: Any) -> Any:
+        asked.append(ref)
+        return story(self, ref)
+
+    async def body() -> None:
+        async with over(source) as there, WarmList(path, there, pause=0) as warm:
+            (await there.load("one")).release()
+            for number in range(500):
+                warm.used(f"another/{number}")
+            warm.used("one")
+            monkeypatch.setattr(AdapterLoader, "story", counted)
+            await until(lambda: named(path) == ["one"])
+
+    run(body())
+    assert set(asked) == {AdapterRef("one")}
 
 
 def test_the_next_one_brings_them_back(run: Run, tmp_path: Path) -> None:

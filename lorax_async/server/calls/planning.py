@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from lorax_async.adapter import AdapterId
 from lorax_async.server.calls.errors import Refusal
-from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody
+from lorax_async.server.calls.requests import (
+    MAX_SEED,
+    MIN_SEED,
+    Body,
+    ChatBody,
+    CompletionBody,
+)
 from lorax_async.server.calls.service import Service
 from lorax_async.server.generation import Generation, Sampling
 
@@ -67,5 +73,10 @@ def _sampling_of(body: Body, number: int) -> Sampling:
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
-        seed=None if body.seed is None else body.seed + number,
+        seed=None if body.seed is None else _as_seed(body.seed + number),
     )
+
+
+def _as_seed(number: int) -> int:
+    """After the largest seed comes the smallest."""
+    return (number - MIN_SEED) % (MAX_SEED - MIN_SEED + 1) + MIN_SEED

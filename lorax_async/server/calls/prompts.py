@@ -47,7 +47,7 @@ class Prompts:
 
     def _of_prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt).ids)
+            return self._encoded(prompt)
         self._require_known(prompt)
         return tuple(prompt)
 
@@ -66,7 +66,12 @@ class Prompts:
                 code="invalid_value",
             ) from None
         # The template has written what stands before and between.
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encoded(text, special=False)
+
+    def _encoded(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        # Unlike `encode`, it lets other threads run, and a long text takes a second.
+        (found,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        return tuple(found.ids)
 
     def _require_known(self, tokens: Sequence[int]) -> None:
         if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:

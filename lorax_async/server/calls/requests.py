@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from lorax_async.errors import shorten
@@ -19,7 +19,14 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 """All text is searched for them."""
 
-MAX_SEED = 2**63 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+
+MAX_PROMPTS = 2048
+MAX_MESSAGES = 2048
+MAX_PARTS = 256
+MAX_MEMBERS = 64
+"""Forms are checked on the event loop: these, and lists that are refused at their first fault, keep
+a body that is nothing but forms from holding it."""
 
 IGNORED = frozenset({
     "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -66,35 +73,47 @@ NEUTRAL_IN_MESSAGES: Mapping[str, tuple[object, ...]] = {
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
 
 _FORMS = {
-    "prompt": "must be a text, a list of texts, a list of token ids, or a list of such lists",
+    "prompt": "must be a text, a list of texts, a list of token ids, or a list of such lists; and"
+    f" {MAX_PROMPTS} at most",
     "stop": f"must be one text, or up to {MAX_STOPS}, of up to {MAX_STOP_CHARACTERS} characters",
     "content": "must be a text, or a list of parts of type text",
 }
 
 
-class StreamOptions(BaseModel):
+class Form(BaseModel):
+    """An object with few members."""
+
     model_config = _STRICT
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, found: Any) -> Any:
+        if isinstance(found, dict) and len(found) > MAX_MEMBERS:
+            raise ValueError(f"it has more than {MAX_MEMBERS} members")
+        return found
+
+
+class StreamOptions(Form):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Accepted and not done, as OpenAI lets its clients choose."""
 
 
-class Body(BaseModel):
+class Body(Form):
     """What both kinds of requests have."""
 
-    model_config = _STRICT
     default_max_tokens: ClassVar[int | None]
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
+    seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -115,7 +134,12 @@ class CompletionBody(Body):
 
     default_max_tokens = 16
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    )
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -127,18 +151,14 @@ class CompletionBody(Body):
         return self.prompt  # type: ignore[return-value]
 
 
-class TextPart(BaseModel):
-    model_config = _STRICT
-
+class TextPart(Form):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = _STRICT
-
+class Message(Form):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)]
     name: str | None = None
 
     def as_template(self) -> dict[str, str]:
@@ -156,7 +176,7 @@ class ChatBody(Body):
 
     default_max_tokens = None
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
@@ -164,20 +184,16 @@ class ChatBody(Body):
         return self.max_completion_tokens or self.max_tokens
 
 
-class LoadBody(BaseModel):
+class LoadBody(Form):
     """Of /v1/load_lora_adapter, as vLLM has it."""
-
-    model_config = _STRICT
 
     lora_name: str = ""
     lora_path: str = ""
     load_inplace: bool = False
 
 
-class UnloadBody(BaseModel):
+class UnloadBody(Form):
     """Of /v1/unload_lora_adapter."""
-
-    model_config = _STRICT
 
     lora_name: str = ""
     lora_int_id: int | None = None
@@ -213,7 +229,7 @@ def parsed(kind: type[T], content: bytes) -> T:
 
 def _listed(messages: object) -> list[dict[str, Any]]:
     """What of `messages` is an object; the rest is refused with all else that is none."""
-    found = messages if isinstance(messages, list) else []
+    found = messages[:MAX_MESSAGES] if isinstance(messages, list) else []
     return [message if isinstance(message, dict) else {} for message in found]
 
 
@@ -260,5 +276,5 @@ def _refusal_of(error: ValidationError) -> Refusal:
     if formed is not None:
         name, text = ".".join(path[: formed + 1]), _FORMS[path[formed]]
     else:
-        name, text = ".".join(path), f"is refused: {first['msg'].lower()}"
+        name, text = ".".join(path) or "the body", f"is refused: {first['msg'].lower()}"
     return Refusal(400, f"{name} {text}", param=name, code="invalid_value")
