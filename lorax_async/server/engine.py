@@ -220,7 +220,9 @@ class Engine:
                 answer.add(outcome.tokens[answer])
 
     def _take_gone(self) -> list[int]:
-        gone, self._gone = self._gone, []
+        """Also those who are done, and whose tickets have not told it: their places are taken."""
+        done = [answer.number for ticket, answer in self._answers.items() if ticket.done]
+        gone, self._gone = [*self._gone, *done], []
         return gone
 
     def _forget(self, gone: Iterable[int]) -> None:
