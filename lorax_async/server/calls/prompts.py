@@ -47,7 +47,7 @@ class Prompts:
 
     def _of_prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt).ids)
+            return self._encoded(prompt)
         self._require_known(prompt)
         return tuple(prompt)
 
@@ -66,7 +66,12 @@ class Prompts:
                 code="invalid_value",
             ) from None
         # The template has written what stands before and between.
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encoded(text, add_special_tokens=False)
+
+    def _encoded(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """In a batch of one, for which it gives the interpreter to others: it may take seconds."""
+        (found,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(found.ids)
 
     def _require_known(self, tokens: Sequence[int]) -> None:
         if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:

@@ -65,6 +65,10 @@ NEUTRAL_IN_MESSAGES: Mapping[str, tuple[object, ...]] = {
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
+Item = TypeVar("Item")
+Listed = Annotated[list[Item], Field(fail_fast=True)]
+"""The first thing that is wrong is told; to find all that is takes seconds of the loop's time."""
+
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 _FORMS = {
@@ -115,7 +119,7 @@ class CompletionBody(Body):
 
     default_max_tokens = 16
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Listed[str] | Listed[int] | Listed[Listed[int]]
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -138,7 +142,7 @@ class Message(BaseModel):
     model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Listed[TextPart]
     name: str | None = None
 
     def as_template(self) -> dict[str, str]:
@@ -156,7 +160,7 @@ class ChatBody(Body):
 
     default_max_tokens = None
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Listed[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
