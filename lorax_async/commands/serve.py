@@ -180,11 +180,11 @@ async def _run(
     from lorax_async.server.assembly import assembled  # noqa: PLC0415
     from lorax_async.server.serving import listen, serve  # noqa: PLC0415
 
-    listener = listen(arguments.host, arguments.port)
-    async with assembled(base, config, settings, capacity, arguments.warm) as service:
-        await serve(
-            service, listener, ready=lambda: _tell(listener, settings, arguments.json, screen)
-        )
+    with listen(arguments.host, arguments.port) as listener:
+        async with assembled(base, config, settings, capacity, arguments.warm) as service:
+            await serve(
+                service, listener, ready=lambda: _tell(listener, settings, arguments.json, screen)
+            )
 
 
 def _tell(listener: socket.socket, settings: ServerSettings, as_json: bool, screen: Screen) -> None:

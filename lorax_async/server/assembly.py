@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorax_async import layouts
 from lorax_async.adapter import AdapterId
 from lorax_async.config import LoaderConfig
@@ -34,12 +36,14 @@ class Base:
 
     @classmethod
     def load(cls, folder: Path, *, dtype: str, device: str) -> Base:
-        """Blocks, for seconds. Raises `ConfigError` where it is no such folder."""
+        """Blocks, for seconds. Raises `ConfigError` for no such folder, and for no such device."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("torch finds no device of the kind cuda")
         try:
             if not (folder / "config.json").is_file():
-                raise ValueError("it has no config.json")  # noqa: TRY301 - told as all else is
+                raise ValueError("it has no config.json")
             model, tokenizer = _read(folder, dtype)
-        except Exception as error:  # noqa: BLE001 - transformers raises whatever it meets in files
+        except Exception as error:
             said = shorten(" ".join(str(error).split()), 400)
             raise ConfigError(f"{folder} is no base model that can be served: {said}") from error
         return cls(model.to(device).eval(), tokenizer, _stop_tokens(model, tokenizer))
@@ -90,7 +94,7 @@ async def assembled(
 
     Raises `ConfigError` for what does not fit together.
     """
-    length = min(base.max_length, capacity.length or base.max_length)
+    length = base.max_length if capacity.length is None else min(base.max_length, capacity.length)
     async with AsyncExitStack() as stack:
         loader = await stack.enter_async_context(
             AdapterLoader(layouts.from_module(base.model), config)

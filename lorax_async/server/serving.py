@@ -30,6 +30,14 @@ TICKS_PER_SECOND = 10
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0 takes any. Raises `OSError`."""
+    if not host:  # to sockets it is every address that there is, which nobody says by nothing
+        raise OSError("the host is empty")
+    if not 0 <= port < 1 << 16:
+        raise OSError("there is no such port")
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise OSError(f"no host has such a name: {error}") from error
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
 

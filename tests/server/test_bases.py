@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorax_async import ConfigError
+from lorax_async.cli import main
+from lorax_async.commands import serve
 from lorax_async.server.assembly import Base
 from server.world import tokenizer
 
@@ -85,3 +88,30 @@ def test_what_is_none(
     with pytest.raises(ConfigError, match=rf"is no base model that can be served: {said}") as told:
         Base.load(folder, dtype="float32", device="cpu")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(whole: Path) -> None:
+    with pytest.raises(ConfigError, match="finds no device of the kind cuda"):
+        Base.load(whole, dtype="float32", device="cuda")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "70000"],
+        ["--port", "-1"],
+        ["--host", ""],
+        ["--host", "a..b"],
+        ["--max-length", "0"],
+    ],
+    ids=" ".join,
+)
+def test_options_that_are_wrong(
+    whole: Path, options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(serve, "_as_application", lambda: None)
+    assert main(["serve", "--base", str(whole), "--port", "0", "--json", *options]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
