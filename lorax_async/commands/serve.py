@@ -190,10 +190,11 @@ async def _run(
         listener = listen(arguments.host, arguments.port)
     except OSError as error:
         raise ConfigError(f"{arguments.host}:{arguments.port}: {error}") from error
-    async with assembled(base, config, settings, capacity, arguments.warm) as service:
-        await serve(
-            service, listener, ready=lambda: _tell(listener, settings, arguments.json, screen)
-        )
+    with listener:
+        async with assembled(base, config, settings, capacity, arguments.warm) as service:
+            await serve(
+                service, listener, ready=lambda: _tell(listener, settings, arguments.json, screen)
+            )
 
 
 def _tell(listener: socket.socket, settings: ServerSettings, as_json: bool, screen: Screen) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorax_async import layouts
 from lorax_async.adapter import AdapterId
 from lorax_async.config import LoaderConfig
 from lorax_async.engines.transformers import attach
-from lorax_async.errors import ConfigError
+from lorax_async.errors import ConfigError, shorten
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler import AdapterScheduler
 from lorax_async.server.calls.service import Service
@@ -34,22 +36,16 @@ class Base:
 
     @classmethod
     def load(cls, folder: Path, *, dtype: str, device: str) -> Base:
-        """Blocks, for seconds. Raises `ConfigError` where it is no such folder."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
-
-        logging: Any = importlib.import_module("transformers.utils.logging")  # untyped
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+        """Blocks, for seconds. Raises `ConfigError` for no such folder, and for no such device."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("torch finds no device of the kind cuda")
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True
-            )
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder} is no base model that can be served: {error}") from error
-        finally:
-            if shown:
-                logging.enable_progress_bar()
+            if not (folder / "config.json").is_file():
+                raise ValueError("it has no config.json")
+            model, tokenizer = _read(folder, dtype)
+        except Exception as error:
+            said = shorten(" ".join(str(error).split()), 400)
+            raise ConfigError(f"{folder} is no base model that can be served: {said}") from error
         return cls(model.to(device).eval(), tokenizer, _stop_tokens(model, tokenizer))
 
     @property
@@ -152,6 +148,30 @@ class Noted:
 
 def _nobody(adapter: AdapterId) -> None:
     del adapter
+
+
+def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """The model and its tokenizer, without a word to the terminal."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    logging: Any = importlib.import_module("transformers.utils.logging")  # untyped
+    shown, said = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model: Any
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    finally:
+        logging.set_verbosity(said)
+        if shown:
+            logging.enable_progress_bar()
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers makes up what is not there
+        raise ValueError(f"it lacks {len(missing)} weights, the first of them {missing[0]}")
+    return model, tokenizer
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

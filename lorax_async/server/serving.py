@@ -30,6 +30,14 @@ TICKS_PER_SECOND = 10
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0 takes any. Raises `OSError`."""
+    if not host:  # to sockets it is every address that there is, which nobody says by nothing
+        raise OSError("the host is empty")
+    if not 0 <= port < 1 << 16:
+        raise OSError("there is no such port")
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise OSError(f"no host has such a name: {error}") from error
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
@@ -156,7 +164,10 @@ def _connection(seconds: float) -> type[asyncio.Protocol]:
 class _Cuttable(asyncio.Protocol):
     app_state: dict[str, Any]
     access_log: bool
+    cycle: Any
+    transport: asyncio.Transport
     patience: float
+    _too_slow: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvicorn's own switch would empty the handlers of a logger of the whole process.
@@ -168,3 +179,26 @@ class _Cuttable(asyncio.Protocol):
             milliseconds = min(int(self.patience * 1000), 2**31 - 1)
             found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         super().connection_made(transport)
+        self._expect_a_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)  # type: ignore[misc] # uvicorn's, which comes after this class
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_a_head()
+        else:
+            self._expect_nothing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
+        super().connection_lost(exc)
+
+    def _expect_a_head(self) -> None:
+        """Of its next request, whole, within the time that a body has; uvicorn waits for ever."""
+        if self._too_slow is None and not self.transport.is_closing():
+            loop = asyncio.get_running_loop()
+            self._too_slow = loop.call_later(self.patience, self.transport.abort)
+
+    def _expect_nothing(self) -> None:
+        if self._too_slow is not None:
+            self._too_slow.cancel()
+            self._too_slow = None

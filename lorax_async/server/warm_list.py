@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lorax_async.adapter import AdapterId, AdapterKey, AdapterRef
-from lorax_async.errors import ConfigError, InvalidAdapterIdError
+from lorax_async.errors import ConfigError, UsageError
 from lorax_async.events import Event
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.prefetch import Prefetch
@@ -162,7 +162,7 @@ def _read(path: Path) -> list[AdapterRef]:
     try:
         found: Any = json.loads(content)
         return [_as_ref(row) for row in found["adapters"]]
-    except (ValueError, TypeError, KeyError, InvalidAdapterIdError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, UsageError) as error:
         raise ConfigError(
             f"{path} is no warm list of this server ({type(error).__name__}); delete it"
         ) from error

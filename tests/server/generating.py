@@ -52,7 +52,8 @@ async def generating(
     **settings: Any,
 ) -> AsyncIterator[tuple[Engine, ScriptedDecoder, AdapterLoader]]:
     """And closed; then the decoder keeps nothing, and no task or thread of the engine is left."""
-    made = ScriptedDecoder(loop=asyncio.get_running_loop(), **(decoder or {}))
+    room = {"max_sequences": (scheduling or {}).get("max_begun")}
+    made = ScriptedDecoder(loop=asyncio.get_running_loop(), **(room | (decoder or {})))
     async with opened(source, loader, **(scheduling or {})) as (loading, scheduler):
         async with Engine(scheduler, made, **settings) as engine:
             yield engine, made, loading

@@ -132,7 +132,17 @@ def test_tokens_are_not_written(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"adapters": [1]}', '{"adapters": [{"id": 1, "source": null}]}', "\x00"],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"adapters": [1]}',
+        '{"adapters": [{"id": 1, "source": null}]}',
+        '{"adapters": [{"id": "a/b", "source": 5, "revision": null}]}',
+        "[" * 100_000,
+        "\x00",
+    ],
+    ids=lambda content: content[:70],
 )
 def test_what_is_no_such_list_is_refused(run: Run, tmp_path: Path, content: str) -> None:
     path = tmp_path / "warm"

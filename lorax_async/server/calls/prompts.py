@@ -66,11 +66,11 @@ class Prompts:
                 code="invalid_value",
             ) from None
         # The template has written what stands before and between.
-        return self._encoded(text, special=False)
+        return self._encoded(text, add_special_tokens=False)
 
-    def _encoded(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        # Unlike `encode`, it lets other threads run, and a long text takes a second.
-        (found,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=special)
+    def _encoded(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """In a batch of one, for which it gives the interpreter to others: it may take seconds."""
+        (found,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(found.ids)
 
     def _require_known(self, tokens: Sequence[int]) -> None:

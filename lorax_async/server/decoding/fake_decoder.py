@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
+from math import inf
 from zlib import crc32
 
 import torch
@@ -20,6 +21,8 @@ class FakeDecoder:
 
     Parameters
     ----------
+    max_sequences
+        Of which tokens are kept at a time; None is any number.
     loop
         The loader's. It waits for the layers of adapters as a model does; without it, for nothing.
 
@@ -30,7 +33,7 @@ class FakeDecoder:
     kept
         The tokens of each sequence that was not forgotten.
 
-    Raises `UsageError` for a part that does not follow what is kept.
+    Raises `UsageError` for a part that does not follow what is kept, and for too many sequences.
     """
 
     def __init__(
@@ -38,12 +41,14 @@ class FakeDecoder:
         *,
         max_length: int = 64,
         vocabulary: int = 32,
+        max_sequences: int | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self.steps: list[Step] = []
         self.kept: dict[int, list[int]] = {}
         self._max_length = max_length
         self._vocabulary = vocabulary
+        self._max_sequences = inf if max_sequences is None else max_sequences
         self._loop = loop
 
     @property
@@ -56,6 +61,9 @@ class FakeDecoder:
 
     def compute(self, step: Step) -> Computed:
         self.steps.append(step)
+        together = len(self.kept.keys() | {part.sequence for part in step.parts})
+        if together > self._max_sequences:
+            raise UsageError(f"{together} sequences, and max_sequences is {self._max_sequences}")
         out = self._passed(step)
         logits = torch.zeros(len(step.parts), self._vocabulary)
         for number, part in enumerate(step.parts):

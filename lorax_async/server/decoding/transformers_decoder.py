@@ -130,6 +130,8 @@ def _layers_of(model: Any, config: Any) -> int:
         raise ConfigError("the model is in training mode; call its eval()")
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError("the model has an encoder; only decoders are served")
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        raise ConfigError("the model's tokens attend to later ones; only decoders are served")
     layers = DynamicCache(config=config).layers
     others = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}
     if others:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -48,10 +49,11 @@ def rope(kind: str) -> PreTrainedConfig:
     [
         (lambda: MistralConfig(**SIZES, sliding_window=8), "DynamicSlidingWindowLayer"),
         (lambda: Qwen3NextConfig(**SIZES, num_experts=0), "LinearAttention"),
+        (lambda: BertConfig(**SIZES), "attend to later ones"),
         (lambda: rope("dynamic"), "rope_type is dynamic"),
         (lambda: rope("longrope"), "rope_type is longrope"),
     ],
-    ids=["sliding window", "linear attention", "dynamic", "longrope"],
+    ids=["sliding window", "linear attention", "encoder", "dynamic", "longrope"],
 )
 def test_models_whose_rows_are_not_their_own(
     config: Callable[[], PreTrainedConfig], words: str
