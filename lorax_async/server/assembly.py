@@ -159,8 +159,8 @@ def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model: Any
-        model, found = AutoModelForCausalLM.from_pretrained(
+        auto: Any = AutoModelForCausalLM  # its types leave out what the last option gives
+        model, found = auto.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)

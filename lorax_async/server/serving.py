@@ -182,7 +182,7 @@ class _Cuttable(asyncio.Protocol):
         self._expect_a_head()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)  # type: ignore[misc] # uvicorn's, which comes after this class
+        super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._expect_a_head()
         else:

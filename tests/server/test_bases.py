@@ -58,7 +58,10 @@ def _cut(folder: Path) -> None:
 
 
 def _holds(name: str, content: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(content) and None
+    def change(folder: Path) -> None:
+        (folder / name).write_text(content)
+
+    return change
 
 
 @pytest.mark.parametrize(
