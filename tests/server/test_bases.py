@@ -102,8 +102,6 @@ def test_a_device_that_is_not_there(whole: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--port", "70000"],
-        ["--port", "-1"],
         ["--host", ""],
         ["--host", "a..b"],
         ["--max-length", "0"],
