@@ -158,12 +158,12 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
         folder = prepare_base(progress=report) if base == "smollm2" else Path(base)
         report("loading the base model")
         loaded = Base.load(folder, dtype=dtype, device=arguments.device)
-    _as_application()
+    as_application()
     run_on_uvloop(_run(arguments, screen, loaded, config, settings, capacity))
     return OK
 
 
-def _as_application() -> None:
+def as_application() -> None:
     """What only the owner of a process may decide: this one is the server's own."""
     import torch  # noqa: PLC0415
 

@@ -111,7 +111,7 @@ def test_a_device_that_is_not_there(whole: Path) -> None:
 def test_options_that_are_wrong(
     whole: Path, options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(serve, "_as_application", lambda: None)
+    monkeypatch.setattr(serve, "as_application", lambda: None)
     assert main(["serve", "--base", str(whole), "--port", "0", "--json", *options]) == 1
     told = capsys.readouterr()
     assert told.out == ""

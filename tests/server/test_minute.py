@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import uvloop
 
+from lorax_async.commands import serve
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.server.assembly import Base
 from server.minute import MISSING, REFUSED, STYLES, Minute, minute, source
@@ -20,6 +24,17 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 @pytest.fixture(scope="module")
 def base() -> Base:
     return Base.load(prepare_base(), dtype="float32", device="cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_the_command_does() -> Iterator[None]:
+    """What `lorax-async serve` decides for its process."""
+    before, threads = sys.getswitchinterval(), torch.get_num_threads()
+    serve.as_application()
+    yield
+    gc.unfreeze()
+    sys.setswitchinterval(before)
+    torch.set_num_threads(threads)
 
 
 def played(

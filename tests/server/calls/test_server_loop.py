@@ -98,7 +98,7 @@ def test_what_lives_for_ever_is_not_looked_through_again_and_again(
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     try:
-        serve._as_application()
+        serve.as_application()
         assert gc.get_freeze_count() > 100_000
     finally:
         gc.unfreeze()
