@@ -34,6 +34,8 @@ HEAVY = {
     "obstore",
     "rich",
     "uvloop",
+    "aiohttp",
+    "matplotlib",
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -43,3 +43,16 @@ def as_size(text: str) -> int:
     if not digits.isascii() or not digits.isdecimal() or unit not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 1000000, 64MiB or 1GiB")
     return int(digits) * UNITS[unit]
+
+
+def number_from(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number in this range, for argparse."""
+
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        if most is not None and int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is over {most}")
+        return int(text)
+
+    return number

@@ -127,15 +127,20 @@ class Arena:
             return None
         free = self._free.copy()
         extents: list[Extent | None] = [None] * len(rounded)
-        for index in sorted(range(len(rounded)), key=rounded.__getitem__, reverse=True):
-            nbytes = rounded[index]
+        order = sorted(range(len(rounded)), key=rounded.__getitem__, reverse=True)
+        done = 0
+        while done < len(order):
+            nbytes = rounded[order[done]]
             best = bisect_left(free, (nbytes, 0))
             if best == len(free):
                 return None
             size, offset = free.pop(best)
-            if size > nbytes:
-                insort(free, (size - nbytes, offset + nbytes))
-            extents[index] = Extent(offset, nbytes)
+            # What is left of the smallest run is the smallest for the next of this size, too.
+            while size >= nbytes and done < len(order) and rounded[order[done]] == nbytes:
+                extents[order[done]] = Extent(offset, nbytes)
+                offset, size, done = offset + nbytes, size - nbytes, done + 1
+            if size:
+                insort(free, (size, offset))
         return free, tuple(extents)  # type: ignore[arg-type]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
-from typing import Generic, Protocol, Self, TypeVar
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from heapq import heapify, heappop, heappush
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.config import Eviction
@@ -20,7 +21,8 @@ class Policy(Protocol):
     """Ranks the adapters that hold room, and remembers nothing of any other.
 
     Whoever asks may pass over the first of the ranking (they may be in use) and take a later one.
-    All but `ranked` and `state` take constant time, now and then that of one walk over the holders.
+    The first is found at once, those behind it by sorting all. But for that and `state`, calls take
+    the time of a heap's push, now and then that of one walk over the holders.
     Telling a policy of a holder it does not know, or of a new one it knows, is an `InternalError`.
     """
 
@@ -38,7 +40,7 @@ class Policy(Protocol):
         """`key` gave its room back: `evicted` for another, or else it failed or was unloaded."""
 
     def ranked(self) -> Iterator[AdapterKey]:
-        """The holders as they are now, the first to go first."""
+        """The holders, the first to go first: they may go meanwhile, but none may be used."""
 
     def copy(self) -> Self:
         """An independent policy in the same state."""
@@ -91,13 +93,81 @@ class LRU(_ByRecency[None]):
         self._leave(key)
 
     def ranked(self) -> Iterator[AdapterKey]:
-        return iter(tuple(self._marks))
+        return _first_before(next(iter(self._marks), None), lambda: tuple(self._marks))
 
     def state(self) -> Hashable:
         return tuple(self._marks)
 
 
-class LFU(_ByRecency[int]):
+class _ByRank(_ByRecency[_Mark]):
+    """The holders in a heap by rank, of equal rank the least recently used first.
+
+    Whoever is used goes into the heap anew; what it left there is dropped when it comes up.
+    """
+
+    __slots__ = ("_clock", "_entries", "_heap")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock = 0
+        self._heap: list[tuple[int, int, AdapterKey]] = []
+        self._entries: dict[AdapterKey, int] = {}
+
+    @abstractmethod
+    def _rank(self, mark: _Mark) -> int: ...
+
+    def ranked(self) -> Iterator[AdapterKey]:
+        # Sorting keeps the order of equals, which is that of recency.
+        return _first_before(
+            self._first, lambda: sorted(self._marks, key=lambda key: self._rank(self._marks[key]))
+        )
+
+    def copy(self) -> Self:
+        twin = super().copy()
+        twin._heap = self._heap.copy()  # noqa: SLF001 (its own)
+        twin._entries = self._entries.copy()  # noqa: SLF001
+        return twin
+
+    @property
+    def _first(self) -> AdapterKey | None:
+        heap = self._heap
+        while heap and self._entries.get(heap[0][2]) != heap[0][1]:
+            heappop(heap)
+        return heap[0][2] if heap else None
+
+    def _enter(self, key: AdapterKey, mark: _Mark) -> None:
+        super()._enter(key, mark)
+        self._clock += 1
+        self._entries[key] = self._clock
+        heappush(self._heap, (self._rank(mark), self._clock, key))
+        if len(self._heap) > 2 * len(self._marks) + _SPARE:
+            self._rebuild()
+
+    def _leave(self, key: AdapterKey) -> _Mark:
+        mark = super()._leave(key)
+        del self._entries[key]
+        return mark
+
+    def _rebuild(self) -> None:
+        marks, entries = self._marks, self._entries
+        self._heap = [(self._rank(mark), entries[key], key) for key, mark in marks.items()]
+        heapify(self._heap)
+
+
+_SPARE = 64
+"""Entries that a heap may have beyond two for each holder before it is made anew."""
+
+
+def _first_before(
+    first: AdapterKey | None, ranking: Callable[[], Iterable[AdapterKey]]
+) -> Iterator[AdapterKey]:
+    """`first`, and then the rest of `ranking`, which is asked for only where more are wanted."""
+    if first is not None:
+        yield first
+        yield from [key for key in ranking() if key != first]
+
+
+class LFU(_ByRank[int]):
     """The one with the fewest uses goes first; of equals the one that was not used for longest.
 
     Parameters
@@ -125,12 +195,11 @@ class LFU(_ByRecency[int]):
     def remove(self, key: AdapterKey, *, evicted: bool) -> None:  # noqa: ARG002 - Policy's
         self._leave(key)
 
-    def ranked(self) -> Iterator[AdapterKey]:
-        # Sorting keeps the order of equals, which is that of recency.
-        return iter(sorted(self._marks, key=self._marks.__getitem__))
-
     def state(self) -> Hashable:
         return (self._uses, tuple(self._marks.items()))
+
+    def _rank(self, mark: int) -> int:
+        return mark
 
     def _age(self) -> None:
         self._uses += 1
@@ -138,26 +207,26 @@ class LFU(_ByRecency[int]):
             self._uses = 0
             for key, count in self._marks.items():
                 self._marks[key] = count // 2
+            self._rebuild()
 
 
 _FINE = 1 << 20
 """Priorities are integers, in parts of this: they grow for ever, and no sum may be rounded."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Worth:
+class _Worth(NamedTuple):
     """`per_use` and `priority` in parts of `_FINE`."""
 
     per_use: int
-    count: int = 0
+    uses: int = 0
     priority: int = 0
 
     def used(self, age: int, most_uses: int) -> _Worth:
-        count = min(self.count + 1, most_uses)
-        return replace(self, count=count, priority=age + count * self.per_use)
+        uses = min(self.uses + 1, most_uses)
+        return _Worth(self.per_use, uses, age + uses * self.per_use)
 
 
-class GDSF(_ByRecency[_Worth]):
+class GDSF(_ByRank[_Worth]):
     """The one that is worth least goes first; of equals the one that was not used for longest.
 
     Greedy-Dual-Size-Frequency (L. Cherkasova, HP Laboratories report HPL-98-69R1, 1998): a use
@@ -193,16 +262,15 @@ class GDSF(_ByRecency[_Worth]):
             # One that was in use may have been passed over, and goes later at less than L.
             self._age = max(self._age, worth.priority)
 
-    def ranked(self) -> Iterator[AdapterKey]:
-        # Sorting keeps the order of equals, which is that of recency.
-        return iter(sorted(self._marks, key=lambda key: self._marks[key].priority))
-
     def state(self) -> Hashable:
         """Priorities count from L on: all that come are above. Of those below only the order."""
         return tuple(
-            (key, worth.per_use, worth.count, max(worth.priority - self._age, 0))
+            (key, worth.per_use, worth.uses, max(worth.priority - self._age, 0))
             for key, worth in ((key, self._marks[key]) for key in self.ranked())
         )
+
+    def _rank(self, mark: _Worth) -> int:
+        return mark.priority
 
 
 _POLICIES: dict[PolicyName, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "gdsf": GDSF}

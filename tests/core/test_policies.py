@@ -209,6 +209,32 @@ def test_the_ranking_stands_while_holders_go(name: PolicyName) -> None:
 
 
 @pytest.mark.parametrize("name", EVICTION_POLICIES)
+def test_the_first_is_found_whoever_was_used_and_went_before(name: PolicyName) -> None:
+    one = policy(name)
+    admit(one, A, B, C)
+    use(one, A)
+    use(one, B, 2)
+    one.remove(C, evicted=False)
+    assert next(one.ranked()) == A  # What was remembered of c's place, and of a's first, is old.
+    one.remove(A, evicted=True)
+    assert names(one) == "b"
+    one.remove(B, evicted=True)
+    assert next(one.ranked(), None) is None
+
+
+@pytest.mark.parametrize("kind", [LFU, GDSF])
+def test_what_is_remembered_is_bounded_by_the_holders(kind: type[LFU | GDSF]) -> None:
+    one = kind()
+    admit(one, A, B)
+    for _ in range(500):
+        use(one, A)
+        admit(one, C)
+        one.remove(C, evicted=True)
+    assert len(one._heap) <= 2 * 3 + 64
+    assert names(one) == "ba"
+
+
+@pytest.mark.parametrize("name", EVICTION_POLICIES)
 def test_a_holder_that_is_none_is_a_fault_and_changes_nothing(name: PolicyName) -> None:
     one = policy(name)
     admit(one, A, B)
