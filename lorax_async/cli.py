@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lorax_async.commands import cache, demo_remote, fetch, inspect, load, serve
+from lorax_async.commands import cache, demo_remote, fetch, inspect, load, serve, timeline
 from lorax_async.commands.arguments import (
     FAILED,
     INTERRUPTED,
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser)
     demo_remote.add_to(commands.add_parser)
     serve.add_to(commands.add_parser)
+    timeline.add_to(commands.add_parser)
     return parser
 
 

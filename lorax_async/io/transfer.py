@@ -85,7 +85,9 @@ class Transfer:
         the check raises; then none of its copies is on its way any more.
         """
         recorder = self._tracer.on
-        times = recorder and CopyTimes(recorder, copy.slot, copy.group.layer)
+        times = None
+        if recorder is not None:
+            times = CopyTimes(recorder, copy.slot, copy.group.layer)
         if self._device.reads_files:
             return self._run_from_file(copy, times)
         sending = _Sending(self._device, copy, times)

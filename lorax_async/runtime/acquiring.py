@@ -214,18 +214,19 @@ async def _recorded(
     call = {Tier.DEVICE: "load", Tier.STREAM: "stream"}.get(tier, tier.name.lower())
     what = call if foreground else f"prefetch to {tier.name.lower()}"
     span = recorder.begin("requests", None, f"{what} {name_of(ref)}")
-    outcome: dict[str, object] = {"outcome": "done"}
+    outcome: dict[str, object] = {"outcome": "failed"}
     try:
         lease = await asked
-        if lease is not None:
-            stay = recorder.stays.get(lease.tenancy.grant.slot.index)
-            outcome["stay"] = 0 if stay is None else stay.number
-        return lease
     except asyncio.CancelledError:
         outcome["outcome"] = "cancelled"
         raise
     except LoraxError as error:
         outcome.update(outcome=type(error).__name__, stage=error.stage)
         raise
+    else:
+        outcome["outcome"] = "done"
+        if lease is not None:
+            outcome["stay"] = recorder.stay_in(lease.tenancy.grant.slot.index).number
+        return lease
     finally:
         recorder.end(span, **outcome)

@@ -182,9 +182,8 @@ class Files:
         started = perf_counter()
         file = await self._source.open(key, demand)
         nbytes = len(file.config) + len(file.prefix)
-        seconds = perf_counter() - started
-        self._journal.spent("fetch", seconds, nbytes)
-        self._journal.took(key, "fetch header", seconds)
+        self._journal.spent("fetch", perf_counter() - started, nbytes)
+        self._journal.took(key, "fetch header", started)
         return file
 
     async def _plan(self, key: AdapterKey, file: AdapterFile) -> TransferPlan:
@@ -203,9 +202,8 @@ class Files:
         return plan
 
     def _planned(self, key: AdapterKey, started: float) -> None:
-        seconds = perf_counter() - started
-        self._journal.spent("verify", seconds)
-        self._journal.took(key, "verify header", seconds)
+        self._journal.spent("verify", perf_counter() - started)
+        self._journal.took(key, "verify header", started)
 
     async def _bring(
         self, key: AdapterKey, attempt: int, file: AdapterFile, plan: TransferPlan, demand: Demand
@@ -218,7 +216,7 @@ class Files:
         try:
             return await self._source.bring(file, spans, arrived, demand)
         finally:
-            self._journal.took(key, "fetch", perf_counter() - started)
+            self._journal.took(key, "fetch", started)
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
         """Of which there is one at a time."""

@@ -100,21 +100,21 @@ class Journal:
 
     def granted(self, key: AdapterKey, since: float, time: float) -> None:
         """It has the slot that was wanted since then: what lies between was spent in the queue."""
-        seconds = max(0.0, time - max(since, self._checked.pop(key, since)))
-        self.spent("queue", seconds)
-        self.took(key, "queue", seconds)
+        started = max(since, self._checked.pop(key, since))
+        self.spent("queue", max(0.0, time - started))
+        self.took(key, "queue", started)
 
     def spent(self, stage: Stage, seconds: float, nbytes: int = 0) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
         if nbytes:
             self._nbytes[stage] = self._nbytes.get(stage, 0) + nbytes
 
-    def took(self, ref: Ref, what: str, seconds: float) -> None:
-        """Of one adapter, until now. For whoever records it."""
+    def took(self, ref: Ref, what: str, started: float) -> None:
+        """From `started`, on the monotonic clock, until now. For whoever records it."""
         recorder = self.tracer.on
         if recorder is not None:
             stop = now()
-            recorder.add("files", name_of(ref), what, stop - int(seconds * 1e9), stop)
+            recorder.add("files", name_of(ref), what, min(stop, int(started * 1e9)), stop)
 
     def statistics(self) -> Statistics:
         return Statistics(

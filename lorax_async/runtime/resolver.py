@@ -130,9 +130,8 @@ class Resolver:
         except Exception as error:
             raise InternalError(f"{type(error).__name__}: {error}") from error
         finally:
-            seconds = perf_counter() - started
-            self._journal.spent("resolve", seconds)
-            self._journal.took(ref, "resolve", seconds)
+            self._journal.spent("resolve", perf_counter() - started)
+            self._journal.took(ref, "resolve", started)
 
     async def _ask_parts(self, merge: Merge) -> list[AdapterKey]:
         """Side by side, and each is a question that others may join."""

@@ -110,7 +110,7 @@ def _title(row: Row, lane: Hashable, number: int) -> str:
 
 
 def _one_after_the_other(records: Iterable[Record]) -> Iterator[Record]:
-    """Copies of one stream: each begins when the one before has ended, however early it was asked for."""
+    """Copies of one stream: however early one was asked for, it begins when that before has ended."""
     free = 0
     for record in sorted(records, key=lambda each: (each.stop, each.start)):
         start = max(record.start, free)

@@ -1,11 +1,11 @@
 """Spans of time that threads report without waiting for each other, in rings of bounded size.
 
-    recorder = tracer.on             # None while nobody records: that test is all it costs
-    if recorder is not None:
-        start = now()
-    ...
-    if recorder is not None:
-        recorder.add("copies", "stream", "layer 3", start, now(), {"bytes": 4096})
+recorder = tracer.on             # None while nobody records: that test is all it costs
+if recorder is not None:
+    start = now()
+...
+if recorder is not None:
+    recorder.add("copies", "stream", "layer 3", start, now(), {"bytes": 4096})
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`Trace`: what a caller holds of a recording, and how it becomes a file.
 
-    with loader.trace() as trace:
-        ...
-    trace.write("load.json")  # for `lorax-async timeline`, Perfetto, or chrome://tracing
+with loader.trace() as trace:
+    ...
+trace.write("load.json")  # for `lorax-async timeline`, Perfetto, or chrome://tracing
 """
 
 from __future__ import annotations

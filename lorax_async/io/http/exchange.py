@@ -24,7 +24,7 @@ _OPENING = 0.002
 """Seconds that a new connection costs here, however near the server is."""
 
 
-class _Asked:
+class Asked:
     """A request on a connection, for whoever records: what was asked for, and what came of it."""
 
     def __init__(self, recorder: Recorder, connection: int, span: Span | None, hop: int) -> None:
@@ -36,6 +36,11 @@ class _Asked:
             self._args.update(at=span[0], asked=span[1] - span[0])
         self.came = 0
         self._start = now()
+
+    def carries(self, groups: tuple[int, int] | None) -> None:
+        """The first and the last group that it has bytes of."""
+        if groups is not None:
+            self._args["groups"] = list(groups)
 
     def answered(self, status: int) -> None:
         self._recorder.add("connections", self._connection, "wait", self._start, now())
@@ -58,7 +63,7 @@ class Response:
         pool: Pool,
         links: Links,
         attempt: Attempt,
-        asked: _Asked | None,
+        asked: Asked | None,
     ) -> None:
         self.head = head
         self.place = place
@@ -68,7 +73,8 @@ class Response:
         self._pool = pool
         self._links = links
         self._attempt = attempt
-        self._asked = asked
+        self.asked = asked
+        """For whoever records."""
 
     @property
     def rate(self) -> float | None:
@@ -90,8 +96,8 @@ class Response:
             count = self.body.fill(view)
         except OSError as error:
             raise failed_io(error, str(self.place.url)) from error
-        if self._asked is not None:
-            self._asked.came += count
+        if self.asked is not None:
+            self.asked.came += count
         return count
 
     def drain(self) -> None:
@@ -105,8 +111,8 @@ class Response:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self._asked is not None:
-            self._asked.end("whole" if self.body.done else "left")
+        if self.asked is not None:
+            self.asked.end("whole" if self.body.done else "left")
         if self.rate is not None:
             self._links.moved(self.place.url.origin, self.rate)
         if self.body.done and self.head.keeps_alive:
@@ -201,7 +207,9 @@ class Exchange:
         if proxy is not None and proxy.authorization:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
         recorder = self._tracer.on
-        asked = _Asked(recorder, connection.number, span, place.hop) if recorder is not None else None
+        asked = (
+            Asked(recorder, connection.number, span, place.hop) if recorder is not None else None
+        )
         begun = self._clock()
         try:
             # An ETag goes back as it came, and may have any byte from 0x80 on (RFC 9110, 8.8.3).

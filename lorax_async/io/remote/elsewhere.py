@@ -50,9 +50,7 @@ class Elsewhere:
     What it makes ends with `close`; the loader's own cache, `own`, is somebody else's to end.
     """
 
-    def __init__(
-        self, config: LoaderConfig, own: OwnCache, tracer: Tracer | None = None
-    ) -> None:
+    def __init__(self, config: LoaderConfig, own: OwnCache, tracer: Tracer | None = None) -> None:
         self._config = config
         self._tracer = tracer
         self._own = own
