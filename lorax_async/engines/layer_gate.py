@@ -21,7 +21,6 @@ from lorax_async.errors import AdapterTimeoutError, HandleClosedError, LoraxErro
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.inbox import running_loop
 from lorax_async.tracing.layers import LayerTimes
-from lorax_async.tracing.recorder import now
 
 _LOOK_SECONDS = 0.02
 """Between two looks at whether others wait."""
@@ -106,14 +105,15 @@ class LayerGate:
             self.left = self._budget or 0.0
         self._layer = layer
         times = self.times
-        asked = 0 if times is None else now()
+        if times is not None:
+            times.reached(layer)
         for handle in self._unverified:
             self._go_on(handle, handle.require_sound)
         for handle in self._streaming:
             if not handle.is_ready(layer):
                 self._go_on(handle, partial(self._await, handle, layer))
         if times is not None:
-            times.entered(layer, asked)
+            times.entered()
 
     def _go_on(self, handle: AdapterHandle, step: Callable[[], None]) -> None:
         """With the adapter, or without it."""

@@ -110,7 +110,7 @@ def _title(row: Row, lane: Hashable, number: int) -> str:
 
 
 def _one_after_the_other(records: Iterable[Record]) -> Iterator[Record]:
-    """Copies of one stream: however early one was asked for, it begins when that before has ended."""
+    """Copies of one stream: however early one was asked for, it begins after the one before."""
     free = 0
     for record in sorted(records, key=lambda each: (each.stop, each.start)):
         start = max(record.start, free)

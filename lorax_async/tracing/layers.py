@@ -8,55 +8,66 @@ from threading import get_ident
 from lorax_async.tracing.recorder import Recorder, now
 
 
-class _Pass:
-    """In one thread: layer `layer` began at `begun`, and was last seen computed at `last`."""
+class _Layer:
+    """In one thread: asked for, begun (0: not yet), and last seen computed."""
 
-    __slots__ = ("begun", "last", "layer")
+    __slots__ = ("asked", "begun", "last", "layer")
 
-    def __init__(self, layer: int, begun: int) -> None:
+    def __init__(self, layer: int) -> None:
         self.layer = layer
-        self.begun = self.last = begun
+        self.asked = now()
+        self.begun = self.last = 0
 
 
 class LayerTimes:
     """Of one batch, in as many threads as compute it; `slots` are those of its adapters.
 
-    Until somebody says that a layer is computed (`left`), it lasts until the next one is entered.
+    A layer lasts until its last module was `left`; of which nobody tells, until the next one.
     """
 
     def __init__(self, recorder: Recorder, slots: Iterable[int]) -> None:
         self._recorder = recorder
         self._stays = [recorder.stay_in(slot).number for slot in slots]
-        self._passes: dict[int, _Pass] = {}
+        self._now: dict[int, _Layer] = {}
 
-    def entered(self, layer: int, asked: int) -> None:
-        """The gate of `layer`, reached at `asked`, has opened just now."""
+    def reached(self, layer: int) -> None:
+        """A pass is at the gate of `layer`: that before it is computed."""
         thread = get_ident()
-        known = self._passes.get(thread)
-        if known is not None and known.layer == layer:
+        known = self._now.get(thread)
+        if known is not None and known.layer == layer and known.begun:
             return
-        opened = now()
         if known is not None:
-            if known.last == known.begun:
-                known.last = asked
             self._tell(thread, known)
-        args = {"layer": layer, "stays": self._stays}
-        self._recorder.add("compute", thread, f"wait for layer {layer}", asked, opened, args)
-        self._passes[thread] = _Pass(layer, opened)
+        self._now[thread] = _Layer(layer)
+
+    def entered(self) -> None:
+        """The gate has opened."""
+        thread = get_ident()
+        known = self._now.get(thread)
+        if known is None or known.begun:
+            return
+        known.begun = now()
+        self._add(thread, f"wait for layer {known.layer}", known.layer, known.asked, known.begun)
 
     def left(self) -> None:
-        """A module of the layer that was entered last is computed."""
-        known = self._passes.get(get_ident())
-        if known is not None:
+        """A module of the layer is computed."""
+        known = self._now.get(get_ident())
+        if known is not None and known.begun:
             known.last = now()
 
     def end(self) -> None:
         """No layer is computed any more."""
-        for thread, known in tuple(self._passes.items()):
+        for thread, known in tuple(self._now.items()):
             self._tell(thread, known)
-        self._passes.clear()
+        self._now.clear()
 
-    def _tell(self, thread: int, known: _Pass) -> None:
-        args = {"layer": known.layer, "stays": self._stays}
-        name = f"layer {known.layer}"
-        self._recorder.add("compute", thread, name, known.begun, known.last, args)
+    def _tell(self, thread: int, known: _Layer) -> None:
+        stop = known.last or now()
+        if known.begun:
+            self._add(thread, f"layer {known.layer}", known.layer, known.begun, stop)
+        else:
+            self._add(thread, f"wait for layer {known.layer}", known.layer, known.asked, stop)
+
+    def _add(self, thread: int, name: str, layer: int, start: int, stop: int) -> None:
+        args = {"layer": layer, "stays": self._stays}
+        self._recorder.add("compute", thread, name, start, stop, args)

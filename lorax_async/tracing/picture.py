@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -12,6 +13,7 @@ from lorax_async.errors import UsageError
 
 COPIES, COMPUTE = "copies", "compute"
 LONGEST_NAME = 120
+_NO_TEXT = re.compile("[^\t -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +127,14 @@ def _boxes(events: Iterable[Mapping[str, Any]]) -> Iterable[Box]:
             ends.pop()
         args = event.get("args")
         args = args if isinstance(args, dict) else {}
-        name = str(event.get("name", ""))[:LONGEST_NAME]
+        name = _plain(event.get("name", ""), LONGEST_NAME)
         yield Box(start, stop, name, len(ends), _layer(args), _details(args))
         ends.append(stop)
+
+
+def _plain(value: Any, longest: int) -> str:
+    """A text that may stand in any document."""
+    return _NO_TEXT.sub("�", str(value)[:longest])
 
 
 def _layer(args: Mapping[str, Any]) -> int | None:
@@ -138,7 +145,7 @@ def _layer(args: Mapping[str, Any]) -> int | None:
 
 
 def _details(args: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in args.items() if name != "layer")[:300]
+    return _plain(", ".join(f"{n} {value}" for n, value in args.items() if n != "layer"), 300)
 
 
 def _shown(boxes: Iterable[Box], start: float | None, stop: float | None) -> tuple[Box, ...]:
@@ -166,10 +173,10 @@ class _Names:
                 self._said[what, event.get("pid"), tid] = value
 
     def row(self, pid: Any) -> str:
-        return str(self._said.get(("process_name", pid, None), f"process {pid}"))[:LONGEST_NAME]
+        return _plain(self._said.get(("process_name", pid, None), f"process {pid}"), LONGEST_NAME)
 
     def lane(self, pid: Any, tid: Any) -> str:
-        return str(self._said.get(("thread_name", pid, tid), f"thread {tid}"))[:LONGEST_NAME]
+        return _plain(self._said.get(("thread_name", pid, tid), f"thread {tid}"), LONGEST_NAME)
 
     def order(self, place: tuple[Any, Any]) -> tuple[float, str, float, str]:
         pid, tid = place
