@@ -135,7 +135,7 @@ async def seen_before_alone(bench: Bench) -> AsyncIterator[Row]:
 
 @asynccontextmanager
 async def traced(bench: Bench) -> AsyncIterator[Row]:
-    async with bench.stage() as (stage, ours):
+    async with bench.stage() as (_, ours):
         await ours.run()
         ours.check()
         yield Row(TRACED, [ours.untraced(), ours.traced()])

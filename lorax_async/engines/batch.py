@@ -107,7 +107,7 @@ class Batch:
             self._record(recorder)
 
     def _record(self, recorder: Recorder) -> None:
-        rows = "rows" if self._rows is None else f"{self._rows} rows"
+        rows = "base" if self._rows is None else f"rows: {self._rows}"
         span = recorder.begin("compute", "passes", rows, adapters=len(self._handles))
         self.gate.times = LayerTimes(recorder, [handle.slot.index for handle in self._handles])
         self._recorded = recorder, span, self.gate.times

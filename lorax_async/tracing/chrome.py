@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from lorax_async.tracing.copies import STREAM
 from lorax_async.tracing.recorder import Record, Row
@@ -78,8 +79,11 @@ def _lanes(row: Row, records: Sequence[Record]) -> list[_Lane]:
     for record in sorted(records, key=lambda each: (each.start, -each.stop)):
         by_lane.setdefault(record.lane, []).append(record)
     found: list[_Lane] = []
-    for number, (lane, its) in enumerate(sorted(by_lane.items(), key=_by_number), 1):
-        title = _title(row, lane, number)
+    # The system's numbers of threads say nothing: these stay in the order of their first spans.
+    lanes = by_lane.items() if row == "compute" else sorted(by_lane.items(), key=_by_number)
+    threads = count(1)
+    for lane, its in lanes:
+        title = _title(row, lane, threads)
         several: list[_Lane] = []
         for record in _one_after_the_other(its) if lane == STREAM else its:
             inside = row not in _SIDE_BY_SIDE
@@ -99,9 +103,9 @@ def _by_number(item: tuple[Hashable, object]) -> tuple[int, str]:
     return (lane, "") if isinstance(lane, int) else (1 << 63, "")
 
 
-def _title(row: Row, lane: Hashable, number: int) -> str:
+def _title(row: Row, lane: Hashable, threads: Iterator[int]) -> str:
     if row == "compute" and isinstance(lane, int):
-        return f"thread {number}"  # the system's own numbers say nothing
+        return f"thread {next(threads)}"
     if isinstance(lane, int):
         return f"{_LANES[row]} {lane}"
     if lane == STREAM:

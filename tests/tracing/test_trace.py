@@ -82,7 +82,7 @@ def test_a_streamed_pass_lies_between_its_copies(run: Run, adapter: Path) -> Non
     # The embedding is before the layers, and the head after them; the adapter has neither.
     assert waits == [f"wait for layer {layer}" for layer in range(-1, LAYERS + 1)]
     assert [each["name"] for each in of(computed, "compute") if each["args"].get("adapters")] == [
-        "2 rows"
+        "rows: 2"
     ]
     (request,) = of(events, "requests")
     assert (request["name"], request["args"]["outcome"]) == ("stream cold", "done")
@@ -270,7 +270,8 @@ def test_the_oldest_go_and_are_counted() -> None:
     for number in range(5):
         ring.add(number)  # type: ignore[arg-type]
     for _ in range(2):
-        assert ring.read() == ([2, 3, 4], 2)
+        found: Any = ring.read()
+        assert found == ([2, 3, 4], 2)
 
 
 def test_a_small_trace_says_how_much_is_gone(run: Run, tmp_path: Path) -> None:
