@@ -23,6 +23,7 @@ SEEN_BEFORE = Target(1.2)
 FIRST_SIGHT = Target(1.35, over_ms=4.0)
 CAST = Target(1.3)
 COLD = Target(1.25)
+TRACED = Target(1.02)
 
 PEFT_EVERY = 3
 """PEFT takes some hundred ms a load: it takes part in every third round."""
@@ -132,6 +133,14 @@ async def seen_before_alone(bench: Bench) -> AsyncIterator[Row]:
         yield Row(SEEN_BEFORE, [warm_floor(stage), ours.contender()])
 
 
+@asynccontextmanager
+async def traced(bench: Bench) -> AsyncIterator[Row]:
+    async with bench.stage() as (_, ours):
+        await ours.run()
+        ours.check()
+        yield Row(TRACED, [ours.untraced(), ours.traced()])
+
+
 Build = Callable[[Bench], AbstractAsyncContextManager[Row]]
 
 
@@ -187,6 +196,7 @@ ROWS: dict[str, tuple[Loop, Build]] = {
     "warm, first sight, rank 16, header met before": ("uvloop", known_header),
     "warm, F32 file to bf16": ("uvloop", cast),
     "cold cache, first sight": ("uvloop", cold),
+    "warm, seen before, traced": ("uvloop", traced),
 }
 
 

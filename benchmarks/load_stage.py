@@ -11,6 +11,7 @@ import torch
 from floors import Arena, Threads
 from harness import Contender, WrongBytesError
 from lorax_async import AdapterHandle, AdapterLoader
+from lorax_async.tracing.trace import Trace
 from peers import Places
 from work_files import CONFIG, PEFT_PREFIX, SCALE, AdapterFolder, drop_from_cache
 
@@ -123,3 +124,20 @@ class Ours:
 
     def contender(self) -> Contender:
         return Contender("lorax_async load", "ours", self.run, self.check, self.load_other)
+
+    def untraced(self) -> Contender:
+        """The same as a floor, for what a trace costs."""
+        return Contender("not traced", "floor", self.run, self.check, self.load_other)
+
+    def traced(self) -> Contender:
+        """The same while a trace is recorded, which begins and ends outside of the timer."""
+        trace: list[Trace] = []
+
+        async def prepare() -> None:
+            await self.load_other()
+            trace.append(self._loader.trace().__enter__())
+
+        async def settle() -> None:
+            trace.pop().stop()
+
+        return Contender("traced", "ours", self.run, self.check, prepare, settle=settle)

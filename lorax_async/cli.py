@@ -9,7 +9,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lorax_async.commands import bench_serve, cache, demo_remote, fetch, inspect, load, plan, serve
+from lorax_async.commands import (
+    bench_serve,
+    cache,
+    demo_remote,
+    fetch,
+    inspect,
+    load,
+    plan,
+    serve,
+    timeline,
+)
 from lorax_async.commands.arguments import (
     FAILED,
     INTERRUPTED,
@@ -78,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_to(commands.add_parser)
     plan.add_to(commands.add_parser)
     bench_serve.add_to(commands.add_parser)
+    timeline.add_to(commands.add_parser)
     return parser
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 from lorax_async.adapter import AdapterId, AdapterKey, as_ref
+from lorax_async.core.life import Life
 from lorax_async.events import Event
 from lorax_async.io.ports import Device
 from lorax_async.runtime.acquiring import Acquiring
@@ -13,6 +15,9 @@ from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.machinery import Machinery
 from lorax_async.runtime.whereabouts import AdapterResidency, residency_of
+from lorax_async.tracing.names import name_of
+from lorax_async.tracing.recorder import Tracer
+from lorax_async.tracing.trace import TRACE_LIMIT, Trace
 
 
 class _Loader(Protocol):
@@ -55,3 +60,28 @@ class Looking:
         """Call `callback` with every event, on the loop; returns what ends that."""
         self._check_open()
         return self._driver.journal.subscribe(callback)
+
+    @property
+    def tracer(self: _Loader) -> Tracer:
+        """What the loader's parts, and engines, report to while a trace is recorded."""
+        return self._machinery.tracer
+
+    def trace(self: _Loader, *, limit: int = TRACE_LIMIT) -> Trace:
+        """Record what happens when, from `with loader.trace() as trace:` to the block's end.
+
+        Several may be recorded at once, and one for as long as the loader is open.
+
+        Parameters
+        ----------
+        limit
+            Spans that are kept, about 300 bytes each: beyond it the oldest go, and are counted.
+        """
+        self._check_open()
+        lives = self._driver.lifecycle.lives
+        return Trace(self._machinery.tracer, limit, partial(_tenants, lives))
+
+
+def _tenants(lives: Mapping[AdapterKey, Life]) -> dict[int, str]:
+    """Names of the adapters that have slots, by the slots' numbers."""
+    held = ((life.grant, key) for key, life in lives.items())
+    return {grant.slot.index: name_of(key) for grant, key in held if grant is not None}

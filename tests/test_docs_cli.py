@@ -41,6 +41,7 @@ COMMANDS = dict(_leaves(_parser()))
 def test_every_command_is_named() -> None:
     assert COMMANDS.keys() == {
         *("inspect", "load", "fetch", "serve", "plan", "bench-serve", "demo", "demo-remote"),
+        "timeline",
         *("cache ls", "cache verify", "cache rm", "cache gc"),
     }
     table = re.findall(r"^\| `lorax-async (.+?) \| ", PAGE, re.MULTILINE)

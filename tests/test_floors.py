@@ -16,7 +16,7 @@ FLOORS = {
         *("errors", "identity", "ids", "verification", "merge", "adapter", "events"),
         *("config", "settings"),
     },
-    1: {"core"},
+    1: {"core", "tracing"},
     2: {"io"},
     3: {"runtime", "handle"},
     4: {"loader", "looking", "tensor_calls", "layouts", "adaptable", "parts"},

@@ -170,7 +170,7 @@ class _Base:
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
         report(f"loading {BASE_MODEL}")
-        with _without_bars():
+        with without_bars():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return cls(model, AutoTokenizer.from_pretrained(folder, padding_side="left"))
 
@@ -214,7 +214,7 @@ def _half_of_the_cores() -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """The ones that transformers draws on any stderr, a pipe too."""
     logging: Any = importlib.import_module("transformers.utils.logging")  # its switches are untyped
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from lorax_async.commands.arguments import OK, AddParser, add_command
+from lorax_async import layouts
+from lorax_async.commands.arguments import OK, AddParser, add_base, add_command
 from lorax_async.commands.measure import Load, load_as_json, load_at_once, loads_of, run_on_uvloop
 from lorax_async.commands.slow_server import SlowServer
-from lorax_async.commands.terminal import Screen, milliseconds, size, spans
+from lorax_async.commands.terminal import Bars, Screen, milliseconds, size, spans
+from lorax_async.commands.timeline import add_trace, traced
 from lorax_async.config import Allow, LoaderConfig
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.errors import ConfigError
@@ -45,9 +49,13 @@ def add_to(add: AddParser) -> None:
     about = "load the demo's adapters over a slow link, and show when each layer came"
     more = (
         "They are served on loopback by this process, at 1.4 MB/s, into a cache that is empty at"
-        " first and gone afterwards. No base model is needed, only its shapes."
+        " first and gone afterwards. No base model is needed, only its shapes; with --base, prompts"
+        " go through that model, whose layers compute as soon as their adapters' layers are here."
     )
-    add_adapters(add_command(add, "demo-remote", about, _demo_remote, more))
+    parser = add_command(add, "demo-remote", about, _demo_remote, more)
+    add_adapters(parser)
+    add_base(parser, required=False)
+    add_trace(parser)
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +80,7 @@ def adapters_in(folder: Path) -> list[Path]:
 
 
 def _demo_remote(arguments: argparse.Namespace, screen: Screen) -> int:
-    demo = run_remote_demo(arguments.adapters, screen)
+    demo = run_remote_demo(arguments.adapters, screen, base=arguments.base, trace=arguments.trace)
     if arguments.json:
         screen.json(_as_json(demo))
     else:
@@ -80,8 +88,18 @@ def _demo_remote(arguments: argparse.Namespace, screen: Screen) -> int:
     return OK
 
 
-def run_remote_demo(folder: Path, screen: Screen, rate: float = RATE) -> RemoteDemo:
+def run_remote_demo(
+    folder: Path,
+    screen: Screen,
+    rate: float = RATE,
+    *,
+    base: str | None = None,
+    trace: Path | None = None,
+) -> RemoteDemo:
     """Serve the adapters in `folder` at `rate` bytes per second, and load all three at once.
+
+    With a `base`, a prompt for each goes through that model meanwhile; a `trace` is a file for what
+    happens when.
 
     Raises `ConfigError` where they are not there, and whatever a load raises.
     """
@@ -90,8 +108,10 @@ def run_remote_demo(folder: Path, screen: Screen, rate: float = RATE) -> RemoteD
         for path in adapters_in(folder)
         for name in (CONFIG, WEIGHTS)
     }
+    model = None if base is None else _model(base, screen)
     with SlowServer(files, rate) as server, TemporaryDirectory(prefix="lorax-async-") as cache:
         config = LoaderConfig(
+            dtype=None if model is None else "float32",
             device_bytes=32 << 20,
             max_slots=len(ADAPTERS),
             connections=1,  # more would gain nothing on one line, and hide the layers' order
@@ -101,21 +121,43 @@ def run_remote_demo(folder: Path, screen: Screen, rate: float = RATE) -> RemoteD
         loads = loads_of([AdapterRef(server.url(name)) for name in ADAPTERS])
         for load, name in zip(loads, ADAPTERS, strict=True):
             load.name = name
-        verifications = run_on_uvloop(_load(config, loads, screen))
+        verifications = run_on_uvloop(_load(config, loads, screen, model, trace))
     return RemoteDemo(tuple(loads), verifications, rate, sum(map(len, files.values())))
 
 
 async def _load(
-    config: LoaderConfig, loads: Sequence[Load], screen: Screen
+    config: LoaderConfig, loads: Sequence[Load], screen: Screen, model: Any, trace: Path | None
 ) -> tuple[Verification, ...]:
-    async with AdapterLoader(smollm2_layout(), config) as loader:
-        with screen.bars() as bars:
-            await load_at_once(loader, loads, bars.show, hold=True)
+    layout = smollm2_layout() if model is None else layouts.from_module(model)
+    async with AdapterLoader(layout, config) as loader:
         try:
+            with screen.bars() as bars, traced(loader, trace):
+                await _load_and_compute(loader, loads, bars, model)
             return tuple([await _verified(load) for load in loads])
         finally:
             for load in loads:
                 load.release()
+
+
+async def _load_and_compute(
+    loader: AdapterLoader, loads: Sequence[Load], bars: Bars, model: Any
+) -> None:
+    if model is None:
+        await load_at_once(loader, loads, bars.show, hold=True)
+        return
+    from lorax_async.commands.demo_pass import stream_through  # noqa: PLC0415
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(load_at_once(loader, loads, bars.show, hold=True), name="loads")
+        refs = [load.ref for load in loads]
+        group.create_task(stream_through(model, loader, refs), name="passes")
+
+
+def _model(base: str, screen: Screen) -> Any:
+    from lorax_async.commands.demo_pass import base_model  # noqa: PLC0415
+
+    with screen.steps() as report:
+        return base_model(base, report)
 
 
 async def _verified(load: Load) -> Verification:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from lorax_async.commands.arguments import (
     FAILED,
@@ -25,6 +26,7 @@ from lorax_async.commands.places import (
     settings_of,
 )
 from lorax_async.commands.terminal import Bars, Screen, milliseconds, size, spans
+from lorax_async.commands.timeline import add_trace, traced
 from lorax_async.config import DTYPES, LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.loader import AdapterLoader
@@ -55,6 +57,7 @@ def add_to(add: AddParser) -> None:
     )
     add_sources(parser)
     add_caches(parser)
+    add_trace(parser)
 
 
 def _load(arguments: argparse.Namespace, screen: Screen) -> int:
@@ -66,7 +69,7 @@ def _load(arguments: argparse.Namespace, screen: Screen) -> int:
     layout = layout_of(arguments.base, screen)
     loads = loads_of(arguments.paths)
     with screen.bars() as bars:
-        run_on_uvloop(_load_all(layout, config, loads, bars))
+        run_on_uvloop(_load_all(layout, config, loads, bars, arguments.trace))
     if arguments.json:
         screen.json({"adapters": [load_as_json(load) for load in loads]})
     else:
@@ -78,10 +81,15 @@ def _load(arguments: argparse.Namespace, screen: Screen) -> int:
 
 
 async def _load_all(
-    layout: ModelLayout, config: LoaderConfig, loads: Sequence[Load], bars: Bars
+    layout: ModelLayout,
+    config: LoaderConfig,
+    loads: Sequence[Load],
+    bars: Bars,
+    trace: Path | None,
 ) -> None:
     async with AdapterLoader(layout, config) as loader:
-        await load_at_once(loader, loads, bars.show, hold=False)
+        with traced(loader, trace):
+            await load_at_once(loader, loads, bars.show, hold=False)
 
 
 def _show_loads(loads: Sequence[Load], screen: Screen) -> None:

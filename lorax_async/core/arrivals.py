@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from lorax_async.core.ranges import overlaps, size_of
@@ -39,6 +39,16 @@ class Arrivals:
             if self._missing[group] < 0:
                 raise InternalError(f"bytes {span[0]:,}-{span[1]:,} landed twice")
             n += 1
+
+    def groups_in(self, span: Span) -> tuple[int, int] | None:
+        """The first and the last group that have bytes in the span; None if no group has."""
+        first = max(0, bisect_right(self._starts, span[0]) - 1)
+        found = [
+            group
+            for start, stop, group in self._spans[first : bisect_left(self._starts, span[1])]
+            if start < span[1] and span[0] < stop
+        ]
+        return (min(found), max(found)) if found else None
 
     def take(self) -> list[int]:
         """The groups that are whole, as are all before them, and were not taken yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
 from typing import Any, NoReturn
@@ -22,6 +22,8 @@ from lorax_async.errors import LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.ports import Device
 from lorax_async.runtime.vectors import Vectors
+from lorax_async.tracing.layers import LayerTimes
+from lorax_async.tracing.recorder import Recorder, Span, Tracer
 from lorax_kernels import Plan, Tables, Thresholds, apply
 
 Rows = Sequence[AdapterHandle | None] | None
@@ -49,6 +51,7 @@ class Place:
     loop: asyncio.AbstractEventLoop
     factors: Factors
     plans: LastPlans[RowsPlan]
+    tracer: Tracer = field(default_factory=Tracer)
 
 
 class Batch:
@@ -82,6 +85,7 @@ class Batch:
         self._lock = Lock()
         self._running = 1  # the block itself
         self._ended = False
+        self._recorded: tuple[Recorder, Span, LayerTimes] | None = None
 
     def begin(self) -> None:
         """Hold the adapters; raises what `AdapterHandle.use` raises, and then holds none.
@@ -99,6 +103,14 @@ class Batch:
                 except LoraxError as error:
                     self.gate.leave_out(handle, error)
             self._uses = uses.pop_all()
+        if (recorder := self._place.tracer.on) is not None:
+            self._record(recorder)
+
+    def _record(self, recorder: Recorder) -> None:
+        rows = "base" if self._rows is None else f"rows: {self._rows}"
+        span = recorder.begin("compute", "passes", rows, adapters=len(self._handles))
+        self.gate.times = LayerTimes(recorder, [handle.slot.index for handle in self._handles])
+        self._recorded = recorder, span, self.gate.times
 
     def end(self) -> None:
         """No further layer is computed. Does not wait for one that has begun."""
@@ -118,6 +130,8 @@ class Batch:
         try:
             yield
         finally:
+            if self.gate.times is not None:
+                self.gate.times.left()
             self._leave()
 
     def _leave(self) -> None:
@@ -125,6 +139,10 @@ class Batch:
             self._running -= 1
             last = self._running == 0
         if last:
+            if self._recorded is not None:
+                recorder, span, times = self._recorded
+                times.end()
+                recorder.end(span)
             self._uses.close()
 
     def check(self, x: torch.Tensor, module: Module) -> None:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from lorax_async.errors import AdapterTimeoutError, HandleClosedError, LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.inbox import running_loop
+from lorax_async.tracing.layers import LayerTimes
 
 _LOOK_SECONDS = 0.02
 """Between two looks at whether others wait."""
@@ -76,6 +77,8 @@ class LayerGate:
         self._layer = -1
         self._errors: dict[AdapterHandle, LoraxError] = {}
         self._lock = Lock()
+        self.times: LayerTimes | None = None
+        """Told of the layers, if somebody records the pass."""
         self.slots_out: frozenset[int] = frozenset()
         """Slots whose adapters are out, for all rows that have them."""
 
@@ -101,11 +104,16 @@ class LayerGate:
         if layer < self._layer:
             self.left = self._budget or 0.0
         self._layer = layer
+        times = self.times
+        if times is not None:
+            times.reached(layer)
         for handle in self._unverified:
             self._go_on(handle, handle.require_sound)
         for handle in self._streaming:
             if not handle.is_ready(layer):
                 self._go_on(handle, partial(self._await, handle, layer))
+        if times is not None:
+            times.entered()
 
     def _go_on(self, handle: AdapterHandle, step: Callable[[], None]) -> None:
         """With the adapter, or without it."""

@@ -71,7 +71,7 @@ def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
     """
     device = loader.device
     loop = asyncio.get_running_loop()
-    place = Place(device, cast(Tables, device), loop, Factors(), LastPlans())
+    place = Place(device, cast(Tables, device), loop, Factors(), LastPlans(), loader.tracer)
     bases = modules_of(model, loader.held_layout, loader.config.shard)
     require_dtype(bases, str(loader.config.dtype))
     require_device(bases, place.tables.rank.device)

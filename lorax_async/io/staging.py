@@ -22,17 +22,21 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Buffer:
-    """The same bytes twice: as a writable memoryview of format "B", and as uint8 `[nbytes]`."""
+    """The same bytes twice: as a writable memoryview of format "B", and as uint8 `[nbytes]`.
+
+    `number` is its place in the ring; None for what is in none.
+    """
 
     memory: memoryview
     tensor: torch.Tensor
+    number: int | None = None
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Buffer:
+    def of(cls, tensor: torch.Tensor, number: int | None = None) -> Buffer:
         """Of a contiguous uint8 tensor of host memory, which the buffer keeps alive."""
         # Without numpy, a tensor gives no memoryview of its own.
         content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-        return cls(memoryview(content).cast("B"), tensor)
+        return cls(memoryview(content).cast("B"), tensor, number)
 
     def convert(
         self, reader: Reader, moves: tuple[Convert, ...], dtype: str, target: torch.Tensor
@@ -69,7 +73,7 @@ class StagingRing:
         self.buffers = memory.nbytes // size if size else 0
         if not self.buffers:
             raise InternalError(f"{memory.nbytes} bytes hold no buffer of {move_bytes}")
-        self._free = [Buffer.of(memory[n * size : (n + 1) * size]) for n in range(self.buffers)]
+        self._free = [Buffer.of(memory[n * size : (n + 1) * size], n) for n in range(self.buffers)]
         self._turns: deque[object] = deque()
         self._changed = Condition()
 

@@ -18,6 +18,8 @@ from lorax_async.errors import InternalError
 from lorax_async.io.finite import require_finite_operands, require_finite_window
 from lorax_async.io.ports import CopyTicket, Device, FilePieces, Reader, StagedPiece
 from lorax_async.io.staging import TORCH_DTYPES, Buffer, StagingRing, read, zero
+from lorax_async.tracing.copies import CopyTimes
+from lorax_async.tracing.recorder import Tracer, now
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +68,7 @@ class Transfer:
         module_names: Sequence[str],
         *,
         check_finite: bool,
+        tracer: Tracer | None = None,
     ) -> None:
         if staging.buffers < 2 and not device.reads_files:
             raise InternalError("a device that does not read files needs two staging buffers")
@@ -73,6 +76,7 @@ class Transfer:
         self._staging = staging
         self._module_names = module_names
         self._check_finite = check_finite
+        self._tracer = tracer or Tracer()
 
     def run(self, copy: GroupCopy) -> Moved:
         """Move one group; returns when all its copies have been asked for.
@@ -80,9 +84,13 @@ class Transfer:
         Blocks while it reads, and while no buffer is free. Raises what the reader, the device or
         the check raises; then none of its copies is on its way any more.
         """
+        recorder = self._tracer.on
+        times = None
+        if recorder is not None:
+            times = CopyTimes(recorder, copy.slot, copy.group.layer)
         if self._device.reads_files:
-            return self._run_from_file(copy)
-        sending = _Sending(self._device, copy)
+            return self._run_from_file(copy, times)
+        sending = _Sending(self._device, copy, times)
         try:
             if copy.image is None:
                 self._send_windows(sending)
@@ -97,18 +105,24 @@ class Transfer:
         """Zero extents that nobody reads any more. Blocks as `run` does."""
         return self._device.wipe(extents)
 
-    def _run_from_file(self, copy: GroupCopy) -> Moved:
+    def _run_from_file(self, copy: GroupCopy, times: CopyTimes | None) -> Moved:
         """Converted bytes are written before the device is asked, so that its rows come last."""
         group, started = copy.group, perf_counter()
         if group.converts or group.zeros:
             target = self._device.host_view(copy.extent)
             if group.converts:
                 with self._staging.buffer() as scratch:
+                    begun = 0 if times is None else now()
                     scratch.convert(copy.reader, group.converts, copy.dtype, target)
+                if times is not None:
+                    times.staged(scratch.number, begun, "cast")
+                    times.start = now()
             zero(group.zeros, target)
         seconds = perf_counter() - started
         pieces = FilePieces(copy.reader, group.reads)
         ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
+        if times is not None:
+            times.asked(ticket, group.nbytes, in_stream=False)
         if self._check_finite:
             ticket.result()
             names = self._module_names
@@ -122,12 +136,15 @@ class Transfer:
         for window in windows(copy.group, staging.move_bytes, item_bytes):
             sending.heed_failures()
             buffer, *scratch = staging.take(2 if window.converts else 1)
+            begun = 0 if sending.times is None else now()
             try:
                 self._fill(sending, window, buffer, scratch)
                 ticket = sending.send(buffer.tensor[: window.nbytes], window.start)
             except BaseException:
                 staging.release(buffer)
                 raise
+            if sending.times is not None:
+                ticket.add_done_callback(sending.times.until_free(buffer.number, begun))
             ticket.add_done_callback(partial(_release, staging, buffer))
 
     def _send_image(self, sending: _Sending, image: torch.Tensor) -> None:
@@ -142,7 +159,8 @@ class Transfer:
         self, sending: _Sending, window: Window, buffer: Buffer, scratch: list[Buffer]
     ) -> None:
         """Bring a window's bytes into `buffer`. `scratch`, one if it converts, is given back."""
-        copy = sending.copy
+        copy, times = sending.copy, sending.times
+        begun = 0 if times is None else now()
         try:
             read(copy.reader, window.reads, buffer.memory)
             started = perf_counter()
@@ -153,6 +171,8 @@ class Transfer:
         finally:
             for each in scratch:
                 self._staging.release(each)
+        if times is not None:
+            times.staged(buffer.number, begun, "fill")
         if self._check_finite:
             names = self._module_names
             require_finite_window(buffer.tensor, window, copy.dtype, copy.group, names)
@@ -161,8 +181,9 @@ class Transfer:
 class _Sending:
     """The copies that one group has been given to the device in."""
 
-    def __init__(self, device: Device, copy: GroupCopy) -> None:
+    def __init__(self, device: Device, copy: GroupCopy, times: CopyTimes | None) -> None:
         self.copy = copy
+        self.times = times
         self.tickets: list[CopyTicket] = []
         self.staging_seconds = 0.0
         self._device = device
@@ -173,6 +194,8 @@ class _Sending:
         rows = copy.group.rows if target + memory.nbytes == copy.group.nbytes else ()
         ticket = self._device.copy(StagedPiece(memory, target), rows, copy.extent, copy.slot)
         self.tickets.append(ticket)
+        if self.times is not None:
+            self.times.asked(ticket, memory.nbytes, in_stream=True)
         return ticket
 
     def heed_failures(self) -> None:

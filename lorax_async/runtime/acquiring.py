@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 
 from lorax_async.adapter import AdapterKey, Ref, RemoteKey, is_stale, text_of
@@ -23,6 +23,8 @@ from lorax_async.runtime.interest import Wish
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.turns import Turns
+from lorax_async.tracing.names import name_of
+from lorax_async.tracing.recorder import Recorder
 
 MAX_PRIORITY = 1_000_000
 """Either way of 0: as seconds of waiting, levels stay numbers that can be told apart."""
@@ -56,6 +58,7 @@ class Acquiring:
         self._digests = digests
         self._check_open = check_open
         self._turns = Turns(BACKGROUND)
+        self._tracer = driver.journal.tracer
 
     def known(self, ref: Ref) -> AdapterKey | None:
         """Which key `ref` last was; touches no file."""
@@ -70,6 +73,15 @@ class Acquiring:
         that later. On an error or a cancellation the wish is withdrawn.
         """
         require_priority(priority)
+        recorder = self._tracer.on
+        asked = self._acquire(ref, tier, seconds, priority=priority, foreground=foreground)
+        if recorder is None:
+            return await asked
+        return await _recorded(recorder, ref, tier, foreground, asked)
+
+    async def _acquire(
+        self, ref: Ref, tier: Tier, seconds: float, *, priority: int, foreground: bool
+    ) -> Lease | None:
         key = ref if isinstance(ref, AdapterKey) else None
         wish: Wish | None = None
         evicted = 0
@@ -189,3 +201,32 @@ class Acquiring:
             stage="verify" if granted else stage,
             story=() if key is None else driver.journal.story(key),
         )
+
+
+async def _recorded(
+    recorder: Recorder,
+    ref: Ref,
+    tier: Tier,
+    foreground: bool,
+    asked: Coroutine[None, None, Lease | None],
+) -> Lease | None:
+    """What was asked for, as a span of a trace, however it ends."""
+    call = {Tier.DEVICE: "load", Tier.STREAM: "stream"}.get(tier, tier.name.lower())
+    what = call if foreground else f"prefetch to {tier.name.lower()}"
+    span = recorder.begin("requests", None, f"{what} {name_of(ref)}")
+    outcome: dict[str, object] = {"outcome": "failed"}
+    try:
+        lease = await asked
+    except asyncio.CancelledError:
+        outcome["outcome"] = "cancelled"
+        raise
+    except LoraxError as error:
+        outcome.update(outcome=type(error).__name__, stage=error.stage)
+        raise
+    else:
+        outcome["outcome"] = "done"
+        if lease is not None:
+            outcome["stay"] = recorder.stay_in(lease.tenancy.grant.slot.index).number
+        return lease
+    finally:
+        recorder.end(span, **outcome)

@@ -17,6 +17,7 @@ from lorax_async.runtime.copies import Copies
 from lorax_async.runtime.files import Files
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.tenants import Tenants
+from lorax_async.tracing.stays import Stays
 
 
 class Actions:
@@ -43,6 +44,7 @@ class Actions:
         self._copies = copies
         self._journal = journal
         self._clock = clock
+        self._stays = Stays(journal.tracer)
 
     def carry_out(self, command: Command) -> None:  # noqa: C901, PLR0912 - a case per command
         key = command.key
@@ -77,6 +79,7 @@ class Actions:
                 self._tenants.tenancy(key).fail(self._located(key, command.error))
             case commands.TellLeaving():
                 self._journal.count("departures")
+                self._stays.leaving(command.grant.slot.index)
                 self.tell(Leaving, key, slot=command.grant.slot)
             case commands.TellStays():
                 if self._tenants.tenancy(key).complete:  # else it is told with the last layer
@@ -101,6 +104,7 @@ class Actions:
             self._files.verifications.get(command.key),
             lambda: life.has_arrived,
         )
+        self._stays.granted(command.grant.slot.index, command.key, plan.nbytes)
         self.tell(
             SlotGranted,
             command.key,
@@ -113,6 +117,7 @@ class Actions:
         try:
             self._device.clear_column(command.grant.slot.index)
         finally:  # the slot is no longer the adapter's, whatever the device says
+            self._stays.left(command.grant.slot.index)
             self._tenants.move_out(command.key)
             self._journal.shorten(command.key)
             self.close_idle_reader(command.key)
@@ -129,6 +134,8 @@ class Actions:
         self._journal.count("failures")
         life = self._lives.get(key)
         grant = life.grant if life is not None else None
+        if grant is not None:
+            self._stays.failed(grant.slot.index, error)
         self.tell(Failed, key, slot=grant.slot if grant else None, error=error)
 
     def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
@@ -140,6 +147,7 @@ class Actions:
         tenancy = self._tenants.tenancy(command.key)
         slot = command.grant.slot
         tenancy.advance(command.watermark)
+        self._stays.ready(slot.index, tenancy.layers, command.watermark, last=command.last)
         if self._journal.has_subscribers:
             layer = tenancy.layers[command.watermark - 1]
             self.tell(LayerReady, command.key, slot=slot, layer=layer)

@@ -36,6 +36,7 @@ from lorax_async.runtime.planning import Planner
 from lorax_async.runtime.retiring import Retiring
 from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.tenants import Tenants
+from lorax_async.tracing.recorder import Tracer
 
 _logger = logging.getLogger("lorax_async")
 
@@ -55,11 +56,12 @@ class Driver:
         io_threads: int,
         metadata_threads: Executor,
         images: torch.Tensor,
+        tracer: Tracer,
         before_use: bool = False,
     ) -> None:
         self.lifecycle = lifecycle
         self.device = device
-        self.journal = Journal()
+        self.journal = Journal(tracer)
         self.files = Files(
             source, planner, metadata_threads, self, self.journal, before_use=before_use
         )

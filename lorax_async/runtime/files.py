@@ -154,7 +154,7 @@ class Files:
             file = await self._open(key, demand)
             self.close_reader(key)
             self.readers[key] = file.reader
-            self.plans[key] = plan = await self._plan(file)
+            self.plans[key] = plan = await self._plan(key, file)
             self._end_opening(key)
             if not demand.ended:
                 self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
@@ -183,22 +183,27 @@ class Files:
         file = await self._source.open(key, demand)
         nbytes = len(file.config) + len(file.prefix)
         self._journal.spent("fetch", perf_counter() - started, nbytes)
+        self._journal.took(key, "fetch header", started)
         return file
 
-    async def _plan(self, file: AdapterFile) -> TransferPlan:
+    async def _plan(self, key: AdapterKey, file: AdapterFile) -> TransferPlan:
         if self._planner.is_long(file):
             loop, started = asyncio.get_running_loop(), perf_counter()
             plan = await loop.run_in_executor(self._threads, self._planner.plan, file)
-            self._journal.spent("verify", perf_counter() - started)
+            self._planned(key, started)
             return plan
         # One in each turn of the loop: many adapters that were opened at the same time would
         # otherwise be planned in the same turn, and nobody else would have theirs.
         async with self._planning:
             started = perf_counter()
             plan = self._planner.plan(file)
-            self._journal.spent("verify", perf_counter() - started)
+            self._planned(key, started)
             await asyncio.sleep(0)
         return plan
+
+    def _planned(self, key: AdapterKey, started: float) -> None:
+        self._journal.spent("verify", perf_counter() - started)
+        self._journal.took(key, "verify header", started)
 
     async def _bring(
         self, key: AdapterKey, attempt: int, file: AdapterFile, plan: TransferPlan, demand: Demand
@@ -207,8 +212,11 @@ class Files:
             if not self._before_use:
                 self._outcomes.span_fetched(key, attempt, group)
 
-        spans = [group.spans for group in plan.groups]
-        return await self._source.bring(file, spans, arrived, demand)
+        spans, started = [group.spans for group in plan.groups], perf_counter()
+        try:
+            return await self._source.bring(file, spans, arrived, demand)
+        finally:
+            self._journal.took(key, "fetch", started)
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
         """Of which there is one at a time."""

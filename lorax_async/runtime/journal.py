@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from lorax_async.adapter import AdapterKey
+from lorax_async.adapter import AdapterKey, Ref
 from lorax_async.errors import Stage
 from lorax_async.events import BytesMoved, Event, LayerReady
+from lorax_async.tracing.names import name_of
+from lorax_async.tracing.recorder import Tracer, now
 
 STORY_LENGTH = 16
 """Events remembered of one adapter; those of single layers are told, not remembered."""
@@ -42,9 +44,13 @@ class Statistics:
 
 
 class Journal:
-    """Collects events and totals; calls subscribers on the loop."""
+    """Collects events and totals; calls subscribers on the loop.
 
-    def __init__(self) -> None:
+    What is not an adapter's alone goes to whoever records `tracer`.
+    """
+
+    def __init__(self, tracer: Tracer | None = None) -> None:
+        self.tracer = tracer or Tracer()
         self._stories: dict[AdapterKey, tuple[Event, ...]] = {}
         self._subscribers: dict[object, Callable[[Event], None]] = {}
         self._counts = dict.fromkeys(
@@ -94,12 +100,21 @@ class Journal:
 
     def granted(self, key: AdapterKey, since: float, time: float) -> None:
         """It has the slot that was wanted since then: what lies between was spent in the queue."""
-        self.spent("queue", max(0.0, time - max(since, self._checked.pop(key, since))))
+        started = max(since, self._checked.pop(key, since))
+        self.spent("queue", max(0.0, time - started))
+        self.took(key, "queue", started)
 
     def spent(self, stage: Stage, seconds: float, nbytes: int = 0) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
         if nbytes:
             self._nbytes[stage] = self._nbytes.get(stage, 0) + nbytes
+
+    def took(self, ref: Ref, what: str, started: float) -> None:
+        """From `started`, on the monotonic clock, until now. For whoever records it."""
+        recorder = self.tracer.on
+        if recorder is not None:
+            stop = now()
+            recorder.add("files", name_of(ref), what, min(stop, int(started * 1e9)), stop)
 
     def statistics(self) -> Statistics:
         return Statistics(

@@ -42,6 +42,7 @@ from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.planning import Planner
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.resolver import Resolver
+from lorax_async.tracing.recorder import Tracer
 
 MOVE_BYTES = 4 << 20
 """Of one cast through staging: large enough that few calls are made, a few fit the default ring."""
@@ -87,7 +88,8 @@ class Machinery:
         self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
         self._device = device or make_device(sharding.held, config)
         self._cache = OwnCache(config)
-        self._elsewhere = Elsewhere(config, self._cache)
+        self.tracer = Tracer()
+        self._elsewhere = Elsewhere(config, self._cache, self.tracer)
         self._source = source or AnySource(
             LocalSource(
                 roots=config.local_roots,
@@ -153,12 +155,15 @@ class Machinery:
             ),
             source=self._merged,
             device=device,
-            transfer=Transfer(device, staging, names, check_finite=config.check_finite),
+            transfer=Transfer(
+                device, staging, names, check_finite=config.check_finite, tracer=self.tracer
+            ),
             planner=Planner(self._sharding, config, device, move_bytes=staging.move_bytes),
             num_layers=self._sharding.held.num_layers,
             io_threads=config.io_threads,
             metadata_threads=self._metadata,
             images=memory.images,
+            tracer=self.tracer,
             before_use=config.verify == "before_use",
         )
         self.resolver = Resolver(self._tensors, self.driver.journal, config.revalidate)

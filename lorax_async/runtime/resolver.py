@@ -131,6 +131,7 @@ class Resolver:
             raise InternalError(f"{type(error).__name__}: {error}") from error
         finally:
             self._journal.spent("resolve", perf_counter() - started)
+            self._journal.took(ref, "resolve", started)
 
     async def _ask_parts(self, merge: Merge) -> list[AdapterKey]:
         """Side by side, and each is a question that others may join."""

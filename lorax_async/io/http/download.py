@@ -124,6 +124,8 @@ class Download(Job[None]):
         place = self._place
         span = None if piece is self._stream else (piece.at, piece.stop)
         response = self._exchange.get(self._target, place, span, self._known, attempt)
+        if response.asked is not None and span is not None:
+            response.asked.carries(self._arrivals.groups_in(span))
         try:
             content = content_of(response, span, self._known, self._target.name, self._wall)
             self._place = response.place

@@ -21,6 +21,7 @@ from lorax_async.io.http.network import Network, RealNetwork
 from lorax_async.io.http.pool import Pool
 from lorax_async.io.http.settings import HttpSettings
 from lorax_async.io.http.target import Answer, Target
+from lorax_async.tracing.recorder import Tracer
 
 FOREGROUND, PREFETCH = 0, 1
 
@@ -39,6 +40,8 @@ class RangeEngine:
     network, clock, wall, draw
         For tests: the network's calls, seconds that only rise, seconds since the epoch, and a draw
         from [0, 1).
+    tracer
+        Told of what each connection does, while somebody records.
     """
 
     def __init__(
@@ -49,13 +52,15 @@ class RangeEngine:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         draw: Callable[[], float] = random.random,
+        tracer: Tracer | None = None,
     ) -> None:
         self._settings = settings or HttpSettings()
         self._clock = clock
         self._wall = wall
         self._links = Links()
-        self._pool = Pool(self._settings, network or RealNetwork(), clock)
-        self._exchange = Exchange(self._settings, self._pool, self._links, clock)
+        tracer = tracer or Tracer()
+        self._pool = Pool(self._settings, network or RealNetwork(), clock, tracer)
+        self._exchange = Exchange(self._settings, self._pool, self._links, clock, tracer)
         timeouts = self._settings.timeouts
         self._desk = Desk(
             self._settings.connections, self._settings.retries, clock, draw, timeouts.stuck

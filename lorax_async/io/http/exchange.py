@@ -16,12 +16,41 @@ from lorax_async.io.http.pool import Connection, Pool
 from lorax_async.io.http.settings import HttpSettings
 from lorax_async.io.http.target import Known, Place, Target
 from lorax_async.io.http.urls import InvalidUrlError, redirected
+from lorax_async.tracing.recorder import Recorder, Tracer, now
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED = 16 << 10
 _MEASURED = 128 << 10
 _OPENING = 0.002
 """Seconds that a new connection costs here, however near the server is."""
+
+
+class Asked:
+    """A request on a connection, for whoever records: what was asked for, and what came of it."""
+
+    def __init__(self, recorder: Recorder, connection: int, span: Span | None, hop: int) -> None:
+        self._recorder = recorder
+        self._connection = connection
+        self._what = "file" if span is None else f"bytes {span[0]}-{span[1] - 1}"
+        self._args: dict[str, object] = {"hop": hop}
+        if span is not None:
+            self._args.update(at=span[0], asked=span[1] - span[0])
+        self.came = 0
+        self._start = now()
+
+    def carries(self, groups: tuple[int, int] | None) -> None:
+        """The first and the last group that it has bytes of."""
+        if groups is not None:
+            self._args["groups"] = list(groups)
+
+    def answered(self, status: int) -> None:
+        self._recorder.add("connections", self._connection, "wait", self._start, now())
+        self._args["status"] = status
+
+    def end(self, outcome: str) -> None:
+        self._args.update(bytes=self.came, outcome=outcome)
+        add = self._recorder.add
+        add("connections", self._connection, self._what, self._start, now(), self._args)
 
 
 class Response:
@@ -35,6 +64,7 @@ class Response:
         pool: Pool,
         links: Links,
         attempt: Attempt,
+        asked: Asked | None,
     ) -> None:
         self.head = head
         self.place = place
@@ -44,6 +74,8 @@ class Response:
         self._pool = pool
         self._links = links
         self._attempt = attempt
+        self.asked = asked
+        """For whoever records."""
 
     @property
     def rate(self) -> float | None:
@@ -62,9 +94,12 @@ class Response:
         Raises `SetbackError`, `FetchError`, and `AbortedError`.
         """
         try:
-            return self.body.fill(view)
+            count = self.body.fill(view)
         except OSError as error:
             raise failed_io(error, str(self.place.url)) from error
+        if self.asked is not None:
+            self.asked.came += count
+        return count
 
     def drain(self) -> None:
         """Read what is left, if that is little: cheaper than another connection."""
@@ -77,6 +112,8 @@ class Response:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        if self.asked is not None:
+            self.asked.end("whole" if self.body.done else "left")
         if self.rate is not None:
             self._links.moved(self.place.url.origin, self.rate)
         if self.body.done and self.head.keeps_alive:
@@ -89,12 +126,18 @@ class Exchange:
     """Asks. Used from many threads."""
 
     def __init__(
-        self, settings: HttpSettings, pool: Pool, links: Links, clock: Callable[[], float]
+        self,
+        settings: HttpSettings,
+        pool: Pool,
+        links: Links,
+        clock: Callable[[], float],
+        tracer: Tracer,
     ) -> None:
         self._settings = settings
         self._pool = pool
         self._links = links
         self._clock = clock
+        self._tracer = tracer
 
     def get(
         self, target: Target, place: Place, span: Span | None, known: Known, attempt: Attempt
@@ -144,27 +187,40 @@ class Exchange:
             idle = self._pool.take(place.url, target.rules, attempt)
             if idle is not None:
                 with suppress(NoAnswerError, ConnectionError):
-                    return self._send(idle, lines, place, attempt)
+                    return self._send(idle, lines, place, attempt, span)
             fresh = self._pool.open(place.url, target.rules, attempt)
-            return self._send(fresh, lines, place, attempt)
+            return self._send(fresh, lines, place, attempt, span)
         except OSError as error:
             raise failed_io(error, str(place.url)) from error
 
     def _send(
-        self, connection: Connection, fields: list[str], place: Place, attempt: Attempt
+        self,
+        connection: Connection,
+        fields: list[str],
+        place: Place,
+        attempt: Attempt,
+        span: Span | None,
     ) -> Response:
         url, proxy = place.url, connection.proxy
         lines = [f"GET {url.text if proxy else url.target} HTTP/1.1", *fields]
         if proxy is not None and proxy.authorization:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
+        recorder = self._tracer.on
+        asked = (
+            Asked(recorder, connection.number, span, place.hop) if recorder is not None else None
+        )
         begun = self._clock()
         try:
             # An ETag goes back as it came, and may have any byte from 0x80 on (RFC 9110, 8.8.3).
             connection.wire.send("\r\n".join([*lines, "", ""]).encode("latin-1"))
             head = connection.stream.head()
             self._links.answered(url.origin, self._clock() - begun)
-            return Response(connection, head, place, self._pool, self._links, attempt)
+            if asked is not None:
+                asked.answered(head.status)
+            return Response(connection, head, place, self._pool, self._links, attempt, asked)
         except BaseException:
+            if asked is not None:
+                asked.end("failed")
             connection.wire.close()
             raise
 

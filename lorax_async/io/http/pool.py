@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from ipaddress import ip_address
+from itertools import count
 from threading import Lock
 
 from lorax_async.errors import AccessDeniedError, AdapterError, FetchError
@@ -16,6 +17,7 @@ from lorax_async.io.http.stream import Stream
 from lorax_async.io.http.trust import Proxies, Proxy, tls_context
 from lorax_async.io.http.urls import Origin, Url
 from lorax_async.io.http.wire import Wire
+from lorax_async.tracing.recorder import Tracer, now
 
 _ADDRESSES = 4
 """So many of a host's addresses are tried."""
@@ -24,17 +26,24 @@ _ADDRESSES = 4
 class Connection:
     """To one origin; `proxy` is set where requests name their URL whole.
 
-    `address` is that of the other end, where that is the host.
+    `address` is that of the other end, where that is the host; no two of a pool have one `number`.
     """
 
     def __init__(
-        self, wire: Wire, stream: Stream, origin: Origin, proxy: Proxy | None, address: str | None
+        self,
+        wire: Wire,
+        stream: Stream,
+        origin: Origin,
+        proxy: Proxy | None,
+        address: str | None,
+        number: int,
     ) -> None:
         self.wire = wire
         self.stream = stream
         self.origin = origin
         self.proxy = proxy
         self.address = address
+        self.number = number
         self.idle_since = 0.0
 
 
@@ -42,11 +51,17 @@ class Pool:
     """All connections of an engine. Used from its threads."""
 
     def __init__(
-        self, settings: HttpSettings, network: Network, clock: Callable[[], float]
+        self,
+        settings: HttpSettings,
+        network: Network,
+        clock: Callable[[], float],
+        tracer: Tracer,
     ) -> None:
         self._settings = settings
         self._network = network
         self._clock = clock
+        self._tracer = tracer
+        self._numbers = count(1)
         self._lookups = Lookups(network)
         self._proxies = Proxies(settings.proxies)
         self._tls = tls_context(settings.ca_bundle, os.environ)
@@ -110,6 +125,20 @@ class Pool:
             connection.wire.close()
 
     def open(self, url: Url, rules: Rules, attempt: Attempt) -> Connection:
+        """A new connection; raises as `_opened` does."""
+        number = next(self._numbers)
+        recorder = self._tracer.on
+        if recorder is None:
+            return self._opened(url, rules, attempt, number)
+        start, outcome = now(), "failed"
+        try:
+            opened = self._opened(url, rules, attempt, number)
+            outcome = "open"
+            return opened
+        finally:
+            recorder.add("connections", number, "connect", start, now(), {"outcome": outcome})
+
+    def _opened(self, url: Url, rules: Rules, attempt: Attempt, number: int) -> Connection:
         """A new connection.
 
         Raises `SetbackError`, `FetchError`, or `AccessDeniedError` where its address is not public
@@ -140,7 +169,8 @@ class Pool:
             wire.close()
             raise
         stream = Stream(wire, timeouts, self._clock, str(url))
-        return Connection(wire, stream, url.origin, None if url.secure else proxy, address)
+        plain = None if url.secure else proxy
+        return Connection(wire, stream, url.origin, plain, address, number)
 
     def _connect(
         self, wire: Wire, origin: Origin, attempt: Attempt, allowed: Callable[[str], bool]

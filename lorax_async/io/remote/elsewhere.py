@@ -24,6 +24,7 @@ from lorax_async.io.remote.opening import Opening
 from lorax_async.io.remote.resolving import Resolving
 from lorax_async.io.remote.source import RemoteSource
 from lorax_async.io.remote.workers import Workers
+from lorax_async.tracing.recorder import Tracer
 from lorax_async.verification import Verification
 
 CACHE_THREADS = 4
@@ -49,8 +50,9 @@ class Elsewhere:
     What it makes ends with `close`; the loader's own cache, `own`, is somebody else's to end.
     """
 
-    def __init__(self, config: LoaderConfig, own: OwnCache) -> None:
+    def __init__(self, config: LoaderConfig, own: OwnCache, tracer: Tracer | None = None) -> None:
         self._config = config
+        self._tracer = tracer
         self._own = own
         self._making = Lock()
         self._made: _Made | None = None
@@ -103,7 +105,7 @@ class Elsewhere:
             if self._closed:
                 raise LoaderClosedError("the loader is closed")
             if self._made is None:
-                self._made = _made(self._config, self._own)
+                self._made = _made(self._config, self._own, self._tracer)
             return self._made
 
 
@@ -119,8 +121,8 @@ def elsewhere_of(config: LoaderConfig) -> Iterator[Elsewhere]:
         own.close()
 
 
-def _made(config: LoaderConfig, own: OwnCache) -> _Made:
-    engine = RangeEngine(HttpSettings(connections=config.connections))
+def _made(config: LoaderConfig, own: OwnCache, tracer: Tracer | None) -> _Made:
+    engine = RangeEngine(HttpSettings(connections=config.connections), tracer=tracer)
     workers = Workers(CACHE_THREADS)
     kinds = Kinds(config, engine, own)
     known = Known(config.revalidate, time.monotonic)

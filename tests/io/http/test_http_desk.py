@@ -18,6 +18,7 @@ from lorax_async.io.http.network import RealNetwork
 from lorax_async.io.http.pool import Pool
 from lorax_async.io.http.settings import HttpSettings
 from lorax_async.io.http.target import Answer, Known
+from lorax_async.tracing.recorder import Tracer
 
 LARGE = 100 << 20
 STUCK = 2.0
@@ -175,14 +176,14 @@ def download(office: Office, count: int) -> Download:
     """Of so many large pieces, from a source whose connections bring 1 MB/s each."""
     settings = HttpSettings(proxies={})
     links = Links()
-    pool = Pool(settings, RealNetwork(), office.desk.clock)
+    pool = Pool(settings, RealNetwork(), office.desk.clock, Tracer())
     place = target("http://127.0.0.1:1/weights")
     links.answered(place.url.origin, 0.01)
     links.moved(place.url.origin, 1e6)
     spans = [(n * LARGE, n * LARGE + LARGE) for n in range(count)]
     job = Download(
         office.desk,
-        Exchange(settings, pool, links, office.desk.clock),
+        Exchange(settings, pool, links, office.desk.clock, Tracer()),
         links,
         Answer(place, place.place, Known(), {}, b"", ranges=True),
         [(span,) for span in spans],

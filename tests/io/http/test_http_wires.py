@@ -21,6 +21,7 @@ from lorax_async.io.http.settings import HttpSettings, Timeouts
 from lorax_async.io.http.stream import Stream
 from lorax_async.io.http.urls import parse_url
 from lorax_async.io.http.wire import Wire
+from lorax_async.tracing.recorder import Tracer
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -143,7 +144,7 @@ def test_an_end_reaches_a_socket_that_is_being_secured() -> None:
 
 
 def pool_of(network: LoopbackOnly | None = None, clock: Callable[[], float] = lambda: 0.0) -> Pool:
-    return Pool(HttpSettings(proxies={}), network or LoopbackOnly(), clock)
+    return Pool(HttpSettings(proxies={}), network or LoopbackOnly(), clock, Tracer())
 
 
 URL = parse_url("http://127.0.0.1:1/weights")
@@ -151,7 +152,7 @@ URL = parse_url("http://127.0.0.1:1/weights")
 
 def idle(pool: Pool, wire: Wire) -> Connection:
     stream = Stream(wire, Timeouts(), lambda: 0.0, "h")
-    connection = Connection(wire, stream, URL.origin, None, "127.0.0.1")
+    connection = Connection(wire, stream, URL.origin, None, "127.0.0.1", 0)
     pool.give(connection)
     return connection
 

@@ -1,0 +1,118 @@
+"""`Trace`: what a caller holds of a recording, and how it becomes a file.
+
+with loader.trace() as trace:
+    ...
+trace.write("load.json")  # for `lorax-async timeline`, Perfetto, or chrome://tracing
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from threading import get_ident
+from types import TracebackType
+from typing import Protocol, Self
+
+from lorax_async.errors import UsageError
+from lorax_async.events import SlotId
+from lorax_async.tracing.chrome import as_events
+from lorax_async.tracing.recorder import Record, Recorder, Ring, Tracer, now
+
+TRACE_LIMIT = 65_536
+"""Spans: those of some hundred loads."""
+
+
+class _Handle(Protocol):
+    @property
+    def slot(self) -> SlotId: ...
+
+
+class Trace:
+    """What happened while the block ran; `as_json` and `write` may be called in it, and after.
+
+    Raises `UsageError` for a limit that is no whole number above 0.
+    """
+
+    def __init__(
+        self, tracer: Tracer, limit: int, tenants: Callable[[], Mapping[int, str]]
+    ) -> None:
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise UsageError(f"limit is a whole number of spans above 0, not {limit!r}")
+        self._tracer = tracer
+        self._tenants = tenants
+        self._ring = Ring(limit)
+        self._recorder: Recorder | None = None
+        self._began = now()
+        self._kept: tuple[list[Record], int] | None = None
+
+    def __enter__(self) -> Self:
+        if self._recorder is not None or self._kept is not None:
+            raise UsageError("a trace is recorded once; take another one from the loader")
+        self._began = now()
+        self._recorder = self._tracer.begin(self._ring, self._tenants())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Record no more; what has not ended by now is cut here. Idempotent."""
+        if self._recorder is None:
+            return
+        self._kept = self._read()
+        self._tracer.end(self._ring)
+        self._recorder = None
+
+    @property
+    def dropped(self) -> int:
+        """Spans that were recorded and are gone, for there were more than the limit."""
+        return self._read()[1]
+
+    @contextmanager
+    def compute(self, layer: int, *handles: _Handle, name: str | None = None) -> Iterator[None]:
+        """For engines of one's own: the block computes `layer` with these adapters.
+
+        In any thread, at any time; without effect when nothing is recorded. `attach` reports its
+        layers by itself.
+        """
+        recorder = self._recorder
+        if recorder is None:
+            yield
+            return
+        start = now()
+        try:
+            yield
+        finally:
+            stays = [recorder.stay_in(handle.slot.index).number for handle in handles]
+            args = {"layer": layer, "stays": stays}
+            text = f"layer {layer}" if name is None else name[:200]
+            recorder.add("compute", get_ident(), text, start, now(), args)
+
+    def as_json(self) -> dict[str, object]:
+        """The trace as an object of Chrome's trace event format, which json can write."""
+        records, dropped = self._read()
+        return {
+            "traceEvents": as_events(records, self._began),
+            "displayTimeUnit": "ms",
+            "otherData": {"producer": "lorax_async", "dropped": dropped},
+        }
+
+    def write(self, path: str | PathLike[str]) -> None:
+        """Write it as a file, in JSON. Blocks; raises `OSError`."""
+        Path(path).write_text(json.dumps(self.as_json(), separators=(",", ":")), encoding="utf-8")
+
+    def _read(self) -> tuple[list[Record], int]:
+        if self._kept is not None:
+            return self._kept
+        records, dropped = self._ring.read()
+        if self._recorder is not None:
+            records += self._recorder.unfinished()
+        return records, dropped

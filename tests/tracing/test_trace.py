@@ -1,0 +1,356 @@
+"""What a loader's trace has: rows, order, ends; and nothing at all while nobody records."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from common import Run, until
+from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
+from lorax_async import (
+    AdapterNotFoundError,
+    AdapterRef,
+    FetchError,
+    UsageError,
+)
+from lorax_async.config import LoaderConfig
+from lorax_async.io.fakes import FakeSource
+from lorax_async.loader import AdapterLoader
+from lorax_async.tracing.recorder import Ring
+from tiny_loaders import gated, loader
+from tracing.chrome_format import of, require_trace, stop
+
+pytestmark = [
+    pytest.mark.filterwarnings(PEFT_WARNING),
+    pytest.mark.usefixtures("nothing_left"),
+]
+
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lora = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
+    folder = tmp_path_factory.mktemp("traced") / "cold"
+    return save(llama(num_hidden_layers=LAYERS), lora, folder)
+
+
+def test_a_streamed_pass_lies_between_its_copies(run: Run, adapter: Path) -> None:
+    """The last layer's bytes come when all others are computed."""
+    model, source = llama(num_hidden_layers=LAYERS), FakeSource()
+    source.put("cold", *tiny.files(adapter))
+    source.hold("cold")
+
+    async def main() -> dict[str, object]:
+        async with serving(model, source=source) as (there, attached):
+            with there.trace() as trace:
+                async with there.stream("cold") as cold:
+                    with attached.batch([cold, None]):
+                        passing = asyncio.create_task(
+                            asyncio.to_thread(logits_of, model, prompt(2))
+                        )
+                        for group in range(LAYERS - 1):
+                            source.allow("cold", group)
+                        at_the_last = f"layer {LAYERS - 2}"
+                        await cold.layer_ready(LAYERS - 2)
+                        await until(lambda: at_the_last in names(trace.as_json()))
+                        source.allow("cold")
+                        await passing
+            return trace.as_json()
+
+    events = require_trace(run(main()))
+    copies, computed = of(events, "copies"), of(events, "compute")
+    layers = [f"layer {layer}" for layer in range(LAYERS)]
+    assert sorted({each["name"] for each in copies}) == layers
+    assert [each["name"] for each in computed if each["name"] in layers] == layers
+    last_copy = max(copies, key=stop)
+    assert last_copy["name"] == layers[-1]
+    for name in layers:
+        (copy,), (layer,) = of(copies, "copies", name), of(computed, "compute", name)
+        (ready,) = of(events, "layers", name)
+        assert stop(copy) <= stop(ready) <= layer["ts"]
+        if name != layers[-1]:
+            assert stop(layer) <= last_copy["ts"]
+    waits = [each["name"] for each in computed if each["name"].startswith("wait")]
+    # The embedding is before the layers, and the head after them; the adapter has neither.
+    assert waits == [f"wait for layer {layer}" for layer in range(-1, LAYERS + 1)]
+    assert [each["name"] for each in of(computed, "compute") if each["args"].get("adapters")] == [
+        "rows: 2"
+    ]
+    (request,) = of(events, "requests")
+    assert (request["name"], request["args"]["outcome"]) == ("stream cold", "done")
+
+
+def names(trace: dict[str, Any]) -> set[str]:
+    """Of what is computed."""
+    return {each["name"] for each in trace["traceEvents"] if each.get("cat") == "compute"}
+
+
+def test_each_layer_has_an_arrow_from_its_copy(run: Run, adapter: Path) -> None:
+    model = llama(num_hidden_layers=LAYERS)
+
+    async def main() -> dict[str, Any]:
+        async with serving(model) as (there, attached):
+            with there.trace() as trace:
+                async with there.stream(adapter) as cold:
+                    with attached.batch([cold]):
+                        for _ in range(2):  # one arrow, to the first pass
+                            await asyncio.to_thread(logits_of, model, prompt(1))
+            return trace.as_json()
+
+    trace = run(main())
+    events = require_trace(trace)
+    flows = [each for each in trace["traceEvents"] if each["ph"] in "sf"]
+    assert [each["ph"] for each in flows].count("s") == LAYERS
+    assert len(of(events, "compute", "layer 0")) == 2
+    computed = of(events, "compute")
+    first = {min(each["ts"] for each in computed if each["name"] == f"layer {n}") for n in range(4)}
+    assert {each["ts"] for each in flows if each["ph"] == "f"} == first
+
+
+def test_staging_holds_a_buffer_until_its_copy_has_ended(run: Run, tmp_path: Path) -> None:
+    """On a device with a copy stream: it copies one layer after the other."""
+    folder = tiny.write(tmp_path / "one")
+
+    async def main() -> dict[str, object]:
+        async with loader(device="simulated") as there:
+            with there.trace() as trace:
+                (await there.load(folder)).release()
+            return trace.as_json()
+
+    trace = run(main())
+    events = require_trace(trace)
+    copies = of(events, "copies")
+    assert {each["args"]["layer"] for each in copies} == set(range(tiny.LAYERS))
+    assert len({(each["pid"], each["tid"]) for each in copies}) == 1
+    for before, after in zip(copies, copies[1:], strict=False):
+        assert stop(before) <= after["ts"] + 0.002
+    for copy in copies:
+        (held,) = of(events, "staging", copy["name"])
+        fills = [each for each in of(events, "staging", "fill") if held["ts"] <= each["ts"]]
+        assert stop(min(fills, key=stop)) <= stop(copy) <= stop(held)
+        assert held["args"]["adapter"] == "one"
+
+
+# -- ends -----------------------------------------------------------------------------------------
+
+
+def test_what_fails_or_is_cancelled_has_its_ends(run: Run, tmp_path: Path) -> None:
+    source = FakeSource()
+    for id in ("broken", "held"):
+        source.put(id, *tiny.files(tiny.write(tmp_path / id)))
+    source.fail("bring", FetchError("the line is down"), id="broken", at=1)
+    source.hold("held")
+
+    async def main() -> dict[str, object]:
+        config = LoaderConfig(device_bytes=1 << 20, max_slots=4, io_threads=2)
+        async with AdapterLoader(tiny.layout(), config, source=source) as there:
+            with there.trace() as trace:
+                with pytest.raises(FetchError):
+                    await there.load("broken")
+                with pytest.raises(AdapterNotFoundError):
+                    await there.load("nowhere")
+                task = asyncio.create_task(there.load("held"))
+                source.allow("held", 0)
+                await until(lambda: any(each.slot for each in there.story("held")))
+                task.cancel()
+                await asyncio.wait([task])
+                await until(lambda: not there.residency())
+            return trace.as_json()
+
+    events = require_trace(run(main()))
+    ended = {each["name"]: each["args"]["outcome"] for each in of(events, "requests")}
+    assert ended == {
+        "load broken": "FetchError",
+        "load nowhere": "AdapterNotFoundError",
+        "load held": "cancelled",
+    }
+    outcomes = [each["args"]["outcome"] for each in of(events, "layers") if "bytes" in each["args"]]
+    assert sorted(outcomes) == ["FetchError", "leaving"]
+    assert not [each for each in events if each["args"].get("unfinished")]
+
+
+def test_what_is_evicted_has_its_ends(run: Run, tmp_path: Path) -> None:
+    folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("ab")]
+
+    async def main() -> dict[str, object]:
+        async with loader(max_slots=1, min_residency=0.0) as there:
+            with there.trace() as trace:
+                for folder in folders:
+                    (await there.load(folder)).release()
+            return trace.as_json()
+
+    events = require_trace(run(main()))
+    first, second = (
+        [each for each in of(events, "layers") if each["args"]["stay"] == stay] for stay in (1, 2)
+    )
+    bounds = [(each["name"], each["args"].get("outcome")) for each in first]
+    assert ("a", "resident") in bounds
+    assert ("resident", "leaving") in bounds
+    assert ("leaving", "left") in bounds
+    assert max(map(stop, first)) <= min(each["ts"] for each in second)
+    assert [each["name"] for each in second if each["args"].get("unfinished")] == ["resident"]
+
+
+def test_what_goes_on_at_the_end_is_cut_there(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+
+    async def main() -> dict[str, object]:
+        there, device = gated()
+        async with there:
+            device.gate.clear()
+            with there.trace() as trace:
+                task = asyncio.create_task(there.load(folder))
+                await until(lambda: device.copies)
+            found = trace.as_json()
+            device.gate.set()
+            (await task).release()
+            assert trace.as_json() == found
+            return found
+
+    events = require_trace(run(main()))
+    cut = {each["name"] for each in events if each["args"].get("unfinished")}
+    assert cut == {"load one", "one"}
+
+
+# -- nothing while nobody records -----------------------------------------------------------------
+
+
+def test_nothing_is_recorded_or_held_when_off(run: Run, tmp_path: Path) -> None:
+    folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("abc")]
+
+    async def main() -> None:
+        async with loader() as there:
+            assert there.tracer.on is None
+            (await there.load(folders[0])).release()
+            with there.trace() as trace:
+                recorder = weakref.ref(there.tracer.on)
+                (await there.load(folders[1])).release()
+            found = trace.as_json()
+            assert there.tracer.on is None
+            gc.collect()
+            assert recorder() is None
+            (await there.load(folders[2])).release()
+            assert trace.as_json() == found
+            names = {each["name"] for each in require_trace(found)}
+            assert {"load b", "b"} <= names
+            assert not names & {"load a", "load c", "a", "c"}
+
+    run(main())
+
+
+def test_two_may_record_at_once(run: Run, tmp_path: Path) -> None:
+    folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("abc")]
+
+    async def main() -> None:
+        async with loader() as there:
+            with there.trace() as outer:
+                (await there.load(folders[0])).release()
+                with there.trace() as inner:
+                    (await there.load(folders[1])).release()
+                (await there.load(folders[2])).release()
+            asked = [
+                [each["name"] for each in of(require_trace(trace.as_json()), "requests")]
+                for trace in (outer, inner)
+            ]
+            assert asked == [["load a", "load b", "load c"], ["load b"]]
+
+    run(main())
+
+
+def test_the_oldest_go_and_are_counted() -> None:
+    ring = Ring(3)
+    for number in range(5):
+        ring.add(number)  # type: ignore[arg-type]
+    for _ in range(2):
+        found: Any = ring.read()
+        assert found == ([2, 3, 4], 2)
+
+
+def test_a_small_trace_says_how_much_is_gone(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+
+    async def main() -> None:
+        async with loader() as there:
+            with there.trace() as whole, there.trace(limit=5) as small:
+                (await there.load(folder)).release()
+                await there.unload(folder)
+            all, left = (require_trace(each.as_json()) for each in (whole, small))
+            assert (whole.dropped, small.dropped, len(left)) == (0, len(all) - 5, 5)
+            data: Any = small.as_json()
+            assert data["otherData"]["dropped"] == len(all) - 5
+            small.write(tmp_path / "trace.json")
+            assert json.loads((tmp_path / "trace.json").read_text()) == data
+
+    run(main())
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 1.5, None])
+def test_a_limit_is_a_number(run: Run, limit: Any) -> None:
+    async def main() -> None:
+        async with loader() as there:
+            with pytest.raises(UsageError, match="limit"):
+                there.trace(limit=limit)
+            trace = there.trace()
+            with trace:
+                pass
+            with pytest.raises(UsageError, match="once"), trace:
+                pass
+
+    run(main())
+
+
+def test_engines_of_ones_own_report_layers(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+
+    async def main() -> None:
+        async with loader() as there:
+            with there.trace() as trace:
+                async with there.stream(folder) as handle:
+                    for layer in range(tiny.LAYERS):
+                        await handle.layer_ready(layer)
+                        with trace.compute(layer, handle):
+                            pass
+            with trace.compute(9):  # nobody records
+                pass
+            found: Any = trace.as_json()
+            names = [each["name"] for each in of(require_trace(found), "compute")]
+            assert names == [f"layer {layer}" for layer in range(tiny.LAYERS)]
+            assert [each["ph"] for each in found["traceEvents"]].count("f") == tiny.LAYERS
+
+    run(main())
+
+
+# -- nothing that is nobody's business --------------------------------------------------------------
+
+
+def test_no_token_and_no_path_is_in_it(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "tenant-seven" / "sql")
+    source = FakeSource()
+    source.put("https://host.example/secret-part/chat", *tiny.files(folder))
+
+    async def main() -> str:
+        async with loader(local_roots=(tmp_path,)) as there:
+            with there.trace() as trace:
+                (await there.load(AdapterRef(folder))).release()
+                with pytest.raises(AdapterNotFoundError):
+                    await there.load(str(tmp_path / "tenant-seven" / "none"), token="hf_abcdef")
+        config = LoaderConfig(device_bytes=1 << 20)
+        async with AdapterLoader(tiny.layout(), config, source=source) as there:
+            with there.trace() as other:
+                ref = AdapterRef("https://host.example/secret-part/chat", token="hf_abcdef")
+                (await there.load(ref)).release()
+        return json.dumps([trace.as_json(), other.as_json()])
+
+    text = run(main())
+    assert "load sql" in text
+    assert "load chat" in text
+    for secret in ("hf_abcdef", "tenant-seven", str(tmp_path), "secret-part", "host.example"):
+        assert secret not in text
