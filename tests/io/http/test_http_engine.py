@@ -74,7 +74,11 @@ def test_the_foreground_goes_first() -> None:
         behind.done.result(10)
         pieces = gate.waiting.count("/wanted")
         assert pieces >= 20
-        assert gate.waiting[: 4 + pieces] == [*["/hint"] * 4, *["/wanted"] * pieces]
+        assert gate.waiting[:4] == ["/hint"] * 4
+        # The server's four threads may note those that are asked for at once in any order.
+        others = gate.waiting[4 : 4 + pieces + 3]
+        assert others.count("/wanted") == pieces
+        assert others[: pieces - 3].count("/hint") == 0
 
 
 def test_a_long_piece_makes_way() -> None:
