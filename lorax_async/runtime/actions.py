@@ -146,8 +146,8 @@ class Actions:
     def _tell_ready(self, command: commands.TellReady) -> None:
         tenancy = self._tenants.tenancy(command.key)
         slot = command.grant.slot
-        tenancy.advance(command.watermark)
         self._stays.ready(slot.index, tenancy.layers, command.watermark, last=command.last)
+        tenancy.advance(command.watermark)
         if self._journal.has_subscribers:
             layer = tenancy.layers[command.watermark - 1]
             self.tell(LayerReady, command.key, slot=slot, layer=layer)
