@@ -21,6 +21,8 @@ HEAVY = {
     "starlette",
     "uvicorn",
     "pydantic",
+    "prometheus_client",
+    "opentelemetry",
 }
 PROGRAM = """
 import asyncio, gc, json, locale, logging, os, random, signal, sys, threading, warnings
