@@ -229,6 +229,34 @@ def test_what_fails_for_one_caller_alone(run: Run, tmp_path: Path) -> None:
     run(body())
 
 
+def test_who_joins_a_load_or_waits_for_an_unload_is_no_hit(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+
+    async def body() -> None:
+        async with over(source) as there:
+            with LoaderCollector(there) as collector:
+                registry = registered(collector)
+                source.hold("a")
+                both = [asyncio.create_task(there.load("a")) for _ in range(2)]
+                await until(lambda: there.usage().waiting == 2)
+                source.allow("a", 0, 1, 2, 3)
+                first, second = await asyncio.gather(*both)
+                leaving = asyncio.create_task(there.unload("a"))
+                await asyncio.sleep(0)
+                again = asyncio.create_task(there.load("a"))
+                await until(lambda: there.usage().waiting == 1)
+                first.release()
+                second.release()
+                await leaving
+                (await again).release()
+                samples = scraped(registry)
+        hits = {"tier=device": 0, "tier=host": 0, "tier=disk": 1, "tier=source": 2}
+        assert of(samples, "lorax_hits_total") == hits
+        assert of(samples, "lorax_evictions_total")["tier=device"] == 0, "it made room for nobody"
+
+    run(body())
+
+
 def test_hits_in_page_locked_memory(run: Run, tmp_path: Path) -> None:
     """Room for two images: the third adapter takes that of the first."""
     source = stocked(tmp_path, "a", "b", "c")
