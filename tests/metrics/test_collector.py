@@ -146,7 +146,9 @@ def test_a_scrape_in_a_thread_asks_the_loop(run: Run, tmp_path: Path) -> None:
     run(body())
 
 
-def test_a_loop_that_does_not_answer_keeps_nobody_waiting(run: Run, tmp_path: Path) -> None:
+def test_a_loop_that_does_not_answer_keeps_nobody_waiting(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = stocked(tmp_path, "a")
     found: list[Samples] = []
 
@@ -159,7 +161,11 @@ def test_a_loop_that_does_not_answer_keeps_nobody_waiting(run: Run, tmp_path: Pa
                 thread.start()
                 thread.join(20)  # and so this loop does nothing
                 assert not thread.is_alive()
+                looks: list[None] = []
+                monkeypatch.setattr(there, "last_numbers", lambda: looks.append(None))
                 await asyncio.sleep(0)  # it comes to the question now, which nobody asks any more
+                assert looks == []
+                monkeypatch.undo()
                 assert scraped(registry)["lorax_loads_total"] == 1
 
     run(body())
