@@ -50,6 +50,7 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.module_views import ModuleWeights
 from lorax_async.runtime.prefetch import Prefetch
+from lorax_async.runtime.usage import Budget, Usage
 from lorax_async.runtime.whereabouts import AdapterResidency
 from lorax_async.scheduler import AdapterScheduler
 from lorax_async.scheduling.batch import Batch, BatchRow
@@ -72,6 +73,7 @@ __all__ = [
     "Allow",
     "Batch",
     "BatchRow",
+    "Budget",
     "BytesMoved",
     "CapacityError",
     "ConfigError",
@@ -106,6 +108,7 @@ __all__ = [
     "Ticket",
     "TransferError",
     "UnsupportedAdapterError",
+    "Usage",
     "UsageError",
     "Verification",
     "layouts",

@@ -101,6 +101,11 @@ class AdapterLoader(TensorCalls, Looking):
             self._closing = loop.create_task(self._machinery.close(seconds), name="lorax close")
         await asyncio.shield(self._closing)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or is closing."""
+        return self._closing is not None
+
     def __del__(self) -> None:
         home = getattr(self, "_home", None)
         if home is not None and home.loop is not None and self._closing is None:
@@ -193,7 +198,9 @@ class AdapterLoader(TensorCalls, Looking):
     ) -> AdapterHandle:
         self._check_open()
         seconds = self.config.seconds(timeout)
-        lease = await self._acquiring.lease(ref, tier, seconds, priority=priority)
+        name = "stream" if tier is Tier.STREAM else "load"
+        with self._driver.interest.calls.one(name, ref):
+            lease = await self._acquiring.lease(ref, tier, seconds, priority=priority)
         return self._handle(ref, lease)
 
     def _handle(self, ref: Ref, lease: Lease) -> AdapterHandle:
@@ -243,7 +250,8 @@ class AdapterLoader(TensorCalls, Looking):
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
-        await self._acquiring.pin(ref, seconds, priority=priority)
+        with self._driver.interest.calls.one("pin", ref):
+            await self._acquiring.pin(ref, seconds, priority=priority)
 
     def unpin(self, adapter_id: AdapterId) -> bool:
         """Let the adapter be evicted again. Whether this id had pinned it."""

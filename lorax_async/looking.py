@@ -8,12 +8,15 @@ from typing import Protocol
 
 from lorax_async.adapter import AdapterId, AdapterKey, as_ref
 from lorax_async.core.life import Life
+from lorax_async.errors import UsageError
 from lorax_async.events import Event
 from lorax_async.io.ports import Device
 from lorax_async.runtime.acquiring import Acquiring
+from lorax_async.runtime.calls import Watcher
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.machinery import Machinery
+from lorax_async.runtime.usage import Usage
 from lorax_async.runtime.whereabouts import AdapterResidency, residency_of
 from lorax_async.tracing.names import name_of
 from lorax_async.tracing.recorder import Tracer
@@ -50,6 +53,11 @@ class Looking:
         self._check_open()
         return self._machinery.statistics()
 
+    def usage(self: _Loader) -> Usage:
+        """What is taken of each budget now."""
+        self._check_open()
+        return self._machinery.usage()
+
     def story(self: _Loader, adapter_id: AdapterId) -> tuple[Event, ...]:
         """The last events of one adapter, oldest first."""
         self._check_open()
@@ -79,6 +87,30 @@ class Looking:
         self._check_open()
         lives = self._driver.lifecycle.lives
         return Trace(self._machinery.tracer, limit, partial(_tenants, lives))
+
+    def last_numbers(self: _Loader) -> tuple[Statistics, Usage]:
+        """`statistics` and `usage`, also once the loader is closed: the last ones, then.
+
+        On the loader's loop, or from any thread once that loop is closed.
+        """
+        return self._machinery.statistics(), self._machinery.usage()
+
+    def watch_calls(self: _Loader, watcher: Watcher) -> Callable[[], None]:
+        """Tell `watcher` of each call of `load`, `stream` and `pin`; returns what ends that.
+
+        Raises `UsageError` if there is one: it can be one only.
+        """
+        self._check_open()
+        calls = self._driver.interest.calls
+        if calls.watcher is not None:
+            raise UsageError("the loader's calls are watched already")
+        calls.watcher = watcher
+
+        def leave() -> None:
+            if calls.watcher is watcher:
+                calls.watcher = None
+
+        return leave
 
 
 def _tenants(lives: Mapping[AdapterKey, Life]) -> dict[int, str]:

@@ -23,6 +23,8 @@ HEAVY = {
     "pydantic",
     "aiohttp",
     "matplotlib",
+    "prometheus_client",
+    "opentelemetry",
 }
 PROGRAM = """
 import asyncio, gc, json, locale, logging, os, random, signal, sys, threading, warnings

@@ -40,8 +40,9 @@ class Residency:
         self.arena = Arena(device_bytes, alignment)
         self.copies_free = copies
         self.policy = policy
+        self.evictions = 0
         self._alignment = alignment
-        self._max_slots = max_slots
+        self.max_slots = max_slots
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._generation = 0
 
@@ -62,6 +63,7 @@ class Residency:
         self.arena.free(grant.extents)
         self._free_slots.append(grant.slot.index)
         self.policy.remove(key, evicted=evicted)
+        self.evictions += evicted
 
     def ranked(self) -> Iterator[AdapterKey]:
         """Holders of slots, the first to go first."""
@@ -76,7 +78,7 @@ class Residency:
             )
         arena = Arena(self.arena.nbytes, self._alignment)
         arena.reserve(extent for grant in grants for extent in grant.extents)
-        return len(grants) < self._max_slots and arena.can_allocate(sizes)
+        return len(grants) < self.max_slots and arena.can_allocate(sizes)
 
     def fits_after(self, departing: Iterable[Grant], sizes: tuple[int, ...]) -> bool:
         """Whether there is room once `departing`, which somebody is waiting for, are gone."""
@@ -90,7 +92,7 @@ class Residency:
 
     @property
     def slots_used(self) -> int:
-        return self._max_slots - len(self._free_slots)
+        return self.max_slots - len(self._free_slots)
 
 
 class HostBudget:
@@ -104,6 +106,7 @@ class HostBudget:
         self.populating: AdapterKey | None = None
         """One at a time: foreground loads share the disk with one at most."""
         self.policy = policy
+        self.evictions = 0
 
     def claim(self, key: AdapterKey, nbytes: int, cost: float) -> None:
         if nbytes:
@@ -116,6 +119,7 @@ class HostBudget:
         if key in self.held:
             self.leaving.add(key)
             self.policy.remove(key, evicted=evicted)
+            self.evictions += evicted
 
     def release(self, key: AdapterKey) -> None:
         self.leaving.discard(key)
@@ -133,6 +137,7 @@ class ImageBudget:
         self.arena = Arena(nbytes, alignment)
         self.alignment = alignment
         self.policy = policy
+        self.evictions = 0
 
     def give(self, life: Life, extents: tuple[Extent, ...], cost: float) -> None:
         life.image = extents
@@ -143,5 +148,6 @@ class ImageBudget:
         if life.image is not None:
             self.arena.free(life.image)
             self.policy.remove(life.key, evicted=evicted)
+            self.evictions += evicted
             life.image = None
             life.imaged = 0

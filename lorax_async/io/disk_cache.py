@@ -145,6 +145,11 @@ class DiskCache:
     def used(self) -> int:
         return self.shelves.room.used()
 
+    @property
+    def last_used(self) -> int | None:
+        """As `used` was when room was made last; None before that. Looks at nothing."""
+        return self.shelves.room.last_used
+
     def close(self) -> None:
         if self._open:
             self._open = False

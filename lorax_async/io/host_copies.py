@@ -229,6 +229,11 @@ class HostCopies:
             self._copies[key] = copy
         return copy
 
+    def in_memory(self, key: AdapterKey) -> bool:
+        """Whether it is kept, and here."""
+        copy = self._copies.get(key)
+        return copy is not None and copy.in_memory is not None
+
     def drop(self, key: AdapterKey) -> None:
         """Keep it no longer; who reads it reads on."""
         copy = self._copies.pop(key, None)

@@ -17,6 +17,7 @@ class OwnCache:
         self._config = config
         self._lock = Lock()
         self._made: DiskCache | None = None
+        self._last_used: int | None = None
         self._closed = False
 
     def get(self) -> DiskCache:
@@ -31,9 +32,16 @@ class OwnCache:
                 )
             return self._made
 
+    @property
+    def last_used(self) -> int | None:
+        """Bytes that were seen in its folder last, also after `close`; None if never. Quick."""
+        made = self._made
+        return self._last_used if made is None else made.last_used
+
     def close(self) -> None:
         """Entries and downloads are to be closed first. Idempotent."""
         with self._lock:
             made, self._made, self._closed = self._made, None, True
         if made is not None:
+            self._last_used = made.last_used
             made.close()

@@ -13,6 +13,7 @@ from lorax_async.core.transitions import FileState, SlotState
 from lorax_async.errors import InternalError, LoraxError
 from lorax_async.events import Event, Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
 from lorax_async.io.ports import Device
+from lorax_async.runtime.calls import kind_of
 from lorax_async.runtime.copies import Copies
 from lorax_async.runtime.files import Files
 from lorax_async.runtime.journal import Journal
@@ -131,7 +132,7 @@ class Actions:
         latest = self._journal.story(key)[-1:]
         if latest and isinstance(latest[0], Failed) and latest[0].error is error:
             return
-        self._journal.count("failures")
+        self._journal.failed(kind_of(error))
         life = self._lives.get(key)
         grant = life.grant if life is not None else None
         if grant is not None:

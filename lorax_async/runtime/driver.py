@@ -140,6 +140,7 @@ class Driver:
         self, key: AdapterKey, attempt: int, plan: TransferPlan, *, holdable: bool
     ) -> None:
         self.journal.checked(key, monotonic())
+        self.interest.calls.checked(key)
         needs = plan.needs(holdable=holdable)
         self._decide(key, lambda: self.lifecycle.header_checked(key, attempt, needs))
 

@@ -12,6 +12,7 @@ from lorax_async.core.life import Grant
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.waiters import Tier, Waiter
 from lorax_async.errors import AdapterInUseError, AdapterTimeoutError
+from lorax_async.runtime.calls import Calls
 from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.tenants import Tenants
 
@@ -43,16 +44,19 @@ class Interest:
         self._obey = obey
         self._hasten = hasten
         self._pins: dict[object, tuple[AdapterKey, Grant]] = {}
+        self.calls = Calls(lifecycle.lives)
 
     def begin(
         self, key: AdapterKey, tier: Tier, *, foreground: bool = True, priority: int = 0
     ) -> Wish:
         """Want the adapter as far as `tier`; to be followed by `granted` or `abandon`."""
+        found = self.calls.found(key) if foreground else None
         waiter, future = self._tenants.add_waiter()
         since = asyncio.get_running_loop().time()
         self._obey(self._lifecycle.want(key, Waiter(waiter, tier, since, foreground, priority)))
-        if foreground:
+        if found is not None:
             self._hasten(key)
+            self.calls.wished(key, found, self._lifecycle.stage(key))
         return Wish(key, waiter, future)
 
     async def granted(self, wish: Wish) -> Lease | None:
@@ -73,6 +77,7 @@ class Interest:
         """A lease on a resident adapter, at once."""
         if self._lifecycle.take_lease(key) is None:
             return None
+        self.calls.hits["device"] += 1
         return self._tenants.new_lease(key)
 
     def share(self, lease: Lease) -> Lease:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from asyncio import CancelledError
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from lorax_async.adapter import AdapterKey, Ref
 from lorax_async.errors import Stage
@@ -31,6 +33,10 @@ class Statistics:
     exceed the time that passed. `nbytes` are those of configs and headers ("fetch"), of the file
     where it was cast or padded ("stage"), and on the device ("copy"), which `bytes_moved` are too.
     `spills` counts adapters that were given as tensors and went from host memory to the disk cache.
+    `hits` counts loads by where they found their adapter ("device", "host", "disk", or "source"),
+    `evictions` who made room for others, by tier ("device", "host", "pinned"). `failures_by` counts
+    failures, and `errors_by` the calls of `load`, `stream` and `pin` that ended with an error, by
+    its stage (or "none") and class.
     """
 
     fetches: int = 0
@@ -41,6 +47,10 @@ class Statistics:
     spills: int = 0
     seconds: Mapping[Stage, float] = field(default_factory=dict)
     nbytes: Mapping[Stage, int] = field(default_factory=dict)
+    hits: Mapping[str, int] = field(default_factory=dict)
+    evictions: Mapping[str, int] = field(default_factory=dict)
+    failures_by: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    errors_by: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 class Journal:
@@ -53,12 +63,13 @@ class Journal:
         self.tracer = tracer or Tracer()
         self._stories: dict[AdapterKey, tuple[Event, ...]] = {}
         self._subscribers: dict[object, Callable[[Event], None]] = {}
-        self._counts = dict.fromkeys(
+        self._counts: dict[str, Any] = dict.fromkeys(
             ("fetches", "loads", "failures", "departures", "bytes_moved"), 0
         )
         self._seconds: dict[Stage, float] = {}
         self._nbytes: dict[Stage, int] = {}
         self._checked: dict[AdapterKey, float] = {}
+        self._failures: Counter[tuple[str, str]] = Counter()
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         token = object()
@@ -94,6 +105,11 @@ class Journal:
     def count(self, what: str, amount: int = 1) -> None:
         self._counts[what] += amount
 
+    def failed(self, kind: tuple[str, str]) -> None:
+        """A load ended with an error of this stage and class."""
+        self.count("failures")
+        self._failures[kind] += 1
+
     def checked(self, key: AdapterKey, time: float) -> None:
         """From here on the adapter can be given a slot."""
         self._checked[key] = time
@@ -121,4 +137,5 @@ class Journal:
             **self._counts,
             seconds=MappingProxyType(dict(self._seconds)),
             nbytes=MappingProxyType(dict(self._nbytes)),
+            failures_by=MappingProxyType(dict(self._failures)),
         )

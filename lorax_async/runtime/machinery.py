@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.planning import Planner
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.resolver import Resolver
+from lorax_async.runtime.usage import Usage, usage_of
 from lorax_async.tracing.recorder import Tracer
 
 MOVE_BYTES = 4 << 20
@@ -122,6 +124,7 @@ class Machinery:
             loop = asyncio.get_running_loop()
             memory = await loop.run_in_executor(self._metadata, self._claim_memory)
             self._assemble(memory)
+            self.driver.interest.calls.in_memory = self._tensors.copies.in_memory
             self.digests = Digests(self._merged, self.driver.journal, check_open)
             self.acquiring = Acquiring(self.resolver, self.driver, self.digests, check_open)
             self.giving = Giving(
@@ -187,7 +190,25 @@ class Machinery:
         return self._tensors.copies.sizes
 
     def statistics(self) -> Statistics:
-        return replace(self.driver.journal.statistics(), spills=self._tensors.spills)
+        """Also after `close`: the last ones."""
+        calls, budgets = self.driver.interest.calls, self.driver.lifecycle.budgets
+        evictions = {
+            "device": budgets.device.evictions,
+            "host": budgets.host.evictions,
+            "pinned": budgets.images.evictions,
+        }
+        return replace(
+            self.driver.journal.statistics(),
+            spills=self._tensors.spills,
+            hits=MappingProxyType(dict(calls.hits)),
+            evictions=MappingProxyType(evictions),
+            errors_by=MappingProxyType(dict(calls.errors)),
+        )
+
+    def usage(self) -> Usage:
+        """Also after `close`."""
+        driver, cache = self.driver, (self._cache.last_used, self._config.cache_bytes)
+        return usage_of(driver.lifecycle.budgets, driver.tenants, self._tensors.copies, cache)
 
     def prefetch(self, refs: Sequence[Ref], tier: Tier, seconds: float, priority: int) -> Prefetch:
         """One task for each; `close` waits for those that are left."""

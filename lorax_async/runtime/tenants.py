@@ -34,6 +34,11 @@ class Tenants:
         self._tenancies: dict[AdapterKey, Tenancy] = {}
         self._last_waiter = 0
 
+    @property
+    def waiting(self) -> int:
+        """Wishes that neither came true nor failed."""
+        return len(self._waiters)
+
     def add_waiter(self) -> tuple[int, asyncio.Future[Lease | None]]:
         """A future that `serve` or `fail` will set."""
         self._last_waiter += 1

@@ -75,6 +75,7 @@ class Serving(uvicorn.Server):
             await super().serve(sockets)
         finally:
             self._under_way.close()
+            self._service.metrics.close()
             await self._cut_off(sockets or ())
 
     def stop(self) -> None:

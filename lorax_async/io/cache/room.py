@@ -36,6 +36,7 @@ class Room:
         self._budget = DiskBudget(nbytes, policy)
         self._stored = Sizes(place.entries, is_entry_name)
         self._lock = Lock()
+        self._observed = False
 
     @contextmanager
     def claimed(self, nbytes: int) -> Iterator[None]:
@@ -60,6 +61,11 @@ class Room:
             self._observe()
             return self._budget.used
 
+    @property
+    def last_used(self) -> int | None:
+        """As the folder was when it was looked at last, and what was used or dropped since."""
+        return self._budget.used if self._observed else None
+
     def note_use(self, name: str, stored: Stored) -> None:
         with self._lock:
             self._budget.use(name, stored)
@@ -70,6 +76,7 @@ class Room:
         # What partials take changes, so each look is a first one; there are few.
         partials = Sizes(self._place.partials, is_partial_name)
         self._budget.observe(self._stored.look(), partials.look())
+        self._observed = True
 
     def _make(self, nbytes: int) -> None:
         budget = self._budget

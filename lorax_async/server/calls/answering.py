@@ -79,7 +79,8 @@ class Answering:
 
     def _writing(self, number: int, body: Body, generation: Generation) -> Writing:
         detokenizer = Detokenizer(self._service.prompts.tokenizer, generation.prompt)
-        tokens = self._service.engine.submit(generation)
+        submitted = self._service.engine.submit(generation)
+        tokens = self._service.metrics.measured(submitted, body.model, len(generation.prompt))
         return Writing(number, tokens, detokenizer, StopStrings(body.stops))
 
 

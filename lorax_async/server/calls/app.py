@@ -6,6 +6,7 @@ import time
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -16,6 +17,7 @@ from lorax_async.server.calls.admin import Administration
 from lorax_async.server.calls.answering import Answering
 from lorax_async.server.calls.bodies import refuse_unread
 from lorax_async.server.calls.errors import INTERNAL, Refusal, refusal_of
+from lorax_async.server.calls.metrics import CountedRequests
 from lorax_async.server.calls.requests import ChatBody, CompletionBody
 from lorax_async.server.calls.service import Service
 from lorax_async.server.calls.under_way import CLOSING, ClientGone
@@ -40,7 +42,9 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/unload_lora_adapter", admin.unload, methods=["POST"]),
             Route("/v1/adapters", admin.adapters),
             Route("/health", models.health),
+            Route("/metrics", service.metrics.show),
         ],
+        middleware=[Middleware(CountedRequests, service.metrics)],
         exception_handlers={
             LoraxError: refuse,
             Refusal: refuse,

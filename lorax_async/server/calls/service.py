@@ -5,6 +5,7 @@ from __future__ import annotations
 from lorax_async.errors import CapacityError
 from lorax_async.loader import AdapterLoader
 from lorax_async.server.calls.clients import Clients
+from lorax_async.server.calls.metrics import ServerMetrics
 from lorax_async.server.calls.names import Names
 from lorax_async.server.calls.prompts import ChatTokenizer, Prompts
 from lorax_async.server.calls.under_way import UnderWay
@@ -22,7 +23,7 @@ class Service:
     engine
         Computes; with adapters of `loader`.
     loader
-        Open. The service belongs to its event loop, and closes neither of the two.
+        Open. The service is made on its event loop, and closes neither of the two.
     tokenizer
         The base's, a fast one of transformers.
     stop_tokens
@@ -45,6 +46,7 @@ class Service:
         self.names = Names(settings.base, settings.adapters)
         self.clients = Clients(settings.max_adapters_per_client)
         self.under_way = UnderWay()
+        self.metrics = ServerMetrics(loader, self.names)
 
     @property
     def max_prompt_tokens(self) -> int:

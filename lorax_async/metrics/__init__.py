@@ -1,0 +1,5 @@
+"""A loader's numbers for Prometheus (docs/metrics.md). Needs the extra `metrics`."""
+
+from lorax_async.metrics.collector import LoaderCollector
+
+__all__ = ["LoaderCollector"]

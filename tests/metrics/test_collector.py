@@ -1,0 +1,402 @@
+"""A loader's numbers, against its statistics and against numbers known by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import prometheus_client
+import pytest
+
+import tiny
+from common import LOOPS, Run, until
+from lorax_async import (
+    AdapterLoader,
+    AdapterNotFoundError,
+    AdapterTimeoutError,
+    CapacityError,
+    FetchError,
+    LoaderClosedError,
+    UsageError,
+)
+from lorax_async.errors import Stage
+from lorax_async.io.fakes import FakeSource
+from lorax_async.metrics import LoaderCollector
+from metrics.scraping import Samples, of, registered, scraped
+from spilling_loaders import FILE, roomy
+from tiny_loaders import ONE, loader
+from tiny_sources import over, stocked
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+KEPT = ("memory", "cache")
+STAGES: tuple[Stage, ...] = ("queue", "resolve", "fetch", "verify", "stage", "copy", "ready")
+
+PADDED = 2 * ONE
+"""On a device of its own, where rank 4 lies as rank 8."""
+
+
+async def loaded(there: AdapterLoader, *names: str) -> None:
+    for name in names:
+        (await there.load(name)).release()
+
+
+async def known_sequence(there: AdapterLoader, source: FakeSource) -> None:
+    """In two slots, of which the least recently used goes."""
+    await loaded(there, "a", "a")
+    held = there.try_acquire("a")
+    assert held is not None
+    held.release()
+    await loaded(there, "b", "c", "a")  # c pushes a out, and a, which was opened before, b
+    with pytest.raises(AdapterNotFoundError):
+        await there.load("missing")
+    assert there.try_acquire("b") is None
+    source.fail("open", FetchError("the source is down"), id="d")
+    with pytest.raises(FetchError):
+        await there.load("d")
+    await there.unload("c")
+
+
+def assert_known(samples: Samples) -> None:
+    totals = {name: samples[f"lorax_{name}_total"] for name in ("fetches", "loads", "departures")}
+    assert totals == {"fetches": 4, "loads": 4, "departures": 3}
+    assert samples["lorax_moved_bytes_total"] == 4 * ONE
+    hits = {"tier=device": 2, "tier=host": 0, "tier=disk": 1, "tier=source": 4}
+    assert of(samples, "lorax_hits_total") == hits
+    evictions = {"tier=device": 2, "tier=host": 0, "tier=pinned": 0}
+    assert of(samples, "lorax_evictions_total") == evictions
+    assert of(samples, "lorax_failures_total") == {"error=FetchError,stage=fetch": 1}
+    assert of(samples, "lorax_call_errors_total") == {
+        "error=FetchError,stage=fetch": 1,
+        "error=AdapterNotFoundError,stage=resolve": 1,
+    }
+    assert (samples["lorax_slots_used"], samples["lorax_slots_limit"]) == (1, 2)
+    assert samples["lorax_budget_used_bytes{budget=device}"] == ONE
+    assert samples["lorax_budget_limit_bytes{budget=device}"] == 1 << 20
+    assert (samples["lorax_leases"], samples["lorax_waiting"]) == (0, 0)
+
+
+def test_a_known_sequence(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c", "d")
+
+    async def body() -> None:
+        async with over(source, max_slots=2) as there:
+            with LoaderCollector(there) as collector:
+                registry = registered(collector)
+                await known_sequence(there, source)
+                samples, told = scraped(registry), there.statistics()
+        assert_known(samples)
+        for name in ("fetches", "loads", "departures", "spills"):
+            assert samples[f"lorax_{name}_total"] == getattr(told, name)
+        assert samples["lorax_moved_bytes_total"] == told.bytes_moved
+        assert sum(of(samples, "lorax_failures_total").values()) == told.failures
+        for name, values in (("seconds", told.seconds), ("bytes", told.nbytes)):
+            shown = of(samples, f"lorax_stage_{name}_total")
+            assert shown == {f"stage={stage}": values.get(stage, 0) for stage in STAGES}
+        assert samples["lorax_stage_bytes_total{stage=copy}"] == 4 * ONE
+
+    run(body())
+
+
+def test_after_the_end_the_last_numbers_are_told(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c", "d")
+    made: list[prometheus_client.CollectorRegistry] = []
+
+    async def body() -> None:
+        async with over(source, max_slots=2) as there:
+            made.append(registered(LoaderCollector(there)))
+            await known_sequence(there, source)
+        samples = scraped(made[0])
+        assert samples["lorax_loads_total"] == 4
+        assert samples["lorax_departures_total"] == 4, "the last one left as the loader was closed"
+        assert samples["lorax_slots_used"] == 0
+
+    run(body())
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_closed_loop_is_not_asked(kind: str, tmp_path: Path) -> None:
+    """A scrape's thread lives longer than `asyncio.run`."""
+    source = stocked(tmp_path, "a")
+
+    async def body() -> LoaderCollector:
+        async with over(source) as there:
+            collector = LoaderCollector(there, timeout=600)
+            await loaded(there, "a")
+        return collector
+
+    with asyncio.Runner(loop_factory=LOOPS[kind]) as runner:
+        collector = runner.run(body())
+    samples = scraped(registered(collector))
+    assert samples["lorax_loads_total"] == samples["lorax_departures_total"] == 1
+
+
+def test_a_scrape_in_a_thread_asks_the_loop(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+
+    async def body() -> None:
+        async with over(source) as there:
+            with LoaderCollector(there, timeout=600) as collector:
+                registry = registered(collector)
+                await loaded(there, "a")
+                samples = await asyncio.to_thread(scraped, registry)
+                assert samples["lorax_loads_total"] == 1
+
+    run(body())
+
+
+def test_a_loop_that_does_not_answer_keeps_nobody_waiting(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stocked(tmp_path, "a")
+    found: list[Samples] = []
+
+    async def body() -> None:
+        async with over(source) as there:
+            with LoaderCollector(there, timeout=0.001) as collector:
+                registry = registered(collector)
+                await loaded(there, "a")
+                thread = threading.Thread(target=lambda: found.append(scraped(registry)))
+                thread.start()
+                thread.join(20)  # and so this loop does nothing
+                assert not thread.is_alive()
+                looks: list[None] = []
+                monkeypatch.setattr(there, "last_numbers", lambda: looks.append(None))
+                await asyncio.sleep(0)  # it comes to the question now, which nobody asks any more
+                assert looks == []
+                monkeypatch.undo()
+                assert scraped(registry)["lorax_loads_total"] == 1
+
+    run(body())
+    assert found[0]["lorax_loads_total"] == 0, "as it was when it was made"
+
+
+def test_a_look_that_fails_is_told_who_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with loader() as there:
+            with LoaderCollector(there, timeout=600) as collector:
+                registry = registered(collector)
+                monkeypatch.setattr(there, "last_numbers", lambda: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    await asyncio.to_thread(scraped, registry)
+
+    run(body())
+
+
+def test_who_waits_and_who_holds(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+
+    async def body() -> None:
+        async with over(source) as there:
+            with LoaderCollector(there) as collector:
+                registry = registered(collector)
+                first, second = await there.load("a"), await there.load("a")
+                source.hold("b")
+                waiting = asyncio.create_task(there.load("b"))
+                await until(lambda: scraped(registry)["lorax_slots_used"] == 2)
+                samples = scraped(registry)
+                assert (samples["lorax_leases"], samples["lorax_waiting"]) == (2, 1)
+                source.allow("b", 0, 1, 2, 3)
+                (await waiting).release()
+                first.release()
+                second.release()
+                samples = scraped(registry)
+                assert (samples["lorax_leases"], samples["lorax_waiting"]) == (0, 0)
+
+    run(body())
+
+
+def test_what_fails_for_one_caller_alone(run: Run, tmp_path: Path) -> None:
+    """A deadline is a caller's: the load goes on for others, and has not failed."""
+    source = stocked(tmp_path, "a")
+    source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=64)))
+
+    async def body() -> None:
+        async with over(source, device_bytes=2 * ONE) as there:
+            with LoaderCollector(there) as collector:
+                registry = registered(collector)
+                with pytest.raises(CapacityError):
+                    await there.load("large")
+                source.hold("a")
+                with pytest.raises(AdapterTimeoutError):
+                    await there.load("a", timeout=0.01)
+                cancelled = asyncio.create_task(there.load("a"))
+                await asyncio.sleep(0)
+                cancelled.cancel()
+                await asyncio.wait([cancelled])
+                samples = scraped(registry)
+        assert "error=CapacityError,stage=queue" in of(samples, "lorax_failures_total")
+        errors = of(samples, "lorax_call_errors_total")
+        assert errors.pop("error=CapacityError,stage=queue") == 1
+        ((kind, count),) = errors.items()
+        assert (kind.split(",")[0], count) == ("error=AdapterTimeoutError", 1)
+
+    run(body())
+
+
+def test_who_joins_a_load_or_waits_for_an_unload_is_no_hit(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+
+    async def body() -> None:
+        async with over(source) as there:
+            with LoaderCollector(there) as collector:
+                registry = registered(collector)
+                source.hold("a")
+                both = [asyncio.create_task(there.load("a")) for _ in range(2)]
+                await until(lambda: there.usage().waiting == 2)
+                source.allow("a", 0, 1, 2, 3)
+                first, second = await asyncio.gather(*both)
+                leaving = asyncio.create_task(there.unload("a"))
+                await asyncio.sleep(0)
+                again = asyncio.create_task(there.load("a"))
+                await until(lambda: there.usage().waiting == 1)
+                first.release()
+                second.release()
+                await leaving
+                (await again).release()
+                samples = scraped(registry)
+        hits = {"tier=device": 0, "tier=host": 0, "tier=disk": 1, "tier=source": 2}
+        assert of(samples, "lorax_hits_total") == hits
+        assert of(samples, "lorax_evictions_total")["tier=device"] == 0, "it made room for nobody"
+
+    run(body())
+
+
+def test_hits_in_page_locked_memory(run: Run, tmp_path: Path) -> None:
+    """Room for two images: the third adapter takes that of the first."""
+    source = stocked(tmp_path, "a", "b", "c")
+    settings = {"device": "simulated", "max_slots": 1, "pinned_bytes": 2 * PADDED}
+
+    async def body() -> None:
+        async with over(source, **settings) as there:
+            with LoaderCollector(there) as collector:
+                registry = registered(collector)
+                await loaded(there, "a", "b", "a", "c", "b")
+                samples = scraped(registry)
+        hits = {"tier=device": 0, "tier=host": 1, "tier=disk": 1, "tier=source": 3}
+        assert of(samples, "lorax_hits_total") == hits
+        evictions = {"tier=device": 4, "tier=host": 0, "tier=pinned": 2}
+        assert of(samples, "lorax_evictions_total") == evictions
+        assert samples["lorax_budget_used_bytes{budget=pinned}"] == 2 * PADDED
+        assert samples["lorax_budget_limit_bytes{budget=pinned}"] == 2 * PADDED
+
+    run(body())
+
+
+def test_hits_in_held_memory(run: Run, tmp_path: Path) -> None:
+    """What the device lets go goes on in host memory, which has room for one file."""
+    source = stocked(tmp_path, "a", "b", holdable=True)
+    nbytes = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+
+    async def body() -> None:
+        async with over(source, max_slots=1, host_bytes=nbytes) as there:
+            with LoaderCollector(there) as collector:
+                registry = registered(collector)
+                await there.prefetch("a", tier="host")
+                assert scraped(registry)["lorax_budget_used_bytes{budget=host}"] == nbytes
+                await loaded(there, "a")
+                await there.prefetch("b", tier="host")
+                samples = scraped(registry)
+        assert of(samples, "lorax_hits_total")["tier=host"] == 1, "hints are no loads"
+        assert sum(of(samples, "lorax_hits_total").values()) == 1
+        assert of(samples, "lorax_evictions_total")["tier=host"] == 1
+        assert samples["lorax_budget_limit_bytes{budget=host}"] == nbytes
+
+    run(body())
+
+
+def test_tensors_in_memory_and_on_disk(run: Run, tmp_path: Path) -> None:
+    """Memory has room for one: the other goes to the disk cache, and is read from there."""
+
+    async def body() -> None:
+        async with roomy(tmp_path, 1, max_slots=1) as there:
+            with LoaderCollector(there) as collector:
+                registry = registered(collector)
+                assert "lorax_budget_used_bytes{budget=cache}" not in scraped(registry)
+                for seed, name in enumerate(("one", "two")):
+                    made = await there.load_tensors(name, tiny.tensors(seed), tiny.config())
+                    made.release()
+                before = scraped(registry)
+                await loaded(there, "one", "two")
+                after = scraped(registry)
+        last = scraped(registry)
+        used = {budget: before[f"lorax_budget_used_bytes{{budget={budget}}}"] for budget in KEPT}
+        assert all(ONE < nbytes < FILE + 1_000 for nbytes in used.values()), used
+        assert before["lorax_budget_limit_bytes{budget=memory}"] == there.config.memory_bytes
+        assert before["lorax_budget_limit_bytes{budget=cache}"] == there.config.cache_bytes
+        assert after["lorax_spills_total"] == before["lorax_spills_total"] == 1
+        hits = [of(samples, "lorax_hits_total") for samples in (before, after)]
+        gained = {tier: hits[1][tier] - hits[0][tier] for tier in hits[0]}
+        assert gained == {"tier=device": 0, "tier=host": 1, "tier=disk": 1, "tier=source": 0}
+        assert "lorax_budget_used_bytes{budget=cache}" in last
+
+    run(body())
+
+
+def test_no_label_names_an_adapter(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "org/secret")
+
+    async def body() -> None:
+        async with over(source) as there:
+            with LoaderCollector(there) as collector:
+                registry = registered(collector)
+                await loaded(there, "org/secret")
+                with pytest.raises(AdapterNotFoundError):
+                    await there.load("org/unknown")
+                text = prometheus_client.generate_latest(registry).decode()
+        assert "secret" not in text
+        assert "unknown" not in text
+
+    run(body())
+
+
+def test_registries_are_the_programs(run: Run) -> None:
+    async def body() -> None:
+        before = prometheus_client.generate_latest()
+        async with loader() as one, loader() as two:
+            with LoaderCollector(one) as first, LoaderCollector(two) as second:
+                registry = registered(first)
+                with pytest.raises(ValueError, match="Duplicated"):
+                    registry.register(second)
+                registered(second)
+                names = {family.name for family in first.describe()}
+                assert names == {family.name for family in first.collect()}
+                assert all(name.startswith("lorax_") for name in names)
+        assert b"lorax" not in before
+        assert b"lorax" not in prometheus_client.generate_latest()
+
+    run(body())
+
+
+def test_it_belongs_to_an_open_loader(run: Run) -> None:
+    there = loader()
+    with pytest.raises(UsageError):
+        LoaderCollector(there)
+
+    async def body() -> None:
+        async with there:
+            with pytest.raises(UsageError):
+                await asyncio.to_thread(LoaderCollector, there)
+        with pytest.raises(LoaderClosedError):
+            LoaderCollector(there)
+
+    run(body())
+
+
+def test_looks_at_the_loop_end_with_the_collector(run: Run) -> None:
+    async def body() -> None:
+        async with loader() as there:
+            with LoaderCollector(there, lag_period=0.001) as collector:
+                registry = registered(collector)
+                await until(lambda: scraped(registry)["lorax_loop_lag_seconds_count"] > 1)
+                running = [collector._lag.running]
+            running.append(collector._lag.running)
+            assert running == [True, False]
+            other = LoaderCollector(there, lag_period=0.001)
+        await until(lambda: not other._lag.running)
+        samples = scraped(registered(other))
+        count = samples["lorax_loop_lag_seconds_bucket{le=+Inf}"]
+        assert count == samples["lorax_loop_lag_seconds_count"]
+
+    run(body())

@@ -1,0 +1,159 @@
+"""GET /metrics, read by Prometheus' own parser, after requests known by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from openai import APIStatusError
+
+import tiny
+from common import Run, until
+from lorax_async import FetchError
+from metrics.scraping import Samples, of, parsed
+from server.world import FakeEngine, World, failing, serving
+
+INFO = "vllm:lora_requests_info"
+
+
+async def scraped(world: World) -> Samples:
+    answer = await world.ask("GET", "/metrics")
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    return parsed(answer.body.decode())
+
+
+def requests(samples: Samples) -> Samples:
+    return of(samples, "lorax_server_requests_total")
+
+
+def test_requests_and_tokens(run: Run) -> None:
+    prompt = "five!"
+
+    async def body() -> None:
+        async with serving() as world:
+            ask = world.client.completions.create
+            await ask(model="base", prompt=prompt)
+            async for _ in await ask(model="base", prompt=prompt, stream=True):
+                pass
+            with pytest.raises(APIStatusError):
+                await ask(model="base", prompt=prompt, max_tokens=-1)
+            await world.ask("GET", "/v1/models/base")
+            await world.ask("GET", "/v1/models/nobody")
+            await world.ask("GET", "/made/up")
+            samples = await scraped(world)
+            told = world.service.loader.statistics()
+        assert requests(samples) == {
+            "call=/v1/completions,status=200": 2,
+            "call=/v1/completions,status=400": 1,
+            "call=/v1/models,status=200": 1,
+            "call=/v1/models,status=404": 1,
+            "call=other,status=404": 1,
+        }
+        assert samples["lorax_server_prompt_tokens_total"] == 2 * len(prompt)
+        assert samples["lorax_server_tokens_total"] == 2 * len("hello")
+        assert samples["lorax_server_first_token_seconds_count"] == 2
+        assert samples["lorax_server_inter_token_seconds_count"] == 2 * (len("hello") - 1)
+        assert samples["lorax_loads_total"] == told.loads == 0
+        assert samples["lorax_slots_limit"] == 4
+
+    run(body())
+
+
+def test_what_waits_and_runs_is_told_as_vllm_does(run: Run, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    folders = {name: tiny.write(tmp_path / name) for name in ("pirate", "shout")}
+
+    async def body() -> None:
+        async with serving(engine, adapters=folders) as world:
+
+            def ask(model: str) -> asyncio.Task[object]:
+                return asyncio.create_task(world.client.completions.create(model=model, prompt="x"))
+
+            tasks = [ask(model) for model in ("pirate", "shout", "org/strangers", "base")]
+            await engine.asked(4)
+            by_adapter = {tokens.generation.adapter: tokens for tokens in engine.submitted}
+            running = by_adapter[folders["pirate"]]
+            running.say("a")
+            await until(lambda: world.service.metrics.sequences.running)
+            samples = await scraped(world)
+            ((info, now),) = of(samples, INFO).items()
+            assert info == "max_lora=4,running_lora_adapters=pirate,waiting_lora_adapters=shout"
+            assert now > 1.7e9
+            assert samples["lorax_server_sequences_waiting"] == 3
+            assert samples["lorax_server_sequences_running"] == 1
+            for tokens in engine.submitted:
+                tokens.end()
+            await asyncio.gather(*tasks)
+            samples = await scraped(world)
+            assert list(of(samples, INFO)) == [
+                "max_lora=4,running_lora_adapters=,waiting_lora_adapters="
+            ]
+            assert samples["lorax_server_sequences_waiting"] == 0
+            assert samples["lorax_server_sequences_running"] == 0
+
+    run(body())
+
+
+def test_who_fails_or_goes_waits_no_more(run: Run) -> None:
+    engine = FakeEngine()
+
+    async def body() -> None:
+        async with serving(engine) as world:
+            _, writer = await asyncio.open_connection("127.0.0.1", world.port)
+            content = b'{"model": "base", "prompt": "x"}'
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: {len(content)}"
+            writer.write(head.encode() + b"\r\n\r\n" + content)
+            tokens = await engine.asked()
+            writer.close()
+            await tokens.cancelled.wait()
+            await until(lambda: requests_of(world))
+            engine._rule = failing(FetchError("the source is down"))
+            with pytest.raises(APIStatusError):
+                await world.client.completions.create(model="org/x", prompt="x")
+            samples = await scraped(world)
+        assert requests(samples) == {
+            "call=/v1/completions,status=499": 1,
+            "call=/v1/completions,status=502": 1,
+        }
+        assert samples["lorax_server_sequences_waiting"] == 0
+        assert samples["lorax_server_tokens_total"] == 0
+
+    def requests_of(world: World) -> bool:
+        return bool(next(iter(world.service.metrics.requests.collect())).samples)
+
+    run(body())
+
+
+def test_a_fault_is_a_500(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with serving() as world:
+            monkeypatch.setattr(world.service.names, "find", lambda model: 1 / 0)
+            with pytest.raises(APIStatusError):
+                await world.client.completions.create(model="base", prompt="x")
+            assert requests(await scraped(world)) == {"call=/v1/completions,status=500": 1}
+
+    run(body())
+
+
+def test_the_form_is_the_clients_choice(run: Run) -> None:
+    async def body() -> None:
+        async with serving() as world:
+            answer = await world.ask("GET", "/metrics", Accept="application/openmetrics-text")
+            assert answer.headers["content-type"].startswith("application/openmetrics-text")
+            assert answer.body.endswith(b"# EOF\n")
+
+    run(body())
+
+
+def test_looks_at_the_loop_end_with_the_server(run: Run) -> None:
+    async def body() -> None:
+        async with serving() as world:
+            looks = world.service.metrics._loader._lag
+            running = [looks.running]
+            world.server.stop()
+            await asyncio.wait([world.ended])
+            assert [*running, looks.running] == [True, False]
+
+    run(body())
