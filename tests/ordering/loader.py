@@ -145,9 +145,9 @@ OBEYING: Mutants = {
         ACTIONS,
         """\
         tenancy.advance(command.watermark)
-        self._stays""",
+        if self._journal""",
         """\
-        self._stays""",
+        if self._journal""",
         "test_streaming.py::test_layers_come_one_by_one",
     ),
     "driver: commands are obeyed in order": mutant(
