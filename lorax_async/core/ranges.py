@@ -28,7 +28,7 @@ LATER_WAVES_COST = 0.05
 _LATER_PIECE_SECONDS = 0.005
 """Below it, and below ten delays, requests would cost more than their order is worth."""
 
-_LATER_PIECE_BYTES = 256 * KiB
+_LATER_PIECE_BYTES = 96 * KiB
 """Below it they do in any case, also where the rate is but a guess."""
 
 _SPLIT_SECONDS = 0.02
