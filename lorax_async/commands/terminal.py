@@ -39,7 +39,7 @@ class Screen:
 
     def json(self, value: object) -> None:
         """The result for machines, in one line."""
-        print(json.dumps(value), file=self._out)
+        print(json.dumps(value), file=self._out, flush=True)  # whoever reads it may wait for it
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; columns whose title starts with a blank hold numbers, set to the right."""
