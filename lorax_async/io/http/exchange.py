@@ -21,7 +21,7 @@ from lorax_async.tracing.recorder import Recorder, Tracer, now
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED = 16 << 10
 _MEASURED = 128 << 10
-_OPENING = 0.002
+_OPENING = 0.005
 """Seconds that a new connection costs here, however near the server is."""
 
 

@@ -30,6 +30,7 @@ from lorax_async import (
     AdapterNotFoundError,
 )
 from lorax_async.adapter import AdapterRef
+from lorax_async.io.remote.beginning import FIRST_BYTES
 from servers import Nginx
 
 pytestmark = [
@@ -82,7 +83,9 @@ def test_a_folder(
             line for line in lines(nginx, place) if ".safetensors" in line and "302" not in line
         ]
         assert all(" 206 " in line for line in served)
-        assert sum(int(line.rpartition(" ")[2]) for line in served) == size, "each byte once"
+        # Each byte once; but for those that came slowly behind the header, on a busy machine.
+        sent = sum(int(line.rpartition(" ")[2]) for line in served)
+        assert size <= sent <= size + (0 if way == "untagged/" else FIRST_BYTES)
 
 
 def test_the_first_layer_is_there_before_15_percent(
