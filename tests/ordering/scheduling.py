@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from ordering.mutant import Mutants, mutant
+from ordering.scheduler_tests import (
+    CANCELLED,
+    CLOCK,
+    CLOSING,
+    DIGESTS,
+    ENDS,
+    FLIGHTS,
+    PLAIN,
+    PLAYS,
+    WAITED_FOR,
+    WAITS,
+)
 
 SCHEDULER = "scheduler.py"
 BOOK = "scheduling/guestbook.py"
 
-WAITS = "test_scheduler_waits.py"
-CLOSING = "test_scheduler_closing.py"
-CLOCK = "test_scheduler_clock.py"
-DIGESTS = "test_scheduler_digests.py"
-PLAIN = "test_scheduler.py"
-WAITED_FOR = "test_scheduler_waited_for.py"
-ENDS = "test_scheduler_ends.py"
-CANCELLED = "test_scheduler_cancelled.py"
-PLAYS = "test_scheduler_plays.py"
-FLIGHTS = "test_scheduler_flights.py"
 
 SCHEDULING: Mutants = {
     "scheduler: who wants a batch when it closes is woken": mutant(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from ordering.mutant import Mutants, mutant
+from ordering.scheduler_tests import (
+    AHEAD,
+    CANCELLED,
+    CLOCK,
+    CLOSING,
+    ENDS,
+    FAILURES,
+    FLIGHTS,
+    IN_QUEUE,
+    PLAIN,
+    SLOTS,
+    WAITED_FOR,
+    WAITS,
+)
 
 BOOK = "scheduling/guestbook.py"
 
-WAITS = "test_scheduler_waits.py"
-CLOSING = "test_scheduler_closing.py"
-SLOTS = "test_scheduler_slots.py"
-CLOCK = "test_scheduler_clock.py"
-PLAIN = "test_scheduler.py"
-AHEAD = "test_scheduler_ahead.py"
-WAITED_FOR = "test_scheduler_waited_for.py"
-ENDS = "test_scheduler_ends.py"
-CANCELLED = "test_scheduler_cancelled.py"
-FAILURES = "test_scheduler_failures.py"
-IN_QUEUE = "test_scheduler_queue.py"
-FLIGHTS = "test_scheduler_flights.py"
 
 SCHEDULING_GUESTS: Mutants = {
     "guests: who begins to wait is watched for": mutant(

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from ordering.mutant import Mutants, mutant
+from ordering.scheduler_tests import (
+    AHEAD,
+    CANCELLED,
+    CLOCK,
+    CLOSING,
+    ENDS,
+    FLIGHTS,
+    IN_QUEUE,
+    PLAIN,
+    SLOTS,
+    WAITED_FOR,
+    WAITS,
+)
 
 QUEUE = "scheduling/waiting.py"
 NEWS = "scheduling/news.py"
@@ -11,17 +24,6 @@ GUESTS = "scheduling/guests.py"
 PICKING = "scheduling/picking.py"
 BATCH = "scheduling/batch.py"
 
-WAITS = "test_scheduler_waits.py"
-CLOSING = "test_scheduler_closing.py"
-SLOTS = "test_scheduler_slots.py"
-CLOCK = "test_scheduler_clock.py"
-PLAIN = "test_scheduler.py"
-AHEAD = "test_scheduler_ahead.py"
-WAITED_FOR = "test_scheduler_waited_for.py"
-ENDS = "test_scheduler_ends.py"
-CANCELLED = "test_scheduler_cancelled.py"
-IN_QUEUE = "test_scheduler_queue.py"
-FLIGHTS = "test_scheduler_flights.py"
 
 SCHEDULING_QUEUE: Mutants = {
     "ticket: a cancelled one has no deadline": mutant(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from ordering.mutant import Mutants, mutant
+from ordering.scheduler_tests import CLOCK, ENDS, SLOTS
 
 BOOK = "scheduling/guestbook.py"
 OF_SLOTS = "scheduling/slots.py"
 
-SLOTS = "test_scheduler_slots.py"
-CLOCK = "test_scheduler_clock.py"
-ENDS = "test_scheduler_ends.py"
 
 SCHEDULING_SLOTS: Mutants = {
     "guests: one alarm watches": mutant(

@@ -93,8 +93,8 @@ def test_what_is_none(
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_device_that_is_not_there(whole: Path) -> None:
+def test_a_device_that_is_not_there(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="finds no device of the kind cuda"):
         Base.load(whole, dtype="float32", device="cuda")
 
