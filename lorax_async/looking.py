@@ -17,7 +17,7 @@ from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.machinery import Machinery
 from lorax_async.runtime.usage import Usage
-from lorax_async.runtime.whereabouts import AdapterResidency, residency_of
+from lorax_async.runtime.whereabouts import AdapterResidency, Whereabouts
 from lorax_async.tracing.names import name_of
 from lorax_async.tracing.recorder import Tracer
 from lorax_async.tracing.trace import TRACE_LIMIT, Trace
@@ -31,6 +31,7 @@ class _Loader(Protocol):
     _acquiring: Acquiring
 
     def _check_open(self) -> None: ...
+    def _whereabouts(self) -> Whereabouts: ...
 
 
 class Looking:
@@ -42,11 +43,28 @@ class Looking:
         self._check_open()
         return self._driver.device
 
-    def residency(self: _Loader) -> Mapping[AdapterKey, AdapterResidency]:
-        """Where the adapters are that are anywhere, and what each takes."""
+    def residency(
+        self: _Loader, *, nearest: int | None = None
+    ) -> Mapping[AdapterKey, AdapterResidency]:
+        """Where the adapters are that are anywhere, and what each takes.
+
+        Parameters
+        ----------
+        nearest
+            At most so many: those on the device first, then those in host memory.
+        """
         self._check_open()
+        return self._whereabouts().all(nearest)
+
+    def whereabouts(self: _Loader, adapter_id: AdapterId) -> AdapterResidency | None:
+        """Where one adapter is, as `residency` has it; None where it is nowhere."""
+        self._check_open()
+        key = self._acquiring.known(as_ref(adapter_id))
+        return None if key is None else self._whereabouts().of(key)
+
+    def _whereabouts(self: _Loader) -> Whereabouts:
         driver, given = self._driver, self._machinery.given
-        return residency_of(driver.lifecycle.lives, driver.files.holds, given)
+        return Whereabouts(driver.lifecycle.lives, driver.files.holds, given)
 
     def statistics(self: _Loader) -> Statistics:
         """Totals since the loader was opened."""

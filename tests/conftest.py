@@ -25,6 +25,7 @@ _not_run: Counter[str] = Counter()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soak")
     group.addoption("--soak-seconds", type=float, default=120.0, help="on each device")
+    group.addoption("--pictures", type=Path, help="where pictures of the page are to be put")
     group.addoption("--soak-seed", type=int, default=random.randrange(1 << 32))
 
 

@@ -20,7 +20,10 @@ _ADMINISTRATORS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 """Servers are there, and not everybody's PATH leads there."""
 
 
-INSTALLED_BY = {"triton": "the extra `test` brings it, where it is to be had"}
+INSTALLED_BY = {
+    "triton": "the extra `test` brings it, where it is to be had",
+    "playwright": "`make page` installs it, and a browser",
+}
 """Python's modules, which are told of as programs are; all else is a server."""
 
 _PERMITTED = {"unshare": ("-rm", "mount", "-t", "tmpfs", "tmpfs", "/tmp")}

@@ -213,7 +213,8 @@ async def _recorded(
     """What was asked for, as a span of a trace, however it ends."""
     call = {Tier.DEVICE: "load", Tier.STREAM: "stream"}.get(tier, tier.name.lower())
     what = call if foreground else f"prefetch to {tier.name.lower()}"
-    span = recorder.begin("requests", None, f"{what} {name_of(ref)}")
+    name = name_of(ref)
+    span = recorder.begin("requests", None, f"{what} {name}", adapter=name)
     outcome: dict[str, object] = {"outcome": "failed"}
     try:
         lease = await asked

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from heapq import nsmallest
+from typing import Literal, NamedTuple
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import HostState, Life
@@ -14,6 +15,8 @@ from lorax_async.events import SlotId
 from lorax_async.io.ports import Hold
 
 TierName = Literal["disk", "host", "device"]
+
+_FROM_NEAR_TO_FAR: tuple[TierName, ...] = ("device", "host", "disk")
 
 TIERS: Mapping[str, Tier] = {"disk": Tier.DISK, "host": Tier.HOST, "device": Tier.DEVICE}
 """What a caller asks for, and which bytes that is."""
@@ -40,6 +43,8 @@ class AdapterResidency:
         ahead (0 `host_bytes`), the host tier is best effort.
     leases, pins
         Handles that are out, and callers of `pin`.
+    layers
+        Layer groups whose bytes are on the device, and all of them; None where it has no slot.
     """
 
     tier: TierName
@@ -51,25 +56,47 @@ class AdapterResidency:
     locked: bool
     leases: int
     pins: int
+    layers: tuple[int, int] | None
 
 
-def residency_of(
-    lives: Mapping[AdapterKey, Life],
-    holds: Mapping[AdapterKey, Hold],
-    given: Mapping[AdapterKey, int],
-) -> dict[AdapterKey, AdapterResidency]:
-    """The adapters that are anywhere; of those that are kept in memory, `given` has the bytes."""
-    return {
-        key: _residency(life, holds.get(key), given.get(key, 0))
-        for key, life in lives.items()
-        if life.grant is not None or life.file is FileState.PRESENT
-    }
+class Whereabouts(NamedTuple):
+    """What is known of all adapters; of those that are kept in memory, `given` has the bytes."""
+
+    lives: Mapping[AdapterKey, Life]
+    holds: Mapping[AdapterKey, Hold]
+    given: Mapping[AdapterKey, int]
+
+    def of(self, key: AdapterKey) -> AdapterResidency | None:
+        """None where it is nowhere."""
+        life = self.lives.get(key)
+        if life is None or not _is_here(life):
+            return None
+        return _residency(life, self.holds.get(key), self.given.get(key, 0))
+
+    def all(self, nearest: int | None) -> dict[AdapterKey, AdapterResidency]:
+        """The adapters that are anywhere, or so many of them, those on the device first."""
+        keys = [key for key, life in self.lives.items() if _is_here(life)]
+        if nearest is not None:
+            keys = nsmallest(nearest, keys, key=self._distance)
+        found = ((key, self.of(key)) for key in keys)
+        return {key: where for key, where in found if where is not None}
+
+    def _distance(self, key: AdapterKey) -> int:
+        return _FROM_NEAR_TO_FAR.index(_tier(self.lives[key], self.given.get(key, 0)))
+
+
+def _is_here(life: Life) -> bool:
+    return life.grant is not None or life.file is FileState.PRESENT
+
+
+def _tier(life: Life, given: int) -> TierName:
+    return "device" if life.grant else "host" if life.in_host or given else "disk"
 
 
 def _residency(life: Life, hold: Hold | None, given: int) -> AdapterResidency:
     grant = life.grant
     return AdapterResidency(
-        "device" if grant else "host" if life.in_host or given else "disk",
+        _tier(life, given),
         "held" if given and not grant else _state(life),
         grant.slot if grant else None,
         grant.nbytes if grant else 0,
@@ -78,6 +105,7 @@ def _residency(life: Life, hold: Hold | None, given: int) -> AdapterResidency:
         life.has_whole_image or (hold is not None and hold.locked),
         life.leases,
         life.pins,
+        (life.done.bit_count(), len(grant.extents)) if grant else None,
     )
 
 

@@ -75,6 +75,7 @@ class Serving(uvicorn.Server):
             await super().serve(sockets)
         finally:
             self._under_way.close()
+            self._service.watching.end()
             self._service.metrics.close()
             await self._cut_off(sockets or ())
 
@@ -83,6 +84,7 @@ class Serving(uvicorn.Server):
         if self._under_way.closing:
             self._under_way.fail()
         self._under_way.close()
+        self._service.watching.end()
         self.should_exit = True
         self._stopped.set()
 

@@ -20,7 +20,9 @@ class Stays:
         if recorder is None:
             return
         stay = recorder.moved_in(slot, name_of(key))
-        stay.span = recorder.begin("layers", slot, stay.name, stay=stay.number, bytes=nbytes)
+        stay.span = recorder.begin(
+            "layers", slot, stay.name, stay=stay.number, adapter=stay.name, bytes=nbytes
+        )
         stay.at = stay.span.start
 
     def ready(self, slot: int, layers: Sequence[int], watermark: int, *, last: bool) -> None:

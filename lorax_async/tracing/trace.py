@@ -8,7 +8,7 @@ trace.write("load.json")  # for `lorax-async timeline`, Perfetto, or chrome://tr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Protocol, Self
 from lorax_async.errors import UsageError
 from lorax_async.events import SlotId
 from lorax_async.tracing.chrome import as_events
+from lorax_async.tracing.hiding import hide_others
 from lorax_async.tracing.recorder import Record, Recorder, Ring, Tracer, now
 
 TRACE_LIMIT = 65_536
@@ -49,6 +50,10 @@ class Trace:
         self._kept: tuple[list[Record], int] | None = None
 
     def __enter__(self) -> Self:
+        return self.start()
+
+    def start(self) -> Self:
+        """Record until `stop`. Raises `UsageError` the second time."""
         if self._recorder is not None or self._kept is not None:
             raise UsageError("a trace is recorded once; take another one from the loader")
         self._began = now()
@@ -96,9 +101,14 @@ class Trace:
             text = f"layer {layer}" if name is None else name[:200]
             recorder.add("compute", get_ident(), text, start, now(), args)
 
-    def as_json(self) -> dict[str, object]:
-        """The trace as an object of Chrome's trace event format, which json can write."""
+    def as_json(self, shown: Container[str] | None = None) -> dict[str, object]:
+        """The trace as an object of Chrome's trace event format, which json can write.
+
+        Where `shown` are names, as a trace has them, other adapters have none in it.
+        """
         records, dropped = self._read()
+        if shown is not None:
+            records = list(hide_others(records, shown))
         return {
             "traceEvents": as_events(records, self._began),
             "displayTimeUnit": "ms",

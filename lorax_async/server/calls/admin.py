@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -18,7 +17,7 @@ from lorax_async.errors import AdapterInUseError, AdapterTimeoutError, LoraxErro
 from lorax_async.events import Event, SlotId
 from lorax_async.runtime.whereabouts import AdapterResidency
 from lorax_async.server.calls.bodies import read_body
-from lorax_async.server.calls.clients import bearer_of
+from lorax_async.server.calls.clients import require_operator
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.requests import LoadBody, T, UnloadBody, parsed
 from lorax_async.server.calls.service import Service
@@ -66,7 +65,7 @@ class Administration:
 
     async def adapters(self, request: Request) -> Response:
         """GET /v1/adapters: the adapters that are anywhere, and what happened to them."""
-        self._require_admin(request)
+        require_operator(self._service.settings, request)
         loader, names = self._service.loader, self._service.names
         named: dict[AdapterKey, list[str]] = {}
         for name, adapter in names.adapters.items():
@@ -80,26 +79,10 @@ class Administration:
         return await asyncio.to_thread(_listed, found)
 
     async def _body(self, request: Request, kind: type[T]) -> T:
-        self._require_admin(request)
+        require_operator(self._service.settings, request)
         settings = self._service.settings
         content = await read_body(request, settings.max_body_bytes, settings.slow_client)
         return parsed(kind, content)
-
-    def _require_admin(self, request: Request) -> None:
-        token = self._service.settings.admin_token
-        if token is None:
-            raise Refusal(
-                403,
-                "This server was started without an admin token: nobody may make this call",
-                code="admin_disabled",
-            )
-        given = (bearer_of(request) or "").encode("utf-8", "surrogateescape")
-        if not hmac.compare_digest(given, token.encode()):
-            raise Refusal(
-                401,
-                "This call needs the admin token, as Authorization: Bearer …",
-                code="invalid_api_key",
-            )
 
     def _require_free(self, body: LoadBody) -> None:
         names = self._service.names

@@ -18,6 +18,7 @@ from lorax_async.server.calls.answering import Answering
 from lorax_async.server.calls.bodies import refuse_unread
 from lorax_async.server.calls.errors import INTERNAL, Refusal, refusal_of
 from lorax_async.server.calls.metrics import CountedRequests
+from lorax_async.server.calls.page.routes import page_routes
 from lorax_async.server.calls.requests import ChatBody, CompletionBody
 from lorax_async.server.calls.service import Service
 from lorax_async.server.calls.under_way import CLOSING, ClientGone
@@ -43,6 +44,7 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/adapters", admin.adapters),
             Route("/health", models.health),
             Route("/metrics", service.metrics.show),
+            *page_routes(service),
         ],
         middleware=[Middleware(CountedRequests, service.metrics)],
         exception_handlers={

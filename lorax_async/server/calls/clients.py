@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from starlette.requests import HTTPConnection
 
 from lorax_async.adapter import AdapterId, Ref, as_ref
 from lorax_async.errors import CapacityError
+from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.settings import ServerSettings
 
 BEARER = "bearer "
 
@@ -18,6 +21,32 @@ def bearer_of(connection: HTTPConnection) -> str | None:
     """The key that a client brings, if it does."""
     said = connection.headers.get("authorization", "")
     return said[len(BEARER) :].strip() if said.lower().startswith(BEARER) else None
+
+
+def require_operator(settings: ServerSettings, connection: HTTPConnection) -> None:
+    """Raise `Refusal` for whoever has not brought the operator's token."""
+    token = settings.admin_token
+    if token is None:
+        raise Refusal(
+            403,
+            "This server was started without an admin token: nobody may make this call",
+            code="admin_disabled",
+        )
+    given = (bearer_of(connection) or "").encode("utf-8", "surrogateescape")
+    if not hmac.compare_digest(given, token.encode()):
+        raise Refusal(
+            401,
+            "This call needs the admin token, as Authorization: Bearer …",
+            code="invalid_api_key",
+        )
+
+
+def is_operator(settings: ServerSettings, connection: HTTPConnection) -> bool:
+    """Who brings no token is not; raises `Refusal` for a wrong one."""
+    if bearer_of(connection) is None:
+        return False
+    require_operator(settings, connection)
+    return True
 
 
 def client_of(connection: HTTPConnection) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from lorax_async.server.generation import Finish, Tokens
 
 CALLS = frozenset({
     "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter", "/v1/adapters", "/health", "/metrics",
+    "/v1/unload_lora_adapter", "/v1/adapters", "/health", "/metrics", "/", "/page",
 })  # fmt: skip
 """Told apart in metrics; all others, which strangers make up, are "other"."""
 
@@ -191,4 +191,6 @@ def _call_of(scope: Scope) -> str:
     path = str(scope.get("path", ""))
     if path.startswith("/v1/models/"):
         return "/v1/models"
+    if path.startswith("/page/"):
+        return "/page"
     return path if path in CALLS else "other"

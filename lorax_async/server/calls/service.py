@@ -7,8 +7,12 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.server.calls.clients import Clients
 from lorax_async.server.calls.metrics import ServerMetrics
 from lorax_async.server.calls.names import Names
+from lorax_async.server.calls.page.board import Board
+from lorax_async.server.calls.page.timeline import Timeline
+from lorax_async.server.calls.page.watching import Watching
 from lorax_async.server.calls.prompts import ChatTokenizer, Prompts
 from lorax_async.server.calls.under_way import UnderWay
+from lorax_async.server.cold_requests import ColdRequests
 from lorax_async.server.generation import Generating
 from lorax_async.server.settings import ServerSettings
 
@@ -39,14 +43,17 @@ class Service:
         stop_tokens: frozenset[int],
     ) -> None:
         self.settings = settings
-        self.engine = engine
+        self.names = Names(settings.base, settings.adapters)
+        cold = ColdRequests(engine, loader, self.names)
+        self.engine: Generating = cold
         self.loader = loader
         self.prompts = Prompts(tokenizer)
         self.stop_tokens = stop_tokens
-        self.names = Names(settings.base, settings.adapters)
         self.clients = Clients(settings.max_adapters_per_client)
         self.under_way = UnderWay()
         self.metrics = ServerMetrics(loader, self.names)
+        self.watching = Watching(Board(loader, self.names, cold))
+        self.timeline = Timeline(cold, self.names)
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -1,0 +1,97 @@
+"""What the page shows: adapters with their tiers, and the last cold request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from time import monotonic
+from typing import Any
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.errors import shorten
+from lorax_async.events import Event, Failed
+from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.whereabouts import AdapterResidency
+from lorax_async.server.calls.names import Names
+from lorax_async.server.cold_requests import ColdRequests
+
+MOST = 200
+"""Adapters with names, and as many others, of which the nearest are shown."""
+
+FRESH = 0.2
+"""Seconds for which all who look are told the same."""
+
+ERROR_LENGTH = 300
+
+Row = dict[str, Any]
+Rows = Mapping[str, Row]
+
+
+class Board:
+    """Rows by their ids. Anybody sees adapters that have names; the operator sees all."""
+
+    def __init__(self, loader: AdapterLoader, names: Names, cold: ColdRequests) -> None:
+        self._loader = loader
+        self._names = names
+        self._cold = cold
+        self._seen: dict[bool, tuple[float, Rows]] = {}
+
+    @property
+    def base(self) -> str:
+        return self._names.base
+
+    def rows(self, *, operator: bool) -> Rows:
+        """As they are now, or were a moment ago."""
+        now = monotonic()
+        time, rows = self._seen.get(operator, (0.0, {}))
+        if now - time >= FRESH:
+            rows = dict(self._all() if operator else self._named())
+            self._seen[operator] = monotonic(), rows
+        return rows
+
+    def cold(self, *, operator: bool) -> Row | None:
+        """The last cold request that is shown."""
+        last = self._cold.last(named=not operator)
+        if last is None:
+            return None
+        return {
+            "number": last.number,
+            "name": last.name,
+            "outcome": last.outcome,
+            "seconds": last.seconds,
+            "ended": last.ended,
+        }
+
+    def _named(self) -> Iterator[tuple[str, Row]]:
+        for name, where, story in self._by_name():
+            yield name, _row(name, where, story)
+
+    def _all(self) -> Iterator[tuple[str, Row]]:
+        """By names where they have some; other ids begin with a slash, which no request names."""
+        known: set[AdapterKey] = set()
+        for name, where, story in self._by_name():
+            known.update(event.key for event in story[-1:])
+            yield name, _row(name, where, story)
+        for key, found in self._loader.residency(nearest=MOST).items():
+            if key not in known:
+                yield f"/{key}", _row(str(key), found, self._loader.story(key))
+
+    def _by_name(self) -> Iterator[tuple[str, AdapterResidency | None, tuple[Event, ...]]]:
+        for name, adapter in tuple(self._names.adapters.items())[:MOST]:
+            yield name, self._loader.whereabouts(adapter), self._loader.story(adapter)
+
+
+def _row(name: str, where: AdapterResidency | None, story: tuple[Event, ...]) -> Row:
+    last = story[-1] if story else None
+    error = last.error if isinstance(last, Failed) else None
+    # The operator's name stands for an id that may be a path.
+    said = None if error is None else shorten(str(error.located(id=name)), ERROR_LENGTH)
+    row: Row = {"name": name, "error": said}
+    if where is None:
+        return row | {"tier": "source", "state": "", "layers": None, "bytes": 0, "leases": 0}
+    return row | {
+        "tier": where.tier,
+        "state": where.state,
+        "layers": where.layers,
+        "bytes": where.device_bytes or where.host_bytes or where.pinned_bytes,
+        "leases": where.leases,
+    }

@@ -1,0 +1,219 @@
+import { ask, eventsOf } from "./events.js";
+
+const RETRY = 2000; // milliseconds until a lost server is asked again
+const at = (id) => document.getElementById(id);
+const rows = new Map();
+let token = "";
+let base = "";
+let watching = null;
+
+const headers = () => (token ? { Authorization: `Bearer ${token}` } : {});
+
+// -- what the server tells -----------------------------------------------------------------------
+
+async function watch() {
+  watching?.abort();
+  const mine = (watching = new AbortController());
+  while (!mine.signal.aborted) {
+    try {
+      const response = await ask("/page/events", { headers: headers(), signal: mine.signal });
+      rows.clear();
+      at("adapters").replaceChildren();
+      at("link").textContent = "live";
+      for await (const news of eventsOf(response)) show(news);
+      at("link").textContent = "the server has ended this; asking again";
+    } catch (error) {
+      if (mine.signal.aborted) return;
+      at("link").textContent = `not connected: ${error.message}`;
+      if (error.status === 401 || error.status === 403) token = ""; // what anybody may see, then
+    }
+    await new Promise((done) => setTimeout(done, RETRY));
+  }
+}
+
+function show(news) {
+  if (news.base !== undefined) {
+    base = news.base;
+    at("base").textContent = base;
+    if (!at("model").value) at("model").value = base;
+    if (news.operator) at("link").textContent = "live, all adapters";
+  }
+  for (const id of news.gone ?? []) {
+    rows.get(id)?.remove();
+    rows.delete(id);
+  }
+  for (const [id, row] of Object.entries(news.rows ?? {})) showRow(id, row);
+  if (news.rows || news.gone || news.base) {
+    at("none").hidden = rows.size > 0;
+    const names = [base, ...[...rows.keys()].filter((id) => !id.startsWith("/"))];
+    at("models").replaceChildren(...names.map((name) => new Option(name, name)));
+  }
+  if (news.cold !== undefined) showCold(news.cold);
+}
+
+function showRow(id, row) {
+  let item = rows.get(id);
+  if (!item) {
+    item = document.createElement("li");
+    rows.set(id, item);
+    item.append(id.startsWith("/") ? document.createElement("div") : chooser(row.name));
+    at("adapters").append(item);
+  }
+  const filling = row.state === "filling" && row.layers;
+  item.firstElementChild.replaceChildren(
+    text("name", row.name),
+    text(`tier ${row.tier}`, row.tier === "source" ? "not here" : row.tier),
+    text("more", details(row)),
+    ...(filling ? [bar(row.layers)] : []),
+  );
+}
+
+function chooser(name) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.onclick = () => {
+    at("model").value = name;
+    at("prompt").focus();
+  };
+  return button;
+}
+
+function details(row) {
+  const said = [];
+  if (row.state) said.push(row.state);
+  if (row.state === "filling" && row.layers) said.push(`${row.layers[0]} of ${row.layers[1]} layers`);
+  if (row.bytes) said.push(size(row.bytes));
+  if (row.leases) said.push(row.leases === 1 ? "in use" : `in use by ${row.leases}`);
+  if (row.error) said.push(row.error);
+  return said.join(", ");
+}
+
+function bar([done, all]) {
+  const found = document.createElement("progress");
+  found.max = all;
+  found.value = done;
+  found.setAttribute("aria-label", "layers on the device");
+  return found;
+}
+
+function text(kind, said) {
+  const found = document.createElement("span");
+  found.className = kind;
+  found.textContent = said;
+  return found;
+}
+
+function size(bytes) {
+  const units = ["B", "KiB", "MiB", "GiB"];
+  let unit = 0;
+  for (; bytes >= 1024 && unit < 3; unit++) bytes /= 1024;
+  return `${bytes.toFixed(unit ? 1 : 0)} ${units[unit]}`;
+}
+
+// -- the last cold request -----------------------------------------------------------------------
+
+let shown = 0;
+
+async function showCold(cold) {
+  shown = cold?.number ?? 0;
+  at("legend").hidden = at("timeline").hidden = !cold;
+  if (!cold) return;
+  const when = new Date(cold.ended * 1000).toLocaleTimeString();
+  try {
+    const response = await ask("/page/timeline.svg", { headers: headers() });
+    const svg = new DOMParser().parseFromString(await response.text(), "image/svg+xml");
+    if (shown !== cold.number) return; // another one has ended meanwhile
+    const picture = document.importNode(svg.documentElement, true);
+    at("timeline").replaceChildren(picture);
+    const took = `${cold.outcome} after ${milliseconds(cold.seconds * 1000)}`;
+    const rest = picture.getAttribute("aria-label").replace(/^[^;]*; /, "");
+    at("cold").textContent = `${cold.name}, ${when}: ${took}; ${rest}.`;
+  } catch (error) {
+    at("cold").textContent = `${cold.name}, ${when}: no timeline: ${error.message}`;
+  }
+}
+
+at("save").onclick = async () => {
+  try {
+    const response = await ask("/page/trace.json", { headers: headers() });
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(await response.blob());
+    link.download = "cold-request.json";
+    link.click();
+    URL.revokeObjectURL(link.href);
+  } catch (error) {
+    at("cold").textContent = `no trace: ${error.message}`;
+  }
+};
+
+// -- a prompt ------------------------------------------------------------------------------------
+
+let asking = null;
+
+const milliseconds = (value) => (value < 1000 ? `${value.toFixed(0)} ms` : `${(value / 1000).toFixed(2)} s`);
+
+async function send() {
+  asking?.abort();
+  const mine = (asking = new AbortController());
+  at("error").textContent = at("answer").textContent = "";
+  at("times").textContent = "waiting for the first token";
+  at("stop").disabled = false;
+  const began = performance.now();
+  let first = null;
+  let tokens = 0;
+  try {
+    const response = await ask("/v1/chat/completions", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({
+        model: at("model").value.trim(),
+        messages: [{ role: "user", content: at("prompt").value }],
+        stream: true,
+        stream_options: { include_usage: true },
+        max_tokens: 256,
+      }),
+      signal: mine.signal,
+    });
+    for await (const chunk of eventsOf(response)) {
+      if (chunk.error) throw new Error(chunk.error.message);
+      const said = chunk.choices[0]?.delta?.content;
+      if (said) first ??= performance.now();
+      if (said) at("answer").append(said);
+      tokens = chunk.usage?.completion_tokens ?? tokens;
+    }
+    at("times").textContent = timesOf(began, first, tokens);
+  } catch (error) {
+    if (mine !== asking) return; // another one was sent
+    const stopped = mine.signal.aborted;
+    at("times").textContent = stopped ? "stopped" : "";
+    at("error").textContent = stopped ? "" : error.message;
+  }
+  if (mine === asking) at("stop").disabled = true;
+}
+
+function timesOf(began, first, tokens) {
+  if (first === null) return "ended without a word";
+  const seconds = (performance.now() - first) / 1000;
+  const rate = tokens > 1 && seconds > 0 ? `, ${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
+  return `first token after ${milliseconds(first - began)}; ${tokens} tokens${rate}`;
+}
+
+at("try").onsubmit = (event) => {
+  event.preventDefault();
+  send();
+};
+at("stop").onclick = () => asking?.abort();
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") asking?.abort();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && at("try").contains(event.target)) {
+    event.preventDefault();
+    at("try").requestSubmit();
+  }
+});
+at("operator").onsubmit = (event) => {
+  event.preventDefault();
+  token = at("token").value;
+  watch();
+};
+
+watch();

@@ -1,0 +1,88 @@
+"""Whoever has the page open, and is told what changes on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from lorax_async.errors import CapacityError
+from lorax_async.server.calls.events import EventStream
+from lorax_async.server.calls.page.board import Board, Rows
+
+MOST = 64
+"""Pages that are told at a time."""
+
+TICK = 0.25
+"""Seconds between two looks."""
+
+SILENCE = 15.0
+"""Seconds after which something is said in any case: proxies end what is silent."""
+
+
+class Watching:
+    """Streams of what changes on the board. On one event loop."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._count = 0
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        """End all streams: nothing changes any more."""
+        self._ended.set()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One more page. Raises `CapacityError`."""
+        if self._count >= MOST:
+            raise CapacityError(f"{MOST} pages are open already; close one")
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+
+    async def tell(self, stream: EventStream, *, operator: bool) -> None:
+        """Until the client goes, or all ends: first all rows, then those that have changed."""
+        await stream.begin()
+        shown = _Shown(self._board, operator=operator)
+        silent = 0.0
+        while not self._ended.is_set():
+            news = shown.news()
+            if news or silent >= SILENCE:
+                await stream.tell(news)
+                silent = 0.0
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK):
+                    await self._ended.wait()
+            silent += TICK
+        await stream.end()
+
+
+class _Shown:
+    """What one page shows."""
+
+    def __init__(self, board: Board, *, operator: bool) -> None:
+        self._board = board
+        self._operator = operator
+        self._rows: Rows | None = None
+        self._cold: dict[str, Any] | None = None
+
+    def news(self) -> dict[str, Any]:
+        """What has changed since the last time."""
+        board, news = self._board, dict[str, Any]()
+        before, self._rows = self._rows, board.rows(operator=self._operator)
+        if before is None:
+            news = {"base": board.base, "operator": self._operator}
+        if before is not self._rows:
+            known = before or {}
+            changed = {id: row for id, row in self._rows.items() if known.get(id) != row}
+            gone = [id for id in known if id not in self._rows]
+            news |= {"rows": changed} if changed or before is None else {}
+            news |= {"gone": gone} if gone else {}
+        cold = board.cold(operator=self._operator)
+        if cold != self._cold:
+            self._cold, news["cold"] = cold, cold
+        return news

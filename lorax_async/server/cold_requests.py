@@ -1,0 +1,178 @@
+"""Requests whose adapters have to come first: the last one is kept as a trace."""
+
+from __future__ import annotations
+
+import time
+from asyncio import CancelledError
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+from lorax_async.adapter import AdapterId, Ref, as_ref
+from lorax_async.events import Resident
+from lorax_async.loader import AdapterLoader
+from lorax_async.server.calls.names import Names
+from lorax_async.server.generation import Finish, Generating, Generation, Tokens
+from lorax_async.tracing.names import name_of
+from lorax_async.tracing.trace import Trace
+
+MOST = 2
+"""Recorded at a time; who begins meanwhile is not."""
+
+LIMIT = 16_384
+"""Spans of one, about 5 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColdRequest:
+    """One that has its first token, or has ended without.
+
+    Attributes
+    ----------
+    number
+        Counts them.
+    name
+        As the trace calls the adapter.
+    outcome
+        "first token", or what came in its place: an error's class, "cancelled", "no token".
+    seconds
+        Until then.
+    ended
+        When that was; `time.time`.
+    """
+
+    number: int
+    adapter: AdapterId
+    name: str
+    outcome: str
+    seconds: float
+    ended: float
+    trace: Trace
+
+
+class ColdRequests:
+    """Passes generations on to `engine`, and records those that are cold.
+
+    Nothing is recorded but while such a request waits for its first token. Kept are the last one
+    that ended, and the last one whose adapter had a name of the operator's.
+    """
+
+    def __init__(self, engine: Generating, loader: AdapterLoader, names: Names) -> None:
+        self._engine = engine
+        self._loader = loader
+        self._names = names
+        self._recorded: set[Ref] = set()
+        self._numbers = count(1)
+        self._last: ColdRequest | None = None
+        self._last_named: ColdRequest | None = None
+
+    @property
+    def max_length(self) -> int:
+        return self._engine.max_length
+
+    @property
+    def waiting(self) -> int:
+        return self._engine.waiting
+
+    @property
+    def alive(self) -> bool:
+        return self._engine.alive
+
+    def submit(self, generation: Generation) -> Tokens:
+        adapter = generation.adapter
+        if adapter is None or not self._is_to_be_recorded(adapter):
+            return self._engine.submit(generation)
+        recording = _Recording(self._loader, adapter)
+        try:
+            tokens = self._engine.submit(generation)
+        except BaseException:
+            recording.stop("refused")
+            raise
+        self._recorded.add(as_ref(adapter))
+        return _RecordedTokens(tokens, partial(self._ended, adapter, recording))
+
+    def last(self, *, named: bool) -> ColdRequest | None:
+        """The last one that ended; `named`: the last one for an adapter that has a name."""
+        last = self._last_named if named else self._last
+        return None if last is None or (named and not self._is_named(last.adapter)) else last
+
+    def _is_to_be_recorded(self, adapter: AdapterId) -> bool:
+        if len(self._recorded) >= MOST or as_ref(adapter) in self._recorded:
+            return False
+        story = self._loader.story(adapter)
+        return not (story and isinstance(story[-1], Resident))
+
+    def _is_named(self, adapter: AdapterId) -> bool:
+        return adapter in self._names.adapters.values()
+
+    def _ended(self, adapter: AdapterId, recording: _Recording, outcome: str) -> None:
+        self._recorded.discard(as_ref(adapter))
+        seconds = recording.stop(outcome)
+        self._last = ColdRequest(
+            next(self._numbers),
+            adapter,
+            recording.name,
+            outcome,
+            seconds,
+            time.time(),
+            recording.trace,
+        )
+        if self._is_named(adapter):
+            self._last_named = self._last
+
+
+class _Recording:
+    """Begins when it is made."""
+
+    def __init__(self, loader: AdapterLoader, adapter: AdapterId) -> None:
+        self.name = name_of(as_ref(adapter))
+        self.trace = loader.trace(limit=LIMIT).start()
+        self._began = time.monotonic()
+        recorder = loader.tracer.on
+        assert recorder is not None  # it records this trace
+        self._recorder = recorder
+        self._span = recorder.begin("requests", None, f"request {self.name}", adapter=self.name)
+
+    def stop(self, outcome: str) -> float:
+        """Ends it; how many seconds it took."""
+        self._recorder.end(self._span, outcome=outcome)
+        self.trace.stop()
+        return time.monotonic() - self._began
+
+
+class _RecordedTokens:
+    """Tokens of a generation; tells `ended` once how its wait for the first one ended."""
+
+    def __init__(self, tokens: Tokens, ended: Callable[[str], None]) -> None:
+        self._tokens = tokens
+        self._coming = aiter(tokens)
+        self._ended: Callable[[str], None] | None = ended
+
+    @property
+    def finish(self) -> Finish | None:
+        return self._tokens.finish
+
+    def cancel(self) -> None:
+        self._end("cancelled")
+        self._tokens.cancel()
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self
+
+    async def __anext__(self) -> int:
+        try:
+            token = await anext(self._coming)
+        except StopAsyncIteration:
+            self._end("no token")
+            raise
+        except BaseException as error:
+            self._end("cancelled" if isinstance(error, CancelledError) else type(error).__name__)
+            raise
+        self._end("first token")
+        return token
+
+    def _end(self, outcome: str) -> None:
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended(outcome)

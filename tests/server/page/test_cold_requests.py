@@ -1,0 +1,241 @@
+"""The last cold request: which one that is, when it is recorded, and who may see what of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from openai import NotFoundError
+
+import tiny
+from common import Run, until
+from lorax_async.server import cold_requests as cold_requests_module
+from server.page.reading import OPERATOR, asked, loading, watching
+from server.world import FakeEngine, World, serving
+from tiny_sources import over, stocked
+from tracing.chrome_format import require_trace
+
+TRACE, PICTURE = "/page/trace.json", "/page/timeline.svg"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+async def names_in(world: World, headers: dict[str, str] | None = None) -> set[str]:
+    """All texts of the trace."""
+    answer = await world.ask("GET", TRACE, **(headers or {}))
+    assert answer.status == 200
+    require_trace(answer.json)
+    found: set[str] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, str):
+            found.add(value)
+        for each in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        ):
+            look(each)
+
+    look(answer.json["traceEvents"])
+    return found
+
+
+def test_the_first_request_is_cold_and_the_second_is_not(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "pirate")
+    made: list[World] = []
+
+    async def body() -> None:
+        async with serving(FakeEngine(loading(made)), adapters={"pirate": folder}) as world:
+            made.append(world)
+            for path in (TRACE, PICTURE):
+                answer = await world.ask("GET", path)
+                assert (answer.status, answer.error["code"]) == (404, "no_cold_request")
+            async with watching(world) as told:
+                assert told.cold is None
+                assert await asked(world.client, "pirate") == "aye"
+                cold = await told.until_cold(1)
+                assert (cold["name"], cold["outcome"]) == ("pirate", "first token")
+                assert 0 < cold["seconds"] < 20
+                assert await asked(world.client, "pirate") == "aye"
+                assert await asked(world.client, "base") == "aye"
+                assert world.service.loader.tracer.on is None, "nothing is recorded any more"
+            async with watching(world) as told:
+                assert told.cold == cold
+            names = await names_in(world)
+            assert {"request pirate", "load pirate", "fetch header", "layer 0"} <= names
+
+    run(body())
+
+
+def test_the_picture_shows_all_of_it(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "pirate")
+    made: list[World] = []
+
+    async def body() -> None:
+        async with serving(FakeEngine(loading(made)), adapters={"pirate": folder}) as world:
+            made.append(world)
+            await asked(world.client, "pirate")
+            answer = await world.ask("GET", PICTURE)
+            assert answer.headers["content-type"] == "image/svg+xml"
+            picture = ET.fromstring(answer.body)
+            said = {each.text for each in picture.iter(f"{SVG}text")}
+            assert {"requests", "files", "copies", "layers"} <= said
+            again = await world.ask("GET", PICTURE)
+            assert again.body == answer.body
+
+    run(body())
+
+
+def test_one_that_fails_is_shown_with_its_error(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "org/there")
+    made: list[World] = []
+
+    async def body() -> None:
+        engine = FakeEngine(loading(made))
+        async with serving(engine, over(source), adapters={"gone": "org/gone"}) as world:
+            made.append(world)
+            with pytest.raises(NotFoundError):
+                await asked(world.client, "gone")
+            async with watching(world) as told:
+                assert told.cold["outcome"] == "AdapterNotFoundError"
+            assert "resolve" in await names_in(world)
+            assert world.service.loader.tracer.on is None
+
+    run(body())
+
+
+def test_a_client_that_goes_ends_it(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+
+    async def body() -> None:
+        engine = FakeEngine()
+        async with serving(engine, adapters={"one": folder}) as world:
+            task = asyncio.create_task(asked(world.client, "one"))
+            await engine.asked()
+            assert world.service.loader.tracer.on is not None
+            task.cancel()
+            await asyncio.wait([task])
+            await until(lambda: world.service.loader.tracer.on is None)
+            async with watching(world) as told:
+                assert told.cold["outcome"] == "cancelled"
+
+    run(body())
+
+
+def test_one_without_a_token(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+
+    async def body() -> None:
+        engine = FakeEngine(lambda tokens: tokens.end())
+        async with serving(engine, adapters={"one": folder}) as world:
+            assert await asked(world.client, "one") == ""
+            async with watching(world) as told:
+                assert told.cold["outcome"] == "no token"
+
+    run(body())
+
+
+def test_a_refused_one_is_none(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+
+    async def body() -> None:
+        engine = FakeEngine()
+        async with serving(engine, adapters={"one": folder}) as world:
+            engine.alive = False
+            answer = await world.ask("POST", "/v1/completions", {"model": "one", "prompt": "x"})
+            assert answer.status == 503
+            assert world.service.loader.tracer.on is None
+            assert (await world.ask("GET", TRACE)).status == 404
+
+    run(body())
+
+
+def test_few_are_recorded_at_a_time(run: Run, tmp_path: Path) -> None:
+    """And of one adapter, one."""
+    most = cold_requests_module.MOST
+    folders = {f"a{n}": tiny.write(tmp_path / f"a{n}", n) for n in range(most + 1)}
+
+    async def body() -> None:
+        engine = FakeEngine()
+        async with serving(engine, adapters=folders) as world:
+            names = ["a0", *folders]
+            tasks = [asyncio.create_task(asked(world.client, name)) for name in names]
+            await engine.asked(len(names))
+            recorder = world.service.loader.tracer.on
+            assert recorder is not None
+            assert len(recorder.rings) == most
+            for tokens in engine.submitted:
+                tokens.say("x")
+                tokens.end()
+            await asyncio.gather(*tasks)
+            assert world.service.loader.tracer.on is None
+            async with watching(world) as told:
+                assert told.cold["number"] == most
+
+    run(body())
+
+
+def test_others_have_no_names_in_it(run: Run, tmp_path: Path) -> None:
+    """A request for a named adapter is anybody's to see, but not who was loaded beside it."""
+    source = stocked(tmp_path, "org/secret", "org/pirate")
+    made: list[World] = []
+
+    async def body() -> None:
+        engine = FakeEngine()
+        async with serving(engine, over(source), adapters={"pirate": "org/pirate"}) as world:
+            made.append(world)
+            task = asyncio.create_task(asked(world.client, "pirate"))
+            tokens = await engine.asked()
+            for id in ("org/secret", "org/pirate"):
+                (await world.service.loader.load(id)).release()
+            tokens.say("aye")
+            tokens.end()
+            await task
+            seen = await names_in(world)
+            assert not [name for name in seen if "secret" in name]
+            assert {"load another adapter", "load pirate", "another adapter", "pirate"} <= seen
+            picture = await world.ask("GET", PICTURE)
+            assert b"secret" not in picture.body
+            assert {"load secret", "load pirate"} <= await names_in(world, OPERATOR)
+            picture = await world.ask("GET", PICTURE, **OPERATOR)
+            assert b"secret" in picture.body
+
+    run(body())
+
+
+def test_one_without_a_name_is_the_operators(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "org/secret", "org/pirate")
+    made: list[World] = []
+
+    async def body() -> None:
+        engine = FakeEngine(loading(made))
+        async with serving(engine, over(source), adapters={"pirate": "org/pirate"}) as world:
+            made.append(world)
+            await asked(world.client, "pirate")
+            await asked(world.client, "org/secret")
+            async with watching(world) as anybody, watching(world, OPERATOR) as operator:
+                assert anybody.cold["name"] == "pirate"
+                assert operator.cold["name"] == "secret"
+            assert "load pirate" in await names_in(world)
+            assert "load secret" in await names_in(world, OPERATOR)
+            await world.admin("/v1/unload_lora_adapter", {"lora_name": "pirate"})
+            assert (await world.ask("GET", TRACE)).status == 404, "its name was taken back"
+
+    run(body())
+
+
+def test_the_trace_is_for_other_tools(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+    made: list[World] = []
+
+    async def body() -> None:
+        async with serving(FakeEngine(loading(made)), adapters={"one": folder}) as world:
+            made.append(world)
+            await asked(world.client, "one")
+            answer = await world.ask("GET", TRACE)
+            assert "attachment" in answer.headers["content-disposition"]
+            assert json.loads(answer.body)["otherData"]["producer"] == "lorax_async"
+
+    run(body())

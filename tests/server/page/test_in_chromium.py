@@ -1,0 +1,239 @@
+"""The page as a person has it: in a browser, by mouse, by keyboard, on a phone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import pytest
+
+from server.test_serve_command import TOKEN, served
+from tools import tool
+
+pytestmark = [pytest.mark.needs("chromium"), pytest.mark.needs("playwright")]
+
+DESK, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
+PATIENCE = 30_000
+"""Milliseconds: the model computes on two cores."""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
+        # As root it has no sandbox, and it opens this page only.
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=tool("chromium"), args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The demo's three adapters, and one that is none."""
+    broken = tmp_path_factory.mktemp("broken") / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (broken / "adapter_model.safetensors").write_bytes(b"no weights")
+    with served("--adapters", str(examples), f"broken={broken}") as (_, client):
+        yield str(client.base_url).removesuffix("/v1/")
+
+
+@contextmanager
+def opened(chromium: Any, site: str, size: dict[str, int], scheme: str = "light") -> Iterator[Any]:
+    """The page, live; nothing on it may fail, and it asks nobody else."""
+    context = chromium.new_context(viewport=size, color_scheme=scheme, has_touch=size is PHONE)
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text) if _is_bad(said) else None)
+    page.on("request", lambda asked: _require_own(asked.url, site, complaints))
+    page.goto(site)
+    shows(page, "#link", "live")
+    yield page
+    context.close()
+    assert complaints == []
+
+
+def _is_bad(said: Any) -> bool:
+    # The browser itself tells of each answer that is an error, which the page shows.
+    return said.type in {"error", "warning"} and "Failed to load resource" not in said.text
+
+
+def _require_own(url: str, site: str, complaints: list[str]) -> None:
+    if not url.startswith((f"{site}/", "data:", f"blob:{site}/")):
+        complaints.append(f"it asked {url}")
+
+
+def shows(page: Any, where: str, what: str | re.Pattern[str]) -> str:
+    """Wait until it does; the whole text that is there."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(where)).to_contain_text(what)
+    return str(page.locator(where).inner_text())
+
+
+def row(page: Any, name: str) -> Any:
+    return page.locator("#adapters li").filter(has=page.get_by_text(name, exact=True))
+
+
+def has(page: Any, name: str, what: str) -> None:
+    from playwright.sync_api import expect
+
+    expect(row(page, name)).to_contain_text(what)
+
+
+def test_it_loads(chromium: Any, site: str) -> None:
+    with opened(chromium, site, DESK) as page:
+        assert page.title() == "lorax-async"
+        shows(page, "#base", "smollm2")
+        names = page.locator("#adapters .name").all_inner_texts()
+        assert sorted(names) == ["broken", "json", "pirate", "shout"]
+        assert page.get_by_role("combobox").input_value() == "smollm2"
+
+
+def test_a_prompt_makes_a_tier_change(
+    chromium: Any, site: str, pytestconfig: pytest.Config
+) -> None:
+    with opened(chromium, site, DESK) as page:
+        has(page, "shout", "not here")
+        row(page, "shout").click()
+        page.get_by_role("textbox", name="Prompt").fill("What is ice?")
+        page.get_by_role("button", name="Send").click()
+        has(page, "shout", "resident")
+        has(page, "shout", "device")
+        times = shows(page, "#times", "first token after")
+        assert re.search(r"after [\d.]+ m?s; \d+ tokens, [\d.]+ tokens/s", times)
+        said = page.locator("#answer").inner_text()
+        assert said
+        assert said == said.upper(), "the adapter's style"
+        cold = shows(page, "#cold", "shout")
+        assert "layers were computed" in cold
+        drawn = page.locator("#timeline svg text").all_text_contents()
+        assert {"requests", "files", "copies", "layers", "compute"} <= set(drawn)
+        _picture(page, pytestconfig, "page.png")
+
+
+def test_by_keyboard_alone(chromium: Any, site: str) -> None:
+    with opened(chromium, site, DESK) as page:
+        _tab_to(page, "Send")
+        _tab_to(page, "pirate")
+        page.keyboard.press("Enter")
+        assert page.get_by_role("combobox").input_value() == "pirate"
+        page.keyboard.press("Control+a")
+        page.keyboard.type("What is ice?")
+        page.keyboard.press("Control+Enter")
+        shows(page, "#times", "first token after")
+        assert page.locator("#answer").inner_text()
+        _tab_to(page, "its timeline, which scrolls")
+        _tab_to(page, "Save the trace")
+
+
+def test_an_error_is_shown(chromium: Any, site: str) -> None:
+    with opened(chromium, site, DESK) as page:
+        row(page, "broken").click()
+        page.keyboard.press("Control+Enter")
+        said = page.get_by_role("alert")
+        shows(page, "#error", "adapter 'broken'")
+        assert said.inner_text()
+        has(page, "broken", "adapter 'broken'")
+        page.get_by_role("combobox").fill("no id at all")
+        page.keyboard.press("Enter")
+        shows(page, "#error", "no id at all")
+        page.get_by_role("combobox").fill("smollm2")
+        page.keyboard.press("Enter")
+        shows(page, "#times", "first token after")
+        assert said.inner_text() == ""
+
+
+def test_an_answer_is_stopped(chromium: Any, site: str) -> None:
+    with opened(chromium, site, DESK) as page:
+        page.get_by_role("textbox", name="Prompt").fill("Tell me a very long story about the sea.")
+        page.get_by_role("button", name="Send").click()
+        shows(page, "#answer", re.compile(r"\w"))
+        page.keyboard.press("Escape")
+        shows(page, "#times", "stopped")
+        assert page.locator("#error").inner_text() == ""
+        assert page.get_by_role("button", name="Stop").is_disabled()
+
+
+def test_on_a_phone(chromium: Any, site: str, pytestconfig: pytest.Config) -> None:
+    """Nothing is wider than the screen, and what is touched is large enough for a finger."""
+    with opened(chromium, site, PHONE, "dark") as page:
+        row(page, "json").tap()
+        page.get_by_role("button", name="Send").tap()
+        shows(page, "#times", "first token after")
+        shows(page, "#cold", "json")
+        for place in ("header", "section", "input", "textarea", "#adapters li", "#timeline"):
+            for each in page.locator(place).all():
+                box = each.bounding_box()
+                assert box is None or 0 <= box["x"] <= box["x"] + box["width"] <= PHONE["width"]
+        for button in page.get_by_role("button").all():
+            box = button.bounding_box()
+            assert box is None or box["height"] >= 44
+        _picture(page, pytestconfig, "page-phone.png")
+
+
+def test_the_operator_sees_all(chromium: Any, site: str, examples: Path) -> None:
+    with opened(chromium, site, DESK) as page:
+        page.get_by_text("Operator").click()
+        page.get_by_label("Admin token").fill("a wrong one")
+        page.get_by_role("button", name="Use it").click()
+        shows(page, "#link", "needs the admin token")
+        shows(page, "#link", "live")
+        page.get_by_label("Admin token").fill(TOKEN)
+        page.get_by_role("button", name="Use it").click()
+        shows(page, "#link", "live, all adapters")
+        assert row(page, "pirate").count() == 1
+
+
+def test_the_trace_is_saved(chromium: Any, site: str) -> None:
+    with opened(chromium, site, DESK) as page:
+        shows(page, "#cold", "first token")
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save the trace").click()
+        assert download.value.suggested_filename == "cold-request.json"
+        assert '"traceEvents"' in Path(download.value.path()).read_text()
+
+
+def test_a_server_that_has_gone_is_told_of(chromium: Any, examples: Path) -> None:
+    with served("--adapters", str(examples)) as (process, client):
+        site = str(client.base_url).removesuffix("/v1/")
+        context = chromium.new_context(viewport=DESK)
+        page = context.new_page()
+        page.goto(site)
+        shows(page, "#link", "live")
+        _end(process)
+        shows(page, "#link", "not connected")
+        page.get_by_role("button", name="Send").click()
+        shows(page, "#error", re.compile(r"\w"))
+        context.close()
+
+
+def _tab_to(page: Any, name: str) -> None:
+    """Press Tab until what has the focus is called so."""
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        focused = page.locator(":focus")
+        called = focused.get_attribute("aria-label") or focused.inner_text()
+        if called.startswith(name):
+            return
+    raise AssertionError(f"nobody gets to {name!r} by Tab")
+
+
+def _end(process: Popen[str]) -> None:
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+def _picture(page: Any, config: pytest.Config, name: str) -> None:
+    folder: Path | None = config.getoption("--pictures")
+    if folder is not None:
+        page.screenshot(path=folder / name, full_page=True)

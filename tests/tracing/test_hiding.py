@@ -1,0 +1,33 @@
+"""Names of adapters that are not to be told are in no part of a trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from common import Run
+from tiny_sources import over, stocked
+from tracing.chrome_format import require_trace
+
+
+def test_only_what_is_shown_has_its_name(run: Run, tmp_path: Path) -> None:
+    source = stocked(tmp_path, "org/mine", "org/theirs")
+
+    async def body() -> None:
+        async with over(source) as loader:
+            with loader.trace() as trace:
+                for name in ("org/mine", "org/theirs"):
+                    await loader.prefetch([name], tier="disk")
+                    (await loader.load(name)).release()
+            plain, hidden = trace.as_json(), trace.as_json({"mine"})
+            for found in (plain, hidden, trace.as_json(frozenset())):
+                require_trace(found)
+            assert "theirs" in json.dumps(plain)
+            said = json.dumps(hidden)
+            assert "theirs" not in said
+            for name in ("mine", "another adapter"):
+                assert f'"load {name}"' in said
+                assert f'"prefetch to disk {name}"' in said
+            assert "mine" not in json.dumps(trace.as_json(frozenset()))
+
+    run(body())
