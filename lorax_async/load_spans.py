@@ -146,9 +146,9 @@ class _Call:
 
     def end(self) -> None:
         """No more stages."""
-        if self._child is not None:
-            self._child.end()
-            self._child = None
+        child, self._child = self._child, None
+        if child is not None:
+            child.end()
 
     def _enter(self, stage: Stage) -> None:
         self.end()

@@ -100,7 +100,8 @@ class Looking:
         Parameters
         ----------
         limit
-            Spans that are kept, about 300 bytes each: beyond it the oldest go, and are counted.
+            Spans that are kept, of about 500 bytes; and as many of "compute", of which each pass
+            has some for each layer. Beyond it the oldest go, and are counted.
         """
         self._check_open()
         lives = self._driver.lifecycle.lives

@@ -173,6 +173,57 @@ def test_streams_pins_and_cancelled_calls(
     assert all(span.end_time for span in parts)
 
 
+def test_who_joins_while_bytes_still_come_waits_for_the_copy(
+    run: Run, tmp_path: Path, kept: Kept, tracer: Tracer
+) -> None:
+    source = stocked(tmp_path, "a")
+
+    async def body() -> None:
+        async with over(source) as there:
+            with LoadSpans(there, tracer):
+                source.hold("a")
+                async with there.stream("a") as handle:
+                    source.allow("a", 0)
+                    await handle.layer_ready(0)
+                    joined = asyncio.create_task(load(there, "a"))
+                    await until(lambda: there.usage().waiting)
+                    source.allow("a", 1, 2, 3)
+                    await joined
+
+    run(body())
+    _, (joined, its) = calls(kept)
+    assert joined.name == "lorax load"
+    assert stages(its) == ["resolve", "copy"]
+
+
+def test_a_stage_is_entered_only_further_on(
+    run: Run, tmp_path: Path, kept: Kept, tracer: Tracer
+) -> None:
+    """What was checked may be checked again, while it waits for a slot, and in one."""
+    source = stocked(tmp_path, "a", "b")
+
+    async def body() -> None:
+        async with over(source, max_slots=1) as there:
+            before = await there.load("b")
+            with LoadSpans(there, tracer) as spans:
+                source.hold("a")
+                waiting = asyncio.create_task(load(there, "a"))
+                await until(lambda: bool(spans._calls))
+                (call,) = spans._calls.values()
+                await until(lambda: call._stage == "queue")
+                assert call.key is not None
+                spans.checked(call.key)
+                before.release()
+                await until(lambda: call._stage == "copy")
+                spans.checked(call.key)
+                source.allow("a", 0, 1, 2, 3)
+                await waiting
+
+    run(body())
+    ((_, its),) = calls(kept)
+    assert stages(its) == ["resolve", "fetch", "queue", "copy"]
+
+
 def test_what_is_not_sampled_costs_no_more(run: Run, tmp_path: Path) -> None:
     kept = Kept()
     provider = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)

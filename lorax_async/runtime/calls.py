@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Literal, Protocol, get_args
 
 from lorax_async.adapter import AdapterKey, Ref, TensorsKey
 from lorax_async.core.life import Life
 from lorax_async.core.transitions import FileState, SlotState
 from lorax_async.errors import LoraxError, Stage
+
+_logger = logging.getLogger("lorax_async")
 
 Found = Literal["device", "host", "disk", "source"]
 """The nearest tier that has all of an adapter when somebody asks for it: resident, in host memory,
@@ -26,7 +30,10 @@ class Watcher(Protocol):
         """Entered in the caller's task, around all of the call."""
 
     def wished(self, key: AdapterKey, found: Found, stage: Stage) -> None:
-        """In the task of whoever wants it: which adapter that is, where it was, where it is now."""
+        """In the task of whoever wants it: which adapter that is, where it was, where it is now.
+
+        Whoever joins while it fills its slot is at "copy", also while bytes have yet to come.
+        """
 
     def checked(self, key: AdapterKey) -> None:
         """It was opened, and its header is understood."""
@@ -54,13 +61,15 @@ class Calls:
     @contextmanager
     def one(self, name: str, ref: Ref) -> Iterator[None]:
         """One call, by a caller who waits for its end."""
-        watcher = self.watcher
-        with nullcontext() if watcher is None else watcher.call(name, ref):
-            try:
-                yield
-            except LoraxError as error:
+        watched = self._watched(name, ref)
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, LoraxError):
                 self.errors[kind_of(error)] += 1
-                raise
+            _tell(partial(watched.__exit__, type(error), error, error.__traceback__))
+            raise
+        _tell(partial(watched.__exit__, None, None, None))
 
     def found(self, key: AdapterKey) -> Found:
         """Count where an adapter is that somebody wants now."""
@@ -71,11 +80,20 @@ class Calls:
     def wished(self, key: AdapterKey, found: Found, stage: Stage) -> None:
         """The wish for it was begun; it is in that stage since."""
         if self.watcher is not None:
-            self.watcher.wished(key, found, stage)
+            life = self._lives.get(key)
+            filling = life is not None and life.slot is SlotState.FILLING
+            _tell(partial(self.watcher.wished, key, found, "copy" if filling else stage))
 
     def checked(self, key: AdapterKey) -> None:
         if self.watcher is not None:
-            self.watcher.checked(key)
+            _tell(partial(self.watcher.checked, key))
+
+    def _watched(self, name: str, ref: Ref) -> ExitStack:
+        """What the watcher has around the call, entered."""
+        watcher, entered = self.watcher, ExitStack()
+        if watcher is not None:
+            _tell(lambda: entered.enter_context(watcher.call(name, ref)))
+        return entered
 
     def _where(self, key: AdapterKey) -> Found:
         life = self._lives.get(key)
@@ -85,3 +103,11 @@ class Calls:
             return "host"
         opened = life is not None and life.file is FileState.PRESENT
         return "disk" if opened or isinstance(key, TensorsKey) else "source"
+
+
+def _tell(say: Callable[[], object]) -> None:
+    """A watcher's faults are its own: what it is told of goes on."""
+    try:
+        say()
+    except Exception:
+        _logger.exception("who watches a loader's calls failed")

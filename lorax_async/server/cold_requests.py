@@ -20,8 +20,8 @@ from lorax_async.tracing.trace import Trace
 MOST = 2
 """Recorded at a time; who begins meanwhile is not."""
 
-LIMIT = 16_384
-"""Spans of one, about 5 MB."""
+LIMIT = 8_192
+"""Spans of one, and as many of the computing: 5 MB at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,12 +44,16 @@ class _Lane:
         self.ends.append(record.stop)
 
 
-def as_events(records: Iterable[Record], began: int) -> list[Event]:
-    """Metadata first, then by time; microseconds since `began` (nanoseconds)."""
-    rows = {
-        row: _lanes(row, [_cut(record, began) for record in records if record.row == row])
-        for row in ROWS
-    }
+def as_events(records: Iterable[Record], began: int, ended: int | None = None) -> list[Event]:
+    """Metadata first, then by time; microseconds since `began`; both bounds are nanoseconds.
+
+    What has ended before, or begins after, is not in it.
+    """
+    by_row: dict[Row, list[Record]] = {row: [] for row in ROWS}
+    for record in records:
+        if record.stop >= began and (ended is None or record.start <= ended):
+            by_row[record.row].append(_cut(record, began, ended))
+    rows = {row: _lanes(row, its) for row, its in by_row.items()}
     names: list[Event] = []
     spans: list[Event] = []
     flows = _Flows()
@@ -66,12 +70,14 @@ def as_events(records: Iterable[Record], began: int) -> list[Event]:
     return names + sorted(spans, key=lambda event: event["ts"])  # type: ignore[arg-type, return-value]
 
 
-def _cut(record: Record, began: int) -> Record:
-    """What has begun before is told of from there on."""
-    if record.start >= began:
-        return record
-    args = {**(record.args or {}), "began_before": True}
-    return record._replace(start=began, stop=max(began, record.stop), args=args)
+def _cut(record: Record, began: int, ended: int | None) -> Record:
+    """What lies across a bound is told of up to there."""
+    if record.start < began:
+        args = {**(record.args or {}), "began_before": True}
+        record = record._replace(start=began, args=args)
+    if ended is not None and record.stop > ended:
+        record = record._replace(stop=ended, args={**(record.args or {}), "goes_on": True})
+    return record
 
 
 def _lanes(row: Row, records: Sequence[Record]) -> list[_Lane]:

@@ -11,12 +11,13 @@ if recorder is not None:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import count
+from threading import Lock
 from time import perf_counter_ns as now
 from typing import Literal, NamedTuple
 
-__all__ = ["Record", "Recorder", "Ring", "Row", "Span", "Stay", "Tracer", "now"]
+__all__ = ["Kept", "Record", "Recorder", "Ring", "Row", "Span", "Stay", "Tracer", "now"]
 
 Row = Literal["requests", "files", "connections", "staging", "copies", "layers", "compute"]
 Args = dict[str, object]
@@ -65,23 +66,60 @@ class Stay:
         self.at = 0
 
 
+class Kept(NamedTuple):
+    """What a ring had at one moment: records in the order of their coming, and how many are gone.
+
+    Of each kind by itself, for these push out their own only.
+    """
+
+    kinds: tuple[tuple[Sequence[Record], int], ...]
+
+    def since(self, time: int) -> tuple[list[Record], int]:
+        """Records that ended then or later, and how many are gone, if any of these may have."""
+        found, missing = [], 0
+        for records, gone in self.kinds:
+            found += [record for record in records if record.stop >= time]
+            if gone and records[0].stop >= time:
+                missing += gone
+        return found, missing
+
+
 class Ring:
-    """The last `limit` records, and how many there were. From any thread: no call waits."""
+    """The last `limit` records, and how many there were. From any thread: no call waits.
+
+    Of "compute" there are as many beside them: each pass has some for each layer, which would soon
+    push out those of a slow load.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._computed = _Last(limit)
+        self._others = _Last(limit)
+
+    def add(self, record: Record) -> None:
+        (self._computed if record.row == "compute" else self._others).add(record)
+
+    def look(self) -> Kept:
+        return Kept((self._others.look(), self._computed.look()))
+
+
+class _Last:
+    """Some records: threads that add do not wait, and those that look wait for each other only."""
 
     def __init__(self, limit: int) -> None:
         self._records: deque[Record] = deque(maxlen=limit)
         self._count = count()
-        self._read = 0
+        self._looks = 0
+        self._looking = Lock()
 
     def add(self, record: Record) -> None:
         self._records.append(record)
         next(self._count)
 
-    def read(self) -> tuple[list[Record], int]:
-        """What is there, and how many records there is no more room for."""
-        records = list(self._records.copy())
-        added = next(self._count) - self._read
-        self._read += 1  # to ask a counter is to count
+    def look(self) -> tuple[Sequence[Record], int]:
+        with self._looking:
+            added = next(self._count) - self._looks  # to ask a counter is to count
+            self._looks += 1
+        records = self._records.copy()
         return records, max(0, added - len(records))
 
 
@@ -122,10 +160,11 @@ class Recorder:
             for ring in self.rings:
                 ring.add(record)
 
-    def unfinished(self) -> Iterable[Record]:
+    def unfinished(self) -> list[Record]:
         """What has begun, as if it ended now."""
+        spans = tuple(self._open.values())
         stop = now()
-        return [span.until(stop, unfinished=True) for span in tuple(self._open.values())]
+        return [span.until(stop, unfinished=True) for span in spans]
 
     def moved_in(self, slot: int, name: str) -> Stay:
         self.stays[slot] = stay = Stay(next(self._numbers), name)

@@ -20,10 +20,10 @@ from lorax_async.errors import UsageError
 from lorax_async.events import SlotId
 from lorax_async.tracing.chrome import as_events
 from lorax_async.tracing.hiding import hide_others
-from lorax_async.tracing.recorder import Record, Recorder, Ring, Tracer, now
+from lorax_async.tracing.recorder import Kept, Record, Recorder, Ring, Tracer, now
 
-TRACE_LIMIT = 65_536
-"""Spans: those of some hundred loads."""
+TRACE_LIMIT = 32_768
+"""Spans, of which a load of 32 layers has some 150; and as many of the computing."""
 
 
 class _Handle(Protocol):
@@ -47,7 +47,7 @@ class Trace:
         self._ring = Ring(limit)
         self._recorder: Recorder | None = None
         self._began = now()
-        self._kept: tuple[list[Record], int] | None = None
+        self._kept: tuple[Kept, list[Record]] | None = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -72,14 +72,14 @@ class Trace:
         """Record no more; what has not ended by now is cut here. Idempotent."""
         if self._recorder is None:
             return
-        self._kept = self._read()
+        self._kept = self._look()
         self._tracer.end(self._ring)
         self._recorder = None
 
     @property
     def dropped(self) -> int:
         """Spans that were recorded and are gone, for there were more than the limit."""
-        return self._read()[1]
+        return sum(gone for _, gone in self._look()[0].kinds)
 
     @contextmanager
     def compute(self, layer: int, *handles: _Handle, name: str | None = None) -> Iterator[None]:
@@ -101,16 +101,28 @@ class Trace:
             text = f"layer {layer}" if name is None else name[:200]
             recorder.add("compute", get_ident(), text, start, now(), args)
 
-    def as_json(self, shown: Container[str] | None = None) -> dict[str, object]:
+    def as_json(
+        self,
+        since: int | None = None,
+        until: int | None = None,
+        *,
+        shown: Container[str] | None = None,
+    ) -> dict[str, object]:
         """The trace as an object of Chrome's trace event format, which json can write.
 
-        Where `shown` are names, as a trace has them, other adapters have none in it.
+        Of a part: from `since` to `until`, in nanoseconds of `time.perf_counter_ns`; what lies
+        across these is cut there, and times count from `since`. From any thread, of which it takes
+        some milliseconds, and more with what it finds. Where `shown` are names, as a trace has
+        them, other adapters have none in it.
         """
-        records, dropped = self._read()
+        began = self._began if since is None else max(since, self._began)
+        kept, unfinished = self._look()
+        records, dropped = kept.since(began)
+        records += _not_among(records, unfinished)
         if shown is not None:
             records = list(hide_others(records, shown))
         return {
-            "traceEvents": as_events(records, self._began),
+            "traceEvents": as_events(records, began, until),
             "displayTimeUnit": "ms",
             "otherData": {"producer": "lorax_async", "dropped": dropped},
         }
@@ -119,10 +131,17 @@ class Trace:
         """Write it as a file, in JSON. Blocks; raises `OSError`."""
         Path(path).write_text(json.dumps(self.as_json(), separators=(",", ":")), encoding="utf-8")
 
-    def _read(self) -> tuple[list[Record], int]:
-        if self._kept is not None:
-            return self._kept
-        records, dropped = self._ring.read()
-        if self._recorder is not None:
-            records += self._recorder.unfinished()
-        return records, dropped
+    def _look(self) -> tuple[Kept, list[Record]]:
+        """What there is now, and what has begun before and ends later."""
+        recorder, kept = self._recorder, self._kept
+        if recorder is None and kept is not None:
+            return kept
+        unfinished = recorder.unfinished() if recorder is not None else []
+        return self._ring.look(), unfinished
+
+
+def _not_among(records: list[Record], unfinished: list[Record]) -> list[Record]:
+    """Without what has ended between two looks, and is among the records by now."""
+    starts = {each.start for each in unfinished}
+    ended = {record[:4] for record in records if record.start in starts}
+    return [each for each in unfinished if each[:4] not in ended]

@@ -19,8 +19,8 @@ def test_only_what_is_shown_has_its_name(run: Run, tmp_path: Path) -> None:
                 for name in ("org/mine", "org/theirs"):
                     await loader.prefetch([name], tier="disk")
                     (await loader.load(name)).release()
-            plain, hidden = trace.as_json(), trace.as_json({"mine"})
-            for found in (plain, hidden, trace.as_json(frozenset())):
+            plain, hidden = trace.as_json(), trace.as_json(shown={"mine"})
+            for found in (plain, hidden, trace.as_json(shown=frozenset())):
                 require_trace(found)
             assert "theirs" in json.dumps(plain)
             said = json.dumps(hidden)
@@ -28,6 +28,6 @@ def test_only_what_is_shown_has_its_name(run: Run, tmp_path: Path) -> None:
             for name in ("mine", "another adapter"):
                 assert f'"load {name}"' in said
                 assert f'"prefetch to disk {name}"' in said
-            assert "mine" not in json.dumps(trace.as_json(frozenset()))
+            assert "mine" not in json.dumps(trace.as_json(shown=frozenset()))
 
     run(body())

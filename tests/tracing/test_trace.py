@@ -23,7 +23,6 @@ from lorax_async import (
 from lorax_async.config import LoaderConfig
 from lorax_async.io.fakes import FakeSource
 from lorax_async.loader import AdapterLoader
-from lorax_async.tracing.recorder import Ring
 from tiny_loaders import gated, loader
 from tracing.chrome_format import of, require_trace, stop
 
@@ -263,15 +262,6 @@ def test_two_may_record_at_once(run: Run, tmp_path: Path) -> None:
             assert asked == [["load a", "load b", "load c"], ["load b"]]
 
     run(main())
-
-
-def test_the_oldest_go_and_are_counted() -> None:
-    ring = Ring(3)
-    for number in range(5):
-        ring.add(number)  # type: ignore[arg-type]
-    for _ in range(2):
-        found: Any = ring.read()
-        assert found == ([2, 3, 4], 2)
 
 
 def test_a_small_trace_says_how_much_is_gone(run: Run, tmp_path: Path) -> None:

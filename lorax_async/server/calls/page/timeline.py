@@ -53,9 +53,9 @@ class Timeline:
 
 
 def _draw(request: ColdRequest, shown: frozenset[str] | None) -> str:
-    events: Any = request.trace.as_json(shown)["traceEvents"]
+    events: Any = request.trace.as_json(shown=shown)["traceEvents"]
     return as_svg(picture_of(events, 0.0, request.seconds * 1e3))
 
 
 def _written(request: ColdRequest, shown: frozenset[str] | None) -> bytes:
-    return json.dumps(request.trace.as_json(shown), separators=(",", ":")).encode()
+    return json.dumps(request.trace.as_json(shown=shown), separators=(",", ":")).encode()
