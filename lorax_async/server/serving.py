@@ -75,7 +75,6 @@ class Serving(uvicorn.Server):
             await super().serve(sockets)
         finally:
             self._under_way.close()
-            self._service.watching.end()
             self._service.metrics.close()
             await self._cut_off(sockets or ())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -13,9 +14,11 @@ from openai import NotFoundError
 
 import tiny
 from common import Run, until
+from lorax_async import CapacityError
 from lorax_async.server import cold_requests as cold_requests_module
+from lorax_async.server.calls.page import timeline as timeline_module
 from server.page.reading import OPERATOR, asked, loading, watching
-from server.world import FakeEngine, World, serving
+from server.world import FakeEngine, FakeTokens, World, serving
 from tiny_sources import over, stocked
 from tracing.chrome_format import require_trace
 
@@ -63,8 +66,27 @@ def test_the_first_request_is_cold_and_the_second_is_not(run: Run, tmp_path: Pat
                 assert world.service.loader.tracer.on is None, "nothing is recorded any more"
             async with watching(world) as told:
                 assert told.cold == cold
+            spans = (await world.ask("GET", TRACE)).json["traceEvents"]
+            (span,) = [each for each in spans if each["name"] == "request pirate"]
+            assert span["args"] == {"adapter": "pirate", "outcome": "first token"}
             names = await names_in(world)
             assert {"request pirate", "load pirate", "fetch header", "layer 0"} <= names
+
+    run(body())
+
+
+def test_it_is_cold_again_once_it_has_left(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "pirate")
+    made: list[World] = []
+
+    async def body() -> None:
+        async with serving(FakeEngine(loading(made)), adapters={"pirate": folder}) as world:
+            made.append(world)
+            for number in (1, 2):
+                await asked(world.client, "pirate")
+                async with watching(world) as told:
+                    assert told.cold["number"] == number
+                await world.service.loader.unload(folder)
 
     run(body())
 
@@ -84,6 +106,41 @@ def test_the_picture_shows_all_of_it(run: Run, tmp_path: Path) -> None:
             assert {"requests", "files", "copies", "layers"} <= said
             again = await world.ask("GET", PICTURE)
             assert again.body == answer.body
+
+    run(body())
+
+
+@pytest.mark.parametrize(("path", "what"), [(PICTURE, "_draw"), (TRACE, "_written")])
+def test_one_thread_draws_at_a_time(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, what: str
+) -> None:
+    """However many ask."""
+    folder = tiny.write(tmp_path / "pirate")
+    made: list[World] = []
+    going, gate = [], threading.Event()
+    drawn = getattr(timeline_module, what)
+
+    def draw(*given: Any) -> Any:
+        going.append(given)
+        assert gate.wait(20)
+        return drawn(*given)
+
+    monkeypatch.setattr(timeline_module, what, draw)
+
+    async def body() -> None:
+        async with serving(FakeEngine(loading(made)), adapters={"pirate": folder}) as world:
+            made.append(world)
+            await asked(world.client, "pirate")
+            tasks = [asyncio.create_task(world.ask("GET", path)) for _ in range(4)]
+            await until(lambda: going)
+            await world.ask("GET", "/health")  # those behind have been heard by now
+            await world.ask("GET", "/health")
+            assert len(going) == 1
+            gate.set()
+            answers = await asyncio.gather(*tasks)
+            assert {answer.status for answer in answers} == {200}
+            assert len({answer.body for answer in answers}) == 1
+            assert len(going) == (1 if path == PICTURE else 4), "the picture is kept"
 
     run(body())
 
@@ -118,6 +175,26 @@ def test_a_client_that_goes_ends_it(run: Run, tmp_path: Path) -> None:
             task.cancel()
             await asyncio.wait([task])
             await until(lambda: world.service.loader.tracer.on is None)
+            async with watching(world) as told:
+                assert told.cold["outcome"] == "cancelled"
+
+    run(body())
+
+
+def test_one_that_nobody_reads(run: Run, tmp_path: Path) -> None:
+    """It was submitted, but not the one behind it, without which there is no answer."""
+    folder = tiny.write(tmp_path / "one")
+
+    async def body() -> None:
+        def rule(_: FakeTokens) -> None:
+            if len(engine.submitted) == 2:
+                raise CapacityError("there is no room for a second one")
+
+        engine = FakeEngine(rule)
+        async with serving(engine, adapters={"one": folder}) as world:
+            asked = {"model": "one", "prompt": ["x", "y"]}
+            assert (await world.ask("POST", "/v1/completions", asked)).status == 429
+            assert world.service.loader.tracer.on is None
             async with watching(world) as told:
                 assert told.cold["outcome"] == "cancelled"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from lorax_async.errors import CapacityError
@@ -27,11 +27,11 @@ class Watching:
     def __init__(self, board: Board) -> None:
         self._board = board
         self._count = 0
-        self._ended = asyncio.Event()
+        self._over = False
 
     def end(self) -> None:
-        """End all streams: nothing changes any more."""
-        self._ended.set()
+        """End all streams, after their next look: nothing changes any more."""
+        self._over = True
 
     @contextmanager
     def one(self) -> Iterator[None]:
@@ -49,14 +49,12 @@ class Watching:
         await stream.begin()
         shown = _Shown(self._board, operator=operator)
         silent = 0.0
-        while not self._ended.is_set():
+        while not self._over:
             news = shown.news()
             if news or silent >= SILENCE:
                 await stream.tell(news)
                 silent = 0.0
-            with suppress(TimeoutError):
-                async with asyncio.timeout(TICK):
-                    await self._ended.wait()
+            await asyncio.sleep(TICK)
             silent += TICK
         await stream.end()
 
