@@ -5,53 +5,22 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import tiny
 from common import Run, until
-from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving, streaming
+from engines.gate_inputs import adapters, expected, forward, source
+from engines.variants import PEFT_WARNING, logits_of, prompt, serving, streaming
 from lorax_async import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
 from lorax_async.io.fakes import FakeSource
 from lorax_kernels import dense
 
+__all__ = ["adapters", "source"]
+
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
-
-
-@pytest.fixture(scope="module")
-def adapters(adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two on the same linears, of scales that no dtype rounds: kernels may take them together."""
-    lora = {"r": 2, "target_modules": ["q_proj", "k_proj", "o_proj"]}
-    return [adapters[0], save(llama(), lora, tmp_path_factory.mktemp("gate") / "some")]
-
-
-@pytest.fixture
-def source(adapters: list[Path]) -> FakeSource:
-    """ "warm" comes at once, "cold" as far as it is allowed to."""
-    source = FakeSource()
-    for id, folder in (("warm", adapters[1]), ("cold", adapters[0])):
-        source.put(id, *tiny.files(folder))
-    source.hold("cold")
-    return source
-
-
-async def expected(small: Any, adapters: list[Path], **settings: Any) -> torch.Tensor:
-    """Of the rows [warm, cold, None] with everything there."""
-    async with (
-        serving(small, **settings) as (loader, attached),
-        await loader.load(adapters[1]) as warm,
-        await loader.load(adapters[0]) as cold,
-    ):
-        with attached.batch([warm, cold, None]):
-            return logits_of(small, prompt(3))
-
-
-def forward(small: Any) -> Coroutine[Any, Any, torch.Tensor]:
-    return asyncio.to_thread(logits_of, small, prompt(3))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -229,61 +198,6 @@ def test_an_adapter_that_failed_before_its_batch_takes_out_its_own_rows(
             cold.release()
             with pytest.raises(HandleClosedError), attached.batch([cold, warm], budget=60.0):
                 pass
-
-    run(main())
-
-
-def test_who_is_alone_waits_beyond_the_budget(run: Run, small: Any, source: FakeSource) -> None:
-    async def main() -> None:
-        async with (
-            serving(small, source=source) as (loader, attached),
-            loader.stream("cold") as cold,
-            cold.clone() as twin,
-        ):
-            with attached.batch([cold, twin], budget=0.0) as gate:
-                passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(2)))
-                await asyncio.sleep(0.05)
-                assert not passing.done()
-                source.allow("cold")
-                streamed = await passing
-                assert not gate.out
-                assert torch.equal(streamed, logits_of(small, prompt(2)))
-
-    run(main())
-
-
-def test_who_is_alone_waits_no_longer_when_others_could_be_computed(
-    run: Run, small: Any, source: FakeSource
-) -> None:
-    async def main() -> None:
-        others = threading.Event()
-        async with (
-            serving(small, source=source) as (loader, attached),
-            loader.stream("cold") as cold,
-        ):
-            with attached.batch([cold], budget=0.0, others_wait=others.is_set) as gate:
-                passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
-                await asyncio.sleep(0.05)
-                assert not passing.done()
-                others.set()
-                await passing
-                assert isinstance(gate.out[0], AdapterTimeoutError)
-                assert "others could be computed" in str(gate.out[0])
-
-    run(main())
-
-
-def test_who_is_alone_waits_as_long_as_the_loader_says(
-    run: Run, small: Any, source: FakeSource
-) -> None:
-    async def main() -> None:
-        async with (
-            serving(small, source=source, timeout=0.2) as (loader, attached),
-            loader.stream("cold") as cold,
-        ):
-            with attached.batch([cold], budget=0.0) as gate:
-                await asyncio.to_thread(logits_of, small, prompt(1))
-                assert "within 0.2 s" in str(gate.out[0])
 
     run(main())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
+from merged_world import MergedWorld
 from populate_conformance import PopulateConformance
 from source_conformance import SourceConformance
 from source_inputs import CONFIG, groups_of, read
@@ -22,45 +22,14 @@ from source_inputs import CONFIG, groups_of, read
 import tiny
 from common import Run
 from lorax_async import Merge
-from lorax_async.adapter import AdapterKey, AdapterRef, MergedKey
-from lorax_async.config import Limits
+from lorax_async.adapter import AdapterKey, MergedKey
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError, UsageError
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import AdapterFile, Demand
-from lorax_async.io.sources.merged import MergedSource
 
 LINEAR = Merge("linear", ["a", "b", "c"], [1, -0.5, 0.25])
 DRAWN = Merge("dare_linear", ["a", "b", "c"], [1, -0.5, 0.25], density=0.3, seed=4)
 BOTH = [pytest.param(merge, id=merge.strategy) for merge in (LINEAR, DRAWN)]
-
-
-class MergedWorld:
-    """A fake source, and merges over it."""
-
-    def __init__(self, threads: ThreadPoolExecutor, holds: bool) -> None:
-        self.holds = holds
-        self.inner = FakeSource(holdable=holds)
-        self.source = MergedSource(
-            self.inner, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
-        )
-
-    def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
-        self.inner.put(name, config, weights)
-        return AdapterRef(name)
-
-    def ref(self, name: str) -> AdapterRef:
-        return AdapterRef(name)
-
-    def stock(self) -> None:
-        config = json.dumps(tiny.config()).encode()
-        for seed, name in enumerate("abc"):
-            self.put(name, config, safetensors.torch.save(tiny.tensors(seed)))
-
-    def key(self, merge: Merge) -> MergedKey:
-        if "a" not in self.inner._current:
-            self.stock()
-        return MergedKey.of(merge, [self.inner._current[name].key for name in "abc"])
 
 
 @pytest.fixture(params=[False, True], ids=["read ahead", "held"])

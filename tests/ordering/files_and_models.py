@@ -15,6 +15,7 @@ OUTLIVES = f"{OF_FILE_READER}::test_a_descriptor_outlives_the_read_it_serves"
 GIVEN_UP = f"{OF_OPEN}::test_closed_even_when_the_open_was_given_up"
 THREADS = "engines/test_attach_threads.py"
 OF_GATE = "engines/test_layer_gate.py"
+ALONE = "engines/test_gate_alone.py"
 LOCKS = "engines/test_engine_locks.py"
 
 FILES: Mutants = {
@@ -155,13 +156,13 @@ MODELS: Mutants = {
         GATE,
         "                handle.wait_layer(layer, timeout=max(0.0, min(seconds, _LOOK_SECONDS)))\n",
         "                handle.rank\n",
-        f"{OF_GATE}::test_who_is_alone_waits_beyond_the_budget",
+        f"{ALONE}::test_who_is_alone_waits_beyond_the_budget",
     ),
     "gate: who is alone looks whether others wait": mutant(
         GATE,
         "            if self._others_wait():\n",
         "            if False:\n",
-        f"{OF_GATE}::test_who_is_alone_waits_no_longer_when_others_could_be_computed",
+        f"{ALONE}::test_who_is_alone_waits_no_longer_when_others_could_be_computed",
     ),
     "gate: it waits for a layer within the budget": mutant(
         GATE,
@@ -203,7 +204,7 @@ MODELS: Mutants = {
         GATE,
         "            if seconds <= 0:\n",
         "            if False:\n",
-        f"{OF_GATE}::test_who_is_alone_waits_as_long_as_the_loader_says",
+        f"{ALONE}::test_who_is_alone_waits_as_long_as_the_loader_says",
     ),
     "gate: who came too late for himself is not waited for": mutant(
         GATE,

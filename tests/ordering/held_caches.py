@@ -145,12 +145,12 @@ HELD_CACHES: Mutants = {
         if self._lock:
             if self._closed:
 """,
-        "io/remote/test_remote_waits.py::test_a_loaders_own_cache_is_made_once",
+        "io/remote/test_made_once.py::test_a_loaders_own_cache_is_made_once",
     ),
     "own cache: none is made after its end": mutant(
         OWN,
         "            if self._closed:\n",
         "            if False:\n",
-        "io/remote/test_remote_waits.py::test_a_loaders_own_cache_is_made_once",
+        "io/remote/test_made_once.py::test_a_loaders_own_cache_is_made_once",
     ),
 }

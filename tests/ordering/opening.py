@@ -14,6 +14,8 @@ OF_WORKERS = "io/remote/test_remote_workers.py"
 OF_SOURCE = "io/remote/test_remote_source.py::TestConformance"
 AT_ANY_AWAIT = f"{OF_SOURCE}::test_cancelled_at_any_await"
 WAITS = "io/remote/test_remote_waits.py"
+CHECKED = "io/remote/test_remote_checked.py"
+MADE_ONCE = "io/remote/test_made_once.py"
 LOADS = "io/remote/test_remote_loads.py"
 SIZES = "io/remote/test_fault_sizes.py"
 CALLERS = "io/remote/test_remote_callers.py"
@@ -92,13 +94,13 @@ OPENINGS: Mutants = {
         OPENING,
         "                _check(content, file.role, expected)  # it is used before all is published\n",
         "",
-        f"{WAITS}::test_small_files_are_checked_before_they_are_used",
+        f"{CHECKED}::test_small_files_are_checked_before_they_are_used",
     ),
     "opening: who is let have it is noted": mutant(
         OPENING,
         "                found.grant(scope)\n",
         "                pass\n",
-        f"{WAITS}::test_who_was_let_have_it_has_it_while_the_source_is_down",
+        f"{CHECKED}::test_who_was_let_have_it_has_it_while_the_source_is_down",
     ),
     "resolving: who asks is known before it is recalled": mutant(
         RESOLVING,
@@ -122,13 +124,13 @@ OPENINGS: Mutants = {
         RESOLVING,
         "        if self._noted.get(question) == located.version:\n",
         "        if question in self._noted:\n",
-        f"{WAITS}::test_the_last_version_is_what_is_stale",
+        f"{CHECKED}::test_the_last_version_is_what_is_stale",
     ),
     "resolving: another version is not taken for the one": mutant(
         RESOLVING,
         "        if found != key:\n",
         "        if False:\n",
-        f"{WAITS}::test_another_version_is_not_stored_under_the_name_of_the_one",
+        f"{CHECKED}::test_another_version_is_not_stored_under_the_name_of_the_one",
     ),
     "known: who asked last is in whose name it is fetched": mutant(
         KNOWN,
@@ -140,7 +142,7 @@ OPENINGS: Mutants = {
         BEGINNING,
         "            if again.known != start.known:\n",
         "            if False:\n",
-        f"{WAITS}::test_what_changes_between_two_answers_is_noticed",
+        f"{CHECKED}::test_what_changes_between_two_answers_is_noticed",
     ),
     "beginning: what is too large is not asked for": mutant(
         BEGINNING,
@@ -155,12 +157,12 @@ OPENINGS: Mutants = {
         ELSEWHERE,
         "        with self._making:\n            if self._closed:\n",
         "        if self._making:\n            if self._closed:\n",
-        f"{WAITS}::test_all_that_it_takes_is_made_once",
+        f"{MADE_ONCE}::test_all_that_it_takes_is_made_once",
     ),
     "elsewhere: nothing is made after its end": mutant(
         ELSEWHERE,
         "            if self._closed:\n",
         "            if False:\n",
-        f"{WAITS}::test_all_that_it_takes_is_made_once",
+        f"{MADE_ONCE}::test_all_that_it_takes_is_made_once",
     ),
 }

@@ -27,7 +27,7 @@ from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import Timeouts
 from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import parse_url
-from lorax_async.io.ports import Demand
+from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.opening import Opening
 from lorax_async.io.remote.ports import Located, RemoteFile
@@ -242,3 +242,16 @@ def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
     }
     config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
     return AdapterLoader(tiny.layout(), config, source=world.source)
+
+
+async def opened(
+    world: RemoteWorld, name: str = "one", demand: Demand | None = None
+) -> AdapterFile:
+    key = await world.source.resolve(world.ref(name))
+    return await world.source.open(key, demand or Demand())
+
+
+async def brought(world: RemoteWorld, name: str = "one") -> AdapterFile:
+    file = await opened(world, name)
+    await world.source.bring(file, [], lambda _: None, Demand())
+    return file
