@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -45,8 +45,8 @@ def test_a_layer_is_of_who_was_there_when_it_began(run: Run, tmp_path: Path) -> 
     async def main() -> None:
         async with loader(max_slots=1, min_residency=0.0) as there:
             with there.trace() as trace:
-                handle = await there.load(folders[0])
-                with trace.compute(np.int64(3), handle, name="attention"):
+                handle, three = await there.load(folders[0]), cast(Any, np.int64(3))
+                with trace.compute(three, handle, name="attention"):
                     handle.release()
                     (await there.load(folders[1])).release()
                 with pytest.raises(UsageError, match="whole number"), trace.compute("3"):  # type: ignore[arg-type]
