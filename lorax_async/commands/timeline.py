@@ -11,7 +11,7 @@ from lorax_async.commands.arguments import OK, AddParser, add_command
 from lorax_async.commands.terminal import Screen
 from lorax_async.errors import ConfigError
 from lorax_async.loader import AdapterLoader
-from lorax_async.tracing.picture import Picture, picture_of, read_trace
+from lorax_async.tracing.picture import MOST_BYTES, Picture, picture_of, read_trace
 from lorax_async.tracing.words import summary
 
 
@@ -62,28 +62,34 @@ def traced(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
 
 def draw(picture: Picture, path: Path, title: str) -> None:
     """As what the path's suffix says. Raises `ConfigError` for others, and `OSError`."""
-    if path.suffix == ".png":
+    suffix = path.suffix.lower()
+    if suffix == ".png":
         from lorax_async.tracing.png import write_png  # noqa: PLC0415
 
         write_png(picture, path, title)
         return
     from lorax_async.tracing.svg import as_html, as_svg  # noqa: PLC0415
 
-    if path.suffix not in {".html", ".svg"}:
+    if suffix not in {".html", ".svg"}:
         raise ConfigError(f"{path.name} ends in none of .html, .svg, .png")
-    text = as_svg(picture) if path.suffix == ".svg" else as_html(picture, title)
+    text = as_svg(picture) if suffix == ".svg" else as_html(picture, title)
     path.write_text(text, encoding="utf-8")
 
 
 def _timeline(arguments: argparse.Namespace, screen: Screen) -> int:
-    events = read_trace(arguments.file.read_bytes())
-    picture = picture_of(events, arguments.first, arguments.last)
+    with arguments.file.open("rb") as file:  # which may be anything, and endless
+        events, dropped = read_trace(file.read(MOST_BYTES + 1))
+    picture = picture_of(events, arguments.first, arguments.last, dropped=dropped)
     draw(picture, arguments.out, arguments.file.stem)
     if arguments.json:
         computed, overlapped = picture.overlap()
         lanes = [{"row": lane.row, "lane": lane.title} for lane in picture.lanes]
         found = {"computed_ms": round(computed, 3), "before_last_copy_ms": round(overlapped, 3)}
-        screen.json({"picture": str(arguments.out), "lanes": lanes, **found})
+        screen.json({
+            "picture": str(arguments.out), "lanes": lanes, **found, "dropped": dropped
+        })  # fmt: skip
     else:
-        screen.say(f"{arguments.out}: {len(picture.lanes)} lanes; {summary(picture)}")
+        many = len(picture.lanes)
+        plural = "" if many == 1 else "s"
+        screen.say(f"{arguments.out}: {many} lane{plural}; {summary(picture)}")
     return OK

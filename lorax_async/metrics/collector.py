@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Self
 
@@ -88,12 +88,12 @@ class LoaderCollector(Collector):
         answer: Future[None] = Future()
         try:
             self._loop.call_soon_threadsafe(self._answer, answer)
-            answer.result(self._timeout)
-        except (
-            TimeoutError,
-            RuntimeError,
-        ):  # the loop is busy or has stopped; or it was closed now
-            answer.cancel()
+        except RuntimeError:  # it was closed now
+            return
+        done, _ = wait([answer], self._timeout)
+        if not done and answer.cancel():  # the loop is busy or has stopped
+            return
+        answer.result()  # raises what the look has raised
 
     def _answer(self, answer: Future[None]) -> None:
         """On the loop. Whoever asked may have gone: then nobody needs it."""

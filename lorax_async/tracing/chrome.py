@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf, nextafter
 
 from lorax_async.tracing.copies import STREAM
 from lorax_async.tracing.recorder import Record, Row
@@ -139,17 +140,25 @@ def _named(what: str, name: str, pid: int, tid: int) -> list[Event]:
 
 
 def _complete(record: Record, pid: int, tid: int, began: int) -> Event:
-    start, stop = record.start - began, record.stop - began
     return {
         "ph": "X",
         "name": record.name,
         "cat": record.row,
-        "ts": start / 1e3,
-        "dur": (stop - start) / 1e3,
+        "ts": microseconds(record.start - began),
+        "dur": microseconds(record.stop - record.start),
         "pid": pid,
         "tid": tid,
         "args": dict(record.args or {}),
     }
+
+
+def microseconds(nanoseconds: int) -> float:
+    """Also for who cuts off what is left of a nanosecond, as older releases of Perfetto do.
+
+    Spans that touch would overlap then, and one of them is thrown away.
+    """
+    value = nanoseconds / 1e3
+    return value if int(value * 1e3) == nanoseconds else nextafter(value, inf)
 
 
 @dataclass(slots=True)

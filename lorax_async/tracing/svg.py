@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 
 from lorax_async.tracing.colours import colour_of
-from lorax_async.tracing.picture import Box, Lane, Picture
+from lorax_async.tracing.picture import LONGEST_NAME, Box, Lane, Picture, plain_text
 from lorax_async.tracing.words import LEGEND, marks, summary
 
 LANE, GAP, LEFT, WIDTH, TOP = 18, 10, 132, 1200, 26
@@ -48,7 +48,7 @@ def as_svg(picture: Picture) -> str:
 
 def as_html(picture: Picture, title: str) -> str:
     """A page with the picture in it: no script, no network; a narrow screen scrolls it."""
-    heading, said = escape(title), escape(summary(picture))
+    heading, said = escape(plain_text(title, LONGEST_NAME)), escape(summary(picture))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
+from operator import index
 from os import PathLike
 from pathlib import Path
 from threading import get_ident
@@ -86,19 +87,24 @@ class Trace:
         """For engines of one's own: the block computes `layer` with these adapters.
 
         In any thread, at any time; without effect when nothing is recorded. `attach` reports its
-        layers by itself.
+        layers by itself. Raises `UsageError`, before the block, for a layer that is no number.
         """
+        try:
+            number = index(layer)
+        except TypeError:
+            raise UsageError(f"a layer is a whole number, not {layer!r}") from None
         recorder = self._recorder
         if recorder is None:
             yield
             return
+        # Who is in the slots now: the block may let them go.
+        stays = [recorder.stay_in(handle.slot.index).number for handle in handles]
+        args = {"layer": number, "stays": stays}
+        text = f"layer {number}" if name is None else str(name)[:200]
         start = now()
         try:
             yield
         finally:
-            stays = [recorder.stay_in(handle.slot.index).number for handle in handles]
-            args = {"layer": layer, "stays": stays}
-            text = f"layer {layer}" if name is None else name[:200]
             recorder.add("compute", get_ident(), text, start, now(), args)
 
     def as_json(

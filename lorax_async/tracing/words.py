@@ -10,15 +10,16 @@ LEGEND = "One colour per layer, blue (first) to orange (last); pale red: a wait;
 
 
 def summary(picture: Picture) -> str:
-    """How much of the computing lay before the end of the last copy."""
+    """How much of the computing lay before the end of the last copy; and whether spans are gone."""
     computed, overlapped = picture.overlap()
     span = f"{picture.stop - picture.start:,.1f} ms"
+    gone = f"; the oldest {picture.dropped:,} spans are gone" if picture.dropped else ""
     if not computed:
-        return f"{span}; no layer was computed"
+        return f"{span}; no layer was computed{gone}"
     share = 100 * overlapped / computed
     return (
         f"{span}; layers were computed for {computed:,.1f} ms, of which {overlapped:,.1f} ms"
-        f" ({share:.0f} %) before the last copy had ended"
+        f" ({share:.0f} %) before the last copy had ended{gone}"
     )
 
 

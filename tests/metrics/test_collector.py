@@ -172,13 +172,21 @@ def test_a_loop_that_does_not_answer_keeps_nobody_waiting(
     assert found[0]["lorax_loads_total"] == 0, "as it was when it was made"
 
 
-def test_a_look_that_fails_is_told_who_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError, TimeoutError])
+def test_a_look_that_fails_is_told_who_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """Also where it fails with what a loop raises that does not answer."""
+
+    def failing() -> None:
+        raise kind("a fault of ours")
+
     async def body() -> None:
         async with loader() as there:
             with LoaderCollector(there, timeout=600) as collector:
                 registry = registered(collector)
-                monkeypatch.setattr(there, "last_numbers", lambda: 1 / 0)
-                with pytest.raises(ZeroDivisionError):
+                monkeypatch.setattr(there, "last_numbers", failing)
+                with pytest.raises(kind, match="ours"):
                     await asyncio.to_thread(scraped, registry)
 
     run(body())

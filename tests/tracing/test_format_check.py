@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from lorax_async.tracing.chrome import microseconds
 from tracing.chrome_format import require_trace
 
 
@@ -64,3 +66,11 @@ def test_what_is_wrong_is_noticed(break_it: Callable[[list[Any]], None]) -> None
     break_it(trace["traceEvents"])
     with pytest.raises((AssertionError, KeyError, ValueError)):
         require_trace(trace)
+
+
+@pytest.mark.parametrize("around", [1, 10**6, 10**10, 10**14])
+def test_no_nanosecond_is_lost_where_fractions_are_cut_off(around: int) -> None:
+    """Up to a day. Spans that touch must touch in whole nanoseconds: else one is thrown away."""
+    for nanoseconds in range(around, around + 20_000, 7):
+        value = json.loads(json.dumps(microseconds(nanoseconds)))
+        assert int(value * 1000.0) == round(value * 1000.0) == nanoseconds

@@ -18,7 +18,6 @@ from lorax_async.cli import main
 from lorax_async.commands.demo_remote import run_remote_demo
 from lorax_async.commands.terminal import Screen
 from lorax_async.errors import ConfigError, UsageError
-from lorax_async.tracing.names import last_part
 from lorax_async.tracing.picture import picture_of, read_trace
 from lorax_async.tracing.svg import LEFT, WIDTH, as_html, as_svg
 from lorax_async.tracing.words import marks, summary
@@ -164,23 +163,6 @@ def test_what_is_no_trace_is_refused(data: bytes) -> None:
 def test_an_event_without_its_times_is_refused(broken: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="no (ts|dur)"):
         picture_of([{**span(1, 1, "a", 0, 1), **broken}])
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("org/name@main", "name@main"),
-        ("https://host/a/b/?sig=secret", "b"),
-        ("https://host/a/b#x", "b"),
-        ("/home/tenant/sql", "sql"),
-        ("C:\\tenant\\sql", "sql"),
-        ("a\nb<c>", "a_b_c_"),
-        ("x" * 100, "x" * 64),
-        ("///", "adapter"),
-    ],
-)
-def test_a_name_is_the_last_part(text: str, name: str) -> None:
-    assert last_part(text) == name
 
 
 # -- the command line -----------------------------------------------------------------------------

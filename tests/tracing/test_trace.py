@@ -297,27 +297,6 @@ def test_a_limit_is_a_number(run: Run, limit: Any) -> None:
     run(main())
 
 
-def test_engines_of_ones_own_report_layers(run: Run, tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "one")
-
-    async def main() -> None:
-        async with loader() as there:
-            with there.trace() as trace:
-                async with there.stream(folder) as handle:
-                    for layer in range(tiny.LAYERS):
-                        await handle.layer_ready(layer)
-                        with trace.compute(layer, handle):
-                            pass
-            with trace.compute(9):  # nobody records
-                pass
-            found: Any = trace.as_json()
-            names = [each["name"] for each in of(require_trace(found), "compute")]
-            assert names == [f"layer {layer}" for layer in range(tiny.LAYERS)]
-            assert [each["ph"] for each in found["traceEvents"]].count("f") == tiny.LAYERS
-
-    run(main())
-
-
 # -- nothing that is nobody's business --------------------------------------------------------------
 
 

@@ -6,10 +6,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client import Counter as Total
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,6 +24,8 @@ CALLS = frozenset({
     "/v1/unload_lora_adapter", "/v1/adapters", "/health", "/metrics", "/", "/page",
 })  # fmt: skip
 """Told apart in metrics; all others, which strangers make up, are "other"."""
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 GONE = "499"
 """The status of a request whose client left before it had one, as nginx counts them."""
@@ -71,10 +72,12 @@ class ServerMetrics:
         self.prompt_tokens.inc(prompt)
         return MeasuredTokens(tokens, model, self)
 
-    async def show(self, request: Request) -> Response:
-        """GET /metrics, in the form that the client asks for."""
-        encode, kind = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self._registry), headers={"content-type": kind})
+    async def show(self, _: Request) -> Response:
+        """GET /metrics, in Prometheus' text form, whatever else the client understands.
+
+        In that of OpenMetrics, prometheus_client calls vLLM's metric by another name.
+        """
+        return Response(generate_latest(self._registry), headers={"content-type": TEXT})
 
 
 class Sequences(Collector):
@@ -105,8 +108,12 @@ class Sequences(Collector):
         yield info
 
     def _adapters(self, models: Counter[str]) -> str:
-        """Ids that requests brought are not told: they are their clients'."""
-        return ",".join(sorted(name for name in models if name in self._names.adapters))
+        """Ids that requests brought are not told: they are their clients'.
+
+        Nor is a name with a comma, which would be read as two others.
+        """
+        named = self._names.adapters
+        return ",".join(sorted(name for name in models if name in named and "," not in name))
 
 
 class MeasuredTokens:
@@ -163,13 +170,16 @@ class MeasuredTokens:
 
 
 class CountedRequests:
-    """ASGI middleware: each request by its call and the status it got."""
+    """ASGI middleware: each request over HTTP by its call and the status it got."""
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # the server's own beginning and end, say
+            await self._app(scope, receive, send)
+            return
         status = GONE
 
         async def noting(message: Message) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import APIStatusError
+from starlette.types import Receive, Scope, Send
 
 import tiny
 from common import Run, until
 from lorax_async import FetchError
+from lorax_async.server.calls.metrics import CountedRequests
 from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, serving
 
@@ -137,12 +140,63 @@ def test_a_fault_is_a_500(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run(body())
 
 
-def test_the_form_is_the_clients_choice(run: Run) -> None:
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8",
+        "text/plain",
+        "",
+    ],
+)
+def test_names_are_the_same_whoever_asks(run: Run, accept: str) -> None:
+    """The first is what Prometheus 2 sends. Its parser wants sample and family of one name."""
+
     async def body() -> None:
         async with serving() as world:
-            answer = await world.ask("GET", "/metrics", Accept="application/openmetrics-text")
-            assert answer.headers["content-type"].startswith("application/openmetrics-text")
-            assert answer.body.endswith(b"# EOF\n")
+            answer = await world.ask("GET", "/metrics", Accept=accept)
+            assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+            assert len(of(parsed(answer.body.decode()), INFO)) == 1
+
+    run(body())
+
+
+def test_what_is_no_request_is_not_counted(run: Run) -> None:
+    async def body() -> None:
+        async with serving() as world:
+            metrics = world.service.metrics
+            heard: list[str] = []
+
+            async def app(scope: Scope, receive: Receive, send: Send) -> None:
+                heard.append(scope["type"])
+
+            async def nothing(*_: object) -> Any:
+                raise AssertionError("nobody asks")
+
+            for kind in ("lifespan", "websocket"):
+                await CountedRequests(app, metrics)({"type": kind}, nothing, nothing)
+            assert heard == ["lifespan", "websocket"]
+            assert requests(await scraped(world)) == {}
+
+    run(body())
+
+
+def test_a_name_with_a_comma_is_no_two_names(run: Run, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    folders = {name: tiny.write(tmp_path / name) for name in ("a,b", "c")}
+
+    async def body() -> None:
+        async with serving(engine, adapters=folders) as world:
+            ask = world.client.completions.create
+            tasks = [asyncio.create_task(ask(model=name, prompt="x")) for name in folders]
+            await engine.asked(2)
+            samples = await scraped(world)
+            assert list(of(samples, INFO)) == [
+                "max_lora=4,running_lora_adapters=,waiting_lora_adapters=c"
+            ]
+            for tokens in engine.submitted:
+                tokens.end()
+            await asyncio.gather(*tasks)
 
     run(body())
 
