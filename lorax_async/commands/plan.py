@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -25,8 +25,7 @@ from lorax_async.commands.terminal import Screen, size
 from lorax_async.config import DTYPES, MAX_SLOTS
 from lorax_async.core.policies import EVICTION_POLICIES, PolicyName, policy
 from lorax_async.core.popularity import Zipf
-from lorax_async.core.residency import Residency
-from lorax_async.core.simulation import Outcome, fitting, simplified, simulate
+from lorax_async.core.simulation import Outcome, Room, fitting, simulate
 from lorax_async.errors import ConfigError, shorten
 
 SHOWN_KINDS = 20
@@ -123,10 +122,11 @@ def _plan(arguments: argparse.Namespace, screen: Screen) -> int:
         pool = read_pool(arguments.adapters, Reckoning(target, file_dtype, arguments.targets))
         report("drawing the requests")
         asked = _asked(arguments, pool)
+        needs, room = [kind.needs for kind in pool.kinds], _room(arguments, target)
         found = dict[PolicyName, Outcome]()
         for name in EVICTION_POLICIES:
             report(f"playing {len(asked):,} requests under {name}")
-            found[name] = play(asked, pool.kinds, _residency(arguments, target, name))
+            found[name] = simulate(asked, needs, room, policy(name))
     told = _told(arguments, target, pool, len(set(asked)), found)
     if arguments.json:
         screen.json(told)
@@ -144,19 +144,8 @@ def _target(arguments: argparse.Namespace, screen: Screen) -> Target:
     return Target(layout, DTYPES.get(arguments.dtype), device.alignment, device.rank_multiple)
 
 
-def play(asked: Iterable[int], kinds: Sequence[Kind], residency: Residency) -> Outcome:
-    """What a loader would make of these requests, each through before the next one comes."""
-    return simulate(asked, simplified([kind.needs for kind in kinds]), residency)
-
-
-def _residency(arguments: argparse.Namespace, target: Target, name: PolicyName) -> Residency:
-    return Residency(
-        device_bytes=arguments.device_bytes,
-        alignment=target.alignment,
-        max_slots=arguments.max_slots,
-        copies=1,
-        policy=policy(name),
-    )
+def _room(arguments: argparse.Namespace, target: Target) -> Room:
+    return Room(arguments.device_bytes, target.alignment, arguments.max_slots)
 
 
 def _asked(arguments: argparse.Namespace, pool: Pool) -> list[int]:
@@ -222,14 +211,13 @@ def _kinds(
     told = []
     for number, count in counts.most_common(SHOWN_KINDS):
         kind = by_id[number]
-        alone = simplified([kind.needs])[0]
         told.append(
             {
                 "rank": kind.rank,
                 "count": count,
                 "device_bytes": kind.device_bytes,
                 "file_bytes": kind.file_bytes,
-                "fit": fitting(alone, _residency(arguments, target, "lru")),
+                "fit": fitting(kind.needs, _room(arguments, target)),
             }
         )
     return told

@@ -174,12 +174,13 @@ class LFU(_ByRank[int]):
     ----------
     half_life
         Uses, of all adapters together, after which every count is halved (rounded down), so that
-        an adapter that was popular once goes in the end. Counts stay below twice this.
+        an adapter that was popular once goes in the end. Counts stay below twice this. None is 8
+        for each holder, and 1,024 or more: with fewer, nearly all counts are halved to 0.
     """
 
     __slots__ = ("_half_life", "_uses")
 
-    def __init__(self, half_life: int = 1024) -> None:
+    def __init__(self, half_life: int | None = None) -> None:
         super().__init__()
         self._half_life = half_life
         self._uses = 0
@@ -203,12 +204,18 @@ class LFU(_ByRank[int]):
 
     def _age(self) -> None:
         self._uses += 1
-        if self._uses >= self._half_life:
+        half_life = self._half_life
+        if half_life is None:
+            half_life = max(_LEAST_USES, _USES_EACH * len(self._marks))
+        if self._uses >= half_life:
             self._uses = 0
             for key, count in self._marks.items():
                 self._marks[key] = count // 2
             self._rebuild()
 
+
+_LEAST_USES = 1024
+_USES_EACH = 8
 
 _FINE = 1 << 20
 """Priorities are integers, in parts of this: they grow for ever, and no sum may be rounded."""

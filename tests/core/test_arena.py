@@ -22,7 +22,10 @@ SIZES = st.lists(st.integers(1, 5 * ALIGNMENT), min_size=1, max_size=6)
 
 
 class Bitmap:
-    """The contract, naively: the largest size first, into the smallest hole, the lowest of equals."""
+    """The contract, naively: the largest size first, all that have it into the smallest hole for them.
+
+    Where no hole holds them all, as many as fit go into the largest hole, and then the others.
+    """
 
     def __init__(self, cells: int) -> None:
         self.taken = [False] * cells
@@ -42,15 +45,27 @@ class Bitmap:
         before = self.taken.copy()
         cells = [-(-size // ALIGNMENT) for size in sizes]
         result: dict[int, Extent] = {}
-        for index in sorted(range(len(cells)), key=lambda i: (-cells[i], i)):
-            fitting = [hole for hole in self.holes() if hole[0] >= cells[index]]
-            if not fitting:
-                self.taken = before
-                return None
-            start = min(fitting)[1]
-            self.taken[start : start + cells[index]] = [True] * cells[index]
-            result[index] = Extent(start * ALIGNMENT, cells[index] * ALIGNMENT)
+        for size in sorted(set(cells), reverse=True):
+            waiting = [index for index, each in enumerate(cells) if each == size]
+            while waiting:
+                start, count = self.place(size, len(waiting))
+                if not count:
+                    self.taken = before
+                    return None
+                for number, index in enumerate(waiting[:count]):
+                    where = start + number * size
+                    self.taken[where : where + size] = [True] * size
+                    result[index] = Extent(where * ALIGNMENT, size * ALIGNMENT)
+                del waiting[:count]
         return tuple(result[index] for index in range(len(cells)))
+
+    def place(self, size: int, count: int) -> tuple[int, int]:
+        """Where the next of so many of a size go, and how many of them."""
+        fitting = [hole for hole in self.holes() if hole[0] >= size * count]
+        if fitting:
+            return min(fitting)[1], count
+        cells, start = max(self.holes(), default=(0, 0))
+        return start, cells // size
 
     def free(self, extents: tuple[Extent, ...]) -> None:
         for extent in extents:
@@ -150,7 +165,7 @@ def test_all_or_none() -> None:
     arena.free([low, high])
     assert arena.allocate([64, 128]) is None
     assert arena.free_bytes == 128
-    assert arena.allocate([1, 2]) == (Extent(0, 64), Extent(128, 64))
+    assert arena.allocate([1, 2]) == (Extent(128, 64), Extent(0, 64))
 
 
 def test_nothing_asked_is_nothing_given() -> None:
@@ -171,3 +186,14 @@ def test_a_size_is_positive(size: int) -> None:
 def test_an_arena_that_cannot_be(nbytes: int, alignment: int) -> None:
     with pytest.raises(InternalError, match="cannot be"):
         Arena(nbytes, alignment)
+
+
+def test_equals_lie_together_where_a_run_holds_them_all() -> None:
+    """Of runs of 1, 3 and 2 cells, two equals fit best into the 2; five need the 3 and the 2."""
+    arena = Arena(8 * 64, 64)
+    cells = arena.allocate([64] * 8) or ()
+    arena.free([cells[0], *cells[2:5], *cells[6:]])
+    assert arena.copy().allocate([64, 64]) == (Extent(6 * 64, 64), Extent(7 * 64, 64))
+    placed = arena.allocate([64] * 5) or ()
+    assert [extent.offset // 64 for extent in placed] == [2, 3, 4, 6, 7]
+    assert arena.allocate([64]) == (Extent(0, 64),)

@@ -120,6 +120,30 @@ def test_lfu_halves_to_nothing_and_ranks_by_recency_then() -> None:
     assert names(one) == "abdc"
 
 
+def test_lfu_counts_the_longer_the_more_hold_room() -> None:
+    """200 holders halve after 1,600 uses: first a with 1,024 of its own, and then 376 more."""
+    one = LFU()
+    admit(one, *(AdapterKey(f"other {number}", ()) for number in range(199)))
+    admit(one, A)
+    use(one, A, 1023)
+    use(one, AdapterKey("other 0", ()), 375)
+    assert dict(one._marks)[A] == 1024
+    use(one, AdapterKey("other 0", ()), 2)
+    assert dict(one._marks)[A] == 512
+
+
+def test_lfu_halves_after_1024_uses_where_few_hold_room() -> None:
+    one = LFU()
+    admit(one, B, A)
+    use(one, A, 1021)
+    assert dict(one._marks)[A] == 1022
+    use(one, A)
+    assert dict(one._marks)[A] == 511
+    one.remove(B, evicted=True)
+    use(one, A, 1024)
+    assert dict(one._marks)[A] == (511 + 1024) // 2
+
+
 def scanned_until_gone(one: Policy, key: AdapterKey, limit: int) -> int:
     """Scan ids once each through one place beside `key`; returns how many came before it went."""
     for count in range(limit):
