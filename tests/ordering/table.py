@@ -28,6 +28,7 @@ from ordering.scheduling import SCHEDULING
 from ordering.scheduling_guests import SCHEDULING_GUESTS
 from ordering.scheduling_queue import SCHEDULING_QUEUE
 from ordering.scheduling_slots import SCHEDULING_SLOTS
+from ordering.server_engine import SERVER_ENGINE
 from ordering.tickets import TICKETS_AND_TABLES
 
 MUTANTS: Mutants = {
@@ -57,4 +58,5 @@ MUTANTS: Mutants = {
     **SCHEDULING_GUESTS,
     **SCHEDULING_QUEUE,
     **SCHEDULING_SLOTS,
+    **SERVER_ENGINE,
 }
