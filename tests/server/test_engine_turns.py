@@ -50,7 +50,7 @@ def test_who_had_ended_when_it_closes_is_not_broken_off(run: Run, source: FakeSo
 
             closing = asyncio.create_task(close())  # it goes on before the step does
             await asyncio.sleep(0)
-            engine._in_thread = held  # type: ignore[method-assign, assignment]
+            engine._in_thread = held  # type: ignore[method-assign]
             answer = engine.submit(asked([1], 1))
             await done.wait()
             gate.set()
@@ -139,7 +139,7 @@ def test_an_engine_that_fails_tells_everybody(run: Run, source: FakeSource) -> N
                 batches.pop()
                 return await next_batch(*limits)
 
-            engine._scheduler.next_batch = failing  # type: ignore[method-assign]
+            engine._scheduler.next_batch = failing  # type: ignore[method-assign, assignment]
             answers = [engine.submit(asked([1], 9)), engine.submit(asked([1], 9, "a"))]
             for answer in answers:
                 with pytest.raises(InternalError, match="ValueError: a mistake"):
@@ -182,7 +182,7 @@ def test_no_token_of_an_adapter_that_was_false_comes_out(run: Run, source: FakeS
 
             source.digest = gated  # type: ignore[method-assign]
             await warm(loader, "a")
-            engine._in_thread = held  # type: ignore[method-assign, assignment]
+            engine._in_thread = held  # type: ignore[method-assign]
             false = AdapterRef("a", digest="0" * 64)
             answer, got = engine.submit(asked([1], 9, false)), list[int]()
             with pytest.raises(IntegrityError):
