@@ -63,7 +63,6 @@ class Engine:
         self._gone: list[int] = []
         self._thread = ThreadPoolExecutor(1, "lorax-decoder")
         self._refusing: str | None = "the engine is not open yet"
-        self._idle = False
         self._ended = asyncio.Event()
         self._ended.set()
         self._running: asyncio.Task[None] | None = None
@@ -104,12 +103,9 @@ class Engine:
 
     async def _close(self) -> None:
         self._end_all(LoaderClosedError("the engine was closed"))
-        await asyncio.sleep(0)  # tickets tell that they are done in the loop's next turn
         if self._running is not None:
-            if self._idle:
-                self._running.cancel()
-            await asyncio.wait([self._running])
-        try:
+            self._running.cancel()
+        try:  # behind the step that is computed, if there is one
             await self._in_thread(self._forget, self._take_gone())
         finally:
             self._thread.shutdown()  # it has nothing to do any more
@@ -179,19 +175,17 @@ class Engine:
             self._ended.set()
 
     def _end_all(self, error: LoraxError) -> None:
+        """But not who has ended, and is told in the loop's next turn."""
         for answer in tuple(self._answers.values()):
-            answer.end(error)
-            answer.ticket.cancel()
+            if answer.ticket.cancel():
+                answer.end(error)
 
     # -- steps -------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         try:
-            while self._closing is None:
-                self._idle = True
-                batch = await self._scheduler.next_batch(*self._limits)
-                self._idle = False
-                await self._step(batch)
+            while True:
+                await self._step(await self._scheduler.next_batch(*self._limits))
         except LoaderClosedError:
             self._refusing = "the scheduler was closed"
         except Exception as error:  # noqa: BLE001 - nobody waits for ever

@@ -125,7 +125,6 @@ class Serving(uvicorn.Server):
         self._under_way.close()
         if not await self._under_way.ended(self._service.settings.drain):
             self._under_way.fail()
-            await self._under_way.ended(LAST_SECONDS)
         await super().shutdown(sockets)
 
     async def _cut_off(self, sockets: Iterable[socket.socket]) -> None:

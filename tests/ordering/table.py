@@ -28,7 +28,12 @@ from ordering.scheduling import SCHEDULING
 from ordering.scheduling_guests import SCHEDULING_GUESTS
 from ordering.scheduling_queue import SCHEDULING_QUEUE
 from ordering.scheduling_slots import SCHEDULING_SLOTS
+from ordering.server_calls import SERVER_CALLS
+from ordering.server_engine import SERVER_ENGINE
 from ordering.server_page import SERVER_PAGE
+from ordering.server_requests import SERVER_REQUESTS
+from ordering.server_serving import SERVER_SERVING
+from ordering.server_warm_list import SERVER_WARM_LIST
 from ordering.tickets import TICKETS_AND_TABLES
 
 MUTANTS: Mutants = {
@@ -59,4 +64,9 @@ MUTANTS: Mutants = {
     **SCHEDULING_QUEUE,
     **SCHEDULING_SLOTS,
     **SERVER_PAGE,
+    **SERVER_ENGINE,
+    **SERVER_WARM_LIST,
+    **SERVER_SERVING,
+    **SERVER_CALLS,
+    **SERVER_REQUESTS,
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from common import our_threads
 from lorax_async import AdapterLoader, LoraxError
+from lorax_async.adapter import AdapterId
 from lorax_async.io.fakes import FakeSource
 from lorax_async.server.decoding.fake_decoder import FakeDecoder, fake_logits
 from lorax_async.server.engine import Engine
@@ -63,7 +64,9 @@ async def generating(
         assert not [name for name in names if name.startswith("lorax engine")]
 
 
-def asked(prompt: Sequence[int], new: int, adapter: str | None = None, **more: Any) -> Generation:
+def asked(
+    prompt: Sequence[int], new: int, adapter: AdapterId | None = None, **more: Any
+) -> Generation:
     """The likeliest tokens, unless said otherwise."""
     return Generation(adapter, tuple(prompt), new, **{"sampling": GREEDY, **more})
 

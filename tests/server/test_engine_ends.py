@@ -91,6 +91,7 @@ def test_cancelled_while_it_is_computed(run: Run, source: FakeSource) -> None:
             assert [first] == alone([1], 1)
             free.set()
             assert await all_of(stays) == alone([2], 9)
+            assert await all_of(gone) == []
             assert len(decoder.kept) == 1
 
     run(main())

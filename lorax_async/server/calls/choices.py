@@ -119,11 +119,4 @@ class Choices:
 
     def _read(self, writing: Writing) -> None:
         task = asyncio.create_task(writing.next(), name="lorax choice")
-        task.add_done_callback(_seen)
         self._reading[task] = writing
-
-
-def _seen(task: asyncio.Task[Piece | None]) -> None:
-    """Where several fail, one is told of; asyncio shall not complain of the others."""
-    if not task.cancelled():
-        task.exception()

@@ -61,8 +61,6 @@ class Work:
                 decoder.forget(number)
             return self._chosen(decoder.compute(self.step))
         except Exception as error:  # noqa: BLE001 - whoever computes, the engine goes on
-            for _, answer in self.rows:
-                decoder.forget(answer.number)
             return Outcome(failed={row.ticket: _located(error) for row, _ in self.rows})
 
     def _chosen(self, computed: Computed) -> Outcome:
