@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorax_async.commands.arguments import OK, AddParser, add_command
@@ -49,15 +49,22 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def traced(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
-    """Record the block, however it ends, if there is a path to write the trace to."""
+    """Record the block, however it ends, if there is a path to write the trace to.
+
+    Raises `OSError`: before the block, where it can be known then, and never in place of its error.
+    """
     if path is None:
         yield
         return
+    path.open("a").close()
     with loader.trace() as trace:
         try:
             yield
-        finally:
-            trace.write(path)
+        except BaseException:
+            with suppress(OSError):
+                trace.write(path)
+            raise
+        trace.write(path)
 
 
 def draw(picture: Picture, path: Path, title: str) -> None:
