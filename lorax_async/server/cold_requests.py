@@ -21,7 +21,7 @@ MOST = 2
 """Recorded at a time; who begins meanwhile is not."""
 
 LIMIT = 8_192
-"""Spans of one, and as many of the computing: 5 MB at most."""
+"""Spans of one, and as many of the computing: 10 MB at most."""
 
 
 @dataclass(frozen=True, slots=True)

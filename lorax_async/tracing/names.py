@@ -7,14 +7,14 @@ import re
 from lorax_async.adapter import AdapterKey, AdapterRef, Merge, MergedKey, Ref, TensorsKey
 
 LONGEST = 64
-_REVISED = re.compile(r"\w[\w.-]*/(\w[\w.-]*@.+)")
+_REVISED = re.compile(r"(\w[\w.-]*/\w[\w.-]*)@.+")
 _UNSAFE = re.compile(r"[^\w.@:+ -]")
 
 
 def name_of(ref: Ref) -> str:
     """The last part of an id or a location: no folder above it, no host, no query, no token.
 
-    A hub's adapter has its revision, which may look like folders.
+    A hub's adapter has no revision, as its key has none: it is of one name in all rows.
     """
     if isinstance(ref, Merge | MergedKey):
         return "merge"
@@ -23,7 +23,7 @@ def name_of(ref: Ref) -> str:
     if isinstance(ref, AdapterRef) and isinstance(ref.id, str) and ref.source in {None, "hub"}:
         revised = _REVISED.fullmatch(ref.id)
         if revised is not None:
-            return _plain(revised[1])
+            return last_part(revised[1])
     return last_part(ref.location if isinstance(ref, AdapterKey) else ref.text)
 
 

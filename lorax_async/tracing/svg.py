@@ -37,6 +37,8 @@ def as_svg(picture: Picture) -> str:
         f"<style>{_STYLE}</style>",
         *_axis(picture, height),
     ]
+    if picture.dropped:
+        drawn.append(f'<text class="m" x="4" y="12">{picture.dropped:,} spans gone</text>')
     row = ""
     for lane, top in zip(picture.lanes, places, strict=True):
         if lane.row != row:

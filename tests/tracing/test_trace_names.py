@@ -36,8 +36,9 @@ def test_a_name_is_the_last_part(text: str, name: str) -> None:
     ("ref", "name"),
     [
         (AdapterRef("org/name"), "name"),
-        (AdapterRef("org/name@refs/pr/1"), "name@refs_pr_1"),
-        (AdapterRef("org/name@feature/x", source="hub"), "name@feature_x"),
+        (AdapterRef("org/name@main"), "name"),
+        (AdapterRef("org/name@refs/pr/1"), "name"),
+        (AdapterRef("org/name@feature/x", source="hub"), "name"),
         (AdapterRef("tenant/sql@v/1", source="local"), "1"),
         (AdapterRef(Path("tenant/sql@v/1")), "1"),
         (AdapterRef("./tenant@x/sql"), "sql"),

@@ -53,8 +53,9 @@ class Timeline:
 
 
 def _draw(request: ColdRequest, shown: frozenset[str] | None) -> str:
-    events: Any = request.trace.as_json(shown=shown)["traceEvents"]
-    return as_svg(picture_of(events, 0.0, request.seconds * 1e3))
+    found: Any = request.trace.as_json(shown=shown)
+    dropped = found["otherData"]["dropped"]
+    return as_svg(picture_of(found["traceEvents"], 0.0, request.seconds * 1e3, dropped=dropped))
 
 
 def _written(request: ColdRequest, shown: frozenset[str] | None) -> bytes:
