@@ -41,6 +41,7 @@ class LoadSpans:
     def __init__(self, loader: AdapterLoader, tracer: Tracer) -> None:
         self._tracer = tracer
         self._calls: dict[Span, _Call] = {}
+        self._by_key: dict[AdapterKey, list[_Call]] = {}
         self._leave_calls = loader.watch_calls(self)
         self._leave_events = loader.subscribe(self._hear)
 
@@ -78,12 +79,14 @@ class LoadSpans:
                 raise
             finally:
                 del self._calls[span]
+                self._want(call, None)
                 call.end()
 
     def wished(self, key: AdapterKey, found: Found, stage: Stage) -> None:
         call = self._calls.get(trace.get_current_span())
         if call is not None:
-            call.wished(key, found, stage)
+            self._want(call, key)
+            call.wished(found, stage)
 
     def checked(self, key: AdapterKey) -> None:
         self._reach(key, "queue")
@@ -94,15 +97,23 @@ class LoadSpans:
         elif isinstance(event, Resident):
             self._reach(event.key, "ready")
         elif isinstance(event, LayerReady):
-            for call in self._of(event.key):
+            for call in self._by_key.get(event.key, ()):
                 call.layer_ready(event.layer)
 
     def _reach(self, key: AdapterKey, stage: Stage) -> None:
-        for call in self._of(key):
+        for call in self._by_key.get(key, ()):
             call.reach(stage)
 
-    def _of(self, key: AdapterKey) -> list[_Call]:
-        return [call for call in self._calls.values() if call.key == key]
+    def _want(self, call: _Call, key: AdapterKey | None) -> None:
+        """Which adapter the call waits for from here on; None: for none."""
+        before, call.key = call.key, key
+        if before is not None:
+            its = self._by_key[before]
+            its.remove(call)
+            if not its:
+                del self._by_key[before]
+        if key is not None:
+            self._by_key.setdefault(key, []).append(call)
 
 
 class _Call:
@@ -117,9 +128,8 @@ class _Call:
         self._has_layer = False
         self._enter("resolve")
 
-    def wished(self, key: AdapterKey, found: Found, stage: Stage) -> None:
-        """Which adapter is wanted, and where it is now. Again, if it has to be fetched again."""
-        self.key = key
+    def wished(self, found: Found, stage: Stage) -> None:
+        """Where the adapter is now that is wanted. Again, if it has to be fetched again."""
         self._span.set_attribute("lorax.found", found)
         self._enter(stage)
 

@@ -53,6 +53,7 @@ def test_a_broken_tracer_hurts_no_load(
                 with pytest.raises(FetchError, match="down"):
                     await there.load("b")
                 assert not spans._calls
+                assert not spans._by_key
                 assert there.usage().waiting == 0
 
     run(body())
