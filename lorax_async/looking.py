@@ -7,7 +7,6 @@ from functools import partial
 from typing import Protocol
 
 from lorax_async.adapter import AdapterId, AdapterKey, as_ref
-from lorax_async.core.life import Life
 from lorax_async.errors import UsageError
 from lorax_async.events import Event
 from lorax_async.io.ports import Device
@@ -16,6 +15,7 @@ from lorax_async.runtime.calls import Watcher
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.machinery import Machinery
+from lorax_async.runtime.tenants import Tenants
 from lorax_async.runtime.usage import Usage
 from lorax_async.runtime.whereabouts import AdapterResidency, Whereabouts
 from lorax_async.tracing.names import name_of
@@ -104,8 +104,7 @@ class Looking:
             has some for each layer. Beyond it the oldest go, and are counted.
         """
         self._check_open()
-        lives = self._driver.lifecycle.lives
-        return Trace(self._machinery.tracer, limit, partial(_tenants, lives))
+        return Trace(self._machinery.tracer, limit, partial(_tenants, self._driver.tenants))
 
     def last_numbers(self: _Loader) -> tuple[Statistics, Usage]:
         """`statistics` and `usage`, also once the loader is closed: the last ones, then.
@@ -132,7 +131,6 @@ class Looking:
         return leave
 
 
-def _tenants(lives: Mapping[AdapterKey, Life]) -> dict[int, str]:
-    """Names of the adapters that have slots, by the slots' numbers."""
-    held = ((life.grant, key) for key, life in lives.items())
-    return {grant.slot.index: name_of(key) for grant, key in held if grant is not None}
+def _tenants(tenants: Tenants) -> dict[int, str]:
+    """What a trace calls the adapters that have slots, by the slots' numbers."""
+    return {slot: name_of(key) for slot, key in tenants.in_slots().items()}

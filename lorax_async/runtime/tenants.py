@@ -73,6 +73,10 @@ class Tenants:
     def tenancy(self, key: AdapterKey) -> Tenancy:
         return self._tenancies[key]
 
+    def in_slots(self) -> dict[int, AdapterKey]:
+        """Whose the slots are, by their numbers."""
+        return {each.grant.slot.index: key for key, each in self._tenancies.items()}
+
     def new_lease(self, key: AdapterKey) -> Lease:
         tenancy = self._tenancies[key]
         tenancy.streamed = tenancy.streamed or not tenancy.complete

@@ -133,6 +133,27 @@ def test_the_last_load_of_many(run: Run, tmp_path: Path) -> None:
     run(main())
 
 
+def test_to_begin_one_looks_at_slots_and_not_at_all_that_is_known(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server begins one for each cold request, and may know a million adapters."""
+    folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("ab")]
+
+    async def main() -> None:
+        async with loader(max_slots=1, min_residency=0.0) as there:
+            for folder in folders:
+                (await there.load(folder)).release()
+            with monkeypatch.context() as patch:
+                patch.setattr(there._driver.lifecycle, "lives", None)
+                trace = there.trace().start()
+            recorder = there.tracer.on
+            assert recorder is not None
+            assert {slot: stay.name for slot, stay in recorder.stays.items()} == {0: "b"}
+            trace.stop()
+
+    run(main())
+
+
 # -- two threads ----------------------------------------------------------------------------------
 
 
