@@ -200,3 +200,15 @@ def test_statistics_are_a_snapshot() -> None:
     with pytest.raises(FrozenInstanceError):
         before.loads = 5  # type: ignore[misc]
     assert journal.statistics().seconds["copy"] == 2.0
+
+
+def test_who_was_forgotten_waits_from_its_next_wish() -> None:
+    """Not from a check before that."""
+    journal = Journal()
+    journal.checked(ONE, 5.0)
+    journal.forget(ONE)
+    journal.granted(ONE, since=1.0, time=10.0)
+    journal.checked(TWO, 5.0)
+    journal.granted(TWO, since=1.0, time=10.0)
+    journal.granted(TWO, since=1.0, time=10.0)
+    assert journal.statistics().seconds["queue"] == 9.0 + 5.0 + 9.0

@@ -296,3 +296,41 @@ def test_one_watches_and_nobody_elses_globals_are_touched(
 
     run(body())
     assert isinstance(get_tracer_provider(), ProxyTracerProvider)
+
+
+def test_nobody_is_told_of_after_the_end(run: Run, tmp_path: Path, tracer: Tracer) -> None:
+    async def body() -> None:
+        async with over(stocked(tmp_path, "a")) as there:
+            journal = there._machinery.driver.journal
+            with LoadSpans(there, tracer) as spans:
+                assert journal.has_subscribers
+                await load(there, "a")
+                with pytest.raises(AdapterNotFoundError):
+                    await there.load("missing")
+                assert not spans._calls
+            assert not journal.has_subscribers
+
+    run(body())
+
+
+def test_who_is_further_than_another_caller_brings_it_stays_there(
+    run: Run, tmp_path: Path, kept: Kept, tracer: Tracer
+) -> None:
+    """It is told once more that its header was checked, and has its slot already."""
+    source = stocked(tmp_path, "a")
+
+    async def body() -> None:
+        async with over(source) as there:
+            with LoadSpans(there, tracer) as spans:
+                source.hold("a")
+                loading = asyncio.create_task(load(there, "a"))
+                await until(lambda: there.usage().slots.used == 1)
+                (call,) = spans._calls.values()
+                assert call.key is not None
+                spans.checked(call.key)
+                source.allow("a", 0, 1, 2, 3)
+                await loading
+
+    run(body())
+    ((_, its),) = calls(kept)
+    assert stages(its) == ["resolve", "fetch", "queue", "copy"]

@@ -224,8 +224,10 @@ class Engine:
             self._decoder.forget(number)
 
     async def _in_thread(self, work: Callable[..., T], *given: object) -> T:
+        """Once it is asked for it is done, whoever is cancelled meanwhile."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, copy_context().run, work, *given)
+        done = loop.run_in_executor(self._thread, copy_context().run, work, *given)
+        return await asyncio.shield(done)
 
 
 def _counts(ticket: Ticket) -> bool:

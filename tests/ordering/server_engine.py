@@ -102,6 +102,9 @@ SERVER_ENGINE: Mutants = {
         "            self._forget(self._take_gone())\n",
         CLOSES,
     ),
+    "server engine: the end waits for the step in its thread": mutant(
+        ENGINE, "ThreadPoolExecutor(1,", "ThreadPoolExecutor(2,", CLOSES
+    ),
     "server engine: the end forgets all": mutant(
         ENGINE,
         "            await self._in_thread(self._forget, self._take_gone())\n",
@@ -224,10 +227,17 @@ SERVER_ENGINE: Mutants = {
         "    return not ticket.cancelled\n",
         FALSE,
     ),
+    "server engine: a step that was asked for forgets who has gone": mutant(
+        ENGINE,
+        "        return await asyncio.shield(done)\n",
+        "        return await done\n",
+        f"{TURNS}::test_a_step_that_is_not_begun_with_forgets_who_has_gone",
+    ),
     "server engine: the loop is free while a step is computed": mutant(
         ENGINE,
-        "        return await loop.run_in_executor(self._thread, copy_context().run, work, *given)\n",
-        "        return copy_context().run(work, *given)\n",
+        "        done = loop.run_in_executor(self._thread, copy_context().run, work, *given)\n"
+        "        return await asyncio.shield(done)\n",
+        "        del loop\n        return copy_context().run(work, *given)\n",
         f"{OF_ENGINE}::test_the_loop_is_free_while_a_step_is_computed",
     ),
 }

@@ -8,6 +8,8 @@ BODIES = "server/calls/bodies.py"
 CLIENTS = "server/calls/clients.py"
 ADMIN = "server/calls/admin.py"
 METRICS = "server/calls/metrics.py"
+APP = "server/calls/app.py"
+PROMPTS = "server/calls/prompts.py"
 
 OF_CLIENTS = "server/calls/test_server_clients.py"
 OF_BODIES = "server/calls/test_server_bodies.py"
@@ -92,6 +94,24 @@ SERVER_REQUESTS: Mutants = {
         '    await send({"type": _BODY, "body": b"", "more_body": False})\n',
         "",
         THROWN,
+    ),
+    "app: what was not read is thrown away before a connection is closed": mutant(
+        APP,
+        "        return Unread(refusal, settings.slow_client) if refusal.close else refusal.response()\n",
+        "        return refusal.response()\n",
+        f"{OF_CLIENTS}::test_a_body_that_is_too_large",
+    ),
+    "app: nobody is told who has hung up": mutant(
+        APP,
+        "            ClientGone: _tell_nobody,\n",
+        "",
+        f"{OF_BODIES}::test_nobody_complains_of_who_hangs_up",
+    ),
+    "prompts: others go on while one is read": mutant(
+        PROMPTS,
+        "        (found,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)\n",
+        "        found = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)\n",
+        "server/calls/test_server_long_bodies.py::test_others_go_on_while_a_long_text_becomes_tokens",
     ),
     "clients: an adapter is under way until it has answered": mutant(
         CLIENTS, "        using[ref] += 1\n", "", MANY
@@ -198,7 +218,7 @@ SERVER_REQUESTS: Mutants = {
         METRICS,
         "        except BaseException:\n            self._move(None)\n",
         "        except BaseException:\n",
-        COUNTED,
+        f"{ORDER}::test_who_has_ended_runs_no_more",
     ),
     "server metrics: who is cancelled runs no more": mutant(
         METRICS,

@@ -29,12 +29,15 @@ from ordering.scheduling_guests import SCHEDULING_GUESTS
 from ordering.scheduling_queue import SCHEDULING_QUEUE
 from ordering.scheduling_slots import SCHEDULING_SLOTS
 from ordering.server_calls import SERVER_CALLS
+from ordering.server_decoding import SERVER_DECODING
 from ordering.server_engine import SERVER_ENGINE
 from ordering.server_page import SERVER_PAGE
 from ordering.server_requests import SERVER_REQUESTS
 from ordering.server_serving import SERVER_SERVING
 from ordering.server_warm_list import SERVER_WARM_LIST
+from ordering.spans_and_journal import SPANS_AND_JOURNAL
 from ordering.tickets import TICKETS_AND_TABLES
+from ordering.tracing import TRACING
 
 MUTANTS: Mutants = {
     **GPU,
@@ -69,4 +72,7 @@ MUTANTS: Mutants = {
     **SERVER_SERVING,
     **SERVER_CALLS,
     **SERVER_REQUESTS,
+    **SERVER_DECODING,
+    **TRACING,
+    **SPANS_AND_JOURNAL,
 }

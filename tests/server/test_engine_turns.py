@@ -21,7 +21,7 @@ from lorax_async import (
 )
 from lorax_async.io.fakes import FakeSource
 from lorax_async.server.ports import Step
-from scheduling.serving import warm
+from scheduling.serving import turns, warm
 from server.generating import all_of, alone, asked, generating
 from tiny_sources import stocked
 
@@ -106,6 +106,34 @@ def test_nobody_is_taken_while_it_closes(run: Run, source: FakeSource) -> None:
             finally:
                 free.set()
             await closing
+
+    run(main())
+
+
+def test_a_step_that_is_not_begun_with_forgets_who_has_gone(run: Run, source: FakeSource) -> None:
+    """As the engine closes before its thread has come to it."""
+
+    async def main() -> None:
+        asked_for, free = list[Any](), threading.Event()
+        async with generating(source) as (engine, decoder, _):
+            assert await all_of(engine.submit(asked([1], 2))) == alone([1], 2)
+            assert len(decoder.kept) == 1
+            compute = engine._in_thread
+
+            async def noted(work: Any, *given: object) -> Any:
+                asked_for.append(given)
+                return await compute(work, *given)
+
+            engine._in_thread = noted  # type: ignore[method-assign]
+            engine._thread.submit(free.wait, 20)
+            engine.submit(asked([2], 2))
+            await until(lambda: asked_for)
+            closing = asyncio.create_task(engine.close())
+            await until(lambda: len(asked_for) == 2)
+            await turns()
+            free.set()
+            await closing
+            assert decoder.kept == {}
 
     run(main())
 

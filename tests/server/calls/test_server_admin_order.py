@@ -97,6 +97,27 @@ def test_the_loop_is_free(
 # -- numbers --------------------------------------------------------------------------------------
 
 
+def test_who_has_ended_runs_no_more(run: Run) -> None:
+    """Though its request goes on."""
+
+    async def play() -> None:
+        engine = FakeEngine()
+        async with serving(engine) as world:
+            create = world.client.completions.create
+            asked = asyncio.create_task(create(model="base", prompt="x", n=2))
+            other = await engine.asked(2)
+            sequences = world.service.metrics.sequences
+            engine.submitted[0].say("a")
+            await until(lambda: sequences.running)
+            engine.submitted[0].end()
+            await until(lambda: not sequences.running)
+            assert sequences.waiting == {"base": 1}
+            other.end()
+            await asked
+
+    run(play())
+
+
 def test_who_has_its_stop_string_runs_no_more(run: Run) -> None:
     engine = FakeEngine(lambda tokens: tokens.say("one STOP two"))
 

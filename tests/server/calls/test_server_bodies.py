@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from common import Run
+from common import Run, until
 from lorax_async.server.calls.bodies import read_body, refuse_unread
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.under_way import ClientGone
+from server.world import serving
 
 
 class Sends:
@@ -73,6 +75,19 @@ def test_who_hangs_up_has_sent_no_body(run: Run) -> None:
             await read_body(Request(SCOPE, receive), 100, 20)
 
     run(play())
+
+
+def test_nobody_complains_of_who_hangs_up(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def play() -> None:
+        async with serving() as world:
+            _, writer = await asyncio.open_connection("127.0.0.1", world.port)
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            await until(lambda: world.service.under_way._count)
+            writer.close()
+            assert await world.service.under_way.ended(20)
+
+    run(play())
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_the_answer_is_out_before_the_rest_is_thrown_away(

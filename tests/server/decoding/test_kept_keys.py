@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from lorax_async import UsageError
 from lorax_async.server.decoding.kept_keys import BLOCK, KeptKeys, KeptLayer
 
 HEADS, DIM = 2, 3
@@ -61,3 +63,28 @@ def test_places_are_as_many_and_as_long_as_were_needed_at_a_time() -> None:
     assert store.shape == (2, HEADS, 2 * BLOCK, DIM)
     assert (store[0, :, BLOCK + 1 :] == 0).all()
     assert len(kept) == 2
+
+
+def test_what_does_not_follow_changes_nothing() -> None:
+    kept = KeptKeys(1, 2, torch.device("cpu"))
+    filled(kept, [1, 2], [0, 0], 3)
+    for sequences, starts in (([1, 2], [0, 4]), ([1, 3], [0, 0])):
+        with pytest.raises(UsageError):
+            kept.begin(sequences, starts, 1)
+    assert torch.equal(filled(kept, [1], [3], 1), torch.full((1, HEADS, 4, DIM), 1.0))
+
+
+def test_nothing_is_left_at_a_place_that_is_free() -> None:
+    """Whether its sequence was forgotten, began anew, or moved."""
+    kept = KeptKeys(1, 4, torch.device("cpu"))
+    for sequence in range(4):
+        filled(kept, [sequence], [0], 5)
+    kept.forget(0)
+    kept.forget(1)
+    for start in (5, 6):
+        filled(kept, [3, 2], [start, start], 1)  # to places 0 and 1
+    filled(kept, [3], [0], 2)
+    store = layer_of(kept).keys
+    assert store is not None
+    assert (store[0, :, 2:] == 0).all()
+    assert (store[2:] == 0).all()

@@ -1,0 +1,99 @@
+"""A whole server of a tiny base: what is closed when it is left, and in which order."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from common import Run, our_threads
+from engines.variants import PEFT_WARNING, save
+from lorax_async import ConfigError, LoaderClosedError, LoaderConfig, UsageError
+from lorax_async.server.assembly import Base, Capacity, Noted, assembled
+from lorax_async.server.generation import Generation
+from lorax_async.server.settings import ServerSettings
+from server.generating import GREEDY, all_of
+from server.test_bases import SIZES
+from server.world import tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings(PEFT_WARNING),
+    pytest.mark.usefixtures("nothing_left"),
+]
+
+
+@pytest.fixture
+def base() -> Base:
+    torch.manual_seed(1)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+    return Base(model.eval(), tokenizer(), frozenset())
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Base) -> Path:
+    return save(base.model, {"r": 2, "target_modules": ["q_proj"]}, tmp_path / "one")
+
+
+def test_all_of_it_is_closed(run: Run, tmp_path: Path, base: Base, adapter: Path) -> None:
+    """The list of the warm last of all that need the loader, and first of all that end."""
+    warm = tmp_path / "warm"
+    config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=2)
+    settings = ServerSettings(base="base")
+    forwards = [vars(module).get("forward") for module in base.model.modules()]
+
+    async def body() -> None:
+        async with assembled(base, config, settings, Capacity(sequences=2), warm) as service:
+            engine = service.engine
+            assert isinstance(engine, Noted)
+            answer = engine.submit(Generation(adapter, (1, 2, 3), 4, GREEDY))
+            assert len(await all_of(answer)) == 4
+            scheduler = engine._engine._scheduler
+        assert "lorax-decoder_0" not in our_threads()
+        assert not engine.alive
+        assert service.loader.closed
+        with pytest.raises(LoaderClosedError):
+            await scheduler.next_batch(1, 1)
+        assert [vars(module).get("forward") for module in base.model.modules()] == forwards
+        (row,) = json.loads(warm.read_text())["adapters"]
+        assert row["path"] == str(adapter)
+
+    run(body())
+
+
+def test_who_is_refused_is_not_noted(run: Run, base: Base, adapter: Path) -> None:
+    config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=2)
+    settings, noted = ServerSettings(base="base"), list[object]()
+
+    async def body() -> None:
+        async with assembled(base, config, settings, Capacity(sequences=2)) as service:
+            engine = service.engine
+            assert isinstance(engine, Noted)
+            engine.used = noted.append
+            with pytest.raises(UsageError):
+                engine.submit(Generation(adapter, (), 4, GREEDY))
+
+    run(body())
+    assert noted == []
+
+
+def test_what_is_told_of_a_base_is_told_again_after_it(tmp_path: Path) -> None:
+    """Also after one that is none."""
+    (tmp_path / "config.json").write_text("{}")
+    logging: Any = importlib.import_module("transformers.utils.logging")  # untyped
+    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        with pytest.raises(ConfigError):
+            Base.load(tmp_path, dtype="float32", device="cpu")
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before)
+        if not shown:
+            logging.disable_progress_bar()
