@@ -8,7 +8,7 @@ trace.write("load.json")  # for `lorax-async timeline`, Perfetto, or chrome://tr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -101,23 +101,33 @@ class Trace:
             text = f"layer {layer}" if name is None else name[:200]
             recorder.add("compute", get_ident(), text, start, now(), args)
 
-    def as_json(self, shown: Container[str] | None = None) -> dict[str, object]:
+    def as_json(self, called: Mapping[str, str] | None = None) -> dict[str, object]:
         """The trace as an object of Chrome's trace event format, which json can write.
 
-        Where `shown` are names, as a trace has them, other adapters have none in it.
+        `called` has other names for adapters, by those that a trace gives them; adapters that are
+        not in it have none, then.
         """
         records, dropped = self._read()
-        if shown is not None:
-            records = list(hide_others(records, shown))
+        if called is not None:
+            records = list(hide_others(records, called))
         return {
             "traceEvents": as_events(records, self._began),
             "displayTimeUnit": "ms",
             "otherData": {"producer": "lorax_async", "dropped": dropped},
         }
 
+    def encoded(self, called: Mapping[str, str] | None = None) -> bytes:
+        """`as_json` as the bytes of a file. Blocks, but never holds the GIL for long."""
+        found = self.as_json(called)
+        events = found.pop("traceEvents")
+        assert isinstance(events, list)
+        # One call of json for thousands of events would keep an event loop beside it waiting.
+        each = ",".join(map(_as_text, events))
+        return f'{{"traceEvents":[{each}],{_as_text(found)[1:]}'.encode()
+
     def write(self, path: str | PathLike[str]) -> None:
         """Write it as a file, in JSON. Blocks; raises `OSError`."""
-        Path(path).write_text(json.dumps(self.as_json(), separators=(",", ":")), encoding="utf-8")
+        Path(path).write_bytes(self.encoded())
 
     def _read(self) -> tuple[list[Record], int]:
         if self._kept is not None:
@@ -126,3 +136,7 @@ class Trace:
         if self._recorder is not None:
             records += self._recorder.unfinished()
         return records, dropped
+
+
+def _as_text(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))

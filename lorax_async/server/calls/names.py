@@ -27,6 +27,10 @@ class Names:
         """
         return None if model == self.base else self._adapters.get(model, model)
 
+    def name_of(self, adapter: AdapterId) -> str | None:
+        """The first name that stands for it."""
+        return next((name for name, each in self._adapters.items() if each == adapter), None)
+
     def put(self, name: str, adapter: AdapterId) -> None:
         self._adapters[name] = adapter
 

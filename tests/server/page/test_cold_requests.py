@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -14,32 +13,11 @@ from openai import NotFoundError
 import tiny
 from common import Run, until
 from lorax_async.server import cold_requests as cold_requests_module
-from server.page.reading import OPERATOR, asked, loading, watching
+from server.page.reading import PICTURE, TRACE, asked, loading, names_in, watching
 from server.world import FakeEngine, World, serving
 from tiny_sources import over, stocked
-from tracing.chrome_format import require_trace
 
-TRACE, PICTURE = "/page/trace.json", "/page/timeline.svg"
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-async def names_in(world: World, headers: dict[str, str] | None = None) -> set[str]:
-    """All texts of the trace."""
-    answer = await world.ask("GET", TRACE, **(headers or {}))
-    assert answer.status == 200
-    require_trace(answer.json)
-    found: set[str] = set()
-
-    def look(value: Any) -> None:
-        if isinstance(value, str):
-            found.add(value)
-        for each in (
-            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        ):
-            look(each)
-
-    look(answer.json["traceEvents"])
-    return found
 
 
 def test_the_first_request_is_cold_and_the_second_is_not(run: Run, tmp_path: Path) -> None:
@@ -173,55 +151,6 @@ def test_few_are_recorded_at_a_time(run: Run, tmp_path: Path) -> None:
             assert world.service.loader.tracer.on is None
             async with watching(world) as told:
                 assert told.cold["number"] == most
-
-    run(body())
-
-
-def test_others_have_no_names_in_it(run: Run, tmp_path: Path) -> None:
-    """A request for a named adapter is anybody's to see, but not who was loaded beside it."""
-    source = stocked(tmp_path, "org/secret", "org/pirate")
-    made: list[World] = []
-
-    async def body() -> None:
-        engine = FakeEngine()
-        async with serving(engine, over(source), adapters={"pirate": "org/pirate"}) as world:
-            made.append(world)
-            task = asyncio.create_task(asked(world.client, "pirate"))
-            tokens = await engine.asked()
-            for id in ("org/secret", "org/pirate"):
-                (await world.service.loader.load(id)).release()
-            tokens.say("aye")
-            tokens.end()
-            await task
-            seen = await names_in(world)
-            assert not [name for name in seen if "secret" in name]
-            assert {"load another adapter", "load pirate", "another adapter", "pirate"} <= seen
-            picture = await world.ask("GET", PICTURE)
-            assert b"secret" not in picture.body
-            assert {"load secret", "load pirate"} <= await names_in(world, OPERATOR)
-            picture = await world.ask("GET", PICTURE, **OPERATOR)
-            assert b"secret" in picture.body
-
-    run(body())
-
-
-def test_one_without_a_name_is_the_operators(run: Run, tmp_path: Path) -> None:
-    source = stocked(tmp_path, "org/secret", "org/pirate")
-    made: list[World] = []
-
-    async def body() -> None:
-        engine = FakeEngine(loading(made))
-        async with serving(engine, over(source), adapters={"pirate": "org/pirate"}) as world:
-            made.append(world)
-            await asked(world.client, "pirate")
-            await asked(world.client, "org/secret")
-            async with watching(world) as anybody, watching(world, OPERATOR) as operator:
-                assert anybody.cold["name"] == "pirate"
-                assert operator.cold["name"] == "secret"
-            assert "load pirate" in await names_in(world)
-            assert "load secret" in await names_in(world, OPERATOR)
-            await world.admin("/v1/unload_lora_adapter", {"lora_name": "pirate"})
-            assert (await world.ask("GET", TRACE)).status == 404, "its name was taken back"
 
     run(body())
 

@@ -55,7 +55,7 @@ class Board:
             return None
         return {
             "number": last.number,
-            "name": last.name,
+            "name": self._names.name_of(last.adapter) or last.names[0],
             "outcome": last.outcome,
             "seconds": last.seconds,
             "ended": last.ended,
