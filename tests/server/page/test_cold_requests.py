@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -166,5 +167,28 @@ def test_the_trace_is_for_other_tools(run: Run, tmp_path: Path) -> None:
             answer = await world.ask("GET", TRACE)
             assert "attachment" in answer.headers["content-disposition"]
             assert json.loads(answer.body)["otherData"]["producer"] == "lorax_async"
+
+    run(body())
+
+
+def test_what_was_made_is_kept(run: Run, tmp_path: Path) -> None:
+    """And before anything else is, there is a rest: strangers may ask as often as they like."""
+    adapters = {name: tiny.write(tmp_path / name, n) for n, name in enumerate(("one", "two"))}
+    made: list[World] = []
+
+    async def body() -> None:
+        async with serving(FakeEngine(loading(made)), adapters=adapters) as world:
+            made.append(world)
+            timeline = world.service.timeline
+            await asked(world.client, "one")
+            trace = await timeline.trace(operator=False)
+            assert trace is not None
+            assert await timeline.trace(operator=False) is trace
+            assert await timeline.trace(operator=True) is not trace
+            await asked(world.client, "two")
+            timeline._rests_until = time.monotonic() + 0.3
+            began = time.monotonic()
+            assert b"request two" in (await timeline.trace(operator=False) or b"")
+            assert time.monotonic() - began >= 0.3
 
     run(body())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from time import monotonic
 from typing import Any, TypeVar
 
 from lorax_async.adapter import AdapterId, AdapterRef, Ref, as_ref
@@ -17,8 +18,12 @@ from lorax_async.tracing.names import name_of
 from lorax_async.tracing.picture import picture_of
 from lorax_async.tracing.svg import as_svg
 
+REST = 3
+"""Times as long as the last picture took, nothing is drawn: answers are computed beside it."""
+
 T = TypeVar("T")
 Called = Mapping[str, str] | None
+Named = Sequence[tuple[str, AdapterId]]
 
 
 class Timeline:
@@ -32,6 +37,7 @@ class Timeline:
         self._names = names
         self._making = asyncio.Lock()
         self._made: dict[object, tuple[object, Any]] = {}
+        self._rests_until = 0.0
 
     async def svg(self, *, operator: bool) -> str | None:
         """As a picture."""
@@ -44,27 +50,32 @@ class Timeline:
     async def _once(self, make: Callable[[ColdRequest, Called], T], *, operator: bool) -> T | None:
         """In a thread, and kept: strangers may ask as often as they like."""
         async with self._making:
-            last = self._cold.last(named=not operator)
-            if last is None:
-                return None
-            names = None if operator else tuple(self._names.adapters.items())
             of, made = self._made.get((make, operator), (None, None))
-            if of != (last.number, names):
+            if of != self._state(operator=operator):
+                await asyncio.sleep(max(0.0, self._rests_until - monotonic()))
+                of = _, names = self._state(operator=operator)  # which may be another one since
+                last = self._cold.last(named=not operator)
+                if last is None:
+                    return None
+                began = monotonic()
                 made = await asyncio.to_thread(_made, make, last, names)
-                self._made[make, operator] = (last.number, names), made
+                self._rests_until = monotonic() + REST * (monotonic() - began)
+                self._made[make, operator] = of, made
             found: T = made
             return found
 
+    def _state(self, *, operator: bool) -> tuple[int, Named | None]:
+        """What there is to be made, by its number, and with which names."""
+        last = self._cold.last(named=not operator)
+        names = None if operator else tuple(self._names.adapters.items())
+        return last.number if last is not None else 0, names
 
-def _made(
-    make: Callable[[ColdRequest, Called], T],
-    request: ColdRequest,
-    names: Sequence[tuple[str, AdapterId]] | None,
-) -> T:
+
+def _made(make: Callable[[ColdRequest, Called], T], request: ColdRequest, names: Named | None) -> T:
     return make(request, None if names is None else _called(request, names))
 
 
-def _called(request: ColdRequest, names: Sequence[tuple[str, AdapterId]]) -> Mapping[str, str]:
+def _called(request: ColdRequest, names: Named) -> Mapping[str, str]:
     """The operator's names, by those in the trace; who shares one there with others has none."""
     called: dict[str, str] = {}
     of: dict[str, Ref] = {}
