@@ -26,6 +26,7 @@ def test_a_tier_changes(run: Run, tmp_path: Path) -> None:
     async def body() -> None:
         async with serving(adapters={"pirate": folder}) as world, watching(world) as told:
             assert told.first["base"] == "base"
+            assert told.first["cold"] is None, "whoever saw one before forgets it"
             assert told.rows["pirate"]["tier"] == "source"
             async with await world.service.loader.load(folder):
                 row = await told.until_tier("pirate", "device")
@@ -166,7 +167,9 @@ def test_a_page_that_goes_is_counted_no_more(run: Run, monkeypatch: pytest.Monke
                 answer = await world.ask("GET", EVENTS)
                 assert answer.status == 429
                 assert "retry-after" in answer.headers
-            await until(lambda: world.service.watching._count == 0)
+                async with watching(world, OPERATOR) as operators:
+                    assert operators.first["operator"], "nobody keeps the operator out"
+            await until(lambda: not world.service.watching._counts.total())
             async with watching(world) as told:
                 assert told.first
 

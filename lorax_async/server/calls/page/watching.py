@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -12,7 +13,7 @@ from lorax_async.server.calls.events import EventStream
 from lorax_async.server.calls.page.board import Board, Rows
 
 MOST = 64
-"""Pages that are told at a time."""
+"""Pages that are told at a time, and as many of the operator's: nobody keeps him out."""
 
 TICK = 0.25
 """Seconds between two looks."""
@@ -26,7 +27,7 @@ class Watching:
 
     def __init__(self, board: Board) -> None:
         self._board = board
-        self._count = 0
+        self._counts = Counter[bool]()
         self._ended = asyncio.Event()
 
     def end(self) -> None:
@@ -34,15 +35,15 @@ class Watching:
         self._ended.set()
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def one(self, *, operator: bool) -> Iterator[None]:
         """One more page. Raises `CapacityError`."""
-        if self._count >= MOST:
+        if self._counts[operator] >= MOST:
             raise CapacityError(f"{MOST} pages are open already; close one")
-        self._count += 1
+        self._counts[operator] += 1
         try:
             yield
         finally:
-            self._count -= 1
+            self._counts[operator] -= 1
 
     async def tell(self, stream: EventStream, *, operator: bool) -> None:
         """Until the client goes, or all ends: first all rows, then those that have changed."""
@@ -75,7 +76,7 @@ class _Shown:
         board, news = self._board, dict[str, Any]()
         before, self._rows = self._rows, board.rows(operator=self._operator)
         if before is None:
-            news = {"base": board.base, "operator": self._operator}
+            news = {"base": board.base, "operator": self._operator, "cold": None}
         if before is not self._rows:
             known = before or {}
             changed = {id: row for id, row in self._rows.items() if known.get(id) != row}
