@@ -24,6 +24,7 @@ class Told:
         self.rows: dict[str, Any] = {}
         self.first: dict[str, Any] = {}
         self.cold: Any = None
+        self.more = 0
         self._reader = reader
 
     async def next(self) -> dict[str, Any] | None:
@@ -41,6 +42,7 @@ class Told:
         for id in news.get("gone", ()):
             del self.rows[id]
         self.cold = news.get("cold", self.cold)
+        self.more = news.get("more", self.more)
         return news
 
     async def until_tier(self, id: str, tier: str) -> dict[str, Any]:

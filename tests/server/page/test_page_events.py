@@ -11,6 +11,7 @@ import pytest
 import tiny
 from common import Run, until
 from lorax_async import AdapterFormatError
+from lorax_async.server.calls.page import board as board_module
 from lorax_async.server.calls.page import watching as watching_module
 from server.page.reading import OPERATOR, loading, watching
 from server.world import FakeEngine, World, serving
@@ -202,6 +203,40 @@ def test_many_adapters_are_cut(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
                 }
 
     run(body())
+
+
+def test_many_names_are_cut_and_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorax_async.server.calls.page.board.MOST", 2)
+
+    async def body() -> None:
+        adapters = {f"a{n}": f"org/a{n}" for n in range(5)}
+        async with serving(adapters=adapters) as world, watching(world) as told:
+            assert told.rows.keys() == {"a0", "a1"}
+            assert told.first["more"] == 3
+            for n in range(4):
+                await world.admin("/v1/unload_lora_adapter", {"lora_name": f"a{n}"})
+            while told.rows.keys() != {"a4"} or told.more:
+                await told.next()
+
+    run(body())
+
+
+def test_looking_takes_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look of 50 ms, at many adapters, is the only one in a second."""
+    clock, looks = [100.0], []
+
+    def look() -> int:
+        clock[0] += 0.05
+        looks.append(clock[0])
+        return len(looks)
+
+    monkeypatch.setattr(board_module, "monotonic", lambda: clock[0])
+    shared = board_module._Look(look)
+    found = []
+    for _ in range(8):
+        found.append(shared.found())
+        clock[0] += 0.25
+    assert found == [1, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_all_who_look_share_a_look(run: Run, tmp_path: Path) -> None:

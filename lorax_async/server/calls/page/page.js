@@ -55,6 +55,9 @@ function show(news) {
     const names = [base, ...[...rows.keys()].filter((id) => !id.startsWith("/"))];
     at("models").replaceChildren(...names.map((name) => new Option(name, name)));
   }
+  if (news.more !== undefined) {
+    at("more").textContent = news.more ? `and ${news.more} more with names, which can be asked, too` : "";
+  }
   if (news.cold !== undefined) showCold(news.cold);
 }
 

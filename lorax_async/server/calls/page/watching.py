@@ -70,19 +70,22 @@ class _Shown:
         self._operator = operator
         self._rows: Rows | None = None
         self._cold: dict[str, Any] | None = None
+        self._more = 0
 
     def news(self) -> dict[str, Any]:
         """What has changed since the last time."""
         board, news = self._board, dict[str, Any]()
         before, self._rows = self._rows, board.rows(operator=self._operator)
         if before is None:
-            news = {"base": board.base, "operator": self._operator, "cold": None}
+            news = {"base": board.base, "operator": self._operator, "more": 0, "cold": None}
         if before is not self._rows:
             known = before or {}
             changed = {id: row for id, row in self._rows.items() if known.get(id) != row}
             gone = [id for id in known if id not in self._rows]
             news |= {"rows": changed} if changed or before is None else {}
             news |= {"gone": gone} if gone else {}
+        if board.more() != self._more:
+            self._more = news["more"] = board.more()
         cold = board.cold(operator=self._operator)
         if cold != self._cold:
             self._cold, news["cold"] = cold, cold
