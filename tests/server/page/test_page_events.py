@@ -159,6 +159,33 @@ def test_a_stop_ends_the_stream_at_once(run: Run) -> None:
     run(body())
 
 
+@pytest.mark.parametrize("stops", [1, 2])
+def test_a_page_that_reads_nothing_keeps_no_server(
+    run: Run, stops: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is it told of in the log."""
+    monkeypatch.setattr(watching_module, "TICK", 0.01)
+    monkeypatch.setattr(watching_module, "LAST_SECONDS", 0.2)
+    monkeypatch.setattr(board_module, "FRESH", 0.0)
+    adapters = {f"{n} {'x' * 20_000}": f"org/a{n}" for n in range(50)}
+
+    async def body() -> None:
+        async with serving(adapters=adapters, send_buffer=4096, drain=30) as world:
+            _reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1)
+            writer.write(b"GET /page/events HTTP/1.1\r\nHost: x\r\n\r\n")
+            await until(lambda: world.service.watching._open)
+            await asyncio.sleep(0.3)
+            for _ in range(stops):
+                world.server.stop()
+                await asyncio.sleep(0.05)
+            async with asyncio.timeout(3):
+                await world.ended
+            writer.close()
+
+    run(body())
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_a_page_that_goes_is_counted_no_more(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching_module, "MOST", 1)
 
@@ -170,7 +197,7 @@ def test_a_page_that_goes_is_counted_no_more(run: Run, monkeypatch: pytest.Monke
                 assert "retry-after" in answer.headers
                 async with watching(world, OPERATOR) as operators:
                     assert operators.first["operator"], "nobody keeps the operator out"
-            await until(lambda: not world.service.watching._counts.total())
+            await until(lambda: not world.service.watching._open)
             async with watching(world) as told:
                 assert told.first
 

@@ -114,6 +114,6 @@ def test_a_head_is_answered_and_keeps_nothing(run: Run) -> None:
             for path in (*FILES, "/page/events"):
                 answer = await world.ask("HEAD", path)
                 assert (answer.status, answer.body) == (200, b"")
-            assert not world.service.watching._counts.total()
+            assert not world.service.watching._open
 
     run(body())

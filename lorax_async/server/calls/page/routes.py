@@ -99,7 +99,7 @@ class Events:
             await stream.begin()
             await stream.end()
             return
-        with service.watching.one(operator=operator):
+        with service.watching.one(stream, operator=operator):
             try:
                 async with service.under_way.watched(receive):
                     await service.watching.tell(stream, operator=operator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,6 +13,9 @@ from lorax_async.server.calls.page.board import Board, Rows
 
 MOST = 64
 """Pages that are told at a time, and as many of the operator's: nobody keeps him out."""
+
+LAST_SECONDS = 1.0
+"""For the end of a stream to be taken."""
 
 TICK = 0.25
 """Seconds between two looks."""
@@ -27,23 +29,30 @@ class Watching:
 
     def __init__(self, board: Board) -> None:
         self._board = board
-        self._counts = Counter[bool]()
+        self._open: dict[EventStream, bool] = {}
+        """And whether it is the operator's."""
         self._ended = asyncio.Event()
 
     def end(self) -> None:
-        """End all streams: nothing changes any more."""
-        self._ended.set()
+        """End all streams: nothing changes any more. Who does not take his end is cut off."""
+        if not self._ended.is_set():
+            self._ended.set()
+            asyncio.get_running_loop().call_later(LAST_SECONDS, self._cut_off)
+
+    def _cut_off(self) -> None:
+        for stream in self._open:
+            stream.cut()
 
     @contextmanager
-    def one(self, *, operator: bool) -> Iterator[None]:
+    def one(self, stream: EventStream, *, operator: bool) -> Iterator[None]:
         """One more page. Raises `CapacityError`."""
-        if self._counts[operator] >= MOST:
+        if sum(each == operator for each in self._open.values()) >= MOST:
             raise CapacityError(f"{MOST} pages are open already; close one")
-        self._counts[operator] += 1
+        self._open[stream] = operator
         try:
             yield
         finally:
-            self._counts[operator] -= 1
+            del self._open[stream]
 
     async def tell(self, stream: EventStream, *, operator: bool) -> None:
         """Until the client goes, or all ends: first all rows, then those that have changed."""
