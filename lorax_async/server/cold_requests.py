@@ -20,7 +20,7 @@ from lorax_async.tracing.names import name_of
 from lorax_async.tracing.trace import Trace
 
 MOST = 2
-"""Recorded at a time; who begins meanwhile is not."""
+"""Recorded at a time; who begins meanwhile is not. The last place is for adapters with names."""
 
 LIMIT = 16_384
 """Spans of one, about 5 MB."""
@@ -101,6 +101,8 @@ class ColdRequests:
 
     def _is_to_be_recorded(self, adapter: AdapterId) -> bool:
         if len(self._recorded) >= MOST or as_ref(adapter) in self._recorded:
+            return False
+        if len(self._recorded) == MOST - 1 and not self._is_named(adapter):
             return False
         story = self._loader.story(adapter)
         return not (story and isinstance(story[-1], Resident))

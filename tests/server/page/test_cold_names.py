@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tiny
 from common import Run
+from lorax_async.server.calls.names import Names
 from server.page.reading import OPERATOR, PICTURE, TRACE, asked, loading, names_in, watching
 from server.world import FakeEngine, World, serving
 from tiny_sources import over, stocked
@@ -131,3 +132,14 @@ def test_one_without_a_name_is_the_operators(run: Run, tmp_path: Path) -> None:
             assert (await world.ask("GET", TRACE)).status == 404, "its name was taken back"
 
     run(body())
+
+
+def test_the_first_name_that_is_left_counts(tmp_path: Path) -> None:
+    names = Names("base", {"one": "org/x", "two": "org/x", "path": tmp_path})
+    assert (names.name_of("org/x"), names.name_of(tmp_path)) == ("one", "path")
+    assert names.name_of(str(tmp_path)) is None, "a request's text is no path"
+    names.put("one", "org/y")
+    assert (names.name_of("org/x"), names.name_of("org/y")) == ("two", "one")
+    assert names.take("two") == "org/x"
+    assert names.name_of("org/x") is None
+    assert names.take("two") is None

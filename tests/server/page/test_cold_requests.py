@@ -171,6 +171,30 @@ def test_the_trace_is_for_other_tools(run: Run, tmp_path: Path) -> None:
     run(body())
 
 
+def test_strangers_keep_nobody_from_being_recorded(run: Run, tmp_path: Path) -> None:
+    """Whose adapters have no names, and take for ever."""
+    folder = tiny.write(tmp_path / "mine")
+
+    async def body() -> None:
+        engine = FakeEngine()
+        async with serving(engine, adapters={"mine": folder}) as world:
+            names = ["org/slow", "org/slower", "mine"]
+            tasks = []
+            for name in names:
+                tasks.append(asyncio.create_task(asked(world.client, name)))
+                tokens = await engine.asked(len(tasks))
+            tokens.say("x")
+            tokens.end()
+            assert await tasks[-1] == "x"
+            async with watching(world) as told:
+                assert told.cold["name"] == "mine"
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    run(body())
+
+
 def test_what_was_made_is_kept(run: Run, tmp_path: Path) -> None:
     """And before anything else is, there is a rest: strangers may ask as often as they like."""
     adapters = {name: tiny.write(tmp_path / name, n) for n, name in enumerate(("one", "two"))}
