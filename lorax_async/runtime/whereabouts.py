@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from heapq import nsmallest
+from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 from lorax_async.adapter import AdapterKey
@@ -75,14 +75,20 @@ class Whereabouts(NamedTuple):
 
     def all(self, nearest: int | None) -> dict[AdapterKey, AdapterResidency]:
         """The adapters that are anywhere, or so many of them, those on the device first."""
-        keys = [key for key, life in self.lives.items() if _is_here(life)]
-        if nearest is not None:
-            keys = nsmallest(nearest, keys, key=self._distance)
+        keys = self.lives if nearest is None else self._nearest(nearest)
         found = ((key, self.of(key)) for key in keys)
         return {key: where for key, where in found if where is not None}
 
-    def _distance(self, key: AdapterKey) -> int:
-        return _FROM_NEAR_TO_FAR.index(_tier(self.lives[key], self.given.get(key, 0)))
+    def _nearest(self, most: int) -> Iterable[AdapterKey]:
+        """In one pass, for there may be thousands: each tier keeps its first `most`."""
+        given = self.given
+        tiers: dict[TierName, list[AdapterKey]] = {tier: [] for tier in _FROM_NEAR_TO_FAR}
+        for key, life in self.lives.items():
+            if _is_here(life):
+                tier = tiers[_tier(life, given.get(key, 0) if given else 0)]
+                if len(tier) < most:
+                    tier.append(key)
+        return islice(chain.from_iterable(tiers.values()), most)
 
 
 def _is_here(life: Life) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from asyncio import CancelledError
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
 from lorax_async.adapter import AdapterId, Ref, as_ref
+from lorax_async.errors import LoaderClosedError
 from lorax_async.events import Resident
 from lorax_async.loader import AdapterLoader
 from lorax_async.server.calls.names import Names
@@ -18,7 +20,7 @@ from lorax_async.tracing.names import name_of
 from lorax_async.tracing.trace import Trace
 
 MOST = 2
-"""Recorded at a time; who begins meanwhile is not."""
+"""Recorded at a time; who begins meanwhile is not. The last place is for adapters with names."""
 
 LIMIT = 8_192
 """Spans of one, and as many of the computing: 10 MB at most."""
@@ -32,8 +34,8 @@ class ColdRequest:
     ----------
     number
         Counts them.
-    name
-        As the trace calls the adapter.
+    names
+        What the trace calls the adapter: by what was asked for, and by what was found there.
     outcome
         "first token", or what came in its place: an error's class, "cancelled", "no token".
     seconds
@@ -44,7 +46,7 @@ class ColdRequest:
 
     number: int
     adapter: AdapterId
-    name: str
+    names: tuple[str, ...]
     outcome: str
     seconds: float
     ended: float
@@ -100,19 +102,22 @@ class ColdRequests:
     def _is_to_be_recorded(self, adapter: AdapterId) -> bool:
         if len(self._recorded) >= MOST or as_ref(adapter) in self._recorded:
             return False
+        if len(self._recorded) == MOST - 1 and not self._is_named(adapter):
+            return False
         story = self._loader.story(adapter)
         return not (story and isinstance(story[-1], Resident))
 
     def _is_named(self, adapter: AdapterId) -> bool:
-        return adapter in self._names.adapters.values()
+        return self._names.name_of(adapter) is not None
 
     def _ended(self, adapter: AdapterId, recording: _Recording, outcome: str) -> None:
         self._recorded.discard(as_ref(adapter))
         seconds = recording.stop(outcome)
+        names = (recording.name, *self._found(adapter))
         self._last = ColdRequest(
             next(self._numbers),
             adapter,
-            recording.name,
+            names,
             outcome,
             seconds,
             time.time(),
@@ -120,6 +125,12 @@ class ColdRequests:
         )
         if self._is_named(adapter):
             self._last_named = self._last
+
+    def _found(self, adapter: AdapterId) -> Iterator[str]:
+        """Behind a link, or with a revision, it is called otherwise."""
+        with suppress(LoaderClosedError):
+            for event in self._loader.story(adapter)[-1:]:
+                yield name_of(event.key)
 
 
 class _Recording:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from lorax_async.tracing.recorder import Record
 
 ANOTHER = "another adapter"
 
 
-def hide_others(records: Iterable[Record], shown: Container[str]) -> Iterator[Record]:
-    """Records in which adapters whose names are not `shown` have none."""
+def hide_others(records: Iterable[Record], called: Mapping[str, str]) -> Iterator[Record]:
+    """Records in which adapters have the names of `called`, and those not in it have none."""
     for record in records:
-        yield _without_name(record, shown)
+        yield _renamed(record, called)
 
 
-def _without_name(record: Record, shown: Container[str]) -> Record:
+def _renamed(record: Record, called: Mapping[str, str]) -> Record:
     if record.row == "files":
-        return record if record.lane in shown else record._replace(lane=ANOTHER)
+        return record._replace(lane=called.get(str(record.lane), ANOTHER))
     args = record.args or {}
     adapter = args.get("adapter")
-    if not isinstance(adapter, str) or adapter in shown:
+    if not isinstance(adapter, str):
         return record
+    given = called.get(adapter, ANOTHER)
     said = record.name.removesuffix(adapter)  # "load pirate"
-    name = record.name if said == record.name else said + ANOTHER
-    return record._replace(name=name, args={**args, "adapter": ANOTHER})
+    name = record.name if said == record.name else said + given
+    return record._replace(name=name, args={**args, "adapter": given})

@@ -92,14 +92,30 @@ def _lane(picture: Picture, lane: Lane, top: int) -> Iterator[str]:
     wide = WIDTH - LEFT - 8
     yield f'<text x="10" y="{top + 12}">{escape(lane.title[:20])}</text>'
     yield f'<rect class="l" x="{LEFT}" y="{top}" width="{wide}" height="{LANE - 2}"/>'
-    for box in lane.boxes:
+    for box in _seen(picture, lane):
         yield _box(picture, lane, box, top)
+
+
+def _seen(picture: Picture, lane: Lane) -> Iterator[Box]:
+    """Of boxes narrower than a pixel, the first one in each: a document of all is megabytes."""
+    last: dict[float, int] = {}
+    for box in lane.boxes:
+        x, stop = _x(picture, box.start), _x(picture, box.stop)
+        if stop - x < 1:
+            if last.get(_inset(box)) == int(x):
+                continue
+            last[_inset(box)] = int(x)
+        yield box
+
+
+def _inset(box: Box) -> float:
+    return _INSET * min(box.depth, 2)
 
 
 def _box(picture: Picture, lane: Lane, box: Box, top: int) -> str:
     x = _x(picture, box.start)
     width = max(_NARROWEST, _x(picture, box.stop) - x)
-    inset = _INSET * min(box.depth, 2)
+    inset = _inset(box)
     colour = colour_of(box, lane, picture.layers)
     took = f"{box.stop - box.start:,.3f} ms from {box.start:,.3f}"
     said = escape(f"{box.name}: {took}" + (f"; {box.details}" if box.details else ""))

@@ -8,7 +8,7 @@ trace.write("load.json")  # for `lorax-async timeline`, Perfetto, or chrome://tr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import index
 from os import PathLike
@@ -112,30 +112,39 @@ class Trace:
         since: int | None = None,
         until: int | None = None,
         *,
-        shown: Container[str] | None = None,
+        called: Mapping[str, str] | None = None,
     ) -> dict[str, object]:
         """The trace as an object of Chrome's trace event format, which json can write.
 
         Of a part: from `since` to `until`, in nanoseconds of `time.perf_counter_ns`; what lies
         across these is cut there, and times count from `since`. From any thread, of which it takes
-        some milliseconds, and more with what it finds. Where `shown` are names, as a trace has
-        them, other adapters have none in it.
+        some milliseconds, and more with what it finds. `called` has other names for adapters, by
+        those that a trace gives them; adapters that are not in it have none, then.
         """
         began = self._began if since is None else max(since, self._began)
         kept, unfinished = self._look()
         records, dropped = kept.since(began)
         records += _not_among(records, unfinished)
-        if shown is not None:
-            records = list(hide_others(records, shown))
+        if called is not None:
+            records = list(hide_others(records, called))
         return {
             "traceEvents": as_events(records, began, until),
             "displayTimeUnit": "ms",
             "otherData": {"producer": "lorax_async", "dropped": dropped},
         }
 
+    def encoded(self, called: Mapping[str, str] | None = None) -> bytes:
+        """`as_json` as the bytes of a file. Blocks, but never holds the GIL for long."""
+        found = self.as_json(called=called)
+        events = found.pop("traceEvents")
+        assert isinstance(events, list)
+        # One call of json for thousands of events would keep an event loop beside it waiting.
+        each = ",".join(map(_as_text, events))
+        return f'{{"traceEvents":[{each}],{_as_text(found)[1:]}'.encode()
+
     def write(self, path: str | PathLike[str]) -> None:
         """Write it as a file, in JSON. Blocks; raises `OSError`."""
-        Path(path).write_text(json.dumps(self.as_json(), separators=(",", ":")), encoding="utf-8")
+        Path(path).write_bytes(self.encoded())
 
     def _look(self) -> tuple[Kept, list[Record]]:
         """What there is now, and what has begun before and ends later."""
@@ -151,3 +160,7 @@ def _not_among(records: list[Record], unfinished: list[Record]) -> list[Record]:
     starts = {each.start for each in unfinished}
     ended = {record[:4] for record in records if record.start in starts}
     return [each for each in unfinished if each[:4] not in ended]
+
+
+def _as_text(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -139,11 +139,13 @@ SERVER_CALLS: Mutants = {
         "        except TimeoutError:\n",
         SLOW,
     ),
-    "events: a connection is cut": mutant(EVENTS, "            abort()\n", "", SLOW),
+    "events: a connection is cut": mutant(
+        EVENTS, "            abort()\n", "            pass\n", SLOW
+    ),
     "events: a cut connection has ended": mutant(
         EVENTS,
         "            await until_gone(self.receive)\n",
-        "",
+        "            pass\n",
         f"{TURNS}::test_who_is_cut_off_ends_when_its_connection_has",
     ),
     "choices: the first text of all comes first": mutant(

@@ -29,21 +29,12 @@ SERVER_PAGE: Mutants = {
     ),
     "page: a stream that has ended counts no more": mutant(
         WATCHING,
-        "        finally:\n            self._count -= 1\n",
+        "        finally:\n            del self._open[stream]\n",
         "        finally:\n            pass\n",
         GOES,
     ),
-    "page: one picture is drawn at a time": mutant(
-        TIMELINE,
-        '        """As a picture, which is drawn once."""\n        async with self._drawing:\n',
-        '        """As a picture, which is drawn once."""\n        if True:\n',
-        AT_A_TIME,
-    ),
-    "page: one trace is written at a time": mutant(
-        TIMELINE,
-        '        """In Chrome\'s format."""\n        async with self._drawing:\n',
-        '        """In Chrome\'s format."""\n        if True:\n',
-        AT_A_TIME,
+    "page: what is asked for by several is made once": mutant(
+        TIMELINE, "        async with self._making:\n", "        if True:\n", AT_A_TIME
     ),
     "cold: a recording ends with the first token": mutant(
         COLD,

@@ -61,8 +61,8 @@ SERVER_SERVING: Mutants = {
     ),
     "serving: a signal takes no new ones": mutant(
         SERVING,
-        "        self._under_way.close()\n        self.should_exit",
-        "        self.should_exit",
+        "        self._under_way.close()\n        self._service.watching",
+        "        self._service.watching",
         SECOND,
     ),
     "serving: a signal ends it": mutant(

@@ -37,10 +37,12 @@ SPANS_AND_JOURNAL: Mutants = {
         """                raise
             finally:
                 del self._calls[span]
+                self._want(call, None)
                 call.end()
 """,
         """                raise
             del self._calls[span]
+            self._want(call, None)
             call.end()
 """,
         f"{OF_SPANS}::test_errors_are_recorded",

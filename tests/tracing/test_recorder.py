@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -45,7 +47,7 @@ def test_what_has_ended_has_ended_once() -> None:
     assert len(list(recorder.unfinished())) == 1
     recorder.end(span)
     recorder.end(span)
-    assert len(ring.read()[0]) == 1
+    assert len(ring.look().since(0)[0]) == 1
     assert list(recorder.unfinished()) == []
 
 
@@ -65,6 +67,28 @@ def test_others_begin_and_end_while_it_is_read(monkeypatch: pytest.MonkeyPatch) 
     assert [record.name for record in recorder.unfinished()] == ["two", "three"]
 
 
+def test_who_looks_waits_for_another_who_looks() -> None:
+    """To look is to count: of two at once, one would count the other."""
+    ring, entered, go_on = Ring(3), list[int](), Event()
+
+    class Counting:
+        def __init__(self) -> None:
+            self._real = count()
+
+        def __next__(self) -> int:
+            entered.append(1)
+            assert go_on.wait(20)
+            return next(self._real)
+
+    ring._others._count = Counting()  # type: ignore[assignment]
+    with ThreadPoolExecutor(2) as threads:
+        looks = [threads.submit(ring.look) for _ in range(2)]
+        assert not wait(looks, timeout=0.05).done
+        assert len(entered) == 1
+        go_on.set()
+        assert [look.result().since(0) for look in looks] == [([], 0)] * 2
+
+
 class Handle:
     slot = SlotId(0, 1)
 
@@ -82,12 +106,12 @@ def test_a_copy_ends_when_its_ticket_is_done(error: Exception | None) -> None:
     recorder, ring, ticket = Recorder(), Ring(3), Future[None]()
     recorder.rings = (ring,)
     CopyTimes(recorder, 0, 2).asked(ticket, 64, in_stream=True)
-    assert ring.read()[0] == []
+    assert ring.look().since(0)[0] == []
     if error is None:
         ticket.set_result(None)
     else:
         ticket.set_exception(error)
-    (record,) = ring.read()[0]
+    (record,) = ring.look().since(0)[0]
     assert record.args is not None
     assert record.args["outcome"] == ("done" if error is None else "OSError")
 
@@ -104,7 +128,7 @@ def test_a_recording_that_has_stopped_takes_nothing_more(run: Run, tmp_path: Pat
                     pass
                 (await there.load(folder)).release()
                 await asyncio.sleep(0)
-                assert inner._ring.read()[0] == []
-                assert outer._ring.read()[0]
+                assert inner._ring.look().since(0)[0] == []
+                assert outer._ring.look().since(0)[0]
 
     run(main())

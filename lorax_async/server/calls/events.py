@@ -79,8 +79,13 @@ class EventStream:
             await self._cut_off()
             raise ClientGone from None
 
-    async def _cut_off(self) -> None:
+    def cut(self) -> bool:
+        """Whether the connection could be, with what has not been sent."""
         abort = self._scope.get("state", {}).get(ABORT)
         if abort is not None:
             abort()
+        return abort is not None
+
+    async def _cut_off(self) -> None:
+        if self.cut():
             await until_gone(self.receive)

@@ -13,7 +13,10 @@ class Names:
 
     def __init__(self, base: str, adapters: Mapping[str, AdapterId]) -> None:
         self.base = base
-        self._adapters = dict(adapters)
+        self._adapters: dict[str, AdapterId] = {}
+        self._names: dict[AdapterId, dict[str, None]] = {}
+        for name, adapter in adapters.items():
+            self.put(name, adapter)
 
     @property
     def adapters(self) -> Mapping[str, AdapterId]:
@@ -27,9 +30,24 @@ class Names:
         """
         return None if model == self.base else self._adapters.get(model, model)
 
+    def name_of(self, adapter: AdapterId) -> str | None:
+        """The first name that stands for it."""
+        return next(iter(self._names.get(adapter, ())), None)
+
     def put(self, name: str, adapter: AdapterId) -> None:
+        self._leave(name)
         self._adapters[name] = adapter
+        self._names.setdefault(adapter, {})[name] = None
 
     def take(self, name: str) -> AdapterId | None:
         """Forget a name; what it stood for, or None if it was none."""
+        self._leave(name)
         return self._adapters.pop(name, None)
+
+    def _leave(self, name: str) -> None:
+        adapter = self._adapters.get(name)
+        if adapter is not None:
+            names = self._names[adapter]
+            del names[name]
+            if not names:
+                del self._names[adapter]

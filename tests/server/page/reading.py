@@ -11,7 +11,9 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from server.world import TOKEN, FakeTokens, Rule, World, tokens_of
+from tracing.chrome_format import require_trace
 
+TRACE, PICTURE = "/page/trace.json", "/page/timeline.svg"
 OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -22,6 +24,7 @@ class Told:
         self.rows: dict[str, Any] = {}
         self.first: dict[str, Any] = {}
         self.cold: Any = None
+        self.more = 0
         self._reader = reader
 
     async def next(self) -> dict[str, Any] | None:
@@ -39,6 +42,7 @@ class Told:
         for id in news.get("gone", ()):
             del self.rows[id]
         self.cold = news.get("cold", self.cold)
+        self.more = news.get("more", self.more)
         return news
 
     async def until_tier(self, id: str, tier: str) -> dict[str, Any]:
@@ -102,3 +106,22 @@ def loading(world: list[World], said: str = "aye") -> Rule:
 async def asked(client: AsyncOpenAI, model: str) -> str:
     answer = await client.completions.create(model=model, prompt="x", max_tokens=8)
     return answer.choices[0].text
+
+
+async def names_in(world: World, headers: dict[str, str] | None = None) -> set[str]:
+    """All texts of the trace."""
+    answer = await world.ask("GET", TRACE, **(headers or {}))
+    assert answer.status == 200
+    require_trace(answer.json)
+    found: set[str] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, str):
+            found.add(value)
+        for each in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        ):
+            look(each)
+
+    look(answer.json["traceEvents"])
+    return found

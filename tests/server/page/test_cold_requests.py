@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -17,32 +18,11 @@ from common import Run, until
 from lorax_async import CapacityError
 from lorax_async.server import cold_requests as cold_requests_module
 from lorax_async.server.calls.page import timeline as timeline_module
-from server.page.reading import OPERATOR, asked, loading, watching
+from server.page.reading import PICTURE, TRACE, asked, loading, names_in, watching
 from server.world import FakeEngine, FakeTokens, World, serving
 from tiny_sources import over, stocked
-from tracing.chrome_format import require_trace
 
-TRACE, PICTURE = "/page/trace.json", "/page/timeline.svg"
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-async def names_in(world: World, headers: dict[str, str] | None = None) -> set[str]:
-    """All texts of the trace."""
-    answer = await world.ask("GET", TRACE, **(headers or {}))
-    assert answer.status == 200
-    require_trace(answer.json)
-    found: set[str] = set()
-
-    def look(value: Any) -> None:
-        if isinstance(value, str):
-            found.add(value)
-        for each in (
-            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        ):
-            look(each)
-
-    look(answer.json["traceEvents"])
-    return found
 
 
 def test_the_first_request_is_cold_and_the_second_is_not(run: Run, tmp_path: Path) -> None:
@@ -85,7 +65,7 @@ def test_it_is_cold_again_once_it_has_left(run: Run, tmp_path: Path) -> None:
             for number in (1, 2):
                 await asked(world.client, "pirate")
                 async with watching(world) as told:
-                    assert told.cold["number"] == number
+                    await told.until_cold(number)
                 await world.service.loader.unload(folder)
 
     run(body())
@@ -140,7 +120,7 @@ def test_one_thread_draws_at_a_time(
             answers = await asyncio.gather(*tasks)
             assert {answer.status for answer in answers} == {200}
             assert len({answer.body for answer in answers}) == 1
-            assert len(going) == (1 if path == PICTURE else 4), "the picture is kept"
+            assert len(going) == 1, "what was made is kept"
 
     run(body())
 
@@ -254,55 +234,6 @@ def test_few_are_recorded_at_a_time(run: Run, tmp_path: Path) -> None:
     run(body())
 
 
-def test_others_have_no_names_in_it(run: Run, tmp_path: Path) -> None:
-    """A request for a named adapter is anybody's to see, but not who was loaded beside it."""
-    source = stocked(tmp_path, "org/secret", "org/pirate")
-    made: list[World] = []
-
-    async def body() -> None:
-        engine = FakeEngine()
-        async with serving(engine, over(source), adapters={"pirate": "org/pirate"}) as world:
-            made.append(world)
-            task = asyncio.create_task(asked(world.client, "pirate"))
-            tokens = await engine.asked()
-            for id in ("org/secret", "org/pirate"):
-                (await world.service.loader.load(id)).release()
-            tokens.say("aye")
-            tokens.end()
-            await task
-            seen = await names_in(world)
-            assert not [name for name in seen if "secret" in name]
-            assert {"load another adapter", "load pirate", "another adapter", "pirate"} <= seen
-            picture = await world.ask("GET", PICTURE)
-            assert b"secret" not in picture.body
-            assert {"load secret", "load pirate"} <= await names_in(world, OPERATOR)
-            picture = await world.ask("GET", PICTURE, **OPERATOR)
-            assert b"secret" in picture.body
-
-    run(body())
-
-
-def test_one_without_a_name_is_the_operators(run: Run, tmp_path: Path) -> None:
-    source = stocked(tmp_path, "org/secret", "org/pirate")
-    made: list[World] = []
-
-    async def body() -> None:
-        engine = FakeEngine(loading(made))
-        async with serving(engine, over(source), adapters={"pirate": "org/pirate"}) as world:
-            made.append(world)
-            await asked(world.client, "pirate")
-            await asked(world.client, "org/secret")
-            async with watching(world) as anybody, watching(world, OPERATOR) as operator:
-                assert anybody.cold["name"] == "pirate"
-                assert operator.cold["name"] == "secret"
-            assert "load pirate" in await names_in(world)
-            assert "load secret" in await names_in(world, OPERATOR)
-            await world.admin("/v1/unload_lora_adapter", {"lora_name": "pirate"})
-            assert (await world.ask("GET", TRACE)).status == 404, "its name was taken back"
-
-    run(body())
-
-
 def test_the_trace_is_for_other_tools(run: Run, tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "one")
     made: list[World] = []
@@ -314,5 +245,52 @@ def test_the_trace_is_for_other_tools(run: Run, tmp_path: Path) -> None:
             answer = await world.ask("GET", TRACE)
             assert "attachment" in answer.headers["content-disposition"]
             assert json.loads(answer.body)["otherData"]["producer"] == "lorax_async"
+
+    run(body())
+
+
+def test_strangers_keep_nobody_from_being_recorded(run: Run, tmp_path: Path) -> None:
+    """Whose adapters have no names, and take for ever."""
+    folder = tiny.write(tmp_path / "mine")
+
+    async def body() -> None:
+        engine = FakeEngine()
+        async with serving(engine, adapters={"mine": folder}) as world:
+            names = ["org/slow", "org/slower", "mine"]
+            tasks = []
+            for name in names:
+                tasks.append(asyncio.create_task(asked(world.client, name)))
+                tokens = await engine.asked(len(tasks))
+            tokens.say("x")
+            tokens.end()
+            assert await tasks[-1] == "x"
+            async with watching(world) as told:
+                assert told.cold["name"] == "mine"
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    run(body())
+
+
+def test_what_was_made_is_kept(run: Run, tmp_path: Path) -> None:
+    """And before anything else is, there is a rest: strangers may ask as often as they like."""
+    adapters = {name: tiny.write(tmp_path / name, n) for n, name in enumerate(("one", "two"))}
+    made: list[World] = []
+
+    async def body() -> None:
+        async with serving(FakeEngine(loading(made)), adapters=adapters) as world:
+            made.append(world)
+            timeline = world.service.timeline
+            await asked(world.client, "one")
+            trace = await timeline.trace(operator=False)
+            assert trace is not None
+            assert await timeline.trace(operator=False) is trace
+            assert await timeline.trace(operator=True) is not trace
+            await asked(world.client, "two")
+            timeline._rests_until = time.monotonic() + 0.3
+            began = time.monotonic()
+            assert b"request two" in (await timeline.trace(operator=False) or b"")
+            assert time.monotonic() - began >= 0.3
 
     run(body())

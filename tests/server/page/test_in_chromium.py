@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -162,6 +163,10 @@ def test_an_answer_is_stopped(chromium: Any, site: str) -> None:
         shows(page, "#times", "stopped")
         assert page.locator("#error").inner_text() == ""
         assert page.get_by_role("button", name="Stop").is_disabled()
+        page.get_by_role("button", name="Send").press("Enter")
+        page.get_by_role("button", name="Stop").press("Enter")
+        shows(page, "#times", "stopped")
+        assert page.locator(":focus").inner_text() == "Send", "the focus is not lost"
 
 
 def test_on_a_phone(chromium: Any, site: str, pytestconfig: pytest.Config) -> None:
@@ -215,6 +220,57 @@ def test_a_server_that_has_gone_is_told_of(chromium: Any, examples: Path) -> Non
         page.get_by_role("button", name="Send").click()
         shows(page, "#error", re.compile(r"\w"))
         context.close()
+
+
+def test_a_lost_stream_moves_nothing_under_the_finger(chromium: Any, site: str) -> None:
+    """Rows that are still there stay as they are; of what has gone nothing is left."""
+    context = chromium.new_context(viewport=DESK)
+    page = context.new_page()
+    _stream(page, told(["one", "two"], COLD), told(["two", "three"]), told(["two", "four"]))
+    page.goto(site)
+    shows(page, "#cold", "one")
+    row(page, "two").get_by_role("button").focus()
+    has(page, "three", "disk")
+    assert page.locator(":focus").inner_text().startswith("two")
+    assert page.locator("#adapters .name").all_inner_texts() == ["two", "three"]
+    shows(page, "#cold", "None yet")
+    page.locator("#adapters .name", has_text="two").hover()
+    page.mouse.down()
+    has(page, "four", "disk")
+    page.mouse.up()
+    assert page.get_by_role("combobox").input_value() == "two"
+    context.close()
+
+
+def test_an_odd_token_is_forgotten(chromium: Any, site: str) -> None:
+    with opened(chromium, site, DESK) as page:
+        page.get_by_text("Operator").click()
+        page.get_by_label("Admin token").fill("€")
+        page.keyboard.press("Enter")
+        shows(page, "#link", "not connected")
+        shows(page, "#link", re.compile("^live$"))
+
+
+COLD = {"number": 1, "name": "one", "outcome": "first token", "seconds": 1.0, "ended": 1.0}
+
+
+def told(names: list[str], cold: Any = None) -> dict[str, Any]:
+    """The first event of a stream."""
+    plain = {"tier": "disk", "state": "present", "layers": None, "bytes": 1, "leases": 0}
+    rows = {name: plain | {"name": name, "error": None} for name in names}
+    return {"base": "base", "operator": False, "cold": cold, "rows": rows}
+
+
+def _stream(page: Any, *events: dict[str, Any]) -> None:
+    """Instead of the server's: a stream for each event, which ends with it; the last one again."""
+    left = list(events)
+
+    def answer(route: Any) -> None:
+        event = left.pop(0) if len(left) > 1 else left[0]
+        kind = {"content-type": "text/event-stream"}
+        route.fulfill(headers=kind, body=f"data: {json.dumps(event)}\n\n")
+
+    page.route("**/page/events", answer)
 
 
 def _tab_to(page: Any, name: str) -> None:

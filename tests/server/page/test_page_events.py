@@ -11,6 +11,7 @@ import pytest
 import tiny
 from common import Run, until
 from lorax_async import AdapterFormatError
+from lorax_async.server.calls.page import board as board_module
 from lorax_async.server.calls.page import watching as watching_module
 from server.page.reading import OPERATOR, loading, watching
 from server.world import FakeEngine, World, serving
@@ -26,6 +27,7 @@ def test_a_tier_changes(run: Run, tmp_path: Path) -> None:
     async def body() -> None:
         async with serving(adapters={"pirate": folder}) as world, watching(world) as told:
             assert told.first["base"] == "base"
+            assert told.first["cold"] is None, "whoever saw one before forgets it"
             assert told.rows["pirate"]["tier"] == "source"
             async with await world.service.loader.load(folder):
                 row = await told.until_tier("pirate", "device")
@@ -157,6 +159,33 @@ def test_a_stop_ends_the_stream_at_once(run: Run) -> None:
     run(body())
 
 
+@pytest.mark.parametrize("stops", [1, 2])
+def test_a_page_that_reads_nothing_keeps_no_server(
+    run: Run, stops: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is it told of in the log."""
+    monkeypatch.setattr(watching_module, "TICK", 0.01)
+    monkeypatch.setattr(watching_module, "LAST_SECONDS", 0.2)
+    monkeypatch.setattr(board_module, "FRESH", 0.0)
+    adapters = {f"{n} {'x' * 20_000}": f"org/a{n}" for n in range(50)}
+
+    async def body() -> None:
+        async with serving(adapters=adapters, send_buffer=4096, drain=30) as world:
+            _reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1)
+            writer.write(b"GET /page/events HTTP/1.1\r\nHost: x\r\n\r\n")
+            await until(lambda: world.service.watching._open)
+            await asyncio.sleep(0.3)
+            for _ in range(stops):
+                world.server.stop()
+                await asyncio.sleep(0.05)
+            async with asyncio.timeout(3):
+                await world.ended
+            writer.close()
+
+    run(body())
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_a_page_that_goes_is_counted_no_more(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching_module, "MOST", 1)
 
@@ -166,7 +195,9 @@ def test_a_page_that_goes_is_counted_no_more(run: Run, monkeypatch: pytest.Monke
                 answer = await world.ask("GET", EVENTS)
                 assert answer.status == 429
                 assert "retry-after" in answer.headers
-            await until(lambda: world.service.watching._count == 0)
+                async with watching(world, OPERATOR) as operators:
+                    assert operators.first["operator"], "nobody keeps the operator out"
+            await until(lambda: not world.service.watching._open)
             async with watching(world) as told:
                 assert told.first
 
@@ -199,6 +230,40 @@ def test_many_adapters_are_cut(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
                 }
 
     run(body())
+
+
+def test_many_names_are_cut_and_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorax_async.server.calls.page.board.MOST", 2)
+
+    async def body() -> None:
+        adapters = {f"a{n}": f"org/a{n}" for n in range(5)}
+        async with serving(adapters=adapters) as world, watching(world) as told:
+            assert told.rows.keys() == {"a0", "a1"}
+            assert told.first["more"] == 3
+            for n in range(4):
+                await world.admin("/v1/unload_lora_adapter", {"lora_name": f"a{n}"})
+            while told.rows.keys() != {"a4"} or told.more:
+                await told.next()
+
+    run(body())
+
+
+def test_looking_takes_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look of 50 ms, at many adapters, is the only one in a second."""
+    clock, looks = [100.0], []
+
+    def look() -> int:
+        clock[0] += 0.05
+        looks.append(clock[0])
+        return len(looks)
+
+    monkeypatch.setattr(board_module, "monotonic", lambda: clock[0])
+    shared = board_module._Look(look)
+    found = []
+    for _ in range(8):
+        found.append(shared.found())
+        clock[0] += 0.25
+    assert found == [1, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_all_who_look_share_a_look(run: Run, tmp_path: Path) -> None:

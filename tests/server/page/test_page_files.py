@@ -31,7 +31,7 @@ def test_all_that_it_names_is_there(run: Run) -> None:
             page = await world.ask("GET", "/")
             assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
             text = page.body.decode()
-            named = set(re.findall(r'(?:src|href)="(/[^"]+)"', text))
+            named = {f"/{name}" for name in re.findall(r'(?:src|href)="(page/[^"]+)"', text)}
             script = (await world.ask("GET", "/page/page.js")).body.decode()
             named |= {f"/page/{name}" for name in re.findall(r'from "\./(.+?)"', script)}
             assert named == FILES.keys() - {"/"}
@@ -61,10 +61,18 @@ def test_nothing_is_taken_from_elsewhere(run: Run) -> None:
     run(body())
 
 
+def test_it_works_behind_any_prefix() -> None:
+    """Of a proxy: no path begins at the root."""
+    for name in ("page.html", "page.js", "events.js"):
+        text = (HERE / name).read_text()
+        assert not re.search(r"""(?:src|href)=["']/|(?:ask|fetch)\(["'`]/|from ["']/""", text)
+
+
 def test_only_reading_is_allowed(run: Run) -> None:
     async def body() -> None:
         async with serving() as world:
-            assert (await world.ask("POST", "/")).status == 405
+            for path in ("/", "/page/events", "/page/timeline.svg", "/page/trace.json"):
+                assert (await world.ask("POST", path)).status == 405
             assert (await world.ask("GET", "/page/other.js")).status == 404
             assert (await world.ask("GET", "/page/../settings.py")).status == 404
 
@@ -98,3 +106,14 @@ def test_no_text_becomes_markup() -> None:
         assert not re.search(
             r"innerHTML|outerHTML|insertAdjacent|document\.write", (HERE / script).read_text()
         )
+
+
+def test_a_head_is_answered_and_keeps_nothing(run: Run) -> None:
+    async def body() -> None:
+        async with serving() as world:
+            for path in (*FILES, "/page/events"):
+                answer = await world.ask("HEAD", path)
+                assert (answer.status, answer.body) == (200, b"")
+            assert not world.service.watching._open
+
+    run(body())

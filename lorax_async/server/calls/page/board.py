@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lorax_async.adapter import AdapterKey
 from lorax_async.errors import shorten
@@ -20,10 +21,34 @@ MOST = 200
 FRESH = 0.2
 """Seconds for which all who look are told the same."""
 
+SHARE = 20
+"""And so many times as long as a look took: of thousands of adapters, it takes milliseconds."""
+
 ERROR_LENGTH = 300
 
 Row = dict[str, Any]
 Rows = Mapping[str, Row]
+T = TypeVar("T")
+
+
+_WHO = (False, True)
+"""The operator?"""
+
+
+class _Look(Generic[T]):
+    """What `look` finds, or found a moment ago."""
+
+    def __init__(self, look: Callable[[], T]) -> None:
+        self._look = look
+        self._until = 0.0
+
+    def found(self) -> T:
+        began = monotonic()
+        if began >= self._until:
+            self._found = self._look()
+            took = monotonic() - began
+            self._until = began + took + max(FRESH, SHARE * took)
+        return self._found
 
 
 class Board:
@@ -32,8 +57,10 @@ class Board:
     def __init__(self, loader: AdapterLoader, names: Names, cold: ColdRequests) -> None:
         self._loader = loader
         self._names = names
-        self._cold = cold
-        self._seen: dict[bool, tuple[float, Rows]] = {}
+        self._rows = {operator: _Look(partial(self._all_rows, operator)) for operator in _WHO}
+        self._cold = {
+            operator: _Look(partial(self._last_cold, cold, operator)) for operator in _WHO
+        }
 
     @property
     def base(self) -> str:
@@ -41,21 +68,26 @@ class Board:
 
     def rows(self, *, operator: bool) -> Rows:
         """As they are now, or were a moment ago."""
-        now = monotonic()
-        time, rows = self._seen.get(operator, (0.0, {}))
-        if now - time >= FRESH:
-            rows = dict(self._all() if operator else self._named())
-            self._seen[operator] = monotonic(), rows
-        return rows
+        return self._rows[operator].found()
+
+    def more(self) -> int:
+        """How many adapters that have names are not shown."""
+        return max(0, len(self._names.adapters) - MOST)
 
     def cold(self, *, operator: bool) -> Row | None:
         """The last cold request that is shown."""
-        last = self._cold.last(named=not operator)
+        return self._cold[operator].found()
+
+    def _all_rows(self, operator: bool) -> Rows:
+        return dict(self._all() if operator else self._named())
+
+    def _last_cold(self, cold: ColdRequests, operator: bool) -> Row | None:
+        last = cold.last(named=not operator)
         if last is None:
             return None
         return {
             "number": last.number,
-            "name": last.name,
+            "name": self._names.name_of(last.adapter) or last.names[0],
             "outcome": last.outcome,
             "seconds": last.seconds,
             "ended": last.ended,

@@ -2,6 +2,7 @@ import { ask, eventsOf } from "./events.js";
 
 const RETRY = 2000; // milliseconds until a lost server is asked again
 const at = (id) => document.getElementById(id);
+const NONE_YET = at("cold").textContent;
 const rows = new Map();
 let token = "";
 let base = "";
@@ -16,37 +17,46 @@ async function watch() {
   const mine = (watching = new AbortController());
   while (!mine.signal.aborted) {
     try {
-      const response = await ask("/page/events", { headers: headers(), signal: mine.signal });
-      rows.clear();
-      at("adapters").replaceChildren();
+      const response = await ask("page/events", { headers: headers(), signal: mine.signal });
       at("link").textContent = "live";
-      for await (const news of eventsOf(response)) show(news);
+      for await (const news of eventsOf(response)) {
+        if (news.error) throw new Error(news.error.message);
+        show(news);
+      }
       at("link").textContent = "the server has ended this; asking again";
     } catch (error) {
       if (mine.signal.aborted) return;
       at("link").textContent = `not connected: ${error.message}`;
-      if (error.status === 401 || error.status === 403) token = ""; // what anybody may see, then
+      // What anybody may see, then; a token of odd characters is refused by the browser itself.
+      if (error.status === 401 || error.status === 403 || /[^!-~]/.test(token)) token = "";
     }
     await new Promise((done) => setTimeout(done, RETRY));
   }
 }
 
 function show(news) {
+  const known = rows.size;
+  let gone = news.gone ?? [];
   if (news.base !== undefined) {
+    // All rows are in it, and those that are known keep their places, and the focus.
+    gone = [...rows.keys()].filter((id) => !Object.hasOwn(news.rows, id));
     base = news.base;
     at("base").textContent = base;
     if (!at("model").value) at("model").value = base;
     if (news.operator) at("link").textContent = "live, all adapters";
   }
-  for (const id of news.gone ?? []) {
+  for (const id of gone) {
     rows.get(id)?.remove();
     rows.delete(id);
   }
   for (const [id, row] of Object.entries(news.rows ?? {})) showRow(id, row);
-  if (news.rows || news.gone || news.base) {
+  if (news.base !== undefined || gone.length || rows.size !== known) {
     at("none").hidden = rows.size > 0;
     const names = [base, ...[...rows.keys()].filter((id) => !id.startsWith("/"))];
     at("models").replaceChildren(...names.map((name) => new Option(name, name)));
+  }
+  if (news.more !== undefined) {
+    at("more").textContent = news.more ? `and ${news.more} more with names, which can be asked, too` : "";
   }
   if (news.cold !== undefined) showCold(news.cold);
 }
@@ -112,17 +122,27 @@ function size(bytes) {
 
 // -- the last cold request -----------------------------------------------------------------------
 
-let shown = 0;
+let newest = null;
+let drawing = false;
 
 async function showCold(cold) {
-  shown = cold?.number ?? 0;
+  newest = cold;
+  if (drawing) return; // one at a time; of those that end meanwhile, the last one is next
+  drawing = true;
+  for (let drawn; drawn !== newest; ) await draw((drawn = newest));
+  drawing = false;
+}
+
+async function draw(cold) {
   at("legend").hidden = at("timeline").hidden = !cold;
-  if (!cold) return;
+  if (!cold) {
+    at("cold").textContent = NONE_YET;
+    return;
+  }
   const when = new Date(cold.ended * 1000).toLocaleTimeString();
   try {
-    const response = await ask("/page/timeline.svg", { headers: headers() });
+    const response = await ask("page/timeline.svg", { headers: headers() });
     const svg = new DOMParser().parseFromString(await response.text(), "image/svg+xml");
-    if (shown !== cold.number) return; // another one has ended meanwhile
     const picture = document.importNode(svg.documentElement, true);
     at("timeline").replaceChildren(picture);
     const took = `${cold.outcome} after ${milliseconds(cold.seconds * 1000)}`;
@@ -135,12 +155,12 @@ async function showCold(cold) {
 
 at("save").onclick = async () => {
   try {
-    const response = await ask("/page/trace.json", { headers: headers() });
+    const response = await ask("page/trace.json", { headers: headers() });
     const link = document.createElement("a");
     link.href = URL.createObjectURL(await response.blob());
     link.download = "cold-request.json";
     link.click();
-    URL.revokeObjectURL(link.href);
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // some browsers read it later
   } catch (error) {
     at("cold").textContent = `no trace: ${error.message}`;
   }
@@ -157,12 +177,13 @@ async function send() {
   const mine = (asking = new AbortController());
   at("error").textContent = at("answer").textContent = "";
   at("times").textContent = "waiting for the first token";
+  at("answer").setAttribute("aria-busy", "true"); // it is read aloud when it is whole, not word by word
   at("stop").disabled = false;
   const began = performance.now();
   let first = null;
   let tokens = 0;
   try {
-    const response = await ask("/v1/chat/completions", {
+    const response = await ask("v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({
@@ -188,7 +209,10 @@ async function send() {
     at("times").textContent = stopped ? "stopped" : "";
     at("error").textContent = stopped ? "" : error.message;
   }
-  if (mine === asking) at("stop").disabled = true;
+  if (mine !== asking) return;
+  at("answer").setAttribute("aria-busy", "false");
+  if (document.activeElement === at("stop")) at("send").focus(); // it would be nowhere
+  at("stop").disabled = true;
 }
 
 function timesOf(began, first, tokens) {
@@ -212,7 +236,7 @@ document.addEventListener("keydown", (event) => {
 });
 at("operator").onsubmit = (event) => {
   event.preventDefault();
-  token = at("token").value;
+  token = at("token").value.trim();
   watch();
 };
 

@@ -43,7 +43,7 @@ def page_routes(service: Service) -> list[Route]:
     live = Live(service)
     return [
         *(Route(path, File(*of).show) for path, of in FILES.items()),
-        Route("/page/events", Events(service)),
+        Route("/page/events", Events(service), methods=["GET"]),
         Route("/page/timeline.svg", live.picture),
         Route("/page/trace.json", live.trace),
     ]
@@ -81,7 +81,10 @@ class Live:
 
 
 class Events:
-    """GET /page/events, in ASGI's form: it ends with its client, or with the server."""
+    """GET /page/events, in ASGI's form: it ends with its client, or with the server.
+
+    HEAD ends at once.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -92,7 +95,11 @@ class Events:
         if service.under_way.closing:
             raise Refusal(503, CLOSING, code="closing", retry_after=service.settings.retry_after)
         stream = EventStream(scope, receive, send, service.settings.slow_client)
-        with service.watching.one():
+        if scope["method"] == "HEAD":
+            await stream.begin()
+            await stream.end()
+            return
+        with service.watching.one(stream, operator=operator):
             try:
                 async with service.under_way.watched(receive):
                     await service.watching.tell(stream, operator=operator)

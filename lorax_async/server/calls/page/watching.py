@@ -12,7 +12,10 @@ from lorax_async.server.calls.events import EventStream
 from lorax_async.server.calls.page.board import Board, Rows
 
 MOST = 64
-"""Pages that are told at a time."""
+"""Pages that are told at a time, and as many of the operator's: nobody keeps him out."""
+
+LAST_SECONDS = 1.0
+"""For the end of a stream to be taken."""
 
 TICK = 0.25
 """Seconds between two looks."""
@@ -26,23 +29,30 @@ class Watching:
 
     def __init__(self, board: Board) -> None:
         self._board = board
-        self._count = 0
+        self._open: dict[EventStream, bool] = {}
+        """And whether it is the operator's."""
         self._over = False
 
     def end(self) -> None:
-        """End all streams, after their next look: nothing changes any more."""
-        self._over = True
+        """End all streams, after their next look. Who does not take his end is cut off."""
+        if not self._over:
+            self._over = True
+            asyncio.get_running_loop().call_later(LAST_SECONDS, self._cut_off)
+
+    def _cut_off(self) -> None:
+        for stream in self._open:
+            stream.cut()
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def one(self, stream: EventStream, *, operator: bool) -> Iterator[None]:
         """One more page. Raises `CapacityError`."""
-        if self._count >= MOST:
+        if sum(each == operator for each in self._open.values()) >= MOST:
             raise CapacityError(f"{MOST} pages are open already; close one")
-        self._count += 1
+        self._open[stream] = operator
         try:
             yield
         finally:
-            self._count -= 1
+            del self._open[stream]
 
     async def tell(self, stream: EventStream, *, operator: bool) -> None:
         """Until the client goes, or all ends: first all rows, then those that have changed."""
@@ -67,19 +77,22 @@ class _Shown:
         self._operator = operator
         self._rows: Rows | None = None
         self._cold: dict[str, Any] | None = None
+        self._more = 0
 
     def news(self) -> dict[str, Any]:
         """What has changed since the last time."""
         board, news = self._board, dict[str, Any]()
         before, self._rows = self._rows, board.rows(operator=self._operator)
         if before is None:
-            news = {"base": board.base, "operator": self._operator}
+            news = {"base": board.base, "operator": self._operator, "more": 0, "cold": None}
         if before is not self._rows:
             known = before or {}
             changed = {id: row for id, row in self._rows.items() if known.get(id) != row}
             gone = [id for id in known if id not in self._rows]
             news |= {"rows": changed} if changed or before is None else {}
             news |= {"gone": gone} if gone else {}
+        if board.more() != self._more:
+            self._more = news["more"] = board.more()
         cold = board.cold(operator=self._operator)
         if cold != self._cold:
             self._cold, news["cold"] = cold, cold
