@@ -72,7 +72,7 @@ def test_a_template_refuses_in_its_own_words(run: Run) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/v1", 404),
         ("GET", "/v1/completions", 405),
         ("GET", "/v1/models/nobody", 404),
         ("GET", "/v1/models/org/x", 404),

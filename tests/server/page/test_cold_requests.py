@@ -81,6 +81,7 @@ def test_the_picture_shows_all_of_it(run: Run, tmp_path: Path) -> None:
             await asked(world.client, "pirate")
             answer = await world.ask("GET", PICTURE)
             assert answer.headers["content-type"] == "image/svg+xml"
+            assert answer.headers["cache-control"] == "no-store"
             picture = ET.fromstring(answer.body)
             said = {each.text for each in picture.iter(f"{SVG}text")}
             assert {"requests", "files", "copies", "layers"} <= said

@@ -226,7 +226,7 @@ def test_a_lost_stream_moves_nothing_under_the_finger(chromium: Any, site: str) 
     """Rows that are still there stay as they are; of what has gone nothing is left."""
     context = chromium.new_context(viewport=DESK)
     page = context.new_page()
-    _stream(page, told(["one", "two"], COLD), told(["two", "three"]), told(["two", "four"]))
+    _stream(page, told(["one", "two"], COLD), told(["two", "three"]), told(["two", "/four"]))
     page.goto(site)
     shows(page, "#cold", "one")
     row(page, "two").get_by_role("button").focus()
@@ -236,9 +236,11 @@ def test_a_lost_stream_moves_nothing_under_the_finger(chromium: Any, site: str) 
     shows(page, "#cold", "None yet")
     page.locator("#adapters .name", has_text="two").hover()
     page.mouse.down()
-    has(page, "four", "disk")
+    has(page, "/four", "disk")
     page.mouse.up()
     assert page.get_by_role("combobox").input_value() == "two"
+    row(page, "/four").get_by_role("button").click()
+    assert page.get_by_role("combobox").input_value() == "/four"
     context.close()
 
 
@@ -257,7 +259,7 @@ COLD = {"number": 1, "name": "one", "outcome": "first token", "seconds": 1.0, "e
 def told(names: list[str], cold: Any = None) -> dict[str, Any]:
     """The first event of a stream."""
     plain = {"tier": "disk", "state": "present", "layers": None, "bytes": 1, "leases": 0}
-    rows = {name: plain | {"name": name, "error": None} for name in names}
+    rows = {name: plain | {"name": name, "named": True, "error": None} for name in names}
     return {"base": "base", "operator": False, "cold": cold, "rows": rows}
 
 

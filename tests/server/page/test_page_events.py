@@ -110,7 +110,8 @@ def test_ids_of_requests_are_the_operators_to_see(run: Run, tmp_path: Path) -> N
                     "memory:org/secret",
                 }
                 (other,) = operator.rows.keys() - {"mine"}
-                assert other.startswith("/")
+                assert not operator.rows[other]["named"]
+                assert operator.rows["mine"]["named"]
 
     run(body())
 

@@ -95,29 +95,31 @@ class Board:
 
     def _named(self) -> Iterator[tuple[str, Row]]:
         for name, where, story in self._by_name():
-            yield name, _row(name, where, story)
+            yield name, _row(name, where, story, named=True)
 
     def _all(self) -> Iterator[tuple[str, Row]]:
-        """By names where they have some; other ids begin with a slash, which no request names."""
+        """By names where they have some; other ids begin with a NUL, which is in no name."""
         known: set[AdapterKey] = set()
         for name, where, story in self._by_name():
             known.update(event.key for event in story[-1:])
-            yield name, _row(name, where, story)
+            yield name, _row(name, where, story, named=True)
         for key, found in self._loader.residency(nearest=MOST).items():
             if key not in known:
-                yield f"/{key}", _row(str(key), found, self._loader.story(key))
+                yield f"\0{key}", _row(str(key), found, self._loader.story(key), named=False)
 
     def _by_name(self) -> Iterator[tuple[str, AdapterResidency | None, tuple[Event, ...]]]:
         for name, adapter in tuple(self._names.adapters.items())[:MOST]:
             yield name, self._loader.whereabouts(adapter), self._loader.story(adapter)
 
 
-def _row(name: str, where: AdapterResidency | None, story: tuple[Event, ...]) -> Row:
+def _row(
+    name: str, where: AdapterResidency | None, story: tuple[Event, ...], *, named: bool
+) -> Row:
     last = story[-1] if story else None
     error = last.error if isinstance(last, Failed) else None
     # The operator's name stands for an id that may be a path.
     said = None if error is None else shorten(str(error.located(id=name)), ERROR_LENGTH)
-    row: Row = {"name": name, "error": said}
+    row: Row = {"name": name, "named": named, "error": said}
     if where is None:
         return row | {"tier": "source", "state": "", "layers": None, "bytes": 0, "leases": 0}
     return row | {

@@ -52,7 +52,7 @@ function show(news) {
   for (const [id, row] of Object.entries(news.rows ?? {})) showRow(id, row);
   if (news.base !== undefined || gone.length || rows.size !== known) {
     at("none").hidden = rows.size > 0;
-    const names = [base, ...[...rows.keys()].filter((id) => !id.startsWith("/"))];
+    const names = [base, ...[...rows.keys()].filter((id) => !id.startsWith("\0"))];
     at("models").replaceChildren(...names.map((name) => new Option(name, name)));
   }
   if (news.more !== undefined) {
@@ -66,7 +66,7 @@ function showRow(id, row) {
   if (!item) {
     item = document.createElement("li");
     rows.set(id, item);
-    item.append(id.startsWith("/") ? document.createElement("div") : chooser(row.name));
+    item.append(row.named ? chooser(row.name) : document.createElement("div"));
     at("adapters").append(item);
   }
   const filling = row.state === "filling" && row.layers;

@@ -114,4 +114,7 @@ class Events:
 def _found(content: str | bytes | None, kind: str, more: dict[str, str]) -> Response:
     if content is None:
         raise Refusal(404, "No cold request has ended yet", code="no_cold_request")
-    return Response(content, headers=SAFE | {"content-type": kind} | more)
+    # The operator's is for nobody else who has this browser later.
+    return Response(
+        content, headers=SAFE | {"content-type": kind, "cache-control": "no-store"} | more
+    )
