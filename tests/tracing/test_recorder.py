@@ -45,7 +45,7 @@ def test_what_has_ended_has_ended_once() -> None:
     assert len(list(recorder.unfinished())) == 1
     recorder.end(span)
     recorder.end(span)
-    assert len(ring.read()[0]) == 1
+    assert len(ring.look().since(0)[0]) == 1
     assert list(recorder.unfinished()) == []
 
 
@@ -82,12 +82,12 @@ def test_a_copy_ends_when_its_ticket_is_done(error: Exception | None) -> None:
     recorder, ring, ticket = Recorder(), Ring(3), Future[None]()
     recorder.rings = (ring,)
     CopyTimes(recorder, 0, 2).asked(ticket, 64, in_stream=True)
-    assert ring.read()[0] == []
+    assert ring.look().since(0)[0] == []
     if error is None:
         ticket.set_result(None)
     else:
         ticket.set_exception(error)
-    (record,) = ring.read()[0]
+    (record,) = ring.look().since(0)[0]
     assert record.args is not None
     assert record.args["outcome"] == ("done" if error is None else "OSError")
 
@@ -104,7 +104,7 @@ def test_a_recording_that_has_stopped_takes_nothing_more(run: Run, tmp_path: Pat
                     pass
                 (await there.load(folder)).release()
                 await asyncio.sleep(0)
-                assert inner._ring.read()[0] == []
-                assert outer._ring.read()[0]
+                assert inner._ring.look().since(0)[0] == []
+                assert outer._ring.look().since(0)[0]
 
     run(main())
