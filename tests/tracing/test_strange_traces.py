@@ -95,6 +95,12 @@ def test_what_is_said_of_a_part_is_said_of_what_is_shown() -> None:
     assert summary(picture).startswith("10.0 ms; layers were computed for 10.0 ms, of which 2.0 ms")
 
 
+def test_colours_span_the_layers_that_there_are() -> None:
+    events = [span(ts=at, args={"layer": at}) for at in (7, 3, 5)]
+    assert picture_of([*events, span(ts=9)]).layers == (3, 7)
+    assert picture_of([span()]).layers == (0, 0)
+
+
 def test_more_than_a_browser_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "MOST_BOXES", 3)
     events = [span(ts=at * 2_000) for at in range(4)]
