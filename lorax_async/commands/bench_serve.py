@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from lorax_async.commands.arguments import FAILED, OK, AddParser, add_command, number_from
+from lorax_async.commands.arguments import FAILED, OK, AddParser, add_command, lines_of, number_from
 from lorax_async.commands.benching import open_loop, picture
 from lorax_async.commands.benching.open_loop import Played
 from lorax_async.commands.benching.report import summary
@@ -19,7 +20,7 @@ from lorax_async.commands.benching.streaming_client import PATHS, Answer, Client
 from lorax_async.commands.measure import run_on_uvloop
 from lorax_async.commands.terminal import Screen
 from lorax_async.core.request_schedule import Arrival, schedule
-from lorax_async.errors import ConfigError
+from lorax_async.errors import ConfigError, shorten
 
 KEY = "OPENAI_API_KEY"
 LATE_MS = 10
@@ -148,11 +149,12 @@ def read_models(given: Sequence[str]) -> list[str]:
     models: list[str] = []
     for text in given:
         path = Path(text)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [text]
-        models += [line.strip() for line in lines if line.strip()]
+        models += lines_of(path) if path.is_file() else [text.strip()]
     if len(set(models)) < len(models):
-        twice = next(name for name in models if models.count(name) > 1)
-        raise ConfigError(f"--models names {twice!r} twice")
+        twice = next(name for name, count in Counter(models).items() if count > 1)
+        raise ConfigError(f"--models names {shorten(twice)!r} twice")
+    if not all(models):
+        raise ConfigError("--models names a model without a name")
     return models
 
 
