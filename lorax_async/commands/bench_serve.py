@@ -32,8 +32,9 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 def add_to(add: AddParser) -> None:
     about = "send requests to an OpenAI-compatible server at a steady rate, and time the answers"
     more = (
-        "Requests are sent when they are due and never wait for answers. A request is cold if it is"
-        f" the first of the run to name its model. A key for the server is taken from {KEY}."
+        "Requests are sent when they are due and never wait for answers. A request is cold if no"
+        " answer from the model that it names had begun by then. A key for the server is taken from"
+        f" {KEY}."
     )
     parser = add_command(add, "bench-serve", about, _bench, more)
     parser.add_argument("url", metavar="URL", help="the server's, as http://127.0.0.1:8000")
@@ -122,7 +123,7 @@ def _bench(arguments: argparse.Namespace, screen: Screen) -> int:
         raise ConfigError(f"--timeout is more than 0, not {arguments.timeout:g}")
     endpoint(arguments.url, arguments.call)
     if arguments.plot is not None:
-        picture.require_matplotlib()
+        picture.require(arguments.plot)
     random = Random(arguments.seed)  # noqa: S311 - no secret
     arrivals = schedule(
         random.random,
@@ -135,12 +136,12 @@ def _bench(arguments: argparse.Namespace, screen: Screen) -> int:
     with _lines(arguments.lines) as write, screen.steps() as report:
         played = run_on_uvloop(_play(arguments, arrivals, random, write, report))
     told = _told(arguments, played)
-    if arguments.plot is not None:
-        picture.draw(arguments.plot, played.answers)
     if arguments.json:
         screen.json(told)
     else:
         _show(told, screen)
+    if arguments.plot is not None:
+        picture.draw(arguments.plot, played.answers)
     return OK if told["all"]["whole"] == told["all"]["requests"] else FAILED
 
 
