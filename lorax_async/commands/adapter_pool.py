@@ -19,13 +19,14 @@ from lorax_async.core.layout import ModelLayout, Module
 from lorax_async.core.life import Needs
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.transfer_plan import TransferPlan, plan_transfer
-from lorax_async.errors import ConfigError, shorten
+from lorax_async.errors import ConfigError, LoraxError, shorten
 from lorax_async.io.sources.local_folder import CONFIG, find_adapter
 from lorax_async.io.sources.local_ids import parse_place
 from lorax_async.io.sources.local_weights import open_weights
 from lorax_async.runtime.machinery import MOVE_BYTES
 
 _MANY = re.compile(r"([0-9]{1,9})x([0-9]{1,4})")
+_NUMBER = re.compile("[0-9]{1,18}")
 MOST = 10_000_000
 
 
@@ -92,6 +93,12 @@ class Reckoning:
 
     def of_folder(self, folder: Path) -> Kind:
         """Of an adapter on the disk, as a load would find it. Raises what a load would raise."""
+        try:
+            return self._found(folder)
+        except LoraxError as error:
+            raise error.located(id=str(folder)) from error
+
+    def _found(self, folder: Path) -> Kind:
         key = find_adapter(parse_place(AdapterRef(folder), ()), (), self._limits)
         config = (folder / CONFIG).read_bytes()
         weights = open_weights(key, self._limits)
@@ -188,14 +195,14 @@ def _below(folder: Path, reckoning: Reckoning) -> Iterator[tuple[str, Kind, int]
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """Of a JSON list of objects, or of a CSV with a line of names."""
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip()[:1] != "[":
-        yield from csv.DictReader(text.splitlines())
-        return
     try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
+        text = path.read_text(encoding="utf-8-sig")
+        is_json = text.lstrip()[:1] == "["
+        rows = json.loads(text) if is_json else list(csv.DictReader(text.splitlines()))
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ConfigError(f"{path} is no JSON or CSV in UTF-8: {error}") from None
+    if not rows:
+        raise ConfigError(f"{path} lists no adapter")
     for row in rows:
         if not isinstance(row, dict):
             raise ConfigError(f"{path} is a list of objects, and {shorten(repr(row))} is none")
@@ -222,6 +229,6 @@ def _listed(row: Mapping[str, Any], path: Path, reckoning: Reckoning) -> tuple[s
 
 def _number(value: object, what: str, path: Path) -> int:
     text = str(value)
-    if isinstance(value, bool) or not (text.isascii() and text.isdecimal() and int(text) > 0):
+    if isinstance(value, bool) or not _NUMBER.fullmatch(text) or not int(text):
         raise ConfigError(f"{path}: {what} is a whole number of 1 or more, not {shorten(text)!r}")
     return int(text)

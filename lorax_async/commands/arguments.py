@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from lorax_async.commands.terminal import Screen
+from lorax_async.errors import ConfigError
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses; argparse has `REFUSED` for wrong usage."""
@@ -56,3 +58,18 @@ def number_from(least: int, most: int | None = None) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Of a text file, without blanks around them and without empty ones.
+
+    Raises
+    ------
+    ConfigError
+        It is no text.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from (line.strip() for line in file if line.strip())
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no text in UTF-8") from None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from lorax_async.commands.arguments import FAILED, OK, AddParser, add_command, number_from
+from lorax_async.commands.arguments import FAILED, OK, AddParser, add_command, lines_of, number_from
 from lorax_async.commands.benching import open_loop, picture
 from lorax_async.commands.benching.open_loop import Played
 from lorax_async.commands.benching.report import summary
@@ -19,7 +20,7 @@ from lorax_async.commands.benching.streaming_client import PATHS, Answer, Client
 from lorax_async.commands.measure import run_on_uvloop
 from lorax_async.commands.terminal import Screen
 from lorax_async.core.request_schedule import Arrival, schedule
-from lorax_async.errors import ConfigError
+from lorax_async.errors import ConfigError, shorten
 
 KEY = "OPENAI_API_KEY"
 LATE_MS = 10
@@ -31,8 +32,9 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 def add_to(add: AddParser) -> None:
     about = "send requests to an OpenAI-compatible server at a steady rate, and time the answers"
     more = (
-        "Requests are sent when they are due and never wait for answers. A request is cold if it is"
-        f" the first of the run to name its model. A key for the server is taken from {KEY}."
+        "Requests are sent when they are due and never wait for answers. A request is cold if no"
+        " answer from the model that it names had begun by then. A key for the server is taken from"
+        f" {KEY}."
     )
     parser = add_command(add, "bench-serve", about, _bench, more)
     parser.add_argument("url", metavar="URL", help="the server's, as http://127.0.0.1:8000")
@@ -121,7 +123,7 @@ def _bench(arguments: argparse.Namespace, screen: Screen) -> int:
         raise ConfigError(f"--timeout is more than 0, not {arguments.timeout:g}")
     endpoint(arguments.url, arguments.call)
     if arguments.plot is not None:
-        picture.require_matplotlib()
+        picture.require(arguments.plot)
     random = Random(arguments.seed)  # noqa: S311 - no secret
     arrivals = schedule(
         random.random,
@@ -134,12 +136,12 @@ def _bench(arguments: argparse.Namespace, screen: Screen) -> int:
     with _lines(arguments.lines) as write, screen.steps() as report:
         played = run_on_uvloop(_play(arguments, arrivals, random, write, report))
     told = _told(arguments, played)
-    if arguments.plot is not None:
-        picture.draw(arguments.plot, played.answers)
     if arguments.json:
         screen.json(told)
     else:
         _show(told, screen)
+    if arguments.plot is not None:
+        picture.draw(arguments.plot, played.answers)
     return OK if told["all"]["whole"] == told["all"]["requests"] else FAILED
 
 
@@ -148,11 +150,12 @@ def read_models(given: Sequence[str]) -> list[str]:
     models: list[str] = []
     for text in given:
         path = Path(text)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [text]
-        models += [line.strip() for line in lines if line.strip()]
+        models += lines_of(path) if path.is_file() else [text.strip()]
     if len(set(models)) < len(models):
-        twice = next(name for name in models if models.count(name) > 1)
-        raise ConfigError(f"--models names {twice!r} twice")
+        twice = next(name for name, count in Counter(models).items() if count > 1)
+        raise ConfigError(f"--models names {shorten(twice)!r} twice")
+    if not all(models):
+        raise ConfigError("--models names a model without a name")
     return models
 
 

@@ -18,6 +18,7 @@ from lorax_async.commands.arguments import (
     add_base,
     add_command,
     as_size,
+    lines_of,
     number_from,
 )
 from lorax_async.commands.bases import layout_of
@@ -30,6 +31,7 @@ from lorax_async.errors import ConfigError, shorten
 
 SHOWN_KINDS = 20
 REQUESTS = 100_000
+MOST_REQUESTS = 100_000_000
 
 
 def add_to(add: AddParser) -> None:
@@ -102,7 +104,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--requests",
-        type=number_from(1),
+        type=number_from(1, MOST_REQUESTS),
         metavar="N",
         help=f"how many (default: all of a trace, else {REQUESTS})",
     )
@@ -160,9 +162,7 @@ def read_trace(path: Path, names: Sequence[str], most: int | None) -> list[int]:
     if len(places) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise ConfigError(f"two adapters are called {shorten(twice)!r}: a trace would mean either")
-    with path.open(encoding="utf-8") as file:
-        lines = (line.strip() for line in file)
-        asked = list(islice((line for line in lines if line), most))
+    asked = list(islice(lines_of(path), most))
     try:
         return [places[name] for name in asked]
     except KeyError as error:

@@ -14,11 +14,10 @@ MOST = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """`due` seconds after the beginning; `cold` names an adapter for the first time."""
+    """`due` seconds after the beginning, and which adapter it names."""
 
     due: float
     model: str
-    cold: bool
 
 
 def schedule(
@@ -71,10 +70,7 @@ def _named(
         )
     fresh = iter(models[popular:])
     zipf = Zipf(popular, exponent) if popular else None
-    seen: set[str] = set()
-    arrivals = []
-    for due, is_new, number in drawn:
-        model = next(fresh) if is_new or zipf is None else models[zipf.pick(number)]
-        arrivals.append(Arrival(due, model, model not in seen))
-        seen.add(model)
-    return arrivals
+    return [
+        Arrival(due, next(fresh) if is_new or zipf is None else models[zipf.pick(number)])
+        for due, is_new, number in drawn
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,14 @@ def test_the_server_is_asked(run: Run, tmp_path: Path, capsys: Capture) -> None:
     assert told["warm"]["requests"] + told["cold"]["requests"] == every["requests"]
     lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     assert len(lines) == every["requests"]
-    assert told["cold"]["requests"] == len({line["model"] for line in lines})
+    assert told["cold"]["requests"] >= len({line["model"] for line in lines})
     # A token is a byte: "hello" of "hello you".
     assert {line["tokens"] for line in lines} == {5}
     assert every["tokens"] == 5 * len(lines)
     for line in lines:
-        assert line["due_s"] <= line["sent_s"] + 2e-3
+        assert line["due_s"] <= line["sent_s"]
         assert line["sent_s"] < line["chunks_s"][0] <= line["ended_s"]
-        assert line["ttft_s"] == line["chunks_s"][0] - line["sent_s"]
+        assert line["ttft_s"] == line["chunks_s"][0] - line["due_s"]
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     asked = engine.submitted[0].generation
     assert asked.max_new_tokens == 5
@@ -121,6 +122,9 @@ def test_what_is_posted(run: Run, capsys: Capture, monkeypatch: pytest.MonkeyPat
     [
         (("localhost", "--models", "a"), "no URL"),
         (("http://localhost", "--models", "a", "a"), "'a' twice"),
+        (("http://localhost", "--models", " "), "without a name"),
+        (("http://localhost", "--models", "a", "--plot", "out.nonsense"), "out.nonsense"),
+        (("http://localhost", "--models", "a", "--plot", "/nowhere/out.png"), "/nowhere/out.png"),
         (("http://localhost", "--models", "a", "--timeout", "0"), "--timeout"),
         (("http://localhost", "--models", "a", "--cold-share", "0.5"), "too few"),
         (("http://localhost", "--models", "a", "--rate", "-1"), "more than 0"),
@@ -132,3 +136,31 @@ def test_what_cannot_be_asked_is_said(
 ) -> None:
     assert main(["bench-serve", *arguments, "--json"]) == 1
     assert text in capsys.readouterr().err
+
+
+def test_models_that_are_no_text_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "models").write_bytes(b"a\n\xff\n")
+    arguments = ["bench-serve", "http://localhost", "--models", str(tmp_path / "models"), "--json"]
+    assert main(arguments) == 1
+    assert "no text in UTF-8" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_told_although_no_picture_can_be_written(
+    run: Run, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "out.png").symlink_to("/dev/full")
+    arguments = ("--models", "base", "--rate", "60", "--seconds", "0.2", "--json")
+    plot = ("--plot", str(tmp_path / "out.png"))
+    assert ask_real(run, FakeEngine(saying("x")), *arguments, *plot, adapters={}) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["all"]["whole"] > 0
+    assert "No space left" in captured.err
+
+
+def test_without_matplotlib_nothing_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plot = ("--plot", str(tmp_path / "out.png"))
+    assert main(["bench-serve", "http://localhost", "--models", "a", *plot, "--json"]) == 1
+    assert "lorax-async[measure]" in capsys.readouterr().err

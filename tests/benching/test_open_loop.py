@@ -13,6 +13,7 @@ from common import Run, until
 from lorax_async.commands.benching import streaming_client
 from lorax_async.commands.benching.open_loop import NOT_SENT, Played, play, session
 from lorax_async.commands.benching.streaming_client import Answer, Client, endpoint, events
+from lorax_async.commands.measure import run_on_uvloop
 from lorax_async.core.request_schedule import Arrival
 from lorax_async.errors import ConfigError
 
@@ -30,7 +31,7 @@ def body(arrival: Arrival) -> dict[str, Any]:
 
 
 def arrivals(count: int, due: float = 0.0) -> list[Arrival]:
-    return [Arrival(due, f"m{n}", cold=True) for n in range(count)]
+    return [Arrival(due, f"m{n}") for n in range(count)]
 
 
 async def played(script: Script, count: int = 1, seconds: float = 20, **options: Any) -> Played:
@@ -63,7 +64,7 @@ def test_times_are_those_of_the_pieces_with_text(run: Run) -> None:
     async def main() -> Answer:
         async with standing_in(script) as there, session(20, "the key") as opened:
             client = Client(opened, there.url, "chat", clock)
-            answer = Answer(Arrival(0.25, "m", cold=False))
+            answer = Answer(Arrival(0.25, "m"))
             clock.now = 100.5
             task = asyncio.create_task(client.ask(answer, {"model": "m"}, 100.0))
             for number, now in enumerate((102.0, 102.25, 104.0), 1):
@@ -80,7 +81,7 @@ def test_times_are_those_of_the_pieces_with_text(run: Run) -> None:
             return answer
 
     answer = run(main())
-    assert (answer.sent, answer.late, answer.first) == (0.5, 0.25, 1.5)
+    assert (answer.sent, answer.late, answer.first) == (0.5, 0.25, 1.75)
     assert answer.chunks == [2.0, 2.25, 4.0]
     assert (answer.gaps, answer.ended) == ([0.25, 1.75], 5.0)
     assert (answer.tokens, answer.prompt_tokens, answer.made) == (11, 7, 11)
@@ -131,19 +132,47 @@ def test_too_many_at_once_are_not_sent_and_do_not_wait(run: Run) -> None:
     assert found.most_at_once == 3
 
 
-def test_what_is_due_later_is_sent_no_earlier(run: Run) -> None:
+def test_nothing_is_sent_before_it_is_due() -> None:
+    """uvloop, on which the command runs, counts in whole milliseconds."""
+
     async def script(asked: Asked) -> None:
         await asked.begin()
         await asked.done()
 
     async def main() -> Played:
         async with standing_in(script) as there, session(20, None) as opened:
-            due = [Arrival(0.0, "a", cold=True), Arrival(0.05, "b", cold=True)]
-            return await play(Client(opened, there.url, "chat"), due, body, most_at_once=9)
+            due = [Arrival(0.0054 * n, "m") for n in range(40)]
+            return await play(Client(opened, there.url, "chat"), due, body, most_at_once=99)
 
-    for each in run(main()).answers:
+    for each in run_on_uvloop(main()).answers:
         assert each.late is not None
-        assert each.late >= -1e-3  # uvloop counts in whole milliseconds
+        assert each.late >= 0
+
+
+def test_cold_is_who_comes_before_the_model_has_answered(run: Run) -> None:
+    """Of m: two wait for one load, the third comes after it. Of gone: nobody ever gets an answer."""
+    both = asyncio.Event()
+    of_m: list[Asked] = []
+
+    async def script(asked: Asked) -> None:
+        if asked.body["model"] == "gone":
+            await asked.begin(404)
+            return
+        of_m.append(asked)
+        if len(of_m) == 2:
+            both.set()
+        await both.wait()
+        await asked.begin()
+        await asked.done()
+
+    async def main() -> list[Answer]:
+        due = [Arrival(0.0, "m"), Arrival(0.0, "gone"), Arrival(0.0, "m")]
+        due += [Arrival(1.0, "m"), Arrival(1.0, "gone")]  # when those have long been answered
+        async with standing_in(script) as there, session(20, None) as opened:
+            client = Client(opened, there.url, "chat")
+            return (await play(client, due, body, most_at_once=9)).answers
+
+    assert [each.cold for each in run(main())] == [True, True, True, False, True]
 
 
 # -- what goes wrong ------------------------------------------------------------------------------
@@ -159,6 +188,15 @@ def test_a_status_is_an_error(run: Run, status: int) -> None:
     assert (answer.status, answer.error, answer.chunks) == (status, str(status), [])
     assert answer.told == '{"error": {"message": "no such adapter"}}'
     assert answer.ended is not None
+
+
+def test_a_status_counts_also_where_its_body_does_not_come(run: Run) -> None:
+    async def script(asked: Asked) -> None:
+        await asked.send(b"HTTP/1.1 503 x\r\nContent-Length: 9\r\n\r\n")
+        await asyncio.Event().wait()
+
+    answer = one(run, script, seconds=2)
+    assert (answer.status, answer.error, answer.told) == (503, "503", None)
 
 
 def test_a_redirect_is_not_followed(run: Run) -> None:
@@ -218,12 +256,17 @@ async def _no_object(asked: Asked) -> None:
     await asked.event(["x"])
 
 
+async def _nested(asked: Asked) -> None:
+    await asked.begin()
+    await asked.send(b"data: " + b"[" * 200_000 + b"\n\n")
+
+
 async def _one_long_line(asked: Asked) -> None:
     await asked.begin()
     await asked.send(b"data: " + b"x" * (streaming_client.MAX_LINE + 1))
 
 
-@pytest.mark.parametrize("script", [_whole, _no_json, _no_object, _one_long_line])
+@pytest.mark.parametrize("script", [_whole, _no_json, _no_object, _nested, _one_long_line])
 def test_what_is_no_stream_of_events_is_said(run: Run, script: Script) -> None:
     assert one(run, script).error == "no stream"
 
@@ -234,6 +277,12 @@ def test_what_is_no_stream_of_events_is_said(run: Run, script: Script) -> None:
         {"choices": 5},
         {"choices": ["x"]},
         {"choices": [{"delta": "x"}]},
+        {"choices": [{"text": 5}]},
+        {"choices": [{"delta": {"content": ["x"]}}]},
+        {"choices": [], "usage": {"completion_tokens": -1}},
+        {"choices": [], "usage": {"completion_tokens": True}},
+        {"choices": [], "usage": {"completion_tokens": 10**400}},
+        {"choices": [], "usage": {"prompt_tokens": 1.5}},
         {"choices": [], "usage": [1]},
         {"choices": [], "usage": {"completion_tokens": "many"}},
     ],
@@ -333,5 +382,27 @@ def test_the_url_may_be_that_of_the_calls() -> None:
     for url in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
         assert endpoint(url, "chat") == "http://h:1/v1/chat/completions"
     assert endpoint("https://h/below", "completions") == "https://h/below/v1/completions"
-    with pytest.raises(ConfigError, match="no URL"):
-        endpoint("h:1", "chat")
+    assert endpoint("http://[::1]:8000", "chat") == "http://[::1]:8000/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("h:1", "ftp://h", "http://", "http://:80", "http://h:99999", "http://h:x", "http://[::1"),
+        *("http://u:secret@h", "http://h?secret=1", "http://h#secret", "http://a b", "http://h\n"),
+    ],
+)
+def test_what_is_no_url_of_a_server_is_said_without_its_secrets(url: str) -> None:
+    with pytest.raises(ConfigError, match="no URL") as caught:
+        endpoint(url, "chat")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "a\r", "ä", "\ud800"])
+def test_a_key_that_no_header_can_hold_is_refused(run: Run, key: str) -> None:
+    async def main() -> None:
+        async with session(1, key):
+            pass
+
+    with pytest.raises(ConfigError, match="no header"):
+        run(main())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorax_async.commands.benching.open_loop import NOT_SENT, Played
-from lorax_async.commands.benching.picture import draw
+from lorax_async.commands.benching.picture import draw, require
 from lorax_async.commands.benching.report import percentile, spread, summary
 from lorax_async.commands.benching.streaming_client import Answer
 from lorax_async.core.request_schedule import Arrival
@@ -15,13 +15,13 @@ from lorax_async.errors import ConfigError
 
 
 def answer(due: float, *, cold: bool = False, **said: object) -> Answer:
-    return Answer(Arrival(due, "m", cold), **said)  # type: ignore[arg-type]
+    return Answer(Arrival(due, "m"), cold, **said)  # type: ignore[arg-type]
 
 
 ANSWERS = [
-    # 100 ms to the first of three, then 50 and 150 ms; 1 ms late
+    # 101 ms to the first of three, 1 of which late; then 50 and 150 ms, for 4 more tokens
     answer(1.0, sent=1.001, chunks=[1.101, 1.151, 1.301], ended=1.4, tokens=5, prompt_tokens=8),
-    # 300 ms; the server says no tokens, so that two pieces count; 3 ms late
+    # 303 ms; the server says no tokens, so that two pieces count; 3 ms late
     answer(2.0, cold=True, sent=2.003, chunks=[2.303, 2.323], ended=2.4, prompt_tokens=10),
     # an answer without any text is whole, too
     answer(3.0, sent=3.0, ended=3.1, tokens=0),
@@ -48,7 +48,7 @@ def test_a_summary_by_warm_and_cold() -> None:
     assert (all["requests"], all["whole"]) == (6, 3)
     assert all["errors"] == {"hang-up": 1, "429": 1, NOT_SENT: 1}
     assert (warm["requests"], warm["whole"], warm["errors"]) == (4, 2, {"hang-up": 1, "429": 1})
-    assert warm["ttft_ms"] == pytest.approx({"p50": 100, "p90": 100, "p99": 100, "max": 100})
+    assert warm["ttft_ms"] == pytest.approx({"p50": 101, "p90": 101, "p99": 101, "max": 101})
     assert warm["between_chunks_ms"] == pytest.approx(
         {"p50": 50, "p90": 150, "p99": 150, "max": 150}
     )
@@ -56,7 +56,8 @@ def test_a_summary_by_warm_and_cold() -> None:
     assert warm["tokens_per_second"] == 6 / 4
     assert warm["requests_per_second"] == 2 / 4
     assert (warm["prompt_tokens_mean"], all["prompt_tokens_mean"]) == (8, 9)
-    assert cold["ttft_ms"] == pytest.approx({"p50": 300, "p90": 300, "p99": 300, "max": 300})
+    assert cold["ttft_ms"] == pytest.approx({"p50": 303, "p90": 303, "p99": 303, "max": 303})
+    assert all["per_token_ms"] == pytest.approx({"p50": 20, "p90": 50, "p99": 50, "max": 50})
     assert (cold["requests"], cold["tokens"], cold["errors"]) == (2, 2, {NOT_SENT: 1})
 
 
@@ -72,6 +73,9 @@ def test_a_picture_is_drawn(tmp_path: Path, answers: list[Answer]) -> None:
     assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_picture_of_no_format(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"out\.nonsense"):
-        draw(tmp_path / "out.nonsense", ANSWERS)
+@pytest.mark.parametrize("name", ["out.nonsense", "out", "folder.png", "nowhere/out.png"])
+def test_where_no_picture_can_be(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ConfigError, match=name):
+        require(tmp_path / name)
+    require(tmp_path / "out.png")

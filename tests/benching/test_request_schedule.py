@@ -29,19 +29,9 @@ def test_three_numbers_make_an_arrival() -> None:
     uniform = drawn(0.5, 0.9, 0.0, 0.5, 0.1, 0.7, 0.0, 0.6, 0.7, 0.5)
     # a, b are left for Zipf (2 : 1), for one of three is cold; 0.0 is a and 0.7 is b.
     assert made(uniform, ["a", "b", "new"]) == [
-        Arrival(half, "a", True),
-        Arrival(2 * half, "new", True),
-        Arrival(2 * half, "b", True),
-    ]
-
-
-def test_who_was_named_is_warm() -> None:
-    uniform = drawn(0.0, 0.9, 0.0, 0.0, 0.9, 0.7, 0.0, 0.9, 0.1, 0.99)
-    arrivals = made(uniform, ["a", "b"])
-    assert [(each.model, each.cold) for each in arrivals] == [
-        ("a", True),
-        ("b", True),
-        ("a", False),
+        Arrival(half, "a"),
+        Arrival(2 * half, "new"),
+        Arrival(2 * half, "b"),
     ]
 
 
@@ -63,19 +53,16 @@ def test_arrivals_of_a_seed_are_those_of_its_draws() -> None:
     for arrival, (_, cold, number) in zip(arrivals, expected, strict=True):
         if cold:
             assert arrival.model == next(fresh)
-            assert arrival.cold
             continue
         place = popular.index(arrival.model)
         assert sum(weights[:place]) <= number * sum(weights) * (1 + 1e-9)
         assert number * sum(weights) <= sum(weights[: place + 1]) * (1 + 1e-9)
     named = Counter(each.model for each in arrivals)
     assert named["m0"] > named["m9"] > 0
-    assert sum(each.cold for each in arrivals) == len(named)
 
 
 def test_all_may_be_cold() -> None:
     arrivals = made(random.Random(1).random, [str(n) for n in range(50)], cold_share=1.0)
-    assert [each.cold for each in arrivals] == [True] * len(arrivals)
     assert len({each.model for each in arrivals}) == len(arrivals) > 0
 
 

@@ -51,6 +51,7 @@ async def play(
     """
     played = Played([Answer(arrival) for arrival in arrivals])
     under_way: set[asyncio.Task[None]] = set()
+    unanswered: dict[str, list[Answer]] = {}
     start = clock()
 
     def through(task: asyncio.Task[None]) -> None:
@@ -65,6 +66,10 @@ async def play(
         for answer in played.answers:
             # Also when it is late, so that answers are taken in between: 0 lets the others run.
             await asyncio.sleep(max(0.0, answer.arrival.due - (clock() - start)))
+            # uvloop counts in whole milliseconds, and may wake too early by one.
+            while clock() - start < answer.arrival.due:  # noqa: ASYNC110 - it is no event
+                await asyncio.sleep(0)
+            answer.cold = _is_cold(answer, unanswered)
             if len(under_way) >= most_at_once:
                 answer.error, answer.ended = NOT_SENT, clock() - start
                 ended(answer)
@@ -79,6 +84,15 @@ async def play(
     return played
 
 
+def _is_cold(answer: Answer, unanswered: dict[str, list[Answer]]) -> bool:
+    """Whether its model has answered nobody yet; `unanswered` are by model those who asked."""
+    before = unanswered.setdefault(answer.arrival.model, [])
+    if any(each.has_come for each in before):
+        return False
+    before.append(answer)
+    return True
+
+
 @asynccontextmanager
 async def session(seconds: float, key: str | None) -> AsyncIterator[ClientSession]:
     """As many connections as it takes. Raises `ConfigError` where aiohttp is missing."""
@@ -86,6 +100,8 @@ async def session(seconds: float, key: str | None) -> AsyncIterator[ClientSessio
         import aiohttp  # noqa: PLC0415 - heavy, and only here
     except ImportError as error:
         raise ConfigError(f"{error}; run: pip install 'lorax-async[measure]'") from error
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ConfigError("the key for the server has signs that no header can hold")
     timeout = aiohttp.ClientTimeout(total=seconds)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     connector = aiohttp.TCPConnector(limit=0)

@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 COLOURS = {"warm": "tab:orange", "cold": "tab:blue"}
 
 
-def require_matplotlib() -> None:
-    """Raise `ConfigError` where it is missing: before the work, not after it."""
+def require(path: Path) -> None:
+    """Raise `ConfigError` if it could not be drawn there: before the work, not after it."""
     try:
-        import matplotlib.figure  # noqa: F401, PLC0415 - heavy, and only here
+        from matplotlib.figure import Figure  # noqa: PLC0415 - heavy, and only here
     except ImportError as error:
         raise ConfigError(f"{error}; run: pip install 'lorax-async[measure]'") from error
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise ConfigError(f"--plot {path}: its ending is none of {', '.join(sorted(formats))}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: no file can be there")
 
 
 def draw(path: Path, answers: Sequence[Answer]) -> None:
@@ -30,7 +35,7 @@ def draw(path: Path, answers: Sequence[Answer]) -> None:
     figure = Figure(figsize=(9, 8), layout="constrained")
     over_time, firsts, pauses = figure.subplots(3, 1)
     for name, colour in COLOURS.items():
-        mine = [each for each in answers if each.arrival.cold == (name == "cold")]
+        mine = [each for each in answers if each.cold == (name == "cold")]
         whole = [each for each in mine if each.error is None and each.first is not None]
         times = [(each.arrival.due, each.first * 1e3) for each in whole if each.first is not None]
         over_time.scatter(
@@ -50,10 +55,7 @@ def draw(path: Path, answers: Sequence[Answer]) -> None:
     for panel in (over_time, firsts, pauses):
         if panel.get_legend_handles_labels()[0]:
             panel.legend()
-    try:
-        figure.savefig(path)
-    except ValueError as error:  # an ending that names no format
-        raise ConfigError(f"--plot {path}: {error}") from None
+    figure.savefig(path)
 
 
 def _share(panel: Axes, values: Sequence[float], name: str) -> None:

@@ -34,8 +34,8 @@ def summary(played: Played) -> dict[str, Any]:
         "most_at_once": played.most_at_once,
         "late_ms": spread(each.late for each in played.answers if each.late is not None),
         "all": _of(played.answers, seconds),
-        "warm": _of([each for each in played.answers if not each.arrival.cold], seconds),
-        "cold": _of([each for each in played.answers if each.arrival.cold], seconds),
+        "warm": _of([each for each in played.answers if not each.cold], seconds),
+        "cold": _of([each for each in played.answers if each.cold], seconds),
     }
 
 
@@ -50,6 +50,7 @@ def _of(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
         "errors": dict(Counter(each.error for each in answers if each.error is not None)),
         "ttft_ms": spread(each.first for each in whole if each.first is not None),
         "between_chunks_ms": spread(gap for each in whole for gap in each.gaps),
+        "per_token_ms": spread(each.per_token for each in whole if each.per_token is not None),
         "chunks": sum(len(each.chunks) for each in answers),
         "tokens": tokens,
         "prompt_tokens_mean": sum(prompts) / len(prompts) if prompts else None,

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from lorax_async.core.request_schedule import Arrival
 from lorax_async.errors import ConfigError, shorten
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
 
 MAX_LINE = 1 << 20
+MAX_TOKENS = 1 << 40
+"""Of one answer; beyond that the server's word is not believed."""
+
 Call = Literal["chat", "completions"]
 PATHS: dict[Call, str] = {"chat": "/chat/completions", "completions": "/completions"}
 
@@ -24,11 +28,13 @@ PATHS: dict[Call, str] = {"chat": "/chat/completions", "completions": "/completi
 class Answer:
     """What came of one arrival. Times are seconds since the beginning of all.
 
-    `chunks` are the times of pieces with text; `status` is None where no answer began; `error` is
-    None for a stream that came to its end. `tokens` and `prompt_tokens` are what the server says.
+    `cold` ones were due before their model had begun to answer anybody. `chunks` are the times of
+    pieces with text; `status` is None where no answer began; `error` is None for a stream that came
+    to its end. `tokens` and `prompt_tokens` are what the server says.
     """
 
     arrival: Arrival
+    cold: bool = False
     sent: float | None = None
     chunks: list[float] = field(default_factory=list)
     ended: float | None = None
@@ -44,12 +50,24 @@ class Answer:
 
     @property
     def first(self) -> float | None:
-        """Seconds from the request to its first text."""
-        return self.chunks[0] - self.sent if self.chunks and self.sent is not None else None
+        """Seconds to its first text from when it was due: what sent it late is no excuse."""
+        return self.chunks[0] - self.arrival.due if self.chunks else None
+
+    @property
+    def has_come(self) -> bool:
+        """The model has begun to answer, if only with an empty text."""
+        return bool(self.chunks) or (self.ended is not None and self.error is None)
 
     @property
     def gaps(self) -> list[float]:
         return [b - a for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
+
+    @property
+    def per_token(self) -> float | None:
+        """Seconds from one token to the next, in the mean; a chunk may hold several."""
+        if len(self.chunks) < 2 or self.made < 2:
+            return None
+        return (self.chunks[-1] - self.chunks[0]) / (self.made - 1)
 
     @property
     def made(self) -> int:
@@ -60,7 +78,7 @@ class Answer:
         """One line of `--lines`."""
         return {
             "model": self.arrival.model,
-            "cold": self.arrival.cold,
+            "cold": self.cold,
             "due_s": self.arrival.due,
             "sent_s": self.sent,
             "ttft_s": self.first,
@@ -110,6 +128,8 @@ class Client:
                 await _read(response, answer, now)
         except StreamError as error:
             answer.error, answer.told = error.kind, shorten(error.told, 300) or None
+        except RecursionError:
+            answer.error, answer.told = "no stream", "JSON nested too deeply"
         except TimeoutError:
             answer.error = "timeout"
         except aiohttp.ClientConnectorError as error:
@@ -121,8 +141,7 @@ class Client:
 
 async def _read(response: ClientResponse, answer: Answer, now: Callable[[], float]) -> None:
     if response.status != 200:
-        told = await response.content.read(4096)
-        raise StreamError(str(response.status), told.decode(errors="replace"))
+        raise StreamError(str(response.status), await _beginning(response))
     if response.content_type != "text/event-stream":
         raise StreamError("no stream", response.content_type)
     async for data in events(response.content.iter_any()):
@@ -130,6 +149,16 @@ async def _read(response: ClientResponse, answer: Answer, now: Callable[[], floa
             return
         _take(_parsed(data), answer, now)
     raise StreamError("hang-up", "the stream ended without [DONE]")
+
+
+async def _beginning(response: ClientResponse) -> str:
+    """Of a body that says why; it may be missing."""
+    import aiohttp  # noqa: PLC0415
+
+    try:
+        return (await response.content.read(4096)).decode(errors="replace")
+    except (TimeoutError, aiohttp.ClientError):
+        return ""
 
 
 async def events(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
@@ -176,21 +205,44 @@ def _take(event: dict[str, Any], answer: Answer, now: Callable[[], float]) -> No
 
 def _text_of(choice: dict[str, Any]) -> str | None:
     delta = choice.get("delta") or {}
-    return choice.get("text") or delta.get("content") or delta.get("reasoning_content")
+    text = choice.get("text") or delta.get("content") or delta.get("reasoning_content")
+    if text and not isinstance(text, str):
+        raise TypeError
+    return text
 
 
 def _count(number: object) -> int | None:
-    if number is not None and not isinstance(number, int):
+    if number is None:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= MAX_TOKENS:
         raise TypeError
     return number
 
 
 def endpoint(url: str, call: Call) -> str:
     """Where to post: `url` is the server's, with or without /v1. Raises `ConfigError`."""
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{shorten(url)!r} is no URL of a server, as http://127.0.0.1:8000")
+    if not _is_root(url):
+        raise ConfigError(
+            "no URL of a server, as http://127.0.0.1:8000, without user, password, query and"
+            " fragment; a key goes into the environment"
+        )
     root = url.rstrip("/").removesuffix("/v1")
     return f"{root}/v1{PATHS[call]}"
+
+
+def _is_root(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    return (
+        parts.scheme in ("http", "https")
+        and bool(parts.hostname)
+        and port != 0
+        and not set(url) & set("?#@ ")
+        and url.isprintable()
+    )
 
 
 async def cancelled(tasks: set[asyncio.Task[None]]) -> None:
