@@ -201,6 +201,9 @@ def test_the_operator_sees_all(chromium: Any, site: str, examples: Path) -> None
 
 def test_the_trace_is_saved(chromium: Any, site: str) -> None:
     with opened(chromium, site, DESK) as page:
+        row(page, "json").click()  # whatever was asked for before, by now there was a cold one
+        page.get_by_role("textbox", name="Prompt").fill("What is ice?")
+        page.get_by_role("button", name="Send").click()
         shows(page, "#cold", "first token")
         with page.expect_download() as download:
             page.get_by_role("button", name="Save the trace").click()
