@@ -129,6 +129,25 @@ def test_who_fails_or_goes_waits_no_more(run: Run) -> None:
     run(body())
 
 
+def test_who_is_stopped_runs_no_more(run: Run) -> None:
+    """At a stop text the answer ends, and nobody asks the engine for a token again."""
+    engine = FakeEngine()
+
+    async def body() -> None:
+        async with serving(engine) as world:
+            ask = world.client.completions.create(model="base", prompt="x", stop="b")
+            task = asyncio.create_task(ask)
+            tokens = await engine.asked()
+            tokens.say("ab")
+            assert (await task).choices[0].text == "a"
+            samples = await scraped(world)
+        assert samples["lorax_server_sequences_running"] == 0
+        assert samples["lorax_server_sequences_waiting"] == 0
+        assert samples["lorax_server_tokens_total"] == 2
+
+    run(body())
+
+
 def test_a_fault_is_a_500(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         async with serving() as world:
