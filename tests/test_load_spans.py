@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tracer_provider
 
 from common import Run, until
 from lorax_async import AdapterLoader, AdapterNotFoundError, FetchError, UsageError
-from lorax_async.adapter import AdapterKey
 from lorax_async.load_spans import LoadSpans
+from spans_kept import Kept, calls, kept, load, stages, tracer
 from tiny_sources import over, stocked
 
+__all__ = ["kept", "tracer"]
+
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-Kept = InMemorySpanExporter
-
-
-@pytest.fixture
-def kept() -> Kept:
-    return Kept()
-
-
-@pytest.fixture
-def tracer(kept: Kept) -> Iterator[Tracer]:
-    provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(kept))
-    yield provider.get_tracer("tests")
-    provider.shutdown()
-
-
-def calls(kept: Kept) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
-    """Each call's span with its stages', in the order in which they began."""
-    spans = sorted(kept.get_finished_spans(), key=lambda span: span.start_time or 0)
-    names = ("lorax load", "lorax stream", "lorax pin")
-    return [
-        (call, [span for span in spans if span.parent and span.parent == call.context])
-        for call in spans
-        if call.name in names
-    ]
-
-
-def stages(spans: list[ReadableSpan]) -> list[str]:
-    return [span.name.removeprefix("lorax ") for span in spans]
-
-
-async def load(there: AdapterLoader, name: str) -> None:
-    (await there.load(name)).release()
 
 
 def test_a_call_and_its_stages(run: Run, tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
@@ -174,89 +140,6 @@ def test_streams_pins_and_cancelled_calls(
     assert all(span.end_time for span in parts)
 
 
-def test_who_joins_while_bytes_still_come_waits_for_the_copy(
-    run: Run, tmp_path: Path, kept: Kept, tracer: Tracer
-) -> None:
-    source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            with LoadSpans(there, tracer):
-                source.hold("a")
-                async with there.stream("a") as handle:
-                    source.allow("a", 0)
-                    await handle.layer_ready(0)
-                    joined = asyncio.create_task(load(there, "a"))
-                    await until(lambda: there.usage().waiting)
-                    source.allow("a", 1, 2, 3)
-                    await joined
-
-    run(body())
-    _, (joined, its) = calls(kept)
-    assert joined.name == "lorax load"
-    assert stages(its) == ["resolve", "copy"]
-
-
-def test_a_stage_is_entered_only_further_on(
-    run: Run, tmp_path: Path, kept: Kept, tracer: Tracer
-) -> None:
-    """What was checked may be checked again, while it waits for a slot, and in one."""
-    source = stocked(tmp_path, "a", "b")
-
-    async def body() -> None:
-        async with over(source, max_slots=1) as there:
-            before = await there.load("b")
-            with LoadSpans(there, tracer) as spans:
-                source.hold("a")
-                waiting = asyncio.create_task(load(there, "a"))
-                await until(lambda: bool(spans._calls))
-                (call,) = spans._calls.values()
-                await until(lambda: call._stage == "queue")
-                assert call.key is not None
-                spans.checked(call.key)
-                before.release()
-                await until(lambda: call._stage == "copy")
-                spans.checked(call.key)
-                source.allow("a", 0, 1, 2, 3)
-                await waiting
-
-    run(body())
-    ((_, its),) = calls(kept)
-    assert stages(its) == ["resolve", "fetch", "queue", "copy"]
-
-
-def test_news_of_one_adapter_look_at_no_others_calls(
-    run: Run, tmp_path: Path, tracer: Tracer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Thousands may wait, and each layer is news."""
-    names = [f"a{number}" for number in range(20)]
-    source = stocked(tmp_path, *names)
-    compared: list[object] = []
-    plain = AdapterKey.__eq__
-
-    def compare(key: AdapterKey, other: object) -> bool:
-        compared.append(other)
-        return plain(key, other)
-
-    async def body() -> None:
-        async with over(source, max_slots=20) as there:
-            with LoadSpans(there, tracer):
-                for name in names:
-                    source.hold(name)
-                waiting = [asyncio.create_task(load(there, name)) for name in names]
-                await until(lambda: there.usage().slots.used == 20)
-                monkeypatch.setattr(AdapterKey, "__eq__", compare)
-                source.allow("a7", 0, 1, 2, 3)
-                await waiting[7]
-                assert len(compared) < 20
-                monkeypatch.undo()
-                for name in names:
-                    source.allow(name, 0, 1, 2, 3)
-                await asyncio.gather(*waiting)
-
-    run(body())
-
-
 def test_what_is_not_sampled_costs_no_more(run: Run, tmp_path: Path) -> None:
     kept = Kept()
     provider = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)
@@ -311,26 +194,3 @@ def test_nobody_is_told_of_after_the_end(run: Run, tmp_path: Path, tracer: Trace
             assert not journal.has_subscribers
 
     run(body())
-
-
-def test_who_is_further_than_another_caller_brings_it_stays_there(
-    run: Run, tmp_path: Path, kept: Kept, tracer: Tracer
-) -> None:
-    """It is told once more that its header was checked, and has its slot already."""
-    source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            with LoadSpans(there, tracer) as spans:
-                source.hold("a")
-                loading = asyncio.create_task(load(there, "a"))
-                await until(lambda: there.usage().slots.used == 1)
-                (call,) = spans._calls.values()
-                assert call.key is not None
-                spans.checked(call.key)
-                source.allow("a", 0, 1, 2, 3)
-                await loading
-
-    run(body())
-    ((_, its),) = calls(kept)
-    assert stages(its) == ["resolve", "fetch", "queue", "copy"]

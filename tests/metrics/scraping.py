@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from lorax_async import AdapterLoader
 from lorax_async.metrics import LoaderCollector
 
 Samples = dict[str, float]
@@ -39,3 +40,8 @@ def of(samples: Samples, name: str) -> Samples:
         for key, value in samples.items()
         if key.startswith(f"{name}{{")
     }
+
+
+async def loaded(there: AdapterLoader, *names: str) -> None:
+    for name in names:
+        (await there.load(name)).release()

@@ -57,7 +57,7 @@ SPANS_AND_JOURNAL: Mutants = {
         SPANS,
         "        if _ORDER.index(stage) > _ORDER.index(self._stage):\n",
         "        if stage != self._stage:\n",
-        f"{OF_SPANS}::test_who_is_further_than_another_caller_brings_it_stays_there",
+        "test_load_span_stages.py::test_who_is_further_than_another_caller_brings_it_stays_there",
     ),
     "journal: a story has an event before it is told": mutant(
         JOURNAL,
