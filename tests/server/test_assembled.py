@@ -15,6 +15,8 @@ from common import Run, our_threads
 from engines.variants import PEFT_WARNING, save
 from lorax_async import ConfigError, LoaderClosedError, LoaderConfig, UsageError
 from lorax_async.server.assembly import Base, Capacity, Noted, assembled
+from lorax_async.server.calls.service import Service
+from lorax_async.server.cold_requests import ColdRequests
 from lorax_async.server.generation import Generation
 from lorax_async.server.settings import ServerSettings
 from server.generating import GREEDY, all_of
@@ -39,6 +41,13 @@ def adapter(tmp_path: Path, base: Base) -> Path:
     return save(base.model, {"r": 2, "target_modules": ["q_proj"]}, tmp_path / "one")
 
 
+def noting_of(service: Service) -> Any:
+    assert isinstance(service.engine, ColdRequests)
+    noting = service.engine._engine
+    assert isinstance(noting, Noted)
+    return noting
+
+
 def test_all_of_it_is_closed(run: Run, tmp_path: Path, base: Base, adapter: Path) -> None:
     """The list of the warm last of all that need the loader, and first of all that end."""
     warm = tmp_path / "warm"
@@ -49,10 +58,10 @@ def test_all_of_it_is_closed(run: Run, tmp_path: Path, base: Base, adapter: Path
     async def body() -> None:
         async with assembled(base, config, settings, Capacity(sequences=2), warm) as service:
             engine = service.engine
-            assert isinstance(engine, Noted)
+            assert isinstance(engine, ColdRequests)
             answer = engine.submit(Generation(adapter, (1, 2, 3), 4, GREEDY))
             assert len(await all_of(answer)) == 4
-            scheduler = engine._engine._scheduler
+            scheduler = noting_of(service)._engine._scheduler
         assert "lorax-decoder_0" not in our_threads()
         assert not engine.alive
         assert service.loader.closed
@@ -71,11 +80,9 @@ def test_who_is_refused_is_not_noted(run: Run, base: Base, adapter: Path) -> Non
 
     async def body() -> None:
         async with assembled(base, config, settings, Capacity(sequences=2)) as service:
-            engine = service.engine
-            assert isinstance(engine, Noted)
-            engine.used = noted.append
+            noting_of(service).used = noted.append
             with pytest.raises(UsageError):
-                engine.submit(Generation(adapter, (), 4, GREEDY))
+                service.engine.submit(Generation(adapter, (), 4, GREEDY))
 
     run(body())
     assert noted == []
