@@ -21,7 +21,7 @@ from lorax_async.scheduler import AdapterScheduler
 from lorax_async.server.calls.service import Service
 from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
 from lorax_async.server.engine import Engine
-from lorax_async.server.generation import Generation, Tokens
+from lorax_async.server.generation import Generation, InFront, Tokens
 from lorax_async.server.settings import ServerSettings
 from lorax_async.server.warm_list import WarmList
 
@@ -120,24 +120,12 @@ async def assembled(
         yield Service(settings, noted, loader, base.tokenizer, base.stop_tokens)
 
 
-class Noted:
+class Noted(InFront):
     """An engine that tells `used` of every adapter that is asked for."""
 
     def __init__(self, engine: Engine, used: Callable[[AdapterId], None]) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self.used = used
-
-    @property
-    def max_length(self) -> int:
-        return self._engine.max_length
-
-    @property
-    def waiting(self) -> int:
-        return self._engine.waiting
-
-    @property
-    def alive(self) -> bool:
-        return self._engine.alive
 
     def submit(self, generation: Generation) -> Tokens:
         tokens = self._engine.submit(generation)

@@ -15,7 +15,7 @@ from lorax_async.errors import LoaderClosedError
 from lorax_async.events import Resident
 from lorax_async.loader import AdapterLoader
 from lorax_async.server.calls.names import Names
-from lorax_async.server.generation import Finish, Generating, Generation, Tokens
+from lorax_async.server.generation import Finish, Generating, Generation, InFront, Tokens
 from lorax_async.tracing.names import name_of
 from lorax_async.tracing.trace import Trace
 
@@ -53,7 +53,7 @@ class ColdRequest:
     trace: Trace
 
 
-class ColdRequests:
+class ColdRequests(InFront):
     """Passes generations on to `engine`, and records those that are cold.
 
     Nothing is recorded but while such a request waits for its first token. Kept are the last one
@@ -61,25 +61,13 @@ class ColdRequests:
     """
 
     def __init__(self, engine: Generating, loader: AdapterLoader, names: Names) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._loader = loader
         self._names = names
         self._recorded: set[Ref] = set()
         self._numbers = count(1)
         self._last: ColdRequest | None = None
         self._last_named: ColdRequest | None = None
-
-    @property
-    def max_length(self) -> int:
-        return self._engine.max_length
-
-    @property
-    def waiting(self) -> int:
-        return self._engine.waiting
-
-    @property
-    def alive(self) -> bool:
-        return self._engine.alive
 
     def submit(self, generation: Generation) -> Tokens:
         adapter = generation.adapter

@@ -91,3 +91,22 @@ class Generating(Protocol):
 
         Raises `UsageError` for what can never be computed, `LoaderClosedError` when closing.
         """
+
+
+class InFront:
+    """Of an engine: says of it what it says itself. What is submitted is the subclass's affair."""
+
+    def __init__(self, engine: Generating) -> None:
+        self._engine = engine
+
+    @property
+    def max_length(self) -> int:
+        return self._engine.max_length
+
+    @property
+    def waiting(self) -> int:
+        return self._engine.waiting
+
+    @property
+    def alive(self) -> bool:
+        return self._engine.alive
