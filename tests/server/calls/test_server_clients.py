@@ -196,7 +196,7 @@ def test_an_endless_body_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
         async with serving(max_body_bytes=10) as world:
             reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
             writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999999\r\n\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999999\r\n\r\n"
             )
             with pytest.raises(ConnectionError):
                 while True:
