@@ -63,7 +63,9 @@ def folder(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
 
 def near(logits: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)  # of about 30
+    # Of about 30; kernels round otherwise for other shapes, on some processors by 0.002. Another
+    # adapter would be off by more than 1.
+    torch.testing.assert_close(logits, expected, atol=4e-3, rtol=1e-4)
 
 
 def test_a_mixed_batch_gives_each_row_what_it_gets_alone(
