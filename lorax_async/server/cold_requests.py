@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from asyncio import CancelledError
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from lorax_async.errors import LoaderClosedError
 from lorax_async.events import Resident
 from lorax_async.loader import AdapterLoader
 from lorax_async.server.calls.names import Names
-from lorax_async.server.generation import Finish, Generating, Generation, InFront, Tokens
+from lorax_async.server.generation import Generating, Generation, InFront, Tokens, TokensInFront
 from lorax_async.tracing.names import name_of
 from lorax_async.tracing.trace import Trace
 
@@ -140,28 +140,20 @@ class _Recording:
         return time.monotonic() - self._began
 
 
-class _RecordedTokens:
+class _RecordedTokens(TokensInFront):
     """Tokens of a generation; tells `ended` once how its wait for the first one ended."""
 
     def __init__(self, tokens: Tokens, ended: Callable[[str], None]) -> None:
-        self._tokens = tokens
-        self._coming = aiter(tokens)
+        super().__init__(tokens)
         self._ended: Callable[[str], None] | None = ended
-
-    @property
-    def finish(self) -> Finish | None:
-        return self._tokens.finish
 
     def cancel(self) -> None:
         self._end("cancelled")
         self._tokens.cancel()
 
-    def __aiter__(self) -> AsyncIterator[int]:
-        return self
-
     async def __anext__(self) -> int:
         try:
-            token = await anext(self._coming)
+            token = await super().__anext__()
         except StopAsyncIteration:
             self._end("no token")
             raise

@@ -110,3 +110,21 @@ class InFront:
     @property
     def alive(self) -> bool:
         return self._engine.alive
+
+
+class TokensInFront:
+    """Of the tokens of a generation: whoever stands in front of them looks at each one."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self._coming = aiter(tokens)
+
+    @property
+    def finish(self) -> Finish | None:
+        return self._tokens.finish
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self
+
+    async def __anext__(self) -> int:
+        return await anext(self._coming)

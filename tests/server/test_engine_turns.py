@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from lorax_async import (
     LoraxError,
 )
 from lorax_async.io.fakes import FakeSource
+from lorax_async.server.decoding.answer import Answer
+from lorax_async.server.engine import Engine
 from lorax_async.server.ports import Step
 from scheduling.serving import turns, warm
 from server.generating import all_of, alone, asked, generating
@@ -29,6 +33,23 @@ from tiny_sources import stocked
 @pytest.fixture
 def source(tmp_path: Path) -> FakeSource:
     return stocked(tmp_path, "a")
+
+
+@asynccontextmanager
+async def in_a_step(source: FakeSource) -> AsyncIterator[tuple[Engine, Answer, threading.Event]]:
+    """An engine whose step is computed until the event is set, and whose it is."""
+    began, free = threading.Event(), threading.Event()
+
+    def before(number: int) -> None:
+        del number
+        began.set()
+        assert free.wait(20)
+
+    async with generating(source) as (engine, decoder, _):
+        decoder.before = before
+        answer = engine.submit(asked([1], 9))
+        await until(began.is_set)
+        yield engine, answer, free
 
 
 def test_who_had_ended_when_it_closes_is_not_broken_off(run: Run, source: FakeSource) -> None:
@@ -63,16 +84,7 @@ def test_who_had_ended_when_it_closes_is_not_broken_off(run: Run, source: FakeSo
 
 def test_cancelling_who_closes_it_does_not_stop_it(run: Run, source: FakeSource) -> None:
     async def main() -> None:
-        began, free = threading.Event(), threading.Event()
-
-        def before(number: int) -> None:
-            began.set()
-            assert free.wait(20)
-
-        async with generating(source) as (engine, decoder, _):
-            decoder.before = before
-            answer = engine.submit(asked([1], 9))
-            await until(began.is_set)
+        async with in_a_step(source) as (engine, answer, free):
             closing = asyncio.create_task(engine.close())
             with pytest.raises(LoaderClosedError):
                 await all_of(answer)
@@ -87,16 +99,7 @@ def test_cancelling_who_closes_it_does_not_stop_it(run: Run, source: FakeSource)
 
 def test_nobody_is_taken_while_it_closes(run: Run, source: FakeSource) -> None:
     async def main() -> None:
-        began, free = threading.Event(), threading.Event()
-
-        def before(number: int) -> None:
-            began.set()
-            assert free.wait(20)
-
-        async with generating(source) as (engine, decoder, _):
-            decoder.before = before
-            engine.submit(asked([1], 9))
-            await until(began.is_set)
+        async with in_a_step(source) as (engine, _, free):
             closing = asyncio.create_task(engine.close())
             await asyncio.sleep(0)
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client import Counter as Total
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorax_async.loader import AdapterLoader
 from lorax_async.metrics import LoaderCollector
 from lorax_async.server.calls.names import Names
-from lorax_async.server.generation import Finish, Tokens
+from lorax_async.server.generation import Tokens, TokensInFront
 
 CALLS = frozenset({
     "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter",
@@ -116,12 +116,11 @@ class Sequences(Collector):
         return ",".join(sorted(name for name in models if name in named and "," not in name))
 
 
-class MeasuredTokens:
+class MeasuredTokens(TokensInFront):
     """The `Tokens` of one sequence; tells when each one came."""
 
     def __init__(self, tokens: Tokens, model: str, metrics: ServerMetrics) -> None:
-        self._tokens = tokens
-        self._coming = aiter(tokens)
+        super().__init__(tokens)
         self._model = model
         self._metrics = metrics
         self._begun = False
@@ -129,20 +128,13 @@ class MeasuredTokens:
         self._in: Counter[str] | None = None
         self._move(metrics.sequences.waiting)
 
-    @property
-    def finish(self) -> Finish | None:
-        return self._tokens.finish
-
     def cancel(self) -> None:
         self._move(None)
         self._tokens.cancel()
 
-    def __aiter__(self) -> AsyncIterator[int]:
-        return self
-
     async def __anext__(self) -> int:
         try:
-            token = await anext(self._coming)
+            token = await super().__anext__()
         except BaseException:
             self._move(None)
             raise

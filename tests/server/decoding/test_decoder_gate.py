@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import tiny
 from common import Run
+from engines.gate_inputs import source
 from engines.variants import PEFT_WARNING, active, streaming
 from lorax_async import AdapterTimeoutError, FetchError
 from lorax_async.engines.transformers import Attached
@@ -19,16 +19,9 @@ from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
 from lorax_async.server.ports import Part, Step
 from server.solo_runs import Play, Sequence_, alone
 
+__all__ = ["source"]
+
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
-
-
-@pytest.fixture
-def source(adapters: list[Path]) -> FakeSource:
-    source = FakeSource()
-    for id, folder in (("warm", adapters[1]), ("cold", adapters[0])):
-        source.put(id, *tiny.files(folder))
-    source.hold("cold")
-    return source
 
 
 def prompt_of(number: int, name: str | None, handle: Any, length: int) -> Sequence_:
