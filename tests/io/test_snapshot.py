@@ -190,11 +190,11 @@ class TestOfDevices:
                 super().synchronize()
 
         monkeypatch.setattr(snapshot_module, "new_event", lambda device: Told(device=device))
-        there = torch.zeros(64, dtype=torch.float32, device=LATE)
         source = torch.arange(64, dtype=torch.float32).pin_memory()
         stream = torch.Stream(device=LATE)
         with build.held(stream):
-            with stream:
+            with stream:  # the zeros as well, or they may come last
+                there = torch.zeros(64, dtype=torch.float32, device=LATE)
                 there.copy_(source, non_blocking=True)
                 snapshot = Snapshot({"x": there, "y": source}, CONFIG, Limits())
             snapshot.measure()
