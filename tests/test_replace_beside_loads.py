@@ -51,7 +51,9 @@ def test_several_at_once_come_in_their_order(run: Run) -> None:
                 assert_holds(handle, given)
             await until(lambda: len(on_device(there)) == 1)
             assert there.residency().keys() == {handle.key}
-            assert used(there) == there.residency()[handle.key].host_bytes
+            only = there.residency()[handle.key]
+            # The thread of one that was cancelled has its memory until its step is through.
+            await until(lambda: used(there) == only.host_bytes)
 
     for seed in range(4):
         run(body(seed))
@@ -91,7 +93,8 @@ def test_while_many_load_each_sees_one_version_whole(run: Run) -> None:
             await asyncio.gather(*tasks)
             assert {1, 7} <= seen
             await until(lambda: len(there.residency()) == 1)
-            assert used(there) == next(iter(there.residency().values())).host_bytes
+            (last,) = there.residency().values()
+            await until(lambda: used(there) == last.host_bytes)
 
     run(body("cpu"))
     run(body("simulated"))
