@@ -118,8 +118,8 @@ class Arena:
 
     def copy(self) -> Self:
         """An independent arena in the same state."""
-        twin = type(self)(0, self._alignment)
-        twin.nbytes = self.nbytes
+        twin = self.__new__(type(self))
+        twin._alignment, twin.nbytes = self._alignment, self.nbytes  # noqa: SLF001 (its own)
         twin._free, twin._live = self._free.copy(), self._live.copy()  # noqa: SLF001 (its own)
         return twin
 

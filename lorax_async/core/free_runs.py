@@ -74,7 +74,7 @@ class FreeRuns:
 
     def copy(self) -> Self:
         """The same runs, to be changed independently."""
-        twin = type(self)()
+        twin = self.__new__(type(self))
         twin._by_size, twin.nbytes = self._by_size.copy(), self.nbytes  # noqa: SLF001 (its own)
         twin._sizes, twin._starts = self._sizes.copy(), self._starts.copy()  # noqa: SLF001
         return twin

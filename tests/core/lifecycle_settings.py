@@ -26,7 +26,25 @@ def _quiet(world: Setting) -> Setting:
     return replace(world, streaming=False, kernels=False, closing=False)
 
 
+def _apart(worlds: dict[str, Setting]) -> dict[str, Setting]:
+    """Each twice: where callers give up and nothing fails, and the other way round."""
+    callers = {f"{name}, no failure": replace(it, failures=False) for name, it in worlds.items()}
+    faults = {f"{name}, all wait": replace(it, withdrawals=False) for name, it in worlds.items()}
+    return callers | faults
+
+
+WHOLE = {
+    "prefetch beside foreground": _quiet(Setting((DEVICE, PREFETCH), sizes=SMALL)),
+    "two adapters, streaming leases": Setting((STREAM,), sizes=UNEVEN, kernels=False),
+    "two adapters, one slot": Setting((DEVICE,), sizes=UNEVEN),
+    "an image between two slots": Setting(
+        (DEVICE,), sizes=SMALL, slots=2, image_bytes=64, streaming=False, kernels=False
+    ),
+}
+"""Explored in whole by `make soak`."""
+
 SETTINGS = {
+    **_apart(WHOLE),
     "little is remembered": Setting((DEVICE,), sizes=UNEVEN, streaming=False, max_idle=0),
     "populated and forgotten": Setting((HOST, DISK), sizes=SMALL, streaming=False, max_idle=0),
     "forgotten on demand": Setting(
@@ -41,9 +59,6 @@ SETTINGS = {
     "too large": Setting(
         (DEVICE, HOST), sizes=UNEVEN, device_bytes=64, streaming=False, withdrawals=False
     ),
-    "prefetch beside foreground": _quiet(Setting((DEVICE, PREFETCH), sizes=SMALL)),
-    "two adapters, streaming leases": Setting((STREAM,), sizes=UNEVEN, kernels=False),
-    "two adapters, one slot": Setting((DEVICE,), sizes=UNEVEN),
     "whole and streaming wishes": Setting(
         (DEVICE, STREAM),
         sizes=UNEVEN,
@@ -110,9 +125,6 @@ SETTINGS = {
     "images for one of two": Setting(
         (DEVICE,), sizes=SMALL, image_bytes=64, streaming=False, kernels=False, max_idle=1
     ),
-    "an image between two slots": Setting(
-        (DEVICE,), sizes=SMALL, slots=2, image_bytes=64, streaming=False, kernels=False
-    ),
     "images of two": Setting(
         (DEVICE,), sizes=UNEVEN, image_bytes=192, streaming=False, kernels=False, failures=False
     ),
@@ -157,6 +169,7 @@ SETTINGS = {
     ),
 }
 LARGER = {
+    **WHOLE,
     "streaming and whole": Setting((DEVICE, STREAM), sizes=SMALL),
     "streaming and kernels": Setting((STREAM,), sizes=UNEVEN),
     "prefetch": Setting((DEVICE, PREFETCH), sizes=UNEVEN, kernels=False, closing=False),

@@ -141,8 +141,11 @@ def new_world(setting: Setting) -> World:
     )
     host = HostBudget(setting.host_bytes, new_policy())
     images = ImageBudget(setting.image_bytes, ALIGNMENT, new_policy())
-    pace = Pace(starvation_age=AGE, min_residency=setting.min_residency, max_idle=setting.max_idle)
-    return World(setting, Lifecycle(Budgets(device, host, images), pace))
+    return World(setting, Lifecycle(Budgets(device, host, images), pace(setting)))
+
+
+def pace(setting: Setting) -> Pace:
+    return Pace(starvation_age=AGE, min_residency=setting.min_residency, max_idle=setting.max_idle)
 
 
 def forget_content(world: World, a: int) -> None:

@@ -37,7 +37,7 @@ def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
     world, owner, attribute, broken = MUTANTS[name]
     monkeypatch.setattr(owner, attribute, broken)
     with pytest.raises(Violation):
-        explore(SETTINGS[world], limit=60_000)
+        explore((SETTINGS | LARGER)[world], limit=60_000)
 
 
 def test_unknown_moves_raise_and_tell_both_words() -> None:

@@ -69,7 +69,7 @@ def near(logits: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_a_mixed_batch_gives_each_row_what_it_gets_alone(
-    run: Run, model: Any, theirs: Any, folder: Callable[[str], Path]
+    model: Any, theirs: Any, folder: Callable[[str], Path]
 ) -> None:
     """Rows of one adapter apart and side by side. PEFT itself mixes no DoRA."""
     names = [
@@ -85,7 +85,7 @@ def test_a_mixed_batch_gives_each_row_what_it_gets_alone(
     inputs = left_padded(len(names))
     base = logits_of(theirs, inputs)
     ours = [folder(name) if name else None for name in names]
-    mixed = run(answer(model, ours, partial(logits_of, model, inputs)))
+    mixed = asyncio.run(answer(model, ours, partial(logits_of, model, inputs)))
     for name in dict.fromkeys(names):
         rows = [row for row, other in enumerate(names) if other == name]
         if not name:
@@ -96,7 +96,9 @@ def test_a_mixed_batch_gives_each_row_what_it_gets_alone(
         assert (expected - base).abs().max() > 1
         near(mixed[rows], expected[rows])
         solo = {key: value[rows] for key, value in inputs.items()}
-        alone = run(answer(model, [folder(name)] * len(rows), partial(logits_of, model, solo)))
+        alone = asyncio.run(
+            answer(model, [folder(name)] * len(rows), partial(logits_of, model, solo))
+        )
         near(mixed[rows], alone)
 
 

@@ -13,11 +13,11 @@ def world(name: str) -> str:
     return f"core/test_lifecycle_model.py::test_every_reachable_state_is_sound[{name}]"
 
 
-ONE_SLOT = world("two adapters, one slot")
-STREAMS = world("two adapters, streaming leases")
+ONE_SLOT = world("two adapters, one slot, all wait")
+STREAMS = world("two adapters, streaming leases, all wait")
 UNLOAD = world("unload beside loads")
 IMAGES = world("images, unload and failures")
-BETWEEN = world("an image between two slots")
+BETWEEN = world("an image between two slots, all wait")
 PINS = world("pins and ageing")
 COPY_QUEUE = "core/test_copy_queue.py"
 
