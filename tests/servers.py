@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fault_server import until
@@ -68,10 +68,27 @@ class Nginx:
         os.utime(new, (1_000_000_000, 1_000_000_000 + self._puts))
         new.rename(file)
 
+    def connections(self) -> set[str]:
+        """Those that it has not closed, be they reset; of what it closed it has logged all."""
+        master = (self.root / "pid").read_text().strip()
+        workers = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+        held = {target for pid in workers for target in _open_files(pid)}
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        listening = {f"socket:[{line.split()[9]}]" for line in lines if line.split()[3] == "0A"}
+        lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+        local = {f"socket:[{line.split()[6]}]" for line in lines}
+        return {target for target in held if target.startswith("socket:")} - listening - local
+
     def requests(self) -> list[str]:
         """A line each: request, status, port, range, authorization, and bytes of the body."""
         log = self.root / "requests"
         return log.read_text().splitlines() if log.exists() else []
+
+
+def _open_files(pid: str) -> Iterator[str]:
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            yield os.readlink(link)
 
 
 @contextmanager

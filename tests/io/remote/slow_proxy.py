@@ -112,11 +112,13 @@ class SlowProxy:
             pair.close()
 
     def _let_go(self) -> None:
+        hanging_up = self._hanging_up  # once: it may be told at any moment, and is meant for all
         for pair in list(self._pairs):
-            if self._hanging_up or (pair.ended and not pair.back):
+            if hanging_up or (pair.ended and not pair.back):
                 pair.close()
                 self._pairs.remove(pair)
-        self._hanging_up = False
+        if hanging_up:
+            self._hanging_up = False
 
     def _accept(self) -> None:
         client, _ = self._listener.accept()

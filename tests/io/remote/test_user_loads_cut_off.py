@@ -97,12 +97,6 @@ def test_replaced_on_the_way(
         run(body(link))
 
 
-def connected(port: int) -> bool:
-    """Whether a server has a connection that is open at its end: then requests may go unlogged."""
-    ends = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return any(own.endswith(f":{port:04X}") and state in {"01", "08"} for own, _, state in ends)
-
-
 @pytest.mark.parametrize("again", ["the same loader", "another loader"])
 def test_what_was_cancelled_half_way_is_gone_on_with(
     run: Run, nginx: Nginx, place: str, again: str, tmp_path: Path
@@ -124,7 +118,7 @@ def test_what_was_cancelled_half_way_is_gone_on_with(
     async def resumed(there: AdapterLoader, id: str, link: SlowProxy) -> tuple[int, int]:
         """How much was missing, and what has come then."""
         link.hang_up()
-        await until(lambda: not connected(nginx.first))
+        await until(lambda: not nginx.connections())
         link.go_on()
         missing, begun = missing_of(tmp_path, size), len(of_weights(nginx, place))
         await has(there, id, large)
