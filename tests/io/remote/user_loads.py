@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -137,9 +138,17 @@ def stored_in(folder: Path) -> tuple[int, int]:
     return len(entries), len(partials)
 
 
+def _map_of_partial(cache: Path) -> bytes:
+    for _ in range(100):
+        maps = list(cache.glob(f"partials/*/adapter_model.safetensors{MAP_SUFFIX}"))
+        if len(maps) == 1:
+            with suppress(FileNotFoundError):  # who leaves a partial download renames its folder
+                return maps[0].read_bytes()
+    raise AssertionError("there is not one partial download")
+
+
 def missing_of(folder: Path, size: int) -> int:
     """How many bytes the one partial download lacks, in whole chunks, by its own map."""
-    (content,) = (folder / "cache").glob(f"partials/*/adapter_model.safetensors{MAP_SUFFIX}")
-    found = ChunkMap.decoded(content.read_bytes(), size)
+    found = ChunkMap.decoded(_map_of_partial(folder / "cache"), size)
     assert found is not None
     return sum(stop - start for start, stop in found.spans().missing(0, size))
