@@ -178,10 +178,11 @@ def test_the_others_hardly_wait(
 
 
 @pytest.mark.parametrize("io_threads", [1, 2])
-def test_the_others_hardly_wait_for_all_of_them(
-    run: Run, folders: dict[str, tuple[bytes, bytes]], io_threads: int
+@pytest.mark.parametrize("failing", ["unfetched", "unread", "uncopied"])
+def test_the_others_hardly_wait_for_three_of_them(
+    run: Run, folders: dict[str, tuple[bytes, bytes]], failing: str, io_threads: int
 ) -> None:
-    assert slowed(run, folders, BESIDE, io_threads) <= WITHIN
+    assert slowed(run, folders, ("stalled", failing, "large"), io_threads) <= WITHIN
 
 
 @pytest.mark.parametrize("io_threads", [1, 2, 4])
