@@ -17,7 +17,7 @@ ONE_SLOT = world("two adapters, one slot, all wait")
 STREAMS = world("two adapters, streaming leases, all wait")
 UNLOAD = world("unload beside loads")
 IMAGES = world("images, unload and failures")
-BETWEEN = world("an image between two slots, all wait")
+BETWEEN = world("an image between two slots, no failure")
 PINS = world("pins and ageing")
 COPY_QUEUE = "core/test_copy_queue.py"
 
