@@ -14,6 +14,7 @@ LOADS = "io/remote/test_remote_loads.py"
 URGENCY = "io/remote/test_fault_urgency.py"
 WAITS = "io/remote/test_remote_waits.py"
 LETS_GO = f"{OF_WORKERS}::test_what_lets_go_is_done_though_it_was_cancelled_before_it_began"
+CLOSES = f"{OF_WORKERS}::test_closing_waits_for_what_was_submitted"
 AT_ANY_AWAIT = f"{OF_SOURCE}::TestConformance::test_cancelled_at_any_await"
 NOBODY_WAITS = f"{LOADS}::test_what_nobody_waits_for_ends_and_is_gone_on_with"
 
@@ -60,8 +61,7 @@ REMOTE: Mutants = {
         WORKERS,
         "        self.threads.shutdown()\n",
         "        self.threads.shutdown(wait=False)\n",
-        NOBODY_WAITS,
-        AT_ANY_AWAIT,
+        CLOSES,
     ),
     "jobs: they end with the demand": mutant(
         JOBS,

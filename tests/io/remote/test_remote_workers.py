@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -34,6 +34,16 @@ def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began(run: Run) 
 
     run(body())
     workers.close()
+
+
+def test_closing_waits_for_what_was_submitted() -> None:
+    workers, go = Workers(1), Event()
+    submitted = workers.submit(lambda: go.wait(10))
+    later = Timer(0.2, go.set)
+    later.start()
+    workers.close()
+    assert submitted.done()
+    later.join()
 
 
 def test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did(run: Run) -> None:
