@@ -8,7 +8,7 @@ the two sides, or ranks are padded, and BLAS may sum in another order.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -40,8 +40,6 @@ pytestmark = [
     pytest.mark.filterwarnings(PEFT_WARNING),
     pytest.mark.filterwarnings(FEATURE_WARNINGS),
 ]
-
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 MORE = {
     "padded_dora": Variant({**EVERY, "r": 3, "use_dora": True}),
