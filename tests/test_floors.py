@@ -118,8 +118,7 @@ _STDLIB = {
 @pytest.mark.parametrize(
     "path", [*SOURCES, *sorted((ROOT / "kernels").rglob("*.py"))], ids=lambda p: p.name
 )
-def test_sizes_stay_readable(path: Path) -> None:
-    assert path.read_text().count("\n") <= 300
+def test_functions_fit_on_a_screen(path: Path) -> None:
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 60, node.name
