@@ -23,6 +23,15 @@ class Verification:
     kind: VerificationKind
     digest: str | None = None
 
+    @property
+    def vouched(self) -> bool:
+        """Whether the bytes have the digest that the source or the caller promised.
+
+        If not, nobody vouched for them: a source that changes a file without another ETag, size or
+        date is not noticed.
+        """
+        return self.kind in {"sha256", "git-sha1"}
+
 
 UNCHECKED = Verification("none")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,14 @@ class FileRecord:
     mtime_ns: int
     digest: Digest
 
+    def differs(self, other: FileRecord) -> bool:
+        """Whether the bytes are others; digests by sha256 and by git say nothing of each other."""
+        git = {self.digest.kind == "git-sha1", other.digest.kind == "git-sha1"}
+        comparable = len(git) == 1
+        return self.nbytes != other.nbytes or (
+            comparable and self.digest.value != other.digest.value
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -41,6 +50,16 @@ class Record:
     def nbytes(self) -> int:
         """Of the adapter's files together."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def vouched(self) -> bool:
+        """Whether every file had the digest that somebody promised, and not just one of ours."""
+        return all(file.digest.kind != "transport" for file in self.files)
+
+    def contradicts(self, files: Iterable[FileRecord]) -> bool:
+        """Whether `files` are other bytes, as far as sizes and digests of one kind tell."""
+        ours = {file.role: file for file in self.files}
+        return any(theirs.role not in ours or ours[theirs.role].differs(theirs) for theirs in files)
 
     def file(self, role: FileRole) -> FileRecord | None:
         return next((file for file in self.files if file.role == role), None)

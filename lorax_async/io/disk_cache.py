@@ -133,6 +133,10 @@ class DiskCache:
     def last_version(self, question: str) -> tuple[str, str] | None:
         return recall(self.shelves.place.answers, question)
 
+    def condemn(self, key: CacheKey) -> None:
+        with translated_errors("remove an entry"):
+            self.shelves.entries.condemn(key.name)
+
     def remove(self, key: CacheKey) -> bool:
         shelves = self.shelves
         with translated_errors("remove an entry"):

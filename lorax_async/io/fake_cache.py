@@ -14,6 +14,7 @@ from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import Policy
 from lorax_async.errors import CapacityError, FetchError, IntegrityError, InternalError, LoraxError
 from lorax_async.io.cache.failures import CrowdedError
+from lorax_async.io.cache.ports import contradiction
 from lorax_async.io.fake_cache_files import FakeCacheFile, FakeCacheReader, digest_of
 from lorax_async.io.ports import Demand, Reader
 
@@ -105,6 +106,10 @@ class FakeCache:
     def last_version(self, question: str) -> tuple[str, str] | None:
         return self._answers.get(question)
 
+    def condemn(self, key: CacheKey) -> None:
+        with self.lock:
+            self._entries.pop(key.name, None)
+
     def remove(self, key: CacheKey) -> bool:
         with self.lock:
             if key.name in self._downloading or self.held[key.name]:
@@ -152,6 +157,12 @@ class FakeCache:
 
     def hold_partial(self, key: CacheKey, files: dict[FileRole, FakeCacheFile]) -> None:
         self._partials[key.name] = files
+
+    def published(self, key: CacheKey) -> Record | None:
+        """What the entry, if there is one, says of itself."""
+        with self.lock:
+            whole = self._entries.get(key.name)
+            return None if whole is None else whole.record
 
     def publish(self, key: CacheKey, scope: str, whole: _Whole) -> FakeEntry:
         with self.lock:
@@ -255,6 +266,10 @@ class FakeDownload:
         except IntegrityError:
             self.discard()
             raise
+        theirs = self._cache.published(self.key)
+        if theirs is not None and theirs.contradicts(records):
+            self.discard()
+            raise contradiction()
         self._open = False
         contents = {file.role: file.content for file in self._files.values()}
         whole = _Whole(record_of(self.key, records), contents, 0)

@@ -10,6 +10,7 @@ from lorax_async.core.cache_names import FileRole
 from lorax_async.core.file_digest import Digest, DigestKind, FileHash
 from lorax_async.core.spans import Span, SpanSet
 from lorax_async.errors import FetchError, IntegrityError, InternalError
+from lorax_async.io.cache.ports import LeftoverError
 
 
 class Holder(Protocol):
@@ -36,7 +37,12 @@ class FakeCacheFile:
         self._expected = expected
         self._kind: DigestKind = "transport" if expected is None else expected.kind
         self._here = SpanSet()
+        self._left = False
         self._hash: FileHash | None = None
+
+    @property
+    def resumed(self) -> bool:
+        return self._left and self._expected is None
 
     @property
     def room(self) -> int:
@@ -44,6 +50,7 @@ class FakeCacheFile:
 
     def take_over(self, left: FakeCacheFile) -> None:
         self.content, self._here = left.content, SpanSet(left._here)
+        self._left = self._here.nbytes > 0
         self._know(len(self.content))
 
     def ends_at(self, nbytes: int) -> None:
@@ -74,9 +81,18 @@ class FakeCacheFile:
                 raise IntegrityError(
                     f"{self.role.file_name} goes on after its {self.nbytes:,} bytes"
                 )
+            self._compare(content, offset, stop)
             self._grow(stop)
             self.content[offset:stop] = content
             self._here.add(offset, stop)
+
+    def _compare(self, content: bytes, start: int, stop: int) -> None:
+        for first, last in SpanSet(self._here.missing(start, stop)).missing(start, stop):
+            if self.content[first:last] != content[first - start : last - start]:
+                raise LeftoverError(
+                    f"what an interrupted download left of {self.role.file_name} is not what the"
+                    " source has now; load it again"
+                )
 
     def hash_along(self) -> int:
         with self._cache.lock:

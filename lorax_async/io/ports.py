@@ -5,7 +5,7 @@ Methods that are not `async` and not said to be quick block, and run in an I/O t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Read, Row
 from lorax_async.core.runs import Span
+from lorax_async.errors import LoraxError
 from lorax_async.verification import Verification
 
 
@@ -115,12 +116,25 @@ class AdapterFile:
     """An opened adapter: its config, the beginning of its weights (the whole header), a reader.
 
     `holdable` says whether `populate` would hold the bytes, and not only read ahead.
+    `refuse`, where the source needs to know: see `refused`.
     """
 
     config: bytes
     prefix: bytes
     reader: Reader
     holdable: bool = False
+    refuse: Callable[[LoraxError], Awaitable[bool]] | None = None
+
+    async def refused(self, error: LoraxError) -> bool:
+        """Close it, after a check of its content failed with `error`.
+
+        Return whether `Source.open` may return other bytes now: a copy that nobody vouched for, and
+        that is not what the source has, is dropped.
+        """
+        if self.refuse is None:
+            self.reader.close()
+            return False
+        return await self.refuse(error)
 
 
 class Source(Protocol):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.core.transfer_plan import TransferPlan
-from lorax_async.errors import FetchError, InternalError, LoraxError
+from lorax_async.errors import AdapterError, FetchError, InternalError, LoraxError
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.planning import Planner
@@ -151,10 +151,8 @@ class Files:
         demand = self._demands[key]
         error: LoraxError | None = None
         try:
-            file = await self._open(key, demand)
-            self.close_reader(key)
-            self.readers[key] = file.reader
-            self.plans[key] = plan = await self._plan(key, file)
+            file, plan = await self._checked(key, demand)
+            self.plans[key] = plan
             self._end_opening(key)
             if not demand.ended:
                 self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
@@ -178,12 +176,33 @@ class Files:
         if opening is not None:
             opening.set()
 
+    async def _checked(self, key: AdapterKey, demand: Demand) -> tuple[AdapterFile, TransferPlan]:
+        """Open it and plan it. What is refused, and was outdated, is opened once more."""
+        file = await self._open(key, demand)
+        try:
+            return file, await self._plan(key, file)
+        except AdapterError as error:
+            if not await self._refused(key, file, error):
+                raise
+        file = await self._open(key, demand)
+        try:
+            return file, await self._plan(key, file)
+        except AdapterError as error:
+            await self._refused(key, file, error)
+            raise
+
+    async def _refused(self, key: AdapterKey, file: AdapterFile, error: AdapterError) -> bool:
+        self.readers.pop(key, None)
+        return await file.refused(error)
+
     async def _open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         started = perf_counter()
         file = await self._source.open(key, demand)
         nbytes = len(file.config) + len(file.prefix)
         self._journal.spent("fetch", perf_counter() - started, nbytes)
         self._journal.took(key, "fetch header", started)
+        self.close_reader(key)
+        self.readers[key] = file.reader
         return file
 
     async def _plan(self, key: AdapterKey, file: AdapterFile) -> TransferPlan:

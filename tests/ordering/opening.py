@@ -24,14 +24,14 @@ VERSIONS = "io/remote/test_remote_versions.py"
 OPENINGS: Mutants = {
     "opening: an entry is let go where no thread opens it": mutant(
         OPENING,
-        "                found.close()  # it may be that no thread has begun\n",
+        "            entry.close()  # it may be that no thread has begun\n",
         "",
         f"{OF_WORKERS}::test_who_is_cancelled_before_a_thread_opens_holds_no_entry",
     ),
     "opening: a reader that came too late is closed": mutant(
         OPENING,
-        "partial(opened, found, cache_key(key), self._limits), _close_reader\n",
-        "partial(opened, found, cache_key(key), self._limits)\n",
+        "partial(opened, entry, cache_key(key), self._limits), _close_reader\n",
+        "partial(opened, entry, cache_key(key), self._limits)\n",
         f"{WAITS}::test_opening_what_is_here_is_cancelled_at_any_await",
     ),
     "opening: a download has ended when that is told": mutant(
@@ -92,7 +92,7 @@ OPENINGS: Mutants = {
     ),
     "opening: small files are checked before they are used": mutant(
         OPENING,
-        "                _check(content, file.role, expected)  # it is used before all is published\n",
+        "            _check(content, file.role, expected)  # it is used before all is published\n",
         "",
         f"{CHECKED}::test_small_files_are_checked_before_they_are_used",
     ),

@@ -17,6 +17,7 @@ from lorax_async.io.cache.partial_download import PartialDownload
 from lorax_async.io.cache.partial_file import PartialFile
 from lorax_async.io.cache.partials import Partials, Taken
 from lorax_async.io.cache.place import Place
+from lorax_async.io.cache.ports import contradiction
 from lorax_async.io.cache.room import Room
 
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
@@ -96,6 +97,9 @@ class DiskDownload(PartialDownload):
                 theirs = entries.open(self.key.name, check=False)
                 if theirs is not None:
                     self.discard()
+                    if theirs.record.contradicts(record.files):
+                        theirs.close()
+                        raise contradiction() from None
                     return theirs
             else:
                 return self._published(taken, record, files)

@@ -17,6 +17,7 @@ from lorax_async.io.cache.descriptors import Descriptor, write_all
 from lorax_async.io.cache.failures import of_the_system, translated_errors
 from lorax_async.io.cache.folders import Folder
 from lorax_async.io.cache.hashing import hash_on
+from lorax_async.io.cache.ports import LeftoverError
 from lorax_async.io.sources.checked_open import fill
 
 Reserve = Callable[[int], AbstractContextManager[None]]
@@ -47,6 +48,7 @@ class PartialFile:
         self._here = SpanSet()
         self._nbytes: int | None = None
         self._room = 0
+        self._resumed = False
         self._hash: FileHash | None = None
         self._map: ChunkMap | None = None
         self._map_file: Descriptor | None = None
@@ -56,6 +58,10 @@ class PartialFile:
     @property
     def nbytes(self) -> int | None:
         return self._nbytes
+
+    @property
+    def resumed(self) -> bool:
+        return self._resumed and self._expected is None
 
     def resume(self, nbytes: int | None) -> None:
         """Take over what an interrupted download left, if it is of this size; else begin anew."""
@@ -68,6 +74,7 @@ class PartialFile:
             else:
                 self._room = known.nbytes
                 self._here = known.spans()
+                self._resumed = self._here.nbytes > 0
                 self._know(known, os.O_WRONLY)
         if known is None and nbytes is not None:
             self.ends_at(nbytes)
@@ -97,6 +104,8 @@ class PartialFile:
             return
         self._make_room(stop)
         with translated_errors(_WRITING), self._file.held() as fd:
+            if self._resumed:
+                self._compare(fd, buffers, offset, stop)
             write_all(fd, buffers, offset)
             with self._lock:
                 self._remember(offset, stop)
@@ -199,6 +208,25 @@ class PartialFile:
         if changed is not None:
             with self._map_file.held() as fd:
                 write_all(fd, [memoryview(changed[0])], changed[1])
+
+    def _compare(self, fd: int, buffers: Sequence[memoryview], start: int, stop: int) -> None:
+        """Raise `LeftoverError` if an interrupted download left other bytes of [start, stop)."""
+        with self._lock:
+            gaps = self._here.missing(start, stop)
+        here = SpanSet(gaps).missing(start, stop)
+        if not here:
+            return
+        content = memoryview(b"".join(buffers))
+        for first, last in here:
+            left = bytearray(last - first)
+            if (
+                not fill(fd, [memoryview(left)], first)
+                or left != content[first - start : last - start]
+            ):
+                raise LeftoverError(
+                    f"what an interrupted download left of {self._name} is not what the source has"
+                    " now; load it again"
+                )
 
     def _make_room(self, stop: int) -> None:
         if self._nbytes is None:

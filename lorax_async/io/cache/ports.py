@@ -9,7 +9,20 @@ from lorax_async.core.cache_names import CacheKey, FileRole
 from lorax_async.core.cache_record import Record
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.spans import Span
+from lorax_async.errors import IntegrityError
 from lorax_async.io.ports import Demand, Reader
+
+
+class LeftoverError(IntegrityError):
+    """What an interrupted download left is not what the source has now."""
+
+
+def contradiction() -> IntegrityError:
+    """What `CacheDownload.publish` raises if another process stored other bytes meanwhile."""
+    return IntegrityError(
+        "another process has stored other bytes of the same version meanwhile: the source changed"
+        " them without saying so; load it again"
+    )
 
 
 @runtime_checkable
@@ -49,6 +62,13 @@ class CacheFile(Protocol):
     def nbytes(self) -> int | None:
         """Its size; None while nobody knows."""
 
+    @property
+    def resumed(self) -> bool:
+        """Whether bytes of an interrupted download are here that nothing vouches for yet.
+
+        False if there is an expected digest, which judges them at the end.
+        """
+
     def ends_at(self, nbytes: int) -> None:
         """Its size, where that was not known before.
 
@@ -65,7 +85,8 @@ class CacheFile(Protocol):
     def write(self, buffers: Sequence[memoryview], offset: int) -> None:
         """The bytes from `offset` on, of all buffers together.
 
-        Raises `IntegrityError` if the file ends before them, `CapacityError` if the disk is full
+        What is here already is compared, not overwritten: `LeftoverError` if it differs. Raises
+        `IntegrityError` if the file ends before them, `CapacityError` if the disk is full
         (or the file may not be so large, or its owner may have no more), `FetchError` if it fails.
         """
 
@@ -102,8 +123,9 @@ class CacheDownload(Protocol):
     def publish(self) -> CacheEntry:
         """All files are complete: check their digests and let everybody have them, at once.
 
-        Where somebody else was faster, theirs is returned. Raises `IntegrityError` for a digest
-        that is not the expected one, and then nothing is left of the download; else as `write`.
+        Where somebody else was faster, theirs is returned if it has the same digests. Raises
+        `IntegrityError` for a digest that is not the expected one (or not theirs), and then nothing
+        is left of the download; else as `write`.
         """
 
     def discard(self) -> None:
@@ -149,6 +171,12 @@ class Cache(Protocol):
 
     def last_version(self, question: str) -> tuple[str, str] | None:
         """Source and version that it answered last; None if nobody noted that."""
+
+    def condemn(self, key: CacheKey) -> None:
+        """Remove the entry at once, even if it is held: its bytes are wrong.
+
+        Holders keep what they have opened; later reads raise.
+        """
 
     def remove(self, key: CacheKey) -> bool:
         """Remove the entry and partials of it; False if somebody holds or downloads it."""

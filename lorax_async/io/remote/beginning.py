@@ -63,6 +63,11 @@ class Beginning:
     plan: SplitPlan | None
 
     @property
+    def small(self) -> tuple[tuple[RemoteFile, bytes], ...]:
+        """The files that are here as a whole."""
+        return (self.config,) if self.index is None else (self.config, self.index)
+
+    @property
     def prefix(self) -> bytes:
         return self.parts[0].prefix if self.plan is None else self.plan.prefix
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from threading import Lock
 
+from lorax_async.adapter import RemoteKey
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, CacheKey, FileRole
 from lorax_async.core.cache_record import Record
@@ -109,11 +110,14 @@ class ReopenedReader:
 class FetchReader:
     """The `Reader` of what is on its way; from its end on it keeps the entry in the cache.
 
-    `taken` is called once, when somebody brings it, or nobody will. `landed` is that of `Fetch`;
-    `entry` is there from the end on.
+    `key` is that of what it reads. `taken` is called once, when somebody brings it, or nobody will.
+    `landed` is that of `Fetch`; `entry` is there from the end on.
     """
 
-    def __init__(self, reader: Reader, fetch: Fetch, taken: Callable[[], None]) -> None:
+    def __init__(
+        self, key: RemoteKey, reader: Reader, fetch: Fetch, taken: Callable[[], None]
+    ) -> None:
+        self.key = key
         self.nbytes = reader.nbytes
         self._reader = reader
         self._fetch: Fetch | None = fetch
@@ -157,7 +161,7 @@ def opened(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
     """Config, header and reader of an entry. Blocks. On an error the entry is closed."""
     reader = EntryReader(entry, key, limits)
     try:
-        config = _content(entry, CONFIG_FILE)
+        config = read_first(entry, CONFIG_FILE)
         return AdapterFile(config, read_prefix(reader, limits), reader, entry.mappable)
     except BaseException:
         reader.close()
@@ -217,10 +221,11 @@ def _weight_roles(record: Record) -> list[FileRole]:
     return sorted(file.role for file in record.files if file.role.kind == "weights")
 
 
-def _content(entry: CacheEntry, role: FileRole) -> bytes:
+def read_first(entry: CacheEntry, role: FileRole, nbytes: int | None = None) -> bytes:
+    """The first bytes of a file; all of it by default. Blocks."""
     reader = entry.reader(role)
     try:
-        content = bytearray(reader.nbytes)
+        content = bytearray(reader.nbytes if nbytes is None else nbytes)
         reader.read_into([memoryview(content)], 0)
     finally:
         reader.close()
@@ -232,7 +237,7 @@ def _weights(entry: CacheEntry, limits: Limits) -> Reader:
     if entry.record.file(INDEX_FILE) is None:
         return readers[0]
     try:
-        index = parse_index(_content(entry, INDEX_FILE), limits)
+        index = parse_index(read_first(entry, INDEX_FILE), limits)
         heads = (Head(read_prefix(reader, limits), reader.nbytes) for reader in readers)
         return SplitReader(SplitFiles(plan_split(index, heads, limits), tuple(readers)))
     except BaseException:

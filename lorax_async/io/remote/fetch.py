@@ -12,7 +12,7 @@ from lorax_async.core import runs
 from lorax_async.core.ranges import size_of
 from lorax_async.core.spans import Span, SpanSet
 from lorax_async.core.split_file import FileGroups, SplitArrivals
-from lorax_async.errors import IntegrityError
+from lorax_async.errors import AdapterFormatError, IntegrityError, LoraxError
 from lorax_async.io.cache.ports import CacheDownload, CacheEntry, CacheFile
 from lorax_async.io.http.desk import Job
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
@@ -23,6 +23,10 @@ from lorax_async.io.remote.workers import Workers, outcome
 from lorax_async.io.sources.split_reader import SplitFiles, SplitReader
 
 Groups = Sequence[Sequence[runs.Span]]
+
+
+COMPARED_BYTES = 4 << 10
+"""How much of each span that an interrupted download left comes again, to be compared."""
 
 
 class CacheSink:
@@ -102,6 +106,10 @@ class Fetch:
         """Nobody will bring it. What is here stays for the next one. Quick."""
         self._workers.submit(partial(self._leave, None))
 
+    async def refuse(self, error: LoraxError) -> None:
+        """End it, after a check of its content failed with `error`."""
+        await self._workers.finish(partial(self._leave, error))
+
     def _begin(
         self, groups: Groups, arrived: Callable[[int], None], demand: Demand
     ) -> list[Job[None]]:
@@ -140,7 +148,7 @@ class Fetch:
             CacheSink(file),
             told,
             first=1 + next((n for n, spans in enumerate(wanted) if spans), 0),
-            have=SpanSet(file.missing()).missing(0, part.nbytes),
+            have=_trusted(file, part.nbytes),
             urgency=FOREGROUND if demand.urgent else PREFETCH,
             timeout=LONGEST,
         )
@@ -156,10 +164,23 @@ class Fetch:
         for hashing in self._hashing.values():
             if not hashing.cancel():
                 hashing.exception()
-        if isinstance(error, IntegrityError) or not self._resumable:
+        if isinstance(error, IntegrityError | AdapterFormatError) or not self._resumable:
             self._download.discard()
         else:
             self._download.close()
+
+
+def _trusted(file: CacheFile, nbytes: int) -> list[Span]:
+    """Which bytes need not come again.
+
+    Where no digest judges what an interrupted download left, the end of each of its spans does come
+    again: writing it compares it (as the first bytes were), and a source that has changed its file
+    since is noticed.
+    """
+    here = SpanSet(file.missing()).missing(0, nbytes)
+    if not file.resumed:
+        return here
+    return [(start, stop - COMPARED_BYTES) for start, stop in here if stop - start > COMPARED_BYTES]
 
 
 def _on_loop(arrived: Callable[[int], None]) -> Callable[[int], None]:

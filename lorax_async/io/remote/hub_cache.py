@@ -182,6 +182,9 @@ class HubCache:
         """None: `commit_of` knows."""
         return None
 
+    def condemn(self, key: CacheKey) -> None:
+        """Nothing: its files have the digests that they are named by; `open(check=True)` judges."""
+
     def remove(self, key: CacheKey) -> bool:
         """Partial downloads of it; what is whole stays, and then it is False."""
         left = []

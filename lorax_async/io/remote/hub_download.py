@@ -29,6 +29,8 @@ class StoredFile:
     So what is written to it would be the same.
     """
 
+    resumed = False
+
     def __init__(self, path: str, file: HubFile) -> None:
         self.nbytes: int | None = file.identity.size
         self.digest = file.digest

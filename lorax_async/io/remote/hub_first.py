@@ -57,6 +57,10 @@ class HubFirst:
         commit = self._hub.commit_of(asked.text, asked.revision or _MAIN)
         return None if commit is None else (asked.text, commit)
 
+    def condemn(self, key: CacheKey) -> None:
+        self._hub.condemn(key)
+        self._disk.condemn(key)
+
     def remove(self, key: CacheKey) -> bool:
         """False also where the standard one has it: that is everybody's."""
         removed = self._disk.remove(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 
@@ -13,13 +14,19 @@ from lorax_async.config import Checking, Limits
 from lorax_async.core.cache_names import CacheKey, FileRole
 from lorax_async.core.file_digest import Digest, FileHash
 from lorax_async.core.sent_digest import sent_sha256
-from lorax_async.errors import IntegrityError
+from lorax_async.errors import AdapterError, AdapterFormatError, IntegrityError, LoraxError
 from lorax_async.io.cache.failures import CrowdedError
-from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry, CacheFile
+from lorax_async.io.cache.ports import (
+    Cache,
+    CacheDownload,
+    CacheEntry,
+    CacheFile,
+    LeftoverError,
+)
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.io.remote.beginning import Beginning, Beginnings, Part
-from lorax_async.io.remote.cached import FetchReader, opened
+from lorax_async.io.remote.cached import FetchReader, opened, read_first
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.remote.jobs import nobody_waits
 from lorax_async.io.remote.known import Known
@@ -30,6 +37,7 @@ from lorax_async.io.remote.workers import Workers
 PATIENCE_SECONDS = 10.0
 """Somebody else's download that got no byte for so long is not waited for any more."""
 
+_MAX_HASHED = 16_384
 _IDLE_SECONDS = 0.5
 _POLL_SECONDS = 0.02
 
@@ -57,18 +65,29 @@ class Opening:
         self._verify: Checking = verify
         self._beginnings = Beginnings(engine, workers, limits, resolving.shards)
         self._idle: Counter[RemoteKey] = Counter()
+        self._hashed: set[RemoteKey] = set()
 
     async def open(self, key: RemoteKey, demand: Demand) -> AdapterFile:
-        """Its reader is an `EntryReader` or a `FetchReader`."""
+        """Its reader is an `EntryReader` or a `FetchReader`.
+
+        What turns out to be outdated, in the cache or of an interrupted download, is dropped, and
+        fetched once more.
+        """
         found = await self._found(key, demand)
-        if isinstance(found, CacheEntry):
-            try:
-                return await self._workers.run(
-                    partial(opened, found, cache_key(key), self._limits), _close_reader
-                )
-            except BaseException:
-                found.close()  # it may be that no thread has begun
+        try:
+            return await self._opened(key, found, demand)
+        except LeftoverError:
+            pass  # it was discarded
+        except AdapterFormatError:
+            if isinstance(found, CacheDownload) or not await self._is_outdated(key, demand):
                 raise
+        return await self._opened(key, await self._found(key, demand), demand)
+
+    async def _opened(
+        self, key: RemoteKey, found: CacheEntry | CacheDownload, demand: Demand
+    ) -> AdapterFile:
+        if isinstance(found, CacheEntry):
+            return await self._opened_entry(key, found, demand)
         try:
             return await self._fetching(key, found, demand)
         except BaseException as error:
@@ -76,6 +95,21 @@ class Opening:
             raise
         finally:
             self._known.used(key)  # of what was refused, too: a stranger says how much it is
+
+    async def _opened_entry(self, key: RemoteKey, entry: CacheEntry, demand: Demand) -> AdapterFile:
+        try:
+            file = await self._workers.run(
+                partial(opened, entry, cache_key(key), self._limits), _close_reader
+            )
+        except BaseException:
+            entry.close()  # it may be that no thread has begun
+            raise
+
+        async def refuse(_: LoraxError) -> bool:
+            file.reader.close()
+            return await self._is_outdated(key, demand)
+
+        return replace(file, refuse=refuse)
 
     async def beginning(self, key: RemoteKey, demand: Demand) -> Beginning:
         """Its first bytes, by the source's word; the caches have no part in it."""
@@ -136,20 +170,72 @@ class Opening:
             resumable=not located.version.startswith(WEAK),
         )
         self._idle[key] += 1
-        reader = FetchReader(fetch.reader(), fetch, partial(self._no_longer_idle, key))
-        return AdapterFile(begun.config[1], begun.prefix, reader, download.mappable)
+        reader = FetchReader(key, fetch.reader(), fetch, partial(self._no_longer_idle, key))
+
+        async def refuse(error: LoraxError) -> bool:
+            fetch = reader.taken()
+            reader.close()
+            await fetch.refuse(error)
+            return False
+
+        return AdapterFile(begun.config[1], begun.prefix, reader, download.mappable, refuse)
+
+    async def _is_outdated(self, key: RemoteKey, demand: Demand) -> bool:
+        """Whether an entry that was refused is not (any more) what its source has; it is dropped.
+
+        Bytes that somebody vouched for are hashed, once; of others the source's first bytes are
+        compared. If it cannot be asked, the refusal stands.
+        """
+        entry = await self._workers.run(partial(self._entry, key, check=False), close)
+        if entry is None:
+            return True
+        try:
+            if not entry.record.vouched:
+                outdated = await self._differs(key, entry, demand)
+        finally:
+            entry.close()
+        if entry.record.vouched:
+            return await self._is_damaged(key)
+        if outdated:
+            await self._workers.run(lambda: self.cache(key).condemn(cache_key(key)))
+        return outdated
+
+    async def _differs(self, key: RemoteKey, entry: CacheEntry, demand: Demand) -> bool:
+        """Raises `IntegrityError` if the source has another version by now."""
+        try:
+            begun = await self._beginnings.of(await self._resolving.located(key), demand)
+        except IntegrityError:
+            raise
+        except AdapterError:
+            return False
+        finally:
+            self._known.used(key)
+        return not await self._workers.run(partial(_begins_as, entry, begun))
+
+    async def _is_damaged(self, key: RemoteKey) -> bool:
+        if key in self._hashed:
+            return False
+        if len(self._hashed) >= _MAX_HASHED:
+            self._hashed.clear()
+        self._hashed.add(key)
+        entry = await self._workers.run(partial(self._entry, key, check=True), close)
+        if entry is not None:
+            entry.close()
+        return entry is None
+
+    def _entry(self, key: RemoteKey, *, check: bool) -> CacheEntry | None:
+        """Blocks."""
+        return self.cache(key).open(cache_key(key), check=check)
 
     async def _put(
         self, download: CacheDownload, begun: Beginning, digest: str | None, demand: Demand
     ) -> list[CacheFile]:
         """Give what is here a place in the download; returns the files of the weights."""
-        for small in (begun.config, begun.index):
-            if small is not None:
-                file, content = small
-                expected = None if self._verify == "none" else file.expected
-                _check(content, file.role, expected)  # it is used before all is published
-                place = partial(_placed, download, file.role, content, len(content), expected)
-                await self._in_room(place, demand)
+        for file, content in begun.small:
+            expected = None if self._verify == "none" else file.expected
+            _check(content, file.role, expected)  # it is used before all is published
+            place = partial(_placed, download, file.role, content, len(content), expected)
+            await self._in_room(place, demand)
         places = [
             partial(
                 _placed,
@@ -187,13 +273,23 @@ def _placed(
 ) -> CacheFile:
     """A file of a download, whose first bytes are here. Blocks.
 
-    On an error the download is the caller's; `CapacityError` leaves it as it was.
+    Raises `LeftoverError` if an interrupted download left other first bytes. On an error the
+    download is the caller's; `CapacityError` leaves it as it was.
     """
     file = download.file(role, nbytes, expected)
-    content = memoryview(start)[:nbytes]
-    for first, last in file.missing(0, len(content)):
-        file.write([content[first:last]], first)
+    if start:
+        file.write([memoryview(start)[:nbytes]], 0)
     return file
+
+
+def _begins_as(entry: CacheEntry, begun: Beginning) -> bool:
+    """Whether the source's config, index and headers are the entry's. Blocks."""
+    told = [(file.role, content, len(content)) for file, content in begun.small]
+    told += [(part.file.role, part.prefix, part.nbytes) for part in begun.parts]
+    stored = {file.role: file.nbytes for file in entry.record.files}
+    return {role: nbytes for role, _, nbytes in told} == stored and all(
+        read_first(entry, role, len(first)) == first for role, first, _ in told
+    )
 
 
 def _check(content: bytes, role: FileRole, expected: Digest | None) -> None:
@@ -229,7 +325,7 @@ def _close_reader(file: AdapterFile) -> None:
 
 def _end(download: CacheDownload, error: BaseException) -> None:
     """Of what may be wrong nothing is kept."""
-    if isinstance(error, IntegrityError):
+    if isinstance(error, IntegrityError | AdapterFormatError):
         download.discard()
     else:
         download.close()

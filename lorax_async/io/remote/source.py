@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from lorax_async.adapter import AdapterKey, AdapterRef, RemoteKey
 from lorax_async.config import Checking, Limits
 from lorax_async.core import runs
+from lorax_async.core.cache_record import Record
 from lorax_async.errors import IntegrityError, InternalError
 from lorax_async.io.cache.ports import CacheEntry
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
@@ -22,6 +24,7 @@ from lorax_async.io.remote.cached import (
     verification_of,
 )
 from lorax_async.io.remote.jobs import nobody_waits
+from lorax_async.io.remote.known import MAX_KEYS
 from lorax_async.io.remote.opening import Opening, cache_key, close
 from lorax_async.io.remote.resolving import Resolving
 from lorax_async.io.remote.workers import Workers
@@ -56,12 +59,20 @@ class RemoteSource:
         self._workers = workers
         self._limits = limits
         self._verify: Checking = verify
+        self._records: OrderedDict[RemoteKey, Record] = OrderedDict()
+        """What was opened last by each key: its plan goes with these bytes, and no others."""
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await self._resolving.resolve(ref)
 
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
-        return await self._opening.open(_remote(key), demand)
+        remote = _remote(key)
+        file = await self._opening.open(remote, demand)
+        if isinstance(file.reader, EntryReader):
+            self._remember(remote, file.reader.entry.record)
+        else:
+            self._records.pop(remote, None)
+        return file
 
     async def beginning(self, key: AdapterKey, demand: Demand) -> Beginning:
         """Config and headers of an adapter that was resolved, for who wants no more of it."""
@@ -69,6 +80,12 @@ class RemoteSource:
 
     def reopen(self, key: AdapterKey) -> Reader:
         return ReopenedReader(partial(self._reader, _remote(key)))
+
+    def _remember(self, key: RemoteKey, record: Record) -> None:
+        self._records[key] = record
+        self._records.move_to_end(key)
+        if len(self._records) > MAX_KEYS:
+            self._records.popitem(last=False)
 
     async def bring(
         self,
@@ -80,6 +97,7 @@ class RemoteSource:
         reader = file.reader
         if isinstance(reader, FetchReader):
             entry = await reader.taken().bring(groups, arrived, demand)
+            self._remember(reader.key, entry.record)
             reader.adopt(entry)
             return self._verification(entry)
         if not isinstance(reader, EntryReader):
@@ -119,6 +137,10 @@ class RemoteSource:
         """Blocks. Raises `EvictedError`."""
         entry = self._opening.cache(key).open(cache_key(key))
         if entry is None:
+            raise gone()
+        record = self._records.get(key)
+        if record is not None and record.contradicts(entry.record.files):
+            entry.close()  # another process has fetched it anew, and its source had other bytes
             raise gone()
         return entry
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError, Executor
 from functools import partial
@@ -11,14 +13,17 @@ from typing import Any, TypeVar
 from lorax_async.adapter import AdapterKey, AdapterRef, MergedKey
 from lorax_async.config import Limits
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.merge_plan import PartFile, part_words, plan_merge
+from lorax_async.core.merge_plan import MergePlan, PartFile, part_words, plan_merge
 from lorax_async.core.runs import Span
-from lorax_async.errors import FetchError, LoraxError, UsageError
+from lorax_async.errors import AdapterError, EvictedError, FetchError, LoraxError, UsageError
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
 from lorax_async.io.sources.merged_reader import MergedReader, Opened
 from lorax_async.verification import Verification, weakest
 
 _T = TypeVar("_T")
+
+MAX_LAYOUTS = 16_384
+"""As many as the lifecycle remembers idle adapters."""
 
 
 class MergedSource:
@@ -49,6 +54,8 @@ class MergedSource:
         self._dtype = dtype
         self._limits = limits
         self._threads = threads
+        self._layouts: OrderedDict[MergedKey, bytes] = OrderedDict()
+        """Digests of the headers by which the last merges are read when they come back."""
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await self._source.resolve(ref)
@@ -58,7 +65,12 @@ class MergedSource:
             return await self._source.open(key, demand)
         opened = await self._open(key, demand)
         plan = opened.plan
-        return AdapterFile(plan.config, plan.prefix, MergedReader(key, opened))
+        self._remember(key, plan)
+
+        async def refuse(error: LoraxError) -> bool:
+            return await _refused(opened.files, error)
+
+        return AdapterFile(plan.config, plan.prefix, MergedReader(key, opened), refuse=refuse)
 
     def reopen(self, key: AdapterKey) -> Reader:
         if not isinstance(key, MergedKey):
@@ -98,24 +110,47 @@ class MergedSource:
         return _NothingHeld()
 
     async def _open(self, key: MergedKey, demand: Demand) -> Opened:
+        """Open the parts and plan the merge; parts that were refused and outdated, once more."""
+        files = await self._open_parts(key, demand)
+        try:
+            return Opened(await self._planned(key, files), tuple(files))
+        except AdapterError as error:
+            if not await _refused(files, error):
+                raise
+        files = await self._open_parts(key, demand)
+        try:
+            return Opened(await self._planned(key, files), tuple(files))
+        except AdapterError as error:
+            await _refused(files, error)
+            raise
+
+    async def _open_parts(self, key: MergedKey, demand: Demand) -> list[AdapterFile]:
         openings = [
             _of_part(key, number, self._source.open(part, demand))
             for number, part in enumerate(_part_keys(key))
         ]
-        files = await _all(openings, lambda file: file.reader.close())
+        return await _all(openings, lambda file: file.reader.close())
+
+    async def _planned(self, key: MergedKey, files: Sequence[AdapterFile]) -> MergePlan:
+        """On an error other than an `AdapterError` the files are closed."""
         try:
             parts = [PartFile(file.config, file.prefix, file.reader.nbytes) for file in files]
-            plan = await asyncio.get_running_loop().run_in_executor(
-                self._threads,
-                partial(
-                    plan_merge, key, parts, self._layout, dtype=self._dtype, limits=self._limits
-                ),
+            plan = partial(
+                plan_merge, key, parts, self._layout, dtype=self._dtype, limits=self._limits
             )
+            return await asyncio.get_running_loop().run_in_executor(self._threads, plan)
+        except AdapterError:
+            raise
         except BaseException:
             for file in files:
                 file.reader.close()
             raise
-        return Opened(plan, tuple(files))
+
+    def _remember(self, key: MergedKey, plan: MergePlan) -> None:
+        self._layouts[key] = _layout_of(plan)
+        self._layouts.move_to_end(key)
+        if len(self._layouts) > MAX_LAYOUTS:
+            self._layouts.popitem(last=False)
 
     async def _bring(
         self,
@@ -179,12 +214,23 @@ class MergedSource:
         opened = await self._open(key, demand)
         plan = opened.plan
         try:
+            if self._layouts.get(key, _layout_of(plan)) != _layout_of(plan):
+                raise EvictedError("a part of the merge is another by now; load it again")
             whole = [[Span(len(plan.prefix), plan.nbytes)]]
             await self._bring(key, opened, whole, lambda _: None, demand)
         except BaseException:
             opened.close()
             raise
         return opened
+
+
+def _layout_of(plan: MergePlan) -> bytes:
+    return hashlib.sha256(plan.prefix).digest()
+
+
+async def _refused(files: Iterable[AdapterFile], error: LoraxError) -> bool:
+    """Refuse the parts of a merge; whether one of them may be another now. It closes them."""
+    return any([await file.refused(error) for file in files])
 
 
 class _NothingHeld:

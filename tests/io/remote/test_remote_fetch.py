@@ -57,6 +57,8 @@ class ToldEngine:
 class HeldFile:
     """A file of a download; hashing it takes until `go`."""
 
+    resumed = False
+
     def __init__(self) -> None:
         self.begun, self.go, self.ended = Event(), Event(), Event()
 
