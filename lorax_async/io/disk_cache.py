@@ -99,6 +99,7 @@ class DiskCache:
         self._open = True
 
     def open(self, key: CacheKey, *, check: bool = False) -> DiskEntry | None:
+        self.shelves.place.restore()
         entry = self.shelves.entries.open(key.name, check=check)
         if entry is not None:
             try:
@@ -113,6 +114,7 @@ class DiskCache:
         self, key: CacheKey, scope: str, *, alone: bool = False
     ) -> DiskEntry | DiskDownload | int:
         shelves = self.shelves
+        shelves.place.restore()
 
         def download(taken: Taken, lock: NamedLock | None) -> DiskDownload:
             return DiskDownload(shelves, key, scope, taken, lock)
@@ -128,9 +130,11 @@ class DiskCache:
         return begun
 
     def note_version(self, question: str, source: str, version: str) -> None:
+        self.shelves.place.restore()
         note(self.shelves.place.answers, question, source, version)
 
     def last_version(self, question: str) -> tuple[str, str] | None:
+        self.shelves.place.restore()
         return recall(self.shelves.place.answers, question)
 
     def condemn(self, key: CacheKey) -> None:
@@ -139,6 +143,7 @@ class DiskCache:
 
     def remove(self, key: CacheKey) -> bool:
         shelves = self.shelves
+        shelves.place.restore()
         with translated_errors("remove an entry"):
             left = [
                 name for name in shelves.partials.of(key.name) if not shelves.partials.drop(name)
@@ -147,6 +152,7 @@ class DiskCache:
             return not left and shelves.place.entries.status(key.name) is None
 
     def used(self) -> int:
+        self.shelves.place.restore()
         return self.shelves.room.used()
 
     @property

@@ -12,7 +12,7 @@ from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey, FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.errors import FetchError, IntegrityError
-from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry
+from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry, LeftoverError
 from lorax_async.io.host_copies import Users
 from lorax_async.io.ports import Demand
 from lorax_async.io.snapshot import TensorsFile
@@ -46,7 +46,12 @@ def written(cache: Cache, file: TensorsFile, demand: Demand) -> CacheEntry:
     # One that a killed process left, or another loader wrote: no other copy will be left.
     found = cache.open(key, check=True) or cache.begin(key, SOURCE, demand)
     if isinstance(found, CacheDownload):
-        found = _downloaded(found, files, digests, demand)
+        try:
+            found = _downloaded(found, files, digests, demand)
+        except LeftoverError:  # of a killed process; it is discarded
+            found = cache.begin(key, SOURCE, demand)
+            if isinstance(found, CacheDownload):
+                found = _downloaded(found, files, digests, demand)
     if any(_recorded(found, role) != digest.value for role, digest in digests.items()):
         found.close()
         cache.remove(key)

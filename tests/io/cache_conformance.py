@@ -29,7 +29,7 @@ from lorax_async.core.chunk_map import CHUNK_BYTES
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError, InternalError
-from lorax_async.io.cache.ports import Cache
+from lorax_async.io.cache.ports import Cache, LeftoverError
 
 GIT = [(b"", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")]
 GIT += [(b"hello\n", "ce013625030ba8dba906f756967f9e9ca394464a")]  # git hash-object
@@ -253,6 +253,36 @@ class CacheConformance:
         entry = download.publish()
         assert content_of(entry) == content
         entry.close()
+
+    def test_what_was_left_is_compared_with_what_comes_again(self, world: World) -> None:
+        content = weights(7)
+        download = begun(world.cache)
+        put(download.file(WEIGHTS_FILE, NBYTES), content, [(0, 2 * CHUNK_BYTES)])
+        download.close()
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES)
+        assert file.resumed  # and nothing vouches for it
+        put(file, content, [(0, 10), (CHUNK_BYTES - 5, 2 * CHUNK_BYTES + 5)])
+        other = bytearray(content)
+        other[CHUNK_BYTES] ^= 1
+        with pytest.raises(LeftoverError, match="not what the source has now"):
+            put(file, bytes(other), [(CHUNK_BYTES - 5, CHUNK_BYTES + 5)])
+        put(file, content, file.missing())
+        entry = download.publish()
+        assert content_of(entry) == content
+        entry.close()
+
+    def test_what_is_begun_anew_or_promised_is_not_said_to_be_resumed(self, world: World) -> None:
+        content = weights(7)
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES)
+        assert not file.resumed
+        put(file, content, [(0, 2 * CHUNK_BYTES)])
+        assert not file.resumed
+        download.close()
+        download = begun(world.cache)
+        assert not download.file(WEIGHTS_FILE, NBYTES, sha256(content)).resumed
+        download.discard()
 
     def test_a_file_that_is_not_added_again_is_not_published(self, world: World) -> None:
         download = begun(world.cache)

@@ -20,12 +20,13 @@ from cache_inputs import (
     keep,
     key,
     put,
+    sha256,
     stored,
     weights,
 )
 
 from lorax_async.core.cache_names import WEIGHTS_FILE
-from lorax_async.errors import FetchError
+from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.io.ports import Demand
 
 
@@ -106,6 +107,39 @@ class CacheSharingConformance:
         world.alter(KEY, WEIGHTS_FILE, bytes(NBYTES - 1) + b"\1")
         assert world.cache.open(KEY, check=True) is None
         assert not is_there(world.cache, KEY)
+
+    def test_an_entry_that_is_condemned_is_gone_at_once(self, world: World) -> None:
+        entry = stored(world.cache, KEY, b"abc")
+        world.cache.condemn(KEY)
+        world.cache.condemn(KEY)
+        assert not is_there(world.cache, KEY)
+        entry.close()
+        keep(world.cache, KEY, b"def")
+        assert is_there(world.cache, KEY)
+
+    @pytest.mark.parametrize("promised", [False, True])
+    def test_two_downloads_of_one_version_must_have_the_same_bytes(
+        self, world: World, promised: bool
+    ) -> None:
+        """The second one is refused, and so what it has read is never taken for the first's."""
+        downloads = [begun(world.cache)]
+        for _ in range(2):
+            other = world.cache.try_begin(KEY, SCOPE, alone=True)
+            assert not isinstance(other, int)
+            downloads.append(other)  # type: ignore[arg-type]  # nothing is published yet
+        for download, content in zip(downloads, (b"abc", b"abd", b"abc"), strict=True):
+            expected = sha256(content) if promised else None
+            put(download.file(WEIGHTS_FILE, 3, expected), content, [(0, 3)])
+        downloads[0].publish().close()
+        with pytest.raises(IntegrityError, match="other bytes of the same version"):
+            downloads[1].publish()
+        downloads[2].publish().close()
+        for download in downloads:
+            download.close()
+        entry = world.cache.open(KEY)
+        assert entry is not None
+        assert content_of(entry) == b"abc"
+        entry.close()
 
     def test_what_is_held_is_not_removed(self, world: World) -> None:
         first = stored(world.cache, KEY, b"abc")

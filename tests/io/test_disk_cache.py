@@ -250,13 +250,30 @@ def test_scopes_are_bounded(world: DiskWorld) -> None:
     entry.close()
 
 
-def test_a_folder_that_went_away_is_an_error_and_no_crash(tmp_path: Path) -> None:
-    with opened(tmp_path / "cache") as world:
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    """Of a download that was under way nothing is published, and it leaves nothing."""
+    folder = tmp_path / "cache"
+    with opened(folder) as world:
         keep(world.cache, KEY, b"abc")
-        shutil.rmtree(tmp_path / "cache")
+        entry, download = world.cache.open(KEY), begun(world.cache, key(1))
+        assert entry is not None
+        put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
+        shutil.rmtree(folder)
         assert world.cache.open(KEY) is None
-        with pytest.raises(FetchError, match="disk cache"):
-            begun(world.cache)
+        with pytest.raises(IntegrityError, match="load the adapter again"):
+            content_of(entry)
+        with pytest.raises(FetchError, match="load it again"):
+            download.publish()
+        entry.close()
+        download.close()
+        assert world.cache.used() == 0
+        keep(world.cache, KEY, b"def")
+        assert is_there(world.cache, KEY)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        folder.rename(tmp_path / "moved")
+        world.cache.note_version("question", "source", "version")
+        assert world.cache.last_version("question") == ("source", "version")
+        assert not is_there(world.cache, KEY)
     assert open_below(tmp_path) == []
 
 

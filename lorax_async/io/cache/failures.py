@@ -16,7 +16,7 @@ _FULL = {
 }
 
 _HINTS = {
-    errno.ENOENT: "somebody removed what was in use; if its folder is gone, make a new loader",
+    errno.ENOENT: "somebody removed what was in use; its folder is made again, so load it again",
     errno.EROFS: "its file system can only be read; name another cache_dir to fetch anything new",
 }
 

@@ -80,6 +80,19 @@ class Folder:
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
 
+    def is_named(self, name: str | os.PathLike[str], within: Folder | None = None) -> bool:
+        """Whether `name` leads to this folder still: nobody has removed or replaced it."""
+        try:
+            status = os.stat(name, dir_fd=None if within is None else within.fd)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(status, os.fstat(self.fd))
+
+    def become(self, other: Folder) -> None:
+        """Be the folder that `other` is, for everyone who uses this one. Closes `other`."""
+        with other:
+            os.dup2(other.fd, self.fd, inheritable=False)
+
     def sync(self) -> None:
         """Names in here are on the disk when this returns."""
         os.fsync(self.fd)

@@ -94,8 +94,8 @@ class PartialDownload:
             yield
         except FileNotFoundError as error:
             raise FetchError(
-                "another process took over the download, for locks do not work in the disk cache's"
-                " folder; load it again"
+                "another process took over the download where locks do not work, or somebody"
+                " removed its folder; load it again"
             ) from error
 
     def _bring_to_disk(self, taken: Taken) -> None:

@@ -9,10 +9,13 @@ from contextlib import ExitStack, contextmanager
 from threading import Lock
 
 from lorax_async.core.cache_names import BUDGET_LOCK, Owner
+from lorax_async.errors import ConfigError
 from lorax_async.io.cache.failures import translated_errors
 from lorax_async.io.cache.folders import Folder, private_root, private_subfolder, remove_tree
 from lorax_async.io.cache.locks import attempt, short_lock
 from lorax_async.io.cache.processes import this_process
+
+_FOLDERS = ("entries", "partials", "locks", "trash", "answers")
 
 
 class Place:
@@ -26,15 +29,36 @@ class Place:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         with translated_errors("tell this process from others"):
             self.here: Owner = this_process()
+        self._path = os.path.abspath(os.fspath(path))
         with ExitStack() as opened:
-            root = opened.enter_context(private_root(path))
+            self._root = opened.enter_context(private_root(path))
             folders = [
-                opened.enter_context(private_subfolder(root, name))
-                for name in ("entries", "partials", "locks", "trash", "answers")
+                opened.enter_context(private_subfolder(self._root, name)) for name in _FOLDERS
             ]
             self._opened = opened.pop_all()
         self.entries, self.partials, self.locks, self.trash, self.answers = folders
+        self._folders = dict(zip(_FOLDERS, folders, strict=True))
         self._counting = Lock()
+        self._restoring = Lock()
+
+    def restore(self) -> None:
+        """Make the folders again that somebody has removed.
+
+        They are opened under the descriptors of the old ones, so that whoever uses these uses the
+        new ones from here on. What was on its way into the old ones fails. Raises as the
+        constructor does, and `FetchError`.
+        """
+        with self._restoring, translated_errors("look for its folders"):
+            try:
+                if not self._root.is_named(self._path):
+                    self._root.become(private_root(self._path))
+                for name, folder in self._folders.items():
+                    if not folder.is_named(name, within=self._root):
+                        folder.become(private_subfolder(self._root, name))
+            except ConfigError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    raise error.__cause__ from None  # it is being removed at this moment
+                raise
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -143,6 +143,7 @@ class HubCache:
         repo, partials = _repo_of(key), self._partials
         if partials is None or self._place is None or repo is None or not self.takes(scope):
             raise InternalError(f"{key.source} was to be stored in the hub cache, which is not so")
+        self._place.restore()
         shelf = Shelf(self.path, repo, key.version)
 
         def download(taken: Taken, lock: NamedLock | None) -> HubDownload:
@@ -165,6 +166,7 @@ class HubCache:
         if len(self._meant) >= MAX_REVISIONS:
             self._meant.clear()
         self._meant.setdefault(key, set()).add(revision)
+        self._place.restore()
         if self.open(key) is not None:
             self._write_refs(key)
 

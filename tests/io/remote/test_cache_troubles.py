@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import shutil
@@ -16,7 +17,7 @@ from remote_world import RemoteWorld
 
 import tiny
 from common import Run
-from lorax_async import AdapterLoader, Allow, FetchError, LoaderConfig
+from lorax_async import AdapterLoader, Allow, ConfigError, FetchError, LoaderConfig
 from lorax_async.io.cache.upkeep import ls, rm
 from lorax_async.io.sources.local_hold import LocalHold
 
@@ -33,6 +34,10 @@ def hub(tmp_path: Path) -> Iterator[HubStandIn]:
         commit = hub.put("org/one", {name: (folder / name).read_bytes() for name in NAMES})
         hub.repos["org/one"].refs["tag"] = commit
         yield hub
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in NAMES}
 
 
 def over(hub: HubStandIn, tmp_path: Path, **settings: Any) -> AdapterLoader:
@@ -97,15 +102,84 @@ def test_a_cache_that_can_only_be_read(
     run(body())
 
 
-def test_a_folder_that_is_gone_is_told_of(hub: HubStandIn, run: Run, tmp_path: Path) -> None:
-    hub.put("org/two", dict.fromkeys(NAMES, b""))
+GONE = ["cache", "cache/entries", "cache/partials", "cache/locks", "cache/trash", "cache/answers"]
+
+
+@pytest.mark.parametrize("gone", GONE)
+@pytest.mark.parametrize("settings", [{}, {"host_bytes": 0}], ids=["held", "on disk"])
+def test_a_folder_that_is_removed_is_made_again(
+    hub: HubStandIn, run: Run, tmp_path: Path, gone: str, settings: dict[str, int]
+) -> None:
+    """Both what it had and what it had not can be loaded, now and by the next loader."""
+    for n in range(2, 5):
+        hub.put(f"org/{n}", read(tiny.write(tmp_path / str(n), seed=n)))
+
+    async def loads(loader: AdapterLoader, id: str, adapter: str) -> None:
+        async with await loader.load(id) as handle:
+            await handle.verified()
+            tiny.assert_equal_to_file(handle, tmp_path / adapter)
+
+    async def body() -> None:
+        async with over(hub, tmp_path, max_slots=1, **settings) as loader:
+            await loads(loader, "org/one", "one")
+            await loads(loader, "org/2", "2")
+            shutil.rmtree(tmp_path / gone)
+            await loads(loader, "org/3", "3")
+            await loads(loader, "org/one", "one")
+            await loads(loader, "org/2", "2")
+            shutil.rmtree(tmp_path / gone)
+            await asyncio.gather(*(loads(loader, f"org/{n}", str(n)) for n in (2, 3, 4)))
+        assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+            path.removeprefix("cache/") for path in GONE[1:]
+        }
+        async with over(hub, tmp_path, offline=True) as loader:
+            await loads(loader, "org/4", "4")
+
+    run(body())
+
+
+def test_a_folder_that_is_removed_during_downloads_fails_those_alone(
+    hub: HubStandIn, run: Run, tmp_path: Path
+) -> None:
+    """They say that another attempt may succeed, and it does; none lends a wrong byte."""
+    for n in range(8):
+        hub.put(f"org/{n}", read(tiny.write(tmp_path / str(n), seed=n)))
+
+    async def one(loader: AdapterLoader, n: int) -> None:
+        for _ in range(20):
+            try:
+                async with await loader.load(f"org/{n}") as handle:
+                    await handle.verified()
+                    tiny.assert_equal_to_file(handle, tmp_path / str(n))
+                    return
+            except FetchError as error:
+                assert error.retryable, error
+        raise AssertionError("twenty attempts failed")
+
+    async def body() -> None:
+        async with over(hub, tmp_path) as loader:
+            for _ in range(4):
+                loads = [asyncio.create_task(one(loader, n)) for n in range(8)]
+                await asyncio.sleep(0.02)
+                shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+                await asyncio.gather(*loads)
+
+    run(body())
+
+
+def test_a_folder_that_others_may_write_to_is_not_taken_for_the_removed_one(
+    hub: HubStandIn, run: Run, tmp_path: Path
+) -> None:
+    hub.put("org/two", read(tiny.write(tmp_path / "two", seed=2)))
 
     async def body() -> None:
         async with over(hub, tmp_path) as loader:
             async with await loader.load("org/one") as handle:
-                await handle.verified()  # nobody writes to the cache any more
+                await handle.verified()
             shutil.rmtree(tmp_path / "cache")
-            with pytest.raises(FetchError, match="make a new loader"):
+            (tmp_path / "cache").mkdir()
+            (tmp_path / "cache").chmod(0o777)
+            with pytest.raises(ConfigError, match="others may write"):
                 await loader.load("org/two")
 
     run(body())
