@@ -34,7 +34,7 @@ class FakeCacheFile:
         self.content = bytearray()
         self.nbytes: int | None = None
         self._cache = cache
-        self._expected = expected
+        self.expected = expected
         self._kind: DigestKind = "transport" if expected is None else expected.kind
         self._here = SpanSet()
         self._left = False
@@ -42,7 +42,7 @@ class FakeCacheFile:
 
     @property
     def resumed(self) -> bool:
-        return self._left and self._expected is None
+        return self._left
 
     @property
     def room(self) -> int:
@@ -90,8 +90,8 @@ class FakeCacheFile:
         for first, last in SpanSet(self._here.missing(start, stop)).missing(start, stop):
             if self.content[first:last] != content[first - start : last - start]:
                 raise LeftoverError(
-                    f"what an interrupted download left of {self.role.file_name} is not what the"
-                    " source has now; load it again"
+                    f"what is here of {self.role.file_name} is not what the source has now; load it"
+                    " again"
                 )
 
     def hash_along(self) -> int:
@@ -116,7 +116,7 @@ class FakeCacheFile:
         self.hash_along()
         assert self._hash is not None
         found = self._hash.digest()
-        if self._expected not in {None, found}:
+        if self.expected not in {None, found}:
             raise IntegrityError(
                 f"{self.role.file_name} has not the {found.kind} digest that was promised; load it"
                 " again"

@@ -261,7 +261,8 @@ class CacheConformance:
         download.close()
         download = begun(world.cache)
         file = download.file(WEIGHTS_FILE, NBYTES)
-        assert file.resumed  # and nothing vouches for it
+        assert file.resumed
+        assert file.expected is None
         put(file, content, [(0, 10), (CHUNK_BYTES - 5, 2 * CHUNK_BYTES + 5)])
         other = bytearray(content)
         other[CHUNK_BYTES] ^= 1
@@ -272,7 +273,7 @@ class CacheConformance:
         assert content_of(entry) == content
         entry.close()
 
-    def test_what_is_begun_anew_or_promised_is_not_said_to_be_resumed(self, world: World) -> None:
+    def test_a_file_knows_whether_bytes_of_it_were_left(self, world: World) -> None:
         content = weights(7)
         download = begun(world.cache)
         file = download.file(WEIGHTS_FILE, NBYTES)
@@ -281,7 +282,9 @@ class CacheConformance:
         assert not file.resumed
         download.close()
         download = begun(world.cache)
-        assert not download.file(WEIGHTS_FILE, NBYTES, sha256(content)).resumed
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(content))
+        assert file.resumed
+        assert file.expected == sha256(content)
         download.discard()
 
     def test_a_file_that_is_not_added_again_is_not_published(self, world: World) -> None:

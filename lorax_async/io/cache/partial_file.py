@@ -40,7 +40,7 @@ class PartialFile:
         self.role = role
         self._name = role.file_name
         self._folder = folder
-        self._expected = expected
+        self.expected = expected
         self._reserve = reserve
         self._lock = Lock()
         self._growing = Lock()
@@ -61,7 +61,7 @@ class PartialFile:
 
     @property
     def resumed(self) -> bool:
-        return self._resumed and self._expected is None
+        return self._resumed
 
     def resume(self, nbytes: int | None) -> None:
         """Take over what an interrupted download left, if it is of this size; else begin anew."""
@@ -104,7 +104,7 @@ class PartialFile:
             return
         self._make_room(stop)
         with translated_errors(_WRITING), self._file.held() as fd:
-            if self._resumed:
+            if self._resumed or self.expected is None:
                 self._compare(fd, buffers, offset, stop)
             write_all(fd, buffers, offset)
             with self._lock:
@@ -137,7 +137,7 @@ class PartialFile:
         self.hash_along()
         assert self._hash is not None
         found = self._hash.digest()
-        if self._expected not in {None, found}:
+        if self.expected not in {None, found}:
             raise IntegrityError(
                 f"{self._name} has not the {found.kind} digest that was promised; load it again"
             )
@@ -196,7 +196,7 @@ class PartialFile:
         self._map_file = Descriptor(self._folder.file(self._map_name, flags), self._map_name)
         self._map = found
         self._hash = FileHash(
-            "transport" if self._expected is None else self._expected.kind, found.nbytes
+            "transport" if self.expected is None else self.expected.kind, found.nbytes
         )
         self._nbytes = found.nbytes
 
@@ -210,7 +210,7 @@ class PartialFile:
                 write_all(fd, [memoryview(changed[0])], changed[1])
 
     def _compare(self, fd: int, buffers: Sequence[memoryview], start: int, stop: int) -> None:
-        """Raise `LeftoverError` if an interrupted download left other bytes of [start, stop)."""
+        """Raise `LeftoverError` if other bytes of [start, stop) are here already."""
         with self._lock:
             gaps = self._here.missing(start, stop)
         here = SpanSet(gaps).missing(start, stop)
@@ -224,8 +224,7 @@ class PartialFile:
                 or left != content[first - start : last - start]
             ):
                 raise LeftoverError(
-                    f"what an interrupted download left of {self._name} is not what the source has"
-                    " now; load it again"
+                    f"what is here of {self._name} is not what the source has now; load it again"
                 )
 
     def _make_room(self, stop: int) -> None:

@@ -14,7 +14,7 @@ from lorax_async.io.ports import Demand, Reader
 
 
 class LeftoverError(IntegrityError):
-    """What an interrupted download left is not what the source has now."""
+    """What came before of a file, or an interrupted download left, is not what comes now."""
 
 
 def contradiction() -> IntegrityError:
@@ -64,10 +64,11 @@ class CacheFile(Protocol):
 
     @property
     def resumed(self) -> bool:
-        """Whether bytes of an interrupted download are here that nothing vouches for yet.
+        """Whether an interrupted download has left bytes of it."""
 
-        False if there is an expected digest, which judges them at the end.
-        """
+    @property
+    def expected(self) -> Digest | None:
+        """The digest that judges it at the end, if anybody promised one."""
 
     def ends_at(self, nbytes: int) -> None:
         """Its size, where that was not known before.

@@ -34,6 +34,7 @@ class StoredFile:
     def __init__(self, path: str, file: HubFile) -> None:
         self.nbytes: int | None = file.identity.size
         self.digest = file.digest
+        self.expected: Digest | None = file.digest
         self._path = path
         self._file = file
 

@@ -27,14 +27,14 @@ class Origin:
     the head of an answer and then nothing. `promises` sends each file's sha256 beside it.
     """
 
-    files: dict[str, bytes]
+    files: dict[str, bytes] = field(repr=False)
     etag: str | None = '"fixed"'
     ranges: bool = True
     promises: bool = False
     stop_at: int | None = None
     status: str | None = None
     silent: bool = False
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list, repr=False)
 
     def __call__(self, asked: Asked, client: Client) -> None:
         self.asked.append(asked)

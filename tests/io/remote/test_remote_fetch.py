@@ -57,7 +57,7 @@ class ToldEngine:
 class HeldFile:
     """A file of a download; hashing it takes until `go`."""
 
-    resumed = False
+    resumed, expected = False, None
 
     def __init__(self) -> None:
         self.begun, self.go, self.ended = Event(), Event(), Event()
