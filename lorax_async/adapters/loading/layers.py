@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from lorax_async.adapters.base import AdapterModel, Content, OpenModuleMap
+from lorax_async.adapters.loading.base_features import BaseFeatures, base_features
 from lorax_async.adapters.loading.unapplied import FACTORS
 from lorax_async.adapters.loading.weights_file import WeightsFile
 from lorax_async.adapters.sharing.padding import padded_rank
@@ -162,9 +163,14 @@ def find_layers(
     ]
     weights = [layer.base_layer.linear.weight for _, layer in targets]
     layout: ModelLayout | None = getattr(model, "layout", None)
-    for layer, weight in zip(layers, weights, strict=True):
-        if layer is not None:
-            _check_fit(layer, weight, layout, model.world_size)
+    for layer, (_, base) in zip(layers, targets, strict=True):
+        if layer is None:
+            continue
+        if layout is not None:
+            module = layout.modules[layout.index(layer.name)]
+            _require_fit(layer, BaseFeatures(module.in_features, module.out_features))
+        else:
+            _require_fit(layer, base_features(base, layer_type, model.world_size))
     if layout is not None and config.fan_in_fan_out:
         check_fan_in_fan_out(module_map, layout)
     devices = {weight.device for weight in weights}
@@ -215,26 +221,13 @@ def _layer(name: str, factors: Mapping[str, tuple[Content, str]], config: Ranks)
     return Layer(name, a, b, scale)
 
 
-def _check_fit(
-    layer: Layer, weight: torch.Tensor, layout: ModelLayout | None, world_size: int
-) -> None:
-    """Against the layout; without one, against the base's own weight where it says its sizes.
-
-    A share of a weight does not say how large the whole is, nor does a quantised one.
-    """
-    if layout is not None:
-        module = layout.modules[layout.index(layer.name)]
-        fits = layer.features == (module.in_features, module.out_features)
-    elif world_size == 1 and weight.is_floating_point() and weight.dim() == 2:
-        fits = sorted(layer.features) == sorted(weight.shape)
-    else:
-        return
-    if not fits:
-        wanted = list(weight.shape)
+def _require_fit(layer: Layer, base: BaseFeatures) -> None:
+    if not base.accept(*layer.features):
+        inputs, outputs = layer.features
         raise IncompatibleAdapterError(
-            f"module {shorten(layer.name, 200)!r} of the adapter is for {layer.features[0]} →"
-            f" {layer.features[1]} features, and the base's weight is {wanted}; use an adapter of"
-            " this base"
+            f"module {shorten(layer.name, 200)!r} of the adapter maps {inputs} → {outputs} features"
+            f" (A {list(layer.a.shape)}, B {list(layer.b.shape)}), and the base's maps {base}; use"
+            " an adapter of this base"
         )
 
 
