@@ -110,6 +110,7 @@ def test_kernels_know_torch_only(path: Path) -> None:
 
 
 _STDLIB = {
+    "bisect",
     *("__future__", "collections", "contextlib", "dataclasses", "functools", "math", "threading"),
     "typing",
 }

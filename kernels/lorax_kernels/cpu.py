@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lorax_kernels import dense, segments, together
-from lorax_kernels.checks import check_group, check_rows, check_tables
+from lorax_kernels.checks import check_apart, check_group, check_rows, check_tables
 from lorax_kernels.plan import Plan
 from lorax_kernels.tables import Tables
 from lorax_kernels.work import Work
@@ -27,7 +27,8 @@ def apply_cpu(
         if not work.fits(y, x):
             check_rows("y", y, plan)
             check_rows("x", x, plan)
-            work.check(x=x, y=y)
+            check_apart("y", y, "x", x)
+            work.check(x=x, y=y, written=y)
         if group and group != work.group:
             check_group(module, group, plan, tables)
             work.group = tuple(group)
@@ -45,9 +46,10 @@ def shrink_cpu(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) ->
     """As :func:`lorax_kernels.shrink`."""
     check_rows("h", h, plan)
     check_rows("x", x, plan)
+    check_apart("h", h, "x", x)
     with plan.workspace.lent() as space:
         work = _work(plan, module, tables, space)
-        work.check(x=x)
+        work.check(x=x, written=h)
         _check_planes(h, work)
         h.zero_()
         x_parts, h_parts = work.parts(x), work.parts(h)
@@ -60,9 +62,10 @@ def expand_cpu(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) ->
     """As :func:`lorax_kernels.expand`."""
     check_rows("y", y, plan)
     check_rows("h", h, plan)
+    check_apart("y", y, "h", h)
     with plan.workspace.lent() as space:
         work = _work(plan, module, tables, space)
-        work.check(y=y)
+        work.check(y=y, written=y)
         _check_planes(h, work)
         y_parts, h_parts = work.parts(y), work.parts(h)
         for piece, (_, by) in zip(work.pieces, _steps(work, space), strict=True):

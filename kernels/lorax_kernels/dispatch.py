@@ -19,8 +19,9 @@ def apply(
     """Add each row's adapter to a linear layer's output: `y += scale * (x @ A.T) @ B.T`, in place.
 
     `x` `[tokens, in]` is the layer's input, `y` `[tokens, out]` its output; both are contiguous
-    and of the operands' dtype and device. `module` is the row of `tables`. Rows without a slot,
-    or whose adapter does not touch the module, keep their bits. Nothing is recorded for autograd.
+    and of the operands' dtype and device. `y` shares no memory with `x` or the weights (weights are
+    compared on the CPU only). `module` is the row of `tables`. Rows without a slot, or whose
+    adapter does not touch the module, keep their bits. Nothing is recorded for autograd.
 
     `group` are modules, this one among them, that are given the very same tensor `x`, one after the
     other (q, k and v; gate and up). Then it is shrunk for all of them at the first. That is taken
@@ -28,7 +29,8 @@ def apply(
     which `x.data` and numpy say nothing), and the tables give the same operands. On a GPU each is
     computed by itself: who has all outputs at once calls `lorax_kernels.sgmv.apply_group`.
 
-    Raises ValueError, before `y` is touched, for tensors, modules or a slot that do not fit.
+    Raises ValueError, before `y` is touched, for tensors, modules or a slot that do not fit, for
+    tensors that overlap, and for a scale that is not finite or beyond float32.
     """
     if x.is_cuda:
         with torch.no_grad(), torch.cuda.device(x.device):
@@ -46,7 +48,7 @@ def shrink(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> Non
 
     `x` is `[tokens, in]`; `h` is `[tokens, width]`, of which a row gets as many columns as its
     adapter's rank, at most `width`. The other columns, and rows without an adapter, become zero.
-    Both are contiguous and of the operands' dtype and device.
+    Both are contiguous, apart, and of the operands' dtype and device.
 
     Raises ValueError, before `h` is touched, for tensors, a module or a slot that do not fit.
     """
@@ -63,8 +65,8 @@ def expand(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> Non
 
     `h` `[tokens, width]` is what :func:`shrink` made, or the sum of that of several processes; of
     a row only the first columns are read, as many as its adapter's rank. `y` is `[tokens, out]`.
-    Both are contiguous and of the operands' dtype and device. Rows without an adapter keep their
-    bits.
+    Both are contiguous, apart, and of the operands' dtype and device. Rows without an adapter keep
+    their bits.
 
     Raises ValueError, before `y` is touched, for tensors, a module or a slot that do not fit.
     """

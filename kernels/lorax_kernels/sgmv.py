@@ -19,13 +19,14 @@ import torch
 import triton
 from torch import Tensor
 
-from lorax_kernels.checks import check_rows
+from lorax_kernels.checks import check_apart, check_rows
 from lorax_kernels.plan import Plan
 from lorax_kernels.sgmv_checks import (
     ALIGNMENT,
     MAX_MEMBERS,
     check_inputs,
     check_members,
+    check_memory,
     check_outputs,
     check_planes,
 )
@@ -75,6 +76,7 @@ def apply_one(y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> 
 def shrink_one(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
     """As :func:`lorax_kernels.shrink`."""
     check_rows("h", h, plan, x.device.type)
+    check_apart("h", h, "x", x)
     planes = new_planes(x, plan, 1).zero_()
     shrink(planes, x, plan, [module], tables)
     width = min(h.shape[1], plan.max_rank)
@@ -85,6 +87,7 @@ def shrink_one(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) ->
 def expand_one(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> None:
     """As :func:`lorax_kernels.expand`."""
     check_rows("h", h, plan, y.device.type)
+    check_apart("y", y, "h", h)
     width = min(h.shape[1], plan.max_rank)
     shape = (1, 1, plan.tokens, plan.max_rank)
     planes = torch.zeros(shape, dtype=torch.float32, device=y.device)
@@ -105,6 +108,7 @@ def apply_group(
     """
     check_inputs(x, plan, modules, tables)
     check_outputs(ys, x.dtype, plan, modules, tables)
+    check_memory([("y", y) for y in ys], ("x", x))
     planes = new_planes(x, plan, len(modules))
     _launch_shrink(planes, x, plan, modules, tables)
     _launch_expand(ys, planes, plan, modules, tables)
@@ -134,6 +138,7 @@ def shrink(planes: Tensor, x: Tensor, plan: Plan, modules: Sequence[int], tables
     check_inputs(x, plan, modules, tables)
     count = _cut(x.shape[1], len(planes), SHAPES[_tiles(plan).rows].shrink_inner)[0]
     check_planes(planes, (count, len(modules), plan.tokens, plan.max_rank))
+    check_apart("planes", planes, "x", x)
     _launch_shrink(planes, x, plan, modules, tables)
 
 
@@ -173,6 +178,7 @@ def expand(
     """
     check_outputs(ys, ys[0].dtype if ys else torch.float32, plan, modules, tables)
     check_planes(planes, (len(planes), len(modules), plan.tokens, plan.max_rank))
+    check_memory([("y", y) for y in ys], ("planes", planes))
     _launch_expand(ys, planes, plan, modules, tables)
 
 

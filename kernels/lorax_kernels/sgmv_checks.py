@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorax_kernels.checks import check_rows, check_tables
+from lorax_kernels.checks import check_apart, check_rows, check_scale, check_tables
 from lorax_kernels.plan import Plan
 from lorax_kernels.tables import Tables
 
@@ -51,6 +51,16 @@ def check_outputs(
         _check_fit("y", y, plan, module, tables)
 
 
+def check_memory(written: Sequence[tuple[str, Tensor]], read: tuple[str, Tensor]) -> None:
+    """Raise ValueError if what a launch writes overlaps what it reads, or each other.
+
+    Weights are not compared: their addresses are on the device.
+    """
+    for place, (name, tensor) in enumerate(written):
+        for other in (read, *written[:place]):
+            check_apart(name, tensor, *other)
+
+
 def check_planes(planes: Tensor, expected: tuple[int, ...]) -> None:
     """Raise ValueError for another shape, dtype or alignment."""
     fits = planes.shape == expected and planes.dtype == torch.float32 and planes.is_contiguous()
@@ -67,7 +77,8 @@ def _check_fit(name: str, rows: Tensor, plan: Plan, module: int, tables: Tables)
         operands = tables.operands(module, slot)
         if operands is None:
             continue
-        a, b, _ = operands
+        a, b, scale = operands
+        check_scale(module, slot, scale)
         features = a.shape[1] if name == "x" else b.shape[0]
         if rows.shape[1] != features or rows.dtype != a.dtype:
             raise ValueError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from lorax_kernels.checks import MAX_SCALE, check_apart, check_scale
 from lorax_kernels.tables import Segment, Tables
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ class Work:
 
     __slots__ = (
         *("adapters", "again", "decided", "dense", "group", "lengths", "module", "pieces"),
-        *("_shapes", "_used", "steps", "tables"),
+        *("_expected", "_used", "_weights", "steps", "tables"),
     )
 
     def __init__(
@@ -72,7 +75,10 @@ class Work:
             self.lengths.append(tokens - at)
         self.pieces = tuple(pieces)
         self.adapters = tuple({piece.slot: piece for piece in pieces}.values())
-        self._shapes = self._expected(tokens)
+        self._weights = _extents(
+            weights for piece in self.adapters for weights in (piece.a, piece.b)
+        )
+        self._expected = self._expectation(tokens)
 
     def stands(self) -> bool:
         """Whether the tables still give the very same operands."""
@@ -87,14 +93,14 @@ class Work:
         return (rows,) if len(self.lengths) == 1 else rows.split_with_sizes(self.lengths)
 
     def fits(self, y: Tensor, x: Tensor) -> bool:
-        """Whether `x` and `y` are as :func:`lorax_kernels.apply` wants them; quick, for each call.
+        """Return whether `x` and `y` are as :func:`lorax_kernels.apply` wants them; for each call.
 
         False, too, for operands that do not fit each other: :meth:`check` says what is wrong.
         """
-        if self._shapes is None:
+        if self._expected is None:
             return False
-        x_shape, y_shape, dtype = self._shapes
-        return (
+        x_shape, y_shape, dtype, x_bytes, y_bytes = self._expected
+        if not (
             x.shape == x_shape
             and y.shape == y_shape
             and x.dtype == dtype
@@ -103,11 +109,25 @@ class Work:
             and y.is_cpu
             and x.is_contiguous()
             and y.is_contiguous()
-        )
+        ):
+            return False
+        x_begin, y_begin = x.data_ptr(), y.data_ptr()
+        y_end = y_begin + y_bytes
+        if x_begin < y_end and y_begin < x_begin + x_bytes:
+            return False
+        begins, ends = self._weights
+        at = bisect_right(begins, y_begin)
+        return (not at or ends[at - 1] <= y_begin) and (at == len(begins) or begins[at] >= y_end)
 
-    def check(self, *, x: Tensor | None = None, y: Tensor | None = None) -> None:
-        """Raise ValueError unless `x` `[tokens, in]` and `y` `[tokens, out]` fit all operands."""
+    def check(
+        self, *, x: Tensor | None = None, y: Tensor | None = None, written: Tensor | None = None
+    ) -> None:
+        """Raise ValueError unless `x` `[tokens, in]` and `y` `[tokens, out]` fit all operands.
+
+        `written`, one of them or the planes between the products, shares no memory with weights.
+        """
         for piece in self.adapters:
+            check_scale(self.module, piece.slot, piece.scale)
             a, b_t = piece.a, piece.b.t()
             if not (_fits(x, a) and _fits(y, b_t) and a.dtype == b_t.dtype):
                 pairs = [("x", x, a), ("y", y, b_t)]
@@ -115,19 +135,48 @@ class Work:
                 wanted = [f"{name} [tokens, {of.shape[1]}] in {of.dtype}" for name, _, of in given]
                 got = [f"{name} {list(one.shape)} in {one.dtype}" for name, one, _ in given]
                 raise ValueError(f"expected {' and '.join(wanted)}, got {' and '.join(got)}")
+            if written is not None:
+                for weights in (piece.a, piece.b):
+                    check_apart("the output", written, f"the weights of slot {piece.slot}", weights)
 
     def takes(self, x: Tensor) -> bool:
         """Whether `x` is what the module is given; not so where the batch has no adapter of it."""
         return bool(self.adapters) and all(_fits(x, piece.a) for piece in self.adapters)
 
-    def _expected(self, tokens: int) -> tuple[tuple[int, int], tuple[int, int], object] | None:
+    def _expectation(
+        self, tokens: int
+    ) -> tuple[tuple[int, int], tuple[int, int], object, int, int] | None:
+        """Return the shapes of `x` and `y`, their dtype, and the bytes of each.
+
+        None if the adapters do not agree, or have a scale that :meth:`check` refuses.
+        """
         found = {
             ((tokens, piece.a.shape[1]), (tokens, piece.b.shape[0]), piece.a.dtype)
             for piece in self.adapters
-            if piece.a.dtype == piece.b.dtype
         }
-        return found.pop() if len(found) == 1 else None
+        sound = all(
+            piece.a.dtype == piece.b.dtype and abs(piece.scale) <= MAX_SCALE
+            for piece in self.adapters
+        )
+        if len(found) != 1 or not sound:
+            return None
+        x_shape, y_shape, dtype = found.pop()
+        x_bytes, y_bytes = (prod(shape) * dtype.itemsize for shape in (x_shape, y_shape))
+        return x_shape, y_shape, dtype, x_bytes, y_bytes
 
 
 def _fits(rows: Tensor | None, weights: Tensor) -> bool:
     return rows is None or (rows.shape[1] == weights.shape[1] and rows.dtype == weights.dtype)
+
+
+def _extents(weights: Iterable[Tensor]) -> tuple[list[int], list[int]]:
+    """Return where the weights' memory begins and ends, in ascending order and without overlap."""
+    begins: list[int] = []
+    ends: list[int] = []
+    for begin, end in sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in weights):
+        if ends and begin <= ends[-1]:
+            ends[-1] = max(ends[-1], end)
+        else:
+            begins.append(begin)
+            ends.append(end)
+    return begins, ends

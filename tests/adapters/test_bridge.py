@@ -193,6 +193,15 @@ def test_tensors_that_do_not_fit_are_refused(
     assert torch.equal(y, torch.ones(2, OUT).double())
 
 
+def test_tensors_that_overlap_are_refused() -> None:
+    buffer = torch.arange(2 * IN + 2 * OUT).double()
+    x, y = buffer[: 2 * IN].view(2, IN), buffer[2 * IN - 1 : -1].view(2, OUT)
+    bridge = bridge_of({0: stand_in(8)}, [0, 0])
+    with pytest.raises(UsageError, match="layer 1: expected y and x in memory of their own"):
+        bridge.apply(y, x, 1)
+    assert torch.equal(buffer, torch.arange(2 * IN + 2 * OUT).double())
+
+
 def test_a_batch_made_by_hand_is_refused() -> None:
     batch = BatchLoraWeights({}, {}, {}, {}, False, "q_proj", None)
     with pytest.raises(UsageError, match="made by hand, without adapters; use load"):

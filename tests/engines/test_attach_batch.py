@@ -59,6 +59,26 @@ def test_a_block_inside_a_block_gives_way_to_the_outer_one(small: Any) -> None:
     asyncio.run(main())
 
 
+def test_a_module_that_returns_its_own_input_is_refused(
+    small: Any, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its input would be read where its output is written already."""
+    name = "model.layers.0.self_attn.q_proj"
+    monkeypatch.setattr(small.get_submodule(name), "forward", lambda x: x)
+
+    async def main() -> None:
+        async with serving(small) as (loader, attached):
+            handle = await loader.load(adapters[0])
+            with (
+                attached.batch([handle]),
+                pytest.raises(UsageError, match=f"{name}.* y and x in memory of their own"),
+            ):
+                logits_of(small, prompt(1))
+            handle.release()
+
+    asyncio.run(main())
+
+
 def test_each_row_has_its_own_adapter(small: Any, adapters: list[Path]) -> None:
     """A row's logits do not depend on its neighbours' adapters; base rows keep their bits."""
     base = logits_of(small, prompt(3))

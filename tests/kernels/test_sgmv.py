@@ -108,6 +108,41 @@ def test_the_halves_refuse_other_planes() -> None:
         shrink(torch.ones(1), X, Plan.from_segments([0, 3], [0]), [0], Tables())
 
 
+def test_launches_refuse_tensors_that_overlap() -> None:
+    from lorax_kernels.sgmv import apply_group, expand, expand_one, shrink, shrink_one
+
+    memory = torch.ones(96 * 8)
+    rows, wide = memory[:48].view(3, 16), memory[32:128].view(3, 32)
+    for ys in ([rows], [Y, rows], [Y, torch.ones(3, 16), rows]):
+        with pytest.raises(ValueError, match="expected y and x in memory of their own"):
+            apply_group(ys, wide, PLAN, list(range(len(ys))), Tables())
+    later = memory[47:95].view(3, 16)
+    for ys in ([rows, later], [later, Y, rows], [Y, Y]):
+        with pytest.raises(ValueError, match="expected y and y in memory of their own"):
+            apply_group(ys, X, PLAN, list(range(len(ys))), Tables())
+    planes = memory[20:44].view(1, 1, 3, 8)
+    with pytest.raises(ValueError, match="expected planes and x in memory of their own"):
+        shrink(planes, memory[:96].view(3, 32), PLAN, [0], Tables())
+    with pytest.raises(ValueError, match="expected y and planes in memory of their own"):
+        expand([rows], planes, PLAN, [0], Tables())
+    with pytest.raises(ValueError, match="expected h and x in memory of their own"):
+        shrink_one(memory[30:54].view(3, 8), memory[:96].view(3, 32), PLAN, 0, Tables())
+    with pytest.raises(ValueError, match="expected y and h in memory of their own"):
+        expand_one(rows, memory[30:54].view(3, 8), PLAN, 0, Tables())
+    assert (memory == 1).all()
+
+
+def test_a_launch_refuses_a_scale_that_float32_does_not_hold() -> None:
+    from lorax_kernels.sgmv import apply_group
+
+    class Beyond(Tables):
+        def operands(self, module: int, slot: int) -> Operands | None:
+            return torch.ones(8, 32), torch.ones(16, 8), 1e39
+
+    with pytest.raises(ValueError, match="finite scale .* for module 1, slot 0 has 1e.39"):
+        apply_group([Y], X, PLAN, [1], Beyond())
+
+
 def test_the_number_of_planes_follows_from_the_shapes() -> None:
     from lorax_kernels.sgmv import new_planes
 
