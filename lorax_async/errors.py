@@ -21,6 +21,14 @@ def shorten(text: str, limit: int = MAX_TEXT) -> str:
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
+def shorten_repr(value: object, limit: int = 100) -> str:
+    """Return the `repr` of a caller's argument, cut; Python spells no integer of 4,301 digits."""
+    try:
+        return shorten(repr(value), limit)
+    except ValueError:
+        return f"a {type(value).__name__} too long to show"
+
+
 class LoraxError(Exception):
     """Base of all errors of this package.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import UnionType
 from typing import Literal, cast, get_args
 
-from lorax_async.errors import LoraxError, UsageError
+from lorax_async.errors import LoraxError, UsageError, shorten_repr
 from lorax_async.identity import AdapterKey, AdapterRef, PartId, as_part
 
 MAX_FACTOR = 3.4028234663852886e38
@@ -58,7 +58,9 @@ class Merge:
         object.__setattr__(self, "weights", _weights(self.weights, len(self.refs)))
         self._check_strategy()
         if not (_is_number(self.seed, int) and 0 <= self.seed < 1 << 63):
-            raise UsageError(f"a seed is a whole number from 0 to 2**63 - 1, not {self.seed!r}")
+            raise UsageError(
+                f"a seed is a whole number from 0 to 2**63 - 1, not {shorten_repr(self.seed)}"
+            )
         if self.seed and not self.drops:
             raise UsageError(f"{self.strategy!r} draws nothing at random; leave the seed out")
 
@@ -73,7 +75,8 @@ class Merge:
             return
         if not (_is_number(self.density, int | float) and 0 < cast(float, self.density) <= 1):
             raise UsageError(
-                f"{self.strategy!r} needs a density above 0 and up to 1, not {self.density!r}"
+                f"{self.strategy!r} needs a density above 0 and up to 1, not"
+                f" {shorten_repr(self.density)}"
             )
         object.__setattr__(self, "density", float(cast(float, self.density)))
         if len(self.refs) < 2:
@@ -144,7 +147,9 @@ def _weights(weights: object, count: int) -> tuple[float, ...]:
         raise UsageError(f"weights is a list of one number for each of {count} refs")
     for n, weight in enumerate(weights):
         if not (_is_number(weight, int | float) and abs(weight) <= MAX_FACTOR):
-            raise UsageError(f"weights[{n}] is a finite number that float32 holds, not {weight!r}")
+            raise UsageError(
+                f"weights[{n}] is a finite number that float32 holds, not {shorten_repr(weight)}"
+            )
     return tuple(map(float, weights))
 
 

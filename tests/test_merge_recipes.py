@@ -23,6 +23,9 @@ TWO: list[PartId] = ["one", Path("two")]
 MERGED = MergedKey.of(Merge("linear", TWO, [1, 1]), [key("one", 1, 2), key("two", 3, 4)])
 
 
+_HUGE = 10**5000  # more digits than Python spells out
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
@@ -50,6 +53,7 @@ MERGED = MergedKey.of(Merge("linear", TWO, [1, 1]), [key("one", 1, 2), key("two"
         (("linear", TWO, [-inf, 1]), r"weights\[0\] is a finite number"),
         (("linear", TWO, [1, 1e39]), r"weights\[1\] is a finite number"),
         (("linear", TWO, [10**400, 1]), r"weights\[0\] is a finite number"),
+        (("linear", TWO, [1, _HUGE]), r"weights\[1\] is a finite number"),
         (("linear", TWO, [1, True]), r"weights\[1\] is a finite number"),
         (("linear", TWO, [1, "1"]), r"weights\[1\] is a finite number"),
         (("linear", TWO, [1, 1], 0.5), "'linear' keeps every weight; leave the density out"),
@@ -63,6 +67,7 @@ MERGED = MergedKey.of(Merge("linear", TWO, [1, 1]), [key("one", 1, 2), key("two"
         (("ties", TWO, [1, 1], 0), "'ties' needs a density above 0 and up to 1, not 0"),
         (("dare_ties", TWO, [1, 1], -0.1), "'dare_ties' needs a density"),
         (("dare_linear", TWO, [1, 1], 1.01), "'dare_linear' needs a density"),
+        (("ties", TWO, [1, 1], _HUGE), "'ties' needs a density"),
         (("ties", TWO, [1, 1], nan), "'ties' needs a density"),
         (("ties", TWO, [1, 1], True), "'ties' needs a density"),
         (("ties", TWO, [1, 1], "0.5"), "'ties' needs a density"),
@@ -71,6 +76,7 @@ MERGED = MergedKey.of(Merge("linear", TWO, [1, 1]), [key("one", 1, 2), key("two"
         (("ties", TWO, [1, 1], 0.5, "total", 1), "'ties' draws nothing at random"),
         (("dare_ties", TWO, [1, 1], 0.5, "total", -1), r"a seed is a whole number from 0 to"),
         (("dare_ties", TWO, [1, 1], 0.5, "total", 1 << 63), "a seed is a whole number"),
+        (("dare_ties", TWO, [1, 1], 0.5, "total", _HUGE), "a seed is a whole number"),
         (("dare_ties", TWO, [1, 1], 0.5, "total", 1.0), "a seed is a whole number"),
         (("dare_ties", TWO, [1, 1], 0.5, "total", True), "a seed is a whole number"),
     ],

@@ -24,7 +24,7 @@ from lorax_async.adapters.loading.unapplied import (
 from lorax_async.adapters.loading.weights_file import WeightsFile
 from lorax_async.core.pairing import MAX_MATCHING_STEPS
 from lorax_async.core.peft_config import parse_config
-from lorax_async.errors import UnsupportedAdapterError, UsageError
+from lorax_async.errors import UnsupportedAdapterError, UsageError, shorten_repr
 
 if TYPE_CHECKING:
     from lorax_async.adapters.weights import LoraWeights
@@ -61,10 +61,12 @@ class LoraConfig(AdapterConfig):
     _alpha_patterns: tuple[ModulePattern, ...] = field(default=(), repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if type(self.r) is not int or self.r < 1:
-            raise UsageError(f"r is a positive integer, not {self.r!r}")
+        if type(self.r) is not int or not 1 <= self.r <= _MAX_FLOAT:
+            raise UsageError(
+                f"r is a positive integer that a float holds, not {shorten_repr(self.r)}"
+            )
         if not (isinstance(self.lora_alpha, int | float) and abs(self.lora_alpha) <= _MAX_FLOAT):
-            raise UsageError(f"lora_alpha is a finite number, not {self.lora_alpha!r}")
+            raise UsageError(f"lora_alpha is a finite number, not {shorten_repr(self.lora_alpha)}")
 
     @classmethod
     def load(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:

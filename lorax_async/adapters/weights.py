@@ -107,7 +107,8 @@ class LoraWeights(AdapterWeights):
         Raises
         ------
         AdapterFormatError
-            A and B are no pair of the rank that the config says.
+            A and B are no pair of the rank that the config says, or the scale takes B beyond what
+            the model's dtype holds.
         IncompatibleAdapterError
             They do not fit the base, cannot be stacked, or not be shared evenly.
         UnsupportedAdapterError

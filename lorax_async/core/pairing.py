@@ -64,7 +64,10 @@ def pair_tensors(
     plain = not (spec.rank_patterns or spec.alpha_patterns)
     if not plain:
         _check_matching(spec, places.values())
-    rank, scale = _rank_and_scale("", spec, limits) if plain else (0, 0.0)
+    rank, scale = 0, 0.0
+    if plain:  # all modules alike: an error names the first
+        names = (parse_tensor_name(span.name).module for span in header.tensors)
+        rank, scale = _rank_and_scale(next(names, ""), spec, limits)
     pairs: list[Pair] = []
     misfits: list[str] = []
     wanted = _wanted_vector(spec)
@@ -227,7 +230,7 @@ def _rank_and_scale(module: str, spec: AdapterSpec, limits: Limits) -> tuple[int
     if not abs(scale) <= _MAX_SCALE:
         raise AdapterFormatError(
             f"module {shorten(module, 200)!r} would be scaled by {scale}, which no float32 holds;"
-            " correct lora_alpha in adapter_config.json"
+            " correct lora_alpha or alpha_pattern in adapter_config.json"
         )
     return rank, scale
 

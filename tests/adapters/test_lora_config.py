@@ -70,8 +70,12 @@ def test_it_never_changes() -> None:
         {"alpha": float("nan")},
         {"alpha": -float("inf")},
         {"alpha": 10**400},
+        {"alpha": 10**5000},
         {"alpha": "16"},
+        {"r": 10**400},
+        {"r": 10**5000},
     ],
+    ids=lambda changes: str(list(changes)),
 )
 def test_made_by_hand_it_is_checked(changes: Any) -> None:
     with pytest.raises(UsageError, match=r"r is|lora_alpha is"):

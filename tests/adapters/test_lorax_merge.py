@@ -25,7 +25,7 @@ from lorax_async.adapters.merging.merge_strategies import (
     TiesMerge,
     strategy_registry,
 )
-from lorax_async.errors import IncompatibleAdapterError, UsageError
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
 from lorax_async.merge import Merge
 
 Q, K = "layers.0.q", "layers.0.k"
@@ -251,3 +251,28 @@ def test_strategies_on_whole_deltas() -> None:
     ]
     for strategy, expected in cases:
         assert strategy.merge(pair, weights).tolist() == expected
+
+
+@pytest.mark.parametrize("strategy", ["linear", "ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize(
+    ("alpha", "weight"), [(1e39, 1.0), (-1e39, 1.0), (1e39, 0.0), (1e308, 3e38), (2e38, 4.0)]
+)
+def test_scales_and_weights_that_float32_does_not_hold(
+    strategy: str, alpha: float, weight: float
+) -> None:
+    params = AdapterParameters(
+        adapter_ids=["a/b", "c/d"],
+        weights=[1.0, weight],
+        merge_strategy=strategy,
+        density=None if strategy == "linear" else 0.5,
+    )
+    adapters = [(made(1, Q, K), config_of()), (made(2, K), config_of(lora_alpha=alpha))]
+    with pytest.raises(AdapterFormatError, match=f"'{K}' would be scaled by"):
+        merge_adapters(adapters, params)
+
+
+def test_a_small_weight_brings_a_large_scale_within_float32() -> None:
+    params = AdapterParameters(adapter_ids=["a/b"], weights=[2.0**-120])
+    part = made(1, Q)
+    merged, config = merge_adapters([(part, config_of(lora_alpha=2.0**121))], params)
+    torch.testing.assert_close(delta(merged, Q, config.lora_alpha / config.r), delta(part, Q, 1.0))

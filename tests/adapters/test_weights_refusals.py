@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters import small_base as base
-from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights
+from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights, WeightsFile
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
@@ -27,7 +29,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def load(
-    config: LoraConfig, model: Any, made: dict[str, Tensor], layer_type: str
+    config: LoraConfig, model: Any, made: dict[str, Tensor] | WeightsFile, layer_type: str
 ) -> LoraWeights | None:
     module_map, names = config.map_weights_for_model(made, model.weight_names)
     return LoraWeights.load(config, model, module_map, layer_type, names)
@@ -91,6 +93,53 @@ def test_a_type_lies_on_one_device() -> None:
 def test_a_scale_that_no_float32_holds(model: Any) -> None:
     with pytest.raises(AdapterFormatError, match="lora_alpha"):
         load(base.config(8, 1e40), model, base.tensors(), "q_proj")
+
+
+def test_a_scale_of_one_module_that_no_float32_holds(tmp_path: Path, model: Any) -> None:
+    folder = base.write(tmp_path / "a", alpha_pattern={"layers.1.self_attn.q_proj": -1e40})
+    config = LoraConfig.load(folder)
+    with pytest.raises(AdapterFormatError, match=r"layers\.1\.self_attn\.q_proj.*-1.25e\+39"):
+        load(config, model, base.tensors(), "q_proj")
+    assert load(config, model, base.tensors(), "v_proj") is not None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "alpha"),
+    [
+        (torch.float16, 100.0, 8000.0),  # B 100 x scale 1000, above 65504
+        (torch.float16, 1.0, -8 * 65536.0),
+        (torch.bfloat16, 1e3, 8e36),
+        (torch.float32, 1e3, 8e36),
+    ],
+)
+def test_a_scale_that_takes_b_beyond_its_dtype(
+    tmp_path: Path, dtype: torch.dtype, largest: float, alpha: float
+) -> None:
+    model, made = base.FakeModel(dtype), base.tensors(types=["q_proj"])
+    name = base.key(2, "q_proj", "B")
+    for key, tensor in made.items():
+        made[key] = torch.full_like(tensor, 2.0**-10)
+    made[name][-1, -1] = largest
+    module = base.module_name(2, "q_proj")
+    with pytest.raises(AdapterFormatError, match=f"{module}.*B times the scale .* {dtype} holds"):
+        load(base.config(8, alpha), model, made, "q_proj")
+    save_file(made, tmp_path / "adapter_model.safetensors")
+    with (
+        WeightsFile.at(tmp_path / "adapter_model.safetensors") as file,
+        pytest.raises(AdapterFormatError, match=f"{module}.*B times the scale"),
+    ):
+        load(base.config(8, alpha), model, file, "q_proj")
+    made[name][-1, -1] = torch.inf  # its author's own
+    weights = load(base.config(8, 16), model, made, "q_proj")
+    assert weights is not None
+    assert weights.weights_b.isinf().sum() == 1
+
+
+def test_small_b_with_a_large_scale_fits_float16() -> None:
+    made = {k: torch.full_like(t, 2.0**-14) for k, t in base.tensors(types=["q_proj"]).items()}
+    weights = load(base.config(8, 8 * 2.0**20), base.FakeModel(torch.float16), made, "q_proj")
+    assert weights is not None
+    assert torch.unique(weights.weights_b).tolist() == [64.0]
 
 
 def test_types_that_the_model_does_not_have(model: Any) -> None:

@@ -265,6 +265,15 @@ def test_a_scale_that_float32_cannot_hold_is_refused(alpha: float) -> None:
         plan(file_of(GOOD), AdapterSpec(rank=16, alpha=alpha), LAYOUT)
 
 
+@pytest.mark.parametrize("by_pattern", [False, True])
+def test_a_scale_that_float32_cannot_hold_is_refused_by_module(by_pattern: bool) -> None:
+    all_of_it = ModulePattern("q", lambda module: module.endswith("q"), 1e40)
+    patterns = (all_of_it,) if by_pattern else ()
+    spec = AdapterSpec(rank=16, alpha=1.0 if by_pattern else 1e40, alpha_patterns=patterns)
+    with pytest.raises(AdapterFormatError, match=r"'model\.layers\.0\.q' .* 6.25e\+38"):
+        plan(file_of(GOOD), spec, LAYOUT)
+
+
 def test_fan_in_fan_out_contradicts_a_base_without_such_modules() -> None:
     spec = AdapterSpec(rank=16, alpha=1.0, fan_in_fan_out=True)
     with pytest.raises(IncompatibleAdapterError, match="fan_in_fan_out"):

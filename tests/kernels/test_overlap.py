@@ -102,6 +102,15 @@ def test_outputs_in_the_memory_of_weights_are_refused(call: Call, slot: int, fac
     assert torch.equal(base.nan_to_num(0.5), before.nan_to_num(0.5))
 
 
+def test_a_slot_with_factors_of_two_dtypes_is_refused_beside_a_sound_one() -> None:
+    tables, y = make_tables(SIGNED, [RANK, 0], (FEATURES, FEATURES), torch.float32, 1.0), fresh()
+    a = torch.ones(RANK, FEATURES)
+    tables.put(1, 1, a, a.half(), 1.0)
+    with pytest.raises(ValueError, match="expected x .* in torch.float32 and y .* in torch.float1"):
+        apply(part(y, 0), part(y, SIZE), make_plan(SEGMENTS), 1, tables)
+    assert torch.equal(y, fresh())
+
+
 # -- scales ---------------------------------------------------------------------------------------
 
 

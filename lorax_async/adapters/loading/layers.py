@@ -216,7 +216,7 @@ def _layer(name: str, factors: Mapping[str, tuple[Content, str]], config: Ranks)
     if not abs(scale) <= MAX_SCALE:
         raise AdapterFormatError(
             f"module {shorten(name, 200)!r} would be scaled by {scale}, which no float32 holds;"
-            " correct lora_alpha in the config"
+            " correct lora_alpha or alpha_pattern in the config"
         )
     return Layer(name, a, b, scale)
 

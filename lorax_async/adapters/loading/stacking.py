@@ -16,7 +16,13 @@ from lorax_async.adapters.base import AdapterModel
 from lorax_async.adapters.loading.layers import Factor, Layer, TypeLayers
 from lorax_async.adapters.loading.threads import GoOn
 from lorax_async.adapters.loading.weights_file import WeightsFile
-from lorax_async.errors import CapacityError, IncompatibleAdapterError, UsageError
+from lorax_async.errors import (
+    AdapterFormatError,
+    CapacityError,
+    IncompatibleAdapterError,
+    UsageError,
+    shorten,
+)
 
 BY_RANK = range(16, 129)
 """Local ranks whose A is stored as `[r, in]`. Source: LoRAX, `orient_for_rank` in utils/sgmv.py."""
@@ -74,6 +80,8 @@ def stack_layers(
     ------
     IncompatibleAdapterError
         The parts do not make up the whole.
+    AdapterFormatError
+        The scale takes B beyond what its dtype holds.
     CapacityError
         There is no memory for the result.
     FetchError, IntegrityError
@@ -157,6 +165,19 @@ class _Scratch:
         self._copy(layer.b, b.mT[:, :rank], rank)
         if layer.scale != 1:
             b[:rank].mul_(layer.scale)
+            if _may_overflow(layer.scale, b.dtype) and not b[:rank].isfinite().all():
+                self._require_own_infinities(layer, b.dtype)
+
+    def _require_own_infinities(self, layer: Layer, dtype: torch.dtype) -> None:
+        """Raise unless B was infinite without the scale, which is for its author to know."""
+        content = layer.b.content
+        own = content.read(layer.b.key) if isinstance(content, WeightsFile) else content
+        if own.to(dtype).isfinite().all():
+            raise AdapterFormatError(
+                f"module {shorten(layer.name, 200)!r}: B times the scale {layer.scale:g} is more"
+                f" than {dtype} holds; load it as float32 or bfloat16, or correct lora_alpha or"
+                " alpha_pattern in the config"
+            )
 
     def _copy(self, factor: Factor, target: torch.Tensor, rank: int) -> None:
         """Write a factor as it is to a target of its shape, which may be a turned view."""
@@ -187,6 +208,11 @@ class _Scratch:
             memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._memory[use] = memory
         return memory[:nbytes].view(dtype).view(shape)
+
+
+def _may_overflow(scale: float, dtype: torch.dtype) -> bool:
+    """Return whether to look at B: in wide types it overflows by an enormous scale only."""
+    return abs(scale) > (1 if dtype == torch.float16 else 2**64)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

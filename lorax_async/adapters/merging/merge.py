@@ -22,10 +22,15 @@ from lorax_async.adapters.config import LoraConfig
 from lorax_async.adapters.loading.threads import in_thread
 from lorax_async.core.merge_draws import Start
 from lorax_async.core.peft_names import Part
-from lorax_async.errors import IncompatibleAdapterError, UsageError, shorten
+from lorax_async.errors import (
+    AdapterFormatError,
+    IncompatibleAdapterError,
+    UsageError,
+    shorten,
+)
 from lorax_async.identity import PartId
 from lorax_async.io.merging import Draws, combine, concatenate
-from lorax_async.merge import MajoritySign, Merge, Strategy
+from lorax_async.merge import MAX_FACTOR, MajoritySign, Merge, Strategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +78,8 @@ def merge_adapters(
 
     Raises
     ------
+    AdapterFormatError
+        A module's scale, or its weight times its scale, is beyond float32.
     IncompatibleAdapterError
         Shapes do not fit each other, A and B are no pair, or a strategy's ranks are not equal.
     UsageError
@@ -155,7 +162,7 @@ class _Merging:
     def _held(self, module: str, part: Part) -> list[tuple[_Place, tuple[float, float]]]:
         """Where the adapters that change the module have it; weight and scale of each."""
         return [
-            (module_map[module][f"lora_{part.value}"], (weight, config.scale_of(module)))
+            (module_map[module][f"lora_{part.value}"], (weight, _scale(module, config, weight)))
             for (module_map, config), weight in zip(
                 self._adapters, self._merge.weights, strict=True
             )
@@ -192,6 +199,18 @@ class _Merging:
 
 _Place = tuple[Content, str]
 _FACTORS = (Part.A, Part.B)
+
+
+def _scale(module: str, config: LoraConfig, weight: float) -> float:
+    """Return an adapter's scale; raise `AdapterFormatError` if float32 cannot hold the factors."""
+    scale = config.scale_of(module)
+    if not max(abs(scale), abs(weight * scale)) <= MAX_FACTOR:
+        raise AdapterFormatError(
+            f"module {shorten(module, 200)!r} would be scaled by {scale:g} and weighted by"
+            f" {weight:g}, which together no float32 holds; lower the weight, or correct"
+            " lora_alpha or alpha_pattern in the config"
+        )
+    return scale
 
 
 def _along_rank(part: Part) -> int:
