@@ -110,7 +110,7 @@ def test_kernels_know_torch_only(path: Path) -> None:
 
 
 _STDLIB = {
-    "bisect",
+    *("bisect", "itertools"),
     *("__future__", "collections", "contextlib", "dataclasses", "functools", "math", "threading"),
     "typing",
 }
