@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
 from lorax_async.core.header import Header, TensorSpan
 from lorax_async.core.layout import ModelLayout, Module
-from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, parse_tensor_name
+from lorax_async.core.peft_names import (
+    WEIGHT_DTYPES,
+    Part,
+    compile_pattern,
+    parse_tensor_name,
+)
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
@@ -55,11 +61,12 @@ def pair_tensors(
         The file does not hold pairs of A and B of the rank that the config says, or not the
         vectors that it says.
     IncompatibleAdapterError
-        The base has no such modules, or of other shapes.
+        The base has no such modules, or of other shapes; or none that `target_modules` names.
     UnsupportedAdapterError
         A tensor, a dtype or a rank that is not accepted.
     """
     places = _locate(header.tensors, layout)
+    _require_targets(spec.targets, header.tensors, layout)
     modules = layout.modules
     plain = not (spec.rank_patterns or spec.alpha_patterns)
     if not plain:
@@ -90,6 +97,53 @@ def pair_tensors(
     if spec.fan_in_fan_out:
         _require_transposed([modules[pair.module] for pair in pairs])
     return pairs
+
+
+def _require_targets(
+    targets: Sequence[str] | str | None, spans: Sequence[TensorSpan], layout: ModelLayout
+) -> None:
+    """Raise `IncompatibleAdapterError` if `target_modules` names no module of the base.
+
+    PEFT refuses such a config too. Like PEFT, accept one of which only some entries name a module:
+    `_locate` has refused the adapter if it has tensors for the others.
+    """
+    if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return
+    # The adapter's own spelling first: it nearly always decides at the first tensor.
+    own = (parse_tensor_name(span.name).module for span in spans)
+    paths = chain(own, (module.name for module in layout.modules))
+    if isinstance(targets, str):
+        named = _matches_any(targets, paths)
+    else:
+        wanted = frozenset(targets)
+        named = any(not wanted.isdisjoint(_tails(path)) for path in paths)
+    if not named:
+        shown = [repr(name) for name in ((targets,) if isinstance(targets, str) else targets)]
+        raise IncompatibleAdapterError(
+            "the base has none of the target_modules in adapter_config.json:"
+            f" {_first(shown, 'name')}; use the base it was trained on, or correct target_modules"
+        )
+
+
+def _tails(path: str) -> Iterator[str]:
+    """Yield the path, and each end of it that begins after a dot."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
+    """Return whether the pattern may match one of the paths; True where re2 cannot tell in time."""
+    try:
+        matches, size = compile_pattern(pattern)
+    except UnsupportedAdapterError:
+        return True
+    steps = MAX_MATCHING_STEPS
+    for path in paths:
+        steps -= max(1, size) * len(path)
+        if steps < 0 or matches(path):
+            return True
+    return False
 
 
 def _wanted_vector(spec: AdapterSpec) -> Part | None:

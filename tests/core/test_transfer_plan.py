@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -243,6 +244,58 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(error, match=text):
         plan(file_of(tensors), SPEC, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ("nonexistent",),
+        ("nonexistent", "q_proj", "layers.1.q"),
+        ("0.q.",),
+        ("layers",),
+        ("proj_q",),
+        r".*\.nonexistent",
+        r"model\.layers\.[3-9]\.q",
+        "nonexistent",
+    ],
+)
+def test_target_modules_that_the_base_lacks_are_refused(targets: tuple[str, ...] | str) -> None:
+    """PEFT would find nothing to adapt, though the file's tensors fit."""
+    with pytest.raises(IncompatibleAdapterError, match="none of the target_modules") as caught:
+        plan(file_of(GOOD), replace(SPEC, targets=targets), LAYOUT)
+    assert repr(targets if isinstance(targets, str) else targets[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        None,
+        (),
+        ("q",),
+        ("0.q",),
+        ("model.layers.0.q",),
+        ("q", "nonexistent"),
+        ("v",),
+        "all-linear",
+        "ALL-LINEAR",
+        r".*\.q",
+        r"layers\.0\.q",
+        r".*\.0\.(q|k)",
+        r"(?!model\.vision).*\.nonexistent",  # re2 has no look-ahead: the tensors decide
+    ],
+)
+def test_target_modules_of_which_the_base_has_one_are_accepted(
+    targets: tuple[str, ...] | str | None,
+) -> None:
+    made = plan(file_of(GOOD), replace(SPEC, targets=targets), LAYOUT)
+    assert [group.layer for group in made.groups] == [0]
+
+
+def test_a_pattern_that_would_take_too_long_is_left_to_the_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lorax_async.core.pairing.MAX_MATCHING_STEPS", 10)
+    assert plan(file_of(GOOD), replace(SPEC, targets=r".*\.nonexistent"), LAYOUT).groups
 
 
 def test_other_dtypes_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -103,9 +104,12 @@ class Administration:
 
 
 def _adapter_at(path: str) -> AdapterId:
-    """An operator's word: a folder that is there, else an id. Blocks."""
+    """Return the folder that an operator means, whatever is there, or an id. Blocks.
+
+    An absolute path is always a folder; a relative one is if it is there.
+    """
     with suppress(OSError, ValueError):
-        if Path(path).is_dir():
+        if os.path.isabs(path) or Path(path).is_dir():
             return Path(path).absolute()
     as_ref(path)
     return path

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import tiny
 from common import Run
@@ -119,7 +124,8 @@ def test_what_is_in_use_is_unloaded_later(
         ({"lora_name": "", "lora_path": "x/y"}, 400),
         ({"lora_name": "a", "lora_path": "no id"}, 400),
         ({"lora_name": "a", "lora_path": "./nowhere"}, 404),
-        ({"lora_name": "a", "lora_path": "/etc/nowhere"}, 403),
+        ({"lora_name": "a", "lora_path": "/etc/nowhere"}, 404),
+        ({"lora_name": "a", "lora_path": "../nowhere"}, 403),
         ({"lora_name": "a", "lora_path": "x/\0"}, 400),
         ({"lora_name": 5, "lora_path": "x/y"}, 400),
     ],
@@ -144,6 +150,83 @@ def test_a_malformed_folder_is_told(run: Run, tmp_path: Path) -> None:
 
     answer = run(play())
     assert (answer.status, answer.error["code"]) == (422, "adapter_malformed")
+
+
+def corrupt(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(b"\xff" * 8 + weights.read_bytes()[8:])
+
+
+def reshape(folder: Path) -> None:
+    wide = {
+        name: torch.cat([one, one], -1) if "lora_A" in name else one
+        for name, one in tiny.tensors(3).items()
+    }
+    save_file(wide, folder / "adapter_model.safetensors")
+
+
+def rename(folder: Path) -> None:
+    named = {name.replace("q_proj", "c_attn"): one for name, one in tiny.tensors(3).items()}
+    save_file(named, folder / "adapter_model.safetensors")
+
+
+def configure(**changes: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / "adapter_config.json").write_text(json.dumps(tiny.config() | changes))
+
+    return change
+
+
+def replace_by_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("x")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "target modules": (configure(target_modules=["c_attn"]), 422, "adapter_incompatible"),
+    "target pattern": (configure(target_modules=r".*\.c_attn"), 422, "adapter_incompatible"),
+    "tensors": (rename, 422, "adapter_incompatible"),
+    "shapes": (reshape, 422, "adapter_incompatible"),
+    "layers": (lambda folder: tiny.write(folder, layers=9), 422, "adapter_incompatible"),
+    "rank": (lambda folder: tiny.write(folder, rank=300), 422, "adapter_unsupported"),
+    "feature": (configure(modules_to_save=["lm_head"]), 422, "adapter_unsupported"),
+    "header": (corrupt, 422, "adapter_malformed"),
+    "no weights": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        404,
+        "model_not_found",
+    ),
+    "no folder": (shutil.rmtree, 404, "model_not_found"),
+    "a file": (replace_by_file, 422, "adapter_malformed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_adapter_is_not_named(run: Run, tmp_path: Path, case: str) -> None:
+    """And a name that it was to get in place keeps its meaning."""
+    spoil, status, code = REFUSED[case]
+    good, bad = tiny.write(tmp_path / "good", 1), tiny.write(tmp_path / "bad", 2)
+    spoil(bad)
+
+    async def play() -> None:
+        async with serving() as world:
+            body = {"lora_name": "a", "lora_path": str(bad)}
+            refused = await world.admin(LOAD, body)
+            assert (refused.status, refused.error["code"]) == (status, code)
+            assert str(bad) in refused.error["message"]
+            models = await world.client.models.list()
+            assert [model.id for model in models.data] == ["base"]
+            assert (await world.ask("GET", "/v1/models/a")).status == 404
+            assert (await world.admin(UNLOAD, {"lora_name": "a"})).status == 404
+            usage = world.service.loader.usage()
+            assert (usage.waiting, usage.leases, usage.device_bytes.used) == (0, 0, 0)
+
+            assert (await world.admin(LOAD, body | {"lora_path": str(good)})).status == 200
+            again = await world.admin(LOAD, body | {"load_inplace": True})
+            assert (again.status, again.error["code"]) == (status, code)
+            assert world.service.names.find("a") == good
+
+    run(play())
 
 
 def test_where_adapters_are(run: Run, tmp_path: Path) -> None:
