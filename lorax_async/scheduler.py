@@ -12,14 +12,15 @@ from lorax_async.core.pace import Pace
 from lorax_async.core.urgency import LookAhead, urgency
 from lorax_async.errors import AdapterTimeoutError, LoaderClosedError, LoraxError, UsageError
 from lorax_async.loader import AdapterLoader
+from lorax_async.scheduling.admission import Places
 from lorax_async.scheduling.batch import Batch, BatchRow, make_batch
 from lorax_async.scheduling.clock import Clock, LoopClock
 from lorax_async.scheduling.guestbook import Guestbook
 from lorax_async.scheduling.guests import Guest
 from lorax_async.scheduling.news import News
-from lorax_async.scheduling.picking import Room, pick
+from lorax_async.scheduling.picking import Picked, Room, pick
 from lorax_async.scheduling.requests import Request, Ticket
-from lorax_async.settings.requirements import require_count
+from lorax_async.settings.requirements import require_count, require_share
 
 MAX_LOADS = 8
 """Adapters that are loaded in the foreground at a time, unless said otherwise."""
@@ -39,6 +40,9 @@ class AdapterScheduler:
     max_begun
         Sequences that may have begun and not ended, for which the engine keeps keys and values.
         None: any number. A batch's `max_sequences` counts its rows only.
+    max_share
+        The share of `max_begun` that one adapter, and one client, has at most while others wait;
+        above 0, at most 1. What it has above that is preempted (`Batch.preempted`).
     loads
         Adapters that are waited for in the foreground at a time, in the order of the queue; None is
         as many as there are slots, and 8 at most. The next ones are hinted onto the device, as far
@@ -59,6 +63,7 @@ class AdapterScheduler:
         loader: AdapterLoader,
         *,
         max_begun: int | None = None,
+        max_share: float = 0.5,
         loads: int | None = None,
         look_ahead: int = 8,
         clock: Clock | None = None,
@@ -69,7 +74,8 @@ class AdapterScheduler:
         require_count("look_ahead", look_ahead, least=0)
         if max_begun is not None:
             require_count("max_begun", max_begun, least=1)
-        self._max_begun = inf if max_begun is None else max_begun
+        require_share("max_share", max_share)
+        places = Places(inf if max_begun is None else max_begun, max_share, self._level)
         self._loop = asyncio.get_running_loop()
         self._clock = LoopClock(self._loop) if clock is None else clock
         self._patience = loader.config.timeout
@@ -80,6 +86,7 @@ class AdapterScheduler:
             self._clock,
             LookAhead(loads, slots, look_ahead),
             self._level,
+            places,
             changed=self._changed,
             sent_back=self._sent_back,
             in_the_way=self._in_the_way,
@@ -150,8 +157,8 @@ class AdapterScheduler:
         ticket.alarm = self._clock.call_at(when, lambda: self._too_late(ticket, seconds))
 
     def _sent_back(self, ticket: Ticket) -> None:
-        """It had begun, and waits for its adapter once more."""
-        if ticket.begun:
+        """It had begun, if only once, and waits for its adapter once more."""
+        if ticket.begun or ticket.alarm is None:
             self._arm(ticket, self._patience)
 
     def _too_late(self, ticket: Ticket, seconds: float) -> None:
@@ -179,11 +186,11 @@ class AdapterScheduler:
             self._check_open()
             self._book.check()
             now = self._clock.time()
-            room = Room(max_tokens, max_sequences, self._max_begun - self._book.begun)
-            picked = pick(self._book.held, room, self._pace, self._layers, now)
+            room, places = Room(max_tokens, max_sequences), self._book.places
+            picked = pick(self._book.held, room, places, self._pace, self._layers, now)
             if picked.rows:
-                return self._batch(picked.rows, now)
-            if room.fresh <= 0 and not self._out:
+                return self._batch(picked, now)
+            if places.free < 1 and not self._out:
                 self._book.make_way()
             await self._news.wait(picked.due)
 
@@ -216,9 +223,12 @@ class AdapterScheduler:
         for batch in self._out:
             batch.others_wait = batch.others_wait or guest in batch.guests
 
-    def _batch(self, rows: list[tuple[Guest, Ticket, int]], now: float) -> Batch:
-        batch = make_batch(rows, self._book.slots.tenants, self._pace, now)
-        for guest, ticket, _ in rows:
+    def _batch(self, picked: Picked, now: float) -> Batch:
+        batch = make_batch(picked.rows, self._book.slots.tenants, self._pace, now)
+        for ticket in picked.preempted:
+            self._book.preempt(ticket)
+        batch.preempted = tuple(picked.preempted)
+        for guest, ticket, _ in picked.rows:
             ticket.flying = True
             ticket.disarm()
             if not ticket.begun:
@@ -269,6 +279,7 @@ class AdapterScheduler:
         for row in batch.rows:
             row.ticket.flying = False
             if not row.ticket.done:
+                self._book.charge(row.ticket, row.tokens)
                 self._advance(row, finished, again, failed)
         self._book.landed(batch.guests)
         self._changed()

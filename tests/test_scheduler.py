@@ -164,6 +164,7 @@ def test_settings_and_batches_that_are_none(run: Run, tmp_path: Path) -> None:
     async def body() -> None:
         async with opened(stocked(tmp_path)) as (loader, scheduler):
             wrong: list[dict[str, Any]] = [{"loads": 0}, {"look_ahead": -1}, {"max_begun": 0}]
+            wrong += [{"max_share": share} for share in (0, -0.5, 1.5, True, "1")]
             for given in wrong:
                 with pytest.raises(ConfigError):
                     AdapterScheduler(loader, **given)

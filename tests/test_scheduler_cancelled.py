@@ -128,7 +128,7 @@ def test_cancelled_at_every_await_of_who_serves(run: Run, tmp_path: Path) -> Non
                 await asyncio.wait_for(stepwise(_serve(scheduler, ticket), cancel), 5)
                 assert ticket.done
                 assert not scheduler._book._guests
-                assert scheduler._book.begun == 0
+                assert not scheduler._book.places.taken
                 await finish(scheduler, scheduler.submit(Request("a", 1, 1)))
 
     run(body())
@@ -148,7 +148,7 @@ def test_cancelled_after_any_turn_of_the_loop(run: Run, tmp_path: Path) -> None:
                 finished = not ticket.cancel()
                 await asyncio.wait_for(serving, 5)
                 assert not scheduler._book._guests
-                assert scheduler._book.begun == 0
+                assert not scheduler._book.places.taken
                 await finish(scheduler, scheduler.submit(Request("a", 1, 1)))
             turns += 1 if turns < 40 else turns // 8
         assert turns > 5

@@ -114,6 +114,14 @@ def _add_room(parser: argparse.ArgumentParser) -> None:
         help="sequences under way at a time (default: %(default)s)",
     )
     parser.add_argument(
+        "--max-share",
+        type=as_share,
+        default=0.5,
+        metavar="X",
+        help="of these, what one adapter and one client has at most while others wait, above 0 and"
+        " up to 1 (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max-length",
         type=int,
         default=2048,
@@ -127,6 +135,17 @@ def as_port(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 1 << 16):
         raise argparse.ArgumentTypeError(f"{text!r} is no port; it is from 0 to 65535")
     return int(text)
+
+
+def as_share(text: str) -> float:
+    """For argparse."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; it is above 0 and at most 1")
+    return share
 
 
 def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
@@ -152,7 +171,11 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
             arguments, [each for each in adapters.values() if isinstance(each, AdapterRef)]
         ),
     )
-    capacity = Capacity(sequences=arguments.max_sequences, length=arguments.max_length)
+    capacity = Capacity(
+        sequences=arguments.max_sequences,
+        length=arguments.max_length,
+        share=arguments.max_share,
+    )
     with screen.steps() as report:
         base = arguments.base
         folder = prepare_base(progress=report) if base == "smollm2" else Path(base)

@@ -61,6 +61,9 @@ class Batch:
         has waited long for a slot in which nothing comes. Whoever waits for layers of a batch that
         has no other rows waits no longer then. Told of batches with `streaming` adapters, in any
         thread.
+    preempted
+        Requests that have lost their places to rows of this batch: forget their keys and values
+        before it is computed. They come again later, from their first token on.
 
     The other fields are the scheduler's own.
     """
@@ -74,6 +77,7 @@ class Batch:
     tenants: Mapping[int, Tenant]
     others_wait: bool = False
     completed: bool = False
+    preempted: tuple[Ticket, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -14,6 +14,7 @@ from lorax_async.errors import LoaderClosedError, LoraxError
 from lorax_async.events import Event, Failed, LayerReady, Leaving, Resident
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
+from lorax_async.scheduling.admission import Places
 from lorax_async.scheduling.clock import Alarm, Clock
 from lorax_async.scheduling.guests import Guest
 from lorax_async.scheduling.requests import Ticket
@@ -33,8 +34,8 @@ class Guestbook:
         What is known of the device's slots.
     held
         Guests that have slots, and the base if it has requests.
-    begun
-        Requests of which the engine keeps something.
+    places
+        The engine's, and the requests that have them.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Guestbook:
         clock: Clock,
         ahead: LookAhead,
         patience: float,
+        places: Places,
         *,
         changed: Callable[[], None],
         sent_back: Callable[[Ticket], None],
@@ -50,7 +52,7 @@ class Guestbook:
     ) -> None:
         self.slots = Slots(clock)
         self.held: dict[Guest, None] = {}
-        self.begun = 0
+        self.places = places
         self._loader = loader
         self._clock = clock
         self._patience = patience
@@ -78,11 +80,14 @@ class Guestbook:
         """One more request. Raises what `AdapterLoader.try_acquire` raises, and then has none."""
         guest = self._guests.get(ticket.ref)
         if guest is not None:
+            ticket.client = self.places.client_of(ticket.request.client)
             guest.add(ticket)
             self._waiting.update(guest)
         else:
             handle = None if ticket.ref is None else self._loader.try_acquire(ticket.ref)
-            guest = self._guests[ticket.ref] = Guest(ticket.ref)
+            least = min((other.tokens for other in self._guests.values()), default=0)
+            guest = self._guests[ticket.ref] = Guest(ticket.ref, least)
+            ticket.client = self.places.client_of(ticket.request.client)
             guest.add(ticket)
             if handle is not None:
                 self._adopt(guest, handle)
@@ -99,17 +104,24 @@ class Guestbook:
 
     def begin(self, guest: Guest, ticket: Ticket) -> None:
         """It is computed: the engine keeps something of it from now on."""
-        ticket.begun = True
-        guest.begun += 1
-        self.begun += 1
+        self.places.take(guest, ticket)
 
     def begin_again(self, ticket: Ticket) -> None:
         """The engine keeps nothing of it, for its adapter did not come in time."""
-        guest = self._guests[ticket.ref]
-        guest.trusted = False
-        guest.begun -= ticket.begun
-        self.begun -= ticket.begun
-        ticket.begun = False
+        self._guests[ticket.ref].trusted = False
+        self.places.vacate(ticket)
+
+    def preempt(self, ticket: Ticket) -> None:
+        """Take its place for another one; it waits to be computed from its first token on."""
+        ticket.progress.restart()
+        self.places.vacate(ticket)
+        self._waiting.update(self._guests[ticket.ref])
+
+    def charge(self, ticket: Ticket, tokens: int) -> None:
+        """Note that so many tokens were computed of it; it must not be done."""
+        self._guests[ticket.ref].tokens += tokens
+        if ticket.client is not None:
+            ticket.client.tokens += tokens
 
     @property
     def has_ready(self) -> bool:
@@ -121,7 +133,7 @@ class Guestbook:
         """It is done, for whatever reason; once."""
         guest = self._guests[ticket.ref]
         guest.remove(ticket)
-        self.begun -= ticket.begun
+        self.places.leave(ticket)
         if guest.tickets:
             self._waiting.update(guest)
         else:
@@ -142,8 +154,8 @@ class Guestbook:
     def fail(self, guest: Guest, error: LoraxError) -> None:
         """What goes wrong with an adapter goes wrong with its requests, and with no other."""
         tickets, guest.tickets = guest.tickets, []
-        self.begun -= guest.begun
-        guest.begun = 0
+        for ticket in tickets:
+            self.places.leave(ticket)
         self._part(guest)
         for ticket in tickets:
             ticket.end(error.located(id=guest.id))

@@ -43,9 +43,11 @@ class Guest:
         The highest that a request had.
     begun
         Requests of which the engine keeps something.
+    tokens
+        Tokens that were computed with it; a new one begins with the fewest of the others.
     """
 
-    def __init__(self, ref: Ref | None) -> None:
+    def __init__(self, ref: Ref | None, tokens: int = 0) -> None:
         self.ref = ref
         self.tickets: list[Ticket] = []
         self.handle: AdapterHandle | None = None
@@ -57,6 +59,7 @@ class Guest:
         self.gave_way = -inf
         self.priority = -MAX_PRIORITY
         self.begun = 0
+        self.tokens = tokens
 
     @property
     def id(self) -> str | None:
@@ -87,7 +90,11 @@ class Guest:
     def remove(self, ticket: Ticket) -> None:
         """It is done."""
         self.tickets.remove(ticket)
-        self.begun -= ticket.begun
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are requests that have not begun."""
+        return len(self.tickets) > self.begun
 
     def waiting(self, most: int, fresh: float) -> list[Ticket]:
         """The first ones that are in no batch; at most so many of those that have not begun."""

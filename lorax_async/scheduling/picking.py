@@ -2,60 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
 from lorax_async.core.pace import Pace
 from lorax_async.core.shares import share
+from lorax_async.scheduling.admission import Places, Queue, admit
 from lorax_async.scheduling.guests import Guest
 from lorax_async.scheduling.requests import Ticket
-
-_Queue = tuple[Guest, list[Ticket]]
-"""A guest, and those of its requests that could be in the batch, by urgency."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a batch may have: tokens, sequences, and sequences of which nothing was computed yet."""
+    """What a batch may have: tokens and sequences."""
 
     tokens: int
     sequences: int
-    fresh: float
 
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """Rows, by adapter; and the next moment at which there may be others without any news."""
+    """Rows, by adapter; and the next moment at which there may be others without any news.
+
+    The `preempted` lose their places to some of the rows.
+    """
 
     rows: list[tuple[Guest, Ticket, int]]
     due: float
+    preempted: Sequence[Ticket] = ()
 
 
-def pick(guests: Iterable[Guest], room: Room, pace: Pace, layers: int, now: float) -> Picked:
+def pick(
+    guests: Collection[Guest], room: Room, places: Places, pace: Pace, layers: int, now: float
+) -> Picked:
     """Choose rows among the adapters that are there, or will be when their layers are computed."""
-    ready, coming = list[_Queue](), list[_Queue]()
+    if places.count < inf:
+        picked = _admitted(guests, room, places, pace, layers, now)
+        if picked is not None:
+            return picked
+    queues, due = _queues(guests, room, places.free, pace, layers, now)
+    return Picked(_without_too_many_fresh(_shared(queues, room), places.free), due)
+
+
+def _admitted(
+    guests: Collection[Guest], room: Room, places: Places, pace: Pace, layers: int, now: float
+) -> Picked | None:
+    """Choose rows so that places are shared; None if rows or tokens do not suffice for these."""
+    preempt = places.is_contended(guests)
+    fresh = max(places.free, 1 if preempt else 0)
+    queues, due = _queues(guests, room, fresh, pace, layers, now)
+    if fresh:  # whoever may get a place, not only the most urgent ones
+        queues = [(guest, guest.waiting(len(guest.tickets), inf)) for guest, _ in queues]
+    decided = admit(queues, places, now, preempt=preempt)
+    out = set(decided.preempted)
+    admitted = [
+        (guest, kept)
+        for guest, tickets in queues
+        if (kept := [t for t in tickets if (t.begun and t not in out) or t in decided.admitted])
+    ]
+    rows = _shared(admitted, room)
+    if not decided.admitted <= {ticket for _, ticket, _ in rows}:
+        return None
+    return Picked(rows, due, decided.preempted)
+
+
+def _queues(
+    guests: Iterable[Guest], room: Room, fresh: float, pace: Pace, layers: int, now: float
+) -> tuple[list[Queue], float]:
+    """Requests that could be computed, `fresh` of an adapter's that have not begun at most.
+
+    Also the next moment at which there may be others.
+    """
+    ready, coming = list[Queue](), list[Queue]()
     for guest in guests:
         if guest.leaving:
             continue
-        tickets = guest.waiting(room.sequences, room.fresh)
+        tickets = guest.waiting(room.sequences, fresh)
         if tickets:
             (ready if guest.is_ready else coming).append((guest, tickets))
     due = _join(ready, coming, room, pace, layers, now) if coming else inf
-    ready.sort(key=lambda queue: queue[1][0].order)
-    wants = [[ticket.progress.wants for ticket in tickets] for _, tickets in ready]
-    rows = [
+    return ready, due
+
+
+def _shared(queues: Iterable[Queue], room: Room) -> list[tuple[Guest, Ticket, int]]:
+    queues = sorted(queues, key=lambda queue: queue[1][0].order)
+    wants = [[ticket.progress.wants for ticket in tickets] for _, tickets in queues]
+    return [
         (guest, ticket, tokens)
         for (guest, tickets), given in zip(
-            ready, share(wants, room.tokens, room.sequences), strict=True
+            queues, share(wants, room.tokens, room.sequences), strict=True
         )
         for ticket, tokens in zip(tickets, given, strict=False)
     ]
-    return Picked(_without_too_many_fresh(rows, room.fresh), due)
 
 
 def _join(
-    ready: list[_Queue], coming: list[_Queue], room: Room, pace: Pace, layers: int, now: float
+    ready: list[Queue], coming: list[Queue], room: Room, pace: Pace, layers: int, now: float
 ) -> float:
     """Add to `ready` who may join a pass that begins now; when the next one may, if nothing comes.
 

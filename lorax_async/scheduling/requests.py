@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Hashable
+from dataclasses import dataclass, field
 
 from lorax_async.adapter import AdapterId, Ref, as_ref
 from lorax_async.core.progress import Progress
@@ -30,6 +30,9 @@ class Request:
         Each level counts as `LoaderConfig.starvation_age` seconds of waiting, as for loads.
     deadline
         Seconds from `submit` by which it must be in a batch; None takes the config's `timeout`.
+    client
+        On whose behalf: while others wait, one client has at most a share of the engine's places,
+        as one adapter has. None: of no client that is known.
 
     Raises
     ------
@@ -42,6 +45,7 @@ class Request:
     max_new_tokens: int
     priority: int = 0
     deadline: float | None = None
+    client: Hashable = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         require_priority(self.priority)
@@ -57,6 +61,28 @@ class Request:
         return None if self.adapter_id is None else as_ref(self.adapter_id)
 
 
+class Client:
+    """On whose behalf requests are made, while there are some.
+
+    Attributes
+    ----------
+    requests
+        Those that are not done.
+    begun
+        Those of which the engine keeps something.
+    tokens
+        Tokens that were computed for it; a new client begins with the fewest of the others.
+    """
+
+    __slots__ = ("begun", "name", "requests", "tokens")
+
+    def __init__(self, name: Hashable, tokens: int) -> None:
+        self.name = name
+        self.requests = 0
+        self.begun = 0
+        self.tokens = tokens
+
+
 class Ticket:
     """One request under way. Awaiting it waits until it is finished, or raises why it is not.
 
@@ -65,8 +91,8 @@ class Ticket:
     """
 
     __slots__ = (
-        "_cancel", "_future", "alarm", "begun", "error", "flying", "order", "progress", "ref",
-        "request",
+        "_cancel", "_future", "alarm", "begun", "client", "error", "flying", "order", "progress",
+        "ref", "request",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +104,7 @@ class Ticket:
     ) -> None:
         self.request = request
         self.ref = request.ref
+        self.client: Client | None = None
         self.order = order
         """Sorts by urgency."""
         self.progress = Progress(request.prompt_tokens, request.max_new_tokens)

@@ -66,11 +66,14 @@ class Capacity:
         Tokens of one sequence, at most; None is what the model was made for.
     step_tokens
         Of all sequences together, in one step; longer prompts come in parts.
+    share
+        Of `sequences`, that one adapter, and one client, has at most while others wait.
     """
 
     sequences: int = 16
     length: int | None = None
     step_tokens: int = 1024
+    share: float = 0.5
 
 
 @asynccontextmanager
@@ -101,7 +104,7 @@ async def assembled(
         )
         attached = stack.enter_context(attach(base.model, loader))
         scheduler = await stack.enter_async_context(
-            AdapterScheduler(loader, max_begun=capacity.sequences)
+            AdapterScheduler(loader, max_begun=capacity.sequences, max_share=capacity.share)
         )
         decoder = TransformersDecoder(
             base.model, attached, max_sequences=capacity.sequences, max_length=length

@@ -33,7 +33,8 @@ class Engine:
     ----------
     scheduler
         Open, and closed after the engine. Nobody else takes its batches. Its `max_begun` is the
-        number of sequences that the decoder has room for.
+        number of sequences that the decoder has room for. One that the scheduler preempts is
+        computed again later, with the tokens that it has, and goes on from there.
     decoder
         Called in one thread, the engine's; nothing of a model is computed on the event loop.
     max_tokens, max_sequences
@@ -144,6 +145,7 @@ class Engine:
             len(generation.prompt),
             generation.max_new_tokens,
             deadline=generation.deadline,
+            client=generation.client,
         )
         self._check(generation)
         ticket = self._scheduler.submit(request)
@@ -196,7 +198,13 @@ class Engine:
 
     async def _step(self, batch: Batch) -> None:
         work = Work.of(batch, self._answers)
-        self._complete(work, await self._in_thread(work.compute, self._decoder, self._take_gone()))
+        gone = [*self._take_gone(), *self._preempted(batch)]
+        self._complete(work, await self._in_thread(work.compute, self._decoder, gone))
+
+    def _preempted(self, batch: Batch) -> list[int]:
+        """Return the sequences whose keys and values make room for this batch."""
+        answers = [self._answers.get(ticket) for ticket in batch.preempted]
+        return [answer.number for answer in answers if answer is not None]
 
     def _complete(self, work: Work, outcome: Outcome) -> None:
         finished = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -47,6 +47,8 @@ class Generation:
     deadline
         Seconds from `submit` by which it must be computed for the first time; None takes the
         loader's timeout.
+    client
+        Whose it is, as `scheduling.requests.Request` has it.
     """
 
     adapter: AdapterId | None
@@ -55,6 +57,7 @@ class Generation:
     sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: frozenset[int] = frozenset()
     deadline: float | None = None
+    client: Hashable = field(default=None, repr=False)
 
 
 class Tokens(Protocol):

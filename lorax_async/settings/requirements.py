@@ -22,6 +22,12 @@ def require_count(name: str, value: object, *, least: int) -> None:
         raise ConfigError(f"{name} must be {kind}, not {value!r}")
 
 
+def require_share(name: str, value: object) -> None:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not 0 < number <= 1:
+        raise ConfigError(f"{name} must be above 0 and at most 1, not {value!r}")
+
+
 def require_seconds(name: str, value: object) -> None:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
     if not 0 < number <= MAX_SECONDS:

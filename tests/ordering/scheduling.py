@@ -78,13 +78,13 @@ SCHEDULING: Mutants = {
     ),
     "scheduler: who has begun has a deadline when it loses its slot": mutant(
         SCHEDULER,
-        "        if ticket.begun:\n            self._arm(ticket, self._patience)",
+        "        if ticket.begun or ticket.alarm is None:\n            self._arm(ticket, self._patience)",
         "        pass",
         f"{CLOCK}::test_who_loses_its_slot_has_all_its_time_again",
     ),
     "scheduler: who has not begun keeps its own deadline": mutant(
         SCHEDULER,
-        "        if ticket.begun:\n            self._arm(ticket, self._patience)",
+        "        if ticket.begun or ticket.alarm is None:\n            self._arm(ticket, self._patience)",
         "        self._arm(ticket, self._patience)",
         f"{CLOCK}::test_who_has_not_begun_has_its_own_time_only",
     ),
@@ -126,8 +126,8 @@ SCHEDULING: Mutants = {
     ),
     "scheduler: nobody makes way while others are computed": mutant(
         SCHEDULER,
-        "if room.fresh <= 0 and not self._out:",
-        "if room.fresh <= 0:",
+        "if places.free < 1 and not self._out:",
+        "if places.free < 1:",
         f"{WAITS}::test_who_may_not_begin_keeps_its_slot_while_others_are_computed",
     ),
     "scheduler: who waits is woken": mutant(

@@ -56,7 +56,7 @@ SCHEDULING_GUESTS: Mutants = {
     ),
     "guests: who waited in vain does not join before all is there": mutant(
         BOOK,
-        "        guest.trusted = False\n",
+        "        self._guests[ticket.ref].trusted = False\n",
         "",
         f"{WAITED_FOR}::test_a_pass_is_told_of_others_that_did_not_fit",
     ),
@@ -120,8 +120,8 @@ SCHEDULING_GUESTS: Mutants = {
     ),
     "guests: who failed gives its slot back": mutant(
         BOOK,
-        "        guest.begun = 0\n        self._part(guest)\n",
-        "        guest.begun = 0\n",
+        "            self.places.leave(ticket)\n        self._part(guest)\n",
+        "            self.places.leave(ticket)\n",
         f"{FAILURES}::test_a_failing_adapter_fails_its_requests_and_no_other",
     ),
     "guests: new requests are another guest's": mutant(

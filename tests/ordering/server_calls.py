@@ -198,7 +198,7 @@ SERVER_CALLS: Mutants = {
     ),
     "answering: a client's adapter is counted": mutant(
         ANSWERING,
-        "            with service.clients.using(client_of(request), adapter):\n",
+        "            with service.clients.using(client, adapter):\n",
         "            if True:\n",
         f"{LIMITS}::test_a_client_has_so_many_adapters_under_way",
     ),

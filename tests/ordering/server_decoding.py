@@ -39,10 +39,10 @@ SERVER_DECODING: Mutants = {
     "assembly: a scheduler is closed": mutant(
         ASSEMBLY,
         """        scheduler = await stack.enter_async_context(
-            AdapterScheduler(loader, max_begun=capacity.sequences)
+            AdapterScheduler(loader, max_begun=capacity.sequences, max_share=capacity.share)
         )
 """,
-        """        scheduler = AdapterScheduler(loader, max_begun=capacity.sequences)
+        """        scheduler = AdapterScheduler(loader, max_begun=capacity.sequences, max_share=capacity.share)
 """,
         CLOSED,
     ),

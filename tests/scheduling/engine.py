@@ -44,6 +44,10 @@ class Engine:
     async def run(self) -> None:
         scene = self.world.scene
         async for batch in self.world.scheduler.batches(scene.max_tokens, scene.max_sequences):
+            for wanted in self.world.wanted:
+                if wanted.ticket in batch.preempted:
+                    self.world.blame(not wanted.ticket.flying, "preempted while it is computed")
+                    wanted.tokens = []
             self._judge(batch)
             self.computing += 1
             again, failed = await self._compute(batch)

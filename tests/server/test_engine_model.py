@@ -32,17 +32,48 @@ WANTED = [
 ]
 
 
-def generated(peft_model: Any, name: str | None, prompt: list[int]) -> list[int]:
+def generated(peft_model: Any, name: str | None, prompt: list[int], new: int = NEW) -> list[int]:
     ids = torch.tensor([prompt])
     given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     if name is None:
         with peft_model.disable_adapter():
-            found = peft_model.generate(input_ids=ids, max_new_tokens=NEW, **given)
+            found = peft_model.generate(input_ids=ids, max_new_tokens=new, **given)
     else:
         peft_model.set_adapter(name)
-        found = peft_model.generate(input_ids=ids, max_new_tokens=NEW, **given)
+        found = peft_model.generate(input_ids=ids, max_new_tokens=new, **given)
     tokens: list[int] = found[0, len(prompt) :].tolist()
     return tokens
+
+
+def test_preempted_answers_are_what_generate_says(
+    run: Run, small: Any, adapters: list[Path]
+) -> None:
+    source, new = FakeSource(), 24
+    for name, folder in zip(("most", "some"), adapters, strict=True):
+        source.put(name, *tiny.files(folder))
+
+    async def main() -> list[list[int]]:
+        async with (
+            serving(small, source=source, max_slots=2) as (loader, attached),
+            AdapterScheduler(loader, max_begun=4) as scheduler,
+        ):
+            for name in ("most", "some"):
+                (await loader.load(name)).release()
+            decoder = TransformersDecoder(small, attached, 4)
+            async with Engine(scheduler, decoder, max_tokens=64, max_sequences=4) as engine:
+                answers = [engine.submit(asked([n, 2, 3], new, "most")) for n in range(4)]
+                firsts = [[await anext(answer) for _ in range(3)] for answer in answers]
+                short = engine.submit(asked([5], 2, "some"))
+                found = [await all_of(short)]
+                assert all(len(answer.known) < 3 + new for answer in answers)
+                found += [first + await all_of(a) for first, a in zip(firsts, answers, strict=True)]
+            assert decoder.sequences == 0
+            return found
+
+    with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
+        expected = [generated(peft_model, "some", [5], 2)]
+        expected += [generated(peft_model, "most", [n, 2, 3], new) for n in range(4)]
+    assert run(main()) == expected
 
 
 def test_answers_are_what_generate_says_while_adapters_come_and_one_fails(

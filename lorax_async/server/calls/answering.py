@@ -43,16 +43,19 @@ class Answering:
             require_few(body, settings.max_choices)
             service.require_room(1)  # to be refused costs little
             adapter = service.names.find(body.model)
-            with service.clients.using(client_of(request), adapter):
+            client = client_of(request)
+            with service.clients.using(client, adapter):
                 stream = EventStream(scope, receive, send, settings.slow_client)
-                await self._answer(body, adapter, stream)
+                await self._answer(body, adapter, stream, client)
 
-    async def _answer(self, body: Body, adapter: AdapterId | None, stream: EventStream) -> None:
+    async def _answer(
+        self, body: Body, adapter: AdapterId | None, stream: EventStream, client: tuple[str, str]
+    ) -> None:
         service = self._service
         try:
             async with service.under_way.watched(stream.receive):
                 prompts = await asyncio.to_thread(service.prompts.read, body)
-                generations = generations_of(service, body, adapter, prompts)
+                generations = generations_of(service, body, adapter, prompts, client)
                 asked = sum(map(len, prompts))
                 with self._submitted(body, generations) as choices:
                     await (_stream if body.stream else _send)(body, choices, asked, stream)

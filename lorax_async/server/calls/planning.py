@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from lorax_async.adapter import AdapterId
 from lorax_async.server.calls.errors import Refusal
@@ -30,7 +30,11 @@ def require_few(body: Body, most: int) -> None:
 
 
 def generations_of(
-    service: Service, body: Body, adapter: AdapterId | None, prompts: Sequence[tuple[int, ...]]
+    service: Service,
+    body: Body,
+    adapter: AdapterId | None,
+    prompts: Sequence[tuple[int, ...]],
+    client: Hashable = None,
 ) -> list[Generation]:
     """`n` for each prompt, one prompt after the other. Raises `Refusal`."""
     found: list[Generation] = []
@@ -47,6 +51,7 @@ def generations_of(
                     wanted,
                     _sampling_of(body, len(found)),
                     frozenset() if body.ignore_eos else service.stop_tokens,
+                    client=client,
                 )
             )
     return found

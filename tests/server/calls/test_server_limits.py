@@ -111,6 +111,25 @@ def test_a_full_queue_refuses(run: Run) -> None:
         assert answer.error["type"] == "rate_limit_error"
 
 
+def test_the_engine_is_told_whose_a_sequence_is(run: Run) -> None:
+    """By the key, else by the address; it shares its places between them."""
+
+    async def ask() -> None:
+        async with serving() as world:
+            for key in ("anna", "anna", "bert", None, None):
+                headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+                await world.ask("POST", "/v1/completions", PLAIN, **headers)
+            one, two, three, four, five = (
+                tokens.generation.client for tokens in world.engine.submitted
+            )
+            assert one == two
+            assert four == five
+            assert len({one, three, four}) == 3
+            assert "anna" not in repr(world.engine.submitted[0].generation)
+
+    run(ask())
+
+
 def test_a_client_has_so_many_adapters_under_way(run: Run) -> None:
     async def ask() -> None:
         engine = FakeEngine()
