@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from lorax_async.adapter import AdapterId, Ref, as_ref, text_of
+from lorax_async.adapter import AdapterId, AdapterKey, Ref, as_ref, text_of
 from lorax_async.config import LoaderConfig
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.sharding import shard_layout
@@ -208,6 +208,15 @@ class AdapterLoader(TensorCalls, Looking):
         share, timeout = self._driver.interest.share, self.config.timeout
         device, shard = self._driver.device, self.config.shard
         return AdapterHandle(text_of(ref), lease, device, self.layout, timeout, share, shard)
+
+    async def has_changed(self, adapter_id: AdapterId, key: AdapterKey, error: LoraxError) -> bool:
+        """Return whether `error` came of local files that were saved again since they were `key`.
+
+        `load` finds out itself, and loads once more; this is for callers of `stream`, whose handle
+        fails with the error. If so, wait until the files are at rest.
+        """
+        self._check_open()
+        return await self._acquiring.has_changed(as_ref(adapter_id), key, error)
 
     # -- room -------------------------------------------------------------------------------------
 

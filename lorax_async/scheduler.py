@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from math import inf
 from types import TracebackType
 from typing import Self
@@ -227,7 +227,8 @@ class AdapterScheduler:
         batch = make_batch(picked.rows, self._book.slots.tenants, self._pace, now)
         for ticket in picked.preempted:
             self._book.preempt(ticket)
-        batch.preempted = tuple(picked.preempted)
+        dropped, self._book.dropped = self._book.dropped, []
+        batch.preempted = (*dropped, *picked.preempted)
         for guest, ticket, _ in picked.rows:
             ticket.flying = True
             ticket.disarm()
@@ -246,7 +247,7 @@ class AdapterScheduler:
         *,
         again: Iterable[Ticket] = (),
         failed: Mapping[Ticket, LoraxError] | None = None,
-    ) -> None:
+    ) -> Collection[Ticket]:
         """Say what came of a batch: the next token of its rows is queued, its adapters given back.
 
         Parameters
@@ -259,13 +260,16 @@ class AdapterScheduler:
         failed
             Those that ended, and why.
 
+        Returns the requests of which nothing counts: those in `again`, and those whose adapter is
+        loaded once more, for its files were saved while they were read.
+
         Raises `UsageError`, and changes nothing, if it is no batch of this scheduler that is under
         way, or has no such rows.
         """
         self._check_loop()
         if self._closing is not None:
             batch.completed = True
-            return
+            return ()
         finished, again, failed = set(finished), set(again), dict(failed or {})
         if batch not in self._out:
             raise UsageError("a batch is completed once, by the scheduler that made it")
@@ -276,13 +280,19 @@ class AdapterScheduler:
         self._book.judge(batch.guests)
         if not batch.streaming and not again and not failed:
             self._pace.note(batch.tokens, self._clock.time() - batch.began)
+        void = set(again)
         for row in batch.rows:
             row.ticket.flying = False
-            if not row.ticket.done:
-                self._book.charge(row.ticket, row.tokens)
-                self._advance(row, finished, again, failed)
+            if row.ticket.done:
+                continue
+            if self._book.guest_of(row.ticket) not in batch.guests:
+                void.add(row.ticket)
+                continue
+            self._book.charge(row.ticket, row.tokens)
+            self._advance(row, finished, again, failed)
         self._book.landed(batch.guests)
         self._changed()
+        return void
 
     def _advance(
         self,

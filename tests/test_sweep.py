@@ -155,17 +155,28 @@ def test_every_copy_can_fail(run: Run, tmp_path: Path) -> None:
     run(body())
 
 
-def test_a_file_that_changes_under_the_copy(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["load", "stream"])
+def test_a_file_that_changes_under_the_copy(run: Run, tmp_path: Path, verb: str) -> None:
+    """It is loaded once more; but not for a caller that has a handle."""
+
     async def body() -> None:
-        for damage in (_truncate, _touch, _replace):
-            async with local_bench(tmp_path) as bench:
+        for number, damage in enumerate((_truncate, _touch, _replace)):
+            async with local_bench(tmp_path / str(number)) as bench:
                 bench.device.gate.clear()
-                loading = asyncio.create_task(bench.load())
+                loading = asyncio.create_task(getattr(bench, verb)())
                 await until(partial(_two_copies_began, bench.device))
                 damage(bench.adapter / "adapter_model.safetensors")
                 bench.device.gate.set()
-                with pytest.raises(IntegrityError):
-                    await loading
+                if verb == "stream":
+                    with pytest.raises(IntegrityError):
+                        await loading
+                elif damage is _truncate:  # which it is for good
+                    with pytest.raises(AdapterFormatError):
+                        await loading
+                else:
+                    (await loading).release()
+                    await bench.assert_works(bench.adapter)
+                    continue
                 await bench.assert_clean()
                 assert not on_device(bench.loader)
                 await bench.forget()

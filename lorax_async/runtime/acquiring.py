@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
-from lorax_async.adapter import AdapterKey, Ref, RemoteKey, is_stale, text_of
+from lorax_async.adapter import (
+    AdapterKey,
+    AdapterRef,
+    FileIdentity,
+    Merge,
+    Ref,
+    RemoteKey,
+    is_stale,
+    text_of,
+)
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import (
     AdapterError,
+    AdapterFormatError,
     AdapterTimeoutError,
     EvictedError,
+    IncompatibleAdapterError,
+    IntegrityError,
     InternalError,
     LoraxError,
     Stage,
+    UnsupportedAdapterError,
     UsageError,
 )
 from lorax_async.runtime.digests import Digests
@@ -36,11 +51,38 @@ EVICTIONS = 3
 """So often may a file leave the disk cache between its fetch and its reading."""
 
 
+SETTLE_SECONDS = 0.02
+"""Files that have not changed for this long are taken to be saved whole."""
+
+MAX_SETTLE_SECONDS = 2.0
+"""Files that go on changing for longer are loaded as they are."""
+
+_RECENT_NS = 1_000_000_000
+
+_EMPTY, _MISSING = "empty", "missing"
+
+_AS_CHANGED = (
+    IntegrityError,
+    AdapterFormatError,
+    IncompatibleAdapterError,
+    UnsupportedAdapterError,
+)
+"""What a load says of files that are saved while it reads them: half a file, or two versions."""
+
+
 def require_priority(priority: int) -> None:
     """What cannot be compared with others would hold up everybody who waits."""
     plain = isinstance(priority, int) and not isinstance(priority, bool)
     if not (plain and abs(priority) <= MAX_PRIORITY):
         raise UsageError(f"a priority is a whole number up to {MAX_PRIORITY:,}, not {priority!r}")
+
+
+@dataclass(slots=True)
+class _Tries:
+    """How often one call has begun anew: for each file that was evicted, and once for a change."""
+
+    evicted: int = 0
+    reloaded: bool = False
 
 
 class Acquiring:
@@ -84,7 +126,7 @@ class Acquiring:
     ) -> Lease | None:
         key = ref if isinstance(ref, AdapterKey) else None
         wish: Wish | None = None
-        evicted = 0
+        tries = _Tries()
         lease: Lease | None = None
         granted = False
         interest = self._driver.interest
@@ -96,7 +138,7 @@ class Acquiring:
                     # not find thousands of hints before it.
                     async with nullcontext() if foreground else self._turns.turn(priority):
                         if not isinstance(ref, AdapterKey):
-                            key = await self._resolver.resolve(ref)
+                            key = await self._resolve(ref)
                         self._check_open()  # nobody would tell a wish that begins later
                         assert key is not None
                         wish = interest.begin(key, tier, foreground=foreground, priority=priority)
@@ -106,12 +148,8 @@ class Acquiring:
                         lease = await self._granted(wish, tier)
                         granted = True
                     except AdapterError as error:
-                        evicted += isinstance(error, EvictedError)
-                        again = isinstance(error, EvictedError) and evicted < EVICTIONS
-                        if not again and not self._resolver.outdated(ref, key):
-                            raise
-                        # What it was has gone, or means something else now.
                         interest.abandon(wish)
+                        await self._require_retry(tries, ref, key, error)
                 assert key is not None
                 await self._hold_to_digest(ref, key, tier, lease)
                 return lease
@@ -125,6 +163,75 @@ class Acquiring:
             if isinstance(problem, Exception):
                 raise InternalError(f"a wish failed: {problem!r}", id=text_of(ref)) from problem
             raise
+
+    async def _require_retry(
+        self, tries: _Tries, ref: Ref, key: AdapterKey, error: AdapterError
+    ) -> None:
+        """Raise the error unless what `ref` was has gone, or `ref` means something else now."""
+        if isinstance(error, EvictedError):
+            tries.evicted += 1
+            if tries.evicted < EVICTIONS:
+                return
+        if self._resolver.outdated(ref, key):
+            return
+        if not await self._is_changed(ref, key, error):
+            raise error
+        if tries.reloaded:
+            raise _changed_again(error) from None
+        assert not isinstance(ref, AdapterKey)
+        await self._settled(ref)
+        tries.reloaded = True
+
+    async def _resolve(self, ref: AdapterRef | Merge) -> AdapterKey:
+        """Ask once more if a file is empty, as it is while it is saved in place."""
+        try:
+            return await self._resolver.resolve(ref)
+        except AdapterFormatError as error:
+            if not error.retryable:
+                raise
+        await self._settled(ref)
+        return await self._resolver.resolve(ref)
+
+    async def has_changed(self, ref: Ref, key: AdapterKey, error: LoraxError) -> bool:
+        """Return whether a load of `key` failed because its files were saved meanwhile.
+
+        If so, wait until they are at rest.
+        """
+        if isinstance(ref, AdapterKey) or not await self._is_changed(ref, key, error):
+            return False
+        await self._settled(ref)
+        return True
+
+    async def _is_changed(self, ref: Ref, key: AdapterKey, error: LoraxError) -> bool:
+        """Return whether `ref` means other local files by now, where the error can come of that."""
+        local = bool(key.files) and not isinstance(key, RemoteKey)
+        if isinstance(ref, AdapterKey) or not local or not isinstance(error, _AS_CHANGED):
+            return False
+        latest = await self._latest(ref)
+        if latest is _MISSING or (latest == key and _is_recent(key.files)):
+            await asyncio.sleep(SETTLE_SECONDS)  # its writer may only be slow
+            latest = await self._latest(ref)
+        return latest is not _MISSING and latest != key
+
+    async def _settled(self, ref: AdapterRef | Merge) -> None:
+        """Wait until the files of `ref` do not change any more, or have done so for too long."""
+        loop = asyncio.get_running_loop()
+        end, before = loop.time() + MAX_SETTLE_SECONDS, await self._latest(ref)
+        while loop.time() < end:
+            await asyncio.sleep(SETTLE_SECONDS)
+            now = await self._latest(ref)
+            if now == before:
+                return
+            before = now
+
+    async def _latest(self, ref: AdapterRef | Merge) -> AdapterKey | str:
+        """Return what `ref` means now, or that a file of it is empty or missing."""
+        try:
+            return await self._resolver.resolve(ref)
+        except AdapterFormatError:
+            return _EMPTY
+        except AdapterError:
+            return _MISSING
 
     async def _granted(self, wish: Wish, tier: Tier) -> Lease | None:
         """Who streams has the adapter before its file was opened, which may have gone: that is
@@ -201,6 +308,19 @@ class Acquiring:
             stage="verify" if granted else stage,
             story=() if key is None else driver.journal.story(key),
         )
+
+
+def _is_recent(files: Sequence[FileIdentity]) -> bool:
+    newest = max(max(file.mtime_ns, file.ctime_ns) for file in files)
+    return abs(time.time_ns() - newest) < _RECENT_NS
+
+
+def _changed_again(error: AdapterError) -> IntegrityError:
+    return IntegrityError(
+        "its files were changed while they were loaded, and again while they were loaded once"
+        f" more: {error.problem}; save to a new folder, and rename it into place",
+        stage=error.stage,
+    )
 
 
 async def _recorded(

@@ -62,8 +62,8 @@ class Batch:
         has no other rows waits no longer then. Told of batches with `streaming` adapters, in any
         thread.
     preempted
-        Requests that have lost their places to rows of this batch: forget their keys and values
-        before it is computed. They come again later, from their first token on.
+        Requests that have lost their places, to rows of this batch or with their adapter: forget
+        their keys and values before it is computed. They come again, from their first token on.
 
     The other fields are the scheduler's own.
     """

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from math import inf
 from operator import attrgetter
 
-from lorax_async.adapter import AdapterKey, Ref
+from lorax_async.adapter import AdapterKey, Ref, RemoteKey
 from lorax_async.core.batch_plan import Place
 from lorax_async.core.urgency import LookAhead
-from lorax_async.errors import LoaderClosedError, LoraxError
+from lorax_async.errors import IntegrityError, LoaderClosedError, LoraxError
 from lorax_async.events import Event, Failed, LayerReady, Leaving, Resident
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
@@ -36,6 +36,8 @@ class Guestbook:
         Guests that have slots, and the base if it has requests.
     places
         The engine's, and the requests that have them.
+    dropped
+        Requests that the engine has something of that it is to forget.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Guestbook:
         self.slots = Slots(clock)
         self.held: dict[Guest, None] = {}
         self.places = places
+        self.dropped: list[Ticket] = []
         self._loader = loader
         self._clock = clock
         self._patience = patience
@@ -241,13 +244,44 @@ class Guestbook:
             self._settle(guest)
 
     def judge(self, guests: Iterable[Guest]) -> None:
-        """Fail those whose weights turned out to be no good."""
+        """Fail those whose weights turned out to be no good, or load them once more."""
         for guest in guests:
+            handle = guest.handle
+            if handle is None:
+                continue
             try:
-                if guest.handle is not None:
-                    guest.handle.require_sound()
+                handle.require_sound()
             except LoraxError as error:
-                self.fail(guest, error)
+                if guest.reloaded or not _may_have_changed(guest, handle, error):
+                    self.fail(guest, error)
+                else:
+                    self._reload(guest, handle.key, error)
+
+    def _reload(self, guest: Guest, key: AdapterKey, error: LoraxError) -> None:
+        """Let its requests wait for another version, if there is one, unless they have tokens.
+
+        They are another guest's from now on: nothing counts that is being computed of them.
+        """
+        tickets, guest.tickets = guest.tickets, []
+        again = Guest(guest.ref, guest.tokens)
+        again.reloaded = True
+        self._part(guest)
+        for ticket in tickets:
+            if ticket.generated:
+                self.places.leave(ticket)
+                ticket.end(error.located(id=guest.id))
+                continue
+            if ticket.begun:
+                self.dropped.append(ticket)
+            ticket.progress.restart()
+            self.places.vacate(ticket)
+            again.add(ticket)
+            self._sent_back(ticket)
+        if again.tickets:
+            self._guests[guest.ref] = again
+            self._waiting.add(again, broken=(key, error))
+            self._watch()
+        self._changed()
 
     def make_way(self) -> None:
         """Nobody may begin. Where all who have begun wait for slots, they get one held in vain.
@@ -306,3 +340,13 @@ class Guestbook:
         for guest in tuple(self.held):
             self._release(guest)
         await self._waiting.close()
+
+
+def _may_have_changed(guest: Guest, handle: AdapterHandle, error: LoraxError) -> bool:
+    """Return whether it is worth asking: its files are local, and what was read is not them.
+
+    A digest that the caller gave is the caller's own word: others are refused.
+    """
+    local = bool(handle.key.files) and not isinstance(handle.key, RemoteKey)
+    own = isinstance(guest.ref, AdapterKey) or getattr(guest.ref, "digest", None) is not None
+    return local and not own and isinstance(error, IntegrityError)

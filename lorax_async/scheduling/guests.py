@@ -43,6 +43,8 @@ class Guest:
         The highest that a request had.
     begun
         Requests of which the engine keeps something.
+    reloaded
+        Whether it was loaded once more, since its files were saved while they were read.
     tokens
         Tokens that were computed with it; a new one begins with the fewest of the others.
     """
@@ -59,6 +61,7 @@ class Guest:
         self.gave_way = -inf
         self.priority = -MAX_PRIORITY
         self.begun = 0
+        self.reloaded = False
         self.tokens = tokens
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import islice
 from operator import itemgetter
 
+from lorax_async.adapter import AdapterKey
 from lorax_async.core.urgency import LookAhead, Reach
 from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError
 from lorax_async.handle import AdapterHandle
@@ -25,11 +26,20 @@ class Errand:
     """What is done for one guest that waits.
 
     `place` is that in the queue. It is `resting` if it had a slot in which nothing came: it is to
-    have one again when its file is here.
+    have one again when its file is here. `broken` is the version that it had in its slot, and what
+    was wrong with it: it is loaded once more if its files were changed.
     """
 
-    def __init__(self, guest: Guest, number: int, *, resting: bool) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        number: int,
+        *,
+        resting: bool,
+        broken: tuple[AdapterKey, LoraxError] | None = None,
+    ) -> None:
         self.guest = guest
+        self.broken = broken
         self.place: tuple[Urgency, int] = (guest.urgency, number)
         self.resting = resting
         self.wishes: set[asyncio.Task[None]] = set()
@@ -75,11 +85,20 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._line)
 
-    def add(self, guest: Guest, *, resting: bool = False) -> None:
+    def add(
+        self,
+        guest: Guest,
+        *,
+        resting: bool = False,
+        broken: tuple[AdapterKey, LoraxError] | None = None,
+    ) -> None:
         """It waits from now on; with `resting`, for its file first."""
         self._numbers += 1
-        errand = self._errands[guest] = Errand(guest, self._numbers, resting=resting)
+        errand = Errand(guest, self._numbers, resting=resting, broken=broken)
+        self._errands[guest] = errand
         insort(self._line, (errand.place, errand))
+        if broken is not None:
+            self._wish(errand)
         if resting:
             self._hint(errand, "disk")
         self.look_soon()
@@ -173,6 +192,11 @@ class Waiting:
         ref, priority = errand.guest.ref, errand.priority
         assert ref is not None
         try:
+            if errand.broken is not None and not await self._loader.has_changed(
+                ref, *errand.broken
+            ):
+                self._fail(errand, errand.broken[1])
+                return
             stay = self._loader.stream(ref, timeout=MAX_SECONDS, priority=priority)
             async with stay as streaming:
                 handle = streaming.clone()

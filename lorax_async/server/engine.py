@@ -202,7 +202,7 @@ class Engine:
         self._complete(work, await self._in_thread(work.compute, self._decoder, gone))
 
     def _preempted(self, batch: Batch) -> list[int]:
-        """Return the sequences whose keys and values make room for this batch."""
+        """Return the sequences that have lost their places."""
         answers = [self._answers.get(ticket) for ticket in batch.preempted]
         return [answer.number for answer in answers if answer is not None]
 
@@ -212,10 +212,13 @@ class Engine:
             for answer, token in outcome.tokens.items()
             if token in answer.generation.stop_tokens
         ]
-        self._scheduler.complete(work.batch, finished, again=outcome.again, failed=outcome.failed)
-        again = set(outcome.again)
+        again = self._scheduler.complete(
+            work.batch, finished, again=outcome.again, failed=outcome.failed
+        )
         for row, answer in work.rows:
             if row.ticket in again:
+                if answer in outcome.tokens:  # its first one, which does not count
+                    answer.sampler = Sampler(answer.generation.sampling)
                 continue
             self._waiting.discard(answer)
             if answer in outcome.tokens and _counts(row.ticket):

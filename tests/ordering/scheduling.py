@@ -44,7 +44,7 @@ SCHEDULING: Mutants = {
         """\
         if self._closing is not None:
             batch.completed = True
-            return
+            return ()
 """,
         "",
         f"{ENDS}::test_close_answers_everybody",
@@ -174,8 +174,8 @@ SCHEDULING: Mutants = {
     ),
     "scheduler: who has ended meanwhile does not go on": mutant(
         SCHEDULER,
-        "            if not row.ticket.done:\n",
-        "            if True:\n",
+        "            if row.ticket.done:\n",
+        "            if False:\n",
         f"{CANCELLED}::test_cancelled_at_every_await_of_who_serves",
     ),
     "scheduler: a batch keeps its adapters": mutant(

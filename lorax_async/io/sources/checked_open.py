@@ -83,7 +83,10 @@ def require_file(name: str, file: Located, max_bytes: int) -> None:
         raise AdapterFormatError(f"{name} is {file.kind}, not a regular file; put the file there")
     size = file.status.st_size
     if size == 0:
-        raise AdapterFormatError(f"{name} is empty; fetch or save the adapter again")
+        # Retryable: whoever saves a file in place makes it empty first.
+        raise AdapterFormatError(
+            f"{name} is empty; fetch or save the adapter again", retryable=True
+        )
     if size > max_bytes:
         raise AdapterFormatError(f"{name} has {size:,} bytes, over the limit of {max_bytes:,}")
 
