@@ -25,6 +25,9 @@ class AdapterRef:
         A branch, tag or commit of the hub; a versionId or ETag elsewhere. None is the present one.
     token
         What the source is asked with; never shown.
+    use_token
+        Ask the hub with this machine's own token (`HF_TOKEN`, `hf auth login`). For ids that the
+        program itself names, never for an id out of a request.
     digest
         What the weights come to, as sha256 in hexadecimal, for who knows it: all else is refused.
     allow_stale
@@ -34,6 +37,8 @@ class AdapterRef:
     ------
     InvalidAdapterIdError
         The id is neither text nor path, or a URL with a user name, password, query or fragment.
+    UsageError
+        An argument has the wrong type, or `token` and `use_token` are both given.
     """
 
     id: str | Path
@@ -42,6 +47,7 @@ class AdapterRef:
     token: str | None = field(default=None, repr=False)
     digest: str | None = None
     allow_stale: bool = False
+    use_token: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         given: object = self.id
@@ -55,8 +61,11 @@ class AdapterRef:
             refuse_secrets(self.id, self.source)
         if self.digest is not None and not _SHA256.fullmatch(self.digest):
             raise UsageError(f"digest {self.digest!r} is no sha256 in 64 lower-case hex digits")
-        if not isinstance(self.allow_stale, bool):
-            raise UsageError(f"allow_stale must be True or False, not {self.allow_stale!r}")
+        for name in ("allow_stale", "use_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.use_token and self.token is not None:
+            raise UsageError("token and use_token contradict each other; give one of them")
 
     @property
     def text(self) -> str:

@@ -30,11 +30,14 @@ TOKENS = (
 
 
 def as_id(text: str) -> AdapterRef:
-    """An id of what lies elsewhere, in its one spelling; for argparse."""
+    """An id of what lies elsewhere, in its one spelling; for argparse.
+
+    The user names it, so the hub is asked for it with this machine's own token.
+    """
     found = _parsed(text)
     if found.source == "local":
         raise argparse.ArgumentTypeError(f"{shorten(text)!r} is a local folder, and here already")
-    return found
+    return replace(found, use_token=found.source == "hub")
 
 
 def as_place(text: str) -> AdapterRef:

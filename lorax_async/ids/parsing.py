@@ -104,6 +104,10 @@ def _on_hub(ref: AdapterRef, text: str) -> AdapterRef:
 
 
 def _at(ref: AdapterRef, source: str, id: str | Path) -> AdapterRef:
+    if ref.use_token:
+        raise InvalidAdapterIdError(
+            "use_token is for ids of the hub, the only source with a token of this machine's own"
+        )
     if ref.revision is not None:
         if source == "local":
             raise InvalidAdapterIdError("a local folder has no revisions; leave the revision out")

@@ -46,6 +46,9 @@ class Allow:
         The folder below it, which ends with "/"; on the hub "org/" or "org/name/". "" is all.
     pull_requests
         On the hub: `refs/pr/N`, which anybody may have proposed, may be loaded too.
+    use_token
+        On the hub: ids below `prefix` that come without a token are asked for with this machine's
+        own (`HF_TOKEN`, `hf auth login`). Whoever may name an id then reads what that token reads.
     private
         Of "https" and "http" with a name as host: it may have a private address (RFC 1918, 6598,
         4193). An address or "localhost" as host allows itself, and needs no such word.
@@ -61,6 +64,7 @@ class Allow:
     port: int | None = None
     prefix: str = ""
     pull_requests: bool = field(default=False, kw_only=True)
+    use_token: bool = field(default=False, kw_only=True)
     private: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -68,7 +72,7 @@ class Allow:
         for name in ("host", "prefix"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} of Allow must be a str, not {getattr(self, name)!r}")
-        for name in ("pull_requests", "private"):
+        for name in ("pull_requests", "use_token", "private"):
             require_bool(f"{name} of Allow", getattr(self, name))
         try:
             self._settle()
@@ -98,6 +102,7 @@ class Allow:
             ("port", self.port is not None, web),
             ("private", self.private, web),
             ("pull_requests", self.pull_requests, self.scheme == "hub"),
+            ("use_token", self.use_token, self.scheme == "hub"),
         ):
             if value and not fits:
                 raise ConfigError(f"Allow({self.scheme!r}, …) has no {name}")

@@ -32,10 +32,12 @@ from lorax_async.io.remote.hub_calls import (
     ask,
     checked_token,
     endpoint_in_use,
+    has_stored_token,
     machine_token,
     url_of,
 )
 from lorax_async.io.remote.ports import Located, RemoteFile
+from lorax_async.settings.allow import Allow, Reach
 
 RETRIES = Retries(attempts=3, base=0.25, most=4.0)
 
@@ -54,9 +56,9 @@ class _Own:
 class HubLocator:
     """The `Locator` of adapters on the hub: `ref.id` is org/name, a revision whatever git names.
 
-    A `ref` without a token is asked for with this machine's own (`HF_TOKEN`, or what `hf auth
-    login` left), as huggingface_hub does, unless that is told not to. An empty one is a
-    `UsageError`.
+    A `ref` without a token is asked for without one, unless `ref.use_token` or an entry of `allow`
+    says otherwise: then with this machine's own (`HF_TOKEN`, or what `hf auth login` left), unless
+    huggingface_hub is told not to. An empty one is a `UsageError`.
 
     Parameters
     ----------
@@ -66,6 +68,8 @@ class HubLocator:
         Where the engine may go for files. The endpoint itself is asked by huggingface_hub, which
         follows redirects to that origin and to the hub's own only; what address it has is the
         operator's business.
+    allow
+        Entries with `use_token` lend this machine's own token to the ids that they cover.
     threads
         Where huggingface_hub is called, two calls per adapter at once. A call whose caller was
         cancelled ends by itself.
@@ -86,12 +90,14 @@ class HubLocator:
         endpoint: str | None,
         rules: Rules,
         threads: Executor,
+        allow: Sequence[Allow] = (),
         timeout: float = 10.0,
         retries: Retries = RETRIES,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._endpoint = _checked_endpoint(endpoint)
         self._rules = rules
+        self._lending = tuple(entry for entry in allow if entry.use_token)
         self._threads = threads
         self._timeout = timeout
         self._retries = retries
@@ -102,25 +108,32 @@ class HubLocator:
 
     async def scope(self, ref: AdapterRef) -> str:
         """As of `Locator`. From then on `recalled` knows it."""
-        return self._scope(await self._authority(checked_token(ref.token)))
+        return self._scope(await self._authority(ref))
 
     def own_scope(self) -> str | None:
-        """On what authority this machine itself asks; None while nobody looked. Quick."""
-        return None if self._own is None else self._scope(self._own.token)
+        """Return the scope of this machine's own token; "" if it has none.
+
+        None if it has one that cannot be had, or is not to be sent. Blocks.
+        """
+        try:
+            self._place, own = endpoint_in_use(self._endpoint), machine_token()
+        except LoraxError:
+            return None
+        return None if own is None and has_stored_token() else self._scope(own)
 
     def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         """As of `Locator`; None for all before the first `scope` or `locate`."""
-        token, own = checked_token(ref.token), self._own
+        token = checked_token(ref.token)
         if self._place is None or ref.revision is None or not is_commit(ref.revision):
             return None
-        if token is None:
-            if own is None:
+        if self._uses_own(ref):
+            if self._own is None:
                 return None
-            token = own.token
+            token = self._own.token
         return ref.text, ref.revision, self._scope(token)
 
     async def locate(self, ref: AdapterRef) -> Located:
-        token = await self._authority(checked_token(ref.token))
+        token = await self._authority(ref)
         first = Question(
             ref.text,
             CONFIG_FILE.file_name,
@@ -186,15 +199,23 @@ class HubLocator:
             )
         raise _lacking(pinned, f"neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name}")
 
-    async def _authority(self, given: str | None) -> str | None:
+    async def _authority(self, ref: AdapterRef) -> str | None:
         """The token to ask with."""
-        looking = self._threads.submit(_look, self._endpoint, given)
+        given, uses_own = checked_token(ref.token), self._uses_own(ref)
+        looking = self._threads.submit(_look, self._endpoint, own=uses_own)
         place, own = await asyncio.wrap_future(looking)
         self._place = place
         if own is None:
             return given
         self._own = own
         return own.token
+
+    def _uses_own(self, ref: AdapterRef) -> bool:
+        """Return whether this machine's own token is lent to an id; a stranger's gets none."""
+        if ref.token is not None:
+            return False
+        reach = Reach("hub", "", None, f"{ref.text}/")
+        return ref.use_token or any(entry.covers(reach) for entry in self._lending)
 
     async def _told(self, *questions: Question) -> list[Told | Absent]:
         """The answers, when there are all; what may pass is asked again."""
@@ -256,9 +277,9 @@ def _checked_endpoint(endpoint: str | None) -> str | None:
     return found.text.rstrip("/")
 
 
-def _look(endpoint: str | None, given: str | None) -> tuple[str, _Own | None]:
-    """The endpoint, and this machine's own token where no other is given. Blocks."""
-    return endpoint_in_use(endpoint), _Own(machine_token()) if given is None else None
+def _look(endpoint: str | None, *, own: bool) -> tuple[str, _Own | None]:
+    """The endpoint, and this machine's own token where it is wanted. Blocks."""
+    return endpoint_in_use(endpoint), _Own(machine_token()) if own else None
 
 
 def _of_that_commit(question: Question, told: Told | Absent) -> Told | Absent:

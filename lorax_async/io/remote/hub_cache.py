@@ -64,10 +64,13 @@ class HubEntry:
         return FileReader(partial(open_same, self._cache.path, file), file.identity, role.file_name)
 
     def granted(self, scope: str) -> float | None:
-        """What other tools have stored was stored on this machine's own authority."""
+        """What other tools have stored was stored on this machine's own authority.
+
+        Where it has a token, that may be private, and is for nobody who asks without it.
+        """
         scopes, name = self._cache.scopes, self.record.name
         since = scopes.granted(name, scope)
-        if since is None and scope == self._cache.own_scope() and not scopes.are_all(name):
+        if since is None and not scopes.are_all(name) and scope == self._cache.own_scope():
             newest = max(file.mtime_ns for file in self.record.files)
             return max(0.0, time.time() - newest / 1e9)
         return since
@@ -87,7 +90,7 @@ class HubCache:
     path
         The folder; it need not be there.
     own_scope
-        On what authority this machine itself asks, if that is known. Quick, from any thread.
+        The scope of this machine's own token, "" if it has none. From any thread; may block.
     write
         Whether downloads are stored there. Else nothing in there is touched.
     private

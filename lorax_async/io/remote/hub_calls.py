@@ -37,7 +37,10 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")
 _DENIED = frozenset({401, 403, 407, 451})
 _ABSENT = frozenset({404, 410})
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-_REMEDY = "give a token that may read it (or log in on this machine: hf auth login)"
+_REMEDY = (
+    "give a token that may read it (or log in on this machine, hf auth login, and let its token be"
+    " used: use_token=True)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def checked_token(token: str | None) -> str | None:
     if token is not None and not _TOKEN.fullmatch(token):
         raise UsageError(
             "the hub's token is empty, or has characters that no token has; leave it out (None) to"
-            " ask with this machine's own, if it has one"
+            " ask without one, or with this machine's own where use_token says so"
         )
     return token
 
@@ -108,6 +111,18 @@ def machine_token() -> str | None:
             stage="resolve",
         ) from None
     return checked_token(said.removeprefix("Bearer ") or None)
+
+
+def has_stored_token() -> bool:
+    """Return whether this machine has a token, even one that is not to be sent, or is broken."""
+    import httpx2  # noqa: PLC0415 (slow)
+    from huggingface_hub import get_token  # noqa: PLC0415
+    from huggingface_hub.errors import DeviceCodeError, OIDCError  # noqa: PLC0415
+
+    try:
+        return get_token() is not None
+    except (OIDCError, DeviceCodeError, httpx2.HTTPError, OSError, ValueError):
+        return True
 
 
 def url_of(source: str, name: str, revision: str, endpoint: str | None) -> Url:

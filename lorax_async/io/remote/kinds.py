@@ -73,7 +73,10 @@ class Kinds:
         def make() -> HubLocator:
             endpoint = endpoint_in_use(self._config.hub_endpoint)
             rules = AllowRules(self._config.allow, named=(parse_url(endpoint).origin,))
-            return HubLocator(endpoint=endpoint, rules=rules, threads=self._threads("hub"))
+            threads = self._threads("hub")
+            return HubLocator(
+                endpoint=endpoint, rules=rules, threads=threads, allow=self._config.allow
+            )
 
         found: HubLocator = self._once("hub", make)
         return found

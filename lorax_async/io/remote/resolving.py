@@ -111,8 +111,8 @@ class Resolving:
     async def _asked(self, ref: AdapterRef) -> Located:
         if self._offline:
             raise FetchError(
-                "it is not in the cache, and the loader is offline; fetch it before, or set"
-                " LoaderConfig(offline=False)",
+                f"it is not in the cache{_for_whom(ref)}, and the loader is offline; fetch it"
+                " before, or set LoaderConfig(offline=False)",
                 retryable=False,
             )
         return await (await self._locator(ref)).locate(ref)
@@ -179,6 +179,16 @@ class Resolving:
         if len(self._noted) >= _MAX_NOTED:
             self._noted.clear()
         self._noted[question] = located.version
+
+
+def _for_whom(ref: AdapterRef) -> str:
+    """The same whether it is there or not: the caller may be a stranger."""
+    if ref.source != "hub" or ref.token is not None or ref.use_token:
+        return ""
+    return (
+        " for callers without a token (on a machine that has one, what other tools stored there is"
+        " for ids with use_token=True)"
+    )
 
 
 _MAX_NOTED = 65_536

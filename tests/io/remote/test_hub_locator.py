@@ -229,9 +229,12 @@ def test_on_whose_authority(hub: HubStandIn, run: Run, tmp_path: Path) -> None:
         none = scope_of(AdapterRef(REPO))
         given = scope_of(AdapterRef(REPO, token=TOKEN))
         (tmp_path / "token").write_text("hf_machine\n")
-        own = scope_of(AdapterRef(REPO))
+        own = scope_of(AdapterRef(REPO, use_token=True))
         again = scope_of(AdapterRef(REPO, token=TOKEN))
-        assert asked_with == [None, f"Bearer {TOKEN}", "Bearer hf_machine", f"Bearer {TOKEN}"]
+        assert scope_of(AdapterRef(REPO)) == ""
+        assert asked_with == [
+            *(None, f"Bearer {TOKEN}", "Bearer hf_machine", f"Bearer {TOKEN}", None)
+        ]
     assert none == ""
     assert given == again
     assert len({none, given, own}) == 3
@@ -250,14 +253,15 @@ def test_what_a_commit_says_by_itself(hub: HubStandIn, run: Run, tmp_path: Path)
         located = run(locator.locate(AdapterRef(REPO, token=TOKEN)))
         pinned = AdapterRef(REPO, revision=commit, token=TOKEN)
         assert locator.recalled(pinned) == (REPO, commit, located.scope)
-        assert locator.recalled(AdapterRef(REPO, revision=commit)) is None, "whose is it?"
-        assert locator.own_scope() is None
-        assert run(locator.scope(AdapterRef(REPO))) == locator.own_scope() == ""
+        lent = AdapterRef(REPO, revision=commit, use_token=True)
+        assert locator.recalled(lent) is None, "whose is it?"
         assert locator.recalled(AdapterRef(REPO, revision=commit)) == (REPO, commit, "")
+        assert run(locator.scope(lent)) == locator.own_scope() == ""
+        assert locator.recalled(lent) == (REPO, commit, "")
         (tmp_path / "token").write_text(TOKEN)
-        assert run(locator.scope(AdapterRef(REPO))) == locator.own_scope() == located.scope
-        own = locator.recalled(AdapterRef(REPO, revision=commit))
-        assert own == (REPO, commit, located.scope)
+        assert run(locator.scope(lent)) == locator.own_scope() == located.scope
+        assert locator.recalled(lent) == (REPO, commit, located.scope)
+        assert locator.recalled(AdapterRef(REPO, revision=commit)) == (REPO, commit, "")
         for name in (None, "main", commit[:39], commit.upper(), f"{commit}0"):
             assert locator.recalled(AdapterRef(REPO, revision=name)) is None
 

@@ -131,8 +131,9 @@ def test_a_machine_whose_own_token_cannot_be_had(
 ) -> None:
     """It is no reason to ask without one; who brings his own is not concerned."""
     commit = hub.put(REPO, ADAPTER)
+    lent = AdapterRef(REPO, use_token=True)
     (tmp_path / "token").write_bytes(b"hf_\xff\xfe")
-    error = refused(run, hub, AdapterRef(REPO))
+    error = refused(run, hub, lent)
     assert type(error) is AccessDeniedError
     assert "log in anew" in error.problem
 
@@ -141,10 +142,13 @@ def test_a_machine_whose_own_token_cannot_be_had(
 
     with monkeypatch.context() as patched:
         patched.setattr(utils, "build_hf_headers", fail)
-        assert "OIDCError" in refused(run, hub, AdapterRef(REPO)).problem
+        assert "OIDCError" in refused(run, hub, lent).problem
+        with locating(hub) as locator:
+            assert locator.own_scope() is None
     assert not hub.asked
     with locating(hub) as locator:
-        assert run(locator.locate(AdapterRef(REPO, token=TOKEN))).version == commit
+        for ref in (AdapterRef(REPO, token=TOKEN), AdapterRef(REPO)):
+            assert run(locator.locate(ref)).version == commit
 
 
 def test_waiting_between_attempts_can_be_ended(hub: HubStandIn, run: Run) -> None:
