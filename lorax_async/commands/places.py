@@ -111,7 +111,7 @@ def settings_of(arguments: argparse.Namespace, refs: Sequence[AdapterRef]) -> di
     return given | {"allow": (*named, *arguments.allow)}
 
 
-_OPTIONS = ("hub_endpoint", "hub_cache", "cache_dir", "cache_bytes")
+_OPTIONS = ("hub_endpoint", "hub_cache", "cache_dir", "cache_bytes", "offline")
 
 
 def as_allow(text: str) -> Allow:
@@ -128,7 +128,7 @@ def as_source(text: str) -> Allow | Path:
     """What adapters lie below, for argparse: a folder, or what is allowed."""
     if text == "hub" or text.startswith("hub:"):
         try:
-            return Allow("hub", prefix=text[4:])
+            return Allow("hub", prefix=text[4:], use_token=bool(text[4:]))
         except ConfigError as error:
             raise argparse.ArgumentTypeError(error.problem) from None
     if "://" not in text:
@@ -141,13 +141,16 @@ def as_source(text: str) -> Allow | Path:
 def sources_of(arguments: argparse.Namespace, refs: Sequence[AdapterRef]) -> dict[str, Any]:
     """What `--source` and the options about caches said, and that `refs` are allowed.
 
-    To name an adapter of the hub does not narrow the hub to that one; `hub:…` does.
+    The operator may name all of the hub, later too. `opened` is what requests may name.
     """
     folders = tuple(each for each in arguments.source if isinstance(each, Path))
-    arguments.allow = [each for each in arguments.source if isinstance(each, Allow)]
-    if not any(each.scheme == "hub" for each in arguments.allow):
-        arguments.allow.append(Allow("hub"))
+    arguments.allow = [*opened(arguments), Allow("hub")]
     return settings_of(arguments, refs) | {"local_roots": folders}
+
+
+def opened(arguments: argparse.Namespace) -> tuple[Allow, ...]:
+    """Return the places that `--source` opens to requests; `local_roots` has the folders."""
+    return tuple(each for each in arguments.source if isinstance(each, Allow))
 
 
 def _allowing(ref: AdapterRef) -> Allow:

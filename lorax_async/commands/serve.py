@@ -23,7 +23,15 @@ from lorax_async.commands.arguments import (
     as_size,
 )
 from lorax_async.commands.measure import run_on_uvloop
-from lorax_async.commands.places import ID_HELP, TOKENS, add_caches, as_place, as_source, sources_of
+from lorax_async.commands.places import (
+    ID_HELP,
+    TOKENS,
+    add_caches,
+    as_place,
+    as_source,
+    opened,
+    sources_of,
+)
 from lorax_async.commands.terminal import Screen
 from lorax_async.config import DTYPES, LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
@@ -45,7 +53,8 @@ a whole token's budget of bookkeeping, and several threads wait in turn."""
 def add_to(add: AddParser) -> None:
     about = "serve a base model and its adapters to OpenAI's clients"
     more = (
-        "A request's `model` is the base's name, a name given here, or an id below a --source."
+        "A request's `model` is the base's name, a name given here, or an id below a --source;"
+        " no other id is asked for anywhere."
         f" Calls that load and unload need the token in {ADMIN_TOKEN}. {TOKENS}"
     )
     parser = add_command(add, "serve", about, _serve, more)
@@ -72,7 +81,13 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PLACE",
         help="where requests may take adapters from, by their ids: a URL that ends with / (https,"
-        " http, s3, gs, az), or a folder; repeatable. The hub is one, which hub:ORG/ narrows",
+        " http, s3, gs, az), or a folder; repeatable. hub is all of the hub, asked without a token;"
+        " hub:ORG/ is one organisation, asked with yours. Without it requests name --adapters only",
+    )
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        help="ask no source: adapters come from folders and from what the caches have",
     )
     parser.add_argument(
         "--warm",
@@ -160,6 +175,7 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
     settings = ServerSettings(
         base="smollm2" if arguments.base == "smollm2" else Path(arguments.base).resolve().name,
         adapters=adapters,
+        sources=opened(arguments),
         admin_token=os.environ.get(ADMIN_TOKEN) or None,
     )
     config = LoaderConfig(

@@ -126,15 +126,19 @@ def require_allowed(ref: AdapterRef, allow: Sequence[Allow]) -> None:
     """
     if ref.source == "local":
         return
+    pull_request = ref.source == "hub" and names_pull_request(ref.revision)
+    narrowed = pull_request or any(entry.scheme == "hub" for entry in allow)
+    if not is_covered(ref, allow) and (ref.source != "hub" or narrowed):
+        raise _refusal(reach_of(ref), pull_request=pull_request)
+
+
+def is_covered(ref: AdapterRef, allow: Sequence[Allow]) -> bool:
+    """Return whether an entry names the place of a `parsed` one that is not local."""
     reach = reach_of(ref)
-    hub = reach.scheme == "hub"
     entries = [entry for entry in allow if entry.covers(reach)]
-    if hub and names_pull_request(ref.revision):
-        allowed = any(entry.pull_requests for entry in entries)
-    else:
-        allowed = bool(entries) or (hub and not any(entry.scheme == "hub" for entry in allow))
-    if not allowed:
-        raise _refusal(reach, pull_request=hub and names_pull_request(ref.revision))
+    if ref.source == "hub" and names_pull_request(ref.revision):
+        return any(entry.pull_requests for entry in entries)
+    return bool(entries)
 
 
 def reach_of(ref: AdapterRef) -> Reach:

@@ -6,18 +6,20 @@ import importlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorax_async import layouts
-from lorax_async.adapter import AdapterId
+from lorax_async.adapter import AdapterId, AdapterRef, as_ref
 from lorax_async.config import LoaderConfig
 from lorax_async.engines.transformers import attach
 from lorax_async.errors import ConfigError, shorten
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler import AdapterScheduler
+from lorax_async.server.calls.names import is_open
 from lorax_async.server.calls.service import Service
 from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
 from lorax_async.server.engine import Engine
@@ -119,7 +121,8 @@ async def assembled(
         )
         noted = Noted(engine, _nobody)
         if warm is not None:
-            noted.used = (await stack.enter_async_context(WarmList(warm, loader))).used
+            warm_list = WarmList(warm, loader, admits=partial(_admitted, settings))
+            noted.used = (await stack.enter_async_context(warm_list)).used
         yield Service(settings, noted, loader, base.tokenizer, base.stop_tokens)
 
 
@@ -135,6 +138,15 @@ class Noted(InFront):
         if generation.adapter is not None:
             self.used(generation.adapter)
         return tokens
+
+
+def _admitted(settings: ServerSettings, ref: AdapterRef) -> bool:
+    """Return whether the operator named an adapter, or requests may name it now.
+
+    It may have been named by one while more was allowed.
+    """
+    named = ref.use_token or ref in map(as_ref, settings.adapters.values())
+    return named or is_open(ref, settings.sources)
 
 
 def _nobody(adapter: AdapterId) -> None:

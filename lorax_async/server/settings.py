@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from lorax_async.adapter import AdapterId, as_ref
 from lorax_async.errors import ConfigError
+from lorax_async.settings.allow import Allow, as_allow
 from lorax_async.settings.limits import MiB
 from lorax_async.settings.requirements import require_count, require_positive, require_seconds
 
@@ -23,6 +24,9 @@ class ServerSettings:
     adapters
         Names for adapters, as `AdapterLoader.load` takes them. A `pathlib.Path` is the operator's
         own word. Names in requests that are not among them are ids, local only below `local_roots`.
+    sources
+        Below which places requests may name adapters by id, as far as the loader's `allow` lets
+        them. Empty: nowhere but below `local_roots`, and nothing of the hub.
     admin_token
         Who brings it as `Authorization: Bearer …` may load and unload by name, and look at all
         adapters. None: nobody may.
@@ -55,6 +59,7 @@ class ServerSettings:
 
     base: str
     adapters: Mapping[str, AdapterId] = field(default_factory=dict)
+    sources: tuple[Allow, ...] = ()
     admin_token: str | None = field(default=None, repr=False)
     max_body_bytes: int = MiB
     max_prompt_tokens: int | None = None
@@ -76,6 +81,7 @@ class ServerSettings:
             raise ConfigError(
                 "max_waiting must be at least max_choices, or such requests never fit"
             )
+        object.__setattr__(self, "sources", as_allow(self.sources, "sources"))
         _require_token(self.admin_token)
         _require_names(self.base, self.adapters)
         object.__setattr__(self, "adapters", MappingProxyType(dict(self.adapters)))

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -42,14 +42,24 @@ class WarmList:
         Open; closed after it.
     pause
         Seconds between two writings.
+    admits
+        Whether an adapter that the file names is to come back; None lets all of them.
 
     Raises `ConfigError`, on entering it, for a file that is no such list.
     """
 
-    def __init__(self, path: Path, loader: AdapterLoader, *, pause: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        loader: AdapterLoader,
+        *,
+        pause: float = 1.0,
+        admits: Callable[[AdapterRef], bool] | None = None,
+    ) -> None:
         self._path = path
         self._loader = loader
         self._pause = pause
+        self._admits = admits
         self._used: dict[AdapterRef, None] = {}
         self._written: bytes | None = None
         self._coming: frozenset[AdapterRef] = frozenset()
@@ -60,6 +70,8 @@ class WarmList:
 
     async def __aenter__(self) -> Self:
         named = await asyncio.to_thread(_read, self._path)
+        if self._admits is not None:
+            named = list(filter(self._admits, named))
         if named:
             for ref in reversed(named):
                 self.used(ref)
@@ -145,6 +157,7 @@ def _as_json(refs: Sequence[AdapterRef]) -> bytes:
             "source": ref.source,
             "revision": ref.revision,
         }
+        | ({"use_token": True} if ref.use_token else {})
         for ref in refs
     ]
     return json.dumps({"adapters": rows}, indent=1).encode()
@@ -170,7 +183,7 @@ def _read(path: Path) -> list[AdapterRef]:
 
 def _as_ref(row: dict[str, Any]) -> AdapterRef:
     id = Path(row["path"]) if "path" in row else row["id"]
-    return AdapterRef(id, row["source"], row["revision"])
+    return AdapterRef(id, row["source"], row["revision"], use_token=row.get("use_token", False))
 
 
 def _replace(path: Path, content: bytes) -> None:

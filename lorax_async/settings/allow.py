@@ -139,12 +139,12 @@ class Allow:
         )
 
 
-def as_allow(entries: object) -> tuple[Allow, ...]:
+def as_allow(entries: object, name: str = "allow") -> tuple[Allow, ...]:
     """Of a tuple or list of `Allow`s."""
     if not isinstance(entries, tuple | list) or not all(
         isinstance(entry, Allow) for entry in entries
     ):
-        raise ConfigError("allow must be a tuple of Allow(scheme, host, port, prefix)")
+        raise ConfigError(f"{name} must be a tuple of Allow(scheme, host, port, prefix)")
     return tuple(entries)
 
 

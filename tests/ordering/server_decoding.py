@@ -68,20 +68,19 @@ SERVER_DECODING: Mutants = {
     ),
     "assembly: a warm list is closed": mutant(
         ASSEMBLY,
-        "(await stack.enter_async_context(WarmList(warm, loader))).used",
-        "(await WarmList(warm, loader).__aenter__()).used",
+        "(await stack.enter_async_context(warm_list)).used",
+        "(await warm_list.__aenter__()).used",
         CLOSED,
     ),
     "assembly: a warm list is closed while its loader is open": mutant(
         ASSEMBLY,
-        """            noted.used = (await stack.enter_async_context(WarmList(warm, loader))).used
+        """            noted.used = (await stack.enter_async_context(warm_list)).used
         yield Service(settings, noted, loader, base.tokenizer, base.stop_tokens)
 """,
-        """            kept = await WarmList(warm, loader).__aenter__()
-            noted.used = kept.used
+        """            noted.used = (await warm_list.__aenter__()).used
         yield Service(settings, noted, loader, base.tokenizer, base.stop_tokens)
     if warm is not None:
-        await kept.__aexit__(None, None, None)
+        await warm_list.__aexit__(None, None, None)
 """,
         CLOSED,
     ),

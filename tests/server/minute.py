@@ -114,7 +114,7 @@ async def served(base: Base, link: Link, cache: Path) -> AsyncIterator[tuple[Ser
         cache_dir=cache,
         allow=(Allow("http", "127.0.0.1", link.port),),
     )
-    settings = ServerSettings(base="smollm2", max_adapters_per_client=1000)
+    settings = ServerSettings(base="smollm2", sources=config.allow, max_adapters_per_client=1000)
     capacity = Capacity(sequences=SEQUENCES, length=256)
     async with assembled(base, config, settings, capacity) as service:
         ready = asyncio.Event()

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from hub_stand_in import HubStandIn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import Run, our_threads
+from common import Run, our_threads, until
 from engines.variants import PEFT_WARNING, save
-from lorax_async import ConfigError, LoaderClosedError, LoaderConfig, UsageError
+from lorax_async import Allow, ConfigError, LoaderClosedError, LoaderConfig, UsageError
 from lorax_async.server.assembly import Base, Capacity, Noted, assembled
 from lorax_async.server.calls.service import Service
 from lorax_async.server.cold_requests import ColdRequests
@@ -72,6 +73,38 @@ def test_all_of_it_is_closed(run: Run, tmp_path: Path, base: Base, adapter: Path
         assert row["path"] == str(adapter)
 
     run(body())
+
+
+@pytest.mark.parametrize("sources", [(), (Allow("hub", prefix="org/"),)], ids=["closed", "open"])
+@pytest.mark.usefixtures("hub_client")
+def test_what_requests_may_no_longer_name_does_not_come_back(
+    run: Run, tmp_path: Path, base: Base, sources: tuple[Allow, ...]
+) -> None:
+    """A stranger may have named it while more was allowed."""
+    warm, ids = tmp_path / "warm", ["org/theirs", "org/named", "org/loaded"]
+    rows: list[dict[str, Any]] = [{"id": id, "source": None, "revision": None} for id in ids]
+    rows[2] |= {"use_token": True}
+    warm.write_text(json.dumps({"adapters": rows}))
+    settings = ServerSettings(base="b", adapters={"named": "org/named"}, sources=sources)
+    expected = set(ids) if sources else {"org/named", "org/loaded"}
+
+    def asked() -> set[str]:
+        return {id for id in ids for each in hub.asked if id in each.target}
+
+    async def body() -> None:
+        async with assembled(base, config, settings, Capacity(sequences=1), warm):
+            await until(lambda: asked() >= expected)
+
+    with HubStandIn() as hub:
+        config = LoaderConfig(
+            dtype="float32",
+            device_bytes=1 << 20,
+            max_slots=3,
+            hub_endpoint=hub.endpoint,
+            cache_dir=tmp_path / "cache",
+        )
+        run(body())
+        assert asked() == expected
 
 
 def test_who_is_refused_is_not_noted(run: Run, base: Base, adapter: Path) -> None:

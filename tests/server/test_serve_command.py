@@ -23,7 +23,7 @@ from common import Run
 from lorax_async import Allow, ConfigError, LoaderConfig
 from lorax_async.cli import main
 from lorax_async.commands import serve
-from lorax_async.commands.places import as_place, as_source, sources_of
+from lorax_async.commands.places import as_place, as_source, opened, sources_of
 from lorax_async.commands.serve import ADMIN_TOKEN, how_to_serve, named
 from lorax_async.server import serving as serving_module
 from lorax_async.server.assembly import Base, Capacity, assembled
@@ -154,18 +154,30 @@ def test_places_that_requests_may_name(tmp_path: Path) -> None:
     arguments = argparse.Namespace(source=given)
     found = sources_of(arguments, [])
     assert found["local_roots"] == (tmp_path,)
-    assert set(found["allow"]) == {
-        Allow("hub"),
+    places = (
         Allow("https", "files.example", prefix="loras/", private=True),
         Allow("s3", "bucket", prefix="loras/"),
-    }
+    )
+    assert opened(arguments) == places
+    assert set(found["allow"]) == {*places, Allow("hub")}, "the operator may name all of the hub"
 
 
-def test_the_hub_is_one_unless_it_is_narrowed() -> None:
-    named_ref = as_place("org/sql")
-    assert Allow("hub") in sources_of(argparse.Namespace(source=[]), [named_ref])["allow"]
-    narrowed = sources_of(argparse.Namespace(source=[as_source("hub:org/")]), [])
-    assert narrowed["allow"] == (Allow("hub", prefix="org/"),)
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ([], ()),
+        (["hub"], (Allow("hub"),)),
+        (["hub:org/"], (Allow("hub", prefix="org/", use_token=True),)),
+    ],
+)
+def test_the_hub_is_closed_unless_it_is_opened(
+    given: list[str], allowed: tuple[Allow, ...]
+) -> None:
+    arguments = argparse.Namespace(source=[as_source(text) for text in given])
+    assert opened(arguments) == allowed
+    found = sources_of(arguments, [as_place("org/sql")])
+    lending = [entry for entry in found["allow"] if entry.use_token]
+    assert lending == [entry for entry in allowed if entry.prefix]
 
 
 @pytest.mark.parametrize("text", ["hub:org", "no/such/folder", "ftp://host/"])

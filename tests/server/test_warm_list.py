@@ -130,6 +130,24 @@ def test_tokens_are_not_written(run: Run, tmp_path: Path) -> None:
     run(body())
 
 
+def test_that_the_operator_named_it_is_written(run: Run, tmp_path: Path) -> None:
+    """So that the next server asks on his authority again."""
+    source, path = stocked(tmp_path, "one"), tmp_path / "warm"
+    ref = AdapterRef("one", use_token=True)
+
+    async def body() -> None:
+        async with over(source) as there, WarmList(path, there) as warm:
+            warm.used(ref)
+            (await there.load(ref)).release()
+        assert json.loads(path.read_text())["adapters"][0]["use_token"] is True
+        async with over(source) as there, WarmList(path, there) as warm:
+            assert warm.restored is not None
+            await warm.restored
+            assert is_resident(there, ref)
+
+    run(body())
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -15,7 +15,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorax_async import AdapterLoader, LoaderClosedError, LoraxError
+from lorax_async import AdapterLoader, Allow, LoaderClosedError, LoraxError
 from lorax_async.server.calls.service import Service
 from lorax_async.server.generation import Finish, Generation
 from lorax_async.server.serving import Serving, listen
@@ -227,7 +227,7 @@ async def serving(
 ) -> AsyncIterator[World]:
     """A server before `engine`, or before one that says "hello"."""
     engine = FakeEngine(saying("hello")) if engine is None else engine
-    plain: dict[str, Any] = {"base": "base", "admin_token": TOKEN}
+    plain: dict[str, Any] = {"base": "base", "admin_token": TOKEN, "sources": (Allow("hub"),)}
     async with AsyncExitStack() as stack:
         loader = await stack.enter_async_context(tiny_loader() if loader is None else loader)
         made = ServerSettings(**(plain | settings))

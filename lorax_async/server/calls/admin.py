@@ -6,16 +6,22 @@ import asyncio
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from lorax_async.adapter import AdapterId, AdapterKey, as_ref
-from lorax_async.errors import AdapterInUseError, AdapterTimeoutError, LoraxError
+from lorax_async.adapter import AdapterId, AdapterKey, AdapterRef
+from lorax_async.errors import (
+    AdapterInUseError,
+    AdapterTimeoutError,
+    InvalidAdapterIdError,
+    LoraxError,
+)
 from lorax_async.events import Event, SlotId
+from lorax_async.ids import parsing
 from lorax_async.runtime.whereabouts import AdapterResidency
 from lorax_async.server.calls.bodies import read_body
 from lorax_async.server.calls.clients import require_operator
@@ -111,8 +117,19 @@ def _adapter_at(path: str) -> AdapterId:
     with suppress(OSError, ValueError):
         if os.path.isabs(path) or Path(path).is_dir():
             return Path(path).absolute()
-    as_ref(path)
-    return path
+    return _named_by_operator(path)
+
+
+def _named_by_operator(text: str) -> AdapterId:
+    """Return an id for which the hub is asked with the machine's own token, as the caller's word.
+
+    Other sources have no such token.
+    """
+    ref = AdapterRef(text)
+    with suppress(InvalidAdapterIdError):
+        if parsing.parsed(ref).source == "hub":
+            return replace(ref, use_token=True)
+    return text
 
 
 def _invalid(message: str) -> Refusal:

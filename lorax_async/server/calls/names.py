@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from lorax_async.adapter import AdapterId
+from lorax_async.adapter import AdapterId, AdapterRef
+from lorax_async.errors import AccessDeniedError, InvalidAdapterIdError
+from lorax_async.ids.parsing import is_covered, parsed
+from lorax_async.settings.allow import Allow
 
 
 class Names:
-    """The base's name, and names for adapters, which come and go."""
+    """The base's name, and names for adapters, which come and go.
 
-    def __init__(self, base: str, adapters: Mapping[str, AdapterId]) -> None:
+    `sources` are the places below which a request may name adapters by id.
+    """
+
+    def __init__(
+        self, base: str, adapters: Mapping[str, AdapterId], sources: Sequence[Allow] = ()
+    ) -> None:
         self.base = base
+        self._sources = tuple(sources)
         self._adapters: dict[str, AdapterId] = {}
         self._names: dict[AdapterId, dict[str, None]] = {}
         for name, adapter in adapters.items():
@@ -26,9 +35,19 @@ class Names:
     def find(self, model: str) -> AdapterId | None:
         """What a request's `model` means: None is the base; what has no name here is an id.
 
-        A request's text stays text, so that it is local only below `local_roots`.
+        A request's text stays text, so that it is local only below `local_roots`. Raises
+        `AccessDeniedError` for an id that requests may not name.
         """
-        return None if model == self.base else self._adapters.get(model, model)
+        if model == self.base:
+            return None
+        if model not in self._adapters and not is_open(AdapterRef(model), self._sources):
+            raise AccessDeniedError(
+                "requests may name the models of this server (GET /v1/models), and no adapter"
+                " there by its id; the operator can allow that: --source",
+                id=model,
+                stage="resolve",
+            )
+        return self._adapters.get(model, model)
 
     def name_of(self, adapter: AdapterId) -> str | None:
         """The first name that stands for it."""
@@ -51,3 +70,15 @@ class Names:
             del names[name]
             if not names:
                 del self._names[adapter]
+
+
+def is_open(ref: AdapterRef, sources: Sequence[Allow]) -> bool:
+    """Return whether a request may name this id, as far as `sources` say; the loader judges too.
+
+    Folders are judged by its `local_roots`, and what is no id is refused by it.
+    """
+    try:
+        found = parsed(ref)
+    except InvalidAdapterIdError:
+        return True
+    return found.source == "local" or is_covered(found, sources)

@@ -43,7 +43,7 @@ class Service:
         stop_tokens: frozenset[int],
     ) -> None:
         self.settings = settings
-        self.names = Names(settings.base, settings.adapters)
+        self.names = Names(settings.base, settings.adapters, settings.sources)
         cold = ColdRequests(engine, loader, self.names)
         self.engine: Generating = cold
         self.loader = loader

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import tiny
 from common import Run
-from lorax_async import ConfigError, FetchError, UsageError
+from lorax_async import AdapterRef, ConfigError, FetchError, UsageError
 from lorax_async.server.settings import ServerSettings
 from server.world import TOKEN, Answer, serving
 from tiny_loaders import loader as tiny_loader
@@ -62,7 +62,8 @@ def test_an_id_can_be_named(run: Run, tmp_path: Path) -> None:
         async with serving(loader=over(source)) as world:
             body = {"lora_name": "pirate", "lora_path": "org/pirate"}
             assert (await world.admin(LOAD, body)).status == 200
-            assert world.service.names.find("pirate") == "org/pirate"
+            named = AdapterRef("org/pirate", use_token=True)
+            assert world.service.names.find("pirate") == named
 
     run(play())
 

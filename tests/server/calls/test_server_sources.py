@@ -1,0 +1,211 @@
+"""Which ids requests may name, and for whose the hub sees the operator's token."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_stand_in import HubStandIn
+from user_loads import at, contents, loader, written
+
+from common import Run
+from lorax_async import AdapterLoader, Allow, ConfigError
+from lorax_async.commands.places import as_source, opened, sources_of
+from lorax_async.commands.serve import named
+from lorax_async.identity import AdapterRef
+from lorax_async.server.settings import ServerSettings
+from server.world import Answer, FakeEngine, FakeTokens, Rule, World, echo, serving
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "hub_client")
+
+TOKEN = "hf_0perat0rsToken"
+OWN = f"Bearer {TOKEN}"
+PRIVATE, PUBLIC, ELSEWHERE = "org/private", "org/public", "other/private"
+CHAT = "/v1/chat/completions"
+LOAD = "/v1/load_lora_adapter"
+
+
+async def ask(world: World, model: str) -> Answer:
+    body = {"model": model, "messages": [{"role": "user", "content": "x"}]}
+    return await world.ask("POST", CHAT, body, Content_Type="application/json")
+
+
+# -- which ids ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("org/name", "org/name@main", "org/name@refs/pr/1", "s3://bucket/a", "gs://bucket/a"),
+        *("az://container/a", "https://host.example/a", "http://127.0.0.1:1/a"),
+    ],
+)
+def test_requests_may_name_no_id_by_default(run: Run, model: str) -> None:
+    async def body() -> None:
+        engine = FakeEngine(echo)
+        async with serving(engine, adapters={"sql": "org/name"}, sources=()) as world:
+            answer = await ask(world, model)
+            assert answer.status == 403
+            assert answer.error["code"] == "model_access_denied"
+            assert answer.error["param"] == "model"
+            assert "--source" in answer.error["message"]
+            assert not engine.submitted
+            for name in ("sql", "base"):
+                assert (await ask(world, name)).status == 200
+
+    run(body())
+
+
+def test_requests_may_name_what_is_below_a_source(run: Run) -> None:
+    sources = (Allow("hub", prefix="org/"), Allow("s3", "bucket", prefix="loras/"))
+
+    async def body() -> None:
+        async with serving(FakeEngine(echo), sources=sources) as world:
+            statuses = {
+                model: (await ask(world, model)).status
+                for model in (
+                    *("org/name", "org/name@v1", "s3://bucket/loras/a", "./folder"),
+                    *("other/name", "Org/name", "org/name@refs/pr/1", "s3://bucket/loras2/a"),
+                )
+            }
+            # Folders are the loader's to judge, by its local_roots.
+            assert list(statuses.values()) == [200, 200, 200, 200, 403, 403, 403, 403], statuses
+
+    run(body())
+
+
+def test_what_is_no_source() -> None:
+    with pytest.raises(ConfigError, match="sources must be a tuple of Allow"):
+        ServerSettings(base="base", sources=("hub",))  # type: ignore[arg-type]
+
+
+# -- whose token ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    files = contents(written(tmp_path / "adapter", layers=4, rank=4))
+    with HubStandIn() as found:
+        found.put(PUBLIC, files)
+        for repo in (PRIVATE, ELSEWHERE):
+            found.put(repo, files, private_token=TOKEN)
+        yield found
+
+
+def loading(there: AdapterLoader) -> Rule:
+    """An engine that loads what is asked for."""
+    tasks = set[asyncio.Task[None]]()
+
+    async def answer(tokens: FakeTokens) -> None:
+        try:
+            adapter = tokens.generation.adapter
+            assert adapter is not None
+            (await there.load(adapter)).release()
+        except Exception as error:
+            tokens.fail(error)
+        else:
+            tokens.say("loaded")
+            tokens.end()
+
+    def rule(tokens: FakeTokens) -> None:
+        tasks.add(asyncio.ensure_future(answer(tokens)))
+
+    return rule
+
+
+def settings_for(
+    hub: HubStandIn, adapters: list[str], sources: list[str], *, offline: bool = False
+) -> tuple[Any, Any]:
+    """For the loader and for the server, as the command line makes them."""
+    found = named(adapters)
+    arguments = argparse.Namespace(
+        source=[as_source(text) for text in sources],
+        hub_endpoint=hub.endpoint,
+        offline=offline,
+    )
+    refs = [ref for ref in found.values() if isinstance(ref, AdapterRef)]
+    of_loader = sources_of(arguments, refs)
+    of_loader["allow"] = (*of_loader["allow"], at(hub.store_netloc))
+    return of_loader, {"adapters": found, "sources": opened(arguments)}
+
+
+def sent(hub: HubStandIn, repo: str) -> set[str | None]:
+    return {each.fields.get("authorization") for each in hub.asked if repo in each.target}
+
+
+@pytest.mark.parametrize(
+    ("sources", "statuses", "tokens"),
+    [
+        # What strangers get for a public repository, a private one, and one of others; and the
+        # authority on which the hub was asked for each.
+        ([], [403, 403, 403], [set(), set(), set()]),
+        (["hub"], [200, 403, 403], [{None}, {None}, {None}]),
+        (["hub:org/"], [200, 200, 403], [{OWN}, {OWN}, set()]),
+        (["hub", "hub:org/"], [200, 200, 403], [{OWN}, {OWN}, {None}]),
+    ],
+    ids=["closed", "hub", "org", "hub and org"],
+)
+def test_what_a_strangers_id_is_asked_for_with(
+    run: Run,
+    hub: HubStandIn,
+    tmp_path: Path,
+    sources: list[str],
+    statuses: list[int],
+    tokens: list[set[str | None]],
+) -> None:
+    of_loader, of_server = settings_for(hub, [], sources)
+
+    async def body() -> None:
+        there = loader(tmp_path, layers=4, **of_loader)
+        async with serving(FakeEngine(loading(there)), there, **of_server) as world:
+            found = [await ask(world, model) for model in (PUBLIC, PRIVATE, ELSEWHERE)]
+            assert [answer.status for answer in found] == statuses
+            assert all(TOKEN.encode() not in answer.body for answer in found)
+
+    run(body())
+    assert [sent(hub, repo) for repo in (PUBLIC, PRIVATE, ELSEWHERE)] == tokens
+
+
+@pytest.mark.parametrize("by", ["--adapters", "the admin"])
+def test_what_the_operator_names_is_asked_for_with_his_token(
+    run: Run, hub: HubStandIn, tmp_path: Path, by: str
+) -> None:
+    """And that makes it no stranger's, though it is on the device and the hub is open to all."""
+    commit = hub.repos[PRIVATE].refs["main"]
+    given = [f"sql={PRIVATE}"] if by == "--adapters" else []
+    of_loader, of_server = settings_for(hub, given, ["hub"])
+
+    async def body() -> None:
+        there = loader(tmp_path, layers=4, **of_loader)
+        async with serving(FakeEngine(loading(there)), there, **of_server) as world:
+            if by == "the admin":
+                body = {"lora_name": "sql", "lora_path": PRIVATE}
+                assert (await world.admin(LOAD, body)).status == 200
+            assert (await ask(world, "sql")).status == 200
+            assert sent(hub, PRIVATE) == {OWN}
+            begun = len(hub.asked)
+            for id in (PRIVATE, f"{PRIVATE}@main", f"{PRIVATE}@{commit}"):
+                assert (await ask(world, id)).status == 403
+            later = {each.fields.get("authorization") for each in hub.asked[begun:]}
+            assert later == {None}
+            assert (await ask(world, "sql")).status == 200
+
+    run(body())
+
+
+def test_offline_nobody_is_asked(run: Run, hub: HubStandIn, tmp_path: Path) -> None:
+    of_loader, of_server = settings_for(hub, [f"sql={PRIVATE}"], ["hub:org/"], offline=True)
+
+    async def body() -> None:
+        there = loader(tmp_path, layers=4, **of_loader)
+        async with serving(FakeEngine(loading(there)), there, **of_server) as world:
+            for model in ("sql", PRIVATE, PUBLIC):
+                assert (await ask(world, model)).status == 502
+
+    run(body())
+    assert not hub.asked
