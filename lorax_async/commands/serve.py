@@ -33,11 +33,12 @@ from lorax_async.commands.places import (
     sources_of,
 )
 from lorax_async.commands.terminal import Screen
-from lorax_async.config import DTYPES, LoaderConfig
+from lorax_async.config import DTYPES, Limits, LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
-from lorax_async.errors import ConfigError
+from lorax_async.errors import AdapterError, ConfigError
 from lorax_async.identity import AdapterRef
-from lorax_async.io.sources.local_folder import CONFIG
+from lorax_async.io.sources.local_folder import CONFIG, find_adapter
+from lorax_async.io.sources.local_ids import parse_place
 
 if TYPE_CHECKING:
     from lorax_async.server.assembly import Base, Capacity
@@ -192,6 +193,7 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
         length=arguments.max_length,
         share=arguments.max_share,
     )
+    _require_ready(arguments)
     with screen.steps() as report:
         base = arguments.base
         folder = prepare_base(progress=report) if base == "smollm2" else Path(base)
@@ -200,6 +202,24 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
     as_application()
     run_on_uvloop(_run(arguments, screen, loaded, config, settings, capacity))
     return OK
+
+
+def _require_ready(arguments: argparse.Namespace) -> None:
+    """Raise `ConfigError` for what would end the start only after the base model was loaded."""
+    from lorax_async.server.warm_list import read_warm_list  # noqa: PLC0415
+
+    if arguments.warm is not None:
+        read_warm_list(arguments.warm)
+    _listener(arguments).close()
+
+
+def _listener(arguments: argparse.Namespace) -> socket.socket:
+    from lorax_async.server.serving import listen  # noqa: PLC0415
+
+    try:
+        return listen(arguments.host, arguments.port)
+    except OSError as error:
+        raise ConfigError(f"{arguments.host}:{arguments.port}: {error}") from error
 
 
 def as_application() -> None:
@@ -223,13 +243,9 @@ async def _run(
     capacity: Capacity,
 ) -> None:
     from lorax_async.server.assembly import assembled  # noqa: PLC0415
-    from lorax_async.server.serving import listen, serve  # noqa: PLC0415
+    from lorax_async.server.serving import serve  # noqa: PLC0415
 
-    try:
-        listener = listen(arguments.host, arguments.port)
-    except OSError as error:
-        raise ConfigError(f"{arguments.host}:{arguments.port}: {error}") from error
-    with listener:
+    with _listener(arguments) as listener:
         async with assembled(base, config, settings, capacity, arguments.warm) as service:
             await serve(
                 service, listener, ready=lambda: _tell(listener, settings, arguments.json, screen)
@@ -285,11 +301,26 @@ def _places(name: str, place: str) -> list[tuple[str, AdapterId]]:
         below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
         if not below:
             raise ConfigError(f"{folder} is no adapter, and holds none")
+        for path in below:
+            _require_adapter(path)
         return [(path.name, path.resolve()) for path in below]
     try:
         ref = as_place(place)
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"--adapters: {error}") from None
     if isinstance(ref.id, Path):
+        _require_adapter(ref.id)
         return [(name or ref.id.resolve().name, ref.id.resolve())]
     return [(name or ref.text.rstrip("/").rpartition("/")[2].partition("@")[0], ref)]
+
+
+def _require_adapter(folder: Path) -> None:
+    """Raise `ConfigError` where there are no files of an adapter. Reads none of them."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"--adapters: there is no folder {folder}; an adapter on the hub is org/name"
+        )
+    try:
+        find_adapter(parse_place(AdapterRef(folder.absolute()), ()), (), Limits())
+    except AdapterError as error:
+        raise ConfigError(f"--adapters: {folder}: {error.problem}") from error

@@ -42,6 +42,8 @@ class Base:
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("torch finds no device of the kind cuda")
         try:
+            if not folder.is_dir():
+                raise ValueError("there is no such folder")
             if not (folder / "config.json").is_file():
                 raise ValueError("it has no config.json")
             model, tokenizer = _read(folder, dtype)
@@ -162,11 +164,12 @@ def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
+        # First what is quick, for it may be wrong, and the weights may take minutes.
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         auto: Any = AutoModelForCausalLM  # its types leave out what the last option gives
         model, found = auto.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     finally:
         logging.set_verbosity(said)
         if shown:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -45,7 +46,7 @@ class WarmList:
     admits
         Whether an adapter that the file names is to come back; None lets all of them.
 
-    Raises `ConfigError`, on entering it, for a file that is no such list.
+    Raises `ConfigError`, on entering it, where `read_warm_list` does.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class WarmList:
         """What the file named, on its way; None where there was none."""
 
     async def __aenter__(self) -> Self:
-        named = await asyncio.to_thread(_read, self._path)
+        named = await asyncio.to_thread(read_warm_list, self._path)
         if self._admits is not None:
             named = list(filter(self._admits, named))
         if named:
@@ -163,22 +164,79 @@ def _as_json(refs: Sequence[AdapterRef]) -> bytes:
     return json.dumps({"adapters": rows}, indent=1).encode()
 
 
-def _read(path: Path) -> list[AdapterRef]:
-    """Blocks."""
+def read_warm_list(path: Path) -> list[AdapterRef]:
+    """Return the adapters that a warm list names; none where the file is not there yet. Blocks.
+
+    Raises `ConfigError`, with the path, the reason and what to do.
+    """
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES)
-    except FileNotFoundError:
-        return []
+        content = _content(path)
     except OSError as error:
-        raise ConfigError(f"the warm list {path} could not be read: {error}") from error
-    try:
-        found: Any = json.loads(content)
-        return [_as_ref(row) for row in found["adapters"]]
-    except (ValueError, TypeError, KeyError, RecursionError, UsageError) as error:
         raise ConfigError(
-            f"{path} is no warm list of this server ({type(error).__name__}); delete it"
+            f"the warm list {path} cannot be read ({error.strerror}); make it readable, or name"
+            " another file"
         ) from error
+    if content is None:
+        return []
+    try:
+        return _refs_in(json.loads(content.decode()))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is no warm list of this server ({_reason(error)}); delete it, or name another"
+            " file"
+        ) from error
+
+
+def _content(path: Path) -> bytes | None:
+    """None where there is no such file, and one can be made. Raises as `read_warm_list`."""
+    try:
+        # A FIFO would be waited for.
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise ConfigError(
+                f"the warm list {path} cannot be made: there is no folder {path.parent}; make it"
+            ) from None
+        return None
+    try:
+        mode = os.fstat(number).st_mode
+        if not stat.S_ISREG(mode):
+            what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+            raise ConfigError(f"the warm list {path} is {what}; name a file")
+        with open(number, "rb", closefd=False) as file:
+            content = file.read(_MOST_BYTES + 1)
+    finally:
+        os.close(number)
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(
+            f"{path} is no warm list of this server: it has over {_MOST_BYTES:,} bytes; delete it,"
+            " or name another file"
+        )
+    return content
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON: {error}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error)
+
+
+def _refs_in(found: Any) -> list[AdapterRef]:
+    """Raises `ValueError`."""
+    rows = found.get("adapters") if isinstance(found, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError("it has no list called adapters")  # noqa: TRY004 - the file is wrong
+    refs = []
+    for number, row in enumerate(rows, 1):
+        try:
+            refs.append(_as_ref(row))
+        except (TypeError, KeyError, ValueError, UsageError) as error:
+            raise ValueError(f"its adapter number {number} is none") from error
+    return refs
 
 
 def _as_ref(row: dict[str, Any]) -> AdapterRef:

@@ -19,7 +19,10 @@ WHOLE = f"{ORDER}::test_the_file_is_whole_on_the_disk_before_it_has_its_name"
 
 SERVER_WARM_LIST: Mutants = {
     "warm list: the loop is free while it is read": mutant(
-        WARM, "await asyncio.to_thread(_read, self._path)", "_read(self._path)", FREE
+        WARM,
+        "await asyncio.to_thread(read_warm_list, self._path)",
+        "read_warm_list(self._path)",
+        FREE,
     ),
     "warm list: the loop is free while it is written": mutant(
         WARM,

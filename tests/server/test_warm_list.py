@@ -154,7 +154,9 @@ def test_that_the_operator_named_it_is_written(run: Run, tmp_path: Path) -> None
         "",
         "[]",
         "{}",
+        '{"adapters": {}}',
         '{"adapters": [1]}',
+        '{"adapters": [{"id": "a/b", "source": null, "revision": null, "use_token": 1}]}',
         '{"adapters": [{"id": 1, "source": null}]}',
         '{"adapters": [{"id": "a/b", "source": 5, "revision": null}]}',
         "[" * 100_000,
@@ -179,10 +181,13 @@ def test_what_is_no_such_list_is_refused(run: Run, tmp_path: Path, content: str)
 def test_a_folder_that_cannot_be_written_is_told_and_no_more(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "no folder" / "warm"
+    """Where it could be when the list was entered."""
+    path = tmp_path / "folder" / "warm"
+    path.parent.mkdir()
 
     async def body() -> None:
         async with over(stocked(tmp_path, "one")) as there, WarmList(path, there) as warm:
+            path.parent.rmdir()
             warm.used("one")
             (await there.load("one")).release()
 

@@ -211,7 +211,7 @@ def test_the_loop_is_free_while_it_is_read_and_written(
 
         return elsewhere
 
-    for name in ("_read", "_replace"):
+    for name in ("read_warm_list", "_replace"):
         monkeypatch.setattr(warm_list, name, noted(getattr(warm_list, name)))
 
     async def body() -> None:
