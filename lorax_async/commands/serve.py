@@ -10,6 +10,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,14 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         "--port", type=as_port, default=PORT, metavar="N", help="0 is any (default: %(default)s)"
     )
     parser.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="names and addresses by which clients may call the server: *.NAME is all below it, *"
+        " is all (default: this machine's own where it listens to this machine alone, else all)",
+    )
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
     )
     parser.add_argument(
@@ -173,11 +182,13 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
     cuda = arguments.device == "cuda"
     dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
     adapters = named(arguments.adapters)
+    allowed_hosts = _require_ready(arguments)
     settings = ServerSettings(
         base="smollm2" if arguments.base == "smollm2" else Path(arguments.base).resolve().name,
         adapters=adapters,
         sources=opened(arguments),
         admin_token=os.environ.get(ADMIN_TOKEN) or None,
+        allowed_hosts=allowed_hosts,
     )
     config = LoaderConfig(
         dtype=dtype,
@@ -193,7 +204,6 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
         length=arguments.max_length,
         share=arguments.max_share,
     )
-    _require_ready(arguments)
     with screen.steps() as report:
         base = arguments.base
         folder = prepare_base(progress=report) if base == "smollm2" else Path(base)
@@ -204,13 +214,33 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
     return OK
 
 
-def _require_ready(arguments: argparse.Namespace) -> None:
-    """Raise `ConfigError` for what would end the start only after the base model was loaded."""
+def _require_ready(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """Return by which names the server may be called; None is any.
+
+    Raises `ConfigError` for what would end the start only after the base model was loaded.
+    """
     from lorax_async.server.warm_list import read_warm_list  # noqa: PLC0415
 
     if arguments.warm is not None:
         read_warm_list(arguments.warm)
-    _listener(arguments).close()
+    with _listener(arguments) as listener:
+        return hosts_of(listener, arguments.host, arguments.allowed_hosts)
+
+
+def hosts_of(
+    listener: socket.socket, host: str, given: Sequence[str] | None
+) -> tuple[str, ...] | None:
+    """Return those given, or else this machine's own where only this machine can connect.
+
+    There nobody is meant to call it by another name, but a page in a browser here can.
+    """
+    from lorax_async.server.host_names import LOOPBACK  # noqa: PLC0415
+
+    if given is not None:
+        return tuple(given)
+    if not ip_address(listener.getsockname()[0]).is_loopback:
+        return None
+    return (*LOOPBACK, host.encode("idna").decode())
 
 
 def _listener(arguments: argparse.Namespace) -> socket.socket:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from lorax_async.adapter import AdapterId, as_ref
 from lorax_async.errors import ConfigError
+from lorax_async.server.host_names import checked_hosts
 from lorax_async.settings.allow import Allow, as_allow
 from lorax_async.settings.limits import MiB
 from lorax_async.settings.requirements import require_count, require_positive, require_seconds
@@ -30,6 +31,9 @@ class ServerSettings:
     admin_token
         Who brings it as `Authorization: Bearer …` may load and unload by name, and look at all
         adapters. None: nobody may.
+    allowed_hosts
+        Names and addresses by which clients may call the server, without ports: "*.example.com" is
+        all below that name, "*" is all. None asks for nothing, as "*".
     max_body_bytes
         Of one request.
     max_prompt_tokens
@@ -61,6 +65,7 @@ class ServerSettings:
     adapters: Mapping[str, AdapterId] = field(default_factory=dict)
     sources: tuple[Allow, ...] = ()
     admin_token: str | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] | None = None
     max_body_bytes: int = MiB
     max_prompt_tokens: int | None = None
     max_choices: int = 16
@@ -82,6 +87,8 @@ class ServerSettings:
                 "max_waiting must be at least max_choices, or such requests never fit"
             )
         object.__setattr__(self, "sources", as_allow(self.sources, "sources"))
+        if self.allowed_hosts is not None:
+            object.__setattr__(self, "allowed_hosts", checked_hosts(self.allowed_hosts))
         _require_token(self.admin_token)
         _require_names(self.base, self.adapters)
         object.__setattr__(self, "adapters", MappingProxyType(dict(self.adapters)))

@@ -30,6 +30,8 @@ TEMPLATE = (
 KEY = "a client's key"
 TOKEN = "the-admin-token"
 MAX_LENGTH = 1 << 16
+POST = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+"""Of a request that a test writes itself."""
 
 
 @functools.cache
@@ -173,10 +175,14 @@ class World:
     ended: asyncio.Task[None]
 
     async def ask(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
-        """One request on a connection of its own; `body` as JSON, or as it is if bytes."""
+        """One request on a connection of its own; `body` as JSON, or as it is if bytes.
+
+        It is said to be JSON unless `headers` say otherwise; "" leaves a field out.
+        """
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = [f"{method} {path} HTTP/1.1", "Host: test", f"Content-Length: {len(content)}"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        headers = {"Content_Type": "application/json"} | headers
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items() if value]
         head = "\r\n".join([*lines, "Connection: close", "", ""]).encode()
         return await self.raw(head + content)
 

@@ -23,7 +23,7 @@ from lorax_async.errors import (
 from lorax_async.events import Event, SlotId
 from lorax_async.ids import parsing
 from lorax_async.runtime.whereabouts import AdapterResidency
-from lorax_async.server.calls.bodies import read_body
+from lorax_async.server.calls.bodies import read_json
 from lorax_async.server.calls.clients import require_operator
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.requests import LoadBody, T, UnloadBody, parsed
@@ -87,9 +87,7 @@ class Administration:
 
     async def _body(self, request: Request, kind: type[T]) -> T:
         require_operator(self._service.settings, request)
-        settings = self._service.settings
-        content = await read_body(request, settings.max_body_bytes, settings.slow_client)
-        return parsed(kind, content)
+        return parsed(kind, await read_json(request, self._service.settings))
 
     def _require_free(self, body: LoadBody) -> None:
         names = self._service.names

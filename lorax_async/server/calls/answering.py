@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from lorax_async.adapter import AdapterId
 from lorax_async.errors import LoraxError
-from lorax_async.server.calls.bodies import read_body
+from lorax_async.server.calls.bodies import read_json
 from lorax_async.server.calls.choices import Choices, Writing
 from lorax_async.server.calls.clients import client_of
 from lorax_async.server.calls.errors import refusal_of
@@ -38,7 +38,7 @@ class Answering:
         service, settings = self._service, self._service.settings
         request = Request(scope, receive)
         with service.under_way.one():
-            content = await read_body(request, settings.max_body_bytes, settings.slow_client)
+            content = await read_json(request, settings)
             body = parsed(self._kind, content)
             require_few(body, settings.max_choices)
             service.require_room(1)  # to be refused costs little

@@ -17,11 +17,13 @@ from lorax_async.server.calls.admin import Administration
 from lorax_async.server.calls.answering import Answering
 from lorax_async.server.calls.bodies import refuse_unread
 from lorax_async.server.calls.errors import INTERNAL, Refusal, refusal_of
+from lorax_async.server.calls.host_check import AllowedHosts
 from lorax_async.server.calls.metrics import CountedRequests
 from lorax_async.server.calls.page.routes import page_routes
 from lorax_async.server.calls.requests import ChatBody, CompletionBody
 from lorax_async.server.calls.service import Service
 from lorax_async.server.calls.under_way import CLOSING, ClientGone
+from lorax_async.server.settings import ServerSettings
 
 
 def create_app(service: Service) -> Starlette:
@@ -46,7 +48,7 @@ def create_app(service: Service) -> Starlette:
             Route("/metrics", service.metrics.show),
             *page_routes(service),
         ],
-        middleware=[Middleware(CountedRequests, service.metrics)],
+        middleware=[Middleware(CountedRequests, service.metrics), *_hosts(settings)],
         exception_handlers={
             LoraxError: refuse,
             Refusal: refuse,
@@ -55,6 +57,12 @@ def create_app(service: Service) -> Starlette:
             Exception: _refuse_fault,
         },
     )
+
+
+def _hosts(settings: ServerSettings) -> list[Middleware]:
+    if settings.allowed_hosts is None:
+        return []
+    return [Middleware(AllowedHosts, settings.allowed_hosts, settings.slow_client)]
 
 
 class Unread(Response):

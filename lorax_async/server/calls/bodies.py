@@ -11,10 +11,28 @@ from starlette.types import Receive, Scope, Send
 
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.under_way import ClientGone
+from lorax_async.server.settings import ServerSettings
 
 LINGER_BYTES = 8 << 20
 """Of a body that is too large, what is thrown away before the connection is closed: who is still
 sending would lose the answer with it."""
+
+
+async def read_json(request: Request, settings: ServerSettings) -> bytes:
+    """All of a body that is said to be JSON. Raises `Refusal` (415), and what `read_body` does.
+
+    A page of another origin can send other types without asking, and none at all.
+    """
+    said = request.headers.getlist("content-type")
+    kinds = {text.partition(";")[0].strip().lower() for text in said}
+    if kinds != {"application/json"}:
+        raise Refusal(
+            415,
+            "The body must be sent as Content-Type: application/json",
+            code="unsupported_media_type",
+            close=True,
+        )
+    return await read_body(request, settings.max_body_bytes, settings.slow_client)
 
 
 async def read_body(request: Request, most: int, seconds: float) -> bytes:

@@ -15,7 +15,7 @@ from common import Run, until
 from lorax_async.server.calls.bodies import read_body, refuse_unread
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.under_way import ClientGone
-from server.world import serving
+from server.world import POST, serving
 
 
 class Sends:
@@ -81,7 +81,7 @@ def test_nobody_complains_of_who_hangs_up(run: Run, caplog: pytest.LogCaptureFix
     async def play() -> None:
         async with serving() as world:
             _, writer = await asyncio.open_connection("127.0.0.1", world.port)
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            writer.write(POST.encode() + b"Content-Length: 9\r\n\r\n{")
             await until(lambda: world.service.under_way._count)
             writer.close()
             assert await world.service.under_way.ended(20)

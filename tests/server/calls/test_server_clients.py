@@ -14,14 +14,14 @@ from common import Run, until
 from lorax_async.server.calls.answering import Answering
 from lorax_async.server.calls.events import ABORT
 from lorax_async.server.calls.requests import CompletionBody
-from server.world import FakeEngine, FakeTokens, World, serving
+from server.world import POST, FakeEngine, FakeTokens, World, serving
 
 PLAIN = {"model": "org/a", "prompt": "x"}
 
 
 def request(body: object, *more: str) -> bytes:
     content = json.dumps(body).encode()
-    lines = ["POST /v1/completions HTTP/1.1", "Host: x", f"Content-Length: {len(content)}", *more]
+    lines = [f"{POST}Content-Length: {len(content)}", *more]
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
@@ -112,7 +112,13 @@ class Blocked:
         self.sent.append(message)
 
     def scope(self) -> Any:
-        return {"type": "http", "headers": [], "client": ("x", 1), "state": {ABORT: self.abort}}
+        headers = [(b"content-type", b"application/json")]
+        return {
+            "type": "http",
+            "headers": headers,
+            "client": ("x", 1),
+            "state": {ABORT: self.abort},
+        }
 
 
 @pytest.mark.parametrize("takes", [0, 1, 2])
@@ -155,7 +161,8 @@ def test_a_cancelled_server_frees_all_places(run: Run) -> None:
 def test_a_body_that_is_too_large(run: Run, said: bool, path: str) -> None:
     """The client gets its answer, though it still sends; the rest is not kept."""
     body = b"x" * 400_000
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer the-admin-token\r\n".encode()
+    head = POST.replace("/v1/completions", path).encode()
+    head += b"Authorization: Bearer the-admin-token\r\n"
     if said:
         content = head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
     else:
@@ -178,8 +185,7 @@ def test_who_waits_with_a_large_body_sends_none(run: Run) -> None:
         async with serving(max_body_bytes=10, slow_client=0.05) as world:
             reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
             writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
-                b"Content-Length: 1000000000\r\n\r\n"
+                POST.encode() + b"Expect: 100-continue\r\nContent-Length: 1000000000\r\n\r\n"
             )
             answer = await reader.read()
             writer.close()
@@ -195,9 +201,7 @@ def test_an_endless_body_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     async def play() -> None:
         async with serving(max_body_bytes=10) as world:
             reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-            writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999999\r\n\r\n"
-            )
+            writer.write(POST.encode() + b"Content-Length: 999999999999999\r\n\r\n")
             with pytest.raises(ConnectionError):
                 while True:
                     writer.write(b"x" * 65536)

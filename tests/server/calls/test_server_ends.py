@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from common import Run, until
-from server.world import FakeEngine, World, serving
+from server.world import POST, FakeEngine, World, serving
 
 PLAIN = {"model": "base", "prompt": "x"}
 
@@ -86,9 +86,7 @@ def test_who_is_still_asking_is_told(run: Run) -> None:
         async with serving() as world:
             reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
             body = json.dumps(PLAIN).encode()
-            head = (
-                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            )
+            head = f"{POST}Content-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body[:-1])
             await until(lambda: world.service.under_way._count)
             world.server.stop()

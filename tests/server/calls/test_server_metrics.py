@@ -15,7 +15,7 @@ from common import Run, until
 from lorax_async import FetchError
 from lorax_async.server.calls.metrics import CountedRequests
 from metrics.scraping import Samples, of, parsed
-from server.world import FakeEngine, World, failing, serving
+from server.world import POST, FakeEngine, World, failing, serving
 
 INFO = "vllm:lora_requests_info"
 
@@ -106,7 +106,7 @@ def test_who_fails_or_goes_waits_no_more(run: Run) -> None:
         async with serving(engine) as world:
             _, writer = await asyncio.open_connection("127.0.0.1", world.port)
             content = b'{"model": "base", "prompt": "x"}'
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: {len(content)}"
+            head = f"{POST}Content-Length: {len(content)}"
             writer.write(head.encode() + b"\r\n\r\n" + content)
             tokens = await engine.asked()
             writer.close()

@@ -31,7 +31,7 @@ LOAD = "/v1/load_lora_adapter"
 
 async def ask(world: World, model: str) -> Answer:
     body = {"model": model, "messages": [{"role": "user", "content": "x"}]}
-    return await world.ask("POST", CHAT, body, Content_Type="application/json")
+    return await world.ask("POST", CHAT, body)
 
 
 # -- which ids ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 
 from common import Run, until
 from lorax_async.server.serving import Serving, _Cuttable, listen
-from server.world import FakeEngine, World, saying, serving
+from server.world import POST, FakeEngine, World, saying, serving
 
 PLAIN = {"model": "base", "prompt": "x"}
 
@@ -104,7 +104,7 @@ def test_what_was_computed_is_taken_to_its_end(run: Run) -> None:
                 client.connect(("127.0.0.1", world.port))
                 client.setblocking(False)
                 body = json.dumps(PLAIN | {"max_tokens": 65_000}).encode()
-                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+                head = f"{POST}Content-Length: {len(body)}"
                 await loop.sock_sendall(client, head.encode() + b"\r\n\r\n" + body)
                 await engine.asked()
                 assert await world.service.under_way.ended(20)

@@ -18,7 +18,7 @@ from lorax_async.server.calls.answering import Answering
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.requests import CompletionBody
 from server.calls.test_server_clients import Blocked, assert_free
-from server.world import FakeEngine, FakeTokens, saying, serving, tokens_of
+from server.world import POST, FakeEngine, FakeTokens, saying, serving, tokens_of
 
 PLAIN = {"model": "org/a", "prompt": "x"}
 
@@ -74,7 +74,7 @@ def test_of_whom_is_cancelled_nothing_is_read_any_more(run: Run) -> None:
         async with serving(engine) as world:
             _, writer = await asyncio.open_connection("127.0.0.1", world.port)
             content = json.dumps(PLAIN | {"n": 2}).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}"
+            head = f"{POST}Content-Length: {len(content)}"
             writer.write(head.encode() + b"\r\n\r\n" + content)
             await engine.asked(2)
             await until(lambda: len(reading()) == 2)
@@ -190,7 +190,7 @@ def test_who_is_cut_off_ends_when_its_connection_has(
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
                 client.connect(("127.0.0.1", world.port))
                 body = json.dumps(PLAIN | {"stream": True, "max_tokens": 2_000}).encode()
-                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+                head = f"{POST}Content-Length: {len(body)}"
                 client.sendall(head.encode() + b"\r\n\r\n" + body)
                 tokens = await engine.asked()
                 tokens.give(*tokens_of("x" * 2_000))

@@ -1,0 +1,223 @@
+"""What a page of another origin can do with a server that its reader runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from common import Run
+from lorax_async import ConfigError
+from lorax_async.commands.serve import _listener, hosts_of
+from lorax_async.server.calls.app import create_app
+from lorax_async.server.settings import ServerSettings
+from server.world import TOKEN, Answer, FakeEngine, World, echo, serving
+
+COMPLETIONS = "/v1/completions"
+PLAIN = {"model": "base", "prompt": "x"}
+
+JSON_TYPES = [
+    "application/json",
+    "Application/JSON",
+    "application/json; charset=utf-8",
+    "application/json;charset=UTF-8",
+    " application/json ",
+]
+OTHER_TYPES = [
+    "",
+    "text/plain",
+    "text/plain;charset=UTF-8",
+    "text/plain; application/json",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=x",
+    "application/json-seq",
+    "application/jsonx",
+    "json",
+    "application/json, text/plain",
+    "text/plain\r\nContent-Type: application/json",
+    "application/json\r\nContent-Type: text/plain",
+]
+
+
+def posts(world: World) -> list[str]:
+    """The paths that take a POST."""
+    routes: Sequence[Any] = create_app(world.service).routes
+    return [route.path for route in routes if "POST" in (route.methods or ())]
+
+
+@pytest.mark.parametrize("kind", JSON_TYPES)
+def test_json_is_taken(run: Run, kind: str) -> None:
+    async def body() -> None:
+        async with serving(FakeEngine(echo)) as world:
+            answer = await world.ask("POST", COMPLETIONS, PLAIN, Content_Type=kind)
+            assert answer.status == 200
+
+    run(body())
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_nothing_else_is_computed(run: Run, kind: str) -> None:
+    """By every call that takes a body, whoever brings the operator's token too."""
+
+    async def body() -> None:
+        engine = FakeEngine(echo)
+        async with serving(engine) as world:
+            paths = posts(world)
+            assert len(paths) == 4
+            for path in paths:
+                bearer = f"Bearer {TOKEN}"
+                for content in (PLAIN, b""):
+                    answer = await world.ask(
+                        "POST", path, content, Content_Type=kind, Authorization=bearer
+                    )
+                    assert answer.status == 415
+                    assert answer.error["type"] == "invalid_request_error"
+                    assert answer.error["code"] == "unsupported_media_type"
+                    assert "application/json" in answer.error["message"]
+            assert not engine.submitted
+
+    run(body())
+
+
+def test_a_large_body_of_another_type_is_not_kept(run: Run) -> None:
+    async def body() -> Answer:
+        async with serving(max_body_bytes=10) as world:
+            return await world.ask("POST", COMPLETIONS, b"x" * 400_000, Content_Type="text/plain")
+
+    answer = run(body())
+    assert (answer.status, answer.headers["connection"]) == (415, "close")
+
+
+def test_no_other_origin_is_let_in(run: Run) -> None:
+    """A browser asks before it sends JSON across origins, and gets no leave; nor may it read."""
+
+    async def body() -> list[Answer]:
+        async with serving(FakeEngine(echo)) as world:
+            asks = {"Origin": "https://evil.example"}
+            preflight = asks | {
+                "Access_Control_Request_Method": "POST",
+                "Access_Control_Request_Headers": "content-type,authorization",
+            }
+            return [
+                *[await world.ask("OPTIONS", path, b"", **preflight) for path in posts(world)],
+                await world.ask("POST", COMPLETIONS, PLAIN, **asks),
+                await world.ask("GET", "/v1/models", b"", **asks),
+                await world.ask("GET", "/", b"", **asks),
+            ]
+
+    answers = run(body())
+    assert [answer.status for answer in answers[:4]] == [405] * 4
+    for answer in answers:
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+# -- hosts ----------------------------------------------------------------------------------------
+
+
+async def called(world: World, *hosts: str, path: str = "/health") -> int:
+    fields = "".join(f"Host: {host}\r\n" for host in hosts)
+    answer = await world.raw(f"GET {path} HTTP/1.1\r\n{fields}Connection: close\r\n\r\n".encode())
+    return answer.status
+
+
+@pytest.mark.parametrize(
+    ("allowed", "right", "wrong"),
+    [
+        (
+            ("API.example.com", "*.lan.example", "10.0.0.7", "[2001:DB8::0:1]"),
+            [
+                *("api.example.com", "api.example.com:8000", "API.EXAMPLE.COM", "api.example.com."),
+                *("a.lan.example", "a.b.lan.example:1", "10.0.0.7:80", "[2001:db8::1]:8000"),
+            ],
+            [
+                *("example.com", "evil.example", "api.example.com.evil.example", "lan.example"),
+                *("xlan.example", "10.0.0.8", "[2001:db8::2]", "localhost", "127.0.0.1", ""),
+                *("api.example.com:80:80", "api.example.com@evil.example", "[::1", "a b"),
+            ],
+        ),
+        (("*",), ["evil.example", "10.0.0.8:1"], []),
+        (None, ["evil.example", "10.0.0.8:1"], []),
+    ],
+    ids=["names", "all", "not said"],
+)
+def test_hosts(
+    run: Run, allowed: tuple[str, ...] | None, right: list[str], wrong: list[str]
+) -> None:
+    async def body() -> None:
+        async with serving(allowed_hosts=allowed) as world:
+            assert [await called(world, host) for host in right] == [200] * len(right)
+            assert [await called(world, host) for host in wrong] == [400] * len(wrong)
+
+    run(body())
+
+
+def test_another_host_reaches_no_call(run: Run) -> None:
+    async def body() -> None:
+        engine = FakeEngine(echo)
+        async with serving(engine, allowed_hosts=("localhost",)) as world:
+            content = json.dumps(PLAIN)
+            for path in (*posts(world), "/v1/models", "/", "/metrics", "/page/page.js", "/none"):
+                method = "POST" if path in posts(world) else "GET"
+                answer = await world.raw(
+                    f"{method} {path} HTTP/1.1\r\nHost: evil.example:8000\r\nAuthorization: Bearer"
+                    f" {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+                    f"\r\n\r\n{content}".encode()
+                )
+                assert (answer.status, answer.error["code"]) == (400, "invalid_host"), path
+                assert "--allowed-hosts" in answer.error["message"]
+            assert await called(world, "localhost", "evil.example") == 400
+            assert await called(world, "evil.example", "localhost") == 400
+            assert not engine.submitted
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    ("host", "right", "wrong"),
+    [
+        (
+            "127.0.0.1",
+            ["localhost:8000", "127.0.0.1:8000", "[::1]:8000", "app.localhost"],
+            ["evil.example", "192.168.0.2", "localhost.evil.example", "0.0.0.0"],
+        ),
+        ("localhost", ["localhost", "127.0.0.1"], ["evil.example"]),
+        ("127.0.0.5", ["127.0.0.5", "localhost"], ["127.0.0.6"]),
+        ("0.0.0.0", ["evil.example", "192.168.0.2"], []),
+    ],
+)
+def test_hosts_where_nothing_is_said(
+    run: Run, host: str, right: list[str], wrong: list[str]
+) -> None:
+    """What listens to this machine alone is called by this machine's names; else by any."""
+    with _listener(argparse.Namespace(host=host, port=0)) as listener:
+        allowed = hosts_of(listener, host, None)
+        assert hosts_of(listener, host, ["api.example.com"]) == ("api.example.com",)
+
+    async def body() -> None:
+        async with serving(allowed_hosts=allowed) as world:
+            assert [await called(world, each) for each in right] == [200] * len(right)
+            assert [await called(world, each) for each in wrong] == [400] * len(wrong)
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        "localhost",
+        (5,),
+        ("",),
+        ("a:80",),
+        ("http://a",),
+        ("a/b",),
+        ("a.*",),
+        ("**",),
+        ("[::1]:80",),
+    ],
+)
+def test_hosts_that_are_none(hosts: Any) -> None:
+    with pytest.raises(ConfigError, match="host"):
+        ServerSettings(base="base", allowed_hosts=hosts)
