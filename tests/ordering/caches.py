@@ -26,7 +26,7 @@ NOBODY_THERE = f"{MOVES}::test_no_room_is_found_where_somebody_is"
 CACHES: Mutants = {
     "cache: digests are checked before anybody has it": mutant(
         FILE,
-        "        if self._expected not in {None, found}:\n",
+        "        if self.expected not in {None, found}:\n",
         "        if False:\n",
         f"{CONFORMANCE}::test_wrong_bytes_leave_nothing",
     ),
