@@ -9,7 +9,7 @@ from time import perf_counter
 import pytest
 
 from common import Run, until
-from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.adapter import AdapterKey, AdapterRef, Merge
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterNotFoundError,
@@ -48,7 +48,9 @@ def slow() -> tuple[SlowSource, Resolver]:
     return source, Resolver(source, Journal(), 60)
 
 
-async def asked(resolver: Resolver, ref: AdapterRef, times: int) -> list[asyncio.Task[AdapterKey]]:
+async def asked(
+    resolver: Resolver, ref: AdapterRef | Merge, times: int
+) -> list[asyncio.Task[AdapterKey]]:
     """And the question is under way: a caller's step begins it, and its own is the next one."""
     tasks = [asyncio.create_task(resolver.resolve(ref)) for _ in range(times)]
     for _ in range(3):
@@ -117,15 +119,73 @@ def test_a_cancelled_caller_leaves_the_others_their_answer(run: Run) -> None:
     run(body())
 
 
-def test_a_question_without_callers_is_answered_all_the_same(run: Run) -> None:
+def test_a_resolve_ends_with_its_last_caller(run: Run) -> None:
     async def body() -> None:
         source, resolver = slow()
-        (task,) = await asked(resolver, ONE, 1)
-        task.cancel()
-        await ends([task])
+        tasks = await asked(resolver, ONE, 3)
+        for task in tasks:
+            assert source.cancelled == 0
+            task.cancel()
+            await asyncio.wait([task])
+        await until(lambda: source.cancelled == 1)
         assert resolver.known(ONE) is None
+        assert [task for task in asyncio.all_tasks() if "lorax" in task.get_name()] == []
+        (task,) = await asked(resolver, ONE, 1)  # and the next caller starts another one
         source.answer.set()
-        await until(lambda: resolver.known(ONE))
+        assert await task == resolver.known(ONE)
+
+    run(body())
+
+
+class Lingering(SlowSource):
+    """Takes a while to end when it is cancelled, as a call in a thread does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = asyncio.Event()
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        try:
+            return await super().resolve(ref)
+        except asyncio.CancelledError:
+            await self.end.wait()
+            raise
+
+
+def test_a_caller_does_not_join_a_resolve_that_ends(run: Run) -> None:
+    async def body() -> None:
+        source = Lingering()
+        source.put("one", b"", b"")
+        resolver = Resolver(source, Journal(), 60)
+        (first,) = await asked(resolver, ONE, 1)
+        first.cancel()
+        await ends([first])
+        (second,) = await asked(resolver, ONE, 1)
+        source.answer.set()
+        key = await second
+        source.end.set()
+        await until(lambda: not [t for t in asyncio.all_tasks() if "lorax" in t.get_name()])
+        assert resolver.known(ONE) == key, "the one that was cancelled takes no answer back"
+
+    run(body())
+
+
+def test_parts_of_a_merge_are_resolved_as_long_as_the_merge_is(run: Run) -> None:
+    """Who asks for a part alone and leaves ends nothing; the merge's last caller ends both."""
+
+    async def body() -> None:
+        source, resolver = slow()
+        source.put("two", b"", b"")
+        both = Merge("linear", [ONE, AdapterRef("two")], [1.0, 1.0])
+        (merging,) = await asked(resolver, both, 1)
+        (alone,) = await asked(resolver, ONE, 1)
+        alone.cancel()
+        await ends([alone])
+        assert source.cancelled == 0
+        merging.cancel()
+        await ends([merging])
+        await until(lambda: source.cancelled == 2)
+        await until(lambda: not [t for t in asyncio.all_tasks() if "lorax" in t.get_name()])
 
     run(body())
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import NamedTuple
 
@@ -33,8 +36,18 @@ class _Answer(NamedTuple):
     since: float
 
 
+@dataclass(slots=True, eq=False)
+class _Resolution:
+    """A resolve in flight, and how many callers wait for it."""
+
+    task: asyncio.Task[AdapterKey]
+    waiters: int = 0
+
+
 class Resolver:
     """Joins equal requests that are under way, and remembers the last answer to each.
+
+    A resolve is cancelled when the last caller that waits for it leaves.
 
     Its `names` come before the source. For `fresh` seconds it counts what one said that lies
     elsewhere: of a moving revision, and of who may have it.
@@ -45,7 +58,8 @@ class Resolver:
         self._journal = journal
         self._fresh = fresh
         self.names = Names()
-        self._asking: dict[Question, asyncio.Task[AdapterKey]] = {}
+        self._asking: dict[Question, _Resolution] = {}
+        self._tasks: set[asyncio.Task[AdapterKey]] = set()
         self._answers: dict[Question, _Answer] = {}
 
     async def resolve(self, ref: Question) -> AdapterKey:
@@ -54,18 +68,34 @@ class Resolver:
         Raises what the source raises, each caller a copy of its own.
         """
         while (key := self.names.get(ref)) is None:
-            answer = await self._answer(ref, self._begin(ref))
+            with self._joined(ref) as task:
+                answer = await self._answer(ref, task)
             if not self.outdated(ref, answer):
                 return answer
         return key
 
-    def _begin(self, ref: Question) -> asyncio.Task[AdapterKey]:
-        task = self._asking.get(ref)
-        if task is None:
-            loop = asyncio.get_running_loop()
-            task = loop.create_task(self._ask(ref), name=f"lorax resolve {ref.text}")
-            self._asking[ref] = task
-            task.add_done_callback(lambda done: self._answered(ref, done))
+    @contextmanager
+    def _joined(self, ref: Question) -> Iterator[asyncio.Task[AdapterKey]]:
+        """Start the resolve of `ref` or join it; cancel it when the last caller leaves early."""
+        resolution = self._asking.get(ref)
+        if resolution is None:
+            resolution = self._asking[ref] = _Resolution(self._start(ref))
+            resolution.task.add_done_callback(lambda _: self._answered(ref, resolution))
+        resolution.waiters += 1
+        try:
+            yield resolution.task
+        finally:
+            resolution.waiters -= 1
+            if not resolution.waiters and not resolution.task.done():
+                # The next caller starts another one: this one may take a moment to end.
+                del self._asking[ref]
+                resolution.task.cancel()
+
+    def _start(self, ref: Question) -> asyncio.Task[AdapterKey]:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._ask(ref), name=f"lorax resolve {ref.text}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     async def _answer(self, ref: Question, task: asyncio.Task[AdapterKey]) -> AdapterKey:
@@ -114,7 +144,7 @@ class Resolver:
 
     async def stop(self) -> None:
         """Cancel what is asked; whoever waits gets `LoaderClosedError`."""
-        tasks = tuple(self._asking.values())
+        tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -135,29 +165,34 @@ class Resolver:
 
     async def _ask_parts(self, merge: Merge) -> list[AdapterKey]:
         """Side by side, and each is a question that others may join."""
-        asked = [
-            part
-            if isinstance(part, AdapterKey)
-            else self.names.get(part) or (part, self._begin(part))
-            for part in merge.parts
-        ]
-        keys: list[AdapterKey] = []
-        for number, part in enumerate(asked, 1):
-            if isinstance(part, AdapterKey):
-                keys.append(part)
-                continue
-            try:
-                keys.append(await self._answer(*part))
-            except LoraxError as error:
-                words = f"part {number} ({part[0].text!r}): "
-                raise error.prefixed(words) from error.__cause__
-        return keys
+        with ExitStack() as joined:
+            asked = [
+                part
+                if isinstance(part, AdapterKey)
+                else self.names.get(part) or (part, joined.enter_context(self._joined(part)))
+                for part in merge.parts
+            ]
+            keys: list[AdapterKey] = []
+            for number, part in enumerate(asked, 1):
+                if isinstance(part, AdapterKey):
+                    keys.append(part)
+                    continue
+                try:
+                    keys.append(await self._answer(*part))
+                except LoraxError as error:
+                    words = f"part {number} ({part[0].text!r}): "
+                    raise error.prefixed(words) from error.__cause__
+            return keys
 
-    def _answered(self, ref: Question, task: asyncio.Task[AdapterKey]) -> None:
+    def _answered(self, ref: Question, resolution: _Resolution) -> None:
+        task = resolution.task
+        failed = task.cancelled() or task.exception() is not None
+        if self._asking.get(ref) is not resolution:
+            return  # its callers left: it says nothing of what the source has now
         del self._asking[ref]
         name = _name(ref)
         before = self._answers.pop(name, None)
-        if task.cancelled() or task.exception() is not None:
+        if failed:
             return
         key = task.result()
         same = before is not None and before.key == key and is_stale(before.key) == is_stale(key)
