@@ -16,7 +16,7 @@ from lorax_async.io.http.desk import Job
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.io.http.target import Answer, Known
 from lorax_async.io.ports import Demand
-from lorax_async.io.remote.jobs import LONGEST, followed
+from lorax_async.io.remote.jobs import LONGEST, bound_to, followed
 from lorax_async.io.remote.ports import Located, RemoteFile
 from lorax_async.io.remote.workers import Workers, outcome
 
@@ -104,7 +104,8 @@ class Beginnings:
         content = self._whole(second, start)
         index = await self._workers.run(partial(parse_index, content, self._limits))
         roles = [FileRole("weights", number + 1) for number in range(index.count)]
-        files = await self._shards(located, roles)
+        async with bound_to(demand):
+            files = await self._shards(located, roles)
         for file in files:
             self._require_size(file, file.nbytes)
         starts = await self._asked([(file, FIRST_BYTES) for file in files], demand)

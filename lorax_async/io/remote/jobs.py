@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -39,6 +40,26 @@ async def followed(demand: Demand, *jobs: Job[Any]) -> AsyncIterator[None]:
         for job in jobs:
             await ended(job.done)
         raise
+
+
+@asynccontextmanager
+async def bound_to(demand: Demand) -> AsyncIterator[None]:
+    """Cancel what is awaited in here when the demand ends, and raise `FetchError`."""
+    loop = asyncio.get_running_loop()
+    limit = asyncio.timeout(None)
+
+    def follow() -> None:
+        if demand.ended and not limit.expired():
+            limit.reschedule(loop.time())
+
+    try:
+        async with limit:
+            with demand.watched(follow):
+                yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise nobody_waits() from None
 
 
 def nobody_waits() -> FetchError:

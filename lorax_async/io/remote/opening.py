@@ -28,9 +28,9 @@ from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.io.remote.beginning import Beginning, Beginnings, Part
 from lorax_async.io.remote.cached import FetchReader, opened, read_first
 from lorax_async.io.remote.fetch import Fetch
-from lorax_async.io.remote.jobs import nobody_waits
+from lorax_async.io.remote.jobs import bound_to, nobody_waits
 from lorax_async.io.remote.known import Known
-from lorax_async.io.remote.ports import WEAK
+from lorax_async.io.remote.ports import WEAK, Located
 from lorax_async.io.remote.resolving import Caches, Resolving
 from lorax_async.io.remote.workers import Workers
 
@@ -113,7 +113,11 @@ class Opening:
 
     async def beginning(self, key: RemoteKey, demand: Demand) -> Beginning:
         """Its first bytes, by the source's word; the caches have no part in it."""
-        return await self._beginnings.of(await self._resolving.located(key), demand)
+        return await self._beginnings.of(await self._located(key, demand), demand)
+
+    async def _located(self, key: RemoteKey, demand: Demand) -> Located:
+        async with bound_to(demand):
+            return await self._resolving.located(key)
 
     def cache(self, key: RemoteKey | CacheKey) -> Cache:
         """Where it belongs. May block."""
@@ -131,7 +135,7 @@ class Opening:
             here = await self._workers.run(look, close)
             if here is not None:
                 return here
-        scope = (await self._resolving.located(key)).scope
+        scope = (await self._located(key, demand)).scope
         progress, since, alone = -1, monotonic(), False
         while not demand.ended:
             attempt = partial(self._attempt, key, scope, alone=alone)
@@ -161,7 +165,7 @@ class Opening:
     async def _fetching(
         self, key: RemoteKey, download: CacheDownload, demand: Demand
     ) -> AdapterFile:
-        located, origin = await self._resolving.located(key), self._known.origin(key)
+        located, origin = await self._located(key, demand), self._known.origin(key)
         begun = await self._beginnings.of(located, demand)
         digest = None if origin is None else origin.ref.digest
         files = await self._put(download, begun, digest, demand)

@@ -7,24 +7,26 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread, current_thread
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from cache_inputs import begun
 from cancelling import was_cancelled
 from disk_cache_world import open_below
+from fault_server import Asked, Client
 from remote_world import RemoteWorld, brought, opened, stocked
 from source_inputs import CONFIG
 
-from common import Run
+from common import Run, until
 from lorax_async import AdapterError, FetchError
-from lorax_async.adapter import RemoteKey
-from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
+from lorax_async.adapter import AdapterRef, RemoteKey
+from lorax_async.core.cache_names import INDEX_FILE, WEIGHTS_FILE, CacheKey
 from lorax_async.core.runs import Span
 from lorax_async.io.cache.upkeep import ls
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote import opening
 from lorax_async.io.remote.jobs import followed
+from lorax_async.io.remote.ports import Located
 from lorax_async.io.sources.local_hold import LocalHold
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -191,6 +193,66 @@ def test_who_waits_for_others_ends_with_the_demand(
             download.discard()
 
         run(body())
+
+
+@pytest.mark.parametrize("question", ["where its files are", "where its shards are"])
+def test_a_question_to_the_source_ends_with_the_demand(
+    run: Run, tmp_path: Path, question: str
+) -> None:
+    """Also where the source does not answer: no caller waits for it any more."""
+    now = [0.0]
+    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
+        stocked(world, tmp_path)
+        cancelled = []
+
+        async def no_answer(*_: object) -> NoReturn:
+            cancelled.append(False)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled[0] = True
+            raise AssertionError("unreachable")
+
+        async def body() -> None:
+            if question == "where its shards are":
+                hand_out_an_index(world)
+                world.locator.shards = no_answer  # type: ignore[method-assign]
+            key = await world.source.resolve(world.ref("one"))
+            if question == "where its files are":
+                now[0] = 10_000.0  # the answer is too old: signed URLs expire
+                world.locator.locate = no_answer  # type: ignore[method-assign]
+            demand = Demand()
+            opening = asyncio.create_task(world.source.open(key, demand))
+            await until(lambda: cancelled)
+            assert not opening.done()
+            demand.end()
+            with pytest.raises(FetchError, match="nobody waits"):
+                await opening
+            assert cancelled == [True]
+            assert not any(in_use(world))
+
+        run(body())
+
+
+def hand_out_an_index(world: RemoteWorld) -> None:
+    """Serve the adapter's weights as if they were in several files."""
+    content = b'{"metadata": {}, "weight_map": {"a": "adapter_model-00001-of-00002.safetensors",'
+    content += b'"b": "adapter_model-00002-of-00002.safetensors"}}'
+    locate, serve = world.locator.locate, world.serve
+
+    async def located(ref: AdapterRef) -> Located:
+        found = await locate(ref)
+        index = world.locator._file(ref, INDEX_FILE, content)
+        return replace(found, files=(found.files[0], index))
+
+    def served(asked: Asked, client: Client) -> None:
+        if asked.target.endswith(INDEX_FILE.file_name):
+            world.answer(asked, client, content, '"index"')
+        else:
+            serve(asked, client)
+
+    world.locator.locate = located  # type: ignore[method-assign]
+    world.server.behave = served
 
 
 def test_a_hold_is_settled_when_all_of_it_is_here(
