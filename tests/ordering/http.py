@@ -42,8 +42,8 @@ HTTP: Mutants = {
     ),
     "http: the foreground goes first": mutant(
         DESK,
-        "Claim(job.urgency, job.wanted(now))",
-        "Claim(0, job.wanted(now))",
+        "Claim(job.urgency, len(read)",
+        "Claim(0, len(read)",
         f"{ENGINE}::test_the_foreground_goes_first",
     ),
     "http: a long piece makes way": mutant(
@@ -148,8 +148,8 @@ HTTP: Mutants = {
     ),
     "http: an end does not reach a connection that was given back": mutant(
         ATTEMPT,
-        "        with self._lock:\n            self._wire = None\n",
-        "        pass\n",
+        "                self._received += self._wire.received\n            self._wire = None\n",
+        "                pass\n",
         f"{PARTS}::test_an_end_does_not_reach_what_was_given_back",
     ),
     "http: a connection is given back when its response was read": mutant(

@@ -19,6 +19,39 @@ NOT_ASKED_AGAIN = f"{OF_DESK}::test_a_source_that_sends_all_or_nothing_is_not_as
 NOT_STUCK = f"{OF_DESK}::test_who_brings_something_is_not_stuck"
 AFTER_AN_END = f"{WHOLE}::test_no_more_is_written_after_an_end"
 
+ORIGINS: Mutants = {
+    "desk: what another origin lacks is taken almost at once": mutant(
+        DESK,
+        "self._end(job, origin, excess, since, hurry=elsewhere)",
+        "self._end(job, origin, excess, since, hurry=False)",
+        f"{OF_DESK}::test_another_origin_has_its_share_at_once",
+    ),
+    "desk: an attempt that was ended is not ended twice": mutant(
+        DESK,
+        "        excess -= sum(attempt.ended for attempt in here)\n",
+        "",
+        f"{OF_DESK}::test_another_origin_has_its_share_at_once",
+    ),
+    "desk: what was tried comes after what was not": mutant(
+        DESK,
+        "            return job.urgency, job.is_retry(now), -owed",
+        "            return job.urgency, False, -owed",
+        f"{OF_DESK}::test_a_new_request_goes_first_where_there_is_room_for_both",
+    ),
+    "desk: what was set back was tried": mutant(
+        DESK,
+        "        piece.tried = True\n",
+        "",
+        f"{OF_DESK}::test_a_new_request_overtakes_retries",
+    ),
+    "desk: an origin that answers is not stalled": mutant(
+        DESK,
+        "            quiet.since = self._clock() if waits else None\n",
+        "            pass\n",
+        f"{OF_DESK}::test_an_origin_that_answers_is_not_stalled",
+    ),
+}
+
 WAITING: Mutants = {
     "desk: a piece that waits is not begun": mutant(
         DESK,
@@ -70,14 +103,14 @@ WAITING: Mutants = {
     ),
     "desk: who is stuck has some time": mutant(
         DESK,
-        "if lacking and excess > 0 and now - news[attempt][1] >= self._stuck:",
-        "if lacking and excess > 0:",
+        "silent = [attempt for attempt in here if now - since[attempt] >= grace]",
+        "silent = list(here)",
         NOT_STUCK,
     ),
     "desk: who brings something has it anew": mutant(
         DESK,
-        "news[attempt] = (came, since) if came == piece.came else (piece.came, now)",
-        "news[attempt] = (came, since)",
+        "            seen.came, seen.since = came, now\n",
+        "            seen.came = came\n",
         NOT_STUCK,
     ),
     "desk: what is over stays over": mutant(
@@ -170,4 +203,4 @@ DOWNLOADS: Mutants = {
     ),
 }
 
-HTTP_DESK: Mutants = {**WAITING, **DOWNLOADS}
+HTTP_DESK: Mutants = {**ORIGINS, **WAITING, **DOWNLOADS}

@@ -13,6 +13,7 @@ from lorax_async.io.http.desk import Desk, Job, Piece
 from lorax_async.io.http.exchange import Exchange, Response
 from lorax_async.io.http.failures import SetbackError, broken_off
 from lorax_async.io.http.target import Answer, Known, Target
+from lorax_async.io.http.urls import Origin
 
 Enough = Callable[[memoryview, Known], int]
 """How many of the first bytes are needed, by those that came and what was said of the file."""
@@ -51,6 +52,10 @@ class Ask(Job[Answer]):
         self._enough = enough
         self.announced = desk.connections if ranged else 0
         self.pending.append(Piece(0, 0, nbytes))
+
+    @property
+    def origin(self) -> Origin:
+        return self._place.url.origin
 
     def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002
         target = self._target

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import insort
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Condition
@@ -22,6 +23,18 @@ _SHARES_SECONDS = 0.01
 _PROGRESS = 1 << 20
 """After so many bytes a piece counts its failures anew."""
 
+_QUIET_SECONDS = 0.25
+_MOST_QUIET_SECONDS = 4.0
+"""An origin that sends nothing for this long is stalled, unless longer pauses are its way."""
+
+_PAUSE_FADES = 0.998
+"""Per look at an attempt that brought something: some 50 ms."""
+
+_GRACE_SECONDS = 0.05
+"""An attempt that has brought nothing for this long is ended at once for another origin's sake."""
+
+_ORIGINS_KEPT = 256
+
 
 @dataclass(slots=True, eq=False)
 class Piece:
@@ -36,6 +49,8 @@ class Piece:
     mark: int = 0
     rate: float | None = None
     not_before: float = 0.0
+    tried: bool = False
+    """A request for it failed, or was ended for others."""
 
 
 class Job(ABC, Generic[T]):
@@ -64,6 +79,15 @@ class Job(ABC, Generic[T]):
         self.over = False
         self.error: LoraxError | None = None
         self.result: T | None = None
+
+    @property
+    def origin(self) -> Hashable:
+        """Where its next piece is asked for."""
+        return None
+
+    def hands_over(self, piece: Piece) -> bool:  # noqa: ARG002 - some jobs do
+        """Whether the thread that reads the piece leaves it by itself when others lack one."""
+        return False
 
     @abstractmethod
     def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
@@ -94,6 +118,10 @@ class Job(ABC, Generic[T]):
                 return self.pending.pop(n)
         return None
 
+    def is_retry(self, now: float) -> bool:
+        """Whether the piece that `take` would return was tried before."""
+        return next((piece.tried for piece in self.pending if piece.not_before <= now), False)
+
     def split(self, now: float) -> Piece | None:  # noqa: ARG002 - some jobs can
         """A part of a piece that somebody else is too slow with."""
         return None
@@ -103,6 +131,7 @@ class Job(ABC, Generic[T]):
 
     def left(self, attempt: Attempt, failure: Exception | None) -> None:
         """A thread is through with its piece, or failed."""
+        self.desk.traffic.ended(attempt, self.running[attempt], failure)
         piece = self.running.pop(attempt)
         if self.over:
             return
@@ -111,6 +140,7 @@ class Job(ABC, Generic[T]):
         elif isinstance(failure, LoraxError):
             self.fail(failure)
         else:
+            piece.tried = piece.tried or attempt.ended
             self.settle(piece)
 
     @abstractmethod
@@ -133,11 +163,95 @@ class Job(ABC, Generic[T]):
         if wait is None or now + wait >= self.deadline:
             self.fail(setback.error)
             return
+        piece.tried = True
         piece.not_before = now + wait
         if setback.crowded:
             self.not_before = max(self.not_before, piece.not_before)
             self.limit = max(1.0, min(self.limit, len(self.running)))
         self.put_back(piece)
+
+
+class _Seen:
+    """What was seen of an attempt last: where it waited, how much had come, and since when."""
+
+    __slots__ = ("came", "origin", "since")
+
+    def __init__(self, origin: Hashable, came: tuple[int, int], since: float) -> None:
+        self.origin = origin
+        self.came = came
+        self.since = since
+
+
+class _Quiet:
+    """Since when an origin owes an answer (None: it does not), and its longest pause lately."""
+
+    __slots__ = ("pause", "since")
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self.pause = 0.0
+
+
+class Traffic:
+    """Which attempts and origins bring something, as far as `look` has seen. With the lock.
+
+    An origin is stalled when its attempts have brought nothing for `_QUIET_SECONDS`, or twice the
+    longest pause that it made lately; it is so until something comes, also while nobody asks it.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._attempts: dict[Attempt, _Seen] = {}
+        self._origins: OrderedDict[Hashable, _Quiet] = OrderedDict()
+
+    def begun(self, attempt: Attempt, piece: Piece) -> None:
+        now = self._clock()
+        self._attempts[attempt] = _Seen(attempt.origin, (piece.came, attempt.received), now)
+        self._asked(attempt.origin, now)
+
+    def look(self, attempt: Attempt, piece: Piece) -> float:
+        """Note what came for an attempt; since when nothing has."""
+        seen, now = self._attempts[attempt], self._clock()
+        came = (piece.came, attempt.received)
+        if attempt.origin != seen.origin:  # a redirect is an answer
+            self._heard(seen.origin, now, now - seen.since)
+            self._asked(attempt.origin, now)
+            self._attempts[attempt] = _Seen(attempt.origin, came, now)
+        elif came != seen.came:
+            self._heard(seen.origin, now, now - seen.since)
+            seen.came, seen.since = came, now
+        return self._attempts[attempt].since
+
+    def ended(self, attempt: Attempt, piece: Piece, failure: Exception | None) -> None:
+        self.look(attempt, piece)
+        seen = self._attempts.pop(attempt)
+        reason = failure.error if isinstance(failure, SetbackError) else failure
+        answered = not attempt.ended and not isinstance(reason, FetchTimeoutError)
+        quiet = self._origins.get(seen.origin)
+        if answered and quiet is not None:
+            waits = any(other.origin == seen.origin for other in self._attempts.values())
+            quiet.since = self._clock() if waits else None
+
+    def is_stalled(self, origin: Hashable) -> bool:
+        quiet = self._origins.get(origin)
+        if quiet is None or quiet.since is None:
+            return False
+        patience = max(_QUIET_SECONDS, min(2 * quiet.pause, _MOST_QUIET_SECONDS))
+        return self._clock() - quiet.since >= patience
+
+    def _asked(self, origin: Hashable, now: float) -> None:
+        quiet = self._origins.setdefault(origin, _Quiet())
+        self._origins.move_to_end(origin)
+        if quiet.since is None:
+            quiet.since = now
+        if len(self._origins) > _ORIGINS_KEPT:
+            self._origins.popitem(last=False)
+
+    def _heard(self, origin: Hashable, now: float, pause: float) -> None:
+        quiet = self._origins.get(origin)
+        if quiet is not None:
+            quiet.since = now
+            quiet.pause = max(pause, _PAUSE_FADES * quiet.pause)
 
 
 class Desk:
@@ -157,32 +271,60 @@ class Desk:
         self.clock = clock
         self.draw = draw
         self.jobs: list[Job[Any]] = []
+        self.traffic = Traffic(clock)
         self._counted = 0.0
         self._parts: dict[Job[Any], int] = {}
         self._stuck = stuck
-        self._news: dict[Attempt, tuple[int, float]] = {}
 
     def next(self) -> tuple[Job[Any], Piece, Attempt] | None:
         """What a free thread should do. With the lock."""
         now = self.clock()
         parts = self._shares(now)
-        by_need = sorted(parts, key=lambda job: (job.urgency, len(job.running) - parts[job]))
+        running = _running(self.jobs)
+        owed = Counter[Hashable]()  # how many connections each origin lacks
+        for place, part in parts.items():
+            owed[place[1]] += part - running[place]
+
+        def need(job: Job[Any]) -> tuple[object, ...]:
+            place = (job, job.origin)
+            lacks = parts.get(place, 0) - running[place]
+            return job.urgency, job.is_retry(now), -owed[job.origin], -lacks
+
+        by_need = sorted((job for job in self.jobs if not job.over), key=need)
         for job in by_need:
-            if len(job.running) < parts[job] and (piece := job.take(now)) is not None:
+            place = (job, job.origin)
+            if running[place] < parts.get(place, 0) and (piece := job.take(now)) is not None:
                 return self._begun(job, piece)
         for job in by_need:
             if (piece := job.split(now)) is not None:
                 return self._begun(job, piece)
         return None
 
-    def _shares(self, now: float) -> dict[Job[Any], int]:
-        jobs = [job for job in self.jobs if not job.over]
-        claims = [Claim(job.urgency, job.wanted(now)) for job in jobs]
-        return dict(zip(jobs, shares(claims, self.connections), strict=True))
+    def _shares(self, now: float) -> dict[_Place, int]:
+        """How many connections each job may have at each origin."""
+        places: list[_Place] = []
+        claims: list[Claim] = []
+        for job in self.jobs:
+            if job.over:
+                continue
+            pieces: dict[Hashable, list[Piece]] = {}
+            for attempt, piece in job.running.items():
+                pieces.setdefault(attempt.origin, []).append(piece)
+            more = job.wanted(now) - len(job.running)
+            if more or not pieces:
+                pieces.setdefault(job.origin, [])
+            for origin, read in pieces.items():
+                begins = more if origin == job.origin else 0
+                retried = all(piece.tried for piece in read) and (not begins or job.is_retry(now))
+                stalled = self.traffic.is_stalled(origin)
+                places.append((job, origin))
+                claims.append(Claim(job.urgency, len(read) + begins, origin, stalled, retried))
+        return dict(zip(places, shares(claims, self.connections), strict=True))
 
     def _begun(self, job: Job[Any], piece: Piece) -> tuple[Job[Any], Piece, Attempt]:
-        attempt = Attempt()
+        attempt = Attempt(job.origin)
         job.running[attempt] = piece
+        self.traffic.begun(attempt, piece)
         return job, piece, attempt
 
     def wanted(self) -> int:
@@ -200,7 +342,9 @@ class Desk:
             return False
         now = self.clock()
         if now >= self._counted + _SHARES_SECONDS:
-            self._counted, self._parts = now, self._shares(now)
+            self._counted, self._parts = now, {}
+            for (each, _), part in self._shares(now).items():
+                self._parts[each] = self._parts.get(each, 0) + part
         return len(job.running) > self._parts.get(job, len(job.running)) and any(
             len(other.running) < part for other, part in self._parts.items() if not other.over
         )
@@ -208,21 +352,45 @@ class Desk:
     def reclaim(self) -> None:
         """End what brings nothing, as far as it keeps others from their shares. With the lock.
 
-        Who reads chunks hands over by himself: a source that stalls would hold up all others.
+        Who reads chunks hands over by himself: a source that stalls would hold up all others. What
+        another origin lacks is taken almost at once; within one, who is slow has time.
         """
         now = self.clock()
-        parts = self._shares(now)
-        lacking = any(len(job.running) < part for job, part in parts.items())
-        news = {}
-        for job, part in parts.items():
-            excess = len(job.running) - part
-            for attempt, piece in job.running.items():
-                came, since = self._news.get(attempt, (piece.came, now))
-                news[attempt] = (came, since) if came == piece.came else (piece.came, now)
-                if lacking and excess > 0 and now - news[attempt][1] >= self._stuck:
-                    attempt.end()
-                    excess -= 1
-        self._news = news
+        since = {
+            attempt: self.traffic.look(attempt, piece)
+            for job in self.jobs
+            for attempt, piece in job.running.items()
+        }
+        parts, running = self._shares(now), _running(self.jobs)
+        lacking = {origin for (job, origin), part in parts.items() if running[job, origin] < part}
+        for (job, origin), part in parts.items():
+            excess = running[job, origin] - part
+            if excess > 0 and lacking:
+                elsewhere = any(other != origin for other in lacking)
+                self._end(job, origin, excess, since, hurry=elsewhere)
+
+    def _end(
+        self,
+        job: Job[Any],
+        origin: Hashable,
+        excess: int,
+        since: dict[Attempt, float],
+        *,
+        hurry: bool,
+    ) -> None:
+        """End so many attempts: of those that bring nothing, or do not hand over, the youngest."""
+        now, grace = self.clock(), _GRACE_SECONDS if hurry else self._stuck
+        here = [attempt for attempt in job.running if attempt.origin == origin]
+        excess -= sum(attempt.ended for attempt in here)
+        silent = [attempt for attempt in here if now - since[attempt] >= grace]
+        bound = [
+            attempt
+            for attempt in here
+            if hurry and attempt not in silent and not job.hands_over(job.running[attempt])
+        ]
+        ending = [each for each in (*reversed(silent), *reversed(bound)) if not each.ended]
+        for attempt in ending[: max(0, excess)]:
+            attempt.end()
 
     def fail(self, job: Job[Any], error: LoraxError) -> None:
         """From any thread, without the lock."""
@@ -250,3 +418,12 @@ class Desk:
             job.done.set_exception(job.error)
         else:
             job.done.set_result(job.result)
+
+
+_Place = tuple[Job[Any], Hashable]
+"""A job, and one of the origins that it has attempts at."""
+
+
+def _running(jobs: Iterable[Job[Any]]) -> Counter[_Place]:
+    """How many attempts each job has at each origin."""
+    return Counter((job, attempt.origin) for job in jobs for attempt in job.running)

@@ -17,12 +17,14 @@ from lorax_async.io.http.exchange import Exchange, Response
 from lorax_async.io.http.failures import AbortedError, SetbackError, broken_off
 from lorax_async.io.http.links import Links
 from lorax_async.io.http.target import Answer
+from lorax_async.io.http.urls import Origin
 
 _READ_BYTES = 256 << 10
 _READ_SECONDS = 0.01
 """What comes in so long is read at once: few calls on a fast link, and early news on a slow one."""
 
 _GIVEN_UP = 512 << 10
+_GIVEN_UP_SECONDS = 0.1
 """A piece with more left than this is handed back when others lack a connection."""
 
 
@@ -77,6 +79,13 @@ class Download(Job[None]):
         self.over = not self.pending
 
     # -- with the lock ----------------------------------------------------------------------------
+
+    @property
+    def origin(self) -> Origin:
+        return self._place.url.origin
+
+    def hands_over(self, piece: Piece) -> bool:
+        return piece is not self._stream
 
     def wanted(self, now: float) -> int:
         if self._stream is None:
@@ -166,7 +175,8 @@ class Download(Job[None]):
             if self.over:
                 raise AbortedError
             left = piece.stop - piece.at
-            if left > _GIVEN_UP and self.desk.overdrawn(self):
+            soon = _GIVEN_UP if piece.rate is None else int(piece.rate * _GIVEN_UP_SECONDS)
+            if left > min(soon, _GIVEN_UP) and self.desk.overdrawn(self):
                 return 0
             piece.claimed = piece.at + min(most, left)
             return piece.claimed - piece.at

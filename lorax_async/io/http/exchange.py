@@ -182,6 +182,7 @@ class Exchange:
         self, target: Target, place: Place, span: Span | None, known: Known, attempt: Attempt
     ) -> Response:
         """On an idle connection; if that was closed meanwhile, on a new one."""
+        attempt.origin = place.url.origin
         lines = self._fields(target, place, span, known)
         try:
             idle = self._pool.take(place.url, target.rules, attempt)

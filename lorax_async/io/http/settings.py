@@ -51,8 +51,9 @@ class Timeouts:
     idle
         For how long a connection is kept for the next request.
     stuck
-        After so long without a byte written, a connection of a download that has more than its
-        share is ended, if another has less.
+        After so long without a byte, a connection of a download that has more than its share is
+        ended, if another at the same origin has less. For another origin's sake it is ended at
+        once: docs/http.md has the rules.
     """
 
     connect: float = 10.0

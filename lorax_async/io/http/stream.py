@@ -17,6 +17,8 @@ from lorax_async.io.http.settings import Timeouts
 from lorax_async.io.http.wire import Wire
 
 _LINE = 16 << 10
+_LEAST = 64 << 10
+_SEEN_SECONDS = 0.05
 _INTERIM = 8
 _END = b"\r\n\r\n"
 
@@ -105,7 +107,7 @@ class Stream:
         got = self._taken(view)
         while got < len(view):
             try:
-                count = self._received(view[got:], self.wire.receive_all)
+                count = self._received(view[got : got + self._at_once], self.wire.receive_all)
             except AbortedError:
                 if not got:
                     raise
@@ -114,6 +116,11 @@ class Stream:
                 break
             got += count
         return got
+
+    @property
+    def _at_once(self) -> int:
+        """Bytes to wait for in one call: few on a slow link, so that progress is seen there."""
+        return max(_LEAST, int((self.pace.rate or 0.0) * _SEEN_SECONDS))
 
     def _received(self, view: memoryview, receive: Callable[[memoryview], int]) -> int:
         begun = self._clock()

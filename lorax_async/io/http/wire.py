@@ -25,6 +25,8 @@ class Wire:
         self._socket: socket.socket | None = None
         self._tls: ssl.SSLSocket | None = None
         self._aborted = False
+        self.received = 0
+        """Bytes so far, over all requests; written by the thread that reads."""
 
     def attach(self, opened: socket.socket) -> None:
         """The socket is the wire's from here on. Raises `AbortedError` after an `abort`."""
@@ -67,12 +69,17 @@ class Wire:
 
     def receive(self, view: memoryview) -> int:
         """What is there, at most as much as fits; 0 at the end."""
-        return self._checked(lambda: self.socket.recv_into(view))
+        return self._received(lambda: self.socket.recv_into(view))
 
     def receive_all(self, view: memoryview) -> int:
         """As `receive`, waiting for all of it where the system can: fewer calls, no GIL between."""
         flags = 0 if self._tls is not None else socket.MSG_WAITALL
-        return self._checked(lambda: self.socket.recv_into(view, 0, flags))
+        return self._received(lambda: self.socket.recv_into(view, 0, flags))
+
+    def _received(self, call: Callable[[], int]) -> int:
+        count = self._checked(call)
+        self.received += count
+        return count
 
     def _checked(self, call: Callable[[], int | None]) -> int:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from fetching import MemorySink, target
 
 from lorax_async.core.arrivals import Arrivals
@@ -39,6 +40,18 @@ class Pieces(Job[None]):
         self.over = not self.pending and not self.running
 
 
+class AtOrigin(Pieces):
+    """The same, each from its own origin."""
+
+    def __init__(self, desk: Desk, count: int, origin: str, urgency: int = FOREGROUND) -> None:
+        super().__init__(desk, count, urgency)
+        self._origin = origin
+
+    @property
+    def origin(self) -> str:
+        return self._origin
+
+
 class Office:
     """A desk, the time, and threads that only say what they would do."""
 
@@ -61,6 +74,11 @@ class Office:
             while (task := self.desk.next()) is not None:
                 found.append(task)
         return found
+
+    def looked(self) -> None:
+        """As the clock does every 50 ms."""
+        with self.desk.changed:
+            self.desk.reclaim()
 
 
 def setback(seconds: float | None = None, *, crowded: bool = False) -> SetbackError:
@@ -162,11 +180,172 @@ def test_who_brings_something_is_not_stuck() -> None:
 
     assert ended() == [False] * 4
     for office.now in (STUCK * 0.9, STUCK * 1.8):
-        for attempt in attempts[:3]:
+        for attempt in attempts[1:]:
             slow.running[attempt].came += 1
         if office.now < STUCK:
             assert ended() == [False] * 4
-    assert ended() == [False, False, False, True]
+    assert ended() == [True, False, False, False]
+
+
+# -- origins --------------------------------------------------------------------------------------
+
+
+def counts(office: Office, *jobs: Job[None]) -> list[int]:
+    """How many threads each job has, once those that were ended have left and looked again."""
+    for job in jobs:
+        for attempt in [each for each in job.running if each.ended]:
+            job.left(attempt, None)
+    free = office.desk.connections - sum(len(job.running) for job in jobs)
+    for _ in range(free):
+        with office.desk.changed:
+            if office.desk.next() is None:
+                break
+    return [len(job.running) for job in jobs]
+
+
+def test_another_origin_has_its_share_at_once() -> None:
+    """One that has all connections and sends nothing gives up half of them, and no more."""
+    office = Office()
+    first = AtOrigin(office.desk, 9, "a")
+    oldest, *_ = [attempt for _, _, attempt in office.all_begun()]
+    office.now = 0.1
+    second = AtOrigin(office.desk, 9, "b")
+    office.looked()
+    office.looked()
+    assert counts(office, first, second) == [2, 2]
+    assert oldest in first.running
+    office.now = 0.15
+    third = AtOrigin(office.desk, 9, "c")
+    office.now = 0.22
+    office.looked()
+    assert counts(office, first, second, third) == [2, 1, 1]
+
+
+def test_an_origin_alone_has_all() -> None:
+    office = Office()
+    jobs = [AtOrigin(office.desk, 1, "a") for _ in range(9)]
+    assert len(office.all_begun()) == 4
+    office.now = 1.0
+    office.looked()
+    assert sum(counts(office, *jobs)) == 4
+    assert not any(attempt.ended for job in jobs for attempt in job.running)
+
+
+def test_an_origin_that_stalls_keeps_one_connection() -> None:
+    """Whoever sends something has the others, for as long as it has a use for them."""
+    office = Office()
+    stalled = AtOrigin(office.desk, 9, "a")
+    office.all_begun()
+    for office.now in (0.1, 0.2, 0.3):
+        office.looked()
+    healthy = AtOrigin(office.desk, 9, "b", PREFETCH)
+    office.looked()
+    assert counts(office, stalled, healthy) == [1, 3], "a hint, too: it sends something"
+    for attempt in list(healthy.running):
+        healthy.running[attempt].came += 10
+        healthy.left(attempt, None)
+    healthy.pending.clear()
+    assert counts(office, stalled, healthy) == [4, 0]
+
+
+def test_an_origin_that_answers_is_not_stalled() -> None:
+    """Neither while it sends nor, after its last answer, when it is asked again."""
+    office = Office()
+    first = AtOrigin(office.desk, 4, "a")
+    attempts = [attempt for _, _, attempt in office.all_begun()]
+    for office.now in (0.2, 0.4, 0.6):
+        first.running[attempts[0]].came += 1
+        office.looked()
+    for attempt in attempts:
+        first.left(attempt, None)
+    office.now = 1_000.0
+    again = AtOrigin(office.desk, 9, "a")
+    office.all_begun()
+    office.now += 0.1
+    other = AtOrigin(office.desk, 9, "b")
+    office.looked()
+    assert counts(office, again, other) == [2, 2]
+
+
+def test_an_origin_that_takes_its_time_is_not_stalled() -> None:
+    """It was seen to pause for half a second: so long it may again."""
+    office = Office()
+    slow = AtOrigin(office.desk, 9, "a")
+    attempts = [attempt for _, _, attempt in office.all_begun()]
+    office.now = 0.5
+    for attempt in attempts:
+        slow.running[attempt].came += 1
+    office.looked()
+    office.now = 1.0
+    other = AtOrigin(office.desk, 9, "b")
+    office.looked()
+    assert counts(office, slow, other) == [2, 2]
+
+
+def test_an_origin_is_stalled_whoever_waits_for_it() -> None:
+    """Callers that leave sooner than it is noticed do not make it a healthy one."""
+    office = Office()
+    for _ in range(4):
+        job = AtOrigin(office.desk, 1, "a")
+        office.all_begun()
+        office.now += 0.1
+        job.cancel(FetchError("enough"))
+        for attempt in list(job.running):
+            job.left(attempt, None)
+        office.desk.finish(job)
+    stalled = AtOrigin(office.desk, 9, "a")
+    office.all_begun()
+    office.now += 0.06
+    healthy = AtOrigin(office.desk, 9, "b")
+    office.looked()
+    assert counts(office, stalled, healthy) == [1, 3]
+
+
+def test_where_a_redirect_leads_counts() -> None:
+    """Who waits at another origin takes nothing from those that the first one may have."""
+    office = Office()
+    led_on = AtOrigin(office.desk, 9, "hub")
+    for _, _, attempt in office.all_begun():
+        attempt.origin = "stalls"
+    office.looked()
+    office.now = 0.3
+    office.looked()
+    another = AtOrigin(office.desk, 2, "hub")
+    led_on.pending.clear()
+    office.looked()
+    assert counts(office, led_on, another) == [2, 2]
+
+
+@pytest.mark.parametrize("origin", ["a", "b"])
+def test_a_new_request_goes_first_where_there_is_room_for_both(origin: str) -> None:
+    office = Office(connections=2)
+    old = AtOrigin(office.desk, 1, "a")
+    ((_, _, attempt),) = office.all_begun()
+    old.left(attempt, setback())
+    new = AtOrigin(office.desk, 1, origin)
+    assert [task[0] for task in office.all_begun()] == [new, old]
+
+
+@pytest.mark.parametrize("origin", ["a", "b"])
+def test_a_new_request_overtakes_retries(origin: str) -> None:
+    """At its own origin, and at another one."""
+    office = Office(connections=1)
+    old = AtOrigin(office.desk, 1, "a")
+    ((_, _, attempt),) = office.all_begun()
+    old.left(attempt, setback())
+    new = AtOrigin(office.desk, 1, origin)
+    assert [task[0] for task in office.all_begun()] == [new]
+    urgent = AtOrigin(office.desk, 1, "c")
+    hint = AtOrigin(office.desk, 1, "c", PREFETCH)
+    new.left(next(iter(new.running)), setback())
+    office.now = 1.0
+    order = []
+    for _ in range(4):
+        job, _, attempt = office.begun()
+        order.append(job)
+        job.running[attempt].at = job.running[attempt].stop
+        job.left(attempt, None)
+    assert order == [urgent, *sorted(order[1:3], key=[old, new].index), hint]
 
 
 # -- downloads ------------------------------------------------------------------------------------

@@ -1,0 +1,289 @@
+"""A server that stalls costs only its own callers, and nothing once they have left."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from fault_server import Asked, Client, FaultServer, Hangup
+from web_folder import CONFIG, WEIGHTS, Folder
+
+import tiny
+from common import Run, open_sockets, until
+from lorax_async import AdapterLoader, AdapterTimeoutError, Allow, LoaderConfig
+from lorax_async.io.remote.beginning import FIRST_BYTES
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+CONNECTIONS = 16
+LOADS = 16
+RANK = 256
+"""Some 800 KB: more than comes with the first request."""
+
+SOON = 8.0
+"""Seconds that a healthy load may take here: a stalled request alone is waited for for 20."""
+
+STALLS = ("no head", "half a head", "config", "header", "weights")
+
+
+def hold(client: Client) -> None:
+    """Send nothing more until the other end closes the connection."""
+    client.socket.settimeout(0.05)
+    while not client.ending.is_set():
+        with suppress(TimeoutError):
+            if not client.socket.recv(1):
+                break
+    raise Hangup
+
+
+class Stalling(Folder):
+    """A folder of adapters whose server stalls at one step of a load."""
+
+    def __init__(self, files: dict[str, bytes], step: str) -> None:
+        super().__init__(files)
+        self.step = step
+        self.held = 0
+        self.holding: set[int] = set()
+        """Connections whose client waits for more."""
+
+    def __call__(self, asked: Asked, client: Client) -> None:
+        if not self._stalls(asked):
+            super().__call__(asked, client)
+            return
+        self.held += 1
+        self.holding.add(client.number)
+        try:
+            self._begin(asked, client)
+            hold(client)
+        finally:
+            self.holding.discard(client.number)
+
+    def _begin(self, asked: Asked, client: Client) -> None:
+        if self.step == "half a head":
+            client.send(b"HTTP/1.1 206 Partial Con")
+        elif self.step == "config":
+            client.head("200 OK", "Content-Length: 200", f'ETag: "{CONFIG}-1"')
+            client.send(b"{" * 100)
+        elif self.step != "no head":
+            assert asked.span is not None
+            start, stop = asked.span
+            data = self.files[WEIGHTS]
+            client.part(start, min(stop, len(data)), len(data), f'ETag: "{WEIGHTS}-1"')
+            client.send(data[start : start + 1_000])
+
+    def _stalls(self, asked: Asked) -> bool:
+        if self.step == "config":
+            return asked.span is None
+        if self.step == "header":
+            return asked.span is not None
+        return self.step != "weights" or asked.span not in {None, (0, FIRST_BYTES)}
+
+
+class World:
+    """A healthy server, those that stall, and a loader that may ask them all."""
+
+    def __init__(self, tmp_path: Path, ends: ExitStack, *steps: str) -> None:
+        self.adapter = tiny.write(tmp_path / "adapter", rank=RANK)
+        files = dict(zip((CONFIG, WEIGHTS), tiny.files(self.adapter), strict=True))
+        self.folders = [Stalling(files, step) for step in steps]
+        self.stalling = [ends.enter_context(FaultServer(b"", each)) for each in self.folders]
+        self.good = ends.enter_context(FaultServer(b"", Folder(files)))
+        ports = [server.port for server in (*self.stalling, self.good)]
+        self.config = LoaderConfig(
+            device_bytes=64 << 20,
+            max_slots=40,
+            io_threads=2,
+            connections=CONNECTIONS,
+            cache_dir=tmp_path / "cache",
+            allow=tuple(Allow("http", "127.0.0.1", port) for port in ports),
+            timeout=60,
+        )
+
+    def loader(self) -> AdapterLoader:
+        return AdapterLoader(tiny.layout(), self.config)
+
+    @property
+    def held(self) -> int:
+        return sum(folder.held for folder in self.folders)
+
+    async def load_healthy(self, loader: AdapterLoader, name: str = "good") -> None:
+        async with asyncio.timeout(SOON):
+            async with await loader.load(self.good.url(f"/{name}/")) as handle:
+                tiny.assert_equal_to_file(handle, self.adapter)
+
+    async def assert_nothing_held(self) -> None:
+        """At the servers' side every connection of a stalled request is closed."""
+        await until(lambda: not any(folder.holding for folder in self.folders))
+
+
+@contextmanager
+def world(tmp_path: Path, *steps: str) -> Iterator[World]:
+    with ExitStack() as ends:
+        yield World(tmp_path, ends, *steps)
+
+
+async def times_out(loader: AdapterLoader, url: str) -> None:
+    with pytest.raises(AdapterTimeoutError):
+        await loader.load(url, timeout=1.0)
+
+
+async def is_cancelled(loader: AdapterLoader, url: str) -> None:
+    loading = asyncio.create_task(loader.load(url))
+    await asyncio.sleep(1.0)
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+
+
+async def streams(loader: AdapterLoader, url: str) -> None:
+    with suppress(AdapterTimeoutError):
+        async with loader.stream(url, timeout=1.0) as handle:
+            with suppress(AdapterTimeoutError):
+                await handle.layer_ready(tiny.LAYERS - 1, timeout=0.5)
+
+
+async def is_hinted_at(loader: AdapterLoader, url: str) -> None:
+    hint = loader.prefetch(url)
+    await asyncio.sleep(1.0)
+    hint.cancel()
+    await asyncio.wait([hint.task])
+
+
+Leaving = Callable[[AdapterLoader, str], Awaitable[None]]
+
+
+@pytest.mark.parametrize("step", STALLS)
+@pytest.mark.parametrize("leaves", [times_out, is_cancelled, streams, is_hinted_at])
+def test_a_server_that_stalls_costs_only_its_callers(
+    run: Run, tmp_path: Path, step: str, leaves: Leaving
+) -> None:
+    """A healthy load beside them and one after them; then nothing of theirs is left."""
+
+    async def body(it: World) -> None:
+        async with it.loader() as loader:
+            await it.load_healthy(loader, "first")
+            sockets = open_sockets()
+            url = it.stalling[0].url
+            leaving = [asyncio.create_task(leaves(loader, url(f"/{n}/"))) for n in range(LOADS)]
+            await until(lambda: it.held)
+            await asyncio.sleep(0.3)
+            await it.load_healthy(loader, "beside")
+            await asyncio.gather(*leaving)
+            await asyncio.sleep(0.5)  # the server's threads come to what was sent before
+            await it.assert_nothing_held()
+            held = it.held
+            await it.load_healthy(loader, "after")
+            await asyncio.sleep(0.2)
+            assert it.held == held, "nothing is asked for that no caller waits for"
+            await until(lambda: open_sockets() <= sockets + CONNECTIONS * 2)
+            begun = time.monotonic()
+        assert time.monotonic() - begun < SOON
+
+    with world(tmp_path, step) as it:
+        run(body(it))
+
+
+@pytest.mark.parametrize("step", STALLS)
+def test_callers_that_stay_are_not_in_the_way(run: Run, tmp_path: Path, step: str) -> None:
+    """Their own server is still asked meanwhile, and they get their adapter when it recovers."""
+
+    async def body(it: World) -> None:
+        async with it.loader() as loader:
+            url = it.stalling[0].url
+            staying = [asyncio.create_task(loader.load(url(f"/{n}/"))) for n in range(LOADS)]
+            await until(lambda: it.held)
+            await asyncio.sleep(0.6)
+            for n in range(3):
+                await it.load_healthy(loader, f"beside{n}")
+            assert not any(task.done() for task in staying)
+            it.folders[0].step = "weights"
+            it.folders[0]._stalls = lambda _: False  # type: ignore[method-assign]
+            for client in it.stalling[0].clients:
+                with suppress(OSError):
+                    client.socket.shutdown(socket.SHUT_RDWR)
+            for handle in await asyncio.gather(*staying):
+                tiny.assert_equal_to_file(handle, it.adapter)
+                handle.release()
+
+    with world(tmp_path, step) as it:
+        run(body(it))
+
+
+def test_several_servers_that_stall(run: Run, tmp_path: Path) -> None:
+    """Each in its own way, with callers that stay."""
+
+    async def body(it: World) -> None:
+        async with it.loader() as loader:
+            staying = [
+                asyncio.create_task(loader.load(server.url(f"/{n}/"), timeout=30))
+                for server in it.stalling
+                for n in range(8)
+            ]
+            await until(lambda: all(folder.held for folder in it.folders))
+            await it.load_healthy(loader)
+            for task in staying:
+                task.cancel()
+            await asyncio.wait(staying)
+            await it.assert_nothing_held()
+
+    with world(tmp_path, *STALLS) as it:
+        run(body(it))
+
+
+def test_a_server_that_accepts_no_connection(run: Run, tmp_path: Path) -> None:
+    """A listener whose backlog is full: a connect waits for an answer that never comes."""
+
+    async def body(it: World, port: int) -> None:
+        async with it.loader() as loader:
+            await it.load_healthy(loader, "first")
+            sockets = open_sockets()
+            url = f"http://127.0.0.1:{port}"
+            loads = [asyncio.create_task(loader.load(f"{url}/{n}/")) for n in range(LOADS)]
+            await until(lambda: open_sockets() >= sockets + CONNECTIONS - 2)
+            await it.load_healthy(loader, "beside")
+            for load in loads:
+                load.cancel()
+            await asyncio.wait(loads)
+            await until(lambda: open_sockets() <= sockets + CONNECTIONS)
+
+    with world(tmp_path) as it, socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        it.config = LoaderConfig(
+            **{
+                **{name: getattr(it.config, name) for name in ("device_bytes", "max_slots")},
+                "cache_dir": it.config.cache_dir,
+                "allow": (*it.config.allow, Allow("http", "127.0.0.1", port)),
+            }
+        )
+        with ExitStack() as ends:
+            for _ in range(4):
+                client = ends.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(("127.0.0.1", port))
+            run(body(it, port))
+
+
+def test_a_load_that_is_shared_goes_on_while_one_caller_waits(run: Run, tmp_path: Path) -> None:
+    """Of two callers of one adapter one leaves; the other gets it from the same requests."""
+
+    async def body(it: World) -> None:
+        async with it.loader() as loader:
+            url = it.stalling[0].url("/shared/")
+            leaving = asyncio.create_task(loader.load(url, timeout=0.5))
+            staying = asyncio.create_task(loader.load(url))
+            with pytest.raises(AdapterTimeoutError):
+                await leaving
+            await asyncio.sleep(0.2)
+            assert it.held == 2, "the config and the header, asked for once"
+            assert len(it.folders[0].holding) == 2
+            staying.cancel()
+            await asyncio.wait([staying])
+            await it.assert_nothing_held()
+
+    with world(tmp_path, "no head") as it:
+        run(body(it))
