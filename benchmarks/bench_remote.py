@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from harness import (
 )
 from link import Link
 from peers import safetensors_load_file
-from remote_stage import Loads, Noted, Stage
+from remote_stage import STALLED_LOADS, Loads, Noted, Stage
 from work_files import CONFIG, WEIGHTS, AdapterFolder, write_adapter
 
 OURS = "lorax_async load"
@@ -48,6 +49,7 @@ class Question:
     """Bytes/s of a connection (0: no throttle), seconds before each response, and our target.
 
     `published`: until the digest is known and the cache has it. `cached`: the cache has it already.
+    `stalling`: beside loads from a server that stalls, against the same load alone.
     """
 
     rate: float = 0.0
@@ -56,6 +58,7 @@ class Question:
     busy_loop: bool = False
     published: bool = False
     cached: bool = False
+    stalling: bool = False
 
 
 ROWS = {
@@ -64,6 +67,9 @@ ROWS = {
     "unthrottled, to RESIDENT": Question(target=Target(1.5)),
     "unthrottled, to published": Question(target=Target(3.0), published=True),
     "from the disk cache, to RESIDENT": Question(cached=True),
+    "20 MB/s per connection, 10 ms, beside a server that stalls": Question(
+        20e6, 0.010, Target(1.10), stalling=True
+    ),
 }
 
 
@@ -84,14 +90,39 @@ class Bench:
             link = ends.enter_context(Link(files, rate=asked.rate, delay=asked.delay))
             other = ends.enter_context(Link(_served(self._small), rate=0.0, delay=0.0))
             stage = Stage(self.folder, link, io_threads=given.io_threads, busy_loop=asked.busy_loop)
-            loads = Loads(stage, other, self._small, self._work / "cache", cached=asked.cached)
+            stalling = self._stalling_link(ends) if asked.stalling else None
+            loads = Loads(
+                *(stage, other, self._small, self._work / "cache"),
+                cached=asked.cached,
+                stalling=stalling,
+            )
             build = self._from_the_cache if asked.cached else self._from_afar
+            if stalling is not None:
+                build = partial(self._alone, other)
             contenders = build(stage, asked, ends)
             run = loads.run_to_published if asked.published else loads.run
             ours = stage.contender(
                 OURS, "ours", run, lambda: None, prepare=loads.prepare, settle=loads.settle
             )
             yield Row(asked.target, [contenders[0], ours, *contenders[1:]]), stage, loads
+
+    def _stalling_link(self, ends: ExitStack) -> Link:
+        """Of 16 adapters: of each file 1,000 bytes come, and then nothing."""
+        files = {
+            f"{n}/{name}": path
+            for n in range(STALLED_LOADS)
+            for name, path in _served(self.folder).items()
+        }
+        return ends.enter_context(Link(files, rate=0.0, delay=0.0, stall_after=1_000))
+
+    def _alone(self, other: Link, stage: Stage, _: Question, __: ExitStack) -> list[Contender]:
+        alone = Loads(stage, other, self._small, self._work / "alone")
+        prepare, settle = alone.prepare, alone.settle
+        return [
+            stage.contender(
+                f"{OURS}, alone", "floor", alone.run, lambda: None, prepare=prepare, settle=settle
+            )
+        ]
 
     def _from_the_cache(self, stage: Stage, _: Question, ends: ExitStack) -> list[Contender]:
         threads = floors.Threads(self.options.io_threads)
@@ -146,7 +177,7 @@ def costs(name: str, noted: Noted, asked: Question) -> dict[str, object]:
         return {**found, "tick late by ms": _middle(late), "p99.9": tail, "most": late[-1]}
     spent = _middle(noted.caller)
     found |= {"caller ms": spent, "min": min(noted.caller), "max": max(noted.caller)}
-    judged = name == OURS and asked.target is not None and asked.rate
+    judged = name == OURS and asked.target is not None and asked.rate and not asked.stalling
     over = spent - CALLER_MS
     reached = "reached" if over <= 0 else f"missed by {over:.1f} ms"
     found["target"] = f"≤ {CALLER_MS:g}: {reached}" if judged else ""
@@ -156,7 +187,7 @@ def costs(name: str, noted: Noted, asked: Question) -> dict[str, object]:
 def first_layer(loads: Loads, asked: Question) -> dict[str, object]:
     """When layer 0 was ready, as a part of the time from the header to RESIDENT."""
     share = _middle(loads.first_layer)
-    judged = bool(asked.rate) and not asked.busy_loop
+    judged = bool(asked.rate) and not asked.busy_loop and not asked.stalling
     return {
         "layer 0 at": share,
         "earliest": min(loads.first_layer),

@@ -57,7 +57,10 @@ class Client:
 class LinkServer:
     """Serves until it is killed."""
 
-    def __init__(self, files: Mapping[str, Path], rate: float, delay: float) -> None:
+    def __init__(
+        self, files: Mapping[str, Path], rate: float, delay: float, stall_after: int = 0
+    ) -> None:
+        self._stall_after = stall_after
         self._files = {f"/{name}": _content(path) for name, path in files.items()}
         self._etags = {name: f'"{zlib.crc32(data):08x}"' for name, data in self._files.items()}
         self._rate = rate
@@ -175,6 +178,10 @@ class LinkServer:
 
     def _pour(self, client: Client) -> None:
         while client.body:
+            if self._stall_after and not client.free:
+                client.socket.send(client.body[: self._stall_after])
+                client.body = memoryview(b"")
+                return  # busy for good
             most = len(client.body)
             if self._rate and not client.free:
                 self._fill(client)
@@ -210,11 +217,17 @@ def _head(status: str, length: int, more: str = "") -> bytes:
 
 
 class Link:
-    """The server, started in a process of its own; `rate` 0 is no throttle. Closes with `with`."""
+    """The server, started in a process of its own; `rate` 0 is no throttle. Closes with `with`.
 
-    def __init__(self, files: Mapping[str, Path], *, rate: float, delay: float) -> None:
+    With `stall_after`, each response stalls after so many bytes of its body.
+    """
+
+    def __init__(
+        self, files: Mapping[str, Path], *, rate: float, delay: float, stall_after: int = 0
+    ) -> None:
         named = [f"{name}={path}" for name, path in files.items()]
-        command = [sys.executable, __file__, "--rate", str(rate), "--delay", str(delay), *named]
+        settings = ["--rate", str(rate), "--delay", str(delay), "--stall-after", str(stall_after)]
+        command = [sys.executable, __file__, *settings, *named]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         self.port: int = json.loads(self._process.stdout.readline())["port"]
@@ -244,10 +257,11 @@ def main() -> None:
     parser = argparse.ArgumentParser("link", description=__doc__)
     parser.add_argument("--rate", type=float, default=20e6, help="bytes/s per connection; 0: none")
     parser.add_argument("--delay", type=float, default=0.01, help="seconds before each response")
+    parser.add_argument("--stall-after", type=int, default=0, help="bytes of a body; 0: never")
     parser.add_argument("files", nargs="+", help="name=path")
     given = parser.parse_args()
     files = {name: Path(path) for name, _, path in (each.partition("=") for each in given.files)}
-    server = LinkServer(files, given.rate, given.delay)
+    server = LinkServer(files, given.rate, given.delay, given.stall_after)
     print(json.dumps({"port": server.port}), flush=True)
     server.serve()
 

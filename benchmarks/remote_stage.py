@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
@@ -19,6 +20,7 @@ from load_stage import check_handle, require_equal
 from lorax_async import (
     AdapterHandle,
     AdapterLoader,
+    AdapterTimeoutError,
     Allow,
     Event,
     LayerReady,
@@ -31,6 +33,13 @@ from work_files import AdapterFolder
 
 CONNECTIONS = 16
 """Of every contender that lets itself be told how many."""
+
+STALLED_LOADS = 16
+STALLED_SECONDS = 2.0
+"""The timeout of each load from a server that stalls."""
+
+_HANGING_SECONDS = 0.5
+"""How long they have hung when a healthy load begins beside them."""
 
 _SLACK = 1 << 20
 _BUSY_MS = 1.0
@@ -125,11 +134,19 @@ class Loads:
 
     It has loaded a small adapter from another server just before: threads and certificates are
     there, but no connection, nor anything that was measured of the link. Where the cache is what is
-    loaded from, it is kept, and the version is named, so that nobody need be asked.
+    loaded from, it is kept, and the version is named, so that nobody need be asked. Beside a server
+    that stalls, 16 loads from that one have hung for half a second when the timed one begins.
     """
 
     def __init__(
-        self, stage: Stage, other: Link, small: AdapterFolder, cache: Path, *, cached: bool = False
+        self,
+        stage: Stage,
+        other: Link,
+        small: AdapterFolder,
+        cache: Path,
+        *,
+        cached: bool = False,
+        stalling: Link | None = None,
     ) -> None:
         self._stage = stage
         self._other = other
@@ -143,8 +160,14 @@ class Loads:
             io_threads=stage.io_threads,
             connections=CONNECTIONS,
             cache_dir=cache,
-            allow=tuple(Allow("http", "127.0.0.1", link.port) for link in (stage.link, other)),
+            allow=tuple(
+                Allow("http", "127.0.0.1", link.port)
+                for link in (stage.link, other, stalling)
+                if link is not None
+            ),
         )
+        self._stalling = stalling
+        self._stalled: list[asyncio.Task[None]] = []
         self._loader: AdapterLoader | None = None
         self._handle: AdapterHandle | None = None
         self._revision: str | None = None
@@ -163,8 +186,22 @@ class Loads:
         if self._cached and self._revision is None:
             await self._fill_cache(self._loader)
             return
+        await self._begin_stalled(self._loader)
         self._times.clear()
         self._unsubscribe = self._loader.subscribe(self._note)
+
+    async def _begin_stalled(self, loader: AdapterLoader) -> None:
+        if self._stalling is None:
+            return
+
+        async def stalled(url: str) -> None:
+            with suppress(AdapterTimeoutError):
+                await loader.load(url, timeout=STALLED_SECONDS)
+                raise WrongBytesError("an adapter came from the server that stalls")
+
+        urls = [self._stalling.url(f"{n}/") for n in range(STALLED_LOADS)]
+        self._stalled = [asyncio.create_task(stalled(url)) for url in urls]
+        await asyncio.sleep(_HANGING_SECONDS)
 
     async def _fill_cache(self, loader: AdapterLoader) -> None:
         handle = await loader.load(self._stage.link.url(""))
@@ -192,6 +229,8 @@ class Loads:
         assert self._handle is not None
         check_handle(self._handle, self._stage.folder.tensors)
         await self._handle.verified()
+        for task in self._stalled:
+            await task
         header = self._times["header"]
         done = self._times["resident"] - header
         self.first_layer.append((self._times["layer 0"] - header) / done)

@@ -27,8 +27,12 @@ _QUIET_SECONDS = 0.25
 _MOST_QUIET_SECONDS = 4.0
 """An origin that sends nothing for this long is stalled, unless longer pauses are its way."""
 
-_PAUSE_FADES = 0.998
-"""Per look at an attempt that brought something: some 50 ms."""
+_SUSPECT_SECONDS = 2.0
+
+_PAUSE_FADES = 0.9
+"""Per answer."""
+
+_ANSWER_BYTES = 64 << 10
 
 _GRACE_SECONDS = 0.05
 """An attempt that has brought nothing for this long is ended at once for another origin's sake."""
@@ -183,20 +187,33 @@ class _Seen:
 
 
 class _Quiet:
-    """Since when an origin owes an answer (None: it does not), and its longest pause lately."""
+    """Since when an origin owes an answer (None: it does not), and its longest pause lately.
 
-    __slots__ = ("pause", "since")
+    `came` counts bytes towards the next answer: a request that ends is one, and so are 64 KiB.
+    """
+
+    __slots__ = ("came", "pause", "since", "until")
 
     def __init__(self) -> None:
         self.since: float | None = None
         self.pause = 0.0
+        self.came = 0
+        self.until = 0.0
+        """It counts as stalled until then, whatever comes."""
+
+    @property
+    def patience(self) -> float:
+        return max(_QUIET_SECONDS, min(2 * self.pause, _MOST_QUIET_SECONDS))
 
 
 class Traffic:
     """Which attempts and origins bring something, as far as `look` has seen. With the lock.
 
-    An origin is stalled when its attempts have brought nothing for `_QUIET_SECONDS`, or twice the
-    longest pause that it made lately; it is so until something comes, also while nobody asks it.
+    An origin is stalled when half of its attempts have brought nothing for `_QUIET_SECONDS`, or
+    twice its longest pause lately; and for `_SUSPECT_SECONDS` after that, for it may answer small
+    requests at once and stall with the others. It is, too, when no request to it has ended and
+    fewer than `_ANSWER_BYTES` have come for so long, whichever attempts it had meanwhile; that ends
+    with the next answer.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -214,11 +231,12 @@ class Traffic:
         seen, now = self._attempts[attempt], self._clock()
         came = (piece.came, attempt.received)
         if attempt.origin != seen.origin:  # a redirect is an answer
-            self._heard(seen.origin, now, now - seen.since)
+            self._heard(seen, now, _ANSWER_BYTES)
             self._asked(attempt.origin, now)
             self._attempts[attempt] = _Seen(attempt.origin, came, now)
         elif came != seen.came:
-            self._heard(seen.origin, now, now - seen.since)
+            more = max(now_ - before for now_, before in zip(came, seen.came, strict=True))
+            self._heard(seen, now, more)
             seen.came, seen.since = came, now
         return self._attempts[attempt].since
 
@@ -229,15 +247,28 @@ class Traffic:
         answered = not attempt.ended and not isinstance(reason, FetchTimeoutError)
         quiet = self._origins.get(seen.origin)
         if answered and quiet is not None:
-            waits = any(other.origin == seen.origin for other in self._attempts.values())
-            quiet.since = self._clock() if waits else None
+            self._heard(seen, self._clock(), _ANSWER_BYTES)
+            if all(other.origin != seen.origin for other in self._attempts.values()):
+                quiet.since = None
+
+    def judge(self) -> None:
+        """See which origins stall; after `look` at all attempts."""
+        now = self._clock()
+        running, silent = Counter[Hashable](), Counter[Hashable]()
+        for attempt, seen in self._attempts.items():
+            if not attempt.ended:
+                running[seen.origin] += 1
+                silent[seen.origin] += now - seen.since >= self._origins[seen.origin].patience
+        for origin, count in silent.items():
+            if count and 2 * count >= running[origin]:
+                self._origins[origin].until = now + _SUSPECT_SECONDS
 
     def is_stalled(self, origin: Hashable) -> bool:
-        quiet = self._origins.get(origin)
-        if quiet is None or quiet.since is None:
+        quiet, now = self._origins.get(origin), self._clock()
+        if quiet is None:
             return False
-        patience = max(_QUIET_SECONDS, min(2 * quiet.pause, _MOST_QUIET_SECONDS))
-        return self._clock() - quiet.since >= patience
+        owes = quiet.since is not None and now - quiet.since >= quiet.patience
+        return owes or now < quiet.until
 
     def _asked(self, origin: Hashable, now: float) -> None:
         quiet = self._origins.setdefault(origin, _Quiet())
@@ -245,13 +276,18 @@ class Traffic:
         if quiet.since is None:
             quiet.since = now
         if len(self._origins) > _ORIGINS_KEPT:
-            self._origins.popitem(last=False)
+            in_use = {seen.origin for seen in self._attempts.values()}
+            del self._origins[next(each for each in self._origins if each not in in_use)]
 
-    def _heard(self, origin: Hashable, now: float, pause: float) -> None:
-        quiet = self._origins.get(origin)
-        if quiet is not None:
-            quiet.since = now
-            quiet.pause = max(pause, _PAUSE_FADES * quiet.pause)
+    def _heard(self, seen: _Seen, now: float, nbytes: int) -> None:
+        quiet = self._origins.get(seen.origin)
+        if quiet is None:
+            return
+        quiet.pause = max(now - seen.since, quiet.pause)
+        quiet.came += nbytes
+        if quiet.came >= _ANSWER_BYTES:
+            quiet.pause = max(now - seen.since, _PAUSE_FADES * quiet.pause)
+            quiet.came, quiet.since = 0, now
 
 
 class Desk:
@@ -300,8 +336,26 @@ class Desk:
                 return self._begun(job, piece)
         return None
 
+    def balance(self, origin: Hashable, urgency: int) -> int:
+        """For how many connections a download that begins now should be cut. Without the lock.
+
+        A wave of 16 pieces on 15 connections would take two rounds; on 8, it is as good as any.
+        """
+        with self.changed:
+            _, claims = self._claims(self.clock())
+        others = [claim for claim in claims if claim.origin != origin]
+        if not others:
+            return self.connections
+        all_of_it = Claim(urgency, self.connections, origin)
+        part = shares([*others, all_of_it], self.connections)[-1]
+        return part if 2 * part > self.connections else self.connections
+
     def _shares(self, now: float) -> dict[_Place, int]:
         """How many connections each job may have at each origin."""
+        places, claims = self._claims(now)
+        return dict(zip(places, shares(claims, self.connections), strict=True))
+
+    def _claims(self, now: float) -> tuple[list[_Place], list[Claim]]:
         places: list[_Place] = []
         claims: list[Claim] = []
         for job in self.jobs:
@@ -319,7 +373,7 @@ class Desk:
                 stalled = self.traffic.is_stalled(origin)
                 places.append((job, origin))
                 claims.append(Claim(job.urgency, len(read) + begins, origin, stalled, retried))
-        return dict(zip(places, shares(claims, self.connections), strict=True))
+        return places, claims
 
     def _begun(self, job: Job[Any], piece: Piece) -> tuple[Job[Any], Piece, Attempt]:
         attempt = Attempt(job.origin)
@@ -361,6 +415,7 @@ class Desk:
             for job in self.jobs
             for attempt, piece in job.running.items()
         }
+        self.traffic.judge()
         parts, running = self._shares(now), _running(self.jobs)
         lacking = {origin for (job, origin), part in parts.items() if running[job, origin] < part}
         for (job, origin), part in parts.items():

@@ -145,7 +145,7 @@ class RangeEngine:
         waves = plan_waves(
             missing,
             first=first,
-            connections=self._settings.connections,
+            connections=self._desk.balance(answer.place.url.origin, urgency),
             link=self._links.of(answer.place.url.origin),
             sizes=self._settings.sizes,
         )

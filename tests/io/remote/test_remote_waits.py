@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread, current_thread
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from cache_inputs import begun
@@ -205,7 +205,7 @@ def test_a_question_to_the_source_ends_with_the_demand(
         stocked(world, tmp_path)
         cancelled = []
 
-        async def no_answer(*_: object) -> NoReturn:
+        async def no_answer(*_: object) -> Any:
             cancelled.append(False)
             try:
                 await asyncio.Event().wait()
@@ -216,11 +216,11 @@ def test_a_question_to_the_source_ends_with_the_demand(
         async def body() -> None:
             if question == "where its shards are":
                 hand_out_an_index(world)
-                world.locator.shards = no_answer  # type: ignore[method-assign]
+                world.locator.shards = no_answer  # type: ignore[assignment,method-assign]
             key = await world.source.resolve(world.ref("one"))
             if question == "where its files are":
                 now[0] = 10_000.0  # the answer is too old: signed URLs expire
-                world.locator.locate = no_answer  # type: ignore[method-assign]
+                world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
             demand = Demand()
             opening = asyncio.create_task(world.source.open(key, demand))
             await until(lambda: cancelled)
