@@ -8,7 +8,7 @@ from typing import Protocol
 
 from lorax_async.errors import UsageError
 from lorax_async.identity import AdapterKey, AdapterRef, FileIdentity, PartId, RemoteKey, TensorsKey
-from lorax_async.ids.parsing import parse_adapter_id
+from lorax_async.ids.parsing import origin_of, parse_adapter_id
 from lorax_async.merge import Merge, MergedKey
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "TensorsKey",
     "as_ref",
     "is_stale",
+    "origins_of",
     "parse_adapter_id",
     "text_of",
 ]
@@ -70,6 +71,17 @@ def is_stale(key: AdapterKey) -> bool:
     if isinstance(key, MergedKey):
         return any(isinstance(part, AdapterKey) and is_stale(part) for part in key.merge.parts)
     return isinstance(key, RemoteKey) and key.stale
+
+
+def origins_of(ref: Ref) -> frozenset[str]:
+    """The servers that have it or its parts (`origin_of`); none for what is on this machine."""
+    if isinstance(ref, Merge | MergedKey):
+        parts = ref.parts if isinstance(ref, Merge) else ref.merge.parts
+        return frozenset[str]().union(*map(origins_of, parts))
+    if isinstance(ref, RemoteKey):
+        ref = AdapterRef(ref.location)
+    origin = origin_of(ref) if isinstance(ref, AdapterRef) else ""
+    return frozenset({origin} - {""})
 
 
 class Matcher(Protocol):

@@ -134,6 +134,35 @@ def test_those_that_are_left_at_the_end_are_told(run: Run, tmp_path: Path) -> No
     run(body())
 
 
+def test_a_turn_that_takes_long_keeps_no_other_origin_waiting(run: Run) -> None:
+    """Two at a time, two of each origin, and those that take long beside them."""
+    order: list[str] = []
+    end = asyncio.Event()
+
+    async def one(turns: Turns, origin: str, *, hangs: bool) -> None:
+        async with turns.turn(0, origin):
+            order.append(origin)
+            if hangs:
+                await end.wait()
+
+    async def body() -> None:
+        turns = Turns(2, 0.02)
+        hanging = [asyncio.create_task(one(turns, "a", hangs=True)) for _ in range(5)]
+        await asyncio.sleep(0)
+        await asyncio.wait([asyncio.create_task(one(turns, "b", hangs=False)) for _ in range(9)])
+        assert order == ["a"] * 2 + ["b"] * 9
+        hanging[4].cancel()
+        more = [asyncio.create_task(one(turns, "c", hangs=True)) for _ in range(3)]
+        await until(lambda: order.count("c") == 2)
+        await asyncio.sleep(0.05)
+        assert (order.count("a"), order.count("c")) == (2, 2)
+        end.set()
+        await asyncio.wait([*hanging, *more])
+        assert (order.count("a"), order.count("c")) == (4, 3)
+
+    run(body())
+
+
 def test_turns_go_by_priority_and_pass_over_who_left(run: Run) -> None:
     order: list[str] = []
 

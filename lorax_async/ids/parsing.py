@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lorax_async.errors import AccessDeniedError, InvalidAdapterIdError
+from lorax_async.errors import AccessDeniedError, InvalidAdapterIdError, LoraxError
 from lorax_async.identity import AdapterRef
 from lorax_async.ids.folder_urls import DEFAULT_PORTS, parse_folder_url
 from lorax_async.ids.hub import checked_revision, names_pull_request, parse_hub_id
@@ -151,6 +151,19 @@ def reach_of(ref: AdapterRef) -> Reach:
         return Reach(scheme, place.bucket, None, place.prefix)
     url = parse_folder_url(str(ref.id))
     return Reach(url.scheme, url.host, url.port, url.path[1:])
+
+
+def origin_of(ref: AdapterRef) -> str:
+    """Which server has it: "hub", "s3://bucket", "https://host:port", or "" for none at all."""
+    try:
+        found = parsed(ref)
+        if found.source == "local":
+            return ""
+        reach = reach_of(found)
+    except LoraxError:
+        return ""  # whoever asks for it is told
+    port = "" if reach.port is None else f":{reach.port}"
+    return "hub" if reach.scheme == "hub" else f"{reach.scheme}://{reach.host}{port}"
 
 
 def _refusal(reach: Reach, *, pull_request: bool) -> AccessDeniedError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from lorax_async.adapter import (
@@ -16,6 +16,7 @@ from lorax_async.adapter import (
     Ref,
     RemoteKey,
     is_stale,
+    origins_of,
     text_of,
 )
 from lorax_async.core.waiters import Tier
@@ -46,6 +47,9 @@ MAX_PRIORITY = 1_000_000
 
 BACKGROUND = 2
 """Prefetches that are resolved and opened at a time: what a load has to wait for, at most."""
+
+BACKGROUND_SECONDS = 1.0
+"""A prefetch that takes longer than this holds up those from other origins no more."""
 
 EVICTIONS = 3
 """So often may a file leave the disk cache between its fetch and its reading."""
@@ -99,7 +103,7 @@ class Acquiring:
         self._driver = driver
         self._digests = digests
         self._check_open = check_open
-        self._turns = Turns(BACKGROUND)
+        self._turns = Turns(BACKGROUND, BACKGROUND_SECONDS)
         self._tracer = driver.journal.tracer
 
     def known(self, ref: Ref) -> AdapterKey | None:
@@ -136,7 +140,7 @@ class Acquiring:
                 while not granted:
                     # Threads take what they are given in the order in which it came: a load must
                     # not find thousands of hints before it.
-                    async with nullcontext() if foreground else self._turns.turn(priority):
+                    async with nullcontext() if foreground else self._turn(ref, priority):
                         if not isinstance(ref, AdapterKey):
                             key = await self._resolve(ref)
                         self._check_open()  # nobody would tell a wish that begins later
@@ -163,6 +167,9 @@ class Acquiring:
             if isinstance(problem, Exception):
                 raise InternalError(f"a wish failed: {problem!r}", id=text_of(ref)) from problem
             raise
+
+    def _turn(self, ref: Ref, priority: int) -> AbstractAsyncContextManager[None]:
+        return self._turns.turn(priority, origins_of(ref))
 
     async def _require_retry(
         self, tries: _Tries, ref: Ref, key: AdapterKey, error: AdapterError

@@ -270,6 +270,27 @@ def test_a_server_that_accepts_no_connection(run: Run, tmp_path: Path) -> None:
             run(body(it, port))
 
 
+def test_hints_of_a_server_that_stalls_hold_up_no_others(run: Run, tmp_path: Path) -> None:
+    """Many of them, which came first; those of another server are there in a moment."""
+
+    async def body(it: World) -> None:
+        async with it.loader() as loader:
+            url = it.stalling[0].url
+            stalled = loader.prefetch([url(f"/{n}/") for n in range(LOADS)], tier="disk")
+            await until(lambda: it.held)
+            hints = loader.prefetch([it.good.url(f"/{n}/") for n in range(4)], tier="disk")
+            async with asyncio.timeout(SOON):
+                await hints
+            assert not stalled.done
+            assert len(it.folders[0].holding) <= 4, "two hints, with two requests each"
+            stalled.cancel()
+            await asyncio.wait([stalled.task])
+            await it.assert_nothing_held()
+
+    with world(tmp_path, "no head") as it:
+        run(body(it))
+
+
 def test_a_load_that_is_shared_goes_on_while_one_caller_waits(run: Run, tmp_path: Path) -> None:
     """Of two callers of one adapter one leaves; the other gets it from the same requests."""
 
