@@ -128,7 +128,7 @@ CLOSING: Mutants = {
     ),
     "prefetch: a few are opened at a time": mutant(
         ACQUIRING,
-        "nullcontext() if foreground else self._turns.turn(priority)",
+        "nullcontext() if foreground else self._turn(ref, priority)",
         "nullcontext()",
         f"{HINTS}::test_a_load_does_not_stand_behind_them",
     ),
@@ -140,27 +140,27 @@ CLOSING: Mutants = {
     ),
     "turns: a turn is waited for": mutant(
         TURNS,
-        "        if self._free:\n",
+        "        if self._free and self._held[origin] < self._most:\n",
         "        if True:\n",
         f"{HINTS}::test_turns_go_by_priority_and_pass_over_who_left",
     ),
     "turns: a turn ends": mutant(
         TURNS,
-        """\
-        finally:
-            self._pass_on()
-""",
-        """\
-        finally:
-            pass
-""",
+        "            self._end(origin, freed=not overdue)\n",
+        "",
         f"{HINTS}::test_turns_go_by_priority_and_pass_over_who_left",
+    ),
+    "turns: who takes long keeps no other origin waiting": mutant(
+        TURNS,
+        "            self._free += 1\n",
+        "",
+        f"{HINTS}::test_a_turn_that_takes_long_keeps_no_other_origin_waiting",
     ),
     "turns: who is just leaving passes it on": mutant(
         TURNS,
         """\
             if mine.done() and not mine.cancelled():  # it came in the same turn of the loop
-                self._pass_on()
+                self._end(origin, freed=True)
 """,
         "",
         f"{HINTS}::test_a_turn_that_comes_to_one_who_is_just_leaving_is_passed_on",

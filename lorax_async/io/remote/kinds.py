@@ -24,6 +24,9 @@ from lorax_async.io.remote.web import WebLocator
 ASKING_THREADS = 8
 """Each question to a hub or a store takes two; a host that does not answer keeps them for long."""
 
+STORE_THREADS = 32
+"""For each kind of store. No bucket has more than `BUCKET_CALLS` of them."""
+
 
 class Kinds:
     """Locators and caches, each made when it is first asked for. All methods block.
@@ -44,7 +47,7 @@ class Kinds:
         """Of "hub", "s3", "gs", "az", "https" or "http"."""
         if kind == "hub":
             return self._hub()
-        return self._stores() if kind in {"s3", "gs", "az"} else self._web()
+        return self._store(kind) if kind in {"s3", "gs", "az"} else self._web()
 
     def cache(self, kind: str) -> Cache:
         """Where what comes from there is kept."""
@@ -63,9 +66,9 @@ class Kinds:
                 self._made[name] = make()
             return self._made[name]
 
-    def _threads(self, kind: str) -> ThreadPoolExecutor:
-        """Of its own: a hub that does not answer holds up no store."""
-        made = ThreadPoolExecutor(ASKING_THREADS, f"lorax-asking-{kind}")
+    def _threads(self, kind: str, count: int = ASKING_THREADS) -> ThreadPoolExecutor:
+        """Of its own: a hub that does not answer holds up no store, nor one kind another."""
+        made = ThreadPoolExecutor(count, f"lorax-asking-{kind}")
         self._pools.append(made)
         return made
 
@@ -81,13 +84,14 @@ class Kinds:
         found: HubLocator = self._once("hub", make)
         return found
 
-    def _stores(self) -> StoreLocator:
+    def _store(self, kind: str) -> StoreLocator:
         def make() -> StoreLocator:
-            made = StoreLocator(self._threads("stores"), AllowRules(self._config.allow))
+            threads = self._threads(kind, STORE_THREADS)
+            made = StoreLocator(threads, AllowRules(self._config.allow))
             self._closing.append(made.close)
             return made
 
-        found: StoreLocator = self._once("stores", make)
+        found: StoreLocator = self._once(kind, make)
         return found
 
     def _web(self) -> WebLocator:

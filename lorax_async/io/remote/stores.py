@@ -31,6 +31,10 @@ from lorax_async.io.remote.store_ids import (
     is_version,
     version_of,
 )
+from lorax_async.io.remote.workers import FairThreads
+
+BUCKET_CALLS = 8
+"""At a time: one that does not answer keeps as many threads, each for some 30 seconds."""
 
 SIGNED_FOR = 3_600.0
 """Seconds for which a URL opens an object, unless the credentials behind it end earlier."""
@@ -66,7 +70,8 @@ class StoreLocator:
     Parameters
     ----------
     executor
-        Runs obstore's calls, which block; two at a time for one adapter.
+        Runs obstore's calls, which block; two at a time for one adapter, `BUCKET_CALLS` for one
+        bucket. A call whose caller has left ends by itself.
     rules
         Where redirects may go. The origin of a signed URL itself is allowed.
     signed_for
@@ -74,7 +79,7 @@ class StoreLocator:
     """
 
     def __init__(self, executor: Executor, rules: Rules, *, signed_for: float = SIGNED_FOR) -> None:
-        self._executor = executor
+        self._threads = FairThreads(executor, BUCKET_CALLS)
         self._rules = rules
         self._signed_for = signed_for
         self._buckets = Buckets()
@@ -101,8 +106,8 @@ class StoreLocator:
         """
         folder = folder_of(ref)
         config, weights = await asyncio.gather(
-            self._call(self._config, folder),
-            self._call(self._weights, folder),
+            self._call(folder, self._config, folder),
+            self._call(folder, self._weights, folder),
             return_exceptions=True,
         )
         # In this order: the same error for the same fault, whichever thread was the first.
@@ -110,11 +115,12 @@ class StoreLocator:
             raise config
         if isinstance(weights, BaseException):
             raise weights
-        return await self._call(self._located, ref, folder, config, *weights)
+        return await self._call(folder, self._located, ref, folder, config, *weights)
 
     async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
         """Of the same version: `IntegrityError`, if one of them was replaced since `locate`."""
-        return await self._call(self._shards, located, roles)
+        folder = folder_of(AdapterRef(located.source))
+        return await self._call(folder, self._shards, located, roles)
 
     def close(self) -> None:
         """Let connections and credentials go; they are remade if it is used again. Idempotent."""
@@ -207,13 +213,14 @@ class StoreLocator:
 
     async def _call(
         self,
+        folder: Folder,
         call: Callable[Parameters, Result],
         *args: Parameters.args,
         **kwargs: Parameters.kwargs,
     ) -> Result:
         """In a thread: obstore's own coroutines end the process, if it exits soon after them."""
         work = partial(call, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return await asyncio.wrap_future(self._threads.submit((folder.scheme, folder.bucket), work))
 
 
 def _version(place: str, config: StoredObject, weights: StoredObject) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
+from threading import Lock
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -42,6 +44,53 @@ class Workers:
     def close(self) -> None:
         """Wait for what was submitted. Blocks."""
         self.threads.shutdown()
+
+
+class FairThreads:
+    """Gives an executor's threads to calls that block, `most` at a time for each origin.
+
+    A call that was begun cannot be cut short: an origin that does not answer keeps its threads, and
+    others find free ones as long as the executor has more than `most`. From any thread.
+    """
+
+    def __init__(self, executor: Executor, most: int) -> None:
+        self._executor = executor
+        self._most = most
+        self._lock = Lock()
+        self._running: Counter[Hashable] = Counter()
+        self._waiting: dict[Hashable, deque[tuple[Future[Any], Callable[[], Any]]]] = {}
+
+    def submit(self, origin: Hashable, work: Callable[[], T]) -> Future[T]:
+        """Call `work` in a thread. Cancelling what is returned drops a call that was not begun."""
+        future: Future[T] = Future()
+        with self._lock:
+            self._waiting.setdefault(origin, deque()).append((future, work))
+        self._start(origin)
+        return future
+
+    def _start(self, origin: Hashable) -> None:
+        with self._lock:
+            waiting = self._waiting.get(origin)
+            while waiting and self._running[origin] < self._most:
+                self._executor.submit(self._run, origin, *waiting.popleft())
+                self._running[origin] += 1
+            if not waiting:
+                self._waiting.pop(origin, None)
+
+    def _run(self, origin: Hashable, future: Future[Any], work: Callable[[], Any]) -> None:
+        try:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
+                    future.set_exception(error)
+        finally:
+            with self._lock:
+                self._running[origin] -= 1
+                if not self._running[origin]:
+                    del self._running[origin]
+            with suppress(RuntimeError):  # the executor was closed: nobody waits any more
+                self._start(origin)
 
 
 async def outcome(future: Future[T]) -> T:

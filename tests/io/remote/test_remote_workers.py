@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event, Timer
 from typing import Any
@@ -14,7 +16,7 @@ from common import Run, until
 from lorax_async.io.cache.upkeep import ls
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.cached import EntryReader, FetchReader, ReopenedReader, gone
-from lorax_async.io.remote.workers import Workers
+from lorax_async.io.remote.workers import FairThreads, Workers
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -34,6 +36,29 @@ def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began(run: Run) 
 
     run(body())
     workers.close()
+
+
+def test_an_origin_that_does_not_answer_keeps_few_threads() -> None:
+    """Its other calls wait, and are dropped when nobody waits for them; others' are made."""
+    go, begun = Event(), list[int]()
+
+    def hang(n: int) -> int:
+        begun.append(n)
+        go.wait(10)
+        return n
+
+    with ThreadPoolExecutor(4) as executor:
+        threads = FairThreads(executor, 2)
+        hanging = [threads.submit("a", partial(hang, n)) for n in range(5)]
+        for n in range(9):
+            assert threads.submit("b", partial(int, n)).result(5) == n
+        assert sorted(begun) == [0, 1]
+        assert not hanging[0].cancel()
+        assert hanging[2].cancel()
+        go.set()
+        assert [hanging[n].result(5) for n in (0, 1, 3, 4)] == [0, 1, 3, 4]
+        with pytest.raises(ZeroDivisionError):
+            threads.submit("a", lambda: 1 // 0).result(5)
 
 
 def test_closing_waits_for_what_was_submitted() -> None:

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from fault_server import Asked, Behaviour, Client, FaultServer, until
+from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, until
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 from store_process import set_environment
 from stored import located, locator
@@ -36,7 +37,7 @@ from lorax_async.io.http.urls import parse_url
 from lorax_async.io.remote.buckets import Buckets
 from lorax_async.io.remote.store_errors import mapped
 from lorax_async.io.remote.store_ids import Folder
-from lorax_async.io.remote.stores import OriginAllowed
+from lorax_async.io.remote.stores import OriginAllowed, StoreLocator
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -55,6 +56,42 @@ def environment(patch: pytest.MonkeyPatch, server: FaultServer) -> None:
             "AWS_TIMEOUT": "500ms",
         },
     )
+
+
+def test_a_bucket_that_does_not_answer_holds_up_no_other(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More questions than there are threads; whoever asks for another bucket is answered."""
+    hanging = []
+
+    def behave(asked: Asked, client: Client) -> None:
+        if asked.target.startswith("/stalls/"):
+            hanging.append(asked)
+            client.ending.wait(30)
+            raise Hangup
+        client.head("200 OK", *GOOD)
+
+    async def body(made: StoreLocator) -> None:
+        loads = [
+            asyncio.create_task(made.locate(AdapterRef(f"s3://stalls/{n}/"))) for n in range(20)
+        ]
+        await later(lambda: hanging)
+        async with asyncio.timeout(10):
+            found = await made.locate(AdapterRef("s3://answers/folder/"))
+        assert [file.nbytes for file in found.files] == [10, 10]
+        for load in loads:
+            load.cancel()
+        await asyncio.wait(loads)
+
+    with FaultServer(b"", behave) as server, ThreadPoolExecutor(12, "lorax-test") as threads:
+        environment(monkeypatch, server)
+        monkeypatch.setenv("AWS_TIMEOUT", "15s")
+        made = StoreLocator(threads, PublicOnly())
+        try:
+            run(body(made))
+        finally:
+            made.close()
+            server._ending.set()
 
 
 def says(status: str, *fields: str) -> Behaviour:
