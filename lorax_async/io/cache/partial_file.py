@@ -104,7 +104,7 @@ class PartialFile:
             return
         self._make_room(stop)
         with translated_errors(_WRITING), self._file.held() as fd:
-            if self._resumed or self.expected is None:
+            if self._resumed:
                 self._compare(fd, buffers, offset, stop)
             write_all(fd, buffers, offset)
             with self._lock:

@@ -26,7 +26,7 @@ Groups = Sequence[Sequence[runs.Span]]
 
 
 COMPARED_BYTES = 4 << 10
-"""How much of each span that is here comes again, to be compared."""
+"""How much of each span that an interrupted download left comes again, to be compared."""
 
 
 class CacheSink:
@@ -173,13 +173,11 @@ class Fetch:
 def _trusted(file: CacheFile, nbytes: int) -> list[Span]:
     """Which bytes need not come again.
 
-    Where no digest judges the file, the end of each span that is here does come again: writing it
-    compares it, so that a source is noticed that changed its file after the first bytes came, or
-    since a download was interrupted.
+    Where no digest judges what an interrupted download left, the end of each of its spans does come
+    again: writing it compares it, so that a source is noticed that changed its file since.
     """
-    missing = file.missing()
-    here = SpanSet(missing).missing(0, nbytes)
-    if file.expected is not None or not (missing or file.resumed):
+    here = SpanSet(file.missing()).missing(0, nbytes)
+    if file.expected is not None or not file.resumed:
         return here
     return [(start, stop - COMPARED_BYTES) for start, stop in here if stop - start > COMPARED_BYTES]
 

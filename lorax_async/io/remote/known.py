@@ -17,6 +17,10 @@ MAX_ANSWERS = 64
 """First bytes that came with a version, and were not used yet; some 256 KiB each."""
 
 
+ANSWER_SECONDS = 1.0
+"""First bytes that came earlier are asked for again: a source may have changed its file under the
+same validator, and they would be joined with the rest of another one."""
+
 LOCATED_SECONDS = 600.0
 """For so long files are looked for where the source said: signed places expire."""
 
@@ -82,7 +86,8 @@ class Known:
 
     def origin(self, key: RemoteKey) -> Origin | None:
         origin = self._origins.get(key)
-        if origin is None or self._clock() - origin.since < LOCATED_SECONDS:
+        seconds = ANSWER_SECONDS if key in self._answered else LOCATED_SECONDS
+        if origin is None or self._clock() - origin.since < seconds:
             return origin
         return replace(origin, located=None)
 
