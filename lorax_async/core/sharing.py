@@ -25,17 +25,18 @@ class Claim:
     retried: bool = False
 
 
-def shares(claims: Sequence[Claim], connections: int) -> list[int]:
+def shares(claims: Sequence[Claim], connections: int, *, soon: int = 0) -> list[int]:
     """How many connections each of the claims gets, in their order.
 
     Within an urgency no origin gets less than another one that got more than it wanted less of, and
     within an origin no claim; what does not divide goes to what was not tried before, then to those
     who came first. A later urgency gets what the earlier ones left. An origin that is stalled gets
-    one connection per urgency, and more only where nobody else has a use for them.
+    one connection per urgency, and more only where nobody else has a use for them, now or `soon`.
     """
     given = [0] * len(claims)
     urgencies = sorted({claim.urgency for claim in claims})
     for rest in (False, True):  # at the end, what was kept from those that are stalled
+        connections = max(0, connections - soon) if rest else connections
         for urgency in urgencies:
             origins = _by_origin(claims, urgency)
             wanted = [_wanted(claims, who, given, rest=rest) for who in origins]

@@ -51,6 +51,9 @@ def test_who_is_stalled_gets_one_and_what_nobody_else_wants() -> None:
     assert shares([stalled, healthy], 16) == [1, 15]
     assert shares([stalled, Claim(0, 2, "b")], 16) == [14, 2]
     assert shares([stalled, Claim(1, 99, "b")], 16) == [1, 15]
+    assert shares([stalled, Claim(0, 2, "b")], 16, soon=16) == [1, 2]
+    assert shares([stalled, Claim(0, 2, "b")], 16, soon=4) == [10, 2]
+    assert shares([healthy, Claim(0, 99, "a")], 16, soon=16) == [8, 8]
     assert shares([Claim(0, 99, n, stalled=True) for n in range(20)] + [healthy], 16)[-1] == 1
 
 

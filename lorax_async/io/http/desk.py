@@ -35,7 +35,10 @@ _PAUSE_FADES = 0.9
 _ANSWER_BYTES = 64 << 10
 
 _GRACE_SECONDS = 0.05
-"""An attempt that has brought nothing for this long is ended at once for another origin's sake."""
+"""An attempt that has brought nothing for this long is ended for another origin's sake.
+
+At a stalled origin, any that is too many is.
+"""
 
 _ORIGINS_KEPT = 256
 
@@ -315,8 +318,11 @@ class Desk:
     def next(self) -> tuple[Job[Any], Piece, Attempt] | None:
         """What a free thread should do. With the lock."""
         now = self.clock()
+        jobs = [job for job in self.jobs if not job.over]
+        if len(jobs) == 1:  # there is nobody to share with
+            return self._begun_of(jobs[0], now)
         parts = self._shares(now)
-        running = _running(self.jobs)
+        running = _running(jobs)
         owed = Counter[Hashable]()  # how many connections each origin lacks
         for place, part in parts.items():
             owed[place[1]] += part - running[place]
@@ -326,7 +332,7 @@ class Desk:
             lacks = parts.get(place, 0) - running[place]
             return job.urgency, job.is_retry(now), -owed[job.origin], -lacks
 
-        by_need = sorted((job for job in self.jobs if not job.over), key=need)
+        by_need = sorted(jobs, key=need)
         for job in by_need:
             place = (job, job.origin)
             if running[place] < parts.get(place, 0) and (piece := job.take(now)) is not None:
@@ -335,6 +341,12 @@ class Desk:
             if (piece := job.split(now)) is not None:
                 return self._begun(job, piece)
         return None
+
+    def _begun_of(self, job: Job[Any], now: float) -> tuple[Job[Any], Piece, Attempt] | None:
+        free = len(job.running) < min(self.connections, job.wanted(now))
+        piece = job.take(now) if free else None
+        piece = piece or job.split(now)
+        return None if piece is None else self._begun(job, piece)
 
     def balance(self, origin: Hashable, urgency: int) -> int:
         """For how many connections a download that begins now should be cut. Without the lock.
@@ -353,7 +365,15 @@ class Desk:
     def _shares(self, now: float) -> dict[_Place, int]:
         """How many connections each job may have at each origin."""
         places, claims = self._claims(now)
-        return dict(zip(places, shares(claims, self.connections), strict=True))
+        soon = max(
+            (
+                job.announced
+                for job in self.jobs
+                if not job.over and not self.traffic.is_stalled(job.origin)
+            ),
+            default=0,
+        )
+        return dict(zip(places, shares(claims, self.connections, soon=soon), strict=True))
 
     def _claims(self, now: float) -> tuple[list[_Place], list[Claim]]:
         places: list[_Place] = []
@@ -434,7 +454,9 @@ class Desk:
         hurry: bool,
     ) -> None:
         """End so many attempts: of those that bring nothing, or do not hand over, the youngest."""
-        now, grace = self.clock(), _GRACE_SECONDS if hurry else self._stuck
+        now, grace = self.clock(), self._stuck
+        if hurry:
+            grace = 0.0 if self.traffic.is_stalled(origin) else _GRACE_SECONDS
         here = [attempt for attempt in job.running if attempt.origin == origin]
         excess -= sum(attempt.ended for attempt in here)
         silent = [attempt for attempt in here if now - since[attempt] >= grace]

@@ -251,6 +251,25 @@ def test_an_origin_that_stalls_keeps_one_connection() -> None:
     assert counts(office, stalled, healthy) == [4, 0]
 
 
+def test_what_a_stalled_origin_began_a_moment_ago_is_ended_too() -> None:
+    office = Office()
+    stalled = AtOrigin(office.desk, 9, "a")
+    office.all_begun()
+    office.now = 0.3
+    office.looked()
+    healthy = AtOrigin(office.desk, 2, "b")
+    office.looked()
+    assert counts(office, stalled, healthy) == [2, 2]
+    healthy.pending.clear()
+    for attempt in list(healthy.running):
+        healthy.left(attempt, None)
+    healthy.over = False
+    assert counts(office, stalled, healthy) == [4, 0]
+    healthy.pending = [Piece(n, n, n + 1) for n in range(9)]
+    office.looked()
+    assert counts(office, stalled, healthy) == [1, 3]
+
+
 def test_an_origin_that_answers_is_not_stalled() -> None:
     """Neither while it sends nor, after its last answer, when it is asked again."""
     office = Office()
