@@ -5,7 +5,7 @@ Methods that are not `async` and not said to be quick block, and run in an I/O t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class Demand:
 
     def __init__(self, *, urgent: bool = True) -> None:
         self.urgent = urgent
+        self.refused: LoraxError | None = None
+        """What a check of the bytes that came has refused them with."""
         self._ended = Event()
         self._watchers: list[Callable[[], None]] = []
 
@@ -111,6 +113,17 @@ class Hold(Protocol):
         """Blocks. Idempotent."""
 
 
+class Refuse(Protocol):
+    """How a source is told that what it opened was refused."""
+
+    async def __call__(self, error: LoraxError, *, weights: bool) -> bool:
+        """After a check of the config or the header failed: see `AdapterFile.refused`.
+
+        With `weights`, after a check of the weights' bytes failed: a copy that nobody vouched for
+        is dropped. The reader stays open.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
     """An opened adapter: its config, the beginning of its weights (the whole header), a reader.
@@ -123,10 +136,10 @@ class AdapterFile:
     prefix: bytes
     reader: Reader
     holdable: bool = False
-    refuse: Callable[[LoraxError], Awaitable[bool]] | None = None
+    refuse: Refuse | None = None
 
     async def refused(self, error: LoraxError) -> bool:
-        """Close it, after a check of its content failed with `error`.
+        """Close it, after a check of its config or header failed with `error`.
 
         Return whether `Source.open` may return other bytes now: a copy that nobody vouched for, and
         that is not what the source has, is dropped.
@@ -134,7 +147,7 @@ class AdapterFile:
         if self.refuse is None:
             self.reader.close()
             return False
-        return await self.refuse(error)
+        return await self.refuse(error, weights=False)
 
 
 class Source(Protocol):

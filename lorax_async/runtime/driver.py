@@ -22,7 +22,7 @@ from lorax_async.core.commands import Command
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.core.transitions import FileState
-from lorax_async.errors import FetchError, InternalError, LoraxError
+from lorax_async.errors import AdapterFormatError, FetchError, InternalError, LoraxError
 from lorax_async.events import BytesMoved
 from lorax_async.io.inbox import Inbox, running_loop
 from lorax_async.io.ports import Device, Source
@@ -195,6 +195,8 @@ class Driver:
             error = outcome.error
             here = self.lifecycle.lives[key].file is not FileState.FETCHING
             lost = here and isinstance(error, FetchError)
+            if isinstance(error, AdapterFormatError):
+                self.files.refuse_weights(key, error)
             self._decide(key, lambda: self.lifecycle.copy_failed(key, error, file_lost=lost))
 
     def _wiped(self, key: AdapterKey) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import AdapterError, FetchError, InternalError, LoraxError
-from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Refuse, Source
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.planning import Planner
 from lorax_async.verification import Verification
@@ -62,6 +62,7 @@ class Files:
         self._journal = journal
         self._before_use = before_use
         self.verifications: dict[AdapterKey, Verification] = {}
+        self._refusals: dict[AdapterKey, Refuse] = {}
         self._demands: dict[AdapterKey, Demand] = {}
         self._opening: dict[AdapterKey, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -86,6 +87,20 @@ class Files:
         demand = self._demands.get(key)
         if demand is not None:
             demand.hasten()
+
+    def refuse_weights(self, key: AdapterKey, error: LoraxError) -> None:
+        """A check of its weights failed: let the source keep no copy that nobody vouched for."""
+        demand, refuse = self._demands.get(key), self._refusals.get(key)
+        if demand is not None:
+            demand.refused = error
+        if refuse is not None:
+            self._spawn("refuse", key, self._refuse_weights(key, error, refuse))
+
+    async def _refuse_weights(self, key: AdapterKey, error: LoraxError, refuse: Refuse) -> None:
+        try:
+            await refuse(error, weights=True)
+        except LoraxError as problem:
+            _logger.warning("a refused copy of %s was not dropped: %s", key, problem)
 
     def cancel_fetch(self, key: AdapterKey) -> None:
         self._demands[key].end()
@@ -119,6 +134,7 @@ class Files:
     def forget(self, key: AdapterKey) -> None:
         self.plans.pop(key, None)
         self.verifications.pop(key, None)
+        self._refusals.pop(key, None)
         self.close_reader(key)
         hold = self.holds.pop(key, None)
         if hold is not None:
@@ -158,6 +174,8 @@ class Files:
                 self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
                 verification = await self._bring(key, attempt, file, plan, demand)
                 self.verifications[key] = verification
+                if demand.refused is not None and file.refuse is not None:
+                    await file.refuse(demand.refused, weights=True)  # it was published meanwhile
             if demand.ended:
                 error = FetchError("nobody wants it any more")
         except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
@@ -203,6 +221,9 @@ class Files:
         self._journal.took(key, "fetch header", started)
         self.close_reader(key)
         self.readers[key] = file.reader
+        self._refusals.pop(key, None)
+        if file.refuse is not None:
+            self._refusals[key] = file.refuse
         return file
 
     async def _plan(self, key: AdapterKey, file: AdapterFile) -> TransferPlan:

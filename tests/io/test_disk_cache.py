@@ -277,6 +277,18 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
     assert open_below(tmp_path) == []
 
 
+def test_the_folder_behind_a_link_is_made_again(tmp_path: Path) -> None:
+    folder, link = tmp_path / "disk", tmp_path / "cache"
+    folder.mkdir(0o700)
+    link.symlink_to(folder)
+    with opened(link) as world:
+        keep(world.cache, KEY, b"abc")
+        shutil.rmtree(folder)
+        keep(world.cache, KEY, b"def")
+        assert is_there(world.cache, KEY)
+    assert (folder / "entries").is_dir()
+
+
 def test_after_close_everything_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path / "cache") as world:
         keep(world.cache, KEY, weights(1, NBYTES))

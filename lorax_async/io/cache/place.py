@@ -29,7 +29,7 @@ class Place:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         with translated_errors("tell this process from others"):
             self.here: Owner = this_process()
-        self._path = os.path.abspath(os.fspath(path))
+        self._path = os.path.realpath(path)  # the folder that a link led to is made again
         with ExitStack() as opened:
             self._root = opened.enter_context(private_root(path))
             folders = [

@@ -99,7 +99,7 @@ class Fetch:
                     await outcome(job.done)
             return await self._workers.run(self._download.publish, lambda entry: entry.close())
         except BaseException as error:
-            await self._workers.finish(partial(self._leave, error))
+            await self._workers.finish(partial(self._leave, demand.refused or error))
             raise
 
     def leave(self) -> None:

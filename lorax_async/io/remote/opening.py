@@ -83,6 +83,21 @@ class Opening:
                 raise
         return await self._opened(key, await self._found(key, demand), demand)
 
+    def _is_refuted(self, key: RemoteKey, entry: CacheEntry) -> bool:
+        """Close an entry that nobody vouched for, and that the caller's digest says is wrong."""
+        origin = self._known.origin(key)
+        digest = None if origin is None else origin.ref.digest
+        weights = [file for file in entry.record.files if file.role.kind == "weights"]
+        refuted = (
+            digest is not None
+            and len(weights) == 1
+            and weights[0].digest.kind == "transport"
+            and weights[0].digest.value != digest
+        )
+        if refuted:
+            entry.close()
+        return refuted
+
     async def _opened(
         self, key: RemoteKey, found: CacheEntry | CacheDownload, demand: Demand
     ) -> AdapterFile:
@@ -105,7 +120,9 @@ class Opening:
             entry.close()  # it may be that no thread has begun
             raise
 
-        async def refuse(_: LoraxError) -> bool:
+        async def refuse(error: LoraxError, *, weights: bool) -> bool:  # noqa: ARG001
+            if weights:
+                return await self._distrust(key)
             file.reader.close()
             return await self._is_outdated(key, demand)
 
@@ -130,7 +147,8 @@ class Opening:
         if origin is None or origin.located is None:  # nobody has asked the source this time
 
             def look() -> CacheEntry | None:
-                return self.cache(key).open(cache_key(key))
+                entry = self.cache(key).open(cache_key(key))
+                return None if entry is None or self._is_refuted(key, entry) else entry
 
             here = await self._workers.run(look, close)
             if here is not None:
@@ -154,6 +172,9 @@ class Opening:
     ) -> CacheEntry | CacheDownload | int:
         """Blocks."""
         found = self.cache(key).try_begin(cache_key(key), scope, alone=alone)
+        if isinstance(found, CacheEntry) and self._is_refuted(key, found):
+            self.cache(key).condemn(cache_key(key))
+            found = self.cache(key).try_begin(cache_key(key), scope, alone=alone)
         if isinstance(found, CacheEntry):
             try:
                 found.grant(scope)
@@ -176,7 +197,9 @@ class Opening:
         self._idle[key] += 1
         reader = FetchReader(key, fetch.reader(), fetch, partial(self._no_longer_idle, key))
 
-        async def refuse(error: LoraxError) -> bool:
+        async def refuse(error: LoraxError, *, weights: bool) -> bool:
+            if weights:
+                return await self._distrust(key)
             fetch = reader.taken()
             reader.close()
             await fetch.refuse(error)
@@ -215,6 +238,20 @@ class Opening:
         finally:
             self._known.used(key)
         return not await self._workers.run(partial(_begins_as, entry, begun))
+
+    async def _distrust(self, key: RemoteKey) -> bool:
+        """Drop an entry of which the weights were refused, unless somebody vouched for them."""
+
+        def distrust() -> bool:
+            entry = self._entry(key, check=False)
+            if entry is None:
+                return True
+            entry.close()
+            if not entry.record.vouched:
+                self.cache(key).condemn(cache_key(key))
+            return not entry.record.vouched
+
+        return await self._workers.run(distrust)
 
     async def _is_damaged(self, key: RemoteKey) -> bool:
         if key in self._hashed:

@@ -67,8 +67,8 @@ class MergedSource:
         plan = opened.plan
         self._remember(key, plan)
 
-        async def refuse(error: LoraxError) -> bool:
-            return await _refused(opened.files, error)
+        async def refuse(error: LoraxError, *, weights: bool) -> bool:
+            return not weights and await _refused(opened.files, error)
 
         return AdapterFile(plan.config, plan.prefix, MergedReader(key, opened), refuse=refuse)
 

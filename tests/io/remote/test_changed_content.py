@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -298,6 +299,56 @@ def test_what_comes_back_from_the_cache_is_what_was_planned(
                 shutil.rmtree(entry)
             await published(world)
             await has(there, world.id, swapped)
+
+    run(body())
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["downloaded", "stored"])
+def test_weights_that_are_refused_are_not_kept(
+    run: Run, world: World, adapters: list[Path], stored: bool
+) -> None:
+    """Their header is right: only the bytes, once they are copied, show that they are not."""
+    right = contents(adapters[0])
+    wrong = bytearray(right[WEIGHTS])
+    wrong[-400_000:-399_996] = b"\x00\x00\xc0\x7f"  # NaN, as F32
+
+    async def body() -> None:
+        world.origin.files = right | {WEIGHTS: bytes(wrong)}
+        if stored:
+            await published(world)
+        async with world.loader(check_finite=True) as there:
+            error = await refused(there, world.id, AdapterFormatError)
+            assert "NaN" in str(error)
+            await until(lambda: world.stored() == (0, 0))
+            world.origin.files = right
+            await has(there, world.id, adapters[0])
+        async with world.loader(check_finite=True) as there:
+            await has(there, world.id, adapters[0])
+
+    run(body())
+
+
+@pytest.mark.parametrize("promised", [False, True], ids=["nobody vouched", "the server vouched"])
+def test_a_digest_of_the_caller_is_a_reason_to_fetch_again(
+    run: Run, world: World, adapters: list[Path], promised: bool
+) -> None:
+    """Stored bytes that only we have hashed are others: the source may have the right ones by now."""
+    right = contents(adapters[0])
+    digest = hashlib.sha256(right[WEIGHTS]).hexdigest()
+    world.origin.promises = promised
+
+    async def body() -> None:
+        world.origin.files = contents(adapters[1])
+        async with world.loader() as there:
+            await has(there, world.id, adapters[1])
+        world.origin.files = right
+        async with world.loader() as there:
+            if promised:  # then the version is what was stored, and the digest another one's
+                await refused(there, AdapterRef(world.id, digest=digest), IntegrityError)
+                await has(there, world.id, adapters[1])
+            else:
+                await has(there, AdapterRef(world.id, digest=digest), adapters[0])
+        assert world.stored() == (1, 0)
 
     run(body())
 
