@@ -154,3 +154,22 @@ def test_alone_an_adapter_gets_all_back(run: Run, tmp_path: Path) -> None:
             assert starts[tickets[3]] == (0, 2)  # the prompt, and the token that came out
 
     run(body())
+
+
+def test_a_batch_without_room_for_all_that_may_begin(run: Run, tmp_path: Path) -> None:
+    """Those begin that find room: here one of two long prompts, and the other one after it."""
+
+    async def body() -> None:
+        source = stocked(tmp_path, "a", "b")
+        async with opened(source, max_begun=4) as (loader, scheduler):
+            await warm(loader, "a", "b")
+            submit(scheduler, "a", LONG, 4)
+            await step(scheduler)
+            for _ in range(2):
+                scheduler.submit(Request("b", 200, LONG))
+            batches = [await step(scheduler, 100) for _ in range(5)]
+            assert counts(batches[0], "a", "b") == [3, 1]
+            assert counts(batches[-1], "a", "b") == [2, 2]
+            assert [len(batch.preempted) for batch in batches if batch.preempted] == [1, 1]
+
+    run(body())

@@ -48,23 +48,30 @@ def pick(
 def _admitted(
     guests: Collection[Guest], room: Room, places: Places, pace: Pace, layers: int, now: float
 ) -> Picked | None:
-    """Choose rows so that places are shared; None if rows or tokens do not suffice for these."""
+    """Choose rows so that places are shared; None if none that may begin finds room."""
     preempt = places.is_contended(guests)
     fresh = max(places.free, 1 if preempt else 0)
     queues, due = _queues(guests, room, fresh, pace, layers, now)
     if fresh:  # whoever may get a place, not only the most urgent ones
         queues = [(guest, guest.waiting(len(guest.tickets), inf)) for guest, _ in queues]
-    decided = admit(queues, places, now, preempt=preempt)
-    out = set(decided.preempted)
-    admitted = [
-        (guest, kept)
-        for guest, tickets in queues
-        if (kept := [t for t in tickets if (t.begun and t not in out) or t in decided.admitted])
-    ]
-    rows = _shared(admitted, room)
-    if not decided.admitted <= {ticket for _, ticket, _ in rows}:
-        return None
-    return Picked(rows, due, decided.preempted)
+    while True:
+        decided = admit(queues, places, now, preempt=preempt)
+        out = set(decided.preempted)
+        admitted = [
+            (guest, kept)
+            for guest, tickets in queues
+            if (kept := [t for t in tickets if (t.begun and t not in out) or t in decided.admitted])
+        ]
+        rows = _shared(admitted, room)
+        fitting = decided.admitted & {ticket for _, ticket, _ in rows}
+        if fitting == decided.admitted:
+            return Picked(rows, due, decided.preempted)
+        if not fitting:
+            return None
+        # No place is taken, and nobody preempted, for a request that finds no room in the batch.
+        queues = [
+            (guest, [t for t in tickets if t.begun or t in fitting]) for guest, tickets in queues
+        ]
 
 
 def _queues(
