@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 import safetensors.torch
@@ -13,10 +15,11 @@ from source_inputs import read
 import tiny
 from common import Run, until
 from lorax_async import Merge
-from lorax_async.adapter import MergedKey
+from lorax_async.adapter import AdapterKey, MergedKey
 from lorax_async.config import Limits
-from lorax_async.errors import FetchError
+from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError, LoraxError
 from lorax_async.io.fakes import FakeSource
+from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.io.sources.merged import MergedSource
 
 
@@ -39,6 +42,36 @@ def test_who_reads_in_a_thread_hears_that_the_loop_has_ended(run: Run) -> None:
         with pytest.raises(FetchError, match="the loader was closed"):
             reading.result()
         reader.close()
+
+    with ThreadPoolExecutor(2) as threads:
+        run(body(threads))
+    assert inner.counts.open_readers == 0
+
+
+class _BrokenSource(FakeSource):
+    """Its files cannot be refused: the source has another version by now."""
+
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
+        file = await super().open(key, demand)
+
+        async def refuse(_: LoraxError) -> NoReturn:
+            file.reader.close()
+            raise IntegrityError("it is another version by now; load it again")
+
+        return replace(file, refuse=refuse)
+
+
+def test_a_refusal_that_fails_closes_the_other_parts(run: Run) -> None:
+    inner = _BrokenSource()
+    config = json.dumps(tiny.config()).encode()
+    parts = [inner.put(id, config, safetensors.torch.save(tiny.tensors(0))) for id in "ab"]
+    key = MergedKey.of(Merge("linear", ["a", "b"], [1, -0.5]), parts)
+
+    async def body(threads: ThreadPoolExecutor) -> None:
+        source = MergedSource(inner, tiny.layout(), dtype="F32", limits=Limits(), threads=threads)
+        file = await source.open(key, Demand())
+        with pytest.raises(IntegrityError, match="another version"):
+            await file.refused(AdapterFormatError("a merge that does not fit"))
 
     with ThreadPoolExecutor(2) as threads:
         run(body(threads))

@@ -229,8 +229,16 @@ def _layout_of(plan: MergePlan) -> bytes:
 
 
 async def _refused(files: Iterable[AdapterFile], error: LoraxError) -> bool:
-    """Refuse the parts of a merge; whether one of them may be another now. It closes them."""
-    return any([await file.refused(error) for file in files])
+    """Refuse the parts of a merge; whether one of them may be another now. It closes them all."""
+    remaining = list(files)
+    outdated = False
+    try:
+        while remaining:
+            outdated = await remaining.pop(0).refused(error) or outdated
+    finally:
+        for file in remaining:
+            file.reader.close()
+    return outdated
 
 
 class _NothingHeld:
