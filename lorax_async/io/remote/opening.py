@@ -230,7 +230,7 @@ class Opening:
     async def _differs(self, key: RemoteKey, entry: CacheEntry, demand: Demand) -> bool:
         """Raises `IntegrityError` if the source has another version by now."""
         try:
-            begun = await self._beginnings.of(await self._resolving.located(key), demand)
+            begun = await self._beginnings.of(await self._located(key, demand), demand)
         except IntegrityError:
             raise
         except AdapterError:

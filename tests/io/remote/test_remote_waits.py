@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread, current_thread
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from cache_inputs import begun
@@ -18,7 +18,7 @@ from remote_world import RemoteWorld, brought, opened, stocked
 from source_inputs import CONFIG
 
 from common import Run, until
-from lorax_async import AdapterError, FetchError
+from lorax_async import AdapterError, AdapterFormatError, FetchError
 from lorax_async.adapter import AdapterRef, RemoteKey
 from lorax_async.core.cache_names import INDEX_FILE, WEIGHTS_FILE, CacheKey
 from lorax_async.core.runs import Span
@@ -229,6 +229,33 @@ def test_a_question_to_the_source_ends_with_the_demand(
             with pytest.raises(FetchError, match="nobody waits"):
                 await opening
             assert cancelled == [True]
+            assert not any(in_use(world))
+
+        run(body())
+
+
+def test_comparing_a_refused_entry_ends_with_the_demand(run: Run, tmp_path: Path) -> None:
+    now = [0.0]
+    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
+        world.locator.promises = False  # so its source is asked, and nothing is hashed
+        stocked(world, tmp_path)
+        asked = []
+
+        async def no_answer(*_: object) -> NoReturn:
+            asked.append(True)
+            await asyncio.Event().wait()
+            raise AssertionError("unreachable")
+
+        async def body() -> None:
+            (await brought(world)).reader.close()
+            demand = Demand()
+            file = await opened(world, demand=demand)
+            now[0] = 10_000.0
+            world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
+            refusing = asyncio.create_task(file.refused(AdapterFormatError("it does not fit")))
+            await until(lambda: asked)
+            demand.end()
+            assert not await asyncio.wait_for(refusing, 5)
             assert not any(in_use(world))
 
         run(body())
