@@ -40,7 +40,8 @@ _GRACE_SECONDS = 0.05
 At a stalled origin, any that is too many is.
 """
 
-_ORIGINS_KEPT = 256
+_ORIGINS_KEPT = 1024
+"""More than there are connections: none is forgotten while it is waited for."""
 
 
 @dataclass(slots=True, eq=False)
