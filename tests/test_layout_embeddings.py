@@ -132,7 +132,7 @@ def test_an_adapter_of_embedding_head_and_layers(tmp_path: Path) -> None:
 
 
 def test_an_embedding_is_whole_on_every_rank_whatever_its_name(tmp_path: Path) -> None:
-    tiny.write(tmp_path, rank=4)
+    tiny.write(tmp_path, rank=4, target_modules=["lm_head"])
     name = "base_model.model.lm_head.lora_embedding_"
     tensors = {f"{name}A": torch.zeros(4, 48), f"{name}B": torch.zeros(32, 4)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")

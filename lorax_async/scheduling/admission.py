@@ -157,15 +157,33 @@ class _Round:
             self._begin(self._next(waiting), waiting)
             free -= 1
         while waiting and preempt:
-            first = min(waiting, key=lambda each: self._key(each, waiting))
-            victim = self._victim(*first)
-            if victim is None:
-                del waiting[first]
-                continue
+            found = self._first_with_victim(waiting)
+            if found is None:
+                break
+            first, victim = found
             self._result.preempted.append(victim)
             self._count(self._places.taken[victim], victim, -1)
             self._begin(first, waiting)
         return self._result
+
+    def _first_with_victim(
+        self, waiting: Mapping[_Group, Sequence[Ticket]]
+    ) -> tuple[_Group, Ticket] | None:
+        """Return who gets a place that is taken away, and from whom.
+
+        All clients without a place are alike, and there may be hundreds of them.
+        """
+        in_vain: set[tuple[Guest, Client | None]] = set()
+        for group in sorted(waiting, key=lambda each: self._key(each, waiting)):
+            guest, client = group
+            alike = guest, client if self._has(client) else None
+            if alike in in_vain:
+                continue
+            victim = self._victim(guest, client)
+            if victim is not None:
+                return group, victim
+            in_vain.add(alike)
+        return None
 
     def _next(self, waiting: dict[_Group, list[Ticket]]) -> _Group:
         """Return who gets a free place."""
