@@ -54,7 +54,7 @@ class _BrokenSource(FakeSource):
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
         file = await super().open(key, demand)
 
-        async def refuse(_: LoraxError) -> NoReturn:
+        async def refuse(error: LoraxError, *, weights: bool) -> NoReturn:
             file.reader.close()
             raise IntegrityError("it is another version by now; load it again")
 
