@@ -20,6 +20,7 @@ import tiny
 from command_line import on_a_terminal, output, read_until
 from lorax_async.cli import main
 from lorax_async.core.chunk_map import CHUNK_BYTES
+from lorax_async.io.remote.fetch import COMPARED_BYTES
 from served import NAMES, contents, etag, files_of, right, serving
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
@@ -204,7 +205,8 @@ def test_ctrl_c_leaves_what_the_next_one_goes_on_with(tmp_path: Path, capsys: Ca
     assert (Path(row["place"]) / NAMES[1]).read_bytes() == weights
     later = [span[0] for span in server.spans if span is not None and span[0] > 0]
     assert later
-    assert min(later) >= 2 * CHUNK_BYTES, "what is here is not asked for again"
+    # Without a digest, the last of what is here comes once more, to be compared.
+    assert min(later) >= 2 * CHUNK_BYTES - COMPARED_BYTES, "what is here is not asked for again"
 
 
 def landed(cache: Path) -> int:
