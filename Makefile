@@ -33,7 +33,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -p no:randomly tests/test_floors.py
+	$(BIN)/lint-imports --no-cache
 
 # Servers that others wrote, those that are not here below .tools/, and the tests that need them.
 servers: $(VENV)/installed

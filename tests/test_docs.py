@@ -1,4 +1,4 @@
-"""The documents say what is there: diagrams, map, errors, links, commands and the README's example."""
+"""The documents say what is there: diagrams, errors, links, commands and the README's example."""
 
 from __future__ import annotations
 
@@ -84,14 +84,6 @@ def test_a_page_without_its_marks_is_not_touched(mark: str) -> None:
     for broken in (page.replace(vars(draw)[mark], ""), page + vars(draw)[mark]):
         with pytest.raises(ValueError, match="once"):
             draw.redrawn(broken)
-
-
-def test_the_map_has_every_file_and_no_other() -> None:
-    section = ARCHITECTURE.read_text().partition("## The map")[2].partition("\n## ")[0]
-    mapped = {name.rpartition("/")[2] for name in re.findall(r"`([\w/]+\.py)`", section)}
-    files = [*ROOT.glob("lorax_async/**/*.py"), *ROOT.glob("kernels/**/*.py")]
-    there = {file.name for file in files if file.name != "__init__.py"}
-    assert mapped - {"test_floors.py"} == there
 
 
 def test_there_are_nine_rules() -> None:

@@ -104,6 +104,26 @@ def test_nothing_heavy_comes_along(imported: Any, name: str) -> None:
     assert name not in roots
 
 
+ALL_PARTS = """
+import importlib, json, pkgutil, sys
+import lorax_async
+
+for module in pkgutil.walk_packages(lorax_async.__path__, "lorax_async."):
+    part = module.name.split(".")[1]
+    if part not in {"server", "metrics", "load_spans", "__main__"}:
+        importlib.import_module(module.name)
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_no_part_brings_what_it_only_uses_sometimes() -> None:
+    """But for those whose purpose it is: the server, spans, and metrics, which walking imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_PARTS], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert not (HEAVY - {"prometheus_client"}) & set(json.loads(done.stdout))
+
+
 def test_the_optional_parts_stay_away(imported: Any) -> None:
     """The engine adapters and the command line are imported by those who use them."""
     above = {

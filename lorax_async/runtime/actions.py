@@ -47,7 +47,7 @@ class Actions:
         self._clock = clock
         self._stays = Stays(journal.tracer)
 
-    def carry_out(self, command: Command) -> None:  # noqa: C901, PLR0912 - a case per command
+    def carry_out(self, command: Command) -> None:  # noqa: C901, PLR0912, PLR0915 - a case per command
         key = command.key
         match command:
             case commands.Copy():
