@@ -55,7 +55,7 @@ EVICTIONS = 3
 """So often may a file leave the disk cache between its fetch and its reading."""
 
 
-SETTLE_SECONDS = 0.02
+SETTLE_SECONDS = 0.05
 """Files that have not changed for this long are taken to be saved whole."""
 
 MAX_SETTLE_SECONDS = 2.0
