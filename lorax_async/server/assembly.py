@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,13 +142,17 @@ class Noted(InFront):
         return tokens
 
 
-def _admitted(settings: ServerSettings, ref: AdapterRef) -> bool:
-    """Return whether the operator named an adapter, or requests may name it now.
+def _admitted(settings: ServerSettings, ref: AdapterRef) -> AdapterRef | None:
+    """Return an adapter of the warm list as it can be named now; None if it cannot be.
 
-    It may have been named by one while more was allowed.
+    Only a name in the settings gives the operator's authority. Without one, the adapter comes back
+    as a request would name it: by its text, so that `sources`, `allow` and `local_roots` decide.
     """
-    named = ref.use_token or ref in map(as_ref, settings.adapters.values())
-    return named or is_open(ref, settings.sources)
+    if ref in map(as_ref, settings.adapters.values()):
+        return ref
+    text = str(ref.id.absolute()) if isinstance(ref.id, Path) else ref.id
+    requested = replace(ref, id=text, use_token=False)
+    return requested if is_open(requested, settings.sources) else None
 
 
 def _nobody(adapter: AdapterId) -> None:

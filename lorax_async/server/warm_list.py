@@ -44,7 +44,8 @@ class WarmList:
     pause
         Seconds between two writings.
     admits
-        Whether an adapter that the file names is to come back; None lets all of them.
+        Return an adapter that the file names as it is to come back, or None to leave it out.
+        Without it, every adapter comes back as it is.
 
     Raises `ConfigError`, on entering it, where `read_warm_list` does.
     """
@@ -55,7 +56,7 @@ class WarmList:
         loader: AdapterLoader,
         *,
         pause: float = 1.0,
-        admits: Callable[[AdapterRef], bool] | None = None,
+        admits: Callable[[AdapterRef], AdapterRef | None] | None = None,
     ) -> None:
         self._path = path
         self._loader = loader
@@ -72,7 +73,8 @@ class WarmList:
     async def __aenter__(self) -> Self:
         named = await asyncio.to_thread(read_warm_list, self._path)
         if self._admits is not None:
-            named = list(filter(self._admits, named))
+            admitted = map(self._admits, named)
+            named = list(dict.fromkeys(ref for ref in admitted if ref is not None))
         if named:
             for ref in reversed(named):
                 self.used(ref)

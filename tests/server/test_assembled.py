@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import Run, our_threads, until
 from engines.variants import PEFT_WARNING, save
-from lorax_async import Allow, ConfigError, LoaderClosedError, LoaderConfig, UsageError
+from lorax_async import (
+    AdapterLoader,
+    AdapterRef,
+    Allow,
+    ConfigError,
+    LoaderClosedError,
+    LoaderConfig,
+    UsageError,
+)
 from lorax_async.server.assembly import Base, Capacity, Noted, assembled
 from lorax_async.server.calls.service import Service
 from lorax_async.server.cold_requests import ColdRequests
@@ -86,7 +95,7 @@ def test_what_requests_may_no_longer_name_does_not_come_back(
     rows[2] |= {"use_token": True}
     warm.write_text(json.dumps({"adapters": rows}))
     settings = ServerSettings(base="b", adapters={"named": "org/named"}, sources=sources)
-    expected = set(ids) if sources else {"org/named", "org/loaded"}
+    expected = set(ids) if sources else {"org/named"}
 
     def asked() -> set[str]:
         return {id for id in ids for each in hub.asked if id in each.target}
@@ -105,6 +114,84 @@ def test_what_requests_may_no_longer_name_does_not_come_back(
         )
         run(body())
         assert asked() == expected
+
+
+@pytest.mark.parametrize("lends", [False, True])
+@pytest.mark.usefixtures("hub_client")
+def test_an_adapter_without_its_name_comes_back_without_the_names_authority(
+    run: Run, tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch, *, lends: bool
+) -> None:
+    """A source that covers the id decides about the token."""
+    monkeypatch.setenv("HF_TOKEN", "hf_operator")
+    warm, sources = tmp_path / "warm", (Allow("hub", prefix="org/", use_token=lends),)
+    rows = [
+        {"id": id, "source": "hub", "revision": None, "use_token": True}
+        for id in ("other/loaded", "org/named", "org/loaded")
+    ]
+    warm.write_text(json.dumps({"adapters": rows}))
+    named = AdapterRef("org/named", "hub", use_token=True)
+    settings = ServerSettings(base="b", adapters={"named": named}, sources=sources)
+
+    def sent(id: str) -> set[str | None]:
+        return {each.fields.get("authorization") for each in hub.asked if id in each.target}
+
+    async def body() -> None:
+        async with assembled(base, config, settings, Capacity(sequences=1), warm):
+            await until(lambda: bool(sent("org/named") and sent("org/loaded")))
+
+    with HubStandIn() as hub:
+        config = LoaderConfig(
+            dtype="float32",
+            device_bytes=1 << 20,
+            max_slots=3,
+            hub_endpoint=hub.endpoint,
+            allow=sources,
+            cache_dir=tmp_path / "cache",
+        )
+        run(body())
+        assert sent("org/named") == {"Bearer hf_operator"}
+        assert sent("org/loaded") == {"Bearer hf_operator" if lends else None}
+        assert sent("other/loaded") == set()
+
+
+def test_a_folder_without_its_name_comes_back_below_a_local_root_only(
+    run: Run, tmp_path: Path, base: Base, adapter: Path
+) -> None:
+    """An operator's path needs no root, so the list must not keep that authority."""
+    folders = {
+        name: Path(shutil.copytree(adapter, tmp_path / name))
+        for name in ("loaded", "named", "root/open")
+    }
+    warm = tmp_path / "warm"
+    warm.write_text(
+        json.dumps(
+            {
+                "adapters": [
+                    {"path": str(folder), "source": None, "revision": None}
+                    for folder in folders.values()
+                ]
+            }
+        )
+    )
+    config = LoaderConfig(
+        dtype="float32",
+        device_bytes=1 << 20,
+        max_slots=3,
+        local_roots=(tmp_path / "root",),
+    )
+    settings = ServerSettings(base="b", adapters={"named": folders["named"]})
+
+    def on_device(loader: AdapterLoader) -> set[str]:
+        found = loader.residency().items()
+        return {Path(str(key.location)).name for key, where in found if where.tier == "device"}
+
+    async def body() -> None:
+        async with assembled(base, config, settings, Capacity(sequences=1), warm) as service:
+            there = service.loader
+            await until(lambda: len(on_device(there)) == 2)
+            assert on_device(there) == {"named", "open"}
+
+    run(body())
 
 
 def test_who_is_refused_is_not_noted(run: Run, base: Base, adapter: Path) -> None:
