@@ -117,6 +117,8 @@ class AdapterSpec:
         Exceptions by module, in the order of the file.
     targets
         `target_modules` as written (a tuple of names, one regular expression, or None); for people.
+    layers
+        `layers_to_transform`: the layers that names in `targets` are limited to; () is all.
     base_model
         `base_model_name_or_path`: a label, which may be absent.
     fan_in_fan_out
@@ -133,6 +135,7 @@ class AdapterSpec:
     rank_patterns: tuple[ModulePattern, ...] = ()
     alpha_patterns: tuple[ModulePattern, ...] = ()
     targets: tuple[str, ...] | str | None = None
+    layers: tuple[int, ...] = ()
     base_model: str | None = None
     fan_in_fan_out: bool = False
     dora: bool = False

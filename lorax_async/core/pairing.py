@@ -61,12 +61,14 @@ def pair_tensors(
         The file does not hold pairs of A and B of the rank that the config says, or not the
         vectors that it says.
     IncompatibleAdapterError
-        The base has no such modules, or of other shapes; or none that `target_modules` names.
+        The base has no such modules, or of other shapes; or none that `target_modules` names, or
+        none of those in `layers_to_transform`.
     UnsupportedAdapterError
         A tensor, a dtype or a rank that is not accepted.
     """
     places = _locate(header.tensors, layout)
     _require_targets(spec.targets, header.tensors, layout)
+    _require_layers(spec, header.tensors, layout)
     modules = layout.modules
     plain = not (spec.rank_patterns or spec.alpha_patterns)
     if not plain:
@@ -109,9 +111,7 @@ def _require_targets(
     """
     if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return
-    # The adapter's own spelling first: it nearly always decides at the first tensor.
-    own = (parse_tensor_name(span.name).module for span in spans)
-    paths = chain(own, (module.name for module in layout.modules))
+    paths = _paths(spans, layout)
     if isinstance(targets, str):
         named = _matches_any(targets, paths)
     else:
@@ -123,6 +123,39 @@ def _require_targets(
             "the base has none of the target_modules in adapter_config.json:"
             f" {_first(shown, 'name')}; use the base it was trained on, or correct target_modules"
         )
+
+
+def _require_layers(spec: AdapterSpec, spans: Sequence[TensorSpan], layout: ModelLayout) -> None:
+    """Raise `IncompatibleAdapterError` if `layers_to_transform` leaves no module to adapt.
+
+    PEFT refuses such a config too. Which number of a path is the layer's depends on
+    `layers_pattern`, so accept any. Like PEFT, limit neither patterns nor whole paths.
+    """
+    if not spec.layers or isinstance(spec.targets, str):
+        return
+    layers = {str(layer) for layer in spec.layers}
+    wanted = None if spec.targets is None else frozenset(spec.targets)
+    for path in _paths(spans, layout):
+        if wanted is not None and path in wanted:
+            return
+        if not layers.isdisjoint(path.split(".")) and (
+            wanted is None or not wanted.isdisjoint(_tails(path))
+        ):
+            return
+    shown = [str(layer) for layer in spec.layers]
+    raise IncompatibleAdapterError(
+        "the base has target_modules in none of the layers_to_transform in adapter_config.json:"
+        f" {_first(shown, 'layer')}; use the base it was trained on, or correct layers_to_transform"
+    )
+
+
+def _paths(spans: Sequence[TensorSpan], layout: ModelLayout) -> Iterator[str]:
+    """Yield the module paths of the adapter, then those of the base.
+
+    The adapter's own spelling nearly always decides at the first tensor.
+    """
+    own = (parse_tensor_name(span.name).module for span in spans)
+    return chain(own, (module.name for module in layout.modules))
 
 
 def _tails(path: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from math import isfinite
 from lorax_async.adapter import AdapterSpec, ModulePattern
 from lorax_async.config import Limits
 from lorax_async.core.peft_fields import FIELDS, UNKNOWN, WHAT, shown
-from lorax_async.core.peft_names import compile_pattern
+from lorax_async.core.peft_names import compile_pattern, pattern_error
 from lorax_async.core.strict_json import JsonValue, parse_object
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, shorten
 
@@ -63,6 +63,7 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
         rank_patterns=_patterns("rank_pattern", config.get("rank_pattern"), read_rank),
         alpha_patterns=_patterns("alpha_pattern", config.get("alpha_pattern"), _finite),
         targets=_targets(config.get("target_modules")),
+        layers=_layers(config.get("layers_to_transform")),
         base_model=base if isinstance(base, str) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         dora=config.get("use_dora") is True,
@@ -177,6 +178,23 @@ def _too_many(field: str) -> UnsupportedAdapterError:
 
 
 def _targets(value: JsonValue) -> tuple[str, ...] | str | None:
+    if isinstance(value, list | str) and not value:
+        raise AdapterFormatError(
+            f"{WHAT}: 'target_modules' is empty, and PEFT loads no such adapter; write the names of"
+            " the modules that the adapter changes"
+        )
     if isinstance(value, list):
         return tuple(str(name) for name in value)
-    return value if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    if (reason := pattern_error(value)) is not None:
+        raise AdapterFormatError(
+            f"{WHAT}: 'target_modules' {shorten(value, 100)!r} is no regular expression"
+            f" ({reason}); correct it, or write a list of module names"
+        )
+    return value
+
+
+def _layers(value: JsonValue) -> tuple[int, ...]:
+    layers = value if isinstance(value, list) else [value]
+    return tuple(layer for layer in layers if isinstance(layer, int))

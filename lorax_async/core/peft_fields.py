@@ -104,9 +104,7 @@ FIELDS: Mapping[str, Field] = {
     "base_model_name_or_path": Field(Use.READ, _is_text, "null or a string"),
     "exclude_modules": _NAMES,
     "layers_pattern": _NAMES,
-    "layers_to_transform": Field(
-        Use.CHECKED, _are_indices, "null, an integer or a list of integers"
-    ),
+    "layers_to_transform": Field(Use.READ, _are_indices, "null, an integer or a list of integers"),
     # The settings of initialisations: only init_lora_weights turns one on.
     "loftq_config": _OBJECT,
     "eva_config": _OBJECT,

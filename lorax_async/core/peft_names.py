@@ -95,6 +95,14 @@ _SHARED_SYNTAX = re.compile(
         )*""",
     re.VERBOSE,
 )
+# What re2 says of patterns that Python's re refuses too; both read from left to right.
+_SYNTAX_ERRORS = (
+    b"missing )",
+    b"missing ]",
+    b"unexpected )",
+    b"no argument for repetition operator",
+    b"invalid character class range",
+)
 _OPTIONS = re2.Options()
 _OPTIONS.log_errors = False  # they go to stderr
 _OPTIONS.never_capture = True
@@ -170,6 +178,23 @@ def compile_pattern(text: str) -> tuple[Matcher, int]:
         raise _unreadable(text) from None
     search = compiled.match
     return lambda module: search(module.encode()) is not None, compiled.programsize
+
+
+def pattern_error(text: str) -> str | None:
+    """Return why Python's re, and so PEFT, cannot compile a pattern, as re2 says it.
+
+    None where re can, and where only re itself could tell: it is never given a stranger's pattern.
+    """
+    if len(text) > MAX_PATTERN_CHARACTERS or "[:" in text:  # a POSIX class, to re2 only
+        return None
+    try:
+        re2.compile(text.encode(), _OPTIONS)
+    except UnicodeEncodeError:
+        return None
+    except re2.error as error:
+        reason = bytes(error.args[0])
+        return reason.decode(errors="replace") if reason.startswith(_SYNTAX_ERRORS) else None
+    return None
 
 
 def _plain_matcher(text: str) -> Matcher:

@@ -137,6 +137,27 @@ def test_targets_are_kept_as_written(written: object, kept: object) -> None:
     assert parse(target_modules=written).targets == kept
 
 
+@pytest.mark.parametrize("written", ["(", "q)", "*q", "[q", "[z-a]", [], ""])
+def test_targets_that_peft_cannot_use_are_refused(written: object) -> None:
+    with pytest.raises(AdapterFormatError, match=r"'target_modules'.*(correct|write)"):
+        parse(target_modules=written)
+
+
+@pytest.mark.parametrize(
+    "written", [r"(?!model\.vision).*q", "(?x) q # (", "[[:q:]", "q{2000}", "q*+", "(" * 600]
+)
+def test_targets_that_only_re_understands_are_kept(written: str) -> None:
+    """As are those that take too long to judge: the tensors decide."""
+    assert parse(target_modules=written).targets == written
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"), [(None, ()), ([], ()), (3, (3,)), (0, (0,)), ([2, 0], (2, 0))]
+)
+def test_layers_are_kept_as_written(written: object, kept: tuple[int, ...]) -> None:
+    assert parse(layers_to_transform=written).layers == kept
+
+
 FEATURES: list[tuple[str, object, str]] = [
     ("bias", "all", "biases"),
     ("bias", "lora_only", "biases"),
@@ -197,7 +218,7 @@ NEUTRAL: list[object] = [None, False, "", [], {}]
     + [("init_lora_weights", value) for value in (True, False, "gaussian", "eva", "orthogonal")]
     + [("init_lora_weights", "mica"), ("eva_config", {"rho": 2.0}), ("loftq_config", {"bits": 4})]
     + [("auto_mapping", {"base_model_class": "X"}), ("runtime_config", {"x": 1})]
-    + [("layers_to_transform", 3), ("layers_to_transform", [1, 2]), ("layers_pattern", "h")]
+    + [("layers_to_transform", []), ("layers_pattern", "h")]
     + [("peft_version", "0.99"), ("lora_dropout", 0.3), ("qalora_group_size", 32)]
     + [("exclude_modules", ["lm_head"]), ("ensure_weight_tying", True), ("rank_pattern", None)]
     + [("unknown", value) for value in NEUTRAL],

@@ -23,6 +23,7 @@ from lorax_async.core.peft_names import (
     compile_pattern,
     layer_index,
     parse_tensor_name,
+    pattern_error,
 )
 from lorax_async.errors import AdapterFormatError, LoraxError, UnsupportedAdapterError
 
@@ -277,3 +278,16 @@ def test_matching_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_size_of_plain_names_is_nothing() -> None:
     assert compile_pattern("model.layers.1.q_proj")[1] == 0
     assert compile_pattern(r".*\.1\..*")[1] > 0
+
+
+@given(st.text(st.sampled_from("()[]{}*+?|^\\:!=<>P#,-ix02aQE\u00e9"), max_size=12))
+@example("[[:alpha:]")
+@example("(?x)a # (")
+def test_no_pattern_that_re_compiles_is_called_an_error(text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            re.compile(text)
+        except re.error:
+            return
+    assert pattern_error(text) is None

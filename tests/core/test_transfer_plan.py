@@ -291,6 +291,30 @@ def test_target_modules_of_which_the_base_has_one_are_accepted(
     assert [group.layer for group in made.groups] == [0]
 
 
+@pytest.mark.parametrize("targets", [None, ("q",), ("0.q", "v")])
+@pytest.mark.parametrize("layers", [(77,), (1, 12), (-1,)])
+def test_layers_that_the_base_lacks_are_refused(
+    targets: tuple[str, ...] | None, layers: tuple[int, ...]
+) -> None:
+    spec = replace(SPEC, targets=targets, layers=layers)
+    with pytest.raises(IncompatibleAdapterError, match=f"layers_to_transform.*{layers[0]}"):
+        plan(file_of(GOOD), spec, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        (None, (0,)),
+        (("q",), (0, 77)),
+        (("model.layers.0.q",), (77,)),  # PEFT limits only what is named by its end
+    ],
+)
+def test_layers_of_which_the_base_has_one_are_accepted(
+    targets: tuple[str, ...] | None, layers: tuple[int, ...]
+) -> None:
+    assert plan(file_of(GOOD), replace(SPEC, targets=targets, layers=layers), LAYOUT).groups
+
+
 def test_a_pattern_that_would_take_too_long_is_left_to_the_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

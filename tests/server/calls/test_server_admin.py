@@ -186,6 +186,9 @@ def replace_by_file(folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "target modules": (configure(target_modules=["c_attn"]), 422, "adapter_incompatible"),
     "target pattern": (configure(target_modules=r".*\.c_attn"), 422, "adapter_incompatible"),
+    "no target modules": (configure(target_modules=[]), 422, "adapter_malformed"),
+    "broken target pattern": (configure(target_modules="("), 422, "adapter_malformed"),
+    "layers to transform": (configure(layers_to_transform=[77]), 422, "adapter_incompatible"),
     "tensors": (rename, 422, "adapter_incompatible"),
     "shapes": (reshape, 422, "adapter_incompatible"),
     "layers": (lambda folder: tiny.write(folder, layers=9), 422, "adapter_incompatible"),
