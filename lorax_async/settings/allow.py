@@ -48,7 +48,8 @@ class Allow:
         On the hub: `refs/pr/N`, which anybody may have proposed, may be loaded too.
     use_token
         On the hub: ids below `prefix` that come without a token are asked for with this machine's
-        own (`HF_TOKEN`, `hf auth login`). Whoever may name an id then reads what that token reads.
+        own (`HF_TOKEN`, `hf auth login`). Whoever may name an id then reads what that token reads
+        there; an id from which the hub redirects to elsewhere is refused.
     private
         Of "https" and "http" with a name as host: it may have a private address (RFC 1918, 6598,
         4193). An address or "localhost" as host allows itself, and needs no such word.

@@ -35,8 +35,8 @@ HUBS: Mutants = {
     ),
     "hub: what passes is asked again after a while": mutant(
         HUB,
-        "            await asyncio.sleep(wait)\n",
-        "            pass\n",
+        "        await asyncio.sleep(wait)\n",
+        "        pass\n",
         f"{NETWORK}::test_waiting_between_attempts_can_be_ended",
     ),
     "hub: an answer about another commit is none": mutant(

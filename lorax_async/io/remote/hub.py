@@ -15,6 +15,7 @@ from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, 
 from lorax_async.core.hub_names import hub_file_name, is_commit
 from lorax_async.core.retries import Retries
 from lorax_async.errors import (
+    AccessDeniedError,
     AdapterNotFoundError,
     ConfigError,
     IntegrityError,
@@ -32,6 +33,7 @@ from lorax_async.io.remote.hub_calls import (
     ask,
     checked_token,
     endpoint_in_use,
+    fetch_repository_id,
     has_stored_token,
     machine_token,
     url_of,
@@ -69,7 +71,8 @@ class HubLocator:
         follows redirects to that origin and to the hub's own only; what address it has is the
         operator's business.
     allow
-        Entries with `use_token` lend this machine's own token to the ids that they cover.
+        Entries with `use_token` lend this machine's own token to the ids that they cover, as long
+        as the repository that answers is covered too: the hub redirects from ids that were moved.
     threads
         Where huggingface_hub is called, two calls per adapter at once. A call whose caller was
         cancelled ends by itself.
@@ -147,6 +150,8 @@ class HubLocator:
         if isinstance(config, Absent):
             raise _lacking(first, f"no {CONFIG_FILE.file_name}: it is no adapter of PEFT")
         pinned = replace(first, revision=config.commit)
+        if config.redirected and token is not None and self._is_lent(ref):
+            await self._require_covered(pinned)
         role = WEIGHTS_FILE
         if weights.commit != config.commit:  # a branch moved between the two answers
             (weights,) = await self._told(replace(pinned, name=role.file_name))
@@ -212,10 +217,35 @@ class HubLocator:
 
     def _uses_own(self, ref: AdapterRef) -> bool:
         """Return whether this machine's own token is lent to an id; a stranger's gets none."""
-        if ref.token is not None:
-            return False
-        reach = Reach("hub", "", None, f"{ref.text}/")
-        return ref.use_token or any(entry.covers(reach) for entry in self._lending)
+        return ref.use_token or self._is_lent(ref)
+
+    def _is_lent(self, ref: AdapterRef) -> bool:
+        """Return whether an id gets this machine's own token by an entry alone."""
+        return ref.token is None and not ref.use_token and self._lends_to(ref.text)
+
+    def _lends_to(self, repo: str) -> bool:
+        reach = Reach("hub", "", None, f"{repo}/")
+        return any(entry.covers(reach) for entry in self._lending)
+
+    async def _require_covered(self, pinned: Question) -> None:
+        """Raise `AccessDeniedError` if the commit is of a repository that no entry lends to.
+
+        The weights need no check of their own: they are of the same commit.
+        """
+        for failed in count(1):
+            asking = self._threads.submit(fetch_repository_id, pinned)
+            found = await asyncio.wrap_future(asking)
+            if isinstance(found, str):
+                covered = self._lends_to(found)
+                break
+            await self._wait_to_retry(found, failed)
+        if not covered:
+            # Its id may be a secret of the operator's.
+            raise AccessDeniedError(
+                f"the hub has moved {pinned.source!r} to a place to which the token of this machine"
+                " is not lent; name the new id, if that is allowed, or let the operator allow it",
+                stage="resolve",
+            )
 
     async def _told(self, *questions: Question) -> list[Told | Absent]:
         """The answers, when there are all; what may pass is asked again."""
@@ -232,11 +262,15 @@ class HubLocator:
                 break
             # What no other attempt would mend is the one to tell.
             worst = min(problems, key=lambda problem: problem.retryable)
-            wait = self._retries.wait(failed, self._draw(), worst.retry_after)
-            if not worst.retryable or wait is None:
-                raise worst
-            await asyncio.sleep(wait)
+            await self._wait_to_retry(worst, failed)
         return [answers[question] for question in questions]
+
+    async def _wait_to_retry(self, problem: LoraxError, failed: int) -> None:
+        """Wait before the next attempt after `failed` ones; raise `problem` if there is none."""
+        wait = self._retries.wait(failed, self._draw(), problem.retry_after)
+        if not problem.retryable or wait is None:
+            raise problem
+        await asyncio.sleep(wait)
 
     async def _round(self, questions: Sequence[Question]) -> list[Outcome]:
         asking = [

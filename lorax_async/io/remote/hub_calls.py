@@ -58,12 +58,16 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the hub told of a file: it is in `commit`, and lies at `location`."""
+    """What the hub told of a file: it is in `commit`, and lies at `location`.
+
+    `redirected` is False if the URL that was asked for answered itself.
+    """
 
     commit: str
     nbytes: int | None
     expected: Digest | None
     location: Url | None = field(repr=False)
+    redirected: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +183,44 @@ def _asked(question: Question, url: Url) -> Told | Absent:
         )
     nbytes = None if found.size is None or found.size < 0 else found.size
     return Told(
-        found.commit_hash, nbytes, digest_of_etag(found.etag), _location(found.location, url)
+        found.commit_hash,
+        nbytes,
+        digest_of_etag(found.etag),
+        _location(found.location, url),
+        redirected=found.location != url.text,
     )
+
+
+def fetch_repository_id(question: Question) -> str | LoraxError:
+    """Return the id of the repository that answers to `question.source` and has its commit.
+
+    It is another one where the repository was moved. Never raise an error that can be returned.
+    """
+    import httpx2  # noqa: PLC0415 (slow)
+    from huggingface_hub import HfApi  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
+
+    try:
+        url = url_of(question.source, question.name, question.revision, question.endpoint)
+        info = HfApi(endpoint=question.endpoint).model_info(
+            question.source,
+            revision=question.revision,
+            timeout=question.timeout,
+            token=question.token or False,
+        )
+    except LoraxError as error:
+        return error
+    except (HfHubHTTPError, httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+        return problem_of(error, question, url)
+    except (TypeError, KeyError, AttributeError):
+        info = None
+    if info is None or not isinstance(info.id, str) or info.sha != question.revision:
+        return AccessDeniedError(
+            f"the hub does not say which repository answers for {question.source!r}, so the token"
+            " of this machine is not lent to it; name the repository by its own id",
+            stage="resolve",
+        )
+    return info.id
 
 
 def _location(text: str, asked: Url) -> Url | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from answering_server import Asked, Reply
 from hub_stand_in import HubStandIn
 from huggingface_hub import constants, snapshot_download
 from user_loads import at, contents, has, loader, written
@@ -106,6 +107,52 @@ def test_an_entry_lends_the_token_to_what_it_covers_only(
     assert sent(hub, ELSEWHERE) == {None}
     assert sent(hub, PUBLIC) == {"Bearer hf_another"}, "a caller's own token is the one that counts"
     assert sent(hub, "/store/") == {None}, "the place that a redirect leads to is not the hub"
+
+
+@pytest.mark.usefixtures("logged_in")
+@pytest.mark.parametrize("large", [False, True], ids=["config in git", "config in the store"])
+def test_an_entry_lends_the_token_to_no_repository_elsewhere_that_the_hub_redirects_to(
+    run: Run,
+    hub: HubStandIn,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    large: bool,
+) -> None:
+    monkeypatch.setattr("hub_stand_in.is_large", lambda _: large)
+    allow = (Allow("hub"), Allow("hub", prefix="org/", use_token=True))
+    hub.moved |= {"org/moved": ELSEWHERE, "org/renamed": PRIVATE}
+    commit = hub.repos[ELSEWHERE].refs["main"]
+
+    async def body() -> None:
+        async with over(hub, tmp_path, *allow) as there:
+            for id in ("org/moved", f"org/moved@{commit}"):
+                with pytest.raises(AccessDeniedError) as caught:
+                    await there.load(id)
+                assert ELSEWHERE not in str(caught.value)
+            await has(there, "org/renamed", adapter)
+            await has(there, AdapterRef("org/moved", use_token=True), adapter)
+
+    run(body())
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_hub_that_does_not_say_which_repository_answers_lends_nothing(
+    run: Run, hub: HubStandIn, tmp_path: Path
+) -> None:
+    def behave(asked: Asked) -> Reply | None:
+        return Reply(200, {}, b"{}") if asked.target.startswith("/api/") else None
+
+    hub.moved["org/renamed"] = PRIVATE
+    hub.behave = behave
+
+    async def body() -> None:
+        async with over(hub, tmp_path, Allow("hub", prefix="org/", use_token=True)) as there:
+            with pytest.raises(AccessDeniedError):
+                await there.load("org/renamed")
+
+    run(body())
 
 
 @pytest.mark.usefixtures("logged_in")
