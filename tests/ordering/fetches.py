@@ -33,8 +33,8 @@ FETCHES: Mutants = {
     ),
     "fetch: it is left before that is told": mutant(
         FETCH,
-        "            await self._workers.finish(partial(self._leave, error))\n",
-        "            self._workers.submit(partial(self._leave, error))\n",
+        "            await self._workers.finish(partial(self._leave, demand.refused or error))\n",
+        "            self._workers.submit(partial(self._leave, demand.refused or error))\n",
         TWICE,
         NOBODY_WAITS,
     ),
