@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soak")
     group.addoption("--soak-seconds", type=float, default=120.0, help="on each device")
     group.addoption("--pictures", type=Path, help="where pictures of the page are to be put")
+    group.addoption("--each-loop", action="store_true", help="all on asyncio and on uvloop")
     group.addoption("--soak-seed", type=int, default=random.randrange(1 << 32))
 
 
@@ -77,9 +78,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
 
 
-@pytest.fixture(params=LOOPS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests of coroutines on asyncio's loop; on uvloop's too, where the kind of loop matters."""
+    each = metafunc.config.getoption("each_loop")
+    each = each or metafunc.definition.get_closest_marker("each_loop") is not None
+    for fixture in {"anyio_backend", "run"} & set(metafunc.fixturenames):
+        metafunc.parametrize(fixture, LOOPS if each else ["asyncio"], indirect=True)
+
+
+@pytest.fixture
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """The loop of a test that is a coroutine."""
+    return "asyncio", {"use_uvloop": request.param == "uvloop"}
+
+
+@pytest.fixture
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """Runs a coroutine to its end, on asyncio's loop and on uvloop's."""
+    """Run a coroutine to its end, for tests that are none."""
     with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:
         yield runner.run
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from command_line import ADAPTERS, base
-from common import Run
 from lorax_async import AdapterLoader, LoaderConfig, SlotGranted, layouts
 from lorax_async.cli import main
 from lorax_async.config import Eviction
@@ -30,8 +29,7 @@ UNIT = 4 * 2 * (32 + 64) * 4
 @pytest.mark.parametrize(
     ("device_bytes", "slots"), [(20 * UNIT + 100, 16), (1 << 20, 5)], ids=["bytes", "slots"]
 )
-def test_the_loader_does_what_was_planned(
-    run: Run,
+async def test_the_loader_does_what_was_planned(
     tmp_path: Path,
     capsys: Capture,
     adapters: list[Path],
@@ -63,7 +61,7 @@ def test_the_loader_does_what_was_planned(
                 hits += len(granted) == before
             return hits, loader.statistics()
 
-    hits, statistics = run(body())
+    hits, statistics = await body()
     assert 60 < hits < 240
     assert planned["hits"] == hits
     assert planned["loads"] == statistics.loads == len(granted)

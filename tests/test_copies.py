@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from common import Run, until
+from common import until
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.arena import Extent
 from lorax_async.core.commands import Copy
@@ -25,7 +25,7 @@ from lorax_async.io.transfer import GroupCopy, Moved
 from lorax_async.runtime.copies import Copies, CopyOutcome
 from lorax_async.runtime.tenancy import Tenancy
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 KEY = AdapterKey("somewhere", ())
 GROUPS = 4
@@ -94,45 +94,38 @@ class Copying:
         await asyncio.to_thread(self.copies.join)
 
 
-def test_a_copy_is_heard_of_once_it_is_done(run: Run) -> None:
-    async def body() -> None:
-        copying = Copying()
-        await copying.start(2)
-        assert not copying.heard
-        copying.end(2)
-        await until(lambda: copying.heard == [2])
-        await copying.stop()
-
-    run(body())
+async def test_a_copy_is_heard_of_once_it_is_done() -> None:
+    copying = Copying()
+    await copying.start(2)
+    assert not copying.heard
+    copying.end(2)
+    await until(lambda: copying.heard == [2])
+    await copying.stop()
 
 
-def test_no_outcome_is_left_behind(run: Run) -> None:
+async def test_no_outcome_is_left_behind() -> None:
     """The first is about to be left while the second ends: whoever is the last wakes the loop."""
+    copying, drained = Copying(), threading.Event()
+    leave = copying.copies._inbox.leave
 
-    async def body() -> None:
-        copying, drained = Copying(), threading.Event()
-        leave = copying.copies._inbox.leave
+    def leave_slowly(outcome: CopyOutcome) -> None:
+        if outcome.command.group == 0:
+            drained.wait(0.1)
+        leave(outcome)
 
-        def leave_slowly(outcome: CopyOutcome) -> None:
-            if outcome.command.group == 0:
-                drained.wait(0.1)
-            leave(outcome)
+    copying.copies._inbox.leave = leave_slowly  # type: ignore[assignment,method-assign]
+    await copying.start(0, 1)
+    copying.end(0)
+    await asyncio.sleep(0.01)
+    copying.end(1)
 
-        copying.copies._inbox.leave = leave_slowly  # type: ignore[assignment,method-assign]
-        await copying.start(0, 1)
-        copying.end(0)
-        await asyncio.sleep(0.01)
-        copying.end(1)
+    def are_heard() -> bool:
+        if copying.heard:
+            drained.set()
+        return sorted(copying.heard) == [0, 1]
 
-        def are_heard() -> bool:
-            if copying.heard:
-                drained.set()
-            return sorted(copying.heard) == [0, 1]
-
-        await until(are_heard)
-        await copying.stop()
-
-    run(body())
+    await until(are_heard)
+    await copying.stop()
 
 
 class SlowInt(int):
@@ -147,45 +140,36 @@ class SlowInt(int):
         return SlowInt(int(self) - other)
 
 
-def test_copies_that_end_at_the_same_moment_are_both_counted(run: Run) -> None:
-    async def body() -> None:
-        copying = Copying()
-        await copying.start(0, 1)
-        copying.copies._under_way = SlowInt(2)
-        copying.end(0, 1)
-        await until(lambda: sorted(copying.heard) == [0, 1])
-        await copying.stop()
-
-    run(body())
+async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
+    copying = Copying()
+    await copying.start(0, 1)
+    copying.copies._under_way = SlowInt(2)
+    copying.end(0, 1)
+    await until(lambda: sorted(copying.heard) == [0, 1])
+    await copying.stop()
 
 
-def test_one_that_begins_while_another_ends_is_counted(run: Run) -> None:
-    async def body() -> None:
-        copying = Copying()
-        await copying.start(0)
-        copying.copies._under_way = SlowInt(1)
-        (ending,) = copying.end(0)
-        await copying.start(1)
-        ending.join()
-        copying.end(1)
-        await until(lambda: copying.heard == [0, 1])
-        await copying.stop()
-
-    run(body())
+async def test_one_that_begins_while_another_ends_is_counted() -> None:
+    copying = Copying()
+    await copying.start(0)
+    copying.copies._under_way = SlowInt(1)
+    (ending,) = copying.end(0)
+    await copying.start(1)
+    ending.join()
+    copying.end(1)
+    await until(lambda: copying.heard == [0, 1])
+    await copying.stop()
 
 
-def test_the_end_waits_for_copies_that_were_begun(run: Run) -> None:
-    async def body() -> None:
-        copying = Copying()
-        copying.may_run.clear()
-        copying.copies.start(Copy(KEY, GRANT, 3))
-        stopping = asyncio.create_task(copying.stop())
-        await asyncio.sleep(0.03)
-        assert not stopping.done()
-        copying.may_run.set()
-        await stopping
-        assert copying.asked == [3]
-        copying.end(3)
-        await until(lambda: copying.heard == [3])
-
-    run(body())
+async def test_the_end_waits_for_copies_that_were_begun() -> None:
+    copying = Copying()
+    copying.may_run.clear()
+    copying.copies.start(Copy(KEY, GRANT, 3))
+    stopping = asyncio.create_task(copying.stop())
+    await asyncio.sleep(0.03)
+    assert not stopping.done()
+    copying.may_run.set()
+    await stopping
+    assert copying.asked == [3]
+    copying.end(3)
+    await until(lambda: copying.heard == [3])

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import tiny
-from common import Run
 from lorax_async import LocalRoot, errors
 from lorax_async.core.peft_fields import FIELDS, Use
 from lorax_async.core.peft_names import SUFFIXES
@@ -210,27 +209,21 @@ def _python_blocks() -> list[str]:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_the_lines_about_room_run(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_the_lines_about_room_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, lines, _ = _python_blocks()
     scope: dict[str, Any] = {}
     exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
     for name in ("sql", "chat"):
         tiny.write(tmp_path / name)
-
-    async def body() -> None:
-        async with loader(local_roots=(LocalRoot(tmp_path, immutable=True),)) as there:
-            await scope["play"](there)
-
-    run(body())
+    async with loader(local_roots=(LocalRoot(tmp_path, immutable=True),)) as there:
+        await scope["play"](there)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "sql" in line]
     file_bytes = os.path.getsize(tmp_path / "sql" / "adapter_model.safetensors")
     assert line.split()[1:] == ["device", str(ONE), str(file_bytes)]
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_the_lines_about_tensors_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_lines_about_tensors_run(capsys: pytest.CaptureFixture[str]) -> None:
     *_, lines = _python_blocks()
     steps = iter((1, 2))
     scope: dict[str, Any] = {
@@ -238,12 +231,8 @@ def test_the_lines_about_tensors_run(run: Run, capsys: pytest.CaptureFixture[str
         "get_peft_model_state_dict": lambda _: tiny.tensors(next(steps)),
     }
     exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
-
-    async def body() -> None:
-        async with loader() as there:
-            await scope["play"](there)
-
-    run(body())
+    async with loader() as there:
+        await scope["play"](there)
     assert capsys.readouterr().out.splitlines() == ["policy 4", "True"]
 
 

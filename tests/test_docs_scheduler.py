@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from common import Run
 from lorax_async import AdapterNotFoundError, AdapterScheduler, Batch, BatchRow, Ticket
 from lorax_async.core.batch_plan import TILE_ROWS
 from lorax_async.core.shares import LEAST
@@ -18,7 +17,7 @@ from tiny_sources import over, stocked
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_the_example_serves(run: Run, tmp_path: Path) -> None:
+async def test_the_example_serves(tmp_path: Path) -> None:
     page = functions()
 
     def compute(batch: Batch) -> set[Ticket]:
@@ -26,17 +25,14 @@ def test_the_example_serves(run: Run, tmp_path: Path) -> None:
         ends = [row for row in batch.rows if row.ticket.generated == 2]
         return {row.ticket for row in ends if row.handle is not None and row.handle.id == "b"}
 
-    async def body() -> None:
-        async with over(stocked(tmp_path, "a", "b")) as loader:
-            async with AdapterScheduler(loader) as scheduler:
-                serving = asyncio.create_task(page["serve"](scheduler, compute))
-                answers = [page["answer"](scheduler, id, 5) for id in ("a", "b", "none")]
-                found = await asyncio.gather(*answers, return_exceptions=True)
-                assert found[:2] == [32, 3]
-                assert isinstance(found[2], AdapterNotFoundError)
-            await asyncio.wait_for(serving, 5)
-
-    run(body())
+    async with over(stocked(tmp_path, "a", "b")) as loader:
+        async with AdapterScheduler(loader) as scheduler:
+            serving = asyncio.create_task(page["serve"](scheduler, compute))
+            answers = [page["answer"](scheduler, id, 5) for id in ("a", "b", "none")]
+            found = await asyncio.gather(*answers, return_exceptions=True)
+            assert found[:2] == [32, 3]
+            assert isinstance(found[2], AdapterNotFoundError)
+        await asyncio.wait_for(serving, 5)
 
 
 def test_the_table_is_the_batch() -> None:

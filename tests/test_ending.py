@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tiny
-from common import Run, our_threads, until
+from common import our_threads, until
 from lorax_async import AdapterKey, AdapterLoader, AdapterRef, LoaderClosedError, LoaderConfig
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Row
@@ -25,7 +25,7 @@ from lorax_async.runtime.resolver import Resolver
 from tiny_loaders import loader
 from tiny_sources import over
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
 class NotedDevice(GatedDevice):
@@ -48,31 +48,25 @@ class NotedDevice(GatedDevice):
         self.ended.append("device")
 
 
-def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(
-    run: Run, tmp_path: Path
-) -> None:
+async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(tmp_path: Path) -> None:
     """As by a loop that is shut down: whoever copies still writes to the arena."""
     folder, device = tiny.write(tmp_path / "a"), NotedDevice()
-
-    async def body() -> None:
-        config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
-        there = AdapterLoader(tiny.layout(), config, device=device)
-        await there.__aenter__()
-        device.gate.clear()
-        loading = asyncio.create_task(there.load(folder))
-        await until(lambda: device.copies == 1)
-        closing = asyncio.create_task(there.close())
-        await asyncio.sleep(0.01)
-        assert there._closing is not None
-        there._closing.cancel()
-        await asyncio.sleep(0.03)
-        device.gate.set()
-        ends = await asyncio.gather(loading, closing, return_exceptions=True)
-        assert all(isinstance(end, BaseException) for end in ends)
-        await until(lambda: "device" in device.ended)
-        assert device.ended == ["copy"] * tiny.LAYERS + ["device"]
-
-    run(body())
+    config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
+    there = AdapterLoader(tiny.layout(), config, device=device)
+    await there.__aenter__()
+    device.gate.clear()
+    loading = asyncio.create_task(there.load(folder))
+    await until(lambda: device.copies == 1)
+    closing = asyncio.create_task(there.close())
+    await asyncio.sleep(0.01)
+    assert there._closing is not None
+    there._closing.cancel()
+    await asyncio.sleep(0.03)
+    device.gate.set()
+    ends = await asyncio.gather(loading, closing, return_exceptions=True)
+    assert all(isinstance(end, BaseException) for end in ends)
+    await until(lambda: "device" in device.ended)
+    assert device.ended == ["copy"] * tiny.LAYERS + ["device"]
 
 
 class DeafSource(FakeSource):
@@ -90,23 +84,19 @@ class DeafSource(FakeSource):
             self.undone += 1
 
 
-def test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off(run: Run, tmp_path: Path) -> None:
+async def test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off(tmp_path: Path) -> None:
     source = DeafSource()
     source.put("a", *tiny.files(tiny.write(tmp_path / "a")))
-
-    async def body() -> None:
-        there = over(source)
-        await there.__aenter__()
-        loading = asyncio.create_task(there.load("a"))
-        await until(lambda: source.asked)
-        closing = asyncio.create_task(there.close())
-        await asyncio.sleep(0.01)
-        assert there._closing is not None
-        there._closing.cancel()
-        await asyncio.gather(loading, closing, return_exceptions=True)
-        assert source.undone == 1
-
-    run(body())
+    there = over(source)
+    await there.__aenter__()
+    loading = asyncio.create_task(there.load("a"))
+    await until(lambda: source.asked)
+    closing = asyncio.create_task(there.close())
+    await asyncio.sleep(0.01)
+    assert there._closing is not None
+    there._closing.cancel()
+    await asyncio.gather(loading, closing, return_exceptions=True)
+    assert source.undone == 1
 
 
 def _metadata(there: AdapterLoader, may_end: threading.Event) -> None:
@@ -119,20 +109,17 @@ def _prefetch(there: AdapterLoader, may_end: threading.Event) -> None:
 
 
 @pytest.mark.parametrize("begin", [_metadata, _prefetch])
-def test_close_waits_for_what_still_runs(
-    run: Run, begin: Callable[[AdapterLoader, threading.Event], None]
+async def test_close_waits_for_what_still_runs(
+    begin: Callable[[AdapterLoader, threading.Event], None],
 ) -> None:
-    async def body() -> None:
-        there, may_end = loader(), threading.Event()
-        await there.__aenter__()
-        begin(there, may_end)
-        closing = asyncio.create_task(there.close())
-        await asyncio.sleep(0.05)
-        assert not closing.done()
-        may_end.set()
-        await closing
-
-    run(body())
+    there, may_end = loader(), threading.Event()
+    await there.__aenter__()
+    begin(there, may_end)
+    closing = asyncio.create_task(there.close())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    may_end.set()
+    await closing
 
 
 def test_not_even_the_thread_that_ended_the_others_is_left() -> None:
@@ -178,23 +165,20 @@ class NeverAnswers(FakeSource):
 
 
 @pytest.mark.parametrize("question", ["digest", "id"])
-def test_questions_that_are_stopped_are_waited_for(run: Run, question: str) -> None:
-    async def body() -> None:
-        source = NeverAnswers()
-        if question == "id":
-            resolver = Resolver(source, Journal(), 60)
-            asked: Coroutine[Any, Any, object] = resolver.resolve(AdapterRef("a"))
-            stop = resolver.stop
-        else:
-            key = source.put("a", b"{}", b"")
-            digests = Digests(source, Journal(), lambda: None)
-            asked = digests.compare(AdapterRef("a", digest="0" * 64), key, None)
-            stop = digests.stop
-        asking = asyncio.create_task(asked)
-        await until(lambda: source.asked)
-        await stop()
-        assert source.undone == 1
-        with pytest.raises(LoaderClosedError):
-            await asking
-
-    run(body())
+async def test_questions_that_are_stopped_are_waited_for(question: str) -> None:
+    source = NeverAnswers()
+    if question == "id":
+        resolver = Resolver(source, Journal(), 60)
+        asked: Coroutine[Any, Any, object] = resolver.resolve(AdapterRef("a"))
+        stop = resolver.stop
+    else:
+        key = source.put("a", b"{}", b"")
+        digests = Digests(source, Journal(), lambda: None)
+        asked = digests.compare(AdapterRef("a", digest="0" * 64), key, None)
+        stop = digests.stop
+    asking = asyncio.create_task(asked)
+    await until(lambda: source.asked)
+    await stop()
+    assert source.undone == 1
+    with pytest.raises(LoaderClosedError):
+        await asking

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from common import Run, until
+from common import until
 from lorax_async.adapter import AdapterKey
 from lorax_async.errors import FetchError
 from lorax_async.io.ports import AdapterFile, Hold
 from lorax_async.runtime.files import Files
 from lorax_async.runtime.journal import Journal
 from lorax_async.verification import Verification
+
+pytestmark = pytest.mark.each_loop
 
 KNOWN = Verification("sha256", "a" * 64)
 KEYS = [AdapterKey(f"place {n}", ()) for n in range(3)]
@@ -124,7 +126,7 @@ async def _body_of(work: Callable[[Place], Any]) -> None:
         await work(Place(threads))
 
 
-def test_what_is_told_may_begin_the_next_fetch(run: Run) -> None:
+async def test_what_is_told_may_begin_the_next_fetch() -> None:
     async def body(place: Place) -> None:
         def again(name: str, key: AdapterKey) -> None:
             if name == "fetch_failed":
@@ -140,10 +142,10 @@ def test_what_is_told_may_begin_the_next_fetch(run: Run) -> None:
         assert place.told.names == ["header_checked", "fetch_failed", "header_checked", "published"]
         await place.files.stop()
 
-    run(_body_of(body))
+    await _body_of(body)
 
 
-def test_a_file_is_published_once_it_is_brought(run: Run) -> None:
+async def test_a_file_is_published_once_it_is_brought() -> None:
     async def body(place: Place) -> None:
         place.files.start_fetch(KEYS[0], 1, urgent=True)
         await place.source.bringing.wait()
@@ -153,10 +155,10 @@ def test_a_file_is_published_once_it_is_brought(run: Run) -> None:
         await until(lambda: place.told.names == ["header_checked", "published"])
         await place.files.stop()
 
-    run(_body_of(body))
+    await _body_of(body)
 
 
-def test_one_plan_in_each_turn_of_the_loop(run: Run) -> None:
+async def test_one_plan_in_each_turn_of_the_loop() -> None:
     async def body(place: Place) -> None:
         place.source.may_bring.set()
         for key in KEYS:
@@ -165,10 +167,10 @@ def test_one_plan_in_each_turn_of_the_loop(run: Run) -> None:
         assert len(place.turns) == len(set(place.turns)) == 3
         await place.files.stop()
 
-    run(_body_of(body))
+    await _body_of(body)
 
 
-def test_who_is_populated_when_it_closes_is_lost(run: Run) -> None:
+async def test_who_is_populated_when_it_closes_is_lost() -> None:
     async def body(place: Place) -> None:
         place.files.start_populate(KEYS[0], 1)
         await until(lambda: place.source.inside)
@@ -178,10 +180,10 @@ def test_who_is_populated_when_it_closes_is_lost(run: Run) -> None:
         await place.files.stop()
         assert not place.files.holds
 
-    run(_body_of(body))
+    await _body_of(body)
 
 
-def test_a_hold_is_there_when_it_is_told_and_closed_when_that_is_told(run: Run) -> None:
+async def test_a_hold_is_there_when_it_is_told_and_closed_when_that_is_told() -> None:
     seen: list[tuple[str, bool, bool]] = []
 
     async def body(place: Place) -> None:
@@ -196,12 +198,12 @@ def test_a_hold_is_there_when_it_is_told_and_closed_when_that_is_told(run: Run) 
         await until(lambda: len(seen) == 2)
         await place.files.stop()
 
-    run(_body_of(body))
+    await _body_of(body)
     assert seen == [("populated", True, False), ("released", False, True)]
 
 
 @pytest.mark.parametrize("by", ["stop", "release"])
-def test_closing_a_hold_is_waited_for(run: Run, by: str) -> None:
+async def test_closing_a_hold_is_waited_for(by: str) -> None:
     """It is unmapped in a thread, which takes a while."""
 
     async def body(place: Place) -> None:
@@ -217,20 +219,20 @@ def test_closing_a_hold_is_waited_for(run: Run, by: str) -> None:
         await until(lambda: hold.closed)
         await (stopping or place.files.stop())
 
-    run(_body_of(body))
+    await _body_of(body)
 
 
-def test_stop_waits_for_what_its_tasks_undo(run: Run) -> None:
+async def test_stop_waits_for_what_its_tasks_undo() -> None:
     async def body(place: Place) -> None:
         place.files.start_fetch(KEYS[0], 1, urgent=True)
         await place.source.bringing.wait()
         await place.files.stop()
         assert place.source.undone == 1
 
-    run(_body_of(body))
+    await _body_of(body)
 
 
-def test_who_waits_until_it_is_opened_does_not_wait_for_its_bytes(run: Run) -> None:
+async def test_who_waits_until_it_is_opened_does_not_wait_for_its_bytes() -> None:
     async def body(place: Place) -> None:
         await place.files.opened(KEYS[0])  # nobody opens it
         place.source.may_open.clear()
@@ -244,11 +246,11 @@ def test_who_waits_until_it_is_opened_does_not_wait_for_its_bytes(run: Run) -> N
         assert "published" not in place.told.names
         await place.files.stop()
 
-    run(_body_of(body))
+    await _body_of(body)
 
 
 @pytest.mark.parametrize("before_use", [False, True])
-def test_groups_are_told_of_unless_all_has_to_be_checked(run: Run, before_use: bool) -> None:
+async def test_groups_are_told_of_unless_all_has_to_be_checked(before_use: bool) -> None:
     """And what was known of an earlier fetch is not known of a new one."""
 
     async def body(place: Place) -> None:
@@ -268,8 +270,5 @@ def test_groups_are_told_of_unless_all_has_to_be_checked(run: Run, before_use: b
             source.may_bring.clear()
         await files.stop()
 
-    async def main() -> None:
-        with ThreadPoolExecutor(1) as threads:
-            await body(Place(threads, before_use=before_use))
-
-    run(main())
+    with ThreadPoolExecutor(1) as threads:
+        await body(Place(threads, before_use=before_use))

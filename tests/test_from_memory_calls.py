@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import tiny
-from common import Run
 from given import assert_holds, used
 from lorax_async import (
     AdapterLoader,
@@ -27,34 +26,30 @@ from tiny_sources import is_resident, over, state, stocked, where
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-def test_equal_content_is_one_adapter(run: Run, tmp_path: Path) -> None:
+async def test_equal_content_is_one_adapter(tmp_path: Path) -> None:
     given = tiny.tensors(5)
-
-    async def body() -> None:
-        async with over(stocked(tmp_path)) as there:
-            names = [f"mine {n}" for n in range(6)] + ["mine 0"]
-            handles = await asyncio.gather(
-                *(there.load_tensors(name, dict(given), tiny.config()) for name in names)
-            )
-            (key,) = {handle.key for handle in handles}
-            assert {handle.slot for handle in handles} == {handles[0].slot}
-            assert there.statistics().loads == 1
-            assert used(there) == where(there, key).host_bytes
-            for handle in handles:
-                handle.release()
-            for name in names[:5]:
-                await there.unload(name)
-                assert used(there) > 0
-                async with await there.load("mine 5") as handle:
-                    assert_holds(handle, given)
-            await there.unload("mine 5")
-            assert used(there) == 0
-
-    run(body())
+    async with over(stocked(tmp_path)) as there:
+        names = [f"mine {n}" for n in range(6)] + ["mine 0"]
+        handles = await asyncio.gather(
+            *(there.load_tensors(name, dict(given), tiny.config()) for name in names)
+        )
+        (key,) = {handle.key for handle in handles}
+        assert {handle.slot for handle in handles} == {handles[0].slot}
+        assert there.statistics().loads == 1
+        assert used(there) == where(there, key).host_bytes
+        for handle in handles:
+            handle.release()
+        for name in names[:5]:
+            await there.unload(name)
+            assert used(there) > 0
+            async with await there.load("mine 5") as handle:
+                assert_holds(handle, given)
+        await there.unload("mine 5")
+        assert used(there) == 0
 
 
 @pytest.mark.parametrize("change", ["config", "name", "dtype", "one bit"])
-def test_other_content_is_another_adapter(run: Run, tmp_path: Path, change: str) -> None:
+async def test_other_content_is_another_adapter(tmp_path: Path, change: str) -> None:
     given, config = tiny.tensors(5), tiny.config()
     other, other_config = dict(given), config
     last = max(given)
@@ -68,23 +63,19 @@ def test_other_content_is_another_adapter(run: Run, tmp_path: Path, change: str)
     else:
         other[last] = given[last].clone()
         other[last].view(torch.int32)[-1, -1] ^= 1
-
-    async def body() -> None:
-        async with over(stocked(tmp_path)) as there:
-            one = await there.load_tensors("one", given, config)
-            two = await there.load_tensors("two", other, other_config)
-            assert one.key != two.key
-            assert one.slot != two.slot
-            with pytest.raises(UsageError, match="means other tensors already") as caught:
-                await there.load_tensors("one", other, other_config)
-            assert caught.value.id == "one"
-            async with await there.load("one") as handle:
-                assert handle.key == one.key
-            assert len(there.residency()) == 2
-            one.release()
-            two.release()
-
-    run(body())
+    async with over(stocked(tmp_path)) as there:
+        one = await there.load_tensors("one", given, config)
+        two = await there.load_tensors("two", other, other_config)
+        assert one.key != two.key
+        assert one.slot != two.slot
+        with pytest.raises(UsageError, match="means other tensors already") as caught:
+            await there.load_tensors("one", other, other_config)
+        assert caught.value.id == "one"
+        async with await there.load("one") as handle:
+            assert handle.key == one.key
+        assert len(there.residency()) == 2
+        one.release()
+        two.release()
 
 
 async def _attempt(there: AdapterLoader, *given: Any) -> None:
@@ -105,33 +96,27 @@ WRONG_CALLS = [
 
 
 @pytest.mark.parametrize(("name", "given", "config", "kind", "problem"), WRONG_CALLS)
-def test_a_wrong_call_says_what_is_right(
-    run: Run, name: Any, given: Any, config: Any, kind: type[UsageError], problem: str
+async def test_a_wrong_call_says_what_is_right(
+    name: Any, given: Any, config: Any, kind: type[UsageError], problem: str
 ) -> None:
-    async def body() -> None:
-        async with loader() as there:
-            with pytest.raises(kind, match=problem):
-                await _attempt(there, name, given, config)
-            assert used(there) == 0
-
-    run(body())
+    async with loader() as there:
+        with pytest.raises(kind, match=problem):
+            await _attempt(there, name, given, config)
+        assert used(there) == 0
 
 
-def test_only_an_open_loader_takes_any(run: Run) -> None:
-    async def body() -> None:
-        there = loader()
-        with pytest.raises(UsageError, match="enter the loader"):
+async def test_only_an_open_loader_takes_any() -> None:
+    there = loader()
+    with pytest.raises(UsageError, match="enter the loader"):
+        await _attempt(there, "mine", tiny.tensors(0), tiny.config())
+    async with there:
+        pass
+    with pytest.raises(LoaderClosedError):
+        await _attempt(there, "mine", tiny.tensors(0), tiny.config())
+    with pytest.raises(UsageError, match="memory_bytes must be an integer of at least 0"):
+        LoaderConfig(memory_bytes=-1)
+    async with loader(memory_bytes=0) as there:
+        assert not is_resident(there, "mine")
+        with pytest.raises(CapacityError):
             await _attempt(there, "mine", tiny.tensors(0), tiny.config())
-        async with there:
-            pass
-        with pytest.raises(LoaderClosedError):
-            await _attempt(there, "mine", tiny.tensors(0), tiny.config())
-        with pytest.raises(UsageError, match="memory_bytes must be an integer of at least 0"):
-            LoaderConfig(memory_bytes=-1)
-        async with loader(memory_bytes=0) as there:
-            assert not is_resident(there, "mine")
-            with pytest.raises(CapacityError):
-                await _attempt(there, "mine", tiny.tensors(0), tiny.config())
-            assert state(there, "mine") == "nowhere"
-
-    run(body())
+        assert state(there, "mine") == "nowhere"

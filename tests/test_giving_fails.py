@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from common import Run, until
+from common import until
 from given import assert_holds, used
 from lorax_async import (
     AdapterHandle,
@@ -98,7 +98,7 @@ async def prepared(tmp_path: Path, verb: str) -> AsyncIterator[Call]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_cancelled_at_every_await(run: Run, tmp_path: Path, verb: str) -> None:
+async def test_cancelled_at_every_await(tmp_path: Path, verb: str) -> None:
     async def body() -> None:
         async with prepared(tmp_path / "counted", verb) as call:
             steps = await count_steps(_released(call()))
@@ -113,7 +113,7 @@ def test_cancelled_at_every_await(run: Run, tmp_path: Path, verb: str) -> None:
             async with await call() as handle:
                 assert_holds(handle, NEW)
 
-    run(body())
+    await body()
 
 
 async def _released(work: Awaitable[AdapterHandle]) -> None:
@@ -141,8 +141,7 @@ STEPS = {
 @pytest.mark.parametrize("error", [FetchError("ordered"), RuntimeError("a foreign fault")])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_error_at_every_step(
-    run: Run,
+async def test_an_error_at_every_step(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     verb: str,
@@ -152,46 +151,40 @@ def test_an_error_at_every_step(
     def fail(*_: object, **__: object) -> None:
         raise error.located() if isinstance(error, LoraxError) else error
 
-    async def body() -> None:
-        async with prepared(tmp_path, verb) as call:
-            with monkeypatch.context() as patch:
-                patch.setattr(STEPS[step], fail)
-                with pytest.raises(LoraxError) as caught:
-                    await call()
-            if isinstance(error, LoraxError):
-                assert type(caught.value) is FetchError
-            else:
-                assert isinstance(caught.value, InternalError | TransferError)
-                assert caught.value.__cause__ is error
-            assert caught.value.id == str(call.name)
-            await call.assert_nothing_changed()
-            async with await call() as handle:
-                assert_holds(handle, NEW)
-
-    run(body())
+    async with prepared(tmp_path, verb) as call:
+        with monkeypatch.context() as patch:
+            patch.setattr(STEPS[step], fail)
+            with pytest.raises(LoraxError) as caught:
+                await call()
+        if isinstance(error, LoraxError):
+            assert type(caught.value) is FetchError
+        else:
+            assert isinstance(caught.value, InternalError | TransferError)
+            assert caught.value.__cause__ is error
+        assert caught.value.id == str(call.name)
+        await call.assert_nothing_changed()
+        async with await call() as handle:
+            assert_holds(handle, NEW)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_deadline_leaves_the_old(run: Run, tmp_path: Path, verb: str) -> None:
-    async def body() -> None:
-        async with prepared(tmp_path, verb) as call:
-            with pytest.raises(AdapterTimeoutError) as caught:
-                await call(timeout=0)
-            assert (caught.value.id, caught.value.stage) == (str(call.name), "fetch")
-            await until(lambda: _settled(call))
-            call.bench.device.gate.clear()
-            with pytest.raises(AdapterTimeoutError) as caught:
-                await call(timeout=0.05)
-            assert (caught.value.id, caught.value.stage) == (str(call.name), "copy")
-            call.bench.device.gate.set()
-            await until(lambda: _settled(call))
-            await call.assert_nothing_changed()
-
-    run(body())
+async def test_a_deadline_leaves_the_old(tmp_path: Path, verb: str) -> None:
+    async with prepared(tmp_path, verb) as call:
+        with pytest.raises(AdapterTimeoutError) as caught:
+            await call(timeout=0)
+        assert (caught.value.id, caught.value.stage) == (str(call.name), "fetch")
+        await until(lambda: _settled(call))
+        call.bench.device.gate.clear()
+        with pytest.raises(AdapterTimeoutError) as caught:
+            await call(timeout=0.05)
+        assert (caught.value.id, caught.value.stage) == (str(call.name), "copy")
+        call.bench.device.gate.set()
+        await until(lambda: _settled(call))
+        await call.assert_nothing_changed()
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_loader_closes(run: Run, tmp_path: Path, verb: str) -> None:
+async def test_the_loader_closes(tmp_path: Path, verb: str) -> None:
     async def body(late: Callable[[], Awaitable[object]]) -> None:
         async with prepared(tmp_path, verb) as call:
             tasks = [asyncio.create_task(call(tiny.tensors(n))) for n in range(4)]
@@ -210,37 +203,31 @@ def test_the_loader_closes(run: Run, tmp_path: Path, verb: str) -> None:
             for _ in range(turns):
                 await asyncio.sleep(0)
 
-        run(body(late))
-    run(body(lambda: asyncio.sleep(0.005)))
+        await body(late)
+    await body(lambda: asyncio.sleep(0.005))
 
 
-def test_what_is_written_to_meanwhile_is_noticed(run: Run) -> None:
-    async def body() -> None:
-        async with loader() as there:
-            given = tiny.tensors(1)
-            giving = asyncio.create_task(there.load_tensors("mine", given, tiny.config()))
-            await asyncio.sleep(0)
-            given[min(given)].add_(1)
-            with pytest.raises(IntegrityError, match="written to while it was copied") as caught:
-                await giving
-            assert (caught.value.id, caught.value.retryable) == ("mine", True)
-            assert used(there) == 0
-            (await there.load_tensors("mine", given, tiny.config())).release()
-
-    run(body())
+async def test_what_is_written_to_meanwhile_is_noticed() -> None:
+    async with loader() as there:
+        given = tiny.tensors(1)
+        giving = asyncio.create_task(there.load_tensors("mine", given, tiny.config()))
+        await asyncio.sleep(0)
+        given[min(given)].add_(1)
+        with pytest.raises(IntegrityError, match="written to while it was copied") as caught:
+            await giving
+        assert (caught.value.id, caught.value.retryable) == ("mine", True)
+        assert used(there) == 0
+        (await there.load_tensors("mine", given, tiny.config())).release()
 
 
-def test_a_machine_without_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def body() -> None:
-        async with loader() as there:
-            with monkeypatch.context() as patch:
-                patch.setattr("lorax_async.io.snapshot.torch.empty", _no_memory)
-                with pytest.raises(CapacityError, match="no host memory") as caught:
-                    await there.load_tensors("mine", NEW, tiny.config())
-            assert caught.value.id == "mine"
-            assert used(there) == 0
-
-    run(body())
+async def test_a_machine_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with loader() as there:
+        with monkeypatch.context() as patch:
+            patch.setattr("lorax_async.io.snapshot.torch.empty", _no_memory)
+            with pytest.raises(CapacityError, match="no host memory") as caught:
+                await there.load_tensors("mine", NEW, tiny.config())
+        assert caught.value.id == "mine"
+        assert used(there) == 0
 
 
 def _no_memory(*_: object, **__: object) -> None:

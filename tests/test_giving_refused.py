@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import tiny
-from common import Run
 from given import used
 from lorax_async import (
     AdapterFormatError,
@@ -56,27 +55,24 @@ REFUSED: list[tuple[Given, dict[str, object], type[LoraxError], str]] = [
 
 
 @pytest.mark.parametrize(("given", "changes", "kind", "problem"), REFUSED)
-def test_what_is_no_adapter_for_this_base_is_refused(
-    run: Run, given: Given, changes: dict[str, object], kind: type[LoraxError], problem: str
+async def test_what_is_no_adapter_for_this_base_is_refused(
+    given: Given, changes: dict[str, object], kind: type[LoraxError], problem: str
 ) -> None:
-    async def body() -> None:
-        async with loader() as there:
-            with pytest.raises(kind, match=problem) as caught:
-                await there.replace("mine", given, tiny.config(**changes))  # type: ignore[arg-type]
-            assert caught.value.id == "mine"
-            assert not there.residency()
-            assert used(there) == 0
-
-    run(body())
+    async with loader() as there:
+        with pytest.raises(kind, match=problem) as caught:
+            await there.replace("mine", given, tiny.config(**changes))  # type: ignore[arg-type]
+        assert caught.value.id == "mine"
+        assert not there.residency()
+        assert used(there) == 0
 
 
-def test_limits_are_those_of_files(run: Run) -> None:
+async def test_limits_are_those_of_files() -> None:
     async def body(limits: Limits, problem: str) -> None:
         async with loader(limits=limits) as there:
             with pytest.raises(UnsupportedAdapterError, match=problem):
                 await there.load_tensors("mine", NEW, tiny.config())
             assert used(there) == 0
 
-    run(body(Limits(max_tensors=15), "16 tensors are over the limit of 15"))
-    run(body(Limits(max_rank=3), "r is 4, above the limit of 3"))
-    run(body(Limits(max_adapter_bytes=9000), "bytes in its tensors, over the limit of 9,000"))
+    await body(Limits(max_tensors=15), "16 tensors are over the limit of 15")
+    await body(Limits(max_rank=3), "r is 4, above the limit of 3")
+    await body(Limits(max_adapter_bytes=9000), "bytes in its tensors, over the limit of 9,000")

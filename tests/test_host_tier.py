@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import CapacityError, IntegrityError, LocalRoot
 from lorax_async.io import mapped
 from page_looks import cached_pages, drop_pages, map_sizes, may_lock, pages
@@ -31,190 +31,150 @@ def dropped(folder: Path) -> Path:
     return folder / WEIGHTS
 
 
-def test_what_was_prefetched_to_the_host_is_read_without_a_disk(run: Run, tmp_path: Path) -> None:
+async def test_what_was_prefetched_to_the_host_is_read_without_a_disk(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", rank=64)
     weights = dropped(folder)
-
-    async def body() -> None:
-        async with loader(local_roots=[LocalRoot(tmp_path, immutable=True)]) as there:
-            await there.prefetch(folder, tier="disk")
+    async with loader(local_roots=[LocalRoot(tmp_path, immutable=True)]) as there:
+        await there.prefetch(folder, tier="disk")
+        found = where(there, folder)
+        assert (found.tier, found.state, found.host_bytes) == ("disk", "present", 0)
+        dropped(folder)
+        await there.prefetch(folder, tier="host")
+        assert cached_pages(weights) == pages(weights.stat().st_size)
+        found = where(there, folder)
+        assert (found.tier, found.state, found.slot) == ("host", "held", None)
+        assert (found.host_bytes, found.device_bytes) == (weights.stat().st_size, 0)
+        assert found.locked is may_lock(found.host_bytes)
+        before = bytes_from_disk()
+        async with await there.load(folder) as handle:
+            assert bytes_from_disk() == before
+            tiny.assert_equal_to_file(handle, folder)
             found = where(there, folder)
-            assert (found.tier, found.state, found.host_bytes) == ("disk", "present", 0)
-            dropped(folder)
-            await there.prefetch(folder, tier="host")
-            assert cached_pages(weights) == pages(weights.stat().st_size)
-            found = where(there, folder)
-            assert (found.tier, found.state, found.slot) == ("host", "held", None)
-            assert (found.host_bytes, found.device_bytes) == (weights.stat().st_size, 0)
-            assert found.locked is may_lock(found.host_bytes)
-            before = bytes_from_disk()
-            async with await there.load(folder) as handle:
-                assert bytes_from_disk() == before
-                tiny.assert_equal_to_file(handle, folder)
-                found = where(there, folder)
-                assert (found.tier, found.state, found.leases) == ("device", "resident", 1)
-                assert (found.device_bytes, found.host_bytes) == (handle.nbytes, found.host_bytes)
-            await there.unload(folder)
-            assert not map_sizes(weights)
-            dropped(folder)
-
-    run(body())
+            assert (found.tier, found.state, found.leases) == ("device", "resident", 1)
+            assert (found.device_bytes, found.host_bytes) == (handle.nbytes, found.host_bytes)
+        await there.unload(folder)
+        assert not map_sizes(weights)
+        dropped(folder)
 
 
-def test_what_was_loaded_from_dropped_pages_does_touch_the_disk(run: Run, tmp_path: Path) -> None:
+async def test_what_was_loaded_from_dropped_pages_does_touch_the_disk(tmp_path: Path) -> None:
     """Else the test above could not fail."""
     folder = tiny.write(tmp_path / "a", rank=64)
-
-    async def body() -> None:
-        async with loader() as there:
-            await there.prefetch(folder, tier="disk")
-            dropped(folder)
-            before = bytes_from_disk()
-            (await there.load(folder)).release()
-            assert bytes_from_disk() - before >= (folder / WEIGHTS).stat().st_size // 2
-
-    run(body())
+    async with loader() as there:
+        await there.prefetch(folder, tier="disk")
+        dropped(folder)
+        before = bytes_from_disk()
+        (await there.load(folder)).release()
+        assert bytes_from_disk() - before >= (folder / WEIGHTS).stat().st_size // 2
 
 
-def test_what_may_change_is_read_ahead_each_time(run: Run, tmp_path: Path) -> None:
+async def test_what_may_change_is_read_ahead_each_time(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", rank=64)
     weights = folder / WEIGHTS
-
-    async def body() -> None:
-        async with loader(host_bytes=0) as there:
-            for _ in range(2):
-                dropped(folder)
-                await there.prefetch(folder, tier="host")
-                await until(lambda: cached_pages(weights) == pages(weights.stat().st_size))
-                found = where(there, folder)
-                assert (found.tier, found.state) == ("host", "read ahead")
-                assert (found.host_bytes, found.locked) == (0, False)
-            assert not map_sizes(weights)
-
-    run(body())
+    async with loader(host_bytes=0) as there:
+        for _ in range(2):
+            dropped(folder)
+            await there.prefetch(folder, tier="host")
+            await until(lambda: cached_pages(weights) == pages(weights.stat().st_size))
+            found = where(there, folder)
+            assert (found.tier, found.state) == ("host", "read ahead")
+            assert (found.host_bytes, found.locked) == (0, False)
+        assert not map_sizes(weights)
 
 
-def test_where_the_kernel_does_not_lock(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_where_the_kernel_does_not_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.write(tmp_path / "a")
     monkeypatch.setattr(mapped, "lock_on_fault", lambda *_: errno.ENOMEM)
-
-    async def body() -> None:
-        async with loader(local_roots=[LocalRoot(tmp_path, immutable=True)]) as there:
-            await there.prefetch(folder, tier="host")
-            found = where(there, folder)
-            assert (found.state, found.locked) == ("held", False)
-            assert found.host_bytes == (folder / WEIGHTS).stat().st_size
-
-    run(body())
+    async with loader(local_roots=[LocalRoot(tmp_path, immutable=True)]) as there:
+        await there.prefetch(folder, tier="host")
+        found = where(there, folder)
+        assert (found.state, found.locked) == ("held", False)
+        assert found.host_bytes == (folder / WEIGHTS).stat().st_size
 
 
-def test_the_coldest_makes_room_within_the_budget(run: Run, tmp_path: Path) -> None:
+async def test_the_coldest_makes_room_within_the_budget(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c", holdable=True)
     nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
-
-    async def body() -> None:
-        async with over(source, host_bytes=2 * nbytes) as there:
-            for name in "ab":
-                await there.prefetch(name, tier="host")
-            (await there.load("a")).release()  # b is the colder one
-            await there.unload("a")
-            await there.prefetch("a", tier="host")
-            (await there.load("b")).release()
-            await there.prefetch("c", tier="host")
-            assert not is_at(there, "a", "host")
-            held = {name: where(there, name).host_bytes for name in "abc"}
-            assert held == {"a": 0, "b": nbytes, "c": nbytes}
-            assert source.counts.open_holds == 2
-
-    run(body())
+    async with over(source, host_bytes=2 * nbytes) as there:
+        for name in "ab":
+            await there.prefetch(name, tier="host")
+        (await there.load("a")).release()  # b is the colder one
+        await there.unload("a")
+        await there.prefetch("a", tier="host")
+        (await there.load("b")).release()
+        await there.prefetch("c", tier="host")
+        assert not is_at(there, "a", "host")
+        held = {name: where(there, name).host_bytes for name in "abc"}
+        assert held == {"a": 0, "b": nbytes, "c": nbytes}
+        assert source.counts.open_holds == 2
 
 
-def test_what_is_larger_than_the_budget_is_refused(run: Run, tmp_path: Path) -> None:
+async def test_what_is_larger_than_the_budget_is_refused(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", holdable=True)
     nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
-
-    async def body() -> None:
-        async with over(source, host_bytes=nbytes - 1) as there:
-            with pytest.raises(CapacityError, match="raise host_bytes") as caught:
-                await there.prefetch("a", tier="host")
-            assert (caught.value.retryable, caught.value.id) == (False, "a")
-            await there.prefetch("a")
-            await there.unload("a")
-            assert (source.counts.populates, source.counts.open_holds) == (0, 0)
-
-    run(body())
+    async with over(source, host_bytes=nbytes - 1) as there:
+        with pytest.raises(CapacityError, match="raise host_bytes") as caught:
+            await there.prefetch("a", tier="host")
+        assert (caught.value.retryable, caught.value.id) == (False, "a")
+        await there.prefetch("a")
+        await there.unload("a")
+        assert (source.counts.populates, source.counts.open_holds) == (0, 0)
 
 
-def test_who_was_pushed_off_the_device_goes_on_in_host_memory(run: Run, tmp_path: Path) -> None:
+async def test_who_was_pushed_off_the_device_goes_on_in_host_memory(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c", holdable=True)
     nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
-
-    async def body() -> None:
-        async with over(source, max_slots=1, host_bytes=nbytes) as there:
-            for name in "ab":
-                (await there.load(name)).release()
-            await until(lambda: state(there, "a") == "held")
-            assert where(there, "a").host_bytes == nbytes
-            (await there.load("c")).release()
-            await until(lambda: state(there, "b") == "held")
-            assert where(there, "a").tier == "disk"
-            await there.unload("c")
-            assert where(there, "c").tier == "disk"
-            assert (source.counts.populates, source.counts.open_holds) == (2, 1)
-
-    run(body())
+    async with over(source, max_slots=1, host_bytes=nbytes) as there:
+        for name in "ab":
+            (await there.load(name)).release()
+        await until(lambda: state(there, "a") == "held")
+        assert where(there, "a").host_bytes == nbytes
+        (await there.load("c")).release()
+        await until(lambda: state(there, "b") == "held")
+        assert where(there, "a").tier == "disk"
+        await there.unload("c")
+        assert where(there, "c").tier == "disk"
+        assert (source.counts.populates, source.counts.open_holds) == (2, 1)
 
 
-def test_a_file_that_changed_is_found_when_it_is_held(run: Run, tmp_path: Path) -> None:
+async def test_a_file_that_changed_is_found_when_it_is_held(tmp_path: Path) -> None:
     """Who waits hears of it, and it is opened anew; what is on the device stays."""
     source = stocked(tmp_path, "a", holdable=True)
-
-    async def body() -> None:
-        async with over(source) as there:
-            await there.prefetch("a", tier="disk")
-            source.fail("populate", IntegrityError("changed"))
-            with pytest.raises(IntegrityError):
-                await there.prefetch("a", tier="host")
-            assert state(there, "a") == "nowhere"
+    async with over(source) as there:
+        await there.prefetch("a", tier="disk")
+        source.fail("populate", IntegrityError("changed"))
+        with pytest.raises(IntegrityError):
             await there.prefetch("a", tier="host")
-            assert source.counts.opens == 2
-            assert is_at(there, "a", "host")
+        assert state(there, "a") == "nowhere"
+        await there.prefetch("a", tier="host")
+        assert source.counts.opens == 2
+        assert is_at(there, "a", "host")
 
-    run(body())
 
-
-def test_what_was_read_ahead_keeps_nothing_open(run: Run, tmp_path: Path) -> None:
+async def test_what_was_read_ahead_keeps_nothing_open(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            for times in (1, 2):
-                await there.prefetch("a", tier="host")
-                assert (source.counts.populates, source.counts.open_holds) == (times, 0)
-        assert source.counts.open_holds == 0
-
-    run(body())
+    async with over(source) as there:
+        for times in (1, 2):
+            await there.prefetch("a", tier="host")
+            assert (source.counts.populates, source.counts.open_holds) == (times, 0)
+    assert source.counts.open_holds == 0
 
 
-def test_unloading_what_was_read_ahead_beside_one_who_wants_room(run: Run, tmp_path: Path) -> None:
+async def test_unloading_what_was_read_ahead_beside_one_who_wants_room(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", holdable=True)
     nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
-
-    async def body() -> None:
-        async with over(source, host_bytes=nbytes) as there:
-            await there.prefetch("a", tier="host")
-            await there.prefetch("b", tier="disk")
-            source.holdable = False
-            source.put("ahead", *tiny.files(tmp_path / "a"))
-            await there.prefetch("ahead", tier="host")
-            source.holdable = True
-            key = next(key for key in there.residency() if key.location == "memory:b")
-            hint = there.prefetch(key, tier="host")
-            await there.unload("ahead")
-            await hint
-            assert is_at(there, "b", "host")
-            assert where(there, "a").host_bytes == 0
-
-    run(body())
+    async with over(source, host_bytes=nbytes) as there:
+        await there.prefetch("a", tier="host")
+        await there.prefetch("b", tier="disk")
+        source.holdable = False
+        source.put("ahead", *tiny.files(tmp_path / "a"))
+        await there.prefetch("ahead", tier="host")
+        source.holdable = True
+        key = next(key for key in there.residency() if key.location == "memory:b")
+        hint = there.prefetch(key, tier="host")
+        await there.unload("ahead")
+        await hint
+        assert is_at(there, "b", "host")
+        assert where(there, "a").host_bytes == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from opentelemetry.trace import Tracer
 
-from common import Run, until
+from common import until
 from lorax_async.adapter import AdapterKey
 from lorax_async.load_spans import LoadSpans
 from spans_kept import Kept, calls, kept, load, stages, tracer
@@ -19,59 +19,51 @@ __all__ = ["kept", "tracer"]
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-def test_who_joins_while_bytes_still_come_waits_for_the_copy(
-    run: Run, tmp_path: Path, kept: Kept, tracer: Tracer
+async def test_who_joins_while_bytes_still_come_waits_for_the_copy(
+    tmp_path: Path, kept: Kept, tracer: Tracer
 ) -> None:
     source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            with LoadSpans(there, tracer):
-                source.hold("a")
-                async with there.stream("a") as handle:
-                    source.allow("a", 0)
-                    await handle.layer_ready(0)
-                    joined = asyncio.create_task(load(there, "a"))
-                    await until(lambda: there.usage().waiting)
-                    source.allow("a", 1, 2, 3)
-                    await joined
-
-    run(body())
+    async with over(source) as there:
+        with LoadSpans(there, tracer):
+            source.hold("a")
+            async with there.stream("a") as handle:
+                source.allow("a", 0)
+                await handle.layer_ready(0)
+                joining = asyncio.create_task(load(there, "a"))
+                await until(lambda: there.usage().waiting)
+                source.allow("a", 1, 2, 3)
+                await joining
     _, (joined, its) = calls(kept)
     assert joined.name == "lorax load"
     assert stages(its) == ["resolve", "copy"]
 
 
-def test_a_stage_is_entered_only_further_on(
-    run: Run, tmp_path: Path, kept: Kept, tracer: Tracer
+async def test_a_stage_is_entered_only_further_on(
+    tmp_path: Path, kept: Kept, tracer: Tracer
 ) -> None:
     """What was checked may be checked again, while it waits for a slot, and in one."""
     source = stocked(tmp_path, "a", "b")
-
-    async def body() -> None:
-        async with over(source, max_slots=1) as there:
-            before = await there.load("b")
-            with LoadSpans(there, tracer) as spans:
-                source.hold("a")
-                waiting = asyncio.create_task(load(there, "a"))
-                await until(lambda: bool(spans._calls))
-                (call,) = spans._calls.values()
-                await until(lambda: call._stage == "queue")
-                assert call.key is not None
-                spans.checked(call.key)
-                before.release()
-                await until(lambda: call._stage == "copy")
-                spans.checked(call.key)
-                source.allow("a", 0, 1, 2, 3)
-                await waiting
-
-    run(body())
+    async with over(source, max_slots=1) as there:
+        before = await there.load("b")
+        with LoadSpans(there, tracer) as spans:
+            source.hold("a")
+            waiting = asyncio.create_task(load(there, "a"))
+            await until(lambda: bool(spans._calls))
+            (call,) = spans._calls.values()
+            await until(lambda: call._stage == "queue")
+            assert call.key is not None
+            spans.checked(call.key)
+            before.release()
+            await until(lambda: call._stage == "copy")
+            spans.checked(call.key)
+            source.allow("a", 0, 1, 2, 3)
+            await waiting
     ((_, its),) = calls(kept)
     assert stages(its) == ["resolve", "fetch", "queue", "copy"]
 
 
-def test_news_of_one_adapter_look_at_no_others_calls(
-    run: Run, tmp_path: Path, tracer: Tracer, monkeypatch: pytest.MonkeyPatch
+async def test_news_of_one_adapter_look_at_no_others_calls(
+    tmp_path: Path, tracer: Tracer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Thousands may wait, and each layer is news."""
     names = [f"a{number}" for number in range(20)]
@@ -83,43 +75,36 @@ def test_news_of_one_adapter_look_at_no_others_calls(
         compared.append(other)
         return plain(key, other)
 
-    async def body() -> None:
-        async with over(source, max_slots=20) as there:
-            with LoadSpans(there, tracer):
-                for name in names:
-                    source.hold(name)
-                waiting = [asyncio.create_task(load(there, name)) for name in names]
-                await until(lambda: there.usage().slots.used == 20)
-                monkeypatch.setattr(AdapterKey, "__eq__", compare)
-                source.allow("a7", 0, 1, 2, 3)
-                await waiting[7]
-                assert len(compared) < 20
-                monkeypatch.undo()
-                for name in names:
-                    source.allow(name, 0, 1, 2, 3)
-                await asyncio.gather(*waiting)
-
-    run(body())
+    async with over(source, max_slots=20) as there:
+        with LoadSpans(there, tracer):
+            for name in names:
+                source.hold(name)
+            waiting = [asyncio.create_task(load(there, name)) for name in names]
+            await until(lambda: there.usage().slots.used == 20)
+            monkeypatch.setattr(AdapterKey, "__eq__", compare)
+            source.allow("a7", 0, 1, 2, 3)
+            await waiting[7]
+            assert len(compared) < 20
+            monkeypatch.undo()
+            for name in names:
+                source.allow(name, 0, 1, 2, 3)
+            await asyncio.gather(*waiting)
 
 
-def test_who_is_further_than_another_caller_brings_it_stays_there(
-    run: Run, tmp_path: Path, kept: Kept, tracer: Tracer
+async def test_who_is_further_than_another_caller_brings_it_stays_there(
+    tmp_path: Path, kept: Kept, tracer: Tracer
 ) -> None:
     """It is told once more that its header was checked, and has its slot already."""
     source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            with LoadSpans(there, tracer) as spans:
-                source.hold("a")
-                loading = asyncio.create_task(load(there, "a"))
-                await until(lambda: there.usage().slots.used == 1)
-                (call,) = spans._calls.values()
-                assert call.key is not None
-                spans.checked(call.key)
-                source.allow("a", 0, 1, 2, 3)
-                await loading
-
-    run(body())
+    async with over(source) as there:
+        with LoadSpans(there, tracer) as spans:
+            source.hold("a")
+            loading = asyncio.create_task(load(there, "a"))
+            await until(lambda: there.usage().slots.used == 1)
+            (call,) = spans._calls.values()
+            assert call.key is not None
+            spans.checked(call.key)
+            source.allow("a", 0, 1, 2, 3)
+            await loading
     ((_, its),) = calls(kept)
     assert stages(its) == ["resolve", "fetch", "queue", "copy"]

@@ -8,7 +8,6 @@ import pytest
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 
-from common import Run
 from lorax_async import FetchError
 from lorax_async.load_spans import LoadSpans
 from tiny_sources import over, stocked
@@ -37,24 +36,20 @@ NAMES = ("load", "resolve", "fetch", "queue", "copy")
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("at_end", [False, True])
-def test_a_broken_tracer_hurts_no_load(
-    run: Run, tmp_path: Path, name: str, at_end: bool, caplog: pytest.LogCaptureFixture
+async def test_a_broken_tracer_hurts_no_load(
+    tmp_path: Path, name: str, at_end: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(Broken(f"lorax {name}", at_end=at_end))
     source = stocked(tmp_path, "a", "b")
     source.fail("open", FetchError("the source is down"), id="b")
-
-    async def body() -> None:
-        async with over(source, max_slots=1) as there:
-            with LoadSpans(there, provider.get_tracer("tests")) as spans:
-                for _ in range(2):
-                    (await there.load("a")).release()
-                with pytest.raises(FetchError, match="down"):
-                    await there.load("b")
-                assert not spans._calls
-                assert not spans._by_key
-                assert there.usage().waiting == 0
-
-    run(body())
+    async with over(source, max_slots=1) as there:
+        with LoadSpans(there, provider.get_tracer("tests")) as spans:
+            for _ in range(2):
+                (await there.load("a")).release()
+            with pytest.raises(FetchError, match="down"):
+                await there.load("b")
+            assert not spans._calls
+            assert not spans._by_key
+            assert there.usage().waiting == 0
     assert any(record.exc_info for record in caplog.records)

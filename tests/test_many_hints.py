@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common import Run, until
+from common import until
 from lorax_async import AdapterNotFoundError
 from lorax_async.adapter import AdapterKey
 from lorax_async.io.ports import AdapterFile, Demand
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 NAMES = tuple(f"hint-{n}" for n in range(60))
 
 
-def test_a_load_does_not_stand_behind_them(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_load_does_not_stand_behind_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = stocked(tmp_path, *NAMES, "urgent")
     opened, plain_open = list[str](), source.open
@@ -30,23 +30,19 @@ def test_a_load_does_not_stand_behind_them(
         return await plain_open(key, demand)
 
     monkeypatch.setattr(source, "open", noted)
-
-    async def body() -> None:
-        opened.clear()
-        async with over(source) as there:
-            hints = there.prefetch(NAMES, tier="disk")
-            await until(lambda: opened)
-            before = len(opened)
-            (await there.load("urgent")).release()
-            assert opened.index("memory:urgent") < before + 10
-            await hints
-            assert all(is_at(there, name, "disk") for name in NAMES)
-
-    run(body())
+    opened.clear()
+    async with over(source) as there:
+        hints = there.prefetch(NAMES, tier="disk")
+        await until(lambda: opened)
+        before = len(opened)
+        (await there.load("urgent")).release()
+        assert opened.index("memory:urgent") < before + 10
+        await hints
+        assert all(is_at(there, name, "disk") for name in NAMES)
 
 
-def test_two_files_are_opened_at_a_time(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_two_files_are_opened_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = stocked(tmp_path, *NAMES)
     opening, at_once, plain_open = set[str](), list[int](), source.open
@@ -59,82 +55,62 @@ def test_two_files_are_opened_at_a_time(
         return await plain_open(key, demand)
 
     monkeypatch.setattr(source, "open", slow)
-
-    async def body() -> None:
-        async with over(source) as there:
-            await there.prefetch(NAMES, tier="disk")
-            assert max(at_once) == 2
-
-    run(body())
+    async with over(source) as there:
+        await there.prefetch(NAMES, tier="disk")
+        assert max(at_once) == 2
 
 
-def test_one_that_never_opens_holds_up_no_more_than_its_place(run: Run, tmp_path: Path) -> None:
+async def test_one_that_never_opens_holds_up_no_more_than_its_place(tmp_path: Path) -> None:
     """Its bytes may be long in coming: the next are opened meanwhile."""
     source = stocked(tmp_path, *NAMES)
-
-    async def body() -> None:
-        async with over(source) as there:
-            for name in NAMES[:4]:
-                source.hold(name)
-            hints = there.prefetch(NAMES, tier="disk")
-            await until(lambda: all(is_at(there, name, "disk") for name in NAMES[4:]))
-            assert not hints.done
-            source.allow(NAMES[0])
-            hints.cancel()
-            await hints
-            assert hints.done
-
-    run(body())
+    async with over(source) as there:
+        for name in NAMES[:4]:
+            source.hold(name)
+        hints = there.prefetch(NAMES, tier="disk")
+        await until(lambda: all(is_at(there, name, "disk") for name in NAMES[4:]))
+        assert not hints.done
+        source.allow(NAMES[0])
+        hints.cancel()
+        await hints
+        assert hints.done
 
 
-def test_cancelled_before_they_began(run: Run, tmp_path: Path) -> None:
+async def test_cancelled_before_they_began(tmp_path: Path) -> None:
     source = stocked(tmp_path, *NAMES)
-
-    async def body() -> None:
-        async with over(source) as there:
-            hints = there.prefetch(NAMES, tier="disk")
-            hints.cancel()
-            await hints
-            assert hints.done
-            assert source.counts.resolves == 0
-
-    run(body())
+    async with over(source) as there:
+        hints = there.prefetch(NAMES, tier="disk")
+        hints.cancel()
+        await hints
+        assert hints.done
+        assert source.counts.resolves == 0
 
 
-def test_cancelled_while_they_begin(run: Run, tmp_path: Path) -> None:
+async def test_cancelled_while_they_begin(tmp_path: Path) -> None:
     """A few begin in each turn of the loop; others have theirs between."""
     source = stocked(tmp_path, *NAMES)
-
-    async def body() -> None:
-        async with over(source) as there:
-            hints = there.prefetch(NAMES, tier="disk")
-            await asyncio.sleep(0)
-            assert len(asyncio.all_tasks()) < len(NAMES) // 2
-            hints.cancel()
-            await hints
-            assert source.counts.resolves < len(NAMES) // 2
-
-    run(body())
+    async with over(source) as there:
+        hints = there.prefetch(NAMES, tier="disk")
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) < len(NAMES) // 2
+        hints.cancel()
+        await hints
+        assert source.counts.resolves < len(NAMES) // 2
 
 
-def test_those_that_are_left_at_the_end_are_told(run: Run, tmp_path: Path) -> None:
+async def test_those_that_are_left_at_the_end_are_told(tmp_path: Path) -> None:
     source = stocked(tmp_path, *NAMES)
-
-    async def body() -> None:
-        async with over(source) as there:
-            hints = there.prefetch([*NAMES, "nobody"], tier="device")
-            await until(lambda: source.counts.opens > 2)
-        assert hints.done
-        assert all(
-            "closed" in str(error) or isinstance(error, AdapterNotFoundError)
-            for error in hints.errors.values()
-        )
-        assert hints.errors
-
-    run(body())
+    async with over(source) as there:
+        hints = there.prefetch([*NAMES, "nobody"], tier="device")
+        await until(lambda: source.counts.opens > 2)
+    assert hints.done
+    assert all(
+        "closed" in str(error) or isinstance(error, AdapterNotFoundError)
+        for error in hints.errors.values()
+    )
+    assert hints.errors
 
 
-def test_a_turn_that_takes_long_keeps_no_other_origin_waiting(run: Run) -> None:
+async def test_a_turn_that_takes_long_keeps_no_other_origin_waiting() -> None:
     """Two at a time, two of each origin, and those that take long beside them."""
     order: list[str] = []
     end = asyncio.Event()
@@ -145,25 +121,22 @@ def test_a_turn_that_takes_long_keeps_no_other_origin_waiting(run: Run) -> None:
             if hangs:
                 await end.wait()
 
-    async def body() -> None:
-        turns = Turns(2, 0.02)
-        hanging = [asyncio.create_task(one(turns, "a", hangs=True)) for _ in range(5)]
-        await asyncio.sleep(0)
-        await asyncio.wait([asyncio.create_task(one(turns, "b", hangs=False)) for _ in range(9)])
-        assert order == ["a"] * 2 + ["b"] * 9
-        hanging[4].cancel()
-        more = [asyncio.create_task(one(turns, "c", hangs=True)) for _ in range(3)]
-        await until(lambda: order.count("c") == 2)
-        await asyncio.sleep(0.05)
-        assert (order.count("a"), order.count("c")) == (2, 2)
-        end.set()
-        await asyncio.wait([*hanging, *more])
-        assert (order.count("a"), order.count("c")) == (4, 3)
-
-    run(body())
+    turns = Turns(2, 0.02)
+    hanging = [asyncio.create_task(one(turns, "a", hangs=True)) for _ in range(5)]
+    await asyncio.sleep(0)
+    await asyncio.wait([asyncio.create_task(one(turns, "b", hangs=False)) for _ in range(9)])
+    assert order == ["a"] * 2 + ["b"] * 9
+    hanging[4].cancel()
+    more = [asyncio.create_task(one(turns, "c", hangs=True)) for _ in range(3)]
+    await until(lambda: order.count("c") == 2)
+    await asyncio.sleep(0.05)
+    assert (order.count("a"), order.count("c")) == (2, 2)
+    end.set()
+    await asyncio.wait([*hanging, *more])
+    assert (order.count("a"), order.count("c")) == (4, 3)
 
 
-def test_turns_go_by_priority_and_pass_over_who_left(run: Run) -> None:
+async def test_turns_go_by_priority_and_pass_over_who_left() -> None:
     order: list[str] = []
 
     async def one(turns: Turns, name: str, priority: int) -> None:
@@ -171,20 +144,17 @@ def test_turns_go_by_priority_and_pass_over_who_left(run: Run) -> None:
             order.append(name)
             await asyncio.sleep(0.001)
 
-    async def body() -> None:
-        turns = Turns(1)
-        calls = (("first", 0), ("low", -1), ("high", 5), ("gone", 9), ("also high", 5))
-        tasks = {name: asyncio.create_task(one(turns, name, rank)) for name, rank in calls}
-        await asyncio.sleep(0)
-        tasks["gone"].cancel()
-        await asyncio.wait(tasks.values())
-        await one(turns, "last", 0)
-
-    run(body())
+    turns = Turns(1)
+    calls = (("first", 0), ("low", -1), ("high", 5), ("gone", 9), ("also high", 5))
+    tasks = {name: asyncio.create_task(one(turns, name, rank)) for name, rank in calls}
+    await asyncio.sleep(0)
+    tasks["gone"].cancel()
+    await asyncio.wait(tasks.values())
+    await one(turns, "last", 0)
     assert order == ["first", "high", "also high", "low", "last"]
 
 
-def test_a_turn_that_comes_to_one_who_is_just_leaving_is_passed_on(run: Run) -> None:
+async def test_a_turn_that_comes_to_one_who_is_just_leaving_is_passed_on() -> None:
     order: list[str] = []
 
     async def one(turns: Turns, name: str, leaves: list[asyncio.Task[None]]) -> None:
@@ -194,14 +164,11 @@ def test_a_turn_that_comes_to_one_who_is_just_leaving_is_passed_on(run: Run) -> 
         for task in leaves:  # which has just been given its turn
             task.cancel()
 
-    async def body() -> None:
-        turns, leaves = Turns(1), list[asyncio.Task[None]]()
-        first = asyncio.create_task(one(turns, "first", leaves))
-        await asyncio.sleep(0)
-        leaves.append(asyncio.create_task(one(turns, "leaving", [])))
-        last = asyncio.create_task(one(turns, "last", []))
-        await asyncio.wait([first, *leaves, last])
-        assert leaves[0].cancelled()
-
-    run(body())
+    turns, leaves = Turns(1), list[asyncio.Task[None]]()
+    first = asyncio.create_task(one(turns, "first", leaves))
+    await asyncio.sleep(0)
+    leaves.append(asyncio.create_task(one(turns, "leaving", [])))
+    last = asyncio.create_task(one(turns, "last", []))
+    await asyncio.wait([first, *leaves, last])
+    assert leaves[0].cancelled()
     assert order == ["first", "last"]

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import sharded
-from common import Run
 from lorax_async import AdapterLoader, LoaderConfig, Merge
 from lorax_async.config import Shard
 from merges import assert_same, weights_of
@@ -24,9 +23,7 @@ MERGES = [
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("merge", [pytest.param(merge, id=merge.strategy) for merge in MERGES])
-def test_a_rank_holds_its_part_of_a_merge(
-    run: Run, tmp_path: Path, merge: Merge, world: int
-) -> None:
+async def test_a_rank_holds_its_part_of_a_merge(tmp_path: Path, merge: Merge, world: int) -> None:
     for seed, name in enumerate("ab"):
         sharded.write(tmp_path / name, seed=seed)
 
@@ -38,14 +35,11 @@ def test_a_rank_holds_its_part_of_a_merge(
             async with await loader.load(wanted) as handle:
                 return weights_of(handle)
 
-    async def body() -> None:
-        whole = await load(None)
-        for rank in range(world):
-            shard, expected = Shard(rank, world), dict[str, torch.Tensor]()
-            for name, tensor in whole.items():
-                module, _, factor = name.partition(" ")
-                columns, rows = sharded.columns_of(module, shard), sharded.rows_of(module, shard)
-                expected[name] = tensor[:, columns] if factor == "a" else tensor[rows]
-            assert_same(await load(shard), expected)
-
-    run(body())
+    whole = await load(None)
+    for rank in range(world):
+        shard, expected = Shard(rank, world), dict[str, torch.Tensor]()
+        for name, tensor in whole.items():
+            module, _, factor = name.partition(" ")
+            columns, rows = sharded.columns_of(module, shard), sharded.rows_of(module, shard)
+            expected[name] = tensor[:, columns] if factor == "a" else tensor[rows]
+        assert_same(await load(shard), expected)

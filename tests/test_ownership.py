@@ -26,62 +26,48 @@ from lorax_async import (
 )
 from tiny_loaders import loader
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
-def test_a_released_handle_shows_nothing(run: Run, tmp_path: Path) -> None:
+async def test_a_released_handle_shows_nothing(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
-
-    async def body() -> None:
-        async with loader() as there:
-            handle = await there.load(folder)
-            modules = handle.modules
-            thread = threading.Thread(target=handle.release)
-            thread.start()
-            thread.join()
-            handle.release()
-            assert handle.released
-            for use in (lambda: handle.modules, lambda: modules["model.layers.0.mlp.up_proj"]):
-                with pytest.raises(HandleClosedError):
-                    use()
+    async with loader() as there:
+        handle = await there.load(folder)
+        modules = handle.modules
+        thread = threading.Thread(target=handle.release)
+        thread.start()
+        thread.join()
+        handle.release()
+        assert handle.released
+        for use in (lambda: handle.modules, lambda: modules["model.layers.0.mlp.up_proj"]):
             with pytest.raises(HandleClosedError):
-                await handle.layer_ready(0)
-            with pytest.raises(HandleClosedError), handle.use():
-                pass
+                use()
+        with pytest.raises(HandleClosedError):
+            await handle.layer_ready(0)
+        with pytest.raises(HandleClosedError), handle.use():
+            pass
 
-    run(body())
 
-
-def test_a_handle_cannot_be_copied(run: Run, tmp_path: Path) -> None:
+async def test_a_handle_cannot_be_copied(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
-
-    async def body() -> None:
-        async with loader() as there, await there.load(folder) as handle:
-            for copied in (copy.copy, copy.deepcopy, pickle.dumps):
-                with pytest.raises(UsageError, match="cannot be copied"):
-                    copied(handle)
-            assert not handle.released
-
-    run(body())
+    async with loader() as there, await there.load(folder) as handle:
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(UsageError, match="cannot be copied"):
+                copied(handle)
+        assert not handle.released
 
 
-def test_a_forgotten_handle_warns_and_is_released(run: Run, tmp_path: Path) -> None:
+async def test_a_forgotten_handle_warns_and_is_released(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
-
-    async def body() -> None:
-        async with loader() as there:
-            handle = await there.load(folder)
-            with pytest.warns(ResourceWarning, match="never released"):
-                handle.__del__()
-            del handle
-            await until(lambda: [w.leases for w in there.residency().values()] == [0])
-
-    run(body())
+    async with loader() as there:
+        handle = await there.load(folder)
+        with pytest.warns(ResourceWarning, match="never released"):
+            handle.__del__()
+        del handle
+        await until(lambda: [w.leases for w in there.residency().values()] == [0])
 
 
-def test_threads_that_cannot_be_had(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third thread is refused; those before it end, and the loader may be entered later."""
     start = threading.Thread.start
     seen: list[str] = []
@@ -93,60 +79,50 @@ def test_threads_that_cannot_be_had(
                 raise RuntimeError("can't start new thread")
         start(thread)
 
-    async def body() -> None:
-        there = loader(io_threads=4)
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", limited)
-            with pytest.raises(CapacityError, match="lower io_threads"):
-                await there.__aenter__()
-        assert not our_threads()
-
-    run(body())
+    there = loader(io_threads=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        with pytest.raises(CapacityError, match="lower io_threads"):
+            await there.__aenter__()
+    assert not our_threads()
 
 
-def test_opening_does_not_hold_the_loop(run: Run) -> None:
+async def test_opening_does_not_hold_the_loop() -> None:
     """Claiming memory takes a while; the loop must turn meanwhile, however slowly.
 
     (That it also has the GIL meanwhile is a matter of time, and so of no test.)
     """
 
-    async def body() -> None:
-        turns = 0
-        opening = asyncio.create_task(_open_and_close())
-        while not opening.done():
-            await asyncio.sleep(0.001)
-            turns += 1
-        await opening
-        assert turns > 5, "opening ran on the loop"
-
     async def _open_and_close() -> None:
         async with loader(device_bytes=512 << 20, staging_bytes=256 << 20):
             pass
 
-    run(body())
+    turns = 0
+    opening = asyncio.create_task(_open_and_close())
+    while not opening.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    await opening
+    assert turns > 5, "opening ran on the loop"
 
 
-def test_close_fails_waiters_and_revokes_leases(run: Run, tmp_path: Path) -> None:
+async def test_close_fails_waiters_and_revokes_leases(tmp_path: Path) -> None:
     a, b = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", seed=1)
-
-    async def body() -> None:
-        async with loader(max_slots=1) as there:
-            handle = await there.load(a)
-            waiting = asyncio.create_task(there.load(b))
-            await asyncio.sleep(0.01)
-            await there.close(timeout=0.05)
-            with pytest.raises(LoaderClosedError):
-                await waiting
-            with pytest.raises(HandleClosedError, match="loader was closed"):
-                _ = handle.modules
-            with pytest.raises(LoaderClosedError):
-                await there.load(a)
-            await there.close()
-
-    run(body())
+    async with loader(max_slots=1) as there:
+        handle = await there.load(a)
+        waiting = asyncio.create_task(there.load(b))
+        await asyncio.sleep(0.01)
+        await there.close(timeout=0.05)
+        with pytest.raises(LoaderClosedError):
+            await waiting
+        with pytest.raises(HandleClosedError, match="loader was closed"):
+            _ = handle.modules
+        with pytest.raises(LoaderClosedError):
+            await there.load(a)
+        await there.close()
 
 
-def test_close_waits_for_kernels_whatever_its_deadline(run: Run, tmp_path: Path) -> None:
+async def test_close_waits_for_kernels_whatever_its_deadline(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
     begun, may_end = threading.Event(), threading.Event()
 
@@ -155,38 +131,31 @@ def test_close_waits_for_kernels_whatever_its_deadline(run: Run, tmp_path: Path)
             begun.set()
             may_end.wait(10)
 
-    async def body() -> None:
-        async with loader() as there:
-            handle = await there.load(folder)
-            computing = asyncio.create_task(asyncio.to_thread(compute, handle))
-            await asyncio.to_thread(begun.wait)
-            closing = asyncio.create_task(there.close(timeout=0.01))
-            await asyncio.sleep(0.05)
-            assert handle.released
-            assert not closing.done()
-            may_end.set()
-            await computing
-            await closing
-
-    run(body())
-
-
-def test_close_goes_on_when_its_caller_is_cancelled(run: Run, tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a")
-
-    async def body() -> None:
-        there = loader()
-        await there.__aenter__()
+    async with loader() as there:
         handle = await there.load(folder)
-        closing = asyncio.create_task(there.close(timeout=5))
-        await asyncio.sleep(0.01)
-        closing.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await closing
-        handle.release()
-        await there.close()
+        computing = asyncio.create_task(asyncio.to_thread(compute, handle))
+        await asyncio.to_thread(begun.wait)
+        closing = asyncio.create_task(there.close(timeout=0.01))
+        await asyncio.sleep(0.05)
+        assert handle.released
+        assert not closing.done()
+        may_end.set()
+        await computing
+        await closing
 
-    run(body())
+
+async def test_close_goes_on_when_its_caller_is_cancelled(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    there = loader()
+    await there.__aenter__()
+    handle = await there.load(folder)
+    closing = asyncio.create_task(there.close(timeout=5))
+    await asyncio.sleep(0.01)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    handle.release()
+    await there.close()
 
 
 def _in_a_fork(use: Callable[[], object]) -> str:
@@ -262,18 +231,15 @@ asyncio.run(main())
     assert "was never closed" in done.stderr
 
 
-def test_nothing_can_be_asked_of_it_while_it_opens(run: Run) -> None:
-    async def body() -> None:
-        there = loader()
-        opening = asyncio.create_task(there.__aenter__())
-        await asyncio.sleep(0)
-        for ask in (there.residency, there.statistics, lambda: there.prefetch([])):
-            with pytest.raises(UsageError, match="enter the loader first"):
-                ask()
+async def test_nothing_can_be_asked_of_it_while_it_opens() -> None:
+    there = loader()
+    opening = asyncio.create_task(there.__aenter__())
+    await asyncio.sleep(0)
+    for ask in (there.residency, there.statistics, lambda: there.prefetch([])):
         with pytest.raises(UsageError, match="enter the loader first"):
-            await there.close()
-        await opening
-        assert not there.residency()
+            ask()
+    with pytest.raises(UsageError, match="enter the loader first"):
         await there.close()
-
-    run(body())
+    await opening
+    assert not there.residency()
+    await there.close()

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run
 from lorax_async import Event, IntegrityError, Resident
 from lorax_async.core.runs import Span
 from lorax_async.io.fakes import FakeSource
@@ -39,21 +38,18 @@ class FalseSource(FakeSource):
         raise IntegrityError("these are other bytes than were promised")
 
 
-def test_its_error_names_the_adapter(run: Run, tmp_path: Path) -> None:
-    async def body() -> None:
-        source = FalseSource()
-        source.put("a", *tiny.files(tiny.write(tmp_path / "a")))
+async def test_its_error_names_the_adapter(tmp_path: Path) -> None:
+    source = FalseSource()
+    source.put("a", *tiny.files(tiny.write(tmp_path / "a")))
 
-        def heard(event: Event) -> None:
-            if isinstance(event, Resident):
-                source.doubted.set()
+    def heard(event: Event) -> None:
+        if isinstance(event, Resident):
+            source.doubted.set()
 
-        async with over(source) as loader:
-            loader.subscribe(heard)
-            with pytest.raises(IntegrityError, match="promised") as caught:
-                await loader.pin("a")
-            assert caught.value.id == "a"
-            assert caught.value.stage == "fetch"
-            assert not loader.unpin("a")
-
-    run(body())
+    async with over(source) as loader:
+        loader.subscribe(heard)
+        with pytest.raises(IntegrityError, match="promised") as caught:
+            await loader.pin("a")
+        assert caught.value.id == "a"
+        assert caught.value.stage == "fetch"
+        assert not loader.unpin("a")

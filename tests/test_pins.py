@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import (
     AdapterLoader,
     AdapterRef,
@@ -23,7 +23,7 @@ from lorax_async.adapter import AdapterId
 from tiny_loaders import ONE, loader
 from tiny_sources import is_at, over, state, stocked, where
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
 async def press(loader: AdapterLoader, *names: str) -> None:
@@ -36,28 +36,24 @@ def pins(loader: AdapterLoader, id: AdapterId) -> int:
     return 0 if state(loader, id) == "nowhere" else where(loader, id).pins
 
 
-def test_it_outlives_pressure_until_it_is_unpinned(run: Run, tmp_path: Path) -> None:
+async def test_it_outlives_pressure_until_it_is_unpinned(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c", "d")
-
-    async def body() -> None:
-        async with over(source, max_slots=2) as there:
-            await there.pin("a")
-            assert (pins(there, "a"), where(there, "a").leases) == (1, 0)
-            slot = where(there, "a").slot
-            await press(there, "b", "c", "d")
-            await there.prefetch(["b", "c"])
-            async with await there.load("a") as handle:
-                assert handle.slot == slot
-                tiny.assert_equal_to_file(handle, tmp_path / "a")
-            assert there.unpin("a")
-            assert not there.unpin("a")
-            await press(there, "b", "c")
-            assert not is_at(there, "a", "device")
-
-    run(body())
+    async with over(source, max_slots=2) as there:
+        await there.pin("a")
+        assert (pins(there, "a"), where(there, "a").leases) == (1, 0)
+        slot = where(there, "a").slot
+        await press(there, "b", "c", "d")
+        await there.prefetch(["b", "c"])
+        async with await there.load("a") as handle:
+            assert handle.slot == slot
+            tiny.assert_equal_to_file(handle, tmp_path / "a")
+        assert there.unpin("a")
+        assert not there.unpin("a")
+        await press(there, "b", "c")
+        assert not is_at(there, "a", "device")
 
 
-def test_what_cannot_fit_beside_it_fails_at_once(run: Run, tmp_path: Path) -> None:
+async def test_what_cannot_fit_beside_it_fails_at_once(tmp_path: Path) -> None:
     """By slots, and by bytes; also who waits already when it is pinned."""
     source = stocked(tmp_path, "a", "b")
     source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=8)))
@@ -81,201 +77,165 @@ def test_what_cannot_fit_beside_it_fails_at_once(run: Run, tmp_path: Path) -> No
             await press(there, name)
             assert is_at(there, name, "device")
 
-    run(body({"max_slots": 1}, "b"))
-    run(body({"device_bytes": 2 * ONE}, "large"))
+    await body({"max_slots": 1}, "b")
+    await body({"device_bytes": 2 * ONE}, "large")
 
 
-def test_what_can_fit_beside_it_waits(run: Run, tmp_path: Path) -> None:
+async def test_what_can_fit_beside_it_waits(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c")
-
-    async def body() -> None:
-        async with over(source, device_bytes=2 * ONE, max_slots=8) as there:
-            await there.pin("a")
-            lease = await there.load("b")
-            waiting = asyncio.create_task(there.load("c"))
-            await until(lambda: state(there, "c") == "present")
-            assert not waiting.done()
-            lease.release()
-            async with await waiting as handle:
-                tiny.assert_equal_to_file(handle, tmp_path / "c")
-            assert [is_at(there, name, "device") for name in "abc"] == [True, False, True]
-
-    run(body())
+    async with over(source, device_bytes=2 * ONE, max_slots=8) as there:
+        await there.pin("a")
+        lease = await there.load("b")
+        waiting = asyncio.create_task(there.load("c"))
+        await until(lambda: state(there, "c") == "present")
+        assert not waiting.done()
+        lease.release()
+        async with await waiting as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "c")
+        assert [is_at(there, name, "device") for name in "abc"] == [True, False, True]
 
 
-def test_unload_ends_pins_and_a_stale_unpin_is_harmless(run: Run, tmp_path: Path) -> None:
+async def test_unload_ends_pins_and_a_stale_unpin_is_harmless(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
-
-    async def body() -> None:
-        async with over(source, max_slots=2) as there:
-            await there.pin("a")
-            key = there.story("a")[0].key
-            await there.pin(key)
-            assert pins(there, "a") == 2
-            await there.unload("a")
-            assert not is_at(there, "a", "device")
-            await there.pin(key)
-            assert not there.unpin("a")
-            assert pins(there, "a") == 1
-            await there.pin("a")
-            await there.pin("a")
-            assert pins(there, "a") == 2
-
-    run(body())
+    async with over(source, max_slots=2) as there:
+        await there.pin("a")
+        key = there.story("a")[0].key
+        await there.pin(key)
+        assert pins(there, "a") == 2
+        await there.unload("a")
+        assert not is_at(there, "a", "device")
+        await there.pin(key)
+        assert not there.unpin("a")
+        assert pins(there, "a") == 1
+        await there.pin("a")
+        await there.pin("a")
+        assert pins(there, "a") == 2
 
 
-def test_a_pin_of_what_was_saved_again_moves(run: Run, tmp_path: Path) -> None:
+async def test_a_pin_of_what_was_saved_again_moves(tmp_path: Path) -> None:
     folder, others = tmp_path / "a", [tiny.write(tmp_path / n, seed=9) for n in "bc"]
-
-    async def body() -> None:
-        async with loader(max_slots=2) as there:
-            tiny.write(folder)
-            await there.pin(folder)
-            (old,) = there.residency()
-            tiny.write(folder, seed=1)
-            await there.pin(folder)
-            assert there.residency()[old].pins == 0
-            assert pins(there, folder) == 1
-            for other in others:
-                (await there.load(other)).release()
-            assert there.residency()[old].tier == "disk"
-            handle = there.try_acquire(folder)
-            assert handle is not None
-            async with handle:
-                tiny.assert_equal_to_file(handle, folder)
-
-    run(body())
+    async with loader(max_slots=2) as there:
+        tiny.write(folder)
+        await there.pin(folder)
+        (old,) = there.residency()
+        tiny.write(folder, seed=1)
+        await there.pin(folder)
+        assert there.residency()[old].pins == 0
+        assert pins(there, folder) == 1
+        for other in others:
+            (await there.load(other)).release()
+        assert there.residency()[old].tier == "disk"
+        handle = there.try_acquire(folder)
+        assert handle is not None
+        async with handle:
+            tiny.assert_equal_to_file(handle, folder)
 
 
-def test_each_id_has_its_own_pin(run: Run, tmp_path: Path) -> None:
+async def test_each_id_has_its_own_pin(tmp_path: Path) -> None:
     folder, others = tiny.write(tmp_path / "a"), [tiny.write(tmp_path / n, seed=9) for n in "bc"]
-
-    async def body() -> None:
-        async with loader(max_slots=1, local_roots=(tmp_path,)) as there:
-            await there.pin(folder)
-            await there.pin(AdapterRef(folder))  # says the same
-            assert pins(there, folder) == 1
-            (key,) = there.residency()
-            for other in (key, str(folder)):
-                await there.pin(other)
-            assert pins(there, folder) == 3
-            for id in (folder, str(folder)):
-                assert there.unpin(id)
-                with pytest.raises(CapacityError):
-                    await there.load(others[0])
-            assert there.unpin(key)
-            assert pins(there, folder) == 0
-            (await there.load(others[1])).release()
-
-    run(body())
+    async with loader(max_slots=1, local_roots=(tmp_path,)) as there:
+        await there.pin(folder)
+        await there.pin(AdapterRef(folder))  # says the same
+        assert pins(there, folder) == 1
+        (key,) = there.residency()
+        for other in (key, str(folder)):
+            await there.pin(other)
+        assert pins(there, folder) == 3
+        for id in (folder, str(folder)):
+            assert there.unpin(id)
+            with pytest.raises(CapacityError):
+                await there.load(others[0])
+        assert there.unpin(key)
+        assert pins(there, folder) == 0
+        (await there.load(others[1])).release()
 
 
-def test_one_that_comes_to_nothing_leaves_nothing(run: Run, tmp_path: Path) -> None:
+async def test_one_that_comes_to_nothing_leaves_nothing(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
-
-    async def body() -> None:
-        async with over(source, max_slots=1) as there:
-            source.hold("a")
-            with pytest.raises(AdapterTimeoutError) as caught:
-                await there.pin("a", timeout=0.02)
-            assert caught.value.id == "a"
-            pinning = asyncio.create_task(there.pin("a"))
-            await until(lambda: source.counts.brings == 2)
-            pinning.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await pinning
-            await until(lambda: state(there, "a") == "nowhere")
-            source.allow("a")
-            source.fail("bring", FetchError("the wire broke"), id="a", at=1)
-            with pytest.raises(FetchError, match="wire"):
-                await there.pin("a")
-            assert not there.unpin("a")
-            await press(there, "a", "b")
-
-    run(body())
-
-
-def test_while_it_is_unloaded_a_pin_waits(run: Run, tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            lease = await there.load("a")
-            unloading = asyncio.create_task(there.unload("a"))
-            await asyncio.sleep(0)
-            pinning = asyncio.create_task(there.pin("a"))
-            await until(lambda: source.counts.resolves == 2)
-            assert {unloading.done(), pinning.done()} == {False}
-            assert pins(there, "a") == 0
-            old = lease.slot
-            lease.release()
-            await unloading
+    async with over(source, max_slots=1) as there:
+        source.hold("a")
+        with pytest.raises(AdapterTimeoutError) as caught:
+            await there.pin("a", timeout=0.02)
+        assert caught.value.id == "a"
+        pinning = asyncio.create_task(there.pin("a"))
+        await until(lambda: source.counts.brings == 2)
+        pinning.cancel()
+        with pytest.raises(asyncio.CancelledError):
             await pinning
-            found = where(there, "a")
-            assert found.pins == 1
-            assert found.slot is not None
-            assert found.slot.generation > old.generation
+        await until(lambda: state(there, "a") == "nowhere")
+        source.allow("a")
+        source.fail("bring", FetchError("the wire broke"), id="a", at=1)
+        with pytest.raises(FetchError, match="wire"):
+            await there.pin("a")
+        assert not there.unpin("a")
+        await press(there, "a", "b")
 
-    run(body())
+
+async def test_while_it_is_unloaded_a_pin_waits(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        lease = await there.load("a")
+        unloading = asyncio.create_task(there.unload("a"))
+        await asyncio.sleep(0)
+        pinning = asyncio.create_task(there.pin("a"))
+        await until(lambda: source.counts.resolves == 2)
+        assert {unloading.done(), pinning.done()} == {False}
+        assert pins(there, "a") == 0
+        old = lease.slot
+        lease.release()
+        await unloading
+        await pinning
+        found = where(there, "a")
+        assert found.pins == 1
+        assert found.slot is not None
+        assert found.slot.generation > old.generation
 
 
-def test_an_unload_comes_just_before_the_pin(run: Run, tmp_path: Path) -> None:
+async def test_an_unload_comes_just_before_the_pin(tmp_path: Path) -> None:
     """The adapter is here, and leaves before it could be pinned: it is loaded once more."""
     source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        unloads: list[asyncio.Task[None]] = []
 
-    async def body() -> None:
-        async with over(source) as there:
-            unloads: list[asyncio.Task[None]] = []
+        def unload_once(event: Event) -> None:
+            if isinstance(event, Resident) and not unloads:
+                unloads.append(asyncio.create_task(there.unload("a")))
 
-            def unload_once(event: Event) -> None:
-                if isinstance(event, Resident) and not unloads:
-                    unloads.append(asyncio.create_task(there.unload("a")))
-
-            there.subscribe(unload_once)
-            await there.pin("a", timeout=20)
-            await unloads[0]
-            assert pins(there, "a") == 1
-            assert there.statistics().loads == 2
-
-    run(body())
+        there.subscribe(unload_once)
+        await there.pin("a", timeout=20)
+        await unloads[0]
+        assert pins(there, "a") == 1
+        assert there.statistics().loads == 2
 
 
 @pytest.mark.parametrize("by", ["id", "key"])
-def test_the_loader_closes_just_before_the_pin(run: Run, tmp_path: Path, by: str) -> None:
+async def test_the_loader_closes_just_before_the_pin(tmp_path: Path, by: str) -> None:
     source = stocked(tmp_path, "a")
+    async with over(source) as there:
 
-    async def body() -> None:
-        async with over(source) as there:
+        def close_in_this_turn(event: Event) -> None:
+            if isinstance(event, Resident):
+                closing = there.close()
+                closing.send(None)
+                closing.close()
 
-            def close_in_this_turn(event: Event) -> None:
-                if isinstance(event, Resident):
-                    closing = there.close()
-                    closing.send(None)
-                    closing.close()
-
-            await there.prefetch("a", tier="disk")
-            (key,) = there.residency()
-            there.subscribe(close_in_this_turn)
-            with pytest.raises(LoaderClosedError):
-                await asyncio.wait_for(there.pin(key if by == "key" else "a"), 5)
-            await there.close()
-
-    run(body())
+        await there.prefetch("a", tier="disk")
+        (key,) = there.residency()
+        there.subscribe(close_in_this_turn)
+        with pytest.raises(LoaderClosedError):
+            await asyncio.wait_for(there.pin(key if by == "key" else "a"), 5)
+        await there.close()
 
 
-def test_pins_do_not_hold_up_close(run: Run, tmp_path: Path) -> None:
+async def test_pins_do_not_hold_up_close(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
-
-    async def body() -> None:
-        async with over(source) as there:
-            await there.pin("a")
-            source.hold("b")
-            pinning = asyncio.create_task(there.pin("b"))
-            await until(lambda: source.counts.brings == 2)
-            await asyncio.wait_for(there.close(), 20)
-            with pytest.raises(LoaderClosedError):
-                await pinning
-            with pytest.raises(LoaderClosedError):
-                there.unpin("a")
-
-    run(body())
+    async with over(source) as there:
+        await there.pin("a")
+        source.hold("b")
+        pinning = asyncio.create_task(there.pin("b"))
+        await until(lambda: source.counts.brings == 2)
+        await asyncio.wait_for(there.close(), 20)
+        with pytest.raises(LoaderClosedError):
+            await pinning
+        with pytest.raises(LoaderClosedError):
+            there.unpin("a")

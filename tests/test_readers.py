@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import AdapterLoader, LoaderConfig
 from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.io.sources.checked_open import FileReader, identity_of
@@ -19,30 +19,26 @@ from tiny_sources import state, stocked
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-def test_a_copy_that_nobody_wants_any_more_reads_to_its_end(run: Run, tmp_path: Path) -> None:
+async def test_a_copy_that_nobody_wants_any_more_reads_to_its_end(tmp_path: Path) -> None:
     """Its slot is waited for; the file is all here meanwhile, and must not seem lost."""
     source = stocked(tmp_path, "a")
     source.hold("a")
-
-    async def body() -> None:
-        device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=1)
-        config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=2, timeout=20)
-        async with AdapterLoader(tiny.layout(), config, source=source, device=device) as there:
-            device.gate.clear()
-            hint = there.prefetch("a", tier="disk")
-            async with there.stream("a"):
-                source.allow("a", 0, 1)
-                await until(lambda: device.copies == 2)
-            source.allow("a")
-            await hint
-            device.gate.set()
-            await until(lambda: state(there, "a") == "present")
-            async with await there.load("a") as handle:
-                tiny.assert_equal_to_file(handle, tmp_path / "a")
-            assert there.statistics().failures == 0
-            assert source.counts.opens == 1
-
-    run(body())
+    device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=1)
+    config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=2, timeout=20)
+    async with AdapterLoader(tiny.layout(), config, source=source, device=device) as there:
+        device.gate.clear()
+        hint = there.prefetch("a", tier="disk")
+        async with there.stream("a"):
+            source.allow("a", 0, 1)
+            await until(lambda: device.copies == 2)
+        source.allow("a")
+        await hint
+        device.gate.set()
+        await until(lambda: state(there, "a") == "present")
+        async with await there.load("a") as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "a")
+        assert there.statistics().failures == 0
+        assert source.counts.opens == 1
 
 
 def test_two_who_read_first_open_once(tmp_path: Path) -> None:

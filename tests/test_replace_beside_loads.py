@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from common import Run, until
+from common import until
 from given import acquired, assert_holds, give, put, used
 from lorax_async import (
     AdapterLoader,
@@ -22,8 +22,8 @@ from tiny_sources import over, state, stocked, where
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-def test_several_at_once_come_in_their_order(run: Run) -> None:
-    async def body(seed: int) -> None:
+async def test_several_at_once_come_in_their_order() -> None:
+    for seed in range(4):
         random = Random(seed)
         async with loader(max_slots=8) as there:
             (await give(there, 0)).release()
@@ -55,11 +55,8 @@ def test_several_at_once_come_in_their_order(run: Run) -> None:
             # The thread of one that was cancelled has its memory until its step is through.
             await until(lambda: used(there) == only.host_bytes)
 
-    for seed in range(4):
-        run(body(seed))
 
-
-def test_while_many_load_each_sees_one_version_whole(run: Run) -> None:
+async def test_while_many_load_each_sees_one_version_whole() -> None:
     versions = [tiny.tensors(seed) for seed in range(8)]
 
     async def body(device: str) -> None:
@@ -96,68 +93,60 @@ def test_while_many_load_each_sees_one_version_whole(run: Run) -> None:
             (last,) = there.residency().values()
             await until(lambda: used(there) == last.host_bytes)
 
-    run(body("cpu"))
-    run(body("simulated"))
+    await body("cpu")
+    await body("simulated")
 
 
-def test_merges_follow(run: Run, tmp_path: Path) -> None:
+async def test_merges_follow(tmp_path: Path) -> None:
     """Also one that is on its way when its part is replaced and leaves."""
     source = stocked(tmp_path, "a")
     merge = Merge("linear", ["mine", "a"], [1, 0.5])
+    async with over(source, max_slots=8) as there:
+        (await give(there, 1)).release()
+        async with await there.load(merge) as first:
+            before = first.key
 
-    async def body() -> None:
-        async with over(source, max_slots=8) as there:
-            (await give(there, 1)).release()
-            async with await there.load(merge) as first:
-                before = first.key
+        async def load() -> None:
+            (await there.load(merge)).release()
 
-            async def load() -> None:
-                (await there.load(merge)).release()
-
-            loading: list[asyncio.Task[None]] = []
-            for seed in range(2, 12):
-                loading += [asyncio.create_task(load()) for _ in range(2)]
-                await asyncio.sleep(0.0003 * (seed % 4))
-                (await put(there, seed)).release()
-                assert there.try_acquire(merge) is None
-            await asyncio.gather(*loading)
-            async with await there.load(merge) as last, acquired(there) as part:
-                assert last.key != before
-                module = "model.layers.3.mlp.up_proj"
-                assert torch.equal(last.modules[module].a[:4], 2 * part.modules[module].a)
-                assert_holds(part, tiny.tensors(11))
-            await there.unload("mine")
+        loading: list[asyncio.Task[None]] = []
+        for seed in range(2, 12):
+            loading += [asyncio.create_task(load()) for _ in range(2)]
+            await asyncio.sleep(0.0003 * (seed % 4))
+            (await put(there, seed)).release()
             assert there.try_acquire(merge) is None
+        await asyncio.gather(*loading)
+        async with await there.load(merge) as last, acquired(there) as part:
+            assert last.key != before
+            module = "model.layers.3.mlp.up_proj"
+            assert torch.equal(last.modules[module].a[:4], 2 * part.modules[module].a)
+            assert_holds(part, tiny.tensors(11))
+        await there.unload("mine")
+        assert there.try_acquire(merge) is None
 
-    run(body())
 
-
-def test_who_waits_for_the_old_one_gets_the_old_one(run: Run) -> None:
+async def test_who_waits_for_the_old_one_gets_the_old_one() -> None:
     there, device = gated(slots=3)
-
-    async def body() -> None:
-        async with there:
-            (await give(there, 1)).release()
-            key = acquired_key(there)
-            await there.prefetch("mine")
-            await evict(there)
-            device.gate.clear()
-            waiting = [asyncio.create_task(there.load("mine")) for _ in range(3)]
-            await until(lambda: state(there, "mine") == "filling")
-            replacing = asyncio.create_task(put(there, 2))
-            await asyncio.sleep(0.02)
-            waiting[0].cancel()
-            device.gate.set()
-            new = await replacing
-            for task in waiting[1:]:
-                async with await task as handle:
-                    assert handle.key == key
-                    assert_holds(handle, tiny.tensors(1))
-            assert new.key != key
-            new.release()
-            await until(lambda: key not in there.residency())
-
-    run(body())
+    async with there:
+        (await give(there, 1)).release()
+        key = acquired_key(there)
+        await there.prefetch("mine")
+        await evict(there)
+        device.gate.clear()
+        waiting = [asyncio.create_task(there.load("mine")) for _ in range(3)]
+        await until(lambda: state(there, "mine") == "filling")
+        replacing = asyncio.create_task(put(there, 2))
+        await asyncio.sleep(0.02)
+        waiting[0].cancel()
+        device.gate.set()
+        new = await replacing
+        for task in waiting[1:]:
+            async with await task as handle:
+                assert handle.key == key
+                assert_holds(handle, tiny.tensors(1))
+        assert new.key != key
+        new.release()
+        await until(lambda: key not in there.residency())
 
 
 def acquired_key(there: AdapterLoader) -> object:

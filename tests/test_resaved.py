@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import (
     AdapterFormatError,
     AdapterHandle,
@@ -110,9 +110,7 @@ def is_whole(handle: AdapterHandle) -> bool:
 
 @pytest.mark.parametrize("verb", ["load", "stream", "prefetch"])
 @pytest.mark.parametrize("save", SAVES)
-def test_whoever_asks_gets_one_whole_version(
-    run: Run, tmp_path: Path, save: Save, verb: str
-) -> None:
+async def test_whoever_asks_gets_one_whole_version(tmp_path: Path, save: Save, verb: str) -> None:
     folder = tiny.write(tmp_path / "a", 1)
 
     async def client(loader: AdapterLoader) -> None:
@@ -137,14 +135,11 @@ def test_whoever_asks_gets_one_whole_version(
                 await loader.prefetch(folder)
             await asyncio.sleep(0.001)
 
-    async def body() -> None:
-        async with tiny_loader(max_slots=8, timeout=20) as loader:
-            with resaving(folder, save):
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(CLIENTS):
-                        group.create_task(client(loader))
-
-    run(body())
+    async with tiny_loader(max_slots=8, timeout=20) as loader:
+        with resaving(folder, save):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(CLIENTS):
+                    group.create_task(client(loader))
 
 
 def gated_loader() -> tuple[AdapterLoader, GatedDevice]:
@@ -175,105 +170,77 @@ async def interrupted(
     return await asked
 
 
-def test_a_second_change_is_told(run: Run, tmp_path: Path) -> None:
+async def test_a_second_change_is_told(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", 1)
-
-    async def body() -> None:
-        loader, device = gated_loader()
-        async with loader:
-            changes = [lambda: tiny.write(folder, 2), lambda: tiny.write(folder, 3)]
-            with pytest.raises(IntegrityError, match="again while they were loaded once more"):
-                await interrupted(loader, device, lambda: loader.load(folder), *changes)
-            async with await loader.load(folder) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-
-    run(body())
+    loader, device = gated_loader()
+    async with loader:
+        changes = [lambda: tiny.write(folder, 2), lambda: tiny.write(folder, 3)]
+        with pytest.raises(IntegrityError, match="again while they were loaded once more"):
+            await interrupted(loader, device, lambda: loader.load(folder), *changes)
+        async with await loader.load(folder) as handle:
+            tiny.assert_equal_to_file(handle, folder)
 
 
-def test_one_change_is_not(run: Run, tmp_path: Path) -> None:
+async def test_one_change_is_not(tmp_path: Path) -> None:
     """Nor in a part of a merge."""
     one, two = tiny.write(tmp_path / "a", 1), tiny.write(tmp_path / "b", 2)
-
-    async def body() -> None:
-        loader, device = gated_loader()
-        async with loader:
-            change = lambda: tiny.write(one, 3)  # noqa: E731
-            ask = lambda: loader.load(one)  # noqa: E731
-            async with await interrupted(loader, device, ask, change) as handle:
-                tiny.assert_equal_to_file(handle, one)
-            merge = Merge("linear", [one, two], [1, 1])
-            ask = lambda: loader.load(merge)  # noqa: E731
-            change = lambda: tiny.write(one, 4)  # noqa: E731
-            (await interrupted(loader, device, ask, change)).release()
-
-    run(body())
+    loader, device = gated_loader()
+    async with loader:
+        change = lambda: tiny.write(one, 3)  # noqa: E731
+        ask = lambda: loader.load(one)  # noqa: E731
+        async with await interrupted(loader, device, ask, change) as handle:
+            tiny.assert_equal_to_file(handle, one)
+        merge = Merge("linear", [one, two], [1, 1])
+        ask = lambda: loader.load(merge)  # noqa: E731
+        change = lambda: tiny.write(one, 4)  # noqa: E731
+        (await interrupted(loader, device, ask, change)).release()
 
 
-def test_a_key_means_one_version(run: Run, tmp_path: Path) -> None:
+async def test_a_key_means_one_version(tmp_path: Path) -> None:
     """Whoever asks for it gets no other."""
     folder = tiny.write(tmp_path / "a", 1)
-
-    async def body() -> None:
-        async with tiny_loader() as loader:
-            async with await loader.load(folder) as handle:
-                key = handle.key
-            await loader.unload(folder)
-            tiny.write(folder, 2)
-            with pytest.raises(IntegrityError):
-                await loader.load(key)
-
-    run(body())
+    async with tiny_loader() as loader:
+        async with await loader.load(folder) as handle:
+            key = handle.key
+        await loader.unload(folder)
+        tiny.write(folder, 2)
+        with pytest.raises(IntegrityError):
+            await loader.load(key)
 
 
-def test_a_digest_is_not_asked_twice(run: Run, tmp_path: Path) -> None:
+async def test_a_digest_is_not_asked_twice(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", 1)
-
-    async def body() -> None:
-        async with tiny_loader() as loader:
-            with pytest.raises(IntegrityError, match="sha256"):
-                await loader.load(folder, digest="0" * 64)
-            assert loader.statistics().loads <= 1
-
-    run(body())
+    async with tiny_loader() as loader:
+        with pytest.raises(IntegrityError, match="sha256"):
+            await loader.load(folder, digest="0" * 64)
+        assert loader.statistics().loads <= 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      ", b"{" * 100])
-def test_what_rests_in_pieces_is_malformed(run: Run, tmp_path: Path, content: bytes) -> None:
+async def test_what_rests_in_pieces_is_malformed(tmp_path: Path, content: bytes) -> None:
     folder = tiny.write(tmp_path / "a", 1)
     (folder / WEIGHTS).write_bytes(content)
+    async with tiny_loader() as loader:
+        began = time.monotonic()
+        with pytest.raises(AdapterFormatError):
+            await loader.load(folder)
+        assert time.monotonic() - began < 1
 
-    async def body() -> None:
-        async with tiny_loader() as loader:
+
+async def test_what_was_removed_is_told(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    loader, device = gated_loader()
+    async with loader:
+        remove = (folder / WEIGHTS).unlink
+        with pytest.raises((IntegrityError, AdapterNotFoundError)):
+            await interrupted(loader, device, lambda: loader.load(folder), remove)
+
+
+async def test_what_never_rests_ends_in_time(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    async with tiny_loader() as loader:
+        with resaving(folder, rewrite_slowly, pause=0):
             began = time.monotonic()
-            with pytest.raises(AdapterFormatError):
-                await loader.load(folder)
-            assert time.monotonic() - began < 1
-
-    run(body())
-
-
-def test_what_was_removed_is_told(run: Run, tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a", 1)
-
-    async def body() -> None:
-        loader, device = gated_loader()
-        async with loader:
-            remove = (folder / WEIGHTS).unlink
-            with pytest.raises((IntegrityError, AdapterNotFoundError)):
-                await interrupted(loader, device, lambda: loader.load(folder), remove)
-
-    run(body())
-
-
-def test_what_never_rests_ends_in_time(run: Run, tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a", 1)
-
-    async def body() -> None:
-        async with tiny_loader() as loader:
-            with resaving(folder, rewrite_slowly, pause=0):
-                began = time.monotonic()
-                with suppress(IntegrityError, AdapterFormatError):
-                    (await loader.load(folder, timeout=10)).release()
-                assert time.monotonic() - began < 6
-
-    run(body())
+            with suppress(IntegrityError, AdapterFormatError):
+                (await loader.load(folder, timeout=10)).release()
+            assert time.monotonic() - began < 6

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from common import Run
 from lorax_async import (
     AdapterLoader,
     AdapterScheduler,
@@ -20,11 +19,11 @@ from lorax_async import (
 from scheduling.serving import MANY, turns
 from tiny_sources import over, stocked
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
-def test_it_is_closed_when_its_loads_have_ended(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_it_is_closed_when_its_loads_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of them takes its time to end."""
     begun, ended = asyncio.Event(), list[bool]()
@@ -39,37 +38,30 @@ def test_it_is_closed_when_its_loads_have_ended(
             await turns()
             ended.append(True)
 
-    async def body() -> None:
-        async with over(stocked(tmp_path, "a")) as loader:
-            monkeypatch.setattr(AdapterLoader, "stream", slow)
-            scheduler = AdapterScheduler(loader)
-            ticket = scheduler.submit(Request("a", 1, 1))
-            await begun.wait()
-            await scheduler.close()
-            assert ended
-            with pytest.raises(LoaderClosedError):
-                await ticket
-
-    run(body())
+    async with over(stocked(tmp_path, "a")) as loader:
+        monkeypatch.setattr(AdapterLoader, "stream", slow)
+        scheduler = AdapterScheduler(loader)
+        ticket = scheduler.submit(Request("a", 1, 1))
+        await begun.wait()
+        await scheduler.close()
+        assert ended
+        with pytest.raises(LoaderClosedError):
+            await ticket
 
 
-def test_who_is_computed_hears_that_the_loader_was_closed(run: Run, tmp_path: Path) -> None:
+async def test_who_is_computed_hears_that_the_loader_was_closed(tmp_path: Path) -> None:
     """As soon as somebody wants another batch; that one may never be completed."""
-
-    async def body() -> None:
-        async with over(stocked(tmp_path, "a")) as loader:
-            scheduler = AdapterScheduler(loader)
-            ticket = scheduler.submit(Request("a", 1, 1))
-            batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
-            await loader.close(timeout=0.01)
-            waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
-            with pytest.raises(LoaderClosedError):
-                await asyncio.wait_for(ticket._wait(), 5)
-            with pytest.raises(HandleClosedError):
-                batch.check()
-            scheduler.complete(batch)
-            await scheduler.close()
-            with pytest.raises(LoaderClosedError):
-                await waiting
-
-    run(body())
+    async with over(stocked(tmp_path, "a")) as loader:
+        scheduler = AdapterScheduler(loader)
+        ticket = scheduler.submit(Request("a", 1, 1))
+        batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+        await loader.close(timeout=0.01)
+        waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
+        with pytest.raises(LoaderClosedError):
+            await asyncio.wait_for(ticket._wait(), 5)
+        with pytest.raises(HandleClosedError):
+            batch.check()
+        scheduler.complete(batch)
+        await scheduler.close()
+        with pytest.raises(LoaderClosedError):
+            await waiting

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from common import Run, until
+from common import until
 from lorax_async import (
     AdapterLoader,
     AdapterRef,
@@ -19,25 +19,21 @@ from tiny_sources import is_resident, stocked
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-def test_the_next_one_is_brought_nearer_when_a_slot_is_given_back(run: Run, tmp_path: Path) -> None:
+async def test_the_next_one_is_brought_nearer_when_a_slot_is_given_back(tmp_path: Path) -> None:
     """The one before it has no answer."""
-
-    async def body() -> None:
-        source = stocked(tmp_path, "a", "silent", "next")
-        silence(source, "silent")
-        settings = {"max_slots": 2, "starvation_age": 1000.0}
-        async with opened(source, settings, loads=1, look_ahead=0) as (loader, scheduler):
-            await warm(loader, "a")
-            ids = ("a", "silent", "next")
-            first, *others = (scheduler.submit(Request(id, 1, 1)) for id in ids)
-            await turns()
-            await step(scheduler)
-            assert await first == 1
-            await until(lambda: is_resident(loader, "next"))
-            for ticket in others:
-                ticket.cancel()
-
-    run(body())
+    source = stocked(tmp_path, "a", "silent", "next")
+    silence(source, "silent")
+    settings = {"max_slots": 2, "starvation_age": 1000.0}
+    async with opened(source, settings, loads=1, look_ahead=0) as (loader, scheduler):
+        await warm(loader, "a")
+        ids = ("a", "silent", "next")
+        first, *others = (scheduler.submit(Request(id, 1, 1)) for id in ids)
+        await turns()
+        await step(scheduler)
+        assert await first == 1
+        await until(lambda: is_resident(loader, "next"))
+        for ticket in others:
+            ticket.cancel()
 
 
 async def _first_of_two(source: Any, urgent: Any, *, later: bool = False, loads: int = 1) -> str:
@@ -59,55 +55,45 @@ async def _first_of_two(source: Any, urgent: Any, *, later: bool = False, loads:
         return str(first)
 
 
-def test_an_adapter_of_which_somebody_urgent_wants_something_comes_first(
-    run: Run, tmp_path: Path
+async def test_an_adapter_of_which_somebody_urgent_wants_something_comes_first(
+    tmp_path: Path,
 ) -> None:
-    async def body() -> None:
-        source = stocked(tmp_path, "a", "b", "c")
-        assert await _first_of_two(source, lambda scheduler: None) == "a"
-        urgent = Request("b", 1, 1, priority=3)
-        assert await _first_of_two(source, lambda scheduler: scheduler.submit(urgent)) == "b"
-        given_up = await _first_of_two(source, lambda scheduler: scheduler.submit(urgent).cancel())
-        assert given_up == "a"
-        for loads in (1, 2):
-            later = await _first_of_two(
-                source, lambda scheduler: scheduler.submit(urgent), later=True, loads=loads
-            )
-            assert later == "b"
-
-    run(body())
+    source = stocked(tmp_path, "a", "b", "c")
+    assert await _first_of_two(source, lambda scheduler: None) == "a"
+    urgent = Request("b", 1, 1, priority=3)
+    assert await _first_of_two(source, lambda scheduler: scheduler.submit(urgent)) == "b"
+    given_up = await _first_of_two(source, lambda scheduler: scheduler.submit(urgent).cancel())
+    assert given_up == "a"
+    for loads in (1, 2):
+        later = await _first_of_two(
+            source, lambda scheduler: scheduler.submit(urgent), later=True, loads=loads
+        )
+        assert later == "b"
 
 
-def test_who_may_not_begin_takes_no_row_from_who_has_begun(run: Run, tmp_path: Path) -> None:
+async def test_who_may_not_begin_takes_no_row_from_who_has_begun(tmp_path: Path) -> None:
     """Though it is the more urgent one."""
-
-    async def body() -> None:
-        async with opened(stocked(tmp_path), max_begun=1) as (_, scheduler):
-            begun = scheduler.submit(Request(None, 1, 2))
-            await step(scheduler)
-            urgent = scheduler.submit(Request(None, 1, 1, priority=5))
-            for ticket in (begun, urgent):
-                assert (await step(scheduler, sequences=1)).rows[0].ticket is ticket
-
-    run(body())
+    async with opened(stocked(tmp_path), max_begun=1) as (_, scheduler):
+        begun = scheduler.submit(Request(None, 1, 2))
+        await step(scheduler)
+        urgent = scheduler.submit(Request(None, 1, 1, priority=5))
+        for ticket in (begun, urgent):
+            assert (await step(scheduler, sequences=1)).rows[0].ticket is ticket
 
 
-def test_another_is_loaded_for_who_was_cancelled(run: Run, tmp_path: Path) -> None:
-    async def body() -> None:
-        source = stocked(tmp_path, "silent", "b")
-        silence(source, "silent")
-        settings = {"max_slots": 1, "starvation_age": 1000.0, "timeout": 1000.0}
-        async with opened(source, settings, loads=1, look_ahead=0) as (_, scheduler):
-            tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
-            await turns()
-            tickets[0].cancel()
-            assert rows(await step(scheduler)) == [("b", 0, 1, True)]
-
-    run(body())
+async def test_another_is_loaded_for_who_was_cancelled(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "silent", "b")
+    silence(source, "silent")
+    settings = {"max_slots": 1, "starvation_age": 1000.0, "timeout": 1000.0}
+    async with opened(source, settings, loads=1, look_ahead=0) as (_, scheduler):
+        tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
+        await turns()
+        tickets[0].cancel()
+        assert rows(await step(scheduler)) == [("b", 0, 1, True)]
 
 
-def test_nothing_is_loaded_when_its_hint_is_given_up(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_nothing_is_loaded_when_its_hint_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream, loaded = AdapterLoader.stream, list[object]()
 
@@ -115,21 +101,18 @@ def test_nothing_is_loaded_when_its_hint_is_given_up(
         loaded.append(ref.text)
         return stream(loader, ref, **more)
 
-    async def body() -> None:
-        loaded.clear()
-        source = stocked(tmp_path, "silent", "b")
-        silence(source, "silent")
-        source.hold("b")
-        settings = {"max_slots": 2, "starvation_age": 1000.0, "timeout": 1000.0}
-        async with opened(source, settings, loads=1, look_ahead=0) as (loader, scheduler):
-            tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
-            waiters = loader._machinery.driver.tenants._waiters
-            await until(lambda: waiters)
-            tickets[1].cancel()
-            await turns()
-            assert not waiters
-            assert loaded == ["silent"]
-            tickets[0].cancel()
-
     monkeypatch.setattr(AdapterLoader, "stream", noted)
-    run(body())
+    loaded.clear()
+    source = stocked(tmp_path, "silent", "b")
+    silence(source, "silent")
+    source.hold("b")
+    settings = {"max_slots": 2, "starvation_age": 1000.0, "timeout": 1000.0}
+    async with opened(source, settings, loads=1, look_ahead=0) as (loader, scheduler):
+        tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
+        waiters = loader._machinery.driver.tenants._waiters
+        await until(lambda: waiters)
+        tickets[1].cancel()
+        await turns()
+        assert not waiters
+        assert loaded == ["silent"]
+        tickets[0].cancel()

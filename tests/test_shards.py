@@ -72,42 +72,31 @@ def assert_is_the_share(handle: AdapterHandle, folder: Path, shard: Shard) -> No
 @pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-def test_every_rank_has_its_share(
-    device: str, dtype: str, rank: int, run: Run, tmp_path: Path
-) -> None:
+async def test_every_rank_has_its_share(device: str, dtype: str, rank: int, tmp_path: Path) -> None:
     """With so small a ring that groups come in several windows."""
     folder = sharded.write(tmp_path / "a", rank)
-
-    async def body(shard: Shard) -> None:
+    for shard in [shard for world in WORLDS for shard in ranks(world)]:
         small = loader(shard, on=device, dtype=dtype, staging_bytes=4096)
         async with small as there, await there.load(folder) as handle:
             assert_is_the_share(handle, folder, shard)
 
-    for shard in [shard for world in WORLDS for shard in ranks(world)]:
-        run(body(shard))
-
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_device_whose_streams_run_late_has_it_too(dtype: str, run: Run, tmp_path: Path) -> None:
+async def test_a_device_whose_streams_run_late_has_it_too(dtype: str, tmp_path: Path) -> None:
     folder = sharded.write(tmp_path / "a", 3)
-
-    async def body(shard: Shard) -> None:
-        held = shard_layout(sharded.layout(), shard).held
-        stored = "F32" if dtype == "float32" else "BF16"
-        device = CudaDevice(held, dtype=stored, nbytes=MiB, slots=2, device="late")
-        late = loader(shard, device=device, dtype=dtype)
-        async with late as there, await there.load(folder) as handle:
-            assert_is_the_share(handle, folder, shard)
-
     with contextmanager(loaded)():
         for shard in (Shard(0, 2), Shard(3, 4)):
-            run(body(shard))
+            held = shard_layout(sharded.layout(), shard).held
+            stored = "F32" if dtype == "float32" else "BF16"
+            device = CudaDevice(held, dtype=stored, nbytes=MiB, slots=2, device="late")
+            late = loader(shard, device=device, dtype=dtype)
+            async with late as there, await there.load(folder) as handle:
+                assert_is_the_share(handle, folder, shard)
 
 
-def test_a_handle_says_whose_share_it_is(run: Run, tmp_path: Path) -> None:
+async def test_a_handle_says_whose_share_it_is(tmp_path: Path) -> None:
     folder = sharded.write(tmp_path / "a")
-
-    async def body(shard: Shard | None) -> None:
+    for shard in (None, Shard(1, 4)):
         async with loader(shard) as there, await there.load(folder) as handle:
             async with handle.clone() as again:
                 assert handle.shard is again.shard is there.config.shard is shard
@@ -118,24 +107,17 @@ def test_a_handle_says_whose_share_it_is(run: Run, tmp_path: Path) -> None:
                 sizes = weights.a.shape[1], weights.b.shape[0]
                 assert sizes == (module.in_features, module.out_features)
 
-    for shard in (None, Shard(1, 4)):
-        run(body(shard))
 
-
-def test_the_tables_are_of_the_share(run: Run, tmp_path: Path) -> None:
+async def test_the_tables_are_of_the_share(tmp_path: Path) -> None:
     """Kernels find A and B where the tables say, in the sizes of `held_layout`."""
     folder = sharded.write(tmp_path / "a")
-
-    async def body() -> None:
-        async with loader(Shard(1, 2)) as there, await there.load(folder) as handle:
-            tables: Any = there.device
-            for n, module in enumerate(there.held_layout.modules):
-                weights, slot = handle.modules[module.name], handle.slot.index
-                addresses = tables.address[:, n, slot].tolist()
-                assert addresses == [weights.a.data_ptr(), weights.b.data_ptr()]
-                assert tables.rank[n, slot] == 4
-
-    run(body())
+    async with loader(Shard(1, 2)) as there, await there.load(folder) as handle:
+        tables: Any = there.device
+        for n, module in enumerate(there.held_layout.modules):
+            weights, slot = handle.modules[module.name], handle.slot.index
+            addresses = tables.address[:, n, slot].tolist()
+            assert addresses == [weights.a.data_ptr(), weights.b.data_ptr()]
+            assert tables.rank[n, slot] == 4
 
 
 # -- what is read ---------------------------------------------------------------------------------
@@ -184,8 +166,8 @@ def test_a_rank_reads_its_bytes_and_no_other(
     assert total == 2 * 3 * 4 * (once + world * always + heads)
 
 
-def test_a_local_file_is_read_no_further(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_local_file_is_read_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opening it takes the beginning with the header; when it comes again it is known."""
     folder, ranges = sharded.write(tmp_path / "a"), list[tuple[int, int]]()
@@ -196,20 +178,16 @@ def test_a_local_file_is_read_no_further(
         return plain(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", recorded)
-
-    async def body() -> None:
-        async with loader(Shard(1, 2)) as there:
-            (await there.load(folder)).release()
-            await there.unload(folder)
-            ranges.clear()
-            async with await there.load(folder) as handle:
-                assert_is_the_share(handle, folder, Shard(1, 2))
-
-    run(body())
+    async with loader(Shard(1, 2)) as there:
+        (await there.load(folder)).release()
+        await there.unload(folder)
+        ranges.clear()
+        async with await there.load(folder) as handle:
+            assert_is_the_share(handle, folder, Shard(1, 2))
     assert sorted(numbers(ranges)) == sorted(sharded.bytes_of(folder, Shard(1, 2)))
 
 
-def test_what_it_takes_on_the_device_is_the_share(run: Run, tmp_path: Path) -> None:
+async def test_what_it_takes_on_the_device_is_the_share(tmp_path: Path) -> None:
     """Of two layers, each tensor of rank 4 on the next multiple of 64 bytes."""
     folder = sharded.write(tmp_path / "a")
 
@@ -221,7 +199,7 @@ def test_what_it_takes_on_the_device_is_the_share(run: Run, tmp_path: Path) -> N
     whole = [(48, 32), (32, 3), (32, 48), (32, 32), (32, 48)]
     for shard, sizes in ((Shard(0, 2), features), (None, whole)):
         wanted = sum(-(-16 * size // 64) * 64 for pair in sizes for size in pair)
-        assert run(body(shard)) == 2 * wanted
+        assert await body(shard) == 2 * wanted
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -264,21 +242,17 @@ def test_a_base_that_cannot_be_cut_is_refused_at_construction(tmp_path: Path) ->
     AdapterLoader(fused.replicate("qkv_proj"), LoaderConfig(shard=Shard(0, 2)))
 
 
-def test_a_ranks_own_file_is_no_adapter_of_the_base(run: Run, tmp_path: Path) -> None:
+async def test_a_ranks_own_file_is_no_adapter_of_the_base(tmp_path: Path) -> None:
     """What was cut already would be cut again."""
     folder = sharded.write(tmp_path / "a")
     cut = sharded.share_of(folder, Shard(0, 2))
     sharded.save(folder, cut)
-
-    async def body() -> None:
-        async with loader(Shard(0, 2)) as there:
-            with pytest.raises(IncompatibleAdapterError, match=r"32 → 24, the base's is 32 → 48"):
-                await there.load(folder)
-
-    run(body())
+    async with loader(Shard(0, 2)) as there:
+        with pytest.raises(IncompatibleAdapterError, match=r"32 → 24, the base's is 32 → 48"):
+            await there.load(folder)
 
 
-def test_a_whole_model_is_not_attached_to_a_share(run: Run) -> None:
+async def test_a_whole_model_is_not_attached_to_a_share() -> None:
     model = llama()
     layout = layouts.from_module(model)
 
@@ -296,4 +270,4 @@ def test_a_whole_model_is_not_attached_to_a_share(run: Run) -> None:
         assert "for a whole model make the loader without a shard" in text
 
     for shard in (Shard(0, 1), Shard(1, 2)):
-        run(body(shard))
+        await body(shard)

@@ -41,8 +41,7 @@ def write(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("shard", "thread"), [(None, "MainThread"), (Shard(1, 2), "lorax-metadata")]
 )
-def test_many_moves_are_not_planned_on_the_loop(
-    run: Run,
+async def test_many_moves_are_not_planned_on_the_loop(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     shard: Shard | None,
@@ -57,15 +56,11 @@ def test_many_moves_are_not_planned_on_the_loop(
 
     monkeypatch.setattr(planning, "plan_transfer", noted)
     folders = [write(tmp_path / name) for name in ("a", "b")]
-
-    async def main() -> None:
-        config = LoaderConfig(shard=shard, device_bytes=1 << 20)
-        async with AdapterLoader(layout(), config) as loader:
-            for folder in folders:
-                async with await loader.load(folder) as handle:
-                    columns = 4 if shard is None else 2
-                    assert handle.modules[layout().modules[0].name].a.shape == (RANK, columns)
-
-    run(main())
+    config = LoaderConfig(shard=shard, device_bytes=1 << 20)
+    async with AdapterLoader(layout(), config) as loader:
+        for folder in folders:
+            async with await loader.load(folder) as handle:
+                columns = 4 if shard is None else 2
+                assert handle.modules[layout().modules[0].name].a.shape == (RANK, columns)
     assert len(threads) == 1
     assert threads[0].startswith(thread)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run, until
+from common import until
 from given import assert_holds, give, put, used
 from lorax_async import AdapterLoader, AdapterNotFoundError, Merge
 from lorax_async.adapter import AdapterKey
@@ -78,151 +78,123 @@ async def midway(
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-def test_it_is_loaded(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, device: str
+async def test_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, device: str
 ) -> None:
-    async def body() -> None:
-        async with midway(monkeypatch, tmp_path, step, device) as now:
-            async with await now.loader.load("0") as handle:  # from memory
-                assert_holds(handle, tiny.tensors(0))
-            assert in_memory(now.loader) == [now.key]
-            await now.end()
-            now.assert_spilled()
-            async with await now.loader.load("0") as handle:  # from the disk
-                assert_holds(handle, tiny.tensors(0))
-
-    run(body())
+    async with midway(monkeypatch, tmp_path, step, device) as now:
+        async with await now.loader.load("0") as handle:  # from memory
+            assert_holds(handle, tiny.tensors(0))
+        assert in_memory(now.loader) == [now.key]
+        await now.end()
+        now.assert_spilled()
+        async with await now.loader.load("0") as handle:  # from the disk
+            assert_holds(handle, tiny.tensors(0))
 
 
-def test_it_is_merged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    async def body() -> None:
-        async with midway(monkeypatch, tmp_path, step) as now:
-            merge = Merge("linear", ["0", "0"], [1, 0.5])
-            async with await now.loader.load(merge) as handle:
-                before = {name: t.clone() for name, t in weights_of(handle).items()}
-            await now.end()
-            async with await now.loader.load(merge) as handle:
-                after = weights_of(handle)
-                assert all((after[name] == tensor).all() for name, tensor in before.items())
-
-    run(body())
+async def test_it_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    async with midway(monkeypatch, tmp_path, step) as now:
+        merge = Merge("linear", ["0", "0"], [1, 0.5])
+        async with await now.loader.load(merge) as handle:
+            before = {name: t.clone() for name, t in weights_of(handle).items()}
+        await now.end()
+        async with await now.loader.load(merge) as handle:
+            after = weights_of(handle)
+            assert all((after[name] == tensor).all() for name, tensor in before.items())
 
 
-def test_it_is_unloaded(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+async def test_it_is_unloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    async with midway(monkeypatch, tmp_path, step) as now:
+        await now.loader.unload("0")
+        with pytest.raises(AdapterNotFoundError):
+            await now.loader.load("0")
+        await now.end()
+        await until(lambda: entries(tmp_path) == [])
+        with pytest.raises(AdapterNotFoundError):
+            await now.loader.load(now.key)
+
+
+async def test_it_is_unloaded_and_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    async def body() -> None:
-        async with midway(monkeypatch, tmp_path, step) as now:
-            await now.loader.unload("0")
-            with pytest.raises(AdapterNotFoundError):
-                await now.loader.load("0")
-            await now.end()
-            await until(lambda: entries(tmp_path) == [])
-            with pytest.raises(AdapterNotFoundError):
-                await now.loader.load(now.key)
+    async with midway(monkeypatch, tmp_path, step) as now:
+        await now.loader.unload("0")
+        again = asyncio.create_task(given(now.loader, 0))
+        await asyncio.sleep(0.01)
+        await now.end()
+        assert await again == now.key
+        await off_device(now.loader)
+        for seed in (0, 1):
+            async with await now.loader.load(str(seed)) as handle:
+                assert_holds(handle, tiny.tensors(seed))
+        await until(lambda: len(entries(tmp_path)) == 1)
 
-    run(body())
 
-
-def test_it_is_unloaded_and_given_again(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+async def test_the_same_is_given_by_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    async def body() -> None:
-        async with midway(monkeypatch, tmp_path, step) as now:
-            await now.loader.unload("0")
-            again = asyncio.create_task(given(now.loader, 0))
-            await asyncio.sleep(0.01)
-            await now.end()
-            assert await again == now.key
-            await off_device(now.loader)
-            for seed in (0, 1):
-                async with await now.loader.load(str(seed)) as handle:
-                    assert_holds(handle, tiny.tensors(seed))
-            await until(lambda: len(entries(tmp_path)) == 1)
-
-    run(body())
+    async with midway(monkeypatch, tmp_path, step) as now:
+        giving = asyncio.create_task(give(now.loader, 0, "other"))
+        await asyncio.sleep(0.01)
+        await now.end()
+        async with await giving as handle:
+            assert handle.key == now.key
+            assert_holds(handle, tiny.tensors(0))
+        await now.loader.unload("0")
+        async with await now.loader.load("other") as handle:
+            assert_holds(handle, tiny.tensors(0))
 
 
-def test_the_same_is_given_by_another_name(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+async def test_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    async with midway(monkeypatch, tmp_path, step) as now:
+        replacing = asyncio.create_task(put(now.loader, 2, "0"))
+        await asyncio.sleep(0.01)
+        assert not replacing.done()
+        await now.end()
+        async with await replacing as handle:
+            assert_holds(handle, tiny.tensors(2))
+        await until(lambda: not entry_of(tmp_path, now.key).exists())
+        await off_device(now.loader)
+        async with await now.loader.load("0") as handle:
+            assert_holds(handle, tiny.tensors(2))
+
+
+async def test_who_needs_the_room_gives_up_and_others_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    async def body() -> None:
-        async with midway(monkeypatch, tmp_path, step) as now:
-            giving = asyncio.create_task(give(now.loader, 0, "other"))
-            await asyncio.sleep(0.01)
-            await now.end()
-            async with await giving as handle:
-                assert handle.key == now.key
-                assert_holds(handle, tiny.tensors(0))
-            await now.loader.unload("0")
-            async with await now.loader.load("other") as handle:
-                assert_holds(handle, tiny.tensors(0))
+    async with midway(monkeypatch, tmp_path, step) as now:
+        second = asyncio.create_task(given(now.loader, 2))
+        third = asyncio.create_task(given(now.loader, 3))
+        await asyncio.sleep(0.01)
+        second.cancel()
+        now.giving.cancel()
+        await asyncio.wait([second, now.giving])
+        assert (second.cancelled(), now.giving.cancelled()) == (True, True)
+        assert not third.done()
+        now._stall.go_on.set()
+        await third
+        now.assert_spilled()
+        assert now.loader.statistics().spills == 1
+        for seed in (0, 3):
+            async with await now.loader.load(str(seed)) as handle:
+                assert_holds(handle, tiny.tensors(seed))
 
-    run(body())
 
-
-def test_it_is_replaced(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+async def test_others_come_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    async def body() -> None:
-        async with midway(monkeypatch, tmp_path, step) as now:
-            replacing = asyncio.create_task(put(now.loader, 2, "0"))
-            await asyncio.sleep(0.01)
-            assert not replacing.done()
-            await now.end()
-            async with await replacing as handle:
-                assert_holds(handle, tiny.tensors(2))
-            await until(lambda: not entry_of(tmp_path, now.key).exists())
-            await off_device(now.loader)
-            async with await now.loader.load("0") as handle:
-                assert_holds(handle, tiny.tensors(2))
+    async with midway(monkeypatch, tmp_path, step) as now:
+        order: list[int] = []
 
-    run(body())
+        async def one(seed: int) -> None:
+            await given(now.loader, seed)
+            order.append(seed)
 
-
-def test_who_needs_the_room_gives_up_and_others_get_it(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    async def body() -> None:
-        async with midway(monkeypatch, tmp_path, step) as now:
-            second = asyncio.create_task(given(now.loader, 2))
-            third = asyncio.create_task(given(now.loader, 3))
-            await asyncio.sleep(0.01)
-            second.cancel()
-            now.giving.cancel()
-            await asyncio.wait([second, now.giving])
-            assert (second.cancelled(), now.giving.cancelled()) == (True, True)
-            assert not third.done()
-            now._stall.go_on.set()
-            await third
-            now.assert_spilled()
-            assert now.loader.statistics().spills == 1
-            for seed in (0, 3):
-                async with await now.loader.load(str(seed)) as handle:
-                    assert_holds(handle, tiny.tensors(seed))
-
-    run(body())
-
-
-def test_others_come_in_their_order(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    async def body() -> None:
-        async with midway(monkeypatch, tmp_path, step) as now:
-            order: list[int] = []
-
-            async def one(seed: int) -> None:
-                await given(now.loader, seed)
-                order.append(seed)
-
-            tasks = []
-            for seed in range(2, 6):
-                tasks.append(asyncio.create_task(one(seed)))
-                await asyncio.sleep(0.005)
-            await now.end()
-            await asyncio.gather(*tasks)
-            assert order == sorted(order)
-            assert len(entries(tmp_path)) == 5
-            assert where(now.loader, "5").host_bytes == used(now.loader)
-
-    run(body())
+        tasks = []
+        for seed in range(2, 6):
+            tasks.append(asyncio.create_task(one(seed)))
+            await asyncio.sleep(0.005)
+        await now.end()
+        await asyncio.gather(*tasks)
+        assert order == sorted(order)
+        assert len(entries(tmp_path)) == 5
+        assert where(now.loader, "5").host_bytes == used(now.loader)

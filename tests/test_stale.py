@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run
 from lorax_async import AdapterKey, AdapterRef, Merge
 from lorax_async.adapter import MergedKey, RemoteKey, is_stale
 from lorax_async.io.fakes import FakeSource
@@ -37,29 +36,25 @@ class Far(FakeSource):
         return super().reopen(self.here)
 
 
-def test_a_handle_says_how_its_own_call_was_answered(run: Run, tmp_path: Path) -> None:
+async def test_a_handle_says_how_its_own_call_was_answered(tmp_path: Path) -> None:
     """Though all of them hold the same bytes, fetched for the first."""
     source = Far(tmp_path)
-
-    async def body() -> None:
-        async with over(source) as there, await there.load("far") as fresh:
-            source.offline = True
-            at_once = there.try_acquire("far")
-            async with await there.load("far", digest=None) as stale, stale.clone() as clone:
-                latest = there.try_acquire("far")
-                assert at_once is not None
-                assert latest is not None
-                told = [each.stale for each in (fresh, at_once, stale, clone, latest)]
-                assert told == [False, False, True, True, True]
-                assert fresh.slot == stale.slot
-            source.offline = False
-            async with there.stream("far") as again:
-                assert not again.stale
-            for each in (at_once, latest):
-                each.release()
-            assert source.counts.opens == 1
-
-    run(body())
+    async with over(source) as there, await there.load("far") as fresh:
+        source.offline = True
+        at_once = there.try_acquire("far")
+        async with await there.load("far", digest=None) as stale, stale.clone() as clone:
+            latest = there.try_acquire("far")
+            assert at_once is not None
+            assert latest is not None
+            told = [each.stale for each in (fresh, at_once, stale, clone, latest)]
+            assert told == [False, False, True, True, True]
+            assert fresh.slot == stale.slot
+        source.offline = False
+        async with there.stream("far") as again:
+            assert not again.stale
+        for each in (at_once, latest):
+            each.release()
+        assert source.counts.opens == 1
 
 
 def test_a_merge_is_as_fresh_as_its_parts() -> None:

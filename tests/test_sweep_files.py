@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run
 from lorax_async import AdapterFormatError, IntegrityError
 from lorax_async.io.sources.checked_open import FileReader
 from lorax_async.io.sources.local_hold import LocalHold
 from sweeping_tiers import DEVICE_VERBS, RANK, TierBench, local_tiers
 from tiny_sources import WEIGHTS
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
 def truncate(weights: Path) -> None:
@@ -51,8 +50,7 @@ async def assert_recovers(bench: TierBench) -> None:
 
 @each_damage
 @pytest.mark.parametrize("verb", DEVICE_VERBS)
-def test_under_the_copies(
-    run: Run,
+async def test_under_the_copies(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     verb: str,
@@ -89,18 +87,15 @@ def test_under_the_copies(
             await assert_recovers(bench)
         return damaged
 
-    async def body() -> None:
-        number = 1
-        while await one(number):
-            number += 5
-        assert number > tiny.LAYERS
-
-    run(body())
+    number = 1
+    while await one(number):
+        number += 5
+    assert number > tiny.LAYERS
 
 
 @each_damage
-def test_while_it_is_populated(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+async def test_while_it_is_populated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
     original = LocalHold.populate
 
@@ -108,33 +103,26 @@ def test_while_it_is_populated(
         damage(tmp_path / "a" / WEIGHTS)
         original(hold, start)
 
-    async def body() -> None:
-        async with local_tiers(tmp_path) as bench:
-            with monkeypatch.context() as patch:
-                patch.setattr(LocalHold, "populate", populate)
-                with pytest.raises((IntegrityError, AdapterFormatError)):
-                    await bench.host()  # it changes again while it is loaded once more
-            await bench.assert_clean()
-            await assert_recovers(bench)
-
-    run(body())
+    async with local_tiers(tmp_path) as bench:
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalHold, "populate", populate)
+            with pytest.raises((IntegrityError, AdapterFormatError)):
+                await bench.host()  # it changes again while it is loaded once more
+        await bench.assert_clean()
+        await assert_recovers(bench)
 
 
 @each_damage
-def test_while_it_is_held(run: Run, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+async def test_while_it_is_held(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     """The map is not touched by anybody, so that a file that was cut kills nobody."""
-
-    async def body() -> None:
-        async with local_tiers(tmp_path) as bench:
-            await bench.host()
-            key = next(iter(bench.loader.residency()))
-            damage(tmp_path / "a" / WEIGHTS)
-            with pytest.raises(IntegrityError):
-                await bench.loader.load(key)
-            await bench.assert_clean()
-            await assert_recovers(bench)
-
-    run(body())
+    async with local_tiers(tmp_path) as bench:
+        await bench.host()
+        key = next(iter(bench.loader.residency()))
+        damage(tmp_path / "a" / WEIGHTS)
+        with pytest.raises(IntegrityError):
+            await bench.loader.load(key)
+        await bench.assert_clean()
+        await assert_recovers(bench)
 
 
 CHILD = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import FetchError, IntegrityError, InternalError, LoraxError, TransferError
 from lorax_async.io.fakes import Step
 from sweeping_tiers import DEVICE_VERBS, HOST_VERBS, RANK, VERBS, fake_tiers, local_tiers
@@ -70,8 +70,8 @@ def assert_told(caught: LoraxError, error: Exception, id: object) -> None:
 
 
 @pytest.mark.parametrize(("step", "group"), SOURCE_STEPS)
-def test_every_error_of_a_source(run: Run, tmp_path: Path, step: Step, group: int) -> None:
-    async def sweep(error: Exception) -> None:
+async def test_every_error_of_a_source(tmp_path: Path, step: Step, group: int) -> None:
+    for error in ERRORS:
         async with fake_tiers(tmp_path) as (bench, source):
             _, weights = tiny.files(tmp_path / "a")
             first = 8 + int.from_bytes(weights[:8], "little")
@@ -87,17 +87,13 @@ def test_every_error_of_a_source(run: Run, tmp_path: Path, step: Step, group: in
                 await bench.assert_works()
                 await bench.assert_clean()
 
-    for error in ERRORS:
-        run(sweep(error))
-
 
 @pytest.mark.parametrize("step", LATER_STEPS)
-def test_every_error_of_every_later_step(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+async def test_every_error_of_every_later_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     target, verbs = LATER_STEPS[step]
-
-    async def sweep(error: Exception) -> None:
+    for error in ERRORS:
         for verb in verbs:
             async with local_tiers(tmp_path) as bench:
                 with monkeypatch.context() as patch:
@@ -110,83 +106,68 @@ def test_every_error_of_every_later_step(
                 await bench.assert_works()
                 await bench.assert_clean()
 
-    for error in ERRORS:
-        run(sweep(error))
-
 
 @pytest.mark.parametrize("verb", DEVICE_VERBS)
-def test_every_ticket_can_fail(run: Run, tmp_path: Path, verb: str) -> None:
+async def test_every_ticket_can_fail(tmp_path: Path, verb: str) -> None:
     """Through images, and through the ring; the image of a copy that failed is not warm."""
-
-    async def body() -> None:
-        for number in range(tiny.LAYERS):
-            for pinned_bytes in (0, 1 << 20):
-                async with local_tiers(tmp_path, pinned_bytes=pinned_bytes) as bench:
-                    bench.device.failing = {number}
-                    with pytest.raises(TransferError, match="told to fail"):
-                        await bench.do(verb)
-                    bench.device.failing = set()
-                    handle = await bench.loader.load(bench.ids["a"], timeout=20)
-                    tiny.assert_equal_to_file(handle, tmp_path / "a")
-                    handle.release()
-                    await bench.assert_clean()
-                    await bench.assert_works()
-
-    run(body())
+    for number in range(tiny.LAYERS):
+        for pinned_bytes in (0, 1 << 20):
+            async with local_tiers(tmp_path, pinned_bytes=pinned_bytes) as bench:
+                bench.device.failing = {number}
+                with pytest.raises(TransferError, match="told to fail"):
+                    await bench.do(verb)
+                bench.device.failing = set()
+                handle = await bench.loader.load(bench.ids["a"], timeout=20)
+                tiny.assert_equal_to_file(handle, tmp_path / "a")
+                handle.release()
+                await bench.assert_clean()
+                await bench.assert_works()
 
 
 @pytest.mark.parametrize("at", range(tiny.LAYERS + 1))
-def test_the_device_is_lost(run: Run, tmp_path: Path, at: int) -> None:
+async def test_the_device_is_lost(tmp_path: Path, at: int) -> None:
     """Before, between and after the copies: all is given back, and closing does not hang."""
-
-    async def body() -> None:
-        async with fake_tiers(tmp_path) as (bench, source):
-            source.hold("a")
-            source.allow("a", *range(at)) if at else None
-            async with bench.loader.stream("a", timeout=20) as handle:
-                if at:
-                    await handle.layer_ready(at - 1)
-                bench.device.lose()
-                source.allow("a")
-                if at < tiny.LAYERS:
-                    with pytest.raises(TransferError) as caught:
-                        await handle.layer_ready(tiny.LAYERS - 1)
-                    assert not caught.value.retryable
-                else:
-                    assert handle.resident
-                    with handle.use():
-                        pass
-            for verb in DEVICE_VERBS:
-                source.put("a", *tiny.files(tmp_path / "a"))
-                with pytest.raises(TransferError, match="lost"):
-                    await bench.do(verb)
-            await bench.assert_clean()
-        async with local_tiers(tmp_path) as fresh:
-            await fresh.assert_works()
-
-    run(body())
+    async with fake_tiers(tmp_path) as (bench, source):
+        source.hold("a")
+        source.allow("a", *range(at)) if at else None
+        async with bench.loader.stream("a", timeout=20) as handle:
+            if at:
+                await handle.layer_ready(at - 1)
+            bench.device.lose()
+            source.allow("a")
+            if at < tiny.LAYERS:
+                with pytest.raises(TransferError) as caught:
+                    await handle.layer_ready(tiny.LAYERS - 1)
+                assert not caught.value.retryable
+            else:
+                assert handle.resident
+                with handle.use():
+                    pass
+        for verb in DEVICE_VERBS:
+            source.put("a", *tiny.files(tmp_path / "a"))
+            with pytest.raises(TransferError, match="lost"):
+                await bench.do(verb)
+        await bench.assert_clean()
+    async with local_tiers(tmp_path) as fresh:
+        await fresh.assert_works()
 
 
 @each_error
 @pytest.mark.parametrize("step", ["note_use", "wait_for"])
-def test_the_device_fails_a_user(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+async def test_the_device_fails_a_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
 ) -> None:
     """It is told to whoever computes, and the lease ends as it would."""
-
-    async def body() -> None:
-        async with fake_tiers(tmp_path) as (bench, _):
-            bench.device.gate.clear()
-            async with bench.loader.stream("a", timeout=20) as handle:
-                await until(partial(handle.queue_behind, 0))
-                with monkeypatch.context() as patch:
-                    patch.setattr(bench.device, step, raising(error))
-                    with pytest.raises(type(error)):
-                        handle.queue_behind(0)
-                        with handle.use():
-                            pass
-                bench.device.gate.set()
-            await bench.assert_clean()
-            await bench.assert_works()
-
-    run(body())
+    async with fake_tiers(tmp_path) as (bench, _):
+        bench.device.gate.clear()
+        async with bench.loader.stream("a", timeout=20) as handle:
+            await until(partial(handle.queue_behind, 0))
+            with monkeypatch.context() as patch:
+                patch.setattr(bench.device, step, raising(error))
+                with pytest.raises(type(error)):
+                    handle.queue_behind(0)
+                    with handle.use():
+                        pass
+            bench.device.gate.set()
+        await bench.assert_clean()
+        await bench.assert_works()

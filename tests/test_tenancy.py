@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from common import Run
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.life import Grant
 from lorax_async.core.moves import GroupPlan
@@ -18,6 +17,8 @@ from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import FetchError, HandleClosedError, IntegrityError, UsageError
 from lorax_async.events import SlotId
 from lorax_async.runtime.tenancy import Lease, Tenancy
+
+pytestmark = pytest.mark.each_loop
 
 LAYERS = (-1, 0, 2, 4)
 """Of a model with four layers: 1 and 3 have no tensors, 4 is what comes after them."""
@@ -74,42 +75,36 @@ def test_it_is_complete_with_its_last_group() -> None:
 
 
 @pytest.mark.parametrize("layer", [-2, 5])
-def test_layers_that_the_base_does_not_have(run: Run, layer: int) -> None:
+async def test_layers_that_the_base_does_not_have(layer: int) -> None:
     stay = tenancy()
     for ask in (stay.is_ready, lambda layer: stay.wait(layer, 0, always)):
         with pytest.raises(UsageError, match=f"layer {layer} is outside -1 … 4"):
             ask(layer)
     with pytest.raises(UsageError, match="outside"):
-        run(stay.ready(layer, always))
+        await stay.ready(layer, always)
 
 
-def test_tasks_wake_with_their_layer(run: Run) -> None:
-    async def body() -> None:
-        stay = tenancy()
-        waiting = {layer: asyncio.create_task(stay.ready(layer, always)) for layer in (4, 0, 2, 1)}
-        await asyncio.sleep(0)
-        for watermark, done in ((0, {1}), (1, {1}), (2, {0, 1}), (3, {0, 1, 2}), (4, {0, 1, 2, 4})):
-            stay.advance(watermark)
-            await asyncio.sleep(0.001)
-            assert {layer for layer, task in waiting.items() if task.done()} == done
-        await asyncio.gather(*waiting.values())
-        await stay.ready(4, always)
-
-    run(body())
+async def test_tasks_wake_with_their_layer() -> None:
+    stay = tenancy()
+    waiting = {layer: asyncio.create_task(stay.ready(layer, always)) for layer in (4, 0, 2, 1)}
+    await asyncio.sleep(0)
+    for watermark, done in ((0, {1}), (1, {1}), (2, {0, 1}), (3, {0, 1, 2}), (4, {0, 1, 2, 4})):
+        stay.advance(watermark)
+        await asyncio.sleep(0.001)
+        assert {layer for layer, task in waiting.items() if task.done()} == done
+    await asyncio.gather(*waiting.values())
+    await stay.ready(4, always)
 
 
-def test_a_cancelled_task_is_forgotten(run: Run) -> None:
-    async def body() -> None:
-        stay = tenancy()
-        tasks = [asyncio.create_task(stay.ready(0, always)) for _ in range(3)]
-        await asyncio.sleep(0)
-        tasks[1].cancel()
-        await asyncio.sleep(0)
-        stay.advance(4)
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(end) for end in ends] == [type(None), asyncio.CancelledError, type(None)]
-
-    run(body())
+async def test_a_cancelled_task_is_forgotten() -> None:
+    stay = tenancy()
+    tasks = [asyncio.create_task(stay.ready(0, always)) for _ in range(3)]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    await asyncio.sleep(0)
+    stay.advance(4)
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(end) for end in ends] == [type(None), asyncio.CancelledError, type(None)]
 
 
 def test_threads_wake_with_their_layer() -> None:
@@ -196,20 +191,17 @@ def test_an_ended_lease_waits_for_nothing(arrived: bool) -> None:
     other.check()
 
 
-def test_an_end_does_not_disturb_who_holds_on(run: Run) -> None:
-    async def body() -> None:
-        stay, ends = tenancy(), Ends()
-        lease, other = ends.lease(stay), ends.lease(stay)
-        waiting = asyncio.create_task(stay.ready(0, other.check))
-        await asyncio.sleep(0)
-        lease.end()
-        stay.wake_tasks()
-        await asyncio.sleep(0.01)
-        assert not waiting.done()
-        stay.advance(2)
-        await waiting
-
-    run(body())
+async def test_an_end_does_not_disturb_who_holds_on() -> None:
+    stay, ends = tenancy(), Ends()
+    lease, other = ends.lease(stay), ends.lease(stay)
+    waiting = asyncio.create_task(stay.ready(0, other.check))
+    await asyncio.sleep(0)
+    lease.end()
+    stay.wake_tasks()
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    stay.advance(2)
+    await waiting
 
 
 def test_a_lease_ends_once() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import (
     AdapterHandle,
     AdapterInUseError,
@@ -23,271 +23,223 @@ from lorax_async import (
 from tiny_loaders import ONE, gated, loader
 from tiny_sources import over, state, stocked, where
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
-def test_what_is_idle_goes_at_once(run: Run, tmp_path: Path) -> None:
+async def test_what_is_idle_goes_at_once(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
-
-    async def body() -> None:
-        async with loader(timeout=20) as there:
-            (await there.load(folder)).release()
-            assert where(there, folder).device_bytes == ONE
-            await there.unload(folder)
-            found = where(there, folder)
-            assert (found.tier, found.state, found.slot) == ("disk", "present", None)
-            assert (found.device_bytes, found.host_bytes) == (0, 0)
-            assert there.try_acquire(folder) is None
-            assert isinstance(there.story(folder)[-1], Leaving)
-            await there.unload(folder)
-            assert there.statistics().departures == 1
-            async with await there.load(folder) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-            assert there.statistics().fetches == 1
-
-    run(body())
+    async with loader(timeout=20) as there:
+        (await there.load(folder)).release()
+        assert where(there, folder).device_bytes == ONE
+        await there.unload(folder)
+        found = where(there, folder)
+        assert (found.tier, found.state, found.slot) == ("disk", "present", None)
+        assert (found.device_bytes, found.host_bytes) == (0, 0)
+        assert there.try_acquire(folder) is None
+        assert isinstance(there.story(folder)[-1], Leaving)
+        await there.unload(folder)
+        assert there.statistics().departures == 1
+        async with await there.load(folder) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+        assert there.statistics().fetches == 1
 
 
-def test_what_nobody_knows_is_not_looked_for(run: Run, tmp_path: Path) -> None:
+async def test_what_nobody_knows_is_not_looked_for(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as other:
-            (await other.load("a")).release()
-            (key,) = other.residency()
-        async with over(source) as there:
-            resolves = source.counts.resolves
-            await there.unload("a", timeout=0)
-            await there.unload(key, timeout=0)
-            assert not there.residency()
-            assert source.counts.resolves == resolves
-            with pytest.raises(UsageError, match="a timeout is from 0"):
-                await there.unload("a", timeout=-1)
-
-    run(body())
+    async with over(source) as other:
+        (await other.load("a")).release()
+        (key,) = other.residency()
+    async with over(source) as there:
+        resolves = source.counts.resolves
+        await there.unload("a", timeout=0)
+        await there.unload(key, timeout=0)
+        assert not there.residency()
+        assert source.counts.resolves == resolves
+        with pytest.raises(UsageError, match="a timeout is from 0"):
+            await there.unload("a", timeout=-1)
 
 
-def test_what_is_leased_stays_and_its_holders_are_named(run: Run, tmp_path: Path) -> None:
+async def test_what_is_leased_stays_and_its_holders_are_named(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
-
-    async def body() -> None:
-        async with loader(timeout=20) as there:
-            heard: list[Event] = []
-            tasks = [asyncio.create_task(there.load(folder), name=f"batch {n}") for n in range(2)]
-            handles = [await task for task in tasks]
-            there.subscribe(heard.append)
-            with pytest.raises(AdapterInUseError) as caught:
-                await there.unload(folder, timeout=0.02)
-            assert "leases still held after 0.02 s: 2, by batch 0, batch 1;" in str(caught.value)
-            assert (caught.value.id, caught.value.key) == (str(folder), handles[0].key)
-            assert caught.value.retryable
-            assert [type(event) for event in heard] == [Leaving, Resident]
-            assert {event.slot for event in heard} == {handles[0].slot}
-            assert state(there, folder) == "resident"
-            async with await there.load(folder) as another:
-                assert another.slot == handles[0].slot
-            for handle in handles:
-                tiny.assert_equal_to_file(handle, folder)
-                handle.release()
-            await there.unload(folder, timeout=0)
-
-    run(body())
+    async with loader(timeout=20) as there:
+        heard: list[Event] = []
+        tasks = [asyncio.create_task(there.load(folder), name=f"batch {n}") for n in range(2)]
+        handles = [await task for task in tasks]
+        there.subscribe(heard.append)
+        with pytest.raises(AdapterInUseError) as caught:
+            await there.unload(folder, timeout=0.02)
+        assert "leases still held after 0.02 s: 2, by batch 0, batch 1;" in str(caught.value)
+        assert (caught.value.id, caught.value.key) == (str(folder), handles[0].key)
+        assert caught.value.retryable
+        assert [type(event) for event in heard] == [Leaving, Resident]
+        assert {event.slot for event in heard} == {handles[0].slot}
+        assert state(there, folder) == "resident"
+        async with await there.load(folder) as another:
+            assert another.slot == handles[0].slot
+        for handle in handles:
+            tiny.assert_equal_to_file(handle, folder)
+            handle.release()
+        await there.unload(folder, timeout=0)
 
 
-def test_without_time_it_does_not_wait(run: Run, tmp_path: Path) -> None:
+async def test_without_time_it_does_not_wait(tmp_path: Path) -> None:
     """And says nothing of leases that have just ended."""
     folder = tiny.write(tmp_path / "a")
-
-    async def body() -> None:
-        async with loader(timeout=20) as there:
-            handle = await there.load(folder)
-            with pytest.raises(AdapterInUseError, match="after 0 s: 1, by "):
-                await there.unload(folder, timeout=0)
-            asyncio.get_running_loop().call_soon(handle.release)
+    async with loader(timeout=20) as there:
+        handle = await there.load(folder)
+        with pytest.raises(AdapterInUseError, match="after 0 s: 1, by "):
             await there.unload(folder, timeout=0)
-            assert where(there, folder).tier == "disk"
+        asyncio.get_running_loop().call_soon(handle.release)
+        await there.unload(folder, timeout=0)
+        assert where(there, folder).tier == "disk"
 
-    run(body())
 
-
-def test_who_streams_is_waited_for(run: Run, tmp_path: Path) -> None:
+async def test_who_streams_is_waited_for(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
-
-    async def body() -> None:
-        there, device = gated()
-        async with there:
-            device.gate.clear()
-            async with there.stream(folder) as handle:
-                with pytest.raises(AdapterInUseError):
-                    await there.unload(folder, timeout=0)
-                device.gate.set()
-                await handle.layer_ready(3)
-                tiny.assert_equal_to_file(handle, folder)
-            await there.unload(folder)
-            device.gate.clear()
-            async with there.stream(folder):
-                unloading = asyncio.create_task(there.unload(folder))
-                await until(lambda: device.copies == 6)
-            assert state(there, folder) == "leaving"
-            assert not unloading.done(), "two copies still write to the slot"
-            device.gate.set()
-            await unloading
-            assert where(there, folder).tier == "disk"
-            assert there.statistics().loads == 1
-
-    run(body())
-
-
-def test_who_waits_for_a_load_waits_on_and_gets_it_anew(run: Run, tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a")
-
-    async def body() -> None:
-        there, device = gated()
-        async with there:
-            device.gate.clear()
-            loading = asyncio.create_task(there.load(folder))
-            await until(lambda: device.copies == 2)
-            slot = where(there, folder).slot
-            unloading = asyncio.create_task(there.unload(folder))
-            await until(lambda: state(there, folder) == "leaving")
-            assert {loading.done(), unloading.done()} == {False}
-            device.gate.set()
-            await unloading
-            async with await loading as handle:
-                assert handle.slot != slot
-                tiny.assert_equal_to_file(handle, folder)
-            told = there.statistics()
-            assert (told.departures, told.loads, told.fetches) == (1, 1, 1)
-
-    run(body())
-
-
-def test_loads_that_come_meanwhile_wait(run: Run, tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            lease = await there.load("a")
-            unloading = asyncio.create_task(there.unload("a"))
-            await until(lambda: state(there, "a") == "leaving")
-            assert there.try_acquire("a") is None
-            loading = asyncio.create_task(there.load("a"))
-            with pytest.raises(AdapterTimeoutError):
-                await there.load("a", timeout=0.02)
-            assert not loading.done()
-            old = lease.slot
-            lease.release()
-            await unloading
-            async with await loading as handle:
-                assert handle.slot.generation > old.generation
-                tiny.assert_equal_to_file(handle, tmp_path / "a")
-            assert state(there, "a") == "resident"
-
-    run(body())
-
-
-def test_several_callers_and_one_who_gives_up(run: Run, tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            lease = await there.load("a")
-            heard: list[Event] = []
-            there.subscribe(heard.append)
-            callers = [asyncio.create_task(there.unload("a")) for _ in range(3)]
-            await until(lambda: heard)
-            callers[0].cancel()
+    there, device = gated()
+    async with there:
+        device.gate.clear()
+        async with there.stream(folder) as handle:
             with pytest.raises(AdapterInUseError):
-                await there.unload("a", timeout=0)
-            with pytest.raises(asyncio.CancelledError):
-                await callers[0]
-            assert state(there, "a") == "leaving"
-            lease.release()
-            await asyncio.gather(*callers[1:])
-            assert where(there, "a").tier == "disk"
-            assert [type(event) for event in heard] == [Leaving]
+                await there.unload(folder, timeout=0)
+            device.gate.set()
+            await handle.layer_ready(3)
+            tiny.assert_equal_to_file(handle, folder)
+        await there.unload(folder)
+        device.gate.clear()
+        async with there.stream(folder):
+            unloading = asyncio.create_task(there.unload(folder))
+            await until(lambda: device.copies == 6)
+        assert state(there, folder) == "leaving"
+        assert not unloading.done(), "two copies still write to the slot"
+        device.gate.set()
+        await unloading
+        assert where(there, folder).tier == "disk"
+        assert there.statistics().loads == 1
 
-    run(body())
+
+async def test_who_waits_for_a_load_waits_on_and_gets_it_anew(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    there, device = gated()
+    async with there:
+        device.gate.clear()
+        loading = asyncio.create_task(there.load(folder))
+        await until(lambda: device.copies == 2)
+        slot = where(there, folder).slot
+        unloading = asyncio.create_task(there.unload(folder))
+        await until(lambda: state(there, folder) == "leaving")
+        assert {loading.done(), unloading.done()} == {False}
+        device.gate.set()
+        await unloading
+        async with await loading as handle:
+            assert handle.slot != slot
+            tiny.assert_equal_to_file(handle, folder)
+        told = there.statistics()
+        assert (told.departures, told.loads, told.fetches) == (1, 1, 1)
 
 
-def test_cancelling_the_only_caller_lets_it_stay(run: Run, tmp_path: Path) -> None:
+async def test_loads_that_come_meanwhile_wait(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        lease = await there.load("a")
+        unloading = asyncio.create_task(there.unload("a"))
+        await until(lambda: state(there, "a") == "leaving")
+        assert there.try_acquire("a") is None
+        loading = asyncio.create_task(there.load("a"))
+        with pytest.raises(AdapterTimeoutError):
+            await there.load("a", timeout=0.02)
+        assert not loading.done()
+        old = lease.slot
+        lease.release()
+        await unloading
+        async with await loading as handle:
+            assert handle.slot.generation > old.generation
+            tiny.assert_equal_to_file(handle, tmp_path / "a")
+        assert state(there, "a") == "resident"
 
-    async def body() -> None:
-        async with over(source) as there:
-            lease = await there.load("a")
-            unloading = asyncio.create_task(there.unload("a"))
-            await until(lambda: state(there, "a") == "leaving")
-            loading = asyncio.create_task(there.load("a"))
-            unloading.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await unloading
-            async with await loading as handle:
-                assert handle.slot == lease.slot
-            lease.release()
-            assert state(there, "a") == "resident"
 
-    run(body())
-
-
-def test_a_kernel_is_waited_for(run: Run, tmp_path: Path) -> None:
+async def test_several_callers_and_one_who_gives_up(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            handle = await there.load("a")
-            with handle.use():
-                handle.release()
-                with pytest.raises(
-                    AdapterTimeoutError, match="copied, computed with or held"
-                ) as caught:
-                    await there.unload("a", timeout=0.02)
-                assert (caught.value.id, caught.value.stage) == ("a", "ready")
-                assert state(there, "a") == "leaving"
+    async with over(source) as there:
+        lease = await there.load("a")
+        heard: list[Event] = []
+        there.subscribe(heard.append)
+        callers = [asyncio.create_task(there.unload("a")) for _ in range(3)]
+        await until(lambda: heard)
+        callers[0].cancel()
+        with pytest.raises(AdapterInUseError):
             await there.unload("a", timeout=0)
-            assert where(there, "a").tier == "disk"
-
-    run(body())
-
-
-def test_it_is_gone_from_host_memory_too(run: Run, tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", holdable=True)
-
-    async def body() -> None:
-        settings = {"device": "simulated", "pinned_bytes": 1 << 20}
-        async with over(source, **settings) as there:
-            await there.prefetch("a", tier="host")
-            (await there.load("a")).release()
-            found = where(there, "a")
-            assert found.host_bytes > 0
-            assert found.pinned_bytes > 0
-            await there.unload("a")
-            found = where(there, "a")
-            assert (found.tier, found.host_bytes, found.pinned_bytes) == ("disk", 0, 0)
-            assert source.counts.open_holds == 0
-            before = source.counts.bytes_read
-            (await there.load("a")).release()
-            assert source.counts.bytes_read - before == ONE, "read again, for no image was left"
-
-    run(body())
+        with pytest.raises(asyncio.CancelledError):
+            await callers[0]
+        assert state(there, "a") == "leaving"
+        lease.release()
+        await asyncio.gather(*callers[1:])
+        assert where(there, "a").tier == "disk"
+        assert [type(event) for event in heard] == [Leaving]
 
 
-def test_close_comes_first(run: Run, tmp_path: Path) -> None:
+async def test_cancelling_the_only_caller_lets_it_stay(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        lease = await there.load("a")
+        unloading = asyncio.create_task(there.unload("a"))
+        await until(lambda: state(there, "a") == "leaving")
+        loading = asyncio.create_task(there.load("a"))
+        unloading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unloading
+        async with await loading as handle:
+            assert handle.slot == lease.slot
+        lease.release()
+        assert state(there, "a") == "resident"
 
-    async def body() -> None:
-        async with over(source) as there:
-            lease: AdapterHandle = await there.load("a")
-            unloading = asyncio.create_task(there.unload("a"))
-            loading = asyncio.create_task(there.load("a"))
-            await until(lambda: source.counts.resolves == 2)
-            await asyncio.wait_for(there.close(timeout=0.02), 20)
-            await asyncio.wait_for(unloading, 20)
-            with pytest.raises(LoaderClosedError):
-                await loading
-            with pytest.raises(HandleClosedError):
-                _ = lease.modules
-            with pytest.raises(LoaderClosedError):
-                await there.unload("a")
 
-    run(body())
+async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        handle = await there.load("a")
+        with handle.use():
+            handle.release()
+            with pytest.raises(
+                AdapterTimeoutError, match="copied, computed with or held"
+            ) as caught:
+                await there.unload("a", timeout=0.02)
+            assert (caught.value.id, caught.value.stage) == ("a", "ready")
+            assert state(there, "a") == "leaving"
+        await there.unload("a", timeout=0)
+        assert where(there, "a").tier == "disk"
+
+
+async def test_it_is_gone_from_host_memory_too(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", holdable=True)
+    settings = {"device": "simulated", "pinned_bytes": 1 << 20}
+    async with over(source, **settings) as there:
+        await there.prefetch("a", tier="host")
+        (await there.load("a")).release()
+        found = where(there, "a")
+        assert found.host_bytes > 0
+        assert found.pinned_bytes > 0
+        await there.unload("a")
+        found = where(there, "a")
+        assert (found.tier, found.host_bytes, found.pinned_bytes) == ("disk", 0, 0)
+        assert source.counts.open_holds == 0
+        before = source.counts.bytes_read
+        (await there.load("a")).release()
+        assert source.counts.bytes_read - before == ONE, "read again, for no image was left"
+
+
+async def test_close_comes_first(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        lease: AdapterHandle = await there.load("a")
+        unloading = asyncio.create_task(there.unload("a"))
+        loading = asyncio.create_task(there.load("a"))
+        await until(lambda: source.counts.resolves == 2)
+        await asyncio.wait_for(there.close(timeout=0.02), 20)
+        await asyncio.wait_for(unloading, 20)
+        with pytest.raises(LoaderClosedError):
+            await loading
+        with pytest.raises(HandleClosedError):
+            _ = lease.modules
+        with pytest.raises(LoaderClosedError):
+            await there.unload("a")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import AdapterTimeoutError, Event, Leaving, Resident
 from lorax_async.config import Eviction
 from tiny_sources import granted, is_resident, over, state, stocked
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 EVER = 1e6
 """Seconds: longer than any test."""
@@ -22,128 +22,104 @@ EVER = 1e6
 @pytest.mark.parametrize(
     ("age", "order"), [(0.02, ["held", "patient", "urgent"]), (EVER, ["held", "urgent", "patient"])]
 )
-def test_a_level_of_priority_is_worth_so_much_waiting(
-    run: Run, tmp_path: Path, age: float, order: list[str]
+async def test_a_level_of_priority_is_worth_so_much_waiting(
+    tmp_path: Path, age: float, order: list[str]
 ) -> None:
     source = stocked(tmp_path, "held", "patient", "urgent")
-
-    async def body() -> None:
-        async with over(source, max_slots=1, starvation_age=age) as there:
-            heard: list[Event] = []
-            there.subscribe(heard.append)
-            loop = asyncio.get_running_loop()
-            held = await there.load("held")
-            patient = asyncio.create_task(there.load("patient"))
-            await until(lambda: state(there, "patient") == "present")
-            late = loop.time() + min(3 * age + 0.01, 0.1)  # three levels, and what a clock counts
-            await until(lambda: loop.time() > late)
-            urgent = asyncio.create_task(there.load("urgent", priority=3))
-            await until(lambda: state(there, "urgent") == "present")
-            held.release()
-            for task in (patient, urgent):
-                task.add_done_callback(lambda done: done.result().release())
-            await asyncio.gather(patient, urgent)
-            assert granted(heard) == order
-
-    run(body())
+    async with over(source, max_slots=1, starvation_age=age) as there:
+        heard: list[Event] = []
+        there.subscribe(heard.append)
+        loop = asyncio.get_running_loop()
+        held = await there.load("held")
+        patient = asyncio.create_task(there.load("patient"))
+        await until(lambda: state(there, "patient") == "present")
+        late = loop.time() + min(3 * age + 0.01, 0.1)  # three levels, and what a clock counts
+        await until(lambda: loop.time() > late)
+        urgent = asyncio.create_task(there.load("urgent", priority=3))
+        await until(lambda: state(there, "urgent") == "present")
+        held.release()
+        for task in (patient, urgent):
+            task.add_done_callback(lambda done: done.result().release())
+        await asyncio.gather(patient, urgent)
+        assert granted(heard) == order
 
 
-def test_who_became_resident_has_its_time(run: Run, tmp_path: Path) -> None:
+async def test_who_became_resident_has_its_time(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
-
-    async def body() -> None:
-        async with over(source, max_slots=1, min_residency=EVER, starvation_age=EVER) as there:
-            (await there.load("a")).release()
-            with pytest.raises(AdapterTimeoutError) as caught:
-                await there.load("b", timeout=0.1)
-            assert caught.value.stage == "queue"
-            assert is_resident(there, "a")
-            await there.unload("a")  # its own people may send it away
-            (await there.load("b")).release()
-
-    run(body())
+    async with over(source, max_slots=1, min_residency=EVER, starvation_age=EVER) as there:
+        (await there.load("a")).release()
+        with pytest.raises(AdapterTimeoutError) as caught:
+            await there.load("b", timeout=0.1)
+        assert caught.value.stage == "queue"
+        assert is_resident(there, "a")
+        await there.unload("a")  # its own people may send it away
+        (await there.load("b")).release()
 
 
-def test_and_goes_when_it_is_over(run: Run, tmp_path: Path) -> None:
+async def test_and_goes_when_it_is_over(tmp_path: Path) -> None:
     """For whoever waits already, with nothing happening meanwhile; a prefetch too."""
     source = stocked(tmp_path, "a", "b", "c")
-
-    async def body() -> None:
-        async with over(source, max_slots=1, min_residency=0.1, starvation_age=EVER) as there:
-            heard: list[Event] = []
-            there.subscribe(heard.append)
-            (await there.load("a")).release()
-            (await there.load("b", timeout=20)).release()
-            await there.prefetch("c", timeout=20)
-            times = [event.time for event in heard if isinstance(event, Resident | Leaving)]
-            came, went = times[::2], times[1::2]
-            assert len(went) == 2
-            # The loop's clock may count whole milliseconds.
-            assert all(after - before > 0.098 for before, after in zip(came, went, strict=False))
-
-    run(body())
+    async with over(source, max_slots=1, min_residency=0.1, starvation_age=EVER) as there:
+        heard: list[Event] = []
+        there.subscribe(heard.append)
+        (await there.load("a")).release()
+        (await there.load("b", timeout=20)).release()
+        await there.prefetch("c", timeout=20)
+        times = [event.time for event in heard if isinstance(event, Resident | Leaving)]
+        came, went = times[::2], times[1::2]
+        assert len(went) == 2
+        # The loop's clock may count whole milliseconds.
+        assert all(after - before > 0.098 for before, after in zip(came, went, strict=False))
 
 
-def test_unless_somebody_starves(run: Run, tmp_path: Path) -> None:
+async def test_unless_somebody_starves(tmp_path: Path) -> None:
     """A prefetch never does."""
     source = stocked(tmp_path, "a", "b", "c")
-
-    async def body() -> None:
-        async with over(source, max_slots=1, min_residency=EVER, starvation_age=0.05) as there:
-            (await there.load("a")).release()
-            with pytest.raises(AdapterTimeoutError):
-                await there.prefetch("b", timeout=0.15)
-            assert is_resident(there, "a")
-            (await there.load("c", timeout=20)).release()
-            assert is_resident(there, "c")
-
-    run(body())
+    async with over(source, max_slots=1, min_residency=EVER, starvation_age=0.05) as there:
+        (await there.load("a")).release()
+        with pytest.raises(AdapterTimeoutError):
+            await there.prefetch("b", timeout=0.15)
+        assert is_resident(there, "a")
+        (await there.load("c", timeout=20)).release()
+        assert is_resident(there, "c")
 
 
-def test_an_unload_that_waits_does_not_hold_up_others(run: Run, tmp_path: Path) -> None:
+async def test_an_unload_that_waits_does_not_hold_up_others(tmp_path: Path) -> None:
     """Its slot may never come; another's is free to be taken."""
     source = stocked(tmp_path, "leased", "idle", "late")
-
-    async def body() -> None:
-        async with over(source, max_slots=2, starvation_age=EVER) as there:
-            lease = await there.load("leased")
-            (await there.load("idle")).release()
-            unloading = asyncio.create_task(there.unload("leased"))
-            await until(lambda: state(there, "leased") == "leaving")
-            try:
-                (await there.load("late", timeout=5)).release()
-            finally:
-                lease.release()
-                await unloading
-
-    run(body())
+    async with over(source, max_slots=2, starvation_age=EVER) as there:
+        lease = await there.load("leased")
+        (await there.load("idle")).release()
+        unloading = asyncio.create_task(there.unload("leased"))
+        await until(lambda: state(there, "leased") == "leaving")
+        try:
+            (await there.load("late", timeout=5)).release()
+        finally:
+            lease.release()
+            await unloading
 
 
-def test_a_prefetch_lends_its_age_to_nobody(run: Run, tmp_path: Path) -> None:
+async def test_a_prefetch_lends_its_age_to_nobody(tmp_path: Path) -> None:
     """Who loads what was prefetched stands where one stands who loads anything else."""
     source = stocked(tmp_path, "held", "hinted", "plain")
-
-    async def body() -> None:
-        async with over(source, max_slots=1, starvation_age=EVER) as there:
-            heard: list[Event] = []
-            there.subscribe(heard.append)
-            held = await there.load("held")
-            hint = there.prefetch("hinted")
-            await until(lambda: state(there, "hinted") == "present")
-            key = next(key for key in there.residency() if key.location == "memory:hinted")
-            plain = asyncio.create_task(there.load("plain"))
-            await until(lambda: state(there, "plain") == "present")
-            since = asyncio.get_running_loop().time()
-            await until(lambda: asyncio.get_running_loop().time() > since)
-            hinted = asyncio.create_task(there.load("hinted"))
-            await until(lambda: len(there._driver.lifecycle.lives[key].waiters) == 2)
-            for task in (plain, hinted):
-                task.add_done_callback(lambda done: done.result().release())
-            held.release()
-            await asyncio.gather(plain, hinted, hint)
-            assert granted(heard) == ["held", "plain", "hinted"]
-
-    run(body())
+    async with over(source, max_slots=1, starvation_age=EVER) as there:
+        heard: list[Event] = []
+        there.subscribe(heard.append)
+        held = await there.load("held")
+        hint = there.prefetch("hinted")
+        await until(lambda: state(there, "hinted") == "present")
+        key = next(key for key in there.residency() if key.location == "memory:hinted")
+        plain = asyncio.create_task(there.load("plain"))
+        await until(lambda: state(there, "plain") == "present")
+        since = asyncio.get_running_loop().time()
+        await until(lambda: asyncio.get_running_loop().time() > since)
+        hinted = asyncio.create_task(there.load("hinted"))
+        await until(lambda: len(there._driver.lifecycle.lives[key].waiters) == 2)
+        for task in (plain, hinted):
+            task.add_done_callback(lambda done: done.result().release())
+        held.release()
+        await asyncio.gather(plain, hinted, hint)
+        assert granted(heard) == ["held", "plain", "hinted"]
 
 
 EQUAL = (4, 4, 4)
@@ -159,8 +135,8 @@ UNEQUAL = (4, 64, 4)
         ("gdsf", "a", "b"),  # as many bytes, a once; b's two uses are worth an eighth of a's one
     ],
 )
-def test_the_policy_is_the_one_that_was_named(
-    run: Run, tmp_path: Path, eviction: Eviction, equal: str, unequal: str
+async def test_the_policy_is_the_one_that_was_named(
+    tmp_path: Path, eviction: Eviction, equal: str, unequal: str
 ) -> None:
     """Two slots; who goes for c after b, b, a, and after a, b, b."""
 
@@ -175,24 +151,20 @@ def test_the_policy_is_the_one_that_was_named(
             (gone,) = [name for name in "abc" if not is_resident(there, name)]
             return gone
 
-    assert run(victim(EQUAL, "bbac")) == equal
-    assert run(victim(UNEQUAL, "abbc")) == unequal
+    assert await victim(EQUAL, "bbac") == equal
+    assert await victim(UNEQUAL, "abbc") == unequal
 
 
-def test_who_was_told_to_go_stays_if_nobody_waits_any_more(run: Run, tmp_path: Path) -> None:
+async def test_who_was_told_to_go_stays_if_nobody_waits_any_more(tmp_path: Path) -> None:
     source, told = stocked(tmp_path, "held", "late"), list[Event]()
-
-    async def body() -> None:
-        async with over(source, max_slots=1, starvation_age=0.01) as there:
-            first = await there.load("held")
-            there.subscribe(told.append)
-            with pytest.raises(AdapterTimeoutError):
-                await there.load("late", timeout=0.1)
-            assert [type(event) for event in told] == [Leaving, Resident]
-            second = there.try_acquire("held")
-            assert second is not None
-            first.release()
-            second.release()
-            (await there.load("late")).release()
-
-    run(body())
+    async with over(source, max_slots=1, starvation_age=0.01) as there:
+        first = await there.load("held")
+        there.subscribe(told.append)
+        with pytest.raises(AdapterTimeoutError):
+            await there.load("late", timeout=0.1)
+        assert [type(event) for event in told] == [Leaving, Resident]
+        second = there.try_acquire("held")
+        assert second is not None
+        first.release()
+        second.release()
+        (await there.load("late")).release()

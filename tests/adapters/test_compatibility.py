@@ -95,13 +95,13 @@ def test_known_ones(cache: Path) -> None:
     assert cached_architectures("org/base") == ("LlamaForCausalLM", "Qwen2ForCausalLM")
 
 
-def test_the_cache_is_read_in_a_thread(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_cache_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
     monkeypatch.setattr(
         "lorax_async.adapters.compatibility.cached_file",
         lambda *_: threads.append(threading.get_ident()),
     )
     with pytest.warns(UserWarning, match="was not trained"):
-        run(check_architectures_async("org/served", "sql", base.config(), LLAMA))
+        await check_architectures_async("org/served", "sql", base.config(), LLAMA)
     assert len(threads) == 1
     assert threading.get_ident() not in threads

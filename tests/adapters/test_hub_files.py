@@ -17,7 +17,6 @@ from huggingface_hub import constants, hf_hub_download
 
 import split_files
 from adapters import small_base as base
-from common import Run
 from lorax_async import Limits
 from lorax_async.adapters import LoraConfig, WeightsFile
 from lorax_async.adapters.loading.hub_files import HubFiles
@@ -85,38 +84,28 @@ def test_what_was_fetched_is_not_asked_for_again(hub: HubStandIn, tmp_path: Path
     assert not hub.asked
 
 
-def test_while_the_loop_goes_on(run: Run, hub: HubStandIn, tmp_path: Path) -> None:
+async def test_while_the_loop_goes_on(hub: HubStandIn, tmp_path: Path) -> None:
     hub.put(SQL, contents(adapter(tmp_path)))
-
-    async def both() -> None:
-        config, weights = await asyncio.gather(
-            LoraConfig.load_async(SQL), WeightsFile.open_async(SQL)
-        )
-        with weights:
-            assert (config.r, weights.shape(A)) == (8, (8, 840))
-
-    run(both())
+    config, weights = await asyncio.gather(LoraConfig.load_async(SQL), WeightsFile.open_async(SQL))
+    with weights:
+        assert (config.r, weights.shape(A)) == (8, (8, 840))
 
 
-def test_many_at_once_get_the_same(run: Run, hub: HubStandIn, tmp_path: Path) -> None:
+async def test_many_at_once_get_the_same(hub: HubStandIn, tmp_path: Path) -> None:
     """Some are cancelled, whose threads go on."""
     hub.put(SQL, contents(adapter(tmp_path)))
-
-    async def main() -> None:
-        calls = [asyncio.create_task(WeightsFile.open_async(SQL)) for _ in range(12)]
-        await asyncio.sleep(0)
-        for call in calls[::3]:
-            call.cancel()
-        opened = await asyncio.gather(*calls, return_exceptions=True)
-        for number, weights in enumerate(opened):
-            if number % 3 == 0:
-                assert isinstance(weights, asyncio.CancelledError)
-                continue
-            assert isinstance(weights, WeightsFile)
-            with weights:
-                assert weights.read(A).equal(base.tensors()[A])
-
-    run(main())
+    calls = [asyncio.create_task(WeightsFile.open_async(SQL)) for _ in range(12)]
+    await asyncio.sleep(0)
+    for call in calls[::3]:
+        call.cancel()
+    opened = await asyncio.gather(*calls, return_exceptions=True)
+    for number, weights in enumerate(opened):
+        if number % 3 == 0:
+            assert isinstance(weights, asyncio.CancelledError)
+            continue
+        assert isinstance(weights, WeightsFile)
+        with weights:
+            assert weights.read(A).equal(base.tensors()[A])
 
 
 def test_config_and_weights_are_of_one_commit(hub: HubStandIn, tmp_path: Path) -> None:

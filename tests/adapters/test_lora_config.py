@@ -12,7 +12,6 @@ import peft
 import pytest
 
 from adapters import small_base as base
-from common import Run
 from lorax_async.adapters import AdapterConfig, LoraConfig
 from lorax_async.errors import (
     AdapterFormatError,
@@ -164,8 +163,8 @@ def test_features_are_refused_by_name(tmp_path: Path, changes: Any, feature: str
 # -- on a loop ------------------------------------------------------------------------------------
 
 
-def test_no_file_is_opened_and_nothing_imported_on_the_loops_thread(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_no_file_is_opened_and_nothing_imported_on_the_loops_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, str]] = []
     for name in ("read_small", "require_agreement"):
@@ -178,13 +177,13 @@ def test_no_file_is_opened_and_nothing_imported_on_the_loops_thread(
 
         monkeypatch.setattr(target, watched)
     path = folder(tmp_path)
-    assert run(LoraConfig.load_async(path, None)) == LoraConfig.load(path)
+    assert await LoraConfig.load_async(path, None) == LoraConfig.load(path)
     here = threading.current_thread().name
     assert [name for name, _ in seen] == ["read_small", "require_agreement"] * 2
     assert [thread == here for _, thread in seen] == [False, False, True, True]
 
 
-def test_errors_reach_the_one_who_awaits(run: Run, tmp_path: Path) -> None:
+async def test_errors_reach_the_one_who_awaits(tmp_path: Path) -> None:
     with pytest.raises(AdapterNotFoundError) as caught:
-        run(LoraConfig.load_async(tmp_path / "nothing", None))
+        await LoraConfig.load_async(tmp_path / "nothing", None)
     assert caught.value.id == str(tmp_path / "nothing")

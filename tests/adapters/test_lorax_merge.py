@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common import Run
 from lorax_async.adapters import LoraConfig
 from lorax_async.adapters.base import ModuleMap
 from lorax_async.adapters.merging.merge import (
@@ -154,15 +153,13 @@ def filed(module_map: ModuleMap, path: Path) -> ModuleMap:
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear"])
-def test_files_give_what_tensors_give_and_the_loop_goes_on(
-    run: Run, tmp_path: Path, kind: str
-) -> None:
+async def test_files_give_what_tensors_give_and_the_loop_goes_on(tmp_path: Path, kind: str) -> None:
     plain = [(made(1, Q), config_of()), (made(2, Q), config_of())]
     in_files = [(filed(m, tmp_path / f"{n}.safetensors"), c) for n, (m, c) in enumerate(plain)]
     density = None if kind == "linear" else 0.5
     given = AdapterParameters(adapter_ids=["a", "b"], merge_strategy=kind, density=density)
     expected, _ = merge_adapters(plain, given)
-    merged, _ = run(merge_adapters_async(in_files, given))
+    merged, _ = await merge_adapters_async(in_files, given)
     for part in ("lora_A", "lora_B"):
         found, other = merged[Q][part][0], expected[Q][part][0]
         assert isinstance(found, torch.Tensor)

@@ -11,7 +11,6 @@ import pytest
 
 from adapters import hub_cache
 from adapters import small_base as base
-from common import Run
 from lorax_async.adapters import LoraConfig, WeightsFile
 from lorax_async.errors import (
     AccessDeniedError,
@@ -124,9 +123,9 @@ def versions(tmp_path: Path, cache: Path) -> None:
         (f"org/sql@{FIRST}", 4),
     ],
 )
-def test_hub_ids_are_found_in_the_cache(run: Run, id: str, rank: int) -> None:
+async def test_hub_ids_are_found_in_the_cache(id: str, rank: int) -> None:
     assert LoraConfig.load(id, "hf_token").r == rank
-    assert run(LoraConfig.load_async(id, None)).r == rank
+    assert (await LoraConfig.load_async(id, None)).r == rank
     with WeightsFile.open(id, None) as file:
         assert file.shape(base.key(0, "q_proj", "A")) == (rank, 840)
 

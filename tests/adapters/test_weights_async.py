@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from adapters import small_base as base
 from adapters.opened import opens
-from common import Run, open_files, until
+from common import open_files, until
 from lorax_async.adapters import LoraConfig, LoraWeights, WeightsFile
 from lorax_async.adapters.loading.threads import in_thread
 from lorax_async.io.sources import checked_open
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -42,8 +42,8 @@ async def _load_all(folder: Path, model: Any) -> dict[str, LoraWeights | None]:
     return loaded
 
 
-def test_no_file_is_touched_on_the_loops_thread(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+async def test_no_file_is_touched_on_the_loops_thread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers: list[int] = []
     real = checked_open.FileReader.read_into
@@ -54,7 +54,7 @@ def test_no_file_is_touched_on_the_loops_thread(
 
     monkeypatch.setattr(checked_open.FileReader, "read_into", watched)
     with opens(monkeypatch) as seen:
-        loaded = run(_load_all(folder, base.FakeModel()))
+        loaded = await _load_all(folder, base.FakeModel())
     assert {name for name, _ in seen} == {"adapter_config.json", WEIGHTS}
     here = threading.get_ident()
     assert here not in {thread for _, thread in seen}
@@ -69,8 +69,8 @@ def test_no_file_is_touched_on_the_loops_thread(
     assert loaded["lm_head"] is loaded["down_proj"] is None
 
 
-def test_the_loop_goes_on_while_a_thread_reads(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+async def test_the_loop_goes_on_while_a_thread_reads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The read is held until the loop has turned: a call that held the loop would never end."""
     turned = threading.Event()
@@ -80,14 +80,11 @@ def test_the_loop_goes_on_while_a_thread_reads(
         assert turned.wait(20)
         real(self, *args)
 
-    async def body() -> None:
-        loading = asyncio.create_task(_load_all(folder, base.FakeModel()))
-        await asyncio.sleep(0.01)
-        turned.set()
-        await loading
-
     monkeypatch.setattr(checked_open.FileReader, "read_into", held)
-    run(body())
+    loading = asyncio.create_task(_load_all(folder, base.FakeModel()))
+    await asyncio.sleep(0.01)
+    turned.set()
+    await loading
 
 
 class Held:
@@ -112,54 +109,42 @@ class Held:
             await task
 
 
-def test_a_cancelled_opening_leaves_no_file_open(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_cancelled_opening_leaves_no_file_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = open_files()
     held = Held(monkeypatch, 0)
-
-    async def body() -> None:
-        await held.cancel(asyncio.create_task(WeightsFile.open_async(folder, None)))
-        assert open_files() > before
-        held.may_go_on.set()
-        await until(lambda: open_files() == before)
-
-    run(body())
+    await held.cancel(asyncio.create_task(WeightsFile.open_async(folder, None)))
+    assert open_files() > before
+    held.may_go_on.set()
+    await until(lambda: open_files() == before)
 
 
-def test_a_cancelled_load_stops_at_the_next_layer(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_cancelled_load_stops_at_the_next_layer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, model = LoraConfig.load(folder), base.FakeModel()
     held = Held(monkeypatch, 2)  # the header, and the first layer's A
-
-    async def body() -> None:
-        with WeightsFile.open(folder) as file:
-            module_map, names = config.map_weights_for_model(file, model.weight_names)
-            load = LoraWeights.load_async(config, model, module_map, "q_proj", names)
-            await held.cancel(asyncio.create_task(load))
-            held.may_go_on.set()
-            await asyncio.get_running_loop().shutdown_default_executor()
-            assert held.reads == 3
-            assert len(names) == 12
-
-    run(body())
+    with WeightsFile.open(folder) as file:
+        module_map, names = config.map_weights_for_model(file, model.weight_names)
+        load = LoraWeights.load_async(config, model, module_map, "q_proj", names)
+        await held.cancel(asyncio.create_task(load))
+        held.may_go_on.set()
+        await asyncio.get_running_loop().shutdown_default_executor()
+        assert held.reads == 3
+        assert len(names) == 12
 
 
-def test_a_call_that_is_cancelled_before_its_thread_begins(run: Run) -> None:
+async def test_a_call_that_is_cancelled_before_its_thread_begins() -> None:
     busy, begun = threading.Event(), list[int]()
-
-    async def body() -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(1))
-        loop.run_in_executor(None, busy.wait)
-        call = asyncio.create_task(in_thread(lambda _: begun.append(1)))
-        await asyncio.sleep(0)
-        call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
-        busy.set()
-        await loop.shutdown_default_executor()
-        assert begun == []
-
-    run(body())
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    loop.run_in_executor(None, busy.wait)
+    call = asyncio.create_task(in_thread(lambda _: begun.append(1)))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    busy.set()
+    await loop.shutdown_default_executor()
+    assert begun == []

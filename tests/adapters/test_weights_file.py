@@ -204,10 +204,10 @@ def _split(folder: Path) -> tuple[Path, Path]:
     return halves
 
 
-def test_one_file_by_its_path(run: Run, folder: Path) -> None:
+async def test_one_file_by_its_path(folder: Path) -> None:
     renamed = (folder / WEIGHTS).rename(folder / "part-1.safetensors")
     saved = load_file(renamed)
-    for file in (WeightsFile.at(renamed), run(WeightsFile.at_async(str(renamed)))):
+    for file in (WeightsFile.at(renamed), await WeightsFile.at_async(str(renamed))):
         with file:
             assert set(file) == set(saved)
             assert torch.equal(file.read(A), saved[A])

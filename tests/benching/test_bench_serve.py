@@ -84,7 +84,7 @@ def test_errors_are_counted_by_status(run: Run, capsys: Capture) -> None:
     assert rows.keys() >= {"warm", "cold"}
 
 
-def test_what_is_posted(run: Run, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_posted(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
     found: list[Asked] = []
 
@@ -99,7 +99,7 @@ def test_what_is_posted(run: Run, capsys: Capture, monkeypatch: pytest.MonkeyPat
             arguments += ["--call", "completions", "--ignore-eos", "--prompt-tokens", "12"]
             return await asyncio.to_thread(main, ["bench-serve", f"{there.url}/v1", *arguments])
 
-    assert run(body()) == 0
+    assert await body() == 0
     assert found
     for asked in found:
         prompt = asked.body.pop("prompt").split(" ")

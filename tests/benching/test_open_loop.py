@@ -23,7 +23,7 @@ class Clock:
         return self.now
 
 
-def test_times_are_those_of_the_pieces_with_text(run: Run) -> None:
+async def test_times_are_those_of_the_pieces_with_text() -> None:
     clock, step = Clock(), asyncio.Semaphore(0)
 
     async def script(asked: Asked) -> None:
@@ -56,7 +56,7 @@ def test_times_are_those_of_the_pieces_with_text(run: Run) -> None:
             assert "Authorization: Bearer the key" in there.asked[0].headers
             return answer
 
-    answer = run(main())
+    answer = await main()
     assert (answer.sent, answer.late, answer.first) == (0.5, 0.25, 1.75)
     assert answer.chunks == [2.0, 2.25, 4.0]
     assert (answer.gaps, answer.ended) == ([0.25, 1.75], 5.0)
@@ -64,7 +64,7 @@ def test_times_are_those_of_the_pieces_with_text(run: Run) -> None:
     assert (answer.status, answer.error) == (200, None)
 
 
-def test_arrivals_wait_for_no_answer(run: Run) -> None:
+async def test_arrivals_wait_for_no_answer() -> None:
     """The server answers nobody before all have come, which only an open loop lets happen."""
     count, all_there = 30, asyncio.Event()
     come: list[Asked] = []
@@ -79,7 +79,7 @@ def test_arrivals_wait_for_no_answer(run: Run) -> None:
         await asked.done()
 
     told: list[Answer] = []
-    found = run(played(script, count, ended=told.append))
+    found = await played(script, count, ended=told.append)
     assert found.most_at_once == count
     assert [each.error for each in found.answers] == [None] * count
     assert sorted(each.body["model"] for each in come) == sorted(f"m{n}" for n in range(count))
@@ -87,7 +87,7 @@ def test_arrivals_wait_for_no_answer(run: Run) -> None:
     assert found.seconds == max(each.ended for each in told if each.ended)
 
 
-def test_too_many_at_once_are_not_sent_and_do_not_wait(run: Run) -> None:
+async def test_too_many_at_once_are_not_sent_and_do_not_wait() -> None:
     told = asyncio.Event()
 
     async def script(asked: Asked) -> None:
@@ -95,14 +95,11 @@ def test_too_many_at_once_are_not_sent_and_do_not_wait(run: Run) -> None:
         await asked.begin()
         await asked.done()
 
-    async def main() -> Played:
-        def ended(answer: Answer) -> None:
-            if answer.arrival.model == "m4":
-                told.set()
+    def ended(answer: Answer) -> None:
+        if answer.arrival.model == "m4":
+            told.set()
 
-        return await played(script, 5, most_at_once=3, ended=ended)
-
-    found = run(main())
+    found = await played(script, 5, most_at_once=3, ended=ended)
     assert [each.error for each in found.answers] == [None, None, None, NOT_SENT, NOT_SENT]
     assert [each.sent is None for each in found.answers] == [False] * 3 + [True] * 2
     assert found.most_at_once == 3
@@ -125,7 +122,7 @@ def test_nothing_is_sent_before_it_is_due() -> None:
         assert each.late >= 0
 
 
-def test_cold_is_who_comes_before_the_model_has_answered(run: Run) -> None:
+async def test_cold_is_who_comes_before_the_model_has_answered() -> None:
     """Of m: two wait for one load, the third comes after it. Of gone: nobody ever gets an answer."""
     both = asyncio.Event()
     of_m: list[Asked] = []
@@ -148,7 +145,7 @@ def test_cold_is_who_comes_before_the_model_has_answered(run: Run) -> None:
             client = Client(opened, there.url, "chat")
             return (await play(client, due, body, most_at_once=9)).answers
 
-    assert [each.cold for each in run(main())] == [True, True, True, False, True]
+    assert [each.cold for each in await main()] == [True, True, True, False, True]
 
 
 # -- what goes wrong ------------------------------------------------------------------------------
@@ -182,25 +179,22 @@ def test_a_redirect_is_not_followed(run: Run) -> None:
     assert one(run, script).error == "307"
 
 
-def test_whoever_is_cancelled_leaves_nothing_under_way(run: Run) -> None:
+async def test_whoever_is_cancelled_leaves_nothing_under_way() -> None:
     asked: list[Asked] = []
 
     async def script(each: Asked) -> None:
         asked.append(each)
         await asyncio.Event().wait()
 
-    async def main() -> None:
-        task = asyncio.create_task(played(script, 3))
-        await until(lambda: len(asked) == 3)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert not [t for t in asyncio.all_tasks() if t.get_name().startswith("ask ")]
-
-    run(main())
+    task = asyncio.create_task(played(script, 3))
+    await until(lambda: len(asked) == 3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not [t for t in asyncio.all_tasks() if t.get_name().startswith("ask ")]
 
 
-def test_what_fails_here_is_told_at_the_end(run: Run) -> None:
+async def test_what_fails_here_is_told_at_the_end() -> None:
     async def script(asked: Asked) -> None:
         await asked.begin()
         await asked.done()
@@ -209,7 +203,7 @@ def test_what_fails_here_is_told_at_the_end(run: Run) -> None:
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        run(played(script, 2, ended=ended))
+        await played(script, 2, ended=ended)
 
 
 # -- the parts ------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_a_slow_end_is_a_timeout(run: Run) -> None:
     assert one(run, script, seconds=0.2).error == "timeout"
 
 
-def test_nobody_listens(run: Run) -> None:
+async def test_nobody_listens() -> None:
     async def main() -> Played:
         async def nothing(asked: Asked) -> None: ...
 
@@ -136,13 +136,13 @@ def test_nobody_listens(run: Run) -> None:
             client = Client(opened, gone.url, "completions")
             return await play(client, arrivals(2), body, most_at_once=9)
 
-    found = run(main())
+    found = await main()
     assert [each.error for each in found.answers] == ["no connection"] * 2
     assert [each.status for each in found.answers] == [None] * 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_events_may_be_cut_anywhere(run: Run, size: int) -> None:
+async def test_events_may_be_cut_anywhere(size: int) -> None:
     content = ': hello\r\nevent: x\r\ndata: ä\r\n\r\ndata:{"a": 1}\n\ndata:  b\n\ndata'.encode()
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -152,7 +152,7 @@ def test_events_may_be_cut_anywhere(run: Run, size: int) -> None:
     async def main() -> list[str]:
         return [data async for data in events(pieces())]
 
-    assert run(main()) == ["ä", '{"a": 1}', " b"]
+    assert await main() == ["ä", '{"a": 1}', " b"]
 
 
 def test_the_url_may_be_that_of_the_calls() -> None:
@@ -176,10 +176,7 @@ def test_what_is_no_url_of_a_server_is_said_without_its_secrets(url: str) -> Non
 
 
 @pytest.mark.parametrize("key", ["a\nb", "a\r", "ä", "\ud800"])
-def test_a_key_that_no_header_can_hold_is_refused(run: Run, key: str) -> None:
-    async def main() -> None:
+async def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="no header"):
         async with session(1, key):
             pass
-
-    with pytest.raises(ConfigError, match="no header"):
-        run(main())

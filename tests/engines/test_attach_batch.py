@@ -25,13 +25,10 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 # -- with and without a batch ------------------------------------------------------------------
 
 
-def test_a_pass_without_a_batch_is_refused(run: Run, small: Any) -> None:
-    async def main() -> None:
-        async with serving(small):
-            with pytest.raises(UsageError, match=r"attached\.batch"):
-                logits_of(small, prompt(1))
-
-    run(main())
+async def test_a_pass_without_a_batch_is_refused(small: Any) -> None:
+    async with serving(small):
+        with pytest.raises(UsageError, match=r"attached\.batch"):
+            logits_of(small, prompt(1))
 
 
 def test_no_rows_at_all_means_the_base_for_any_number(small: Any) -> None:
@@ -237,23 +234,19 @@ def test_a_released_handle_is_refused_and_leaves_the_others_free(
     asyncio.run(main())
 
 
-def test_a_handle_released_inside_the_block_keeps_its_adapter_to_its_end(
-    run: Run, small: Any, adapters: list[Path]
+async def test_a_handle_released_inside_the_block_keeps_its_adapter_to_its_end(
+    small: Any, adapters: list[Path]
 ) -> None:
     """With one slot: the second adapter gets it when the block ends, and not before."""
-
-    async def main() -> None:
-        async with serving(small, max_slots=1) as (loader, attached):
-            handle = await loader.load(adapters[0])
-            with attached.batch([handle]):
-                expected = logits_of(small, prompt(1))
-                handle.release()
-                waiting = asyncio.create_task(loader.load(adapters[1]))
-                await asyncio.sleep(0.1)
-                assert torch.equal(logits_of(small, prompt(1)), expected)
-                assert not waiting.done()
-            async with asyncio.timeout(10), await waiting as other:
-                with attached.batch([other]):
-                    assert not torch.equal(logits_of(small, prompt(1)), expected)
-
-    run(main())
+    async with serving(small, max_slots=1) as (loader, attached):
+        handle = await loader.load(adapters[0])
+        with attached.batch([handle]):
+            expected = logits_of(small, prompt(1))
+            handle.release()
+            waiting = asyncio.create_task(loader.load(adapters[1]))
+            await asyncio.sleep(0.1)
+            assert torch.equal(logits_of(small, prompt(1)), expected)
+            assert not waiting.done()
+        async with asyncio.timeout(10), await waiting as other:
+            with attached.batch([other]):
+                assert not torch.equal(logits_of(small, prompt(1)), expected)

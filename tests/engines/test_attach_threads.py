@@ -27,31 +27,28 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 # -- threads -----------------------------------------------------------------------------------
 
 
-def test_tasks_and_threads_have_batches_of_their_own(
-    run: Run, small: Any, adapters: list[Path]
+async def test_tasks_and_threads_have_batches_of_their_own(
+    small: Any, adapters: list[Path]
 ) -> None:
-    async def main() -> None:
-        async with serving(small) as (loader, attached):
-            handles = [await loader.load(adapter) for adapter in adapters]
-            together = threading.Barrier(2)
+    async with serving(small) as (loader, attached):
+        handles = [await loader.load(adapter) for adapter in adapters]
+        together = threading.Barrier(2)
 
-            def forward() -> list[torch.Tensor]:
-                together.wait(10)
-                return [logits_of(small, prompt(1)) for _ in range(20)]
+        def forward() -> list[torch.Tensor]:
+            together.wait(10)
+            return [logits_of(small, prompt(1)) for _ in range(20)]
 
-            async def one(handle: Any) -> list[torch.Tensor]:
-                with attached.batch([handle]):
-                    return await asyncio.to_thread(forward)
+        async def one(handle: Any) -> list[torch.Tensor]:
+            with attached.batch([handle]):
+                return await asyncio.to_thread(forward)
 
-            seen = await asyncio.gather(*map(one, handles))
-            for handle, logits in zip(handles, seen, strict=True):
-                with attached.batch([handle]):
-                    expected = logits_of(small, prompt(1))
-                assert all(torch.equal(each, expected) for each in logits)
-                handle.release()
-            assert not torch.equal(seen[0][0], seen[1][0])
-
-    run(main())
+        seen = await asyncio.gather(*map(one, handles))
+        for handle, logits in zip(handles, seen, strict=True):
+            with attached.batch([handle]):
+                expected = logits_of(small, prompt(1))
+            assert all(torch.equal(each, expected) for each in logits)
+            handle.release()
+        assert not torch.equal(seen[0][0], seen[1][0])
 
 
 def test_a_bare_thread_needs_the_context(small: Any, adapters: list[Path]) -> None:
@@ -165,51 +162,44 @@ def test_a_pass_ends_when_the_adapter_it_waits_for_is_lost(
     asyncio.run(main())
 
 
-def test_a_pass_does_not_wait_for_an_adapter_that_came_too_late_for_itself(
-    run: Run, small: Any, adapters: list[Path]
+async def test_a_pass_does_not_wait_for_an_adapter_that_came_too_late_for_itself(
+    small: Any, adapters: list[Path]
 ) -> None:
     """Its error is of the kind that a look in vain raises, too."""
+    source = held_back(adapters[1])
+    source.fail("bring", AdapterTimeoutError("too late for itself"), at=1)
+    looked = threading.Event()
 
-    async def main() -> None:
-        source = held_back(adapters[1])
-        source.fail("bring", AdapterTimeoutError("too late for itself"), at=1)
-        looked = threading.Event()
+    def others_wait() -> bool:
+        looked.set()
+        return False
 
-        def others_wait() -> bool:
-            looked.set()
-            return False
-
-        async with (
-            serving(small, source=source, timeout=1000.0) as (loader, attached),
-            loader.stream("held") as handle,
-        ):
-            with attached.batch([handle], 0.0, others_wait) as gate:
-                forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
-                await until(looked.is_set)  # it waits by now
-                source.allow("held")
-                await asyncio.wait_for(forward, 10)
-                assert "too late for itself" in str(gate.out[0])
-
-    run(main())
+    async with (
+        serving(small, source=source, timeout=1000.0) as (loader, attached),
+        loader.stream("held") as handle,
+    ):
+        with attached.batch([handle], 0.0, others_wait) as gate:
+            forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+            await until(looked.is_set)  # it waits by now
+            source.allow("held")
+            await asyncio.wait_for(forward, 10)
+            assert "too late for itself" in str(gate.out[0])
 
 
-def test_a_pass_and_a_task_end_when_the_handle_they_wait_for_is_released(
-    run: Run, small: Any, adapters: list[Path]
+async def test_a_pass_and_a_task_end_when_the_handle_they_wait_for_is_released(
+    small: Any, adapters: list[Path]
 ) -> None:
-    async def main() -> None:
-        source = held_back(adapters[1])
-        async with (
-            serving(small, source=source) as (loader, attached),
-            loader.stream("held") as handle,
-        ):
-            with attached.batch([handle]):
-                forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
-                layer = asyncio.create_task(handle.layer_ready(0))
-                await asyncio.sleep(0.1)
-                handle.release()
-                async with asyncio.timeout(10):
-                    for waiting in (forward, layer):
-                        with pytest.raises(HandleClosedError):
-                            await waiting
-
-    run(main())
+    source = held_back(adapters[1])
+    async with (
+        serving(small, source=source) as (loader, attached),
+        loader.stream("held") as handle,
+    ):
+        with attached.batch([handle]):
+            forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+            layer = asyncio.create_task(handle.layer_ready(0))
+            await asyncio.sleep(0.1)
+            handle.release()
+            async with asyncio.timeout(10):
+                for waiting in (forward, layer):
+                    with pytest.raises(HandleClosedError):
+                        await waiting

@@ -123,8 +123,8 @@ def without_one(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         (None, "bytes"),
     ],
 )
-def test_what_a_load_refuses(
-    run: Run, device: str, change: Any, text: str, small: Any, tmp_path: Path
+async def test_what_a_load_refuses(
+    device: str, change: Any, text: str, small: Any, tmp_path: Path
 ) -> None:
     """A magnitude that is no number, one that is not there, and a file that ends within one."""
     adapter = save(llama(), DORA, tmp_path / "adapter")
@@ -133,13 +133,9 @@ def test_what_a_load_refuses(
         (adapter / WEIGHTS).write_bytes(content[:-40])
     else:
         changed(adapter, change)
-
-    async def main() -> None:
-        async with serving(small, device=device, check_finite=True) as (loader, _):
-            with pytest.raises(AdapterFormatError, match=text):
-                await loader.load(adapter)
-
-    run(main())
+    async with serving(small, device=device, check_finite=True) as (loader, _):
+        with pytest.raises(AdapterFormatError, match=text):
+            await loader.load(adapter)
 
 
 def test_a_file_with_the_bases_embedding_is_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -145,39 +145,35 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_rows_are_measured_once_in_a_stay(
-    run: Run, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_rows_are_measured_once_in_a_stay(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two adapters take turns in one slot: neither gets what was measured for the other."""
     first = save(llama(), DORA, tmp_path / "first")
     second = save(llama(), {**DORA, "r": 6}, tmp_path / "second")
     expected = [pefts(llama(), adapter, prompt(2)) for adapter in (first, second)]
     seen = counted(monkeypatch)
-
-    async def main() -> None:
-        async with serving(small, max_slots=1) as (loader, attached):
-            kept = attached._place.factors._known
-            for turn in range(4):
-                async with await loader.load((first, second)[turn % 2]) as handle:
-                    for _ in range(3):
-                        with attached.batch([handle, handle]):
-                            logits = await asyncio.to_thread(logits_of, small, prompt(2))
-                        assert torch.equal(logits, expected[turn % 2])
-                assert len(seen) == 4 * (turn + 1)  # q and down of two layers
-                gc.collect()
-                assert len(kept) == 1
-            await loader.unload(second)
+    async with serving(small, max_slots=1) as (loader, attached):
+        kept = attached._place.factors._known
+        for turn in range(4):
+            async with await loader.load((first, second)[turn % 2]) as handle:
+                for _ in range(3):
+                    with attached.batch([handle, handle]):
+                        logits = await asyncio.to_thread(logits_of, small, prompt(2))
+                    assert torch.equal(logits, expected[turn % 2])
+            assert len(seen) == 4 * (turn + 1)  # q and down of two layers
             gc.collect()
+            assert len(kept) == 1
+        await loader.unload(second)
+        gc.collect()
+        assert len(kept) == 0
+        assert handle.released  # and still there
+        async with await loader.load(first) as handle:
+            with attached.batch([handle]):
+                logits_of(small, prompt(1))
+            assert len(kept) == 1
+            attached.detach()
             assert len(kept) == 0
-            assert handle.released  # and still there
-            async with await loader.load(first) as handle:
-                with attached.batch([handle]):
-                    logits_of(small, prompt(1))
-                assert len(kept) == 1
-                attached.detach()
-                assert len(kept) == 0
-
-    run(main())
 
 
 def test_a_handle_released_inside_the_block_keeps_its_vectors(small: Any, tmp_path: Path) -> None:
@@ -195,30 +191,26 @@ def test_a_handle_released_inside_the_block_keeps_its_vectors(small: Any, tmp_pa
 
 
 @pytest.mark.parametrize("lora", [DORA, {**TOKENS, "use_dora": True}], ids=["linear", "embedding"])
-def test_layers_are_waited_for(run: Run, small: Any, tmp_path: Path, lora: dict[str, Any]) -> None:
+async def test_layers_are_waited_for(small: Any, tmp_path: Path, lora: dict[str, Any]) -> None:
     adapter = save(llama(), lora, tmp_path / "adapter")
     expected = pefts(llama(), adapter, prompt(1))
     source = FakeSource()
     files = [(adapter / name).read_bytes() for name in ("adapter_config.json", WEIGHTS)]
     source.put("streamed", files[0], files[1])
     source.hold("streamed")
-
-    async def main() -> None:
-        async with (
-            serving(small, source=source) as (loader, attached),
-            loader.stream("streamed") as handle,
-        ):
-            with attached.batch([handle]):
-                if lora is not DORA:
-                    with pytest.raises(UsageError, match="to_thread"):
-                        logits_of(small, prompt(1))
-                forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
-                await asyncio.sleep(0.1)
-                assert not forward.done()
-                source.allow("streamed")
-                assert torch.equal(await forward, expected)
-
-    run(main())
+    async with (
+        serving(small, source=source) as (loader, attached),
+        loader.stream("streamed") as handle,
+    ):
+        with attached.batch([handle]):
+            if lora is not DORA:
+                with pytest.raises(UsageError, match="to_thread"):
+                    logits_of(small, prompt(1))
+            forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+            await asyncio.sleep(0.1)
+            assert not forward.done()
+            source.allow("streamed")
+            assert torch.equal(await forward, expected)
 
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])

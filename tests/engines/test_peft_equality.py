@@ -115,8 +115,8 @@ def test_a_transposed_base_gives_pefts_logits(tmp_path: Path) -> None:
     )
 
 
-def test_a_mixed_batch_gives_pefts_logits(
-    run: Run, model: Any, theirs: Any, folder: Callable[[str], Path]
+async def test_a_mixed_batch_gives_pefts_logits(
+    model: Any, theirs: Any, folder: Callable[[str], Path]
 ) -> None:
     names = ["rank_12", "__base__", "patterns", "rank_12", "f16", "rank_3"]
     inputs = left_padded(len(names))
@@ -124,7 +124,7 @@ def test_a_mixed_batch_gives_pefts_logits(
     with active(theirs, **adapters) as peft_model:
         expected = logits_of(peft_model, inputs, adapter_names=names)
     ours = [adapters.get(name) for name in names]
-    logits = run(answer(model, ours, partial(logits_of, model, inputs)))
+    logits = await answer(model, ours, partial(logits_of, model, inputs))
     # Of logits of about 30; see the docstring above.
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
 
@@ -204,13 +204,13 @@ def test_a_mixed_batch_of_trained_adapters_says_what_it_says_in_peft(
 # -- streaming ---------------------------------------------------------------------------------
 
 
-def test_layers_compute_while_later_ones_are_on_their_way(
-    run: Run, model: Any, theirs: Any, folder: Callable[[str], Path]
+async def test_layers_compute_while_later_ones_are_on_their_way(
+    model: Any, theirs: Any, folder: Callable[[str], Path]
 ) -> None:
     inputs = left_padded(2)
     with active(theirs, only=folder("plain")):
         expected = logits_of(theirs, inputs)
-    logits, early = run(stream_and_answer(model, folder("plain"), inputs))
+    logits, early = await stream_and_answer(model, folder("plain"), inputs)
     assert early == list(range(10))
     assert torch.equal(logits, expected)
 

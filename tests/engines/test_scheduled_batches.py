@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import tiny
-from common import Run
 from engines.variants import PEFT_WARNING, active, logits_of, prompt, serving
 from lorax_async import (
     AdapterScheduler,
@@ -186,8 +185,8 @@ def began_early(engine: Engine, heard: list[Event]) -> list[Batch]:
     ]
 
 
-def test_the_pages_engine_computes_again_what_did_not_come(
-    run: Run, small: Any, adapters: list[Path]
+async def test_the_pages_engine_computes_again_what_did_not_come(
+    small: Any, adapters: list[Path]
 ) -> None:
     source = FakeSource()
     source.put("cold", *tiny.files(adapters[0]))
@@ -198,25 +197,22 @@ def test_the_pages_engine_computes_again_what_did_not_come(
     def forward(batch: Batch) -> None:
         logits_of(small, prompt(len(batch.rows)))
 
-    async def main() -> None:
-        async with (
-            serving(small, source=source) as (loader, attached),
-            AdapterScheduler(loader) as scheduler,
-        ):
-            cold = scheduler.submit(Request("cold", 5, 1))
-            batch = await scheduler.next_batch(100, 8)
-            assert len(batch.streaming) == 1
-            passing = asyncio.create_task(compute(scheduler, attached, batch, forward))
-            base = scheduler.submit(Request(None, 5, 1))  # nobody waits for "cold" any more
-            await passing
-            assert (cold.generated, cold.done) == (0, False)
-            batch = await scheduler.next_batch(100, 8)
-            await compute(scheduler, attached, batch, forward)
-            assert await base == 1
-            source.allow("cold")
-            batch = await scheduler.next_batch(100, 8)
-            assert ([row.start for row in batch.rows], batch.streaming) == ([0], ())
-            await compute(scheduler, attached, batch, forward)
-            assert await cold == 1
-
-    run(main())
+    async with (
+        serving(small, source=source) as (loader, attached),
+        AdapterScheduler(loader) as scheduler,
+    ):
+        cold = scheduler.submit(Request("cold", 5, 1))
+        batch = await scheduler.next_batch(100, 8)
+        assert len(batch.streaming) == 1
+        passing = asyncio.create_task(compute(scheduler, attached, batch, forward))
+        base = scheduler.submit(Request(None, 5, 1))  # nobody waits for "cold" any more
+        await passing
+        assert (cold.generated, cold.done) == (0, False)
+        batch = await scheduler.next_batch(100, 8)
+        await compute(scheduler, attached, batch, forward)
+        assert await base == 1
+        source.allow("cold")
+        batch = await scheduler.next_batch(100, 8)
+        assert ([row.start for row in batch.rows], batch.streaming) == ([0], ())
+        await compute(scheduler, attached, batch, forward)
+        assert await cold == 1

@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from common import Run
 from engines.variants import (
     FEATURE_WARNINGS,
     PEFT_WARNING,
@@ -49,7 +48,7 @@ LORAS: dict[str, Any] = {name: VARIANTS[name].lora for name in SMALL} | {"patter
 
 
 @pytest.mark.parametrize("name", LORAS)
-def test_it_answers_as_the_live_model(run: Run, tmp_path: Path, name: str) -> None:
+async def test_it_answers_as_the_live_model(tmp_path: Path, name: str) -> None:
     model, inputs = llama(), prompt(2)
     with wrapped(llama(), LORAS[name], seed=5) as live:
         given: dict[str, torch.Tensor] = get_peft_model_state_dict(
@@ -58,68 +57,56 @@ def test_it_answers_as_the_live_model(run: Run, tmp_path: Path, name: str) -> No
         config: LoraConfig = live.peft_config["default"]
         expected = logits_of(live.eval(), inputs)
         live.save_pretrained(tmp_path, save_embedding_layers=False)
-
-    async def body() -> None:
-        async with (
-            serving(model) as (loader, attached),
-            await loader.load_tensors("policy", given, config) as handle,
-        ):
-            with attached.batch([handle] * 2):
-                logits = await asyncio.to_thread(logits_of, model, inputs)
-            if name != "patterns":  # PEFT sorts them when it saves: its own file does not load
-                async with await loader.load(tmp_path) as twin:
-                    ours, its = weights_of(handle), weights_of(twin)
-                    assert ours.keys() == its.keys()
-                    assert all(torch.equal(ours[key], its[key]) for key in ours)
-        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
-        assert not torch.allclose(logits, logits_of(model, inputs), atol=1e-3)
-
-    run(body())
+    async with (
+        serving(model) as (loader, attached),
+        await loader.load_tensors("policy", given, config) as handle,
+    ):
+        with attached.batch([handle] * 2):
+            logits = await asyncio.to_thread(logits_of, model, inputs)
+        if name != "patterns":  # PEFT sorts them when it saves: its own file does not load
+            async with await loader.load(tmp_path) as twin:
+                ours, its = weights_of(handle), weights_of(twin)
+                assert ours.keys() == its.keys()
+                assert all(torch.equal(ours[key], its[key]) for key in ours)
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(logits, logits_of(model, inputs), atol=1e-3)
 
 
-def test_each_step_of_training_is_served(run: Run) -> None:
+async def test_each_step_of_training_is_served() -> None:
     model, inputs = llama(), prompt(2)
     base = logits_of(model, inputs)
-
-    async def body() -> None:
-        with wrapped(llama(), VARIANTS["every_linear"].lora, seed=5) as live:
-            config = live.peft_config["default"]
-            weights = [p for p in live.parameters() if p.requires_grad]
-            optimizer = torch.optim.SGD(weights, lr=0.3)
-            async with serving(model, max_slots=2) as (loader, attached):
-                for _ in range(4):
-                    optimizer.zero_grad()
-                    live(**inputs, labels=inputs["input_ids"]).loss.backward()
-                    optimizer.step()
-                    given = get_peft_model_state_dict(live)
-                    async with await loader.replace("policy", given, config) as handle:
-                        with attached.batch([handle, None]):
-                            logits = await asyncio.to_thread(logits_of, model, inputs)
-                    expected = logits_of(live, inputs)
-                    torch.testing.assert_close(logits[0], expected[0], atol=2e-5, rtol=2e-5)
-                    torch.testing.assert_close(logits[1], base[1], atol=2e-5, rtol=2e-5)
-                assert len(loader.residency()) == 1
-
-    run(body())
+    with wrapped(llama(), VARIANTS["every_linear"].lora, seed=5) as live:
+        config = live.peft_config["default"]
+        weights = [p for p in live.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(weights, lr=0.3)
+        async with serving(model, max_slots=2) as (loader, attached):
+            for _ in range(4):
+                optimizer.zero_grad()
+                live(**inputs, labels=inputs["input_ids"]).loss.backward()
+                optimizer.step()
+                given = get_peft_model_state_dict(live)
+                async with await loader.replace("policy", given, config) as handle:
+                    with attached.batch([handle, None]):
+                        logits = await asyncio.to_thread(logits_of, model, inputs)
+                expected = logits_of(live, inputs)
+                torch.testing.assert_close(logits[0], expected[0], atol=2e-5, rtol=2e-5)
+                torch.testing.assert_close(logits[1], base[1], atol=2e-5, rtol=2e-5)
+            assert len(loader.residency()) == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_shard_of_it_is_that_of_its_file(run: Run, tmp_path: Path, rank: int) -> None:
+async def test_a_shard_of_it_is_that_of_its_file(tmp_path: Path, rank: int) -> None:
     model = llama()
     with wrapped(llama(), VARIANTS["every_linear"].lora, seed=5) as live:
         given = get_peft_model_state_dict(live)
         config = live.peft_config["default"]
         live.save_pretrained(tmp_path)
-
-    async def body() -> None:
-        settings = LoaderConfig(shard=Shard(rank, 2), dtype="bfloat16")
-        async with (
-            AdapterLoader(layouts.from_module(model), settings) as loader,
-            await loader.load_tensors("policy", given, config) as handle,
-            await loader.load(tmp_path) as twin,
-        ):
-            ours, its = weights_of(handle), weights_of(twin)
-            assert all(torch.equal(ours[key], its[key]) for key in its)
-            assert handle.nbytes == twin.nbytes
-
-    run(body())
+    settings = LoaderConfig(shard=Shard(rank, 2), dtype="bfloat16")
+    async with (
+        AdapterLoader(layouts.from_module(model), settings) as loader,
+        await loader.load_tensors("policy", given, config) as handle,
+        await loader.load(tmp_path) as twin,
+    ):
+        ours, its = weights_of(handle), weights_of(twin)
+        assert all(torch.equal(ours[key], its[key]) for key in its)
+        assert handle.nbytes == twin.nbytes

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from common import LOOPS, Run, until
+from common import LOOPS, until
 from lorax_async.io.inbox import Inbox
+
+pytestmark = pytest.mark.each_loop
 
 
 class CountedLoop:
@@ -36,54 +38,47 @@ def in_thread(work: Any) -> None:
     thread.join()
 
 
-def test_many_items_one_wake_up(run: Run) -> None:
-    async def body() -> None:
-        loop, seen = CountedLoop(asyncio.get_running_loop()), list[int]()
-        inbox: Inbox[int] = Inbox(loop, seen.append)  # type: ignore[arg-type]
+async def test_many_items_one_wake_up() -> None:
+    loop, seen = CountedLoop(asyncio.get_running_loop()), list[int]()
+    inbox: Inbox[int] = Inbox(loop, seen.append)  # type: ignore[arg-type]
 
-        def work() -> None:
-            for n in range(100):
-                inbox.put(n)
+    def work() -> None:
+        for n in range(100):
+            inbox.put(n)
 
-        in_thread(work)
-        assert seen == []
-        await until(lambda: seen)
-        assert seen == list(range(100))
-        assert loop.wakes == 1
-        inbox.put(100)
-        await until(lambda: len(seen) > 100)
-        assert loop.wakes == 2
-
-    run(body())
+    in_thread(work)
+    assert seen == []
+    await until(lambda: seen)
+    assert seen == list(range(100))
+    assert loop.wakes == 1
+    inbox.put(100)
+    await until(lambda: len(seen) > 100)
+    assert loop.wakes == 2
 
 
-def test_threads_at_once(run: Run) -> None:
+async def test_threads_at_once() -> None:
     """Each one's items in its order, each exactly once, all on the loop's thread."""
+    seen: list[tuple[int, int]] = []
+    here = threading.get_ident()
 
-    async def body() -> None:
-        seen: list[tuple[int, int]] = []
-        here = threading.get_ident()
+    def handle(item: tuple[int, int]) -> None:
+        assert threading.get_ident() == here
+        seen.append(item)
 
-        def handle(item: tuple[int, int]) -> None:
-            assert threading.get_ident() == here
-            seen.append(item)
+    inbox = Inbox(asyncio.get_running_loop(), handle)
 
-        inbox = Inbox(asyncio.get_running_loop(), handle)
+    def work(number: int) -> None:
+        for n in range(2000):
+            inbox.put((number, n))
 
-        def work(number: int) -> None:
-            for n in range(2000):
-                inbox.put((number, n))
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        await until(lambda: len(seen) == 8000)
-        for thread in threads:
-            thread.join()
-        for number in range(4):
-            assert [n for who, n in seen if who == number] == list(range(2000))
-
-    run(body())
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    await until(lambda: len(seen) == 8000)
+    for thread in threads:
+        thread.join()
+    for number in range(4):
+        assert [n for who, n in seen if who == number] == list(range(2000))
 
 
 class Ambushed(deque[int]):
@@ -109,106 +104,88 @@ class Ambushed(deque[int]):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_item_that_comes_at_the_last_moment(run: Run, late: bool) -> None:
-    async def body() -> None:
-        seen: list[int] = []
-        inbox = Inbox(asyncio.get_running_loop(), seen.append)
-        inbox._items = Ambushed(inbox, 7, late)
-        inbox.put(100)
-        await until(lambda: len(seen) == 8)
-        assert seen == [100, 6, 5, 4, 3, 2, 1, 0]
-
-    run(body())
+async def test_an_item_that_comes_at_the_last_moment(late: bool) -> None:
+    seen: list[int] = []
+    inbox = Inbox(asyncio.get_running_loop(), seen.append)
+    inbox._items = Ambushed(inbox, 7, late)
+    inbox.put(100)
+    await until(lambda: len(seen) == 8)
+    assert seen == [100, 6, 5, 4, 3, 2, 1, 0]
 
 
-def test_an_item_may_wait_for_the_next(run: Run) -> None:
-    async def body() -> None:
-        loop, seen = CountedLoop(asyncio.get_running_loop()), list[str]()
-        inbox: Inbox[str] = Inbox(loop, seen.append)  # type: ignore[arg-type]
-        in_thread(lambda: inbox.leave("patient"))
-        await asyncio.sleep(0.01)
-        assert (seen, loop.wakes) == ([], 0)
-        in_thread(lambda: inbox.put("urgent"))
-        await until(lambda: seen)
-        assert (seen, loop.wakes) == (["patient", "urgent"], 1)
-
-    run(body())
+async def test_an_item_may_wait_for_the_next() -> None:
+    loop, seen = CountedLoop(asyncio.get_running_loop()), list[str]()
+    inbox: Inbox[str] = Inbox(loop, seen.append)  # type: ignore[arg-type]
+    in_thread(lambda: inbox.leave("patient"))
+    await asyncio.sleep(0.01)
+    assert (seen, loop.wakes) == ([], 0)
+    in_thread(lambda: inbox.put("urgent"))
+    await until(lambda: seen)
+    assert (seen, loop.wakes) == (["patient", "urgent"], 1)
 
 
-def test_it_can_be_emptied_at_once(run: Run) -> None:
-    async def body() -> None:
-        seen: list[str] = []
-        inbox = Inbox(asyncio.get_running_loop(), seen.append)
-        inbox.leave("patient")
-        inbox.put("urgent")
+async def test_it_can_be_emptied_at_once() -> None:
+    seen: list[str] = []
+    inbox = Inbox(asyncio.get_running_loop(), seen.append)
+    inbox.leave("patient")
+    inbox.put("urgent")
+    inbox.take()
+    assert seen == ["patient", "urgent"]
+    inbox.take()
+    await asyncio.sleep(0.01)
+    assert seen == ["patient", "urgent"]
+
+
+async def test_what_is_put_while_handling_comes_after() -> None:
+    seen: list[int] = []
+
+    def handle(item: int) -> None:
+        seen.append(item)
+        if item < 3:
+            inbox.leave(item + 10)
+
+    inbox: Inbox[int] = Inbox(asyncio.get_running_loop(), handle)
+    for n in range(5):
+        inbox.put(n)
+    await until(lambda: len(seen) == 8)
+    assert seen == [0, 1, 2, 3, 4, 10, 11, 12]
+
+
+async def test_one_that_raises_does_not_hold_up_the_rest() -> None:
+    seen: list[int] = []
+    told: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+    errors = {1: ValueError("one"), 2: KeyError("two")}
+
+    def handle(item: int) -> None:
+        if item in errors:
+            raise errors[item]
+        seen.append(item)
+
+    inbox = Inbox(loop, handle)
+    for n in range(4):
+        inbox.put(n)
+    await until(lambda: len(seen) == 2)
+    assert seen == [0, 3]
+    assert told == [errors[1], errors[2]]
+    inbox.put(4)
+    await until(lambda: len(seen) == 3)
+
+
+async def test_whoever_empties_it_hears_of_the_error_and_the_rest_follows() -> None:
+    seen: list[int] = []
+
+    def handle(item: int) -> None:
+        seen.append(10 // item)
+
+    inbox = Inbox(asyncio.get_running_loop(), handle)
+    for n in (5, 0, 2):
+        inbox.leave(n)
+    with pytest.raises(ZeroDivisionError):
         inbox.take()
-        assert seen == ["patient", "urgent"]
-        inbox.take()
-        await asyncio.sleep(0.01)
-        assert seen == ["patient", "urgent"]
-
-    run(body())
-
-
-def test_what_is_put_while_handling_comes_after(run: Run) -> None:
-    async def body() -> None:
-        seen: list[int] = []
-
-        def handle(item: int) -> None:
-            seen.append(item)
-            if item < 3:
-                inbox.leave(item + 10)
-
-        inbox: Inbox[int] = Inbox(asyncio.get_running_loop(), handle)
-        for n in range(5):
-            inbox.put(n)
-        await until(lambda: len(seen) == 8)
-        assert seen == [0, 1, 2, 3, 4, 10, 11, 12]
-
-    run(body())
-
-
-def test_one_that_raises_does_not_hold_up_the_rest(run: Run) -> None:
-    async def body() -> None:
-        seen: list[int] = []
-        told: list[object] = []
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
-        errors = {1: ValueError("one"), 2: KeyError("two")}
-
-        def handle(item: int) -> None:
-            if item in errors:
-                raise errors[item]
-            seen.append(item)
-
-        inbox = Inbox(loop, handle)
-        for n in range(4):
-            inbox.put(n)
-        await until(lambda: len(seen) == 2)
-        assert seen == [0, 3]
-        assert told == [errors[1], errors[2]]
-        inbox.put(4)
-        await until(lambda: len(seen) == 3)
-
-    run(body())
-
-
-def test_whoever_empties_it_hears_of_the_error_and_the_rest_follows(run: Run) -> None:
-    async def body() -> None:
-        seen: list[int] = []
-
-        def handle(item: int) -> None:
-            seen.append(10 // item)
-
-        inbox = Inbox(asyncio.get_running_loop(), handle)
-        for n in (5, 0, 2):
-            inbox.leave(n)
-        with pytest.raises(ZeroDivisionError):
-            inbox.take()
-        await until(lambda: len(seen) == 2)
-        assert seen == [2, 5]
-
-    run(body())
+    await until(lambda: len(seen) == 2)
+    assert seen == [2, 5]
 
 
 class Item: ...
@@ -242,23 +219,17 @@ class DrainedLoop(CountedLoop):
         return None
 
 
-def test_a_loop_that_is_quicker_than_who_wakes_it(run: Run) -> None:
-    async def body() -> None:
-        loop, seen = DrainedLoop(asyncio.get_running_loop()), list[int]()
-        inbox: Inbox[int] = Inbox(loop, seen.append)  # type: ignore[arg-type]
-        for n in range(2):
-            await asyncio.to_thread(inbox.put, n)
-        await until(lambda: seen == [0, 1])
-
-    run(body())
+async def test_a_loop_that_is_quicker_than_who_wakes_it() -> None:
+    loop, seen = DrainedLoop(asyncio.get_running_loop()), list[int]()
+    inbox: Inbox[int] = Inbox(loop, seen.append)  # type: ignore[arg-type]
+    for n in range(2):
+        await asyncio.to_thread(inbox.put, n)
+    await until(lambda: seen == [0, 1])
 
 
-def test_a_loop_that_sleeps_is_woken(run: Run) -> None:
-    async def body() -> None:
-        heard = asyncio.Event()
-        inbox: Inbox[int] = Inbox(asyncio.get_running_loop(), lambda item: heard.set())
-        threading.Timer(0.05, inbox.put, (1,)).start()
-        async with asyncio.timeout(10):
-            await heard.wait()
-
-    run(body())
+async def test_a_loop_that_sleeps_is_woken() -> None:
+    heard = asyncio.Event()
+    inbox: Inbox[int] = Inbox(asyncio.get_running_loop(), lambda item: heard.set())
+    threading.Timer(0.05, inbox.put, (1,)).start()
+    async with asyncio.timeout(10):
+        await heard.wait()

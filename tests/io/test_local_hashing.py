@@ -16,7 +16,6 @@ from local_world import LIMITS, WEIGHTS_NAME, LocalWorld, nothing_left_open
 from source_conformance import SourceConformance
 from source_inputs import CONFIG, groups_of, read, weights
 
-from common import Run
 from lorax_async.adapter import AdapterKey
 from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.io import hashing
@@ -86,21 +85,18 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_all_of_it_is_hashed_before_any_may_be_used(world: HashingWorld, run: Run) -> None:
-    async def main() -> None:
-        seen: list[int] = []
-        found = await world.bring(await world.key(), seen)
-        assert found == Verification("transport", sha256(CONTENT).hexdigest())
-        assert seen == []
-
-    run(main())
+async def test_all_of_it_is_hashed_before_any_may_be_used(world: HashingWorld) -> None:
+    seen: list[int] = []
+    found = await world.bring(await world.key(), seen)
+    assert found == Verification("transport", sha256(CONTENT).hexdigest())
+    assert seen == []
 
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("call", ["bring", "digest"])
 @pytest.mark.parametrize("piece", [0, 2])
-def test_a_file_that_changes_meanwhile_is_refused(
-    world: HashingWorld, run: Run, monkeypatch: pytest.MonkeyPatch, call: str, piece: int
+async def test_a_file_that_changes_meanwhile_is_refused(
+    world: HashingWorld, monkeypatch: pytest.MonkeyPatch, call: str, piece: int
 ) -> None:
     """Also by other bytes of the same length, put in their place."""
 
@@ -112,100 +108,75 @@ def test_a_file_that_changes_meanwhile_is_refused(
 
     first = 1 if call == "bring" else 0  # opening reads the header
     reading = Reading(change)
-
-    async def main() -> None:
-        key = await world.key()
-        monkeypatch.setattr(FileReader, "read_into", reading)
-        with pytest.raises(IntegrityError, match="changed or replaced meanwhile"):
-            await (world.bring(key) if call == "bring" else world.source.digest(key))
-
-    run(main())
+    key = await world.key()
+    monkeypatch.setattr(FileReader, "read_into", reading)
+    with pytest.raises(IntegrityError, match="changed or replaced meanwhile"):
+        await (world.bring(key) if call == "bring" else world.source.digest(key))
 
 
-def test_a_digest_is_the_same_at_every_open(world: HashingWorld, run: Run) -> None:
+async def test_a_digest_is_the_same_at_every_open(world: HashingWorld) -> None:
     """A disk that forgets changes no time of change; here it is the record that is another."""
-
-    async def main() -> None:
-        key = await world.key()
-        first = await world.bring(key)
-        assert await world.bring(key) == first
-        world.source._digests[key.files[1]] = "0" * 64
-        for call in (world.bring(key), world.source.digest(key)):
-            with pytest.raises(IntegrityError, match="other bytes than before"):
-                await call
-        newer = await world.key()
-        assert newer != key
-        assert await world.bring(newer) == first
-
-    run(main())
+    key = await world.key()
+    first = await world.bring(key)
+    assert await world.bring(key) == first
+    world.source._digests[key.files[1]] = "0" * 64
+    for call in (world.bring(key), world.source.digest(key)):
+        with pytest.raises(IntegrityError, match="other bytes than before"):
+            await call
+    newer = await world.key()
+    assert newer != key
+    assert await world.bring(newer) == first
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_hashing_ends_when_nobody_wants_it(
-    world: HashingWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_hashing_ends_when_nobody_wants_it(
+    world: HashingWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demand = Demand()
     reading = Reading(lambda number: demand.end() if number == 2 else None)
-
-    async def main() -> None:
-        key = await world.key()
-        monkeypatch.setattr(FileReader, "read_into", reading)
-        with pytest.raises(FetchError, match="nobody waits"):
-            await world.bring(key, demand=demand)
-        assert reading.count == 3
-
-    run(main())
+    key = await world.key()
+    monkeypatch.setattr(FileReader, "read_into", reading)
+    with pytest.raises(FetchError, match="nobody waits"):
+        await world.bring(key, demand=demand)
+    assert reading.count == 3
 
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("late", [0.0, 0.002])
-def test_cancelled_at_any_await(world: HashingWorld, run: Run, late: float) -> None:
-    async def main() -> None:
-        key = await world.key()
-        file = await world.source.open(key, Demand())
-        ends = []
-        for at in range(2 * len(CONTENT) // 1000):
-            groups = groups_of(CONTENT)
-            bringing = world.source.bring(file, groups, lambda _: None, Demand())
-            ends.append(await was_cancelled(bringing, at, late))
-        assert ends.count(True) >= 1
-        assert read(file.reader, 0, len(CONTENT)) == CONTENT
-        file.reader.close()
-
-    run(main())
+async def test_cancelled_at_any_await(world: HashingWorld, late: float) -> None:
+    key = await world.key()
+    file = await world.source.open(key, Demand())
+    ends = []
+    for at in range(2 * len(CONTENT) // 1000):
+        groups = groups_of(CONTENT)
+        bringing = world.source.bring(file, groups, lambda _: None, Demand())
+        ends.append(await was_cancelled(bringing, at, late))
+    assert ends.count(True) >= 1
+    assert read(file.reader, 0, len(CONTENT)) == CONTENT
+    file.reader.close()
 
 
-def test_records_are_bounded(
-    world: HashingWorld, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_records_are_bounded(world: HashingWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "MAX_DIGESTS", 2)
-
-    async def main() -> None:
-        keys = [await world.key() for _ in range(4)]
-        await world.bring(keys[3])
-        for content in (weights(2), weights(3)):
-            key = await world.source.resolve(world.put("one", CONFIG, content))
-            assert await world.source.digest(key) == sha256(content).hexdigest()
-        assert len(world.source._digests) == 2
-        assert keys[3].files[1] not in world.source._digests
-
-    run(main())
+    keys = [await world.key() for _ in range(4)]
+    await world.bring(keys[3])
+    for content in (weights(2), weights(3)):
+        key = await world.source.resolve(world.put("one", CONFIG, content))
+        assert await world.source.digest(key) == sha256(content).hexdigest()
+    assert len(world.source._digests) == 2
+    assert keys[3].files[1] not in world.source._digests
 
 
-def test_others_have_the_threads_in_between(
-    world: HashingWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_others_have_the_threads_in_between(
+    world: HashingWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However large the file is: its pieces queue behind what was asked for meanwhile."""
     monkeypatch.setattr(hashing, "PIECE_BYTES", 64)
-
-    async def main() -> None:
-        key = await world.key()
-        loop, others = asyncio.get_running_loop(), 0
-        hashed = asyncio.ensure_future(world.bring(key))
-        while not hashed.done():
-            await loop.run_in_executor(world.source._threads, int)
-            others += 1
-        assert (await hashed).kind == "transport"
-        assert others > 10
-
-    run(main())
+    key = await world.key()
+    loop, others = asyncio.get_running_loop(), 0
+    hashed = asyncio.ensure_future(world.bring(key))
+    while not hashed.done():
+        await loop.run_in_executor(world.source._threads, int)
+        others += 1
+    assert (await hashed).kind == "transport"
+    assert others > 10

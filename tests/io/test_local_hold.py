@@ -24,7 +24,7 @@ from populate_conformance import PopulateConformance
 from source_conformance import SourceConformance
 from source_inputs import CONFIG, weights
 
-from common import Run, until
+from common import until
 from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import LocalRoot
@@ -121,37 +121,29 @@ def test_an_immutable_root_may_be_a_link(tmp_path: Path) -> None:
             assert is_held(source, id, tmp_path)
 
 
-def test_dropped_pages_come_back_and_stay(host: LocalWorld, run: Run) -> None:
+async def test_dropped_pages_come_back_and_stay(host: LocalWorld) -> None:
     path = host.fill(host.roots[0] / "one") / WEIGHTS_NAME
-
-    async def main() -> None:
-        drop_pages(path)
-        before = descriptors()
-        hold = await host.source.populate(await host.source.resolve(AdapterRef("./one")))
-        assert descriptors() == before
-        assert hold.nbytes == path.stat().st_size
-        (sizes,) = map_sizes(path)
-        assert sizes["Rss"] == sizes["Size"] >= hold.nbytes
-        assert sizes["Locked"] == (sizes["Size"] if hold.locked else 0)
-        drop_pages(path)
-        assert cached_pages(path) == pages(hold.nbytes)
-        hold.close()
-
-    run(main())
+    drop_pages(path)
+    before = descriptors()
+    hold = await host.source.populate(await host.source.resolve(AdapterRef("./one")))
+    assert descriptors() == before
+    assert hold.nbytes == path.stat().st_size
+    (sizes,) = map_sizes(path)
+    assert sizes["Rss"] == sizes["Size"] >= hold.nbytes
+    assert sizes["Locked"] == (sizes["Size"] if hold.locked else 0)
+    drop_pages(path)
+    assert cached_pages(path) == pages(hold.nbytes)
+    hold.close()
 
 
-def test_a_hold_without_the_right_to_lock(
-    host: LocalWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_a_hold_without_the_right_to_lock(
+    host: LocalWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mapped, "lock_on_fault", lambda address, nbytes: errno.EPERM)
     content = weights(1)
-
-    async def main() -> None:
-        hold = await host.source.populate(await key_of(host, content))
-        assert (hold.nbytes, hold.locked) == (len(content), False)
-        hold.close()
-
-    run(main())
+    hold = await host.source.populate(await key_of(host, content))
+    assert (hold.nbytes, hold.locked) == (len(content), False)
+    hold.close()
 
 
 async def key_of(host: LocalWorld, content: bytes) -> AdapterKey:
@@ -173,8 +165,8 @@ def replace(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [touch, cut, replace])
 @pytest.mark.parametrize("when", ["before", "during", "after"])
-def test_a_file_that_changes_is_not_held(
-    host: LocalWorld, run: Run, monkeypatch: pytest.MonkeyPatch, change: Any, when: str
+async def test_a_file_that_changes_is_not_held(
+    host: LocalWorld, monkeypatch: pytest.MonkeyPatch, change: Any, when: str
 ) -> None:
     path = host.roots[0] / "one" / WEIGHTS_NAME
     populate = local_hold.LocalHold.populate
@@ -186,50 +178,42 @@ def test_a_file_that_changes_is_not_held(
         if when == "after":
             change(path)
 
-    async def main() -> None:
-        key = await key_of(host, weights(1))
-        file = await host.source.open(key, Demand())
-        file.reader.close()
-        if when == "before":
-            change(path)
-        monkeypatch.setattr(local_hold.LocalHold, "populate", changing)
-        with pytest.raises(errors.IntegrityError, match=rf"{WEIGHTS_NAME}.*again"):
-            await host.source.populate(key)
-        assert maps_below(path.parent) == []
-
-    run(main())
+    key = await key_of(host, weights(1))
+    file = await host.source.open(key, Demand())
+    file.reader.close()
+    if when == "before":
+        change(path)
+    monkeypatch.setattr(local_hold.LocalHold, "populate", changing)
+    with pytest.raises(errors.IntegrityError, match=rf"{WEIGHTS_NAME}.*again"):
+        await host.source.populate(key)
+    assert maps_below(path.parent) == []
 
 
 @pytest.mark.parametrize("step", ["MappedFile", "populate"])
-def test_memory_that_cannot_be_had(
-    host: LocalWorld, run: Run, monkeypatch: pytest.MonkeyPatch, step: str
+async def test_memory_that_cannot_be_had(
+    host: LocalWorld, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def refused(*_: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     owner = local_hold if step == "MappedFile" else mapped.MappedFile
     monkeypatch.setattr(owner, step, refused)
-
-    async def main() -> None:
-        key = await key_of(host, weights(1))
-        before = descriptors()
-        with pytest.raises(errors.FetchError, match=rf"{WEIGHTS_NAME} cannot be read \(ENOMEM\)"):
-            await host.source.populate(key)
-        assert (descriptors(), maps_below(host.roots[0])) == (before, [])
-
-    run(main())
+    key = await key_of(host, weights(1))
+    before = descriptors()
+    with pytest.raises(errors.FetchError, match=rf"{WEIGHTS_NAME} cannot be read \(ENOMEM\)"):
+        await host.source.populate(key)
+    assert (descriptors(), maps_below(host.roots[0])) == (before, [])
 
 
-def test_others_have_their_turn_between_the_pieces(
-    host: LocalWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_others_have_their_turn_between_the_pieces(
+    host: LocalWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A large adapter must not keep the few threads in which others are found and opened."""
     events: list[str] = []
     populate = local_hold.LocalHold.populate
     monkeypatch.setattr(local_hold, "PIECE_BYTES", 4096)
     root = LocalRoot(host.roots[0], immutable=True)
-
-    async def main(threads: ThreadPoolExecutor) -> None:
+    with ThreadPoolExecutor(1) as threads:
         loop, began = asyncio.get_running_loop(), asyncio.Event()
 
         def noted(hold: local_hold.LocalHold, start: int) -> None:
@@ -245,15 +229,12 @@ def test_others_have_their_turn_between_the_pieces(
         await source.resolve(AdapterRef("./one"))
         events.append("other")
         (await holding).close()
-
-    with ThreadPoolExecutor(1) as threads:
-        run(main(threads))
     assert events.count("piece") in {41, 42}
     assert events.index("other") < 30
 
 
-def test_cancelled_while_a_thread_populates(
-    host: LocalWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_cancelled_while_a_thread_populates(
+    host: LocalWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, go = threading.Event(), threading.Event()
 
@@ -262,15 +243,12 @@ def test_cancelled_while_a_thread_populates(
         assert go.wait(10)
         return 0
 
-    async def main() -> None:
-        monkeypatch.setattr(mapped, "madvise", slow)
-        key = await key_of(host, weights(1))
-        holding = asyncio.ensure_future(host.source.populate(key))
-        await until(entered.is_set)
-        holding.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await holding
-        assert len(maps_below(host.roots[0])) == 1  # the thread is still in there
-        go.set()
-
-    run(main())
+    monkeypatch.setattr(mapped, "madvise", slow)
+    key = await key_of(host, weights(1))
+    holding = asyncio.ensure_future(host.source.populate(key))
+    await until(entered.is_set)
+    holding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await holding
+    assert len(maps_below(host.roots[0])) == 1  # the thread is still in there
+    go.set()

@@ -52,7 +52,7 @@ class TestConformance(SourceConformance):
     pass
 
 
-def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld, run: Run) -> None:
+async def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld) -> None:
     folder = world.fill(world.roots[1] / "o rg" / "ü")
     (world.roots[0] / "link").symlink_to(folder)
     spellings: list[AdapterRef] = [
@@ -69,22 +69,18 @@ def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld, run: Run) -
         AdapterRef("FILE:" + folder.as_uri()[7:]),
         AdapterRef("file://localhost" + folder.as_uri()[7:]),
     ]
-
-    async def main() -> None:
-        keys = {await world.source.resolve(ref) for ref in spellings}
-        assert [key.location for key in keys] == [str(folder)]
-
-    run(main())
+    keys = {await world.source.resolve(ref) for ref in spellings}
+    assert [key.location for key in keys] == [str(folder)]
 
 
-def test_the_first_root_that_has_a_folder_wins(world: LocalWorld, run: Run) -> None:
+async def test_the_first_root_that_has_a_folder_wins(world: LocalWorld) -> None:
     for root in world.roots:
         world.fill(root / "both")
-    key = run(world.source.resolve(AdapterRef("./both")))
+    key = await world.source.resolve(AdapterRef("./both"))
     assert key.location == str(world.roots[0] / "both")
 
 
-def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld, run: Run) -> None:
+async def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld) -> None:
     for version in ("v1", "v2"):
         world.fill(tmp_path / version / "one")
     current = tmp_path / "current"
@@ -94,7 +90,7 @@ def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld, r
         for version in ("v1", "v2"):
             current.unlink()
             current.symlink_to(tmp_path / version)
-            key = run(source.resolve(AdapterRef(f"{current}/one")))
+            key = await source.resolve(AdapterRef(f"{current}/one"))
             assert key.location == str(tmp_path / version / "one")
 
 
@@ -198,13 +194,13 @@ def test_a_link_that_may_not_be_read(
     assert ("give it permission" if trusted else "local_roots only") in str(error)
 
 
-def test_links_stay_in_the_folder(world: LocalWorld, run: Run) -> None:
+async def test_links_stay_in_the_folder(world: LocalWorld) -> None:
     other = world.fill(world.roots[0] / "other")
     folder = world.fill(world.roots[0] / "one")
     (folder / "sub").mkdir()
     (folder / WEIGHTS_NAME).rename(folder / "sub" / "w")
     (folder / WEIGHTS_NAME).symlink_to("sub/w")
-    run(world.source.resolve(AdapterRef("./one")))
+    await world.source.resolve(AdapterRef("./one"))
     texts = set()
     for target in (other / WEIGHTS_NAME, other / "nothing", other, "/dev/null", WEIGHTS_NAME):
         (folder / WEIGHTS_NAME).unlink()
@@ -215,7 +211,7 @@ def test_links_stay_in_the_folder(world: LocalWorld, run: Run) -> None:
     assert len(texts) == 1
     (folder / WEIGHTS_NAME).unlink()
     (folder / WEIGHTS_NAME).symlink_to(other / WEIGHTS_NAME)
-    key = run(world.source.resolve(AdapterRef(folder)))
+    key = await world.source.resolve(AdapterRef(folder))
     assert key.files[1].inode == (other / WEIGHTS_NAME).stat().st_ino
 
 

@@ -17,7 +17,7 @@ from rows_conformance import read_rows, rows_of
 from source_conformance import bring_all
 from source_inputs import CONFIG, groups_of, read, tensors, weights
 
-from common import Run, until
+from common import until
 from lorax_async.adapter import AdapterKey, AdapterRef, TensorsKey
 from lorax_async.config import Limits
 from lorax_async.core.runs import Span
@@ -58,189 +58,158 @@ def world() -> Iterator[World]:
     assert world.inner.counts.open_readers == 0
 
 
-def test_it_is_opened_like_a_file(world: World, run: Run) -> None:
-    async def main() -> None:
-        key = await world.take()
-        assert isinstance(key, TensorsKey)
-        file = await world.source.open(key, Demand())
-        content = read(file.reader, 0, file.reader.nbytes)
-        loaded = safetensors.torch.load(content)
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
-        assert loaded.keys() == tensors(1).keys()
-        assert file.config == CONFIG
-        assert content.startswith(file.prefix)
-        assert not file.holdable
-        await bring_all(world.source, file, content)
-        again = world.source.reopen(key)
-        assert read(again, 3, 40) == content[3:40]
-        parts = [memoryview(bytearray(n)) for n in (0, 5, 1, 64)]
-        again.read_into(parts, 7)
-        assert b"".join(parts) == content[7:77]
-        apart = Span(50, 55, 7, 11)
-        assert read_rows(again, apart) == rows_of(content, apart)
-        for reader in (file.reader, again):
-            with pytest.raises(IntegrityError, match="ends before byte"):
-                read(reader, len(content) - 3, len(content) + 1)
-            with pytest.raises(IntegrityError, match="ends before byte"):
-                read_rows(reader, Span(len(content) - 20, len(content) - 16, 3, 9))
-            reader.close()
-            reader.close()
-            with pytest.raises(FetchError, match="was closed"):
-                read(reader, 0, 1)
-            with pytest.raises(FetchError, match="was closed"):
-                read_rows(reader, apart)
-        assert world.used == len(content)
-        hold = await world.source.populate(key)
-        assert (hold.nbytes, hold.locked) == (0, False)
-        hold.close()
-
-    run(main())
+async def test_it_is_opened_like_a_file(world: World) -> None:
+    key = await world.take()
+    assert isinstance(key, TensorsKey)
+    file = await world.source.open(key, Demand())
+    content = read(file.reader, 0, file.reader.nbytes)
+    loaded = safetensors.torch.load(content)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
+    assert loaded.keys() == tensors(1).keys()
+    assert file.config == CONFIG
+    assert content.startswith(file.prefix)
+    assert not file.holdable
+    await bring_all(world.source, file, content)
+    again = world.source.reopen(key)
+    assert read(again, 3, 40) == content[3:40]
+    parts = [memoryview(bytearray(n)) for n in (0, 5, 1, 64)]
+    again.read_into(parts, 7)
+    assert b"".join(parts) == content[7:77]
+    apart = Span(50, 55, 7, 11)
+    assert read_rows(again, apart) == rows_of(content, apart)
+    for reader in (file.reader, again):
+        with pytest.raises(IntegrityError, match="ends before byte"):
+            read(reader, len(content) - 3, len(content) + 1)
+        with pytest.raises(IntegrityError, match="ends before byte"):
+            read_rows(reader, Span(len(content) - 20, len(content) - 16, 3, 9))
+        reader.close()
+        reader.close()
+        with pytest.raises(FetchError, match="was closed"):
+            read(reader, 0, 1)
+        with pytest.raises(FetchError, match="was closed"):
+            read_rows(reader, apart)
+    assert world.used == len(content)
+    hold = await world.source.populate(key)
+    assert (hold.nbytes, hold.locked) == (0, False)
+    hold.close()
 
 
-def test_everything_else_is_the_other_sources(world: World, run: Run) -> None:
-    async def main() -> None:
-        content = weights(2)
-        key = world.inner.put("other", CONFIG, content)
-        assert await world.source.resolve(AdapterRef("other")) == key
-        file = await world.source.open(key, Demand())
-        await bring_all(world.source, file, content)
-        reader = world.source.reopen(key)
-        for each in (file.reader, reader):
-            assert read(each, 0, len(content)) == content
-            each.close()
-        (await world.source.populate(key)).close()
-        assert world.inner.counts.populates == world.inner.counts.brings == 1
-
-    run(main())
+async def test_everything_else_is_the_other_sources(world: World) -> None:
+    content = weights(2)
+    key = world.inner.put("other", CONFIG, content)
+    assert await world.source.resolve(AdapterRef("other")) == key
+    file = await world.source.open(key, Demand())
+    await bring_all(world.source, file, content)
+    reader = world.source.reopen(key)
+    for each in (file.reader, reader):
+        assert read(each, 0, len(content)) == content
+        each.close()
+    (await world.source.populate(key)).close()
+    assert world.inner.counts.populates == world.inner.counts.brings == 1
 
 
-def test_nobody_wants_it_any_more(world: World, run: Run) -> None:
-    async def main() -> None:
-        file = await world.source.open(await world.take(), Demand())
-        demand = Demand()
-        demand.end()
-        groups = groups_of(read(file.reader, 0, file.reader.nbytes))
-        with pytest.raises(FetchError, match="nobody waits"):
-            await world.source.bring(file, groups, lambda _: None, demand)
-        file.reader.close()
-
-    run(main())
+async def test_nobody_wants_it_any_more(world: World) -> None:
+    file = await world.source.open(await world.take(), Demand())
+    demand = Demand()
+    demand.end()
+    groups = groups_of(read(file.reader, 0, file.reader.nbytes))
+    with pytest.raises(FetchError, match="nobody waits"):
+        await world.source.bring(file, groups, lambda _: None, demand)
+    file.reader.close()
 
 
-def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World, run: Run) -> None:
-    async def main() -> None:
-        key = await world.take()
-        file = await world.source.open(key, Demand())
-        nbytes = world.used
-        world.source.copies.drop(key)
-        world.source.copies.drop(key)
-        assert world.source.copies.sizes == {}
-        assert world.used == nbytes, "who reads has the bytes"
-        assert len(read(file.reader, 0, nbytes)) == nbytes
-        with pytest.raises(AdapterNotFoundError, match="give them again") as caught:
-            await world.source.open(key, Demand())
-        assert caught.value.stage == "fetch"
-        with pytest.raises(FetchError, match="give them again"):
-            await world.source.populate(key)
-        late = world.source.reopen(key)
-        with pytest.raises(FetchError, match="give them again"):
-            read(late, 0, 1)
-        late.close()
-        again = await world.take()
-        assert (again, world.used) == (key, 2 * nbytes)
-        file.reader.close()
-        assert world.used == nbytes
-
-    run(main())
+async def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World) -> None:
+    key = await world.take()
+    file = await world.source.open(key, Demand())
+    nbytes = world.used
+    world.source.copies.drop(key)
+    world.source.copies.drop(key)
+    assert world.source.copies.sizes == {}
+    assert world.used == nbytes, "who reads has the bytes"
+    assert len(read(file.reader, 0, nbytes)) == nbytes
+    with pytest.raises(AdapterNotFoundError, match="give them again") as caught:
+        await world.source.open(key, Demand())
+    assert caught.value.stage == "fetch"
+    with pytest.raises(FetchError, match="give them again"):
+        await world.source.populate(key)
+    late = world.source.reopen(key)
+    with pytest.raises(FetchError, match="give them again"):
+        read(late, 0, 1)
+    late.close()
+    again = await world.take()
+    assert (again, world.used) == (key, 2 * nbytes)
+    file.reader.close()
+    assert world.used == nbytes
 
 
-def test_equal_content_is_kept_once(world: World, run: Run) -> None:
-    async def main() -> None:
-        keys = await asyncio.gather(*(world.take() for _ in range(8)))
-        assert len(set(map(id, keys))) == 1
-        assert world.used == world.source.copies.sizes[keys[0]]
-
-    run(main())
+async def test_equal_content_is_kept_once(world: World) -> None:
+    keys = await asyncio.gather(*(world.take() for _ in range(8)))
+    assert len(set(map(id, keys))) == 1
+    assert world.used == world.source.copies.sizes[keys[0]]
 
 
-def test_the_budget_counts_what_is_being_copied(world: World, run: Run) -> None:
-    async def main() -> None:
-        large = {"x": torch.zeros(ROOM // 8)}  # F32: half of it, and the header besides
-        keys = await asyncio.gather(
-            *(world.source.take(large, CONFIG + b" " * n, lambda: None) for n in range(6)),
-            return_exceptions=True,
-        )
-        (key,) = (key for key in keys if isinstance(key, AdapterKey))
-        assert sum(isinstance(key, CapacityError) for key in keys) == 5
-        assert world.used == world.source.copies.sizes[key] < ROOM
-
-    run(main())
+async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
+    large = {"x": torch.zeros(ROOM // 8)}  # F32: half of it, and the header besides
+    keys = await asyncio.gather(
+        *(world.source.take(large, CONFIG + b" " * n, lambda: None) for n in range(6)),
+        return_exceptions=True,
+    )
+    (key,) = (key for key in keys if isinstance(key, AdapterKey))
+    assert sum(isinstance(key, CapacityError) for key in keys) == 5
+    assert world.used == world.source.copies.sizes[key] < ROOM
 
 
 @pytest.mark.parametrize("late", [0.0, 0.003])
-def test_cancelled_at_any_await(world: World, run: Run, late: float) -> None:
-    async def main() -> None:
-        ends = [await was_cancelled(_forget(world), at, late) for at in range(8)]
-        assert ends.count(True) >= 2
-        assert ends == sorted(ends, reverse=True)
-
-    run(main())
+async def test_cancelled_at_any_await(world: World, late: float) -> None:
+    ends = [await was_cancelled(_forget(world), at, late) for at in range(8)]
+    assert ends.count(True) >= 2
+    assert ends == sorted(ends, reverse=True)
 
 
 async def _forget(world: World) -> None:
     world.source.copies.drop(await world.take())
 
 
-def test_a_thread_that_still_copies_has_the_room(
-    world: World, run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_a_thread_that_still_copies_has_the_room(
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main() -> None:
-        began, go_on = Event(), Event()
+    began, go_on = Event(), Event()
 
-        def slowly(*_: Any) -> None:
-            began.set()
-            assert go_on.wait(20)
+    def slowly(*_: Any) -> None:
+        began.set()
+        assert go_on.wait(20)
 
-        monkeypatch.setattr("lorax_async.io.snapshot._copy_piece", slowly)
-        taking = asyncio.create_task(world.take())
-        await asyncio.to_thread(began.wait, 20)
-        taking.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await taking
-        assert world.used > 0
-        go_on.set()
-        await until(lambda: not world.used)
-
-    run(main())
+    monkeypatch.setattr("lorax_async.io.snapshot._copy_piece", slowly)
+    taking = asyncio.create_task(world.take())
+    await asyncio.to_thread(began.wait, 20)
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    assert world.used > 0
+    go_on.set()
+    await until(lambda: not world.used)
 
 
-def test_a_digest_is_that_of_the_file_they_became(world: World, run: Run) -> None:
+async def test_a_digest_is_that_of_the_file_they_became(world: World) -> None:
     """Other adapters' is their source's business."""
-
-    async def main() -> None:
-        key, other = await world.take(), world.inner.put("one", CONFIG, weights(2))
-        file = await world.source.open(key, Demand())
-        content = read(file.reader, 0, file.reader.nbytes)
-        file.reader.close()
-        loaded = safetensors.torch.load(content)
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
-        assert await world.source.digest(key) == sha256(content).hexdigest()
-        assert await world.source.digest(other) == sha256(weights(2)).hexdigest()
-        world.source.copies.drop(key)
-        with pytest.raises(FetchError, match="load_tensors") as caught:
-            await world.source.digest(key)
-        assert not caught.value.retryable
-
-    run(main())
+    key, other = await world.take(), world.inner.put("one", CONFIG, weights(2))
+    file = await world.source.open(key, Demand())
+    content = read(file.reader, 0, file.reader.nbytes)
+    file.reader.close()
+    loaded = safetensors.torch.load(content)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
+    assert await world.source.digest(key) == sha256(content).hexdigest()
+    assert await world.source.digest(other) == sha256(weights(2)).hexdigest()
+    world.source.copies.drop(key)
+    with pytest.raises(FetchError, match="load_tensors") as caught:
+        await world.source.digest(key)
+    assert not caught.value.retryable
 
 
-def test_nothing_begins_once_it_is_closed(world: World, run: Run) -> None:
+async def test_nothing_begins_once_it_is_closed(world: World) -> None:
     def closed() -> None:
         raise LoaderClosedError("the loader is closed")
 
-    async def main() -> None:
-        with pytest.raises(LoaderClosedError):
-            await world.source.take(tensors(1), CONFIG, closed)
-        assert world.used == 0
-
-    run(main())
+    with pytest.raises(LoaderClosedError):
+        await world.source.take(tensors(1), CONFIG, closed)
+    assert world.used == 0

@@ -13,7 +13,7 @@ import safetensors.torch
 from source_inputs import read
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import Merge
 from lorax_async.adapter import AdapterKey, MergedKey
 from lorax_async.config import Limits
@@ -23,15 +23,14 @@ from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.io.sources.merged import MergedSource
 
 
-def test_who_reads_in_a_thread_hears_that_the_loop_has_ended(run: Run) -> None:
+async def test_who_reads_in_a_thread_hears_that_the_loop_has_ended() -> None:
     """Whoever ends a loop cancels its tasks."""
     inner = FakeSource()
     config = json.dumps(tiny.config()).encode()
     parts = [inner.put(id, config, safetensors.torch.save(tiny.tensors(0))) for id in "ab"]
     key = MergedKey.of(Merge("linear", ["a", "b"], [1, -0.5]), parts)
     inner.hold("b")
-
-    async def body(threads: ThreadPoolExecutor) -> None:
+    with ThreadPoolExecutor(2) as threads:
         source = MergedSource(inner, tiny.layout(), dtype="F32", limits=Limits(), threads=threads)
         reader = source.reopen(key)
         reading = threads.submit(read, reader, 0, 8)
@@ -42,9 +41,6 @@ def test_who_reads_in_a_thread_hears_that_the_loop_has_ended(run: Run) -> None:
         with pytest.raises(FetchError, match="the loader was closed"):
             reading.result()
         reader.close()
-
-    with ThreadPoolExecutor(2) as threads:
-        run(body(threads))
     assert inner.counts.open_readers == 0
 
 
@@ -61,18 +57,14 @@ class _BrokenSource(FakeSource):
         return replace(file, refuse=refuse)
 
 
-def test_a_refusal_that_fails_closes_the_other_parts(run: Run) -> None:
+async def test_a_refusal_that_fails_closes_the_other_parts() -> None:
     inner = _BrokenSource()
     config = json.dumps(tiny.config()).encode()
     parts = [inner.put(id, config, safetensors.torch.save(tiny.tensors(0))) for id in "ab"]
     key = MergedKey.of(Merge("linear", ["a", "b"], [1, -0.5]), parts)
-
-    async def body(threads: ThreadPoolExecutor) -> None:
+    with ThreadPoolExecutor(2) as threads:
         source = MergedSource(inner, tiny.layout(), dtype="F32", limits=Limits(), threads=threads)
         file = await source.open(key, Demand())
         with pytest.raises(IntegrityError, match="another version"):
             await file.refused(AdapterFormatError("a merge that does not fit"))
-
-    with ThreadPoolExecutor(2) as threads:
-        run(body(threads))
     assert inner.counts.open_readers == 0

@@ -17,7 +17,6 @@ from rows_conformance import read_rows, rows_of
 from source_inputs import read
 
 import tiny
-from common import Run
 from lorax_async import Merge
 from lorax_async.adapter import AdapterRef, MergedKey
 from lorax_async.config import Limits
@@ -95,73 +94,63 @@ def tensors_of(reader: MergedReader) -> tuple[MergedTensor, ...]:
 
 
 @pytest.mark.parametrize("merge", MERGES)
-def test_columns_of_every_tensor_are_the_files(
-    source: MergedSource, run: Run, merge: Merge, computed: Counter[int]
+async def test_columns_of_every_tensor_are_the_files(
+    source: MergedSource, merge: Merge, computed: Counter[int]
 ) -> None:
-    async def main() -> None:
-        reader, content = await opened(source, merge)
-        computed.clear()
-        for tensor in tensors_of(reader):
-            for part in (1, 0):
-                span = columns(tensor, part, 2)
-                assert read_rows(reader, span) == rows_of(content, span)
-        # The second half of the columns reaches the tensor's end, after which it is not kept.
-        assert set(computed.values()) == {2}
-        computed.clear()
-        for tensor in tensors_of(reader):
-            for part in (0, 1):
-                span = columns(tensor, part, 2)
-                assert read_rows(reader, span) == rows_of(content, span)
-        assert set(computed.values()) == {1}
-        reader.close()
-
-    run(main())
+    reader, content = await opened(source, merge)
+    computed.clear()
+    for tensor in tensors_of(reader):
+        for part in (1, 0):
+            span = columns(tensor, part, 2)
+            assert read_rows(reader, span) == rows_of(content, span)
+    # The second half of the columns reaches the tensor's end, after which it is not kept.
+    assert set(computed.values()) == {2}
+    computed.clear()
+    for tensor in tensors_of(reader):
+        for part in (0, 1):
+            span = columns(tensor, part, 2)
+            assert read_rows(reader, span) == rows_of(content, span)
+    assert set(computed.values()) == {1}
+    reader.close()
 
 
-def test_a_thread_keeps_one_tensor(
-    source: MergedSource, run: Run, computed: Counter[int], monkeypatch: pytest.MonkeyPatch
+async def test_a_thread_keeps_one_tensor(
+    source: MergedSource, computed: Counter[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first is given up for the second, before that is computed."""
     kept, counted = list[int](), merged_reader._merged
+    reader, content = await opened(source, Merge("linear", ["a", "b"], [1, -0.5]))
 
-    async def main() -> None:
-        reader, content = await opened(source, Merge("linear", ["a", "b"], [1, -0.5]))
+    def watched(*given: Any) -> torch.Tensor:
+        kept.append(cut_in(reader))
+        return counted(*given)
 
-        def watched(*given: Any) -> torch.Tensor:
-            kept.append(cut_in(reader))
-            return counted(*given)
-
-        monkeypatch.setattr(merged_reader, "_merged", watched)
-        first, second, *_ = tensors_of(reader)
-        computed.clear()
-        for tensor in (first, second, first):
-            span = columns(tensor, 0, 2)
-            assert read_rows(reader, span) == rows_of(content, span)
-        assert computed == {first.start: 2, second.start: 1}
-        assert (kept, cut_in(reader)) == ([0, 0, 0], 1)
-        reader.close()
-
-    run(main())
+    monkeypatch.setattr(merged_reader, "_merged", watched)
+    first, second, *_ = tensors_of(reader)
+    computed.clear()
+    for tensor in (first, second, first):
+        span = columns(tensor, 0, 2)
+        assert read_rows(reader, span) == rows_of(content, span)
+    assert computed == {first.start: 2, second.start: 1}
+    assert (kept, cut_in(reader)) == ([0, 0, 0], 1)
+    reader.close()
 
 
-def test_rows_of_several_tensors_and_of_the_header(source: MergedSource, run: Run) -> None:
-    async def main() -> None:
-        reader, content = await opened(source, Merge("linear", ["a", "b"], [1, -0.5]))
-        for start in (0, 5, len(content) - 3000):
-            span = Span(start, start + 70, 10, 300)
-            assert read_rows(reader, span) == rows_of(content, span)
-        with pytest.raises(IntegrityError, match="ends before byte"):
-            read_rows(reader, Span(len(content) - 30, len(content) - 20, 3, 11))
-        reader.close()
-        with pytest.raises(FetchError, match="closed"):
-            read_rows(reader, Span(0, 2, 2, 4))
-
-    run(main())
+async def test_rows_of_several_tensors_and_of_the_header(source: MergedSource) -> None:
+    reader, content = await opened(source, Merge("linear", ["a", "b"], [1, -0.5]))
+    for start in (0, 5, len(content) - 3000):
+        span = Span(start, start + 70, 10, 300)
+        assert read_rows(reader, span) == rows_of(content, span)
+    with pytest.raises(IntegrityError, match="ends before byte"):
+        read_rows(reader, Span(len(content) - 30, len(content) - 20, 3, 11))
+    reader.close()
+    with pytest.raises(FetchError, match="closed"):
+        read_rows(reader, Span(0, 2, 2, 4))
 
 
 @pytest.mark.parametrize("merge", MERGES)
-def test_threads_that_take_turns_compute_their_tensors_once(
-    source: MergedSource, run: Run, merge: Merge, computed: Counter[int]
+async def test_threads_that_take_turns_compute_their_tensors_once(
+    source: MergedSource, merge: Merge, computed: Counter[int]
 ) -> None:
     """Each reads a tensor of its own, some rows at a time, as small windows do."""
     turns = Barrier(2)
@@ -176,15 +165,12 @@ def test_threads_that_take_turns_compute_their_tensors_once(
                 good &= read_rows(reader, span) == rows_of(content, span)
         return good
 
-    async def main() -> None:
-        reader, content = await opened(source, merge)
-        computed.clear()
-        mine = tensors_of(reader)[0:3:2]  # of two modules' A
-        assert mine[0].shape == mine[1].shape
-        assert await asyncio.gather(
-            *(asyncio.to_thread(rows_at_a_time, reader, content, tensor) for tensor in mine)
-        ) == [True, True]
-        assert computed == {tensor.start: 1 for tensor in mine}
-        reader.close()
-
-    run(main())
+    reader, content = await opened(source, merge)
+    computed.clear()
+    mine = tensors_of(reader)[0:3:2]  # of two modules' A
+    assert mine[0].shape == mine[1].shape
+    assert await asyncio.gather(
+        *(asyncio.to_thread(rows_at_a_time, reader, content, tensor) for tensor in mine)
+    ) == [True, True]
+    assert computed == {tensor.start: 1 for tensor in mine}
+    reader.close()

@@ -17,7 +17,7 @@ from disk_cache_world import open_below
 from source_inputs import CONFIG, tensors
 from spilling_world import SIZE, World, entry_key
 
-from common import Run, until
+from common import until
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.cache_names import CONFIG_FILE, CacheKey
 from lorax_async.core.policies import policy
@@ -41,27 +41,24 @@ def on_disk(disk: DiskCache) -> Iterator[World]:
         world.close()
 
 
-def test_two_loaders_share_an_entry(on_disk: World, disk: DiskCache, run: Run) -> None:
-    async def main() -> None:
-        with ThreadPoolExecutor(2) as threads:
-            other_cache = DiskCache(_folder(disk), 1 << 30, policy("lru"))
-            other = World(other_cache, threads)
-            key = await on_disk.take(1)
-            await on_disk.take(2)
-            written = _inode(disk, key)
-            assert await other.take(1) == key
-            await other.take(3)
-            assert _inode(disk, key) == written
-            on_disk.source.copies.drop(key)
-            await on_disk.take(4)  # after what was to be removed
-            await on_disk.take(5)
-            assert _inode(disk, key) == written
-            await other.assert_is(key, 1)
-            other.close()
-            assert _inode(disk, key) is None
-            other_cache.close()
-
-    run(main())
+async def test_two_loaders_share_an_entry(on_disk: World, disk: DiskCache) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        other_cache = DiskCache(_folder(disk), 1 << 30, policy("lru"))
+        other = World(other_cache, threads)
+        key = await on_disk.take(1)
+        await on_disk.take(2)
+        written = _inode(disk, key)
+        assert await other.take(1) == key
+        await other.take(3)
+        assert _inode(disk, key) == written
+        on_disk.source.copies.drop(key)
+        await on_disk.take(4)  # after what was to be removed
+        await on_disk.take(5)
+        assert _inode(disk, key) == written
+        await other.assert_is(key, 1)
+        other.close()
+        assert _inode(disk, key) is None
+        other_cache.close()
 
 
 CHILD = """
@@ -99,7 +96,7 @@ def killed(folder: Path, when: str) -> None:
     assert ended.returncode == -signal.SIGKILL
 
 
-def test_what_a_killed_process_left_is_taken_up(on_disk: World, disk: DiskCache, run: Run) -> None:
+async def test_what_a_killed_process_left_is_taken_up(on_disk: World, disk: DiskCache) -> None:
     killed(_folder(disk), "whole")
 
     async def main() -> None:
@@ -110,9 +107,9 @@ def test_what_a_killed_process_left_is_taken_up(on_disk: World, disk: DiskCache,
         assert _inode(disk, key) == left
         await on_disk.assert_is(key, 1)
 
-    run(main())
+    await main()
     on_disk.source.copies.clear()
-    run(until(lambda: disk.used() == 0))
+    await until(lambda: disk.used() == 0)
 
 
 def test_what_a_killed_process_left_makes_room_for_anybody(disk: DiskCache, tmp_path: Path) -> None:
@@ -124,51 +121,44 @@ def test_what_a_killed_process_left_makes_room_for_anybody(disk: DiskCache, tmp_
     small.close()
 
 
-def test_what_was_half_written_is_written_anew(on_disk: World, disk: DiskCache, run: Run) -> None:
+async def test_what_was_half_written_is_written_anew(on_disk: World, disk: DiskCache) -> None:
     killed(_folder(disk), "half")
     partials = list((_folder(disk) / "partials").iterdir())
     (file,) = (path for part in partials for path in part.glob("*.safetensors"))
     content = file.read_bytes()
     file.write_bytes(bytes(len(content)))  # and the disk has lost its bytes
-
-    async def main() -> None:
-        key = await on_disk.take(1)
-        await on_disk.take(2)
-        assert on_disk.is_spilled(key)
-        await on_disk.assert_is(key, 1)
-        assert list((_folder(disk) / "partials").iterdir()) == []
-
-    run(main())
+    key = await on_disk.take(1)
+    await on_disk.take(2)
+    assert on_disk.is_spilled(key)
+    await on_disk.assert_is(key, 1)
+    assert list((_folder(disk) / "partials").iterdir()) == []
 
 
 @pytest.mark.parametrize("wrong", ["damaged", "another's"])
-def test_wrong_bytes_under_its_name_are_never_read(
-    on_disk: World, disk: DiskCache, run: Run, wrong: str
+async def test_wrong_bytes_under_its_name_are_never_read(
+    on_disk: World, disk: DiskCache, wrong: str
 ) -> None:
-    async def main() -> None:
-        key = await on_disk.take(1)
-        content = safetensors.torch.save(tensors(1))
-        other = bytes(len(content))
-        stored(disk, entry_key(key), other if wrong == "another's" else content, CONFIG).close()
-        if wrong == "damaged":
-            path = _folder(disk) / "entries" / entry_key(key).name / "adapter_model.safetensors"
-            times = path.stat()
-            path.write_bytes(other)
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    key = await on_disk.take(1)
+    content = safetensors.torch.save(tensors(1))
+    other = bytes(len(content))
+    stored(disk, entry_key(key), other if wrong == "another's" else content, CONFIG).close()
+    if wrong == "damaged":
+        path = _folder(disk) / "entries" / entry_key(key).name / "adapter_model.safetensors"
+        times = path.stat()
+        path.write_bytes(other)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        await on_disk.take(2)
+    else:
+        with pytest.raises(CapacityError, match="other bytes under the name"):
             await on_disk.take(2)
-        else:
-            with pytest.raises(CapacityError, match="other bytes under the name"):
-                await on_disk.take(2)
-            assert not on_disk.is_spilled(key)
-            await on_disk.take(2)
-        assert on_disk.is_spilled(key)
-        await on_disk.assert_is(key, 1)
-        entry = disk.open(entry_key(key))
-        assert entry is not None
-        assert content_of(entry, CONFIG_FILE) == CONFIG
-        entry.close()
-
-    run(main())
+        assert not on_disk.is_spilled(key)
+        await on_disk.take(2)
+    assert on_disk.is_spilled(key)
+    await on_disk.assert_is(key, 1)
+    entry = disk.open(entry_key(key))
+    assert entry is not None
+    assert content_of(entry, CONFIG_FILE) == CONFIG
+    entry.close()
 
 
 def _folder(disk: DiskCache) -> Path:

@@ -13,7 +13,6 @@ import torch
 from local_world import LocalWorld, descriptors, maps_below, nothing_left_open
 from split_world import FILES, cut, put, replace, touch
 
-from common import Run
 from lorax_async import errors
 from lorax_async.adapter import AdapterRef
 from lorax_async.io.mapped import MappedFile
@@ -33,64 +32,53 @@ def host(tmp_path: Path) -> Iterator[LocalWorld]:
         yield world
 
 
-def test_every_file_comes_back_and_stays(
-    host: LocalWorld, run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_every_file_comes_back_and_stays(
+    host: LocalWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In many pieces, for files of several pages."""
     monkeypatch.setattr(local_hold, "PIECE_BYTES", 4096)
     write(host.roots[0] / "one", [{name: torch.ones(n)} for name, n in SIZES.items()])
     paths = [host.roots[0] / "one" / name for name in WEIGHTS]
-
-    async def main() -> None:
-        key = await host.source.resolve(AdapterRef("./one"))
-        file = await host.source.open(key, Demand())
-        assert file.holdable
-        counted = file.reader.nbytes  # what the host tier's budget is asked for
-        file.reader.close()
-        for path in paths:
-            drop_pages(path)
-        before = descriptors()
-        hold = await host.source.populate(key)
-        assert descriptors() == before
-        assert hold.nbytes == sum(path.stat().st_size for path in paths)
-        assert hold.nbytes <= counted
-        for path in paths:
-            (sizes,) = map_sizes(path)
-            assert sizes["Rss"] == sizes["Size"]
-            assert sizes["Locked"] == (sizes["Size"] if hold.locked else 0)
-            drop_pages(path)
-            assert cached_pages(path) == pages(path.stat().st_size)
-        hold.close()
-
-    run(main())
+    key = await host.source.resolve(AdapterRef("./one"))
+    file = await host.source.open(key, Demand())
+    assert file.holdable
+    counted = file.reader.nbytes  # what the host tier's budget is asked for
+    file.reader.close()
+    for path in paths:
+        drop_pages(path)
+    before = descriptors()
+    hold = await host.source.populate(key)
+    assert descriptors() == before
+    assert hold.nbytes == sum(path.stat().st_size for path in paths)
+    assert hold.nbytes <= counted
+    for path in paths:
+        (sizes,) = map_sizes(path)
+        assert sizes["Rss"] == sizes["Size"]
+        assert sizes["Locked"] == (sizes["Size"] if hold.locked else 0)
+        drop_pages(path)
+        assert cached_pages(path) == pages(path.stat().st_size)
+    hold.close()
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_file_outside_of_the_root_leaves_all_unheld(
-    host: LocalWorld, run: Run, number: int
-) -> None:
+async def test_a_file_outside_of_the_root_leaves_all_unheld(host: LocalWorld, number: int) -> None:
     folder, other = host.roots[0] / "one", put(host.outside / "two")
     (folder / WEIGHTS[number]).unlink()
     (folder / WEIGHTS[number]).symlink_to(other / WEIGHTS[number])
-
-    async def main() -> None:
-        key = await host.source.resolve(AdapterRef(folder))
-        file = await host.source.open(key, Demand())
-        file.reader.close()
-        hold = await host.source.populate(key)
-        assert (file.holdable, hold.nbytes, hold.locked) == (False, 0, False)
-        hold.close()
-        assert maps_below(host.outside.parent) == []
-
-    run(main())
+    key = await host.source.resolve(AdapterRef(folder))
+    file = await host.source.open(key, Demand())
+    file.reader.close()
+    hold = await host.source.populate(key)
+    assert (file.holdable, hold.nbytes, hold.locked) == (False, 0, False)
+    hold.close()
+    assert maps_below(host.outside.parent) == []
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("change", [touch, cut, replace])
 @pytest.mark.parametrize("when", ["during", "after"])
-def test_a_file_that_changes_leaves_all_unheld(
+async def test_a_file_that_changes_leaves_all_unheld(
     host: LocalWorld,
-    run: Run,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     change: Callable[[Path], None],
@@ -108,19 +96,15 @@ def test_a_file_that_changes_leaves_all_unheld(
             change(path)
 
     monkeypatch.setattr(local_hold.LocalHold, "populate", changing)
-
-    async def main() -> None:
-        key = await host.source.resolve(AdapterRef("./one"))
-        with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
-            await host.source.populate(key)
-        assert maps_below(path.parent) == []
-
-    run(main())
+    key = await host.source.resolve(AdapterRef("./one"))
+    with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
+        await host.source.populate(key)
+    assert maps_below(path.parent) == []
 
 
 @pytest.mark.parametrize("nth", [0, 1, 2])
-def test_a_file_that_cannot_be_mapped(
-    host: LocalWorld, run: Run, monkeypatch: pytest.MonkeyPatch, nth: int
+async def test_a_file_that_cannot_be_mapped(
+    host: LocalWorld, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     made: list[MappedFile] = []
 
@@ -131,13 +115,9 @@ def test_a_file_that_cannot_be_mapped(
         return made[-1]
 
     monkeypatch.setattr(local_hold, "MappedFile", refused)
-
-    async def main() -> None:
-        key = await host.source.resolve(AdapterRef("./one"))
-        before = descriptors()
-        with pytest.raises(errors.FetchError, match=rf"{WEIGHTS[nth]} cannot be read \(ENOMEM\)"):
-            await host.source.populate(key)
-        made.clear()
-        assert (descriptors(), maps_below(host.roots[0])) == (before, [])
-
-    run(main())
+    key = await host.source.resolve(AdapterRef("./one"))
+    before = descriptors()
+    with pytest.raises(errors.FetchError, match=rf"{WEIGHTS[nth]} cannot be read \(ENOMEM\)"):
+        await host.source.populate(key)
+    made.clear()
+    assert (descriptors(), maps_below(host.roots[0])) == (before, [])

@@ -9,7 +9,7 @@ from pathlib import Path
 import prometheus_client
 import pytest
 
-from common import LOOPS, Run, until
+from common import LOOPS, until
 from lorax_async import (
     AdapterLoader,
     AdapterNotFoundError,
@@ -64,42 +64,34 @@ def assert_known(samples: Samples) -> None:
     assert (samples["lorax_leases"], samples["lorax_waiting"]) == (0, 0)
 
 
-def test_a_known_sequence(run: Run, tmp_path: Path) -> None:
+async def test_a_known_sequence(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c", "d")
-
-    async def body() -> None:
-        async with over(source, max_slots=2) as there:
-            with LoaderCollector(there) as collector:
-                registry = registered(collector)
-                await known_sequence(there, source)
-                samples, told = scraped(registry), there.statistics()
-        assert_known(samples)
-        for name in ("fetches", "loads", "departures", "spills"):
-            assert samples[f"lorax_{name}_total"] == getattr(told, name)
-        assert samples["lorax_moved_bytes_total"] == told.bytes_moved
-        assert sum(of(samples, "lorax_failures_total").values()) == told.failures
-        for name, values in (("seconds", told.seconds), ("bytes", told.nbytes)):
-            shown = of(samples, f"lorax_stage_{name}_total")
-            assert shown == {f"stage={stage}": values.get(stage, 0) for stage in STAGES}
-        assert samples["lorax_stage_bytes_total{stage=copy}"] == 4 * ONE
-
-    run(body())
+    async with over(source, max_slots=2) as there:
+        with LoaderCollector(there) as collector:
+            registry = registered(collector)
+            await known_sequence(there, source)
+            samples, told = scraped(registry), there.statistics()
+    assert_known(samples)
+    for name in ("fetches", "loads", "departures", "spills"):
+        assert samples[f"lorax_{name}_total"] == getattr(told, name)
+    assert samples["lorax_moved_bytes_total"] == told.bytes_moved
+    assert sum(of(samples, "lorax_failures_total").values()) == told.failures
+    for name, values in (("seconds", told.seconds), ("bytes", told.nbytes)):
+        shown = of(samples, f"lorax_stage_{name}_total")
+        assert shown == {f"stage={stage}": values.get(stage, 0) for stage in STAGES}
+    assert samples["lorax_stage_bytes_total{stage=copy}"] == 4 * ONE
 
 
-def test_after_the_end_the_last_numbers_are_told(run: Run, tmp_path: Path) -> None:
+async def test_after_the_end_the_last_numbers_are_told(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c", "d")
     made: list[prometheus_client.CollectorRegistry] = []
-
-    async def body() -> None:
-        async with over(source, max_slots=2) as there:
-            made.append(registered(LoaderCollector(there)))
-            await known_sequence(there, source)
-        samples = scraped(made[0])
-        assert samples["lorax_loads_total"] == 4
-        assert samples["lorax_departures_total"] == 4, "the last one left as the loader was closed"
-        assert samples["lorax_slots_used"] == 0
-
-    run(body())
+    async with over(source, max_slots=2) as there:
+        made.append(registered(LoaderCollector(there)))
+        await known_sequence(there, source)
+    samples = scraped(made[0])
+    assert samples["lorax_loads_total"] == 4
+    assert samples["lorax_departures_total"] == 4, "the last one left as the loader was closed"
+    assert samples["lorax_slots_used"] == 0
 
 
 @pytest.mark.parametrize("kind", LOOPS)
@@ -119,129 +111,104 @@ def test_a_closed_loop_is_not_asked(kind: str, tmp_path: Path) -> None:
     assert samples["lorax_loads_total"] == samples["lorax_departures_total"] == 1
 
 
-def test_a_scrape_in_a_thread_asks_the_loop(run: Run, tmp_path: Path) -> None:
+async def test_a_scrape_in_a_thread_asks_the_loop(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
-
-    async def body() -> None:
-        async with over(source) as there:
-            with LoaderCollector(there, timeout=600) as collector:
-                registry = registered(collector)
-                await loaded(there, "a")
-                samples = await asyncio.to_thread(scraped, registry)
-                assert samples["lorax_loads_total"] == 1
-
-    run(body())
+    async with over(source) as there:
+        with LoaderCollector(there, timeout=600) as collector:
+            registry = registered(collector)
+            await loaded(there, "a")
+            samples = await asyncio.to_thread(scraped, registry)
+            assert samples["lorax_loads_total"] == 1
 
 
-def test_a_loop_that_does_not_answer_keeps_nobody_waiting(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_loop_that_does_not_answer_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = stocked(tmp_path, "a")
     found: list[Samples] = []
-
-    async def body() -> None:
-        async with over(source) as there:
-            with LoaderCollector(there, timeout=0.001) as collector:
-                registry = registered(collector)
-                await loaded(there, "a")
-                thread = threading.Thread(target=lambda: found.append(scraped(registry)))
-                thread.start()
-                thread.join(20)  # and so this loop does nothing
-                assert not thread.is_alive()
-                looks: list[None] = []
-                monkeypatch.setattr(there, "last_numbers", lambda: looks.append(None))
-                await asyncio.sleep(0)  # it comes to the question now, which nobody asks any more
-                assert looks == []
-                monkeypatch.undo()
-                assert scraped(registry)["lorax_loads_total"] == 1
-
-    run(body())
+    async with over(source) as there:
+        with LoaderCollector(there, timeout=0.001) as collector:
+            registry = registered(collector)
+            await loaded(there, "a")
+            thread = threading.Thread(target=lambda: found.append(scraped(registry)))
+            thread.start()
+            thread.join(20)  # and so this loop does nothing
+            assert not thread.is_alive()
+            looks: list[None] = []
+            monkeypatch.setattr(there, "last_numbers", lambda: looks.append(None))
+            await asyncio.sleep(0)  # it comes to the question now, which nobody asks any more
+            assert looks == []
+            monkeypatch.undo()
+            assert scraped(registry)["lorax_loads_total"] == 1
     assert found[0]["lorax_loads_total"] == 0, "as it was when it was made"
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError, TimeoutError])
-def test_a_look_that_fails_is_told_who_asked(
-    run: Run, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+async def test_a_look_that_fails_is_told_who_asked(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     """Also where it fails with what a loop raises that does not answer."""
 
     def failing() -> None:
         raise kind("a fault of ours")
 
-    async def body() -> None:
-        async with loader() as there:
-            with LoaderCollector(there, timeout=600) as collector:
-                registry = registered(collector)
-                monkeypatch.setattr(there, "last_numbers", failing)
-                with pytest.raises(kind, match="ours"):
-                    await asyncio.to_thread(scraped, registry)
-
-    run(body())
+    async with loader() as there:
+        with LoaderCollector(there, timeout=600) as collector:
+            registry = registered(collector)
+            monkeypatch.setattr(there, "last_numbers", failing)
+            with pytest.raises(kind, match="ours"):
+                await asyncio.to_thread(scraped, registry)
 
 
-def test_no_label_names_an_adapter(run: Run, tmp_path: Path) -> None:
+async def test_no_label_names_an_adapter(tmp_path: Path) -> None:
     source = stocked(tmp_path, "org/secret")
-
-    async def body() -> None:
-        async with over(source) as there:
-            with LoaderCollector(there) as collector:
-                registry = registered(collector)
-                await loaded(there, "org/secret")
-                with pytest.raises(AdapterNotFoundError):
-                    await there.load("org/unknown")
-                text = prometheus_client.generate_latest(registry).decode()
-        assert "secret" not in text
-        assert "unknown" not in text
-
-    run(body())
+    async with over(source) as there:
+        with LoaderCollector(there) as collector:
+            registry = registered(collector)
+            await loaded(there, "org/secret")
+            with pytest.raises(AdapterNotFoundError):
+                await there.load("org/unknown")
+            text = prometheus_client.generate_latest(registry).decode()
+    assert "secret" not in text
+    assert "unknown" not in text
 
 
-def test_registries_are_the_programs(run: Run) -> None:
-    async def body() -> None:
-        before = prometheus_client.generate_latest()
-        async with loader() as one, loader() as two:
-            with LoaderCollector(one) as first, LoaderCollector(two) as second:
-                registry = registered(first)
-                with pytest.raises(ValueError, match="Duplicated"):
-                    registry.register(second)
-                registered(second)
-                names = {family.name for family in first.describe()}
-                assert names == {family.name for family in first.collect()}
-                assert all(name.startswith("lorax_") for name in names)
-        assert b"lorax" not in before
-        assert b"lorax" not in prometheus_client.generate_latest()
-
-    run(body())
+async def test_registries_are_the_programs() -> None:
+    before = prometheus_client.generate_latest()
+    async with loader() as one, loader() as two:
+        with LoaderCollector(one) as first, LoaderCollector(two) as second:
+            registry = registered(first)
+            with pytest.raises(ValueError, match="Duplicated"):
+                registry.register(second)
+            registered(second)
+            names = {family.name for family in first.describe()}
+            assert names == {family.name for family in first.collect()}
+            assert all(name.startswith("lorax_") for name in names)
+    assert b"lorax" not in before
+    assert b"lorax" not in prometheus_client.generate_latest()
 
 
-def test_it_belongs_to_an_open_loader(run: Run) -> None:
+async def test_it_belongs_to_an_open_loader() -> None:
     there = loader()
     with pytest.raises(UsageError):
         LoaderCollector(there)
-
-    async def body() -> None:
-        async with there:
-            with pytest.raises(UsageError):
-                await asyncio.to_thread(LoaderCollector, there)
-        with pytest.raises(LoaderClosedError):
-            LoaderCollector(there)
-
-    run(body())
+    async with there:
+        with pytest.raises(UsageError):
+            await asyncio.to_thread(LoaderCollector, there)
+    with pytest.raises(LoaderClosedError):
+        LoaderCollector(there)
 
 
-def test_looks_at_the_loop_end_with_the_collector(run: Run) -> None:
-    async def body() -> None:
-        async with loader() as there:
-            with LoaderCollector(there, lag_period=0.001) as collector:
-                registry = registered(collector)
-                await until(lambda: scraped(registry)["lorax_loop_lag_seconds_count"] > 1)
-                running = [collector._lag.running]
-            running.append(collector._lag.running)
-            assert running == [True, False]
-            other = LoaderCollector(there, lag_period=0.001)
-        await until(lambda: not other._lag.running)
-        samples = scraped(registered(other))
-        count = samples["lorax_loop_lag_seconds_bucket{le=+Inf}"]
-        assert count == samples["lorax_loop_lag_seconds_count"]
-
-    run(body())
+async def test_looks_at_the_loop_end_with_the_collector() -> None:
+    async with loader() as there:
+        with LoaderCollector(there, lag_period=0.001) as collector:
+            registry = registered(collector)
+            await until(lambda: scraped(registry)["lorax_loop_lag_seconds_count"] > 1)
+            running = [collector._lag.running]
+        running.append(collector._lag.running)
+        assert running == [True, False]
+        other = LoaderCollector(there, lag_period=0.001)
+    await until(lambda: not other._lag.running)
+    samples = scraped(registered(other))
+    count = samples["lorax_loop_lag_seconds_bucket{le=+Inf}"]
+    assert count == samples["lorax_loop_lag_seconds_count"]

@@ -13,7 +13,7 @@ import torch
 from hub_stand_in import HubStandIn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import Run, our_threads, until
+from common import our_threads, until
 from engines.variants import PEFT_WARNING, save
 from lorax_async import (
     AdapterLoader,
@@ -58,36 +58,32 @@ def noting_of(service: Service) -> Any:
     return noting
 
 
-def test_all_of_it_is_closed(run: Run, tmp_path: Path, base: Base, adapter: Path) -> None:
+async def test_all_of_it_is_closed(tmp_path: Path, base: Base, adapter: Path) -> None:
     """The list of the warm last of all that need the loader, and first of all that end."""
     warm = tmp_path / "warm"
     config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=2)
     settings = ServerSettings(base="base")
     forwards = [vars(module).get("forward") for module in base.model.modules()]
-
-    async def body() -> None:
-        async with assembled(base, config, settings, Capacity(sequences=2), warm) as service:
-            engine = service.engine
-            assert isinstance(engine, ColdRequests)
-            answer = engine.submit(Generation(adapter, (1, 2, 3), 4, GREEDY))
-            assert len(await all_of(answer)) == 4
-            scheduler = noting_of(service)._engine._scheduler
-        assert "lorax-decoder_0" not in our_threads()
-        assert not engine.alive
-        assert service.loader.closed
-        with pytest.raises(LoaderClosedError):
-            await scheduler.next_batch(1, 1)
-        assert [vars(module).get("forward") for module in base.model.modules()] == forwards
-        (row,) = json.loads(warm.read_text())["adapters"]
-        assert row["path"] == str(adapter)
-
-    run(body())
+    async with assembled(base, config, settings, Capacity(sequences=2), warm) as service:
+        engine = service.engine
+        assert isinstance(engine, ColdRequests)
+        answer = engine.submit(Generation(adapter, (1, 2, 3), 4, GREEDY))
+        assert len(await all_of(answer)) == 4
+        scheduler = noting_of(service)._engine._scheduler
+    assert "lorax-decoder_0" not in our_threads()
+    assert not engine.alive
+    assert service.loader.closed
+    with pytest.raises(LoaderClosedError):
+        await scheduler.next_batch(1, 1)
+    assert [vars(module).get("forward") for module in base.model.modules()] == forwards
+    (row,) = json.loads(warm.read_text())["adapters"]
+    assert row["path"] == str(adapter)
 
 
 @pytest.mark.parametrize("sources", [(), (Allow("hub", prefix="org/"),)], ids=["closed", "open"])
 @pytest.mark.usefixtures("hub_client")
-def test_what_requests_may_no_longer_name_does_not_come_back(
-    run: Run, tmp_path: Path, base: Base, sources: tuple[Allow, ...]
+async def test_what_requests_may_no_longer_name_does_not_come_back(
+    tmp_path: Path, base: Base, sources: tuple[Allow, ...]
 ) -> None:
     """A stranger may have named it while more was allowed."""
     warm, ids = tmp_path / "warm", ["org/theirs", "org/named", "org/loaded"]
@@ -100,10 +96,6 @@ def test_what_requests_may_no_longer_name_does_not_come_back(
     def asked() -> set[str]:
         return {id for id in ids for each in hub.asked if id in each.target}
 
-    async def body() -> None:
-        async with assembled(base, config, settings, Capacity(sequences=1), warm):
-            await until(lambda: asked() >= expected)
-
     with HubStandIn() as hub:
         config = LoaderConfig(
             dtype="float32",
@@ -112,14 +104,15 @@ def test_what_requests_may_no_longer_name_does_not_come_back(
             hub_endpoint=hub.endpoint,
             cache_dir=tmp_path / "cache",
         )
-        run(body())
+        async with assembled(base, config, settings, Capacity(sequences=1), warm):
+            await until(lambda: asked() >= expected)
         assert asked() == expected
 
 
 @pytest.mark.parametrize("lends", [False, True])
 @pytest.mark.usefixtures("hub_client")
-def test_an_adapter_without_its_name_comes_back_without_the_names_authority(
-    run: Run, tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch, *, lends: bool
+async def test_an_adapter_without_its_name_comes_back_without_the_names_authority(
+    tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch, *, lends: bool
 ) -> None:
     """A source that covers the id decides about the token."""
     monkeypatch.setenv("HF_TOKEN", "hf_operator")
@@ -135,10 +128,6 @@ def test_an_adapter_without_its_name_comes_back_without_the_names_authority(
     def sent(id: str) -> set[str | None]:
         return {each.fields.get("authorization") for each in hub.asked if id in each.target}
 
-    async def body() -> None:
-        async with assembled(base, config, settings, Capacity(sequences=1), warm):
-            await until(lambda: bool(sent("org/named") and sent("org/loaded")))
-
     with HubStandIn() as hub:
         config = LoaderConfig(
             dtype="float32",
@@ -148,14 +137,15 @@ def test_an_adapter_without_its_name_comes_back_without_the_names_authority(
             allow=sources,
             cache_dir=tmp_path / "cache",
         )
-        run(body())
+        async with assembled(base, config, settings, Capacity(sequences=1), warm):
+            await until(lambda: bool(sent("org/named") and sent("org/loaded")))
         assert sent("org/named") == {"Bearer hf_operator"}
         assert sent("org/loaded") == {"Bearer hf_operator" if lends else None}
         assert sent("other/loaded") == set()
 
 
-def test_a_folder_without_its_name_comes_back_below_a_local_root_only(
-    run: Run, tmp_path: Path, base: Base, adapter: Path
+async def test_a_folder_without_its_name_comes_back_below_a_local_root_only(
+    tmp_path: Path, base: Base, adapter: Path
 ) -> None:
     """An operator's path needs no root, so the list must not keep that authority."""
     folders = {
@@ -185,26 +175,19 @@ def test_a_folder_without_its_name_comes_back_below_a_local_root_only(
         found = loader.residency().items()
         return {Path(str(key.location)).name for key, where in found if where.tier == "device"}
 
-    async def body() -> None:
-        async with assembled(base, config, settings, Capacity(sequences=1), warm) as service:
-            there = service.loader
-            await until(lambda: len(on_device(there)) == 2)
-            assert on_device(there) == {"named", "open"}
-
-    run(body())
+    async with assembled(base, config, settings, Capacity(sequences=1), warm) as service:
+        there = service.loader
+        await until(lambda: len(on_device(there)) == 2)
+        assert on_device(there) == {"named", "open"}
 
 
-def test_who_is_refused_is_not_noted(run: Run, base: Base, adapter: Path) -> None:
+async def test_who_is_refused_is_not_noted(base: Base, adapter: Path) -> None:
     config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=2)
     settings, noted = ServerSettings(base="base"), list[object]()
-
-    async def body() -> None:
-        async with assembled(base, config, settings, Capacity(sequences=2)) as service:
-            noting_of(service).used = noted.append
-            with pytest.raises(UsageError):
-                service.engine.submit(Generation(adapter, (), 4, GREEDY))
-
-    run(body())
+    async with assembled(base, config, settings, Capacity(sequences=2)) as service:
+        noting_of(service).used = noted.append
+        with pytest.raises(UsageError):
+            service.engine.submit(Generation(adapter, (), 4, GREEDY))
     assert noted == []
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import tiny
-from common import Run
 from engines.variants import PEFT_WARNING, active, serving
 from lorax_async import AdapterScheduler, FetchError
 from lorax_async.io.fakes import FakeSource
@@ -45,9 +44,7 @@ def generated(peft_model: Any, name: str | None, prompt: list[int], new: int = N
     return tokens
 
 
-def test_preempted_answers_are_what_generate_says(
-    run: Run, small: Any, adapters: list[Path]
-) -> None:
+async def test_preempted_answers_are_what_generate_says(small: Any, adapters: list[Path]) -> None:
     source, new = FakeSource(), 24
     for name, folder in zip(("most", "some"), adapters, strict=True):
         source.put(name, *tiny.files(folder))
@@ -73,37 +70,33 @@ def test_preempted_answers_are_what_generate_says(
     with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
         expected = [generated(peft_model, "some", [5], 2)]
         expected += [generated(peft_model, "most", [n, 2, 3], new) for n in range(4)]
-    assert run(main()) == expected
+    assert await main() == expected
 
 
-def test_answers_are_what_generate_says_while_adapters_come_and_one_fails(
-    run: Run, small: Any, adapters: list[Path]
+async def test_answers_are_what_generate_says_while_adapters_come_and_one_fails(
+    small: Any, adapters: list[Path]
 ) -> None:
     source = FakeSource()
     for name, folder in (("most", adapters[0]), ("some", adapters[1]), ("lost", adapters[1])):
         source.put(name, *tiny.files(folder))
     source.hold("most")
     source.fail("bring", FetchError("the line is down", retryable=False), id="lost", at=1)
-
-    async def main(expected: list[list[int]]) -> None:
-        async with (
-            serving(small, source=source, max_slots=4) as (loader, attached),
-            AdapterScheduler(loader, max_begun=4) as scheduler,
-        ):
-            decoder = TransformersDecoder(small, attached, 4)
-            async with Engine(scheduler, decoder, max_tokens=16, max_sequences=4) as engine:
-                lost = engine.submit(asked([1, 2], NEW, "lost"))
-                answers = [engine.submit(asked(prompt, NEW, name)) for name, prompt in WANTED]
-                assert await all_of(answers[1]) == expected[1]  # nobody waits for "most"
-                source.allow("most")
-                assert await asyncio.gather(*map(all_of, answers[:1] + answers[2:])) == [
-                    expected[0],
-                    *expected[2:],
-                ]
-                with pytest.raises(FetchError):
-                    await all_of(lost)
-            assert decoder.sequences == 0
-
     with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
         expected = [generated(peft_model, name, prompt) for name, prompt in WANTED]
-    run(main(expected))
+    async with (
+        serving(small, source=source, max_slots=4) as (loader, attached),
+        AdapterScheduler(loader, max_begun=4) as scheduler,
+    ):
+        decoder = TransformersDecoder(small, attached, 4)
+        async with Engine(scheduler, decoder, max_tokens=16, max_sequences=4) as engine:
+            lost = engine.submit(asked([1, 2], NEW, "lost"))
+            answers = [engine.submit(asked(prompt, NEW, name)) for name, prompt in WANTED]
+            assert await all_of(answers[1]) == expected[1]  # nobody waits for "most"
+            source.allow("most")
+            assert await asyncio.gather(*map(all_of, answers[:1] + answers[2:])) == [
+                expected[0],
+                *expected[2:],
+            ]
+            with pytest.raises(FetchError):
+                await all_of(lost)
+        assert decoder.sequences == 0

@@ -19,7 +19,6 @@ import pytest
 from openai import DefaultHttpxClient, OpenAI
 
 import tiny
-from common import Run
 from lorax_async import Allow, ConfigError, LoaderConfig
 from lorax_async.cli import main
 from lorax_async.commands import serve
@@ -199,29 +198,26 @@ def test_ports_that_are_none(port: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "is no port" in capsys.readouterr().err
 
 
-def test_only_what_goes_wrong_with_the_place_is_said_of_it(
-    monkeypatch: pytest.MonkeyPatch, run: Run
+async def test_only_what_goes_wrong_with_the_place_is_said_of_it(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: Any = argparse.Namespace(host="127.0.0.1", port=1, warm=None)
     monkeypatch.setattr(serving_module, "listen", refusing_to_listen)
     nothing: Any = None
     with pytest.raises(ConfigError, match="127.0.0.1:1: in use"):
-        run(serve._run(given, nothing, nothing, nothing, nothing, nothing))
+        await serve._run(given, nothing, nothing, nothing, nothing, nothing)
 
 
 def refusing_to_listen(host: str, port: int) -> Any:
     raise OSError("in use")
 
 
-def test_a_length_of_nothing_is_refused(run: Run, small: Any) -> None:
-    async def body() -> None:
-        config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=1)
-        base, settings = Base(small, None, frozenset()), ServerSettings(base="base")
-        with pytest.raises(ConfigError, match="max_length"):
-            async with assembled(base, config, settings, Capacity(length=0)):
-                pass
-
-    run(body())
+async def test_a_length_of_nothing_is_refused(small: Any) -> None:
+    config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=1)
+    base, settings = Base(small, None, frozenset()), ServerSettings(base="base")
+    with pytest.raises(ConfigError, match="max_length"):
+        async with assembled(base, config, settings, Capacity(length=0)):
+            pass
 
 
 @pytest.mark.needs("curl")

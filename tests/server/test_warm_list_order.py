@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common import Run, until
+from common import until
 from lorax_async.server import warm_list
 from lorax_async.server.warm_list import WarmList
 from scheduling.serving import turns
@@ -45,75 +45,62 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def test_what_changes_while_it_is_written_is_written_then(
-    run: Run, tmp_path: Path, disk: Disk
-) -> None:
+async def test_what_changes_while_it_is_written_is_written_then(tmp_path: Path, disk: Disk) -> None:
     source, path = stocked(tmp_path, "one", "two"), tmp_path / "warm"
-
-    async def body() -> None:
-        async with over(source) as there, WarmList(path, there, pause=0) as warm:
-            for name in ("two", "one"):
-                warm.used(name)
-                (await there.load(name)).release()
-            await until(lambda: named(path) == ["one", "two"])
-            disk.free.clear()
-            before = disk.begun
-            warm.used("two")
-            try:
-                await until(lambda: disk.begun > before)
-                warm.used("one")
-                await asyncio.sleep(0)
-            finally:
-                disk.free.set()
-            await until(lambda: disk.begun > before + 1)
-            await until(lambda: named(path) == ["one", "two"])
-
-    run(body())
+    async with over(source) as there, WarmList(path, there, pause=0) as warm:
+        for name in ("two", "one"):
+            warm.used(name)
+            (await there.load(name)).release()
+        await until(lambda: named(path) == ["one", "two"])
+        disk.free.clear()
+        before = disk.begun
+        warm.used("two")
+        try:
+            await until(lambda: disk.begun > before)
+            warm.used("one")
+            await asyncio.sleep(0)
+        finally:
+            disk.free.set()
+        await until(lambda: disk.begun > before + 1)
+        await until(lambda: named(path) == ["one", "two"])
 
 
-def test_leaving_waits_for_what_is_written(run: Run, tmp_path: Path, disk: Disk) -> None:
+async def test_leaving_waits_for_what_is_written(tmp_path: Path, disk: Disk) -> None:
     source, path = stocked(tmp_path, "one"), tmp_path / "warm"
 
     async def leave(warm: WarmList) -> None:
         await warm.__aexit__(None, None, None)
 
-    async def body() -> None:
-        async with over(source) as there:
-            warm = await WarmList(path, there, pause=0).__aenter__()
-            disk.free.clear()
-            warm.used("one")
-            (await there.load("one")).release()
-            await until(lambda: disk.begun > disk.ended)
-            first, second = (asyncio.create_task(leave(warm)) for _ in range(2))
-            await asyncio.sleep(0)
-            first.cancel()
-            await asyncio.wait([first])
-            assert first.cancelled()
-            assert not second.done()
-            disk.free.set()
-            await second
-            assert disk.begun == disk.ended
-            assert named(path) == ["one"]
-
-    run(body())
+    async with over(source) as there:
+        warm = await WarmList(path, there, pause=0).__aenter__()
+        disk.free.clear()
+        warm.used("one")
+        (await there.load("one")).release()
+        await until(lambda: disk.begun > disk.ended)
+        first, second = (asyncio.create_task(leave(warm)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled()
+        assert not second.done()
+        disk.free.set()
+        await second
+        assert disk.begun == disk.ended
+        assert named(path) == ["one"]
 
 
-def test_it_is_written_once_in_a_pause_and_at_the_end(run: Run, tmp_path: Path, disk: Disk) -> None:
+async def test_it_is_written_once_in_a_pause_and_at_the_end(tmp_path: Path, disk: Disk) -> None:
     """However long that is: leaving waits for no pause."""
     source, path = stocked(tmp_path, "one", "two"), tmp_path / "warm"
-
-    async def body() -> None:
-        async with over(source) as there:
-            async with WarmList(path, there, pause=1e6) as warm:
-                warm.used("one")
-                await until(lambda: disk.ended)
-                for name in ("one", "two"):
-                    warm.used(name)
-                    (await there.load(name)).release()
-                assert disk.begun == 1
-            assert (disk.begun, named(path)) == (2, ["two", "one"])
-
-    run(body())
+    async with over(source) as there:
+        async with WarmList(path, there, pause=1e6) as warm:
+            warm.used("one")
+            await until(lambda: disk.ended)
+            for name in ("one", "two"):
+                warm.used(name)
+                (await there.load(name)).release()
+            assert disk.begun == 1
+        assert (disk.begun, named(path)) == (2, ["two", "one"])
 
 
 def looks_of(warm: WarmList) -> list[object]:
@@ -128,79 +115,61 @@ def looks_of(warm: WarmList) -> list[object]:
     return looks
 
 
-def test_nothing_is_written_where_nothing_changed(run: Run, tmp_path: Path, disk: Disk) -> None:
-    async def body() -> None:
-        async with loader() as there, WarmList(tmp_path / "warm", there, pause=0) as warm:
-            looks = looks_of(warm)
-            for _ in range(3):
-                looks.clear()
-                warm.used("org/elsewhere")
-                await until(lambda: looks)
-            assert disk.begun == 1
-
-    run(body())
-
-
-def test_it_looks_when_something_changed(run: Run, tmp_path: Path, disk: Disk) -> None:
-    async def body() -> None:
-        async with loader() as there, WarmList(tmp_path / "warm", there, pause=0) as warm:
-            looks = looks_of(warm)
+async def test_nothing_is_written_where_nothing_changed(tmp_path: Path, disk: Disk) -> None:
+    async with loader() as there, WarmList(tmp_path / "warm", there, pause=0) as warm:
+        looks = looks_of(warm)
+        for _ in range(3):
+            looks.clear()
             warm.used("org/elsewhere")
-            await until(lambda: disk.ended)
-            await turns(100)
-            assert len(looks) == 1
-
-    run(body())
+            await until(lambda: looks)
+        assert disk.begun == 1
 
 
-def test_leaving_one_of_which_nothing_was_asked(run: Run, tmp_path: Path) -> None:
+async def test_it_looks_when_something_changed(tmp_path: Path, disk: Disk) -> None:
+    async with loader() as there, WarmList(tmp_path / "warm", there, pause=0) as warm:
+        looks = looks_of(warm)
+        warm.used("org/elsewhere")
+        await until(lambda: disk.ended)
+        await turns(100)
+        assert len(looks) == 1
+
+
+async def test_leaving_one_of_which_nothing_was_asked(tmp_path: Path) -> None:
     path = tmp_path / "warm"
-
-    async def body() -> None:
-        async with loader() as there, WarmList(path, there):
-            await turns()  # it waits for a change
-        assert path.exists()
-        assert named(path) == []
-
-    run(body())
+    async with loader() as there, WarmList(path, there):
+        await turns()  # it waits for a change
+    assert path.exists()
+    assert named(path) == []
 
 
-def test_who_is_still_coming_at_the_end_stays_named(run: Run, tmp_path: Path) -> None:
+async def test_who_is_still_coming_at_the_end_stays_named(tmp_path: Path) -> None:
     """And comes no further."""
     source, path = stocked(tmp_path, "one"), tmp_path / "warm"
     path.write_text(json.dumps({"adapters": [{"id": "one", "source": None, "revision": None}]}))
-
-    async def body() -> None:
-        source.hold("one")
-        async with over(source) as there:
-            async with WarmList(path, there) as warm:
-                warm.used("elsewhere/other")
-            assert named(path) == ["one"]
-            assert path.read_text().startswith("{\n"), "it was written anew"
-            restored = warm.restored
-            assert restored is not None
-            await until(lambda: restored.done)
-            source.allow("one")
-
-    run(body())
+    source.hold("one")
+    async with over(source) as there:
+        async with WarmList(path, there) as warm:
+            warm.used("elsewhere/other")
+        assert named(path) == ["one"]
+        assert path.read_text().startswith("{\n"), "it was written anew"
+        restored = warm.restored
+        assert restored is not None
+        await until(lambda: restored.done)
+        source.allow("one")
 
 
-def test_who_came_back_and_left_is_named_no_more(run: Run, tmp_path: Path) -> None:
+async def test_who_came_back_and_left_is_named_no_more(tmp_path: Path) -> None:
     source, path = stocked(tmp_path, "one"), tmp_path / "warm"
     path.write_text(json.dumps({"adapters": [{"id": "one", "source": None, "revision": None}]}))
-
-    async def body() -> None:
-        async with over(source) as there, WarmList(path, there, pause=0) as warm:
-            assert warm.restored is not None
-            await warm.restored
-            await there.unload("one")
-            await until(lambda: named(path) == [])
-
-    run(body())
+    async with over(source) as there, WarmList(path, there, pause=0) as warm:
+        assert warm.restored is not None
+        await warm.restored
+        await there.unload("one")
+        await until(lambda: named(path) == [])
 
 
-def test_the_loop_is_free_while_it_is_read_and_written(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_the_loop_is_free_while_it_is_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = list[threading.Thread]()
 
@@ -213,25 +182,18 @@ def test_the_loop_is_free_while_it_is_read_and_written(
 
     for name in ("read_warm_list", "_replace"):
         monkeypatch.setattr(warm_list, name, noted(getattr(warm_list, name)))
-
-    async def body() -> None:
-        async with loader() as there, WarmList(tmp_path / "warm", there):
-            pass
-
-    run(body())
+    async with loader() as there, WarmList(tmp_path / "warm", there):
+        pass
     assert len(threads) == 2
     assert threading.main_thread() not in threads
 
 
-def test_nobody_is_told_of_after_the_end(run: Run, tmp_path: Path) -> None:
-    async def body() -> None:
-        async with loader() as there:
-            journal = there._machinery.driver.journal
-            async with WarmList(tmp_path / "warm", there):
-                assert journal.has_subscribers
-            assert not journal.has_subscribers
-
-    run(body())
+async def test_nobody_is_told_of_after_the_end(tmp_path: Path) -> None:
+    async with loader() as there:
+        journal = there._machinery.driver.journal
+        async with WarmList(tmp_path / "warm", there):
+            assert journal.has_subscribers
+        assert not journal.has_subscribers
 
 
 def test_the_file_is_whole_on_the_disk_before_it_has_its_name(

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import tiny
-from common import Run
 from lorax_async.events import SlotId
 from lorax_async.tracing.copies import CopyTimes
 from lorax_async.tracing.recorder import Recorder, Ring, Span, Tracer
@@ -116,19 +115,15 @@ def test_a_copy_ends_when_its_ticket_is_done(error: Exception | None) -> None:
     assert record.args["outcome"] == ("done" if error is None else "OSError")
 
 
-def test_a_recording_that_has_stopped_takes_nothing_more(run: Run, tmp_path: Path) -> None:
+async def test_a_recording_that_has_stopped_takes_nothing_more(tmp_path: Path) -> None:
     """Though another one goes on, of the same recorder."""
     folder = tiny.write(tmp_path / "one")
-
-    async def main() -> None:
-        async with loader() as there:
-            with there.trace() as outer:
-                inner = there.trace()
-                with inner:
-                    pass
-                (await there.load(folder)).release()
-                await asyncio.sleep(0)
-                assert inner._ring.look().since(0)[0] == []
-                assert outer._ring.look().since(0)[0]
-
-    run(main())
+    async with loader() as there:
+        with there.trace() as outer:
+            inner = there.trace()
+            with inner:
+                pass
+            (await there.load(folder)).release()
+            await asyncio.sleep(0)
+            assert inner._ring.look().since(0)[0] == []
+            assert outer._ring.look().since(0)[0]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import tiny
-from common import Run
 from lorax_async.tracing import recorder as recorders
 from lorax_async.tracing.chrome import as_events
 from lorax_async.tracing.recorder import Kept, Record, Recorder, Ring, Row, Tracer, now
@@ -109,49 +108,41 @@ def test_a_part_tells_of_what_is_missing_in_it() -> None:
     assert [trace.as_json(t + since)["otherData"] for since in (2_400, 2_600)] == gone
 
 
-def test_the_last_load_of_many(run: Run, tmp_path: Path) -> None:
+async def test_the_last_load_of_many(tmp_path: Path) -> None:
     folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("abc")]
-
-    async def main() -> None:
-        async with loader() as there:
-            with there.trace(limit=200) as trace:
-                for number in range(60):
-                    (await there.load(folders[number % 2])).release()
-                    await there.unload(folders[number % 2])
-                since = now()
-                (await there.load(folders[2])).release()
-                until = now()
-                await there.unload(folders[2])
-            part: Any = await asyncio.to_thread(trace.as_json, since, until)
-        events = require_trace(part)
-        assert trace.dropped
-        assert part["otherData"]["dropped"] == 0
-        assert [each["name"] for each in of(events, "requests")] == ["load c"]
-        assert {each["args"]["layer"] for each in of(events, "copies")} == set(range(tiny.LAYERS))
-        assert max(map(stop, events)) <= (until - since) / 1e3 + 0.001
-
-    run(main())
+    async with loader() as there:
+        with there.trace(limit=200) as trace:
+            for number in range(60):
+                (await there.load(folders[number % 2])).release()
+                await there.unload(folders[number % 2])
+            since = now()
+            (await there.load(folders[2])).release()
+            until = now()
+            await there.unload(folders[2])
+        part: Any = await asyncio.to_thread(trace.as_json, since, until)
+    events = require_trace(part)
+    assert trace.dropped
+    assert part["otherData"]["dropped"] == 0
+    assert [each["name"] for each in of(events, "requests")] == ["load c"]
+    assert {each["args"]["layer"] for each in of(events, "copies")} == set(range(tiny.LAYERS))
+    assert max(map(stop, events)) <= (until - since) / 1e3 + 0.001
 
 
-def test_to_begin_one_looks_at_slots_and_not_at_all_that_is_known(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_to_begin_one_looks_at_slots_and_not_at_all_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server begins one for each cold request, and may know a million adapters."""
     folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("ab")]
-
-    async def main() -> None:
-        async with loader(max_slots=1, min_residency=0.0) as there:
-            for folder in folders:
-                (await there.load(folder)).release()
-            with monkeypatch.context() as patch:
-                patch.setattr(there._driver.lifecycle, "lives", None)
-                trace = there.trace().start()
-            recorder = there.tracer.on
-            assert recorder is not None
-            assert {slot: stay.name for slot, stay in recorder.stays.items()} == {0: "b"}
-            trace.stop()
-
-    run(main())
+    async with loader(max_slots=1, min_residency=0.0) as there:
+        for folder in folders:
+            (await there.load(folder)).release()
+        with monkeypatch.context() as patch:
+            patch.setattr(there._driver.lifecycle, "lives", None)
+            trace = there.trace().start()
+        recorder = there.tracer.on
+        assert recorder is not None
+        assert {slot: stay.name for slot, stay in recorder.stays.items()} == {0: "b"}
+        trace.stop()
 
 
 # -- two threads ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import tiny
-from common import Run, until
+from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
 from lorax_async import (
     AdapterNotFoundError,
@@ -38,7 +38,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(llama(num_hidden_layers=LAYERS), lora, folder)
 
 
-def test_a_streamed_pass_lies_between_its_copies(run: Run, adapter: Path) -> None:
+async def test_a_streamed_pass_lies_between_its_copies(adapter: Path) -> None:
     """The last layer's bytes come when all others are computed."""
     model, source = llama(num_hidden_layers=LAYERS), FakeSource()
     source.put("cold", *tiny.files(adapter))
@@ -61,7 +61,7 @@ def test_a_streamed_pass_lies_between_its_copies(run: Run, adapter: Path) -> Non
                         await passing
             return trace.as_json()
 
-    events = require_trace(run(main()))
+    events = require_trace(await main())
     copies, computed = of(events, "copies"), of(events, "compute")
     layers = [f"layer {layer}" for layer in range(LAYERS)]
     assert sorted({each["name"] for each in copies}) == layers
@@ -89,7 +89,7 @@ def names(trace: dict[str, Any]) -> set[str]:
     return {each["name"] for each in trace["traceEvents"] if each.get("cat") == "compute"}
 
 
-def test_each_layer_has_an_arrow_from_its_copy(run: Run, adapter: Path) -> None:
+async def test_each_layer_has_an_arrow_from_its_copy(adapter: Path) -> None:
     model = llama(num_hidden_layers=LAYERS)
 
     async def main() -> dict[str, Any]:
@@ -101,7 +101,7 @@ def test_each_layer_has_an_arrow_from_its_copy(run: Run, adapter: Path) -> None:
                             await asyncio.to_thread(logits_of, model, prompt(1))
             return trace.as_json()
 
-    trace = run(main())
+    trace = await main()
     events = require_trace(trace)
     flows = [each for each in trace["traceEvents"] if each["ph"] in "sf"]
     assert [each["ph"] for each in flows].count("s") == LAYERS
@@ -111,7 +111,7 @@ def test_each_layer_has_an_arrow_from_its_copy(run: Run, adapter: Path) -> None:
     assert {each["ts"] for each in flows if each["ph"] == "f"} == first
 
 
-def test_staging_holds_a_buffer_until_its_copy_has_ended(run: Run, tmp_path: Path) -> None:
+async def test_staging_holds_a_buffer_until_its_copy_has_ended(tmp_path: Path) -> None:
     """On a device with a copy stream: it copies one layer after the other."""
     folder = tiny.write(tmp_path / "one")
 
@@ -121,7 +121,7 @@ def test_staging_holds_a_buffer_until_its_copy_has_ended(run: Run, tmp_path: Pat
                 (await there.load(folder)).release()
             return trace.as_json()
 
-    trace = run(main())
+    trace = await main()
     events = require_trace(trace)
     copies = of(events, "copies")
     assert {each["args"]["layer"] for each in copies} == set(range(tiny.LAYERS))
@@ -138,7 +138,7 @@ def test_staging_holds_a_buffer_until_its_copy_has_ended(run: Run, tmp_path: Pat
 # -- ends -----------------------------------------------------------------------------------------
 
 
-def test_what_fails_or_is_cancelled_has_its_ends(run: Run, tmp_path: Path) -> None:
+async def test_what_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
     source = FakeSource()
     for id in ("broken", "held"):
         source.put(id, *tiny.files(tiny.write(tmp_path / id)))
@@ -161,7 +161,7 @@ def test_what_fails_or_is_cancelled_has_its_ends(run: Run, tmp_path: Path) -> No
                 await until(lambda: not there.residency())
             return trace.as_json()
 
-    events = require_trace(run(main()))
+    events = require_trace(await main())
     ended = {each["name"]: each["args"]["outcome"] for each in of(events, "requests")}
     assert ended == {
         "load broken": "FetchError",
@@ -173,7 +173,7 @@ def test_what_fails_or_is_cancelled_has_its_ends(run: Run, tmp_path: Path) -> No
     assert not [each for each in events if each["args"].get("unfinished")]
 
 
-def test_what_is_evicted_has_its_ends(run: Run, tmp_path: Path) -> None:
+async def test_what_is_evicted_has_its_ends(tmp_path: Path) -> None:
     folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("ab")]
 
     async def main() -> dict[str, object]:
@@ -183,7 +183,7 @@ def test_what_is_evicted_has_its_ends(run: Run, tmp_path: Path) -> None:
                     (await there.load(folder)).release()
             return trace.as_json()
 
-    events = require_trace(run(main()))
+    events = require_trace(await main())
     first, second = (
         [each for each in of(events, "layers") if each["args"]["stay"] == stay] for stay in (1, 2)
     )
@@ -195,7 +195,7 @@ def test_what_is_evicted_has_its_ends(run: Run, tmp_path: Path) -> None:
     assert [each["name"] for each in second if each["args"].get("unfinished")] == ["resident"]
 
 
-def test_what_goes_on_at_the_end_is_cut_there(run: Run, tmp_path: Path) -> None:
+async def test_what_goes_on_at_the_end_is_cut_there(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "one")
 
     async def main() -> dict[str, object]:
@@ -211,7 +211,7 @@ def test_what_goes_on_at_the_end_is_cut_there(run: Run, tmp_path: Path) -> None:
             assert trace.as_json() == found
             return found
 
-    events = require_trace(run(main()))
+    events = require_trace(await main())
     cut = {each["name"] for each in events if each["args"].get("unfinished")}
     assert cut == {"load one", "one"}
 
@@ -219,24 +219,20 @@ def test_what_goes_on_at_the_end_is_cut_there(run: Run, tmp_path: Path) -> None:
 # -- nothing while nobody records -----------------------------------------------------------------
 
 
-def test_nothing_is_recorded_or_held_when_off(run: Run, tmp_path: Path) -> None:
+async def test_nothing_is_recorded_or_held_when_off(tmp_path: Path) -> None:
     folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("abc")]
-
-    async def main() -> None:
-        async with loader() as there:
-            assert there.tracer.on is None
-            (await there.load(folders[0])).release()
-            with there.trace() as trace:
-                recorder = weakref.ref(there.tracer.on)
-                (await there.load(folders[1])).release()
-            found = trace.as_json()
-            assert there.tracer.on is None
-            gc.collect()
-            assert recorder() is None
-            (await there.load(folders[2])).release()
-            assert trace.as_json() == found
-            names = {each["name"] for each in require_trace(found)}
-            assert {"load b", "b"} <= names
-            assert not names & {"load a", "load c", "a", "c"}
-
-    run(main())
+    async with loader() as there:
+        assert there.tracer.on is None
+        (await there.load(folders[0])).release()
+        with there.trace() as trace:
+            recorder = weakref.ref(there.tracer.on)
+            (await there.load(folders[1])).release()
+        found = trace.as_json()
+        assert there.tracer.on is None
+        gc.collect()
+        assert recorder() is None
+        (await there.load(folders[2])).release()
+        assert trace.as_json() == found
+        names = {each["name"] for each in require_trace(found)}
+        assert {"load b", "b"} <= names
+        assert not names & {"load a", "load c", "a", "c"}

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import tiny
-from common import Run
 from lorax_async import AdapterNotFoundError
 from lorax_async.commands.timeline import traced
 from lorax_async.tracing.trace import Trace
@@ -18,23 +17,19 @@ from tracing.chrome_format import of, require_trace
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-def test_what_cannot_be_written_is_told_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
+async def test_what_cannot_be_written_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     entered: list[Path] = []
-
-    async def main() -> None:
-        async with loader() as there:
-            for path in (tmp_path, tmp_path / "none" / "trace.json"):
-                with pytest.raises(OSError, match="directory"), traced(there, path):
-                    entered.append(path)
-            assert there.tracer.on is None
-            assert not entered
-
-    run(main())
+    async with loader() as there:
+        for path in (tmp_path, tmp_path / "none" / "trace.json"):
+            with pytest.raises(OSError, match="directory"), traced(there, path):
+                entered.append(path)
+        assert there.tracer.on is None
+        assert not entered
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_an_error_of_the_command_is_told_whatever_becomes_of_the_trace(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+async def test_an_error_of_the_command_is_told_whatever_becomes_of_the_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     path, folder = tmp_path / "trace.json", tiny.write(tmp_path / "one")
 
@@ -43,18 +38,14 @@ def test_an_error_of_the_command_is_told_whatever_becomes_of_the_trace(
 
     if full:
         monkeypatch.setattr(Trace, "write", write)
-
-    async def main() -> None:
-        async with loader() as there:
-            with pytest.raises(AdapterNotFoundError), traced(there, path):
-                (await there.load(folder)).release()
-                await there.load(tmp_path / "none")
-            if full:
-                with pytest.raises(OSError, match="No space"), traced(there, path):
-                    pass
-            assert there.tracer.on is None
-
-    run(main())
+    async with loader() as there:
+        with pytest.raises(AdapterNotFoundError), traced(there, path):
+            (await there.load(folder)).release()
+            await there.load(tmp_path / "none")
+        if full:
+            with pytest.raises(OSError, match="No space"), traced(there, path):
+                pass
+        assert there.tracer.on is None
     if not full:
         asked = of(require_trace(json.loads(path.read_text())), "requests")
         assert [each["name"] for each in asked] == ["load one", "load none"]

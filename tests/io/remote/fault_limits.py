@@ -86,7 +86,7 @@ def descriptors(place: Place) -> list[Told]:
                 most = len(os.listdir("/proc/self/fd")) - 1 + more
                 told += await within(loader, world, resource.RLIMIT_NOFILE, most, [name])
                 await assert_at_rest(loader, world, swept=False)
-                await until(lambda: open_files() <= before)  # noqa: B023 - it is awaited here
+                await until(lambda: open_files() <= before)
             told.append(await outcome(loader, world, "n0"))
             await assert_at_rest(loader, world)
         return told

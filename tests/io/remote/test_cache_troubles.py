@@ -16,7 +16,6 @@ from hub_stand_in import HubStandIn
 from remote_world import RemoteWorld
 
 import tiny
-from common import Run
 from lorax_async import AdapterLoader, Allow, ConfigError, FetchError, LoaderConfig
 from lorax_async.io.cache.upkeep import ls, rm
 from lorax_async.io.sources.local_hold import LocalHold
@@ -55,23 +54,20 @@ def over(hub: HubStandIn, tmp_path: Path, **settings: Any) -> AdapterLoader:
     return AdapterLoader(tiny.layout(), config)
 
 
-def test_an_answer_that_cannot_be_noted_holds_up_nobody(
-    hub: HubStandIn, run: Run, tmp_path: Path
+async def test_an_answer_that_cannot_be_noted_holds_up_nobody(
+    hub: HubStandIn, tmp_path: Path
 ) -> None:
-    async def body() -> None:
-        async with over(hub, tmp_path) as loader:
-            async with await loader.load("org/one") as handle:
-                await handle.verified()  # nobody writes to the cache any more
-            shutil.rmtree(tmp_path / "cache" / "answers")
-            async with await loader.load("org/one", revision="tag") as handle:
-                tiny.assert_equal_to_file(handle, tmp_path / "one")
-
-    run(body())
+    async with over(hub, tmp_path) as loader:
+        async with await loader.load("org/one") as handle:
+            await handle.verified()  # nobody writes to the cache any more
+        shutil.rmtree(tmp_path / "cache" / "answers")
+        async with await loader.load("org/one", revision="tag") as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "one")
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_a_cache_that_can_only_be_read(
-    hub: HubStandIn, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, offline: bool
+async def test_a_cache_that_can_only_be_read(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, offline: bool
 ) -> None:
     hub.put("org/two", dict.fromkeys(NAMES, b""))
 
@@ -84,22 +80,19 @@ def test_a_cache_that_can_only_be_read(
             raise FileExistsError
         read_only()
 
-    async def body() -> None:
-        async with over(hub, tmp_path) as loader, await loader.load("org/one") as handle:
+    async with over(hub, tmp_path) as loader, await loader.load("org/one") as handle:
+        await handle.verified()
+    for name in ("utime", "rename", "unlink"):
+        monkeypatch.setattr(os, name, read_only)
+    monkeypatch.setattr(os, "mkdir", made)
+    async with over(hub, tmp_path, offline=offline) as loader:
+        async with await loader.load("org/one") as handle:
             await handle.verified()
-        for name in ("utime", "rename", "unlink"):
-            monkeypatch.setattr(os, name, read_only)
-        monkeypatch.setattr(os, "mkdir", made)
-        async with over(hub, tmp_path, offline=offline) as loader:
-            async with await loader.load("org/one") as handle:
-                await handle.verified()
-                tiny.assert_equal_to_file(handle, tmp_path / "one")
-            if not offline:
-                with pytest.raises(FetchError, match="name another cache_dir"):
-                    await loader.load("org/two")
-        monkeypatch.undo()
-
-    run(body())
+            tiny.assert_equal_to_file(handle, tmp_path / "one")
+        if not offline:
+            with pytest.raises(FetchError, match="name another cache_dir"):
+                await loader.load("org/two")
+    monkeypatch.undo()
 
 
 GONE = ["cache", "cache/entries", "cache/partials", "cache/locks", "cache/trash", "cache/answers"]
@@ -107,8 +100,8 @@ GONE = ["cache", "cache/entries", "cache/partials", "cache/locks", "cache/trash"
 
 @pytest.mark.parametrize("gone", GONE)
 @pytest.mark.parametrize("settings", [{}, {"host_bytes": 0}], ids=["held", "on disk"])
-def test_a_folder_that_is_removed_is_made_again(
-    hub: HubStandIn, run: Run, tmp_path: Path, gone: str, settings: dict[str, int]
+async def test_a_folder_that_is_removed_is_made_again(
+    hub: HubStandIn, tmp_path: Path, gone: str, settings: dict[str, int]
 ) -> None:
     """Both what it had and what it had not can be loaded, now and by the next loader."""
     for n in range(2, 5):
@@ -119,27 +112,24 @@ def test_a_folder_that_is_removed_is_made_again(
             await handle.verified()
             tiny.assert_equal_to_file(handle, tmp_path / adapter)
 
-    async def body() -> None:
-        async with over(hub, tmp_path, max_slots=1, **settings) as loader:
-            await loads(loader, "org/one", "one")
-            await loads(loader, "org/2", "2")
-            shutil.rmtree(tmp_path / gone)
-            await loads(loader, "org/3", "3")
-            await loads(loader, "org/one", "one")
-            await loads(loader, "org/2", "2")
-            shutil.rmtree(tmp_path / gone)
-            await asyncio.gather(*(loads(loader, f"org/{n}", str(n)) for n in (2, 3, 4)))
-        assert {path.name for path in (tmp_path / "cache").iterdir()} == {
-            path.removeprefix("cache/") for path in GONE[1:]
-        }
-        async with over(hub, tmp_path, offline=True) as loader:
-            await loads(loader, "org/4", "4")
-
-    run(body())
+    async with over(hub, tmp_path, max_slots=1, **settings) as loader:
+        await loads(loader, "org/one", "one")
+        await loads(loader, "org/2", "2")
+        shutil.rmtree(tmp_path / gone)
+        await loads(loader, "org/3", "3")
+        await loads(loader, "org/one", "one")
+        await loads(loader, "org/2", "2")
+        shutil.rmtree(tmp_path / gone)
+        await asyncio.gather(*(loads(loader, f"org/{n}", str(n)) for n in (2, 3, 4)))
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        path.removeprefix("cache/") for path in GONE[1:]
+    }
+    async with over(hub, tmp_path, offline=True) as loader:
+        await loads(loader, "org/4", "4")
 
 
-def test_a_folder_that_is_removed_during_downloads_fails_those_alone(
-    hub: HubStandIn, run: Run, tmp_path: Path
+async def test_a_folder_that_is_removed_during_downloads_fails_those_alone(
+    hub: HubStandIn, tmp_path: Path
 ) -> None:
     """They say that another attempt may succeed, and it does; none lends a wrong byte."""
     for n in range(8):
@@ -156,37 +146,30 @@ def test_a_folder_that_is_removed_during_downloads_fails_those_alone(
                 assert error.retryable, error
         raise AssertionError("twenty attempts failed")
 
-    async def body() -> None:
-        async with over(hub, tmp_path) as loader:
-            for _ in range(4):
-                loads = [asyncio.create_task(one(loader, n)) for n in range(8)]
-                await asyncio.sleep(0.02)
-                shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-                await asyncio.gather(*loads)
-
-    run(body())
+    async with over(hub, tmp_path) as loader:
+        for _ in range(4):
+            loads = [asyncio.create_task(one(loader, n)) for n in range(8)]
+            await asyncio.sleep(0.02)
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+            await asyncio.gather(*loads)
 
 
-def test_a_folder_that_others_may_write_to_is_not_taken_for_the_removed_one(
-    hub: HubStandIn, run: Run, tmp_path: Path
+async def test_a_folder_that_others_may_write_to_is_not_taken_for_the_removed_one(
+    hub: HubStandIn, tmp_path: Path
 ) -> None:
     hub.put("org/two", read(tiny.write(tmp_path / "two", seed=2)))
-
-    async def body() -> None:
-        async with over(hub, tmp_path) as loader:
-            async with await loader.load("org/one") as handle:
-                await handle.verified()
-            shutil.rmtree(tmp_path / "cache")
-            (tmp_path / "cache").mkdir()
-            (tmp_path / "cache").chmod(0o777)
-            with pytest.raises(ConfigError, match="others may write"):
-                await loader.load("org/two")
-
-    run(body())
+    async with over(hub, tmp_path) as loader:
+        async with await loader.load("org/one") as handle:
+            await handle.verified()
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache").chmod(0o777)
+        with pytest.raises(ConfigError, match="others may write"):
+            await loader.load("org/two")
 
 
-def test_nobody_makes_room_of_what_is_being_held(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_nobody_makes_room_of_what_is_being_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its file would look as if it was replaced, and it was not."""
     settle: Callable[[LocalHold], None] = LocalHold.settle
@@ -207,4 +190,4 @@ def test_nobody_makes_room_of_what_is_being_held(
                 await loader.prefetch(world.ref("one"), tier="host")
                 assert removed == [False]
 
-        run(body())
+        await body()

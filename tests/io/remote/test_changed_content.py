@@ -12,7 +12,6 @@ import pytest
 from changing_origin import CONFIG, WEIGHTS, World, changing
 from user_loads import contents, has, until, written
 
-from common import Run
 from lorax_async import (
     AdapterError,
     AdapterFormatError,
@@ -78,89 +77,72 @@ async def published(world: World) -> None:
     assert row.error is None, row.error
 
 
-def test_a_file_of_zeros_leaves_nothing_behind(
-    run: Run, world: World, adapters: list[Path]
-) -> None:
-    async def body() -> None:
-        world.origin.files = zeros_of(adapters[0])
-        async with world.loader() as there:
-            await refused(there, world.id, AdapterFormatError)
-            await until(lambda: world.stored() == (0, 0))
-            world.origin.files = contents(adapters[0])
-            await has(there, world.id, adapters[0])
-        async with world.loader() as there:
-            await has(there, world.id, adapters[0])
-
-    run(body())
+async def test_a_file_of_zeros_leaves_nothing_behind(world: World, adapters: list[Path]) -> None:
+    world.origin.files = zeros_of(adapters[0])
+    async with world.loader() as there:
+        await refused(there, world.id, AdapterFormatError)
+        await until(lambda: world.stored() == (0, 0))
+        world.origin.files = contents(adapters[0])
+        await has(there, world.id, adapters[0])
+    async with world.loader() as there:
+        await has(there, world.id, adapters[0])
 
 
-def test_a_header_that_is_refused_leaves_nothing_behind(
-    run: Run, world: World, adapters: list[Path]
+async def test_a_header_that_is_refused_leaves_nothing_behind(
+    world: World, adapters: list[Path]
 ) -> None:
     """Its length is right, and its text is not: that is seen when it is planned."""
     right = contents(adapters[0])
     text = right[WEIGHTS].replace(b'"F32"', b'"F33"')
     assert len(text) == len(right[WEIGHTS])
-
-    async def body() -> None:
-        world.origin.files = right | {WEIGHTS: text}
-        async with world.loader() as there:
-            await refused(there, world.id, AdapterFormatError)
-            await until(lambda: world.stored() == (0, 0))
-            world.origin.files = right
-            await has(there, world.id, adapters[0])
-        async with world.loader() as there:
-            await has(there, world.id, adapters[0])
-
-    run(body())
+    world.origin.files = right | {WEIGHTS: text}
+    async with world.loader() as there:
+        await refused(there, world.id, AdapterFormatError)
+        await until(lambda: world.stored() == (0, 0))
+        world.origin.files = right
+        await has(there, world.id, adapters[0])
+    async with world.loader() as there:
+        await has(there, world.id, adapters[0])
 
 
 @pytest.mark.parametrize("again", ["the same loader", "another loader"])
 @pytest.mark.parametrize("promises", [False, True], ids=["no digest", "digest"])
-def test_an_interrupted_download_of_other_bytes_is_discarded(
-    run: Run, world: World, adapters: list[Path], again: str, promises: bool
+async def test_an_interrupted_download_of_other_bytes_is_discarded(
+    world: World, adapters: list[Path], again: str, promises: bool
 ) -> None:
     world.origin.promises = promises
-
-    async def body() -> None:
-        async with world.loader() as there:
-            await interrupted(world, there, 1_500_000)
-            world.origin.files = contents(adapters[1])
-            if again == "the same loader":
-                await has(there, world.id, adapters[1])
-        if again != "the same loader":
-            async with world.loader() as there:
-                await has(there, world.id, adapters[1])
+    async with world.loader() as there:
+        await interrupted(world, there, 1_500_000)
+        world.origin.files = contents(adapters[1])
+        if again == "the same loader":
+            await has(there, world.id, adapters[1])
+    if again != "the same loader":
         async with world.loader() as there:
             await has(there, world.id, adapters[1])
+    async with world.loader() as there:
+        await has(there, world.id, adapters[1])
 
-    run(body())
 
-
-def test_an_interrupted_download_that_is_zero_at_its_end_is_not_published(
-    run: Run, world: World, adapters: list[Path]
+async def test_an_interrupted_download_that_is_zero_at_its_end_is_not_published(
+    world: World, adapters: list[Path]
 ) -> None:
     """The server had the file's beginning then, and room for the rest: the first bytes agree."""
     right = contents(adapters[0])
     half = len(right[WEIGHTS]) // 2
-
-    async def body() -> None:
-        world.origin.files = right | {WEIGHTS: right[WEIGHTS][:half].ljust(2 * half, b"\0")}
-        assert len(world.origin.files[WEIGHTS]) == len(right[WEIGHTS])
-        async with world.loader() as there:
-            await interrupted(world, there, 3 * half // 2)
-            world.origin.files = right
-            error = await refused(there, world.id, IntegrityError)
-            assert error.retryable
-            await has(there, world.id, adapters[0])
-        async with world.loader() as there:
-            await has(there, world.id, adapters[0])
-
-    run(body())
+    world.origin.files = right | {WEIGHTS: right[WEIGHTS][:half].ljust(2 * half, b"\0")}
+    assert len(world.origin.files[WEIGHTS]) == len(right[WEIGHTS])
+    async with world.loader() as there:
+        await interrupted(world, there, 3 * half // 2)
+        world.origin.files = right
+        error = await refused(there, world.id, IntegrityError)
+        assert error.retryable
+        await has(there, world.id, adapters[0])
+    async with world.loader() as there:
+        await has(there, world.id, adapters[0])
 
 
-def test_the_config_of_an_interrupted_download_is_compared(
-    run: Run, world: World, adapters: list[Path]
+async def test_the_config_of_an_interrupted_download_is_compared(
+    world: World, adapters: list[Path]
 ) -> None:
     """Another alpha of as many digits: the scale of the adapter that is served is the new one."""
     right = contents(adapters[0])
@@ -173,35 +155,28 @@ def test_the_config_of_an_interrupted_download_is_compared(
             (scale,) = {module.scale for module in handle.modules.values()}
             return scale
 
-    async def body() -> None:
-        world.origin.files = right | {CONFIG: old}
-        async with world.loader() as there:
-            await interrupted(world, there, 1_500_000)
-            world.origin.files = right | {CONFIG: new}
-            assert await scale(there) == 9 / 256
-        async with world.loader() as there:
-            assert await scale(there) == 9 / 256
-
-    run(body())
+    world.origin.files = right | {CONFIG: old}
+    async with world.loader() as there:
+        await interrupted(world, there, 1_500_000)
+        world.origin.files = right | {CONFIG: new}
+        assert await scale(there) == 9 / 256
+    async with world.loader() as there:
+        assert await scale(there) == 9 / 256
 
 
-def test_what_agrees_is_gone_on_with(run: Run, world: World, adapters: list[Path]) -> None:
+async def test_what_agrees_is_gone_on_with(world: World, adapters: list[Path]) -> None:
     """The source's word is a fixed ETag alone; of what is here only samples come again."""
-
-    async def body() -> None:
-        async with world.loader(connections=4) as there:
-            await interrupted(world, there, 1_800_000)
-            before = len(world.origin.asked)
-            await has(there, world.id, adapters[0])
-        size = len(world.origin.files[WEIGHTS])
-        assert world.origin.bytes_asked(before) < 0.7 * size
-
-    run(body())
+    async with world.loader(connections=4) as there:
+        await interrupted(world, there, 1_800_000)
+        before = len(world.origin.asked)
+        await has(there, world.id, adapters[0])
+    size = len(world.origin.files[WEIGHTS])
+    assert world.origin.bytes_asked(before) < 0.7 * size
 
 
 @pytest.mark.parametrize("wrong", ["header", "config", "rank"])
-def test_a_stored_adapter_that_is_refused_is_fetched_once_more(
-    run: Run, world: World, adapters: list[Path], wrong: str, tmp_path: Path
+async def test_a_stored_adapter_that_is_refused_is_fetched_once_more(
+    world: World, adapters: list[Path], wrong: str, tmp_path: Path
 ) -> None:
     right = contents(adapters[0])
     stored = {
@@ -209,68 +184,57 @@ def test_a_stored_adapter_that_is_refused_is_fetched_once_more(
         "config": right | {CONFIG: right[CONFIG].replace(b'"LORA"', b'"LOHA"')},
         "rank": contents(written(tmp_path / "other", 3, layers=LAYERS - 1, rank=256)),
     }
-
-    async def body() -> None:
-        world.origin.files = stored[wrong]
-        if wrong == "rank":  # of a base with fewer layers, and so with other modules
-            world.origin.files = {
-                name: data.replace(b"q_proj", b"x_proj") for name, data in stored[wrong].items()
-            }
-        await published(world)
-        assert world.stored() == (1, 0)
-        async with world.loader() as there:
-            await refused(there, world.id, AdapterError)
-            world.origin.files = right
-            await has(there, world.id, adapters[0])
-        async with world.loader() as there:
-            await has(there, world.id, adapters[0])
-
-    run(body())
+    world.origin.files = stored[wrong]
+    if wrong == "rank":  # of a base with fewer layers, and so with other modules
+        world.origin.files = {
+            name: data.replace(b"q_proj", b"x_proj") for name, data in stored[wrong].items()
+        }
+    await published(world)
+    assert world.stored() == (1, 0)
+    async with world.loader() as there:
+        await refused(there, world.id, AdapterError)
+        world.origin.files = right
+        await has(there, world.id, adapters[0])
+    async with world.loader() as there:
+        await has(there, world.id, adapters[0])
 
 
-def test_a_stored_adapter_that_is_refused_for_good_is_kept(
-    run: Run, world: World, adapters: list[Path]
+async def test_a_stored_adapter_that_is_refused_for_good_is_kept(
+    world: World, adapters: list[Path]
 ) -> None:
     """It is for another base; its source still has the same: other loaders go on using it."""
-
-    async def body() -> None:
-        async with world.loader() as there:
-            await has(there, world.id, adapters[0])
-        async with world.loader(layers=2) as there:
-            await refused(there, world.id, IncompatibleAdapterError)
-        assert world.stored() == (1, 0)
-        before = world.origin.bytes_asked()
-        async with world.loader() as there:
-            await has(there, world.id, adapters[0])
-        assert world.origin.bytes_asked() - before <= 256 << 10  # the beginning, for its version
-
-    run(body())
+    async with world.loader() as there:
+        await has(there, world.id, adapters[0])
+    async with world.loader(layers=2) as there:
+        await refused(there, world.id, IncompatibleAdapterError)
+    assert world.stored() == (1, 0)
+    before = world.origin.bytes_asked()
+    async with world.loader() as there:
+        await has(there, world.id, adapters[0])
+    assert world.origin.bytes_asked() - before <= 256 << 10  # the beginning, for its version
 
 
-def test_the_refusal_stands_where_the_source_cannot_be_asked(
-    run: Run, world: World, adapters: list[Path]
+async def test_the_refusal_stands_where_the_source_cannot_be_asked(
+    world: World, adapters: list[Path]
 ) -> None:
     right = contents(adapters[0])
-
-    async def body() -> None:
-        world.origin.files = right | {WEIGHTS: right[WEIGHTS].replace(b'"F32"', b'"F33"')}
-        await published(world)
-        async with world.loader() as there:
-            ref = AdapterRef(world.id, revision=await version(there))
-        world.origin.status = "503 Service Unavailable"
-        async with world.loader(revalidate=60) as there:
-            await refused(there, ref, AdapterFormatError)
-        assert world.stored() == (1, 0)
 
     async def version(there: AdapterLoader) -> str:
         error = await refused(there, world.id, AdapterFormatError)
         return str(error.key.version)  # type: ignore[attr-defined]
 
-    run(body())
+    world.origin.files = right | {WEIGHTS: right[WEIGHTS].replace(b'"F32"', b'"F33"')}
+    await published(world)
+    async with world.loader() as there:
+        ref = AdapterRef(world.id, revision=await version(there))
+    world.origin.status = "503 Service Unavailable"
+    async with world.loader(revalidate=60) as there:
+        await refused(there, ref, AdapterFormatError)
+    assert world.stored() == (1, 0)
 
 
-def test_what_comes_back_from_the_cache_is_what_was_planned(
-    run: Run, world: World, adapters: list[Path], tmp_path: Path
+async def test_what_comes_back_from_the_cache_is_what_was_planned(
+    world: World, adapters: list[Path], tmp_path: Path
 ) -> None:
     """Evicted, and fetched anew by another loader as other bytes of the same version meanwhile."""
     local, swapped = written(tmp_path / "local", 9, layers=LAYERS, rank=8), tmp_path / "swapped"
@@ -285,99 +249,78 @@ def test_what_comes_back_from_the_cache_is_what_was_planned(
     )
     for name, data in files.items():
         (swapped / name).write_bytes(data)
-
-    async def body() -> None:
-        async with world.loader(max_slots=1, host_bytes=0) as there:
-            async with await there.load(world.id) as handle:
-                key = handle.key
-            async with await there.load(local):
-                pass  # it has the one slot now
-            idle = {"present", "read ahead"}
-            await until(lambda: key in there.residency() and there.residency()[key].state in idle)
-            world.origin.files = files
-            for entry in (world.folder / "cache" / "entries").iterdir():
-                shutil.rmtree(entry)
-            await published(world)
-            await has(there, world.id, swapped)
-
-    run(body())
+    async with world.loader(max_slots=1, host_bytes=0) as there:
+        async with await there.load(world.id) as handle:
+            key = handle.key
+        async with await there.load(local):
+            pass  # it has the one slot now
+        idle = {"present", "read ahead"}
+        await until(lambda: key in there.residency() and there.residency()[key].state in idle)
+        world.origin.files = files
+        for entry in (world.folder / "cache" / "entries").iterdir():
+            shutil.rmtree(entry)
+        await published(world)
+        await has(there, world.id, swapped)
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["downloaded", "stored"])
-def test_weights_that_are_refused_are_not_kept(
-    run: Run, world: World, adapters: list[Path], stored: bool
+async def test_weights_that_are_refused_are_not_kept(
+    world: World, adapters: list[Path], stored: bool
 ) -> None:
     """Their header is right: only the bytes, once they are copied, show that they are not."""
     right = contents(adapters[0])
     wrong = bytearray(right[WEIGHTS])
     wrong[-400_000:-399_996] = b"\x00\x00\xc0\x7f"  # NaN, as F32
-
-    async def body() -> None:
-        world.origin.files = right | {WEIGHTS: bytes(wrong)}
-        if stored:
-            await published(world)
-        async with world.loader(check_finite=True) as there:
-            error = await refused(there, world.id, AdapterFormatError)
-            assert "NaN" in str(error)
-            await until(lambda: world.stored() == (0, 0))
-            world.origin.files = right
-            await has(there, world.id, adapters[0])
-        async with world.loader(check_finite=True) as there:
-            await has(there, world.id, adapters[0])
-
-    run(body())
+    world.origin.files = right | {WEIGHTS: bytes(wrong)}
+    if stored:
+        await published(world)
+    async with world.loader(check_finite=True) as there:
+        error = await refused(there, world.id, AdapterFormatError)
+        assert "NaN" in str(error)
+        await until(lambda: world.stored() == (0, 0))
+        world.origin.files = right
+        await has(there, world.id, adapters[0])
+    async with world.loader(check_finite=True) as there:
+        await has(there, world.id, adapters[0])
 
 
 @pytest.mark.parametrize("promised", [False, True], ids=["nobody vouched", "the server vouched"])
-def test_a_digest_of_the_caller_is_a_reason_to_fetch_again(
-    run: Run, world: World, adapters: list[Path], promised: bool
+async def test_a_digest_of_the_caller_is_a_reason_to_fetch_again(
+    world: World, adapters: list[Path], promised: bool
 ) -> None:
     """Stored bytes that only we have hashed are others: the source may have the right ones by now."""
     right = contents(adapters[0])
     digest = hashlib.sha256(right[WEIGHTS]).hexdigest()
     world.origin.promises = promised
-
-    async def body() -> None:
-        world.origin.files = contents(adapters[1])
-        async with world.loader() as there:
+    world.origin.files = contents(adapters[1])
+    async with world.loader() as there:
+        await has(there, world.id, adapters[1])
+    world.origin.files = right
+    async with world.loader() as there:
+        if promised:  # then the version is what was stored, and the digest another one's
+            await refused(there, AdapterRef(world.id, digest=digest), IntegrityError)
             await has(there, world.id, adapters[1])
-        world.origin.files = right
-        async with world.loader() as there:
-            if promised:  # then the version is what was stored, and the digest another one's
-                await refused(there, AdapterRef(world.id, digest=digest), IntegrityError)
-                await has(there, world.id, adapters[1])
-            else:
-                await has(there, AdapterRef(world.id, digest=digest), adapters[0])
-        assert world.stored() == (1, 0)
-
-    run(body())
+        else:
+            await has(there, AdapterRef(world.id, digest=digest), adapters[0])
+    assert world.stored() == (1, 0)
 
 
-def test_verified_says_whether_anybody_vouched(
-    run: Run, world: World, adapters: list[Path]
-) -> None:
-    async def body() -> None:
-        async with world.loader() as there, await there.load(world.id) as handle:
-            found = await handle.verified()
-            assert found.kind == "transport"
-            assert not found.vouched
-        world.origin.promises, world.origin.etag = True, '"another"'
-        async with world.loader() as there, await there.load(world.id) as handle:
-            found = await handle.verified()
-            assert found.kind == "sha256"
-            assert found.vouched
-
-    run(body())
+async def test_verified_says_whether_anybody_vouched(world: World, adapters: list[Path]) -> None:
+    async with world.loader() as there, await there.load(world.id) as handle:
+        found = await handle.verified()
+        assert found.kind == "transport"
+        assert not found.vouched
+    world.origin.promises, world.origin.etag = True, '"another"'
+    async with world.loader() as there, await there.load(world.id) as handle:
+        found = await handle.verified()
+        assert found.kind == "sha256"
+        assert found.vouched
 
 
-def test_a_cancelled_load_keeps_what_it_has(run: Run, world: World, adapters: list[Path]) -> None:
+async def test_a_cancelled_load_keeps_what_it_has(world: World, adapters: list[Path]) -> None:
     """Nothing is wrong with it: only what is refused is thrown away."""
-
-    async def body() -> None:
-        async with world.loader() as there:
-            await interrupted(world, there, 1_500_000)
-            assert world.stored() == (0, 1)
-            await has(there, world.id, adapters[0])
-            assert world.stored() == (1, 0)
-
-    run(body())
+    async with world.loader() as there:
+        await interrupted(world, there, 1_500_000)
+        assert world.stored() == (0, 1)
+        await has(there, world.id, adapters[0])
+        assert world.stored() == (1, 0)

@@ -24,7 +24,6 @@ from faults import (
     wrong_range,
 )
 
-from common import Run
 from lorax_async import (
     AccessDeniedError,
     AdapterFormatError,
@@ -136,7 +135,7 @@ def check(error: object, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("run", "name"), in_turn(CASES), indirect=["run"])
-def test_what_stays_wrong_is_told_to_each_caller(run: Run, tmp_path: Path, name: str) -> None:
+async def test_what_stays_wrong_is_told_to_each_caller(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     with FaultyWorld(tmp_path / "cache", tmp_path, verify=case.verify) as world:
         world.locator.promises = case.promises
@@ -161,4 +160,4 @@ def test_what_stays_wrong_is_told_to_each_caller(run: Run, tmp_path: Path, name:
                 await loads_right(loader, world, bad)
                 await assert_at_rest(loader, world)
 
-        run(body())
+        await body()

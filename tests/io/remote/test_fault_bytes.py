@@ -14,7 +14,7 @@ from fault_world import FaultyWorld, assert_at_rest, at, is_weights, loads_right
 from faults import wrong_bytes
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import AdapterHandle, AdapterLoader, IntegrityError
 from lorax_async.config import Checking
 from lorax_async.core.cache_names import WEIGHTS_FILE
@@ -50,9 +50,7 @@ async def told(loader: AdapterLoader, world: FaultyWorld, words: str) -> None:
     assert words in failures[0].error.problem
 
 
-def test_who_has_it_already_is_told(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_has_it_already_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest comes late: two hold the adapter by then."""
     go_on = threading.Event()
     publish = DiskDownload.publish
@@ -86,13 +84,11 @@ def test_who_has_it_already_is_told(
                 await loads_right(loader, world, good)
                 await loads_right(loader, world, bad)
 
-        run(body())
+        await body()
 
 
 @pytest.mark.parametrize("verify", ["stream", "before_use"])
-def test_what_nobody_promised_is_taken_and_named_so(
-    run: Run, tmp_path: Path, verify: Checking
-) -> None:
+async def test_what_nobody_promised_is_taken_and_named_so(tmp_path: Path, verify: Checking) -> None:
     """Later on these bytes are what counts: others in their place are noticed."""
     with FaultyWorld(tmp_path / "cache", tmp_path, verify=verify) as world:
         world.locator.promises = False
@@ -107,7 +103,7 @@ def test_what_nobody_promised_is_taken_and_named_so(
                 await loads_right(loader, world, good)
                 await assert_at_rest(loader, world)
 
-        run(first())
+        await first()
         for listed in ls(world.cache):
             assert listed.record is not None
             weights = listed.record.file(WEIGHTS_FILE)
@@ -124,7 +120,7 @@ def test_what_nobody_promised_is_taken_and_named_so(
                 await loads_right(loader, world, bad)
                 await assert_at_rest(loader, world)
 
-        run(then())
+        await then()
 
 
 def alter(world: FaultyWorld, name: str) -> None:
@@ -154,7 +150,7 @@ def replaced(world: FaultyWorld, after: bytes) -> None:
     world.faults["bad"] = other
 
 
-def test_a_file_that_is_replaced_meanwhile_under_the_same_tag(run: Run, tmp_path: Path) -> None:
+async def test_a_file_that_is_replaced_meanwhile_under_the_same_tag(tmp_path: Path) -> None:
     """Neither ETag nor size tell: the digest does. The new version is another adapter."""
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad, good = world.stock("bad"), world.stock("good", 1)
@@ -173,5 +169,5 @@ def test_a_file_that_is_replaced_meanwhile_under_the_same_tag(run: Run, tmp_path
                 async with await loader.load(world.ref("bad")) as handle:
                     tiny.assert_equal_to_file(handle, new)
 
-        run(body())
+        await body()
         assert bad.exists()

@@ -12,7 +12,6 @@ from fault_processes import LARGE
 from fault_world import FaultyWorld, over
 from test_fault_processes import run_script
 
-from common import Run
 from lorax_async import ConfigError
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -102,7 +101,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_folders_that_cannot_be_ours(run: Run, tmp_path: Path, name: str) -> None:
+async def test_folders_that_cannot_be_ours(tmp_path: Path, name: str) -> None:
     make, words = FOLDERS[name]
     folder = make(tmp_path / "cache")
     with FaultyWorld(folder, tmp_path / "adapters") as world:
@@ -118,5 +117,5 @@ def test_folders_that_cannot_be_ours(run: Run, tmp_path: Path, name: str) -> Non
                     assert not error.retryable
                 assert errors[0] is not errors[1]
 
-        run(body())
+        await body()
         assert not world.asked_of("bad")

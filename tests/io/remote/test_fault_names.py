@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from fault_world import FOLDERS, FaultyWorld, assert_at_rest, in_turn, loads_right, over
 
-from common import Run
 from lorax_async import AdapterHandle, FetchError
 from lorax_async.adapter import AdapterRef
 from lorax_async.io.cache.upkeep import ls
@@ -46,8 +45,8 @@ def assert_own_names(cache: Path) -> None:
 
 @pytest.mark.parametrize(("run", "name"), in_turn(NAMES), indirect=["run"])
 @pytest.mark.parametrize("what", ["version", "source"])
-def test_what_a_source_says_is_no_name(
-    run: Run, tmp_path: Path, what: str, name: str, monkeypatch: pytest.MonkeyPatch
+async def test_what_a_source_says_is_no_name(
+    tmp_path: Path, what: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hostile = NAMES[name]
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters") as world:
@@ -69,7 +68,7 @@ def test_what_a_source_says_is_no_name(
                 await loads_right(loader, world, good)
                 return await loads_right(loader, world, bad)
 
-        key = run(body()).key
+        key = (await body()).key
         assert [listed.is_partial for listed in ls(world.cache)] == [False, False]
         assert hostile in {key.location, getattr(key, "version", None)}
         assert {each.name for each in tmp_path.iterdir()} == {"cache", "adapters"}
@@ -90,12 +89,12 @@ def test_what_a_source_says_is_no_name(
                     assert handle.key == key
                     assert handle.stale
 
-        run(stale())
+        await stale()
 
 
 @pytest.mark.parametrize(("run", "name"), in_turn(NAMES), indirect=["run"])
-def test_what_goes_wrong_is_told_with_such_names(
-    run: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+async def test_what_goes_wrong_is_told_with_such_names(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters") as world:
         world.stock("bad")
@@ -115,5 +114,5 @@ def test_what_goes_wrong_is_told_with_such_names(
                 await loads_right(loader, world, good)
                 await assert_at_rest(loader, world)
 
-        run(body())
+        await body()
         assert_own_names(tmp_path / "cache")

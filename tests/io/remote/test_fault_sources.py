@@ -12,7 +12,7 @@ from fetching import engine
 from remote_world import PATIENT
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import AccessDeniedError, AdapterHandle, AdapterLoader, FetchError
 from lorax_async.adapter import AdapterRef
 from lorax_async.io.cache.upkeep import ls
@@ -29,7 +29,7 @@ async def of_ref(loader: AdapterLoader, ref: AdapterRef, folder: Path) -> Adapte
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["same loader", "another loader"])
-def test_while_the_origin_is_down(run: Run, tmp_path: Path, again: bool) -> None:
+async def test_while_the_origin_is_down(tmp_path: Path, again: bool) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad, good = world.stock("bad"), world.stock("good", 1)
         version = world.locator.there["bad"].version
@@ -64,10 +64,10 @@ def test_while_the_origin_is_down(run: Run, tmp_path: Path, again: bool) -> None
                 async with over(world) as other:
                     await down(other)
 
-        run(body())
+        await body()
 
 
-def test_who_is_refused_is_given_nothing_old(run: Run, tmp_path: Path) -> None:
+async def test_who_is_refused_is_given_nothing_old(tmp_path: Path) -> None:
     """A source that answers is not down."""
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad = world.stock("bad")
@@ -88,10 +88,10 @@ def test_who_is_refused_is_given_nothing_old(run: Run, tmp_path: Path) -> None:
                     await loader.load(nobody)
                 await assert_at_rest(loader, world)
 
-        run(body())
+        await body()
 
 
-def test_half_of_it_is_not_served(run: Run, tmp_path: Path) -> None:
+async def test_half_of_it_is_not_served(tmp_path: Path) -> None:
     """The origin goes down in the midst of a download: a partial is no version to fall back to."""
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad = world.stock("bad")
@@ -114,10 +114,10 @@ def test_half_of_it_is_not_served(run: Run, tmp_path: Path) -> None:
                 await of_ref(loader, pinned, bad)
                 await assert_at_rest(loader, world)
 
-        run(body())
+        await body()
 
 
-def test_a_source_that_nobody_listens_at(run: Run, tmp_path: Path) -> None:
+async def test_a_source_that_nobody_listens_at(tmp_path: Path) -> None:
     """The connection is refused, or nothing at all comes of it: others load meanwhile."""
     http = engine(4, timeouts=PATIENT)
     with FaultyWorld(tmp_path / "cache", tmp_path, http=http) as world:
@@ -140,4 +140,4 @@ def test_a_source_that_nobody_listens_at(run: Run, tmp_path: Path) -> None:
                 await assert_at_rest(loader, world)
                 assert len(ls(world.cache)) == 1
 
-        run(body())
+        await body()

@@ -15,7 +15,7 @@ from fetching import engine
 from remote_world import PATIENT
 
 import tiny
-from common import Run, until
+from common import until
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -65,7 +65,7 @@ class Together:
         world.well(asked, client)
 
 
-def test_a_load_gets_all_connections_of_a_prefetch(run: Run, tmp_path: Path) -> None:
+async def test_a_load_gets_all_connections_of_a_prefetch(tmp_path: Path) -> None:
     http = engine(CONNECTIONS, timeouts=PATIENT)
     layout = tiny.layout(layers=LAYERS)
     with FaultyWorld(tmp_path / "cache", tmp_path, http=http) as world:
@@ -89,10 +89,10 @@ def test_a_load_gets_all_connections_of_a_prefetch(run: Run, tmp_path: Path) -> 
                     tiny.assert_equal_to_file(handle, large)
                 await assert_at_rest(loader, world)
 
-        run(body())
+        await body()
 
 
-def test_a_load_of_what_is_hinted_at_hastens_it(run: Run, tmp_path: Path) -> None:
+async def test_a_load_of_what_is_hinted_at_hastens_it(tmp_path: Path) -> None:
     """It is one download still, which others' hints do not hold up any more."""
     http = engine(CONNECTIONS, timeouts=PATIENT)
     layout = tiny.layout(layers=LAYERS)
@@ -114,6 +114,6 @@ def test_a_load_of_what_is_hinted_at_hastens_it(run: Run, tmp_path: Path) -> Non
                     tiny.assert_equal_to_file(handle, folders[1])
                 await assert_at_rest(loader, world)
 
-        run(body())
+        await body()
         for name in "ab":
             assert len([span for span in world.spans_of(name) if span[0] == 0]) == 1

@@ -32,11 +32,11 @@ def hub() -> Iterator[HubStandIn]:
         yield hub
 
 
-def test_an_adapter_and_where_its_files_lie(hub: HubStandIn, run: Run) -> None:
+async def test_an_adapter_and_where_its_files_lie(hub: HubStandIn) -> None:
     commit = hub.put(REPO, ADAPTER)
     with locating(hub) as locator:
         port: Locator = locator
-        located = run(port.locate(AdapterRef(REPO)))
+        located = await port.locate(AdapterRef(REPO))
     assert (located.source, located.version, located.scope) == (REPO, commit, "")
     config, weights = located.files
     assert (config.role, weights.role) == (CONFIG_FILE, WEIGHTS_FILE)
@@ -55,11 +55,11 @@ def test_an_adapter_and_where_its_files_lie(hub: HubStandIn, run: Run) -> None:
     tells_no_secret(located)
 
 
-def test_the_bytes_come_from_where_it_said(hub: HubStandIn, run: Run) -> None:
+async def test_the_bytes_come_from_where_it_said(hub: HubStandIn) -> None:
     """The store, which refuses whoever brings a token, is asked without it, and at once."""
     hub.put(REPO, ADAPTER, private_token=TOKEN)
     with locating(hub) as locator, engine() as fetching:
-        located = run(locator.locate(AdapterRef(REPO, token=TOKEN)))
+        located = await locator.locate(AdapterRef(REPO, token=TOKEN))
         seen = len(hub.asked)
         contents = [
             fetching.ask(file.target, 100_000, timeout=20).done.result(25).start
@@ -72,11 +72,11 @@ def test_the_bytes_come_from_where_it_said(hub: HubStandIn, run: Run) -> None:
     assert "authorization" not in gets[1].fields
 
 
-def test_a_signature_that_ended_is_fetched_again(hub: HubStandIn, run: Run) -> None:
+async def test_a_signature_that_ended_is_fetched_again(hub: HubStandIn) -> None:
     """The file's own URL leads to a new place, at the same commit."""
     commit = hub.put(REPO, ADAPTER)
     with locating(hub) as locator, engine() as fetching:
-        weights = run(locator.locate(AdapterRef(REPO))).files[1]
+        weights = (await locator.locate(AdapterRef(REPO))).files[1]
         hub.put(REPO, {**ADAPTER, "adapter_model.safetensors": b"another"})
         answer = fetching.ask(replace(weights.target, found=None), 100_000, timeout=20)
         assert answer.done.result(25).start == WEIGHTS
@@ -84,22 +84,22 @@ def test_a_signature_that_ended_is_fetched_again(hub: HubStandIn, run: Run) -> N
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "feature/x"])
-def test_whatever_git_names_is_a_revision(hub: HubStandIn, run: Run, revision: str) -> None:
+async def test_whatever_git_names_is_a_revision(hub: HubStandIn, revision: str) -> None:
     hub.put(REPO, {"adapter_config.json": b"other"})
     commit = hub.put(REPO, ADAPTER, revision)
     with locating(hub) as locator:
         for name in (revision, commit):
-            located = run(locator.locate(AdapterRef(REPO, revision=name)))
+            located = await locator.locate(AdapterRef(REPO, revision=name))
             assert located.version == commit
             assert located.files[1].nbytes == len(WEIGHTS)
 
 
-def test_a_repository_that_was_renamed(hub: HubStandIn, run: Run) -> None:
+async def test_a_repository_that_was_renamed(hub: HubStandIn) -> None:
     """It is asked for by the name that was given, whose commit stands fast."""
     commit = hub.put("org/new", ADAPTER)
     hub.moved[REPO] = "org/new"
     with locating(hub) as locator, engine() as fetching:
-        located = run(locator.locate(AdapterRef(REPO)))
+        located = await locator.locate(AdapterRef(REPO))
         assert (located.source, located.version) == (REPO, commit)
         config, weights = located.files
         assert config.target.found is None, "its name is no commit"
@@ -109,15 +109,15 @@ def test_a_repository_that_was_renamed(hub: HubStandIn, run: Run) -> None:
         )
         asked = [fetching.ask(each.target, 100_000, timeout=20) for each in (config, weights)]
         assert [each.done.result(25).start for each in asked] == [CONFIG, WEIGHTS]
-        pinned = run(locator.locate(AdapterRef(REPO, revision=commit)))
+        pinned = await locator.locate(AdapterRef(REPO, revision=commit))
         found = pinned.files[0].target.found
         assert found is not None
         assert f"/org/new/resolve/{commit}/" in found.text
 
 
 @pytest.mark.parametrize("later", [{"adapter_model.safetensors": b"new"}, {"README.md": b"none"}])
-def test_a_branch_that_moves_between_two_answers(
-    hub: HubStandIn, run: Run, later: dict[str, bytes]
+async def test_a_branch_that_moves_between_two_answers(
+    hub: HubStandIn, later: dict[str, bytes]
 ) -> None:
     """Both files are of the commit of the first; also where the new one has no weights."""
     commit = hub.put(REPO, ADAPTER)
@@ -138,7 +138,7 @@ def test_a_branch_that_moves_between_two_answers(
 
     hub.behave = note
     with locating(hub) as locator:
-        located = run(locator.locate(AdapterRef(REPO)))
+        located = await locator.locate(AdapterRef(REPO))
     assert located.version == commit
     assert located.files[1].expected == Digest("sha256", sha256(WEIGHTS))
     assert [asked.target.split("/")[4] for asked in hub.asked].count(commit) == 1
@@ -169,11 +169,11 @@ def test_weights_in_several_files(hub: HubStandIn, run: Run) -> None:
         assert file.nbytes == len(content)
 
 
-def test_shards_of_a_private_repository(hub: HubStandIn, run: Run) -> None:
+async def test_shards_of_a_private_repository(hub: HubStandIn) -> None:
     hub.put(REPO, {"adapter_config.json": CONFIG, INDEX: b"{}", **SHARDS}, private_token=TOKEN)
     with locating(hub) as locator:
-        located = run(locator.locate(AdapterRef(REPO, token=TOKEN)))
-        files = run(locator.shards(located, [FileRole("weights", k) for k in (1, 2, 3)]))
+        located = await locator.locate(AdapterRef(REPO, token=TOKEN))
+        files = await locator.shards(located, [FileRole("weights", k) for k in (1, 2, 3)])
     assert {file.target.headers["Authorization"] for file in files} == {f"Bearer {TOKEN}"}
     tells_no_secret(located, files)
 
@@ -201,12 +201,10 @@ def test_shards_are_asked_for_on_the_same_authority(
         ),
     ],
 )
-def test_what_a_repository_lacks(
-    hub: HubStandIn, run: Run, files: dict[str, bytes], said: str
-) -> None:
+async def test_what_a_repository_lacks(hub: HubStandIn, files: dict[str, bytes], said: str) -> None:
     hub.put(REPO, files)
     with locating(hub) as locator, pytest.raises(AdapterNotFoundError, match=said) as caught:
-        run(locator.locate(AdapterRef(REPO)))
+        await locator.locate(AdapterRef(REPO))
     assert caught.value.stage == "resolve"
     assert not hub.asked_for("GET")
 
@@ -245,37 +243,37 @@ def test_on_whose_authority(hub: HubStandIn, run: Run, tmp_path: Path) -> None:
         assert located.scope not in {"", given}, "a token says nothing at another hub"
 
 
-def test_what_a_commit_says_by_itself(hub: HubStandIn, run: Run, tmp_path: Path) -> None:
+async def test_what_a_commit_says_by_itself(hub: HubStandIn, tmp_path: Path) -> None:
     commit = hub.put(REPO, ADAPTER, private_token=TOKEN)
     with locating(hub) as locator:
         for ref in (AdapterRef(REPO, revision=commit), AdapterRef(REPO)):
             assert locator.recalled(ref) is None, "nobody looked yet"
-        located = run(locator.locate(AdapterRef(REPO, token=TOKEN)))
+        located = await locator.locate(AdapterRef(REPO, token=TOKEN))
         pinned = AdapterRef(REPO, revision=commit, token=TOKEN)
         assert locator.recalled(pinned) == (REPO, commit, located.scope)
         lent = AdapterRef(REPO, revision=commit, use_token=True)
         assert locator.recalled(lent) is None, "whose is it?"
         assert locator.recalled(AdapterRef(REPO, revision=commit)) == (REPO, commit, "")
-        assert run(locator.scope(lent)) == locator.own_scope() == ""
+        assert await locator.scope(lent) == locator.own_scope() == ""
         assert locator.recalled(lent) == (REPO, commit, "")
         (tmp_path / "token").write_text(TOKEN)
-        assert run(locator.scope(lent)) == locator.own_scope() == located.scope
+        assert await locator.scope(lent) == locator.own_scope() == located.scope
         assert locator.recalled(lent) == (REPO, commit, located.scope)
         assert locator.recalled(AdapterRef(REPO, revision=commit)) == (REPO, commit, "")
         for name in (None, "main", commit[:39], commit.upper(), f"{commit}0"):
             assert locator.recalled(AdapterRef(REPO, revision=name)) is None
 
 
-def test_on_whose_authority_is_told_though_the_hub_is_down(hub: HubStandIn, run: Run) -> None:
+async def test_on_whose_authority_is_told_though_the_hub_is_down(hub: HubStandIn) -> None:
     commit = hub.put(REPO, ADAPTER)
     with locating(hub) as locator:
         hub.behave = lambda asked: Reply(500)
-        given = run(locator.scope(AdapterRef(REPO, token=TOKEN)))
+        given = await locator.scope(AdapterRef(REPO, token=TOKEN))
         assert locator.recalled(AdapterRef(REPO, revision=commit, token=TOKEN)) == (
             *(REPO, commit),
             given,
         )
-        assert run(locator.scope(AdapterRef(REPO))) == ""
+        assert await locator.scope(AdapterRef(REPO)) == ""
     assert not hub.asked
 
 

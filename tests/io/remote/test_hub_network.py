@@ -62,27 +62,24 @@ def test_a_hub_that_hangs_up(run: Run) -> None:
     assert (type(error), error.retryable) == (FetchError, True)
 
 
-def test_a_silent_hub_holds_nobody_but_who_asked(run: Run) -> None:
-    async def body() -> None:
-        with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-            endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            with locating(endpoint, timeout=0.4) as locator:
-                asking = asyncio.ensure_future(locator.locate(AdapterRef(REPO, token=TOKEN)))
-                ticks = 0
-                while not asking.done():
-                    await asyncio.sleep(0.01)
-                    ticks += 1
-                with pytest.raises(FetchTimeoutError, match="did not answer in time") as caught:
-                    await asking
-                tells_no_secret(caught.value)
-                assert (
-                    ticks >= 6
-                )  # in more than a second; held, it would have ticked between attempts only
-
-    run(body())
+async def test_a_silent_hub_holds_nobody_but_who_asked() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with locating(endpoint, timeout=0.4) as locator:
+            asking = asyncio.ensure_future(locator.locate(AdapterRef(REPO, token=TOKEN)))
+            ticks = 0
+            while not asking.done():
+                await asyncio.sleep(0.01)
+                ticks += 1
+            with pytest.raises(FetchTimeoutError, match="did not answer in time") as caught:
+                await asking
+            tells_no_secret(caught.value)
+            assert (
+                ticks >= 6
+            )  # in more than a second; held, it would have ticked between attempts only
 
 
-def test_who_does_not_wait_any_more(hub: HubStandIn, run: Run) -> None:
+async def test_who_does_not_wait_any_more(hub: HubStandIn) -> None:
     """A cancelled question leaves a thread, which ends with its answer, and nothing else."""
     hub.put(REPO, ADAPTER)
     go_on = threading.Event()
@@ -91,28 +88,25 @@ def test_who_does_not_wait_any_more(hub: HubStandIn, run: Run) -> None:
         assert go_on.wait(30)
         return None
 
-    async def body() -> None:
-        hub.behave = wait
-        with ThreadPoolExecutor(1) as threads:
-            locator = HubLocator(
-                endpoint=hub.endpoint, rules=Anywhere(), threads=threads, timeout=30, retries=QUICK
-            )
-            asking = asyncio.ensure_future(locator.locate(AdapterRef(REPO)))
-            await until(lambda: hub.asked)
-            asking.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await asking
-            go_on.set()
-        assert len(hub.asked) == 1, "the second question was never put"
-
-    run(body())
+    hub.behave = wait
+    with ThreadPoolExecutor(1) as threads:
+        locator = HubLocator(
+            endpoint=hub.endpoint, rules=Anywhere(), threads=threads, timeout=30, retries=QUICK
+        )
+        asking = asyncio.ensure_future(locator.locate(AdapterRef(REPO)))
+        await until(lambda: hub.asked)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        go_on.set()
+    assert len(hub.asked) == 1, "the second question was never put"
 
 
-def test_an_endpoint_that_the_operator_did_not_allow(hub: HubStandIn, run: Run) -> None:
+async def test_an_endpoint_that_the_operator_did_not_allow(hub: HubStandIn) -> None:
     hub.put(REPO, ADAPTER)
     said = pytest.raises(AccessDeniedError, match="not allowed; allow it explicitly")
     with locating(hub, rules=PublicOnly()) as locator, said:
-        run(locator.locate(AdapterRef(REPO, token=TOKEN)))
+        await locator.locate(AdapterRef(REPO, token=TOKEN))
     assert not hub.asked
 
 
@@ -151,16 +145,13 @@ def test_a_machine_whose_own_token_cannot_be_had(
             assert run(locator.locate(ref)).version == commit
 
 
-def test_waiting_between_attempts_can_be_ended(hub: HubStandIn, run: Run) -> None:
-    async def body() -> None:
-        hub.behave = lambda asked: Reply(503, {"Retry-After": "30"})
-        with locating(hub, retries=replace(QUICK, obeyed=60)) as locator:
-            asking = asyncio.ensure_future(locator.locate(AdapterRef(REPO)))
-            await until(lambda: len(hub.asked) == 2)
-            await asyncio.sleep(0.05)
-            asking.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await asking
-        assert len(hub.asked) == 2
-
-    run(body())
+async def test_waiting_between_attempts_can_be_ended(hub: HubStandIn) -> None:
+    hub.behave = lambda asked: Reply(503, {"Retry-After": "30"})
+    with locating(hub, retries=replace(QUICK, obeyed=60)) as locator:
+        asking = asyncio.ensure_future(locator.locate(AdapterRef(REPO)))
+        await until(lambda: len(hub.asked) == 2)
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    assert len(hub.asked) == 2

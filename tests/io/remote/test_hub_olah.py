@@ -11,7 +11,6 @@ from hub_stand_in import HubStandIn, git_sha1, sha256
 from hub_world import ADAPTER, CONFIG, REPO, TOKEN, locating
 from olah import committed, olah
 
-from common import Run
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.spans import Span
@@ -44,13 +43,13 @@ def downloaded(fetching: RangeEngine, answer: Answer, nbytes: int) -> bytes:
     return bytes(sink.data)
 
 
-def test_in_front_of_another_hub(run: Run, tmp_path: Path) -> None:
+async def test_in_front_of_another_hub(tmp_path: Path) -> None:
     """It serves ranges, and its ETags are the hub's."""
     with HubStandIn() as hub, olah(tmp_path, hub) as endpoint:
         commit = hub.put(REPO, FILES)
         hub.put("org/private", FILES, private_token=TOKEN)
         with locating(endpoint) as locator, engine(8, timeouts=PATIENT) as fetching:
-            located = run(locator.locate(AdapterRef(REPO)))
+            located = await locator.locate(AdapterRef(REPO))
             assert located.version == commit
             config, weights = located.files
             assert config.expected == Digest("git-sha1", git_sha1(CONFIG))
@@ -59,20 +58,20 @@ def test_in_front_of_another_hub(run: Run, tmp_path: Path) -> None:
             answer = fetching.ask(weights.target, 1_000, timeout=50).done.result(55)
             assert answer.ranges
             assert downloaded(fetching, answer, len(WEIGHTS)) == WEIGHTS
-            private = run(locator.locate(AdapterRef("org/private", token=TOKEN)))
+            private = await locator.locate(AdapterRef("org/private", token=TOKEN))
             begun = fetching.ask(private.files[0].target, 1_000, timeout=50)
             assert begun.done.result(55).start == CONFIG
             for name in ("org/private", "org/nobody"):
                 with pytest.raises(AccessDeniedError, match="check the id, or .* give a token"):
-                    run(locator.locate(AdapterRef(name)))
+                    await locator.locate(AdapterRef(name))
             with pytest.raises(AdapterNotFoundError, match="no revision 'v9'"):
-                run(locator.locate(AdapterRef(REPO, revision="v9")))
+                await locator.locate(AdapterRef(REPO, revision="v9"))
             hub.put(REPO, {"adapter_config.json": CONFIG}, "bare")
             with pytest.raises(AdapterNotFoundError, match="neither"):
-                run(locator.locate(AdapterRef(REPO, revision="bare")))
+                await locator.locate(AdapterRef(REPO, revision="bare"))
 
 
-def test_over_git_repositories(run: Run, tmp_path: Path) -> None:
+async def test_over_git_repositories(tmp_path: Path) -> None:
     """It ignores ranges, and says no length: what comes is read as the whole, and checked by size."""
     commit = committed(tmp_path / "mirrors" / "models" / REPO, FILES, lfs=True)
     with HubStandIn() as hub:
@@ -82,13 +81,13 @@ def test_over_git_repositories(run: Run, tmp_path: Path) -> None:
             locating(endpoint) as locator,
             engine(8, timeouts=PATIENT) as fetching,
         ):
-            located = run(locator.locate(AdapterRef(REPO)))
+            located = await locator.locate(AdapterRef(REPO))
             assert located.version == commit
             config, weights = located.files
             assert config.expected == Digest("git-sha1", git_sha1(CONFIG))
             assert weights.expected == Digest("sha256", sha256(WEIGHTS))
             assert weights.nbytes == len(WEIGHTS)
-            assert run(locator.locate(AdapterRef(REPO, revision=commit))).version == commit
+            assert (await locator.locate(AdapterRef(REPO, revision=commit))).version == commit
             answer = fetching.ask(weights.target, 1_000, timeout=50).done.result(55)
             assert not answer.ranges
             assert downloaded(fetching, answer, len(WEIGHTS)) == WEIGHTS

@@ -163,8 +163,8 @@ def test_an_answer_about_another_commit(hub: HubStandIn, run: Run) -> None:
     "etag", [None, "../../etc/passwd", 'W/"1-2"', "e" * 63, "E" * 64, "x" * 40]
 )
 @pytest.mark.parametrize("size", ["-1", "nine", ""])
-def test_digests_and_sizes_that_are_none(
-    hub: HubStandIn, run: Run, etag: str | None, size: str
+async def test_digests_and_sizes_that_are_none(
+    hub: HubStandIn, etag: str | None, size: str
 ) -> None:
     """They are as good as none: nothing is named by them, nothing checked."""
     fields = {"X-Repo-Commit": "e" * 40, "X-Linked-Size": size}
@@ -172,18 +172,18 @@ def test_digests_and_sizes_that_are_none(
         fields["X-Linked-Etag"] = etag
     hub.behave = lambda asked: Reply(302, {**fields, "Location": "http://127.0.0.1:9/x"})
     with locating(hub) as locator:
-        located = run(locator.locate(AdapterRef(REPO)))
+        located = await locator.locate(AdapterRef(REPO))
     assert [(file.nbytes, file.expected) for file in located.files] == [(None, None)] * 2
 
 
 @pytest.mark.parametrize("place", ["ftp://127.0.0.1/x", "//[bad", "http://a b/", "http:///x"])
-def test_a_place_that_is_no_url(hub: HubStandIn, run: Run, place: str) -> None:
+async def test_a_place_that_is_no_url(hub: HubStandIn, place: str) -> None:
     """The engine will be led there by the file's own URL, and refuses it."""
     fields = {"X-Repo-Commit": "e" * 40, "Location": place}
     hub.behave = lambda asked: Reply(302, fields)
     with locating(hub) as locator:
         try:
-            located = run(locator.locate(AdapterRef(REPO)))
+            located = await locator.locate(AdapterRef(REPO))
         except FetchError as error:
             assert not error.retryable
             assert "bad" not in error.problem

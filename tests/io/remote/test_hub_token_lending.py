@@ -11,7 +11,6 @@ from hub_stand_in import HubStandIn
 from huggingface_hub import constants, snapshot_download
 from user_loads import at, contents, has, loader, written
 
-from common import Run
 from lorax_async import (
     AccessDeniedError,
     AdapterLoader,
@@ -70,39 +69,32 @@ def sent(hub: HubStandIn, repo: str = "") -> set[str | None]:
 
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("allow", [(), (Allow("hub"),), (Allow("hub", prefix="org/"),)])
-def test_a_plain_id_is_asked_for_without_the_machines_token(
-    run: Run, hub: HubStandIn, adapter: Path, tmp_path: Path, allow: tuple[Allow, ...]
+async def test_a_plain_id_is_asked_for_without_the_machines_token(
+    hub: HubStandIn, adapter: Path, tmp_path: Path, allow: tuple[Allow, ...]
 ) -> None:
-    async def body() -> None:
-        async with over(hub, tmp_path, *allow) as there:
-            await has(there, PUBLIC, adapter)
-            await has(there, AdapterRef(PUBLIC, revision="main"), adapter)
-            with pytest.raises(AccessDeniedError, match="use_token=True"):
-                await there.load(PRIVATE)
-            parts = Merge("linear", [PUBLIC, PRIVATE], [0.5, 0.5])
-            with pytest.raises(AccessDeniedError, match="part 2"):
-                await there.load(parts)
-
-    run(body())
+    async with over(hub, tmp_path, *allow) as there:
+        await has(there, PUBLIC, adapter)
+        await has(there, AdapterRef(PUBLIC, revision="main"), adapter)
+        with pytest.raises(AccessDeniedError, match="use_token=True"):
+            await there.load(PRIVATE)
+        parts = Merge("linear", [PUBLIC, PRIVATE], [0.5, 0.5])
+        with pytest.raises(AccessDeniedError, match="part 2"):
+            await there.load(parts)
     assert sent(hub, PRIVATE) == {None}
     assert sent(hub) == {None}
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_an_entry_lends_the_token_to_what_it_covers_only(
-    run: Run, hub: HubStandIn, adapter: Path, tmp_path: Path
+async def test_an_entry_lends_the_token_to_what_it_covers_only(
+    hub: HubStandIn, adapter: Path, tmp_path: Path
 ) -> None:
     allow = (Allow("hub"), Allow("hub", prefix="org/", use_token=True))
-
-    async def body() -> None:
-        async with over(hub, tmp_path, *allow) as there:
-            await has(there, PRIVATE, adapter)
-            with pytest.raises(AccessDeniedError):
-                await there.load(ELSEWHERE)
-            with pytest.raises(LoraxError):
-                await there.load(PUBLIC, token="hf_another", revision="no-such-one")
-
-    run(body())
+    async with over(hub, tmp_path, *allow) as there:
+        await has(there, PRIVATE, adapter)
+        with pytest.raises(AccessDeniedError):
+            await there.load(ELSEWHERE)
+        with pytest.raises(LoraxError):
+            await there.load(PUBLIC, token="hf_another", revision="no-such-one")
     assert sent(hub, PRIVATE) == {OWN}
     assert sent(hub, ELSEWHERE) == {None}
     assert sent(hub, PUBLIC) == {"Bearer hf_another"}, "a caller's own token is the one that counts"
@@ -111,8 +103,7 @@ def test_an_entry_lends_the_token_to_what_it_covers_only(
 
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("large", [False, True], ids=["config in git", "config in the store"])
-def test_an_entry_lends_the_token_to_no_repository_elsewhere_that_the_hub_redirects_to(
-    run: Run,
+async def test_an_entry_lends_the_token_to_no_repository_elsewhere_that_the_hub_redirects_to(
     hub: HubStandIn,
     adapter: Path,
     tmp_path: Path,
@@ -124,57 +115,46 @@ def test_an_entry_lends_the_token_to_no_repository_elsewhere_that_the_hub_redire
     allow = (Allow("hub"), Allow("hub", prefix="org/", use_token=True))
     hub.moved |= {"org/moved": ELSEWHERE, "org/renamed": PRIVATE}
     commit = hub.repos[ELSEWHERE].refs["main"]
-
-    async def body() -> None:
-        async with over(hub, tmp_path, *allow) as there:
-            for id in ("org/moved", f"org/moved@{commit}"):
-                with pytest.raises(AccessDeniedError) as caught:
-                    await there.load(id)
-                assert ELSEWHERE not in str(caught.value)
-            await has(there, "org/renamed", adapter)
-            await has(there, AdapterRef("org/moved", use_token=True), adapter)
-
-    run(body())
+    async with over(hub, tmp_path, *allow) as there:
+        for id in ("org/moved", f"org/moved@{commit}"):
+            with pytest.raises(AccessDeniedError) as caught:
+                await there.load(id)
+            assert ELSEWHERE not in str(caught.value)
+        await has(there, "org/renamed", adapter)
+        await has(there, AdapterRef("org/moved", use_token=True), adapter)
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_a_hub_that_does_not_say_which_repository_answers_lends_nothing(
-    run: Run, hub: HubStandIn, tmp_path: Path
+async def test_a_hub_that_does_not_say_which_repository_answers_lends_nothing(
+    hub: HubStandIn, tmp_path: Path
 ) -> None:
     def behave(asked: Asked) -> Reply | None:
         return Reply(200, {}, b"{}") if asked.target.startswith("/api/") else None
 
     hub.moved["org/renamed"] = PRIVATE
     hub.behave = behave
-
-    async def body() -> None:
-        async with over(hub, tmp_path, Allow("hub", prefix="org/", use_token=True)) as there:
-            with pytest.raises(AccessDeniedError):
-                await there.load("org/renamed")
-
-    run(body())
+    async with over(hub, tmp_path, Allow("hub", prefix="org/", use_token=True)) as there:
+        with pytest.raises(AccessDeniedError):
+            await there.load("org/renamed")
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_a_ref_may_ask_for_the_token_itself(
-    run: Run, hub: HubStandIn, adapter: Path, tmp_path: Path
+async def test_a_ref_may_ask_for_the_token_itself(
+    hub: HubStandIn, adapter: Path, tmp_path: Path
 ) -> None:
-    async def body() -> None:
-        async with over(hub, tmp_path) as there:
-            named = AdapterRef(ELSEWHERE, use_token=True)
-            await has(there, named, adapter)
-            async with await there.load(Merge("linear", [named, PUBLIC], [0.5, 0.5])):
-                pass
-
-    run(body())
+    async with over(hub, tmp_path) as there:
+        named = AdapterRef(ELSEWHERE, use_token=True)
+        await has(there, named, adapter)
+        async with await there.load(Merge("linear", [named, PUBLIC], [0.5, 0.5])):
+            pass
     assert sent(hub, ELSEWHERE) == {OWN}
     assert sent(hub, PUBLIC) == {None}
 
 
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("hub_cache", ["off", "read", "write"])
-def test_what_the_token_brought_is_for_no_stranger(
-    run: Run, hub: HubStandIn, adapter: Path, tmp_path: Path, hub_cache: str
+async def test_what_the_token_brought_is_for_no_stranger(
+    hub: HubStandIn, adapter: Path, tmp_path: Path, hub_cache: str
 ) -> None:
     """Neither resident, nor from a cache, nor while the hub is down or is not to be asked."""
     commit = hub.repos[PRIVATE].refs["main"]
@@ -189,24 +169,21 @@ def test_what_the_token_brought_is_for_no_stranger(
                 with pytest.raises(kind):
                     await there.load(name, allow_stale=stale)
 
-    async def body() -> None:
-        async with over(hub, tmp_path, **settings) as there:
-            await has(there, named, adapter)
-            async with await there.load(named):
-                await refuse(there, AccessDeniedError)
-        async with over(hub, tmp_path, **settings) as there:
+    async with over(hub, tmp_path, **settings) as there:
+        await has(there, named, adapter)
+        async with await there.load(named):
             await refuse(there, AccessDeniedError)
-        async with over(hub, tmp_path, offline=True, **settings) as there:
-            await refuse(there, FetchError)
-            await has(there, named, adapter)
-
-    run(body())
+    async with over(hub, tmp_path, **settings) as there:
+        await refuse(there, AccessDeniedError)
+    async with over(hub, tmp_path, offline=True, **settings) as there:
+        await refuse(there, FetchError)
+        await has(there, named, adapter)
     assert sent(hub, PRIVATE) == {None, OWN}
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_what_other_tools_stored_with_the_token_is_for_no_stranger(
-    run: Run, hub: HubStandIn, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_what_other_tools_stored_with_the_token_is_for_no_stranger(
+    hub: HubStandIn, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = hub.repos[PRIVATE].refs["main"]
     snapshot_download(PRIVATE, token=TOKEN, cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
@@ -221,42 +198,35 @@ def test_what_other_tools_stored_with_the_token_is_for_no_stranger(
                 texts.add(caught.value.problem)
             assert len(texts) == 1, "it is not told whether it is there"
 
-    async def body() -> None:
-        await refuse()
-        async with over(hub, tmp_path, offline=True) as there:
-            for revision in (None, commit):
-                ref = AdapterRef(PRIVATE, revision=revision, use_token=True)
-                await has(there, ref, adapter)
-        async with over(
-            hub, tmp_path, Allow("hub", prefix="org/", use_token=True), offline=True
-        ) as there:
-            await has(there, PRIVATE, adapter)
-        assert len(hub.asked) == begun
-        async with over(hub, tmp_path) as there:
-            with pytest.raises(AccessDeniedError):
-                await there.load(f"{PRIVATE}@{commit}")
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-        await refuse()
-
-    run(body())
+    await refuse()
+    async with over(hub, tmp_path, offline=True) as there:
+        for revision in (None, commit):
+            ref = AdapterRef(PRIVATE, revision=revision, use_token=True)
+            await has(there, ref, adapter)
+    async with over(
+        hub, tmp_path, Allow("hub", prefix="org/", use_token=True), offline=True
+    ) as there:
+        await has(there, PRIVATE, adapter)
+    assert len(hub.asked) == begun
+    async with over(hub, tmp_path) as there:
+        with pytest.raises(AccessDeniedError):
+            await there.load(f"{PRIVATE}@{commit}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    await refuse()
 
 
-def test_without_a_token_all_ask_alike(
-    run: Run, hub: HubStandIn, adapter: Path, tmp_path: Path
+async def test_without_a_token_all_ask_alike(
+    hub: HubStandIn, adapter: Path, tmp_path: Path
 ) -> None:
     """What other tools stored on such a machine anybody could have had."""
     snapshot_download(PUBLIC, cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
-
-    async def body() -> None:
-        async with over(hub, tmp_path, offline=True) as there:
-            await has(there, PUBLIC, adapter)
-            await has(there, AdapterRef(PUBLIC, use_token=True), adapter)
-        async with over(hub, tmp_path) as there:
-            for name in (PRIVATE, AdapterRef(PRIVATE, use_token=True)):
-                with pytest.raises(AccessDeniedError):
-                    await there.load(name)
-
-    run(body())
+    async with over(hub, tmp_path, offline=True) as there:
+        await has(there, PUBLIC, adapter)
+        await has(there, AdapterRef(PUBLIC, use_token=True), adapter)
+    async with over(hub, tmp_path) as there:
+        for name in (PRIVATE, AdapterRef(PRIVATE, use_token=True)):
+            with pytest.raises(AccessDeniedError):
+                await there.load(name)
     assert sent(hub) == {None}
 
 
@@ -268,16 +238,12 @@ def test_a_plain_id_reaches_nothing_else(kind: str) -> None:
         parse_adapter_id(f"{kind}://container/folder/", (Allow("hub", use_token=True),))
 
 
-def test_words_that_contradict_each_other(run: Run, tmp_path: Path) -> None:
+async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="contradict"):
         AdapterRef(PUBLIC, token=TOKEN, use_token=True)
     with pytest.raises(UsageError, match="use_token must be True or False"):
         AdapterRef(PUBLIC, use_token="yes")  # type: ignore[arg-type]
-
-    async def body() -> None:
-        async with loader(tmp_path, layers=1, hub_cache="off") as there:
-            for id in ("s3://bucket/a/", "./folder", Path("folder")):
-                with pytest.raises(InvalidAdapterIdError, match="use_token"):
-                    await there.load(AdapterRef(id, use_token=True))
-
-    run(body())
+    async with loader(tmp_path, layers=1, hub_cache="off") as there:
+        for id in ("s3://bucket/a/", "./folder", Path("folder")):
+            with pytest.raises(InvalidAdapterIdError, match="use_token"):
+                await there.load(AdapterRef(id, use_token=True))

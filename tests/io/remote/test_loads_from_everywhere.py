@@ -9,7 +9,6 @@ from fault_server import Asked, Client, FaultServer
 from hub_stand_in import HubStandIn
 
 import tiny
-from common import Run
 from lorax_async import (
     AccessDeniedError,
     AdapterLoader,
@@ -46,7 +45,7 @@ def at_store(hub: HubStandIn) -> Allow:
     return Allow("http", host, int(port))
 
 
-def test_from_the_hub(run: Run, tmp_path: Path) -> None:
+async def test_from_the_hub(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", rank=64)
     with HubStandIn() as hub:
         commit = hub.put("org/name", contents(folder))
@@ -64,10 +63,10 @@ def test_from_the_hub(run: Run, tmp_path: Path) -> None:
                 with pytest.raises(AccessDeniedError, match="to whoever has no token"):
                     await loader.load("org/other")
 
-        run(body())
+        await body()
 
 
-def test_from_a_folder_behind_a_url(run: Run, tmp_path: Path) -> None:
+async def test_from_a_folder_behind_a_url(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", rank=64)
     there = {f"/adapters/one/{name}": data for name, data in contents(folder).items()}
     with FaultServer(b"") as server:
@@ -91,4 +90,4 @@ def test_from_a_folder_behind_a_url(run: Run, tmp_path: Path) -> None:
                 with pytest.raises(InvalidAdapterIdError):
                     await loader.load(server.url("/adapters/../secrets"))
 
-        run(body())
+        await body()

@@ -9,12 +9,11 @@ import pytest
 from remote_world import RANK, RemoteWorld, over, stocked
 
 import tiny
-from common import Run
 from lorax_async import AccessDeniedError, AdapterLoader, FetchError, IntegrityError, Merge
 from lorax_async.adapter import AdapterId
 from lorax_async.config import Limits
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
 
 
 async def acquired_at_once(loader: AdapterLoader, adapter: AdapterId) -> bool:
@@ -26,7 +25,7 @@ async def acquired_at_once(loader: AdapterLoader, adapter: AdapterId) -> bool:
     return lease is not None
 
 
-def test_a_digest_is_its_callers_own(run: Run, tmp_path: Path) -> None:
+async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
     """Whoever gave a false one is refused; who asked before him, and is known still, is not."""
     with RemoteWorld(tmp_path / "cache", revalidate=60) as world:
         folder = stocked(world, tmp_path)
@@ -42,10 +41,10 @@ def test_a_digest_is_its_callers_own(run: Run, tmp_path: Path) -> None:
                     assert (await handle.verified()).kind == "transport"
                     tiny.assert_equal_to_file(handle, folder)
 
-        run(body())
+        await body()
 
 
-def test_what_is_public_is_there_for_who_has_a_token(run: Run, tmp_path: Path) -> None:
+async def test_what_is_public_is_there_for_who_has_a_token(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
         pinned = replace(world.ref("one"), revision=world.locator.there["one"].version)
@@ -58,10 +57,10 @@ def test_what_is_public_is_there_for_who_has_a_token(run: Run, tmp_path: Path) -
             async with over(world) as loader, await loader.load(theirs) as handle:
                 tiny.assert_equal_to_file(handle, folder)
 
-        run(body())
+        await body()
 
 
-def test_who_was_let_have_it_long_ago_has_it_not_at_once(run: Run, tmp_path: Path) -> None:
+async def test_who_was_let_have_it_long_ago_has_it_not_at_once(tmp_path: Path) -> None:
     """A lease without asking is for as long as a load asks nobody; then the source judges."""
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
@@ -93,4 +92,4 @@ def test_who_was_let_have_it_long_ago_has_it_not_at_once(run: Run, tmp_path: Pat
                     await loader.load(mine)
                 kept.release()
 
-        run(body())
+        await body()

@@ -10,7 +10,6 @@ from fault_server import Asked, Client
 from remote_world import RemoteWorld, brought, opened, stocked
 from source_inputs import CONFIG, weights
 
-from common import Run
 from lorax_async import FetchError, IntegrityError
 from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.io.ports import Demand
@@ -19,7 +18,7 @@ from lorax_async.io.remote.beginning import FIRST_BYTES
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 
-def test_small_files_are_checked_before_they_are_used(run: Run, tmp_path: Path) -> None:
+async def test_small_files_are_checked_before_they_are_used(tmp_path: Path) -> None:
     """The rest is on its way by then, and nothing is published yet."""
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
@@ -30,10 +29,10 @@ def test_small_files_are_checked_before_they_are_used(run: Run, tmp_path: Path) 
 
         world.server.behave = other_config
         with pytest.raises(IntegrityError, match=r"adapter_config.json has not the sha256"):
-            run(opened(world))
+            await opened(world)
 
 
-def test_who_was_let_have_it_has_it_while_the_source_is_down(run: Run, tmp_path: Path) -> None:
+async def test_who_was_let_have_it_has_it_while_the_source_is_down(tmp_path: Path) -> None:
     """Not only who it was fetched for; and nobody else."""
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
@@ -51,10 +50,10 @@ def test_who_was_let_have_it_has_it_while_the_source_is_down(run: Run, tmp_path:
             with pytest.raises(FetchError, match="it is down"):
                 await world.source.resolve(replace(stranger, revision=version))
 
-        run(body())
+        await body()
 
 
-def test_the_last_version_is_what_is_stale(run: Run, tmp_path: Path) -> None:
+async def test_the_last_version_is_what_is_stale(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
 
         async def body() -> None:
@@ -69,10 +68,10 @@ def test_the_last_version_is_what_is_stale(run: Run, tmp_path: Path) -> None:
             assert found.stale
             assert replace(found, stale=False) == keys[1] != keys[0]
 
-        run(body())
+        await body()
 
 
-def test_another_version_is_not_stored_under_the_name_of_the_one(run: Run, tmp_path: Path) -> None:
+async def test_another_version_is_not_stored_under_the_name_of_the_one(tmp_path: Path) -> None:
     """It is located anew when the places that the source told have expired."""
     now = 0.0
     with RemoteWorld(tmp_path / "cache", clock=lambda: now) as world:
@@ -85,10 +84,10 @@ def test_another_version_is_not_stored_under_the_name_of_the_one(run: Run, tmp_p
             with pytest.raises(IntegrityError, match="another version by now"):
                 await world.source.open(key, Demand())
 
-        run(body())
+        await body()
 
 
-def test_what_changes_between_two_answers_is_noticed(run: Run, tmp_path: Path) -> None:
+async def test_what_changes_between_two_answers_is_noticed(tmp_path: Path) -> None:
     """Of a header that does not come with the first bytes."""
     with RemoteWorld(tmp_path / "cache") as world:
         world.locator.promises = False
@@ -101,4 +100,4 @@ def test_what_changes_between_two_answers_is_noticed(run: Run, tmp_path: Path) -
 
         world.server.behave = changing
         with pytest.raises(IntegrityError, match="changed while it was asked for"):
-            run(opened(world))
+            await opened(world)

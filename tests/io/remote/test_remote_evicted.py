@@ -11,7 +11,7 @@ from remote_world import RemoteWorld
 from safetensors.torch import load, save
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import AdapterHandle, AdapterLoader, EvictedError, LoaderConfig, Merge
 from lorax_async.io.cache.upkeep import ls, rm
 from lorax_async.io.remote.beginning import FIRST_BYTES
@@ -44,7 +44,7 @@ def stocked(world: RemoteWorld, folder: Path) -> Path:
 
 
 @DEVICES
-def test_it_is_fetched_again_and_nobody_is_told(run: Run, tmp_path: Path, device: str) -> None:
+async def test_it_is_fetched_again_and_nobody_is_told(tmp_path: Path, device: str) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
 
@@ -54,11 +54,11 @@ def test_it_is_fetched_again_and_nobody_is_told(run: Run, tmp_path: Path, device
                 async with await loader.load(world.ref("one")) as handle:
                     tiny.assert_equal_to_file(handle, folder)
 
-        run(body())
+        await body()
 
 
 @DEVICES
-def test_it_is_fetched_again_for_who_streams(run: Run, tmp_path: Path, device: str) -> None:
+async def test_it_is_fetched_again_for_who_streams(tmp_path: Path, device: str) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
 
@@ -72,7 +72,7 @@ def test_it_is_fetched_again_for_who_streams(run: Run, tmp_path: Path, device: s
                     async with loader.stream(world.ref("one")) as handle:
                         assert handle.resident
 
-        run(body())
+        await body()
 
 
 async def all_of(handle: AdapterHandle) -> None:
@@ -120,7 +120,7 @@ def test_many_first_reads_open_it_once() -> None:
     reader.close()
 
 
-def test_parts_of_a_merge_are_fetched_again(run: Run, tmp_path: Path) -> None:
+async def test_parts_of_a_merge_are_fetched_again(tmp_path: Path) -> None:
     """All of them, for no tensor comes with the first bytes."""
     note = {"note": "long" * FIRST_BYTES}
     with RemoteWorld(tmp_path / "cache") as world:
@@ -138,4 +138,4 @@ def test_parts_of_a_merge_are_fetched_again(run: Run, tmp_path: Path) -> None:
                 async with await loader.load(merge) as handle:
                     assert_halves(handle, tmp_path)
 
-        run(body())
+        await body()

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from common import Run
 from lorax_async.core.runs import Span
 from lorax_async.core.split_file import Place, SplitArrivals, SplitPlan
 from lorax_async.errors import FetchError
@@ -22,7 +21,7 @@ from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.remote.workers import Workers
 from telling import TellingLock
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
 class ToldJob:
@@ -110,8 +109,8 @@ async def begun(fetch: Fetch, groups: Any, told: list[int]) -> asyncio.Task[Any]
     return bringing
 
 
-def test_groups_of_two_files_are_told_of_in_their_order(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_groups_of_two_files_are_told_of_in_their_order(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The thread that has found the first one whole is slow to say so."""
     found, go_on = Event(), Event()
@@ -127,28 +126,24 @@ def test_groups_of_two_files_are_told_of_in_their_order(
     monkeypatch.setattr(fetch_module, "Lock", partial(TellingLock, go_on))
     monkeypatch.setattr(fetch_module, "SplitArrivals", Slow)
     workers, told = Workers(2), list[int]()
-
-    async def body() -> None:
-        files = [HeldFile(), HeldFile()]
-        fetch, engine = fetching(workers, files)
-        bringing = await begun(fetch, [[Span(8, 28)], [Span(28, 48)]], told)
-        with ThreadPoolExecutor(2) as threads:
-            first = threads.submit(engine.told[0], 0)
-            assert found.wait(20)
-            second = threads.submit(engine.told[1], 0)
-            second.add_done_callback(lambda _: go_on.set())
-        assert first.result() is second.result() is None
-        for file, job in zip(files, engine.jobs, strict=True):
-            file.go.set()
-            job.done.set_result(None)
-        assert await bringing == "entry"
-        assert told == [0, 1]
-
-    run(body())
+    files = [HeldFile(), HeldFile()]
+    fetch, engine = fetching(workers, files)
+    bringing = await begun(fetch, [[Span(8, 28)], [Span(28, 48)]], told)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(engine.told[0], 0)
+        assert found.wait(20)
+        second = threads.submit(engine.told[1], 0)
+        second.add_done_callback(lambda _: go_on.set())
+    assert first.result() is second.result() is None
+    for file, job in zip(files, engine.jobs, strict=True):
+        file.go.set()
+        job.done.set_result(None)
+    assert await bringing == "entry"
+    assert told == [0, 1]
     workers.close()
 
 
-def test_one_thread_hashes_a_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_thread_hashes_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others have something else to do."""
     workers, submitted = Workers(2), list[Any]()
     submit = workers.submit
@@ -158,28 +153,24 @@ def test_one_thread_hashes_a_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         return submit(work)
 
     monkeypatch.setattr(workers, "submit", noted)
-
-    async def body() -> None:
-        files, told = [HeldFile(), HeldFile()], list[int]()
-        fetch, engine = fetching(workers, files)
-        bringing = await begun(fetch, [[Span(8, 10)], [Span(10, 20)], [Span(20, 28)]], told)
-        engine.told[0](0)
-        assert files[0].begun.wait(20)
-        engine.told[0](1)
-        assert submitted == [files[0].hash_along]
-        engine.told[1](0)
-        assert submitted == [files[0].hash_along, files[1].hash_along]
-        for file in files:
-            file.go.set()
-        await asyncio.to_thread(fetch._hashing[0].result, 20)
-        engine.told[0](2)
-        assert submitted[2:] == [files[0].hash_along]
-        for job in engine.jobs:
-            job.done.set_result(None)
-        await bringing
-        assert told == [0, 1, 2]
-
-    run(body())
+    files, told = [HeldFile(), HeldFile()], list[int]()
+    fetch, engine = fetching(workers, files)
+    bringing = await begun(fetch, [[Span(8, 10)], [Span(10, 20)], [Span(20, 28)]], told)
+    engine.told[0](0)
+    assert files[0].begun.wait(20)
+    engine.told[0](1)
+    assert submitted == [files[0].hash_along]
+    engine.told[1](0)
+    assert submitted == [files[0].hash_along, files[1].hash_along]
+    for file in files:
+        file.go.set()
+    await asyncio.to_thread(fetch._hashing[0].result, 20)
+    engine.told[0](2)
+    assert submitted[2:] == [files[0].hash_along]
+    for job in engine.jobs:
+        job.done.set_result(None)
+    await bringing
+    assert told == [0, 1, 2]
     workers.close()
 
 
@@ -195,7 +186,7 @@ class Asked(Future[int]):
         return super().exception(timeout)
 
 
-def test_nothing_reads_a_download_that_has_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_reads_a_download_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """One file is being hashed, the other waits for a thread."""
     workers, files, download = Workers(2), [HeldFile(), HeldFile()], ToldDownload()
     hashing = Asked(files[0].go)
@@ -213,21 +204,17 @@ def test_nothing_reads_a_download_that_has_ended(run: Run, monkeypatch: pytest.M
 
     download.on_close = close
     monkeypatch.setattr(workers, "submit", submit)
-
-    async def body() -> None:
-        fetch, engine = fetching(workers, files, download)
-        bringing = await begun(fetch, [[Span(8, 28)], [Span(28, 48)]], [])
-        engine.told[0](0)
-        engine.told[1](0)
-        waiting = fetch._hashing[1]
-        assert files[0].begun.wait(20)
-        engine.jobs[1].done.set_result(None)
-        engine.jobs[0].cancel(FetchError("as told"))
-        with pytest.raises(FetchError, match="as told"):
-            await bringing
-        assert download.ends == ["let go", "closed"]
-        assert waiting.cancelled()
-        assert not files[1].begun.is_set()
-
-    run(body())
+    fetch, engine = fetching(workers, files, download)
+    bringing = await begun(fetch, [[Span(8, 28)], [Span(28, 48)]], [])
+    engine.told[0](0)
+    engine.told[1](0)
+    waiting = fetch._hashing[1]
+    assert files[0].begun.wait(20)
+    engine.jobs[1].done.set_result(None)
+    engine.jobs[0].cancel(FetchError("as told"))
+    with pytest.raises(FetchError, match="as told"):
+        await bringing
+    assert download.ends == ["let go", "closed"]
+    assert waiting.cancelled()
+    assert not files[1].begun.is_set()
     workers.close()

@@ -11,7 +11,7 @@ from fault_server import Asked, Client
 from remote_world import RemoteWorld, over, stocked
 
 import tiny
-from common import Run, until
+from common import until
 from lorax_async import FetchError, IntegrityError, UsageError
 from lorax_async.adapter import AdapterRef
 from lorax_async.io.cache.upkeep import ls
@@ -23,7 +23,7 @@ def weights_asked(world: RemoteWorld) -> list[Asked]:
     return [asked for asked in world.server.asked if asked.target.endswith(".safetensors")]
 
 
-def test_an_adapter_comes_once(run: Run, tmp_path: Path) -> None:
+async def test_an_adapter_comes_once(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
 
@@ -32,7 +32,7 @@ def test_an_adapter_comes_once(run: Run, tmp_path: Path) -> None:
                 async with over(world) as loader, await loader.load(world.ref("one")) as handle:
                     tiny.assert_equal_to_file(handle, folder)
 
-        run(body())
+        await body()
         size = (folder / "adapter_model.safetensors").stat().st_size
         spans = sorted(asked.span for asked in weights_asked(world) if asked.span)
         assert sum(min(stop, size) - start for start, stop in spans) == size, "each byte once"
@@ -40,7 +40,7 @@ def test_an_adapter_comes_once(run: Run, tmp_path: Path) -> None:
         assert not entry.is_partial
 
 
-def test_the_first_layer_does_not_wait_for_the_last(run: Run, tmp_path: Path) -> None:
+async def test_the_first_layer_does_not_wait_for_the_last(tmp_path: Path) -> None:
     go_on = threading.Event()
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
@@ -61,10 +61,10 @@ def test_the_first_layer_does_not_wait_for_the_last(run: Run, tmp_path: Path) ->
                 await handle.layer_ready(3)
                 tiny.assert_equal_to_file(handle, folder)
 
-        run(body())
+        await body()
 
 
-def test_wrong_bytes_of_the_right_length_are_published_nowhere(run: Run, tmp_path: Path) -> None:
+async def test_wrong_bytes_of_the_right_length_are_published_nowhere(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache", verify="before_use") as world:
         folder = stocked(world, tmp_path)
 
@@ -84,10 +84,10 @@ def test_wrong_bytes_of_the_right_length_are_published_nowhere(run: Run, tmp_pat
                 async with await loader.load(world.ref("one")) as handle:
                     tiny.assert_equal_to_file(handle, folder)
 
-        run(body())
+        await body()
 
 
-def test_what_nobody_waits_for_ends_and_is_gone_on_with(run: Run, tmp_path: Path) -> None:
+async def test_what_nobody_waits_for_ends_and_is_gone_on_with(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
         size = (folder / "adapter_model.safetensors").stat().st_size
@@ -115,10 +115,10 @@ def test_what_nobody_waits_for_ends_and_is_gone_on_with(run: Run, tmp_path: Path
                 assert first[0] == 0, "the header is asked for again"
                 assert sum(min(stop, size) - start for start, stop in later) < size * 3 // 4
 
-        run(body())
+        await body()
 
 
-def test_what_left_the_cache_is_fetched_again(run: Run, tmp_path: Path) -> None:
+async def test_what_left_the_cache_is_fetched_again(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache", cache_bytes=1_800_000) as world:
         folders = [stocked(world, tmp_path, f"n{n}", n) for n in range(4)]
 
@@ -130,10 +130,10 @@ def test_what_left_the_cache_is_fetched_again(run: Run, tmp_path: Path) -> None:
                             tiny.assert_equal_to_file(handle, folder)
                         assert world.cache.used() <= world.cache_bytes
 
-        run(body())
+        await body()
 
 
-def test_two_processes_download_once(run: Run, tmp_path: Path) -> None:
+async def test_two_processes_download_once(tmp_path: Path) -> None:
     """Two sources over one folder, as two processes have them."""
     with RemoteWorld(tmp_path / "cache") as one, RemoteWorld(tmp_path / "cache") as two:
         folder = stocked(one, tmp_path)
@@ -146,11 +146,11 @@ def test_two_processes_download_once(run: Run, tmp_path: Path) -> None:
         async def body() -> None:
             await asyncio.gather(loaded(one), loaded(two))
 
-        run(body())
+        await body()
         assert not (weights_asked(one) and weights_asked(two))
 
 
-def test_what_is_private_is_asked_for_by_everybody(run: Run, tmp_path: Path) -> None:
+async def test_what_is_private_is_asked_for_by_everybody(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache", revalidate=60) as world:
         stocked(world, tmp_path)
         world.locator.there["one"].token = "mine"
@@ -164,10 +164,10 @@ def test_what_is_private_is_asked_for_by_everybody(run: Run, tmp_path: Path) -> 
                     with pytest.raises(FetchError, match="token"):
                         await loader.load(AdapterRef("one", "hub", version, token))
 
-        run(body())
+        await body()
 
 
-def test_the_cache_serves_what_is_pinned_while_the_source_is_down(run: Run, tmp_path: Path) -> None:
+async def test_the_cache_serves_what_is_pinned_while_the_source_is_down(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
         pinned = AdapterRef("one", "hub", world.locator.there["one"].version)
@@ -190,10 +190,10 @@ def test_the_cache_serves_what_is_pinned_while_the_source_is_down(run: Run, tmp_
                 with pytest.raises(UsageError, match="allow_stale itself"):
                     await loader.load(moving, allow_stale=True)
 
-        run(body())
+        await body()
 
 
-def test_an_answer_counts_for_a_while(run: Run, tmp_path: Path) -> None:
+async def test_an_answer_counts_for_a_while(tmp_path: Path) -> None:
     now = [0.0]
     with RemoteWorld(tmp_path / "cache", revalidate=60, clock=lambda: now[0]) as world:
         stocked(world, tmp_path)
@@ -209,10 +209,10 @@ def test_an_answer_counts_for_a_while(run: Run, tmp_path: Path) -> None:
                     tiny.assert_equal_to_file(handle, tmp_path / "one")
                 assert world.locator.located == 2
 
-        run(body())
+        await body()
 
 
-def test_offline_nobody_is_asked(run: Run, tmp_path: Path) -> None:
+async def test_offline_nobody_is_asked(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
 
@@ -220,7 +220,7 @@ def test_offline_nobody_is_asked(run: Run, tmp_path: Path) -> None:
             async with over(world) as loader:
                 (await loader.load(world.ref("one"))).release()
 
-        run(body())
+        await body()
     with RemoteWorld(tmp_path / "cache", offline=True) as away:
 
         async def offline() -> None:
@@ -230,5 +230,5 @@ def test_offline_nobody_is_asked(run: Run, tmp_path: Path) -> None:
                 with pytest.raises(FetchError, match="offline"):
                     await loader.load(away.ref("other"))
 
-        run(offline())
+        await offline()
         assert not away.locator.located

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from populate_conformance import PopulateConformance
 from remote_world import RemoteWorld
-from source_conformance import Run, SourceConformance
+from source_conformance import SourceConformance
 from source_inputs import CONFIG, weights
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -32,15 +32,11 @@ class TestCached(PopulateConformance):
             yield world
 
     @pytest.mark.parametrize("part", ["config", "weights"])
-    def test_another_version_is_not_held(self, world: Any, run: Run, part: str) -> None:
+    async def test_another_version_is_not_held(self, world: Any, part: str) -> None:
         """What is held is what was resolved, for the cache has its own copy."""
-
-        async def main() -> None:
-            key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
-            config = CONFIG.replace(b"8", b"9") if part == "config" else CONFIG
-            world.put("one", config, weights(2 if part == "weights" else 1, {"note": "longer"}))
-            hold = await world.source.populate(key)
-            assert hold.nbytes == len(weights(1))
-            hold.close()
-
-        run(main())
+        key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
+        config = CONFIG.replace(b"8", b"9") if part == "config" else CONFIG
+        world.put("one", config, weights(2 if part == "weights" else 1, {"note": "longer"}))
+        hold = await world.source.populate(key)
+        assert hold.nbytes == len(weights(1))
+        hold.close()

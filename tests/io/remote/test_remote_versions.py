@@ -10,7 +10,6 @@ from fault_server import Asked, Client
 from remote_world import RemoteWorld, ToldLocator, over, stocked
 
 import tiny
-from common import Run
 from lorax_async import AdapterFormatError, AdapterNotFoundError, FetchError
 from lorax_async.adapter import AdapterRef, RemoteKey
 from lorax_async.core.cache_names import WEIGHTS_FILE
@@ -22,7 +21,7 @@ from lorax_async.io.remote.workers import outcome
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 
-def test_who_tells_no_length_is_believed_what_was_told_before(run: Run, tmp_path: Path) -> None:
+async def test_who_tells_no_length_is_believed_what_was_told_before(tmp_path: Path) -> None:
     """All in one response, without ranges: the size is the locator's word, or nobody's."""
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
@@ -43,10 +42,10 @@ def test_who_tells_no_length_is_believed_what_was_told_before(run: Run, tmp_path
                 with pytest.raises(FetchError, match="does not say how large"):
                     await loader.load(world.ref("two"))
 
-        run(body())
+        await body()
 
 
-def test_a_pinned_version_that_the_source_has_replaced(run: Run, tmp_path: Path) -> None:
+async def test_a_pinned_version_that_the_source_has_replaced(tmp_path: Path) -> None:
     """Who was let have it, and may still ask, has it from the cache; nobody else has."""
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
@@ -65,7 +64,7 @@ def test_a_pinned_version_that_the_source_has_replaced(run: Run, tmp_path: Path)
                         with pytest.raises(AdapterNotFoundError, match="another one"):
                             await loader.load(replace(other, allow_stale=stale))
 
-        run(body())
+        await body()
 
 
 class AnsweringLocator(ToldLocator):
@@ -86,7 +85,7 @@ class AnsweringLocator(ToldLocator):
         return replace(located, files=tuple(files))
 
 
-def test_first_bytes_of_what_was_refused_are_let_go(run: Run, tmp_path: Path) -> None:
+async def test_first_bytes_of_what_was_refused_are_let_go(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         world.locator = AnsweringLocator(world.server)
         ref = world.put("bad", b"{}", b"\xff" * 64)
@@ -103,4 +102,4 @@ def test_first_bytes_of_what_was_refused_are_let_go(run: Run, tmp_path: Path) ->
             assert origin is not None
             assert origin.located is None
 
-        run(body())
+        await body()

@@ -17,7 +17,7 @@ from fault_server import Asked, Client
 from remote_world import RemoteWorld, brought, opened, stocked
 from source_inputs import CONFIG
 
-from common import Run, until
+from common import until
 from lorax_async import AdapterError, AdapterFormatError, FetchError
 from lorax_async.adapter import AdapterRef, RemoteKey
 from lorax_async.core.cache_names import INDEX_FILE, WEIGHTS_FILE, CacheKey
@@ -29,7 +29,7 @@ from lorax_async.io.remote.jobs import followed
 from lorax_async.io.remote.ports import Located
 from lorax_async.io.sources.local_hold import LocalHold
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
 
 
 def in_use(world: RemoteWorld) -> list[bool]:
@@ -47,19 +47,16 @@ class SlowToEnd:
         loop.call_soon(loop.call_soon, self.done.set_exception, error)
 
 
-def test_jobs_end_with_whoever_follows_them(run: Run) -> None:
-    async def body() -> None:
-        jobs: list[Any] = [SlowToEnd(), SlowToEnd()]
-        with pytest.raises(ZeroDivisionError):
-            async with followed(Demand(urgent=False), *jobs):
-                raise ZeroDivisionError
-        assert all(job.done.done() for job in jobs)
-
-    run(body())
+async def test_jobs_end_with_whoever_follows_them() -> None:
+    jobs: list[Any] = [SlowToEnd(), SlowToEnd()]
+    with pytest.raises(ZeroDivisionError):
+        async with followed(Demand(urgent=False), *jobs):
+            raise ZeroDivisionError
+    assert all(job.done.done() for job in jobs)
 
 
 @pytest.mark.parametrize("late", [0.0, 0.01])
-def test_bringing_is_cancelled_at_any_await(run: Run, tmp_path: Path, late: float) -> None:
+async def test_bringing_is_cancelled_at_any_await(tmp_path: Path, late: float) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
 
         async def body() -> None:
@@ -73,19 +70,19 @@ def test_bringing_is_cancelled_at_any_await(run: Run, tmp_path: Path, late: floa
             assert {True, False} == set(ends)
             assert not any(in_use(world))
 
-        run(body())
+        await body()
 
 
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("late", [0.0, 0.01])
-def test_opening_what_is_here_is_cancelled_at_any_await(
-    run: Run, tmp_path: Path, late: float, pinned: bool
+async def test_opening_what_is_here_is_cancelled_at_any_await(
+    tmp_path: Path, late: float, pinned: bool
 ) -> None:
     """By a key whose files were located, and by one that the cache itself has told."""
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
         version = world.locator.there["one"].version
-        run(brought(world)).reader.close()
+        (await brought(world)).reader.close()
 
     with RemoteWorld(tmp_path / "cache", revalidate=60 if pinned else 0) as world:
         stocked(world, tmp_path / "again")
@@ -100,10 +97,10 @@ def test_opening_what_is_here_is_cancelled_at_any_await(
             assert {True, False} == set(ends)
             assert not any(in_use(world))
 
-        run(body())
+        await body()
 
 
-def test_an_entry_stays_for_as_long_as_it_is_read(run: Run, tmp_path: Path) -> None:
+async def test_an_entry_stays_for_as_long_as_it_is_read(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
 
@@ -113,10 +110,10 @@ def test_an_entry_stays_for_as_long_as_it_is_read(run: Run, tmp_path: Path) -> N
             file.reader.close()
             assert in_use(world) == [False]
 
-        run(body())
+        await body()
 
 
-def test_groups_are_told_of_on_the_loop(run: Run, tmp_path: Path) -> None:
+async def test_groups_are_told_of_on_the_loop(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
 
@@ -132,12 +129,10 @@ def test_groups_are_told_of_on_the_loop(run: Run, tmp_path: Path) -> None:
             assert told == [(0, current_thread()), (1, current_thread())]
             file.reader.close()
 
-        run(body())
+        await body()
 
 
-def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
-    run: Run, tmp_path: Path
-) -> None:
+async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
 
@@ -149,11 +144,11 @@ def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
             await bringing
             assert in_use(world) == [False]
 
-        run(body())
+        await body()
 
 
-def test_a_download_has_ended_when_its_failure_is_told(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_download_has_ended_when_its_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plainly = opening._end
 
@@ -165,13 +160,13 @@ def test_a_download_has_ended_when_its_failure_is_told(
     with RemoteWorld(tmp_path / "cache") as world:
         world.put("one", CONFIG, b"no header at all")
         with pytest.raises(AdapterError):
-            run(opened(world))
+            await opened(world)
         assert ls(world.cache) == []
 
 
 @pytest.mark.parametrize("what", ["the same", "room"])
-def test_who_waits_for_others_ends_with_the_demand(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+async def test_who_waits_for_others_ends_with_the_demand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """For who downloads the same, and for who has the room that it needs."""
     monkeypatch.setattr(opening, "PATIENCE_SECONDS", 60)
@@ -192,13 +187,11 @@ def test_who_waits_for_others_ends_with_the_demand(
                 await waiting
             download.discard()
 
-        run(body())
+        await body()
 
 
 @pytest.mark.parametrize("question", ["where its files are", "where its shards are"])
-def test_a_question_to_the_source_ends_with_the_demand(
-    run: Run, tmp_path: Path, question: str
-) -> None:
+async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path, question: str) -> None:
     """Also where the source does not answer: no caller waits for it any more."""
     now = [0.0]
     with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
@@ -231,10 +224,10 @@ def test_a_question_to_the_source_ends_with_the_demand(
             assert cancelled == [True]
             assert not any(in_use(world))
 
-        run(body())
+        await body()
 
 
-def test_comparing_a_refused_entry_ends_with_the_demand(run: Run, tmp_path: Path) -> None:
+async def test_comparing_a_refused_entry_ends_with_the_demand(tmp_path: Path) -> None:
     now = [0.0]
     with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
         world.locator.promises = False  # so its source is asked, and nothing is hashed
@@ -258,7 +251,7 @@ def test_comparing_a_refused_entry_ends_with_the_demand(run: Run, tmp_path: Path
             assert not await asyncio.wait_for(refusing, 5)
             assert not any(in_use(world))
 
-        run(body())
+        await body()
 
 
 def hand_out_an_index(world: RemoteWorld) -> None:
@@ -282,8 +275,8 @@ def hand_out_an_index(world: RemoteWorld) -> None:
     world.server.behave = served
 
 
-def test_a_hold_is_settled_when_all_of_it_is_here(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_hold_is_settled_when_all_of_it_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From then on no file is open."""
     told: list[str] = []
@@ -311,4 +304,4 @@ def test_a_hold_is_settled_when_all_of_it_is_here(
             assert len(open_below(tmp_path / "cache")) == 5  # the cache's own folders
             hold.close()
 
-        run(body())
+        await body()

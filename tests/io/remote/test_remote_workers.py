@@ -12,29 +12,25 @@ from typing import Any
 import pytest
 from remote_world import RemoteWorld, stocked
 
-from common import Run, until
+from common import until
 from lorax_async.io.cache.upkeep import ls
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.cached import EntryReader, FetchReader, ReopenedReader, gone
 from lorax_async.io.remote.workers import FairThreads, Workers
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
 
 
-def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began(run: Run) -> None:
+async def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began() -> None:
     workers, busy, done = Workers(1), Event(), Event()
-
-    async def body() -> None:
-        workers.submit(busy.wait)
-        letting_go = asyncio.create_task(workers.finish(done.set))
-        for _ in range(3):
-            await asyncio.sleep(0)
-            letting_go.cancel()
-        busy.set()
-        await asyncio.wait([letting_go])
-        assert done.is_set()
-
-    run(body())
+    workers.submit(busy.wait)
+    letting_go = asyncio.create_task(workers.finish(done.set))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        letting_go.cancel()
+    busy.set()
+    await asyncio.wait([letting_go])
+    assert done.is_set()
     workers.close()
 
 
@@ -71,7 +67,7 @@ def test_closing_waits_for_what_was_submitted() -> None:
     later.join()
 
 
-def test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did(run: Run) -> None:
+async def test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did() -> None:
     workers, begun, go = Workers(1), Event(), Event()
     undone: list[bool] = []
 
@@ -79,24 +75,21 @@ def test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did(run: Run) 
         begun.set()
         return go.wait(10)
 
-    async def body() -> None:
-        running = asyncio.create_task(workers.run(work, undone.append))
-        await until(begun.is_set)
-        for _ in range(3):
-            running.cancel()
-            await asyncio.sleep(0)
-        early = running.done()
-        go.set()
-        await asyncio.wait([running])
-        assert running.cancelled()
-        assert not early
-        assert undone == [True]
-
-    run(body())
+    running = asyncio.create_task(workers.run(work, undone.append))
+    await until(begun.is_set)
+    for _ in range(3):
+        running.cancel()
+        await asyncio.sleep(0)
+    early = running.done()
+    go.set()
+    await asyncio.wait([running])
+    assert running.cancelled()
+    assert not early
+    assert undone == [True]
     workers.close()
 
 
-def test_a_load_that_is_cancelled_twice_leaves_nothing_locked(run: Run, tmp_path: Path) -> None:
+async def test_a_load_that_is_cancelled_twice_leaves_nothing_locked(tmp_path: Path) -> None:
     """All threads are at something else meanwhile."""
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
@@ -117,11 +110,11 @@ def test_a_load_that_is_cancelled_twice_leaves_nothing_locked(run: Run, tmp_path
             await asyncio.wait([bringing])
             file.reader.close()
 
-        run(body())
+        await body()
         assert not any(each.in_use for each in ls(world.cache))
 
 
-def test_who_is_cancelled_before_a_thread_opens_holds_no_entry(run: Run, tmp_path: Path) -> None:
+async def test_who_is_cancelled_before_a_thread_opens_holds_no_entry(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
         busy = Event()
@@ -153,7 +146,7 @@ def test_who_is_cancelled_before_a_thread_opens_holds_no_entry(run: Run, tmp_pat
             assert not entry.in_use
             busy.set()
 
-        run(body())
+        await body()
 
 
 def test_closing_waits_for_nobody_who_opens() -> None:

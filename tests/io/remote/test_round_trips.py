@@ -19,7 +19,6 @@ from hub_stand_in import HubStandIn
 from user_loads import LAYERS, RANK, at, contents, has, loader, until, written
 
 import tiny
-from common import Run
 from lorax_async import AdapterLoader, Allow
 from lorax_async.core.spans import Span
 
@@ -109,8 +108,8 @@ SIZES = pytest.mark.parametrize(
 
 
 @SIZES
-def test_which_version_then_where_layers_lie_then_layer_0(
-    run: Run, layers: int, rank: int, beyond: bool, tmp_path: Path
+async def test_which_version_then_where_layers_lie_then_layer_0(
+    layers: int, rank: int, beyond: bool, tmp_path: Path
 ) -> None:
     """Of a small adapter layer 0 comes with its header. From the cache nobody is asked."""
     adapter = written(tmp_path / "a", layers=layers, rank=rank)
@@ -128,12 +127,12 @@ def test_which_version_then_where_layers_lie_then_layer_0(
                 await has(there, id, adapter)
             assert len(hub.asked) == begun
 
-        run(body())
+        await body()
 
 
 @SIZES
-def test_one_less_where_the_version_was_told_a_while_ago(
-    run: Run, layers: int, rank: int, beyond: bool, tmp_path: Path
+async def test_one_less_where_the_version_was_told_a_while_ago(
+    layers: int, rank: int, beyond: bool, tmp_path: Path
 ) -> None:
     adapter = written(tmp_path / "a", layers=layers, rank=rank)
     files = contents(adapter)
@@ -147,4 +146,4 @@ def test_one_less_where_the_version_was_told_a_while_ago(
                 await streamed(there, id, adapter, rounds, layers - 1)
             rounds.expect(heads=0, layer_0=beyond)
 
-        run(body())
+        await body()

@@ -15,7 +15,7 @@ from fault_server import Asked, Client, FaultServer, Hangup
 from web_folder import CONFIG, WEIGHTS, Folder
 
 import tiny
-from common import Run, open_sockets, until
+from common import open_sockets, until
 from lorax_async import AdapterLoader, AdapterTimeoutError, Allow, LoaderConfig
 from lorax_async.io.remote.beginning import FIRST_BYTES
 
@@ -162,12 +162,11 @@ Leaving = Callable[[AdapterLoader, str], Coroutine[Any, Any, None]]
 
 @pytest.mark.parametrize("step", STALLS)
 @pytest.mark.parametrize("leaves", [times_out, is_cancelled, streams, is_hinted_at])
-def test_a_server_that_stalls_costs_only_its_callers(
-    run: Run, tmp_path: Path, step: str, leaves: Leaving
+async def test_a_server_that_stalls_costs_only_its_callers(
+    tmp_path: Path, step: str, leaves: Leaving
 ) -> None:
     """A healthy load beside them and one after them; then nothing of theirs is left."""
-
-    async def body(it: World) -> None:
+    with world(tmp_path, step) as it:
         async with it.loader() as loader:
             await it.load_healthy(loader, "first")
             sockets = open_sockets()
@@ -187,15 +186,11 @@ def test_a_server_that_stalls_costs_only_its_callers(
             begun = time.monotonic()
         assert time.monotonic() - begun < SOON
 
-    with world(tmp_path, step) as it:
-        run(body(it))
-
 
 @pytest.mark.parametrize("step", STALLS)
-def test_callers_that_stay_are_not_in_the_way(run: Run, tmp_path: Path, step: str) -> None:
+async def test_callers_that_stay_are_not_in_the_way(tmp_path: Path, step: str) -> None:
     """Their own server is still asked meanwhile, and they get their adapter when it recovers."""
-
-    async def body(it: World) -> None:
+    with world(tmp_path, step) as it:
         async with it.loader() as loader:
             url = it.stalling[0].url
             staying = [asyncio.create_task(loader.load(url(f"/{n}/"))) for n in range(LOADS)]
@@ -212,14 +207,10 @@ def test_callers_that_stay_are_not_in_the_way(run: Run, tmp_path: Path, step: st
                 tiny.assert_equal_to_file(handle, it.adapter)
                 handle.release()
 
-    with world(tmp_path, step) as it:
-        run(body(it))
 
-
-def test_several_servers_that_stall(run: Run, tmp_path: Path) -> None:
+async def test_several_servers_that_stall(tmp_path: Path) -> None:
     """Each in its own way, with callers that stay."""
-
-    async def body(it: World) -> None:
+    with world(tmp_path, *STALLS) as it:
         async with it.loader() as loader:
             staying = [
                 asyncio.create_task(loader.load(server.url(f"/{n}/"), timeout=30))
@@ -233,26 +224,9 @@ def test_several_servers_that_stall(run: Run, tmp_path: Path) -> None:
             await asyncio.wait(staying)
             await it.assert_nothing_held()
 
-    with world(tmp_path, *STALLS) as it:
-        run(body(it))
 
-
-def test_a_server_that_accepts_no_connection(run: Run, tmp_path: Path) -> None:
+async def test_a_server_that_accepts_no_connection(tmp_path: Path) -> None:
     """A listener whose backlog is full: a connect waits for an answer that never comes."""
-
-    async def body(it: World, port: int) -> None:
-        async with it.loader() as loader:
-            await it.load_healthy(loader, "first")
-            sockets = open_sockets()
-            url = f"http://127.0.0.1:{port}"
-            loads = [asyncio.create_task(loader.load(f"{url}/{n}/")) for n in range(LOADS)]
-            await until(lambda: open_sockets() >= sockets + CONNECTIONS - 2)
-            await it.load_healthy(loader, "beside")
-            for load in loads:
-                load.cancel()
-            await asyncio.wait(loads)
-            await until(lambda: open_sockets() <= sockets + CONNECTIONS)
-
     with world(tmp_path) as it, socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         port = full.getsockname()[1]
         it.config = LoaderConfig(
@@ -267,13 +241,22 @@ def test_a_server_that_accepts_no_connection(run: Run, tmp_path: Path) -> None:
                 client = ends.enter_context(socket.socket())
                 client.setblocking(False)
                 client.connect_ex(("127.0.0.1", port))
-            run(body(it, port))
+            async with it.loader() as loader:
+                await it.load_healthy(loader, "first")
+                sockets = open_sockets()
+                url = f"http://127.0.0.1:{port}"
+                loads = [asyncio.create_task(loader.load(f"{url}/{n}/")) for n in range(LOADS)]
+                await until(lambda: open_sockets() >= sockets + CONNECTIONS - 2)
+                await it.load_healthy(loader, "beside")
+                for load in loads:
+                    load.cancel()
+                await asyncio.wait(loads)
+                await until(lambda: open_sockets() <= sockets + CONNECTIONS)
 
 
-def test_hints_of_a_server_that_stalls_hold_up_no_others(run: Run, tmp_path: Path) -> None:
+async def test_hints_of_a_server_that_stalls_hold_up_no_others(tmp_path: Path) -> None:
     """Many of them, which came first; those of another server are there in a moment."""
-
-    async def body(it: World) -> None:
+    with world(tmp_path, "no head") as it:
         async with it.loader() as loader:
             url = it.stalling[0].url
             stalled = loader.prefetch([url(f"/{n}/") for n in range(LOADS)], tier="disk")
@@ -287,14 +270,10 @@ def test_hints_of_a_server_that_stalls_hold_up_no_others(run: Run, tmp_path: Pat
             await asyncio.wait([stalled.task])
             await it.assert_nothing_held()
 
-    with world(tmp_path, "no head") as it:
-        run(body(it))
 
-
-def test_a_load_that_is_shared_goes_on_while_one_caller_waits(run: Run, tmp_path: Path) -> None:
+async def test_a_load_that_is_shared_goes_on_while_one_caller_waits(tmp_path: Path) -> None:
     """Of two callers of one adapter one leaves; the other gets it from the same requests."""
-
-    async def body(it: World) -> None:
+    with world(tmp_path, "no head") as it:
         async with it.loader() as loader:
             url = it.stalling[0].url("/shared/")
             leaving = asyncio.create_task(loader.load(url, timeout=0.5))
@@ -307,6 +286,3 @@ def test_a_load_that_is_shared_goes_on_while_one_caller_waits(run: Run, tmp_path
             staying.cancel()
             await asyncio.wait([staying])
             await it.assert_nothing_held()
-
-    with world(tmp_path, "no head") as it:
-        run(body(it))

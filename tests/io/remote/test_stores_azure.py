@@ -13,7 +13,6 @@ from obstore.store import AzureStore
 from store_process import set_environment
 from stored import CONFIG, Bucket, brought, check_streams, located, locator
 
-from common import Run
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import INDEX_FILE, FileRole
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, IntegrityError
@@ -64,7 +63,7 @@ def test_a_replaced_file_is_another_version(prefix: str) -> None:
         located(id, first.version)
 
 
-def test_weights_in_several_files(prefix: str, run: Run) -> None:
+async def test_weights_in_several_files(prefix: str) -> None:
     """Azure's listings have ETags without quotes; those of answers have them."""
     id, store = f"az://adapters/{prefix}", bucket()
     role, name = FileRole("weights", 1), "adapter_model-00001-of-00001.safetensors"
@@ -72,14 +71,14 @@ def test_weights_in_several_files(prefix: str, run: Run) -> None:
     store.put(f"{prefix}adapter_model.safetensors.index.json", b"{}")
     store.put(f"{prefix}{name}", DATA)
     with locator() as made:
-        found = run(made.locate(AdapterRef(id)))
+        found = await made.locate(AdapterRef(id))
         assert found.files[1].role == INDEX_FILE
-        (shard,) = run(made.shards(found, [role]))
+        (shard,) = await made.shards(found, [role])
         assert shard.etag == store.etag(f"{prefix}{name}")
         assert brought(shard) == DATA
         store.put(f"{prefix}{name}", DATA)
         with pytest.raises(IntegrityError, match="were replaced"):
-            run(made.shards(found, [role]))
+            await made.shards(found, [role])
 
 
 def test_what_is_not_there(prefix: str) -> None:

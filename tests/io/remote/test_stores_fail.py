@@ -19,7 +19,7 @@ from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 from store_process import set_environment
 from stored import located, locator
 
-from common import Run, open_sockets
+from common import open_sockets
 from common import until as later
 from lorax_async.adapter import AdapterRef
 from lorax_async.errors import (
@@ -58,8 +58,8 @@ def environment(patch: pytest.MonkeyPatch, server: FaultServer) -> None:
     )
 
 
-def test_a_bucket_that_does_not_answer_holds_up_no_other(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_a_bucket_that_does_not_answer_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """More questions than there are threads; whoever asks for another bucket is answered."""
     hanging = []
@@ -71,24 +71,21 @@ def test_a_bucket_that_does_not_answer_holds_up_no_other(
             raise Hangup
         client.head("200 OK", *GOOD)
 
-    async def body(made: StoreLocator) -> None:
-        loads = [
-            asyncio.create_task(made.locate(AdapterRef(f"s3://stalls/{n}/"))) for n in range(20)
-        ]
-        await later(lambda: hanging)
-        async with asyncio.timeout(10):
-            found = await made.locate(AdapterRef("s3://answers/folder/"))
-        assert [file.nbytes for file in found.files] == [10, 10]
-        for load in loads:
-            load.cancel()
-        await asyncio.wait(loads)
-
     with FaultServer(b"", behave) as server, ThreadPoolExecutor(12, "lorax-test") as threads:
         environment(monkeypatch, server)
         monkeypatch.setenv("AWS_TIMEOUT", "15s")
         made = StoreLocator(threads, PublicOnly())
         try:
-            run(body(made))
+            loads = [
+                asyncio.create_task(made.locate(AdapterRef(f"s3://stalls/{n}/"))) for n in range(20)
+            ]
+            await later(lambda: hanging)
+            async with asyncio.timeout(10):
+                found = await made.locate(AdapterRef("s3://answers/folder/"))
+            assert [file.nbytes for file in found.files] == [10, 10]
+            for load in loads:
+                load.cancel()
+            await asyncio.wait(loads)
         finally:
             made.close()
             server._ending.set()
@@ -211,21 +208,17 @@ def test_a_silent_store(monkeypatch: pytest.MonkeyPatch) -> None:
     check_silent(caught.value)
 
 
-def test_who_gives_up_leaves_nothing(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+async def test_who_gives_up_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The threads end by obstore's own deadline, and what they bring is nobody's."""
-
-    async def give_up(server: FaultServer) -> None:
+    before = open_sockets()
+    with FaultServer(b"", lambda _, client: client.stall()) as server:
+        environment(monkeypatch, server)
         with locator() as made:
             asking = asyncio.create_task(made.locate(AdapterRef(ID)))
             await later(lambda: server.asked)
             asking.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asking
-
-    before = open_sockets()
-    with FaultServer(b"", lambda _, client: client.stall()) as server:
-        environment(monkeypatch, server)
-        run(give_up(server))
     until(lambda: open_sockets() <= before, 30)
 
 
@@ -236,11 +229,11 @@ def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
         located(ID)
 
 
-def test_a_token_and_ids_of_others_are_refused(run: Run) -> None:
+async def test_a_token_and_ids_of_others_are_refused() -> None:
     with locator() as made:
         for ref in (AdapterRef(ID, token="a"), AdapterRef("org/name")):
             with pytest.raises(UsageError):
-                run(made.locate(ref))
+                await made.locate(ref)
             with pytest.raises(UsageError):
                 made.recalled(ref)
 

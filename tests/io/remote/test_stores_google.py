@@ -18,7 +18,6 @@ from store_process import set_environment
 from stored import CONFIG, brought, located
 from user_loads import contents, has, loader, written
 
-from common import Run
 from lorax_async import Allow
 from lorax_async.adapter import AdapterRef
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError
@@ -129,24 +128,20 @@ def test_an_adapter_comes_by_ranges_of_signed_urls(store: StandIn) -> None:
     assert [file.nbytes for file in found.files] == [len(CONFIG), len(DATA)]
 
 
-def test_a_load(run: Run, store: StandIn, tmp_path: Path) -> None:
+async def test_a_load(store: StandIn, tmp_path: Path) -> None:
     """By its id alone. What was pinned is in the cache, whatever becomes of the bucket."""
     adapter = written(tmp_path / "a", layers=4, rank=64)
     for name, data in contents(adapter).items():
         store.objects[f"{FOLDER}{name}"] = data
     id = "gs://my-bucket/some/folder"
-
-    async def body() -> None:
-        allow = (Allow("gs", "my-bucket"),)
-        async with loader(tmp_path, layers=4, allow=allow) as there:
-            version = await has(there, id, adapter)
-        store.objects.clear()
-        async with loader(tmp_path, layers=4, allow=allow) as there:
-            assert await has(there, AdapterRef(id, revision=version), adapter) == version
-            with pytest.raises(AdapterNotFoundError, match="no adapter_config"):
-                await there.load(id)
-
-    run(body())
+    allow = (Allow("gs", "my-bucket"),)
+    async with loader(tmp_path, layers=4, allow=allow) as there:
+        version = await has(there, id, adapter)
+    store.objects.clear()
+    async with loader(tmp_path, layers=4, allow=allow) as there:
+        assert await has(there, AdapterRef(id, revision=version), adapter) == version
+        with pytest.raises(AdapterNotFoundError, match="no adapter_config"):
+            await there.load(id)
 
 
 def test_the_url_is_the_objects_for_as_long_as_was_asked(store: StandIn) -> None:

@@ -12,7 +12,7 @@ from store_process import NOWHERE, set_environment
 from stored import CONFIG, Bucket, brought, check_streams, located, locator
 from weed import KEY, SECRET, Weed, weed
 
-from common import Run, open_sockets
+from common import open_sockets
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, FileRole
 from lorax_async.errors import (
@@ -128,27 +128,27 @@ def test_a_file_that_is_replaced_on_the_way(prefix: str) -> None:
             weights.checked(late)
 
 
-def test_weights_in_several_files(prefix: str, run: Run) -> None:
+async def test_weights_in_several_files(prefix: str) -> None:
     id, store = f"s3://adapters/{prefix}", bucket()
     names = [f"{prefix}adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     store.put(f"{prefix}adapter_config.json", CONFIG)
     store.put(f"{prefix}adapter_model.safetensors.index.json", b"{}")
     store.put(names[0], DATA)
     with locator() as made:
-        early = run(made.locate(AdapterRef(id)))
+        early = await made.locate(AdapterRef(id))
         assert [file.role for file in early.files] == [CONFIG_FILE, INDEX_FILE]
         with pytest.raises(AdapterNotFoundError, match=r"no adapter_model-00002-of-00002\.saf"):
-            run(made.shards(early, SHARDS))
+            await made.shards(early, SHARDS)
         store.put(names[1], DATA[:77])
-        whole = run(made.locate(AdapterRef(id)))
-        files = run(made.shards(whole, SHARDS))
+        whole = await made.locate(AdapterRef(id))
+        files = await made.shards(whole, SHARDS)
         assert [file.role for file in files] == SHARDS
         assert [file.nbytes for file in files] == [len(DATA), 77]
         assert [brought(file) for file in files] == [DATA, DATA[:77]]
         store.put(names[1], DATA[1:78])
-        assert run(made.locate(AdapterRef(id))).version not in {early.version, whole.version}
+        assert (await made.locate(AdapterRef(id))).version not in {early.version, whole.version}
         with pytest.raises(IntegrityError, match="were replaced"):
-            run(made.shards(whole, SHARDS))
+            await made.shards(whole, SHARDS)
 
 
 @pytest.mark.parametrize("there", [[], ["adapter_model.safetensors"], ["adapter_config.json"]])
@@ -206,10 +206,10 @@ def test_no_credentials_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         located("s3://adapters/prefix/")
 
 
-def test_a_signed_url_ends(prefix: str, run: Run) -> None:
+async def test_a_signed_url_ends(prefix: str) -> None:
     bucket().put_adapter(prefix)
     with locator(signed_for=1) as made, engine() as fetching:
-        weights = run(made.locate(AdapterRef(f"s3://adapters/{prefix}"))).files[1]
+        weights = (await made.locate(AdapterRef(f"s3://adapters/{prefix}"))).files[1]
 
         def expired() -> AccessDeniedError | None:
             error = fetching.ask(weights.target, 10, timeout=20).done.exception(30)
@@ -219,7 +219,7 @@ def test_a_signed_url_ends(prefix: str, run: Run) -> None:
         error = expired()
         assert error is not None
         assert prefix not in secretless(error)
-        again = run(made.locate(AdapterRef(f"s3://adapters/{prefix}"))).files[1]
+        again = (await made.locate(AdapterRef(f"s3://adapters/{prefix}"))).files[1]
         assert again.target.url.target != weights.target.url.target
 
 
@@ -244,11 +244,11 @@ def test_a_public_bucket_without_credentials(prefix: str, monkeypatch: pytest.Mo
     assert signed.scope.startswith("environment-")
 
 
-def test_connections_end_with_the_locator(prefix: str, run: Run) -> None:
+async def test_connections_end_with_the_locator(prefix: str) -> None:
     store = bucket()
     store.put_adapter(prefix)
     before = open_sockets()
     with locator() as made:
-        run(made.locate(AdapterRef(f"s3://adapters/{prefix}")))
+        await made.locate(AdapterRef(f"s3://adapters/{prefix}"))
         assert open_sockets() > before
     until(lambda: open_sockets() <= before, 30)

@@ -26,7 +26,6 @@ from user_loads import (
 
 import split_files
 import tiny
-from common import Run
 from lorax_async import AccessDeniedError, AdapterNotFoundError, Allow, FetchError
 from lorax_async.adapter import AdapterRef
 from tools import tool
@@ -70,77 +69,61 @@ def put(prefix: str, adapter: Path) -> None:
         container.put(f"{prefix}/{name}", data)
 
 
-def test_the_first_layer_is_there_before_15_percent(
-    run: Run, prefix: str, link: SlowProxy, tmp_path: Path
+async def test_the_first_layer_is_there_before_15_percent(
+    prefix: str, link: SlowProxy, tmp_path: Path
 ) -> None:
     large = written(tmp_path / "large")
     put(prefix, large)
-
-    async def body() -> None:
-        async with loader(tmp_path, allow=ALLOW, connections=CONNECTIONS) as there:
-            version = await streams(there, f"az://adapters/{prefix}", large, link)
-            assert version.startswith("etags-")
-
-    run(body())
+    async with loader(tmp_path, allow=ALLOW, connections=CONNECTIONS) as there:
+        version = await streams(there, f"az://adapters/{prefix}", large, link)
+        assert version.startswith("etags-")
     assert stored_in(tmp_path) == (1, 0)
 
 
-def test_a_new_version_and_a_store_that_is_down(
-    run: Run, prefix: str, link: SlowProxy, adapters: list[Path], tmp_path: Path
+async def test_a_new_version_and_a_store_that_is_down(
+    prefix: str, link: SlowProxy, adapters: list[Path], tmp_path: Path
 ) -> None:
     id = f"az://adapters/{prefix}"
     put(prefix, adapters[0])
-
-    async def body() -> None:
-        async with (
-            loader(tmp_path, allow=ALLOW, revalidate=0) as there,
-            await there.load(id) as old,
-        ):
-            await old.verified()
-            put(prefix, adapters[1])
-            version = await has(there, id, adapters[1])
-            assert version != version_of(old)
-            tiny.assert_equal_to_file(old, adapters[0])
-        link.close()
-        async with loader(tmp_path, allow=ALLOW) as there:
-            await has(there, AdapterRef(id, revision=version), adapters[1])
-            await has(there, AdapterRef(id, revision=version_of(old)), adapters[0])
-            with pytest.raises(FetchError, match="refuses connections"):
-                await there.load(id)
-
-    run(body())
+    async with (
+        loader(tmp_path, allow=ALLOW, revalidate=0) as there,
+        await there.load(id) as old,
+    ):
+        await old.verified()
+        put(prefix, adapters[1])
+        version = await has(there, id, adapters[1])
+        assert version != version_of(old)
+        tiny.assert_equal_to_file(old, adapters[0])
+    link.close()
+    async with loader(tmp_path, allow=ALLOW) as there:
+        await has(there, AdapterRef(id, revision=version), adapters[1])
+        await has(there, AdapterRef(id, revision=version_of(old)), adapters[0])
+        with pytest.raises(FetchError, match="refuses connections"):
+            await there.load(id)
 
 
-def test_refusals(
-    run: Run, prefix: str, adapters: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_refusals(
+    prefix: str, adapters: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What is not there, and a wrong key, which opens nothing that a right one has brought."""
     put(prefix, adapters[0])
     allow = (*ALLOW, Allow("az", "no-such-container"))
-
-    async def body() -> None:
-        async with loader(tmp_path, allow=allow) as there:
-            for id in (f"az://no-such-container/{prefix}", "az://adapters/nothing/here"):
-                with pytest.raises(AdapterNotFoundError, match="no such bucket"):
-                    await there.load(id)
-            await has(there, f"az://adapters/{prefix}", adapters[0])
-        wrong = base64.b64encode(b"wrong" * 12).decode()
-        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", wrong)
-        async with loader(tmp_path, allow=allow) as there:
-            with pytest.raises(AccessDeniedError, match="environment's credentials") as caught:
-                await there.load(f"az://adapters/{prefix}")
-            secretless(caught.value, wrong, KEY, "sig=")
-
-    run(body())
+    async with loader(tmp_path, allow=allow) as there:
+        for id in (f"az://no-such-container/{prefix}", "az://adapters/nothing/here"):
+            with pytest.raises(AdapterNotFoundError, match="no such bucket"):
+                await there.load(id)
+        await has(there, f"az://adapters/{prefix}", adapters[0])
+    wrong = base64.b64encode(b"wrong" * 12).decode()
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", wrong)
+    async with loader(tmp_path, allow=allow) as there:
+        with pytest.raises(AccessDeniedError, match="environment's credentials") as caught:
+            await there.load(f"az://adapters/{prefix}")
+        secretless(caught.value, wrong, KEY, "sig=")
 
 
-def test_weights_in_several_files(run: Run, prefix: str, tmp_path: Path) -> None:
+async def test_weights_in_several_files(prefix: str, tmp_path: Path) -> None:
     whole = written(tmp_path / "whole", 3, layers=16, rank=64)
     put(prefix, split_files.split(whole, tmp_path / "several"))
-
-    async def body() -> None:
-        async with loader(tmp_path, layers=16, allow=ALLOW) as there:
-            await has(there, f"az://adapters/{prefix}", whole)
-
-    run(body())
+    async with loader(tmp_path, layers=16, allow=ALLOW) as there:
+        await has(there, f"az://adapters/{prefix}", whole)
     assert stored_in(tmp_path) == (1, 0)

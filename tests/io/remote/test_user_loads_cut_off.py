@@ -13,7 +13,6 @@ from slow_proxy import SlowProxy
 from user_loads import CONNECTIONS, at, has, loader, missing_of, size_of, stored_in, until, written
 
 import servers
-from common import Run
 from lorax_async import AdapterLoader, FetchError, IntegrityError
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.chunk_map import CHUNK_BYTES
@@ -75,12 +74,11 @@ def test_while_the_server_is_down(
 
 
 @pytest.mark.parametrize("way", ["", "untagged/"])
-def test_replaced_on_the_way(
-    run: Run, nginx: Nginx, adapters: list[Path], place: str, way: str, tmp_path: Path
+async def test_replaced_on_the_way(
+    nginx: Nginx, adapters: list[Path], place: str, way: str, tmp_path: Path
 ) -> None:
     """By its ETag, or else by its date. Nothing of it is kept, and the next load is the new one."""
-
-    async def body(link: SlowProxy) -> None:
+    with SlowProxy(nginx.first) as link:
         id = f"http://127.0.0.1:{link.port}/{way}{place}/"
         async with loader(tmp_path, allow=(at(f"127.0.0.1:{link.port}"),), revalidate=0) as there:
             link.stop_after(100_000)  # of the first answer; what comes next is asked for later
@@ -93,13 +91,10 @@ def test_replaced_on_the_way(
             await until(lambda: stored_in(tmp_path) == (0, 0))
             await has(there, id, adapters[1])
 
-    with SlowProxy(nginx.first) as link:
-        run(body(link))
-
 
 @pytest.mark.parametrize("again", ["the same loader", "another loader"])
-def test_what_was_cancelled_half_way_is_gone_on_with(
-    run: Run, nginx: Nginx, place: str, again: str, tmp_path: Path
+async def test_what_was_cancelled_half_way_is_gone_on_with(
+    nginx: Nginx, place: str, again: str, tmp_path: Path
 ) -> None:
     """What is missing comes, and one chunk more for each connection at most, counted by nginx."""
     large = written(tmp_path / "large")
@@ -135,7 +130,7 @@ def test_what_was_cancelled_half_way_is_gone_on_with(
             return await resumed(there, id, link)
 
     with SlowProxy(nginx.first) as link:
-        missing, came = run(body(link))
+        missing, came = await body(link)
     assert missing >= size // 2
     assert came <= missing + CONNECTIONS * CHUNK_BYTES
     assert stored_in(tmp_path) == (1, 0)

@@ -15,7 +15,6 @@ from huggingface_hub import (
 from user_loads import at, contents, has, loader, secretless, stored_in, written
 
 import split_files
-from common import Run
 from lorax_async import AccessDeniedError, AdapterLoader, AdapterNotFoundError, Allow
 from lorax_async.adapter import AdapterRef
 
@@ -58,7 +57,7 @@ def is_everybodys(folder: Path, commit: str, files: dict[str, bytes]) -> None:
 
 
 @FILES
-def test_it_finds_what_a_load_has_stored(run: Run, files: str, tmp_path: Path) -> None:
+async def test_it_finds_what_a_load_has_stored(files: str, tmp_path: Path) -> None:
     adapter, there = saved(tmp_path, files)
     with HubStandIn() as hub:
         commit = hub.put("org/name", there)
@@ -67,7 +66,7 @@ def test_it_finds_what_a_load_has_stored(run: Run, files: str, tmp_path: Path) -
             async with over(hub, tmp_path, hub_cache="write") as ours:
                 assert await has(ours, "org/name", adapter) == commit
 
-        run(body())
+        await body()
         begun = len(hub.asked)
         snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
         assert not any(asked.at_store for asked in hub.asked[begun:]), "nothing comes again"
@@ -76,7 +75,7 @@ def test_it_finds_what_a_load_has_stored(run: Run, files: str, tmp_path: Path) -
 
 
 @FILES
-def test_a_load_finds_what_it_has_stored(run: Run, files: str, tmp_path: Path) -> None:
+async def test_a_load_finds_what_it_has_stored(files: str, tmp_path: Path) -> None:
     """Offline, and pinned, without asking; else after one HEAD for each file that tells a version."""
     adapter, there = saved(tmp_path, files)
     with HubStandIn() as hub:
@@ -94,13 +93,13 @@ def test_a_load_finds_what_it_has_stored(run: Run, files: str, tmp_path: Path) -
                 assert await has(ours, "org/name", adapter) == commit
             assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}
 
-        run(body())
+        await body()
     assert stored_in(tmp_path) == (0, 0)
     is_everybodys(tmp_path, commit, there)
 
 
 @pytest.mark.parametrize("consent", [True, False])
-def test_private_ones_are_shared_only_with_consent(run: Run, consent: bool, tmp_path: Path) -> None:
+async def test_private_ones_are_shared_only_with_consent(consent: bool, tmp_path: Path) -> None:
     adapter, there = saved(tmp_path, "several files")
     ours_alone = AdapterRef("org/name", token=TOKEN)
     with HubStandIn() as hub:
@@ -116,7 +115,7 @@ def test_private_ones_are_shared_only_with_consent(run: Run, consent: bool, tmp_
                     await ours.load("org/name", token="hf_another")
                 secretless(caught.value, TOKEN, "hf_another")
 
-        run(body())
+        await body()
     if consent:
         is_everybodys(tmp_path, commit, there)
     else:
@@ -125,7 +124,7 @@ def test_private_ones_are_shared_only_with_consent(run: Run, consent: bool, tmp_
     assert stored_in(tmp_path) == (0 if consent else 1, 0)
 
 
-def test_what_it_has_stored_with_a_token_is_for_who_may_have_it(run: Run, tmp_path: Path) -> None:
+async def test_what_it_has_stored_with_a_token_is_for_who_may_have_it(tmp_path: Path) -> None:
     adapter, there = saved(tmp_path, "one file")
     with HubStandIn() as hub:
         hub.put("org/name", there, private_token=TOKEN)
@@ -139,5 +138,5 @@ def test_what_it_has_stored_with_a_token_is_for_who_may_have_it(run: Run, tmp_pa
                     await ours.load("org/name")
                 await has(ours, AdapterRef("org/name", token=TOKEN), adapter)
 
-        run(body())
+        await body()
         assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}, "its bytes are here"

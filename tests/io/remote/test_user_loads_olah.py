@@ -12,7 +12,6 @@ from olah import committed, olah
 from user_loads import contents, has, loader, size_of, stored_in, written
 
 import split_files
-from common import Run
 from lorax_async import AccessDeniedError, AdapterNotFoundError
 from lorax_async.adapter import AdapterRef
 
@@ -58,8 +57,8 @@ def answered(endpoint: str, name: str) -> int:
 
 
 @pytest.mark.parametrize("files", ["one file", "several files"])
-def test_in_front_of_a_hub(
-    run: Run, hub: HubStandIn, endpoint: str, name: str, files: str, tmp_path: Path
+async def test_in_front_of_a_hub(
+    hub: HubStandIn, endpoint: str, name: str, files: str, tmp_path: Path
 ) -> None:
     """By ranges; the version is the hub's commit."""
     adapter = written(tmp_path / "a", layers=16, rank=128)
@@ -67,39 +66,29 @@ def test_in_front_of_a_hub(
     commit = hub.put(name, contents(adapter if files == "one file" else several))
     if files == "one file":
         assert answered(endpoint, name) == 206
-
-    async def body() -> None:
-        async with loader(tmp_path, layers=16, hub_endpoint=endpoint) as there:
-            assert await has(there, name, adapter) == commit
-        async with loader(tmp_path, layers=16, hub_endpoint=endpoint, offline=True) as there:
-            assert await has(there, name, adapter) == commit
-
-    run(body())
+    async with loader(tmp_path, layers=16, hub_endpoint=endpoint) as there:
+        assert await has(there, name, adapter) == commit
+    async with loader(tmp_path, layers=16, hub_endpoint=endpoint, offline=True) as there:
+        assert await has(there, name, adapter) == commit
     assert stored_in(tmp_path) == (1, 0)
 
 
-def test_what_it_refuses(
-    run: Run, hub: HubStandIn, endpoint: str, name: str, tmp_path: Path
-) -> None:
+async def test_what_it_refuses(hub: HubStandIn, endpoint: str, name: str, tmp_path: Path) -> None:
     adapter = written(tmp_path / "a", layers=16, rank=16)
     hub.put(name, contents(adapter), private_token=TOKEN)
     hub.put(f"{name}-public", contents(adapter))
-
-    async def body() -> None:
-        async with loader(tmp_path, layers=16, hub_endpoint=endpoint) as there:
-            for id in (name, "org/nobody"):
-                with pytest.raises(AccessDeniedError, match="give a token"):
-                    await there.load(id)
-            with pytest.raises(AdapterNotFoundError, match="no revision 'v9'"):
-                await there.load(f"{name}-public@v9")
-            await has(there, AdapterRef(name, token=TOKEN), adapter)
-
-    run(body())
+    async with loader(tmp_path, layers=16, hub_endpoint=endpoint) as there:
+        for id in (name, "org/nobody"):
+            with pytest.raises(AccessDeniedError, match="give a token"):
+                await there.load(id)
+        with pytest.raises(AdapterNotFoundError, match="no revision 'v9'"):
+            await there.load(f"{name}-public@v9")
+        await has(there, AdapterRef(name, token=TOKEN), adapter)
 
 
 @pytest.mark.parametrize("lfs", [True, False], ids=["lfs", "blobs"])
-def test_over_a_git_repository(
-    run: Run, hub: HubStandIn, endpoint: str, mirrors: Path, name: str, lfs: bool, tmp_path: Path
+async def test_over_a_git_repository(
+    hub: HubStandIn, endpoint: str, mirrors: Path, name: str, lfs: bool, tmp_path: Path
 ) -> None:
     """It ignores ranges and says no length: what comes is read as the whole, with the next ones."""
     adapter = written(tmp_path / "a", layers=16, rank=128)
@@ -107,11 +96,7 @@ def test_over_a_git_repository(
     hub.put(name, contents(adapter))  # it is asked whether the repository may be seen
     commit = committed(mirrors / "models" / name, contents(adapter), lfs=lfs)
     assert answered(endpoint, name) == 200
-
-    async def body() -> None:
-        async with loader(tmp_path, layers=16, hub_endpoint=endpoint) as there:
-            assert await has(there, name, adapter) == commit
-            assert await has(there, AdapterRef(name, revision=commit), adapter) == commit
-
-    run(body())
+    async with loader(tmp_path, layers=16, hub_endpoint=endpoint) as there:
+        assert await has(there, name, adapter) == commit
+        assert await has(there, AdapterRef(name, revision=commit), adapter) == commit
     assert stored_in(tmp_path) == (1, 0)

@@ -10,7 +10,6 @@ import pytest
 from user_loads import at, contents, has, loader, stored_in, written
 
 import servers
-from common import Run
 from lorax_async.adapter import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -47,8 +46,8 @@ def webdav(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         pytest.param("webdav", "", marks=pytest.mark.needs("rclone"), id="rclone webdav"),
     ],
 )
-def test_a_folder_and_what_replaces_it(
-    run: Run, request: pytest.FixtureRequest, shelf: Path, server: str, version: str, tmp_path: Path
+async def test_a_folder_and_what_replaces_it(
+    request: pytest.FixtureRequest, shelf: Path, server: str, version: str, tmp_path: Path
 ) -> None:
     """By its date, where nothing else tells that it is another one."""
     url: str = request.getfixturevalue(server)
@@ -63,17 +62,14 @@ def test_a_folder_and_what_replaces_it(
             os.utime(place, (seconds, seconds))
             place.rename(folder / name)
 
-    async def body() -> None:
-        allow = (at(url.removeprefix("http://").rstrip("/")),)
-        async with loader(tmp_path, allow=allow, revalidate=0) as there:
-            put(old, 1_000_000_000)
-            id = f"{url}{folder.name}/"
-            first = await has(there, id, old)
-            assert first.startswith("weak-") is (version == "weak-")
-            assert await has(there, id, old) == first
-            put(new, 1_000_000_001)
-            assert await has(there, id, new) != first
-            await has(there, AdapterRef(id, revision=first), old)
-
-    run(body())
+    allow = (at(url.removeprefix("http://").rstrip("/")),)
+    async with loader(tmp_path, allow=allow, revalidate=0) as there:
+        put(old, 1_000_000_000)
+        id = f"{url}{folder.name}/"
+        first = await has(there, id, old)
+        assert first.startswith("weak-") is (version == "weak-")
+        assert await has(there, id, old) == first
+        put(new, 1_000_000_001)
+        assert await has(there, id, new) != first
+        await has(there, AdapterRef(id, revision=first), old)
     assert stored_in(tmp_path) == (2, 0)

@@ -32,9 +32,9 @@ DATA = random.Random(7).randbytes(FIRST_BYTES + 10_000)
 FILES = {CONFIG: b'{"r": 4}', WEIGHTS: DATA}
 
 
-def test_a_folder_is_located_by_two_requests(run: Run) -> None:
+async def test_a_folder_is_located_by_two_requests() -> None:
     with world(FILES) as it:
-        located = run(it.locator.locate(it.ref()))
+        located = await it.locator.locate(it.ref())
         assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
         spans = {asked.target: asked.span for asked in it.folder.asked}
         assert spans == {
@@ -55,7 +55,7 @@ def test_a_folder_is_located_by_two_requests(run: Run) -> None:
             assert it.locator.recalled(it.ref(revision=other)) is None
 
 
-def test_both_are_asked_for_at_once(run: Run) -> None:
+async def test_both_are_asked_for_at_once() -> None:
     """Neither is answered before the other one was asked for."""
     with world(FILES) as it:
         serve = it.folder
@@ -66,7 +66,7 @@ def test_both_are_asked_for_at_once(run: Run) -> None:
             serve._serve(asked.target.rpartition("/")[2], asked, client)
 
         it.folder.instead = {CONFIG: wait_for_both, WEIGHTS: wait_for_both}
-        run(it.locator.locate(it.ref()))
+        await it.locator.locate(it.ref())
 
 
 def located_version(run: Run, it: World, **fields: list[str]) -> str:
@@ -141,37 +141,37 @@ def test_a_token_goes_to_the_server_and_nowhere_else(run: Run) -> None:
 
 
 @pytest.mark.parametrize("token", ["s3cret\r\nHost: other", "s3cret\xe9", "s3cret ", ""])
-def test_what_is_no_token_is_not_sent(run: Run, token: str) -> None:
+async def test_what_is_no_token_is_not_sent(token: str) -> None:
     with world(FILES) as it:
         with pytest.raises(UsageError) as raised:
-            run(it.locator.locate(it.ref(token=token)))
+            await it.locator.locate(it.ref(token=token))
         assert "s3cret" not in str(raised.value)
         assert it.folder.asked == []
 
 
-def test_a_revision_is_the_version_or_the_etag_of_the_weights(run: Run) -> None:
+async def test_a_revision_is_the_version_or_the_etag_of_the_weights() -> None:
     with world(FILES) as it:
         it.folder.fields = {WEIGHTS: ['ETag: "the-weights"']}
-        version = run(it.locator.locate(it.ref())).version
+        version = (await it.locator.locate(it.ref())).version
         for revision in (version, '"the-weights"', "the-weights"):
-            assert run(it.locator.locate(it.ref(revision=revision))).version == version
+            assert (await it.locator.locate(it.ref(revision=revision))).version == version
         for revision in (version[:-1], f"{CONFIG}-1", "main"):
             with pytest.raises(AdapterNotFoundError, match=version) as raised:
-                run(it.locator.locate(it.ref(revision=revision)))
+                await it.locator.locate(it.ref(revision=revision))
             assert not raised.value.retryable
 
 
-def test_a_weak_etag_is_no_revision(run: Run) -> None:
+async def test_a_weak_etag_is_no_revision() -> None:
     with world(FILES) as it:
         it.folder.fields = {WEIGHTS: ['ETag: W/"v1"']}
-        version = run(it.locator.locate(it.ref())).version
-        assert run(it.locator.locate(it.ref(revision=version))).version == version
+        version = (await it.locator.locate(it.ref())).version
+        assert (await it.locator.locate(it.ref(revision=version))).version == version
         for revision in ('W/"v1"', '"v1"', "v1"):
             with pytest.raises(AdapterNotFoundError):
-                run(it.locator.locate(it.ref(revision=revision)))
+                await it.locator.locate(it.ref(revision=revision))
 
 
-def test_a_digest_of_the_file_is_taken_from_the_fields(run: Run) -> None:
+async def test_a_digest_of_the_file_is_taken_from_the_fields() -> None:
     digest = hashlib.sha256(DATA)
     told = base64.b64encode(digest.digest()).decode()
     expected = Digest("sha256", digest.hexdigest())
@@ -183,16 +183,16 @@ def test_a_digest_of_the_file_is_taken_from_the_fields(run: Run) -> None:
             (f"x-amz-checksum-sha256: {told}-2", None),
         ):
             it.folder.fields = {WEIGHTS: ['ETag: "v1"', line]}
-            config, weights = run(it.locator.locate(it.ref())).files
+            config, weights = (await it.locator.locate(it.ref())).files
             assert (config.expected, weights.expected) == (None, found)
 
 
-def test_what_is_not_there_is_named(run: Run) -> None:
+async def test_what_is_not_there_is_named() -> None:
     with world({WEIGHTS: DATA}) as it, pytest.raises(AdapterNotFoundError, match=CONFIG):
-        run(it.locator.locate(it.ref()))
+        await it.locator.locate(it.ref())
     with world({CONFIG: b"{}", "adapter_model.bin": b"pickled"}) as it:
         with pytest.raises(AdapterNotFoundError, match=f"neither {WEIGHTS} nor {INDEX}"):
-            run(it.locator.locate(it.ref()))
+            await it.locator.locate(it.ref())
         assert sorted(it.folder.names) == [CONFIG, WEIGHTS, INDEX], "and nothing else is asked for"
 
 
@@ -206,30 +206,30 @@ def test_what_is_not_there_is_named(run: Run) -> None:
         ("418 I'm a teapot", FetchError),
     ],
 )
-def test_other_answers_are_errors(run: Run, name: str, status: str, error: type[Exception]) -> None:
+async def test_other_answers_are_errors(name: str, status: str, error: type[Exception]) -> None:
     with world(FILES) as it:
         it.folder.instead = {name: refuse(status)}
         with pytest.raises(error, match=f"{name} .*status {status[:3]}") as raised:
-            run(it.locator.locate(it.ref(token="s3cret")))
+            await it.locator.locate(it.ref(token="s3cret"))
         assert "s3cret" not in str(raised.value)
         assert INDEX not in it.folder.names
 
 
-def test_a_config_has_a_limit(run: Run) -> None:
+async def test_a_config_has_a_limit() -> None:
     with world(FILES, limits=Limits(max_config_bytes=8)) as it:
-        run(it.locator.locate(it.ref()))
+        await it.locator.locate(it.ref())
         it.folder.files[CONFIG] += b" "
         with pytest.raises(FetchError, match=f"{CONFIG} has more than the 8 bytes"):
-            run(it.locator.locate(it.ref()))
+            await it.locator.locate(it.ref())
 
 
-def test_the_rules_are_asked(run: Run) -> None:
+async def test_the_rules_are_asked() -> None:
     with world(FILES, rules=PublicOnly()) as it:
         with pytest.raises(AccessDeniedError):
-            run(it.locator.locate(it.ref()))
+            await it.locator.locate(it.ref())
         assert it.server.clients == []
 
 
-def test_what_is_in_no_folder_is_not_looked_for_in_one(run: Run) -> None:
+async def test_what_is_in_no_folder_is_not_looked_for_in_one() -> None:
     with world(FILES) as it, pytest.raises(InvalidAdapterIdError, match="no folder behind a URL"):
-        run(it.locator.locate(AdapterRef("org/name")))
+        await it.locator.locate(AdapterRef("org/name"))

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from web_folder import CONFIG, WEIGHTS, Folder, World, world
 
-from common import Run, until
+from common import until
 from lorax_async.errors import AdapterNotFoundError, FetchError
 from lorax_async.io.http.asking import Ask
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.remote.beginning import FIRST_BYTES
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
 
 DATA = bytes(FIRST_BYTES + 10_000)
 FILES = {CONFIG: b'{"r": 4}', WEIGHTS: DATA}
@@ -45,15 +45,15 @@ async def given_up(jobs: list[Ask]) -> None:
             job.done.result()
 
 
-def test_the_first_failure_ends_both(run: Run, jobs: list[Ask]) -> None:
+async def test_the_first_failure_ends_both(jobs: list[Ask]) -> None:
     with world({WEIGHTS: DATA}) as it:
         stall(it.folder, WEIGHTS)
         with pytest.raises(AdapterNotFoundError, match=CONFIG):
-            run(it.locator.locate(it.ref()))
-        run(given_up(jobs[1:]))
+            await it.locator.locate(it.ref())
+        await given_up(jobs[1:])
 
 
-def test_a_cancellation_ends_both_and_waits_for_nothing(run: Run, jobs: list[Ask]) -> None:
+async def test_a_cancellation_ends_both_and_waits_for_nothing(jobs: list[Ask]) -> None:
     async def cancelled(it: World) -> None:
         task = asyncio.create_task(it.locator.locate(it.ref()))
         await until(lambda: len(it.folder.asked) == 2)
@@ -65,6 +65,6 @@ def test_a_cancellation_ends_both_and_waits_for_nothing(run: Run, jobs: list[Ask
 
     with world(FILES) as it:
         stall(it.folder, CONFIG, WEIGHTS)
-        run(cancelled(it))
+        await cancelled(it)
         it.folder.instead = {}
-        assert run(it.locator.locate(it.ref())).files[1].nbytes == len(DATA)
+        assert (await it.locator.locate(it.ref())).files[1].nbytes == len(DATA)

@@ -92,18 +92,18 @@ def check(fetching: RangeEngine, located: Located, adapter: Path) -> None:
 
 @on_nginx
 @pytest.mark.parametrize("path", ["one/", "moved/one/", "whole/one/", "untagged/one/"])
-def test_a_folder_of_nginx(
-    run: Run, nginx: Nginx, fetching: RangeEngine, locator: WebLocator, adapter: Path, path: str
+async def test_a_folder_of_nginx(
+    nginx: Nginx, fetching: RangeEngine, locator: WebLocator, adapter: Path, path: str
 ) -> None:
     """By ranges; after redirects to another port; where ranges are not served; without ETags."""
-    located = run(locator.locate(AdapterRef(nginx.url(path))))
+    located = await locator.locate(AdapterRef(nginx.url(path)))
     assert located.version.startswith(WEAK) is (path == "untagged/one/")
     weights = located.files[1].answer
     assert weights is not None
     assert weights.ranges is (path != "whole/one/")
     assert weights.place.url.origin.port == (nginx.second if "moved" in path else nginx.first)
     check(fetching, located, adapter)
-    again = run(locator.locate(AdapterRef(nginx.url(path), revision=located.version)))
+    again = await locator.locate(AdapterRef(nginx.url(path), revision=located.version))
     assert again.version == located.version
 
 
@@ -116,22 +116,22 @@ def test_one_version_wherever_it_was_moved_to(run: Run, nginx: Nginx, locator: W
 
 
 @on_nginx
-def test_a_folder_that_asks_for_a_token(
-    run: Run, nginx: Nginx, fetching: RangeEngine, locator: WebLocator, adapter: Path
+async def test_a_folder_that_asks_for_a_token(
+    nginx: Nginx, fetching: RangeEngine, locator: WebLocator, adapter: Path
 ) -> None:
     private = nginx.url("private/one/")
     for wrong in (None, "another-token"):
         with pytest.raises(AccessDeniedError, match="401"):
-            run(locator.locate(AdapterRef(private, token=wrong)))
-    located = run(locator.locate(AdapterRef(private, token="the-token")))
+            await locator.locate(AdapterRef(private, token=wrong))
+    located = await locator.locate(AdapterRef(private, token="the-token"))
     check(fetching, located, adapter)
 
 
 @on_nginx
-def test_a_token_is_not_sent_to_where_a_redirect_leads(
-    run: Run, nginx: Nginx, fetching: RangeEngine, locator: WebLocator, adapter: Path
+async def test_a_token_is_not_sent_to_where_a_redirect_leads(
+    nginx: Nginx, fetching: RangeEngine, locator: WebLocator, adapter: Path
 ) -> None:
-    located = run(locator.locate(AdapterRef(nginx.url("moved/one/"), token="the-token")))
+    located = await locator.locate(AdapterRef(nginx.url("moved/one/"), token="the-token"))
     check(fetching, located, adapter)
     redirected, served = f" 302 {nginx.first} ", f" {nginx.second} "
     until(lambda: sum(served in line for line in nginx.requests()) > 2)
@@ -142,29 +142,29 @@ def test_a_token_is_not_sent_to_where_a_redirect_leads(
 
 @on_nginx
 @pytest.mark.parametrize("path", ["one/", "untagged/one/"])
-def test_another_adapter_is_put_there_meanwhile(
-    run: Run, nginx: Nginx, fetching: RangeEngine, locator: WebLocator, path: str
+async def test_another_adapter_is_put_there_meanwhile(
+    nginx: Nginx, fetching: RangeEngine, locator: WebLocator, path: str
 ) -> None:
     """By its ETag, or else by its date, it is told from the one that was located."""
-    located = run(locator.locate(AdapterRef(nginx.url(path))))
+    located = await locator.locate(AdapterRef(nginx.url(path)))
     saved = (nginx.files / "one" / WEIGHTS).read_bytes()
     nginx.put(f"one/{WEIGHTS}", saved[::-1])
     with pytest.raises(IntegrityError, match="changed"):
         brought(fetching, located)
     with pytest.raises(AdapterNotFoundError, match="revision"):
-        run(locator.locate(AdapterRef(nginx.url(path), revision=located.version)))
-    again = run(locator.locate(AdapterRef(nginx.url(path))))
+        await locator.locate(AdapterRef(nginx.url(path), revision=located.version))
+    again = await locator.locate(AdapterRef(nginx.url(path)))
     assert again.version != located.version
     assert brought(fetching, again) == saved[::-1]
 
 
 @on_nginx
-def test_what_is_not_there(run: Run, nginx: Nginx, locator: WebLocator) -> None:
+async def test_what_is_not_there(nginx: Nginx, locator: WebLocator) -> None:
     with pytest.raises(AdapterNotFoundError, match=CONFIG):
-        run(locator.locate(AdapterRef(nginx.url("two/"))))
+        await locator.locate(AdapterRef(nginx.url("two/")))
     nginx.put(f"two/{CONFIG}", b"{}")
     with pytest.raises(AdapterNotFoundError, match=f"neither {WEIGHTS}"):
-        run(locator.locate(AdapterRef(nginx.url("two/"))))
+        await locator.locate(AdapterRef(nginx.url("two/")))
 
 
 # -- rclone ---------------------------------------------------------------------------------------
@@ -172,8 +172,7 @@ def test_what_is_not_there(run: Run, nginx: Nginx, locator: WebLocator) -> None:
 
 @on_rclone
 @pytest.mark.parametrize(("kind", "tagged"), [("http", False), ("webdav", True)])
-def test_a_folder_of_rclone(
-    run: Run,
+async def test_a_folder_of_rclone(
     fetching: RangeEngine,
     locator: WebLocator,
     adapter: Path,
@@ -184,23 +183,23 @@ def test_a_folder_of_rclone(
     """It serves ranges; by WebDAV with ETags, else with dates alone."""
     with servers.rclone(kind, adapter.parent, tmp_path) as url:
         ref = AdapterRef(f"{url}{adapter.name}/")
-        located = run(locator.locate(ref))
+        located = await locator.locate(ref)
         assert located.version.startswith(WEAK) is not tagged
         check(fetching, located, adapter)
-        assert run(locator.locate(ref)).version == located.version
+        assert (await locator.locate(ref)).version == located.version
         with pytest.raises(AdapterNotFoundError, match=CONFIG):
-            run(locator.locate(AdapterRef(f"{url}nothing/")))
+            await locator.locate(AdapterRef(f"{url}nothing/"))
 
 
 # -- Python ---------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_pythons_own_server(
-    run: Run, fetching: RangeEngine, locator: WebLocator, adapter: Path, tmp_path: Path
+async def test_a_folder_of_pythons_own_server(
+    fetching: RangeEngine, locator: WebLocator, adapter: Path, tmp_path: Path
 ) -> None:
     """It answers 200 to ranges: then one response is read as the whole file, in HTTP/1.0."""
     with servers.pythons_own(adapter.parent, tmp_path) as url:
-        located = run(locator.locate(AdapterRef(f"{url}{adapter.name}/")))
+        located = await locator.locate(AdapterRef(f"{url}{adapter.name}/"))
         weights = located.files[1].answer
         assert weights is not None
         assert not weights.ranges

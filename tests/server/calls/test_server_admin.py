@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from common import Run
 from lorax_async import AdapterRef, ConfigError, FetchError, UsageError
 from lorax_async.server.settings import ServerSettings
 from server.world import TOKEN, Answer, serving
@@ -23,98 +22,76 @@ from tiny_sources import over, stocked
 LOAD, UNLOAD, ADAPTERS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters"
 
 
-def test_load_use_and_unload(run: Run, tmp_path: Path) -> None:
+async def test_load_use_and_unload(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "pirate")
+    async with serving() as world:
+        body = {"lora_name": "pirate", "lora_path": str(folder)}
+        loaded = await world.admin(LOAD, body)
+        assert loaded.status == 200
+        assert loaded.body == b"Success: LoRA adapter 'pirate' added successfully."
+        assert [where.state for where in world.service.loader.residency().values()] == ["resident"]
+        models = await world.client.models.list()
+        assert [model.id for model in models.data] == ["base", "pirate"]
+        await world.client.completions.create(model="pirate", prompt="x")
+        assert world.engine.submitted[0].generation.adapter == folder
 
-    async def play() -> None:
-        async with serving() as world:
-            body = {"lora_name": "pirate", "lora_path": str(folder)}
-            loaded = await world.admin(LOAD, body)
-            assert loaded.status == 200
-            assert loaded.body == b"Success: LoRA adapter 'pirate' added successfully."
-            assert [where.state for where in world.service.loader.residency().values()] == [
-                "resident"
-            ]
-            models = await world.client.models.list()
-            assert [model.id for model in models.data] == ["base", "pirate"]
-            await world.client.completions.create(model="pirate", prompt="x")
-            assert world.engine.submitted[0].generation.adapter == folder
-
-            unloaded = await world.admin(UNLOAD, {"lora_name": "pirate"})
-            assert unloaded.status == 200
-            assert unloaded.body == b"Success: LoRA adapter 'pirate' removed successfully."
-            models = await world.client.models.list()
-            assert [model.id for model in models.data] == ["base"]
-            tiers = [where.tier for where in world.service.loader.residency().values()]
-            assert "device" not in tiers
-            again = await world.admin(UNLOAD, {"lora_name": "pirate"})
-            assert (again.status, again.error["type"]) == (404, "NotFoundError")
-            assert again.error["message"] == "The lora adapter 'pirate' cannot be found."
-
-    run(play())
+        unloaded = await world.admin(UNLOAD, {"lora_name": "pirate"})
+        assert unloaded.status == 200
+        assert unloaded.body == b"Success: LoRA adapter 'pirate' removed successfully."
+        models = await world.client.models.list()
+        assert [model.id for model in models.data] == ["base"]
+        tiers = [where.tier for where in world.service.loader.residency().values()]
+        assert "device" not in tiers
+        again = await world.admin(UNLOAD, {"lora_name": "pirate"})
+        assert (again.status, again.error["type"]) == (404, "NotFoundError")
+        assert again.error["message"] == "The lora adapter 'pirate' cannot be found."
 
 
-def test_an_id_can_be_named(run: Run, tmp_path: Path) -> None:
+async def test_an_id_can_be_named(tmp_path: Path) -> None:
     """What is no folder is an id, which the loader's sources know."""
     source = stocked(tmp_path, "org/pirate")
-
-    async def play() -> None:
-        async with serving(loader=over(source)) as world:
-            body = {"lora_name": "pirate", "lora_path": "org/pirate"}
-            assert (await world.admin(LOAD, body)).status == 200
-            named = AdapterRef("org/pirate", use_token=True)
-            assert world.service.names.find("pirate") == named
-
-    run(play())
+    async with serving(loader=over(source)) as world:
+        body = {"lora_name": "pirate", "lora_path": "org/pirate"}
+        assert (await world.admin(LOAD, body)).status == 200
+        named = AdapterRef("org/pirate", use_token=True)
+        assert world.service.names.find("pirate") == named
 
 
-def test_a_name_is_given_once(run: Run, tmp_path: Path) -> None:
+async def test_a_name_is_given_once(tmp_path: Path) -> None:
     one, two = tiny.write(tmp_path / "one", 1), tiny.write(tmp_path / "two", 2)
-
-    async def play() -> None:
-        async with serving() as world:
-            body = {"lora_name": "a", "lora_path": str(one)}
-            assert (await world.admin(LOAD, body)).status == 200
-            again = await world.admin(LOAD, body)
-            assert (again.status, again.error["type"]) == (400, "InvalidUserInput")
-            assert "has already been loaded" in again.error["message"]
-            other = body | {"lora_path": str(two), "load_inplace": True}
-            assert (await world.admin(LOAD, other)).status == 200
-            assert world.service.names.find("a") == two
-            base = await world.admin(LOAD, body | {"lora_name": "base"})
-            assert base.status == 400
-
-    run(play())
+    async with serving() as world:
+        body = {"lora_name": "a", "lora_path": str(one)}
+        assert (await world.admin(LOAD, body)).status == 200
+        again = await world.admin(LOAD, body)
+        assert (again.status, again.error["type"]) == (400, "InvalidUserInput")
+        assert "has already been loaded" in again.error["message"]
+        other = body | {"lora_path": str(two), "load_inplace": True}
+        assert (await world.admin(LOAD, other)).status == 200
+        assert world.service.names.find("a") == two
+        base = await world.admin(LOAD, body | {"lora_name": "base"})
+        assert base.status == 400
 
 
-def test_a_folder_with_two_names_stays_for_the_other(run: Run, tmp_path: Path) -> None:
+async def test_a_folder_with_two_names_stays_for_the_other(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "one")
-
-    async def play() -> None:
-        async with serving() as world:
-            for name in ("a", "b"):
-                await world.admin(LOAD, {"lora_name": name, "lora_path": str(folder)})
-            await world.admin(UNLOAD, {"lora_name": "a"})
-            (where,) = world.service.loader.residency().values()
-            assert where.tier == "device"
-
-    run(play())
+    async with serving() as world:
+        for name in ("a", "b"):
+            await world.admin(LOAD, {"lora_name": name, "lora_path": str(folder)})
+        await world.admin(UNLOAD, {"lora_name": "a"})
+        (where,) = world.service.loader.residency().values()
+        assert where.tier == "device"
 
 
-def test_what_is_in_use_is_unloaded_later(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_what_is_in_use_is_unloaded_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorax_async.server.calls.admin.UNLOAD_SECONDS", 0.01)
     folder = tiny.write(tmp_path / "one")
-
-    async def play() -> None:
-        async with serving(adapters={"a": folder}) as world:
-            async with await world.service.loader.load(folder) as handle:
-                assert (await world.admin(UNLOAD, {"lora_name": "a"})).status == 200
-                assert not handle.released
-            assert world.service.names.find("a") == "a"
-
-    run(play())
+    async with serving(adapters={"a": folder}) as world:
+        async with await world.service.loader.load(folder) as handle:
+            assert (await world.admin(UNLOAD, {"lora_name": "a"})).status == 200
+            assert not handle.released
+        assert world.service.names.find("a") == "a"
 
 
 @pytest.mark.parametrize(
@@ -131,17 +108,17 @@ def test_what_is_in_use_is_unloaded_later(
         ({"lora_name": 5, "lora_path": "x/y"}, 400),
     ],
 )
-def test_what_cannot_be_loaded(run: Run, tmp_path: Path, body: Any, status: int) -> None:
+async def test_what_cannot_be_loaded(tmp_path: Path, body: Any, status: int) -> None:
     async def play() -> Answer:
         async with serving(loader=tiny_loader(local_roots=(tmp_path,))) as world:
             answer = await world.admin(LOAD, body)
             assert not world.service.names.adapters
             return answer
 
-    assert run(play()).status == status
+    assert (await play()).status == status
 
 
-def test_a_malformed_folder_is_told(run: Run, tmp_path: Path) -> None:
+async def test_a_malformed_folder_is_told(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "torn")
     (folder / "adapter_config.json").write_text("{")
 
@@ -149,7 +126,7 @@ def test_a_malformed_folder_is_told(run: Run, tmp_path: Path) -> None:
         async with serving() as world:
             return await world.admin(LOAD, {"lora_name": "a", "lora_path": str(folder)})
 
-    answer = run(play())
+    answer = await play()
     assert (answer.status, answer.error["code"]) == (422, "adapter_malformed")
 
 
@@ -206,34 +183,30 @@ REFUSED: dict[str, tuple[Callable[[Path], object], int, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_refused_adapter_is_not_named(run: Run, tmp_path: Path, case: str) -> None:
+async def test_a_refused_adapter_is_not_named(tmp_path: Path, case: str) -> None:
     """And a name that it was to get in place keeps its meaning."""
     spoil, status, code = REFUSED[case]
     good, bad = tiny.write(tmp_path / "good", 1), tiny.write(tmp_path / "bad", 2)
     spoil(bad)
+    async with serving() as world:
+        body = {"lora_name": "a", "lora_path": str(bad)}
+        refused = await world.admin(LOAD, body)
+        assert (refused.status, refused.error["code"]) == (status, code)
+        assert str(bad) in refused.error["message"]
+        models = await world.client.models.list()
+        assert [model.id for model in models.data] == ["base"]
+        assert (await world.ask("GET", "/v1/models/a")).status == 404
+        assert (await world.admin(UNLOAD, {"lora_name": "a"})).status == 404
+        usage = world.service.loader.usage()
+        assert (usage.waiting, usage.leases, usage.device_bytes.used) == (0, 0, 0)
 
-    async def play() -> None:
-        async with serving() as world:
-            body = {"lora_name": "a", "lora_path": str(bad)}
-            refused = await world.admin(LOAD, body)
-            assert (refused.status, refused.error["code"]) == (status, code)
-            assert str(bad) in refused.error["message"]
-            models = await world.client.models.list()
-            assert [model.id for model in models.data] == ["base"]
-            assert (await world.ask("GET", "/v1/models/a")).status == 404
-            assert (await world.admin(UNLOAD, {"lora_name": "a"})).status == 404
-            usage = world.service.loader.usage()
-            assert (usage.waiting, usage.leases, usage.device_bytes.used) == (0, 0, 0)
-
-            assert (await world.admin(LOAD, body | {"lora_path": str(good)})).status == 200
-            again = await world.admin(LOAD, body | {"load_inplace": True})
-            assert (again.status, again.error["code"]) == (status, code)
-            assert world.service.names.find("a") == good
-
-    run(play())
+        assert (await world.admin(LOAD, body | {"lora_path": str(good)})).status == 200
+        again = await world.admin(LOAD, body | {"load_inplace": True})
+        assert (again.status, again.error["code"]) == (status, code)
+        assert world.service.names.find("a") == good
 
 
-def test_where_adapters_are(run: Run, tmp_path: Path) -> None:
+async def test_where_adapters_are(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "one")
 
     async def play() -> Any:
@@ -244,7 +217,7 @@ def test_where_adapters_are(run: Run, tmp_path: Path) -> None:
                 answer = await world.ask("GET", ADAPTERS, Authorization=f"Bearer {TOKEN}")
             return answer.json["data"]
 
-    (one,) = run(play())
+    (one,) = await play()
     assert one["names"] == ["a"]
     assert one["id"].endswith(str(folder))
     assert (one["tier"], one["state"], one["leases"], one["pins"]) == ("device", "resident", 1, 0)
@@ -254,7 +227,7 @@ def test_where_adapters_are(run: Run, tmp_path: Path) -> None:
     assert one["story"][0]["layers"] == [0, 1, 2, 3]
 
 
-def test_a_failure_stands_in_the_story(run: Run, tmp_path: Path) -> None:
+async def test_a_failure_stands_in_the_story(tmp_path: Path) -> None:
     """Also with its error, which JSON does not know."""
     source = stocked(tmp_path, "org/a")
     source.fail("bring", FetchError("the line was cut", retryable=False))
@@ -266,7 +239,7 @@ def test_a_failure_stands_in_the_story(run: Run, tmp_path: Path) -> None:
             (await world.service.loader.load("org/a")).release()
             return (await world.ask("GET", ADAPTERS, Authorization=f"Bearer {TOKEN}")).json
 
-    story = run(play())["data"][0]["story"]
+    story = (await play())["data"][0]["story"]
     assert [event["event"] for event in story] == [
         "SlotGranted",
         "Failed",
@@ -279,7 +252,7 @@ def test_a_failure_stands_in_the_story(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", "Bearer \xe9"])
-def test_the_token_is_needed(run: Run, key: str) -> None:
+async def test_the_token_is_needed(key: str) -> None:
     async def play() -> list[Answer]:
         async with serving() as world:
             head = f"Host: x\r\nConnection: close\r\nAuthorization: {key}\r\nContent-Length: 2\r\n\r\n{{}}"
@@ -288,12 +261,12 @@ def test_the_token_is_needed(run: Run, key: str) -> None:
                 for method, path in (("POST", LOAD), ("POST", UNLOAD), ("GET", ADAPTERS))
             ]
 
-    for answer in run(play()):
+    for answer in await play():
         assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert TOKEN not in answer.body.decode()
 
 
-def test_without_a_token_nobody_administers(run: Run) -> None:
+async def test_without_a_token_nobody_administers() -> None:
     async def play() -> list[Answer]:
         async with serving(admin_token=None) as world:
             return [
@@ -302,7 +275,7 @@ def test_without_a_token_nobody_administers(run: Run) -> None:
                 await world.ask("GET", ADAPTERS),
             ]
 
-    for answer in run(play()):
+    for answer in await play():
         assert (answer.status, answer.error["code"]) == (403, "admin_disabled")
 
 

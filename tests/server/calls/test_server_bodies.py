@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from common import Run, until
+from common import until
 from lorax_async.server.calls.bodies import read_body, refuse_unread
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.under_way import ClientGone
@@ -47,20 +47,17 @@ def collected() -> Iterator[list[AsyncGenerator[Any, Any]]]:
         sys.set_asyncgen_hooks(*before)
 
 
-def test_a_body_is_let_go_of_where_it_is_too_large(run: Run) -> None:
-    async def play() -> None:
-        client = Sends()
-        with collected() as found:
-            with pytest.raises(Refusal) as refused:
-                await read_body(Request(SCOPE, client.receive), 2500, 20)
-            assert (refused.value.status, client.pieces) == (413, 3)
-            refused.value.__traceback__ = None
-            assert found == []
-
-    run(play())
+async def test_a_body_is_let_go_of_where_it_is_too_large() -> None:
+    client = Sends()
+    with collected() as found:
+        with pytest.raises(Refusal) as refused:
+            await read_body(Request(SCOPE, client.receive), 2500, 20)
+        assert (refused.value.status, client.pieces) == (413, 3)
+        refused.value.__traceback__ = None
+        assert found == []
 
 
-def test_who_hangs_up_has_sent_no_body(run: Run) -> None:
+async def test_who_hangs_up_has_sent_no_body() -> None:
     """However well its first part would read."""
     said = [
         {"type": "http.disconnect"},
@@ -70,41 +67,31 @@ def test_who_hangs_up_has_sent_no_body(run: Run) -> None:
     async def receive() -> Any:
         return said.pop()
 
-    async def play() -> None:
-        with pytest.raises(ClientGone):
-            await read_body(Request(SCOPE, receive), 100, 20)
-
-    run(play())
+    with pytest.raises(ClientGone):
+        await read_body(Request(SCOPE, receive), 100, 20)
 
 
-def test_nobody_complains_of_who_hangs_up(run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    async def play() -> None:
-        async with serving() as world:
-            _, writer = await asyncio.open_connection("127.0.0.1", world.port)
-            writer.write(POST.encode() + b"Content-Length: 9\r\n\r\n{")
-            await until(lambda: world.service.under_way._count)
-            writer.close()
-            assert await world.service.under_way.ended(20)
-
-    run(play())
+async def test_nobody_complains_of_who_hangs_up(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as world:
+        _, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(POST.encode() + b"Content-Length: 9\r\n\r\n{")
+        await until(lambda: world.service.under_way._count)
+        writer.close()
+        assert await world.service.under_way.ended(20)
     assert [record.getMessage() for record in caplog.records] == []
 
 
-def test_the_answer_is_out_before_the_rest_is_thrown_away(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_the_answer_is_out_before_the_rest_is_thrown_away(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lorax_async.server.calls.bodies.LINGER_BYTES", 2500)
-
-    async def play() -> None:
-        client = Sends()
-        with collected() as found:
-            refusal = Refusal(413, "too large", close=True)
-            await refuse_unread(refusal, SCOPE, client.receive, client.send, 20)
-            assert found == []
-        assert client.got == [
-            ("http.response.start", None, 0),
-            ("http.response.body", True, 0),
-            ("http.response.body", False, 3),
-        ]
-
-    run(play())
+    client = Sends()
+    with collected() as found:
+        refusal = Refusal(413, "too large", close=True)
+        await refuse_unread(refusal, SCOPE, client.receive, client.send, 20)
+        assert found == []
+    assert client.got == [
+        ("http.response.start", None, 0),
+        ("http.response.body", True, 0),
+        ("http.response.body", False, 3),
+    ]

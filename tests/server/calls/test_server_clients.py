@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common import Run, until
+from common import until
 from lorax_async.server.calls.answering import Answering
 from lorax_async.server.calls.events import ABORT
 from lorax_async.server.calls.requests import CompletionBody
@@ -34,56 +34,46 @@ def assert_free(world: World) -> None:
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("begun", [False, True])
-def test_who_hangs_up_frees_its_place(run: Run, stream: bool, begun: bool, n: int) -> None:
-    async def play() -> None:
-        engine = FakeEngine()
-        async with serving(engine) as world:
-            reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-            writer.write(request(PLAIN | {"stream": stream, "n": n}))
-            tokens = await engine.asked(n)
-            if begun:
-                tokens.say("a")
-                if stream:
-                    await reader.readuntil(b'"text":"a"')
-            writer.close()
-            for each in engine.submitted:
-                await each.cancelled.wait()
+async def test_who_hangs_up_frees_its_place(stream: bool, begun: bool, n: int) -> None:
+    engine = FakeEngine()
+    async with serving(engine) as world:
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(request(PLAIN | {"stream": stream, "n": n}))
+        tokens = await engine.asked(n)
+        if begun:
+            tokens.say("a")
+            if stream:
+                await reader.readuntil(b'"text":"a"')
+        writer.close()
+        for each in engine.submitted:
+            await each.cancelled.wait()
+        assert await world.service.under_way.ended(20)
+        assert_free(world)
+
+
+async def test_who_hangs_up_before_its_body_is_whole() -> None:
+    async with serving() as world:
+        _, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(request(PLAIN)[:-1])
+        await until(lambda: world.service.under_way._count)
+        writer.close()
+        assert await world.service.under_way.ended(20)
+        assert not world.engine.submitted
+
+
+async def test_who_takes_nothing_is_cut_off() -> None:
+    """Over sockets that hold little; more is said than all buffers on the way have room for."""
+    engine = FakeEngine()
+    async with serving(engine, slow_client=0.05, send_buffer=4096) as world:
+        with closing(socket.socket()) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", world.port))
+            client.sendall(request(PLAIN | {"stream": True, "max_tokens": 2_000}))
+            tokens = await engine.asked()
+            tokens.say("x" * 2_000)
+            await tokens.cancelled.wait()
             assert await world.service.under_way.ended(20)
             assert_free(world)
-
-    run(play())
-
-
-def test_who_hangs_up_before_its_body_is_whole(run: Run) -> None:
-    async def play() -> None:
-        async with serving() as world:
-            _, writer = await asyncio.open_connection("127.0.0.1", world.port)
-            writer.write(request(PLAIN)[:-1])
-            await until(lambda: world.service.under_way._count)
-            writer.close()
-            assert await world.service.under_way.ended(20)
-            assert not world.engine.submitted
-
-    run(play())
-
-
-def test_who_takes_nothing_is_cut_off(run: Run) -> None:
-    """Over sockets that hold little; more is said than all buffers on the way have room for."""
-
-    async def play() -> None:
-        engine = FakeEngine()
-        async with serving(engine, slow_client=0.05, send_buffer=4096) as world:
-            with closing(socket.socket()) as client:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-                client.connect(("127.0.0.1", world.port))
-                client.sendall(request(PLAIN | {"stream": True, "max_tokens": 2_000}))
-                tokens = await engine.asked()
-                tokens.say("x" * 2_000)
-                await tokens.cancelled.wait()
-                assert await world.service.under_way.ended(20)
-                assert_free(world)
-
-    run(play())
 
 
 class Blocked:
@@ -122,43 +112,37 @@ class Blocked:
 
 
 @pytest.mark.parametrize("takes", [0, 1, 2])
-def test_who_is_slow_is_cut_off_wherever_it_stops(run: Run, takes: int) -> None:
+async def test_who_is_slow_is_cut_off_wherever_it_stops(takes: int) -> None:
     def rule(tokens: FakeTokens) -> None:
         tokens.say("abc")
 
-    async def play() -> None:
-        async with serving(FakeEngine(rule), slow_client=0.01) as world:
-            client = Blocked(takes)
-            endpoint = Answering(world.service, CompletionBody)
-            await endpoint(client.scope(), client.receive, client.send)
-            assert client._gone.is_set()
-            assert len(client.sent) == takes
-            assert world.engine.submitted[0].cancelled.is_set()
-            assert_free(world)
-
-    run(play())
+    async with serving(FakeEngine(rule), slow_client=0.01) as world:
+        client = Blocked(takes)
+        endpoint = Answering(world.service, CompletionBody)
+        await endpoint(client.scope(), client.receive, client.send)
+        assert client._gone.is_set()
+        assert len(client.sent) == takes
+        assert world.engine.submitted[0].cancelled.is_set()
+        assert_free(world)
 
 
-def test_a_cancelled_server_frees_all_places(run: Run) -> None:
-    async def play() -> None:
-        engine = FakeEngine()
-        async with serving(engine) as world:
-            client = Blocked(0)
-            endpoint = Answering(world.service, CompletionBody)
-            asked = asyncio.create_task(endpoint(client.scope(), client.receive, client.send))
-            tokens = await engine.asked()
-            asked.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await asked
-            assert tokens.cancelled.is_set()
-            assert_free(world)
-
-    run(play())
+async def test_a_cancelled_server_frees_all_places() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as world:
+        client = Blocked(0)
+        endpoint = Answering(world.service, CompletionBody)
+        asked = asyncio.create_task(endpoint(client.scope(), client.receive, client.send))
+        tokens = await engine.asked()
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert tokens.cancelled.is_set()
+        assert_free(world)
 
 
 @pytest.mark.parametrize("said", [True, False], ids=["announced", "in chunks"])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/load_lora_adapter"])
-def test_a_body_that_is_too_large(run: Run, said: bool, path: str) -> None:
+async def test_a_body_that_is_too_large(said: bool, path: str) -> None:
     """The client gets its answer, though it still sends; the rest is not kept."""
     body = b"x" * 400_000
     head = POST.replace("/v1/completions", path).encode()
@@ -173,12 +157,12 @@ def test_a_body_that_is_too_large(run: Run, said: bool, path: str) -> None:
         async with serving(max_body_bytes=100_000) as world:
             return await world.raw(content)
 
-    answer = run(play())
+    answer = await play()
     assert (answer.status, answer.headers["connection"]) == (413, "close")
     assert answer.error["message"] == "The body is larger than 100000 bytes"
 
 
-def test_who_waits_with_a_large_body_sends_none(run: Run) -> None:
+async def test_who_waits_with_a_large_body_sends_none() -> None:
     """`Expect: 100-continue`: the answer comes first, and is the whole one."""
 
     async def play() -> Any:
@@ -191,46 +175,42 @@ def test_who_waits_with_a_large_body_sends_none(run: Run) -> None:
             writer.close()
             return answer
 
-    assert run(play()).startswith(b"HTTP/1.1 413 ")
+    assert (await play()).startswith(b"HTTP/1.1 413 ")
 
 
-def test_an_endless_body_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody who goes on sending is listened to for so many bytes, and no longer."""
     monkeypatch.setattr("lorax_async.server.calls.bodies.LINGER_BYTES", 100_000)
-
-    async def play() -> None:
-        async with serving(max_body_bytes=10) as world:
-            reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-            writer.write(POST.encode() + b"Content-Length: 999999999999999\r\n\r\n")
-            with pytest.raises(ConnectionError):
-                while True:
-                    writer.write(b"x" * 65536)
-                    await writer.drain()
-            del reader
-
-    run(play())
+    async with serving(max_body_bytes=10) as world:
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(POST.encode() + b"Content-Length: 999999999999999\r\n\r\n")
+        with pytest.raises(ConnectionError):
+            while True:
+                writer.write(b"x" * 65536)
+                await writer.drain()
+        del reader
 
 
-def test_a_body_that_does_not_come(run: Run) -> None:
+async def test_a_body_that_does_not_come() -> None:
     async def play() -> Any:
         async with serving(slow_client=0.01) as world:
             return await world.raw(request(PLAIN)[:-1])
 
-    answer = run(play())
+    answer = await play()
     assert (answer.status, answer.error["code"]) == (408, "timeout")
 
 
 @pytest.mark.parametrize("content", [b"{", b"null", b'{"model": "base"}'])
-def test_bodies_that_are_none(run: Run, content: bytes) -> None:
+async def test_bodies_that_are_none(content: bytes) -> None:
     async def play() -> Any:
         async with serving() as world:
             return await world.ask("POST", "/v1/completions", content)
 
-    answer = run(play())
+    answer = await play()
     assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
 
 
-def test_a_connection_is_used_again(run: Run) -> None:
+async def test_a_connection_is_used_again() -> None:
     """After an answer, and after a refusal."""
 
     async def play() -> list[bytes]:
@@ -247,4 +227,4 @@ def test_a_connection_is_used_again(run: Run) -> None:
             writer.close()
             return lines
 
-    assert [line.split()[1] for line in run(play())] == [b"200", b"400", b"200"]
+    assert [line.split()[1] for line in await play()] == [b"200", b"400", b"200"]

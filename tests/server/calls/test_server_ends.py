@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common import Run, until
+from common import until
 from server.world import POST, FakeEngine, World, serving
 
 PLAIN = {"model": "base", "prompt": "x"}
@@ -22,31 +22,28 @@ def ask(world: World, **fields: Any) -> asyncio.Task[Any]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains(run: Run, number: int, no_socket_left: None) -> None:
-    async def play() -> None:
-        engine, before = FakeEngine(), signal.getsignal(number)
-        async with serving(engine) as world:
-            first = ask(world)
-            tokens = await engine.asked()
-            os.kill(os.getpid(), number)
-            await world.server._stopped.wait()
-            refused = await ask(world)
-            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
-            assert (await world.ask("GET", "/health")).status == 503
-            assert not world.ended.done()
-            tokens.say("done")
-            tokens.end()
-            assert (await first).json["choices"][0]["text"] == "done"
-            await world.ended
-            with pytest.raises(ConnectionRefusedError):
-                await ask(world)
-        assert signal.getsignal(number) == before
-
-    run(play())
+async def test_a_signal_drains(number: int, no_socket_left: None) -> None:
+    engine, before = FakeEngine(), signal.getsignal(number)
+    async with serving(engine) as world:
+        first = ask(world)
+        tokens = await engine.asked()
+        os.kill(os.getpid(), number)
+        await world.server._stopped.wait()
+        refused = await ask(world)
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert (await world.ask("GET", "/health")).status == 503
+        assert not world.ended.done()
+        tokens.say("done")
+        tokens.end()
+        assert (await first).json["choices"][0]["text"] == "done"
+        await world.ended
+        with pytest.raises(ConnectionRefusedError):
+            await ask(world)
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_after_the_deadline_the_rest_fails(run: Run, stream: bool) -> None:
+async def test_after_the_deadline_the_rest_fails(stream: bool) -> None:
     async def play() -> Any:
         engine = FakeEngine()
         async with serving(engine, drain=0.01) as world:
@@ -60,12 +57,12 @@ def test_after_the_deadline_the_rest_fails(run: Run, stream: bool) -> None:
             assert tokens.cancelled.is_set()
             return answer
 
-    answer = run(play())
+    answer = await play()
     assert answer.status == (200 if stream else 503)
     assert b"the server is closing" in answer.body
 
 
-def test_a_second_signal_ends_it_now(run: Run) -> None:
+async def test_a_second_signal_ends_it_now() -> None:
     async def play() -> Any:
         engine = FakeEngine()
         async with serving(engine, drain=1e6) as world:
@@ -76,10 +73,10 @@ def test_a_second_signal_ends_it_now(run: Run) -> None:
             await world.ended
             return await asked
 
-    assert run(play()).status == 503
+    assert (await play()).status == 503
 
 
-def test_who_is_still_asking_is_told(run: Run) -> None:
+async def test_who_is_still_asking_is_told() -> None:
     """A body that becomes whole when the time is up is not begun with."""
 
     async def play() -> bytes:
@@ -97,10 +94,10 @@ def test_who_is_still_asking_is_told(run: Run) -> None:
             assert not world.engine.submitted
             return answer
 
-    assert b" 503 " in run(play())
+    assert b" 503 " in await play()
 
 
-def test_connections_that_ask_nothing_are_closed(run: Run) -> None:
+async def test_connections_that_ask_nothing_are_closed() -> None:
     async def play() -> bytes:
         async with serving() as world:
             reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
@@ -112,36 +109,28 @@ def test_connections_that_ask_nothing_are_closed(run: Run) -> None:
             writer.close()
             return rest
 
-    assert run(play()) == b""
+    assert await play() == b""
 
 
-def test_the_process_keeps_its_logging(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_process_keeps_its_logging(caplog: pytest.LogCaptureFixture) -> None:
     """uvicorn alone would write to it; and nobody asked for a line for each request."""
     access = logging.getLogger("uvicorn.access")
     before = (list(access.handlers), access.propagate, access.level)
-
-    async def play() -> None:
+    with caplog.at_level(logging.INFO):
         async with serving() as world:
             await ask(world)
-
-    with caplog.at_level(logging.INFO):
-        run(play())
     assert (access.handlers, access.propagate, access.level) == before
     assert not [record for record in caplog.records if record.name == "uvicorn.access"]
 
 
-def test_a_loop_may_be_left_by_force(run: Run) -> None:
+async def test_a_loop_may_be_left_by_force() -> None:
     """Whoever cancels `serve` has its sockets closed all the same."""
-
-    async def play() -> None:
-        async with serving(FakeEngine()) as world:
-            asked = ask(world)
-            await world.engine.asked()
-            world.ended.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await world.ended
-            assert world.service.under_way.closing
-            with pytest.raises((ConnectionError, IndexError)):
-                await asked
-
-    run(play())
+    async with serving(FakeEngine()) as world:
+        asked = ask(world)
+        await world.engine.asked()
+        world.ended.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await world.ended
+        assert world.service.under_way.closing
+        with pytest.raises((ConnectionError, IndexError)):
+            await asked

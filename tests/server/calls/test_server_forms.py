@@ -83,19 +83,19 @@ def test_pieces_of_a_completion(run: Run) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/base"])
-def test_models(run: Run, path: str) -> None:
+async def test_models(path: str) -> None:
     async def ask() -> Any:
         async with serving() as world:
             return (await world.ask("GET", path)).json
 
-    told = run(ask())
+    told = await ask()
     card = told["data"][0] if path == "/v1/models" else told
     assert Model.model_validate(card, strict=True).id == "base"
     # As vLLM has them.
     assert card.keys() - Model.model_fields.keys() == {"parent", "max_model_len"}
 
 
-def test_seeds_of_several_sequences_stay_seeds(run: Run) -> None:
+async def test_seeds_of_several_sequences_stay_seeds() -> None:
     async def ask() -> Any:
         async with serving(FakeEngine(saying("x"))) as world:
             asked = {"model": "base", "prompt": "x", "n": 3, "seed": 2**63 - 2}
@@ -103,4 +103,4 @@ def test_seeds_of_several_sequences_stay_seeds(run: Run) -> None:
             assert answer.status == 200
             return [tokens.generation.sampling.seed for tokens in world.engine.submitted]
 
-    assert run(ask()) == [2**63 - 2, 2**63 - 1, -(2**63)]
+    assert await ask() == [2**63 - 2, 2**63 - 1, -(2**63)]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import tiny
-from common import Run
 from lorax_async import AdapterLoader, LoraxError
 from server.world import TOKEN, FakeEngine, FakeTokens, World, saying, serving, tokens_of
 from tiny_loaders import loader as tiny_loader
@@ -32,9 +31,7 @@ PLAIN = {"model": "base", "prompt": "x"}
         ({"model": "base", "prompt": "x", "echo": True}, 400, "echo"),
     ],
 )
-def test_what_can_never_be_computed_is_refused(
-    run: Run, body: Any, status: int, param: str
-) -> None:
+async def test_what_can_never_be_computed_is_refused(body: Any, status: int, param: str) -> None:
     async def ask() -> Any:
         engine = FakeEngine(saying("y"), max_length=100)
         async with serving(engine, max_prompt_tokens=10, max_choices=4) as world:
@@ -42,29 +39,29 @@ def test_what_can_never_be_computed_is_refused(
             assert not engine.submitted
             return answer
 
-    answer = run(ask())
+    answer = await ask()
     assert answer.status == status
     assert answer.error["param"] == param
     assert answer.error["type"] == "invalid_request_error"
 
 
-def test_the_longest_is_taken(run: Run) -> None:
+async def test_the_longest_is_taken() -> None:
     async def ask() -> Any:
         engine = FakeEngine(saying("y"), max_length=100)
         async with serving(engine, max_prompt_tokens=10) as world:
             body = {"model": "base", "prompt": tokens_of("x" * 10), "max_tokens": 90}
             return await world.ask("POST", "/v1/completions", body)
 
-    assert run(ask()).status == 200
+    assert (await ask()).status == 200
 
 
-def test_a_template_refuses_in_its_own_words(run: Run) -> None:
+async def test_a_template_refuses_in_its_own_words() -> None:
     async def ask() -> Any:
         async with serving() as world:
             body = {"model": "base", "messages": [{"role": "assistant", "content": "a"}]}
             return await world.ask("POST", "/v1/chat/completions", body)
 
-    answer = run(ask())
+    answer = await ask()
     assert (answer.status, answer.error["param"]) == (400, "messages")
     assert "the user speaks first" in answer.error["message"]
 
@@ -78,17 +75,17 @@ def test_a_template_refuses_in_its_own_words(run: Run) -> None:
         ("GET", "/v1/models/org/x", 404),
     ],
 )
-def test_unknown_calls(run: Run, method: str, path: str, status: int) -> None:
+async def test_unknown_calls(method: str, path: str, status: int) -> None:
     async def ask() -> Any:
         async with serving() as world:
             return await world.ask(method, path)
 
-    answer = run(ask())
+    answer = await ask()
     assert answer.status == status
     assert answer.error["message"]
 
 
-def test_a_full_queue_refuses(run: Run) -> None:
+async def test_a_full_queue_refuses() -> None:
     """Also where one request has more sequences than there is room for; none of them is queued."""
 
     async def ask() -> Any:
@@ -106,58 +103,51 @@ def test_a_full_queue_refuses(run: Run) -> None:
             assert {(await first).status, (await second).status} == {200}
             return one, two
 
-    for answer in run(ask()):
+    for answer in await ask():
         assert (answer.status, answer.headers["retry-after"]) == (429, "7")
         assert answer.error["type"] == "rate_limit_error"
 
 
-def test_the_engine_is_told_whose_a_sequence_is(run: Run) -> None:
+async def test_the_engine_is_told_whose_a_sequence_is() -> None:
     """By the key, else by the address; it shares its places between them."""
-
-    async def ask() -> None:
-        async with serving() as world:
-            for key in ("anna", "anna", "bert", None, None):
-                headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-                await world.ask("POST", "/v1/completions", PLAIN, **headers)
-            one, two, three, four, five = (
-                tokens.generation.client for tokens in world.engine.submitted
-            )
-            assert one == two
-            assert four == five
-            assert len({one, three, four}) == 3
-            assert "anna" not in repr(world.engine.submitted[0].generation)
-
-    run(ask())
+    async with serving() as world:
+        for key in ("anna", "anna", "bert", None, None):
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            await world.ask("POST", "/v1/completions", PLAIN, **headers)
+        one, two, three, four, five = (
+            tokens.generation.client for tokens in world.engine.submitted
+        )
+        assert one == two
+        assert four == five
+        assert len({one, three, four}) == 3
+        assert "anna" not in repr(world.engine.submitted[0].generation)
 
 
-def test_a_client_has_so_many_adapters_under_way(run: Run) -> None:
-    async def ask() -> None:
-        engine = FakeEngine()
-        async with serving(engine, max_adapters_per_client=1) as world:
+async def test_a_client_has_so_many_adapters_under_way() -> None:
+    engine = FakeEngine()
+    async with serving(engine, max_adapters_per_client=1) as world:
 
-            async def status(model: str, key: str) -> int:
-                body = PLAIN | {"model": model}
-                headers = {"Authorization": f"Bearer {key}"}
-                return (await world.ask("POST", "/v1/completions", body, **headers)).status
+        async def status(model: str, key: str) -> int:
+            body = PLAIN | {"model": model}
+            headers = {"Authorization": f"Bearer {key}"}
+            return (await world.ask("POST", "/v1/completions", body, **headers)).status
 
-            asked = [asyncio.create_task(status("org/a", "anna"))]
-            await engine.asked(1)
-            assert await status("org/b", "anna") == 429
-            others = [("org/a", "anna"), ("base", "anna"), ("org/b", "bert")]
-            for number, (model, key) in enumerate(others, 2):
-                asked.append(asyncio.create_task(status(model, key)))
-                await engine.asked(number)
-            for tokens in engine.submitted:
-                tokens.end()
-            assert await asyncio.gather(*asked) == [200] * 4
-            asked = [asyncio.create_task(status("org/b", "anna"))]
-            (await engine.asked(5)).end()
-            assert await asked[0] == 200, "the place is free again"
-
-    run(ask())
+        asked = [asyncio.create_task(status("org/a", "anna"))]
+        await engine.asked(1)
+        assert await status("org/b", "anna") == 429
+        others = [("org/a", "anna"), ("base", "anna"), ("org/b", "bert")]
+        for number, (model, key) in enumerate(others, 2):
+            asked.append(asyncio.create_task(status(model, key)))
+            await engine.asked(number)
+        for tokens in engine.submitted:
+            tokens.end()
+        assert await asyncio.gather(*asked) == [200] * 4
+        asked = [asyncio.create_task(status("org/b", "anna"))]
+        (await engine.asked(5)).end()
+        assert await asked[0] == 200, "the place is free again"
 
 
-def test_without_keys_an_address_is_a_client(run: Run) -> None:
+async def test_without_keys_an_address_is_a_client() -> None:
     async def ask() -> tuple[int, int]:
         engine = FakeEngine()
         async with serving(engine, max_adapters_per_client=1) as world:
@@ -169,7 +159,7 @@ def test_without_keys_an_address_is_a_client(run: Run) -> None:
             tokens.end()
             return (await first).status, second.status
 
-    assert run(ask()) == (200, 429)
+    assert await ask() == (200, 429)
 
 
 class Loading(FakeEngine):
@@ -194,7 +184,7 @@ class Loading(FakeEngine):
             saying("loaded")(tokens)
 
 
-def test_ids_are_a_loaders(run: Run, tmp_path: Path) -> None:
+async def test_ids_are_a_loaders(tmp_path: Path) -> None:
     """Names of requests are local below the operator's roots only; what is there is told by status."""
     roots, outside = tmp_path / "roots", tiny.write(tmp_path / "outside", 1)
     tiny.write(roots / "good", 0)
@@ -225,7 +215,7 @@ def test_ids_are_a_loaders(run: Run, tmp_path: Path) -> None:
                 await answer("a b"),
             ]
 
-    assert run(ask()) == [
+    assert await ask() == [
         (200, "loaded"),
         (200, "loaded"),
         (403, "model_access_denied"),
@@ -243,22 +233,19 @@ async def _health(world: World) -> Any:
     return await world.ask("GET", "/health")
 
 
-def test_health(run: Run) -> None:
-    async def ask() -> None:
-        async with serving() as world:
-            assert (await _health(world)).status == 200
-            world.engine.alive = False
-            gone = await _health(world)
-            assert (gone.status, gone.error["code"]) == (503, "engine_gone")
-            refused = await world.ask("POST", "/v1/completions", PLAIN)
-            assert refused.status == 503
-            world.engine.alive = True
-            world.service.under_way.close()
-            closing = await _health(world)
-            assert (closing.status, closing.error["code"]) == (503, "closing")
-            assert closing.headers["retry-after"] == "1"
-
-    run(ask())
+async def test_health() -> None:
+    async with serving() as world:
+        assert (await _health(world)).status == 200
+        world.engine.alive = False
+        gone = await _health(world)
+        assert (gone.status, gone.error["code"]) == (503, "engine_gone")
+        refused = await world.ask("POST", "/v1/completions", PLAIN)
+        assert refused.status == 503
+        world.engine.alive = True
+        world.service.under_way.close()
+        closing = await _health(world)
+        assert (closing.status, closing.error["code"]) == (503, "closing")
+        assert closing.headers["retry-after"] == "1"
 
 
 def test_a_token_is_shown_nowhere() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from common import Run
 from lorax_async.server.calls.prompts import Prompts
 from lorax_async.server.calls.requests import ChatBody, CompletionBody
 from server.world import serving, tokenizer, tokens_of
@@ -73,17 +72,14 @@ def test_others_go_on_while_a_long_text_becomes_tokens() -> None:
 
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize("begun", [b"", b"POST /v1/comp"], ids=["nothing", "a part"])
-def test_a_head_that_does_not_end_is_cut_off(run: Run, begun: bytes, answered: bool) -> None:
-    async def play() -> None:
-        async with serving(slow_client=0.05) as world, asyncio.timeout(20):
-            world.server.config.timeout_keep_alive = 0.05  # type: ignore[assignment]
-            reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-            if answered:
-                writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-                assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
-            writer.write(begun)
-            with suppress(ConnectionResetError):
-                assert await reader.read() == b""
-            writer.close()
-
-    run(play())
+async def test_a_head_that_does_not_end_is_cut_off(begun: bytes, answered: bool) -> None:
+    async with serving(slow_client=0.05) as world, asyncio.timeout(20):
+        world.server.config.timeout_keep_alive = 0.05  # type: ignore[assignment]
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        if answered:
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(begun)
+        with suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()

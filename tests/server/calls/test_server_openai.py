@@ -15,12 +15,12 @@ from server.world import FakeEngine, echo, saying, serving, text_of, tokens_of
 HI: Any = [{"role": "user", "content": "hi"}]
 
 
-def test_a_chat(run: Run) -> None:
+async def test_a_chat() -> None:
     async def ask() -> ChatCompletion:
         async with serving(FakeEngine(saying("ahoy!"))) as world:
             return await world.client.chat.completions.create(model="base", messages=HI)
 
-    answer = run(ask())
+    answer = await ask()
     assert answer.id.startswith("chatcmpl-")
     assert (answer.object, answer.model) == ("chat.completion", "base")
     assert [choice.index for choice in answer.choices] == [0]
@@ -36,7 +36,7 @@ def test_a_chat(run: Run) -> None:
     }
 
 
-def test_a_completion_of_several_prompts(run: Run) -> None:
+async def test_a_completion_of_several_prompts() -> None:
     async def ask() -> tuple[Completion, FakeEngine]:
         async with serving(FakeEngine(echo)) as world:
             answer = await world.client.completions.create(
@@ -44,7 +44,7 @@ def test_a_completion_of_several_prompts(run: Run) -> None:
             )
             return answer, world.engine
 
-    answer, engine = run(ask())
+    answer, engine = await ask()
     assert (answer.id[:5], answer.object) == ("cmpl-", "text_completion")
     assert [choice.text for choice in answer.choices] == [
         "None|one|0.5|0.25|5",
@@ -61,7 +61,7 @@ def test_a_completion_of_several_prompts(run: Run) -> None:
     assert {generation.stop_tokens for generation in generations} == {frozenset({256})}
 
 
-def test_what_is_not_said_is_as_openai_has_it(run: Run) -> None:
+async def test_what_is_not_said_is_as_openai_has_it() -> None:
     async def ask() -> Any:
         engine = FakeEngine(echo, max_length=100)
         async with serving(engine) as world:
@@ -70,14 +70,14 @@ def test_what_is_not_said_is_as_openai_has_it(run: Run) -> None:
             await world.client.completions.create(model="base", prompt=[[1, 2], [3]])
             return [tokens.generation for tokens in engine.submitted]
 
-    chat, completion, *rest = run(ask())
+    chat, completion, *rest = await ask()
     assert chat.max_new_tokens == 100 - len("<user>hi<assistant>")
     assert (chat.sampling.temperature, chat.sampling.top_p, chat.sampling.seed) == (1.0, 1.0, None)
     assert completion.prompt == tuple(tokens_of("ab"))
     assert [generation.prompt for generation in rest] == [(1, 2), (3,)]
 
 
-def test_conversations_as_clients_keep_them(run: Run) -> None:
+async def test_conversations_as_clients_keep_them() -> None:
     """What came back is sent again with all its fields; parts of texts are lines."""
 
     async def ask() -> str:
@@ -93,10 +93,10 @@ def test_conversations_as_clients_keep_them(run: Run) -> None:
             await chat.create(model="base", messages=messages)
             return text_of(world.engine.submitted[1].generation.prompt)
 
-    assert run(ask()) == "<system>be brief<assistant>yo<user>a\nb<assistant>"
+    assert await ask() == "<system>be brief<assistant>yo<user>a\nb<assistant>"
 
 
-def test_a_streamed_chat(run: Run) -> None:
+async def test_a_streamed_chat() -> None:
     async def ask() -> list[Any]:
         async with serving(FakeEngine(saying("aé!"))) as world:
             stream = await world.client.chat.completions.create(
@@ -104,7 +104,7 @@ def test_a_streamed_chat(run: Run) -> None:
             )
             return [chunk async for chunk in stream]
 
-    first, *middle, last, usage = run(ask())
+    first, *middle, last, usage = await ask()
     assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
     assert [chunk.choices[0].delta.content for chunk in middle] == ["a", "é", "!"]
     assert all(chunk.choices[0].finish_reason is None for chunk in (first, *middle))
@@ -116,7 +116,7 @@ def test_a_streamed_chat(run: Run) -> None:
     assert {chunk.object for chunk in (first, last)} == {"chat.completion.chunk"}
 
 
-def test_a_streamed_completion_comes_as_it_is_made(run: Run) -> None:
+async def test_a_streamed_completion_comes_as_it_is_made() -> None:
     async def ask() -> list[Any]:
         engine = FakeEngine()
         async with serving(engine) as world:
@@ -134,14 +134,14 @@ def test_a_streamed_completion_comes_as_it_is_made(run: Run) -> None:
             first.end()
             return [*pieces, *[piece async for piece in stream]]
 
-    pieces = run(ask())
+    pieces = await ask()
     told = [(p.choices[0].index, p.choices[0].text, p.choices[0].finish_reason) for p in pieces]
     assert told == [(1, "b", None), (0, "a", None), (1, "", "length"), (0, "", "stop")]
     assert {piece.object for piece in pieces} == {"text_completion"}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_stop_strings(run: Run, stream: bool) -> None:
+async def test_stop_strings(stream: bool) -> None:
     """Nothing of one is sent, and what comes after it is not even computed."""
 
     async def ask() -> tuple[str, str, Any]:
@@ -154,7 +154,7 @@ def test_stop_strings(run: Run, stream: bool) -> None:
             text = "".join(piece.choices[0].text for piece in pieces)
             return text, pieces[-1].choices[0].finish_reason, pieces[-1].usage
 
-    text, finish, usage = run(ask())
+    text, finish, usage = await ask()
     assert (text, finish) == ("one ", "stop")
     assert stream or usage.completion_tokens == len("one STOP")
 
@@ -173,13 +173,13 @@ def test_max_tokens_cut(run: Run) -> None:
     assert (three.message.content, three.finish_reason) == ("123", "length")
 
 
-def test_models_are_named(run: Run) -> None:
+async def test_models_are_named() -> None:
     async def ask() -> Any:
         async with serving(adapters={"pirate": "org/pirate"}) as world:
             listed = await world.client.models.list()
             return listed, await world.client.models.retrieve("pirate")
 
-    listed, one = run(ask())
+    listed, one = await ask()
     assert [model.id for model in listed.data] == ["base", "pirate"]
     assert (one.id, one.object, one.owned_by, one.parent) == (
         "pirate",
@@ -193,11 +193,11 @@ def test_models_are_named(run: Run) -> None:
     ("model", "adapter"),
     [("base", None), ("pirate", "org/pirate"), ("org/other@main", "org/other@main")],
 )
-def test_model_names_an_adapter(run: Run, model: str, adapter: str | None) -> None:
+async def test_model_names_an_adapter(model: str, adapter: str | None) -> None:
     async def ask() -> Any:
         async with serving(adapters={"pirate": "org/pirate"}) as world:
             answer = await world.client.completions.create(model=model, prompt="x")
             assert answer.model == model
             return world.engine.submitted[0].generation.adapter
 
-    assert run(ask()) == adapter
+    assert await ask() == adapter

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from common import Run
 from lorax_async import ConfigError
 from lorax_async.commands.serve import _listener, hosts_of
 from lorax_async.server.calls.app import create_app
@@ -49,49 +48,42 @@ def posts(world: World) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", JSON_TYPES)
-def test_json_is_taken(run: Run, kind: str) -> None:
-    async def body() -> None:
-        async with serving(FakeEngine(echo)) as world:
-            answer = await world.ask("POST", COMPLETIONS, PLAIN, Content_Type=kind)
-            assert answer.status == 200
-
-    run(body())
+async def test_json_is_taken(kind: str) -> None:
+    async with serving(FakeEngine(echo)) as world:
+        answer = await world.ask("POST", COMPLETIONS, PLAIN, Content_Type=kind)
+        assert answer.status == 200
 
 
 @pytest.mark.parametrize("kind", OTHER_TYPES)
-def test_nothing_else_is_computed(run: Run, kind: str) -> None:
+async def test_nothing_else_is_computed(kind: str) -> None:
     """By every call that takes a body, whoever brings the operator's token too."""
-
-    async def body() -> None:
-        engine = FakeEngine(echo)
-        async with serving(engine) as world:
-            paths = posts(world)
-            assert len(paths) == 4
-            for path in paths:
-                bearer = f"Bearer {TOKEN}"
-                for content in (PLAIN, b""):
-                    answer = await world.ask(
-                        "POST", path, content, Content_Type=kind, Authorization=bearer
-                    )
-                    assert answer.status == 415
-                    assert answer.error["type"] == "invalid_request_error"
-                    assert answer.error["code"] == "unsupported_media_type"
-                    assert "application/json" in answer.error["message"]
-            assert not engine.submitted
-
-    run(body())
+    engine = FakeEngine(echo)
+    async with serving(engine) as world:
+        paths = posts(world)
+        assert len(paths) == 4
+        for path in paths:
+            bearer = f"Bearer {TOKEN}"
+            for content in (PLAIN, b""):
+                answer = await world.ask(
+                    "POST", path, content, Content_Type=kind, Authorization=bearer
+                )
+                assert answer.status == 415
+                assert answer.error["type"] == "invalid_request_error"
+                assert answer.error["code"] == "unsupported_media_type"
+                assert "application/json" in answer.error["message"]
+        assert not engine.submitted
 
 
-def test_a_large_body_of_another_type_is_not_kept(run: Run) -> None:
+async def test_a_large_body_of_another_type_is_not_kept() -> None:
     async def body() -> Answer:
         async with serving(max_body_bytes=10) as world:
             return await world.ask("POST", COMPLETIONS, b"x" * 400_000, Content_Type="text/plain")
 
-    answer = run(body())
+    answer = await body()
     assert (answer.status, answer.headers["connection"]) == (415, "close")
 
 
-def test_no_other_origin_is_let_in(run: Run) -> None:
+async def test_no_other_origin_is_let_in() -> None:
     """A browser asks before it sends JSON across origins, and gets no leave; nor may it read."""
 
     async def body() -> list[Answer]:
@@ -108,7 +100,7 @@ def test_no_other_origin_is_let_in(run: Run) -> None:
                 await world.ask("GET", "/", b"", **asks),
             ]
 
-    answers = run(body())
+    answers = await body()
     assert [answer.status for answer in answers[:4]] == [405] * 4
     for answer in answers:
         assert not [name for name in answer.headers if name.startswith("access-control-")]
@@ -143,36 +135,28 @@ async def called(world: World, *hosts: str, path: str = "/health") -> int:
     ],
     ids=["names", "all", "not said"],
 )
-def test_hosts(
-    run: Run, allowed: tuple[str, ...] | None, right: list[str], wrong: list[str]
-) -> None:
-    async def body() -> None:
-        async with serving(allowed_hosts=allowed) as world:
-            assert [await called(world, host) for host in right] == [200] * len(right)
-            assert [await called(world, host) for host in wrong] == [400] * len(wrong)
-
-    run(body())
+async def test_hosts(allowed: tuple[str, ...] | None, right: list[str], wrong: list[str]) -> None:
+    async with serving(allowed_hosts=allowed) as world:
+        assert [await called(world, host) for host in right] == [200] * len(right)
+        assert [await called(world, host) for host in wrong] == [400] * len(wrong)
 
 
-def test_another_host_reaches_no_call(run: Run) -> None:
-    async def body() -> None:
-        engine = FakeEngine(echo)
-        async with serving(engine, allowed_hosts=("localhost",)) as world:
-            content = json.dumps(PLAIN)
-            for path in (*posts(world), "/v1/models", "/", "/metrics", "/page/page.js", "/none"):
-                method = "POST" if path in posts(world) else "GET"
-                answer = await world.raw(
-                    f"{method} {path} HTTP/1.1\r\nHost: evil.example:8000\r\nAuthorization: Bearer"
-                    f" {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-                    f"\r\n\r\n{content}".encode()
-                )
-                assert (answer.status, answer.error["code"]) == (400, "invalid_host"), path
-                assert "--allowed-hosts" in answer.error["message"]
-            assert await called(world, "localhost", "evil.example") == 400
-            assert await called(world, "evil.example", "localhost") == 400
-            assert not engine.submitted
-
-    run(body())
+async def test_another_host_reaches_no_call() -> None:
+    engine = FakeEngine(echo)
+    async with serving(engine, allowed_hosts=("localhost",)) as world:
+        content = json.dumps(PLAIN)
+        for path in (*posts(world), "/v1/models", "/", "/metrics", "/page/page.js", "/none"):
+            method = "POST" if path in posts(world) else "GET"
+            answer = await world.raw(
+                f"{method} {path} HTTP/1.1\r\nHost: evil.example:8000\r\nAuthorization: Bearer"
+                f" {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+                f"\r\n\r\n{content}".encode()
+            )
+            assert (answer.status, answer.error["code"]) == (400, "invalid_host"), path
+            assert "--allowed-hosts" in answer.error["message"]
+        assert await called(world, "localhost", "evil.example") == 400
+        assert await called(world, "evil.example", "localhost") == 400
+        assert not engine.submitted
 
 
 @pytest.mark.parametrize(
@@ -188,20 +172,14 @@ def test_another_host_reaches_no_call(run: Run) -> None:
         ("0.0.0.0", ["evil.example", "192.168.0.2"], []),
     ],
 )
-def test_hosts_where_nothing_is_said(
-    run: Run, host: str, right: list[str], wrong: list[str]
-) -> None:
+async def test_hosts_where_nothing_is_said(host: str, right: list[str], wrong: list[str]) -> None:
     """What listens to this machine alone is called by this machine's names; else by any."""
     with _listener(argparse.Namespace(host=host, port=0)) as listener:
         allowed = hosts_of(listener, host, None)
         assert hosts_of(listener, host, ["api.example.com"]) == ("api.example.com",)
-
-    async def body() -> None:
-        async with serving(allowed_hosts=allowed) as world:
-            assert [await called(world, each) for each in right] == [200] * len(right)
-            assert [await called(world, each) for each in wrong] == [400] * len(wrong)
-
-    run(body())
+    async with serving(allowed_hosts=allowed) as world:
+        assert [await called(world, each) for each in right] == [200] * len(right)
+        assert [await called(world, each) for each in wrong] == [400] * len(wrong)
 
 
 @pytest.mark.parametrize(

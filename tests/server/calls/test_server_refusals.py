@@ -10,7 +10,6 @@ import openai
 import pytest
 
 import lorax_async as la
-from common import Run
 from lorax_async import LoraxError
 from lorax_async.server.calls.errors import INTERNAL, refusal_of
 from server.world import (
@@ -87,8 +86,8 @@ def test_strangers_learn_nothing_of_a_fault() -> None:
         (la.LoaderClosedError("closing"), openai.InternalServerError),
     ],
 )
-def test_the_official_client_raises(
-    run: Run, error: LoraxError, kind: type[openai.APIStatusError], stream: bool
+async def test_the_official_client_raises(
+    error: LoraxError, kind: type[openai.APIStatusError], stream: bool
 ) -> None:
     """A stream that has not begun is refused with a status, too."""
 
@@ -99,12 +98,12 @@ def test_the_official_client_raises(
                 await create(model="org/x", prompt="x", stream=stream)
             return raised.value
 
-    told = run(ask())
+    told = await ask()
     assert error.problem in told.message
     assert told.param == ("model" if error.id else None)
 
 
-def test_an_operators_path_stays_hidden(run: Run, tmp_path: Path) -> None:
+async def test_an_operators_path_stays_hidden(tmp_path: Path) -> None:
     error = la.AdapterFormatError("no JSON", id=str(tmp_path))
 
     async def ask() -> str:
@@ -112,10 +111,10 @@ def test_an_operators_path_stays_hidden(run: Run, tmp_path: Path) -> None:
             answer = await world.ask("POST", "/v1/completions", PLAIN | {"model": "mine"})
             return str(answer.error["message"])
 
-    assert run(ask()) == "adapter 'mine', stage verify: no JSON"
+    assert await ask() == "adapter 'mine', stage verify: no JSON"
 
 
-def test_an_error_in_the_midst_is_the_last_event(run: Run) -> None:
+async def test_an_error_in_the_midst_is_the_last_event() -> None:
     def rule(tokens: FakeTokens) -> None:
         tokens.say("half")
         tokens.fail(la.AdapterTimeoutError("too slow", id="org/x"))
@@ -130,7 +129,7 @@ def test_an_error_in_the_midst_is_the_last_event(run: Run) -> None:
                     pass
             return answer, world.engine.submitted
 
-    answer, submitted = run(ask())
+    answer, submitted = await ask()
     assert answer.status == 200
     events = [json.loads(line[6:]) for line in answer.body.splitlines() if line[:5] == b"data:"]
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "half"
@@ -140,8 +139,8 @@ def test_an_error_in_the_midst_is_the_last_event(run: Run) -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_fault_in_the_engine_is_told_to_the_log(
-    run: Run, caplog: pytest.LogCaptureFixture, begun: bool
+async def test_a_fault_in_the_engine_is_told_to_the_log(
+    caplog: pytest.LogCaptureFixture, begun: bool
 ) -> None:
     def rule(tokens: FakeTokens) -> None:
         if begun:
@@ -152,7 +151,7 @@ def test_a_fault_in_the_engine_is_told_to_the_log(
         async with serving(FakeEngine(rule)) as world:
             return await world.ask("POST", "/v1/completions", PLAIN | {"stream": True})
 
-    answer = run(ask())
+    answer = await ask()
     assert answer.status == (200 if begun else 500)
     assert INTERNAL.encode() in answer.body
     assert b"secret" not in answer.body

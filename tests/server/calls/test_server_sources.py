@@ -12,7 +12,6 @@ import pytest
 from hub_stand_in import HubStandIn
 from user_loads import at, contents, loader, written
 
-from common import Run
 from lorax_async import AdapterLoader, Allow, ConfigError
 from lorax_async.commands.places import as_source, opened, sources_of
 from lorax_async.commands.serve import named
@@ -44,38 +43,31 @@ async def ask(world: World, model: str) -> Answer:
         *("az://container/a", "https://host.example/a", "http://127.0.0.1:1/a"),
     ],
 )
-def test_requests_may_name_no_id_by_default(run: Run, model: str) -> None:
-    async def body() -> None:
-        engine = FakeEngine(echo)
-        async with serving(engine, adapters={"sql": "org/name"}, sources=()) as world:
-            answer = await ask(world, model)
-            assert answer.status == 403
-            assert answer.error["code"] == "model_access_denied"
-            assert answer.error["param"] == "model"
-            assert "--source" in answer.error["message"]
-            assert not engine.submitted
-            for name in ("sql", "base"):
-                assert (await ask(world, name)).status == 200
-
-    run(body())
+async def test_requests_may_name_no_id_by_default(model: str) -> None:
+    engine = FakeEngine(echo)
+    async with serving(engine, adapters={"sql": "org/name"}, sources=()) as world:
+        answer = await ask(world, model)
+        assert answer.status == 403
+        assert answer.error["code"] == "model_access_denied"
+        assert answer.error["param"] == "model"
+        assert "--source" in answer.error["message"]
+        assert not engine.submitted
+        for name in ("sql", "base"):
+            assert (await ask(world, name)).status == 200
 
 
-def test_requests_may_name_what_is_below_a_source(run: Run) -> None:
+async def test_requests_may_name_what_is_below_a_source() -> None:
     sources = (Allow("hub", prefix="org/"), Allow("s3", "bucket", prefix="loras/"))
-
-    async def body() -> None:
-        async with serving(FakeEngine(echo), sources=sources) as world:
-            statuses = {
-                model: (await ask(world, model)).status
-                for model in (
-                    *("org/name", "org/name@v1", "s3://bucket/loras/a", "./folder"),
-                    *("other/name", "Org/name", "org/name@refs/pr/1", "s3://bucket/loras2/a"),
-                )
-            }
-            # Folders are the loader's to judge, by its local_roots.
-            assert list(statuses.values()) == [200, 200, 200, 200, 403, 403, 403, 403], statuses
-
-    run(body())
+    async with serving(FakeEngine(echo), sources=sources) as world:
+        statuses = {
+            model: (await ask(world, model)).status
+            for model in (
+                *("org/name", "org/name@v1", "s3://bucket/loras/a", "./folder"),
+                *("other/name", "Org/name", "org/name@refs/pr/1", "s3://bucket/loras2/a"),
+            )
+        }
+        # Folders are the loader's to judge, by its local_roots.
+        assert list(statuses.values()) == [200, 200, 200, 200, 403, 403, 403, 403], statuses
 
 
 def test_what_is_no_source() -> None:
@@ -150,8 +142,7 @@ def sent(hub: HubStandIn, repo: str) -> set[str | None]:
     ],
     ids=["closed", "hub", "org", "hub and org"],
 )
-def test_what_a_strangers_id_is_asked_for_with(
-    run: Run,
+async def test_what_a_strangers_id_is_asked_for_with(
     hub: HubStandIn,
     tmp_path: Path,
     sources: list[str],
@@ -159,21 +150,17 @@ def test_what_a_strangers_id_is_asked_for_with(
     tokens: list[set[str | None]],
 ) -> None:
     of_loader, of_server = settings_for(hub, [], sources)
-
-    async def body() -> None:
-        there = loader(tmp_path, layers=4, **of_loader)
-        async with serving(FakeEngine(loading(there)), there, **of_server) as world:
-            found = [await ask(world, model) for model in (PUBLIC, PRIVATE, ELSEWHERE)]
-            assert [answer.status for answer in found] == statuses
-            assert all(TOKEN.encode() not in answer.body for answer in found)
-
-    run(body())
+    there = loader(tmp_path, layers=4, **of_loader)
+    async with serving(FakeEngine(loading(there)), there, **of_server) as world:
+        found = [await ask(world, model) for model in (PUBLIC, PRIVATE, ELSEWHERE)]
+        assert [answer.status for answer in found] == statuses
+        assert all(TOKEN.encode() not in answer.body for answer in found)
     assert [sent(hub, repo) for repo in (PUBLIC, PRIVATE, ELSEWHERE)] == tokens
 
 
 @pytest.mark.parametrize("by", ["--adapters", "the admin"])
-def test_what_the_operator_names_is_asked_for_with_his_token(
-    run: Run, hub: HubStandIn, tmp_path: Path, by: str
+async def test_what_the_operator_names_is_asked_for_with_his_token(
+    hub: HubStandIn, tmp_path: Path, by: str
 ) -> None:
     """And that makes it no stranger's, though it is on the device and the hub is open to all."""
     commit = hub.repos[PRIVATE].refs["main"]
@@ -195,17 +182,13 @@ def test_what_the_operator_names_is_asked_for_with_his_token(
             assert later == {None}
             assert (await ask(world, "sql")).status == 200
 
-    run(body())
+    await body()
 
 
-def test_offline_nobody_is_asked(run: Run, hub: HubStandIn, tmp_path: Path) -> None:
+async def test_offline_nobody_is_asked(hub: HubStandIn, tmp_path: Path) -> None:
     of_loader, of_server = settings_for(hub, [f"sql={PRIVATE}"], ["hub:org/"], offline=True)
-
-    async def body() -> None:
-        there = loader(tmp_path, layers=4, **of_loader)
-        async with serving(FakeEngine(loading(there)), there, **of_server) as world:
-            for model in ("sql", PRIVATE, PUBLIC):
-                assert (await ask(world, model)).status == 502
-
-    run(body())
+    there = loader(tmp_path, layers=4, **of_loader)
+    async with serving(FakeEngine(loading(there)), there, **of_server) as world:
+        for model in ("sql", PRIVATE, PUBLIC):
+            assert (await ask(world, model)).status == 502
     assert not hub.asked

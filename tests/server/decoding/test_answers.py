@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from common import Run
 from lorax_async import InternalError, LoaderClosedError
 from lorax_async.server.decoding.answer import Answer
 from lorax_async.server.decoding.sampling import Sampler
@@ -34,72 +33,56 @@ async def waiting(found: Answer) -> asyncio.Task[int]:
     return task
 
 
-def test_who_waits_is_woken_by_a_token(run: Run) -> None:
-    async def play() -> None:
-        found, _ = answer()
-        task = await waiting(found)
-        found.add(5)
-        async with asyncio.timeout(20):
-            assert await task == 5
-
-    run(play())
+async def test_who_waits_is_woken_by_a_token() -> None:
+    found, _ = answer()
+    task = await waiting(found)
+    found.add(5)
+    async with asyncio.timeout(20):
+        assert await task == 5
 
 
 @pytest.mark.parametrize("error", [None, LoaderClosedError("closed")])
-def test_who_waits_is_woken_by_the_end(run: Run, error: LoaderClosedError | None) -> None:
-    async def play() -> None:
-        found, _ = answer()
-        task = await waiting(found)
-        found.end(error)
-        async with asyncio.timeout(20):
-            with pytest.raises(StopAsyncIteration if error is None else LoaderClosedError):
-                await task
-
-    run(play())
+async def test_who_waits_is_woken_by_the_end(error: LoaderClosedError | None) -> None:
+    found, _ = answer()
+    task = await waiting(found)
+    found.end(error)
+    async with asyncio.timeout(20):
+        with pytest.raises(StopAsyncIteration if error is None else LoaderClosedError):
+            await task
 
 
-def test_who_waits_is_woken_by_cancelling_it(run: Run) -> None:
-    async def play() -> None:
-        found, ticket = answer()
-        task = await waiting(found)
-        found.cancel()
-        async with asyncio.timeout(20):
-            with pytest.raises(StopAsyncIteration):
-                await task
-        assert ticket.cancels == 1
-
-    run(play())
+async def test_who_waits_is_woken_by_cancelling_it() -> None:
+    found, ticket = answer()
+    task = await waiting(found)
+    found.cancel()
+    async with asyncio.timeout(20):
+        with pytest.raises(StopAsyncIteration):
+            await task
+    assert ticket.cancels == 1
 
 
-def test_a_reader_that_was_cancelled_loses_nothing(run: Run) -> None:
+async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
     """Its token comes in the very turn, and is the next one's."""
-
-    async def play() -> None:
-        found, _ = answer(2)
-        task = await waiting(found)
-        task.cancel()
-        await asyncio.wait([task])
-        found.add(5)
-        assert await anext(found) == 5
-        task = await waiting(found)
-        task.cancel()
-        found.add(6)
-        await asyncio.wait([task])
-        found.end()
-        assert await all_of(found) == [6]
-
-    run(play())
+    found, _ = answer(2)
+    task = await waiting(found)
+    task.cancel()
+    await asyncio.wait([task])
+    found.add(5)
+    assert await anext(found) == 5
+    task = await waiting(found)
+    task.cancel()
+    found.add(6)
+    await asyncio.wait([task])
+    found.end()
+    assert await all_of(found) == [6]
 
 
-def test_its_tokens_come_before_its_error_and_its_first_end_counts(run: Run) -> None:
-    async def play() -> None:
-        found, _ = answer()
-        found.add(5)
-        found.end(LoaderClosedError("closed"))
-        found.end(InternalError("another"))
-        found.end()
-        assert await anext(found) == 5
-        with pytest.raises(LoaderClosedError):
-            await anext(found)
-
-    run(play())
+async def test_its_tokens_come_before_its_error_and_its_first_end_counts() -> None:
+    found, _ = answer()
+    found.add(5)
+    found.end(LoaderClosedError("closed"))
+    found.end(InternalError("another"))
+    found.end()
+    assert await anext(found) == 5
+    with pytest.raises(LoaderClosedError):
+        await anext(found)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from common import Run
 from engines.variants import PEFT_WARNING, active, logits_of, prompt, serving
 from lorax_async.engines.transformers import Attached
 from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
@@ -28,8 +27,8 @@ def tokens_of(shuffled: random.Random, length: int) -> list[int]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("seed", range(3))
-def test_each_row_is_its_solo_run(
-    run: Run, small: Any, adapters: list[Path], attention: str, seed: int
+async def test_each_row_is_its_solo_run(
+    small: Any, adapters: list[Path], attention: str, seed: int
 ) -> None:
     """Prompts whole or in parts, beside whoever decodes; rows come, go, and begin again."""
     small = copy.deepcopy(small)
@@ -53,7 +52,7 @@ def test_each_row_is_its_solo_run(
                 elif shuffled.random() < 0.05:
                     one.computed = 0
 
-    async def opened(peft_model: Any) -> None:
+    with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
         async with (
             serving(small) as (loader, attached),
             await loader.load(adapters[0]) as most,
@@ -63,11 +62,8 @@ def test_each_row_is_its_solo_run(
                 play = Play(TransformersDecoder(small, attached, PLACES), solo)
                 await main(play, {"most": most, "some": some, None: None})
 
-    with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
-        run(opened(peft_model))
 
-
-def test_rows_that_decode_together_are_what_generate_says(run: Run, small: Any) -> None:
+async def test_rows_that_decode_together_are_what_generate_says(small: Any) -> None:
     """Of other lengths, long enough that their places grow; whoever is longer stays longer."""
     lengths, new = (3, 9, 60), 12
     prompts = [tokens_of(random.Random(n), n) for n in lengths]
@@ -81,25 +77,20 @@ def test_rows_that_decode_together_are_what_generate_says(run: Run, small: Any) 
         return found
 
     expected = [generated(row) for row in prompts]
-
-    async def main() -> None:
-        async with serving(small) as (_, attached):
-            play = Play(TransformersDecoder(small, attached, 3), base_alone(base))
-            rows = [Sequence_(n, None, None, list(row)) for n, row in enumerate(prompts)]
-            for _ in range(new):
-                await play.step([(row, row.wants) for row in rows])
-            assert [row.tokens for row in rows] == expected
-
     base = copy.deepcopy(small)
-    run(main())
+    async with serving(small) as (_, attached):
+        play = Play(TransformersDecoder(small, attached, 3), base_alone(base))
+        rows = [Sequence_(n, None, None, list(row)) for n, row in enumerate(prompts)]
+        for _ in range(new):
+            await play.step([(row, row.wants) for row in rows])
+        assert [row.tokens for row in rows] == expected
 
 
-def test_the_trained_adapters_answer_in_one_batch_as_alone(
-    run: Run, model: Any, theirs: Any, examples: Path
+async def test_the_trained_adapters_answer_in_one_batch_as_alone(
+    model: Any, theirs: Any, examples: Path
 ) -> None:
     names = ("pirate", "shout", "json")
-
-    async def main(peft_model: Any) -> None:
+    with active(theirs, **{name: examples / name for name in names}) as peft_model:
         async with serving(model) as (loader, attached):
             handles = {name: await loader.load(examples / name) for name in names}
             rows = [
@@ -112,9 +103,6 @@ def test_the_trained_adapters_answer_in_one_batch_as_alone(
                     await play.step([(row, row.wants) for row in rows])
             for handle in handles.values():
                 handle.release()
-
-    with active(theirs, **{name: examples / name for name in names}) as peft_model:
-        run(main(peft_model))
 
 
 def family(name: str) -> Any:
@@ -131,74 +119,63 @@ def family(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Qwen2", "Qwen3", "Gemma"])
-def test_models_of_several_families(run: Run, name: str) -> None:
+async def test_models_of_several_families(name: str) -> None:
     model = family(name)
-
-    async def main() -> None:
-        async with serving(model) as (_, attached):
-            play = Play(TransformersDecoder(model, attached, 3), base_alone(base))
-            rows = [Sequence_(n, None, None, list(range(2, 4 + n))) for n in range(3)]
-            await play.step([(rows[0], 2), (rows[2], 3)])
-            await play.step([(rows[0], 1), (rows[1], 3), (rows[2], 1)])
-            for _ in range(3):
-                await play.step([(row, row.wants) for row in rows])
-
     base = copy.deepcopy(model)
-    run(main())
+    async with serving(model) as (_, attached):
+        play = Play(TransformersDecoder(model, attached, 3), base_alone(base))
+        rows = [Sequence_(n, None, None, list(range(2, 4 + n))) for n in range(3)]
+        await play.step([(rows[0], 2), (rows[2], 3)])
+        await play.step([(rows[0], 1), (rows[1], 3), (rows[2], 1)])
+        for _ in range(3):
+            await play.step([(row, row.wants) for row in rows])
 
 
-def test_what_was_at_a_place_never_matters(run: Run, small: Any) -> None:
+async def test_what_was_at_a_place_never_matters(small: Any) -> None:
     """Not even keys and values that are no numbers: beside a longer row they are masked."""
     broken = copy.deepcopy(small)
-
-    async def main() -> None:
-        async with serving(broken) as (_, attached):
-            decoder = TransformersDecoder(broken, attached, 2)
-            play = Play(decoder, base_alone(small))
-            long = Sequence_(0, None, None, list(range(1, 41)))
-            await play.step([(long, 40)])
-            weight = broken.model.layers[0].self_attn.v_proj.weight
-            sound = weight.clone()
-            with torch.no_grad():
-                weight.fill_(float("nan"))
-            bad = Sequence_(1, None, None, list(range(1, 31)))
-            computed = decoder.compute(step_of(bad))
-            assert computed.logits.isnan().all()
-            with torch.no_grad():
-                weight.copy_(sound)
-            decoder.forget(1)
-            short = Sequence_(2, None, None, [5, 6, 7])
-            await play.step([(short, 3)])
-            for _ in range(3):
-                await play.step([(short, 1), (long, 1)])
-            assert decoder.sequences == 2
 
     def step_of(one: Sequence_) -> Any:
         from lorax_async.server.ports import Part, Step
 
         return Step([Part(one.number, 0, one.tokens, None)], 0.0, lambda: False)
 
-    run(main())
+    async with serving(broken) as (_, attached):
+        decoder = TransformersDecoder(broken, attached, 2)
+        play = Play(decoder, base_alone(small))
+        long = Sequence_(0, None, None, list(range(1, 41)))
+        await play.step([(long, 40)])
+        weight = broken.model.layers[0].self_attn.v_proj.weight
+        sound = weight.clone()
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        bad = Sequence_(1, None, None, list(range(1, 31)))
+        computed = decoder.compute(step_of(bad))
+        assert computed.logits.isnan().all()
+        with torch.no_grad():
+            weight.copy_(sound)
+        decoder.forget(1)
+        short = Sequence_(2, None, None, [5, 6, 7])
+        await play.step([(short, 3)])
+        for _ in range(3):
+            await play.step([(short, 1), (long, 1)])
+        assert decoder.sequences == 2
 
 
-def test_a_row_beside_others_has_the_same_logits_when_it_is_moved(run: Run, small: Any) -> None:
+async def test_a_row_beside_others_has_the_same_logits_when_it_is_moved(small: Any) -> None:
     """Rows in another order than their places are copied once, and then are neighbours."""
     base = copy.deepcopy(small)
-
-    async def main() -> None:
-        async with serving(small) as (_, attached):
-            play = Play(TransformersDecoder(small, attached, 4), base_alone(base))
-            rows = [Sequence_(n, None, None, [n + 1] * (n + 2)) for n in range(4)]
-            for row in rows:
-                await play.step([(row, row.wants)])
-            for order in ([2, 0, 3], [2, 0, 3], [2, 0, 3], [1, 2], [1, 2], [1, 2], [3, 2, 1, 0]):
-                await play.step([(rows[n], 1) for n in order])
-
-    run(main())
+    async with serving(small) as (_, attached):
+        play = Play(TransformersDecoder(small, attached, 4), base_alone(base))
+        rows = [Sequence_(n, None, None, [n + 1] * (n + 2)) for n in range(4)]
+        for row in rows:
+            await play.step([(row, row.wants)])
+        for order in ([2, 0, 3], [2, 0, 3], [2, 0, 3], [1, 2], [1, 2], [1, 2], [3, 2, 1, 0]):
+            await play.step([(rows[n], 1) for n in order])
 
 
-def test_heads_of_a_whole_batch_are_computed_for_last_tokens_only(
-    run: Run, small: Any, monkeypatch: pytest.MonkeyPatch
+async def test_heads_of_a_whole_batch_are_computed_for_last_tokens_only(
+    small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = list[torch.Size]()
     hook = small.lm_head.register_forward_hook(lambda _, __, y: shapes.append(y.shape))
@@ -208,14 +185,11 @@ def test_heads_of_a_whole_batch_are_computed_for_last_tokens_only(
         rows = [Sequence_(n, None, None, prompt(1, 9)["input_ids"][0].tolist()) for n in (0, 1)]
         await play.step([(row, 9) for row in rows])
 
-    async def opened() -> None:
-        async with serving(small) as (_, attached):
-            await main(attached)
-
     base = copy.deepcopy(small)
     base.lm_head._forward_hooks.clear()
     try:
-        run(opened())
+        async with serving(small) as (_, attached):
+            await main(attached)
     finally:
         hook.remove()
     assert shapes == [torch.Size([2, 1, 64])]

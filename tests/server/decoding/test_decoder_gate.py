@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from common import Run
 from engines.gate_inputs import source
 from engines.variants import PEFT_WARNING, active, streaming
 from lorax_async import AdapterTimeoutError, FetchError
@@ -28,10 +27,10 @@ def prompt_of(number: int, name: str | None, handle: Any, length: int) -> Sequen
     return Sequence_(number, name, handle, list(range(number + 1, number + 1 + length)))
 
 
-def test_rows_that_are_late_begin_again_and_the_others_go_on(
-    run: Run, small: Any, adapters: list[Path], source: FakeSource
+async def test_rows_that_are_late_begin_again_and_the_others_go_on(
+    small: Any, adapters: list[Path], source: FakeSource
 ) -> None:
-    async def main(peft_model: Any) -> None:
+    with active(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as peft_model:
         async with streaming(small, source) as (attached, warm, cold):
             with alone(peft_model) as solo:
                 decoder = TransformersDecoder(small, attached, 3)
@@ -50,16 +49,12 @@ def test_rows_that_are_late_begin_again_and_the_others_go_on(
                     rows = [(late, late.wants), (base, 1), (fast, 1)]
                     assert not (await play.step(rows, budget=0.01)).out
 
-    with active(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as peft_model:
-        run(main(peft_model))
 
-
-def test_a_prompt_alone_in_its_pass_is_not_alone_in_its_step(
-    run: Run, small: Any, adapters: list[Path], source: FakeSource
+async def test_a_prompt_alone_in_its_pass_is_not_alone_in_its_step(
+    small: Any, adapters: list[Path], source: FakeSource
 ) -> None:
     """Others decode: nobody waits for its adapter for as long as the loader would."""
-
-    async def main(peft_model: Any) -> None:
+    with active(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as peft_model:
         async with streaming(small, source) as (attached, warm, cold):
             with alone(peft_model) as solo:
                 play = Play(TransformersDecoder(small, attached, 2), solo)
@@ -69,12 +64,9 @@ def test_a_prompt_alone_in_its_pass_is_not_alone_in_its_step(
                 assert set(computed.out) == {0}
                 assert "the pass had waited 0.01 s" in str(computed.out[0])
 
-    with active(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as peft_model:
-        run(main(peft_model))
 
-
-def test_what_one_pass_has_waited_is_missing_for_the_next(
-    run: Run, small: Any, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+async def test_what_one_pass_has_waited_is_missing_for_the_next(
+    small: Any, source: FakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budgets = list[float]()
     original = Attached.batch
@@ -84,25 +76,21 @@ def test_what_one_pass_has_waited_is_missing_for_the_next(
         return original(self, rows, budget, *more, **named)
 
     monkeypatch.setattr(Attached, "batch", batch)
-
-    async def main() -> None:
-        async with streaming(small, source) as (attached, warm, cold):
-            decoder = TransformersDecoder(small, attached, 3)
-            fast, late = prompt_of(0, "warm", warm, 3), prompt_of(1, "cold", cold, 4)
-            later = prompt_of(2, "cold", cold, 5)
-            parts = [Part(each.number, 0, each.tokens, each.handle) for each in (late, fast, later)]
-            step = Step(parts, 0.02, lambda: False)
-            computed = await asyncio.to_thread(decoder.compute, step)
-            assert set(computed.out) == {0, 2}
-
-    run(main())
+    async with streaming(small, source) as (attached, warm, cold):
+        decoder = TransformersDecoder(small, attached, 3)
+        fast, late = prompt_of(0, "warm", warm, 3), prompt_of(1, "cold", cold, 4)
+        later = prompt_of(2, "cold", cold, 5)
+        parts = [Part(each.number, 0, each.tokens, each.handle) for each in (late, fast, later)]
+        step = Step(parts, 0.02, lambda: False)
+        computed = await asyncio.to_thread(decoder.compute, step)
+        assert set(computed.out) == {0, 2}
     assert budgets == [0.02, 0.02, 0.0]  # who is there first; then one waits, and one no more
 
 
-def test_an_adapter_that_fails_takes_out_its_own_rows(
-    run: Run, small: Any, adapters: list[Path], source: FakeSource
+async def test_an_adapter_that_fails_takes_out_its_own_rows(
+    small: Any, adapters: list[Path], source: FakeSource
 ) -> None:
-    async def main(peft_model: Any) -> None:
+    with active(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as peft_model:
         async with streaming(small, source) as (attached, warm, cold):
             with alone(peft_model) as solo:
                 play = Play(TransformersDecoder(small, attached, 3), solo)
@@ -116,6 +104,3 @@ def test_an_adapter_that_fails_takes_out_its_own_rows(
                     1: FetchError
                 }
                 await play.step([(rows[0], 1)])
-
-    with active(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as peft_model:
-        run(main(peft_model))

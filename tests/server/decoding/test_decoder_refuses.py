@@ -17,7 +17,6 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from common import Run
 from engines.variants import serving
 from lorax_async import ConfigError, UsageError
 from lorax_async.engines.transformers import Attached
@@ -87,7 +86,7 @@ def test_a_models_limits_are_told(small: Any) -> None:
     assert TransformersDecoder(small, attached, 4, 100).max_length == 100
 
 
-def test_steps_that_do_not_follow_change_nothing(run: Run, small: Any) -> None:
+async def test_steps_that_do_not_follow_change_nothing(small: Any) -> None:
     def step(*parts: tuple[int, int, list[int]]) -> Step:
         made = [Part(number, start, tokens, None) for number, start, tokens in parts]
         return Step(made, 0.0, lambda: False)
@@ -108,8 +107,5 @@ def test_steps_that_do_not_follow_change_nothing(run: Run, small: Any) -> None:
         decoder.forget(1)
         decoder.compute(step((2, 0, [1])))
 
-    async def opened() -> None:
-        async with serving(small) as (_, attached):
-            await main(attached)
-
-    run(opened())
+    async with serving(small) as (_, attached):
+        await main(attached)

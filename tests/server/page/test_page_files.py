@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-from common import Run
 from lorax_async.server.calls.page.routes import FILES, HERE
 from server.world import serving
 
@@ -25,40 +24,33 @@ class Elements(HTMLParser):
         return [attributes for tag, attributes in self.found if tag in tags]
 
 
-def test_all_that_it_names_is_there(run: Run) -> None:
-    async def body() -> None:
-        async with serving() as world:
-            page = await world.ask("GET", "/")
-            assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
-            text = page.body.decode()
-            named = {f"/{name}" for name in re.findall(r'(?:src|href)="(page/[^"]+)"', text)}
-            script = (await world.ask("GET", "/page/page.js")).body.decode()
-            named |= {f"/page/{name}" for name in re.findall(r'from "\./(.+?)"', script)}
-            assert named == FILES.keys() - {"/"}
-            for path in named:
-                answer = await world.ask("GET", path)
-                assert answer.status == 200
-                kind = KINDS[path.rpartition(".")[2]]
-                assert answer.headers["content-type"] == f"{kind}; charset=utf-8"
-                assert answer.body
-
-    run(body())
+async def test_all_that_it_names_is_there() -> None:
+    async with serving() as world:
+        page = await world.ask("GET", "/")
+        assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        text = page.body.decode()
+        named = {f"/{name}" for name in re.findall(r'(?:src|href)="(page/[^"]+)"', text)}
+        script = (await world.ask("GET", "/page/page.js")).body.decode()
+        named |= {f"/page/{name}" for name in re.findall(r'from "\./(.+?)"', script)}
+        assert named == FILES.keys() - {"/"}
+        for path in named:
+            answer = await world.ask("GET", path)
+            assert answer.status == 200
+            kind = KINDS[path.rpartition(".")[2]]
+            assert answer.headers["content-type"] == f"{kind}; charset=utf-8"
+            assert answer.body
 
 
-def test_nothing_is_taken_from_elsewhere(run: Run) -> None:
+async def test_nothing_is_taken_from_elsewhere() -> None:
     """Nor could it be: the browser is told so."""
-
-    async def body() -> None:
-        async with serving() as world:
-            for path in FILES:
-                answer = await world.ask("GET", path)
-                assert not re.search(rb"""["'(](?:https?:)?//""", answer.body)
-                policy = answer.headers["content-security-policy"]
-                assert "default-src 'none'" in policy
-                assert "script-src 'self';" in policy
-                assert answer.headers["x-content-type-options"] == "nosniff"
-
-    run(body())
+    async with serving() as world:
+        for path in FILES:
+            answer = await world.ask("GET", path)
+            assert not re.search(rb"""["'(](?:https?:)?//""", answer.body)
+            policy = answer.headers["content-security-policy"]
+            assert "default-src 'none'" in policy
+            assert "script-src 'self';" in policy
+            assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_it_works_behind_any_prefix() -> None:
@@ -68,15 +60,12 @@ def test_it_works_behind_any_prefix() -> None:
         assert not re.search(r"""(?:src|href)=["']/|(?:ask|fetch)\(["'`]/|from ["']/""", text)
 
 
-def test_only_reading_is_allowed(run: Run) -> None:
-    async def body() -> None:
-        async with serving() as world:
-            for path in ("/", "/page/events", "/page/timeline.svg", "/page/trace.json"):
-                assert (await world.ask("POST", path)).status == 405
-            assert (await world.ask("GET", "/page/other.js")).status == 404
-            assert (await world.ask("GET", "/page/../settings.py")).status == 404
-
-    run(body())
+async def test_only_reading_is_allowed() -> None:
+    async with serving() as world:
+        for path in ("/", "/page/events", "/page/timeline.svg", "/page/trace.json"):
+            assert (await world.ask("POST", path)).status == 405
+        assert (await world.ask("GET", "/page/other.js")).status == 404
+        assert (await world.ask("GET", "/page/../settings.py")).status == 404
 
 
 def test_every_field_has_a_label() -> None:
@@ -108,12 +97,9 @@ def test_no_text_becomes_markup() -> None:
         )
 
 
-def test_a_head_is_answered_and_keeps_nothing(run: Run) -> None:
-    async def body() -> None:
-        async with serving() as world:
-            for path in (*FILES, "/page/events"):
-                answer = await world.ask("HEAD", path)
-                assert (answer.status, answer.body) == (200, b"")
-            assert not world.service.watching._open
-
-    run(body())
+async def test_a_head_is_answered_and_keeps_nothing() -> None:
+    async with serving() as world:
+        for path in (*FILES, "/page/events"):
+            answer = await world.ask("HEAD", path)
+            assert (answer.status, answer.body) == (200, b"")
+        assert not world.service.watching._open
