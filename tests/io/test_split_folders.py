@@ -15,6 +15,7 @@ from local_world import CONFIG_NAME, LIMITS, WEIGHTS_NAME, LocalWorld, nothing_l
 from source_inputs import read, tensors
 from split_world import FILES, cut, parts, put
 
+from common import Run
 from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.io.ports import Demand
@@ -87,14 +88,18 @@ def swapped(folder: Path) -> None:
         (swapped, f"{FILES[2]}: has tensor .* is in {FILES[3]}"),
     ],
 )
-async def test_files_that_do_not_belong_together(
-    world: LocalWorld, folder: Path, spoil: Callable[[Path], None], words: str
+def test_files_that_do_not_belong_together(
+    world: LocalWorld, folder: Path, run: Run, spoil: Callable[[Path], None], words: str
 ) -> None:
     spoil(folder)
-    key = await world.source.resolve(AdapterRef(folder))
-    for work in (world.source.open(key, Demand()), asyncio.to_thread(first_byte, world, key)):
-        with pytest.raises(errors.AdapterFormatError, match=words):
-            await work
+
+    async def main() -> None:
+        key = await world.source.resolve(AdapterRef(folder))
+        for work in (world.source.open(key, Demand()), asyncio.to_thread(first_byte, world, key)):
+            with pytest.raises(errors.AdapterFormatError, match=words):
+                await work
+
+    run(main())
 
 
 def first_byte(world: LocalWorld, key: AdapterKey) -> bytes:
@@ -148,11 +153,11 @@ def test_no_ordinary_file(world: LocalWorld, folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [INDEX, FILES[3]])
-async def test_links_stay_in_the_folder(world: LocalWorld, folder: Path, name: str) -> None:
+def test_links_stay_in_the_folder(world: LocalWorld, folder: Path, run: Run, name: str) -> None:
     (folder / "sub").mkdir()
     (folder / name).rename(folder / "sub" / "file")
     (folder / name).symlink_to("sub/file")
-    await world.source.resolve(AdapterRef("./one"))
+    run(world.source.resolve(AdapterRef("./one")))
     other = put(world.roots[0] / "other")
     for target in (other / name, other / "nothing"):
         (folder / name).unlink()
@@ -162,11 +167,11 @@ async def test_links_stay_in_the_folder(world: LocalWorld, folder: Path, name: s
         assert name in error.problem
     (folder / name).unlink()
     (folder / name).symlink_to(other / name)
-    key = await world.source.resolve(AdapterRef(folder))
+    key = run(world.source.resolve(AdapterRef(folder)))
     assert key.files[FILES.index(name)].inode == (other / name).stat().st_ino
 
 
-async def test_the_hub_cache_keeps_its_links(world: LocalWorld) -> None:
+def test_the_hub_cache_keeps_its_links(world: LocalWorld, run: Run) -> None:
     repository = world.roots[0] / "models--o--n"
     folder = put(repository / "snapshots" / ("c" * 40))
     (repository / "blobs").mkdir()
@@ -174,8 +179,8 @@ async def test_the_hub_cache_keeps_its_links(world: LocalWorld) -> None:
         blob = repository / "blobs" / (f"{n}" * 64)
         (folder / name).rename(blob)
         (folder / name).symlink_to(os.path.relpath(blob, folder))
-    key = await world.source.resolve(AdapterRef(str(folder)))
-    file = await world.source.open(key, Demand())
+    key = run(world.source.resolve(AdapterRef(str(folder))))
+    file = run(world.source.open(key, Demand()))
     content = read(file.reader, 0, file.reader.nbytes)
     assert safetensors.torch.load(content).keys() == tensors(1).keys()
     file.reader.close()
