@@ -52,7 +52,7 @@ class TestConformance(SourceConformance):
     pass
 
 
-async def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld) -> None:
+def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld, run: Run) -> None:
     folder = world.fill(world.roots[1] / "o rg" / "ü")
     (world.roots[0] / "link").symlink_to(folder)
     spellings: list[AdapterRef] = [
@@ -69,18 +69,22 @@ async def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld) -> No
         AdapterRef("FILE:" + folder.as_uri()[7:]),
         AdapterRef("file://localhost" + folder.as_uri()[7:]),
     ]
-    keys = {await world.source.resolve(ref) for ref in spellings}
-    assert [key.location for key in keys] == [str(folder)]
+
+    async def main() -> None:
+        keys = {await world.source.resolve(ref) for ref in spellings}
+        assert [key.location for key in keys] == [str(folder)]
+
+    run(main())
 
 
-async def test_the_first_root_that_has_a_folder_wins(world: LocalWorld) -> None:
+def test_the_first_root_that_has_a_folder_wins(world: LocalWorld, run: Run) -> None:
     for root in world.roots:
         world.fill(root / "both")
-    key = await world.source.resolve(AdapterRef("./both"))
+    key = run(world.source.resolve(AdapterRef("./both")))
     assert key.location == str(world.roots[0] / "both")
 
 
-async def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld) -> None:
+def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld, run: Run) -> None:
     for version in ("v1", "v2"):
         world.fill(tmp_path / version / "one")
     current = tmp_path / "current"
@@ -90,7 +94,7 @@ async def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWo
         for version in ("v1", "v2"):
             current.unlink()
             current.symlink_to(tmp_path / version)
-            key = await source.resolve(AdapterRef(f"{current}/one"))
+            key = run(source.resolve(AdapterRef(f"{current}/one")))
             assert key.location == str(tmp_path / version / "one")
 
 
@@ -194,13 +198,13 @@ def test_a_link_that_may_not_be_read(
     assert ("give it permission" if trusted else "local_roots only") in str(error)
 
 
-async def test_links_stay_in_the_folder(world: LocalWorld) -> None:
+def test_links_stay_in_the_folder(world: LocalWorld, run: Run) -> None:
     other = world.fill(world.roots[0] / "other")
     folder = world.fill(world.roots[0] / "one")
     (folder / "sub").mkdir()
     (folder / WEIGHTS_NAME).rename(folder / "sub" / "w")
     (folder / WEIGHTS_NAME).symlink_to("sub/w")
-    await world.source.resolve(AdapterRef("./one"))
+    run(world.source.resolve(AdapterRef("./one")))
     texts = set()
     for target in (other / WEIGHTS_NAME, other / "nothing", other, "/dev/null", WEIGHTS_NAME):
         (folder / WEIGHTS_NAME).unlink()
@@ -211,7 +215,7 @@ async def test_links_stay_in_the_folder(world: LocalWorld) -> None:
     assert len(texts) == 1
     (folder / WEIGHTS_NAME).unlink()
     (folder / WEIGHTS_NAME).symlink_to(other / WEIGHTS_NAME)
-    key = await world.source.resolve(AdapterRef(folder))
+    key = run(world.source.resolve(AdapterRef(folder)))
     assert key.files[1].inode == (other / WEIGHTS_NAME).stat().st_ino
 
 
