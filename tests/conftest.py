@@ -82,8 +82,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests of coroutines on asyncio's loop; on uvloop's too, where the kind of loop matters."""
     each = metafunc.config.getoption("each_loop")
     each = each or metafunc.definition.get_closest_marker("each_loop") is not None
-    for fixture in {"anyio_backend", "run"} & set(metafunc.fixturenames):
-        metafunc.parametrize(fixture, LOOPS if each else ["asyncio"], indirect=True)
+    chosen = list(vars(metafunc.module))  # a file with a fixture of its own
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        chosen += [mark.args[0]] if isinstance(mark.args[0], str) else mark.args[0]
+    for fixture in ("anyio_backend", "run"):
+        if fixture in metafunc.fixturenames and fixture not in chosen:
+            metafunc.parametrize(fixture, LOOPS if each else ["asyncio"], indirect=True)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from lorax_async.io.sources.merged import MergedSource
 
 async def test_who_reads_in_a_thread_hears_that_the_loop_has_ended() -> None:
     """Whoever ends a loop cancels its tasks."""
+    others = asyncio.all_tasks()
     inner = FakeSource()
     config = json.dumps(tiny.config()).encode()
     parts = [inner.put(id, config, safetensors.torch.save(tiny.tensors(0))) for id in "ab"]
@@ -35,7 +36,7 @@ async def test_who_reads_in_a_thread_hears_that_the_loop_has_ended() -> None:
         reader = source.reopen(key)
         reading = threads.submit(read, reader, 0, 8)
         await until(lambda: inner.counts.brings == 2)
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in asyncio.all_tasks() - others:
             task.cancel()
         await until(reading.done)
         with pytest.raises(FetchError, match="the loader was closed"):

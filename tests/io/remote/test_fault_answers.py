@@ -24,6 +24,7 @@ from faults import (
     wrong_range,
 )
 
+from common import Run
 from lorax_async import (
     AccessDeniedError,
     AdapterFormatError,
@@ -135,7 +136,7 @@ def check(error: object, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("run", "name"), in_turn(CASES), indirect=["run"])
-async def test_what_stays_wrong_is_told_to_each_caller(tmp_path: Path, name: str) -> None:
+def test_what_stays_wrong_is_told_to_each_caller(run: Run, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     with FaultyWorld(tmp_path / "cache", tmp_path, verify=case.verify) as world:
         world.locator.promises = case.promises
@@ -160,4 +161,4 @@ async def test_what_stays_wrong_is_told_to_each_caller(tmp_path: Path, name: str
                 await loads_right(loader, world, bad)
                 await assert_at_rest(loader, world)
 
-        await body()
+        run(body())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from fault_world import FOLDERS, FaultyWorld, assert_at_rest, in_turn, loads_right, over
 
+from common import Run
 from lorax_async import AdapterHandle, FetchError
 from lorax_async.adapter import AdapterRef
 from lorax_async.io.cache.upkeep import ls
@@ -45,8 +46,8 @@ def assert_own_names(cache: Path) -> None:
 
 @pytest.mark.parametrize(("run", "name"), in_turn(NAMES), indirect=["run"])
 @pytest.mark.parametrize("what", ["version", "source"])
-async def test_what_a_source_says_is_no_name(
-    tmp_path: Path, what: str, name: str, monkeypatch: pytest.MonkeyPatch
+def test_what_a_source_says_is_no_name(
+    run: Run, tmp_path: Path, what: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hostile = NAMES[name]
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters") as world:
@@ -68,7 +69,7 @@ async def test_what_a_source_says_is_no_name(
                 await loads_right(loader, world, good)
                 return await loads_right(loader, world, bad)
 
-        key = (await body()).key
+        key = run(body()).key
         assert [listed.is_partial for listed in ls(world.cache)] == [False, False]
         assert hostile in {key.location, getattr(key, "version", None)}
         assert {each.name for each in tmp_path.iterdir()} == {"cache", "adapters"}
@@ -89,12 +90,12 @@ async def test_what_a_source_says_is_no_name(
                     assert handle.key == key
                     assert handle.stale
 
-        await stale()
+        run(stale())
 
 
 @pytest.mark.parametrize(("run", "name"), in_turn(NAMES), indirect=["run"])
-async def test_what_goes_wrong_is_told_with_such_names(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+def test_what_goes_wrong_is_told_with_such_names(
+    run: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters") as world:
         world.stock("bad")
@@ -114,5 +115,5 @@ async def test_what_goes_wrong_is_told_with_such_names(
                 await loads_right(loader, world, good)
                 await assert_at_rest(loader, world)
 
-        await body()
+        run(body())
         assert_own_names(tmp_path / "cache")

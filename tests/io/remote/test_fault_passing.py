@@ -21,6 +21,7 @@ from faults import (
     whole_without_length,
 )
 
+from common import Run
 from lorax_async.io.cache.upkeep import ls
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -52,18 +53,18 @@ async def comes_right(world: FaultyWorld, bad: Path, good: Path) -> None:
 
 
 @pytest.mark.parametrize(("run", "name"), in_turn(PASSING), indirect=["run"])
-async def test_what_passes_is_overcome(tmp_path: Path, name: str) -> None:
+def test_what_passes_is_overcome(run: Run, tmp_path: Path, name: str) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad, good = world.stock("bad"), world.stock("good", 1)
         world.faults["bad"] = PASSING[name]
-        await comes_right(world, bad, good)
+        run(comes_right(world, bad, good))
 
 
-async def test_bytes_that_came_before_an_end_are_not_asked_for_again(tmp_path: Path) -> None:
+def test_bytes_that_came_before_an_end_are_not_asked_for_again(run: Run, tmp_path: Path) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad, good = world.stock("bad"), world.stock("good", 1)
         world.faults["bad"] = at("body", truncated, 1)
-        await comes_right(world, bad, good)
+        run(comes_right(world, bad, good))
         spans = world.spans_of("bad")
         assert len(set(spans)) == len(spans)
         rests = [(a, c) for a, b in spans for c, d in spans if a < c and b == d]
@@ -71,15 +72,15 @@ async def test_bytes_that_came_before_an_end_are_not_asked_for_again(tmp_path: P
 
 
 @pytest.mark.parametrize("promises", [True, False])
-async def test_a_server_without_ranges_sends_the_whole(tmp_path: Path, promises: bool) -> None:
+def test_a_server_without_ranges_sends_the_whole(run: Run, tmp_path: Path, promises: bool) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         world.locator.promises = promises
         bad, good = world.stock("bad"), world.stock("good", 1)
         world.faults["bad"] = whole_in_place_of_range
-        await comes_right(world, bad, good)
+        run(comes_right(world, bad, good))
 
 
-async def test_pythons_own_server_has_no_ranges(tmp_path: Path) -> None:
+def test_pythons_own_server_has_no_ranges(run: Run, tmp_path: Path) -> None:
     """It answers 200 to a range, and has no ETag."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -99,7 +100,7 @@ async def test_pythons_own_server_has_no_ranges(tmp_path: Path) -> None:
             folders = [world.stock(name, seed) for seed, name in enumerate(("bad", "good"))]
             place = f"http://127.0.0.1:{server.server_address[1]}"
             world.locator.elsewhere = dict.fromkeys(["bad", "good"], place)
-            await comes_right(world, *folders)
+            run(comes_right(world, *folders))
             assert not world.server.asked
         finally:
             world.engine.close()  # it waits for whoever is connected
@@ -125,27 +126,27 @@ ETAGS = {
 
 
 @pytest.mark.parametrize(("run", "name"), in_turn(ETAGS), indirect=["run"])
-async def test_etags_are_sent_back_and_name_nothing(tmp_path: Path, name: str) -> None:
+def test_etags_are_sent_back_and_name_nothing(run: Run, tmp_path: Path, name: str) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters") as world:
         bad, good = world.stock("bad"), world.stock("good", 1)
         world.faults["bad"] = tagged(ETAGS[name])
-        await comes_right(world, bad, good)
+        run(comes_right(world, bad, good))
         assert {each.name for each in tmp_path.iterdir()} == {"cache", "adapters"}
         sent = {each.fields.get("if-range") for each in world.asked_of("bad")} - {None}
         assert sent == (set() if name == "weak" else {ETAGS[name]})
         assert all("x-injected" not in each.fields for each in world.server.asked)
 
 
-async def test_an_etag_cannot_end_its_line(tmp_path: Path) -> None:
+def test_an_etag_cannot_end_its_line(run: Run, tmp_path: Path) -> None:
     """On the wire CR and LF end the field: what follows is a field of the response, or malformed."""
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad, good = world.stock("bad"), world.stock("good", 1)
         world.faults["bad"] = tagged('"a"\r\nX-More: "b"')
-        await comes_right(world, bad, good)
+        run(comes_right(world, bad, good))
         assert all(len(each.raw.split("x-more")) == 1 for each in world.server.asked)
 
 
-async def test_a_wait_that_is_too_long_is_not_waited(tmp_path: Path) -> None:
+def test_a_wait_that_is_too_long_is_not_waited(run: Run, tmp_path: Path) -> None:
     """Once is enough: nobody is asked again before the hour is over."""
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         world.stock("bad")
@@ -156,5 +157,5 @@ async def test_a_wait_that_is_too_long_is_not_waited(tmp_path: Path) -> None:
                 with pytest.raises(Exception, match="503"):
                     await loader.load(world.ref("bad"))
 
-        await body()
+        run(body())
         assert sum(asked.target.endswith(".json") for asked in world.server.asked) == 1

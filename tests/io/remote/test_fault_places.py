@@ -13,6 +13,7 @@ from faults import redirected, status
 from fetching import PretendNetwork, engine
 from test_http_trust import tls_server
 
+from common import Run
 from lorax_async import AccessDeniedError, FetchError
 from lorax_async.adapter import AdapterRef
 
@@ -64,7 +65,9 @@ PLACES = [(part, address) for part in ("config", "header", "body") for address i
 
 
 @pytest.mark.parametrize(("run", "case"), in_turn(PLACES), indirect=["run"])
-async def test_nobody_is_led_to_a_private_address(tmp_path: Path, case: tuple[str, str]) -> None:
+def test_nobody_is_led_to_a_private_address(
+    run: Run, tmp_path: Path, case: tuple[str, str]
+) -> None:
     part, address = case
     pretence = Pretence()
     for host in (address, "shared.example"):
@@ -73,13 +76,13 @@ async def test_nobody_is_led_to_a_private_address(tmp_path: Path, case: tuple[st
         world.stock("bad")
         good = world.stock("good", 1)
         world.faults["bad"] = at(part, redirected(PRIVATE[address]))
-        told = await denied(world, good, "not public")
+        told = run(denied(world, good, "not public"))
         assert "meta-data" not in told
         assert set(pretence.network.connected) == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("part", ["config", "header", "body"])
-async def test_https_does_not_become_http(tmp_path: Path, certificate: Path, part: str) -> None:
+def test_https_does_not_become_http(run: Run, tmp_path: Path, certificate: Path, part: str) -> None:
     pretence = Pretence()
     pretence.network.names["files.example"] = [PUBLIC]
     with (
@@ -93,12 +96,12 @@ async def test_https_does_not_become_http(tmp_path: Path, certificate: Path, par
         world.locator.elsewhere["bad"] = "https://files.example"
         fault = at(part, redirected(plain.url("/x")))
         secure.behave = lambda asked, client: fault(world, asked, client)
-        await denied(world, good, "from https to http")
+        run(denied(world, good, "from https to http"))
         assert not plain.clients
         assert secure.asked
 
 
-async def test_a_token_goes_to_its_own_origin_only(tmp_path: Path) -> None:
+def test_a_token_goes_to_its_own_origin_only(run: Run, tmp_path: Path) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path) as world, FaultServer(b"") as store:
         bad, good = world.stock("bad"), world.stock("good", 1)
         store.behave = world.well
@@ -117,7 +120,7 @@ async def test_a_token_goes_to_its_own_origin_only(tmp_path: Path) -> None:
                 await loads_right(loader, world, good)
                 await assert_at_rest(loader, world)
 
-        await body()
+        run(body())
         assert bad.exists()
         assert all(SECRET in each.fields["authorization"] for each in world.asked_of("bad"))
         assert all("authorization" not in each.fields for each in world.asked_of("good"))
@@ -127,12 +130,12 @@ async def test_a_token_goes_to_its_own_origin_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["401 No", "403 No"])
 @pytest.mark.parametrize("part", ["config", "header", "body"])
-async def test_no_token_is_told(tmp_path: Path, part: str, line: str) -> None:
+def test_no_token_is_told(run: Run, tmp_path: Path, part: str, line: str) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         world.stock("bad")
         good = world.stock("good", 1)
         world.faults["bad"] = at(part, status(line))
         mine = AdapterRef("bad", source="hub", token=SECRET)
-        told = await denied(world, good, line[:3], mine)
+        told = run(denied(world, good, line[:3], mine))
         assert SECRET not in told
         assert SECRET not in repr(mine)

@@ -13,6 +13,7 @@ from fault_world import FaultyWorld, assert_at_rest, in_turn, loads_right, over
 from fetching import Anywhere
 
 import tiny
+from common import Run
 from lorax_async import AdapterFormatError, CapacityError, FetchError, IntegrityError, LoraxError
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
@@ -87,7 +88,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("run", "name"), in_turn(CASES), indirect=["run"])
-async def test_what_is_too_large_is_not_fetched(tmp_path: Path, name: str) -> None:
+def test_what_is_too_large_is_not_fetched(run: Run, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     with FaultyWorld(tmp_path / "cache", tmp_path, limits=LIMITS) as world:
         world.locator.promises = case.promises
@@ -105,7 +106,7 @@ async def test_what_is_too_large_is_not_fetched(tmp_path: Path, name: str) -> No
                 await assert_at_rest(loader, world)
                 assert len(ls(world.cache)) == 1
 
-        await body()
+        run(body())
         assert {each.target.split("/")[-1] for each in world.asked_of("bad")} <= case.asked
         assert set(world.spans_of("bad")) <= {(0, FIRST)}
 
@@ -114,7 +115,7 @@ OTHER_SIZES = {f"{name} {by:+}": (name, by) for name in (CONFIG, WEIGHTS) for by
 
 
 @pytest.mark.parametrize(("run", "name"), in_turn(OTHER_SIZES), indirect=["run"])
-async def test_other_sizes_than_were_promised(tmp_path: Path, name: str) -> None:
+def test_other_sizes_than_were_promised(run: Run, tmp_path: Path, name: str) -> None:
     """The source says one byte more or less, and no digest."""
     wrong, by = OTHER_SIZES[name]
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
@@ -140,13 +141,13 @@ async def test_other_sizes_than_were_promised(tmp_path: Path, name: str) -> None
                 lying.undo()
                 await loads_right(loader, world, bad)
 
-        await body()
+        run(body())
 
 
 # -- the budget of the disk cache -----------------------------------------------------------------
 
 
-async def test_a_cache_that_cannot_hold_it_says_so_at_once(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_hold_it_says_so_at_once(run: Run, tmp_path: Path) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path, cache_bytes=500_000) as world:
         world.stock("bad", rank=256)
         good = world.stock("good", 1, rank=100)
@@ -163,10 +164,10 @@ async def test_a_cache_that_cannot_hold_it_says_so_at_once(tmp_path: Path) -> No
                 assert stays.nbytes > 300_000
                 await loads_right(loader, world, good)
 
-        await body()
+        run(body())
 
 
-async def test_of_two_that_do_not_fit_beside_each_other_both_come(tmp_path: Path) -> None:
+def test_of_two_that_do_not_fit_beside_each_other_both_come(run: Run, tmp_path: Path) -> None:
     """The second one waits for the room that the first one has while it is downloaded."""
     with FaultyWorld(tmp_path / "cache", tmp_path, cache_bytes=900_000) as world:
         folders = [world.stock(name, seed, rank=256) for seed, name in enumerate(("one", "two"))]
@@ -178,4 +179,4 @@ async def test_of_two_that_do_not_fit_beside_each_other_both_come(tmp_path: Path
                 assert world.cache.used() <= world.cache_bytes
                 assert len(ls(world.cache)) == 1
 
-        await body()
+        run(body())

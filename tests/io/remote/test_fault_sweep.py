@@ -12,7 +12,7 @@ from fault_world import FaultyWorld, assert_at_rest, at, over
 from faults import silent
 
 import tiny
-from common import LOOPS, our_threads, until
+from common import LOOPS, Run, our_threads, until
 from lorax_async import AdapterHandle, AdapterLoader, LoaderClosedError
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.core import runs
@@ -172,7 +172,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("run", "what", "end"), CASES, indirect=["run"])
-async def test_it_ends_at_every_step(tmp_path: Path, what: str, end: str) -> None:
+def test_it_ends_at_every_step(run: Run, tmp_path: Path, what: str, end: str) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path, cache_bytes=1_000_000) as world:
         contents = tiny.files(tiny.write(tmp_path / "a", 0, RANK))
 
@@ -184,4 +184,4 @@ async def test_it_ends_at_every_step(tmp_path: Path, what: str, end: str) -> Non
                 missed = 0 if await ENDS[end](world, name, step) else missed + 1
             assert step - 2 >= LEAST[what]
 
-        await body()
+        run(body())

@@ -20,7 +20,7 @@ from fault_world import (
 from faults import dripping, silent, stalled
 from fetching import engine
 
-from common import until
+from common import Run, until
 from lorax_async import AdapterTimeoutError, FetchTimeoutError
 from lorax_async.core.retries import Retries
 from lorax_async.io.cache.upkeep import ls
@@ -39,7 +39,7 @@ STALLS = {
 
 
 @pytest.mark.parametrize("run", ["uvloop"], indirect=True)
-async def test_what_stalls_or_drips_ends_by_itself(tmp_path: Path) -> None:
+def test_what_stalls_or_drips_ends_by_itself(run: Run, tmp_path: Path) -> None:
     """All of it at the same time, beside one adapter that comes: they hold up nobody."""
     http = engine(32, timeouts=HURRIED, retries=ONCE_AGAIN)
     with FaultyWorld(tmp_path / "cache", tmp_path, http=http) as world:
@@ -62,7 +62,7 @@ async def test_what_stalls_or_drips_ends_by_itself(tmp_path: Path) -> None:
                 for each in bad:
                     await loads_right(loader, world, each)
 
-        await body()
+        run(body())
 
 
 class Held:
@@ -80,7 +80,7 @@ class Held:
 
 
 @pytest.mark.parametrize(("run", "part"), in_turn(["config", "header", "body"]), indirect=["run"])
-async def test_a_deadline_ends_the_download_too(tmp_path: Path, part: str) -> None:
+def test_a_deadline_ends_the_download_too(run: Run, tmp_path: Path, part: str) -> None:
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad, good = world.stock("bad"), world.stock("good", 1)
         world.faults["bad"] = at(part, stalled)
@@ -97,10 +97,10 @@ async def test_a_deadline_ends_the_download_too(tmp_path: Path, part: str) -> No
                 world.faults.clear()
                 await loads_right(loader, world, bad)
 
-        await body()
+        run(body())
 
 
-async def test_one_deadline_is_not_another(tmp_path: Path) -> None:
+def test_one_deadline_is_not_another(run: Run, tmp_path: Path) -> None:
     """Who has more time gets what the other one did not wait for, of the same download."""
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         world.stock("bad")
@@ -119,10 +119,10 @@ async def test_one_deadline_is_not_another(tmp_path: Path) -> None:
                 await asyncio.wait([patient])
                 await assert_at_rest(loader, world)
 
-        await body()
+        run(body())
 
 
-async def test_the_next_load_goes_on_where_the_deadline_was(tmp_path: Path) -> None:
+def test_the_next_load_goes_on_where_the_deadline_was(run: Run, tmp_path: Path) -> None:
     """Of two chunks the second one does not come in time."""
     with FaultyWorld(tmp_path / "cache", tmp_path) as world:
         bad = world.stock("bad", rank=168)
@@ -146,4 +146,4 @@ async def test_the_next_load_goes_on_where_the_deadline_was(tmp_path: Path) -> N
                 assert first == (0, CHUNK), "the header is asked for again, and no more of it"
                 assert sum(stop - start for start, stop in rest) == size - CHUNK
 
-        await body()
+        run(body())
