@@ -1,0 +1,91 @@
+"""Layer groups on their way: staging buffers, tickets, and how the loop hears of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorax_async.io import transfer
+from lorax_async.io.inbox import Inbox
+from lorax_async.io.ports import CopyTicket, StagedPiece
+from lorax_async.io.staging import Buffer, StagingRing
+from lorax_async.runtime import copies
+from lorax_async.runtime.copies import Copies
+from mutants.mutation import Mutants, NoLock, mutant, nothing, skipped
+
+STAGING = "io/test_staging.py::TestStagingRing"
+STAGED = "io/test_staged_transfer.py"
+FAILURES = "io/test_staged_failures.py"
+INBOX = "io/test_inbox.py"
+COPIES = "test_copies.py"
+
+_take = StagingRing.take
+
+
+def _given_back_at_once(self: StagingRing, count: int) -> list[Buffer]:
+    taken = self._free[:count]
+    self._free = self._free[count:] + taken
+    return taken
+
+
+def _one_by_one(self: StagingRing, count: int) -> list[Buffer]:
+    return [buffer for _ in range(count) for buffer in _take(self, 1)]
+
+
+def _rows_with_the_first(self: Any, memory: Any, target: int) -> CopyTicket:
+    copy = self.copy
+    rows = () if target else copy.group.rows
+    ticket: CopyTicket = self._device.copy(
+        StagedPiece(memory, target), rows, copy.extent, copy.slot
+    )
+    self.tickets.append(ticket)
+    return ticket
+
+
+def _ended_when_asked_for(self: Copies, work: Any) -> None:
+    self._transfer.run(work.copy)
+    self._end(work, None)
+
+
+def _flag_cleared_after(self: Inbox[Any]) -> None:
+    self.take()
+    self._awake = False
+
+
+GROUPS: Mutants = {
+    "staging: a buffer is reused after its copy": mutant(
+        f"{STAGED}::test_a_buffer_is_not_written_to_before_its_copy_is_done",
+        (StagingRing, "take", _given_back_at_once),
+    ),
+    "staging: a window's two buffers are taken at once": mutant(
+        f"{STAGED}::test_two_that_need_two_buffers_of_two", (StagingRing, "take", _one_by_one)
+    ),
+    "staging: a taker waits for free buffers": mutant(
+        f"{STAGING}::test_who_finds_none_waits", skipped(StagingRing, "_is_served", True)
+    ),
+    "transfer: rows come with the last bytes": mutant(
+        f"{FAILURES}::test_each_read", (transfer._Sending, "send", _rows_with_the_first)
+    ),
+    "transfer: a failure waits for the copies that were sent": mutant(
+        f"{FAILURES}::test_each_read", (transfer, "wait", nothing)
+    ),
+    "transfer: nothing is sent after a copy that failed": mutant(
+        f"{FAILURES}::test_nothing_is_sent_after_a_copy_that_failed",
+        skipped(transfer._Sending, "heed_failures"),
+    ),
+    "transfer: a group is done when all its copies are": mutant(
+        f"{FAILURES}::test_each_copy_that_fails_later",
+        (transfer, "_all_of", lambda tickets: tickets[-1]),
+    ),
+    "copies: an outcome is reported when the copy is done": mutant(
+        f"{COPIES}::test_a_copy_is_heard_of_once_it_is_done",
+        (Copies, "_run", _ended_when_asked_for),
+    ),
+    "copies: ends are counted one by one": mutant(
+        f"{COPIES}::test_copies_that_end_at_the_same_moment_are_both_counted",
+        (copies, "Lock", NoLock),
+    ),
+    "inbox: the flag is cleared before the items are taken": mutant(
+        f"{INBOX}::test_an_item_that_comes_at_the_last_moment",
+        (Inbox, "_drain", _flag_cleared_after),
+    ),
+}

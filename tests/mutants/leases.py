@@ -1,0 +1,205 @@
+"""Leases, waiters and the loader's end: who waits for what, and who is woken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from lorax_async import loader
+from lorax_async.handle import AdapterHandle
+from lorax_async.runtime import resolver, tenancy
+from lorax_async.runtime.actions import Actions
+from lorax_async.runtime.digests import Digests
+from lorax_async.runtime.driver import Driver
+from lorax_async.runtime.files import Files
+from lorax_async.runtime.interest import Interest
+from lorax_async.runtime.tenancy import Lease, Tenancy
+from lorax_async.runtime.turns import InOrder
+from mutants.mutation import (
+    Mutants,
+    NoLock,
+    mutant,
+    nothing_awaited,
+    same,
+    seen_by,
+    skipped,
+)
+
+TENANCY = "test_tenancy.py"
+LEASES = "test_leases.py"
+CLONE = "test_clone.py"
+STREAMING = "test_streaming.py"
+REENTRY = "test_reentry.py"
+OWNERSHIP = "test_ownership.py"
+ENDING = "test_ending.py"
+FILES = "test_files.py"
+DIGESTS = "test_digests.py"
+
+_tickets, _needed, _end = Tenancy.tickets, Tenancy._needed, Lease.end
+_close_hold = Files._close_hold
+
+
+def _own_tickets_only(self: Tenancy, layer: int) -> Any:
+    found = _tickets(self, layer)
+    return None if found is None else found[-1:]
+
+
+def _known_tickets_only(self: Tenancy, layer: int) -> Any:
+    groups = range(self._watermark, self._needed(layer))
+    return [self._tickets[group] for group in groups if group in self._tickets]
+
+
+def _failed_in_silence(self: Tenancy, error: Any) -> None:
+    self.error = error
+
+
+def _without_waiting(self: Tenancy, layer: int, timeout: float, check: Callable[[], None]) -> None:
+    check()
+
+
+def _use_ends_at_once(self: AdapterHandle, stream: object) -> None:
+    self._lease.end_use()
+
+
+def _ended_unused(self: Lease, why: str = "released", *, soon: bool = False) -> None:
+    self._uses = 0
+    _end(self, why, soon=soon)
+
+
+async def _not_waited_for(self: Interest, key: Any, seconds: float) -> None:
+    self._tenants.add_unload(key)
+    self._obey(self._lifecycle.unload(key))
+
+
+def _told_at_once(self: Driver, tell: Callable[[], None]) -> None:
+    self._tell(tell)
+
+
+def _ended_at_once(self: Driver, lease: Lease, in_use: bool, soon: bool) -> None:
+    self.tenants.end_lease(lease)
+    self._obey(self.lifecycle.end_lease(lease.tenancy.key, in_use=in_use))
+
+
+def _obeyed_at_once(self: Driver, decided: list[Any]) -> None:
+    for command in decided:
+        self._carry_out(command)
+    self._rested.set()
+
+
+def _closed_though_read(self: Actions, key: Any) -> None:
+    self._files.close_reader(key)
+
+
+async def _hold_closed_later(self: Files, key: Any) -> None:
+    self._spawn("release", key, _close_hold(self, key))
+
+
+async def _not_compared(self: Digests, ref: Any, key: Any, lease: Lease) -> None:
+    self.watch(ref, key, lease)
+
+
+HOLDERS: Mutants = {
+    "tenancy: a layer is ready once its own group is": mutant(
+        f"{TENANCY}::test_a_layer_is_ready_once_its_group_is",
+        (Tenancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1)),
+    ),
+    "tenancy: a stream waits for the copies before a layer's": mutant(
+        f"{LEASES}::test_a_layer_comes_after_those_before_it",
+        (Tenancy, "tickets", _own_tickets_only),
+    ),
+    "tenancy: a stream waits for all copies or is told to wait": mutant(
+        f"{CLONE}::test_a_kernel_behind_copies_sees_their_bytes",
+        (Tenancy, "tickets", _known_tickets_only),
+    ),
+    "tenancy: a thread waits for its layer": mutant(
+        f"{TENANCY}::test_threads_wake_with_their_layer", (Tenancy, "wait", _without_waiting)
+    ),
+    "tenancy: a failure wakes all waiters": mutant(
+        f"{TENANCY}::test_a_failure_reaches_all_who_wait", (Tenancy, "fail", _failed_in_silence)
+    ),
+    "tenancy: the end of a lease wakes its waiters": mutant(
+        f"{STREAMING}::test_a_release_ends_the_waits_of_others",
+        skipped(Tenancy, "wake_threads"),
+        skipped(Tenancy, "wake_tasks"),
+    ),
+    "handle: weights are shown once their layer is here": mutant(
+        f"{STREAMING}::test_layers_come_one_by_one", skipped(Tenancy, "is_ready", True)
+    ),
+    "handle: a use ends when the device has computed": mutant(
+        f"{CLONE}::test_a_slot_is_kept_until_the_device_has_computed",
+        (AdapterHandle, "_end_use", _use_ends_at_once),
+    ),
+    "lease: a kernel outlives its lease": mutant(
+        f"{TENANCY}::test_a_kernel_outlives_its_lease", (Lease, "end", _ended_unused)
+    ),
+    "lease: no use begins while it ends": mutant(
+        f"{LEASES}::test_an_end_while_a_use_begins_is_told_of_it",
+        seen_by(tenancy, "threading", Lock=NoLock),
+    ),
+    "lease: nothing is verified while a digest is compared": mutant(
+        f"{DIGESTS}::test_other_weights_are_refused_for_who_gave_it",
+        (
+            Lease,
+            "is_verified",
+            property(lambda self: self.tenancy.verification is not None),
+        ),
+    ),
+    "unload: it waits until the adapter is gone": mutant(
+        "test_unload.py::test_a_kernel_is_waited_for", (Interest, "unload", _not_waited_for)
+    ),
+    "driver: ends of leases in threads are decided on the loop": mutant(
+        f"{REENTRY}::test_ends_in_threads_are_the_loops_to_decide_on",
+        (Driver, "_on_loop", _told_at_once),
+    ),
+    "driver: a finalizer decides nothing by itself": mutant(
+        f"{REENTRY}::test_a_handle_that_is_forgotten_in_the_midst_of_a_decision",
+        (Driver, "_lease_ended", _ended_at_once),
+    ),
+    "driver: what a subscriber causes comes after": mutant(
+        f"{REENTRY}::test_what_a_subscriber_causes_comes_after",
+        (Driver, "_obey", _obeyed_at_once),
+    ),
+    "actions: a reader stays open while it is copied from": mutant(
+        "test_readers.py", (Actions, "close_idle_reader", _closed_though_read)
+    ),
+    "replace: calls with one name come in their order": mutant(
+        "test_replace_beside_loads.py::test_several_at_once_come_in_their_order",
+        (InOrder, "place", lambda *_: nullcontext(nothing_awaited)),
+    ),
+}
+
+FETCHES_AND_END: Mutants = {
+    "files: closing a hold is waited for": mutant(
+        f"{FILES}::test_closing_a_hold_is_waited_for", (Files, "_close_hold", _hold_closed_later)
+    ),
+    "digests: a load waits for the comparison": mutant(
+        f"{DIGESTS}::test_other_weights_are_refused_for_who_gave_it",
+        (Digests, "hold", _not_compared),
+    ),
+    "resolver: a resolve outlives its first caller": mutant(
+        "test_resolver.py::test_a_cancelled_caller_leaves_the_others_their_answer",
+        seen_by(resolver, "asyncio", shield=same),
+    ),
+    "close: leases have their time": mutant(
+        f"{OWNERSHIP}::test_close_fails_waiters_and_revokes_leases", skipped(Driver, "_vacate")
+    ),
+    "close: kernels are waited for": mutant(
+        f"{OWNERSHIP}::test_close_waits_for_kernels_whatever_its_deadline",
+        skipped(Driver, "_at_rest"),
+    ),
+    "close: fetches have ended": mutant(
+        f"{ENDING}::test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off",
+        skipped(Files, "stop"),
+    ),
+    "close: the device ends after the copies": mutant(
+        f"{ENDING}::test_the_device_ends_after_the_copies_even_if_close_is_broken_off",
+        skipped(Driver, "join"),
+    ),
+    "close: it goes on without its caller": mutant(
+        f"{OWNERSHIP}::test_close_goes_on_when_its_caller_is_cancelled",
+        seen_by(loader, "asyncio", shield=same),
+    ),
+}
+
+LOADER: Mutants = {**HOLDERS, **FETCHES_AND_END}

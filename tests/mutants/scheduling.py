@@ -1,0 +1,69 @@
+"""The scheduler: claims, batches, slots and ends of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorax_async.scheduling.batch import Batch
+from lorax_async.scheduling.guestbook import Guestbook
+from lorax_async.scheduling.guests import Guest
+from lorax_async.scheduling.requests import Ticket
+from lorax_async.scheduling.waiting import Waiting
+from mutants.mutation import Mutants, mutant, skipped
+
+FLIGHTS = "test_scheduler_flights.py"
+WAITED_FOR = "test_scheduler_waited_for.py"
+CLOSING = "test_scheduler_closing.py"
+
+_landed = Guestbook.landed
+
+
+def _never(kept: object) -> property:
+    """An attribute that is always as it was before anything began."""
+    return property(lambda _: kept, lambda _, __: None)
+
+
+def _given_back_after_the_first(self: Guestbook, guests: Sequence[Guest]) -> None:
+    for guest in guests:
+        guest.flights = 1
+    _landed(self, guests)
+
+
+def _forgotten_but_loaded(self: Waiting, guest: Guest) -> None:
+    errand = self._errands.pop(guest, None)
+    if errand is not None:
+        self._take_out(errand)
+
+
+SCHEDULING: Mutants = {
+    "scheduler: a request is in one batch at a time": mutant(
+        "test_scheduler.py::test_several_batches_may_be_under_way",
+        (Ticket, "flying", _never(kept=False)),
+    ),
+    "scheduler: a slot is kept for its batches": mutant(
+        f"{FLIGHTS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
+        (Guestbook, "landed", _given_back_after_the_first),
+    ),
+    "scheduler: a batch is valid while its slots are its own": mutant(
+        "test_scheduler_ahead.py::test_a_stale_batch_is_caught", skipped(Batch, "check")
+    ),
+    "scheduler: a slot held in vain makes way": mutant(
+        f"{WAITED_FOR}::test_who_may_not_begin_keeps_no_slot_from_who_has_begun",
+        skipped(Guestbook, "make_way"),
+    ),
+    "scheduler: tokens of false weights do not count": mutant(
+        "test_scheduler_digests.py::test_the_last_token_of_false_weights_is_none",
+        skipped(Guestbook, "judge"),
+    ),
+    "scheduler: a preempted request gives its place back": mutant(
+        "test_scheduler_shares.py::test_preempting_ends",
+        skipped(Guestbook, "preempt"),
+    ),
+    "scheduler: a load ends with its last request": mutant(
+        "test_scheduler_waits.py::test_who_may_not_begin_does_when_another_is_cancelled",
+        (Waiting, "remove", _forgotten_but_loaded),
+    ),
+    "scheduler: close waits for its loads": mutant(
+        f"{CLOSING}::test_it_is_closed_when_its_loads_have_ended", skipped(Waiting, "close")
+    ),
+}

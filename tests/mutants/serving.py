@@ -1,0 +1,97 @@
+"""Forward passes and the server: what is held while computed, freed after, and written."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+from lorax_async.engines.batch import Batch
+from lorax_async.handle import AdapterHandle
+from lorax_async.server import engine, warm_list
+from lorax_async.server.calls.under_way import UnderWay, Watch
+from lorax_async.server.decoding.kept_keys import KeptKeys, KeptLayer
+from lorax_async.server.engine import Engine
+from mutants.mutation import (
+    Mutants,
+    NoLock,
+    initialized,
+    mutant,
+    nothing,
+    nothing_awaited,
+    same,
+    seen_by,
+    skipped,
+)
+
+THREADS = "engines/test_attach_threads.py"
+LOCKS = "engines/test_engine_locks.py"
+ENDS = "server/test_engine_ends.py"
+TURNS = "server/test_engine_turns.py"
+KEYS = "server/decoding/test_kept_keys.py"
+WARM = "server/test_warm_list_order.py"
+
+
+def _only_told(self: Engine) -> list[int]:
+    gone, self._gone = self._gone, []
+    return gone
+
+
+def _written_in_place(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+SERVING: Mutants = {
+    "batch: adapters are in use while it is computed": mutant(
+        f"{THREADS}::test_a_pass_that_outlives_its_block_stops_and_then_frees_its_adapter",
+        (AdapterHandle, "use", lambda *_: nullcontext()),
+    ),
+    "batch: layers begin and end one after the other": mutant(
+        f"{LOCKS}::test_two_layers_that_end_at_once_are_both_over", initialized(Batch, _lock=NoLock)
+    ),
+    "gate: a pass waits for a layer that is on its way": mutant(
+        "engines/test_layer_gate.py::test_a_layer_within_the_budget_is_waited_for",
+        skipped(AdapterHandle, "wait_layer"),
+    ),
+    "engine: close waits for the step that is computed": mutant(
+        f"{ENDS}::test_closing_fails_the_rest_after_the_step_that_is_computed",
+        (engine, "ThreadPoolExecutor", lambda _, name: ThreadPoolExecutor(2, name)),
+    ),
+    "engine: a sequence leaves its place before another takes it": mutant(
+        f"{ENDS}::test_who_has_gone_has_left_its_place_before_another_takes_it",
+        (Engine, "_take_gone", _only_told),
+    ),
+    "engine: an ended sequence is freed": mutant(
+        f"{ENDS}::test_cancelled_while_it_is_computed", skipped(Engine, "_take_gone", ())
+    ),
+    "engine: no token of false weights comes out": mutant(
+        f"{TURNS}::test_no_token_of_an_adapter_that_was_false_comes_out",
+        (engine, "_counts", lambda _: True),
+    ),
+    "keys: a free place holds nothing": mutant(
+        f"{KEYS}::test_nothing_is_left_at_a_place_that_is_free", skipped(KeptLayer, "clear")
+    ),
+    "keys: what does not follow changes nothing": mutant(
+        f"{KEYS}::test_what_does_not_follow_changes_nothing", skipped(KeptKeys, "_check")
+    ),
+    "server: requests under way are counted": mutant(
+        "server/calls/test_server_ends.py::test_a_signal_drains",
+        (UnderWay, "one", lambda _: nullcontext()),
+    ),
+    "server: a client that hangs up frees its place": mutant(
+        "server/calls/test_server_clients.py::test_who_hangs_up_frees_its_place",
+        (Watch, "_listen", nothing_awaited),
+    ),
+    "warm list: it is on the disk before it has its name": mutant(
+        f"{WARM}::test_the_file_is_whole_on_the_disk_before_it_has_its_name",
+        seen_by(warm_list, "os", fsync=nothing),
+    ),
+    "warm list: it is replaced as a whole": mutant(
+        f"{WARM}::test_the_file_is_whole_on_the_disk_before_it_has_its_name",
+        (warm_list, "_replace", _written_in_place),
+    ),
+    "warm list: leaving waits for what is written": mutant(
+        f"{WARM}::test_leaving_waits_for_what_is_written",
+        seen_by(warm_list, "asyncio", shield=same),
+    ),
+}

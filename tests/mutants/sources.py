@@ -1,0 +1,189 @@
+"""Bytes at rest and on their way: readers, merges, tensors in memory, remote fetches."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lorax_async.io import host_copies
+from lorax_async.io.host_copies import HostCopies, HostCopy
+from lorax_async.io.remote import fetch, jobs, opening, workers
+from lorax_async.io.remote.cached import FetchReader
+from lorax_async.io.remote.fetch import Fetch
+from lorax_async.io.remote.known import Known
+from lorax_async.io.remote.opening import Opening
+from lorax_async.io.remote.resolving import Resolving
+from lorax_async.io.remote.source import RemoteSource
+from lorax_async.io.remote.workers import Workers
+from lorax_async.io.snapshot import Snapshot
+from lorax_async.io.sources import local_hold, merged, opened_once
+from lorax_async.io.sources.checked_open import FileReader
+from lorax_async.io.sources.local_hold import LocalHold
+from mutants.mutation import (
+    Mutants,
+    NoLock,
+    initialized,
+    mutant,
+    nothing,
+    nothing_awaited,
+    same,
+    skipped,
+)
+
+SPLIT = "io/test_split_reader.py"
+MERGED = "io/test_merged_source.py"
+SPILLING = "io/test_spilling.py"
+MEMORY = "io/test_memory_source.py"
+WORKERS = "io/remote/test_remote_workers.py"
+WAITS = "io/remote/test_remote_waits.py"
+FETCH = "io/remote/test_remote_fetch.py"
+LOADS = "io/remote/test_remote_loads.py"
+CHECKED = "io/remote/test_remote_checked.py"
+
+_attempt = Opening._attempt
+
+
+def _closed_under_readers(self: FileReader) -> None:
+    if not self._closed:
+        self._closed = True
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def _held_unseen(self: LocalHold) -> None:
+    local_hold.close_all(self._readers)
+
+
+async def _not_waited_for(works: Sequence[Any], undo: object) -> list[Any]:
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
+
+
+def _free_of_charge(self: HostCopies, nbytes: int) -> host_copies.Claim:
+    return host_copies.Claim(0, nothing)
+
+
+def _kept_though_dropped(self: HostCopy, home: Any) -> None:
+    self._home.leave()
+    self._home = home
+
+
+async def _not_undone(self: Workers, work: Any, undo: object = None) -> Any:
+    return await workers.outcome(self.threads.submit(work))
+
+
+async def _not_finished(self: Workers, work: Any) -> None:
+    await workers.outcome(self.threads.submit(work))
+
+
+def _kept_when_closed(self: FetchReader, entry: Any) -> None:
+    self.entry = entry
+
+
+def _let_go(self: FetchReader, entry: Any) -> None:
+    entry.close()
+
+
+def _alone(self: Opening, key: Any, scope: str, *, alone: bool) -> Any:
+    return _attempt(self, key, scope, alone=True)
+
+
+def _left_while_hashed(self: Fetch, error: object) -> None:
+    self._download.close()
+
+
+async def _granted_to_all(self: Resolving, *_: object) -> bool:
+    return True
+
+
+SOURCES: Mutants = {
+    "reader: a descriptor outlives the read it serves": mutant(
+        "io/test_file_reader.py::test_a_descriptor_outlives_the_read_it_serves",
+        (FileReader, "close", _closed_under_readers),
+    ),
+    "opened once: one read opens": mutant(
+        f"{SPLIT}::test_many_first_reads_open_it_once", (opened_once, "Lock", NoLock)
+    ),
+    "hold: what is held is what was opened": mutant(
+        "io/test_local_hold.py::test_a_file_that_changes_is_not_held",
+        (LocalHold, "settle", _held_unseen),
+    ),
+    "merge: parts that are given up are waited for": mutant(
+        f"{MERGED}::test_when_a_part_fails_the_others_have_ended",
+        (merged, "_all", _not_waited_for),
+    ),
+    "tensors: writes during the copy are noticed": mutant(
+        "io/test_snapshot.py::test_a_write_at_any_time_is_noticed",
+        skipped(Snapshot, "_require_unchanged"),
+    ),
+    "tensors: room is claimed before they are copied": mutant(
+        f"{MEMORY}::test_the_budget_counts_what_is_being_copied",
+        (HostCopies, "claim", _free_of_charge),
+    ),
+    "tensors: a reader keeps its room": mutant(
+        f"{SPILLING}::test_what_is_read_or_copied_now_is_waited_for",
+        skipped(host_copies.Users, "join"),
+    ),
+    "spilling: what was dropped meanwhile leaves the disk": mutant(
+        "test_spill_races.py::test_it_is_unloaded", (HostCopy, "move", _kept_though_dropped)
+    ),
+    "workers: a cancelled caller's result is undone": mutant(
+        f"{WORKERS}::test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did",
+        (Workers, "run", _not_undone),
+    ),
+    "workers: letting go is waited for": mutant(
+        f"{WORKERS}::test_what_lets_go_is_done_though_it_was_cancelled_before_it_began",
+        (Workers, "finish", _not_finished),
+    ),
+    "fetch: it is published when all of it is here": mutant(
+        f"{LOADS}::test_an_adapter_comes_once", (fetch, "outcome", nothing_awaited)
+    ),
+    "fetch: groups are reported on the loop": mutant(
+        f"{WAITS}::test_groups_are_told_of_on_the_loop", (fetch, "_on_loop", same)
+    ),
+    "fetch: groups of several files are reported in their order": mutant(
+        f"{FETCH}::test_groups_of_two_files_are_told_of_in_their_order",
+        initialized(Fetch, _lock=NoLock),
+    ),
+    "fetch: nothing reads a download that has ended": mutant(
+        f"{FETCH}::test_nothing_reads_a_download_that_has_ended",
+        (Fetch, "_leave", _left_while_hashed),
+    ),
+    "fetch: its jobs have ended when that is reported": mutant(
+        f"{WAITS}::test_jobs_end_with_whoever_follows_them", (jobs, "ended", nothing_awaited)
+    ),
+    "fetch: a closed reader keeps no entry": mutant(
+        f"{WAITS}::test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing",
+        (FetchReader, "adopt", _kept_when_closed),
+    ),
+    "fetch: a reader keeps its entry": mutant(
+        f"{WAITS}::test_an_entry_stays_for_as_long_as_it_is_read",
+        (FetchReader, "adopt", _let_go),
+    ),
+    "fetch: two processes download once": mutant(
+        f"{LOADS}::test_two_processes_download_once", (Opening, "_attempt", _alone)
+    ),
+    "fetch: small files are checked before they are used": mutant(
+        f"{CHECKED}::test_small_files_are_checked_before_they_are_used",
+        (opening, "_check", nothing),
+    ),
+    "fetch: what is in the cache is checked": mutant(
+        "io/remote/test_fault_bytes.py::test_what_nobody_promised_is_taken_and_named_so",
+        skipped(RemoteSource, "_check"),
+    ),
+    "resolving: the cache serves whom it was granted to": mutant(
+        "io/remote/test_remote_checked.py::test_who_was_let_have_it_has_it_while_the_source_is_down",
+        (Resolving, "_may_have", _granted_to_all),
+    ),
+    "resolving: a fetch is in the last caller's name": mutant(
+        "io/remote/test_remote_callers.py::test_a_digest_is_its_callers_own",
+        skipped(Known, "_asked", True),
+    ),
+}
