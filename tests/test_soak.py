@@ -9,7 +9,7 @@ import pytest
 
 from soak.play import play
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
 
 DEVICES = pytest.mark.parametrize(("device", "loop"), [("cpu", "uvloop"), ("simulated", "asyncio")])
 

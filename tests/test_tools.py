@@ -13,6 +13,8 @@ import pytest
 import tools
 from tools import FOLDER, main, tool
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.slow
+
 LAYERS, HIDDEN, RANK = 24, 8192, 64
 MIB = 1 << 20
 PROGRAM = """

@@ -20,6 +20,8 @@ from lorax_async.core.transitions import (
 )
 from lorax_async.errors import InvalidTransitionError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_reachable_state_is_sound(name: str) -> None:

@@ -39,6 +39,7 @@ from lorax_async.io.devices.simulated import SimulatedDevice
 pytestmark = [
     pytest.mark.filterwarnings(PEFT_WARNING),
     pytest.mark.filterwarnings(FEATURE_WARNINGS),
+    pytest.mark.slow,
 ]
 
 MORE = {

@@ -32,7 +32,7 @@ from lorax_async.engines.transformers import Attached
 from lorax_async.io.fakes import FakeSource
 from scheduling.page import functions
 
-pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
+pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING), pytest.mark.slow]
 
 STYLES = ("pirate", "shout", "json")
 BASE = "__base__"

@@ -15,6 +15,8 @@ from cache_inputs import KEY, NBYTES
 from lorax_async.core.cache_names import scope_name
 from lorax_async.core.chunk_map import CHUNK_BYTES
 
+pytestmark = pytest.mark.slow
+
 IO = Path(__file__).parent
 PATHS = [str(IO), str(IO.parent), str(IO.parent.parent), str(IO.parent.parent / "kernels")]
 BUDGET = 1_000_000

@@ -24,6 +24,8 @@ from lorax_async.core.policies import policy
 from lorax_async.errors import CapacityError
 from lorax_async.io.disk_cache import DiskCache
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[DiskCache]:

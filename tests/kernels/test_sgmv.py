@@ -15,7 +15,7 @@ from lorax_kernels import Operands, Plan
 
 TESTS = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.needs("triton")
+pytestmark = [pytest.mark.needs("triton"), pytest.mark.slow]
 
 
 PLAN = Plan.from_segments([0, 3], [0], tile_rows=16, max_rank=8)

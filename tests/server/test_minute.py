@@ -18,7 +18,7 @@ from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.server.assembly import Base
 from server.minute import MISSING, REFUSED, STYLES, Minute, minute, source
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from lorax_async.server import serving as serving_module
 from lorax_async.server.assembly import Base, Capacity, assembled
 from lorax_async.server.settings import ServerSettings
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a-token"
 
 

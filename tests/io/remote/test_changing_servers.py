@@ -25,7 +25,7 @@ from lorax_async.adapter import AdapterRef
 from lorax_async.commands.fetching import Fetched
 from lorax_async.io.remote.elsewhere import elsewhere_of
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
 
 LAYERS = 4
 RANK = 96

@@ -14,7 +14,7 @@ from test_fault_processes import run_script
 
 from lorax_async import ConfigError
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
 
 RIGHT = {"kind": "right"}
 FULL = {"kind": "CapacityError", "stage": "fetch", "retryable": True}

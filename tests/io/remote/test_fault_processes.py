@@ -18,7 +18,7 @@ from fault_world import CHUNK, FaultyWorld, assert_true_cache, is_weights, part_
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from tools import on_a_small_disk
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent.parent

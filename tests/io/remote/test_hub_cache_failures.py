@@ -18,7 +18,7 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 
 from lorax_async.errors import CapacityError, FetchError, LoraxError
 
-pytestmark = pytest.mark.usefixtures("hub_client", "nothing_left")
+pytestmark = [pytest.mark.usefixtures("hub_client", "nothing_left"), pytest.mark.slow]
 
 HERE = Path(__file__).parent
 PATHS = [HERE, HERE.parent, HERE.parent / "http", HERE.parent.parent, HERE.parent.parent.parent]

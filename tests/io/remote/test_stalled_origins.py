@@ -19,7 +19,7 @@ from common import open_sockets, until
 from lorax_async import AdapterLoader, AdapterTimeoutError, Allow, LoaderConfig
 from lorax_async.io.remote.beginning import FIRST_BYTES
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
 
 CONNECTIONS = 16
 LOADS = 16

@@ -24,7 +24,7 @@ from lorax_async.errors import (
 )
 from tools import tool
 
-pytestmark = [pytest.mark.needs("weed"), pytest.mark.usefixtures("nothing_left")]
+pytestmark = [pytest.mark.needs("weed"), pytest.mark.usefixtures("nothing_left"), pytest.mark.slow]
 
 SHARDS = [FileRole("weights", 1), FileRole("weights", 2)]
 

@@ -35,6 +35,7 @@ from servers import Nginx
 pytestmark = [
     pytest.mark.needs("nginx"),
     pytest.mark.usefixtures("nothing_left", "no_socket_left"),
+    pytest.mark.slow,
 ]
 
 

@@ -29,7 +29,7 @@ from lorax_async import AccessDeniedError, AdapterNotFoundError, Allow, FetchErr
 from lorax_async.adapter import AdapterRef
 from tools import tool
 
-pytestmark = [pytest.mark.needs("weed"), pytest.mark.usefixtures("nothing_left")]
+pytestmark = [pytest.mark.needs("weed"), pytest.mark.usefixtures("nothing_left"), pytest.mark.slow]
 
 ALLOW = (Allow("s3", "adapters"),)
 

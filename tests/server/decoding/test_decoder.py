@@ -16,7 +16,7 @@ from lorax_async.engines.transformers import Attached
 from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
 from server.solo_runs import Play, Sequence_, alone, base_alone
 
-pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
+pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING), pytest.mark.slow]
 
 PLACES = 4
 
