@@ -33,6 +33,7 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     UsageError,
 )
+from lorax_async.io.cache.ports import LeftoverError
 from lorax_async.runtime.digests import Digests
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.interest import Wish
@@ -52,7 +53,8 @@ BACKGROUND_SECONDS = 1.0
 """A prefetch that takes longer than this holds up those from other origins no more."""
 
 EVICTIONS = 3
-"""So often may a file leave the disk cache between its fetch and its reading."""
+"""How often a call begins anew because a file left the disk cache before it was read, or because
+what an interrupted download left is not what the source has."""
 
 
 SETTLE_SECONDS = 0.05
@@ -175,7 +177,7 @@ class Acquiring:
         self, tries: _Tries, ref: Ref, key: AdapterKey, error: AdapterError
     ) -> None:
         """Raise the error unless what `ref` was has gone, or `ref` means something else now."""
-        if isinstance(error, EvictedError):
+        if isinstance(error, EvictedError | LeftoverError):
             tries.evicted += 1
             if tries.evicted < EVICTIONS:
                 return
