@@ -53,7 +53,7 @@ class Record:
 
     @property
     def vouched(self) -> bool:
-        """Whether every file had the digest that somebody promised, and not just one of ours."""
+        """Whether the source or the caller promised the digest of every file."""
         return all(file.digest.kind != "transport" for file in self.files)
 
     def contradicts(self, files: Iterable[FileRecord]) -> bool:

@@ -52,9 +52,9 @@ BACKGROUND = 2
 BACKGROUND_SECONDS = 1.0
 """A prefetch that takes longer than this holds up those from other origins no more."""
 
-EVICTIONS = 3
-"""How often a call begins anew because a file left the disk cache before it was read, or because
-what an interrupted download left is not what the source has."""
+MAX_ATTEMPTS = 3
+"""Attempts of one call, where a file left the disk cache before it was read, or what an interrupted
+download left is not what the source has."""
 
 
 SETTLE_SECONDS = 0.05
@@ -85,9 +85,9 @@ def require_priority(priority: int) -> None:
 
 @dataclass(slots=True)
 class _Tries:
-    """How often one call has begun anew: for each file that was evicted, and once for a change."""
+    """Attempts of one call that the cache let fail, and whether a changed file was loaded again."""
 
-    evicted: int = 0
+    failed: int = 0
     reloaded: bool = False
 
 
@@ -178,8 +178,8 @@ class Acquiring:
     ) -> None:
         """Raise the error unless what `ref` was has gone, or `ref` means something else now."""
         if isinstance(error, EvictedError | LeftoverError):
-            tries.evicted += 1
-            if tries.evicted < EVICTIONS:
+            tries.failed += 1
+            if tries.failed < MAX_ATTEMPTS:
                 return
         if self._resolver.outdated(ref, key):
             return

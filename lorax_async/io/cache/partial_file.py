@@ -210,7 +210,7 @@ class PartialFile:
                 write_all(fd, [memoryview(changed[0])], changed[1])
 
     def _compare(self, fd: int, buffers: Sequence[memoryview], start: int, stop: int) -> None:
-        """Raise `LeftoverError` if other bytes of [start, stop) are here already."""
+        """Raise `LeftoverError` if the download has other bytes of [start, stop) already."""
         with self._lock:
             gaps = self._here.missing(start, stop)
         here = SpanSet(gaps).missing(start, stop)
@@ -224,7 +224,8 @@ class PartialFile:
                 or left != content[first - start : last - start]
             ):
                 raise LeftoverError(
-                    f"what is here of {self._name} is not what the source has now; load it again"
+                    f"what an interrupted download left of {self._name} is not what the source has"
+                    " now; load it again"
                 )
 
     def _make_room(self, stop: int) -> None:

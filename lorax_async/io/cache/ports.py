@@ -14,11 +14,11 @@ from lorax_async.io.ports import Demand, Reader
 
 
 class LeftoverError(IntegrityError):
-    """What came before of a file, or an interrupted download left, is not what comes now."""
+    """The bytes that an interrupted download left are not those that the source sends now."""
 
 
 def contradiction() -> IntegrityError:
-    """What `CacheDownload.publish` raises if another process stored other bytes meanwhile."""
+    """Return what `CacheDownload.publish` raises if another process has published other bytes."""
     return IntegrityError(
         "another process has stored other bytes of the same version meanwhile: the source changed"
         " them without saying so; load it again"
@@ -86,7 +86,7 @@ class CacheFile(Protocol):
     def write(self, buffers: Sequence[memoryview], offset: int) -> None:
         """The bytes from `offset` on, of all buffers together.
 
-        What is here already is compared, not overwritten: `LeftoverError` if it differs. Raises
+        What an interrupted download left is compared first: `LeftoverError` if it differs. Raises
         `IntegrityError` if the file ends before them, `CapacityError` if the disk is full
         (or the file may not be so large, or its owner may have no more), `FetchError` if it fails.
         """
@@ -174,9 +174,9 @@ class Cache(Protocol):
         """Source and version that it answered last; None if nobody noted that."""
 
     def condemn(self, key: CacheKey) -> None:
-        """Remove the entry at once, even if it is held: its bytes are wrong.
+        """Remove an entry whose bytes are wrong, even if it is held.
 
-        Holders keep what they have opened; later reads raise.
+        Files that are open stay readable; a holder that opens another gets `IntegrityError`.
         """
 
     def remove(self, key: CacheKey) -> bool:

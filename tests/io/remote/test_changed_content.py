@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,12 @@ def zeros_of(adapter: Path) -> dict[str, bytes]:
     return files | {WEIGHTS: bytes(len(files[WEIGHTS]))}
 
 
+def unknown_dtype_in(adapter: Path) -> dict[str, bytes]:
+    """The length of the header is right, and its text is not: planning refuses it."""
+    files = contents(adapter)
+    return files | {WEIGHTS: files[WEIGHTS].replace(b'"F32"', b'"F33"')}
+
+
 async def refused(
     there: AdapterLoader, id: str | AdapterRef, error: type[AdapterError]
 ) -> AdapterError:
@@ -77,29 +83,15 @@ async def published(world: World) -> None:
     assert row.error is None, row.error
 
 
-async def test_a_file_of_zeros_leaves_nothing_behind(world: World, adapters: list[Path]) -> None:
-    world.origin.files = zeros_of(adapters[0])
+@pytest.mark.parametrize("make", [zeros_of, unknown_dtype_in], ids=["zeros", "a wrong header"])
+async def test_a_refused_download_leaves_nothing_behind(
+    world: World, adapters: list[Path], make: Callable[[Path], dict[str, bytes]]
+) -> None:
+    world.origin.files = make(adapters[0])
     async with world.loader() as there:
         await refused(there, world.id, AdapterFormatError)
         await until(lambda: world.stored() == (0, 0))
         world.origin.files = contents(adapters[0])
-        await has(there, world.id, adapters[0])
-    async with world.loader() as there:
-        await has(there, world.id, adapters[0])
-
-
-async def test_a_header_that_is_refused_leaves_nothing_behind(
-    world: World, adapters: list[Path]
-) -> None:
-    """Its length is right, and its text is not: that is seen when it is planned."""
-    right = contents(adapters[0])
-    text = right[WEIGHTS].replace(b'"F32"', b'"F33"')
-    assert len(text) == len(right[WEIGHTS])
-    world.origin.files = right | {WEIGHTS: text}
-    async with world.loader() as there:
-        await refused(there, world.id, AdapterFormatError)
-        await until(lambda: world.stored() == (0, 0))
-        world.origin.files = right
         await has(there, world.id, adapters[0])
     async with world.loader() as there:
         await has(there, world.id, adapters[0])
@@ -178,7 +170,7 @@ async def test_a_stored_adapter_that_is_refused_is_fetched_once_more(
 ) -> None:
     right = contents(adapters[0])
     stored = {
-        "header": right | {WEIGHTS: right[WEIGHTS].replace(b'"F32"', b'"F33"')},
+        "header": unknown_dtype_in(adapters[0]),
         "config": right | {CONFIG: right[CONFIG].replace(b'"LORA"', b'"LOHA"')},
         "rank": contents(written(tmp_path / "other", 3, layers=LAYERS - 1, rank=256)),
     }
@@ -215,13 +207,11 @@ async def test_a_stored_adapter_that_is_refused_for_good_is_kept(
 async def test_the_refusal_stands_where_the_source_cannot_be_asked(
     world: World, adapters: list[Path]
 ) -> None:
-    right = contents(adapters[0])
-
     async def version(there: AdapterLoader) -> str:
         error = await refused(there, world.id, AdapterFormatError)
         return str(error.key.version)  # type: ignore[attr-defined]
 
-    world.origin.files = right | {WEIGHTS: right[WEIGHTS].replace(b'"F32"', b'"F33"')}
+    world.origin.files = unknown_dtype_in(adapters[0])
     await published(world)
     async with world.loader() as there:
         ref = AdapterRef(world.id, revision=await version(there))
@@ -313,12 +303,3 @@ async def test_verified_says_whether_anybody_vouched(world: World, adapters: lis
         found = await handle.verified()
         assert found.kind == "sha256"
         assert found.vouched
-
-
-async def test_a_cancelled_load_keeps_what_it_has(world: World, adapters: list[Path]) -> None:
-    """Nothing is wrong with it: only what is refused is thrown away."""
-    async with world.loader() as there:
-        await interrupted(world, there, 1_500_000)
-        assert world.stored() == (0, 1)
-        await has(there, world.id, adapters[0])
-        assert world.stored() == (1, 0)
