@@ -74,7 +74,7 @@ def is_stale(key: AdapterKey) -> bool:
 
 
 def origins_of(ref: Ref) -> frozenset[str]:
-    """The servers that have it or its parts (`origin_of`); none for what is on this machine."""
+    """Return the origins (`origin_of`) of an adapter or a merge's parts; local ones have none."""
     if isinstance(ref, Merge | MergedKey):
         parts = ref.parts if isinstance(ref, Merge) else ref.merge.parts
         return frozenset[str]().union(*map(origins_of, parts))

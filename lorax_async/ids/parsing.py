@@ -154,14 +154,14 @@ def reach_of(ref: AdapterRef) -> Reach:
 
 
 def origin_of(ref: AdapterRef) -> str:
-    """Which server has it: "hub", "s3://bucket", "https://host:port", or "" for none at all."""
+    """Return "hub", "s3://bucket" or "https://host:port"; "" for a local or an invalid id."""
     try:
         found = parsed(ref)
         if found.source == "local":
             return ""
         reach = reach_of(found)
     except LoraxError:
-        return ""  # whoever asks for it is told
+        return ""  # resolving it raises
     port = "" if reach.port is None else f":{reach.port}"
     return "hub" if reach.scheme == "hub" else f"{reach.scheme}://{reach.host}{port}"
 

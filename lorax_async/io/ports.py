@@ -31,7 +31,7 @@ class Demand:
     def __init__(self, *, urgent: bool = True) -> None:
         self.urgent = urgent
         self.refused: LoraxError | None = None
-        """What a check of the bytes that came has refused them with."""
+        """The error with which a check refused the bytes received so far."""
         self._ended = Event()
         self._watchers: list[Callable[[], None]] = []
 

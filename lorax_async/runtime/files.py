@@ -89,7 +89,7 @@ class Files:
             demand.hasten()
 
     def refuse_weights(self, key: AdapterKey, error: LoraxError) -> None:
-        """A check of its weights failed: let the source keep no copy that nobody vouched for."""
+        """Let the source drop its copy, unless vouched for, of weights that failed a check."""
         demand, refuse = self._demands.get(key), self._refusals.get(key)
         if demand is not None:
             demand.refused = error

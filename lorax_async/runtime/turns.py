@@ -12,10 +12,10 @@ from math import inf
 
 
 class Turns:
-    """`most` have theirs at a time; of those who wait, the highest priority, then the first.
+    """Let `most` callers go on at a time: the highest priority first, then the longest wait.
 
-    Who has had a turn for `seconds` keeps no other origin waiting any longer: the next one begins
-    beside it, if it is from an origin that has fewer than `most` turns.
+    A turn that lasts longer than `seconds` is lent: the next caller begins beside it, if its origin
+    has fewer than `most` turns.
     """
 
     def __init__(self, most: int, seconds: float = inf) -> None:

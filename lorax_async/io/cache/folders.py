@@ -81,7 +81,7 @@ class Folder:
             os.unlink(name, dir_fd=self.fd)
 
     def is_named(self, name: str | os.PathLike[str], within: Folder | None = None) -> bool:
-        """Whether `name` leads to this folder still: nobody has removed or replaced it."""
+        """Return whether `name` still leads to this folder."""
         try:
             status = os.stat(name, dir_fd=None if within is None else within.fd)
         except (FileNotFoundError, NotADirectoryError):
@@ -89,7 +89,7 @@ class Folder:
         return os.path.samestat(status, os.fstat(self.fd))
 
     def become(self, other: Folder) -> None:
-        """Be the folder that `other` is, for everyone who uses this one. Closes `other`."""
+        """Replace the descriptor in place by that of `other`, and close `other`."""
         with other:
             os.dup2(other.fd, self.fd, inheritable=False)
 

@@ -42,11 +42,10 @@ class Place:
         self._restoring = Lock()
 
     def restore(self) -> None:
-        """Make the folders again that somebody has removed.
+        """Recreate folders that were removed (`rm -rf`) or moved away.
 
-        They are opened under the descriptors of the old ones, so that whoever uses these uses the
-        new ones from here on. What was on its way into the old ones fails. Raises as the
-        constructor does, and `FetchError`.
+        The new ones take over the descriptors of the old ones, so that all users see them at once.
+        Downloads into the old ones fail. Raise as the constructor, or `FetchError`.
         """
         with self._restoring, translated_errors("look for its folders"):
             try:

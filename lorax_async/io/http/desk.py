@@ -94,7 +94,7 @@ class Job(ABC, Generic[T]):
         return None
 
     def hands_over(self, piece: Piece) -> bool:  # noqa: ARG002 - some jobs do
-        """Whether the thread that reads the piece leaves it by itself when others lack one."""
+        """Return whether the thread that reads the piece gives it up when another job needs one."""
         return False
 
     @abstractmethod
@@ -180,7 +180,7 @@ class Job(ABC, Generic[T]):
 
 
 class _Seen:
-    """What was seen of an attempt last: where it waited, how much had come, and since when."""
+    """The last observation of an attempt: its origin, bytes received, and since when."""
 
     __slots__ = ("came", "origin", "since")
 
@@ -191,9 +191,11 @@ class _Seen:
 
 
 class _Quiet:
-    """Since when an origin owes an answer (None: it does not), and its longest pause lately.
+    """How long an origin has been silent.
 
-    `came` counts bytes towards the next answer: a request that ends is one, and so are 64 KiB.
+    `since` is when it began to owe an answer (None: it owes none); `pause` is its longest pause
+    lately. `came` counts bytes towards the next answer: the end of a request is one, and so are
+    64 KiB.
     """
 
     __slots__ = ("came", "pause", "since", "until")
@@ -211,7 +213,7 @@ class _Quiet:
 
 
 class Traffic:
-    """Which attempts and origins bring something, as far as `look` has seen. With the lock.
+    """Observes which origins send and which are stalled. Use with the lock.
 
     An origin is stalled when half of its attempts have brought nothing for `_QUIET_SECONDS`, or
     twice its longest pause lately; and for `_SUSPECT_SECONDS` after that, for it may answer small
@@ -231,7 +233,7 @@ class Traffic:
         self._asked(attempt.origin, now)
 
     def look(self, attempt: Attempt, piece: Piece) -> float:
-        """Note what came for an attempt; since when nothing has."""
+        """Record the bytes that an attempt received; return since when it has received none."""
         seen, now = self._attempts[attempt], self._clock()
         came = (piece.came, attempt.received)
         if attempt.origin != seen.origin:  # a redirect is an answer
@@ -256,7 +258,7 @@ class Traffic:
                 quiet.since = None
 
     def judge(self) -> None:
-        """See which origins stall; after `look` at all attempts."""
+        """Mark stalled origins. Call after `look` at all attempts."""
         now = self._clock()
         running, silent = Counter[Hashable](), Counter[Hashable]()
         for attempt, seen in self._attempts.items():
@@ -350,7 +352,7 @@ class Desk:
         return None if piece is None else self._begun(job, piece)
 
     def balance(self, origin: Hashable, urgency: int) -> int:
-        """For how many connections a download that begins now should be cut. Without the lock.
+        """Return how many connections to cut a new download for. Call without the lock.
 
         A wave of 16 pieces on 15 connections would take two rounds; on 8, it is as good as any.
         """
@@ -425,10 +427,11 @@ class Desk:
         )
 
     def reclaim(self) -> None:
-        """End what brings nothing, as far as it keeps others from their shares. With the lock.
+        """End silent attempts that keep other jobs below their shares. With the lock.
 
-        Who reads chunks hands over by himself: a source that stalls would hold up all others. What
-        another origin lacks is taken almost at once; within one, who is slow has time.
+        A thread that receives bytes hands its piece over itself; one that waits for a stalled
+        source cannot. Another origin's share is freed almost at once; within one origin, a slow
+        attempt has more time.
         """
         now = self.clock()
         since = {
@@ -454,7 +457,7 @@ class Desk:
         *,
         hurry: bool,
     ) -> None:
-        """End so many attempts: of those that bring nothing, or do not hand over, the youngest."""
+        """End `excess` attempts, youngest first: silent ones, then those that do not hand over."""
         now, grace = self.clock(), self._stuck
         if hurry:
             grace = 0.0 if self.traffic.is_stalled(origin) else _GRACE_SECONDS
@@ -499,9 +502,9 @@ class Desk:
 
 
 _Place = tuple[Job[Any], Hashable]
-"""A job, and one of the origins that it has attempts at."""
+"""A job and one of its attempts' origins."""
 
 
 def _running(jobs: Iterable[Job[Any]]) -> Counter[_Place]:
-    """How many attempts each job has at each origin."""
+    """Count the attempts of each job at each origin."""
     return Counter((job, attempt.origin) for job in jobs for attempt in job.running)
