@@ -25,9 +25,9 @@ from lorax_async.core.arena import Extent
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.moves import Row
 from lorax_async.io.devices.cpu import CpuDevice
-from lorax_async.io.devices.simulated import SimulatedDevice, SimulatedTicket
 from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
 from lorax_async.io.sources.local import LocalSource
+from lorax_async.testing import SimulatedDevice, SimulatedTicket
 from scale_files import large_layout, write_sparse
 from troubled import TroubledSource
 from work_files import AdapterFolder, write_adapter

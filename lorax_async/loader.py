@@ -37,7 +37,7 @@ class AdapterLoader(TensorCalls, Looking):
     config
         The settings; `loader.config` shows them resolved.
     source, device
-        Stand-ins for tests (`lorax_async.io.fakes`); None takes what the config names.
+        Stand-ins for tests (`lorax_async.testing`); None takes what the config names.
 
     Raises
     ------

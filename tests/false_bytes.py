@@ -5,7 +5,7 @@ from __future__ import annotations
 import tiny
 from lorax_async import AdapterLoader, IntegrityError, LoaderConfig
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 
 FALSE = IntegrityError("its bytes are not what was promised", stage="verify", retryable=False)
 

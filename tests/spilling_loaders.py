@@ -20,7 +20,7 @@ from given import assert_holds, used
 from lorax_async import AdapterLoader, LoaderConfig
 from lorax_async.core.cache_names import CacheKey
 from lorax_async.identity import AdapterKey, TensorsKey
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 
 FILE = 14_500
 """Bytes of a tiny F32 adapter of rank 4 with its header, and less than 300 more."""

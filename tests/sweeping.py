@@ -16,8 +16,8 @@ from lorax_async import (
 )
 from lorax_async.core.transitions import SlotState
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.staging import StagingRing
+from lorax_async.testing import FakeSource
 
 
 @types.coroutine

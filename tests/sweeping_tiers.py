@@ -14,11 +14,10 @@ import tiny
 from common import mapped_files, open_files, our_threads
 from lorax_async import AdapterLoader, LoaderConfig, LocalRoot
 from lorax_async.core.lifecycle import Lifecycle
-from lorax_async.io.devices.simulated import SimulatedDevice
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Source
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.whereabouts import TierName
+from lorax_async.testing import FakeSource, SimulatedDevice
 
 RANK = 4
 """Padded to 8 on the device."""

@@ -17,7 +17,7 @@ from lorax_async import (
     InternalError,
     LoaderClosedError,
 )
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 from tiny_sources import is_resident, over, stocked
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]

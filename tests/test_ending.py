@@ -17,11 +17,11 @@ from lorax_async import AdapterKey, AdapterLoader, AdapterRef, LoaderClosedError
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Row
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import AdapterFile, CopyTicket, Demand, FilePieces, StagedPiece
 from lorax_async.runtime.digests import Digests
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.resolver import Resolver
+from lorax_async.testing import FakeSource
 from tiny_loaders import loader
 from tiny_sources import over
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from common import until
 from lorax_async import AdapterLoader, FetchError, TransferError
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 from tiny_loaders import ONE
 from tiny_sources import is_at, over, simulated, state, stocked, where
 

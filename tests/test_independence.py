@@ -28,9 +28,8 @@ from lorax_async.core import queues
 from lorax_async.core.arena import Extent
 from lorax_async.core.life import Life
 from lorax_async.core.moves import Row
-from lorax_async.io.devices.simulated import SimulatedDevice, SimulatedTicket
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
+from lorax_async.testing import FakeSource, SimulatedDevice, SimulatedTicket
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

@@ -30,7 +30,7 @@ from lorax_async import (
     TransferError,
     UsageError,
 )
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 from tiny_loaders import ONE, gated, loader, on_device
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]

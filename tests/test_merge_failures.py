@@ -26,8 +26,7 @@ from lorax_async import (
     Merge,
     UnsupportedAdapterError,
 )
-from lorax_async.io.fake_files import FakeReader
-from lorax_async.io.fakes import Step
+from lorax_async.testing import FakeReader, Step
 from merges import BOTH, DROPPED, HALVES, assert_same, at, part_bytes, weights_of
 from sweeping import cancel_at, count_steps, local_bench, released
 from tiny_loaders import loader

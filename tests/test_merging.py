@@ -19,7 +19,7 @@ from lorax_async import (
     LocalRoot,
     Merge,
 )
-from lorax_async.io.fake_files import FakeReader
+from lorax_async.testing import FakeReader
 from merges import BOTH, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
 from tiny_loaders import loader
 from tiny_sources import WEIGHTS, is_resident, over, state, stocked, where

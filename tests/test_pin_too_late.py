@@ -11,8 +11,8 @@ import pytest
 import tiny
 from lorax_async import Event, IntegrityError, Resident
 from lorax_async.core.runs import Span
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import AdapterFile, Demand
+from lorax_async.testing import FakeSource
 from lorax_async.verification import Verification
 from tiny_sources import over
 

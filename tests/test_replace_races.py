@@ -14,7 +14,7 @@ from common import until
 from given import assert_holds, give, put, used
 from lorax_async import AdapterHandle, AdapterLoader, AdapterNotFoundError, Merge, UsageError
 from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 from tiny_loaders import loader
 from tiny_sources import over, stocked, where
 

@@ -17,10 +17,10 @@ from lorax_async.errors import (
     LoaderClosedError,
     LoraxError,
 )
-from lorax_async.io.fakes import FakeSource
 from lorax_async.runtime import resolver as resolver_module
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.resolver import Resolver
+from lorax_async.testing import FakeSource
 
 pytestmark = pytest.mark.each_loop
 

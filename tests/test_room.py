@@ -16,7 +16,7 @@ from lorax_async import (
     LoaderClosedError,
     LoaderConfig,
 )
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 from tiny_loaders import ONE, loader
 from tiny_sources import state
 

@@ -20,9 +20,8 @@ from lorax_async.core.life import HostState
 from lorax_async.core.transitions import SlotState
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.io.devices.simulated import SimulatedDevice
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Device
+from lorax_async.testing import FakeSource, SimulatedDevice
 from recording import Recording, RecordingDevice, recorded
 from tiny_loaders import ONE
 from tiny_sources import WEIGHTS, stocked

@@ -29,9 +29,8 @@ from lorax_async import (
 from lorax_async.core.sharding import shard_layout
 from lorax_async.engines.transformers import attach
 from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.io.fake_files import Version
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Device, Source
+from lorax_async.testing import FakeSource, Version
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

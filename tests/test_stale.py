@@ -9,8 +9,8 @@ import pytest
 import tiny
 from lorax_async import AdapterKey, AdapterRef, Merge
 from lorax_async.adapter import MergedKey, RemoteKey, is_stale
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import AdapterFile, Demand, Reader
+from lorax_async.testing import FakeSource
 from tiny_sources import over
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

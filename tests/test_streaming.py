@@ -23,8 +23,8 @@ from lorax_async import (
     UsageError,
 )
 from lorax_async.io.devices.gated import POISON, GatedDevice
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import FilePieces
+from lorax_async.testing import FakeSource
 from tiny_loaders import gated
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]

@@ -23,7 +23,7 @@ from lorax_async import (
     TransferError,
 )
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.fakes import Step
+from lorax_async.testing import Step
 from sweeping import cancel_at, count_steps, fake_bench, local_bench, released
 from tiny_loaders import on_device
 

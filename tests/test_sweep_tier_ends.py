@@ -9,8 +9,8 @@ import pytest
 
 from common import mapped_files, open_files, our_threads
 from lorax_async import AdapterLoader, CapacityError
-from lorax_async.io.fake_files import FakeHold
 from lorax_async.io.sources.local_hold import LocalHold
+from lorax_async.testing import FakeHold
 from sweeping_tiers import (
     LAYOUT,
     bench_over,

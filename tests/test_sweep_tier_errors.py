@@ -11,7 +11,7 @@ import pytest
 import tiny
 from common import until
 from lorax_async import FetchError, IntegrityError, InternalError, LoraxError, TransferError
-from lorax_async.io.fakes import Step
+from lorax_async.testing import Step
 from sweeping_tiers import DEVICE_VERBS, HOST_VERBS, RANK, VERBS, fake_tiers, local_tiers
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

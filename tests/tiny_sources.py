@@ -13,8 +13,7 @@ from lorax_async import (
     SlotGranted,
 )
 from lorax_async.adapter import AdapterId, as_ref
-from lorax_async.io.devices.simulated import SimulatedDevice
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource, SimulatedDevice
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -11,13 +11,13 @@ from lorax_async.core.decisions import Decisions
 from lorax_async.core.life import Grant, Life
 from lorax_async.core.residency import HostBudget, ImageBudget
 from lorax_async.io import transfer
-from lorax_async.io.devices.simulated import SimulatedDevice
 from lorax_async.io.ports import CopyTicket
 from lorax_async.io.staging import Buffer, StagingRing
 from lorax_async.runtime.actions import Actions
 from lorax_async.runtime.files import Files
 from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.tenants import Tenants
+from lorax_async.testing import SimulatedDevice
 
 Fault = tuple[object, str, object]
 """Whose attribute, its name, and what stands there instead."""

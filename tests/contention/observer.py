@@ -18,8 +18,8 @@ from lorax_async.adapter import AdapterKey
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Row
 from lorax_async.events import Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
-from lorax_async.io.devices.simulated import SimulatedDevice
 from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
+from lorax_async.testing import SimulatedDevice
 from wrapped_device import WrappedDevice
 
 Cell = tuple[int, int, int, float]

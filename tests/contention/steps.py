@@ -13,7 +13,7 @@ import tiny
 from contention.adapters import IDS
 from contention.world import TOLD, Holder, Scene, World
 from lorax_async import FetchError
-from lorax_async.io.fakes import Step as SourceStep
+from lorax_async.testing import Step as SourceStep
 
 Tier = Literal["disk", "host", "device"]
 

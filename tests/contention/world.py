@@ -25,11 +25,9 @@ from lorax_async import (
     TransferError,
 )
 from lorax_async.adapter import AdapterKey
-from lorax_async.io.devices.simulated import SimulatedDevice, SimulatedStream
-from lorax_async.io.fake_files import FakeHold
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Hold
 from lorax_async.runtime.prefetch import Prefetch
+from lorax_async.testing import FakeHold, FakeSource, SimulatedDevice, SimulatedStream
 
 DEVICE_BYTES = LARGEST * 16 // 9
 """Room for the largest and one of rank 16, not for two of the largest."""

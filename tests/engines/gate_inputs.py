@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from engines.variants import llama, logits_of, prompt, save, serving
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 
 
 @pytest.fixture(scope="module")

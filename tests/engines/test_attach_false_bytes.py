@@ -15,7 +15,7 @@ from common import until
 from engines.variants import PEFT_WARNING, logits_of, prompt, serving
 from false_bytes import told_false
 from lorax_async import IntegrityError
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 from tiny_sources import state
 
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]

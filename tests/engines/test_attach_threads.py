@@ -17,7 +17,7 @@ import torch
 from common import until
 from engines.variants import PEFT_WARNING, logits_of, prompt, serving
 from lorax_async import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
 

@@ -34,7 +34,7 @@ from engines.variants import (
 from late_device.world import loaded
 from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, layouts
 from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.io.devices.simulated import SimulatedDevice
+from lorax_async.testing import SimulatedDevice
 
 pytestmark = [
     pytest.mark.filterwarnings(PEFT_WARNING),

@@ -25,7 +25,7 @@ from engines.variants import (
 )
 from lorax_async import UsageError
 from lorax_async.engines import features
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 
 pytestmark = [
     pytest.mark.filterwarnings(PEFT_WARNING),

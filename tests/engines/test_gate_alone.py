@@ -12,7 +12,7 @@ import torch
 from engines.gate_inputs import adapters, source
 from engines.variants import PEFT_WARNING, logits_of, prompt, serving
 from lorax_async import AdapterTimeoutError
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 
 __all__ = ["adapters", "source"]
 

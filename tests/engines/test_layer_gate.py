@@ -15,7 +15,7 @@ from common import until
 from engines.gate_inputs import adapters, expected, forward, source
 from engines.variants import PEFT_WARNING, logits_of, prompt, serving, streaming
 from lorax_async import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 from lorax_kernels import dense
 
 __all__ = ["adapters", "source"]

@@ -28,7 +28,7 @@ from engines.variants import (
     stored,
 )
 from lorax_async import AdapterLoader, LoaderConfig, layouts
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 
 pytestmark = [
     pytest.mark.filterwarnings(PEFT_WARNING),

@@ -29,7 +29,7 @@ from lorax_async import (
 )
 from lorax_async.commands.slow_server import SlowServer
 from lorax_async.engines.transformers import Attached
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 from scheduling.page import functions
 
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING), pytest.mark.slow]

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, layouts
 from lorax_async.engines.transformers import Attached, attach
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 
 Lora = Mapping[str, Any]
 MiB = 1 << 20

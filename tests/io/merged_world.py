@@ -11,8 +11,8 @@ import tiny
 from lorax_async import Merge
 from lorax_async.adapter import AdapterRef, MergedKey
 from lorax_async.config import Limits
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.sources.merged import MergedSource
+from lorax_async.testing import FakeSource
 
 
 class MergedWorld:

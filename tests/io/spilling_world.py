@@ -12,9 +12,9 @@ from lorax_async.adapter import AdapterKey
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CacheKey
 from lorax_async.io.cache.ports import Cache
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Demand
 from lorax_async.io.sources.from_memory import MemorySource
+from lorax_async.testing import FakeSource
 
 SIZE = len(safetensors.torch.save(tensors(1)))
 ROOM = SIZE + SIZE // 2

@@ -19,10 +19,10 @@ from lorax_async.config import Limits
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import GroupPlan, Row
 from lorax_async.errors import TransferError
-from lorax_async.io.devices.simulated import SimulatedDevice
 from lorax_async.io.ports import CopyTicket, FilePieces, Reader, StagedPiece
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import GroupCopy, Moved, Transfer
+from lorax_async.testing import SimulatedDevice
 from lorax_kernels import Operands
 
 MOVE = 512

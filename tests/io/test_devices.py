@@ -40,11 +40,11 @@ from lorax_async.errors import CapacityError, TransferError
 from lorax_async.io.devices import cpu
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.gated import POISON, GatedDevice
-from lorax_async.io.devices.simulated import SimulatedDevice
 from lorax_async.io.ports import FilePieces
 from lorax_async.io.sources.checked_open import FileReader, identity_of
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import GroupCopy, Transfer
+from lorax_async.testing import SimulatedDevice
 from lorax_kernels import Plan, apply
 from lorax_kernels.reference import reference
 

@@ -16,8 +16,8 @@ from source_inputs import CONFIG, groups_of, read, weights
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError, InternalError
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import AdapterFile, Demand
+from lorax_async.testing import FakeSource
 from lorax_async.verification import Verification
 
 

@@ -28,9 +28,9 @@ from lorax_async.errors import (
     IntegrityError,
     LoaderClosedError,
 )
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Demand
 from lorax_async.io.sources.from_memory import MemorySource
+from lorax_async.testing import FakeSource
 
 ROOM = 1 << 20
 

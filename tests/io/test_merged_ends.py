@@ -18,9 +18,9 @@ from lorax_async import Merge
 from lorax_async.adapter import AdapterKey, MergedKey
 from lorax_async.config import Limits
 from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError, LoraxError
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.io.sources.merged import MergedSource
+from lorax_async.testing import FakeSource
 
 
 async def test_who_reads_in_a_thread_hears_that_the_loop_has_ended() -> None:

@@ -23,11 +23,11 @@ from lorax_async.config import Limits
 from lorax_async.core.merge_plan import MergedTensor
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, IntegrityError
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Demand
 from lorax_async.io.sources import merged_reader
 from lorax_async.io.sources.merged import MergedSource
 from lorax_async.io.sources.merged_reader import MergedReader
+from lorax_async.testing import FakeSource
 
 MERGES = [
     pytest.param(Merge("linear", ["a", "b"], [1, -0.5]), id="linear"),

@@ -21,8 +21,8 @@ from device_groups import (
     weights,
 )
 
-from lorax_async.io.devices.simulated import SimulatedDevice
 from lorax_async.io.ports import CopyTicket
+from lorax_async.testing import SimulatedDevice
 from lorax_kernels import Plan, apply
 
 Made = Callable[..., SimulatedDevice]

@@ -24,7 +24,7 @@ from device_groups import (
 )
 
 from lorax_async.errors import TransferError, UsageError
-from lorax_async.io.devices.simulated import SimulatedDevice, SimulatedTicket
+from lorax_async.testing import SimulatedDevice, SimulatedTicket
 
 Made = Callable[..., SimulatedDevice]
 

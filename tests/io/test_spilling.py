@@ -25,20 +25,13 @@ from lorax_async.core.policies import policy
 from lorax_async.core.runs import Span
 from lorax_async.errors import CapacityError, FetchError, LoaderClosedError
 from lorax_async.io import spilled
-from lorax_async.io.cache.ports import Cache
 from lorax_async.io.disk_cache import DiskCache
-from lorax_async.io.fake_cache import FakeCache
 from lorax_async.io.ports import Demand
 
 
-@pytest.fixture(params=["disk", "fake"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    nbytes = 4 * SIZE
-    made: Cache = (
-        DiskCache(tmp_path, nbytes, policy("lru"))
-        if request.param == "disk"
-        else FakeCache(nbytes, policy("lru"))
-    )
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = DiskCache(tmp_path, 4 * SIZE, policy("lru"))
     with ThreadPoolExecutor(2) as threads:
         world = World(made, threads)
         yield world

@@ -15,7 +15,7 @@ from device_groups import ARENA, LAYOUT, NEW, SLOTS, extent, group, holds, made_
 from lorax_async.errors import TransferError
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.devices.simulated import SimulatedDevice
+from lorax_async.testing import SimulatedDevice
 
 
 @pytest.fixture

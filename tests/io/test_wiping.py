@@ -11,7 +11,7 @@ from device_groups import NEW, OLD, begin, extent, holds, is_poison, made_by, mo
 from late_device import build
 from lorax_async.errors import TransferError, UsageError
 from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.io.devices.simulated import SimulatedDevice
+from lorax_async.testing import SimulatedDevice
 
 
 @pytest.fixture(params=KINDS)

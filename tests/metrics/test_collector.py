@@ -18,8 +18,8 @@ from lorax_async import (
     UsageError,
 )
 from lorax_async.errors import Stage
-from lorax_async.io.fakes import FakeSource
 from lorax_async.metrics import LoaderCollector
+from lorax_async.testing import FakeSource
 from metrics.scraping import Samples, loaded, of, registered, scraped
 from tiny_loaders import ONE, loader
 from tiny_sources import over, stocked

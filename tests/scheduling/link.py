@@ -11,9 +11,8 @@ from typing import Literal
 from contention.adapters import IDS, Made, made
 from lorax_async import FetchError
 from lorax_async.adapter import AdapterKey
-from lorax_async.io.fake_files import Version
-from lorax_async.io.fakes import FakeSource
 from lorax_async.io.ports import Demand
+from lorax_async.testing import FakeSource, Version
 from scheduling.clock import VirtualClock
 
 TOLD = "the link was told to fail"

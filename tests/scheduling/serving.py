@@ -17,7 +17,7 @@ from lorax_async import (
     Ticket,
 )
 from lorax_async.adapter import AdapterKey
-from lorax_async.io.fakes import FakeSource
+from lorax_async.testing import FakeSource
 from tiny_sources import over
 
 MANY = 1000

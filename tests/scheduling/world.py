@@ -19,7 +19,7 @@ from lorax_async import (
     Ticket,
 )
 from lorax_async.core.transitions import SlotState
-from lorax_async.io.devices.simulated import SimulatedDevice
+from lorax_async.testing import SimulatedDevice
 from scheduling.clock import VirtualClock
 from scheduling.link import TOLD, Conduct, TimedSource
 

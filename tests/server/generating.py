@@ -10,11 +10,10 @@ from typing import Any
 from common import our_threads
 from lorax_async import AdapterLoader, LoraxError
 from lorax_async.adapter import AdapterId
-from lorax_async.io.fakes import FakeSource
-from lorax_async.server.decoding.fake_decoder import FakeDecoder, fake_logits
 from lorax_async.server.engine import Engine
 from lorax_async.server.generation import Generation, Sampling
 from lorax_async.server.ports import Computed, Step
+from lorax_async.testing import FakeDecoder, FakeSource, fake_logits
 from scheduling.serving import opened
 
 GREEDY = Sampling(temperature=0)

@@ -17,8 +17,8 @@ from lorax_async import (
     LoaderClosedError,
     UsageError,
 )
-from lorax_async.io.fakes import FakeSource
 from lorax_async.server.generation import Generating, Generation, Sampling
+from lorax_async.testing import FakeSource
 from scheduling.serving import warm
 from server.generating import VOCABULARY, all_of, alone, asked, generating
 from tiny_sources import stocked

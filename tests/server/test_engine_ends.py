@@ -18,9 +18,9 @@ from lorax_async import (
     LoaderClosedError,
     LoraxError,
 )
-from lorax_async.io.fakes import FakeSource
 from lorax_async.server.generation import Sampling
 from lorax_async.server.ports import Computed, Step
+from lorax_async.testing import FakeSource
 from scheduling.serving import warm
 from server.generating import ScriptedDecoder, all_of, alone, asked, generating
 from tiny_sources import stocked

@@ -13,9 +13,9 @@ import torch
 import tiny
 from engines.variants import PEFT_WARNING, active, serving
 from lorax_async import AdapterScheduler, FetchError
-from lorax_async.io.fakes import FakeSource
 from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
 from lorax_async.server.engine import Engine
+from lorax_async.testing import FakeSource
 from server.generating import all_of, asked
 
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]

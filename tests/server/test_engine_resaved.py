@@ -21,9 +21,9 @@ from lorax_async import (
     LoraxError,
 )
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.server.decoding.fake_decoder import FakeDecoder
 from lorax_async.server.engine import Engine
 from lorax_async.server.generation import Sampling
+from lorax_async.testing import FakeDecoder
 from server.generating import all_of, alone, asked
 from test_resaved import CLIENTS, SAVES, Save, resaving
 

@@ -11,12 +11,11 @@ import pytest
 
 from common import until
 from lorax_async import IntegrityError, LoaderClosedError
-from lorax_async.io.fakes import FakeSource
 from lorax_async.server.decoding.answer import Answer
-from lorax_async.server.decoding.fake_decoder import fake_logits
 from lorax_async.server.decoding.sampling import Sampler
 from lorax_async.server.engine import Engine
 from lorax_async.server.generation import Sampling
+from lorax_async.testing import FakeSource, fake_logits
 from scheduling.serving import warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
 from tiny_sources import stocked

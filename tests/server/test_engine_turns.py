@@ -21,10 +21,10 @@ from lorax_async import (
     LoaderClosedError,
     LoraxError,
 )
-from lorax_async.io.fakes import FakeSource
 from lorax_async.server.decoding.answer import Answer
 from lorax_async.server.engine import Engine
 from lorax_async.server.ports import Step
+from lorax_async.testing import FakeSource
 from scheduling.serving import turns, warm
 from server.generating import all_of, alone, asked, generating
 from tiny_sources import stocked

@@ -18,8 +18,8 @@ from lorax_async import (
     FetchError,
 )
 from lorax_async.config import LoaderConfig
-from lorax_async.io.fakes import FakeSource
 from lorax_async.loader import AdapterLoader
+from lorax_async.testing import FakeSource
 from tiny_loaders import gated, loader
 from tracing.chrome_format import of, require_trace, stop
 

@@ -15,8 +15,8 @@ from lorax_async import (
     UsageError,
 )
 from lorax_async.config import LoaderConfig
-from lorax_async.io.fakes import FakeSource
 from lorax_async.loader import AdapterLoader
+from lorax_async.testing import FakeSource
 from tiny_loaders import loader
 from tracing.chrome_format import of, require_trace
 

@@ -13,9 +13,9 @@ from engines.gate_inputs import source
 from engines.variants import PEFT_WARNING, active, streaming
 from lorax_async import AdapterTimeoutError, FetchError
 from lorax_async.engines.transformers import Attached
-from lorax_async.io.fakes import FakeSource
 from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
 from lorax_async.server.ports import Part, Step
+from lorax_async.testing import FakeSource
 from server.solo_runs import Play, Sequence_, alone
 
 __all__ = ["source"]
