@@ -1,25 +1,60 @@
-"""Requests become batches: what joins when, in which order, and what is brought nearer."""
+"""Requests become batches: what joins when, in which slot, and what is waited for."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tiny
+from common import until
 from lorax_async import (
+    AdapterHandle,
+    AdapterLoader,
+    AdapterRef,
     AdapterScheduler,
     ConfigError,
+    Event,
+    HandleClosedError,
     InvalidAdapterIdError,
+    Leaving,
     Request,
     UsageError,
 )
-from scheduling.serving import MANY, opened, rows, step, warm
-from tiny_sources import stocked
+from scheduling.clock import VirtualClock
+from scheduling.serving import (
+    MANY,
+    held,
+    ids,
+    leases,
+    next_batch,
+    opened,
+    rows,
+    silence,
+    step,
+    turns,
+    wanted,
+    warm,
+)
+from tiny_sources import is_at, is_resident, state, stocked
 
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
-# -- one request -----------------------------------------------------------------------------------
+PATIENT = {"timeout": 10_000.0, "starvation_age": 1000.0}
+"""Seconds of a virtual clock; in real time nothing is too late."""
+
+
+def layers_of(loader: AdapterLoader, id: str) -> int:
+    """How many layers are on the device."""
+    found = loader.whereabouts(id)
+    return 0 if found is None or found.layers is None else found.layers[0]
+
+
+# -- requests and batches --------------------------------------------------------------------------
 
 
 async def test_a_request_is_computed_a_token_at_a_time(tmp_path: Path) -> None:
@@ -38,24 +73,18 @@ async def test_a_request_is_computed_a_token_at_a_time(tmp_path: Path) -> None:
         assert not ticket.cancel()
 
 
-async def test_the_engine_may_say_that_it_is_finished(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a")) as (_, scheduler):
-        ticket = scheduler.submit(Request("a", 10, MANY))
-        await step(scheduler)
-        await step(scheduler, finished=[ticket])
-        assert await ticket == 2
-
-
-async def test_a_long_prompt_comes_in_parts(tmp_path: Path) -> None:
+async def test_an_engine_may_end_a_request_and_a_long_prompt_comes_in_parts(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path)) as (_, scheduler):
-        scheduler.submit(Request(None, 10, 2))
-        seen = [rows(await step(scheduler, tokens=4)) for _ in range(4)]
+        ticket = scheduler.submit(Request(None, 10, MANY))
+        seen = [rows(await step(scheduler, tokens=4)) for _ in range(3)]
+        seen += [rows(await step(scheduler, tokens=4, finished=[ticket]))]
         assert seen == [
             [(None, 0, 4, False)],
             [(None, 4, 4, False)],
             [(None, 8, 2, True)],
             [(None, 10, 1, True)],
         ]
+        assert await ticket == 2
 
 
 async def test_rows_of_one_adapter_are_neighbours(tmp_path: Path) -> None:
@@ -76,35 +105,6 @@ async def test_rows_of_one_adapter_are_neighbours(tmp_path: Path) -> None:
         assert batch.streaming == ()
 
 
-# -- order and shares ------------------------------------------------------------------------------
-
-
-async def test_a_hot_adapter_does_not_own_the_batch(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "hot", "b")) as (loader, scheduler):
-        await warm(loader, "hot", "b")
-        for _ in range(20):
-            scheduler.submit(Request("hot", 1, 5))
-        scheduler.submit(Request("b", 1, 5))
-        batch = await step(scheduler, sequences=4)
-        assert sorted(str(row[0]) for row in rows(batch)) == ["b", "hot", "hot", "hot"]
-
-
-async def test_the_more_urgent_come_first(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path)) as (_, scheduler):
-        plain = scheduler.submit(Request(None, 1, 1))
-        soon = scheduler.submit(Request(None, 1, 1, deadline=3.0))
-        high = scheduler.submit(Request(None, 1, 1, priority=1))
-        seen = [(await step(scheduler, sequences=1)).rows[0].ticket for _ in range(3)]
-        assert seen == [high, soon, plain]
-
-
-async def test_no_more_begin_than_the_engine_has_room_for(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path), max_begun=2) as (_, scheduler):
-        first, second, third = (scheduler.submit(Request(None, 1, n)) for n in (2, 1, 1))
-        assert {row.ticket for row in (await step(scheduler)).rows} == {first, second}
-        assert {row.ticket for row in (await step(scheduler)).rows} == {first, third}
-
-
 async def test_several_batches_may_be_under_way(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
         await warm(loader, "a")
@@ -117,9 +117,6 @@ async def test_several_batches_may_be_under_way(tmp_path: Path) -> None:
         assert [await each for each in tickets] == [1, 1]
 
 
-# -- what is refused -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("given", "error"),
     [
@@ -130,12 +127,12 @@ async def test_several_batches_may_be_under_way(tmp_path: Path) -> None:
         ((5, 1, 1), InvalidAdapterIdError),
     ],
 )
-def test_requests_that_are_none(given: tuple[Any, ...], error: type[Exception]) -> None:
+def test_wrong_requests_are_refused(given: tuple[Any, ...], error: type[Exception]) -> None:
     with pytest.raises(error):
         Request(*given)
 
 
-async def test_settings_and_batches_that_are_none(tmp_path: Path) -> None:
+async def test_wrong_settings_and_sizes_are_refused(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path)) as (loader, scheduler):
         wrong: list[dict[str, Any]] = [{"loads": 0}, {"look_ahead": -1}, {"max_begun": 0}]
         wrong += [{"max_share": share} for share in (0, -0.5, 1.5, True, "1")]
@@ -157,3 +154,529 @@ async def test_a_batch_is_completed_once_and_with_its_own_tickets(tmp_path: Path
         scheduler.complete(batch, finished=[ticket])
         with pytest.raises(UsageError, match="once"):
             scheduler.complete(batch)
+
+
+async def test_a_stale_batch_is_caught(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path, "a", "b"), {"max_slots": 1}) as (_, scheduler):
+        scheduler.submit(Request("a", 1, 1))
+        batch = await scheduler.next_batch(MANY, MANY)
+        batch.check()
+        scheduler.complete(batch)
+        with pytest.raises(HandleClosedError, match="completed"):
+            batch.check()
+        scheduler.submit(Request("b", 1, 1))
+        await step(scheduler)
+        batch.completed = False  # whatever an engine keeps of it
+        with pytest.raises(HandleClosedError):
+            batch.check()
+        batch.rows = tuple(row._replace(handle=None) for row in batch.rows)
+        with pytest.raises(HandleClosedError, match="generation 2 has by now"):
+            batch.check()
+
+
+async def test_the_loop_turns_before_a_batch_that_is_there(tmp_path: Path) -> None:
+    """An engine may compute on the loop itself, and never wait."""
+    async with opened(stocked(tmp_path)) as (_, scheduler):
+        ticket, turn = scheduler.submit(Request(None, 1, MANY)), list[bool]()
+        asyncio.get_running_loop().call_soon(turn.append, True)
+        scheduler.complete(await scheduler.next_batch(MANY, MANY))
+        assert turn
+        ticket.cancel()
+
+
+async def test_next_batch_waits_for_a_request_and_for_a_completed_batch(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path)) as (_, scheduler):
+        waiting = await wanted(scheduler)
+        ticket = scheduler.submit(Request(None, 1, 2))
+        batch = await asyncio.wait_for(waiting, 5)
+        waiting = await wanted(scheduler)
+        scheduler.complete(batch)
+        batch = await asyncio.wait_for(waiting, 5)
+        assert rows(batch) == [(None, 1, 1, True)]
+        scheduler.complete(batch)
+        assert await ticket == 2
+
+
+async def test_what_was_lost_is_computed_again(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path, "a"), max_begun=1) as (_, scheduler):
+        ticket = scheduler.submit(Request("a", 10, 4))
+        await step(scheduler)
+        await step(scheduler)
+        assert rows(await step(scheduler, again=[ticket])) == [("a", 11, 1, True)]
+        assert rows(await step(scheduler)) == [("a", 0, 12, True)]
+        assert rows(await step(scheduler)) == [("a", 12, 1, True)]
+        assert await ticket == 4
+
+
+# -- adapters on their way -------------------------------------------------------------------------
+
+
+async def test_no_batch_waits_for_an_adapter_that_does_not_come(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "cold", "warm")
+    source.hold("cold")
+    async with opened(source) as (loader, scheduler):
+        await warm(loader, "warm")
+        cold = scheduler.submit(Request("cold", 5, 1))
+        ready = [scheduler.submit(Request(id, 5, 4)) for id in ("warm", None)]
+        for _ in range(4):
+            assert len((await step(scheduler)).rows) == 2
+        assert [await each for each in ready] == [4, 4]
+        assert not cold.done
+        source.allow("cold")
+        assert rows(await step(scheduler)) == [("cold", 0, 5, True)]
+        assert await cold == 1
+
+
+async def test_alone_a_streaming_adapter_joins_when_its_first_layer_is_there(
+    tmp_path: Path,
+) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    async with opened(source) as (loader, scheduler):
+        ticket = scheduler.submit(Request("a", 10, 1))
+        await held(loader, "a")
+        waiting = await wanted(scheduler)
+        source.allow("a", 0)
+        batch = await asyncio.wait_for(waiting, 5)
+        (handle,) = batch.streaming
+        assert handle is batch.rows[0].handle
+        assert handle.is_ready(0)
+        assert not handle.resident
+        source.allow("a")
+        for layer in range(tiny.LAYERS):
+            await handle.layer_ready(layer)
+        scheduler.complete(batch)
+        assert await ticket == 1
+
+
+async def test_a_streaming_adapter_joins_others_only_once_their_pace_is_known(
+    tmp_path: Path,
+) -> None:
+    source = stocked(tmp_path, "cold")
+    source.hold("cold")
+    source.allow("cold", 0)
+    async with opened(source) as (loader, scheduler):
+        scheduler.submit(Request("cold", 10, 1))
+        await until(lambda: layers_of(loader, "cold"))
+        scheduler.submit(Request(None, 10, 1))
+        assert ids(await step(scheduler)) == [None]
+        source.allow("cold")
+        assert ids(await step(scheduler)) == ["cold"]
+
+
+async def test_a_streaming_adapter_joins_when_it_is_time_though_no_event_comes(
+    tmp_path: Path,
+) -> None:
+    """A pass of four layers takes 12 s. The first one took 4 s to come, so that the last one is
+    here after 16: the pass, which needs it after 9, may begin after 7.
+    """
+    source, clock = stocked(tmp_path, "a"), VirtualClock()
+    source.hold("a")
+    settings = {"timeout": 60.0, "starvation_age": 1000.0}
+    async with opened(source, settings, clock=clock) as (loader, scheduler):
+        scheduler.submit(Request(None, 10, 1))
+        batch = await scheduler.next_batch(MANY, MANY)
+        clock.pass_until(12.0)
+        scheduler.complete(batch)
+        ticket = scheduler.submit(Request("a", 10, 1))
+        await held(loader, "a")
+        clock.pass_until(16.0)
+        source.allow("a", 0)
+        await until(lambda: layers_of(loader, "a") == 1)
+        given_up = await wanted(scheduler)
+        assert clock.due == pytest.approx(19.0)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        assert clock.due == 72.0, "but for the request's deadline"
+        waiting = await wanted(scheduler)
+        clock.step()
+        batch = await asyncio.wait_for(waiting, 5)
+        (handle,) = batch.streaming
+        source.allow("a")
+        await handle.layer_ready(handle.layers[-1])
+        scheduler.complete(batch)
+        assert await ticket == 1
+
+
+async def test_a_row_that_waited_in_vain_joins_again_when_all_of_its_adapter_is_there(
+    tmp_path: Path,
+) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    source.allow("a", 0)
+    async with opened(source) as (loader, scheduler):
+        ticket = scheduler.submit(Request("a", 10, 2))
+        batch = await next_batch(scheduler)
+        told = [batch.others_wait]
+        scheduler.submit(Request(None, 3, 1))
+        told.append(batch.others_wait)
+        assert told == [False, True]
+        scheduler.complete(batch, again=[ticket])
+        assert ids(await step(scheduler)) == [None]
+        waiting = await wanted(scheduler)
+        source.allow("a", 1)
+        await until(lambda: layers_of(loader, "a") == 2)
+        await turns()
+        assert not waiting.done()
+        source.allow("a")
+        batch = await asyncio.wait_for(waiting, 5)
+        assert (rows(batch), batch.streaming) == ([("a", 0, 10, True)], ())
+        scheduler.complete(batch)
+        assert rows(await step(scheduler)) == [("a", 10, 1, True)]
+        assert await ticket == 2
+
+
+async def test_an_adapter_that_came_too_late_may_stream_into_its_next_slot(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    source.allow("a", 0)
+    async with opened(source) as (loader, scheduler):
+        ticket = scheduler.submit(Request("a", 1, 1))
+        batch = await next_batch(scheduler)
+        scheduler.complete(batch, again=[ticket])
+        await loader.unload("a")
+        batch = await next_batch(scheduler)
+        (handle,) = batch.streaming
+        source.allow("a")
+        await handle.layer_ready(tiny.LAYERS - 1)
+        scheduler.complete(batch)
+        assert await ticket == 1
+
+
+async def test_a_pass_hears_of_others_that_did_not_fit(tmp_path: Path) -> None:
+    """They were there before it; nothing that happens later would tell."""
+    source, clock = stocked(tmp_path, "a"), VirtualClock()
+    source.hold("a")
+    async with opened(source, PATIENT, clock=clock) as (loader, scheduler):
+        scheduler.submit(Request(None, 1, 1))
+        batch = await scheduler.next_batch(MANY, MANY)
+        clock.pass_until(100.0)
+        scheduler.complete(batch)  # a pass is slow: an adapter on its way may join it
+        streams = scheduler.submit(Request("a", 1, 1))
+        await held(loader, "a")
+        clock.pass_until(101.0)
+        source.allow("a", 0)
+        await until(lambda: layers_of(loader, "a"))
+        scheduler.submit(Request(None, 1, 1))
+        batch = await next_batch(scheduler, sequences=1)
+        assert (rows(batch), batch.others_wait) == ([("a", 0, 1, True)], True)
+        scheduler.complete(batch, again=[streams])
+        assert rows(await step(scheduler)) == [(None, 0, 1, True)]
+        source.allow("a")
+        await step(scheduler)
+
+
+async def test_an_adapter_is_computed_whose_last_layer_came_before_its_slot_was_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler hears of its slot after the last layer: no event follows."""
+    stream = AdapterLoader.stream
+
+    @asynccontextmanager
+    async def slow(loader: AdapterLoader, *args: Any, **more: Any) -> AsyncIterator[AdapterHandle]:
+        async with stream(loader, *args, **more) as handle:
+            await until(lambda: handle.resident)
+            await turns()
+            yield handle
+
+    monkeypatch.setattr(AdapterLoader, "stream", slow)
+    async with opened(stocked(tmp_path, "a")) as (_, scheduler):
+        ticket = scheduler.submit(Request("a", 1, 1))
+        waiting = await wanted(scheduler)
+        scheduler.complete(await asyncio.wait_for(waiting, 5))
+        assert await ticket == 1
+
+
+# -- slots -----------------------------------------------------------------------------------------
+
+
+async def test_more_adapters_than_slots_take_turns(tmp_path: Path) -> None:
+    """Also while requests of all of them go on: the loader's ageing tells who is to go."""
+    source = stocked(tmp_path, "a", "b", "c")
+    settings = {"max_slots": 2, "starvation_age": 0.02}
+    async with opened(source, settings) as (_, scheduler):
+        tickets = {id: scheduler.submit(Request(id, 4, MANY)) for id in "abc"}
+        done = dict.fromkeys("abc", 0)
+        slots: dict[str, set[tuple[int, int]]] = {id: set() for id in "abc"}
+        while min(done.values()) < 20:
+            batch = await step(scheduler)
+            await asyncio.sleep(0.001)
+            for row in batch.rows:
+                assert row.handle is not None
+                done[row.handle.id] += 1
+                slots[row.handle.id].add(row.place)
+                assert row.handle.key.location == f"memory:{row.ticket.request.adapter_id}"
+        assert sum(map(len, slots.values())) > 3, "somebody was evicted and came back"
+        for id, ticket in tickets.items():
+            assert ticket.generated == done[id]
+            ticket.cancel()
+
+
+async def test_an_unloaded_adapter_comes_back_for_its_requests(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+        ticket = scheduler.submit(Request("a", 1, 3))
+        (place,) = {row.place for row in (await step(scheduler)).rows}
+        await loader.unload("a")
+        (again,) = {row.place for row in (await step(scheduler)).rows}
+        assert again.generation > place.generation
+        await step(scheduler)
+        assert await ticket == 3
+
+
+async def test_what_comes_next_is_brought_nearer(tmp_path: Path) -> None:
+    """One is loaded, the next hinted onto the device, then into host memory; the last not."""
+    source = stocked(tmp_path, *"abcdef", holdable=True)
+    source.hold("a")
+    settings = {"max_slots": 2, "host_bytes": 1 << 20}
+    async with opened(source, settings, loads=1, look_ahead=2) as (loader, scheduler):
+        tickets = [scheduler.submit(Request(id, 1, 1)) for id in "abcdef"]
+        await until(lambda: all(is_at(loader, id, "host") for id in "cd"))
+        await until(lambda: is_resident(loader, "b"))
+        assert state(loader, "f") == "nowhere"
+        assert rows(await step(scheduler)) == [("b", 0, 1, True)]
+        source.allow("a")
+        while not all(ticket.done for ticket in tickets):
+            await step(scheduler)
+        assert [await ticket for ticket in tickets] == [1] * 6
+
+
+async def test_an_adapter_that_is_there_is_used_at_once(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with opened(source) as (loader, scheduler):
+        await warm(loader, "a")
+        assert is_resident(loader, "a")
+        scheduler.submit(Request(AdapterRef("a"), 1, 1))
+        scheduler.submit(Request("a", 1, 1))
+        assert len((await step(scheduler)).rows) == 2
+        assert source.counts.opens == 1
+
+
+async def test_the_next_one_is_brought_nearer_when_a_slot_is_given_back(tmp_path: Path) -> None:
+    """The one before it has no answer."""
+    source = stocked(tmp_path, "a", "silent", "next")
+    silence(source, "silent")
+    settings = {"max_slots": 2, "starvation_age": 1000.0}
+    async with opened(source, settings, loads=1, look_ahead=0) as (loader, scheduler):
+        await warm(loader, "a")
+        ids = ("a", "silent", "next")
+        first, *others = (scheduler.submit(Request(id, 1, 1)) for id in ids)
+        await turns()
+        await step(scheduler)
+        assert await first == 1
+        await until(lambda: is_resident(loader, "next"))
+        for ticket in others:
+            ticket.cancel()
+
+
+async def test_an_adapter_is_given_back_after_the_last_of_its_batches(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+        await warm(loader, "a")
+        tickets = [scheduler.submit(Request("a", 1, MANY)) for _ in range(2)]
+        batches = [await scheduler.next_batch(MANY, 1) for _ in range(2)]
+        for ticket in tickets:
+            ticket.cancel()
+        scheduler.complete(batches[1])
+        batches[0].check()
+        scheduler.complete(batches[0])
+        assert not loader.usage().leases
+
+
+async def test_a_leaving_adapter_leaves_with_its_batch(tmp_path: Path) -> None:
+    """Whether or not its engine wants another one."""
+    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+        ticket = scheduler.submit(Request("a", 1, MANY))
+        batch = await next_batch(scheduler)
+        unloading = asyncio.create_task(loader.unload("a"))
+        await turns()
+        assert not unloading.done()
+        batch.check()
+        scheduler.complete(batch)
+        await asyncio.wait_for(unloading, 5)
+        ticket.cancel()
+
+
+async def test_a_leaving_adapter_is_in_no_further_batch(tmp_path: Path) -> None:
+    """Of another engine, say; else it would never leave."""
+    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+        await warm(loader, "a")
+        tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
+        batch = await scheduler.next_batch(MANY, 1)
+        unloading = asyncio.create_task(loader.unload("a"))
+        await turns()
+        waiting = await wanted(scheduler)
+        scheduler.complete(batch)
+        await asyncio.wait_for(unloading, 5)
+        batch = await asyncio.wait_for(waiting, 5)
+        assert [row.ticket for row in batch.rows] == tickets[1:]
+        scheduler.complete(batch)
+
+
+async def test_an_adapter_that_is_to_leave_before_its_slot_is_known_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its load is there, and the scheduler has not heard that yet. No engine wants a batch."""
+    stream, unloading = AdapterLoader.stream, list[asyncio.Task[Any]]()
+
+    @asynccontextmanager
+    async def slow(loader: AdapterLoader, *args: Any, **more: Any) -> AsyncIterator[AdapterHandle]:
+        async with stream(loader, *args, **more) as handle:
+            if not unloading:
+                left = list[Event]()
+                await until(lambda: handle.resident)
+                loader.subscribe(left.append)
+                unloading.append(asyncio.create_task(loader.unload("a")))
+                await until(lambda: left)
+            yield handle
+
+    monkeypatch.setattr(AdapterLoader, "stream", slow)
+    unloading.clear()
+    async with opened(stocked(tmp_path, "a")) as (_, scheduler):
+        ticket = scheduler.submit(Request("a", 1, 1))
+        await until(lambda: unloading)
+        await asyncio.wait_for(unloading[0], 5)
+        assert rows(await step(scheduler)) == [("a", 0, 1, True)]
+        assert await ticket == 1
+
+
+async def test_an_adapter_that_is_to_leave_while_layers_come_leaves_when_they_are_there(
+    tmp_path: Path,
+) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    source.allow("a", 0)
+    async with opened(source) as (loader, scheduler):
+        ticket = scheduler.submit(Request("a", 1, MANY))
+        batch = await next_batch(scheduler)
+        (handle,) = batch.streaming
+        unloading = asyncio.create_task(loader.unload("a"))
+        await turns()
+        source.allow("a")
+        await until(lambda: handle.resident)
+        scheduler.complete(batch)
+        await asyncio.wait_for(unloading, 5)
+        ticket.cancel()
+
+
+async def test_an_adapter_that_need_not_leave_any_more_stays(tmp_path: Path) -> None:
+    """What waited for its slot was given up, while it was computed."""
+    settings = {"max_slots": 1, "starvation_age": 0.02}
+    async with opened(stocked(tmp_path, "a", "b"), settings) as (loader, scheduler):
+        left = list[Leaving]()
+        loader.subscribe(lambda event: left.append(event) if isinstance(event, Leaving) else None)
+        ticket = scheduler.submit(Request("a", 1, MANY))
+        batch = await next_batch(scheduler)
+        waits = asyncio.create_task(loader.load("b"))
+        await until(lambda: left)
+        waits.cancel()
+        await asyncio.wait([waits])
+        scheduler.complete(batch)
+        again = await next_batch(scheduler)
+        assert again.handles == batch.handles
+        ticket.cancel()
+        scheduler.complete(again)
+
+
+# -- slots in which nothing comes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("waited_before", [False, True])
+async def test_a_slot_in_which_nothing_comes_is_given_to_others(
+    tmp_path: Path, waited_before: bool
+) -> None:
+    """Its adapter is behind all that may come, though it is the oldest, until its file is here."""
+    source, clock = stocked(tmp_path, *"abc", "stalls"), VirtualClock()
+    source.hold("stalls")
+    others = "b" if waited_before else "bc"
+    async with opened(source, PATIENT | {"max_slots": 1}, clock=clock) as (loader, scheduler):
+        if waited_before:
+            async with await loader.load("a"):
+                for id in ("stalls", others):
+                    scheduler.submit(Request(id, 1, 1))
+                await turns()
+            await held(loader, "stalls")
+        else:
+            scheduler.submit(Request("stalls", 1, 1))
+            await held(loader, "stalls")
+            for id in others:
+                scheduler.submit(Request(id, 1, 1))
+        clock.pass_until(1001.0)
+        assert [rows(await step(scheduler))[0][0] for _ in others] == list(others)
+        source.allow("stalls")
+        assert rows(await step(scheduler)) == [("stalls", 0, 1, True)]
+
+
+async def test_a_slot_in_which_nothing_comes_is_given_away_with_its_batch(tmp_path: Path) -> None:
+    """Its pass is notified that others wait."""
+    source, clock = stocked(tmp_path, "stalls", "b"), VirtualClock()
+    source.hold("stalls")
+    source.allow("stalls", 0)
+    async with opened(source, PATIENT | {"max_slots": 1}, clock=clock) as (_, scheduler):
+        stalls = scheduler.submit(Request("stalls", 1, 1))
+        batch = await next_batch(scheduler)
+        scheduler.submit(Request("b", 1, 1))
+        told = []
+        for moment in (999.0, 1001.0):
+            clock.pass_until(moment)
+            told.append(batch.others_wait)
+        assert told == [False, True]
+        scheduler.complete(batch, again=[stalls])
+        assert rows(await step(scheduler)) == [("b", 0, 1, True)]
+        source.allow("stalls")
+        assert rows(await step(scheduler)) == [("stalls", 0, 1, True)]
+
+
+async def test_a_slot_is_given_to_an_adapter_that_has_lost_its_own(tmp_path: Path) -> None:
+    source, clock = stocked(tmp_path, "a", "stalls"), VirtualClock()
+    source.hold("stalls")
+    async with opened(source, PATIENT | {"max_slots": 2}, clock=clock) as (loader, scheduler):
+        await warm(loader, "a")
+        tickets = [scheduler.submit(Request(id, 1, MANY)) for id in ("a", "stalls")]
+        await held(loader, "stalls")
+        silence(source, "a")
+        await loader.unload("a")
+        kept = []
+        for moment in (999.0, 1001.0):
+            clock.pass_until(moment)
+            kept.append(leases(loader, "stalls"))
+        assert kept == [1, 0]
+        for ticket in tickets:
+            ticket.cancel()
+
+
+async def test_every_slot_is_waited_for_since_something_came_into_it(tmp_path: Path) -> None:
+    """The first one gets a layer, the other one nothing; each is later than the alarm before it."""
+    source, clock = stocked(tmp_path, "one", "two", "b"), VirtualClock()
+    for id in ("one", "two"):
+        source.hold(id)
+    silence(source, "b")
+    async with opened(source, PATIENT | {"max_slots": 2}, clock=clock) as (loader, scheduler):
+        tickets = [scheduler.submit(Request("one", 1, 1))]
+        await held(loader, "one")
+        clock.pass_until(100.0)
+        tickets += [scheduler.submit(Request("two", 1, 1))]
+        await held(loader, "two")
+        tickets += [scheduler.submit(Request("b", 1, 1))]
+        clock.pass_until(500.0)
+        source.allow("one", 0)
+        await until(lambda: layers_of(loader, "one") == 1)
+        kept = []
+        for moment in (1001.0, 1099.0, 1101.0, 1499.0, 1501.0):
+            clock.pass_until(moment)
+            kept.append((leases(loader, "one"), leases(loader, "two")))
+        assert kept == [(1, 1)] * 2 + [(1, 0)] * 2 + [(0, 0)]
+        for ticket in tickets:
+            ticket.cancel()
+
+
+async def test_a_slot_in_which_nothing_comes_is_kept_once_no_other_waits(tmp_path: Path) -> None:
+    source, clock = stocked(tmp_path, "stalls", "b"), VirtualClock()
+    source.hold("stalls")
+    async with opened(source, PATIENT | {"max_slots": 1}, clock=clock) as (loader, scheduler):
+        ticket = scheduler.submit(Request("stalls", 1, 1))
+        await held(loader, "stalls")
+        other = scheduler.submit(Request("b", 1, 1))
+        clock.pass_until(500.0)
+        other.cancel()
+        clock.pass_until(1001.0)
+        assert leases(loader, "stalls") == 1
+        ticket.cancel()

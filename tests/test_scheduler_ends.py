@@ -1,28 +1,419 @@
-"""What ends a request: cancelled at any moment, failing adapters, deadlines, and close."""
+"""How requests end early: cancelled at any moment, failing adapters, deadlines, and close."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from common import until
 from lorax_async import (
+    AdapterError,
+    AdapterHandle,
+    AdapterLoader,
+    AdapterNotFoundError,
+    AdapterRef,
     AdapterScheduler,
     AdapterTimeoutError,
     Batch,
+    FetchError,
     HandleClosedError,
+    IntegrityError,
     LoaderClosedError,
+    LoraxError,
     Request,
+    Ticket,
+    TransferError,
     UsageError,
 )
-from scheduling.serving import MANY, finish, opened, step, warm
-from tiny_sources import over, stocked
+from lorax_async.adapter import AdapterKey
+from scheduling.clock import VirtualClock
+from scheduling.serving import (
+    MANY,
+    finish,
+    held,
+    opened,
+    rows,
+    step,
+    turns,
+    wanted,
+    warm,
+)
+from sweeping import count_steps, stepwise
+from tiny_sources import is_resident, over, simulated, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
+# -- cancelled -------------------------------------------------------------------------------------
+
+
+@pytest.mark.each_loop
+@pytest.mark.parametrize("when", ["waiting", "streaming", "computing", "between"])
+async def test_a_cancelled_request_leaves_the_others_alone(tmp_path: Path, when: str) -> None:
+    source = stocked(tmp_path, "a", "b")
+    source.hold("a")
+    async with opened(source) as (loader, scheduler):
+        ticket, other, base = (scheduler.submit(Request(id, 4, 3)) for id in ("a", "a", None))
+        batch: Batch | None = None
+        if when != "waiting":
+            await held(loader, "a")
+        if when in ("computing", "between"):
+            source.allow("a")
+            await until(lambda: is_resident(loader, "a"))
+            batch = await scheduler.next_batch(MANY, MANY)
+            if when == "between":
+                scheduler.complete(batch)
+        assert ticket.cancel()
+        assert not ticket.cancel()
+        if when == "computing":
+            assert batch is not None
+            scheduler.complete(batch)
+        source.allow("a")
+        await finish(scheduler, other, base)
+        assert [await other, await base] == [3, 3]
+        assert ticket.cancelled
+        assert "cancelled" in repr(ticket)
+        with pytest.raises(asyncio.CancelledError):
+            await ticket
+
+
+async def test_the_last_request_takes_its_load_with_it(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    async with opened(source) as (loader, scheduler):
+        ticket = scheduler.submit(Request("a", 1, 1))
+        await held(loader, "a")
+        ticket.cancel()
+        assert not loader.usage().leases
+        # And a new one is a new one.
+        source.allow("a")
+        again = scheduler.submit(Request("a", 1, 1))
+        await finish(scheduler, again)
+        assert await again == 1
+
+
+async def test_a_task_that_awaits_a_ticket_may_be_cancelled_without_it(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path)) as (_, scheduler):
+        ticket = scheduler.submit(Request(None, 1, 1))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(ticket, 0.001)
+        assert not ticket.done
+        await finish(scheduler, ticket)
+        assert await ticket == 1
+
+
+async def _outcome(ticket: Ticket) -> None:
+    with suppress(asyncio.CancelledError):
+        await ticket
+
+
+async def _serve(scheduler: AdapterScheduler, ticket: Ticket) -> None:
+    """Until it is done; a batch that is not there by then is not waited for."""
+    ended = asyncio.ensure_future(_outcome(ticket))
+    while not ticket.done:
+        wanted = asyncio.ensure_future(scheduler.next_batch(MANY, MANY))
+        either: set[asyncio.Future[Any]] = {wanted, ended}
+        await asyncio.wait(either, return_when="FIRST_COMPLETED")
+        if wanted.done():
+            await asyncio.sleep(0)  # it is computed
+            scheduler.complete(wanted.result())
+        else:
+            wanted.cancel()
+            await asyncio.wait([wanted])
+    await ended
+
+
+@pytest.mark.each_loop
+async def test_a_request_is_cancelled_at_every_await_of_its_engine(tmp_path: Path) -> None:
+    """The one place is free afterwards."""
+    steps, number = 1, 0
+    while number < steps:
+        async with opened(stocked(tmp_path, "a"), max_begun=1) as (loader, scheduler):
+            if number == 0:
+                ticket = scheduler.submit(Request("a", 4, 2))
+                steps = await count_steps(_serve(scheduler, ticket))
+                assert steps >= 4
+                await loader.unload("a")
+            number += 1
+            ticket = scheduler.submit(Request("a", 4, 2))
+
+            def cancel(current: int, wanted: int = number, ticket: Ticket = ticket) -> None:
+                if current == wanted:
+                    ticket.cancel()
+
+            await asyncio.wait_for(stepwise(_serve(scheduler, ticket), cancel), 5)
+            assert ticket.done
+            await finish(scheduler, scheduler.submit(Request("a", 1, 1)))
+
+
+@pytest.mark.each_loop
+async def test_a_request_is_cancelled_after_any_turn_of_the_loop(tmp_path: Path) -> None:
+    """From before its load begins until after its last token."""
+    turns, finished = 0, False
+    while not finished:
+        async with opened(stocked(tmp_path, "a"), max_begun=1) as (_, scheduler):
+            ticket = scheduler.submit(Request("a", 4, 2))
+            serving = asyncio.create_task(_serve(scheduler, ticket))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            finished = not ticket.cancel()
+            await asyncio.wait_for(serving, 5)
+            await finish(scheduler, scheduler.submit(Request("a", 1, 1)))
+        turns += 1 if turns < 40 else turns // 8
+    assert turns > 5
+
+
+async def test_next_batch_cancelled_at_every_await_loses_nothing(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+        number, cancelled = 0, True
+        while cancelled:
+            number += 1
+            ticket = scheduler.submit(Request("a", 1, 1))
+
+            def cancel(current: int, wanted: int = number) -> None:
+                task = asyncio.current_task()
+                if current == wanted and task is not None:
+                    task.cancel()
+
+            async def wanting(cancel: Callable[[int], None] = cancel) -> Batch:
+                return await stepwise(scheduler.next_batch(MANY, MANY), cancel)  # type: ignore[no-any-return]
+
+            task = asyncio.create_task(wanting())
+            await asyncio.wait([task])
+            cancelled = task.cancelled()
+            batch = task.result() if not cancelled else await scheduler.next_batch(MANY, MANY)
+            assert rows(batch) == [("a", 0, 1, True)]
+            scheduler.complete(batch)
+            assert await ticket == 1
+            await loader.unload("a")
+        assert number >= 2
+
+
+# -- failing adapters ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step_", ["resolve", "open", "bring", "verify", "read"])
+async def test_a_failing_adapter_fails_its_requests_and_no_other(
+    tmp_path: Path, step_: Any
+) -> None:
+    source = stocked(tmp_path, "bad", "good")
+    at = 4096 if step_ == "read" else 0  # a byte behind the header, or a group
+    source.fail(step_, FetchError("as told"), id="bad", at=at)
+    async with opened(source) as (_, scheduler):
+        bad = [scheduler.submit(Request("bad", 3, 2)) for _ in range(2)]
+        good = [scheduler.submit(Request(id, 3, 2)) for id in ("good", None)]
+        await finish(scheduler, *good)
+        assert [await each for each in good] == [2, 2]
+        for ticket in bad:
+            with pytest.raises(FetchError, match="as told") as raised:
+                await asyncio.wait_for(ticket, 5)
+            assert raised.value.id == "bad"
+            assert isinstance(ticket.error, FetchError)
+        assert bad[0].error is not bad[1].error
+        assert "failed" in repr(bad[0])
+        again = scheduler.submit(Request("bad", 3, 2))  # it failed once
+        await finish(scheduler, again)
+        assert await again == 2
+
+
+async def test_an_adapter_that_is_nowhere(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path)) as (_, scheduler):
+        with pytest.raises(AdapterNotFoundError):
+            await asyncio.wait_for(scheduler.submit(Request("nowhere", 1, 1)), 5)
+
+
+async def test_a_load_that_fails_half_way(tmp_path: Path) -> None:
+    """Of rows in a batch, and of those that wait."""
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    source.allow("a", 0)
+    source.fail("bring", FetchError("as told"), id="a", at=2)
+    async with opened(source) as (_, scheduler):
+        computed, waits = (scheduler.submit(Request("a", 3, 2)) for _ in range(2))
+        batch = await asyncio.wait_for(scheduler.next_batch(MANY, 1), 5)
+        assert batch.rows[0].ticket is computed
+        source.allow("a")
+        for ticket in (computed, waits):
+            with pytest.raises(FetchError, match="as told"):
+                await asyncio.wait_for(ticket, 5)
+        (handle,) = batch.streaming
+        with pytest.raises(FetchError):
+            handle.require_sound()
+        scheduler.complete(batch)
+        assert handle.released
+
+
+async def test_bytes_that_turn_out_to_be_false(tmp_path: Path) -> None:
+    """All layers were there, and tokens had come out."""
+    source = stocked(tmp_path, "a")
+    source.hold_verification("a")
+    source.fail("verify", IntegrityError("others than promised"), id="a")
+    async with opened(source) as (_, scheduler):
+        ticket = scheduler.submit(Request("a", 3, MANY))
+        await step(scheduler)
+        await step(scheduler)
+        source.allow_verification("a")
+        with pytest.raises(IntegrityError, match="others than promised"):
+            await asyncio.wait_for(ticket, 5)
+        assert ticket.generated == 2
+
+
+async def test_a_failing_copy(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    async with opened(source, {"device": "simulated"}) as (loader, scheduler):
+        device = simulated(loader)
+        device.failing.add(1)
+        with pytest.raises(TransferError, match="told to fail"):
+            ticket = scheduler.submit(Request("a", 1, 1))
+            await asyncio.wait_for(ticket, 5)
+        other = scheduler.submit(Request("b", 1, 1))
+        await finish(scheduler, other)
+        assert await other == 1
+
+
+async def test_the_engine_may_say_that_a_row_failed(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path, "a")) as (_, scheduler):
+        bad, good = (scheduler.submit(Request("a", 1, 2)) for _ in range(2))
+        await step(scheduler, failed={bad: AdapterError("not this one")})
+        await finish(scheduler, good)
+        assert await good == 2
+        with pytest.raises(AdapterError, match="not this one") as raised:
+            await bad
+        assert raised.value.id == "a"
+
+
+async def test_a_failure_is_told_beside_a_batch_that_goes_on(tmp_path: Path) -> None:
+    """Though its adapter is leaving already, so that no other event follows."""
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    source.allow("a", 0)
+    source.fail("bring", FetchError("as told"), id="a", at=2)
+    async with opened(source) as (loader, scheduler):
+        tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
+        batch = await asyncio.wait_for(scheduler.next_batch(MANY, 1), 5)
+        unloading = asyncio.create_task(loader.unload("a"))
+        await turns()
+        source.allow("a")
+        for ticket in tickets:
+            with pytest.raises(FetchError, match="as told"):
+                await asyncio.wait_for(ticket, 5)
+        scheduler.complete(batch)
+        await unloading
+
+
+@pytest.mark.parametrize("resident", [False, True])
+async def test_another_digest_fails_the_request(tmp_path: Path, resident: bool) -> None:
+    """Also when the engine did not ask; requests for the same adapter without one go on."""
+    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+        if resident:
+            await warm(loader, "a")
+        false = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, MANY))
+        other = scheduler.submit(Request("a", 1, 3))
+
+        async def serve() -> None:
+            async for batch in scheduler.batches(MANY, MANY):
+                scheduler.complete(batch)
+                await asyncio.sleep(0)
+
+        serving = asyncio.create_task(serve())
+        with pytest.raises(IntegrityError):
+            await asyncio.wait_for(false, 5)
+        assert await asyncio.wait_for(other, 5) == 3
+        await scheduler.close()
+        await serving
+
+
+async def _until_unsound(handle: AdapterHandle | None) -> None:
+    def is_unsound() -> bool:
+        assert handle is not None
+        try:
+            handle.require_sound()
+        except LoraxError:
+            return True
+        return False
+
+    await until(is_unsound)
+
+
+async def test_a_token_of_false_weights_does_not_count(tmp_path: Path) -> None:
+    """No event notifies of another digest: the scheduler asks when a batch is completed."""
+    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+        await warm(loader, "a")
+        ticket = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, 1))
+        batch = await scheduler.next_batch(MANY, MANY)
+        await _until_unsound(batch.handles[0])
+        scheduler.complete(batch)
+        with pytest.raises(IntegrityError):
+            await ticket
+
+
+async def test_false_weights_are_in_no_further_batch(tmp_path: Path) -> None:
+    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+        await warm(loader, "a")
+        false = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, MANY))
+        batch = await scheduler.next_batch(MANY, MANY)
+        scheduler.complete(batch)
+        await _until_unsound(batch.handles[0])
+        scheduler.submit(Request(None, 1, 1))
+        assert [row[0] for row in rows(await step(scheduler))] == [None]
+        assert isinstance(false.error, IntegrityError)
+
+
+async def test_a_failure_in_a_batch_makes_room_for_no_more_than_its_own(tmp_path: Path) -> None:
+    """Its slot breaks, and leaves: both are told of the same requests."""
+    source = stocked(tmp_path, "a")
+    source.hold_verification("a")
+    source.fail("verify", IntegrityError("others than promised"), id="a")
+    async with opened(source, max_begun=3) as (_, scheduler):
+        bad = [scheduler.submit(Request("a", 1, MANY)) for _ in range(2)]
+        while not bad[1].begun:
+            await step(scheduler)
+        good = [scheduler.submit(Request(None, 1, 2)) for _ in range(3)]
+        await step(scheduler)
+        assert [each.begun for each in (*bad, *good)] == [True] * 3 + [False] * 2
+        batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+        source.allow_verification("a")
+        await until(lambda: bad[0].done)
+        await asyncio.sleep(0.01)  # whatever else is told
+        scheduler.complete(batch)
+        assert good[0].done
+        more = [scheduler.submit(Request(None, 1, 2)) for _ in range(3)]
+        assert len((await step(scheduler)).rows) == 3
+        await finish(scheduler, more[-1])
+
+
+async def test_a_second_load_that_gets_no_answer_does_not_hold_up_close(tmp_path: Path) -> None:
+    """A more urgent request asks once more, while the first load waits for a slot."""
+    source = stocked(tmp_path, "a", "b")
+    resolve, answer = source.resolve, asyncio.Event()
+
+    async def silent(ref: AdapterRef) -> AdapterKey:
+        await answer.wait()
+        return await resolve(ref)
+
+    async with opened(source, {"max_slots": 1}) as (loader, scheduler):
+        async with await loader.load("b"):
+            first = scheduler.submit(Request("a", 1, 1))
+            await until(lambda: loader.usage().waiting)
+            source.resolve = silent  # type: ignore[method-assign]
+            urgent = scheduler.submit(Request("a", 1, 1, priority=1))
+            await asyncio.sleep(0.01)
+        await step(scheduler)
+        assert await first == await urgent == 1
+        await asyncio.wait_for(scheduler.close(), 5)
+        answer.set()
+
 
 # -- deadlines -------------------------------------------------------------------------------------
+
+
+PATIENT = {"timeout": 60.0, "starvation_age": 1000.0}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +430,7 @@ async def test_a_deadline_ends_the_waiting(
         late = scheduler.submit(Request(id, 1, 1, deadline=0.05))
         patient = scheduler.submit(Request(id, 1, 1))
         with pytest.raises(AdapterTimeoutError, match=r"within 0\.05 s") as raised:
-            await asyncio.wait_for(late._wait(), 5)
+            await asyncio.wait_for(late, 5)
         assert (raised.value.id, raised.value.stage) == (id, stage)
         if blocker is not None:
             blocker.release()
@@ -48,28 +439,47 @@ async def test_a_deadline_ends_the_waiting(
         assert await patient == 1
 
 
-async def test_a_request_that_has_begun_is_not_late(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path)) as (_, scheduler):
-        ticket = scheduler.submit(Request(None, 1, 2, deadline=0.02))
-        batch = await scheduler.next_batch(MANY, MANY)
-        await asyncio.sleep(0.04)
+@pytest.mark.parametrize("deadline", [3.0, None])
+async def test_a_request_that_has_begun_is_not_late(tmp_path: Path, deadline: float | None) -> None:
+    """Without a deadline of its own a request has the config's timeout to begin in."""
+    clock = VirtualClock()
+    async with opened(stocked(tmp_path), PATIENT, clock=clock) as (_, scheduler):
+        begun, late = (scheduler.submit(Request(None, 1, 2, deadline=deadline)) for _ in range(2))
+        batch = await scheduler.next_batch(MANY, 1)
+        clock.pass_until((deadline or 60.0) - 0.1)
+        assert not late.done
+        clock.pass_until(100.0)
+        assert isinstance(late.error, AdapterTimeoutError)
         scheduler.complete(batch)
-        await finish(scheduler, ticket)
-        assert await ticket == 2
+        await finish(scheduler, begun)
+        assert await begun == 2
 
 
-async def test_without_a_deadline_it_is_the_configs(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    source.hold("a")
-    async with opened(source, {"timeout": 0.05}) as (_, scheduler):
-        with pytest.raises(AdapterTimeoutError, match=r"within 0\.05 s"):
-            await asyncio.wait_for(scheduler.submit(Request("a", 1, 1))._wait(), 5)
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_request_whose_adapter_lost_its_slot_has_all_its_time_again_if_it_has_begun(
+    tmp_path: Path, begun: bool
+) -> None:
+    """Each time; the engine keeps what it has of it. One that has not begun has its own time."""
+    clock = VirtualClock()
+    async with opened(stocked(tmp_path, "a"), PATIENT, clock=clock) as (loader, scheduler):
+        ticket = scheduler.submit(Request("a", 1, MANY))
+        if begun:
+            await step(scheduler)
+        await held(loader, "a")
+        for moment in (0.0, 40.0):
+            clock.pass_until(moment)
+            await loader.unload("a")
+            await held(loader, "a")
+        clock.pass_until(99.0 if begun else 59.0)
+        assert not ticket.done
+        clock.pass_until(101.0 if begun else 61.0)
+        assert isinstance(ticket.error, AdapterTimeoutError)
 
 
 # -- close -----------------------------------------------------------------------------------------
 
 
-async def test_close_answers_everybody(tmp_path: Path) -> None:
+async def test_close_answers_all_requests(tmp_path: Path) -> None:
     """Who waits, who streams, who is computed, who wants a batch; and twice."""
     source = stocked(tmp_path, *"abcde", holdable=True)
     source.hold("a")
@@ -96,7 +506,7 @@ async def test_close_answers_everybody(tmp_path: Path) -> None:
         scheduler.complete(other)
         with pytest.raises(HandleClosedError):
             other.check()
-        assert not loader._machinery.driver.tenants.leases
+        assert not loader.usage().leases
         await scheduler.close()
 
 
@@ -104,7 +514,7 @@ async def _all(scheduler: AdapterScheduler) -> list[Batch]:
     return [batch async for batch in scheduler.batches(MANY, MANY)]
 
 
-async def test_cancelling_who_closes_does_not_stop_it(tmp_path: Path) -> None:
+async def test_cancelling_close_does_not_stop_it(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     source.hold("a")
     async with over(source) as loader:
@@ -115,9 +525,9 @@ async def test_cancelling_who_closes_does_not_stop_it(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         closing.cancel()
         with pytest.raises(LoaderClosedError):
-            await asyncio.wait_for(ticket._wait(), 5)
+            await asyncio.wait_for(ticket, 5)
         await scheduler.close()
-        assert not loader._machinery.driver.tenants.leases
+        assert not loader.usage().leases
 
 
 async def test_a_loader_that_is_closed_first_fails_the_requests(tmp_path: Path) -> None:
@@ -132,12 +542,99 @@ async def test_a_loader_that_is_closed_first_fails_the_requests(tmp_path: Path) 
         waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
         for ticket in (held, cold):
             with pytest.raises(LoaderClosedError):
-                await asyncio.wait_for(ticket._wait(), 5)
+                await asyncio.wait_for(ticket, 5)
         with pytest.raises(LoaderClosedError):
             scheduler.submit(Request("a", 1, 1))
         await scheduler.close()
         with pytest.raises(LoaderClosedError):
             await waiting
+
+
+async def test_close_waits_for_its_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them takes its time to end."""
+    begun, ended = asyncio.Event(), list[bool]()
+
+    @asynccontextmanager
+    async def slow(*_: object, **__: object) -> AsyncIterator[None]:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+            yield
+        finally:
+            await turns()
+            ended.append(True)
+
+    async with over(stocked(tmp_path, "a")) as loader:
+        monkeypatch.setattr(AdapterLoader, "stream", slow)
+        scheduler = AdapterScheduler(loader)
+        ticket = scheduler.submit(Request("a", 1, 1))
+        await begun.wait()
+        await scheduler.close()
+        assert ended
+        with pytest.raises(LoaderClosedError):
+            await ticket
+
+
+async def test_a_request_that_is_computed_fails_when_the_loader_is_closed(tmp_path: Path) -> None:
+    """As soon as somebody wants another batch; that one may never be completed."""
+    async with over(stocked(tmp_path, "a")) as loader:
+        scheduler = AdapterScheduler(loader)
+        ticket = scheduler.submit(Request("a", 1, 1))
+        batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
+        await loader.close(timeout=0.01)
+        waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
+        with pytest.raises(LoaderClosedError):
+            await asyncio.wait_for(ticket, 5)
+        with pytest.raises(HandleClosedError):
+            batch.check()
+        scheduler.complete(batch)
+        await scheduler.close()
+        with pytest.raises(LoaderClosedError):
+            await waiting
+
+
+async def test_close_ends_the_waiting_for_a_batch_without_any_request(tmp_path: Path) -> None:
+    """Though there is no request whose end could tell."""
+    async with over(stocked(tmp_path)) as loader:
+        scheduler = AdapterScheduler(loader)
+        several = [await wanted(scheduler) for _ in range(2)]
+        await scheduler.close()
+        for waiting in several:
+            with pytest.raises(LoaderClosedError):
+                await asyncio.wait_for(waiting, 5)
+
+
+async def test_no_alarm_and_no_subscription_outlives_the_scheduler(tmp_path: Path) -> None:
+    """Some requests are cancelled, fail, or are finished before."""
+    source, clock = stocked(tmp_path, "stalls", "b", "bad"), VirtualClock()
+    source.hold("stalls")
+    source.fail("resolve", FetchError("as told"), id="bad")
+    settings = {"max_slots": 1, "timeout": 10_000.0, "starvation_age": 1000.0}
+
+    async def use(loader: AdapterLoader) -> weakref.ref[AdapterScheduler]:
+        async with AdapterScheduler(loader, clock=clock) as scheduler:
+            scheduler.submit(Request(None, 1, 2))
+            await step(scheduler)
+            assert clock.due is None, "it is in time"
+            await step(scheduler)
+            scheduler.submit(Request(None, 1, 1)).cancel()
+            assert clock.due is None
+            scheduler.submit(Request("stalls", 1, 1))
+            await held(loader, "stalls")
+            bad = scheduler.submit(Request("bad", 1, 1))
+            with pytest.raises(FetchError):
+                await bad
+            others = [scheduler.submit(Request("b", 1, 1)) for _ in range(2)]
+            others[0].cancel()
+            await turns()
+        return weakref.ref(scheduler)
+
+    async with over(source, **settings) as loader:
+        reference = await use(loader)
+        assert clock.due is None
+        await turns()
+        gc.collect()
+        assert reference() is None
 
 
 def test_it_belongs_to_its_loop(tmp_path: Path) -> None:

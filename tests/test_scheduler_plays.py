@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import tiny
 from common import LOOPS
 from contention.adapters import IDS
 from lorax_async import Request
@@ -20,11 +22,44 @@ from lorax_async.scheduling import picking
 from lorax_async.scheduling.guestbook import Guestbook
 from lorax_async.scheduling.guests import Guest
 from scheduling.link import Conduct
-from scheduling.plans import plans, scenes
 from scheduling.play import Step, play
-from scheduling.world import Scene
+from scheduling.world import MISSING, Scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
+
+conducts = st.builds(
+    Conduct,
+    delay=st.sampled_from([0.0, 0.003, 0.03, 0.2]),
+    interval=st.sampled_from([0.0, 0.001, 0.004, 0.03]),
+    fate=st.sampled_from(["comes", "comes", "comes", "stalls", "fails"]),
+    at=st.integers(0, tiny.LAYERS - 1),
+)
+scenes = st.builds(
+    Scene,
+    loop=st.sampled_from(["asyncio", "uvloop"]),
+    slots=st.integers(1, 4),
+    max_tokens=st.sampled_from([1, 8, 100, 500]),
+    max_sequences=st.sampled_from([1, 2, 8]),
+    max_begun=st.sampled_from([None, 1, 3]),
+    loads=st.sampled_from([None, 1, 2]),
+    engines=st.sampled_from([1, 1, 2]),
+    conducts=st.fixed_dictionaries(dict.fromkeys(IDS, conducts)),
+)
+requests = st.builds(
+    Request,
+    adapter_id=st.sampled_from([None, *IDS, *IDS, MISSING]),
+    prompt_tokens=st.sampled_from([1, 3, 20, 90]),
+    max_new_tokens=st.integers(1, 5),
+    priority=st.sampled_from([0, 0, 0, 1, 5]),
+    deadline=st.sampled_from([None, None, None, 0.005, 0.05]),
+)
+pauses = st.sampled_from([0.0, 0.0, 0.001, 0.01, 0.1])
+steps = (
+    st.builds(Step, pauses, requests)
+    | st.builds(Step, pauses, requests)
+    | st.builds(Step, pauses, st.none(), st.integers(0, 7))
+)
+plans = st.lists(steps, min_size=1, max_size=16)
 
 QUICK = settings(
     max_examples=100,
@@ -35,16 +70,23 @@ QUICK = settings(
 )
 
 
+@settings(QUICK, max_examples=20)
+@given(scenes, plans)
+def test_some_plays(scene: Scene, plan: list[Step]) -> None:
+    play(scene, plan)
+
+
+@pytest.mark.slow
 @QUICK
 @given(scenes, plans)
-def test_whatever_comes_in_whatever_order(scene: Scene, plan: list[Step]) -> None:
+def test_many_plays(scene: Scene, plan: list[Step]) -> None:
     play(scene, plan)
 
 
 @pytest.mark.soak
 @settings(QUICK, max_examples=2000, derandomize=False)
 @given(scenes, plans)
-def test_much_more_of_it(scene: Scene, plan: list[Step]) -> None:
+def test_thousands_of_plays(scene: Scene, plan: list[Step]) -> None:
     play(scene, plan)
 
 
@@ -109,41 +151,32 @@ def _one(
     return Scene("asyncio", slots, 100, sequences, None, None, all_of_them, engines), steps
 
 
-TELLING: list[Play] = [
-    # The only slot is taken by one that stalls.
-    _one(
-        1,
-        8,
-        [Step(0.0, Request("c", 5, 1)), Step(0.01, Request("a", 5, 1))],
-        c=COLD["never begins"],
+def _asks(pause: float, id: str | None, prompt: int, new: int) -> Step:
+    return Step(pause, Request(id, prompt, new))
+
+
+_NEVER, _LAST = COLD["never begins"], COLD["stalls before its last layer"]
+TELLING: dict[str, Play] = {
+    "the only slot is taken by one that stalls": _one(
+        1, 8, [_asks(0.0, "c", 5, 1), _asks(0.01, "a", 5, 1)], c=_NEVER
     ),
-    # So it is, and another one comes only then.
-    _one(
-        1,
-        8,
-        [
-            Step(0.0, Request("c", 5, 1)),
-            Step(0.01, Request("a", 5, 1)),
-            Step(0.1, Request("b", 5, 1)),
-        ],
-        c=COLD["stalls before its last layer"],
+    "and another one comes only then": _one(
+        1, 8, [_asks(0.0, "c", 5, 1), _asks(0.01, "a", 5, 1), _asks(0.1, "b", 5, 1)], c=_LAST
     ),
-    # One that joined alone and is too slow, once there are others.
-    _one(2, 8, [Step(0.0, Request("c", 5, 2)), Step(0.002, Request(None, 5, 9))], c=SLOW),
-    # One that joins others and then stops.
-    _one(
-        2,
-        8,
-        [Step(0.0, Request(None, 5, 9)), Step(0.02, Request("c", 5, 2))],
-        c=COLD["stalls before its last layer"],
+    "one joined alone and is too slow once there are others": _one(
+        2, 8, [_asks(0.0, "c", 5, 2), _asks(0.002, None, 5, 9)], c=SLOW
     ),
-    # One that fails.
-    _one(2, 8, [Step(0.0, Request(id, 5, 3)) for id in "acb"], c=Conduct(0.001, 0.0, "fails")),
-    # More than fits, of one adapter most of all; and two engines.
-    _one(3, 2, [Step(0.0, Request(id, 150, 3)) for id in "aaaab"], 2),
-    # One whose row is computed when it is cancelled.
-    _one(2, 8, [Step(0.0, Request("a", 5, 9)), Step(0.03), Step(0.0, Request("b", 5, 2))]),
-]
+    "one joins others and then stops": _one(
+        2, 8, [_asks(0.0, None, 5, 9), _asks(0.02, "c", 5, 2)], c=_LAST
+    ),
+    "one fails": _one(2, 8, [_asks(0.0, id, 5, 3) for id in "acb"], c=Conduct(0.001, 0.0, "fails")),
+    "more than fits, of one adapter most of all, and two engines": _one(
+        3, 2, [_asks(0.0, id, 150, 3) for id in "aaaab"], engines=2
+    ),
+    "one is cancelled while it is computed": _one(
+        2, 8, [_asks(0.0, "a", 5, 9), Step(0.03), _asks(0.0, "b", 5, 2)]
+    ),
+}
 
 FAULTS: dict[str, tuple[object, str, object]] = {
     "who streams joins at once": (Arrival, "joins_at", lambda self, now, seconds, layers: now),
@@ -170,9 +203,9 @@ FAULTS: dict[str, tuple[object, str, object]] = {
 }
 
 
-@pytest.mark.parametrize("number", range(len(TELLING)))
-def test_plays_that_tell_much(number: int) -> None:
-    play(*TELLING[number])
+@pytest.mark.parametrize("name", TELLING)
+def test_plays_that_tell_much(name: str) -> None:
+    play(*TELLING[name])
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -181,7 +214,7 @@ def test_a_fault_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, attribute, broken)
     monkeypatch.setattr(logging.getLogger("lorax_async"), "propagate", False)
     noticed = []
-    for scene, plan in TELLING:
+    for scene, plan in TELLING.values():
         try:
             play(scene, plan)
         except Exception as fault:

@@ -11,9 +11,9 @@ from lorax_async.scheduling.requests import Ticket
 from lorax_async.scheduling.waiting import Waiting
 from mutants.mutation import Mutants, mutant, skipped
 
-FLIGHTS = "test_scheduler_flights.py"
-WAITED_FOR = "test_scheduler_waited_for.py"
-CLOSING = "test_scheduler_closing.py"
+BATCHES = "test_scheduler.py"
+SHARES = "test_scheduler_shares.py"
+ENDS = "test_scheduler_ends.py"
 
 _landed = Guestbook.landed
 
@@ -37,33 +37,33 @@ def _forgotten_but_loaded(self: Waiting, guest: Guest) -> None:
 
 SCHEDULING: Mutants = {
     "scheduler: a request is in one batch at a time": mutant(
-        "test_scheduler.py::test_several_batches_may_be_under_way",
+        f"{BATCHES}::test_several_batches_may_be_under_way",
         (Ticket, "flying", _never(kept=False)),
     ),
     "scheduler: a slot is kept for its batches": mutant(
-        f"{FLIGHTS}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
+        f"{BATCHES}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
         (Guestbook, "landed", _given_back_after_the_first),
     ),
     "scheduler: a batch is valid while its slots are its own": mutant(
-        "test_scheduler_ahead.py::test_a_stale_batch_is_caught", skipped(Batch, "check")
+        f"{BATCHES}::test_a_stale_batch_is_caught", skipped(Batch, "check")
     ),
     "scheduler: a slot held in vain makes way": mutant(
-        f"{WAITED_FOR}::test_who_may_not_begin_keeps_no_slot_from_who_has_begun",
+        f"{SHARES}::test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun",
         skipped(Guestbook, "make_way"),
     ),
     "scheduler: tokens of false weights do not count": mutant(
-        "test_scheduler_digests.py::test_the_last_token_of_false_weights_is_none",
+        f"{ENDS}::test_a_token_of_false_weights_does_not_count",
         skipped(Guestbook, "judge"),
     ),
     "scheduler: a preempted request gives its place back": mutant(
-        "test_scheduler_shares.py::test_preempting_ends",
+        f"{SHARES}::test_preempting_ends",
         skipped(Guestbook, "preempt"),
     ),
     "scheduler: a load ends with its last request": mutant(
-        "test_scheduler_waits.py::test_who_may_not_begin_does_when_another_is_cancelled",
+        f"{SHARES}::test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot",
         (Waiting, "remove", _forgotten_but_loaded),
     ),
     "scheduler: close waits for its loads": mutant(
-        f"{CLOSING}::test_it_is_closed_when_its_loads_have_ended", skipped(Waiting, "close")
+        f"{ENDS}::test_close_waits_for_its_loads", skipped(Waiting, "close")
     ),
 }

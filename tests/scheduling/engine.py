@@ -92,25 +92,20 @@ class Engine:
         world.blame(handle.resident or handle not in self._burnt, "it waits in vain once more")
 
     def _judge_order(self, batch: Batch) -> None:
-        """The most urgent one that could be computed is: so that nobody waits for ever."""
-        there = {row.ticket for row in batch.rows}
-        held = {guest.ref: guest for guest in self.world.scheduler._book.held}
-        full = len([t for each in self.world.wanted if (t := each.ticket).begun and not t.done])
-        may_begin = full - sum(not row.start for row in batch.rows) < (
-            self.world.scene.max_begun or full + 1
-        )
-        left_out = []
-        for each in self.world.wanted:
-            ticket = each.ticket
-            guest = held.get(ticket.ref)
-            if ticket.done or ticket.flying or guest is None or not guest.is_ready:
-                continue
-            if not guest.leaving and (ticket.begun or may_begin):
-                left_out.append(ticket)
-        first = min([t.order for t in left_out], default=None)
+        """The most urgent request that could be computed is: no request waits for ever."""
         world = self.world
-        if first is not None:
-            world.blame(min(t.order for t in there) < first, "the most urgent one was left out")
+        begun = [t for each in world.wanted if (t := each.ticket).begun and not t.done]
+        newly = sum(not row.start for row in batch.rows)
+        may_begin = len(begun) - newly < (world.scene.max_begun or len(begun) + 1)
+        left_out = [
+            ticket.order
+            for each in world.wanted
+            if not (ticket := each.ticket).done and not ticket.flying
+            if (ticket.begun or may_begin) and world.is_ready(ticket.request.adapter_id)
+        ]
+        first = min((row.ticket.order for row in batch.rows), default=None)
+        if left_out and first is not None:
+            world.blame(first < min(left_out), "the most urgent one was left out")
 
     # -- a pass ------------------------------------------------------------------------------------
 

@@ -118,8 +118,7 @@ async def _drive(world: World, work: asyncio.Future[Any]) -> None:
 
 async def _end(world: World, engines: list[asyncio.Task[None]]) -> None:
     """Close, and nothing is left."""
-    leases = world.loader._machinery.driver.tenants.leases
-    world.blame(not leases, f"leases without requests: {leases}")
+    world.blame(not world.loader.usage().leases, "leases without requests")
     await world.scheduler.close()
     await asyncio.wait(engines, timeout=1)
     world.blame(all(engine.done() for engine in engines), "an engine goes on after close")
@@ -129,10 +128,9 @@ async def _end(world: World, engines: list[asyncio.Task[None]]) -> None:
     except LoaderClosedError:
         pass
     await world.settle()
-    driver = world.loader._machinery.driver
-    world.blame(not driver.tenants.leases, "leases are left")
-    waiters = [life for life in driver.lifecycle.lives.values() if life.waiters]
-    world.blame(not waiters, f"wishes are left: {waiters}")
+    usage = world.loader.usage()
+    world.blame(not usage.leases, "leases are left")
+    world.blame(not usage.waiting, "loads or hints are left")
     names = [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith("lorax wish")]
     world.blame(not names, "tasks are left")
     world.blame(world.clock.due is None, "alarms are left")

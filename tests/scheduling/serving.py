@@ -8,14 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from common import until
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
-    AdapterRef,
-    AdapterScheduler,
-    Batch,
-    Ticket,
-)
+from lorax_async import AdapterLoader, AdapterRef, AdapterScheduler, Batch, Ticket
 from lorax_async.adapter import AdapterKey
 from lorax_async.testing import FakeSource
 from tiny_sources import over
@@ -27,13 +20,11 @@ MANY = 1000
 async def opened(
     source: FakeSource, settings: dict[str, Any] | None = None, **given: Any
 ) -> AsyncIterator[tuple[AdapterLoader, AdapterScheduler]]:
-    """And closed; then nobody holds or wants anything."""
+    """Close it at the end; then nothing is leased or waited for any more."""
     async with over(source, **(settings or {})) as loader:
         async with AdapterScheduler(loader, **given) as scheduler:
             yield loader, scheduler
-        tenants = loader._machinery.driver.tenants
-        assert not tenants.leases
-        assert not tenants._waiters
+        assert (loader.usage().leases, loader.usage().waiting) == (0, 0)
         assert not [t for t in asyncio.all_tasks() if t.get_name().startswith("lorax wish")]
 
 
@@ -41,14 +32,20 @@ async def step(
     scheduler: AdapterScheduler, tokens: int = MANY, sequences: int = MANY, **results: Any
 ) -> Batch:
     """One batch, computed in no time."""
-    batch = await asyncio.wait_for(scheduler.next_batch(tokens, sequences), 5)
+    batch = await next_batch(scheduler, tokens, sequences)
     batch.check()
     scheduler.complete(batch, **results)
     return batch
 
 
+async def next_batch(
+    scheduler: AdapterScheduler, tokens: int = MANY, sequences: int = MANY
+) -> Batch:
+    return await asyncio.wait_for(scheduler.next_batch(tokens, sequences), 5)
+
+
 def silence(source: FakeSource, id: str) -> None:
-    """Whoever asks for it from now on has no answer."""
+    """Let the source answer no question for `id` from now on."""
     resolve = source.resolve
 
     async def silent(ref: AdapterRef) -> AdapterKey:
@@ -59,22 +56,25 @@ def silence(source: FakeSource, id: str) -> None:
     source.resolve = silent  # type: ignore[method-assign]
 
 
-async def held(scheduler: AdapterScheduler, ticket: Ticket) -> AdapterHandle:
-    """Its adapter has a slot, and may be on its way."""
-    guest = scheduler._book.guest_of(ticket)
-    await until(lambda: guest.handle is not None)
-    assert guest.handle is not None
-    return guest.handle
+def leases(loader: AdapterLoader, id: str) -> int:
+    found = loader.whereabouts(id)
+    return 0 if found is None else found.leases
+
+
+async def held(loader: AdapterLoader, id: str) -> None:
+    """Wait until the scheduler has a slot for the adapter, whose layers may still come."""
+    await until(lambda: leases(loader, id))
+    await turns()
 
 
 async def turns(count: int = 20) -> None:
-    """So many of the loop: whatever waits for nothing else has happened."""
+    """Let the loop turn, so that all has happened that waits for nothing else."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 async def wanted(scheduler: AdapterScheduler) -> asyncio.Task[Batch]:
-    """A batch that is not there yet."""
+    """Ask for a batch that is not there yet."""
     waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
     await turns()
     assert not waiting.done()
@@ -86,6 +86,10 @@ async def warm(loader: AdapterLoader, *ids: str) -> None:
         (await loader.load(id)).release()
 
 
+def ids(batch: Batch) -> list[object]:
+    return [row.ticket.request.adapter_id for row in batch.rows]
+
+
 def rows(batch: Batch) -> list[tuple[object, int, int, bool]]:
     return [(row.ticket.request.adapter_id, row.start, row.tokens, row.last) for row in batch.rows]
 
@@ -94,10 +98,3 @@ async def finish(scheduler: AdapterScheduler, *tickets: Ticket) -> None:
     """Serve until all are done."""
     while not all(ticket.done for ticket in tickets):
         await step(scheduler)
-
-
-async def streaming(scheduler: AdapterScheduler, ticket: Ticket) -> Any:
-    """The handle that the scheduler has of an adapter on its way."""
-    guest = scheduler._book.guest_of(ticket)
-    await until(lambda: guest.handle is not None)
-    return guest.handle

@@ -18,6 +18,7 @@ from lorax_async import (
     Request,
     Ticket,
 )
+from lorax_async.adapter import AdapterId
 from lorax_async.core.transitions import SlotState
 from lorax_async.testing import SimulatedDevice
 from scheduling.clock import VirtualClock
@@ -177,9 +178,16 @@ class World:
             self.news.discard(future)
             alarm.cancel()
 
+    def is_ready(self, id: AdapterId | None) -> bool:
+        """Whether the scheduler has a slot for the adapter, all of which is there and stays."""
+        where = None if id is None else self.loader.whereabouts(id)
+        return id is None or (where is not None and where.state == "resident" and where.leases > 0)
+
     async def settle(self) -> None:
         """Until everything has happened that does not wait for time to pass."""
-        quiet, lives = 0, self.loader._machinery.driver.lifecycle.lives
+        # Nothing public says that a thread still reads bytes for a copy: the one look inside.
+        lives = self.loader._machinery.driver.lifecycle.lives
+        quiet = 0
         while quiet < 3:
             for _ in range(6):
                 await asyncio.sleep(0)
