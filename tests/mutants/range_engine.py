@@ -13,11 +13,9 @@ from lorax_async.io.http.wire import Wire
 from mutants.mutation import Mutants, NoLock, mutant, skipped
 
 PARTS = "io/http/test_http_parts.py"
-WIRES = "io/http/test_http_wires.py"
-ENDS = "io/http/test_http_ends.py"
-SERVERS = "io/http/test_http_servers.py"
+ANSWERS = "io/http/test_http_responses.py"
 SHARES = "io/http/test_http_desk.py"
-ENGINE = "io/http/test_http_engine.py"
+DOWNLOADS = "io/http/test_http_downloads.py"
 
 _write, _tell = Download._write, Download._tell
 _claim, _split, _use = Download._claim, Download.split, Attempt.use
@@ -70,42 +68,42 @@ def _split_while_read(self: Download, now: float) -> desk.Piece | None:
 
 HTTP: Mutants = {
     "attempt: one that was ended gets no connection": mutant(
-        f"{PARTS}::test_who_was_ended_gets_no_connection", (Attempt, "use", _used_after_an_end)
+        f"{PARTS}::test_an_ended_attempt_gets_no_connection", (Attempt, "use", _used_after_an_end)
     ),
     "attempt: an end does not reach a connection that was given back": mutant(
         f"{PARTS}::test_an_end_does_not_reach_what_was_given_back", skipped(Attempt, "leave")
     ),
     "attempt: a connection is given back after its end": mutant(
-        f"{WIRES}::test_what_is_being_ended_is_given_back_afterwards", (attempt, "Lock", NoLock)
+        f"{PARTS}::test_what_is_being_ended_is_given_back_afterwards", (attempt, "Lock", NoLock)
     ),
     "wire: an end reaches a thread that waits": mutant(
-        f"{ENDS}::test_an_end_from_outside", skipped(Wire, "abort")
+        f"{DOWNLOADS}::test_an_end_from_outside", skipped(Wire, "abort")
     ),
     "wire: an end reaches a socket that is being opened": mutant(
-        f"{PARTS}::test_a_socket_is_not_opened_for_who_was_ended",
+        f"{PARTS}::test_a_socket_is_not_opened_for_an_ended_attempt",
         (Wire, "attach", _attached_after_an_abort),
     ),
     "wire: a descriptor is not closed while it is shut down": mutant(
-        f"{WIRES}::test_a_descriptor_is_not_closed_while_it_is_ended", (wire, "Lock", NoLock)
+        f"{PARTS}::test_a_descriptor_is_not_closed_while_it_is_ended", (wire, "Lock", NoLock)
     ),
     "pool: an idle connection is taken by one": mutant(
-        f"{WIRES}::test_an_idle_connection_is_taken_by_one", (pool, "Lock", NoLock)
+        f"{PARTS}::test_an_idle_connection_is_taken_by_one", (pool, "Lock", NoLock)
     ),
     "pool: unasked bytes answer no request": mutant(
-        f"{SERVERS}::test_what_comes_unasked_answers_nothing",
+        f"{ANSWERS}::test_what_comes_unasked_answers_nothing",
         (Wire, "quiet", property(lambda _: True)),
     ),
     "download: bytes are written before their group is reported": mutant(
-        f"{SERVERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
+        f"{ANSWERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
         (Download, "_write", _written_later),
         (Download, "_tell", _reported_before_written),
     ),
     "download: groups are reported by one thread at a time": mutant(
-        f"{SERVERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
+        f"{ANSWERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
         (Download, "_tell", _reported_by_many),
     ),
     "download: nothing is read after an end": mutant(
-        "io/http/test_http_whole.py::test_no_more_is_written_after_an_end",
+        f"{ANSWERS}::test_no_more_is_written_after_an_end",
         (Download, "_claim", _claimed_after_an_end),
     ),
     "download: what is being read is not given to another thread": mutant(
@@ -113,13 +111,13 @@ HTTP: Mutants = {
         (Download, "split", _split_while_read),
     ),
     "download: what is left of a piece is put back": mutant(
-        f"{ENGINE}::test_a_long_piece_makes_way", skipped(Download, "put_back")
+        f"{DOWNLOADS}::test_a_long_piece_makes_way", skipped(Download, "put_back")
     ),
     "shares: another origin gets its share from one that stalls": mutant(
-        f"{ENGINE}::test_who_is_stuck_makes_way", skipped(Desk, "reclaim")
+        f"{DOWNLOADS}::test_a_source_that_is_stuck_makes_way", skipped(Desk, "reclaim")
     ),
     "engine: it has ended when its threads have": mutant(
-        f"{ENDS}::test_the_engine_has_ended_when_nobody_writes_any_more",
+        f"{DOWNLOADS}::test_close_returns_once_nothing_is_written_any_more",
         skipped(Crew, "_some_thread"),
     ),
 }

@@ -15,6 +15,7 @@ from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
 from servers import Nginx
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.needs("nginx"),
     pytest.mark.usefixtures("nothing_left", "no_socket_left"),
 ]

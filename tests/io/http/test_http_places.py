@@ -1,14 +1,15 @@
-"""Where connections lead: URLs, names, addresses before and after connecting."""
+"""Where connections may lead: URLs, names, addresses, redirects, and who gets credentials."""
 
 from __future__ import annotations
 
 import socket
 import threading
 import time
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
-from fault_server import Asked, Client, FaultServer, until
+from fault_server import Asked, Behaviour, Client, FaultServer, until
 from fetching import (
     DATA,
     PATIENT,
@@ -22,14 +23,102 @@ from fetching import (
     took,
 )
 
-from lorax_async.errors import AccessDeniedError, FetchError, FetchTimeoutError
+from lorax_async import Allow
+from lorax_async.errors import AccessDeniedError, FetchError, FetchTimeoutError, UsageError
+from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.network import Endpoint
-from lorax_async.io.http.settings import Timeouts, is_public
+from lorax_async.io.http.settings import Rules, Timeouts, is_public
+from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import InvalidUrlError, Origin, parse_url
+from lorax_async.io.remote.rules import AllowRules
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
+
 PUBLIC = "93.184.216.34"
+
+
+INSIDE = "10.1.2.3"
+
+
+URL = "http://files.internal/loras/weights?key=swordfish"
+
+SECRET = "Bearer hf_swordfish"
+
+
+def _started(fetching: RangeEngine, url: str, rules: Rules | None = None) -> bytes:
+    return fetching.ask(target(url, rules=rules), 100).done.result(10).start
+
+
+def _refused(fetching: RangeEngine, url: str, rules: Rules, words: str = "not public") -> None:
+    with pytest.raises(AccessDeniedError, match=words) as caught:
+        _started(fetching, url, rules)
+    assert "swordfish" not in str(caught.value)
+    assert not caught.value.retryable
+
+
+def network_of(**places: tuple[str, FaultServer]) -> PretendNetwork:
+    """Hosts by their first label: which address they have, and who answers there."""
+    return PretendNetwork(
+        names={f"{name}.internal": [address] for name, (address, _) in places.items()},
+        ports={address: server.port for address, server in places.values()},
+    )
+
+
+def to(location: str) -> Behaviour:
+    def away(asked: Asked, client: Client) -> None:
+        client.head("302 Found", "Content-Length: 0", f"Location: {location}")
+
+    return away
+
+
+class NoLoopback(Anywhere):
+    """All URLs, public addresses only."""
+
+    def allows_address(self, url: object, address: object) -> bool:
+        return False
+
+
+# -- URLs and addresses ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "origin", "where"),
+    [
+        ("http://h", Origin("http", "h", 80), "/"),
+        (
+            "HTTPS://Host.Example:8443/a%20b?c=d#e",
+            Origin("https", "host.example", 8443),
+            "/a%20b?c=d",
+        ),
+        ("https://[2001:DB8::1]/x", Origin("https", "2001:db8::1", 443), "/x"),
+        ("http://h?q", Origin("http", "h", 80), "/?q"),
+    ],
+)
+def test_urls(text: str, origin: Origin, where: str) -> None:
+    url = parse_url(text)
+    assert (url.origin, url.target) == (origin, where)
+    assert where == "/" or where not in repr(url) + str(url)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "x", "//h/x", "ftp://h/", "http://", "http://u:p@h/", "http://h/a b", "http://h/\n"),
+        *(
+            "http://h:0/",
+            "http://h:65536/",
+            "http://h:x/",
+            "http://é/",
+            "http://h\\x",
+            "http://-h/",
+        ),
+        *("http://h/é", "http://h\x00/", "http://[::1", " http://h/", "http://a@h"),
+    ],
+)
+def test_what_is_no_url(text: str) -> None:
+    with pytest.raises(InvalidUrlError):
+        parse_url(text)
 
 
 @pytest.mark.parametrize(
@@ -44,48 +133,26 @@ PUBLIC = "93.184.216.34"
 )
 def test_addresses_that_are_not_public(text: str) -> None:
     assert not is_public(ip_address(text))
+    assert all(map(is_public, map(ip_address, (PUBLIC, "2606:4700::1", "::ffff:8.8.8.8"))))
 
 
-@pytest.mark.parametrize("text", [PUBLIC, "8.8.8.8", "2606:4700::1", "::ffff:8.8.8.8"])
-def test_addresses_that_are(text: str) -> None:
-    assert is_public(ip_address(text))
-
-
-class NoLoopback(Anywhere):
-    """All URLs, public addresses only."""
-
-    def allows_address(self, url: object, address: object) -> bool:
-        return False
-
-
-def refusal(network: PretendNetwork, url: str) -> AccessDeniedError:
-    with (
-        engine(network=network) as fetching,
-        pytest.raises(AccessDeniedError, match="not public") as caught,
-    ):
-        fetching.ask(target(url, rules=NoLoopback()), 10).done.result(10)
-    return caught.value
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "169.254.169.254", "10.1.2.3"])
-def test_a_name_of_a_private_address_is_not_even_connected_to(address: str) -> None:
-    network = PretendNetwork(names={"files.example": [address]})
-    error = refusal(network, "http://files.example/weights?key=swordfish")
-    assert network.connected == []
-    assert address not in str(error)
-    assert "swordfish" not in str(error)
-    assert not error.retryable
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "169.254.169.254"])
-def test_a_private_address_as_a_number(host: str) -> None:
-    number = host.strip("[]")
-    network = PretendNetwork(names={number: [number]})
-    refusal(network, f"http://{host}/weights")
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        *[("files.example", text) for text in ("127.0.0.1", "169.254.169.254", "10.1.2.3")],
+        *[(text, text) for text in ("127.0.0.1", "::1", "169.254.169.254")],
+    ],
+)
+def test_a_private_address_is_not_even_connected_to(host: str, address: str) -> None:
+    """Whether it is a name's or stands in the URL."""
+    network = PretendNetwork(names={host: [address]})
+    written = f"[{host}]" if ":" in host else host
+    with engine(network=network) as fetching:
+        _refused(fetching, f"http://{written}/weights?key=swordfish", NoLoopback())
     assert network.connected == []
 
 
-def test_what_is_connected_to_counts() -> None:
+def test_the_address_of_the_connected_socket_counts() -> None:
     """The name service said one thing, the socket is at another."""
     with FaultServer(DATA) as server:
         network = PretendNetwork(
@@ -93,59 +160,33 @@ def test_what_is_connected_to_counts() -> None:
             ports={PUBLIC: server.port},
             peers={PUBLIC: "192.168.1.1"},
         )
-        refusal(network, "http://files.example/weights")
+        with engine(network=network) as fetching:
+            _refused(fetching, "http://files.example/weights", NoLoopback())
         assert network.connected == [PUBLIC]
         assert not server.asked
 
 
-def test_a_redirect_to_a_private_address() -> None:
-    def away(asked: Asked, client: Client) -> None:
-        client.head("302 Found", "Content-Length: 0", "Location: http://inside.example/latest")
-
-    with FaultServer(DATA, away) as server, FaultServer(DATA) as inside:
-        network = PretendNetwork(
-            names={"files.example": [PUBLIC], "inside.example": ["169.254.169.254"]},
-            ports={PUBLIC: server.port, "169.254.169.254": inside.port},
-        )
-        refusal(network, "http://files.example/weights")
-        assert len(server.asked) == 1
-        assert not inside.clients
-
-
-def test_a_public_address_among_private_ones_is_used() -> None:
-    with FaultServer(DATA) as server:
-        network = PretendNetwork(
-            names={"files.example": ["10.0.0.1", PUBLIC]}, ports={PUBLIC: server.port}
-        )
-        with engine(network=network) as fetching:
-            place = target("http://files.example/weights", rules=NoLoopback())
-            assert fetching.ask(place, 100).done.result(10).start == DATA[:100]
-        assert network.connected == [PUBLIC]
-        assert server.asked[0].fields["host"] == "files.example"
-
-
-def test_the_next_address_is_tried() -> None:
+def test_the_next_address_of_a_name_is_tried() -> None:
+    """After a private one, which is not connected to, and after one that refuses."""
     with socket.create_server(("127.0.0.1", 0)) as gone:
         refusing = gone.getsockname()[1]
     with FaultServer(DATA) as server:
         network = PretendNetwork(
-            names={"files.example": ["8.8.8.8", PUBLIC]},
+            names={"files.example": ["10.0.0.1", "8.8.8.8", PUBLIC]},
             ports={"8.8.8.8": refusing, PUBLIC: server.port},
         )
         with engine(network=network) as fetching:
-            answer = fetching.ask(target("http://files.example/weights"), 100).done.result(10)
-            assert answer.start == DATA[:100]
+            assert _started(fetching, "http://files.example/w", NoLoopback()) == DATA[:100]
+        assert network.connected == ["8.8.8.8", PUBLIC]
+        assert server.asked[0].fields["host"] == "files.example"
 
 
-def test_nobody_listens() -> None:
+def test_a_place_that_no_connection_leads_to() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     with engine() as fetching, pytest.raises(FetchError, match="ECONNREFUSED") as caught:
         asked(fetching, f"http://127.0.0.1:{port}/")
     assert caught.value.retryable
-
-
-def test_a_name_that_is_none() -> None:
     with (
         engine(network=PretendNetwork()) as fetching,
         pytest.raises(FetchError, match=r"'nowhere.example' cannot be found \(EAI_NONAME"),
@@ -191,7 +232,7 @@ class SlowNames(PretendNetwork):
 
 
 def test_a_name_service_that_does_not_answer() -> None:
-    """The deadline holds, and all who ask share one question."""
+    """The deadline holds, and all who ask share one question; another one is for who asks later."""
     network = SlowNames()
     try:
         with engine(network=network, timeouts=PATIENT) as fetching:
@@ -205,6 +246,11 @@ def test_a_name_service_that_does_not_answer() -> None:
     finally:
         network.answer.set()
         until(lambda: not [t for t in threading.enumerate() if t.name == "lorax-lookup"])
+    with FaultServer(DATA, lambda _, client: client.reset()) as server:
+        network.ports = {PUBLIC: server.port}
+        with engine(1, network=network) as fetching, pytest.raises(FetchError):
+            asked(fetching, "http://slow.example/")
+    assert network.resolved == ["slow.example"] * 4, "each of three attempts asks anew"
 
 
 def test_no_more_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,43 +268,234 @@ def test_no_more_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
         check(*fetched(fetching, answer))
 
 
-# -- URLs -----------------------------------------------------------------------------------------
+# -- redirects -------------------------------------------------------------------------------------
+
+
+def test_credentials_go_to_their_own_origin_only() -> None:
+    headers = {"Authorization": SECRET, "X-Api-Key": "swordfish"}
+    with FaultServer(DATA) as store, FaultServer(DATA) as hub, engine() as fetching:
+
+        def to_store(asked: Asked, client: Client) -> None:
+            if asked.target == "/weights":
+                client.head("302 Found", "Content-Length: 0", "Location: /second")
+            else:
+                place = store.url("/signed?X-Signature=swordfish")
+                client.head("307 Moved", "Content-Length: 0", f"Location: {place}")
+
+        hub.behave = to_store
+        answer = fetching.ask(target(hub.url(), headers), 5_000).done.result(10)
+        check(*fetched(fetching, answer))
+        assert len(hub.asked) == 2, "ranges are asked for where the file lies"
+        for each in hub.asked:
+            assert each.fields["authorization"] == SECRET
+        assert store.asked
+        for each in store.asked:
+            assert "swordfish" not in each.raw.partition("\r\n")[2]
+            assert each.target == "/signed?X-Signature=swordfish"
+        assert "swordfish" not in repr(answer) + repr(answer.target) + repr(answer.place)
+
+
+def test_credentials_are_not_sent_again_by_way_of_another_origin() -> None:
+    with FaultServer(DATA) as away, FaultServer(DATA) as home, engine() as fetching:
+
+        def leave(asked: Asked, client: Client) -> None:
+            if asked.target == "/weights":
+                client.head("302 F", "Content-Length: 0", f"Location: {away.url('/x')}")
+            else:
+                home.right(asked, client)
+
+        def come_back(asked: Asked, client: Client) -> None:
+            client.head("302 F", "Content-Length: 0", f"Location: {home.url('/private')}")
+
+        home.behave, away.behave = leave, come_back
+        fetching.ask(target(home.url(), {"Authorization": SECRET}), 100).done.result(10)
+        first, last = home.asked
+        assert first.fields["authorization"] == SECRET
+        assert "authorization" not in last.fields
+
+
+def test_signed_places_that_expire_are_asked_for_anew() -> None:
+    number = [0]
+    with FaultServer(DATA) as store, FaultServer(DATA) as hub, engine(2) as fetching:
+
+        def sign(asked: Asked, client: Client) -> None:
+            number[0] += 1
+            place = store.url(f"/{number[0]}")
+            client.head("302 Found", "Content-Length: 0", f"Location: {place}")
+
+        def check_signature(asked: Asked, client: Client) -> None:
+            if asked.target == "/1" and asked.span != (0, 5_000):
+                client.head("403 Expired", "Content-Length: 0")
+            else:
+                store.right(asked, client)
+
+        hub.behave, store.behave = sign, check_signature
+        check(*fetched(fetching, asked(fetching, hub.url())))
+        assert 2 <= number[0] <= 4
+
+
+@pytest.mark.parametrize("location", ["/weights", "/loop?x", ""])
+def test_redirects_have_an_end(location: str) -> None:
+    def loop(asked: Asked, client: Client) -> None:
+        client.head("302 Found", "Content-Length: 0", f"Location: {location}")
+
+    with FaultServer(DATA, loop) as server, engine() as fetching:
+        with pytest.raises(FetchError, match="3 redirects") as caught:
+            asked(fetching, server.url())
+        assert len(server.asked) == 4
+        assert not caught.value.retryable
 
 
 @pytest.mark.parametrize(
-    ("text", "origin", "where"),
+    "location",
     [
-        ("http://h", Origin("http", "h", 80), "/"),
-        (
-            "HTTPS://Host.Example:8443/a%20b?c=d#e",
-            Origin("https", "host.example", 8443),
-            "/a%20b?c=d",
-        ),
-        ("https://[2001:DB8::1]/x", Origin("https", "2001:db8::1", 443), "/x"),
-        ("http://h?q", Origin("http", "h", 80), "/?q"),
+        "ftp://127.0.0.1/x",
+        "file:///etc/passwd",
+        "http://user:swordfish@127.0.0.1/",
+        "http://127.0.0.1:99999/",
+        "http://[::1/",
+        "gopher:x",
+        "http://" + "a" * 9_000,
     ],
 )
-def test_urls(text: str, origin: Origin, where: str) -> None:
-    url = parse_url(text)
-    assert (url.origin, url.target) == (origin, where)
-    assert where == "/" or where not in repr(url) + str(url)
+def test_redirects_to_what_is_no_place(location: str) -> None:
+    with FaultServer(DATA, to(location)) as server, engine() as fetching:
+        with pytest.raises(FetchError, match="no URL") as caught:
+            asked(fetching, server.url())
+        assert len(server.asked) == 1
+        assert "swordfish" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "text",
+    "headers",
     [
-        *("", "x", "//h/x", "ftp://h/", "http://", "http://u:p@h/", "http://h/a b", "http://h/\n"),
-        *(
-            "http://h:0/",
-            "http://h:65536/",
-            "http://h:x/",
-            "http://é/",
-            "http://h\\x",
-            "http://-h/",
-        ),
-        *("http://h/é", "http://h\x00/", "http://[::1", " http://h/", "http://a@h"),
+        {"Host": "x"},
+        {"Range": "bytes=0-"},
+        {"a b": "x"},
+        {"X": "a\r\nY: b"},
+        {"X": "a\n"},
+        {"": "x"},
     ],
 )
-def test_what_is_no_url(text: str) -> None:
-    with pytest.raises(InvalidUrlError):
-        parse_url(text)
+def test_fields_that_a_caller_may_not_set(headers: dict[str, str]) -> None:
+    with pytest.raises(UsageError):
+        target("http://127.0.0.1/", headers)
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_a_place_that_is_known_is_asked_first_and_without_credentials(expired: bool) -> None:
+    """Where it has expired the way is asked for anew."""
+    with FaultServer(DATA) as store, FaultServer(DATA) as hub, engine() as fetching:
+        if expired:
+            store.behave = lambda _, client: client.head("403 Forbidden", "Content-Length: 0")
+        plain = target(hub.url(), {"Authorization": SECRET})
+        there = replace(plain, found=parse_url(store.url("/signed")))
+        answer = fetching.ask(there, 5_000).done.result(10)
+        check(*fetched(fetching, answer))
+        assert all("authorization" not in each.fields for each in store.asked)
+        assert all(each.fields["authorization"] == SECRET for each in hub.asked)
+        assert (len(store.asked) == 1) is expired
+        assert bool(hub.asked) is expired
+
+
+# -- what the operator allows ----------------------------------------------------------------------
+
+
+def test_without_rules_plain_http_is_refused() -> None:
+    with FaultServer(DATA) as server, engine() as fetching:
+        with pytest.raises(AccessDeniedError, match="not allowed"):
+            fetching.ask(Target(parse_url(server.url()), "weights"), 10).done.result(10)
+        assert not server.asked
+
+
+def test_a_private_name_needs_its_word() -> None:
+    with FaultServer(DATA) as server:
+        network = network_of(files=(INSIDE, server))
+        with engine(network=network) as fetching:
+            _refused(fetching, URL, AllowRules(), "not allowed")
+            assert network.resolved == []
+            _refused(fetching, URL, AllowRules((Allow("http", "files.internal"),)), "not public")
+            assert network.connected == []
+            entry = Allow("http", "files.internal", prefix="loras/", private=True)
+            assert _started(fetching, URL, AllowRules((entry,))) == DATA[:100]
+            assert network.connected == [INSIDE]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "169.254.169.254"])
+def test_a_private_name_is_neither_this_machine_nor_its_link(address: str) -> None:
+    with FaultServer(DATA) as server:
+        network = network_of(files=(address, server))
+        with engine(network=network) as fetching:
+            rules = AllowRules((Allow("http", "files.internal", private=True),))
+            _refused(fetching, URL, rules, "not public")
+        assert network.connected == []
+
+
+def test_loopback_by_its_entry() -> None:
+    with FaultServer(DATA) as server, engine() as fetching:
+        rules = AllowRules((Allow("http", "127.0.0.1", server.port),))
+        assert _started(fetching, server.url(), rules) == DATA[:100]
+        named = AllowRules(named=(parse_url(server.url()).origin,))
+        assert _started(fetching, server.url(), named) == DATA[:100]
+        _refused(fetching, server.url(), AllowRules((Allow("http", "127.0.0.1"),)), "not allowed")
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("http://other.internal/loras/x", "not allowed"),
+        ("https://other.internal/loras/x", "not public"),
+        ("/admin?key=swordfish", "not allowed"),
+        ("/loras/%2e%2e/admin", "not allowed"),
+        ("/loras/..%2fadmin", "not allowed"),
+    ],
+)
+def test_a_redirect_leads_nowhere_else_inside(location: str, words: str) -> None:
+    with FaultServer(DATA, to(location)) as server, FaultServer(DATA) as other:
+        network = network_of(files=(INSIDE, server), other=("10.9.9.9", other))
+        entry = Allow("http", "files.internal", prefix="loras/", private=True)
+        with engine(network=network) as fetching:
+            _refused(fetching, URL, AllowRules((entry,)), words)
+        assert (len(server.asked), len(other.clients)) == (1, 0)
+
+
+def test_a_redirect_to_what_was_named() -> None:
+    with FaultServer(DATA) as store:
+        with FaultServer(DATA, to("http://store.internal/blobs/x")) as server:
+            network = network_of(files=(INSIDE, server), store=("10.9.9.9", store))
+            files = Allow("http", "files.internal", private=True)
+            blobs = Allow("http", "store.internal", prefix="blobs/", private=True)
+            with engine(network=network) as fetching:
+                assert _started(fetching, URL, AllowRules((files, blobs))) == DATA[:100]
+                origin = parse_url("http://store.internal").origin
+                assert _started(fetching, URL, AllowRules((files,), (origin,))) == DATA[:100]
+        assert {asked.target for asked in store.asked} == {"/blobs/x"}
+
+
+def test_an_idle_connection_is_not_a_way_around() -> None:
+    """It leads inside, and was opened for somebody who may go there."""
+    with FaultServer(DATA) as server:
+        network = network_of(files=(INSIDE, server))
+        with engine(network=network) as fetching:
+            named = AllowRules(named=(parse_url(URL).origin,))
+            assert _started(fetching, URL, named) == DATA[:100]
+            until(lambda: server.connected() == 1)
+            _refused(fetching, URL, AllowRules((Allow("http", "files.internal"),)), "not public")
+            assert len(server.asked) == 1
+            assert _started(fetching, URL, named) == DATA[:100]
+            assert len(server.clients) == 1, "it was kept for those who may use it"
+
+
+def test_an_idle_connection_through_a_proxy_is_not_one_either() -> None:
+    with FaultServer(DATA) as proxy:
+        place = f"http://{INSIDE}/weights"
+        with engine(proxies={"http": f"http://127.0.0.1:{proxy.port}"}) as fetching:
+            assert _started(fetching, place, AllowRules((Allow("http", INSIDE),))) == DATA[:100]
+            assert proxy.asked[0].target == place
+
+            class Careless(AllowRules):
+                def allows(self, url: object, hop: int) -> bool:
+                    return True
+
+            _refused(fetching, place, Careless(), "not public")
+            assert len(proxy.asked) == 1

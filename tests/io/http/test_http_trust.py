@@ -7,7 +7,8 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lorax_async.io.http.trust import Proxies, tls_context
 from lorax_async.io.http.urls import Origin
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
 
 PUBLIC = "93.184.216.34"
 
@@ -51,6 +53,9 @@ def pour(source: socket.socket, drain: socket.socket) -> None:
         pass  # the other direction sees it too
 
 
+# -- proxies ---------------------------------------------------------------------------------------
+
+
 def test_plain_requests_through_a_proxy() -> None:
     with FaultServer(DATA) as server, FaultServer(DATA, forward(server)) as proxy:
         given = {"http": f"http://user:sword%20fish@127.0.0.1:{proxy.port}"}
@@ -63,7 +68,7 @@ def test_plain_requests_through_a_proxy() -> None:
         assert not server.clients
 
 
-def test_numbers_behind_a_proxy_are_looked_at() -> None:
+def test_addresses_behind_a_proxy_are_checked() -> None:
     with FaultServer(DATA) as proxy:
         with (
             engine(proxies={"http": f"http://127.0.0.1:{proxy.port}"}) as fetching,
@@ -73,16 +78,10 @@ def test_numbers_behind_a_proxy_are_looked_at() -> None:
         assert not proxy.asked
 
 
-def test_which_hosts_need_no_proxy() -> None:
+def test_which_hosts_need_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     proxies = Proxies({"http": "p:3128", "no": "localhost, .example, 10.0.0.1:8080,*.corp"})
-    direct = [
-        ("localhost", 80),
-        ("a.example", 80),
-        ("example", 80),
-        ("10.0.0.1", 8080),
-        ("x.corp", 1),
-    ]
-    for host, port in direct:
+    direct = [("localhost", 80), ("a.example", 80), ("example", 80), ("10.0.0.1", 8080)]
+    for host, port in [*direct, ("x.corp", 1)]:
         assert proxies.to(Origin("http", host, port)) is None
     for host, port in [("notexample", 80), ("10.0.0.1", 80), ("h", 80)]:
         found = proxies.to(Origin("http", host, port))
@@ -90,16 +89,13 @@ def test_which_hosts_need_no_proxy() -> None:
         assert found.origin == Origin("http", "p", 3128)
     assert proxies.to(Origin("https", "h", 443)) is None
     assert Proxies({"http": "p:1", "no": "*"}).to(Origin("http", "h", 80)) is None
-
-
-def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without settings, the environment's.
     monkeypatch.setenv("https_proxy", "http://u:swordfish@p:3128")
     monkeypatch.setenv("no_proxy", "h.example")
-    proxies = Proxies(None)
-    found = proxies.to(Origin("https", "other", 443))
+    found = Proxies(None).to(Origin("https", "other", 443))
     assert found is not None
     assert "swordfish" not in repr(found)
-    assert proxies.to(Origin("https", "h.example", 443)) is None
+    assert Proxies(None).to(Origin("https", "h.example", 443)) is None
 
 
 @pytest.mark.parametrize("text", ["socks5://p:1080", "https://p:1", "http://u:swordfish@", "p:x"])
@@ -107,6 +103,9 @@ def test_proxies_that_are_not_known(text: str) -> None:
     with pytest.raises(ConfigError, match="a proxy must be") as caught:
         Proxies({"http": text})
     assert "swordfish" not in str(caught.value)
+
+
+# -- TLS -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -140,20 +139,25 @@ class TlsServer(FaultServer):
         super()._serve(client)
 
 
-def tls_server(certificate: Path) -> TlsServer:
+@contextmanager
+def tls_server(certificate: Path) -> Iterator[tuple[TlsServer, PretendNetwork]]:
+    """A server, and a network in which it is files.example, and other.example too."""
     server = TlsServer(DATA)
     server.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.context.load_cert_chain(certificate)
-    return server
+    with server:
+        names = {name: [PUBLIC] for name in ("files.example", "other.example", "proxy")}
+        yield server, PretendNetwork(names=names, ports={PUBLIC: server.port})
 
 
 @pytest.mark.parametrize("proxied", [False, True])
 def test_over_tls(certificate: Path, proxied: bool) -> None:
-    with tls_server(certificate) as server, FaultServer(DATA, forward(server)) as proxy:
-        network = PretendNetwork(
-            names={"files.example": [PUBLIC], "proxy": [PUBLIC]},
-            ports={PUBLIC: proxy.port if proxied else server.port},
-        )
+    with (
+        tls_server(certificate) as (server, network),
+        FaultServer(DATA, forward(server)) as proxy,
+    ):
+        if proxied:
+            network.ports[PUBLIC] = proxy.port
         proxies = {"https": "http://u:p@proxy:3128"} if proxied else {}
         with engine(network=network, proxies=proxies, ca_bundle=str(certificate)) as fetching:
             check(*fetched(fetching, asked(fetching, "https://files.example/weights")))
@@ -165,10 +169,9 @@ def test_over_tls(certificate: Path, proxied: bool) -> None:
 
 @pytest.mark.parametrize("case", ["unknown authority", "another name"])
 def test_certificates_that_are_not_trusted(certificate: Path, case: str) -> None:
-    with tls_server(certificate) as server:
+    with tls_server(certificate) as (server, network):
         host = "files.example" if case == "unknown authority" else "other.example"
         bundle = None if case == "unknown authority" else str(certificate)
-        network = PretendNetwork(names={host: [PUBLIC]}, ports={PUBLIC: server.port})
         with (
             engine(network=network, ca_bundle=bundle) as fetching,
             pytest.raises(AccessDeniedError, match="SSL_CERT_FILE") as caught,
@@ -178,18 +181,21 @@ def test_certificates_that_are_not_trusted(certificate: Path, case: str) -> None
         assert not server.asked
 
 
-def test_a_download_over_tls_is_cancelled(certificate: Path) -> None:
-    with tls_server(certificate) as server:
-
-        def stall(asked: Asked, client: Client) -> None:
-            client.stall()
-
-        server.behave = stall
-        network = PretendNetwork(names={"files.example": [PUBLIC]}, ports={PUBLIC: server.port})
-        patient = Timeouts(read=20)
+@pytest.mark.parametrize("when", ["handshake", "request"])
+def test_a_request_over_tls_is_cancelled(certificate: Path, when: str) -> None:
+    """Also while the other end does not answer the handshake."""
+    with (
+        tls_server(certificate) as (server, network),
+        socket.create_server(("127.0.0.1", 0)) as mute,
+    ):
+        server.behave = lambda _, client: client.stall()
+        if when == "handshake":
+            network.ports[PUBLIC] = mute.getsockname()[1]
+        patient = Timeouts(connect=20, read=20)
         with engine(network=network, ca_bundle=str(certificate), timeouts=patient) as fetching:
             job = fetching.ask(target("https://files.example/x"), 9)
-            until(lambda: server.asked)
+            until(lambda: server.asked or (when == "handshake" and network.connected))
+            time.sleep(0.05)
             begun = time.monotonic()
             job.cancel(FetchError("enough"))
             with pytest.raises(FetchError, match="enough"):
@@ -198,13 +204,11 @@ def test_a_download_over_tls_is_cancelled(certificate: Path) -> None:
 
 
 def test_https_does_not_go_on_as_http(certificate: Path) -> None:
-    with tls_server(certificate) as server, FaultServer(DATA) as plain:
-
-        def down(asked: Asked, client: Client) -> None:
-            client.head("302 Found", "Content-Length: 0", f"Location: {plain.url('/?k=swordfish')}")
-
-        server.behave = down
-        network = PretendNetwork(names={"files.example": [PUBLIC]}, ports={PUBLIC: server.port})
+    with tls_server(certificate) as (server, network), FaultServer(DATA) as plain:
+        place = plain.url("/?k=swordfish")
+        server.behave = lambda _, client: client.head(
+            "302 Found", "Content-Length: 0", f"Location: {place}"
+        )
         with (
             engine(network=network, ca_bundle=str(certificate)) as fetching,
             pytest.raises(AccessDeniedError, match="from https to http") as caught,

@@ -1,0 +1,492 @@
+"""Downloads beside each other: shares of the connections, ends from outside, threads."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+import weakref
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+from fault_server import ETAG, Asked, Client, FaultServer, Hangup, until
+from fetching import (
+    DATA,
+    GROUPS,
+    PATIENT,
+    MemorySink,
+    asked,
+    check,
+    engine,
+    fetched,
+    target,
+    took,
+)
+
+from common import open_sockets, our_threads
+from lorax_async.core.ranges import PieceSizes
+from lorax_async.core.retries import Retries
+from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
+from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
+from lorax_async.io.http.settings import HttpSettings, Timeouts
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+LASTING = replace(PATIENT, idle=600.0)
+"""Threads and connections stay as long as the engine."""
+
+# -- shares ----------------------------------------------------------------------------------------
+
+
+LARGE = 8 << 20
+
+
+class Gate:
+    """Answers range requests when it is told to, and counts those that wait."""
+
+    def __init__(self, server: FaultServer) -> None:
+        self.server = server
+        self.opened = threading.Event()
+        self.waiting: list[str] = []
+
+    def __call__(self, asked: Asked, client: Client) -> None:
+        if asked.span != (0, 5_000):
+            self.waiting.append(asked.target)
+            self.opened.wait(20)
+        self.server.right(asked, client)
+
+
+def test_shares_are_even() -> None:
+    """Two at once on four connections, the second later: each has two of them in the end."""
+    with FaultServer(DATA) as server, engine(timeouts=PATIENT) as fetching:
+        first, second = asked(fetching, server.url("/a")), asked(fetching, server.url("/b"))
+        gate = server.behave = Gate(server)
+        jobs = [fetching.download(first, GROUPS, MemorySink(), lambda _: None)]
+        until(lambda: len(gate.waiting) == 4)
+        jobs += [fetching.download(second, GROUPS, MemorySink(), lambda _: None)]
+        gate.opened.set()
+        for job in jobs:
+            job.done.result(10)
+        # Four of the first were under way; then it is the second's turn until both have two.
+        assert gate.waiting[:6] == [*["/a"] * 4, *["/b"] * 2]
+
+
+def test_the_foreground_goes_first() -> None:
+    """Of a hint that came earlier only what was under way comes before it."""
+    sizes = PieceSizes(least=10_000, most=20_000)
+    with FaultServer(DATA) as server, engine(timeouts=PATIENT, sizes=sizes) as fetching:
+        hint, wanted = asked(fetching, server.url("/hint")), asked(fetching, server.url("/wanted"))
+        gate = server.behave = Gate(server)
+        behind = fetching.download(hint, GROUPS, MemorySink(), lambda _: None, urgency=PREFETCH)
+        until(lambda: len(gate.waiting) == 4)
+        before = fetching.download(wanted, GROUPS, MemorySink(), lambda _: None)
+        gate.opened.set()
+        before.done.result(10)
+        behind.done.result(10)
+        pieces = gate.waiting.count("/wanted")
+        assert pieces >= 20
+        assert gate.waiting[:4] == ["/hint"] * 4
+        # The server's four threads may note those that are asked for at once in any order.
+        others = gate.waiting[4 : 4 + pieces + 3]
+        assert others.count("/wanted") == pieces
+        assert others[: pieces - 3].count("/hint") == 0
+
+
+def test_a_long_piece_makes_way() -> None:
+    """One connection, and a hint whose piece takes seconds: a load in between waits for a chunk."""
+    data = bytes(LARGE)
+    release = threading.Event()
+
+    with FaultServer(data) as server, engine(1, timeouts=PATIENT, sizes=PieceSizes()) as fetching:
+
+        def slow(asked: Asked, client: Client) -> None:
+            if asked.target == "/wanted" or asked.span == (0, 5_000) or release.is_set():
+                server.right(asked, client)
+                return
+            assert asked.span is not None
+            start, stop = asked.span
+            client.part(start, stop, len(data), f"ETag: {ETAG}")
+            for n in range(start, stop, 1 << 18):
+                client.send(data[n : min(n + (1 << 18), stop)])
+                client.ending.wait(0.1)
+
+        server.behave = slow
+        hint, wanted = asked(fetching, server.url("/hint")), asked(fetching, server.url("/wanted"))
+        sink = MemorySink(LARGE)
+        spans = [[(0, LARGE)]]
+        behind = fetching.download(hint, spans, sink, lambda _: None, urgency=PREFETCH)
+        until(lambda: len(server.asked) == 3)
+        time.sleep(0.15)
+        begun = time.monotonic()
+        fetching.download(wanted, [[(0, 1_000)]], MemorySink(), lambda _: None).done.result(10)
+        assert took(begun) < 1
+        assert not behind.done.done()
+        release.set()
+        behind.done.result(10)
+        assert sink.times == b"\1" * LARGE, "and no byte of the other came twice"
+
+
+@pytest.mark.parametrize("urgency", [FOREGROUND, PREFETCH])
+@pytest.mark.parametrize("sent", [0, 100])
+def test_a_source_that_is_stuck_makes_way(sent: int, urgency: int) -> None:
+    """A source stalls on all connections; the other download has its share, and both are whole."""
+    release = threading.Event()
+    timeouts = replace(PATIENT, stuck=0.1)
+    with FaultServer(DATA) as server, engine(timeouts=timeouts) as fetching:
+        stuck, wanted = asked(fetching, server.url("/stuck")), asked(fetching, server.url("/good"))
+        waiting = []
+
+        def stalled(asked: Asked, client: Client) -> None:
+            if asked.target != "/stuck" or release.is_set():
+                server.right(asked, client)
+                return
+            assert asked.span is not None
+            if sent:
+                client.part(*asked.span, len(DATA), f"ETag: {ETAG}")
+                client.send(DATA[asked.span[0] : asked.span[0] + sent])
+            waiting.append(asked)
+            release.wait(20)
+            raise Hangup
+
+        server.behave = stalled
+        sinks, orders = (MemorySink(), MemorySink()), (list[int](), list[int]())
+        behind = fetching.download(stuck, GROUPS, sinks[0], orders[0].append, urgency=urgency)
+        until(lambda: len(waiting) == 4)
+        fetching.download(wanted, GROUPS, sinks[1], orders[1].append).done.result(10)
+        assert not behind.done.done()
+        release.set()
+        behind.done.result(10)
+        for sink, order in zip(sinks, orders, strict=True):
+            check(sink, order)
+
+
+def test_a_straggler_is_relieved() -> None:
+    """One connection brings 5 MB/s, the other 0.5: the last piece is shared out among both."""
+    data = bytes(LARGE // 2)
+    with FaultServer(data) as server, engine(2, timeouts=PATIENT, sizes=PieceSizes()) as fetching:
+
+        def uneven(asked: Asked, client: Client) -> None:
+            assert asked.span is not None
+            start, stop = asked.span[0], min(asked.span[1], len(data))
+            client.part(start, stop, len(data), f"ETag: {ETAG}")
+            slow = asked.span[0] == 0 and asked.span[1] > 5_000
+            for n in range(start, stop, 50_000):
+                client.send(data[n : min(n + 50_000, stop)])
+                client.ending.wait(0.1 if slow else 0.01)
+
+        answer = asked(fetching, server.url())
+        server.behave = uneven
+        sink = MemorySink(len(data))
+        begun = time.monotonic()
+        job = fetching.download(answer, [[(0, len(data))]], sink, lambda _: None)
+        job.done.result(20)
+        assert took(begun) < 3.2, "alone the slow one would have taken 4.2 s"
+        assert len(server.asked) > 3, "one more request than the plan had"
+        assert sink.times == b"\1" * len(data)
+
+
+def test_many_at_once_on_few_connections() -> None:
+    """Every third request fails; one by one they are whole, and the connections never too many."""
+    count = [0]
+    lock = threading.Lock()
+
+    with FaultServer(DATA) as server:
+
+        def moody(asked: Asked, client: Client) -> None:
+            with lock:
+                count[0] += 1
+                bad = count[0] % 3 == 0
+            if bad:
+                client.send(b"HTTP/1.1 206 Partial")
+                client.reset()
+            server.right(asked, client)
+
+        server.behave = moody
+        retries = Retries(attempts=20, base=0.01, most=0.02)
+        with engine(6, retries=retries) as fetching:
+            answer = asked(fetching, server.url())
+            done = []
+            for n in range(20):
+                sink, order = MemorySink(), list[int]()
+                job = fetching.download(answer, GROUPS, sink, order.append, first=2, urgency=n % 2)
+                done.append((job, sink, order))
+            assert server.connected() <= 6 + 6
+            for job, sink, order in done:
+                job.done.result(30)
+                check(sink, order)
+
+
+# -- ends from outside -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["cancel", "close", "deadline"])
+def test_an_end_from_outside(how: str) -> None:
+    """At once, with one error, whatever the threads wait for; and nothing is left.
+
+    Another origin is as before; and a future that asyncio cancels ends nothing.
+    """
+    before = open_sockets()
+    with FaultServer(DATA) as server, FaultServer(DATA) as good:
+        fetching = engine(timeouts=PATIENT)
+        try:
+            answer, other = asked(fetching, server.url()), asked(fetching, good.url())
+            server.behave = server.stalled
+            sink, order = MemorySink(), list[int]()
+            begun = time.monotonic()
+            job = fetching.download(
+                answer, GROUPS, sink, order.append, timeout=0.4 if how == "deadline" else 60
+            )
+            until(lambda: len(server.asked) == 5)
+            time.sleep(0.02)
+            assert not job.done.cancel()
+            if how == "cancel":
+                job.cancel(FetchError("enough"))
+                job.cancel(FetchError("more than that"))
+            elif how == "close":
+                fetching.close()
+            error = job.done.exception(5)
+            assert took(begun) < 3
+            assert type(error) is (FetchTimeoutError if how == "deadline" else FetchError)
+            assert (how == "cancel") is ("enough" in str(error))
+            written = bytes(sink.times)
+            if how != "close":
+                check(*fetched(fetching, other, timeout=5))
+                server.behave = None
+                check(*fetched(fetching, answer))
+            assert bytes(sink.times) == written
+            assert order == [0], "only what has no bytes was reported"
+        finally:
+            fetching.close()
+        assert not our_threads()
+        # The servers' threads close their own ends meanwhile: the counts are not of one moment.
+        until(lambda: open_sockets() - server.connected() - good.connected() - 2 <= before)
+
+
+def test_a_closed_engine_takes_no_more_and_an_unclosed_one_warns() -> None:
+    fetching = engine()
+    fetching.close()
+    fetching.close()
+    with pytest.raises(FetchError, match="closed"):
+        fetching.ask(target("http://127.0.0.1:1/"), 9)
+    cycle: list[object] = [RangeEngine(HttpSettings(proxies={}))]
+    reference = weakref.ref(cycle[0])
+    cycle.append(cycle)
+    del cycle
+    with pytest.warns(ResourceWarning, match="unclosed RangeEngine"):
+        gc.collect()
+    assert reference() is None
+
+
+class Slow(MemorySink):
+    """Whose first write ends when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.begun.set()
+        self.go.wait(10)
+        super().write(offset, data)
+
+
+def test_an_end_is_reported_once_nothing_is_written_any_more() -> None:
+    sink = Slow()
+    with FaultServer(DATA) as server, engine() as fetching:
+        answer = asked(fetching, server.url())
+        job = fetching.download(answer, GROUPS, sink, lambda _: None)
+        assert sink.begun.wait(10)
+        job.cancel(FetchError("enough"))
+        time.sleep(0.05)
+        told = job.done.done()
+        sink.go.set()
+        assert str(job.done.exception(10)) == str(FetchError("enough"))
+        assert not told
+        assert not job.running
+
+
+def test_close_returns_once_nothing_is_written_any_more() -> None:
+    sink = Slow()
+    before = open_sockets()
+    with FaultServer(DATA) as server, engine() as fetching:
+        job = fetching.download(asked(fetching, server.url()), GROUPS, sink, lambda _: None)
+        assert sink.begun.wait(10)
+        closing = threading.Thread(target=fetching.close)
+        closing.start()
+        closing.join(0.05)
+        early = not closing.is_alive()
+        sink.go.set()
+        closing.join(10)
+        assert not early
+        assert not our_threads()
+        until(lambda: open_sockets() - server.connected() - 1 <= before)
+        assert job.done.exception(0) is not None
+
+
+def test_a_thread_of_the_engine_may_close_it() -> None:
+    """It does not wait for itself, and leaves nothing open."""
+    ended: list[int] = []
+
+    def end(group: int) -> None:
+        fetching.close()
+        ended.append(group)
+
+    with FaultServer(DATA) as server:
+        fetching = engine()
+        answer = asked(fetching, server.url())
+        job = fetching.download(answer, GROUPS[1:], MemorySink(), end)
+        with pytest.raises(FetchError, match="closed"):
+            job.done.result(10)
+        until(lambda: not our_threads())
+        assert ended
+
+
+# -- the caller's own faults -----------------------------------------------------------------------
+
+
+class Broken(MemorySink):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, offset: int, data: memoryview) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(28, "No space left on device"), FetchError, r"cannot be written \(ENOSPC\)"),
+        (FetchError("no room"), FetchError, "no room"),
+        (ZeroDivisionError(), InternalError, "ZeroDivisionError"),
+    ],
+)
+def test_a_sink_or_a_callback_that_fails(
+    error: Exception, kind: type[LoraxError], words: str
+) -> None:
+    def fail(group: int) -> None:
+        if group == 1:
+            raise error
+
+    with FaultServer(DATA) as server, engine() as fetching:
+        answer = asked(fetching, server.url())
+        for sink, arrived in ((Broken(error), lambda _: None), (MemorySink(), fail)):
+            if arrived is fail and isinstance(error, OSError):
+                continue
+            job = fetching.download(answer, GROUPS, sink, arrived)
+            with pytest.raises(kind, match=words) as caught:
+                job.done.result(10)
+            assert type(caught.value) is kind
+        check(*fetched(fetching, answer))
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def test_idle_threads_and_connections_end_or_rest() -> None:
+    with FaultServer(DATA) as server:
+        with engine(timeouts=Timeouts(idle=0.1)) as fetching:
+            check(*fetched(fetching, asked(fetching, server.url())))
+            until(lambda: not our_threads())
+            until(lambda: server.connected() == 0)
+            check(*fetched(fetching, asked(fetching, server.url())))
+        with engine(timeouts=LASTING) as fetching:
+            check(*fetched(fetching, asked(fetching, server.url())))
+            used = time.process_time()
+            time.sleep(0.1)
+            assert time.process_time() - used < 0.05, "they wait, and do not look all the time"
+            begun = time.monotonic()
+        assert took(begun) < 2, "whoever rests ends at once"
+
+
+def test_a_request_that_is_to_be_made_once_more_is() -> None:
+    """Though its thread would rest for minutes."""
+
+    def once(asked: Asked, client: Client) -> None:
+        if len(server.asked) == 1:
+            client.head("500 Oops", "Content-Length: 0")
+        else:
+            server.right(asked, client)
+
+    with FaultServer(DATA) as server, engine(timeouts=LASTING) as fetching:
+        server.behave = once
+        assert fetching.ask(target(server.url()), 9).done.result(5).start == DATA[:9]
+
+
+def test_connections_that_were_turned_away_come_back() -> None:
+    """The source turned one of two away; later it serves both at a time again."""
+    both, number = threading.Barrier(2), itertools.count()
+    together: list[bool] = []
+
+    def behave(asked: Asked, client: Client) -> None:
+        if next(number) == 1:
+            client.head("503 Busy", "Content-Length: 0", "Retry-After: 0")
+            return
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.1)
+            together.append(True)
+        both.reset()
+        server.right(asked, client)
+
+    retries = Retries(attempts=5, base=0.0, most=0.0)
+    sizes = PieceSizes(least=10_000, most=50_000)
+    with FaultServer(DATA) as server, engine(2, retries=retries, sizes=sizes) as fetching:
+        server.behave = behave
+        check(*fetched(fetching, asked(fetching, server.url())))
+        assert together
+
+
+@pytest.mark.parametrize("name", ["lorax-http-clock", "lorax-http"])
+def test_an_end_waits_for_a_thread_that_is_being_started(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    closings: list[threading.Thread] = []
+    errors: list[Exception] = []
+
+    def close() -> None:
+        try:
+            fetching.close()
+        except Exception as error:
+            errors.append(error)
+
+    def slowly(thread: threading.Thread) -> None:
+        if thread.name == name and not closings:
+            closings.append(threading.Thread(target=close))
+            start(closings[0])
+            closings[0].join(0.2)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    fetching = engine()
+    job = fetching.ask(target("http://127.0.0.1:1/"), 9)
+    with pytest.raises(FetchError, match="closed"):
+        job.done.result(5)
+    closings[0].join(5)
+    assert errors == []
+    assert not our_threads()
+
+
+@pytest.mark.parametrize("name", ["lorax-http-clock", "lorax-http"])
+def test_a_thread_that_cannot_start_ends_in_an_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said plainly or late, but never waited for without end; afterwards all is as before."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with FaultServer(DATA) as server, engine() as fetching:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            job = fetching.ask(target(server.url()), 9, timeout=0.2)
+            error = job.done.exception(5)
+            assert isinstance(error, FetchError)
+            late = isinstance(error, FetchTimeoutError)
+            assert late is (name == "lorax-http")
+        check(*fetched(fetching, asked(fetching, server.url())))

@@ -1,0 +1,725 @@
+"""Whatever a server answers ends in bytes that are right, or in one typed error."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import pytest
+from fault_server import ETAG, Asked, Behaviour, Client, FaultServer, Hangup, until
+from fetching import (
+    DATA,
+    GROUPS,
+    PATIENCE,
+    PATIENT,
+    LoopbackOnly,
+    MemorySink,
+    asked,
+    check,
+    engine,
+    fetched,
+    target,
+    took,
+)
+
+from lorax_async.core.ranges import PieceSizes
+from lorax_async.core.retries import Retries
+from lorax_async.core.spans import Span
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterNotFoundError,
+    FetchError,
+    FetchTimeoutError,
+    IntegrityError,
+    LoraxError,
+)
+from lorax_async.io.http.download import Download
+from lorax_async.io.http.engine import RangeEngine
+from lorax_async.io.http.settings import HttpSettings
+from lorax_async.io.http.target import Known
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+
+class Sometimes:
+    """Misbehaves on the first `times` range requests after the first answer."""
+
+    def __init__(self, server: FaultServer, fault: Behaviour, times: int = 1 << 30) -> None:
+        self.server = server
+        self.fault = fault
+        self.left = times
+        self._lock = threading.Lock()
+
+    def __call__(self, asked: Asked, client: Client) -> None:
+        with self._lock:
+            wrong = asked.span != (0, 5_000) and self.left > 0
+            self.left -= wrong
+        (self.fault if wrong else self.server.right)(asked, client)
+
+
+def _head_of_all(client: Client, nbytes: int = len(DATA)) -> None:
+    client.head("200 OK", f"Content-Length: {nbytes}", f"ETag: {ETAG}")
+
+
+# -- good servers ----------------------------------------------------------------------------------
+
+
+def test_every_byte_once_in_order() -> None:
+    with FaultServer(DATA) as server, engine() as fetching:
+        answer = asked(fetching, server.url())
+        assert (answer.start, answer.known.size, answer.ranges) == (DATA[:5_000], len(DATA), True)
+        check(*fetched(fetching, answer))
+        spans = [span for span in server.spans if span]
+        assert sum(stop - start for start, stop in spans) == len(DATA)
+        assert max(client.number for client in server.clients) < 4, "connections are used again"
+        assert all(each.fields["if-range"] == ETAG for each in server.asked[1:])
+        assert all(each.fields["accept-encoding"] == "identity" for each in server.asked)
+
+
+@pytest.mark.parametrize("have", [[(0, 100_000), (200_000, 290_000)], [(0, len(DATA))]])
+def test_what_is_there_already_is_not_asked_for(have: list[Span]) -> None:
+    with FaultServer(DATA) as server, engine() as fetching:
+        sink, order = fetched(fetching, asked(fetching, server.url()), have=have)
+        assert order == [0, 1, 2, 3, 4]
+        came = {n for span in server.spans[1:] if span for n in range(*span)}
+        wanted = {n for group in GROUPS for span in group for n in range(*span)}
+        assert came == wanted - {n for span in have for n in range(*span)}
+        assert all(sink.data[n] == DATA[n] for n in came)
+
+
+def whole(server: FaultServer, asked: Asked, client: Client) -> None:
+    client.head("200 OK", f"Content-Length: {len(server.data)}", f"ETag: {ETAG}")
+    client.send(server.data)
+
+
+def chunked(server: FaultServer, asked: Asked, client: Client) -> None:
+    client.head("200 OK", "Transfer-Encoding: chunked", f"ETag: {ETAG}")
+    for n in range(0, len(server.data), 7_001):
+        part = server.data[n : n + 7_001]
+        client.send(f"{len(part):X};name=value\r\n".encode() + part + b"\r\n")
+    client.send(b"0\r\nTrailer: x\r\n\r\n")
+
+
+def to_the_end(server: FaultServer, asked: Asked, client: Client) -> None:
+    client.head("200 OK", f"ETag: {ETAG}")
+    client.send(server.data)
+    raise Hangup
+
+
+def old_version(server: FaultServer, asked: Asked, client: Client) -> None:
+    client.send(b"HTTP/1.0 200 OK\r\nETag: " + ETAG.encode() + b"\r\n\r\n" + server.data)
+    raise Hangup
+
+
+@pytest.mark.parametrize("answer", [whole, chunked, to_the_end, old_version])
+@pytest.mark.parametrize("from_the_first", [True, False])
+def test_a_server_that_sends_all_or_nothing(
+    answer: Callable[[FaultServer, Asked, Client], None], from_the_first: bool
+) -> None:
+    """The whole file comes in one stream, even if the server served ranges at first."""
+    with FaultServer(DATA) as server, engine() as fetching:
+
+        def behave(asked: Asked, client: Client) -> None:
+            if not from_the_first and asked.span == (0, 5_000):
+                server.right(asked, client)
+            else:
+                answer(server, asked, client)
+
+        server.behave = behave
+        first = asked(fetching, server.url())
+        assert first.start == DATA[:5_000]
+        check(*fetched(fetching, first))
+
+
+def test_a_whole_stream_that_breaks_goes_on_where_it_was() -> None:
+    broken: list[int] = []
+    with FaultServer(DATA) as server, engine() as fetching:
+
+        def behave(asked: Asked, client: Client) -> None:
+            client.head("200 OK", f"Content-Length: {len(DATA)}", f"ETag: {ETAG}")
+            if asked.span is None and not broken:
+                broken.append(1)
+                client.send(DATA[:150_000])
+                raise Hangup
+            client.send(DATA)
+
+        server.behave = behave
+        check(*fetched(fetching, asked(fetching, server.url())))
+        assert broken
+        assert server.asked[-1].fields["if-match"] == ETAG
+
+
+def test_small_files_whole() -> None:
+    with FaultServer(DATA[:3_000]) as server, engine() as fetching:
+        whole_target = target(server.url())
+        answer = fetching.ask(whole_target, 3_000, ranged=False).done.result(10)
+        assert answer.start == DATA[:3_000]
+        assert server.asked[0].span is None
+        with pytest.raises(FetchError, match="more than the 2,999 bytes") as caught:
+            fetching.ask(whole_target, 2_999, ranged=False).done.result(10)
+        assert not caught.value.retryable
+        assert fetching.ask(whole_target, 9_000).done.result(10).start == DATA[:3_000]
+
+
+def test_interim_responses_are_passed_over() -> None:
+    def early(asked: Asked, client: Client) -> None:
+        client.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+        server.right(asked, client)
+
+    with FaultServer(DATA) as server, engine() as fetching:
+        server.behave = early
+        check(*fetched(fetching, asked(fetching, server.url())))
+
+
+def test_connections_that_end_between_requests_cost_no_failure() -> None:
+    """The server closes after each answer without saying so, or when it is asked once more."""
+
+    def closing(asked: Asked, client: Client) -> None:
+        server.right(asked, client)
+        raise Hangup
+
+    def once(asked: Asked, client: Client) -> None:
+        if client.requests > 1:
+            client.reset()
+        server.right(asked, client)
+
+    for behave in (closing, once):
+        with FaultServer(DATA) as server, engine(1) as fetching:
+            server.behave = behave
+            for _ in range(2):
+                check(*fetched(fetching, asked(fetching, server.url())))
+            assert all(client.requests <= 2 for client in server.clients)
+
+
+def test_too_many_connections_for_the_server() -> None:
+    """It serves two at a time and turns away the others; nothing fails."""
+    room = threading.Semaphore(2)
+    turned_away = [0]
+
+    def crowded(asked: Asked, client: Client) -> None:
+        if not room.acquire(blocking=False):
+            turned_away[0] += 1
+            client.head("503 Busy", "Content-Length: 0")
+            return
+        try:
+            client.ending.wait(0.02)
+            server.right(asked, client)
+        finally:
+            room.release()
+
+    sizes = PieceSizes(least=10_000, most=20_000)
+    with FaultServer(DATA) as server, engine(8, sizes=sizes) as fetching:
+        server.behave = crowded
+        check(*fetched(fetching, asked(fetching, server.url())))
+        assert 0 < turned_away[0] <= 20, "it learns how many may be"
+
+
+def test_retry_after_is_waited_for_without_a_connection() -> None:
+    told = threading.Event()
+    open_meanwhile: list[int] = []
+
+    def later(asked: Asked, client: Client) -> None:
+        if not told.is_set():
+            told.set()
+            client.head("429 Later", "Retry-After: 1", "Content-Length: 0", "Connection: close")
+            raise Hangup
+        server.right(asked, client)
+
+    with FaultServer(DATA) as server, engine() as fetching:
+        server.behave = later
+        job = fetching.ask(target(server.url()), 5_000)
+        told.wait(5)
+        client = server.clients[0]
+        threading.Event().wait(0.3)
+        open_meanwhile.append(server.connected())
+        assert job.done.result(10).start == DATA[:5_000]
+        assert open_meanwhile == [0]
+        assert client.requests == 1
+
+
+def test_a_wait_beyond_the_deadline_is_not_waited() -> None:
+    def later(asked: Asked, client: Client) -> None:
+        client.head("503 Later", "Retry-After: 2", "Content-Length: 0")
+
+    with FaultServer(DATA, later) as server, engine() as fetching:
+        begun = time.monotonic()
+        with pytest.raises(FetchError, match="503") as caught:
+            fetching.ask(target(server.url()), 9, timeout=1.5).done.result(5)
+        assert caught.value.retry_after == 2.0
+        assert took(begun) < 1
+
+
+class AfterGroup1(MemorySink):
+    """What lies behind group 1 is written when somebody hears of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = threading.Event()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if offset >= GROUPS[1][0][1]:
+            self.heard.wait(1)  # nobody hears of it while all threads wait here
+        super().write(offset, data)
+
+
+def test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it() -> None:
+    """Whichever threads bring them, and however long somebody takes to hear it."""
+    sink, there, order = AfterGroup1(), list[bool](), list[int]()
+
+    def slowly(group: int) -> None:
+        there.append(
+            all(sink.data[start:stop] == DATA[start:stop] for start, stop in GROUPS[group])
+        )
+        if group == 1:
+            sink.heard.set()
+            until(lambda: sink.data[5_000:] == DATA[5_000:])
+            threading.Event().wait(0.1)  # for whoever would tell of the others
+        order.append(group)
+
+    with FaultServer(DATA) as server, engine() as fetching:
+        answer = asked(fetching, server.url())
+        fetching.download(answer, GROUPS, sink, slowly).done.result(20)
+    assert all(there)
+    assert order == list(range(len(GROUPS)))
+
+
+# -- faults that pass, and that stay ---------------------------------------------------------------
+
+
+def right_head(asked: Asked, client: Client) -> bytes:
+    """The head of a good answer; returns the body that should follow."""
+    assert asked.span is not None
+    start, stop = asked.span
+    client.part(start, stop, len(DATA), f"ETag: {ETAG}")
+    return DATA[start:stop]
+
+
+def truncated(asked: Asked, client: Client) -> None:
+    body = right_head(asked, client)
+    client.send(body[: len(body) // 2])
+    raise ConnectionError
+
+
+def reset(asked: Asked, client: Client) -> None:
+    body = right_head(asked, client)
+    client.send(body[: len(body) // 2])
+    time.sleep(0.02)
+    client.reset()
+
+
+def stall(asked: Asked, client: Client) -> None:
+    client.send(right_head(asked, client)[:100])
+    client.stall()
+
+
+def drip(asked: Asked, client: Client) -> None:
+    client.drip(right_head(asked, client))
+
+
+def silent(asked: Asked, client: Client) -> None:
+    client.stall()
+
+
+def slow_head(asked: Asked, client: Client) -> None:
+    client.drip(b"HTTP/1.1 206 Partial Content\r\nX: " + b"y" * 60_000, 0.005)
+
+
+def gone(asked: Asked, client: Client) -> None:
+    client.reset()
+
+
+def unavailable(asked: Asked, client: Client) -> None:
+    client.head("503 Service Unavailable", "Content-Length: 0", "Retry-After: 0")
+
+
+def broken(asked: Asked, client: Client) -> None:
+    client.head("500 Oops", "Content-Length: 4")
+    client.send(b"oops")
+
+
+FAULTS: dict[Behaviour, type[LoraxError]] = {
+    truncated: FetchError,
+    reset: FetchError,
+    stall: FetchTimeoutError,
+    drip: FetchTimeoutError,
+    silent: FetchTimeoutError,
+    slow_head: FetchTimeoutError,
+    gone: FetchError,
+    unavailable: FetchError,
+    broken: FetchError,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_a_fault_that_passes_is_overcome_and_one_that_stays_is_one_typed_error(
+    fault: Behaviour,
+) -> None:
+    hasty = replace(PATIENCE, read=0.2, over=0.2)
+    retries = Retries(attempts=3, base=0.01, most=0.02)
+    with FaultServer(DATA) as server, engine(2, timeouts=hasty, retries=retries) as fetching:
+        answer = asked(fetching, server.url())
+        server.behave = Sometimes(server, fault, times=2)
+        check(*fetched(fetching, answer))
+    retries = Retries(attempts=2, base=0.01, most=0.02)
+    with FaultServer(DATA) as server, engine(2, timeouts=hasty, retries=retries) as fetching:
+        answer = asked(fetching, server.url())
+        server.behave = Sometimes(server, fault)
+        begun = time.monotonic()
+        with pytest.raises(FetchError) as caught:
+            fetched(fetching, answer)
+        assert took(begun) < 8
+        assert type(caught.value) is FAULTS[fault]
+        assert caught.value.retryable
+        assert caught.value.stage == "fetch"
+        assert "127.0.0.1" in caught.value.problem
+
+
+def lies(*fields: str, status: str = "206 Partial Content", body: bytes = b"") -> Behaviour:
+    def answer(asked: Asked, client: Client) -> None:
+        client.head(status, *fields)
+        client.send(body)
+
+    return answer
+
+
+def _shifted(*fields: str, by: int = 0, cut: int = 0) -> Behaviour:
+    """A part that says it begins `by` later, or ends `cut` sooner."""
+
+    def answer(asked: Asked, client: Client) -> None:
+        assert asked.span is not None
+        start, stop = asked.span
+        client.part(start + by, stop + by, len(DATA), *fields, length=stop - start - cut)
+        client.send(DATA[start : stop - cut])
+
+    return answer
+
+
+def _ends(*, size: int) -> Behaviour:
+    """All of the file, without a length: the end of the connection is no proof of it."""
+
+    def answer(asked: Asked, client: Client) -> None:
+        client.head("200 OK", f"ETag: {ETAG}")
+        client.send(DATA[:size])
+        raise Hangup
+
+    return answer
+
+
+_TAG, _NONE = f"ETag: {ETAG}", "Content-Length: 0"
+FINAL: dict[str, tuple[Behaviour, type[LoraxError], str]] = {
+    "wrong Content-Range": (_shifted(_TAG, by=1), IntegrityError, "were asked for"),
+    "no Content-Range": (lies(_NONE), IntegrityError, "without a range"),
+    "another file": (_shifted('ETag: "v2"'), IntegrityError, "changed"),
+    "length and range differ": (_shifted(_TAG, cut=1), IntegrityError, "length"),
+    "changed, whole": (
+        lies("Content-Length: 400000", 'ETag: "v2"', status="200 OK"),
+        IntegrityError,
+        "changed",
+    ),
+    "another size": (
+        lies("Content-Length: 399999", _TAG, status="200 OK"),
+        IntegrityError,
+        "changed",
+    ),
+    "412": (lies(_NONE, status="412 No"), IntegrityError, "changed"),
+    "416": (lies(_NONE, "Content-Range: bytes */7", status="416 No"), IntegrityError, "changed"),
+    "coded": (
+        lies("Content-Length: 99", "Content-Encoding: gzip", "Content-Range: bytes 0-98/400000"),
+        FetchError,
+        "coded",
+    ),
+    "401": (lies(_NONE, status="401 No"), AccessDeniedError, "401"),
+    "403": (lies(_NONE, status="403 No"), AccessDeniedError, "403"),
+    "404": (lies(_NONE, status="404 No"), AdapterNotFoundError, "404"),
+    "418": (lies(_NONE, status="418 No"), FetchError, "418"),
+    "a day": (lies(_NONE, "Retry-After: 86400", status="429 No"), FetchError, "429"),
+}
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_a_wrong_answer_ends_the_download_at_once(name: str) -> None:
+    fault, kind, words = FINAL[name]
+    with FaultServer(DATA) as server, engine(2) as fetching:
+        server.behave = Sometimes(server, fault)
+        answer = asked(fetching, server.url())
+        with pytest.raises(LoraxError, match=words) as caught:
+            fetched(fetching, answer)
+        assert type(caught.value) is kind
+        assert caught.value.stage == "fetch"
+        assert len(server.asked) <= 3, "the first, and one per connection"
+        assert caught.value.retry_after == (86_400.0 if name == "a day" else None)
+
+
+def test_a_file_that_is_shorter_than_it_was_said_to_be() -> None:
+    with FaultServer(DATA) as server, engine() as fetching:
+        server.behave = _ends(size=200_000)
+        with pytest.raises(FetchError, match="before all was sent"):
+            fetched(fetching, asked(fetching, server.url()))
+    with FaultServer(DATA[:390_000]) as server, engine() as fetching:
+        answer = asked(fetching, server.url())
+        with pytest.raises(IntegrityError):
+            fetched(fetching, answer)
+
+
+def test_a_bomb_without_a_length_is_cut_off() -> None:
+    sent = [0]
+    with FaultServer(DATA) as server, engine() as fetching:
+
+        def endless(asked: Asked, client: Client) -> None:
+            client.head("200 OK", "Transfer-Encoding: chunked")
+            while True:
+                client.send(b"10000\r\n" + bytes(65_536) + b"\r\n")
+                sent[0] += 65_536
+
+        server.behave = endless
+        with pytest.raises(FetchError, match="more than the 1,000 bytes"):
+            fetching.ask(target(server.url()), 1_000, ranged=False).done.result(10)
+        assert sent[0] < 32 << 20
+
+
+def test_what_comes_unasked_answers_nothing() -> None:
+    """A second response after the first must not be taken for the next request's."""
+
+    def talkative(asked: Asked, client: Client) -> None:
+        server.right(asked, client)
+        client.ending.wait(0.05)
+        with suppress(OSError):
+            client.head("206 P", "Content-Length: 4", "Content-Range: bytes 0-3/4")
+            client.send(b"evil")
+
+    with FaultServer(DATA) as server, engine() as fetching:
+        server.behave = talkative
+        for _ in range(3):
+            answer = fetching.ask(target(server.url()), 4).done.result(10)
+            assert answer.start == DATA[:4]
+            time.sleep(0.1)
+
+
+# -- hostile heads ---------------------------------------------------------------------------------
+
+
+HEADS = {
+    "no HTTP": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+    "HTTP/2": b"HTTP/2 200\r\n\r\n",
+    "binary": bytes(range(256)) + b"\r\n\r\n",
+    "control characters": b"HTTP/1.1 200 OK\r\nX: a\x00b\r\n\r\n",
+    "bare CR": b"HTTP/1.1 200 OK\r\nX: a\rY: b\r\n\r\n",
+    "bare LF": b"HTTP/1.1 200 OK\nContent-Length: 4\n\n\r\n\r\n",
+    "folded": b"HTTP/1.1 200 OK\r\nX: a\r\n b\r\n\r\n",
+    "space before the colon": b"HTTP/1.1 200 OK\r\nContent-Length : 4\r\n\r\n",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\n",
+    "length and chunks": b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "coded transfer": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+    "length in hex": b"HTTP/1.1 200 OK\r\nContent-Length: 0x10\r\n\r\n",
+    "a minus": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+    "many fields": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+    "one huge field": b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+    "no end": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 40_000,
+    "interim for ever": b"HTTP/1.1 100 Continue\r\n\r\n" * 50,
+    "switching": b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+    "spaces that cost a pattern its time": b"HTTP/1.1 200 OK\r\nX:"
+    + b" " * 60_000
+    + b"\x01\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_hostile_heads_are_refused(name: str) -> None:
+    def hostile(asked: Asked, client: Client) -> None:
+        client.send(HEADS[name])
+        client.stall()
+
+    with FaultServer(DATA, hostile) as server, engine() as fetching:
+        begun = time.monotonic()
+        with pytest.raises(FetchError) as caught:
+            asked(fetching, server.url())
+        assert took(begun) < 3
+        assert type(caught.value) is FetchError, "refused, and not waited for"
+        assert "y" * 20 not in str(caught.value)
+
+
+# -- a file in one answer --------------------------------------------------------------------------
+
+
+LARGE = DATA * 4
+"""More than is read at once."""
+
+
+def test_requests_that_wait_make_way_for_an_answer_that_has_all() -> None:
+    """The server serves one at a time: the file comes once, and the others are given up."""
+    turn, alone = threading.Lock(), threading.Event()
+    served: list[Asked] = []
+
+    def one_by_one(request: Asked, client: Client) -> None:
+        if request.span == (0, 5_000):
+            server.right(request, client)
+            return
+        until(lambda: len(server.asked) == 5)
+        if not turn.acquire(blocking=False):
+            client.stall()
+        served.append(request)
+        _head_of_all(client)
+        alone.wait(10)
+        client.send(DATA)
+
+    with FaultServer(DATA) as server, engine(timeouts=PATIENT) as fetching:
+        server.behave = one_by_one
+        answer = asked(fetching, server.url())
+        sink, order = MemorySink(), list[int]()
+        job = fetching.download(answer, GROUPS, sink, order.append)
+        try:
+            until(lambda: served)
+            until(lambda: len(job.running) == 1)
+        finally:
+            alone.set()
+        job.done.result(10)
+        check(sink, order)
+        assert len(served) == 1
+
+
+def test_of_two_answers_that_have_all_one_counts() -> None:
+    both = threading.Barrier(2)
+
+    def all_of_it(request: Asked, client: Client) -> None:
+        if request.span == (0, 5_000):
+            server.right(request, client)
+            return
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        _head_of_all(client)
+        client.send(DATA)
+
+    for _ in range(3):
+        both.reset()
+        with FaultServer(DATA) as server, engine(2, timeouts=PATIENT) as fetching:
+            server.behave = all_of_it
+            check(*fetched(fetching, asked(fetching, server.url())))
+
+
+class EndsItself(MemorySink):
+    """Whose first write waits for all bytes to be on their way, and then ends the download."""
+
+    def __init__(self) -> None:
+        super().__init__(len(LARGE))
+        self.sent, self.begun = threading.Event(), threading.Event()
+        self.job: Download | None = None
+        self.nbytes = 0
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.nbytes += len(data)
+        self.begun.wait(10)
+        self.sent.wait(10)
+        assert self.job is not None
+        self.job.cancel(FetchError("enough"))
+
+
+@pytest.mark.parametrize(("whole", "at_once"), [(False, 256 << 10), (True, 1 << 20)])
+def test_no_more_is_written_after_an_end(whole: bool, at_once: int) -> None:
+    """Than what was read already, though more bytes lie in the system's buffers."""
+    sink = EndsItself()
+
+    def answer(request: Asked, client: Client) -> None:
+        if request.span == (0, 5_000):
+            server.right(request, client)
+            return
+        if whole:
+            _head_of_all(client, len(LARGE))
+            client.send(LARGE)
+        else:
+            server.right(request, client)
+        sink.sent.set()
+
+    with FaultServer(LARGE) as server, engine(1, timeouts=PATIENT) as fetching:
+        server.behave = answer
+        first = asked(fetching, server.url())
+        order: list[int] = []
+        sink.job = fetching.download(first, [[(5_000, len(LARGE))]], sink, order.append)
+        sink.begun.set()
+        assert str(sink.job.done.exception(10)) == str(FetchError("enough"))
+        assert sink.nbytes <= at_once
+        assert order == []
+
+
+# -- the first bytes -------------------------------------------------------------------------------
+
+
+ASKED = 200_000
+
+
+READ = 49_152
+"""Three times 16 KiB: the first look at the clock after what is enough."""
+
+
+class Clock:
+    """Stands still until somebody `hurries`: then half a second passes between two looks."""
+
+    def __init__(self) -> None:
+        self.now, self.step = 100.0, 0.0
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+@contextmanager
+def fetching(clock: Clock) -> Iterator[RangeEngine]:
+    settings = HttpSettings(connections=4)
+    with RangeEngine(settings, network=LoopbackOnly(), clock=clock) as engine:
+        yield engine
+
+
+def test_what_comes_slowly_after_enough_is_not_waited_for() -> None:
+    clock = Clock()
+
+    def enough(data: memoryview, known: Known) -> int:
+        clock.step = 0.5 if len(data) >= 40_000 else 0.0
+        return 40_000
+
+    def holds_the_rest(asked: Asked, client: Client) -> None:
+        server.behave = None
+        client.part(0, ASKED, len(DATA), f"ETag: {ETAG}")
+        client.send(DATA[:READ])
+        client.stall()
+
+    with FaultServer(DATA, holds_the_rest) as server, fetching(clock) as engine:
+        answer = engine.ask(target(server.url()), ASKED, enough=enough).done.result(10)
+        clock.step = 0.0
+        assert answer.start == DATA[:READ]
+        assert answer.known.size == len(DATA)
+        have = [(0, len(answer.start))]
+        sink, _ = fetched(engine, answer, have=have)
+        assert sink.data[READ:] == DATA[READ:], "the rest comes on other connections"
+        assert server.spans[0] == (0, ASKED)
+        assert len({client.number for client in server.clients}) > 1
+
+
+@pytest.mark.parametrize(("needed", "step"), [(40_000, 0.0), (ASKED, 0.05)])
+def test_bytes_that_come_at_once_or_are_needed_are_waited_for(needed: int, step: float) -> None:
+    clock = Clock()
+    with FaultServer(DATA) as server, fetching(clock) as engine:
+        clock.step = step
+        job = engine.ask(target(server.url()), ASKED, enough=lambda data, known: needed)
+        answer = job.done.result(10)
+        clock.step = 0.0
+        assert answer.start == DATA[:ASKED]
+        check(*fetched(engine, answer))
+
+
+def test_a_file_without_a_length_is_read_to_its_end() -> None:
+    """Where it ends is how large it is."""
+    clock = Clock()
+
+    def endless(asked: Asked, client: Client) -> None:
+        client.head("200 OK", "Transfer-Encoding: chunked", f"ETag: {ETAG}")
+        client.send(b"%X\r\n%s\r\n0\r\n\r\n" % (ASKED // 2, DATA[: ASKED // 2]))
+
+    with FaultServer(DATA, endless) as server, fetching(clock) as engine:
+        clock.step = 0.01
+        answer = engine.ask(target(server.url()), ASKED, enough=lambda data, known: 1).done.result(
+            10
+        )
+        assert answer.start == DATA[: ASKED // 2]
+        assert answer.known.size == ASKED // 2
