@@ -1,4 +1,4 @@
-"""From a trace file to a picture: rows and boxes of a trace that is made by hand."""
+"""From a trace file, also a stranger's or a damaged one, to a picture or a refusal by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import re
 import struct
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,35 @@ from lorax_async.cli import main
 from lorax_async.commands.demo_remote import run_remote_demo
 from lorax_async.commands.terminal import Screen
 from lorax_async.errors import ConfigError, UsageError
-from lorax_async.tracing.picture import picture_of, read_trace
+from lorax_async.tracing import picture as pictures
+from lorax_async.tracing import png
+from lorax_async.tracing.chrome import microseconds
+from lorax_async.tracing.picture import Picture, picture_of, read_trace
 from lorax_async.tracing.svg import LEFT, WIDTH, as_html, as_svg
 from lorax_async.tracing.words import marks, summary
 from tracing.chrome_format import of, require_trace
 
-Capture = pytest.CaptureFixture[str]
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+FAR = 10**400
+"""A whole number that no float reaches; JSON has it."""
+
+PIXELS = WIDTH - LEFT - 8
 
 
 def named(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}}
 
 
-def span(pid: int, tid: int, name: str, ts: float, dur: float, **args: Any) -> dict[str, Any]:
-    place = {"ph": "X", "cat": "x", "pid": pid, "tid": tid}
-    return {**place, "name": name, "ts": ts, "dur": dur, "args": args}
+def span(**changes: Any) -> dict[str, Any]:
+    """In microseconds."""
+    plain = {"ph": "X", "cat": "x", "pid": 1, "tid": 1, "name": "a", "ts": 0, "dur": 1_000}
+    return {**plain, **changes}
+
+
+def layer(pid: int, ts: float, dur: float, number: int) -> dict[str, Any]:
+    return span(pid=pid, name=f"layer {number}", ts=ts, dur=dur, args={"layer": number})
 
 
 EVENTS = [
@@ -41,14 +55,22 @@ EVENTS = [
     named("thread_name", 1, 1, "copy stream"),
     named("process_name", 2, 0, "compute"),
     named("thread_name", 2, 1, "thread 1"),
-    # In microseconds: copies until 40 ms, layers from 10 to 20 and from 30 to 60 ms.
-    span(1, 1, "layer 0", 0, 10_000, layer=0),
-    span(1, 1, "layer 1", 10_000, 30_000, layer=1),
-    span(2, 1, "wait for layer 0", 0, 10_000, layer=0),
-    span(2, 1, "layer 0", 10_000, 10_000, layer=0),
-    span(2, 1, "layer 1", 30_000, 30_000, layer=1),
-    span(2, 1, "<b>&\"'", 31_000, 1_000),
+    # Copies until 40 ms, layers from 10 to 20 and from 30 to 60 ms.
+    layer(1, 0, 10_000, 0),
+    layer(1, 10_000, 30_000, 1),
+    span(pid=2, name="wait for layer 0", dur=10_000, args={"layer": 0}),
+    layer(2, 10_000, 10_000, 0),
+    layer(2, 30_000, 30_000, 1),
+    span(pid=2, name="<b>&\"'", ts=31_000),
 ]
+
+
+def drawn(picture: Picture) -> ET.Element:
+    """As SVG that is well-formed."""
+    return ET.fromstring(as_svg(picture))
+
+
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def test_rows_and_boxes_are_those_of_the_file() -> None:
@@ -71,6 +93,27 @@ def test_rows_and_boxes_are_those_of_the_file() -> None:
     assert "40.0 ms, of which 20.0 ms (50 %)" in summary(picture)
 
 
+def test_boxes_are_drawn_where_they_belong() -> None:
+    root = drawn(picture_of(EVENTS))
+    boxes = [each for each in root.iter(f"{SVG}rect") if each.find(f"{SVG}title") is not None]
+    assert len(boxes) == 6
+    wide = WIDTH - LEFT - 8
+    by_title = {each.findtext(f"{SVG}title"): each for each in boxes}
+    second = by_title["layer 1: 30.000 ms from 10.000"]
+    assert float(second.attrib["x"]) == pytest.approx(LEFT + wide / 6, abs=0.01)
+    assert float(second.attrib["width"]) == pytest.approx(wide / 2, abs=0.01)
+    same = by_title["layer 1: 30.000 ms from 30.000"]
+    assert (
+        same.attrib["fill"]
+        == second.attrib["fill"]
+        != by_title["layer 0: 10.000 ms from 0.000"].attrib["fill"]
+    )
+    tops = [float(each.attrib["y"]) for each in boxes]
+    assert tops[0] == tops[1] < tops[2] == tops[3] == tops[4] < tops[5]
+    texts = {"".join(each.itertext()) for each in root.iter(f"{SVG}text")}
+    assert {"copies", "compute", "copy stream", "thread 1", "20 ms"} <= texts
+
+
 def test_a_part_of_it() -> None:
     picture = picture_of(EVENTS, 15, 25)
     assert [[box.name for box in lane.boxes] for lane in picture.lanes] == [
@@ -78,29 +121,19 @@ def test_a_part_of_it() -> None:
         ["layer 0"],
     ]
     assert (picture.start, picture.stop) == (15, 25)
+    assert picture.overlap() == (5, 5)
+    assert summary(picture).startswith("10.0 ms; layers were computed for 5.0 ms, of which 5.0 ms")
     with pytest.raises(UsageError, match="nothing to draw"):
         picture_of(EVENTS, 100, 200)
 
 
-def test_boxes_are_drawn_where_they_belong() -> None:
-    root = ET.fromstring(as_svg(picture_of(EVENTS)))
-    boxes = [each for each in root.iter(f"{SVG}rect") if each.find(f"{SVG}title") is not None]
-    assert len(boxes) == 6
-    wide = WIDTH - LEFT - 8
-    drawn = {each.findtext(f"{SVG}title"): each for each in boxes}
-    second = drawn["layer 1: 30.000 ms from 10.000"]
-    assert float(second.attrib["x"]) == pytest.approx(LEFT + wide / 6, abs=0.01)
-    assert float(second.attrib["width"]) == pytest.approx(wide / 2, abs=0.01)
-    same = drawn["layer 1: 30.000 ms from 30.000"]
-    assert (
-        same.attrib["fill"]
-        == second.attrib["fill"]
-        != drawn["layer 0: 10.000 ms from 0.000"].attrib["fill"]
-    )
-    tops = [float(each.attrib["y"]) for each in boxes]
-    assert tops[0] == tops[1] < tops[2] == tops[3] == tops[4] < tops[5]
-    texts = {"".join(each.itertext()) for each in root.iter(f"{SVG}text")}
-    assert {"copies", "compute", "copy stream", "thread 1", "20 ms"} <= texts
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [(float("nan"), None), (None, float("inf")), (10, 5), (5, 5), (float("-inf"), None)],
+)
+def test_a_part_is_from_a_moment_until_a_later_one(start: Any, stop: Any) -> None:
+    with pytest.raises(UsageError, match="a part goes from"):
+        picture_of([span()], start, stop)
 
 
 class Page(HTMLParser):
@@ -128,17 +161,52 @@ def test_a_page_needs_nothing_else() -> None:
     assert set(re.findall(r"https?://[^\s\"<]+", text)) == {"http://www.w3.org/2000/svg"}
 
 
-def test_a_strangers_names_leave_the_document_whole() -> None:
-    events = [span(1, 1, "\x00]]>&\ud800", 0, 9e4, **{"\x1b": "\x01"})]
-    (text,) = [each.text for each in ET.fromstring(as_svg(picture_of(events))).iter(f"{SVG}title")]
-    assert text == "�]]>&�: 90.000 ms from 0.000; � �"
-
-
 def test_marks_are_round() -> None:
     assert marks(0, 60) == [0, 10, 20, 30, 40, 50, 60]
     assert marks(15, 25) == [16, 18, 20, 22, 24]
     assert marks(0, 0.4) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
     assert marks(7, 7) == [7]
+
+
+def test_colours_span_the_layers_that_there_are() -> None:
+    events = [span(ts=at, args={"layer": at}) for at in (7, 3, 5)]
+    assert picture_of([*events, span(ts=9)]).layers == (3, 7)
+    assert picture_of([span()]).layers == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("spans", "edges"),
+    [
+        # Of those in one pixel one is drawn; what is wider, or lies inside of another, is too.
+        ([(10, 0.2), (10.3, 0.2), (10.6, 0.2), (11.1, 0.2), (300, 0.5)], [10.0, 11.1, 300.0]),
+        ([(10, 0.2), (10.3, 5.0), (15.4, 5.0)], [10.0, 10.3, 15.4]),
+        ([(10, 0.9), (10.1, 0.3), (10.5, 0.2)], [10.0, 10.1]),
+        ([(n * PIXELS / 9_000, PIXELS / 10_000) for n in range(9_000)], None),
+    ],
+)
+def test_a_picture_of_many_spans_stays_small(
+    spans: list[tuple[float, float]], edges: list[float] | None
+) -> None:
+    """Of one lane, as many milliseconds long as there are pixels."""
+    events = [span(ts=start * 1e3, dur=length * 1e3) for start, length in spans]
+    picture = picture_of(events, 0.0, float(PIXELS))
+    assert len(picture.lanes[0].boxes) == len(spans), "what is said of it counts all"
+    rects = [each for each in drawn(picture).iter(f"{SVG}rect") if "class" not in each.attrib]
+    found = [float(each.attrib["x"]) - LEFT for each in rects]
+    if edges is None:
+        assert len(found) == pytest.approx(PIXELS, abs=1)
+        assert len(as_svg(picture)) < 300_000
+    else:
+        assert found == pytest.approx(edges)
+
+
+# -- strange and damaged files ---------------------------------------------------------------------
+
+
+def test_a_strangers_names_leave_the_document_whole() -> None:
+    events = [span(name="\x00]]>&\ud800", dur=9e4, args={"\x1b": "\x01"})]
+    (text,) = [each.text for each in ET.fromstring(as_svg(picture_of(events))).iter(f"{SVG}title")]
+    assert text == "�]]>&�: 90.000 ms from 0.000; � �"
 
 
 @pytest.mark.parametrize(
@@ -158,14 +226,147 @@ def test_what_is_no_trace_is_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [{"ts": None}, {"ts": "1"}, {"dur": True}, {"dur": float("inf")}]
+    ("changes", "problem"),
+    [
+        ({"ts": None}, "no ts"),
+        ({"ts": "1"}, "no ts"),
+        ({"ts": FAR}, "no ts"),
+        ({"ts": 1e308, "dur": 1e308}, "no ts"),
+        ({"ts": float("nan")}, "no ts"),
+        ({"dur": FAR}, "no dur"),
+        ({"dur": True}, "no dur"),
+        ({"dur": float("inf")}, "no dur"),
+        ({"dur": -1}, "before it begins"),
+        ({"pid": [1]}, "no pid"),
+        ({"tid": {}}, "no pid and tid"),
+    ],
 )
-def test_an_event_without_its_times_is_refused(broken: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="no (ts|dur)"):
-        picture_of([{**span(1, 1, "a", 0, 1), **broken}])
+def test_a_span_that_cannot_be_is_refused(changes: dict[str, Any], problem: str) -> None:
+    events, _ = read_trace(json.dumps([span(), span(**changes)]).encode())
+    with pytest.raises(UsageError, match=problem):
+        picture_of(events)
 
 
-# -- the command line -----------------------------------------------------------------------------
+SORT = {"ph": "M", "name": "process_sort_index", "pid": 1}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        json.dumps({**SORT, "args": {"sort_index": FAR}}),
+        '{"ph":"M","name":"thread_sort_index","pid":1,"tid":1,"args":{"sort_index":NaN}}',
+        '{"ph":"M","name":"thread_name","pid":[1],"tid":{},"args":{"name":"x"}}',
+        '{"ph":"M","name":["thread_name"],"pid":1,"tid":1,"args":{"name":["x"]}}',
+        '{"ph":"M","name":"thread_name","pid":1,"tid":1,"args":[]}',
+        '{"ph":["X"],"ts":"now"}',
+        json.dumps(span(args={"layer": FAR})),
+        json.dumps(span(args={"layer": True, "groups": [{}]})),
+        json.dumps(span(args=["layer"], name={"a": "<b>"})),
+        json.dumps(span(pid="render", tid=None)),
+    ],
+)
+def test_what_is_strange_beside_it_is_no_matter(event: str) -> None:
+    events, _ = read_trace(f"[{json.dumps(span())},{event}]".encode())
+    assert "1.000 ms from 0.000" in ET.tostring(drawn(picture_of(events))).decode()
+
+
+def test_more_than_a_browser_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MOST_BOXES", 3)
+    events = [span(ts=at * 2_000) for at in range(4)]
+    with pytest.raises(UsageError, match="4 spans are more than can be drawn"):
+        picture_of(events)
+    assert len(picture_of(events, 2).lanes[0].boxes) == 3
+
+
+def test_that_spans_are_gone_is_said() -> None:
+    trace = {"traceEvents": [span()], "otherData": {"dropped": 1_200}}
+    events, dropped = read_trace(json.dumps(trace).encode())
+    picture = picture_of(events, dropped=dropped)
+    said = "1.0 ms; no layer was computed; the oldest 1,200 spans are gone"
+    assert summary(picture) == said
+    assert said in as_html(picture, "trace")
+    texts = {
+        each.text for each in ET.fromstring(as_svg(picture)).iter() if each.tag.endswith("text")
+    }
+    assert "1,200 spans gone" in texts
+    assert "gone" not in as_html(picture_of(events), "trace")
+
+
+@pytest.mark.parametrize(
+    "about", [None, [], {"dropped": "<b>"}, {"dropped": True}, {"dropped": 0.5}, {}]
+)
+def test_others_say_nothing_of_it(about: Any) -> None:
+    trace = {"traceEvents": [span()], "otherData": about}
+    assert read_trace(json.dumps(trace).encode()) == ([span()], 0)
+
+
+# -- the check of the format -----------------------------------------------------------------------
+
+
+def whole() -> dict[str, Any]:
+    place = {"pid": 1, "tid": 1}
+    return {
+        "displayTimeUnit": "ms",
+        "traceEvents": [
+            {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "copies"}},
+            {"ph": "M", "name": "thread_name", **place, "args": {"name": "stream"}},
+            {"ph": "X", "name": "a", "cat": "copies", **place, "ts": 0, "dur": 10.0},
+            {"ph": "s", "name": "layer", "cat": "flow", "id": 1, **place, "ts": 1},
+            {"ph": "X", "name": "b", "cat": "copies", **place, "ts": 2.5, "dur": 3},
+            {"ph": "f", "bp": "e", "name": "layer", "cat": "flow", "id": 1, **place, "ts": 4},
+            {"ph": "X", "name": "c", "cat": "copies", **place, "ts": 10.0, "dur": 0},
+        ],
+    }
+
+
+def changed(number: int, **changes: object) -> Callable[[list[Any]], None]:
+    return lambda events: events[number].update(changes)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        changed(2, ph="Q"),
+        changed(2, ts=-1),
+        changed(2, ts=True),
+        changed(2, dur=float("nan")),
+        changed(2, dur="10"),
+        changed(2, pid="1"),
+        changed(2, name=None),
+        changed(2, cat=7),
+        changed(4, dur=9),  # half inside
+        changed(4, tid=2),  # a thread without a name
+        changed(4, ts=0),  # not by time
+        changed(1, args={"name": 3}),
+        changed(1, args={"name": "x"}, name="process_name"),
+        changed(3, id=2),
+        changed(5, bp="s"),
+        changed(5, ts=0.5),
+        changed(3, tid=0),  # binds to nothing
+        lambda events: events.pop(5),
+        lambda events: events[2].pop("dur"),
+    ],
+)
+def test_what_is_wrong_is_noticed(break_it: Callable[[list[Any]], None]) -> None:
+    assert [event["name"] for event in require_trace(whole())] == ["a", "b", "c"]
+    trace = whole()
+    break_it(trace["traceEvents"])
+    with pytest.raises((AssertionError, KeyError, ValueError)):
+        require_trace(trace)
+
+
+@pytest.mark.parametrize("around", [1, 10**6, 10**10, 10**14])
+def test_no_nanosecond_is_lost_where_fractions_are_cut_off(around: int) -> None:
+    """Up to a day. Spans that touch must touch in whole nanoseconds: else one is thrown away."""
+    for nanoseconds in range(around, around + 20_000, 7):
+        value = json.loads(json.dumps(microseconds(nanoseconds)))
+        assert int(value * 1000.0) == round(value * 1000.0) == nanoseconds
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+Capture = pytest.CaptureFixture[str]
 
 
 def test_two_commands_make_a_picture(tmp_path: Path, capsys: Capture) -> None:
@@ -230,3 +431,41 @@ def test_what_cannot_be_drawn_is_told(tmp_path: Path, capsys: Capture) -> None:
     ):
         assert main(["timeline", str(file), "-o", str(out)]) == 1
         assert word in capsys.readouterr().err
+
+
+def test_an_endless_file_is_not_read_to_its_end(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("lorax_async.commands.timeline.MOST_BYTES", 1 << 20)
+    assert main(["timeline", "/dev/zero", "-o", str(tmp_path / "a.svg")]) == 1
+    assert "larger than 1 MiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".html", ".svg", ".PNG"])
+@pytest.mark.parametrize("name", ["$\\frac{$", "\udcff<script>"])
+def test_names_are_no_formulas_and_no_markup(
+    tmp_path: Path, capsys: Capture, suffix: str, name: str
+) -> None:
+    """As a name of a file, of a span, and of a lane; one has bytes that are no UTF-8."""
+    pytest.importorskip("matplotlib")
+    trace, out = tmp_path / f"{name}.json".replace("/", ""), tmp_path / f"out{suffix}"
+    lane = {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": name}}
+    trace.write_text(json.dumps([lane, span(name=name)]))
+    assert main(["timeline", str(trace), "-o", str(out)]) == 0
+    assert "1 lane; " in capsys.readouterr().out
+    assert b"<script" not in out.read_bytes()
+
+
+def test_a_png_has_room_for_some_lanes(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(png, "MOST_LANES", 2)
+    trace = tmp_path / "a.json"
+    trace.write_text(json.dumps([span(tid=tid) for tid in range(3)]))
+    assert main(["timeline", str(trace), "-o", str(tmp_path / "a.png")]) == 1
+    assert "3 lanes are too many for a PNG" in capsys.readouterr().err
+    assert main(["timeline", str(trace), "-o", str(tmp_path / "a.svg"), "--json"]) == 0
+    told = output(capsys)
+    assert (len(told["lanes"]), told["dropped"]) == (3, 0)

@@ -1,23 +1,145 @@
-"""What threads report while others begin, end and read recordings."""
+"""What a recording keeps while threads add to it, end spans and read it; times are by hand."""
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import count
-from pathlib import Path
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 from typing import Any
 
 import pytest
 
-import tiny
-from lorax_async.events import SlotId
+from lorax_async.adapter import AdapterKey
+from lorax_async.errors import FetchError
+from lorax_async.tracing import copies, layers, recorder
+from lorax_async.tracing import recorder as recorders
+from lorax_async.tracing import trace as traces
+from lorax_async.tracing.chrome import as_events
 from lorax_async.tracing.copies import CopyTimes
-from lorax_async.tracing.recorder import Recorder, Ring, Span, Tracer
+from lorax_async.tracing.layers import LayerTimes
+from lorax_async.tracing.recorder import Kept, Record, Recorder, Ring, Row, Span, Tracer, now
+from lorax_async.tracing.stays import Stays
 from lorax_async.tracing.trace import Trace
-from tiny_loaders import loader
 from tracing.chrome_format import of, require_trace
+
+KEY = AdapterKey("org/a", ())
+
+
+def record(start: int, stop: int, row: Row = "copies", name: str = "layer 0") -> Record:
+    return Record(row, "stream" if row == "copies" else None, name, start, stop, {"layer": 0})
+
+
+def recording() -> tuple[Tracer, Recorder, Ring]:
+    tracer, ring = Tracer(), Ring(100)
+    return tracer, tracer.begin(ring, {}), ring
+
+
+def spans(ring: Ring) -> list[tuple[str, int, int]]:
+    return [(each.name, each.start, each.stop) for each in ring.look().since(0)[0]]
+
+
+# -- rings -----------------------------------------------------------------------------------------
+
+
+def test_the_oldest_go_and_are_counted() -> None:
+    ring = Ring(3)
+    records = [record(number, number + 1) for number in range(5)]
+    for each in records:
+        ring.add(each)
+    for _ in range(2):
+        assert ring.look().since(0) == (records[2:], 2)
+
+
+def test_passes_do_not_push_out_a_load() -> None:
+    """A decoding step has a span for each layer; a slow load outlives thousands of them."""
+    ring = Ring(3)
+    load = record(0, 1)
+    ring.add(load)
+    passes = [record(number, number + 1, "compute") for number in range(1, 1_001)]
+    for each in passes:
+        ring.add(each)
+    assert ring.look().since(0) == ([load, *passes[-3:]], 997)
+
+
+def test_what_is_gone_is_missing_only_where_it_was() -> None:
+    ring = Ring(3)
+    for number in range(5):
+        ring.add(record(number * 10, number * 10 + 5))
+    assert ring.look().since(0)[1] == ring.look().since(25)[1] == 2
+    assert ring.look().since(26) == ([record(30, 35), record(40, 45)], 0)
+
+
+def test_a_look_counts_no_more_than_was_added_and_loses_nothing() -> None:
+    """Whatever other threads add and look at meanwhile."""
+    ring, done = Ring(50), Event()
+
+    def look() -> list[int]:
+        seen = [0]
+        while not done.is_set():
+            kept, dropped = ring.look().since(0)
+            assert len(kept) <= 50
+            seen.append(dropped)
+        return seen
+
+    def add() -> None:
+        for number in range(5_000):
+            ring.add(record(number, number + 1))
+
+    with ThreadPoolExecutor(4) as threads:
+        looks = [threads.submit(look) for _ in range(2)]
+        for adding in [threads.submit(add) for _ in range(2)]:
+            adding.result()
+        done.set()
+        assert max(max(each.result()) for each in looks) <= 9_950
+    kept, dropped = ring.look().since(0)
+    assert (len(kept), dropped) == (50, 9_950)
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def test_a_part_is_cut_out(clock: list[int]) -> None:
+    clock[0] = t = 1_000_000
+    tracer = Tracer()
+    trace = Trace(tracer, 100, dict).start()
+    recorder = tracer.on
+    assert recorder is not None
+    for start, stop in ((1_000, 2_000), (2_000, 4_000), (4_500, 6_000), (7_000, 9_000)):
+        recorder.add("files", "stream", str(start), t + start, t + stop)
+    recorder.add("files", "stream", "9500", t + 9_500, t + 9_900)
+    clock[0] = t + 10_000
+    found: Any = trace.as_json(t + 3_000, t + 8_000)
+    events = require_trace(found)
+    assert {each["name"]: (each["ts"], each["dur"]) for each in of(events, "files")} == {
+        "2000": (0, 1),
+        "4500": (1.5, 1.5),
+        "7000": (4, 1),
+    }
+    cut = [(each["args"].get("began_before"), each["args"].get("goes_on")) for each in events]
+    assert cut == [(True, None), (None, None), (None, True)]
+    assert [each["name"] for each in require_trace(trace.as_json(t + 9_200))] == ["9500"]
+    trace.stop()
+    again: Any = trace.as_json(t + 3_000, t + 8_000)
+    assert again == found
+
+
+def test_a_part_says_what_is_missing_in_it(clock: list[int]) -> None:
+    clock[0] = t = 1_000_000
+    tracer = Tracer()
+    trace = Trace(tracer, 2, dict).start()
+    recorder = tracer.on
+    assert recorder is not None
+    for number in range(4):
+        recorder.add("files", "x", "y", t + 1_000 * number, t + 1_000 * number + 500)
+    clock[0] = t + 10_000
+    gone = [trace.as_json(t + since)["otherData"] for since in (2_400, 2_600)]
+    assert gone == [{"producer": "lorax_async", "dropped": number} for number in (2, 0)]
+    trace.stop()
+    assert [trace.as_json(t + since)["otherData"] for since in (2_400, 2_600)] == gone
+
+
+# -- spans -----------------------------------------------------------------------------------------
 
 
 class Seen(Tracer):
@@ -32,25 +154,24 @@ class Seen(Tracer):
         super().__setattr__(name, value)
 
 
-def test_whoever_finds_a_recorder_finds_all_of_it() -> None:
+def test_a_thread_that_finds_a_recorder_finds_all_of_it() -> None:
     tracer = Seen()
     tracer.found = []
     tracer.begin(Ring(3), {0: "one"})
     assert tracer.found == [(1, ["one"])]
 
 
-def test_what_has_ended_has_ended_once() -> None:
-    recorder, ring = Recorder(), Ring(3)
-    recorder.rings = (ring,)
+def test_a_span_ends_once() -> None:
+    _, recorder, ring = recording()
     span = recorder.begin("files", "lane", "one")
     assert len(list(recorder.unfinished())) == 1
     recorder.end(span)
     recorder.end(span)
-    assert len(ring.look().since(0)[0]) == 1
+    assert len(spans(ring)) == 1
     assert list(recorder.unfinished()) == []
 
 
-def test_others_begin_and_end_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_begin_and_end_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder, until = Recorder(), Span.until
     first = recorder.begin("files", "lane", "one")
 
@@ -66,64 +187,206 @@ def test_others_begin_and_end_while_it_is_read(monkeypatch: pytest.MonkeyPatch) 
     assert [record.name for record in recorder.unfinished()] == ["two", "three"]
 
 
-def test_who_looks_waits_for_another_who_looks() -> None:
-    """To look is to count: of two at once, one would count the other."""
-    ring, entered, go_on = Ring(3), list[int](), Event()
+def test_a_span_that_begins_while_it_is_read_has_no_negative_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorder = Recorder()
 
-    class Counting:
-        def __init__(self) -> None:
-            self._real = count()
+    def late() -> int:
+        monkeypatch.undo()
+        time = now()
+        recorder.begin("requests", None, "load b")
+        return time
 
-        def __next__(self) -> int:
-            entered.append(1)
-            assert go_on.wait(20)
-            return next(self._real)
-
-    ring._others._count = Counting()  # type: ignore[assignment]
-    with ThreadPoolExecutor(2) as threads:
-        looks = [threads.submit(ring.look) for _ in range(2)]
-        assert not wait(looks, timeout=0.05).done
-        assert len(entered) == 1
-        go_on.set()
-        assert [look.result().since(0) for look in looks] == [([], 0)] * 2
+    recorder.begin("requests", None, "load a")
+    monkeypatch.setattr(recorders, "now", late)
+    assert all(each.start <= each.stop for each in recorder.unfinished())
 
 
-class Handle:
-    slot = SlotId(0, 1)
+def test_a_trace_that_is_stopped_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer = Tracer()
+    trace = Trace(tracer, 9, dict).start()
+    assert tracer.on is not None
+    tracer.on.add("files", "x", "fetch", now(), now())
+    unfinished = Recorder.unfinished
+
+    def stopping(recorder: Recorder) -> list[Record]:
+        monkeypatch.undo()
+        trace.stop()
+        return unfinished(recorder)
+
+    monkeypatch.setattr(Recorder, "unfinished", stopping)
+    assert trace.as_json() == trace.as_json()
 
 
-def test_what_is_computed_in_vain_is_in_the_trace() -> None:
-    trace = Trace(Tracer(), 9, dict)
-    with trace, pytest.raises(ZeroDivisionError), trace.compute(3, Handle()):
-        raise ZeroDivisionError
-    (computed,) = of(require_trace(trace.as_json()), "compute")
-    assert computed["name"] == "layer 3"
+@pytest.mark.parametrize("before", [True, False])
+def test_a_span_that_ends_while_the_trace_is_read_is_there_once(
+    monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Just before, or after, the ended ones were looked at."""
+    tracer = Tracer()
+    with Trace(tracer, 100, dict) as trace:
+        recorder = tracer.on
+        assert recorder is not None
+        span = recorder.begin("requests", None, "load a")
+        look = Ring.look
+
+        def ending(ring: Ring) -> Kept:
+            found = look(ring) if not before else None
+            recorder.end(span, outcome="done")
+            return found or look(ring)
+
+        monkeypatch.setattr(Ring, "look", ending)
+        (event,) = require_trace(trace.as_json())
+        assert event["name"] == "load a"
+        if before:
+            assert event["args"] == {"outcome": "done"}
 
 
-@pytest.mark.parametrize("error", [None, OSError("lost")])
-def test_a_copy_ends_when_its_ticket_is_done(error: Exception | None) -> None:
-    recorder, ring, ticket = Recorder(), Ring(3), Future[None]()
-    recorder.rings = (ring,)
-    CopyTimes(recorder, 0, 2).asked(ticket, 64, in_stream=True)
-    assert ring.look().since(0)[0] == []
-    if error is None:
-        ticket.set_result(None)
-    else:
-        ticket.set_exception(error)
-    (record,) = ring.look().since(0)[0]
-    assert record.args is not None
-    assert record.args["outcome"] == ("done" if error is None else "OSError")
+# -- rows ------------------------------------------------------------------------------------------
 
 
-async def test_a_recording_that_has_stopped_takes_nothing_more(tmp_path: Path) -> None:
-    """Though another one goes on, of the same recorder."""
-    folder = tiny.write(tmp_path / "one")
-    async with loader() as there:
-        with there.trace() as outer:
-            inner = there.trace()
-            with inner:
-                pass
-            (await there.load(folder)).release()
-            await asyncio.sleep(0)
-            assert inner._ring.look().since(0)[0] == []
-            assert outer._ring.look().since(0)[0]
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The time, in nanoseconds, which a test sets."""
+    time = [0]
+    for module in (recorder, copies, layers, traces):
+        monkeypatch.setattr(module, "now", lambda: time[0])
+    return time
+
+
+def of_layer(row: Row, start: int, stop: int, **args: Any) -> Record:
+    lane = "stream" if row == "copies" else 7
+    return Record(row, lane, "layer 3", start, stop, {"layer": 3, **args})
+
+
+def arrows(*records: Record) -> list[tuple[float, float]]:
+    """From and to which microseconds."""
+    events = as_events(records, 0)
+    require_trace({"traceEvents": events, "displayTimeUnit": "ms"})
+    ends: list[list[Any]] = [[each["ts"] for each in events if each["ph"] == ph] for ph in "sf"]
+    return list(zip(*ends, strict=True))
+
+
+def test_an_arrow_leads_from_the_last_copy_to_the_first_computation() -> None:
+    two = (of_layer("copies", 1_000, 2_000, stay=1), of_layer("copies", 2_000, 3_000, stay=1))
+    computed = [of_layer("compute", at, at + 500, stays=[1]) for at in (6_000, 5_000)]
+    assert arrows(*two, *computed) == [(2.0, 5.0)]
+
+
+def test_no_arrow_leads_backwards_or_from_an_adapter_that_is_not_known() -> None:
+    copy = of_layer("copies", 1_000, 2_000, stay=1)
+    assert arrows(copy, of_layer("compute", 500, 900, stays=[1])) == []
+    before = of_layer("copies", 1_000, 2_000, stay=0)  # it had its slot before the recording
+    assert arrows(before, of_layer("compute", 3_000, 4_000, stays=[0])) == []
+    assert arrows(copy, of_layer("compute", 3_000, 4_000, stays=[2])) == []
+
+
+def test_a_request_is_never_drawn_inside_another() -> None:
+    records = [
+        Record("requests", None, name, *at, None)
+        for name, at in (("load a", (0, 9)), ("load b", (2, 5)), ("load c", (6, 12)))
+    ]
+    events = require_trace({"traceEvents": as_events(records, 0), "displayTimeUnit": "ms"})
+    assert {each["name"]: each["tid"] for each in events} == {"load a": 1, "load b": 2, "load c": 2}
+
+
+def test_what_was_before_is_left_out() -> None:
+    """A layer is reported with the next one: it may have ended before the trace began."""
+    assert as_events([record(1, 2)], 3) == []
+
+
+@pytest.mark.parametrize(
+    ("in_stream", "start", "error", "outcome"),
+    [
+        (True, 5, None, "done"),
+        (False, 1, None, "done"),
+        (True, 5, FetchError("x"), "FetchError"),
+    ],
+)
+def test_a_copy_in_a_stream_begins_when_it_was_asked_for(
+    clock: list[int], in_stream: bool, start: int, error: Exception | None, outcome: str
+) -> None:
+    """What came before, in the thread, was staging; a thread that copies does both.
+
+    It ends when its ticket is done.
+    """
+    _, recorder, ring = recording()
+    clock[0] = 1
+    times = CopyTimes(recorder, 0, 3)
+    clock[0] = 5
+    ticket = Future[None]()
+    times.asked(ticket, 4_096, in_stream=in_stream)
+    assert spans(ring) == []
+    clock[0] = 9
+    ticket.set_exception(error) if error is not None else ticket.set_result(None)
+    assert spans(ring) == [("layer 3", start, 9)]
+    ((found,), _) = ring.look().since(0)
+    assert found.args is not None
+    assert (found.args["outcome"], found.args["bytes"]) == (outcome, 4_096)
+
+
+def test_a_layer_lasts_until_its_last_module(clock: list[int]) -> None:
+    _, recorder, ring = recording()
+    times = LayerTimes(recorder, [0])
+    steps: list[Callable[[], None]] = [
+        *(lambda: times.reached(0), times.entered),  # at 10, 20
+        *(times.left, times.left),  # 30, 40: two modules
+        *(lambda: times.reached(0), times.entered),  # of the same layer
+        *(lambda: times.reached(1), times.entered),  # 70, 80
+        times.end,  # 90: no module of it was left
+    ]
+    for step in steps:
+        clock[0] += 10
+        step()
+    assert spans(ring) == [
+        ("wait for layer 0", 10, 20),
+        ("layer 0", 20, 40),
+        ("wait for layer 1", 70, 80),
+        ("layer 1", 80, 90),
+    ]
+
+
+def test_an_adapter_that_fails_leaves_once(clock: list[int]) -> None:
+    """It is told that it fails, and then that it leaves, and again that it fails."""
+    tracer, _, ring = recording()
+    stays = Stays(tracer)
+    stays.granted(0, KEY, 4_096)
+    clock[0] = 10
+    stays.failed(0, FetchError("x"))
+    for time, tell in (
+        (20, stays.leaving),
+        (30, lambda slot: stays.failed(slot, FetchError("x"))),
+        (40, stays.left),
+        (50, stays.left),
+    ):
+        clock[0] = time
+        tell(0)
+    assert spans(ring) == [("a", 0, 10), ("leaving", 10, 40)]
+    outcomes = [(each.args or {})["outcome"] for each in ring.look().since(0)[0]]
+    assert outcomes == ["FetchError", "left"]
+
+
+# -- large traces ----------------------------------------------------------------------------------
+
+
+def test_a_trace_is_written_event_by_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of json holds the GIL from its beginning to its end."""
+    longest = 0
+    dumps = json.dumps
+
+    def watched(value: Any, **settings: Any) -> str:
+        nonlocal longest
+        text = dumps(value, **settings)
+        longest = max(longest, len(text))
+        return text
+
+    tracer = Tracer()
+    with Trace(tracer, 5_000, dict) as trace:
+        recorder = tracer.on
+        assert recorder is not None
+        for _ in range(5_000):
+            recorder.add("files", "x", "fetch", now(), now())
+    monkeypatch.setattr(json, "dumps", watched)
+    assert len(trace.encoded()) > 400_000
+    assert 0 < longest < 1_000

@@ -1,32 +1,42 @@
-"""What a loader's trace has: rows, order, ends; and nothing at all while nobody records."""
+"""What a loader's trace has: rows, order, ends, and only what is anybody's business."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 import tiny
 from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
 from lorax_async import (
+    AdapterLoader,
     AdapterNotFoundError,
+    AdapterRef,
     FetchError,
+    UsageError,
 )
+from lorax_async.adapter import AdapterKey, Merge, Ref, RemoteKey, TensorsKey
+from lorax_async.commands.timeline import traced
 from lorax_async.config import LoaderConfig
-from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
+from lorax_async.tracing.names import last_part, name_of
+from lorax_async.tracing.recorder import now
 from tiny_loaders import gated, loader
+from tiny_sources import over, stocked
 from tracing.chrome_format import of, require_trace, stop
 
 pytestmark = [
     pytest.mark.filterwarnings(PEFT_WARNING),
     pytest.mark.usefixtures("nothing_left"),
 ]
+
 
 LAYERS = 4
 
@@ -38,30 +48,41 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(llama(num_hidden_layers=LAYERS), lora, folder)
 
 
+def requests(trace: dict[str, Any]) -> list[str]:
+    return [each["name"] for each in of(require_trace(trace), "requests")]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    return [tiny.write(tmp_path / name, seed) for seed, name in enumerate("abc")]
+
+
+async def passed(there: AdapterLoader, *folders: Path) -> None:
+    for folder in folders:
+        (await there.load(folder)).release()
+
+
+# -- passes ----------------------------------------------------------------------------------------
+
+
 async def test_a_streamed_pass_lies_between_its_copies(adapter: Path) -> None:
     """The last layer's bytes come when all others are computed."""
     model, source = llama(num_hidden_layers=LAYERS), FakeSource()
     source.put("cold", *tiny.files(adapter))
     source.hold("cold")
-
-    async def main() -> dict[str, object]:
-        async with serving(model, source=source) as (there, attached):
-            with there.trace() as trace:
-                async with there.stream("cold") as cold:
-                    with attached.batch([cold, None]):
-                        passing = asyncio.create_task(
-                            asyncio.to_thread(logits_of, model, prompt(2))
-                        )
-                        for group in range(LAYERS - 1):
-                            source.allow("cold", group)
-                        at_the_last = f"layer {LAYERS - 2}"
-                        await cold.layer_ready(LAYERS - 2)
-                        await until(lambda: at_the_last in names(trace.as_json()))
-                        source.allow("cold")
-                        await passing
-            return trace.as_json()
-
-    events = require_trace(await main())
+    async with serving(model, source=source) as (there, attached):
+        with there.trace() as trace:
+            async with there.stream("cold") as cold:
+                with attached.batch([cold, None]):
+                    passing = asyncio.create_task(asyncio.to_thread(logits_of, model, prompt(2)))
+                    for group in range(LAYERS - 1):
+                        source.allow("cold", group)
+                    at_the_last = f"layer {LAYERS - 2}"
+                    await cold.layer_ready(LAYERS - 2)
+                    await until(lambda: at_the_last in names(trace.as_json()))
+                    source.allow("cold")
+                    await passing
+    events = require_trace(trace.as_json())
     copies, computed = of(events, "copies"), of(events, "compute")
     layers = [f"layer {layer}" for layer in range(LAYERS)]
     assert sorted({each["name"] for each in copies}) == layers
@@ -77,9 +98,8 @@ async def test_a_streamed_pass_lies_between_its_copies(adapter: Path) -> None:
     waits = [each["name"] for each in computed if each["name"].startswith("wait")]
     # The embedding is before the layers, and the head after them; the adapter has neither.
     assert waits == [f"wait for layer {layer}" for layer in range(-1, LAYERS + 1)]
-    assert [each["name"] for each in of(computed, "compute") if each["args"].get("adapters")] == [
-        "rows: 2"
-    ]
+    (rows,) = [each["name"] for each in computed if each["args"].get("adapters")]
+    assert rows == "rows: 2"
     (request,) = of(events, "requests")
     assert (request["name"], request["args"]["outcome"]) == ("stream cold", "done")
 
@@ -91,38 +111,27 @@ def names(trace: dict[str, Any]) -> set[str]:
 
 async def test_each_layer_has_an_arrow_from_its_copy(adapter: Path) -> None:
     model = llama(num_hidden_layers=LAYERS)
-
-    async def main() -> dict[str, Any]:
-        async with serving(model) as (there, attached):
-            with there.trace() as trace:
-                async with there.stream(adapter) as cold:
-                    with attached.batch([cold]):
-                        for _ in range(2):  # one arrow, to the first pass
-                            await asyncio.to_thread(logits_of, model, prompt(1))
-            return trace.as_json()
-
-    trace = await main()
-    events = require_trace(trace)
-    flows = [each for each in trace["traceEvents"] if each["ph"] in "sf"]
+    async with serving(model) as (there, attached):
+        with there.trace() as trace:
+            async with there.stream(adapter) as cold:
+                with attached.batch([cold]):
+                    for _ in range(2):  # one arrow, to the first pass
+                        await asyncio.to_thread(logits_of, model, prompt(1))
+    found: dict[str, Any] = trace.as_json()
+    computed = of(require_trace(found), "compute")
+    flows = [each for each in found["traceEvents"] if each["ph"] in "sf"]
     assert [each["ph"] for each in flows].count("s") == LAYERS
-    assert len(of(events, "compute", "layer 0")) == 2
-    computed = of(events, "compute")
+    assert len(of(computed, "compute", "layer 0")) == 2
     first = {min(each["ts"] for each in computed if each["name"] == f"layer {n}") for n in range(4)}
     assert {each["ts"] for each in flows if each["ph"] == "f"} == first
 
 
-async def test_staging_holds_a_buffer_until_its_copy_has_ended(tmp_path: Path) -> None:
+async def test_staging_holds_a_buffer_until_its_copy_has_ended(folders: list[Path]) -> None:
     """On a device with a copy stream: it copies one layer after the other."""
-    folder = tiny.write(tmp_path / "one")
-
-    async def main() -> dict[str, object]:
-        async with loader(device="simulated") as there:
-            with there.trace() as trace:
-                (await there.load(folder)).release()
-            return trace.as_json()
-
-    trace = await main()
-    events = require_trace(trace)
+    async with loader(device="simulated") as there:
+        with there.trace() as trace:
+            await passed(there, folders[0])
+    events = require_trace(trace.as_json())
     copies = of(events, "copies")
     assert {each["args"]["layer"] for each in copies} == set(range(tiny.LAYERS))
     assert len({(each["pid"], each["tid"]) for each in copies}) == 1
@@ -132,36 +141,57 @@ async def test_staging_holds_a_buffer_until_its_copy_has_ended(tmp_path: Path) -
         (held,) = of(events, "staging", copy["name"])
         fills = [each for each in of(events, "staging", "fill") if held["ts"] <= each["ts"]]
         assert stop(min(fills, key=stop)) <= stop(copy) <= stop(held)
-        assert held["args"]["adapter"] == "one"
+        assert held["args"]["adapter"] == "a"
 
 
-# -- ends -----------------------------------------------------------------------------------------
+async def test_other_engines_report_their_layers(folders: list[Path]) -> None:
+    """A layer is of the adapter that was there when it began."""
+    async with loader(max_slots=1, min_residency=0.0) as there:
+        with there.trace() as trace:
+            async with there.stream(folders[0]) as handle:
+                for layer in range(tiny.LAYERS):
+                    await handle.layer_ready(layer)
+                    with trace.compute(layer, handle):
+                        pass
+            handle = await there.load(folders[0])
+            three = cast(Any, np.int64(3))
+            with trace.compute(three, handle, name="attention"):
+                handle.release()
+                await passed(there, folders[1])
+            with pytest.raises(UsageError, match="whole number"), trace.compute("3"):  # type: ignore[arg-type]
+                raise AssertionError("not to be entered")
+            with pytest.raises(ZeroDivisionError), trace.compute(4):
+                raise ZeroDivisionError
+        with trace.compute(9):  # nothing is recorded
+            pass
+    found: Any = trace.as_json()
+    computed = of(require_trace(found), "compute")
+    names = [each["name"] for each in computed]
+    assert names == [*(f"layer {n}" for n in range(tiny.LAYERS)), "attention", "layer 4"]
+    assert [each["ph"] for each in found["traceEvents"]].count("f") == tiny.LAYERS
+    assert computed[-2]["args"] == {"layer": 3, "stays": [1]}
 
 
-async def test_what_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
-    source = FakeSource()
-    for id in ("broken", "held"):
-        source.put(id, *tiny.files(tiny.write(tmp_path / id)))
+# -- ends ------------------------------------------------------------------------------------------
+
+
+async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "broken", "held")
     source.fail("bring", FetchError("the line is down"), id="broken", at=1)
     source.hold("held")
-
-    async def main() -> dict[str, object]:
-        config = LoaderConfig(device_bytes=1 << 20, max_slots=4, io_threads=2)
-        async with AdapterLoader(tiny.layout(), config, source=source) as there:
-            with there.trace() as trace:
-                with pytest.raises(FetchError):
-                    await there.load("broken")
-                with pytest.raises(AdapterNotFoundError):
-                    await there.load("nowhere")
-                task = asyncio.create_task(there.load("held"))
-                source.allow("held", 0)
-                await until(lambda: any(each.slot for each in there.story("held")))
-                task.cancel()
-                await asyncio.wait([task])
-                await until(lambda: not there.residency())
-            return trace.as_json()
-
-    events = require_trace(await main())
+    async with over(source) as there:
+        with there.trace() as trace:
+            with pytest.raises(FetchError):
+                await there.load("broken")
+            with pytest.raises(AdapterNotFoundError):
+                await there.load("nowhere")
+            task = asyncio.create_task(there.load("held"))
+            source.allow("held", 0)
+            await until(lambda: any(each.slot for each in there.story("held")))
+            task.cancel()
+            await asyncio.wait([task])
+            await until(lambda: not there.residency())
+    events = require_trace(trace.as_json())
     ended = {each["name"]: each["args"]["outcome"] for each in of(events, "requests")}
     assert ended == {
         "load broken": "FetchError",
@@ -173,66 +203,236 @@ async def test_what_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
     assert not [each for each in events if each["args"].get("unfinished")]
 
 
-async def test_what_is_evicted_has_its_ends(tmp_path: Path) -> None:
-    folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("ab")]
-
-    async def main() -> dict[str, object]:
-        async with loader(max_slots=1, min_residency=0.0) as there:
-            with there.trace() as trace:
-                for folder in folders:
-                    (await there.load(folder)).release()
-            return trace.as_json()
-
-    events = require_trace(await main())
-    first, second = (
-        [each for each in of(events, "layers") if each["args"]["stay"] == stay] for stay in (1, 2)
-    )
+async def test_an_evicted_adapter_has_its_ends(folders: list[Path]) -> None:
+    async with loader(max_slots=1, min_residency=0.0) as there:
+        with there.trace() as trace:
+            await passed(there, *folders[:2])
+    events = of(require_trace(trace.as_json()), "layers")
+    first, second = ([each for each in events if each["args"]["stay"] == n] for n in (1, 2))
     bounds = [(each["name"], each["args"].get("outcome")) for each in first]
-    assert ("a", "resident") in bounds
-    assert ("resident", "leaving") in bounds
-    assert ("leaving", "left") in bounds
+    for bound in (("a", "resident"), ("resident", "leaving"), ("leaving", "left")):
+        assert bound in bounds
     assert max(map(stop, first)) <= min(each["ts"] for each in second)
     assert [each["name"] for each in second if each["args"].get("unfinished")] == ["resident"]
 
 
-async def test_what_goes_on_at_the_end_is_cut_there(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "one")
-
-    async def main() -> dict[str, object]:
-        there, device = gated()
-        async with there:
-            device.gate.clear()
-            with there.trace() as trace:
-                task = asyncio.create_task(there.load(folder))
-                await until(lambda: device.copies)
-            found = trace.as_json()
-            device.gate.set()
-            (await task).release()
-            assert trace.as_json() == found
-            return found
-
-    events = require_trace(await main())
-    cut = {each["name"] for each in events if each["args"].get("unfinished")}
-    assert cut == {"load one", "one"}
+async def test_what_goes_on_at_the_end_is_cut_there(folders: list[Path]) -> None:
+    there, device = gated()
+    async with there:
+        device.gate.clear()
+        with there.trace() as trace:
+            task = asyncio.create_task(there.load(folders[0]))
+            await until(lambda: device.copies)
+        found = trace.as_json()
+        device.gate.set()
+        (await task).release()
+        assert trace.as_json() == found
+    events = require_trace(found)
+    assert {each["name"] for each in events if each["args"].get("unfinished")} == {"load a", "a"}
 
 
-# -- nothing while nobody records -----------------------------------------------------------------
+# -- how much is kept ------------------------------------------------------------------------------
 
 
-async def test_nothing_is_recorded_or_held_when_off(tmp_path: Path) -> None:
-    folders = [tiny.write(tmp_path / name, seed) for seed, name in enumerate("abc")]
+async def test_nothing_is_recorded_or_held_when_off(folders: list[Path]) -> None:
     async with loader() as there:
         assert there.tracer.on is None
-        (await there.load(folders[0])).release()
+        await passed(there, folders[0])
         with there.trace() as trace:
             recorder = weakref.ref(there.tracer.on)
-            (await there.load(folders[1])).release()
+            await passed(there, folders[1])
         found = trace.as_json()
         assert there.tracer.on is None
         gc.collect()
         assert recorder() is None
-        (await there.load(folders[2])).release()
+        await passed(there, folders[2])
         assert trace.as_json() == found
         names = {each["name"] for each in require_trace(found)}
         assert {"load b", "b"} <= names
         assert not names & {"load a", "load c", "a", "c"}
+
+
+async def test_two_may_record_at_once(folders: list[Path]) -> None:
+    async with loader() as there:
+        with there.trace() as outer:
+            await passed(there, folders[0])
+            with there.trace() as inner:
+                await passed(there, folders[1])
+            await passed(there, folders[2])
+    assert requests(outer.as_json()) == ["load a", "load b", "load c"]
+    assert requests(inner.as_json()) == ["load b"]
+
+
+async def test_a_small_trace_says_how_much_is_gone(folders: list[Path], tmp_path: Path) -> None:
+    async with loader() as there:
+        with there.trace() as whole, there.trace(limit=5) as small:
+            await passed(there, folders[0])
+            await there.unload(folders[0])
+    all, left = (require_trace(each.as_json()) for each in (whole, small))
+    assert (whole.dropped, small.dropped, len(left)) == (0, len(all) - 5, 5)
+    data: Any = small.as_json()
+    assert data["otherData"]["dropped"] == len(all) - 5
+    small.write(tmp_path / "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text()) == data
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 1.5, None])
+async def test_a_limit_is_a_number(limit: Any) -> None:
+    async with loader() as there:
+        with pytest.raises(UsageError, match="limit"):
+            there.trace(limit=limit)
+        trace = there.trace()
+        with trace:
+            pass
+        with pytest.raises(UsageError, match="once"), trace:
+            pass
+
+
+async def test_a_part_has_the_last_load_of_many(folders: list[Path]) -> None:
+    async with loader() as there:
+        with there.trace(limit=200) as trace:
+            for number in range(60):
+                await passed(there, folders[number % 2])
+                await there.unload(folders[number % 2])
+            since = now()
+            await passed(there, folders[2])
+            until = now()
+            await there.unload(folders[2])
+        part: Any = await asyncio.to_thread(trace.as_json, since, until)
+    events = require_trace(part)
+    assert trace.dropped
+    assert part["otherData"]["dropped"] == 0
+    assert requests(part) == ["load c"]
+    assert {each["args"]["layer"] for each in of(events, "copies")} == set(range(tiny.LAYERS))
+    assert max(map(stop, events)) <= (until - since) / 1e3 + 0.001
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+async def test_no_token_and_no_path_is_in_it(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "tenant-seven" / "sql")
+    source = FakeSource()
+    source.put("https://host.example/secret-part/chat", *tiny.files(folder))
+    async with loader(local_roots=(tmp_path,)) as there:
+        with there.trace() as trace:
+            (await there.load(AdapterRef(folder))).release()
+            with pytest.raises(AdapterNotFoundError):
+                await there.load(str(tmp_path / "tenant-seven" / "none"), token="hf_abcdef")
+    config = LoaderConfig(device_bytes=1 << 20)
+    async with AdapterLoader(tiny.layout(), config, source=source) as there:
+        with there.trace() as other:
+            ref = AdapterRef("https://host.example/secret-part/chat", token="hf_abcdef")
+            (await there.load(ref)).release()
+    text = json.dumps([trace.as_json(), other.as_json()])
+    assert "load sql" in text
+    assert "load chat" in text
+    for secret in ("hf_abcdef", "tenant-seven", str(tmp_path), "secret-part", "host.example"):
+        assert secret not in text
+
+
+async def test_only_what_is_shown_has_its_name(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "org/mine", "org/theirs")
+    async with over(source) as loader:
+        with loader.trace() as trace:
+            for name in ("org/mine", "org/theirs"):
+                await loader.prefetch([name], tier="disk")
+                (await loader.load(name)).release()
+        plain, hidden = trace.as_json(), trace.as_json(called={"mine": "ours"})
+        for found in (plain, hidden, trace.as_json(called={})):
+            require_trace(found)
+        assert "theirs" in json.dumps(plain)
+        said = json.dumps(hidden)
+        assert "theirs" not in said
+        for name in ("ours", "another adapter"):
+            assert f'"load {name}"' in said
+            assert f'"prefetch to disk {name}"' in said
+        for found in (hidden, trace.as_json(called={})):
+            assert "mine" not in json.dumps(found)
+
+
+async def test_as_a_file_it_is_the_same(tmp_path: Path) -> None:
+    async with over(stocked(tmp_path, "org/mine")) as loader:
+        with loader.trace() as trace:
+            (await loader.load("org/mine")).release()
+        trace.write(tmp_path / "trace.json")
+        assert json.loads((tmp_path / "trace.json").read_bytes()) == trace.as_json()
+        called = {"mine": "unsers, größer"}
+        assert json.loads(trace.encoded(called)) == trace.as_json(called=called)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("org/name@main", "name@main"),
+        ("https://host/a/b/?sig=secret", "b"),
+        ("https://host/a/b#x", "b"),
+        ("/home/tenant/sql", "sql"),
+        ("C:\\tenant\\sql", "sql"),
+        ("a\nb<c>", "a_b_c_"),
+        ("x" * 100, "x" * 64),
+        ("///", "adapter"),
+        ("https://host.example", "adapter"),
+        ("https://host.example:8443/", "adapter"),
+        ("s3://bucket", "adapter"),
+        ("s3://bucket/chat", "chat"),
+        ("file:///home/tenant/sql", "sql"),
+    ],
+)
+def test_a_name_is_the_last_part(text: str, name: str) -> None:
+    assert last_part(text) == name
+
+
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        (AdapterRef("org/name"), "name"),
+        (AdapterRef("org/name@main"), "name"),
+        (AdapterRef("org/name@refs/pr/1"), "name"),
+        (AdapterRef("org/name@feature/x", source="hub"), "name"),
+        (AdapterRef("tenant/sql@v/1", source="local"), "1"),
+        (AdapterRef(Path("tenant/sql@v/1")), "1"),
+        (AdapterRef("./tenant@x/sql"), "sql"),
+        (AdapterRef("https://host.example", token="hf_secret"), "adapter"),
+        (RemoteKey("org/name", (), version="0123"), "name"),
+        (AdapterKey("/home/tenant@x/sql", ()), "sql"),
+        (TensorsKey.of("0123456789abcdef" * 4), "tensors 01234567"),
+        (Merge("linear", ["org/secret", "org/other"], [1, 1]), "merge"),
+    ],
+)
+def test_a_name_tells_an_adapter_and_nothing_else(ref: Ref, name: str) -> None:
+    assert name_of(ref) == name
+
+
+# -- traces of commands ----------------------------------------------------------------------------
+
+
+async def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
+    entered: list[Path] = []
+    async with loader() as there:
+        for path in (tmp_path, tmp_path / "none" / "trace.json"):
+            with pytest.raises(OSError, match="directory"), traced(there, path):
+                entered.append(path)
+        assert there.tracer.on is None
+        assert not entered
+
+
+@pytest.mark.parametrize("full", [False, True])
+async def test_an_error_of_the_command_is_raised_whatever_becomes_of_the_trace(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    path = tmp_path / "trace.json"
+    if full:
+        path.symlink_to("/dev/full")
+    async with loader() as there:
+        with pytest.raises(AdapterNotFoundError), traced(there, path):
+            await passed(there, folders[0])
+            await there.load(tmp_path / "none")
+        if full:
+            with pytest.raises(OSError, match="No space"), traced(there, path):
+                pass
+        assert there.tracer.on is None
+    if not full:
+        assert requests(json.loads(path.read_text())) == ["load a", "load none"]
