@@ -3,23 +3,63 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tracer_provider
 
 from common import until
 from lorax_async import AdapterLoader, AdapterNotFoundError, FetchError, UsageError
+from lorax_async.adapter import AdapterKey
 from lorax_async.load_spans import LoadSpans
-from spans_kept import Kept, calls, kept, load, stages, tracer
-from tiny_sources import over, stocked
-
-__all__ = ["kept", "tracer"]
+from tiny_sources import over, state, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
+
+ALL = ["resolve", "fetch", "queue", "copy"]
+
+
+Kept = InMemorySpanExporter
+
+
+@pytest.fixture
+def kept() -> Kept:
+    return Kept()
+
+
+@pytest.fixture
+def tracer(kept: Kept) -> Iterator[Tracer]:
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    yield provider.get_tracer("tests")
+    provider.shutdown()
+
+
+def calls(kept: Kept) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
+    """Each call's span with its stages', in the order in which they began."""
+    spans = sorted(kept.get_finished_spans(), key=lambda span: span.start_time or 0)
+    names = ("lorax load", "lorax stream", "lorax pin")
+    return [
+        (call, [span for span in spans if span.parent and span.parent == call.context])
+        for call in spans
+        if call.name in names
+    ]
+
+
+def stages(spans: list[ReadableSpan]) -> list[str]:
+    return [span.name.removeprefix("lorax ") for span in spans]
+
+
+async def load(there: AdapterLoader, name: str) -> None:
+    (await there.load(name)).release()
 
 
 async def test_a_call_and_its_stages(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
@@ -31,9 +71,9 @@ async def test_a_call_and_its_stages(tmp_path: Path, kept: Kept, tracer: Tracer)
         await load(there, "b")
     cold, warm, other, again = calls(kept)
     assert [call.name for call, _ in (cold, warm, other, again)] == ["lorax load"] * 4
-    assert stages(cold[1]) == ["resolve", "fetch", "queue", "copy"]
+    assert stages(cold[1]) == ALL
     assert stages(warm[1]) == ["resolve"]
-    assert stages(other[1]) == ["resolve", "fetch", "queue", "copy"]
+    assert stages(other[1]) == ALL
     assert stages(again[1])[-1] == "copy"
     assert "fetch" not in stages(again[1])
     found = [(call.attributes or {})["lorax.found"] for call, _ in (cold, warm, other, again)]
@@ -113,54 +153,165 @@ async def test_streams_pins_and_cancelled_calls(tmp_path: Path, kept: Kept, trac
             await asyncio.wait([waiting])
     (stream, its), (pin, pins), (cancelled, parts) = calls(kept)
     assert (stream.name, pin.name) == ("lorax stream", "lorax pin")
-    assert stages(its) == ["resolve", "fetch", "queue", "copy"]
+    assert stages(its) == ALL
     assert stages(pins) == ["resolve"]
-    assert stages(parts) == ["resolve", "fetch", "queue", "copy"]
+    assert stages(parts) == ALL
     assert [event.name for event in cancelled.events] == ["cancelled"]
     assert cancelled.status.status_code is StatusCode.UNSET
     assert all(span.end_time for span in parts)
 
 
-async def test_what_is_not_sampled_costs_no_more(tmp_path: Path) -> None:
-    kept = Kept()
+async def test_a_call_that_is_not_sampled_has_no_span(tmp_path: Path, kept: Kept) -> None:
     provider = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(kept))
-    source = stocked(tmp_path, "a")
-    async with over(source) as there:
-        with LoadSpans(there, provider.get_tracer("tests")) as spans:
-            source.hold("a")
-            waiting = asyncio.create_task(load(there, "a"))
-            await until(lambda: there.usage().waiting)
-            assert not spans._calls
-            source.allow("a", 0, 1, 2, 3)
-            await waiting
+    async with over(stocked(tmp_path, "a")) as there:
+        with LoadSpans(there, provider.get_tracer("tests")):
+            await load(there, "a")
     assert kept.get_finished_spans() == ()
 
 
-async def test_one_watches_and_nobody_elses_globals_are_touched(
-    tmp_path: Path, tracer: Tracer
+async def test_one_watches_and_no_globals_are_touched(
+    tmp_path: Path, kept: Kept, tracer: Tracer
 ) -> None:
-    source = stocked(tmp_path, "a")
-    async with over(source) as there:
+    async with over(stocked(tmp_path, "a")) as there:
         first = LoadSpans(there, tracer)
         with pytest.raises(UsageError, match="watched already"):
             LoadSpans(there, tracer)
         first.close()
         first.close()
-        with LoadSpans(there, tracer) as second:
+        with LoadSpans(there, tracer):
             first.close()
             await load(there, "a")
-            assert not second._calls
+        assert len(calls(kept)) == 1
+        await load(there, "a")
+        assert len(calls(kept)) == 1
+        reference = weakref.ref(first)
+        del first
+        gc.collect()
+        assert reference() is None, "the loader holds none that was closed"
     assert isinstance(get_tracer_provider(), ProxyTracerProvider)
 
 
-async def test_nobody_is_told_of_after_the_end(tmp_path: Path, tracer: Tracer) -> None:
-    async with over(stocked(tmp_path, "a")) as there:
-        journal = there._machinery.driver.journal
-        with LoadSpans(there, tracer) as spans:
-            assert journal.has_subscribers
-            await load(there, "a")
-            with pytest.raises(AdapterNotFoundError):
-                await there.load("missing")
-            assert not spans._calls
-        assert not journal.has_subscribers
+# -- stages ----------------------------------------------------------------------------------------
+
+
+async def test_a_call_that_joins_while_bytes_still_come_waits_for_the_copy(
+    tmp_path: Path, kept: Kept, tracer: Tracer
+) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        with LoadSpans(there, tracer):
+            source.hold("a")
+            async with there.stream("a") as handle:
+                source.allow("a", 0)
+                await handle.layer_ready(0)
+                joining = asyncio.create_task(load(there, "a"))
+                await until(lambda: there.usage().waiting)
+                source.allow("a", 1, 2, 3)
+                await joining
+    _, (joined, its) = calls(kept)
+    assert joined.name == "lorax load"
+    assert stages(its) == ["resolve", "copy"]
+
+
+class CheckedSpans(LoadSpans):
+    """Notes which headers were checked."""
+
+    seen: list[AdapterKey]
+
+    def checked(self, key: AdapterKey) -> None:
+        super().checked(key)
+        self.seen.append(key)
+
+
+async def test_a_stage_is_entered_only_further_on(
+    tmp_path: Path, kept: Kept, tracer: Tracer
+) -> None:
+    """What was checked may be checked again, while it waits for a slot, and in one."""
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, max_slots=1) as there:
+        before = await there.load("b")
+        spans = CheckedSpans(there, tracer)
+        spans.seen = []
+        with spans:
+            source.hold("a")
+            waiting = asyncio.create_task(load(there, "a"))
+            await until(lambda: spans.seen)
+            spans.checked(spans.seen[0])
+            before.release()
+            await until(lambda: state(there, "a") == "filling")
+            spans.checked(spans.seen[0])
+            source.allow("a", 0, 1, 2, 3)
+            await waiting
+    ((_, its),) = calls(kept)
+    assert stages(its) == ALL
+
+
+async def test_news_of_one_adapter_look_at_no_others_calls(
+    tmp_path: Path, tracer: Tracer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands may wait, and each layer is news."""
+    names = [f"a{number}" for number in range(20)]
+    source = stocked(tmp_path, *names)
+    compared: list[object] = []
+    plain = AdapterKey.__eq__
+
+    def compare(key: AdapterKey, other: object) -> bool:
+        compared.append(other)
+        return plain(key, other)
+
+    async with over(source, max_slots=20) as there:
+        with LoadSpans(there, tracer):
+            for name in names:
+                source.hold(name)
+            waiting = [asyncio.create_task(load(there, name)) for name in names]
+            await until(lambda: there.usage().slots.used == 20)
+            monkeypatch.setattr(AdapterKey, "__eq__", compare)
+            source.allow("a7", 0, 1, 2, 3)
+            await waiting[7]
+            assert len(compared) < 20
+            monkeypatch.undo()
+            for name in names:
+                source.allow(name, 0, 1, 2, 3)
+            await asyncio.gather(*waiting)
+
+
+# -- a tracer that fails ---------------------------------------------------------------------------
+
+
+class Broken(SpanProcessor):
+    """Fails at the beginnings, or at the ends, of spans with this name."""
+
+    def __init__(self, name: str, *, at_end: bool) -> None:
+        self.name = name
+        self.at_end = at_end
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        if span.name == self.name and not self.at_end:
+            raise RuntimeError("no room for spans")
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.name == self.name and self.at_end:
+            raise RuntimeError("no way to export")
+
+
+NAMES = ("load", "resolve", "fetch", "queue", "copy")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("at_end", [False, True])
+async def test_a_broken_tracer_hurts_no_load(
+    tmp_path: Path, name: str, at_end: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(Broken(f"lorax {name}", at_end=at_end))
+    source = stocked(tmp_path, "a", "b")
+    source.fail("open", FetchError("the source is down"), id="b")
+    async with over(source, max_slots=1) as there:
+        with LoadSpans(there, provider.get_tracer("tests")):
+            for _ in range(2):
+                (await there.load("a")).release()
+            with pytest.raises(FetchError, match="down"):
+                await there.load("b")
+            assert there.usage().waiting == 0
+    assert any(record.exc_info for record in caplog.records)

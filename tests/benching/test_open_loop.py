@@ -1,18 +1,58 @@
-"""Requests over loopback to a server that answers by script, with a clock that the test sets."""
+"""Requests over loopback to servers that answer by script, right, wrong, or not at all."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-from benching.played import body, one, played
-from benching.stand_in import Asked, standing_in
-from common import Run, until
+from benching.stand_in import STREAM, Asked, Script, standing_in
+from common import until
 from lorax_async.commands.benching.open_loop import NOT_SENT, Played, play, session
-from lorax_async.commands.benching.streaming_client import Answer, Client
+from lorax_async.commands.benching.streaming_client import (
+    MAX_LINE,
+    Answer,
+    Client,
+    endpoint,
+    events,
+)
 from lorax_async.commands.measure import run_on_uvloop
 from lorax_async.core.request_schedule import Arrival
+from lorax_async.errors import ConfigError
+
+
+def _body(arrival: Arrival) -> dict[str, Any]:
+    return {"model": arrival.model}
+
+
+async def played(script: Script, *models: str, seconds: float = 20, **options: Any) -> Played:
+    """Of requests that are all due at once."""
+    due = [Arrival(0.0, model) for model in models or ("m",)]
+    async with standing_in(script) as there, session(seconds, None) as opened:
+        settings = {"most_at_once": 100} | options
+        return await play(Client(opened, there.url, "chat"), due, _body, **settings)
+
+
+async def one(script: Script, **options: Any) -> Answer:
+    (answer,) = (await played(script, **options)).answers
+    assert isinstance(answer, Answer)
+    return answer
+
+
+async def _whole_at_once(asked: Asked) -> None:
+    await asked.begin()
+    await asked.done()
+
+
+async def _never(asked: Asked) -> None:
+    await asyncio.Event().wait()
+
+
+# -- an open loop ----------------------------------------------------------------------------------
 
 
 class Clock:
@@ -65,7 +105,7 @@ async def test_times_are_those_of_the_pieces_with_text() -> None:
 
 
 async def test_arrivals_wait_for_no_answer() -> None:
-    """The server answers nobody before all have come, which only an open loop lets happen."""
+    """The server answers none before all have come, which only an open loop lets happen."""
     count, all_there = 30, asyncio.Event()
     come: list[Asked] = []
 
@@ -79,10 +119,11 @@ async def test_arrivals_wait_for_no_answer() -> None:
         await asked.done()
 
     told: list[Answer] = []
-    found = await played(script, count, ended=told.append)
+    models = [f"m{n}" for n in range(count)]
+    found = await played(script, *models, ended=told.append)
     assert found.most_at_once == count
     assert [each.error for each in found.answers] == [None] * count
-    assert sorted(each.body["model"] for each in come) == sorted(f"m{n}" for n in range(count))
+    assert sorted(each.body["model"] for each in come) == sorted(models)
     assert len(told) == count
     assert found.seconds == max(each.ended for each in told if each.ended)
 
@@ -92,14 +133,14 @@ async def test_too_many_at_once_are_not_sent_and_do_not_wait() -> None:
 
     async def script(asked: Asked) -> None:
         await told.wait()
-        await asked.begin()
-        await asked.done()
+        await _whole_at_once(asked)
 
     def ended(answer: Answer) -> None:
         if answer.arrival.model == "m4":
             told.set()
 
-    found = await played(script, 5, most_at_once=3, ended=ended)
+    models = [f"m{n}" for n in range(5)]
+    found = await played(script, *models, most_at_once=3, ended=ended)
     assert [each.error for each in found.answers] == [None, None, None, NOT_SENT, NOT_SENT]
     assert [each.sent is None for each in found.answers] == [False] * 3 + [True] * 2
     assert found.most_at_once == 3
@@ -108,22 +149,18 @@ async def test_too_many_at_once_are_not_sent_and_do_not_wait() -> None:
 def test_nothing_is_sent_before_it_is_due() -> None:
     """uvloop, on which the command runs, counts in whole milliseconds."""
 
-    async def script(asked: Asked) -> None:
-        await asked.begin()
-        await asked.done()
-
     async def main() -> Played:
-        async with standing_in(script) as there, session(20, None) as opened:
+        async with standing_in(_whole_at_once) as there, session(20, None) as opened:
             due = [Arrival(0.0054 * n, "m") for n in range(40)]
-            return await play(Client(opened, there.url, "chat"), due, body, most_at_once=99)
+            return await play(Client(opened, there.url, "chat"), due, _body, most_at_once=99)
 
     for each in run_on_uvloop(main()).answers:
         assert each.late is not None
         assert each.late >= 0
 
 
-async def test_cold_is_who_comes_before_the_model_has_answered() -> None:
-    """Of m: two wait for one load, the third comes after it. Of gone: nobody ever gets an answer."""
+async def test_a_request_is_cold_that_comes_before_its_model_has_answered() -> None:
+    """Of m: two wait for one load, the third comes after it. Of gone: none ever gets an answer."""
     both = asyncio.Event()
     of_m: list[Asked] = []
 
@@ -135,58 +172,24 @@ async def test_cold_is_who_comes_before_the_model_has_answered() -> None:
         if len(of_m) == 2:
             both.set()
         await both.wait()
-        await asked.begin()
-        await asked.done()
+        await _whole_at_once(asked)
 
-    async def main() -> list[Answer]:
-        due = [Arrival(0.0, "m"), Arrival(0.0, "gone"), Arrival(0.0, "m")]
-        due += [Arrival(1.0, "m"), Arrival(1.0, "gone")]  # when those have long been answered
-        async with standing_in(script) as there, session(20, None) as opened:
-            client = Client(opened, there.url, "chat")
-            return (await play(client, due, body, most_at_once=9)).answers
-
-    assert [each.cold for each in await main()] == [True, True, True, False, True]
+    due = [Arrival(0.0, "m"), Arrival(0.0, "gone"), Arrival(0.0, "m")]
+    due += [Arrival(0.5, "m"), Arrival(0.5, "gone")]  # when those have long been answered
+    async with standing_in(script) as there, session(20, None) as opened:
+        client = Client(opened, there.url, "chat")
+        answers = (await play(client, due, _body, most_at_once=9)).answers
+    assert [each.cold for each in answers] == [True, True, True, False, True]
 
 
-# -- what goes wrong ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("status", [400, 404, 429, 503])
-def test_a_status_is_an_error(run: Run, status: int) -> None:
-    async def script(asked: Asked) -> None:
-        await asked.begin(status, b"application/json")
-        await asked.send(b'{"error": {"message": "no such adapter"}}')
-
-    answer = one(run, script)
-    assert (answer.status, answer.error, answer.chunks) == (status, str(status), [])
-    assert answer.told == '{"error": {"message": "no such adapter"}}'
-    assert answer.ended is not None
-
-
-def test_a_status_counts_also_where_its_body_does_not_come(run: Run) -> None:
-    async def script(asked: Asked) -> None:
-        await asked.send(b"HTTP/1.1 503 x\r\nContent-Length: 9\r\n\r\n")
-        await asyncio.Event().wait()
-
-    answer = one(run, script, seconds=2)
-    assert (answer.status, answer.error, answer.told) == (503, "503", None)
-
-
-def test_a_redirect_is_not_followed(run: Run) -> None:
-    async def script(asked: Asked) -> None:
-        await asked.send(b"HTTP/1.1 307 x\r\nLocation: /\r\nContent-Length: 0\r\n\r\n")
-
-    assert one(run, script).error == "307"
-
-
-async def test_whoever_is_cancelled_leaves_nothing_under_way() -> None:
+async def test_a_cancelled_play_leaves_nothing_under_way() -> None:
     asked: list[Asked] = []
 
     async def script(each: Asked) -> None:
         asked.append(each)
-        await asyncio.Event().wait()
+        await _never(each)
 
-    task = asyncio.create_task(played(script, 3))
+    task = asyncio.create_task(played(script, "a", "b", "c"))
     await until(lambda: len(asked) == 3)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -194,16 +197,151 @@ async def test_whoever_is_cancelled_leaves_nothing_under_way() -> None:
     assert not [t for t in asyncio.all_tasks() if t.get_name().startswith("ask ")]
 
 
-async def test_what_fails_here_is_told_at_the_end() -> None:
-    async def script(asked: Asked) -> None:
-        await asked.begin()
-        await asked.done()
-
+async def test_an_error_of_the_caller_is_raised_at_the_end() -> None:
     def ended(answer: Answer) -> None:
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        await played(script, 2, ended=ended)
+        await played(_whole_at_once, "a", "b", ended=ended)
 
 
-# -- the parts ------------------------------------------------------------------------------------
+# -- strange endpoints -----------------------------------------------------------------------------
+
+
+@dataclass
+class Sends:
+    """Begins a stream, unless it is told not to, sends these bytes, and ends the connection."""
+
+    content: bytes = b""
+    begins: bool = True
+    kind: bytes = STREAM
+    status: int = 200
+    cuts: bool = False
+    waits: bool = False
+
+    async def __call__(self, asked: Asked) -> None:
+        if self.begins:
+            await asked.begin(self.status, self.kind)
+        await asked.send(self.content)
+        if self.cuts:
+            asked.cut()
+        if self.waits:
+            await _never(asked)
+
+
+def _event(data: object) -> bytes:
+    return f"data: {json.dumps(data)}\n\n".encode()
+
+
+_TEXT = _event({"choices": [{"delta": {"content": "x"}}]})
+_SHORT = b"HTTP/1.1 200 x\r\nContent-Type: text/event-stream\r\nContent-Length: 99\r\n\r\ndata: "
+_FAILED = {"message": "gone", "code": 502}
+ENDPOINTS: dict[str, tuple[Script, str]] = {
+    "cut at once": (Sends(begins=False, cuts=True), "hang-up"),
+    "cut after a piece": (Sends(_TEXT, cuts=True), "hang-up"),
+    "ends without [DONE]": (Sends(_TEXT), "hang-up"),
+    "breaks its length": (Sends(_SHORT, begins=False), "hang-up"),
+    "no HTTP": (Sends(b"nonsense\r\n\r\n", begins=False), "hang-up"),
+    "no stream": (Sends(_event({"choices": []}), kind=b"application/json"), "no stream"),
+    "no JSON": (Sends(b"data: {\n\n"), "no stream"),
+    "no object": (Sends(_event(["x"])), "no stream"),
+    "nested": (Sends(b"data: " + b"[" * 200_000 + b"\n\n"), "no stream"),
+    "one long line": (Sends(b"data: " + b"x" * (MAX_LINE + 1)), "no stream"),
+    "an error in it": (Sends(_TEXT + _event({"error": _FAILED})), "error in the stream"),
+    "a redirect": (
+        Sends(b"HTTP/1.1 307 x\r\nLocation: /\r\nContent-Length: 0\r\n\r\n", begins=False),
+        "307",
+    ),
+    "a status without its body": (
+        Sends(b"HTTP/1.1 503 x\r\nContent-Length: 9\r\n\r\n", begins=False, waits=True),
+        "503",
+    ),
+    "a slow end": (Sends(_TEXT, waits=True), "timeout"),
+    **{
+        f"status {status}": (
+            Sends(b'{"no": 1}', status=int(status), kind=b"application/json"),
+            status,
+        )
+        for status in ("400", "404", "429", "503")
+    },
+    **{
+        f"event {event}": (Sends(_event(event) + b"data: [DONE]\n\n"), "no stream")
+        for event in (
+            {"choices": 5},
+            {"choices": ["x"]},
+            {"choices": [{"delta": "x"}]},
+            {"choices": [{"text": 5}]},
+            {"choices": [{"delta": {"content": ["x"]}}]},
+            {"choices": [], "usage": {"completion_tokens": -1}},
+            {"choices": [], "usage": {"completion_tokens": True}},
+            {"choices": [], "usage": {"completion_tokens": 10**400}},
+            {"choices": [], "usage": {"prompt_tokens": 1.5}},
+            {"choices": [], "usage": [1]},
+            {"choices": [], "usage": {"completion_tokens": "many"}},
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", ENDPOINTS, ids=lambda name: name[:40])
+async def test_an_endpoint_that_answers_wrongly_is_named(name: str) -> None:
+    script, error = ENDPOINTS[name]
+    answer = await one(script, seconds=0.3 if "slow" in name or "without its" in name else 20)
+    assert answer.error == error
+    assert answer.ended is not None
+    if error.isdigit():
+        assert (answer.status, answer.chunks) == (int(error), [])
+    if error == "hang-up":
+        assert answer.told
+    if name == "status 404":
+        assert answer.told == '{"no": 1}'
+    if name == "an error in it":
+        assert (answer.status, len(answer.chunks)) == (200, 1)
+        assert answer.told == json.dumps(_FAILED)
+
+
+async def test_an_endpoint_that_is_gone() -> None:
+    async with standing_in(_never) as gone:
+        pass
+    async with session(20, None) as opened:
+        client = Client(opened, gone.url, "completions")
+        found = await play(client, [Arrival(0.0, "m")] * 2, _body, most_at_once=9)
+    assert [(each.error, each.status) for each in found.answers] == [("no connection", None)] * 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+async def test_events_may_be_cut_anywhere(size: int) -> None:
+    content = ': hello\r\nevent: x\r\ndata: ä\r\n\r\ndata:{"a": 1}\n\ndata:  b\n\ndata'.encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(content), size):
+            yield content[start : start + size]
+
+    assert [data async for data in events(pieces())] == ["ä", '{"a": 1}', " b"]
+
+
+def test_the_url_may_be_that_of_the_calls() -> None:
+    for url in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
+        assert endpoint(url, "chat") == "http://h:1/v1/chat/completions"
+    assert endpoint("https://h/below", "completions") == "https://h/below/v1/completions"
+    assert endpoint("http://[::1]:8000", "chat") == "http://[::1]:8000/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("h:1", "ftp://h", "http://", "http://:80", "http://h:99999", "http://h:x", "http://[::1"),
+        *("http://u:secret@h", "http://h?secret=1", "http://h#secret", "http://a b", "http://h\n"),
+    ],
+)
+def test_what_is_no_url_of_a_server_is_said_without_its_secrets(url: str) -> None:
+    with pytest.raises(ConfigError, match="no URL") as caught:
+        endpoint(url, "chat")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "a\r", "ä", "\ud800"])
+async def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="no header"):
+        async with session(1, key):
+            pass

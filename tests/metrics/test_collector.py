@@ -1,32 +1,57 @@
-"""A loader's numbers, against its statistics and against numbers known by hand."""
+"""A loader's numbers as Prometheus scrapes them, against its statistics and numbers by hand."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import prometheus_client
 import pytest
+from prometheus_client import CollectorRegistry
 
+import tiny
 from common import LOOPS, until
 from lorax_async import (
     AdapterLoader,
     AdapterNotFoundError,
+    AdapterTimeoutError,
+    CapacityError,
     FetchError,
     LoaderClosedError,
     UsageError,
 )
 from lorax_async.errors import Stage
 from lorax_async.metrics import LoaderCollector
+from lorax_async.metrics.loop_lag import BOUNDS, LoopLag
 from lorax_async.testing import FakeSource
 from metrics.scraping import Samples, loaded, of, registered, scraped
+from spilling_loaders import FILE, roomy
 from tiny_loaders import ONE, loader
 from tiny_sources import over, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 STAGES: tuple[Stage, ...] = ("queue", "resolve", "fetch", "verify", "stage", "copy", "ready")
+KEPT = ("memory", "cache")
+
+PADDED = 2 * ONE
+"""On a device of its own, where rank 4 lies as rank 8."""
+
+Watched = tuple[AdapterLoader, CollectorRegistry]
+
+
+@asynccontextmanager
+async def watched(source: FakeSource, **settings: Any) -> AsyncIterator[Watched]:
+    async with over(source, **settings) as there:
+        with LoaderCollector(there, timeout=600) as collector:
+            yield there, registered(collector)
+
+
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 async def known_sequence(there: AdapterLoader, source: FakeSource) -> None:
@@ -65,12 +90,11 @@ def assert_known(samples: Samples) -> None:
 
 
 async def test_a_known_sequence(tmp_path: Path) -> None:
+    """After the end, too, the last numbers are there."""
     source = stocked(tmp_path, "a", "b", "c", "d")
-    async with over(source, max_slots=2) as there:
-        with LoaderCollector(there) as collector:
-            registry = registered(collector)
-            await known_sequence(there, source)
-            samples, told = scraped(registry), there.statistics()
+    async with watched(source, max_slots=2) as (there, registry):
+        await known_sequence(there, source)
+        samples, told = scraped(registry), there.statistics()
     assert_known(samples)
     for name in ("fetches", "loads", "departures", "spills"):
         assert samples[f"lorax_{name}_total"] == getattr(told, name)
@@ -80,84 +104,125 @@ async def test_a_known_sequence(tmp_path: Path) -> None:
         shown = of(samples, f"lorax_stage_{name}_total")
         assert shown == {f"stage={stage}": values.get(stage, 0) for stage in STAGES}
     assert samples["lorax_stage_bytes_total{stage=copy}"] == 4 * ONE
+    last = scraped(registry)
+    assert last["lorax_loads_total"] == 4
+    assert last["lorax_departures_total"] == 4, "the last one left as the loader was closed"
+    assert last["lorax_slots_used"] == 0
 
 
-async def test_after_the_end_the_last_numbers_are_told(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c", "d")
-    made: list[prometheus_client.CollectorRegistry] = []
-    async with over(source, max_slots=2) as there:
-        made.append(registered(LoaderCollector(there)))
-        await known_sequence(there, source)
-    samples = scraped(made[0])
-    assert samples["lorax_loads_total"] == 4
-    assert samples["lorax_departures_total"] == 4, "the last one left as the loader was closed"
-    assert samples["lorax_slots_used"] == 0
+async def test_waiting_calls_and_handles_that_are_out(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    async with watched(source) as (there, registry):
+        first, second = await there.load("a"), await there.load("a")
+        source.hold("b")
+        waiting = asyncio.create_task(there.load("b"))
+        await until(lambda: scraped(registry)["lorax_slots_used"] == 2)
+        samples = scraped(registry)
+        assert (samples["lorax_leases"], samples["lorax_waiting"]) == (2, 1)
+        source.allow("b", 0, 1, 2, 3)
+        for handle in (await waiting, first, second):
+            handle.release()
+        samples = scraped(registry)
+        assert (samples["lorax_leases"], samples["lorax_waiting"]) == (0, 0)
 
 
-@pytest.mark.parametrize("kind", LOOPS)
-def test_a_closed_loop_is_not_asked(kind: str, tmp_path: Path) -> None:
-    """A scrape's thread lives longer than `asyncio.run`."""
+async def test_what_fails_for_one_caller_alone(tmp_path: Path) -> None:
+    """A deadline is a caller's: the load goes on for others, and has not failed."""
     source = stocked(tmp_path, "a")
+    source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=64)))
+    async with watched(source, device_bytes=2 * ONE) as (there, registry):
+        with pytest.raises(CapacityError):
+            await there.load("large")
+        source.hold("a")
+        with pytest.raises(AdapterTimeoutError):
+            await there.load("a", timeout=0.01)
+        cancelled = asyncio.create_task(there.load("a"))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        samples = scraped(registry)
+    assert "error=CapacityError,stage=queue" in of(samples, "lorax_failures_total")
+    errors = of(samples, "lorax_call_errors_total")
+    assert errors.pop("error=CapacityError,stage=queue") == 1
+    ((kind, count),) = errors.items()
+    assert (kind.split(",")[0], count) == ("error=AdapterTimeoutError", 1)
 
-    async def body() -> LoaderCollector:
-        async with over(source) as there:
-            collector = LoaderCollector(there, timeout=600)
-            await loaded(there, "a")
-        return collector
 
-    with asyncio.Runner(loop_factory=LOOPS[kind]) as runner:
-        collector = runner.run(body())
-    samples = scraped(registered(collector))
-    assert samples["lorax_loads_total"] == samples["lorax_departures_total"] == 1
-
-
-async def test_a_scrape_in_a_thread_asks_the_loop(tmp_path: Path) -> None:
+async def test_a_call_that_joins_a_load_or_waits_for_an_unload_is_no_hit(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
-    async with over(source) as there:
-        with LoaderCollector(there, timeout=600) as collector:
+    async with watched(source) as (there, registry):
+        source.hold("a")
+        both = [asyncio.create_task(there.load("a")) for _ in range(2)]
+        await until(lambda: there.usage().waiting == 2)
+        source.allow("a", 0, 1, 2, 3)
+        first, second = await asyncio.gather(*both)
+        leaving = asyncio.create_task(there.unload("a"))
+        await asyncio.sleep(0)
+        again = asyncio.create_task(there.load("a"))
+        await until(lambda: there.usage().waiting == 1)
+        first.release()
+        second.release()
+        await leaving
+        (await again).release()
+        samples = scraped(registry)
+    hits = {"tier=device": 0, "tier=host": 0, "tier=disk": 1, "tier=source": 2}
+    assert of(samples, "lorax_hits_total") == hits
+    assert of(samples, "lorax_evictions_total")["tier=device"] == 0, "it made room for no other"
+
+
+async def test_hits_in_page_locked_memory(tmp_path: Path) -> None:
+    """Room for two images: the third adapter takes that of the first."""
+    source = stocked(tmp_path, "a", "b", "c")
+    settings = {"device": "simulated", "max_slots": 1, "pinned_bytes": 2 * PADDED}
+    async with watched(source, **settings) as (there, registry):
+        await loaded(there, "a", "b", "a", "c", "b")
+        samples = scraped(registry)
+    hits = {"tier=device": 0, "tier=host": 1, "tier=disk": 1, "tier=source": 3}
+    assert of(samples, "lorax_hits_total") == hits
+    evictions = {"tier=device": 4, "tier=host": 0, "tier=pinned": 2}
+    assert of(samples, "lorax_evictions_total") == evictions
+    assert samples["lorax_budget_used_bytes{budget=pinned}"] == 2 * PADDED
+    assert samples["lorax_budget_limit_bytes{budget=pinned}"] == 2 * PADDED
+
+
+async def test_hits_in_held_memory(tmp_path: Path) -> None:
+    """What the device lets go goes on in host memory, which has room for one file."""
+    source = stocked(tmp_path, "a", "b", holdable=True)
+    nbytes = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    async with watched(source, max_slots=1, host_bytes=nbytes) as (there, registry):
+        await there.prefetch("a", tier="host")
+        assert scraped(registry)["lorax_budget_used_bytes{budget=host}"] == nbytes
+        await loaded(there, "a")
+        await there.prefetch("b", tier="host")
+        samples = scraped(registry)
+    assert of(samples, "lorax_hits_total")["tier=host"] == 1, "hints are no loads"
+    assert sum(of(samples, "lorax_hits_total").values()) == 1
+    assert of(samples, "lorax_evictions_total")["tier=host"] == 1
+    assert samples["lorax_budget_limit_bytes{budget=host}"] == nbytes
+
+
+async def test_tensors_in_memory_and_on_disk(tmp_path: Path) -> None:
+    """Memory has room for one: the other goes to the disk cache, and is read from there."""
+    async with roomy(tmp_path, 1, max_slots=1) as there:
+        with LoaderCollector(there) as collector:
             registry = registered(collector)
-            await loaded(there, "a")
-            samples = await asyncio.to_thread(scraped, registry)
-            assert samples["lorax_loads_total"] == 1
-
-
-async def test_a_loop_that_does_not_answer_keeps_nobody_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = stocked(tmp_path, "a")
-    found: list[Samples] = []
-    async with over(source) as there:
-        with LoaderCollector(there, timeout=0.001) as collector:
-            registry = registered(collector)
-            await loaded(there, "a")
-            thread = threading.Thread(target=lambda: found.append(scraped(registry)))
-            thread.start()
-            thread.join(20)  # and so this loop does nothing
-            assert not thread.is_alive()
-            looks: list[None] = []
-            monkeypatch.setattr(there, "last_numbers", lambda: looks.append(None))
-            await asyncio.sleep(0)  # it comes to the question now, which nobody asks any more
-            assert looks == []
-            monkeypatch.undo()
-            assert scraped(registry)["lorax_loads_total"] == 1
-    assert found[0]["lorax_loads_total"] == 0, "as it was when it was made"
-
-
-@pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError, TimeoutError])
-async def test_a_look_that_fails_is_told_who_asked(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
-) -> None:
-    """Also where it fails with what a loop raises that does not answer."""
-
-    def failing() -> None:
-        raise kind("a fault of ours")
-
-    async with loader() as there:
-        with LoaderCollector(there, timeout=600) as collector:
-            registry = registered(collector)
-            monkeypatch.setattr(there, "last_numbers", failing)
-            with pytest.raises(kind, match="ours"):
-                await asyncio.to_thread(scraped, registry)
+            assert "lorax_budget_used_bytes{budget=cache}" not in scraped(registry)
+            for seed, name in enumerate(("one", "two")):
+                made = await there.load_tensors(name, tiny.tensors(seed), tiny.config())
+                made.release()
+            before = scraped(registry)
+            await loaded(there, "one", "two")
+            after = scraped(registry)
+    last = scraped(registry)
+    used = {budget: before[f"lorax_budget_used_bytes{{budget={budget}}}"] for budget in KEPT}
+    assert all(ONE < nbytes < FILE + 1_000 for nbytes in used.values()), used
+    assert before["lorax_budget_limit_bytes{budget=memory}"] == there.config.memory_bytes
+    assert before["lorax_budget_limit_bytes{budget=cache}"] == there.config.cache_bytes
+    assert after["lorax_spills_total"] == before["lorax_spills_total"] == 1
+    hits = [of(samples, "lorax_hits_total") for samples in (before, after)]
+    gained = {tier: hits[1][tier] - hits[0][tier] for tier in hits[0]}
+    assert gained == {"tier=device": 0, "tier=host": 1, "tier=disk": 1, "tier=source": 0}
+    assert "lorax_budget_used_bytes{budget=cache}" in last
 
 
 async def test_no_label_names_an_adapter(tmp_path: Path) -> None:
@@ -188,6 +253,92 @@ async def test_registries_are_the_programs() -> None:
     assert b"lorax" not in prometheus_client.generate_latest()
 
 
+# -- scrapes of other threads ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_closed_loop_is_not_asked(kind: str, tmp_path: Path) -> None:
+    """A scrape's thread lives longer than `asyncio.run`."""
+    source = stocked(tmp_path, "a")
+
+    async def body() -> LoaderCollector:
+        async with over(source) as there:
+            collector = LoaderCollector(there, timeout=600)
+            await loaded(there, "a")
+        return collector
+
+    with asyncio.Runner(loop_factory=LOOPS[kind]) as runner:
+        collector = runner.run(body())
+    samples = scraped(registered(collector))
+    assert samples["lorax_loads_total"] == samples["lorax_departures_total"] == 1
+
+
+async def test_a_scrape_in_a_thread_wakes_the_loop_and_asks_it(tmp_path: Path) -> None:
+    asyncio.get_running_loop().set_debug(True)  # it raises for calls of other threads
+    async with watched(stocked(tmp_path, "a")) as (there, registry):
+        await loaded(there, "a")
+        assert (await asyncio.to_thread(scraped, registry))["lorax_loads_total"] == 1
+
+
+async def test_a_loop_that_does_not_answer_holds_up_no_scrape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stocked(tmp_path, "a")
+    found: list[Samples] = []
+    async with over(source) as there:
+        with LoaderCollector(there, timeout=0.001) as collector:
+            registry = registered(collector)
+            await loaded(there, "a")
+            thread = threading.Thread(target=lambda: found.append(scraped(registry)))
+            thread.start()
+            thread.join(20)  # and so this loop does nothing
+            assert not thread.is_alive()
+            looks: list[None] = []
+            monkeypatch.setattr(there, "last_numbers", lambda: looks.append(None))
+            await asyncio.sleep(0)  # it comes to the question now, which nobody asks any more
+            assert looks == []
+            monkeypatch.undo()
+            assert scraped(registry)["lorax_loads_total"] == 1
+    assert found[0]["lorax_loads_total"] == 0, "as it was when it was made"
+
+
+async def test_of_a_loop_that_closes_meanwhile_the_last_numbers_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is closed after it was asked whether it is."""
+    async with loader() as there:
+        with LoaderCollector(there, timeout=600) as collector:
+            registry, found = registered(collector), list[Samples]()
+            loop = asyncio.get_running_loop()
+
+            def refuse(*given: object) -> None:
+                raise RuntimeError("Event loop is closed")
+
+            scraping = threading.Thread(target=lambda: found.append(scraped(registry)))
+            with monkeypatch.context() as patch:
+                patch.setattr(loop, "call_soon_threadsafe", refuse)
+                scraping.start()
+                scraping.join(20)
+            assert found[0]["lorax_loads_total"] == 0
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError, TimeoutError])
+async def test_a_failure_is_raised_in_the_scrape(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """Also where it fails with what a loop raises that does not answer."""
+
+    def failing() -> None:
+        raise kind("a fault of ours")
+
+    async with loader() as there:
+        with LoaderCollector(there, timeout=600) as collector:
+            registry = registered(collector)
+            monkeypatch.setattr(there, "last_numbers", failing)
+            with pytest.raises(kind, match="ours"):
+                await asyncio.to_thread(scraped, registry)
+
+
 async def test_it_belongs_to_an_open_loader() -> None:
     there = loader()
     with pytest.raises(UsageError):
@@ -199,16 +350,60 @@ async def test_it_belongs_to_an_open_loader() -> None:
         LoaderCollector(there)
 
 
-async def test_looks_at_the_loop_end_with_the_collector() -> None:
+# -- how late the loop is --------------------------------------------------------------------------
+
+
+async def test_looks_at_the_loop_end_with_the_collector_and_with_the_loader() -> None:
+    count = "lorax_loop_lag_seconds_count"
     async with loader() as there:
         with LoaderCollector(there, lag_period=0.001) as collector:
             registry = registered(collector)
-            await until(lambda: scraped(registry)["lorax_loop_lag_seconds_count"] > 1)
-            running = [collector._lag.running]
-        running.append(collector._lag.running)
-        assert running == [True, False]
-        other = LoaderCollector(there, lag_period=0.001)
-    await until(lambda: not other._lag.running)
-    samples = scraped(registered(other))
-    count = samples["lorax_loop_lag_seconds_bucket{le=+Inf}"]
-    assert count == samples["lorax_loop_lag_seconds_count"]
+            await until(lambda: scraped(registry)[count] > 1)
+        other = registered(LoaderCollector(there, lag_period=0.001))
+        await until(lambda: scraped(other)[count] > 1)
+    await asyncio.sleep(0.005)
+    for each in (registry, other):
+        samples = scraped(each)
+        assert samples["lorax_loop_lag_seconds_bucket{le=+Inf}"] == samples[count]
+        await asyncio.sleep(0.01)
+        assert scraped(each)[count] == samples[count]
+
+
+class ByHand:
+    """A loop whose timers run when the test says so, and the time."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Any:
+        timer = (self.now + delay, callback)
+        self.timers.append(timer)
+        return cast(Any, type("Handle", (), {"cancel": lambda _: self.timers.remove(timer)})())
+
+    def run(self, late: float) -> None:
+        ((due, callback),) = self.timers
+        self.timers.clear()
+        self.now = due + late
+        callback()
+
+
+def test_each_look_is_counted_in_its_bucket() -> None:
+    """Each bucket has its upper end; and no look follows the last one."""
+    loop, ended = ByHand(), [False]
+    loop.now = 0.0
+    lag = LoopLag(cast(Any, loop), 0.25, lambda: ended[0], lambda: loop.now)
+    for late in (0.0, -0.001, 0.0015, 0.0625, 3.0, 0.25):
+        loop.run(late)
+    counts, total = lag.lags()
+    assert counts == (2, 3, 3, 3, 3, 3, 4, 5, 5, 5, 6)
+    assert BOUNDS == (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+    assert total == pytest.approx(3.314)
+    assert lag.running
+    ended[0] = True
+    loop.run(0.0)
+    assert (lag.running, loop.timers) == (False, [])
+    other = LoopLag(cast(Any, loop), 0.25, lambda: False, lambda: loop.now)
+    for each in (lag, other, other):
+        each.close()
+    assert (other.running, loop.timers) == (False, [])
