@@ -17,7 +17,6 @@ from lorax_async import (
     AdapterError,
     AdapterHandle,
     AdapterLoader,
-    AdapterNotFoundError,
     AdapterRef,
     AdapterScheduler,
     AdapterTimeoutError,
@@ -45,7 +44,7 @@ from scheduling.serving import (
     wanted,
     warm,
 )
-from sweeping import count_steps, stepwise
+from sweeping import stepwise
 from tiny_sources import is_resident, over, simulated, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -130,29 +129,6 @@ async def _serve(scheduler: AdapterScheduler, ticket: Ticket) -> None:
 
 
 @pytest.mark.each_loop
-async def test_a_request_is_cancelled_at_every_await_of_its_engine(tmp_path: Path) -> None:
-    """The one place is free afterwards."""
-    steps, number = 1, 0
-    while number < steps:
-        async with opened(stocked(tmp_path, "a"), max_begun=1) as (loader, scheduler):
-            if number == 0:
-                ticket = scheduler.submit(Request("a", 4, 2))
-                steps = await count_steps(_serve(scheduler, ticket))
-                assert steps >= 4
-                await loader.unload("a")
-            number += 1
-            ticket = scheduler.submit(Request("a", 4, 2))
-
-            def cancel(current: int, wanted: int = number, ticket: Ticket = ticket) -> None:
-                if current == wanted:
-                    ticket.cancel()
-
-            await asyncio.wait_for(stepwise(_serve(scheduler, ticket), cancel), 5)
-            assert ticket.done
-            await finish(scheduler, scheduler.submit(Request("a", 1, 1)))
-
-
-@pytest.mark.each_loop
 async def test_a_request_is_cancelled_after_any_turn_of_the_loop(tmp_path: Path) -> None:
     """From before its load begins until after its last token."""
     turns, finished = 0, False
@@ -220,12 +196,6 @@ async def test_a_failing_adapter_fails_its_requests_and_no_other(
         again = scheduler.submit(Request("bad", 3, 2))  # it failed once
         await finish(scheduler, again)
         assert await again == 2
-
-
-async def test_an_adapter_that_is_nowhere(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path)) as (_, scheduler):
-        with pytest.raises(AdapterNotFoundError):
-            await asyncio.wait_for(scheduler.submit(Request("nowhere", 1, 1)), 5)
 
 
 async def test_a_load_that_fails_half_way(tmp_path: Path) -> None:

@@ -208,15 +208,6 @@ def test_another_origin_has_its_share_at_once() -> None:
     assert office.counts(first, second, third) == [2, 1, 1]
 
 
-def test_an_origin_alone_has_all() -> None:
-    office = Office()
-    jobs = [office.job(1) for _ in range(9)]
-    assert len(office.begin()) == 4
-    office.look(1.0)
-    assert sum(office.counts(*jobs)) == 4
-    assert not any(attempt.ended for job in jobs for attempt in job.running)
-
-
 def test_a_connection_that_brings_something_is_not_stuck() -> None:
     """Of four that have all connections the one that brings nothing for two seconds makes way."""
     office = Office()
