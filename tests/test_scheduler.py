@@ -15,6 +15,7 @@ from common import until
 from lorax_async import (
     AdapterHandle,
     AdapterLoader,
+    AdapterRef,
     AdapterScheduler,
     ConfigError,
     Event,

@@ -7,8 +7,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,25 +138,26 @@ class TlsServer(FaultServer):
         super()._serve(client)
 
 
-@contextmanager
-def tls_server(certificate: Path) -> Iterator[tuple[TlsServer, PretendNetwork]]:
-    """A server, and a network in which it is files.example, and other.example too."""
+def tls_server(certificate: Path) -> TlsServer:
     server = TlsServer(DATA)
     server.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.context.load_cert_chain(certificate)
-    with server:
-        names = {name: [PUBLIC] for name in ("files.example", "other.example", "proxy")}
-        yield server, PretendNetwork(names=names, ports={PUBLIC: server.port})
+    return server
+
+
+def network_of(server: FaultServer) -> PretendNetwork:
+    """A network in which it is files.example, other.example, and the proxy."""
+    names = {name: [PUBLIC] for name in ("files.example", "other.example", "proxy")}
+    return PretendNetwork(names=names, ports={PUBLIC: server.port})
 
 
 @pytest.mark.parametrize("proxied", [False, True])
 def test_over_tls(certificate: Path, proxied: bool) -> None:
     with (
-        tls_server(certificate) as (server, network),
+        tls_server(certificate) as server,
         FaultServer(DATA, forward(server)) as proxy,
     ):
-        if proxied:
-            network.ports[PUBLIC] = proxy.port
+        network = network_of(proxy if proxied else server)
         proxies = {"https": "http://u:p@proxy:3128"} if proxied else {}
         with engine(network=network, proxies=proxies, ca_bundle=str(certificate)) as fetching:
             check(*fetched(fetching, asked(fetching, "https://files.example/weights")))
@@ -169,7 +169,8 @@ def test_over_tls(certificate: Path, proxied: bool) -> None:
 
 @pytest.mark.parametrize("case", ["unknown authority", "another name"])
 def test_certificates_that_are_not_trusted(certificate: Path, case: str) -> None:
-    with tls_server(certificate) as (server, network):
+    with tls_server(certificate) as server:
+        network = network_of(server)
         host = "files.example" if case == "unknown authority" else "other.example"
         bundle = None if case == "unknown authority" else str(certificate)
         with (
@@ -185,9 +186,10 @@ def test_certificates_that_are_not_trusted(certificate: Path, case: str) -> None
 def test_a_request_over_tls_is_cancelled(certificate: Path, when: str) -> None:
     """Also while the other end does not answer the handshake."""
     with (
-        tls_server(certificate) as (server, network),
+        tls_server(certificate) as server,
         socket.create_server(("127.0.0.1", 0)) as mute,
     ):
+        network = network_of(server)
         server.behave = lambda _, client: client.stall()
         if when == "handshake":
             network.ports[PUBLIC] = mute.getsockname()[1]
@@ -204,7 +206,8 @@ def test_a_request_over_tls_is_cancelled(certificate: Path, when: str) -> None:
 
 
 def test_https_does_not_go_on_as_http(certificate: Path) -> None:
-    with tls_server(certificate) as (server, network), FaultServer(DATA) as plain:
+    with tls_server(certificate) as server, FaultServer(DATA) as plain:
+        network = network_of(server)
         place = plain.url("/?k=swordfish")
         server.behave = lambda _, client: client.head(
             "302 Found", "Content-Length: 0", f"Location: {place}"
