@@ -70,7 +70,7 @@ QUICK = settings(
 )
 
 
-@settings(QUICK, max_examples=20)
+@settings(QUICK, max_examples=12)
 @given(scenes, plans)
 def test_some_plays(scene: Scene, plan: list[Step]) -> None:
     play(scene, plan)

@@ -72,17 +72,6 @@ def test_a_bucket_goes_on_from_request_to_request(file: Path) -> None:
         assert link.counts()["requests"] == 0
 
 
-def test_what_the_link_has_not(file: Path) -> None:
-    with (
-        Link({"w": file}, rate=0, delay=0) as link,
-        socket.create_connection(("127.0.0.1", link.port)) as connected,
-    ):
-        connected.sendall(b"GET /x HTTP/1.1\r\n\r\n")
-        assert connected.recv(99).startswith(b"HTTP/1.1 404")
-        connected.sendall(b"GET /w HTTP/1.1\r\nRange: bytes=99999999-\r\n\r\n")
-        assert connected.recv(999).startswith(b"HTTP/1.1 416")
-
-
 class CountingSink(FileSink):
     landed = 0
 
