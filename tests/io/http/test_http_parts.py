@@ -35,6 +35,21 @@ TOKEN = st.text("abcXYZ09-_.!#", min_size=1, max_size=12)
 VALUE = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=30)
 
 
+def test_a_head() -> None:
+    head = parse_head(
+        b'HTTP/1.1 206 Partial Content\r\nETag:  "a b" \r\nVia: x\r\nvia:\ty\r\nEmpty:\r\n'
+        b"Content-Length: 5\r\nContent-Length: 5\r\nName: caf\xe9"
+    )
+    assert head.status == 206
+    assert head.fields == {
+        "etag": '"a b"',
+        "via": "x, y",
+        "empty": "",
+        "content-length": "5",
+        "name": "café",
+    }
+
+
 @pytest.mark.parametrize(
     ("line", "connection", "keeps"),
     [
