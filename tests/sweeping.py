@@ -1,4 +1,4 @@
-"""How the sweep steps through a call, and what must be true of a loader at rest."""
+"""Stepping through a call one await at a time, and what must be true of a loader at rest."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-from lorax_async import (
-    AdapterLoader,
-    LoaderConfig,
-)
-from lorax_async.core.transitions import SlotState
+from common import until
+from lorax_async import AdapterLoader, LoaderConfig
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.staging import StagingRing
-from lorax_async.testing import FakeSource
+
+RESTING = {"resident", "present", "held", "read ahead"}
 
 
 @types.coroutine
@@ -74,8 +71,28 @@ async def cancel_at(work: Coroutine[Any, Any, Any], step: int) -> bool:
     return False
 
 
+async def released(work: Awaitable[Any]) -> None:
+    result = await work
+    if result is not None:
+        result.release()
+
+
+def our_tasks() -> list[str]:
+    return [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith("lorax")]
+
+
+async def settle(loader: AdapterLoader) -> None:
+    """Wait until nothing is under way: no task of ours, no copy, nothing that leaves a tier."""
+
+    def rests() -> bool:
+        states = {found.state for found in loader.residency().values()}
+        return states <= RESTING and not our_tasks()
+
+    await until(rests)
+
+
 class Bench:
-    """A loader on real files or on a fake source, and what it must look like at rest."""
+    """A loader on a gated CPU device, and what it must look like at rest."""
 
     def __init__(self, loader: AdapterLoader, device: GatedDevice, adapter: Path | str) -> None:
         self.loader = loader
@@ -85,49 +102,11 @@ class Bench:
     async def load(self) -> Any:
         return await self.loader.load(self.adapter, timeout=20)
 
-    async def stream(self) -> None:
-        async with self.loader.stream(self.adapter, timeout=20) as handle:
-            for layer in range(tiny.LAYERS):
-                await handle.layer_ready(layer)
-
-    async def settle(self) -> None:
-        """Until nothing is in flight."""
-        lives = self.loader._machinery.driver.lifecycle.lives
-        for _ in range(2000):
-            busy = any(
-                life.copying or life.fetch_running or life.slot is SlotState.DRAINING
-                for life in lives.values()
-            )
-            ours = [t for t in asyncio.all_tasks() if t.get_name().startswith("lorax")]
-            if not busy and not ours:
-                return
-            await asyncio.sleep(0.001)
-        raise AssertionError("it did not come to rest")
-
     async def assert_clean(self) -> None:
-        await self.settle()
-        driver = self.loader._machinery.driver
-        assert not driver.tenants._waiters
-        assert not driver.tenants.leases
-        assert not driver.files.readers
-        assert not driver.files._demands
-        for life in driver.lifecycle.lives.values():
-            assert (life.leases, life.uses, len(life.waiters)) == (0, 0, 0)
-        residency = driver.lifecycle.budgets.device
-        held = sum(life.grant is not None for life in driver.lifecycle.lives.values())
-        assert residency.slots_used == held
-        ring: StagingRing = driver._copies._transfer._staging
-        assert ring.free == ring.buffers
-
-    async def assert_works(self, folder: Path) -> None:
-        async with await self.load() as handle:
-            tiny.assert_equal_to_file(handle, folder)
-
-    async def forget(self) -> None:
-        """Make the next load a first sight again."""
-        folder = self.adapter
-        if isinstance(folder, Path):
-            tiny.write(folder)
+        await settle(self.loader)
+        usage, where = self.loader.usage(), self.loader.residency().values()
+        assert (usage.leases, usage.waiting) == (0, 0)
+        assert usage.slots.used == sum(each.slot is not None for each in where)
 
 
 @asynccontextmanager
@@ -137,20 +116,3 @@ async def local_bench(tmp_path: Path, *, dtype: str = "bfloat16") -> AsyncIterat
     config = LoaderConfig(device_bytes=1 << 20, max_slots=2, io_threads=2, dtype=dtype)
     async with AdapterLoader(tiny.layout(), config, device=device) as loader:
         yield Bench(loader, device, folder)
-
-
-@asynccontextmanager
-async def fake_bench(tmp_path: Path) -> AsyncIterator[tuple[Bench, FakeSource]]:
-    folder = tiny.write(tmp_path / "a")
-    source = FakeSource()
-    source.put("a", *tiny.files(folder))
-    device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=2)
-    config = LoaderConfig(device_bytes=1 << 20, max_slots=2, io_threads=2)
-    async with AdapterLoader(tiny.layout(), config, source=source, device=device) as loader:
-        yield Bench(loader, device, "a"), source
-
-
-async def released(work: Awaitable[Any]) -> None:
-    result = await work
-    if result is not None:
-        result.release()

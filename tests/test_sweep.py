@@ -1,233 +1,460 @@
-"""Cancel at every await, fail at every step: nothing may be left, and a clean load must follow."""
+"""Cancel at every await, fail at every step, with every tier in play: nothing may be left."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import tiny
-from common import open_files, our_threads, until
+from common import mapped_files, open_files, our_threads, until
 from lorax_async import (
-    AdapterFormatError,
     AdapterLoader,
     FetchError,
     IntegrityError,
     InternalError,
-    LoaderConfig,
+    LoaderClosedError,
     LoraxError,
     TransferError,
 )
-from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.testing import Step
-from sweeping import cancel_at, count_steps, fake_bench, local_bench, released
-from tiny_loaders import on_device
+from lorax_async.io.sources.local_hold import LocalHold
+from lorax_async.runtime.whereabouts import TierName
+from lorax_async.testing import FakeHold, SimulatedDevice, Step
+from sweeping import cancel_at, count_steps, our_tasks
+from sweeping_tiers import (
+    DEVICE_VERBS,
+    HOST_VERBS,
+    LAYOUT,
+    RANK,
+    VERBS,
+    Kind,
+    TierBench,
+    assert_empty,
+    fake_tiers,
+    local_tiers,
+    tier_config,
+    tier_device,
+    written,
+)
 
-SURE_STEPS = 2
-"""A load always waits for its resolve and for the device; for single layers if they are late."""
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
+TURNS = 24
+"""Of the loop, one after the other; a fake adapter has all its bytes before that many."""
 
-ONE_LAYER = 2 * 4 * 4 * (tiny.HIDDEN + 2 * tiny.HIDDEN)
-"""Bytes of a layer in the file: two modules, rank 4, F32, A [4, 32] and B [64, 4]."""
+TIERS: tuple[TierName, ...] = ("disk", "host", "device")
 
-ORDERED = [FetchError("ordered"), IntegrityError("ordered"), RuntimeError("a foreign fault")]
+# -- cancelled at every await ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["load", "stream"])
-async def test_cancelled_at_every_await_of_a_load(tmp_path: Path, verb: str) -> None:
-    async with local_bench(tmp_path) as bench:
-        files = open_files()
-        work: Callable[[], Awaitable[Any]] = getattr(bench, verb)
-        await bench.forget()
-        steps = await count_steps(released(work()))
-        assert steps >= 2, "resolve and the device are waited for"
+@pytest.mark.each_loop
+@pytest.mark.parametrize("where", ["empty", "crowded", "cpu"])
+@pytest.mark.parametrize("verb", VERBS)
+async def test_cancelled_at_every_await(tmp_path: Path, verb: str, where: str) -> None:
+    async with local_tiers(tmp_path, "cpu" if where == "cpu" else "simulated") as bench:
+        steps = await count_steps(bench.do(verb))
+        await bench.assert_clean()
+        assert steps >= 1
         for step in range(1, steps + 1):
-            await bench.forget()
-            cancelled = await cancel_at(work(), step)  # type: ignore[arg-type]
-            assert cancelled or step > SURE_STEPS
+            bench.renew()
+            if where == "crowded":
+                await bench.crowd()
+            await cancel_at(bench.do(verb), step)
             await bench.assert_clean()
-            assert open_files() <= files
-            await bench.assert_works(bench.adapter)
-
-
-@pytest.mark.parametrize("verb", ["load", "stream"])
-async def test_cancelled_at_every_await_from_a_streaming_source(tmp_path: Path, verb: str) -> None:
-    steps = 1
-    step = 0
-    while step < steps:
-        step += 1
-        async with fake_bench(tmp_path) as (bench, source):
-            work = getattr(bench, verb)
-            if step == 1:
-                steps = await count_steps(released(work()))
-                source.put("a", *tiny.files(tmp_path / "a"))
-            cancelled = await cancel_at(work(), step)
-            assert cancelled or step > SURE_STEPS
+            await bench.assert_works()
             await bench.assert_clean()
-            assert source.counts.open_readers == 0
-            await bench.assert_works(tmp_path / "a")
 
 
-async def test_cancelled_at_every_await_of_close(tmp_path: Path) -> None:
-    others = asyncio.all_tasks()
-
-    async def close_with_a_load_under_way(step: int) -> int:
-        steps = 0
-        folder = tiny.write(tmp_path / "a")
-        loader = AdapterLoader(tiny.layout(), LoaderConfig(device_bytes=1 << 20, max_slots=2))
-        await loader.__aenter__()
-        loading = asyncio.create_task(loader.load(folder))
-        await asyncio.sleep(0)
-        if step == 0:
-            steps = await count_steps(loader.close())
-        else:
-            await cancel_at(loader.close(), step)
-            await loader.close()
-        with pytest.raises(LoraxError):
-            await loading
-        assert not our_threads()
-        assert asyncio.all_tasks() <= others
-        return steps
-
-    steps = await close_with_a_load_under_way(0)
-    assert steps >= 1
-    for step in range(1, steps + 1):
-        await close_with_a_load_under_way(step)
-
-
-@pytest.mark.parametrize("error", ORDERED, ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("at", [0, 2])
-@pytest.mark.parametrize("step", ["resolve", "open", "bring", "verify", "read"])
-async def test_every_error_of_a_source(
-    tmp_path: Path, step: Step, at: int, error: Exception
-) -> None:
-    if step in ("resolve", "open", "verify") and at:
-        at = 0
-    if step == "read":  # a byte of the first layer, or of a later one
-        _, weights = tiny.files(tiny.write(tmp_path / "a"))
-        at = 8 + int.from_bytes(weights[:8], "little") + at * ONE_LAYER
-    async with fake_bench(tmp_path) as (bench, source):
-        for verb in (bench.load, bench.stream):
+@pytest.mark.each_loop
+@pytest.mark.parametrize("verb", VERBS)
+async def test_cancelled_at_every_await_while_bytes_arrive(tmp_path: Path, verb: str) -> None:
+    async with fake_tiers(tmp_path) as (bench, source):
+        steps = await count_steps(bench.do(verb))
+        await bench.assert_clean()
+        for step in range(1, steps + 1):
             source.put("a", *tiny.files(tmp_path / "a"))
-            source.fail(step, error, at=at)
-            expected = type(error) if isinstance(error, LoraxError) else LoraxError
-            with pytest.raises(expected) as caught:
-                await verb()
-            assert caught.value.id == "a"
-            if not isinstance(error, LoraxError):
-                assert isinstance(caught.value, InternalError | TransferError)
-                assert isinstance(caught.value.__cause__, RuntimeError)
+            await cancel_at(bench.do(verb), step)
             await bench.assert_clean()
-            assert source.counts.open_readers == 0
-            await bench.assert_works(tmp_path / "a")
+            assert (source.counts.open_readers, source.counts.open_holds) == (0, 0)
+            await bench.assert_works()
 
 
-async def test_every_copy_can_fail(tmp_path: Path) -> None:
-    for number in range(tiny.LAYERS):
-        async with local_bench(tmp_path, dtype="bfloat16") as bench:
-            bench.device.failing = {number}
-            with pytest.raises(TransferError, match="told to fail"):
-                await bench.stream()
+@pytest.mark.parametrize("tier", TIERS)
+async def test_a_prefetch_outlives_its_waiter(tmp_path: Path, tier: TierName) -> None:
+    async with local_tiers(tmp_path) as bench:
+        hint = bench.loader.prefetch(bench.ids["a"], tier=tier)
+
+        async def wait() -> None:
+            await hint
+
+        assert await cancel_at(wait(), 1)
+        await hint
+        assert [each.tier for each in bench.loader.residency().values()] == [tier]
+        await bench.assert_clean()
+
+
+@pytest.mark.each_loop
+@pytest.mark.parametrize("tier", TIERS)
+async def test_a_prefetch_is_cancelled_at_every_turn(tmp_path: Path, tier: TierName) -> None:
+    async with fake_tiers(tmp_path) as (bench, source):
+        for turns in range(TURNS):
+            source.put("a", *tiny.files(tmp_path / "a"))
+            hint = bench.loader.prefetch("a", tier=tier)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            hint.cancel()
+            await hint
+            assert hint.done
+            assert not hint.errors
             await bench.assert_clean()
-            assert not on_device(bench.loader)
-            bench.device.failing = set()
-            await bench.assert_works(bench.adapter)
+            assert (source.counts.open_readers, source.counts.open_holds) == (0, 0)
+        await bench.assert_works()
 
 
-@pytest.mark.parametrize("verb", ["load", "stream"])
-async def test_a_file_that_changes_under_the_copy(tmp_path: Path, verb: str) -> None:
-    """It is loaded once more; but not for a caller that has a handle."""
-    for number, damage in enumerate((_truncate, _touch, _replace)):
-        async with local_bench(tmp_path / str(number)) as bench:
-            bench.device.gate.clear()
-            loading = asyncio.create_task(getattr(bench, verb)())
-            await until(partial(_two_copies_began, bench.device))
-            damage(bench.adapter / "adapter_model.safetensors")
-            bench.device.gate.set()
-            if verb == "stream":
-                with pytest.raises(IntegrityError):
-                    await loading
-            elif damage is _truncate:  # which it is for good
-                with pytest.raises(AdapterFormatError):
-                    await loading
-            else:
-                (await loading).release()
-                await bench.assert_works(bench.adapter)
-                continue
+async def test_a_load_and_a_prefetch_are_cancelled_after_every_copy(tmp_path: Path) -> None:
+    """With the copies before it under way, none of which has run."""
+    async with fake_tiers(tmp_path) as (bench, source):
+        for copies in range(tiny.LAYERS + 1):
+            source.put("a", *tiny.files(tmp_path / "a"))
+            source.hold("a")
+            source.allow("a", *range(copies)) if copies else None
+            before, there = bench.device.copies, bench.device
+            there.gate.clear()
+            hint = bench.loader.prefetch("a")
+            load = asyncio.create_task(bench.load())
+            await until(lambda: there.copies == before + copies)
+            hint.cancel()
+            await asyncio.sleep(0)
+            load.cancel()
+            there.gate.set()
+            await asyncio.wait([load])
+            assert load.cancelled()
+            source.allow("a")
             await bench.assert_clean()
-            assert not on_device(bench.loader)
-            await bench.forget()
-            await bench.assert_works(bench.adapter)
+            await bench.assert_works()
 
 
-STEPS = {
-    "verify, config": "lorax_async.runtime.planning.parse_config",
-    "verify, header": "lorax_async.runtime.planning.parse_header",
-    "verify, plan": "lorax_async.runtime.planning.plan_transfer",
-    "stage": "lorax_async.io.staging.Buffer.convert",
-    "copy": "lorax_async.io.devices.cpu.CpuDevice.copy",
+async def test_unload_is_cancelled_where_it_waits(tmp_path: Path) -> None:
+    """For pages that are being let go, for a lease, for a copy; the next one succeeds."""
+    async with local_tiers(tmp_path) as bench:
+        await bench.load_from_host()
+        assert await cancel_at(bench.unload(), 1)
+        await bench.assert_clean()
+        await bench.host()
+        handle = await bench.loader.load(bench.ids["a"])
+        assert await cancel_at(bench.unload(), 1)
+        tiny.assert_equal_to_file(handle, tmp_path / "a")
+        (await bench.loader.load(bench.ids["a"], timeout=1)).release()  # it stays
+        handle.release()
+        await bench.assert_clean()
+        bench.device.gate.clear()
+        copies = bench.device.copies
+        load = asyncio.create_task(bench.load())
+        await until(lambda: bench.device.copies > copies)
+        assert await cancel_at(bench.unload(), 1)
+        bench.device.gate.set()
+        await load
+        await bench.assert_clean()
+        await bench.assert_works()
+
+
+@pytest.mark.each_loop
+async def test_close_at_every_turn_of_everything(tmp_path: Path) -> None:
+    """Begun at every turn, and cancelled at its await: it goes on, and nothing is left."""
+    ids, files = written(tmp_path), open_files()
+    for turns in range(TURNS):
+        device = tier_device()
+        loader = AdapterLoader(LAYOUT, tier_config(tmp_path), device=device)
+        await loader.__aenter__()
+        bench = TierBench(loader, device, ids, tmp_path)
+        calls = [bench.load(), bench.stream(), bench.pin(), bench.host(), bench.unload()]
+        tasks = [asyncio.create_task(call) for call in calls]
+        hints = loader.prefetch(ids.values()), loader.prefetch(ids.values(), tier="host")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert await cancel_at(loader.close(), 1)
+        await loader.close()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(each is None or isinstance(each, LoraxError) for each in outcomes), outcomes
+        assert all(hint.done for hint in hints)
+        assert not our_tasks()
+        assert not our_threads()
+        assert not mapped_files()
+        assert open_files() <= files
+        assert_empty(loader.last_numbers()[1])
+
+
+async def test_close_waits_for_a_copy_under_way(tmp_path: Path) -> None:
+    """Its memory cannot be taken back."""
+    device, ids = tier_device(), written(tmp_path)
+    loader = AdapterLoader(LAYOUT, tier_config(tmp_path), device=device)
+    await loader.__aenter__()
+    bench = TierBench(loader, device, ids, tmp_path)
+    await bench.host()
+    device.gate.clear()
+    load = asyncio.create_task(bench.load())
+    await until(lambda: device.copies)
+    assert await cancel_at(loader.close(timeout=0), 1)
+    with pytest.raises(LoaderClosedError):
+        await load
+    closing = asyncio.create_task(loader.close())
+    done, _ = await asyncio.wait([closing], timeout=0.05)
+    assert not done
+    device.gate.set()
+    await closing
+    assert_empty(loader.last_numbers()[1])
+    assert not our_tasks()
+
+
+# -- every error at every step -----------------------------------------------------------------
+
+ERRORS = [
+    FetchError("ordered"),
+    IntegrityError("ordered"),
+    RuntimeError("a foreign fault"),
+    MemoryError("none left"),
+]
+each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+
+ONE_LAYER = 2 * RANK * 4 * (tiny.HIDDEN + 2 * tiny.HIDDEN)
+"""Bytes of a layer in the file: two modules, F32, A [4, 32] and B [64, 4]."""
+
+SOURCE_STEPS: dict[tuple[Step, int], tuple[str, ...]] = {
+    ("resolve", 0): VERBS,
+    ("open", 0): VERBS,
+    ("bring", 0): VERBS,
+    ("bring", 2): VERBS,
+    ("verify", 0): VERBS,
+    ("read", 0): DEVICE_VERBS,
+    ("read", 2): DEVICE_VERBS,
+    ("populate", 0): HOST_VERBS,
+}
+"""By step and group: the verbs that come to it."""
+
+LATER_STEPS = {
+    "config": ("lorax_async.runtime.planning.parse_config", VERBS),
+    "header": ("lorax_async.runtime.planning.parse_header", VERBS),
+    "plan": ("lorax_async.runtime.planning.plan_transfer", VERBS),
+    "file opened": ("lorax_async.io.sources.local_weights.read_prefix", VERBS),
+    "file read": ("lorax_async.io.transfer.read", DEVICE_VERBS),
+    "staging taken": ("lorax_async.io.staging.StagingRing.take", DEVICE_VERBS),
+    "staged": ("lorax_async.io.staging.Buffer.convert", DEVICE_VERBS),
+    "copy asked for": ("lorax_async.io.devices.simulated.SimulatedDevice.copy", DEVICE_VERBS),
+    "copy ran": ("lorax_async.io.devices.cpu.CpuDevice.copy", DEVICE_VERBS),
+    "mapped": ("lorax_async.io.sources.local_hold.MappedFile", HOST_VERBS),
+    "populated": ("lorax_async.io.sources.local_hold.LocalHold.populate", HOST_VERBS),
+    "settled": ("lorax_async.io.sources.local_hold.LocalHold.settle", HOST_VERBS),
 }
 
 
-@pytest.mark.parametrize(
-    "error", [*ORDERED, MemoryError("none left")], ids=lambda e: type(e).__name__
-)
-@pytest.mark.parametrize("step", STEPS)
-async def test_every_error_of_every_later_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
-) -> None:
-    """A typed error stays what it is; a foreign one is a fault of ours, and says which."""
-
+def raising(error: Exception) -> Callable[..., None]:
     def fail(*_: object, **__: object) -> None:
         raise error.located() if isinstance(error, LoraxError) else error
 
-    for verb in ("load", "stream"):
-        async with local_bench(tmp_path) as bench:
-            with monkeypatch.context() as patch:
-                patch.setattr(STEPS[step], fail)
+    return fail
+
+
+def assert_told(caught: LoraxError, error: Exception, id: object) -> None:
+    """A typed error stays what it is; a foreign one is a fault of ours, and says which."""
+    typed = isinstance(error, LoraxError)
+    assert isinstance(caught, type(error) if typed else InternalError)
+    assert typed or caught.__cause__ is error
+    assert caught.id == str(id)
+
+
+@pytest.mark.parametrize(("step", "group"), SOURCE_STEPS)
+async def test_every_error_of_a_source(tmp_path: Path, step: Step, group: int) -> None:
+    """All with one loader: a staging buffer that each of them kept would be missed at last."""
+    async with fake_tiers(tmp_path) as (bench, source):
+        _, weights = tiny.files(tmp_path / "a")
+        first = 8 + int.from_bytes(weights[:8], "little")
+        at = first + group * ONE_LAYER if step == "read" else group
+        for error in ERRORS:
+            for verb in SOURCE_STEPS[step, group]:
+                source.put("a", *tiny.files(tmp_path / "a"))
+                source.fail(step, error, id="a", at=at)
                 with pytest.raises(LoraxError) as caught:
-                    await getattr(bench, verb)()
-            typed = isinstance(error, LoraxError)
-            assert isinstance(caught.value, type(error) if typed else InternalError)
-            assert typed or caught.value.__cause__ is error
-            assert caught.value.id == str(bench.adapter)
+                    await bench.do(verb)
+                assert_told(caught.value, error, "a")
+                await bench.assert_clean()
+                assert (source.counts.open_readers, source.counts.open_holds) == (0, 0)
+                await bench.assert_works()
+                await bench.assert_clean()
+
+
+@pytest.mark.parametrize("step", LATER_STEPS)
+async def test_every_error_of_every_later_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    target, verbs = LATER_STEPS[step]
+    for error, verb in product(ERRORS, verbs):
+        async with local_tiers(tmp_path) as bench:
+            with monkeypatch.context() as patch:
+                patch.setattr(target, raising(error))
+                with pytest.raises(LoraxError) as caught:
+                    await bench.do(verb)
+                await bench.settle()
+            assert_told(caught.value, error, bench.ids["a"])
             await bench.assert_clean()
-            await bench.forget()
-            await bench.assert_works(bench.adapter)
+            await bench.assert_works()
+            await bench.assert_clean()
 
 
-async def test_a_refused_adapter_leaves_nothing(tmp_path: Path) -> None:
-    async with local_bench(tmp_path) as bench:
-        (bench.adapter / "adapter_config.json").write_text("{}")
-        with pytest.raises(AdapterFormatError) as caught:
-            await bench.load()
-        assert caught.value.stage == "verify"
-        assert caught.value.id == str(bench.adapter)
+@pytest.mark.parametrize("kind", ["cpu", "simulated"])
+@pytest.mark.parametrize("verb", DEVICE_VERBS)
+async def test_every_copy_can_fail(tmp_path: Path, verb: str, kind: Kind) -> None:
+    """Through images, and through the ring; the image of a copy that failed is not warm."""
+    for number in range(tiny.LAYERS):
+        for pinned_bytes in (0, 1 << 20):
+            async with local_tiers(tmp_path, kind, pinned_bytes=pinned_bytes) as bench:
+                bench.device.failing = {number}
+                with pytest.raises(TransferError, match="told to fail"):
+                    await bench.do(verb)
+                bench.device.failing = set()
+                async with await bench.loader.load(bench.ids["a"], timeout=20) as handle:
+                    tiny.assert_equal_to_file(handle, tmp_path / "a")
+                await bench.assert_clean()
+                await bench.assert_works()
+
+
+@pytest.mark.parametrize("at", range(tiny.LAYERS + 1))
+async def test_the_device_is_lost(tmp_path: Path, at: int) -> None:
+    """Before, between and after the copies: all is given back, and closing does not hang."""
+    async with fake_tiers(tmp_path) as (bench, source):
+        assert isinstance(bench.device, SimulatedDevice)
+        source.hold("a")
+        source.allow("a", *range(at)) if at else None
+        async with bench.loader.stream("a", timeout=20) as handle:
+            if at:
+                await handle.layer_ready(at - 1)
+            bench.device.lose()
+            source.allow("a")
+            if at < tiny.LAYERS:
+                with pytest.raises(TransferError) as caught:
+                    await handle.layer_ready(tiny.LAYERS - 1)
+                assert not caught.value.retryable
+            else:
+                assert handle.resident
+                with handle.use():
+                    pass
+        for verb in DEVICE_VERBS:
+            source.put("a", *tiny.files(tmp_path / "a"))
+            with pytest.raises(TransferError, match="lost"):
+                await bench.do(verb)
         await bench.assert_clean()
-        await bench.forget()
-        await bench.assert_works(bench.adapter)
+    async with local_tiers(tmp_path) as fresh:
+        await fresh.assert_works()
 
 
-def _two_copies_began(device: GatedDevice) -> bool:
-    return device.copies == 2
+@each_error
+@pytest.mark.parametrize("step", ["note_use", "wait_for"])
+async def test_the_device_fails_a_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+) -> None:
+    """Whoever computes gets the device's error, and the lease ends as it would."""
+    async with fake_tiers(tmp_path) as (bench, _):
+        bench.device.gate.clear()
+        async with bench.loader.stream("a", timeout=20) as handle:
+            await until(partial(handle.queue_behind, 0))
+            with monkeypatch.context() as patch:
+                patch.setattr(bench.device, step, raising(error))
+                with pytest.raises(type(error)):
+                    handle.queue_behind(0)
+                    with handle.use():
+                        pass
+            bench.device.gate.set()
+        await bench.assert_clean()
+        await bench.assert_works()
 
 
-def _truncate(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size // 2)
+# -- errors while things end, or before they begin ---------------------------------------------
 
 
-def _touch(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x7f")
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is logged here was ordered."""
+    monkeypatch.setattr(logging.getLogger("lorax_async"), "propagate", False)
 
 
-def _replace(path: Path) -> None:
-    """A new file under the old name leaves the open one whole: its ctime tells."""
-    tiny.write(path.parent, seed=9)
+def fail_to_close(
+    patch: pytest.MonkeyPatch, kind: type[LocalHold] | type[FakeHold], error: Exception
+) -> None:
+    close = kind.close
+
+    def fail(hold: LocalHold | FakeHold) -> None:
+        close(hold)  # type: ignore[arg-type]
+        raising(error)()
+
+    patch.setattr(kind, "close", fail)
+
+
+@each_error
+@pytest.mark.usefixtures("quiet")
+async def test_a_hold_does_not_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It is gone for the loader, whose budget is whole; when the loader closes, too."""
+    async with local_tiers(tmp_path) as bench:
+        await bench.host()
+        with monkeypatch.context() as patch:
+            fail_to_close(patch, LocalHold, error)
+            await bench.loader.unload(bench.ids["a"], timeout=2)
+        await bench.assert_clean()
+        await bench.host()
+        await bench.assert_works()
+        await bench.loader.prefetch([bench.ids["a"], bench.ids["b"]], tier="host")
+        with monkeypatch.context() as patch:
+            fail_to_close(patch, LocalHold, error)
+            await bench.loader.close()
+    async with fake_tiers(tmp_path) as (bench, source):  # what was only read ahead
+        source.holdable = False
+        await bench.host()
+        with monkeypatch.context() as patch:
+            fail_to_close(patch, FakeHold, error)
+            await bench.loader.prefetch("a", tier="host", timeout=2)
+        await bench.assert_clean()
+        await bench.assert_works()
+
+
+@each_error
+@pytest.mark.usefixtures("quiet")
+async def test_a_column_is_not_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Nothing of the adapter that left stays behind, its open file least of all."""
+    async with local_tiers(tmp_path) as bench:
+        await bench.load()
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.device, "clear_column", raising(error))
+            await bench.unload()
+        assert open_files() <= bench.files_before
+        await bench.assert_works()
+        await bench.assert_clean()
+
+
+@each_error
+@pytest.mark.parametrize("call", ["open", "staging_memory", "staging_memory, for images"])
+async def test_the_device_does_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    """There is memory for the ring, at times, but none for images."""
+    device, files, calls = tier_device(), open_files(), list[object]()
+    name, _, later = call.partition(", ")
+    original, fail = getattr(device, name), raising(error)
+
+    def called(*what: object) -> object:
+        calls.append(what)
+        return original(*what) if later and len(calls) == 1 else fail()
+
+    monkeypatch.setattr(device, name, called)
+    loader = AdapterLoader(LAYOUT, tier_config(tmp_path), device=device)
+    with pytest.raises(type(error)):
+        await loader.__aenter__()
+    assert len(calls) == 1 + bool(later)
+    assert not our_threads()
+    assert open_files() <= files

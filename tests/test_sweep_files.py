@@ -16,7 +16,7 @@ import tiny
 from lorax_async import AdapterFormatError, IntegrityError
 from lorax_async.io.sources.checked_open import FileReader
 from lorax_async.io.sources.local_hold import LocalHold
-from sweeping_tiers import DEVICE_VERBS, RANK, TierBench, local_tiers
+from sweeping_tiers import DEVICE_VERBS, RANK, Kind, TierBench, local_tiers
 from tiny_sources import WEIGHTS
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
@@ -49,11 +49,13 @@ async def assert_recovers(bench: TierBench) -> None:
 
 
 @each_damage
+@pytest.mark.parametrize("kind", ["cpu", "simulated"])
 @pytest.mark.parametrize("verb", DEVICE_VERBS)
-async def test_under_the_copies(
+async def test_a_file_changes_under_the_copies(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     verb: str,
+    kind: Kind,
     damage: Callable[[Path], None],
 ) -> None:
     """Between any two reads of the weights, with copies of what was read before on their way.
@@ -73,7 +75,7 @@ async def test_under_the_copies(
                 damage(tmp_path / "a" / WEIGHTS)
             original(reader, buffers, offset)
 
-        async with local_tiers(tmp_path, io_threads=1) as bench:
+        async with local_tiers(tmp_path, kind, io_threads=1) as bench:
             await bench.disk()
             with monkeypatch.context() as patch:
                 patch.setattr(FileReader, "read_into", read)
@@ -94,7 +96,7 @@ async def test_under_the_copies(
 
 
 @each_damage
-async def test_while_it_is_populated(
+async def test_a_file_changes_while_it_is_populated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
     original = LocalHold.populate
@@ -113,7 +115,9 @@ async def test_while_it_is_populated(
 
 
 @each_damage
-async def test_while_it_is_held(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+async def test_a_file_changes_while_it_is_held(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     """The map is not touched by anybody, so that a file that was cut kills nobody."""
     async with local_tiers(tmp_path) as bench:
         await bench.host()
@@ -148,6 +152,7 @@ asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["copying", "held", "resident"])
 def test_a_process_that_is_killed_leaves_whole_files(tmp_path: Path, at: str) -> None:
     path = os.pathsep.join(sys.path)

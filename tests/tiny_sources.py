@@ -12,7 +12,7 @@ from lorax_async import (
     LoaderConfig,
     SlotGranted,
 )
-from lorax_async.adapter import AdapterId, as_ref
+from lorax_async.adapter import AdapterId
 from lorax_async.testing import FakeSource, SimulatedDevice
 
 WEIGHTS = "adapter_model.safetensors"
@@ -45,26 +45,25 @@ def simulated(loader: AdapterLoader) -> SimulatedDevice:
 
 def where(loader: AdapterLoader, id: AdapterId) -> AdapterResidency:
     """Of the version that was met last, which must be somewhere."""
-    return _residency(loader, id)[0]
+    found = loader.whereabouts(id)
+    assert found is not None
+    return found
 
 
 def state(loader: AdapterLoader, id: AdapterId) -> str:
     """As residency has it, or "nowhere"."""
-    return next((found.state for found in _residency(loader, id)), "nowhere")
+    found = loader.whereabouts(id)
+    return found.state if found else "nowhere"
 
 
 def is_at(loader: AdapterLoader, id: AdapterId, tier: str) -> bool:
     """On the device is also what is still on its way there, or leaving."""
-    return any(found.tier == tier for found in _residency(loader, id))
+    found = loader.whereabouts(id)
+    return found is not None and found.tier == tier
 
 
 def is_resident(loader: AdapterLoader, id: AdapterId) -> bool:
     return state(loader, id) == "resident"
-
-
-def _residency(loader: AdapterLoader, id: AdapterId) -> list[AdapterResidency]:
-    key = loader._acquiring.known(as_ref(id))
-    return [found for other, found in loader.residency().items() if other == key]
 
 
 def granted(events: list[Event]) -> list[str]:
