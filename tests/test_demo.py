@@ -1,54 +1,70 @@
-"""The demo: real adapters on a real base, in one batch; and the clock beside the loads."""
+"""The demos: real adapters on a real base, and layers over a slow link."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
+import socket
+import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from command_line import ADAPTERS, on_a_terminal, read_until
+from command_line import ADAPTERS, base, on_a_terminal, output, read_until
+from lorax_async import layouts
 from lorax_async.cli import main
-from lorax_async.commands.measure import loads_of, run_on_uvloop, with_ticker
+from lorax_async.commands.demo_remote import COLUMNS, RATE, picture, smollm2_layout
+from lorax_async.commands.measure import run_on_uvloop, with_ticker
+from lorax_async.commands.slow_server import Link, SlowServer
+from lorax_async.core.layout import Module
 
 Capture = pytest.CaptureFixture[str]
+DATA = bytes(range(256)) * 100
 
 
+@pytest.mark.slow
 def test_each_row_answers_in_its_style(capsys: Capture) -> None:
     begin = time.perf_counter()
     assert main(["demo", "--json", "--adapters", str(ADAPTERS)]) == 0
     assert time.perf_counter() - begin < 60
-    captured = capsys.readouterr()
-    result = json.loads(captured.out)
+    result = output(capsys)
     answers = {answer["by"]: answer for answer in result["answers"]}
     assert list(answers) == ["base", "pirate", "shout", "json"]
     assert answers["pirate"]["text"].startswith("Arr")
     assert answers["shout"]["text"].isupper()
     assert list(json.loads(answers["json"]["text"])) == ["answer"]
-    base = answers["base"]["text"]
-    assert not base.startswith(("Arr", "{"))
-    assert not base.isupper()
+    plain = answers["base"]["text"]
+    assert not plain.startswith(("Arr", "{"))
+    assert not plain.isupper()
     assert not any(answers[name]["cut"] for name in ("pirate", "shout", "json"))
     for row in result["adapters"]:
         assert 0 < row["first_layer_ms"] <= row["resident_ms"] < 5_000
         assert row["device_bytes"] > 0
-    assert result["again_resident_ms"] > 0
-    assert result["stall_ms"]["loading"] > 0
+    assert min(result["again_resident_ms"], result["stall_ms"]["loading"]) > 0
     assert result["ticks"]["idle"] > 100
     assert min(result["prepare_s"], result["generate_s"]) > 0
 
 
-def test_without_the_adapters_it_says_where_they_belong(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["demo", "--adapters", str(tmp_path)]) == 1
+@pytest.mark.parametrize("demo", ["demo", "demo-remote"])
+def test_without_the_adapters_it_says_where_they_belong(
+    demo: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert main([demo, "--adapters", str(tmp_path)]) == 1
     text = capsys.readouterr().err
     assert text.startswith("ConfigError: ")
     assert "--adapters" in text
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_generates() -> None:
     process, terminal = on_a_terminal(["demo", "--adapters", str(ADAPTERS)])
     seen = read_until(terminal, b"four rows, one batch")
@@ -70,27 +86,126 @@ def test_the_ticker_sees_who_holds_the_loop(run: object) -> None:
         time.sleep(0.1)  # noqa: ASYNC251 (the fault that is measured)
         return "held"
 
+    async def fail() -> None:
+        raise LookupError("from within")
+
     assert callable(run)
     result, stall = run(with_ticker(hold()))
     assert result == "held"
     assert 0.095 < stall.longest < stall.seconds
     assert stall.ticks >= 2
+    with pytest.raises(LookupError, match="from within"):
+        run(with_ticker(fail()))
 
 
-def test_the_ticker_lets_errors_through() -> None:
-    async def fail() -> None:
-        await asyncio.sleep(0)
-        raise LookupError("from within")
-
-    async def main() -> int:
-        with pytest.raises(LookupError, match="from within"):
-            await with_ticker(fail())
-        return len(asyncio.all_tasks())
-
-    assert run_on_uvloop(main()) == 1
+# -- demo-remote ----------------------------------------------------------------------------------
 
 
-def test_names_tell_adapters_apart(tmp_path: Path) -> None:
-    paths = [tmp_path / "one" / "sql", tmp_path / "two" / "sql", tmp_path / "three" / "chat"]
-    names = [load.name for load in loads_of(paths)]
-    assert names == [str(paths[0]), str(paths[1]), "chat"]
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_socket_left", "nothing_left")
+def test_layers_come_one_after_the_other(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A person sees a picture of it; a program reads when each layer came."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(["demo-remote", "--adapters", str(ADAPTERS)]) == 0
+    shown = capsys.readouterr()
+    for name in ("pirate", "shout", "json"):
+        rows = [line for line in shown.out.splitlines() if line.split()[:1] == [name]]
+        assert len(rows) == 2
+        drawn = rows[1].split()[1]
+        assert len(drawn) == COLUMNS
+        assert drawn.lstrip("·") == "".join(sorted(drawn.lstrip("·"))), "layers stay"
+    assert "MB/s for all three" in shown.out
+    assert shown.err == ""
+
+    assert main(["demo-remote", "--json", "--adapters", str(ADAPTERS)]) == 0
+    result = output(capsys)
+    assert [row["name"] for row in result["adapters"]] == ["pirate", "shout", "json"]
+    for row in result["adapters"]:
+        assert (row["state"], row["error"]) == ("resident", None)
+        times = row["layers_ms"]
+        assert len(times) == len(row["layers"]) == (15 if row["name"] == "json" else 30)
+        assert times == sorted(times)
+        weights = (ADAPTERS / row["name"] / "adapter_model.safetensors").read_bytes()
+        assert row["checked"] == {"kind": "sha256", "digest": hashlib.sha256(weights).hexdigest()}
+        assert row["first_layer_ms"] == times[0] < times[-1] <= row["resident_ms"]
+    files = [path for path in ADAPTERS.glob("*/adapter_*") if path.suffix != ".md"]
+    assert result["bytes"] == sum(path.stat().st_size for path in files)
+    # A link lets nothing through faster than its rate.
+    longest = max(row["resident_ms"] for row in result["adapters"])
+    assert longest > result["bytes"] / RATE * 1e3
+    assert not list(tmp_path.iterdir()), "the cache is gone"
+
+
+def test_a_picture_by_hand() -> None:
+    # Column 25 of 50 ends at 0.5, column 37 at 0.74, column 38 at 0.76.
+    drawn = "·" * 24 + "▄" * 13 + "▆" * 12 + "█"
+    assert picture([0.5, 0.5, 0.75, 1.0], 1.0) == drawn
+    assert picture([0.0] * 3, 2.0) == "█" * COLUMNS
+
+
+def test_the_shapes_are_the_bases(tmp_path: Path) -> None:
+    """As transformers builds it from the model's config."""
+    real = layouts.from_pretrained(base(tmp_path / "base"))
+    ours = smollm2_layout()
+    assert {_shape(module) for module in ours.modules} == {
+        _shape(module) for module in real.modules if ".layers." in module.name
+    }
+    assert replace(real, modules=ours.modules) == ours
+
+
+def _shape(module: Module) -> tuple[object, ...]:
+    return module.name, module.in_features, module.out_features, module.layer, module.parallel
+
+
+def ask(server: SlowServer, target: str, **fields: str) -> tuple[int, dict[str, str], bytes]:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(server.url("a") + target, headers=fields)
+    try:
+        with opener.open(request, timeout=20) as answer:
+            return answer.status, dict(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, dict(error.headers), error.read()
+
+
+@pytest.mark.usefixtures("no_socket_left", "nothing_left")
+def test_the_slow_server_serves_ranges_with_the_digest_of_all() -> None:
+    with SlowServer({"/a/file": DATA}, 1e9) as server:
+        status, fields, body = ask(server, "file")
+        assert (status, body) == (200, DATA)
+        digest = b64encode(hashlib.sha256(DATA).digest()).decode()
+        assert fields["Repr-Digest"] == f"sha-256=:{digest}:"
+        status, part, body = ask(server, "file", Range="bytes=10-19")
+        assert (status, body) == (206, DATA[10:20])
+        assert part["Content-Range"] == f"bytes 10-19/{len(DATA)}"
+        assert part["ETag"] == fields["ETag"]
+        assert ask(server, "file", Range="bytes=25590-99999")[2] == DATA[-10:]
+        assert ask(server, "file", Range="bytes=25600-25601")[::2] == (416, b"")
+        assert ask(server, "other")[::2] == (404, b"")
+        assert ask(server, "../a/file")[::2] == (404, b"")
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
+            client.sendall(b"POST /a/file HTTP/1.1\r\n\r\n")
+            assert b" 501 " in client.recv(1000)
+
+
+@pytest.mark.usefixtures("no_socket_left", "nothing_left")
+def test_a_client_that_leaves_a_slow_server_stops_nothing() -> None:
+    with SlowServer({"/a/file": DATA}, 1e3) as server:
+        client = socket.create_connection(("127.0.0.1", server.server_port), timeout=20)
+        client.sendall(b"GET /a/file HTTP/1.1\r\n\r\n")
+        assert client.recv(10) == b"HTTP/1.1 2"
+        client.close()
+    assert not [each for each in threading.enumerate() if "slow-server" in each.name]
+
+
+def test_a_link_is_shared() -> None:
+    link = Link(1e5)
+    began = time.monotonic()
+    threads = [threading.Thread(target=link.wait, args=(5_000,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert time.monotonic() - began >= 0.2

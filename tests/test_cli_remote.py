@@ -1,0 +1,389 @@
+"""The command line and adapters from elsewhere: `fetch`; `load` and `inspect` by id."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fault_server import Asked, Client, until
+from hub_stand_in import HubStandIn, sha256
+from safetensors.torch import save_file
+
+import split_files
+import tiny
+from command_line import ADAPTERS, adapter, base, on_a_terminal, output, query, read_until
+from common import Run
+from lorax_async.adapter import AdapterRef
+from lorax_async.cli import main
+from lorax_async.commands.fetching import AT_ONCE, Fetched, fetch_all, place_by
+from lorax_async.commands.measure import loads_of
+from lorax_async.commands.places import as_allow, as_place, settings_of
+from lorax_async.config import Allow, LoaderConfig
+from lorax_async.core.chunk_map import CHUNK_BYTES
+from lorax_async.errors import UsageError
+from lorax_async.ids.parsing import parsed
+from lorax_async.io.remote.elsewhere import elsewhere_of
+from lorax_async.io.remote.fetch import COMPARED_BYTES
+from served import NAMES, contents, etag, files_of, right, serving
+
+pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
+
+Capture = pytest.CaptureFixture[str]
+TOKEN = "hf_AbcDefGhi5ecre7"
+BEGINNING = 256 << 10
+"""What comes with the header."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.write(tmp_path / "adapter", rank=64)
+
+
+@pytest.fixture
+def fetch(tmp_path: Path) -> Callable[..., int]:
+    """Into a cache of the test's own."""
+    return lambda *arguments: main(["fetch", *arguments, "--cache-dir", str(tmp_path / "cache")])
+
+
+def at(hub: HubStandIn) -> list[str]:
+    """Options for a hub on loopback, whose large files lie at another port."""
+    return ["--hub-endpoint", hub.endpoint, "--allow", f"http://{hub.store_netloc}/"]
+
+
+def test_from_the_hub(
+    folder: Path, fetch: Callable[..., int], tmp_path: Path, capsys: Capture
+) -> None:
+    with HubStandIn() as hub:
+        commit = hub.put("org/name", contents(folder))
+        assert fetch("org/name", "--json", *at(hub)) == 0
+        (row,) = output(capsys)["adapters"]
+        begun = len(hub.asked)
+        assert fetch("org/name", "--json", *at(hub)) == 0
+        (again,) = output(capsys)["adapters"]
+        assert all(asked.method == "HEAD" for asked in hub.asked[begun:])
+    assert (row["id"], row["source"], row["state"]) == ("org/name", "hub", "fetched")
+    assert (row["version"], row["error"]) == (commit, None)
+    weights = contents(folder)["adapter_model.safetensors"]
+    assert row["digest"] == {"kind": "sha256", "value": sha256(weights)}
+    assert row["bytes"] == sum(map(len, contents(folder).values()))
+    assert row["seconds"] > 0
+    assert Path(row["place"]).parent == tmp_path / "cache" / "entries"
+    assert {name: (Path(row["place"]) / name).read_bytes() for name in NAMES} == contents(folder)
+    assert again["state"] == "here already"
+    assert [again[name] for name in ("place", "digest")] == [row["place"], row["digest"]]
+
+
+def test_some_come_and_one_fails(folder: Path, fetch: Callable[..., int], capsys: Capture) -> None:
+    with serving(files_of({"one": folder, "two": folder})) as server:
+        urls = [server.url(f"/{name}/") for name in ("one", "none", "two")]
+        assert fetch(urls[0], urls[0].removesuffix("/")) == 0
+        captured = capsys.readouterr()
+        assert fetch(*urls, "--json") == 1
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert len(lines) == 5, "one adapter by two spellings is one"
+    assert lines[0] == f"{urls[0]}: fetched"
+    assert lines[1].startswith("  from     http, version ")
+    assert lines[2] == f"  digest   transport {sha256(contents(folder)[NAMES[1]])}"
+    assert lines[3].startswith("  size     194.0 KiB in ")
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)["adapters"]
+    assert [row["state"] for row in rows] == ["here already", "failed", "fetched"]
+    assert rows[1]["error"]["type"] == "AdapterNotFoundError"
+    assert (rows[1]["place"], rows[1]["digest"]) == (None, None)
+    assert captured.err.startswith(f"AdapterNotFoundError: adapter '{urls[1]}'")
+
+
+def test_two_revisions_of_one_id_are_refused(fetch: Callable[..., int], capsys: Capture) -> None:
+    assert fetch("org/name@v1", "--revision", "v2") == 1
+    assert "give one" in capsys.readouterr().err
+    one, other = (as_place(f"org/name@{revision}") for revision in ("v1", "v2"))
+    with pytest.raises(UsageError, match="several revisions"):
+        loads_of([one, other])
+    assert [load.name for load in loads_of([one, one])] == ["org/name", "org/name"]
+
+
+def test_what_is_named_is_allowed_and_no_more(
+    folder: Path, fetch: Callable[..., int], capsys: Capture
+) -> None:
+    files = files_of({"one": folder})
+    with serving(files) as other, serving({}) as server:
+
+        def elsewhere(asked: Asked, client: Client) -> None:
+            client.head("302 Found", f"Location: {other.url(asked.target)}", "Content-Length: 0")
+
+        server.behave = elsewhere
+        url = server.url("/one/")
+        assert fetch(url) == 1
+        assert not other.asked
+        assert "AccessDeniedError: " in capsys.readouterr().err
+        assert fetch(url, "--allow", other.url("/two/")) == 1
+        assert not other.asked
+        assert fetch(url, "--allow", other.url("/one/")) == 0
+
+
+def test_into_the_standard_hub_cache(
+    folder: Path, fetch: Callable[..., int], hub_client: Path, capsys: Capture
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    with HubStandIn() as hub:
+        hub.put("org/name", contents(folder), "v1")
+        assert fetch("org/name@v1", "--hub-cache", "write", "--json", *at(hub)) == 0
+    (row,) = output(capsys)["adapters"]
+    place = snapshot_download(
+        "org/name", revision="v1", cache_dir=hub_client, local_files_only=True
+    )
+    assert row["place"] == place
+    assert (Path(place) / NAMES[1]).read_bytes() == contents(folder)[NAMES[1]]
+
+
+def test_the_token_is_that_of_the_environment(
+    folder: Path,
+    fetch: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    with HubStandIn() as hub:
+        commit = hub.put("org/name", contents(folder), private_token=TOKEN)
+        assert fetch("org/name", *at(hub)) == 1
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert fetch("org/name", "--revision", commit, *at(hub)) == 0
+    captured = capsys.readouterr()
+    assert TOKEN not in captured.out + captured.err
+    for path in (tmp_path / "cache").rglob("*"):
+        assert TOKEN not in path.name
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
+
+
+# -- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def large(folder: Path) -> Path:
+    """An adapter of several chunks."""
+    folder.mkdir()
+    (folder / NAMES[0]).write_text("{}")
+    values = torch.arange(5 * CHUNK_BYTES // 4, dtype=torch.int32).view(torch.float32)
+    save_file({"values": values}, folder / NAMES[1])
+    return folder
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_what_the_next_one_goes_on_with(tmp_path: Path, capsys: Capture) -> None:
+    files = files_of({"one": large(tmp_path / "adapter")})
+    weights = files[f"/one/{NAMES[1]}"]
+    cache = tmp_path / "cache"
+    with serving(files) as server:
+
+        def stalls(asked: Asked, client: Client) -> None:
+            """Three chunks come, and then no more."""
+            start, stop = asked.span or (0, 0)
+            if stop <= 3 * CHUNK_BYTES:
+                right(files)(asked, client)
+                return
+            client.part(start, stop, len(weights), f"ETag: {etag(weights)}")
+            client.stall()
+
+        server.behave = stalls
+        arguments = ["fetch", server.url("/one/"), "--cache-dir", str(cache)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lorax_async", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            until(lambda: landed(cache) >= 2, 60)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+        assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
+        assert not list((cache / "entries").iterdir())
+        assert main(["cache", "ls", "--json", "--dir", str(cache)]) == 0
+        (left,) = output(capsys)["entries"]
+        assert (left["state"], left["partial"]) == ("partial", True)
+
+        server.behave = right(files)
+        server.asked.clear()
+        assert main([*arguments, "--json"]) == 0
+    (row,) = output(capsys)["adapters"]
+    assert (Path(row["place"]) / NAMES[1]).read_bytes() == weights
+    later = [span[0] for span in server.spans if span is not None and span[0] > 0]
+    assert later
+    # Without a digest, the last of what is here comes once more, to be compared.
+    assert min(later) >= 2 * CHUNK_BYTES - COMPARED_BYTES, "what is here is not asked for again"
+
+
+def landed(cache: Path) -> int:
+    """Whole chunks that a partial download's maps tell of."""
+    maps = cache.glob("partials/*/adapter_model.safetensors.chunks")
+    return sum(bits.bit_count() for path in maps for bits in path.read_bytes()[-1:])
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_bars(tmp_path: Path, folder: Path) -> None:
+    with serving(files_of({"one": folder})) as server:
+        arguments = ["fetch", server.url("/one/"), "--cache-dir", str(tmp_path / "cache")]
+        process, terminal = on_a_terminal(arguments)
+        text = read_until(terminal).decode()
+        os.close(terminal)
+    assert process.wait(60) == 0
+    assert "━" in text
+    assert "fetched" in text
+
+
+# -- progress ------------------------------------------------------------------------------------
+
+
+def test_bytes_are_counted_as_they_land(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", rank=256)
+    files, gate = files_of({"one": folder}), threading.Event()
+    size = len(contents(folder)[NAMES[1]])
+    assert size > BEGINNING
+    seen: list[tuple[str, int, int | None]] = []
+
+    def show(_: int, row: Fetched) -> None:
+        seen.append((row.state, *row.landed))
+        if seen[-1] == ("fetching", BEGINNING, size):
+            gate.set()
+
+    with serving(files) as server:
+
+        def behave(asked: Asked, client: Client) -> None:
+            if asked.span is not None and asked.span[0] > 0:
+                assert gate.wait(30)
+            right(files)(asked, client)
+
+        server.behave = behave
+        fetched(run, tmp_path, [server.url("/one/")], server.port, show)
+    assert gate.is_set(), seen
+    assert seen[0] == ("waiting", 0, None)
+    assert seen[-1] == ("fetched", size, size)
+
+
+def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
+    names = [f"n{number}" for number in range(2 * AT_ONCE)]
+    folder = tiny.write(tmp_path / "a")
+    files, gate = files_of(dict.fromkeys(names, folder)), threading.Event()
+    states: dict[int, str] = {}
+    asking: list[int] = []
+
+    def show(number: int, row: Fetched) -> None:
+        """Nobody is answered before it has been seen twice who asks."""
+        states[number] = row.state
+        if number == len(names) - 1:
+            asking.append(list(states.values()).count("asking"))
+            if asking[-2:] == [max(asking)] * 2 and asking[-1]:
+                gate.set()
+
+    with serving(files) as server:
+
+        def behave(asked: Asked, client: Client) -> None:
+            assert gate.wait(30)
+            right(files)(asked, client)
+
+        server.behave = behave
+        urls = [server.url(f"/{name}/") for name in names]
+        rows = fetched(run, tmp_path, urls, server.port, show)
+    assert {row.state for row in rows} == {"fetched"}
+    assert len({row.place for row in rows}) == len(names)
+    assert max(asking) == AT_ONCE
+
+
+def fetched(run: Run, tmp_path: Path, urls: list[str], port: int, show: object) -> list[Fetched]:
+    assert callable(show)
+    config = LoaderConfig(cache_dir=tmp_path / "cache", allow=(Allow("http", "127.0.0.1", port),))
+    rows = [Fetched(parsed(AdapterRef(url))) for url in urls]
+    with elsewhere_of(config) as elsewhere:
+        run(fetch_all(elsewhere, rows, place_by(config), show))
+    return rows
+
+
+# -- load and inspect ---------------------------------------------------------------------------
+
+
+def test_load_takes_ids_and_folders(tmp_path: Path, capsys: Capture) -> None:
+    with serving(files_of({"one": ADAPTERS / "pirate"})) as server:
+        places = [server.url("/one/"), str(ADAPTERS / "json"), server.url("/none/")]
+        options = ["--base", base(tmp_path / "base"), "--cache-dir", str(tmp_path / "cache")]
+        assert main(["load", *places, *options, "--json"]) == 1
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)["adapters"]
+    assert [row["path"] for row in rows] == places
+    assert [row["state"] for row in rows] == ["resident", "resident", "failed"]
+    assert [row["name"] for row in rows] == [places[0], "json", places[2]]
+    assert rows[0]["layers"] == list(range(30))
+    assert 0 < rows[0]["first_layer_ms"] <= rows[0]["resident_ms"]
+    assert rows[2]["error"]["type"] == "AdapterNotFoundError"
+    assert len(list((tmp_path / "cache" / "entries").iterdir())) == 1
+
+
+def test_inspect_asks_for_the_beginning_alone(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(ADAPTERS / "pirate"), "--json"]) == 0
+    here = output(capsys)
+    with HubStandIn() as hub:
+        hub.put("org/name", contents(ADAPTERS / "pirate"))
+        options = ["--hub-endpoint", hub.endpoint, "--allow", f"http://{hub.store_netloc}/"]
+        assert main(["inspect", "org/name", "--json", *options]) == 0
+        there = output(capsys)
+        asked = [each.fields["range"] for each in hub.asked if each.at_store]
+    assert there == here | {"path": "org/name"}
+    assert asked == ["bytes=0-262143"]
+
+
+def test_inspect_of_several_files_and_of_faults(tmp_path: Path, capsys: Capture) -> None:
+    split = split_files.split(ADAPTERS / "json", tmp_path / "split")
+    refused = Path(adapter(tmp_path / "refused", query(0), use_bdlora={}))
+    there = files_of({"refused": refused})
+    there |= {f"/split/{file.name}": file.read_bytes() for file in split.iterdir()}
+    with serving(there) as server:
+        assert main(["inspect", server.url("/split/"), "--json"]) == 0
+        found = output(capsys)
+        assert main(["inspect", str(split), "--json"]) == 0
+        local = output(capsys)
+        assert found == local | {"path": server.url("/split/")}
+        assert main(["inspect", server.url("/refused/"), "--json"]) == 2
+        assert [each["error"] for each in output(capsys)["problems"]] == ["UnsupportedAdapterError"]
+        assert main(["inspect", server.url("/none/")]) == 1
+    assert capsys.readouterr().err.startswith("AdapterNotFoundError: ")
+
+
+def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert as_place("org/name") == AdapterRef(Path("org/name"))
+    assert as_place("org/other@v1") == parsed(AdapterRef("org/other@v1", use_token=True))
+    for text in ("name", "./org/other", "org/other/more", "/org/other"):
+        assert as_place(text) == AdapterRef(Path(text))
+    assert as_place("S3://bucket/a").id == "s3://bucket/a/"
+    with pytest.raises(argparse.ArgumentTypeError, match="password"):
+        as_place("https://me:secret@host.example/a")
+
+
+def test_what_is_named_is_what_is_allowed() -> None:
+    texts = {
+        "org/name": Allow("hub", prefix="org/name/"),
+        "org/name@refs/pr/1": Allow("hub", prefix="org/name/", pull_requests=True),
+        "s3://bucket/a": Allow("s3", "bucket", prefix="a/"),
+        "az://container/a/b": Allow("az", "container", prefix="a/b/"),
+        "https://host.example/a": Allow("https", "host.example", prefix="a/", private=True),
+        "http://localhost:8080/a": Allow("http", "localhost", 8080, "a/"),
+        "http://127.0.0.1/a": Allow("http", "127.0.0.1", prefix="a/"),
+        "http://[::1]:81/a": Allow("http", "::1", 81, "a/"),
+    }
+    more = as_allow("https://cdn.example")
+    arguments = argparse.Namespace(allow=[more], hub_endpoint=None, cache_dir="x", other=1)
+    settings = settings_of(arguments, [as_place(text) for text in [*texts, "."]])
+    assert settings == {"allow": (*texts.values(), more), "cache_dir": "x"}
+    assert more == Allow("https", "cdn.example", private=True)
