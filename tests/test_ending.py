@@ -1,31 +1,222 @@
-"""What close waits for, in whatever order things end."""
+"""What a loader belongs to, how it opens, and what its end waits for."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
-from common import our_threads, until
-from lorax_async import AdapterKey, AdapterLoader, AdapterRef, LoaderClosedError, LoaderConfig
+from common import Run, our_threads, until
+from lorax_async import (
+    AdapterHandle,
+    AdapterKey,
+    AdapterLoader,
+    AdapterRef,
+    CapacityError,
+    HandleClosedError,
+    LoaderClosedError,
+    LoaderConfig,
+    UsageError,
+)
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Row
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.ports import AdapterFile, CopyTicket, Demand, FilePieces, StagedPiece
-from lorax_async.runtime.digests import Digests
-from lorax_async.runtime.journal import Journal
-from lorax_async.runtime.resolver import Resolver
-from lorax_async.testing import FakeSource
+from lorax_async.io.ports import AdapterFile, CopyTicket, Demand, FilePieces, Hold, StagedPiece
+from lorax_async.testing import FakeHold, FakeSource
 from tiny_loaders import loader
-from tiny_sources import over
+from tiny_sources import over, stocked
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
+
+
+async def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third thread is refused; those before it end, and the loader may be entered later."""
+    start = threading.Thread.start
+    seen: list[str] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name.startswith("lorax-io"):
+            seen.append(thread.name)
+            if len(seen) == 3:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    there = loader(io_threads=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        with pytest.raises(CapacityError, match="lower io_threads"):
+            await there.__aenter__()
+    assert not our_threads()
+
+
+async def test_opening_does_not_hold_the_loop() -> None:
+    """Claiming memory takes a while; the loop must turn meanwhile, however slowly.
+
+    (That it also has the GIL meanwhile is a matter of time, and so of no test.)
+    """
+
+    async def _open_and_close() -> None:
+        async with loader(device_bytes=512 << 20, staging_bytes=256 << 20):
+            pass
+
+    turns = 0
+    opening = asyncio.create_task(_open_and_close())
+    while not opening.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    await opening
+    assert turns > 5, "opening ran on the loop"
+
+
+async def test_close_fails_waiters_and_revokes_leases(tmp_path: Path) -> None:
+    a, b = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", seed=1)
+    async with loader(max_slots=1) as there:
+        handle = await there.load(a)
+        waiting = asyncio.create_task(there.load(b))
+        await asyncio.sleep(0.01)
+        await there.close(timeout=0.05)
+        with pytest.raises(LoaderClosedError):
+            await waiting
+        with pytest.raises(HandleClosedError, match="loader was closed"):
+            _ = handle.modules
+        with pytest.raises(LoaderClosedError):
+            await there.load(a)
+        await there.close()
+
+
+async def test_close_waits_for_kernels_whatever_its_deadline(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    begun, may_end = threading.Event(), threading.Event()
+
+    def compute(handle: AdapterHandle) -> None:
+        with handle.use():
+            begun.set()
+            may_end.wait(10)
+
+    async with loader() as there:
+        handle = await there.load(folder)
+        computing = asyncio.create_task(asyncio.to_thread(compute, handle))
+        await asyncio.to_thread(begun.wait)
+        closing = asyncio.create_task(there.close(timeout=0.01))
+        await asyncio.sleep(0.05)
+        assert handle.released
+        assert not closing.done()
+        may_end.set()
+        await computing
+        await closing
+
+
+def _in_a_fork(use: Callable[[], object]) -> str:
+    """Name of the exception that `use` raises in a forked child."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        child = os.fork()
+    if child == 0:
+        try:
+            use()
+        except BaseException as error:
+            os.write(write, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as pipe:
+        return pipe.read()
+
+
+def test_it_belongs_to_one_loop_and_one_process(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def body() -> None:
+        there = loader()
+        with pytest.raises(UsageError, match="enter the loader first"):
+            await there.load(folder)
+        async with there:
+            loop = asyncio.get_running_loop()
+            with pytest.raises(UsageError, match="event loop that entered it"):
+                await asyncio.to_thread(lambda: asyncio.run(there.load(folder)))
+            handle = await asyncio.to_thread(
+                lambda: asyncio.run_coroutine_threadsafe(there.load(folder), loop).result()
+            )
+            handle.release()
+            with pytest.raises(UsageError, match="entered before"):
+                await there.__aenter__()
+            async with await there.load(folder) as held:
+                assert _in_a_fork(lambda: there.try_acquire(folder)) == "UsageError"
+                assert _in_a_fork(lambda: held.modules) == "UsageError"
+                assert _in_a_fork(held.release) == ""
+                assert not held.released
+
+    run(body())
+
+
+@pytest.mark.slow
+def test_a_program_ends_without_closing_its_loader(tmp_path: Path) -> None:
+    """No thread of ours keeps the interpreter, and it says what was forgotten."""
+    folder = tiny.write(tmp_path / "a")
+    program = f"""
+import asyncio, pathlib, tiny
+from lorax_async import AdapterLoader, LoaderConfig
+
+async def main():
+    loader = AdapterLoader(tiny.layout(), LoaderConfig(device_bytes=1 << 20))
+    await loader.__aenter__()
+    (await loader.load(pathlib.Path({str(folder)!r}))).release()
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", program],
+        cwd=Path(__file__).parent,
+        timeout=60,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "was never closed" in done.stderr
+
+
+async def test_nothing_can_be_asked_of_it_while_it_opens() -> None:
+    there = loader()
+    opening = asyncio.create_task(there.__aenter__())
+    await asyncio.sleep(0)
+    for ask in (there.residency, there.statistics, lambda: there.prefetch([])):
+        with pytest.raises(UsageError, match="enter the loader first"):
+            ask()
+    with pytest.raises(UsageError, match="enter the loader first"):
+        await there.close()
+    await opening
+    assert not there.residency()
+    await there.close()
+
+
+# -- what the end waits for ----------------------------------------------------------------------
+
+
+async def test_close_goes_on_when_its_caller_is_cancelled(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    there = loader()
+    await there.__aenter__()
+    handle = await there.load(folder)
+    closing = asyncio.create_task(there.close(timeout=5))
+    await asyncio.sleep(0.01)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    handle.release()
+    await there.close()
 
 
 class NotedDevice(GatedDevice):
@@ -48,8 +239,17 @@ class NotedDevice(GatedDevice):
         self.ended.append("device")
 
 
+async def break_off(closing: asyncio.Task[None]) -> None:
+    """Cancel what the loader does at its end, as a loop that is shut down does."""
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "lorax close"]
+    task.cancel()
+    await asyncio.sleep(0.03)
+
+
 async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(tmp_path: Path) -> None:
-    """As by a loop that is shut down: whoever copies still writes to the arena."""
+    """Whoever copies still writes to the arena."""
     folder, device = tiny.write(tmp_path / "a"), NotedDevice()
     config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
     there = AdapterLoader(tiny.layout(), config, device=device)
@@ -58,10 +258,7 @@ async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(tmp_
     loading = asyncio.create_task(there.load(folder))
     await until(lambda: device.copies == 1)
     closing = asyncio.create_task(there.close())
-    await asyncio.sleep(0.01)
-    assert there._closing is not None
-    there._closing.cancel()
-    await asyncio.sleep(0.03)
+    await break_off(closing)
     device.gate.set()
     ends = await asyncio.gather(loading, closing, return_exceptions=True)
     assert all(isinstance(end, BaseException) for end in ends)
@@ -70,56 +267,94 @@ async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(tmp_
 
 
 class DeafSource(FakeSource):
-    """Goes on opening, and does not look whether anybody still wants that."""
+    """One of its steps never ends by itself, and has something to undo when it is cancelled."""
 
-    asked, undone = False, 0
+    def __init__(self, step: str) -> None:
+        super().__init__(holdable=True)
+        self.step = step
+        self.asked, self.undone = False, 0
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        await self._never("resolve")
+        return await super().resolve(ref)
 
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
+        await self._never("open")
+        return await super().open(key, demand)
+
+    async def digest(self, key: AdapterKey) -> str:
+        await self._never("digest")
+        return await super().digest(key)
+
+    async def populate(self, key: AdapterKey) -> Hold:
+        await self._never("populate")
+        return await super().populate(key)
+
+    async def _never(self, step: str) -> None:
+        if step != self.step:
+            return
         self.asked = True
-        never: asyncio.Future[AdapterFile] = asyncio.get_running_loop().create_future()
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            return await never
+            await never
         finally:
             await asyncio.sleep(0.01)
             self.undone += 1
 
 
+@pytest.mark.parametrize("step", ["resolve", "digest", "populate"])
+async def test_what_a_source_undoes_is_waited_for(tmp_path: Path, step: str) -> None:
+    source = DeafSource(step)
+    source.put("a", *tiny.files(tiny.write(tmp_path / "a")))
+    there = over(source)
+    await there.__aenter__()
+    if step == "populate":
+        call: Any = there.prefetch("a", tier="host").task
+    else:
+        digest = "0" * 64 if step == "digest" else None
+        call = asyncio.create_task(there.load("a", digest=digest))
+    await until(lambda: source.asked)
+    await asyncio.wait_for(there.close(timeout=0), 10)
+    assert source.undone == 1
+    (end,) = await asyncio.gather(call, return_exceptions=True)
+    assert step == "populate" or isinstance(end, LoaderClosedError)
+
+
 async def test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off(tmp_path: Path) -> None:
-    source = DeafSource()
+    source = DeafSource("open")
     source.put("a", *tiny.files(tiny.write(tmp_path / "a")))
     there = over(source)
     await there.__aenter__()
     loading = asyncio.create_task(there.load("a"))
     await until(lambda: source.asked)
     closing = asyncio.create_task(there.close())
-    await asyncio.sleep(0.01)
-    assert there._closing is not None
-    there._closing.cancel()
+    await break_off(closing)
     await asyncio.gather(loading, closing, return_exceptions=True)
     assert source.undone == 1
 
 
-def _metadata(there: AdapterLoader, may_end: threading.Event) -> None:
-    there._machinery._metadata.submit(may_end.wait, 10)
-
-
-def _prefetch(there: AdapterLoader, may_end: threading.Event) -> None:
-    task = asyncio.create_task(asyncio.to_thread(may_end.wait, 10))
-    there._machinery._prefetching.add(task)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("begin", [_metadata, _prefetch])
-async def test_close_waits_for_what_still_runs(
-    begin: Callable[[AdapterLoader, threading.Event], None],
+@pytest.mark.parametrize("by", ["unload", "close"])
+async def test_closing_a_hold_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    there, may_end = loader(), threading.Event()
-    await there.__aenter__()
-    begin(there, may_end)
-    closing = asyncio.create_task(there.close())
-    await asyncio.sleep(0.05)
-    assert not closing.done()
-    may_end.set()
-    await closing
+    """It is unmapped in a thread, which takes a while."""
+    source, may_close = stocked(tmp_path, "a", holdable=True), threading.Event()
+    close = FakeHold.close
+
+    def slowly(hold: FakeHold) -> None:
+        may_close.wait(10)
+        close(hold)
+
+    async with over(source) as there:
+        await there.prefetch("a", tier="host")
+        monkeypatch.setattr(FakeHold, "close", slowly)
+        work = there.unload("a", timeout=20) if by == "unload" else there.close()
+        ending = asyncio.create_task(work)
+        await asyncio.sleep(0.02)
+        assert not ending.done()
+        may_close.set()
+        await ending
+        assert source.counts.open_holds == 0
 
 
 def test_not_even_the_thread_that_ended_the_others_is_left() -> None:
@@ -139,46 +374,3 @@ def test_not_even_the_thread_that_ended_the_others_is_left() -> None:
 
     with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(body())
-
-
-class NeverAnswers(FakeSource):
-    """It has something to undo when a question is stopped."""
-
-    asked, undone = False, 0
-
-    async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        await self._never()
-        raise AssertionError
-
-    async def digest(self, key: AdapterKey) -> str:
-        await self._never()
-        raise AssertionError
-
-    async def _never(self) -> None:
-        self.asked = True
-        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        try:
-            await never
-        finally:
-            await asyncio.sleep(0.01)
-            self.undone += 1
-
-
-@pytest.mark.parametrize("question", ["digest", "id"])
-async def test_questions_that_are_stopped_are_waited_for(question: str) -> None:
-    source = NeverAnswers()
-    if question == "id":
-        resolver = Resolver(source, Journal(), 60)
-        asked: Coroutine[Any, Any, object] = resolver.resolve(AdapterRef("a"))
-        stop = resolver.stop
-    else:
-        key = source.put("a", b"{}", b"")
-        digests = Digests(source, Journal(), lambda: None)
-        asked = digests.compare(AdapterRef("a", digest="0" * 64), key, None)
-        stop = digests.stop
-    asking = asyncio.create_task(asked)
-    await until(lambda: source.asked)
-    await stop()
-    assert source.undone == 1
-    with pytest.raises(LoaderClosedError):
-        await asking

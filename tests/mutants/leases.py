@@ -26,14 +26,8 @@ from mutants.mutation import (
     skipped,
 )
 
-TENANCY = "test_tenancy.py"
-LEASES = "test_leases.py"
-CLONE = "test_clone.py"
-STREAMING = "test_streaming.py"
-REENTRY = "test_reentry.py"
-OWNERSHIP = "test_ownership.py"
+HANDLES = "test_handles.py"
 ENDING = "test_ending.py"
-FILES = "test_files.py"
 DIGESTS = "test_digests.py"
 
 _tickets, _needed, _end = Tenancy.tickets, Tenancy._needed, Lease.end
@@ -101,40 +95,40 @@ async def _not_compared(self: Digests, ref: Any, key: Any, lease: Lease) -> None
 
 HOLDERS: Mutants = {
     "tenancy: a layer is ready once its own group is": mutant(
-        f"{TENANCY}::test_a_layer_is_ready_once_its_group_is",
+        f"{HANDLES}::test_layers_come_one_by_one",
         (Tenancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1)),
     ),
     "tenancy: a stream waits for the copies before a layer's": mutant(
-        f"{LEASES}::test_a_layer_comes_after_those_before_it",
+        f"{HANDLES}::test_a_stream_waits_for_the_layers_before_too",
         (Tenancy, "tickets", _own_tickets_only),
     ),
     "tenancy: a stream waits for all copies or is told to wait": mutant(
-        f"{CLONE}::test_a_kernel_behind_copies_sees_their_bytes",
+        f"{HANDLES}::test_a_kernel_behind_copies_sees_their_bytes",
         (Tenancy, "tickets", _known_tickets_only),
     ),
     "tenancy: a thread waits for its layer": mutant(
-        f"{TENANCY}::test_threads_wake_with_their_layer", (Tenancy, "wait", _without_waiting)
+        f"{HANDLES}::test_layers_come_one_by_one", (Tenancy, "wait", _without_waiting)
     ),
     "tenancy: a failure wakes all waiters": mutant(
-        f"{TENANCY}::test_a_failure_reaches_all_who_wait", (Tenancy, "fail", _failed_in_silence)
+        f"{HANDLES}::test_a_failure_reaches_all_who_wait", (Tenancy, "fail", _failed_in_silence)
     ),
     "tenancy: the end of a lease wakes its waiters": mutant(
-        f"{STREAMING}::test_a_release_ends_the_waits_of_others",
+        f"{HANDLES}::test_a_release_ends_the_waits_of_others",
         skipped(Tenancy, "wake_threads"),
         skipped(Tenancy, "wake_tasks"),
     ),
     "handle: weights are shown once their layer is here": mutant(
-        f"{STREAMING}::test_layers_come_one_by_one", skipped(Tenancy, "is_ready", True)
+        f"{HANDLES}::test_layers_come_one_by_one", skipped(Tenancy, "is_ready", True)
     ),
     "handle: a use ends when the device has computed": mutant(
-        f"{CLONE}::test_a_slot_is_kept_until_the_device_has_computed",
+        f"{HANDLES}::test_a_slot_is_kept_until_the_device_has_computed",
         (AdapterHandle, "_end_use", _use_ends_at_once),
     ),
     "lease: a kernel outlives its lease": mutant(
-        f"{TENANCY}::test_a_kernel_outlives_its_lease", (Lease, "end", _ended_unused)
+        f"{HANDLES}::test_a_kernel_outlives_its_lease", (Lease, "end", _ended_unused)
     ),
     "lease: no use begins while it ends": mutant(
-        f"{LEASES}::test_an_end_while_a_use_begins_is_told_of_it",
+        f"{HANDLES}::test_a_lease_that_ends_while_a_use_begins_keeps_the_slot",
         seen_by(tenancy, "threading", Lock=NoLock),
     ),
     "lease: nothing is verified while a digest is compared": mutant(
@@ -149,15 +143,15 @@ HOLDERS: Mutants = {
         "test_unload.py::test_a_kernel_is_waited_for", (Interest, "unload", _not_waited_for)
     ),
     "driver: ends of leases in threads are decided on the loop": mutant(
-        f"{REENTRY}::test_ends_in_threads_are_the_loops_to_decide_on",
+        f"{HANDLES}::test_ends_in_threads_are_the_loops_to_decide_on",
         (Driver, "_on_loop", _told_at_once),
     ),
     "driver: a finalizer decides nothing by itself": mutant(
-        f"{REENTRY}::test_a_handle_that_is_forgotten_in_the_midst_of_a_decision",
+        f"{HANDLES}::test_a_lease_that_ends_in_the_midst_of_a_decision_ends_after_it",
         (Driver, "_lease_ended", _ended_at_once),
     ),
     "driver: what a subscriber causes comes after": mutant(
-        f"{REENTRY}::test_what_a_subscriber_causes_comes_after",
+        f"{HANDLES}::test_what_a_subscriber_causes_comes_after",
         (Driver, "_obey", _obeyed_at_once),
     ),
     "actions: a reader stays open while it is copied from": mutant(
@@ -171,7 +165,7 @@ HOLDERS: Mutants = {
 
 FETCHES_AND_END: Mutants = {
     "files: closing a hold is waited for": mutant(
-        f"{FILES}::test_closing_a_hold_is_waited_for", (Files, "_close_hold", _hold_closed_later)
+        f"{ENDING}::test_closing_a_hold_is_waited_for", (Files, "_close_hold", _hold_closed_later)
     ),
     "digests: a load waits for the comparison": mutant(
         f"{DIGESTS}::test_other_weights_are_refused_for_who_gave_it",
@@ -182,10 +176,10 @@ FETCHES_AND_END: Mutants = {
         seen_by(resolver, "asyncio", shield=same),
     ),
     "close: leases have their time": mutant(
-        f"{OWNERSHIP}::test_close_fails_waiters_and_revokes_leases", skipped(Driver, "_vacate")
+        f"{ENDING}::test_close_fails_waiters_and_revokes_leases", skipped(Driver, "_vacate")
     ),
     "close: kernels are waited for": mutant(
-        f"{OWNERSHIP}::test_close_waits_for_kernels_whatever_its_deadline",
+        f"{ENDING}::test_close_waits_for_kernels_whatever_its_deadline",
         skipped(Driver, "_at_rest"),
     ),
     "close: fetches have ended": mutant(
@@ -197,7 +191,7 @@ FETCHES_AND_END: Mutants = {
         skipped(Driver, "join"),
     ),
     "close: it goes on without its caller": mutant(
-        f"{OWNERSHIP}::test_close_goes_on_when_its_caller_is_cancelled",
+        f"{ENDING}::test_close_goes_on_when_its_caller_is_cancelled",
         seen_by(loader, "asyncio", shield=same),
     ),
 }

@@ -1,0 +1,545 @@
+"""Handles: layers that come one by one, computing beside copies, clones, and how leases end."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from common import Run, until
+from lorax_async import (
+    AdapterHandle,
+    AdapterInUseError,
+    AdapterLoader,
+    AdapterTimeoutError,
+    Event,
+    FetchError,
+    HandleClosedError,
+    LayerReady,
+    LoaderConfig,
+    Resident,
+    UsageError,
+)
+from lorax_async.core.arena import Arena, Extent
+from lorax_async.io.devices.gated import POISON, GatedDevice
+from lorax_async.io.ports import FilePieces
+from tiny_loaders import ONE, gated, loader
+from tiny_sources import WEIGHTS, over, simulated, state, stocked, where
+
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
+
+MODULE = f"model.layers.{tiny.LAYERS - 1}.mlp.up_proj"
+
+
+def weights_of(folder: Path) -> torch.Tensor:
+    return load_file(folder / WEIGHTS)[f"base_model.model.{MODULE}.lora_B.weight"]
+
+
+# -- layers ---------------------------------------------------------------------------------------
+
+
+async def test_layers_come_one_by_one(tmp_path: Path) -> None:
+    """Tasks and threads wake with their layer; layers without tensors are ready at once."""
+    source = stocked(tmp_path, "a")
+    weights = {n: t for n, t in tiny.tensors(0).items() if ".layers.1." not in n}
+    save_file(weights, tmp_path / "a" / WEIGHTS)
+    source.put("a", *tiny.files(tmp_path / "a"))
+    source.hold("a")
+    async with over(source) as there, there.stream("a", timeout=20) as handle:
+        assert not handle.resident
+        assert [handle.is_ready(layer) for layer in range(-1, 5)] == [True, 0, True, 0, 0, True]
+        with pytest.raises(UsageError, match="layer 0 is not here yet"):
+            handle.modules["model.layers.0.mlp.up_proj"]
+        for layer in (-2, 5):
+            with pytest.raises(UsageError, match="outside -1 … 4"):
+                await handle.layer_ready(layer)
+            with pytest.raises(UsageError, match="outside -1 … 4"):
+                handle.is_ready(layer)
+        with pytest.raises(UsageError, match="would hold the event loop"):
+            handle.wait_layer(0)
+        with pytest.raises(AdapterTimeoutError, match="layer 0"):
+            await handle.layer_ready(0, timeout=0.01)
+        with pytest.raises(AdapterTimeoutError, match="layer 0"):
+            await asyncio.to_thread(handle.wait_layer, 0, 0.01)
+        waits = {layer: asyncio.create_task(handle.layer_ready(layer)) for layer in (0, 2, 3)}
+        waits |= {
+            10 + layer: asyncio.create_task(asyncio.to_thread(handle.wait_layer, layer, 30))
+            for layer in (0, 2, 3)
+        }
+        left = asyncio.create_task(handle.layer_ready(0))
+        await asyncio.sleep(0.01)
+        left.cancel()
+        for group, layer in enumerate((0, 2, 3)):
+            assert not any(waits[due].done() for due in (layer, 10 + layer))
+            source.allow("a", group)
+            await asyncio.gather(waits[layer], waits[10 + layer])
+            assert [handle.is_ready(n) for n in (0, 2, 3)] == [n <= layer for n in (0, 2, 3)]
+        assert handle.resident
+        assert handle.layers == (0, 2, 3)
+        assert left.cancelled()
+        tiny.assert_equal_to_file(handle, tmp_path / "a")
+
+
+async def test_later_layers_are_still_poison_when_the_first_is_right(tmp_path: Path) -> None:
+    source, layout = stocked(tmp_path, "a"), tiny.layout()
+    device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=4)
+    source.hold("a")
+    source.allow("a", 0)
+    config = LoaderConfig(device_bytes=1 << 20, max_slots=4)
+    there = AdapterLoader(layout, config, source=source, device=device)
+    async with there, there.stream("a", timeout=10) as handle:
+        await handle.layer_ready(0)
+        module = handle.modules["model.layers.0.self_attn.q_proj"]
+        name = "base_model.model.model.layers.0.self_attn.q_proj"
+        saved = load_file(tmp_path / "a" / WEIGHTS)
+        assert torch.equal(module.a, saved[f"{name}.lora_A.weight"])
+        assert torch.equal(module.b, saved[f"{name}.lora_B.weight"])
+        assert not handle.is_ready(1)
+        arena = device.host_view(Extent(0, 1 << 20))
+        assert int((arena != POISON).sum()) <= ONE // tiny.LAYERS
+        source.allow("a", 1, 2, 3)
+        await handle.layer_ready(3)
+        tiny.assert_equal_to_file(handle, tmp_path / "a")
+
+
+@pytest.mark.parametrize("verb", ["load", "stream"])
+async def test_a_stream_reads_layers_in_order_and_a_load_in_the_files(
+    tmp_path: Path, verb: str
+) -> None:
+    """Sorted by name a file has layer 10 before layer 2."""
+    folder, layout = tiny.write(tmp_path / "a", layers=12), tiny.layout(layers=12)
+    device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=1)
+    offsets, plain_copy = list[int](), device.copy
+
+    def noting(pieces: FilePieces, *rest: Any) -> Any:
+        offsets.append(pieces.reads[0].file_offset)
+        return plain_copy(pieces, *rest)
+
+    device.copy = noting  # type: ignore[assignment, method-assign]
+    config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
+    async with AdapterLoader(layout, config, device=device) as there:
+        if verb == "load":
+            (await there.load(folder)).release()
+            assert offsets == sorted(offsets)
+        else:
+            async with there.stream(folder) as handle:
+                await handle.layer_ready(11)
+            in_layer_order = [0, 1, *range(4, 12), 2, 3]
+            assert [sorted(offsets).index(o) for o in offsets] == in_layer_order
+
+
+async def test_a_later_caller_hears_of_the_layers_that_came_before(tmp_path: Path) -> None:
+    """While many copies are under way the loop is not woken for each; a caller is told all."""
+    folder, may_go_on = tiny.write(tmp_path / "a", layers=12), threading.Event()
+    layout = tiny.layout(layers=12)
+    device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=1)
+    begun, ended, plain_copy = count(), list[Any](), device.copy
+
+    def copied(*what: Any) -> Any:
+        if next(begun) >= 2:
+            may_go_on.wait(20)
+        ended.append(plain_copy(*what))
+        return ended[-1]
+
+    device.copy = copied  # type: ignore[assignment, method-assign]
+    config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
+    async with AdapterLoader(layout, config, device=device) as there:
+        loading = asyncio.create_task(there.load(folder))
+        await until(lambda: len(ended) == 2)
+        await asyncio.sleep(0.02)
+        assert there.statistics().bytes_moved == 0
+        async with there.stream(folder) as handle:
+            try:
+                await handle.layer_ready(1, timeout=5)
+                assert len(ended) == 2
+            finally:
+                may_go_on.set()
+        (await loading).release()
+
+
+async def both_wait(handle: AdapterHandle) -> list[asyncio.Task[None]]:
+    """A task and a thread that wait for the last layer."""
+    waits = [
+        asyncio.create_task(handle.layer_ready(3, timeout=30)),
+        asyncio.create_task(asyncio.to_thread(handle.wait_layer, 3, 15)),
+    ]
+    await asyncio.sleep(0.02)
+    assert not any(wait.done() for wait in waits)
+    return waits
+
+
+async def test_a_failure_reaches_all_who_wait(tmp_path: Path) -> None:
+    """Each gets a copy of its own, with its id and the cause; the handle is of no use any more."""
+    source, error = stocked(tmp_path, "a"), FetchError("torn")
+    error.__cause__ = cause = OSError("no such disk")
+    source.hold("a")
+    source.allow("a", 0)
+    async with over(source) as there:
+        async with there.stream("a", timeout=10) as handle:
+            await handle.layer_ready(0)
+            waits = await both_wait(handle)
+            source.fail("bring", error, at=3)
+            source.allow("a")
+            ends = await asyncio.gather(*waits, return_exceptions=True)
+            assert len({id(error), *map(id, ends)}) == 3
+            for end in ends:
+                assert isinstance(end, FetchError)
+                assert (end.id, end.key, end.__cause__) == ("a", handle.key, cause)
+            for use in (handle.clone, lambda: handle.queue_behind(3), handle.use().__enter__):
+                with pytest.raises(FetchError):
+                    use()
+        assert there.statistics().failures == 1
+        with pytest.raises(HandleClosedError, match="released"):
+            await handle.layer_ready(3)
+        await until(lambda: state(there, "a") == "nowhere")
+
+
+async def test_a_release_ends_the_waits_of_others(tmp_path: Path) -> None:
+    """Of that handle; a clone's go on."""
+    folder = tiny.write(tmp_path / "a")
+    there, device = gated()
+    async with there:
+        device.gate.clear()
+        async with there.stream(folder) as handle, handle.clone() as clone:
+            waits = await both_wait(handle)
+            other = asyncio.create_task(clone.layer_ready(3, timeout=30))
+            handle.release()
+            ended, _ = await asyncio.wait(waits, timeout=10)
+            assert len(ended) == 2
+            for wait in waits:
+                with pytest.raises(HandleClosedError):
+                    await wait
+            assert not other.done()
+            assert not clone.resident
+            device.gate.set()
+            await other
+            tiny.assert_equal_to_file(clone, folder)
+
+
+# -- computing beside copies ----------------------------------------------------------------------
+
+
+async def test_behind_copies_on_a_device_that_computes_at_once(tmp_path: Path) -> None:
+    """Nothing has been asked for while a copy waits in its thread; then all has happened."""
+    folder = tiny.write(tmp_path / "a")
+    there, device = gated()
+    async with there:
+        device.gate.clear()
+        async with there.stream(folder) as handle:
+            assert not handle.queue_behind(0)
+            assert not handle.queue_behind(3)
+            assert handle.queue_behind(-1), "a layer without tensors has nothing to wait for"
+            with pytest.raises(UsageError, match="outside"):
+                handle.queue_behind(tiny.LAYERS + 1)
+            device.gate.set()
+            await handle.layer_ready(3)
+            assert handle.queue_behind(3)
+            assert await asyncio.to_thread(handle.queue_behind, 3)
+        with pytest.raises(HandleClosedError):
+            handle.queue_behind(3)
+
+
+async def test_a_kernel_behind_copies_sees_their_bytes(tmp_path: Path) -> None:
+    """It is put on its stream before they have run; the device orders the two."""
+    source = stocked(tmp_path, "a", rank=8)
+    seen: list[torch.Tensor] = []
+    async with over(source, device="simulated") as there:
+        device = simulated(there)
+        row, streams = there.layout.index(MODULE), (None, device.stream("another"))
+        source.hold("a")
+        async with there.stream("a") as handle:
+            assert not handle.queue_behind(0), "no copy has been asked for"
+            device.gate.clear()
+            source.allow("a")
+            await until(lambda: handle.queue_behind(3))
+
+            def kernel() -> None:
+                operands = device.operands(row, handle.slot.index)
+                seen.append(operands[1].clone() if operands else torch.empty(0))
+
+            for stream in streams:
+                assert handle.queue_behind(3, stream)
+                (stream or device.compute).run(kernel)
+            assert not seen
+            assert not handle.is_ready(0)
+            device.gate.set()
+            await until(lambda: len(seen) == 2)
+            with pytest.raises(UsageError, match="another device"):  # noqa: SIM117
+                with handle.use(object()):
+                    pass
+    for tensor in seen:
+        assert torch.equal(tensor, weights_of(tmp_path / "a"))
+
+
+async def test_a_stream_waits_for_the_layers_before_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever order the device's copies have."""
+    source = stocked(tmp_path, "a", rank=8)
+    async with over(source, device="simulated") as there:
+        device, waited = simulated(there), list[object]()
+        monkeypatch.setattr(device, "wait_for", lambda ticket, _: waited.append(ticket))
+        device.gate.clear()
+        async with there.stream("a") as handle:
+            await until(lambda: handle.queue_behind(3))
+            assert len(set(waited)) == 4
+            assert handle.queue_behind(1)
+            assert waited[4:] == waited[:2]
+            device.gate.set()
+            await handle.layer_ready(3)
+
+
+@pytest.mark.parametrize("release", ["inside", "after"])
+async def test_a_slot_is_kept_until_the_device_has_computed(tmp_path: Path, release: str) -> None:
+    source = stocked(tmp_path, "a", "b")
+    go, seen = threading.Event(), list[torch.Tensor]()
+    async with over(source, device="simulated", max_slots=1) as there:
+        device = simulated(there)
+        row = there.layout.index(MODULE)
+        handle = await there.load("a")
+
+        def kernel() -> None:
+            go.wait(20)
+            operands = device.operands(row, 0)
+            seen.append(operands[1][:, :4].clone() if operands else torch.empty(0))
+
+        with handle.use():
+            device.compute.run(kernel)
+            if release == "inside":
+                handle.release()
+        handle.release()
+        waiting = asyncio.create_task(there.load("b"))
+        with pytest.raises(AdapterTimeoutError):
+            await there.load("b", timeout=0.05)
+        assert state(there, "a") == "leaving"
+        go.set()
+        async with await waiting as other:
+            assert torch.equal(seen[0], weights_of(tmp_path / "a"))
+            tiny.assert_equal_to_file(other, tmp_path / "b")
+
+
+async def test_a_kernel_outlives_its_lease(tmp_path: Path) -> None:
+    """The last of two gives the slot back; a later one cannot begin."""
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, max_slots=1) as there:
+        handle = await there.load("a")
+        with handle.use():
+            with handle.use():
+                handle.release()
+            with pytest.raises(HandleClosedError):
+                handle.use().__enter__()
+            with pytest.raises(AdapterTimeoutError):
+                await there.load("b", timeout=0.05)
+        (await there.load("b")).release()
+
+
+async def test_a_lease_that_ends_while_a_use_begins_keeps_the_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the slot would be given away while the use goes on."""
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, max_slots=1) as there:
+        handle, getpid = await there.load("a"), os.getpid
+        ending = threading.Thread(target=handle.release)
+
+        def release_meanwhile() -> int:
+            """A use asks for the process while it begins, with its lock held."""
+            monkeypatch.undo()
+            ending.start()
+            ending.join(0.05)
+            return getpid()
+
+        monkeypatch.setattr(os, "getpid", release_meanwhile)
+        with handle.use():
+            ending.join(10)
+            assert handle.released
+            with pytest.raises(AdapterTimeoutError):
+                await there.load("b", timeout=0.05)
+        (await there.load("b")).release()
+
+
+async def test_uses_and_ends_in_many_threads_balance(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+
+    def use(handle: AdapterHandle) -> None:
+        try:
+            with handle.use():
+                pass
+        except HandleClosedError:
+            return
+
+    async with over(source) as there:
+        first = await there.load("a")
+        handles = [first.clone() for _ in range(200)]
+        with ThreadPoolExecutor(4) as threads:
+            for handle in handles:
+                for work in (use, AdapterHandle.release, use, AdapterHandle.release):
+                    threads.submit(work, handle)
+        await until(lambda: where(there, "a").leases == 1)
+        first.release()
+        await there.unload("a", timeout=1)
+
+
+# -- clones ---------------------------------------------------------------------------------------
+
+
+async def test_a_clone_is_a_lease_of_its_own(tmp_path: Path) -> None:
+    """It names who took it, and can be had while the adapter leaves, which it does after both."""
+    source = stocked(tmp_path, "a", "b")
+
+    async def cloned(handle: AdapterHandle) -> AdapterHandle:
+        return handle.clone()
+
+    async with over(source, max_slots=1) as there:
+        handle = await asyncio.create_task(there.load("a"), name="prefill")
+        clone = await asyncio.create_task(cloned(handle), name="decode")
+        assert (clone.id, clone.key, clone.slot) == ("a", handle.key, handle.slot)
+        for held, by in ((2, "decode, prefill"), (1, "decode")):
+            assert where(there, "a").leases == held
+            with pytest.raises(AdapterInUseError, match=f": {held}, by {by};"):
+                await there.unload("a", timeout=0)
+            handle.release()
+        with pytest.raises(HandleClosedError):
+            handle.clone()
+        unloading = asyncio.create_task(there.unload("a"))
+        await until(lambda: state(there, "a") == "leaving")
+        twin = clone.clone()
+        clone.release()
+        await asyncio.sleep(0)
+        assert not unloading.done()
+        tiny.assert_equal_to_file(twin, tmp_path / "a")
+        twin.release()
+        twin.release()
+        await unloading
+
+
+def test_a_handle_is_cloned_and_awaited_only_on_its_loop(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+
+    async def call(clone: Callable[[], AdapterHandle]) -> AdapterHandle:
+        return clone()
+
+    async def body() -> None:
+        async with loader(timeout=20) as there, await there.load(folder) as handle:
+            for elsewhere in (handle.clone, lambda: asyncio.run(call(handle.clone))):
+                with pytest.raises(UsageError, match="event loop of its loader"):
+                    await asyncio.to_thread(elsewhere)
+            with pytest.raises(UsageError, match="awaited on the event loop"):
+                await asyncio.to_thread(lambda: asyncio.run(handle.layer_ready(0)))
+            assert where(there, folder).leases == 1
+
+    run(body())
+
+
+# -- how leases end -------------------------------------------------------------------------------
+
+
+async def test_a_released_handle_shows_nothing_and_none_can_be_copied(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    async with loader() as there:
+        handle = await there.load(folder)
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(UsageError, match="cannot be copied"):
+                copied(handle)
+        modules = handle.modules
+        await asyncio.to_thread(handle.release)
+        handle.release()
+        assert handle.released
+        for use in (lambda: handle.modules, lambda: modules[MODULE], handle.use().__enter__):
+            with pytest.raises(HandleClosedError):
+                use()
+        with pytest.raises(HandleClosedError):
+            await handle.layer_ready(0)
+
+
+async def test_ends_in_threads_are_the_loops_to_decide_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, deciding = stocked(tmp_path, "a"), list[int]()
+    async with over(source) as there:
+        handle, clear = await there.load("a"), there.device.clear_column
+
+        def cleared(slot: int) -> None:
+            deciding.append(threading.get_ident())
+            clear(slot)
+
+        def use_and_release() -> None:
+            with handle.use():
+                handle.release()
+
+        monkeypatch.setattr(there.device, "clear_column", cleared)
+        unloading = asyncio.create_task(there.unload("a"))
+        await until(lambda: state(there, "a") == "leaving")
+        await asyncio.to_thread(use_and_release)
+        await unloading
+        assert deciding == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("how", ["forgotten", "released"])
+async def test_a_lease_that_ends_in_the_midst_of_a_decision_ends_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Garbage is collected anywhere, and a finalizer may release: while a slot is claimed, say."""
+    source, held, leases = stocked(tmp_path, "a", "b"), list[AdapterHandle](), list[int]()
+    async with over(source) as there:
+        held.append(await there.load("a"))
+        allocate = Arena.allocate
+
+        def disturbed(arena: Arena, sizes: Any) -> Any:
+            if held and how == "released":
+                held[0].release()
+            held.clear()
+            leases.append(where(there, "a").leases)
+            return allocate(arena, sizes)
+
+        monkeypatch.setattr(Arena, "allocate", disturbed)
+        if how == "forgotten":
+            with pytest.warns(ResourceWarning, match="never released"):
+                (await there.load("b")).release()
+        else:
+            (await there.load("b")).release()
+        await until(lambda: where(there, "a").leases == 0)
+        assert leases[0] == 1
+
+
+async def test_what_a_subscriber_causes_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it unpins makes room for another, but not before all is told that was decided."""
+    source, told = stocked(tmp_path, "a", "b", "c"), list[str]()
+    async with over(source, max_slots=2) as there:
+        await there.pin("a")
+        clear = there.device.clear_column
+
+        def cleared(slot: int) -> None:
+            told.append("cleared")
+            clear(slot)
+
+        def hear(event: Event) -> None:
+            if isinstance(event, LayerReady) and event.layer == 3 and not told:
+                told.append("last layer")
+                assert there.unpin("a")
+            if isinstance(event, Resident) and event.key.location == "memory:b":
+                told.append("resident")
+
+        monkeypatch.setattr(there.device, "clear_column", cleared)
+        source.hold("b")
+        async with there.stream("b"):
+            waiting = asyncio.create_task(there.load("c"))
+            await until(lambda: state(there, "c") == "present")
+            there.subscribe(hear)
+            source.allow("b")
+            (await waiting).release()
+            assert told[:3] == ["last layer", "resident", "cleared"]
