@@ -9,13 +9,24 @@ import pytest
 
 import tiny
 from common import until
-from lorax_async import CapacityError, IntegrityError, LocalRoot
+from lorax_async import (
+    AdapterLoader,
+    CapacityError,
+    FetchError,
+    IntegrityError,
+    LocalRoot,
+    TransferError,
+)
 from lorax_async.io import mapped
+from lorax_async.testing import FakeSource
 from page_looks import cached_pages, drop_pages, map_sizes, may_lock, pages
-from tiny_loaders import loader
-from tiny_sources import WEIGHTS, is_at, over, state, stocked, where
+from tiny_loaders import ONE, loader
+from tiny_sources import WEIGHTS, is_at, over, simulated, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
+
+PADDED = 2 * ONE
+"""Rank 4 as rank 8, the least on the simulated device."""
 
 
 def bytes_from_disk() -> int:
@@ -39,6 +50,11 @@ async def test_what_was_prefetched_to_the_host_is_read_without_a_disk(tmp_path: 
         found = where(there, folder)
         assert (found.tier, found.state, found.host_bytes) == ("disk", "present", 0)
         dropped(folder)
+        before = bytes_from_disk()
+        (await there.load(folder)).release()
+        assert bytes_from_disk() - before >= weights.stat().st_size // 2, "as it should be told"
+        await there.unload(folder)
+        dropped(folder)
         await there.prefetch(folder, tier="host")
         assert cached_pages(weights) == pages(weights.stat().st_size)
         found = where(there, folder)
@@ -55,17 +71,6 @@ async def test_what_was_prefetched_to_the_host_is_read_without_a_disk(tmp_path: 
         await there.unload(folder)
         assert not map_sizes(weights)
         dropped(folder)
-
-
-async def test_what_was_loaded_from_dropped_pages_does_touch_the_disk(tmp_path: Path) -> None:
-    """Else the test above could not fail."""
-    folder = tiny.write(tmp_path / "a", rank=64)
-    async with loader() as there:
-        await there.prefetch(folder, tier="disk")
-        dropped(folder)
-        before = bytes_from_disk()
-        (await there.load(folder)).release()
-        assert bytes_from_disk() - before >= (folder / WEIGHTS).stat().st_size // 2
 
 
 async def test_what_may_change_is_read_ahead_each_time(tmp_path: Path) -> None:
@@ -153,16 +158,8 @@ async def test_a_file_that_changed_is_found_when_it_is_held(tmp_path: Path) -> N
         assert is_at(there, "a", "host")
 
 
-async def test_what_was_read_ahead_keeps_nothing_open(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    async with over(source) as there:
-        for times in (1, 2):
-            await there.prefetch("a", tier="host")
-            assert (source.counts.populates, source.counts.open_holds) == (times, 0)
-    assert source.counts.open_holds == 0
-
-
 async def test_unloading_what_was_read_ahead_beside_one_who_wants_room(tmp_path: Path) -> None:
+    """It keeps nothing open."""
     source = stocked(tmp_path, "a", "b", holdable=True)
     nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
     async with over(source, host_bytes=nbytes) as there:
@@ -171,6 +168,7 @@ async def test_unloading_what_was_read_ahead_beside_one_who_wants_room(tmp_path:
         source.holdable = False
         source.put("ahead", *tiny.files(tmp_path / "a"))
         await there.prefetch("ahead", tier="host")
+        assert (source.counts.populates, source.counts.open_holds) == (2, 1)
         source.holdable = True
         key = next(key for key in there.residency() if key.location == "memory:b")
         hint = there.prefetch(key, tier="host")
@@ -178,3 +176,83 @@ async def test_unloading_what_was_read_ahead_beside_one_who_wants_room(tmp_path:
         await hint
         assert is_at(there, "b", "host")
         assert where(there, "a").host_bytes == 0
+
+
+# -- page-locked images ---------------------------------------------------------------------------
+
+
+async def read_for(loader: AdapterLoader, source: FakeSource, base: Path, name: str) -> int:
+    """Bytes of its file that loading it takes."""
+    before = source.counts.bytes_read
+    async with await loader.load(name) as handle:
+        tiny.assert_equal_to_file(handle, base / name)
+    return source.counts.bytes_read - before
+
+
+async def test_a_reload_reads_no_byte_of_the_file(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    settings = {"device": "simulated", "max_slots": 1, "pinned_bytes": 1 << 20}
+    async with over(source, **settings) as there:
+        assert await read_for(there, source, tmp_path, "a") == ONE
+        assert where(there, "a").pinned_bytes == PADDED
+        assert await read_for(there, source, tmp_path, "b") == ONE
+        found = where(there, "a")
+        assert (found.tier, found.device_bytes, found.pinned_bytes) == ("host", 0, PADDED)
+        assert (found.host_bytes, found.locked) == (0, True)
+        await there.prefetch("a", tier="host")
+        assert source.counts.populates == 0, "it is there already"
+        for name in "abab":
+            assert await read_for(there, source, tmp_path, name) == 0
+        assert there.statistics().bytes_moved == 6 * PADDED
+
+
+async def test_their_budget_is_kept_and_the_coldest_goes(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c")
+    settings = {"device": "simulated", "max_slots": 1, "pinned_bytes": 2 * PADDED}
+    async with over(source, **settings) as there:
+        read = []
+        for name in "abcbcab":
+            read.append(await read_for(there, source, tmp_path, name))
+            assert there.usage().pinned_bytes.used <= 2 * PADDED
+        # c takes the image of a, b and c come back warm, a takes that of b, b that of c
+        assert read == [ONE, ONE, ONE, 0, 0, ONE, ONE]
+        assert there.usage().pinned_bytes.used == 2 * PADDED
+
+
+async def test_half_an_image_is_completed_from_the_file(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source, device="simulated", pinned_bytes=1 << 20, io_threads=1) as there:
+        simulated(there).failing = {2}
+        with pytest.raises(TransferError):
+            await there.load("a")
+        await until(lambda: state(there, "a") == "present")
+        assert where(there, "a").tier == "disk"
+        assert await read_for(there, source, tmp_path, "a") == ONE // tiny.LAYERS
+        assert simulated(there).copies == 2 * tiny.LAYERS
+
+
+async def test_no_image_outlives_the_file_that_was_lost(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source, device="simulated", pinned_bytes=1 << 20, io_threads=1) as there:
+        _, weights = tiny.files(tmp_path / "a")
+        source.fail("read", FetchError("torn"), at=len(weights) - 1)
+        with pytest.raises(FetchError, match="torn"):
+            await there.load("a")
+        await until(lambda: not there.residency())
+        assert await read_for(there, source, tmp_path, "a") == ONE
+        assert source.counts.opens == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "pinned_bytes"), [("cpu", 1 << 20), ("simulated", 0), ("simulated", PADDED - 64)]
+)
+async def test_there_is_no_image_without_room_or_need(
+    tmp_path: Path, device: str, pinned_bytes: int
+) -> None:
+    """Nor on a device whose arena is host memory itself."""
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, device=device, max_slots=1, pinned_bytes=pinned_bytes) as there:
+        for name in "aba":
+            assert await read_for(there, source, tmp_path, name) == ONE
+        assert there.usage().pinned_bytes.used == 0
+        assert is_at(there, "b", "disk")

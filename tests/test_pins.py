@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,13 @@ from lorax_async import (
     CapacityError,
     Event,
     FetchError,
+    IntegrityError,
     LoaderClosedError,
     Resident,
 )
 from lorax_async.adapter import AdapterId
+from lorax_async.testing import FakeSource
+from lorax_async.verification import Verification
 from tiny_loaders import ONE, loader
 from tiny_sources import is_at, over, state, stocked, where
 
@@ -36,7 +40,7 @@ def pins(loader: AdapterLoader, id: AdapterId) -> int:
     return 0 if state(loader, id) == "nowhere" else where(loader, id).pins
 
 
-async def test_it_outlives_pressure_until_it_is_unpinned(tmp_path: Path) -> None:
+async def test_a_pin_outlives_pressure_until_it_is_unpinned(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c", "d")
     async with over(source, max_slots=2) as there:
         await there.pin("a")
@@ -53,7 +57,7 @@ async def test_it_outlives_pressure_until_it_is_unpinned(tmp_path: Path) -> None
         assert not is_at(there, "a", "device")
 
 
-async def test_what_cannot_fit_beside_it_fails_at_once(tmp_path: Path) -> None:
+async def test_what_cannot_fit_beside_a_pin_fails_at_once(tmp_path: Path) -> None:
     """By slots, and by bytes; also who waits already when it is pinned."""
     source = stocked(tmp_path, "a", "b")
     source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=8)))
@@ -81,7 +85,7 @@ async def test_what_cannot_fit_beside_it_fails_at_once(tmp_path: Path) -> None:
     await body({"device_bytes": 2 * ONE}, "large")
 
 
-async def test_what_can_fit_beside_it_waits(tmp_path: Path) -> None:
+async def test_what_can_fit_beside_a_pin_waits(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c")
     async with over(source, device_bytes=2 * ONE, max_slots=8) as there:
         await there.pin("a")
@@ -150,7 +154,7 @@ async def test_each_id_has_its_own_pin(tmp_path: Path) -> None:
         (await there.load(others[1])).release()
 
 
-async def test_one_that_comes_to_nothing_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_pin_that_fails_leaves_nothing(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
     async with over(source, max_slots=1) as there:
         source.hold("a")
@@ -171,7 +175,7 @@ async def test_one_that_comes_to_nothing_leaves_nothing(tmp_path: Path) -> None:
         await press(there, "a", "b")
 
 
-async def test_while_it_is_unloaded_a_pin_waits(tmp_path: Path) -> None:
+async def test_a_pin_waits_while_its_adapter_is_unloaded(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as there:
         lease = await there.load("a")
@@ -239,3 +243,27 @@ async def test_pins_do_not_hold_up_close(tmp_path: Path) -> None:
             await pinning
         with pytest.raises(LoaderClosedError):
             there.unpin("a")
+
+
+class DoubtedSource(FakeSource):
+    """All bytes arrive, and when `doubted` is set they are found to be wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.doubted = asyncio.Event()
+
+    async def bring(self, *what: Any) -> Verification:
+        await super().bring(*what)
+        await self.doubted.wait()
+        raise IntegrityError("these are other bytes than were promised")
+
+
+async def test_an_adapter_turns_out_false_as_it_becomes_resident(tmp_path: Path) -> None:
+    source = DoubtedSource()
+    source.put("a", *tiny.files(tiny.write(tmp_path / "a")))
+    async with over(source) as there:
+        there.subscribe(lambda event: source.doubted.set() if isinstance(event, Resident) else None)
+        with pytest.raises(IntegrityError, match="promised") as caught:
+            await there.pin("a")
+        assert (caught.value.id, caught.value.stage) == ("a", "fetch")
+        assert not there.unpin("a")

@@ -9,6 +9,7 @@ import pytest
 
 import tiny
 from common import until
+from given import file_bytes, give
 from lorax_async import (
     AdapterHandle,
     AdapterInUseError,
@@ -60,6 +61,7 @@ async def test_what_nobody_knows_is_not_looked_for(tmp_path: Path) -> None:
 
 
 async def test_what_is_leased_stays_and_its_holders_are_named(tmp_path: Path) -> None:
+    """Without time it does not wait, but for leases that have just ended."""
     folder = tiny.write(tmp_path / "a")
     async with loader(timeout=20) as there:
         heard: list[Event] = []
@@ -73,23 +75,13 @@ async def test_what_is_leased_stays_and_its_holders_are_named(tmp_path: Path) ->
         assert caught.value.retryable
         assert [type(event) for event in heard] == [Leaving, Resident]
         assert {event.slot for event in heard} == {handles[0].slot}
-        assert state(there, folder) == "resident"
         async with await there.load(folder) as another:
             assert another.slot == handles[0].slot
-        for handle in handles:
-            tiny.assert_equal_to_file(handle, folder)
-            handle.release()
-        await there.unload(folder, timeout=0)
-
-
-async def test_without_time_it_does_not_wait(tmp_path: Path) -> None:
-    """And says nothing of leases that have just ended."""
-    folder = tiny.write(tmp_path / "a")
-    async with loader(timeout=20) as there:
-        handle = await there.load(folder)
+        handles[1].release()
         with pytest.raises(AdapterInUseError, match="after 0 s: 1, by "):
             await there.unload(folder, timeout=0)
-        asyncio.get_running_loop().call_soon(handle.release)
+        tiny.assert_equal_to_file(handles[0], folder)
+        asyncio.get_running_loop().call_soon(handles[0].release)
         await there.unload(folder, timeout=0)
         assert where(there, folder).tier == "disk"
 
@@ -139,6 +131,7 @@ async def test_who_waits_for_a_load_waits_on_and_gets_it_anew(tmp_path: Path) ->
 
 
 async def test_loads_that_come_meanwhile_wait(tmp_path: Path) -> None:
+    """For the adapter to be loaded anew, or until the only caller of unload was cancelled."""
     source = stocked(tmp_path, "a")
     async with over(source) as there:
         lease = await there.load("a")
@@ -149,16 +142,24 @@ async def test_loads_that_come_meanwhile_wait(tmp_path: Path) -> None:
         with pytest.raises(AdapterTimeoutError):
             await there.load("a", timeout=0.02)
         assert not loading.done()
+        unloading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unloading
+        async with await loading as handle:
+            assert handle.slot == lease.slot
+        assert state(there, "a") == "resident"
+        unloading = asyncio.create_task(there.unload("a"))
+        await until(lambda: state(there, "a") == "leaving")
+        loading = asyncio.create_task(there.load("a"))
         old = lease.slot
         lease.release()
         await unloading
         async with await loading as handle:
             assert handle.slot.generation > old.generation
             tiny.assert_equal_to_file(handle, tmp_path / "a")
-        assert state(there, "a") == "resident"
 
 
-async def test_several_callers_and_one_who_gives_up(tmp_path: Path) -> None:
+async def test_one_of_several_callers_gives_up(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as there:
         lease = await there.load("a")
@@ -178,20 +179,36 @@ async def test_several_callers_and_one_who_gives_up(tmp_path: Path) -> None:
         assert [type(event) for event in heard] == [Leaving]
 
 
-async def test_cancelling_the_only_caller_lets_it_stay(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    async with over(source) as there:
-        lease = await there.load("a")
-        unloading = asyncio.create_task(there.unload("a"))
-        await until(lambda: state(there, "a") == "leaving")
-        loading = asyncio.create_task(there.load("a"))
-        unloading.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await unloading
-        async with await loading as handle:
-            assert handle.slot == lease.slot
+async def test_an_unload_that_waits_does_not_hold_up_others(tmp_path: Path) -> None:
+    """Its slot may never come; another's is free to be taken."""
+    source = stocked(tmp_path, "leased", "idle", "late")
+    async with over(source, max_slots=2, starvation_age=1e6) as there:
+        lease = await there.load("leased")
+        (await there.load("idle")).release()
+        unloading = asyncio.create_task(there.unload("leased"))
+        await until(lambda: state(there, "leased") == "leaving")
+        (await there.load("late", timeout=5)).release()
         lease.release()
-        assert state(there, "a") == "resident"
+        await unloading
+
+
+async def test_hundreds_of_names_that_leave_at_once_do_so_one_by_one() -> None:
+    """Each would take some calls on the stack, which has room for a thousand."""
+    async with loader(max_slots=1) as there:
+        names = [str(n) for n in range(250)]
+        for seed, name in enumerate(names):
+            (await give(there, seed, name)).release()
+        held = await give(there, len(names), "held")
+        loading = [asyncio.create_task(there.load(name)) for name in names]
+        await asyncio.sleep(0)
+        await asyncio.gather(*(there.unload(name) for name in names))
+        assert there.usage().memory_bytes.used > 250 * file_bytes(), "they may still be had"
+        await there.close(timeout=0)
+        assert there.last_numbers()[1].memory_bytes.used == 0
+        for load in loading:
+            with pytest.raises(LoaderClosedError):
+                await load
+        held.release()
 
 
 async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:

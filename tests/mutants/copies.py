@@ -77,7 +77,7 @@ GROUPS: Mutants = {
         (transfer, "_all_of", lambda tickets: tickets[-1]),
     ),
     "copies: an outcome is reported when the copy is done": mutant(
-        f"{COPIES}::test_a_copy_is_heard_of_once_it_is_done",
+        "test_handles.py::test_a_kernel_behind_copies_sees_their_bytes",
         (Copies, "_run", _ended_when_asked_for),
     ),
     "copies: ends are counted one by one": mutant(
