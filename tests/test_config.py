@@ -3,138 +3,131 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+from threading import TIMEOUT_MAX
 from typing import Any
 
 import pytest
 import torch
 
+import tiny
 from lorax_async import (
     AdapterLoader,
+    Allow,
     ConfigError,
     Limits,
     LoaderConfig,
+    LocalRoot,
     LoraxError,
     UsageError,
 )
-from lorax_async import config as config_module
+from lorax_async.config import MAX_SECONDS
 
-BYTES_AND_COUNTS = ["device_bytes", "staging_bytes", "max_slots", "io_threads"]
-SECONDS = ["timeout", "starvation_age"]
-LIMITS = [entry.name for entry in fields(Limits)]
-NOT_POSITIVE_INTEGERS: list[object] = [
-    *(0, -1, -(1 << 70)),
-    *(1.0, 1.5, math.nan, math.inf),
-    *(True, False),
-    *("16", "", b"1", None, [1], ...),
-]
-NOT_SECONDS: list[object] = [
-    *(0, -1, 0.0, -0.5, -math.inf),
-    *(math.inf, math.nan, 1e10, 10**400),
-    *(True, False),
-    *("5", "", None, [5.0], 5j),
-]
+Patch = pytest.MonkeyPatch
 
 
 def made(**settings: Any) -> LoaderConfig:
     return LoaderConfig(**settings)
 
 
-@pytest.mark.parametrize("value", NOT_POSITIVE_INTEGERS, ids=repr)
-@pytest.mark.parametrize("name", BYTES_AND_COUNTS)
-def test_bytes_and_counts_are_positive_integers(name: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"^{name} must be a positive integer, not "):
-        made(**{name: value})
+NAN, INF = math.nan, math.inf
+NOT_COUNTS = [0, -1, -(1 << 70), 1.0, 1.5, NAN, INF, True, False, "16", "", b"1", None, [1], ...]
+NOT_SECONDS = [0, -1, 0.0, -0.5, -INF, INF, NAN, 1e10, 10**400, True, "5", "", None, [5.0], 5j]
+NOT_WORDS = ["READ", "", "always", "fifo", None, 1, True, [], {}]
+NOT_DTYPES = [torch.int8, torch.float64, torch.float8_e4m3fn, "float64", "F32", "fp16", "", 1, []]
+NOT_DEVICES = ["cuda:", "cuda:01", "cuda:-1", "cuda:0 ", "mps", "meta", "CPU", "cpu:0", "", None, 0]
+NOT_ENDPOINTS = [
+    *("", "huggingface.co", "ftp://host", "https://", "https://user:swordfish@host", "s3://abc"),
+    *("https://host?key=swordfish", "https://host/#swordfish", "https://host/../x"),
+    *(b"https://host", 5, Path("/x"), ["https://host"]),
+]
+
+SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
+    **dict.fromkeys(
+        ("device_bytes", "staging_bytes", "cache_bytes"),
+        ([1, 1 << 40], NOT_COUNTS, "must be a positive integer"),
+    ),
+    **dict.fromkeys(
+        ("max_slots", "io_threads", "connections"),
+        ([1, 256], [*NOT_COUNTS, 1 << 40], "must be a positive integer|must be .* at most"),
+    ),
+    **dict.fromkeys(
+        ("timeout", "starvation_age"),
+        ([1, 0.001, 1e-9, 86_400 * 365, 1e9], NOT_SECONDS, "must be a positive number of seconds"),
+    ),
+    **dict.fromkeys(
+        ("min_residency", "revalidate"),
+        ([0, 0.5, 86_400], [-1, False, NAN, INF, None, "1", [0]], "must be"),
+    ),
+    **dict.fromkeys(
+        ("host_bytes", "pinned_bytes"),
+        ([0, 1], [-1, True, 1.0, None, "1"], "must be an integer of at least 0"),
+    ),
+    "eviction": (["lru", "lfu", "gdsf"], [*NOT_WORDS, "LRU"], "must be one of lru, lfu, gdsf"),
+    "hub_cache": (["read", "write", "off"], NOT_WORDS, "must be one of read, write, off$"),
+    "verify": (["none", "stream", "before_use"], NOT_WORDS, "must be one of none, stream, before"),
+    **dict.fromkeys(
+        ("check_finite", "offline"), ([True, False], ["no", 0, 1, None, NAN], "must be True or")
+    ),
+    "device": (
+        ["cpu", "cuda", "cuda:0", "cuda:11", "simulated"],
+        [*NOT_DEVICES, torch.device("cpu")],
+        "is not 'cpu', 'cuda', 'cuda:N' or 'simulated'",
+    ),
+    "dtype": (
+        [None, "float32", "float16", "bfloat16"],
+        [*NOT_DTYPES, True, {}],
+        "must be one of float32, float16, bfloat16 or",
+    ),
+    "limits": ([Limits(), Limits(max_rank=8)], [None, {"max_rank": 8}, 8, Limits], "must be Lim"),
+    "allow": (
+        [(), (Allow("hub", prefix="org/"), Allow("s3", "bucket"))],
+        [None, "hub", Allow("hub"), ("hub",), [Allow], {Allow("hub")}],
+        r"must be a tuple of Allow\(",
+    ),
+    "hub_endpoint": ([None, "http://127.0.0.1:8090"], NOT_ENDPOINTS, ""),
+    "local_roots": (
+        [()],
+        ["/", Path("/"), None, 5, {"/"}, [5], [None], [b"/"]],
+        "must be a tuple of folders",
+    ),
+}
+"""By name: values that are kept as they are, values that are refused, and how."""
 
 
-@pytest.mark.parametrize("name", BYTES_AND_COUNTS)
-def test_one_is_enough(name: str) -> None:
-    assert getattr(made(**{name: 1}), name) == 1
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_setting_keeps_what_is_right_and_says_what_is_wrong(name: str) -> None:
+    right, wrong, words = SETTINGS[name]
+    for value in right:
+        assert getattr(made(**{name: value}), name) == value
+    for value in wrong:
+        with pytest.raises(ConfigError, match=f"^{name} .*(?:{words})") as caught:
+            made(**{name: value})
+        assert isinstance(caught.value, UsageError | LoraxError)
+        assert not caught.value.retryable
+        assert "swordfish" not in str(caught.value)
+        assert len(str(caught.value)) <= 1000
 
 
-@pytest.mark.parametrize("value", NOT_SECONDS, ids=lambda value: repr(value)[:12])
-@pytest.mark.parametrize("name", SECONDS)
-def test_seconds_are_positive_and_finite(name: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"^{name} must be a positive number of seconds"):
-        made(**{name: value})
+@pytest.mark.parametrize("name", [entry.name for entry in fields(Limits)])
+def test_limits_are_positive_integers(name: str) -> None:
+    for value in NOT_COUNTS:
+        with pytest.raises(ConfigError, match=f"^{name} must be a positive integer, not "):
+            Limits(**{name: value})
 
 
-@pytest.mark.parametrize("value", [1, 0.001, 1e-9, 86_400 * 365, 1e9])
-@pytest.mark.parametrize("name", SECONDS)
-def test_seconds_may_be_few_or_many(name: str, value: float) -> None:
-    assert getattr(made(**{name: value}), name) == value
-
-
-@pytest.mark.parametrize("value", NOT_POSITIVE_INTEGERS, ids=repr)
-@pytest.mark.parametrize("name", LIMITS)
-def test_limits_are_positive_integers(name: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"^{name} must be a positive integer, not "):
-        Limits(**{name: value})  # type: ignore[arg-type]
-
-
-def test_limits_as_the_design_has_them() -> None:
-    """Header 16 MiB, 65,536 tensors, names 512 B, 8 dimensions, JSON depth 16, config 256 KiB, rank
-    256, adapter 4 GiB."""
-    limits = Limits()
-    assert (limits.max_header_bytes, limits.max_tensors) == (16 * 1024 * 1024, 65_536)
+def test_the_defaults() -> None:
+    limits, config = Limits(), made()
+    assert (limits.max_header_bytes, limits.max_tensors) == (16 << 20, 65_536)
     assert (limits.max_name_bytes, limits.max_dimensions, limits.max_json_depth) == (512, 8, 16)
-    assert (limits.max_config_bytes, limits.max_rank) == (256 * 1024, 256)
-    assert limits.max_adapter_bytes == 4 * 1024**3
-
-
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cuda:",
-        "cuda:01",
-        "cuda:-1",
-        "cuda:0 ",
-        "mps",
-        "meta",
-        "CPU",
-        "cpu:0",
-        "",
-        None,
-        0,
-        torch.device("cpu"),
-    ],
-    ids=repr,
-)
-def test_other_devices_are_not_available(device: object) -> None:
-    with pytest.raises(ConfigError, match="is not 'cpu', 'cuda', 'cuda:N' or 'simulated'"):
-        made(device=device)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:11", "simulated"])
-def test_devices_by_name(device: str) -> None:
-    assert made(device=device).device == device
-
-
-@pytest.mark.parametrize("name", ["lru", "lfu", "gdsf"])
-def test_policies_by_name(name: str) -> None:
-    assert made(eviction=name).eviction == name
-
-
-@pytest.mark.parametrize("name", ["LRU", "", "fifo", None, 1])
-def test_other_policies_are_refused(name: object) -> None:
-    with pytest.raises(ConfigError, match="eviction must be one of lru, lfu, gdsf"):
-        made(eviction=name)
-
-
-@pytest.mark.parametrize("name", ["host_bytes", "pinned_bytes"])
-def test_budgets_that_may_be_nothing(name: str) -> None:
-    assert getattr(made(**{name: 0}), name) == 0
-    for wrong in (-1, True, 1.0, None, "1"):
-        with pytest.raises(ConfigError, match=f"{name} must be an integer of at least 0"):
-            made(**{name: wrong})
-
-
-def test_a_minimum_residency_may_be_nothing() -> None:
-    assert made(min_residency=0).min_residency == 0
-    assert made(min_residency=2.5).min_residency == 2.5
-    for wrong in (-1, False, float("nan"), float("inf"), None, "1"):
-        with pytest.raises(ConfigError, match="min_residency must be"):
-            made(min_residency=wrong)
+    assert (limits.max_config_bytes, limits.max_rank) == (256 << 10, 256)
+    assert limits.max_adapter_bytes == 4 << 30
+    assert (config.allow, config.hub_endpoint, config.hub_cache) == ((), None, "read")
+    assert (config.hub_cache_dir, config.cache_dir, config.offline) == (None, None, False)
+    assert (config.verify, config.connections, config.revalidate) == ("stream", 16, 60.0)
+    assert (config.cache_bytes, config.local_roots) == (16 << 30, ())
 
 
 @pytest.mark.parametrize(
@@ -142,44 +135,21 @@ def test_a_minimum_residency_may_be_nothing() -> None:
     [
         (None, None, None),
         ("float32", "float32", "F32"),
-        ("float16", "float16", "F16"),
-        ("bfloat16", "bfloat16", "BF16"),
         (torch.float32, "float32", "F32"),
         (torch.float16, "float16", "F16"),
-        (torch.bfloat16, "bfloat16", "BF16"),
         (torch.half, "float16", "F16"),
+        (torch.bfloat16, "bfloat16", "BF16"),
     ],
     ids=repr,
 )
-def test_dtypes(given: object, name: str | None, word: str | None) -> None:
+def test_dtypes_may_be_torchs(given: object, name: str | None, word: str | None) -> None:
     config = made(dtype=given)
     assert (config.dtype, config.storage_dtype) == (name, word)
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.int8, torch.float64, torch.float8_e4m3fn, "float64", "F32", "fp16", "", 1, True, [], {}],
-    ids=repr,
-)
-def test_other_dtypes_are_refused(dtype: object) -> None:
-    with pytest.raises(ConfigError, match="^dtype must be one of float32, float16, bfloat16 or"):
-        made(dtype=dtype)
-
-
-@pytest.mark.parametrize("value", ["no", 0, 1, None, math.nan], ids=repr)
-def test_check_finite_is_a_bool(value: object) -> None:
-    with pytest.raises(ConfigError, match="check_finite must be True or False"):
-        made(check_finite=value)
-
-
-@pytest.mark.parametrize("value", [None, {"max_rank": 8}, 8, Limits], ids=repr)
-def test_limits_are_limits(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"limits must be Limits"):
-        made(limits=value)
+    assert config.resolved("F32").dtype == (name or "float32")
 
 
 @pytest.mark.parametrize("config", [LoaderConfig(), Limits()], ids=["config", "limits"])
-def test_settings_are_frozen(config: LoaderConfig | Limits) -> None:
+def test_settings_are_frozen_and_go_by_name(config: LoaderConfig | Limits) -> None:
     for entry in fields(config):
         with pytest.raises(FrozenInstanceError):
             setattr(config, entry.name, getattr(config, entry.name))
@@ -187,6 +157,10 @@ def test_settings_are_frozen(config: LoaderConfig | Limits) -> None:
         config.something_new = 1  # type: ignore[union-attr]
     assert hash(config) == hash(type(config)())
     assert config == type(config)()
+    with pytest.raises(TypeError):
+        made(device_byte=1)
+    with pytest.raises(TypeError):
+        LoaderConfig("cpu")  # type: ignore[call-arg]
 
 
 def test_a_changed_copy_is_checked_again() -> None:
@@ -196,54 +170,141 @@ def test_a_changed_copy_is_checked_again() -> None:
         replace(config, max_slots=0)
 
 
-@pytest.mark.parametrize("value", [-1, -0.1, math.nan, math.inf, 1e10, 10**400, True, "5", [5]])
-def test_a_calls_own_timeout_is_checked_too(value: object) -> None:
-    with pytest.raises(UsageError, match="a timeout is from 0 to"):
-        made().seconds(value)
-
-
-def test_a_calls_own_timeout_comes_first() -> None:
-    """No time at all is a question: is it here already?"""
+def test_a_calls_own_timeout_comes_first_and_is_checked_too() -> None:
+    """No time at all is a question: is it here already? The longest can be waited for in a lock."""
     config = made(timeout=7)
     assert [config.seconds(value) for value in (None, 0, 2.5, 10**9)] == [7.0, 0.0, 2.5, 1e9]
-
-
-def test_a_resolved_config_has_a_dtype() -> None:
-    assert made(max_slots=3).resolved("BF16") == made(max_slots=3, dtype="bfloat16")
-    assert made(dtype="float16").resolved("BF16") == made(dtype="float16")
-
-
-def test_settings_go_by_name() -> None:
-    with pytest.raises(TypeError):
-        LoaderConfig("cpu")  # type: ignore[call-arg]
-    with pytest.raises(TypeError):
-        made(device_byte=1)
-
-
-def test_a_long_value_makes_a_short_text() -> None:
-    with pytest.raises(ConfigError) as caught:
-        made(max_slots="x" * 100_000)
-    assert len(str(caught.value)) <= 1000
-
-
-def test_a_wrong_setting_is_a_wrong_call() -> None:
-    with pytest.raises(UsageError) as caught:
-        made(timeout=-1)
-    assert isinstance(caught.value, LoraxError)
-    assert not caught.value.retryable
-
-
-def test_the_longest_timeout_can_be_waited_for() -> None:
-    """What is accepted must not overflow in a lock."""
-    from threading import TIMEOUT_MAX
-
-    assert config_module.MAX_SECONDS < TIMEOUT_MAX
+    assert MAX_SECONDS < TIMEOUT_MAX
+    for value in (-1, -0.1, NAN, INF, 1e10, 10**400, True, "5", [5]):
+        with pytest.raises(UsageError, match="a timeout is from 0 to"):
+            config.seconds(value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
-def test_other_platforms_are_refused(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tiny
-
+def test_other_platforms_are_refused(platform: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr("sys.platform", platform)
     with pytest.raises(ConfigError, match="runs on Linux only"):
         AdapterLoader(tiny.layout())
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("https://huggingface.co", "https://huggingface.co"),
+        ("HTTPS://Mirror.Example:443/hf/", "https://mirror.example/hf"),
+        ("http://[::1]:80/", "http://[::1]"),
+    ],
+)
+def test_an_endpoint_has_one_spelling(given: str, kept: str, monkeypatch: Patch) -> None:
+    """The environment names none: huggingface_hub reads it, once; two who read it might differ."""
+    monkeypatch.setenv("HF_ENDPOINT", "https://elsewhere.example")
+    assert made(hub_endpoint=given).hub_endpoint == kept
+    assert made().hub_endpoint is None
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cache_dir", "hub_cache_dir"])
+def test_a_caches_folder_may_be_there_or_not(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = [getattr(made(**{name: value}), name) for value in (tmp_path, "new/one", None)]
+    assert kept == [tmp_path, tmp_path / "new" / "one", None]
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for wrong in ("", b"", 5, ["x"], tmp_path / "file", tmp_path / "dangling", "a\0b"):
+        with pytest.raises(ConfigError, match=f"^{name} .*folder"):
+            made(**{name: wrong})
+
+
+def test_the_cache_is_where_the_xdg_specification_has_it(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Looked up when it is asked for; what is not absolute is to be ignored there."""
+    config, usual = made(), tmp_path / "home" / ".cache" / "lorax-async"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert config.cache_folder == tmp_path / "xdg" / "lorax-async"
+    for relative in ("", "relative/xdg"):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert config.cache_folder == usual
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert config.cache_folder == usual
+    assert made(cache_dir=tmp_path / "own").cache_folder == tmp_path / "own"
+    assert os.listdir(tmp_path) == []
+
+    def nobody(_: int) -> None:
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(ConfigError, match="name a cache_dir"):
+        made().cache_folder  # noqa: B018
+
+
+class Place:
+    """What `os.PathLike` asks for, and no more."""
+
+    def __init__(self, place: str | bytes) -> None:
+        self._place = place
+
+    def __fspath__(self) -> str | bytes:
+        return self._place
+
+
+def test_roots_are_absolute_folders_however_they_are_named(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """And stay where they were when they were named."""
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fixed = LocalRoot(str(tmp_path / "." / "inner") + "/", immutable=True)
+    names: Any = [str(tmp_path), Path("inner"), ".", Place(str(tmp_path)), Place(bytes(tmp_path))]
+    config, root = made(local_roots=[*names, fixed]), LocalRoot(".")
+    monkeypatch.chdir("/")
+    here, inner = LocalRoot(tmp_path), LocalRoot(tmp_path / "inner")
+    assert config.local_roots == (here, inner, here, here, here, fixed)
+    assert config.local_roots[-1] is fixed
+    assert replace(config, max_slots=3).local_roots == config.local_roots
+    assert root.path == tmp_path
+    assert not here.immutable
+    assert fixed != inner
+    assert hash(here) == hash(LocalRoot(str(tmp_path)))
+    with pytest.raises(FrozenInstanceError):
+        here.immutable = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("root", ["", "file", "missing", "a\0b", "x" * 5000, "file/below"])
+def test_a_root_that_is_no_folder_is_refused(tmp_path: Path, root: str) -> None:
+    """An empty one (an unset variable, say) must not open the present folder."""
+    (tmp_path / "file").touch()
+    place = root and str(tmp_path / root)
+    for make in (lambda: made(local_roots=("/", place)), lambda: LocalRoot(place, immutable=True)):
+        with pytest.raises(ConfigError, match="is not a folder") as caught:
+            make()
+        assert len(str(caught.value)) <= 1000
+    if not root:
+        with pytest.raises(ConfigError, match="is not a folder"):
+            made(local_roots=(Place(""),))
+
+
+def test_a_root_behind_a_closed_door_is_refused(monkeypatch: Patch) -> None:
+    def refused(path: object, **_: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refused)
+        with pytest.raises(ConfigError, match="'/elsewhere' is not a folder"):
+            made(local_roots=("/elsewhere",))
+
+
+def test_a_root_is_a_path_and_immutable_a_bool() -> None:
+    wrong_paths: list[Any] = [None, 5, b"/", ["/"], LocalRoot]
+    for path in wrong_paths:
+        with pytest.raises(ConfigError, match="a local root must be the path of a folder, not"):
+            LocalRoot(path)
+    wrong: list[Any] = [0, 1, None, "yes"]
+    for value in wrong:
+        with pytest.raises(ConfigError, match="immutable must be True or False, not"):
+            LocalRoot("/", immutable=value)

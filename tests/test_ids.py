@@ -1,0 +1,643 @@
+"""Which texts are ids, what they mean, that each adapter has one spelling; and which are allowed."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import socket
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lorax_async import (
+    AccessDeniedError,
+    AdapterRef,
+    Allow,
+    ConfigError,
+    FetchError,
+    InvalidAdapterIdError,
+    parse_adapter_id,
+)
+from lorax_async.errors import MAX_TEXT
+from lorax_async.ids.parsing import as_parsed, parsed
+from lorax_async.io.http.urls import parse_url
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def meaning(text: Any, **more: Any) -> tuple[str | None, str | Path, str | None]:
+    found = parsed(AdapterRef(text, **more))
+    return found.source, found.id, found.revision
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "id", "revision"),
+    [
+        ("org/name", "hub", "org/name", None),
+        ("Org_1/na-me.v2_x", "hub", "Org_1/na-me.v2_x", None),
+        ("_a/_", "hub", "_a/_", None),
+        ("o/" + "n" * 96, "hub", "o/" + "n" * 96, None),
+        ("org/name@main", "hub", "org/name", "main"),
+        ("org/name@v1.0+cpu", "hub", "org/name", "v1.0+cpu"),
+        ("org/name@team/branch-2", "hub", "org/name", "team/branch-2"),
+        (f"org/name@{COMMIT}", "hub", "org/name", COMMIT),
+        ("org/name@refs/pr/12", "hub", "org/name", "refs/pr/12"),
+        ("s3://bucket/a/b", "s3", "s3://bucket/a/b/", None),
+        ("S3://bucket/a/b/", "s3", "s3://bucket/a/b/", None),
+        ("s3://my.bucket-1", "s3", "s3://my.bucket-1/", None),
+        ("s3://bucket/a@v1/ü b/x=1", "s3", "s3://bucket/a@v1/ü b/x=1/", None),
+        ("gs://my_bucket.example.com/x", "gs", "gs://my_bucket.example.com/x/", None),
+        ("az://con-tainer/x", "az", "az://con-tainer/x/", None),
+        ("https://Host.Example", "https", "https://host.example/", None),
+        ("HTTPS://host.example:443/a/b", "https", "https://host.example/a/b/", None),
+        ("http://host:80/", "http", "http://host/", None),
+        ("http://host:08080/a/", "http", "http://host:8080/a/", None),
+        ("https://host/a%7eb/%c3%a4/%2B", "https", "https://host/a~b/%C3%A4/%2B/", None),
+        ("https://host/@scope/a,b;c".replace(";", ":"), "https", "https://host/@scope/a,b:c/", None),
+        ("http://[2001:DB8:0:0::1]:80/x", "http", "http://[2001:db8::1]/x/", None),
+        ("http://127.0.0.1:9000/x", "http", "http://127.0.0.1:9000/x/", None),
+        ("https://xn--bcher-kva.example/", "https", "https://xn--bcher-kva.example/", None),
+        ("/a//b/./c/", "local", "/a/b/c", None),
+        ("/", "local", "/", None),
+        ("./", "local", "./", None),
+        ("./one/../two", "local", "./one/../two", None),
+        (".//one", "local", "./one", None),
+        ("../", "local", "../", None),
+        ("../../x", "local", "../../x", None),
+        ("file:///a%20b", "local", "/a b", None),
+        ("FILE://LocalHost/a/", "local", "/a", None),
+        ("./a?b#c@d:e", "local", "./a?b#c@d:e", None),
+        ("file:///a%3Fb", "local", "/a?b", None),
+    ],
+)  # fmt: skip
+def test_an_id_has_one_meaning_and_one_spelling(
+    text: str, source: str, id: str, revision: str | None
+) -> None:
+    assert meaning(text) == (source, id, revision)
+    again = AdapterRef(id, revision=revision)
+    assert meaning(id, revision=revision) == (source, id, revision), "the one spelling is its own"
+    assert parsed(parsed(again)) == parsed(again)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "empty"),
+        ("name", r"a local folder is written \./name"),
+        ("~/x", "a local folder begins with"),
+        ("a/b/c", "org/name"),
+        ("org/", "org/name"),
+        ("/../x\0", "NUL"),
+        *((f"org/{name}", "1 to 96 letters") for name in ("a--b", "a..b", ".a", "a-", "x.git", "é")),
+        *((f"{org}/name", "1 to 96 letters") for org in ("-a", "a.", "n" * 97, "a b", "a\\b")),
+        *((f"{org}/name", "no model repository") for org in ("datasets", "spaces", "kernels")),
+        *(
+            (f"org/name@{revision}", "a revision on the hub is")
+            for revision in (
+                *("", "a b", "../x", "a//b", "/a", "a/", "-a", "a..b", "a.", "x.lock", "a~1", "a^"),
+                *("a:b", "a%2fb", "refs/heads/main", "refs/pr/0", "refs/pr/", "REFS/pr/1", "refs"),
+                *("refs/pr/1/x", "a@b", "é", "n" * 201),
+            )
+        ),
+        *(
+            (f"s3://{name}/x", "bucket's name has 3 to 63")
+            for name in (
+                *("", "ab", "a" * 64, "Bucket", "a_b", "-ab", "ab-", "a..b", ".ab", "192.168.5.4"),
+                *("xn--ab", "a b", "bücket", "bucket:9000"),
+            )
+        ),
+        *(
+            (f"gs://{name}/x", "bucket's name has 3 to 63")
+            for name in ("ab", "Bucket", "10.0.0.1", "a" * 64 + ".com", "a..b", "_ab", "ab_")
+        ),
+        *(
+            (f"az://{name}/x", "container's name has 3 to 63")
+            for name in ("ab", "a--b", "a.b", "a_b", "Con", "-ab", "ab-", "a" * 64, "$web")
+        ),
+        *((f"s3://bucket/{key}", "no part that is") for key in ("/", "a//b", "../a", "a/.", "a//")),
+        *(
+            (f"s3://bucket/{key}", "without any encoding")
+            for key in ("a%20b", "a\\b", "a|b", "a*b[c", "\u200bx", "a\u202eb", "{x}")
+        ),
+        ("s3://bucket/" + "k" * 901, "more than 900 bytes"),
+        ("s3a://bucket/x", "no such source"),
+        ("hf://org/name", "no such source"),
+        ("ftp://host/x", "no such source"),
+        ("hub://org/name", "no such source"),
+        ("local://x", "no such source"),
+        ("://x", "org/name"),
+        ("https:/host/x", "org/name"),
+        ("https:host/x", "org/name"),
+        *(
+            (f"https://{host}/x", "host")
+            for host in ("", "-a", "a-", "a..b", "a.", ".a", "bücher.de", "\u212aelvin.example")
+        ),
+        *((f"https://{host}/", "host") for host in ("a" * 64, "a." * 127 + "com", "a b", "a\\b")),
+        *(
+            (f"http://{host}/", "four decimal numbers")
+            for host in ("127.1", "0x7f.0.0.1", "2130706433", "0177.0.0.1", "1.2.3.256", "a.0x1")
+        ),
+        *(
+            (f"http://[{host}]/", "no IPv6 address")
+            for host in ("", "1.2.3.4", ":::1", "fe80::1%eth0", "fe80::1%25eth0", "v1.x")
+        ),
+        ("http://[::ffff:127.0.0.1]/", "an IPv4 address is written as such"),
+        *((f"http://h:{port}/", "port") for port in ("0", "65536", "99999")),
+        *((f"http://h:{port}/", "http") for port in ("", "x", "-1", "123456", "8 0")),
+        *(
+            (f"https://h/{path}", "no part that is")
+            for path in ("../x", "a/..", ".", "%2e%2e/x", "a/%2E", ".%2e", "/", "a//b", "a//")
+        ),
+        *(
+            (f"https://h/{path}", "in a part of it")
+            for path in ("a%2fb", "a%2Fb", "a%5cb", "%00", "a%0a", "%252e%252e", "a%3b", "%E2%80%AE")
+        ),
+        *((f"https://h/{path}", "in ASCII, with all but") for path in ("é", "a b", "..;/x", "a%2")),
+        *((f"https://h/{path}", "decode to UTF-8") for path in ("%ff", "%c0%ae%c0%ae", "%c0%af")),
+        ("https://h/" + "a" * 2048, "2,048"),
+        ("x" * 4097, "longer than 4096 bytes"),
+        ("./" + "ä" * 2048, "longer than 4096 bytes"),
+        ("org/na\nme", "control"),
+        ("./\ud800", "Unicode"),
+        ("file:", "file:///path"),
+        ("file:one", "file:///path"),
+        ("file://host/a", "no other host"),
+        ("file:///a%00b", "control"),
+        ("file:///a?b", "%3F"),
+        ("file:///%ff", "UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_text_that_is_no_id_is_refused(text: str, words: str) -> None:
+    with pytest.raises(InvalidAdapterIdError, match=words) as caught:
+        parse_adapter_id(text)
+    assert len(str(caught.value)) <= MAX_TEXT
+    assert (caught.value.stage, caught.value.retryable) == ("resolve", False)
+
+
+@pytest.mark.parametrize("id", [7, None, b"org/name", ["org/name"]])
+def test_an_id_is_a_text_or_a_path(id: Any) -> None:
+    with pytest.raises(InvalidAdapterIdError, match="is a str or a pathlib.Path"):
+        parse_adapter_id(id)
+
+
+def test_a_path_stays_a_path() -> None:
+    path = Path("s3:/bucket")
+    assert meaning(path) == ("local", path, None)
+    assert meaning(path, source="local") == ("local", path, None)
+    for id in (Path("a\0b"), Path("a" * 4097), Path("\ud800")):
+        with pytest.raises(InvalidAdapterIdError):
+            parsed(AdapterRef(id))
+
+
+# -- the form that LoRAX has ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "id"),
+    [
+        ("org/name", "hub", "org/name"),
+        ("bucket/a/b", "s3", "s3://bucket/a/b/"),
+        ("s3://bucket/a/b", "s3", "s3://bucket/a/b/"),
+        ("bucket", "gs", "gs://bucket/"),
+        ("container/a/", "az", "az://container/a/"),
+        ("Host.example/a", "https", "https://host.example/a/"),
+        ("host:8080", "http", "http://host:8080/"),
+        ("name", "local", "./name"),
+        ("org/name", "local", "./org/name"),
+        ("org//name@x", "local", "./org/name@x"),
+        ("..", "local", "../"),
+        (".", "local", "./"),
+        ("../..", "local", "../.."),
+        ("file:///a", "local", "/a"),
+    ],
+)
+def test_the_source_decides_what_a_text_without_one_means(text: str, source: str, id: str) -> None:
+    assert meaning(text, source=source) == (source, id, None)
+    assert meaning(id) == (source, id, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        *(("./name", source) for source in ("hub", "s3", "gs", "az", "https", "http", "pbase", "")),
+        *(("s3://bucket/a", source) for source in ("hub", "gs", "az", "https", "local", "pbase")),
+        ("https://host/a", "http"),
+        ("http://host/a", "https"),
+        ("file:///a", "hub"),
+        ("/bucket/a", "s3"),
+        (Path("bucket/a"), "s3"),
+        (Path("org/name"), "hub"),
+    ],
+)
+def test_a_source_that_contradicts_the_text_is_refused(text: str | Path, source: str) -> None:
+    with pytest.raises(InvalidAdapterIdError, match="source= says otherwise; leave the source out"):
+        parsed(AdapterRef(text, source=source))
+
+
+@pytest.mark.parametrize("source", ["pbase", "", "HUB", "S3", "file", "azure"])
+def test_an_unknown_source_is_refused(source: str) -> None:
+    with pytest.raises(InvalidAdapterIdError, match="no such source; it is one of hub, s3, gs, az"):
+        parsed(AdapterRef("org/name", source=source))
+
+
+def test_revisions_come_from_one_place() -> None:
+    assert meaning("org/name", revision="v1") == ("hub", "org/name", "v1")
+    assert meaning("org/name@v1", revision="v1") == ("hub", "org/name", "v1")
+    with pytest.raises(InvalidAdapterIdError, match="one revision and revision= another"):
+        parsed(AdapterRef("org/name@v1", revision="v2"))
+    for wrong in ("", "a b", "refs/heads/x"):
+        with pytest.raises(InvalidAdapterIdError, match="a revision on the hub is"):
+            parsed(AdapterRef("org/name", revision=wrong))
+    for version in ('"strong-etag"', "null", "3sL4kqtJlcpXroDTDmJ+rmSpXd3dIbrHY"):
+        assert meaning("s3://bucket/a", revision=version)[2] == version
+        assert meaning("https://host/a", revision=version)[2] == version
+    for wrong in ("", "a b", "a\r\nb", "é", "v" * 1025):
+        with pytest.raises(InvalidAdapterIdError, match="versionId or a strong ETag"):
+            parsed(AdapterRef("s3://bucket/a", revision=wrong))
+    for id in ("./one", "file:///one", Path("one")):
+        with pytest.raises(InvalidAdapterIdError, match="a local folder has no revisions"):
+            parsed(AdapterRef(id, revision="main"))
+
+
+def test_what_else_was_said_stays() -> None:
+    ref = AdapterRef("org/name@v1", token="t", digest="a" * 64, allow_stale=True)
+    assert parsed(ref) == replace(ref, id="org/name", source="hub", revision="v1")
+
+
+# -- secrets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("https://user:swordfish@host/a", None),
+        (" https://swordfish@host/a", None),
+        ("https:/user:swordfish@host/a", None),
+        ("https:///user:swordfish@host/a", None),
+        ("xhttps://user:swordfish@host/a", None),
+        ("#https://user:swordfish@host/a", None),
+        ("user:swordfish@host/a", "https"),
+        ("s3://AKIA:swordfish@bucket/a", None),
+        ("AKIA:swordfish@bucket/a", "s3"),
+        ("https://host/a?sig=swordfish", None),
+        ("https://host?sig=swordfish", None),
+        ("host/a?sig=swordfish", "https"),
+        ("az://container/a?sv=1&sig=swordfish", None),
+        ("https://host/a#swordfish", None),
+        ("s3://bucket/a\n?swordfish", None),
+        ("ftp://user:swordfish@host/", None),
+    ],
+)
+def test_a_url_with_a_secret_is_not_even_a_reference(text: str, source: str | None) -> None:
+    """References stand in logs and errors; so none with a secret comes about."""
+    with pytest.raises(InvalidAdapterIdError, match=r"user name|signatures and keys") as caught:
+        AdapterRef(text, source=source)
+    assert "swordfish" not in str(caught.value) + repr(caught.value)
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["policy", "lora:v1@step?", "what?", "./a://b@c?d", "/x?y#z", "file:///a", "a@b", "s3@x"],
+)
+def test_other_texts_may_be_names(text: str) -> None:
+    """Of tensors, say, which no grammar binds; and of folders."""
+    assert AdapterRef(text).text == text
+    assert AdapterRef(f"x://{text}@y?", source="local").source == "local"
+
+
+@pytest.mark.parametrize("text", ["https://host/swordfish/../x", "gs://swordfish--/", "swordfish"])
+def test_no_text_repeats_what_was_given(text: str) -> None:
+    with pytest.raises((InvalidAdapterIdError, AccessDeniedError)) as caught:
+        parse_adapter_id(text, (Allow("https", "host"),))
+    assert "swordfish" not in str(caught.value)
+
+
+# -- what the operator allows ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (Allow("https", "Host.Example", 443), Allow("https", "host.example")),
+        (Allow("http", "host", 80, "a/"), Allow("http", "host", prefix="a/")),
+        (Allow("https", "[2001:DB8::0:1]"), Allow("https", "2001:db8::1")),
+        (Allow("https", "host", prefix="%7ea/%c3%a4/"), Allow("https", "host", prefix="~a/%C3%A4/")),
+    ],
+)  # fmt: skip
+def test_an_entry_has_one_spelling(given: Allow, kept: Allow) -> None:
+    assert given == kept
+    assert hash(given) == hash(kept)
+    with pytest.raises(FrozenInstanceError):
+        given.prefix = ""  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Allow("hub", "", None, "", True)  # type: ignore[misc]
+
+
+def test_an_entrys_parts() -> None:
+    entry = Allow("https", "[2001:DB8::0:1]", 8443, "a%7E/")
+    assert (entry.host, entry.port, entry.prefix) == ("2001:db8::1", 8443, "a~/")
+    assert (entry.private, entry.pull_requests) == (False, False)
+    assert Allow("http", "host", 80).port is None
+    assert Allow("http", "host", 443).port == 443
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "text"),
+    [
+        (("ftp", "host"), {}, "the scheme of Allow must be one of hub, s3, gs, az, https, http"),
+        (("HTTPS", "host"), {}, "the scheme of Allow must be"),
+        ((None,), {}, "the scheme of Allow must be"),
+        (("https", None), {}, "host of Allow must be a str"),
+        (("https", "host", None, None), {}, "prefix of Allow must be a str"),
+        (("hub", "org"), {}, r"Allow\('hub', …\) has no host"),
+        (("hub", "", 443), {}, "has no port"),
+        (("s3", "bucket", 443), {}, "has no port"),
+        (("s3", "bucket", 0), {}, "has no port"),
+        (("s3", "bucket"), {"private": True}, "has no private"),
+        (("hub",), {"private": True}, "has no private"),
+        (("https", "host"), {"pull_requests": True}, "has no pull_requests"),
+        (("https", "host"), {"use_token": True}, "has no use_token"),
+        (("s3", "bucket"), {"use_token": True}, "has no use_token"),
+        (("hub",), {"use_token": None}, "use_token of Allow must be True or False"),
+        (("https", "host"), {"private": 1}, "private of Allow must be True or False"),
+        (("hub",), {"pull_requests": None}, "pull_requests of Allow must be True or False"),
+        (("s3",), {}, "must name the bucket"),
+        (("gs",), {"prefix": "a/"}, "must name the bucket"),
+        (("az",), {}, "must name the container"),
+        (("https",), {}, "must name the host"),
+        (("s3", "Bucket"), {}, "bucket's name has 3 to 63"),
+        (("gs", "goo..gle"), {}, "bucket's name has"),
+        (("az", "a--b"), {}, "container's name has"),
+        *((("https", host), {}, "host is a name of") for host in ("*", "*.com", "h/a", "h:80", "a@b")),
+        *((("https", host), {}, "host is a name of") for host in ("h.", "é", "a b", "https://h")),
+        (("https", "127.1"), {}, "four decimal numbers"),
+        (("https", "[::1"), {}, "is no IPv6|host is a name of"),
+        (("https", "fe80::1%eth0"), {}, "no IPv6 address"),
+        (("http", "::ffff:10.0.0.1"), {}, "IPv4 address is written as such"),
+        *((("https", "h", port), {}, "1 to 65535") for port in (0, -1, 65_536)),
+        *((("https", "h", port), {}, "an integer or None") for port in (True, "443", 443.0)),
+        *(
+            (("https", "h"), {"prefix": prefix}, "must end with '/'.*must not begin")
+            for prefix in ("a", "/", "/a/", "a/b")
+        ),
+        *((("https", "h"), {"prefix": prefix}, "no part that is") for prefix in ("../", "a//", "%2e/")),
+        *((("https", "h"), {"prefix": prefix}, "in a part") for prefix in ("a%2fb/", "%252e/")),
+        (("https", "h"), {"prefix": "é/"}, "in ASCII"),
+        *((("s3", "bucket"), {"prefix": prefix}, "no part that is") for prefix in ("../", "a//b/")),
+        (("s3", "bucket"), {"prefix": "a%20/"}, "without any encoding"),
+        *(
+            (("hub",), {"prefix": prefix}, "neither 'org/' nor")
+            for prefix in ("a--b/", "org/name/x/", "org//", ".x/", "org/na me/")
+        ),
+        (("https", "localhost"), {"private": True}, "need none"),
+        (("https", "10.0.0.1"), {"private": True}, "need none"),
+        (("https", "fd00::1"), {"private": True}, "need none"),
+    ],
+)  # fmt: skip
+def test_an_entry_that_makes_no_sense_is_refused(
+    words: tuple[Any, ...], more: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        Allow(*words, **more)
+    assert len(str(caught.value)) <= 1000
+
+
+def allowed(text: str, *allow: Allow) -> bool:
+    try:
+        parse_adapter_id(text, allow)
+    except AccessDeniedError as error:
+        assert (error.stage, error.retryable, isinstance(error, FetchError)) == (
+            "resolve",
+            False,
+            True,
+        )
+        assert len(str(error)) <= MAX_TEXT
+        return False
+    return True
+
+
+@pytest.mark.parametrize("text", ["org/name", "org/name@main", "./one", "/etc", "file:///x"])
+def test_without_entries_the_hub_is_allowed(text: str) -> None:
+    """And local folders, which `local_roots` decides on."""
+    assert allowed(text)
+    assert allowed(text, Allow("s3", "bucket"))
+
+
+@pytest.mark.parametrize(
+    ("text", "entry"),
+    [
+        ("s3://bucket/a", "Allow('s3', 'bucket', prefix='a/')"),
+        ("s3://bucket", "Allow('s3', 'bucket')"),
+        ("gs://bucket/a/b", "Allow('gs', 'bucket', prefix='a/b/')"),
+        ("az://container/a", "Allow('az', 'container', prefix='a/')"),
+        ("https://Host.example/a", "Allow('https', 'host.example', prefix='a/')"),
+        ("https://host:8443/a", "Allow('https', 'host', port=8443, prefix='a/')"),
+        ("http://localhost:80/", "Allow('http', 'localhost')"),
+        ("http://[::1]/a", "Allow('http', '::1', prefix='a/')"),
+        ("https://host/ü".replace("ü", "%C3%BC"), "Allow('https', 'host', prefix='%C3%BC/')"),
+        ("org/name@refs/pr/1", "Allow('hub', prefix='org/name/', pull_requests=True)"),
+        ("org/name@pr/1", "Allow('hub', prefix='org/name/', pull_requests=True)"),
+    ],
+)
+def test_all_else_needs_an_entry_which_the_refusal_says(text: str, entry: str) -> None:
+    with pytest.raises(AccessDeniedError, match="not allowed here; the operator can") as caught:
+        parse_adapter_id(text, ())
+    assert f"LoaderConfig(allow=({entry}, …))" in caught.value.problem
+    assert allowed(text, eval(entry))
+
+
+@pytest.mark.parametrize(
+    ("entry", "inside", "outside"),
+    [
+        (
+            Allow("hub", prefix="org/"),
+            ["org/a", "org/b@v1"],
+            ["org2/a", "or/g", "Org/a", "other/org"],
+        ),
+        (Allow("hub", prefix="org/name/"), ["org/name", "org/name@x"], ["org/name2", "org/nam"]),
+        (
+            Allow("s3", "bucket", prefix="a/b/"),
+            ["s3://bucket/a/b", "s3://bucket/a/b/c"],
+            ["s3://bucket/a/bc", "s3://bucket/a", "s3://bucket", "s3://bucket2/a/b", "gs://bucket/a/b"],
+        ),
+        (
+            Allow("https", "host", prefix="a~/"),
+            ["https://HOST/a~", "https://host:443/a%7E/b", "https://host/%61%7e/b/c"],
+            [
+                *("https://host/a~b", "https://host/", "http://host/a~", "https://host:444/a~"),
+                *("https://host.example/a~", "https://xhost/a~", "https://host/b/a~"),
+            ],
+        ),
+        (
+            Allow("http", "127.0.0.1", 9000),
+            ["http://127.0.0.1:9000/", "http://127.0.0.1:9000/x/y"],
+            ["http://127.0.0.1/", "http://localhost:9000/", "https://127.0.0.1:9000/"],
+        ),
+    ],
+)  # fmt: skip
+def test_an_entry_is_for_its_folder(entry: Allow, inside: list[str], outside: list[str]) -> None:
+    assert [text for text in inside if not allowed(text, entry)] == []
+    assert [text for text in outside if allowed(text, entry)] == []
+
+
+def test_entries_add_up() -> None:
+    entries = (Allow("hub", prefix="org/"), Allow("hub", prefix="other/x/"), Allow("s3", "bucket"))
+    for text in ("org/a", "other/x", "s3://bucket/y"):
+        assert allowed(text, *entries)
+    assert not allowed("other/y", *entries)
+    assert allowed("other/y", *entries, Allow("hub"))
+
+
+def test_pull_requests_are_for_those_that_were_named() -> None:
+    one = Allow("hub", prefix="org/name/", pull_requests=True)
+    for revision in ("refs/pr/1", "pr/1", "PR/1"):
+        assert allowed(f"org/name@{revision}", one)
+        assert not allowed(f"org/name@{revision}", Allow("hub"))
+        assert not allowed(f"org/other@{revision}", one, Allow("hub"))
+    assert allowed("org/name@main", one)
+    assert not allowed("org/other@main", one), "an entry for the hub is all that is allowed of it"
+    assert allowed("org/other@main", one, Allow("hub"))
+    assert allowed("org/other@refs/pr/7", Allow("hub", pull_requests=True))
+    ref = AdapterRef("org/name", revision="refs/pr/1")
+    with pytest.raises(AccessDeniedError, match="pull requests of this adapter are not allowed"):
+        as_parsed(ref, ())
+    assert as_parsed(ref, (one,)).revision == "refs/pr/1"
+
+
+def test_a_path_is_the_programs_own_word() -> None:
+    assert as_parsed(AdapterRef(Path("/x")), (Allow("hub", prefix="org/"),)).source == "local"
+
+
+# -- under any text, and beside those who read the same texts -------------------------------------
+
+QUICK = settings(max_examples=400, deadline=None)
+PIECES = st.sampled_from(
+    [
+        *("org", "name", "main", "a", "B", "ü", "0", "127", "0x7f", "x" * 97, "refs/pr/1", "e"),
+        *("s3://", "gs://", "az://", "https://", "http://", "HTTP://", "file:", "hf://", "://"),
+        *(
+            "/",
+            "//",
+            "./",
+            "../",
+            ".",
+            "..",
+            "@",
+            ":",
+            ":80",
+            ":443",
+            "?",
+            "#",
+            ";",
+            "\\",
+            " ",
+            "-",
+        ),
+        *("%2e", "%2F", "%5c", "%00", "%25", "%7E", "%c3%a4", "%ff", "%", "[::1]", "[", "]", "\0"),
+        *("localhost", "bucket", "host.example", "169.254.169.254", "\u212a", "ſ", "\ud800", "\n"),
+    ]
+)
+TEXTS = st.lists(PIECES, max_size=8).map("".join) | st.text(max_size=30)
+SOURCES = st.sampled_from([None, "hub", "s3", "gs", "az", "https", "http", "local", "x"])
+
+
+@QUICK
+@given(text=TEXTS, source=SOURCES, revision=st.none() | st.text(max_size=5))
+@example("httpſ://host/", None, None)
+@example("x" * 4096, "local", None)
+def test_any_text_is_an_id_or_is_said_to_be_none(
+    text: str, source: str | None, revision: str | None
+) -> None:
+    try:
+        found = parsed(AdapterRef(text, source=source, revision=revision))
+    except InvalidAdapterIdError as error:
+        assert len(str(error)) <= MAX_TEXT
+        return
+    assert found.source in {"hub", "s3", "gs", "az", "https", "http", "local"}
+    assert source in {None, found.source}
+    assert parsed(found) == found
+    assert parsed(AdapterRef(found.id, revision=found.revision)) == found
+    if found.source in {"https", "http"}:
+        url = parse_url(found.text)
+        assert url.text == found.text
+        assert url.origin.scheme == found.source
+
+
+@QUICK
+@given(text=TEXTS)
+def test_what_is_parsed_is_allowed_or_denied(text: str) -> None:
+    """By default only the hub is."""
+    try:
+        found = parse_adapter_id(text, (Allow("s3", "bucket"),))
+    except InvalidAdapterIdError:
+        return
+    except AccessDeniedError as error:
+        assert len(str(error)) <= MAX_TEXT
+        return
+    assert found.source in {"hub", "local"} or found.text.startswith("s3://bucket/")
+
+
+@QUICK
+@given(
+    org=st.text("ab_-.0é ", max_size=5) | st.text("a", min_size=95, max_size=98),
+    name=st.text("ab_-.0é ", max_size=5) | st.sampled_from(["x.git", "x.gi", ".git", "a" * 97]),
+)
+def test_hub_names_are_what_the_hub_has(org: str, name: str) -> None:
+    text = f"{org}/{name}"
+    try:
+        validate_repo_id(text)
+        accepted = True
+    except HFValidationError:
+        accepted = False
+    try:
+        assert parsed(AdapterRef(text, source="hub")).id == text
+        assert accepted
+    except InvalidAdapterIdError:
+        assert not accepted
+
+
+@QUICK
+@given(host=st.text("0123456789.xabf", min_size=1, max_size=16))
+@example("127.1")
+@example("0x7f000001")
+@example("017700000001")
+def test_no_number_is_an_address_in_disguise(host: str) -> None:
+    """The C library reads more texts as addresses than people do."""
+    try:
+        known = parsed(AdapterRef(f"http://{host}/"))
+    except InvalidAdapterIdError:
+        return
+    try:
+        read = socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        assert re.search("[a-fx]", host.rpartition(".")[2]), "a name, then"
+        return
+    assert known.text == f"http://{read}/"
+
+
+PATH_PIECES = st.sampled_from(
+    ["a", "b.", "...", ".", "..", "/", "%2e", "%2E", "%2f", "%5C", "%25", "%7e", "~", "%41", "\\"]
+)
+
+
+@QUICK
+@given(path=st.lists(PATH_PIECES, max_size=6).map("".join))
+def test_a_path_has_one_reading(path: str) -> None:
+    """However often a server decodes and tidies it, it is below the same folders."""
+    try:
+        found = parsed(AdapterRef(f"https://host/{path}")).text
+    except InvalidAdapterIdError:
+        return
+    once = unquote(urlsplit(found).path)
+    assert unquote(once) == once
+    assert posixpath.normpath(once) == (once.rstrip("/") or "/")
+    assert once.rstrip("/") == unquote(f"/{path}").rstrip("/")
+    assert "\\" not in once
