@@ -1,195 +1,45 @@
-"""The documents say what is there: diagrams, errors, links, commands and the README's example."""
+"""What the documents show runs: examples, settings, commands and their options; the diagrams."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
+import asyncio
 import os
 import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import tiny
-from lorax_async import LocalRoot, errors
-from lorax_async.core.peft_fields import FIELDS, Use
-from lorax_async.core.peft_names import SUFFIXES
-from lorax_async.core.transitions import FILE_MOVES, SLOT_MOVES, FileMove, SlotMove
+from lorax_async import (
+    AccessDeniedError,
+    AdapterNotFoundError,
+    AdapterScheduler,
+    Allow,
+    Batch,
+    LoaderConfig,
+    LocalRoot,
+    Ticket,
+    errors,
+    parse_adapter_id,
+)
+from lorax_async.cli import main
+from scheduling.page import functions
 from tiny_loaders import ONE, loader
+from tiny_sources import over, stocked
 
 ROOT = Path(__file__).parent.parent
-README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
-ERRORS = {
-    name: kind
-    for name, kind in vars(errors).items()
-    if isinstance(kind, type) and issubclass(kind, errors.LoraxError)
-}
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 
-def _draw_states() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("draw_states", ROOT / "docs" / "draw_states.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _without_code(page: Path) -> str:
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
-
-
-# -- architecture.md ------------------------------------------------------------------------------
-
-
-def test_the_diagrams_are_drawn_from_the_tables() -> None:
-    page = ARCHITECTURE.read_text()
-    assert _draw_states().redrawn(page) == page, "run: python docs/draw_states.py --write"
-
-
-def test_the_diagrams_have_every_move_and_no_other() -> None:
-    drawn = {
-        (before, word.strip("«»"), after)
-        for before, after, words in re.findall(
-            r"^    (\w+) --> (\w+) : (.+)$", ARCHITECTURE.read_text(), re.MULTILINE
-        )
-        for word in words.split(", ")
-    }
-    moves = {(s.name, m.value, t.name) for (s, m), t in FILE_MOVES.items()}
-    moves |= {(s.name, m.value, t.name) for (s, m), t in SLOT_MOVES.items()}
-    assert drawn == moves
-
-
-@pytest.mark.parametrize("moves", [FileMove, SlotMove])
-def test_what_is_drawn_as_a_decision_is_one(moves: type[FileMove] | type[SlotMove]) -> None:
-    source = inspect.getsource(moves).partition("# decisions")[2]
-    decisions = set(re.findall(r"^    ([A-Z_]+) =", source, re.MULTILINE))
-    assert decisions
-    drawn = {move.name for move in moves if move in _draw_states().DECISIONS}
-    assert drawn == decisions
-
-
-@pytest.mark.parametrize("mark", ["BEGIN", "END"])
-def test_a_page_without_its_marks_is_not_touched(mark: str) -> None:
-    draw = _draw_states()
-    page = ARCHITECTURE.read_text()
-    for broken in (page.replace(vars(draw)[mark], ""), page + vars(draw)[mark]):
-        with pytest.raises(ValueError, match="once"):
-            draw.redrawn(broken)
-
-
-def test_there_are_nine_rules() -> None:
-    rules = ARCHITECTURE.read_text().partition("### The nine rules")[2].partition("\n### ")[0]
-    assert re.findall(r"^(\d)\. \*\*", rules, re.MULTILINE) == list("123456789")
-
-
-# -- errors.md ------------------------------------------------------------------------------------
-
-
-def _sections() -> dict[str, str]:
-    parts = re.split(r"^### (\w+)$", (ROOT / "docs" / "errors.md").read_text(), flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def test_errors_have_a_section_each() -> None:
-    assert _sections().keys() == ERRORS.keys()
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_explained(name: str) -> None:
-    section, kind = _sections()[name], ERRORS[name]
-    assert re.search(r"^- \*\*Means:\*\* \w.+", section, re.MULTILINE)
-    assert re.search(r"^- \*\*Do:\*\* \w.+", section, re.MULTILINE)
-    found = re.search(
-        r"^- \*\*Retryable:\*\* (yes|no)\. \*\*Stage:\*\* (.+)\.$", section, re.MULTILINE
-    )
-    assert found is not None
-    assert (found[1] == "yes") == kind.retryable_by_default
-    if kind is not errors.AdapterTimeoutError:  # whose stage is never a default
-        assert found[2] == (kind.default_stage or "none")
-    for example in re.findall(r"^ {6}(\S.*)$", section, re.MULTILINE):
-        assert example.startswith(f"{name}: ")
-        assert len(example) <= errors.MAX_TEXT
-
-
-def test_the_tree_of_errors_is_theirs() -> None:
-    tree = re.findall(
-        r"^    ([│├└─ ]*)(\w+Error)\b(.*)$",
-        (ROOT / "docs" / "errors.md").read_text().partition("## The tree")[2].partition("###")[0],
-        re.MULTILINE,
-    )
-    above: list[type] = []
-    for indent, name, remark in tree:
-        depth = len(indent) // 4
-        kind = ERRORS[name]
-        assert kind.__bases__[0] is (above[depth - 1] if depth else Exception), name
-        assert issubclass(kind, TimeoutError) == ("TimeoutError" in remark), name
-        above[depth:] = [kind]
-    assert sorted(name for _, name, _ in tree) == sorted(ERRORS)
-
-
-def test_every_stage_is_explained() -> None:
-    table = (ROOT / "docs" / "errors.md").read_text().partition("## Stages")[2]
-    words = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert words == list(errors.Stage.__args__)  # type: ignore[attr-defined]
-
-
-# -- adapters.md ----------------------------------------------------------------------------------
-
-
-def _mentioned(section: str) -> set[str]:
-    page = (ROOT / "docs" / "adapters.md").read_text()
-    text = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
-    return set(re.findall(r"`([^`\s]+)`", text))
-
-
-def test_every_refused_field_has_its_reason() -> None:
-    refused = {name for name, field in FIELDS.items() if field.use is Use.REFUSED}
-    assert refused | {"peft_type", "init_lora_weights"} <= _mentioned("Refused")
-    assert not refused & _mentioned("Applied")
-
-
-def test_every_tensor_that_is_applied_is_explained() -> None:
-    assert set(SUFFIXES) <= _mentioned("Applied")
-    assert {"use_dora", "lora_bias", "use_rslora", "rank_pattern"} <= _mentioned("Applied")
-
-
-# -- all pages ------------------------------------------------------------------------------------
-
-
-def _anchors(page: Path) -> set[str]:
-    """The fragments that GitHub makes of headings."""
-    headings = re.findall(r"^#+ (.+)$", _without_code(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
-
-
-def _links(page: Path) -> Iterator[str]:
-    for link in re.findall(r"\]\(([^)\s]+)\)", _without_code(page)):
-        if not re.match(r"https?:", link):
-            yield link
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
-    for link in _links(page):
-        path, _, fragment = link.partition("#")
-        target = page.parent / path if path else page
-        assert target.exists(), link
-        assert not fragment or fragment in _anchors(target), link
-
-
-def test_every_make_target_that_is_named_is_one() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in PAGES:
-        named = set(re.findall(r"(?:`|^    )make (\w+)", page.read_text(), re.MULTILINE))
-        assert named <= targets, page
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 # -- README.md ------------------------------------------------------------------------------------
@@ -204,13 +54,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
-
-
 @pytest.mark.usefixtures("nothing_left")
 async def test_the_lines_about_room_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, lines, _ = _python_blocks()
+    _, lines, _ = python_blocks(README)
     scope: dict[str, Any] = {}
     exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
     for name in ("sql", "chat"):
@@ -224,7 +70,7 @@ async def test_the_lines_about_room_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.usefixtures("nothing_left")
 async def test_the_lines_about_tensors_run(capsys: pytest.CaptureFixture[str]) -> None:
-    *_, lines = _python_blocks()
+    *_, lines = python_blocks(README)
     steps = iter((1, 2))
     scope: dict[str, Any] = {
         "model": SimpleNamespace(peft_config={"default": tiny.config()}),
@@ -236,12 +82,12 @@ async def test_the_lines_about_tensors_run(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.splitlines() == ["policy 4", "True"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "nothing_left")
-def test_the_example_runs(
+def test_the_readmes_example_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example, *_ = _python_blocks()
-    assert sum(bool(line.strip()) for line in example.splitlines()) <= 26
+    example, *_ = python_blocks(README)
     monkeypatch.chdir(ROOT)
     exec(compile(example, str(README), "exec"), {"__name__": "__main__"})
     shape, base, pirate, shout = capsys.readouterr().out.splitlines()
@@ -250,3 +96,101 @@ def test_the_example_runs(
     assert pirate.startswith("Arr")
     assert shout.isupper()
     assert not base.isupper()
+
+
+# -- pages ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_the_schedulers_example_serves(tmp_path: Path) -> None:
+    page = functions()
+
+    def compute(batch: Batch) -> set[Ticket]:
+        """ "b" ends with its third token, "a" when it is long enough."""
+        ends = [row for row in batch.rows if row.ticket.generated == 2]
+        return {row.ticket for row in ends if row.handle is not None and row.handle.id == "b"}
+
+    async with over(stocked(tmp_path, "a", "b")) as loader:
+        async with AdapterScheduler(loader) as scheduler:
+            serving = asyncio.create_task(page["serve"](scheduler, compute))
+            answers = [page["answer"](scheduler, id, 5) for id in ("a", "b", "none")]
+            found = await asyncio.gather(*answers, return_exceptions=True)
+            assert found[:2] == [32, 3]
+            assert isinstance(found[2], AdapterNotFoundError)
+        await asyncio.wait_for(serving, 5)
+
+
+def allowed(text: str, allow: tuple[Allow, ...]) -> bool:
+    try:
+        parse_adapter_id(text, allow)
+    except AccessDeniedError:
+        return False
+    return True
+
+
+def test_the_sources_examples_allow_what_they_say() -> None:
+    (block,) = python_blocks(DOCS / "sources.md")
+    config = eval(block, {"LoaderConfig": LoaderConfig, "Allow": Allow})
+    for text in (
+        *("my-org/sql", "s3://my-bucket/loras/sql", "https://files.example.com/adapters/sql"),
+        *("http://localhost:8080/sql", "https://files.internal/sql"),
+    ):
+        assert allowed(text, config.allow)
+    for text in (
+        *("org/sql", "s3://my-bucket/sql", "http://files.internal/sql", "http://localhost/x"),
+    ):
+        assert not allowed(text, config.allow)
+    (entries,) = re.findall(r"`allow=(\(.*?\))`", (DOCS / "sources.md").read_text())
+    allow = eval(entries, {"Allow": Allow})
+    for text in ("org/name@refs/pr/1", "org/name", "other/name"):
+        assert allowed(text, allow)
+    assert not allowed("other/name@refs/pr/1", allow)
+
+
+def test_settings_have_the_defaults_that_the_page_says() -> None:
+    section = (DOCS / "sources.md").read_text().partition("\n## Settings\n")[2]
+    rows = re.findall(r"^\| `([a-z_]+)` \| `?(.+?)`? \|", section, re.MULTILINE)
+    assert len(rows) > 5
+    config = LoaderConfig()
+    for name, text in rows:
+        assert getattr(config, name) == (16 << 30 if text == "16 GiB" else eval(text)), name
+
+
+def test_every_error_has_a_section() -> None:
+    named = re.findall(r"^### (\w+)$", (DOCS / "errors.md").read_text(), re.MULTILINE)
+    kinds = {name for name, kind in vars(errors).items() if name.endswith("Error") and kind}
+    assert set(named) == kinds
+
+
+@pytest.mark.slow
+def test_the_diagrams_are_drawn_from_the_tables() -> None:
+    command = [sys.executable, str(DOCS / "draw_states.py")]
+    drawn = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    page = (DOCS / "architecture.md").read_text()
+    assert drawn.strip() in page, "run: python docs/draw_states.py --write"
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_every_command_and_option_that_is_named_is_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (DOCS / "cli.md").read_text()
+    named = {"cache ls", "cache verify", "cache rm", "cache gc"}
+    named |= set(re.findall(r"^\| `lorax-async ([a-z-]+)", page, re.MULTILINE)) - {"cache"}
+    named |= set(re.findall(r"lorax-async ([a-z][a-z-]+)", README.read_text())) - {"cache"}
+    assert {"inspect", "load", "fetch", "serve", "plan", "demo-remote"} <= named
+    options = {
+        option
+        for command in named
+        for option in re.findall(r"--[a-z][a-z-]+", help_of(capsys, *command.split()))
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= options

@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlencode
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -48,6 +50,7 @@ async def _get(app: Any, path: str, **query: str) -> tuple[int, dict[str, str], 
     return sent[0]["status"], headers, json.loads(body)
 
 
+@pytest.mark.slow
 def test_a_server_embeds_the_loader() -> None:
     app = _example("embed_fastapi").smollm2_with_examples()
 
