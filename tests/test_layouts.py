@@ -1,4 +1,4 @@
-"""Layouts of real model classes, tiny and random, against their own `named_modules`."""
+"""Layouts of real model classes, tiny and random, and of adapters that PEFT saved."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import tiny
 from lorax_async import layouts
 from lorax_async.config import Limits
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
@@ -72,13 +73,10 @@ def test_a_llama_in_memory() -> None:
     layout = layouts.from_module(transformers.LlamaForCausalLM(llama()))
     assert layout == ModelLayout(tuple(by_hand_llama()), 3, "F32", "model.")
     assert layout.resolve("layers.2.mlp.up_proj") == layout.index("model.layers.2.mlp.up_proj")
-
-
-def test_a_bare_llama() -> None:
-    layout = layouts.from_module(transformers.LlamaModel(llama()))
-    assert layout.backbone_prefix == ""
-    assert [m.name for m in layout.modules[:2]] == ["embed_tokens", "layers.0.self_attn.q_proj"]
-    assert len(layout.modules) == 22
+    bare = layouts.from_module(transformers.LlamaModel(llama()))
+    assert bare.backbone_prefix == ""
+    assert [m.name for m in bare.modules[:2]] == ["embed_tokens", "layers.0.self_attn.q_proj"]
+    assert len(bare.modules) == 22
 
 
 def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
@@ -195,9 +193,10 @@ def test_models_that_no_adapter_is_for() -> None:
         layouts.from_module(adapted)
 
 
-def save_adapter(folder: Path, **config: Any) -> None:
-    model = transformers.LlamaForCausalLM(llama())
-    get_peft_model(model, LoraConfig(**config)).save_pretrained(str(folder))
+def save_adapter(folder: Path, **config: Any) -> Path:
+    model: Any = get_peft_model(transformers.LlamaForCausalLM(llama()), LoraConfig(**config))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
 
 
 def test_an_adapter_by_peft(tmp_path: Path) -> None:
@@ -220,24 +219,23 @@ def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "word"),
-    [
-        ([torch.bfloat16], "BF16"),
-        ([torch.bfloat16, torch.float16], "F32"),
-        ([torch.bfloat16, torch.float32], "F32"),
-    ],
-)
-def test_the_dtype_of_an_adapter(dtypes: list[torch.dtype], word: str, tmp_path: Path) -> None:
-    save_adapter(tmp_path, target_modules=["q_proj"])
-    rewrite(
-        tmp_path,
-        lambda tensors: {
-            name: tensor.to(dtypes[n % len(dtypes)])
-            for n, (name, tensor) in enumerate(tensors.items())
-        },
-    )
-    assert layouts.from_adapter(tmp_path).dtype == word
+def test_the_dtype_of_an_adapter(tmp_path: Path) -> None:
+    """The widest of several; its vectors, which stay as they are, say nothing of it."""
+    save_adapter(tmp_path, target_modules=["q_proj"], use_dora=True)
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    for dtypes, word in (([bf16], "BF16"), ([bf16, f16], "F32"), ([bf16, f32], "F32")):
+
+        def cast(tensors: Tensors, dtypes: list[torch.dtype] = dtypes) -> Tensors:
+            return {
+                name: tensor if "magnitude" in name else tensor.to(dtypes[n % len(dtypes)])
+                for n, (name, tensor) in enumerate(tensors.items())
+            }
+
+        rewrite(tmp_path, cast)
+        assert layouts.from_adapter(tmp_path).dtype == word
+    rewrite(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if "magnitude" not in n})
+    with pytest.raises(AdapterFormatError, match="use_dora is set"):
+        layouts.from_adapter(tmp_path)
 
 
 def test_an_adapter_of_the_head_and_of_a_conv1d(tmp_path: Path) -> None:
@@ -293,3 +291,108 @@ def test_limits_and_missing_files(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
         with pytest.raises(AdapterNotFoundError, match=name):
             layouts.from_adapter(tmp_path)
+
+
+# -- embeddings -----------------------------------------------------------------------------------
+
+
+def embeddings_of(model: Any) -> list[str]:
+    modules = layouts.from_module(model).modules
+    found = [module for module in modules if module.embedding]
+    for module in found:
+        kind = (module.layer, module.parallel, module.transposed)
+        assert kind == (-1, Parallel.REPLICATED, False)
+        weight = model.get_submodule(module.name).weight
+        assert (module.in_features, module.out_features) == tuple(weight.shape)
+    return [module.name for module in found]
+
+
+def gemma() -> Any:
+    """Its embedding multiplies what it looks up."""
+    config = transformers.Gemma3TextConfig(**LLAMA)
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def opt() -> Any:
+    """Its positions are counted from the attention mask, by an embedding of another kind."""
+    config = transformers.OPTConfig(
+        vocab_size=48,
+        hidden_size=32,
+        ffn_dim=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        word_embed_proj_dim=32,
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def t5() -> Any:
+    """Layer 0 has an embedding of relative positions."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 48,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 40,
+        "num_layers": 2,
+    }
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, num_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (
+            lambda: transformers.LlamaForCausalLM(llama()),
+            ["model.embed_tokens"],
+        ),
+        (gemma, ["model.embed_tokens"]),
+        (opt, ["model.decoder.embed_tokens"]),
+        (t5, ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]),
+    ],
+)
+def test_embeddings_that_look_tokens_up(make: Any, names: list[str]) -> None:
+    assert embeddings_of(make()) == names
+
+
+class Late(nn.Module):
+    """An embedding is used first, wherever the class lists it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 8)})])
+        self.tokens = nn.Embedding(16, 8, **options)
+
+
+def test_an_embedding_comes_before_the_layers() -> None:
+    """One that changes its weights is none."""
+    assert embeddings_of(Late()) == ["tokens"]
+    assert embeddings_of(Late(max_norm=1.0)) == []
+
+
+TOKENS = Module("model.embed_tokens", 48, 32, -1, Parallel.REPLICATED, embedding=True)
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"fan_in_fan_out": True}])
+def test_an_adapter_of_the_embedding_alone(more: dict[str, Any], tmp_path: Path) -> None:
+    layout = layouts.from_adapter(save_adapter(tmp_path, target_modules=["embed_tokens"], **more))
+    assert layout.modules == (TOKENS,)
+
+
+def test_an_adapter_of_embedding_head_and_layers(tmp_path: Path) -> None:
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    layout = layouts.from_adapter(save_adapter(tmp_path, target_modules=targets, use_dora=True))
+    assert [(module.name, module.layer, module.embedding) for module in layout.modules] == [
+        ("model.embed_tokens", -1, True),
+        *((f"model.layers.{n}.self_attn.q_proj", n, False) for n in range(3)),
+        ("lm_head", 3, False),
+    ]
+
+
+def test_an_embedding_is_whole_on_every_rank_whatever_its_name(tmp_path: Path) -> None:
+    tiny.write(tmp_path, rank=4, target_modules=["lm_head"])
+    name = "base_model.model.lm_head.lora_embedding_"
+    tensors = {f"{name}A": torch.zeros(4, 48), f"{name}B": torch.zeros(32, 4)}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (module,) = layouts.from_adapter(tmp_path).modules
+    assert (module.embedding, module.parallel) == (True, Parallel.REPLICATED)
