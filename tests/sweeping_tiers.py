@@ -13,7 +13,6 @@ import tiny
 from common import mapped_files, open_files, our_threads
 from lorax_async import AdapterLoader, LoaderConfig, LocalRoot, Usage
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.ports import Source
 from lorax_async.testing import FakeSource, SimulatedDevice
 from sweeping import settle
 
@@ -43,8 +42,14 @@ class TierBench:
     """`a` is what is swept; `b` and `c` are somebody else's. `base` has a folder of each."""
 
     def __init__(
-        self, loader: AdapterLoader, device: AnyDevice, ids: dict[str, Any], base: Path
+        self,
+        loader: AdapterLoader,
+        device: AnyDevice,
+        ids: dict[str, Any],
+        base: Path,
+        source: FakeSource | None = None,
     ) -> None:
+        self.source = source
         self.loader = loader
         self.device = device
         self.ids = ids
@@ -86,6 +91,9 @@ class TierBench:
 
     def renew(self) -> None:
         """The same bytes in new files, put in place by rename: a first sight again."""
+        if self.source is not None:
+            self.source.put("a", *tiny.files(self.base / "a"))
+            return
         fresh = tiny.write(self.base / "fresh", rank=RANK)
         for path in fresh.iterdir():
             os.replace(path, self.base / "a" / path.name)
@@ -112,6 +120,9 @@ class TierBench:
         self._assert_no_rows()
         assert not mapped_files()
         assert open_files() <= self.files_before
+        if self.source is not None:
+            counts = self.source.counts
+            assert (counts.open_readers, counts.open_holds) == (0, 0)
 
     def _assert_no_rows(self) -> None:
         self.device.wipe([]).result(TIMEOUT)  # what was asked for before has been done
@@ -150,17 +161,15 @@ def written(base: Path) -> dict[str, Path]:
 
 
 @asynccontextmanager
-async def bench_over(
-    base: Path,
-    source: Source | None,
-    ids: dict[str, Any],
-    kind: Kind = "simulated",
-    **settings: object,
+async def _bench(
+    base: Path, kind: Kind, source: FakeSource | None, ids: dict[str, Any], **settings: object
 ) -> AsyncIterator[TierBench]:
     device = tier_device(kind)
     config = replace(tier_config(base), **settings)  # type: ignore[arg-type]
     async with AdapterLoader(LAYOUT, config, source=source, device=device) as loader:
-        yield TierBench(loader, device, ids, base)
+        yield TierBench(loader, device, ids, base, source)
+    assert not mapped_files()
+    assert not our_threads()
 
 
 @asynccontextmanager
@@ -168,10 +177,8 @@ async def local_tiers(
     base: Path, kind: Kind = "simulated", **settings: object
 ) -> AsyncIterator[TierBench]:
     """Files below an immutable root."""
-    async with bench_over(base, None, written(base), kind, **settings) as bench:
+    async with _bench(base, kind, None, written(base), **settings) as bench:
         yield bench
-    assert not mapped_files()
-    assert not our_threads()
 
 
 @asynccontextmanager
@@ -180,7 +187,17 @@ async def fake_tiers(base: Path) -> AsyncIterator[tuple[TierBench, FakeSource]]:
     source = FakeSource(holdable=True)
     for name, folder in written(base).items():
         source.put(name, *tiny.files(folder))
-    async with bench_over(base, source, {name: name for name in "abc"}) as bench:
+    async with _bench(base, "simulated", source, {name: name for name in "abc"}) as bench:
         yield bench, source
     assert (source.counts.open_readers, source.counts.open_holds) == (0, 0)
-    assert not our_threads()
+
+
+@asynccontextmanager
+async def tiers(base: Path, where: str) -> AsyncIterator[TierBench]:
+    """Files for the "cpu" or the simulated device, or a source from which bytes are "arriving"."""
+    if where == "arriving":
+        async with fake_tiers(base) as (bench, _):
+            yield bench
+    else:
+        async with local_tiers(base, "cpu" if where == "cpu" else "simulated") as bench:
+            yield bench

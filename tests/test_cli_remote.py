@@ -131,22 +131,6 @@ def test_what_is_named_is_allowed_and_no_more(
         assert fetch(url, "--allow", other.url("/one/")) == 0
 
 
-def test_into_the_standard_hub_cache(
-    folder: Path, fetch: Callable[..., int], hub_client: Path, capsys: Capture
-) -> None:
-    from huggingface_hub import snapshot_download
-
-    with HubStandIn() as hub:
-        hub.put("org/name", contents(folder), "v1")
-        assert fetch("org/name@v1", "--hub-cache", "write", "--json", *at(hub)) == 0
-    (row,) = output(capsys)["adapters"]
-    place = snapshot_download(
-        "org/name", revision="v1", cache_dir=hub_client, local_files_only=True
-    )
-    assert row["place"] == place
-    assert (Path(place) / NAMES[1]).read_bytes() == contents(folder)[NAMES[1]]
-
-
 def test_the_token_is_that_of_the_environment(
     folder: Path,
     fetch: Callable[..., int],

@@ -7,13 +7,8 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import tempfile
-import threading
 import time
-import urllib.error
-import urllib.request
-from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +19,9 @@ from lorax_async import layouts
 from lorax_async.cli import main
 from lorax_async.commands.demo_remote import COLUMNS, RATE, picture, smollm2_layout
 from lorax_async.commands.measure import run_on_uvloop, with_ticker
-from lorax_async.commands.slow_server import Link, SlowServer
 from lorax_async.core.layout import Module
 
 Capture = pytest.CaptureFixture[str]
-DATA = bytes(range(256)) * 100
 
 
 @pytest.mark.slow
@@ -157,55 +150,3 @@ def test_the_shapes_are_the_bases(tmp_path: Path) -> None:
 
 def _shape(module: Module) -> tuple[object, ...]:
     return module.name, module.in_features, module.out_features, module.layer, module.parallel
-
-
-def ask(server: SlowServer, target: str, **fields: str) -> tuple[int, dict[str, str], bytes]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(server.url("a") + target, headers=fields)
-    try:
-        with opener.open(request, timeout=20) as answer:
-            return answer.status, dict(answer.headers), answer.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, dict(error.headers), error.read()
-
-
-@pytest.mark.usefixtures("no_socket_left", "nothing_left")
-def test_the_slow_server_serves_ranges_with_the_digest_of_all() -> None:
-    with SlowServer({"/a/file": DATA}, 1e9) as server:
-        status, fields, body = ask(server, "file")
-        assert (status, body) == (200, DATA)
-        digest = b64encode(hashlib.sha256(DATA).digest()).decode()
-        assert fields["Repr-Digest"] == f"sha-256=:{digest}:"
-        status, part, body = ask(server, "file", Range="bytes=10-19")
-        assert (status, body) == (206, DATA[10:20])
-        assert part["Content-Range"] == f"bytes 10-19/{len(DATA)}"
-        assert part["ETag"] == fields["ETag"]
-        assert ask(server, "file", Range="bytes=25590-99999")[2] == DATA[-10:]
-        assert ask(server, "file", Range="bytes=25600-25601")[::2] == (416, b"")
-        assert ask(server, "other")[::2] == (404, b"")
-        assert ask(server, "../a/file")[::2] == (404, b"")
-        with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
-            client.sendall(b"POST /a/file HTTP/1.1\r\n\r\n")
-            assert b" 501 " in client.recv(1000)
-
-
-@pytest.mark.usefixtures("no_socket_left", "nothing_left")
-def test_a_client_that_leaves_a_slow_server_stops_nothing() -> None:
-    with SlowServer({"/a/file": DATA}, 1e3) as server:
-        client = socket.create_connection(("127.0.0.1", server.server_port), timeout=20)
-        client.sendall(b"GET /a/file HTTP/1.1\r\n\r\n")
-        assert client.recv(10) == b"HTTP/1.1 2"
-        client.close()
-    assert not [each for each in threading.enumerate() if "slow-server" in each.name]
-
-
-def test_a_link_is_shared() -> None:
-    link = Link(1e5)
-    began = time.monotonic()
-    threads = [threading.Thread(target=link.wait, args=(5_000,)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert time.monotonic() - began >= 0.2

@@ -13,7 +13,6 @@ from lorax_async import (
     AdapterLoader,
     CapacityError,
     FetchError,
-    IntegrityError,
     LocalRoot,
     TransferError,
 )
@@ -142,20 +141,6 @@ async def test_who_was_pushed_off_the_device_goes_on_in_host_memory(tmp_path: Pa
         await there.unload("c")
         assert where(there, "c").tier == "disk"
         assert (source.counts.populates, source.counts.open_holds) == (2, 1)
-
-
-async def test_a_file_that_changed_is_found_when_it_is_held(tmp_path: Path) -> None:
-    """Who waits hears of it, and it is opened anew; what is on the device stays."""
-    source = stocked(tmp_path, "a", holdable=True)
-    async with over(source) as there:
-        await there.prefetch("a", tier="disk")
-        source.fail("populate", IntegrityError("changed"))
-        with pytest.raises(IntegrityError):
-            await there.prefetch("a", tier="host")
-        assert state(there, "a") == "nowhere"
-        await there.prefetch("a", tier="host")
-        assert source.counts.opens == 2
-        assert is_at(there, "a", "host")
 
 
 async def test_unloading_what_was_read_ahead_beside_one_who_wants_room(tmp_path: Path) -> None:

@@ -85,20 +85,6 @@ async def test_what_cannot_fit_beside_a_pin_fails_at_once(tmp_path: Path) -> Non
     await body({"device_bytes": 2 * ONE}, "large")
 
 
-async def test_what_can_fit_beside_a_pin_waits(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, device_bytes=2 * ONE, max_slots=8) as there:
-        await there.pin("a")
-        lease = await there.load("b")
-        waiting = asyncio.create_task(there.load("c"))
-        await until(lambda: state(there, "c") == "present")
-        assert not waiting.done()
-        lease.release()
-        async with await waiting as handle:
-            tiny.assert_equal_to_file(handle, tmp_path / "c")
-        assert [is_at(there, name, "device") for name in "abc"] == [True, False, True]
-
-
 async def test_unload_ends_pins_and_a_stale_unpin_is_harmless(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
     async with over(source, max_slots=2) as there:

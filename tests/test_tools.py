@@ -64,21 +64,12 @@ def test_against_nothing(): pass
 """
 
 
-@pytest.mark.parametrize(
-    ("chosen", "told"),
-    [
-        ("", ["1 tests ran against sh", "3 tests did not run: no-such-program", "2 passed"]),
-        ("not needs", ["1 passed"]),
-    ],
-)
 @pytest.mark.parametrize("workers", [[], ["--numprocesses", "2"]], ids=["here", "in workers"])
-def test_a_run_ends_with_what_did_not_run(
-    tmp_path: Path, chosen: str, told: list[str], workers: list[str]
-) -> None:
+def test_a_run_ends_with_what_did_not_run(tmp_path: Path, workers: list[str]) -> None:
     file = tmp_path / "test_of_programs.py"
     file.write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider"]
-    command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-m", chosen]
+    command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     ended = subprocess.run(
         [*command, *workers, str(file)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
@@ -88,6 +79,5 @@ def test_a_run_ends_with_what_did_not_run(
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    for line in told:
+    for line in ("1 tests ran against sh", "3 tests did not run: no-such-program", "2 passed"):
         assert line in ended.stdout
-    assert ("did not run" in ended.stdout) == any("did not run" in line for line in told)

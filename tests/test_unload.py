@@ -11,11 +11,9 @@ import tiny
 from common import until
 from given import file_bytes, give
 from lorax_async import (
-    AdapterHandle,
     AdapterInUseError,
     AdapterTimeoutError,
     Event,
-    HandleClosedError,
     Leaving,
     LoaderClosedError,
     Resident,
@@ -225,38 +223,3 @@ async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:
             assert state(there, "a") == "leaving"
         await there.unload("a", timeout=0)
         assert where(there, "a").tier == "disk"
-
-
-async def test_it_is_gone_from_host_memory_too(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", holdable=True)
-    settings = {"device": "simulated", "pinned_bytes": 1 << 20}
-    async with over(source, **settings) as there:
-        await there.prefetch("a", tier="host")
-        (await there.load("a")).release()
-        found = where(there, "a")
-        assert found.host_bytes > 0
-        assert found.pinned_bytes > 0
-        await there.unload("a")
-        found = where(there, "a")
-        assert (found.tier, found.host_bytes, found.pinned_bytes) == ("disk", 0, 0)
-        assert source.counts.open_holds == 0
-        before = source.counts.bytes_read
-        (await there.load("a")).release()
-        assert source.counts.bytes_read - before == ONE, "read again, for no image was left"
-
-
-async def test_close_comes_first(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    async with over(source) as there:
-        lease: AdapterHandle = await there.load("a")
-        unloading = asyncio.create_task(there.unload("a"))
-        loading = asyncio.create_task(there.load("a"))
-        await until(lambda: source.counts.resolves == 2)
-        await asyncio.wait_for(there.close(timeout=0.02), 20)
-        await asyncio.wait_for(unloading, 20)
-        with pytest.raises(LoaderClosedError):
-            await loading
-        with pytest.raises(HandleClosedError):
-            _ = lease.modules
-        with pytest.raises(LoaderClosedError):
-            await there.unload("a")
