@@ -35,7 +35,7 @@ def made(**settings: Any) -> LoaderConfig:
 NAN, INF = math.nan, math.inf
 NOT_COUNTS = [0, -1, -(1 << 70), 1.0, 1.5, NAN, INF, True, False, "16", "", b"1", None, [1], ...]
 NOT_SECONDS = [0, -1, 0.0, -0.5, -INF, INF, NAN, 1e10, 10**400, True, "5", "", None, [5.0], 5j]
-NOT_WORDS = ["READ", "", "always", "fifo", None, 1, True, [], {}]
+NOT_WORDS: list[Any] = ["READ", "", "always", "fifo", None, 1, True, [], {}]
 NOT_DTYPES = [torch.int8, torch.float64, torch.float8_e4m3fn, "float64", "F32", "fp16", "", 1, []]
 NOT_DEVICES = ["cuda:", "cuda:01", "cuda:-1", "cuda:0 ", "mps", "meta", "CPU", "cpu:0", "", None, 0]
 NOT_ENDPOINTS = [
@@ -115,7 +115,7 @@ def test_each_setting_keeps_what_is_right_and_says_what_is_wrong(name: str) -> N
 def test_limits_are_positive_integers(name: str) -> None:
     for value in NOT_COUNTS:
         with pytest.raises(ConfigError, match=f"^{name} must be a positive integer, not "):
-            Limits(**{name: value})
+            Limits(**{name: value})  # type: ignore[arg-type]
 
 
 def test_the_defaults() -> None:
@@ -177,7 +177,7 @@ def test_a_calls_own_timeout_comes_first_and_is_checked_too() -> None:
     assert MAX_SECONDS < TIMEOUT_MAX
     for value in (-1, -0.1, NAN, INF, 1e10, 10**400, True, "5", [5]):
         with pytest.raises(UsageError, match="a timeout is from 0 to"):
-            config.seconds(value)  # type: ignore[arg-type]
+            config.seconds(value)
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])

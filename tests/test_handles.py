@@ -58,7 +58,7 @@ async def test_layers_come_one_by_one(tmp_path: Path) -> None:
     source.put("a", *tiny.files(tmp_path / "a"))
     source.hold("a")
     async with over(source) as there, there.stream("a", timeout=20) as handle:
-        assert not handle.resident
+        before = handle.resident
         assert [handle.is_ready(layer) for layer in range(-1, 5)] == [True, 0, True, 0, 0, True]
         with pytest.raises(UsageError, match="layer 0 is not here yet"):
             handle.modules["model.layers.0.mlp.up_proj"]
@@ -86,7 +86,7 @@ async def test_layers_come_one_by_one(tmp_path: Path) -> None:
             source.allow("a", group)
             await asyncio.gather(waits[layer], waits[10 + layer])
             assert [handle.is_ready(n) for n in (0, 2, 3)] == [n <= layer for n in (0, 2, 3)]
-        assert handle.resident
+        assert (before, handle.resident) == (False, True)
         assert handle.layers == (0, 2, 3)
         assert left.cancelled()
         tiny.assert_equal_to_file(handle, tmp_path / "a")

@@ -338,7 +338,7 @@ def test_an_entry_has_one_spelling(given: Allow, kept: Allow) -> None:
     with pytest.raises(FrozenInstanceError):
         given.prefix = ""  # type: ignore[misc]
     with pytest.raises(TypeError):
-        Allow("hub", "", None, "", True)  # type: ignore[misc]
+        Allow("hub", "", None, "", True)  # type: ignore[call-arg]
 
 
 def test_an_entrys_parts() -> None:

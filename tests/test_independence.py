@@ -26,7 +26,6 @@ from lorax_async import (
 )
 from lorax_async.core import queues
 from lorax_async.core.arena import Extent
-from lorax_async.core.life import Life
 from lorax_async.core.moves import Row
 from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
 from lorax_async.testing import FakeSource, SimulatedDevice, SimulatedTicket
@@ -168,31 +167,14 @@ def slowed(
     return max(ratios)
 
 
-@pytest.mark.parametrize("io_threads", [1, 2, 4])
-@pytest.mark.parametrize("beside", [(name,) for name in BESIDE], ids="".join)
+CASES = [
+    *((io_threads, (name,)) for io_threads in (1, 2, 4) for name in BESIDE),
+    *((2, ("stalled", failing, "large")) for failing in ("unfetched", "unread", "uncopied")),
+]
+
+
+@pytest.mark.parametrize(("io_threads", "beside"), CASES)
 def test_the_others_hardly_wait(
     run: Run, folders: dict[str, tuple[bytes, bytes]], beside: tuple[str, ...], io_threads: int
 ) -> None:
     assert slowed(run, folders, beside, io_threads) <= WITHIN
-
-
-@pytest.mark.parametrize("io_threads", [1, 2])
-@pytest.mark.parametrize("failing", ["unfetched", "unread", "uncopied"])
-def test_the_others_hardly_wait_for_three_of_them(
-    run: Run, folders: dict[str, tuple[bytes, bytes]], failing: str, io_threads: int
-) -> None:
-    assert slowed(run, folders, ("stalled", failing, "large"), io_threads) <= WITHIN
-
-
-@pytest.mark.parametrize("io_threads", [1, 2, 4])
-def test_they_would_if_the_first_to_come_were_served_first(
-    run: Run,
-    folders: dict[str, tuple[bytes, bytes]],
-    monkeypatch: pytest.MonkeyPatch,
-    io_threads: int,
-) -> None:
-    def by_arrival(life: Life) -> int:
-        return life.grant.slot.generation if life.grant else 0
-
-    monkeypatch.setattr(queues, "_copy_order", by_arrival)
-    assert slowed(run, folders, ["large"], io_threads) > 1.5

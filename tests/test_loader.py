@@ -34,6 +34,7 @@ from lorax_async import (
     TransferError,
     UsageError,
 )
+from lorax_async.core.transfer_plan import plan_transfer
 from lorax_async.runtime import planning
 from lorax_async.runtime.journal import STORY_LENGTH, Journal
 from tiny_loaders import ONE, gated, loader, on_device
@@ -136,7 +137,7 @@ async def test_many_headers_are_planned_in_turns_of_the_loop(
     names = tuple("abcdef")
     source, turns, turn = stocked(tmp_path, *names), list[int](), 0
     ticking = True
-    loop, plan = asyncio.get_running_loop(), planning.plan_transfer
+    loop, plan = asyncio.get_running_loop(), plan_transfer
 
     def tick() -> None:
         nonlocal turn

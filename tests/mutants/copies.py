@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorax_async.core import queues
+from lorax_async.core.life import Life
 from lorax_async.io import transfer
 from lorax_async.io.inbox import Inbox
 from lorax_async.io.ports import CopyTicket, StagedPiece
@@ -51,7 +53,14 @@ def _flag_cleared_after(self: Inbox[Any]) -> None:
     self._awake = False
 
 
+def _by_arrival(life: Life) -> tuple[bool, int, int]:
+    return True, life.grant.slot.generation if life.grant else 0, 0
+
+
 GROUPS: Mutants = {
+    "queues: a large load does not go before smaller ones": mutant(
+        "test_independence.py", (queues, "_copy_order", _by_arrival)
+    ),
     "staging: a buffer is reused after its copy": mutant(
         f"{STAGED}::test_a_buffer_is_not_written_to_before_its_copy_is_done",
         (StagingRing, "take", _given_back_at_once),
