@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,15 @@ import tiny
 from common import Run, our_threads, until
 from lorax_async import (
     AdapterHandle,
-    AdapterKey,
     AdapterLoader,
-    AdapterRef,
     CapacityError,
     HandleClosedError,
     LoaderClosedError,
     LoaderConfig,
     UsageError,
 )
-from lorax_async.core.arena import Extent
-from lorax_async.core.moves import Row
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.ports import AdapterFile, CopyTicket, Demand, FilePieces, Hold, StagedPiece
-from lorax_async.testing import FakeHold, FakeSource
+from lorax_async.testing import FakeHold
 from tiny_loaders import loader
 from tiny_sources import over, stocked
 
@@ -219,26 +214,6 @@ async def test_close_goes_on_when_its_caller_is_cancelled(tmp_path: Path) -> Non
     await there.close()
 
 
-class NotedDevice(GatedDevice):
-    """Writes down when copies and the device ended."""
-
-    def __init__(self) -> None:
-        super().__init__(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=1)
-        self.ended: list[str] = []
-
-    def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
-    ) -> CopyTicket:
-        try:
-            return super().copy(pieces, rows, extent, slot)
-        finally:
-            self.ended.append("copy")
-
-    def close(self) -> None:
-        super().close()
-        self.ended.append("device")
-
-
 async def break_off(closing: asyncio.Task[None]) -> None:
     """Cancel what the loader does at its end, as a loop that is shut down does."""
     await asyncio.sleep(0.01)
@@ -248,9 +223,22 @@ async def break_off(closing: asyncio.Task[None]) -> None:
     await asyncio.sleep(0.03)
 
 
-async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(tmp_path: Path) -> None:
+async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever copies still writes to the arena."""
-    folder, device = tiny.write(tmp_path / "a"), NotedDevice()
+    folder, ended = tiny.write(tmp_path / "a"), list[str]()
+    device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=1)
+    for name in ("copy", "close"):
+        call = getattr(device, name)
+
+        def noted(*what: Any, call: Any = call, name: str = name) -> Any:
+            try:
+                return call(*what)
+            finally:
+                ended.append(name)
+
+        monkeypatch.setattr(device, name, noted)
     config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
     there = AdapterLoader(tiny.layout(), config, device=device)
     await there.__aenter__()
@@ -262,50 +250,30 @@ async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(tmp_
     device.gate.set()
     ends = await asyncio.gather(loading, closing, return_exceptions=True)
     assert all(isinstance(end, BaseException) for end in ends)
-    await until(lambda: "device" in device.ended)
-    assert device.ended == ["copy"] * tiny.LAYERS + ["device"]
+    await until(lambda: "close" in ended)
+    assert ended == ["copy"] * tiny.LAYERS + ["close"]
 
 
-class DeafSource(FakeSource):
-    """One of its steps never ends by itself, and has something to undo when it is cancelled."""
+class Deaf:
+    """A step that never ends by itself, and has something to undo when it is cancelled."""
 
-    def __init__(self, step: str) -> None:
-        super().__init__(holdable=True)
-        self.step = step
-        self.asked, self.undone = False, 0
+    asked, undone = False, 0
 
-    async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        await self._never("resolve")
-        return await super().resolve(ref)
-
-    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
-        await self._never("open")
-        return await super().open(key, demand)
-
-    async def digest(self, key: AdapterKey) -> str:
-        await self._never("digest")
-        return await super().digest(key)
-
-    async def populate(self, key: AdapterKey) -> Hold:
-        await self._never("populate")
-        return await super().populate(key)
-
-    async def _never(self, step: str) -> None:
-        if step != self.step:
-            return
+    async def __call__(self, *_: object) -> Any:
         self.asked = True
-        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            await never
+            await asyncio.get_running_loop().create_future()
         finally:
             await asyncio.sleep(0.01)
             self.undone += 1
 
 
 @pytest.mark.parametrize("step", ["resolve", "digest", "populate"])
-async def test_what_a_source_undoes_is_waited_for(tmp_path: Path, step: str) -> None:
-    source = DeafSource(step)
-    source.put("a", *tiny.files(tiny.write(tmp_path / "a")))
+async def test_what_a_source_undoes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    source, deaf = stocked(tmp_path, "a", holdable=True), Deaf()
+    monkeypatch.setattr(source, step, deaf)
     there = over(source)
     await there.__aenter__()
     if step == "populate":
@@ -313,24 +281,26 @@ async def test_what_a_source_undoes_is_waited_for(tmp_path: Path, step: str) -> 
     else:
         digest = "0" * 64 if step == "digest" else None
         call = asyncio.create_task(there.load("a", digest=digest))
-    await until(lambda: source.asked)
+    await until(lambda: deaf.asked)
     await asyncio.wait_for(there.close(timeout=0), 10)
-    assert source.undone == 1
+    assert deaf.undone == 1
     ends = await asyncio.gather(call, return_exceptions=True)
     assert step == "populate" or isinstance(ends[0], LoaderClosedError)
 
 
-async def test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off(tmp_path: Path) -> None:
-    source = DeafSource("open")
-    source.put("a", *tiny.files(tiny.write(tmp_path / "a")))
+async def test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, deaf = stocked(tmp_path, "a"), Deaf()
+    monkeypatch.setattr(source, "open", deaf)
     there = over(source)
     await there.__aenter__()
     loading = asyncio.create_task(there.load("a"))
-    await until(lambda: source.asked)
+    await until(lambda: deaf.asked)
     closing = asyncio.create_task(there.close())
     await break_off(closing)
     await asyncio.gather(loading, closing, return_exceptions=True)
-    assert source.undone == 1
+    assert deaf.undone == 1
 
 
 @pytest.mark.parametrize("by", ["unload", "close"])
