@@ -5,21 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from common import LOOPS, Run, mapped_files, open_files, open_sockets, our_threads
 from tools import INSTALLED_BY, tool
-
-_ran: Counter[str] = Counter()
-"""How many tests ran against each program that somebody else wrote."""
-
-_not_run: Counter[str] = Counter()
-"""How many were left out for want of it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,52 +22,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--soak-seed", type=int, default=random.randrange(1 << 32))
 
 
-def _programs(item: pytest.Item) -> list[str]:
-    return [mark.args[0] for mark in item.iter_markers("needs")]
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that need a program which this machine has not; they are told of at the end."""
-    left_out = []
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need a program which this machine has not; pytest lists them at the end."""
     for item in items:
-        missing = [program for program in _programs(item) if tool(program) is None]
-        _not_run.update(missing)
-        if missing:
-            left_out.append(item)
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    _ran.update(_programs(item))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of pytest-xdist hands over what it counted."""
-    handed_over = getattr(session.config, "workeroutput", None)
-    if handed_over is not None:
-        handed_over.update(ran=dict(_ran), not_run=dict(_not_run))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Each worker runs its share of the tests, and leaves out the same ones."""
-    told = getattr(node, "workeroutput", {})
-    _ran.update(told.get("ran", {}))
-    _not_run.update(Counter(told.get("not_run", {})) - _not_run)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _ran or _not_run:
-        terminalreporter.section("against programs that others wrote")
-    for program, count in sorted(_ran.items()):
-        terminalreporter.write_line(f"{count} tests ran against {program} ({tool(program)})")
-    for program, count in sorted(_not_run.items()):
-        terminalreporter.write_line(
-            f"{count} tests did not run: {program} is not installed or not permitted here;"
-            f" {INSTALLED_BY.get(program, '`make servers` installs servers')}"
-        )
+        for mark in item.iter_markers("needs"):
+            program = mark.args[0]
+            if tool(program) is None:
+                how = INSTALLED_BY.get(program, "`make servers` installs servers")
+                reason = f"{program} is not installed or not permitted here; {how}"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
