@@ -49,6 +49,11 @@ def gpt2() -> transformers.GPT2Config:
     return transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=16)
 
 
+def t5(**changes: Any) -> transformers.T5Config:
+    sizes = {"vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2}
+    return transformers.T5Config(**sizes | changes, num_heads=4)
+
+
 def by_hand_llama() -> list[Module]:
     """From the published shapes of the architecture: out × in of each weight, heads of 8."""
     layer: list[Any] = [
@@ -126,9 +131,7 @@ def test_a_folder_with_nothing_but_a_config(make: Callable[[], Any], tmp_path: P
 
 
 def test_what_is_no_causal_model_is_built_as_its_author_saved_it(tmp_path: Path) -> None:
-    config = transformers.T5Config(
-        vocab_size=48, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, dtype="bfloat16"
-    )
+    config = t5(dtype="bfloat16")
     config.architectures = ["T5ForConditionalGeneration"]
     config.save_pretrained(tmp_path)
     layout = layouts.from_pretrained(tmp_path)
@@ -307,52 +310,33 @@ def embeddings_of(model: Any) -> list[str]:
     return [module.name for module in found]
 
 
-def gemma() -> Any:
-    """Its embedding multiplies what it looks up."""
-    config = transformers.Gemma3TextConfig(**LLAMA)
-    return transformers.Gemma3ForCausalLM(config)
-
-
-def opt() -> Any:
-    """Its positions are counted from the attention mask, by an embedding of another kind."""
-    config = transformers.OPTConfig(
-        vocab_size=48,
-        hidden_size=32,
-        ffn_dim=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        word_embed_proj_dim=32,
-    )
-    return transformers.OPTForCausalLM(config)
-
-
-def t5() -> Any:
-    """Layer 0 has an embedding of relative positions."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 48,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 40,
-        "num_layers": 2,
-    }
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, num_heads=4))
-
-
-@pytest.mark.parametrize(
-    ("make", "names"),
-    [
-        (
-            lambda: transformers.LlamaForCausalLM(llama()),
-            ["model.embed_tokens"],
+MODELS: dict[str, tuple[Any, list[str]]] = {
+    "llama": (llama, ["model.embed_tokens"]),
+    # Its embedding multiplies what it looks up.
+    "gemma": (lambda: transformers.Gemma3TextConfig(**LLAMA), ["model.embed_tokens"]),
+    # Its positions are counted from the attention mask, by an embedding of another kind.
+    "opt": (
+        lambda: transformers.OPTConfig(
+            **{name: LLAMA[name] for name in list(LLAMA)[:5] if name != "intermediate_size"},
+            ffn_dim=40,
+            max_position_embeddings=16,
+            word_embed_proj_dim=32,
         ),
-        (gemma, ["model.embed_tokens"]),
-        (opt, ["model.decoder.embed_tokens"]),
-        (t5, ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]),
-    ],
-)
-def test_embeddings_that_look_tokens_up(make: Any, names: list[str]) -> None:
-    assert embeddings_of(make()) == names
+        ["model.decoder.embed_tokens"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_embeddings_that_look_tokens_up(name: str) -> None:
+    config, names = MODELS[name]
+    auto: Any = transformers.AutoModelForCausalLM
+    assert embeddings_of(auto.from_config(config())) == names
+
+
+def test_an_embedding_of_relative_positions_is_none() -> None:
+    model = transformers.T5ForConditionalGeneration(t5())
+    assert embeddings_of(model) == ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]
 
 
 class Late(nn.Module):

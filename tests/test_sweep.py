@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -273,11 +272,19 @@ async def test_every_error_of_a_source(tmp_path: Path, step: Step, group: int) -
 
 
 @pytest.mark.parametrize("step", LATER_STEPS)
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(each, marks=() if type(each) is RuntimeError else pytest.mark.slow)
+        for each in ERRORS
+    ],
+    ids=lambda e: type(e).__name__,
+)
 async def test_every_error_of_every_later_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
 ) -> None:
     target, verbs = LATER_STEPS[step]
-    for error, verb in product(ERRORS, verbs):
+    for verb in verbs:
         async with local_tiers(tmp_path) as bench:
             with monkeypatch.context() as patch:
                 patch.setattr(target, raising(error))
