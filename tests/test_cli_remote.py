@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from fault_server import Asked, Client, until
+from fault_server import Asked, Client, FaultServer, until
 from hub_stand_in import HubStandIn, sha256
 from safetensors.torch import save_file
 
@@ -33,7 +35,6 @@ from lorax_async.errors import UsageError
 from lorax_async.ids.parsing import parsed
 from lorax_async.io.remote.elsewhere import elsewhere_of
 from lorax_async.io.remote.fetch import COMPARED_BYTES
-from served import NAMES, contents, etag, files_of, right, serving
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
@@ -41,6 +42,44 @@ Capture = pytest.CaptureFixture[str]
 TOKEN = "hf_AbcDefGhi5ecre7"
 BEGINNING = 256 << 10
 """What comes with the header."""
+
+NAMES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in NAMES}
+
+
+def files_of(folders: Mapping[str, Path]) -> dict[str, bytes]:
+    """By target, of folders by theirs."""
+    return {
+        f"/{where}/{name}": data
+        for where, folder in folders.items()
+        for name, data in contents(folder).items()
+    }
+
+
+def etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
+
+
+def right(files: Mapping[str, bytes]) -> Callable[[Asked, Client], None]:
+    """What a good server of these files answers."""
+
+    def behave(asked: Asked, client: Client) -> None:
+        data = files.get(asked.target)
+        if data is None:
+            client.head("404 Not Found", "Content-Length: 0")
+        else:
+            FaultServer(data, etag=etag(data)).right(asked, client)
+
+    return behave
+
+
+@contextmanager
+def serving(files: Mapping[str, bytes]) -> Iterator[FaultServer]:
+    with FaultServer(b"", right(files)) as server:
+        yield server
 
 
 @pytest.fixture
