@@ -149,6 +149,8 @@ def test_two_revisions_of_one_id_are_refused(fetch: Callable[..., int], capsys: 
     with pytest.raises(UsageError, match="several revisions"):
         loads_of([one, other])
     assert [load.name for load in loads_of([one, one])] == ["org/name", "org/name"]
+    paths = [Path("/one/sql"), Path("/two/sql"), Path("/three/chat")]
+    assert [load.name for load in loads_of(paths)] == ["/one/sql", "/two/sql", "chat"]
 
 
 def test_what_is_named_is_allowed_and_no_more(
@@ -168,6 +170,22 @@ def test_what_is_named_is_allowed_and_no_more(
         assert fetch(url, "--allow", other.url("/two/")) == 1
         assert not other.asked
         assert fetch(url, "--allow", other.url("/one/")) == 0
+
+
+def test_into_the_standard_hub_cache(
+    folder: Path, fetch: Callable[..., int], hub_client: Path, capsys: Capture
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    with HubStandIn() as hub:
+        hub.put("org/name", contents(folder), "v1")
+        assert fetch("org/name@v1", "--hub-cache", "write", "--json", *at(hub)) == 0
+    (row,) = output(capsys)["adapters"]
+    place = snapshot_download(
+        "org/name", revision="v1", cache_dir=hub_client, local_files_only=True
+    )
+    assert row["place"] == place
+    assert (Path(place) / NAMES[1]).read_bytes() == contents(folder)[NAMES[1]]
 
 
 def test_the_token_is_that_of_the_environment(

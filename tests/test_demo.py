@@ -9,7 +9,9 @@ import os
 import signal
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from lorax_async import layouts
 from lorax_async.cli import main
 from lorax_async.commands.demo_remote import COLUMNS, RATE, picture, smollm2_layout
 from lorax_async.commands.measure import run_on_uvloop, with_ticker
+from lorax_async.commands.slow_server import SlowServer
 from lorax_async.core.layout import Module
 
 Capture = pytest.CaptureFixture[str]
@@ -150,3 +153,22 @@ def test_the_shapes_are_the_bases(tmp_path: Path) -> None:
 
 def _shape(module: Module) -> tuple[object, ...]:
     return module.name, module.in_features, module.out_features, module.layer, module.parallel
+
+
+@pytest.mark.usefixtures("no_socket_left", "nothing_left")
+def test_the_slow_server_serves_ranges_of_its_files_and_nothing_else() -> None:
+    data = bytes(range(256)) * 100
+
+    def ask(method: str, target: str, **fields: str) -> tuple[int, bytes]:
+        client = HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+        with closing(client):
+            client.request(method, target, headers=fields)
+            answer = client.getresponse()
+            return answer.status, answer.read()
+
+    with SlowServer({"/a/file": data}, 1e9) as server:
+        assert ask("GET", "/a/file") == (200, data)
+        assert ask("GET", "/a/file", Range="bytes=25590-99999") == (206, data[-10:])
+        assert ask("GET", "/a/file", Range="bytes=25600-25601") == (416, b"")
+        assert ask("GET", "/a/other") == (404, b"")
+        assert ask("POST", "/a/file")[0] == 501
