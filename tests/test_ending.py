@@ -84,8 +84,9 @@ async def test_close_fails_waiters_and_revokes_leases(tmp_path: Path) -> None:
             await waiting
         with pytest.raises(HandleClosedError, match="loader was closed"):
             _ = handle.modules
-        with pytest.raises(LoaderClosedError):
-            await there.load(a)
+        for late in (there.load(a), there.unload(a)):
+            with pytest.raises(LoaderClosedError):
+                await late
         await there.close()
 
 

@@ -24,7 +24,7 @@ from lorax_async import (
     UsageError,
 )
 from lorax_async.io.ports import AdapterFile, Demand
-from lorax_async.runtime.acquiring import BACKGROUND_SECONDS
+from lorax_async.runtime import acquiring
 from lorax_async.runtime.turns import Turns
 from lorax_async.runtime.whereabouts import TierName
 from tiny_loaders import ONE, loader
@@ -272,6 +272,7 @@ async def test_two_files_are_opened_at_a_time_and_a_load_does_not_stand_behind(
         return await plain_open(key, demand)
 
     monkeypatch.setattr(source, "open", slow)
+    monkeypatch.setattr(acquiring, "BACKGROUND_SECONDS", 1e6)  # so that no turn is lent
     async with over(source) as there:
         for name in NAMES[:4]:
             source.hold(name)
@@ -280,9 +281,7 @@ async def test_two_files_are_opened_at_a_time_and_a_load_does_not_stand_behind(
         before = len(opened)
         (await there.load("urgent")).release()
         assert opened.index("urgent") < before + 10
-        begun = asyncio.get_running_loop().time()
         await until(lambda: all(is_at(there, name, "disk") for name in NAMES[4:]))
-        assert asyncio.get_running_loop().time() - begun < BACKGROUND_SECONDS, "none was lent"
         assert max(at_once) == 2
         assert not hints.done
         source.allow(NAMES[0])
