@@ -11,7 +11,7 @@ from lorax_async import AdapterHandle, AdapterLoader
 
 
 def assert_holds(handle: AdapterHandle, given: dict[str, torch.Tensor]) -> None:
-    """What is on the device is what was given, cast by torch."""
+    """The device has what was given, cast by torch."""
     assert len(given) == 2 * len(handle.modules)
     for name, module in handle.modules.items():
         a = given[f"base_model.model.{name}.lora_A.weight"]
@@ -21,7 +21,13 @@ def assert_holds(handle: AdapterHandle, given: dict[str, torch.Tensor]) -> None:
 
 
 def used(there: AdapterLoader) -> int:
-    return there._machinery._tensors.copies.used
+    """Bytes of `memory_bytes` that are taken, also once the loader is closed."""
+    return there.last_numbers()[1].memory_bytes.used
+
+
+def kept(there: AdapterLoader) -> int:
+    """Bytes of the adapters that are in host memory: what is taken when nothing is under way."""
+    return sum(where.host_bytes for where in there.residency().values())
 
 
 def file_bytes(seed: int = 0) -> int:

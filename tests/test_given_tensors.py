@@ -1,0 +1,476 @@
+"""Adapters given as tensors: equal to their twins in files, kept while named, refused cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import tiny
+from common import until
+from given import assert_holds, file_bytes, give, kept, used
+from lorax_async import (
+    AdapterFormatError,
+    AdapterHandle,
+    AdapterNotFoundError,
+    AdapterRef,
+    AdapterTimeoutError,
+    CapacityError,
+    FetchError,
+    IncompatibleAdapterError,
+    IntegrityError,
+    InternalError,
+    InvalidAdapterIdError,
+    Limits,
+    LoaderClosedError,
+    LoaderConfig,
+    LoraxError,
+    TransferError,
+    UnsupportedAdapterError,
+    UsageError,
+)
+from sweeping import Bench, cancel_at, count_steps, local_bench, released
+from tiny_loaders import ONE, loader, on_device
+from tiny_sources import over, state, stocked, where
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+OLD, NEW = tiny.tensors(1), tiny.tensors(2)
+
+# -- equal to a file, by its name -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+async def test_given_tensors_equal_the_file_with_the_same_tensors(
+    tmp_path: Path, device: str, dtype: torch.dtype, stored: str
+) -> None:
+    folder = tiny.write(tmp_path / "twin", 3, dtype=dtype, use_rslora=True)
+    given = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    async with loader(device=device, dtype=stored) as there:
+        config = tiny.config(use_rslora=True)
+        async with await there.load_tensors("mine", given, config) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+            assert {module.scale for module in handle.modules.values()} == {8 / 4**0.5}
+            assert (handle.id, handle.resident) == ("mine", True)
+
+
+async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> None:
+    given = tiny.tensors(5)
+    async with over(stocked(tmp_path)) as there:
+        first = await there.load_tensors("mine", given, tiny.config())
+        for handle in (
+            await there.load("mine"),
+            await there.load("mine", token="anybody's"),
+            there.try_acquire("mine"),
+            await there.load(first.key),
+        ):
+            assert handle is not None
+            assert (handle.key, handle.slot) == (first.key, first.slot)
+            handle.release()
+        async with there.stream("mine") as handle:
+            await handle.layer_ready(3)
+            assert_holds(handle, given)
+        await there.pin("mine")
+        assert where(there, "mine").pins == 1
+        assert there.unpin("mine")
+        await there.prefetch(["mine"])
+        await there.prefetch("mine", tier="host")
+        assert there.story("mine")[0].key == first.key
+        with pytest.raises(AdapterNotFoundError):
+            await there.load("mine", revision="main")
+        first.release()
+
+
+# -- as long as a name means them -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+async def test_evicted_tensors_come_back_as_they_were_given(tmp_path: Path, device: str) -> None:
+    given = tiny.tensors(5)
+    async with over(stocked(tmp_path, "a", "b"), max_slots=2, device=device) as there:
+        (await there.load_tensors("mine", given, tiny.config())).release()
+        for tensor in given.values():
+            tensor.fill_(7)  # the caller trains on
+        for _ in range(3):
+            for name in "ab":
+                (await there.load(name)).release()
+            found = where(there, "mine")
+            assert (found.tier, found.state, found.device_bytes) == ("host", "held", 0)
+            assert found.host_bytes == used(there) > file_bytes()
+            async with await there.load("mine") as handle:
+                assert_holds(handle, tiny.tensors(5))
+                assert where(there, "mine").device_bytes >= ONE
+        assert there.statistics().fetches == 3
+
+
+async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "mine", "b")
+    async with over(source) as there:
+        (await there.load("mine")).release()
+        async with await give(there, 5) as first:
+            assert_holds(first, tiny.tensors(5))
+            key = first.key
+        await there.pin("mine")
+        await there.unload("mine")
+        assert key not in there.residency()
+        assert used(there) == 0
+        with pytest.raises(AdapterNotFoundError, match="give them again"):
+            await there.load(key)
+        async with await there.load("mine") as handle:  # the source's, as before
+            tiny.assert_equal_to_file(handle, tmp_path / "mine")
+        source.remove("mine")
+        async with await give(there, 5) as handle:
+            assert (handle.key, handle.resident) == (key, True)
+            assert_holds(handle, tiny.tensors(5))
+        await there.unload(key)
+        with pytest.raises(AdapterNotFoundError):
+            await there.load("mine")
+        assert used(there) == 0
+
+
+@pytest.mark.each_loop
+async def test_a_load_during_an_unload_gets_the_tensors_and_then_they_go(tmp_path: Path) -> None:
+    async with over(stocked(tmp_path)) as there:
+        first = await give(there, 5)
+        unloading = asyncio.create_task(there.unload("mine"))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(there.load("mine"))
+        await until(lambda: there.usage().waiting)
+        assert {unloading.done(), waiting.done()} == {False}
+        first.release()
+        await unloading
+        async with await waiting as handle:
+            assert_holds(handle, tiny.tensors(5))
+            assert used(there) > 0
+            with pytest.raises(AdapterNotFoundError):
+                await there.load("mine")
+        assert used(there) == 0
+        assert not there.residency()
+
+
+async def test_memory_bytes_are_kept_to_and_given_back(tmp_path: Path) -> None:
+    header = 4096  # more than the header of this adapter, and less than a third one takes
+    room = 2 * (file_bytes() + header)
+    async with over(stocked(tmp_path), memory_bytes=room, spill=False) as there:
+        (await give(there, 1, "one")).release()
+        one = used(there)
+        (await give(there, 2, "two")).release()
+        assert used(there) == 2 * one
+        with pytest.raises(CapacityError, match="memory_bytes") as caught:
+            await give(there, 3, "three")
+        assert (caught.value.id, caught.value.retryable) == ("three", True)
+        with pytest.raises(CapacityError) as caught:
+            await there.load_tensors("three", tiny.tensors(3, 64), tiny.config(64))
+        assert caught.value.retryable is False
+        await there.unload("one")
+        assert used(there) == one
+        (await give(there, 3, "three")).release()
+        assert used(there) == 2 * one
+    assert used(there) == 0
+
+
+async def test_equal_content_is_one_adapter_until_its_last_name_goes(tmp_path: Path) -> None:
+    given = tiny.tensors(5)
+    async with over(stocked(tmp_path)) as there:
+        names = [f"mine {n}" for n in range(6)] + ["mine 0"]
+        handles = await asyncio.gather(
+            *(there.load_tensors(name, dict(given), tiny.config()) for name in names)
+        )
+        (key,) = {handle.key for handle in handles}
+        assert {handle.slot for handle in handles} == {handles[0].slot}
+        assert there.statistics().loads == 1
+        assert used(there) == where(there, key).host_bytes
+        for handle in handles:
+            handle.release()
+        for name in names[:5]:
+            await there.unload(name)
+            assert used(there) > 0
+            async with await there.load("mine 5") as handle:
+                assert_holds(handle, given)
+        await there.unload("mine 5")
+        assert used(there) == 0
+
+
+async def test_other_content_is_another_adapter_and_needs_another_name(tmp_path: Path) -> None:
+    given = tiny.tensors(5)
+    async with over(stocked(tmp_path)) as there:
+        one = await there.load_tensors("one", given, tiny.config())
+        two = await there.load_tensors("two", given, tiny.config(lora_alpha=9))
+        assert one.key != two.key
+        assert one.slot != two.slot
+        with pytest.raises(UsageError, match="means other tensors already") as caught:
+            await there.load_tensors("one", given, tiny.config(lora_alpha=9))
+        assert caught.value.id == "one"
+        async with await there.load("one") as handle:
+            assert handle.key == one.key
+        one.release()
+        two.release()
+
+
+# -- refused --------------------------------------------------------------------------------------
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def _without(name: str) -> dict[str, torch.Tensor]:
+    return {other: tensor for other, tensor in NEW.items() if name not in other}
+
+
+def _with(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return NEW | {f"base_model.model.{name}": tensor}
+
+
+REFUSED: list[tuple[Any, Any, type[LoraxError], str]] = [
+    ([torch.zeros(1)], {}, UsageError, "a dict of torch tensors by name, not list"),
+    ({"x": [1.0]}, {}, UsageError, "tensor 'x' is no torch tensor, but list"),
+    ({1: torch.zeros(1)}, {}, UsageError, "tensors have names, not 1"),
+    ({}, "{}", UsageError, "a dict as in adapter_config.json, or a peft.LoraConfig"),
+    ({"x": torch.zeros(1, device="meta")}, {}, UsageError, "no plain bytes"),
+    ({"x": torch.zeros(2, 2).to_sparse()}, {}, UsageError, "no plain bytes"),
+    (NEW, {"peft_type": None}, AdapterFormatError, "no 'peft_type'"),
+    (NEW, {"r": 5}, AdapterFormatError, "rank|shape"),
+    (NEW, {"bias": "all"}, UnsupportedAdapterError, "trained biases"),
+    (NEW, {"lora_alpha": float("nan")}, AdapterFormatError, "cannot be written.*JSON"),
+    (NEW, {"what": object()}, AdapterFormatError, "object is nothing that JSON has"),
+    (NEW, {"x": "y" * (256 << 10)}, AdapterFormatError, "adapter_config.json"),
+    ({}, {}, AdapterFormatError, "no tensor"),
+    (_without("0.self_attn.q_proj.lora_A"), {}, AdapterFormatError, "no A beside it"),
+    (_with("x.lora_A.weight", torch.ones(4, 3)), {}, LoraxError, "x"),
+    (_with(f"{LAYER}.lora_A.default.weight", torch.ones(4, 32)), {}, UnsupportedAdapterError,
+     "get_peft_model_state_dict"),
+    (_with("lm_head.weight", torch.ones(4, 32)), {}, UnsupportedAdapterError, "vocabulary"),
+    (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 31)), {}, IncompatibleAdapterError, "31"),
+    (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 32).double()), {}, UnsupportedAdapterError,
+     "float64; give it as torch.float32, torch.float16, torch.bfloat16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "changes", "kind", "problem"), REFUSED)
+async def test_what_is_no_adapter_for_this_base_is_refused(
+    given: Any, changes: Any, kind: type[LoraxError], problem: str
+) -> None:
+    config: Any = tiny.config(**changes) if isinstance(changes, dict) else changes
+    async with loader() as there:
+        for verb in (there.load_tensors, there.replace):
+            with pytest.raises(kind, match=problem) as caught:
+                await verb("mine", given, config)
+            assert caught.value.id in {"mine", None}
+        assert not there.residency()
+        assert used(there) == 0
+
+
+@pytest.mark.parametrize("name", [Path("mine"), "", AdapterRef("mine")])
+async def test_the_name_of_tensors_is_a_str(name: Any) -> None:
+    async with loader() as there:
+        with pytest.raises(InvalidAdapterIdError, match="a str that is not empty"):
+            await there.load_tensors(name, NEW, tiny.config())
+
+
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        (Limits(max_tensors=15), "16 tensors are over the limit of 15"),
+        (Limits(max_rank=3), "r is 4, above the limit of 3"),
+        (Limits(max_adapter_bytes=9000), "bytes in its tensors, over the limit of 9,000"),
+    ],
+)
+async def test_the_limits_of_files_hold_for_tensors(limits: Limits, problem: str) -> None:
+    async with loader(limits=limits) as there:
+        with pytest.raises(UnsupportedAdapterError, match=problem):
+            await give(there, 2)
+        assert used(there) == 0
+
+
+async def test_only_an_open_loader_with_memory_takes_tensors() -> None:
+    there = loader()
+    with pytest.raises(UsageError, match="enter the loader"):
+        await give(there, 0)
+    async with there:
+        pass
+    with pytest.raises(LoaderClosedError):
+        await give(there, 0)
+    with pytest.raises(UsageError, match="memory_bytes must be an integer of at least 0"):
+        LoaderConfig(memory_bytes=-1)
+    async with loader(memory_bytes=0) as there:
+        with pytest.raises(CapacityError):
+            await give(there, 0)
+        assert state(there, "mine") == "nowhere"
+
+
+# -- given up, or failed, at every step -----------------------------------------------------------
+
+VERBS = ["load_tensors", "replace", "replace a source's"]
+
+
+class Call:
+    """One of the three ways to give tensors, on a bench; `name` is the id it is about."""
+
+    def __init__(self, bench: Bench, verb: str) -> None:
+        self.bench = bench
+        self.verb = verb
+        self.loader = bench.loader
+        self.name: Any = bench.adapter if verb.startswith("replace a") else "mine"
+
+    async def prepare(self) -> None:
+        """Give the id its meaning before."""
+        if self.verb == "replace":
+            (await self.loader.load_tensors("mine", OLD, tiny.config())).release()
+        elif self.name != "mine":
+            (await self.loader.load(self.name)).release()
+
+    async def __call__(
+        self, given: Mapping[str, torch.Tensor] = NEW, timeout: float = 20
+    ) -> AdapterHandle:
+        verb = self.loader.load_tensors if self.verb == "load_tensors" else self.loader.replace
+        return await verb(self.name, given, tiny.config(), timeout=timeout)
+
+    async def assert_nothing_changed(self) -> None:
+        """A thread that was copying gives back its room; the id means what it did."""
+        await until(self._is_as_before)
+        await self.bench.assert_clean()
+        if self.verb == "load_tensors":
+            assert self.loader.try_acquire("mine") is None
+            assert not self.loader.residency()
+            return
+        async with await self.loader.load(self.name) as handle:
+            if self.verb == "replace":
+                assert_holds(handle, OLD)
+            else:
+                tiny.assert_equal_to_file(handle, self.bench.adapter)
+        assert len(on_device(self.loader)) == 1
+
+    def _is_as_before(self) -> bool:
+        found = self.loader.residency().values()
+        filling = any(where.state == "filling" for where in found)
+        in_memory = sum(where.host_bytes > 0 for where in found)
+        as_before = in_memory == (self.verb == "replace")
+        return used(self.loader) == kept(self.loader) and as_before and not filling
+
+
+@asynccontextmanager
+async def prepared(tmp_path: Path, verb: str) -> AsyncIterator[Call]:
+    async with local_bench(tmp_path) as bench:
+        call = Call(bench, verb)
+        await call.prepare()
+        yield call
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_tensors_cancelled_at_every_await_change_nothing(tmp_path: Path, verb: str) -> None:
+    async with prepared(tmp_path / "counted", verb) as call:
+        steps = await count_steps(released(call()))
+    assert steps >= 3, "the copies, and the device, are waited for"
+    async with prepared(tmp_path, verb) as call:
+        for step in range(1, steps + 1):
+            if not await cancel_at(call(), step):
+                assert step > 3
+                return
+            await call.assert_nothing_changed()
+        async with await call() as handle:
+            assert_holds(handle, NEW)
+
+
+STEPS = {
+    "measure": "lorax_async.io.snapshot.Snapshot.measure",
+    "copy": "lorax_async.io.snapshot.Snapshot.step",
+    "hash": "lorax_async.io.snapshot.Buffer.of",
+    "open": "lorax_async.io.host_copies.HostCopy.open",
+    "plan": "lorax_async.runtime.planning.Planner.plan",
+    "read": "lorax_async.io.host_copies.HostReader.read_into",
+    "to device": "lorax_async.io.devices.cpu.CpuDevice.copy",
+    "exchange": "lorax_async.runtime.names.Names.give",
+}
+
+
+@pytest.mark.parametrize("error", [FetchError("ordered"), RuntimeError("a foreign fault")])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("verb", VERBS)
+async def test_an_error_at_every_step_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, step: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error.located() if isinstance(error, LoraxError) else error
+
+    async with prepared(tmp_path, verb) as call:
+        with monkeypatch.context() as patch:
+            patch.setattr(STEPS[step], fail)
+            with pytest.raises(LoraxError) as caught:
+                await call()
+        if isinstance(error, LoraxError):
+            assert type(caught.value) is FetchError
+        else:
+            assert isinstance(caught.value, InternalError | TransferError)
+            assert caught.value.__cause__ is error
+        assert caught.value.id == str(call.name)
+        await call.assert_nothing_changed()
+        async with await call() as handle:
+            assert_holds(handle, NEW)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_deadline_leaves_the_old_meaning(tmp_path: Path, verb: str) -> None:
+    async with prepared(tmp_path, verb) as call:
+        with pytest.raises(AdapterTimeoutError) as caught:
+            await call(timeout=0)
+        assert (caught.value.id, caught.value.stage) == (str(call.name), "fetch")
+        await call.assert_nothing_changed()
+        call.bench.device.gate.clear()
+        with pytest.raises(AdapterTimeoutError) as caught:
+            await call(timeout=0.05)
+        assert (caught.value.id, caught.value.stage) == (str(call.name), "copy")
+        call.bench.device.gate.set()
+        await call.assert_nothing_changed()
+
+
+@pytest.mark.parametrize("late", [0, 1, 2, 5, 0.005])
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_loader_that_closes_under_the_calls_keeps_no_bytes(
+    tmp_path: Path, verb: str, late: float
+) -> None:
+    async with prepared(tmp_path, verb) as call:
+        tasks = [asyncio.create_task(call(tiny.tensors(n))) for n in range(4)]
+        if late < 1:
+            await asyncio.sleep(late)
+        for _ in range(int(late)):
+            await asyncio.sleep(0)
+        await call.loader.close(timeout=0.01)
+        for task in tasks:
+            try:
+                (await task).release()
+            except LoraxError as error:
+                assert isinstance(error, LoaderClosedError | UsageError)
+        assert used(call.loader) == 0
+
+
+async def test_tensors_written_to_during_the_copy_are_refused() -> None:
+    async with loader() as there:
+        given = tiny.tensors(1)
+        giving = asyncio.create_task(there.load_tensors("mine", given, tiny.config()))
+        await asyncio.sleep(0)
+        given[min(given)].add_(1)
+        with pytest.raises(IntegrityError, match="written to while it was copied") as caught:
+            await giving
+        assert (caught.value.id, caught.value.retryable) == ("mine", True)
+        assert used(there) == 0
+        (await there.load_tensors("mine", given, tiny.config())).release()
+
+
+async def test_a_machine_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    async with loader() as there:
+        with monkeypatch.context() as patch:
+            patch.setattr("lorax_async.io.snapshot.torch.empty", no_memory)
+            with pytest.raises(CapacityError, match="no host memory") as caught:
+                await give(there, 2)
+        assert caught.value.id == "mine"
+        assert used(there) == 0
