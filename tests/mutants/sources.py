@@ -132,7 +132,8 @@ SOURCES: Mutants = {
         skipped(host_copies.Users, "join"),
     ),
     "spilling: what was dropped meanwhile leaves the disk": mutant(
-        "test_spill_races.py::test_it_is_unloaded", (HostCopy, "move", _kept_though_dropped)
+        "test_spilling.py::test_unloaded_during_the_spill_it_is_gone_until_it_is_given_again",
+        (HostCopy, "move", _kept_though_dropped),
     ),
     "workers: a cancelled caller's result is undone": mutant(
         f"{WORKERS}::test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did",

@@ -1,0 +1,764 @@
+"""Given tensors that find no room in memory: the oldest go on in the disk cache, whatever happens.
+
+`given(there, n)` gives the tensors of seed n the name "n".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import importlib
+import json
+import os
+import resource
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from threading import Event
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from counted_calls import CHANGES, LOOKS, Calls, failing
+from disk_cache_world import open_below
+
+import tiny
+from common import until
+from given import assert_holds, give, kept, put, used
+from lorax_async import (
+    AdapterHandle,
+    AdapterLoader,
+    AdapterNotFoundError,
+    AdapterRef,
+    AdapterTimeoutError,
+    CapacityError,
+    ConfigError,
+    IntegrityError,
+    InternalError,
+    LoaderClosedError,
+    LoaderConfig,
+    LoraxError,
+    Merge,
+)
+from lorax_async.adapter import TensorsKey
+from lorax_async.core.cache_names import CacheKey
+from lorax_async.identity import AdapterKey
+from merges import assert_same, weights_of
+from spilling_loaders import FILE, FILLERS, roomy
+from sweeping import cancel_at, count_steps, released
+from tiny_sources import over, stocked, where
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+async def given(there: AdapterLoader, seed: int, rank: int = 4, **settings: Any) -> AdapterKey:
+    name, tensors = str(seed), tiny.tensors(seed, rank)
+    async with await there.load_tensors(name, tensors, tiny.config(rank), **settings) as handle:
+        return handle.key
+
+
+def entry_of(folder: Path, key: AdapterKey) -> Path:
+    """Where the cache has what was spilled."""
+    digest = key.location.removeprefix("tensors:sha256:")
+    return folder / "entries" / CacheKey("tensors", digest).name
+
+
+def entries(folder: Path) -> list[str]:
+    """Names of all that is in the cache, whole or on its way there."""
+    found = []
+    for kind in ("entries", "partials", "trash"):
+        if (folder / kind).is_dir():
+            found += os.listdir(folder / kind)
+    return found
+
+
+def in_memory(there: AdapterLoader) -> set[AdapterKey]:
+    return {key for key, found in there.residency().items() if found.host_bytes}
+
+
+async def off_device(there: AdapterLoader) -> None:
+    """Other adapters take the slots of whatever nobody holds."""
+    for name in FILLERS:
+        (await there.load(name)).release()
+
+
+async def assert_all_there(there: AdapterLoader, *seeds: int) -> None:
+    await off_device(there)
+    for seed in seeds:
+        async with await there.load(str(seed)) as handle:
+            assert_holds(handle, tiny.tensors(seed))
+
+
+@asynccontextmanager
+async def spilled(
+    folder: Path, count: int = 1, **settings: Any
+) -> AsyncIterator[tuple[AdapterLoader, list[AdapterKey]]]:
+    """A loader with room for one, and the keys of `count + 1`, of which the last is in memory."""
+    async with roomy(folder, 1, **settings) as there:
+        keys = [await given(there, seed) for seed in range(count + 1)]
+        assert in_memory(there) == {keys[-1]}
+        yield there, keys
+
+
+# -- there and back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+async def test_the_least_recently_read_tensors_spill_and_come_back_the_same(
+    tmp_path: Path, device: str, stored: str
+) -> None:
+    async with roomy(tmp_path, 2, device=device, dtype=stored) as there:
+        keys = [await given(there, seed) for seed in (0, 1)]
+        assert entries(tmp_path) == []
+        await off_device(there)
+        (await there.load("0")).release()  # so that 1 was read longest ago
+        keys.append(await given(there, 2))
+        assert in_memory(there) == {keys[0], keys[2]}
+        assert used(there) <= there.config.memory_bytes
+        assert entries(tmp_path) == [entry_of(tmp_path, keys[1]).name]
+        await assert_all_there(there, 0, 1, 2)
+        assert there.statistics().spills == 1
+
+
+async def test_a_spilled_entry_is_a_plain_adapter_with_its_digests(tmp_path: Path) -> None:
+    async with spilled(tmp_path) as (there, keys):
+        folder = entry_of(tmp_path, keys[0])
+        record = json.loads((folder / "record.json").read_bytes())
+        named = {file["file"]: file for file in record["files"]}
+        assert named.keys() == {WEIGHTS, CONFIG}
+        for name, file in named.items():
+            content = (folder / name).read_bytes()
+            found = (file["kind"], file["digest"], file["nbytes"])
+            assert found == ("sha256", hashlib.sha256(content).hexdigest(), len(content))
+            assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+        assert stat.S_IMODE(tmp_path.joinpath("entries").stat().st_mode) == 0o700
+        assert_same(safetensors.torch.load_file(folder / WEIGHTS), tiny.tensors(0))
+        assert json.loads((folder / CONFIG).read_bytes()).items() >= tiny.config().items()
+        await off_device(there)
+        right = AdapterRef("0", digest=named[WEIGHTS]["digest"])
+        for _ in ("on disk", "in memory"):
+            async with await there.load(right) as handle:
+                assert_holds(handle, tiny.tensors(0))
+                assert (await handle.verified()).digest == right.digest
+            with pytest.raises(IntegrityError):
+                await there.load(AdapterRef("0", digest=64 * "0"))
+            await there.unload("0")
+            await given(there, 0)
+        assert keys[0] in in_memory(there)
+
+
+async def test_residency_tells_which_tensors_are_on_disk(tmp_path: Path) -> None:
+    async with spilled(tmp_path) as (there, keys):
+        found = where(there, keys[0])
+        assert (found.tier, found.state, found.host_bytes) == ("device", "resident", 0)
+        await off_device(there)
+        found = where(there, keys[0])
+        assert (found.tier, found.state) == ("disk", "present")
+        assert (found.host_bytes, found.device_bytes) == (0, 0)
+        found = where(there, keys[1])
+        assert (found.tier, found.state, found.host_bytes) == ("host", "held", used(there))
+        await there.prefetch("0", tier="disk")
+        await there.prefetch("0", tier="host")
+        found = where(there, keys[0])
+        assert (found.tier, found.state, found.host_bytes) == ("host", "read ahead", 0)
+        async with await there.load("0") as handle:
+            assert_holds(handle, tiny.tensors(0))
+
+
+async def test_equal_content_joins_what_is_on_disk(tmp_path: Path) -> None:
+    async with spilled(tmp_path) as (there, keys):
+        async with await give(there, 0, "again") as again:
+            assert again.key == keys[0]
+            assert_holds(again, tiny.tensors(0))
+        await until(lambda: used(there) == 0)  # the other one made room for the copy
+        assert len(entries(tmp_path)) == 2
+        await there.unload("again")
+        await assert_all_there(there, 0)
+
+
+@pytest.mark.parametrize("held", [False, True])
+async def test_unloaded_tensors_are_gone_from_the_disk(tmp_path: Path, held: bool) -> None:
+    async with spilled(tmp_path, 2) as (there, keys):
+        await off_device(there)
+        other = await there.load("0") if held else None
+        await there.unload("1")
+        await until(lambda: entries(tmp_path) == [entry_of(tmp_path, keys[0]).name])
+        for name in ("1", keys[1]):
+            with pytest.raises(AdapterNotFoundError):
+                await there.load(name)
+        assert keys[1] not in there.residency()
+        if other is not None:
+            assert_holds(other, tiny.tensors(0))
+            other.release()
+        assert await given(there, 1) == keys[1]
+        async with await there.load("1") as handle:
+            assert_holds(handle, tiny.tensors(1))
+
+
+async def test_replaced_tensors_leave_the_disk_with_their_last_handle(tmp_path: Path) -> None:
+    async with spilled(tmp_path) as (there, keys):
+        old = await there.load("0")
+        await there.pin("0")
+        (await put(there, 7, "0")).release()
+        assert where(there, "0").pins == 1
+        assert entry_of(tmp_path, keys[0]).is_dir()
+        assert_holds(old, tiny.tensors(0))
+        old.release()
+        await until(lambda: not entry_of(tmp_path, keys[0]).exists())
+        async with await there.load("0") as handle:
+            assert_holds(handle, tiny.tensors(7))
+
+
+async def test_a_training_loop_needs_memory_for_one_version(tmp_path: Path) -> None:
+    async with roomy(tmp_path, 1) as there:
+        for seed in range(6):
+            async with await put(there, seed, "policy") as handle:
+                assert_holds(handle, tiny.tensors(seed))
+        assert in_memory(there) == {handle.key}
+        await until(lambda: entries(tmp_path) == [])
+        assert there.statistics().spills == 5
+
+
+async def test_tensors_are_parts_of_merges_in_memory_and_on_disk(tmp_path: Path) -> None:
+    merge = Merge("ties", ["0", "1"], [0.5, -2], density=0.5)
+    source = stocked(tmp_path / "files", "0", "1")
+    async with over(source) as there, await there.load(merge) as handle:
+        expected = weights_of(handle)
+    for room in (9, 1):
+        async with roomy(tmp_path / "cache", room) as there:
+            for seed in (0, 1):
+                await given(there, seed)
+            for _ in range(2):  # read anew, and once more by a reader that is opened again
+                async with await there.load(merge) as handle:
+                    assert_same(weights_of(handle), expected)
+                await off_device(there)
+            assert there.statistics().spills == (room == 1)
+
+
+async def test_a_closed_loader_leaves_nothing_on_disk(tmp_path: Path) -> None:
+    async with spilled(tmp_path, 3) as (there, _):
+        assert len(entries(tmp_path)) == 3
+        held = await there.load("0")
+        await there.close(timeout=0.01)
+        assert entries(tmp_path) == []
+        held.release()
+
+
+async def test_the_disk_is_used_only_when_it_must_be_and_may_be(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    for spill in (True, False):
+        async with roomy(folder, 1, spill=spill) as there:
+            key = await given(there, 0)
+            with pytest.raises(CapacityError, match="memory_bytes") as caught:
+                await there.load_tensors("large", tiny.tensors(1, 64), tiny.config(64))
+            assert (caught.value.id, caught.value.retryable) == ("large", False)
+            if not spill:
+                with pytest.raises(CapacityError, match="memory_bytes") as caught:
+                    await given(there, 1)
+                assert (caught.value.id, caught.value.retryable) == ("1", True)
+                assert in_memory(there) == {key}
+            assert os.listdir(tmp_path) == []
+    with pytest.raises(ConfigError, match="spill"):
+        LoaderConfig(spill=1)  # type: ignore[arg-type]
+
+
+async def test_a_small_one_spills_where_a_large_one_finds_no_room(tmp_path: Path) -> None:
+    async with roomy(tmp_path, 5, cache_bytes=2 * FILE) as there:
+        large = await there.load_tensors("large", tiny.tensors(9, 14), tiny.config(14))
+        large.release()
+        await given(there, 0)
+        await given(there, 1)
+        assert len(in_memory(there)) == 2
+        assert large.key in in_memory(there)
+        async with await there.load("large") as handle:
+            assert_holds(handle, tiny.tensors(9, 14))
+        await assert_all_there(there, 0, 1)
+
+
+# -- no room on the disk, or no disk --------------------------------------------------------------
+
+
+@contextmanager
+def file_limit(folder: Path) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def few_open_files(folder: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource, "getrlimit", lambda _: (8, 1024))
+        yield
+
+
+@contextmanager
+def a_file_in_its_place(folder: Path) -> Iterator[None]:
+    folder.write_text("")
+    yield
+    folder.unlink()
+
+
+@contextmanager
+def written_by_others(folder: Path) -> Iterator[None]:
+    folder.mkdir()
+    folder.chmod(0o777)
+    yield
+    folder.chmod(0o700)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why one more finds no room beside `count` others; without `obstacle`, unloading one helps."""
+
+    why: str
+    count: int = 1
+    settings: dict[str, int] = field(default_factory=dict)
+    obstacle: Callable[[Path], AbstractContextManager[None]] = nullcontext
+    unloading_helps: bool = False
+
+
+REFUSALS = {
+    "small cache": Refusal(
+        "do not fit into the disk cache's 7,250",
+        1,
+        {"cache_bytes": FILE // 2},
+        unloading_helps=True,
+    ),
+    "full cache": Refusal(
+        "do not fit into the disk cache's", 3, {"cache_bytes": FILE * 5 // 2}, unloading_helps=True
+    ),
+    "file size limit": Refusal("RLIMIT_FSIZE", obstacle=file_limit),
+    "a quarter of the open files": Refusal(
+        "one of the 8 files that this process may open", 3, {}, few_open_files, unloading_helps=True
+    ),
+    "no folder": Refusal("nor can others make room on the disk: ", 1, {}, a_file_in_its_place),
+    "unsafe folder": Refusal("nor can others make room on the disk: ", 1, {}, written_by_others),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+async def test_without_room_on_disk_the_call_is_refused_and_all_others_stay(
+    tmp_path: Path, name: str
+) -> None:
+    case, folder = REFUSALS[name], tmp_path / "cache"
+    seeds = list(range(case.count))
+    async with roomy(folder, 1, **case.settings) as there:
+        with case.obstacle(folder):
+            for seed in seeds:
+                await given(there, seed)
+            before = in_memory(there)
+            with pytest.raises(CapacityError, match="beside .* in memory_bytes") as caught:
+                await given(there, case.count)
+            error = caught.value
+            assert case.why in error.problem
+            assert (error.id, error.stage, error.retryable) == (str(case.count), "fetch", True)
+            assert in_memory(there) == before
+            assert used(there) == kept(there)
+            await assert_all_there(there, *seeds)
+            if case.unloading_helps:
+                await there.unload(str(seeds.pop(0)))
+                await until(lambda: len(entries(folder)) == max(0, case.count - 2))
+                await given(there, case.count)
+        if not case.unloading_helps:
+            assert not (folder / "entries").is_dir() or entries(folder) == []
+            await given(there, case.count)
+        await assert_all_there(there, *seeds, case.count)
+    assert entries(folder) == []
+
+
+@pytest.mark.parametrize("change", ["cut", "removed"])
+async def test_a_damaged_entry_says_to_give_the_tensors_again(tmp_path: Path, change: str) -> None:
+    async with spilled(tmp_path) as (there, keys):
+        await off_device(there)
+        file = entry_of(tmp_path, keys[0]) / WEIGHTS
+        if change == "cut":
+            os.truncate(file, 100)
+        else:
+            file.unlink()
+        with pytest.raises(IntegrityError, match="give its tensors again") as caught:
+            await there.load("0")
+        assert (caught.value.id, caught.value.retryable) == ("0", False)
+        await there.unload("0")
+        await given(there, 0)
+        await assert_all_there(there, 0, 1)
+
+
+FIRST_CALLS = ("mkdir", "pwritev", "posix_fallocate", "rename")
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        pytest.param(errno.EIO, CHANGES + LOOKS, marks=pytest.mark.slow, id="EIO"),
+        pytest.param(errno.ENOSPC, FIRST_CALLS, id="ENOSPC"),
+    ],
+)
+def test_whatever_system_call_fails_each_adapter_is_somewhere(
+    tmp_path: Path, code: int, names: tuple[str, ...]
+) -> None:
+    async def spill(folder: Path, calls: Calls) -> None:
+        """The call that needs the room is let through, or refused."""
+        async with roomy(folder, 1, max_slots=1) as there:
+            key = await given(there, 0)
+            with calls.counted():
+                try:
+                    await given(there, 1)
+                except CapacityError as error:
+                    assert "nor can others make room on the disk" in error.problem
+                    assert in_memory(there) == {key}
+                else:
+                    assert key not in in_memory(there)
+            assert used(there) == kept(there)
+            await assert_all_there(there, 0)
+            await given(there, 1)
+            await assert_all_there(there, 0, 1)
+        assert open_below(folder) == []
+        assert not (folder / "entries").is_dir() or os.listdir(folder / "entries") == []
+
+    calls = Calls(names)
+    asyncio.run(spill(tmp_path / "counted", calls))
+    assert "rename" in calls.made
+    for at in range(1, len(calls.made) + 1):
+        asyncio.run(spill(tmp_path / str(at), failing(names, at, code)))
+
+
+async def test_spilling_cancelled_at_every_await(tmp_path: Path) -> None:
+    async def cancelled(folder: Path, step: int) -> bool:
+        """Each is somewhere; whether the call was cancelled."""
+        async with roomy(folder, 1) as there:
+            key = await given(there, 0)
+            if not await cancel_at(give(there, 1, "1"), step):
+                return False
+            on_disk = entry_of(folder, key)
+            await until(lambda: (key in in_memory(there)) != on_disk.is_dir())
+            await assert_all_there(there, 0)
+            await until(lambda: used(there) == kept(there))
+            await given(there, 1)
+            await assert_all_there(there, 0, 1)
+        assert entries(folder) == []
+        assert open_below(folder) == []
+        return True
+
+    async with roomy(tmp_path / "counted", 1) as there:
+        await given(there, 0)
+        steps = await count_steps(released(give(there, 1, "1")))
+    assert steps >= 4, "the spill is waited for, too"
+    ends = [await cancelled(tmp_path / str(step), step) for step in range(1, steps)]
+    assert ends[:3] == [True] * 3
+    assert ends == sorted(ends, reverse=True)
+
+
+# -- while one is on its way to the disk ----------------------------------------------------------
+
+STEPS = {
+    "hash": ("lorax_async.io.spilled", "_digest"),
+    "write": ("lorax_async.io.cache.partial_file", "PartialFile.write"),
+    "publish": ("lorax_async.io.cache.download", "DiskDownload.publish"),
+    "switch": ("lorax_async.io.host_copies", "HostCopy.move"),
+}
+"""Of a spill, in their order."""
+AT_EACH_STEP = pytest.mark.parametrize("step", STEPS)
+
+
+class Midway:
+    """Adapter 0 is being spilled for the sake of 1, and waits at a step until `go_on` is set."""
+
+    loader: AdapterLoader
+    key: AdapterKey
+    giving: asyncio.Task[AdapterKey]
+
+    def __init__(self) -> None:
+        self.began = Event()
+        self.go_on = Event()
+
+    def wait(self) -> None:
+        """In the spilling thread."""
+        self.began.set()
+        assert self.go_on.wait(20)
+
+    async def end(self) -> None:
+        """Let it go on; 1 is there."""
+        assert not self.giving.done()
+        self.go_on.set()
+        await self.giving
+        await assert_all_there(self.loader, 1)
+
+
+@contextmanager
+def replaced(
+    step: str, instead: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """While it is entered, something else stands for a step of every spill."""
+    module, path = STEPS[step]
+    owner, _, name = path.rpartition(".")
+    found: Any = importlib.import_module(module)
+    found = getattr(found, owner) if owner else found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(found, name, instead(getattr(found, name)))
+        yield
+
+
+@asynccontextmanager
+async def midway(
+    folder: Path, step: str, device: str = "cpu", files: int = 1, **settings: Any
+) -> AsyncIterator[Midway]:
+    """With memory for so many, all of which the one that comes needs."""
+    now = Midway()
+
+    def slowly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*given: Any) -> Any:
+            now.wait()
+            return real(*given)
+
+        return wait
+
+    async with roomy(folder, files, device=device) as there:
+        now.loader, now.key = there, await given(there, 0)
+        for seed in range(1, files):
+            await given(there, seed)
+        await off_device(there)
+        with replaced(step, slowly):
+            now.giving = asyncio.create_task(given(there, files, 4 * files, **settings))
+            try:
+                assert await asyncio.to_thread(now.began.wait, 20)
+                yield now
+            finally:
+                now.go_on.set()
+        await until(lambda: there.closed or used(there) == kept(there))
+    assert used(there) == 0
+    assert entries(folder) == []
+    assert open_below(folder) == []
+
+
+@AT_EACH_STEP
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+async def test_a_load_during_the_spill_reads_from_memory(
+    tmp_path: Path, step: str, device: str
+) -> None:
+    async with midway(tmp_path, step, device) as now:
+        async with await now.loader.load("0") as handle:
+            assert_holds(handle, tiny.tensors(0))
+        assert in_memory(now.loader) == {now.key}
+        await now.end()
+        assert entries(tmp_path) == [entry_of(tmp_path, now.key).name]
+        await assert_all_there(now.loader, 0)
+
+
+@AT_EACH_STEP
+@pytest.mark.parametrize("again", [False, True])
+async def test_unloaded_during_the_spill_it_is_gone_until_it_is_given_again(
+    tmp_path: Path, step: str, again: bool
+) -> None:
+    async with midway(tmp_path, step) as now:
+        await now.loader.unload("0")
+        with pytest.raises(AdapterNotFoundError):
+            await now.loader.load("0")
+        if again:
+            giving = asyncio.create_task(given(now.loader, 0))
+            await asyncio.sleep(0.01)
+            await now.end()
+            assert await giving == now.key
+            await assert_all_there(now.loader, 0, 1)
+        else:
+            await now.end()
+            with pytest.raises(AdapterNotFoundError):
+                await now.loader.load(now.key)
+        await until(lambda: len(entries(tmp_path)) == again)
+
+
+@AT_EACH_STEP
+async def test_another_name_for_it_during_the_spill_keeps_it(tmp_path: Path, step: str) -> None:
+    async with midway(tmp_path, step) as now:
+        giving = asyncio.create_task(give(now.loader, 0, "other"))
+        await asyncio.sleep(0.01)
+        await now.end()
+        async with await giving as handle:
+            assert handle.key == now.key
+            assert_holds(handle, tiny.tensors(0))
+        await now.loader.unload("0")
+        async with await now.loader.load("other") as handle:
+            assert_holds(handle, tiny.tensors(0))
+
+
+@AT_EACH_STEP
+async def test_replaced_during_the_spill_it_leaves_the_disk(tmp_path: Path, step: str) -> None:
+    async with midway(tmp_path, step) as now:
+        replacing = asyncio.create_task(put(now.loader, 2, "0"))
+        await asyncio.sleep(0.01)
+        assert not replacing.done()
+        await now.end()
+        async with await replacing as handle:
+            assert_holds(handle, tiny.tensors(2))
+        await until(lambda: not entry_of(tmp_path, now.key).exists())
+        await off_device(now.loader)
+        async with await now.loader.load("0") as handle:
+            assert_holds(handle, tiny.tensors(2))
+
+
+@AT_EACH_STEP
+async def test_calls_wait_for_room_in_their_order_and_may_give_up(
+    tmp_path: Path, step: str
+) -> None:
+    async with midway(tmp_path, step) as now:
+        order: list[int] = []
+
+        async def one(seed: int) -> None:
+            await given(now.loader, seed)
+            order.append(seed)
+
+        tasks = []
+        for seed in range(2, 6):
+            tasks.append(asyncio.create_task(one(seed)))
+            await asyncio.sleep(0.005)
+        for task in (tasks[0], now.giving):
+            task.cancel()
+        await asyncio.wait([tasks[0], now.giving])
+        assert (tasks[0].cancelled(), now.giving.cancelled()) == (True, True)
+        now.go_on.set()
+        await asyncio.gather(*tasks[1:])
+        assert order == [3, 4, 5]
+        assert len(entries(tmp_path)) == now.loader.statistics().spills == 3
+        await assert_all_there(now.loader, 0, *order)
+
+
+@AT_EACH_STEP
+async def test_a_deadline_or_cancellation_ends_the_spill_between_two_pieces(
+    tmp_path: Path, step: str
+) -> None:
+    """Before it is published the adapter stays in memory, and afterwards it is on disk."""
+    on_disk = step in {"publish", "switch"}
+    async with midway(tmp_path / "late", step, timeout=0.2) as now:
+        with pytest.raises(AdapterTimeoutError) as caught:
+            await now.giving
+        assert (caught.value.id, caught.value.stage) == ("1", "fetch")
+        assert in_memory(now.loader) == {now.key}
+        await assert_all_there(now.loader, 0)
+        now.go_on.set()
+        await given(now.loader, 1)
+        await assert_all_there(now.loader, 0, 1)
+        assert len(entries(tmp_path / "late")) == 1
+    async with midway(tmp_path / "cancelled", step) as now:
+        now.giving.cancel()
+        await asyncio.wait([now.giving])
+        assert now.giving.cancelled()
+        assert in_memory(now.loader) == {now.key}
+        now.go_on.set()
+        await until(lambda: now.loader.statistics().spills == on_disk)
+        await until(lambda: len(entries(tmp_path / "cancelled")) == on_disk)
+        assert in_memory(now.loader) == (set() if on_disk else {now.key})
+        await assert_all_there(now.loader, 0)
+
+
+@AT_EACH_STEP
+async def test_a_loader_that_closes_during_the_spill(tmp_path: Path, step: str) -> None:
+    async with midway(tmp_path, step) as now:
+        closing = asyncio.create_task(now.loader.close(timeout=0.01))
+        await asyncio.sleep(0.02)
+        now.go_on.set()
+        await closing
+        with pytest.raises(LoaderClosedError):
+            await now.giving
+
+
+@pytest.mark.parametrize("step", ["hash", "write", "publish"])
+async def test_a_fault_of_ours_during_the_spill_is_told_and_loses_nothing(
+    tmp_path: Path, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("ordered")
+
+    async with roomy(tmp_path, 1) as there:
+        await given(there, 0)
+        with replaced(step, lambda _: fail):
+            with pytest.raises(InternalError, match="ordered") as caught:
+                await given(there, 1)
+            assert caught.value.id == "1"
+        await assert_all_there(there, 0)
+        await given(there, 1)
+        await assert_all_there(there, 0, 1)
+
+
+@pytest.mark.parametrize("step", ["hash", "write"])
+async def test_one_unloaded_during_its_spill_keeps_no_other_from_spilling(
+    tmp_path: Path, step: str
+) -> None:
+    async with midway(tmp_path, step, files=2) as now:
+        await now.loader.unload("0")
+        await now.end()
+        assert in_memory(now.loader) == {now.giving.result()}
+        assert len(entries(tmp_path)) == 1
+        await assert_all_there(now.loader, 1)
+
+
+# -- many at once ---------------------------------------------------------------------------------
+
+
+def nbytes_on_disk(folder: Path) -> int:
+    """Of adapters' files, those that are being written included."""
+    found = 0
+    for base, _, names in os.walk(folder):
+        for name in {WEIGHTS, CONFIG}.intersection(names):
+            try:
+                found += 0 if "/trash/" in base else os.stat(os.path.join(base, name)).st_size
+            except FileNotFoundError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_many_calls_at_once_keep_the_budgets_and_get_their_own_bytes(
+    tmp_path: Path, seed: int
+) -> None:
+    random = Random(seed)
+    peaks = [0, 0]
+    async with roomy(tmp_path, 2.5, cache_bytes=int(6.5 * FILE)) as there:
+        meaning = {str(name): {100 + name} for name in range(5)}
+        for number in range(5):
+            (await put(there, 100 + number, str(number))).release()
+
+        def is_one_of(handle: AdapterHandle, seeds: set[int]) -> bool:
+            name, module = min(handle.modules.items())
+            first = f"base_model.model.{name}.lora_A.weight"
+            return any(torch.equal(tiny.tensors(each)[first], module.a) for each in seeds)
+
+        async def call(name: str, number: int) -> None:
+            verb = random.choice(["put", "put", "load", "load", "unload"])
+            if verb == "put":
+                meaning[name].add(number)
+                async with await put(there, number, name) as handle:
+                    assert_holds(handle, tiny.tensors(number))
+            elif verb == "load":
+                async with await there.load(name) as handle:
+                    assert is_one_of(handle, meaning[name])
+            else:
+                await there.unload(name, timeout=20)
+
+        tasks = []
+        for number in range(40):
+            tasks.append(asyncio.create_task(call(random.choice(list(meaning)), number)))
+            if random.random() < 0.2:
+                random.choice(tasks).cancel()
+            await asyncio.sleep(random.random() / 300)
+            peaks[0] = max(peaks[0], used(there))
+            peaks[1] = max(peaks[1], nbytes_on_disk(tmp_path))
+        for end in await asyncio.gather(*tasks, return_exceptions=True):
+            assert end is None or isinstance(end, LoraxError | asyncio.CancelledError), end
+        await until(lambda: used(there) == kept(there))
+        assert there.statistics().spills >= 3
+        meant = {key for key in there.residency() if isinstance(key, TensorsKey)}
+        await until(lambda: len(entries(tmp_path)) == len(meant) - len(in_memory(there)))
+    assert 0 < peaks[0] <= there.config.memory_bytes
+    assert peaks[1] <= there.config.cache_bytes
+    assert entries(tmp_path) == []
