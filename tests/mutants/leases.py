@@ -28,7 +28,7 @@ from mutants.mutation import (
 
 HANDLES = "test_handles.py"
 ENDING = "test_ending.py"
-DIGESTS = "test_digests.py"
+DIGESTS = "test_verification.py"
 
 _tickets, _needed, _end = Tenancy.tickets, Tenancy._needed, Lease.end
 _close_hold = Files._close_hold
@@ -132,7 +132,7 @@ HOLDERS: Mutants = {
         seen_by(tenancy, "threading", Lock=NoLock),
     ),
     "lease: nothing is verified while a digest is compared": mutant(
-        f"{DIGESTS}::test_other_weights_are_refused_for_who_gave_it",
+        f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
         (
             Lease,
             "is_verified",
@@ -158,7 +158,7 @@ HOLDERS: Mutants = {
         "test_readers.py", (Actions, "close_idle_reader", _closed_though_read)
     ),
     "replace: calls with one name come in their order": mutant(
-        "test_replace_beside_loads.py::test_several_at_once_come_in_their_order",
+        "test_replacing.py::test_several_replacements_at_once_come_in_their_order",
         (InOrder, "place", lambda *_: nullcontext(nothing_awaited)),
     ),
 }
@@ -168,7 +168,7 @@ FETCHES_AND_END: Mutants = {
         f"{ENDING}::test_closing_a_hold_is_waited_for", (Files, "_close_hold", _hold_closed_later)
     ),
     "digests: a load waits for the comparison": mutant(
-        f"{DIGESTS}::test_other_weights_are_refused_for_who_gave_it",
+        f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
         (Digests, "hold", _not_compared),
     ),
     "resolver: a resolve outlives its first caller": mutant(

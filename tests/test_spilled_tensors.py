@@ -14,7 +14,7 @@ import os
 import resource
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -318,6 +318,11 @@ def written_by_others(folder: Path) -> Iterator[None]:
     folder.chmod(0o700)
 
 
+@contextmanager
+def nothing(folder: Path) -> Iterator[None]:
+    yield
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why one more finds no room beside `count` others; without `obstacle`, unloading one helps."""
@@ -325,7 +330,7 @@ class Refusal:
     why: str
     count: int = 1
     settings: dict[str, int] = field(default_factory=dict)
-    obstacle: Callable[[Path], AbstractContextManager[None]] = nullcontext
+    obstacle: Callable[[Path], AbstractContextManager[None]] = nothing
     unloading_helps: bool = False
 
 

@@ -1,0 +1,529 @@
+"""Replacing what an id means: beside the old version, in one step, whatever else is under way."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from common import until
+from given import acquired, assert_holds, give, kept, put, used
+from lorax_async import (
+    AdapterHandle,
+    AdapterNotFoundError,
+    AdapterRef,
+    CapacityError,
+    Event,
+    Leaving,
+    Merge,
+    Resident,
+    UsageError,
+)
+from lorax_async.adapter import AdapterId, AdapterKey
+from lorax_async.runtime.acquiring import Acquiring
+from lorax_async.runtime.tenancy import Lease
+from lorax_async.testing import FakeSource
+from tiny_loaders import ONE, gated, loader, on_device
+from tiny_sources import over, state, stocked, where
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+MERGE = Merge("linear", ["mine", "a"], [1, 0.5])
+
+# -- what callers see -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+async def test_new_requests_get_the_new_version_and_old_handles_keep_theirs(device: str) -> None:
+    async with loader(device=device) as there:
+        old = await give(there, 1)
+        heard: list[Event] = []
+        there.subscribe(heard.append)
+        new = await put(there, 2)
+        assert not [event for event in heard if event.key == old.key]
+        assert isinstance(heard[-1], Resident)
+        assert old.slot != new.slot
+        assert (new.id, new.resident) == ("mine", True)
+        again, streamed = await there.load("mine"), there.stream("mine")
+        async with again, acquired(there) as at_once, streamed as stream:
+            assert {new.slot} == {again.slot, at_once.slot, stream.slot}
+        another = old.clone()
+        for handle, seed in ((old, 1), (another, 1), (new, 2)):
+            assert_holds(handle, tiny.tensors(seed))
+        assert there.story("mine")[0].key == new.key
+        new.release()
+        old.release()
+        assert len(on_device(there)) == 2
+        both = used(there)
+        another.release()
+        assert isinstance(heard[-1], Leaving)
+        assert heard[-1].key == old.key
+        await until(lambda: len(on_device(there)) == 1)
+        assert used(there) == both // 2
+        assert there.residency().keys() == {new.key}
+        assert where(there, "mine").device_bytes == ONE * (1 if device == "cpu" else 2)
+
+
+@pytest.mark.parametrize("kind", ["path", "str", "fake"])
+async def test_an_id_of_a_source_is_replaced_until_it_is_unloaded(
+    tmp_path: Path, kind: str
+) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    name = folder if kind == "path" else str(folder) if kind == "str" else "a"
+    source = stocked(tmp_path / "fake", "a", rank=2)
+    there = over(source) if kind == "fake" else loader(local_roots=(tmp_path,))
+    async with there:
+        old = await there.load(name)
+        before = old.key
+        new = await put(there, 2, name)
+        assert_holds(new, tiny.tensors(2))
+        tiny.assert_equal_to_file(old, tmp_path / "fake" / "a" if kind == "fake" else folder)
+        new.release()
+        assert len(on_device(there)) == 2
+        old.release()
+        await until(lambda: len(on_device(there)) == 1)
+        assert there.residency()[before].tier == "disk"
+        async with await there.load(name) as handle:
+            assert_holds(handle, tiny.tensors(2))
+        await there.unload(name)  # what the source has is what it means again
+        async with await there.load(name) as handle:
+            assert handle.key == before
+        assert used(there) == 0
+
+
+async def test_an_id_that_was_never_loaded_may_be_replaced_but_no_key_and_no_merge(
+    tmp_path: Path,
+) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        async with await put(there, 2, "a") as new, await there.load("a") as handle:
+            assert new.key == handle.key
+        assert source.counts.resolves == 0
+        other = AdapterRef("a", digest="0" * 64)  # whatever was known of it
+        newer = await there.replace(other, tiny.tensors(3), tiny.config())
+        async with newer, await there.load("a") as handle:
+            assert handle.key == newer.key != new.key
+        for wrong in (new.key, Merge("linear", ["a"], [1])):
+            with pytest.raises(UsageError, match="replace an id"):
+                await there.replace(wrong, tiny.tensors(2), tiny.config())
+
+
+async def test_a_token_has_its_own_version_and_no_token_is_for_all(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    mine = AdapterRef("a", token="mine")
+    async with over(source) as there:
+        (await there.replace(mine, tiny.tensors(2), tiny.config())).release()
+        async with await there.load("a", token="mine") as handle:
+            assert_holds(handle, tiny.tensors(2))
+        for token in (None, "theirs"):
+            async with await there.load("a", token=token) as handle:
+                tiny.assert_equal_to_file(handle, tmp_path / "a")
+        (await put(there, 3, "a")).release()
+        for token, seed in ((None, 3), ("theirs", 3), ("mine", 2)):
+            async with await there.load("a", token=token) as handle:
+                assert_holds(handle, tiny.tensors(seed))
+        await there.unload(mine)
+        async with await there.load("a", token="mine") as handle:
+            assert_holds(handle, tiny.tensors(3))
+
+
+async def test_pins_of_an_id_move_at_once_and_pins_of_a_key_stay(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c")
+    async with over(source, max_slots=3) as there:
+        ids: tuple[AdapterId, ...] = ("a", AdapterRef("a", token="any"))
+        for each in ids:
+            await there.pin(each)
+        old = await there.load("a")
+        await there.pin(old.key)
+        (await put(there, 2, "a")).release()
+        new = where(there, "a")
+        assert (new.pins, there.residency()[old.key].pins) == (2, 1)
+        for name in "bc":
+            (await there.load(name)).release()
+        assert state(there, "a") == "resident"
+        old_key = old.key
+        old.release()
+        assert there.residency()[old_key].state == "resident", "pinned by its key"
+        assert there.unpin(old_key)
+        await until(lambda: there.residency()[old_key].tier == "disk")
+        for left, pinned in zip((1, 0), ids, strict=True):
+            assert there.unpin(pinned)
+            assert where(there, "a").pins == left
+
+
+async def test_a_replacement_needs_room_beside_what_is_pinned() -> None:
+    async with loader(max_slots=1) as there:
+        (await give(there, 1)).release()
+        await there.pin("mine")
+        before = used(there)
+        with pytest.raises(CapacityError, match="beside 1 pinned") as caught:
+            await put(there, 2)
+        assert caught.value.id == "mine"
+        assert used(there) == before
+        assert where(there, "mine").pins == 1
+        there.unpin("mine")
+        async with await put(there, 2) as handle, acquired(there) as other:
+            assert_holds(handle, tiny.tensors(2))
+            assert other.key == handle.key
+        assert used(there) == before
+
+
+async def test_an_old_version_that_is_put_back_before_it_went_stays() -> None:
+    async with loader(max_slots=3) as there:
+        first = await give(there, 1)
+        (await put(there, 2)).release()
+        async with await put(there, 1) as again:
+            assert (again.key, again.slot) == (first.key, first.slot)
+        first.release()
+        await until(lambda: len(on_device(there)) == 1)
+        async with acquired(there) as handle:
+            assert_holds(handle, tiny.tensors(1))
+        for seed in (1, 2, 1):
+            (await put(there, seed)).release()
+        async with await there.load("mine") as handle:
+            assert_holds(handle, tiny.tensors(1))
+
+
+# -- several at once ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_several_replacements_at_once_come_in_their_order(seed: int) -> None:
+    random = Random(seed)
+    async with loader(max_slots=8) as there:
+        (await give(there, 0)).release()
+        seen: list[int] = []
+
+        async def one(number: int) -> None:
+            rank = random.choice((2, 4, 16))
+            given = tiny.tensors(number, rank, dtype=torch.bfloat16)
+            async with await there.replace("mine", given, tiny.config(rank)):
+                seen.append(number)
+
+        tasks: list[asyncio.Task[None]] = []
+        for number in range(1, 12):
+            tasks.append(asyncio.create_task(one(number)))
+            await asyncio.sleep(random.random() / 2000)
+        for task in random.sample(tasks[:-1], 4):
+            task.cancel()
+            await asyncio.sleep(random.random() / 2000)
+        await asyncio.wait(tasks)
+        assert seen == sorted(seen)
+        assert seen[-1] == 11
+        async with await there.load("mine") as handle:
+            assert_holds(handle, tiny.tensors(11, handle.rank, dtype=torch.bfloat16))
+        await until(lambda: len(on_device(there)) == 1)
+        assert there.residency().keys() == {handle.key}
+        only = there.residency()[handle.key]
+        # The thread of one that was cancelled has its memory until its step is through.
+        await until(lambda: used(there) == only.host_bytes)
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+async def test_each_of_many_loads_sees_one_version_whole(device: str) -> None:
+    versions = [tiny.tensors(seed) for seed in range(6)]
+    async with loader(device=device, max_slots=6) as there:
+        (await give(there, 0)).release()
+        known, seen = 0, set()
+
+        async def one(number: int) -> None:
+            while known < 5:
+                least = known
+                call = there.load("mine") if number % 5 else there.load("mine", token="t")
+                async with await call as handle:
+                    name, found = next(iter(handle.modules.items()))
+                    a = f"base_model.model.{name}.lora_A.weight"
+                    (version,) = (
+                        n for n, given in enumerate(versions) if torch.equal(given[a], found.a)
+                    )
+                    assert_holds(handle, versions[version])
+                    assert version >= least, "older than when it was asked for"
+                    seen.add(version)
+                    await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(one(number)) for number in range(20)]
+        for number in range(1, 6):
+            (await put(there, number)).release()
+            await until(lambda number=number: number in seen)  # type: ignore[misc]
+            known = number
+        await asyncio.gather(*tasks)
+        await until(lambda: len(there.residency()) == 1)
+        (last,) = there.residency().values()
+        await until(lambda: used(there) == last.host_bytes)
+
+
+async def test_merges_follow_the_versions_of_their_parts(tmp_path: Path) -> None:
+    """Also one that is on its way when its part is replaced and leaves."""
+    source = stocked(tmp_path, "a")
+    async with over(source, max_slots=8) as there:
+        (await give(there, 1)).release()
+        async with await there.load(MERGE) as first:
+            before = first.key
+
+        async def load() -> None:
+            (await there.load(MERGE)).release()
+
+        loading: list[asyncio.Task[None]] = []
+        for seed in range(2, 12):
+            loading += [asyncio.create_task(load()) for _ in range(2)]
+            await asyncio.sleep(0.0003 * (seed % 4))
+            (await put(there, seed)).release()
+            assert there.try_acquire(MERGE) is None
+        await asyncio.gather(*loading)
+        async with await there.load(MERGE) as last:
+            assert last.key != before
+            assert_is_of(last, 11)
+        await there.unload("mine")
+        assert there.try_acquire(MERGE) is None
+
+
+# -- in the midst of other calls ------------------------------------------------------------------
+
+
+class Gated(FakeSource):
+    """Answers resolves once it may."""
+
+    def __init__(self, base: Path) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.put("a", *tiny.files(tiny.write(base / "a")))
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        answer = await super().resolve(ref)
+        await self.gate.wait()
+        return answer
+
+
+def assert_is_of(merged: AdapterHandle, seed: int) -> None:
+    """Rows of A are those of its first part, times that one's scale of 2."""
+    for name, module in merged.modules.items():
+        part = tiny.tensors(seed)[f"base_model.model.{name}.lora_A.weight"]
+        assert torch.equal(module.a[:4], 2 * part)
+
+
+@pytest.mark.parametrize("held", [True, False])
+async def test_replaced_while_a_merge_of_it_is_resolved(tmp_path: Path, held: bool) -> None:
+    source = Gated(tmp_path)
+    async with over(source) as there:
+        old = await give(there, 1)
+        if not held:
+            old.release()
+        source.gate.clear()
+        loading = asyncio.create_task(there.load(MERGE))
+        await until(lambda: source.counts.resolves == 1)
+        (await put(there, 2)).release()
+        later = asyncio.create_task(there.load(MERGE))
+        await until(lambda: there.usage().waiting == 0)
+        source.gate.set()
+        for task in (loading, later):
+            async with await task as handle:
+                assert_is_of(handle, 2)
+        old.release()
+
+
+@pytest.mark.parametrize("end", ["replaced", "unloaded"])
+async def test_while_a_merge_of_it_waits_for_room_its_part_goes(tmp_path: Path, end: str) -> None:
+    """What the id means when the room is there is merged."""
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, max_slots=1) as there:
+        (await give(there, 1)).release()
+        (await there.load(MERGE)).release()
+        only = await there.load("b")
+        loading = asyncio.create_task(there.load(MERGE))
+        await until(lambda: there.usage().waiting == 1)
+        if end == "replaced":
+            replacing = asyncio.create_task(
+                there.replace("mine", tiny.tensors(2), tiny.config(), priority=9)
+            )
+            size = where(there, "mine").host_bytes
+            await until(lambda: kept(there) == 2 * size)  # both wait for the slot
+            only.release()
+            (await replacing).release()
+            async with await loading as handle:
+                assert_is_of(handle, 2)
+        else:
+            await there.unload("mine")
+            only.release()
+            with pytest.raises(AdapterNotFoundError, match="part 1"):
+                await loading
+            assert used(there) == 0
+
+
+async def test_replaced_while_the_source_resolves_it(tmp_path: Path) -> None:
+    source = Gated(tmp_path)
+    async with over(source) as there:
+        source.gate.clear()
+        loading = asyncio.create_task(there.load("a"))
+        await until(lambda: source.counts.resolves == 1)
+        new = await put(there, 2, "a")
+        source.gate.set()
+        async with await loading as handle:
+            assert handle.key == new.key
+        new.release()
+        assert there.statistics().fetches == 1
+
+
+async def test_waiters_for_the_old_version_get_the_old_version(tmp_path: Path) -> None:
+    there, device = gated(slots=1)
+    async with there:
+        async with await give(there, 1) as first:
+            key = first.key
+        (await there.load(tiny.write(tmp_path / "other"))).release()  # takes the slot
+        device.gate.clear()
+        waiting = [asyncio.create_task(there.load("mine")) for _ in range(3)]
+        await until(lambda: state(there, "mine") == "filling")
+        replacing = asyncio.create_task(put(there, 2))
+        await until(lambda: used(there) == 2 * where(there, key).host_bytes)
+        waiting[0].cancel()
+        device.gate.set()
+        for task in waiting[1:]:
+            async with await task as handle:
+                assert handle.key == key
+                assert_holds(handle, tiny.tensors(1))
+        async with await replacing as new:
+            assert new.key != key
+        await until(lambda: key not in there.residency())
+
+
+class SlowLease:
+    """The next lease is given once `go_on` is set; it is there when `leased` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.leased, self.go_on = asyncio.Event(), asyncio.Event()
+        plainly = Acquiring.lease
+
+        async def slowly(acquiring: Acquiring, *given: Any, **named: Any) -> Lease:
+            monkeypatch.undo()
+            lease = await plainly(acquiring, *given, **named)
+            self.leased.set()
+            try:
+                await self.go_on.wait()
+            except asyncio.CancelledError:
+                lease.end()
+                raise
+            return lease
+
+        monkeypatch.setattr(Acquiring, "lease", slowly)
+
+
+async def test_a_pin_that_comes_late_pins_the_new_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with loader() as there:
+        async with await give(there, 1) as old:
+            old_key = old.key
+        slow = SlowLease(monkeypatch)
+        pinning = asyncio.create_task(there.pin("mine"))
+        await slow.leased.wait()
+        new = await put(there, 2)
+        slow.go_on.set()
+        await pinning
+        assert there.residency()[new.key].pins == 1
+        assert old_key not in there.residency()
+        new.release()
+
+
+async def test_a_new_version_that_leaves_before_it_is_pinned_is_loaded_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with loader() as there:
+        async with await give(there, 1) as old:
+            old_key = old.key
+        await there.pin("mine")
+        slow = SlowLease(monkeypatch)
+        replacing = asyncio.create_task(put(there, 2))
+        await slow.leased.wait()
+        (key,) = there.residency().keys() - {old_key}
+        unloading = asyncio.create_task(there.unload(key))
+        await asyncio.sleep(0)
+        slow.go_on.set()
+        async with await replacing as new:
+            assert new.key == key
+            assert_holds(new, tiny.tensors(2))
+        await unloading
+        assert where(there, "mine").pins == 1
+        assert there.statistics().loads == 3
+
+
+@pytest.mark.each_loop
+async def test_replaced_while_it_is_unloaded_the_new_meaning_stays() -> None:
+    async with loader() as there:
+        old = await give(there, 1)
+        unloading = asyncio.create_task(there.unload("mine"))
+        await asyncio.sleep(0)
+        new = await put(there, 2)
+        old.release()
+        await unloading
+        async with await there.load("mine") as handle:
+            assert handle.key == new.key
+        assert there.residency().keys() == {new.key}
+        new.release()
+
+
+async def test_a_cancelled_call_takes_no_bytes_from_another_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with loader() as there:
+        (await give(there, 1)).release()
+        slow = SlowLease(monkeypatch)
+        replacing = asyncio.create_task(put(there, 2))
+        await slow.leased.wait()
+        (await give(there, 2, "other")).release()
+        replacing.cancel()
+        await asyncio.wait([replacing])
+        await until(lambda: where(there, "other").leases == 0)
+        async with await there.load("other") as handle:
+            assert_holds(handle, tiny.tensors(2))
+        with pytest.raises(UsageError, match="other tensors already"):
+            await give(there, 2)
+        await there.unload("other")
+        assert used(there) == where(there, "mine").host_bytes
+
+
+async def test_of_two_calls_for_a_new_name_the_first_has_it() -> None:
+    """The second one's content is nowhere afterwards."""
+    async with loader() as there:
+        calls = [asyncio.create_task(give(there, seed)) for seed in (1, 2, 1)]
+        await asyncio.wait(calls)
+        for task in (calls[0], calls[2]):
+            async with await task as handle:
+                assert_holds(handle, tiny.tensors(1))
+        with pytest.raises(UsageError, match="other tensors already"):
+            await calls[1]
+        assert used(there) == where(there, "mine").host_bytes
+        assert len(there.residency()) == 1
+
+
+async def test_the_same_unloaded_elsewhere_stays_for_a_call_that_waits_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with loader() as there:
+        (await give(there, 1)).release()
+        slow = SlowLease(monkeypatch)
+        first = asyncio.create_task(put(there, 2))
+        await slow.leased.wait()
+        second = asyncio.create_task(put(there, 3))
+        await until(lambda: used(there) == 3 * where(there, "mine").host_bytes)
+        (await give(there, 3, "other")).release()
+        await there.unload("other")
+        slow.go_on.set()
+        (await first).release()
+        async with await second as handle:
+            assert_holds(handle, tiny.tensors(3))
+        assert used(there) == where(there, "mine").host_bytes
+
+
+async def test_an_old_version_is_there_until_its_kernels_have_ended() -> None:
+    async with loader() as there:
+        old = await give(there, 1)
+        with old.use():
+            old.release()
+            (await put(there, 2)).release()
+            assert old.key in there.residency()
+        await until(lambda: old.key not in there.residency())
+        assert there.story(old.key) == ()
+        assert used(there) == where(there, "mine").host_bytes

@@ -1,0 +1,599 @@
+"""How far an adapter's bytes were checked, a digest that a caller knows, and bytes that are false."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from common import Run, until
+from false_bytes import told_false, watched
+from lorax_async import (
+    AdapterHandle,
+    AdapterKey,
+    AdapterLoader,
+    AdapterRef,
+    AdapterTimeoutError,
+    Failed,
+    FetchError,
+    HandleClosedError,
+    IntegrityError,
+    InternalError,
+    LoaderClosedError,
+    Merge,
+    UsageError,
+)
+from lorax_async.adapter import MergedKey, RemoteKey, is_stale
+from lorax_async.core.arena import Extent
+from lorax_async.io.ports import AdapterFile, CopyTicket, Demand, Reader
+from lorax_async.testing import FakeSource
+from lorax_async.verification import Verification, VerificationKind
+from tiny_loaders import loader
+from tiny_sources import WEIGHTS, is_resident, over, simulated, state, stocked
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+SOME, OTHER = "5" * 64, "0" * 64
+"""Digests of no file."""
+
+
+def digest_of(folder: Path) -> str:
+    return sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def leases(there: AdapterLoader) -> int:
+    return there.usage().leases
+
+
+# -- what is told of the check --------------------------------------------------------------------
+
+
+@pytest.mark.each_loop
+async def test_a_load_is_there_before_it_is_verified(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold_verification("a")
+    source.verifications["a"] = Verification("sha256", SOME)
+    async with over(source) as there, await there.load("a") as handle:
+        tiny.assert_equal_to_file(handle, tmp_path / "a")
+        with pytest.raises(AdapterTimeoutError, match="here and checked within 0.01") as late:
+            await handle.verified(timeout=0.01)
+        assert (late.value.stage, late.value.id, late.value.key) == ("verify", "a", handle.key)
+        async with handle.clone() as clone:
+            waiting = [asyncio.create_task(each.verified()) for each in (handle, clone)]
+            await asyncio.sleep(0.01)
+            assert not any(each.done() for each in waiting)
+            source.allow_verification("a")
+            assert await asyncio.gather(*waiting) == [Verification("sha256", SOME)] * 2
+        assert await handle.verified(timeout=0) == Verification("sha256", SOME)
+
+
+async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Path) -> None:
+    """Back from wherever it went, nothing is fetched, nor checked anew."""
+    source = stocked(tmp_path, "a", "b")
+    source.verifications["a"] = Verification("git-sha1", "7" * 40)
+    async with over(source, max_slots=1) as there:
+        for name in ("a", "b", "a"):
+            async with await there.load(name) as handle:
+                found = await handle.verified()
+                assert found.kind == ("git-sha1" if name == "a" else "none")
+        assert source.counts.brings == 2
+        assert there.try_acquire("b") is None
+        at_once = there.try_acquire("a")
+        assert at_once is not None
+        async with at_once as handle:
+            assert (await handle.verified()).kind == "git-sha1"
+
+
+def test_waiting_for_a_verification_ends_with_the_handle_and_needs_its_loop(
+    run: Run, tmp_path: Path
+) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold_verification("a")
+
+    async def body() -> None:
+        async with over(source) as there, await there.load("a") as handle:
+            with pytest.raises(UsageError, match="event loop of its loader"):
+                await asyncio.to_thread(lambda: asyncio.run(handle.verified()))
+            waiting = asyncio.create_task(handle.verified())
+            await asyncio.sleep(0)
+            handle.release()
+            for late in (waiting, handle.verified()):
+                with pytest.raises(HandleClosedError):
+                    await late
+            source.allow_verification("a")
+
+    run(body())
+
+
+@pytest.mark.parametrize("verb", ["load", "stream"])
+async def test_before_use_nothing_is_copied_before_all_was_checked(
+    tmp_path: Path, verb: str
+) -> None:
+    source = stocked(tmp_path, "a", "false")
+    for id in ("a", "false"):
+        source.hold_verification(id)
+    there, device = watched(source, verify="before_use")
+
+    async def use(id: str) -> None:
+        if verb == "load":
+            async with await there.load(id) as handle:
+                tiny.assert_equal_to_file(handle, tmp_path / id)
+        else:
+            async with there.stream(id) as handle:
+                await handle.layer_ready(3)
+                tiny.assert_equal_to_file(handle, tmp_path / id)
+
+    async with there:
+        using = [asyncio.create_task(use(id)) for id in ("a", "false")]
+        await until(lambda: source.counts.brings == 2)
+        await asyncio.sleep(0.02)
+        assert device.copies == 0
+        told_false(source, "false")
+        with pytest.raises(IntegrityError, match="not what was promised"):
+            await using[1]
+        assert device.copies == 0
+        source.allow_verification("a")
+        await using[0]
+
+
+@pytest.mark.parametrize("verify", ["none", "stream", "before_use"])
+async def test_local_files_are_hashed_before_use_alone(tmp_path: Path, verify: str) -> None:
+    folder = tiny.write(tmp_path / "a")
+    found: VerificationKind = "transport" if verify == "before_use" else "none"
+    async with loader(verify=verify) as there:
+        async with await there.load(folder) as handle:
+            digest = digest_of(folder) if verify == "before_use" else None
+            assert await handle.verified() == Verification(found, digest)
+        async with await there.load(Merge("linear", [folder, folder], [1, 1])) as handle:
+            assert await handle.verified() == Verification(found)
+        async with await there.load_tensors("m", tiny.tensors(1), tiny.config()) as handle:
+            assert await handle.verified() == Verification("none")
+
+
+async def test_a_merge_is_verified_as_far_as_its_least_part(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    source.verifications |= {
+        "a": Verification("sha256", SOME),
+        "b": Verification("transport", OTHER),
+    }
+    source.hold_verification("b")
+    merge = Merge("linear", ["a", "b"], [1, 1])
+    async with over(source) as there, await there.load(merge) as handle:
+        source.allow_verification("b")
+        assert await handle.verified() == Verification("transport")
+
+
+# -- a digest that a caller knows -----------------------------------------------------------------
+
+
+async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    digest = digest_of(folder)
+    async with loader() as there:
+        async with await there.load(folder, digest=digest) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+            async with handle.clone() as clone:
+                for each in (handle, clone):
+                    assert await each.verified() == Verification("sha256", digest)
+        async with await there.load(folder) as handle:
+            assert await handle.verified() == Verification("none"), "another's word"
+            with pytest.raises(IntegrityError) as caught:
+                await there.load(folder, digest=OTHER)
+            error = caught.value
+            assert (error.id, error.key, error.stage) == (str(folder), handle.key, "verify")
+            assert not error.retryable
+            assert error.story == there.story(folder)
+            assert digest in error.problem
+            assert OTHER in error.problem
+            assert leases(there) == 1
+            tiny.assert_equal_to_file(handle, folder)
+            assert is_resident(there, folder)
+
+
+async def test_the_files_are_hashed_once_for_all_callers(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    digest = digest_of(tmp_path / "a")
+    async with over(source, max_slots=1) as there:
+        for handle in await asyncio.gather(*(there.load("a", digest=digest) for _ in range(20))):
+            handle.release()
+        (await there.load("b")).release()
+        (await there.load("a", digest=digest)).release()
+        with pytest.raises(IntegrityError, match=f"{digest}, not {OTHER}"):
+            await there.load("a", digest=OTHER)
+        assert source.counts.digests == 1
+
+
+@pytest.mark.parametrize("kind", ["sha256", "transport", "git-sha1", "none"])
+@pytest.mark.parametrize("right", [True, False])
+async def test_a_sha256_that_the_source_found_is_not_computed_again(
+    tmp_path: Path, kind: VerificationKind, right: bool
+) -> None:
+    """Git's name of a file is none."""
+    source = stocked(tmp_path, "a")
+    wanted = digest_of(tmp_path / "a")
+    known = {"git-sha1": "7" * 40, "none": None}.get(kind, wanted if right else OTHER)
+    source.verifications["a"] = Verification(kind, known)
+    source.hold_verification("a")
+    by_source = kind in ("sha256", "transport")
+    async with over(source) as there:
+        asked = wanted if right or by_source else OTHER
+        loading = asyncio.create_task(there.load("a", digest=asked))
+        await until(lambda: is_resident(there, "a"))
+        await asyncio.sleep(0.01)
+        assert not loading.done(), "all of it was not here yet"
+        source.allow_verification("a")
+        if right:
+            async with await loading as handle:
+                assert await handle.verified() == Verification("sha256", wanted)
+        else:
+            with pytest.raises(IntegrityError):
+                await loading
+        assert source.counts.digests == (0 if by_source else 1)
+
+
+async def test_a_stream_hears_of_another_digest_when_all_is_here(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    source.allow("a", 0)
+    async with (
+        over(source) as there,
+        there.stream("a", digest=OTHER) as handle,
+        handle.clone() as clone,
+        there.stream("a", digest=digest_of(tmp_path / "a")) as right,
+        there.stream("a") as plain,
+    ):
+        for each in (handle, clone, right, plain):
+            await each.layer_ready(0)
+        waiting = [asyncio.create_task(each.layer_ready(3)) for each in (handle, right)]
+        verified = asyncio.create_task(handle.verified())
+        source.allow("a")
+        with pytest.raises(IntegrityError, match=f"not {OTHER}"):
+            await verified
+        await waiting[1]
+        for each in (handle, clone):
+            with pytest.raises(IntegrityError), each.use():
+                raise AssertionError("a kernel would run")
+            with pytest.raises(IntegrityError):
+                await asyncio.to_thread(each.wait_layer, 3)
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for each in (right, plain):
+            tiny.assert_equal_to_file(each, tmp_path / "a")
+        assert (await right.verified()).kind == "sha256"
+        assert (await plain.verified()).kind == "none"
+        assert there.statistics().failures == 0
+
+
+async def test_a_thread_that_waits_for_a_copy_hears_of_another_digest_at_once(
+    tmp_path: Path,
+) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    source.verifications["a"] = Verification("sha256", SOME)
+    there, device = watched(source)
+    async with there, there.stream("a", digest=OTHER) as handle:
+        device.gate.clear()
+        waiting = asyncio.create_task(asyncio.to_thread(handle.wait_layer, 3, 60))
+        await asyncio.sleep(0.01)
+        source.allow("a")
+        with pytest.raises(IntegrityError, match=f"not {OTHER}"):
+            await waiting
+        device.gate.set()
+
+
+async def test_every_call_compares_the_digest_it_is_given(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    right, wrong = (AdapterRef(folder, digest=each) for each in (digest_of(folder), OTHER))
+    async with loader() as there:
+        for tier in ("disk", "device"):
+            await there.prefetch(right, tier=tier)
+            with pytest.raises(IntegrityError):
+                await there.prefetch(wrong, tier=tier)
+        with pytest.raises(IntegrityError):
+            await there.pin(wrong)
+        await there.pin(right)
+        assert not there.unpin(wrong)
+        with pytest.raises(IntegrityError):
+            await there.load(wrong)
+        handle = there.try_acquire(right)
+        assert handle is not None
+        handle.release()
+        assert there.try_acquire(wrong) is None
+        assert there.unpin(right)
+        assert not leases(there)
+
+
+async def test_parts_of_a_merge_have_digests_of_their_own(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    digests = {name: digest_of(tmp_path / name) for name in "ab"}
+    async with over(source) as there:
+        parts = [AdapterRef(name, digest=digests[name]) for name in "ab"]
+        async with await there.load(Merge("linear", parts, [1, 1])) as handle:
+            assert await handle.verified() == Verification("none")
+        assert source.counts.digests == 2
+        parts = [AdapterRef("a", digest=digests["b"]), AdapterRef("b")]
+        with pytest.raises(IntegrityError, match=digests["a"]):
+            await there.load(Merge("linear", parts, [1, 1]))
+
+
+@pytest.mark.parametrize("digest", ["", "a" * 63, "A" * 64, "g" * 64, "sha256:" + "a" * 64, 5])
+async def test_a_digest_is_64_lowercase_hex_digits(tmp_path: Path, digest: object) -> None:
+    async with loader() as there:
+        for call in (there.load, lambda *a, **k: there.stream(*a, **k).__aenter__()):
+            with pytest.raises(UsageError, match="digest"):
+                await call(tmp_path, digest=digest)  # type: ignore[arg-type]
+
+
+# -- waiting for a digest -------------------------------------------------------------------------
+
+
+class SlowToHash(FakeSource):
+    """Hashes until `through` is set."""
+
+    def __init__(self, base: Path) -> None:
+        super().__init__()
+        self.through, self.cancelled = asyncio.Event(), 0
+        self.put("a", *tiny.files(tiny.write(base / "a")))
+
+    async def digest(self, key: AdapterKey) -> str:
+        found = await super().digest(key)
+        try:
+            await self.through.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return found
+
+
+@pytest.mark.each_loop
+@pytest.mark.parametrize("how", ["cancelled", "late", "released"])
+async def test_hashing_ends_when_nobody_waits_for_it(tmp_path: Path, how: str) -> None:
+    source = SlowToHash(tmp_path)
+    async with over(source) as there:
+        if how == "released":
+            async with there.stream("a", digest=OTHER) as handle, handle.clone():
+                await until(lambda: source.counts.digests)
+                handle.release()
+                await asyncio.sleep(0.01)
+                assert not source.cancelled, "the clone is left"
+        elif how == "late":
+            with pytest.raises(AdapterTimeoutError) as caught:
+                await there.load("a", digest=OTHER, timeout=0.2)
+            assert caught.value.stage == "verify"
+        else:
+            loads = [asyncio.create_task(there.load("a", digest=OTHER)) for _ in range(2)]
+            await until(lambda: source.counts.digests)
+            for load in loads:
+                assert not source.cancelled
+                load.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await load
+        await until(lambda: source.cancelled == 1)
+        assert not leases(there)
+        source.through.set()
+        (await there.load("a", digest=digest_of(tmp_path / "a"))).release()
+        assert source.counts.digests == 2
+
+
+async def test_each_caller_gets_an_error_of_hashing_of_its_own(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        source.fail("digest", FetchError("the disk is on fire"))
+        loads = [there.load("a", digest=OTHER) for _ in range(3)]
+        errors = await asyncio.gather(*loads, return_exceptions=True)
+        assert [type(error) for error in errors] == [FetchError] * 3
+        assert len(set(map(id, errors))) == 3
+        source.fail("digest", RuntimeError("a foreign fault"))
+        async with there.stream("a", digest=OTHER) as handle:
+            with pytest.raises(InternalError, match="foreign fault"):
+                await handle.verified()
+        assert not leases(there)
+        (await there.load("a", digest=digest_of(tmp_path / "a"))).release()
+
+
+@pytest.mark.parametrize("step", ["fetched", "hashed"])
+async def test_a_loader_that_closes_ends_the_wait_for_a_digest(tmp_path: Path, step: str) -> None:
+    source = SlowToHash(tmp_path)
+    if step == "fetched":
+        source.hold_verification("a")
+    async with over(source) as there:
+        loading = asyncio.create_task(there.load("a", digest=OTHER))
+        await until(lambda: is_resident(there, "a"))
+        if step == "hashed":
+            await until(lambda: source.counts.digests)
+        closing = asyncio.create_task(there.close())
+        with pytest.raises(LoaderClosedError) as caught:
+            await loading
+        assert caught.value.id == "a"
+        source.allow_verification("a")
+        await closing
+
+
+# -- bytes that turn out to be false --------------------------------------------------------------
+
+
+def weights(handle: AdapterHandle) -> list[torch.Tensor]:
+    """Views of the device's memory, which stay when the handle is released."""
+    return [each for module in handle.modules.values() for each in (module.a, module.b)]
+
+
+async def test_every_use_of_false_bytes_fails_and_other_adapters_are_untouched(
+    tmp_path: Path,
+) -> None:
+    source = stocked(tmp_path, "a", "other")
+    source.hold_verification("a")
+    events: list[object] = []
+    async with over(source) as there, await there.load("other") as other:
+        there.subscribe(events.append)
+        handle = await there.load("a")
+        clone = handle.clone()
+        waiting = [asyncio.create_task(each.verified()) for each in (handle, clone)]
+        told_false(source)
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+        for error in errors:
+            assert type(error) is IntegrityError
+            assert (error.id, error.key, error.stage) == ("a", handle.key, "verify")
+        assert errors[0] is not errors[1]
+        with pytest.raises(IntegrityError, match="not what was promised"):
+            await handle.layer_ready(0)
+        with pytest.raises(IntegrityError, match="not what was promised"):
+            await asyncio.to_thread(clone.wait_layer, 3)
+        with pytest.raises(IntegrityError), handle.use():
+            raise AssertionError("a kernel would run")
+        for use in (lambda: handle.modules, clone.clone, lambda: handle.queue_behind(0)):
+            with pytest.raises(IntegrityError):
+                use()
+        assert there.try_acquire("a") is None
+        failed = [event for event in events if isinstance(event, Failed)]
+        assert [(event.key, event.slot) for event in failed] == [(handle.key, handle.slot)]
+        assert there.statistics().failures == 1
+        handle.release()
+        clone.release()
+        await until(lambda: state(there, "a") == "nowhere")
+        tiny.assert_equal_to_file(other, tmp_path / "other")
+        async with await there.load("a") as again:
+            tiny.assert_equal_to_file(again, tmp_path / "a")
+        assert source.counts.brings == 3, "nothing of it was kept"
+
+
+async def test_false_bytes_are_zeroed_after_their_kernels_and_before_their_slot_is_free(
+    tmp_path: Path,
+) -> None:
+    source = stocked(tmp_path, "a", "b", "c", "d", "e")
+    source.hold_verification("a")
+    there, device = watched(source)
+    freed: list[bool] = []
+    async with there:
+        handle = await there.load("a")
+        clear, slot, memory = device.clear_column, handle.slot.index, weights(handle)
+
+        def cleared(index: int) -> None:
+            if index == slot:
+                freed.append(any(each.any() for each in memory))
+            clear(index)
+
+        device.clear_column = cleared  # type: ignore[method-assign]
+        with handle.use():
+            told_false(source)
+            with pytest.raises(IntegrityError):
+                await handle.verified()
+            handle.release()
+            others = [await there.load(name) for name in "bcd"]
+            waiting = asyncio.create_task(there.load("e"))
+            await asyncio.sleep(0.02)
+            assert all(each.any() for each in memory), "zeroed under a kernel"
+            assert not waiting.done()
+        last = await waiting
+        assert freed == [False]
+        assert last.slot.index == slot
+        for name, each in zip("bcde", (*others, last), strict=True):
+            tiny.assert_equal_to_file(each, tmp_path / name)
+            each.release()
+
+
+async def test_a_pinned_image_of_false_bytes_is_not_used_again(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold_verification("a")
+    async with over(source, device="simulated", pinned_bytes=1 << 20) as there:
+        (await there.load("a")).release()
+        assert sum(each.pinned_bytes for each in there.residency().values()) > 0
+        told_false(source)
+        await until(lambda: state(there, "a") == "nowhere")
+        assert not there.residency()
+        before, copies = source.counts.bytes_read, simulated(there).copies
+        async with await there.load("a") as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "a")
+        assert simulated(there).copies > copies
+        assert source.counts.bytes_read - before == sum(
+            tensor.nbytes for tensor in tiny.tensors(0).values()
+        )
+
+
+@pytest.mark.parametrize("how", ["fails", "is slow"])
+async def test_a_slot_is_free_though_zeroing_fails_and_closing_waits_for_it(
+    tmp_path: Path, how: str
+) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold_verification("a")
+    there, device = watched(source)
+    begun, may_end, plainly = threading.Event(), threading.Event(), device.wipe
+
+    def wipe(extents: Sequence[Extent]) -> CopyTicket:
+        if how == "fails":
+            raise RuntimeError("the device has its moods")
+        begun.set()
+        may_end.wait(20)
+        return plainly(extents)
+
+    device.wipe = wipe  # type: ignore[method-assign]
+    async with there:
+        (await there.load("a")).release()
+        told_false(source)
+        if how == "fails":
+            await until(lambda: state(there, "a") == "nowhere")
+            async with await there.load("a") as handle:
+                tiny.assert_equal_to_file(handle, tmp_path / "a")
+        else:
+            await until(begun.is_set)
+            closing = asyncio.create_task(there.close())
+            await asyncio.sleep(0.02)
+            assert not closing.done()
+            may_end.set()
+            await closing
+
+
+# -- versions that could not be checked with their source -----------------------------------------
+
+
+class Far(FakeSource):
+    """One adapter that lies elsewhere; now and then its source cannot be asked."""
+
+    offline = False
+
+    def __init__(self, base: Path) -> None:
+        super().__init__()
+        self.here = self.put("far", *tiny.files(tiny.write(base / "far")))
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        await super().resolve(AdapterRef("far"))
+        return RemoteKey("far", (), "v1", stale=self.offline)
+
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
+        return await super().open(self.here, demand)
+
+    def reopen(self, key: AdapterKey) -> Reader:
+        return super().reopen(self.here)
+
+
+async def test_a_handle_says_whether_its_own_call_got_a_stale_answer(tmp_path: Path) -> None:
+    """Though all of them hold the same bytes, fetched for the first."""
+    source = Far(tmp_path)
+    async with over(source) as there, await there.load("far") as fresh:
+        source.offline = True
+        at_once = there.try_acquire("far")
+        async with await there.load("far", digest=None) as stale, stale.clone() as clone:
+            latest = there.try_acquire("far")
+            assert at_once is not None
+            assert latest is not None
+            told = [each.stale for each in (fresh, at_once, stale, clone, latest)]
+            assert told == [False, False, True, True, True]
+            assert fresh.slot == stale.slot
+        source.offline = False
+        async with there.stream("far") as again:
+            assert not again.stale
+        for each in (at_once, latest):
+            each.release()
+        assert source.counts.opens == 1
+
+
+def test_a_merge_is_as_stale_as_its_parts() -> None:
+    fresh, stale = RemoteKey("a", (), "1"), RemoteKey("b", (), "1", stale=True)
+    merge = Merge("linear", ["a", "b"], [1, 1])
+    assert not is_stale(MergedKey.of(merge, [fresh, fresh]))
+    assert is_stale(MergedKey.of(merge, [fresh, stale]))
+    assert not is_stale(AdapterKey("here", ()))
