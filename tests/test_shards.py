@@ -1,16 +1,18 @@
-"""A sharded loader: what a rank has on its device, what it read for that, and what it refuses."""
+"""A sharded loader: what a rank holds, reads, computes with the others, and refuses."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import sharded
 import tiny
@@ -27,10 +29,12 @@ from lorax_async import (
     layouts,
 )
 from lorax_async.core.sharding import shard_layout
+from lorax_async.core.transfer_plan import plan_transfer
 from lorax_async.engines.transformers import attach
 from lorax_async.io.devices.cuda import CudaDevice
 from lorax_async.io.ports import Device, Source
 from lorax_async.testing import FakeSource, Version
+from lorax_kernels import Plan, apply
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -81,7 +85,9 @@ async def test_every_rank_has_its_share(device: str, dtype: str, rank: int, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_a_device_whose_streams_run_late_has_it_too(dtype: str, tmp_path: Path) -> None:
+async def test_a_device_whose_streams_run_late_has_the_share_too(
+    dtype: str, tmp_path: Path
+) -> None:
     folder = sharded.write(tmp_path / "a", 3)
     with contextmanager(loaded)():
         for shard in (Shard(0, 2), Shard(3, 4)):
@@ -93,7 +99,7 @@ async def test_a_device_whose_streams_run_late_has_it_too(dtype: str, tmp_path: 
                 assert_is_the_share(handle, folder, shard)
 
 
-async def test_a_handle_says_whose_share_it_is(tmp_path: Path) -> None:
+async def test_a_handle_and_the_loader_tell_the_shard(tmp_path: Path) -> None:
     folder = sharded.write(tmp_path / "a")
     for shard in (None, Shard(1, 4)):
         async with loader(shard) as there, await there.load(folder) as handle:
@@ -105,18 +111,13 @@ async def test_a_handle_says_whose_share_it_is(tmp_path: Path) -> None:
                 weights = handle.modules[module.name]
                 sizes = weights.a.shape[1], weights.b.shape[0]
                 assert sizes == (module.in_features, module.out_features)
-
-
-async def test_the_tables_are_of_the_share(tmp_path: Path) -> None:
-    """Kernels find A and B where the tables say, in the sizes of `held_layout`."""
-    folder = sharded.write(tmp_path / "a")
-    async with loader(Shard(1, 2)) as there, await there.load(folder) as handle:
-        tables: Any = there.device
-        for n, module in enumerate(there.held_layout.modules):
-            weights, slot = handle.modules[module.name], handle.slot.index
-            addresses = tables.address[:, n, slot].tolist()
-            assert addresses == [weights.a.data_ptr(), weights.b.data_ptr()]
-            assert tables.rank[n, slot] == 4
+            # Kernels find A and B where the tables say, in the sizes of `held_layout`.
+            tables: Any = there.device
+            for n, module in enumerate(there.held_layout.modules):
+                weights, slot = handle.modules[module.name], handle.slot.index
+                addresses = tables.address[:, n, slot].tolist()
+                assert addresses == [weights.a.data_ptr(), weights.b.data_ptr()]
+                assert tables.rank[n, slot] == 4
 
 
 # -- what is read ---------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ async def test_a_local_file_is_read_no_further(
     assert sorted(numbers(ranges)) == sorted(sharded.bytes_of(folder, Shard(1, 2)))
 
 
-async def test_what_it_takes_on_the_device_is_the_share(tmp_path: Path) -> None:
+async def test_a_rank_takes_device_bytes_for_its_share_alone(tmp_path: Path) -> None:
     """Of two layers, each tensor of rank 4 on the next multiple of 64 bytes."""
     folder = sharded.write(tmp_path / "a")
 
@@ -199,6 +200,95 @@ async def test_what_it_takes_on_the_device_is_the_share(tmp_path: Path) -> None:
     for shard, sizes in ((Shard(0, 2), features), (None, whole)):
         wanted = sum(-(-16 * size // 64) * 64 for pair in sizes for size in pair)
         assert await body(shard) == 2 * wanted
+
+
+@pytest.mark.parametrize(
+    ("shard", "thread"), [(None, "MainThread"), (Shard(1, 2), "lorax-metadata")]
+)
+async def test_a_plan_with_many_moves_is_made_once_and_off_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: Shard | None, thread: str
+) -> None:
+    threads: list[str] = []
+
+    def noted(*args: Any, **settings: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return plan_transfer(*args, **settings)
+
+    monkeypatch.setattr("lorax_async.runtime.planning.plan_transfer", noted)
+    async with loader(shard) as there:
+        for seed, name in enumerate("ab"):
+            (await there.load(sharded.write(tmp_path / name, seed=seed))).release()
+    assert [name[: len(thread)] for name in threads] == [thread]
+
+
+# -- what is computed -----------------------------------------------------------------------------
+
+Linear = Callable[[str, list[Tensor]], list[Tensor]]
+"""A module's outputs on each rank, of its inputs on each."""
+
+
+def attention(qkv: Tensor, heads: int, groups: int) -> Tensor:
+    """Of one sequence without a mask; q heads share those of k and v in order."""
+    dim = sharded.HEAD_DIM
+    q, k, v = (
+        part.view(len(qkv), -1, dim).transpose(0, 1)
+        for part in qkv.tensor_split([heads * dim, (heads + groups) * dim], dim=1)
+    )
+    k, v = (part.repeat_interleave(heads // groups, 0) for part in (k, v))
+    mixed: Tensor = (q @ k.transpose(1, 2) / dim**0.5).softmax(-1) @ v
+    return mixed.transpose(0, 1).reshape(len(qkv), -1)
+
+
+def forward(linear: Linear, x: Tensor, world: int) -> Tensor:
+    """A model of which each rank has some heads and rows, and whose sums are of all ranks."""
+    heads, groups = sharded.HEADS // world, max(1, sharded.GROUPS // world)
+    for layer in range(sharded.LAYERS):
+        path = f"model.layers.{layer}"
+        qkv = linear(f"{path}.self_attn.qkv_proj", [x] * world)
+        mixed = [attention(each, heads, groups) for each in qkv]
+        x = x + torch.stack(linear(f"{path}.self_attn.o_proj", mixed)).sum(0)
+        gate = linear(f"{path}.mlp.gate", [x] * world)[0].mean(1, keepdim=True).sigmoid()
+        up = [each.relu() for each in linear(f"{path}.mlp.up_proj", [x] * world)]
+        x = x + gate * torch.stack(linear(f"{path}.mlp.down_proj", up)).sum(0)
+    return x
+
+
+@pytest.mark.parametrize("world", [2, 4])
+async def test_the_ranks_together_compute_what_the_whole_model_does(
+    world: int, tmp_path: Path
+) -> None:
+    """In float32 against float64. On four ranks two share each of the two heads of k and v."""
+    random = torch.Generator().manual_seed(7)
+    base = {
+        module.name: torch.randn(module.out_features, module.in_features, generator=random) * 0.1
+        for module in sharded.layout().modules
+    }
+    x = torch.randn(5, sharded.HIDDEN, generator=random)
+    folder = sharded.write(tmp_path / "a", rank=3)
+    pairs = sharded.share_of(folder, Shard(0, 1))
+
+    def whole(name: str, inputs: list[Tensor]) -> list[Tensor]:
+        a, b = (each.double() for each in pairs[name])
+        return [each @ (base[name].double() + 2 * b @ a).T for each in inputs]
+
+    async with AsyncExitStack() as stack:
+        loaders = [await stack.enter_async_context(loader(each)) for each in ranks(world)]
+        handles = [await stack.enter_async_context(await each.load(folder)) for each in loaders]
+
+        def shares(name: str, inputs: list[Tensor]) -> list[Tensor]:
+            found = []
+            for there, handle, each, shard in zip(
+                loaders, handles, inputs, ranks(world), strict=True
+            ):
+                rows, columns = sharded.rows_of(name, shard), sharded.columns_of(name, shard)
+                y = each @ base[name][rows][:, columns].T
+                plan, tables = Plan.from_segments([0, len(y)], [handle.slot.index]), there.device
+                apply(y, each.contiguous(), plan, there.held_layout.index(name), tables)  # type: ignore[arg-type]
+                found.append(y)
+            return found
+
+        found, wanted = forward(shares, x, world), forward(whole, x.double(), 1)
+    assert (found.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -216,7 +306,7 @@ async def test_what_it_takes_on_the_device_is_the_share(tmp_path: Path) -> None:
         (0, 2.0, "world_size must be"),
     ],
 )
-def test_shards_that_are_none(rank: Any, world_size: Any, text: str) -> None:
+def test_a_shard_that_cannot_be_is_refused(rank: Any, world_size: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Shard(rank, world_size)
 
@@ -232,7 +322,7 @@ def test_a_shard_is_a_value() -> None:
             LoaderConfig(shard=wrong)  # type: ignore[arg-type]
 
 
-def test_a_base_that_cannot_be_cut_is_refused_at_construction(tmp_path: Path) -> None:
+def test_a_base_that_cannot_be_sharded_is_refused_at_construction(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"8 × 4 output features, which 3 ranks cannot share"):
         loader(Shard(0, 3))
     fused = layouts.from_adapter(sharded.write(tmp_path / "a"))
@@ -241,7 +331,7 @@ def test_a_base_that_cannot_be_cut_is_refused_at_construction(tmp_path: Path) ->
     AdapterLoader(fused.replicate("qkv_proj"), LoaderConfig(shard=Shard(0, 2)))
 
 
-async def test_a_ranks_own_file_is_no_adapter_of_the_base(tmp_path: Path) -> None:
+async def test_a_file_that_was_cut_already_is_refused(tmp_path: Path) -> None:
     """What was cut already would be cut again."""
     folder = sharded.write(tmp_path / "a")
     cut = sharded.share_of(folder, Shard(0, 2))
@@ -251,7 +341,7 @@ async def test_a_ranks_own_file_is_no_adapter_of_the_base(tmp_path: Path) -> Non
             await there.load(folder)
 
 
-async def test_a_whole_model_is_not_attached_to_a_share() -> None:
+async def test_a_whole_model_is_not_attached_to_a_sharded_loader() -> None:
     model = llama()
     layout = layouts.from_module(model)
 

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,19 +14,23 @@ import torch
 
 import sharded
 import tiny
+from adapters import hub_cache
+from command_line import adapter, base, query
 from core.adapter_files import file_of
 from lorax_async import (
     AdapterFormatError,
     AdapterHandle,
     AdapterLoader,
     AdapterNotFoundError,
-    IntegrityError,
     LoaderConfig,
     LocalRoot,
     LoraxError,
     Merge,
     Shard,
+    layouts,
 )
+from lorax_async.adapters import WeightsFile
+from lorax_async.cli import main
 from split_files import CONFIG, INDEX, WEIGHTS, deal, name_of, split
 from tiny_loaders import ONE, loader
 from tiny_sources import where
@@ -52,34 +55,24 @@ def contents(handle: AdapterHandle) -> dict[str, tuple[float, list[bytes]]]:
 @BOTH
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_the_same_bytes_are_on_the_device(
+async def test_the_same_bytes_are_on_the_device_layer_by_layer(
     tmp_path: Path, splitting: Splitting, dtype: str, device: str
 ) -> None:
     one = tiny.write(tmp_path / "one", 7, 3)
     several = splitting(one, tmp_path / "several")
-    async with (
-        loader(device=device, dtype=dtype, staging_bytes=4096) as there,
-        await there.load(one) as first,
-        await there.load(several) as second,
-    ):
-        tiny.assert_equal_to_file(second, one)
-        assert contents(second) == contents(first)
-        assert first.slot != second.slot
-
-
-@BOTH
-async def test_layers_come_one_by_one(tmp_path: Path, splitting: Splitting) -> None:
-    one = tiny.write(tmp_path / "one", 1)
-    several = splitting(one, tmp_path / "several")
-    async with loader() as there, there.stream(several) as handle:
+    small = loader(device=device, dtype=dtype, staging_bytes=4096)
+    async with small as there, there.stream(several) as second:
         for layer in range(tiny.LAYERS):
-            await handle.layer_ready(layer)
-        tiny.assert_equal_to_file(handle, one)
+            await second.layer_ready(layer)
+        tiny.assert_equal_to_file(second, one)
+        async with await there.load(one) as first:
+            assert contents(second) == contents(first)
+            assert first.slot != second.slot
 
 
 @BOTH
 @pytest.mark.parametrize("rank", [0, 1])
-async def test_a_rank_has_its_share_of_them(
+async def test_a_rank_of_a_sharded_server_has_its_share_of_the_files(
     tmp_path: Path, splitting: Splitting, rank: int
 ) -> None:
     """A's columns are strided, and B's rows are ranges, in whichever file they are."""
@@ -96,7 +89,9 @@ async def test_a_rank_has_its_share_of_them(
 
 
 @BOTH
-async def test_it_comes_back_from_its_files(tmp_path: Path, splitting: Splitting) -> None:
+async def test_an_evicted_adapter_comes_back_from_its_files(
+    tmp_path: Path, splitting: Splitting
+) -> None:
     one, other = (tiny.write(tmp_path / f"one{seed}", seed) for seed in (1, 2))
     several = splitting(one, tmp_path / "several")
     async with loader(device_bytes=ONE, max_slots=1) as there:
@@ -109,7 +104,7 @@ async def test_it_comes_back_from_its_files(tmp_path: Path, splitting: Splitting
             tiny.assert_equal_to_file(handle, one)
 
 
-async def test_it_is_held_in_host_memory(tmp_path: Path) -> None:
+async def test_all_files_are_held_in_host_memory(tmp_path: Path) -> None:
     one = tiny.write(tmp_path / "one", 1)
     several = split(one, tmp_path / "several")
     held = sum(path.stat().st_size for path in several.glob("*.safetensors"))
@@ -123,7 +118,7 @@ async def test_it_is_held_in_host_memory(tmp_path: Path) -> None:
             tiny.assert_equal_to_file(handle, one)
 
 
-async def test_it_is_merged_with_one_that_is_whole(tmp_path: Path) -> None:
+async def test_split_weights_are_merged_with_weights_in_one_file(tmp_path: Path) -> None:
     ones = [tiny.write(tmp_path / f"one{seed}", seed) for seed in (1, 2)]
     several = deal(ones[0], tmp_path / "several")
     async with loader() as there:
@@ -134,20 +129,7 @@ async def test_it_is_merged_with_one_that_is_whole(tmp_path: Path) -> None:
         second.release()
 
 
-async def test_what_is_changed_meanwhile_is_another_adapter(tmp_path: Path) -> None:
-    ones = [tiny.write(tmp_path / f"one{seed}", seed) for seed in (1, 2)]
-    several, later = (split(ones[n], tmp_path / f"several{n}") for n in (0, 1))
-    async with loader() as there:
-        old = await there.load(several)
-        for number in (1, 2, 3):
-            (later / name_of(number, 3)).rename(several / name_of(number, 3))
-        async with await there.load(several) as new:
-            tiny.assert_equal_to_file(new, ones[1])
-            tiny.assert_equal_to_file(old, ones[0])
-        old.release()
-
-
-def lost(folder: Path) -> None:
+def without_a_file(folder: Path) -> None:
     (folder / name_of(2, 3)).unlink()
 
 
@@ -162,41 +144,25 @@ def outside(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "kind", "words"),
     [
-        (lost, AdapterNotFoundError, name_of(2, 3)),
+        (without_a_file, AdapterNotFoundError, name_of(2, 3)),
         (cut, AdapterFormatError, name_of(2, 3)),
         (outside, AdapterFormatError, "'../x'"),
     ],
 )
-async def test_what_is_wrong_with_a_file_is_told(
-    tmp_path: Path, spoil: Any, kind: type[LoraxError], words: str
+async def test_a_file_that_is_wrong_is_named(
+    tmp_path: Path, spoil: Callable[[Path], None], kind: type[LoraxError], words: str
 ) -> None:
-    one = tiny.write(tmp_path / "one")
-    several = split(one, tmp_path / "several")
+    several = split(tiny.write(tmp_path / "one"), tmp_path / "several")
     spoil(several)
     async with loader() as there:
-        with pytest.raises(kind, match=words) as caught:
-            await there.load(several)
-        assert caught.value.id == str(several)
-        with pytest.raises(kind, match=words):
-            await there.prefetch(several, tier="device")
-        async with await there.load(one) as handle:
-            tiny.assert_equal_to_file(handle, one)
-
-
-async def test_a_file_that_changes_before_its_copy(tmp_path: Path) -> None:
-    """Its key is known and its headers were read: the copy itself notices."""
-    several = split(tiny.write(tmp_path / "one"), tmp_path / "several")
-    async with loader() as there:
-        await there.prefetch(several, tier="disk")
-        assert where(there, several).tier == "disk"
-        (known,) = there.residency()
-        os.utime(several / name_of(3, 3), (5, 5))
-        with pytest.raises(IntegrityError, match=f"{name_of(3, 3)} was changed"):
-            await there.load(known)
+        for call in (there.load, there.prefetch):
+            with pytest.raises(kind, match=words) as caught:
+                await call(several)
+            assert caught.value.id == str(several)
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_a_file_that_is_not_laid_out_by_layer(tmp_path: Path, device: str) -> None:
+async def test_tensors_may_lie_in_any_order(tmp_path: Path, device: str) -> None:
     """Every A before every B, and the layers back to front: each layer is several spans."""
     one = tiny.write(tmp_path / "one", 3)
     saved = safetensors.torch.load_file(one / WEIGHTS)
@@ -214,3 +180,57 @@ async def test_a_file_that_is_not_laid_out_by_layer(tmp_path: Path, device: str)
                 await handle.layer_ready(0)
                 await handle.layer_ready(tiny.LAYERS - 1)
                 tiny.assert_equal_to_file(handle, one)
+
+
+# -- read by the rest of the package --------------------------------------------------------------
+
+
+@BOTH
+def test_inspect_and_layouts_read_split_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], splitting: Splitting
+) -> None:
+    one = tiny.write(tmp_path / "one")
+    several = splitting(one, tmp_path / "several")
+    found = []
+    for folder in (one, several):
+        assert main(["inspect", str(folder), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    nbytes = sum(path.stat().st_size for path in several.glob("*.safetensors"))
+    assert found[1] == found[0] | {"path": str(several), "file_bytes": nbytes}
+    of_one, of_several = layouts.from_adapter(one), layouts.from_adapter(several)
+    assert set(of_one.modules) == set(of_several.modules)
+    (several / name_of(1, 3)).unlink()
+    assert main(["inspect", str(several), "--json"]) == 2
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert name_of(1, 3) in problem["text"]
+
+
+def test_the_command_line_loads_split_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = adapter(tmp_path / "one", query(0) | query(3) | query(7))
+    several = split(Path(one), tmp_path / "several")
+    assert main(["load", str(several), "--base", base(tmp_path / "base"), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["adapters"]
+    assert found["state"] == "resident"
+    nbytes = sum(path.stat().st_size for path in several.glob("*.safetensors"))
+    assert found["file_bytes"] == nbytes
+
+
+@BOTH
+@pytest.mark.parametrize("cached", [False, True])
+def test_weights_files_of_lorax_read_split_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splitting: Splitting, cached: bool
+) -> None:
+    one = tiny.write(tmp_path / "one", 5)
+    several: Path | str = splitting(one, tmp_path / "several")
+    if cached:
+        files = {path.name: path.read_bytes() for path in Path(several).iterdir()}
+        hub_cache.put(tmp_path / "hub", "org/split", files, commit="1" * 40, refs=("main",))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        several = "org/split"
+    saved = safetensors.torch.load_file(one / WEIGHTS)
+    with WeightsFile.open(several) as file:
+        assert set(file) == saved.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(file.read(name), tensor)

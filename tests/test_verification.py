@@ -470,12 +470,12 @@ async def test_false_bytes_are_zeroed_after_their_kernels_and_before_their_slot_
     freed: list[bool] = []
     async with there:
         handle = await there.load("a")
-        clear, slot, memory = device.clear_column, handle.slot.index, weights(handle)
+        clear, index, memory = device.clear_column, handle.slot.index, weights(handle)
 
-        def cleared(index: int) -> None:
-            if index == slot:
+        def cleared(slot: int) -> None:
+            if slot == index:
                 freed.append(any(each.any() for each in memory))
-            clear(index)
+            clear(slot)
 
         device.clear_column = cleared  # type: ignore[method-assign]
         with handle.use():
@@ -490,7 +490,7 @@ async def test_false_bytes_are_zeroed_after_their_kernels_and_before_their_slot_
             assert not waiting.done()
         last = await waiting
         assert freed == [False]
-        assert last.slot.index == slot
+        assert last.slot.index == index
         for name, each in zip("bcde", (*others, last), strict=True):
             tiny.assert_equal_to_file(each, tmp_path / name)
             each.release()

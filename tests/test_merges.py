@@ -1,0 +1,597 @@
+"""Merges: which there are, that they behave as any adapter does, and how they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import inf, nan
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import sharded
+import tiny
+from common import open_files, until
+from lorax_async import (
+    AccessDeniedError,
+    AdapterKey,
+    AdapterLoader,
+    AdapterNotFoundError,
+    AdapterRef,
+    AdapterTimeoutError,
+    FetchError,
+    IncompatibleAdapterError,
+    IntegrityError,
+    InvalidAdapterIdError,
+    Limits,
+    LoaderClosedError,
+    LoaderConfig,
+    LocalRoot,
+    LoraxError,
+    Merge,
+    Shard,
+    UnsupportedAdapterError,
+    UsageError,
+)
+from lorax_async.adapter import FileIdentity, MergedKey, as_ref, text_of
+from lorax_async.identity import PartId
+from lorax_async.merge import MAX_PARTS
+from lorax_async.testing import FakeReader, Step
+from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
+from sweeping import cancel_at, count_steps, local_bench, released
+from tiny_loaders import loader
+from tiny_sources import WEIGHTS, is_resident, over, state, stocked, where
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+# -- recipes --------------------------------------------------------------------------------------
+
+
+def key(name: str, *numbers: int) -> AdapterKey:
+    files = tuple(FileIdentity(0, n, 10, n, n) for n in numbers)
+    return AdapterKey(f"/adapters/{name}", files)
+
+
+TWO: list[PartId] = ["one", Path("two")]
+MERGED = MergedKey.of(Merge("linear", TWO, [1, 1]), [key("one", 1, 2), key("two", 3, 4)])
+
+
+_HUGE = 10**5000  # more digits than Python spells out
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (
+            ("sum", TWO, [1, 1]),
+            "strategy is one of linear, ties, dare_linear, dare_ties, not 'sum'",
+        ),
+        ((["linear"], TWO, [1, 1]), "strategy is one of"),
+        (("linear", "one", [1]), "refs is a list of one adapter or more, not 'one'"),
+        (("linear", Path("one"), [1]), "refs is a list"),
+        (("linear", [], []), "refs is a list"),
+        (("linear", {"one"}, [1]), "refs is a list"),
+        (("linear", ["a"] * 65, [1] * 65), "64 parts at most, not 65"),
+        (
+            ("linear", ["one", 2], [1, 1]),
+            r"refs\[1\]: an adapter id is a str or a pathlib.Path, not int",
+        ),
+        (("linear", ["one", Merge("linear", TWO, [1, 1])], [1, 1]), r"refs\[1\] is a merge itself"),
+        (("linear", [MERGED], [1]), r"refs\[0\] is a merge itself"),
+        (("linear", TWO, [1]), "one number for each of 2 refs"),
+        (("linear", TWO, [1, 1, 1]), "one number for each of 2 refs"),
+        (("linear", TWO, 1), "one number for each of 2 refs"),
+        (("linear", TWO, None), "one number for each of 2 refs"),
+        (("linear", TWO, [1, nan]), r"weights\[1\] is a finite number that float32 holds, not nan"),
+        (("linear", TWO, [-inf, 1]), r"weights\[0\] is a finite number"),
+        (("linear", TWO, [1, 1e39]), r"weights\[1\] is a finite number"),
+        (("linear", TWO, [10**400, 1]), r"weights\[0\] is a finite number"),
+        (("linear", TWO, [1, _HUGE]), r"weights\[1\] is a finite number"),
+        (("linear", TWO, [1, True]), r"weights\[1\] is a finite number"),
+        (("linear", TWO, [1, "1"]), r"weights\[1\] is a finite number"),
+        (("linear", TWO, [1, 1], 0.5), "'linear' keeps every weight; leave the density out"),
+        (("linear", TWO, [1, 1], None, "frequency"), "'linear' elects no sign"),
+        (("dare_linear", TWO, [1, 1], 0.5, "frequency"), "'dare_linear' elects no sign"),
+        (
+            ("ties", TWO, [1, 1], 0.5, "most"),
+            "majority_sign is one of total, frequency, not 'most'",
+        ),
+        (("ties", TWO, [1, 1]), "'ties' needs a density above 0 and up to 1, not None"),
+        (("ties", TWO, [1, 1], 0), "'ties' needs a density above 0 and up to 1, not 0"),
+        (("dare_ties", TWO, [1, 1], -0.1), "'dare_ties' needs a density"),
+        (("dare_linear", TWO, [1, 1], 1.01), "'dare_linear' needs a density"),
+        (("ties", TWO, [1, 1], _HUGE), "'ties' needs a density"),
+        (("ties", TWO, [1, 1], nan), "'ties' needs a density"),
+        (("ties", TWO, [1, 1], True), "'ties' needs a density"),
+        (("ties", TWO, [1, 1], "0.5"), "'ties' needs a density"),
+        (("ties", ["one"], [1], 0.5), "'ties' merges two adapters or more; one is for 'linear'"),
+        (("linear", TWO, [1, 1], None, "total", 1), "'linear' draws nothing at random"),
+        (("ties", TWO, [1, 1], 0.5, "total", 1), "'ties' draws nothing at random"),
+        (("dare_ties", TWO, [1, 1], 0.5, "total", -1), r"a seed is a whole number from 0 to"),
+        (("dare_ties", TWO, [1, 1], 0.5, "total", 1 << 63), "a seed is a whole number"),
+        (("dare_ties", TWO, [1, 1], 0.5, "total", _HUGE), "a seed is a whole number"),
+        (("dare_ties", TWO, [1, 1], 0.5, "total", 1.0), "a seed is a whole number"),
+        (("dare_ties", TWO, [1, 1], 0.5, "total", True), "a seed is a whole number"),
+    ],
+    ids=lambda value: None if isinstance(value, tuple) else str(value)[:40],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(given: tuple[Any, ...], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        Merge(*given)
+
+
+def test_a_part_that_is_no_id_keeps_its_kind_of_error() -> None:
+    with pytest.raises(InvalidAdapterIdError, match=r"refs\[0\]: an adapter id"):
+        Merge("linear", [None], [1])  # type: ignore[list-item]
+
+
+def test_a_merge_is_a_value_and_an_id() -> None:
+    merge = Merge("dare_ties", TWO, [1, -2], density=1, majority_sign="frequency", seed=3)
+    assert merge.parts == (AdapterRef("one"), AdapterRef(Path("two")))
+    assert merge.weights == (1.0, -2.0)
+    assert merge.density == 1.0
+    assert merge.text == (
+        "dare_ties(1.0 * one, -2.0 * two, density=1.0, majority_sign=frequency, seed=3)"
+    )
+    again = Merge("dare_ties", tuple(TWO), (1.0, -2.0), 1.0, "frequency", 3)
+    assert merge == again
+    assert hash(merge) == hash(again)
+    assert as_ref(merge) is merge
+    assert text_of(merge) == merge.text
+    with pytest.raises(UsageError, match="a Merge says source"):
+        as_ref(merge, token="mine")
+    secret = Merge("linear", [AdapterRef("one", token="secret")], [1])
+    assert "secret" not in repr(secret) + secret.text
+    assert len(Merge("linear", ["a"] * MAX_PARTS, [0.5] * MAX_PARTS).parts) == MAX_PARTS
+
+
+OTHERS = [
+    Merge("linear", ["two", "one"], [1, 0.5]),
+    Merge("linear", ["one", "two"], [1, 0.25]),
+    Merge("ties", ["one", "two"], [1, 0.5], density=0.5),
+    Merge("ties", ["one", "two"], [1, 0.5], density=0.25),
+    Merge("ties", ["one", "two"], [1, 0.5], density=0.5, majority_sign="frequency"),
+    Merge("dare_ties", ["one", "two"], [1, 0.5], density=0.5),
+    Merge("dare_ties", ["one", "two"], [1, 0.5], density=0.5, seed=1),
+]
+
+
+def test_keys_of_merges_are_equal_where_the_bytes_would_be() -> None:
+    """Whatever the parts were called, and not by their texts alone."""
+    parts = {"one": key("one", 1, 2), "two": key("two", 3, 4)}
+    merge = Merge("linear", ["one", "two"], [1, 0.5])
+    first = MergedKey.of(merge, list(parts.values()))
+    by_path = Merge("linear", [Path("somewhere/one"), AdapterRef("two", token="t")], [1, 0.5])
+    second = MergedKey.of(by_path, list(parts.values()))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != AdapterKey(first.location, first.files)
+    saved_again = MergedKey.of(merge, [key("one", 1, 2), key("two", 3, 5)])
+    assert (saved_again.location, saved_again != first) == (first.location, True)
+    keys = {
+        MergedKey.of(m, [parts[p.text] for p in m.parts if isinstance(p, AdapterRef)])
+        for m in OTHERS
+    }
+    assert len(keys | {first}) == len(OTHERS) + 1
+    assert str(MERGED) == "linear(1.0 * /adapters/one, 1.0 * /adapters/two)"
+    assert MERGED.files == key("one", 1, 2, 3, 4).files
+
+
+# -- as any adapter ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+async def test_a_merge_of_folders_is_the_weighted_sum(tmp_path: Path, device: str) -> None:
+    for seed, name in enumerate("ab"):
+        tiny.write(tmp_path / name, seed)
+    async with loader(device=device) as there:
+        async with await there.load(at(tmp_path)) as handle:
+            assert_halves(handle, tmp_path)
+            assert handle.id == f"linear(0.5 * {tmp_path}/a, -2.0 * {tmp_path}/b)"
+        async with there.stream(at(tmp_path)) as handle:
+            await handle.layer_ready(tiny.LAYERS - 1)
+            assert_halves(handle, tmp_path)
+
+
+@pytest.mark.parametrize("merge", BOTH)
+async def test_a_merge_that_many_ask_for_is_computed_once(tmp_path: Path, merge: Merge) -> None:
+    source = stocked(tmp_path, "a", "b")
+    async with over(source) as there:
+        handles = await asyncio.gather(*(there.load(merge) for _ in range(20)))
+        assert len({handle.slot for handle in handles}) == 1
+        assert source.counts.bytes_read == part_bytes()
+        assert (source.counts.resolves, source.counts.opens) == (2, 2)
+        assert there.statistics().fetches == 1
+        for handle in handles:
+            handle.release()
+        assert source.counts.open_readers == 0
+
+
+async def test_equal_recipes_are_one_adapter_whatever_their_parts_are_called(
+    tmp_path: Path,
+) -> None:
+    for seed, name in enumerate("ab"):
+        tiny.write(tmp_path / name, seed)
+    async with loader(local_roots=[tmp_path]) as there:
+        async with await there.load("./a") as first, await there.load("./b") as second:
+            by_key = Merge("linear", [first.key, second.key], [0.5, -2])
+        async with await there.load(at(tmp_path)) as found:
+            for same in (Merge("linear", ["./a", "./b"], [0.5, -2]), by_key, found.key):
+                async with await there.load(same) as handle:
+                    assert (handle.slot, handle.key) == (found.slot, found.key)
+            other = Merge("linear", ["./a", "./b"], [0.5, -2.5])
+            async with await there.load(other) as handle:
+                assert handle.slot != found.slot
+            key = found.key
+        await there.unload(at(tmp_path))
+        async with await there.load(key) as handle:
+            assert_halves(handle, tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize("merge", BOTH)
+async def test_an_evicted_merge_comes_back_as_it_was(
+    tmp_path: Path, merge: Merge, device: str
+) -> None:
+    source = stocked(tmp_path, "a", "b", "c")
+    async with over(source, max_slots=1, device=device) as there:
+        async with await there.load(merge) as handle:
+            before = weights_of(handle)
+        (await there.load("c")).release()
+        assert not is_resident(there, merge)
+        async with await there.load(merge) as handle:
+            assert_same(weights_of(handle), before)
+        assert there.statistics().fetches == 2, "it was not planned again"
+        assert source.counts.open_readers == 0
+
+
+@pytest.mark.parametrize("merge", BOTH)
+async def test_small_staging_windows_change_no_byte_of_a_merge(
+    tmp_path: Path, merge: Merge
+) -> None:
+    """Where nothing is cut, and where every tensor of rank 64 is cut into several reads."""
+    source = stocked(tmp_path, "a", "b", rank=64)
+    found = []
+    for staging in (1 << 24, 1 << 14):
+        limits = Limits(max_rank=128)
+        settings = {"device": "simulated", "staging_bytes": staging, "limits": limits}
+        async with over(source, **settings) as there, await there.load(merge) as handle:
+            found.append(weights_of(handle))
+    assert_same(*found)
+
+
+@contextmanager
+def slow_reads(*ids: str) -> Iterator[tuple[Event, Event]]:
+    """Reads of these adapters wait: the first event is set once one has begun, by the other."""
+    began, go_on = Event(), Event()
+    read = FakeReader.read_into
+
+    def slowly(self: FakeReader, buffers: Sequence[memoryview], offset: int) -> None:
+        if self.version.id in ids:
+            began.set()
+            assert go_on.wait(20)
+        read(self, buffers, offset)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FakeReader, "read_into", slowly)
+        yield began, go_on
+
+
+async def test_a_merge_leaves_an_io_thread_to_others(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c")
+    with slow_reads("a", "b") as (began, go_on):
+        async with over(source, io_threads=2) as there:
+            merging = asyncio.create_task(there.load(HALVES))
+            await until(began.is_set)
+            async with await there.load("c") as handle:
+                tiny.assert_equal_to_file(handle, tmp_path / "c")
+            assert not merging.done()
+            go_on.set()
+            (await merging).release()
+
+
+@pytest.mark.parametrize("tier", ["disk", "host", "device"])
+async def test_a_merge_is_prefetched_to_any_tier(tmp_path: Path, tier: Any) -> None:
+    for seed, name in enumerate("ab"):
+        tiny.write(tmp_path / name, seed)
+    async with loader(local_roots=[LocalRoot(tmp_path, immutable=True)]) as there:
+        await there.prefetch(at(tmp_path), tier=tier)
+        place = where(there, at(tmp_path))
+        assert place.host_bytes == 0, "its parts are read ahead, and not held"
+        assert is_resident(there, at(tmp_path)) is (tier == "device")
+        async with await there.load(at(tmp_path)) as handle:
+            assert_halves(handle, tmp_path)
+
+
+async def test_a_merge_is_pinned_tried_and_unloaded(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c")
+    async with over(source, max_slots=2) as there:
+        assert there.try_acquire(HALVES) is None
+        await there.unload(HALVES)
+        await there.pin(HALVES)
+        for name in ("a", "b", "c"):
+            (await there.load(name)).release()
+        handle = there.try_acquire(HALVES)
+        assert handle is not None
+        assert_halves(handle, tmp_path)
+        handle.release()
+        assert there.story(HALVES)[-1].slot == handle.slot
+        assert there.unpin(HALVES)
+        assert not there.unpin(HALVES)
+        await there.unload(HALVES)
+        assert state(there, HALVES) in {"nowhere", "present"}
+        assert there.try_acquire(HALVES) is None
+
+
+async def test_a_part_saved_again_makes_another_merge(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    async with over(source) as there:
+        old = await there.load(HALVES)
+        before = weights_of(old)
+        source.put("b", *tiny.files(tiny.write(tmp_path / "b", 77)))
+        async with await there.load(HALVES) as new:
+            assert new.key != old.key
+            assert_halves(new, tmp_path)
+        assert_same(weights_of(old), before)
+        old.release()
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", WEIGHTS])
+async def test_a_part_that_changed_before_a_reload_is_named(tmp_path: Path, file: str) -> None:
+    for seed, name in enumerate("abc"):
+        tiny.write(tmp_path / name, seed)
+    async with loader(max_slots=1) as there:
+        async with await there.load(at(tmp_path)) as handle:
+            key = handle.key
+        (await there.load(tmp_path / "c")).release()
+        changed = tmp_path / "b" / file
+        changed.write_bytes(changed.read_bytes())
+        with pytest.raises(IntegrityError, match=r"part 2 \('b'\): .* was changed"):
+            await there.load(key)
+        async with await there.load(at(tmp_path)) as handle:
+            assert handle.key != key
+            assert_halves(handle, tmp_path)
+
+
+@pytest.mark.parametrize("merge", BOTH)
+async def test_layers_of_a_merge_are_ready_as_their_parts_arrive(
+    tmp_path: Path, merge: Merge
+) -> None:
+    source = stocked(tmp_path, "a", "b")
+    async with over(source) as there:
+        source.hold("b")
+        source.allow("b", 0, 1)
+        async with there.stream(merge) as handle:
+            await handle.layer_ready(1, timeout=10)
+            assert not handle.is_ready(2)
+            source.allow("b")
+            await handle.layer_ready(tiny.LAYERS - 1, timeout=10)
+            streamed = weights_of(handle)
+        await there.unload(merge)
+        async with await there.load(merge) as handle:
+            assert_same(weights_of(handle), streamed)
+
+
+MERGES = [
+    Merge("linear", ["a", "b"], [0.5, -2]),
+    Merge("ties", ["a", "b"], [0.5, -2], density=0.5),
+    Merge("dare_ties", ["a", "b"], [0.5, -2], density=0.5, seed=9),
+]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("merge", [pytest.param(merge, id=merge.strategy) for merge in MERGES])
+async def test_a_rank_of_a_sharded_server_holds_its_part_of_a_merge(
+    tmp_path: Path, merge: Merge, world: int
+) -> None:
+    for seed, name in enumerate("ab"):
+        sharded.write(tmp_path / name, seed=seed)
+
+    async def load(shard: Shard | None) -> dict[str, torch.Tensor]:
+        config = LoaderConfig(shard=shard)
+        async with AdapterLoader(sharded.layout(), config) as loader:
+            parts = [tmp_path / "a", tmp_path / "b"]
+            wanted = Merge(merge.strategy, parts, merge.weights, merge.density, seed=merge.seed)
+            async with await loader.load(wanted) as handle:
+                return weights_of(handle)
+
+    whole = await load(None)
+    for rank in range(world):
+        shard, expected = Shard(rank, world), dict[str, torch.Tensor]()
+        for name, tensor in whole.items():
+            module, _, factor = name.partition(" ")
+            columns, rows = sharded.columns_of(module, shard), sharded.rows_of(module, shard)
+            expected[name] = tensor[:, columns] if factor == "a" else tensor[rows]
+        assert_same(await load(shard), expected)
+
+
+# -- failures -------------------------------------------------------------------------------------
+
+
+async def test_a_part_that_is_missing_or_not_allowed_is_named(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source) as there:
+        with pytest.raises(AdapterNotFoundError, match=r"part 2 \('b'\): ") as caught:
+            await there.load(HALVES)
+        assert caught.value.id == HALVES.text
+        assert caught.value.stage == "resolve"
+        assert not there.residency()
+    (tmp_path / "root").mkdir()
+    async with loader(local_roots=[tmp_path / "root"]) as there:
+        merge = Merge("linear", [tmp_path / "a", f"{tmp_path}/b"], [1, 1])
+        with pytest.raises(AccessDeniedError, match="part 2 .*local_roots"):
+            await there.load(merge)
+
+
+REFUSED = [
+    ({"use_dora": True}, {}, LoraxError, r"part 2 \('.*b'\): .*has no magnitude"),
+    ({"bias": "all"}, {}, UnsupportedAdapterError, r"part 2 \('.*b'\): .*trained biases"),
+    ({"lora_alpha": None}, {}, LoraxError, r"part 2 \('.*b'\): .*lora_alpha"),
+    (
+        {},
+        {"rank": 3},
+        IncompatibleAdapterError,
+        "model.layers.0.self_attn.q_proj.*equal ranks.*4 and 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "more", "kind", "problem"), REFUSED)
+async def test_a_part_that_is_refused_is_named(
+    tmp_path: Path,
+    config: dict[str, object],
+    more: dict[str, int],
+    kind: type[LoraxError],
+    problem: str,
+) -> None:
+    source = stocked(tmp_path, "a", "b")
+    source.put("b", *tiny.files(tiny.write(tmp_path / "b", 1, **{**more, **config})))  # type: ignore[arg-type]
+    async with over(source) as there:
+        with pytest.raises(kind, match=problem) as caught:
+            await there.load(DROPPED)
+        assert caught.value.id == DROPPED.text
+        assert caught.value.stage == "verify"
+        assert source.counts.open_readers == 0
+        async with await there.load("a") as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "a")
+
+
+async def test_a_part_that_is_not_plain_lora_is_named(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    tensors = tiny.tensors(1)
+    for name in list(tensors):
+        module = name.partition(".lora_")[0]
+        tensors[f"{module}.lora_magnitude_vector"] = torch.ones(2 * tiny.HIDDEN)
+    config = json.dumps(tiny.config(use_dora=True)).encode()
+    source.put("b", config, safetensors.torch.save(tensors))
+    async with over(source) as there:
+        problem = r"part 2 \('.*b'\): tensor '.*lora_magnitude_vector' is of more than plain LoRA"
+        with pytest.raises(UnsupportedAdapterError, match=problem):
+            await there.load(HALVES)
+        (await there.load("b")).release()  # which alone is as good as any
+
+
+async def test_the_limits_hold_for_the_whole_merge(tmp_path: Path) -> None:
+    """Though each part alone is within them."""
+    source = stocked(tmp_path, "a", "b")
+    nbytes = max(len(tiny.files(tmp_path / name)[1]) for name in "ab")
+    for limits, problem in (
+        (Limits(max_rank=7), "4 and 4 make 8, above the limit of 7"),
+        (Limits(max_adapter_bytes=nbytes), "over the limit of"),
+        (Limits(max_rank=8), None),
+    ):
+        async with over(source, limits=limits) as there:
+            (await there.load("a")).release()
+            if problem is None:
+                (await there.load(HALVES)).release()
+            else:
+                with pytest.raises(UnsupportedAdapterError, match=problem):
+                    await there.load(HALVES)
+
+
+@pytest.mark.parametrize("step", ["resolve", "open", "bring", "read"])
+@pytest.mark.parametrize("merge", BOTH)
+async def test_a_part_that_fails_is_named_and_nothing_is_left(
+    tmp_path: Path, merge: Merge, step: Step
+) -> None:
+    source = stocked(tmp_path, "a", "b")
+    async with over(source) as there:
+        end = len(tiny.files(tmp_path / "b")[1]) - 1
+        at = {"bring": 2, "read": end}.get(step, 0)
+        source.fail(step, FetchError("ordered"), id="b", at=at)
+        with pytest.raises(FetchError, match=r"part 2 \('(memory:)?b'\): ordered"):
+            await there.load(merge)
+        await until(lambda: source.counts.open_readers == 0)
+        async with await there.load(merge) as handle:
+            assert handle.resident
+
+
+@pytest.mark.parametrize("merge", BOTH)
+async def test_a_merge_given_up_while_a_part_is_fetched_touches_no_other(
+    tmp_path: Path, merge: Merge
+) -> None:
+    """By its deadline, by a cancellation, and by the loader's end; another load is not touched."""
+    source = stocked(tmp_path, "a", "b")
+    async with over(source) as there:
+        source.hold("b")
+        with pytest.raises(AdapterTimeoutError):
+            await there.load(merge, timeout=0.05)
+        await until(lambda: source.counts.open_readers == 0)
+        task = asyncio.create_task(there.load(merge))
+        await until(lambda: source.counts.brings >= 4)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        await until(lambda: source.counts.open_readers == 0)
+        (await there.load("a")).release()
+        last = asyncio.create_task(there.load(merge))
+        await until(lambda: source.counts.brings >= 7)
+    with pytest.raises(LoraxError):
+        await last
+    assert source.counts.open_readers == 0
+
+
+@pytest.mark.parametrize("merge", BOTH)
+async def test_a_merge_cancelled_at_every_await_leaves_nothing(
+    tmp_path: Path, merge: Merge
+) -> None:
+    async with local_bench(tmp_path, dtype="float32") as bench:
+        files = open_files()
+        bench.adapter = at(tmp_path, merge)
+        for seed, name in enumerate("ab"):
+            tiny.write(tmp_path / name, seed)
+        steps = await count_steps(released(bench.load()))
+        assert steps >= 2
+        for step in range(1, steps + 1):
+            for seed, name in enumerate("ab"):
+                tiny.write(tmp_path / name, 10 * step + seed)
+            cancelled = await cancel_at(bench.load(), step)
+            assert cancelled or step > 2
+            await bench.assert_clean()
+            assert open_files() <= files
+            (await bench.load()).release()
+
+
+@pytest.mark.parametrize("merge", BOTH)
+async def test_a_merge_cancelled_while_it_is_computed(tmp_path: Path, merge: Merge) -> None:
+    """What a thread has begun it ends; no other group is begun, and a reload is whole."""
+    source = stocked(tmp_path, "a", "b")
+    async with over(source) as there:
+        with slow_reads("a", "b") as (began, go_on):
+            task = asyncio.create_task(there.load(merge))
+            await until(began.is_set)
+            task.cancel()
+            await asyncio.wait([task])
+            assert source.counts.open_readers == 2, "they are read"
+            go_on.set()
+            await until(lambda: source.counts.open_readers == 0)
+        assert 0 < source.counts.bytes_read <= part_bytes() / tiny.LAYERS
+        async with await there.load(merge) as handle:
+            expected = weights_of(handle)
+    async with over(source) as another, await another.load(merge) as handle:
+        assert_same(weights_of(handle), expected)
+
+
+async def test_a_loader_that_closes_while_a_merge_is_reopened(tmp_path: Path) -> None:
+    """A reload opens its parts by way of the loop, while an I/O thread waits."""
+    source = stocked(tmp_path, "a", "b", "c")
+    async with over(source, max_slots=1) as there:
+        (await there.load(HALVES)).release()
+        (await there.load("c")).release()
+        source.hold("b")
+        task = asyncio.create_task(there.load(HALVES))
+        await until(lambda: source.counts.brings >= 5)
+        closing = asyncio.create_task(there.close())
+        await asyncio.sleep(0.02)
+        assert not closing.done(), "a copy in flight is waited for"
+        source.allow("b")
+        with pytest.raises(LoaderClosedError):
+            await task
+        await closing
+    assert source.counts.open_readers == 0
