@@ -1,4 +1,4 @@
-"""Files stay open for as long as somebody may read them."""
+"""Files are opened once, and stay open for as long as copies read them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny_sources import state, stocked
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-async def test_a_copy_that_nobody_wants_any_more_reads_to_its_end(tmp_path: Path) -> None:
+async def test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end(tmp_path: Path) -> None:
     """Its slot is waited for; the file is all here meanwhile, and must not seem lost."""
     source = stocked(tmp_path, "a")
     source.hold("a")
@@ -41,7 +41,7 @@ async def test_a_copy_that_nobody_wants_any_more_reads_to_its_end(tmp_path: Path
         assert source.counts.opens == 1
 
 
-def test_two_who_read_first_open_once(tmp_path: Path) -> None:
+def test_a_file_is_opened_once_by_the_first_of_many_reads(tmp_path: Path) -> None:
     path, opened = tmp_path / "file", list[int]()
     path.write_bytes(b"content")
 

@@ -1,30 +1,38 @@
-"""One script on every device: the same calls, events, commands and moves, and the same bytes."""
+"""One script on every device: the same calls of the device, the same events, the same bytes."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import tiny
 from common import until
 from late_device.world import loaded
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, TransferError
+from lorax_async import AdapterHandle, AdapterKey, AdapterLoader, LoaderConfig, TransferError
+from lorax_async.core.arena import Extent
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.life import HostState
-from lorax_async.core.transitions import SlotState
+from lorax_async.core.moves import Row
+from lorax_async.events import Event
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.io.ports import Device
-from lorax_async.testing import FakeSource, SimulatedDevice
-from recording import Recording, RecordingDevice, recorded
+from lorax_async.io.ports import CopyTicket, Device, FilePieces, StagedPiece
+from lorax_async.io.staging import Buffer, read
+from lorax_async.testing import SimulatedDevice
 from tiny_loaders import ONE
 from tiny_sources import WEIGHTS, stocked
+from wrapped_device import WrappedDevice
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -34,22 +42,130 @@ BYTES = 2 * 2 * ONE
 """Room for two adapters of rank 8."""
 IDS = "abcd"
 
+# -- recording ------------------------------------------------------------------------------------
 
-@pytest.fixture
-def late() -> Iterator[None]:
-    yield from loaded()
-
-
-def _on_cpu(layout: ModelLayout) -> Device:
-    return CpuDevice(layout, dtype="F32", nbytes=BYTES, slots=2)
+Told = tuple[object, ...]
 
 
-def _simulated(layout: ModelLayout) -> Device:
-    return SimulatedDevice(layout, dtype="F32", nbytes=BYTES, slots=2)
+@dataclass(slots=True)
+class Recording:
+    """Calls of the device and events, each in its order."""
+
+    calls: list[Told] = field(default_factory=list)
+    events: list[Told] = field(default_factory=list)
+
+    def hear(self, event: Event) -> None:
+        values = ((each.name, getattr(event, each.name)) for each in fields(event))
+        told = [(name, _word(value)) for name, value in values if name != "time"]
+        self.events.append((type(event).__name__, *told))
 
 
-def _on_late(layout: ModelLayout) -> Device:
-    return CudaDevice(layout, dtype="F32", nbytes=BYTES, slots=2, device="late:0")
+def _word(value: object) -> object:
+    """Errors without their stories, keys as where they are."""
+    if isinstance(value, AdapterKey):
+        return value.location
+    if isinstance(value, Exception):
+        return type(value).__name__
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+class RecordingDevice(WrappedDevice):
+    """Records each call. Copies wait for `gate`; those whose numbers are told so fail.
+
+    `refusing` raise when they are asked for, `failing` in their tickets, once the bytes are there.
+    """
+
+    def __init__(self, inner: Device, recording: Recording) -> None:
+        super().__init__(inner)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.refusing: dict[int, Exception] = {}
+        self.failing: dict[int, Exception] = {}
+        self.copies = 0
+        self._calls = recording.calls
+        self._tickets: list[CopyTicket] = []
+        self._copies: dict[CopyTicket, tuple[int, CopyTicket]] = {}
+
+    @property
+    def rests(self) -> bool:
+        """Everything that it was asked for is done."""
+        return all(ticket.done() for ticket in self._tickets)
+
+    def open(self) -> None:
+        self._calls.append(("open",))
+        super().open()
+
+    def staging_memory(self, nbytes: int) -> torch.Tensor:
+        self._calls.append(("staging_memory", nbytes))
+        return super().staging_memory(nbytes)
+
+    def copy(
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
+    ) -> CopyTicket:
+        self.gate.wait(30)
+        number, self.copies = self.copies, self.copies + 1
+        covered, digest = _written(pieces, extent)
+        self._calls.append(("copy", number, slot, extent, covered, digest, tuple(rows)))
+        if number in self.refusing:
+            raise self.refusing[number]
+        begun = super().copy(pieces, rows, extent, slot)
+        ticket: CopyTicket = Future()
+        self._copies[ticket] = number, begun
+        self._tickets.append(ticket)
+        begun.add_done_callback(lambda done: _pass_on(done, ticket, self.failing.get(number)))
+        return ticket
+
+    def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:
+        number, begun = self._copies[ticket]
+        self._calls.append(("wait_for", number))
+        super().wait_for(begun, stream)
+
+    def note_use(self, stream: object | None = None) -> CopyTicket:
+        self._calls.append(("note_use",))
+        self._tickets.append(super().note_use(stream))
+        return self._tickets[-1]
+
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        self._calls.append(("wipe", *extents))
+        self._tickets.append(super().wipe(extents))
+        return self._tickets[-1]
+
+    def clear_column(self, slot: int) -> None:
+        self._calls.append(("clear_column", slot))
+        super().clear_column(slot)
+
+    def close(self) -> None:
+        self._calls.append(("close",))
+        super().close()
+
+
+def _pass_on(done: CopyTicket, ticket: CopyTicket, failure: Exception | None) -> None:
+    problem = failure or done.exception()
+    if problem is None:
+        ticket.set_result(None)
+    else:
+        ticket.set_exception(problem)
+
+
+def _written(pieces: FilePieces | StagedPiece, extent: Extent) -> tuple[list[list[int]], str]:
+    """Which bytes of the extent are covered, as [start, stop), and a digest of what they become."""
+    image = torch.zeros(extent.nbytes, dtype=torch.uint8)
+    if isinstance(pieces, StagedPiece):
+        spans = [(pieces.target, pieces.target + pieces.memory.nbytes)]
+        image[spans[0][0] : spans[0][1]] = pieces.memory
+    else:
+        spans = [(each.target, each.target + each.nbytes) for each in pieces.reads]
+        read(pieces.reader, pieces.reads, Buffer.of(image).memory)
+    merged: list[list[int]] = []
+    for start, stop in sorted(spans):
+        if merged and merged[-1][1] == start:
+            merged[-1][1] = stop
+        else:
+            merged.append([start, stop])
+    return merged, sha256(bytes(Buffer.of(image).memory)).hexdigest()
+
+
+# -- the script -----------------------------------------------------------------------------------
 
 
 class Script:
@@ -75,12 +191,11 @@ class Script:
             await self.rest()
 
     async def load_and_use(self) -> None:
-        handle = await self.loader.load("a")
-        self.require_right(handle)
-        with handle.use():
-            pass
-        await until(lambda: handle._lease._uses == 0)
-        handle.release()
+        async with await self.loader.load("a") as handle:
+            self.require_right(handle)
+            with handle.use():
+                pass
+            await self.rest()
 
     async def stream_behind_copies(self) -> None:
         """All copies have been asked for, and none of them was heard of."""
@@ -96,8 +211,8 @@ class Script:
 
     async def evict_and_reload(self) -> None:
         for id in "cab":
-            self.require_right(handle := await self.loader.load(id))
-            handle.release()
+            async with await self.loader.load(id) as handle:
+                self.require_right(handle)
             await self.rest()
 
     async def fail_copies(self) -> None:
@@ -109,8 +224,8 @@ class Script:
             with pytest.raises(TransferError, match=problem):
                 await self.loader.load("d")
             await self.rest()
-        self.require_right(handle := await self.loader.load("d"))
-        handle.release()
+        async with await self.loader.load("d") as handle:
+            self.require_right(handle)
 
     async def prefetch(self) -> None:
         for tier in ("disk", "host", "device"):
@@ -136,28 +251,22 @@ class Script:
         await unloading
 
     async def clone(self) -> None:
-        first = await self.loader.load("a")
-        second = first.clone()
-        first.release()
+        async with await self.loader.load("a") as first:
+            second = first.clone()
         self.require_right(second)
         second.release()
 
     async def rest(self) -> None:
         """Until nothing is under way: what comes next is the same, however long that took."""
-        lives = self.loader._machinery.driver.lifecycle.lives.values()
-        moving = (HostState.POPULATING, HostState.RELEASING)
+        moving = {"filling", "leaving", "populating", "releasing"}
 
         def rests() -> bool:
-            return not any(
-                life.copying
-                or life.fetch_running
-                or life.uses
-                or life.slot in (SlotState.FILLING, SlotState.DRAINING)
-                or life.host in moving
-                for life in lives
-            )
+            states = {where.state for where in self.loader.residency().values()}
+            return self.device.rests and not states & moving and not self.loader.usage().waiting
 
         await until(rests)
+        for _ in range(5):  # what threads have told the loop
+            await asyncio.sleep(0.001)
 
     def require_right(self, handle: AdapterHandle) -> None:
         saved = load_file(self._base / handle.id / WEIGHTS)
@@ -167,46 +276,60 @@ class Script:
             assert module.b.cpu().equal(saved[f"base_model.model.{name}.lora_B.weight"])
 
 
-async def _play(make: Callable[[ModelLayout], Device], base: Path) -> Recording:
-    source: FakeSource = stocked(base, *IDS, rank=RANK, holdable=True)
-    layout = tiny.layout()
-    config = LoaderConfig(device_bytes=BYTES, staging_bytes=1 << 17, max_slots=2, io_threads=1)
-    with recorded() as recording:
+def _on_cpu(layout: ModelLayout) -> Device:
+    return CpuDevice(layout, dtype="F32", nbytes=BYTES, slots=2)
+
+
+def _simulated(layout: ModelLayout) -> Device:
+    return SimulatedDevice(layout, dtype="F32", nbytes=BYTES, slots=2)
+
+
+def _on_late(layout: ModelLayout) -> Device:
+    return CudaDevice(layout, dtype="F32", nbytes=BYTES, slots=2, device="late:0")
+
+
+@pytest.fixture
+def late() -> Iterator[None]:
+    yield from loaded()
+
+
+def record(make: Callable[[ModelLayout], Device], base: Path) -> Recording:
+    recording, layout = Recording(), tiny.layout()
+
+    async def play() -> None:
+        source = stocked(base, *IDS, rank=RANK, holdable=True)
+        config = LoaderConfig(device_bytes=BYTES, staging_bytes=1 << 17, max_slots=2, io_threads=1)
         device = RecordingDevice(make(layout), recording)
         async with AdapterLoader(layout, config, source=source, device=device) as loader:
             loader.subscribe(recording.hear)
             await Script(loader, device, base).play()
+
+    asyncio.run(play())
     return recording
 
 
-def _record(make: Callable[[ModelLayout], Device], base: Path) -> Recording:
-    return asyncio.run(_play(make, base))
-
-
-def _compare(one: Recording, other: Recording) -> None:
-    assert one.calls == other.calls
-    assert one.commands == other.commands
-    assert one.events == other.events
-    assert one.file_moves == other.file_moves
-    assert one.slot_moves == other.slot_moves
+def assert_as_on_cpu(make: Callable[[ModelLayout], Device], base: Path) -> None:
+    expected, found = record(_on_cpu, base), record(make, base)
+    assert found.calls == expected.calls
+    assert found.events == expected.events
 
 
 def test_the_simulated_device_is_asked_for_what_the_cpu_is(tmp_path: Path) -> None:
-    _compare(_record(_on_cpu, tmp_path), _record(_simulated, tmp_path))
+    assert_as_on_cpu(_simulated, tmp_path)
 
 
 @pytest.mark.usefixtures("late")
 def test_a_gpu_is_asked_for_what_the_cpu_is(tmp_path: Path) -> None:
-    _compare(_record(_on_cpu, tmp_path), _record(_on_late, tmp_path))
+    assert_as_on_cpu(_on_late, tmp_path)
 
 
-def test_the_script_has_what_was_counted_by_hand(tmp_path: Path) -> None:
+def test_the_script_makes_the_calls_that_were_counted_by_hand(tmp_path: Path) -> None:
     """Stays: a b, c a b, d twice in vain, d, c, a b d beside the pinned c, and a: 13, of 4 layers.
 
     One use in `load_and_use`, one in `unload`. What d left in vain is zeroed, twice.
     """
-    recording = _record(_on_cpu, tmp_path)
-    counts = Counter(str(call[0]) for call in recording.calls)
+    recording = record(_on_cpu, tmp_path)
+    counts: Any = Counter(str(call[0]) for call in recording.calls)
     assert counts == {
         "open": 1,
         "staging_memory": 1,

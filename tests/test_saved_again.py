@@ -1,0 +1,224 @@
+"""Adapters that are saved again in place while they are loaded: one whole version, or an error."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tiny
+from common import until
+from lorax_async import (
+    AdapterFormatError,
+    AdapterHandle,
+    AdapterLoader,
+    AdapterNotFoundError,
+    Event,
+    Failed,
+    IntegrityError,
+    Merge,
+)
+from lorax_async.io.devices.gated import GatedDevice
+from tiny_loaders import gated, loader
+from tiny_sources import WEIGHTS
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+VERSIONS = [tiny.tensors(seed) for seed in range(1, 4)]
+CLIENTS = 15
+SECONDS = 0.8
+PAUSE = 0.25
+"""Between two saves; a version that is whole for no longer than files must rest is never loaded."""
+
+Save = Callable[[dict[str, torch.Tensor], Path], object]
+
+
+def rewrite(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """As safetensors does: the file is emptied first."""
+    save_file(tensors, path)
+
+
+def rewrite_slowly(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path.with_suffix(".new"))
+    content = path.with_suffix(".new").read_bytes()
+    with path.open("wb") as file:
+        for start in range(0, len(content), 1 << 13):
+            file.write(content[start : start + (1 << 13)])
+            file.flush()
+            time.sleep(0.002)
+
+
+def overwrite(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """All bytes at once, over those that are there."""
+    save_file(tensors, path.with_suffix(".new"))
+    with path.open("r+b") as file:
+        file.write(path.with_suffix(".new").read_bytes())
+
+
+def rename(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+@contextmanager
+def resaving(folder: Path, save: Save, pause: float = PAUSE) -> Iterator[None]:
+    """While it is entered, one version after the other is saved."""
+    ended, begun = threading.Event(), threading.Event()
+
+    def work() -> None:
+        number = 0
+        while not ended.is_set():
+            save(VERSIONS[number % len(VERSIONS)], folder / WEIGHTS)
+            number += 1
+            begun.set()
+            ended.wait(pause)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert begun.wait(20)
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def is_whole(handle: AdapterHandle) -> bool:
+    """Whether it is one of the versions, in all of its tensors."""
+    found = {}
+    for name, module in handle.modules.items():
+        found[f"base_model.model.{name}.lora_A.weight"] = module.a
+        found[f"base_model.model.{name}.lora_B.weight"] = module.b
+    return any(
+        all(torch.equal(found[name], tensor) for name, tensor in version.items())
+        for version in VERSIONS
+    )
+
+
+@pytest.mark.parametrize("save", [rewrite, rewrite_slowly, overwrite, rename])
+async def test_every_call_gets_one_whole_version(tmp_path: Path, save: Save) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+
+    async def load(there: AdapterLoader) -> None:
+        try:
+            async with await there.load(folder) as handle:
+                assert is_whole(handle)
+        except IntegrityError as error:  # a busy machine lets a slow writer rest
+            assert save is rewrite_slowly
+            assert "once more" in str(error)
+
+    async def stream(there: AdapterLoader) -> None:
+        # The slot may be had before the last byte was read.
+        async with there.stream(folder) as handle:
+            with suppress(IntegrityError):
+                await handle.layer_ready(tiny.LAYERS - 1)
+                assert is_whole(handle)
+
+    async def prefetch(there: AdapterLoader) -> None:
+        await there.prefetch(folder)
+
+    async def client(there: AdapterLoader, number: int) -> None:
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            await (load, stream, prefetch)[number % 3](there)
+            await asyncio.sleep(0.001)
+
+    async with loader(max_slots=8, timeout=20) as there:
+        with resaving(folder, save):
+            async with asyncio.TaskGroup() as group:
+                for number in range(CLIENTS):
+                    group.create_task(client(there, number))
+
+
+async def interrupted(
+    there: AdapterLoader,
+    device: GatedDevice,
+    call: Awaitable[AdapterHandle],
+    *changes: Callable[[], object],
+) -> AdapterHandle:
+    """The call's answer, with each change made when the next try has begun its copies."""
+    failures: list[Event] = []
+    unsubscribe = there.subscribe(
+        lambda event: failures.append(event) if isinstance(event, Failed) else None
+    )
+    device.gate.clear()
+    asked = asyncio.ensure_future(call)
+    for number, change in enumerate(changes, 1):
+        before = device.copies
+        await until(lambda before=before: device.copies > before)  # type: ignore[misc]
+        change()
+        device.gate.set()
+        await until(lambda number=number: len(failures) == number)  # type: ignore[misc]
+        device.gate.clear()
+    device.gate.set()
+    unsubscribe()
+    return await asked
+
+
+async def test_one_change_during_a_load_is_loaded_anew_and_a_second_is_an_error(
+    tmp_path: Path,
+) -> None:
+    one, two = tiny.write(tmp_path / "a", 1), tiny.write(tmp_path / "b", 2)
+    there, device = gated()
+    async with there:
+
+        def change(seed: int) -> Callable[[], object]:
+            return lambda: tiny.write(one, seed)
+
+        async with await interrupted(there, device, there.load(one), change(3)) as handle:
+            tiny.assert_equal_to_file(handle, one)
+        merge = Merge("linear", [one, two], [1, 1])
+        (await interrupted(there, device, there.load(merge), change(4))).release()
+        tiny.write(one, 5)
+        with pytest.raises(IntegrityError, match="again while they were loaded once more"):
+            await interrupted(there, device, there.load(one), change(6), change(7))
+        async with await there.load(one) as handle:
+            tiny.assert_equal_to_file(handle, one)
+
+
+async def test_a_file_removed_during_a_load_is_an_error(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    there, device = gated()
+    async with there:
+        with pytest.raises((IntegrityError, AdapterNotFoundError)):
+            await interrupted(there, device, there.load(folder), (folder / WEIGHTS).unlink)
+
+
+async def test_a_key_means_one_version_and_a_digest_is_not_tried_twice(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    async with loader() as there:
+        with pytest.raises(IntegrityError, match="sha256"):
+            await there.load(folder, digest="0" * 64)
+        assert there.statistics().loads <= 1
+        async with await there.load(folder) as handle:
+            key = handle.key
+        await there.unload(folder)
+        tiny.write(folder, 2)
+        with pytest.raises(IntegrityError):
+            await there.load(key)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      ", b"{" * 100])
+async def test_a_half_written_file_that_rests_is_malformed(tmp_path: Path, content: bytes) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    (folder / WEIGHTS).write_bytes(content)
+    async with loader() as there:
+        with pytest.raises(AdapterFormatError):
+            await there.load(folder, timeout=1)
+
+
+@pytest.mark.slow
+async def test_a_load_of_a_file_that_never_rests_ends_in_time(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    async with loader() as there:
+        never_rests = resaving(folder, rewrite_slowly, pause=0)
+        with never_rests, suppress(IntegrityError, AdapterFormatError):
+            (await there.load(folder, timeout=6)).release()
