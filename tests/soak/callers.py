@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate
 from time import monotonic
+from typing import Any
+
+import torch
+from safetensors.torch import load
 
 from lorax_async import AdapterHandle, IntegrityError, LoraxError
 from lorax_async.adapter import AdapterRef
 from lorax_async.verification import Verification, VerificationKind
-from soak.expected import Digests, on_device
-from soak.judging import Judge
-from soak.library import COUNT, LAYERS, Stored
+from soak.judging import Judge, SoakError, Tally
+from soak.library import COUNT, LAYERS, MODULES, Stored, library
 from soak.setting import Setting
-from soak.tally import SoakError, Tally
 
 AT_ONCE = 64
 ZIPF = 1.1
@@ -31,6 +35,59 @@ MOST_PINNED = 2
 WISHES = {"load": 55, "stream": 20, "prefetch": 15, "pin": 10}
 TIERS = ("disk", "host", "device")
 _POPULAR = list(accumulate(1 / (1 + n) ** ZIPF for n in range(COUNT)))
+
+# -- what a device must hold -----------------------------------------------------------------------
+
+Digests = tuple[str, ...]
+"""One for each layer, over A and B of its modules."""
+
+PER_LAYER = len(MODULES) // LAYERS
+
+
+@cache
+def expected(seed: int) -> tuple[Digests, ...]:
+    """Of the whole library."""
+    return tuple(map(_of_source, library(seed)))
+
+
+def on_device(handle: AdapterHandle, layers: range) -> Digests:
+    """Of those layers. In any thread: the slot is kept meanwhile, whoever releases the handle."""
+    with handle.use():
+        return tuple(_of_device(handle, layer) for layer in layers)
+
+
+def _of_source(stored: Stored) -> Digests:
+    saved = load(stored.weights())
+    found = []
+    for layer in range(LAYERS):
+        digest = hashlib.sha256()
+        for name in _names(layer):
+            for part in ("A", "B"):
+                digest.update(_raw(saved[f"base_model.model.{name}.lora_{part}.weight"]))
+        found.append(digest.hexdigest())
+    return tuple(found)
+
+
+def _of_device(handle: AdapterHandle, layer: int) -> str:
+    digest = hashlib.sha256()
+    modules = handle.modules
+    for name in _names(layer):
+        module = modules[name]
+        for tensor in (module.a, module.b):
+            digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def _names(layer: int) -> tuple[str, ...]:
+    return MODULES[layer * PER_LAYER : (layer + 1) * PER_LAYER]
+
+
+def _raw(tensor: torch.Tensor) -> Any:
+    """The bytes as they are: not all of them are numbers."""
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+# -- callers --------------------------------------------------------------------------------------
 
 
 class Callers:

@@ -1,8 +1,10 @@
-"""Which errors a caller may see where the source does what it does, and nothing else."""
+"""What callers met, counted, and which errors they may see where the source does what it does."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,7 +21,45 @@ from lorax_async import (
 )
 from lorax_async.adapter import AdapterKey
 from soak.library import Stored
-from soak.tally import SoakError
+
+
+class SoakError(AssertionError):
+    """Something was not as it must be: what, and the story of the adapter."""
+
+    def __init__(self, problem: str, story: Sequence[object] = ()) -> None:
+        super().__init__("\n  ".join([problem, *map(str, story)]))
+
+
+@dataclass
+class Tally:
+    """What came of it, in numbers that take no more room the longer it lasts."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    peaks: Counter[str] = field(default_factory=Counter)
+    rss: list[int] = field(default_factory=list)
+    """Bytes, each second."""
+
+    def failed(self, error: LoraxError) -> None:
+        self.errors[f"{type(error).__name__} ({error.stage})"] += 1
+
+    def peak(self, what: str, value: int) -> None:
+        self.peaks[what] = max(self.peaks[what], value)
+
+    def lines(self) -> list[str]:
+        step = -(-len(self.rss) // 8) or 1
+        grown = [max(self.rss[at : at + step]) for at in range(0, len(self.rss), step)]
+        return [
+            f"outcomes: {_told(self.outcomes)}",
+            f"errors: {_told(self.errors)}",
+            f"at most: {_told(self.peaks)}",
+            f"RSS, in eighths of the time: {[round(value / 1e6) for value in grown]} MB",
+        ]
+
+
+def _told(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items())) or "none"
+
 
 EVERYWHERE = {"queue", "resolve", "fetch", "verify", "stage", "copy", "ready"}
 ALLOWED: dict[type[LoraxError], set[str]] = {

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
 from common import LOOPS
-from soak.callers import AT_ONCE, Callers
-from soak.expected import expected
-from soak.judging import Judge
+from contention.play import complaints
+from soak.callers import AT_ONCE, Callers, expected
+from soak.judging import Judge, SoakError, Tally
 from soak.library import library
-from soak.residue import require_nothing_left, require_right_on_disk
 from soak.setting import FaultyProcess, Setting, faulty_process, setting
-from soak.tally import SoakError, Tally
-from soak.watch import Opened, Watch
+from soak.watch import Opened, Watch, require_nothing_left, require_right_on_disk
 
 AFTERWARDS = 10
 """So many adapters are loaded when the source is good again."""
@@ -59,7 +55,9 @@ class Soak:
     async def run(self, seconds: float) -> None:
         before = Opened.now()
         there = library(self._seed)
-        with _no_complaints() as complaints, ThreadPoolExecutor(2, "soak") as threads:
+        complained: list[str] = []
+        heard = complaints(lambda _, problem: complained.append(problem))
+        with heard, ThreadPoolExecutor(2, "soak") as threads:
             async with setting(there, self._process, self._folder, self._device) as found:
                 found.loader.subscribe(self._judge.heard)
                 callers = Callers(found, expected(self._seed), self._judge, self._tally, threads)
@@ -71,14 +69,13 @@ class Soak:
             await asyncio.get_running_loop().shutdown_default_executor()
             require_nothing_left(found)
             self._tally.peak("entries at the end", require_right_on_disk(found))
-        if complaints:
-            raise SoakError("it complained", complaints)
+        if complained:
+            raise SoakError("it complained", complained)
 
     async def _storm(self, callers: Callers, watch: Watch, until: float) -> None:
         draws = [random.Random(f"{self._seed} caller {n}") for n in range(AT_ONCE)]
         async with asyncio.TaskGroup() as group:
             group.create_task(watch.each_second(until))
-            group.create_task(watch.each_moment(until))
             for draw in draws:
                 group.create_task(callers.caller(draw, until))
 
@@ -95,24 +92,3 @@ class Soak:
         draw = random.Random(f"{self._seed} afterwards")
         for stored in draw.sample(found.library, AFTERWARDS):
             await callers.everything_loads(stored, draw)
-
-
-@contextmanager
-def _no_complaints() -> Iterator[list[str]]:
-    """What is logged as an error, or told to the loop, while this is entered."""
-    told: list[str] = []
-
-    class Listening(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            told.append(self.format(record))
-
-    def complain(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-        told.append(str(context))
-
-    asyncio.get_running_loop().set_exception_handler(complain)
-    logger, listening = logging.getLogger("lorax_async"), Listening(logging.ERROR)
-    logger.addHandler(listening)
-    try:
-        yield told
-    finally:
-        logger.removeHandler(listening)

@@ -1,8 +1,9 @@
-"""Looks at a loader from outside, each second: budgets, leases, what is open, how large it grows."""
+"""Looks at a loader from outside: budgets, leases, what is open each second, and what is left."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from pathlib import Path
 from time import monotonic
 
 from common import open_sockets
-from lorax_async.core.cache_names import role_of
+from lorax_async.core.cache_names import partial_name, role_of
+from lorax_async.core.policies import policy
+from lorax_async.io.cache import upkeep
+from lorax_async.io.disk_cache import DiskCache
+from lorax_async.io.staging import StagingRing
 from soak.callers import AT_ONCE, Callers
-from soak.judging import Judge
+from soak.judging import Judge, SoakError, Tally
 from soak.setting import CONNECTIONS, DEVICE_BYTES, HOST_BYTES, PINNED_BYTES, SLOTS, Setting
-from soak.tally import SoakError, Tally
 
 MOST = {
     "sockets": 2 * CONNECTIONS + 8,
@@ -28,7 +32,6 @@ MOST = {
 RSS_SAMPLES = 60
 """In less time nothing can be said about growth."""
 RSS_MARGIN = 48 << 20
-_LAG_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,6 @@ class Watch:
         while monotonic() < until:
             await self.look()
             await asyncio.sleep(1)
-
-    async def each_moment(self, until: float) -> None:
-        """How late the loop is; that fails nothing."""
-        while (begun := monotonic()) < until:
-            await asyncio.sleep(_LAG_SECONDS)
-            late = monotonic() - begun - _LAG_SECONDS
-            self._tally.lags[max(0, round(late * 10_000))] += 1
 
     async def look(self) -> None:
         self._require_room()
@@ -151,3 +147,52 @@ def _sizes(folder: Path) -> Iterator[tuple[int, str]]:
 def _rss() -> int:
     fields = Path("/proc/self/statm").read_text().split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- at the end -----------------------------------------------------------------------------------
+
+
+def require_nothing_left(setting: Setting) -> None:
+    """On the loop, at the end."""
+    tasks = {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+    threads = [each.name for each in threading.enumerate() if each.name.startswith("lorax")]
+    rings = [each for each in gc.get_objects() if isinstance(each, StagingRing)]
+    for what, left in (
+        ("tasks", [task.get_name() for task in tasks]),
+        ("threads", threads),
+        ("staging buffers", [ring for ring in rings if ring.free < ring.buffers]),
+        ("locks", _names(setting.folder / "locks")),
+        ("trash", _names(setting.folder / "trash")),
+        ("answers half written", [n for n in _names(setting.folder / "answers") if "." in n]),
+        ("partials in use", [n for n in _names(setting.folder / "partials") if _is_used(n)]),
+    ):
+        if left:
+            raise SoakError(f"{what} are left: {left}")
+
+
+def require_right_on_disk(setting: Setting) -> int:
+    """Every entry is within its budget, whole, and the source's; how many there are. Blocks."""
+    cache = DiskCache(setting.folder, setting.cache_bytes, policy("lru"))
+    try:
+        if cache.used() > setting.cache_bytes:
+            raise SoakError(f"{cache.used():,} bytes are left of {setting.cache_bytes:,}")
+        entries = list(upkeep.verify(cache))
+    finally:
+        cache.close()
+    for entry in entries:
+        if entry.problem is not None or entry.record is None:
+            raise SoakError(f"an entry of the cache is damaged: {entry}")
+        stored = setting.stored(entry.record.source)
+        found = [file.digest.value for file in sorted(entry.record.files, key=lambda f: f.role)]
+        if found != list(stored.digests):
+            raise SoakError(f"the cache has other bytes of {stored.name} than its source")
+    return len(entries)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _is_used(name: str) -> bool:
+    found = partial_name(name)
+    return found is None or found.owner is not None

@@ -68,6 +68,9 @@ def rename(tensors: dict[str, torch.Tensor], path: Path) -> None:
     os.replace(path.with_suffix(".new"), path)
 
 
+SAVES = [rewrite, rewrite_slowly, overwrite, rename]
+
+
 @contextmanager
 def resaving(folder: Path, save: Save, pause: float = PAUSE) -> Iterator[None]:
     """While it is entered, one version after the other is saved."""
@@ -103,7 +106,7 @@ def is_whole(handle: AdapterHandle) -> bool:
     )
 
 
-@pytest.mark.parametrize("save", [rewrite, rewrite_slowly, overwrite, rename])
+@pytest.mark.parametrize("save", SAVES)
 async def test_every_call_gets_one_whole_version(tmp_path: Path, save: Save) -> None:
     folder = tiny.write(tmp_path / "a", 1)
 
