@@ -432,9 +432,7 @@ async def test_a_deadline_leaves_the_old_meaning(tmp_path: Path, verb: str) -> N
 
 @pytest.mark.parametrize("late", [0, 1, 2, 5, 0.005])
 @pytest.mark.parametrize("verb", VERBS)
-async def test_a_loader_that_closes_under_the_calls_keeps_no_bytes(
-    tmp_path: Path, verb: str, late: float
-) -> None:
+async def test_a_loader_that_closes_keeps_no_bytes(tmp_path: Path, verb: str, late: float) -> None:
     async with prepared(tmp_path, verb) as call:
         tasks = [asyncio.create_task(call(tiny.tensors(n))) for n in range(4)]
         if late < 1:

@@ -218,9 +218,7 @@ async def test_equal_recipes_are_one_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("merge", BOTH)
-async def test_an_evicted_merge_comes_back_as_it_was(
-    tmp_path: Path, merge: Merge, device: str
-) -> None:
+async def test_an_evicted_merge_comes_back(tmp_path: Path, merge: Merge, device: str) -> None:
     source = stocked(tmp_path, "a", "b", "c")
     async with over(source, max_slots=1, device=device) as there:
         async with await there.load(merge) as handle:
@@ -234,9 +232,7 @@ async def test_an_evicted_merge_comes_back_as_it_was(
 
 
 @pytest.mark.parametrize("merge", BOTH)
-async def test_small_staging_windows_change_no_byte_of_a_merge(
-    tmp_path: Path, merge: Merge
-) -> None:
+async def test_small_windows_change_no_byte(tmp_path: Path, merge: Merge) -> None:
     """Where nothing is cut, and where every tensor of rank 64 is cut into several reads."""
     source = stocked(tmp_path, "a", "b", rank=64)
     found = []
@@ -323,9 +319,7 @@ async def test_a_part_that_changed_before_a_reload_is_named(tmp_path: Path, file
 
 
 @pytest.mark.parametrize("merge", BOTH)
-async def test_layers_of_a_merge_are_ready_as_their_parts_arrive(
-    tmp_path: Path, merge: Merge
-) -> None:
+async def test_layers_are_ready_as_their_parts_arrive(tmp_path: Path, merge: Merge) -> None:
     source = stocked(tmp_path, "a", "b")
     async with over(source) as there:
         source.hold("b")
@@ -350,9 +344,7 @@ MERGES = [
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("merge", [pytest.param(merge, id=merge.strategy) for merge in MERGES])
-async def test_a_rank_of_a_sharded_server_holds_its_part_of_a_merge(
-    tmp_path: Path, merge: Merge, world: int
-) -> None:
+async def test_a_rank_holds_its_share_of_a_merge(tmp_path: Path, merge: Merge, world: int) -> None:
     for seed, name in enumerate("ab"):
         sharded.write(tmp_path / name, seed=seed)
 
@@ -465,9 +457,7 @@ async def test_a_part_that_fails_is_named(tmp_path: Path, merge: Merge, step: St
 
 
 @pytest.mark.parametrize("merge", BOTH)
-async def test_a_deadline_or_close_ends_the_fetch_of_the_parts(
-    tmp_path: Path, merge: Merge
-) -> None:
+async def test_a_deadline_or_close_ends_the_fetch(tmp_path: Path, merge: Merge) -> None:
     source = stocked(tmp_path, "a", "b")
     async with over(source) as there:
         source.hold("b")

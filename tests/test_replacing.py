@@ -70,9 +70,7 @@ async def test_new_requests_get_the_new_version_and_old_handles_keep_theirs(devi
 
 
 @pytest.mark.parametrize("kind", ["path", "str", "fake"])
-async def test_an_id_of_a_source_is_replaced_until_it_is_unloaded(
-    tmp_path: Path, kind: str
-) -> None:
+async def test_an_id_of_a_source_is_replaced_until_unloaded(tmp_path: Path, kind: str) -> None:
     folder = tiny.write(tmp_path / "a", 1)
     name = folder if kind == "path" else str(folder) if kind == "str" else "a"
     source = stocked(tmp_path / "fake", "a", rank=2)
@@ -96,9 +94,7 @@ async def test_an_id_of_a_source_is_replaced_until_it_is_unloaded(
         assert used(there) == 0
 
 
-async def test_an_id_that_was_never_loaded_may_be_replaced_but_no_key_and_no_merge(
-    tmp_path: Path,
-) -> None:
+async def test_an_id_that_was_never_loaded_may_be_replaced(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as there:
         async with await put(there, 2, "a") as new, await there.load("a") as handle:

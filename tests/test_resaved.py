@@ -166,9 +166,7 @@ async def interrupted(
     return await asked
 
 
-async def test_one_change_during_a_load_is_loaded_anew_and_a_second_is_an_error(
-    tmp_path: Path,
-) -> None:
+async def test_one_change_is_loaded_anew_and_a_second_is_an_error(tmp_path: Path) -> None:
     one, two = tiny.write(tmp_path / "a", 1), tiny.write(tmp_path / "b", 2)
     there, device = gated()
     async with there:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from lorax_async.events import Event
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.cuda import CudaDevice
 from lorax_async.io.ports import CopyTicket, Device, FilePieces, StagedPiece
-from lorax_async.io.staging import Buffer, read
 from lorax_async.testing import SimulatedDevice
 from tiny_loaders import ONE
 from tiny_sources import WEIGHTS, stocked
@@ -104,8 +102,7 @@ class RecordingDevice(WrappedDevice):
     ) -> CopyTicket:
         self.gate.wait(30)
         number, self.copies = self.copies, self.copies + 1
-        covered, digest = _written(pieces, extent)
-        self._calls.append(("copy", number, slot, extent, covered, digest, tuple(rows)))
+        self._calls.append(("copy", number, slot, extent, tuple(rows)))
         if number in self.refusing:
             raise self.refusing[number]
         begun = super().copy(pieces, rows, extent, slot)
@@ -147,29 +144,11 @@ def _pass_on(done: CopyTicket, ticket: CopyTicket, failure: Exception | None) ->
         ticket.set_exception(problem)
 
 
-def _written(pieces: FilePieces | StagedPiece, extent: Extent) -> tuple[list[list[int]], str]:
-    """Which bytes of the extent are covered, as [start, stop), and a digest of what they become."""
-    image = torch.zeros(extent.nbytes, dtype=torch.uint8)
-    if isinstance(pieces, StagedPiece):
-        spans = [(pieces.target, pieces.target + pieces.memory.nbytes)]
-        image[spans[0][0] : spans[0][1]] = pieces.memory
-    else:
-        spans = [(each.target, each.target + each.nbytes) for each in pieces.reads]
-        read(pieces.reader, pieces.reads, Buffer.of(image).memory)
-    merged: list[list[int]] = []
-    for start, stop in sorted(spans):
-        if merged and merged[-1][1] == start:
-            merged[-1][1] = stop
-        else:
-            merged.append([start, stop])
-    return merged, sha256(bytes(Buffer.of(image).memory)).hexdigest()
-
-
 # -- the script -----------------------------------------------------------------------------------
 
 
 class Script:
-    """Everything that a loader can be asked for, one after the other; `rest` stands between."""
+    """What needs a device, one after the other; `rest` stands between."""
 
     def __init__(self, loader: AdapterLoader, device: RecordingDevice, base: Path) -> None:
         self.loader = loader
@@ -182,10 +161,7 @@ class Script:
             self.stream_behind_copies,
             self.evict_and_reload,
             self.fail_copies,
-            self.prefetch,
-            self.pin,
             self.unload,
-            self.clone,
         ):
             await part()
             await self.rest()
@@ -227,21 +203,6 @@ class Script:
         async with await self.loader.load("d") as handle:
             self.require_right(handle)
 
-    async def prefetch(self) -> None:
-        for tier in ("disk", "host", "device"):
-            await self.loader.prefetch("c", tier=tier)
-            await self.rest()
-        handle = self.loader.try_acquire("c")
-        assert handle is not None
-        self.require_right(handle)
-        handle.release()
-
-    async def pin(self) -> None:
-        await self.loader.pin("c")
-        for id in "abd":
-            (await self.loader.load(id)).release()
-        assert self.loader.unpin("c")
-
     async def unload(self) -> None:
         handle = await self.loader.load("c")
         unloading = asyncio.create_task(self.loader.unload("c"))
@@ -249,12 +210,6 @@ class Script:
         with handle.use():
             handle.release()
         await unloading
-
-    async def clone(self) -> None:
-        async with await self.loader.load("a") as first:
-            second = first.clone()
-        self.require_right(second)
-        second.release()
 
     async def rest(self) -> None:
         """Until nothing is under way: what comes next is the same, however long that took."""
@@ -324,7 +279,7 @@ def test_a_gpu_is_asked_for_what_the_cpu_is(tmp_path: Path) -> None:
 
 
 def test_the_script_makes_the_calls_that_were_counted_by_hand(tmp_path: Path) -> None:
-    """Stays: a b, c a b, d twice in vain, d, c, a b d beside the pinned c, and a: 13, of 4 layers.
+    """Stays: a b, c a b, d twice in vain, d, and c: 9, of 4 layers.
 
     One use in `load_and_use`, one in `unload`. What d left in vain is zeroed, twice.
     """
@@ -333,13 +288,10 @@ def test_the_script_makes_the_calls_that_were_counted_by_hand(tmp_path: Path) ->
     assert counts == {
         "open": 1,
         "staging_memory": 1,
-        "copy": 13 * tiny.LAYERS,
+        "copy": 9 * tiny.LAYERS,
         "wait_for": tiny.LAYERS,
         "note_use": 2,
         "wipe": 2,
-        "clear_column": 13,
+        "clear_column": 9,
         "close": 1,
     }
-    assert all(
-        call[4] == [[0, 2 * ONE // tiny.LAYERS]] for call in recording.calls if call[0] == "copy"
-    )

@@ -85,9 +85,7 @@ async def test_every_rank_has_its_share(device: str, dtype: str, rank: int, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_a_device_whose_streams_run_late_has_the_share_too(
-    dtype: str, tmp_path: Path
-) -> None:
+async def test_a_late_device_has_the_share_too(dtype: str, tmp_path: Path) -> None:
     folder = sharded.write(tmp_path / "a", 3)
     with contextmanager(loaded)():
         for shard in (Shard(0, 2), Shard(3, 4)):
@@ -254,9 +252,7 @@ def forward(linear: Linear, x: Tensor, world: int) -> Tensor:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-async def test_the_ranks_together_compute_what_the_whole_model_does(
-    world: int, tmp_path: Path
-) -> None:
+async def test_the_ranks_compute_what_the_whole_model_does(world: int, tmp_path: Path) -> None:
     """In float32 against float64. On four ranks two share each of the two heads of k and v."""
     random = torch.Generator().manual_seed(7)
     base = {

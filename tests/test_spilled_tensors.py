@@ -354,9 +354,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-async def test_without_room_on_disk_the_call_is_refused_and_all_others_stay(
-    tmp_path: Path, name: str
-) -> None:
+async def test_without_room_on_disk_a_call_is_refused(tmp_path: Path, name: str) -> None:
     case, folder = REFUSALS[name], tmp_path / "cache"
     seeds = list(range(case.count))
     async with roomy(folder, 1, **case.settings) as there:
@@ -549,9 +547,7 @@ async def midway(
 
 @AT_EACH_STEP
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_a_load_during_the_spill_reads_from_memory(
-    tmp_path: Path, step: str, device: str
-) -> None:
+async def test_a_load_meanwhile_reads_from_memory(tmp_path: Path, step: str, device: str) -> None:
     async with midway(tmp_path, step, device) as now:
         async with await now.loader.load("0") as handle:
             assert_holds(handle, tiny.tensors(0))
@@ -563,9 +559,7 @@ async def test_a_load_during_the_spill_reads_from_memory(
 
 @AT_EACH_STEP
 @pytest.mark.parametrize("again", [False, True])
-async def test_unloaded_during_the_spill_it_is_gone_until_it_is_given_again(
-    tmp_path: Path, step: str, again: bool
-) -> None:
+async def test_unloaded_during_the_spill_it_is_gone(tmp_path: Path, step: str, again: bool) -> None:
     async with midway(tmp_path, step) as now:
         await now.loader.unload("0")
         with pytest.raises(AdapterNotFoundError):
@@ -613,9 +607,7 @@ async def test_replaced_during_the_spill_it_leaves_the_disk(tmp_path: Path, step
 
 
 @AT_EACH_STEP
-async def test_calls_wait_for_room_in_their_order_and_may_give_up(
-    tmp_path: Path, step: str
-) -> None:
+async def test_calls_wait_for_room_in_their_order(tmp_path: Path, step: str) -> None:
     async with midway(tmp_path, step) as now:
         order: list[int] = []
 
@@ -639,9 +631,7 @@ async def test_calls_wait_for_room_in_their_order_and_may_give_up(
 
 
 @AT_EACH_STEP
-async def test_a_deadline_or_cancellation_ends_the_spill_between_two_pieces(
-    tmp_path: Path, step: str
-) -> None:
+async def test_a_deadline_or_cancellation_ends_the_spill(tmp_path: Path, step: str) -> None:
     """Before it is published the adapter stays in memory, and afterwards it is on disk."""
     on_disk = step in {"publish", "switch"}
     async with midway(tmp_path / "late", step, timeout=0.2) as now:
@@ -678,9 +668,7 @@ async def test_a_loader_that_closes_during_the_spill(tmp_path: Path, step: str) 
 
 
 @pytest.mark.parametrize("step", ["hash", "write", "publish"])
-async def test_a_fault_of_ours_during_the_spill_is_told_and_loses_nothing(
-    tmp_path: Path, step: str
-) -> None:
+async def test_a_fault_of_ours_during_the_spill_is_told(tmp_path: Path, step: str) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("ordered")
 
@@ -696,9 +684,7 @@ async def test_a_fault_of_ours_during_the_spill_is_told_and_loses_nothing(
 
 
 @pytest.mark.parametrize("step", ["hash", "write"])
-async def test_one_unloaded_during_its_spill_keeps_no_other_from_spilling(
-    tmp_path: Path, step: str
-) -> None:
+async def test_one_unloaded_meanwhile_stops_no_other(tmp_path: Path, step: str) -> None:
     async with midway(tmp_path, step, files=2) as now:
         await now.loader.unload("0")
         await now.end()
@@ -723,9 +709,7 @@ def nbytes_on_disk(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_many_calls_at_once_keep_the_budgets_and_get_their_own_bytes(
-    tmp_path: Path, seed: int
-) -> None:
+async def test_many_calls_at_once_keep_the_budgets(tmp_path: Path, seed: int) -> None:
     random = Random(seed)
     peaks = [0, 0]
     async with roomy(tmp_path, 2.5, cache_bytes=int(6.5 * FILE)) as there:

@@ -89,7 +89,7 @@ async def test_a_rank_of_a_sharded_server_has_its_share_of_the_files(
 
 
 @BOTH
-async def test_an_evicted_adapter_comes_back_from_its_files(
+async def test_an_evicted_one_comes_back_from_its_files(
     tmp_path: Path, splitting: Splitting
 ) -> None:
     one, other = (tiny.write(tmp_path / f"one{seed}", seed) for seed in (1, 2))

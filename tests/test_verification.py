@@ -90,9 +90,7 @@ async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Pa
             assert (await handle.verified()).kind == "git-sha1"
 
 
-def test_waiting_for_a_verification_ends_with_the_handle_and_needs_its_loop(
-    run: Run, tmp_path: Path
-) -> None:
+def test_a_wait_to_be_verified_ends_with_the_handle(run: Run, tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     source.hold_verification("a")
 
@@ -112,9 +110,7 @@ def test_waiting_for_a_verification_ends_with_the_handle_and_needs_its_loop(
 
 
 @pytest.mark.parametrize("verb", ["load", "stream"])
-async def test_before_use_nothing_is_copied_before_all_was_checked(
-    tmp_path: Path, verb: str
-) -> None:
+async def test_before_use_all_is_checked_before_a_copy(tmp_path: Path, verb: str) -> None:
     source = stocked(tmp_path, "a", "false")
     for id in ("a", "false"):
         source.hold_verification(id)
@@ -269,9 +265,7 @@ async def test_a_stream_hears_of_another_digest_when_all_is_here(tmp_path: Path)
         assert there.statistics().failures == 0
 
 
-async def test_a_thread_that_waits_for_a_copy_hears_of_another_digest_at_once(
-    tmp_path: Path,
-) -> None:
+async def test_a_waiting_thread_hears_of_another_digest_at_once(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     source.hold("a")
     source.verifications["a"] = Verification("sha256", SOME)
@@ -422,9 +416,7 @@ def weights(handle: AdapterHandle) -> list[torch.Tensor]:
     return [each for module in handle.modules.values() for each in (module.a, module.b)]
 
 
-async def test_every_use_of_false_bytes_fails_and_other_adapters_are_untouched(
-    tmp_path: Path,
-) -> None:
+async def test_every_use_of_false_bytes_fails(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "other")
     source.hold_verification("a")
     events: list[object] = []
@@ -461,9 +453,7 @@ async def test_every_use_of_false_bytes_fails_and_other_adapters_are_untouched(
         assert source.counts.brings == 3, "nothing of it was kept"
 
 
-async def test_false_bytes_are_zeroed_after_their_kernels_and_before_their_slot_is_free(
-    tmp_path: Path,
-) -> None:
+async def test_false_bytes_are_zeroed_before_their_slot_is_free(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c", "d", "e")
     source.hold_verification("a")
     there, device = watched(source)
@@ -515,9 +505,7 @@ async def test_a_pinned_image_of_false_bytes_is_not_used_again(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("how", ["fails", "is slow"])
-async def test_a_slot_is_free_though_zeroing_fails_and_closing_waits_for_it(
-    tmp_path: Path, how: str
-) -> None:
+async def test_a_slot_is_free_though_zeroing_fails_or_is_slow(tmp_path: Path, how: str) -> None:
     source = stocked(tmp_path, "a")
     source.hold_verification("a")
     there, device = watched(source)

@@ -132,7 +132,7 @@ SOURCES: Mutants = {
         skipped(host_copies.Users, "join"),
     ),
     "spilling: what was dropped meanwhile leaves the disk": mutant(
-        "test_spilled_tensors.py::test_unloaded_during_the_spill_it_is_gone_until_it_is_given_again",
+        "test_spilled_tensors.py::test_unloaded_during_the_spill_it_is_gone",
         (HostCopy, "move", _kept_though_dropped),
     ),
     "workers: a cancelled caller's result is undone": mutant(
