@@ -20,7 +20,6 @@ from lorax_async import (
     AdapterHandle,
     AdapterNotFoundError,
     AdapterRef,
-    AdapterTimeoutError,
     CapacityError,
     FetchError,
     IncompatibleAdapterError,
@@ -199,22 +198,6 @@ async def test_equal_content_is_one_adapter_until_its_last_name_goes(tmp_path: P
         assert used(there) == 0
 
 
-async def test_other_content_is_another_adapter_and_needs_another_name(tmp_path: Path) -> None:
-    given = tiny.tensors(5)
-    async with over(stocked(tmp_path)) as there:
-        one = await there.load_tensors("one", given, tiny.config())
-        two = await there.load_tensors("two", given, tiny.config(lora_alpha=9))
-        assert one.key != two.key
-        assert one.slot != two.slot
-        with pytest.raises(UsageError, match="means other tensors already") as caught:
-            await there.load_tensors("one", given, tiny.config(lora_alpha=9))
-        assert caught.value.id == "one"
-        async with await there.load("one") as handle:
-            assert handle.key == one.key
-        one.release()
-        two.release()
-
-
 # -- refused --------------------------------------------------------------------------------------
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -251,14 +234,23 @@ REFUSED: list[tuple[Any, Any, type[LoraxError], str]] = [
     (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 32).double()), {}, UnsupportedAdapterError,
      "float64; give it as torch.float32, torch.float16, torch.bfloat16"),
 ]  # fmt: skip
+LIMITS = [
+    (Limits(max_tensors=15), "16 tensors are over the limit of 15"),
+    (Limits(max_rank=3), "r is 4, above the limit of 3"),
+    (Limits(max_adapter_bytes=9000), "bytes in its tensors, over the limit of 9,000"),
+]
 
 
-@pytest.mark.parametrize(("given", "changes", "kind", "problem"), REFUSED)
+@pytest.mark.parametrize(
+    ("given", "changes", "kind", "problem", "limits"),
+    [(*refused, Limits()) for refused in REFUSED]
+    + [(NEW, {}, UnsupportedAdapterError, problem, limits) for limits, problem in LIMITS],
+)
 async def test_what_is_no_adapter_for_this_base_is_refused(
-    given: Any, changes: Any, kind: type[LoraxError], problem: str
+    given: Any, changes: Any, kind: type[LoraxError], problem: str, limits: Limits
 ) -> None:
     config: Any = tiny.config(**changes) if isinstance(changes, dict) else changes
-    async with loader() as there:
+    async with loader(limits=limits) as there:
         for verb in (there.load_tensors, there.replace):
             with pytest.raises(kind, match=problem) as caught:
                 await verb("mine", given, config)
@@ -272,21 +264,6 @@ async def test_the_name_of_tensors_is_a_str(name: Any) -> None:
     async with loader() as there:
         with pytest.raises(InvalidAdapterIdError, match="a str that is not empty"):
             await there.load_tensors(name, NEW, tiny.config())
-
-
-@pytest.mark.parametrize(
-    ("limits", "problem"),
-    [
-        (Limits(max_tensors=15), "16 tensors are over the limit of 15"),
-        (Limits(max_rank=3), "r is 4, above the limit of 3"),
-        (Limits(max_adapter_bytes=9000), "bytes in its tensors, over the limit of 9,000"),
-    ],
-)
-async def test_the_limits_of_files_hold_for_tensors(limits: Limits, problem: str) -> None:
-    async with loader(limits=limits) as there:
-        with pytest.raises(UnsupportedAdapterError, match=problem):
-            await give(there, 2)
-        assert used(there) == 0
 
 
 async def test_only_an_open_loader_with_memory_takes_tensors() -> None:
@@ -413,21 +390,6 @@ async def test_an_error_at_every_step_changes_nothing(
         await call.assert_nothing_changed()
         async with await call() as handle:
             assert_holds(handle, NEW)
-
-
-@pytest.mark.parametrize("verb", VERBS)
-async def test_a_deadline_leaves_the_old_meaning(tmp_path: Path, verb: str) -> None:
-    async with prepared(tmp_path, verb) as call:
-        with pytest.raises(AdapterTimeoutError) as caught:
-            await call(timeout=0)
-        assert (caught.value.id, caught.value.stage) == (str(call.name), "fetch")
-        await call.assert_nothing_changed()
-        call.bench.device.gate.clear()
-        with pytest.raises(AdapterTimeoutError) as caught:
-            await call(timeout=0.05)
-        assert (caught.value.id, caught.value.stage) == (str(call.name), "copy")
-        call.bench.device.gate.set()
-        await call.assert_nothing_changed()
 
 
 @pytest.mark.parametrize("late", [0, 1, 2, 5, 0.005])

@@ -23,7 +23,6 @@ from lorax_async import (
     AdapterLoader,
     AdapterNotFoundError,
     AdapterRef,
-    AdapterTimeoutError,
     FetchError,
     IncompatibleAdapterError,
     IntegrityError,
@@ -62,6 +61,7 @@ MERGED = MergedKey.of(Merge("linear", TWO, [1, 1]), [key("one", 1, 2), key("two"
 
 HUGE = 10**5000
 """More digits than Python spells out."""
+NO_LISTS: list[Any] = [Path("one"), [], {"one"}]
 NUMBERS = "one number for each of 2 refs"
 DENSITY = "needs a density above 0 and up to 1, not"
 
@@ -72,7 +72,7 @@ DENSITY = "needs a density above 0 and up to 1, not"
         (("sum", TWO, [1, 1]), "is one of linear, ties, dare_linear, dare_ties, not 'sum'"),
         ((["linear"], TWO, [1, 1]), "strategy is one of"),
         (("linear", "one", [1]), "refs is a list of one adapter or more, not 'one'"),
-        *((("linear", refs, [1]), "refs is a list") for refs in (Path("one"), [], {"one"})),
+        *((("linear", refs, [1]), "refs is a list") for refs in NO_LISTS),
         (("linear", ["a"] * 65, [1] * 65), "64 parts at most, not 65"),
         (("linear", ["one", 2], [1, 1]), r"refs\[1\]: an adapter id is a str or .*, not int"),
         (("linear", ["one", Merge("linear", TWO, [1, 1])], [1, 1]), r"refs\[1\] is a merge itself"),
@@ -288,19 +288,6 @@ async def test_a_merge_is_prefetched_pinned_tried_and_unloaded(tmp_path: Path) -
         assert there.try_acquire(HALVES) is None
 
 
-async def test_a_part_saved_again_makes_another_merge(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with over(source) as there:
-        old = await there.load(HALVES)
-        before = weights_of(old)
-        source.put("b", *tiny.files(tiny.write(tmp_path / "b", 77)))
-        async with await there.load(HALVES) as new:
-            assert new.key != old.key
-            assert_halves(new, tmp_path)
-        assert_same(weights_of(old), before)
-        old.release()
-
-
 @pytest.mark.parametrize("file", ["adapter_config.json", WEIGHTS])
 async def test_a_part_that_changed_before_a_reload_is_named(tmp_path: Path, file: str) -> None:
     for seed, name in enumerate("abc"):
@@ -454,22 +441,6 @@ async def test_a_part_that_fails_is_named(tmp_path: Path, merge: Merge, step: St
         await until(lambda: source.counts.open_readers == 0)
         async with await there.load(merge) as handle:
             assert handle.resident
-
-
-@pytest.mark.parametrize("merge", BOTH)
-async def test_a_deadline_or_close_ends_the_fetch(tmp_path: Path, merge: Merge) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with over(source) as there:
-        source.hold("b")
-        with pytest.raises(AdapterTimeoutError):
-            await there.load(merge, timeout=0.05)
-        await until(lambda: source.counts.open_readers == 0)
-        (await there.load("a")).release()
-        last = asyncio.create_task(there.load(merge))
-        await until(lambda: source.counts.brings >= 5)
-    with pytest.raises(LoraxError):
-        await last
-    assert source.counts.open_readers == 0
 
 
 @pytest.mark.parametrize("merge", BOTH)

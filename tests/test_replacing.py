@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 import torch
 
 import tiny
 from common import until
-from given import acquired, assert_holds, give, kept, put, used
+from given import acquired, assert_holds, give, put, used
 from lorax_async import (
     AdapterHandle,
-    AdapterNotFoundError,
     AdapterRef,
     CapacityError,
     Event,
@@ -25,8 +23,6 @@ from lorax_async import (
     UsageError,
 )
 from lorax_async.adapter import AdapterId, AdapterKey
-from lorax_async.runtime.acquiring import Acquiring
-from lorax_async.runtime.tenancy import Lease
 from lorax_async.testing import FakeSource
 from tiny_loaders import ONE, gated, loader, on_device
 from tiny_sources import over, state, stocked, where
@@ -323,34 +319,6 @@ async def test_replaced_while_a_merge_of_it_is_resolved(tmp_path: Path, held: bo
         old.release()
 
 
-@pytest.mark.parametrize("end", ["replaced", "unloaded"])
-async def test_while_a_merge_of_it_waits_for_room_its_part_goes(tmp_path: Path, end: str) -> None:
-    """What the id means when the room is there is merged."""
-    source = stocked(tmp_path, "a", "b")
-    async with over(source, max_slots=1) as there:
-        (await give(there, 1)).release()
-        (await there.load(MERGE)).release()
-        only = await there.load("b")
-        loading = asyncio.create_task(there.load(MERGE))
-        await until(lambda: there.usage().waiting == 1)
-        if end == "replaced":
-            replacing = asyncio.create_task(
-                there.replace("mine", tiny.tensors(2), tiny.config(), priority=9)
-            )
-            size = where(there, "mine").host_bytes
-            await until(lambda: kept(there) == 2 * size)  # both wait for the slot
-            only.release()
-            (await replacing).release()
-            async with await loading as handle:
-                assert_is_of(handle, 2)
-        else:
-            await there.unload("mine")
-            only.release()
-            with pytest.raises(AdapterNotFoundError, match="part 1"):
-                await loading
-            assert used(there) == 0
-
-
 async def test_replaced_while_the_source_resolves_it(tmp_path: Path) -> None:
     source = Gated(tmp_path)
     async with over(source) as there:
@@ -387,60 +355,39 @@ async def test_waiters_for_the_old_version_get_the_old_version(tmp_path: Path) -
         await until(lambda: key not in there.residency())
 
 
-class SlowLease:
-    """The next lease is given once `go_on` is set; it is there when `leased` is set."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.leased, self.go_on = asyncio.Event(), asyncio.Event()
-        plainly = Acquiring.lease
-
-        async def slowly(acquiring: Acquiring, *given: Any, **named: Any) -> Lease:
-            monkeypatch.undo()
-            lease = await plainly(acquiring, *given, **named)
-            self.leased.set()
-            try:
-                await self.go_on.wait()
-            except asyncio.CancelledError:
-                lease.end()
-                raise
-            return lease
-
-        monkeypatch.setattr(Acquiring, "lease", slowly)
-
-
-async def test_a_pin_that_comes_late_pins_the_new_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with loader() as there:
+async def test_a_pin_that_waits_for_the_old_version_ends_on_the_new_one(tmp_path: Path) -> None:
+    there, device = gated(slots=2)
+    async with there:
         async with await give(there, 1) as old:
             old_key = old.key
-        slow = SlowLease(monkeypatch)
+        for name in "ab":  # which take the slots
+            (await there.load(tiny.write(tmp_path / name))).release()
+        device.gate.clear()
         pinning = asyncio.create_task(there.pin("mine"))
-        await slow.leased.wait()
-        new = await put(there, 2)
-        slow.go_on.set()
-        await pinning
-        assert there.residency()[new.key].pins == 1
-        assert old_key not in there.residency()
-        new.release()
-
-
-async def test_a_new_version_that_leaves_before_it_is_pinned_is_loaded_once_more(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with loader() as there:
-        async with await give(there, 1) as old:
-            old_key = old.key
-        await there.pin("mine")
-        slow = SlowLease(monkeypatch)
+        await until(lambda: state(there, "mine") == "filling")
         replacing = asyncio.create_task(put(there, 2))
-        await slow.leased.wait()
-        (key,) = there.residency().keys() - {old_key}
-        unloading = asyncio.create_task(there.unload(key))
-        await asyncio.sleep(0)
-        slow.go_on.set()
+        await until(lambda: there.usage().waiting == 2)
+        device.gate.set()
         async with await replacing as new:
-            assert new.key == key
+            await pinning
+            assert there.residency()[new.key].pins == 1
+        assert old_key not in there.residency()
+
+
+async def test_a_new_version_that_leaves_before_it_is_pinned_is_loaded_once_more() -> None:
+    async with loader() as there:
+        (await give(there, 1)).release()
+        await there.pin("mine")
+        unloading: list[asyncio.Task[None]] = []
+
+        def unload(event: Event) -> None:
+            if isinstance(event, Resident) and not unloading:
+                unloading.append(asyncio.create_task(there.unload(event.key)))
+
+        there.subscribe(unload)
+        async with await put(there, 2) as new:
             assert_holds(new, tiny.tensors(2))
-        await unloading
+        await unloading[0]
         assert where(there, "mine").pins == 1
         assert there.statistics().loads == 3
 
@@ -460,19 +407,18 @@ async def test_replaced_while_it_is_unloaded_the_new_meaning_stays() -> None:
         new.release()
 
 
-async def test_a_cancelled_call_takes_no_bytes_from_another_name(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with loader() as there:
+async def test_a_cancelled_call_takes_no_bytes_from_another_name() -> None:
+    there, device = gated()
+    async with there:
         (await give(there, 1)).release()
-        slow = SlowLease(monkeypatch)
+        device.gate.clear()
         replacing = asyncio.create_task(put(there, 2))
-        await slow.leased.wait()
-        (await give(there, 2, "other")).release()
+        giving = asyncio.create_task(give(there, 2, "other"))
+        await until(lambda: there.usage().waiting == 2)
         replacing.cancel()
         await asyncio.wait([replacing])
-        await until(lambda: where(there, "other").leases == 0)
-        async with await there.load("other") as handle:
+        device.gate.set()
+        async with await giving as handle:
             assert_holds(handle, tiny.tensors(2))
         with pytest.raises(UsageError, match="other tensors already"):
             await give(there, 2)
@@ -492,25 +438,6 @@ async def test_of_two_calls_for_a_new_name_the_first_has_it() -> None:
             await calls[1]
         assert used(there) == where(there, "mine").host_bytes
         assert len(there.residency()) == 1
-
-
-async def test_the_same_unloaded_elsewhere_stays_for_a_call_that_waits_its_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with loader() as there:
-        (await give(there, 1)).release()
-        slow = SlowLease(monkeypatch)
-        first = asyncio.create_task(put(there, 2))
-        await slow.leased.wait()
-        second = asyncio.create_task(put(there, 3))
-        await until(lambda: used(there) == 3 * where(there, "mine").host_bytes)
-        (await give(there, 3, "other")).release()
-        await there.unload("other")
-        slow.go_on.set()
-        (await first).release()
-        async with await second as handle:
-            assert_holds(handle, tiny.tensors(3))
-        assert used(there) == where(there, "mine").host_bytes
 
 
 async def test_an_old_version_is_there_until_its_kernels_have_ended() -> None:

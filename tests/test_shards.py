@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -162,42 +161,6 @@ def test_a_rank_reads_its_bytes_and_no_other(
     once, always = 32 + 48 + 32 + 48, 4 * 32 + (32 + 3)
     heads = max(2, world) * 2 * 4
     assert total == 2 * 3 * 4 * (once + world * always + heads)
-
-
-async def test_a_local_file_is_read_no_further(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Opening it takes the beginning with the header; when it comes again it is known."""
-    folder, ranges = sharded.write(tmp_path / "a"), list[tuple[int, int]]()
-    plain = os.preadv
-
-    def recorded(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        ranges.append((offset, offset + sum(buffer.nbytes for buffer in buffers)))
-        return plain(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", recorded)
-    async with loader(Shard(1, 2)) as there:
-        (await there.load(folder)).release()
-        await there.unload(folder)
-        ranges.clear()
-        async with await there.load(folder) as handle:
-            assert_is_the_share(handle, folder, Shard(1, 2))
-    assert sorted(numbers(ranges)) == sorted(sharded.bytes_of(folder, Shard(1, 2)))
-
-
-async def test_a_rank_takes_device_bytes_for_its_share_alone(tmp_path: Path) -> None:
-    """Of two layers, each tensor of rank 4 on the next multiple of 64 bytes."""
-    folder = sharded.write(tmp_path / "a")
-
-    async def body(shard: Shard | None) -> int:
-        async with loader(shard) as there, await there.load(folder) as handle:
-            return handle.nbytes
-
-    features = [(24, 32), (32, 3), (32, 24), (16, 32), (32, 24)]  # in and out, on two ranks
-    whole = [(48, 32), (32, 3), (32, 48), (32, 32), (32, 48)]
-    for shard, sizes in ((Shard(0, 2), features), (None, whole)):
-        wanted = sum(-(-16 * size // 64) * 64 for pair in sizes for size in pair)
-        assert await body(shard) == 2 * wanted
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import torch
 import sharded
 import tiny
 from adapters import hub_cache
-from command_line import adapter, base, query
 from core.adapter_files import file_of
 from lorax_async import (
     AdapterFormatError,
@@ -25,7 +24,6 @@ from lorax_async import (
     LoaderConfig,
     LocalRoot,
     LoraxError,
-    Merge,
     Shard,
     layouts,
 )
@@ -118,17 +116,6 @@ async def test_all_files_are_held_in_host_memory(tmp_path: Path) -> None:
             tiny.assert_equal_to_file(handle, one)
 
 
-async def test_split_weights_are_merged_with_weights_in_one_file(tmp_path: Path) -> None:
-    ones = [tiny.write(tmp_path / f"one{seed}", seed) for seed in (1, 2)]
-    several = deal(ones[0], tmp_path / "several")
-    async with loader() as there:
-        merges = [Merge("linear", [part, ones[1]], [0.5, 2.0]) for part in (ones[0], several)]
-        first, second = [await there.load(merge) for merge in merges]
-        assert contents(first) == contents(second)
-        first.release()
-        second.release()
-
-
 def without_a_file(folder: Path) -> None:
     (folder / name_of(2, 3)).unlink()
 
@@ -203,18 +190,6 @@ def test_inspect_and_layouts_read_split_weights(
     assert main(["inspect", str(several), "--json"]) == 2
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert name_of(1, 3) in problem["text"]
-
-
-def test_the_command_line_loads_split_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    one = adapter(tmp_path / "one", query(0) | query(3) | query(7))
-    several = split(Path(one), tmp_path / "several")
-    assert main(["load", str(several), "--base", base(tmp_path / "base"), "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)["adapters"]
-    assert found["state"] == "resident"
-    nbytes = sum(path.stat().st_size for path in several.glob("*.safetensors"))
-    assert found["file_bytes"] == nbytes
 
 
 @BOTH

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load
 
 from lorax_async import AdapterHandle, IntegrityError, LoraxError
-from lorax_async.adapter import AdapterRef
 from lorax_async.verification import Verification, VerificationKind
 from soak.judging import Judge, SoakError, Tally
 from soak.library import COUNT, LAYERS, MODULES, Stored, library
@@ -178,7 +177,7 @@ class Callers:
     # -- wishes -----------------------------------------------------------------------------------
 
     async def _load(self, stored: Stored, draw: random.Random, seconds: float) -> None:
-        ref = self._setting.ref(stored, draw)
+        ref = self._setting.ref(stored)
         handle = await self._setting.loader.load(ref, timeout=seconds, priority=draw.randrange(3))
         with self._holding(handle):
             await self._look(stored, handle, range(LAYERS))
@@ -194,7 +193,7 @@ class Callers:
         self._tally.outcomes["verified"] += 1
 
     async def _stream(self, stored: Stored, draw: random.Random, seconds: float) -> None:
-        ref = self._setting.ref(stored, draw)
+        ref = self._setting.ref(stored)
         async with self._setting.loader.stream(ref, timeout=seconds) as handle:
             with self._holding(handle):
                 for layer in range(LAYERS):
@@ -202,7 +201,7 @@ class Callers:
                     await self._look(stored, handle, range(layer, layer + 1))
 
     async def _prefetch(self, stored: Stored, draw: random.Random, seconds: float) -> None:
-        ref, tier = self._setting.ref(stored, draw), draw.choice(TIERS)
+        ref, tier = self._setting.ref(stored), draw.choice(TIERS)
         hint = self._setting.loader.prefetch(ref, tier=tier, timeout=seconds)  # type: ignore[arg-type]
         try:
             await hint
@@ -210,30 +209,18 @@ class Callers:
             hint.cancel()
 
     async def _pin(self, stored: Stored, draw: random.Random, seconds: float) -> None:
-        """For a while; what a name that does not move has pinned can be had at once."""
-        busy = len(self._pinned) == MOST_PINNED or stored in self._pinned
-        if busy or not stored.told:
+        """For a while."""
+        if len(self._pinned) == MOST_PINNED or stored in self._pinned:
             await self._load(stored, draw, seconds)
             return
-        ref, loader = self._setting.ref(stored, draw), self._setting.loader
+        ref, loader = self._setting.ref(stored), self._setting.loader
         self._pinned.add(stored)
         try:
-            broken = self._judge.broken_stays(ref.text)
             await loader.pin(ref, timeout=seconds)
             await asyncio.sleep(draw.uniform(0, 0.3))
-            await self._look_at_pinned(stored, ref, broken)
         finally:
             self._pinned.discard(stored)
             loader.unpin(ref)
-
-    async def _look_at_pinned(self, stored: Stored, ref: AdapterRef, broken: int) -> None:
-        handle = self._setting.loader.try_acquire(ref)
-        if handle is not None:
-            with self._holding(handle):
-                await self._look(stored, handle, range(LAYERS))
-        elif self._judge.broken_stays(ref.text) == broken:
-            story = self._setting.loader.story(ref)
-            raise SoakError(f"{stored.name} was pinned and is gone", story)
 
     # -- what they hold ---------------------------------------------------------------------------
 

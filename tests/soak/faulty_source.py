@@ -125,7 +125,7 @@ def _right(stored: Stored, file: str, asked: Asked) -> Answer:
     total = len(stored.config) if is_config else stored.nbytes
     etag = f'"{stored.version}-{file}"'
     fields = [f"ETag: {etag}"]
-    if stored.promised and not stored.told:
+    if stored.promised:
         digest = bytes.fromhex(stored.digests[0 if is_config else 1])
         fields.append(f"Repr-Digest: sha-256=:{base64.b64encode(digest).decode()}:")
     header = 0 if is_config else len(stored.header)

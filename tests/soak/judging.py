@@ -99,9 +99,6 @@ class Judge:
                     await self._news.wait()
         return self.broken.get((key, slot))
 
-    def broken_stays(self, location: str) -> int:
-        return sum(key.location == location for key, _ in self.broken)
-
     def require_allowed(self, stored: Stored, error: BaseException | None) -> None:
         """Raises `SoakError` for what must not come to a caller."""
         if not isinstance(error, LoraxError):

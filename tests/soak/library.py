@@ -33,8 +33,7 @@ _STRIDE = 7_919
 class Stored:
     """One adapter as its source has it.
 
-    `promised`: the source tells the digests of its files before they are read. `told`: a locator
-    knows version, sizes and places without asking; else it lies in a folder behind a URL.
+    `promised`: the source tells the digests of its files before they are read.
     """
 
     number: int
@@ -48,10 +47,6 @@ class Stored:
     @property
     def promised(self) -> bool:
         return self.number % 2 == 0
-
-    @property
-    def told(self) -> bool:
-        return self.number % 4 < 2
 
     @cached_property
     def config(self) -> bytes:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +17,15 @@ from urllib.request import urlopen
 from lorax_async import AdapterLoader, Allow, LoaderConfig
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, FileRole
-from lorax_async.core.file_digest import Digest
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.core.policies import policy
 from lorax_async.core.retries import Retries
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings, Timeouts
-from lorax_async.io.http.target import Target
-from lorax_async.io.http.urls import parse_url
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.opening import Opening
-from lorax_async.io.remote.ports import Located, Locator, RemoteFile
+from lorax_async.io.remote.ports import Locator
 from lorax_async.io.remote.resolving import Resolving
 from lorax_async.io.remote.rules import AllowRules
 from lorax_async.io.remote.source import RemoteSource
@@ -92,41 +87,6 @@ def faulty_process(seed: int) -> Iterator[FaultyProcess]:
         yield FaultyProcess(int(process.stdout.readline()))
 
 
-class LibraryLocator:
-    """A `Locator` that knows the library by heart, as a hub whose answers always come."""
-
-    def __init__(self, there: Sequence[Stored], url: str, rules: AllowRules) -> None:
-        self._there = {f"soak/{stored.name}": stored for stored in there}
-        self._url = url
-        self._rules = rules
-
-    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        return None if ref.revision is None else (ref.text, ref.revision, "")
-
-    async def scope(self, ref: AdapterRef) -> str:
-        return ""
-
-    async def locate(self, ref: AdapterRef) -> Located:
-        await asyncio.sleep(0)
-        stored = self._there[ref.text]
-        files = (self._file(stored, CONFIG_FILE), self._file(stored, WEIGHTS_FILE))
-        return Located(ref.text, stored.version, "", files)
-
-    async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
-        raise AssertionError("nothing here has an index")
-
-    def _file(self, stored: Stored, role: FileRole) -> RemoteFile:
-        url = parse_url(f"{self._url}/{stored.name}/{role.file_name}")
-        target = Target(url, role.file_name, {}, self._rules)
-        if not stored.promised:
-            return RemoteFile(role, target)
-        is_config = role == CONFIG_FILE
-        nbytes = len(stored.config) if is_config else stored.nbytes
-        digest = Digest("sha256", stored.digests[0 if is_config else 1])
-        etag = f'"{stored.version}-{role.file_name}"'
-        return RemoteFile(role, target, nbytes, digest, etag)
-
-
 @dataclass(frozen=True)
 class Setting:
     """What a soak is about."""
@@ -138,12 +98,8 @@ class Setting:
     cache_bytes: int
     loader: AdapterLoader
 
-    def ref(self, stored: Stored, draw: random.Random) -> AdapterRef:
-        """By a name that moves, or for a version."""
-        if not stored.told:
-            return AdapterRef(f"{self.process.url}/{stored.name}/", source="http")
-        revision = stored.version if draw.random() < 0.5 else None
-        return AdapterRef(f"soak/{stored.name}", source="hub", revision=revision)
+    def ref(self, stored: Stored) -> AdapterRef:
+        return AdapterRef(f"{self.process.url}/{stored.name}/", source="http")
 
     def stored(self, location: str) -> Stored:
         """Which of the library's a key or a record is about."""
@@ -163,10 +119,7 @@ async def setting(
     )
     workers, limits = Workers(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
-    locators: dict[str, Locator] = {
-        "hub": LibraryLocator(library, process.url, rules),
-        "http": WebLocator(engine, rules, limits),
-    }
+    locators: dict[str, Locator] = {"http": WebLocator(engine, rules, limits)}
     known = Known(REVALIDATE, monotonic)
     resolving = Resolving(
         *(locators.__getitem__, lambda _: cache, known, workers), offline=False, fresh=REVALIDATE
