@@ -15,25 +15,7 @@ import torch
 import tiny
 from common import until
 from given import assert_holds, file_bytes, give, kept, used
-from lorax_async import (
-    AdapterFormatError,
-    AdapterHandle,
-    AdapterNotFoundError,
-    AdapterRef,
-    CapacityError,
-    FetchError,
-    IncompatibleAdapterError,
-    IntegrityError,
-    InternalError,
-    InvalidAdapterIdError,
-    Limits,
-    LoaderClosedError,
-    LoaderConfig,
-    LoraxError,
-    TransferError,
-    UnsupportedAdapterError,
-    UsageError,
-)
+from lorax_async import AdapterHandle, AdapterRef, Limits, LoaderConfig, errors
 from sweeping import Bench, cancel_at, count_steps, local_bench, released
 from tiny_loaders import ONE, loader, on_device
 from tiny_sources import over, state, stocked, where
@@ -83,7 +65,7 @@ async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> N
         await there.prefetch(["mine"])
         await there.prefetch("mine", tier="host")
         assert there.story("mine")[0].key == first.key
-        with pytest.raises(AdapterNotFoundError):
+        with pytest.raises(errors.AdapterNotFoundError):
             await there.load("mine", revision="main")
         first.release()
 
@@ -121,7 +103,7 @@ async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) ->
         await there.unload("mine")
         assert key not in there.residency()
         assert used(there) == 0
-        with pytest.raises(AdapterNotFoundError, match="give them again"):
+        with pytest.raises(errors.AdapterNotFoundError, match="give them again"):
             await there.load(key)
         async with await there.load("mine") as handle:  # the source's, as before
             tiny.assert_equal_to_file(handle, tmp_path / "mine")
@@ -130,29 +112,9 @@ async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) ->
             assert (handle.key, handle.resident) == (key, True)
             assert_holds(handle, tiny.tensors(5))
         await there.unload(key)
-        with pytest.raises(AdapterNotFoundError):
+        with pytest.raises(errors.AdapterNotFoundError):
             await there.load("mine")
         assert used(there) == 0
-
-
-@pytest.mark.each_loop
-async def test_a_load_during_an_unload_gets_the_tensors_and_then_they_go(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path)) as there:
-        first = await give(there, 5)
-        unloading = asyncio.create_task(there.unload("mine"))
-        await asyncio.sleep(0)
-        waiting = asyncio.create_task(there.load("mine"))
-        await until(lambda: there.usage().waiting)
-        assert {unloading.done(), waiting.done()} == {False}
-        first.release()
-        await unloading
-        async with await waiting as handle:
-            assert_holds(handle, tiny.tensors(5))
-            assert used(there) > 0
-            with pytest.raises(AdapterNotFoundError):
-                await there.load("mine")
-        assert used(there) == 0
-        assert not there.residency()
 
 
 async def test_memory_bytes_are_kept_to_and_given_back(tmp_path: Path) -> None:
@@ -163,10 +125,10 @@ async def test_memory_bytes_are_kept_to_and_given_back(tmp_path: Path) -> None:
         one = used(there)
         (await give(there, 2, "two")).release()
         assert used(there) == 2 * one
-        with pytest.raises(CapacityError, match="memory_bytes") as caught:
+        with pytest.raises(errors.CapacityError, match="memory_bytes") as caught:
             await give(there, 3, "three")
         assert (caught.value.id, caught.value.retryable) == ("three", True)
-        with pytest.raises(CapacityError) as caught:
+        with pytest.raises(errors.CapacityError) as caught:
             await there.load_tensors("three", tiny.tensors(3, 64), tiny.config(64))
         assert caught.value.retryable is False
         await there.unload("one")
@@ -211,27 +173,27 @@ def _with(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     return NEW | {f"base_model.model.{name}": tensor}
 
 
-REFUSED: list[tuple[Any, Any, type[LoraxError], str]] = [
-    ([torch.zeros(1)], {}, UsageError, "a dict of torch tensors by name, not list"),
-    ({"x": [1.0]}, {}, UsageError, "tensor 'x' is no torch tensor, but list"),
-    ({1: torch.zeros(1)}, {}, UsageError, "tensors have names, not 1"),
-    ({}, "{}", UsageError, "a dict as in adapter_config.json, or a peft.LoraConfig"),
-    ({"x": torch.zeros(1, device="meta")}, {}, UsageError, "no plain bytes"),
-    ({"x": torch.zeros(2, 2).to_sparse()}, {}, UsageError, "no plain bytes"),
-    (NEW, {"peft_type": None}, AdapterFormatError, "no 'peft_type'"),
-    (NEW, {"r": 5}, AdapterFormatError, "rank|shape"),
-    (NEW, {"bias": "all"}, UnsupportedAdapterError, "trained biases"),
-    (NEW, {"lora_alpha": float("nan")}, AdapterFormatError, "cannot be written.*JSON"),
-    (NEW, {"what": object()}, AdapterFormatError, "object is nothing that JSON has"),
-    (NEW, {"x": "y" * (256 << 10)}, AdapterFormatError, "adapter_config.json"),
-    ({}, {}, AdapterFormatError, "no tensor"),
-    (_without("0.self_attn.q_proj.lora_A"), {}, AdapterFormatError, "no A beside it"),
-    (_with("x.lora_A.weight", torch.ones(4, 3)), {}, LoraxError, "x"),
-    (_with(f"{LAYER}.lora_A.default.weight", torch.ones(4, 32)), {}, UnsupportedAdapterError,
+REFUSED: list[tuple[Any, Any, type[errors.LoraxError], str]] = [
+    ([torch.zeros(1)], {}, errors.UsageError, "a dict of torch tensors by name, not list"),
+    ({"x": [1.0]}, {}, errors.UsageError, "tensor 'x' is no torch tensor, but list"),
+    ({1: torch.zeros(1)}, {}, errors.UsageError, "tensors have names, not 1"),
+    ({}, "{}", errors.UsageError, "a dict as in adapter_config.json, or a peft.LoraConfig"),
+    ({"x": torch.zeros(1, device="meta")}, {}, errors.UsageError, "no plain bytes"),
+    ({"x": torch.zeros(2, 2).to_sparse()}, {}, errors.UsageError, "no plain bytes"),
+    (NEW, {"peft_type": None}, errors.AdapterFormatError, "no 'peft_type'"),
+    (NEW, {"r": 5}, errors.AdapterFormatError, "rank|shape"),
+    (NEW, {"bias": "all"}, errors.UnsupportedAdapterError, "trained biases"),
+    (NEW, {"lora_alpha": float("nan")}, errors.AdapterFormatError, "cannot be written.*JSON"),
+    (NEW, {"what": object()}, errors.AdapterFormatError, "object is nothing that JSON has"),
+    (NEW, {"x": "y" * (256 << 10)}, errors.AdapterFormatError, "adapter_config.json"),
+    ({}, {}, errors.AdapterFormatError, "no tensor"),
+    (_without("0.self_attn.q_proj.lora_A"), {}, errors.AdapterFormatError, "no A beside it"),
+    (_with("x.lora_A.weight", torch.ones(4, 3)), {}, errors.LoraxError, "x"),
+    (_with(f"{LAYER}.lora_A.default.weight", torch.ones(4, 32)), {}, errors.UnsupportedAdapterError,
      "get_peft_model_state_dict"),
-    (_with("lm_head.weight", torch.ones(4, 32)), {}, UnsupportedAdapterError, "vocabulary"),
-    (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 31)), {}, IncompatibleAdapterError, "31"),
-    (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 32).double()), {}, UnsupportedAdapterError,
+    (_with("lm_head.weight", torch.ones(4, 32)), {}, errors.UnsupportedAdapterError, "vocabulary"),
+    (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 31)), {}, errors.IncompatibleAdapterError, "31"),
+    (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 32).double()), {}, errors.UnsupportedAdapterError,
      "float64; give it as torch.float32, torch.float16, torch.bfloat16"),
 ]  # fmt: skip
 LIMITS = [
@@ -244,10 +206,10 @@ LIMITS = [
 @pytest.mark.parametrize(
     ("given", "changes", "kind", "problem", "limits"),
     [(*refused, Limits()) for refused in REFUSED]
-    + [(NEW, {}, UnsupportedAdapterError, problem, limits) for limits, problem in LIMITS],
+    + [(NEW, {}, errors.UnsupportedAdapterError, problem, limits) for limits, problem in LIMITS],
 )
 async def test_what_is_no_adapter_for_this_base_is_refused(
-    given: Any, changes: Any, kind: type[LoraxError], problem: str, limits: Limits
+    given: Any, changes: Any, kind: type[errors.LoraxError], problem: str, limits: Limits
 ) -> None:
     config: Any = tiny.config(**changes) if isinstance(changes, dict) else changes
     async with loader(limits=limits) as there:
@@ -259,25 +221,22 @@ async def test_what_is_no_adapter_for_this_base_is_refused(
         assert used(there) == 0
 
 
-@pytest.mark.parametrize("name", [Path("mine"), "", AdapterRef("mine")])
-async def test_the_name_of_tensors_is_a_str(name: Any) -> None:
-    async with loader() as there:
-        with pytest.raises(InvalidAdapterIdError, match="a str that is not empty"):
-            await there.load_tensors(name, NEW, tiny.config())
-
-
-async def test_only_an_open_loader_with_memory_takes_tensors() -> None:
+async def test_only_an_open_loader_with_memory_takes_tensors_by_a_str() -> None:
     there = loader()
-    with pytest.raises(UsageError, match="enter the loader"):
+    with pytest.raises(errors.UsageError, match="enter the loader"):
         await give(there, 0)
     async with there:
         pass
-    with pytest.raises(LoaderClosedError):
+    with pytest.raises(errors.LoaderClosedError):
         await give(there, 0)
-    with pytest.raises(UsageError, match="memory_bytes must be an integer of at least 0"):
+    with pytest.raises(errors.UsageError, match="memory_bytes must be an integer of at least 0"):
         LoaderConfig(memory_bytes=-1)
     async with loader(memory_bytes=0) as there:
-        with pytest.raises(CapacityError):
+        names: list[Any] = [Path("mine"), "", AdapterRef("mine")]
+        for name in names:
+            with pytest.raises(errors.InvalidAdapterIdError, match="a str that is not empty"):
+                await give(there, 0, name)
+        with pytest.raises(errors.CapacityError):
             await give(there, 0)
         assert state(there, "mine") == "nowhere"
 
@@ -367,24 +326,24 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("error", [FetchError("ordered"), RuntimeError("a foreign fault")])
+@pytest.mark.parametrize("error", [errors.FetchError("ordered"), RuntimeError("a foreign fault")])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("verb", VERBS)
 async def test_an_error_at_every_step_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, step: str, error: Exception
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise error.located() if isinstance(error, LoraxError) else error
+        raise error.located() if isinstance(error, errors.LoraxError) else error
 
     async with prepared(tmp_path, verb) as call:
         with monkeypatch.context() as patch:
             patch.setattr(STEPS[step], fail)
-            with pytest.raises(LoraxError) as caught:
+            with pytest.raises(errors.LoraxError) as caught:
                 await call()
-        if isinstance(error, LoraxError):
-            assert type(caught.value) is FetchError
+        if isinstance(error, errors.LoraxError):
+            assert type(caught.value) is errors.FetchError
         else:
-            assert isinstance(caught.value, InternalError | TransferError)
+            assert isinstance(caught.value, errors.InternalError | errors.TransferError)
             assert caught.value.__cause__ is error
         assert caught.value.id == str(call.name)
         await call.assert_nothing_changed()
@@ -405,8 +364,8 @@ async def test_a_loader_that_closes_keeps_no_bytes(tmp_path: Path, verb: str, la
         for task in tasks:
             try:
                 (await task).release()
-            except LoraxError as error:
-                assert isinstance(error, LoaderClosedError | UsageError)
+            except errors.LoraxError as error:
+                assert isinstance(error, errors.LoaderClosedError | errors.UsageError)
         assert used(call.loader) == 0
 
 
@@ -416,7 +375,7 @@ async def test_tensors_written_to_during_the_copy_are_refused() -> None:
         giving = asyncio.create_task(there.load_tensors("mine", given, tiny.config()))
         await asyncio.sleep(0)
         given[min(given)].add_(1)
-        with pytest.raises(IntegrityError, match="written to while it was copied") as caught:
+        with pytest.raises(errors.IntegrityError, match="written to while it was copied") as caught:
             await giving
         assert (caught.value.id, caught.value.retryable) == ("mine", True)
         assert used(there) == 0
@@ -430,7 +389,7 @@ async def test_a_machine_without_memory_says_so(monkeypatch: pytest.MonkeyPatch)
     async with loader() as there:
         with monkeypatch.context() as patch:
             patch.setattr("lorax_async.io.snapshot.torch.empty", no_memory)
-            with pytest.raises(CapacityError, match="no host memory") as caught:
+            with pytest.raises(errors.CapacityError, match="no host memory") as caught:
                 await give(there, 2)
         assert caught.value.id == "mine"
         assert used(there) == 0

@@ -18,23 +18,14 @@ import sharded
 import tiny
 from common import open_files, until
 from lorax_async import (
-    AccessDeniedError,
     AdapterKey,
     AdapterLoader,
-    AdapterNotFoundError,
     AdapterRef,
-    FetchError,
-    IncompatibleAdapterError,
-    IntegrityError,
-    InvalidAdapterIdError,
     Limits,
-    LoaderClosedError,
     LoaderConfig,
-    LoraxError,
     Merge,
     Shard,
-    UnsupportedAdapterError,
-    UsageError,
+    errors,
 )
 from lorax_async.adapter import FileIdentity, MergedKey, as_ref, text_of
 from lorax_async.identity import PartId
@@ -105,12 +96,12 @@ DENSITY = "needs a density above 0 and up to 1, not"
     ids=lambda value: None if isinstance(value, tuple) else str(value)[:40],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(given: tuple[Any, ...], problem: str) -> None:
-    with pytest.raises(UsageError, match=problem):
+    with pytest.raises(errors.UsageError, match=problem):
         Merge(*given)
 
 
 def test_a_part_that_is_no_id_keeps_its_kind_of_error() -> None:
-    with pytest.raises(InvalidAdapterIdError, match=r"refs\[0\]: an adapter id"):
+    with pytest.raises(errors.InvalidAdapterIdError, match=r"refs\[0\]: an adapter id"):
         Merge("linear", [None], [1])  # type: ignore[list-item]
 
 
@@ -127,7 +118,7 @@ def test_a_merge_is_a_value_and_an_id() -> None:
     assert hash(merge) == hash(again)
     assert as_ref(merge) is merge
     assert text_of(merge) == merge.text
-    with pytest.raises(UsageError, match="a Merge says source"):
+    with pytest.raises(errors.UsageError, match="a Merge says source"):
         as_ref(merge, token="mine")
     secret = Merge("linear", [AdapterRef("one", token="secret")], [1])
     assert "secret" not in repr(secret) + secret.text
@@ -298,7 +289,7 @@ async def test_a_part_that_changed_before_a_reload_is_named(tmp_path: Path, file
         (await there.load(tmp_path / "c")).release()
         changed = tmp_path / "b" / file
         changed.write_bytes(changed.read_bytes())
-        with pytest.raises(IntegrityError, match=r"part 2 \('b'\): .* was changed"):
+        with pytest.raises(errors.IntegrityError, match=r"part 2 \('b'\): .* was changed"):
             await there.load(key)
         async with await there.load(at(tmp_path)) as handle:
             assert handle.key != key
@@ -359,7 +350,7 @@ async def test_a_rank_holds_its_share_of_a_merge(tmp_path: Path, merge: Merge, w
 async def test_a_part_that_is_missing_or_not_allowed_is_named(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as there:
-        with pytest.raises(AdapterNotFoundError, match=r"part 2 \('b'\): ") as caught:
+        with pytest.raises(errors.AdapterNotFoundError, match=r"part 2 \('b'\): ") as caught:
             await there.load(HALVES)
         assert caught.value.id == HALVES.text
         assert caught.value.stage == "resolve"
@@ -367,21 +358,25 @@ async def test_a_part_that_is_missing_or_not_allowed_is_named(tmp_path: Path) ->
     (tmp_path / "root").mkdir()
     async with loader(local_roots=[tmp_path / "root"]) as there:
         merge = Merge("linear", [tmp_path / "a", f"{tmp_path}/b"], [1, 1])
-        with pytest.raises(AccessDeniedError, match="part 2 .*local_roots"):
+        with pytest.raises(errors.AccessDeniedError, match="part 2 .*local_roots"):
             await there.load(merge)
 
 
 REFUSED = [
-    ({"use_dora": True}, LoraxError, r"part 2 \('.*b'\): .*has no magnitude"),
-    ({"bias": "all"}, UnsupportedAdapterError, r"part 2 \('.*b'\): .*trained biases"),
-    ({"lora_alpha": None}, LoraxError, r"part 2 \('.*b'\): .*lora_alpha"),
-    ({"rank": 3}, IncompatibleAdapterError, "layers.0.self_attn.q_proj.*equal ranks.*4 and 3"),
+    ({"use_dora": True}, errors.LoraxError, r"part 2 \('.*b'\): .*has no magnitude"),
+    ({"bias": "all"}, errors.UnsupportedAdapterError, r"part 2 \('.*b'\): .*trained biases"),
+    ({"lora_alpha": None}, errors.LoraxError, r"part 2 \('.*b'\): .*lora_alpha"),
+    (
+        {"rank": 3},
+        errors.IncompatibleAdapterError,
+        "layers.0.self_attn.q_proj.*equal ranks.*4 and 3",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("config", "kind", "problem"), REFUSED)
 async def test_a_part_that_is_refused_is_named(
-    tmp_path: Path, config: dict[str, Any], kind: type[LoraxError], problem: str
+    tmp_path: Path, config: dict[str, Any], kind: type[errors.LoraxError], problem: str
 ) -> None:
     source = stocked(tmp_path, "a", "b")
     source.put("b", *tiny.files(tiny.write(tmp_path / "b", 1, **config)))
@@ -405,7 +400,7 @@ async def test_a_part_that_is_not_plain_lora_is_named(tmp_path: Path) -> None:
     source.put("b", config, safetensors.torch.save(tensors))
     async with over(source) as there:
         problem = r"part 2 \('.*b'\): tensor '.*lora_magnitude_vector' is of more than plain LoRA"
-        with pytest.raises(UnsupportedAdapterError, match=problem):
+        with pytest.raises(errors.UnsupportedAdapterError, match=problem):
             await there.load(HALVES)
         (await there.load("b")).release()  # which alone is as good as any
 
@@ -424,7 +419,7 @@ async def test_the_limits_hold_for_the_whole_merge(tmp_path: Path) -> None:
             if problem is None:
                 (await there.load(HALVES)).release()
             else:
-                with pytest.raises(UnsupportedAdapterError, match=problem):
+                with pytest.raises(errors.UnsupportedAdapterError, match=problem):
                     await there.load(HALVES)
 
 
@@ -435,8 +430,8 @@ async def test_a_part_that_fails_is_named(tmp_path: Path, merge: Merge, step: St
     async with over(source) as there:
         end = len(tiny.files(tmp_path / "b")[1]) - 1
         at = {"bring": 2, "read": end}.get(step, 0)
-        source.fail(step, FetchError("ordered"), id="b", at=at)
-        with pytest.raises(FetchError, match=r"part 2 \('(memory:)?b'\): ordered"):
+        source.fail(step, errors.FetchError("ordered"), id="b", at=at)
+        with pytest.raises(errors.FetchError, match=r"part 2 \('(memory:)?b'\): ordered"):
             await there.load(merge)
         await until(lambda: source.counts.open_readers == 0)
         async with await there.load(merge) as handle:
@@ -475,7 +470,7 @@ async def test_a_loader_that_closes_while_a_merge_is_reopened(tmp_path: Path) ->
         await asyncio.sleep(0.02)
         assert not closing.done(), "a copy in flight is waited for"
         source.allow("b")
-        with pytest.raises(LoaderClosedError):
+        with pytest.raises(errors.LoaderClosedError):
             await task
         await closing
     assert source.counts.open_readers == 0

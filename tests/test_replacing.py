@@ -299,26 +299,6 @@ def assert_is_of(merged: AdapterHandle, seed: int) -> None:
         assert torch.equal(module.a[:4], 2 * part)
 
 
-@pytest.mark.parametrize("held", [True, False])
-async def test_replaced_while_a_merge_of_it_is_resolved(tmp_path: Path, held: bool) -> None:
-    source = Gated(tmp_path)
-    async with over(source) as there:
-        old = await give(there, 1)
-        if not held:
-            old.release()
-        source.gate.clear()
-        loading = asyncio.create_task(there.load(MERGE))
-        await until(lambda: source.counts.resolves == 1)
-        (await put(there, 2)).release()
-        later = asyncio.create_task(there.load(MERGE))
-        await until(lambda: there.usage().waiting == 0)
-        source.gate.set()
-        for task in (loading, later):
-            async with await task as handle:
-                assert_is_of(handle, 2)
-        old.release()
-
-
 async def test_replaced_while_the_source_resolves_it(tmp_path: Path) -> None:
     source = Gated(tmp_path)
     async with over(source) as there:

@@ -30,21 +30,7 @@ from disk_cache_world import open_below
 import tiny
 from common import until
 from given import assert_holds, give, kept, put, used
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
-    AdapterNotFoundError,
-    AdapterRef,
-    AdapterTimeoutError,
-    CapacityError,
-    ConfigError,
-    IntegrityError,
-    InternalError,
-    LoaderClosedError,
-    LoaderConfig,
-    LoraxError,
-    Merge,
-)
+from lorax_async import AdapterHandle, AdapterLoader, AdapterRef, LoaderConfig, Merge, errors
 from lorax_async.adapter import TensorsKey
 from lorax_async.core.cache_names import CacheKey
 from lorax_async.identity import AdapterKey
@@ -124,6 +110,12 @@ async def test_the_least_recently_read_tensors_spill_and_come_back_the_same(
         assert in_memory(there) == {keys[0], keys[2]}
         assert used(there) <= there.config.memory_bytes
         assert entries(tmp_path) == [entry_of(tmp_path, keys[1]).name]
+        await off_device(there)
+        found = where(there, keys[1])
+        assert (found.tier, found.state, found.host_bytes) == ("disk", "present", 0)
+        await there.prefetch("1", tier="host")
+        found = where(there, keys[1])
+        assert (found.tier, found.state, found.host_bytes) == ("host", "read ahead", 0)
         await assert_all_there(there, 0, 1, 2)
         assert there.statistics().spills == 1
 
@@ -148,26 +140,11 @@ async def test_a_spilled_entry_is_a_plain_adapter_with_its_digests(tmp_path: Pat
             async with await there.load(right) as handle:
                 assert_holds(handle, tiny.tensors(0))
                 assert (await handle.verified()).digest == right.digest
-            with pytest.raises(IntegrityError):
+            with pytest.raises(errors.IntegrityError):
                 await there.load(AdapterRef("0", digest=64 * "0"))
             await there.unload("0")
             await given(there, 0)
         assert keys[0] in in_memory(there)
-
-
-async def test_residency_tells_which_tensors_are_on_disk(tmp_path: Path) -> None:
-    async with spilled(tmp_path) as (there, keys):
-        found = where(there, keys[0])
-        assert (found.tier, found.state, found.host_bytes) == ("device", "resident", 0)
-        await off_device(there)
-        found = where(there, keys[0])
-        assert (found.tier, found.state) == ("disk", "present")
-        assert (found.host_bytes, found.device_bytes) == (0, 0)
-        await there.prefetch("0", tier="host")
-        found = where(there, keys[0])
-        assert (found.tier, found.state, found.host_bytes) == ("host", "read ahead", 0)
-        async with await there.load("0") as handle:
-            assert_holds(handle, tiny.tensors(0))
 
 
 async def test_equal_content_joins_what_is_on_disk(tmp_path: Path) -> None:
@@ -189,7 +166,7 @@ async def test_unloaded_tensors_are_gone_from_the_disk(tmp_path: Path, held: boo
         await there.unload("1")
         await until(lambda: entries(tmp_path) == [entry_of(tmp_path, keys[0]).name])
         for name in ("1", keys[1]):
-            with pytest.raises(AdapterNotFoundError):
+            with pytest.raises(errors.AdapterNotFoundError):
                 await there.load(name)
         assert keys[1] not in there.residency()
         if other is not None:
@@ -254,16 +231,16 @@ async def test_the_disk_is_used_only_when_it_must_be_and_may_be(tmp_path: Path) 
     for spill in (True, False):
         async with roomy(folder, 1, spill=spill) as there:
             key = await given(there, 0)
-            with pytest.raises(CapacityError, match="memory_bytes") as caught:
+            with pytest.raises(errors.CapacityError, match="memory_bytes") as caught:
                 await there.load_tensors("large", tiny.tensors(1, 64), tiny.config(64))
             assert (caught.value.id, caught.value.retryable) == ("large", False)
             if not spill:
-                with pytest.raises(CapacityError, match="memory_bytes") as caught:
+                with pytest.raises(errors.CapacityError, match="memory_bytes") as caught:
                     await given(there, 1)
                 assert (caught.value.id, caught.value.retryable) == ("1", True)
                 assert in_memory(there) == {key}
             assert os.listdir(tmp_path) == []
-    with pytest.raises(ConfigError, match="spill"):
+    with pytest.raises(errors.ConfigError, match="spill"):
         LoaderConfig(spill=1)  # type: ignore[arg-type]
 
 
@@ -359,7 +336,7 @@ async def test_without_room_on_disk_a_call_is_refused(tmp_path: Path, name: str)
             for seed in seeds:
                 await given(there, seed)
             before = in_memory(there)
-            with pytest.raises(CapacityError, match="beside .* in memory_bytes") as caught:
+            with pytest.raises(errors.CapacityError, match="beside .* in memory_bytes") as caught:
                 await given(there, case.count)
             error = caught.value
             assert case.why in error.problem
@@ -387,7 +364,7 @@ async def test_a_damaged_entry_says_to_give_the_tensors_again(tmp_path: Path, ch
             os.truncate(file, 100)
         else:
             file.unlink()
-        with pytest.raises(IntegrityError, match="give its tensors again") as caught:
+        with pytest.raises(errors.IntegrityError, match="give its tensors again") as caught:
             await there.load("0")
         assert (caught.value.id, caught.value.retryable) == ("0", False)
         await there.unload("0")
@@ -415,7 +392,7 @@ def test_whatever_system_call_fails_each_adapter_is_somewhere(
             with calls.counted():
                 try:
                     await given(there, 1)
-                except CapacityError as error:
+                except errors.CapacityError as error:
                     assert "nor can others make room on the disk" in error.problem
                     assert in_memory(there) == {key}
                 else:
@@ -556,7 +533,7 @@ async def test_a_load_meanwhile_reads_from_memory(tmp_path: Path, step: str, dev
 async def test_unloaded_during_the_spill_it_is_gone(tmp_path: Path, step: str, again: bool) -> None:
     async with midway(tmp_path, step) as now:
         await now.loader.unload("0")
-        with pytest.raises(AdapterNotFoundError):
+        with pytest.raises(errors.AdapterNotFoundError):
             await now.loader.load("0")
         if again:
             giving = asyncio.create_task(given(now.loader, 0))
@@ -566,7 +543,7 @@ async def test_unloaded_during_the_spill_it_is_gone(tmp_path: Path, step: str, a
             await assert_all_there(now.loader, 0, 1)
         else:
             await now.end()
-            with pytest.raises(AdapterNotFoundError):
+            with pytest.raises(errors.AdapterNotFoundError):
                 await now.loader.load(now.key)
         await until(lambda: len(entries(tmp_path)) == again)
 
@@ -600,7 +577,7 @@ async def test_a_deadline_or_cancellation_ends_the_spill(tmp_path: Path, step: s
     """Before it is published the adapter stays in memory, and afterwards it is on disk."""
     on_disk = step in {"publish", "switch"}
     async with midway(tmp_path / "late", step, timeout=0.2) as now:
-        with pytest.raises(AdapterTimeoutError) as caught:
+        with pytest.raises(errors.AdapterTimeoutError) as caught:
             await now.giving
         assert (caught.value.id, caught.value.stage) == ("1", "fetch")
         assert in_memory(now.loader) == {now.key}
@@ -629,7 +606,7 @@ async def test_a_loader_that_closes_during_the_spill(tmp_path: Path, step: str) 
         await asyncio.sleep(0.02)
         now.go_on.set()
         await closing
-        with pytest.raises(LoaderClosedError):
+        with pytest.raises(errors.LoaderClosedError):
             await now.giving
 
 
@@ -641,7 +618,7 @@ async def test_a_fault_of_ours_during_the_spill_is_told(tmp_path: Path, step: st
     async with roomy(tmp_path, 1) as there:
         await given(there, 0)
         with replaced(step, lambda _: fail):
-            with pytest.raises(InternalError, match="ordered") as caught:
+            with pytest.raises(errors.InternalError, match="ordered") as caught:
                 await given(there, 1)
             assert caught.value.id == "1"
         await assert_all_there(there, 0)
@@ -699,7 +676,7 @@ async def test_many_calls_at_once_keep_the_budgets(tmp_path: Path, seed: int) ->
             peaks[0] = max(peaks[0], used(there))
             peaks[1] = max(peaks[1], nbytes_on_disk(tmp_path))
         for end in await asyncio.gather(*tasks, return_exceptions=True):
-            assert end is None or isinstance(end, LoraxError | asyncio.CancelledError), end
+            assert end is None or isinstance(end, errors.LoraxError | asyncio.CancelledError), end
         await until(lambda: used(there) == kept(there))
         assert there.statistics().spills >= 3
         meant = {key for key in there.residency() if isinstance(key, TensorsKey)}

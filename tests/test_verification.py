@@ -11,23 +11,9 @@ import pytest
 import torch
 
 import tiny
-from common import Run, until
+from common import until
 from false_bytes import told_false, watched
-from lorax_async import (
-    AdapterHandle,
-    AdapterKey,
-    AdapterLoader,
-    AdapterRef,
-    AdapterTimeoutError,
-    Failed,
-    FetchError,
-    HandleClosedError,
-    IntegrityError,
-    InternalError,
-    LoaderClosedError,
-    Merge,
-    UsageError,
-)
+from lorax_async import AdapterHandle, AdapterKey, AdapterLoader, AdapterRef, Failed, Merge, errors
 from lorax_async.adapter import MergedKey, RemoteKey, is_stale
 from lorax_async.core.arena import Extent
 from lorax_async.io.ports import CopyTicket
@@ -54,13 +40,17 @@ def leases(there: AdapterLoader) -> int:
 
 
 @pytest.mark.each_loop
-async def test_a_load_is_there_before_it_is_verified(tmp_path: Path) -> None:
+async def test_a_load_is_verified_after_it_is_there_and_until_it_is_released(
+    tmp_path: Path,
+) -> None:
     source = stocked(tmp_path, "a")
     source.hold_verification("a")
     source.verifications["a"] = Verification("sha256", SOME)
     async with over(source) as there, await there.load("a") as handle:
         tiny.assert_equal_to_file(handle, tmp_path / "a")
-        with pytest.raises(AdapterTimeoutError, match="here and checked within 0.01") as late:
+        with pytest.raises(
+            errors.AdapterTimeoutError, match="here and checked within 0.01"
+        ) as late:
             await handle.verified(timeout=0.01)
         assert (late.value.stage, late.value.id, late.value.key) == ("verify", "a", handle.key)
         async with handle.clone() as clone:
@@ -70,6 +60,17 @@ async def test_a_load_is_there_before_it_is_verified(tmp_path: Path) -> None:
             source.allow_verification("a")
             assert await asyncio.gather(*waiting) == [Verification("sha256", SOME)] * 2
         assert await handle.verified(timeout=0) == Verification("sha256", SOME)
+        with pytest.raises(errors.UsageError, match="event loop of its loader"):
+            await asyncio.to_thread(lambda: asyncio.run(handle.verified()))
+    source.hold_verification("a")
+    async with over(source) as there, await there.load("a") as handle:
+        waiting = [asyncio.create_task(handle.verified())]
+        await asyncio.sleep(0)
+        handle.release()
+        for late in (waiting[0], handle.verified()):
+            with pytest.raises(errors.HandleClosedError):
+                await late
+        source.allow_verification("a")
 
 
 async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Path) -> None:
@@ -89,25 +90,6 @@ async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Pa
             assert (await handle.verified()).kind == "git-sha1"
 
 
-def test_a_wait_to_be_verified_ends_with_the_handle(run: Run, tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    source.hold_verification("a")
-
-    async def body() -> None:
-        async with over(source) as there, await there.load("a") as handle:
-            with pytest.raises(UsageError, match="event loop of its loader"):
-                await asyncio.to_thread(lambda: asyncio.run(handle.verified()))
-            waiting = asyncio.create_task(handle.verified())
-            await asyncio.sleep(0)
-            handle.release()
-            for late in (waiting, handle.verified()):
-                with pytest.raises(HandleClosedError):
-                    await late
-            source.allow_verification("a")
-
-    run(body())
-
-
 async def test_before_use_all_is_checked_before_a_copy(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "false")
     for id in ("a", "false"):
@@ -125,7 +107,7 @@ async def test_before_use_all_is_checked_before_a_copy(tmp_path: Path) -> None:
         await asyncio.sleep(0.02)
         assert device.copies == 0
         told_false(source, "false")
-        with pytest.raises(IntegrityError, match="not what was promised"):
+        with pytest.raises(errors.IntegrityError, match="not what was promised"):
             await using[1]
         assert device.copies == 0
         source.allow_verification("a")
@@ -173,7 +155,7 @@ async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None
                     assert await each.verified() == Verification("sha256", digest)
         async with await there.load(folder) as handle:
             assert await handle.verified() == Verification("none"), "another's word"
-            with pytest.raises(IntegrityError) as caught:
+            with pytest.raises(errors.IntegrityError) as caught:
                 await there.load(folder, digest=OTHER)
             error = caught.value
             assert (error.id, error.key, error.stage) == (str(folder), handle.key, "verify")
@@ -186,17 +168,37 @@ async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None
             assert is_resident(there, folder)
 
 
-async def test_the_files_are_hashed_once_for_all_callers(tmp_path: Path) -> None:
+async def test_every_call_compares_and_the_files_are_hashed_once(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
-    digest = digest_of(tmp_path / "a")
+    digests = {name: digest_of(tmp_path / name) for name in "ab"}
+    right, wrong = (AdapterRef("a", digest=each) for each in (digests["a"], OTHER))
     async with over(source, max_slots=1) as there:
-        for handle in await asyncio.gather(*(there.load("a", digest=digest) for _ in range(20))):
+        for handle in await asyncio.gather(*(there.load(right) for _ in range(20))):
             handle.release()
         (await there.load("b")).release()
-        (await there.load("a", digest=digest)).release()
-        with pytest.raises(IntegrityError, match=f"{digest}, not {OTHER}"):
-            await there.load("a", digest=OTHER)
+        for tier in ("disk", "device"):
+            await there.prefetch(right, tier=tier)
+            with pytest.raises(errors.IntegrityError):
+                await there.prefetch(wrong, tier=tier)
+        for call in (there.load, there.pin):
+            with pytest.raises(errors.IntegrityError, match=f"{digests['a']}, not {OTHER}"):
+                await call(wrong)
+        await there.pin(right)
+        assert not there.unpin(wrong)
+        at_once = there.try_acquire(right)
+        assert at_once is not None
+        at_once.release()
+        assert there.try_acquire(wrong) is None
+        assert there.unpin(right)
+        assert not leases(there)
         assert source.counts.digests == 1
+        parts = [AdapterRef(name, digest=digests[name]) for name in "ab"]
+        async with await there.load(Merge("linear", parts, [1, 1])) as handle:
+            assert await handle.verified() == Verification("none")
+        assert source.counts.digests == 2
+        parts = [AdapterRef("a", digest=digests["b"]), AdapterRef("b")]
+        with pytest.raises(errors.IntegrityError, match=digests["a"]):
+            await there.load(Merge("linear", parts, [1, 1]))
 
 
 @pytest.mark.parametrize("kind", ["sha256", "transport", "git-sha1", "none"])
@@ -222,7 +224,7 @@ async def test_a_sha256_that_the_source_found_is_not_computed_again(
             async with await loading as handle:
                 assert await handle.verified() == Verification("sha256", wanted)
         else:
-            with pytest.raises(IntegrityError):
+            with pytest.raises(errors.IntegrityError):
                 await loading
         assert source.counts.digests == (0 if by_source else 1)
 
@@ -243,13 +245,13 @@ async def test_a_stream_hears_of_another_digest_when_all_is_here(tmp_path: Path)
         waiting = [asyncio.create_task(each.layer_ready(3)) for each in (handle, right)]
         verified = asyncio.create_task(handle.verified())
         source.allow("a")
-        with pytest.raises(IntegrityError, match=f"not {OTHER}"):
+        with pytest.raises(errors.IntegrityError, match=f"not {OTHER}"):
             await verified
         await waiting[1]
         for each in (handle, clone):
-            with pytest.raises(IntegrityError), each.use():
+            with pytest.raises(errors.IntegrityError), each.use():
                 raise AssertionError("a kernel would run")
-            with pytest.raises(IntegrityError):
+            with pytest.raises(errors.IntegrityError):
                 await asyncio.to_thread(each.wait_layer, 3)
         await asyncio.gather(*waiting, return_exceptions=True)
         for each in (right, plain):
@@ -259,46 +261,11 @@ async def test_a_stream_hears_of_another_digest_when_all_is_here(tmp_path: Path)
         assert there.statistics().failures == 0
 
 
-async def test_every_call_compares_the_digest_it_is_given(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a")
-    right, wrong = (AdapterRef(folder, digest=each) for each in (digest_of(folder), OTHER))
-    async with loader() as there:
-        for tier in ("disk", "device"):
-            await there.prefetch(right, tier=tier)
-            with pytest.raises(IntegrityError):
-                await there.prefetch(wrong, tier=tier)
-        with pytest.raises(IntegrityError):
-            await there.pin(wrong)
-        await there.pin(right)
-        assert not there.unpin(wrong)
-        with pytest.raises(IntegrityError):
-            await there.load(wrong)
-        handle = there.try_acquire(right)
-        assert handle is not None
-        handle.release()
-        assert there.try_acquire(wrong) is None
-        assert there.unpin(right)
-        assert not leases(there)
-
-
-async def test_parts_of_a_merge_have_digests_of_their_own(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
-    digests = {name: digest_of(tmp_path / name) for name in "ab"}
-    async with over(source) as there:
-        parts = [AdapterRef(name, digest=digests[name]) for name in "ab"]
-        async with await there.load(Merge("linear", parts, [1, 1])) as handle:
-            assert await handle.verified() == Verification("none")
-        assert source.counts.digests == 2
-        parts = [AdapterRef("a", digest=digests["b"]), AdapterRef("b")]
-        with pytest.raises(IntegrityError, match=digests["a"]):
-            await there.load(Merge("linear", parts, [1, 1]))
-
-
 @pytest.mark.parametrize("digest", ["", "a" * 63, "A" * 64, "g" * 64, "sha256:" + "a" * 64, 5])
 async def test_a_digest_is_64_lowercase_hex_digits(tmp_path: Path, digest: object) -> None:
     async with loader() as there:
         for call in (there.load, lambda *a, **k: there.stream(*a, **k).__aenter__()):
-            with pytest.raises(UsageError, match="digest"):
+            with pytest.raises(errors.UsageError, match="digest"):
                 await call(tmp_path, digest=digest)  # type: ignore[arg-type]
 
 
@@ -335,7 +302,7 @@ async def test_hashing_ends_when_nobody_waits_for_it(tmp_path: Path, how: str) -
                 await asyncio.sleep(0.01)
                 assert not source.cancelled, "the clone is left"
         elif how == "late":
-            with pytest.raises(AdapterTimeoutError) as caught:
+            with pytest.raises(errors.AdapterTimeoutError) as caught:
                 await there.load("a", digest=OTHER, timeout=0.2)
             assert caught.value.stage == "verify"
         else:
@@ -356,14 +323,14 @@ async def test_hashing_ends_when_nobody_waits_for_it(tmp_path: Path, how: str) -
 async def test_each_caller_gets_an_error_of_hashing_of_its_own(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as there:
-        source.fail("digest", FetchError("the disk is on fire"))
+        source.fail("digest", errors.FetchError("the disk is on fire"))
         loads = [there.load("a", digest=OTHER) for _ in range(3)]
-        errors = await asyncio.gather(*loads, return_exceptions=True)
-        assert [type(error) for error in errors] == [FetchError] * 3
-        assert len(set(map(id, errors))) == 3
+        ends = await asyncio.gather(*loads, return_exceptions=True)
+        assert [type(error) for error in ends] == [errors.FetchError] * 3
+        assert len(set(map(id, ends))) == 3
         source.fail("digest", RuntimeError("a foreign fault"))
         async with there.stream("a", digest=OTHER) as handle:
-            with pytest.raises(InternalError, match="foreign fault"):
+            with pytest.raises(errors.InternalError, match="foreign fault"):
                 await handle.verified()
         assert not leases(there)
         (await there.load("a", digest=digest_of(tmp_path / "a"))).release()
@@ -380,7 +347,7 @@ async def test_a_loader_that_closes_ends_the_wait_for_a_digest(tmp_path: Path, s
         if step == "hashed":
             await until(lambda: source.counts.digests)
         closing = asyncio.create_task(there.close())
-        with pytest.raises(LoaderClosedError) as caught:
+        with pytest.raises(errors.LoaderClosedError) as caught:
             await loading
         assert caught.value.id == "a"
         source.allow_verification("a")
@@ -405,19 +372,19 @@ async def test_every_use_of_false_bytes_fails(tmp_path: Path) -> None:
         clone = handle.clone()
         waiting = [asyncio.create_task(each.verified()) for each in (handle, clone)]
         told_false(source)
-        errors = await asyncio.gather(*waiting, return_exceptions=True)
-        for error in errors:
-            assert type(error) is IntegrityError
+        ends = await asyncio.gather(*waiting, return_exceptions=True)
+        for error in ends:
+            assert type(error) is errors.IntegrityError
             assert (error.id, error.key, error.stage) == ("a", handle.key, "verify")
-        assert errors[0] is not errors[1]
-        with pytest.raises(IntegrityError, match="not what was promised"):
+        assert ends[0] is not ends[1]
+        with pytest.raises(errors.IntegrityError, match="not what was promised"):
             await handle.layer_ready(0)
-        with pytest.raises(IntegrityError, match="not what was promised"):
+        with pytest.raises(errors.IntegrityError, match="not what was promised"):
             await asyncio.to_thread(clone.wait_layer, 3)
-        with pytest.raises(IntegrityError), handle.use():
+        with pytest.raises(errors.IntegrityError), handle.use():
             raise AssertionError("a kernel would run")
         for use in (lambda: handle.modules, clone.clone, lambda: handle.queue_behind(0)):
-            with pytest.raises(IntegrityError):
+            with pytest.raises(errors.IntegrityError):
                 use()
         assert there.try_acquire("a") is None
         failed = [event for event in events if isinstance(event, Failed)]
@@ -449,7 +416,7 @@ async def test_false_bytes_are_zeroed_before_their_slot_is_free(tmp_path: Path) 
         device.clear_column = cleared  # type: ignore[method-assign]
         with handle.use():
             told_false(source)
-            with pytest.raises(IntegrityError):
+            with pytest.raises(errors.IntegrityError):
                 await handle.verified()
             handle.release()
             others = [await there.load(name) for name in "bcd"]

@@ -9,21 +9,7 @@ from typing import Any
 
 from contention.adapters import IDS, LARGEST, LARGEST_FILE, LAYOUT, Made, made
 from contention.observer import Kernel, ObservedDevice
-from lorax_async import (
-    AdapterHandle,
-    AdapterInUseError,
-    AdapterLoader,
-    AdapterTimeoutError,
-    CapacityError,
-    FetchError,
-    HandleClosedError,
-    IntegrityError,
-    LoaderClosedError,
-    LoaderConfig,
-    LoraxError,
-    SlotId,
-    TransferError,
-)
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, SlotId, errors
 from lorax_async.adapter import AdapterKey
 from lorax_async.io.ports import Hold
 from lorax_async.runtime.prefetch import Prefetch
@@ -153,21 +139,21 @@ class World:
         """What comes of it is what was provoked."""
         try:
             await wish
-        except LoraxError as error:
+        except errors.LoraxError as error:
             self.blame(self.is_provoked(error), f"{type(error).__name__}: {error}")
 
     def is_provoked(self, error: Exception) -> bool:
         """Whether this play may have led to it. `CancelledError` is no `Exception`."""
         match error:
-            case LoaderClosedError():
+            case errors.LoaderClosedError():
                 return self.closing
-            case CapacityError():
+            case errors.CapacityError():
                 return self.pinned
-            case IntegrityError():
+            case errors.IntegrityError():
                 return max(self.source.latest.values()) > 0
-            case TransferError() | FetchError():
+            case errors.TransferError() | errors.FetchError():
                 return TOLD in str(error)
-            case AdapterTimeoutError() | AdapterInUseError():
+            case errors.AdapterTimeoutError() | errors.AdapterInUseError():
                 return self.hurried
         return False
 
@@ -182,7 +168,7 @@ class World:
                 for layer in handle.layers:
                     await handle.layer_ready(layer)
                 await holder.gone.wait()
-            except HandleClosedError:
+            except errors.HandleClosedError:
                 self.blame(holder.gone.is_set() or self.closing, "a handle was closed by nobody")
             finally:
                 if holder in self.holders:
@@ -209,7 +195,7 @@ class World:
                 self.kernels.append(kernel)
                 (stream or self.device.simulated.compute).run(kernel)
                 return kernel
-        except LoraxError as error:  # the load failed meanwhile
+        except errors.LoraxError as error:  # the load failed meanwhile
             self.blame(self.is_provoked(error), f"{type(error).__name__}: {error}")
             return None
 
@@ -228,9 +214,9 @@ class World:
         """Who holds it can read the layers that are ready, also of one that is leaving."""
         try:
             modules = handle.modules
-        except HandleClosedError:
+        except errors.HandleClosedError:
             return
-        except LoraxError as error:  # the load failed meanwhile
+        except errors.LoraxError as error:  # the load failed meanwhile
             self.blame(self.is_provoked(error), f"{type(error).__name__}: {error}")
             return
         weights = self.source.versions[handle.key].weights
