@@ -50,9 +50,10 @@ async def test_a_load_is_verified_after_it_is_there_and_until_it_is_released(
         tiny.assert_equal_to_file(handle, tmp_path / "a")
         with pytest.raises(
             errors.AdapterTimeoutError, match="here and checked within 0.01"
-        ) as late:
+        ) as caught:
             await handle.verified(timeout=0.01)
-        assert (late.value.stage, late.value.id, late.value.key) == ("verify", "a", handle.key)
+        error = caught.value
+        assert (error.stage, error.id, error.key) == ("verify", "a", handle.key)
         async with handle.clone() as clone:
             waiting = [asyncio.create_task(each.verified()) for each in (handle, clone)]
             await asyncio.sleep(0.01)
