@@ -1,14 +1,8 @@
-"""A small tensor-parallel base with fused, grouped heads, adapters for it, and each rank's share.
-
-What a rank holds is said by slices: of tensors, for their values, and of the numbers of their
-bytes, for what may be read.
-"""
+"""A small tensor-parallel base with grouped heads, adapters for it, and each rank's share."""
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -105,32 +99,8 @@ def columns_of(name: str, shard: Shard) -> torch.Tensor:
 def share_of(folder: Path, shard: Shard) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A and B of every module, as safetensors' own reader has them, cut for a rank."""
     saved = load_file(folder / "adapter_model.safetensors")
-    return _cut(lambda name: saved[name], shard)
-
-
-def bytes_of(folder: Path, shard: Shard) -> set[int]:
-    """The numbers of those bytes of the file that a rank needs."""
-    content = (folder / "adapter_model.safetensors").read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    entries = json.loads(content[8 : 8 + size])
-
-    def numbers(name: str) -> torch.Tensor:
-        first, last = entries[name]["data_offsets"]
-        return torch.arange(8 + size + first, 8 + size + last).view(*entries[name]["shape"], 4)
-
-    pairs = _cut(numbers, shard)
-    return {n for pair in pairs.values() for each in pair for n in each.flatten().tolist()}
-
-
-def _cut(
-    tensor: Callable[[str], torch.Tensor], shard: Shard
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return {
-        module.name: (
-            tensor(f"base_model.model.{module.name}.lora_A.weight")[
-                :, columns_of(module.name, shard)
-            ],
-            tensor(f"base_model.model.{module.name}.lora_B.weight")[rows_of(module.name, shard)],
-        )
-        for module in layout().modules
-    }
+    found = {}
+    for name in (module.name for module in layout().modules):
+        a, b = (saved[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        found[name] = (a[:, columns_of(name, shard)], b[rows_of(name, shard)])
+    return found

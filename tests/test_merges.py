@@ -173,17 +173,27 @@ async def test_a_merge_of_folders_is_the_weighted_sum(tmp_path: Path, device: st
             assert_halves(handle, tmp_path)
 
 
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("merge", BOTH)
-async def test_a_merge_that_many_ask_for_is_computed_once(tmp_path: Path, merge: Merge) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with over(source) as there:
+async def test_a_merge_is_computed_once_for_all_and_anew_after_it_was_evicted(
+    tmp_path: Path, merge: Merge, device: str
+) -> None:
+    source = stocked(tmp_path, "a", "b", "c")
+    async with over(source, max_slots=1, device=device) as there:
         handles = await asyncio.gather(*(there.load(merge) for _ in range(20)))
         assert len({handle.slot for handle in handles}) == 1
         assert source.counts.bytes_read == part_bytes()
         assert (source.counts.resolves, source.counts.opens) == (2, 2)
         assert there.statistics().fetches == 1
+        before = weights_of(handles[0])
         for handle in handles:
             handle.release()
+        assert source.counts.open_readers == 0
+        (await there.load("c")).release()
+        assert not is_resident(there, merge)
+        async with await there.load(merge) as handle:
+            assert_same(weights_of(handle), before)
+        assert there.statistics().fetches == 2, "it was not planned again"
         assert source.counts.open_readers == 0
 
 
@@ -205,21 +215,6 @@ async def test_equal_recipes_are_one_adapter(tmp_path: Path) -> None:
         await there.unload(at(tmp_path))
         async with await there.load(key) as handle:
             assert_halves(handle, tmp_path)
-
-
-@pytest.mark.parametrize("device", ["cpu", "simulated"])
-@pytest.mark.parametrize("merge", BOTH)
-async def test_an_evicted_merge_comes_back(tmp_path: Path, merge: Merge, device: str) -> None:
-    source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=1, device=device) as there:
-        async with await there.load(merge) as handle:
-            before = weights_of(handle)
-        (await there.load("c")).release()
-        assert not is_resident(there, merge)
-        async with await there.load(merge) as handle:
-            assert_same(weights_of(handle), before)
-        assert there.statistics().fetches == 2, "it was not planned again"
-        assert source.counts.open_readers == 0
 
 
 @pytest.mark.parametrize("merge", BOTH)

@@ -629,18 +629,6 @@ async def test_a_fault_of_ours_during_the_spill_is_told(tmp_path: Path, step: st
 # -- many at once ---------------------------------------------------------------------------------
 
 
-def nbytes_on_disk(folder: Path) -> int:
-    """Of adapters' files, those that are being written included."""
-    found = 0
-    for base, _, names in os.walk(folder):
-        for name in {WEIGHTS, CONFIG}.intersection(names):
-            try:
-                found += 0 if "/trash/" in base else os.stat(os.path.join(base, name)).st_size
-            except FileNotFoundError:
-                continue
-    return found
-
-
 @pytest.mark.parametrize("seed", range(4))
 async def test_many_calls_at_once_keep_the_budgets(tmp_path: Path, seed: int) -> None:
     random = Random(seed)
@@ -674,7 +662,8 @@ async def test_many_calls_at_once_keep_the_budgets(tmp_path: Path, seed: int) ->
                 random.choice(tasks).cancel()
             await asyncio.sleep(random.random() / 300)
             peaks[0] = max(peaks[0], used(there))
-            peaks[1] = max(peaks[1], nbytes_on_disk(tmp_path))
+            on_disk = there.usage().cache_bytes
+            peaks[1] = max(peaks[1], on_disk.used if on_disk else 0)
         for end in await asyncio.gather(*tasks, return_exceptions=True):
             assert end is None or isinstance(end, errors.LoraxError | asyncio.CancelledError), end
         await until(lambda: used(there) == kept(there))
