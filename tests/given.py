@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import tiny
 from lorax_async import AdapterHandle, AdapterLoader
+from lorax_async.adapter import AdapterId
 
 
 def assert_holds(handle: AdapterHandle, given: dict[str, torch.Tensor]) -> None:
@@ -18,6 +20,12 @@ def assert_holds(handle: AdapterHandle, given: dict[str, torch.Tensor]) -> None:
         b = given[f"base_model.model.{name}.lora_B.weight"]
         assert torch.equal(module.a, a.to(module.a.dtype))
         assert torch.equal(module.b, b.to(module.b.dtype))
+
+
+async def assert_means(there: AdapterLoader, id: AdapterId, seed: int, **settings: Any) -> None:
+    """A load of `id` gets the tensors of that seed."""
+    async with await there.load(id, **settings) as handle:
+        assert_holds(handle, tiny.tensors(seed))
 
 
 def used(there: AdapterLoader) -> int:

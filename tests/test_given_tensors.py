@@ -14,7 +14,7 @@ import torch
 
 import tiny
 from common import until
-from given import assert_holds, file_bytes, give, kept, used
+from given import assert_holds, file_bytes, give, kept, put, used
 from lorax_async import AdapterHandle, AdapterRef, Limits, LoaderConfig, errors
 from sweeping import Bench, cancel_at, count_steps, local_bench, released
 from tiny_loaders import ONE, loader, on_device
@@ -227,8 +227,9 @@ async def test_only_an_open_loader_with_memory_takes_tensors_by_a_str() -> None:
         await give(there, 0)
     async with there:
         pass
-    with pytest.raises(errors.LoaderClosedError):
-        await give(there, 0)
+    for call in (give, put):
+        with pytest.raises(errors.LoaderClosedError):
+            await call(there, 0)
     with pytest.raises(errors.UsageError, match="memory_bytes must be an integer of at least 0"):
         LoaderConfig(memory_bytes=-1)
     async with loader(memory_bytes=0) as there:

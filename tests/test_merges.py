@@ -300,6 +300,8 @@ async def test_layers_are_ready_as_their_parts_arrive(tmp_path: Path, merge: Mer
         async with there.stream(merge) as handle:
             await handle.layer_ready(1, timeout=10)
             assert not handle.is_ready(2)
+            with pytest.raises(errors.UsageError, match="layer 2 is not here yet"):
+                _ = handle.modules["model.layers.2.mlp.up_proj"]
             source.allow("b")
             await handle.layer_ready(tiny.LAYERS - 1, timeout=10)
             streamed = weights_of(handle)

@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from common import until
-from given import acquired, assert_holds, give, put, used
+from given import acquired, assert_holds, assert_means, give, kept, put, used
 from lorax_async import (
     AdapterHandle,
     AdapterRef,
@@ -82,8 +82,7 @@ async def test_an_id_of_a_source_is_replaced_until_unloaded(tmp_path: Path, kind
         old.release()
         await until(lambda: len(on_device(there)) == 1)
         assert there.residency()[before].tier == "disk"
-        async with await there.load(name) as handle:
-            assert_holds(handle, tiny.tensors(2))
+        await assert_means(there, name, 2)
         await there.unload(name)  # what the source has is what it means again
         async with await there.load(name) as handle:
             assert handle.key == before
@@ -110,18 +109,15 @@ async def test_a_token_has_its_own_version_and_no_token_is_for_all(tmp_path: Pat
     mine = AdapterRef("a", token="mine")
     async with over(source) as there:
         (await there.replace(mine, tiny.tensors(2), tiny.config())).release()
-        async with await there.load("a", token="mine") as handle:
-            assert_holds(handle, tiny.tensors(2))
+        await assert_means(there, "a", 2, token="mine")
         for token in (None, "theirs"):
             async with await there.load("a", token=token) as handle:
                 tiny.assert_equal_to_file(handle, tmp_path / "a")
         (await put(there, 3, "a")).release()
         for token, seed in ((None, 3), ("theirs", 3), ("mine", 2)):
-            async with await there.load("a", token=token) as handle:
-                assert_holds(handle, tiny.tensors(seed))
+            await assert_means(there, "a", seed, token=token)
         await there.unload(mine)
-        async with await there.load("a", token="mine") as handle:
-            assert_holds(handle, tiny.tensors(3))
+        await assert_means(there, "a", 3, token="mine")
 
 
 async def test_pins_of_an_id_move_at_once_and_pins_of_a_key_stay(tmp_path: Path) -> None:
@@ -177,8 +173,7 @@ async def test_an_old_version_that_is_put_back_before_it_went_stays() -> None:
             assert_holds(handle, tiny.tensors(1))
         for seed in (1, 2, 1):
             (await put(there, seed)).release()
-        async with await there.load("mine") as handle:
-            assert_holds(handle, tiny.tensors(1))
+        await assert_means(there, "mine", 1)
 
 
 # -- several at once ------------------------------------------------------------------------------
@@ -336,21 +331,22 @@ async def test_waiters_for_the_old_version_get_the_old_version(tmp_path: Path) -
 
 
 async def test_a_pin_that_waits_for_the_old_version_ends_on_the_new_one(tmp_path: Path) -> None:
-    there, device = gated(slots=2)
-    async with there:
+    async with loader(max_slots=1) as there:
         async with await give(there, 1) as old:
             old_key = old.key
-        for name in "ab":  # which take the slots
-            (await there.load(tiny.write(tmp_path / name))).release()
-        device.gate.clear()
+        other = await there.load(tiny.write(tmp_path / "other"))  # has the slot
         pinning = asyncio.create_task(there.pin("mine"))
-        await until(lambda: state(there, "mine") == "filling")
-        replacing = asyncio.create_task(put(there, 2))
+        replacing = asyncio.create_task(
+            there.replace("mine", tiny.tensors(2), tiny.config(), priority=9)
+        )
         await until(lambda: there.usage().waiting == 2)
-        device.gate.set()
+        size = where(there, "mine").host_bytes
+        await until(lambda: kept(there) == 2 * size)  # both wait for the slot
+        other.release()
         async with await replacing as new:
-            await pinning
-            assert there.residency()[new.key].pins == 1
+            new_key = new.key
+        await pinning
+        assert there.residency()[new_key].pins == 1
         assert old_key not in there.residency()
 
 

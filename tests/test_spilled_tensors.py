@@ -29,7 +29,7 @@ from disk_cache_world import open_below
 
 import tiny
 from common import until
-from given import assert_holds, give, kept, put, used
+from given import assert_holds, assert_means, give, kept, put, used
 from lorax_async import AdapterHandle, AdapterLoader, AdapterRef, LoaderConfig, Merge, errors
 from lorax_async.adapter import TensorsKey
 from lorax_async.core.cache_names import CacheKey
@@ -78,8 +78,7 @@ async def off_device(there: AdapterLoader) -> None:
 async def assert_all_there(there: AdapterLoader, *seeds: int) -> None:
     await off_device(there)
     for seed in seeds:
-        async with await there.load(str(seed)) as handle:
-            assert_holds(handle, tiny.tensors(seed))
+        await assert_means(there, str(seed), seed)
 
 
 @asynccontextmanager
@@ -173,8 +172,7 @@ async def test_unloaded_tensors_are_gone_from_the_disk(tmp_path: Path, held: boo
             assert_holds(other, tiny.tensors(0))
             other.release()
         assert await given(there, 1) == keys[1]
-        async with await there.load("1") as handle:
-            assert_holds(handle, tiny.tensors(1))
+        await assert_means(there, "1", 1)
 
 
 async def test_replaced_tensors_leave_the_disk_with_their_last_handle(tmp_path: Path) -> None:
@@ -187,8 +185,7 @@ async def test_replaced_tensors_leave_the_disk_with_their_last_handle(tmp_path: 
         assert_holds(old, tiny.tensors(0))
         old.release()
         await until(lambda: not entry_of(tmp_path, keys[0]).exists())
-        async with await there.load("0") as handle:
-            assert_holds(handle, tiny.tensors(7))
+        await assert_means(there, "0", 7)
 
 
 async def test_a_training_loop_needs_memory_for_one_version(tmp_path: Path) -> None:
@@ -520,8 +517,7 @@ async def midway(
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 async def test_a_load_meanwhile_reads_from_memory(tmp_path: Path, step: str, device: str) -> None:
     async with midway(tmp_path, step, device) as now:
-        async with await now.loader.load("0") as handle:
-            assert_holds(handle, tiny.tensors(0))
+        await assert_means(now.loader, "0", 0)
         assert in_memory(now.loader) == {now.key}
         await now.end()
         assert entries(tmp_path) == [entry_of(tmp_path, now.key).name]

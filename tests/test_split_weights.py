@@ -101,18 +101,22 @@ async def test_all_files_are_held_in_host_memory(tmp_path: Path) -> None:
             tiny.assert_equal_to_file(handle, one)
 
 
-@pytest.mark.parametrize("change", ["removed", "cut"])
+@pytest.mark.parametrize("change", ["removed", "cut", "outside"])
 async def test_a_file_that_is_wrong_is_named(tmp_path: Path, change: str) -> None:
     several = split(tiny.write(tmp_path / "one"), tmp_path / "several")
     file = several / name_of(2, 3)
     if change == "cut":
         os.truncate(file, 2000)
-    else:
+    elif change == "removed":
         file.unlink()
-    kind = AdapterFormatError if change == "cut" else AdapterNotFoundError
+    else:
+        index = {"weight_map": {"a": "../x"}}
+        (several / INDEX).write_text(json.dumps(index))
+    kind = AdapterNotFoundError if change == "removed" else AdapterFormatError
+    words = "'../x'" if change == "outside" else file.name
     async with loader() as there:
         for call in (there.load, there.prefetch):
-            with pytest.raises(kind, match=file.name) as caught:
+            with pytest.raises(kind, match=words) as caught:
                 await call(several)
             assert caught.value.id == str(several)
 

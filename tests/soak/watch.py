@@ -6,13 +6,12 @@ import asyncio
 import gc
 import os
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
 from common import open_sockets
-from lorax_async.core.cache_names import partial_name, role_of
+from lorax_async.core.cache_names import partial_name
 from lorax_async.core.policies import policy
 from lorax_async.io.cache import upkeep
 from lorax_async.io.disk_cache import DiskCache
@@ -118,30 +117,13 @@ class Watch:
             self._require(count <= MOST[what], f"{count} {what} more than before")
 
     def _require_room_on_disk(self) -> None:
-        """By its own word, and by what is in the folder while nobody makes or claims room."""
-        setting, budget = self._setting, self._setting.cache_bytes
-        used = setting.cache.used()
-        self._require(used <= budget, f"the cache says that it has {used:,} bytes of {budget:,}")
-        with setting.cache.shelves.place.undisturbed():
-            sizes = [list(_sizes(setting.folder / part)) for part in ("entries", "partials")]
-        taken = sum(nbytes for part in sizes for nbytes, _ in part)
-        self._tally.peak("bytes on disk", taken)
-        self._require(taken <= budget, f"the folder has {taken:,} bytes of {budget:,}")
+        used, budget = self._setting.cache.used(), self._setting.cache_bytes
+        self._tally.peak("bytes on disk", used)
+        self._require(used <= budget, f"the cache has {used:,} bytes of {budget:,}")
 
     def _require(self, right: object, problem: str) -> None:
         if not right:
             raise SoakError(problem)
-
-
-def _sizes(folder: Path) -> Iterator[tuple[int, str]]:
-    """Of adapters' files below it, as they are now; much of it goes meanwhile."""
-    for path, _, names in os.walk(folder):
-        for name in names:
-            if role_of(name) is not None:
-                try:
-                    yield os.stat(os.path.join(path, name)).st_size, name
-                except FileNotFoundError:
-                    continue
 
 
 def _rss() -> int:
