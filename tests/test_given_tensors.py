@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 import tiny
@@ -25,22 +24,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 OLD, NEW = tiny.tensors(1), tiny.tensors(2)
 
 # -- equal to a file, by its name -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", ["cpu", "simulated"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-async def test_given_tensors_equal_the_file_with_the_same_tensors(
-    tmp_path: Path, device: str, dtype: torch.dtype, stored: str
-) -> None:
-    folder = tiny.write(tmp_path / "twin", 3, dtype=dtype, use_rslora=True)
-    given = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    async with loader(device=device, dtype=stored) as there:
-        config = tiny.config(use_rslora=True)
-        async with await there.load_tensors("mine", given, config) as handle:
-            tiny.assert_equal_to_file(handle, folder)
-            assert {module.scale for module in handle.modules.values()} == {8 / 4**0.5}
-            assert (handle.id, handle.resident) == ("mine", True)
 
 
 async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> None:
@@ -74,10 +57,14 @@ async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_evicted_tensors_come_back_as_they_were_given(tmp_path: Path, device: str) -> None:
-    given = tiny.tensors(5)
-    async with over(stocked(tmp_path, "a", "b"), max_slots=2, device=device) as there:
-        (await there.load_tensors("mine", given, tiny.config())).release()
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+async def test_evicted_tensors_come_back_as_they_were_given(
+    tmp_path: Path, device: str, stored: str
+) -> None:
+    given, config = tiny.tensors(5), tiny.config(use_rslora=True)
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, max_slots=2, device=device, dtype=stored) as there:
+        (await there.load_tensors("mine", given, config)).release()
         for tensor in given.values():
             tensor.fill_(7)  # the caller trains on
         for _ in range(3):
@@ -88,7 +75,8 @@ async def test_evicted_tensors_come_back_as_they_were_given(tmp_path: Path, devi
             assert found.host_bytes == used(there) > file_bytes()
             async with await there.load("mine") as handle:
                 assert_holds(handle, tiny.tensors(5))
-                assert where(there, "mine").device_bytes >= ONE
+                assert {module.scale for module in handle.modules.values()} == {8 / 4**0.5}
+                assert where(there, "mine").device_bytes >= ONE // 2
         assert there.statistics().fetches == 3
 
 

@@ -161,19 +161,6 @@ def test_keys_of_merges_are_equal_where_the_bytes_would_be() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_a_merge_of_folders_is_the_weighted_sum(tmp_path: Path, device: str) -> None:
-    for seed, name in enumerate("ab"):
-        tiny.write(tmp_path / name, seed)
-    async with loader(device=device) as there:
-        async with await there.load(at(tmp_path)) as handle:
-            assert_halves(handle, tmp_path)
-            assert handle.id == f"linear(0.5 * {tmp_path}/a, -2.0 * {tmp_path}/b)"
-        async with there.stream(at(tmp_path)) as handle:
-            await handle.layer_ready(tiny.LAYERS - 1)
-            assert_halves(handle, tmp_path)
-
-
-@pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("merge", BOTH)
 async def test_a_merge_is_computed_once_for_all_and_anew_after_it_was_evicted(
     tmp_path: Path, merge: Merge, device: str
@@ -205,6 +192,7 @@ async def test_equal_recipes_are_one_adapter(tmp_path: Path) -> None:
         async with await there.load("./a") as first, await there.load("./b") as second:
             by_key = Merge("linear", [first.key, second.key], [0.5, -2])
         async with await there.load(at(tmp_path)) as found:
+            assert found.id == f"linear(0.5 * {tmp_path}/a, -2.0 * {tmp_path}/b)"
             for same in (Merge("linear", ["./a", "./b"], [0.5, -2]), by_key, found.key):
                 async with await there.load(same) as handle:
                     assert (handle.slot, handle.key) == (found.slot, found.key)

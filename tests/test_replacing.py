@@ -23,7 +23,6 @@ from lorax_async import (
     UsageError,
 )
 from lorax_async.adapter import AdapterId, AdapterKey
-from lorax_async.testing import FakeSource
 from tiny_loaders import ONE, gated, loader, on_device
 from tiny_sources import over, state, stocked, where
 
@@ -272,21 +271,6 @@ async def test_merges_follow_the_versions_of_their_parts(tmp_path: Path) -> None
 # -- in the midst of other calls ------------------------------------------------------------------
 
 
-class Gated(FakeSource):
-    """Answers resolves once it may."""
-
-    def __init__(self, base: Path) -> None:
-        super().__init__()
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.put("a", *tiny.files(tiny.write(base / "a")))
-
-    async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        answer = await super().resolve(ref)
-        await self.gate.wait()
-        return answer
-
-
 def assert_is_of(merged: AdapterHandle, seed: int) -> None:
     """Rows of A are those of its first part, times that one's scale of 2."""
     for name, module in merged.modules.items():
@@ -295,13 +279,20 @@ def assert_is_of(merged: AdapterHandle, seed: int) -> None:
 
 
 async def test_replaced_while_the_source_resolves_it(tmp_path: Path) -> None:
-    source = Gated(tmp_path)
+    source, go_on = stocked(tmp_path, "a"), asyncio.Event()
+    resolve = source.resolve
+
+    async def slowly(ref: AdapterRef) -> AdapterKey:
+        answer = await resolve(ref)
+        await go_on.wait()
+        return answer
+
+    source.resolve = slowly  # type: ignore[method-assign]
     async with over(source) as there:
-        source.gate.clear()
         loading = asyncio.create_task(there.load("a"))
         await until(lambda: source.counts.resolves == 1)
         new = await put(there, 2, "a")
-        source.gate.set()
+        go_on.set()
         async with await loading as handle:
             assert handle.key == new.key
         new.release()
