@@ -205,19 +205,6 @@ async def test_equal_recipes_are_one_adapter(tmp_path: Path) -> None:
             assert_halves(handle, tmp_path)
 
 
-@pytest.mark.parametrize("merge", BOTH)
-async def test_small_windows_change_no_byte(tmp_path: Path, merge: Merge) -> None:
-    """Where nothing is cut, and where every tensor of rank 64 is cut into several reads."""
-    source = stocked(tmp_path, "a", "b", rank=64)
-    found = []
-    for staging in (1 << 24, 1 << 14):
-        limits = Limits(max_rank=128)
-        settings = {"device": "simulated", "staging_bytes": staging, "limits": limits}
-        async with over(source, **settings) as there, await there.load(merge) as handle:
-            found.append(weights_of(handle))
-    assert_same(*found)
-
-
 async def test_a_merge_leaves_an_io_thread_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,15 +21,13 @@ from lorax_async import (
     AdapterLoader,
     AdapterNotFoundError,
     LoaderConfig,
-    LocalRoot,
     Shard,
     layouts,
 )
 from lorax_async.adapters import WeightsFile
 from lorax_async.cli import main
 from split_files import CONFIG, INDEX, WEIGHTS, deal, name_of, split
-from tiny_loaders import ONE, loader
-from tiny_sources import where
+from tiny_loaders import loader
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -69,36 +67,6 @@ async def test_a_rank_of_a_sharded_server_has_its_share_of_the_files(
         for name, (a, b) in expected.items():
             assert torch.equal(handle.modules[name].a, a)
             assert torch.equal(handle.modules[name].b, b)
-
-
-@BOTH
-async def test_an_evicted_one_comes_back_from_its_files(
-    tmp_path: Path, splitting: Splitting
-) -> None:
-    one, other = (tiny.write(tmp_path / f"one{seed}", seed) for seed in (1, 2))
-    several = splitting(one, tmp_path / "several")
-    async with loader(device_bytes=ONE, max_slots=1) as there:
-        for folder, same in [(several, one), (other, other)] * 3:
-            async with await there.load(folder) as handle:
-                tiny.assert_equal_to_file(handle, same)
-        os.utime(several / name_of(2, 3), (5, 5))
-        os.utime(several / INDEX, (6, 6))
-        async with await there.load(several) as handle:
-            tiny.assert_equal_to_file(handle, one)
-
-
-async def test_all_files_are_held_in_host_memory(tmp_path: Path) -> None:
-    one = tiny.write(tmp_path / "one", 1)
-    several = split(one, tmp_path / "several")
-    held = sum(path.stat().st_size for path in several.glob("*.safetensors"))
-    roots = [LocalRoot(tmp_path, immutable=True)]
-    async with loader(local_roots=roots, host_bytes=2 * held) as there:
-        await there.prefetch("./several", tier="host")
-        found = where(there, "./several")
-        assert (found.tier, found.state) == ("host", "held")
-        assert held <= found.host_bytes <= held + 64
-        async with await there.load("./several") as handle:
-            tiny.assert_equal_to_file(handle, one)
 
 
 @pytest.mark.parametrize("change", ["removed", "cut", "outside"])
