@@ -81,6 +81,11 @@ class StagingRing:
     def free(self) -> int:
         return len(self._free)
 
+    def __repr__(self) -> str:
+        """How many buffers are free, and how many calls of `take` wait."""
+        free, waiting = f"{self.free} of {self.buffers} buffers free", f"{len(self._turns)} waiting"
+        return f"<StagingRing: {free}, {waiting}>"
+
     def take(self, count: int) -> list[Buffer]:
         """`count` buffers at once. Waits until they are free, and until nobody came before.
 
