@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from device_groups import SHAPES, START, Group, made_by
+from device_groups import ARENA, EXTENT, SHAPES, Group, made_by
 
 from late_device import build
 from late_device.world import loaded
+from lorax_async.core.arena import Extent
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.io.devices.cuda import CudaDevice
+from lorax_async.io.ports import StagedPiece
 
 Made = Callable[..., CudaDevice]
 
@@ -43,8 +47,38 @@ def devices_of(kind: str) -> Iterator[Made]:
     yield from made_by(partial(CudaDevice, device=kind))
 
 
+def opened_devices(kind: str) -> Iterator[CudaDevice]:
+    """For a fixture `device`."""
+    for make in devices_of(kind):
+        device = make()
+        device.open()
+        yield device
+
+
+class _Witness(torch.Tensor):
+    """Staged bytes that note on which stream they are copied."""
+
+    seen: torch.Stream
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") == "copy_":
+            cls.seen = torch.accelerator.current_stream()
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+_copy_streams: weakref.WeakKeyDictionary[CudaDevice, torch.Stream] = weakref.WeakKeyDictionary()
+
+
 def copy_stream(device: CudaDevice) -> torch.Stream:
-    return device._memory.stream
+    """The stream that the device's copies run on: the first look copies some bytes."""
+    if device not in _copy_streams:
+        piece = StagedPiece(device.staging_memory(64).as_subclass(_Witness), 0)
+        device.copy(piece, (), Extent(ARENA - EXTENT, EXTENT), 0).result(10)
+        _copy_streams[device] = _Witness.seen
+    return _copy_streams[device]
 
 
 def compute_stream(device: CudaDevice) -> torch.Stream:
@@ -66,10 +100,7 @@ def held(stream: torch.Stream) -> Iterator[None]:
 def a_of_module_0(device: CudaDevice, made: Group, offset: int) -> torch.Tensor:
     """Where A of module 0 is, or will be, whatever the device says of it."""
     want = made.weights[0][0]
-    start = offset + made.rows[0].a
-    assert made.rows[0].module == 0
-    assert made.rows[0].a >= START
-    found = device._memory.arena[start : start + want.nbytes]
+    found = device.view(Extent(offset + made.rows[0].a, want.nbytes))
     return found.view(want.dtype).view(want.shape)
 
 
@@ -99,24 +130,24 @@ Column = tuple[list[list[int]], list[float], list[int]]
 
 def column_now(device: CudaDevice, slot: int) -> Column:
     """Addresses `[modules][A, B]`, scales and ranks, whatever streams have yet to do."""
-    columns = device._memory.columns
-    entries = _now(columns._entries[slot], torch.int64).view(-1, 3)
-    scales = entries.view(torch.float32)[:, 4]
     return (
-        entries[:, :2].tolist(),
-        scales.tolist(),
-        _now(columns._ranks[slot], torch.int32).tolist(),
+        _now(device.address)[:, :, slot].T.tolist(),
+        _now(device.scale)[:, slot].tolist(),
+        _now(device.rank)[:, slot].tolist(),
     )
 
 
-def _now(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    content = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
-    return torch.frombuffer(bytearray(content), dtype=dtype)
+def _now(table: torch.Tensor) -> torch.Tensor:
+    content = table.untyped_storage()
+    words = torch.frombuffer(
+        bytearray(ctypes.string_at(content.data_ptr(), content.nbytes())), dtype=table.dtype
+    )
+    return words.as_strided(table.shape, table.stride(), table.storage_offset())
 
 
 def column_of(device: CudaDevice, made: Group, offset: int) -> Column:
     """What the column of a slot is to be that has this group alone."""
-    base = device._memory.arena.data_ptr() + offset
+    base = device.view(Extent(offset, 1)).data_ptr()
     addresses, scales, ranks = [[0, 0]] * len(SHAPES), [0.0] * len(SHAPES), [0] * len(SHAPES)
     for row in made.rows:
         addresses[row.module] = [base + row.a, base + row.b]

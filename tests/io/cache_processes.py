@@ -138,6 +138,15 @@ def kills(base: Path) -> list[dict[str, Any]]:
     raise AssertionError("it never ended")
 
 
+def leave(folder: Path) -> None:
+    """Write all of it, and be killed."""
+    cache = opened(folder)
+    download = cache.begin(KEY, SCOPE, Demand())
+    assert isinstance(download, DiskDownload)
+    put(download.file(WEIGHTS_FILE, NBYTES), CONTENT, [(0, NBYTES)])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 # -- several at once ------------------------------------------------------------------------------
 
 
@@ -241,6 +250,8 @@ def main(what: str, base: Path, locks: str) -> object:
         without_locks()
     if what == "kills":
         return kills(base)
+    if what == "left":
+        return ended(*fork(lambda _: leave(base)))[0]
     if what == "together":
         return [together(base / str(pause), 4, pause) for pause in (0.0, 0.02)]
     return adventures(base / "cache", 1)

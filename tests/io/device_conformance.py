@@ -28,7 +28,6 @@ from device_groups import (
     staged,
     when_done,
 )
-from wipe_conformance import WipeConformance
 
 from lorax_async.core.arena import Extent
 from lorax_async.errors import CapacityError, FetchError, LoraxError, UsageError
@@ -36,10 +35,11 @@ from lorax_async.io.ports import FilePieces
 
 NAN_BYTE = 0xFF
 """Memory full of it is NaN in every dtype."""
+
 IMPOSSIBLE = [1 << 60, 1 << 63, 1 << 80]
 
 
-class DeviceConformance(WipeConformance):
+class DeviceConformance:
     @pytest.mark.parametrize("dtype", TORCH)
     def test_what_was_copied_is_there(self, new_device: NewDevice, dtype: str) -> None:
         device = new_device(dtype=dtype)
@@ -61,17 +61,12 @@ class DeviceConformance(WipeConformance):
         assert ticket.result(0) is None
 
     def test_tables_are_as_the_kernels_expect(self, new_device: NewDevice) -> None:
-        device = new_device()
-        device.open()
+        (device := new_device()).open()
         assert (device.address.dtype, device.address.shape) == (torch.int64, (2, 4, SLOTS))
         assert (device.rank.dtype, device.rank.shape) == (torch.int32, (4, SLOTS))
         assert (device.scale.dtype, device.scale.shape) == (torch.float32, (4, SLOTS))
         for slot in range(SLOTS):
             holds(device, slot, {})
-
-    def test_tensors_are_aligned(self, new_device: NewDevice) -> None:
-        device = new_device()
-        device.open()
         assert device.alignment % 64 == 0
         move(device, group(1, [0]), extent(1), 0)
         assert (device.address[:, 0, 0].cpu() % device.alignment).tolist() == [0, 0]
@@ -88,40 +83,48 @@ class DeviceConformance(WipeConformance):
             holds(device, n, groups[n].weights)
 
     def test_a_cleared_column_names_nobody(self, new_device: NewDevice) -> None:
-        device, gone, stays = new_device(), group(1, [0, 1, 2]), group(2, [0, 1, 3])
-        device.open()
-        move(device, gone, extent(0), 0)
-        move(device, stays, extent(1), 1)
-        holds(device, 0, gone.weights)
-        device.clear_column(0)
-        settle(device)
-        holds(device, 0, {})
-        holds(device, 1, stays.weights)
-
-    def test_the_next_tenant_sees_nothing_of_the_last(self, new_device: NewDevice) -> None:
-        device = new_device()
+        """Nor does the next tenant see anything of the last; the tables stay where they are."""
+        device, stays = new_device(), group(9, [0, 1, 3])
         device.open()
         tables = [table.data_ptr() for table in (device.address, device.rank, device.scale)]
+        move(device, stays, extent(2), 1)
         for seed, modules in ((1, [0, 1]), (2, [1, 2]), (3, [3])):
             made = group(seed, modules, rank=8 * seed)
             move(device, made, extent(seed % 2), 0)
             holds(device, 0, made.weights)
             device.clear_column(0)
+        settle(device)
+        holds(device, 0, {})
+        holds(device, 1, stays.weights)
         assert tables == [table.data_ptr() for table in (device.address, device.rank, device.scale)]
 
-    def test_what_is_asked_for_takes_effect_in_order(self, new_device: NewDevice) -> None:
-        """Nobody waits in between, and the extents change their owners."""
-        device, tickets = new_device(), []
+    def test_what_is_wiped_is_zero(self, new_device: NewDevice) -> None:
+        """Its bytes alone; rows that name them are another call's."""
+        device, gone, stays = new_device(), group(1, [0, 1]), group(2, [2, 3])
         device.open()
-        groups = [group(n, [n % 4, (n + 1) % 4]) for n in range(8)]
+        for place, made in ((0, gone), (2, gone), (1, stays)):
+            move(device, made, extent(place), place)
+        assert device.wipe([extent(0), extent(2)]).result(10) is None
+        for place in (0, 2):
+            assert not device.view(extent(place)).cpu().any()
+        shows(device, stays, extent(1))
+        holds(device, 1, stays.weights)
+
+    def test_what_is_asked_for_takes_effect_in_order(self, new_device: NewDevice) -> None:
+        """Copies, clearings and wipes; nobody waits in between, and extents change their owners."""
+        device, groups = new_device(), [group(n, [n % 4, (n + 1) % 4]) for n in range(8)]
+        device.open()
+        tickets = [device.wipe([])]
         for n, made in enumerate(groups):
             for slot in (0, 1):
                 device.clear_column(slot)
-            tickets.append(begin(device, made, extent(1), n % 2))
+            tickets += [device.wipe([extent(1)]), begin(device, made, extent(1), n % 2)]
+        tickets += [begin(device, groups[0], extent(2), 2), device.wipe([extent(2)])]
         for ticket in tickets:
             ticket.result(10)
         holds(device, 0, {})
         holds(device, 1, groups[7].weights)
+        assert not device.view(extent(2)).cpu().any()
 
     def test_copies_side_by_side(self, new_device: NewDevice) -> None:
         device = new_device()
@@ -154,10 +157,6 @@ class DeviceConformance(WipeConformance):
         ticket.result(10)
         other.wait_for(ticket)
 
-    def test_a_use_ends(self, new_device: NewDevice) -> None:
-        (device := new_device()).open()
-        assert device.note_use().result(10) is None
-
     @pytest.mark.parametrize("nbytes", [1, 4096, 100_001])
     def test_staging_memory_is_the_askers(self, new_device: NewDevice, nbytes: int) -> None:
         (device := new_device()).open()
@@ -170,52 +169,37 @@ class DeviceConformance(WipeConformance):
         assert (memory == 7).all()
 
     @pytest.mark.parametrize("nbytes", IMPOSSIBLE)
-    def test_staging_memory_beyond_the_machine(self, new_device: NewDevice, nbytes: int) -> None:
-        device, made = new_device(), group(1, [0])
-        device.open()
-        with pytest.raises(CapacityError, match=f"{nbytes:,} bytes"):
-            device.staging_memory(nbytes)
+    def test_memory_beyond_the_machine(self, new_device: NewDevice, nbytes: int) -> None:
+        (device := new_device()).open()
+        too_large = new_device(nbytes=nbytes)
+        for ask in (lambda: device.staging_memory(nbytes), too_large.open):
+            with pytest.raises(CapacityError, match=f"{nbytes:,} bytes"):
+                ask()
+        too_large.close()
+        made = group(1, [0])
         move(device, made, extent(0), 0)
         holds(device, 0, made.weights)
 
-    def test_closing_ends_what_runs(self, new_device: NewDevice) -> None:
-        (device := new_device()).open()
-        tickets = [begin(device, group(n, [n]), extent(n), 0) for n in range(4)]
-        tickets.append(device.note_use())
-        device.close()
-        assert [ticket.done() for ticket in tickets] == [True] * 5
-
-    def test_views_outlive_the_device(self, new_device: NewDevice) -> None:
+    def test_it_is_opened_once_and_closed_any_number_of_times(self, new_device: NewDevice) -> None:
+        """Closing ends what runs; views outlive the device."""
+        new_device().close()
         device, made = new_device(), group(1, [0])
         device.open()
         move(device, made, extent(0), 0)
+        with pytest.raises(UsageError, match="make a new one"):
+            device.open()
+        holds(device, 0, made.weights)
         operands = device.operands(0, 0)
+        tickets = [begin(device, group(n, [n]), extent(n), 1) for n in range(1, 4)]
+        tickets.append(device.note_use())
         device.close()
+        assert [ticket.done() for ticket in tickets] == [True] * 4
         device.close()
+        with pytest.raises(UsageError, match="make a new one"):
+            device.open()
         assert operands is not None
         assert torch.equal(operands[0].cpu(), made.weights[0][0])
         assert torch.equal(operands[1].cpu(), made.weights[0][1])
-
-    def test_it_is_opened_once(self, new_device: NewDevice) -> None:
-        device, made = new_device(), group(1, [0])
-        device.open()
-        move(device, made, extent(0), 0)
-        with pytest.raises(UsageError, match="make a new one"):
-            device.open()
-        holds(device, 0, made.weights)
-        device.close()
-        with pytest.raises(UsageError, match="make a new one"):
-            device.open()
-
-    def test_one_that_was_never_opened_is_closed(self, new_device: NewDevice) -> None:
-        new_device().close()
-
-    @pytest.mark.parametrize("nbytes", IMPOSSIBLE)
-    def test_an_arena_beyond_the_machine(self, new_device: NewDevice, nbytes: int) -> None:
-        device = new_device(nbytes=nbytes)
-        with pytest.raises(CapacityError, match=f"{nbytes:,} bytes"):
-            device.open()
-        device.close()
 
 
 class FileDeviceConformance(DeviceConformance):
@@ -255,6 +239,9 @@ class FileDeviceConformance(DeviceConformance):
         memory[START : START + len(made.image)] = torch.tensor(list(made.image))
         device.copy(FilePieces(BytesReader(b""), ()), made.rows, extent(1), 2).result(10)
         holds(device, 2, made.weights)
+        operands = device.operands(0, 2)
+        assert operands is not None
+        assert operands[0].data_ptr() == memory.data_ptr() + made.rows[0].a
 
     def test_a_failed_read_writes_no_row(self, new_device: NewDevice) -> None:
         device, made = new_device(), group(1, [0, 1])

@@ -1,7 +1,6 @@
 """What every `Source` keeps to. A test class derives from `SourceConformance`.
 
-Its module has two fixtures: `run`, which runs a coroutine function on a fresh loop, and `world`,
-which afterwards asserts that nothing stayed open.
+Its module has a fixture `world`, which afterwards asserts that nothing stayed open.
 """
 
 from __future__ import annotations
@@ -11,29 +10,33 @@ from collections.abc import Callable, Coroutine
 from hashlib import sha256
 from itertools import pairwise
 from threading import current_thread
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
-from rows_conformance import RowsConformance
-from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weights
+from source_inputs import (
+    CONFIG,
+    groups_of,
+    header_bytes,
+    read,
+    read_rows,
+    rows_of,
+    tensors,
+    weights,
+)
 
 from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.core.runs import Span
 from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
     FetchError,
     IntegrityError,
+    InternalError,
 )
 from lorax_async.io.ports import AdapterFile, Demand, Source
-
-T = TypeVar("T")
-
-
-class Run(Protocol):
-    def __call__(self, main: Coroutine[Any, Any, T], /) -> T: ...
 
 
 class World(Protocol):
@@ -51,7 +54,7 @@ async def bring_all(source: Source, file: AdapterFile, content: bytes) -> list[i
     return seen
 
 
-class SourceConformance(RowsConformance):
+class SourceConformance:
     async def test_a_key_lasts_as_long_as_the_bytes(self, world: World) -> None:
         ref = world.put("one", CONFIG, weights(1))
         first = await world.source.resolve(ref)
@@ -62,13 +65,7 @@ class SourceConformance(RowsConformance):
         third = await world.source.resolve(ref)
         assert len({first, second, third}) == 3
         assert first.location == second.location == third.location
-
-    async def test_two_adapters_have_two_keys(self, world: World) -> None:
-        refs = [world.put(name, CONFIG, weights(1)) for name in ("one", "two")]
-        keys = [await world.source.resolve(ref) for ref in refs]
-        assert keys[0] != keys[1]
-
-    async def test_an_unknown_adapter_is_not_found(self, world: World) -> None:
+        assert await world.source.resolve(world.put("two", CONFIG, weights(1))) != first
         with pytest.raises(AdapterNotFoundError):
             await world.source.resolve(world.ref("nobody"))
 
@@ -79,7 +76,15 @@ class SourceConformance(RowsConformance):
         assert content.startswith(file.prefix)
         assert len(file.prefix) >= header_bytes(content)
         assert file.reader.nbytes == len(content)
+        await bring_all(world.source, file, content)
+        with pytest.raises(IntegrityError):
+            read(file.reader, len(content) - 3, len(content) + 1)
         file.reader.close()
+        file.reader.close()
+        with pytest.raises(FetchError):
+            read(file.reader, 0, 8)
+        with pytest.raises(FetchError):
+            read_rows(file.reader, Span(0, 2, 2, 4))
 
     async def test_groups_arrive_in_order_on_the_loop(self, world: World) -> None:
         content = weights(1)
@@ -114,16 +119,44 @@ class SourceConformance(RowsConformance):
         loaded = safetensors.torch.load(bytes(whole))
         assert all(torch.equal(loaded[name], t) for name, t in tensors(1).items())
         assert read(reader, 5, 5) == b""
+        view = memoryview(bytearray(48)).cast("B", (6, 8))
+        reader.read_into([view], header_bytes(content))
+        assert view.tobytes() == content[header_bytes(content) :][:48]
         file.reader.close()
         reader.close()
 
-    async def test_a_matrix_of_bytes_is_filled_too(self, world: World) -> None:
+    @pytest.mark.parametrize("reopened", [False, True])
+    async def test_rows_come_one_after_the_other(self, world: World, reopened: bool) -> None:
+        """At no multiple of an element, without a gap, one alone; not beyond the end."""
         content = weights(1)
-        file = await world.source.open(await self.key(world, content), Demand())
-        await bring_all(world.source, file, content)
-        view = memoryview(bytearray(48)).cast("B", (6, 8))
-        file.reader.read_into([view], header_bytes(content))
-        assert view.tobytes() == content[header_bytes(content) :][:48]
+        start, size = header_bytes(content), len(content)
+        file, key = await brought(world, content, Span(0, size))
+        reader = world.source.reopen(key) if reopened else file.reader
+        for first, nbytes, rows, pitch in ROWS:
+            span = Span(start + first, start + first + nbytes, rows, pitch)
+            assert read_rows(reader, span) == rows_of(content, span)
+        view = memoryview(bytearray(48)).cast("B", (4, 12))
+        reader.read_rows(view, start, 4, 96)
+        assert view.tobytes() == rows_of(content, Span(start, start + 12, 4, 96))
+        for beyond in (1, 97, 1000):  # the last ends within the file, or begins behind it
+            first = size + beyond - 2 * 96 - 12
+            with pytest.raises(IntegrityError, match="ends before byte"):
+                read_rows(reader, Span(first, first + 12, 3, 96))
+        file.reader.close()
+        reader.close()
+
+    async def test_no_more_is_brought_than_the_rows(self, world: World) -> None:
+        """They can be read; a source that knows what is here tells of what is not."""
+        content = weights(1)
+        start = header_bytes(content)
+        span = Span(start + 24, start + 48, 4, 96)
+        file, _ = await brought(world, content, span)
+        assert read_rows(file.reader, span) == rows_of(content, span)
+        wider = Span(span.start, span.stop + 1, 4, 96)
+        try:
+            assert read_rows(file.reader, wider) == rows_of(content, wider)
+        except InternalError as error:
+            assert "before they arrived" in str(error)
         file.reader.close()
 
     async def test_a_cancelled_fetch_ends_early(self, world: World) -> None:
@@ -132,12 +165,9 @@ class SourceConformance(RowsConformance):
         demand = Demand()
         seen: list[int] = []
 
-        def arrived(group: int) -> None:
-            seen.append(group)
-
         demand.end()
         with pytest.raises(FetchError):
-            await world.source.bring(file, groups_of(content), arrived, demand)
+            await world.source.bring(file, groups_of(content), seen.append, demand)
         assert seen == []
         file.reader.close()
 
@@ -160,27 +190,14 @@ class SourceConformance(RowsConformance):
         file = await world.source.open(key, Demand())
         await bring_all(world.source, file, content)
         world.put("one", CONFIG, weights(2))
+        rows = Span(header_bytes(content), header_bytes(content) + 12, 4, 96)
         for reader in (file.reader, world.source.reopen(key)):
             try:  # a source that has its own copy goes on with what was opened
+                assert read_rows(reader, rows) == rows_of(content, rows)
                 assert read(reader, 0, len(content)) == content
             except IntegrityError as error:
                 assert "again" in str(error)
             reader.close()
-
-    async def test_a_read_beyond_the_end_is_an_error(self, world: World) -> None:
-        content = weights(1)
-        file = await world.source.open(await self.key(world, content), Demand())
-        await bring_all(world.source, file, content)
-        with pytest.raises(IntegrityError):
-            read(file.reader, len(content) - 3, len(content) + 1)
-        file.reader.close()
-
-    async def test_a_closed_reader_reads_no_more(self, world: World) -> None:
-        file = await world.source.open(await self.key(world, weights(1)), Demand())
-        file.reader.close()
-        file.reader.close()
-        with pytest.raises(FetchError):
-            read(file.reader, 0, 8)
 
     @pytest.mark.parametrize("content", [b"PK\3\4" + b"x" * 400, b"x", b"\x09" + b"\0" * 7 + b"{}"])
     async def test_a_file_without_a_header_is_refused(self, world: World, content: bytes) -> None:
@@ -227,3 +244,22 @@ class SourceConformance(RowsConformance):
 
     async def key(self, world: World, content: bytes) -> AdapterKey:
         return await world.source.resolve(world.put("one", CONFIG, content))
+
+
+ROWS = [
+    (0, 12, 4, 96),
+    (84, 12, 4, 96),
+    (3, 5, 7, 11),
+    (0, 16, 5, 16),
+    (200, 1, 90, 2),
+    (50, 300, 1, 0),
+]
+"""Where the first begins after the header, bytes of each, how many, and from one to the next."""
+
+
+async def brought(world: World, content: bytes, span: Span) -> tuple[AdapterFile, AdapterKey]:
+    """An adapter that is opened, and these bytes of it are here."""
+    key = await world.source.resolve(world.put("one", CONFIG, content))
+    file = await world.source.open(key, Demand())
+    await world.source.bring(file, [[span]], lambda _: None, Demand())
+    return file, key

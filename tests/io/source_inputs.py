@@ -46,3 +46,14 @@ def read(reader: Reader, start: int, stop: int) -> bytes:
     content = bytearray(stop - start)
     reader.read_into([memoryview(content)], start)
     return bytes(content)
+
+
+def read_rows(reader: Reader, span: Span) -> bytes:
+    """Rows that lie apart in the file."""
+    content = bytearray(span.nbytes)
+    reader.read_rows(memoryview(content), span.start, span.rows, span.pitch)
+    return bytes(content)
+
+
+def rows_of(content: bytes, span: Span) -> bytes:
+    return b"".join(content[start:stop] for start, stop in span.ranges())

@@ -1,4 +1,4 @@
-"""The CUDA device keeps to the port, on the late device and on a GPU, and says what it lacks."""
+"""The CUDA device keeps to the port, on the late device and on a GPU; what it lacks, and failures."""
 
 from __future__ import annotations
 
@@ -10,18 +10,40 @@ from itertools import count
 
 import pytest
 import torch
-from accelerators import KINDS, Made, copy_stream, devices_of, eventually, held
+from accelerators import (
+    KINDS,
+    Made,
+    compute_stream,
+    copy_stream,
+    devices_of,
+    eventually,
+    held,
+    one_layer,
+    opened_devices,
+    read_on,
+)
 from device_conformance import StagedDeviceConformance
-from device_groups import ARENA, LAYOUT, NEW, SLOTS, begin, extent, holds, move
+from device_groups import ARENA, LAYOUT, NEW, OLD, SLOTS, begin, extent, holds, move, settle
 
 from common import our_threads
 from late_device import build
 from lorax_async.core.arena import Extent
-from lorax_async.errors import CapacityError, ConfigError, InternalError, UsageError
+from lorax_async.core.moves import Row
+from lorax_async.errors import (
+    CapacityError,
+    ConfigError,
+    InternalError,
+    LoraxError,
+    TransferError,
+    UsageError,
+)
 from lorax_async.io.devices import device_memory
-from lorax_async.io.devices.columns import IMAGES
+from lorax_async.io.devices.columns import IMAGES, Columns
 from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.io.ports import StagedPiece
+from lorax_async.io.devices.watcher import EventTicket, Watcher
+from lorax_async.io.ports import CopyTicket, StagedPiece
+
+LOST = r"late:0: the device was lost \(late device error.*restart the process"
 
 
 @pytest.fixture(params=KINDS)
@@ -30,16 +52,20 @@ def new_device(request: pytest.FixtureRequest) -> Iterator[Made]:
 
 
 @pytest.fixture
-def device(new_device: Made) -> CudaDevice:
-    device = new_device()
-    device.open()
-    return device
-
-
-@pytest.fixture
 def new_late() -> Iterator[Made]:
     """Of the late device, which can be told to fail."""
     yield from devices_of("late")
+
+
+@pytest.fixture(params=KINDS)
+def device(request: pytest.FixtureRequest) -> Iterator[CudaDevice]:
+    yield from opened_devices(request.param)
+
+
+@pytest.fixture
+def late() -> Iterator[CudaDevice]:
+    """For tests that tell the device to fail, or let its streams do one thing after the other."""
+    yield from opened_devices("late")
 
 
 class TestCudaDevice(StagedDeviceConformance):
@@ -47,16 +73,6 @@ class TestCudaDevice(StagedDeviceConformance):
 
 
 class TestOpening:
-    def test_its_name_has_its_number(self, device: CudaDevice) -> None:
-        assert device.name in {"late:0", "cuda:0"}
-        assert (device.alignment, device.rank_multiple, device.reads_files) == (64, 8, False)
-
-    def test_a_column_is_contiguous_in_memory(self, device: CudaDevice) -> None:
-        """24 bytes and 4 for each module, whichever slot."""
-        assert device.address.stride() == (1, 3, 3 * 4)
-        assert device.scale.stride() == (6, 6 * 4)
-        assert device.rank.stride() == (1, 4)
-
     @pytest.mark.parametrize("name", ["gpu", "cuda:x", "late:", ""])
     def test_no_name_of_a_device(self, new_late: Made, name: str) -> None:
         with pytest.raises(ConfigError, match="no device"):
@@ -76,14 +92,13 @@ class TestOpening:
         build.show_devices(2)
         with torch.accelerator.device_index(1):
             device = new_late()
-        assert device.name == "late:1"
         with ThreadPoolExecutor(1) as thread:
             thread.submit(device.open).result(10)
             thread.submit(move, device, NEW, extent(0), 0).result(10)
             assert thread.submit(torch.accelerator.current_device_index).result(10) == 0
-        assert {t.device for t in (device.address, device.rank, device._memory.arena)} == {
-            torch.device("late:1")
-        }
+        assert device.name == "late:1"
+        tables = (device.address, device.rank, device.view(extent(0)))
+        assert {str(table.device) for table in tables} == {"late:1"}
         holds(device, 0, NEW.weights)
 
     def test_what_stands_on_the_current_stream_comes_first(self, new_late: Made) -> None:
@@ -189,52 +204,35 @@ class TestCopying:
         device.copy(piece, NEW.rows, extent(0), 0).result(10)
         holds(device, 0, NEW.weights)
 
-    def test_tickets_cannot_be_cancelled(self, device: CudaDevice) -> None:
-        piece = NEW.staged(device)
-        with held(copy_stream(device)):
-            ticket = device.copy(piece, NEW.rows, extent(0), 0)
-            assert not ticket.cancel()
-            assert not device.note_use(copy_stream(device)).cancel()
-        assert ticket.result(10) is None
-
-    def test_streams_of_others(self, new_late: Made) -> None:
-        device = new_late()
-        device.open()
-        ticket = begin(device, NEW, extent(0), 0)
-        for stream in (torch.Stream(device="late:1"), "late", 0):
-            with pytest.raises(UsageError, match="not a torch stream of late:0"):
-                device.note_use(stream)
-            with pytest.raises(UsageError, match="not a torch stream of late:0"):
-                device.wait_for(ticket, stream)
-        ticket.result(10)
-
-    def test_a_stream_that_is_captured(self, new_late: Made) -> None:
+    def test_streams_that_are_others_or_captured(self, late: CudaDevice) -> None:
         class Captured(torch.Stream):
             def is_capturing(self) -> bool:
                 return True
 
-        device, stream = new_late(), Captured(device="late:0")
-        device.open()
-        ticket = begin(device, NEW, extent(0), 0)
-        for ask in (lambda: device.wait_for(ticket, stream), lambda: device.note_use(stream)):
-            with pytest.raises(UsageError, match="captured"):
-                ask()
+        streams = [(stream, "not a torch stream") for stream in (torch.Stream("late:1"), "late", 0)]
+        streams.append((Captured(device="late:0"), "captured"))
+        ticket = begin(late, NEW, extent(0), 0)
+        for stream, problem in streams:
+            for ask in (late.note_use, lambda each: late.wait_for(ticket, each)):
+                with pytest.raises(UsageError, match=problem):
+                    ask(stream)
         ticket.result(10)
 
 
 class TestClosing:
     def test_waits_for_all_that_is_on_its_way(self, device: CudaDevice) -> None:
+        """As does a second one; and tickets cannot be cancelled."""
         piece, compute = NEW.staged(device), torch.Stream(device=device.name)
-        closing = threading.Thread(target=device.close)
-        with held(compute), held(copy_stream(device)):
-            tickets = [device.copy(piece, NEW.rows, extent(n), n) for n in range(3)]
-            tickets.append(device.note_use(compute))
-            device.clear_column(0)
-            closing.start()
-            closing.join(0.03)
-            assert closing.is_alive()
-            assert not any(ticket.done() for ticket in tickets)
-        closing.join(10)
+        with ThreadPoolExecutor(2) as threads:
+            with held(compute), held(copy_stream(device)):
+                tickets = [device.copy(piece, NEW.rows, extent(n), n) for n in range(3)]
+                tickets.append(device.note_use(compute))
+                device.clear_column(0)
+                closing = [threads.submit(device.close) for _ in range(2)]
+                with pytest.raises(TimeoutError):
+                    closing[0].result(0.03)
+                assert not any(each.done() or each.cancel() for each in (*tickets, closing[1]))
+            assert [each.result(10) for each in closing] == [None, None]
         assert [ticket.exception(0) for ticket in tickets] == [None] * 4
         assert not our_threads()
 
@@ -249,39 +247,27 @@ class TestClosing:
         closing.join(10)
         assert not closing.is_alive()
 
-    def test_a_second_one_waits_for_the_first(self, device: CudaDevice) -> None:
+    def test_a_device_that_is_not_open_takes_no_work(self, new_device: Made) -> None:
+        device = new_device()
         piece = NEW.staged(device)
-        with ThreadPoolExecutor(2) as threads:
-            with held(copy_stream(device)):
-                ticket = device.copy(piece, NEW.rows, extent(0), 0)
-                closed = [threads.submit(device.close) for _ in range(2)]
-                assert not any(each.done() for each in closed)
-            assert [each.result(10) for each in closed] == [None, None]
-        assert ticket.done()
-
-    def test_a_closed_device_takes_no_work(self, device: CudaDevice) -> None:
-        piece = NEW.staged(device)
-        done = device.copy(piece, NEW.rows, extent(0), 0)
-        device.close()
         asks: list[Callable[[], object]] = [
             lambda: device.copy(piece, NEW.rows, extent(0), 0),
             lambda: device.clear_column(0),
+            lambda: device.wipe([extent(0)]),
             device.note_use,
         ]
+        for ask in asks:
+            with pytest.raises(UsageError, match="not open"):
+                ask()
+        device.open()
+        done = device.copy(piece, NEW.rows, extent(0), 0)
+        device.close()
         for ask in asks:
             with pytest.raises(UsageError, match="not open"):
                 ask()
         assert device.operands(0, 0) is None
         assert not tensors_of(torch.device(device.name).type)
         device.wait_for(done)
-
-    def test_one_that_is_not_open_takes_none(self, new_device: Made) -> None:
-        device = new_device()
-        piece = NEW.staged(device)
-        with pytest.raises(UsageError, match="not open"):
-            device.copy(piece, NEW.rows, extent(0), 0)
-        with pytest.raises(UsageError, match="not open"):
-            device.note_use()
 
     def test_a_copy_that_waits_for_an_image_meanwhile(self, device: CudaDevice) -> None:
         piece = NEW.staged(device)
@@ -291,7 +277,222 @@ class TestClosing:
                     device.copy(piece, NEW.rows, extent(0), 0)
                 late = threads.submit(device.copy, piece, NEW.rows, extent(0), 0)
                 closing = threads.submit(device.close)
-                eventually(lambda: not device._working)
+                eventually(lambda: is_closing(device))
             with pytest.raises(UsageError, match="not open"):
                 late.result(10)
             closing.result(10)
+
+
+def is_closing(device: CudaDevice) -> bool:
+    try:
+        device.note_use()
+    except UsageError:
+        return True
+    return False
+
+
+def failing(ticket: CopyTicket) -> LoraxError:
+    error = ticket.exception(10)
+    assert isinstance(error, LoraxError)
+    return error
+
+
+class TestALostDevice:
+    def test_copies_on_their_way_fail_for_good(self, late: CudaDevice) -> None:
+        """Whoever waits for one hears of it from its ticket alone; the device can be closed."""
+        build.hold(copy_stream(late))
+        tickets = [begin(late, NEW, extent(n), n) for n in range(3)]
+        tickets.append(late.wipe([extent(3)]))
+        build.lose()
+        late.wait_for(tickets[0])
+        errors = [failing(ticket) for ticket in tickets]
+        for error in errors:
+            assert type(error) is TransferError
+            assert not error.retryable
+            with pytest.raises(TransferError, match=LOST):
+                raise error
+        assert len(set(map(id, errors))) == 4  # raising collects frames
+        assert late.operands(0, 0) is None
+        late.wait_for(tickets[0])
+        late.clear_column(0)
+        late.close()
+        late.close()
+        assert not our_threads()
+
+    @pytest.mark.parametrize("works_again", [False, True])
+    def test_nothing_is_tried_on_it_again(self, late: CudaDevice, works_again: bool) -> None:
+        done, piece = begin(late, OLD, extent(1), 1), NEW.staged(late)
+        done.result(10)
+        build.lose()
+        with pytest.raises(TransferError, match=LOST):
+            late.copy(piece, NEW.rows, extent(0), 0).result(10)
+        if works_again:
+            build.restore()
+        with pytest.raises(TransferError, match=LOST):
+            late.wipe([extent(0)])
+        with pytest.raises(TransferError, match=LOST) as caught:
+            late.copy(piece, NEW.rows, extent(0), 0)
+        assert not caught.value.retryable
+        late.clear_column(0)
+        late.wait_for(done)
+        assert late.note_use().result(10) is None
+
+    def test_uses_of_it_have_ended(self, late: CudaDevice) -> None:
+        compute = compute_stream(late)
+        build.hold(compute)
+        read_on(compute, late.rank, late.rank.clone())
+        use = late.note_use(compute)
+        assert not use.done()
+        build.lose()
+        assert use.result(10) is None
+
+    def test_whoever_waits_for_a_row_image_is_told(self, late: CudaDevice) -> None:
+        piece = NEW.staged(late)
+        build.hold(copy_stream(late))
+        with ThreadPoolExecutor(1) as threads:
+            for _ in range(IMAGES):
+                late.copy(piece, NEW.rows, extent(0), 0)
+            waiting = threads.submit(late.copy, piece, NEW.rows, extent(0), 0)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.03)
+            build.lose()
+            error = waiting.exception(10)
+        assert isinstance(error, TransferError)
+        assert not error.retryable
+
+
+class TestOutOfMemory:
+    """Copies allocate nothing, but a driver may."""
+
+    @pytest.mark.parametrize(
+        ("kind", "text"),
+        [
+            (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 MiB"),
+            (torch.AcceleratorError, "CUDA error: out of memory\nCUDA kernel errors might"),
+        ],
+    )
+    def test_is_the_tickets_and_not_before_the_event(
+        self,
+        late: CudaDevice,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: type[RuntimeError],
+        text: str,
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise kind(text)
+
+        piece = OLD.staged(late)
+        with build.held(copy_stream(late)), monkeypatch.context() as patch:
+            patch.setattr(Columns, "write", refuse)
+            ticket = late.copy(piece, OLD.rows, extent(0), 0)
+            assert not ticket.done()
+            assert build.pending() == 2  # the bytes, which were put there, and the event
+        told = failing(ticket)
+        assert type(told) is TransferError
+        assert told.retryable
+        assert "late:0 refused a copy (CUDA" in told.problem
+        assert "might" not in told.problem
+        settle(late)
+        holds(late, 0, {})
+        for _ in range(IMAGES + 1):  # its row image came back
+            move(late, NEW, extent(1), 1)
+        holds(late, 1, NEW.weights)
+
+    def test_rows_of_a_copy_that_failed_are_written_by_no_other(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As those between the rows of another are, of copies that did not fail."""
+
+        def refuse(*_: object) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+        for make in devices_of("late"):
+            device, row = make(layout=one_layer(3)), Row(1, 64, 128, 7, 8, 0.5)
+            device.open()
+            piece = StagedPiece(device.staging_memory(64), 0)
+            with monkeypatch.context() as patch:
+                patch.setattr(Columns, "write", refuse)
+                assert failing(device.copy(piece, [row], extent(0), 0))
+            ends = [row._replace(module=0), row._replace(module=2)]
+            device.copy(piece, ends, extent(0), 0).result(10)
+            assert device.rank[:, 0].tolist() == [8, 0, 8]
+
+
+class TestCallbacks:
+    @pytest.mark.parametrize("raised", [ValueError, SystemExit])
+    def test_what_they_raise_ends_no_watcher(
+        self, late: CudaDevice, raised: type[BaseException], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        called = []
+
+        def call(ticket: CopyTicket) -> None:
+            called.append(threading.current_thread().name)
+            raise raised("mine")
+
+        with build.held():
+            tickets = [begin(late, NEW, extent(0), 0), late.note_use()]
+            for ticket in tickets:
+                ticket.add_done_callback(call)
+        for ticket in tickets:
+            assert ticket.result(10) is None
+        move(late, OLD, extent(1), 1)
+        assert late.note_use().result(10) is None
+        assert sorted(called) == ["lorax-watch-copies", "lorax-watch-uses"]
+        assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
+        holds(late, 0, NEW.weights)
+
+    def test_the_row_image_is_back_before_they_run(self, late: CudaDevice) -> None:
+        """So that a callback may ask for the next copy."""
+        tickets: list[CopyTicket] = []
+        piece = NEW.staged(late)
+        with build.held(copy_stream(late)):
+            for _ in range(IMAGES):
+                ticket = late.copy(piece, NEW.rows, extent(0), 0)
+                ticket.add_done_callback(
+                    lambda _: tickets.append(late.copy(piece, NEW.rows, extent(1), 1))
+                )
+        ticket.result(10)
+        settle(late)
+        assert len(tickets) == IMAGES
+        holds(late, 1, NEW.weights)
+
+
+class SetEvent:
+    """Done when it is set; before that, as CUDA's while another thread captures a graph."""
+
+    def __init__(self) -> None:
+        self.is_set = threading.Event()
+        self.refusals = 2
+
+    def record(self, stream: torch.Stream) -> None: ...
+    def wait(self, stream: torch.Stream) -> None: ...
+
+    def synchronize(self) -> None:
+        assert self.is_set.wait(10)
+        if self.refusals:
+            self.refusals -= 1
+            raise torch.AcceleratorError(
+                "CUDA error: operation not permitted when stream is capturing\nadvice"
+            )
+
+
+def test_a_watchers_end_waits_for_all_events_also_while_others_capture() -> None:
+    watcher = Watcher("lorax-watch-test", lambda error: InternalError(str(error)))
+    watcher.start()
+    events = [SetEvent() for _ in range(3)]
+    tickets = [EventTicket(None, event) for event in events]
+    for ticket in tickets:
+        watcher.watch(ticket)
+    with ThreadPoolExecutor(1) as threads:
+        ending = threads.submit(watcher.end)
+        for event, ticket in zip(events, tickets, strict=True):
+            with pytest.raises(TimeoutError):
+                ending.result(0.02)
+            assert not ticket.done()
+            event.is_set.set()
+            assert ticket.result(10) is None
+            assert event.refusals == 0
+        ending.result(10)
+    assert not our_threads()
+    with pytest.raises(UsageError, match="closed"):
+        watcher.watch(EventTicket(None, SetEvent()))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerators
 import pytest
@@ -13,7 +15,6 @@ import torch
 from accelerators import (
     EMPTY_COLUMN,
     KINDS,
-    Made,
     a_of_module_0,
     column_now,
     column_of,
@@ -22,38 +23,34 @@ from accelerators import (
     devices_of,
     held,
     one_layer,
+    opened_devices,
     read_on,
     step,
 )
 from device_groups import NEW, OLD, begin, extent, group, holds, move, settle
 
+from common import our_threads
 from late_device import build
 from late_device.build import POISON
 from late_device.world import bytes_now
 from lorax_async.core.moves import Row
-from lorax_async.io.devices.columns import IMAGES
+from lorax_async.io.devices import cuda, streams
+from lorax_async.io.devices.columns import IMAGES, Columns
 from lorax_async.io.devices.cuda import CudaDevice
 from lorax_async.io.ports import CopyTicket, StagedPiece
 
 OLD_A, NEW_A = OLD.weights[0][0], NEW.weights[0][0]
 
 
-def opened(devices: Iterator[Made]) -> Iterator[CudaDevice]:
-    for make in devices:
-        device = make()
-        device.open()
-        yield device
-
-
 @pytest.fixture(params=KINDS)
 def device(request: pytest.FixtureRequest) -> Iterator[CudaDevice]:
-    yield from opened(devices_of(request.param))
+    yield from opened_devices(request.param)
 
 
 @pytest.fixture
 def late() -> Iterator[CudaDevice]:
-    """For tests that let the copy stream do one thing after the other."""
-    yield from opened(devices_of("late"))
+    """For tests that tell the device to fail, or let its streams do one thing after the other."""
+    yield from opened_devices("late")
 
 
 def empty_like(device: CudaDevice, weights: torch.Tensor) -> torch.Tensor:
@@ -92,14 +89,6 @@ class TestACopy:
             assert not ticket.done()
         ticket.result(10)
         assert torch.equal(a_of_module_0(late, OLD, 0).cpu(), NEW_A)
-
-    def test_leaves_its_staged_bytes_alone_once_it_is_done(self, device: CudaDevice) -> None:
-        piece = OLD.staged(device)
-        ticket = device.copy(piece, OLD.rows, extent(0), 0)
-        ticket.result(10)
-        piece.memory.fill_(0)
-        settle(device)
-        holds(device, 0, OLD.weights)
 
     @pytest.mark.parametrize("rows", [OLD.rows, ()])
     def test_keeps_its_memory_alive_until_it_is_done(
@@ -151,26 +140,16 @@ class TestACopy:
         assert device.scale[0].tolist() == [63.0, 64.0, 62.0]
 
 
-class TestRows:
-    def test_those_between_are_empty_or_as_they_were(self, device: CudaDevice) -> None:
-        """Modules 0 and 1 are of one layer, 2 and 3 of the next."""
-        images = device._memory.columns._free.qsize()
-        move(device, group(1, [1]), extent(0), 0)
-        ends = group(2, [0, 3])
-        move(device, ends, extent(1), 0)
-        holds(device, 0, group(1, [1]).weights | ends.weights)
-        three = group(3, [0, 1, 2])  # more than one layer has: an image is made, and not kept
-        move(device, three, extent(2), 1)
-        holds(device, 1, three.weights)
-        assert device._memory.columns._free.qsize() == images
-
-    def test_a_run_over_a_module_without_a_row(self, new_layer: CudaDevice) -> None:
-        device, memory = new_layer, new_layer.staging_memory(64)
-        row = Row(0, 64, 128, 7, 8, 0.5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_between_those_of_a_copy_are_empty_or_as_they_were(kind: str) -> None:
+    for make in devices_of(kind):
+        device = make(layout=one_layer(5))
+        device.open()
+        memory, row = device.staging_memory(64), Row(0, 64, 128, 7, 8, 0.5)
         for modules in ([2], [0, 4]):
             rows = [row._replace(module=module) for module in modules]
             device.copy(StagedPiece(memory, 0), rows, extent(1), 1).result(10)
-        base = device._memory.arena.data_ptr() + extent(1).offset
+        base = device.view(extent(1)).data_ptr()
         assert device.rank[:, 1].tolist() == [8, 0, 8, 0, 8]
         assert device.scale[:, 1].tolist() == [0.5, 0.0, 0.5, 0.0, 0.5]
         present = [base + 64, 0, base + 64, 0, base + 64]
@@ -178,13 +157,15 @@ class TestRows:
         assert device.address[1, :, 1].tolist() == [at and at + 64 for at in present]
         assert device.rank[:, 0].tolist() == [0] * 5
 
-    @pytest.fixture(params=KINDS)
-    def new_layer(self, request: pytest.FixtureRequest) -> Iterator[CudaDevice]:
-        """One layer of five modules."""
-        for make in devices_of(request.param):
-            device = make(layout=one_layer(5))
-            device.open()
-            yield device
+
+def test_a_copy_may_have_rows_of_several_layers(device: CudaDevice) -> None:
+    """Modules 0 and 1 are of one layer, 2 and 3 of the next."""
+    move(device, group(1, [1]), extent(0), 0)
+    ends, three = group(2, [0, 3]), group(3, [0, 1, 2])
+    move(device, ends, extent(1), 0)
+    holds(device, 0, group(1, [1]).weights | ends.weights)
+    move(device, three, extent(2), 1)
+    holds(device, 1, three.weights)
 
 
 class TestAClearing:
@@ -207,29 +188,46 @@ class TestAClearing:
         holds(late, 0, {})
         holds(late, 1, NEW.weights)
 
-    def test_comes_after_the_copies_before_it(self, device: CudaDevice) -> None:
-        old, new = OLD.staged(device), NEW.staged(device)
-        with held(copy_stream(device)):
-            device.copy(old, OLD.rows, extent(0), 0)
-            device.clear_column(0)
-            ticket = device.copy(new, NEW.rows, extent(1), 1)
+
+class TestAWipe:
+    def test_has_its_ticket_after_the_zeros(self, late: CudaDevice) -> None:
+        move(late, OLD, extent(0), 0)
+        old = a_of_module_0(late, OLD, extent(0).offset)
+        with build.held(copy_stream(late)):
+            ticket = late.wipe([extent(0)])
             assert not ticket.done()
+            assert old.cpu().any()
         ticket.result(10)
-        holds(device, 0, {})
-        holds(device, 1, NEW.weights)
+        assert not old.cpu().any()
+
+    def test_comes_between_the_copies_around_it(self, device: CudaDevice) -> None:
+        with held(copy_stream(device)):
+            tickets = [begin(device, OLD, extent(n), n) for n in range(2)]
+            wiped = device.wipe([extent(0), extent(1)])
+            device.clear_column(0)
+            device.clear_column(1)
+            tickets.append(begin(device, NEW, extent(0), 2))
+            assert not wiped.done()
+        for ticket in (*tickets, wiped):
+            ticket.result(10)
+        holds(device, 2, NEW.weights)
+        assert not device.view(extent(1)).cpu().any()
 
 
 class TestCompute:
-    @pytest.mark.parametrize("waits", [True, False])
-    def test_sees_the_copy_only_if_it_waits(self, device: CudaDevice, waits: bool) -> None:
+    @pytest.mark.parametrize("waits", ["on its stream", "on the current stream", ""])
+    def test_sees_the_copy_only_if_it_waits(self, device: CudaDevice, waits: str) -> None:
         move(device, OLD, extent(0), 0)
         source = a_of_module_0(device, NEW, 0)
         seen, compute = empty_like(device, source), compute_stream(device)
         piece = NEW.staged(device)
         with held(copy_stream(device)):
             ticket = device.copy(piece, NEW.rows, extent(0), 0)
-            if waits:
+            if waits == "on its stream":
                 device.wait_for(ticket, compute)
+            elif waits:
+                with compute:
+                    device.wait_for(ticket)
             read_on(compute, source, seen)
             if waits:
                 accelerators.waits(compute)
@@ -238,20 +236,6 @@ class TestCompute:
         ticket.result(10)
         compute.synchronize()
         assert torch.equal(seen.cpu(), NEW_A if waits else OLD_A)
-
-    def test_waits_on_its_current_stream(self, device: CudaDevice) -> None:
-        source = a_of_module_0(device, NEW, 0)
-        seen, compute = empty_like(device, source), compute_stream(device)
-        piece = NEW.staged(device)
-        with held(copy_stream(device)):
-            ticket = device.copy(piece, NEW.rows, extent(0), 0)
-            with compute:
-                device.wait_for(ticket)
-                seen.copy_(source, non_blocking=True)
-            accelerators.waits(compute)
-            assert not ticket.done()
-        compute.synchronize()
-        assert torch.equal(seen.cpu(), NEW_A)
 
     def test_waits_for_no_copy_but_its_own(self, device: CudaDevice) -> None:
         move(device, OLD, extent(0), 0)
@@ -268,24 +252,127 @@ class TestCompute:
         assert torch.equal(seen.cpu(), OLD_A)
 
     def test_a_use_is_noted_until_it_has_run(self, device: CudaDevice) -> None:
+        """On its own stream; the news of copies, and uses of other streams, do not wait for it."""
         move(device, OLD, extent(0), 0)
         source = a_of_module_0(device, OLD, 0)
         seen, compute = empty_like(device, source), compute_stream(device)
         piece = NEW.staged(device)
         with held(compute):
+            assert device.note_use(compute_stream(device)).result(10) is None
             read_on(compute, source, seen)
-            use = device.note_use(compute)
-            # The news of copies do not wait for it.
+            with compute:
+                uses = [device.note_use(), device.note_use(compute)]
             device.copy(piece, NEW.rows, extent(1), 1).result(10)
-            assert not use.done()
-        use.result(10)
+            assert not any(use.done() for use in uses)
+        for use in uses:
+            use.result(10)
         assert torch.equal(seen.cpu(), OLD_A)
 
-    def test_a_use_is_of_its_own_stream(self, device: CudaDevice) -> None:
-        compute, other = compute_stream(device), compute_stream(device)
-        with held(compute):
-            assert device.note_use(other).result(10) is None
+
+# -- several threads at the same moment ----------------------------------------------------------
+
+
+class Crowd:
+    """Counts who is inside at the same time; each stays for a while."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self.entered = threading.Event()
+        self._inside = 0
+
+    def around(self, work: Callable[..., None]) -> Callable[..., None]:
+        def slowly(*args: object) -> None:
+            self._inside += 1
+            self.most = max(self.most, self._inside)
+            self.entered.set()
+            time.sleep(0.03)
+            work(*args)
+            self._inside -= 1
+
+        return slowly
+
+
+@pytest.fixture
+def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
+    crowd = Crowd()
+    for name in ("write", "clear"):
+        monkeypatch.setattr(Columns, name, crowd.around(getattr(Columns, name)))
+    return crowd
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_one_thing_is_put_at_a_time(late: CudaDevice, crowd: Crowd, clears: bool) -> None:
+    """A copy's bytes, rows and event stand together, and so does a clearing."""
+    piece = NEW.staged(late)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(late.copy, piece, NEW.rows, extent(0), 0)
+        assert crowd.entered.wait(10)
+        if clears:
+            late.clear_column(1)
+        else:
+            late.copy(piece, NEW.rows, extent(1), 1).result(10)
+        first.result(10).result(10)
+    settle(late)
+    assert crowd.most == 1
+    holds(late, 0, NEW.weights)
+    holds(late, 1, {} if clears else NEW.weights)
+
+
+def test_close_comes_after_a_copy_that_is_being_put(late: CudaDevice, crowd: Crowd) -> None:
+    piece = NEW.staged(late)
+    with ThreadPoolExecutor(1) as threads:
+        copying = threads.submit(late.copy, piece, NEW.rows, extent(0), 0)
+        assert crowd.entered.wait(10)
+        late.close()
+        assert copying.result(10).result(0) is None
+    assert not our_threads()
+
+
+def test_nothing_is_watched_before_its_event_is_recorded(
+    late: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To wait for an event that was never recorded is no wait."""
+
+    class Slow:
+        def __init__(self, of: torch.device) -> None:
+            event = streams.new_event(of)
+            self.wait, self.synchronize = event.wait, event.synchronize
+            self._record = event.record
+
+        def record(self, stream: torch.Stream) -> None:
+            time.sleep(0.03)
+            self._record(stream)
+
+    piece, compute = NEW.staged(late), compute_stream(late)
+    monkeypatch.setattr(cuda, "new_event", Slow)
+    with build.held(compute), build.held(copy_stream(late)):
+        with compute:
+            late.rank.zero_()
+        tickets = [late.copy(piece, (), extent(0), 0), late.note_use(compute)]
+        time.sleep(0.02)
+        assert not any(ticket.done() for ticket in tickets)
+    for ticket in tickets:
+        ticket.result(10)
+
+
+def test_a_use_without_an_event_is_waited_for(
+    late: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for it; what stands on the stream runs all the same."""
+
+    class Refused:
+        def __init__(self, of: torch.device) -> None: ...
+
+        def record(self, stream: torch.Stream) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+    compute = compute_stream(late)
+    monkeypatch.setattr(cuda, "new_event", Refused)
+    with ThreadPoolExecutor(1) as threads:
+        with build.held(compute):
             with compute:
-                use = device.note_use()
-            assert not use.done()
-        use.result(10)
+                late.rank.zero_()
+            noting = threads.submit(late.note_use, compute)
+            with pytest.raises(TimeoutError):
+                noting.result(0.03)
+        assert noting.result(10).done()

@@ -1,17 +1,24 @@
-"""The disk cache keeps to the port, in a folder that is its owner's alone."""
+"""The disk cache: contents, its budget, several users, and looking after it."""
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from random import Random
+from threading import Event
 
 import pytest
-from cache_conformance import CacheConformance
 from cache_inputs import (
+    CONFIG,
     KEY,
     NBYTES,
+    SCOPE,
     begun,
     below,
     content_of,
@@ -19,19 +26,34 @@ from cache_inputs import (
     keep,
     key,
     put,
+    sha256,
     stored,
     weights,
 )
-from cache_room_conformance import CacheRoomConformance, Room, Used
-from cache_sharing_conformance import CacheSharingConformance
+from counted_calls import failing
 from disk_cache_world import DiskWorld, nothing_odd, open_below, opened
+from source_inputs import read, read_rows, rows_of
 
-from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
+from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CacheKey
+from lorax_async.core.chunk_map import CHUNK_BYTES
+from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import PolicyName, policy
-from lorax_async.errors import ConfigError, FetchError, IntegrityError
+from lorax_async.core.runs import Span
+from lorax_async.errors import CapacityError, ConfigError, FetchError, IntegrityError, InternalError
+from lorax_async.io.cache import upkeep
 from lorax_async.io.cache.entries import MAX_SCOPES
-from lorax_async.io.cache.ports import Cache
+from lorax_async.io.cache.ports import Cache, LeftoverError
+from lorax_async.io.cache.upkeep import Freed
 from lorax_async.io.disk_cache import DiskCache
+from lorax_async.io.ports import Demand
+
+GIT = [(b"", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")]
+
+GIT += [(b"hello\n", "ce013625030ba8dba906f756967f9e9ca394464a")]  # git hash-object
+
+Room = Callable[..., DiskCache]
+SIZE = 10_000 + len(CONFIG)
+"""Of an adapter in the tests of the budget."""
 
 
 @pytest.fixture
@@ -46,9 +68,10 @@ def world(tmp_path: Path) -> Iterator[DiskWorld]:
 
 @pytest.fixture
 def room(tmp_path: Path) -> Iterator[Room]:
-    caches = []
+    """Make caches of that many bytes on one folder."""
+    caches: list[DiskCache] = []
 
-    def made(nbytes: int, name: PolicyName) -> Cache:
+    def made(nbytes: int, name: PolicyName = "lru") -> DiskCache:
         caches.append(DiskCache(tmp_path / "cache", nbytes, policy(name)))
         return caches[-1]
 
@@ -58,246 +81,841 @@ def room(tmp_path: Path) -> Iterator[Room]:
     nothing_odd(tmp_path / "cache")
 
 
-@pytest.fixture
-def used(tmp_path: Path) -> Used:
-    def told(cache: Cache) -> int:
-        told = cache.used()
-        files = (tmp_path / "cache").rglob("adapter_*")
-        assert told == sum(path.stat().st_size for path in files if path.suffix != ".chunks")
-        return told
-
-    return told
-
-
-class TestConformance(CacheConformance):
-    pass
-
-
-class TestSharing(CacheSharingConformance):
-    pass
-
-
-class TestRoom(CacheRoomConformance):
-    pass
-
-
 HOSTILE = ["../../beside/x", "/etc/passwd", "", ".", "\0", "a" * 5_000, "\ud800", "x\n.json", "~"]
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_keys_make_plain_names(world: DiskWorld, text: str) -> None:
-    for of in (CacheKey(text, "v"), CacheKey("s", text), CacheKey(text, text)):
-        entry = stored(world.cache, of, text.encode("utf-8", "replace"))
-        entry.grant(text)
-        entry.close()
-        assert is_there(world.cache, of)
-    assert all(
-        set(name) <= set("0123456789abcdef") for name in os.listdir(world.folder / "entries")
-    )
-
-
-@pytest.mark.parametrize("mask", [0o000, 0o077])
-def test_all_is_private_whatever_the_umask(tmp_path: Path, mask: int) -> None:
-    before = os.umask(mask)
-    try:
-        with opened(tmp_path / "a" / "cache") as world:
-            keep(world.cache, KEY, b"abc")
-            download = begun(world.cache, key(1))
-            put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
-            download.close()
-    finally:
-        os.umask(before)
-    nothing_odd(tmp_path / "a" / "cache")
-    assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
-
-
-@pytest.mark.parametrize("mode", [0o770, 0o707, 0o720, 0o702, 0o1777])
-@pytest.mark.parametrize("inside", ["", "entries", "partials", "locks", "trash", "answers"])
-def test_a_folder_that_others_write_to_is_refused(tmp_path: Path, mode: int, inside: str) -> None:
-    DiskCache(tmp_path / "cache", 1, policy("lru")).close()
-    (tmp_path / "cache" / inside).chmod(mode)
-    with pytest.raises(ConfigError, match="others may write.*chmod 700"):
-        DiskCache(tmp_path / "cache", 1, policy("lru"))
-    assert open_below(tmp_path) == []
-
-
-@pytest.mark.parametrize("inside", ["", "entries"])
-def test_a_folder_of_somebody_else_is_refused(
-    tmp_path: Path, inside: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    DiskCache(tmp_path / "cache", 1, policy("lru")).close()
-    if os.geteuid() == 0:
-        os.chown(tmp_path / "cache" / inside, 12_345, -1)
-    else:
-        monkeypatch.setattr(os, "geteuid", lambda: 12_345)
-    with pytest.raises(ConfigError, match="another user"):
-        DiskCache(tmp_path / "cache", 1, policy("lru"))
-    assert open_below(tmp_path) == []
-
-
-@pytest.mark.parametrize("kind", ["file", "link", "nowhere"])
-def test_a_folder_inside_that_is_none_is_refused(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "beside").mkdir()
-    inside = tmp_path / "cache" / "partials"
-    if kind == "file":
-        inside.touch()
-    else:
-        inside.symlink_to(tmp_path / ("beside" if kind == "link" else "nowhere"))
-    with pytest.raises(ConfigError, match="'partials'"):
-        DiskCache(tmp_path / "cache", 1, policy("lru"))
-    assert os.listdir(tmp_path / "beside") == []
-
-
-def test_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match="cannot be opened"):
-            DiskCache(path, 1, policy("lru"))
-
-
-@pytest.mark.parametrize("shape", ["link", "file", "empty", "fifo"])
-def test_what_stands_in_an_entrys_place_goes_and_leads_nowhere(
-    world: DiskWorld, tmp_path: Path, shape: str
-) -> None:
-    place = world.entry(KEY)
-    (tmp_path / "beside" / "precious").write_bytes(b"abc")
-    if shape == "link":
-        place.symlink_to(tmp_path / "beside")
-    elif shape == "file":
-        place.write_bytes(b"abc")
-    elif shape == "fifo":
-        os.mkfifo(place)
-    else:
-        place.mkdir(0o700)
-    keep(world.cache, KEY, b"right")
-    assert is_there(world.cache, KEY)
-    assert (tmp_path / "beside" / "precious").read_bytes() == b"abc"
-    (tmp_path / "beside" / "precious").unlink()
-
-
-@pytest.mark.parametrize("name", ["record.json", WEIGHTS_FILE.file_name])
-@pytest.mark.parametrize("shape", ["gone", "link", "fifo", "folder", "empty"])
-def test_an_entry_with_an_odd_file_is_dropped(world: DiskWorld, name: str, shape: str) -> None:
-    keep(world.cache, KEY, b"abc")
-    path = world.entry(KEY) / name
-    other = path.with_name("other")
-    path.rename(other)
-    if shape == "link":
-        path.symlink_to(other)
-    elif shape == "fifo":
-        os.mkfifo(path)
-    elif shape == "folder":
-        path.mkdir()
-    elif shape == "empty":
-        path.touch()
-    assert world.cache.open(KEY) is None
-    assert below(world.folder) == set()
-
-
-def test_an_entry_under_another_ones_name_is_dropped(world: DiskWorld) -> None:
-    keep(world.cache, KEY, b"abc")
-    world.entry(KEY).rename(world.entry(key(1)))
-    assert world.cache.open(key(1)) is None
-    assert below(world.folder) == set()
-
-
-def test_bytes_that_were_written_in_place_are_noticed_by_their_time(world: DiskWorld) -> None:
-    keep(world.cache, KEY, b"abc")
-    (world.entry(KEY) / WEIGHTS_FILE.file_name).write_bytes(b"abd")
-    assert world.cache.open(KEY) is None
-    keep(world.cache, KEY, b"abc")
-    (world.entry(KEY) / WEIGHTS_FILE.file_name).write_bytes(b"abc")
-    assert is_there(world.cache, KEY)
-
-
-def test_a_held_entry_that_was_damaged_is_replaced(world: DiskWorld) -> None:
-    held = stored(world.cache, KEY, b"abc")
-    reader = held.reader(WEIGHTS_FILE)
-    world.alter(KEY, WEIGHTS_FILE, b"longer")
-    keep(world.cache, KEY, b"right")
-    with pytest.raises(IntegrityError, match="again"):
-        reader.read_into([memoryview(bytearray(3))], 0)
-    reader.close()
-    held.close()
-    entry = world.cache.open(KEY)
-    assert entry is not None
-    assert content_of(entry) == b"right"
-    entry.close()
-
-
-def test_a_reader_of_what_was_evicted_says_so(world: DiskWorld) -> None:
-    entry = stored(world.cache, KEY, b"abc")
-    early, late = entry.reader(WEIGHTS_FILE), entry.reader(WEIGHTS_FILE)
-    content = bytearray(3)
-    early.read_into([memoryview(content)], 0)
-    entry.close()
-    assert world.cache.remove(KEY)
-    assert content == b"abc"
-    for reader in (early, late):
-        with pytest.raises(IntegrityError, match="again"):
-            reader.read_into([memoryview(content)], 0)
-        reader.close()
-
-
-def test_scopes_are_bounded(world: DiskWorld) -> None:
-    entry = stored(world.cache, KEY, b"abc")
-    for number in range(MAX_SCOPES + 1):
-        entry.grant(str(number))
-    assert entry.granted("0") is not None
-    assert entry.granted(str(MAX_SCOPES)) is None  # it asks the source again
-    entry.grant("0")
-    entry.close()
-
-
-def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
-    """Of a download that was under way nothing is published, and it leaves nothing."""
-    folder = tmp_path / "cache"
-    with opened(folder) as world:
-        keep(world.cache, KEY, b"abc")
-        entry, download = world.cache.open(KEY), begun(world.cache, key(1))
-        assert entry is not None
-        put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
-        shutil.rmtree(folder)
+class TestContents:
+    def test_bytes_in_any_order_become_an_entry(self, world: DiskWorld) -> None:
+        content = weights()
         assert world.cache.open(KEY) is None
-        with pytest.raises(IntegrityError, match="load the adapter again"):
-            content_of(entry)
-        with pytest.raises(FetchError, match="load it again"):
-            download.publish()
+        assert world.cache.remove(KEY)
+        download = begun(world.cache)
+        config = download.file(CONFIG_FILE, len(CONFIG))
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(content))
+        assert (file.nbytes, file.missing(), file.resumed) == (NBYTES, [(0, NBYTES)], False)
+        put(file, content, [(CHUNK_BYTES, NBYTES - 7)])
+        assert file.missing() == [(0, CHUNK_BYTES), (NBYTES - 7, NBYTES)]
+        assert file.missing(5, CHUNK_BYTES + 1) == [(5, CHUNK_BYTES)]
+        put(file, content, [(NBYTES - 7, NBYTES), (0, CHUNK_BYTES)])
+        pieces = [memoryview(CONFIG)[at : at + 3] for at in range(0, len(CONFIG), 3)]
+        config.write([memoryview(b""), *pieces], 0)
+        assert world.cache.open(KEY) is None
+        published = download.publish()
+        opened = world.cache.open(KEY)
+        assert opened is not None
+        for entry in (published, opened):
+            assert content_of(entry) == content
+            assert content_of(entry, CONFIG_FILE) == CONFIG
+            assert [file.role for file in entry.record.files] == [CONFIG_FILE, WEIGHTS_FILE]
+            assert entry.record.files[1].digest == sha256(content)
+            assert entry.record.files[0].digest == Digest("transport", sha256(CONFIG).value)
+            assert entry.record.nbytes == NBYTES + len(CONFIG)
+            assert (entry.record.source, entry.record.version) == (KEY.source, KEY.version)
+            entry.close()
+            entry.close()
+
+    def test_many_threads_write_one_file_while_one_hashes(self, world: DiskWorld) -> None:
+        content = weights(3)
+        spans = [(at, min(NBYTES, at + 9_999)) for at in range(0, NBYTES, 9_999)]
+        Random(3).shuffle(spans)
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(content))
+        with ThreadPoolExecutor(9) as threads:
+            writes = [threads.submit(put, file, content, [span]) for span in spans]
+            done = [threads.submit(file.hash_along).result() for _ in range(20)]
+            assert [write.result() for write in writes] == [None] * len(spans)
+        assert done == sorted(done)
+        assert file.hash_along() == NBYTES
+        entry = download.publish()
+        assert content_of(entry) == content
         entry.close()
+
+    def test_only_the_prefix_is_hashed(self, world: DiskWorld) -> None:
+        content = weights(4, 3_000)
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, 3_000)
+        put(file, content, [(1_000, 2_000)])
+        assert file.hash_along() == 0
+        put(file, content, [(0, 500)])
+        assert file.hash_along() == 500
+        put(file, content, [(500, 1_000)])
+        assert file.hash_along() == 2_000
+        download.discard()
+
+    @pytest.mark.parametrize(("content", "value"), GIT)
+    def test_gits_digest(self, world: DiskWorld, content: bytes, value: str) -> None:
+        download = begun(world.cache)
+        file = download.file(CONFIG_FILE, len(content), Digest("git-sha1", value))
+        put(file, content, file.missing())
+        entry = download.publish()
+        assert entry.record.files[0].digest == Digest("git-sha1", value)
+        entry.close()
+
+    def test_wrong_bytes_leave_nothing(self, world: DiskWorld) -> None:
+        content = weights()
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(content))
+        put(file, content[:-1] + bytes([content[-1] ^ 1]), [(0, NBYTES)])
+        with pytest.raises(IntegrityError, match=r"model\.safetensors.*digest.*again"):
+            download.publish()
         download.close()
-        assert world.cache.used() == 0
-        keep(world.cache, KEY, b"def")
+        assert world.cache.open(KEY) is None
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(content))
+        assert file.missing() == [(0, NBYTES)]
+        put(file, content, [(0, NBYTES)])
+        download.publish().close()
+
+    def test_what_is_not_whole_is_not_published(self, world: DiskWorld) -> None:
+        download = begun(world.cache)
+        with pytest.raises(InternalError, match="without files"):
+            download.publish()
+        file = download.file(WEIGHTS_FILE, 10)
+        with pytest.raises(InternalError, match="twice"):
+            download.file(WEIGHTS_FILE, 10)
+        put(file, bytes(10), [(0, 9)])
+        with pytest.raises(InternalError, match="before all of it"):
+            download.publish()
+        put(file, bytes(10), [(9, 10)])
+        for start in (10, 9):
+            with pytest.raises(IntegrityError, match="after its 10 bytes"):
+                file.write([memoryview(b"ab")], start)
+        with pytest.raises(IntegrityError, match="11 bytes"):
+            file.ends_at(11)
+        file.ends_at(10)
+        download.publish().close()
+        for late in (download.publish, lambda: download.file(CONFIG_FILE, 1)):
+            with pytest.raises(InternalError, match="ended"):
+                late()
+        download.discard()
         assert is_there(world.cache, KEY)
-        assert folder.stat().st_mode & 0o777 == 0o700
-        folder.rename(tmp_path / "moved")
-        world.cache.note_version("question", "source", "version")
-        assert world.cache.last_version("question") == ("source", "version")
-        assert not is_there(world.cache, KEY)
-    assert open_below(tmp_path) == []
 
+    def test_a_size_that_is_learned_late(self, world: DiskWorld) -> None:
+        content = weights(5)
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, None, sha256(content))
+        put(file, content, [(0, 1_000), (2_000, 3_000)])
+        assert file.nbytes is None
+        assert file.missing(0, 4_000) == [(1_000, 2_000), (3_000, 4_000)]
+        assert file.hash_along() == 0
+        for early in (file.missing, file.reader):
+            with pytest.raises(InternalError, match="ends"):
+                early()
+        with pytest.raises(InternalError, match="before all of it"):
+            download.publish()
+        with pytest.raises(IntegrityError, match="2,999"):
+            file.ends_at(2_999)
+        file.ends_at(NBYTES)
+        assert file.hash_along() == 1_000
+        put(file, content, file.missing())
+        entry = download.publish()
+        assert content_of(entry) == content
+        entry.close()
 
-def test_the_folder_behind_a_link_is_made_again(tmp_path: Path) -> None:
-    folder, link = tmp_path / "disk", tmp_path / "cache"
-    folder.mkdir(0o700)
-    link.symlink_to(folder)
-    with opened(link) as world:
-        keep(world.cache, KEY, b"abc")
-        shutil.rmtree(folder)
-        keep(world.cache, KEY, b"def")
-        assert is_there(world.cache, KEY)
-    assert (folder / "entries").is_dir()
-
-
-def test_after_close_everything_is_refused(tmp_path: Path) -> None:
-    with opened(tmp_path / "cache") as world:
-        keep(world.cache, KEY, weights(1, NBYTES))
-    calls: list[Callable[[CacheKey], object]] = [
-        world.cache.open,
-        world.cache.remove,
-        lambda of: begun(world.cache, of),
-    ]
-    for call in calls:
+    def test_what_is_here_can_be_read_already_and_still(self, world: DiskWorld) -> None:
+        content = weights(6)
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES)
+        reader = file.reader()
+        put(file, content, [(100, 200)])
+        assert reader.nbytes == NBYTES
+        assert read(reader, 110, 200) == content[110:200]
+        apart = Span(110, 115, 7, 11)
+        assert read_rows(reader, apart) == rows_of(content, apart)
+        for start, stop in ((99, 101), (150, 201), (300, 301)):
+            with pytest.raises(InternalError, match="too early"):
+                read(reader, start, stop)
+        put(file, content, file.missing())
+        download.publish().close()
+        assert read(reader, 0, NBYTES) == content
+        reader.close()
+        reader.close()
         with pytest.raises(FetchError, match="closed"):
-            call(KEY)
-    world.cache.close()
+            read(reader, 0, 1)
+
+    def test_a_download_goes_on_where_it_was_left(self, world: DiskWorld) -> None:
+        """Of each end of a span at most the rest of its chunk is lost."""
+        content = weights(7)
+        download = begun(world.cache)
+        put(download.file(CONFIG_FILE, len(CONFIG)), CONFIG, [(0, len(CONFIG))])
+        put(download.file(INDEX_FILE, 3), b"abc", [(0, 3)])
+        spans = [(10, 2 * CHUNK_BYTES + 10), (3 * CHUNK_BYTES, NBYTES)]
+        put(download.file(WEIGHTS_FILE, NBYTES), content, spans)
+        download.close()
+        download.close()
+        assert world.cache.open(KEY) is None
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(content))
+        assert (file.resumed, file.expected) == (True, sha256(content))
+        missing = file.missing()
+        lost = sum(stop - start for start, stop in missing)
+        assert CHUNK_BYTES <= lost <= 2 * CHUNK_BYTES
+        assert all(stop <= 3 * CHUNK_BYTES for _, stop in missing)
+        config = download.file(CONFIG_FILE, len(CONFIG))
+        assert config.missing() == []
+        put(file, content, missing)
+        entry = download.publish()
+        assert content_of(entry) == content
+        assert content_of(entry, CONFIG_FILE) == CONFIG
+        assert [file.role for file in entry.record.files] == [CONFIG_FILE, WEIGHTS_FILE]
+        with pytest.raises(InternalError, match=r"index\.json"):  # it was not asked for again
+            entry.reader(INDEX_FILE)
+        entry.close()
+
+    @pytest.mark.parametrize("nbytes", [NBYTES - 1, NBYTES + 1, None])
+    def test_a_file_of_another_size_begins_anew(self, world: DiskWorld, nbytes: int | None) -> None:
+        download = begun(world.cache)
+        put(download.file(WEIGHTS_FILE, NBYTES), weights(8), [(0, NBYTES)])
+        download.close()
+        content = weights(9, nbytes or 5_000)
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, nbytes)
+        assert file.missing(0, len(content)) == [(0, len(content))]
+        put(file, content, [(0, len(content))])
+        file.ends_at(len(content))
+        entry = download.publish()
+        assert content_of(entry) == content
+        entry.close()
+
+    def test_what_was_left_is_compared_with_what_comes_again(self, world: DiskWorld) -> None:
+        content = weights(7)
+        download = begun(world.cache)
+        put(download.file(WEIGHTS_FILE, NBYTES), content, [(0, 2 * CHUNK_BYTES)])
+        download.close()
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES)
+        assert file.resumed
+        assert file.expected is None
+        put(file, content, [(0, 10), (CHUNK_BYTES - 5, 2 * CHUNK_BYTES + 5)])
+        other = bytearray(content)
+        other[CHUNK_BYTES] ^= 1
+        with pytest.raises(LeftoverError, match="not what the source has now"):
+            put(file, bytes(other), [(CHUNK_BYTES - 5, CHUNK_BYTES + 5)])
+        put(file, content, file.missing())
+        entry = download.publish()
+        assert content_of(entry) == content
+        entry.close()
+
+    def test_nothing_is_left_of_what_was_discarded(self, world: DiskWorld) -> None:
+        download = begun(world.cache)
+        put(download.file(WEIGHTS_FILE, NBYTES), weights(), [(0, NBYTES)])
+        download.discard()
+        download.discard()
+        download.close()
+        download = begun(world.cache)
+        assert download.file(WEIGHTS_FILE, NBYTES).missing() == [(0, NBYTES)]
+        download.close()
+
+
+def full(room: Room, adapters: int, policy: PolicyName = "lru") -> DiskCache:
+    """A cache of that many adapters, all there: their keys count from 0."""
+    cache = room(adapters * SIZE, policy)
+    for number in range(adapters):
+        keep(cache, key(number), bytes(10_000))
+    return cache
+
+
+def there(cache: Cache, upto: int) -> list[int]:
+    """Which are there. The looks are uses."""
+    return [number for number in range(upto) if is_there(cache, key(number))]
+
+
+def use(cache: Cache, *keys: CacheKey) -> None:
+    for each in keys:
+        assert is_there(cache, each)
+
+
+class TestRoom:
+    def test_the_least_recently_used_goes(self, room: Room) -> None:
+        """Every file counts; as many go as must."""
+        cache = full(room, 3)
+        assert cache.used() == 3 * SIZE
+        use(cache, key(0))
+        keep(cache, key(3), bytes(10_000))
+        assert there(cache, 4) == [0, 2, 3]
+        keep(cache, key(4), bytes(2 * SIZE - len(CONFIG)))
+        assert there(cache, 5) == [3, 4]
+        assert cache.used() == 3 * SIZE
+        assert cache.remove(key(4))
+        assert cache.used() == SIZE
+
+    def test_the_policy_is_the_one_that_was_given(self, room: Room) -> None:
+        cache = full(room, 3, "lfu")
+        use(cache, key(0), key(0), key(1), key(2))
+        keep(cache, key(3), bytes(10_000))
+        assert there(cache, 4) == [0, 2, 3]
+
+    def test_what_is_held_stays(self, room: Room) -> None:
+        """As does all, for what cannot fit."""
+        cache = full(room, 3)
+        held = [cache.open(key(number)) for number in range(2)]
+        for nbytes, words in ((SIZE + 1, "in use"), (3 * SIZE + 1, "budget")):
+            download = begun(cache, key(3))
+            with pytest.raises(CapacityError, match=words) as raised:
+                download.file(WEIGHTS_FILE, nbytes)
+            assert raised.value.retryable is (words == "in use")
+            assert raised.value.stage == "fetch"
+            download.close()
+        assert there(cache, 4) == [0, 1, 2]
+        use(cache, key(2))
+        keep(cache, key(3), bytes(10_000))
+        for entry in held:
+            assert entry is not None
+            assert content_of(entry) == bytes(10_000)
+            entry.close()
+        assert there(cache, 4) == [0, 1, 3]
+
+    def test_what_was_just_published_is_held(self, room: Room) -> None:
+        cache = room(SIZE, "lru")
+        entry = stored(cache, key(0), bytes(10_000))
+        download = begun(cache, key(1))
+        with pytest.raises(CapacityError, match=f"10,000 bytes.*{SIZE:,} beside"):
+            download.file(WEIGHTS_FILE, 10_000)
+        download.close()
+        entry.close()
+        keep(cache, key(1), bytes(10_000))
+        assert there(cache, 2) == [1]
+
+    def test_room_is_there_before_the_bytes(self, room: Room) -> None:
+        cache = room(SIZE, "lru")
+        download = begun(cache, key(0))
+        download.file(WEIGHTS_FILE, 10_000)
+        assert cache.used() == 10_000
+        other = begun(cache, key(1))
+        with pytest.raises(CapacityError):
+            other.file(WEIGHTS_FILE, 10_000)
+        other.close()
+        download.close()
+        assert cache.used() == 0
+
+    def test_partials_that_nobody_writes_to_go_first(self, room: Room) -> None:
+        cache = room(3 * SIZE, "lru")
+        keep(cache, key(0), bytes(10_000))
+        download = begun(cache, key(1))
+        put(download.file(WEIGHTS_FILE, 10_000), bytes(10_000), [(0, 10_000)])
+        download.close()
+        assert cache.used() == SIZE + 10_000
+        keep(cache, key(2), bytes(10_000))
+        assert cache.used() == 2 * SIZE + 10_000
+        keep(cache, key(3), bytes(10_000))
+        assert there(cache, 4) == [0, 2, 3]
+        assert cache.used() == 3 * SIZE
+
+    def test_a_file_of_unknown_size_takes_room_as_it_grows(self, room: Room) -> None:
+        """At the end it takes no more than its size; what it needs meanwhile may be more."""
+        step = 8 << 20
+        cache = room(2 * step, "lru")
+        keep(cache, key(0), bytes(10_000))
+        download = begun(cache, key(1))
+        file = download.file(WEIGHTS_FILE, None)
+        put(file, bytes(1_000), [(0, 1_000)])
+        assert cache.used() <= 2 * step
+        file.ends_at(1_000)
+        assert cache.used() == SIZE + 1_000
+        download.publish().close()
+        assert cache.used() == SIZE + 1_000
+
+    def test_a_file_that_grows_too_large_fails_alone(self, room: Room) -> None:
+        cache = room(SIZE, "lru")
+        download = begun(cache, key(0))
+        file = download.file(WEIGHTS_FILE, None)
+        with pytest.raises(CapacityError):
+            file.write([memoryview(bytes(SIZE + 1))], 0)
+        download.close()
+        assert cache.used() == 0
+        keep(cache, key(1), bytes(10_000))
+        assert there(cache, 2) == [1]
+
+    def test_is_reserved_by_one_at_a_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The second one looks at the folder when the first one's bytes are there."""
+        real, entered, go = os.posix_fallocate, Event(), Event()
+
+        def slow(fd: int, offset: int, nbytes: int) -> None:
+            entered.set()
+            assert go.wait(20)
+            real(fd, offset, nbytes)
+
+        monkeypatch.setattr(os, "posix_fallocate", slow)
+        with (
+            opened(tmp_path / "cache", 1_000) as one,
+            opened(tmp_path / "cache", 1_000) as other,
+            ThreadPoolExecutor(2) as threads,
+        ):
+            downloads = [begun(one.cache, key(0)), begun(other.cache, key(1))]
+            first = threads.submit(downloads[0].file, WEIGHTS_FILE, 600)
+            assert entered.wait(20)
+            second = threads.submit(downloads[1].file, WEIGHTS_FILE, 600)
+            assert not wait([second], timeout=0.05).done
+            go.set()
+            put(first.result(), bytes(600), [(0, 600)])
+            with pytest.raises(CapacityError):
+                second.result()
+            for download in downloads:
+                download.close()
+
+
+class TestSharing:
+    def test_others_wait_and_have_what_was_published(self, world: DiskWorld) -> None:
+        download = begun(world.cache)
+        with ThreadPoolExecutor(3) as threads:
+            others = [threads.submit(world.cache.begin, KEY, "other", Demand()) for _ in range(3)]
+            put(download.file(WEIGHTS_FILE, 10), bytes(10), [(0, 10)])
+            time.sleep(0.05)
+            assert not any(other.done() for other in others)
+            download.publish().close()
+            for other in others:
+                entry = other.result()
+                assert entry.record.name == KEY.name  # type: ignore[union-attr]  # an entry
+                entry.close()
+
+    def test_whoever_waits_may_go_on_with_what_was_left(self, world: DiskWorld) -> None:
+        """Or be cancelled; other keys are not waited for."""
+        download, demand = begun(world.cache), Demand()
+        put(download.file(WEIGHTS_FILE, 10), bytes(10), [(0, 10)])
+        keep(world.cache, key(1), b"abc")
+        with ThreadPoolExecutor(2) as threads:
+            cancelled = threads.submit(world.cache.begin, KEY, SCOPE, demand)
+            other = threads.submit(begun, world.cache)
+            with pytest.raises(TimeoutError):
+                cancelled.result(0.03)
+            demand.end()
+            with pytest.raises(FetchError, match="cancelled"):
+                cancelled.result()
+            assert not other.done()
+            download.close()
+            download = other.result()
+        assert download.file(WEIGHTS_FILE, 10).missing() == []
+        download.publish().close()
+
+    def test_an_entry_knows_who_was_granted_it(self, world: DiskWorld) -> None:
+        """Of many, the last ask the source again."""
+        entry = stored(world.cache, KEY, b"abc")
+        assert entry.granted("other") is None
+        entry.grant("other")
+        for scope in (SCOPE, "other"):
+            age = entry.granted(scope)
+            assert age is not None
+            assert 0 <= age < 60
+        for scope in ("", "somebod", "../record.json"):
+            assert entry.granted(scope) is None
+        for number in range(MAX_SCOPES):
+            entry.grant(str(number))
+        assert entry.granted("0") is not None
+        assert entry.granted(str(MAX_SCOPES - 1)) is None
+        entry.close()
+
+    @pytest.mark.parametrize("promised", [False, True])
+    def test_two_downloads_of_one_version_must_have_the_same_bytes(
+        self, world: DiskWorld, promised: bool
+    ) -> None:
+        """The second one is refused, and so what it has read is never taken for the first's."""
+        downloads = [begun(world.cache)]
+        for _ in range(2):
+            other = world.cache.try_begin(KEY, SCOPE, alone=True)
+            assert not isinstance(other, int)
+            downloads.append(other)  # type: ignore[arg-type]  # nothing is published yet
+        for download, content in zip(downloads, (b"abc", b"abd", b"abc"), strict=True):
+            expected = sha256(content) if promised else None
+            put(download.file(WEIGHTS_FILE, 3, expected), content, [(0, 3)])
+        downloads[0].publish().close()
+        with pytest.raises(IntegrityError, match="other bytes of the same version"):
+            downloads[1].publish()
+        downloads[2].publish().close()
+        for download in downloads:
+            download.close()
+        entry = world.cache.open(KEY)
+        assert entry is not None
+        assert content_of(entry) == b"abc"
+        entry.close()
+
+    def test_what_is_held_or_downloaded_is_not_removed(self, world: DiskWorld) -> None:
+        first = stored(world.cache, KEY, b"abc")
+        second = world.cache.open(KEY)
+        assert second is not None
+        first.close()
+        assert not world.cache.remove(KEY)
+        assert content_of(second) == b"abc"
+        second.close()
+        assert world.cache.remove(KEY)
+        assert not is_there(world.cache, KEY)
+        download = begun(world.cache)
+        put(download.file(WEIGHTS_FILE, NBYTES), weights(), [(0, NBYTES)])
+        assert not world.cache.remove(KEY)
+        download.close()
+        assert world.cache.remove(KEY)
+        download = begun(world.cache)
+        assert download.file(WEIGHTS_FILE, NBYTES).missing() == [(0, NBYTES)]
+        download.close()
+
+
+class TestDamage:
+    @pytest.mark.parametrize("check", [False, True])
+    @pytest.mark.parametrize("change", [1, -1])
+    def test_an_entry_of_another_size_is_dropped(
+        self, world: DiskWorld, check: bool, change: int
+    ) -> None:
+        keep(world.cache, KEY, bytes(10))
+        world.alter(KEY, WEIGHTS_FILE, bytes(10 + change))
+        assert world.cache.open(KEY, check=check) is None
+        keep(world.cache, KEY, b"x" * 10)
+        assert is_there(world.cache, KEY)
+
+    def test_altered_bytes_are_noticed_by_their_time_or_where_it_is_asked(
+        self, world: DiskWorld
+    ) -> None:
+        keep(world.cache, KEY, b"abc")
+        entry = world.cache.open(KEY, check=True)
+        assert entry is not None
+        entry.close()
+        world.alter(KEY, WEIGHTS_FILE, b"abd")
+        assert world.cache.open(KEY, check=True) is None
+        assert not is_there(world.cache, KEY)
+        for content, kept in ((b"abd", False), (b"abc", True)):
+            keep(world.cache, KEY, b"abc")
+            (world.entry(KEY) / WEIGHTS_FILE.file_name).write_bytes(content)
+            assert is_there(world.cache, KEY) is kept
+
+    def test_a_held_entry_that_was_damaged_or_condemned_is_replaced(self, world: DiskWorld) -> None:
+        held = stored(world.cache, KEY, b"abc")
+        reader = held.reader(WEIGHTS_FILE)
+        world.alter(KEY, WEIGHTS_FILE, b"longer")
+        for content in (b"right", b"newer"):
+            keep(world.cache, KEY, content)
+            with pytest.raises(IntegrityError, match="again"):
+                reader.read_into([memoryview(bytearray(3))], 0)
+            entry = world.cache.open(KEY)
+            assert entry is not None
+            assert content_of(entry) == content
+            world.cache.condemn(KEY)
+            world.cache.condemn(KEY)
+            assert not is_there(world.cache, KEY)
+            entry.close()
+        reader.close()
+        held.close()
+
+    def test_a_reader_of_what_was_evicted_says_so(self, world: DiskWorld) -> None:
+        entry = stored(world.cache, KEY, b"abc")
+        readers = [entry.reader(WEIGHTS_FILE) for _ in range(2)]
+        content = bytearray(3)
+        readers[0].read_into([memoryview(content)], 0)
+        entry.close()
+        assert world.cache.remove(KEY)
+        assert content == b"abc"
+        for reader in readers:
+            with pytest.raises(IntegrityError, match="again"):
+                reader.read_into([memoryview(content)], 0)
+            reader.close()
+
+    @pytest.mark.parametrize("shape", ["gone", "link", "fifo", "folder", "empty"])
+    def test_an_entry_with_an_odd_file_is_dropped(self, world: DiskWorld, shape: str) -> None:
+        for name in ("record.json", WEIGHTS_FILE.file_name):
+            keep(world.cache, KEY, b"abc")
+            path = world.entry(KEY) / name
+            other = path.rename(path.with_name("other"))
+            if shape == "link":
+                path.symlink_to(other)
+            elif shape == "fifo":
+                os.mkfifo(path)
+            elif shape == "folder":
+                path.mkdir()
+            elif shape == "empty":
+                path.touch()
+            assert world.cache.open(KEY) is None
+            assert below(world.folder) == set()
+
+    @pytest.mark.parametrize("shape", ["link", "file", "empty", "fifo"])
+    def test_what_stands_in_an_entrys_place_goes_and_leads_nowhere(
+        self, world: DiskWorld, tmp_path: Path, shape: str
+    ) -> None:
+        place = world.entry(KEY)
+        (tmp_path / "beside" / "precious").write_bytes(b"abc")
+        if shape == "link":
+            place.symlink_to(tmp_path / "beside")
+        elif shape == "file":
+            place.write_bytes(b"abc")
+        elif shape == "fifo":
+            os.mkfifo(place)
+        else:
+            place.mkdir(0o700)
+        keep(world.cache, KEY, b"right")
+        assert is_there(world.cache, KEY)
+        assert (tmp_path / "beside" / "precious").read_bytes() == b"abc"
+        (tmp_path / "beside" / "precious").unlink()
+
+    def test_an_entry_under_another_ones_name_is_dropped(self, world: DiskWorld) -> None:
+        keep(world.cache, KEY, b"abc")
+        world.entry(KEY).rename(world.entry(key(1)))
+        assert world.cache.open(key(1)) is None
+        assert below(world.folder) == set()
+
+
+class TestFolder:
+    @pytest.mark.parametrize("text", HOSTILE)
+    def test_hostile_keys_stay_in_the_folder(self, world: DiskWorld, text: str) -> None:
+        for of in (CacheKey(text, "v"), CacheKey("s", text), CacheKey(text, text)):
+            entry = stored(world.cache, of, text.encode("utf-8", "replace"))
+            entry.grant(text)
+            entry.close()
+            assert is_there(world.cache, of)
+
+    @pytest.mark.parametrize("mask", [0o000, 0o077])
+    def test_all_is_private_whatever_the_umask(self, tmp_path: Path, mask: int) -> None:
+        before = os.umask(mask)
+        try:
+            with opened(tmp_path / "a" / "cache") as world:
+                keep(world.cache, KEY, b"abc")
+                download = begun(world.cache, key(1))
+                put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
+                download.close()
+        finally:
+            os.umask(before)
+        nothing_odd(tmp_path / "a" / "cache")
+        assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
+
+    @pytest.mark.parametrize("mode", [0o770, 0o707, 0o720, 0o702, 0o1777])
+    def test_one_that_others_write_to_is_refused(self, tmp_path: Path, mode: int) -> None:
+        """It, or one inside it."""
+        folder = tmp_path / "cache"
+        DiskCache(folder, 1, policy("lru")).close()
+        for each in (folder, *folder.iterdir()):
+            each.chmod(mode)
+            with pytest.raises(ConfigError, match="others may write.*chmod 700"):
+                DiskCache(folder, 1, policy("lru"))
+            each.chmod(0o700)
+        assert open_below(tmp_path) == []
+
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_one_of_somebody_else_is_refused(
+        self, tmp_path: Path, inside: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "cache"
+        DiskCache(folder, 1, policy("lru")).close()
+        if os.geteuid() == 0:
+            os.chown(next(folder.iterdir()) if inside else folder, 12_345, -1)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: 12_345)
+        with pytest.raises(ConfigError, match="another user"):
+            DiskCache(folder, 1, policy("lru"))
+        assert open_below(tmp_path) == []
+
+    def test_a_place_that_is_no_folder_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        for path in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(ConfigError, match="cannot be opened"):
+                DiskCache(path, 1, policy("lru"))
+        DiskCache(tmp_path / "cache", 1, policy("lru")).close()
+        (tmp_path / "beside").mkdir()
+        for inside in (tmp_path / "cache").iterdir():
+            for target in (tmp_path / "beside", tmp_path / "nowhere"):
+                inside.rename(tmp_path / "kept")
+                inside.symlink_to(target)
+                with pytest.raises(ConfigError, match=f"'{inside.name}'"):
+                    DiskCache(tmp_path / "cache", 1, policy("lru"))
+                inside.unlink()
+                (tmp_path / "kept").rename(inside)
+        assert os.listdir(tmp_path / "beside") == []
+
+    @pytest.mark.parametrize("linked", [False, True])
+    def test_one_that_was_removed_is_made_again(self, tmp_path: Path, linked: bool) -> None:
+        """Of a download that was under way nothing is published, and it leaves nothing."""
+        folder = tmp_path / "disk"
+        folder.mkdir(0o700)
+        (tmp_path / "link").symlink_to(folder)
+        with opened(tmp_path / "link" if linked else folder) as world:
+            keep(world.cache, KEY, b"abc")
+            entry, download = world.cache.open(KEY), begun(world.cache, key(1))
+            assert entry is not None
+            put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
+            shutil.rmtree(folder)
+            assert world.cache.open(KEY) is None
+            with pytest.raises(IntegrityError, match="load the adapter again"):
+                content_of(entry)
+            with pytest.raises(FetchError, match="load it again"):
+                download.publish()
+            entry.close()
+            download.close()
+            assert world.cache.used() == 0
+            keep(world.cache, KEY, b"def")
+            assert is_there(world.cache, KEY)
+            assert folder.stat().st_mode & 0o777 == 0o700
+            shutil.rmtree(folder)
+            world.cache.note_version("question", "source", "version")
+            assert world.cache.last_version("question") == ("source", "version")
+            assert not is_there(world.cache, KEY)
+        assert open_below(tmp_path) == []
+
+
+def reader_of_a_download(cache: DiskCache) -> object:
+    download = begun(cache)
+    reader = download.file(WEIGHTS_FILE, 1).reader()
+    download.close()
+    return reader
+
+
+def forget(make: Callable[[], object]) -> None:
+    make()
+    gc.collect()
+
+
+class TestOwners:
+    def test_after_close_everything_is_refused(self, tmp_path: Path) -> None:
+        with opened(tmp_path / "cache") as world:
+            keep(world.cache, KEY, weights(1, NBYTES))
+        calls: list[Callable[[CacheKey], object]] = [
+            world.cache.open,
+            world.cache.remove,
+            lambda of: begun(world.cache, of),
+        ]
+        for call in calls:
+            with pytest.raises(FetchError, match="closed"):
+                call(KEY)
+        world.cache.close()
+
+    @pytest.mark.parametrize(
+        ("make", "name"),
+        [
+            (lambda cache: stored(cache, KEY, b"abc"), "entry"),
+            (begun, "download"),
+            (reader_of_a_download, "safetensors"),
+        ],
+    )
+    def test_what_is_forgotten_is_closed_with_a_warning(
+        self, tmp_path: Path, make: Callable[[DiskCache], object], name: str
+    ) -> None:
+        with opened(tmp_path / "cache") as world:
+            before = open_below(tmp_path)
+            with pytest.warns(ResourceWarning, match=f"unclosed.*{name}"):
+                forget(lambda: make(world.cache))
+            assert open_below(tmp_path) == before
+        with pytest.warns(ResourceWarning, match="unclosed disk cache"):
+            forget(lambda: DiskCache(tmp_path / "other", 1, policy("lru")))
+        assert open_below(tmp_path) == []
+
+
+class TestLastVersions:
+    """What sources answered last is kept beside the entries, for when they cannot be asked."""
+
+    def test_are_remembered_and_none_says_who_asked(self, world: DiskWorld) -> None:
+        asked = "a secret \ud800 question"
+        assert world.cache.last_version(asked) is None
+        world.cache.note_version(asked, "org/name", "1" * 40)
+        world.cache.note_version(asked, "org/elsewhere", "2" * 40)
+        with opened(world.folder) as another:
+            assert another.cache.last_version(asked) == ("org/elsewhere", "2" * 40)
+        (path,) = (path for path in world.folder.rglob("*") if path.is_file())
+        assert "secret" not in path.name
+        with failing(("fsync",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
+            world.cache.note_version(asked, "org/name", "3")
+        assert world.cache.last_version(asked) == ("org/elsewhere", "2" * 40)
+        for content in (b"", b"{}", b"null", b"\xff", b'{"source": 1, "version": ""}'):
+            path.write_bytes(content)
+            assert world.cache.last_version(asked) is None
+
+    def test_that_help_nobody_are_cleaned_up(self, world: DiskWorld) -> None:
+        keep(world.cache, KEY, weights())
+        world.cache.note_version("here?", KEY.source, KEY.version)
+        world.cache.note_version("gone?", "org/elsewhere", "2" * 40)
+        upkeep.gc(world.cache)
+        assert world.cache.last_version("here?") == (KEY.source, KEY.version)
+        assert world.cache.last_version("gone?") is None
+
+
+def left(world: DiskWorld, number: int) -> None:
+    """A partial download that nobody goes on with."""
+    download = begun(world.cache, key(number))
+    put(download.file(WEIGHTS_FILE, NBYTES), weights(), [(0, NBYTES)])
+    download.close()
+
+
+def touched(world: DiskWorld, number: int, seconds_ago: float) -> None:
+    at = time.time() - seconds_ago
+    os.utime(world.entry(key(number)), (at, at))
+
+
+class TestUpkeep:
+    def test_an_empty_cache(self, world: DiskWorld) -> None:
+        assert upkeep.ls(world.cache) == []
+        assert list(upkeep.verify(world.cache)) == []
+        assert upkeep.gc(world.cache) == Freed(0, 0, 0)
+        assert not upkeep.rm(world.cache, KEY.name)
+        assert not upkeep.rm(world.cache, "../beside")
+
+    def test_ls_tells_sizes_ages_and_use(self, world: DiskWorld) -> None:
+        keep(world.cache, key(1), b"abc")
+        touched(world, 1, 500)
+        left(world, 2)
+        download = begun(world.cache, key(3))
+        put(download.file(WEIGHTS_FILE, 5), b"abcde", [(0, 2)])
+        held = stored(world.cache, KEY, b"abcd")
+        with opened(world.folder) as other:  # as another process sees it
+            listed = {each.nbytes: each for each in upkeep.ls(other.cache)}
+        sizes = [4 + len(CONFIG), 3 + len(CONFIG), NBYTES, 5]
+        assert listed.keys() == set(sizes)
+        entry, old, partial, running = (listed[size] for size in sizes)
+        assert [each.in_use for each in (entry, old, partial, running)] == [1, 0, 0, 1]
+        assert [each.is_partial for each in (entry, old, partial, running)] == [0, 0, 1, 1]
+        assert (round(entry.age, -2), round(old.age, -2)) == (0, 500)
+        assert (entry.name, entry.record) == (KEY.name, held.record)
+        assert old.record is not None
+        assert old.record.version == "version 1"
+        assert partial.record is running.record is None
+        held.close()
+        download.close()
+
+    def test_verify_hashes_again_and_removes_what_is_wrong(self, world: DiskWorld) -> None:
+        for number in range(4):
+            keep(world.cache, key(number), b"abc")
+            touched(world, number, 100)
+        world.alter(key(1), WEIGHTS_FILE, b"abd")
+        world.alter(key(2), CONFIG_FILE, b"{}")
+        (world.entry(key(3)) / "record.json").write_bytes(b"{")
+        verified = {each.name: each for each in upkeep.verify(world.cache)}
+        assert {name: each.problem is None for name, each in verified.items()} == {
+            key(number).name: number == 0 for number in range(4)
+        }
+        for number, words in ((1, "digest"), (2, "size"), (3, "record")):
+            assert words in str(verified[key(number).name].problem)
+        record = verified[key(1).name].record
+        assert record is not None
+        assert record.version == "version 1"
+        (listed,) = upkeep.ls(world.cache)
+        assert listed.name == key(0).name
+        assert listed.age > 90, "a look is no use of it"
+
+    def test_rm_removes_what_is_not_in_use(self, world: DiskWorld) -> None:
+        held = stored(world.cache, key(0), b"abc")
+        keep(world.cache, key(1), b"abc")
+        left(world, 2)
+        download = begun(world.cache, key(3))
+        download.file(WEIGHTS_FILE, 5)
+        names = {each.name for each in upkeep.ls(world.cache)}
+        with opened(world.folder) as other:
+            assert sum(upkeep.rm(other.cache, name) for name in sorted(names)) == 2
+        assert content_of(held) == b"abc"
+        download.close()
+        held.close()
+        assert [each.name for each in upkeep.ls(world.cache)] == [key(0).name]
+
+    def test_gc_removes_what_serves_nobody(self, world: DiskWorld) -> None:
+        keep(world.cache, key(0), b"abc")
+        keep(world.cache, key(1), b"abc")
+        (world.entry(key(1)) / "record.json").unlink()
+        left(world, 2)
+        assert upkeep.gc(world.cache, older_than=1_000) == Freed(1, 0, 3 + len(CONFIG))
+        assert upkeep.gc(world.cache) == Freed(0, 1, NBYTES)
+        assert is_there(world.cache, key(0))
+        assert {name.split("/")[0] for name in below(world.folder)} == {"entries"}
+
+    def test_gc_makes_a_cache_as_small_as_its_budget_says(self, world: DiskWorld) -> None:
+        for number in range(5):
+            keep(world.cache, key(number), b"abc")
+            touched(world, number, 100 - number)
+        held = world.cache.open(key(0))
+        assert held is not None
+        with opened(world.folder, 2 * (3 + len(CONFIG))) as smaller:
+            assert upkeep.gc(smaller.cache) == Freed(3, 0, 3 * (3 + len(CONFIG)))
+        there = [number for number in range(5) if is_there(world.cache, key(number))]
+        assert there == [0, 4]
+        held.close()

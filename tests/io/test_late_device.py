@@ -1,16 +1,20 @@
-"""The late device keeps what others' tests rely on: copies that run late, in the order of streams."""
+"""The late device keeps what others' tests rely on: work that runs late, in the order of streams."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from late_device import build
-from late_device.build import POISON
+from late_device.build import POISON, NotBuilt
 from late_device.world import (
     LATE,
     SIZE,
@@ -31,36 +35,35 @@ def late() -> Iterator[None]:
 
 
 class TestCopies:
-    def test_a_pinned_source_is_read_when_the_stream_gets_there(self) -> None:
-        source, target = pinned(1), on_device()
+    def test_pinned_memory_is_read_and_written_when_the_stream_gets_there(self) -> None:
+        """And it outlives its copy."""
+        source, there = pinned(1), on_device(4)
+        target, back, kept = on_device(), pinned(0), on_device()
+        copied = torch.Event(device=LATE)
         with build.held():
             target.copy_(source, non_blocking=True)
+            back.copy_(there, non_blocking=True)
+            kept.copy_(pinned(7), non_blocking=True)
+            copied.record()
+            others = [pinned(8) for _ in range(4)]
             source.fill_(2)
-            assert bytes_now(target) == {POISON}
-        assert set(target.cpu().tolist()) == {2}
+            assert (bytes_now(target), bytes_now(back)) == ({POISON}, {0})
+        copied.synchronize()
+        assert (bytes_now(target), bytes_now(back), bytes_now(kept)) == ({2}, {4}, {7})
+        assert all(other.is_pinned() and other[5:].is_pinned() for other in others)
 
-    def test_a_source_that_is_not_pinned_is_read_at_once(self) -> None:
+    def test_other_sources_and_blocking_copies_are_done_when_it_returns(self) -> None:
         build.set_delay(20_000)
-        source, target = torch.ones(SIZE, dtype=torch.uint8), on_device()
+        source, target, start = torch.ones(SIZE, dtype=torch.uint8), on_device(), time.monotonic()
         target.copy_(source, non_blocking=True)
         source.fill_(2)
         assert set(target.cpu().tolist()) == {1}
-
-    @pytest.mark.parametrize("blocking", [{}, {"non_blocking": False}])
-    def test_a_blocking_copy_is_done_when_it_returns(self, blocking: dict[str, bool]) -> None:
-        build.set_delay(20_000)
-        target = on_device()
-        target.copy_(pinned(3), **blocking)
-        assert bytes_now(target) == {3}
-
-    def test_a_pinned_target_is_written_late(self) -> None:
-        source, target, copied = on_device(4), pinned(0), torch.Event(device=LATE)
-        with build.held():
-            target.copy_(source, non_blocking=True)
-            copied.record()
-            assert bytes_now(target) == {0}
-        copied.synchronize()
-        assert bytes_now(target) == {4}
+        for blocking in ({}, {"non_blocking": False}):
+            target.copy_(pinned(3), **blocking)
+            assert bytes_now(target) == {3}
+        assert time.monotonic() - start >= 0.06, "each copy has the delay"
+        target.copy_(pinned(9), non_blocking=True)
+        assert set((target + 1).cpu().tolist()) == {10}, "other operators come after it"
 
     def test_copies_on_the_device_and_fills_are_late(self) -> None:
         source, copy, zeros = on_device(5), on_device(), on_device()
@@ -72,20 +75,6 @@ class TestCopies:
             assert bytes_now(source) == {5}
         torch.accelerator.synchronize()
         assert (bytes_now(copy), bytes_now(zeros), bytes_now(source)) == ({5}, {0}, {6})
-
-    def test_pinned_memory_outlives_its_copy(self) -> None:
-        target = on_device()
-        with build.held():
-            target.copy_(pinned(7), non_blocking=True)
-            others = [pinned(8) for _ in range(4)]
-        assert set(target.cpu().tolist()) == {7}
-        assert all(other.is_pinned() and other[5:].is_pinned() for other in others)
-
-    def test_other_operators_come_after_what_is_on_the_current_stream(self) -> None:
-        build.set_delay(20_000)
-        target = on_device(1)
-        target.copy_(pinned(9), non_blocking=True)
-        assert set((target + 1).cpu().tolist()) == {10}
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
     def test_views_casts_and_broadcasts_are_those_of_the_cpu(self, dtype: torch.dtype) -> None:
@@ -132,13 +121,6 @@ class TestOrder:
         done.synchronize()
         assert bytes_now(seen) == ({POISON} if kind == "nothing" else {1})
 
-    def test_cpu_waits_for_the_current_stream_alone(self) -> None:
-        other, target = new_stream(), on_device(1)
-        with build.held(other), other:
-            target.fill_(2)
-            seen = in_thread(target.cpu)  # where the default stream is the current one
-        assert set(seen.tolist()) == {1}
-
     def test_the_current_stream_is_of_a_thread_and_a_device(self) -> None:
         mine = new_stream()
         with mine:
@@ -167,30 +149,13 @@ class TestOrder:
             assert stream.query() == (value == 3)
         assert build.pending() == 0
 
-    def test_a_delay_is_that_of_every_copy(self) -> None:
-        build.set_delay(40_000)
-        target, start = on_device(), time.monotonic()
-        target.copy_(pinned(1), non_blocking=True)
-        target.fill_(2)
-        assert not torch.accelerator.current_stream().query()
-        torch.accelerator.current_stream().synchronize()
-        assert time.monotonic() - start >= 0.08
-
-
-class TestEvents:
-    def test_one_that_was_never_recorded_is_done(self) -> None:
+    def test_an_event_is_done_when_its_last_record_is(self) -> None:
+        """One that was never recorded is."""
         event = torch.Event(device=LATE)
         with build.held():
             on_device().copy_(pinned(1), non_blocking=True)
             event.synchronize()
             assert event.query()
-
-    def test_a_new_record_is_what_is_asked_for(self) -> None:
-        event = torch.Event(device=LATE)
-        event.record()
-        event.synchronize()
-        assert event.query()
-        with build.held():
             event.record()
             assert not event.query()
         event.synchronize()
@@ -210,3 +175,133 @@ class TestEvents:
                 threading.Timer(0.05, build.release).start()
                 wait()
             assert bytes_now(target) == {1}
+
+
+class TestFreedMemory:
+    def copied_late(self, *, told: bool) -> set[int]:
+        stream, source, seen = new_stream(), on_device(1), on_device()
+        build.hold(stream)
+        with stream:
+            seen.copy_(source)
+        if told:
+            source.record_stream(stream)
+        del source
+        build.release()
+        stream.synchronize()
+        return bytes_now(seen)
+
+    def test_is_poison_for_a_stream_that_nobody_told_of(self) -> None:
+        assert self.copied_late(told=False) == {POISON}
+        assert self.copied_late(told=True) == {1}
+
+    def test_is_poison_after_what_its_own_stream_does(self) -> None:
+        source, seen = on_device(1), on_device()
+        with build.held():
+            seen.copy_(source)
+            del source
+        assert set(seen.cpu().tolist()) == {1}
+
+
+class TestFailures:
+    def test_memory_runs_out_as_often_as_ordered(self) -> None:
+        build.fail_allocations(device=2, pinned=1)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 1000 bytes"):
+                on_device()
+        with pytest.raises(torch.AcceleratorError, match="out of memory"):
+            pinned(1)
+        assert on_device().nbytes == pinned(1).nbytes == SIZE
+        for nbytes in (1 << 31, 1 << 62):
+            with pytest.raises(torch.OutOfMemoryError):
+                torch.empty(nbytes, dtype=torch.uint8, device=LATE)
+
+    def test_every_operation_on_a_lost_device_raises(self) -> None:
+        stream, event, target, source = (
+            new_stream(),
+            torch.Event(device=LATE),
+            on_device(),
+            pinned(1),
+        )
+        event.record()
+        operations: list[Callable[[], object]] = [
+            *(event.query, event.synchronize, event.record, event.wait),
+            *(stream.query, stream.synchronize, stream.record_event),
+            *(lambda: stream.wait_event(event), torch.accelerator.synchronize, new_stream),
+            *(lambda: target.copy_(source, non_blocking=True), target.zero_, target.cpu),
+        ]
+        build.lose()
+        for operation in operations:
+            with pytest.raises(torch.AcceleratorError, match="the device was lost"):
+                operation()
+        build.restore()
+        for operation in operations:
+            operation()
+
+    def test_a_loss_wakes_who_waits_and_drops_what_is_queued(self) -> None:
+        target, event = on_device(1), torch.Event(device=LATE)
+        build.hold()
+        target.fill_(2)
+        event.record()
+        threading.Timer(0.05, build.lose).start()
+        with pytest.raises(torch.AcceleratorError, match="the device was lost"):
+            event.synchronize()
+        build.reset()
+        assert event.query()
+        assert bytes_now(target) == {1}
+
+    def test_ordinary_work_on_the_cpu_is_as_before(self) -> None:
+        layer, given = torch.nn.Linear(3, 2, bias=False), torch.ones(4, 3)
+        layer(given).sum().backward()
+        assert layer.weight.grad is not None
+        assert torch.equal(layer.weight.grad, torch.full((2, 3), 4.0))
+        assert torch.empty(3).device == torch.get_default_device() == torch.device("cpu")
+        assert not torch.empty(3).is_pinned()
+        torch.manual_seed(1)
+        first = torch.rand(3)
+        torch.manual_seed(1)
+        with torch.random.fork_rng():
+            assert torch.equal(first, torch.rand(3))
+        assert torch.equal(first, torch.rand(3))
+
+    @pytest.mark.slow
+    def test_work_that_is_queued_at_the_end_hinders_no_exit(self) -> None:
+        script = """if True:
+            import threading, torch
+            from late_device import build
+            build.load()
+            target = torch.empty(8, device="late")
+            event = torch.Event(device="late")
+            build.hold()
+            target.copy_(torch.ones(8, pin_memory=True), non_blocking=True)
+            event.record()
+            threading.Thread(target=event.synchronize, daemon=True).start()
+            """
+        folder = Path(build.__file__).parent.parent
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=folder, timeout=60, capture_output=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+class TestBuild:
+    def test_says_what_is_missing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        with pytest.raises(NotBuilt, match=r"needs g\+\+"):
+            build.library_path()
+        monkeypatch.setenv("CXX", "false")
+        with pytest.raises(NotBuilt, match="does not compile"):
+            build.library_path()
+
+    def test_two_may_build_at_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        compiler = tmp_path / "compiler"
+        compiler.write_text(
+            '#!/bin/sh\nfor made; do :; done\necho -n b > "$made"; sleep 0.2\necho -n uilt >> "$made"\n'
+        )
+        compiler.chmod(0o755)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("CXX", str(compiler))
+        with ThreadPoolExecutor(2) as pool:
+            made = list(pool.map(lambda _: build.library_path().read_text(), range(2)))
+        assert made == ["built", "built"]
+        assert len(list((tmp_path / "lorax-async").iterdir())) == 1

@@ -6,12 +6,13 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from local_world import (
     LIMITS,
     WEIGHTS_NAME,
@@ -20,39 +21,26 @@ from local_world import (
     maps_below,
     nothing_left_open,
 )
-from populate_conformance import PopulateConformance
-from source_conformance import SourceConformance
 from source_inputs import CONFIG, weights
+from split_world import FILES, cut, put, replace, touch
 
 from common import until
 from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import LocalRoot
 from lorax_async.io import mapped
+from lorax_async.io.mapped import MappedFile
 from lorax_async.io.ports import Demand, Hold
 from lorax_async.io.sources import local_hold
 from lorax_async.io.sources.local import LocalSource
 from page_looks import cached_pages, drop_pages, map_sizes, pages
-
-
-@pytest.fixture(params=[False, True], ids=["read ahead", "held"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalWorld]:
-    with nothing_left_open(tmp_path, immutable=request.param) as world:
-        yield world
+from split_files import write
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[LocalWorld]:
     with nothing_left_open(tmp_path, immutable=True) as world:
         yield world
-
-
-class TestConformance(SourceConformance):
-    pass
-
-
-class TestPopulate(PopulateConformance):
-    pass
 
 
 async def opened_and_held(source: LocalSource, ref: AdapterRef) -> tuple[bool, Hold]:
@@ -121,21 +109,6 @@ def test_an_immutable_root_may_be_a_link(tmp_path: Path) -> None:
             assert is_held(source, id, tmp_path)
 
 
-async def test_dropped_pages_come_back_and_stay(host: LocalWorld) -> None:
-    path = host.fill(host.roots[0] / "one") / WEIGHTS_NAME
-    drop_pages(path)
-    before = descriptors()
-    hold = await host.source.populate(await host.source.resolve(AdapterRef("./one")))
-    assert descriptors() == before
-    assert hold.nbytes == path.stat().st_size
-    (sizes,) = map_sizes(path)
-    assert sizes["Rss"] == sizes["Size"] >= hold.nbytes
-    assert sizes["Locked"] == (sizes["Size"] if hold.locked else 0)
-    drop_pages(path)
-    assert cached_pages(path) == pages(hold.nbytes)
-    hold.close()
-
-
 async def test_a_hold_without_the_right_to_lock(
     host: LocalWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,58 +123,96 @@ async def key_of(host: LocalWorld, content: bytes) -> AdapterKey:
     return await host.source.resolve(host.put("one", CONFIG, content))
 
 
-def touch(path: Path) -> None:
-    os.utime(path, (5, 5))
+async def test_every_file_comes_back_and_stays(
+    host: LocalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In many pieces, for files of several pages; of weights in several files, all."""
+    monkeypatch.setattr(local_hold, "PIECE_BYTES", 4096)
+    folder = put(host.roots[0] / "one")
+    write(folder, [{name: torch.ones(n)} for name, n in (("a", 10_000), ("b", 5), ("c", 3_000))])
+    paths = [folder / name for name in FILES[2:]]
+    key = await host.source.resolve(AdapterRef("./one"))
+    file = await host.source.open(key, Demand())
+    assert file.holdable
+    counted = file.reader.nbytes  # what the host tier's budget is asked for
+    file.reader.close()
+    for path in paths:
+        drop_pages(path)
+    before = descriptors()
+    hold = await host.source.populate(key)
+    assert descriptors() == before
+    assert hold.nbytes == sum(path.stat().st_size for path in paths)
+    assert hold.nbytes <= counted
+    for path in paths:
+        (sizes,) = map_sizes(path)
+        assert sizes["Rss"] == sizes["Size"]
+        assert sizes["Locked"] == (sizes["Size"] if hold.locked else 0)
+        drop_pages(path)
+        assert cached_pages(path) == pages(path.stat().st_size)
+    hold.close()
 
 
-def cut(path: Path) -> None:
-    os.truncate(path, 0)
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_a_file_outside_of_the_root_leaves_all_unheld(host: LocalWorld, number: int) -> None:
+    folder, other = put(host.roots[0] / "one"), put(host.outside / "two")
+    (folder / FILES[number]).unlink()
+    (folder / FILES[number]).symlink_to(other / FILES[number])
+    assert not is_held(host.source, folder, host.outside.parent)
 
 
-def replace(path: Path) -> None:
-    path.with_name("new").write_bytes(path.read_bytes())
-    path.with_name("new").rename(path)
-
-
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, *FILES[2:]])
 @pytest.mark.parametrize("change", [touch, cut, replace])
 @pytest.mark.parametrize("when", ["before", "during", "after"])
 async def test_a_file_that_changes_is_not_held(
-    host: LocalWorld, monkeypatch: pytest.MonkeyPatch, change: Any, when: str
+    host: LocalWorld,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    change: Callable[[Path], None],
+    when: str,
 ) -> None:
-    path = host.roots[0] / "one" / WEIGHTS_NAME
+    """Of several, none is."""
+    folder = host.roots[0] / "one"
+    fill = host.fill if name == WEIGHTS_NAME else put
     populate = local_hold.LocalHold.populate
+    path = fill(folder) / name
 
     def changing(hold: local_hold.LocalHold, start: int) -> None:
-        if when == "during":
+        last = start == hold.starts[-1]
+        if when == "during" and not start:
             change(path)
         populate(hold, start)
-        if when == "after":
+        if when == "after" and last:
             change(path)
 
-    key = await key_of(host, weights(1))
-    file = await host.source.open(key, Demand())
-    file.reader.close()
+    key = await host.source.resolve(AdapterRef("./one"))
     if when == "before":
         change(path)
     monkeypatch.setattr(local_hold.LocalHold, "populate", changing)
-    with pytest.raises(errors.IntegrityError, match=rf"{WEIGHTS_NAME}.*again"):
+    with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
         await host.source.populate(key)
-    assert maps_below(path.parent) == []
+    assert maps_below(folder) == []
 
 
-@pytest.mark.parametrize("step", ["MappedFile", "populate"])
+@pytest.mark.parametrize("nth", [0, 1, 2, "populate"])
 async def test_memory_that_cannot_be_had(
-    host: LocalWorld, monkeypatch: pytest.MonkeyPatch, step: str
+    host: LocalWorld, monkeypatch: pytest.MonkeyPatch, nth: int | str
 ) -> None:
-    def refused(*_: object) -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    made: list[MappedFile] = []
 
-    owner = local_hold if step == "MappedFile" else mapped.MappedFile
-    monkeypatch.setattr(owner, step, refused)
-    key = await key_of(host, weights(1))
-    before = descriptors()
-    with pytest.raises(errors.FetchError, match=rf"{WEIGHTS_NAME} cannot be read \(ENOMEM\)"):
+    def refused(*given: Any) -> Any:
+        if nth in (len(made), "populate"):
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        made.append(MappedFile(*given))
+        return made[-1]
+
+    owner = mapped.MappedFile if nth == "populate" else local_hold
+    monkeypatch.setattr(owner, nth if isinstance(nth, str) else "MappedFile", refused)
+    put(host.roots[0] / "one")
+    key = await host.source.resolve(AdapterRef("./one"))
+    before, name = descriptors(), FILES[2 + (nth if isinstance(nth, int) else 0)]
+    with pytest.raises(errors.FetchError, match=rf"{name} cannot be read \(ENOMEM\)"):
         await host.source.populate(key)
+    made.clear()
     assert (descriptors(), maps_below(host.roots[0])) == (before, [])
 
 

@@ -1,34 +1,44 @@
-"""Local folders: who may name them, and what may lie in them."""
+"""Local folders: who may name them, what may lie in them, and files that change under their readers."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import re
-from collections.abc import Callable, Coroutine, Iterator
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import uvloop
-from local_world import CONFIG_NAME, LIMITS, WEIGHTS_NAME, LocalWorld, nothing_left_open, refusal
-from source_conformance import Run, SourceConformance, T
+import safetensors.torch
+from local_world import (
+    CONFIG_NAME,
+    LIMITS,
+    WEIGHTS_NAME,
+    LocalWorld,
+    descriptors,
+    nothing_left_open,
+    refusal,
+)
+from source_inputs import CONFIG, header_bytes, read, tensors, weights
 
+from common import Run
 from lorax_async import errors
-from lorax_async.adapter import AdapterRef
-from lorax_async.io.sources import local_folder
+from lorax_async.adapter import AdapterKey, AdapterRef
+from lorax_async.io.ports import Demand
+from lorax_async.io.sources import local, local_folder, local_weights
+from lorax_async.io.sources.checked_open import FileReader, identity_of, located, open_same
 from lorax_async.io.sources.local import LocalSource
 
 COMMIT, BLOB = "c" * 40, "b" * 64
 
-
-class NoThreads(ThreadPoolExecutor):
-    """The default executor of the loop, which is not ours to use."""
-
-    def submit(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the default executor was used")
+SECRET = b"the secret of another tenant"
 
 
 @pytest.fixture
@@ -37,22 +47,10 @@ def world(tmp_path: Path) -> Iterator[LocalWorld]:
         yield world
 
 
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Run:
-    def run(main: Coroutine[Any, Any, T]) -> T:
-        new_loop: Callable[[], asyncio.AbstractEventLoop] = request.param
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.get_loop().set_default_executor(NoThreads())
-            return runner.run(main)
-
-    return run
+# -- names ----------------------------------------------------------------------------------------
 
 
-class TestConformance(SourceConformance):
-    pass
-
-
-def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld, run: Run) -> None:
+async def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld) -> None:
     folder = world.fill(world.roots[1] / "o rg" / "ü")
     (world.roots[0] / "link").symlink_to(folder)
     spellings: list[AdapterRef] = [
@@ -70,21 +68,14 @@ def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld, run: Run) -
         AdapterRef("file://localhost" + folder.as_uri()[7:]),
     ]
 
-    async def main() -> None:
-        keys = {await world.source.resolve(ref) for ref in spellings}
-        assert [key.location for key in keys] == [str(folder)]
-
-    run(main())
-
-
-def test_the_first_root_that_has_a_folder_wins(world: LocalWorld, run: Run) -> None:
-    for root in world.roots:
-        world.fill(root / "both")
-    key = run(world.source.resolve(AdapterRef("./both")))
-    assert key.location == str(world.roots[0] / "both")
+    keys = {await world.source.resolve(ref) for ref in spellings}
+    assert [key.location for key in keys] == [str(folder)]
+    world.fill(world.roots[0] / "o rg" / "ü")
+    key = await world.source.resolve(AdapterRef("./o rg/ü"))
+    assert key.location == str(world.roots[0] / "o rg" / "ü"), "the first root that has it"
 
 
-def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld, run: Run) -> None:
+async def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld) -> None:
     for version in ("v1", "v2"):
         world.fill(tmp_path / version / "one")
     current = tmp_path / "current"
@@ -94,50 +85,35 @@ def test_a_root_may_be_a_link_that_is_moved(tmp_path: Path, world: LocalWorld, r
         for version in ("v1", "v2"):
             current.unlink()
             current.symlink_to(tmp_path / version)
-            key = run(source.resolve(AdapterRef(f"{current}/one")))
+            key = await source.resolve(AdapterRef(f"{current}/one"))
             assert key.location == str(tmp_path / version / "one")
 
 
 @pytest.mark.parametrize(
     "ref",
     [
-        *map(AdapterRef, ["org/name", "name", "s3://b/k", "hf://org/name", "https://h/x", "~/x"]),
+        *map(AdapterRef, ["org/name", "name", "s3://buc/k", "hf://org/name", "https://h/x", "~/x"]),
+        *map(
+            AdapterRef, ["gs://buc/k", "az://con/k", "", "./a\0b", "./a\nb", "./a\x7fb", "./\x85"]
+        ),
+        *map(AdapterRef, ["./\ud800", "/" + "a" * 4096, Path("a\0b"), "file:", "file:one"]),
+        *map(AdapterRef, ["file://host/a", "file:///a%00b", "file:///a%0ab", "file:///%ff"]),
+        *map(AdapterRef, ["file:///a?b", "file:///a#b", "file:///a%zz"]),
         AdapterRef("org/name", source="hub"),
         AdapterRef("/a/b", source="s3"),
         AdapterRef(Path("/a/b"), source="hub"),
         AdapterRef("s3://b/k", source="local"),
+        AdapterRef("./one", revision="main"),
+        AdapterRef(Path("one"), revision="main"),
     ],
 )
-def test_no_other_source_is_asked(world: LocalWorld, ref: AdapterRef) -> None:
-    """What is no id says why; what names another place says that this source has folders only."""
+def test_what_is_no_id_of_a_folder_is_refused(world: LocalWorld, ref: AdapterRef) -> None:
+    """What names another place says that this source has folders only."""
     error = refusal(world, ref)
     assert type(error) is errors.InvalidAdapterIdError
-    assert len(error.problem) > 40
-
-
-@pytest.mark.parametrize(
-    "id", ["org/name", "s3://buc/k", "https://h/x", "gs://buc/k", "az://con/k"]
-)
-def test_another_source_is_said_to_be_one(world: LocalWorld, id: str) -> None:
-    error = refusal(world, id)
-    assert re.search(r"only local folders.*local_roots", error.problem)
-
-
-@pytest.mark.parametrize("id", ["./one", Path("one")])
-def test_a_folder_has_no_revision(world: LocalWorld, id: str | Path) -> None:
-    error = refusal(world, AdapterRef(id, revision="main"))
-    assert type(error) is errors.InvalidAdapterIdError
-    assert "revision" in error.problem
-
-
-@pytest.mark.parametrize(
-    "id",
-    ["", "./a\0b", "./a\nb", "./a\x7fb", "./\x85", "./\ud800", "/" + "a" * 4096, Path("a\0b")]
-    + ["file:", "file:one", "file://host/a", "file:///a%00b", "file:///a%0ab", "file:///%ff"]
-    + ["file:///a?b", "file:///a#b", "file:///a%zz"],
-)
-def test_what_is_no_id_is_refused(world: LocalWorld, id: Any) -> None:
-    assert type(refusal(world, AdapterRef(id))) is errors.InvalidAdapterIdError
+    if re.match(r"org/|(s3|gs|az)://...?/|https:", str(ref.id)) and not ref.source:
+        assert re.search(r"only local folders.*local_roots", error.problem)
+    assert ("revision" in error.problem) or not ref.revision
 
 
 @pytest.mark.parametrize("id", [b"/a", 7, None, ["a"]])
@@ -244,3 +220,456 @@ def test_the_hub_cache_keeps_its_links(
         assert key.files[1].inode == target.stat().st_ino
     else:
         assert type(refusal(world, str(folder))) is errors.AccessDeniedError
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def unix_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = Path.cwd()
+        os.chdir(path.parent)  # a socket's name has at most 107 bytes
+        try:
+            listener.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+def huge(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+ODD: list[tuple[Callable[[Path], None], str]] = [
+    (fifo, "FIFO"),
+    (Path.mkdir, "folder"),
+    (unix_socket, "socket"),
+    (lambda path: path.symlink_to("/dev/zero"), "device"),
+    (lambda path: path.symlink_to("/dev/ptmx"), "device"),
+    (huge, "1,099,511,627,776"),
+    (Path.touch, "empty"),
+]
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+@pytest.mark.parametrize(("make", "word"), ODD)
+def test_no_ordinary_file(
+    world: LocalWorld, name: str, make: Callable[[Path], None], word: str
+) -> None:
+    path = world.fill(world.roots[0] / "one") / name
+    path.unlink()
+    make(path)
+    error = refusal(world, path.parent)
+    assert type(error) is errors.AdapterFormatError
+    assert name in error.problem
+    assert word in error.problem
+
+
+@pytest.mark.parametrize(("make", "word"), [each for each in ODD if each[1] != "folder"])
+@pytest.mark.parametrize("named", [str, Path])
+def test_no_folder(
+    world: LocalWorld, make: Callable[[Path], None], word: str, named: Callable[[Path], str | Path]
+) -> None:
+    path = world.roots[0] / "adapter.tar.gz"
+    make(path)
+    leaves = word == "device" and named is str
+    kind = errors.AccessDeniedError if leaves else errors.AdapterFormatError
+    assert type(refusal(world, named(path))) is kind
+
+
+@pytest.mark.parametrize(
+    ("present", "kind", "words"),
+    [
+        ([], errors.AdapterNotFoundError, [CONFIG_NAME, WEIGHTS_NAME]),
+        ([CONFIG_NAME], errors.AdapterNotFoundError, [WEIGHTS_NAME]),
+        ([WEIGHTS_NAME], errors.AdapterNotFoundError, [CONFIG_NAME]),
+        ([CONFIG_NAME, "adapter_model.bin"], errors.AdapterFormatError, ["pickle", "re-save"]),
+        (
+            [CONFIG_NAME, f"{WEIGHTS_NAME}.index.json"],
+            errors.AdapterFormatError,
+            ["index.json", "names no tensors"],
+        ),
+    ],
+)
+def test_an_incomplete_folder(
+    world: LocalWorld, present: list[str], kind: type, words: list[str]
+) -> None:
+    for name in present:
+        (world.folder("one") / name).write_bytes(b"{}")
+    world.folder("one")
+    error = refusal(world, "./one")
+    assert type(error) is kind
+    assert all(word in error.problem for word in words)
+    assert not any(name in error.problem for name in present[:1])
+
+
+async def test_limits_are_the_last_size_that_passes(world: LocalWorld) -> None:
+    path = world.fill(world.roots[0] / "one")
+    config = CONFIG.ljust(LIMITS.max_config_bytes)
+    (path / CONFIG_NAME).write_bytes(config)
+    file = await world.source.open(await world.source.resolve(AdapterRef(path)), Demand())
+    assert file.config == config
+    file.reader.close()
+    (path / CONFIG_NAME).write_bytes(config + b" ")
+    with pytest.raises(errors.AdapterFormatError):
+        await world.source.resolve(AdapterRef(path))
+    for size, legal in ((130_000, True), (1_000_000, True), (1_100_000, False)):
+        content = weights(1, {"note": "x" * size})
+        assert (header_bytes(content) <= LIMITS.max_header_bytes) is legal
+        key = await world.source.resolve(world.put("one", CONFIG, content))
+        if legal:
+            file = await world.source.open(key, Demand())
+            file.reader.close()
+            assert content.startswith(file.prefix)
+            assert len(file.prefix) >= header_bytes(content)
+        else:
+            with pytest.raises(errors.AdapterFormatError, match="limit"):
+                await world.source.open(key, Demand())
+
+
+def become_nobody() -> None:
+    """This thread alone, and for files alone; root could read everything."""
+    ctypes.CDLL(None).setfsuid(65_534)
+
+
+@pytest.mark.parametrize("denied", ["", CONFIG_NAME, WEIGHTS_NAME])
+@pytest.mark.parametrize("step", ["resolve", "open"])
+def test_what_the_process_may_not_read(denied: str, step: str) -> None:
+    async def main(base: Path) -> None:
+        source = LocalSource(roots=[base], limits=LIMITS, threads=threads)
+        key = await source.resolve(AdapterRef(base / "one"))
+        mode = 0o000 if denied else 0o600
+        (base / "one" / denied).chmod(mode)
+        if step == "resolve":
+            for id in (base / "one", "./one"):
+                with pytest.raises(errors.AccessDeniedError, match="permission"):
+                    await source.resolve(AdapterRef(id))
+        else:
+            # A new mode is another version of a file.
+            with pytest.raises(errors.IntegrityError if denied else errors.AccessDeniedError):
+                await source.open(key, Demand())
+
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ThreadPoolExecutor(2, initializer=become_nobody) as threads,
+    ):
+        base = Path(name).resolve()
+        (base / "one").mkdir()
+        (base / "one" / CONFIG_NAME).write_bytes(CONFIG)
+        safetensors.torch.save_file(tensors(1), base / "one" / WEIGHTS_NAME)
+        (base / "one" / WEIGHTS_NAME).chmod(0o644)
+        base.chmod(0o755)
+        asyncio.run(main(base))
+
+
+# -- files that change ----------------------------------------------------------------------------
+
+
+def retarget(link: Path, target: Path) -> None:
+    new = link.with_name("new")
+    new.symlink_to(target)
+    new.rename(link)
+
+
+def swing_link(folder: Path) -> None:
+    retarget(folder / "link", folder / "secret")
+
+
+def replace_file(folder: Path) -> None:
+    (folder / "secret").rename(folder / "mine")
+
+
+@pytest.mark.parametrize("change", [swing_link, replace_file])
+def test_a_descriptor_is_opened_not_its_name(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "secret").write_bytes(SECRET)
+    retarget(tmp_path / "link", tmp_path / "mine")
+    with located(str(tmp_path / "link")) as file:
+        change(tmp_path)
+        fd = file.open()
+    assert os.read(fd, 100) == b"mine"
+    assert not os.get_inheritable(fd)
+    assert not os.get_blocking(fd)
+    os.close(fd)
+
+
+def test_a_link_that_swings_never_lets_a_secret_out(world: LocalWorld) -> None:
+    folder = world.fill(world.roots[0] / "one")
+    secret = world.outside / "secret"
+    secret.write_bytes(SECRET)
+    (folder / CONFIG_NAME).rename(folder / "mine.json")
+    retarget(folder / CONFIG_NAME, folder / "mine.json")
+    stop, outcomes = threading.Event(), set[object]()
+
+    def swing() -> None:
+        while not stop.is_set():
+            for target in (secret, folder / "mine.json"):
+                retarget(folder / CONFIG_NAME, target)
+
+    async def main() -> None:
+        for turn in range(20_000):
+            if turn > 300 and len(outcomes) > 1:
+                break
+            try:
+                file = await world.source.open(
+                    await world.source.resolve(AdapterRef("./one")), Demand()
+                )
+            except (errors.AccessDeniedError, errors.IntegrityError) as error:
+                outcomes.add(type(error))
+            else:
+                outcomes.add(file.config)
+                file.reader.close()
+
+    thread = threading.Thread(target=swing)
+    thread.start()
+    try:
+        asyncio.run(main())
+    finally:
+        stop.set()
+        thread.join()
+    assert CONFIG in outcomes
+    assert errors.AccessDeniedError in outcomes
+    assert outcomes <= {CONFIG, errors.AccessDeniedError, errors.IntegrityError}
+
+
+def reads_reopened(world: LocalWorld) -> Callable[[AdapterKey], Coroutine[Any, Any, None]]:
+    async def step(key: AdapterKey) -> None:
+        reader = world.source.reopen(key)
+        try:
+            reader.read_into([memoryview(bytearray(8))], 0)
+        finally:
+            reader.close()
+
+    return step
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+async def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -> None:
+    path = world.fill(world.roots[0] / "one") / name
+    key = await world.source.resolve(AdapterRef("./one"))
+    path.unlink()
+    steps = (lambda: world.source.open(key, Demand()), lambda: reads_reopened(world)(key))
+    for there in (True, False):
+        if there:
+            os.mkfifo(path)
+        for step in (*steps, lambda: world.source.populate(key)):
+            with pytest.raises(errors.IntegrityError, match=name):
+                await step()
+        path.unlink(missing_ok=True)
+
+
+async def test_a_config_that_changes_while_it_is_read(
+    world: LocalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = world.fill(world.roots[0] / "one") / CONFIG_NAME, os.fstat
+    looks: list[int] = []
+
+    def edited(fd: int) -> os.stat_result:
+        """The last look at the file is after the edit."""
+        if os.readlink(f"/proc/self/fd/{fd}") == str(path):
+            looks.append(fd)
+            if len(looks) == 2:
+                path.write_bytes(CONFIG.replace(b"8", b"9"))
+        return real(fd)
+
+    key = await world.source.resolve(AdapterRef("./one"))
+    monkeypatch.setattr(os, "fstat", edited)
+    with pytest.raises(errors.IntegrityError, match=r"adapter_config\.json.*again"):
+        await world.source.open(key, Demand())
+    assert len(looks) >= 2
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, opener: Callable[[str, Any], int]) -> None:
+    """Config and weights are both opened so."""
+    monkeypatch.setattr(local, "open_same", opener)
+    monkeypatch.setattr(local_weights, "open_same", opener)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+async def test_closed_even_when_the_open_was_given_up(
+    world: LocalWorld, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The thread opens the file after nobody wants it any more."""
+    entered, go = threading.Event(), threading.Event()
+
+    def slow(path: str, identity: Any) -> int:
+        if path.endswith(name):
+            entered.set()
+            assert go.wait(10)
+        return open_same(path, identity)
+
+    key = await world.source.resolve(AdapterRef(world.fill(world.roots[0] / "one")))
+    patched(monkeypatch, slow)
+    opening = asyncio.ensure_future(world.source.open(key, Demand()))
+    await asyncio.to_thread(entered.wait, 10)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    go.set()
+
+
+async def test_an_error_waits_for_the_other_file(
+    world: LocalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once `open` has failed, no thread of its is at work and nothing is open."""
+    folder, through = world.fill(world.roots[0] / "one"), list[str]()
+
+    def slow(path: str, identity: Any) -> int:
+        if path.endswith(WEIGHTS_NAME):
+            threading.Event().wait(0.05)
+            through.append(path)
+        return open_same(path, identity)
+
+    key = await world.source.resolve(AdapterRef(folder))
+    patched(monkeypatch, slow)
+    (folder / CONFIG_NAME).write_bytes(b"{}")
+    before = descriptors()
+    with pytest.raises(errors.IntegrityError, match=CONFIG_NAME):
+        await world.source.open(key, Demand())
+    assert through
+    assert descriptors() == before
+
+
+# -- readers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[FileReader]:
+    before = descriptors()
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 16)
+    identity = identity_of(path.stat())
+    reader = FileReader(lambda: open_same(str(path), identity), identity, "file")
+    read(reader, 0, 0)  # the first read opens
+    yield reader
+    reader.close()
+    assert descriptors() == before
+
+
+def test_short_reads_are_continued(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows, no byte between them is asked for."""
+    real, asked = os.preadv, set[int]()
+
+    def stingy(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Eleven bytes a call, over as many buffers as that fills."""
+        asked.update(range(offset, offset + sum(buffer.nbytes for buffer in buffers)))
+        left, some = 11, []
+        for buffer in buffers:
+            some.append(buffer.cast("B")[:left])
+            left -= some[-1].nbytes
+        return real(fd, some, offset)
+
+    monkeypatch.setattr(os, "preadv", stingy)
+    whole = memoryview(bytearray(200))
+    pieces = [whole[:3], whole[3:3], whole[3:50], whole[50:200].cast("B", (15, 10))]
+    reader.read_into(pieces, 7)
+    assert bytes(whole) == (bytes(range(256)) * 2)[7:207]
+    asked.clear()
+    content = bytearray(5 * 30)
+    reader.read_rows(memoryview(content), 7, 5, 100)
+    wanted = [n for start in range(7, 507, 100) for n in range(start, start + 30)]
+    assert list(content) == [n % 256 for n in wanted]
+    assert asked == set(wanted)
+
+
+def test_rows_are_checked_together(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a call of the kernel; that the file is still the same is looked at once."""
+    calls: list[str] = []
+    for name in ("preadv", "fstat"):
+        real = getattr(os, name)
+
+        def counted(*given: object, name: str = name, real: Callable[..., object] = real) -> object:
+            calls.append(name)
+            return real(*given)
+
+        monkeypatch.setattr(os, name, counted)
+    reader.read_rows(memoryview(bytearray(400)), 0, 100, 40)
+    assert calls == ["preadv"] * 100 + ["fstat"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EIO, errors.FetchError), (errno.EACCES, errors.AccessDeniedError)],
+)
+def test_the_systems_errors_are_ours(
+    reader: FileReader, monkeypatch: pytest.MonkeyPatch, number: int, kind: type
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(number, "broken")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    rows = memoryview(bytearray(2))
+    for reading in (lambda: read(reader, 0, 1), lambda: reader.read_rows(rows, 0, 2, 9)):
+        with pytest.raises(errors.FetchError, match=errno.errorcode[number]) as caught:
+            reading()
+        assert type(caught.value) is kind
+        assert isinstance(caught.value.__cause__, OSError)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def touch(path: Path) -> None:
+    os.utime(path)
+
+
+def rewrite(path: Path) -> None:
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+@pytest.mark.parametrize("change", [truncate, touch, rewrite, grow, Path.unlink])
+def test_a_change_is_noticed(
+    reader: FileReader, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    read(reader, 0, 10)
+    threading.Event().wait(0.02)  # the clock of files may tick that slowly
+    change(tmp_path / "file")
+    with pytest.raises(errors.IntegrityError, match="again"):
+        read(reader, 50, 150)
+
+
+def test_a_descriptor_outlives_the_read_it_serves(
+    reader: FileReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go, real = threading.Event(), threading.Event(), os.preadv
+
+    def slow(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        entered.set()
+        assert go.wait(10)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    before = descriptors()
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(read, reader, 3, 9)
+        assert entered.wait(10)
+        reader.close()
+        assert descriptors() == before
+        go.set()
+        assert reading.result() == bytes(range(3, 9))
+    assert len(descriptors()) == len(before) - 1
+    with pytest.raises(errors.FetchError):
+        read(reader, 3, 9)
+
+
+def test_a_forgotten_reader_is_closed_and_warns(tmp_path: Path) -> None:
+    before = descriptors()
+    (tmp_path / "file").write_bytes(b"x")
+    identity = identity_of((tmp_path / "file").stat())
+    reader = FileReader(lambda: open_same(str(tmp_path / "file"), identity), identity, "file")
+    read(reader, 0, 0)
+    with pytest.warns(ResourceWarning, match="unclosed reader of file"):
+        del reader
+    assert descriptors() == before

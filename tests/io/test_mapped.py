@@ -22,6 +22,7 @@ from lorax_async.io.mapped import MappedFile
 from page_looks import LIBRARY, cached_pages, drop_pages, map_sizes, may_lock, pages
 
 NBYTES = 9 * mmap.PAGESIZE + 100
+
 ROUNDED = 10 * mmap.PAGESIZE
 
 
@@ -49,41 +50,17 @@ def opened(path: Path) -> Iterator[MappedFile]:
         file.close()
 
 
-def test_populating_brings_every_page(path: Path) -> None:
-    drop_pages(path)
+def test_populating_brings_every_page_and_keeps_it(path: Path) -> None:
     with opened(path) as file:
         assert cached_pages(path) == 0
         assert [sizes["Rss"] for sizes in map_sizes(path)] == [0]
         file.populate()
         assert cached_pages(path) == pages(NBYTES) == 10
         assert [sizes["Rss"] for sizes in map_sizes(path)] == [ROUNDED]
-
-
-def test_mapped_pages_stay_when_others_are_dropped(path: Path) -> None:
-    with opened(path) as file:
-        file.populate()
         drop_pages(path)
         assert cached_pages(path) == 10
     drop_pages(path)
     assert cached_pages(path) == 0
-
-
-def test_populating_piece_by_piece(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel may bring more than it was asked for, but not less."""
-    calls: list[tuple[int, int]] = []
-
-    def watched(address: int, nbytes: int, advice: int) -> int:
-        calls.append((address - base, nbytes))
-        return memory_calls.madvise(address, nbytes, advice)
-
-    monkeypatch.setattr(mapped, "madvise", watched)
-    monkeypatch.setattr(mapped, "_AT_ONCE", 2 * mmap.PAGESIZE)
-    with opened(path) as file:
-        base = file.view(0, 1).data_ptr()
-        file.populate(mmap.PAGESIZE + 5, 4 * mmap.PAGESIZE)
-        file.populate(8 * mmap.PAGESIZE, 99 * mmap.PAGESIZE)
-    page = mmap.PAGESIZE
-    assert calls == [(page, 2 * page), (3 * page, page), (8 * page, page + 100)]
 
 
 @pytest.mark.parametrize("first", ["lock", "populate"])
@@ -167,16 +144,11 @@ def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert advices == [22, 3]  # then MADV_WILLNEED
 
 
-@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EIO])
-def test_other_failures_are_the_systems(
-    path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    monkeypatch.setattr(mapped, "madvise", lambda *_: code)
-    with opened(path) as file, pytest.raises(OSError, match=os.strerror(code)):
-        file.populate()
-
-
-def test_what_cannot_be_mapped(path: Path) -> None:
+def test_other_failures_are_the_systems(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code in (errno.ENOMEM, errno.EIO):
+        monkeypatch.setattr(mapped, "madvise", lambda *_, code=code: code)
+        with opened(path) as file, pytest.raises(OSError, match=os.strerror(code)):
+            file.populate()
     fd = os.open(path.parent, os.O_RDONLY)
     try:
         with pytest.raises(OSError, match=r"No such device"):
@@ -185,7 +157,7 @@ def test_what_cannot_be_mapped(path: Path) -> None:
         os.close(fd)
 
 
-def test_views_are_the_files_bytes(path: Path) -> None:
+def test_views_are_the_files_bytes_and_end_with_the_last(path: Path) -> None:
     content = path.read_bytes()
     with opened(path) as file:
         for start, stop in [(0, NBYTES), (5, 9), (4090, 4200), (7, 7), (NBYTES, NBYTES)]:
@@ -193,36 +165,24 @@ def test_views_are_the_files_bytes(path: Path) -> None:
             assert (view.dtype, tuple(view.shape)) == (torch.uint8, (stop - start,))
             assert bytes(view.numpy()) == content[start:stop]
         assert file.view(9, 20).data_ptr() == file.view(0, 1).data_ptr() + 9
-        del view
-
-
-def test_writing_to_a_view_does_not_reach_the_file(path: Path) -> None:
-    content = path.read_bytes()
-    with opened(path) as file:
-        file.view(0, NBYTES).zero_()
-        assert not file.view(0, NBYTES).any()
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize(("start", "stop"), [(-1, 4), (5, 4), (0, NBYTES + 1), (-3, -1)])
-def test_views_stay_inside(path: Path, start: int, stop: int) -> None:
-    with opened(path) as file, pytest.raises(UsageError, match=f"are not in a map of {NBYTES:,}"):
-        file.view(start, stop)
-
-
-def test_the_map_ends_with_the_last_view(path: Path) -> None:
-    content = path.read_bytes()
-    with opened(path) as file:
+        for start, stop in [(-1, 4), (5, 4), (0, NBYTES + 1), (-3, -1)]:
+            with pytest.raises(UsageError, match=f"are not in a map of {NBYTES:,}"):
+                file.view(start, stop)
+        file.view(0, 100).zero_()
+        assert not file.view(0, 100).any()
         view = file.view(4000, 9000)
         part = view[10:20]
         file.close()
         file.close()
+        for use in (file.lock, file.populate, lambda: file.view(0, 1)):
+            with pytest.raises(UsageError, match="the map of weights was closed"):
+                use()
         assert len(map_sizes(path)) == 1
-        assert bytes(view.numpy()) == content[4000:9000]
         del view
         assert bytes(part.numpy()) == content[4010:4020]
         del part
         assert map_sizes(path) == []
+    assert path.read_bytes() == content
 
 
 def test_closed_while_it_is_populated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,14 +197,6 @@ def test_closed_while_it_is_populated(path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(mapped, "madvise", slow)
         file.populate()
         assert map_sizes(path) == []
-
-
-def test_nothing_works_after_closing(path: Path) -> None:
-    with opened(path) as file:
-        file.close()
-        for use in (file.lock, file.populate, lambda: file.view(0, 1)):
-            with pytest.raises(UsageError, match="the map of weights was closed"):
-                use()
 
 
 def test_a_map_that_was_forgotten_is_told(path: Path) -> None:

@@ -13,9 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
-from rows_conformance import read_rows, rows_of
 from source_conformance import bring_all
-from source_inputs import CONFIG, groups_of, read, tensors, weights
+from source_inputs import CONFIG, groups_of, read, read_rows, rows_of, tensors, weights
 
 from common import until
 from lorax_async.adapter import AdapterKey, AdapterRef, TensorsKey
@@ -92,6 +91,12 @@ async def test_it_is_opened_like_a_file(world: World) -> None:
     hold = await world.source.populate(key)
     assert (hold.nbytes, hold.locked) == (0, False)
     hold.close()
+    assert await world.source.digest(key) == sha256(content).hexdigest()
+    file, demand = await world.source.open(key, Demand()), Demand()
+    demand.end()
+    with pytest.raises(FetchError, match="nobody waits"):
+        await world.source.bring(file, groups_of(content), lambda _: None, demand)
+    file.reader.close()
 
 
 async def test_everything_else_is_the_other_sources(world: World) -> None:
@@ -105,17 +110,8 @@ async def test_everything_else_is_the_other_sources(world: World) -> None:
         assert read(each, 0, len(content)) == content
         each.close()
     (await world.source.populate(key)).close()
+    assert await world.source.digest(key) == sha256(content).hexdigest()
     assert world.inner.counts.populates == world.inner.counts.brings == 1
-
-
-async def test_nobody_wants_it_any_more(world: World) -> None:
-    file = await world.source.open(await world.take(), Demand())
-    demand = Demand()
-    demand.end()
-    groups = groups_of(read(file.reader, 0, file.reader.nbytes))
-    with pytest.raises(FetchError, match="nobody waits"):
-        await world.source.bring(file, groups, lambda _: None, demand)
-    file.reader.close()
 
 
 async def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World) -> None:
@@ -132,6 +128,9 @@ async def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World) -> 
     assert caught.value.stage == "fetch"
     with pytest.raises(FetchError, match="give them again"):
         await world.source.populate(key)
+    with pytest.raises(FetchError, match="load_tensors") as refused:
+        await world.source.digest(key)
+    assert not refused.value.retryable
     late = world.source.reopen(key)
     with pytest.raises(FetchError, match="give them again"):
         read(late, 0, 1)
@@ -188,22 +187,6 @@ async def test_a_thread_that_still_copies_has_the_room(
     assert world.used > 0
     go_on.set()
     await until(lambda: not world.used)
-
-
-async def test_a_digest_is_that_of_the_file_they_became(world: World) -> None:
-    """Other adapters' is their source's business."""
-    key, other = await world.take(), world.inner.put("one", CONFIG, weights(2))
-    file = await world.source.open(key, Demand())
-    content = read(file.reader, 0, file.reader.nbytes)
-    file.reader.close()
-    loaded = safetensors.torch.load(content)
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
-    assert await world.source.digest(key) == sha256(content).hexdigest()
-    assert await world.source.digest(other) == sha256(weights(2)).hexdigest()
-    world.source.copies.drop(key)
-    with pytest.raises(FetchError, match="load_tensors") as caught:
-        await world.source.digest(key)
-    assert not caught.value.retryable
 
 
 async def test_nothing_begins_once_it_is_closed(world: World) -> None:

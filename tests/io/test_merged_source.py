@@ -3,49 +3,71 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from threading import Barrier, Event
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
-from merged_world import MergedWorld
-from populate_conformance import PopulateConformance
-from source_conformance import SourceConformance
-from source_inputs import CONFIG, groups_of, read
+from source_inputs import CONFIG, groups_of, read, read_rows, rows_of
 
 import tiny
+from common import until
 from lorax_async import Merge
 from lorax_async.adapter import AdapterKey, MergedKey
+from lorax_async.config import Limits
+from lorax_async.core.merge_plan import MergedTensor
 from lorax_async.core.runs import Span
-from lorax_async.errors import FetchError, IntegrityError, UsageError
+from lorax_async.errors import (
+    AdapterFormatError,
+    FetchError,
+    IntegrityError,
+    LoraxError,
+    UsageError,
+)
 from lorax_async.io.ports import AdapterFile, Demand
+from lorax_async.io.sources.merged import MergedSource
+from lorax_async.io.sources.merged_reader import MergedReader
+from lorax_async.testing import FakeSource
+
+
+class MergedWorld:
+    """A fake source of three adapters, and merges over it."""
+
+    def __init__(self, threads: ThreadPoolExecutor, inner: FakeSource) -> None:
+        self.inner, config = inner, json.dumps(tiny.config()).encode()
+        self.source = MergedSource(
+            inner, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
+        )
+        self.keys = [
+            inner.put(name, config, safetensors.torch.save(tiny.tensors(seed)))
+            for seed, name in enumerate("abc")
+        ]
+
+    def key(self, merge: Merge) -> MergedKey:
+        return MergedKey.of(merge, self.keys)
+
 
 LINEAR = Merge("linear", ["a", "b", "c"], [1, -0.5, 0.25])
+
 DRAWN = Merge("dare_linear", ["a", "b", "c"], [1, -0.5, 0.25], density=0.3, seed=4)
+
 BOTH = [pytest.param(merge, id=merge.strategy) for merge in (LINEAR, DRAWN)]
 
 
-@pytest.fixture(params=[False, True], ids=["read ahead", "held"])
-def world(request: pytest.FixtureRequest) -> Iterator[MergedWorld]:
+@pytest.fixture
+def world() -> Iterator[MergedWorld]:
+    inner = FakeSource(holdable=True)
     with ThreadPoolExecutor(2) as threads:
-        world = MergedWorld(threads, request.param)
-        yield world
-    assert world.inner.counts.open_readers == 0
-    assert world.inner.counts.open_holds == 0
-
-
-class TestPlainKeys(SourceConformance):
-    """Whatever is no merge, the other source answers."""
-
-
-class TestPlainHolds(PopulateConformance):
-    pass
+        yield MergedWorld(threads, inner)
+    assert (inner.counts.open_readers, inner.counts.open_holds) == (0, 0)
 
 
 async def whole(world: MergedWorld, key: MergedKey) -> bytes:
@@ -102,10 +124,8 @@ async def test_scattered_reads_give_the_file(
 
 
 async def test_a_group_is_here_with_the_last_of_its_parts(world: MergedWorld) -> None:
-    key = world.key(LINEAR)
-    content = await whole(world, key)
-    world.inner._versions[key.merge.parts[1]].here.clear()  # type: ignore[index]
-    file = await world.source.open(key, Demand())
+    file = await world.source.open(world.key(LINEAR), Demand())
+    content = file.prefix + bytes(file.reader.nbytes - len(file.prefix))
     world.inner.hold("b")
     seen: list[int] = []
     bringing = asyncio.create_task(
@@ -188,7 +208,7 @@ async def test_a_reader_reads_these_bytes_and_no_others(world: MergedWorld) -> N
     reader = file.reader
     with pytest.raises(IntegrityError, match="ends before byte"):
         read(reader, len(content) - 3, len(content) + 1)
-    world.put("b", CONFIG, safetensors.torch.save(tiny.tensors(8)))
+    world.inner.put("b", CONFIG, safetensors.torch.save(tiny.tensors(8)))
     with pytest.raises(IntegrityError, match="part 2 .*again"):
         read(reader, len(file.prefix), len(content))
     reader.close()
@@ -203,20 +223,22 @@ async def test_a_reader_reads_these_bytes_and_no_others(world: MergedWorld) -> N
     again.close()
 
 
-async def test_closed_while_it_is_read_it_reads_to_the_end(world: MergedWorld) -> None:
+async def test_closed_while_it_is_read_it_reads_to_the_end(
+    world: MergedWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = world.key(DRAWN)
     content = await whole(world, key)
     file = await world.source.open(key, Demand())
     began, go_on = Event(), Event()
     inner = file.reader.opened.files[2].reader  # type: ignore[attr-defined]
-    plainly = inner._read
+    plainly = inner.read_into
 
     def slowly(*given: Any) -> Any:
         began.set()
         assert go_on.wait(20)
         return plainly(*given)
 
-    inner._read = slowly
+    monkeypatch.setattr(inner, "read_into", slowly)
     reading = asyncio.create_task(asyncio.to_thread(read, file.reader, 0, len(content)))
     await asyncio.to_thread(began.wait, 20)
     file.reader.close()
@@ -226,14 +248,148 @@ async def test_closed_while_it_is_read_it_reads_to_the_end(world: MergedWorld) -
     assert world.inner.counts.open_readers == 0
 
 
-async def test_a_merge_has_no_digest(world: MergedWorld) -> None:
+async def test_it_has_no_digest_and_nothing_of_it_is_held(world: MergedWorld) -> None:
     key = world.key(LINEAR)
     with pytest.raises(UsageError, match="its parts have theirs"):
         await world.source.digest(key)
-
-
-async def test_nothing_of_it_is_held(world: MergedWorld) -> None:
-    hold = await world.source.populate(world.key(LINEAR))
+    hold = await world.source.populate(key)
     assert world.inner.counts.populates == 3
     assert (hold.nbytes, hold.locked, world.inner.counts.open_holds) == (0, False, 0)
     hold.close()
+
+
+async def test_who_reads_in_a_thread_hears_that_the_loop_has_ended(world: MergedWorld) -> None:
+    """Whoever ends a loop cancels its tasks."""
+    others = asyncio.all_tasks()
+    world.inner.hold("b")
+    reader = world.source.reopen(world.key(LINEAR))
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(read, reader, 0, 8)
+        await until(lambda: world.inner.counts.brings == 3)
+        for task in asyncio.all_tasks() - others:
+            task.cancel()
+        await until(reading.done)
+        with pytest.raises(FetchError, match="the loader was closed"):
+            reading.result()
+    reader.close()
+
+
+class _BrokenSource(FakeSource):
+    """Its files cannot be refused: the source has another version by now."""
+
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
+        file = await super().open(key, demand)
+
+        async def refuse(error: LoraxError, *, weights: bool) -> NoReturn:
+            file.reader.close()
+            raise IntegrityError("it is another version by now; load it again")
+
+        return replace(file, refuse=refuse)
+
+
+async def test_a_refusal_that_fails_closes_the_other_parts() -> None:
+    inner = _BrokenSource()
+    with ThreadPoolExecutor(2) as threads:
+        world = MergedWorld(threads, inner)
+        file = await world.source.open(world.key(LINEAR), Demand())
+        with pytest.raises(IntegrityError, match="another version"):
+            await file.refused(AdapterFormatError("a merge that does not fit"))
+    assert inner.counts.open_readers == 0
+
+
+# -- rows that lie apart: a tensor is computed once for all of them -------------------------------
+
+
+async def opened(world: MergedWorld, merge: Merge) -> tuple[MergedReader, bytes]:
+    """A reader, and all that it reads."""
+    file = await world.source.open(world.key(merge), Demand())
+    assert isinstance(file.reader, MergedReader)
+    await world.source.bring(file, [[Span(0, file.reader.nbytes)]], lambda _: None, Demand())
+    return file.reader, read(file.reader, 0, file.reader.nbytes)
+
+
+def columns(tensor: MergedTensor, part: int, parts: int) -> Span:
+    """A part of a tensor's columns."""
+    rows = tensor.shape[0]
+    pitch = (tensor.stop - tensor.start) // rows
+    start = tensor.start + part * pitch // parts
+    return Span(start, start + pitch // parts, rows, pitch)
+
+
+def tensors_of(reader: MergedReader) -> tuple[MergedTensor, ...]:
+    assert reader.opened is not None
+    return reader.opened.plan.tensors
+
+
+class Computed:
+    """How many bytes of the parts a reader reads: a tensor is computed from them."""
+
+    def __init__(self, world: MergedWorld, reader: MergedReader) -> None:
+        self._counts, self._reader = world.inner.counts, reader
+
+    def of(self, *tensors: MergedTensor) -> int:
+        """Compute each once."""
+        return sum(
+            self.during(lambda each=each: read(self._reader, each.start, each.stop))
+            for each in tensors
+        )
+
+    def during(self, work: Callable[[], object]) -> int:
+        before = self._counts.bytes_read
+        work()
+        return self._counts.bytes_read - before
+
+
+@pytest.mark.parametrize("merge", BOTH)
+async def test_columns_of_every_tensor_are_the_files(world: MergedWorld, merge: Merge) -> None:
+    """A thread keeps the tensor that it reads until its end, or until it reads another."""
+    reader, content = await opened(world, merge)
+    computed, tensors = Computed(world, reader), tensors_of(reader)
+
+    def read_parts(*parts: tuple[MergedTensor, int]) -> None:
+        for tensor, part in parts:
+            span = columns(tensor, part, 2)
+            assert read_rows(reader, span) == rows_of(content, span)
+
+    first, second, *_ = tensors
+    once, turned = computed.of(*tensors), computed.of(first, second, first)
+    for order, times in (((1, 0), 2), ((0, 1), 1)):
+        parts = [(tensor, part) for tensor in tensors for part in order]
+        assert computed.during(lambda parts=parts: read_parts(*parts)) == times * once
+    turns = [(first, 0), (second, 0), (first, 0)]
+    assert computed.during(lambda: read_parts(*turns)) == turned
+    for start in (0, 5, len(content) - 3000):
+        span = Span(start, start + 70, 10, 300)
+        assert read_rows(reader, span) == rows_of(content, span)
+    with pytest.raises(IntegrityError, match="ends before byte"):
+        read_rows(reader, Span(len(content) - 30, len(content) - 20, 3, 11))
+    reader.close()
+    with pytest.raises(FetchError, match="closed"):
+        read_rows(reader, Span(0, 2, 2, 4))
+
+
+@pytest.mark.parametrize("merge", BOTH)
+async def test_threads_that_take_turns_compute_their_tensors_once(
+    world: MergedWorld, merge: Merge
+) -> None:
+    """Each reads a tensor of its own, some rows at a time, as small windows do."""
+    turns = Barrier(2)
+    reader, content = await opened(world, merge)
+    mine = tensors_of(reader)[0:3:2]  # of two modules' A
+    once = Computed(world, reader).of(*mine)
+
+    def rows_at_a_time(tensor: MergedTensor) -> bool:
+        whole = columns(tensor, 0, 2)
+        size = whole.nbytes // whole.rows
+        good = True
+        for row in range(whole.rows):
+            turns.wait(20)
+            for span in whole.cut(row * size, (row + 1) * size):
+                good &= read_rows(reader, span) == rows_of(content, span)
+        return good
+
+    before = world.inner.counts.bytes_read
+    results = await asyncio.gather(*(asyncio.to_thread(rows_at_a_time, each) for each in mine))
+    assert results == [True, True]
+    assert world.inner.counts.bytes_read - before == once
+    reader.close()

@@ -1,36 +1,91 @@
-"""Tensors that go from memory to a disk cache: who reads, and who waits."""
+"""Tensors that go from memory to a disk cache: who reads, who waits, what others have there."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any
+from threading import Timer
 
 import pytest
 import safetensors.torch
 import torch
-from cache_inputs import stored
+from cache_inputs import content_of, stored
 from disk_cache_world import open_below
-from rows_conformance import read_rows, rows_of
 from source_conformance import bring_all
-from source_inputs import CONFIG, read, tensors
-from spilling_world import SIZE, World, entry_key
+from source_inputs import CONFIG, read, read_rows, rows_of, tensors
 
 from common import until
-from lorax_async.core.cache_names import CacheKey
+from lorax_async.adapter import AdapterKey
+from lorax_async.config import Limits
+from lorax_async.core.cache_names import CONFIG_FILE, CacheKey
 from lorax_async.core.policies import policy
 from lorax_async.core.runs import Span
 from lorax_async.errors import CapacityError, FetchError, LoaderClosedError
-from lorax_async.io import spilled
+from lorax_async.io.cache.ports import Cache
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.ports import Demand
+from lorax_async.io.sources.from_memory import MemorySource
+from lorax_async.testing import FakeSource
+
+SIZE = len(safetensors.torch.save(tensors(1)))
+
+ROOM = SIZE + SIZE // 2
+"""For one of them."""
+
+
+def entry_key(key: AdapterKey) -> CacheKey:
+    return CacheKey("tensors", key.location.removeprefix("tensors:sha256:"))
+
+
+class World:
+    def __init__(self, cache: Cache, threads: ThreadPoolExecutor, room: int = ROOM) -> None:
+        self.cache = cache
+        self.source = MemorySource(
+            FakeSource(), nbytes=room, limits=Limits(), threads=threads, cache=lambda: cache
+        )
+
+    async def take(self, seed: int = 1) -> AdapterKey:
+        return await self.source.take(tensors(seed), CONFIG, lambda: None)
+
+    @property
+    def used(self) -> int:
+        return self.source.copies.used
+
+    def is_spilled(self, key: AdapterKey) -> bool:
+        return key not in self.source.copies.sizes
+
+    async def assert_is(self, key: AdapterKey, seed: int) -> None:
+        file = await self.source.open(key, Demand())
+        try:
+            loaded = safetensors.torch.load(read(file.reader, 0, file.reader.nbytes))
+        finally:
+            file.reader.close()
+        assert loaded.keys() == tensors(seed).keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(seed).items())
+
+    def close(self) -> None:
+        self.source.copies.clear()
+        self.source.close()
+        assert self.used == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[DiskCache]:
+    cache = DiskCache(tmp_path, 1 << 30, policy("lru"))
+    yield cache
+    cache.close()
+    assert open_below(tmp_path) == []
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
+    """With room on the disk for four."""
     made = DiskCache(tmp_path, 4 * SIZE, policy("lru"))
     with ThreadPoolExecutor(2) as threads:
         world = World(made, threads)
@@ -39,6 +94,14 @@ def world(tmp_path: Path) -> Iterator[World]:
     assert made.used() == 0
     made.close()
     assert open_below(tmp_path) == []
+
+
+@pytest.fixture
+def on_disk(disk: DiskCache) -> Iterator[World]:
+    with ThreadPoolExecutor(2) as threads:
+        world = World(disk, threads)
+        yield world
+        world.close()
 
 
 async def test_it_is_opened_like_a_file(world: World) -> None:
@@ -88,63 +151,38 @@ async def test_what_is_dropped_is_read_to_its_end_and_then_removed(world: World)
     assert world.source.spills == 1
 
 
-async def test_who_has_the_memory_keeps_it_and_who_needs_it_waits(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    began, go_on = Event(), Event()
-
-    digest = spilled._digest
-
-    def slowly(*given: Any) -> Any:
-        began.set()
-        assert go_on.wait(20)
-        return digest(*given)
-
-    monkeypatch.setattr(spilled, "_digest", slowly)
-    key = await world.take(1)
-    taking = asyncio.create_task(world.take(2))
-    await asyncio.to_thread(began.wait, 20)
-    reader = world.source.reopen(key)
-    content = read(reader, 0, reader.nbytes)
-    go_on.set()
-    await until(lambda: world.is_spilled(key))
-    await asyncio.sleep(0.01)
-    assert not taking.done()
-    assert world.used == len(content)
-    assert read(reader, 0, len(content)) == content
-    reader.close()
-    await taking
-    assert world.used == in_memory(world)
-    await world.assert_is(key, 1)
-
-
-def in_memory(world: World) -> int:
-    return sum(world.source.copies.sizes.values())
-
-
 async def test_what_is_read_or_copied_now_is_waited_for(world: World) -> None:
     key = await world.take(1)
     reader = world.source.reopen(key)
+    content = read(reader, 0, reader.nbytes)
     second, third = (asyncio.create_task(world.take(seed)) for seed in (2, 3))
     await asyncio.sleep(0.02)
     assert not world.is_spilled(key)
     assert {second.done(), third.done()} == {False}
+    assert world.used == len(content)
+    assert read(reader, 0, len(content)) == content
     reader.close()
     keys = [key, await second, await third]
     assert [world.is_spilled(each) for each in keys] == [True, True, False]
+    assert world.used == sum(world.source.copies.sizes.values())
     for seed, each in enumerate(keys, 1):
         await world.assert_is(each, seed)
 
 
-async def test_one_that_takes_all_memory_waits_for_what_is_read(world: World) -> None:
+async def test_what_is_dropped_while_it_is_read_makes_room_without_the_disk(world: World) -> None:
+    """Once the last reader has left; also in a thread, while the loop has nothing else to do."""
     key = await world.take(1)
-    reader = world.source.reopen(key)
+    first, last = world.source.reopen(key), world.source.reopen(key)
     waiting = asyncio.create_task(world.take(2))
     await asyncio.sleep(0.01)
     world.source.copies.drop(key)
+    first.close()
+    await asyncio.sleep(0.01)
     assert not waiting.done(), "who reads has the bytes"
-    reader.close()
+    closing = Timer(0.05, last.close)
+    closing.start()
     assert not world.is_spilled(await waiting)
+    closing.join()
     assert world.source.spills == 0
 
 
@@ -161,27 +199,6 @@ async def test_where_nothing_fits_the_disk_it_says_so(world: World) -> None:
     world.cache.remove(CacheKey("hub:org/name", "1"))
 
 
-async def test_each_reader_that_leaves_is_heard_of(world: World) -> None:
-    """The last makes room; also in a thread, while the loop has nothing else to do."""
-    key = await world.take(1)
-    first, last = world.source.reopen(key), world.source.reopen(key)
-    taking = asyncio.create_task(world.take(2))
-    await asyncio.sleep(0.01)
-    first.close()
-    await asyncio.sleep(0.01)
-    assert not taking.done()
-
-    def close_late() -> None:
-        Event().wait(0.05)
-        last.close()
-
-    closing = Thread(target=close_late)
-    closing.start()
-    await taking
-    closing.join()
-    assert world.is_spilled(key)
-
-
 async def test_once_it_is_closed_nothing_goes_any_more(world: World) -> None:
     def closed() -> None:
         raise LoaderClosedError("the loader is closed")
@@ -192,13 +209,124 @@ async def test_once_it_is_closed_nothing_goes_any_more(world: World) -> None:
     assert not world.is_spilled(key)
 
 
-async def test_what_is_dropped_need_not_go_on(world: World) -> None:
-    key = await world.take(1)
-    copy = world.source.copies.get(key)
-    assert copy is not None
-    assert copy.in_memory is not None
-    file, copy.moving = copy.in_memory.file, Demand()
-    world.source.copies.drop(key)
-    assert copy.moving.ended
-    with pytest.raises(FetchError, match="nobody wants it on disk"):
-        spilled.written(world.cache, file, copy.moving)
+# -- entries that other loaders, or killed processes, have in the same folder ---------------------
+
+
+def inode(folder: Path, key: AdapterKey) -> int | None:
+    """Which entry it is."""
+    path = folder / "entries" / entry_key(key).name
+    return path.stat().st_ino if path.exists() else None
+
+
+async def test_two_loaders_share_an_entry(on_disk: World, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        other_cache = DiskCache(tmp_path, 1 << 30, policy("lru"))
+        other = World(other_cache, threads)
+        key = await on_disk.take(1)
+        await on_disk.take(2)
+        written = inode(tmp_path, key)
+        assert await other.take(1) == key
+        await other.take(3)
+        assert inode(tmp_path, key) == written
+        on_disk.source.copies.drop(key)
+        await on_disk.take(4)  # after what was to be removed
+        await on_disk.take(5)
+        assert inode(tmp_path, key) == written
+        await other.assert_is(key, 1)
+        other.close()
+        assert inode(tmp_path, key) is None
+        other_cache.close()
+
+
+CHILD = """
+import asyncio, os, signal, sys
+sys.path += ["tests", "tests/io"]
+from concurrent.futures import ThreadPoolExecutor
+from lorax_async.core.policies import policy
+from lorax_async.io.disk_cache import DiskCache
+from test_spilling import World
+
+async def main():
+    cache = DiskCache(sys.argv[1], 1 << 30, policy("lru"))
+    world = World(cache, ThreadPoolExecutor(2))
+    await world.take(1)
+    if sys.argv[2] == "half":
+        from lorax_async.io.cache.download import DiskDownload
+        DiskDownload.publish = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    await world.take(2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def killed(folder: Path, when: str) -> None:
+    """A process that spilled adapter 1, or was about to publish it."""
+    root = Path(__file__).parent.parent.parent
+    ended = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), when],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root}/kernels"},
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+async def test_what_a_killed_process_left_is_taken_up(on_disk: World, tmp_path: Path) -> None:
+    """And makes room for anybody."""
+    killed(tmp_path, "whole")
+    key = await on_disk.take(1)
+    left = inode(tmp_path, key)
+    assert left is not None
+    await on_disk.take(2)
+    assert inode(tmp_path, key) == left
+    await on_disk.assert_is(key, 1)
+    on_disk.source.copies.clear()
+    await until(lambda: on_disk.cache.used() == 0)
+    killed(tmp_path, "whole")
+    small = DiskCache(tmp_path, 2 * SIZE, policy("lru"))
+    assert small.used() > SIZE
+    stored(small, CacheKey("hub:org/name", "1"), bytes(SIZE)).close()
+    assert small.used() < 2 * SIZE
+    small.close()
+
+
+@pytest.mark.slow
+async def test_what_was_half_written_is_written_anew(on_disk: World, tmp_path: Path) -> None:
+    killed(tmp_path, "half")
+    (file,) = (tmp_path / "partials").rglob("*.safetensors")
+    file.write_bytes(bytes(file.stat().st_size))  # and the disk has lost its bytes
+    key = await on_disk.take(1)
+    await on_disk.take(2)
+    assert on_disk.is_spilled(key)
+    await on_disk.assert_is(key, 1)
+    assert list((tmp_path / "partials").iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "another's"])
+async def test_wrong_bytes_under_its_name_are_never_read(
+    on_disk: World, disk: DiskCache, tmp_path: Path, wrong: str
+) -> None:
+    key = await on_disk.take(1)
+    content = safetensors.torch.save(tensors(1))
+    other = bytes(len(content))
+    stored(disk, entry_key(key), other if wrong == "another's" else content, CONFIG).close()
+    if wrong == "damaged":
+        path = tmp_path / "entries" / entry_key(key).name / "adapter_model.safetensors"
+        times = path.stat()
+        path.write_bytes(other)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        await on_disk.take(2)
+    else:
+        with pytest.raises(CapacityError, match="other bytes under the name"):
+            await on_disk.take(2)
+        assert not on_disk.is_spilled(key)
+        await on_disk.take(2)
+    assert on_disk.is_spilled(key)
+    await on_disk.assert_is(key, 1)
+    entry = disk.open(entry_key(key))
+    assert entry is not None
+    assert content_of(entry, CONFIG_FILE) == CONFIG
+    entry.close()

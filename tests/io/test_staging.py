@@ -1,28 +1,216 @@
-"""The staging ring keeps to its port. It is memory and nothing else, so that it needs no fake."""
+"""The staging ring, and what is cast, padded and read through it.
+
+The oracles are numpy's rounding, and for bfloat16, which numpy does not have, IEEE 754's rounding to
+nearest even worked out on the bits.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from device_groups import BytesReader
-from staging_conformance import BUFFER, POISON, NewStaging, StagingConformance
 
+from common import until
 from lorax_async.core.moves import Convert, Read, Zero
 from lorax_async.core.runs import Span
+from lorax_async.errors import FetchError, InternalError
 from lorax_async.io.staging import Buffer, StagingRing, read, zero
 
+BUFFER = 4096
 
-class TestStagingRing(StagingConformance):
-    @pytest.fixture
-    def new_staging(self) -> NewStaging:
-        def make(nbytes: int = 2 * BUFFER, move_bytes: int = BUFFER) -> StagingRing:
-            return StagingRing(torch.empty(nbytes, dtype=torch.uint8), move_bytes)
+POISON = 0xA5
 
-        return make
+ITEM = {"F32": 4, "F16": 2, "BF16": 2}
+
+DTYPES = sorted(ITEM)
+
+PAIRS = [(source, target) for source in DTYPES for target in DTYPES]
+
+
+def as_float32(content: bytes, dtype: str) -> np.ndarray:
+    if dtype == "BF16":
+        return (np.frombuffer(content, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(content, {"F32": "<f4", "F16": "<f2"}[dtype]).astype("<f4")
+
+
+def rounded(values: np.ndarray, dtype: str) -> bytes:
+    """Float32 values as `dtype`, to nearest, ties to even. NaN stays NaN, of whatever payload."""
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+    bits = values.view("<u4").astype(np.uint64)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    half = (bits >> 16).astype("<u2")
+    return np.where(np.isnan(values), np.uint16(0x7FC0), half).astype("<u2").tobytes()
+
+
+def hard_values(dtype: str) -> bytes:
+    """Ties, both infinities, NaN, zeros, the largest, the smallest, and every exponent."""
+    if dtype != "F32":
+        return np.arange(0, 1 << 16, 37, dtype="<u2").tobytes()
+    words = [0x3F808000, 0x3F818000, 0x3F808001, 0x7F800000, 0xFF800000, 0x7FC00000, 0, 1 << 31]
+    words += [0x7F7FFFFF, 1, 0x80000001, 0x33000000, 0x33000001, 0x477FEFFF, 0x477FF000, 0x387FE000]
+    words += [exponent << 23 | 0x123456 for exponent in range(255)]
+    return np.array(words, "<u4").tobytes()
+
+
+def flat(content: bytes, dtype: str, offset: int = 0, target: int = 0) -> Convert:
+    count = len(content) // ITEM[dtype]
+    return Convert(offset, len(content), dtype, 1, count, target, count)
+
+
+def new_staging(nbytes: int = 2 * BUFFER, move_bytes: int = BUFFER) -> StagingRing:
+    return StagingRing(torch.empty(nbytes, dtype=torch.uint8), move_bytes)
+
+
+def converted(content: bytes, moves: Sequence[Convert], dtype: str) -> bytes:
+    """What a poisoned extent holds afterwards."""
+    extent = torch.full((3 * BUFFER,), POISON, dtype=torch.uint8)
+    staging = new_staging()
+    try:
+        with staging.buffer() as scratch:
+            scratch.convert(BytesReader(content), tuple(moves), dtype, extent)
+    finally:
+        assert staging.free == staging.buffers
+    return extent.numpy().tobytes()
+
+
+class TestCasts:
+    @pytest.mark.parametrize(("source", "target"), PAIRS)
+    def test_round_to_nearest_even(self, source: str, target: str) -> None:
+        content = hard_values(source)
+        expected = rounded(as_float32(content, source), target)
+        extent = converted(content, [flat(content, source, target=64)], target)
+        assert extent[:64] == bytes([POISON]) * 64
+        got, rest = extent[64 : 64 + len(expected)], extent[64 + len(expected) :]
+        assert set(rest) == {POISON}
+        nan: np.ndarray = np.isnan(as_float32(expected, target))
+        assert (np.isnan(as_float32(got, target)) == nan).all()
+        kind = f"<u{ITEM[target]}"
+        assert (np.frombuffer(got, kind) == np.frombuffer(expected, kind))[~nan].all()
+
+    @pytest.mark.parametrize(("source", "target"), PAIRS)
+    def test_pad_columns_with_zeros(self, source: str, target: str) -> None:
+        """B of rank 3 in rows of 8, between bytes that are not the move's."""
+        whole = np.arange(1, 31, dtype="<f4")
+        content = b"odd" + rounded(whole, source)
+        move = Convert(3, 30 * ITEM[source], source, rows=10, columns=3, target=128, row_pitch=8)
+        extent = converted(content, [move], target)
+        padded = np.zeros((10, 8), "<f4")
+        padded[:, :3] = whole.reshape(10, 3)
+        expected = rounded(padded, target)
+        assert extent[128 : 128 + len(expected)] == expected
+        assert set(extent[:128] + extent[128 + len(expected) :]) == {POISON}
+
+    def test_go_to_their_places(self) -> None:
+        """The second move is shorter: the buffer still holds the end of the first."""
+        first, second = np.arange(1000, dtype="<f4"), np.arange(50, 60, dtype="<f2")
+        content = second.tobytes() + first.tobytes()
+        moves = [
+            flat(first.tobytes(), "F32", offset=20, target=256),
+            flat(second.tobytes(), "F16", offset=0, target=64),
+        ]
+        extent = converted(content, moves, "F16")
+        assert extent[256:2256] == first.astype("<f2").tobytes()
+        assert extent[64:84] == second.tobytes()
+        assert set(extent[:64] + extent[84:256] + extent[2256:]) == {POISON}
+
+    def test_may_fill_the_buffer_and_no_more(self) -> None:
+        content = np.arange(BUFFER // 4 + 1, dtype="<f4").tobytes()
+        extent = converted(content[:BUFFER], [flat(content[:BUFFER], "F32")], "F32")
+        assert extent[:BUFFER] == content[:BUFFER]
+        with pytest.raises(InternalError, match="4100 bytes exceeds"):
+            converted(content, [flat(content, "F32")], "F32")
+
+
+async def waiting_in(staging: StagingRing, count: int) -> None:
+    await until(lambda: f"{count} waiting" in repr(staging))
+
+
+class TestStagingRing:
+    def test_buffers_are_apart_aligned_and_within_the_budget(self) -> None:
+        for nbytes, count in ((BUFFER, 1), (3 * BUFFER - 1, 2), (3 * BUFFER, 3)):
+            staging = new_staging(nbytes)
+            assert (staging.buffers, staging.free) == (count, count)
+            buffers = staging.take(count)
+            assert staging.free == 0
+            for byte, buffer in enumerate(buffers):
+                buffer.tensor.fill_(byte)
+            for byte, buffer in enumerate(buffers):
+                assert buffer.memory.tobytes() == bytes([byte]) * BUFFER
+                assert (buffer.memory.format, buffer.memory.readonly) == ("B", False)
+        staging = new_staging(1_000, 333)
+        assert (staging.move_bytes, staging.buffers) == (320, 3)
+        assert {buffer.tensor.storage_offset() % 64 for buffer in staging.take(3)} == {0}
+
+    def test_what_the_ring_does_not_have(self) -> None:
+        with pytest.raises(InternalError, match="3 buffers of a ring of 2"):
+            new_staging(2 * BUFFER).take(3)
+        for nbytes, move_bytes in ((BUFFER - 1, BUFFER), (BUFFER, 63)):
+            with pytest.raises(InternalError, match="no buffer"):
+                new_staging(nbytes, move_bytes)
+
+    def test_a_buffer_keeps_its_memory(self) -> None:
+        buffer = Buffer.of(torch.full((1 << 20,), 7, dtype=torch.uint8))
+        others = [torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(4)]
+        assert buffer.memory.tobytes() == bytes([7]) * (1 << 20)
+        assert len(others) == 4
+
+    async def test_who_came_first_is_served_first(self) -> None:
+        """Who waits for two does not hold the one that is free, and is not passed."""
+        staging, served = new_staging(2 * BUFFER), list[int]()
+
+        def take(count: int) -> None:
+            buffers = staging.take(count)
+            served.append(count)
+            for buffer in buffers:
+                staging.release(buffer)
+
+        with ThreadPoolExecutor(3) as threads, staging.buffer():
+            for waiting, count in enumerate((2, 1, 1), 1):
+                threads.submit(take, count)
+                await waiting_in(staging, waiting)
+            assert served == []
+        assert served == [2, 1, 1]
+        assert repr(staging) == "<StagingRing: 2 of 2 buffers free, 0 waiting>"
+
+    @pytest.mark.parametrize(("buffers", "count"), [(1, 1), (2, 2), (3, 2)])
+    def test_takers_do_not_block_each_other(self, buffers: int, count: int) -> None:
+        """With three buffers, two takers of two could hold one each and wait for the other's."""
+        staging = new_staging(buffers * BUFFER)
+        lock, taken = threading.Lock(), [0, 0]
+
+        def take(_: int) -> None:
+            mine = staging.take(count)
+            with lock:
+                taken[0] += count
+                taken[1] = max(taken)
+            time.sleep(0.0001)
+            with lock:
+                taken[0] -= count
+            for buffer in mine:
+                staging.release(buffer)
+
+        with ThreadPoolExecutor(6) as threads:
+            assert list(threads.map(take, range(200), timeout=30)) == [None] * 200
+        assert (taken, staging.free) == ([0, count * (buffers // count)], buffers)
+
+    def test_a_failed_read_gives_the_buffer_back(self) -> None:
+        def fail() -> None:
+            raise FetchError("the disk is on fire")
+
+        staging, extent = new_staging(BUFFER), torch.full((64,), POISON, dtype=torch.uint8)
+        with pytest.raises(FetchError, match="on fire"), staging.buffer() as scratch:
+            reader = BytesReader(bytes(64), fail)
+            scratch.convert(reader, (flat(bytes(64), "F32"),), "F32", extent)
+        assert staging.free == 1
+        assert (extent == POISON).all()
 
 
 def test_zeros_go_where_they_belong() -> None:
@@ -49,35 +237,19 @@ class CountingReader(BytesReader):
         super().read_rows(buffer, offset, rows, pitch)
 
 
-def test_one_call_reads_what_adjoins_in_the_file() -> None:
+def test_one_call_reads_what_adjoins_in_the_file_and_one_all_rows_of_a_strided_move() -> None:
     reader, extent = CountingReader(bytes(range(100))), bytearray([POISON]) * 64
     moves = (Read(20, 10, 0), Read(50, 8, 16), Read(0, 20, 32), Read(30, 5, 56))
     read(reader, moves, memoryview(extent))
-    assert reader.calls == [(0, 3), (50, 1)]
-    gap = bytes([POISON])
-    assert extent == (
-        bytes(range(20, 30))
-        + 6 * gap
-        + bytes(range(50, 58))
-        + 8 * gap
-        + bytes(range(20))
-        + 4 * gap
-        + bytes(range(30, 35))
-        + 3 * gap
-    )
-
-
-def test_one_call_reads_all_rows_of_a_strided_move() -> None:
-    """Beside neighbours in the file, and between its rows, with which it shares no call."""
+    assert (reader.calls, reader.rows) == ([(0, 3), (50, 1)], [])
+    placed = dict.fromkeys(range(64), POISON)
+    for move in moves:
+        placed |= {move.target + n: move.file_offset + n for n in range(move.nbytes)}
+    assert list(extent) == list(placed.values())
     reader, extent = CountingReader(bytes(range(100))), bytearray([POISON]) * 40
-    moves = (
-        Read(60, 4, 36),
-        Read(0, 10, 0),
-        Read(10, 12, 16, 3, 20),
-        Read(54, 6, 10),
-        Read(22, 2, 28),
-    )
-    read(reader, moves, memoryview(extent))
+    strided = Read(10, 12, 16, 3, 20)
+    others = [Read(60, 4, 36), Read(0, 10, 0), Read(54, 6, 10), Read(22, 2, 28)]
+    read(reader, (*others[:2], strided, *others[2:]), memoryview(extent))
     assert (reader.calls, reader.rows) == ([(0, 1), (22, 1), (54, 2)], [(10, 3, 20)])
     rows = [*range(10, 14), *range(30, 34), *range(50, 54)]
     assert list(extent[:28]) == [*range(10), *range(54, 60), *rows]
@@ -104,39 +276,3 @@ def test_the_kernel_takes_no_more_than_1024_buffers_at_once() -> None:
     read(reader, moves, memoryview(extent))
     assert reader.calls == [(0, 1024), (1024, 1024), (2048, 452)]
     assert extent == bytes(reversed(bytes(range(250)) * 10))
-
-
-def test_a_buffer_keeps_its_memory() -> None:
-    buffer = Buffer.of(torch.full((1 << 20,), 7, dtype=torch.uint8))
-    others = [torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(4)]
-    assert buffer.memory.tobytes() == bytes([7]) * (1 << 20)
-    assert len(others) == 4
-
-
-class Breaking(StagingRing):
-    """Whoever wants two buffers fails once that was ordered."""
-
-    broken = False
-
-    def _is_served(self, turn: object, count: int) -> bool:
-        if self.broken and count == 2:
-            raise ZeroDivisionError
-        return super()._is_served(turn, count)
-
-
-def test_who_leaves_the_line_wakes_the_next() -> None:
-    """The second needs nothing but its turn."""
-    ring = Breaking(torch.zeros(128, dtype=torch.uint8), 64)
-    with ThreadPoolExecutor(2) as threads, ring.buffer():
-        takers: list[Future[list[Buffer]]] = []
-        for count in (2, 1):
-            takers.append(threads.submit(ring.take, count))
-            while len(ring._turns) < len(takers):
-                time.sleep(0.001)
-        with ring._changed:
-            ring.broken = True
-            ring._changed.notify(1)  # the first
-        with pytest.raises(ZeroDivisionError):
-            takers[0].result(10)
-        (taken,) = takers[1].result(5)
-        ring.release(taken)

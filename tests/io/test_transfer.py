@@ -1,105 +1,191 @@
-"""One group's way: conversions before rows, the rest by the device, and the check of what came."""
+"""Layer groups on their way: windows, buffers, images, checks, and whatever fails on the way.
+
+To a device that copies staged bytes, which the simulated one is, and to one that reads files.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 
 import pytest
 import torch
-from device_groups import ARENA, LAYOUT, SLOTS, BytesReader, TabledDevice, extent, holds
+from device_groups import (
+    ARENA,
+    LAYOUT,
+    SHAPES,
+    SLOTS,
+    TORCH,
+    BytesReader,
+    TabledDevice,
+    extent,
+    holds,
+    settle,
+)
 
+from common import until
+from core.adapter_files import file_of, plan
+from lorax_async.adapter import AdapterSpec
+from lorax_async.config import Limits
 from lorax_async.core.arena import Extent
-from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Zero
-from lorax_async.core.runs import Span
-from lorax_async.errors import AdapterFormatError, FetchError, TransferError
+from lorax_async.core.moves import Convert, GroupPlan, Row, Zero
+from lorax_async.errors import AdapterFormatError, FetchError, InternalError, TransferError
 from lorax_async.io.devices.gated import POISON, GatedDevice
-from lorax_async.io.ports import CopyTicket, FilePieces, Reader, StagedPiece
+from lorax_async.io.ports import CopyTicket, Device, FilePieces, Reader, StagedPiece
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import GroupCopy, Transfer
+from lorax_async.testing import SimulatedDevice
+from lorax_kernels import Operands
+
+MOVE = 512
+"""Size of a buffer: a group takes half a dozen."""
 
 NAMES = [module.name for module in LAYOUT.modules]
-A = torch.arange(72, dtype=torch.float32).view(3, 24)
-B = torch.arange(120, dtype=torch.float32).view(40, 3) - 60
-NBYTES = 4 * (8 * 24 + 40 * 8)
+
+STALE = 0xFF
+"""What a ring is full of at first; NaN in every dtype."""
+
+Weights = dict[str, torch.Tensor]
 
 
-def opened() -> GatedDevice:
-    device = GatedDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS)
-    device.open()
-    return device
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One layer: its file, its plan, and A, B and scale of each module as they shall be."""
+
+    file: bytes
+    group: GroupPlan
+    dtype: str
+    weights: dict[int, Operands]
+
+    def copy(
+        self,
+        reader: Reader | None = None,
+        *,
+        slot: int = 0,
+        place: int = 0,
+        image: torch.Tensor | None = None,
+    ) -> GroupCopy:
+        reader = reader or BytesReader(self.file)
+        return GroupCopy(reader, self.group, self.dtype, extent(place), slot, image=image)
+
+    @property
+    def windows(self) -> int:
+        """At least that many: the file's bytes go through buffers of `MOVE` bytes."""
+        return -(-self.group.nbytes // MOVE)
 
 
-def file_of(a: torch.Tensor, b: torch.Tensor) -> bytes:
-    data: bytes = a.view(torch.uint8).numpy().tobytes() + b.view(torch.uint8).numpy().tobytes()
-    return data
+def tensors(seed: int, rank: int, dtypes: Sequence[str]) -> Weights:
+    """A and B of the layer's two modules, q and k."""
+    random = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, dtype, (inputs, outputs) in zip("qk", dtypes, SHAPES[:2], strict=True):
+        for part, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            values = torch.randn(shape, generator=random).to(TORCH[dtype])
+            made[f"base_model.model.layers.0.{name}.lora_{part}.weight"] = values
+    return made
 
 
-def mixed_group() -> GroupPlan:
-    """Rank 3 padded to 8: A read as it lies with zeros after it, B's columns padded in staging."""
-    return GroupPlan(
-        layer=0,
-        nbytes=NBYTES,
-        reads=(Read(0, 288, 0),),
-        converts=(Convert(288, 480, "F32", rows=40, columns=3, target=768, row_pitch=8),),
-        zeros=(Zero(288, 480),),
-        rows=(Row(0, 0, 768, 3, 8, 0.5),),
-        spans=(Span(0, 768),),
-    )
+def padded(a: torch.Tensor, b: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cast, and with zeros up to a rank of 8: what the kernels read."""
+    rows = torch.zeros(8, a.shape[1], dtype=TORCH[dtype])
+    columns = torch.zeros(b.shape[0], 8, dtype=TORCH[dtype])
+    rows[: a.shape[0]], columns[:, : b.shape[1]] = a, b
+    return rows, columns
 
 
-def copy_of(reader: Reader, group: GroupPlan, slot: int = 1) -> GroupCopy:
-    return GroupCopy(reader, group, "F32", extent(2), slot)
+def case_of(content: Weights, rank: int, dtype: str, move: int = MOVE) -> Case:
+    file = file_of(list(content.items()))
+    (group,) = plan(
+        file,
+        AdapterSpec(rank=rank, alpha=2.0 * rank),
+        LAYOUT,
+        dtype=dtype,
+        rank_multiple=8,
+        limits=Limits(max_rank=8),
+        staging_move_bytes=move,
+    ).groups
+    values = list(content.values())
+    weights = {n: (*padded(values[2 * n], values[2 * n + 1], dtype), 2.0) for n in range(2)}
+    return Case(file, group, dtype, weights)
 
 
-def transfer(device: TabledDevice, *, check_finite: bool = False) -> Transfer:
-    return Transfer(
-        device, StagingRing(device.staging_memory(4096), 2048), NAMES, check_finite=check_finite
-    )
+@cache
+def case(kind: str, seed: int = 1) -> Case:
+    rank, dtypes, dtype = {
+        "verbatim": (8, ("F32", "F32"), "F32"),
+        "cast": (8, ("BF16", "F16"), "F32"),
+        "padded": (5, ("F32", "F32"), "F32"),
+        "mixed": (3, ("F16", "F32"), "F32"),
+        "narrow": (5, ("F32", "BF16"), "BF16"),
+    }[kind]
+    return case_of(tensors(seed, rank, dtypes), rank, dtype)
 
 
-def padded() -> tuple[torch.Tensor, torch.Tensor]:
-    a, b = torch.zeros(8, 24), torch.zeros(40, 8)
-    a[:3], b[:, :3] = A, B
-    return a, b
+KINDS = ("verbatim", "cast", "padded", "mixed", "narrow")
 
 
-@pytest.mark.parametrize("check_finite", [False, True])
-def test_every_move_reaches_its_place(check_finite: bool) -> None:
-    device = opened()
-    moving = transfer(device, check_finite=check_finite)
-    moving.run(copy_of(BytesReader(file_of(A, B)), mixed_group()))
-    holds(device, 1, {0: (*padded(), 0.5)})
-    around = device.host_view(extent(2))[NBYTES:]
-    assert (around == POISON).all()
-    device.close()
+class RecordingDevice(SimulatedDevice):
+    """Remembers tickets, and refuses the copies that it is told to refuse."""
 
-
-class LateDevice(GatedDevice):
-    """Looks at its memory at the moment it is asked to copy."""
-
-    seen: torch.Tensor
+    def __init__(self, dtype: str = "F32") -> None:
+        super().__init__(LAYOUT, dtype=dtype, nbytes=ARENA, slots=SLOTS)
+        self.tickets: list[CopyTicket] = []
+        self.refusing: set[int] = set()
 
     def copy(
         self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
     ) -> CopyTicket:
-        self.seen = self.host_view(extent)[:NBYTES].clone()
-        return super().copy(pieces, rows, extent, slot)
+        if len(self.tickets) in self.refusing:
+            raise TransferError("the device refused")
+        self.tickets.append(super().copy(pieces, rows, extent, slot))
+        return self.tickets[-1]
+
+    def bytes_at(self, where: Extent) -> torch.Tensor:
+        return self.view(where)
 
 
-def test_what_is_converted_is_there_before_the_device_is_asked() -> None:
-    device = LateDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS)
+@contextmanager
+def opened(dtype: str = "F32") -> Iterator[RecordingDevice]:
+    device = RecordingDevice(dtype)
     device.open()
-    transfer(device).run(copy_of(BytesReader(file_of(A, B)), mixed_group()))
-    assert (device.seen[:288] == POISON).all(), "this is the device's to read"
-    assert not device.seen[288:768].any()
-    assert torch.equal(device.seen[768:].view(torch.float32).view(40, 8), padded()[1])
-    device.close()
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+def ring_of(device: RecordingDevice, buffers: int, move: int = MOVE) -> StagingRing:
+    memory = device.staging_memory(buffers * move)
+    memory.fill_(STALE)
+    return StagingRing(memory, move)
+
+
+def transfer(device: RecordingDevice, ring: StagingRing, *, check_finite: bool = False) -> Transfer:
+    return Transfer(device, ring, NAMES, check_finite=check_finite)
+
+
+def require_whole(ring: StagingRing) -> None:
+    """All buffers come back, and each is there once."""
+    buffers = ring.take(ring.buffers)
+    assert len({buffer.tensor.data_ptr() for buffer in buffers}) == ring.buffers
+    for buffer in buffers:
+        ring.release(buffer)
+    assert ring.free == ring.buffers
+
+
+def image_of(device: Device, made: Case) -> torch.Tensor:
+    return device.staging_memory(made.group.nbytes).fill_(STALE)
 
 
 def failing_at(number: int, error: Exception) -> Callable[[], None]:
-    calls = iter(range(100))
+    """For a reader: its call of this number raises."""
+    calls = iter(range(1_000))
 
     def before() -> None:
         if next(calls) == number:
@@ -108,104 +194,502 @@ def failing_at(number: int, error: Exception) -> Callable[[], None]:
     return before
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_reader_that_fails_leaves_no_row(number: int) -> None:
-    """First while staging, then while the device reads."""
-    device, error = opened(), FetchError("the disk is on fire")
-    staging = StagingRing(device.staging_memory(4096), 2048)
-    moving = Transfer(device, staging, NAMES, check_finite=True)
-    with pytest.raises(FetchError) as caught:
-        moving.run(copy_of(BytesReader(file_of(A, B), failing_at(number, error)), mixed_group()))
-    assert caught.value is error
-    assert staging.free == staging.buffers
-    assert device.copies == number
-    holds(device, 1, {})
-    device.close()
+async def waits_for_a_buffer(device: RecordingDevice, ring: StagingRing) -> None:
+    await until(lambda: len(device.tickets) >= 2 and "1 waiting" in repr(ring))
 
 
-def test_a_device_that_fails_is_heard() -> None:
-    device = opened()
-    device.failing = {0}
-    with pytest.raises(TransferError, match="told to fail"):
-        transfer(device).run(copy_of(BytesReader(file_of(A, B)), mixed_group()))
-    holds(device, 1, {})
-    device.close()
+@pytest.mark.parametrize("check_finite", [False, True])
+@pytest.mark.parametrize(("buffers", "move"), [(2, MOVE), (3, MOVE), (2, 4096)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_byte_arrives(kind: str, buffers: int, move: int, check_finite: bool) -> None:
+    made = case(kind)
+    with opened(made.dtype) as device:
+        ring = ring_of(device, buffers, move)
+        moved = transfer(device, ring, check_finite=check_finite).run(made.copy(slot=1, place=2))
+        moved.done.result(10)
+        holds(device, 1, made.weights)
+        around = device.bytes_at(Extent(0, ARENA)).clone()
+        around[extent(2).offset : extent(2).offset + made.group.nbytes] = POISON
+        assert (around == POISON).all()
+        assert len(device.tickets) == 1 if move == 4096 else len(device.tickets) >= made.windows
+        require_whole(ring)
 
 
+def test_it_returns_before_the_copies_have_run() -> None:
+    made = case("mixed")
+    with opened() as device:
+        device.gate.clear()
+        ring = ring_of(device, made.windows + 8)
+        moved = transfer(device, ring).run(made.copy())
+        assert not moved.ticket.done()
+        assert not moved.done.done()
+        assert moved.ticket is device.tickets[-1]
+        assert ring.free == ring.buffers - len(device.tickets)
+        holds(device, 0, {})
+        device.gate.set()
+        moved.done.result(10)
+        holds(device, 0, made.weights)
+        require_whole(ring)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_buffer_is_not_written_to_before_its_copy_is_done(kind: str) -> None:
+    """Copies read when the gate opens: by then every buffer was wanted again."""
+    made = case(kind)
+    with opened(made.dtype) as device, ThreadPoolExecutor(1) as threads:
+        device.gate.clear()
+        ring = ring_of(device, 3)
+        running = threads.submit(transfer(device, ring).run, made.copy())
+        await waits_for_a_buffer(device, ring)
+        assert not running.done()
+        assert 2 <= len(device.tickets) <= 3
+        device.gate.set()
+        running.result(20).done.result(10)
+        holds(device, 0, made.weights)
+        require_whole(ring)
+
+
+def test_two_that_need_two_buffers_of_two() -> None:
+    """Nor do they mix their bytes, for each window has its own."""
+    first, second = case("padded", 1), case("mixed", 2)
+    with opened() as device, ThreadPoolExecutor(2) as threads:
+        ring = ring_of(device, 2)
+        moving = transfer(device, ring)
+        for _ in range(20):
+            copies = (first.copy(slot=0, place=0), second.copy(slot=1, place=1))
+            for moved in threads.map(moving.run, copies, timeout=20):
+                moved.done.result(10)
+            holds(device, 0, first.weights)
+            holds(device, 1, second.weights)
+            device.clear_column(0)
+            device.clear_column(1)
+        require_whole(ring)
+        with pytest.raises(InternalError, match="two staging buffers"):
+            transfer(device, ring_of(device, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_filled_and_serves_the_next_load(kind: str) -> None:
+    """It takes no buffer while it is copied, and no file is read again."""
+
+    def unread() -> None:
+        raise AssertionError("nobody may read")
+
+    made = case(kind)
+    with opened(made.dtype) as device:
+        ring, image = ring_of(device, 2), image_of(device, made)
+        moving = transfer(device, ring, check_finite=True)
+        moving.run(made.copy(image=image)).done.result(10)
+        holds(device, 0, made.weights)
+        assert torch.equal(image, device.bytes_at(Extent(0, made.group.nbytes)))
+        device.gate.clear()
+        again = made.copy(BytesReader(b"", unread), slot=2, place=5, image=image)
+        moved = moving.run(replace(again, warm=True))
+        assert moved.done is moved.ticket
+        assert (ring.free, moved.done.done()) == (2, False)
+        device.gate.set()
+        moved.done.result(10)
+        holds(device, 2, made.weights)
+        assert len(device.tickets) == 2
+
+
+def test_staging_seconds_are_those_of_casts() -> None:
+    """A slow read of what is cast counts, a slow copy and a slow read of the rest do not."""
+    for kind, least, most in (("verbatim", 0.0, 0.02), ("cast", 0.03, 10.0)):
+        made = case(kind)
+        with opened() as device:
+            device.delay = 0.05
+            reader = BytesReader(made.file, lambda: time.sleep(0.03))
+            moved = transfer(device, ring_of(device, 2, 4096)).run(made.copy(reader))
+            assert least <= moved.staging_seconds < most
+            moved.done.result(10)
+
+
+def refused(device: RecordingDevice, made: Case, module: str, *, in_image: bool) -> None:
+    ring = ring_of(device, 3)
+    copy = made.copy(image=image_of(device, made) if in_image else None)
+    with pytest.raises(AdapterFormatError, match=f"{module} has NaN .* check_finite=False"):
+        transfer(device, ring, check_finite=True).run(copy)
+    assert all(ticket.done() for ticket in device.tickets)
+    holds(device, 0, {})
+    require_whole(ring)
+
+
+@pytest.mark.parametrize("in_image", [False, True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("part", ["a", "b"])
-def test_weights_that_are_not_finite(part: str, value: float) -> None:
-    a, b = A.clone(), B.clone()
-    (a if part == "a" else b)[-1, -1] = value
-    content = file_of(a, b)
-    device = opened()
-    with pytest.raises(AdapterFormatError, match=r"layers\.0\.q.* check_finite=False"):
-        transfer(device, check_finite=True).run(copy_of(BytesReader(content), mixed_group()))
-    transfer(device).run(copy_of(BytesReader(content), mixed_group(), slot=0))
-    operands = device.operands(0, 0)
-    assert operands is not None
-    whole = torch.cat([operands[0].flatten(), operands[1].flatten()])
-    assert int(whole.isfinite().logical_not().sum()) == 1
-    device.close()
-
-
-def test_only_its_own_modules_are_checked() -> None:
-    """The arena around them is poison, and another layer of the slot may be anything."""
-    device = opened()
-    bad = B.clone()
-    bad[0, 0] = torch.nan
-    transfer(device).run(copy_of(BytesReader(file_of(A, bad)), mixed_group()))
-    other = GroupPlan(
-        1, 640, (Read(0, 640, 0),), (), (), (Row(2, 0, 64, 2, 2, 1.0),), (Span(0, 640),)
-    )
-    content = torch.ones(160).view(torch.uint8).numpy().tobytes()
-    copy = GroupCopy(BytesReader(content), other, "F32", extent(5), 1)
-    transfer(device, check_finite=True).run(copy)
-    assert device.rank[:, 1].tolist() == [8, 0, 2, 0]
-    device.close()
+@pytest.mark.parametrize("dtypes", [("F32", "F32"), ("BF16", "F16")])
+@pytest.mark.parametrize("rank", [8, 5])
+def test_weights_that_are_not_finite(
+    rank: int, dtypes: tuple[str, str], value: float, in_image: bool
+) -> None:
+    for name, part, place in product("qk", "AB", (0, -1)):
+        content = tensors(3, rank, dtypes)
+        content[f"base_model.model.layers.0.{name}.lora_{part}.weight"][place, place] = value
+        made = case_of(content, rank, "F32")
+        with opened() as device:
+            refused(device, made, f"'layers.0.{name}'", in_image=in_image)
 
 
 def test_a_value_too_large_for_the_device_is_not_finite() -> None:
     """1e5 is finite in the file; as float16 it is infinite, and that is what counts."""
-    device = GatedDevice(LAYOUT, dtype="F16", nbytes=ARENA, slots=SLOTS)
-    device.open()
-    values = torch.full((24 + 40,), 1e5)
-    group = GroupPlan(
-        layer=0,
-        nbytes=128,
-        reads=(),
-        converts=(Convert(0, 256, "F32", rows=1, columns=64, target=0, row_pitch=64),),
-        zeros=(),
-        rows=(Row(0, 0, 48, 1, 1, 1.0),),
-        spans=(Span(0, 256),),
-    )
-    reader = BytesReader(values.view(torch.uint8).numpy().tobytes())
-    with pytest.raises(AdapterFormatError, match="NaN or infinite"):
-        transfer(device, check_finite=True).run(GroupCopy(reader, group, "F16", extent(0), 0))
-    device.close()
+    content = tensors(3, 8, ("F32", "F32"))
+    content["base_model.model.layers.0.k.lora_B.weight"][-1, -1] = 1e5
+    made = case_of(content, 8, "F16")
+    with opened("F16") as device:
+        refused(device, made, "'layers.0.k'", in_image=False)
+        transfer(device, ring_of(device, 2)).run(made.copy(slot=1)).done.result(10)
+        holds(device, 1, made.weights)
 
 
-class PatientDevice(GatedDevice):
-    """Copies in a thread, some time after it was asked to."""
+# -- failures: no copy is left behind, no buffer is lost, no row names the slot -------------------
+
+LATE = 0.002
+"""Seconds that a copy is late: long enough to be still under way if nobody waits."""
+
+
+def left_nothing(device: RecordingDevice, ring: StagingRing, *, at_once: bool) -> None:
+    """`at_once`: at this moment no copy is under way."""
+    if at_once:
+        assert all(ticket.done() for ticket in device.tickets)
+    require_whole(ring)
+    assert all(ticket.done() for ticket in device.tickets)
+    holds(device, 0, {})
+
+
+def clear(device: RecordingDevice, slot: int) -> None:
+    device.clear_column(slot)
+    settle(device)
+
+
+def works(device: RecordingDevice, ring: StagingRing, made: Case) -> None:
+    transfer(device, ring).run(made.copy(slot=1, place=1)).done.result(10)
+    holds(device, 1, made.weights)
+    clear(device, 1)
+
+
+@pytest.mark.parametrize("buffers", [2, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_read(kind: str, buffers: int) -> None:
+    made, calls = case(kind), list[None]()
+    with opened(made.dtype) as device:
+        device.delay = LATE
+        ring = ring_of(device, buffers)
+        reader = BytesReader(made.file, lambda: calls.append(None))
+        transfer(device, ring).run(made.copy(reader, slot=1, place=1)).done.result(10)
+        assert len(calls) >= made.windows
+        for number in range(len(calls)):
+            error = FetchError("the disk is on fire")
+            with pytest.raises(FetchError) as caught:
+                reader = BytesReader(made.file, failing_at(number, error))
+                transfer(device, ring).run(made.copy(reader))
+            assert caught.value is error
+            left_nothing(device, ring, at_once=True)
+        works(device, ring, made)
+
+
+@pytest.mark.parametrize("kind", ["verbatim", "mixed"])
+def test_each_copy_that_is_refused(kind: str) -> None:
+    made = case(kind)
+    with opened(made.dtype) as device:
+        device.delay = LATE
+        ring = ring_of(device, 3)
+        for number in range(made.windows):
+            device.refusing = {len(device.tickets) + number}
+            with pytest.raises(TransferError, match="refused"):
+                transfer(device, ring).run(made.copy())
+            left_nothing(device, ring, at_once=True)
+        device.refusing = set()
+        works(device, ring, made)
+
+
+@pytest.mark.parametrize("buffers", [2, 3, 20])
+@pytest.mark.parametrize("kind", ["verbatim", "mixed"])
+def test_each_copy_that_fails_later(kind: str, buffers: int) -> None:
+    """Heard where it is asked for, if it fails before the last, or from `done`."""
+    made = case(kind)
+    with opened(made.dtype) as device:
+        ring = ring_of(device, buffers)
+        works(device, ring, made)
+        for number in range(made.windows):
+            first = device.copies
+            device.failing = {first + number}
+            with pytest.raises(TransferError, match=f"copy {first + number} was told"):
+                transfer(device, ring).run(made.copy()).done.result(10)
+            clear(device, 0)
+            left_nothing(device, ring, at_once=False)
+        device.failing = set()
+        works(device, ring, made)
+
+
+def test_nothing_is_sent_after_a_copy_that_failed() -> None:
+    """With two buffers the third window has the first one's: by the fourth the failure is known.
+
+    Where all were sent by then, the first failure is told.
+    """
+    made = case("verbatim")
+    with opened() as device:
+        device.failing = {0}
+        ring = ring_of(device, 2)
+        with pytest.raises(TransferError, match="copy 0 was told"):
+            transfer(device, ring).run(made.copy())
+        assert len(device.tickets) <= 3 < made.windows
+        left_nothing(device, ring, at_once=True)
+    with opened() as device:
+        device.failing = {1, 3}
+        device.gate.clear()
+        moved = transfer(device, ring_of(device, 20)).run(made.copy())
+        device.gate.set()
+        with pytest.raises(TransferError, match="copy 1 was told"):
+            moved.done.result(10)
+        assert all(ticket.done() for ticket in device.tickets)
+
+
+async def test_a_device_that_is_lost_frees_who_waits_for_a_buffer() -> None:
+    made = case("verbatim")
+    with opened() as device, ThreadPoolExecutor(1) as threads:
+        device.gate.clear()
+        ring = ring_of(device, 2)
+        running = threads.submit(transfer(device, ring).run, made.copy())
+        await waits_for_a_buffer(device, ring)
+        device.lose()
+        device.gate.set()
+        with pytest.raises(TransferError, match="lost"):
+            running.result(20)
+        left_nothing(device, ring, at_once=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_that_could_not_be_filled(kind: str) -> None:
+    made, calls = case(kind), list[None]()
+    with opened(made.dtype) as device:
+        ring = ring_of(device, 2)
+        image = device.staging_memory(made.group.nbytes)
+
+        def run(before: Callable[[], None]) -> None:
+            copy = made.copy(BytesReader(made.file, before), image=image)
+            transfer(device, ring).run(copy).done.result(10)
+
+        run(lambda: calls.append(None))
+        clear(device, 0)
+        sent = len(device.tickets)
+        for number in range(len(calls)):
+            with pytest.raises(FetchError, match="on fire"):
+                run(failing_at(number, FetchError("the disk is on fire")))
+            assert len(device.tickets) == sent
+        device.refusing = {sent}
+        with pytest.raises(TransferError, match="refused"):
+            run(lambda: None)
+        left_nothing(device, ring, at_once=True)
+
+
+# -- to a device that reads files: what is cast or padded is there before it is asked ------------
+
+
+class LookingDevice(GatedDevice):
+    """Looks at its memory at the moment it is asked to copy; may be late."""
+
+    seen: torch.Tensor
+    late = False
 
     def copy(
         self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
     ) -> CopyTicket:
+        self.seen = self.host_view(extent).clone()
+        if not self.late:
+            return super().copy(pieces, rows, extent, slot)
         ticket: CopyTicket = Future()
 
         def copy() -> None:
-            super(PatientDevice, self).copy(pieces, rows, extent, slot)
-            ticket.set_result(None)
+            ticket.set_result(super(LookingDevice, self).copy(pieces, rows, extent, slot).result())
 
         threading.Timer(0.03, copy).start()
         return ticket
 
 
-def test_weights_are_checked_once_they_are_there() -> None:
-    device, bad = PatientDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS), A.clone()
+@contextmanager
+def from_file(dtype: str = "F32") -> Iterator[tuple[LookingDevice, StagingRing]]:
+    device = LookingDevice(LAYOUT, dtype=dtype, nbytes=ARENA, slots=SLOTS)
     device.open()
-    bad[0, 0] = torch.nan
-    reader = BytesReader(file_of(bad, B))
-    with pytest.raises(AdapterFormatError, match="NaN or infinite"):
-        transfer(device, check_finite=True).run(copy_of(reader, mixed_group()))
+    yield device, StagingRing(device.staging_memory(4096), 2048)
     device.close()
+
+
+@pytest.mark.parametrize("check_finite", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_move_reaches_its_place(kind: str, check_finite: bool) -> None:
+    made = case(kind)
+    with from_file(made.dtype) as (device, ring):
+        moving = Transfer(device, ring, NAMES, check_finite=check_finite)
+        moving.run(made.copy(slot=1, place=2))
+        holds(device, 1, made.weights)
+        assert (device.host_view(extent(2))[made.group.nbytes :] == POISON).all()
+        cast = torch.zeros(made.group.nbytes, dtype=torch.bool)
+        for move in (*made.group.converts, *made.group.zeros):
+            cast[move.target : move.target + size_of(move, made.dtype)] = True
+        seen, there = (each[: len(cast)] for each in (device.seen, device.host_view(extent(2))))
+        assert torch.equal(seen[cast], there[cast])
+        assert (seen[~cast] == POISON).all(), "this is the device's to read"
+
+
+def size_of(move: Convert | Zero, dtype: str) -> int:
+    """Of what it writes."""
+    if isinstance(move, Zero):
+        return move.nbytes
+    return move.rows * move.row_pitch * TORCH[dtype].itemsize
+
+
+def test_a_reader_or_a_device_that_fails_leaves_no_row() -> None:
+    """First while staging, then while the device reads."""
+    made = case("mixed")
+    with from_file() as (device, ring):
+        moving = Transfer(device, ring, NAMES, check_finite=True)
+        calls: list[None] = []
+        moving.run(made.copy(BytesReader(made.file, lambda: calls.append(None))))
+        device.clear_column(0)
+        for number in range(len(calls)):
+            error = FetchError("the disk is on fire")
+            with pytest.raises(FetchError) as caught:
+                moving.run(made.copy(BytesReader(made.file, failing_at(number, error))))
+            assert caught.value is error
+            assert ring.free == ring.buffers
+            holds(device, 0, {})
+        device.failing = {device.copies}
+        with pytest.raises(TransferError, match="told to fail"):
+            moving.run(made.copy())
+        holds(device, 0, {})
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_weights_in_host_memory_that_are_not_finite(part: str, value: float, late: bool) -> None:
+    """They are looked at once they are there; and no others are, which are poison."""
+    content = tensors(3, 5, ("F32", "F32"))
+    content[f"base_model.model.layers.0.q.lora_{part}.weight"][-1, -1] = value
+    bad, good = case_of(content, 5, "F32"), case("verbatim")
+    with from_file() as (device, ring):
+        device.late = late
+        with pytest.raises(AdapterFormatError, match=r"layers\.0\.q.* check_finite=False"):
+            Transfer(device, ring, NAMES, check_finite=True).run(bad.copy())
+        Transfer(device, ring, NAMES, check_finite=False).run(bad.copy(place=1)).done.result(10)
+        Transfer(device, ring, NAMES, check_finite=True).run(
+            good.copy(slot=1, place=2)
+        ).done.result(10)
+
+
+# -- biases and magnitudes: verbatim, and looked at as what they are ------------------------------
+
+LOOKS_NAN = torch.tensor(0x3F80FFFF, dtype=torch.int32).view(torch.float32)
+"""About 1.008, whose lower half is NaN if it is read as bfloat16 or float16."""
+
+DTYPES = [("F32", "F32"), ("BF16", "F32"), ("F16", "BF16"), ("F32", "F16"), ("BF16", "BF16")]
+
+
+def vector_case(
+    stored: str,
+    own: str,
+    *,
+    rank: int = 5,
+    dtypes: tuple[str, str] = ("F32", "BF16"),
+    value: float | None = None,
+) -> Case:
+    """Two modules with magnitudes in dtype `own`; `value` comes last in the first one's."""
+    content = tensors(4, rank, dtypes)
+    prefix = "base_model.model.layers.0"
+    for name, length in (("q", 40), ("k", 8)):
+        vector = LOOKS_NAN.repeat(length).to(TORCH[own])
+        if value is not None and name == "q":
+            vector[-1] = value
+        content[f"{prefix}.{name}.lora_magnitude_vector"] = vector
+    file = file_of(sorted(content.items()))
+    spec = AdapterSpec(rank=rank, alpha=2.0 * rank, dora=True)
+    (group,) = plan(
+        file, spec, LAYOUT, dtype=stored, rank_multiple=8, staging_move_bytes=1 << 11
+    ).groups
+    weights = {
+        n: (
+            *padded(
+                content[f"{prefix}.{name}.lora_A.weight"],
+                content[f"{prefix}.{name}.lora_B.weight"],
+                stored,
+            ),
+            2.0,
+        )
+        for n, name in enumerate("qk")
+    }
+    return Case(file, group, stored, weights)
+
+
+def holds_vectors(device: Device, made: Case, where: Extent, own: str) -> None:
+    """Bit for bit those of the file."""
+    assert [vector.module for vector in made.group.vectors] == [0, 1]
+    for vector in made.group.vectors:
+        place = Extent(where.offset + vector.offset, vector.nbytes)
+        there = device.view(place).view(TORCH[own])
+        assert torch.equal(there, LOOKS_NAN.repeat((40, 8)[vector.module]).to(TORCH[own]))
+
+
+@contextmanager
+def vector_device(
+    stored: str, way: str, made: Case
+) -> Iterator[tuple[TabledDevice, Transfer, torch.Tensor | None]]:
+    """In windows of a few tensors, at once by an image, or read straight into host memory."""
+    if way == "host":
+        with from_file(stored) as (device, ring):
+            yield device, Transfer(device, ring, NAMES, check_finite=True), None
+        return
+    with opened(stored) as staged:
+        ring = ring_of(staged, 3, 4 * MOVE)
+        image = image_of(staged, made) if way == "image" else None
+        yield staged, transfer(staged, ring, check_finite=True), image
+        require_whole(ring)
+
+
+@pytest.mark.parametrize("way", ["windows", "image", "host"])
+@pytest.mark.parametrize(("stored", "own"), DTYPES)
+def test_vectors_arrive_as_they_are_in_the_file(stored: str, own: str, way: str) -> None:
+    """Nobody takes them for what they are not; one that is not finite is refused."""
+    made = vector_case(stored, own)
+    with vector_device(stored, way, made) as (device, moving, image):
+        moving.run(made.copy(slot=1, place=2, image=image)).done.result(10)
+        holds(device, 1, made.weights)
+        holds_vectors(device, made, extent(2), own)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        made = vector_case(stored, own, value=value)
+        with vector_device(stored, way, made) as (device, moving, image):
+            with pytest.raises(AdapterFormatError, match=r"'layers\.0\.q' has NaN"):
+                moving.run(made.copy(image=image))
+            if way != "host":  # there the row is written by the copy that brought the bytes
+                holds(device, 0, {})
+
+
+@pytest.mark.parametrize("value", [None, torch.nan])
+def test_a_vector_may_be_cut_between_windows(value: float | None) -> None:
+    made = vector_case("F32", "F32", rank=8, dtypes=("F32", "F32"), value=value)
+    small = 128
+    ends = [(v.offset // small, (v.offset + v.nbytes - 1) // small) for v in made.group.vectors]
+    assert any(first < last for first, last in ends)
+    with opened() as device:
+        ring = ring_of(device, 4, small)
+        moving = transfer(device, ring, check_finite=True)
+        if value is None:
+            moving.run(made.copy(place=1)).done.result(10)
+            holds_vectors(device, made, extent(1), "F32")
+        else:
+            with pytest.raises(AdapterFormatError, match=r"'layers\.0\.q' has NaN"):
+                moving.run(made.copy(place=1))
+        require_whole(ring)
+
+
+def test_a_cleared_columns_vectors_are_poison_on_the_simulated_device() -> None:
+    made = vector_case("F32", "F32")
+    with opened() as device:
+        copy = made.copy(slot=1, place=2)
+        transfer(device, ring_of(device, 3, 4 * MOVE)).run(copy).done.result(10)
+        views = [
+            device.view(Extent(extent(2).offset + vector.offset, vector.nbytes))
+            for vector in made.group.vectors
+        ]
+        device.clear_column(1)
+        transfer(device, ring_of(device, 3, 4 * MOVE)).run(made.copy()).done.result(10)
+        assert all(bool((view == POISON).all()) for view in views)

@@ -169,7 +169,7 @@ def reset() -> None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    built = _built()
+    built = library_path()
     library = ctypes.CDLL(str(built))  # its functions are called without the GIL
     library.late_set_allowance.argtypes = [ctypes.c_int64, ctypes.c_int64]
     library.late_set_delay.argtypes = [ctypes.c_int64]
@@ -180,7 +180,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _built() -> Path:
+def library_path() -> Path:
     """The library in the cache, compiled if it is not there. Raises `NotBuilt`."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:

@@ -33,17 +33,15 @@ from mutants.mutation import (
 )
 
 DISK = "io/test_disk_cache.py"
-SHARED = "io/test_disk_cache_shared.py"
-LEFT = "io/test_disk_cache_left.py"
+PROCESSES = "io/test_disk_cache_processes.py"
 FAILURES = "io/test_disk_cache_failures.py"
-OWNERS = "io/test_cache_owners.py"
 HUB = "io/remote/test_hub_cache_writing.py"
 
-PUBLISHED = f"{SHARED}::test_all_is_on_the_disk_before_it_is_published"
-RESUMABLE = f"{SHARED}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
-HELD = f"{SHARED}::test_what_one_holds_the_other_does_not_evict"
-UNLOCKED = f"{SHARED}::test_without_locks_a_process_still_knows_what_it_holds"
-ROOM = f"{OWNERS}::test_room_is_claimed_by_one_process_at_a_time"
+PUBLISHED = f"{FAILURES}::test_all_is_on_the_disk_before_it_is_published"
+RESUMABLE = f"{FAILURES}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
+HELD = f"{PROCESSES}::test_what_one_holds_the_other_does_not_evict"
+UNLOCKED = f"{FAILURES}::test_without_locks_a_process_still_knows_what_it_holds"
+ROOM = f"{DISK}::TestRoom::test_is_reserved_by_one_at_a_time"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
 LINKED = f"{HUB}::test_all_is_on_the_disk_before_it_is_linked"
 
@@ -87,15 +85,15 @@ CACHES: Mutants = {
     ),
     "cache: names are on the disk before publication": mutant(PUBLISHED, skipped(Folder, "sync")),
     "cache: digests are checked before publication": mutant(
-        f"{DISK}::TestConformance::test_wrong_bytes_leave_nothing",
+        f"{DISK}::TestContents::test_wrong_bytes_leave_nothing",
         (PartialFile, "checked_digest", _unchecked),
     ),
     "cache: all bytes are here before publication": mutant(
-        f"{DISK}::TestConformance::test_what_is_not_whole_is_not_published",
+        f"{DISK}::TestContents::test_what_is_not_whole_is_not_published",
         skipped(PartialFile, "missing", ()),
     ),
     "cache: what is resumed is compared": mutant(
-        f"{DISK}::TestConformance::test_what_was_left_is_compared_with_what_comes_again",
+        f"{DISK}::TestContents::test_what_was_left_is_compared_with_what_comes_again",
         skipped(PartialFile, "_compare"),
     ),
     "cache: the chunk map follows the bytes": mutant(
@@ -103,14 +101,15 @@ CACHES: Mutants = {
         (PartialFile, "write", _mapped_before_written),
     ),
     "cache: the chunk map is removed before the bytes": mutant(
-        f"{LEFT}::test_a_map_goes_before_the_bytes_that_it_tells_of",
+        f"{FAILURES}::test_a_map_goes_before_the_bytes_that_it_tells_of",
         (PartialFile, "resume", _cut_before_the_map_goes),
     ),
     "cache: bytes and maps are on the disk before they are left": mutant(
         RESUMABLE, skipped(PartialFile, "sync")
     ),
     "cache: bytes of another boot are not trusted": mutant(
-        f"{LEFT}::test_whose_bytes_are_trusted", (partials, "can_be_trusted", lambda *_: True)
+        f"{PROCESSES}::test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed",
+        (partials, "can_be_trusted", lambda *_: True),
     ),
     "cache: what is being written is not dropped": mutant(
         UNLOCKED, skipped(Partials, "_is_written", False)
@@ -128,15 +127,15 @@ CACHES: Mutants = {
         HELD, (download, "granted_shared", lambda _: True)
     ),
     "cache: what is opened is held": mutant(
-        f"{SHARED}::test_what_one_has_opened_the_other_does_not_remove",
+        f"{PROCESSES}::test_what_one_has_opened_the_other_does_not_remove",
         (entries, "granted_shared", lambda _: True),
     ),
     "cache: an entry that was replaced is not held": mutant(
-        f"{SHARED}::test_what_is_replaced_just_before_one_holds_it_stays",
+        f"{PROCESSES}::test_what_is_replaced_just_before_one_holds_it_stays",
         (Entries, "_is_still", _locked_only),
     ),
     "cache: a lock's file is still there when it is taken": mutant(
-        f"{SHARED}::test_a_lock_whose_file_was_removed_is_taken_anew",
+        f"{PROCESSES}::test_of_two_that_begin_at_the_same_moment_one_downloads",
         seen_by(locks, "os", path=seen_by(os, "path", samestat=lambda *_: True)[2]),
         skipped(Folder, "status", True),
     ),

@@ -15,8 +15,7 @@ from lorax_async.runtime.copies import Copies
 from mutants.mutation import Mutants, NoLock, mutant, nothing, skipped
 
 STAGING = "io/test_staging.py::TestStagingRing"
-STAGED = "io/test_staged_transfer.py"
-FAILURES = "io/test_staged_failures.py"
+TRANSFER = "io/test_transfer.py"
 INBOX = "io/test_inbox.py"
 COPIES = "test_copies.py"
 
@@ -62,27 +61,27 @@ GROUPS: Mutants = {
         "test_independence.py", (queues, "_copy_order", _by_arrival)
     ),
     "staging: a buffer is reused after its copy": mutant(
-        f"{STAGED}::test_a_buffer_is_not_written_to_before_its_copy_is_done",
+        f"{TRANSFER}::test_a_buffer_is_not_written_to_before_its_copy_is_done",
         (StagingRing, "take", _given_back_at_once),
     ),
     "staging: a window's two buffers are taken at once": mutant(
-        f"{STAGED}::test_two_that_need_two_buffers_of_two", (StagingRing, "take", _one_by_one)
+        f"{TRANSFER}::test_two_that_need_two_buffers_of_two", (StagingRing, "take", _one_by_one)
     ),
     "staging: a taker waits for free buffers": mutant(
-        f"{STAGING}::test_who_finds_none_waits", skipped(StagingRing, "_is_served", True)
+        f"{STAGING}::test_takers_do_not_block_each_other", skipped(StagingRing, "_is_served", True)
     ),
     "transfer: rows come with the last bytes": mutant(
-        f"{FAILURES}::test_each_read", (transfer._Sending, "send", _rows_with_the_first)
+        f"{TRANSFER}::test_each_read", (transfer._Sending, "send", _rows_with_the_first)
     ),
     "transfer: a failure waits for the copies that were sent": mutant(
-        f"{FAILURES}::test_each_read", (transfer, "wait", nothing)
+        f"{TRANSFER}::test_each_read", (transfer, "wait", nothing)
     ),
     "transfer: nothing is sent after a copy that failed": mutant(
-        f"{FAILURES}::test_nothing_is_sent_after_a_copy_that_failed",
+        f"{TRANSFER}::test_nothing_is_sent_after_a_copy_that_failed",
         skipped(transfer._Sending, "heed_failures"),
     ),
     "transfer: a group is done when all its copies are": mutant(
-        f"{FAILURES}::test_each_copy_that_fails_later",
+        f"{TRANSFER}::test_each_copy_that_fails_later",
         (transfer, "_all_of", lambda tickets: tickets[-1]),
     ),
     "copies: an outcome is reported when the copy is done": mutant(

@@ -16,7 +16,6 @@ from mutants.mutation import Mutants, NoLock, initialized, mutant, nothing, seen
 ORDER = "io/test_cuda_order.py"
 COPY = f"{ORDER}::TestACopy"
 DEVICE = "io/test_cuda_device.py"
-TURNS = "io/test_cuda_turns.py"
 CPU = "io/test_devices.py"
 
 _ticket, _put, _copy = CudaDevice._ticket, CudaDevice._put, CpuDevice.copy
@@ -117,10 +116,10 @@ DEVICES: Mutants = {
         (EventTicket, "succeeded", property(lambda _: True)),
     ),
     "cuda: one copy or clearing is enqueued at a time": mutant(
-        f"{TURNS}::test_one_thing_is_put_at_a_time", seen_by(cuda, "threading", Lock=NoLock)
+        f"{ORDER}::test_one_thing_is_put_at_a_time", seen_by(cuda, "threading", Lock=NoLock)
     ),
     "cuda: zeros have an event": mutant(
-        "io/test_wiping.py::test_the_ticket_comes_after_the_zeros", (CudaDevice, "wipe", done)
+        f"{ORDER}::TestAWipe::test_has_its_ticket_after_the_zeros", (CudaDevice, "wipe", done)
     ),
     "cuda: the copy stream starts behind the current one": mutant(
         f"{DEVICE}::TestOpening::test_what_stands_on_the_current_stream_comes_first",

@@ -32,7 +32,7 @@ from mutants.mutation import (
     skipped,
 )
 
-SPLIT = "io/test_split_reader.py"
+SPLIT = "io/test_split_source.py"
 MERGED = "io/test_merged_source.py"
 SPILLING = "io/test_spilling.py"
 MEMORY = "io/test_memory_source.py"
@@ -105,7 +105,7 @@ async def _granted_to_all(self: Resolving, *_: object) -> bool:
 
 SOURCES: Mutants = {
     "reader: a descriptor outlives the read it serves": mutant(
-        "io/test_file_reader.py::test_a_descriptor_outlives_the_read_it_serves",
+        "io/test_local_source.py::test_a_descriptor_outlives_the_read_it_serves",
         (FileReader, "close", _closed_under_readers),
     ),
     "opened once: one read opens": mutant(
