@@ -26,7 +26,7 @@ Made = Callable[..., CudaDevice]
 KINDS = ["late", pytest.param("cuda", marks=pytest.mark.gpu)]
 """One in a process: where the late device is loaded, it is the accelerator that torch sees."""
 
-_SLEEP_CYCLES = 800_000_000  # some tenths of a second
+_PRODUCTS = 200  # some tenths of a second
 
 
 def one_layer(modules: int) -> ModelLayout:
@@ -87,13 +87,15 @@ def compute_stream(device: CudaDevice) -> torch.Stream:
 
 @contextmanager
 def held(stream: torch.Stream) -> Iterator[None]:
-    """The stream starts nothing more until the block ends; on CUDA it sleeps for a while."""
+    """The stream starts nothing more until the block ends; on CUDA it computes for a while."""
     if stream.device.type == "late":
         with build.held(stream):
             yield
         return
     with stream:
-        torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        square = torch.ones(4096, 4096, device=stream.device)
+        for _ in range(_PRODUCTS):
+            square = square @ square
     yield
 
 

@@ -18,7 +18,6 @@ from accelerators import (
     devices_of,
     eventually,
     held,
-    one_layer,
     opened_devices,
     read_on,
 )
@@ -28,7 +27,6 @@ from device_groups import ARENA, LAYOUT, NEW, OLD, SLOTS, begin, extent, holds, 
 from common import our_threads
 from late_device import build
 from lorax_async.core.arena import Extent
-from lorax_async.core.moves import Row
 from lorax_async.errors import (
     CapacityError,
     ConfigError,
@@ -196,14 +194,6 @@ class TestCopying:
         with pytest.raises(InternalError, match="pinned"):
             device.copy(StagedPiece(torch.empty(64, dtype=torch.uint8), 0), (), extent(0), 0)
 
-    def test_a_slot_that_is_not_there_costs_no_row_image(self, device: CudaDevice) -> None:
-        piece = NEW.staged(device)
-        for _ in range(IMAGES + 1):
-            with pytest.raises(IndexError):
-                device.copy(piece, NEW.rows, extent(0), SLOTS)
-        device.copy(piece, NEW.rows, extent(0), 0).result(10)
-        holds(device, 0, NEW.weights)
-
     def test_streams_that_are_others_or_captured(self, late: CudaDevice) -> None:
         class Captured(torch.Stream):
             def is_capturing(self) -> bool:
@@ -346,20 +336,6 @@ class TestALostDevice:
         build.lose()
         assert use.result(10) is None
 
-    def test_whoever_waits_for_a_row_image_is_told(self, late: CudaDevice) -> None:
-        piece = NEW.staged(late)
-        build.hold(copy_stream(late))
-        with ThreadPoolExecutor(1) as threads:
-            for _ in range(IMAGES):
-                late.copy(piece, NEW.rows, extent(0), 0)
-            waiting = threads.submit(late.copy, piece, NEW.rows, extent(0), 0)
-            with pytest.raises(TimeoutError):
-                waiting.result(0.03)
-            build.lose()
-            error = waiting.exception(10)
-        assert isinstance(error, TransferError)
-        assert not error.retryable
-
 
 class TestOutOfMemory:
     """Copies allocate nothing, but a driver may."""
@@ -397,25 +373,6 @@ class TestOutOfMemory:
         for _ in range(IMAGES + 1):  # its row image came back
             move(late, NEW, extent(1), 1)
         holds(late, 1, NEW.weights)
-
-    def test_rows_of_a_copy_that_failed_are_written_by_no_other(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """As those between the rows of another are, of copies that did not fail."""
-
-        def refuse(*_: object) -> None:
-            raise torch.OutOfMemoryError("out of memory")
-
-        for make in devices_of("late"):
-            device, row = make(layout=one_layer(3)), Row(1, 64, 128, 7, 8, 0.5)
-            device.open()
-            piece = StagedPiece(device.staging_memory(64), 0)
-            with monkeypatch.context() as patch:
-                patch.setattr(Columns, "write", refuse)
-                assert failing(device.copy(piece, [row], extent(0), 0))
-            ends = [row._replace(module=0), row._replace(module=2)]
-            device.copy(piece, ends, extent(0), 0).result(10)
-            assert device.rank[:, 0].tolist() == [8, 0, 8]
 
 
 class TestCallbacks:

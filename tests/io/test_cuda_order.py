@@ -27,7 +27,7 @@ from accelerators import (
     read_on,
     step,
 )
-from device_groups import NEW, OLD, begin, extent, group, holds, move, settle
+from device_groups import NEW, OLD, begin, extent, holds, move, settle
 
 from common import our_threads
 from late_device import build
@@ -156,16 +156,6 @@ def test_rows_between_those_of_a_copy_are_empty_or_as_they_were(kind: str) -> No
         assert device.address[0, :, 1].tolist() == present
         assert device.address[1, :, 1].tolist() == [at and at + 64 for at in present]
         assert device.rank[:, 0].tolist() == [0] * 5
-
-
-def test_a_copy_may_have_rows_of_several_layers(device: CudaDevice) -> None:
-    """Modules 0 and 1 are of one layer, 2 and 3 of the next."""
-    move(device, group(1, [1]), extent(0), 0)
-    ends, three = group(2, [0, 3]), group(3, [0, 1, 2])
-    move(device, ends, extent(1), 0)
-    holds(device, 0, group(1, [1]).weights | ends.weights)
-    move(device, three, extent(2), 1)
-    holds(device, 1, three.weights)
 
 
 class TestAClearing:
@@ -353,26 +343,3 @@ def test_nothing_is_watched_before_its_event_is_recorded(
         assert not any(ticket.done() for ticket in tickets)
     for ticket in tickets:
         ticket.result(10)
-
-
-def test_a_use_without_an_event_is_waited_for(
-    late: CudaDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No memory for it; what stands on the stream runs all the same."""
-
-    class Refused:
-        def __init__(self, of: torch.device) -> None: ...
-
-        def record(self, stream: torch.Stream) -> None:
-            raise torch.OutOfMemoryError("out of memory")
-
-    compute = compute_stream(late)
-    monkeypatch.setattr(cuda, "new_event", Refused)
-    with ThreadPoolExecutor(1) as threads:
-        with build.held(compute):
-            with compute:
-                late.rank.zero_()
-            noting = threads.submit(late.note_use, compute)
-            with pytest.raises(TimeoutError):
-                noting.result(0.03)
-        assert noting.result(10).done()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from device_conformance import NAN_BYTE, FileDeviceConformance, StagedDeviceConformance
+from device_conformance import FileDeviceConformance, StagedDeviceConformance
 from device_groups import (
     ARENA,
     EXTENT,
@@ -23,7 +21,6 @@ from device_groups import (
     OLD,
     SLOTS,
     START,
-    BytesReader,
     TabledDevice,
     begin,
     extent,
@@ -37,26 +34,14 @@ from device_groups import (
     staged,
     weights,
 )
-from safetensors.torch import load_file, save_file
 
-import tiny
-from lorax_async.config import Limits
 from lorax_async.core.arena import Extent
-from lorax_async.core.header import parse_header
-from lorax_async.core.moves import Read
-from lorax_async.core.peft_config import parse_config
-from lorax_async.core.transfer_plan import plan_transfer
 from lorax_async.errors import CapacityError, TransferError, UsageError
 from lorax_async.io.devices import cpu
 from lorax_async.io.devices.cpu import CpuDevice
-from lorax_async.io.devices.gated import POISON, GatedDevice
-from lorax_async.io.ports import CopyTicket, FilePieces
-from lorax_async.io.sources.checked_open import FileReader, identity_of
-from lorax_async.io.staging import StagingRing
-from lorax_async.io.transfer import GroupCopy, Transfer
+from lorax_async.io.devices.gated import GatedDevice
+from lorax_async.io.ports import CopyTicket
 from lorax_async.testing import SimulatedDevice, SimulatedTicket
-from lorax_kernels import Plan, apply
-from lorax_kernels.reference import reference
 
 Made = Callable[..., CpuDevice]
 
@@ -96,101 +81,6 @@ def device(new_simulated: Simulated) -> SimulatedDevice:
     device = new_simulated()
     device.open()
     return device
-
-
-def file_reader(path: Path) -> FileReader:
-    def opened() -> int:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    return FileReader(opened, identity_of(path.stat()), path.name)
-
-
-def fill(device: CpuDevice, folder: Path, slot: int, *, dtype: str) -> None:
-    """Bring an adapter to the device as the loader does, group by group."""
-    config, weights = tiny.files(folder)
-    plan = plan_transfer(
-        parse_header(weights, len(weights)),
-        parse_config(config, Limits()),
-        tiny.layout(),
-        dtype=dtype,
-        alignment=device.alignment,
-        rank_multiple=device.rank_multiple,
-        limits=Limits(),
-        staging_move_bytes=1 << 12,
-    )
-    memory = device.staging_memory(1 << 14)
-    transfer = Transfer(device, StagingRing(memory, 1 << 12), [], check_finite=False)
-    reader = file_reader(folder / "adapter_model.safetensors")
-    offset = slot * EXTENT * tiny.LAYERS
-    for made in plan.groups:
-        here = Extent(offset, made.nbytes)
-        transfer.run(GroupCopy(reader, made, dtype, here, slot)).done.result(10)
-        offset += made.nbytes
-    reader.close()
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_kernels_compute_with_what_was_copied(
-    new_device: Made, tmp_path: Path, stored: torch.dtype
-) -> None:
-    """Small integers, which every step keeps exactly; alpha 8 and rank 4 make a scale of 2."""
-    device = new_device(layout=tiny.layout(), nbytes=1 << 20)
-    device.open()
-    device.host_view(Extent(0, 1 << 20)).fill_(NAN_BYTE)
-    random = torch.Generator().manual_seed(5)
-    for slot in (0, 2):
-        folder = tmp_path / str(slot)
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(json.dumps(tiny.config()))
-        weights = {
-            name: torch.randint(-3, 4, t.shape, generator=random).to(stored)
-            for name, t in tiny.tensors(slot).items()
-        }
-        save_file(weights, folder / "adapter_model.safetensors")
-        fill(device, folder, slot, dtype="F32")
-    plan = Plan.from_segments([0, 3, 4, 9], [2, 1, 0])
-    x = torch.randint(-3, 4, (9, tiny.HIDDEN), generator=random).float()
-    for module, each in enumerate(tiny.layout().modules):
-        y = torch.ones(9, 2 * tiny.HIDDEN)
-        expected, by_definition = y.double(), reference(y, x, plan, module, device)
-        for slot, rows in ((2, slice(3)), (0, slice(4, 9))):
-            saved = load_file(tmp_path / str(slot) / "adapter_model.safetensors")
-            a, b = (saved[f"base_model.model.{each.name}.lora_{part}.weight"] for part in "AB")
-            expected[rows] += 2 * (x[rows].double() @ a.double().T) @ b.double().T
-        apply(y, x, plan, module, device)
-        assert torch.equal(y.double(), expected)
-        assert torch.equal(by_definition, expected)
-
-
-def test_neighbours_in_the_file_are_read_in_one_call(new_device: Made) -> None:
-    device, calls = new_device(), list[None]()
-    device.open()
-    reads = [Read(8 + 4 * n, 4, 8 * n) for n in (3, 0, 2, 1, 5)]
-    reader = BytesReader(bytes(range(32)), lambda: calls.append(None))
-    device.copy(FilePieces(reader, tuple(reads)), (), extent(0), 0).result(10)
-    assert len(calls) == 2
-    memory = device.host_view(extent(0))
-    assert [int(memory[read.target]) for read in reads] == [20, 8, 16, 12, 28]
-
-
-@pytest.mark.parametrize("count", [1024, 1025, 2500])
-def test_more_pieces_than_one_call_takes(new_device: Made, tmp_path: Path, count: int) -> None:
-    """Neighbours in the file, scattered in the extent, asked for in a third order."""
-    path = tmp_path / "numbers"
-    path.write_bytes(torch.arange(count + 1, dtype=torch.int32).numpy().tobytes())
-    device = new_device()
-    device.open()
-    memory = device.host_view(Extent(0, ARENA)).view(torch.int32)
-    memory.fill_(-1)
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
-    reads = [Read(4 * n, 4, 8 * shuffled[n]) for n in reversed(range(1, count))]
-    reader = file_reader(path)
-    device.copy(FilePieces(reader, tuple(reads)), (), Extent(EXTENT, 2 * EXTENT), 0).result(10)
-    reader.close()
-    expected = torch.full((ARENA // 4,), -1, dtype=torch.int32)
-    for n in range(1, count):
-        expected[EXTENT // 4 + 2 * shuffled[n]] = n
-    assert torch.equal(memory, expected)
 
 
 def test_staged_bytes_are_copied_too(new_device: Made) -> None:
@@ -276,50 +166,6 @@ def test_a_closed_arena_is_given_back(kind: Callable[..., TabledDevice]) -> None
     assert address_space() - before < 0.1 * size + STACKS
 
 
-def test_the_gated_device_does_as_told() -> None:
-    device, made = GatedDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS), group(1, [0])
-    device.open()
-    assert (device.host_view(Extent(0, ARENA)) == POISON).all()
-    device.gate.clear()
-    device.failing = {1}
-    copying = threading.Thread(target=move, args=(device, made, extent(0), 0))
-    copying.start()
-    copying.join(0.05)
-    assert copying.is_alive()
-    holds(device, 0, {})
-    device.gate.set()
-    copying.join()
-    holds(device, 0, made.weights)
-    with pytest.raises(TransferError, match="copy 1 was told to fail"):
-        move(device, made, extent(1), 1)
-    holds(device, 1, {})
-    assert (device.host_view(extent(1)) == POISON).all()
-    move(device, made, extent(1), 1)
-    holds(device, 1, made.weights)
-    assert device.copies == 3
-    device.close()
-
-
-class SlowInt(int):
-    """While it is added to, others have their turn."""
-
-    def __add__(self, other: int) -> SlowInt:
-        time.sleep(0.03)
-        return SlowInt(int(self) + other)
-
-
-def test_each_gated_copy_has_a_number_of_its_own() -> None:
-    device, made = GatedDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS), group(1, [0])
-    device.open()
-    device.copies, device.failing = SlowInt(0), {1}
-    with ThreadPoolExecutor(2) as threads:
-        copying = [threads.submit(move, device, made, extent(n), n) for n in range(2)]
-        failures = [each.exception(10) for each in copying]
-    assert [type(failure) for failure in failures if failure] == [TransferError]
-    assert device.copies == 2
-    device.close()
-
-
 # -- the simulated device: what it is told, and what it shows of a wait that is missing ----------
 
 
@@ -392,15 +238,6 @@ def test_the_clock_counts_what_the_link_took(new_simulated: Simulated) -> None:
     assert times == [0.75, 2.25, 4.75, None]
 
 
-def test_copies_are_late_by_the_delay(device: SimulatedDevice) -> None:
-    device.delay = 0.05
-    started = time.monotonic()
-    tickets = [begin(device, NEW, extent(n), n) for n in range(2)]
-    assert not tickets[0].done()
-    tickets[1].result(10)
-    assert time.monotonic() - started >= 0.1
-
-
 def test_a_kernels_error_is_its_tickets(device: SimulatedDevice, new_simulated: Simulated) -> None:
     def fail() -> None:
         raise ZeroDivisionError("in the kernel")
@@ -460,29 +297,6 @@ def test_a_kernel_that_does_not_wait_reads_poison(device: SimulatedDevice, waits
     kernel.result(10)
     assert is_poison(seen[0]) != waits
     assert is_of(NEW, seen[0]) == waits
-
-
-@pytest.mark.parametrize("waits", [True, False])
-def test_kernels_find_the_tables_as_the_copies_left_them(
-    device: SimulatedDevice, waits: bool
-) -> None:
-    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(3))
-    y, plan = torch.zeros(5, 40), Plan.from_segments([0, 5], [1])
-    device.gate.clear()
-    ticket = begin(device, NEW, extent(2), 1)
-    if waits:
-        device.wait_for(ticket)
-    kernel = device.compute.run(lambda: apply(y, x, plan, 0, device))
-    if waits:
-        with pytest.raises(TimeoutError):
-            kernel.result(0.03)
-    else:
-        kernel.result(10)
-    device.gate.set()
-    kernel.result(10)
-    a, b, scale = NEW.weights[0]
-    expected = scale * (x.double() @ a.double().T) @ b.double().T
-    assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5) == waits
 
 
 @pytest.mark.parametrize("waits", [True, False])

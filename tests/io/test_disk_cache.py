@@ -40,16 +40,10 @@ from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import PolicyName, policy
 from lorax_async.core.runs import Span
 from lorax_async.errors import CapacityError, ConfigError, FetchError, IntegrityError, InternalError
-from lorax_async.io.cache import upkeep
 from lorax_async.io.cache.entries import MAX_SCOPES
 from lorax_async.io.cache.ports import Cache, LeftoverError
-from lorax_async.io.cache.upkeep import Freed
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.ports import Demand
-
-GIT = [(b"", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")]
-
-GIT += [(b"hello\n", "ce013625030ba8dba906f756967f9e9ca394464a")]  # git hash-object
 
 Room = Callable[..., DiskCache]
 SIZE = 10_000 + len(CONFIG)
@@ -128,27 +122,6 @@ class TestContents:
         assert file.hash_along() == NBYTES
         entry = download.publish()
         assert content_of(entry) == content
-        entry.close()
-
-    def test_only_the_prefix_is_hashed(self, world: DiskWorld) -> None:
-        content = weights(4, 3_000)
-        download = begun(world.cache)
-        file = download.file(WEIGHTS_FILE, 3_000)
-        put(file, content, [(1_000, 2_000)])
-        assert file.hash_along() == 0
-        put(file, content, [(0, 500)])
-        assert file.hash_along() == 500
-        put(file, content, [(500, 1_000)])
-        assert file.hash_along() == 2_000
-        download.discard()
-
-    @pytest.mark.parametrize(("content", "value"), GIT)
-    def test_gits_digest(self, world: DiskWorld, content: bytes, value: str) -> None:
-        download = begun(world.cache)
-        file = download.file(CONFIG_FILE, len(content), Digest("git-sha1", value))
-        put(file, content, file.missing())
-        entry = download.publish()
-        assert entry.record.files[0].digest == Digest("git-sha1", value)
         entry.close()
 
     def test_wrong_bytes_leave_nothing(self, world: DiskWorld) -> None:
@@ -339,12 +312,6 @@ class TestRoom:
         assert cache.remove(key(4))
         assert cache.used() == SIZE
 
-    def test_the_policy_is_the_one_that_was_given(self, room: Room) -> None:
-        cache = full(room, 3, "lfu")
-        use(cache, key(0), key(0), key(1), key(2))
-        keep(cache, key(3), bytes(10_000))
-        assert there(cache, 4) == [0, 2, 3]
-
     def test_what_is_held_stays(self, room: Room) -> None:
         """As does all, for what cannot fit."""
         cache = full(room, 3)
@@ -376,18 +343,6 @@ class TestRoom:
         keep(cache, key(1), bytes(10_000))
         assert there(cache, 2) == [1]
 
-    def test_room_is_there_before_the_bytes(self, room: Room) -> None:
-        cache = room(SIZE, "lru")
-        download = begun(cache, key(0))
-        download.file(WEIGHTS_FILE, 10_000)
-        assert cache.used() == 10_000
-        other = begun(cache, key(1))
-        with pytest.raises(CapacityError):
-            other.file(WEIGHTS_FILE, 10_000)
-        other.close()
-        download.close()
-        assert cache.used() == 0
-
     def test_partials_that_nobody_writes_to_go_first(self, room: Room) -> None:
         cache = room(3 * SIZE, "lru")
         keep(cache, key(0), bytes(10_000))
@@ -414,17 +369,6 @@ class TestRoom:
         assert cache.used() == SIZE + 1_000
         download.publish().close()
         assert cache.used() == SIZE + 1_000
-
-    def test_a_file_that_grows_too_large_fails_alone(self, room: Room) -> None:
-        cache = room(SIZE, "lru")
-        download = begun(cache, key(0))
-        file = download.file(WEIGHTS_FILE, None)
-        with pytest.raises(CapacityError):
-            file.write([memoryview(bytes(SIZE + 1))], 0)
-        download.close()
-        assert cache.used() == 0
-        keep(cache, key(1), bytes(10_000))
-        assert there(cache, 2) == [1]
 
     def test_is_reserved_by_one_at_a_time(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -595,19 +539,6 @@ class TestDamage:
         reader.close()
         held.close()
 
-    def test_a_reader_of_what_was_evicted_says_so(self, world: DiskWorld) -> None:
-        entry = stored(world.cache, KEY, b"abc")
-        readers = [entry.reader(WEIGHTS_FILE) for _ in range(2)]
-        content = bytearray(3)
-        readers[0].read_into([memoryview(content)], 0)
-        entry.close()
-        assert world.cache.remove(KEY)
-        assert content == b"abc"
-        for reader in readers:
-            with pytest.raises(IntegrityError, match="again"):
-                reader.read_into([memoryview(content)], 0)
-            reader.close()
-
     @pytest.mark.parametrize("shape", ["gone", "link", "fifo", "folder", "empty"])
     def test_an_entry_with_an_odd_file_is_dropped(self, world: DiskWorld, shape: str) -> None:
         for name in ("record.json", WEIGHTS_FILE.file_name):
@@ -643,12 +574,6 @@ class TestDamage:
         assert is_there(world.cache, KEY)
         assert (tmp_path / "beside" / "precious").read_bytes() == b"abc"
         (tmp_path / "beside" / "precious").unlink()
-
-    def test_an_entry_under_another_ones_name_is_dropped(self, world: DiskWorld) -> None:
-        keep(world.cache, KEY, b"abc")
-        world.entry(KEY).rename(world.entry(key(1)))
-        assert world.cache.open(key(1)) is None
-        assert below(world.folder) == set()
 
 
 class TestFolder:
@@ -812,110 +737,3 @@ class TestLastVersions:
         for content in (b"", b"{}", b"null", b"\xff", b'{"source": 1, "version": ""}'):
             path.write_bytes(content)
             assert world.cache.last_version(asked) is None
-
-    def test_that_help_nobody_are_cleaned_up(self, world: DiskWorld) -> None:
-        keep(world.cache, KEY, weights())
-        world.cache.note_version("here?", KEY.source, KEY.version)
-        world.cache.note_version("gone?", "org/elsewhere", "2" * 40)
-        upkeep.gc(world.cache)
-        assert world.cache.last_version("here?") == (KEY.source, KEY.version)
-        assert world.cache.last_version("gone?") is None
-
-
-def left(world: DiskWorld, number: int) -> None:
-    """A partial download that nobody goes on with."""
-    download = begun(world.cache, key(number))
-    put(download.file(WEIGHTS_FILE, NBYTES), weights(), [(0, NBYTES)])
-    download.close()
-
-
-def touched(world: DiskWorld, number: int, seconds_ago: float) -> None:
-    at = time.time() - seconds_ago
-    os.utime(world.entry(key(number)), (at, at))
-
-
-class TestUpkeep:
-    def test_an_empty_cache(self, world: DiskWorld) -> None:
-        assert upkeep.ls(world.cache) == []
-        assert list(upkeep.verify(world.cache)) == []
-        assert upkeep.gc(world.cache) == Freed(0, 0, 0)
-        assert not upkeep.rm(world.cache, KEY.name)
-        assert not upkeep.rm(world.cache, "../beside")
-
-    def test_ls_tells_sizes_ages_and_use(self, world: DiskWorld) -> None:
-        keep(world.cache, key(1), b"abc")
-        touched(world, 1, 500)
-        left(world, 2)
-        download = begun(world.cache, key(3))
-        put(download.file(WEIGHTS_FILE, 5), b"abcde", [(0, 2)])
-        held = stored(world.cache, KEY, b"abcd")
-        with opened(world.folder) as other:  # as another process sees it
-            listed = {each.nbytes: each for each in upkeep.ls(other.cache)}
-        sizes = [4 + len(CONFIG), 3 + len(CONFIG), NBYTES, 5]
-        assert listed.keys() == set(sizes)
-        entry, old, partial, running = (listed[size] for size in sizes)
-        assert [each.in_use for each in (entry, old, partial, running)] == [1, 0, 0, 1]
-        assert [each.is_partial for each in (entry, old, partial, running)] == [0, 0, 1, 1]
-        assert (round(entry.age, -2), round(old.age, -2)) == (0, 500)
-        assert (entry.name, entry.record) == (KEY.name, held.record)
-        assert old.record is not None
-        assert old.record.version == "version 1"
-        assert partial.record is running.record is None
-        held.close()
-        download.close()
-
-    def test_verify_hashes_again_and_removes_what_is_wrong(self, world: DiskWorld) -> None:
-        for number in range(4):
-            keep(world.cache, key(number), b"abc")
-            touched(world, number, 100)
-        world.alter(key(1), WEIGHTS_FILE, b"abd")
-        world.alter(key(2), CONFIG_FILE, b"{}")
-        (world.entry(key(3)) / "record.json").write_bytes(b"{")
-        verified = {each.name: each for each in upkeep.verify(world.cache)}
-        assert {name: each.problem is None for name, each in verified.items()} == {
-            key(number).name: number == 0 for number in range(4)
-        }
-        for number, words in ((1, "digest"), (2, "size"), (3, "record")):
-            assert words in str(verified[key(number).name].problem)
-        record = verified[key(1).name].record
-        assert record is not None
-        assert record.version == "version 1"
-        (listed,) = upkeep.ls(world.cache)
-        assert listed.name == key(0).name
-        assert listed.age > 90, "a look is no use of it"
-
-    def test_rm_removes_what_is_not_in_use(self, world: DiskWorld) -> None:
-        held = stored(world.cache, key(0), b"abc")
-        keep(world.cache, key(1), b"abc")
-        left(world, 2)
-        download = begun(world.cache, key(3))
-        download.file(WEIGHTS_FILE, 5)
-        names = {each.name for each in upkeep.ls(world.cache)}
-        with opened(world.folder) as other:
-            assert sum(upkeep.rm(other.cache, name) for name in sorted(names)) == 2
-        assert content_of(held) == b"abc"
-        download.close()
-        held.close()
-        assert [each.name for each in upkeep.ls(world.cache)] == [key(0).name]
-
-    def test_gc_removes_what_serves_nobody(self, world: DiskWorld) -> None:
-        keep(world.cache, key(0), b"abc")
-        keep(world.cache, key(1), b"abc")
-        (world.entry(key(1)) / "record.json").unlink()
-        left(world, 2)
-        assert upkeep.gc(world.cache, older_than=1_000) == Freed(1, 0, 3 + len(CONFIG))
-        assert upkeep.gc(world.cache) == Freed(0, 1, NBYTES)
-        assert is_there(world.cache, key(0))
-        assert {name.split("/")[0] for name in below(world.folder)} == {"entries"}
-
-    def test_gc_makes_a_cache_as_small_as_its_budget_says(self, world: DiskWorld) -> None:
-        for number in range(5):
-            keep(world.cache, key(number), b"abc")
-            touched(world, number, 100 - number)
-        held = world.cache.open(key(0))
-        assert held is not None
-        with opened(world.folder, 2 * (3 + len(CONFIG))) as smaller:
-            assert upkeep.gc(smaller.cache) == Freed(3, 0, 3 * (3 + len(CONFIG)))
-        there = [number for number in range(5) if is_there(world.cache, key(number))]
-        assert there == [0, 4]
-        held.close()

@@ -243,41 +243,6 @@ def test_a_file_over_the_process_limit(world: DiskWorld, nbytes: int | None) -> 
     keep(world.cache, KEY, CONTENT)
 
 
-def test_a_quota_that_is_used_up(world: DiskWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(fd: int, offset: int, nbytes: int) -> None:
-        raise OSError(errno.EDQUOT, "quota")
-
-    download = begun(world.cache)
-    monkeypatch.setattr(os, "posix_fallocate", refused)
-    with pytest.raises(CapacityError, match="EDQUOT.*quota is used up"):
-        download.file(WEIGHTS_FILE, NBYTES)
-    download.close()
-    assert below(world.folder) == set()
-
-
-def test_room_that_was_allocated_in_part_is_given_back(
-    world: DiskWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As file systems without a call for it do: glibc writes block after block."""
-    real = os.posix_fallocate
-
-    def in_part(fd: int, offset: int, nbytes: int) -> None:
-        real(fd, offset, nbytes // 2)
-        raise OSError(errno.ENOSPC, "full")
-
-    download = begun(world.cache)
-    file = download.file(WEIGHTS_FILE, None)
-    put(file, CONTENT, [(0, 1_000)])
-    grown = world.cache.used()
-    monkeypatch.setattr(os, "posix_fallocate", in_part)
-    with pytest.raises(CapacityError, match="ENOSPC"):
-        put(file, CONTENT * 8, [(1_000, 8 * NBYTES)])
-    assert world.cache.used() == grown
-    file.ends_at(1_000)
-    download.publish().close()
-    assert is_there(world.cache, KEY)
-
-
 SMALL_DISK = """
 import sys
 from pathlib import Path
@@ -368,14 +333,3 @@ def test_without_locks_a_process_still_knows_what_it_holds(
     assert content_of(held) == bytes(1_000)
     download.close()
     held.close()
-
-
-def test_a_lock_that_fails_otherwise_is_an_error(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(fd: int, how: int) -> None:
-        raise OSError(errno.EIO, "broken")
-
-    monkeypatch.setattr(fcntl, "flock", broken)
-    with pytest.raises(FetchError, match="EIO"):
-        begun(two[0].cache)
-    monkeypatch.undo()
-    begun(two[0].cache).close()

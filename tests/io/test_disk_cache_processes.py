@@ -95,17 +95,6 @@ def test_the_budget_is_that_of_the_folder(two: Two) -> None:
     assert there(one, 6) == [3, 4, 5]
 
 
-def test_a_use_by_one_is_seen_by_the_other(two: Two) -> None:
-    one, other = two
-    for number in range(3):
-        keep(one.cache, key(number), bytes(1_000))
-    aged(one, 0, 1, 2)
-    assert other.cache.used() == 3 * SIZE
-    assert is_there(one.cache, key(0))
-    keep(other.cache, key(3), bytes(1_000))
-    assert there(one, 4) == [0, 2, 3]
-
-
 def test_what_one_holds_the_other_does_not_evict(two: Two) -> None:
     one, other = two
     held = [stored(one.cache, key(number), bytes(1_000)) for number in range(2)]

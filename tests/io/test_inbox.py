@@ -125,21 +125,6 @@ async def test_an_item_that_comes_at_the_last_moment(
     assert seen == [100, 6, 5, 4, 3, 2, 1, 0]
 
 
-async def test_what_is_put_while_handling_comes_after() -> None:
-    seen: list[int] = []
-
-    def handle(item: int) -> None:
-        seen.append(item)
-        if item < 3:
-            inbox.leave(item + 10)
-
-    inbox: Inbox[int] = Inbox(asyncio.get_running_loop(), handle)
-    for n in range(5):
-        inbox.put(n)
-    await until(lambda: len(seen) == 8)
-    assert seen == [0, 1, 2, 3, 4, 10, 11, 12]
-
-
 async def test_one_that_raises_does_not_hold_up_the_rest() -> None:
     seen: list[int] = []
     told: list[object] = []
@@ -162,21 +147,6 @@ async def test_one_that_raises_does_not_hold_up_the_rest() -> None:
     await until(lambda: len(seen) == 3)
 
 
-async def test_whoever_empties_it_hears_of_the_error_and_the_rest_follows() -> None:
-    seen: list[int] = []
-
-    def handle(item: int) -> None:
-        seen.append(10 // item)
-
-    inbox = Inbox(asyncio.get_running_loop(), handle)
-    for n in (5, 0, 2):
-        inbox.leave(n)
-    with pytest.raises(ZeroDivisionError):
-        inbox.take()
-    await until(lambda: len(seen) == 2)
-    assert seen == [2, 5]
-
-
 class Item: ...
 
 
@@ -195,22 +165,3 @@ def test_after_the_loop_nobody_listens(name: str) -> None:
         gc.collect()
         assert gone() is None
     assert seen == []
-
-
-class DrainedLoop(CountedLoop):
-    """The loop has handled all before whoever wakes it goes on."""
-
-    def call_soon_threadsafe(self, *call: Any) -> object:
-        handled = threading.Event()
-        super().call_soon_threadsafe(*call)
-        self._loop.call_soon_threadsafe(handled.set)
-        handled.wait(10)
-        return None
-
-
-async def test_a_loop_that_is_quicker_than_who_wakes_it() -> None:
-    loop, seen = DrainedLoop(asyncio.get_running_loop()), list[int]()
-    inbox: Inbox[int] = Inbox(loop, seen.append)  # type: ignore[arg-type]
-    for n in range(2):
-        await asyncio.to_thread(inbox.put, n)
-    await until(lambda: seen == [0, 1])

@@ -6,8 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from late_device.world import (
     LATE,
     SIZE,
     bytes_now,
-    in_thread,
     loaded,
     new_stream,
     on_device,
@@ -76,20 +74,6 @@ class TestCopies:
         torch.accelerator.synchronize()
         assert (bytes_now(copy), bytes_now(zeros), bytes_now(source)) == ({5}, {0}, {6})
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
-    def test_views_casts_and_broadcasts_are_those_of_the_cpu(self, dtype: torch.dtype) -> None:
-        def worked(device: str) -> list[torch.Tensor]:
-            base = torch.zeros(64, dtype=torch.float32, device=device)
-            grid = base.as_strided((4, 3), (8, 2), 1)
-            grid.copy_(torch.arange(3, dtype=dtype))
-            base[40:].view(2, 12)[:, ::5].copy_(grid[:2].t().to(dtype)[:2, :1].expand(2, 3))
-            raw = base.view(torch.uint8)[160:].view(torch.int16)
-            return [base.cpu(), grid.t().to(dtype).cpu(), raw.to("cpu", copy=True)]
-
-        for late, cpu in zip(worked("late"), worked("cpu"), strict=True):
-            assert late.dtype == cpu.dtype
-            assert torch.equal(late, cpu)
-
 
 class TestOrder:
     def waits(self, kind: str, second: torch.Stream, first: torch.Stream) -> None:
@@ -121,34 +105,6 @@ class TestOrder:
         done.synchronize()
         assert bytes_now(seen) == ({POISON} if kind == "nothing" else {1})
 
-    def test_the_current_stream_is_of_a_thread_and_a_device(self) -> None:
-        mine = new_stream()
-        with mine:
-            assert torch.accelerator.current_stream() == mine
-            assert torch.accelerator.current_stream("late:1").stream_id == 0
-            assert in_thread(torch.accelerator.current_stream) != mine
-        default = torch.accelerator.current_stream()
-        assert default.stream_id == 0
-        torch.accelerator.set_stream(mine)
-        assert torch.accelerator.current_stream() == mine
-        torch.accelerator.set_stream(default)
-
-    def test_items_start_in_order_and_as_many_as_allowed(self) -> None:
-        stream, target = new_stream(), on_device(0)
-        build.hold(stream)
-        events = []
-        for value in (1, 2, 3):
-            with stream:
-                target.fill_(value)
-            events.append(stream.record_event())
-        assert build.pending() == 6
-        for value, event in zip((1, 2, 3), events, strict=True):
-            build.allow(2, stream)
-            event.synchronize()
-            assert bytes_now(target) == {value}
-            assert stream.query() == (value == 3)
-        assert build.pending() == 0
-
     def test_an_event_is_done_when_its_last_record_is(self) -> None:
         """One that was never recorded is."""
         event = torch.Event(device=LATE)
@@ -160,21 +116,6 @@ class TestOrder:
             assert not event.query()
         event.synchronize()
         assert event.query()
-
-    def test_who_waits_leaves_the_gil_to_others(self) -> None:
-        stream, target = new_stream(), on_device()
-        for wait in (
-            lambda: stream.record_event().synchronize(),
-            stream.synchronize,
-            torch.accelerator.synchronize,
-            target.cpu,
-        ):
-            build.hold()
-            with stream:
-                target.fill_(1)
-                threading.Timer(0.05, build.release).start()
-                wait()
-            assert bytes_now(target) == {1}
 
 
 class TestFreedMemory:
@@ -214,28 +155,6 @@ class TestFailures:
         for nbytes in (1 << 31, 1 << 62):
             with pytest.raises(torch.OutOfMemoryError):
                 torch.empty(nbytes, dtype=torch.uint8, device=LATE)
-
-    def test_every_operation_on_a_lost_device_raises(self) -> None:
-        stream, event, target, source = (
-            new_stream(),
-            torch.Event(device=LATE),
-            on_device(),
-            pinned(1),
-        )
-        event.record()
-        operations: list[Callable[[], object]] = [
-            *(event.query, event.synchronize, event.record, event.wait),
-            *(stream.query, stream.synchronize, stream.record_event),
-            *(lambda: stream.wait_event(event), torch.accelerator.synchronize, new_stream),
-            *(lambda: target.copy_(source, non_blocking=True), target.zero_, target.cpu),
-        ]
-        build.lose()
-        for operation in operations:
-            with pytest.raises(torch.AcceleratorError, match="the device was lost"):
-                operation()
-        build.restore()
-        for operation in operations:
-            operation()
 
     def test_a_loss_wakes_who_waits_and_drops_what_is_queued(self) -> None:
         target, event = on_device(1), torch.Event(device=LATE)
@@ -292,16 +211,3 @@ class TestBuild:
         monkeypatch.setenv("CXX", "false")
         with pytest.raises(NotBuilt, match="does not compile"):
             build.library_path()
-
-    def test_two_may_build_at_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        compiler = tmp_path / "compiler"
-        compiler.write_text(
-            '#!/bin/sh\nfor made; do :; done\necho -n b > "$made"; sleep 0.2\necho -n uilt >> "$made"\n'
-        )
-        compiler.chmod(0o755)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setenv("CXX", str(compiler))
-        with ThreadPoolExecutor(2) as pool:
-            made = list(pool.map(lambda _: build.library_path().read_text(), range(2)))
-        assert made == ["built", "built"]
-        assert len(list((tmp_path / "lorax-async").iterdir())) == 1

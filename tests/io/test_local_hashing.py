@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cancelling import was_cancelled
 from local_world import LIMITS, WEIGHTS_NAME, LocalWorld, nothing_left_open
-from source_inputs import CONFIG, groups_of, read, weights
+from source_inputs import CONFIG, groups_of, weights
 
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.errors import FetchError, IntegrityError
@@ -144,21 +143,6 @@ async def test_hashing_ends_when_nobody_wants_it(
     with pytest.raises(FetchError, match="nobody waits"):
         await world.bring(key, demand=demand)
     assert reading.count == 3
-
-
-@pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("late", [0.0, 0.002])
-async def test_cancelled_at_any_await(world: HashingWorld, late: float) -> None:
-    key = await world.key()
-    file = await world.source.open(key, Demand())
-    ends = []
-    for at in range(2 * len(CONTENT) // 1000):
-        groups = groups_of(CONTENT)
-        bringing = world.source.bring(file, groups, lambda _: None, Demand())
-        ends.append(await was_cancelled(bringing, at, late))
-    assert ends.count(True) >= 1
-    assert read(file.reader, 0, len(CONTENT)) == CONTENT
-    file.reader.close()
 
 
 async def test_others_have_the_threads_in_between(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +23,6 @@ from local_world import (
 from source_inputs import CONFIG, weights
 from split_world import FILES, cut, put, replace, touch
 
-from common import until
 from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import LocalRoot
@@ -75,15 +73,6 @@ def test_only_what_lies_in_an_immutable_root_is_held(tmp_path: Path) -> None:
             assert not is_held(source, id, tmp_path)
 
 
-@pytest.mark.parametrize("of", ["file", "folder"])
-def test_a_file_is_held_with_its_folder_or_not_at_all(host: LocalWorld, of: str) -> None:
-    inside, outside = host.fill(host.roots[0] / "one"), host.fill(host.outside / "two")
-    folder, target = (inside, outside) if of == "file" else (outside, inside)
-    (folder / WEIGHTS_NAME).unlink()
-    (folder / WEIGHTS_NAME).symlink_to(target / WEIGHTS_NAME)
-    assert not is_held(host.source, folder, host.outside.parent)
-
-
 @pytest.mark.parametrize(("immutable", "held"), [("", True), ("snapshots", False)])
 def test_of_a_hub_cache_the_blob_is_what_counts(tmp_path: Path, immutable: str, held: bool) -> None:
     with nothing_left_open(tmp_path) as world, ThreadPoolExecutor(1) as threads:
@@ -107,16 +96,6 @@ def test_an_immutable_root_may_be_a_link(tmp_path: Path) -> None:
         source = LocalSource(roots=[root], limits=LIMITS, threads=threads)
         for id in ("./one", folder):
             assert is_held(source, id, tmp_path)
-
-
-async def test_a_hold_without_the_right_to_lock(
-    host: LocalWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mapped, "lock_on_fault", lambda address, nbytes: errno.EPERM)
-    content = weights(1)
-    hold = await host.source.populate(await key_of(host, content))
-    assert (hold.nbytes, hold.locked) == (len(content), False)
-    hold.close()
 
 
 async def key_of(host: LocalWorld, content: bytes) -> AdapterKey:
@@ -242,24 +221,3 @@ async def test_others_have_their_turn_between_the_pieces(
         (await holding).close()
     assert events.count("piece") in {41, 42}
     assert events.index("other") < 30
-
-
-async def test_cancelled_while_a_thread_populates(
-    host: LocalWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entered, go = threading.Event(), threading.Event()
-
-    def slow(address: int, nbytes: int, advice: int) -> int:
-        entered.set()
-        assert go.wait(10)
-        return 0
-
-    monkeypatch.setattr(mapped, "madvise", slow)
-    key = await key_of(host, weights(1))
-    holding = asyncio.ensure_future(host.source.populate(key))
-    await until(entered.is_set)
-    holding.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await holding
-    assert len(maps_below(host.roots[0])) == 1  # the thread is still in there
-    go.set()

@@ -6,18 +6,15 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from threading import Event
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
 from source_conformance import bring_all
-from source_inputs import CONFIG, groups_of, read, read_rows, rows_of, tensors, weights
+from source_inputs import CONFIG, groups_of, read, read_rows, rows_of, tensors
 
-from common import until
-from lorax_async.adapter import AdapterKey, AdapterRef, TensorsKey
+from lorax_async.adapter import AdapterKey, TensorsKey
 from lorax_async.config import Limits
 from lorax_async.core.runs import Span
 from lorax_async.errors import (
@@ -25,7 +22,6 @@ from lorax_async.errors import (
     CapacityError,
     FetchError,
     IntegrityError,
-    LoaderClosedError,
 )
 from lorax_async.io.ports import Demand
 from lorax_async.io.sources.from_memory import MemorySource
@@ -99,21 +95,6 @@ async def test_it_is_opened_like_a_file(world: World) -> None:
     file.reader.close()
 
 
-async def test_everything_else_is_the_other_sources(world: World) -> None:
-    content = weights(2)
-    key = world.inner.put("other", CONFIG, content)
-    assert await world.source.resolve(AdapterRef("other")) == key
-    file = await world.source.open(key, Demand())
-    await bring_all(world.source, file, content)
-    reader = world.source.reopen(key)
-    for each in (file.reader, reader):
-        assert read(each, 0, len(content)) == content
-        each.close()
-    (await world.source.populate(key)).close()
-    assert await world.source.digest(key) == sha256(content).hexdigest()
-    assert world.inner.counts.populates == world.inner.counts.brings == 1
-
-
 async def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World) -> None:
     key = await world.take()
     file = await world.source.open(key, Demand())
@@ -167,32 +148,3 @@ async def test_cancelled_at_any_await(world: World, late: float) -> None:
 
 async def _forget(world: World) -> None:
     world.source.copies.drop(await world.take())
-
-
-async def test_a_thread_that_still_copies_has_the_room(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    began, go_on = Event(), Event()
-
-    def slowly(*_: Any) -> None:
-        began.set()
-        assert go_on.wait(20)
-
-    monkeypatch.setattr("lorax_async.io.snapshot._copy_piece", slowly)
-    taking = asyncio.create_task(world.take())
-    await asyncio.to_thread(began.wait, 20)
-    taking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await taking
-    assert world.used > 0
-    go_on.set()
-    await until(lambda: not world.used)
-
-
-async def test_nothing_begins_once_it_is_closed(world: World) -> None:
-    def closed() -> None:
-        raise LoaderClosedError("the loader is closed")
-
-    with pytest.raises(LoaderClosedError):
-        await world.source.take(tensors(1), CONFIG, closed)
-    assert world.used == 0

@@ -7,16 +7,16 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from functools import partial
 from itertools import pairwise
-from threading import Barrier, Event
-from typing import Any, NoReturn
+from threading import Barrier
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
-from source_inputs import CONFIG, groups_of, read, read_rows, rows_of
+from source_inputs import CONFIG, read, read_rows, rows_of
 
 import tiny
 from common import until
@@ -26,10 +26,8 @@ from lorax_async.config import Limits
 from lorax_async.core.merge_plan import MergedTensor
 from lorax_async.core.runs import Span
 from lorax_async.errors import (
-    AdapterFormatError,
     FetchError,
     IntegrityError,
-    LoraxError,
     UsageError,
 )
 from lorax_async.io.ports import AdapterFile, Demand
@@ -123,39 +121,6 @@ async def test_scattered_reads_give_the_file(
     file.reader.close()
 
 
-async def test_a_group_is_here_with_the_last_of_its_parts(world: MergedWorld) -> None:
-    file = await world.source.open(world.key(LINEAR), Demand())
-    content = file.prefix + bytes(file.reader.nbytes - len(file.prefix))
-    world.inner.hold("b")
-    seen: list[int] = []
-    bringing = asyncio.create_task(
-        world.source.bring(file, groups_of(content), seen.append, Demand())
-    )
-    await asyncio.sleep(0.02)
-    assert seen == []
-    world.inner.allow("b", 0)
-    await asyncio.sleep(0.02)
-    assert seen == [0]
-    world.inner.allow("b")
-    await bringing
-    assert seen == [0, 1, 2]
-    file.reader.close()
-
-
-async def test_a_fetch_that_nobody_wants_ends(world: MergedWorld) -> None:
-    file = await world.source.open(world.key(LINEAR), Demand())
-    world.inner.hold("c")
-    demand = Demand()
-    bringing = asyncio.create_task(
-        world.source.bring(file, [[Span(0, file.reader.nbytes)]], lambda _: None, demand)
-    )
-    await asyncio.sleep(0.01)
-    demand.end()
-    with pytest.raises(FetchError, match="part 3"):
-        await bringing
-    file.reader.close()
-
-
 async def test_when_a_part_fails_the_others_have_ended(
     world: MergedWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,31 +188,6 @@ async def test_a_reader_reads_these_bytes_and_no_others(world: MergedWorld) -> N
     again.close()
 
 
-async def test_closed_while_it_is_read_it_reads_to_the_end(
-    world: MergedWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key = world.key(DRAWN)
-    content = await whole(world, key)
-    file = await world.source.open(key, Demand())
-    began, go_on = Event(), Event()
-    inner = file.reader.opened.files[2].reader  # type: ignore[attr-defined]
-    plainly = inner.read_into
-
-    def slowly(*given: Any) -> Any:
-        began.set()
-        assert go_on.wait(20)
-        return plainly(*given)
-
-    monkeypatch.setattr(inner, "read_into", slowly)
-    reading = asyncio.create_task(asyncio.to_thread(read, file.reader, 0, len(content)))
-    await asyncio.to_thread(began.wait, 20)
-    file.reader.close()
-    assert world.inner.counts.open_readers == 3
-    go_on.set()
-    assert await reading == content
-    assert world.inner.counts.open_readers == 0
-
-
 async def test_it_has_no_digest_and_nothing_of_it_is_held(world: MergedWorld) -> None:
     key = world.key(LINEAR)
     with pytest.raises(UsageError, match="its parts have theirs"):
@@ -274,29 +214,6 @@ async def test_who_reads_in_a_thread_hears_that_the_loop_has_ended(world: Merged
     reader.close()
 
 
-class _BrokenSource(FakeSource):
-    """Its files cannot be refused: the source has another version by now."""
-
-    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
-        file = await super().open(key, demand)
-
-        async def refuse(error: LoraxError, *, weights: bool) -> NoReturn:
-            file.reader.close()
-            raise IntegrityError("it is another version by now; load it again")
-
-        return replace(file, refuse=refuse)
-
-
-async def test_a_refusal_that_fails_closes_the_other_parts() -> None:
-    inner = _BrokenSource()
-    with ThreadPoolExecutor(2) as threads:
-        world = MergedWorld(threads, inner)
-        file = await world.source.open(world.key(LINEAR), Demand())
-        with pytest.raises(IntegrityError, match="another version"):
-            await file.refused(AdapterFormatError("a merge that does not fit"))
-    assert inner.counts.open_readers == 0
-
-
 # -- rows that lie apart: a tensor is computed once for all of them -------------------------------
 
 
@@ -321,30 +238,23 @@ def tensors_of(reader: MergedReader) -> tuple[MergedTensor, ...]:
     return reader.opened.plan.tensors
 
 
-class Computed:
-    """How many bytes of the parts a reader reads: a tensor is computed from them."""
+def computed(world: MergedWorld, work: Callable[[], object]) -> int:
+    """How many bytes of the parts are read: what tensors are computed from."""
+    before = world.inner.counts.bytes_read
+    work()
+    return world.inner.counts.bytes_read - before
 
-    def __init__(self, world: MergedWorld, reader: MergedReader) -> None:
-        self._counts, self._reader = world.inner.counts, reader
 
-    def of(self, *tensors: MergedTensor) -> int:
-        """Compute each once."""
-        return sum(
-            self.during(lambda each=each: read(self._reader, each.start, each.stop))
-            for each in tensors
-        )
-
-    def during(self, work: Callable[[], object]) -> int:
-        before = self._counts.bytes_read
-        work()
-        return self._counts.bytes_read - before
+def read_whole(reader: MergedReader, *tensors: MergedTensor) -> None:
+    for each in tensors:
+        read(reader, each.start, each.stop)
 
 
 @pytest.mark.parametrize("merge", BOTH)
 async def test_columns_of_every_tensor_are_the_files(world: MergedWorld, merge: Merge) -> None:
     """A thread keeps the tensor that it reads until its end, or until it reads another."""
     reader, content = await opened(world, merge)
-    computed, tensors = Computed(world, reader), tensors_of(reader)
+    tensors = tensors_of(reader)
 
     def read_parts(*parts: tuple[MergedTensor, int]) -> None:
         for tensor, part in parts:
@@ -352,12 +262,13 @@ async def test_columns_of_every_tensor_are_the_files(world: MergedWorld, merge: 
             assert read_rows(reader, span) == rows_of(content, span)
 
     first, second, *_ = tensors
-    once, turned = computed.of(*tensors), computed.of(first, second, first)
+    once = computed(world, lambda: read_whole(reader, *tensors))
+    turned = computed(world, lambda: read_whole(reader, first, second, first))
     for order, times in (((1, 0), 2), ((0, 1), 1)):
         parts = [(tensor, part) for tensor in tensors for part in order]
-        assert computed.during(lambda parts=parts: read_parts(*parts)) == times * once
+        assert computed(world, partial(read_parts, *parts)) == times * once
     turns = [(first, 0), (second, 0), (first, 0)]
-    assert computed.during(lambda: read_parts(*turns)) == turned
+    assert computed(world, partial(read_parts, *turns)) == turned
     for start in (0, 5, len(content) - 3000):
         span = Span(start, start + 70, 10, 300)
         assert read_rows(reader, span) == rows_of(content, span)
@@ -376,7 +287,7 @@ async def test_threads_that_take_turns_compute_their_tensors_once(
     turns = Barrier(2)
     reader, content = await opened(world, merge)
     mine = tensors_of(reader)[0:3:2]  # of two modules' A
-    once = Computed(world, reader).of(*mine)
+    once = computed(world, partial(read_whole, reader, *mine))
 
     def rows_at_a_time(tensor: MergedTensor) -> bool:
         whole = columns(tensor, 0, 2)

@@ -25,6 +25,7 @@ from lorax_async.errors import (
     InternalError,
 )
 from lorax_async.io.ports import AdapterFile, Demand, Source
+from lorax_async.io.sources.from_memory import MemorySource
 from lorax_async.io.sources.local import LocalSource
 from lorax_async.io.sources.merged import MergedSource
 from lorax_async.testing import FakeSource
@@ -60,7 +61,9 @@ def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
         return
     with ThreadPoolExecutor(2) as threads:
         fake = FakeWorld(holds=held)
-        if kind.startswith("merges"):  # whatever is no merge, the other source answers
+        if kind == "tensors":  # whatever is none of its own, the other source answers
+            fake.source = MemorySource(fake.inner, nbytes=1 << 20, limits=Limits(), threads=threads)
+        if kind.startswith("merges"):
             fake.source = MergedSource(
                 fake.inner, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
             )
@@ -69,7 +72,7 @@ def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
     assert (counts.open_readers, counts.open_holds) == (0, 0)
 
 
-KINDS = ["fake", "fake held", "local", "local held", "hashed", "merges held"]
+KINDS = ["fake", "fake held", "local", "local held", "hashed", "merges held", "tensors"]
 
 
 @pytest.fixture(params=KINDS)

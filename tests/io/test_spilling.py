@@ -26,7 +26,7 @@ from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, CacheKey
 from lorax_async.core.policies import policy
 from lorax_async.core.runs import Span
-from lorax_async.errors import CapacityError, FetchError, LoaderClosedError
+from lorax_async.errors import CapacityError, FetchError
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.ports import Demand
@@ -136,21 +136,6 @@ async def test_it_is_opened_like_a_file(world: World) -> None:
     file.reader.close()
 
 
-async def test_what_is_dropped_is_read_to_its_end_and_then_removed(world: World) -> None:
-    key = await world.take(1)
-    await world.take(2)
-    reader = world.source.reopen(key)
-    size = reader.nbytes
-    content = read(reader, 0, size)
-    world.source.copies.drop(key)
-    assert read(reader, 0, size) == content
-    assert world.cache.used() > 0
-    assert not world.cache.remove(entry_key(key)), "it is held"
-    reader.close()
-    await until(lambda: world.cache.used() == 0)
-    assert world.source.spills == 1
-
-
 async def test_what_is_read_or_copied_now_is_waited_for(world: World) -> None:
     key = await world.take(1)
     reader = world.source.reopen(key)
@@ -184,29 +169,6 @@ async def test_what_is_dropped_while_it_is_read_makes_room_without_the_disk(worl
     assert not world.is_spilled(await waiting)
     closing.join()
     assert world.source.spills == 0
-
-
-async def test_where_nothing_fits_the_disk_it_says_so(world: World) -> None:
-    held = stored(world.cache, CacheKey("hub:org/name", "1"), bytes(3 * SIZE))
-    key = await world.take(1)
-    with pytest.raises(CapacityError, match="memory_bytes.*; nor can others") as caught:
-        await world.take(2)
-    assert (caught.value.retryable, caught.value.stage) == (True, "fetch")
-    assert not world.is_spilled(key)
-    held.close()
-    await world.take(2)  # that makes room, for nobody holds it
-    await world.assert_is(key, 1)
-    world.cache.remove(CacheKey("hub:org/name", "1"))
-
-
-async def test_once_it_is_closed_nothing_goes_any_more(world: World) -> None:
-    def closed() -> None:
-        raise LoaderClosedError("the loader is closed")
-
-    key = await world.take(1)
-    with pytest.raises(LoaderClosedError):
-        await world.source.take(tensors(2), CONFIG, closed)
-    assert not world.is_spilled(key)
 
 
 # -- entries that other loaders, or killed processes, have in the same folder ---------------------

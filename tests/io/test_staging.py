@@ -17,10 +17,10 @@ import torch
 from device_groups import BytesReader
 
 from common import until
-from lorax_async.core.moves import Convert, Read, Zero
+from lorax_async.core.moves import Convert, Read
 from lorax_async.core.runs import Span
 from lorax_async.errors import FetchError, InternalError
-from lorax_async.io.staging import Buffer, StagingRing, read, zero
+from lorax_async.io.staging import Buffer, StagingRing, read
 
 BUFFER = 4096
 
@@ -211,13 +211,6 @@ class TestStagingRing:
             scratch.convert(reader, (flat(bytes(64), "F32"),), "F32", extent)
         assert staging.free == 1
         assert (extent == POISON).all()
-
-
-def test_zeros_go_where_they_belong() -> None:
-    extent = torch.full((100,), POISON, dtype=torch.uint8)
-    zero((Zero(10, 5), Zero(40, 0), Zero(90, 10)), extent)
-    expected = [POISON] * 10 + [0] * 5 + [POISON] * 75 + [0] * 10
-    assert extent.tolist() == expected
 
 
 class CountingReader(BytesReader):

@@ -6,7 +6,6 @@ To a device that copies staged bytes, which the simulated one is, and to one tha
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -215,23 +214,6 @@ def test_every_byte_arrives(kind: str, buffers: int, move: int, check_finite: bo
         require_whole(ring)
 
 
-def test_it_returns_before_the_copies_have_run() -> None:
-    made = case("mixed")
-    with opened() as device:
-        device.gate.clear()
-        ring = ring_of(device, made.windows + 8)
-        moved = transfer(device, ring).run(made.copy())
-        assert not moved.ticket.done()
-        assert not moved.done.done()
-        assert moved.ticket is device.tickets[-1]
-        assert ring.free == ring.buffers - len(device.tickets)
-        holds(device, 0, {})
-        device.gate.set()
-        moved.done.result(10)
-        holds(device, 0, made.weights)
-        require_whole(ring)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_buffer_is_not_written_to_before_its_copy_is_done(kind: str) -> None:
     """Copies read when the gate opens: by then every buffer was wanted again."""
@@ -291,18 +273,6 @@ def test_an_image_is_filled_and_serves_the_next_load(kind: str) -> None:
         moved.done.result(10)
         holds(device, 2, made.weights)
         assert len(device.tickets) == 2
-
-
-def test_staging_seconds_are_those_of_casts() -> None:
-    """A slow read of what is cast counts, a slow copy and a slow read of the rest do not."""
-    for kind, least, most in (("verbatim", 0.0, 0.02), ("cast", 0.03, 10.0)):
-        made = case(kind)
-        with opened() as device:
-            device.delay = 0.05
-            reader = BytesReader(made.file, lambda: time.sleep(0.03))
-            moved = transfer(device, ring_of(device, 2, 4096)).run(made.copy(reader))
-            assert least <= moved.staging_seconds < most
-            moved.done.result(10)
 
 
 def refused(device: RecordingDevice, made: Case, module: str, *, in_image: bool) -> None:
@@ -367,23 +337,27 @@ def works(device: RecordingDevice, ring: StagingRing, made: Case) -> None:
     clear(device, 1)
 
 
-@pytest.mark.parametrize("buffers", [2, 20])
+@pytest.mark.parametrize("way", ["two buffers", "many buffers", "an image"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_read(kind: str, buffers: int) -> None:
+def test_each_read(kind: str, way: str) -> None:
     made, calls = case(kind), list[None]()
     with opened(made.dtype) as device:
         device.delay = LATE
-        ring = ring_of(device, buffers)
-        reader = BytesReader(made.file, lambda: calls.append(None))
-        transfer(device, ring).run(made.copy(reader, slot=1, place=1)).done.result(10)
-        assert len(calls) >= made.windows
+        ring = ring_of(device, 20 if way == "many buffers" else 2)
+        image = image_of(device, made) if way == "an image" else None
+        counted = BytesReader(made.file, lambda: calls.append(None))
+        transfer(device, ring).run(made.copy(counted, image=image)).done.result(10)
+        clear(device, 0)
+        sent = len(device.tickets)
+        assert image is not None or len(calls) >= made.windows
         for number in range(len(calls)):
             error = FetchError("the disk is on fire")
+            reader = BytesReader(made.file, failing_at(number, error))
             with pytest.raises(FetchError) as caught:
-                reader = BytesReader(made.file, failing_at(number, error))
-                transfer(device, ring).run(made.copy(reader))
+                transfer(device, ring).run(made.copy(reader, image=image))
             assert caught.value is error
             left_nothing(device, ring, at_once=True)
+            assert image is None or len(device.tickets) == sent
         works(device, ring, made)
 
 
@@ -398,6 +372,10 @@ def test_each_copy_that_is_refused(kind: str) -> None:
             with pytest.raises(TransferError, match="refused"):
                 transfer(device, ring).run(made.copy())
             left_nothing(device, ring, at_once=True)
+        device.refusing = {len(device.tickets)}
+        with pytest.raises(TransferError, match="refused"):
+            transfer(device, ring).run(made.copy(image=image_of(device, made)))
+        left_nothing(device, ring, at_once=True)
         device.refusing = set()
         works(device, ring, made)
 
@@ -458,30 +436,6 @@ async def test_a_device_that_is_lost_frees_who_waits_for_a_buffer() -> None:
         left_nothing(device, ring, at_once=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_image_that_could_not_be_filled(kind: str) -> None:
-    made, calls = case(kind), list[None]()
-    with opened(made.dtype) as device:
-        ring = ring_of(device, 2)
-        image = device.staging_memory(made.group.nbytes)
-
-        def run(before: Callable[[], None]) -> None:
-            copy = made.copy(BytesReader(made.file, before), image=image)
-            transfer(device, ring).run(copy).done.result(10)
-
-        run(lambda: calls.append(None))
-        clear(device, 0)
-        sent = len(device.tickets)
-        for number in range(len(calls)):
-            with pytest.raises(FetchError, match="on fire"):
-                run(failing_at(number, FetchError("the disk is on fire")))
-            assert len(device.tickets) == sent
-        device.refusing = {sent}
-        with pytest.raises(TransferError, match="refused"):
-            run(lambda: None)
-        left_nothing(device, ring, at_once=True)
-
-
 # -- to a device that reads files: what is cast or padded is there before it is asked ------------
 
 
@@ -524,7 +478,8 @@ def test_every_move_reaches_its_place(kind: str, check_finite: bool) -> None:
         holds(device, 1, made.weights)
         assert (device.host_view(extent(2))[made.group.nbytes :] == POISON).all()
         cast = torch.zeros(made.group.nbytes, dtype=torch.bool)
-        for move in (*made.group.converts, *made.group.zeros):
+        moves: list[Convert | Zero] = [*made.group.converts, *made.group.zeros]
+        for move in moves:
             cast[move.target : move.target + size_of(move, made.dtype)] = True
         seen, there = (each[: len(cast)] for each in (device.seen, device.host_view(extent(2))))
         assert torch.equal(seen[cast], there[cast])
@@ -661,35 +616,3 @@ def test_vectors_arrive_as_they_are_in_the_file(stored: str, own: str, way: str)
                 moving.run(made.copy(image=image))
             if way != "host":  # there the row is written by the copy that brought the bytes
                 holds(device, 0, {})
-
-
-@pytest.mark.parametrize("value", [None, torch.nan])
-def test_a_vector_may_be_cut_between_windows(value: float | None) -> None:
-    made = vector_case("F32", "F32", rank=8, dtypes=("F32", "F32"), value=value)
-    small = 128
-    ends = [(v.offset // small, (v.offset + v.nbytes - 1) // small) for v in made.group.vectors]
-    assert any(first < last for first, last in ends)
-    with opened() as device:
-        ring = ring_of(device, 4, small)
-        moving = transfer(device, ring, check_finite=True)
-        if value is None:
-            moving.run(made.copy(place=1)).done.result(10)
-            holds_vectors(device, made, extent(1), "F32")
-        else:
-            with pytest.raises(AdapterFormatError, match=r"'layers\.0\.q' has NaN"):
-                moving.run(made.copy(place=1))
-        require_whole(ring)
-
-
-def test_a_cleared_columns_vectors_are_poison_on_the_simulated_device() -> None:
-    made = vector_case("F32", "F32")
-    with opened() as device:
-        copy = made.copy(slot=1, place=2)
-        transfer(device, ring_of(device, 3, 4 * MOVE)).run(copy).done.result(10)
-        views = [
-            device.view(Extent(extent(2).offset + vector.offset, vector.nbytes))
-            for vector in made.group.vectors
-        ]
-        device.clear_column(1)
-        transfer(device, ring_of(device, 3, 4 * MOVE)).run(made.copy()).done.result(10)
-        assert all(bool((view == POISON).all()) for view in views)
