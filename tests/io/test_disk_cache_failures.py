@@ -103,7 +103,7 @@ def calls_of_a_fetch(folder: Path, names: tuple[str, ...]) -> list[str]:
     [
         pytest.param(errno.EIO, CHANGES + LOOKS, marks=pytest.mark.slow),
         (errno.ENOSPC, ("mkdir", "pwritev", "write", "posix_fallocate", "fsync", "rename")),
-        (errno.EMFILE, ("open", "dup", "listdir", "scandir")),
+        pytest.param(errno.EMFILE, ("open", "dup", "listdir", "scandir"), marks=pytest.mark.slow),
     ],
     ids=["EIO", "ENOSPC", "EMFILE"],
 )

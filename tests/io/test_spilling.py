@@ -17,16 +17,14 @@ import safetensors.torch
 import torch
 from cache_inputs import content_of, stored
 from disk_cache_world import open_below
-from source_conformance import bring_all
-from source_inputs import CONFIG, read, read_rows, rows_of, tensors
+from source_inputs import CONFIG, read, tensors
 
 from common import until
 from lorax_async.adapter import AdapterKey
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, CacheKey
 from lorax_async.core.policies import policy
-from lorax_async.core.runs import Span
-from lorax_async.errors import CapacityError, FetchError
+from lorax_async.errors import CapacityError
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.ports import Demand
@@ -102,38 +100,6 @@ def on_disk(disk: DiskCache) -> Iterator[World]:
         world = World(disk, threads)
         yield world
         world.close()
-
-
-async def test_it_is_opened_like_a_file(world: World) -> None:
-    key = await world.take(1)
-    await world.take(2)
-    assert world.is_spilled(key)
-    file = await world.source.open(key, Demand())
-    content = read(file.reader, 0, file.reader.nbytes)
-    loaded = safetensors.torch.load(content)
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
-    assert (file.config, file.holdable) == (CONFIG, False)
-    assert content.startswith(file.prefix)
-    assert len(file.prefix) == 8 + int.from_bytes(content[:8], "little")
-    await bring_all(world.source, file, content)
-    again = world.source.reopen(key)
-    apart = Span(50, 55, 7, 11)
-    assert read(again, 3, 40) == content[3:40]
-    assert read_rows(again, apart) == rows_of(content, apart)
-    for reader in (file.reader, again):
-        reader.close()
-        reader.close()
-        with pytest.raises(FetchError, match="closed"):
-            read(reader, 0, 1)
-    hold = await world.source.populate(key)
-    assert (hold.nbytes, hold.locked) == (0, False)
-    hold.close()
-    demand = Demand()
-    demand.end()
-    file = await world.source.open(key, Demand())
-    with pytest.raises(FetchError, match="nobody waits"):
-        await world.source.bring(file, [], lambda _: None, demand)
-    file.reader.close()
 
 
 async def test_what_is_read_or_copied_now_is_waited_for(world: World) -> None:
