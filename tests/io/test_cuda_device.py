@@ -186,13 +186,20 @@ class TestCopying:
         with pytest.raises(InternalError, match=r"64 bytes at .* do not fit"):
             device.copy(StagedPiece(device.staging_memory(64), target), (), place, 0)
 
-    def test_memory_of_others_is_refused(self, device: CudaDevice) -> None:
+    def test_memory_of_others_and_a_slot_that_is_not_there_are_refused(
+        self, device: CudaDevice
+    ) -> None:
         pinned = device.staging_memory(128)
         for memory in (pinned.view(torch.int32), pinned[::2], pinned.view(2, 64)):
             with pytest.raises(InternalError, match="uint8"):
                 device.copy(StagedPiece(memory, 0), (), extent(0), 0)
         with pytest.raises(InternalError, match="pinned"):
             device.copy(StagedPiece(torch.empty(64, dtype=torch.uint8), 0), (), extent(0), 0)
+        piece = NEW.staged(device)
+        for _ in range(IMAGES + 1):  # none of them costs a row image
+            with pytest.raises(IndexError):
+                device.copy(piece, NEW.rows, extent(0), SLOTS)
+        device.copy(piece, NEW.rows, extent(0), 0).result(10)
 
     def test_streams_that_are_others_or_captured(self, late: CudaDevice) -> None:
         class Captured(torch.Stream):

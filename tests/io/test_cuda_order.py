@@ -343,3 +343,26 @@ def test_nothing_is_watched_before_its_event_is_recorded(
         assert not any(ticket.done() for ticket in tickets)
     for ticket in tickets:
         ticket.result(10)
+
+
+def test_a_use_without_an_event_is_waited_for(
+    late: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for it; what stands on the stream runs all the same."""
+
+    class Refused:
+        def __init__(self, of: torch.device) -> None: ...
+
+        def record(self, stream: torch.Stream) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+    compute = compute_stream(late)
+    monkeypatch.setattr(cuda, "new_event", Refused)
+    with ThreadPoolExecutor(1) as threads:
+        with build.held(compute):
+            with compute:
+                late.rank.zero_()
+            noting = threads.submit(late.note_use, compute)
+            with pytest.raises(TimeoutError):
+                noting.result(0.03)
+        assert noting.result(10).done()

@@ -40,8 +40,10 @@ from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import PolicyName, policy
 from lorax_async.core.runs import Span
 from lorax_async.errors import CapacityError, ConfigError, FetchError, IntegrityError, InternalError
+from lorax_async.io.cache import upkeep
 from lorax_async.io.cache.entries import MAX_SCOPES
 from lorax_async.io.cache.ports import Cache, LeftoverError
+from lorax_async.io.cache.upkeep import Freed
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.ports import Demand
 
@@ -198,6 +200,8 @@ class TestContents:
         for start, stop in ((99, 101), (150, 201), (300, 301)):
             with pytest.raises(InternalError, match="too early"):
                 read(reader, start, stop)
+        with pytest.raises(IntegrityError, match="ends before byte"):
+            read(reader, NBYTES - 1, NBYTES + 1)
         put(file, content, file.missing())
         download.publish().close()
         assert read(reader, 0, NBYTES) == content
@@ -520,6 +524,8 @@ class TestDamage:
             keep(world.cache, KEY, b"abc")
             (world.entry(KEY) / WEIGHTS_FILE.file_name).write_bytes(content)
             assert is_there(world.cache, KEY) is kept
+        world.entry(KEY).rename(world.entry(key(1)))
+        assert world.cache.open(key(1)) is None, "it is another one's"
 
     def test_a_held_entry_that_was_damaged_or_condemned_is_replaced(self, world: DiskWorld) -> None:
         held = stored(world.cache, KEY, b"abc")
@@ -737,3 +743,20 @@ class TestLastVersions:
         for content in (b"", b"{}", b"null", b"\xff", b'{"source": 1, "version": ""}'):
             path.write_bytes(content)
             assert world.cache.last_version(asked) is None
+
+
+def test_cleaning_up_removes_what_serves_nobody(world: DiskWorld) -> None:
+    """Entries without a record, partial downloads, and what was answered about neither."""
+    for number in range(2):
+        keep(world.cache, key(number), b"abc")
+    (world.entry(key(1)) / "record.json").unlink()
+    download = begun(world.cache)
+    put(download.file(WEIGHTS_FILE, NBYTES), weights(), [(0, NBYTES)])
+    download.close()
+    world.cache.note_version("here?", key(0).source, key(0).version)
+    world.cache.note_version("gone?", "org/elsewhere", "2" * 40)
+    assert upkeep.gc(world.cache, older_than=1_000) == Freed(1, 0, 3 + len(CONFIG))
+    assert upkeep.gc(world.cache) == Freed(0, 1, NBYTES)
+    assert is_there(world.cache, key(0))
+    assert world.cache.last_version("here?") == (key(0).source, key(0).version)
+    assert world.cache.last_version("gone?") is None

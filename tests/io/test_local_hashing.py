@@ -18,6 +18,7 @@ from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.io import hashing
 from lorax_async.io.ports import Demand
+from lorax_async.io.sources import local
 from lorax_async.io.sources.checked_open import FileReader
 from lorax_async.io.sources.local import LocalSource
 from lorax_async.verification import Verification
@@ -130,6 +131,12 @@ async def test_a_digest_is_the_same_at_every_open(
     newer = await world.key()
     assert newer != key
     assert await world.bring(newer) == first
+    monkeypatch.setattr(local, "MAX_DIGESTS", 1)  # what is not remembered is not compared
+    for name in ("two", "three"):
+        await world.source.digest(await world.source.resolve(world.put(name, CONFIG, CONTENT)))
+    with monkeypatch.context() as patch:
+        patch.setattr(FileReader, "read_into", forgotten)
+        assert await world.bring(newer) != first
 
 
 @pytest.mark.usefixtures("small_pieces")

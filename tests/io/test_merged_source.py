@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from threading import Barrier
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import safetensors.torch
@@ -26,8 +27,10 @@ from lorax_async.config import Limits
 from lorax_async.core.merge_plan import MergedTensor
 from lorax_async.core.runs import Span
 from lorax_async.errors import (
+    AdapterFormatError,
     FetchError,
     IntegrityError,
+    LoraxError,
     UsageError,
 )
 from lorax_async.io.ports import AdapterFile, Demand
@@ -212,6 +215,28 @@ async def test_who_reads_in_a_thread_hears_that_the_loop_has_ended(world: Merged
         with pytest.raises(FetchError, match="the loader was closed"):
             reading.result()
     reader.close()
+
+
+class _Outdated(FakeSource):
+    """Its files cannot be refused: the source has another version by now."""
+
+    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
+        file = await super().open(key, demand)
+
+        async def refuse(error: LoraxError, *, weights: bool) -> NoReturn:
+            file.reader.close()
+            raise IntegrityError("it is another version by now; load it again")
+
+        return replace(file, refuse=refuse)
+
+
+async def test_a_refusal_that_fails_closes_the_other_parts() -> None:
+    with ThreadPoolExecutor(2) as threads:
+        world = MergedWorld(threads, _Outdated())
+        file = await world.source.open(world.key(LINEAR), Demand())
+        with pytest.raises(IntegrityError, match="another version"):
+            await file.refused(AdapterFormatError("a merge that does not fit"))
+    assert world.inner.counts.open_readers == 0
 
 
 # -- rows that lie apart: a tensor is computed once for all of them -------------------------------

@@ -17,14 +17,15 @@ import safetensors.torch
 import torch
 from cache_inputs import content_of, stored
 from disk_cache_world import open_below
-from source_inputs import CONFIG, read, tensors
+from source_inputs import CONFIG, read, read_rows, rows_of, tensors
 
 from common import until
 from lorax_async.adapter import AdapterKey
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, CacheKey
 from lorax_async.core.policies import policy
-from lorax_async.errors import CapacityError
+from lorax_async.core.runs import Span
+from lorax_async.errors import CapacityError, FetchError
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.ports import Demand
@@ -102,12 +103,33 @@ def on_disk(disk: DiskCache) -> Iterator[World]:
         world.close()
 
 
+async def test_it_is_opened_like_a_file(world: World) -> None:
+    key = await world.take(1)
+    await world.take(2)
+    assert world.is_spilled(key)
+    file = await world.source.open(key, Demand())
+    content = read(file.reader, 0, file.reader.nbytes)
+    assert (file.config, file.holdable) == (CONFIG, False)
+    assert content.startswith(file.prefix)
+    again, apart = world.source.reopen(key), Span(50, 55, 7, 11)
+    assert read(again, 3, 40) == content[3:40]
+    assert read_rows(again, apart) == rows_of(content, apart)
+    world.source.copies.drop(key)
+    assert read(again, 0, len(content)) == content, "it is read to its end"
+    for reader in (file.reader, again):
+        reader.close()
+        reader.close()
+        with pytest.raises(FetchError, match="closed"):
+            read(reader, 0, 1)
+    await until(lambda: world.cache.used() == 0)
+
+
 async def test_what_is_read_or_copied_now_is_waited_for(world: World) -> None:
     key = await world.take(1)
     reader = world.source.reopen(key)
     content = read(reader, 0, reader.nbytes)
     second, third = (asyncio.create_task(world.take(seed)) for seed in (2, 3))
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.1)  # long enough for them, were nobody reading
     assert not world.is_spilled(key)
     assert {second.done(), third.done()} == {False}
     assert world.used == len(content)

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
-from local_world import CONFIG_NAME, WEIGHTS_NAME, LocalWorld, nothing_left_open, refusal
+from local_world import CONFIG_NAME, LIMITS, WEIGHTS_NAME, LocalWorld, nothing_left_open, refusal
 from source_inputs import CONFIG, read, read_rows, rows_of, tensors
 from split_world import FILES, cut, put, replace, touch
 
@@ -221,6 +221,10 @@ def cut_short(folder: Path) -> None:
     cut(folder / FILES[3])
 
 
+def cut_in_the_header(folder: Path) -> None:
+    os.truncate(folder / FILES[3], 30)
+
+
 def swapped(folder: Path) -> None:
     (folder / FILES[3]).rename(folder / "x")
     (folder / FILES[2]).rename(folder / FILES[3])
@@ -231,6 +235,7 @@ def swapped(folder: Path) -> None:
     ("spoil", "words"),
     [
         (cut_short, f"{FILES[3]}: tensor .* ends 1 bytes before"),
+        (cut_in_the_header, f"{FILES[3]}: .*ends inside its header"),
         (swapped, f"{FILES[2]}: has tensor .* is in {FILES[3]}"),
     ],
 )
@@ -284,3 +289,11 @@ def test_links_stay_in_the_folder(world: LocalWorld, folder: Path, run: Run, nam
     (folder / name).symlink_to(other / name)
     key = run(world.source.resolve(AdapterRef(folder)))
     assert key.files[FILES.index(name)].inode == (other / name).stat().st_ino
+
+
+def test_limits_hold_for_all_files_together(world: LocalWorld, folder: Path) -> None:
+    for name in FILES[2:4]:
+        os.truncate(folder / name, LIMITS.max_adapter_bytes // 2)
+    error = refusal(world, folder)
+    assert type(error) is errors.AdapterFormatError
+    assert f"the files up to {FILES[4]} have" in error.problem
