@@ -300,20 +300,6 @@ def test_a_kernel_that_does_not_wait_reads_poison(device: SimulatedDevice, waits
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_staging_memory_that_is_used_too_early(device: SimulatedDevice, waits: bool) -> None:
-    device.gate.clear()
-    piece = OLD.staged(device)
-    ticket = device.copy(piece, OLD.rows, extent(0), 0)
-    if waits:
-        device.gate.set()
-        ticket.result(10)
-    piece.memory.copy_(NEW.staged(device).memory)
-    device.gate.set()
-    ticket.result(10)
-    assert is_of(OLD if waits else NEW, weights(device))
-
-
-@pytest.mark.parametrize("waits", [True, False])
 def test_an_extent_that_is_given_away_under_a_kernel(device: SimulatedDevice, waits: bool) -> None:
     move(device, OLD, extent(0), 0)
     there, seen, may_read = weights(device), list[torch.Tensor](), threading.Event()

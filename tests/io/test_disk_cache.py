@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -647,35 +646,6 @@ class TestFolder:
                 inside.unlink()
                 (tmp_path / "kept").rename(inside)
         assert os.listdir(tmp_path / "beside") == []
-
-    @pytest.mark.parametrize("linked", [False, True])
-    def test_one_that_was_removed_is_made_again(self, tmp_path: Path, linked: bool) -> None:
-        """Of a download that was under way nothing is published, and it leaves nothing."""
-        folder = tmp_path / "disk"
-        folder.mkdir(0o700)
-        (tmp_path / "link").symlink_to(folder)
-        with opened(tmp_path / "link" if linked else folder) as world:
-            keep(world.cache, KEY, b"abc")
-            entry, download = world.cache.open(KEY), begun(world.cache, key(1))
-            assert entry is not None
-            put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
-            shutil.rmtree(folder)
-            assert world.cache.open(KEY) is None
-            with pytest.raises(IntegrityError, match="load the adapter again"):
-                content_of(entry)
-            with pytest.raises(FetchError, match="load it again"):
-                download.publish()
-            entry.close()
-            download.close()
-            assert world.cache.used() == 0
-            keep(world.cache, KEY, b"def")
-            assert is_there(world.cache, KEY)
-            assert folder.stat().st_mode & 0o777 == 0o700
-            shutil.rmtree(folder)
-            world.cache.note_version("question", "source", "version")
-            assert world.cache.last_version("question") == ("source", "version")
-            assert not is_there(world.cache, KEY)
-        assert open_below(tmp_path) == []
 
 
 def reader_of_a_download(cache: DiskCache) -> object:

@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +75,6 @@ class Reading:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashing, "PIECE_BYTES", 1000)
-
-
-@pytest.mark.usefixtures("small_pieces")
-async def test_all_of_it_is_hashed_before_any_may_be_used(world: HashingWorld) -> None:
-    seen: list[int] = []
-    found = await world.bring(await world.key(), seen)
-    assert found == Verification("transport", sha256(CONTENT).hexdigest())
-    assert seen == []
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from local_world import (
     LIMITS,
     WEIGHTS_NAME,
@@ -31,8 +30,6 @@ from lorax_async.io.mapped import MappedFile
 from lorax_async.io.ports import Demand, Hold
 from lorax_async.io.sources import local_hold
 from lorax_async.io.sources.local import LocalSource
-from page_looks import cached_pages, drop_pages, map_sizes, pages
-from split_files import write
 
 
 @pytest.fixture
@@ -100,35 +97,6 @@ def test_an_immutable_root_may_be_a_link(tmp_path: Path) -> None:
 
 async def key_of(host: LocalWorld, content: bytes) -> AdapterKey:
     return await host.source.resolve(host.put("one", CONFIG, content))
-
-
-async def test_every_file_comes_back_and_stays(
-    host: LocalWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In many pieces, for files of several pages; of weights in several files, all."""
-    monkeypatch.setattr(local_hold, "PIECE_BYTES", 4096)
-    folder = put(host.roots[0] / "one")
-    write(folder, [{name: torch.ones(n)} for name, n in (("a", 10_000), ("b", 5), ("c", 3_000))])
-    paths = [folder / name for name in FILES[2:]]
-    key = await host.source.resolve(AdapterRef("./one"))
-    file = await host.source.open(key, Demand())
-    assert file.holdable
-    counted = file.reader.nbytes  # what the host tier's budget is asked for
-    file.reader.close()
-    for path in paths:
-        drop_pages(path)
-    before = descriptors()
-    hold = await host.source.populate(key)
-    assert descriptors() == before
-    assert hold.nbytes == sum(path.stat().st_size for path in paths)
-    assert hold.nbytes <= counted
-    for path in paths:
-        (sizes,) = map_sizes(path)
-        assert sizes["Rss"] == sizes["Size"]
-        assert sizes["Locked"] == (sizes["Size"] if hold.locked else 0)
-        drop_pages(path)
-        assert cached_pages(path) == pages(path.stat().st_size)
-    hold.close()
 
 
 @pytest.mark.parametrize("number", [2, 3, 4])

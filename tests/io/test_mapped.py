@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorax_async.errors import IntegrityError, UsageError
+from lorax_async.errors import UsageError
 from lorax_async.io import mapped, memory_calls
 from lorax_async.io.mapped import MappedFile
-from page_looks import LIBRARY, cached_pages, drop_pages, map_sizes, may_lock, pages
+from page_looks import LIBRARY, drop_pages, map_sizes, may_lock
 
 NBYTES = 9 * mmap.PAGESIZE + 100
 
@@ -48,19 +48,6 @@ def opened(path: Path) -> Iterator[MappedFile]:
         yield file
     finally:
         file.close()
-
-
-def test_populating_brings_every_page_and_keeps_it(path: Path) -> None:
-    with opened(path) as file:
-        assert cached_pages(path) == 0
-        assert [sizes["Rss"] for sizes in map_sizes(path)] == [0]
-        file.populate()
-        assert cached_pages(path) == pages(NBYTES) == 10
-        assert [sizes["Rss"] for sizes in map_sizes(path)] == [ROUNDED]
-        drop_pages(path)
-        assert cached_pages(path) == 10
-    drop_pages(path)
-    assert cached_pages(path) == 0
 
 
 @pytest.mark.parametrize("first", ["lock", "populate"])
@@ -117,14 +104,6 @@ def test_where_locking_is_refused_it_is_best_effort(path: Path, limit: int) -> N
         assert thread.submit(attempt).result() == (False, False, False)
 
 
-def test_a_file_that_was_cut(path: Path) -> None:
-    with opened(path) as file:
-        os.truncate(path, 3 * mmap.PAGESIZE)
-        file.populate(0, 3 * mmap.PAGESIZE)
-        with pytest.raises(IntegrityError, match=rf"weights ends before byte {NBYTES:,}.*again"):
-            file.populate()
-
-
 def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is mapped then, so nothing can be locked."""
     advices: list[int] = []
@@ -142,19 +121,6 @@ def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert not file.locked
         assert not file.lock()
     assert advices == [22, 3]  # then MADV_WILLNEED
-
-
-def test_other_failures_are_the_systems(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for code in (errno.ENOMEM, errno.EIO):
-        monkeypatch.setattr(mapped, "madvise", lambda *_, code=code: code)
-        with opened(path) as file, pytest.raises(OSError, match=os.strerror(code)):
-            file.populate()
-    fd = os.open(path.parent, os.O_RDONLY)
-    try:
-        with pytest.raises(OSError, match=r"No such device"):
-            MappedFile(fd, 10, "weights")
-    finally:
-        os.close(fd)
 
 
 def test_views_are_the_files_bytes_and_end_with_the_last(path: Path) -> None:

@@ -123,12 +123,6 @@ async def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World) -> 
     assert world.used == nbytes
 
 
-async def test_equal_content_is_kept_once(world: World) -> None:
-    keys = await asyncio.gather(*(world.take() for _ in range(8)))
-    assert len(set(map(id, keys))) == 1
-    assert world.used == world.source.copies.sizes[keys[0]]
-
-
 async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
     large = {"x": torch.zeros(ROOM // 8)}  # F32: half of it, and the header besides
     keys = await asyncio.gather(

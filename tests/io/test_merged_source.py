@@ -11,12 +11,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from threading import Barrier
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 import safetensors.torch
-import torch
-from cancelling import was_cancelled
 from source_inputs import CONFIG, read, read_rows, rows_of
 
 import tiny
@@ -80,21 +78,6 @@ async def whole(world: MergedWorld, key: MergedKey) -> bytes:
 
 
 @pytest.mark.parametrize("merge", BOTH)
-async def test_it_is_a_safetensors_file(world: MergedWorld, merge: Merge) -> None:
-    content = await whole(world, world.key(merge))
-    found = safetensors.torch.load(content)
-    parts = [tiny.tensors(seed) for seed in range(3)]
-    assert found.keys() == parts[0].keys()
-    if merge is LINEAR:
-        for name, tensor in found.items():
-            along = 0 if "lora_A" in name else 1
-            factors = merge.weights if "lora_A" in name else (1, 1, 1)
-            scale = 2.0 if "lora_A" in name else 1.0
-            expected = [w * scale * part[name] for w, part in zip(factors, parts, strict=True)]
-            assert torch.equal(tensor, torch.cat(expected, dim=along))
-
-
-@pytest.mark.parametrize("merge", BOTH)
 @pytest.mark.parametrize("reopened", [False, True])
 async def test_scattered_reads_give_the_file(
     world: MergedWorld, merge: Merge, reopened: bool
@@ -147,26 +130,6 @@ async def test_when_a_part_fails_the_others_have_ended(
     with pytest.raises(FetchError, match="ordered"):
         await world.source.open(key, Demand())
     assert sorted(undone) == ["memory:a", "memory:c"]
-
-
-@pytest.mark.parametrize("late", [0.0, 0.003])
-async def test_cancelled_at_any_await(world: MergedWorld, late: float) -> None:
-    key = world.key(DRAWN)
-    ends = [await was_cancelled(world.source.open(key, Demand()), at, late) for at in range(12)]
-    assert ends.count(True) >= 1
-    assert ends == sorted(ends, reverse=True)
-
-
-@pytest.mark.parametrize("id", ["a", "b", "c"])
-@pytest.mark.parametrize("step", ["open", "bring", "populate"])
-async def test_a_part_that_fails_is_named(world: MergedWorld, id: str, step: Any) -> None:
-    key = world.key(LINEAR)
-    world.inner.fail(step, FetchError("ordered"), id=id)
-    with pytest.raises(FetchError, match=rf"part {'abc'.index(id) + 1} \('memory:{id}'\): ord"):
-        if step == "populate":
-            await world.source.populate(key)
-        else:
-            await whole(world, key)
 
 
 async def test_a_reader_reads_these_bytes_and_no_others(world: MergedWorld) -> None:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,18 +160,6 @@ async def test_the_fakes_groups_wait_until_they_are_allowed(source: FakeSource) 
     source.remove("one")
     with pytest.raises(IntegrityError):
         await bring_all(source, file, content)
-    file.reader.close()
-
-
-async def test_groups_keep_the_pace() -> None:
-    source, content = FakeSource(pace=0.02), weights(1)
-    loop = asyncio.get_running_loop()
-    file = await opened(source, content)
-    times = [loop.time()]
-    await source.bring(file, groups_of(content), lambda _: times.append(loop.time()), Demand())
-    waits = [after - before for before, after in pairwise(times)]
-    assert len(waits) == 3
-    assert min(waits) >= 0.0199
     file.reader.close()
 
 

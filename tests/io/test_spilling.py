@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Timer
 
 import pytest
 import safetensors.torch
@@ -140,23 +139,6 @@ async def test_what_is_read_or_copied_now_is_waited_for(world: World) -> None:
     assert world.used == sum(world.source.copies.sizes.values())
     for seed, each in enumerate(keys, 1):
         await world.assert_is(each, seed)
-
-
-async def test_what_is_dropped_while_it_is_read_makes_room_without_the_disk(world: World) -> None:
-    """Once the last reader has left; also in a thread, while the loop has nothing else to do."""
-    key = await world.take(1)
-    first, last = world.source.reopen(key), world.source.reopen(key)
-    waiting = asyncio.create_task(world.take(2))
-    await asyncio.sleep(0.01)
-    world.source.copies.drop(key)
-    first.close()
-    await asyncio.sleep(0.01)
-    assert not waiting.done(), "who reads has the bytes"
-    closing = Timer(0.05, last.close)
-    closing.start()
-    assert not world.is_spilled(await waiting)
-    closing.join()
-    assert world.source.spills == 0
 
 
 # -- entries that other loaders, or killed processes, have in the same folder ---------------------

@@ -217,36 +217,12 @@ def first_byte(world: LocalWorld, key: AdapterKey) -> bytes:
         reader.close()
 
 
-def cut_short(folder: Path) -> None:
-    cut(folder / FILES[3])
-
-
-def cut_in_the_header(folder: Path) -> None:
-    os.truncate(folder / FILES[3], 30)
-
-
-def swapped(folder: Path) -> None:
-    (folder / FILES[3]).rename(folder / "x")
-    (folder / FILES[2]).rename(folder / FILES[3])
-    (folder / "x").rename(folder / FILES[2])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (cut_short, f"{FILES[3]}: tensor .* ends 1 bytes before"),
-        (cut_in_the_header, f"{FILES[3]}: .*ends inside its header"),
-        (swapped, f"{FILES[2]}: has tensor .* is in {FILES[3]}"),
-    ],
-)
-async def test_files_that_do_not_belong_together(
-    world: LocalWorld, folder: Path, spoil: Callable[[Path], None], words: str
-) -> None:
+async def test_files_that_do_not_belong_together(world: LocalWorld, folder: Path) -> None:
     """What else may be wrong with them is a table of `plan_split`'s tests."""
-    spoil(folder)
+    os.truncate(folder / FILES[3], 30)
     key = await world.source.resolve(AdapterRef(folder))
     for work in (world.source.open(key, Demand()), asyncio.to_thread(first_byte, world, key)):
-        with pytest.raises(errors.AdapterFormatError, match=words):
+        with pytest.raises(errors.AdapterFormatError, match=f"{FILES[3]}: .*inside its header"):
             await work
 
 
