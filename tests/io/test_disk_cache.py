@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -477,25 +478,6 @@ class TestSharing:
         assert content_of(entry) == b"abc"
         entry.close()
 
-    def test_what_is_held_or_downloaded_is_not_removed(self, world: DiskWorld) -> None:
-        first = stored(world.cache, KEY, b"abc")
-        second = world.cache.open(KEY)
-        assert second is not None
-        first.close()
-        assert not world.cache.remove(KEY)
-        assert content_of(second) == b"abc"
-        second.close()
-        assert world.cache.remove(KEY)
-        assert not is_there(world.cache, KEY)
-        download = begun(world.cache)
-        put(download.file(WEIGHTS_FILE, NBYTES), weights(), [(0, NBYTES)])
-        assert not world.cache.remove(KEY)
-        download.close()
-        assert world.cache.remove(KEY)
-        download = begun(world.cache)
-        assert download.file(WEIGHTS_FILE, NBYTES).missing() == [(0, NBYTES)]
-        download.close()
-
 
 class TestDamage:
     @pytest.mark.parametrize("check", [False, True])
@@ -543,6 +525,20 @@ class TestDamage:
             entry.close()
         reader.close()
         held.close()
+
+    @pytest.mark.parametrize("end", ["publish", "close"])
+    def test_a_download_whose_folder_was_removed_says_so(self, world: DiskWorld, end: str) -> None:
+        """It leaves nothing, and the next one begins anew."""
+        download = begun(world.cache)
+        put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
+        for partial in (world.folder / "partials").iterdir():
+            shutil.rmtree(partial)
+        if end == "publish":
+            with pytest.raises(FetchError, match="removed.*load it again"):
+                download.publish()
+        download.close()
+        keep(world.cache, KEY, b"def")
+        assert is_there(world.cache, KEY)
 
     @pytest.mark.parametrize("shape", ["gone", "link", "fifo", "folder", "empty"])
     def test_an_entry_with_an_odd_file_is_dropped(self, world: DiskWorld, shape: str) -> None:

@@ -260,18 +260,6 @@ def test_no_ordinary_file(
     assert word in error.problem
 
 
-@pytest.mark.parametrize(("make", "word"), [each for each in ODD if each[1] != "folder"])
-@pytest.mark.parametrize("named", [str, Path])
-def test_no_folder(
-    world: LocalWorld, make: Callable[[Path], None], word: str, named: Callable[[Path], str | Path]
-) -> None:
-    path = world.roots[0] / "adapter.tar.gz"
-    make(path)
-    leaves = word == "device" and named is str
-    kind = errors.AccessDeniedError if leaves else errors.AdapterFormatError
-    assert type(refusal(world, named(path))) is kind
-
-
 @pytest.mark.parametrize(
     ("present", "kind", "words"),
     [

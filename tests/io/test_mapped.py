@@ -168,3 +168,12 @@ def test_closed_while_it_is_populated(path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_map_that_was_forgotten_is_told(path: Path) -> None:
     with path.open("rb") as file, pytest.warns(ResourceWarning, match="unclosed map of weights"):
         MappedFile(file.fileno(), NBYTES, "weights")
+
+
+def test_what_cannot_be_mapped(path: Path) -> None:
+    fd = os.open(path.parent, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match=r"No such device"):
+            MappedFile(fd, 10, "weights")
+    finally:
+        os.close(fd)

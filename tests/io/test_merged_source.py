@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from threading import Barrier
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import safetensors.torch
@@ -130,6 +130,18 @@ async def test_when_a_part_fails_the_others_have_ended(
     with pytest.raises(FetchError, match="ordered"):
         await world.source.open(key, Demand())
     assert sorted(undone) == ["memory:a", "memory:c"]
+
+
+@pytest.mark.parametrize("id", ["a", "b", "c"])
+@pytest.mark.parametrize("step", ["open", "bring", "populate"])
+async def test_a_part_that_fails_is_named(world: MergedWorld, id: str, step: Any) -> None:
+    key = world.key(LINEAR)
+    world.inner.fail(step, FetchError("ordered"), id=id)
+    with pytest.raises(FetchError, match=rf"part {'abc'.index(id) + 1} \('memory:{id}'\): ord"):
+        if step == "populate":
+            await world.source.populate(key)
+        else:
+            await whole(world, key)
 
 
 async def test_a_reader_reads_these_bytes_and_no_others(world: MergedWorld) -> None:
