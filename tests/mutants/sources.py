@@ -176,7 +176,7 @@ SOURCES: Mutants = {
         (opening, "_check", nothing),
     ),
     "fetch: what is in the cache is checked": mutant(
-        "io/remote/test_fault_bytes.py::test_what_nobody_promised_is_taken_and_named_so",
+        "io/remote/test_faults.py::test_what_nobody_promised_is_taken_and_named_so",
         skipped(RemoteSource, "_check"),
     ),
     "resolving: the cache serves whom it was granted to": mutant(

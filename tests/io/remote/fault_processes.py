@@ -1,4 +1,4 @@
-"""Loaders in processes that end as they like: run as a script, it forks them and tells by JSON.
+"""Loaders in processes that end as they like, or may have little: run as a script, it tells by JSON.
 
 One Python starts and imports; its children are forks. The server is in another process, the test's.
 """
@@ -10,26 +10,34 @@ import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cache_processes import KILLED, ended, fork
-from fault_world import FaultyWorld, chunks_in, over
+from fault_world import FaultyWorld, assert_at_rest, chunks_in, over
 from fetching import RETRIES, LoopbackOnly
 from remote_world import PATIENT
 
 import tiny
+from common import open_files, until
+from lorax_async import AdapterLoader, LoraxError
 from lorax_async.core.ranges import PieceSizes
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings
 
 CONNECTIONS = 4
+
 LAYERS = 16
+
 LAYOUT = tiny.layout(layers=LAYERS)
+
 LARGE = {"rank": 256, "layers": LAYERS}
+
 """3 MB: twelve chunks."""
 
 Tell = Callable[[object], None]
@@ -79,9 +87,6 @@ def load(place: Place, name: str, who: str, tell: Tell) -> None:
     tell("loaded")
 
 
-# -- kill -9 at checkpoints -----------------------------------------------------------------------
-
-
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -116,6 +121,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "before-rename": ("rename", is_publishing, 1, "before"),
     "after-rename": ("rename", is_publishing, 1, "after"),
 }
+
 """The call of `os`, which of them counts, the how manieth it is, and when in it."""
 
 
@@ -166,9 +172,6 @@ def kills(place: Place) -> list[dict[str, Any]]:
     return outcomes
 
 
-# -- several at once ------------------------------------------------------------------------------
-
-
 def together(place: Place) -> list[tuple[int, list[Any]]]:
     children = [fork(lambda tell, w=who: load(place, "wanted", w, tell)) for who in ("one", "two")]  # type: ignore[misc]
     return [ended(*child) for child in children]
@@ -178,8 +181,114 @@ def without_locks() -> None:
     fcntl.flock = lambda fd, how: None
 
 
+Told = dict[str, object]
+
+
+@contextmanager
+def limit(kind: int, most: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+async def outcome(loader: AdapterLoader, world: FaultyWorld, name: str) -> Told:
+    """What a caller sees: the right bytes, or an error."""
+    try:
+        handle = await loader.load(world.ref(name))
+    except LoraxError as error:
+        return {
+            "kind": type(error).__name__,
+            "text": error.problem,
+            "stage": error.stage,
+            "retryable": error.retryable,
+        }
+    async with handle:
+        tiny.assert_equal_to_file(handle, world.adapters / name)
+    return {"kind": "right"}
+
+
+async def within(
+    loader: AdapterLoader, world: FaultyWorld, kind: int, most: int, names: list[str]
+) -> list[Told]:
+    """All of these at once under that limit."""
+    with limit(kind, most):
+        return list(await asyncio.gather(*(outcome(loader, world, name) for name in names)))
+
+
+def file_size(place: Place) -> list[Told]:
+    """No file of a megabyte: the large one does not come, the small one does; then both."""
+
+    async def body(world: FaultyWorld) -> list[Told]:
+        async with over(world, LAYOUT) as loader:
+            told = await within(loader, world, resource.RLIMIT_FSIZE, 1 << 20, ["large", "small"])
+            await assert_at_rest(loader, world)
+            told.append(await outcome(loader, world, "large"))
+            await assert_at_rest(loader, world)
+            return told
+
+    return loaded(place, body)
+
+
+def descriptors(place: Place) -> list[Told]:
+    """Each time a few more files may be open than are; what fails leaves none."""
+
+    async def body(world: FaultyWorld) -> list[Told]:
+        told: list[Told] = []
+        async with over(world, LAYOUT) as loader:
+            told.append(await outcome(loader, world, "small"))
+            for more in range(0, 24, 2):
+                name = f"n{more}"
+                before = open_files()
+                most = len(os.listdir("/proc/self/fd")) - 1 + more
+                told += await within(loader, world, resource.RLIMIT_NOFILE, most, [name])
+                await assert_at_rest(loader, world, swept=False)
+                await until(lambda: open_files() <= before)
+            told.append(await outcome(loader, world, "n0"))
+            await assert_at_rest(loader, world)
+        return told
+
+    return loaded(place, body)
+
+
+def small_disk(place: Place) -> list[Told]:
+    """The cache is on a disk of 2 MB, which somebody else fills in the midst of it."""
+
+    async def body(world: FaultyWorld) -> list[Told]:
+        async with over(world, LAYOUT) as loader:
+            told = [await outcome(loader, world, name) for name in ("large", "small")]
+            await assert_at_rest(loader, world)
+            full = place.folder.parent / "other"
+            with full.open("wb", buffering=0) as other, suppress(OSError):
+                while True:
+                    other.write(bytes(4_096))
+            told += [await outcome(loader, world, name) for name in ("small", "n0")]
+            await assert_at_rest(loader, world)
+            full.unlink()
+            told.append(await outcome(loader, world, "n0"))
+            await assert_at_rest(loader, world)
+            return told
+
+    return loaded(place, body)
+
+
+def loaded(place: Place, body: Callable[[FaultyWorld], object]) -> list[Told]:
+    with place.world("limited") as world:
+        for name, stored in world.locator.there.items():
+            world.versions.append((name, stored))
+        told: list[Told] = asyncio.run(body(world))  # type: ignore[arg-type]
+        return told
+
+
+LIMITED = {"file size": file_size, "descriptors": descriptors, "small disk": small_disk}
+
+
 def main(what: str, folder: Path, adapters: Path, port: int) -> object:
     place = Place(folder, adapters, port)
+    if what in LIMITED:
+        return LIMITED[what](place)
     if what == "kills":
         return kills(place)
     if what == "together without locks":
@@ -188,6 +297,5 @@ def main(what: str, folder: Path, adapters: Path, port: int) -> object:
 
 
 if __name__ == "__main__":
-    said, folder, adapters, port = sys.argv[1:]
-    outcome = main(said, Path(folder), Path(adapters), int(port))
-    sys.stdout.write(json.dumps(outcome))
+    said, where, served, listening = sys.argv[1:]
+    sys.stdout.write(json.dumps(main(said, Path(where), Path(served), int(listening))))

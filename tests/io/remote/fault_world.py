@@ -1,30 +1,31 @@
-"""A remote source of which one adapter is served wrongly beside others; and what must be left."""
+"""One adapter served wrongly beside others: what a server can do wrong, and what must be left."""
 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import stat
 import struct
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import cycle
+from collections.abc import Callable
+from email.utils import formatdate
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from fault_server import Asked, Client
+from fault_server import Asked, Client, Hangup
 from remote_world import RemoteWorld, Stored
 
 import tiny
-from common import LOOPS, until
+from common import until
 from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
 from lorax_async.core.layout import ModelLayout
 from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.ports import Source
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from sweeping import Bench
-
-T = TypeVar("T")
 
 RANK = 128
 """Some 400 KB: more than comes with the first request."""
@@ -102,13 +103,12 @@ def at(part: str, fault: Fault, times: int = 1 << 30) -> Fault:
     return behave
 
 
-def in_turn(cases: Iterable[T]) -> list[tuple[str, T]]:
-    """Each with one event loop, all loops in turn: what is told does not come from the loop."""
-    return list(zip(cycle(LOOPS), cases, strict=False))
-
-
 def over(
-    world: RemoteWorld, layout: ModelLayout | None = None, **settings: object
+    world: RemoteWorld,
+    layout: ModelLayout | None = None,
+    *,
+    source: Source | None = None,
+    **settings: object,
 ) -> AdapterLoader:
     plain: dict[str, object] = {
         "device_bytes": 16 << 20,
@@ -118,7 +118,7 @@ def over(
         "verify": world.verify,
     }
     config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
-    return AdapterLoader(layout or tiny.layout(), config, source=world.source)
+    return AdapterLoader(layout or tiny.layout(), config, source=source or world.source)
 
 
 async def loads_right(loader: AdapterLoader, world: RemoteWorld, folder: Path) -> AdapterHandle:
@@ -132,7 +132,6 @@ async def assert_at_rest(loader: AdapterLoader, world: FaultyWorld, *, swept: bo
     """Nobody waits, nothing is held or under way, and what is in the cache is true."""
     bench = Bench(loader, cast(Any, loader.device), "")
     await bench.assert_clean()
-    await until(lambda: not world.engine._desk.jobs)
     await until(lambda: not any(listed.in_use for listed in ls(world.cache)))
     await asyncio.to_thread(assert_true_cache, world.folder, world.versions, swept=swept)
 
@@ -181,3 +180,152 @@ def chunks_in(content: bytes) -> list[tuple[int, int]]:
         for n in range(-(-nbytes // size))
         if bits[n // 8] >> n % 8 & 1
     ]
+
+
+# -- what a server can do wrong with one answer ---------------------------------------------------
+
+BOMB = gzip.compress(bytes(1 << 20))
+
+
+def begin(world: FaultyWorld, asked: Asked, client: Client, *, etag: str | None = None) -> bytes:
+    """The head of a good answer; returns the body that should follow."""
+    data, tag = world.content(asked.target)
+    tag = etag or tag
+    if asked.span is None:
+        client.head("200 OK", f"Content-Length: {len(data)}", f"ETag: {tag}")
+        return data
+    start, stop = asked.span[0], min(asked.span[1], len(data))
+    client.part(start, stop, len(data), f"ETag: {tag}")
+    return data[start:stop]
+
+
+def truncated(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    body = begin(world, asked, client)
+    client.send(body[: len(body) // 2])
+    raise Hangup
+
+
+def reset(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    body = begin(world, asked, client)
+    client.send(body[: len(body) // 2])
+    time.sleep(0.02)
+    client.reset()
+
+
+def short_without_length(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    data, _ = world.content(asked.target)
+    client.head("200 OK", "Connection: close")
+    client.send(data[: len(data) // 2])
+    raise Hangup
+
+
+def long_without_length(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    data, _ = world.content(asked.target)
+    client.head("200 OK", "Connection: close")
+    client.send(data + b" and then some")
+    raise Hangup
+
+
+def wrong_bytes(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    body = begin(world, asked, client)
+    client.send(body[:-1] + bytes([body[-1] ^ 1]))
+
+
+def other_etag(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    client.send(begin(world, asked, client, etag='"another"'))
+
+
+def wrong_range(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    data, etag = world.content(asked.target)
+    assert asked.span is not None
+    start, stop = asked.span[0], min(asked.span[1], len(data))
+    client.part(start + 1, stop + 1, len(data), f"ETag: {etag}")
+    client.send(data[start:stop])
+
+
+def other_size(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    """One byte more than there was."""
+    data, etag = world.content(asked.target)
+    world.answer(asked, client, data + b"!", etag)
+
+
+def more_than_said(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    client.send(begin(world, asked, client) + b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n!")
+
+
+def whole_in_place_of_range(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    data, etag = world.content(asked.target)
+    client.head("200 OK", f"Content-Length: {len(data)}", f"ETag: {etag}")
+    client.send(data)
+
+
+def whole_without_length(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    client.head("200 OK", "Connection: close")
+    client.send(world.content(asked.target)[0])
+    raise Hangup
+
+
+def bomb(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    fields = [f"Content-Length: {len(BOMB)}", "Content-Encoding: gzip"]
+    if asked.span is None:
+        client.head("200 OK", *fields)
+    else:
+        start = asked.span[0]
+        place = f"Content-Range: bytes {start}-{start + len(BOMB) - 1}/{1 << 20}"
+        client.head("206 Partial Content", *fields, place)
+    client.send(BOMB)
+
+
+def silent(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    client.stall()
+
+
+def stalled(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    body = begin(world, asked, client)
+    client.send(body[: len(body) // 2])
+    client.stall()
+
+
+def dripping(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    """One byte per second."""
+    client.drip(begin(world, asked, client), 1.0)
+
+
+def status(line: str, *fields: str) -> Fault:
+    def answer(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        client.head(line, "Content-Length: 0", *fields)
+
+    return answer
+
+
+def in_an_hour() -> Fault:
+    """Unavailable until a date."""
+
+    def answer(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        date = formatdate(time.time() + 3_600, usegmt=True)
+        client.head("503 Unavailable", "Content-Length: 0", f"Retry-After: {date}")
+
+    return answer
+
+
+def refused_range(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    """416, and yet it says that it has these bytes."""
+    size = len(world.content(asked.target)[0])
+    client.head("416 No", "Content-Length: 0", f"Content-Range: bytes */{size}")
+
+
+def redirected(to: str) -> Fault:
+    return status("302 Found", f"Location: {to}")
+
+
+def redirected_for_ever(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    client.head("302 Found", "Content-Length: 0", f"Location: {asked.target}")
+
+
+def tagged(etag: str) -> Fault:
+    """Right, with that ETag."""
+
+    def answer(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        client.send(begin(world, asked, client, etag=etag))
+
+    return answer

@@ -113,7 +113,7 @@ class HubStandIn:
         self.asked.append(asked)
         reply = self.behave(asked) if self.behave is not None else None
         if reply is None:
-            reply = self._stored(asked) if asked.at_store else self._answered(asked)
+            reply = self._stored(asked) if asked.at_store else self.answered(asked)
         asked.status = reply.status
         return reply
 
@@ -121,7 +121,7 @@ class HubStandIn:
         asked.at_store = True
         return self._answer(asked)
 
-    def _answered(self, asked: Asked) -> Reply:
+    def answered(self, asked: Asked) -> Reply:
         found = _RESOLVE.fullmatch(asked.target.partition("?")[0])
         matched = found or _API.fullmatch(asked.target)
         if matched is None:

@@ -10,7 +10,6 @@ import pytest
 from fetching import Anywhere
 from hub_stand_in import SIGNATURE, HubStandIn
 
-from common import Run
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.retries import Retries
 from lorax_async.errors import LoraxError
@@ -53,9 +52,9 @@ def tells_no_secret(*things: object) -> None:
                 assert secret not in text, text
 
 
-def refused(run: Run, hub: HubStandIn | str, ref: AdapterRef) -> LoraxError:
+async def refused(hub: HubStandIn | str, ref: AdapterRef) -> LoraxError:
     with locating(hub) as locator, pytest.raises(LoraxError) as caught:
-        run(locator.locate(ref))
+        await locator.locate(ref)
     error = caught.value
     tells_no_secret(error, *error.args)
     assert error.stage == "resolve"

@@ -64,6 +64,8 @@ class ToldLocator:
     error: AdapterError | None = None
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Below which URL an adapter lies that is not at the server, by its name."""
+    misjudged: dict[str, int] | None = None
+    """By how much the promised sizes are wrong, by `name/file`; then no digest is promised."""
 
     def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         if ref.revision is None or len(ref.revision) != 40:
@@ -84,19 +86,21 @@ class ToldLocator:
         if stored.token not in {None, ref.token}:
             raise AccessDeniedError("give a token that may have it")
         contents = {CONFIG_FILE: stored.config, WEIGHTS_FILE: stored.weights}
-        files = tuple(self._file(ref, role, data) for role, data in contents.items())
+        files = tuple(self.file(ref, role, data) for role, data in contents.items())
         return Located(ref.text, stored.version, _scope(ref), files)
 
     async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
         raise AssertionError("nothing here has an index")
 
-    def _file(self, ref: AdapterRef, role: FileRole, data: bytes) -> RemoteFile:
+    def file(self, ref: AdapterRef, role: FileRole, data: bytes) -> RemoteFile:
         path = f"/{ref.text}/{role.file_name}"
         url = parse_url(self.elsewhere.get(ref.text, self.server.url("")) + path)
         headers = {} if ref.token is None else {"Authorization": f"Bearer {ref.token}"}
         target = Target(url, path[1:], headers, Anywhere())
         if not self.promises:
             return RemoteFile(role, target)
+        if self.misjudged is not None:
+            return RemoteFile(role, target, len(data) + self.misjudged.get(path[1:], 0))
         return RemoteFile(role, target, len(data), sha256(data))
 
 

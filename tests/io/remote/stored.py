@@ -13,7 +13,6 @@ import obstore
 from fetching import DATA, GROUPS, PATIENT, MemorySink, engine
 
 from lorax_async.adapter import AdapterRef
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.io.http.settings import PublicOnly
 from lorax_async.io.remote.ports import Located, RemoteFile
 from lorax_async.io.remote.stores import StoreLocator
@@ -33,13 +32,6 @@ class Bucket:
     def put(self, path: str, data: bytes) -> str | None:
         """The versionId, where there is one."""
         return obstore.put(self.store, path, data)["version"]
-
-    def put_adapter(self, prefix: str, weights: bytes = DATA, config: bytes = CONFIG) -> None:
-        self.put(f"{prefix}adapter_config.json", config)
-        self.put(f"{prefix}adapter_model.safetensors", weights)
-
-    def read(self, path: str) -> bytes:
-        return bytes(obstore.get(self.store, path).bytes())
 
     def etag(self, path: str) -> str:
         found = obstore.head(self.store, path)["e_tag"]
@@ -78,14 +70,3 @@ def brought(file: RemoteFile) -> bytes:
         assert set(sink.times[start:]) == {1}, "all of it came, and came once"
         sink.data[:start] = answer.start[:start]
         return bytes(sink.data)
-
-
-def check_streams(bucket: Bucket, id: str, prefix: str) -> Located:
-    """Both files, byte for byte as obstore reads them, at the places that were told."""
-    found = located(id)
-    assert [file.role for file in found.files] == [CONFIG_FILE, WEIGHTS_FILE]
-    for file in found.files:
-        path = f"{prefix}{file.role.file_name}"
-        assert brought(file) == bucket.read(path)
-        assert file.etag == bucket.etag(path)
-    return found

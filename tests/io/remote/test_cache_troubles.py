@@ -183,11 +183,7 @@ async def test_nobody_makes_room_of_what_is_being_held(
             settle(hold)
 
         monkeypatch.setattr(LocalHold, "settle", crowded)
-
-        async def body() -> None:
-            config = LoaderConfig(device_bytes=1 << 20, io_threads=2, timeout=20)
-            async with AdapterLoader(tiny.layout(), config, source=world.source) as loader:
-                await loader.prefetch(world.ref("one"), tier="host")
-                assert removed == [False]
-
-        await body()
+        config = LoaderConfig(device_bytes=1 << 20, io_threads=2, timeout=20)
+        async with AdapterLoader(tiny.layout(), config, source=world.source) as loader:
+            await loader.prefetch(world.ref("one"), tier="host")
+            assert removed == [False]

@@ -1,4 +1,4 @@
-"""Loaders in several processes: killed at each checkpoint, and at the same adapter at once."""
+"""Loaders in processes: killed at each checkpoint, at the same adapter at once, or with few means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fault_processes import CHECKPOINTS, CONNECTIONS, LARGE
-from fault_server import Asked, Client
+from fault_server import Asked, Client, Hangup
 from fault_world import CHUNK, FaultyWorld, assert_true_cache, is_weights, part_of
 
 from lorax_async.io.remote.beginning import FIRST_BYTES
@@ -21,15 +21,17 @@ from tools import on_a_small_disk
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
 
 HERE = Path(__file__).parent
+
 TESTS = HERE.parent.parent
+
 PATHS = [HERE, HERE.parent / "http", HERE.parent, TESTS, TESTS.parent, TESTS.parent / "kernels"]
 
 
-def run_script(script: str, *words: object, disk: Path | None = None) -> Any:
+def run_script(*words: object, disk: Path | None = None) -> Any:
     """What it tells; with a `disk`, one of 2 MiB that is there for it alone."""
     apart = [] if disk is None else on_a_small_disk(disk)
     done = subprocess.run(
-        [*apart, sys.executable, HERE / script, *map(str, words)],
+        [*apart, sys.executable, HERE / "fault_processes.py", *map(str, words)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))},
         capture_output=True,
         text=True,
@@ -61,9 +63,7 @@ def test_killed_at_any_checkpoint_the_next_process_goes_on(tmp_path: Path) -> No
             world.stock(name, seed, **LARGE)
         place = tmp_path / "caches"
         place.mkdir()
-        outcomes = run_script(
-            "fault_processes.py", "kills", place, world.adapters, world.server.port
-        )
+        outcomes = run_script("kills", place, world.adapters, world.server.port)
         assert [outcome["name"] for outcome in outcomes] == list(CHECKPOINTS)
         for outcome in outcomes:
             name, here = outcome["name"], outcome["here"]
@@ -97,7 +97,7 @@ def test_two_processes_want_the_same(tmp_path: Path, locks: bool) -> None:
         world.faults["wanted"] = later
         what = "together" if locks else "together without locks"
         cache = tmp_path / "cache"
-        outcomes = run_script("fault_processes.py", what, cache, world.adapters, world.server.port)
+        outcomes = run_script(what, cache, world.adapters, world.server.port)
         assert outcomes == [[0, ["loaded"]], [0, ["loaded"]]]
         assert_true_cache(cache, world.versions)
         assert len(list((cache / "entries").iterdir())) == 1
@@ -109,3 +109,60 @@ def test_two_processes_want_the_same(tmp_path: Path, locks: bool) -> None:
             none, all_of_it = sorted(map(nbytes_in, spans))
             assert none == 0
             assert nbytes <= all_of_it <= nbytes + FIRST_BYTES
+
+
+# -- what this machine does not give --------------------------------------------------------------
+
+RIGHT = {"kind": "right"}
+FULL = {"kind": "CapacityError", "stage": "fetch", "retryable": True}
+
+
+def is_full(told: dict[str, Any], words: str) -> bool:
+    return FULL.items() <= told.items() and words in told["text"]
+
+
+def and_hangs_up(world: FaultyWorld, asked: Asked, client: Client) -> None:
+    """So that each load needs connections of its own."""
+    world.well(asked, client)
+    raise Hangup
+
+
+def told_of(tmp_path: Path, what: str, cache: Path, disk: Path | None = None) -> list[Any]:
+    """What came of the loads of a process with that limit."""
+    with FaultyWorld(tmp_path / "unused", tmp_path / "adapters") as world:
+        world.stock("large", **LARGE)
+        world.stock("small", 1, layers=16, rank=32)
+        for n in range(0, 24, 2):
+            world.stock(f"n{n}", n, layers=16, rank=32)
+            world.faults[f"n{n}"] = and_hangs_up
+        told: list[Any] = run_script(what, cache, world.adapters, world.server.port, disk=disk)
+        return told
+
+
+def test_files_may_not_be_so_large(tmp_path: Path) -> None:
+    large, small, then = told_of(tmp_path, "file size", tmp_path / "cache")
+    assert is_full(large, "EFBIG"), large
+    assert small == then == RIGHT
+
+
+def test_descriptors_run_out(tmp_path: Path) -> None:
+    first, *each, then = told_of(tmp_path, "descriptors", tmp_path / "cache")
+    assert first == then == RIGHT
+    failed = [told for told in each if told != RIGHT]
+    assert each[0] in failed
+    assert each[-1] == RIGHT
+    for told in failed:
+        assert told["kind"] == "FetchError", told
+        assert told["retryable"], told
+        assert "EMFILE" in told["text"], told
+    assert {told["stage"] for told in failed} <= {"resolve", "fetch", "copy"}
+
+
+@pytest.mark.needs("unshare")
+def test_the_disk_is_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    large, small, kept, new, then = told_of(tmp_path, "small disk", disk / "cache", disk)
+    assert is_full(large, "ENOSPC"), large
+    assert is_full(new, "ENOSPC"), new
+    assert small == kept == then == RIGHT

@@ -38,53 +38,40 @@ async def test_who_was_let_have_it_has_it_while_the_source_is_down(tmp_path: Pat
         stocked(world, tmp_path)
         first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
         version = world.locator.there["one"].version
-
-        async def body() -> None:
-            for ref in (first, second):
-                file = await world.source.open(await world.source.resolve(ref), Demand())
-                await world.source.bring(file, [], lambda _: None, Demand())
-                file.reader.close()
-            world.locator.error = FetchError("it is down")
-            for ref in (first, second):
-                await world.source.resolve(replace(ref, revision=version))
-            with pytest.raises(FetchError, match="it is down"):
-                await world.source.resolve(replace(stranger, revision=version))
-
-        await body()
+        for ref in (first, second):
+            file = await world.source.open(await world.source.resolve(ref), Demand())
+            await world.source.bring(file, [], lambda _: None, Demand())
+            file.reader.close()
+        world.locator.error = FetchError("it is down")
+        for ref in (first, second):
+            await world.source.resolve(replace(ref, revision=version))
+        with pytest.raises(FetchError, match="it is down"):
+            await world.source.resolve(replace(stranger, revision=version))
 
 
 async def test_the_last_version_is_what_is_stale(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
-
-        async def body() -> None:
-            keys: list[AdapterKey] = []
-            for seed in (1, 2):
-                world.put("one", CONFIG, weights(seed))
-                keys.append(await world.source.resolve(world.ref("one")))
-                (await brought(world)).reader.close()
-            world.locator.error = FetchError("it is down")
-            found = await world.source.resolve(replace(world.ref("one"), allow_stale=True))
-            assert isinstance(found, RemoteKey)
-            assert found.stale
-            assert replace(found, stale=False) == keys[1] != keys[0]
-
-        await body()
+        keys: list[AdapterKey] = []
+        for seed in (1, 2):
+            world.put("one", CONFIG, weights(seed))
+            keys.append(await world.source.resolve(world.ref("one")))
+            (await brought(world)).reader.close()
+        world.locator.error = FetchError("it is down")
+        found = await world.source.resolve(replace(world.ref("one"), allow_stale=True))
+        assert isinstance(found, RemoteKey)
+        assert found.stale
+        assert replace(found, stale=False) == keys[1] != keys[0]
 
 
 async def test_another_version_is_not_stored_under_the_name_of_the_one(tmp_path: Path) -> None:
     """It is located anew when the places that the source told have expired."""
     now = 0.0
     with RemoteWorld(tmp_path / "cache", clock=lambda: now) as world:
-
-        async def body() -> None:
-            nonlocal now
-            key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
-            now = 3600.0
-            world.put("one", CONFIG, weights(2))
-            with pytest.raises(IntegrityError, match="another version by now"):
-                await world.source.open(key, Demand())
-
-        await body()
+        key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
+        now = 3600.0
+        world.put("one", CONFIG, weights(2))
+        with pytest.raises(IntegrityError, match="another version by now"):
+            await world.source.open(key, Demand())
 
 
 async def test_what_changes_between_two_answers_is_noticed(tmp_path: Path) -> None:

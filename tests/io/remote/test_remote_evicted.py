@@ -47,32 +47,24 @@ def stocked(world: RemoteWorld, folder: Path) -> Path:
 async def test_it_is_fetched_again_and_nobody_is_told(tmp_path: Path, device: str) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
-
-        async def body() -> None:
-            async with over(world, device) as loader:
-                await leave(world, loader, "one")
-                async with await loader.load(world.ref("one")) as handle:
-                    tiny.assert_equal_to_file(handle, folder)
-
-        await body()
+        async with over(world, device) as loader:
+            await leave(world, loader, "one")
+            async with await loader.load(world.ref("one")) as handle:
+                tiny.assert_equal_to_file(handle, folder)
 
 
 @DEVICES
 async def test_it_is_fetched_again_for_who_streams(tmp_path: Path, device: str) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
-
-        async def body() -> None:
-            async with over(world, device) as loader:
-                for _ in range(5):
-                    await leave(world, loader, "one")
-                    async with loader.stream(world.ref("one")) as handle:
-                        await all_of(handle)
-                        tiny.assert_equal_to_file(handle, folder)
-                    async with loader.stream(world.ref("one")) as handle:
-                        assert handle.resident
-
-        await body()
+        async with over(world, device) as loader:
+            for _ in range(5):
+                await leave(world, loader, "one")
+                async with loader.stream(world.ref("one")) as handle:
+                    await all_of(handle)
+                    tiny.assert_equal_to_file(handle, folder)
+                async with loader.stream(world.ref("one")) as handle:
+                    assert handle.resident
 
 
 async def all_of(handle: AdapterHandle) -> None:
@@ -129,13 +121,9 @@ async def test_parts_of_a_merge_are_fetched_again(tmp_path: Path) -> None:
             world.put(name, config, save(load(content), note))
         refs = [world.ref(name) for name in "ab"]
         merge = Merge("linear", refs, [0.5, -2])
-
-        async def body() -> None:
-            async with over(world, "cpu") as loader:
-                (await loader.load(merge)).release()
-                (await loader.load(world.ref("c"))).release()
-                await until(lambda: all(rm(world.cache, entry.name) for entry in ls(world.cache)))
-                async with await loader.load(merge) as handle:
-                    assert_halves(handle, tmp_path)
-
-        await body()
+        async with over(world, "cpu") as loader:
+            (await loader.load(merge)).release()
+            (await loader.load(world.ref("c"))).release()
+            await until(lambda: all(rm(world.cache, entry.name) for entry in ls(world.cache)))
+            async with await loader.load(merge) as handle:
+                assert_halves(handle, tmp_path)

@@ -33,16 +33,12 @@ async def test_who_tells_no_length_is_believed_what_was_told_before(tmp_path: Pa
             client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
 
         world.server.behave = streamed
-
-        async def body() -> None:
-            async with over(world) as loader:
-                async with await loader.load(world.ref("one")) as handle:
-                    tiny.assert_equal_to_file(handle, folder)
-                world.locator.promises = False
-                with pytest.raises(FetchError, match="does not say how large"):
-                    await loader.load(world.ref("two"))
-
-        await body()
+        async with over(world) as loader:
+            async with await loader.load(world.ref("one")) as handle:
+                tiny.assert_equal_to_file(handle, folder)
+            world.locator.promises = False
+            with pytest.raises(FetchError, match="does not say how large"):
+                await loader.load(world.ref("two"))
 
 
 async def test_a_pinned_version_that_the_source_has_replaced(tmp_path: Path) -> None:
@@ -51,20 +47,16 @@ async def test_a_pinned_version_that_the_source_has_replaced(tmp_path: Path) -> 
         folder = stocked(world, tmp_path)
         world.locator.there["one"].token = "mine"
         pinned = AdapterRef("one", "hub", world.locator.there["one"].version, "mine")
-
-        async def body() -> None:
-            async with over(world) as loader:
-                (await loader.load(pinned)).release()
-            world.locator.error = AnotherVersionError("it has another one by now")
-            async with over(world) as loader:
-                async with await loader.load(pinned) as handle:
-                    tiny.assert_equal_to_file(handle, folder)
-                for other in (replace(pinned, token="x"), replace(pinned, revision=None)):
-                    for stale in (False, True):
-                        with pytest.raises(AdapterNotFoundError, match="another one"):
-                            await loader.load(replace(other, allow_stale=stale))
-
-        await body()
+        async with over(world) as loader:
+            (await loader.load(pinned)).release()
+        world.locator.error = AnotherVersionError("it has another one by now")
+        async with over(world) as loader:
+            async with await loader.load(pinned) as handle:
+                tiny.assert_equal_to_file(handle, folder)
+            for other in (replace(pinned, token="x"), replace(pinned, revision=None)):
+                for stale in (False, True):
+                    with pytest.raises(AdapterNotFoundError, match="another one"):
+                        await loader.load(replace(other, allow_stale=stale))
 
 
 class AnsweringLocator(ToldLocator):
@@ -89,17 +81,13 @@ async def test_first_bytes_of_what_was_refused_are_let_go(tmp_path: Path) -> Non
     with RemoteWorld(tmp_path / "cache") as world:
         world.locator = AnsweringLocator(world.server)
         ref = world.put("bad", b"{}", b"\xff" * 64)
-
-        async def body() -> None:
-            key = await world.source.resolve(ref)
-            assert isinstance(key, RemoteKey)
-            origin = world.known.origin(key)
-            assert origin is not None
-            assert origin.located is not None
-            with pytest.raises(AdapterFormatError):
-                await world.source.open(key, Demand())
-            origin = world.known.origin(key)
-            assert origin is not None
-            assert origin.located is None
-
-        await body()
+        key = await world.source.resolve(ref)
+        assert isinstance(key, RemoteKey)
+        origin = world.known.origin(key)
+        assert origin is not None
+        assert origin.located is not None
+        with pytest.raises(AdapterFormatError):
+            await world.source.open(key, Demand())
+        origin = world.known.origin(key)
+        assert origin is not None
+        assert origin.located is None

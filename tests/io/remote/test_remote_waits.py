@@ -58,19 +58,15 @@ async def test_jobs_end_with_whoever_follows_them() -> None:
 @pytest.mark.parametrize("late", [0.0, 0.01])
 async def test_bringing_is_cancelled_at_any_await(tmp_path: Path, late: float) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
-
-        async def body() -> None:
-            ends = []
-            for at in range(8):
-                stocked(world, tmp_path, f"number{at}", at)
-                file = await opened(world, f"number{at}")
-                bringing = world.source.bring(file, [], lambda _: None, Demand())
-                ends.append(await was_cancelled(bringing, at, late))
-                file.reader.close()
-            assert {True, False} == set(ends)
-            assert not any(in_use(world))
-
-        await body()
+        ends = []
+        for at in range(8):
+            stocked(world, tmp_path, f"number{at}", at)
+            file = await opened(world, f"number{at}")
+            bringing = world.source.bring(file, [], lambda _: None, Demand())
+            ends.append(await was_cancelled(bringing, at, late))
+            file.reader.close()
+        assert {True, False} == set(ends)
+        assert not any(in_use(world))
 
 
 @pytest.mark.parametrize("pinned", [False, True])
@@ -86,65 +82,47 @@ async def test_opening_what_is_here_is_cancelled_at_any_await(
 
     with RemoteWorld(tmp_path / "cache", revalidate=60 if pinned else 0) as world:
         stocked(world, tmp_path / "again")
-
-        async def body() -> None:
-            ref = replace(world.ref("one"), revision=version if pinned else None)
-            key = await world.source.resolve(ref)
-            assert world.locator.located == (0 if pinned else 1)
-            ends = [
-                await was_cancelled(world.source.open(key, Demand()), at, late) for at in range(8)
-            ]
-            assert {True, False} == set(ends)
-            assert not any(in_use(world))
-
-        await body()
+        ref = replace(world.ref("one"), revision=version if pinned else None)
+        key = await world.source.resolve(ref)
+        assert world.locator.located == (0 if pinned else 1)
+        ends = [await was_cancelled(world.source.open(key, Demand()), at, late) for at in range(8)]
+        assert {True, False} == set(ends)
+        assert not any(in_use(world))
 
 
 async def test_an_entry_stays_for_as_long_as_it_is_read(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
-
-        async def body() -> None:
-            file = await brought(world)
-            assert in_use(world) == [True]
-            file.reader.close()
-            assert in_use(world) == [False]
-
-        await body()
+        file = await brought(world)
+        assert in_use(world) == [True]
+        file.reader.close()
+        assert in_use(world) == [False]
 
 
 async def test_groups_are_told_of_on_the_loop(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
+        file, told = await opened(world), list[tuple[int, Thread]]()
+        half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
 
-        async def body() -> None:
-            file, told = await opened(world), list[tuple[int, Thread]]()
-            half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
+        def note(group: int) -> None:
+            told.append((group, current_thread()))
 
-            def note(group: int) -> None:
-                told.append((group, current_thread()))
-
-            groups = [[Span(0, half)], [Span(half, nbytes)]]
-            await world.source.bring(file, groups, note, Demand())
-            assert told == [(0, current_thread()), (1, current_thread())]
-            file.reader.close()
-
-        await body()
+        groups = [[Span(0, half)], [Span(half, nbytes)]]
+        await world.source.bring(file, groups, note, Demand())
+        assert told == [(0, current_thread()), (1, current_thread())]
+        file.reader.close()
 
 
 async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
-
-        async def body() -> None:
-            file = await opened(world)
-            bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
-            await asyncio.sleep(0)
-            file.reader.close()
-            await bringing
-            assert in_use(world) == [False]
-
-        await body()
+        file = await opened(world)
+        bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
+        await asyncio.sleep(0)
+        file.reader.close()
+        await bringing
+        assert in_use(world) == [False]
 
 
 async def test_a_download_has_ended_when_its_failure_is_told(
@@ -172,22 +150,18 @@ async def test_who_waits_for_others_ends_with_the_demand(
     monkeypatch.setattr(opening, "PATIENCE_SECONDS", 60)
     with RemoteWorld(tmp_path / "cache", cache_bytes=1_000_000) as world:
         stocked(world, tmp_path)
-
-        async def body() -> None:
-            key = await world.source.resolve(world.ref("one"))
-            assert isinstance(key, RemoteKey)
-            other = CacheKey(key.location, key.version if what == "the same" else "another")
-            download, demand = begun(world.cache, other), Demand()
-            download.file(WEIGHTS_FILE, 900_000)
-            waiting = asyncio.create_task(world.source.open(key, demand))
-            await asyncio.wait([waiting], timeout=0.2)
-            assert not waiting.done()
-            demand.end()
-            with pytest.raises(FetchError, match="nobody waits"):
-                await waiting
-            download.discard()
-
-        await body()
+        key = await world.source.resolve(world.ref("one"))
+        assert isinstance(key, RemoteKey)
+        other = CacheKey(key.location, key.version if what == "the same" else "another")
+        download, demand = begun(world.cache, other), Demand()
+        download.file(WEIGHTS_FILE, 900_000)
+        waiting = asyncio.create_task(world.source.open(key, demand))
+        await asyncio.wait([waiting], timeout=0.2)
+        assert not waiting.done()
+        demand.end()
+        with pytest.raises(FetchError, match="nobody waits"):
+            await waiting
+        download.discard()
 
 
 @pytest.mark.parametrize("question", ["where its files are", "where its shards are"])
@@ -206,25 +180,22 @@ async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path, que
                 cancelled[0] = True
             raise AssertionError("unreachable")
 
-        async def body() -> None:
-            if question == "where its shards are":
-                hand_out_an_index(world)
-                world.locator.shards = no_answer  # type: ignore[assignment,method-assign]
-            key = await world.source.resolve(world.ref("one"))
-            if question == "where its files are":
-                now[0] = 10_000.0  # the answer is too old: signed URLs expire
-                world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
-            demand = Demand()
-            opening = asyncio.create_task(world.source.open(key, demand))
-            await until(lambda: cancelled)
-            assert not opening.done()
-            demand.end()
-            with pytest.raises(FetchError, match="nobody waits"):
-                await opening
-            assert cancelled == [True]
-            assert not any(in_use(world))
-
-        await body()
+        if question == "where its shards are":
+            hand_out_an_index(world)
+            world.locator.shards = no_answer  # type: ignore[assignment,method-assign]
+        key = await world.source.resolve(world.ref("one"))
+        if question == "where its files are":
+            now[0] = 10_000.0  # the answer is too old: signed URLs expire
+            world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
+        demand = Demand()
+        opening = asyncio.create_task(world.source.open(key, demand))
+        await until(lambda: cancelled)
+        assert not opening.done()
+        demand.end()
+        with pytest.raises(FetchError, match="nobody waits"):
+            await opening
+        assert cancelled == [True]
+        assert not any(in_use(world))
 
 
 async def test_comparing_a_refused_entry_ends_with_the_demand(tmp_path: Path) -> None:
@@ -239,19 +210,16 @@ async def test_comparing_a_refused_entry_ends_with_the_demand(tmp_path: Path) ->
             await asyncio.Event().wait()
             raise AssertionError("unreachable")
 
-        async def body() -> None:
-            (await brought(world)).reader.close()
-            demand = Demand()
-            file = await opened(world, demand=demand)
-            now[0] = 10_000.0
-            world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
-            refusing = asyncio.create_task(file.refused(AdapterFormatError("it does not fit")))
-            await until(lambda: asked)
-            demand.end()
-            assert not await asyncio.wait_for(refusing, 5)
-            assert not any(in_use(world))
-
-        await body()
+        (await brought(world)).reader.close()
+        demand = Demand()
+        file = await opened(world, demand=demand)
+        now[0] = 10_000.0
+        world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
+        refusing = asyncio.create_task(file.refused(AdapterFormatError("it does not fit")))
+        await until(lambda: asked)
+        demand.end()
+        assert not await asyncio.wait_for(refusing, 5)
+        assert not any(in_use(world))
 
 
 def hand_out_an_index(world: RemoteWorld) -> None:
@@ -262,7 +230,7 @@ def hand_out_an_index(world: RemoteWorld) -> None:
 
     async def located(ref: AdapterRef) -> Located:
         found = await locate(ref)
-        index = world.locator._file(ref, INDEX_FILE, content)
+        index = world.locator.file(ref, INDEX_FILE, content)
         return replace(found, files=(found.files[0], index))
 
     def served(asked: Asked, client: Client) -> None:
@@ -295,13 +263,9 @@ async def test_a_hold_is_settled_when_all_of_it_is_here(
     monkeypatch.setattr(LocalHold, "settle", settled)
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
-
-        async def body() -> None:
-            key = await world.source.resolve(world.ref("one"))
-            (await brought(world)).reader.close()
-            hold = await world.source.populate(key)
-            assert told == ["here", "settled"]
-            assert len(open_below(tmp_path / "cache")) == 5  # the cache's own folders
-            hold.close()
-
-        await body()
+        key = await world.source.resolve(world.ref("one"))
+        (await brought(world)).reader.close()
+        hold = await world.source.populate(key)
+        assert told == ["here", "settled"]
+        assert len(open_below(tmp_path / "cache")) == 5  # the cache's own folders
+        hold.close()

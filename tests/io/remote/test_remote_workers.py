@@ -94,23 +94,19 @@ async def test_a_load_that_is_cancelled_twice_leaves_nothing_locked(tmp_path: Pa
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
         busy = Event()
-
-        async def body() -> None:
-            key = await world.source.resolve(world.ref("one"))
-            file = await world.source.open(key, Demand())
-            assert isinstance(file.reader, FetchReader)
-            world.server.behave = lambda *_: None
-            for _ in range(4):
-                world.workers.submit(busy.wait)
-            bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
-            for _ in range(20):
-                await asyncio.sleep(0.01)
-                bringing.cancel()
-            busy.set()
-            await asyncio.wait([bringing])
-            file.reader.close()
-
-        await body()
+        key = await world.source.resolve(world.ref("one"))
+        file = await world.source.open(key, Demand())
+        assert isinstance(file.reader, FetchReader)
+        world.server.behave = lambda *_: None
+        for _ in range(4):
+            world.workers.submit(busy.wait)
+        bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            bringing.cancel()
+        busy.set()
+        await asyncio.wait([bringing])
+        file.reader.close()
         assert not any(each.in_use for each in ls(world.cache))
 
 
@@ -118,35 +114,31 @@ async def test_who_is_cancelled_before_a_thread_opens_holds_no_entry(tmp_path: P
     with RemoteWorld(tmp_path / "cache") as world:
         stocked(world, tmp_path)
         busy = Event()
+        key = await world.source.resolve(world.ref("one"))
+        file = await world.source.open(key, Demand())
+        await world.source.bring(file, [], lambda _: None, Demand())
+        file.reader.close()
+        key = await world.source.resolve(world.ref("one"))
+        plain, found = world.workers.run, Event()
 
-        async def body() -> None:
-            key = await world.source.resolve(world.ref("one"))
-            file = await world.source.open(key, Demand())
-            await world.source.bring(file, [], lambda _: None, Demand())
-            file.reader.close()
-            key = await world.source.resolve(world.ref("one"))
-            plain, found = world.workers.run, Event()
+        async def run_late(*args: Any) -> object:
+            answer: object = await plain(*args)
+            if not found.is_set():
+                found.set()
+                for _ in range(4):
+                    world.workers.submit(busy.wait)
+            return answer
 
-            async def run_late(*args: Any) -> object:
-                answer: object = await plain(*args)
-                if not found.is_set():
-                    found.set()
-                    for _ in range(4):
-                        world.workers.submit(busy.wait)
-                return answer
-
-            world.workers.run = run_late  # type: ignore[method-assign, assignment]
-            opening = asyncio.create_task(world.source.open(key, Demand()))
-            await until(found.is_set)
-            await asyncio.sleep(0)
-            opening.cancel()
-            await asyncio.wait([opening])
-            assert opening.cancelled()
-            (entry,) = ls(world.cache)
-            assert not entry.in_use
-            busy.set()
-
-        await body()
+        world.workers.run = run_late  # type: ignore[method-assign, assignment]
+        opening = asyncio.create_task(world.source.open(key, Demand()))
+        await until(found.is_set)
+        await asyncio.sleep(0)
+        opening.cancel()
+        await asyncio.wait([opening])
+        assert opening.cancelled()
+        (entry,) = ls(world.cache)
+        assert not entry.in_use
+        busy.set()
 
 
 def test_closing_waits_for_nobody_who_opens() -> None:

@@ -116,18 +116,14 @@ async def test_which_version_then_where_layers_lie_then_layer_0(
     files = contents(adapter)
     with HubStandIn() as hub:
         id = f"org/name@{hub.put('org/name', files)}"
-
-        async def body() -> None:
-            hub.behave = rounds = Rounds(span_of_layer_0(files["adapter_model.safetensors"]))
-            async with over(hub, tmp_path, layers) as there:
-                await streamed(there, id, adapter, rounds, layers - 1)
-            rounds.expect(heads=2, layer_0=beyond)
-            begun = len(hub.asked)
-            async with over(hub, tmp_path, layers) as there:
-                await has(there, id, adapter)
-            assert len(hub.asked) == begun
-
-        await body()
+        hub.behave = rounds = Rounds(span_of_layer_0(files["adapter_model.safetensors"]))
+        async with over(hub, tmp_path, layers) as there:
+            await streamed(there, id, adapter, rounds, layers - 1)
+        rounds.expect(heads=2, layer_0=beyond)
+        begun = len(hub.asked)
+        async with over(hub, tmp_path, layers) as there:
+            await has(there, id, adapter)
+        assert len(hub.asked) == begun
 
 
 @SIZES
@@ -138,12 +134,8 @@ async def test_one_less_where_the_version_was_told_a_while_ago(
     files = contents(adapter)
     with HubStandIn() as hub:
         id = f"org/name@{hub.put('org/name', files)}"
-
-        async def body() -> None:
-            async with over(hub, tmp_path, layers) as there:
-                await given_up(there, id, hub)
-                hub.behave = rounds = Rounds(span_of_layer_0(files["adapter_model.safetensors"]))
-                await streamed(there, id, adapter, rounds, layers - 1)
-            rounds.expect(heads=0, layer_0=beyond)
-
-        await body()
+        async with over(hub, tmp_path, layers) as there:
+            await given_up(there, id, hub)
+            hub.behave = rounds = Rounds(span_of_layer_0(files["adapter_model.safetensors"]))
+            await streamed(there, id, adapter, rounds, layers - 1)
+        rounds.expect(heads=0, layer_0=beyond)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_server import Asked, Client, FaultServer, Hangup
-from web_folder import CONFIG, WEIGHTS, Folder
+from fault_server import Asked, Client, FaultServer
+from web_folder import CONFIG, WEIGHTS, Folder, hold
 
 import tiny
 from common import open_sockets, until
@@ -30,16 +30,6 @@ SOON = 8.0
 """Seconds that a healthy load may take here: a stalled request alone is waited for for 20."""
 
 STALLS = ("no head", "half a head", "config", "header", "weights")
-
-
-def hold(client: Client) -> None:
-    """Send nothing more until the other end closes the connection."""
-    client.socket.settimeout(0.05)
-    while not client.ending.is_set():
-        with suppress(TimeoutError):
-            if not client.socket.recv(1):
-                break
-    raise Hangup
 
 
 class Stalling(Folder):

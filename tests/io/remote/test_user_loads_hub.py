@@ -61,12 +61,8 @@ async def test_it_finds_what_a_load_has_stored(files: str, tmp_path: Path) -> No
     adapter, there = saved(tmp_path, files)
     with HubStandIn() as hub:
         commit = hub.put("org/name", there)
-
-        async def body() -> None:
-            async with over(hub, tmp_path, hub_cache="write") as ours:
-                assert await has(ours, "org/name", adapter) == commit
-
-        await body()
+        async with over(hub, tmp_path, hub_cache="write") as ours:
+            assert await has(ours, "org/name", adapter) == commit
         begun = len(hub.asked)
         snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
         assert not any(asked.at_store for asked in hub.asked[begun:]), "nothing comes again"
@@ -82,18 +78,14 @@ async def test_a_load_finds_what_it_has_stored(files: str, tmp_path: Path) -> No
         commit = hub.put("org/name", there)
         snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
         begun = len(hub.asked)
-
-        async def body() -> None:
-            async with over(hub, tmp_path, offline=True) as ours:
-                assert await has(ours, "org/name", adapter) == commit
-            async with over(hub, tmp_path) as ours:
-                assert await has(ours, f"org/name@{commit}", adapter) == commit
-            assert len(hub.asked) == begun
-            async with over(hub, tmp_path) as ours:
-                assert await has(ours, "org/name", adapter) == commit
-            assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}
-
-        await body()
+        async with over(hub, tmp_path, offline=True) as ours:
+            assert await has(ours, "org/name", adapter) == commit
+        async with over(hub, tmp_path) as ours:
+            assert await has(ours, f"org/name@{commit}", adapter) == commit
+        assert len(hub.asked) == begun
+        async with over(hub, tmp_path) as ours:
+            assert await has(ours, "org/name", adapter) == commit
+        assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}
     assert stored_in(tmp_path) == (0, 0)
     is_everybodys(tmp_path, commit, there)
 
@@ -104,18 +96,14 @@ async def test_private_ones_are_shared_only_with_consent(consent: bool, tmp_path
     ours_alone = AdapterRef("org/name", token=TOKEN)
     with HubStandIn() as hub:
         commit = hub.put("org/name", there, private_token=TOKEN)
-
-        async def body() -> None:
-            settings = {"hub_cache": "write", "hub_cache_private": consent}
-            async with over(hub, tmp_path, **settings) as ours:
-                assert await has(ours, ours_alone, adapter) == commit
-                with pytest.raises(AccessDeniedError, match="give a token"):
-                    await ours.load("org/name")
-                with pytest.raises(AdapterNotFoundError, match="none that the token") as caught:
-                    await ours.load("org/name", token="hf_another")
-                secretless(caught.value, TOKEN, "hf_another")
-
-        await body()
+        settings = {"hub_cache": "write", "hub_cache_private": consent}
+        async with over(hub, tmp_path, **settings) as ours:
+            assert await has(ours, ours_alone, adapter) == commit
+            with pytest.raises(AccessDeniedError, match="give a token"):
+                await ours.load("org/name")
+            with pytest.raises(AdapterNotFoundError, match="none that the token") as caught:
+                await ours.load("org/name", token="hf_another")
+            secretless(caught.value, TOKEN, "hf_another")
     if consent:
         is_everybodys(tmp_path, commit, there)
     else:
@@ -131,12 +119,8 @@ async def test_what_it_has_stored_with_a_token_is_for_who_may_have_it(tmp_path: 
         place = tmp_path / "hub"
         snapshot_download("org/name", token=TOKEN, cache_dir=place, endpoint=hub.endpoint)
         begun = len(hub.asked)
-
-        async def body() -> None:
-            async with over(hub, tmp_path) as ours:
-                with pytest.raises(AccessDeniedError, match="give a token"):
-                    await ours.load("org/name")
-                await has(ours, AdapterRef("org/name", token=TOKEN), adapter)
-
-        await body()
+        async with over(hub, tmp_path) as ours:
+            with pytest.raises(AccessDeniedError, match="give a token"):
+                await ours.load("org/name")
+            await has(ours, AdapterRef("org/name", token=TOKEN), adapter)
         assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}, "its bytes are here"

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import json
 import random
+import threading
 
 import pytest
-from fault_server import Asked, Client
-from web_folder import CONFIG, INDEX, WEIGHTS, World, refuse, world
+from fault_server import Asked, Client, FaultServer
+from fetching import Anywhere, LoopbackOnly
+from web_folder import CONFIG, INDEX, WEIGHTS, Folder, World, hold, refuse, world
 
-from common import Run
+from common import until
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.errors import (
     AccessDeniedError,
+    AdapterFormatError,
     AdapterNotFoundError,
     FetchError,
     InvalidAdapterIdError,
     UsageError,
 )
-from lorax_async.io.http.settings import PublicOnly
+from lorax_async.io.http.engine import RangeEngine
+from lorax_async.io.http.settings import HttpSettings, PublicOnly
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.ports import WEAK
+from lorax_async.io.remote.web import MAX_INDEX_BYTES, MAX_SHARDS, WebLocator
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 DATA = random.Random(7).randbytes(FIRST_BYTES + 10_000)
+
 FILES = {CONFIG: b'{"r": 4}', WEIGHTS: DATA}
 
 
@@ -58,38 +66,37 @@ async def test_a_folder_is_located_by_two_requests() -> None:
 async def test_both_are_asked_for_at_once() -> None:
     """Neither is answered before the other one was asked for."""
     with world(FILES) as it:
-        serve = it.folder
 
         def wait_for_both(asked: Asked, client: Client) -> None:
-            while len(serve.asked) < 2 and not client.ending.wait(0.005):
+            while len(it.folder.asked) < 2 and not client.ending.wait(0.005):
                 pass
-            serve._serve(asked.target.rpartition("/")[2], asked, client)
+            it.folder.serve(asked, client)
 
         it.folder.instead = {CONFIG: wait_for_both, WEIGHTS: wait_for_both}
         await it.locator.locate(it.ref())
 
 
-def located_version(run: Run, it: World, **fields: list[str]) -> str:
+async def located_version(it: World, **fields: list[str]) -> str:
     """With these fields for the config, or the weights."""
     names = {"config": CONFIG, "weights": WEIGHTS}
     it.folder.fields = {names[which]: lines for which, lines in fields.items()}
-    version: str = run(it.locator.locate(it.ref())).version
+    version: str = (await it.locator.locate(it.ref())).version
     return version
 
 
-def test_a_version_is_what_strong_etags_come_to(run: Run) -> None:
+async def test_a_version_is_what_strong_etags_come_to() -> None:
     with world(FILES) as it:
-        first = located_version(run, it)
+        first = await located_version(it)
         assert len(first) == 40
-        assert located_version(run, it) == first
+        assert await located_version(it) == first
         it.folder.files[WEIGHTS] = DATA[::-1]
-        assert located_version(run, it) == first, "the ETag is the server's word"
+        assert await located_version(it) == first, "the ETag is the server's word"
         seen = [
-            located_version(run, it, weights=['ETag: "another"']),
-            located_version(run, it, config=['ETag: "another"']),
-            located_version(run, it, weights=['ETag: "another"', "x-amz-version-id: a"]),
-            located_version(run, it, weights=['ETag: "another"', "x-amz-version-id: b"]),
-            located_version(run, it, weights=['ETag: "\xe9\xff"']),
+            await located_version(it, weights=['ETag: "another"']),
+            await located_version(it, config=['ETag: "another"']),
+            await located_version(it, weights=['ETag: "another"', "x-amz-version-id: a"]),
+            await located_version(it, weights=['ETag: "another"', "x-amz-version-id: b"]),
+            await located_version(it, weights=['ETag: "\xe9\xff"']),
         ]
         assert len({first, *seen}) == 6
         assert not any(version.startswith(WEAK) for version in [first, *seen])
@@ -99,45 +106,40 @@ UNNAMED = [[], ['ETag: W/"v1"'], ["ETag: v1"], ['ETag: ""'], ["ETag: *"], ['ETag
 
 
 @pytest.mark.parametrize("etag", UNNAMED)
-def test_without_a_strong_etag_a_version_is_weak(run: Run, etag: list[str]) -> None:
-    """All that was seen of the file counts."""
+async def test_without_a_strong_etag_a_version_is_weak(etag: list[str]) -> None:
+    """All that was seen of the file counts; what differs behind its beginning only does not."""
     dated = [*etag, "Last-Modified: Wed, 21 Oct 2026 07:28:00 GMT"]
+    unseen = DATA[:FIRST_BYTES] + bytes(len(DATA) - FIRST_BYTES)
     with world(FILES) as it:
-        versions = [located_version(run, it, weights=etag)]
-        assert located_version(run, it, weights=etag) == versions[0]
-        versions.append(located_version(run, it, weights=dated))
+        versions = [await located_version(it, weights=etag)]
+        it.folder.files[WEIGHTS] = unseen
+        assert await located_version(it, weights=etag) == versions[0]
+        versions.append(await located_version(it, weights=dated))
         for changed in (b"!" + DATA[1:], DATA + b"!"):
             it.folder.files[WEIGHTS] = changed
-            versions.append(located_version(run, it, weights=etag))
+            versions.append(await located_version(it, weights=etag))
         it.folder.files = FILES | {CONFIG: b'{"r": 8}'}
-        versions.append(located_version(run, it, weights=etag, config=[]))
-        versions.append(located_version(run, it, config=[]))
+        versions.append(await located_version(it, weights=etag, config=[]))
+        versions.append(await located_version(it, config=[]))
         assert len(set(versions)) == len(versions)
         assert all(version.startswith(WEAK) for version in versions)
 
 
-def test_what_a_weak_version_cannot_tell(run: Run) -> None:
-    """Of the same size, and different behind its beginning only."""
-    with world(FILES) as it:
-        version = located_version(run, it, weights=[])
-        it.folder.files[WEIGHTS] = DATA[:FIRST_BYTES] + bytes(len(DATA) - FIRST_BYTES)
-        assert located_version(run, it, weights=[]) == version
-
-
-def test_a_token_goes_to_the_server_and_nowhere_else(run: Run) -> None:
-    with world(FILES) as it:
-        located = run(it.locator.locate(it.ref(token="s3cret-token")))
-        sent = [asked.fields.get("authorization") for asked in it.folder.asked]
+async def test_a_token_goes_to_the_server_and_nowhere_else() -> None:
+    with world(FILES) as it, world(FILES) as elsewhere:
+        refs = {
+            it: [it.ref(token="s3cret-token"), it.ref(token="another"), it.ref()],
+            elsewhere: [elsewhere.ref(token="s3cret-token")],
+        }
+        located = [await at.locator.locate(ref) for at, each in refs.items() for ref in each]
+        sent = [asked.fields.get("authorization") for asked in it.folder.asked[:2]]
         assert sent == ["Bearer s3cret-token"] * 2
-        assert "s3cret" not in repr(located) + str(located)
-        others = [it.ref(token="another"), it.ref(token=None)]
-        scopes = [located.scope, *(run(it.locator.locate(ref)).scope for ref in others)]
-        assert len(set(scopes)) == 3
+        assert "s3cret" not in f"{located!r} {located}"
+        scopes = [each.scope for each in located]
+        assert len(set(scopes)) == 4, "what one server grants, another one does not"
         assert scopes[2] == ""
-        assert run(it.locator.locate(it.ref(token="s3cret-token", path="/two/"))).scope == scopes[0]
-        with world(FILES) as elsewhere:
-            there = run(elsewhere.locator.locate(elsewhere.ref(token="s3cret-token")))
-            assert there.scope not in scopes, "what one server grants, another one does not"
+        again = await it.locator.locate(it.ref(token="s3cret-token", path="/two/"))
+        assert again.scope == scopes[0]
 
 
 @pytest.mark.parametrize("token", ["s3cret\r\nHost: other", "s3cret\xe9", "s3cret ", ""])
@@ -147,28 +149,6 @@ async def test_what_is_no_token_is_not_sent(token: str) -> None:
             await it.locator.locate(it.ref(token=token))
         assert "s3cret" not in str(raised.value)
         assert it.folder.asked == []
-
-
-async def test_a_revision_is_the_version_or_the_etag_of_the_weights() -> None:
-    with world(FILES) as it:
-        it.folder.fields = {WEIGHTS: ['ETag: "the-weights"']}
-        version = (await it.locator.locate(it.ref())).version
-        for revision in (version, '"the-weights"', "the-weights"):
-            assert (await it.locator.locate(it.ref(revision=revision))).version == version
-        for revision in (version[:-1], f"{CONFIG}-1", "main"):
-            with pytest.raises(AdapterNotFoundError, match=version) as raised:
-                await it.locator.locate(it.ref(revision=revision))
-            assert not raised.value.retryable
-
-
-async def test_a_weak_etag_is_no_revision() -> None:
-    with world(FILES) as it:
-        it.folder.fields = {WEIGHTS: ['ETag: W/"v1"']}
-        version = (await it.locator.locate(it.ref())).version
-        assert (await it.locator.locate(it.ref(revision=version))).version == version
-        for revision in ('W/"v1"', '"v1"', "v1"):
-            with pytest.raises(AdapterNotFoundError):
-                await it.locator.locate(it.ref(revision=revision))
 
 
 async def test_a_digest_of_the_file_is_taken_from_the_fields() -> None:
@@ -196,25 +176,6 @@ async def test_what_is_not_there_is_named() -> None:
         assert sorted(it.folder.names) == [CONFIG, WEIGHTS, INDEX], "and nothing else is asked for"
 
 
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-@pytest.mark.parametrize(
-    ("status", "error"),
-    [
-        ("401 Unauthorized", AccessDeniedError),
-        ("403 Forbidden", AccessDeniedError),
-        ("500 Internal Server Error", FetchError),
-        ("418 I'm a teapot", FetchError),
-    ],
-)
-async def test_other_answers_are_errors(name: str, status: str, error: type[Exception]) -> None:
-    with world(FILES) as it:
-        it.folder.instead = {name: refuse(status)}
-        with pytest.raises(error, match=f"{name} .*status {status[:3]}") as raised:
-            await it.locator.locate(it.ref(token="s3cret"))
-        assert "s3cret" not in str(raised.value)
-        assert INDEX not in it.folder.names
-
-
 async def test_a_config_has_a_limit() -> None:
     with world(FILES, limits=Limits(max_config_bytes=8)) as it:
         await it.locator.locate(it.ref())
@@ -223,13 +184,199 @@ async def test_a_config_has_a_limit() -> None:
             await it.locator.locate(it.ref())
 
 
-async def test_the_rules_are_asked() -> None:
+def shard(number: int, count: int = 3) -> str:
+    return f"adapter_model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def index(*names: str) -> bytes:
+    """As transformers and PEFT's neighbours write it."""
+    weight_map = {
+        f"base_model.model.layers.{n}.lora_A.weight": name for n, name in enumerate(names)
+    }
+    return json.dumps({"metadata": {"total_size": 9}, "weight_map": weight_map}, indent=2).encode()
+
+
+ROLES = [FileRole("weights", n) for n in (1, 2, 3)]
+
+SHARDS = {shard(n): bytes([n]) * (FIRST_BYTES + n) for n in (1, 2, 3)}
+
+SEVERAL = {CONFIG: b"{}", INDEX: index(shard(1), shard(2), shard(2), shard(3)), **SHARDS}
+
+
+async def test_the_files_that_an_index_names() -> None:
+    with world(SEVERAL) as it:
+        located = await it.locator.locate(it.ref(token="t0ken"))
+        assert [file.role for file in located.files] == [CONFIG_FILE, INDEX_FILE]
+        assert located.files[1].answer is not None
+        assert located.files[1].answer.start == SEVERAL[INDEX]
+        asked = len(it.folder.asked)
+        files = await it.locator.shards(located, ROLES)
+        assert len(it.folder.asked) == asked == 6
+        assert [file.role for file in files] == ROLES
+        for file, (name, data) in zip(files, SHARDS.items(), strict=True):
+            assert file.target.name == name
+            assert file.answer is not None
+            assert (file.nbytes, file.answer.start) == (len(data), data[:FIRST_BYTES])
+        assert {each.fields["authorization"] for each in it.folder.asked} == {"Bearer t0ken"}
+        assert "t0ken" not in repr(located)
+
+
+async def test_the_version_is_that_of_every_file() -> None:
+    with world(SEVERAL) as it:
+        versions = [(await it.locator.locate(it.ref())).version]
+        for name in (CONFIG, INDEX, *SHARDS):
+            it.folder.fields = {name: ['ETag: "another"']}
+            versions.append((await it.locator.locate(it.ref())).version)
+        assert len(set(versions)) == 6
+        it.folder.fields = {shard(2): []}
+        assert (await it.locator.locate(it.ref())).version.startswith("weak-")
+        it.folder.fields = {INDEX: ['ETag: "v1"']}
+        for etag in ('"v1"', f"{CONFIG}-1", f"{shard(1)}-1"):
+            with pytest.raises(AdapterNotFoundError, match="revision"):
+                await it.locator.locate(it.ref(revision=etag))
+
+
+async def test_one_file_of_weights_comes_before_an_index() -> None:
+    with world(SEVERAL | {WEIGHTS: b"weights"}) as it:
+        located = await it.locator.locate(it.ref())
+        assert [file.target.name for file in located.files] == [CONFIG, WEIGHTS]
+        assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
+        with pytest.raises(AdapterFormatError, match=shard(1)):
+            await it.locator.shards(located, ROLES)
+
+
+async def test_a_file_that_is_missing_is_named() -> None:
+    files = dict(SEVERAL)
+    del files[shard(2)]
+    with world(files) as it, pytest.raises(AdapterNotFoundError, match=shard(2)):
+        await it.locator.locate(it.ref())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        index(shard(1, 2), shard(2, 2)),
+        index(shard(1, 3), shard(2, 4)),
+        index("other.safetensors", "../../adapter_model-00001-of-00003.safetensors"),
+        index(shard(0, 0)),
+        b"",
+        b"\xff{",
+    ],
+)
+async def test_what_names_other_files_is_refused(content: bytes) -> None:
+    """For three files; and nothing is asked for that the index does not name so."""
+    with world(SEVERAL | {INDEX: content, shard(1, 2): b"1", shard(2, 2): b"2"}) as it:
+        located = await it.locator.locate(it.ref())
+        with pytest.raises(AdapterFormatError, match=shard(1)):
+            await it.locator.shards(located, ROLES)
+        assert {name for name in it.folder.names if "-of-" in name} <= {shard(1, 2), shard(2, 2)}
+
+
+async def test_an_index_has_limits() -> None:
+    with world(SEVERAL | {INDEX: index(shard(1, MAX_SHARDS + 1))}) as it:
+        with pytest.raises(AdapterFormatError, match="257 files"):
+            await it.locator.locate(it.ref())
+        it.folder.files[INDEX] = b" " * (MAX_INDEX_BYTES + 1)
+        with pytest.raises(FetchError, match=f"{INDEX} has more than the 2,097,152 bytes"):
+            await it.locator.locate(it.ref())
+
+
+HEADER = json.dumps({"a": {"dtype": "U8", "shape": [400_000], "data_offsets": [0, 400_000]}})
+WITH_HEADER = len(HEADER).to_bytes(8, "little") + HEADER.encode() + bytes(400_000)
+
+
+class Hurried(threading.local):
+    """A clock by which everything takes long. How often other threads look at theirs is chance."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.2
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("etag", "least"),
+    [('"v1"', 8 + len(HEADER)), *((tag, FIRST_BYTES) for tag in (None, 'W/"weak"', "unquoted"))],
+)
+async def test_what_is_part_of_the_version_is_waited_for(etag: str | None, least: int) -> None:
+    """A slow answer ends with the header, unless its first bytes are all that tells the version."""
+    folder = Folder({CONFIG: b"{}", WEIGHTS: WITH_HEADER})
+    folder.fields = {name: [f"ETag: {etag}"] if etag else [] for name in folder.files}
+    with (
+        FaultServer(b"", folder) as server,
+        RangeEngine(HttpSettings(), network=LoopbackOnly(), clock=Hurried()) as asking,
+    ):
+        locator = WebLocator(asking, Anywhere(), Limits())
+        _, weights = (await locator.locate(AdapterRef(server.url("/folder/")))).files
+        assert weights.answer is not None
+        found = len(weights.answer.start)
+    assert least <= found <= (FIRST_BYTES - 1 if least < FIRST_BYTES else FIRST_BYTES)
+
+
+def stall(folder: Folder, *names: str) -> None:
+    folder.instead = {name: lambda _, client: hold(client) for name in names}
+
+
+@pytest.mark.each_loop
+async def test_the_first_failure_ends_both_questions() -> None:
+    with world({WEIGHTS: DATA}) as it:
+        stall(it.folder, WEIGHTS)
+        with pytest.raises(AdapterNotFoundError, match=CONFIG):
+            await it.locator.locate(it.ref())
+        await until(lambda: it.server.connected() <= 1)
+
+
+@pytest.mark.each_loop
+async def test_a_cancellation_ends_both_questions_and_waits_for_nothing() -> None:
+    others = asyncio.all_tasks()
+    with world(FILES) as it:
+        stall(it.folder, CONFIG, WEIGHTS)
+        task = asyncio.create_task(it.locator.locate(it.ref()))
+        await until(lambda: len(it.folder.asked) == 2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert asyncio.all_tasks() <= others
+        await until(lambda: not it.server.connected())
+        it.folder.instead = {}
+        assert (await it.locator.locate(it.ref())).files[1].nbytes == len(DATA)
+
+
+@pytest.mark.parametrize("weak", [False, True])
+async def test_a_revision_is_the_version_or_the_strong_etag_of_the_weights(weak: bool) -> None:
+    with world(FILES) as it:
+        etag = 'W/"the-weights"' if weak else '"the-weights"'
+        it.folder.fields = {WEIGHTS: [f"ETag: {etag}"]}
+        version = (await it.locator.locate(it.ref())).version
+        assert (await it.locator.locate(it.ref(revision=version))).version == version
+        for revision in (etag, '"the-weights"', "the-weights", version[:-1], f"{CONFIG}-1", "main"):
+            if not weak and "the-weights" in revision:
+                found = await it.locator.locate(it.ref(revision=revision))
+                assert found.version == version
+                continue
+            with pytest.raises(AdapterNotFoundError, match=version) as raised:
+                await it.locator.locate(it.ref(revision=revision))
+            assert not raised.value.retryable
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize("status", [401, 403, 500, 418])
+async def test_other_answers_are_errors(name: str, status: int) -> None:
+    with world(FILES) as it:
+        it.folder.instead = {name: refuse(f"{status} No")}
+        with pytest.raises(FetchError, match=f"{name} .*status {status}") as raised:
+            await it.locator.locate(it.ref(token="s3cret"))
+        assert isinstance(raised.value, AccessDeniedError) is (status in {401, 403})
+        assert "s3cret" not in str(raised.value)
+        assert INDEX not in it.folder.names
+
+
+async def test_what_is_not_allowed_or_in_no_folder_is_not_asked_for() -> None:
     with world(FILES, rules=PublicOnly()) as it:
         with pytest.raises(AccessDeniedError):
             await it.locator.locate(it.ref())
+        with pytest.raises(InvalidAdapterIdError, match="no folder behind a URL"):
+            await it.locator.locate(AdapterRef("org/name"))
         assert it.server.clients == []
-
-
-async def test_what_is_in_no_folder_is_not_looked_for_in_one() -> None:
-    with world(FILES) as it, pytest.raises(InvalidAdapterIdError, match="no folder behind a URL"):
-        await it.locator.locate(AdapterRef("org/name"))

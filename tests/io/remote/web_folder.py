@@ -1,12 +1,12 @@
-"""A server of a folder, which does as told; and a locator that may ask it."""
+"""Servers on loopback of folders of adapters, and a locator that may ask them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from fault_server import Asked, Behaviour, Client, FaultServer
+from fault_server import Asked, Behaviour, Client, FaultServer, Hangup
 from fetching import PATIENT, Anywhere, engine
 
 from lorax_async.adapter import AdapterRef
@@ -20,6 +20,35 @@ WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 
 
+def answer(asked: Asked, client: Client, data: bytes, *fields: str) -> None:
+    """The right one: the range that was asked for, or all of it."""
+    if asked.span is None:
+        client.head("200 OK", f"Content-Length: {len(data)}", *fields)
+        client.send(data)
+        return
+    start, stop = asked.span[0], min(asked.span[1], len(data))
+    client.part(start, stop, len(data), *fields)
+    client.send(data[start:stop])
+
+
+def name_of(asked: Asked) -> str:
+    return asked.target.rpartition("/")[2]
+
+
+def refuse(status: str) -> Behaviour:
+    return lambda asked, client: client.head(status, "Content-Length: 0")
+
+
+def hold(client: Client) -> None:
+    """Send nothing more until the other end closes the connection."""
+    client.socket.settimeout(0.05)
+    while not client.ending.is_set():
+        with suppress(TimeoutError):
+            if not client.socket.recv(1):
+                break
+    raise Hangup
+
+
 @dataclass
 class Folder:
     """Files by name, with the fields that each is sent with; what is not here is a 404."""
@@ -31,38 +60,24 @@ class Folder:
 
     def __call__(self, asked: Asked, client: Client) -> None:
         self.asked.append(asked)
-        name = asked.target.rpartition("/")[2]
+        name = name_of(asked)
         if name in self.instead:
             self.instead[name](asked, client)
         elif name in self.files:
-            self._serve(name, asked, client)
+            self.serve(asked, client)
         else:
             refuse("404 Not Found")(asked, client)
 
-    def _serve(self, name: str, asked: Asked, client: Client) -> None:
-        data = self.files[name]
-        fields = self.fields.get(name, [f'ETag: "{name}-1"'])
-        if asked.span is None:
-            client.head("200 OK", f"Content-Length: {len(data)}", *fields)
-            client.send(data)
-            return
-        start, stop = asked.span[0], min(asked.span[1], len(data))
-        client.part(start, stop, len(data), *fields)
-        client.send(data[start:stop])
+    def serve(self, asked: Asked, client: Client) -> None:
+        name = name_of(asked)
+        answer(asked, client, self.files[name], *self.fields.get(name, [f'ETag: "{name}-1"']))
 
     @property
     def names(self) -> list[str]:
-        return [asked.target.rpartition("/")[2] for asked in self.asked]
+        return [name_of(asked) for asked in self.asked]
 
 
-def refuse(status: str) -> Behaviour:
-    def behave(asked: Asked, client: Client) -> None:
-        client.head(status, "Content-Length: 0")
-
-    return behave
-
-
-@dataclass
+@dataclass(eq=False)
 class World:
     folder: Folder
     server: FaultServer
@@ -70,11 +85,7 @@ class World:
     locator: WebLocator
 
     def ref(
-        self,
-        token: str | None = None,
-        revision: str | None = None,
-        *,
-        path: str = "/adapters/one/",
+        self, token: str | None = None, revision: str | None = None, *, path: str = "/adapters/one/"
     ) -> AdapterRef:
         return AdapterRef(self.server.url(path), token=token, revision=revision)
 

@@ -1,0 +1,310 @@
+"""Object stores on loopback: SeaweedFS (S3), Azurite, a stand-in for Google, and how they are asked."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
+from functools import cache
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.request import Request, urlopen
+
+import pytest
+from fault_server import Asked, Client, until
+from web_folder import answer
+
+NOWHERE = "http://127.0.0.1:1"
+
+_OTHERS = ("AWS_", "GOOGLE_", "AZURE_", "MSI_", "IDENTITY_")
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ones, for all are taken at once."""
+    with ExitStack() as held:
+        found = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in found]
+
+
+@contextmanager
+def running(command: Sequence[str | Path], log: Path, ready: Callable[[], bool]) -> Iterator[None]:
+    """Until it is ready a minute may pass. At the end it is killed: what it wrote is nobody's."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        until(lambda: process.poll() is not None or ready(), 60)
+        assert process.poll() is None, log.read_text(errors="replace")[-2_000:]
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def status(
+    method: str, url: str, data: bytes | None = None, fields: dict[str, str] | None = None
+) -> int:
+    """Of the answer; 0 where there is none."""
+    try:
+        with urlopen(Request(url, data, fields or {}, method=method), timeout=20) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        error.close()
+        return error.code
+    except (URLError, OSError):
+        return 0
+
+
+def set_environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    """These, and nothing else by which obstore would find credentials, here or in a network."""
+    for name in list(os.environ):
+        if name.startswith(_OTHERS):
+            patch.delenv(name)
+    patch.setenv("AWS_METADATA_ENDPOINT", NOWHERE)
+    for name, value in values.items():
+        patch.setenv(name, value)
+
+
+S3_KEY, S3_SECRET = "AKIDOFTHETESTS", "the/secret+of/the+tests"
+
+REGION = "us-east-1"
+
+_VERSIONED = (
+    b'<VersioningConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+    b"<Status>Enabled</Status></VersioningConfiguration>"
+)
+
+
+@dataclass(frozen=True)
+class Weed:
+    """Its buckets: "adapters"; "versioned", which keeps versions; "public", which all may read."""
+
+    port: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": REGION,
+            "AWS_ACCESS_KEY_ID": S3_KEY,
+            "AWS_SECRET_ACCESS_KEY": S3_SECRET,
+        }
+
+    def ready(self) -> bool:
+        """Whether it takes objects, which is later than it listens."""
+        made = self._put("/adapters") in {200, 409}
+        return made and self._put("/adapters/ready", data=b"yes") == 200
+
+    def prepare(self) -> None:
+        assert self._put("/public") == 200
+        assert self._put("/versioned") == 200
+        assert self._put("/versioned", {"versioning": ""}, _VERSIONED) == 200
+
+    def _put(self, path: str, query: dict[str, str] | None = None, data: bytes = b"") -> int:
+        return status("PUT", self._signed("PUT", path, query or {}), data)
+
+    def _signed(self, method: str, path: str, query: dict[str, str]) -> str:
+        """By AWS Signature Version 4, in the query."""
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        scope = [now[:8], REGION, "s3", "aws4_request"]
+        query = query | {
+            "X-Amz-Algorithm": "AWS4-HMAC-SHA256",
+            "X-Amz-Credential": "/".join([S3_KEY, *scope]),
+            "X-Amz-Date": now,
+            "X-Amz-Expires": "60",
+            "X-Amz-SignedHeaders": "host",
+        }
+        text = "&".join(f"{name}={quote(query[name], safe='')}" for name in sorted(query))
+        host = f"127.0.0.1:{self.port}"
+        request = [method, path, text, f"host:{host}\n", "host", "UNSIGNED-PAYLOAD"]
+        digest = hashlib.sha256("\n".join(request).encode()).hexdigest()
+        key = f"AWS4{S3_SECRET}".encode()
+        for part in scope:
+            key = hmac.digest(key, part.encode(), "sha256")
+        signed = "\n".join(["AWS4-HMAC-SHA256", now, "/".join(scope), digest])
+        signature = hmac.digest(key, signed.encode(), "sha256").hex()
+        return f"http://{host}{path}?{text}&X-Amz-Signature={signature}"
+
+
+@contextmanager
+def weed(binary: str, root: Path) -> Iterator[Weed]:
+    """Its process, with all its parts on loopback; what it stores lies below `root`."""
+    ports = free_ports(8)
+    credentials = [{"accessKey": S3_KEY, "secretKey": S3_SECRET}]
+    identities = [
+        {
+            "name": "owner",
+            "credentials": credentials,
+            "actions": ["Admin", "Read", "Write", "List"],
+        },
+        {"name": "anonymous", "actions": ["Read:public", "List:public"]},
+    ]
+    (root / "s3.json").write_text(json.dumps({"identities": identities}))
+    (root / "data").mkdir()
+    names = ("master", "volume", "filer", "s3")
+    command = [
+        *(binary, "-logtostderr", "server", f"-dir={root / 'data'}", "-filer", "-s3"),
+        *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={root / 's3.json'}"),
+        *(f"-{name}.port={port}" for name, port in zip(names, ports[:4], strict=True)),
+        *(f"-{name}.port.grpc={port}" for name, port in zip(names, ports[4:], strict=True)),
+        # Volumes are claimed by sevens, for each bucket.
+        *("-volume.max=64", "-master.volumeSizeLimitMB=16", "-s3.iam=false"),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+    ]
+    server = Weed(ports[3])
+    with running(command, root / "weed.log", server.ready):
+        server.prepare()
+        yield server
+
+
+AZURE_ACCOUNT = "devstoreaccount1"
+
+AZURE_KEY = (
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
+
+"""What Azurite's documentation says they are."""
+
+
+@dataclass(frozen=True)
+class Azurite:
+    """Its container is "adapters"."""
+
+    port: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AZURE_STORAGE_ACCOUNT_NAME": AZURE_ACCOUNT,
+            "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY,
+            "AZURE_STORAGE_ENDPOINT": f"http://127.0.0.1:{self.port}/{AZURE_ACCOUNT}",
+            "AZURE_ALLOW_HTTP": "true",
+        }
+
+    def ready(self) -> bool:
+        """Whether the container is there, which is made by asking for it."""
+        now = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
+        fields = {"x-ms-date": now, "x-ms-version": "2021-08-06"}
+        texts = [f"{name}:{fields[name]}" for name in sorted(fields)]
+        path = f"/{AZURE_ACCOUNT}/adapters"
+        signed = ["PUT", *[""] * 11, *texts, f"/{AZURE_ACCOUNT}{path}", "restype:container"]
+        fields["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{_azure_signature(signed)}"
+        url = f"http://127.0.0.1:{self.port}{path}?restype=container"
+        return status("PUT", url, None, fields) in {201, 409}
+
+    def token(self) -> str:
+        """A shared access signature, with which the container may be read for an hour."""
+        end = (datetime.now(UTC) + timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        what = {"sp": "r", "se": end, "sv": "2020-12-06", "sr": "c"}
+        resource = f"/blob/{AZURE_ACCOUNT}/adapters"
+        signed = ["r", "", end, resource, "", "", "", what["sv"], "c", *[""] * 7]
+        return urlencode(what | {"sig": _azure_signature(signed)})
+
+
+def _azure_signature(lines: list[str]) -> str:
+    key = base64.b64decode(AZURE_KEY)
+    return base64.b64encode(hmac.digest(key, "\n".join(lines).encode(), "sha256")).decode()
+
+
+@contextmanager
+def azurite(binary: str, root: Path) -> Iterator[Azurite]:
+    """Its process on loopback; what it stores lies below `root`."""
+    (port,) = free_ports(1)
+    command = [
+        *(binary, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(root)),
+        *("--skipApiVersionCheck", "--disableTelemetry", "--silent"),
+    ]
+    server = Azurite(port)
+    with running(command, root / "azurite.log", server.ready):
+        yield server
+
+
+# -- Google ---------------------------------------------------------------------------------------
+
+GOOGLE_ACCOUNT = "tests@project.iam.gserviceaccount.com"
+GOOGLE = "storage.googleapis.com"
+"""What obstore signs for, wherever the base URL leads."""
+_SHA256 = bytes.fromhex("3031300d060960864801650304020105000420")
+"""What stands before a sha256 in an RSA signature (RFC 8017, section 9.2)."""
+
+
+@cache
+def google_key() -> tuple[str, int]:
+    """A service account's key made for these tests, and its modulus."""
+    make = ["openssl", "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"]
+    made = subprocess.run(make, capture_output=True, check=True, timeout=60)
+    tell = ["openssl", "rsa", "-noout", "-modulus"]
+    told = subprocess.run(tell, input=made.stdout, capture_output=True, check=True, timeout=60)
+    return made.stdout.decode(), int(told.stdout.partition(b"=")[2], 16)
+
+
+@dataclass
+class GoogleStandIn:
+    """Answers as Google's XML API does: to HEAD with a bearer's token, to GET with a signature."""
+
+    objects: dict[str, bytes] = field(default_factory=dict)
+    generation: int = 1
+    public: bool = False
+
+    def environment(self, port: int) -> dict[str, str]:
+        key = {
+            "type": "service_account",
+            "client_email": GOOGLE_ACCOUNT,
+            "private_key": google_key()[0],
+            "private_key_id": "made for tests",
+            "gcs_base_url": f"http://127.0.0.1:{port}",
+        }
+        return {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(key), "GOOGLE_ALLOW_HTTP": "true"}
+
+    def __call__(self, asked: Asked, client: Client) -> None:
+        method, target, _ = asked.line.split(" ")
+        bearer = asked.fields.get("authorization", "").startswith("Bearer ")
+        granted = self.public or (bearer if method == "HEAD" else self.opens(asked))
+        data = self.objects.get(unquote(urlsplit(target).path))
+        if not granted or data is None:
+            client.head("403 Forbidden" if not granted else "404 Not Found", "Content-Length: 0")
+            return
+        etag = f'ETag: "{hashlib.md5(data).hexdigest()}"'
+        tell = [etag, f"x-goog-generation: {self.generation}", f"Last-Modified: {formatdate(0)}"]
+        if method == "HEAD":
+            client.head("200 OK", f"Content-Length: {len(data)}", *tell)
+        else:
+            answer(asked, client, data, *tell)
+
+    def opens(self, asked: Asked) -> bool:
+        """By GOOG4-RSA-SHA256, as Google's documentation has it."""
+        parts = urlsplit(asked.target)
+        query = dict(parse_qsl(parts.query))
+        signature = query.pop("X-Goog-Signature", "0")
+        text = "&".join(f"{name}={quote(query[name], safe='')}" for name in sorted(query))
+        request = ["GET", parts.path, text, f"host:{GOOGLE}\n", "host", "UNSIGNED-PAYLOAD"]
+        digest = hashlib.sha256("\n".join(request).encode()).hexdigest()
+        email, _, scope = query.get("X-Goog-Credential", "").partition("/")
+        lines = [query.get("X-Goog-Algorithm", ""), query.get("X-Goog-Date", ""), scope, digest]
+        return email == GOOGLE_ACCOUNT and _signed_by_google("\n".join(lines), signature)
+
+
+def _signed_by_google(text: str, signature: str) -> bool:
+    """Whether it is the account's RSA PKCS #1 v1.5 signature of the text."""
+    modulus = google_key()[1]
+    length = (modulus.bit_length() + 7) // 8
+    end = _SHA256 + hashlib.sha256(text.encode()).digest()
+    padded = b"\0\1" + b"\xff" * (length - len(end) - 3) + b"\0" + end
+    return pow(int(signature, 16), 65_537, modulus) == int.from_bytes(padded)

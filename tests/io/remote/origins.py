@@ -1,0 +1,223 @@
+"""Every kind of server that adapters come from, behind one interface and a link that can be cut."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha1
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from fault_server import Asked, Client, FaultServer
+from hub_stand_in import HubStandIn
+from object_stores import GoogleStandIn, azurite, set_environment, weed
+from obstore.store import AzureStore, S3Store
+from olah import olah
+from slow_proxy import SlowProxy
+from stored import Bucket
+from user_loads import at, contents, loader
+from web_folder import answer, refuse
+
+import servers
+from lorax_async import AdapterLoader, Allow
+from servers import Nginx
+from tools import tool
+
+LAYERS = 8
+Files = dict[str, bytes]
+
+
+def _on(program: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.needs(program), pytest.mark.slow]
+
+
+KINDS: dict[str, list[pytest.MarkDecorator]] = {
+    "hub": [],
+    "folder": [],
+    "gs": [],
+    "python": [pytest.mark.slow],
+    "nginx": _on("nginx"),
+    "s3": _on("weed"),
+    "az": _on("azurite-blob"),
+    "rclone http": _on("rclone"),
+    "rclone webdav": _on("rclone"),
+    "olah": _on("olah-cli"),
+}
+VERSIONS = {"gs": "versions-", "s3": "etags-", "az": "etags-", "python": "weak-"}
+VERSIONS["rclone http"] = "weak-"
+OBSTORE = ("gs", "s3", "az")
+
+
+def on(*kinds: str) -> pytest.MarkDecorator:
+    """These kinds of server, or all of them."""
+    chosen = [pytest.param(kind, marks=KINDS[kind], id=kind) for kind in kinds or KINDS]
+    return pytest.mark.parametrize("origin", chosen, indirect=True)
+
+
+@dataclass
+class Origin:
+    """A place of one test alone at a server of that kind: its adapter, and loaders that may ask."""
+
+    kind: str
+    id: str
+    put_files: Callable[[Files], object]
+    link: SlowProxy
+    folder: Path
+    server: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, adapter: Path) -> None:
+        self.put_files(contents(adapter))
+
+    def loader(self, *allow: Allow, layers: int = LAYERS, **settings: Any) -> AdapterLoader:
+        given = self.settings | settings
+        given["allow"] = (*self.settings["allow"], *allow)
+        return loader(self.folder, layers=layers, **given)
+
+    @property
+    def other_id(self) -> str:
+        """Of an adapter that is not there."""
+        return f"{self.id.rstrip('/')}-other"
+
+
+@dataclass
+class Shelf:
+    """Folders on a server in this process, by their names, and strong ETags."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def __call__(self, asked: Asked, client: Client) -> None:
+        data = self.files.get(asked.target.removeprefix("/"))
+        if data is None:
+            refuse("404 Not Found")(asked, client)
+        else:
+            answer(asked, client, data, f'ETag: "{sha1(data).hexdigest()}"')
+
+
+@contextmanager
+def processes(folders: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """What begins a server in a process of its own when it is asked for it first."""
+    with ExitStack() as ends:
+
+        @cache
+        def begun(kind: str) -> Any:
+            folder = folders.mktemp(kind.replace(" ", "-"))
+            shelf = folder / "files"
+            program, _, protocol = kind.partition(" ")
+            if program == "nginx":
+                return ends.enter_context(servers.nginx(folder))
+            if program in {"s3", "az"}:
+                name, serve = {"s3": ("weed", weed), "az": ("azurite-blob", azurite)}[program]
+                return ends.enter_context(serve(str(tool(name)), folder))
+            shelf.mkdir()
+            if program == "rclone":
+                url = ends.enter_context(servers.rclone(protocol, shelf, folder))
+            else:
+                url = ends.enter_context(servers.pythons_own(shelf, folder))
+            return shelf, urlsplit(url).port
+
+        yield begun
+
+
+def _replaced_in(folder: Path, files: Files) -> None:
+    """Each a second later than the one before: their dates tell which they are."""
+    folder.mkdir(exist_ok=True)
+    seconds = 1_000_000_000 + int(time.monotonic() * 10)
+    for name, data in files.items():
+        place = folder / f"{name}.new"
+        place.write_bytes(data)
+        os.utime(place, (seconds, seconds))
+        place.rename(folder / name)
+
+
+def _of_hub(name: str, folder: Path, ends: ExitStack, *, mirrored: bool) -> Origin:
+    hub = ends.enter_context(HubStandIn())
+    port = int(hub.netloc.rpartition(":")[2])
+    if mirrored:
+        port = int(ends.enter_context(olah(folder, hub)).rpartition(":")[2])
+    link = ends.enter_context(SlowProxy(port))
+    allow = (Allow("hub"), at(f"127.0.0.1:{port}"), at(hub.store_netloc))
+    settings = {"hub_endpoint": f"http://127.0.0.1:{link.port}", "allow": allow}
+
+    def put(files: Files) -> str:
+        return hub.put(f"org/{name}", files)
+
+    return Origin("hub", f"org/{name}", put, link, folder, hub, settings)
+
+
+def _of_bucket(kind: str, name: str, begun: Callable[[str], Any], ends: ExitStack) -> Any:
+    """Where its server listens, how to put files there, and its environment behind a link."""
+    if kind == "gs":
+        google = GoogleStandIn()
+        port = ends.enter_context(FaultServer(b"", google)).port
+
+        def put(files: Files) -> None:
+            google.generation += 1
+            google.objects |= {f"/adapters/{name}/{file}": data for file, data in files.items()}
+
+        return port, put, google, google.environment
+    server = begun(kind)
+
+    def put_by_obstore(files: Files) -> None:
+        bucket = Bucket((S3Store if kind == "s3" else AzureStore)("adapters"))
+        for file, data in files.items():
+            bucket.put(f"{name}/{file}", data)
+
+    def environment(port: int) -> dict[str, str]:
+        variables: dict[str, str] = server.environment
+        return {
+            key: value.replace(f":{server.port}", f":{port}") for key, value in variables.items()
+        }
+
+    return server.port, put_by_obstore, server, environment
+
+
+def made(
+    kind: str,
+    name: str,
+    folder: Path,
+    begun: Callable[[str], Any],
+    ends: ExitStack,
+    patch: pytest.MonkeyPatch,
+) -> Origin:
+    if kind in {"hub", "olah"}:
+        return _of_hub(name, folder, ends, mirrored=kind == "olah")
+    server: Any
+    if kind in OBSTORE:
+        port, put, server, environment = _of_bucket(kind, name, begun, ends)
+        link = ends.enter_context(SlowProxy(port))
+        set_environment(patch, environment(link.port))
+        id, allow = f"{kind}://adapters/{name}", Allow(kind, "adapters")  # type: ignore[arg-type]
+        return Origin(kind, id, put, link, folder, server, {"allow": (allow,)})
+    if kind == "folder":
+        server = Shelf()
+        port = ends.enter_context(FaultServer(b"", server)).port
+
+        def put(files: Files) -> None:
+            server.files |= {f"{name}/{file}": data for file, data in files.items()}
+    elif kind == "nginx":
+        server = begun(kind)
+        assert isinstance(server, Nginx)
+        port = server.first
+
+        def put(files: Files) -> None:
+            for file, data in files.items():
+                server.put(f"{name}/{file}", data)
+    else:
+        server, port = begun(kind)
+
+        def put(files: Files) -> None:
+            _replaced_in(server / name, files)
+
+    link = ends.enter_context(SlowProxy(port))
+    netloc = f"127.0.0.1:{link.port}"
+    settings = (
+        {"allow": (at(netloc, f"{name}/"),)} if kind == "folder" else {"allow": (at(netloc),)}
+    )
+    return Origin(kind, f"http://{netloc}/{name}/", put, link, folder, server, settings)

@@ -1,0 +1,931 @@
+"""One adapter is served wrongly: each caller gets one typed error, or it comes right; others load."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_http_trust
+from fault_server import Asked, Client, FaultServer
+from fault_world import (
+    CHUNK,
+    FOLDERS,
+    Fault,
+    FaultyWorld,
+    assert_at_rest,
+    at,
+    begin,
+    bomb,
+    dripping,
+    in_an_hour,
+    is_weights,
+    loads_right,
+    long_without_length,
+    more_than_said,
+    other_etag,
+    other_size,
+    over,
+    part_of,
+    redirected,
+    redirected_for_ever,
+    refused_range,
+    reset,
+    short_without_length,
+    silent,
+    stalled,
+    status,
+    tagged,
+    truncated,
+    whole_in_place_of_range,
+    whole_without_length,
+    wrong_bytes,
+    wrong_range,
+)
+from fetching import PretendNetwork, engine
+from remote_world import PATIENT
+from test_http_trust import tls_server
+
+import tiny
+from common import until
+from lorax_async import (
+    AccessDeniedError,
+    AdapterFormatError,
+    AdapterHandle,
+    AdapterLoader,
+    AdapterNotFoundError,
+    AdapterTimeoutError,
+    CapacityError,
+    ConfigError,
+    FetchError,
+    FetchTimeoutError,
+    IntegrityError,
+    LoraxError,
+)
+from lorax_async.adapter import AdapterRef
+from lorax_async.config import Checking, Limits
+from lorax_async.core.cache_names import WEIGHTS_FILE
+from lorax_async.core.retries import Retries
+from lorax_async.events import Failed
+from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.http.settings import Timeouts
+from lorax_async.io.remote.beginning import FIRST_BYTES
+from lorax_async.io.remote.ports import Located
+from lorax_async.verification import Verification
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+
+certificate = test_http_trust.certificate
+
+PARTS = ("config", "header", "body")
+DAY = 86_400.0
+SECRET = "hf_swordfish"
+
+
+@pytest.fixture
+def settings() -> dict[str, object]:
+    return {}
+
+
+@pytest.fixture
+def world(tmp_path: Path, settings: dict[str, object]) -> Iterator[FaultyWorld]:
+    """It has "bad" and "good"."""
+    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", **settings) as world:
+        world.stock("bad")
+        world.stock("good", 1)
+        yield world
+
+
+def of(world: FaultyWorld, name: str) -> Path:
+    return world.adapters / name
+
+
+async def right_beside(loader: AdapterLoader, world: FaultyWorld, *names: str) -> None:
+    """These load right, at once, and then nothing is under way."""
+    loads = (loads_right(loader, world, of(world, name)) for name in names)
+    await asyncio.gather(*loads)
+    await assert_at_rest(loader, world)
+
+
+async def fails(world: FaultyWorld, ref: AdapterRef | None = None, **settings: Any) -> LoraxError:
+    """The error of a load of "bad" by two callers, beside one of "good"; and nothing is left."""
+    async with over(world, **settings) as loader:
+        loading = [loader.load(ref or world.ref("bad")) for _ in range(2)]
+        good = loads_right(loader, world, of(world, "good"))
+        first, second, _ = await asyncio.gather(*loading, good, return_exceptions=True)
+        assert isinstance(first, LoraxError), first
+        assert type(first) is type(second)
+        assert first is not second
+        await assert_at_rest(loader, world)
+    return first
+
+
+async def comes_right(world: FaultyWorld) -> None:
+    async with over(world) as loader:
+        await right_beside(loader, world, "bad", "good", "bad")
+        assert len(ls(world.cache)) == 2
+
+
+# -- what stays wrong -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is wrong, and what every caller is told."""
+
+    fault: Fault
+    kind: type[LoraxError]
+    words: str
+    retryable: bool = True
+    retry_after: tuple[float, float] | None = None
+    stage: str = "fetch"
+    promises: bool = True
+    verify: Checking = "stream"
+
+
+CASES = {
+    # the config
+    "config truncated": Case(at("config", truncated), FetchError, "closed the connection"),
+    "config short": Case(at("config", short_without_length), IntegrityError, "its source said"),
+    "config short, no promise": Case(
+        *(at("config", short_without_length), AdapterFormatError, "adapter_config.json"),
+        retryable=False,
+        stage="verify",
+        promises=False,
+    ),
+    "config long": Case(at("config", long_without_length), IntegrityError, "its source said"),
+    "config wrong": Case(at("config", wrong_bytes), IntegrityError, "sha256"),
+    "config bomb": Case(at("config", bomb), FetchError, "coded", retryable=False),
+    "config 401": Case(at("config", status("401 No")), AccessDeniedError, "401", retryable=False),
+    "config 404": Case(at("config", status("404 No")), AdapterNotFoundError, "404", False),
+    "config 418": Case(at("config", status("418 No")), FetchError, "418", retryable=False),
+    "config 500": Case(at("config", status("500 No")), FetchError, "500"),
+    "config 429 a day": Case(
+        *(at("config", status("429 No", "Retry-After: 86400")), FetchError, "429"),
+        retry_after=(DAY, DAY),
+    ),
+    "config loop": Case(at("config", redirected_for_ever), FetchError, "redirects", False),
+    # the beginning of the weights
+    "header short": Case(at("header", short_without_length), IntegrityError, "its source said"),
+    "header short, no promise": Case(
+        *(at("header", short_without_length), AdapterFormatError, "the file ends"),
+        retryable=False,
+        stage="verify",
+        promises=False,
+    ),
+    "header bomb": Case(at("header", bomb), FetchError, "coded", retryable=False),
+    "header of another size": Case(at("header", other_size), IntegrityError, "its source said"),
+    "header wrong range": Case(at("header", wrong_range), IntegrityError, "were asked for"),
+    "header 416": Case(at("header", status("416 No")), IntegrityError, "shorter"),
+    "header 503 until a date": Case(
+        at("header", in_an_hour()), FetchError, "503", retry_after=(3_000, 3_600)
+    ),
+    "header loop": Case(at("header", redirected_for_ever), FetchError, "redirects", False),
+    # the rest of the weights
+    "body truncated": Case(at("body", truncated), FetchError, "closed the connection"),
+    "body reset": Case(at("body", reset), FetchError, "ECONNRESET"),
+    "body wrong": Case(at("body", wrong_bytes), IntegrityError, "sha256", verify="before_use"),
+    "body of another ETag": Case(at("body", other_etag), IntegrityError, "changed"),
+    "body of another size": Case(at("body", other_size), IntegrityError, "changed"),
+    "body wrong range": Case(at("body", wrong_range), IntegrityError, "were asked for"),
+    "body 416": Case(at("body", status("416 No")), IntegrityError, "shorter"),
+    "body 416 of what it has": Case(at("body", refused_range), FetchError, "refuses a range"),
+    "body bomb": Case(at("body", bomb), FetchError, "coded", retryable=False),
+    "body 500": Case(at("body", status("500 No")), FetchError, "500"),
+    "body 429 in seconds": Case(
+        *(at("body", status("429 No", "Retry-After: 3")), FetchError, "429"),
+        retry_after=(3, 3),
+    ),
+    "body 503 until a date": Case(
+        at("body", in_an_hour()), FetchError, "503", retry_after=(3_000, 3_600)
+    ),
+    "body 429 a day": Case(
+        *(at("body", status("429 No", "Retry-After: 86400")), FetchError, "429"),
+        retry_after=(DAY, DAY),
+    ),
+    "body loop": Case(at("body", redirected_for_ever), FetchError, "redirects", False),
+}
+
+
+def check(error: object, case: Case) -> None:
+    assert isinstance(error, LoraxError)
+    assert type(error) is case.kind, error
+    assert case.words in error.problem
+    assert (error.id, error.stage) == ("bad", case.stage)
+    assert error.retryable is case.retryable
+    assert error.attempt == 1
+    assert error.story
+    if case.retry_after is None:
+        assert error.retry_after is None
+    else:
+        least, most = case.retry_after
+        assert error.retry_after is not None
+        assert least <= error.retry_after <= most
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_what_stays_wrong_is_told_to_each_caller(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", verify=case.verify) as world:
+        world.locator.promises = case.promises
+        world.stock("bad")
+        world.stock("good", 1)
+        world.faults["bad"] = case.fault
+        check(await fails(world), case)
+        partials = [listed.is_partial for listed in ls(world.cache)]
+        assert partials.count(False) == 1
+        if case.kind is IntegrityError:
+            assert not any(partials), "of what may be wrong nothing is kept"
+        if case.retry_after is not None and name.startswith("config"):
+            asked = [each for each in world.asked_of("bad") if part_of(each) == "config"]
+            assert len(asked) == 1, "nobody is asked again before the time is over"
+        world.faults.clear()
+        async with over(world) as loader:
+            await right_beside(loader, world, "bad")
+
+
+# -- what passes, or is odd and yet right ---------------------------------------------------------
+
+PASSING: dict[str, Fault] = {
+    "config truncated once": at("config", truncated, 1),
+    "config 500 twice": at("config", status("500 No"), 2),
+    "config 503 for a second": at("config", status("503 No", "Retry-After: 1"), 1),
+    "config more than said": at("config", more_than_said),
+    "config without length": at("config", whole_without_length),
+    "header truncated once": at("header", truncated, 1),
+    "header reset once": at("header", reset, 1),
+    "header more than said": at("header", more_than_said),
+    "body truncated twice": at("body", truncated, 2),
+    "body reset once": at("body", reset, 1),
+    "body 429 now": at("body", status("429 No", "Retry-After: 0"), 2),
+    "body 503 for a second": at("body", status("503 No", "Retry-After: 1"), 1),
+    "body 500 twice": at("body", status("500 No"), 2),
+    "body more than said": at("body", more_than_said),
+    "ranges, and then no ranges": at("body", whole_in_place_of_range),
+    "no ranges": whole_in_place_of_range,
+    "no ranges, no promise": whole_in_place_of_range,
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+async def test_what_passes_is_overcome(world: FaultyWorld, name: str) -> None:
+    world.locator.promises = "no promise" not in name
+    world.faults["bad"] = PASSING[name]
+    await comes_right(world)
+
+
+async def test_bytes_that_came_before_an_end_are_not_asked_for_again(world: FaultyWorld) -> None:
+    world.faults["bad"] = at("body", truncated, 1)
+    await comes_right(world)
+    spans = world.spans_of("bad")
+    assert len(set(spans)) == len(spans)
+    rests = [(a, c) for a, b in spans for c, d in spans if a < c and b == d]
+    assert len(rests) == 1, "one piece was gone on with"
+
+
+ETAGS = {
+    "quotes inside": '""a" or "b"',
+    "no quotes": "../../x",
+    "a path": '"../../../../etc/passwd"',
+    "8 KB": '"' + "x" * 8_000 + '"',
+    "not ASCII": '"\xe9\xff\xa0"',
+    "another request": '"%0d%0aX-Injected: 1"',
+    "tabs": '"a\tb"',
+    "empty": '""',
+    "weak": 'W/"v1"',
+    "a list": '"a", "b"',
+    "a star": "*",
+    "an end of its line": '"a"\r\nX-Injected: "b"',
+}
+
+
+@pytest.mark.parametrize("name", ETAGS)
+async def test_etags_are_sent_back_and_name_nothing(
+    world: FaultyWorld, name: str, tmp_path: Path
+) -> None:
+    """On the wire CR and LF end the field: what follows is another field of the response."""
+    world.faults["bad"] = tagged(ETAGS[name])
+    await comes_right(world)
+    assert {each.name for each in tmp_path.iterdir()} == {"cache", "adapters"}
+    sent = {each.fields.get("if-range") for each in world.asked_of("bad")} - {None}
+    assert sent == (set() if name == "weak" else {ETAGS[name].partition("\r")[0]})
+    assert not any("x-injected" in each.fields for each in world.server.asked)
+
+
+# -- sizes ----------------------------------------------------------------------------------------
+
+HEADER_LIMIT = 350_000
+LIMITS = Limits(max_header_bytes=HEADER_LIMIT, max_adapter_bytes=780_000)
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Make = Callable[[Path], tuple[bytes, bytes]]
+
+
+def padded_config(folder: Path) -> tuple[bytes, bytes]:
+    config, weights = tiny.files(folder)
+    return config + b" " * 300_000, weights
+
+
+def huge_header(folder: Path) -> tuple[bytes, bytes]:
+    """A header of 20,000,000 bytes, says the file; and it is as large as that."""
+    return tiny.files(folder)[0], struct.pack("<Q", 20_000_000) + b"{" + b" " * 20_000_100
+
+
+def padded_header(folder: Path) -> tuple[bytes, bytes]:
+    """A good one, but for spaces after it: a byte over the limit of this test."""
+    config, weights = tiny.files(folder)
+    (size,) = struct.unpack("<Q", weights[:8])
+    more = HEADER_LIMIT + 1 - size
+    header = weights[8 : 8 + size] + b" " * more
+    return config, struct.pack("<Q", size + more) + header + weights[8 + size :]
+
+
+def large(folder: Path) -> tuple[bytes, bytes]:
+    return tiny.files(tiny.write(folder, 0, 256))
+
+
+BOTH = {CONFIG, WEIGHTS}
+TOO_LARGE: dict[str, tuple[Make, type[LoraxError], str, set[str]]] = {
+    "config": (padded_config, AdapterFormatError, "max_config_bytes", set()),
+    "config, no promise": (padded_config, FetchError, "more than the 262,144 bytes", BOTH),
+    "weights": (large, AdapterFormatError, "max_adapter_bytes", set()),
+    "weights, no promise": (large, AdapterFormatError, "max_adapter_bytes", BOTH),
+    "a header over the limit": (padded_header, AdapterFormatError, "header", BOTH),
+    "a huge header, no promise": (huge_header, AdapterFormatError, "max_adapter_bytes", BOTH),
+}
+
+
+@pytest.mark.parametrize("settings", [{"limits": LIMITS}], ids=[""])
+@pytest.mark.parametrize("name", TOO_LARGE)
+async def test_what_is_too_large_is_not_fetched(world: FaultyWorld, name: str) -> None:
+    make, kind, words, asked = TOO_LARGE[name]
+    world.locator.promises = "no promise" not in name
+    world.put("bad", *make(of(world, "bad")))
+    error = await fails(world, limits=LIMITS)
+    assert type(error) is kind
+    assert words in error.problem
+    stage = "fetch" if kind is FetchError else "verify"
+    assert (error.stage, error.retryable) == (stage, False)
+    assert len(ls(world.cache)) == 1
+    assert {each.target.split("/")[-1] for each in world.asked_of("bad")} <= asked
+    assert set(world.spans_of("bad")) <= {(0, FIRST_BYTES)}
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+async def test_another_size_than_was_promised(world: FaultyWorld, name: str, by: int) -> None:
+    """The source says one byte more or less, and no digest."""
+    world.locator.misjudged = {f"bad/{name}": by}
+    error = await fails(world)
+    assert type(error) is IntegrityError
+    assert "its source said" in error.problem
+    assert (error.stage, error.retryable) == ("fetch", True)
+    world.locator.misjudged = None
+    async with over(world) as loader:
+        await right_beside(loader, world, "bad")
+
+
+async def test_a_cache_that_cannot_hold_it_says_so_at_once(tmp_path: Path) -> None:
+    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", cache_bytes=500_000) as world:
+        world.stock("bad", rank=256)
+        world.stock("good", 1, rank=100)
+        async with over(world) as loader:
+            await right_beside(loader, world, "good")
+            with pytest.raises(CapacityError, match=r"do not fit.*raise its budget") as caught:
+                await loader.load(world.ref("bad"))
+            assert (caught.value.stage, caught.value.retryable) == ("fetch", False)
+            assert world.spans_of("bad") == [(0, FIRST_BYTES)]
+            (stays,) = (listed for listed in ls(world.cache) if not listed.is_partial)
+            assert stays.nbytes > 300_000
+            await right_beside(loader, world, "good")
+
+
+async def test_of_two_that_do_not_fit_beside_each_other_both_come(tmp_path: Path) -> None:
+    """The second one waits for the room that the first one has while it is downloaded."""
+    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", cache_bytes=900_000) as world:
+        for seed, name in enumerate(("one", "two")):
+            world.stock(name, seed, rank=256)
+        async with over(world) as loader:
+            await right_beside(loader, world, "one", "two")
+            assert world.cache.used() <= world.cache_bytes
+            assert len(ls(world.cache)) == 1
+
+
+# -- where answers lead ---------------------------------------------------------------------------
+
+PUBLIC = "93.184.216.34"
+PRIVATE = {
+    "10.0.0.8": "http://10.0.0.8/x",
+    "192.168.1.1": "http://192.168.1.1:8080/x",
+    "169.254.169.254": "http://169.254.169.254/latest/meta-data",
+    "100.64.0.1": "http://shared.example/x",
+    "fd00::1": "http://[fd00::1]/x",
+    "::ffff:10.0.0.8": "http://[::ffff:10.0.0.8]/x",
+    "0.0.0.0": "http://0.0.0.0/x",
+}
+
+
+@pytest.fixture
+def network(certificate: Path) -> PretendNetwork:
+    """Only the world's server, and what is named, can be connected to."""
+    return PretendNetwork(names={"127.0.0.1": ["127.0.0.1"]})
+
+
+@pytest.fixture
+def pretending(network: PretendNetwork, certificate: Path, tmp_path: Path) -> Iterator[FaultyWorld]:
+    http = engine(network=network, ca_bundle=str(certificate))
+    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", http=http) as world:
+        network.ports["127.0.0.1"] = world.server.port
+        world.stock("bad")
+        world.stock("good", 1)
+        yield world
+
+
+async def denied(world: FaultyWorld, words: str, ref: AdapterRef | None = None) -> str:
+    """What is told of the refusal, in all that can be shown of it."""
+    error = await fails(world, ref)
+    assert type(error) is AccessDeniedError
+    assert words in error.problem
+    assert (error.stage, error.retryable) == ("fetch", False)
+    return f"{error} {error!r} {error.story} {error.key!r}"
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+@pytest.mark.parametrize("part", PARTS)
+async def test_nobody_is_led_to_a_private_address(
+    pretending: FaultyWorld, network: PretendNetwork, part: str, address: str
+) -> None:
+    network.names |= {host: [address] for host in (address, "shared.example")}
+    pretending.faults["bad"] = at(part, redirected(PRIVATE[address]))
+    assert "meta-data" not in await denied(pretending, "not public")
+    assert set(network.connected) == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("part", PARTS)
+async def test_https_does_not_become_http(
+    pretending: FaultyWorld, network: PretendNetwork, certificate: Path, part: str
+) -> None:
+    network.names["files.example"] = [PUBLIC]
+    with tls_server(certificate) as secure, FaultServer(b"") as plain:
+        network.ports[PUBLIC] = secure.port
+        pretending.locator.elsewhere["bad"] = "https://files.example"
+        fault = at(part, redirected(plain.url("/x")))
+        secure.behave = lambda asked, client: fault(pretending, asked, client)
+        await denied(pretending, "from https to http")
+        assert not plain.clients
+        assert secure.asked
+        pretending.engine.close()
+
+
+async def test_a_token_goes_to_its_own_origin_only(world: FaultyWorld) -> None:
+    with FaultServer(b"") as store:
+        store.behave = world.well
+        world.locator.there["bad"].token = SECRET
+        world.faults["bad"] = lambda world, asked, client: redirected(store.url(asked.target))(
+            world, asked, client
+        )
+        async with over(world) as loader:
+            mine = AdapterRef("bad", source="hub", token=SECRET)
+            async with await loader.load(mine) as handle:
+                tiny.assert_equal_to_file(handle, of(world, "bad"))
+            await right_beside(loader, world, "good")
+        assert all(SECRET in each.fields["authorization"] for each in world.asked_of("bad"))
+        assert all("authorization" not in each.fields for each in world.asked_of("good"))
+        assert len(store.asked) >= 3
+        assert not any(SECRET in each.raw for each in store.asked)
+        world.engine.close()
+
+
+@pytest.mark.parametrize("line", ["401 No", "403 No"])
+@pytest.mark.parametrize("part", PARTS)
+async def test_a_refusal_does_not_tell_the_token(world: FaultyWorld, part: str, line: str) -> None:
+    world.faults["bad"] = at(part, status(line))
+    mine = AdapterRef("bad", source="hub", token=SECRET)
+    assert SECRET not in await denied(world, line[:3], mine)
+    assert SECRET not in repr(mine)
+
+
+# -- names that sources give ----------------------------------------------------------------------
+
+NAMES = {
+    "upwards": "../../../../outside",
+    "absolute": "/etc/passwd",
+    "dots": "..",
+    "NUL": "a\0b",
+    "10 KB": "x" * 10_240,
+    "surrogates": "\ud800\udfff",
+    "lines": "a\r\nb\x1b[2J",
+    "empty": "",
+    "like an entry": "0" * 64,
+    "like a record": "record.json",
+    "a scheme": "file:///etc/passwd",
+}
+
+
+def assert_own_names(cache: Path) -> None:
+    """All names are digests and words of ours."""
+    words = FOLDERS | {CONFIG, WEIGHTS, "record.json"}
+    for name in {path.name for path in cache.rglob("*")} - words:
+        digest = name.removeprefix("scope.")
+        assert len(digest) == 64, name
+        assert not set(digest) - set("0123456789abcdef"), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("what", ["version", "source"])
+async def test_what_a_source_says_is_no_name_on_this_disk(
+    world: FaultyWorld, what: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile, real = NAMES[name], world.locator.locate
+
+    async def located(ref: AdapterRef) -> Located:
+        said = await real(ref)
+        if ref.text != "bad":
+            return said
+        if what == "version":
+            return Located(said.source, hostile, said.scope, said.files)
+        return Located(hostile, said.version, said.scope, said.files)
+
+    monkeypatch.setattr(world.locator, "locate", located)
+    async with over(world) as loader:
+        await loads_right(loader, world, of(world, "good"))
+        key = (await loads_right(loader, world, of(world, "bad"))).key
+    assert [listed.is_partial for listed in ls(world.cache)] == [False, False]
+    assert hostile in {key.location, getattr(key, "version", None)}
+    assert {each.name for each in tmp_path.iterdir()} == {"cache", "adapters"}
+    assert_own_names(tmp_path / "cache")
+    for record in (tmp_path / "cache" / "entries").glob("*/record.json"):
+        assert json.loads(record.read_text())["entry"] == record.parent.name
+        assert len(record.read_bytes()) < 4_000
+    world.locator.error = FetchError("it is down")
+    stale = AdapterRef("bad", source="hub", allow_stale=True)
+    async with over(world) as loader:
+        if name == "surrogates":  # no text, so that it is not noted either
+            with pytest.raises(FetchError, match="down"):
+                await loader.load(stale)
+        else:
+            async with await loader.load(stale) as handle:
+                assert (handle.key, handle.stale) == (key, True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_errors_with_such_names_are_short_and_printable(
+    world: FaultyWorld, name: str, tmp_path: Path
+) -> None:
+    world.locator.there["bad"].named = NAMES[name] or None
+    world.faults["bad"] = status("404 No")
+    text = str(await fails(world))
+    assert "404" in text
+    assert len(text) <= 1_000
+    assert text.isprintable()
+    assert_own_names(tmp_path / "cache")
+
+
+# -- bytes that are not the right ones, though all that was said of them is -----------------------
+
+
+def is_poisoned(handle: AdapterHandle) -> bool:
+    try:
+        assert handle.modules
+    except IntegrityError:
+        return True
+    return False
+
+
+async def told(loader: AdapterLoader, world: FaultyWorld, words: str) -> None:
+    """A load of "bad" fails, at once or, where nobody waits for the digest, after it is resident."""
+    failures: list[Failed] = []
+    end = loader.subscribe(lambda event: failures.append(event) if type(event) is Failed else None)
+    try:
+        handle = await loader.load(world.ref("bad"))
+    except IntegrityError as error:
+        assert words in error.problem
+    else:
+        async with handle:
+            await until(lambda: is_poisoned(handle))
+    end()
+    assert [type(event.error) for event in failures] == [IntegrityError]
+    assert words in failures[0].error.problem
+
+
+async def test_a_caller_who_has_wrong_bytes_already_is_told(world: FaultyWorld) -> None:
+    """The digest comes late: two hold the adapter's first layers by then."""
+    go_on = threading.Event()
+
+    def late(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        body = begin(world, asked, client)
+        client.send(body[:-1])
+        assert go_on.wait(20)
+        client.send(bytes([body[-1] ^ 1]))
+
+    world.faults["bad"] = at("body", late)
+    async with over(world) as loader:
+        async with loader.stream(world.ref("bad")) as one, loader.stream(world.ref("bad")) as two:
+            for handle in (one, two):
+                await handle.layer_ready(0)
+            go_on.set()
+            for handle in (one, two):
+                with pytest.raises(IntegrityError, match="sha256"):
+                    await handle.verified()
+                await until(lambda h=handle: is_poisoned(h))  # type: ignore[misc]
+                with pytest.raises(IntegrityError, match="sha256"):
+                    await handle.layer_ready(0)
+            assert loader.try_acquire(world.ref("bad")) is None
+        await assert_at_rest(loader, world)
+        assert not ls(world.cache)
+        world.faults.clear()
+        await right_beside(loader, world, "good", "bad")
+
+
+@pytest.mark.parametrize("verify", ["stream", "before_use"])
+async def test_what_nobody_promised_is_taken_and_named_so(tmp_path: Path, verify: Checking) -> None:
+    """Later on these bytes are what counts: others in their place are noticed."""
+    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", verify=verify) as world:
+        world.locator.promises = False
+        bad, _ = world.stock("bad"), world.stock("good", 1)
+        async with over(world) as loader:
+            async with await loader.load(world.ref("bad")) as handle:
+                tiny.assert_equal_to_file(handle, bad)
+                own = hashlib.sha256(world.locator.there["bad"].weights).hexdigest()
+                assert await handle.verified() == Verification("transport", own)
+            await right_beside(loader, world, "good")
+        for listed in ls(world.cache):
+            assert listed.record is not None
+            weights = listed.record.file(WEIGHTS_FILE)
+            assert weights is not None
+            assert weights.digest.kind == "transport"
+        alter(world, "bad")
+        async with over(world) as loader:
+            healthy = asyncio.create_task(loads_right(loader, world, of(world, "good")))
+            await told(loader, world, "changed")
+            await healthy
+            await assert_at_rest(loader, world)
+            await right_beside(loader, world, "bad")
+
+
+def alter(world: FaultyWorld, name: str) -> None:
+    """One bit of its weights in the cache; size and times stay as they are."""
+    content = world.locator.there[name].weights
+    files = (entry / WEIGHTS for entry in (world.folder / "entries").iterdir())
+    (path,) = (file for file in files if file.read_bytes() == content)
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([content[-5] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+async def test_a_file_that_is_replaced_meanwhile_under_the_same_tag(
+    world: FaultyWorld, tmp_path: Path
+) -> None:
+    """Neither ETag nor size tell: the digest does. The new version is another adapter."""
+    new = tiny.write(tmp_path / "new", 7, 128)
+
+    def other(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        data, etag = world.content(asked.target)
+        after = tiny.files(new)[1] if part_of(asked) == "body" else data
+        world.answer(asked, client, after, etag)
+
+    world.faults["bad"] = other
+    async with over(world) as loader:
+        healthy = asyncio.create_task(loads_right(loader, world, of(world, "good")))
+        await told(loader, world, "sha256 digest that was promised")
+        await healthy
+        await assert_at_rest(loader, world)
+        assert len(ls(world.cache)) == 1
+        world.faults.clear()
+        world.put("bad", *tiny.files(new))
+        async with await loader.load(world.ref("bad")) as handle:
+            tiny.assert_equal_to_file(handle, new)
+
+
+# -- sources that are down, and callers whom they refuse ------------------------------------------
+
+DOWN = FetchError("it is down", retry_after=7.0)
+
+
+async def test_a_caller_who_is_refused_is_given_nothing_old(world: FaultyWorld) -> None:
+    """A source that answers is not down."""
+    mine = AdapterRef("bad", source="hub", token="mine", allow_stale=True)
+    world.locator.there["bad"].token = "mine"
+    async with over(world) as loader:
+        async with await loader.load(mine) as handle:
+            tiny.assert_equal_to_file(handle, of(world, "bad"))
+        await assert_at_rest(loader, world)
+        world.locator.there["bad"].token = "another"
+        with pytest.raises(AccessDeniedError):
+            await loader.load(mine)
+        world.locator.error = DOWN
+        with pytest.raises(FetchError, match="down") as caught:
+            await loader.load(AdapterRef("bad", source="hub", allow_stale=True))
+        assert (caught.value.stage, caught.value.retryable) == ("resolve", True)
+        assert caught.value.retry_after == 7.0
+        await assert_at_rest(loader, world)
+
+
+async def test_half_of_an_adapter_is_not_served(world: FaultyWorld) -> None:
+    """The origin goes down in the midst of a download: a partial is no version to fall back to."""
+    world.faults["bad"] = at("body", status("503 No"))
+    version = world.locator.there["bad"].version
+    old = AdapterRef("bad", source="hub", allow_stale=True)
+    pinned = AdapterRef("bad", source="hub", revision=version, allow_stale=True)
+    async with over(world) as loader:
+        with pytest.raises(FetchError, match="503"):
+            await loader.load(world.ref("bad"))
+        assert [listed.is_partial for listed in ls(world.cache)] == [True]
+        world.locator.error = DOWN
+        for ref in (old, pinned):
+            with pytest.raises(FetchError, match="down"):
+                await loader.load(ref)
+        world.locator.error = None
+        world.faults.clear()
+        async with await loader.load(pinned) as handle:
+            tiny.assert_equal_to_file(handle, of(world, "bad"))
+        await assert_at_rest(loader, world)
+
+
+# -- what does not come, or too slowly ------------------------------------------------------------
+
+STALLS = {
+    f"{part}-{fault.__name__}": at(part, fault)
+    for part in PARTS
+    for fault in (silent, stalled, dripping)
+}
+HURRIED = Timeouts(read=1.5, slowest=1_000, over=1.2, idle=5.0)
+
+
+@pytest.mark.slow
+async def test_what_stalls_or_drips_ends_by_itself(tmp_path: Path) -> None:
+    """All of it at the same time, beside one adapter that comes: they hold up nobody."""
+    http = engine(32, timeouts=HURRIED, retries=Retries(attempts=2, base=0.01, most=0.02))
+    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", http=http) as world:
+        world.stock("good", 1)
+        world.faults |= STALLS
+        for name in STALLS:
+            world.stock(name)
+        async with over(world, max_slots=16) as loader:
+            loading = [loader.load(world.ref(name)) for name in STALLS]
+            good = loads_right(loader, world, of(world, "good"))
+            *ended, _ = await asyncio.gather(*loading, good, return_exceptions=True)
+            for name, error in zip(STALLS, ended, strict=True):
+                assert type(error) is FetchTimeoutError, (name, error)
+                assert (error.stage, error.retryable) == ("fetch", True)
+                assert error.retry_after is None
+            await assert_at_rest(loader, world)
+            world.faults.clear()
+            await right_beside(loader, world, *STALLS)
+
+
+@pytest.mark.parametrize("part", PARTS)
+async def test_a_deadline_ends_what_stalls(world: FaultyWorld, part: str) -> None:
+    world.faults["bad"] = at(part, stalled)
+    async with over(world) as loader:
+        healthy = asyncio.create_task(loads_right(loader, world, of(world, "good")))
+        with pytest.raises(AdapterTimeoutError, match=r"within 0\.7 s") as caught:
+            await loader.load(world.ref("bad"), timeout=0.7)
+        assert (caught.value.stage, caught.value.retryable) == ("fetch", True)
+        assert isinstance(caught.value, TimeoutError)
+        await healthy
+        await assert_at_rest(loader, world)  # a read would have waited for 20 s
+        world.faults.clear()
+        await loads_right(loader, world, of(world, "bad"))
+
+
+async def test_the_next_load_goes_on_where_the_deadline_was(world: FaultyWorld) -> None:
+    """Of two chunks the second one does not come in time."""
+    bad = world.stock("two-chunks", rank=168)
+    size = len(world.locator.there["two-chunks"].weights)
+    assert 2 * CHUNK - 10_000 < size < 2 * CHUNK
+
+    def held(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        if is_weights(asked) and asked.span and asked.span[1] > CHUNK:
+            client.stall()
+        world.well(asked, client)
+
+    world.faults["two-chunks"] = held
+    async with over(world) as loader:
+        with pytest.raises(AdapterTimeoutError):
+            await loader.load(world.ref("two-chunks"), timeout=1.0)
+        await assert_at_rest(loader, world)
+        (left,) = ls(world.cache)
+        assert left.is_partial
+        begun = len(world.spans_of("two-chunks"))
+        world.faults.clear()
+        await loads_right(loader, world, bad)
+        first, *rest = world.spans_of("two-chunks")[begun:]
+        assert first == (0, CHUNK), "the header is asked for again, and no more of it"
+        assert sum(stop - start for start, stop in rest) == size - CHUNK
+
+
+# -- a hint that is under way on a slow link holds up nobody who waits ----------------------------
+
+CONNECTIONS = 4
+MANY_LAYERS = 80
+"""Of 200 KB each: 16 MB, so that each connection has a piece to give up when it is asked to."""
+
+
+class Slow:
+    """Sends a little at a time, until it may go on as fast as it likes."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.sending = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, world: FaultyWorld, asked: Asked, client: Client) -> None:
+        body = begin(world, asked, client)
+        if part_of(asked) != "body":
+            client.send(body)
+            return
+        with self._lock:
+            self.sending += 1
+        try:
+            for start in range(0, len(body), 65_536):
+                client.send(body[start : start + 65_536])
+                self.go_on.wait(0.04)
+        finally:
+            with self._lock:
+                self.sending -= 1
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["another adapter", "what is hinted at"])
+async def test_a_load_gets_all_connections_of_a_prefetch(tmp_path: Path, same: bool) -> None:
+    """If it is of what is hinted at, it is one download still, which other hints do not hold up."""
+    http = engine(CONNECTIONS, timeouts=PATIENT)
+    layout = tiny.layout(layers=MANY_LAYERS)
+    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", http=http) as world:
+        for n, name in enumerate(("hinted", "wanted")):
+            world.stock(name, n, rank=256, layers=MANY_LAYERS)
+        slow = {"hinted": Slow(), "wanted": Slow()}
+        world.faults |= slow
+        hinted = [world.ref(name) for name in (("hinted", "wanted") if same else ("hinted",))]
+        async with over(world, layout, device_bytes=64 << 20) as loader:
+            hint = loader.prefetch(hinted)
+            await until(lambda: slow["hinted"].sending == (2 if same else CONNECTIONS))
+            loading = asyncio.create_task(loads_right(loader, world, of(world, "wanted")))
+            try:
+                await until(lambda: slow["wanted"].sending == CONNECTIONS)
+                assert not hint.done
+                slow["wanted"].go_on.set()
+                await loading
+            finally:
+                for each in slow.values():
+                    each.go_on.set()
+            await hint
+            await right_beside(loader, world, "hinted")
+        for name in slow:
+            assert len([span for span in world.spans_of(name) if span[0] == 0]) == 1
+
+
+# -- the folder of the cache ----------------------------------------------------------------------
+
+
+def open_to_all(folder: Path) -> Path:
+    folder.mkdir()
+    folder.chmod(0o777)
+    return folder
+
+
+def a_file(folder: Path) -> Path:
+    folder.write_text("not a folder")
+    return folder
+
+
+def of_another_user(folder: Path) -> Path:
+    """Of root; where we are root, of somebody else."""
+    if os.geteuid():
+        return Path("/usr")
+    folder.mkdir()
+    os.chown(folder, 12_345, 12_345)
+    return folder
+
+
+NOT_OURS = {
+    "others may write to it": (open_to_all, "chmod 700"),
+    "a file": (a_file, "Not a directory"),
+    "another user's": (of_another_user, "belongs to another user"),
+    "nobody may write there": (lambda folder: Path("/proc/self/cache"), "cannot be opened"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OURS)
+async def test_folders_that_cannot_be_our_cache(tmp_path: Path, name: str) -> None:
+    make, words = NOT_OURS[name]
+    with FaultyWorld(make(tmp_path / "cache"), tmp_path / "adapters") as world:
+        world.stock("bad")
+        async with over(world) as loader:
+            loading = (loader.load(world.ref("bad")) for _ in range(2))
+            errors = await asyncio.gather(*loading, return_exceptions=True)
+        for error in errors:
+            assert type(error) is ConfigError, error
+            assert words in error.problem
+            assert not error.retryable
+        assert errors[0] is not errors[1]
+        assert not world.asked_of("bad")

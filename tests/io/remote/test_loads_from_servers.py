@@ -1,0 +1,420 @@
+"""`loader.load` of an id alone, from every kind of server, as users do it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+from fault_server import until as wait_until
+from hub_stand_in import HubStandIn
+from object_stores import AZURE_KEY, S3_KEY, S3_SECRET
+from olah import committed, olah
+from origins import KINDS, LAYERS, OBSTORE, VERSIONS, Origin, made, on, processes
+from user_loads import (
+    CONNECTIONS,
+    at,
+    has,
+    loader,
+    missing_of,
+    secretless,
+    size_of,
+    stored_in,
+    streams,
+    until,
+    version_of,
+    written,
+)
+from user_loads import LAYERS as MANY
+
+import servers
+import split_files
+import tiny
+from lorax_async import (
+    AccessDeniedError,
+    AdapterLoader,
+    AdapterNotFoundError,
+    Allow,
+    FetchError,
+    IntegrityError,
+    InvalidAdapterIdError,
+)
+from lorax_async.adapter import AdapterRef
+from lorax_async.core.chunk_map import CHUNK_BYTES
+from lorax_async.io.remote.beginning import FIRST_BYTES
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "sockets", "hub_client")
+
+TOKEN = "the-token"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    with processes(tmp_path_factory) as begun:
+        yield begun
+
+
+@pytest.fixture
+def sockets(request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params.get("origin") not in OBSTORE:  # which keeps them for a moment
+        request.getfixturevalue("no_socket_left")
+
+
+@pytest.fixture
+def origin(
+    request: pytest.FixtureRequest,
+    begun: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Origin]:
+    name = re.sub(r"\W+", "-", request.node.name).strip("-")
+    with ExitStack() as ends:
+        yield made(request.param, name, tmp_path, begun, ends, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two that differ in every tensor; some 1 MB each."""
+    folder = tmp_path_factory.mktemp("saved")
+    return [written(folder / str(n), n, layers=LAYERS, rank=64) for n in range(2)]
+
+
+@on()
+async def test_what_is_put_in_its_place_is_the_next_load_and_not_the_one_before(
+    origin: Origin, adapters: list[Path]
+) -> None:
+    """By an ETag, a commit or a version, or else by its date. The cache has the old one still."""
+    origin.put(adapters[0])
+    async with origin.loader(revalidate=0) as there, await there.load(origin.id) as old:
+        await old.verified()
+        first = version_of(old)
+        weak = VERSIONS.get(origin.kind, "")
+        assert first.startswith(weak)
+        assert weak or not first.startswith("weak-")
+        assert await has(there, origin.id, adapters[0]) == first
+        assert stored_in(origin.folder) == (1, 0)
+        origin.put(adapters[1])
+        assert await has(there, origin.id, adapters[1]) != first
+        tiny.assert_equal_to_file(old, adapters[0])
+        assert await has(there, AdapterRef(origin.id, revision=first), adapters[0]) == first
+    assert stored_in(origin.folder) == (2, 0)
+
+
+@on(*(kind for kind in KINDS if kind != "folder"))
+async def test_while_the_server_is_down_the_cache_serves_what_is_pinned(
+    origin: Origin, adapters: list[Path]
+) -> None:
+    """What may have moved it serves to who says that it may be old, and offline."""
+    origin.put(adapters[0])
+    async with origin.loader() as there:
+        version = await has(there, origin.id, adapters[0])
+    origin.link.close()
+    async with origin.loader() as there:
+        async with await there.load(AdapterRef(origin.id, revision=version)) as pinned:
+            tiny.assert_equal_to_file(pinned, adapters[0])
+            assert not pinned.stale
+            with pytest.raises(FetchError, match="refuses connections|ECONNREFUSED") as caught:
+                await there.load(origin.id)
+            assert caught.value.retryable
+        async with await there.load(AdapterRef(origin.id, allow_stale=True)) as stale:
+            tiny.assert_equal_to_file(stale, adapters[0])
+            assert stale.stale
+    async with origin.loader(offline=True) as there:
+        await has(there, origin.id, adapters[0])
+
+
+@on()
+@pytest.mark.parametrize("cut", [split_files.split, split_files.deal])
+async def test_weights_in_several_files(
+    origin: Origin, cut: Callable[[Path, Path], Path], tmp_path: Path
+) -> None:
+    """Cut by huggingface_hub, and so that every file has a part of every layer."""
+    if origin.kind == "gs":
+        pytest.skip("the stand-in has no listings")
+    whole = written(tmp_path / "whole", 3, layers=16, rank=64)
+    origin.put(cut(whole, tmp_path / "several"))
+    async with origin.loader(layers=16) as there:
+        version = await has(there, origin.id, whole)
+    origin.link.close()
+    async with origin.loader(layers=16) as there:
+        await has(there, AdapterRef(origin.id, revision=version), whole)
+    assert stored_in(tmp_path) == (1, 0)
+
+
+@on()
+async def test_what_is_not_there_or_not_allowed_leaves_nothing(
+    origin: Origin, adapters: list[Path]
+) -> None:
+    origin.put(adapters[0])
+    missing = AccessDeniedError if origin.kind == "hub" else AdapterNotFoundError
+    async with origin.loader(at(f"127.0.0.1:{origin.link.port}"), Allow("s3", "none")) as there:
+        words = "give a token|to whoever has no token|adapter_config|no such bucket"
+        with pytest.raises(missing, match=words):
+            await there.load(origin.other_id)
+        if origin.kind == "s3":
+            with pytest.raises(AdapterNotFoundError, match="no such bucket"):
+                await there.load("s3://none/here")
+    async with loader(origin.folder, layers=LAYERS, allow=()) as there:
+        if origin.kind == "hub":
+            with pytest.raises(InvalidAdapterIdError):
+                await there.load(f"{origin.id}/../secrets")
+        else:
+            with pytest.raises(AccessDeniedError, match="Allow"):
+                await there.load(origin.id)
+    assert stored_in(origin.folder) == (0, 0)
+
+
+@on("folder")
+async def test_an_entry_allows_what_lies_below_its_prefix(
+    origin: Origin, adapters: list[Path]
+) -> None:
+    origin.put(adapters[0])
+    async with origin.loader() as there:
+        await has(there, origin.id, adapters[0])
+        outside = origin.id.replace(origin.id.split("/")[3], "secrets")
+        with pytest.raises(AccessDeniedError, match="Allow"):
+            await there.load(outside)
+        with pytest.raises(InvalidAdapterIdError):
+            await there.load(f"{origin.id}../secrets")
+
+
+@on("nginx", "s3", "az")
+async def test_the_first_layer_is_there_before_15_percent_of_the_bytes(
+    origin: Origin, tmp_path: Path
+) -> None:
+    large = written(tmp_path / "large")
+    origin.put(large)
+    async with origin.loader(layers=MANY, connections=CONNECTIONS) as there:
+        await streams(there, origin.id, large, origin.link)
+        await until(lambda: stored_in(tmp_path) == (1, 0))
+
+
+CREDENTIALS = {
+    "s3": ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"],
+    "az": ["AZURE_STORAGE_ACCOUNT_KEY"],
+}
+
+
+@on("s3", "az")
+async def test_wrong_credentials_open_nothing_that_right_ones_have_brought(
+    origin: Origin, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin.put(adapters[0])
+    async with origin.loader() as there:
+        await has(there, origin.id, adapters[0])
+    wrong = base64.b64encode(b"wrong" * 12).decode()
+    for name in CREDENTIALS[origin.kind]:
+        with monkeypatch.context() as patched:
+            patched.setenv(name, wrong)
+            async with origin.loader() as there:
+                with pytest.raises(AccessDeniedError, match="environment's cred") as caught:
+                    await there.load(origin.id)
+            secretless(caught.value, wrong, S3_SECRET, S3_KEY, AZURE_KEY, "Signature", "sig=")
+
+
+# -- nginx ----------------------------------------------------------------------------------------
+
+
+def name_of(origin: Origin) -> str:
+    return origin.id.rstrip("/").rpartition("/")[2]
+
+
+def lines(origin: Origin) -> list[str]:
+    """What was asked of one folder of nginx."""
+    return [line for line in origin.server.requests() if f"/{name_of(origin)}/" in line]
+
+
+def of_weights(origin: Origin) -> list[int]:
+    """How many bytes of the weights went out, by request."""
+    asked = [line for line in lines(origin) if ".safetensors" in line]
+    return [int(line.rpartition(" ")[2]) for line in asked]
+
+
+def second(origin: Origin) -> str:
+    return f"127.0.0.1:{origin.server.second}"
+
+
+def by_way_of(origin: Origin, way: str) -> str:
+    return origin.id.replace(name_of(origin), f"{way}{name_of(origin)}")
+
+
+@on("nginx")
+@pytest.mark.parametrize("way", ["", "moved/", "whole/", "untagged/"])
+async def test_each_byte_of_a_folder_comes_once(
+    origin: Origin, adapters: list[Path], way: str
+) -> None:
+    """By ranges; moved to another port; where ranges are not served (200); without ETags.
+
+    Gzip is on for all of them, and not asked for.
+    """
+    origin.put(adapters[0])
+    async with origin.loader(at(second(origin))) as there:
+        version = await has(there, by_way_of(origin, way), adapters[0])
+        assert version.startswith("weak-") is (way == "untagged/")
+    size = size_of(adapters[0])
+    wait_until(lambda: sum(of_weights(origin)) >= size)
+    if way == "whole/":
+        assert not any(" 206 " in line for line in lines(origin))
+        return
+    served = [line for line in lines(origin) if ".safetensors" in line and "302" not in line]
+    assert all(" 206 " in line for line in served)
+    # But for those that came slowly behind the header, on a busy machine.
+    sent = sum(int(line.rpartition(" ")[2]) for line in served)
+    assert size <= sent <= size + (0 if way == "untagged/" else FIRST_BYTES)
+
+
+@on("nginx")
+@pytest.mark.parametrize("allowed", ["nowhere else", "another folder", "another port", "there"])
+async def test_a_redirect_leads_only_where_it_is_allowed(
+    origin: Origin, adapters: list[Path], allowed: str
+) -> None:
+    """Else nothing is asked of where it leads, and nothing is kept."""
+    origin.put(adapters[0])
+    more = {
+        "nowhere else": (),
+        "another folder": (at(second(origin), "others/"),),
+        "another port": (at(f"127.0.0.1:{servers.free_port()}"),),
+        "there": (at(second(origin), f"{name_of(origin)}/"),),
+    }
+    async with origin.loader(*more[allowed]) as there:
+        moved = AdapterRef(by_way_of(origin, "moved/"), token="s3cret-token")
+        if allowed == "there":
+            await has(there, moved, adapters[0])
+        else:
+            with pytest.raises(AccessDeniedError, match="allow it explicitly") as caught:
+                await there.load(moved)
+            assert second(origin) in secretless(caught.value, "s3cret-token")
+    asked = [line for line in lines(origin) if f" {origin.server.second} " in line]
+    assert bool(asked) is (allowed == "there")
+    assert not any("s3cret-token" in line for line in asked)
+
+
+@on("nginx")
+async def test_a_token_opens_a_folder_for_who_has_it(origin: Origin, adapters: list[Path]) -> None:
+    """What one token was let have is not served to others, though it is in the cache."""
+    origin.put(adapters[0])
+    private = by_way_of(origin, "private/")
+    async with origin.loader() as there:
+        for _ in range(2):
+            for wrong in (None, "an0ther-token"):
+                with pytest.raises(AccessDeniedError, match="401") as caught:
+                    await there.load(private, token=wrong)
+                secretless(caught.value, "an0ther-token", TOKEN)
+            version = await has(there, AdapterRef(private, token=TOKEN), adapters[0])
+    origin.link.close()
+    async with origin.loader() as there:
+        pinned = AdapterRef(private, token=TOKEN, revision=version)
+        await has(there, pinned, adapters[0])
+        with pytest.raises(FetchError, match="ECONNREFUSED"):
+            await there.load(replace(pinned, token=None))
+
+
+@on("nginx", "folder")
+async def test_a_version_that_was_replaced_cannot_be_had_from_a_folder(
+    origin: Origin, adapters: list[Path]
+) -> None:
+    origin.put(adapters[0])
+    async with origin.loader() as there:
+        version = await has(there, origin.id, adapters[0])
+    origin.put(adapters[1])
+    async with origin.loader(cache_dir=origin.folder / "elsewhere") as there:
+        with pytest.raises(AdapterNotFoundError, match="is not what the URL leads to now"):
+            await there.load(origin.id, revision=version)
+
+
+@on("nginx")
+@pytest.mark.parametrize("way", ["", "untagged/"])
+async def test_what_is_replaced_on_the_way_is_noticed(
+    origin: Origin, adapters: list[Path], way: str
+) -> None:
+    """By its ETag, or else by its date. Nothing of it is kept, and the next load is the new one."""
+    origin.put(adapters[0])
+    id, link = by_way_of(origin, way), origin.link
+    async with origin.loader(revalidate=0) as there:
+        link.stop_after(100_000)  # of the first answer; what comes next is asked for later
+        loading = asyncio.create_task(there.load(id))
+        await until(lambda: link.stopped)
+        origin.put(adapters[1])
+        link.go_on()
+        with pytest.raises(IntegrityError, match="changed while it was read"):
+            await loading
+        await until(lambda: stored_in(origin.folder) == (0, 0))
+        await has(there, id, adapters[1])
+
+
+@on("nginx")
+@pytest.mark.parametrize("again", ["the same loader", "another loader"])
+async def test_what_was_cancelled_half_way_is_gone_on_with(
+    origin: Origin, again: str, tmp_path: Path
+) -> None:
+    """What is missing comes, and one chunk more for each connection at most, counted by nginx."""
+    large, link = written(tmp_path / "large"), origin.link
+    origin.put(large)
+    size = size_of(large)
+
+    async def resumed(there: AdapterLoader) -> tuple[int, int]:
+        """How much was missing, and what has come then."""
+        link.hang_up()
+        await until(lambda: not origin.server.connections())
+        link.go_on()
+        missing, before = missing_of(tmp_path, size), len(of_weights(origin))
+        await has(there, origin.id, large)
+        return missing, sum(of_weights(origin)[before:])
+
+    settings = {"layers": MANY, "connections": CONNECTIONS}
+    async with origin.loader(**settings) as there:
+        link.stop_after(size // 2)
+        loading = asyncio.create_task(there.load(origin.id))
+        await until(lambda: link.stopped and missing_of(tmp_path, size) < size)
+        loading.cancel()
+        await asyncio.wait([loading])
+        assert loading.cancelled()
+        await until(lambda: stored_in(tmp_path) == (0, 1))
+        if again == "the same loader":
+            missing, came = await resumed(there)
+    if again == "another loader":
+        async with origin.loader(**settings) as there:
+            missing, came = await resumed(there)
+    assert missing >= size // 2
+    assert came <= missing + CONNECTIONS * CHUNK_BYTES
+    assert stored_in(tmp_path) == (1, 0)
+
+
+# -- olah, over git repositories ------------------------------------------------------------------
+
+
+def ranged(url: str) -> int:
+    """The status of an answer to a range."""
+    with urlopen(Request(url, headers={"Range": "bytes=10-99"}), timeout=60) as answer:
+        answer.read()
+        return int(answer.status)
+
+
+@pytest.mark.needs("olah-cli")
+@pytest.mark.slow
+@pytest.mark.parametrize("lfs", [True, False], ids=["lfs", "blobs"])
+async def test_a_mirror_over_a_git_repository(
+    adapters: list[Path], lfs: bool, tmp_path: Path
+) -> None:
+    """It ignores ranges and says no length: what comes is read as the whole, with the next ones."""
+    name, files = "org/name", {path.name: path.read_bytes() for path in adapters[0].iterdir()}
+    commit = committed(tmp_path / "mirrors" / "models" / name, files, lfs=lfs)
+    with HubStandIn() as hub, olah(tmp_path, hub, tmp_path / "mirrors") as endpoint:
+        hub.put(name, files)  # it is asked whether the repository may be seen
+        hub.put("org/private", files, private_token=TOKEN)
+        assert ranged(f"{endpoint}/{name}/resolve/main/adapter_model.safetensors") == 200
+        async with loader(tmp_path, layers=LAYERS, hub_endpoint=endpoint) as there:
+            assert await has(there, name, adapters[0]) == commit
+            assert await has(there, AdapterRef(name, revision=commit), adapters[0]) == commit
+            with pytest.raises(AccessDeniedError, match="give a token"):
+                await there.load("org/private")
+            with pytest.raises(AdapterNotFoundError, match="no revision 'v9'"):
+                await there.load(f"{name}@v9")
+    assert stored_in(tmp_path) == (1, 0)

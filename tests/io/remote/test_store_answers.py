@@ -1,0 +1,330 @@
+"""Object stores that answer wrongly, late or not at all; and what needs no server to be refused."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+import test_http_trust
+from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, until
+from object_stores import set_environment
+from stored import located, locator
+from test_http_trust import tls_server
+from user_loads import secretless
+
+from common import open_sockets
+from common import until as later
+from lorax_async.adapter import AdapterRef
+from lorax_async.errors import (
+    AccessDeniedError,
+    ConfigError,
+    FetchError,
+    FetchTimeoutError,
+    IntegrityError,
+    InvalidAdapterIdError,
+    UsageError,
+)
+from lorax_async.io.http.settings import PublicOnly
+from lorax_async.io.http.target import Answer, Known
+from lorax_async.io.http.urls import parse_url
+from lorax_async.io.remote.buckets import Buckets
+from lorax_async.io.remote.store_ids import Folder, digest_of, folder_of, is_version, version_of
+from lorax_async.io.remote.stores import OriginAllowed, StoreLocator
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+certificate = test_http_trust.certificate
+
+ID = "s3://bucket/prefix/"
+
+
+def environment(patch: pytest.MonkeyPatch, server: FaultServer) -> None:
+    set_environment(
+        patch,
+        {
+            "AWS_ENDPOINT_URL": server.url("").rstrip("/"),
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "the-secret",
+            "AWS_TIMEOUT": "500ms",
+        },
+    )
+
+
+async def test_a_bucket_that_does_not_answer_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More questions than there are threads; whoever asks for another bucket is answered."""
+    hanging = []
+
+    def behave(asked: Asked, client: Client) -> None:
+        if asked.target.startswith("/stalls/"):
+            hanging.append(asked)
+            client.ending.wait(30)
+            raise Hangup
+        client.head("200 OK", *GOOD)
+
+    with FaultServer(b"", behave) as server, ThreadPoolExecutor(12, "lorax-test") as threads:
+        environment(monkeypatch, server)
+        monkeypatch.setenv("AWS_TIMEOUT", "15s")
+        made = StoreLocator(threads, PublicOnly())
+        try:
+            loads = [
+                asyncio.create_task(made.locate(AdapterRef(f"s3://stalls/{n}/"))) for n in range(20)
+            ]
+            await later(lambda: hanging)
+            async with asyncio.timeout(10):
+                found = await made.locate(AdapterRef("s3://answers/folder/"))
+            assert [file.nbytes for file in found.files] == [10, 10]
+            for load in loads:
+                load.cancel()
+            await asyncio.wait(loads)
+        finally:
+            made.close()
+            server._ending.set()
+
+
+GOOD = ("Last-Modified: Thu, 01 Jan 1970 00:00:00 GMT", "Content-Length: 10", 'ETag: "v1"')
+
+
+def of_names(behaviours: dict[str, Callable[[Client], None]]) -> Behaviour:
+    """By the end of the name; what is not among them is a good answer to HEAD."""
+
+    def behave(asked: Asked, client: Client) -> None:
+        path = asked.target.partition("?")[0].replace("%2E", ".").replace("%5F", "_")
+        for end, answer in behaviours.items():
+            if path.endswith(end):
+                answer(client)
+                return
+        client.head("200 OK", *GOOD)
+
+    return behave
+
+
+def status(line: str) -> Callable[[Client], None]:
+    return lambda client: client.head(line, "Content-Length: 0")
+
+
+async def test_who_gives_up_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads end by obstore's own deadline, and what they bring is nobody's."""
+    before = open_sockets()
+    with FaultServer(b"", lambda _, client: client.stall()) as server:
+        environment(monkeypatch, server)
+        with locator() as made:
+            asking = asyncio.create_task(made.locate(AdapterRef(ID)))
+            await later(lambda: server.asked)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+    until(lambda: open_sockets() <= before, 30)
+
+
+def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("obstore", "obstore.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"pip install 'lorax-async\[objects\]'"):
+        located(ID)
+
+
+def test_the_origin_of_a_signed_url_is_allowed_and_no_other() -> None:
+    own = parse_url("http://10.0.0.1:9000/bucket/key?sig")
+    rules = OriginAllowed(own.origin, PublicOnly())
+    private = ip_address("10.0.0.1")
+    assert rules.allows(own, 0)
+    assert rules.allows_address(own, private)
+    for other in ("http://10.0.0.1:9001/", "https://10.0.0.1:9000/", "http://10.0.0.2:9000/"):
+        assert not rules.allows_address(parse_url(other), private)
+    assert not rules.allows(parse_url("http://10.0.0.1/"), 1)
+    assert rules.allows(parse_url("https://example.com/"), 1), "as the inner rules have it"
+
+
+def test_connections_of_sixteen_buckets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultServer(b"", of_names({})) as server:
+        environment(monkeypatch, server)
+        buckets = Buckets()
+        for n in range(20):
+            assert buckets.head(Folder("s3", f"bucket-{n}", ""), "name") is not None
+        until(lambda: server.connected() == 16, 30)
+        buckets.close()
+        until(lambda: server.connected() == 0, 30)
+
+
+@pytest.mark.parametrize(
+    ("known", "right"),
+    [
+        (Known(10, '"v1"'), True),
+        (Known(None, '"v1"'), True),
+        (Known(10, '"v2"'), False),
+        (Known(11, '"v1"'), False),
+        (Known(10, None), False),
+    ],
+)
+def test_the_first_answer_is_about_the_file_that_was_told(
+    known: Known, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultServer(b"", of_names({})) as server:
+        environment(monkeypatch, server)
+        file = located(ID).files[1]
+    answer = Answer(file.target, file.target.place, known, {}, b"", ranges=True)
+    if right:
+        assert file.checked(answer) is answer
+        return
+    with pytest.raises(IntegrityError, match="replaced"):
+        file.checked(answer)
+
+
+@pytest.mark.parametrize(
+    ("ref", "folder"),
+    [
+        (AdapterRef("s3://my-bucket/a/b/"), Folder("s3", "my-bucket", "a/b/")),
+        (AdapterRef("s3://my-bucket/a/b"), Folder("s3", "my-bucket", "a/b/")),
+        (AdapterRef("gs://my_bucket.example.com/a"), Folder("gs", "my_bucket.example.com", "a/")),
+        (AdapterRef("az://container"), Folder("az", "container", "")),
+        (AdapterRef("az://container/"), Folder("az", "container", "")),
+        (AdapterRef("my-bucket/a", source="s3"), Folder("s3", "my-bucket", "a/")),
+    ],
+)
+def test_an_id_means_a_folder(ref: AdapterRef, folder: Folder) -> None:
+    assert folder_of(ref) == folder
+    assert folder_of(AdapterRef(str(folder))) == folder, "its text is an id of the same"
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        *("org/name", "http://host/a", "s3:/bucket/a", "s3://", "s3:///a", "://a"),
+        *("s3://ab/a", "s3://-bucket/a", "s3://bucket-/a", "s3://b..t/a", "s3://user@bucket/a"),
+        *("s3://bucket:80/a", "s3://bücket/a", "s3://buck%65t/a", f"s3://{'b' * 223}/a"),
+        *("s3://bucket//", "s3://bucket//a", "s3://bucket/a//b", "s3://bucket/a//"),
+        *("s3://bucket/../a", "s3://bucket/a/..", "s3://bucket/./a", "s3://bucket/a/."),
+        *("s3://bucket/a\n", "s3://bucket\n/a", "s3://bucket/a\0", "s3://bucket/\ud800"),
+        *("s3://bucket/a\u202eb", f"s3://bucket/{'ä' * 451}"),
+    ],
+)
+def test_what_names_no_folder(id: str) -> None:
+    with pytest.raises(InvalidAdapterIdError):
+        folder_of(AdapterRef(id))
+
+
+def test_versions_are_told_from_etags_and_version_ids() -> None:
+    assert is_version(version_of("etags", ["a"]))
+    assert is_version(f"{version_of('versions', ['a'])}-{digest_of(['b'])}")
+    for other in (
+        "",
+        "main",
+        "900150983cd24fb0d6963f7d28e17f72",
+        '"etags"',
+        "etags-",
+        "1700000000",
+    ):
+        assert not is_version(other)
+
+
+def test_other_words_are_another_version() -> None:
+    several = [["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["ab", "c", ""]]
+    assert len({version_of("etags", words) for words in several}) == len(several)
+
+
+HIDDEN = "words of the server"
+
+
+def says(line: str, *fields: str) -> Behaviour:
+    def behave(asked: Asked, client: Client) -> None:
+        body = b"" if asked.line.startswith("HEAD") else HIDDEN.encode()
+        client.head(line, f"Content-Length: {len(body)}", *fields)
+        client.send(body)
+
+    return behave
+
+
+def head(*fields: str) -> Behaviour:
+    return lambda asked, client: client.head("200 OK", *fields)
+
+
+def failing_listing(asked: Asked, client: Client) -> None:
+    """There is no file of weights by its name, and what else is there is not told."""
+    if "list-type=2" in asked.target:
+        says("500 No")(asked, client)
+    else:
+        of_names({"adapter_model.safetensors": status("404 Not Found")})(asked, client)
+
+
+NO_HELP: dict[str, tuple[Behaviour, type[FetchError], str, bool]] = {
+    "500": (says("500 Internal Server Error"), FetchError, "status 500", True),
+    "503": (says("503 Slow Down"), FetchError, "status 503", True),
+    "429": (says("429 Too Many Requests"), FetchError, "status 429", True),
+    "400": (says("400 Bad Request"), FetchError, "status 400", False),
+    "401": (says("401 Unauthorized"), AccessDeniedError, "environment's credentials", False),
+    "301": (says("301 Moved Permanently"), FetchError, "set AWS_REGION", False),
+    "a listing": (failing_listing, FetchError, "status 500", True),
+    "no ETag": (head(*GOOD[:2]), FetchError, "strong ETag", False),
+    "a weak ETag": (head(*GOOD[:2], 'ETag: W/"weak"'), FetchError, "strong ETag", False),
+    "silence": (lambda _, client: client.stall(), FetchTimeoutError, "in time", True),
+}
+
+
+@pytest.mark.parametrize(("behave", "kind", "words", "retryable"), NO_HELP.values(), ids=NO_HELP)
+def test_answers_that_are_no_help_are_errors_without_the_servers_words(
+    behave: Behaviour,
+    kind: type[FetchError],
+    words: str,
+    retryable: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FaultServer(b"", behave) as server:
+        environment(monkeypatch, server)
+        with pytest.raises(kind, match=words) as caught:
+            located(ID)
+        assert len(server.asked) <= 9, "each question is put three times at most"
+    assert caught.value.retryable is retryable
+    secretless(caught.value, HIDDEN, "the-secret", "AWS4", "Debug source")
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_who_may_not_list_is_denied_what_is_not_there(
+    index: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 answers 403 for 404 then, so the index is looked for all the same."""
+    listing = b"<ListBucketResult><Name>bucket</Name><Prefix>prefix/</Prefix>"
+    listing += b"<KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
+
+    def listed(client: Client) -> None:
+        client.head("200 OK", f"Content-Length: {len(listing)}")
+        client.send(listing)
+
+    behaviours = {"adapter_model.safetensors": status("403 Forbidden"), "/bucket": listed}
+    if not index:
+        behaviours["index.json"] = status("404 Not Found")
+    with FaultServer(b"", of_names(behaviours)) as server:
+        environment(monkeypatch, server)
+        if index:
+            assert located(ID).files[1].role.kind == "index"
+        else:
+            with pytest.raises(AccessDeniedError):
+                located(ID)
+
+
+def test_a_certificate_that_is_not_trusted(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tls_server(certificate) as server:
+        environment(monkeypatch, server)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://localhost:{server.port}")
+        with pytest.raises(FetchError, match="not trusted") as caught:
+            located(ID)
+    assert not caught.value.retryable
+
+
+async def test_a_token_and_ids_of_others_are_refused() -> None:
+    with locator() as made:
+        for ref in (AdapterRef(ID, token="the-token"), AdapterRef("org/name")):
+            with pytest.raises(UsageError) as caught:
+                await made.locate(ref)
+            assert "the-token" not in str(caught.value)
+            with pytest.raises(UsageError):
+                made.recalled(ref)

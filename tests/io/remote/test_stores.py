@@ -1,0 +1,383 @@
+"""Adapters in object stores: versions, signed URLs and secrets, the same in each kind of store."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, parse_qsl, urlsplit
+
+import pytest
+from fault_server import Asked, FaultServer, until
+from fetching import DATA, engine, fetched
+from object_stores import (
+    AZURE_KEY,
+    GOOGLE_ACCOUNT,
+    NOWHERE,
+    S3_KEY,
+    S3_SECRET,
+    Azurite,
+    GoogleStandIn,
+    Weed,
+    azurite,
+    set_environment,
+    weed,
+)
+from obstore.store import AzureStore, S3Store
+from stored import CONFIG, Bucket, brought, located, locator
+from user_loads import secretless
+
+from common import open_sockets
+from lorax_async.adapter import AdapterRef
+from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterNotFoundError,
+    FetchError,
+    IntegrityError,
+)
+from tools import tool
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+WEIGHTS = "adapter_model.safetensors"
+SHARDS = [FileRole("weights", n) for n in (1, 2)]
+SECRETS = (S3_KEY, S3_SECRET, AZURE_KEY, GOOGLE_ACCOUNT, "Signature", "X-Amz", "sig=")
+SIGNATURES = {"gs": "X-Goog-Signature", "s3": "X-Amz-Signature", "az": "sig="}
+
+ON_S3 = [pytest.mark.needs("weed"), pytest.mark.slow]
+ON_AZURE = [pytest.mark.needs("azurite-blob"), pytest.mark.slow]
+S3 = pytest.param("s3", marks=ON_S3)
+AZURE = pytest.param("az", marks=ON_AZURE)
+
+
+def on(*kinds: object) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("store", kinds, indirect=True)
+
+
+@dataclass
+class Store:
+    """A folder of this test alone, in a store of that kind."""
+
+    kind: str
+    path: str
+    server: GoogleStandIn | Weed | Azurite
+    bucket: str = "adapters"
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}://{self.bucket}/{self.path}"
+
+    def _as_obstore_sees_it(self) -> Bucket:
+        return Bucket({"s3": S3Store, "az": AzureStore}[self.kind](self.bucket))
+
+    def put(self, name: str, data: bytes) -> str | None:
+        """The version of the object, where the bucket keeps them."""
+        if isinstance(self.server, GoogleStandIn):
+            self.server.objects[f"/{self.bucket}/{self.path}{name}"] = data
+            self.server.generation += 1
+            return str(self.server.generation)
+        return self._as_obstore_sees_it().put(f"{self.path}{name}", data)
+
+    def put_adapter(self, weights: bytes = DATA, config: bytes = CONFIG) -> None:
+        self.put("adapter_config.json", config)
+        self.put(WEIGHTS, weights)
+
+    def etag(self, name: str = WEIGHTS) -> str:
+        return self._as_obstore_sees_it().etag(f"{self.path}{name}")
+
+    @property
+    def url(self) -> str:
+        """With which the weights are asked for."""
+        return located(self.id).files[1].target.url.text
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Weed | Azurite]]:
+    """Each begins when a test asks for it, and serves all of them."""
+    kinds: dict[str, tuple[str, Callable[[str, Path], Any]]] = {
+        "s3": ("weed", weed),
+        "az": ("azurite-blob", azurite),
+    }
+    with ExitStack() as ends:
+
+        @cache
+        def begun(kind: str) -> Weed | Azurite:
+            program, serve = kinds[kind]
+            folder = tmp_path_factory.mktemp(kind)
+            server: Weed | Azurite = ends.enter_context(serve(str(tool(program)), folder))
+            return server
+
+        yield begun
+
+
+@pytest.fixture
+def store(
+    request: pytest.FixtureRequest,
+    servers: Callable[[str], Weed | Azurite],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Store]:
+    kind, path = request.param, f"tests/{request.node.originalname}/"
+    if kind != "gs":
+        server = servers(kind)
+        set_environment(monkeypatch, server.environment)
+        yield Store(kind, path, server)
+        return
+    stand_in = GoogleStandIn()
+    with FaultServer(b"", stand_in) as google:
+        set_environment(monkeypatch, stand_in.environment(google.port))
+        yield Store(kind, path, stand_in)
+
+
+@on("gs", S3, AZURE)
+def test_an_adapter_comes_by_ranges_of_signed_urls_which_nothing_tells(store: Store) -> None:
+    store.put_adapter()
+    found = located(store.id)
+    assert [file.role for file in found.files] == [CONFIG_FILE, WEIGHTS_FILE]
+    assert [brought(file) for file in found.files] == [CONFIG, DATA]
+    assert [file.nbytes for file in found.files] == [len(CONFIG), len(DATA)]
+    assert found.source == store.id
+    assert found.version.startswith("versions-" if store.kind == "gs" else "etags-")
+    assert located(store.id.rstrip("/")).version == found.version
+    if store.kind != "gs":
+        assert found.files[1].etag == store.etag()
+    assert SIGNATURES[store.kind] in store.url, "or nothing was looked for"
+    assert found.scope.startswith("environment-")
+    for word in SECRETS:
+        assert word not in f"{found!r} {found}"
+
+
+@on("gs", S3, AZURE)
+def test_every_replaced_file_is_another_version(store: Store) -> None:
+    """A revision is what a handle told, or the weights' ETag or version; the old one is gone."""
+    store.put_adapter()
+    first = located(store.id)
+    known = {first.version}
+    if isinstance(store.server, GoogleStandIn):
+        known.add(str(store.server.generation))
+    else:
+        store.put_adapter()  # the same bytes
+        known |= {store.etag(), store.etag().strip('"')}
+    for revision in known:
+        assert located(store.id, revision).version == first.version
+    with locator() as made:
+        said = made.recalled(AdapterRef(store.id, revision=first.version))
+        assert said == (store.id, first.version, first.scope)
+        for other in (*(known - {first.version}), None):
+            assert made.recalled(AdapterRef(store.id, revision=other)) is None
+    store.put_adapter(config=CONFIG + b" ")
+    second = located(store.id)
+    store.put_adapter(weights=DATA[::-1], config=CONFIG + b" ")
+    third = located(store.id)
+    assert len({first.version, second.version, third.version}) == 3
+    assert brought(third.files[1]) == DATA[::-1]
+    for revision in (*known, "main"):
+        with pytest.raises(AdapterNotFoundError, match="only that can be had") as caught:
+            located(store.id, revision)
+        assert third.version in str(caught.value)
+
+
+@on(S3)
+def test_a_bucket_that_keeps_versions(store: Store) -> None:
+    store.bucket = "versioned"
+    store.put("adapter_config.json", CONFIG)
+    ids, found = [], []
+    for weights in (DATA[:100], DATA, DATA):
+        ids.append(store.put(WEIGHTS, weights))
+        found.append(located(store.id))
+    assert all(each.version.startswith("versions-") for each in found)
+    assert len({each.version for each in found}) == 3
+    assert located(store.id, ids[2]).version == found[2].version
+    with pytest.raises(AdapterNotFoundError, match="any more"):
+        located(store.id, ids[0])
+    assert brought(found[2].files[1]) == DATA
+
+
+@on(S3, AZURE)
+def test_a_file_that_is_replaced_on_the_way(store: Store) -> None:
+    store.put_adapter()
+    weights = located(store.id).files[1]
+    with engine() as fetching:
+        known = fetching.ask(weights.target, 5_000, timeout=20).done.result(30)
+        store.put(WEIGHTS, DATA[::-1])
+        with pytest.raises(IntegrityError, match="changed"):
+            fetched(fetching, known)
+        late = fetching.ask(weights.target, 5_000, timeout=20).done.result(30)
+        with pytest.raises(IntegrityError, match="replaced"):
+            weights.checked(late)
+
+
+@on(S3, AZURE)
+async def test_weights_in_several_files(store: Store) -> None:
+    """Azure's listings have ETags without quotes; those of answers have them."""
+    names = [f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    store.put("adapter_config.json", CONFIG)
+    store.put("adapter_model.safetensors.index.json", b"{}")
+    store.put(names[0], DATA)
+    with locator() as made:
+        early = await made.locate(AdapterRef(store.id))
+        assert [file.role for file in early.files] == [CONFIG_FILE, INDEX_FILE]
+        with pytest.raises(AdapterNotFoundError, match=r"no adapter_model-00002-of-00002\.saf"):
+            await made.shards(early, SHARDS)
+        store.put(names[1], DATA[:77])
+        whole = await made.locate(AdapterRef(store.id))
+        files = await made.shards(whole, SHARDS)
+        assert [file.role for file in files] == SHARDS
+        assert [file.etag for file in files] == [store.etag(name) for name in names]
+        assert [brought(file) for file in files] == [DATA, DATA[:77]]
+        store.put(names[1], DATA[1:78])
+        assert (await made.locate(AdapterRef(store.id))).version not in {
+            early.version,
+            whole.version,
+        }
+        with pytest.raises(IntegrityError, match="were replaced"):
+            await made.shards(whole, SHARDS)
+
+
+@on("gs", S3, AZURE)
+def test_what_is_not_there_is_named(store: Store) -> None:
+    """An empty folder, no such bucket, no config; weights are looked for by a listing."""
+    for id in (store.id, f"{store.kind}://no-such-bucket/prefix/"):
+        with pytest.raises(AdapterNotFoundError, match="no such bucket|no adapter_config"):
+            located(id)
+    store.put(WEIGHTS, b"x")
+    with pytest.raises(AdapterNotFoundError, match=r"adapter_config\.json"):
+        located(store.id)
+    if store.kind == "gs":  # the stand-in has no listings
+        return
+    store.path = f"{store.path}config/"
+    store.put("adapter_config.json", b"x")
+    with pytest.raises(AdapterNotFoundError, match="neither adapter_model"):
+        located(store.id)
+
+
+WRONG_KEY = base64.b64encode(b"wrong" * 12).decode()
+NO_ACCOUNT = '{"private_key": "secret words"}'
+ENVIRONMENTS = [
+    pytest.param("s3", "AWS_SECRET_ACCESS_KEY", "wrong", AccessDeniedError, marks=ON_S3),
+    pytest.param("s3", "AWS_ACCESS_KEY_ID", "wrong", AccessDeniedError, marks=ON_S3),
+    pytest.param("s3", "AWS_ENDPOINT_URL", NOWHERE, FetchError, marks=ON_S3),
+    pytest.param("s3", "AWS_ALLOW_HTTP", "false", FetchError, marks=ON_S3),
+    pytest.param("s3", "AWS_ACCESS_KEY_ID", None, FetchError, marks=ON_S3),
+    pytest.param("az", "AZURE_STORAGE_ACCOUNT_KEY", WRONG_KEY, AccessDeniedError, marks=ON_AZURE),
+    ("gs", "GOOGLE_SERVICE_ACCOUNT_KEY", NO_ACCOUNT, FetchError),
+]
+WORDS = {
+    "AWS_ENDPOINT_URL": "refuses connections",
+    "AWS_ALLOW_HTTP": "set AWS_ALLOW_HTTP",
+    "GOOGLE_SERVICE_ACCOUNT_KEY": "credentials in the environment",
+}
+
+
+@pytest.mark.parametrize(("store", "name", "value", "kind"), ENVIRONMENTS, indirect=["store"])
+def test_an_environment_that_opens_nothing_is_named_without_its_secrets(
+    store: Store,
+    name: str,
+    value: str | None,
+    kind: type[FetchError],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without credentials the machine's are asked for, and there are none."""
+    store.put_adapter()
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    denied = "environment's credentials|refuses connections|credentials in the environment"
+    with pytest.raises(kind, match=WORDS.get(name, denied)) as caught:
+        located(store.id)
+    assert caught.value.retryable is not (kind is AccessDeniedError or value == "false")
+    secretless(caught.value, *SECRETS, WRONG_KEY, "secret words")
+    assert caught.value.__context__ is None, "obstore's own texts are longer"
+
+
+@on("gs", S3)
+def test_a_public_bucket_without_credentials(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.bucket = "public"
+    store.put_adapter()
+    signed = located(store.id)
+    base = str(signed.files[0].target.url.origin)
+    if isinstance(store.server, GoogleStandIn):
+        google = {"GOOGLE_SKIP_SIGNATURE": "true", "GOOGLE_BASE_URL": base}
+        set_environment(monkeypatch, google | {"GOOGLE_ALLOW_HTTP": "true"})
+        monkeypatch.setenv("HOME", "/nowhere")  # or an account known there would be looked at
+        with pytest.raises(AccessDeniedError):
+            located(store.id)
+        store.server.public = True
+    else:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    found = located(store.id)
+    assert "?" not in found.files[1].target.url.text
+    assert brought(found.files[1]) == DATA
+    assert (found.version, found.scope) == (signed.version, "")
+
+
+@on("gs")
+def test_googles_url_opens_one_object_for_as_long_as_was_asked(store: Store) -> None:
+    """The stand-in checks the signature: what is changed in such a URL opens nothing."""
+    assert isinstance(store.server, GoogleStandIn)
+    store.put_adapter()
+    url = urlsplit(store.url)
+    assert url.path == f"/adapters/{store.path}{WEIGHTS}"
+    query = dict(parse_qsl(url.query))
+    assert query["X-Goog-Algorithm"] == "GOOG4-RSA-SHA256"
+    assert (query["X-Goog-Expires"], query["X-Goog-SignedHeaders"]) == ("600", "host")
+    line = f"GET {url.path}?{url.query} HTTP/1.1"
+    assert store.server.opens(Asked(line, {}, ""))
+    for old, new in (("X-Goog-Expires=600", "X-Goog-Expires=601"), ("Signature=", "Signature=1")):
+        assert old in line
+        assert not store.server.opens(Asked(line.replace(old, new), {}, ""))
+
+
+@on(AZURE)
+def test_azures_token_that_somebody_else_signed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a token can sign nothing; it opens URLs as it is."""
+    assert isinstance(store.server, Azurite)
+    store.put_adapter()
+    signed, token = located(store.id), store.server.token()
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", f"?{token}")
+    found = located(store.id)
+    assert brought(found.files[1]) == DATA
+    assert found.version == signed.version
+    assert found.scope != signed.scope
+    signature = parse_qs(token)["sig"][0]
+    assert signature not in repr(found)
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", token.replace("se=2", "se=1"))
+    with pytest.raises(AccessDeniedError) as caught:
+        located(store.id)
+    secretless(caught.value, signature)
+
+
+@on(S3)
+async def test_a_signed_url_ends(store: Store) -> None:
+    store.put_adapter()
+    with locator(signed_for=1) as made, engine() as fetching:
+        weights = (await made.locate(AdapterRef(store.id))).files[1]
+
+        def expired() -> AccessDeniedError | None:
+            error = fetching.ask(weights.target, 10, timeout=20).done.exception(30)
+            return error if isinstance(error, AccessDeniedError) else None
+
+        until(expired, 30)
+        assert store.path not in secretless(expired(), *SECRETS)
+        again = (await made.locate(AdapterRef(store.id))).files[1]
+        assert again.target.url.target != weights.target.url.target
+
+
+@on(S3)
+async def test_connections_end_with_the_locator(store: Store) -> None:
+    store.put_adapter()
+    before = open_sockets()
+    with locator() as made:
+        await made.locate(AdapterRef(store.id))
+        assert open_sockets() > before
+    until(lambda: open_sockets() <= before, 30)
