@@ -35,7 +35,7 @@ from mutants.mutation import (
 DISK = "io/test_disk_cache.py"
 PROCESSES = "io/test_disk_cache_processes.py"
 FAILURES = "io/test_disk_cache_failures.py"
-HUB = "io/remote/test_hub_cache_writing.py"
+HUB = "io/remote/test_hub_cache.py"
 
 PUBLISHED = f"{FAILURES}::test_all_is_on_the_disk_before_it_is_published"
 RESUMABLE = f"{FAILURES}::test_what_is_left_is_on_the_disk_before_it_is_trusted"

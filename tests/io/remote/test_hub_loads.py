@@ -1,19 +1,44 @@
-"""Whose ids the hub is asked about with this machine's own token, and what that token brought."""
+"""Loads from the hub: round trips, whose token they use, and the cache that other tools share."""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import struct
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from answering_server import Asked, Reply
 from hub_stand_in import HubStandIn
-from huggingface_hub import constants, snapshot_download
-from user_loads import at, contents, has, loader, written
+from huggingface_hub import (
+    constants,
+    hf_hub_download,
+    scan_cache_dir,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from user_loads import (
+    LAYERS,
+    RANK,
+    at,
+    contents,
+    has,
+    loader,
+    secretless,
+    stored_in,
+    until,
+    written,
+)
 
+import split_files
+import tiny
 from lorax_async import (
     AccessDeniedError,
     AdapterLoader,
+    AdapterNotFoundError,
     AdapterRef,
     Allow,
     FetchError,
@@ -23,11 +48,161 @@ from lorax_async import (
     UsageError,
     parse_adapter_id,
 )
+from lorax_async.core.spans import Span
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
+PATIENCE = 40.0
+
+
+def span_of_layer_0(weights: bytes) -> Span:
+    """By the header, as the format has it."""
+    (length,) = struct.unpack("<Q", weights[:8])
+    entries = json.loads(weights[8 : 8 + length]).items()
+    spans = [entry["data_offsets"] for name, entry in entries if ".layers.0." in name]
+    starts, stops = zip(*spans, strict=True)
+    return 8 + length + min(starts), 8 + length + max(stops)
+
+
+@dataclass
+class Rounds:
+    """What is asked before layer 0 is there, by round; what is not for layer 0 waits until then."""
+
+    layer_0: Span
+    heads: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
+    begins: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
+    is_there: threading.Event = field(default_factory=threading.Event)
+    rounds: list[str] = field(default_factory=list)
+
+    def __call__(self, asked: Asked) -> None:
+        if self.is_there.is_set():
+            return
+        if asked.method == "HEAD":
+            self.heads.wait(PATIENCE)
+            self.rounds.append("head")
+        elif "range" not in asked.fields or asked.fields["range"].startswith("bytes=0-"):
+            self.begins.wait(PATIENCE)
+            self.rounds.append("beginning")
+        elif self._is_for_layer_0(asked):
+            self.rounds.append("layer 0")
+        else:
+            assert self.is_there.wait(PATIENCE)
+
+    def _is_for_layer_0(self, asked: Asked) -> bool:
+        first, last = asked.fields["range"].removeprefix("bytes=").split("-")
+        return int(first) < self.layer_0[1] and self.layer_0[0] <= int(last)
+
+    def expect(self, *, heads: int, layer_0: bool) -> None:
+        """Two of each that are put at once, and however many ranges for layer 0."""
+        ranges = self.rounds.count("layer 0")
+        assert self.rounds == ["head"] * heads + ["beginning"] * 2 + ["layer 0"] * ranges
+        assert bool(ranges) is layer_0
+
+
+def plainly(hub: HubStandIn, folder: Path, layers: int) -> AdapterLoader:
+    allow = (Allow("hub"), at(hub.store_netloc))
+    return loader(folder, layers=layers, allow=allow, hub_endpoint=hub.endpoint)
+
+
+async def streamed(there: AdapterLoader, id: str, adapter: Path, rounds: Rounds, last: int) -> None:
+    async with there.stream(id) as handle:
+        await handle.layer_ready(0)
+        rounds.is_there.set()
+        await handle.layer_ready(last)
+        tiny.assert_equal_to_file(handle, adapter)
+
+
+async def given_up(there: AdapterLoader, id: str, hub: HubStandIn) -> None:
+    """A load that ends when it was told which version there is, and has asked for what comes next."""
+    asked_for: list[str] = []
+    go_on = threading.Event()
+
+    def hold(asked: Asked) -> None:
+        if asked.method == "GET":
+            asked_for.append(asked.target)
+            assert go_on.wait(PATIENCE)
+
+    hub.behave = hold
+    loading = asyncio.create_task(there.load(id))
+    await until(lambda: len(asked_for) == 2)
+    loading.cancel()
+    await asyncio.wait([loading])
+    go_on.set()
+
+
+FILES = pytest.mark.parametrize("files", ["one file", "several files"])
+
+
+def saved(folder: Path, files: str) -> tuple[Path, dict[str, bytes]]:
+    """An adapter as it was, and as it is put on the hub."""
+    whole = written(folder / "whole", layers=16, rank=64)
+    if files == "one file":
+        return whole, contents(whole)
+    return whole, contents(split_files.split(whole, folder / "several"))
+
+
+def sixteen_layers(hub: HubStandIn, folder: Path, **settings: object) -> AdapterLoader:
+    allow = (Allow("hub"), at(hub.store_netloc))
+    return loader(folder, layers=16, allow=allow, hub_endpoint=hub.endpoint, **settings)
+
+
+def is_everybodys(folder: Path, commit: str, files: dict[str, bytes]) -> None:
+    """huggingface_hub finds all of it without asking, and nothing that is amiss."""
+    place = folder / "hub"
+    for revision in ("main", commit):
+        for name, content in files.items():
+            found = hf_hub_download(
+                "org/name", name, revision=revision, cache_dir=place, local_files_only=True
+            )
+            assert Path(found).read_bytes() == content
+        snapshot = snapshot_download(
+            "org/name", revision=revision, cache_dir=place, local_files_only=True
+        )
+        assert contents(Path(snapshot)) == files
+    inventory = scan_cache_dir(place)
+    assert inventory.warnings == []
+    (repo,) = inventory.repos
+    assert [each.commit_hash for each in repo.revisions] == [commit]
+
+
+@FILES
+async def test_it_finds_what_a_load_has_stored(files: str, tmp_path: Path) -> None:
+    adapter, there = saved(tmp_path, files)
+    with HubStandIn() as hub:
+        commit = hub.put("org/name", there)
+        async with sixteen_layers(hub, tmp_path, hub_cache="write") as ours:
+            assert await has(ours, "org/name", adapter) == commit
+        begun = len(hub.asked)
+        snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
+        assert not any(asked.at_store for asked in hub.asked[begun:]), "nothing comes again"
+    is_everybodys(tmp_path, commit, there)
+    assert stored_in(tmp_path) == (0, 0), "no file is stored twice"
+
+
+@FILES
+async def test_a_load_finds_what_it_has_stored(files: str, tmp_path: Path) -> None:
+    """Offline, and pinned, without asking; else after one HEAD for each file that tells a version."""
+    adapter, there = saved(tmp_path, files)
+    with HubStandIn() as hub:
+        commit = hub.put("org/name", there)
+        snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
+        begun = len(hub.asked)
+        async with sixteen_layers(hub, tmp_path, offline=True) as ours:
+            assert await has(ours, "org/name", adapter) == commit
+        async with sixteen_layers(hub, tmp_path) as ours:
+            assert await has(ours, f"org/name@{commit}", adapter) == commit
+        assert len(hub.asked) == begun
+        async with sixteen_layers(hub, tmp_path) as ours:
+            assert await has(ours, "org/name", adapter) == commit
+        assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}
+    assert stored_in(tmp_path) == (0, 0)
+    is_everybodys(tmp_path, commit, there)
+
+
 TOKEN = "hf_0perat0rsToken"
+
 OWN = f"Bearer {TOKEN}"
+
 PRIVATE, PUBLIC, ELSEWHERE = "org/private", "org/public", "other/private"
 
 
@@ -95,8 +270,13 @@ async def test_an_entry_lends_the_token_to_what_it_covers_only(
             await there.load(ELSEWHERE)
         with pytest.raises(LoraxError):
             await there.load(PUBLIC, token="hf_another", revision="no-such-one")
+        assert sent(hub, ELSEWHERE) == {None}
+        named = AdapterRef(ELSEWHERE, use_token=True)
+        await has(there, named, adapter)
+        async with await there.load(Merge("linear", [named, PRIVATE], [0.5, 0.5])):
+            pass
     assert sent(hub, PRIVATE) == {OWN}
-    assert sent(hub, ELSEWHERE) == {None}
+    assert sent(hub, ELSEWHERE) == {None, OWN}, "a ref may ask for the token itself"
     assert sent(hub, PUBLIC) == {"Bearer hf_another"}, "a caller's own token is the one that counts"
     assert sent(hub, "/store/") == {None}, "the place that a redirect leads to is not the hub"
 
@@ -136,19 +316,6 @@ async def test_a_hub_that_does_not_say_which_repository_answers_lends_nothing(
     async with over(hub, tmp_path, Allow("hub", prefix="org/", use_token=True)) as there:
         with pytest.raises(AccessDeniedError):
             await there.load("org/renamed")
-
-
-@pytest.mark.usefixtures("logged_in")
-async def test_a_ref_may_ask_for_the_token_itself(
-    hub: HubStandIn, adapter: Path, tmp_path: Path
-) -> None:
-    async with over(hub, tmp_path) as there:
-        named = AdapterRef(ELSEWHERE, use_token=True)
-        await has(there, named, adapter)
-        async with await there.load(Merge("linear", [named, PUBLIC], [0.5, 0.5])):
-            pass
-    assert sent(hub, ELSEWHERE) == {OWN}
-    assert sent(hub, PUBLIC) == {None}
 
 
 @pytest.mark.usefixtures("logged_in")
@@ -247,3 +414,49 @@ async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
         for id in ("s3://bucket/a/", "./folder", Path("folder")):
             with pytest.raises(InvalidAdapterIdError, match="use_token"):
                 await there.load(AdapterRef(id, use_token=True))
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["at first sight", "its version was told"])
+@pytest.mark.parametrize(
+    ("layers", "rank", "beyond"), [(LAYERS, RANK, True), (4, 16, False)], ids=["large", "small"]
+)
+async def test_which_version_then_where_layers_lie_then_layer_0(
+    known: bool, layers: int, rank: int, beyond: bool, tmp_path: Path
+) -> None:
+    """One round less where the version was told before; a small adapter's layer 0 comes with its
+    header. From the cache nobody is asked."""
+    adapter = written(tmp_path / "a", layers=layers, rank=rank)
+    files = contents(adapter)
+    with HubStandIn() as hub:
+        id = f"org/name@{hub.put('org/name', files)}"
+        async with plainly(hub, tmp_path, layers) as there:
+            if known:
+                await given_up(there, id, hub)
+            hub.behave = rounds = Rounds(span_of_layer_0(files["adapter_model.safetensors"]))
+            await streamed(there, id, adapter, rounds, layers - 1)
+        rounds.expect(heads=0 if known else 2, layer_0=beyond)
+        begun = len(hub.asked)
+        async with plainly(hub, tmp_path, layers) as there:
+            await has(there, id, adapter)
+        assert len(hub.asked) == begun
+
+
+@pytest.mark.parametrize("consent", [True, False])
+async def test_private_ones_are_shared_only_with_consent(consent: bool, tmp_path: Path) -> None:
+    adapter, files = saved(tmp_path, "several files")
+    with HubStandIn() as hub:
+        commit = hub.put("org/name", files, private_token=TOKEN)
+        settings = {"hub_cache": "write", "hub_cache_private": consent}
+        async with sixteen_layers(hub, tmp_path, **settings) as ours:
+            assert await has(ours, AdapterRef("org/name", token=TOKEN), adapter) == commit
+            with pytest.raises(AccessDeniedError, match="give a token"):
+                await ours.load("org/name")
+            with pytest.raises(AdapterNotFoundError, match="none that the token") as caught:
+                await ours.load("org/name", token="hf_another")
+            secretless(caught.value, TOKEN, "hf_another")
+    if consent:
+        is_everybodys(tmp_path, commit, files)
+    else:
+        name = "adapter_config.json"
+        assert try_to_load_from_cache("org/name", name, cache_dir=tmp_path / "hub") is None
+    assert stored_in(tmp_path) == (0 if consent else 1, 0)
