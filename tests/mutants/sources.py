@@ -36,11 +36,8 @@ SPLIT = "io/test_split_source.py"
 MERGED = "io/test_merged_source.py"
 SPILLING = "io/test_spilling.py"
 MEMORY = "io/test_memory_source.py"
-WORKERS = "io/remote/test_remote_workers.py"
-WAITS = "io/remote/test_remote_waits.py"
-FETCH = "io/remote/test_remote_fetch.py"
+REMOTE = "io/remote/test_remote_source.py"
 LOADS = "io/remote/test_remote_loads.py"
-CHECKED = "io/remote/test_remote_checked.py"
 
 _attempt = Opening._attempt
 
@@ -136,43 +133,43 @@ SOURCES: Mutants = {
         (HostCopy, "move", _kept_though_dropped),
     ),
     "workers: a cancelled caller's result is undone": mutant(
-        f"{WORKERS}::test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did",
+        f"{REMOTE}::test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did",
         (Workers, "run", _not_undone),
     ),
     "workers: letting go is waited for": mutant(
-        f"{WORKERS}::test_what_lets_go_is_done_though_it_was_cancelled_before_it_began",
+        f"{REMOTE}::test_what_lets_go_is_done_though_it_was_cancelled_before_it_began",
         (Workers, "finish", _not_finished),
     ),
     "fetch: it is published when all of it is here": mutant(
         f"{LOADS}::test_an_adapter_comes_once", (fetch, "outcome", nothing_awaited)
     ),
     "fetch: groups are reported on the loop": mutant(
-        f"{WAITS}::test_groups_are_told_of_on_the_loop", (fetch, "_on_loop", same)
+        f"{REMOTE}::test_groups_are_told_of_on_the_loop", (fetch, "_on_loop", same)
     ),
     "fetch: groups of several files are reported in their order": mutant(
-        f"{FETCH}::test_groups_of_two_files_are_told_of_in_their_order",
+        f"{REMOTE}::test_groups_of_two_files_are_told_of_in_their_order",
         initialized(Fetch, _lock=NoLock),
     ),
     "fetch: nothing reads a download that has ended": mutant(
-        f"{FETCH}::test_nothing_reads_a_download_that_has_ended",
+        f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
         (Fetch, "_leave", _left_while_hashed),
     ),
     "fetch: its jobs have ended when that is reported": mutant(
-        f"{WAITS}::test_jobs_end_with_whoever_follows_them", (jobs, "ended", nothing_awaited)
+        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (jobs, "ended", nothing_awaited)
     ),
     "fetch: a closed reader keeps no entry": mutant(
-        f"{WAITS}::test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing",
+        f"{REMOTE}::test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing",
         (FetchReader, "adopt", _kept_when_closed),
     ),
     "fetch: a reader keeps its entry": mutant(
-        f"{WAITS}::test_an_entry_stays_for_as_long_as_it_is_read",
+        f"{REMOTE}::test_an_entry_stays_for_as_long_as_it_is_read",
         (FetchReader, "adopt", _let_go),
     ),
     "fetch: two processes download once": mutant(
         f"{LOADS}::test_two_processes_download_once", (Opening, "_attempt", _alone)
     ),
     "fetch: small files are checked before they are used": mutant(
-        f"{CHECKED}::test_small_files_are_checked_before_they_are_used",
+        f"{REMOTE}::test_small_files_are_checked_before_they_are_used",
         (opening, "_check", nothing),
     ),
     "fetch: what is in the cache is checked": mutant(
@@ -180,11 +177,11 @@ SOURCES: Mutants = {
         skipped(RemoteSource, "_check"),
     ),
     "resolving: the cache serves whom it was granted to": mutant(
-        "io/remote/test_remote_checked.py::test_who_was_let_have_it_has_it_while_the_source_is_down",
+        f"{REMOTE}::test_who_was_let_have_it_has_it_while_the_source_is_down",
         (Resolving, "_may_have", _granted_to_all),
     ),
     "resolving: a fetch is in the last caller's name": mutant(
-        "io/remote/test_remote_callers.py::test_a_digest_is_its_callers_own",
+        f"{LOADS}::test_a_digest_is_its_callers_own",
         skipped(Known, "_asked", True),
     ),
 }

@@ -1,22 +1,48 @@
-"""Loads of adapters that lie elsewhere: first layer first, never half, never twice."""
+"""Loads of adapters that lie elsewhere: first layer first, never half, never twice, for whom it is."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_server import Asked, Client
-from remote_world import RemoteWorld, over, stocked
+from hub_stand_in import HubStandIn
+from remote_world import RANK, RemoteWorld, over, stocked
+from safetensors.torch import load, save
 
 import tiny
 from common import until
-from lorax_async import FetchError, IntegrityError, UsageError
-from lorax_async.adapter import AdapterRef
-from lorax_async.io.cache.upkeep import ls
+from lorax_async import (
+    AccessDeniedError,
+    AdapterHandle,
+    AdapterLoader,
+    AdapterNotFoundError,
+    Allow,
+    ConfigError,
+    FetchError,
+    IntegrityError,
+    LoaderClosedError,
+    LoaderConfig,
+    Merge,
+    UsageError,
+)
+from lorax_async.adapter import AdapterId, AdapterRef
+from lorax_async.config import Limits
+from lorax_async.io.cache.upkeep import ls, rm
+from lorax_async.io.remote.beginning import FIRST_BYTES
+from lorax_async.io.remote.ports import AnotherVersionError
+from merges import assert_halves
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")
 
 
 def weights_asked(world: RemoteWorld) -> list[Asked]:
@@ -56,54 +82,6 @@ async def test_the_first_layer_does_not_wait_for_the_last(tmp_path: Path) -> Non
             tiny.assert_equal_to_file(handle, folder)
 
 
-async def test_wrong_bytes_of_the_right_length_are_published_nowhere(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache", verify="before_use") as world:
-        folder = stocked(world, tmp_path)
-
-        def wrong(asked: Asked, client: Client) -> None:
-            data, etag = world.content(asked.target)
-            if asked.target.endswith(".safetensors"):
-                data = data[:-1] + bytes([data[-1] ^ 1])
-            world.answer(asked, client, data, etag)
-
-        async with over(world, verify="before_use") as loader:
-            world.server.behave = wrong
-            with pytest.raises(IntegrityError, match="sha256 digest that was promised"):
-                await loader.load(world.ref("one"))
-            assert ls(world.cache) == []
-            world.server.behave = world.serve
-            async with await loader.load(world.ref("one")) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-
-
-async def test_what_nobody_waits_for_ends_and_is_gone_on_with(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache") as world:
-        folder = stocked(world, tmp_path)
-        size = (folder / "adapter_model.safetensors").stat().st_size
-
-        def stuck(asked: Asked, client: Client) -> None:
-            if asked.span and asked.span[0] > size // 2:
-                client.stall()
-            world.serve(asked, client)
-
-        async with over(world) as loader:
-            world.server.behave = stuck
-            loading = asyncio.create_task(loader.load(world.ref("one")))
-            await until(lambda: len(weights_asked(world)) > 3)
-            await asyncio.sleep(0.1)
-            loading.cancel()
-            await asyncio.wait([loading])
-            await until(lambda: all(entry.is_partial for entry in ls(world.cache)))
-            begun = len(weights_asked(world))
-            world.server.behave = world.serve
-            async with await loader.load(world.ref("one")) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-            again = weights_asked(world)[begun:]
-            first, *later = [asked.span for asked in again if asked.span]
-            assert first[0] == 0, "the header is asked for again"
-            assert sum(min(stop, size) - start for start, stop in later) < size * 3 // 4
-
-
 async def test_what_left_the_cache_is_fetched_again(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path / "cache", cache_bytes=1_800_000) as world:
         folders = [stocked(world, tmp_path, f"n{n}", n) for n in range(4)]
@@ -129,41 +107,6 @@ async def test_two_processes_download_once(tmp_path: Path) -> None:
         assert not (weights_asked(one) and weights_asked(two))
 
 
-async def test_what_is_private_is_asked_for_by_everybody(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache", revalidate=60) as world:
-        stocked(world, tmp_path)
-        world.locator.there["one"].token = "mine"
-        version = world.locator.there["one"].version
-        ours = AdapterRef("one", "hub", version, "mine")
-        async with over(world) as loader:
-            (await loader.load(ours)).release()
-            for token in (None, "other"):
-                with pytest.raises(FetchError, match="token"):
-                    await loader.load(AdapterRef("one", "hub", version, token))
-
-
-async def test_the_cache_serves_what_is_pinned_while_the_source_is_down(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache") as world:
-        folder = stocked(world, tmp_path)
-        pinned = AdapterRef("one", "hub", world.locator.there["one"].version)
-        moving = world.ref("one")
-        async with over(world) as loader:
-            (await loader.load(moving)).release()
-        world.locator.error = FetchError("it is down")
-        async with over(world) as loader:
-            async with await loader.load(pinned) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-            with pytest.raises(FetchError, match="down"):
-                await loader.load(moving)
-            async with await loader.load("one", source="hub", allow_stale=True) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-                assert handle.stale
-            async with loader.stream("one", source="hub", allow_stale=True) as handle:
-                assert handle.stale
-            with pytest.raises(UsageError, match="allow_stale itself"):
-                await loader.load(moving, allow_stale=True)
-
-
 async def test_an_answer_counts_for_a_while(tmp_path: Path) -> None:
     now = [0.0]
     with RemoteWorld(tmp_path / "cache", revalidate=60, clock=lambda: now[0]) as world:
@@ -179,19 +122,338 @@ async def test_an_answer_counts_for_a_while(tmp_path: Path) -> None:
             assert world.locator.located == 2
 
 
-async def test_offline_nobody_is_asked(tmp_path: Path) -> None:
+async def acquired_at_once(loader: AdapterLoader, adapter: AdapterId) -> bool:
+    """After a load."""
+    async with await loader.load(adapter):
+        lease = loader.try_acquire(adapter)
+    if lease is not None:
+        lease.release()
+    return lease is not None
+
+
+async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
+    """Whoever gave a false one is refused; who asked before him, and is known still, is not."""
+    with RemoteWorld(tmp_path / "cache", revalidate=60) as world:
+        folder = stocked(world, tmp_path)
+        world.locator.promises = False
+        plain = world.ref("one")
+        async with over(world) as loader:
+            await world.source.resolve(plain)
+            with pytest.raises(IntegrityError, match="sha256 digest that was promised"):
+                await loader.load(replace(plain, digest="0" * 64))
+            async with await loader.load(plain) as handle:
+                assert (await handle.verified()).kind == "transport"
+                tiny.assert_equal_to_file(handle, folder)
+
+
+async def test_what_is_public_is_there_for_who_has_a_token(tmp_path: Path) -> None:
+    with RemoteWorld(tmp_path / "cache") as world:
+        folder = stocked(world, tmp_path)
+        pinned = replace(world.ref("one"), revision=world.locator.there["one"].version)
+        async with over(world) as loader:
+            (await loader.load(pinned)).release()
+        world.locator.error = FetchError("it is down")
+        theirs = replace(pinned, token="mine")
+        async with over(world) as loader, await loader.load(theirs) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+
+
+async def test_who_was_let_have_it_long_ago_has_it_not_at_once(tmp_path: Path) -> None:
+    """A lease without asking is for as long as a load asks nobody; then the source judges."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+        stored = world.locator.there["one"]
+        stored.token = "mine"
+        mine = replace(world.ref("one"), token="mine")
+        stocked(world, tmp_path, "two", 1)
+        doubled = Limits(max_rank=2 * RANK)
+        merge = Merge("linear", [mine, world.ref("two")], [1, 1])
+        async with over(world, revalidate=60, limits=doubled) as loader:
+            kept = await loader.load(mine)
+            at_once = loader.try_acquire(mine)
+            assert at_once is not None
+            at_once.release()
+            assert loader.try_acquire(replace(mine, token="other")) is None
+            by_key = loader.try_acquire(kept.key)
+            assert by_key is not None
+            by_key.release()
+            kept.release()
+            assert await acquired_at_once(loader, merge)
+        async with over(world, revalidate=0, limits=doubled) as loader:
+            kept = await loader.load(mine)
+            assert loader.try_acquire(mine) is None
+            assert not await acquired_at_once(loader, merge)
+            stored.token = "another"
+            with pytest.raises(AccessDeniedError):
+                await loader.load(mine)
+            kept.release()
+
+
+async def test_who_tells_no_length_is_believed_what_was_told_before(tmp_path: Path) -> None:
+    """All in one response, without ranges: the size is the locator's word, or nobody's."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        folder = stocked(world, tmp_path)
+        stocked(world, tmp_path, "two")
+
+        def streamed(asked: Asked, client: Client) -> None:
+            data, etag = world.content(asked.target)
+            client.head("200 OK", f"ETag: {etag}", "Transfer-Encoding: chunked")
+            client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+
+        world.server.behave = streamed
+        async with over(world) as loader:
+            async with await loader.load(world.ref("one")) as handle:
+                tiny.assert_equal_to_file(handle, folder)
+            world.locator.promises = False
+            with pytest.raises(FetchError, match="does not say how large"):
+                await loader.load(world.ref("two"))
+
+
+async def test_a_pinned_version_that_the_source_has_replaced(tmp_path: Path) -> None:
+    """Who was let have it, and may still ask, has it from the cache; nobody else has."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        folder = stocked(world, tmp_path)
+        world.locator.there["one"].token = "mine"
+        pinned = AdapterRef("one", "hub", world.locator.there["one"].version, "mine")
+        async with over(world) as loader:
+            (await loader.load(pinned)).release()
+        world.locator.error = AnotherVersionError("it has another one by now")
+        async with over(world) as loader:
+            async with await loader.load(pinned) as handle:
+                tiny.assert_equal_to_file(handle, folder)
+            for other in (replace(pinned, token="x"), replace(pinned, revision=None)):
+                for stale in (False, True):
+                    with pytest.raises(AdapterNotFoundError, match="another one"):
+                        await loader.load(replace(other, allow_stale=stale))
+
+
+def one_slot(world: RemoteWorld, device: str) -> AdapterLoader:
+    config = LoaderConfig(
+        device=device, device_bytes=1 << 20, max_slots=1, io_threads=2, timeout=20
+    )
+    return AdapterLoader(tiny.layout(), config, source=world.source)
+
+
+async def leave(world: RemoteWorld, loader: AdapterLoader, name: str) -> None:
+    """It is loaded, and then neither on the device nor on the disk; the loader knows it still."""
+    (await loader.load(world.ref(name))).release()
+    (await loader.load(world.ref("another"))).release()
+    await until(lambda: all(rm(world.cache, entry.name) for entry in ls(world.cache)))
+
+
+def two_stocked(world: RemoteWorld, folder: Path) -> Path:
+    for seed, name in enumerate(("one", "another")):
+        world.put(name, *tiny.files(tiny.write(folder / name, seed)))
+    return folder / "one"
+
+
+async def all_of(handle: AdapterHandle) -> None:
+    for layer in range(tiny.LAYERS):
+        await handle.layer_ready(layer)
+
+
+@pytest.mark.slow
+async def test_parts_of_a_merge_are_fetched_again(tmp_path: Path) -> None:
+    """All of them, for no tensor comes with the first bytes."""
+    note = {"note": "long" * FIRST_BYTES}
+    with RemoteWorld(tmp_path / "cache") as world:
+        for seed, name in enumerate("abc"):
+            config, content = tiny.files(tiny.write(tmp_path / name, seed))
+            world.put(name, config, save(load(content), note))
+        refs = [world.ref(name) for name in "ab"]
+        merge = Merge("linear", refs, [0.5, -2])
+        async with one_slot(world, "cpu") as loader:
+            (await loader.load(merge)).release()
+            (await loader.load(world.ref("c"))).release()
+            await until(lambda: all(rm(world.cache, entry.name) for entry in ls(world.cache)))
+            async with await loader.load(merge) as handle:
+                assert_halves(handle, tmp_path)
+
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubStandIn]:
+    """It has org/one, of which `main` and `tag` are the same."""
+    folder = tiny.write(tmp_path / "one")
+    with HubStandIn() as hub:
+        commit = hub.put("org/one", {name: (folder / name).read_bytes() for name in FILES})
+        hub.repos["org/one"].refs["tag"] = commit
+        yield hub
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def from_hub(hub: HubStandIn, tmp_path: Path, **settings: Any) -> AdapterLoader:
+    host, _, port = hub.store_netloc.partition(":")
+    config = LoaderConfig(
+        device_bytes=1 << 20,
+        io_threads=2,
+        timeout=20,
+        cache_dir=tmp_path / "cache",
+        hub_cache_dir=tmp_path / "hub",
+        hub_endpoint=hub.endpoint,
+        allow=(Allow("hub"), Allow("http", host, int(port))),
+        **settings,
+    )
+    return AdapterLoader(tiny.layout(), config)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+async def test_a_cache_that_can_only_be_read(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, offline: bool
+) -> None:
+    hub.put("org/two", dict.fromkeys(FILES, b""))
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def made(path: Any, *_: object, dir_fd: int | None = None) -> None:
+        with suppress(FileNotFoundError):
+            os.stat(path, dir_fd=dir_fd)
+            raise FileExistsError
+        read_only()
+
+    async with from_hub(hub, tmp_path) as loader, await loader.load("org/one") as handle:
+        await handle.verified()
+    for name in ("utime", "rename", "unlink"):
+        monkeypatch.setattr(os, name, read_only)
+    monkeypatch.setattr(os, "mkdir", made)
+    async with from_hub(hub, tmp_path, offline=offline) as loader:
+        async with await loader.load("org/one") as handle:
+            await handle.verified()
+            tiny.assert_equal_to_file(handle, tmp_path / "one")
+        if not offline:
+            with pytest.raises(FetchError, match="name another cache_dir"):
+                await loader.load("org/two")
+    monkeypatch.undo()
+
+
+GONE = ["cache", "cache/entries", "cache/partials", "cache/locks", "cache/trash", "cache/answers"]
+
+
+@pytest.mark.parametrize("gone", GONE)
+@pytest.mark.parametrize("settings", [{}, {"host_bytes": 0}], ids=["held", "on disk"])
+async def test_a_folder_that_is_removed_is_made_again(
+    hub: HubStandIn, tmp_path: Path, gone: str, settings: dict[str, int]
+) -> None:
+    """Both what it had and what it had not can be loaded, now and by the next loader."""
+    for n in range(2, 5):
+        hub.put(f"org/{n}", read(tiny.write(tmp_path / str(n), seed=n)))
+
+    async def loads(loader: AdapterLoader, id: str, adapter: str) -> None:
+        async with await loader.load(id) as handle:
+            await handle.verified()
+            tiny.assert_equal_to_file(handle, tmp_path / adapter)
+
+    async with from_hub(hub, tmp_path, max_slots=1, **settings) as loader:
+        await loads(loader, "org/one", "one")
+        await loads(loader, "org/2", "2")
+        shutil.rmtree(tmp_path / gone)
+        await loads(loader, "org/3", "3")
+        await loads(loader, "org/one", "one")
+        await loads(loader, "org/2", "2")
+        shutil.rmtree(tmp_path / gone)
+        await asyncio.gather(*(loads(loader, f"org/{n}", str(n)) for n in (2, 3, 4)))
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        path.removeprefix("cache/") for path in GONE[1:]
+    }
+    async with from_hub(hub, tmp_path, offline=True) as loader:
+        await loads(loader, "org/4", "4")
+
+
+async def test_a_folder_that_is_removed_during_downloads_fails_those_alone(
+    hub: HubStandIn, tmp_path: Path
+) -> None:
+    """They say that another attempt may succeed, and it does; none lends a wrong byte."""
+    for n in range(8):
+        hub.put(f"org/{n}", read(tiny.write(tmp_path / str(n), seed=n)))
+
+    async def one(loader: AdapterLoader, n: int) -> None:
+        for _ in range(20):
+            try:
+                async with await loader.load(f"org/{n}") as handle:
+                    await handle.verified()
+                    tiny.assert_equal_to_file(handle, tmp_path / str(n))
+                    return
+            except FetchError as error:
+                assert error.retryable, error
+        raise AssertionError("twenty attempts failed")
+
+    async with from_hub(hub, tmp_path) as loader:
+        for _ in range(4):
+            loads = [asyncio.create_task(one(loader, n)) for n in range(8)]
+            await asyncio.sleep(0.02)
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+            await asyncio.gather(*loads)
+
+
+async def test_a_folder_that_others_may_write_to_is_not_taken_for_the_removed_one(
+    hub: HubStandIn, tmp_path: Path
+) -> None:
+    hub.put("org/two", read(tiny.write(tmp_path / "two", seed=2)))
+    async with from_hub(hub, tmp_path) as loader:
+        async with await loader.load("org/one") as handle:
+            await handle.verified()
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache").chmod(0o777)
+        with pytest.raises(ConfigError, match="others may write"):
+            await loader.load("org/two")
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+async def test_what_left_slot_and_cache_is_fetched_again(tmp_path: Path, device: str) -> None:
+    """Nobody is told; and also for a caller who streams it."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        folder = two_stocked(world, tmp_path)
+        async with one_slot(world, device) as loader:
+            await leave(world, loader, "one")
+            async with await loader.load(world.ref("one")) as handle:
+                tiny.assert_equal_to_file(handle, folder)
+            for _ in range(5):
+                await leave(world, loader, "one")
+                async with loader.stream(world.ref("one")) as handle:
+                    await all_of(handle)
+                    tiny.assert_equal_to_file(handle, folder)
+                async with loader.stream(world.ref("one")) as handle:
+                    assert handle.resident
+
+
+async def test_first_loads_at_once_share_one_cache_and_its_connections(tmp_path: Path) -> None:
+    """What all adapters from elsewhere share is made by whichever comes first, and once."""
+    with HubStandIn() as hub:
+        for n in range(8):
+            hub.put(f"org/{n}", read(tiny.write(tmp_path / str(n), seed=n)))
+
+        async def loads(loader: AdapterLoader, n: int) -> None:
+            async with await loader.load(f"org/{n}") as handle:
+                tiny.assert_equal_to_file(handle, tmp_path / str(n))
+
+        for _ in range(3):
+            async with from_hub(hub, tmp_path, max_slots=8) as loader:
+                await asyncio.gather(*(loads(loader, n) for n in range(8)))
+            with pytest.raises(LoaderClosedError):
+                await loader.load("org/0")
+
+
+async def test_a_caller_may_have_what_is_old_while_its_source_is_down(tmp_path: Path) -> None:
+    """Loaded or streamed, and by the ref or by the call, not by both."""
     with RemoteWorld(tmp_path / "cache") as world:
         folder = stocked(world, tmp_path)
         async with over(world) as loader:
             (await loader.load(world.ref("one"))).release()
-    with RemoteWorld(tmp_path / "cache", offline=True) as away:
-
-        async def offline() -> None:
-            async with over(away) as loader:
-                async with await loader.load(away.ref("one")) as handle:
-                    tiny.assert_equal_to_file(handle, folder)
-                with pytest.raises(FetchError, match="offline"):
-                    await loader.load(away.ref("other"))
-
-        await offline()
-        assert not away.locator.located
+        world.locator.error = FetchError("it is down")
+        async with over(world) as loader:
+            async with await loader.load("one", source="hub", allow_stale=True) as handle:
+                tiny.assert_equal_to_file(handle, folder)
+                assert handle.stale
+            async with loader.stream("one", source="hub", allow_stale=True) as handle:
+                assert handle.stale
+            with pytest.raises(FetchError, match="down"):
+                await loader.load(world.ref("one"))
+            with pytest.raises(UsageError, match="allow_stale itself"):
+                await loader.load(world.ref("one"), allow_stale=True)

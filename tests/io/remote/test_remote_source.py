@@ -1,18 +1,44 @@
-"""A remote source keeps to the port: fresh, and from the cache."""
+"""A remote source behind its port: what it checks, what waits for what, and what has ended when that is told."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread, current_thread
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
+from cache_inputs import begun
+from cancelling import was_cancelled
+from fault_server import Asked, Client
 from populate_conformance import PopulateConformance
-from remote_world import RemoteWorld
+from remote_world import RemoteWorld, brought, opened, stocked
 from source_conformance import SourceConformance
 from source_inputs import CONFIG, weights
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+from common import until
+from lorax_async import AdapterFormatError, FetchError, IntegrityError
+from lorax_async.adapter import AdapterKey, AdapterRef, RemoteKey
+from lorax_async.core.cache_names import INDEX_FILE, WEIGHTS_FILE, CacheKey
+from lorax_async.core.runs import Span
+from lorax_async.core.split_file import Place, SplitArrivals, SplitPlan
+from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.ports import Demand
+from lorax_async.io.remote import fetch as fetch_module
+from lorax_async.io.remote import opening
+from lorax_async.io.remote.beginning import FIRST_BYTES
+from lorax_async.io.remote.fetch import Fetch
+from lorax_async.io.remote.jobs import followed
+from lorax_async.io.remote.ports import Located
+from lorax_async.io.remote.workers import Workers
+from telling import TellingLock
+
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
 
 
 @pytest.fixture
@@ -40,3 +66,488 @@ class TestCached(PopulateConformance):
         hold = await world.source.populate(key)
         assert hold.nbytes == len(weights(1))
         hold.close()
+
+
+async def test_small_files_are_checked_before_they_are_used(tmp_path: Path) -> None:
+    """The rest is on its way by then, and nothing is published yet."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+
+        def other_config(asked: Asked, client: Client) -> None:
+            data, etag = world.content(asked.target)
+            world.answer(asked, client, data if asked.span else data[::-1], etag)
+
+        world.server.behave = other_config
+        with pytest.raises(IntegrityError, match=r"adapter_config.json has not the sha256"):
+            await opened(world)
+
+
+async def test_who_was_let_have_it_has_it_while_the_source_is_down(tmp_path: Path) -> None:
+    """Not only who it was fetched for; and nobody else."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+        first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
+        version = world.locator.there["one"].version
+        for ref in (first, second):
+            file = await world.source.open(await world.source.resolve(ref), Demand())
+            await world.source.bring(file, [], lambda _: None, Demand())
+            file.reader.close()
+        world.locator.error = FetchError("it is down")
+        for ref in (first, second):
+            await world.source.resolve(replace(ref, revision=version))
+        with pytest.raises(FetchError, match="it is down"):
+            await world.source.resolve(replace(stranger, revision=version))
+
+
+async def test_the_last_version_is_what_is_stale(tmp_path: Path) -> None:
+    with RemoteWorld(tmp_path / "cache") as world:
+        keys: list[AdapterKey] = []
+        for seed in (1, 2):
+            world.put("one", CONFIG, weights(seed))
+            keys.append(await world.source.resolve(world.ref("one")))
+            (await brought(world)).reader.close()
+        world.locator.error = FetchError("it is down")
+        found = await world.source.resolve(replace(world.ref("one"), allow_stale=True))
+        assert isinstance(found, RemoteKey)
+        assert found.stale
+        assert replace(found, stale=False) == keys[1] != keys[0]
+
+
+async def test_another_version_is_not_stored_under_the_name_of_the_one(tmp_path: Path) -> None:
+    """It is located anew when the places that the source told have expired."""
+    now = 0.0
+    with RemoteWorld(tmp_path / "cache", clock=lambda: now) as world:
+        key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
+        now = 3600.0
+        world.put("one", CONFIG, weights(2))
+        with pytest.raises(IntegrityError, match="another version by now"):
+            await world.source.open(key, Demand())
+
+
+async def test_what_changes_between_two_answers_is_noticed(tmp_path: Path) -> None:
+    """Of a header that does not come with the first bytes."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        world.locator.promises = False
+        world.put("one", CONFIG, weights(1, {"note": "long" * FIRST_BYTES}))
+
+        def changing(asked: Asked, client: Client) -> None:
+            data, etag = world.content(asked.target)
+            again = asked.span is not None and asked.span[1] != FIRST_BYTES
+            world.answer(asked, client, data, '"another"' if again else etag)
+
+        world.server.behave = changing
+        with pytest.raises(IntegrityError, match="changed while it was asked for"):
+            await opened(world)
+
+
+def in_use(world: RemoteWorld) -> list[bool]:
+    return [listed.in_use for listed in ls(world.cache)]
+
+
+class SlowToEnd:
+    """A job whose threads leave some turns of the loop after it was cancelled."""
+
+    def __init__(self) -> None:
+        self.done: Future[None] = Future()
+
+    def cancel(self, error: Exception) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self.done.set_exception, error)
+
+
+async def test_jobs_end_with_whoever_follows_them() -> None:
+    jobs: list[Any] = [SlowToEnd(), SlowToEnd()]
+    with pytest.raises(ZeroDivisionError):
+        async with followed(Demand(urgent=False), *jobs):
+            raise ZeroDivisionError
+    assert all(job.done.done() for job in jobs)
+
+
+@pytest.mark.parametrize("late", [0.0, 0.01])
+async def test_bringing_is_cancelled_at_any_await(tmp_path: Path, late: float) -> None:
+    with RemoteWorld(tmp_path / "cache") as world:
+        ends = []
+        for at in range(8):
+            stocked(world, tmp_path, f"number{at}", at)
+            file = await opened(world, f"number{at}")
+            bringing = world.source.bring(file, [], lambda _: None, Demand())
+            ends.append(await was_cancelled(bringing, at, late))
+            file.reader.close()
+        assert {True, False} == set(ends)
+        assert not any(in_use(world))
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("late", [0.0, 0.01])
+async def test_opening_what_is_here_is_cancelled_at_any_await(
+    tmp_path: Path, late: float, pinned: bool
+) -> None:
+    """By a key whose files were located, and by one that the cache itself has told."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+        version = world.locator.there["one"].version
+        (await brought(world)).reader.close()
+
+    with RemoteWorld(tmp_path / "cache", revalidate=60 if pinned else 0) as world:
+        stocked(world, tmp_path / "again")
+        ref = replace(world.ref("one"), revision=version if pinned else None)
+        key = await world.source.resolve(ref)
+        assert world.locator.located == (0 if pinned else 1)
+        ends = [await was_cancelled(world.source.open(key, Demand()), at, late) for at in range(8)]
+        assert {True, False} == set(ends)
+        assert not any(in_use(world))
+
+
+async def test_an_entry_stays_for_as_long_as_it_is_read(tmp_path: Path) -> None:
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+        file = await brought(world)
+        assert in_use(world) == [True]
+        file.reader.close()
+        assert in_use(world) == [False]
+
+
+async def test_groups_are_told_of_on_the_loop(tmp_path: Path) -> None:
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+        file, told = await opened(world), list[tuple[int, Thread]]()
+        half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
+
+        def note(group: int) -> None:
+            told.append((group, current_thread()))
+
+        groups = [[Span(0, half)], [Span(half, nbytes)]]
+        await world.source.bring(file, groups, note, Demand())
+        assert told == [(0, current_thread()), (1, current_thread())]
+        file.reader.close()
+
+
+async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(tmp_path: Path) -> None:
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+        file = await opened(world)
+        bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
+        await asyncio.sleep(0)
+        file.reader.close()
+        await bringing
+        assert in_use(world) == [False]
+
+
+@pytest.mark.parametrize("what", ["the same", "room"])
+async def test_who_waits_for_others_ends_with_the_demand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """For who downloads the same, and for who has the room that it needs."""
+    monkeypatch.setattr(opening, "PATIENCE_SECONDS", 60)
+    with RemoteWorld(tmp_path / "cache", cache_bytes=1_000_000) as world:
+        stocked(world, tmp_path)
+        key = await world.source.resolve(world.ref("one"))
+        assert isinstance(key, RemoteKey)
+        other = CacheKey(key.location, key.version if what == "the same" else "another")
+        download, demand = begun(world.cache, other), Demand()
+        download.file(WEIGHTS_FILE, 900_000)
+        waiting = asyncio.create_task(world.source.open(key, demand))
+        await asyncio.wait([waiting], timeout=0.2)
+        assert not waiting.done()
+        demand.end()
+        with pytest.raises(FetchError, match="nobody waits"):
+            await waiting
+        download.discard()
+
+
+@pytest.mark.parametrize("question", ["where its files are", "where its shards are"])
+async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path, question: str) -> None:
+    """Also where the source does not answer: no caller waits for it any more."""
+    now = [0.0]
+    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
+        stocked(world, tmp_path)
+        cancelled = []
+
+        async def no_answer(*_: object) -> Any:
+            cancelled.append(False)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled[0] = True
+            raise AssertionError("unreachable")
+
+        if question == "where its shards are":
+            hand_out_an_index(world)
+            world.locator.shards = no_answer  # type: ignore[assignment,method-assign]
+        key = await world.source.resolve(world.ref("one"))
+        if question == "where its files are":
+            now[0] = 10_000.0  # the answer is too old: signed URLs expire
+            world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
+        demand = Demand()
+        opening = asyncio.create_task(world.source.open(key, demand))
+        await until(lambda: cancelled)
+        assert not opening.done()
+        demand.end()
+        with pytest.raises(FetchError, match="nobody waits"):
+            await opening
+        assert cancelled == [True]
+        assert not any(in_use(world))
+
+
+async def test_comparing_a_refused_entry_ends_with_the_demand(tmp_path: Path) -> None:
+    now = [0.0]
+    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
+        world.locator.promises = False  # so its source is asked, and nothing is hashed
+        stocked(world, tmp_path)
+        asked = []
+
+        async def no_answer(*_: object) -> NoReturn:
+            asked.append(True)
+            await asyncio.Event().wait()
+            raise AssertionError("unreachable")
+
+        (await brought(world)).reader.close()
+        demand = Demand()
+        file = await opened(world, demand=demand)
+        now[0] = 10_000.0
+        world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
+        refusing = asyncio.create_task(file.refused(AdapterFormatError("it does not fit")))
+        await until(lambda: asked)
+        demand.end()
+        assert not await asyncio.wait_for(refusing, 5)
+        assert not any(in_use(world))
+
+
+def hand_out_an_index(world: RemoteWorld) -> None:
+    """Serve the adapter's weights as if they were in several files."""
+    content = b'{"metadata": {}, "weight_map": {"a": "adapter_model-00001-of-00002.safetensors",'
+    content += b'"b": "adapter_model-00002-of-00002.safetensors"}}'
+    locate, serve = world.locator.locate, world.serve
+
+    async def located(ref: AdapterRef) -> Located:
+        found = await locate(ref)
+        index = world.locator.file(ref, INDEX_FILE, content)
+        return replace(found, files=(found.files[0], index))
+
+    def served(asked: Asked, client: Client) -> None:
+        if asked.target.endswith(INDEX_FILE.file_name):
+            world.answer(asked, client, content, '"index"')
+        else:
+            serve(asked, client)
+
+    world.locator.locate = located  # type: ignore[method-assign]
+    world.server.behave = served
+
+
+async def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began() -> None:
+    workers, busy, done = Workers(1), Event(), Event()
+    workers.submit(busy.wait)
+    letting_go = asyncio.create_task(workers.finish(done.set))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        letting_go.cancel()
+    busy.set()
+    await asyncio.wait([letting_go])
+    assert done.is_set()
+    workers.close()
+
+
+async def test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did() -> None:
+    workers, begun, go = Workers(1), Event(), Event()
+    undone: list[bool] = []
+
+    def work() -> bool:
+        begun.set()
+        return go.wait(10)
+
+    running = asyncio.create_task(workers.run(work, undone.append))
+    await until(begun.is_set)
+    for _ in range(3):
+        running.cancel()
+        await asyncio.sleep(0)
+    early = running.done()
+    go.set()
+    await asyncio.wait([running])
+    assert running.cancelled()
+    assert not early
+    assert undone == [True]
+    workers.close()
+
+
+async def test_a_load_that_is_cancelled_twice_leaves_nothing_locked(tmp_path: Path) -> None:
+    """All threads are at something else meanwhile."""
+    with RemoteWorld(tmp_path / "cache") as world:
+        stocked(world, tmp_path)
+        busy = Event()
+        key = await world.source.resolve(world.ref("one"))
+        file = await world.source.open(key, Demand())
+        world.server.behave = lambda *_: None
+        for _ in range(4):
+            world.workers.submit(busy.wait)
+        bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            bringing.cancel()
+        busy.set()
+        await asyncio.wait([bringing])
+        file.reader.close()
+        assert not any(each.in_use for each in ls(world.cache))
+
+
+class ToldJob:
+    """Ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.done: Future[None] = Future()
+
+    def cancel(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def hasten(self, urgency: int) -> None:
+        """It needs no thread."""
+
+
+class ToldEngine:
+    """`told` are what its jobs call when a group is here, by the number of their file."""
+
+    def __init__(self) -> None:
+        self.told: list[Callable[[int], None]] = []
+        self.jobs: list[ToldJob] = []
+
+    def download(
+        self, _: object, __: object, ___: object, told: Callable[[int], None], **____: object
+    ) -> ToldJob:
+        self.told.append(told)
+        self.jobs.append(ToldJob())
+        return self.jobs[-1]
+
+
+class HeldFile:
+    """A file of a download; hashing it takes until `go`."""
+
+    resumed, expected = False, None
+
+    def __init__(self) -> None:
+        self.begun, self.go, self.ended = Event(), Event(), Event()
+
+    def missing(self) -> list[tuple[int, int]]:
+        return []
+
+    def hash_along(self) -> int:
+        self.begun.set()
+        self.go.wait(20)
+        self.ended.set()
+        return 0
+
+
+class ToldDownload:
+    """What came of it."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+        self.on_close: Callable[[], None] = lambda: None
+
+    def publish(self) -> str:
+        return "entry"
+
+    def close(self) -> None:
+        self.on_close()
+        self.ends.append("closed")
+
+
+def fetching(
+    workers: Workers, files: Sequence[HeldFile], download: ToldDownload | None = None
+) -> tuple[Fetch, ToldEngine]:
+    """Of two files with 20 bytes each, behind a header of 8."""
+    engine = ToldEngine()
+    plan = SplitPlan(b"", 48, (Place(0, 8, 0), Place(8, 28, 8), Place(28, 48, 8)))
+    parts = [SimpleNamespace(answer=None, nbytes=28) for _ in files]
+    given: Any = (
+        engine,
+        workers,
+        download or ToldDownload(),
+        files,
+        SimpleNamespace(plan=plan, parts=parts),
+    )
+    return Fetch(*given, resumable=True), engine
+
+
+async def bringing_begun(fetch: Fetch, groups: Any, told: list[int]) -> asyncio.Task[Any]:
+    bringing = asyncio.create_task(fetch.bring(groups, told.append, Demand()))
+    await asyncio.sleep(0)
+    return bringing
+
+
+async def test_groups_of_two_files_are_told_of_in_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread that has found the first one whole is slow to say so."""
+    found, go_on = Event(), Event()
+
+    class Slow(SplitArrivals):
+        def landed(self, number: int, n: int) -> list[int]:
+            groups = super().landed(number, n)
+            if number == 1:
+                found.set()
+                go_on.wait(20)
+            return groups
+
+    monkeypatch.setattr(fetch_module, "Lock", partial(TellingLock, go_on))
+    monkeypatch.setattr(fetch_module, "SplitArrivals", Slow)
+    workers, told = Workers(2), list[int]()
+    files = [HeldFile(), HeldFile()]
+    fetch, engine = fetching(workers, files)
+    bringing = await bringing_begun(fetch, [[Span(8, 28)], [Span(28, 48)]], told)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(engine.told[0], 0)
+        assert found.wait(20)
+        second = threads.submit(engine.told[1], 0)
+        second.add_done_callback(lambda _: go_on.set())
+    assert first.result() is second.result() is None
+    for file, job in zip(files, engine.jobs, strict=True):
+        file.go.set()
+        job.done.set_result(None)
+    assert await bringing == "entry"
+    assert told == [0, 1]
+    workers.close()
+
+
+class AskedFuture(Future[int]):
+    """Tells when somebody waits for it."""
+
+    def __init__(self, waited: Event) -> None:
+        super().__init__()
+        self._waited = waited
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._waited.set()
+        return super().exception(timeout)
+
+
+async def test_nothing_reads_a_download_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file is being hashed, the other waits for a thread."""
+    workers, files, download = Workers(2), [HeldFile(), HeldFile()], ToldDownload()
+    hashing, waiting = AskedFuture(files[0].go), Future[Any]()
+
+    def submit(work: Any) -> Future[Any]:
+        if work == files[0].hash_along:
+            assert hashing.set_running_or_notify_cancel()
+            workers.threads.submit(lambda: hashing.set_result(work()))
+            return hashing
+        return waiting if work == files[1].hash_along else workers.threads.submit(work)
+
+    def close() -> None:
+        download.ends.append("read" if not hashing.done() else "let go")
+        files[0].go.set()
+
+    download.on_close = close
+    monkeypatch.setattr(workers, "submit", submit)
+    fetch, engine = fetching(workers, files, download)
+    bringing = await bringing_begun(fetch, [[Span(8, 28)], [Span(28, 48)]], [])
+    engine.told[0](0)
+    engine.told[1](0)
+    assert files[0].begun.wait(20)
+    engine.jobs[1].done.set_result(None)
+    engine.jobs[0].cancel(FetchError("as told"))
+    with pytest.raises(FetchError, match="as told"):
+        await bringing
+    assert download.ends == ["let go", "closed"]
+    assert waiting.cancelled()
+    assert not files[1].begun.is_set()
+    workers.close()
