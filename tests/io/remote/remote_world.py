@@ -13,6 +13,7 @@ from typing import Self
 
 from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, engine
+from web_folder import answer, refuse
 
 import tiny
 from lorax_async import AdapterLoader, LoaderConfig
@@ -200,18 +201,12 @@ class RemoteWorld:
         try:
             data, etag = self.content(asked.target)
         except KeyError:
-            client.head("404 Not Found", "Content-Length: 0")
-            return
-        self.answer(asked, client, data, etag)
+            refuse("404 Not Found")(asked, client)
+        else:
+            self.answer(asked, client, data, etag)
 
     def answer(self, asked: Asked, client: Client, data: bytes, etag: str) -> None:
-        if asked.span is None:
-            client.head("200 OK", f"Content-Length: {len(data)}", f"ETag: {etag}")
-            client.send(data)
-            return
-        start, stop = asked.span[0], min(asked.span[1], len(data))
-        client.part(start, stop, len(data), f"ETag: {etag}")
-        client.send(data[start:stop])
+        answer(asked, client, data, f"ETag: {etag}")
 
     def close(self) -> None:
         self.engine.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
@@ -14,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from cache_inputs import put
-from counted_calls import CHANGES, LOOKS, Calls, failing
-from disk_cache_world import open_below
+from counted_calls import Calls
 from hub_cache_world import (
     COMMIT,
     KEY,
@@ -31,17 +29,13 @@ from hub_cache_world import (
     tree,
 )
 from hub_world import ADAPTER, REPO, WEIGHTS
-from huggingface_hub import (
-    scan_cache_dir,
-    snapshot_download,
-)
 from source_inputs import read
 
 from adapters import hub_cache as by_hand
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey, FileRole
 from lorax_async.core.policies import policy
-from lorax_async.errors import CapacityError, FetchError, IntegrityError, InternalError, LoraxError
+from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.io.cache.ports import Cache, CacheEntry
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.ports import Demand
@@ -306,64 +300,6 @@ def test_all_is_on_the_disk_before_it_is_linked(
     blobs, links = ["replace"] * 2, ["symlink", "replace"] * 2
     assert made[:9] == [*["fsync"] * 2, *blobs, "fsync", *links]
     assert made[9] == "fsync"
-
-
-LINKING = ("symlink", "replace", "fchmod", "readlink")
-
-FULL = ("mkdir", "pwritev", "write", "posix_fallocate", "fsync", "symlink", "replace")
-
-
-def fetched(folder: Path) -> None:
-    with hub_cache(folder, write=True) as cache:
-        cache.note_revision(REPO, "main", KEY.version)
-        entry = cache.open(KEY, check=True) or stored(cache)
-        assert contents(entry) == ADAPTER
-
-
-def is_as_the_library_has_it(folder: Path) -> None:
-    inventory = scan_cache_dir(folder)
-    assert inventory.warnings == []
-    assert not inventory.incomplete_files
-    assert [each.refs for repo in inventory.repos for each in repo.revisions] == [{"main"}]
-    place = Path(snapshot_download(REPO, cache_dir=folder, local_files_only=True))
-    assert {path.name: path.read_bytes() for path in place.iterdir()} == ADAPTER
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("code", "names"),
-    [(errno.EIO, CHANGES + LOOKS + LINKING), (errno.ENOSPC, FULL), (errno.EMFILE, ("open", "dup"))],
-    ids=["EIO", "ENOSPC", "EMFILE"],
-)
-def test_whatever_call_fails_the_next_fetch_is_right(
-    tmp_path: Path, code: int, names: tuple[str, ...]
-) -> None:
-    calls = Calls(names)
-    with calls.counted():
-        fetched(tmp_path / "first")
-    is_as_the_library_has_it(tmp_path / "first")
-    right = tree(tmp_path / "first")
-    failed = 0
-    for at, call in enumerate(calls.made, 1):
-        folder = tmp_path / str(at)
-        with failing(names, at, code).counted():
-            try:
-                fetched(folder)
-            except LoraxError as error:
-                failed += 1
-                full = code == errno.ENOSPC and isinstance(error, CapacityError)
-                assert full or isinstance(error, FetchError) or "cannot be opened" in str(error), (
-                    at,
-                    call,
-                )
-        assert open_below(folder) == [], (at, call)
-        fetched(folder)
-        assert tree(folder) == right, (at, call)
-        is_as_the_library_has_it(folder)
-    assert failed > len(calls.made) // 2
-
-
-OTHER = CacheKey(REPO, "d" * 40)
 
 
 @pytest.mark.parametrize("lacking", [*SPLIT, "blob", "two countings"])

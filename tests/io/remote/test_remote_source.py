@@ -23,8 +23,8 @@ from source_inputs import CONFIG, weights
 
 from common import until
 from lorax_async import AdapterFormatError, FetchError, IntegrityError
-from lorax_async.adapter import AdapterKey, AdapterRef, RemoteKey
-from lorax_async.core.cache_names import INDEX_FILE, WEIGHTS_FILE, CacheKey
+from lorax_async.adapter import AdapterKey, RemoteKey
+from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
 from lorax_async.core.runs import Span
 from lorax_async.core.split_file import Place, SplitArrivals, SplitPlan
 from lorax_async.io.cache.upkeep import ls
@@ -34,7 +34,6 @@ from lorax_async.io.remote import opening
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.remote.jobs import followed
-from lorax_async.io.remote.ports import Located
 from lorax_async.io.remote.workers import Workers
 from telling import TellingLock
 
@@ -255,8 +254,7 @@ async def test_who_waits_for_others_ends_with_the_demand(
         download.discard()
 
 
-@pytest.mark.parametrize("question", ["where its files are", "where its shards are"])
-async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path, question: str) -> None:
+async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path) -> None:
     """Also where the source does not answer: no caller waits for it any more."""
     now = [0.0]
     with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
@@ -271,20 +269,16 @@ async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path, que
                 cancelled[0] = True
             raise AssertionError("unreachable")
 
-        if question == "where its shards are":
-            hand_out_an_index(world)
-            world.locator.shards = no_answer  # type: ignore[assignment,method-assign]
         key = await world.source.resolve(world.ref("one"))
-        if question == "where its files are":
-            now[0] = 10_000.0  # the answer is too old: signed URLs expire
-            world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
+        now[0] = 10_000.0  # the answer is too old: signed URLs expire
+        world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
         demand = Demand()
-        opening = asyncio.create_task(world.source.open(key, demand))
+        asking = asyncio.create_task(world.source.open(key, demand))
         await until(lambda: cancelled)
-        assert not opening.done()
+        assert not asking.done()
         demand.end()
         with pytest.raises(FetchError, match="nobody waits"):
-            await opening
+            await asking
         assert cancelled == [True]
         assert not any(in_use(world))
 
@@ -311,27 +305,6 @@ async def test_comparing_a_refused_entry_ends_with_the_demand(tmp_path: Path) ->
         demand.end()
         assert not await asyncio.wait_for(refusing, 5)
         assert not any(in_use(world))
-
-
-def hand_out_an_index(world: RemoteWorld) -> None:
-    """Serve the adapter's weights as if they were in several files."""
-    content = b'{"metadata": {}, "weight_map": {"a": "adapter_model-00001-of-00002.safetensors",'
-    content += b'"b": "adapter_model-00002-of-00002.safetensors"}}'
-    locate, serve = world.locator.locate, world.serve
-
-    async def located(ref: AdapterRef) -> Located:
-        found = await locate(ref)
-        index = world.locator.file(ref, INDEX_FILE, content)
-        return replace(found, files=(found.files[0], index))
-
-    def served(asked: Asked, client: Client) -> None:
-        if asked.target.endswith(INDEX_FILE.file_name):
-            world.answer(asked, client, content, '"index"')
-        else:
-            serve(asked, client)
-
-    world.locator.locate = located  # type: ignore[method-assign]
-    world.server.behave = served
 
 
 async def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began() -> None:
@@ -367,26 +340,6 @@ async def test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did() ->
     assert not early
     assert undone == [True]
     workers.close()
-
-
-async def test_a_load_that_is_cancelled_twice_leaves_nothing_locked(tmp_path: Path) -> None:
-    """All threads are at something else meanwhile."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        stocked(world, tmp_path)
-        busy = Event()
-        key = await world.source.resolve(world.ref("one"))
-        file = await world.source.open(key, Demand())
-        world.server.behave = lambda *_: None
-        for _ in range(4):
-            world.workers.submit(busy.wait)
-        bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
-        for _ in range(20):
-            await asyncio.sleep(0.01)
-            bringing.cancel()
-        busy.set()
-        await asyncio.wait([bringing])
-        file.reader.close()
-        assert not any(each.in_use for each in ls(world.cache))
 
 
 class ToldJob:

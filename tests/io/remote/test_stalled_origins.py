@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from common import open_sockets, until
 from lorax_async import AdapterLoader, AdapterTimeoutError, Allow, LoaderConfig
 from lorax_async.io.remote.beginning import FIRST_BYTES
 
-pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 CONNECTIONS = 16
 LOADS = 16
@@ -150,6 +151,7 @@ async def is_hinted_at(loader: AdapterLoader, url: str) -> None:
 Leaving = Callable[[AdapterLoader, str], Coroutine[Any, Any, None]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STALLS)
 @pytest.mark.parametrize("leaves", [times_out, is_cancelled, streams, is_hinted_at])
 async def test_a_server_that_stalls_costs_only_its_callers(
@@ -177,55 +179,38 @@ async def test_a_server_that_stalls_costs_only_its_callers(
         assert time.monotonic() - begun < SOON
 
 
-@pytest.mark.parametrize("step", STALLS)
-async def test_callers_that_stay_are_not_in_the_way(tmp_path: Path, step: str) -> None:
-    """Their own server is still asked meanwhile, and they get their adapter when it recovers."""
-    with world(tmp_path, step) as it:
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [*((step,) for step in STALLS), STALLS], ids=lambda s: s[-1])
+async def test_callers_that_stay_are_not_in_the_way(tmp_path: Path, steps: Sequence[str]) -> None:
+    """Nor those of several servers. Their own is asked still, and they get what comes of it."""
+    with world(tmp_path, *steps) as it:
         async with it.loader() as loader:
-            url = it.stalling[0].url
-            staying = [asyncio.create_task(loader.load(url(f"/{n}/"))) for n in range(LOADS)]
-            await until(lambda: it.held)
-            await asyncio.sleep(0.6)
+            staying = [
+                asyncio.create_task(loader.load(server.url(f"/{n}/")))
+                for server in it.stalling
+                for n in range(LOADS // 2)
+            ]
+            await until(lambda: all(folder.held for folder in it.folders))
             for n in range(3):
                 await it.load_healthy(loader, f"beside{n}")
             assert not any(task.done() for task in staying)
-            it.folders[0].step = "none"
-            for client in it.stalling[0].clients:
-                with suppress(OSError):
-                    client.socket.shutdown(socket.SHUT_RDWR)
+            for folder, server in zip(it.folders, it.stalling, strict=True):
+                folder.step = "none"
+                for client in server.clients:
+                    with suppress(OSError):
+                        client.socket.shutdown(socket.SHUT_RDWR)
             for handle in await asyncio.gather(*staying):
                 tiny.assert_equal_to_file(handle, it.adapter)
                 handle.release()
 
 
-async def test_several_servers_that_stall(tmp_path: Path) -> None:
-    """Each in its own way, with callers that stay."""
-    with world(tmp_path, *STALLS) as it:
-        async with it.loader() as loader:
-            staying = [
-                asyncio.create_task(loader.load(server.url(f"/{n}/"), timeout=30))
-                for server in it.stalling
-                for n in range(8)
-            ]
-            await until(lambda: all(folder.held for folder in it.folders))
-            await it.load_healthy(loader)
-            for task in staying:
-                task.cancel()
-            await asyncio.wait(staying)
-            await it.assert_nothing_held()
-
-
+@pytest.mark.slow
 async def test_a_server_that_accepts_no_connection(tmp_path: Path) -> None:
     """A listener whose backlog is full: a connect waits for an answer that never comes."""
     with world(tmp_path) as it, socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         port = full.getsockname()[1]
-        it.config = LoaderConfig(
-            **{
-                **{name: getattr(it.config, name) for name in ("device_bytes", "max_slots")},
-                "cache_dir": it.config.cache_dir,
-                "allow": (*it.config.allow, Allow("http", "127.0.0.1", port)),
-            }
-        )
+        allow = (*it.config.allow, Allow("http", "127.0.0.1", port))
+        it.config = dataclasses.replace(it.config, allow=allow)
         with ExitStack() as ends:
             for _ in range(4):
                 client = ends.enter_context(socket.socket())
