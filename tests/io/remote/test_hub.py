@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from answering_server import Asked, Reply
 from fault_server import Client, FaultServer
-from fetching import engine
 from hub_stand_in import SIGNATURE, HubStandIn, git_sha1, sha256
 from hub_world import (
     ADAPTER,
@@ -82,23 +81,6 @@ async def test_an_adapter_and_where_its_files_lie(hub: HubStandIn) -> None:
     tells_no_secret(located)
 
 
-async def test_the_bytes_come_from_where_it_said(hub: HubStandIn) -> None:
-    """The store, which refuses whoever brings a token, is asked without it, and at once."""
-    hub.put(REPO, ADAPTER, private_token=TOKEN)
-    with locating(hub) as locator, engine() as fetching:
-        located = await locator.locate(AdapterRef(REPO, token=TOKEN))
-        seen = len(hub.asked)
-        contents = [
-            fetching.ask(file.target, 100_000, timeout=20).done.result(25).start
-            for file in located.files
-        ]
-    assert contents == [CONFIG, WEIGHTS]
-    gets = hub.asked[seen:]
-    assert [(asked.method, asked.at_store) for asked in gets] == [("GET", False), ("GET", True)]
-    assert gets[0].fields["authorization"] == f"Bearer {TOKEN}"
-    assert "authorization" not in gets[1].fields
-
-
 @pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "feature/x"])
 async def test_whatever_git_names_is_a_revision(hub: HubStandIn, revision: str) -> None:
     hub.put(REPO, {"adapter_config.json": b"other"})
@@ -108,27 +90,6 @@ async def test_whatever_git_names_is_a_revision(hub: HubStandIn, revision: str) 
             located = await locator.locate(AdapterRef(REPO, revision=name))
             assert located.version == commit
             assert located.files[1].nbytes == len(WEIGHTS)
-
-
-async def test_a_repository_that_was_renamed(hub: HubStandIn) -> None:
-    """It is asked for by the name that was given, whose commit stands fast."""
-    commit = hub.put("org/new", ADAPTER)
-    hub.moved[REPO] = "org/new"
-    with locating(hub) as locator, engine() as fetching:
-        located = await locator.locate(AdapterRef(REPO))
-        assert (located.source, located.version) == (REPO, commit)
-        config, weights = located.files
-        assert config.target.found is None, "its name is no commit"
-        assert (
-            config.target.url.text
-            == f"{hub.endpoint}/{REPO}/resolve/{commit}/{config.role.file_name}"
-        )
-        asked = [fetching.ask(each.target, 100_000, timeout=20) for each in (config, weights)]
-        assert [each.done.result(25).start for each in asked] == [CONFIG, WEIGHTS]
-        pinned = await locator.locate(AdapterRef(REPO, revision=commit))
-        found = pinned.files[0].target.found
-        assert found is not None
-        assert f"/org/new/resolve/{commit}/" in found.text
 
 
 @pytest.mark.parametrize("later", [{"adapter_model.safetensors": b"new"}, {"README.md": b"none"}])
@@ -177,27 +138,6 @@ async def test_what_a_repository_lacks(hub: HubStandIn, files: dict[str, bytes],
         await locator.locate(AdapterRef(REPO))
     assert caught.value.stage == "resolve"
     assert not hub.asked_for("GET")
-
-
-async def test_what_a_commit_says_by_itself(hub: HubStandIn, tmp_path: Path) -> None:
-    commit = hub.put(REPO, ADAPTER, private_token=TOKEN)
-    with locating(hub) as locator:
-        for ref in (AdapterRef(REPO, revision=commit), AdapterRef(REPO)):
-            assert locator.recalled(ref) is None, "nobody looked yet"
-        located = await locator.locate(AdapterRef(REPO, token=TOKEN))
-        pinned = AdapterRef(REPO, revision=commit, token=TOKEN)
-        assert locator.recalled(pinned) == (REPO, commit, located.scope)
-        lent = AdapterRef(REPO, revision=commit, use_token=True)
-        assert locator.recalled(lent) is None, "whose is it?"
-        assert locator.recalled(AdapterRef(REPO, revision=commit)) == (REPO, commit, "")
-        assert await locator.scope(lent) == locator.own_scope() == ""
-        assert locator.recalled(lent) == (REPO, commit, "")
-        (tmp_path / "token").write_text(TOKEN)
-        assert await locator.scope(lent) == locator.own_scope() == located.scope
-        assert locator.recalled(lent) == (REPO, commit, located.scope)
-        assert locator.recalled(AdapterRef(REPO, revision=commit)) == (REPO, commit, "")
-        for name in (None, "main", commit[:39], commit.upper(), f"{commit}0"):
-            assert locator.recalled(AdapterRef(REPO, revision=name)) is None
 
 
 @pytest.mark.parametrize("endpoint", ["hub", "ftp://hub/", "https://me:pw@hub", "https://h/?a=b"])
@@ -310,9 +250,7 @@ async def test_a_silent_hub_holds_nobody_but_who_asked() -> None:
             with pytest.raises(FetchTimeoutError, match="did not answer in time") as caught:
                 await asking
             tells_no_secret(caught.value)
-            assert (
-                ticks >= 6
-            )  # in more than a second; held, it would have ticked between attempts only
+            assert ticks >= 6, "held, it would have ticked between attempts only"
 
 
 async def test_a_machine_whose_own_token_cannot_be_had(

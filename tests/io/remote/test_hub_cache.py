@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -417,27 +416,6 @@ def test_what_is_stored_lies_as_the_library_lays_it(
         stored(cache, key, files)
     theirs = tree(tmp_path / "theirs")
     assert tree(hub_client) == {name: what for name, what in theirs.items() if "/trees" not in name}
-
-
-def test_one_downloads_there_and_others_wait(cache: HubCache, hub_client: Path) -> None:
-    """Two of one process, and of two (as another opened cache is); until the demand ends."""
-    download, demand = begun(cache, KEY), Demand()
-    with ThreadPoolExecutor(2) as threads, hub_cache(hub_client, write=True) as other:
-        waiting = [threads.submit(each.begin, KEY, "", Demand()) for each in (cache, other)]
-        assert isinstance(other.try_begin(KEY, ""), int)
-        demand.end()
-        with pytest.raises(FetchError, match="cancelled"):
-            cache.begin(KEY, "", demand)
-        for name, content in ADAPTER.items():
-            put(download.file(ROLES[name], len(content)), content, [(0, len(content))])
-        assert not any(each.done() for each in waiting)
-        assert not cache.remove(KEY), "somebody downloads it"
-        assert cache.open(KEY) is None
-        download.publish()
-        for each in waiting:
-            entry = each.result(30)
-            assert isinstance(entry, CacheEntry)
-            assert contents(entry) == ADAPTER
 
 
 def test_wrong_bytes_leave_nothing_there(cache: HubCache, hub_client: Path) -> None:

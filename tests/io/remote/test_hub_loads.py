@@ -46,7 +46,6 @@ from lorax_async import (
     LoraxError,
     Merge,
     UsageError,
-    parse_adapter_id,
 )
 from lorax_async.core.spans import Span
 
@@ -395,14 +394,6 @@ async def test_without_a_token_all_ask_alike(
             with pytest.raises(AccessDeniedError):
                 await there.load(name)
     assert sent(hub) == {None}
-
-
-@pytest.mark.usefixtures("logged_in")
-@pytest.mark.parametrize("kind", ["s3", "gs", "az", "https", "http"])
-def test_a_plain_id_reaches_nothing_else(kind: str) -> None:
-    """So no credentials of the environment are used before an entry names bucket or host."""
-    with pytest.raises(AccessDeniedError):
-        parse_adapter_id(f"{kind}://container/folder/", (Allow("hub", use_token=True),))
 
 
 async def test_words_that_contradict_each_other(tmp_path: Path) -> None:

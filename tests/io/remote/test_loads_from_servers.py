@@ -317,18 +317,6 @@ async def test_a_token_opens_a_folder_for_who_has_it(origin: Origin, adapters: l
 
 
 @on("nginx", "folder")
-async def test_a_version_that_was_replaced_cannot_be_had_from_a_folder(
-    origin: Origin, adapters: list[Path]
-) -> None:
-    origin.put(adapters[0])
-    async with origin.loader() as there:
-        version = await has(there, origin.id, adapters[0])
-    origin.put(adapters[1])
-    async with origin.loader(cache_dir=origin.folder / "elsewhere") as there:
-        with pytest.raises(AdapterNotFoundError, match="is not what the URL leads to now"):
-            await there.load(origin.id, revision=version)
-
-
 @on("nginx")
 @pytest.mark.parametrize("way", ["", "untagged/"])
 async def test_what_is_replaced_on_the_way_is_noticed(

@@ -49,17 +49,16 @@ def weights_asked(world: RemoteWorld) -> list[Asked]:
     return [asked for asked in world.server.asked if asked.target.endswith(".safetensors")]
 
 
-async def test_an_adapter_comes_once(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache") as world:
-        folder = stocked(world, tmp_path)
-        for _ in range(2):
-            async with over(world) as loader, await loader.load(world.ref("one")) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-        size = (folder / "adapter_model.safetensors").stat().st_size
-        spans = sorted(asked.span for asked in weights_asked(world) if asked.span)
-        assert sum(min(stop, size) - start for start, stop in spans) == size, "each byte once"
-        (entry,) = ls(world.cache)
-        assert not entry.is_partial
+async def test_an_adapter_comes_once(world: RemoteWorld, tmp_path: Path) -> None:
+    folder = stocked(world, tmp_path)
+    for _ in range(2):
+        async with over(world) as loader, await loader.load(world.ref("one")) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    spans = sorted(asked.span for asked in weights_asked(world) if asked.span)
+    assert sum(min(stop, size) - start for start, stop in spans) == size, "each byte once"
+    (entry,) = ls(world.cache)
+    assert not entry.is_partial
 
 
 async def test_the_first_layer_does_not_wait_for_the_last(tmp_path: Path) -> None:
@@ -146,85 +145,89 @@ async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
                 tiny.assert_equal_to_file(handle, folder)
 
 
-async def test_what_is_public_is_there_for_who_has_a_token(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache") as world:
-        folder = stocked(world, tmp_path)
-        pinned = replace(world.ref("one"), revision=world.locator.there["one"].version)
-        async with over(world) as loader:
-            (await loader.load(pinned)).release()
-        world.locator.error = FetchError("it is down")
-        theirs = replace(pinned, token="mine")
-        async with over(world) as loader, await loader.load(theirs) as handle:
-            tiny.assert_equal_to_file(handle, folder)
+async def test_what_is_public_is_there_for_who_has_a_token(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
+    folder = stocked(world, tmp_path)
+    pinned = replace(world.ref("one"), revision=world.locator.there["one"].version)
+    async with over(world) as loader:
+        (await loader.load(pinned)).release()
+    world.locator.error = FetchError("it is down")
+    theirs = replace(pinned, token="mine")
+    async with over(world) as loader, await loader.load(theirs) as handle:
+        tiny.assert_equal_to_file(handle, folder)
 
 
-async def test_who_was_let_have_it_long_ago_has_it_not_at_once(tmp_path: Path) -> None:
+async def test_who_was_let_have_it_long_ago_has_it_not_at_once(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
     """A lease without asking is for as long as a load asks nobody; then the source judges."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        stocked(world, tmp_path)
-        stored = world.locator.there["one"]
-        stored.token = "mine"
-        mine = replace(world.ref("one"), token="mine")
-        stocked(world, tmp_path, "two", 1)
-        doubled = Limits(max_rank=2 * RANK)
-        merge = Merge("linear", [mine, world.ref("two")], [1, 1])
-        async with over(world, revalidate=60, limits=doubled) as loader:
-            kept = await loader.load(mine)
-            at_once = loader.try_acquire(mine)
-            assert at_once is not None
-            at_once.release()
-            assert loader.try_acquire(replace(mine, token="other")) is None
-            by_key = loader.try_acquire(kept.key)
-            assert by_key is not None
-            by_key.release()
-            kept.release()
-            assert await acquired_at_once(loader, merge)
-        async with over(world, revalidate=0, limits=doubled) as loader:
-            kept = await loader.load(mine)
-            assert loader.try_acquire(mine) is None
-            assert not await acquired_at_once(loader, merge)
-            stored.token = "another"
-            with pytest.raises(AccessDeniedError):
-                await loader.load(mine)
-            kept.release()
+    stocked(world, tmp_path)
+    stored = world.locator.there["one"]
+    stored.token = "mine"
+    mine = replace(world.ref("one"), token="mine")
+    stocked(world, tmp_path, "two", 1)
+    doubled = Limits(max_rank=2 * RANK)
+    merge = Merge("linear", [mine, world.ref("two")], [1, 1])
+    async with over(world, revalidate=60, limits=doubled) as loader:
+        kept = await loader.load(mine)
+        at_once = loader.try_acquire(mine)
+        assert at_once is not None
+        at_once.release()
+        assert loader.try_acquire(replace(mine, token="other")) is None
+        by_key = loader.try_acquire(kept.key)
+        assert by_key is not None
+        by_key.release()
+        kept.release()
+        assert await acquired_at_once(loader, merge)
+    async with over(world, revalidate=0, limits=doubled) as loader:
+        kept = await loader.load(mine)
+        assert loader.try_acquire(mine) is None
+        assert not await acquired_at_once(loader, merge)
+        stored.token = "another"
+        with pytest.raises(AccessDeniedError):
+            await loader.load(mine)
+        kept.release()
 
 
-async def test_who_tells_no_length_is_believed_what_was_told_before(tmp_path: Path) -> None:
+async def test_who_tells_no_length_is_believed_what_was_told_before(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
     """All in one response, without ranges: the size is the locator's word, or nobody's."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        folder = stocked(world, tmp_path)
-        stocked(world, tmp_path, "two")
+    folder = stocked(world, tmp_path)
+    stocked(world, tmp_path, "two")
 
-        def streamed(asked: Asked, client: Client) -> None:
-            data, etag = world.content(asked.target)
-            client.head("200 OK", f"ETag: {etag}", "Transfer-Encoding: chunked")
-            client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+    def streamed(asked: Asked, client: Client) -> None:
+        data, etag = world.content(asked.target)
+        client.head("200 OK", f"ETag: {etag}", "Transfer-Encoding: chunked")
+        client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
 
-        world.server.behave = streamed
-        async with over(world) as loader:
-            async with await loader.load(world.ref("one")) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-            world.locator.promises = False
-            with pytest.raises(FetchError, match="does not say how large"):
-                await loader.load(world.ref("two"))
+    world.server.behave = streamed
+    async with over(world) as loader:
+        async with await loader.load(world.ref("one")) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+        world.locator.promises = False
+        with pytest.raises(FetchError, match="does not say how large"):
+            await loader.load(world.ref("two"))
 
 
-async def test_a_pinned_version_that_the_source_has_replaced(tmp_path: Path) -> None:
+async def test_a_pinned_version_that_the_source_has_replaced(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
     """Who was let have it, and may still ask, has it from the cache; nobody else has."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        folder = stocked(world, tmp_path)
-        world.locator.there["one"].token = "mine"
-        pinned = AdapterRef("one", "hub", world.locator.there["one"].version, "mine")
-        async with over(world) as loader:
-            (await loader.load(pinned)).release()
-        world.locator.error = AnotherVersionError("it has another one by now")
-        async with over(world) as loader:
-            async with await loader.load(pinned) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-            for other in (replace(pinned, token="x"), replace(pinned, revision=None)):
-                for stale in (False, True):
-                    with pytest.raises(AdapterNotFoundError, match="another one"):
-                        await loader.load(replace(other, allow_stale=stale))
+    folder = stocked(world, tmp_path)
+    world.locator.there["one"].token = "mine"
+    pinned = AdapterRef("one", "hub", world.locator.there["one"].version, "mine")
+    async with over(world) as loader:
+        (await loader.load(pinned)).release()
+    world.locator.error = AnotherVersionError("it has another one by now")
+    async with over(world) as loader:
+        async with await loader.load(pinned) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+        for other in (replace(pinned, token="x"), replace(pinned, revision=None)):
+            for stale in (False, True):
+                with pytest.raises(AdapterNotFoundError, match="another one"):
+                    await loader.load(replace(other, allow_stale=stale))
 
 
 def one_slot(world: RemoteWorld, device: str) -> AdapterLoader:
@@ -271,6 +274,12 @@ async def test_parts_of_a_merge_are_fetched_again(tmp_path: Path) -> None:
 
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[RemoteWorld]:
+    with RemoteWorld(tmp_path / "cache") as world:
+        yield world
 
 
 @pytest.fixture
@@ -406,21 +415,22 @@ async def test_a_folder_that_others_may_write_to_is_not_taken_for_the_removed_on
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_what_left_slot_and_cache_is_fetched_again(tmp_path: Path, device: str) -> None:
+async def test_what_left_slot_and_cache_is_fetched_again(
+    world: RemoteWorld, tmp_path: Path, device: str
+) -> None:
     """Nobody is told; and also for a caller who streams it."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        folder = two_stocked(world, tmp_path)
-        async with one_slot(world, device) as loader:
+    folder = two_stocked(world, tmp_path)
+    async with one_slot(world, device) as loader:
+        await leave(world, loader, "one")
+        async with await loader.load(world.ref("one")) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+        for _ in range(5):
             await leave(world, loader, "one")
-            async with await loader.load(world.ref("one")) as handle:
+            async with loader.stream(world.ref("one")) as handle:
+                await all_of(handle)
                 tiny.assert_equal_to_file(handle, folder)
-            for _ in range(5):
-                await leave(world, loader, "one")
-                async with loader.stream(world.ref("one")) as handle:
-                    await all_of(handle)
-                    tiny.assert_equal_to_file(handle, folder)
-                async with loader.stream(world.ref("one")) as handle:
-                    assert handle.resident
+            async with loader.stream(world.ref("one")) as handle:
+                assert handle.resident
 
 
 async def test_first_loads_at_once_share_one_cache_and_its_connections(tmp_path: Path) -> None:
@@ -440,20 +450,21 @@ async def test_first_loads_at_once_share_one_cache_and_its_connections(tmp_path:
                 await loader.load("org/0")
 
 
-async def test_a_caller_may_have_what_is_old_while_its_source_is_down(tmp_path: Path) -> None:
+async def test_a_caller_may_have_what_is_old_while_its_source_is_down(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
     """Loaded or streamed, and by the ref or by the call, not by both."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        folder = stocked(world, tmp_path)
-        async with over(world) as loader:
-            (await loader.load(world.ref("one"))).release()
-        world.locator.error = FetchError("it is down")
-        async with over(world) as loader:
-            async with await loader.load("one", source="hub", allow_stale=True) as handle:
-                tiny.assert_equal_to_file(handle, folder)
-                assert handle.stale
-            async with loader.stream("one", source="hub", allow_stale=True) as handle:
-                assert handle.stale
-            with pytest.raises(FetchError, match="down"):
-                await loader.load(world.ref("one"))
-            with pytest.raises(UsageError, match="allow_stale itself"):
-                await loader.load(world.ref("one"), allow_stale=True)
+    folder = stocked(world, tmp_path)
+    async with over(world) as loader:
+        (await loader.load(world.ref("one"))).release()
+    world.locator.error = FetchError("it is down")
+    async with over(world) as loader:
+        async with await loader.load("one", source="hub", allow_stale=True) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+            assert handle.stale
+        async with loader.stream("one", source="hub", allow_stale=True) as handle:
+            assert handle.stale
+        with pytest.raises(FetchError, match="down"):
+            await loader.load(world.ref("one"))
+        with pytest.raises(UsageError, match="allow_stale itself"):
+            await loader.load(world.ref("one"), allow_stale=True)

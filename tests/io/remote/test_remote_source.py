@@ -67,49 +67,50 @@ class TestCached(PopulateConformance):
         hold.close()
 
 
-async def test_small_files_are_checked_before_they_are_used(tmp_path: Path) -> None:
+async def test_small_files_are_checked_before_they_are_used(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
     """The rest is on its way by then, and nothing is published yet."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        stocked(world, tmp_path)
+    stocked(world, tmp_path)
 
-        def other_config(asked: Asked, client: Client) -> None:
-            data, etag = world.content(asked.target)
-            world.answer(asked, client, data if asked.span else data[::-1], etag)
+    def other_config(asked: Asked, client: Client) -> None:
+        data, etag = world.content(asked.target)
+        world.answer(asked, client, data if asked.span else data[::-1], etag)
 
-        world.server.behave = other_config
-        with pytest.raises(IntegrityError, match=r"adapter_config.json has not the sha256"):
-            await opened(world)
+    world.server.behave = other_config
+    with pytest.raises(IntegrityError, match=r"adapter_config.json has not the sha256"):
+        await opened(world)
 
 
-async def test_who_was_let_have_it_has_it_while_the_source_is_down(tmp_path: Path) -> None:
+async def test_who_was_let_have_it_has_it_while_the_source_is_down(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
     """Not only who it was fetched for; and nobody else."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        stocked(world, tmp_path)
-        first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
-        version = world.locator.there["one"].version
-        for ref in (first, second):
-            file = await world.source.open(await world.source.resolve(ref), Demand())
-            await world.source.bring(file, [], lambda _: None, Demand())
-            file.reader.close()
-        world.locator.error = FetchError("it is down")
-        for ref in (first, second):
-            await world.source.resolve(replace(ref, revision=version))
-        with pytest.raises(FetchError, match="it is down"):
-            await world.source.resolve(replace(stranger, revision=version))
+    stocked(world, tmp_path)
+    first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
+    version = world.locator.there["one"].version
+    for ref in (first, second):
+        file = await world.source.open(await world.source.resolve(ref), Demand())
+        await world.source.bring(file, [], lambda _: None, Demand())
+        file.reader.close()
+    world.locator.error = FetchError("it is down")
+    for ref in (first, second):
+        await world.source.resolve(replace(ref, revision=version))
+    with pytest.raises(FetchError, match="it is down"):
+        await world.source.resolve(replace(stranger, revision=version))
 
 
-async def test_the_last_version_is_what_is_stale(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache") as world:
-        keys: list[AdapterKey] = []
-        for seed in (1, 2):
-            world.put("one", CONFIG, weights(seed))
-            keys.append(await world.source.resolve(world.ref("one")))
-            (await brought(world)).reader.close()
-        world.locator.error = FetchError("it is down")
-        found = await world.source.resolve(replace(world.ref("one"), allow_stale=True))
-        assert isinstance(found, RemoteKey)
-        assert found.stale
-        assert replace(found, stale=False) == keys[1] != keys[0]
+async def test_the_last_version_is_what_is_stale(world: RemoteWorld) -> None:
+    keys: list[AdapterKey] = []
+    for seed in (1, 2):
+        world.put("one", CONFIG, weights(seed))
+        keys.append(await world.source.resolve(world.ref("one")))
+        (await brought(world)).reader.close()
+    world.locator.error = FetchError("it is down")
+    found = await world.source.resolve(replace(world.ref("one"), allow_stale=True))
+    assert isinstance(found, RemoteKey)
+    assert found.stale
+    assert replace(found, stale=False) == keys[1] != keys[0]
 
 
 async def test_another_version_is_not_stored_under_the_name_of_the_one(tmp_path: Path) -> None:
@@ -123,20 +124,19 @@ async def test_another_version_is_not_stored_under_the_name_of_the_one(tmp_path:
             await world.source.open(key, Demand())
 
 
-async def test_what_changes_between_two_answers_is_noticed(tmp_path: Path) -> None:
+async def test_what_changes_between_two_answers_is_noticed(world: RemoteWorld) -> None:
     """Of a header that does not come with the first bytes."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        world.locator.promises = False
-        world.put("one", CONFIG, weights(1, {"note": "long" * FIRST_BYTES}))
+    world.locator.promises = False
+    world.put("one", CONFIG, weights(1, {"note": "long" * FIRST_BYTES}))
 
-        def changing(asked: Asked, client: Client) -> None:
-            data, etag = world.content(asked.target)
-            again = asked.span is not None and asked.span[1] != FIRST_BYTES
-            world.answer(asked, client, data, '"another"' if again else etag)
+    def changing(asked: Asked, client: Client) -> None:
+        data, etag = world.content(asked.target)
+        again = asked.span is not None and asked.span[1] != FIRST_BYTES
+        world.answer(asked, client, data, '"another"' if again else etag)
 
-        world.server.behave = changing
-        with pytest.raises(IntegrityError, match="changed while it was asked for"):
-            await opened(world)
+    world.server.behave = changing
+    with pytest.raises(IntegrityError, match="changed while it was asked for"):
+        await opened(world)
 
 
 def in_use(world: RemoteWorld) -> list[bool]:
@@ -163,17 +163,18 @@ async def test_jobs_end_with_whoever_follows_them() -> None:
 
 
 @pytest.mark.parametrize("late", [0.0, 0.01])
-async def test_bringing_is_cancelled_at_any_await(tmp_path: Path, late: float) -> None:
-    with RemoteWorld(tmp_path / "cache") as world:
-        ends = []
-        for at in range(8):
-            stocked(world, tmp_path, f"number{at}", at)
-            file = await opened(world, f"number{at}")
-            bringing = world.source.bring(file, [], lambda _: None, Demand())
-            ends.append(await was_cancelled(bringing, at, late))
-            file.reader.close()
-        assert {True, False} == set(ends)
-        assert not any(in_use(world))
+async def test_bringing_is_cancelled_at_any_await(
+    world: RemoteWorld, tmp_path: Path, late: float
+) -> None:
+    ends = []
+    for at in range(8):
+        stocked(world, tmp_path, f"number{at}", at)
+        file = await opened(world, f"number{at}")
+        bringing = world.source.bring(file, [], lambda _: None, Demand())
+        ends.append(await was_cancelled(bringing, at, late))
+        file.reader.close()
+    assert {True, False} == set(ends)
+    assert not any(in_use(world))
 
 
 @pytest.mark.parametrize("pinned", [False, True])
@@ -197,39 +198,38 @@ async def test_opening_what_is_here_is_cancelled_at_any_await(
         assert not any(in_use(world))
 
 
-async def test_an_entry_stays_for_as_long_as_it_is_read(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache") as world:
-        stocked(world, tmp_path)
-        file = await brought(world)
-        assert in_use(world) == [True]
-        file.reader.close()
-        assert in_use(world) == [False]
+async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld, tmp_path: Path) -> None:
+    stocked(world, tmp_path)
+    file = await brought(world)
+    assert in_use(world) == [True]
+    file.reader.close()
+    assert in_use(world) == [False]
 
 
-async def test_groups_are_told_of_on_the_loop(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache") as world:
-        stocked(world, tmp_path)
-        file, told = await opened(world), list[tuple[int, Thread]]()
-        half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
+async def test_groups_are_told_of_on_the_loop(world: RemoteWorld, tmp_path: Path) -> None:
+    stocked(world, tmp_path)
+    file, told = await opened(world), list[tuple[int, Thread]]()
+    half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
 
-        def note(group: int) -> None:
-            told.append((group, current_thread()))
+    def note(group: int) -> None:
+        told.append((group, current_thread()))
 
-        groups = [[Span(0, half)], [Span(half, nbytes)]]
-        await world.source.bring(file, groups, note, Demand())
-        assert told == [(0, current_thread()), (1, current_thread())]
-        file.reader.close()
+    groups = [[Span(0, half)], [Span(half, nbytes)]]
+    await world.source.bring(file, groups, note, Demand())
+    assert told == [(0, current_thread()), (1, current_thread())]
+    file.reader.close()
 
 
-async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache") as world:
-        stocked(world, tmp_path)
-        file = await opened(world)
-        bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
-        await asyncio.sleep(0)
-        file.reader.close()
-        await bringing
-        assert in_use(world) == [False]
+async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
+    stocked(world, tmp_path)
+    file = await opened(world)
+    bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
+    await asyncio.sleep(0)
+    file.reader.close()
+    await bringing
+    assert in_use(world) == [False]
 
 
 @pytest.mark.parametrize("what", ["the same", "room"])

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlsplit
 
@@ -23,11 +20,10 @@ from object_stores import (
     Azurite,
     GoogleStandIn,
     Weed,
-    azurite,
     set_environment,
-    weed,
 )
 from obstore.store import AzureStore, S3Store
+from origins import KINDS, processes
 from stored import CONFIG, Bucket, brought, located, locator
 from user_loads import secretless
 
@@ -40,7 +36,6 @@ from lorax_async.errors import (
     FetchError,
     IntegrityError,
 )
-from tools import tool
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -49,8 +44,7 @@ SHARDS = [FileRole("weights", n) for n in (1, 2)]
 SECRETS = (S3_KEY, S3_SECRET, AZURE_KEY, GOOGLE_ACCOUNT, "Signature", "X-Amz", "sig=")
 SIGNATURES = {"gs": "X-Goog-Signature", "s3": "X-Amz-Signature", "az": "sig="}
 
-ON_S3 = [pytest.mark.needs("weed"), pytest.mark.slow]
-ON_AZURE = [pytest.mark.needs("azurite-blob"), pytest.mark.slow]
+ON_S3, ON_AZURE = KINDS["s3"], KINDS["az"]
 S3 = pytest.param("s3", marks=ON_S3)
 AZURE = pytest.param("az", marks=ON_AZURE)
 
@@ -97,28 +91,15 @@ class Store:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Weed | Azurite]]:
-    """Each begins when a test asks for it, and serves all of them."""
-    kinds: dict[str, tuple[str, Callable[[str, Path], Any]]] = {
-        "s3": ("weed", weed),
-        "az": ("azurite-blob", azurite),
-    }
-    with ExitStack() as ends:
-
-        @cache
-        def begun(kind: str) -> Weed | Azurite:
-            program, serve = kinds[kind]
-            folder = tmp_path_factory.mktemp(kind)
-            server: Weed | Azurite = ends.enter_context(serve(str(tool(program)), folder))
-            return server
-
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    with processes(tmp_path_factory) as begun:
         yield begun
 
 
 @pytest.fixture
 def store(
     request: pytest.FixtureRequest,
-    servers: Callable[[str], Weed | Azurite],
+    servers: Callable[[str], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Store]:
     kind, path = request.param, f"tests/{request.node.originalname}/"

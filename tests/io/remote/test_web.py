@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import threading
+from collections.abc import Iterator
 
 import pytest
 from fault_server import Asked, Client, FaultServer
@@ -40,40 +41,44 @@ DATA = random.Random(7).randbytes(FIRST_BYTES + 10_000)
 FILES = {CONFIG: b'{"r": 4}', WEIGHTS: DATA}
 
 
-async def test_a_folder_is_located_by_two_requests() -> None:
+@pytest.fixture
+def it() -> Iterator[World]:
     with world(FILES) as it:
-        located = await it.locator.locate(it.ref())
-        assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
-        spans = {asked.target: asked.span for asked in it.folder.asked}
-        assert spans == {
-            f"/adapters/one/{CONFIG}": None,
-            f"/adapters/one/{WEIGHTS}": (0, FIRST_BYTES),
-        }
-        assert (located.source, located.scope) == (it.server.url("/adapters/one/"), "")
-        config, weights = located.files
-        assert (config.role, weights.role) == (CONFIG_FILE, WEIGHTS_FILE)
-        assert config.answer is not None
-        assert weights.answer is not None
-        assert (config.answer.start, config.nbytes) == (FILES[CONFIG], 8)
-        assert weights.answer.start == DATA[:FIRST_BYTES]
-        assert (weights.nbytes, weights.expected) == (len(DATA), None)
-        pinned = it.ref(revision=located.version)
-        assert it.locator.recalled(pinned) == (located.source, located.version, "")
-        for other in (None, weights.answer.known.etag, "main"):
-            assert it.locator.recalled(it.ref(revision=other)) is None
+        yield it
 
 
-async def test_both_are_asked_for_at_once() -> None:
+async def test_a_folder_is_located_by_two_requests(it: World) -> None:
+    located = await it.locator.locate(it.ref())
+    assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
+    spans = {asked.target: asked.span for asked in it.folder.asked}
+    assert spans == {
+        f"/adapters/one/{CONFIG}": None,
+        f"/adapters/one/{WEIGHTS}": (0, FIRST_BYTES),
+    }
+    assert (located.source, located.scope) == (it.server.url("/adapters/one/"), "")
+    config, weights = located.files
+    assert (config.role, weights.role) == (CONFIG_FILE, WEIGHTS_FILE)
+    assert config.answer is not None
+    assert weights.answer is not None
+    assert (config.answer.start, config.nbytes) == (FILES[CONFIG], 8)
+    assert weights.answer.start == DATA[:FIRST_BYTES]
+    assert (weights.nbytes, weights.expected) == (len(DATA), None)
+    pinned = it.ref(revision=located.version)
+    assert it.locator.recalled(pinned) == (located.source, located.version, "")
+    for other in (None, weights.answer.known.etag, "main"):
+        assert it.locator.recalled(it.ref(revision=other)) is None
+
+
+async def test_both_are_asked_for_at_once(it: World) -> None:
     """Neither is answered before the other one was asked for."""
-    with world(FILES) as it:
 
-        def wait_for_both(asked: Asked, client: Client) -> None:
-            while len(it.folder.asked) < 2 and not client.ending.wait(0.005):
-                pass
-            it.folder.serve(asked, client)
+    def wait_for_both(asked: Asked, client: Client) -> None:
+        while len(it.folder.asked) < 2 and not client.ending.wait(0.005):
+            pass
+        it.folder.serve(asked, client)
 
-        it.folder.instead = {CONFIG: wait_for_both, WEIGHTS: wait_for_both}
-        await it.locator.locate(it.ref())
+    it.folder.instead = {CONFIG: wait_for_both, WEIGHTS: wait_for_both}
+    await it.locator.locate(it.ref())
 
 
 async def located_version(it: World, **fields: list[str]) -> str:
@@ -84,22 +89,21 @@ async def located_version(it: World, **fields: list[str]) -> str:
     return version
 
 
-async def test_a_version_is_what_strong_etags_come_to() -> None:
-    with world(FILES) as it:
-        first = await located_version(it)
-        assert len(first) == 40
-        assert await located_version(it) == first
-        it.folder.files[WEIGHTS] = DATA[::-1]
-        assert await located_version(it) == first, "the ETag is the server's word"
-        seen = [
-            await located_version(it, weights=['ETag: "another"']),
-            await located_version(it, config=['ETag: "another"']),
-            await located_version(it, weights=['ETag: "another"', "x-amz-version-id: a"]),
-            await located_version(it, weights=['ETag: "another"', "x-amz-version-id: b"]),
-            await located_version(it, weights=['ETag: "\xe9\xff"']),
-        ]
-        assert len({first, *seen}) == 6
-        assert not any(version.startswith(WEAK) for version in [first, *seen])
+async def test_a_version_is_what_strong_etags_come_to(it: World) -> None:
+    first = await located_version(it)
+    assert len(first) == 40
+    assert await located_version(it) == first
+    it.folder.files[WEIGHTS] = DATA[::-1]
+    assert await located_version(it) == first, "the ETag is the server's word"
+    seen = [
+        await located_version(it, weights=['ETag: "another"']),
+        await located_version(it, config=['ETag: "another"']),
+        await located_version(it, weights=['ETag: "another"', "x-amz-version-id: a"]),
+        await located_version(it, weights=['ETag: "another"', "x-amz-version-id: b"]),
+        await located_version(it, weights=['ETag: "\xe9\xff"']),
+    ]
+    assert len({first, *seen}) == 6
+    assert not any(version.startswith(WEAK) for version in [first, *seen])
 
 
 UNNAMED = [[], ['ETag: W/"v1"'], ["ETag: v1"], ['ETag: ""'], ["ETag: *"], ['ETag: "a" "b"']]
@@ -143,12 +147,11 @@ async def test_a_token_goes_to_the_server_and_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("token", ["s3cret\r\nHost: other", "s3cret\xe9", "s3cret ", ""])
-async def test_what_is_no_token_is_not_sent(token: str) -> None:
-    with world(FILES) as it:
-        with pytest.raises(UsageError) as raised:
-            await it.locator.locate(it.ref(token=token))
-        assert "s3cret" not in str(raised.value)
-        assert it.folder.asked == []
+async def test_what_is_no_token_is_not_sent(it: World, token: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        await it.locator.locate(it.ref(token=token))
+    assert "s3cret" not in str(raised.value)
+    assert it.folder.asked == []
 
 
 async def test_a_digest_of_the_file_is_taken_from_the_fields() -> None:
@@ -345,32 +348,32 @@ async def test_a_cancellation_ends_both_questions_and_waits_for_nothing() -> Non
 
 
 @pytest.mark.parametrize("weak", [False, True])
-async def test_a_revision_is_the_version_or_the_strong_etag_of_the_weights(weak: bool) -> None:
-    with world(FILES) as it:
-        etag = 'W/"the-weights"' if weak else '"the-weights"'
-        it.folder.fields = {WEIGHTS: [f"ETag: {etag}"]}
-        version = (await it.locator.locate(it.ref())).version
-        assert (await it.locator.locate(it.ref(revision=version))).version == version
-        for revision in (etag, '"the-weights"', "the-weights", version[:-1], f"{CONFIG}-1", "main"):
-            if not weak and "the-weights" in revision:
-                found = await it.locator.locate(it.ref(revision=revision))
-                assert found.version == version
-                continue
-            with pytest.raises(AdapterNotFoundError, match=version) as raised:
-                await it.locator.locate(it.ref(revision=revision))
-            assert not raised.value.retryable
+async def test_a_revision_is_the_version_or_the_strong_etag_of_the_weights(
+    it: World, weak: bool
+) -> None:
+    etag = 'W/"the-weights"' if weak else '"the-weights"'
+    it.folder.fields = {WEIGHTS: [f"ETag: {etag}"]}
+    version = (await it.locator.locate(it.ref())).version
+    assert (await it.locator.locate(it.ref(revision=version))).version == version
+    for revision in (etag, '"the-weights"', "the-weights", version[:-1], f"{CONFIG}-1", "main"):
+        if not weak and "the-weights" in revision:
+            found = await it.locator.locate(it.ref(revision=revision))
+            assert found.version == version
+            continue
+        with pytest.raises(AdapterNotFoundError, match=version) as raised:
+            await it.locator.locate(it.ref(revision=revision))
+        assert not raised.value.retryable
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("status", [401, 403, 500, 418])
-async def test_other_answers_are_errors(name: str, status: int) -> None:
-    with world(FILES) as it:
-        it.folder.instead = {name: refuse(f"{status} No")}
-        with pytest.raises(FetchError, match=f"{name} .*status {status}") as raised:
-            await it.locator.locate(it.ref(token="s3cret"))
-        assert isinstance(raised.value, AccessDeniedError) is (status in {401, 403})
-        assert "s3cret" not in str(raised.value)
-        assert INDEX not in it.folder.names
+async def test_other_answers_are_errors(it: World, name: str, status: int) -> None:
+    it.folder.instead = {name: refuse(f"{status} No")}
+    with pytest.raises(FetchError, match=f"{name} .*status {status}") as raised:
+        await it.locator.locate(it.ref(token="s3cret"))
+    assert isinstance(raised.value, AccessDeniedError) is (status in {401, 403})
+    assert "s3cret" not in str(raised.value)
+    assert INDEX not in it.folder.names
 
 
 async def test_what_is_not_allowed_or_in_no_folder_is_not_asked_for() -> None:
