@@ -218,20 +218,6 @@ async def within(
         return list(await asyncio.gather(*(outcome(loader, world, name) for name in names)))
 
 
-def file_size(place: Place) -> list[Told]:
-    """No file of a megabyte: the large one does not come, the small one does; then both."""
-
-    async def body(world: FaultyWorld) -> list[Told]:
-        async with over(world, LAYOUT) as loader:
-            told = await within(loader, world, resource.RLIMIT_FSIZE, 1 << 20, ["large", "small"])
-            await assert_at_rest(loader, world)
-            told.append(await outcome(loader, world, "large"))
-            await assert_at_rest(loader, world)
-            return told
-
-    return loaded(place, body)
-
-
 def descriptors(place: Place) -> list[Told]:
     """Each time a few more files may be open than are; what fails leaves none."""
 
@@ -282,7 +268,7 @@ def loaded(place: Place, body: Callable[[FaultyWorld], object]) -> list[Told]:
         return told
 
 
-LIMITED = {"file size": file_size, "descriptors": descriptors, "small disk": small_disk}
+LIMITED = {"descriptors": descriptors, "small disk": small_disk}
 
 
 def main(what: str, folder: Path, adapters: Path, port: int) -> object:

@@ -139,12 +139,6 @@ def told_of(tmp_path: Path, what: str, cache: Path, disk: Path | None = None) ->
         return told
 
 
-def test_files_may_not_be_so_large(tmp_path: Path) -> None:
-    large, small, then = told_of(tmp_path, "file size", tmp_path / "cache")
-    assert is_full(large, "EFBIG"), large
-    assert small == then == RIGHT
-
-
 def test_descriptors_run_out(tmp_path: Path) -> None:
     first, *each, then = told_of(tmp_path, "descriptors", tmp_path / "cache")
     assert first == then == RIGHT

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
+from threading import Event
 
 import pytest
 import test_http_trust
@@ -60,12 +61,12 @@ async def test_a_bucket_that_does_not_answer_holds_up_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """More questions than there are threads; whoever asks for another bucket is answered."""
-    hanging = []
+    hanging, go_on = [], Event()
 
     def behave(asked: Asked, client: Client) -> None:
         if asked.target.startswith("/stalls/"):
             hanging.append(asked)
-            client.ending.wait(30)
+            go_on.wait(30)
             raise Hangup
         client.head("200 OK", *GOOD)
 
@@ -86,7 +87,7 @@ async def test_a_bucket_that_does_not_answer_holds_up_no_other(
             await asyncio.wait(loads)
         finally:
             made.close()
-            server._ending.set()
+            go_on.set()
 
 
 GOOD = ("Last-Modified: Thu, 01 Jan 1970 00:00:00 GMT", "Content-Length: 10", 'ETag: "v1"')
