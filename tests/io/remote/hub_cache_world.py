@@ -70,15 +70,12 @@ def stored(
     key: CacheKey = KEY,
     files: Mapping[str, bytes] = ADAPTER,
     scope: str = "",
-    *,
-    promised: bool = True,
 ) -> CacheEntry:
     """Download it as a whole."""
     download = begun(cache, key, scope)
     try:
         for name, content in files.items():
-            digest = digest_of(name, content) if promised else None
-            file = download.file(ROLES[name], len(content), digest)
+            file = download.file(ROLES[name], len(content), digest_of(name, content))
             put(file, content, file.missing())
         return download.publish()
     finally:
