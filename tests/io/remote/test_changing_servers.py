@@ -270,6 +270,31 @@ async def test_the_config_of_an_interrupted_download_is_compared(
         assert await scale(there) == 9 / 256
 
 
+async def fetching(world: World) -> asyncio.subprocess.Process:
+    """A process of its own that fetches the adapter into the same cache."""
+    command = [sys.executable, "-m", "lorax_async", "fetch", world.id]
+    command += ["--cache-dir", str(world.folder / "cache"), "--hub-cache", "off"]
+    quiet = asyncio.subprocess.DEVNULL
+    return await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
+
+
+@pytest.mark.slow
+async def test_what_a_killed_process_has_stored_is_gone_on_with(
+    world: World, adapters: list[Path]
+) -> None:
+    world.origin.stop_at = 1_800_000
+    process = await fetching(world)
+    await until(lambda: world.origin.bytes_asked() > len(world.origin.files[WEIGHTS]))
+    process.kill()
+    await process.wait()
+    assert world.stored() == (0, 1)
+    world.origin.stop_at = None
+    before = len(world.origin.asked)
+    async with world.loader(connections=4) as there:
+        await has(there, world.id, adapters[0])
+    assert world.origin.bytes_asked(before) < 0.7 * len(world.origin.files[WEIGHTS])
+
+
 @pytest.mark.slow
 async def test_what_agrees_is_gone_on_with(world: World, adapters: list[Path]) -> None:
     """The source's word is a fixed ETag alone; of what is here only samples come again."""
@@ -597,10 +622,7 @@ class Game:
     async def _is_killed(self) -> None:
         """A process of its own that fetches, as far as it comes."""
         begun = len(self.world.origin.asked)
-        command = [sys.executable, "-m", "lorax_async", "fetch", self.world.id]
-        command += ["--cache-dir", str(self.world.folder / "cache"), "--hub-cache", "off"]
-        quiet = asyncio.subprocess.DEVNULL
-        process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
+        process = await fetching(self.world)
         ended = asyncio.create_task(process.wait())
         await until(lambda: ended.done() or len(self.world.origin.asked) > begun)
         await asyncio.wait([ended], timeout=self.random.random() * 0.1)

@@ -50,7 +50,6 @@ from fault_world import (
     wrong_range,
 )
 from fetching import PretendNetwork, engine
-from remote_world import PATIENT
 
 import tiny
 from common import until
@@ -62,7 +61,6 @@ from lorax_async import (
     AdapterNotFoundError,
     AdapterTimeoutError,
     CapacityError,
-    ConfigError,
     FetchError,
     FetchTimeoutError,
     IntegrityError,
@@ -381,17 +379,6 @@ async def test_a_cache_that_cannot_hold_it_says_so_at_once(tmp_path: Path) -> No
             (stays,) = (listed for listed in ls(world.cache) if not listed.is_partial)
             assert stays.nbytes > 300_000
             await right_beside(loader, world, "good")
-
-
-async def test_of_two_that_do_not_fit_beside_each_other_both_come(tmp_path: Path) -> None:
-    """The second one waits for the room that the first one has while it is downloaded."""
-    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", cache_bytes=900_000) as world:
-        for seed, name in enumerate(("one", "two")):
-            world.stock(name, seed, rank=256)
-        async with over(world) as loader:
-            await right_beside(loader, world, "one", "two")
-            assert world.cache.used() <= world.cache_bytes
-            assert len(ls(world.cache)) == 1
 
 
 # -- where answers lead ---------------------------------------------------------------------------
@@ -719,21 +706,6 @@ async def test_what_stalls_or_drips_ends_by_itself(tmp_path: Path) -> None:
             await right_beside(loader, world, *STALLS)
 
 
-@pytest.mark.parametrize("part", PARTS)
-async def test_a_deadline_ends_what_stalls(world: FaultyWorld, part: str) -> None:
-    world.faults["bad"] = at(part, stalled)
-    async with over(world) as loader:
-        healthy = asyncio.create_task(loads_right(loader, world, of(world, "good")))
-        with pytest.raises(AdapterTimeoutError, match=r"within 0\.7 s") as caught:
-            await loader.load(world.ref("bad"), timeout=0.7)
-        assert (caught.value.stage, caught.value.retryable) == ("fetch", True)
-        assert isinstance(caught.value, TimeoutError)
-        await healthy
-        await assert_at_rest(loader, world)  # a read would have waited for 20 s
-        world.faults.clear()
-        await loads_right(loader, world, of(world, "bad"))
-
-
 async def test_the_next_load_goes_on_where_the_deadline_was(world: FaultyWorld) -> None:
     """Of two chunks the second one does not come in time."""
     bad = world.stock("two-chunks", rank=168)
@@ -762,106 +734,7 @@ async def test_the_next_load_goes_on_where_the_deadline_was(world: FaultyWorld) 
 
 # -- a hint that is under way on a slow link holds up nobody who waits ----------------------------
 
-CONNECTIONS = 4
-MANY_LAYERS = 80
 """Of 200 KB each: 16 MB, so that each connection has a piece to give up when it is asked to."""
 
 
-class Slow:
-    """Sends a little at a time, until it may go on as fast as it likes."""
-
-    def __init__(self) -> None:
-        self.go_on = threading.Event()
-        self.sending = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, world: FaultyWorld, asked: Asked, client: Client) -> None:
-        body = begin(world, asked, client)
-        if part_of(asked) != "body":
-            client.send(body)
-            return
-        with self._lock:
-            self.sending += 1
-        try:
-            for start in range(0, len(body), 65_536):
-                client.send(body[start : start + 65_536])
-                self.go_on.wait(0.04)
-        finally:
-            with self._lock:
-                self.sending -= 1
-
-
-@pytest.mark.parametrize("same", [False, True], ids=["another adapter", "what is hinted at"])
-async def test_a_load_gets_all_connections_of_a_prefetch(tmp_path: Path, same: bool) -> None:
-    """If it is of what is hinted at, it is one download still, which other hints do not hold up."""
-    http = engine(CONNECTIONS, timeouts=PATIENT)
-    layout = tiny.layout(layers=MANY_LAYERS)
-    with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", http=http) as world:
-        for n, name in enumerate(("hinted", "wanted")):
-            world.stock(name, n, rank=256, layers=MANY_LAYERS)
-        slow = {"hinted": Slow(), "wanted": Slow()}
-        world.faults |= slow
-        hinted = [world.ref(name) for name in (("hinted", "wanted") if same else ("hinted",))]
-        async with over(world, layout, device_bytes=64 << 20) as loader:
-            hint = loader.prefetch(hinted)
-            await until(lambda: slow["hinted"].sending == (2 if same else CONNECTIONS))
-            loading = asyncio.create_task(loads_right(loader, world, of(world, "wanted")))
-            try:
-                await until(lambda: slow["wanted"].sending == CONNECTIONS)
-                assert not hint.done
-                slow["wanted"].go_on.set()
-                await loading
-            finally:
-                for each in slow.values():
-                    each.go_on.set()
-            await hint
-            await right_beside(loader, world, "hinted")
-        for name in slow:
-            assert len([span for span in world.spans_of(name) if span[0] == 0]) == 1
-
-
 # -- the folder of the cache ----------------------------------------------------------------------
-
-
-def open_to_all(folder: Path) -> Path:
-    folder.mkdir()
-    folder.chmod(0o777)
-    return folder
-
-
-def a_file(folder: Path) -> Path:
-    folder.write_text("not a folder")
-    return folder
-
-
-def of_another_user(folder: Path) -> Path:
-    """Of root; where we are root, of somebody else."""
-    if os.geteuid():
-        return Path("/usr")
-    folder.mkdir()
-    os.chown(folder, 12_345, 12_345)
-    return folder
-
-
-NOT_OURS = {
-    "others may write to it": (open_to_all, "chmod 700"),
-    "a file": (a_file, "Not a directory"),
-    "another user's": (of_another_user, "belongs to another user"),
-    "nobody may write there": (lambda folder: Path("/proc/self/cache"), "cannot be opened"),
-}
-
-
-@pytest.mark.parametrize("name", NOT_OURS)
-async def test_folders_that_cannot_be_our_cache(tmp_path: Path, name: str) -> None:
-    make, words = NOT_OURS[name]
-    with FaultyWorld(make(tmp_path / "cache"), tmp_path / "adapters") as world:
-        world.stock("bad")
-        async with over(world) as loader:
-            loading = (loader.load(world.ref("bad")) for _ in range(2))
-            errors = await asyncio.gather(*loading, return_exceptions=True)
-        for error in errors:
-            assert type(error) is ConfigError, error
-            assert words in error.problem
-            assert not error.retryable
-        assert errors[0] is not errors[1]
-        assert not world.asked_of("bad")

@@ -301,21 +301,6 @@ async def test_weights_in_several_files(hub: HubStandIn) -> None:
         assert file.nbytes == len(content)
 
 
-@pytest.mark.parametrize("token", [None, TOKEN])
-async def test_shards_are_asked_for_on_the_same_authority(
-    hub: HubStandIn, tmp_path: Path, token: str | None
-) -> None:
-    """Whoever logs in on this machine meanwhile lends nobody his token."""
-    located, _ = await sharded(hub, token)
-    (tmp_path / "token").write_text("hf_machine")
-    with locating(hub) as locator:
-        files = await locator.shards(located, [FileRole("weights", k) for k in (1, 2, 3)])
-    sent = None if token is None else f"Bearer {token}"
-    assert {file.target.headers.get("Authorization") for file in files} == {sent}
-    assert {asked.fields.get("authorization") for asked in hub.asked} == {sent}
-    tells_no_secret(located, files)
-
-
 async def test_each_authority_has_a_scope_that_does_not_tell_it(
     hub: HubStandIn, tmp_path: Path
 ) -> None:

@@ -10,11 +10,9 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Thread, current_thread
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
-from cache_inputs import begun
-from cancelling import was_cancelled
 from fault_server import Asked, Client
 from populate_conformance import PopulateConformance
 from remote_world import RemoteWorld, brought, opened, stocked
@@ -22,16 +20,13 @@ from source_conformance import SourceConformance
 from source_inputs import CONFIG, weights
 
 from common import until
-from lorax_async import AdapterFormatError, FetchError, IntegrityError
+from lorax_async import FetchError, IntegrityError
 from lorax_async.adapter import AdapterKey, RemoteKey
-from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
 from lorax_async.core.runs import Span
 from lorax_async.core.split_file import Place, SplitArrivals, SplitPlan
 from lorax_async.io.cache.upkeep import ls
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote import fetch as fetch_module
-from lorax_async.io.remote import opening
-from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.remote.jobs import followed
 from lorax_async.io.remote.workers import Workers
@@ -124,21 +119,6 @@ async def test_another_version_is_not_stored_under_the_name_of_the_one(tmp_path:
             await world.source.open(key, Demand())
 
 
-async def test_what_changes_between_two_answers_is_noticed(world: RemoteWorld) -> None:
-    """Of a header that does not come with the first bytes."""
-    world.locator.promises = False
-    world.put("one", CONFIG, weights(1, {"note": "long" * FIRST_BYTES}))
-
-    def changing(asked: Asked, client: Client) -> None:
-        data, etag = world.content(asked.target)
-        again = asked.span is not None and asked.span[1] != FIRST_BYTES
-        world.answer(asked, client, data, '"another"' if again else etag)
-
-    world.server.behave = changing
-    with pytest.raises(IntegrityError, match="changed while it was asked for"):
-        await opened(world)
-
-
 def in_use(world: RemoteWorld) -> list[bool]:
     return [listed.in_use for listed in ls(world.cache)]
 
@@ -160,42 +140,6 @@ async def test_jobs_end_with_whoever_follows_them() -> None:
         async with followed(Demand(urgent=False), *jobs):
             raise ZeroDivisionError
     assert all(job.done.done() for job in jobs)
-
-
-@pytest.mark.parametrize("late", [0.0, 0.01])
-async def test_bringing_is_cancelled_at_any_await(
-    world: RemoteWorld, tmp_path: Path, late: float
-) -> None:
-    ends = []
-    for at in range(8):
-        stocked(world, tmp_path, f"number{at}", at)
-        file = await opened(world, f"number{at}")
-        bringing = world.source.bring(file, [], lambda _: None, Demand())
-        ends.append(await was_cancelled(bringing, at, late))
-        file.reader.close()
-    assert {True, False} == set(ends)
-    assert not any(in_use(world))
-
-
-@pytest.mark.parametrize("pinned", [False, True])
-@pytest.mark.parametrize("late", [0.0, 0.01])
-async def test_opening_what_is_here_is_cancelled_at_any_await(
-    tmp_path: Path, late: float, pinned: bool
-) -> None:
-    """By a key whose files were located, and by one that the cache itself has told."""
-    with RemoteWorld(tmp_path / "cache") as world:
-        stocked(world, tmp_path)
-        version = world.locator.there["one"].version
-        (await brought(world)).reader.close()
-
-    with RemoteWorld(tmp_path / "cache", revalidate=60 if pinned else 0) as world:
-        stocked(world, tmp_path / "again")
-        ref = replace(world.ref("one"), revision=version if pinned else None)
-        key = await world.source.resolve(ref)
-        assert world.locator.located == (0 if pinned else 1)
-        ends = [await was_cancelled(world.source.open(key, Demand()), at, late) for at in range(8)]
-        assert {True, False} == set(ends)
-        assert not any(in_use(world))
 
 
 async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld, tmp_path: Path) -> None:
@@ -230,81 +174,6 @@ async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
     file.reader.close()
     await bringing
     assert in_use(world) == [False]
-
-
-@pytest.mark.parametrize("what", ["the same", "room"])
-async def test_who_waits_for_others_ends_with_the_demand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    """For who downloads the same, and for who has the room that it needs."""
-    monkeypatch.setattr(opening, "PATIENCE_SECONDS", 60)
-    with RemoteWorld(tmp_path / "cache", cache_bytes=1_000_000) as world:
-        stocked(world, tmp_path)
-        key = await world.source.resolve(world.ref("one"))
-        assert isinstance(key, RemoteKey)
-        other = CacheKey(key.location, key.version if what == "the same" else "another")
-        download, demand = begun(world.cache, other), Demand()
-        download.file(WEIGHTS_FILE, 900_000)
-        waiting = asyncio.create_task(world.source.open(key, demand))
-        await asyncio.wait([waiting], timeout=0.2)
-        assert not waiting.done()
-        demand.end()
-        with pytest.raises(FetchError, match="nobody waits"):
-            await waiting
-        download.discard()
-
-
-async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path) -> None:
-    """Also where the source does not answer: no caller waits for it any more."""
-    now = [0.0]
-    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
-        stocked(world, tmp_path)
-        cancelled = []
-
-        async def no_answer(*_: object) -> Any:
-            cancelled.append(False)
-            try:
-                await asyncio.Event().wait()
-            finally:
-                cancelled[0] = True
-            raise AssertionError("unreachable")
-
-        key = await world.source.resolve(world.ref("one"))
-        now[0] = 10_000.0  # the answer is too old: signed URLs expire
-        world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
-        demand = Demand()
-        asking = asyncio.create_task(world.source.open(key, demand))
-        await until(lambda: cancelled)
-        assert not asking.done()
-        demand.end()
-        with pytest.raises(FetchError, match="nobody waits"):
-            await asking
-        assert cancelled == [True]
-        assert not any(in_use(world))
-
-
-async def test_comparing_a_refused_entry_ends_with_the_demand(tmp_path: Path) -> None:
-    now = [0.0]
-    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
-        world.locator.promises = False  # so its source is asked, and nothing is hashed
-        stocked(world, tmp_path)
-        asked = []
-
-        async def no_answer(*_: object) -> NoReturn:
-            asked.append(True)
-            await asyncio.Event().wait()
-            raise AssertionError("unreachable")
-
-        (await brought(world)).reader.close()
-        demand = Demand()
-        file = await opened(world, demand=demand)
-        now[0] = 10_000.0
-        world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
-        refusing = asyncio.create_task(file.refused(AdapterFormatError("it does not fit")))
-        await until(lambda: asked)
-        demand.end()
-        assert not await asyncio.wait_for(refusing, 5)
-        assert not any(in_use(world))
 
 
 async def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began() -> None:

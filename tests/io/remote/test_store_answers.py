@@ -12,13 +12,12 @@ from threading import Event
 
 import pytest
 import test_http_trust
-from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, until
+from fault_server import Asked, Behaviour, Client, FaultServer, Hangup
 from object_stores import set_environment
 from stored import located, locator
 from test_http_trust import tls_server
 from user_loads import secretless
 
-from common import open_sockets
 from common import until as later
 from lorax_async.adapter import AdapterRef
 from lorax_async.errors import (
@@ -27,14 +26,12 @@ from lorax_async.errors import (
     FetchError,
     FetchTimeoutError,
     IntegrityError,
-    InvalidAdapterIdError,
     UsageError,
 )
 from lorax_async.io.http.settings import PublicOnly
 from lorax_async.io.http.target import Answer, Known
 from lorax_async.io.http.urls import parse_url
-from lorax_async.io.remote.buckets import Buckets
-from lorax_async.io.remote.store_ids import Folder, digest_of, folder_of, is_version, version_of
+from lorax_async.io.remote.store_ids import version_of
 from lorax_async.io.remote.stores import OriginAllowed, StoreLocator
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -111,20 +108,6 @@ def status(line: str) -> Callable[[Client], None]:
     return lambda client: client.head(line, "Content-Length: 0")
 
 
-async def test_who_gives_up_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The threads end by obstore's own deadline, and what they bring is nobody's."""
-    before = open_sockets()
-    with FaultServer(b"", lambda _, client: client.stall()) as server:
-        environment(monkeypatch, server)
-        with locator() as made:
-            asking = asyncio.create_task(made.locate(AdapterRef(ID)))
-            await later(lambda: server.asked)
-            asking.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await asking
-    until(lambda: open_sockets() <= before, 30)
-
-
 def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("obstore", "obstore.exceptions"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -142,17 +125,6 @@ def test_the_origin_of_a_signed_url_is_allowed_and_no_other() -> None:
         assert not rules.allows_address(parse_url(other), private)
     assert not rules.allows(parse_url("http://10.0.0.1/"), 1)
     assert rules.allows(parse_url("https://example.com/"), 1), "as the inner rules have it"
-
-
-def test_connections_of_sixteen_buckets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    with FaultServer(b"", of_names({})) as server:
-        environment(monkeypatch, server)
-        buckets = Buckets()
-        for n in range(20):
-            assert buckets.head(Folder("s3", f"bucket-{n}", ""), "name") is not None
-        until(lambda: server.connected() == 16, 30)
-        buckets.close()
-        until(lambda: server.connected() == 0, 30)
 
 
 @pytest.mark.parametrize(
@@ -177,53 +149,6 @@ def test_the_first_answer_is_about_the_file_that_was_told(
         return
     with pytest.raises(IntegrityError, match="replaced"):
         file.checked(answer)
-
-
-@pytest.mark.parametrize(
-    ("ref", "folder"),
-    [
-        (AdapterRef("s3://my-bucket/a/b/"), Folder("s3", "my-bucket", "a/b/")),
-        (AdapterRef("s3://my-bucket/a/b"), Folder("s3", "my-bucket", "a/b/")),
-        (AdapterRef("gs://my_bucket.example.com/a"), Folder("gs", "my_bucket.example.com", "a/")),
-        (AdapterRef("az://container"), Folder("az", "container", "")),
-        (AdapterRef("az://container/"), Folder("az", "container", "")),
-        (AdapterRef("my-bucket/a", source="s3"), Folder("s3", "my-bucket", "a/")),
-    ],
-)
-def test_an_id_means_a_folder(ref: AdapterRef, folder: Folder) -> None:
-    assert folder_of(ref) == folder
-    assert folder_of(AdapterRef(str(folder))) == folder, "its text is an id of the same"
-
-
-@pytest.mark.parametrize(
-    "id",
-    [
-        *("org/name", "http://host/a", "s3:/bucket/a", "s3://", "s3:///a", "://a"),
-        *("s3://ab/a", "s3://-bucket/a", "s3://bucket-/a", "s3://b..t/a", "s3://user@bucket/a"),
-        *("s3://bucket:80/a", "s3://bücket/a", "s3://buck%65t/a", f"s3://{'b' * 223}/a"),
-        *("s3://bucket//", "s3://bucket//a", "s3://bucket/a//b", "s3://bucket/a//"),
-        *("s3://bucket/../a", "s3://bucket/a/..", "s3://bucket/./a", "s3://bucket/a/."),
-        *("s3://bucket/a\n", "s3://bucket\n/a", "s3://bucket/a\0", "s3://bucket/\ud800"),
-        *("s3://bucket/a\u202eb", f"s3://bucket/{'ä' * 451}"),
-    ],
-)
-def test_what_names_no_folder(id: str) -> None:
-    with pytest.raises(InvalidAdapterIdError):
-        folder_of(AdapterRef(id))
-
-
-def test_versions_are_told_from_etags_and_version_ids() -> None:
-    assert is_version(version_of("etags", ["a"]))
-    assert is_version(f"{version_of('versions', ['a'])}-{digest_of(['b'])}")
-    for other in (
-        "",
-        "main",
-        "900150983cd24fb0d6963f7d28e17f72",
-        '"etags"',
-        "etags-",
-        "1700000000",
-    ):
-        assert not is_version(other)
 
 
 def test_other_words_are_another_version() -> None:

@@ -27,7 +27,6 @@ from origins import KINDS, processes
 from stored import CONFIG, Bucket, brought, located, locator
 from user_loads import secretless
 
-from common import open_sockets
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.errors import (
@@ -219,23 +218,6 @@ async def test_weights_in_several_files(store: Store) -> None:
             await made.shards(whole, SHARDS)
 
 
-@on("gs", S3, AZURE)
-def test_what_is_not_there_is_named(store: Store) -> None:
-    """An empty folder, no such bucket, no config; weights are looked for by a listing."""
-    for id in (store.id, f"{store.kind}://no-such-bucket/prefix/"):
-        with pytest.raises(AdapterNotFoundError, match="no such bucket|no adapter_config"):
-            located(id)
-    store.put(WEIGHTS, b"x")
-    with pytest.raises(AdapterNotFoundError, match=r"adapter_config\.json"):
-        located(store.id)
-    if store.kind == "gs":  # the stand-in has no listings
-        return
-    store.path = f"{store.path}config/"
-    store.put("adapter_config.json", b"x")
-    with pytest.raises(AdapterNotFoundError, match="neither adapter_model"):
-        located(store.id)
-
-
 WRONG_KEY = base64.b64encode(b"wrong" * 12).decode()
 NO_ACCOUNT = '{"private_key": "secret words"}'
 ENVIRONMENTS = [
@@ -352,13 +334,3 @@ async def test_a_signed_url_ends(store: Store) -> None:
         assert store.path not in secretless(expired(), *SECRETS)
         again = (await made.locate(AdapterRef(store.id))).files[1]
         assert again.target.url.target != weights.target.url.target
-
-
-@on(S3)
-async def test_connections_end_with_the_locator(store: Store) -> None:
-    store.put_adapter()
-    before = open_sockets()
-    with locator() as made:
-        await made.locate(AdapterRef(store.id))
-        assert open_sockets() > before
-    until(lambda: open_sockets() <= before, 30)

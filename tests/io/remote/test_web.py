@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import json
@@ -13,12 +12,11 @@ from collections.abc import Iterator
 import pytest
 from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, LoopbackOnly
-from web_folder import CONFIG, INDEX, WEIGHTS, Folder, World, hold, refuse, world
+from web_folder import CONFIG, INDEX, WEIGHTS, Folder, World, refuse, world
 
-from common import until
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
-from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.errors import (
     AccessDeniedError,
@@ -206,24 +204,6 @@ SHARDS = {shard(n): bytes([n]) * (FIRST_BYTES + n) for n in (1, 2, 3)}
 SEVERAL = {CONFIG: b"{}", INDEX: index(shard(1), shard(2), shard(2), shard(3)), **SHARDS}
 
 
-async def test_the_files_that_an_index_names() -> None:
-    with world(SEVERAL) as it:
-        located = await it.locator.locate(it.ref(token="t0ken"))
-        assert [file.role for file in located.files] == [CONFIG_FILE, INDEX_FILE]
-        assert located.files[1].answer is not None
-        assert located.files[1].answer.start == SEVERAL[INDEX]
-        asked = len(it.folder.asked)
-        files = await it.locator.shards(located, ROLES)
-        assert len(it.folder.asked) == asked == 6
-        assert [file.role for file in files] == ROLES
-        for file, (name, data) in zip(files, SHARDS.items(), strict=True):
-            assert file.target.name == name
-            assert file.answer is not None
-            assert (file.nbytes, file.answer.start) == (len(data), data[:FIRST_BYTES])
-        assert {each.fields["authorization"] for each in it.folder.asked} == {"Bearer t0ken"}
-        assert "t0ken" not in repr(located)
-
-
 async def test_the_version_is_that_of_every_file() -> None:
     with world(SEVERAL) as it:
         versions = [(await it.locator.locate(it.ref())).version]
@@ -316,35 +296,6 @@ async def test_what_is_part_of_the_version_is_waited_for(etag: str | None, least
         assert weights.answer is not None
         found = len(weights.answer.start)
     assert least <= found <= (FIRST_BYTES - 1 if least < FIRST_BYTES else FIRST_BYTES)
-
-
-def stall(folder: Folder, *names: str) -> None:
-    folder.instead = {name: lambda _, client: hold(client) for name in names}
-
-
-@pytest.mark.each_loop
-async def test_the_first_failure_ends_both_questions() -> None:
-    with world({WEIGHTS: DATA}) as it:
-        stall(it.folder, WEIGHTS)
-        with pytest.raises(AdapterNotFoundError, match=CONFIG):
-            await it.locator.locate(it.ref())
-        await until(lambda: it.server.connected() <= 1)
-
-
-@pytest.mark.each_loop
-async def test_a_cancellation_ends_both_questions_and_waits_for_nothing() -> None:
-    others = asyncio.all_tasks()
-    with world(FILES) as it:
-        stall(it.folder, CONFIG, WEIGHTS)
-        task = asyncio.create_task(it.locator.locate(it.ref()))
-        await until(lambda: len(it.folder.asked) == 2)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert asyncio.all_tasks() <= others
-        await until(lambda: not it.server.connected())
-        it.folder.instead = {}
-        assert (await it.locator.locate(it.ref())).files[1].nbytes == len(DATA)
 
 
 @pytest.mark.parametrize("weak", [False, True])
