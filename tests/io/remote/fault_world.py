@@ -199,40 +199,62 @@ def begin(world: FaultyWorld, asked: Asked, client: Client, *, etag: str | None 
     return data[start:stop]
 
 
-def truncated(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    body = begin(world, asked, client)
-    client.send(body[: len(body) // 2])
+def of_body(change: Callable[[bytes], bytes], etag: str | None = None) -> Fault:
+    """A good head, and then another body."""
+
+    def answer(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        client.send(change(begin(world, asked, client, etag=etag)))
+
+    return answer
+
+
+def half_and(then: Callable[[Client], None]) -> Fault:
+    def answer(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        body = begin(world, asked, client)
+        client.send(body[: len(body) // 2])
+        then(client)
+
+    return answer
+
+
+def of_all(change: Callable[[bytes], bytes], *, told: bool = False) -> Fault:
+    """All of the file in place of a range, with its length or until the connection ends."""
+
+    def answer(world: FaultyWorld, asked: Asked, client: Client) -> None:
+        data, etag = world.content(asked.target)
+        length = [f"Content-Length: {len(data)}", f"ETag: {etag}"]
+        client.head("200 OK", *(length if told else ["Connection: close"]))
+        client.send(change(data))
+        if not told:
+            raise Hangup
+
+    return answer
+
+
+def _hangup(client: Client) -> None:
     raise Hangup
 
 
-def reset(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    body = begin(world, asked, client)
-    client.send(body[: len(body) // 2])
+def _reset(client: Client) -> None:
     time.sleep(0.02)
     client.reset()
 
 
-def short_without_length(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    data, _ = world.content(asked.target)
-    client.head("200 OK", "Connection: close")
-    client.send(data[: len(data) // 2])
-    raise Hangup
+def _flipped(body: bytes) -> bytes:
+    return body[:-1] + bytes([body[-1] ^ 1])
 
 
-def long_without_length(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    data, _ = world.content(asked.target)
-    client.head("200 OK", "Connection: close")
-    client.send(data + b" and then some")
-    raise Hangup
+truncated, reset, stalled = half_and(_hangup), half_and(_reset), half_and(Client.stall)
+wrong_bytes, other_etag = of_body(_flipped), of_body(bytes, '"another"')
+more_than_said = of_body(lambda body: body + b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n!")
+short_without_length = of_all(lambda data: data[: len(data) // 2])
+long_without_length = of_all(lambda data: data + b" and then some")
+whole_without_length, whole_in_place_of_range = of_all(bytes), of_all(bytes, told=True)
 
 
-def wrong_bytes(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    body = begin(world, asked, client)
-    client.send(body[:-1] + bytes([body[-1] ^ 1]))
-
-
-def other_etag(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    client.send(begin(world, asked, client, etag='"another"'))
+def tagged(etag: str) -> Fault:
+    """Right, with that ETag."""
+    return of_body(bytes, etag)
 
 
 def wrong_range(world: FaultyWorld, asked: Asked, client: Client) -> None:
@@ -247,22 +269,6 @@ def other_size(world: FaultyWorld, asked: Asked, client: Client) -> None:
     """One byte more than there was."""
     data, etag = world.content(asked.target)
     world.answer(asked, client, data + b"!", etag)
-
-
-def more_than_said(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    client.send(begin(world, asked, client) + b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n!")
-
-
-def whole_in_place_of_range(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    data, etag = world.content(asked.target)
-    client.head("200 OK", f"Content-Length: {len(data)}", f"ETag: {etag}")
-    client.send(data)
-
-
-def whole_without_length(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    client.head("200 OK", "Connection: close")
-    client.send(world.content(asked.target)[0])
-    raise Hangup
 
 
 def bomb(world: FaultyWorld, asked: Asked, client: Client) -> None:
@@ -280,32 +286,19 @@ def silent(world: FaultyWorld, asked: Asked, client: Client) -> None:
     client.stall()
 
 
-def stalled(world: FaultyWorld, asked: Asked, client: Client) -> None:
-    body = begin(world, asked, client)
-    client.send(body[: len(body) // 2])
-    client.stall()
-
-
 def dripping(world: FaultyWorld, asked: Asked, client: Client) -> None:
     """One byte per second."""
     client.drip(begin(world, asked, client), 1.0)
 
 
 def status(line: str, *fields: str) -> Fault:
-    def answer(world: FaultyWorld, asked: Asked, client: Client) -> None:
-        client.head(line, "Content-Length: 0", *fields)
-
-    return answer
+    return lambda world, asked, client: client.head(line, "Content-Length: 0", *fields)
 
 
 def in_an_hour() -> Fault:
     """Unavailable until a date."""
-
-    def answer(world: FaultyWorld, asked: Asked, client: Client) -> None:
-        date = formatdate(time.time() + 3_600, usegmt=True)
-        client.head("503 Unavailable", "Content-Length: 0", f"Retry-After: {date}")
-
-    return answer
+    date = formatdate(time.time() + 3_600, usegmt=True)
+    return status("503 Unavailable", f"Retry-After: {date}")
 
 
 def refused_range(world: FaultyWorld, asked: Asked, client: Client) -> None:
@@ -320,12 +313,3 @@ def redirected(to: str) -> Fault:
 
 def redirected_for_ever(world: FaultyWorld, asked: Asked, client: Client) -> None:
     client.head("302 Found", "Content-Length: 0", f"Location: {asked.target}")
-
-
-def tagged(etag: str) -> Fault:
-    """Right, with that ETag."""
-
-    def answer(world: FaultyWorld, asked: Asked, client: Client) -> None:
-        client.send(begin(world, asked, client, etag=etag))
-
-    return answer

@@ -230,23 +230,6 @@ async def test_an_interrupted_download_of_other_bytes_is_discarded(
         await has(there, world.id, adapters[1])
 
 
-@pytest.mark.slow
-async def test_an_interrupted_download_that_is_zero_at_its_end_is_not_published(
-    world: World, adapters: list[Path]
-) -> None:
-    """The server had the file's beginning then, and room for the rest: the first bytes agree."""
-    right = contents(adapters[0])
-    half = len(right[WEIGHTS]) // 2
-    world.origin.files = right | {WEIGHTS: right[WEIGHTS][:half].ljust(2 * half, b"\0")}
-    assert len(world.origin.files[WEIGHTS]) == len(right[WEIGHTS])
-    async with world.loader() as there:
-        await interrupted(world, there, 3 * half // 2)
-        world.origin.files = right
-        await has(there, world.id, adapters[0])
-    async with world.loader() as there:
-        await has(there, world.id, adapters[0])
-
-
 async def test_the_config_of_an_interrupted_download_is_compared(
     world: World, adapters: list[Path]
 ) -> None:
@@ -293,17 +276,6 @@ async def test_what_a_killed_process_has_stored_is_gone_on_with(
     async with world.loader(connections=4) as there:
         await has(there, world.id, adapters[0])
     assert world.origin.bytes_asked(before) < 0.7 * len(world.origin.files[WEIGHTS])
-
-
-@pytest.mark.slow
-async def test_what_agrees_is_gone_on_with(world: World, adapters: list[Path]) -> None:
-    """The source's word is a fixed ETag alone; of what is here only samples come again."""
-    async with world.loader(connections=4) as there:
-        await interrupted(world, there, 1_800_000)
-        before = len(world.origin.asked)
-        await has(there, world.id, adapters[0])
-    size = len(world.origin.files[WEIGHTS])
-    assert world.origin.bytes_asked(before) < 0.7 * size
 
 
 @pytest.mark.parametrize("wrong", ["header", "config", "rank"])

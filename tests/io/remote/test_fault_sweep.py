@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fault_world import FaultyWorld, assert_at_rest, at, over, silent
@@ -13,11 +13,9 @@ from fault_world import FaultyWorld, assert_at_rest, at, over, silent
 import tiny
 from common import LOOPS, our_threads, until
 from lorax_async import AdapterHandle, AdapterLoader, LoaderClosedError
-from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.core import runs
+from lorax_async.adapter import AdapterRef
 from lorax_async.io.cache.upkeep import ls
-from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
-from lorax_async.verification import Verification
+from lorax_async.io.ports import Source
 from sweeping import stepwise
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -37,33 +35,11 @@ class Stepping:
         self.steps = 0
         self.at_step: Callable[[int], None] = lambda step: None
 
-    async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        key: AdapterKey = await self._stepped(self._source.resolve(ref))
-        return key
-
-    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
-        file: AdapterFile = await self._stepped(self._source.open(key, demand))
-        return file
-
-    def reopen(self, key: AdapterKey) -> Reader:
-        return self._source.reopen(key)
-
-    async def bring(
-        self,
-        file: AdapterFile,
-        groups: Sequence[Sequence[runs.Span]],
-        arrived: Callable[[int], None],
-        demand: Demand,
-    ) -> Verification:
-        bringing = self._source.bring(file, groups, arrived, demand)
-        verification: Verification = await self._stepped(bringing)
-        return verification
-
-    async def digest(self, key: AdapterKey) -> str:
-        return await self._source.digest(key)
-
-    async def populate(self, key: AdapterKey) -> Hold:
-        return await self._source.populate(key)
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._source, name)
+        if name not in {"resolve", "open", "bring"}:
+            return call
+        return lambda *given: self._stepped(call(*given))
 
     async def _stepped(self, work: Coroutine[Any, Any, Any]) -> Any:
         def told(_: int) -> None:
@@ -75,7 +51,7 @@ class Stepping:
 
 def stepping(world: FaultyWorld) -> tuple[AdapterLoader, Stepping]:
     source = Stepping(world.source)
-    return over(world, source=source), source
+    return over(world, source=cast(Source, source)), source
 
 
 async def prepared(world: FaultyWorld, what: str, step: int, contents: tuple[bytes, bytes]) -> str:

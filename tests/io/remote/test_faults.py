@@ -605,30 +605,6 @@ def alter(world: FaultyWorld, name: str) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-async def test_a_file_that_is_replaced_meanwhile_under_the_same_tag(
-    world: FaultyWorld, tmp_path: Path
-) -> None:
-    """Neither ETag nor size tell: the digest does. The new version is another adapter."""
-    new = tiny.write(tmp_path / "new", 7, 128)
-
-    def other(world: FaultyWorld, asked: Asked, client: Client) -> None:
-        data, etag = world.content(asked.target)
-        after = tiny.files(new)[1] if part_of(asked) == "body" else data
-        world.answer(asked, client, after, etag)
-
-    world.faults["bad"] = other
-    async with over(world) as loader:
-        healthy = asyncio.create_task(loads_right(loader, world, of(world, "good")))
-        await told(loader, world, "sha256 digest that was promised")
-        await healthy
-        await assert_at_rest(loader, world)
-        assert len(ls(world.cache)) == 1
-        world.faults.clear()
-        world.put("bad", *tiny.files(new))
-        async with await loader.load(world.ref("bad")) as handle:
-            tiny.assert_equal_to_file(handle, new)
-
-
 # -- sources that are down, and callers whom they refuse ------------------------------------------
 
 DOWN = FetchError("it is down", retry_after=7.0)
@@ -677,9 +653,9 @@ async def test_half_of_an_adapter_is_not_served(world: FaultyWorld) -> None:
 # -- what does not come, or too slowly ------------------------------------------------------------
 
 STALLS = {
-    f"{part}-{fault.__name__}": at(part, fault)
+    f"{part}-{n}": at(part, fault)
     for part in PARTS
-    for fault in (silent, stalled, dripping)
+    for n, fault in enumerate((silent, stalled, dripping))
 }
 HURRIED = Timeouts(read=1.5, slowest=1_000, over=1.2, idle=5.0)
 
@@ -730,11 +706,3 @@ async def test_the_next_load_goes_on_where_the_deadline_was(world: FaultyWorld) 
         first, *rest = world.spans_of("two-chunks")[begun:]
         assert first == (0, CHUNK), "the header is asked for again, and no more of it"
         assert sum(stop - start for start, stop in rest) == size - CHUNK
-
-
-# -- a hint that is under way on a slow link holds up nobody who waits ----------------------------
-
-"""Of 200 KB each: 16 MB, so that each connection has a piece to give up when it is asked to."""
-
-
-# -- the folder of the cache ----------------------------------------------------------------------

@@ -15,10 +15,7 @@ from answering_server import Asked, Reply
 from hub_stand_in import HubStandIn
 from huggingface_hub import (
     constants,
-    hf_hub_download,
-    scan_cache_dir,
     snapshot_download,
-    try_to_load_from_cache,
 )
 from user_loads import (
     LAYERS,
@@ -27,7 +24,6 @@ from user_loads import (
     contents,
     has,
     loader,
-    secretless,
     stored_in,
     until,
     written,
@@ -38,7 +34,6 @@ import tiny
 from lorax_async import (
     AccessDeniedError,
     AdapterLoader,
-    AdapterNotFoundError,
     AdapterRef,
     Allow,
     FetchError,
@@ -145,39 +140,6 @@ def sixteen_layers(hub: HubStandIn, folder: Path, **settings: object) -> Adapter
     return loader(folder, layers=16, allow=allow, hub_endpoint=hub.endpoint, **settings)
 
 
-def is_everybodys(folder: Path, commit: str, files: dict[str, bytes]) -> None:
-    """huggingface_hub finds all of it without asking, and nothing that is amiss."""
-    place = folder / "hub"
-    for revision in ("main", commit):
-        for name, content in files.items():
-            found = hf_hub_download(
-                "org/name", name, revision=revision, cache_dir=place, local_files_only=True
-            )
-            assert Path(found).read_bytes() == content
-        snapshot = snapshot_download(
-            "org/name", revision=revision, cache_dir=place, local_files_only=True
-        )
-        assert contents(Path(snapshot)) == files
-    inventory = scan_cache_dir(place)
-    assert inventory.warnings == []
-    (repo,) = inventory.repos
-    assert [each.commit_hash for each in repo.revisions] == [commit]
-
-
-@FILES
-async def test_it_finds_what_a_load_has_stored(files: str, tmp_path: Path) -> None:
-    adapter, there = saved(tmp_path, files)
-    with HubStandIn() as hub:
-        commit = hub.put("org/name", there)
-        async with sixteen_layers(hub, tmp_path, hub_cache="write") as ours:
-            assert await has(ours, "org/name", adapter) == commit
-        begun = len(hub.asked)
-        snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
-        assert not any(asked.at_store for asked in hub.asked[begun:]), "nothing comes again"
-    is_everybodys(tmp_path, commit, there)
-    assert stored_in(tmp_path) == (0, 0), "no file is stored twice"
-
-
 @FILES
 async def test_a_load_finds_what_it_has_stored(files: str, tmp_path: Path) -> None:
     """Offline, and pinned, without asking; else after one HEAD for each file that tells a version."""
@@ -195,7 +157,6 @@ async def test_a_load_finds_what_it_has_stored(files: str, tmp_path: Path) -> No
             assert await has(ours, "org/name", adapter) == commit
         assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}
     assert stored_in(tmp_path) == (0, 0)
-    is_everybodys(tmp_path, commit, there)
 
 
 TOKEN = "hf_0perat0rsToken"
@@ -430,24 +391,3 @@ async def test_which_version_then_where_layers_lie_then_layer_0(
         async with plainly(hub, tmp_path, layers) as there:
             await has(there, id, adapter)
         assert len(hub.asked) == begun
-
-
-@pytest.mark.parametrize("consent", [True, False])
-async def test_private_ones_are_shared_only_with_consent(consent: bool, tmp_path: Path) -> None:
-    adapter, files = saved(tmp_path, "several files")
-    with HubStandIn() as hub:
-        commit = hub.put("org/name", files, private_token=TOKEN)
-        settings = {"hub_cache": "write", "hub_cache_private": consent}
-        async with sixteen_layers(hub, tmp_path, **settings) as ours:
-            assert await has(ours, AdapterRef("org/name", token=TOKEN), adapter) == commit
-            with pytest.raises(AccessDeniedError, match="give a token"):
-                await ours.load("org/name")
-            with pytest.raises(AdapterNotFoundError, match="none that the token") as caught:
-                await ours.load("org/name", token="hf_another")
-            secretless(caught.value, TOKEN, "hf_another")
-    if consent:
-        is_everybodys(tmp_path, commit, files)
-    else:
-        name = "adapter_config.json"
-        assert try_to_load_from_cache("org/name", name, cache_dir=tmp_path / "hub") is None
-    assert stored_in(tmp_path) == (0 if consent else 1, 0)

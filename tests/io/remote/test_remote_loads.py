@@ -27,7 +27,6 @@ from lorax_async import (
     AdapterLoader,
     AdapterNotFoundError,
     Allow,
-    ConfigError,
     FetchError,
     IntegrityError,
     LoaderClosedError,
@@ -79,17 +78,6 @@ async def test_the_first_layer_does_not_wait_for_the_last(tmp_path: Path) -> Non
             go_on.set()
             await handle.layer_ready(3)
             tiny.assert_equal_to_file(handle, folder)
-
-
-async def test_what_left_the_cache_is_fetched_again(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache", cache_bytes=1_800_000) as world:
-        folders = [stocked(world, tmp_path, f"n{n}", n) for n in range(4)]
-        async with over(world, device_bytes=1 << 20, max_slots=1) as loader:
-            for _ in range(2):
-                for n, folder in enumerate(folders):
-                    async with await loader.load(world.ref(f"n{n}")) as handle:
-                        tiny.assert_equal_to_file(handle, folder)
-                    assert world.cache.used() <= world.cache_bytes
 
 
 async def test_two_processes_download_once(tmp_path: Path) -> None:
@@ -341,39 +329,6 @@ async def test_a_cache_that_can_only_be_read(
     monkeypatch.undo()
 
 
-GONE = ["cache", "cache/entries", "cache/partials", "cache/locks", "cache/trash", "cache/answers"]
-
-
-@pytest.mark.parametrize("gone", GONE)
-@pytest.mark.parametrize("settings", [{}, {"host_bytes": 0}], ids=["held", "on disk"])
-async def test_a_folder_that_is_removed_is_made_again(
-    hub: HubStandIn, tmp_path: Path, gone: str, settings: dict[str, int]
-) -> None:
-    """Both what it had and what it had not can be loaded, now and by the next loader."""
-    for n in range(2, 5):
-        hub.put(f"org/{n}", read(tiny.write(tmp_path / str(n), seed=n)))
-
-    async def loads(loader: AdapterLoader, id: str, adapter: str) -> None:
-        async with await loader.load(id) as handle:
-            await handle.verified()
-            tiny.assert_equal_to_file(handle, tmp_path / adapter)
-
-    async with from_hub(hub, tmp_path, max_slots=1, **settings) as loader:
-        await loads(loader, "org/one", "one")
-        await loads(loader, "org/2", "2")
-        shutil.rmtree(tmp_path / gone)
-        await loads(loader, "org/3", "3")
-        await loads(loader, "org/one", "one")
-        await loads(loader, "org/2", "2")
-        shutil.rmtree(tmp_path / gone)
-        await asyncio.gather(*(loads(loader, f"org/{n}", str(n)) for n in (2, 3, 4)))
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
-        path.removeprefix("cache/") for path in GONE[1:]
-    }
-    async with from_hub(hub, tmp_path, offline=True) as loader:
-        await loads(loader, "org/4", "4")
-
-
 async def test_a_folder_that_is_removed_during_downloads_fails_those_alone(
     hub: HubStandIn, tmp_path: Path
 ) -> None:
@@ -398,20 +353,6 @@ async def test_a_folder_that_is_removed_during_downloads_fails_those_alone(
             await asyncio.sleep(0.02)
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)
             await asyncio.gather(*loads)
-
-
-async def test_a_folder_that_others_may_write_to_is_not_taken_for_the_removed_one(
-    hub: HubStandIn, tmp_path: Path
-) -> None:
-    hub.put("org/two", read(tiny.write(tmp_path / "two", seed=2)))
-    async with from_hub(hub, tmp_path) as loader:
-        async with await loader.load("org/one") as handle:
-            await handle.verified()
-        shutil.rmtree(tmp_path / "cache")
-        (tmp_path / "cache").mkdir()
-        (tmp_path / "cache").chmod(0o777)
-        with pytest.raises(ConfigError, match="others may write"):
-            await loader.load("org/two")
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])

@@ -95,30 +95,6 @@ def test_an_address_or_localhost_is_itself(host: str, own: list[str], others: li
     assert not any(admits(rules, url.replace("http:", "https:"), address) for address in own)
 
 
-PRIVATE = [
-    *("10.0.0.1", "10.255.255.255", "172.16.0.1", "172.31.255.255", "192.168.1.1", "100.64.0.1"),
-    *("fc00::1", "fd12::1", "::ffff:192.168.1.1"),
-]
-WORSE = [
-    *("127.0.0.1", "127.1.1.1", METADATA, "0.0.0.0", "224.0.0.1", "255.255.255.255", "240.0.0.1"),
-    *("172.32.0.1", "172.15.255.255", "198.18.0.1", "192.0.2.1", "::1", "::", "fe80::1", "ff02::1"),
-    *("::ffff:127.0.0.1", f"::ffff:{METADATA}", "64:ff9b::a00:1", "2002:a00:1::", "fec0::1"),
-]
-
-
-def test_a_name_may_be_private_if_its_entry_says_so() -> None:
-    """That is, on an internal network; not this machine, nor what only its link can reach."""
-    plain = AllowRules((Allow("https", "files.internal"),))
-    private = AllowRules((Allow("https", "files.internal", prefix="a/", private=True),))
-    for address in PRIVATE:
-        assert not admits(plain, "https://files.internal/a/x", address)
-        assert admits(private, "https://files.internal/a/x", address)
-        assert not admits(private, "https://files.internal/b/x", address)
-        assert not admits(private, "https://other.internal/a/x", address)
-    for address in WORSE:
-        assert not admits(private, "https://files.internal/a/x", address)
-
-
 def test_a_host_has_one_spelling_here_too() -> None:
     rules = AllowRules(
         (Allow("http", "2001:db8::1"),), named=(parse_url("http://[::1]:80").origin,)

@@ -244,20 +244,3 @@ async def test_hints_of_a_server_that_stalls_hold_up_no_others(tmp_path: Path) -
             stalled.cancel()
             await asyncio.wait([stalled.task])
             await it.assert_nothing_held()
-
-
-async def test_a_load_that_is_shared_goes_on_while_one_caller_waits(tmp_path: Path) -> None:
-    """Of two callers of one adapter one leaves; the other gets it from the same requests."""
-    with world(tmp_path, "no head") as it:
-        async with it.loader() as loader:
-            url = it.stalling[0].url("/shared/")
-            leaving = asyncio.create_task(loader.load(url, timeout=0.5))
-            staying = asyncio.create_task(loader.load(url))
-            with pytest.raises(AdapterTimeoutError):
-                await leaving
-            await asyncio.sleep(0.2)
-            assert it.held == 2, "the config and the header, asked for once"
-            assert len(it.folders[0].holding) == 2
-            staying.cancel()
-            await asyncio.wait([staying])
-            await it.assert_nothing_held()
