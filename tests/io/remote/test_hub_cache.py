@@ -429,21 +429,3 @@ def test_wrong_bytes_leave_nothing_there(cache: HubCache, hub_client: Path) -> N
     assert [path.name for path in hub_client.iterdir()] == [".locks"]
     assert cache.used() == 0
     assert contents(stored(cache)) == ADAPTER
-
-
-def test_a_private_adapter_is_for_those_whom_its_source_let_have_it(hub_client: Path) -> None:
-    """With consent it is stored there; nobody else has it, also not the machine itself."""
-    with hub_cache(hub_client, write=True) as cache:
-        assert cache.takes("")
-        assert not cache.takes("somebody")
-        with pytest.raises(InternalError, match="not so"):
-            cache.begin(KEY, "somebody", Demand())
-    with hub_cache(hub_client, write=True, private=True, own="own") as cache:
-        stored(cache, scope="somebody").grant("another")
-    for own in ("own", ""):
-        with hub_cache(hub_client, write=True, private=True, own=own) as cache:
-            entry = cache.open(KEY)
-            assert entry is not None
-            ages = [entry.granted(scope) for scope in ("somebody", "another")]
-            assert all(age is not None and 0 <= age < 60 for age in ages)
-            assert entry.granted(own) is None
