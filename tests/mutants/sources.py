@@ -133,21 +133,21 @@ SOURCES: Mutants = {
         (HostCopy, "move", _kept_though_dropped),
     ),
     "workers: a cancelled caller's result is undone": mutant(
-        f"{REMOTE}::test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did",
+        f"{REMOTE}::test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result",
         (Workers, "run", _not_undone),
     ),
     "workers: letting go is waited for": mutant(
-        f"{REMOTE}::test_what_lets_go_is_done_though_it_was_cancelled_before_it_began",
+        f"{REMOTE}::test_a_release_is_done_though_it_was_cancelled_before_it_began",
         (Workers, "finish", _not_finished),
     ),
     "fetch: it is published when all of it is here": mutant(
         f"{LOADS}::test_an_adapter_comes_once", (fetch, "outcome", nothing_awaited)
     ),
     "fetch: groups are reported on the loop": mutant(
-        f"{REMOTE}::test_groups_are_told_of_on_the_loop", (fetch, "_on_loop", same)
+        f"{REMOTE}::test_groups_are_reported_on_the_loop", (fetch, "_on_loop", same)
     ),
     "fetch: groups of several files are reported in their order": mutant(
-        f"{REMOTE}::test_groups_of_two_files_are_told_of_in_their_order",
+        f"{REMOTE}::test_groups_of_two_files_are_reported_in_their_order",
         initialized(Fetch, _lock=NoLock),
     ),
     "fetch: nothing reads a download that has ended": mutant(
@@ -173,11 +173,11 @@ SOURCES: Mutants = {
         (opening, "_check", nothing),
     ),
     "fetch: what is in the cache is checked": mutant(
-        "io/remote/test_faults.py::test_what_nobody_promised_is_taken_and_named_so",
+        "io/remote/test_faults.py::test_an_adapter_without_a_promised_digest_is_marked_as_such",
         skipped(RemoteSource, "_check"),
     ),
     "resolving: the cache serves whom it was granted to": mutant(
-        f"{REMOTE}::test_who_was_let_have_it_has_it_while_the_source_is_down",
+        f"{REMOTE}::test_callers_who_had_it_have_it_while_the_source_is_down",
         (Resolving, "_may_have", _granted_to_all),
     ),
     "resolving: a fetch is in the last caller's name": mutant(

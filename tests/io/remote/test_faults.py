@@ -213,7 +213,9 @@ def check(error: object, case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-async def test_what_stays_wrong_is_told_to_each_caller(tmp_path: Path, name: str) -> None:
+async def test_a_lasting_fault_is_one_typed_error_for_each_caller(
+    tmp_path: Path, name: str
+) -> None:
     case = CASES[name]
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", verify=case.verify) as world:
         world.locator.promises = case.promises
@@ -538,7 +540,7 @@ async def told(loader: AdapterLoader, world: FaultyWorld, words: str) -> None:
     assert words in failures[0].error.problem
 
 
-async def test_a_caller_who_has_wrong_bytes_already_is_told(world: FaultyWorld) -> None:
+async def test_a_caller_that_holds_wrong_bytes_already_gets_the_error(world: FaultyWorld) -> None:
     """The digest comes late: two hold the adapter's first layers by then."""
     go_on = threading.Event()
 
@@ -568,7 +570,9 @@ async def test_a_caller_who_has_wrong_bytes_already_is_told(world: FaultyWorld) 
 
 
 @pytest.mark.parametrize("verify", ["stream", "before_use"])
-async def test_what_nobody_promised_is_taken_and_named_so(tmp_path: Path, verify: Checking) -> None:
+async def test_an_adapter_without_a_promised_digest_is_marked_as_such(
+    tmp_path: Path, verify: Checking
+) -> None:
     """Later on these bytes are what counts: others in their place are noticed."""
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", verify=verify) as world:
         world.locator.promises = False

@@ -238,7 +238,7 @@ async def test_a_place_that_is_no_url(hub: HubStandIn, place: str) -> None:
             assert [file.target.found for file in located.files] == [None, None]
 
 
-async def test_a_silent_hub_holds_nobody_but_who_asked() -> None:
+async def test_a_silent_hub_holds_up_only_its_callers() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with locating(endpoint, timeout=0.4) as locator:

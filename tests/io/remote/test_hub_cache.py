@@ -141,7 +141,7 @@ def test_which_commit_a_revision_was(tmp_path: Path) -> None:
         assert cache.commit_of("../models--org--name", "main") is None
 
 
-def test_who_may_have_it_without_asking(tmp_path: Path) -> None:
+def test_what_other_tools_stored_is_for_this_machines_token(tmp_path: Path) -> None:
     """This machine, on whose authority other tools stored it; others when their source says so."""
     by_hand.put(tmp_path, REPO, ADAPTER, commit=COMMIT)
     os.utime(tmp_path / "models--org--name/blobs" / sha256(WEIGHTS).hexdigest(), (9, 9))

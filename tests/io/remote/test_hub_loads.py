@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from answering_server import Asked, Reply
@@ -93,11 +94,6 @@ class Rounds:
         assert bool(ranges) is layer_0
 
 
-def plainly(hub: HubStandIn, folder: Path, layers: int) -> AdapterLoader:
-    allow = (Allow("hub"), at(hub.store_netloc))
-    return loader(folder, layers=layers, allow=allow, hub_endpoint=hub.endpoint)
-
-
 async def streamed(there: AdapterLoader, id: str, adapter: Path, rounds: Rounds, last: int) -> None:
     async with there.stream(id) as handle:
         await handle.layer_ready(0)
@@ -135,11 +131,6 @@ def saved(folder: Path, files: str) -> tuple[Path, dict[str, bytes]]:
     return whole, contents(split_files.split(whole, folder / "several"))
 
 
-def sixteen_layers(hub: HubStandIn, folder: Path, **settings: object) -> AdapterLoader:
-    allow = (Allow("hub"), at(hub.store_netloc))
-    return loader(folder, layers=16, allow=allow, hub_endpoint=hub.endpoint, **settings)
-
-
 @FILES
 async def test_a_load_finds_what_it_has_stored(files: str, tmp_path: Path) -> None:
     """Offline, and pinned, without asking; else after one HEAD for each file that tells a version."""
@@ -148,12 +139,12 @@ async def test_a_load_finds_what_it_has_stored(files: str, tmp_path: Path) -> No
         commit = hub.put("org/name", there)
         snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
         begun = len(hub.asked)
-        async with sixteen_layers(hub, tmp_path, offline=True) as ours:
+        async with over(hub, tmp_path, layers=16, offline=True) as ours:
             assert await has(ours, "org/name", adapter) == commit
-        async with sixteen_layers(hub, tmp_path) as ours:
+        async with over(hub, tmp_path, layers=16) as ours:
             assert await has(ours, f"org/name@{commit}", adapter) == commit
         assert len(hub.asked) == begun
-        async with sixteen_layers(hub, tmp_path) as ours:
+        async with over(hub, tmp_path, layers=16) as ours:
             assert await has(ours, "org/name", adapter) == commit
         assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}
     assert stored_in(tmp_path) == (0, 0)
@@ -192,9 +183,11 @@ def logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(netrc))
 
 
-def over(hub: HubStandIn, folder: Path, *allow: Allow, **settings: object) -> AdapterLoader:
+def over(
+    hub: HubStandIn, folder: Path, *allow: Allow, layers: int = 4, **settings: object
+) -> AdapterLoader:
     entries = (*allow, at(hub.store_netloc))
-    return loader(folder, layers=4, allow=entries, hub_endpoint=hub.endpoint, **settings)
+    return loader(folder, layers=layers, allow=entries, hub_endpoint=hub.endpoint, **settings)
 
 
 def sent(hub: HubStandIn, repo: str = "") -> set[str | None]:
@@ -286,7 +279,10 @@ async def test_what_the_token_brought_is_for_no_stranger(
     """Neither resident, nor from a cache, nor while the hub is down or is not to be asked."""
     commit = hub.repos[PRIVATE].refs["main"]
     names = (PRIVATE, f"{PRIVATE}@{commit}", f"{PRIVATE}@main")
-    settings = {"hub_cache": hub_cache, "hub_cache_private": hub_cache == "write"}
+    settings: dict[str, Any] = {
+        "hub_cache": hub_cache,
+        "hub_cache_private": hub_cache == "write",
+    }
     named = AdapterRef(PRIVATE, use_token=True)
 
     async def refuse(there: AdapterLoader, kind: type[LoraxError]) -> None:
@@ -370,7 +366,9 @@ async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("known", [False, True], ids=["at first sight", "its version was told"])
 @pytest.mark.parametrize(
-    ("layers", "rank", "beyond"), [(LAYERS, RANK, True), (4, 16, False)], ids=["large", "small"]
+    ("layers", "rank", "beyond"),
+    [pytest.param(LAYERS, RANK, True, marks=pytest.mark.slow), (4, 16, False)],
+    ids=["large", "small"],
 )
 async def test_which_version_then_where_layers_lie_then_layer_0(
     known: bool, layers: int, rank: int, beyond: bool, tmp_path: Path
@@ -381,13 +379,13 @@ async def test_which_version_then_where_layers_lie_then_layer_0(
     files = contents(adapter)
     with HubStandIn() as hub:
         id = f"org/name@{hub.put('org/name', files)}"
-        async with plainly(hub, tmp_path, layers) as there:
+        async with over(hub, tmp_path, layers=layers) as there:
             if known:
                 await given_up(there, id, hub)
             hub.behave = rounds = Rounds(span_of_layer_0(files["adapter_model.safetensors"]))
             await streamed(there, id, adapter, rounds, layers - 1)
         rounds.expect(heads=0 if known else 2, layer_0=beyond)
         begun = len(hub.asked)
-        async with plainly(hub, tmp_path, layers) as there:
+        async with over(hub, tmp_path, layers=layers) as there:
             await has(there, id, adapter)
         assert len(hub.asked) == begun

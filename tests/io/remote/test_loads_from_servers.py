@@ -297,7 +297,9 @@ async def test_a_redirect_leads_only_where_it_is_allowed(
 
 
 @on("nginx")
-async def test_a_token_opens_a_folder_for_who_has_it(origin: Origin, adapters: list[Path]) -> None:
+async def test_a_token_opens_a_folder_for_its_owner_only(
+    origin: Origin, adapters: list[Path]
+) -> None:
     """What one token was let have is not served to others, though it is in the cache."""
     origin.put(adapters[0])
     private = by_way_of(origin, "private/")
@@ -316,7 +318,6 @@ async def test_a_token_opens_a_folder_for_who_has_it(origin: Origin, adapters: l
             await there.load(replace(pinned, token=None))
 
 
-@on("nginx", "folder")
 @on("nginx")
 @pytest.mark.parametrize("way", ["", "untagged/"])
 async def test_what_is_replaced_on_the_way_is_noticed(

@@ -133,7 +133,7 @@ async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
                 tiny.assert_equal_to_file(handle, folder)
 
 
-async def test_what_is_public_is_there_for_who_has_a_token(
+async def test_a_public_adapter_is_served_to_callers_with_a_token(
     world: RemoteWorld, tmp_path: Path
 ) -> None:
     folder = stocked(world, tmp_path)
@@ -146,7 +146,7 @@ async def test_what_is_public_is_there_for_who_has_a_token(
         tiny.assert_equal_to_file(handle, folder)
 
 
-async def test_who_was_let_have_it_long_ago_has_it_not_at_once(
+async def test_a_lease_at_once_needs_a_recent_answer_of_the_source(
     world: RemoteWorld, tmp_path: Path
 ) -> None:
     """A lease without asking is for as long as a load asks nobody; then the source judges."""
@@ -178,7 +178,7 @@ async def test_who_was_let_have_it_long_ago_has_it_not_at_once(
         kept.release()
 
 
-async def test_who_tells_no_length_is_believed_what_was_told_before(
+async def test_a_response_without_length_is_as_large_as_was_promised(
     world: RemoteWorld, tmp_path: Path
 ) -> None:
     """All in one response, without ranges: the size is the locator's word, or nobody's."""

@@ -106,7 +106,7 @@ def test_a_host_has_one_spelling_here_too() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.1", "0x7f.1", "2130706433", "a..b", "h."])
-def test_odd_hosts_are_nobodys(host: str) -> None:
+def test_odd_hosts_match_no_entry(host: str) -> None:
     rules = AllowRules((Allow("http", "127.0.0.1"), Allow("http", "localhost")))
     assert not allows(rules, f"http://{host}/", 1)
     assert not admits(rules, f"https://{host}/", "127.0.0.1")

@@ -77,7 +77,7 @@ async def test_small_files_are_checked_before_they_are_used(
         await opened(world)
 
 
-async def test_who_was_let_have_it_has_it_while_the_source_is_down(
+async def test_callers_who_had_it_have_it_while_the_source_is_down(
     world: RemoteWorld, tmp_path: Path
 ) -> None:
     """Not only who it was fetched for; and nobody else."""
@@ -150,7 +150,7 @@ async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld, tmp_
     assert in_use(world) == [False]
 
 
-async def test_groups_are_told_of_on_the_loop(world: RemoteWorld, tmp_path: Path) -> None:
+async def test_groups_are_reported_on_the_loop(world: RemoteWorld, tmp_path: Path) -> None:
     stocked(world, tmp_path)
     file, told = await opened(world), list[tuple[int, Thread]]()
     half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
@@ -176,7 +176,7 @@ async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
     assert in_use(world) == [False]
 
 
-async def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began() -> None:
+async def test_a_release_is_done_though_it_was_cancelled_before_it_began() -> None:
     workers, busy, done = Workers(1), Event(), Event()
     workers.submit(busy.wait)
     letting_go = asyncio.create_task(workers.finish(done.set))
@@ -189,7 +189,7 @@ async def test_what_lets_go_is_done_though_it_was_cancelled_before_it_began() ->
     workers.close()
 
 
-async def test_who_is_cancelled_waits_for_the_thread_and_undoes_what_it_did() -> None:
+async def test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result() -> None:
     workers, begun, go = Workers(1), Event(), Event()
     undone: list[bool] = []
 
@@ -296,7 +296,7 @@ async def bringing_begun(fetch: Fetch, groups: Any, told: list[int]) -> asyncio.
     return bringing
 
 
-async def test_groups_of_two_files_are_told_of_in_their_order(
+async def test_groups_of_two_files_are_reported_in_their_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The thread that has found the first one whole is slow to say so."""

@@ -137,7 +137,7 @@ def test_the_origin_of_a_signed_url_is_allowed_and_no_other() -> None:
         (Known(10, None), False),
     ],
 )
-def test_the_first_answer_is_about_the_file_that_was_told(
+def test_the_first_answer_must_be_about_the_located_file(
     known: Known, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FaultServer(b"", of_names({})) as server:
@@ -212,7 +212,7 @@ def test_answers_that_are_no_help_are_errors_without_the_servers_words(
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_who_may_not_list_is_denied_what_is_not_there(
+def test_without_the_right_to_list_a_missing_file_is_a_refusal(
     index: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S3 answers 403 for 404 then, so the index is looked for all the same."""

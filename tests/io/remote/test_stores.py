@@ -271,9 +271,7 @@ def test_googles_url_opens_one_object_for_as_long_as_was_asked(store: Store) -> 
 
 
 @on(AZURE)
-def test_azures_token_that_somebody_else_signed(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_azures_shared_access_signature(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a token can sign nothing; it opens URLs as it is."""
     assert isinstance(store.server, Azurite)
     store.put_adapter()
