@@ -27,6 +27,7 @@ from lorax_async import (
     AdapterLoader,
     AdapterNotFoundError,
     Allow,
+    ConfigError,
     FetchError,
     IntegrityError,
     LoaderClosedError,
@@ -409,3 +410,17 @@ async def test_a_caller_may_have_what_is_old_while_its_source_is_down(
             await loader.load(world.ref("one"))
         with pytest.raises(UsageError, match="allow_stale itself"):
             await loader.load(world.ref("one"), allow_stale=True)
+
+
+async def test_a_folder_that_others_may_write_to_is_not_taken_for_the_removed_one(
+    hub: HubStandIn, tmp_path: Path
+) -> None:
+    hub.put("org/two", read(tiny.write(tmp_path / "two", seed=2)))
+    async with from_hub(hub, tmp_path) as loader:
+        async with await loader.load("org/one") as handle:
+            await handle.verified()
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache").chmod(0o777)
+        with pytest.raises(ConfigError, match="others may write"):
+            await loader.load("org/two")

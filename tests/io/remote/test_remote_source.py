@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Thread, current_thread
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+from cache_inputs import begun
 from fault_server import Asked, Client
 from populate_conformance import PopulateConformance
 from remote_world import RemoteWorld, brought, opened, stocked
@@ -20,13 +21,16 @@ from source_conformance import SourceConformance
 from source_inputs import CONFIG, weights
 
 from common import until
-from lorax_async import FetchError, IntegrityError
+from lorax_async import AdapterFormatError, FetchError, IntegrityError
 from lorax_async.adapter import AdapterKey, RemoteKey
+from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
 from lorax_async.core.runs import Span
 from lorax_async.core.split_file import Place, SplitArrivals, SplitPlan
 from lorax_async.io.cache.upkeep import ls
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote import fetch as fetch_module
+from lorax_async.io.remote import opening
+from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.remote.jobs import followed
 from lorax_async.io.remote.workers import Workers
@@ -373,3 +377,113 @@ async def test_nothing_reads_a_download_that_has_ended(monkeypatch: pytest.Monke
     assert waiting.cancelled()
     assert not files[1].begun.is_set()
     workers.close()
+
+
+async def test_what_changes_between_two_answers_is_noticed(world: RemoteWorld) -> None:
+    """Of a header that does not come with the first bytes."""
+    world.locator.promises = False
+    world.put("one", CONFIG, weights(1, {"note": "long" * FIRST_BYTES}))
+
+    def changing(asked: Asked, client: Client) -> None:
+        data, etag = world.content(asked.target)
+        again = asked.span is not None and asked.span[1] != FIRST_BYTES
+        world.answer(asked, client, data, '"another"' if again else etag)
+
+    world.server.behave = changing
+    with pytest.raises(IntegrityError, match="changed while it was asked for"):
+        await opened(world)
+
+
+@pytest.mark.parametrize("what", ["the same", "room"])
+async def test_waiting_for_others_ends_with_the_demand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """For who downloads the same, and for who has the room that it needs."""
+    monkeypatch.setattr(opening, "PATIENCE_SECONDS", 60)
+    with RemoteWorld(tmp_path / "cache", cache_bytes=1_000_000) as world:
+        stocked(world, tmp_path)
+        key = await world.source.resolve(world.ref("one"))
+        assert isinstance(key, RemoteKey)
+        other = CacheKey(key.location, key.version if what == "the same" else "another")
+        download, demand = begun(world.cache, other), Demand()
+        download.file(WEIGHTS_FILE, 900_000)
+        waiting = asyncio.create_task(world.source.open(key, demand))
+        await asyncio.wait([waiting], timeout=0.2)
+        assert not waiting.done()
+        demand.end()
+        with pytest.raises(FetchError, match="nobody waits"):
+            await waiting
+        download.discard()
+
+
+async def test_comparing_a_refused_entry_ends_with_the_demand(tmp_path: Path) -> None:
+    now = [0.0]
+    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
+        world.locator.promises = False  # so its source is asked, and nothing is hashed
+        stocked(world, tmp_path)
+        asked = []
+
+        async def no_answer(*_: object) -> NoReturn:
+            asked.append(True)
+            await asyncio.Event().wait()
+            raise AssertionError("unreachable")
+
+        (await brought(world)).reader.close()
+        demand = Demand()
+        file = await opened(world, demand=demand)
+        now[0] = 10_000.0
+        world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
+        refusing = asyncio.create_task(file.refused(AdapterFormatError("it does not fit")))
+        await until(lambda: asked)
+        demand.end()
+        assert not await asyncio.wait_for(refusing, 5)
+        assert not any(in_use(world))
+
+
+async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path) -> None:
+    """Also where the source does not answer: no caller waits for it any more."""
+    now = [0.0]
+    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
+        stocked(world, tmp_path)
+        cancelled = []
+
+        async def no_answer(*_: object) -> Any:
+            cancelled.append(False)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled[0] = True
+            raise AssertionError("unreachable")
+
+        key = await world.source.resolve(world.ref("one"))
+        now[0] = 10_000.0  # the answer is too old: signed URLs expire
+        world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
+        demand = Demand()
+        asking = asyncio.create_task(world.source.open(key, demand))
+        await until(lambda: cancelled)
+        assert not asking.done()
+        demand.end()
+        with pytest.raises(FetchError, match="nobody waits"):
+            await asking
+        assert cancelled == [True]
+        assert not any(in_use(world))
+
+
+async def test_opening_what_is_here_is_cancelled_at_any_turn(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
+    stocked(world, tmp_path)
+    (await brought(world)).reader.close()
+    key = await world.source.resolve(world.ref("one"))
+    cancelled = []
+    for turns in range(40):
+        opening_it = asyncio.create_task(world.source.open(key, Demand()))
+        for _ in range(turns):
+            await asyncio.sleep(0.0005 if turns > 20 else 0)
+        opening_it.cancel()
+        await asyncio.wait([opening_it])
+        cancelled.append(opening_it.cancelled())
+        if not opening_it.cancelled():
+            opening_it.result().reader.close()
+    assert cancelled[0]
+    assert not any(in_use(world))

@@ -12,7 +12,7 @@ from threading import Event
 
 import pytest
 import test_http_trust
-from fault_server import Asked, Behaviour, Client, FaultServer, Hangup
+from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, until
 from object_stores import set_environment
 from stored import located, locator
 from test_http_trust import tls_server
@@ -31,7 +31,8 @@ from lorax_async.errors import (
 from lorax_async.io.http.settings import PublicOnly
 from lorax_async.io.http.target import Answer, Known
 from lorax_async.io.http.urls import parse_url
-from lorax_async.io.remote.store_ids import version_of
+from lorax_async.io.remote.buckets import Buckets
+from lorax_async.io.remote.store_ids import Folder, version_of
 from lorax_async.io.remote.stores import OriginAllowed, StoreLocator
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -254,3 +255,14 @@ async def test_a_token_and_ids_of_others_are_refused() -> None:
             assert "the-token" not in str(caught.value)
             with pytest.raises(UsageError):
                 made.recalled(ref)
+
+
+def test_connections_of_sixteen_buckets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultServer(b"", of_names({})) as server:
+        environment(monkeypatch, server)
+        buckets = Buckets()
+        for n in range(20):
+            assert buckets.head(Folder("s3", f"bucket-{n}", ""), "name") is not None
+        until(lambda: server.connected() == 16, 30)
+        buckets.close()
+        until(lambda: server.connected() == 0, 30)

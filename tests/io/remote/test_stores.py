@@ -28,7 +28,7 @@ from stored import CONFIG, Bucket, brought, located, locator
 from user_loads import secretless
 
 from lorax_async.adapter import AdapterRef
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterNotFoundError,
@@ -39,6 +39,7 @@ from lorax_async.errors import (
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 WEIGHTS = "adapter_model.safetensors"
+SHARDS = [FileRole("weights", n) for n in (1, 2)]
 SECRETS = (S3_KEY, S3_SECRET, AZURE_KEY, GOOGLE_ACCOUNT, "Signature", "X-Amz", "sig=")
 SIGNATURES = {"gs": "X-Goog-Signature", "s3": "X-Amz-Signature", "az": "sig="}
 
@@ -304,3 +305,30 @@ async def test_a_signed_url_ends(store: Store) -> None:
         assert store.path not in secretless(expired(), *SECRETS)
         again = (await made.locate(AdapterRef(store.id))).files[1]
         assert again.target.url.target != weights.target.url.target
+
+
+@on(S3, AZURE)
+async def test_weights_in_several_files(store: Store) -> None:
+    """Azure's listings have ETags without quotes; those of answers have them."""
+    names = [f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    store.put("adapter_config.json", CONFIG)
+    store.put("adapter_model.safetensors.index.json", b"{}")
+    store.put(names[0], DATA)
+    with locator() as made:
+        early = await made.locate(AdapterRef(store.id))
+        assert [file.role for file in early.files] == [CONFIG_FILE, INDEX_FILE]
+        with pytest.raises(AdapterNotFoundError, match=r"no adapter_model-00002-of-00002\.saf"):
+            await made.shards(early, SHARDS)
+        store.put(names[1], DATA[:77])
+        whole = await made.locate(AdapterRef(store.id))
+        files = await made.shards(whole, SHARDS)
+        assert [file.role for file in files] == SHARDS
+        assert [file.etag for file in files] == [store.etag(name) for name in names]
+        assert [brought(file) for file in files] == [DATA, DATA[:77]]
+        store.put(names[1], DATA[1:78])
+        assert (await made.locate(AdapterRef(store.id))).version not in {
+            early.version,
+            whole.version,
+        }
+        with pytest.raises(IntegrityError, match="were replaced"):
+            await made.shards(whole, SHARDS)
