@@ -199,7 +199,9 @@ async def published(world: World) -> None:
 @pytest.mark.parametrize(
     "again", ["the same loader", pytest.param("another loader", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("promises", [False, True], ids=["no digest", "digest"])
+@pytest.mark.parametrize(
+    "promises", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["no digest", "digest"]
+)
 async def test_an_interrupted_download_of_other_bytes_is_discarded(
     world: World, adapters: list[Path], again: str, promises: bool
 ) -> None:

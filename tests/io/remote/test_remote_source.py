@@ -21,7 +21,7 @@ from source_conformance import SourceConformance
 from source_inputs import CONFIG, weights
 
 from common import until
-from lorax_async import AdapterFormatError, FetchError, IntegrityError
+from lorax_async import AdapterFormatError, EvictedError, FetchError, IntegrityError
 from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
 from lorax_async.core.runs import Span
@@ -31,6 +31,7 @@ from lorax_async.io.ports import Demand
 from lorax_async.io.remote import fetch as fetch_module
 from lorax_async.io.remote import opening
 from lorax_async.io.remote.beginning import FIRST_BYTES
+from lorax_async.io.remote.cached import EntryReader, ReopenedReader, gone
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.remote.jobs import followed
 from lorax_async.io.remote.workers import Workers
@@ -487,3 +488,47 @@ async def test_opening_what_is_here_is_cancelled_at_any_turn(
             opening_it.result().reader.close()
     assert cancelled[0]
     assert not any(in_use(world))
+
+
+def test_what_was_gone_once_stays_gone() -> None:
+    """All who read are told the same, though it may come back meanwhile."""
+    opened = 0
+
+    def open() -> EntryReader:
+        nonlocal opened
+        opened += 1
+        raise gone()
+
+    reader = ReopenedReader(open)
+    for _ in range(2):
+        with pytest.raises(EvictedError):
+            reader.read_into([memoryview(bytearray(1))], 0)
+    assert opened == 1
+    reader.close()
+
+
+def test_closing_a_reader_waits_for_no_thread_that_opens_it() -> None:
+    """It is done on the loop, and the disk may be slow."""
+    begun, slow, closed = Event(), Event(), []
+
+    class Opened:
+        nbytes = 1
+
+        def close(self) -> None:
+            closed.append(self)
+
+    def open() -> EntryReader:
+        begun.set()
+        slow.wait(20)
+        return Opened()  # type: ignore[return-value]
+
+    reader, workers = ReopenedReader(open), Workers(2)
+    reading = workers.submit(lambda: reader.nbytes)
+    assert begun.wait(20)
+    closing = workers.submit(reader.close)
+    assert closing.result(10) is None
+    slow.set()
+    with pytest.raises(type(gone())):
+        reading.result(20)
+    assert len(closed) == 1
+    workers.close()
