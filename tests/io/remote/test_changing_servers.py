@@ -19,7 +19,7 @@ import pytest
 import torch
 from fault_server import Asked, Client, FaultServer, Hangup
 from safetensors.torch import load
-from user_loads import at, contents, has, loader, until, written
+from user_loads import at, contents, has, loader, stored_in, until, written
 
 from common import LOOPS
 from lorax_async import (
@@ -130,9 +130,7 @@ class World:
 
     def stored(self) -> tuple[int, int]:
         """How many entries and partial downloads the cache has."""
-        found = ((self.folder / "cache" / kind).glob("*") for kind in ("entries", "partials"))
-        entries, partials = (sum(1 for _ in each) for each in found)
-        return entries, partials
+        return stored_in(self.folder)
 
 
 @contextmanager

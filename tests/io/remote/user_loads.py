@@ -31,7 +31,7 @@ RATE = 128e3
 FIRST_PART = 0.15
 """The part of the bytes with which layer 0 has to be there."""
 
-KINDS = ("entries", "partials")
+KINDS = ("partials", "entries")
 
 
 def layout(layers: int) -> ModelLayout:
@@ -133,8 +133,11 @@ async def streams(there: AdapterLoader, id: str, folder: Path, link: SlowProxy) 
 
 
 def stored_in(folder: Path) -> tuple[int, int]:
-    """How many adapters our own cache has, and how many downloads that ended half-way."""
-    entries, partials = (list((folder / "cache").glob(f"{kind}/*")) for kind in KINDS)
+    """How many adapters our own cache has, and how many downloads that ended half-way.
+
+    What is published meanwhile is seen at least once.
+    """
+    partials, entries = (list((folder / "cache").glob(f"{kind}/*")) for kind in KINDS)
     return len(entries), len(partials)
 
 
