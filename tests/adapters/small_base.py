@@ -1,10 +1,9 @@
-"""A small base of LoRAX's kind, adapters for it, and what their deltas are in float64."""
+"""A small Llama of LoRAX's kind, fused as its families are, and adapters for it as PEFT writes them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,37 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_async.adapters import LoraConfig
+from lorax_async.adapters import LoraConfig, LoraWeights, WeightsFile
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 
+WEIGHTS = "adapter_model.safetensors"
 LAYERS = 3
 # Each size is shared evenly by 1 to 8 processes.
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 840, 1680, 2520, 3360
 
 SHAPES = {
     "q_proj": (HIDDEN, HIDDEN),
+    "k_proj": (HIDDEN, KEY_VALUE),
     "v_proj": (HIDDEN, KEY_VALUE),
+    "o_proj": (HIDDEN, HIDDEN),
+    "gate_proj": (HIDDEN, INTERMEDIATE),
+    "up_proj": (HIDDEN, INTERMEDIATE),
     "down_proj": (INTERMEDIATE, HIDDEN),
     "lm_head": (HIDDEN, VOCABULARY),
 }
 """Layer type → in and out features."""
 
-ROW_PARALLEL = ("down_proj", "lm_head")
+TYPES = ("q_proj", "v_proj", "down_proj", "lm_head")
+"""What the layout has, and most adapters change."""
+
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+ROW_PARALLEL = ("o_proj", "down_proj", "lm_head")
 
 
 def module_name(layer: int, layer_type: str) -> str:
     if layer_type == "lm_head":
-        return "lm_head"
-    block = "mlp" if layer_type == "down_proj" else "self_attn"
+        return layer_type
+    block = "self_attn" if layer_type in (*QKV, "o_proj") else "mlp"
     return f"model.layers.{layer}.{block}.{layer_type}"
 
 
@@ -41,106 +49,138 @@ def layers_of(layer_type: str) -> range:
     return range(1 if layer_type == "lm_head" else LAYERS)
 
 
-def key(layer: int, layer_type: str, part: str) -> str:
-    return f"base_model.model.{module_name(layer, layer_type)}.lora_{part}.weight"
-
-
 def layout(dtype: str = "F32") -> ModelLayout:
     modules = []
-    for layer_type, (inputs, outputs) in SHAPES.items():
+    for layer_type in TYPES:
         for layer in layers_of(layer_type):
             group = LAYERS if layer_type == "lm_head" else layer
             cut = Parallel.ROW if layer_type == "down_proj" else Parallel.COLUMN
-            modules.append(Module(module_name(layer, layer_type), inputs, outputs, group, cut))
+            name = module_name(layer, layer_type)
+            modules.append(Module(name, *SHAPES[layer_type], group, cut))
     return ModelLayout(tuple(modules), LAYERS, dtype, "model.")
 
 
-@dataclass
+# -- a model with the attributes that LoRAX's have ------------------------------------------------
+
+
 class Linear:
-    weight: Tensor
+    def __init__(self, weight: Tensor, **attributes: object) -> None:
+        self.weight = weight
+        vars(self).update(attributes)
 
 
-@dataclass
 class BaseLayer:
-    linear: Linear
+    def __init__(self, linear: Linear, **attributes: object) -> None:
+        self.linear = linear
+        vars(self).update(attributes)
 
 
-@dataclass
-class TensorParallelLayer:
-    base_layer: BaseLayer
+class ParallelLayer:
+    """Says how it is split: column-parallel ones have `layer_names`, row-parallel `layer_name`."""
+
+    def __init__(self, base_layer: BaseLayer, **attributes: object) -> None:
+        self.base_layer = base_layer
+        vars(self).update(attributes)
 
 
-class FakeModel:
-    """With the attributes that LoRAX's models have, and its way of splitting: remainders drop."""
+def weight(outputs: int, inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros((), dtype=dtype).expand(outputs, inputs)
+
+
+class LoraxModel:
+    """Layers by (layer id, layer type), and LoRAX's way of splitting: remainders drop."""
 
     def __init__(
         self, dtype: torch.dtype = torch.float32, world_size: int = 1, rank: int = 0
     ) -> None:
         self.dtype, self.world_size, self.rank = dtype, world_size, rank
-        self.adapter_layers = list(SHAPES)
         self.target_to_layer: dict[tuple[int, str], tuple[str, Any]] = {}
-        for layer_type, (inputs, outputs) in SHAPES.items():
-            for layer in layers_of(layer_type):
-                weight = torch.zeros((), dtype=dtype).expand(outputs, inputs)
-                held = TensorParallelLayer(BaseLayer(Linear(weight)))
-                name = module_name(layer, layer_type)
-                self.target_to_layer[layer, layer_type] = name, held
 
     @property
     def weight_names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.target_to_layer.values())
 
     def get_num_layers_for_type(self, layer_type: str) -> int | list[int]:
-        return len(layers_of(layer_type))
+        return sum(of == layer_type for _, of in self.target_to_layer) or LAYERS
 
-    def is_row_parallel(self, layer_type: str) -> bool:
-        return layer_type in ROW_PARALLEL
-
-    def _shard(self, tensor: Tensor, dim: int) -> Tensor:
-        block = tensor.shape[dim] // self.world_size
-        return tensor.narrow(dim, self.rank * block, block)
+    def _piece(self, tensor: Tensor, dim: int) -> Tensor:
+        size = tensor.shape[dim] // self.world_size
+        return tensor.narrow(dim, self.rank * size, size)
 
     def shard_lora_weights(
         self, weights_a: list[Tensor], weights_b: list[Tensor], layer_type: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        dim = 0 if self.is_row_parallel(layer_type) else 1
-        return (
-            [self._shard(a, dim) for a in weights_a],
-            [self._shard(b, 1) for b in weights_b],
-        )
+        dim = 0 if layer_type in ROW_PARALLEL else 1
+        return [self._piece(a, dim) for a in weights_a], [self._piece(b, 1) for b in weights_b]
+
+
+def lorax_model(
+    dtype: torch.dtype = torch.float32,
+    world_size: int = 1,
+    rank: int = 0,
+    vocabulary: int = VOCABULARY,
+) -> LoraxModel:
+    """q, k, v in one layer, gate and up in another, as most of LoRAX's families have them."""
+    model = LoraxModel(dtype, world_size, rank)
+    for layer in range(LAYERS):
+        for names in (QKV, GATE_UP):
+            sizes = [SHAPES[name][1] for name in names]
+            linear = Linear(weight(sum(sizes) // world_size, HIDDEN, dtype))
+            fused = ParallelLayer(BaseLayer(linear), layer_names=names, sizes=sizes)
+            for name in names:
+                model.target_to_layer[layer, name] = module_name(layer, name), fused
+        for name in ("o_proj", "down_proj"):
+            inputs, outputs = SHAPES[name]
+            linear = Linear(weight(outputs, inputs // world_size, dtype))
+            row = ParallelLayer(BaseLayer(linear), layer_name=name)
+            model.target_to_layer[layer, name] = module_name(layer, name), row
+    gathers = world_size > 1 and vocabulary % world_size == 0
+    head = Linear(weight(vocabulary // world_size if gathers else vocabulary, HIDDEN, dtype))
+    base = BaseLayer(head, should_gather=gathers)
+    model.target_to_layer[0, "lm_head"] = "lm_head", ParallelLayer(base, layer_name="lm_head")
+    return model
+
+
+# -- adapters -------------------------------------------------------------------------------------
+
+
+def pair(module: str, inputs: int, outputs: int, rank: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """A and B of one module, by their names in the file."""
+    random = torch.Generator().manual_seed(seed + inputs * outputs)
+    prefix = f"base_model.model.{module}"
+    return {
+        f"{prefix}.lora_A.weight": torch.randn(rank, inputs, generator=random),
+        f"{prefix}.lora_B.weight": torch.randn(outputs, rank, generator=random),
+    }
+
+
+def key(layer: int, layer_type: str, part: str) -> str:
+    return f"base_model.model.{module_name(layer, layer_type)}.lora_{part}.weight"
 
 
 def tensors(
     rank: int | Mapping[str, int] = 8,
     *,
-    types: Sequence[str] = tuple(SHAPES),
+    types: Sequence[str] = TYPES,
     dtype: torch.dtype = torch.float32,
-    seed: int = 0,
     skip: Sequence[tuple[int, str]] = (),
 ) -> dict[str, Tensor]:
     """An adapter's tensors; `rank` of all modules, or by module name ("" for the others)."""
-    random = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
     for layer_type in types:
-        inputs, outputs = SHAPES[layer_type]
         for layer in layers_of(layer_type):
-            if (layer, layer_type) in skip:
-                continue
-            r = (
-                rank
-                if isinstance(rank, int)
-                else rank.get(module_name(layer, layer_type), rank[""])
-            )
-            for part, shape in (("A", (r, inputs)), ("B", (outputs, r))):
-                made[key(layer, layer_type, part)] = torch.randn(shape, generator=random).to(dtype)
-    return made
+            if (layer, layer_type) not in skip:
+                name = module_name(layer, layer_type)
+                r = rank if isinstance(rank, int) else rank.get(name, rank[""])
+                made |= pair(name, *SHAPES[layer_type], rank=r, seed=layer)
+    return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
 def config(r: int = 8, alpha: float = 16, **changes: Any) -> LoraConfig:
     given: dict[str, Any] = {
         "base_model_name_or_path": "org/base",
         "r": r,
-        "target_modules": list(SHAPES),
+        "target_modules": list(TYPES),
         "fan_in_fan_out": False,
         "lora_alpha": alpha,
         "use_rslora": False,
@@ -158,16 +198,24 @@ def write(
         "base_model_name_or_path": "org/base",
         "r": r,
         "lora_alpha": 16,
-        "target_modules": list(SHAPES),
+        "target_modules": list(TYPES),
     }
     (folder / "adapter_config.json").write_text(json.dumps(values | changes))
     made = tensors(r) if weights is None else weights
-    save_file(dict(sorted(made.items())), folder / "adapter_model.safetensors")
+    save_file(dict(sorted(made.items())), folder / WEIGHTS)
     return folder
 
 
-def delta(made: Mapping[str, Tensor], layer: int, layer_type: str, scale: float) -> Tensor:
-    """`[in, out]` in float64: what `x` is multiplied with."""
-    a = made[key(layer, layer_type, "A")].double()
-    b = made[key(layer, layer_type, "B")].double()
-    return scale * (b @ a).T
+def load(
+    config: LoraConfig, model: Any, made: Mapping[str, Tensor] | WeightsFile, layer_type: str
+) -> LoraWeights | None:
+    module_map, names = config.map_weights_for_model(made, model.weight_names)
+    return LoraWeights.load(config, model, module_map, layer_type, names)
+
+
+def loaded(
+    config: LoraConfig, model: Any, made: Mapping[str, Tensor] | WeightsFile, layer_type: str
+) -> LoraWeights:
+    weights = load(config, model, made, layer_type)
+    assert weights is not None
+    return weights

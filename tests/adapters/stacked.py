@@ -1,4 +1,4 @@
-"""Stand-ins for `LoraWeights`, and what a kernel sees that is given addresses only."""
+"""Stand-ins for `LoraWeights`, batches of them, and what a kernel sees that gets addresses only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorax_async.adapters.batches import AdapterBatchMetadata, BatchLoraWeights
+from lorax_async.adapters import AdapterBatchMetadata, BatchLoraWeights, padded_rank
 
 LAYERS, IN, OUT = 2, 5, 3
 
@@ -33,18 +33,18 @@ def integers(seed: int, *shape: int) -> Tensor:
     return torch.randint(-2, 3, shape, generator=generator).double()
 
 
-def padded(rank: int) -> int:
-    """LoRAX's for one process: 8, else up to a multiple of 16."""
-    return 8 if rank <= 8 else (rank + 15) // 16 * 16
-
-
 def stand_in(rank: int, *, seed: int = 0, local_rank: int | None = None) -> StandIn:
-    """Weights of a rank, zero-padded as LoRAX does, or to `local_rank`."""
-    width = local_rank or padded(rank)
+    """Weights of a rank, zero-padded as LoRAX does for one process, or to `local_rank`."""
+    width = local_rank or padded_rank(rank, 1)
     a, b = torch.zeros(LAYERS, IN, width).double(), torch.zeros(LAYERS, width, OUT).double()
     a[:, :, :rank] = integers(2 * seed, LAYERS, IN, rank)
     b[:, :rank, :] = integers(2 * seed + 1, LAYERS, rank, OUT)
     return StandIn(a, b, f"config {seed}")
+
+
+def of_ranks(*ranks: int) -> dict[int, StandIn]:
+    """Adapter i has the i-th local rank."""
+    return {i: stand_in(1, seed=i, local_rank=rank) for i, rank in enumerate(ranks)}
 
 
 def meta_of(tokens: list[int]) -> AdapterBatchMetadata:
@@ -72,11 +72,6 @@ def load(
     batch = loaded(weights, tokens, prefill=prefill, heads=heads)
     assert batch is not None
     return batch
-
-
-def of_ranks(*ranks: int) -> dict[int, StandIn]:
-    """Adapter i has the i-th local rank."""
-    return {i: stand_in(1, seed=i, local_rank=rank) for i, rank in enumerate(ranks)}
 
 
 def follow(address: int, shape: tuple[int, ...]) -> Tensor:
@@ -111,17 +106,15 @@ def delta_by_address(batch: BatchLoraWeights, x: Tensor, layer: int) -> Tensor:
 
 
 def delta_by_token(
-    weights: dict[int, StandIn], tokens: Sequence[int], x: Tensor, layer: int
+    weights: Mapping[int, StandIn], tokens: Sequence[int], x: Tensor, layer: int
 ) -> Tensor:
     """`x · A · B` of each token's own adapter."""
-    zero = torch.zeros(OUT).double()
-    rows = [
-        x[row] @ weights[index].weights_a_t[layer].T @ weights[index].weights_b[layer]
-        if index in weights
-        else zero
-        for row, index in enumerate(tokens)
-    ]
-    return torch.stack(rows) if rows else torch.zeros(0, OUT).double()
+    delta = torch.zeros(len(tokens), OUT).double()
+    for row, index in enumerate(tokens):
+        if index in weights:
+            a, b = weights[index].weights_a_t[layer].T, weights[index].weights_b[layer]
+            delta[row] = x[row] @ a.double() @ b.double()
+    return delta
 
 
 @dataclass(frozen=True)
@@ -132,20 +125,20 @@ class Case:
     prefill: bool
     layer: int
 
-    def weights(self) -> dict[int, StandIn]:
-        return {index: stand_in(rank, seed=index) for index, rank in self.ranks.items()}
+    @property
+    def rows(self) -> list[int]:
+        """The adapters of the rows that a layer gets."""
+        return self.tokens if self.heads is None else [self.tokens[at] for at in self.heads]
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, ranks: st.SearchStrategy[int]) -> Case:
     """Batches over adapters 0 to 5, of which only some have weights."""
-    low = st.one_of(st.integers(1, 20), st.integers(1, 128), st.integers(1, 256))
-    ranks = draw(st.dictionaries(st.integers(0, 5), low, min_size=1, max_size=5))
     lengths = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=8)
     tokens = [index for index, length in draw(lengths) for _ in range(length)]
     some = st.lists(st.integers(0, len(tokens) - 1), unique=True).map(sorted)
     return Case(
-        ranks=ranks,
+        ranks=draw(st.dictionaries(st.integers(0, 5), ranks, min_size=1, max_size=5)),
         tokens=tokens,
         heads=draw(st.none() | some),
         prefill=draw(st.booleans()),

@@ -1,21 +1,140 @@
-"""Groups of a batch, in prefill and in decoding, against values worked out by hand."""
+"""A batch's segments and groups, in prefill and in decoding; and what contradicts itself."""
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from adapters.stacked import IN, LAYERS, OUT, load, meta_of, of_ranks, stand_in
-from lorax_async.adapters.batches import (
+from adapters.stacked import (
+    IN,
+    LAYERS,
+    OUT,
+    StandIn,
+    delta_by_address,
+    delta_by_token,
+    integers,
+    load,
+    loaded,
+    meta_of,
+    of_ranks,
+    stand_in,
+)
+from lorax_async.adapters import (
     AdapterBatchMetadata,
     BatchAdapterWeights,
     BatchLoraWeights,
+    RankSegments,
+    concat_segments,
+    find_segments,
 )
-from lorax_async.adapters.batching.rank_segments import RankSegments
+from lorax_async.errors import UsageError
 
 TOKENS = [0, 0, 1, 1, 0, 0, 1, 1]
+Integers = torch.Tensor | list[int]
+
+# -- segments -------------------------------------------------------------------------------------
+
+tokens_of_a_batch = st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 5)), max_size=8).map(
+    lambda runs: [index for index, length in runs for _ in range(length)]
+)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bounds", "indices"),
+    [
+        ([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 1, 1], [0, 3, 5, 10, 12], [0, 1, 2, 1]),
+        ([], [0], []),
+        ([0], [0, 1], [0]),
+        ([7, 7], [0, 2], [7]),
+        ([7, 3], [0, 1, 2], [7, 3]),
+    ],
+)
+def test_segments_are_the_runs(tokens: list[int], bounds: list[int], indices: list[int]) -> None:
+    assert find_segments(tokens) == (bounds, indices)
+    assert find_segments(torch.tensor(tokens)) == (bounds, indices)  # [] is a float tensor
+    meta = meta_of(tokens)
+    assert meta.adapter_indices.tolist() == tokens
+    assert meta.adapter_set == set(indices)
+    assert (meta.adapter_segments.tolist(), meta.segment_indices) == (bounds, indices)
+    assert meta.adapter_segments.dtype == torch.int32
+
+
+@given(st.lists(tokens_of_a_batch, max_size=5))
+def test_segments_spell_the_tokens_also_when_batches_are_joined(batches: list[list[int]]) -> None:
+    together = [token for tokens in batches for token in tokens]
+    bounds, indices = find_segments(together)
+    runs = [(index, len(list(same))) for index, same in groupby(together)]
+    ends = zip(bounds, bounds[1:], strict=False)
+    assert [(i, stop - start) for i, (start, stop) in zip(indices, ends, strict=True)] == runs
+    assert concat_segments(find_segments(tokens) for tokens in batches) == (bounds, indices)
+
+
+@pytest.mark.parametrize("values", [torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]])])
+def test_tokens_must_be_a_row_of_integers(values: torch.Tensor) -> None:
+    with pytest.raises(UsageError, match=r"expected adapter_indices to be a row of integers, got"):
+        find_segments(values)
+
+
+def test_the_cost_is_linear() -> None:
+    tokens = torch.arange(100_000) // 2  # quadratic, or an operator per token, would take minutes
+    before = time.perf_counter()
+    bounds, _ = find_segments(tokens)
+    assert len(bounds) == 50_001
+    assert time.perf_counter() - before < 5
+
+
+FIRST = (torch.tensor([0, 1, 4, 7, 8]), [2, 1, 2, 1])
+OTHER = (torch.tensor([0, 1, 4, 7]), [2, 1, 2])
+LAST = (torch.tensor([0, 2, 5]), [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("batches", "bounds", "indices"),
+    [
+        ([FIRST, LAST], [0, 1, 4, 7, 10, 13], [2, 1, 2, 1, 2]),
+        ([OTHER, LAST], [0, 1, 4, 7, 9, 12], [2, 1, 2, 1, 2]),
+        ([([0, 2], [5]), ([0], []), ([0, 3], [5])], [0, 5], [5]),
+        ([([0, 2], [5]), ([0, 0, 3, 4], [7, 5, 5])], [0, 6], [5]),  # an empty run, equal ones
+        ([([0], [])], [0], []),
+        ([], [0], []),
+    ],
+)
+def test_equal_neighbours_are_joined(
+    batches: list[tuple[Integers, list[int]]], bounds: list[int], indices: list[int]
+) -> None:
+    """And no argument is changed."""
+    for _ in range(2):
+        assert concat_segments(batches) == (bounds, indices)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "indices", "named"),
+    [
+        ([0, 2], [], r"1 bounds from 0 in ascending order for 0 segments, got \[0, 2\]"),
+        ([0], [4], r"2 bounds .* for 1 segments, got \[0\]"),
+        ([], [], r"1 bounds .* got \[\]"),
+        ([1, 2], [4], r"got \[1, 2\]"),
+        ([0, 3, 2], [4, 5], r"got \[0, 3, 2\]; use find_segments"),
+        (torch.tensor([[0, 1]]), [4], "expected adapter_segments to be a row of integers"),
+    ],
+)
+def test_joining_refuses_bounds_that_do_not_fit(
+    bounds: Integers, indices: list[int], named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        concat_segments([([0, 2], [1]), (bounds, indices)])
+
+
+# -- groups ---------------------------------------------------------------------------------------
 
 
 def segments(group: RankSegments) -> tuple[list[int], list[int]]:
@@ -29,71 +148,46 @@ def places(group: RankSegments) -> tuple[int, list[int]]:
     assert group.segment_starts is None
     assert group.segment_ends is None
     assert group.indices is not None
+    assert group.indices.dtype == torch.int64
     assert len(group.lora_a_ptr) == len(group.lora_b_ptr)
     return len(group.lora_a_ptr), group.indices.tolist()
 
 
-# -- metadata -------------------------------------------------------------------------------------
-
-
-def test_metadata_of_tokens() -> None:
-    meta = meta_of(TOKENS)
-    assert meta.adapter_indices.tolist() == TOKENS
-    assert meta.adapter_set == {0, 1}
-    assert meta.adapter_segments.tolist() == [0, 2, 4, 6, 8]
-    assert meta.adapter_segments.dtype == torch.int32
-    assert meta.segment_indices == [0, 1, 0, 1]
-
-
-def test_metadata_may_be_assigned_to_as_models_do() -> None:
-    bounds = torch.tensor([0, 2])
-    meta = AdapterBatchMetadata(torch.tensor([3, 3]), {3}, bounds, [3])
-    assert meta.adapter_list == []
-    meta.adapter_indices, meta.adapter_segments = torch.tensor([3]), torch.tensor([0, 1])
-    batch = BatchLoraWeights.load({3: stand_in(8)}, meta, "q_proj", False, None)
-    assert batch is not None
-    assert places(batch.rank_data[8]) == (1, [0])
-
-
-# -- prefill --------------------------------------------------------------------------------------
-
-
-def test_prefill_groups_segments_by_rank() -> None:
+@pytest.mark.parametrize("prefill", [True, False])
+def test_groups_are_by_rank_and_have_each_adapters_address(prefill: bool) -> None:
     weights = of_ranks(8, 16)
-    batch = load(weights, TOKENS, prefill=True)
-    assert batch.use_sgmv
-    assert batch.rank_data.keys() == {8, 16}
-    assert segments(batch.rank_data[8]) == ([0, 4], [2, 6])
-    assert segments(batch.rank_data[16]) == ([2, 6], [4, 8])
+    batch = load(weights, TOKENS, prefill=prefill)
+    assert batch.use_sgmv == prefill
+    assert list(batch.rank_data) == [8, 16]
+    if prefill:
+        assert segments(batch.rank_data[8]) == ([0, 4], [2, 6])
+        assert segments(batch.rank_data[16]) == ([2, 6], [4, 8])
     for index, group in enumerate(batch.rank_data.values()):
-        assert group.lora_a_ptr.tolist() == [weights[index].weights_a.data_ptr()] * 2
-        assert group.lora_b_ptr.tolist() == [weights[index].weights_b.data_ptr()] * 2
+        one = weights[index]
+        a, b = (one.weights_a, one.weights_b) if prefill else (one.weights_a_t, one.weights_b_t)
+        assert group.lora_a_ptr.tolist() == [a.data_ptr()] * 2
+        assert group.lora_b_ptr.tolist() == [b.data_ptr()] * 2
         assert group.lora_a_ptr.dtype == group.lora_b_ptr.dtype == torch.int64
-        assert group.tmp_shrink is None
-        assert group.tmp_expand is None
-
-
-def test_what_belongs_to_the_adapters_is_there_by_index() -> None:
-    batch = load(of_ranks(8, 16), TOKENS, prefill=True)
-    assert batch.lora_a.keys() == batch.lora_b.keys() == {0, 1}
-    assert batch.lora_a[0].shape == (LAYERS, IN, 8)
-    assert batch.lora_a[1].shape == (LAYERS, 16, IN)
-    assert batch.lora_b[0].shape == (LAYERS, 8, OUT)
-    assert batch.lora_b[1].shape == (LAYERS, 16, OUT)
+        assert group.tmp_shrink is group.tmp_expand is None
+    assert batch.lora_a == {i: one.weights_a for i, one in weights.items()}
+    assert batch.lora_b == {i: one.weights_b for i, one in weights.items()}
     assert batch.adapter_index_configs == {0: "config 0", 1: "config 1"}
     assert (batch.layer_name, batch.prefill_head_indices) == ("q_proj", None)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_starts_and_ends_have_the_dtype_of_the_bounds(dtype: torch.dtype) -> None:
-    bounds = torch.tensor([0, 2], dtype=dtype)
-    meta = AdapterBatchMetadata(torch.tensor([0, 0]), {0}, bounds, [0])
-    batch = BatchLoraWeights.load(of_ranks(8), meta, "q_proj", True, None)
-    assert batch is not None
-    starts, ends = batch.rank_data[8].segment_starts, batch.rank_data[8].segment_ends
-    assert starts is not None
-    assert ends is not None
-    assert starts.dtype == ends.dtype == dtype
+def test_metadata_may_be_assigned_to_as_models_do() -> None:
+    """Starts and ends have the dtype of the bounds."""
+    meta = AdapterBatchMetadata(torch.tensor([3, 3]), {3}, torch.tensor([0, 2]), [3])
+    assert meta.adapter_list == []
+    meta.adapter_indices = torch.tensor([3])
+    for dtype in (torch.int32, torch.int64):
+        meta.adapter_segments = torch.tensor([0, 1], dtype=dtype)
+        batch = BatchLoraWeights.load({3: stand_in(8)}, meta, "q_proj", True, None)
+        assert batch is not None
+        starts, ends = batch.rank_data[8].segment_starts, batch.rank_data[8].segment_ends
+        assert starts is not None
+        assert ends is not None
+        assert starts.dtype == ends.dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -102,6 +196,7 @@ def test_starts_and_ends_have_the_dtype_of_the_bounds(dtype: torch.dtype) -> Non
         ([1, 3, 5, 7], ([0, 2], [1, 3]), ([1, 3], [2, 4])),
         ([0, 1, 3, 5, 7], ([0, 3], [2, 4]), ([2, 4], [3, 5])),
         ([1, 7], ([0, 1], [1, 1]), ([1, 1], [1, 2])),  # two segments have no such token
+        ([], ([0, 0], [0, 0]), ([0, 0], [0, 0])),
     ],
 )
 def test_heads_make_segments_over_the_last_tokens(
@@ -109,20 +204,18 @@ def test_heads_make_segments_over_the_last_tokens(
     of_rank_8: tuple[list[int], list[int]],
     of_rank_16: tuple[list[int], list[int]],
 ) -> None:
-    batch = load(of_ranks(8, 16), TOKENS, prefill=True, heads=heads)
+    batch = load(of_ranks(8, 16), TOKENS, heads=heads)
     assert segments(batch.rank_data[8]) == of_rank_8
     assert segments(batch.rank_data[16]) == of_rank_16
     assert batch.prefill_head_indices is not None
 
 
-# -- decoding -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("ranks", "expected"),
+    ("ranks", "heads", "expected"),
     [
         (
             [8, 8, 16],
+            None,
             {
                 8: (4, [0, 0, 1, 1, 0, 0, 1, 1, -1, -1]),
                 16: (1, [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0]),
@@ -130,69 +223,39 @@ def test_heads_make_segments_over_the_last_tokens(
         ),
         (
             [4, 8, 16],
+            None,
             {
                 4: (2, [0, 0, -1, -1, 0, 0, -1, -1, -1, -1]),
                 8: (2, [-1, -1, 0, 0, -1, -1, 0, 0, -1, -1]),
                 16: (1, [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0]),
             },
         ),
+        ([8, 16, 8], [1, 3, 4], {8: (3, [0, -1, 0]), 16: (2, [-1, 0, -1])}),
     ],
 )
 def test_decoding_names_an_address_for_each_token(
-    ranks: list[int], expected: dict[int, tuple[int, list[int]]]
+    ranks: list[int], heads: list[int] | None, expected: dict[int, tuple[int, list[int]]]
 ) -> None:
-    batch = load(of_ranks(*ranks), [*TOKENS, 2, 2], prefill=False)
+    batch = load(of_ranks(*ranks), [*TOKENS, 2, 2], prefill=False, heads=heads)
     assert not batch.use_sgmv
     assert {rank: places(group) for rank, group in batch.rank_data.items()} == expected
 
 
-def test_decoding_reads_the_transposed_form() -> None:
-    weights = of_ranks(8, 16)
-    batch = load(weights, TOKENS, prefill=False)
-    for index, group in enumerate(batch.rank_data.values()):
-        assert group.lora_a_ptr.tolist() == [weights[index].weights_a_t.data_ptr()] * 2
-        assert group.lora_b_ptr.tolist() == [weights[index].weights_b_t.data_ptr()] * 2
-        assert group.indices is not None
-        assert group.indices.dtype == torch.int64
-    assert batch.lora_a[0].shape == (LAYERS, IN, 8)
-
-
-def test_decoding_with_heads_names_an_address_for_each_of_them() -> None:
-    batch = load(of_ranks(8, 16), TOKENS, prefill=False, heads=[1, 3, 4])
-    assert places(batch.rank_data[8]) == (2, [0, -1, 0])
-    assert places(batch.rank_data[16]) == (2, [-1, 0, -1])
-
-
 @pytest.mark.parametrize(("rank", "by_segment"), [(128, False), (144, True)])
 def test_one_rank_above_128_puts_the_batch_into_segments(rank: int, by_segment: bool) -> None:
-    batch = load(of_ranks(8, rank), TOKENS, prefill=False)
+    """An adapter that no token uses does not matter."""
+    weights = of_ranks(8, rank)
+    batch = load(weights, TOKENS, prefill=False)
     assert batch.use_sgmv is by_segment
     assert [group.indices is None for group in batch.rank_data.values()] == [by_segment] * 2
-
-
-def test_an_adapter_that_no_token_uses_does_not_matter() -> None:
-    batch = load(of_ranks(8, 144), [0, 0], prefill=False)
-    assert not batch.use_sgmv
-    assert batch.rank_data.keys() == {8}
-    assert batch.lora_a.keys() == batch.lora_b.keys() == {0}
-    assert not batch.has_adapter(1)
+    other = load(weights, [0, 0], prefill=False)
+    assert not other.use_sgmv
+    assert other.rank_data.keys() == {8}
+    assert other.lora_a.keys() == other.lora_b.keys() == {0}
+    assert [other.has_adapter(index) for index in (0, 1)] == [True, False]
 
 
 # -- who is in, and who is not --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prefill", [True, False])
-def test_tokens_without_lora_weights_are_in_no_group(prefill: bool) -> None:
-    batch = load({4: stand_in(8)}, [0, 4, 4, 7, 4, 0], prefill=prefill)
-    assert batch.rank_data.keys() == {8}
-    group = batch.rank_data[8]
-    if prefill:
-        assert segments(group) == ([1, 4], [3, 5])
-    else:
-        assert places(group) == (2, [-1, 0, 0, -1, 0, -1])
-    assert batch.has_adapter(4)
-    assert not batch.has_adapter(0)
-    assert not batch.has_adapter(7)
 
 
 @dataclass
@@ -202,26 +265,27 @@ class OtherKind:
     lora_weights: object = None
 
 
+@pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("prefill", [True, False])
-@pytest.mark.parametrize(
-    "weights",
-    [{}, {1: stand_in(8)}, {0: OtherKind()}, {0: None}],
-    ids=["nobody's", "another's", "of another kind", "of nobody"],
-)
-def test_a_batch_without_lora_weights_has_nothing(
-    weights: dict[int, object], prefill: bool
-) -> None:
-    meta = meta_of([0, 0])
-    assert BatchLoraWeights.load(weights, meta, "q_proj", prefill, None) is None
-    assert BatchLoraWeights.load(of_ranks(8), meta_of([]), "q_proj", prefill, None) is None
+def test_tokens_without_lora_weights_are_in_no_group(prefill: bool, carried: bool) -> None:
+    one = stand_in(8, seed=3)
+    weights: Mapping[int, object] = {4: OtherKind(one) if carried else one, 7: OtherKind()}
+    batch = load(weights, [0, 4, 4, 7, 4, 0], prefill=prefill)
+    assert batch.rank_data.keys() == {8}
+    if prefill:
+        assert segments(batch.rank_data[8]) == ([1, 4], [3, 5])
+    else:
+        assert places(batch.rank_data[8]) == (2, [-1, 0, 0, -1, 0, -1])
+    assert [batch.has_adapter(index) for index in (0, 4, 7)] == [False, True, False]
+    assert batch.lora_a[4] is one.weights_a
+    assert batch.adapter_index_configs == {4: "config 3"}
 
 
-def test_lora_weights_beside_others_count() -> None:
-    inner = stand_in(8, seed=3)
-    batch = BatchLoraWeights.load({0: OtherKind(inner)}, meta_of([0]), "q_proj", True, None)
-    assert batch is not None
-    assert batch.lora_a[0] is inner.weights_a
-    assert batch.adapter_index_configs == {0: "config 3"}
+@pytest.mark.parametrize("prefill", [True, False])
+def test_a_batch_without_lora_weights_has_nothing(prefill: bool) -> None:
+    for weights in ({}, {1: stand_in(8)}, {0: OtherKind()}, {0: None}):
+        assert loaded(weights, [0, 0], prefill=prefill) is None
+    assert loaded(of_ranks(8), [], prefill=prefill) is None
 
 
 class Group:
@@ -252,3 +316,90 @@ def test_the_kind_is_lora() -> None:
     assert issubclass(BatchLoraWeights, BatchAdapterWeights)
     with pytest.raises(TypeError, match="abstract"):
         BatchAdapterWeights()  # type: ignore[abstract]
+
+
+class Forgetful(StandIn):
+    """Makes its tensors anew whenever asked."""
+
+    made: list[weakref.ref[torch.Tensor]]
+
+    def __getattribute__(self, name: str) -> object:
+        value = super().__getattribute__(name)
+        if not isinstance(value, torch.Tensor):
+            return value
+        copy = value.clone()
+        super().__getattribute__("made").append(weakref.ref(copy))
+        return copy
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+def test_what_an_address_names_stays_as_long_as_the_batch(prefill: bool) -> None:
+    one = Forgetful(integers(1, LAYERS, IN, 8), integers(2, LAYERS, 8, OUT))
+    one.made = []
+    batch = load({0: one}, [0, 0], prefill=prefill)
+    x, made = integers(3, 2, IN), list(one.made)
+    assert torch.equal(delta_by_address(batch, x, 1), delta_by_token({0: one}, [0, 0], x, 1))
+    del batch
+    gc.collect()
+    assert made
+    assert not [ref for ref in made if ref() is not None]
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "bounds", "indices", "named"),
+    [
+        ([0, 0], [0, 3], [0], r"indices \(2 tokens\) and the segments \(up to 3\) name different"),
+        ([0, 1], [0, 2], [0], "name different adapters for a token"),
+        ([0, 0], [0, 2, 1], [0, 1], r"ascending order for 2 segments, got \[0, 2, 1\]"),
+        ([0, 0], [0, 2], [0, 1], "expected adapter_segments of 3 bounds"),
+        ([0, 0], [0, 1 << 62], [0], r"adapter_indices \(2 tokens\) and the segments \(up to 46"),
+        ([0, 0], [0, 1], [0], r"adapter_indices \(2 tokens\) and the segments \(up to 1\)"),
+    ],
+)
+def test_metadata_must_not_contradict_itself(
+    tokens: list[int], bounds: list[int], indices: list[int], named: str, prefill: bool
+) -> None:
+    meta = AdapterBatchMetadata(torch.tensor(tokens), {0}, torch.tensor(bounds), indices)
+    with pytest.raises(UsageError, match=named):
+        BatchLoraWeights.load(of_ranks(8, 8), meta, "q_proj", prefill, None)
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+def test_segment_indices_may_be_a_tensor(prefill: bool) -> None:
+    """Whose elements are equal to an adapter's index and not found by it."""
+    indices: list[int] = torch.tensor([1, 0])  # type: ignore[assignment]
+    meta = AdapterBatchMetadata(torch.tensor([1, 1, 0]), {0, 1}, torch.tensor([0, 2, 3]), indices)
+    weights = of_ranks(8, 16)
+    batch = BatchLoraWeights.load(weights, meta, "q_proj", prefill, None)
+    assert batch is not None
+    assert list(batch.rank_data) == [16, 8]
+    assert batch.has_adapter(0)
+    x = integers(3, 3, IN)
+    assert torch.equal(delta_by_address(batch, x, 1), delta_by_token(weights, [1, 1, 0], x, 1))
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+@pytest.mark.parametrize("heads", [[4, 2], [2, 1, 4], [-1, 2], [2, 8]])
+def test_heads_must_be_tokens_in_order(heads: list[int], prefill: bool) -> None:
+    with pytest.raises(UsageError, match=r"prefill_head_indices .* from 0 to 7, got \["):
+        load(of_ranks(8, 8), TOKENS, prefill=prefill, heads=heads)
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+@pytest.mark.parametrize("where", ["turned", "meta"])
+def test_weights_that_an_address_does_not_describe_are_refused(prefill: bool, where: str) -> None:
+    """Not contiguous, or on another device than the first."""
+    weights = of_ranks(8, 8)
+    one = weights[1]
+    if where == "meta":
+        one.weights_b, one.weights_b_t = one.weights_b.to("meta"), one.weights_b_t.to("meta")
+    else:
+        one.weights_b = one.weights_b_t.transpose(1, 2)
+        one.weights_b_t = integers(0, LAYERS, 8, OUT).transpose(1, 2)
+    named = f"adapter 1 contiguous on cpu, got .* on {'meta' if where == 'meta' else 'cpu'}"
+    with pytest.raises(UsageError, match=named):
+        load(weights, [0, 1], prefill=prefill)

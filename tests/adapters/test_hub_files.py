@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import huggingface_hub
@@ -19,7 +19,6 @@ import split_files
 from adapters import small_base as base
 from lorax_async import Limits
 from lorax_async.adapters import LoraConfig, WeightsFile
-from lorax_async.adapters.loading.hub_files import HubFiles
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterFormatError,
@@ -29,12 +28,11 @@ from lorax_async.errors import (
     LoraxError,
     UsageError,
 )
-from lorax_async.ids.hub import parse_hub_id
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 CONFIG, WEIGHTS, INDEX = split_files.CONFIG, split_files.WEIGHTS, split_files.INDEX
-SQL = "org/sql"
+SQL, TOKEN = "org/sql", "hf_5ecre7"
 A = base.key(0, "q_proj", "A")
 
 
@@ -45,6 +43,11 @@ def adapter(tmp_path: Path, rank: int = 8) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def rank_of(id: str, token: str | None = None) -> int:
+    with WeightsFile.open(id, token) as file:
+        return file.shape(A)[0]
 
 
 @pytest.fixture
@@ -63,37 +66,36 @@ def asked(hub: HubStandIn) -> set[tuple[str, str]]:
     return {(each.method, each.target.split("/")[-1]) for each in hub.asked if not each.at_store}
 
 
-def test_the_two_files_are_fetched(hub: HubStandIn, tmp_path: Path, capfd: Any) -> None:
+def test_the_two_files_are_fetched_once(
+    hub: HubStandIn, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = hub.put(SQL, contents(adapter(tmp_path)) | {"README.md": b"long"})
     assert LoraConfig.load(SQL).r == 8
     assert asked(hub) == {("HEAD", CONFIG), ("GET", CONFIG)}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    with pytest.raises(FetchError, match="ask nobody") as caught:
+        WeightsFile.open(SQL)
+    assert (caught.value.id, caught.value.retryable) == (SQL, False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()
     with WeightsFile.open(SQL) as file:
         assert file.read(A).equal(base.tensors()[A])
     assert {name for _, name in asked(hub)} == {CONFIG, WEIGHTS}
     found = hf_hub_download(SQL, WEIGHTS, local_files_only=True)
     assert Path(found).parent.name == commit
+    hub.asked.clear()
+    assert rank_of(SQL) == LoraConfig.load(SQL).r == 8
+    assert not hub.asked
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_was_fetched_is_not_asked_for_again(hub: HubStandIn, tmp_path: Path) -> None:
-    hub.put(SQL, contents(adapter(tmp_path)))
-    WeightsFile.open(SQL).close()
-    hub.asked.clear()
-    WeightsFile.open(SQL).close()
-    assert LoraConfig.load(SQL).r == 8
-    assert not hub.asked
-
-
-async def test_while_the_loop_goes_on(hub: HubStandIn, tmp_path: Path) -> None:
-    hub.put(SQL, contents(adapter(tmp_path)))
-    config, weights = await asyncio.gather(LoraConfig.load_async(SQL), WeightsFile.open_async(SQL))
-    with weights:
-        assert (config.r, weights.shape(A)) == (8, (8, 840))
-
-
-async def test_many_at_once_get_the_same(hub: HubStandIn, tmp_path: Path) -> None:
+async def test_many_at_once_get_the_same_while_the_loop_goes_on(
+    hub: HubStandIn, tmp_path: Path
+) -> None:
     """Some are cancelled, whose threads go on."""
     hub.put(SQL, contents(adapter(tmp_path)))
+    config = asyncio.create_task(LoraConfig.load_async(SQL))
     calls = [asyncio.create_task(WeightsFile.open_async(SQL)) for _ in range(12)]
     await asyncio.sleep(0)
     for call in calls[::3]:
@@ -106,27 +108,22 @@ async def test_many_at_once_get_the_same(hub: HubStandIn, tmp_path: Path) -> Non
         assert isinstance(weights, WeightsFile)
         with weights:
             assert weights.read(A).equal(base.tensors()[A])
-
-
-def test_config_and_weights_are_of_one_commit(hub: HubStandIn, tmp_path: Path) -> None:
-    """The branch moves after the config was fetched."""
-    hub.put(SQL, contents(adapter(tmp_path)))
-    assert LoraConfig.load(SQL).r == 8
-    hub.put(SQL, contents(adapter(tmp_path, 4)))
-    with WeightsFile.open(SQL) as file:
-        assert file.shape(A) == (8, 840)
-    with WeightsFile.open(f"{SQL}@{hub.repos[SQL].refs['main']}") as file:
-        assert file.shape(A) == (4, 840)
+    assert (await config).r == 8
 
 
 @pytest.mark.parametrize("revision", ["v1", "refs/pr/1"])
-def test_a_revision(hub: HubStandIn, tmp_path: Path, revision: str) -> None:
+def test_config_and_weights_are_of_one_commit(
+    hub: HubStandIn, tmp_path: Path, revision: str
+) -> None:
+    """The branch moves after the config was fetched; another revision is another adapter."""
     hub.put(SQL, contents(adapter(tmp_path)))
-    hub.put(SQL, contents(adapter(tmp_path, 4)), revision)
-    assert LoraConfig.load(f"{SQL}@{revision}").r == 4
     assert LoraConfig.load(SQL).r == 8
-    with WeightsFile.open(f"{SQL}@{revision}") as file:
-        assert file.shape(A) == (4, 840)
+    for at in ("main", revision):
+        hub.put(SQL, contents(adapter(tmp_path, 4)), at)
+    assert LoraConfig.load(f"{SQL}@{revision}").r == 4
+    commit = hub.repos[SQL].refs["main"]
+    ranks = [rank_of(id) for id in (SQL, f"{SQL}@{commit}", f"{SQL}@{revision}")]
+    assert ranks == [8, 4, 4]
 
 
 def test_weights_in_several_files(hub: HubStandIn, tmp_path: Path) -> None:
@@ -144,10 +141,9 @@ def test_weights_in_several_files(hub: HubStandIn, tmp_path: Path) -> None:
     assert shard.exists()
 
 
-TOKEN = "hf_5ecre7"
-
-
-def test_a_private_adapter(hub: HubStandIn, tmp_path: Path) -> None:
+def test_a_private_adapter(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.put(SQL, contents(adapter(tmp_path)), private_token=TOKEN)
     for token in (None, "hf_another"):
         with pytest.raises(LoraxError) as caught:
@@ -156,37 +152,14 @@ def test_a_private_adapter(hub: HubStandIn, tmp_path: Path) -> None:
         assert (caught.value.id, caught.value.stage) == (SQL, "resolve")
         assert "hf_" not in str(caught.value)
     assert LoraConfig.load(SQL, TOKEN).r == 8
-    with WeightsFile.open(SQL, TOKEN) as file:
-        assert A in file
-
-
-def test_the_token_of_this_machine(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.put(SQL, contents(adapter(tmp_path)), private_token=TOKEN)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert LoraConfig.load(SQL).r == 8
+    monkeypatch.setenv("HF_TOKEN", TOKEN)  # this machine's own
+    assert rank_of(SQL) == 8
 
 
 @pytest.mark.parametrize("token", ["", "two words", "ö"])
 def test_no_token(hub: HubStandIn, token: str) -> None:
     with pytest.raises(UsageError, match="token"):
         LoraConfig.load(SQL, token)
-    assert not hub.asked
-
-
-def test_who_is_to_ask_nobody(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.put(SQL, contents(adapter(tmp_path)))
-    assert LoraConfig.load(SQL).r == 8
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    huggingface_hub.close_session()
-    hub.asked.clear()
-    assert LoraConfig.load(SQL).r == 8
-    with pytest.raises(FetchError, match="ask nobody") as caught:
-        WeightsFile.open(SQL)
-    assert (caught.value.id, caught.value.retryable) == (SQL, False)
     assert not hub.asked
 
 
@@ -221,16 +194,24 @@ def test_a_file_over_the_limit_is_not_fetched(hub: HubStandIn, hub_client: Path)
 def test_files_that_are_over_the_limit_together(
     hub: HubStandIn, hub_client: Path, tmp_path: Path
 ) -> None:
-    """The last one is not fetched."""
+    """The last one, of which the hub says that it is too large beside the others, is not fetched."""
     several = split_files.deal(adapter(tmp_path), tmp_path / "several")
-    hub.put(SQL, contents(several))
-    files = sorted(several.glob("*.safetensors"))
-    *_, last = sizes = [file.stat().st_size for file in files]
-    limits = Limits(max_adapter_bytes=sum(sizes) - 1)
-    with pytest.raises(AdapterFormatError, match=f"{last:,} bytes, over the {last - 1:,} that"):
-        HubFiles(parse_hub_id(SQL), None, limits).with_weights()
+    commit = hub.put(SQL, contents(several))
+    *first, last = sorted(several.glob("*.safetensors"))
+    room = Limits().max_adapter_bytes - sum(file.stat().st_size for file in first)
+
+    def behave(asked: Asked) -> Reply | None:
+        if last.name not in asked.target or asked.at_store:
+            return None
+        fields = {"ETag": '"e"', "X-Linked-Etag": '"e"', "X-Repo-Commit": commit}
+        there = {"X-Linked-Size": f"{room + 1}", "Location": f"http://{hub.store_netloc}/x"}
+        return Reply(302, fields | there)
+
+    hub.behave = behave
+    with pytest.raises(AdapterFormatError, match=f"{room + 1:,} bytes, over the {room:,} that"):
+        WeightsFile.open(SQL)
     fetched = {file.name for file in hub_client.rglob("*-of-*.safetensors")}
-    assert fetched == {file.name for file in files[:-1]}
+    assert fetched == {file.name for file in first}
 
 
 @pytest.mark.parametrize(
@@ -238,26 +219,23 @@ def test_files_that_are_over_the_limit_together(
     [
         (Reply(503, {"Retry-After": "7"}), FetchError, 7.0),
         (Reply(403), AccessDeniedError, None),
-        (None, FetchTimeoutError, None),
+        pytest.param(None, FetchTimeoutError, None, marks=pytest.mark.slow),  # after ten seconds
     ],
 )
-def test_a_hub_that_refuses(
-    hub: HubStandIn,
-    reply: Reply | None,
-    kind: type[LoraxError],
-    after: float | None,
-    monkeypatch: Any,
+def test_a_hub_that_refuses_or_says_nothing(
+    hub: HubStandIn, reply: Reply | None, kind: type[LoraxError], after: float | None
 ) -> None:
-    monkeypatch.setattr("lorax_async.adapters.loading.hub_files._SECONDS", 0.2)
+    over = Event()
 
     def behave(_: Asked) -> Reply:
         if reply is None:
-            time.sleep(0.6)
+            over.wait(60)
         return reply or Reply(503)
 
     hub.behave = behave
     with pytest.raises(kind) as caught:
         LoraConfig.load(SQL)
+    over.set()
     assert (caught.value.id, caught.value.stage) == (SQL, "resolve")
     assert getattr(caught.value, "retry_after", None) == after
 

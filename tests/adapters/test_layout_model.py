@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
 from adapters import small_base as base
-from lorax_async.adapter import ModulePattern
-from lorax_async.adapters import LayoutModel, LoraWeights
+from lorax_async.adapters import LayoutModel
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
-from lorax_async.core.peft_names import compile_pattern
 from lorax_async.errors import ConfigError, IncompatibleAdapterError, UsageError
 
 COLUMN, ROW, REPLICATED = Parallel.COLUMN, Parallel.ROW, Parallel.REPLICATED
@@ -22,16 +18,13 @@ def model_of(*modules: Module, layers: int = 1, world_size: int = 1, rank: int =
     return LayoutModel(ModelLayout(modules, layers, "F32"), torch.float32, world_size, rank)
 
 
+def shared(model: LayoutModel, layer_type: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    (part_a,), (part_b,) = model.shard_lora_weights([a], [b], layer_type)
+    return part_a, part_b
+
+
 def numbered(rows: int, columns: int) -> Tensor:
     return torch.arange(rows * columns, dtype=torch.float32).reshape(rows, columns)
-
-
-def columns_of(model: LayoutModel, layer_type: str, out: int, rank: int = 8) -> list[int]:
-    """Which output features of B this process gets, in its order."""
-    a, b = torch.zeros(16, rank), torch.arange(out).float().expand(rank, out)
-    _, (part,) = model.shard_lora_weights([a], [b], layer_type)
-    assert torch.equal(part, part[:1].expand_as(part))
-    return [int(feature) for feature in part[0]]
 
 
 # -- names ----------------------------------------------------------------------------------------
@@ -50,6 +43,8 @@ def test_types_are_the_last_component() -> None:
     assert (weight.shape, weight.dtype) == ((840, 2520), torch.bfloat16)
     assert weight.untyped_storage().nbytes() == 2
     assert (model.dtype, model.world_size, model.rank) == (torch.bfloat16, 2, 1)
+    with pytest.raises(UsageError, match="'k_proj'; it has down_proj, lm_head, q_proj, v_proj"):
+        model.get_num_layers_for_type("k_proj")
 
 
 def test_a_transposed_base_has_its_weight_so() -> None:
@@ -71,37 +66,22 @@ def test_more_components_where_one_does_not_tell_modules_apart() -> None:
 
 
 def test_types_of_some_layers_only_tell_their_ids() -> None:
+    """Embeddings are no linear modules."""
     modules = [Module(f"layers.{n}.x_proj", 4, 4, n, COLUMN) for n in (3, 1)]
-    model = model_of(*modules, layers=4)
+    embedding = Module("embed_tokens", 100, 4, -1, COLUMN, embedding=True)
+    model = model_of(embedding, *modules, layers=4)
     assert model.get_num_layers_for_type("x_proj") == [1, 3]
     assert set(model.target_to_layer) == {(1, "x_proj"), (3, "x_proj")}
+    assert model.weight_names == ("layers.1.x_proj", "layers.3.x_proj")
 
 
-def test_embeddings_are_no_linear_modules() -> None:
-    embedding = Module("embed_tokens", 100, 4, -1, COLUMN, embedding=True)
-    model = model_of(embedding, Module("layers.0.q", 4, 4, 0, COLUMN))
-    assert model.weight_names == ("layers.0.q",)
-
-
-def test_unknown_types_are_named_with_those_there_are() -> None:
-    model = LayoutModel(base.layout(), torch.float32, 1)
-    with pytest.raises(UsageError, match="'k_proj'; it has down_proj, lm_head, q_proj, v_proj"):
-        model.get_num_layers_for_type("k_proj")
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0), (True, 2), (0, 1.0)])
-def test_ranks_are_of_their_world(rank: int, world_size: int) -> None:
-    with pytest.raises(ConfigError, match=r"rank|world size"):
-        LayoutModel(base.layout(), torch.float32, world_size, rank)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, "float32", None])
-def test_weights_are_of_floating_point(dtype: object) -> None:
-    with pytest.raises(ConfigError, match="floating point"):
-        LayoutModel(base.layout(), dtype, 1)  # type: ignore[arg-type]
-
-
-def test_layers_of_a_type_are_cut_alike() -> None:
+def test_what_is_no_model_is_refused() -> None:
+    for rank, world_size in ((2, 2), (-1, 2), (0, 0), (True, 2), (0, 1.0)):
+        with pytest.raises(ConfigError, match=r"rank|world size"):
+            LayoutModel(base.layout(), torch.float32, world_size, rank)  # type: ignore[arg-type]
+    for dtype in (torch.int8, "float32", None):
+        with pytest.raises(ConfigError, match="floating point"):
+            LayoutModel(base.layout(), dtype, 1)  # type: ignore[arg-type]
     modules = [Module("a.0.q", 4, 4, 0, COLUMN), Module("a.1.q", 4, 4, 1, ROW)]
     with pytest.raises(ConfigError, match="'q'"):
         model_of(*modules, layers=2)
@@ -110,148 +90,103 @@ def test_layers_of_a_type_are_cut_alike() -> None:
 # -- sharing out ----------------------------------------------------------------------------------
 
 
-def test_row_parallel_types_split_the_input() -> None:
+@pytest.mark.parametrize(
+    ("layer_type", "cut", "by_rank"),
+    [
+        ("o_proj", ROW, False),
+        ("q_proj", COLUMN, True),
+        ("embed_out", COLUMN, True),
+        ("lm_head", COLUMN, False),  # row-parallel in LoRAX, whatever the layout says
+    ],
+)
+def test_a_is_split_by_the_rank_or_by_the_input(
+    layer_type: str, cut: Parallel, by_rank: bool
+) -> None:
+    a, b = numbered(4, 8), numbered(8, 6)
     for place in range(2):
-        model = model_of(Module("l.0.o_proj", 4, 6, 0, ROW), world_size=2, rank=place)
-        a, b = numbered(4, 8), numbered(8, 6)
-        (part_a,), (part_b,) = model.shard_lora_weights([a], [b], "o_proj")
-        assert torch.equal(part_a, a[2 * place : 2 * place + 2])
-        assert torch.equal(part_b, b[:, 3 * place : 3 * place + 3])
-
-
-@pytest.mark.parametrize("layer_type", ["q_proj", "embed_out"])
-def test_column_parallel_types_split_the_rank(layer_type: str) -> None:
-    for place in range(2):
-        model = model_of(Module(f"l.0.{layer_type}", 4, 6, 0, COLUMN), world_size=2, rank=place)
-        a, b = numbered(4, 8), numbered(8, 6)
-        (part_a,), (part_b,) = model.shard_lora_weights([a], [b], layer_type)
-        assert torch.equal(part_a, a[:, 4 * place : 4 * place + 4])
-        assert torch.equal(part_b, b[:, 3 * place : 3 * place + 3])
-
-
-def test_the_head_is_row_parallel_in_lorax_whatever_the_layout_says() -> None:
-    model = LayoutModel(base.layout(), torch.float32, 2)
-    assert [t for t in model.adapter_layers if model.is_row_parallel(t)] == ["down_proj", "lm_head"]
-    (a,), _ = model.shard_lora_weights([numbered(840, 16)], [numbered(16, 3360)], "lm_head")
-    assert a.shape == (420, 16)
+        model = model_of(Module(f"l.0.{layer_type}", 4, 6, 0, cut), world_size=2, rank=place)
+        part_a, part_b = shared(model, layer_type, a, b)
+        assert torch.equal(part_a, a.chunk(2, 1 if by_rank else 0)[place])
+        assert torch.equal(part_b, b.chunk(2, 1)[place])
+        assert model.is_row_parallel(layer_type) == (not by_rank)
 
 
 def test_replicated_modules_are_whole_everywhere() -> None:
-    model = model_of(Module("l.0.gate", 5, 7, 0, REPLICATED), world_size=2, rank=1)
-    a, b = numbered(5, 8), numbered(8, 7)
-    assert model.shard_lora_weights([a], [b], "gate") == ([a], [b])
+    modules = [Module(f"l.{n}.gate", 6, 10, n, REPLICATED) for n in range(2)]
+    model = model_of(*modules, layers=2, world_size=4, rank=3)
+    a, b = numbered(6, 8), numbered(8, 10)
+    assert shared(model, "gate", a, b) == (a, b)
+    made = {k: t for n in range(2) for k, t in base.pair(f"l.{n}.gate", 6, 10, seed=n).items()}
+    weights = base.loaded(base.config(8, 8), model, made, "gate")
+    assert weights.weights_a_t.shape == (2, 32, 6)
+    b_of_second = made["base_model.model.l.1.gate.lora_B.weight"]
+    assert torch.equal(weights.weights_b_t[1, :, :8], b_of_second)
 
 
-def test_qwens_c_attn_is_split_in_thirds() -> None:
-    parts = (Part(4), Part(4), Part(4))
-    module = Module("l.0.c_attn", 16, 12, 0, COLUMN, parts=parts)
-    got = [columns_of(model_of(module, world_size=2, rank=r), "c_attn", 12) for r in range(2)]
-    assert got == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+def features_of(module: Module, world_size: int, rank: int = 8) -> list[list[int]]:
+    """Which output features of B each process gets, in its order."""
+    found = []
+    out, layer_type = module.out_features, module.name.rpartition(".")[2]
+    for place in range(world_size):
+        model = model_of(module, world_size=world_size, rank=place)
+        b = torch.arange(out).float().expand(rank, out)
+        _, part = shared(model, layer_type, torch.zeros(16, rank), b)
+        assert torch.equal(part, part[:1].expand_as(part))
+        found.append([int(feature) for feature in part[0]])
+    return found
 
 
-def test_phi_3s_qkv_proj_has_smaller_k_and_v() -> None:
-    """4 heads and 2 of keys and values, of 2 features each."""
-    module = Module("l.0.qkv_proj", 16, 16, 0, COLUMN, parts=(Part(8, 2), Part(4, 2), Part(4, 2)))
-    got = [columns_of(model_of(module, world_size=2, rank=r), "qkv_proj", 16) for r in range(2)]
-    assert got == [[0, 1, 2, 3, 8, 9, 12, 13], [4, 5, 6, 7, 10, 11, 14, 15]]
-
-
-def test_phi_3s_gate_up_proj_has_two_halves() -> None:
-    module = Module("l.0.gate_up_proj", 16, 8, 0, COLUMN, parts=(Part(4), Part(4)))
-    got = [columns_of(model_of(module, world_size=4, rank=r), "gate_up_proj", 8) for r in range(4)]
-    assert got == [[0, 4], [1, 5], [2, 6], [3, 7]]
+@pytest.mark.parametrize(
+    ("layer_type", "parts", "got"),
+    [
+        # Qwen's: in thirds
+        ("c_attn", (Part(4), Part(4), Part(4)), [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]),
+        # Phi-3's: 4 heads and 2 of keys and values, of 2 features each; and two halves
+        (
+            "qkv_proj",
+            (Part(8, 2), Part(4, 2), Part(4, 2)),
+            [[0, 1, 2, 3, 8, 9, 12, 13], [4, 5, 6, 7, 10, 11, 14, 15]],
+        ),
+        ("gate_up_proj", (Part(4), Part(4)), [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ],
+)
+def test_fused_modules_are_shared_part_by_part(
+    layer_type: str, parts: tuple[Part, ...], got: list[list[int]]
+) -> None:
+    out = sum(part.size for part in parts)
+    assert (
+        features_of(Module(f"l.0.{layer_type}", 16, out, 0, COLUMN, parts=parts), len(got)) == got
+    )
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
 def test_all_processes_together_have_every_feature_once(world_size: int) -> None:
-    parts = (Part(840), Part(1680, 2), Part(840))
-    module = Module("l.0.qkv", 16, 3360, 0, COLUMN, parts=parts)
-    got = [
-        columns_of(model_of(module, world_size=world_size, rank=place), "qkv", 3360, 8 * world_size)
-        for place in range(world_size)
-    ]
+    module = Module("l.0.qkv", 16, 3360, 0, COLUMN, parts=(Part(840), Part(1680, 2), Part(840)))
+    got = features_of(module, world_size, 8 * world_size)
     assert sorted(feature for one in got for feature in one) == list(range(3360))
     assert {len(one) for one in got} == {3360 // world_size}
 
 
 @pytest.mark.parametrize(
-    ("module", "what"),
+    ("module", "out", "what"),
     [
-        (Module("l.0.q", 16, 10, 0, COLUMN), "B of q: 10 cannot"),
-        (Module("l.0.q", 16, 8, 0, COLUMN, parts=(Part(4, 2), Part(4))), "B of q: 4 in units of 2"),
-        (Module("l.0.q", 10, 8, 0, ROW), "A of q: 10 cannot"),
-        (Module("l.0.q", 16, 10, 0, ROW), "B of q: 10 cannot"),
+        (Module("l.0.q", 16, 10, 0, COLUMN), 10, "B of q: 10 cannot"),
+        (
+            Module("l.0.q", 16, 8, 0, COLUMN, parts=(Part(4, 2), Part(4))),
+            8,
+            "B of q: 4 in units of 2",
+        ),
+        (Module("l.0.q", 10, 8, 0, ROW), 8, "A of q: 10 cannot"),
+        (Module("l.0.q", 16, 10, 0, ROW), 10, "B of q: 10 cannot"),
+        (
+            Module("l.0.q", 16, 8, 0, COLUMN, parts=(Part(4), Part(4))),
+            6,
+            "has 6 output features, and its parts 8",
+        ),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(module: Module, what: str) -> None:
+def test_sizes_that_do_not_divide_are_refused(module: Module, out: int, what: str) -> None:
     """LoRAX drops the remainder, and with it features that the adapter changes."""
     model = model_of(module, world_size=4)
-    a, b = torch.zeros(module.in_features, 32), torch.zeros(32, module.out_features)
     with pytest.raises(IncompatibleAdapterError, match=what):
-        model.shard_lora_weights([a], [b], "q")
-
-
-def test_parts_that_are_not_the_output_are_refused() -> None:
-    module = Module("l.0.q", 16, 8, 0, COLUMN, parts=(Part(4), Part(4)))
-    with pytest.raises(IncompatibleAdapterError, match="has 6 output features, and its parts 8"):
-        columns_of(model_of(module, world_size=2), "q", 6)
-
-
-# -- through LoraWeights.load ---------------------------------------------------------------------
-
-
-def test_a_model_that_drops_a_remainder_is_found_out() -> None:
-    model = base.FakeModel(world_size=8)
-    weight = torch.zeros((), dtype=torch.float32).expand(841, 840)
-    made = base.tensors(types=["q_proj"])
-    for layer in range(base.LAYERS):
-        made[base.key(layer, "q_proj", "B")] = torch.zeros(841, 8)
-        model.target_to_layer[layer, "q_proj"][1].base_layer.linear.weight = weight
-    module_map, names = base.config().map_weights_for_model(made, model.weight_names)
-    with pytest.raises(IncompatibleAdapterError, match=r"'q_proj': \[64, 105\] is no even share"):
-        LoraWeights.load(base.config(), model, module_map, "q_proj", names)
-
-
-@pytest.mark.parametrize("place", [0, 1])
-def test_absent_layers_and_mixed_ranks_among_processes(place: int) -> None:
-    """A layer of a high rank must leave nothing behind in the next one."""
-    ranks = {"": 4, base.module_name(0, "q_proj"): 20}
-    made = base.tensors(ranks, types=["q_proj"], skip=[(1, "q_proj")])
-    model = LayoutModel(base.layout(), torch.float32, 2, place)
-    config = base.config(4, 4)
-    config = dataclasses.replace(config, _rank_patterns=_pattern("layers.0.self_attn.q_proj", 20))
-    module_map, names = config.map_weights_for_model(made, model.weight_names)
-    weights = LoraWeights.load(config, model, module_map, "q_proj", names)
-    assert weights is not None
-    assert weights.adapter_config.padded_rank == 32
-    half = slice(16 * place, 16 * place + 16)
-    for layer, rank, scale in ((0, 20, 4 / 20), (2, 4, 1.0)):
-        a, b = torch.zeros(32, 840), torch.zeros(32, 840)
-        a[:rank] = made[base.key(layer, "q_proj", "A")]
-        b[:rank] = made[base.key(layer, "q_proj", "B")].T * scale
-        assert torch.equal(weights.weights_a[layer], a[half])
-        assert torch.equal(weights.weights_b[layer], b[:, 420 * place : 420 * (place + 1)])
-    assert not weights.weights_a[1].any()
-    assert not weights.weights_b[1].any()
-
-
-def _pattern(text: str, value: float) -> tuple[ModulePattern, ...]:
-    matches, _ = compile_pattern(text)
-    return (ModulePattern(text, matches, value),)
-
-
-def test_replicated_modules_load_on_several_processes() -> None:
-    modules = [Module(f"l.{n}.gate", 6, 10, n, REPLICATED) for n in range(2)]
-    model = model_of(*modules, layers=2, world_size=4, rank=3)
-    made = {
-        f"base_model.model.l.{n}.gate.lora_{part}.weight": torch.randn(shape)
-        for n in range(2)
-        for part, shape in (("A", (8, 6)), ("B", (10, 8)))
-    }
-    module_map, names = base.config(8, 8).map_weights_for_model(made, model.weight_names)
-    weights = LoraWeights.load(base.config(8, 8), model, module_map, "gate", names)
-    assert weights is not None
-    assert weights.weights_a_t.shape == (2, 32, 6)
-    assert torch.equal(
-        weights.weights_b_t[1, :, :8], made["base_model.model.l.1.gate.lora_B.weight"]
-    )
+        shared(model, "q", torch.zeros(module.in_features, 32), torch.zeros(32, out))

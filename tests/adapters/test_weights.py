@@ -1,19 +1,33 @@
-"""LoraWeights.load: scale, absent layers, orientation and names."""
+"""LoraWeights.load: scale, padding, absent layers, orientation, names; and what is refused."""
 
 from __future__ import annotations
 
+import dataclasses
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from adapters import small_base as base
-from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights
-from lorax_async.errors import UsageError
+from adapters.small_base import HIDDEN, KEY_VALUE, QKV, SHAPES, Linear, load, loaded
+from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights, WeightsFile, padded_rank
+from lorax_async.errors import (
+    AdapterFormatError,
+    ConfigError,
+    IncompatibleAdapterError,
+    LoraxError,
+    UnsupportedAdapterError,
+    UsageError,
+)
 
-MODELS = [base.FakeModel(), LayoutModel(base.layout(), torch.float32, 1)]
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+MODELS = [base.lorax_model(), LayoutModel(base.layout(), FLOAT32, 1)]
 
 
 @pytest.fixture(params=MODELS, ids=lambda model: type(model).__name__)
@@ -21,15 +35,8 @@ def model(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def load(
-    config: LoraConfig, model: Any, made: dict[str, Tensor], layer_type: str
-) -> LoraWeights | None:
-    module_map, names = config.map_weights_for_model(made, model.weight_names)
-    return LoraWeights.load(config, model, module_map, layer_type, names)
-
-
-def ones(rank: int, layer_type: str = "q_proj") -> dict[str, Tensor]:
-    return {name: torch.ones_like(t) for name, t in base.tensors(rank, types=[layer_type]).items()}
+def ones(rank: int | dict[str, int], *types: str) -> dict[str, Tensor]:
+    return {n: torch.ones_like(t) for n, t in base.tensors(rank, types=types).items()}
 
 
 # -- scale ----------------------------------------------------------------------------------------
@@ -39,49 +46,36 @@ def ones(rank: int, layer_type: str = "q_proj") -> dict[str, Tensor]:
     ("alpha", "r", "rslora", "scale"),
     [(16, 4, False, 4.0), (16, 4, True, 8.0), (16, 16, True, 4.0), (8, 32, False, 0.25)],
 )
-def test_the_scale_is_in_b(model: Any, alpha: int, r: int, rslora: bool, scale: float) -> None:
-    weights = load(base.config(r, alpha, use_rslora=rslora), model, ones(r), "q_proj")
-    assert weights is not None
-    assert torch.unique(weights.weights_b).tolist() == sorted({scale, 0.0} if r == 4 else {scale})
-    assert torch.unique(weights.weights_b[:, :r]).tolist() == [scale]
-    assert weights.weights_a.max() == 1
+def test_the_scale_is_in_b_for_every_type_and_every_load(
+    model: Any, alpha: int, r: int, rslora: bool, scale: float
+) -> None:
+    """LoRAX scales by the padded rank, and pads the config once more with each load."""
+    config, made = base.config(r, alpha, use_rslora=rslora), ones(r, *base.TYPES)
+    for layer_type in base.TYPES * 2:
+        weights = loaded(config, model, made, layer_type)
+        assert torch.unique(weights.weights_b[:, :r]).tolist() == [scale]
+        assert not weights.weights_b[:, r:].any()
+        assert weights.weights_a.max() == 1
+        assert weights.adapter_config == config
+        assert weights.adapter_config.r == r
+        assert weights.adapter_config.padded_rank == padded_rank(r, 1)
+    assert config.padded_rank is None
 
 
-def test_alpha_16_of_rank_4_is_4_for_every_type_and_every_load(model: Any) -> None:
-    config = base.config(4, 16)
-    made = {name: torch.ones_like(tensor) for name, tensor in base.tensors(4).items()}
-    for _ in range(2):
-        for layer_type in base.SHAPES:
-            weights = load(config, model, made, layer_type)
-            assert weights is not None
-            assert weights.weights_b.max() == 4.0
-            assert weights.adapter_config.padded_rank == 8
-            assert weights.adapter_config.r == 4
-            assert weights.adapter_config == config
-    assert (config.r, config.padded_rank) == (4, None)
-
-
-def test_patterns_scale_by_module_and_by_its_own_rank(tmp_path: Any, model: Any) -> None:
-    ranks = {"": 4, base.module_name(1, "q_proj"): 16}
-    folder = base.write(
-        tmp_path / "a",
-        {n: torch.ones_like(t) for n, t in base.tensors(ranks, types=["q_proj"]).items()},
-        r=4,
-        lora_alpha=16,
-        rank_pattern={"layers.1.self_attn.q_proj": 16},
-        alpha_pattern={r"layers\.2\..*q_proj": 2},
-    )
-    config = LoraConfig.load(folder)
-    weights = load(config, model, load_file(folder / "adapter_model.safetensors"), "q_proj")
-    assert weights is not None
+def test_patterns_scale_by_module_and_by_its_own_rank(tmp_path: Path, model: Any) -> None:
+    made = ones({"": 4, base.module_name(1, "q_proj"): 16}, "q_proj")
+    ranks = {"layers.1.self_attn.q_proj": 16}
+    alphas = {r"layers\.2\..*q_proj": 2}
+    folder = base.write(tmp_path / "a", made, 4, rank_pattern=ranks, alpha_pattern=alphas)
+    weights = loaded(LoraConfig.load(folder), model, load_file(folder / base.WEIGHTS), "q_proj")
     # 16 / 4, 16 / 16, 2 / 4; and all are padded to what the largest rank needs.
     assert weights.weights_b.amax((1, 2)).tolist() == [4.0, 1.0, 0.5]
     assert weights.weights_b.sum((1, 2)).tolist() == [4 * 4 * 840, 16 * 840, 0.5 * 4 * 840]
     assert (weights.lora_a_r, weights.adapter_config.padded_rank) == (16, 16)
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", [FLOAT32, FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
 @pytest.mark.parametrize("rank", [8, 40])
 def test_b_is_cast_first_and_scaled_then(
     stored: torch.dtype, dtype: torch.dtype, rank: int
@@ -89,67 +83,98 @@ def test_b_is_cast_first_and_scaled_then(
     """In bf16, 3 · (1 + 2⁻⁹) is 3 if it is rounded before, and 3.015625 if after."""
     made = base.tensors(rank, types=["q_proj"], dtype=stored)
     made[base.key(0, "q_proj", "B")][0, 0] = 1 + 2**-9
-    weights = load(base.config(rank, 3 * rank), base.FakeModel(dtype), made, "q_proj")
-    assert weights is not None
+    weights = loaded(base.config(rank, 3 * rank), base.lorax_model(dtype), made, "q_proj")
     for layer in range(base.LAYERS):
         b = made[base.key(layer, "q_proj", "B")].to(dtype).T * 3.0
         a = made[base.key(layer, "q_proj", "A")].to(dtype)
         assert torch.equal(weights.weights_b[layer, :rank], b)
         assert torch.equal(weights.weights_a_t[layer, :rank], a)
-    if (stored, dtype) == (torch.float32, torch.bfloat16):
+    if (stored, dtype) == (FLOAT32, BFLOAT16):
         assert weights.weights_b[0, 0, 0] == 3.0
     assert weights.weights_a.dtype == weights.weights_b.dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("dtype", "largest", "alpha"),
+    [
+        (FLOAT16, 100.0, 8000.0),  # B 100 x scale 1000, above 65504
+        (FLOAT16, 1.0, -8 * 65536.0),
+        (BFLOAT16, 1e3, 8e36),
+        (FLOAT32, 1e3, 8e36),
+    ],
+)
+def test_a_scale_that_takes_b_beyond_its_dtype(
+    tmp_path: Path, dtype: torch.dtype, largest: float, alpha: float
+) -> None:
+    model, name = base.lorax_model(dtype), base.key(2, "q_proj", "B")
+    made = {k: torch.full_like(t, 2.0**-10) for k, t in base.tensors(types=["q_proj"]).items()}
+    made[name][-1, -1] = largest
+    save_file(made, tmp_path / "weights")
+    problem = f"{base.module_name(2, 'q_proj')}.*B times the scale .* {dtype} holds"
+    with WeightsFile.at(tmp_path / "weights") as file:
+        for content in (made, file):
+            with pytest.raises(AdapterFormatError, match=problem):
+                load(base.config(8, alpha), model, content, "q_proj")
+    made[name][-1, -1] = torch.inf  # its author's own
+    weights = loaded(base.config(8, 16), model, made, "q_proj")
+    assert weights.weights_b.isinf().sum() == 1
+
+
+def test_small_b_with_a_large_scale_fits_float16() -> None:
+    made = {k: torch.full_like(t, 2.0**-14) for k, t in base.tensors(types=["q_proj"]).items()}
+    weights = loaded(base.config(8, 8 * 2.0**20), base.lorax_model(FLOAT16), made, "q_proj")
+    assert torch.unique(weights.weights_b).tolist() == [64.0]
+
+
 def test_nothing_is_spread_by_values_that_are_not_finite(model: Any) -> None:
-    made = base.tensors(8, types=["q_proj"])
+    made = base.tensors(types=["q_proj"])
     made[base.key(0, "q_proj", "B")][1, 2] = float("nan")
     made[base.key(0, "q_proj", "B")][3, 4] = float("-inf")
-    weights = load(base.config(), model, made, "q_proj")
-    assert weights is not None
-    strange = (~weights.weights_b.isfinite()).nonzero().tolist()
-    assert strange == [[0, 2, 1], [0, 4, 3]]
+    weights = loaded(base.config(), model, made, "q_proj")
+    assert (~weights.weights_b.isfinite()).nonzero().tolist() == [[0, 2, 1], [0, 4, 3]]
 
 
-# -- absent layers --------------------------------------------------------------------------------
+def test_weights_in_training_are_copied_without_their_gradients(model: Any) -> None:
+    made = {n: t.requires_grad_() for n, t in base.tensors(types=["q_proj"]).items()}
+    weights = loaded(base.config(), model, made, "q_proj")
+    assert not weights.weights_a.requires_grad
+    assert not weights.weights_b.requires_grad
 
 
-def test_no_layer_of_a_type_is_none(model: Any) -> None:
-    made = base.tensors(types=["q_proj"])
-    config = base.config()
-    module_map, names = config.map_weights_for_model(made, model.weight_names)
-    assert LoraWeights.load(config, model, module_map, "v_proj", names) is None
-    assert names == set(made)
-    assert load(config, model, made, "q_proj") is not None
+# -- ranks, layers and orientation ----------------------------------------------------------------
 
 
-def test_absent_layers_are_zeros(model: Any) -> None:
-    made = base.tensors(types=["q_proj"], skip=[(0, "q_proj"), (2, "q_proj")])
-    weights = load(base.config(), model, made, "q_proj")
-    assert weights is not None
-    assert weights.weights_a.shape == (3, 840, 8)
-    assert weights.weights_b.shape == (3, 8, 840)
-    for layer in (0, 2):
-        assert not weights.weights_a[layer].any()
-        assert not weights.weights_b[layer].any()
-    assert torch.equal(weights.weights_b[1].T, 2 * made[base.key(1, "q_proj", "B")])
+@pytest.mark.parametrize(
+    ("rank", "world_size", "padded"),
+    [
+        *[(8, 1, 8), (12, 1, 16), (12, 2, 16), (33, 1, 48), (65, 8, 80)],  # the contract's
+        *[(1, 1, 8), (9, 1, 16), (16, 1, 16), (17, 1, 32), (256, 1, 256), (1, 8, 64), (64, 8, 64)],
+        *[(1, 3, 24), (24, 3, 24), (33, 3, 48), (40, 5, 40), (65, 5, 80), (100, 7, 112)],
+    ],
+)
+def test_ranks_are_padded(rank: int, world_size: int, padded: int) -> None:
+    assert padded_rank(rank, world_size) == padded
 
 
-def test_layers_may_be_told_by_their_ids() -> None:
-    """As LoRAX's vision models do: the result has the order of the ids."""
-
-    class Vision(base.FakeModel):
-        def get_num_layers_for_type(self, layer_type: str) -> list[int]:
-            return [2, 0]
-
-    made = base.tensors(types=["q_proj"], skip=[(1, "q_proj")])
-    weights = load(base.config(), Vision(), made, "q_proj")
-    assert weights is not None
-    for place, layer in enumerate([2, 0]):
-        assert torch.equal(weights.weights_b[place].T, 2 * made[base.key(layer, "q_proj", "B")])
-
-
-# -- orientation ----------------------------------------------------------------------------------
+def test_ranks_that_the_processes_cannot_share_are_refused() -> None:
+    for rank, world_size, padded in ((25, 3, 32), (41, 5, 48), (57, 7, 64)):
+        with pytest.raises(
+            IncompatibleAdapterError, match=f"{rank} is padded to {padded}, .*{world_size} proc"
+        ):
+            padded_rank(rank, world_size)
+    refused = 0
+    for rank, world_size in product(range(1, 257), range(1, 9)):
+        try:
+            padded = padded_rank(rank, world_size)
+        except IncompatibleAdapterError:
+            refused += 1
+        else:
+            assert padded >= rank
+            assert padded % world_size == 0
+    assert refused == 632
+    for no_world in (0, -1, 1.0, True, "2", None):
+        with pytest.raises(ConfigError, match="world size"):
+            padded_rank(8, no_world)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -157,34 +182,50 @@ def test_layers_may_be_told_by_their_ids() -> None:
     [(8, 8, False), (9, 16, True), (16, 16, True), (128, 128, True), (129, 144, False)],
 )
 def test_orientation(model: Any, rank: int, padded: int, by_rank: bool) -> None:
+    """A kernel may keep every address: it is contiguous, made once, and shared where it can be."""
     made = base.tensors(rank, types=["v_proj"])
-    weights = load(base.config(rank, rank), model, made, "v_proj")
-    assert weights is not None
+    weights = loaded(base.config(rank, rank), model, made, "v_proj")
     assert (weights.lora_a_r, weights.lora_b_r) == (padded, padded)
-    assert weights.weights_a.shape == ((3, padded, 840) if by_rank else (3, 840, padded))
-    assert weights.weights_a_t.shape == (3, padded, 840)
-    assert weights.weights_b.shape == (3, padded, 1680)
-    assert weights.weights_b_t.shape == (3, 1680, padded)
-    a, b = made[base.key(1, "v_proj", "A")], made[base.key(1, "v_proj", "B")]
-    assert torch.equal(weights.weights_a_t[1, :rank], a)
-    assert torch.equal(weights.weights_b_t[1, :, :rank], b)
-    assert torch.equal(
-        weights.weights_a[1], weights.weights_a_t[1] if by_rank else weights.weights_a_t[1].T
-    )
-    assert torch.equal(weights.weights_b, weights.weights_b_t.transpose(1, 2))
-    assert not weights.weights_a_t[:, rank:].any()
-    assert not weights.weights_b[:, rank:].any()
+    shapes = {
+        "weights_a": (3, padded, 840) if by_rank else (3, 840, padded),
+        "weights_a_t": (3, padded, 840),
+        "weights_b": (3, padded, 1680),
+        "weights_b_t": (3, 1680, padded),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(weights, name)
+        assert (name, tensor.shape, tensor.is_contiguous()) == (name, shape, True)
+        assert tensor.data_ptr() == getattr(weights, name).data_ptr()
+    assert (weights.weights_a.data_ptr() == weights.weights_a_t.data_ptr()) == by_rank
+    a_t, b = weights.weights_a_t, weights.weights_b
+    assert torch.equal(weights.weights_a, a_t if by_rank else a_t.mT)
+    assert torch.equal(weights.weights_b_t, b.mT)
+    assert torch.equal(a_t[1, :rank], made[base.key(1, "v_proj", "A")])
+    assert torch.equal(b[1, :rank].T, made[base.key(1, "v_proj", "B")])
+    assert not a_t[:, rank:].any()
+    assert not b[:, rank:].any()
 
 
-@pytest.mark.parametrize("rank", [8, 16])
-def test_kernels_may_keep_every_address(model: Any, rank: int) -> None:
-    weights = load(base.config(rank), model, base.tensors(rank), "q_proj")
-    assert weights is not None
-    for name in ("weights_a", "weights_b", "weights_a_t", "weights_b_t"):
-        first = getattr(weights, name)
-        assert first.is_contiguous()
-        assert getattr(weights, name).data_ptr() == first.data_ptr()
-    assert (weights.weights_a_t.data_ptr() == weights.weights_a.data_ptr()) == (rank == 16)
+def test_absent_layers_are_zeros_and_an_absent_type_is_none(model: Any) -> None:
+    made = base.tensors(types=["q_proj"], skip=[(0, "q_proj"), (2, "q_proj")])
+    module_map, names = base.config().map_weights_for_model(made, model.weight_names)
+    assert LoraWeights.load(base.config(), model, module_map, "v_proj", names) is None
+    assert names == set(made)
+    weights = loaded(base.config(), model, made, "q_proj")
+    assert (weights.weights_a.shape, weights.weights_b.shape) == ((3, 840, 8), (3, 8, 840))
+    assert not weights.weights_a[::2].any()
+    assert not weights.weights_b[::2].any()
+    assert torch.equal(weights.weights_b[1].T, 2 * made[base.key(1, "q_proj", "B")])
+
+
+def test_layers_may_be_told_by_their_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LoRAX's vision models do: the result has the order of the ids."""
+    model = base.lorax_model()
+    monkeypatch.setattr(model, "get_num_layers_for_type", lambda _: [2, 0])
+    made = base.tensors(types=["q_proj"], skip=[(1, "q_proj")])
+    weights = loaded(base.config(), model, made, "q_proj")
+    for place, layer in enumerate([2, 0]):
+        assert torch.equal(weights.weights_b[place].T, 2 * made[base.key(layer, "q_proj", "B")])
 
 
 @pytest.mark.parametrize("rank", [8, 32])
@@ -192,50 +233,412 @@ def test_made_by_hand_of_a_tensor_for_each_layer(rank: int) -> None:
     a, b = [torch.randn(5, rank) for _ in range(2)], [torch.randn(rank, 3) for _ in range(2)]
     weights = LoraWeights(a, b, base.config(rank))
     assert torch.equal(weights.weights_a, torch.stack([w.T for w in a] if rank == 32 else a))
-    assert weights.weights_a.is_contiguous()
     assert torch.equal(weights.weights_b, torch.stack(b))
     assert torch.equal(weights.weights_a_t[1], a[1].T)
     assert torch.equal(weights.weights_b_t[1], b[1].T)
-    assert (weights.lora_a_r, weights.lora_b_r) == (rank, rank)
+    assert (weights.lora_a_r, weights.lora_b_r, weights.speculative_tokens) == (rank, rank, 0)
     assert weights.adapter_config == base.config(rank)
-    assert weights.speculative_tokens == 0
+    flat = torch.zeros(8)
+    for these, those in (([], []), (a, []), ([a[0], a[0].T], b), ([flat], [flat])):
+        with pytest.raises(UsageError, match="of every layer"):
+            LoraWeights(these, those, base.config())
 
 
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ([], []),
-        ([torch.zeros(4, 8)], []),
-        ([torch.zeros(4, 8), torch.zeros(5, 8)], [torch.zeros(8, 2)] * 2),
-        ([torch.zeros(8)], [torch.zeros(8)]),
-    ],
-)
-def test_by_hand_of_layers_that_are_not_alike(a: list[Tensor], b: list[Tensor]) -> None:
-    with pytest.raises(UsageError, match="of every layer"):
-        LoraWeights(a, b, base.config())
+# -- split over processes -------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(rank=st.integers(1, 256), world=st.integers(1, 8), layer_type=st.sampled_from(base.TYPES))
+def test_the_delta_is_the_same_split_over_any_world(rank: int, world: int, layer_type: str) -> None:
+    """By LoRAX's own models and by ours, to the same bits."""
+    made = base.tensors(rank, types=[layer_type], dtype=torch.float64)
+    config = base.config(rank, 2 * rank)
+    ours: list[Any] = [LayoutModel(base.layout(), torch.float64, world, n) for n in range(world)]
+    theirs = [base.lorax_model(torch.float64, world, n) for n in range(world)]
+    try:
+        padded = padded_rank(rank, world)
+    except IncompatibleAdapterError:
+        for model in (ours[0], theirs[0]):
+            with pytest.raises(IncompatibleAdapterError):
+                load(config, model, made, layer_type)
+        return
+    parts = [loaded(config, model, made, layer_type) for model in ours]
+    for part, model in zip(parts, theirs, strict=True):
+        other = loaded(config, model, made, layer_type)
+        assert torch.equal(part.weights_a, other.weights_a)
+        assert torch.equal(part.weights_b, other.weights_b)
+    row, (inputs, outputs) = layer_type in base.ROW_PARALLEL, SHAPES[layer_type]
+    x = torch.randn(2, inputs, dtype=torch.float64)
+    for layer in base.layers_of(layer_type):
+        # Each process has a piece of x, and their products are summed; or it has one of the rank.
+        pieces = x.chunk(world, 1) if row else [x] * world
+        shrunk = [xs @ part.weights_a_t[layer].T for xs, part in zip(pieces, parts, strict=True)]
+        hidden = torch.stack(shrunk).sum(0) if row else torch.cat(shrunk, 1)
+        a, b = (made[base.key(layer, layer_type, part)] for part in "AB")
+        for expanded in (
+            [hidden @ part.weights_b[layer] for part in parts],
+            [hidden @ part.weights_b_t[layer].T for part in parts],
+        ):
+            torch.testing.assert_close(
+                torch.cat(expanded, 1), 2 * x @ a.T @ b.T, rtol=1e-9, atol=1e-9
+            )
+    local, features = (padded, inputs // world) if row else (padded // world, inputs)
+    for part in parts:
+        assert (part.lora_a_r, part.lora_b_r) == (local, padded)
+        assert part.adapter_config.padded_rank == padded
+        assert part.weights_b.shape[1:] == (padded, outputs // world)
+        stored = (local, features) if 16 <= local <= 128 else (features, local)
+        assert part.weights_a.shape[1:] == stored
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_absent_layers_and_mixed_ranks_among_processes(tmp_path: Path, place: int) -> None:
+    """A layer of a high rank must leave nothing behind in the next one."""
+    made = base.tensors(
+        {"": 4, base.module_name(0, "q_proj"): 20}, types=["q_proj"], skip=[(1, "q_proj")]
+    )
+    pattern = {"layers.0.self_attn.q_proj": 20}
+    config = LoraConfig.load(base.write(tmp_path / "a", made, 4, rank_pattern=pattern))
+    weights = loaded(config, LayoutModel(base.layout(), FLOAT32, 2, place), made, "q_proj")
+    assert weights.adapter_config.padded_rank == 32
+    for layer, rank in ((0, 20), (2, 4)):
+        a, b = torch.zeros(32, 840), torch.zeros(32, 840)
+        a[:rank] = made[base.key(layer, "q_proj", "A")]
+        b[:rank] = made[base.key(layer, "q_proj", "B")].T * (16 / rank)
+        assert torch.equal(weights.weights_a[layer], a[16 * place :][:16])
+        assert torch.equal(weights.weights_b[layer], b[:, 420 * place :][:, :420])
+    assert not weights.weights_a[1].any()
+    assert not weights.weights_b[1].any()
+
+
+class _PeftBase(nn.Module):
+    """With the modules of the small base, as PEFT wraps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def linears(*names: str) -> nn.ModuleDict:
+            return nn.ModuleDict({n: nn.Linear(*SHAPES[n], bias=False) for n in names})
+
+        blocks = [
+            nn.ModuleDict(
+                {
+                    "self_attn": linears(*QKV, "o_proj"),
+                    "mlp": linears(*base.GATE_UP, "down_proj"),
+                }
+            )
+            for _ in range(base.LAYERS)
+        ]
+        self.model = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+        self.lm_head = linears("lm_head")["lm_head"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_deltas_are_those_of_peft(tmp_path: Path, world_size: int) -> None:
+    import peft
+
+    settings = peft.LoraConfig(
+        r=12,
+        lora_alpha=30,
+        target_modules=list(SHAPES),
+        init_lora_weights=False,
+        rank_pattern={"k_proj": 4},
+        alpha_pattern={"up_proj": 6},
+    )
+    wrapped = peft.get_peft_model(_PeftBase(), settings)
+    wrapped.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    ours = LoraConfig.load(tmp_path)
+    models = [base.lorax_model(world_size=world_size, rank=rank) for rank in range(world_size)]
+    with WeightsFile.at(tmp_path / base.WEIGHTS) as file:
+        assert len(file) == 2 * (7 * base.LAYERS + 1)
+        parts = {name: [loaded(ours, model, file, name) for model in models] for name in SHAPES}
+    for layer_type, weights in parts.items():
+        split = 1 if layer_type in base.ROW_PARALLEL else 0  # of A [r, in]
+        for layer in base.layers_of(layer_type):
+            a = torch.cat([one.weights_a_t[layer] for one in weights], split)
+            b = torch.cat([one.weights_b_t[layer] for one in weights], 0)
+            name = f"base_model.model.{base.module_name(layer, layer_type)}"
+            module: Any = wrapped.get_submodule(name)
+            expected = module.get_delta_weight("default").detach()
+            torch.testing.assert_close(b @ a, expected, rtol=1e-5, atol=1e-5)
 
 
 # -- names ----------------------------------------------------------------------------------------
 
 
 def test_a_module_map_of_the_contract(model: Any) -> None:
-    made = base.tensors(types=["lm_head"])
-    module_map, names = base.config().map_weights_for_model(made, model.weight_names)
+    config, made = base.config(), base.tensors()
+    module_map, names = config.map_weights_for_model(made, model.weight_names)
+    assert names == set(made)
     a, b = base.key(0, "lm_head", "A"), base.key(0, "lm_head", "B")
     assert a == "base_model.model.lm_head.lora_A.weight"
-    assert names == {a, b}
-    assert list(module_map) == ["lm_head"]
     assert module_map["lm_head"]["lora_A"][0] is made[a]
     assert module_map["lm_head"]["lora_B"][0] is made[b]
     assert [key for _, key in module_map["lm_head"].values()] == [a, b]
-
-
-def test_used_names_are_taken_out(model: Any) -> None:
-    config, made = base.config(), base.tensors()
-    module_map, names = config.map_weights_for_model(made, model.weight_names)
     names.add("somebody else's")
     config.load_batched_adapter_weights(model, module_map, "q_proj", names, True)
     assert names == {n for n in made if "q_proj" not in n} | {"somebody else's"}
-    for layer_type in base.SHAPES:
+    for layer_type in base.TYPES:
         config.load_batched_adapter_weights(model, module_map, layer_type, names, False)
     assert names == {"somebody else's"}
+
+
+def test_a_failed_load_leaves_the_names(model: Any) -> None:
+    config, made = base.config(4), base.tensors(8)
+    module_map, names = config.map_weights_for_model(made, model.weight_names)
+    with pytest.raises(AdapterFormatError, match="rank 4, which the config says"):
+        LoraWeights.load(config, model, module_map, "q_proj", names)
+    assert names == set(made)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_module_map_has_both_factors(model: Any, factor: str) -> None:
+    config, made = base.config(), base.tensors(types=["q_proj"])
+    module_map, names = config.map_weights_for_model(made, model.weight_names)
+    module = base.module_name(1, "q_proj")
+    halved = {other: place for other, place in module_map[module].items() if other != factor}
+    with pytest.raises(UsageError, match=f"{module}.* has no {factor} in the module map"):
+        LoraWeights.load(config, model, {**module_map, module: halved}, "q_proj", names)
+
+
+# -- what does not fit ----------------------------------------------------------------------------
+
+A, B = base.key(1, "q_proj", "A"), base.key(1, "q_proj", "B")
+MODULE = base.module_name(1, "q_proj")
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "layer_type", "kind", "problem"),
+    [
+        (base.config(), {A: torch.zeros(8, 839)}, "q_proj", IncompatibleAdapterError, MODULE),
+        (base.config(), {B: torch.zeros(841, 8)}, "q_proj", IncompatibleAdapterError, MODULE),
+        (
+            base.config(),
+            {B: torch.ones(840, 8, dtype=torch.int8)},
+            "q_proj",
+            UnsupportedAdapterError,
+            r"layers.1.*B torch.int8",
+        ),
+        (base.config(8, 1e40), {}, "q_proj", AdapterFormatError, "lora_alpha"),
+        (base.config(), {}, "x_proj", UsageError, r"no layer.* type 'x_proj'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    model: Any,
+    config: LoraConfig,
+    changed: dict[str, Tensor],
+    layer_type: str,
+    kind: type[LoraxError],
+    problem: str,
+) -> None:
+    with pytest.raises(kind, match=problem):
+        load(config, model, base.tensors() | changed, layer_type)
+
+
+def test_a_scale_of_one_module_that_no_float32_holds(tmp_path: Path, model: Any) -> None:
+    folder = base.write(tmp_path / "a", alpha_pattern={"layers.1.self_attn.q_proj": -1e40})
+    config = LoraConfig.load(folder)
+    with pytest.raises(AdapterFormatError, match=r"layers\.1\.self_attn\.q_proj.*-1.25e\+39"):
+        load(config, model, base.tensors(), "q_proj")
+    assert load(config, model, base.tensors(), "v_proj") is not None
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs", "kind", "problem"),
+    [
+        (torch.zeros(840, 420), 420, IncompatibleAdapterError, "cannot be stacked"),
+        (torch.zeros(840, 840, device="meta"), 840, UsageError, "2 devices"),
+    ],
+)
+def test_layers_of_a_type_are_alike_and_on_one_device(
+    weight: Tensor, inputs: int, kind: type[LoraxError], problem: str
+) -> None:
+    model = base.lorax_model()
+    name, layer = model.target_to_layer[1, "o_proj"]
+    other = base.ParallelLayer(base.BaseLayer(Linear(weight)), layer_name="o_proj")
+    assert layer.base_layer.linear.weight.shape == (840, 840)
+    model.target_to_layer[1, "o_proj"] = name, other
+    made = base.tensors(types=["o_proj"]) | base.pair(name, inputs, 840)
+    with pytest.raises(kind, match=problem):
+        load(base.config(), model, made, "o_proj")
+
+
+def test_a_model_that_drops_a_remainder_is_found_out() -> None:
+    model, made = base.lorax_model(world_size=8), dict[str, Tensor]()
+    for layer in range(base.LAYERS):
+        name, fused = model.target_to_layer[layer, "q_proj"]
+        fused.sizes = [841, *fused.sizes[1:]]
+        made |= base.pair(name, 840, 841)
+    with pytest.raises(IncompatibleAdapterError, match=r"'q_proj': \[64, 105\] is no even share"):
+        load(base.config(), model, made, "q_proj")
+
+
+def _transposed(*types: str) -> LayoutModel:
+    layout = base.layout()
+    modules = tuple(
+        dataclasses.replace(module, transposed=module.name.rpartition(".")[2] in types)
+        for module in layout.modules
+    )
+    return LayoutModel(dataclasses.replace(layout, modules=modules), FLOAT32, 1)
+
+
+def test_fan_in_fan_out_says_how_a_base_is_stored_and_not_the_file() -> None:
+    """One module of the adapter that is stored so is enough."""
+    made, said = base.tensors(types=["q_proj", "v_proj"]), base.config(fan_in_fan_out=True)
+    plain = loaded(base.config(), MODELS[1], made, "v_proj")
+    for config in (base.config(), said):
+        turned = loaded(config, _transposed(*SHAPES), made, "v_proj")
+        assert torch.equal(plain.weights_a, turned.weights_a)
+        assert torch.equal(plain.weights_b, turned.weights_b)
+    assert load(said, _transposed("v_proj"), made, "q_proj") is not None
+    only_q = base.tensors(types=["q_proj"])
+    for model, content in ((MODELS[1], made), (_transposed("v_proj"), only_q)):
+        with pytest.raises(IncompatibleAdapterError, match="fan_in_fan_out is true"):
+            load(said, model, content, "q_proj")
+
+
+# -- each adapter is compared with its part of LoRAX's layers -------------------------------------
+
+
+@pytest.mark.parametrize("names", [QKV, base.GATE_UP])
+def test_parts_are_found_by_name_in_any_order(names: tuple[str, ...]) -> None:
+    """Qwen's second half comes first."""
+    model, made = base.lorax_model(), base.tensors(types=names)
+    for layer in range(base.LAYERS):
+        fused = model.target_to_layer[layer, names[0]][1]
+        fused.layer_names, fused.sizes = fused.layer_names[::-1], fused.sizes[::-1]
+    for name in names:
+        assert load(base.config(), model, made, name) is not None
+    for layer in range(base.LAYERS):
+        model.target_to_layer[layer, names[0]][1].layer_names = ("other", *names[1:])
+    with pytest.raises(UsageError, match=f"'{names[0]}' is fused of other"):
+        load(base.config(), model, made, names[0])
+
+
+def _one_layer(linear: Linear, layer_type: str, world_size: int, **attributes: object) -> Any:
+    model = base.LoraxModel(world_size=world_size)
+    layer = base.ParallelLayer(base.BaseLayer(linear), **attributes)
+    model.target_to_layer[0, layer_type] = f"model.layers.0.{layer_type}", layer
+    return model
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "outputs", "attributes"),
+    [
+        ("Wqkv", HIDDEN + 2 * KEY_VALUE, {"layer_names": ["Wqkv"], "sizes": None}),  # DBRX, Phi-3
+        ("c_attn", 3 * HIDDEN, {"layer_names": ["c_attn"], "sizes": [3 * HIDDEN]}),  # GPT-2, Qwen
+        # Phi, Mllama: LoRAX's size is the input's
+        ("fc1", 4 * HIDDEN, {"layer_names": ["fc1"], "sizes": [HIDDEN]}),
+        ("plain", KEY_VALUE, {}),
+    ],
+)
+def test_a_layer_with_one_name_is_compared_as_a_whole(
+    layer_type: str, outputs: int, attributes: Any
+) -> None:
+    model = _one_layer(Linear(base.weight(outputs, HIDDEN)), layer_type, 1, **attributes)
+    module = f"model.layers.0.{layer_type}"
+    made = base.pair(module, HIDDEN, outputs)
+    weights = loaded(base.config(), model, made, layer_type)
+    assert torch.equal(weights.weights_b[0], made[f"base_model.model.{module}.lora_B.weight"].T * 2)
+    for wrong in (HIDDEN // 2, outputs - 40):
+        with pytest.raises(IncompatibleAdapterError, match=f"{module}.*{HIDDEN} → {wrong}"):
+            load(base.config(), model, base.pair(module, HIDDEN, wrong), layer_type)
+
+
+def test_a_layer_that_does_not_say_its_sizes_is_not_asked() -> None:
+    """Of packed integers, or split among processes, nobody knows how."""
+    packed = Linear(torch.zeros(7, 1, dtype=torch.uint8))
+    for linear, world_size in ((packed, 1), (Linear(base.weight(7, 7)), 2)):
+        model = _one_layer(linear, "fc", world_size)
+        assert load(base.config(), model, base.pair("model.layers.0.fc", 64, 32), "fc") is not None
+
+
+@pytest.mark.parametrize("vocabulary", [3360, 3361])
+def test_a_head_is_split_by_vocabulary_or_not_at_all(vocabulary: int) -> None:
+    model = base.lorax_model(FLOAT32, 2, 1, vocabulary)
+    right, wrong = (base.pair("lm_head", HIDDEN, size) for size in (vocabulary, 2 * vocabulary))
+    if vocabulary == 3360:
+        assert loaded(base.config(), model, right, "lm_head").weights_b.shape == (1, 16, 1680)
+    else:  # it fits, but LoRAX cannot share it out evenly
+        with pytest.raises(IncompatibleAdapterError, match="even share"):
+            load(base.config(), model, right, "lm_head")
+    with pytest.raises(IncompatibleAdapterError, match=f"{HIDDEN} → {2 * vocabulary} .*{HIDDEN} →"):
+        load(base.config(), model, wrong, "lm_head")
+
+
+ALL = HIDDEN + 2 * KEY_VALUE
+INTERMEDIATE = base.INTERMEDIATE
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "inputs", "outputs"),
+    [
+        *[("q_proj", HIDDEN, KEY_VALUE), ("q_proj", HIDDEN, ALL), ("q_proj", HIDDEN // 2, HIDDEN)],
+        *[("k_proj", HIDDEN, HIDDEN), ("k_proj", KEY_VALUE, HIDDEN)],
+        *[("v_proj", HIDDEN, ALL), ("v_proj", HIDDEN, KEY_VALUE // 2)],
+        *[("gate_proj", HIDDEN, 2 * INTERMEDIATE), ("gate_proj", HIDDEN, INTERMEDIATE // 2)],
+        *[("up_proj", INTERMEDIATE, HIDDEN), ("up_proj", HIDDEN // 2, INTERMEDIATE)],
+        *[("o_proj", HIDDEN // 2, HIDDEN), ("o_proj", HIDDEN, HIDDEN // 2)],
+        *[("down_proj", HIDDEN, INTERMEDIATE), ("down_proj", INTERMEDIATE // 2, HIDDEN)],
+        *[("lm_head", base.VOCABULARY, HIDDEN), ("lm_head", HIDDEN, base.VOCABULARY // 2)],
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_other_sizes_than_the_parts_are_refused(
+    layer_type: str, inputs: int, outputs: int, world_size: int, everywhere: bool
+) -> None:
+    """In the last layer, or in all of them, which could be stacked."""
+    layers, made = base.layers_of(layer_type), base.tensors(types=[layer_type])
+    for layer in layers if everywhere else layers[-1:]:
+        made |= base.pair(base.module_name(layer, layer_type), inputs, outputs)
+    first = base.module_name(layers[0 if everywhere else -1], layer_type)
+    own = "{} → {}".format(*SHAPES[layer_type])
+    for rank in range(world_size):
+        with pytest.raises(
+            IncompatibleAdapterError, match=f"{first}.*{inputs} → {outputs} .* {own}"
+        ):
+            model = base.lorax_model(world_size=world_size, rank=rank)
+            load(base.config(), model, made, layer_type)
+
+
+class _FourBits(Tensor):
+    """As bitsandbytes' packed weights, which keep their old shape beside them."""
+
+    class quant_state:
+        shape = torch.Size([ALL, HIDDEN])
+
+
+INT32, INT8, FLOAT8 = torch.int32, torch.int8, torch.float8_e4m3fn
+QUANTIZED = {
+    "awq": Linear(base.weight(HIDDEN, ALL // 8, INT32), in_features=HIDDEN, out_features=ALL),
+    "gptq": Linear(base.weight(HIDDEN // 8, ALL, INT32), infeatures=HIDDEN, outfeatures=ALL),
+    "bitsandbytes-nf4": Linear(torch.zeros(9, 1, dtype=torch.uint8).as_subclass(_FourBits)),
+    "fp8": Linear(base.weight(HIDDEN, ALL, FLOAT8)),
+    "eetq": Linear(base.weight(HIDDEN, ALL, INT8)),
+    "bitsandbytes": Linear(base.weight(ALL, HIDDEN, INT8)),
+}
+SILENT_ON_INPUTS = {"eetq", "bitsandbytes"}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_sizes_tell_the_parts_of_quantized_layers(method: str) -> None:
+    config, model, made = base.config(), base.lorax_model(), base.tensors(types=QKV)
+    for layer in range(base.LAYERS):
+        model.target_to_layer[layer, "q_proj"][1].base_layer.linear = QUANTIZED[method]
+    for name in QKV:
+        assert load(config, model, made, name) is not None
+    inputs = r"\?" if method in SILENT_ON_INPUTS else HIDDEN
+    for wrong in (HIDDEN, ALL):
+        other = made | base.pair(base.module_name(1, "k_proj"), HIDDEN, wrong)
+        with pytest.raises(
+            IncompatibleAdapterError, match=f"the base's maps {inputs} → {KEY_VALUE};"
+        ):
+            load(config, model, other, "k_proj")
+    for layer in range(base.LAYERS):
+        made |= base.pair(base.module_name(layer, "k_proj"), HIDDEN // 2, KEY_VALUE)
+    if method in SILENT_ON_INPUTS:
+        assert load(config, model, made, "k_proj") is not None
+    else:
+        with pytest.raises(IncompatibleAdapterError, match=r"layers\.0\.self_attn\.k_proj"):
+            load(config, model, made, "k_proj")

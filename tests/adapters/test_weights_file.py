@@ -1,9 +1,15 @@
-"""WeightsFile: opened once, checked, read tensor by tensor; LoraWeights made straight from it."""
+"""Weights from a file: WeightsFile, files named by their paths, in threads, and on a device."""
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import os
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapters import small_base as base
-from adapters.opened import opens
-from common import Run, open_files
+from adapters.small_base import WEIGHTS, loaded
+from common import Run, open_files, until
+from late_device.world import LATE
+from late_device.world import loaded as late_device
 from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights, WeightsFile
 from lorax_async.errors import (
     AdapterFormatError,
@@ -26,8 +34,7 @@ from lorax_async.errors import (
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-WEIGHTS = "adapter_model.safetensors"
-A, B = base.key(0, "q_proj", "A"), base.key(0, "q_proj", "B")
+A = base.key(0, "q_proj", "A")
 
 
 @pytest.fixture
@@ -35,20 +42,43 @@ def folder(tmp_path: Path) -> Path:
     return base.write(tmp_path / "adapter", base.tensors(types=["q_proj", "v_proj"]))
 
 
+@contextmanager
+def opens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+    """Names and threads, added to as files are opened to be read."""
+    seen: list[tuple[str, int]] = []
+    real = os.open
+
+    def watched(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        fd = real(path, flags, *args, **kwargs)
+        if not flags & os.O_PATH:
+            name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+            seen.append((name, threading.get_ident()))
+        return fd
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", watched)
+        yield seen
+
+
 # -- one file -------------------------------------------------------------------------------------
 
 
-def test_it_holds_what_safetensors_reads(folder: Path) -> None:
+async def test_it_holds_what_safetensors_reads(folder: Path) -> None:
     saved = load_file(folder / WEIGHTS)
-    with WeightsFile.open(folder) as file:
-        assert set(file) == set(saved)
-        assert len(file) == 12
-        assert A in file
-        assert "x" not in file
-        for key, tensor in saved.items():
-            assert file.shape(key) == tuple(tensor.shape)
-            assert file.dtype(key) is torch.float32
-            assert torch.equal(file.read(key), tensor)
+    moved = folder / "part-1.safetensors"
+    moved.hardlink_to(folder / WEIGHTS)
+    for opened in (
+        WeightsFile.open(folder),
+        await WeightsFile.open_async(str(folder), None),
+        WeightsFile.at(moved),
+        await WeightsFile.at_async(str(moved)),
+    ):
+        with opened as file:
+            assert set(file) == set(saved)
+            assert (len(file), A in file, "x" in file) == (12, True, False)
+            for key, tensor in saved.items():
+                assert (file.shape(key), file.dtype(key)) == (tuple(tensor.shape), torch.float32)
+                assert torch.equal(file.read(key), tensor)
 
 
 @pytest.mark.parametrize(
@@ -65,71 +95,74 @@ def test_a_target_fits_exactly(folder: Path, target: torch.Tensor) -> None:
         file.read_into(A, target)
 
 
-def test_names_it_does_not_have(folder: Path) -> None:
-    with WeightsFile.open(folder) as file, pytest.raises(UsageError, match="no tensor 'x'"):
-        file.read("x")
-
-
-def test_closed_it_reads_nothing(folder: Path) -> None:
-    file = WeightsFile.open(folder)
-    file.close()
-    file.close()
-    with pytest.raises(FetchError, match="closed"):
-        file.read(A)
-
-
-def test_a_file_that_changed_is_no_mixture(folder: Path) -> None:
+def test_a_file_that_changed_is_no_mixture_and_a_closed_one_reads_nothing(folder: Path) -> None:
     with WeightsFile.open(folder) as file:
+        with pytest.raises(UsageError, match="no tensor 'x'"):
+            file.read("x")
         with (folder / WEIGHTS).open("r+b") as there:
             there.seek(-1, os.SEEK_END)
             there.write(b"x")
         with pytest.raises(IntegrityError, match="changed"):
             file.read(A)
+    file.close()
+    with pytest.raises(FetchError, match="closed"):
+        file.read(A)
 
 
 def _spoil(folder: Path, how: str) -> None:
     path = folder / WEIGHTS
     made = load_file(path)
     path.unlink()
-    if how == "cut":
-        save_file(made, path)
-        os.truncate(path, path.stat().st_size - 1)
+    more = {
+        "cut": {},
+        "flat": {A: torch.zeros(8)},
+        "int": {A: torch.zeros(8, 840, dtype=torch.int8)},
+        "dora": {A[: -len("A.weight")] + "magnitude_vector": torch.zeros(8)},
+        "long name": {"x" * 600: torch.zeros(1)},
+    }
+    if how in more:
+        save_file(made | more[how], path)
     elif how == "none":
         save_file({}, path)
-    elif how == "flat":
-        save_file(made | {A: torch.zeros(8)}, path)
-    elif how == "int":
-        save_file(made | {A: torch.zeros(8, 840, dtype=torch.int8)}, path)
-    elif how == "dora":
-        save_file(made | {A[: -len("A.weight")] + "magnitude_vector": torch.zeros(8)}, path)
-    elif how == "long name":
-        save_file(made | {"x" * 600: torch.zeros(1)}, path)
     elif how == "pickle":
         (folder / "adapter_model.bin").write_bytes(b"x")
+    elif how == "folder":
+        path.mkdir()
+    if how == "cut":
+        os.truncate(path, path.stat().st_size - 1)
 
 
-@pytest.mark.parametrize(
-    ("how", "kind", "text"),
-    [
-        ("missing", AdapterNotFoundError, WEIGHTS),
-        ("cut", AdapterFormatError, "fetch it again"),
-        ("none", AdapterFormatError, "no tensors"),
-        ("flat", AdapterFormatError, r"shape \[8\]"),
-        ("int", UnsupportedAdapterError, "I8"),
-        ("dora", UnsupportedAdapterError, "DoRA"),
-        ("long name", AdapterFormatError, "512"),
-        ("pickle", AdapterFormatError, "pickle"),
-    ],
-)
+STRANGE: list[tuple[str, type[LoraxError], str]] = [
+    ("missing", AdapterNotFoundError, WEIGHTS),
+    ("cut", AdapterFormatError, "fetch it again"),
+    ("folder", AdapterFormatError, "a folder"),
+    ("none", AdapterFormatError, "no tensors"),
+    ("flat", AdapterFormatError, r"shape \[8\]"),
+    ("int", UnsupportedAdapterError, "I8"),
+    ("dora", UnsupportedAdapterError, "DoRA"),
+    ("long name", AdapterFormatError, "512"),
+    ("pickle", AdapterFormatError, "pickle"),
+]
+
+
+@pytest.mark.parametrize(("how", "kind", "text"), STRANGE)
 def test_strange_files_are_refused_and_closed(
     folder: Path, how: str, kind: type[LoraxError], text: str
 ) -> None:
+    """Also behind a path in place of a tensor, at the load."""
+    config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
+    module_map, names = config.map_weights_for_model(_lazily(path), model.weight_names)
     _spoil(folder, how)
     before = open_files()
     with pytest.raises(kind, match=text) as caught:
         WeightsFile.open(folder)
     assert caught.value.id == str(folder)
+    if how != "pickle":  # of which a path says nothing
+        with pytest.raises(kind, match=text) as caught:
+            LoraWeights.load(config, model, module_map, "q_proj", names)
+        assert caught.value.id == str(path)
     assert open_files() == before
+    assert len(names) == 12
 
 
 def test_a_header_that_is_longer_than_the_first_read(tmp_path: Path) -> None:
@@ -154,36 +187,22 @@ def test_a_header_that_is_longer_than_the_first_read(tmp_path: Path) -> None:
 def test_the_same_as_from_tensors(
     tmp_path: Path, world_size: int, stored: torch.dtype, rank: int
 ) -> None:
-    folder = base.write(
-        tmp_path / "a", base.tensors(rank, dtype=stored, skip=[(1, "v_proj")]), rank
-    )
-    config, saved = LoraConfig.load(folder), load_file(folder / WEIGHTS)
+    made = base.tensors(rank, dtype=stored, skip=[(1, "v_proj")])
+    folder = base.write(tmp_path / "a", made, rank)
+    config = LoraConfig.load(folder)
     model = LayoutModel(base.layout(), torch.bfloat16, world_size, world_size - 1)
     with WeightsFile.open(folder) as file:
-        from_file, names = config.map_weights_for_model(file, model.weight_names)
-        from_memory, _ = config.map_weights_for_model(saved, model.weight_names)
-        assert from_file["lm_head"]["lora_A"] == (file, "base_model.model.lm_head.lora_A.weight")
-        for layer_type in base.SHAPES:
-            ours = LoraWeights.load(config, model, from_file, layer_type, names)
-            theirs = LoraWeights.load(config, model, from_memory, layer_type, set())
+        module_map, names = config.map_weights_for_model(file, model.weight_names)
+        assert module_map["lm_head"]["lora_A"] == (file, base.key(0, "lm_head", "A"))
+        for layer_type in base.TYPES:
+            ours = LoraWeights.load(config, model, module_map, layer_type, names)
+            theirs = loaded(config, model, made, layer_type)
             assert ours is not None
-            assert theirs is not None
             assert torch.equal(ours.weights_a, theirs.weights_a)
             assert torch.equal(ours.weights_b, theirs.weights_b)
     assert not names
-
-
-def test_the_file_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, model = LoraConfig.load(folder), base.FakeModel()
-    with opens(monkeypatch) as seen, WeightsFile.open(folder) as file:
-        module_map, names = config.map_weights_for_model(file, model.weight_names)
-        seen.clear()  # the config's and the weights' permissions are looked at, by opening them
-        for layer_type in base.SHAPES:
-            LoraWeights.load(config, model, module_map, layer_type, names)
-    assert seen == []
-
-
-# -- files that are named by their paths ----------------------------------------------------------
+    with pytest.raises(FetchError, match="closed"):
+        LoraWeights.load(config, model, module_map, "q_proj", names)
 
 
 def _lazily(*paths: Path | str) -> dict[str, Path | str]:
@@ -204,67 +223,190 @@ def _split(folder: Path) -> tuple[Path, Path]:
     return halves
 
 
-async def test_one_file_by_its_path(folder: Path) -> None:
-    renamed = (folder / WEIGHTS).rename(folder / "part-1.safetensors")
-    saved = load_file(renamed)
-    for file in (WeightsFile.at(renamed), await WeightsFile.at_async(str(renamed))):
-        with file:
-            assert set(file) == set(saved)
-            assert torch.equal(file.read(A), saved[A])
-
-
-@pytest.mark.parametrize("how", ["str", "Path", "split"])
-def test_paths_in_place_of_tensors(
+@pytest.mark.parametrize("how", ["str", "Path", "split", "open"])
+def test_each_file_is_opened_once(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    config, model, path = LoraConfig.load(folder), base.FakeModel(), folder / WEIGHTS
+    """By `load` where tensors are named by paths, and not at all where it is open."""
+    config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
+    wanted = loaded(config, model, load_file(path), "v_proj")
     paths = _split(folder) if how == "split" else (str(path) if how == "str" else path,)
-    module_map, names = config.map_weights_for_model(_lazily(*paths), model.weight_names)
-    in_memory, _ = config.map_weights_for_model(load_file(path), model.weight_names)
-    wanted = LoraWeights.load(config, model, in_memory, "v_proj", set())
-    assert wanted is not None
-    for load in (
-        lambda: LoraWeights.load(config, model, module_map, "v_proj", names),
-        lambda: run(LoraWeights.load_async(config, model, module_map, "v_proj", names)),
-    ):
-        with opens(monkeypatch) as seen:
-            got = load()
-        assert len(seen) == len(paths)  # once each, not for every module
-        assert got is not None
-        assert torch.equal(got.weights_a, wanted.weights_a)
-        assert torch.equal(got.weights_b, wanted.weights_b)
+    with WeightsFile.open(folder) as file:
+        content: Any = file if how == "open" else _lazily(*paths)
+        module_map, names = config.map_weights_for_model(content, model.weight_names)
+        for load in (
+            lambda: LoraWeights.load(config, model, module_map, "v_proj", names),
+            lambda: run(LoraWeights.load_async(config, model, module_map, "v_proj", names)),
+        ):
+            with opens(monkeypatch) as seen:
+                got = load()
+            assert got is not None
+            assert len(seen) == (0 if how == "open" else len(paths))  # not for every module
+            assert torch.equal(got.weights_a, wanted.weights_a)
+            assert torch.equal(got.weights_b, wanted.weights_b)
     assert len(names) == 6
 
 
-@pytest.mark.parametrize(
-    ("how", "kind", "text"),
-    [
-        ("missing", AdapterNotFoundError, "no file 'adapter_model.safetensors' at this path"),
-        ("cut", AdapterFormatError, "fetch it again"),
-        ("int", UnsupportedAdapterError, "I8"),
-        ("folder", AdapterFormatError, "a folder"),
-    ],
-)
-def test_strange_files_behind_paths(
-    folder: Path, how: str, kind: type[LoraxError], text: str
+# -- on a loop ------------------------------------------------------------------------------------
+
+
+class Reads:
+    """Reads of files: in which threads; from number `after` on they wait until they may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int = 1 << 30) -> None:
+        self.may_go_on, self.threads, self.after = threading.Event(), list[int](), after
+        real = os.preadv
+
+        def held(*args: Any) -> int:
+            count = real(*args)
+            self.threads.append(threading.get_ident())
+            if len(self.threads) > self.after:
+                assert self.may_go_on.wait(20)
+            return count
+
+        monkeypatch.setattr(os, "preadv", held)
+
+    async def cancel(self, call: Coroutine[Any, Any, object]) -> None:
+        """Once a read is held."""
+        task = asyncio.ensure_future(call)
+        await until(lambda: len(self.threads) > self.after)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def _load_all(folder: Path, model: Any) -> dict[str, LoraWeights | None]:
+    config = await LoraConfig.load_async(folder, None)
+    with await WeightsFile.open_async(folder, None) as file:
+        module_map, names = config.map_weights_for_model(file, model.weight_names)
+        loaded = {
+            layer_type: await config.load_batched_adapter_weights_async(
+                model, module_map, layer_type, names, True
+            )
+            for layer_type in base.TYPES
+        }
+    assert not names
+    return loaded
+
+
+@pytest.mark.each_loop
+async def test_no_file_is_touched_on_the_loops_thread_which_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, model, path = LoraConfig.load(folder), base.FakeModel(), folder / WEIGHTS
-    module_map, names = config.map_weights_for_model(_lazily(path), model.weight_names)
-    _spoil(folder, how)
-    if how == "folder":
-        path.mkdir()
-    before = open_files()
-    with pytest.raises(kind, match=text) as caught:
-        LoraWeights.load(config, model, module_map, "q_proj", names)
-    assert caught.value.id == str(path)
-    assert open_files() == before
-    assert len(names) == 12
+    """A read is held until the loop has turned: a call that held the loop would never end."""
+    reads, here = Reads(monkeypatch, 0), threading.get_ident()
+    with opens(monkeypatch) as seen:
+        loading = asyncio.create_task(_load_all(folder, base.lorax_model()))
+        await until(lambda: reads.threads)
+        reads.may_go_on.set()
+        found = await loading
+    assert {name for name, _ in seen} == {"adapter_config.json", WEIGHTS}
+    assert here not in {thread for _, thread in seen} | set(reads.threads)
+    assert len(reads.threads) == 1 + 12  # the header, and every tensor
+    weights = found["v_proj"]
+    assert weights is not None
+    b = load_file(folder / WEIGHTS)[base.key(2, "v_proj", "B")]
+    assert torch.equal(weights.weights_b_t[2], 2 * b)
+    assert found["lm_head"] is found["down_proj"] is None
 
 
-def test_a_file_that_is_closed_meanwhile(folder: Path) -> None:
-    config, model = LoraConfig.load(folder), base.FakeModel()
+@pytest.mark.each_loop
+async def test_a_cancelled_opening_leaves_no_file_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, reads = open_files(), Reads(monkeypatch, 0)
+    await reads.cancel(WeightsFile.open_async(folder, None))
+    assert open_files() > before
+    reads.may_go_on.set()
+    await until(lambda: open_files() == before)
+
+
+@pytest.mark.each_loop
+async def test_a_cancelled_load_stops_at_the_next_layer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model = LoraConfig.load(folder), base.lorax_model()
+    reads = Reads(monkeypatch, 2)  # the header, and the first layer's A
     with WeightsFile.open(folder) as file:
         module_map, names = config.map_weights_for_model(file, model.weight_names)
-    with pytest.raises(FetchError, match="closed"):
-        LoraWeights.load(config, model, module_map, "q_proj", names)
-    assert len(names) == 12
+        await reads.cancel(LoraWeights.load_async(config, model, module_map, "q_proj", names))
+        reads.may_go_on.set()
+        await asyncio.get_running_loop().shutdown_default_executor()
+        assert (len(reads.threads), len(names)) == (3, 12)
+
+
+async def test_a_call_that_is_cancelled_before_its_thread_begins_reads_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, loop = threading.Event(), asyncio.get_running_loop()
+    for _ in range(64):  # more than an executor has threads
+        loop.run_in_executor(None, busy.wait)
+    with opens(monkeypatch) as seen:
+        call = asyncio.create_task(WeightsFile.open_async(folder, None))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        busy.set()
+        await loop.shutdown_default_executor()
+    assert seen == []
+
+
+# -- on a device of its own -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def late() -> Iterator[None]:
+    yield from late_device()
+
+
+class OnDevice:
+    """A model whose weights are on the device."""
+
+    def __init__(self, host: LayoutModel) -> None:
+        weight = torch.empty(1, 1, dtype=torch.float32, device=LATE)
+        layer = base.ParallelLayer(base.BaseLayer(base.Linear(weight)))
+        self.dtype, self.world_size, self.layout = torch.float32, host.world_size, host.layout
+        self.target_to_layer = {
+            key: (name, layer) for key, (name, _) in host.target_to_layer.items()
+        }
+        self.weight_names = host.weight_names
+        self.get_num_layers_for_type = host.get_num_layers_for_type
+        self.shard_lora_weights = host.shard_lora_weights
+
+
+def bytes_now(tensor: torch.Tensor) -> bytes:
+    """What memory holds at this moment, whatever streams have yet to do."""
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+Origin = Callable[[dict[str, torch.Tensor], WeightsFile], Any]
+ORIGINS: dict[str, Origin] = {
+    "file": lambda _, file: file,
+    "host": lambda made, _: made,
+    # Copies on the device run late; the caller may compute on any stream.
+    "device": lambda made, _: {name: tensor.to(LATE) for name, tensor in made.items()},
+}
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("origin", ORIGINS)
+@pytest.mark.parametrize(("world_size", "place"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize("rank", [5, 8, 33])
+def test_weights_are_on_the_device_on_return(
+    tmp_path: Path, rank: int, world_size: int, place: int, origin: str
+) -> None:
+    made = base.tensors(rank, skip=[(1, "v_proj")])
+    folder, config = base.write(tmp_path / "a", made, rank), base.config(rank, 2 * rank)
+    host = LayoutModel(base.layout(), torch.float32, world_size, place)
+    with WeightsFile.open(folder) as file:
+        content = ORIGINS[origin](made, file)
+        for layer_type in base.TYPES:
+            wanted = loaded(config, host, made, layer_type)
+            got = loaded(config, OnDevice(host), content, layer_type)
+            assert got.weights_a.device.type == got.weights_b.device.type == "late"
+            for name in ("weights_a", "weights_b"):
+                ours, expected = getattr(got, name), getattr(wanted, name)
+                assert ours.is_contiguous()
+                assert ours.shape == expected.shape
+                assert bytes_now(ours) == bytes_now(expected)

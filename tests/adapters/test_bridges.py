@@ -1,0 +1,444 @@
+"""A batch on the kernels, whole or split over processes: each token gets x · A · B of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adapters.stacked import (
+    IN,
+    LAYERS,
+    OUT,
+    Case,
+    StandIn,
+    cases,
+    delta_by_address,
+    delta_by_token,
+    integers,
+    load,
+    loaded,
+    stand_in,
+)
+from lorax_async.adapters import BatchLoraWeights, Bridge, ShardBridge, padded_rank
+from lorax_async.errors import IncompatibleAdapterError, UsageError
+
+RANKS = st.one_of(st.integers(1, 20), st.integers(1, 128), st.integers(1, 256))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def bridge_of(weights: dict[int, StandIn], tokens: list[int]) -> Bridge:
+    return Bridge.of(load(weights, tokens))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int64)
+
+
+# -- whole ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=120, deadline=None)
+@given(cases(RANKS))
+def test_every_row_gets_its_own_adapter(case: Case) -> None:
+    """By a bridge, and by kernels that follow the addresses of the groups."""
+    weights = {index: stand_in(rank, seed=index) for index, rank in case.ranks.items()}
+    batch = loaded(weights, case.tokens, prefill=case.prefill, heads=case.heads)
+    if batch is None:
+        assert not weights.keys() & set(case.tokens)
+        return
+    x, before = integers(99, len(case.rows), IN), integers(98, len(case.rows), OUT)
+    expected, y = delta_by_token(weights, case.rows, x, case.layer), before.clone()
+    assert torch.equal(delta_by_address(batch, x, case.layer), expected)
+    Bridge.of(batch).apply(y, x, case.layer)
+    assert torch.equal(y, before + expected)
+
+
+def test_values_worked_out_by_hand() -> None:
+    one = StandIn(
+        torch.tensor([[[3.0], [1.0]], [[0.0], [2.0]]]), torch.tensor([[[5.0, 7.0]], [[1.0, -1.0]]])
+    )
+    bridge = bridge_of({6: one}, [6, 0])
+    x, y = torch.tensor([[2.0, 4.0], [1.0, 1.0]]), torch.ones(2, 2)
+    bridge.apply(y, x, 0)
+    assert y.tolist() == [[51.0, 71.0], [1.0, 1.0]]  # 1 + 5 * (3*2 + 1*4), 1 + 7 * 10
+    bridge.apply(y, x, 1)
+    assert y.tolist() == [[59.0, 63.0], [1.0, 1.0]]  # + 8, - 8
+
+
+def test_rows_without_weights_keep_their_bits() -> None:
+    bridge = bridge_of({1: stand_in(8)}, [0, 1, 2])
+    y = torch.tensor([[-0.0, torch.nan, torch.inf], [1.0, 1.0, 1.0], [1e-300, -0.0, -torch.nan]])
+    y, x = y.double(), torch.full((3, IN), torch.nan).double()
+    x[1] = 1.0
+    before = y.clone()
+    bridge.apply(y, x, 0)
+    assert torch.equal(bits(y[[0, 2]]), bits(before[[0, 2]]))
+    assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_of_models(dtype: torch.dtype) -> None:
+    one = StandIn(integers(1, LAYERS, IN, 8).to(dtype), integers(2, LAYERS, 8, OUT).to(dtype))
+    x, y = integers(3, 4, IN), torch.zeros(4, OUT, dtype=dtype)
+    bridge_of({0: one}, [0] * 4).apply(y, x.to(dtype), 1)
+    exact = delta_by_token({0: one}, [0] * 4, x, 1)
+    assert torch.equal(y, exact.to(dtype))  # integers of this size are exact in all of them
+
+
+@pytest.mark.parametrize("local_rank", [1, 4, 8, 10, 12, 16, 200])
+def test_any_local_rank_is_applied_and_a_padded_one_where_it_is(local_rank: int) -> None:
+    """A rank that is no multiple of 8 is copied; other weights are used in their own memory."""
+    weights = {0: stand_in(local_rank, local_rank=local_rank), 1: stand_in(3, seed=1)}
+    bridge, tokens = bridge_of(weights, [1, 0, 0]), [1, 0, 0]
+    x, y = integers(5, 3, IN), torch.zeros(3, OUT).double()
+    first = delta_by_token(weights, tokens, x, 1)
+    bridge.apply(y, x, 1)
+    assert torch.equal(y, first)
+    weights[0].weights_a_t *= 2
+    bridge.apply(y, x, 1)
+    second = first if local_rank % 8 else delta_by_token(weights, tokens, x, 1)
+    assert torch.equal(y, first + second)
+
+
+# -- split over processes -------------------------------------------------------------------------
+
+IN_EACH, OUT_EACH = 5, 3
+"""Of one process, where a side is split."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A `[layers, in, rank]` and B `[layers, rank, out]` before they are split."""
+
+    a: Tensor
+    b: Tensor
+
+    def share(self, world: int, place: int, *, by_rank: bool) -> StandIn:
+        a = self.a.chunk(world, dim=2 if by_rank else 1)[place]
+        return StandIn(a, self.b.chunk(world, dim=2)[place], "config")
+
+
+def whole(rank: int, world: int, *, seed: int = 0) -> Whole:
+    padded = padded_rank(rank, world)
+    a = torch.zeros(LAYERS, IN_EACH * world, padded).double()
+    b = torch.zeros(LAYERS, padded, OUT_EACH * world).double()
+    a[:, :, :rank] = integers(2 * seed, LAYERS, IN_EACH * world, rank)
+    b[:, :rank] = integers(2 * seed + 1, LAYERS, rank, OUT_EACH * world)
+    return Whole(a, b)
+
+
+class World:
+    """All processes in one; column-parallel where A is split by rank, else row-parallel."""
+
+    def __init__(
+        self,
+        adapters: dict[int, Whole],
+        tokens: list[int],
+        world: int,
+        *,
+        by_rank: bool,
+        prefill: bool = True,
+        heads: list[int] | None = None,
+    ) -> None:
+        self.adapters, self.by_rank, self.size = adapters, by_rank, world
+        self.rows = tokens if heads is None else [tokens[at] for at in heads]
+        self.processes = []
+        for place in range(world):
+            shares = {i: one.share(world, place, by_rank=by_rank) for i, one in adapters.items()}
+            batch = load(shares, tokens, prefill=prefill, heads=heads)
+            self.processes.append(ShardBridge.of(batch, world_size=world))
+
+    def shrink(self, x: Tensor, layer: int) -> list[Tensor]:
+        parts = [x] * self.size if self.by_rank else x.chunk(self.size, dim=1)
+        pairs = zip(self.processes, parts, strict=True)
+        return [process.shrink(part.contiguous(), layer) for process, part in pairs]
+
+    def expand(self, v: Tensor, y: Tensor, layer: int) -> Tensor:
+        outputs = [
+            part.clone(memory_format=torch.contiguous_format) for part in y.chunk(self.size, dim=1)
+        ]
+        for process, output in zip(self.processes, outputs, strict=True):
+            process.expand(output, v, layer)
+        return torch.cat(outputs, dim=1)
+
+    def apply(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
+        shrunk = torch.stack(self.shrink(x, layer))
+        return self.expand(shrunk if self.by_rank else shrunk.sum(dim=0), y, layer)
+
+    def exact(self, x: Tensor, layer: int) -> Tensor:
+        """`x · A · B` of each token's own adapter, of the weights as they were before the split."""
+        out = next(iter(self.adapters.values())).b.shape[2]
+        delta = torch.zeros(len(self.rows), out).double()
+        for row, index in enumerate(self.rows):
+            if index in self.adapters:
+                one = self.adapters[index]
+                delta[row] = x[row] @ one.a[layer].double() @ one.b[layer].double()
+        return delta
+
+
+def _is_shared(rank: int, world: int) -> bool:
+    try:
+        padded_rank(rank, world)
+    except IncompatibleAdapterError:
+        return False
+    return True
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 8), st.booleans())
+def test_all_processes_together_add_each_tokens_adapter(
+    data: st.DataObject, world: int, by_rank: bool
+) -> None:
+    """Every row is shrunk by its process's share, and zero beyond."""
+    shared = st.sampled_from([rank for rank in range(1, 257) if _is_shared(rank, world)])
+    case = data.draw(cases(shared))
+    case.tokens[0] = min(case.ranks)  # one adapter is used
+    adapters = {i: whole(rank, world, seed=i) for i, rank in case.ranks.items()}
+    every = World(
+        adapters, case.tokens, world, by_rank=by_rank, prefill=case.prefill, heads=case.heads
+    )
+    x = integers(99, len(case.rows), IN_EACH * world)
+    before = integers(98, len(case.rows), OUT_EACH * world)
+    y = every.apply(before, x, case.layer)
+    assert torch.equal(y, before + every.exact(x, case.layer))
+    if by_rank:
+        for place, v in enumerate(every.shrink(x, case.layer)):
+            for row, index in enumerate(every.rows):
+                expected = torch.zeros(v.shape[1]).double()
+                if index in adapters:
+                    a = adapters[index].a[case.layer].chunk(world, dim=1)[place]
+                    expected[: a.shape[1]] = x[row] @ a
+                assert torch.equal(v[row], expected)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "padded", "local", "width"), [(33, 4, 48, 12, 16), (65, 8, 80, 10, 16)]
+)
+def test_local_ranks_that_are_no_multiple_of_8(
+    rank: int, world: int, padded: int, local: int, width: int
+) -> None:
+    """Rank i of A takes input 0 times i + 1, and B gives it to output 0 and, negated, to the last."""
+    a = torch.zeros(LAYERS, world, padded).double()
+    b = torch.zeros(LAYERS, padded, world).double()
+    a[1, 0, :rank] = torch.arange(1, rank + 1).double()
+    b[1, :rank, 0], b[1, :rank, -1] = 1.0, -1.0
+    every, x = World({7: Whole(a, b)}, [7, 2], world, by_rank=True), torch.ones(2, world).double()
+    for place, v in enumerate(every.shrink(x, 1)):
+        ranks = range(place * local + 1, place * local + local + 1)
+        first = [float(i) if i <= rank else 0.0 for i in ranks]
+        assert v.tolist() == [first + [0.0] * (width - local), [0.0] * width]
+    y = every.apply(torch.zeros(2, world).double(), x, 1)
+    total = rank * (rank + 1) / 2
+    assert y.tolist() == [[total, *[0.0] * (world - 2), -total], [0.0] * world]
+
+
+def test_columns_of_different_ranks_line_up() -> None:
+    """Two processes; local ranks 8 and 24 (16 and 48 padded), so that a part is 24 wide."""
+    low, high = whole(16, 2, seed=1), whole(48, 2, seed=2)
+    every = World({0: low, 1: high}, [0, 1, 9], 2, by_rank=True)
+    v = torch.zeros(2, 3, 24).double()
+    v[1, 0, 3] = 5.0  # of process 1: rank 8 + 3 of the first adapter, 24 + 3 of the second
+    v[1, 1, 3] = 7.0
+    v[0, 0, 8:] = v[1, 0, 8:] = 99.0  # beyond the first adapter's local rank
+    v[:, 2] = 99.0
+    y = every.expand(v, torch.zeros(3, 2 * OUT_EACH).double(), 1)
+    assert torch.equal(y[0], 5 * low.b[1, 11])
+    assert torch.equal(y[1], 7 * high.b[1, 27])
+    assert not y[2].any()
+
+
+@pytest.mark.parametrize("by_rank", [True, False])
+def test_what_came_together_may_lie_in_any_order(by_rank: bool) -> None:
+    process = World({0: whole(16, 2)}, [0, 0, 0], 2, by_rank=by_rank).processes[0]
+    v = integers(4, 3, 8, 2).permute(2, 0, 1) if by_rank else integers(4, 16, 3).T
+    turned, straight = torch.zeros(3, OUT_EACH).double(), torch.zeros(3, OUT_EACH).double()
+    process.expand(turned, v, 0)
+    process.expand(straight, v.contiguous(), 0)
+    assert turned.any()
+    assert torch.equal(turned, straight)
+
+
+@pytest.mark.parametrize("by_rank", [True, False])
+def test_rows_without_weights_keep_their_bits_in_every_process(by_rank: bool) -> None:
+    every = World({1: whole(8, 2)}, [0, 1, 2], 2, by_rank=by_rank)
+    before = torch.tensor([-0.0, torch.nan, torch.inf, -torch.nan, 1e-300, 1.0]).double()
+    y, x = before.repeat(3, 1), torch.full((3, 2 * IN_EACH), torch.nan).double()
+    x[1], y[1] = 1.0, 0.0
+    after = every.apply(y, x, 0)
+    assert torch.equal(bits(after[[0, 2]]), bits(y[[0, 2]]))
+    assert after[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_of_split_models(dtype: torch.dtype) -> None:
+    a, b = integers(1, LAYERS, IN_EACH, 16).to(dtype), integers(2, LAYERS, 16, 4).to(dtype)
+    every, x = World({0: Whole(a, b)}, [0, 0], 2, by_rank=True), integers(3, 2, IN_EACH)
+    y = every.apply(torch.zeros(2, 4, dtype=dtype), x.to(dtype), 1)
+    assert torch.equal(y, every.exact(x, 1).to(dtype))
+
+
+class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of results in memory that nothing before them had."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.kept.setdefault(result.untyped_storage().data_ptr(), result)
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.untyped_storage().nbytes() for one in self.kept.values())
+
+
+@pytest.mark.parametrize(
+    ("rank", "make"),
+    [
+        (32, Bridge.of),
+        (16, lambda batch: ShardBridge.of(batch, world_size=2)),  # A is split by rank
+        (32, lambda batch: ShardBridge.of(batch, world_size=2)),  # by its input
+    ],
+)
+def test_nothing_of_the_size_of_the_weights_is_copied(
+    rank: int, make: Callable[[BatchLoraWeights], object]
+) -> None:
+    """What puts columns where they belong is one for all layers and for all adapters of a rank."""
+    made = []
+    for count in (1, 8):
+        a, b = torch.ones(8, 400, rank), torch.ones(8, 32, 400)
+        weights = {index: StandIn(a, b) for index in range(count)}
+        batch = load(weights, list(range(count)))
+        with Allocated() as allocated:
+            make(batch)
+        made.append(allocated.nbytes)
+    assert made[1] < a.nbytes / 10
+    assert made[1] < made[0] + 8 * 8 * 64
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def shapes(*ranks: tuple[int, int]) -> dict[int, StandIn]:
+    """Adapter i has the i-th local rank in A, and whole rank in B."""
+    return {
+        i: StandIn(integers(1, LAYERS, IN, local), integers(2, LAYERS, rank, OUT))
+        for i, (local, rank) in enumerate(ranks)
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "world", "named"),
+    [
+        ([(12, 48)], 2, "A of adapter 0 has rank 12 and B has 48, which is no share of one in 2"),
+        ([(12, 48)], 1, "B has 48, which is no share of one in 1"),
+        ([(8, 16), (8, 24)], 2, "A of adapter 1 has rank 8 and B has 24"),
+        ([(16, 8)], 2, "A of adapter 0 has rank 16 and B has 8"),
+        ([(8, 8)], 0, "no share of one in 0 processes; load the weights for this world size"),
+        ([(8, 16), (16, 16)], 2, "A of adapter 1 has 1/1 of its rank, .* the first .* 1/2; load"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_world_are_refused(
+    ranks: list[tuple[int, int]], world: int, named: str
+) -> None:
+    batch = load(shapes(*ranks), list(range(len(ranks))))
+    with pytest.raises(UsageError, match=named):
+        ShardBridge.of(batch, world_size=world)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "named"),
+    [
+        ((LAYERS + 1, IN, 8), (LAYERS + 1, 8, OUT), r"\(3, 5, 3, "),
+        ((LAYERS, IN + 1, 8), (LAYERS, 8, OUT), r"\(2, 6, 3, "),
+        ((LAYERS, IN, 8), (LAYERS, 8, OUT + 1), r"\(2, 5, 4, "),
+        (None, None, r".*torch.float32.*torch.float64"),
+    ],
+)
+def test_adapters_of_other_layers_or_dtypes_are_refused(a: Any, b: Any, named: str) -> None:
+    other = StandIn(torch.ones(LAYERS, IN, 8), torch.ones(LAYERS, 8, OUT))
+    weights = {0: stand_in(8), 1: StandIn(integers(1, *a), integers(2, *b)) if a else other}
+    with pytest.raises(UsageError, match=rf"adapter 1 has \(layers, in, out, dtypes\) {named}"):
+        bridge_of(weights, [0, 1])
+
+
+def test_one_processs_share_is_not_applied_as_a_whole() -> None:
+    """Split by rank, or along its input: then what tells is a layer's output of all processes."""
+    named = "A of adapter 0 has rank 12 and B has 48: it is one process's share.*ShardBridge.shrink"
+    with pytest.raises(UsageError, match=named):
+        bridge_of(shapes((12, 48)), [0])
+    share, y = whole(8, 4).share(4, 0, by_rank=False), torch.ones(1, 4 * OUT_EACH).double()
+    named = "y has 12 columns and B 3: if it is one process's share of 4, use ShardBridge.shrink"
+    with pytest.raises(UsageError, match=named):
+        bridge_of({0: share}, [0]).apply(y, torch.ones(1, IN_EACH).double(), 0)
+    assert (y == 1).all()
+    batch = BatchLoraWeights({}, {}, {}, {}, False, "q_proj", None)
+    with pytest.raises(UsageError, match="made by hand, without adapters; use load"):
+        Bridge.of(batch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "layer", "named"),
+    [
+        (3, IN, 0, r"layer 0: expected x contiguous \[2, features\]"),
+        (2, IN + 1, 1, r"layer 1: expected x \[tokens, 5\]"),
+        (2, IN, LAYERS, "layer 2: expected a module from 0 to 1, got 2"),
+        (2, IN, -1, "layer -1: expected a module from 0 to 1, got -1"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    rows: int, features: int, layer: int, named: str
+) -> None:
+    y, x = torch.ones(2, OUT).double(), torch.ones(rows, features).double()
+    with pytest.raises(UsageError, match=named):
+        bridge_of({0: stand_in(8)}, [0, 0]).apply(y, x, layer)
+    assert (y == 1).all()
+    process = World({0: whole(16, 2)}, [0, 0], 2, by_rank=False).processes[0]
+    with pytest.raises(UsageError, match=named):
+        process.shrink(x, layer)
+
+
+def test_tensors_that_overlap_are_refused() -> None:
+    buffer = torch.arange(2 * IN + 2 * OUT).double()
+    x, y = buffer[: 2 * IN].view(2, IN), buffer[2 * IN - 1 : -1].view(2, OUT)
+    with pytest.raises(UsageError, match="layer 1: expected y and x in memory of their own"):
+        bridge_of({0: stand_in(8)}, [0, 0]).apply(y, x, 1)
+    assert torch.equal(buffer, torch.arange(2 * IN + 2 * OUT).double())
+
+
+GATHERED = r"layer 0: expected v \[2, 2, 8\], gathered .*"
+SUMMED = r"layer 0: expected v \[2, 16\], summed .*"
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "shape", "dtype", "y_columns", "named"),
+    [
+        (True, (2, 8), torch.float64, OUT_EACH, rf"{GATHERED} got \[2, 8\]"),
+        (True, (2, 16), torch.float64, OUT_EACH, rf"{GATHERED} got \[2, 16\]"),
+        (True, (3, 2, 8), torch.float64, OUT_EACH, rf"{GATHERED} got \[3, 2, 8\]"),
+        (True, (2, 2, 8), torch.float32, OUT_EACH, r"in torch.float64, got \[2, 2, 8\] in .*32"),
+        (False, (2, 2, 16), torch.float64, OUT_EACH, rf"{SUMMED} got \[2, 2, 16\]"),
+        (False, (3, 16), torch.float64, OUT_EACH, rf"{SUMMED} got \[3, 16\]"),
+        (False, (2, 16), torch.float64, 6, r"layer 0: .* y \[tokens, 3\] .* y \[2, 6\]"),
+    ],
+)
+def test_what_others_shrank_must_have_come_together(
+    by_rank: bool, shape: tuple[int, ...], dtype: torch.dtype, y_columns: int, named: str
+) -> None:
+    process = World({0: whole(16, 2)}, [0, 0], 2, by_rank=by_rank).processes[0]
+    y = torch.ones(2, y_columns).double()
+    with pytest.raises(UsageError, match=named):
+        process.expand(y, torch.ones(shape, dtype=dtype), 0)
+    assert (y == 1).all()
