@@ -1,14 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engines.variants import llama, save
+from engines.variants import llama, save, serving
+from lorax_async import AdapterHandle, AdapterLoader
 from lorax_async.engines.smollm2 import prepare_base
+from lorax_async.engines.transformers import Attached
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -20,7 +24,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def load_base() -> Any:
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """SmolLM2 in float32, for our side; a test leaves it as it was."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(prepare_base(), dtype=torch.float32)
@@ -28,15 +34,9 @@ def load_base() -> Any:
 
 
 @pytest.fixture(scope="session")
-def model() -> Any:
-    """SmolLM2 in float32, for our side; a test leaves it as it was."""
-    return load_base()
-
-
-@pytest.fixture(scope="session")
-def theirs() -> Any:
-    """A second copy, for PEFT."""
-    return load_base()
+def theirs(model: Any) -> Any:
+    """Modules of their own on the same weights, for PEFT, which freezes them."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +67,23 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         save(llama(), most, root / "most"),
         save(llama(), {"r": 3, "target_modules": ["v_proj"]}, root / "some"),
     ]
+
+
+@dataclass(frozen=True)
+class Served:
+    """The small model with a loader attached, and both adapters resident."""
+
+    loader: AdapterLoader
+    attached: Attached
+    first: AdapterHandle
+    second: AdapterHandle
+
+
+@pytest.fixture
+async def served(small: Any, adapters: list[Path]) -> AsyncIterator[Served]:
+    async with (
+        serving(small) as (loader, attached),
+        await loader.load(adapters[0]) as first,
+        await loader.load(adapters[1]) as second,
+    ):
+        yield Served(loader, attached, first, second)

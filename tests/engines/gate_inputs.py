@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 import tiny
-from engines.variants import llama, logits_of, prompt, save, serving
+from engines.variants import llama, save
 from lorax_async.testing import FakeSource
 
 
@@ -30,18 +26,3 @@ def source(adapters: list[Path]) -> FakeSource:
         source.put(id, *tiny.files(folder))
     source.hold("cold")
     return source
-
-
-async def expected(small: Any, adapters: list[Path], **settings: Any) -> torch.Tensor:
-    """Of the rows [warm, cold, None] with everything there."""
-    async with (
-        serving(small, **settings) as (loader, attached),
-        await loader.load(adapters[1]) as warm,
-        await loader.load(adapters[0]) as cold,
-    ):
-        with attached.batch([warm, cold, None]):
-            return logits_of(small, prompt(3))
-
-
-def forward(small: Any) -> Coroutine[Any, Any, torch.Tensor]:
-    return asyncio.to_thread(logits_of, small, prompt(3))

@@ -1,28 +1,45 @@
-"""What attaching does to a model, and what it refuses. The oracle of answers is the model itself."""
+"""What attaching does to a model, which adapter each row uses, and what is refused.
+
+The oracle of answers is the model itself; PEFT's are in test_peft_equality.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import pickle
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
-from lorax_async import AdapterLoader, ConfigError, LoaderConfig, UsageError, layouts
+import tiny
+from common import until
+from engines.conftest import Served
+from engines.variants import EVERY, llama, logits_of, prompt, save, serving
+from false_bytes import told_false
+from lorax_async import (
+    AdapterLoader,
+    ConfigError,
+    HandleClosedError,
+    IntegrityError,
+    LoaderConfig,
+    UsageError,
+    layouts,
+)
+from lorax_async.core.layout import Module, Parallel
+from lorax_async.engines.shared_inputs import groups_of
 from lorax_async.engines.transformers import attach
+from lorax_async.testing import FakeSource
+from lorax_kernels import Plan
+from tiny_sources import state
 
-pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
-
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
-
-
-# -- what is attached to -----------------------------------------------------------------------
+# -- what is attached to --------------------------------------------------------------------------
 
 
 class Flat(nn.Module):
@@ -41,71 +58,77 @@ class Flat(nn.Module):
         return flat.view(x.shape)
 
 
-def test_rows_that_cannot_be_told_apart_are_refused_where_an_adapter_applies(
+async def test_rows_that_cannot_be_told_apart_are_refused_where_an_adapter_applies(
     tmp_path: Path,
 ) -> None:
-    model = Flat()
+    model, x = Flat(), torch.ones(2, 3, 8)
     up, flat = [save(model, {"r": 2, "target_modules": [n]}, tmp_path / n) for n in ("up", "flat")]
-    x = torch.ones(2, 3, 8)
-
-    async def main() -> None:
-        async with serving(model) as (loader, attached):
-            async with await loader.load(up) as handle:
-                with torch.no_grad(), attached.batch([handle, None]):
-                    assert not torch.equal(*model(x))
-            async with await loader.load(flat) as handle:
-                with attached.batch([handle, None]), pytest.raises(UsageError, match="told apart"):
-                    model(x)
-
-    asyncio.run(main())
+    async with serving(model) as (loader, attached):
+        async with await loader.load(up) as handle:
+            with torch.no_grad(), attached.batch([handle, None]):
+                assert not torch.equal(*model(x))
+        async with await loader.load(flat) as handle:
+            with attached.batch([handle, None]), pytest.raises(UsageError, match="told apart"):
+                model(x)
 
 
-async def refusal(model: Any, layout_of: Any, **settings: Any) -> str:
-    """Attach a loader made for another base, and say why that is refused."""
-    settings = {"device_bytes": 1 << 20} | settings
-    async with AdapterLoader(layouts.from_module(layout_of), LoaderConfig(**settings)) as loader:
-        before = {name: vars(module).copy() for name, module in model.named_modules()}
+class Doubled(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(ids)
+
+
+def changed(name: str, module: nn.Module) -> Any:
+    model = llama()
+    model.set_submodule(name, module)
+    return model
+
+
+UP, TOKENS = "model.layers.1.mlp.up_proj", "model.embed_tokens"
+
+
+@pytest.mark.parametrize(
+    ("model", "layout_of", "settings", "problems"),
+    [
+        (
+            lambda: llama(intermediate_size=64),
+            llama,
+            {},  # gate, up and down of two layers, of which three are named
+            ["'model.layers.0.mlp.gate_proj' is 32 → 64, not 32 → 48", "(and 3 more)"],
+        ),
+        (
+            llama,
+            lambda: llama(num_hidden_layers=3),
+            {},
+            ["no module 'model.layers.2.self_attn.q_proj'"],
+        ),
+        (lambda: changed(UP, nn.Bilinear(1, 1, 1)), llama, {}, [f"'{UP}' is a Bilinear"]),
+        # What such an embedding computes nobody here knows; a layout may have one (OPT's positions).
+        (lambda: changed(TOKENS, Doubled(64, 32)), llama, {}, ["(Doubled) does not just look"]),
+        (
+            lambda: changed(TOKENS, nn.Embedding(64, 32, max_norm=1.0)),
+            llama,
+            {},
+            ["'model.embed_tokens' (Embedding) does not just look"],
+        ),
+        (lambda: llama().bfloat16(), llama, {}, ["LoaderConfig(dtype='bfloat16')"]),
+        (llama, llama, {"dtype": "float16"}, ["LoaderConfig(dtype='float32')"]),
+        (lambda: llama().double(), llama, {}, ["float64"]),
+        (lambda: llama().to("meta"), llama, {}, ["the model is on meta"]),
+    ],
+)
+async def test_another_base_is_refused_before_anything_is_replaced(
+    model: Callable[[], Any], layout_of: Callable[[], Any], settings: Any, problems: list[str]
+) -> None:
+    made, config = model(), LoaderConfig(**{"device_bytes": 1 << 20} | settings)
+    async with AdapterLoader(layouts.from_module(layout_of()), config) as loader:
+        before = {name: vars(module).copy() for name, module in made.named_modules()}
         with pytest.raises(ConfigError) as caught:
-            attach(model, loader)
-        assert {name: vars(module) for name, module in model.named_modules()} == before
-    return str(caught.value)
+            attach(made, loader)
+        assert {name: vars(module) for name, module in made.named_modules()} == before
+    assert all(problem in str(caught.value) for problem in problems)
 
 
-def test_another_base_is_refused_before_anything_is_replaced(small: Any) -> None:
-    wide, deep = llama(intermediate_size=64), llama(num_hidden_layers=3)
-    text = asyncio.run(refusal(wide, small))
-    assert "'model.layers.0.mlp.gate_proj' is 32 → 64, not 32 → 48" in text
-    assert "(and 3 more)" in text  # gate, up and down of two layers, of which three are named
-    text = asyncio.run(refusal(small, deep))
-    assert "no module 'model.layers.2.self_attn.q_proj'" in text
-    odd = llama()
-    odd.model.layers[1].mlp.up_proj = nn.Bilinear(1, 1, 1)
-    assert "'model.layers.1.mlp.up_proj' is a Bilinear" in asyncio.run(refusal(odd, small))
-
-
-def test_an_embedding_that_does_more_than_look_up_is_refused(small: Any) -> None:
-    """An adapter's layout may have one (OPT's positions); what it computes nobody here knows."""
-
-    class Doubled(nn.Embedding):
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(ids)
-
-    for embedding in (Doubled(64, 32), nn.Embedding(64, 32, max_norm=1.0)):
-        model = llama()
-        model.model.embed_tokens = embedding
-        text = asyncio.run(refusal(model, small))
-        assert f"'model.embed_tokens' ({type(embedding).__name__}) does not just look" in text
-
-
-def test_another_dtype_or_device_is_refused_with_the_one_to_set(small: Any) -> None:
-    half, double, meta = llama().bfloat16(), llama().double(), llama().to("meta")
-    assert "LoaderConfig(dtype='bfloat16')" in asyncio.run(refusal(half, small))
-    assert "LoaderConfig(dtype='float32')" in asyncio.run(refusal(small, small, dtype="float16"))
-    assert "float64" in asyncio.run(refusal(double, small))
-    assert "the model is on meta" in asyncio.run(refusal(meta, small))
-
-
-# -- detaching ---------------------------------------------------------------------------------
+# -- detaching ------------------------------------------------------------------------------------
 
 
 def anatomy(model: Any) -> list[object]:
@@ -115,68 +138,43 @@ def anatomy(model: Any) -> list[object]:
     return [modules, parameters, list(model.state_dict()), [m.training for m in model.modules()]]
 
 
-def test_names_parameters_and_hooks_stay_while_attached_and_all_else_after(small: Any) -> None:
-    expected = logits_of(small, prompt(2))
-    seen: list[torch.Size] = []
-    linear = small.model.layers[1].mlp.up_proj
-    hook = linear.register_forward_hook(lambda _, __, y: seen.append(y.shape))
-    before = anatomy(small)
-
-    async def main() -> None:
-        async with serving(small) as (_, attached):
-            assert anatomy(small)[1:] == before[1:]
-            with attached.batch(None):
-                logits_of(small, prompt(2))
-            assert small.lm_head.weight is small.get_parameter("lm_head.weight")
-            attached.detach()
-            assert anatomy(small) == before
-            attached.detach()
-
-    asyncio.run(main())
-    assert anatomy(small) == before
-    assert torch.equal(logits_of(small, prompt(2)), expected)
-    assert seen == [torch.Size([2, 5, 48])] * 2
-    hook.remove()
-
-
-def test_tied_weights_stay_tied() -> None:
+async def test_names_parameters_and_hooks_stay_while_attached_and_all_else_after() -> None:
     model = llama(tie_word_embeddings=True)
-
-    async def main() -> None:
-        async with serving(model):
-            model.tie_weights()
-            assert model.lm_head.weight is model.model.embed_tokens.weight
-
-    asyncio.run(main())
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_a_model_is_attached_once_at_a_time(small: Any) -> None:
-    async def main() -> None:
-        async with serving(small) as (loader, attached):
-            with pytest.raises(UsageError, match="already"):
-                attach(small, loader)
-            attached.detach()
-            with pytest.raises(UsageError, match="detached"), attached.batch(None):
-                pass
-            attach(small, loader).detach()
-
-    asyncio.run(main())
-
-
-def test_detaching_inside_a_batch_is_refused(small: Any) -> None:
-    async def main() -> None:
-        async with serving(small) as (_, attached):
-            with attached.batch([None]):
-                with pytest.raises(UsageError, match="open on this model: 1"):
-                    attached.detach()
-                with pytest.raises(UsageError, match="in a batch of 1"):
-                    logits_of(small, prompt(2))  # still attached
-
-    asyncio.run(main())
+    expected = logits_of(model, prompt(2))
+    seen: list[torch.Size] = []
+    linear = model.get_submodule(UP)
+    linear.register_forward_hook(lambda _, __, y: seen.append(y.shape))
+    before = anatomy(model)
+    async with serving(model) as (loader, attached):
+        assert anatomy(model)[1:] == before[1:]
+        model.tie_weights()
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        with attached.batch(None):
+            logits_of(model, prompt(2))
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(UsageError, match="detach first"):
+                copied(model.lm_head.forward)
+        with pytest.raises(UsageError, match="already"):
+            attach(model, loader)
+        with attached.batch([None]):
+            with pytest.raises(UsageError, match="open on this model: 1"):
+                attached.detach()
+            with pytest.raises(UsageError, match="in a batch of 1"):
+                logits_of(model, prompt(2))  # still attached
+        attached.detach()
+        assert anatomy(model) == before
+        attached.detach()
+        with pytest.raises(UsageError, match="detached"), attached.batch(None):
+            pass
+        attach(model, loader).detach()
+    assert anatomy(model) == before
+    assert torch.equal(logits_of(model, prompt(2)), expected)
+    assert seen == [torch.Size([2, 5, 48])] * 2
 
 
-def test_a_forward_that_somebody_else_replaced_is_kept_and_called(small: Any) -> None:
+async def test_a_forward_that_somebody_else_replaced_is_kept_and_called(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     linear = small.model.layers[0].self_attn.q_proj
     calls: list[torch.Size] = []
 
@@ -184,28 +182,257 @@ def test_a_forward_that_somebody_else_replaced_is_kept_and_called(small: Any) ->
         calls.append(x.shape)
         return type(linear).forward(linear, x)  # type: ignore[no-any-return]
 
-    async def main() -> None:
-        async with serving(small) as (_, attached):
-            with attached.batch(None):
-                logits_of(small, prompt(1))
-            ours = linear.forward
-            linear.forward = wrapped
-            with pytest.raises(UsageError, match="replaced after attach"):
-                attached.detach()
-            linear.forward = ours
-
-    linear.forward = wrapped
-    asyncio.run(main())
+    monkeypatch.setattr(linear, "forward", wrapped)
+    async with serving(small) as (_, attached):
+        with attached.batch(None):
+            logits_of(small, prompt(1))
+        ours = linear.forward
+        linear.forward = wrapped
+        with pytest.raises(UsageError, match="replaced after attach"):
+            attached.detach()
+        linear.forward = ours
     assert linear.forward is wrapped
-    del linear.forward
     assert calls == [torch.Size([1, 5, 32])]
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_model_is_not_copied_with_adapters(copied: Callable[[Any], Any], small: Any) -> None:
-    async def main() -> None:
-        async with serving(small):
-            with pytest.raises(UsageError, match="detach first"):
-                copied(small.lm_head.forward)
+# -- rows -----------------------------------------------------------------------------------------
 
-    asyncio.run(main())
+
+async def test_each_row_has_its_own_adapter(small: Any, served: Served) -> None:
+    """A row's logits do not depend on its neighbours' adapters; base rows keep their bits."""
+    attached, first, second = served.attached, served.first, served.second
+    with pytest.raises(UsageError, match=r"attached\.batch"):
+        logits_of(small, prompt(1))
+    with attached.batch(None):  # any number of rows
+        base = [logits_of(small, prompt(count)) for count in (1, 3)][1]
+    with attached.batch([first, first, first]):
+        only_first = logits_of(small, prompt(3))
+        with attached.batch([second, second, second]):
+            only_second = logits_of(small, prompt(3))
+        assert torch.equal(logits_of(small, prompt(3)), only_first)
+    with attached.batch([second, None, first]):
+        mixed = logits_of(small, prompt(3))
+        for grad in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with grad():
+                assert torch.equal(small(**prompt(3)).logits, mixed)
+    assert torch.equal(mixed[1], base[1])
+    torch.testing.assert_close(mixed[0], only_second[0])
+    torch.testing.assert_close(mixed[2], only_first[2])
+    assert (only_first - only_second).abs().max() > 0.01
+    served.attached.detach()
+    assert torch.equal(logits_of(small, prompt(3)), base)
+
+
+async def test_a_mixed_batch_generates_what_its_rows_generate_alone(
+    small: Any, served: Served
+) -> None:
+    """The head gets the last tokens only, which do not lie side by side in memory."""
+
+    def tokens(rows: slice) -> list[list[int]]:
+        inputs = prompt(3)["input_ids"][rows]
+        listed: list[list[int]] = small.generate(inputs, max_new_tokens=6, do_sample=False).tolist()
+        return listed
+
+    batch, alone = [served.first, None, served.second], []
+    for row, handle in enumerate(batch):
+        with served.attached.batch([handle]):
+            alone += tokens(slice(row, row + 1))
+    with served.attached.batch(batch):
+        assert tokens(slice(None)) == alone
+    with served.attached.batch(None):
+        assert tokens(slice(None)) != alone
+
+
+async def test_another_number_of_rows_is_refused(small: Any, served: Served) -> None:
+    """Beams and return sequences are such."""
+    for count in (1, 3):
+        for batch in ([served.second, None], [None, None]):
+            with (
+                served.attached.batch(batch),
+                pytest.raises(UsageError, match=f"{count} rows in a batch of 2"),
+            ):
+                logits_of(small, prompt(count))
+    with served.attached.batch([served.first]):
+        out = small.generate(**prompt(1), max_new_tokens=4, do_sample=False)
+        assert out.shape == (1, 9)
+        for more in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+            with pytest.raises(UsageError, match="2 rows in a batch of 1"):
+                small.generate(**prompt(1), max_new_tokens=4, **more)
+
+
+async def test_what_would_miss_the_adapter_or_round_is_refused(
+    small: Any, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient, autocast, and a module that returns its own input: read where it is written."""
+    with served.attached.batch([served.first]):
+        loss = small(**prompt(1)).logits.sum()
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(UsageError, match="autocast"):
+            logits_of(small, prompt(1))
+    with pytest.raises(UsageError, match="gradient"):
+        loss.backward()
+    small.zero_grad(set_to_none=True)
+    served.attached.detach()
+    name = "model.layers.0.self_attn.q_proj"
+    monkeypatch.setattr(small.get_submodule(name), "forward", lambda x: x)
+    with (
+        attach(small, served.loader) as attached,
+        attached.batch([served.first]),
+        pytest.raises(UsageError, match=f"{name}.* y and x in memory of their own"),
+    ):
+        logits_of(small, prompt(1))
+
+
+# -- handles --------------------------------------------------------------------------------------
+
+
+async def test_only_open_handles_of_this_loader_are_rows(
+    small: Any, adapters: list[Path], served: Served
+) -> None:
+    """One that is refused leaves the others free."""
+    served.attached.detach()
+    async with serving(small) as (loader, attached), await loader.load(adapters[0]) as kept:
+        released = await loader.load(adapters[1])
+        released.release()
+        refused: list[tuple[Any, type[Exception], str]] = [
+            ([None, served.first], UsageError, "row 1: .* is another loader's"),
+            (["adapter"], UsageError, "row 0 is a str"),
+            ([], UsageError, "at least one row"),
+            ([kept, released], HandleClosedError, ""),
+        ]
+        for batch, kind, why in refused:
+            with pytest.raises(kind) as caught, attached.batch(batch):
+                pass
+            assert not why or pytest.raises(match=why).matches(caught.value)
+        attached.detach()  # no batch is open
+        kept.release()
+        await loader.close(timeout=5)
+
+
+async def test_a_handle_released_inside_the_block_keeps_its_adapter_to_its_end(
+    small: Any, adapters: list[Path]
+) -> None:
+    """With one slot: the second adapter gets it when the block ends, and not before."""
+    async with serving(small, max_slots=1) as (loader, attached):
+        handle = await loader.load(adapters[0])
+        with attached.batch([handle]):
+            expected = logits_of(small, prompt(1))
+            handle.release()
+            waiting = asyncio.create_task(loader.load(adapters[1]))
+            await asyncio.wait([waiting], timeout=0.1)
+            assert torch.equal(logits_of(small, prompt(1)), expected)
+            assert not waiting.done()
+        async with asyncio.timeout(10), await waiting as other:
+            with attached.batch([other]):
+                assert not torch.equal(logits_of(small, prompt(1)), expected)
+
+
+async def test_rows_of_an_adapter_that_turns_out_to_be_another_fail_and_the_others_go_on(
+    small: Any, adapters: list[Path]
+) -> None:
+    source, promised = FakeSource(), "not what was promised"
+    for name, folder in zip(("a", "b"), adapters, strict=True):
+        source.put(name, *tiny.files(folder))
+    source.hold_verification("a")
+    async with (
+        serving(small, source=source) as (loader, attached),
+        await loader.load("b") as good,
+    ):
+        false = await loader.load("a")
+        with attached.batch([None, good, false]):
+            before = await asyncio.to_thread(logits_of, small, prompt(3))
+            told_false(source)
+            with pytest.raises(IntegrityError, match=promised):
+                await false.verified()
+            with pytest.raises(IntegrityError, match=promised):
+                await asyncio.to_thread(logits_of, small, prompt(3))
+        with pytest.raises(IntegrityError, match=promised), attached.batch([None, good, false]):
+            await asyncio.to_thread(logits_of, small, prompt(3))
+        with attached.batch([None, good, None]):
+            after = await asyncio.to_thread(logits_of, small, prompt(3))
+        assert torch.equal(after[:2], before[:2])
+        assert not torch.equal(after[2], before[2])
+        false.release()
+        await until(lambda: state(loader, "a") == "nowhere")
+
+
+# -- what the next pass finds ---------------------------------------------------------------------
+
+
+async def test_the_next_batch_of_the_same_rows_has_the_same_plan(
+    small: Any, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, ...]] = []
+    original = Plan.from_segments.__func__  # type: ignore[attr-defined]
+
+    def noted(cls: type[Plan], /, bounds: Any, slots: Any, **more: Any) -> Plan:
+        made.append(tuple(slots))
+        plan: Plan = original(cls, bounds, slots, **more)
+        return plan
+
+    monkeypatch.setattr(Plan, "from_segments", classmethod(noted))
+    async with serving(small, max_slots=1) as (loader, attached):
+        for adapter in (adapters[0], adapters[0], adapters[1], adapters[0]):
+            async with await loader.load(adapter) as handle:
+                for _ in range(2):
+                    with attached.batch([handle, None]):
+                        seen = logits_of(small, prompt(2))
+                    with attached.batch([handle, None], budget=1.0):
+                        assert torch.equal(seen, logits_of(small, prompt(2)))
+        assert made == [(0, -1)] * 3  # the slot has three tenants, one after the other
+        async with await loader.load(adapters[0]) as handle:
+            for rows in [[handle] * count for count in range(1, 7)] + [[handle]]:
+                with attached.batch(rows):
+                    logits_of(small, prompt(len(rows)))
+        assert len(made) == 3 + 7  # the one that was used longest ago has gone
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["a.q_proj", "a.o_proj", "a.v_proj", "b.q_proj", "b.k_proj"], [(0, 2), (3, 4)]),
+        (["m.up_proj", "m.gate_proj"], [(0, 1)]),
+        (["a.q_proj", "a.k_proj wide", "b.up_proj", "head"], []),
+    ],
+)
+def test_modules_below_one_parent_that_get_the_same_input(
+    names: list[str], groups: list[tuple[int, ...]]
+) -> None:
+    modules = [
+        Module(name.split()[0], 16 if "wide" in name else 8, 8, 0, Parallel.REPLICATED)
+        for name in names
+    ]
+    assert groups_of(modules) == {index: group for group in groups for index in group}
+
+
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+async def test_a_batch_shrinks_once_for_each_input(tmp_path: Path) -> None:
+    """Two layers of seven modules: 14 shrinks in a first pass, 8 where it pays to have fewer."""
+    small = llama().bfloat16()
+    adapter = save(llama(), EVERY, tmp_path / "every")
+
+    def counted() -> tuple[int, torch.Tensor]:
+        products = Products()
+        with products:
+            logits = logits_of(small, prompt(2))
+        return products.count["aten.mm.out"] + products.count["aten.mm.default"], logits
+
+    async with (
+        serving(small, dtype="bfloat16") as (loader, attached),
+        await loader.load(adapter) as handle,
+    ):
+        with attached.batch([handle, handle]):
+            (first, logits), _, (third, again) = counted(), counted(), counted()
+        with attached.batch([None, None]):
+            _, base = counted()
+    assert first - third == 6
+    torch.testing.assert_close(again, logits)
+    assert (again - base).abs().max() > 10 * (again - logits).abs().max()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from threading import Event, get_ident
 from types import SimpleNamespace
 from typing import Any
@@ -23,174 +24,172 @@ from telling import TellingLock
 
 
 class Meeting:
-    """A first thread halts at `halt`, until a second one is through, or waits for a lock of ours."""
+    """A first thread halts at one of its steps, until a second one is through, or waits for a lock."""
 
-    def __init__(self) -> None:
-        self.go_on = Event()
-        self._came = Event()
+    def __init__(self, at: int) -> None:
+        self.halted = False
+        self._came, self._go_on, self._left = Event(), Event(), at
         self._first: int | None = None
 
     def lock(self) -> TellingLock:
-        return TellingLock(self.go_on)
+        return TellingLock(self._go_on)
 
-    def halt(self) -> None:
-        if get_ident() == self._first and not self._came.is_set():
-            self._came.set()
-            self.go_on.wait(20)
+    def step(self) -> None:
+        if get_ident() == self._first and not self.halted:
+            self._left -= 1
+            if self._left < 0:
+                self.halted = True
+                self._came.set()
+                self._go_on.wait(20)
 
     def of(self, first: Callable[[], object], second: Callable[[], object]) -> list[Future[object]]:
         def begin() -> object:
             self._first = get_ident()
-            return first()
+            try:
+                return first()
+            finally:
+                self._first = None  # the second one may run in this thread
+                self._came.set()
 
         with ThreadPoolExecutor(2) as threads:
             one = threads.submit(begin)
             assert self._came.wait(20)
             other = threads.submit(second)
-            other.add_done_callback(lambda _: self.go_on.set())
+            other.add_done_callback(lambda _: self._go_on.set())
         return [one, other]
 
 
-@pytest.fixture
-def meeting(monkeypatch: pytest.MonkeyPatch) -> Meeting:
-    """Of threads in locks of the engines."""
-    meeting = Meeting()
-    for module in (batch_module, last_plans, layer_gate):
-        monkeypatch.setattr(module, "Lock", meeting.lock)
-    return meeting
-
-
-# -- plans -----------------------------------------------------------------------------------------
-
-
-def test_two_threads_make_one_plan(meeting: Meeting) -> None:
-    plans, made = LastPlans[object](), list[object]()
-
-    def make() -> object:
-        made.append(object())
-        plan = made[-1]
-        meeting.halt()
-        return plan
-
-    get = partial(plans.get, "a", make)
-    one, other = meeting.of(get, get)
-    assert one.result() is other.result()
-    assert len(made) == 1
-
-
-def test_a_plan_that_was_being_made_is_forgotten(meeting: Meeting) -> None:
-    plans = LastPlans[object]()
-
-    def make() -> object:
-        meeting.halt()
-        return object()
-
-    one, _ = meeting.of(partial(plans.get, "a", make), plans.forget)
-    assert plans.get("a", object) is not one.result()
-
-
-# -- the gate --------------------------------------------------------------------------------------
-
-
-def test_two_threads_that_leave_somebody_out_leave_both_out(meeting: Meeting) -> None:
-    class Handle:
-        """A slot's, which the first thread looks at for a while."""
-
-        resident = is_verified = True
-
-        def __init__(self, slot: int) -> None:
-            self._slot = SlotId(slot, 1)
-
-        @property
-        def slot(self) -> SlotId:
-            if self._slot.index == 1:
-                meeting.halt()
-            return self._slot
-
-    first, second = handles = [Handle(0), Handle(1)]
-    rows: Any = handles
-    loop: Any = None
-    gate, error = LayerGate(rows, loop, 1.0), FetchError("as told")
-    leave_out: Any = gate.leave_out
-    for done in meeting.of(partial(leave_out, first, error), partial(leave_out, second, error)):
-        assert done.result() is None
-    assert gate.slots_out == {0, 1}
-
-
-# -- a batch ---------------------------------------------------------------------------------------
-
-
-class Halting(Batch):
-    """Whoever has looked at one of its fields is slow to go on."""
-
-    slow_at = ""
-    halt: Callable[[], None] = staticmethod(lambda: None)
-
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if name == super().__getattribute__("slow_at"):
-            super().__getattribute__("halt")()
-        return found
+Meet = Callable[[int], Meeting]
 
 
 @pytest.fixture
-def held(meeting: Meeting) -> Iterator[tuple[Halting, list[str]]]:
-    """A batch that has begun, and what became of its adapters."""
+def meet(monkeypatch: pytest.MonkeyPatch) -> Meet:
+    """Of threads in locks of the engines; the first halts at the step of that number."""
+
+    def make(at: int) -> Meeting:
+        meeting = Meeting(at)
+        for module in (batch_module, last_plans, layer_gate):
+            monkeypatch.setattr(module, "Lock", meeting.lock)
+        return meeting
+
+    return make
+
+
+def at_each_step(meet: Meet, scenario: Callable[[Meeting], None]) -> None:
+    for at in count():
+        meeting = meet(at)
+        scenario(meeting)
+        if not meeting.halted:
+            assert at > 3
+            return
+
+
+# -- plans and the gate ---------------------------------------------------------------------------
+
+
+def test_two_threads_make_one_plan_and_one_that_is_being_made_is_forgotten(meet: Meet) -> None:
+    for forgets in (False, True):
+        meeting, made = meet(0), list[object]()
+        plans = LastPlans[object]()
+
+        def make(meeting: Meeting = meeting, made: list[object] = made) -> object:
+            made.append(object())
+            plan = made[-1]
+            meeting.step()
+            return plan
+
+        get = partial(plans.get, "a", make)
+        one, other = meeting.of(get, plans.forget if forgets else get)
+        assert len(made) == 1
+        assert (plans.get("a", object) is one.result()) != forgets
+        assert forgets or one.result() is other.result()
+
+
+class Handle:
+    """As much of a handle as a gate and a batch ask for. Its slot is looked at for a while."""
+
+    resident = is_verified = True
+    vectors = None
+
+    def __init__(self, slot: int, look: Callable[[], None], seen: list[str]) -> None:
+        self._slot, self._look, self._seen = SlotId(slot, 1), look, seen
+
+    @property
+    def slot(self) -> SlotId:
+        self._look()
+        return self._slot
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        yield
+        self._seen.append("free")
+
+
+def test_two_threads_that_leave_somebody_out_leave_both_out(meet: Meet) -> None:
+    def scenario(meeting: Meeting) -> None:
+        rows: list[Any] = [Handle(slot, meeting.step, []) for slot in range(2)]
+        loop: Any = None
+        gate, error = LayerGate(rows, loop, 1.0), FetchError("as told")
+        for done in meeting.of(*[partial(gate.leave_out, row, error) for row in rows]):
+            assert done.result() is None
+        assert gate.slots_out == {0, 1}
+
+    for at in range(3):
+        scenario(meet(at))
+
+
+# -- a batch --------------------------------------------------------------------------------------
+
+
+def begun(meeting: Meeting) -> tuple[Batch, list[str]]:
+    """A batch of which every look at a field is a step; and what became of its adapter."""
+
+    class Halting(Batch):
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            meeting.step()
+            return found
+
     place: Any = SimpleNamespace(loop=None, device=None, tables=None, factors=None)
-    batch, seen = Halting(None, place), list[str]()
-    batch.halt = meeting.halt
-    batch._uses.callback(seen.append, "free")
-    yield batch, seen
-    assert seen[-1:] == ["free"]
+    place.tracer, seen = SimpleNamespace(on=None), list[str]()
+    rows: list[Any] = [Handle(0, meeting.step, seen)]
+    batch = Halting(rows, place)
+    batch.begin()
+    return batch, seen
 
 
-@contextmanager
-def slow(batch: Halting, at: str) -> Iterator[None]:
-    batch.slow_at = at
-    yield
-    batch.slow_at = ""
-
-
-def test_a_layer_that_begins_while_the_block_ends_keeps_its_adapters(
-    meeting: Meeting, held: tuple[Halting, list[str]]
+@pytest.mark.parametrize("layer_first", [True, False])
+def test_a_layer_that_begins_while_the_block_ends_keeps_its_adapters_or_is_refused(
+    meet: Meet, layer_first: bool
 ) -> None:
-    batch, seen = held
+    def scenario(meeting: Meeting) -> None:
+        batch, seen = begun(meeting)
 
-    def layer() -> None:
-        with batch.computing():
-            seen.append("computed")
+        def layer() -> None:
+            with batch.computing():
+                seen.append("computed")
 
-    with slow(batch, "_ended"):
-        computed, ended = meeting.of(layer, batch.end)
-    assert computed.exception() is ended.exception() is None
-    assert seen == ["computed", "free"]
+        calls = [layer, batch.end] if layer_first else [batch.end, layer]
+        done = meeting.of(*calls)
+        computed, ended = done if layer_first else done[::-1]
+        assert ended.exception() is None
+        refused = computed.exception()
+        assert refused is None or isinstance(refused, UsageError)
+        assert seen == (["free"] if refused else ["computed", "free"])
 
-
-def test_no_layer_begins_while_adapters_are_let_go(
-    meeting: Meeting, held: tuple[Halting, list[str]]
-) -> None:
-    batch, seen = held
-
-    def layer() -> None:
-        with batch.computing():
-            seen.append("computed")
-
-    with slow(batch, "_uses"):
-        ended, computed = meeting.of(batch.end, layer)
-    assert ended.exception() is None
-    assert isinstance(computed.exception(), UsageError)
-    assert seen == ["free"]
+    at_each_step(meet, scenario)
 
 
-def test_two_layers_that_end_at_once_are_both_over(
-    meeting: Meeting, held: tuple[Halting, list[str]]
-) -> None:
+def test_two_layers_that_end_at_once_are_both_over(meet: Meet) -> None:
     """And the block with them."""
-    batch, seen = held
-    layers = [batch.computing() for _ in range(2)]
-    for layer in layers:
-        layer.__enter__()
-    batch.end()
-    with slow(batch, "_running"):
+
+    def scenario(meeting: Meeting) -> None:
+        batch, seen = begun(meeting)
+        layers = [batch.computing() for _ in range(2)]
+        for layer in layers:
+            layer.__enter__()
+        batch.end()
         meeting.of(*[partial(layer.__exit__, None, None, None) for layer in layers])
-    assert seen == ["free"]
+        assert seen == ["free"]
+
+    at_each_step(meet, scenario)

@@ -1,258 +1,370 @@
-"""Biases, magnitudes and embeddings on the real base: in mixed batches, devices and generation.
+"""Biases, magnitudes and embeddings on tiny models of several makes, as PEFT's active model has them.
 
-PEFT's active model is the oracle: merging is none where the head is tied to the embedding. That one
-adapter in a batch gives PEFT's bits is in test_peft_equality.py; here products have other shapes on
-the two sides, or ranks are padded, and BLAS may sum in another order.
+What is applied, how long it is kept, in shards, and what is refused. On the real base, in mixed
+batches and generation: test_peft_equality.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AsyncExitStack
-from functools import partial
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from engines.test_peft_equality import answer, left_padded
+import tiny
 from engines.variants import (
-    ATTENTION,
-    EVERY,
     FEATURE_WARNINGS,
-    PEFT_WARNING,
-    VARIANTS,
-    Variant,
     active,
-    build,
+    llama,
     logits_of,
+    logits_with,
+    pefts,
+    prompt,
+    save,
     serving,
+    wrapped,
 )
-from late_device.world import loaded
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, layouts
-from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.testing import SimulatedDevice
+from late_device.world import LATE, bytes_now, loaded, new_stream
+from lorax_async import (
+    AdapterFormatError,
+    AdapterHandle,
+    AdapterLoader,
+    LoaderConfig,
+    UnsupportedAdapterError,
+    UsageError,
+    layouts,
+)
+from lorax_async.config import Shard
+from lorax_async.core.layout import Module, Parallel
+from lorax_async.engines.features import Adapted, Factors
+from lorax_async.engines.transformers import Attached, attach
+from lorax_async.testing import FakeSource
 
-pytestmark = [
-    pytest.mark.filterwarnings(PEFT_WARNING),
-    pytest.mark.filterwarnings(FEATURE_WARNINGS),
-    pytest.mark.slow,
-]
+pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]
 
-MORE = {
-    "padded_dora": Variant({**EVERY, "r": 3, "use_dora": True}),
-    "padded_bias": Variant({**ATTENTION, "r": 3, "lora_bias": True}),
-    "tied": Variant({"r": 4, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
-}
-
-
-@pytest.fixture(scope="module")
-def folder(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a variant, written when it is first asked for."""
-    root = tmp_path_factory.mktemp("features")
-
-    def of(name: str) -> Path:
-        made = root / name
-        return made if made.exists() else build(theirs, (VARIANTS | MORE)[name], made)
-
-    return of
+WEIGHTS = "adapter_model.safetensors"
+DORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True}
+PLAIN = {**DORA, "use_dora": False}
+BIAS = {**PLAIN, "lora_bias": True}
+TOKENS = {"r": 4, "target_modules": ["embed_tokens"]}
+CONV = {"r": 4, "target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
 
 
-def near(logits: torch.Tensor, expected: torch.Tensor) -> None:
-    # Of about 30; kernels round otherwise for other shapes, on some processors by 0.002. Another
-    # adapter would be off by more than 1.
-    torch.testing.assert_close(logits, expected, atol=4e-3, rtol=1e-4)
+@asynccontextmanager
+async def served(model: Any, adapter: Path) -> AsyncIterator[tuple[Attached, AdapterHandle]]:
+    async with serving(model) as (loader, attached), await loader.load(adapter) as handle:
+        yield attached, handle
 
 
-def test_a_mixed_batch_gives_each_row_what_it_gets_alone(
-    model: Any, theirs: Any, folder: Callable[[str], Path]
-) -> None:
-    """Rows of one adapter apart and side by side. PEFT itself mixes no DoRA."""
-    names = [
-        "dora",
-        "",
-        "lora_bias",
-        "plain",
-        "embedding_and_all",
-        "dora_embedding",
-        "dora",
-        "dora",
-    ]
-    inputs = left_padded(len(names))
-    base = logits_of(theirs, inputs)
-    ours = [folder(name) if name else None for name in names]
-    mixed = asyncio.run(answer(model, ours, partial(logits_of, model, inputs)))
-    for name in dict.fromkeys(names):
-        rows = [row for row, other in enumerate(names) if other == name]
-        if not name:
-            assert torch.equal(mixed[rows], base[rows])
-            continue
-        with active(theirs, only=folder(name)):
-            expected = logits_of(theirs, inputs)
-        assert (expected - base).abs().max() > 1
-        near(mixed[rows], expected[rows])
-        solo = {key: value[rows] for key, value in inputs.items()}
-        alone = asyncio.run(
-            answer(model, [folder(name)] * len(rows), partial(logits_of, model, solo))
-        )
-        near(mixed[rows], alone)
+# -- other makes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dora", "lora_bias", "embedding_and_all", "dora_embedding"])
-def test_generation_is_pefts(
-    name: str, model: Any, theirs: Any, folder: Callable[[str], Path]
-) -> None:
-    """Of a prefill and single tokens, each its own plan; and once more with a base's row beside."""
-    inputs = left_padded(2)
-
-    def tokens(of: Any) -> list[list[int]]:
-        out: torch.Tensor = of.generate(**inputs, max_new_tokens=6, do_sample=False)
-        listed: list[list[int]] = out.tolist()
-        return listed
-
-    base = tokens(theirs)
-    with active(theirs, only=folder(name)) as peft_model:
-        expected = tokens(peft_model)
-    assert expected[0] != base[0]
-    assert asyncio.run(answer(model, [folder(name)] * 2, partial(tokens, model))) == expected
-    mixed = asyncio.run(answer(model, [folder(name), None], partial(tokens, model)))
-    assert mixed == [expected[0], base[1]]
+def gpt2() -> Any:
+    """Its weights are `[in, out]`, its linear modules have biases."""
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    model: Any = transformers.GPT2LMHeadModel(config)
+    model.eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(0, 0.3)
+    return model
 
 
-@pytest.mark.parametrize("name", ["padded_dora", "padded_bias", "embedding_and_all"])
-def test_padded_ranks_give_pefts_logits(
-    name: str, model: Any, theirs: Any, folder: Callable[[str], Path]
-) -> None:
-    """On a device that pads ranks of 3 to 8, and copies late."""
-    inputs = left_padded(2)
-    with active(theirs, only=folder(name)):
-        expected = logits_of(theirs, inputs)
-    asyncio.run(compare_on_simulated(model, folder(name), inputs, expected))
+def gemma() -> Any:
+    """Its embedding multiplies what it looks up by √32."""
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(2)
+    config = transformers.Gemma3TextConfig(**sizes, **heads, num_hidden_layers=2)
+    model: Any = transformers.Gemma3ForCausalLM(config)
+    return model.eval()
 
 
-async def compare_on_simulated(
-    model: Any, adapter: Path, inputs: dict[str, torch.Tensor], expected: torch.Tensor
-) -> None:
-    async with serving(model, device="simulated") as (loader, attached):
-        assert isinstance(loader.device, SimulatedDevice)
-        loader.device.delay = 0.002
-        async with loader.stream(adapter) as handle:
-            with attached.batch([handle, None]):
-                logits = await asyncio.to_thread(logits_of, model, inputs)
-        near(logits[:1], expected[:1])
-        assert torch.equal(logits[1:], logits_of_base(model, attached, inputs)[1:])
-
-
-def logits_of_base(model: Any, attached: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with attached.batch(None):
-        return logits_of(model, inputs)
-
-
-def test_a_tied_adapter_is_two(model: Any, theirs: Any, folder: Callable[[str], Path]) -> None:
-    """PEFT writes lm_head's A and B beside the embedding's, and shares their memory when it loads."""
-    inputs = left_padded(2)
-    names = load_file(folder("tied") / "adapter_model.safetensors")
-    assert {name.rpartition(".lora")[0].rpartition(".")[2] for name in names} == {
-        "embed_tokens",
-        "lm_head",
-    }
-    with active(theirs, only=folder("tied")):
-        expected = logits_of(theirs, inputs)
-    near(
-        asyncio.run(answer(model, [folder("tied")] * 2, partial(logits_of, model, inputs))),
-        expected,
-    )
-
-
-# -- handles -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def late() -> Any:
-    """The code of `CudaDevice` on host memory that is written late."""
-    yield from loaded()
-
-
-@pytest.mark.parametrize("kind", ["cpu", "simulated", "late"])
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("padded_dora", "bfloat16"), ("padded_bias", "float32")]
+    ("make", "lora"),
+    [
+        (gpt2, CONV),
+        (gpt2, {**CONV, "use_dora": True}),
+        (gpt2, {**CONV, "lora_bias": True}),
+        (gpt2, {"r": 4, "target_modules": ["wte"]}),
+        (gpt2, {"r": 4, "target_modules": ["wte"], "use_dora": True}),
+        (gemma, TOKENS),
+        (gemma, {**TOKENS, "use_dora": True}),
+        (llama, {**DORA, "target_modules": "all-linear", "use_rslora": True}),
+    ],
 )
-def test_a_handles_vectors_are_the_files(
-    kind: str,
-    name: str,
-    dtype: str,
-    model: Any,
-    folder: Callable[[str], Path],
-    request: pytest.FixtureRequest,
+def test_logits_are_pefts(make: Callable[[], Any], lora: dict[str, Any], tmp_path: Path) -> None:
+    model = make()
+    adapter = save(model, lora, tmp_path / "adapter")
+    inputs = prompt(2) | {"attention_mask": torch.tensor([[1] * 5, [0, 1, 1, 1, 1]])}
+    expected = pefts(model, adapter, inputs)
+    assert (expected - logits_of(model, inputs)).abs().max() > 1e-3
+    assert torch.equal(asyncio.run(logits_with(model, adapter, inputs)), expected)
+
+
+async def test_positions_of_one_row_are_pefts_and_of_more_are_refused(tmp_path: Path) -> None:
+    """GPT-2 looks the positions up once for all rows: nobody can say whose they are."""
+    model = gpt2()
+    adapter = save(model, {"r": 4, "target_modules": ["wpe"]}, tmp_path / "adapter")
+    other = save(model, {"r": 4, "target_modules": ["wte"]}, tmp_path / "other")
+    expected = pefts(model, adapter, prompt(1))
+    assert torch.equal(await logits_with(model, adapter, prompt(1)), expected)
+    with pytest.raises(UsageError, match=r"'transformer.wpe' got .*\[1, 5\].* batch of 2 cannot"):
+        await logits_with(model, adapter, prompt(2))
+    assert (await logits_with(model, other, prompt(2))).shape == (2, 5, 64)
+    async with served(model, other) as (attached, handle):
+        with attached.batch([handle]), pytest.raises(UsageError, match=r"\[rows, tokens\] only"):
+            logits_of(model, prompt(2))
+
+
+@pytest.mark.parametrize("lora", [DORA, BIAS, TOKENS])
+async def test_bf16_is_as_near_to_float32_as_pefts_and_autocast_is_refused(
+    lora: dict[str, Any], tmp_path: Path, small: Any
 ) -> None:
-    """Bit for bit, whatever A and B are stored as; on a device of its own while they still come."""
-    if kind == "late":
-        request.getfixturevalue("late")
-    asyncio.run(compare_vectors(kind, model, folder(name), dtype))
-
-
-async def compare_vectors(kind: str, model: Any, adapter: Path, dtype: str) -> None:
-    layout = layouts.from_module(model)
-    settings: dict[str, Any] = {"dtype": dtype, "device_bytes": 1 << 26, "timeout": 60.0}
-    device = None
-    if kind == "late":
-        stored = {"bfloat16": "BF16", "float32": "F32"}[dtype]
-        device = CudaDevice(layout, dtype=stored, nbytes=1 << 26, slots=4, device="late")
-    else:
-        settings["device"] = kind
-    async with AsyncExitStack() as held:
-        loader = AdapterLoader(layout, LoaderConfig(**settings), device=device)
-        await held.enter_async_context(loader)
-        handle = await held.enter_async_context(loader.stream(adapter))
-        for layer in handle.layers:
-            await handle.layer_ready(layer)
-            compare_layer(handle, layout, layer, adapter)
-        assert handle.vectors is not None
-
-
-def compare_layer(handle: AdapterHandle, layout: Any, layer: int, adapter: Path) -> None:
-    saved = load_file(adapter / "adapter_model.safetensors")
-    for name in [
-        m.name for m in layout.modules if m.layer == layer and m.name in set(handle.modules)
-    ]:
-        weights = handle.modules[name]
-        path = f"base_model.model.{name}"
-        for vector, end in (
-            (weights.bias, "lora_B.bias"),
-            (weights.magnitude, "lora_magnitude_vector"),
+    """PEFT keeps A and B in float32 there, which are rounded here; magnitudes are not."""
+    adapter = save(llama(), lora, tmp_path / "adapter")
+    exact = pefts(llama(), adapter, prompt(2))
+    theirs = pefts(llama().bfloat16(), adapter, prompt(2))
+    ours = await logits_with(llama().bfloat16(), adapter, prompt(2))
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).norm() < 1.5 * (theirs.float() - exact).norm()
+    async with served(small, adapter) as (attached, handle):
+        with (
+            attached.batch([handle]),
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(UsageError, match="autocast"),
         ):
-            expected = saved.get(f"{path}.{end}")
-            assert (vector is None) == (expected is None)
-            if vector is not None and expected is not None:
-                assert torch.equal(vector.cpu(), expected)
-        assert torch.equal(weights.a.cpu(), saved[f"{path}.lora_A.weight"].to(weights.a.dtype))
+            logits_of(small, prompt(1))
 
 
-@pytest.mark.parametrize("name", ["plain", "embedding_and_all"])
-def test_a_handle_without_vectors_says_so(
-    name: str, model: Any, folder: Callable[[str], Path]
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+async def test_what_was_measured_in_one_grad_mode_serves_in_the_others(
+    grad: Callable[[], Any], small: Any, tmp_path: Path
 ) -> None:
-    async def main() -> None:
-        async with serving(model) as (loader, _), await loader.load(folder(name)) as handle:
-            assert handle.vectors is None
-            assert {(w.bias, w.magnitude) for w in handle.modules.values()} == {(None, None)}
+    adapter = save(llama(), {**DORA, "target_modules": ["embed_tokens", "q_proj"]}, tmp_path / "x")
+    async with served(small, adapter) as (attached, handle):
+        with attached.batch([handle, None]):
+            with grad():
+                first = small(**prompt(2)).logits.detach().clone()
+            assert torch.equal(logits_of(small, prompt(2)), first)
+            with torch.enable_grad():
+                loss = small(**prompt(2)).logits.sum()
+        with pytest.raises(UsageError, match="gradient"):
+            loss.backward()
+    small.zero_grad(set_to_none=True)
 
-    asyncio.run(main())
+
+# -- a stay in a slot -----------------------------------------------------------------------------
 
 
-def test_an_embedding_is_as_in_the_file(model: Any, folder: Callable[[str], Path]) -> None:
-    saved = load_file(folder("embedding") / "adapter_model.safetensors")
+async def test_rows_are_measured_once_in_a_stay(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two adapters take turns in one slot: neither gets what was measured for the other."""
+    first = save(llama(), DORA, tmp_path / "first")
+    second = save(llama(), {**DORA, "r": 6}, tmp_path / "second")
+    expected = [pefts(llama(), adapter, prompt(2)) for adapter in (first, second)]
+    measured, norm = Counter[int](), torch.linalg.norm
 
-    async def main() -> None:
-        async with serving(model) as (loader, _), await loader.load(folder("embedding")) as handle:
-            assert (list(handle.modules), handle.layers) == (["model.embed_tokens"], (-1,))
-            weights = handle.modules["model.embed_tokens"]
-            path = "base_model.model.model.embed_tokens.lora_embedding"
-            assert weights.a.shape == (4, 49152)
-            assert torch.equal(weights.a, saved[f"{path}_A"])
-            assert torch.equal(weights.b, saved[f"{path}_B"])
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        measured[turn] += 1
+        return norm(*args, **kwargs)
 
-    asyncio.run(main())
+    monkeypatch.setattr(torch.linalg, "norm", noted)
+    async with serving(small, max_slots=1) as (loader, attached):
+        for turn in range(4):
+            async with await loader.load((first, second)[turn % 2]) as handle:
+                for _ in range(3):
+                    with attached.batch([handle, handle]):
+                        logits = await asyncio.to_thread(logits_of, small, prompt(2))
+                    assert torch.equal(logits, expected[turn % 2])
+        handle = await loader.load(first)
+        with attached.batch([handle, handle]):
+            handle.release()  # which inside of a block takes no vectors away
+            assert torch.equal(logits_of(small, prompt(2)), expected[0])
+    assert measured == {0: 4, 1: 4, 2: 4, 3: 8}  # q and down of two layers
+
+
+def test_factors_are_there_when_they_are_known_and_forgotten_with_their_stay() -> None:
+    """Whatever stream the next pass computes on."""
+
+    class Stay:
+        """In place of a stay's vectors, by which factors are known."""
+
+    for _ in loaded():
+        module = Module("layers.0.q", 4, 6, 0, Parallel.COLUMN)
+        a, b = torch.zeros(2, 4, device=LATE), torch.zeros(6, 2, device=LATE)
+        base = nn.Linear(4, 6).to(LATE)
+        nn.init.ones_(base.weight)
+        magnitude = torch.full((6,), 4.0, device=LATE)
+        factors, adapted, stay = Factors(), Adapted(base, module, 0), Stay()
+        known: Any = stay
+        with new_stream():
+            first = factors.of(known, magnitude, (a, b, 1.0), adapted)
+            assert bytes_now(first) == set(torch.tensor([2.0]).view(torch.uint8).tolist())
+        assert factors.of(known, magnitude, (a, b, 1.0), adapted) is first
+        factors.forget()
+        assert factors.of(known, magnitude, (a, b, 1.0), adapted) is not first
+
+
+@pytest.mark.parametrize("lora", [DORA, {**TOKENS, "use_dora": True}], ids=["linear", "embedding"])
+async def test_layers_are_waited_for(small: Any, tmp_path: Path, lora: dict[str, Any]) -> None:
+    adapter = save(llama(), lora, tmp_path / "adapter")
+    expected, source = pefts(llama(), adapter, prompt(1)), FakeSource()
+    source.put("streamed", *tiny.files(adapter))
+    source.hold("streamed")
+    async with (
+        serving(small, source=source) as (loader, attached),
+        loader.stream("streamed") as handle,
+    ):
+        with attached.batch([handle]):
+            if lora is not DORA:
+                with pytest.raises(UsageError, match="to_thread"):
+                    logits_of(small, prompt(1))
+            forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+            await asyncio.wait([forward], timeout=0.1)
+            assert not forward.done()
+            source.allow("streamed")
+            assert torch.equal(await forward, expected)
+
+
+# -- shards ---------------------------------------------------------------------------------------
+
+WORLD = 2
+UP = "model.layers.1.mlp.up_proj"
+
+
+def share(rank: int) -> Any:
+    """A rank's part of `llama`, cut as Megatron-LM cuts; the head is whole."""
+    model = llama()
+    for name, linear in model.named_modules():
+        if not isinstance(linear, nn.Linear) or name == "lm_head":
+            continue
+        by_columns = name.endswith(("o_proj", "down_proj"))
+        piece = linear.weight.detach().chunk(WORLD, int(by_columns))[rank]
+        linear.weight = nn.Parameter(piece.clone())
+        linear.out_features, linear.in_features = piece.shape
+    return model
+
+
+async def output(rank: int, adapter: Path, x: torch.Tensor) -> torch.Tensor:
+    """What a rank's module makes of its input, for one row with the adapter."""
+    layout = layouts.from_module(llama()).replicate("lm_head")
+    config = LoaderConfig(device_bytes=1 << 20, shard=Shard(rank, WORLD))
+    model = share(rank)
+    async with AdapterLoader(layout, config) as loader:
+        with attach(model, loader) as attached:
+            async with await loader.load(adapter) as handle:
+                with attached.batch([handle]), torch.no_grad():
+                    made: torch.Tensor = model.get_submodule(UP)(x)
+    return made
+
+
+@pytest.mark.parametrize("feature", [{"use_dora": True}, {"lora_bias": True}])
+async def test_a_rank_has_the_features_of_its_rows_and_refuses_those_for_after_the_sum(
+    feature: dict[str, Any], tmp_path: Path
+) -> None:
+    """Column-parallel: together the ranks' outputs are PEFT's.
+
+    Row-parallel: each rank would add the bias, and measure its part of the rows only.
+    """
+    lora = {"r": 4, "target_modules": ["up_proj", "k_proj"], **feature}
+    adapter = save(llama(), lora, tmp_path / "adapter")
+    x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    with active(llama(), only=adapter) as theirs, torch.no_grad():
+        expected = theirs.base_model.model.get_submodule(UP)(x)
+    made = [await output(rank, adapter, x) for rank in range(WORLD)]
+    torch.testing.assert_close(torch.cat(made, -1), expected)
+    row = save(llama(), {**lora, "target_modules": ["up_proj", "down_proj"]}, tmp_path / "row")
+    with pytest.raises(UsageError, match=r"'model.layers.0.mlp.down_proj', of which Shard\(rank=1"):
+        await output(1, row, x)
+
+
+# -- refused --------------------------------------------------------------------------------------
+
+
+class Packed(nn.Linear):
+    """As a quantised linear: its weight is packed in integers."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.scale = plain.weight.detach().abs().max() / 127
+        packed = (plain.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+class Told(torch.Tensor):
+    """As torchao's: it says that it is floating-point."""
+
+
+def told(linear: nn.Linear) -> nn.Module:
+    weight = linear.weight.detach().as_subclass(Told)
+    del linear.weight
+    linear.weight = weight  # type: ignore[assignment]
+    return linear
+
+
+@pytest.mark.parametrize("pack", [Packed, told])
+async def test_dora_on_packed_weights_is_refused_and_lora_is_not(
+    pack: Callable[[nn.Linear], nn.Module], tmp_path: Path
+) -> None:
+    model = llama()
+    dora, plain = save(model, DORA, tmp_path / "dora"), save(model, PLAIN, tmp_path / "plain")
+    model.model.layers[1].mlp.down_proj = pack(model.model.layers[1].mlp.down_proj)
+    assert (await logits_with(model, plain, prompt(1))).isfinite().all()
+    with pytest.raises(UsageError, match=r"'model.layers.1.mlp.down_proj' is a .*plain weights"):
+        await logits_with(model, dora, prompt(1))
+
+
+MAGNITUDE = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("nan", "'model.layers.1.mlp.down_proj' has NaN or infinite"),
+        ("gone", "use_dora is set, and module 'model.layers.1.mlp.down_proj' has no magn"),
+        ("cut", "bytes"),
+    ],
+)
+async def test_what_a_load_refuses(
+    device: str, how: str, text: str, small: Any, tmp_path: Path
+) -> None:
+    """A magnitude that is no number, one that is not there, and a file that ends within one."""
+    adapter = save(llama(), DORA, tmp_path / "adapter")
+    made, file = load_file(adapter / WEIGHTS), adapter / WEIGHTS
+    made[MAGNITUDE][3] = torch.nan
+    if how == "gone":
+        del made[MAGNITUDE]
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-40])
+    else:
+        save_file(made, file)
+    async with serving(small, device=device, check_finite=True) as (loader, _):
+        with pytest.raises(AdapterFormatError, match=text):
+            await loader.load(adapter)
+
+
+async def test_a_file_with_the_bases_embedding_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """What PEFT writes unless it is told not to."""
+    model = llama()
+    with wrapped(model, TOKENS) as peft, pytest.warns(UserWarning, match="save_embedding_layers"):
+        peft.save_pretrained(tmp_path)
+    remedy = r"embed_tokens.base_layer.weight.*save_embedding_layers=False"
+    with pytest.raises(UnsupportedAdapterError, match=remedy):
+        await logits_with(model, tmp_path, prompt(1))

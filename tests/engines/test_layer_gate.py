@@ -12,15 +12,54 @@ import pytest
 import torch
 
 from common import until
-from engines.gate_inputs import adapters, expected, forward, source
-from engines.variants import PEFT_WARNING, logits_of, prompt, serving, streaming
-from lorax_async import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
+from engines.conftest import Served
+from engines.gate_inputs import adapters, source
+from engines.variants import logits_of, prompt, serving, streaming
+from lorax_async import (
+    AdapterHandle,
+    AdapterTimeoutError,
+    FetchError,
+    HandleClosedError,
+    UsageError,
+)
+from lorax_async.io.transfer import Transfer
 from lorax_async.testing import FakeSource
 from lorax_kernels import dense
 
 __all__ = ["adapters", "source"]
 
-pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING)]
+Rows = list[AdapterHandle | None]
+
+
+async def logits_with_all(small: Any, adapters: list[Path], **settings: Any) -> torch.Tensor:
+    """Of the rows [warm, cold, None] with everything there."""
+    async with (
+        serving(small, **settings) as (loader, attached),
+        await loader.load(adapters[1]) as warm,
+        await loader.load(adapters[0]) as cold,
+    ):
+        with attached.batch([warm, cold, None]):
+            return logits_of(small, prompt(3))
+
+
+def forward(small: Any, rows: int = 3) -> asyncio.Task[torch.Tensor]:
+    return asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(rows)))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a pass waits for a layer."""
+    event, real = threading.Event(), AdapterHandle.wait_layer
+
+    def wait_layer(*args: Any, **kwargs: Any) -> None:
+        event.set()
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(AdapterHandle, "wait_layer", wait_layer)
+    return event
+
+
+# -- beside others --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -28,7 +67,7 @@ async def test_a_spent_budget_takes_out_the_rows_that_wait(
     small: Any, adapters: list[Path], source: FakeSource, dtype: str
 ) -> None:
     small = copy.deepcopy(small).to(getattr(torch, dtype))
-    whole = await expected(small, adapters, dtype=dtype)
+    whole = await logits_with_all(small, adapters, dtype=dtype)
     async with streaming(small, source, dtype=dtype) as (attached, warm, cold):
         source.allow("cold", 0)
         await cold.layer_ready(0)
@@ -55,11 +94,8 @@ async def test_where_rows_may_be_out_no_product_is_of_several_adapters(
     small: Any, source: FakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On real shapes, rows' last bits would depend on who is out."""
-    small, made, original = (
-        copy.deepcopy(small).bfloat16(),
-        list[torch.Tensor](),
-        dense.Dense.expand,
-    )
+    small, original = copy.deepcopy(small).bfloat16(), dense.Dense.expand
+    made: list[torch.Tensor] = []
 
     def expand(self: dense.Dense, y: torch.Tensor) -> None:
         made.append(y)
@@ -67,130 +103,97 @@ async def test_where_rows_may_be_out_no_product_is_of_several_adapters(
 
     monkeypatch.setattr(dense.Dense, "expand", expand)
     async with streaming(small, source, dtype="bfloat16") as (attached, warm, cold):
-
-        async def pass_twice(budget: float | None) -> int:
-            """With how many products of several."""
+        products = []
+        for budget in (60.0, 60.0, None):
             made.clear()
             with attached.batch([warm, cold, None], budget):
                 source.allow("cold")
                 for _ in range(2):  # the kernels know the batch from then on
                     await forward(small)
-            return len(made)
-
-        assert await pass_twice(60.0) == 0
-        assert min([await pass_twice(budget) for budget in (60.0, None)]) > 0  # all is there
+            products.append(len(made))
+    assert products[0] == 0
+    assert min(products[1:]) > 0  # all is there
 
 
 async def test_a_layer_within_the_budget_is_waited_for(
-    small: Any, adapters: list[Path], source: FakeSource
+    small: Any, adapters: list[Path], source: FakeSource, waits: threading.Event
 ) -> None:
-    whole = await expected(small, adapters)
+    """And each pass has the whole budget: a second one is not out for what the first has waited."""
+    whole = await logits_with_all(small, adapters)
     async with streaming(small, source) as (attached, warm, cold):
         with attached.batch([warm, cold, None], budget=60.0) as gate:
-            passing = asyncio.create_task(forward(small))
-            await asyncio.sleep(0.05)
+            passing = forward(small)
+            await until(waits.is_set)
             assert not passing.done()
             source.allow("cold")
             assert torch.equal(await passing, whole)
             assert not gate.out
+            assert 0 < gate.left < 60.0
+            gate.enter(-1)
+            assert gate.left == 60.0
 
 
-async def test_a_failure_in_mid_stream_takes_out_its_own_rows(
-    small: Any, source: FakeSource
+@pytest.mark.parametrize("ends", ["fails", "is released", "failed before"])
+async def test_an_adapter_that_ends_takes_out_its_own_rows(
+    small: Any, source: FakeSource, waits: threading.Event, ends: str
 ) -> None:
-    source.fail("bring", FetchError("the line is down"), id="cold", at=1)
+    """In mid-stream, or between the scheduler's choice and the pass."""
+    if ends != "is released":
+        source.fail("bring", FetchError("the line is down"), id="cold", at=1)
     async with streaming(small, source) as (attached, warm, cold):
-        with attached.batch([cold, warm, None, cold], budget=60.0) as gate:
-            passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(4)))
+        rows: Rows = [cold, warm, None, cold]
+        if ends == "failed before":
+            source.allow("cold")
+            with pytest.raises(FetchError):
+                await cold.layer_ready(cold.layers[-1])
+            with pytest.raises(FetchError), attached.batch(rows):
+                pass
+        with attached.batch(rows, budget=60.0) as gate:
+            passing = forward(small, 4)
+            if ends == "is released":
+                await until(waits.is_set)
+                cold.release()
             source.allow("cold")
             logits = await passing
             assert set(gate.out) == {0, 3}
-            assert all("the line is down" in str(error) for error in gate.out.values())
+            kind = HandleClosedError if ends == "is released" else FetchError
+            assert all(isinstance(error, kind) for error in gate.out.values())
         with attached.batch([None, warm, None, None]):
             assert torch.equal(logits[1:3], logits_of(small, prompt(4))[1:3])
-
-
-async def test_a_handle_that_is_released_takes_out_its_own_rows(
-    small: Any, source: FakeSource
-) -> None:
-    async with streaming(small, source) as (attached, warm, cold):
-        with attached.batch([warm, cold, None], budget=60.0) as gate:
-            passing = asyncio.create_task(forward(small))
-            await asyncio.sleep(0.05)
-            cold.release()
-            await passing
-            assert isinstance(gate.out[1], HandleClosedError)
+        cold.release()
+        with pytest.raises(HandleClosedError), attached.batch(rows, budget=60.0):
+            pass
 
 
 async def test_a_handle_that_is_released_leaves_others_of_its_adapter_alone(
-    small: Any, adapters: list[Path], source: FakeSource
+    small: Any, source: FakeSource, waits: threading.Event
 ) -> None:
     """Two requests for one adapter: one of them is given up in the midst."""
-    async with (
-        serving(small) as (loader, attached),
-        await loader.load(adapters[1]) as warm,
-        await loader.load(adapters[0]) as cold,
-    ):
-        with attached.batch([cold, cold, warm, None]):
-            whole = logits_of(small, prompt(4))
-    async with (
-        serving(small, source=source) as (loader, attached),
-        await loader.load("warm") as warm,
-        loader.stream("cold") as cold,
-        cold.clone() as twin,
-    ):
+    async with streaming(small, source) as (attached, warm, cold), cold.clone() as twin:
         with attached.batch([cold, twin, warm, None], budget=60.0) as gate:
-            passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(4)))
-            await asyncio.sleep(0.05)
+            passing = forward(small, 4)
+            await until(waits.is_set)
             cold.release()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.02)  # the pass hears of it before the layer comes
             source.allow("cold")
             logits = await passing
             assert set(gate.out) == {0}
-            assert torch.equal(logits[1:], whole[1:])
-
-
-async def test_an_adapter_that_failed_before_its_batch_takes_out_its_own_rows(
-    small: Any, source: FakeSource
-) -> None:
-    """It did so between the scheduler's choice and the pass."""
-    source.fail("bring", FetchError("the line is down"), id="cold", at=0)
-    async with (
-        serving(small, source=source) as (loader, attached),
-        await loader.load("warm") as warm,
-        loader.stream("cold") as cold,
-    ):
-        source.allow("cold")
-        with pytest.raises(FetchError):
-            await cold.layer_ready(0)
-        with pytest.raises(FetchError), attached.batch([cold, warm]):
-            pass
-        with attached.batch([cold, warm, None], budget=60.0) as gate:
-            logits = await forward(small)
-            (error,) = gate.out.values()
-            assert set(gate.out) == {0}
-            assert isinstance(error, FetchError)
-        with attached.batch([None, warm, None], budget=60.0):
-            assert torch.equal(logits, await forward(small))
-        cold.release()
-        with pytest.raises(HandleClosedError), attached.batch([cold, warm], budget=60.0):
-            pass
+        with attached.batch([None, twin, warm, None]):
+            assert torch.equal(logits[1:], logits_of(small, prompt(4))[1:])
 
 
 async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
-    small: Any, adapters: list[Path], source: FakeSource, monkeypatch: Any
+    small: Any, adapters: list[Path], source: FakeSource, monkeypatch: Any, waits: threading.Event
 ) -> None:
     """Its bytes are here, and no thread has copied them yet."""
-    from lorax_async.io.transfer import Transfer
-
     go, original = threading.Event(), Transfer.run
 
     def late(self: Transfer, *arguments: Any) -> Any:
         assert go.wait(10)
         return original(self, *arguments)
 
+    whole = await logits_with_all(small, adapters)
     try:
-        whole = await expected(small, adapters)
         async with streaming(small, source) as (attached, warm, cold):
             monkeypatch.setattr(Transfer, "run", late)
             assert warm.arrived > cold.arrived
@@ -198,28 +201,14 @@ async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
             await until(lambda: cold.arrived)
             assert not cold.is_ready(0)
             with attached.batch([warm, cold, None], budget=0.0) as gate:
-                passing = asyncio.create_task(forward(small))
-                await asyncio.sleep(0.05)
+                passing = forward(small)
+                await until(waits.is_set)
                 assert not passing.done()
                 go.set()
                 assert torch.equal(await passing, whole)
                 assert not gate.out
     finally:
         go.set()
-
-
-async def test_each_pass_has_the_whole_budget(small: Any, source: FakeSource) -> None:
-    """By what a pass leaves of it: a second one is not out for what the first has waited."""
-    async with streaming(small, source) as (attached, warm, cold):
-        with attached.batch([warm, cold], budget=30.0) as gate:
-            passing = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(2)))
-            await asyncio.sleep(0.05)
-            source.allow("cold")
-            await passing
-            spent = gate.left
-            assert 0 < spent < 30.0
-            gate.enter(-1)
-            assert gate.left == 30.0
 
 
 async def test_on_the_loops_thread_nobody_is_taken_out_for_it(
@@ -233,11 +222,43 @@ async def test_on_the_loops_thread_nobody_is_taken_out_for_it(
         source.allow("cold")
 
 
-@pytest.mark.parametrize("budget", [-1.0, float("inf"), float("nan")])
-def test_no_budget(small: Any, adapters: list[Path], budget: float) -> None:
-    async def main() -> None:
-        async with serving(small) as (loader, attached), await loader.load(adapters[0]) as handle:
-            with pytest.raises(UsageError, match="budget"), attached.batch([handle], budget):
-                pass
+async def test_a_budget_is_a_number_of_seconds(served: Served) -> None:
+    for budget in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(UsageError, match="budget"):
+            served.attached.batch([served.first], budget).__enter__()
 
-    asyncio.run(main())
+
+# -- alone: nobody else could be computed meanwhile -----------------------------------------------
+
+
+async def test_who_is_alone_waits_beyond_the_budget(
+    small: Any, source: FakeSource, waits: threading.Event
+) -> None:
+    async with streaming(small, source) as (attached, _, cold), cold.clone() as twin:
+        with attached.batch([cold, twin], budget=0.0) as gate:
+            passing = forward(small, 2)
+            await until(waits.is_set)
+            assert not passing.done()
+            source.allow("cold")
+            streamed = await passing
+            assert not gate.out
+            assert torch.equal(streamed, logits_of(small, prompt(2)))
+
+
+@pytest.mark.parametrize(
+    ("timeout", "problem"), [(60.0, "others could be computed"), (0.2, "within 0.2 s")]
+)
+async def test_who_is_alone_waits_until_others_could_be_computed_or_the_loader_waits_no_longer(
+    small: Any, source: FakeSource, waits: threading.Event, timeout: float, problem: str
+) -> None:
+    others = threading.Event()
+    async with streaming(small, source, timeout=timeout) as (attached, _, cold):
+        with attached.batch([cold], budget=0.0, others_wait=others.is_set) as gate:
+            passing = forward(small, 1)
+            await until(waits.is_set)
+            assert not passing.done()
+            if timeout > 1:
+                others.set()
+            await passing
+            assert isinstance(gate.out[0], AdapterTimeoutError)
+            assert problem in str(gate.out[0])
