@@ -7,11 +7,13 @@ batches and generation: test_peft_equality.py.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -214,7 +216,12 @@ def test_factors_are_there_when_they_are_known_and_forgotten_with_their_stay() -
             assert bytes_now(first) == set(torch.tensor([2.0]).view(torch.uint8).tolist())
         assert factors.of(known, magnitude, (a, b, 1.0), adapted) is first
         factors.forget()
-        assert factors.of(known, magnitude, (a, b, 1.0), adapted) is not first
+        second = factors.of(known, magnitude, (a, b, 1.0), adapted)
+        assert second is not first
+        kept = ref(second)
+        del second, known, stay
+        gc.collect()
+        assert kept() is None
 
 
 @pytest.mark.parametrize("lora", [DORA, {**TOKENS, "use_dora": True}], ids=["linear", "embedding"])

@@ -6,21 +6,22 @@ PEFT's "cat" is our "linear"; what it draws at random follows from `torch.manual
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
 
-from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
+from engines.variants import llama, logits_of, prompt, save, serving
 from lorax_async import AdapterLoader, LoaderConfig, Merge, layouts
+from lorax_async import adapters as lorax
 
-pytestmark = [
-    pytest.mark.filterwarnings(PEFT_WARNING),
-    pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")]
 
 Folders = Callable[[str], Path]
 
@@ -71,16 +72,27 @@ class Weights(NamedTuple):
     scale: float
 
 
-def theirs(
-    folders: Sequence[Path], weights: Sequence[float], kind: str, seed: int = 0, **more: Any
-) -> tuple[dict[str, Weights], Any]:
+def folders_of(merge: Merge) -> list[Path]:
+    return [Path(str(ref.id)) for ref in merge.refs]
+
+
+def theirs(merge: Merge) -> tuple[dict[str, Weights], Any]:
     """By module, what PEFT makes of it; and its model, with that active."""
+    folders = folders_of(merge)
     names = [f"part{n}" for n in range(len(folders))]
     model: Any = PeftModel.from_pretrained(llama(), folders[0], adapter_name=names[0])
     for name, folder in zip(names[1:], folders[1:], strict=True):
         model.load_adapter(folder, adapter_name=name)
-    torch.manual_seed(seed)
-    model.add_weighted_adapter(names, list(weights), "merged", combination_type=kind, **more)
+    torch.manual_seed(merge.seed)
+    kind = "cat" if merge.strategy == "linear" else merge.strategy
+    more = {"density": merge.density, "majority_sign_method": merge.majority_sign}
+    model.add_weighted_adapter(
+        names,
+        list(merge.weights),
+        "merged",
+        combination_type=kind,
+        **({} if kind == "cat" else more),
+    )
     model.set_adapter("merged")
     merged = {
         name: Weights(
@@ -108,132 +120,163 @@ async def ours(merge: Merge, **settings: Any) -> dict[str, Weights]:
 
 
 def assert_equal(found: Mapping[str, Weights], expected: Mapping[str, Weights]) -> None:
-    """To the bit. PEFT gives every module the same rank, and fills it up with zeros."""
+    """To the bit. One rank for every module may be filled up with zeros, as PEFT does it."""
     assert found.keys() == expected.keys()
     for name, (a, b, scale) in found.items():
-        rank = len(a)
+        rank = min(len(a), len(expected[name].a))
         assert scale == 1
-        assert torch.equal(a, expected[name].a[:rank]), name
-        assert torch.equal(b, expected[name].b[:, :rank]), name
+        assert torch.equal(a[:rank], expected[name].a[:rank]), name
+        assert torch.equal(b[:, :rank], expected[name].b[:, :rank]), name
+        assert not a[rank:].any()
         assert not expected[name].a[rank:].any()
         assert not expected[name].b[:, rank:].any()
 
 
 PAIRS = [("one", "two"), ("two", "one"), ("one", "two", "three"), ("patterns", "more_patterns")]
-
-
-@pytest.mark.parametrize("weights", [(0.7, 0.3, 1.1), (1.5, -0.4, 0.0), (-2.0, -1e-3, 1.0)])
-@pytest.mark.parametrize("names", [*PAIRS, ("one", "rank_6"), ("patterns", "one", "rank_6")])
-def test_linear_is_pefts_cat(
-    folder: Folders, names: Sequence[str], weights: Sequence[float]
-) -> None:
-    folders, weights = [folder(name) for name in names], weights[: len(names)]
-    expected, _ = theirs(folders, weights, "cat")
-    found = asyncio.run(ours(Merge("linear", folders, weights)))
-    assert_equal(found, expected)
-
-
-@pytest.mark.parametrize("sign", ["total", "frequency"])
-@pytest.mark.parametrize("density", [1.0, 0.5, 0.07, 1e-9])
-@pytest.mark.parametrize("names", PAIRS)
-def test_ties_are_pefts(folder: Folders, names: Sequence[str], density: float, sign: Any) -> None:
-    folders, weights = [folder(name) for name in names], (0.8, -0.3, 1.2)[: len(names)]
-    expected, _ = theirs(folders, weights, "ties", density=density, majority_sign_method=sign)
-    merge = Merge("ties", folders, weights, density=density, majority_sign=sign)
-    assert_equal(asyncio.run(ours(merge)), expected)
-
-
+WEIGHTS = [(0.7, 0.3, 1.1), (1.5, -0.4, 0.0), (-2.0, -1e-3, 1.0)]
 DRAWN = [("dare_linear", "total"), ("dare_ties", "total"), ("dare_ties", "frequency")]
 
 
-@pytest.mark.parametrize(("kind", "sign"), DRAWN)
-@pytest.mark.parametrize("density", [1.0, 0.9, 0.3, 1e-9])
-@pytest.mark.parametrize("names", [*PAIRS, ("gaussian", "one"), ("unstarted", "three")])
-def test_dare_drops_what_peft_drops(
-    folder: Folders, names: Sequence[str], density: float, kind: Any, sign: Any
+@dataclass(frozen=True)
+class Case:
+    strategy: Any
+    names: tuple[str, ...]
+    weights: tuple[float, ...] = (0.8, -0.3, 1.2)
+    density: float | None = None
+    sign: Any = "total"
+
+    def merge(self, folder: Folders) -> Merge:
+        folders = [folder(name) for name in self.names]
+        seed = 11 if self.strategy.startswith("dare") else 0
+        weights = self.weights[: len(folders)]
+        return Merge(self.strategy, folders, weights, self.density, self.sign, seed=seed)
+
+
+CASES = [
+    *[
+        Case("linear", names, weights)
+        for names in (*PAIRS, ("one", "rank_6"), ("patterns", "one", "rank_6"))
+        for weights in WEIGHTS
+    ],
+    *[
+        Case("ties", names, density=density, sign=sign)
+        for names in PAIRS
+        for density in (1.0, 0.5, 0.07, 1e-9)
+        for sign in ("total", "frequency")
+    ],
+    *[
+        Case(strategy, names, density=density, sign=sign)
+        for names in (*PAIRS, ("gaussian", "one"), ("unstarted", "three"), ("one", "three"))
+        for density in (1.0, 0.9, 0.3, 1e-9)
+        for strategy, sign in DRAWN
+    ],
+    Case("linear", ("one-bf16", "two-bf16")),
+    Case("ties", ("one-bf16", "two-bf16"), density=0.4),
+    Case("dare_ties", ("one-bf16", "two-bf16"), density=0.4),
+]
+
+
+def _is_quick(case: Case) -> bool:
+    return case.density in {None, 0.3, 0.4, 0.5} and case.weights not in WEIGHTS[1:]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if _is_quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=str,
+)
+async def test_a_merge_is_pefts(folder: Folders, case: Case) -> None:
+    """PEFT holds bf16 files as float32, in which both compute."""
+    merge = case.merge(folder)
+    expected, _ = theirs(merge)
+    assert_equal(await ours(merge), expected)
+    if "one-bf16" in case.names:
+        rounded = {n: Weights(w.a.bfloat16(), w.b.bfloat16(), w.scale) for n, w in expected.items()}
+        assert_equal(await ours(merge, dtype="bfloat16"), rounded)
+    # What DARE drops of module maps is PEFT's where the first has all modules, in their order.
+    if case.strategy in {"linear", "ties"} or case.names == ("one", "three"):
+        assert_equal(in_loraxs_form(merge), expected)
+
+
+def in_loraxs_form(merge: Merge) -> dict[str, Weights]:
+    """By `merge_adapters`, of module maps that name the files."""
+    adapters = []
+    for part in folders_of(merge):
+        file = part / "adapter_model.safetensors"
+        paths = dict.fromkeys(load_file(file), file)
+        config = lorax.LoraConfig.load(part)
+        names = [name for name, module in llama().named_modules() if isinstance(module, nn.Linear)]
+        adapters.append((config.map_weights_for_model(paths, names)[0], config))
+    given = lorax.AdapterParameters(
+        adapter_ids=folders_of(merge),
+        weights=merge.weights,
+        merge_strategy=merge.strategy.upper(),
+        density=merge.density,
+        majority_sign_method=merge.majority_sign.upper(),
+        seed=merge.seed,
+    )
+    merged, config = lorax.merge_adapters(adapters, given)
+    found = {}
+    for name, factors in merged.items():
+        a, b = (factors[factor][0] for factor in ("lora_A", "lora_B"))
+        assert isinstance(a, torch.Tensor)
+        assert isinstance(b, torch.Tensor)
+        assert a.shape[0] == b.shape[1] == config.r
+        found[name] = Weights(a, b, config.scale_of(name))
+    return found
+
+
+async def test_another_seed_drops_others_and_no_global_random_number_is_drawn(
+    folder: Folders,
 ) -> None:
-    folders, weights = [folder(name) for name in names], (0.8, -0.3, 1.2)[: len(names)]
-    more = {"density": density, "majority_sign_method": sign}
-    expected, _ = theirs(folders, weights, kind, seed=11, **more)
-    merge = Merge(kind, folders, weights, density=density, majority_sign=sign, seed=11)
-    assert_equal(asyncio.run(ours(merge)), expected)
-
-
-def test_another_seed_drops_others(folder: Folders) -> None:
-    folders = [folder("one"), folder("two")]
-    found = [
-        asyncio.run(ours(Merge("dare_linear", folders, (1, 1), density=0.5, seed=seed)))
-        for seed in (1, 2)
+    folders, before = [folder("one"), folder("two")], torch.get_rng_state()
+    first, second = [
+        await ours(Merge("dare_linear", folders, (1, 1), density=0.5, seed=seed)) for seed in (1, 2)
     ]
-    assert any(not torch.equal(found[0][name].a, found[1][name].a) for name in found[0])
-
-
-@pytest.mark.parametrize("kind", ["cat", "ties", "dare_ties"])
-def test_of_bf16_files_too(folder: Folders, kind: Any) -> None:
-    """PEFT holds them as float32, in which both compute."""
-    folders, weights = [folder("one-bf16"), folder("two-bf16")], (0.8, -0.3)
-    more: dict[str, Any] = {} if kind == "cat" else {"density": 0.4}
-    seed = 3 if kind == "dare_ties" else 0
-    expected, _ = theirs(folders, weights, kind, seed=seed, **more)
-    strategy: Any = "linear" if kind == "cat" else kind
-    merge = Merge(strategy, folders, weights, seed=seed, **more)
-    assert_equal(asyncio.run(ours(merge)), expected)
-    rounded = {n: Weights(w.a.bfloat16(), w.b.bfloat16(), w.scale) for n, w in expected.items()}
-    assert_equal(asyncio.run(ours(merge, dtype="bfloat16")), rounded)
+    assert any(not torch.equal(first[name].a, second[name].a) for name in first)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("names", [("rslora", "one"), ("one", "rslora"), ("rslora",), ("rank_6",)])
-def test_linear_is_the_weighted_sum_of_the_deltas(folder: Folders, names: Sequence[str]) -> None:
+async def test_linear_is_the_weighted_sum_of_the_deltas(
+    folder: Folders, names: tuple[str, ...]
+) -> None:
     """In float64; where PEFT is no oracle: an rslora part in front changes its merge's scale."""
-    weights = (0.7, -1.3)[: len(names)]
-    folders = [folder(name) for name in names]
+    merge = Case("linear", names, (0.7, -1.3)).merge(folder)
     expected: dict[str, torch.Tensor] = {}
-    for part, weight in zip(folders, weights, strict=True):
+    for part, weight in zip(folders_of(merge), merge.weights, strict=True):
         model: Any = PeftModel.from_pretrained(llama(), part, adapter_name="part")
         for name, module in model.base_model.model.named_modules():
             if hasattr(module, "lora_A"):
                 a, b = module.lora_A["part"].weight, module.lora_B["part"].weight
                 delta = weight * module.scaling["part"] * (b.double() @ a.double())
                 expected[name] = expected.get(name, torch.zeros_like(delta)) + delta.detach()
-    found = asyncio.run(ours(Merge("linear", folders, weights)))
-    assert found.keys() == expected.keys()
-    for name, (a, b, scale) in found.items():
-        torch.testing.assert_close(
-            scale * (b.double() @ a.double()), expected[name], atol=1e-6, rtol=1e-6
-        )
+    for found in (await ours(merge), in_loraxs_form(merge)):
+        assert found.keys() == expected.keys()
+        for name, (a, b, scale) in found.items():
+            delta = scale * (b.double() @ a.double())
+            torch.testing.assert_close(delta, expected[name], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["cat", "ties", "dare_linear"])
-def test_the_model_answers_as_pefts_does(folder: Folders, kind: Any) -> None:
-    folders, weights = [folder("one"), folder("two")], (0.9, -0.5)
-    more: dict[str, Any] = {} if kind == "cat" else {"density": 0.6}
-    strategy: Any = "linear" if kind == "cat" else kind
-    seed = 5 if kind == "dare_linear" else 0
-    inputs = prompt(2)
-    _, peft_model = theirs(folders, weights, kind, seed=seed, **more)
-    expected, model = logits_of(peft_model, inputs), llama()
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("linear", ("one", "two")),
+        Case("ties", ("one", "two"), density=0.6),
+        Case("dare_linear", ("one", "two"), density=0.6),
+    ],
+    ids=str,
+)
+async def test_the_model_answers_as_pefts_does(folder: Folders, case: Case) -> None:
+    inputs, merge, model = prompt(2), case.merge(folder), llama()
+    _, peft_model = theirs(merge)
+    expected = logits_of(peft_model, inputs)
     assert not torch.equal(expected, logits_of(model, inputs))
-
-    async def body() -> torch.Tensor:
-        async with (
-            serving(model, dtype="float32") as (loader, attached),
-            await loader.load(Merge(strategy, folders, weights, seed=seed, **more)) as handle,
-        ):
-            with attached.batch([handle] * 2):
-                return await asyncio.to_thread(logits_of, model, inputs)
-
+    async with (
+        serving(model, dtype="float32") as (loader, attached),
+        await loader.load(merge) as handle,
+    ):
+        with attached.batch([handle] * 2):
+            logits = await asyncio.to_thread(logits_of, model, inputs)
     # PEFT multiplies by ranks filled up with zeros, and BLAS may sum those in another order.
-    torch.testing.assert_close(asyncio.run(body()), expected, atol=1e-6, rtol=1e-6)
-
-
-def test_no_global_random_number_is_drawn(folder: Folders) -> None:
-    merge = Merge("dare_ties", [folder("one"), folder("two")], (1, 1), density=0.5, seed=1)
-    layout = layouts.from_module(llama())
-
-    async def body() -> None:
-        async with AdapterLoader(layout, LoaderConfig(dtype="float32")) as loader:
-            (await loader.load(merge)).release()
-
-    before = torch.get_rng_state()
-    asyncio.run(body())
-    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
