@@ -32,10 +32,15 @@ def guarded(values: Tensor) -> Tensor:
     return view
 
 
+def memory_of(view: Tensor) -> tuple[Tensor, int]:
+    """The whole buffer of a guarded tensor, and where in it that begins."""
+    buffer = view.new_empty(0).set_(view.untyped_storage())
+    return buffer, int(view.storage_offset())
+
+
 def guards_hold(view: Tensor) -> bool:
-    buffer = view._base
-    assert buffer is not None
-    return bool(buffer[:GUARD].isnan().all() and buffer[GUARD + view.numel() :].isnan().all())
+    buffer, start = memory_of(view)
+    return bool(buffer[:start].isnan().all() and buffer[start + view.numel() :].isnan().all())
 
 
 class GuardedTables:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any
 
@@ -119,31 +118,33 @@ def test_any_segments(
 
 
 class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations by name, and results that are in memory of their own."""
+    """Counts products, and results that are in memory of their own."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: Counter[str] = Counter()
-        self.new_storages = 0
+        self.products = self.new_storages = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            one.untyped_storage()._cdata
-            for one in torch.utils._pytree.tree_leaves((args, kwargs))
-            if isinstance(one, Tensor)
-        }
+        given = {one.untyped_storage().data_ptr() for one in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        self.calls[func._schema.name] += 1
-        for one in torch.utils._pytree.tree_leaves(result):
-            if isinstance(one, Tensor) and one.untyped_storage()._cdata not in given:
-                self.new_storages += 1
+        self.products += str(func).startswith(("aten.mm.", "aten.addmm_."))
+        new = {one.untyped_storage().data_ptr() for one in _tensors(result)} - given
+        self.new_storages += len(new)
         return result
 
 
-def watched(x: Tensor, plan: Plan, tables: GuardedTables, group: Sequence[int]) -> Watched:
-    ys = [draw(SIGNED, plan.tokens, out, dtype=x.dtype, seed=out) for out in OUT]
-    watch = Watched()
-    with watch:
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple | dict):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
+
+
+def watched(seed: int, dtype: torch.dtype, plan: Plan, tables: Any, group: Any) -> Watched:
+    x = draw(SIGNED, plan.tokens, FEATURES, dtype=dtype, seed=seed)
+    ys = [draw(SIGNED, plan.tokens, out, dtype=dtype, seed=out) for out in OUT]
+    with Watched() as watch:
         for module, y in enumerate(ys):
             apply(y, x, plan, module, tables, group=group)
     return watch
@@ -158,37 +159,28 @@ def test_nothing_is_allocated_once_a_plan_was_used_twice(
 ) -> None:
     tables = three_modules(dtype, [(4, 4, 4), (256, 8, 8), (4, 4, 4)])
     plan = make_plan(segments, WAYS[way])
-    inputs = [draw(SIGNED, plan.tokens, FEATURES, dtype=dtype, seed=seed) for seed in range(4)]
-    assert watched(inputs[0], plan, tables, group).new_storages > 0  # it can be seen
-    watched(inputs[1], plan, tables, group)
-    for x in inputs[2:]:
-        assert watched(x, plan, tables, group).new_storages == 0
+    storages = [watched(seed, dtype, plan, tables, group).new_storages for seed in range(4)]
+    assert storages[0] > 0  # it can be seen
+    assert storages[2:] == [0, 0]
 
 
-@pytest.mark.parametrize(("group", "products"), [((), 6), (QKV, 4)], ids=["alone", "together"])
-def test_one_shrink_for_q_k_and_v(group: tuple[int, ...], products: int) -> None:
-    tables, plan = three_modules(torch.bfloat16, [(4, 4, 4)]), make_plan([(0, 3)])
-    for seed in range(3):
-        x = draw(SIGNED, 3, FEATURES, dtype=torch.bfloat16, seed=seed)
-        watch = watched(x, plan, tables, group)
-    assert watch.calls["aten::mm"] + watch.calls["aten::addmm_"] == products
-
-
-def test_small_work_of_many_adapters_is_one_product_each_way() -> None:
-    tables = three_modules(torch.bfloat16, [(4, 4, 4)] * 8)
-    plan = make_plan([(slot, 1) for slot in range(8)])
-    for seed in range(3):
-        x = draw(SIGNED, 8, FEATURES, dtype=torch.bfloat16, seed=seed)
-        watch = watched(x, plan, tables, QKV)
-    assert watch.calls["aten::mm"] + watch.calls["aten::addmm_"] == 4
-
-
-def test_float32_shares_no_shrink_unless_asked_to() -> None:
-    tables, plan = three_modules(torch.float32, [(4, 4, 4)]), make_plan([(0, 3)])
-    for seed in range(3):
-        x = draw(SIGNED, 3, FEATURES, dtype=torch.float32, seed=seed)
-        watch = watched(x, plan, tables, QKV)
-    assert watch.calls["aten::mm"] + watch.calls["aten::addmm_"] == 6
+@pytest.mark.parametrize(
+    ("dtype", "adapters", "group", "products"),
+    [
+        (torch.bfloat16, 1, (), 6),
+        (torch.bfloat16, 1, QKV, 4),  # one shrink for q, k and v
+        (torch.bfloat16, 8, QKV, 4),  # small work of many adapters is one product each way
+        (torch.float32, 1, QKV, 6),  # float32 shares no shrink unless asked to
+    ],
+)
+def test_one_shrink_for_q_k_and_v(
+    dtype: torch.dtype, adapters: int, group: tuple[int, ...], products: int
+) -> None:
+    tables, plan = (
+        three_modules(dtype, [(4, 4, 4)] * adapters),
+        make_plan([(n, 1) for n in range(adapters)]),
+    )
+    assert [watched(seed, dtype, plan, tables, group) for seed in range(3)][-1].products == products
 
 
 # -- never another input's -----------------------------------------------------------------------
@@ -218,6 +210,14 @@ def test_an_input_that_was_written_to_is_shrunk_again(warm: tuple[Plan, GuardedT
     assert agrees(x, *warm, module=1)
     x[3:] += 1
     assert agrees(x, *warm, module=2)
+    assert agrees(x, *warm, module=0)
+    x.data.neg_()  # of which the version of x does not tell
+    assert agrees(x.data, *warm, module=1)
+    with torch.inference_mode():  # whose tensors tell of no change
+        x = drawn(8, torch.bfloat16)
+        assert agrees(x, *warm, module=0)
+        x.neg_()
+        assert agrees(x, *warm, module=1)
 
 
 def test_another_input_of_the_same_values_or_place_is_not_taken_for_it(
@@ -229,41 +229,20 @@ def test_another_input_of_the_same_values_or_place_is_not_taken_for_it(
         del x
 
 
-def test_another_tensor_of_the_same_memory_is_not_taken_for_it(
+def test_other_weights_and_work_in_between_do_not_spoil_it(
     warm: tuple[Plan, GuardedTables],
 ) -> None:
-    x = drawn(7, torch.bfloat16)
-    assert agrees(x, *warm, module=0)
-    x.data.neg_()  # of which the version of x does not tell
-    assert agrees(x.data, *warm, module=1)
-
-
-def test_other_weights_of_a_slot_are_used_at_once(warm: tuple[Plan, GuardedTables]) -> None:
-    plan, tables = warm
-    x = drawn(8, torch.bfloat16)
-    assert agrees(x, plan, tables, module=0)
-    a = draw(SIGNED, 4, FEATURES, dtype=torch.bfloat16, seed=77)
-    b = draw(SIGNED, OUT[1], 4, dtype=torch.bfloat16, seed=78)
-    tables.put(1, 0, a, b, 2.0)
-    for module in (1, 2, 0, 1):
-        assert agrees(x, plan, tables, module)
-
-
-def test_work_in_between_does_not_spoil_it(warm: tuple[Plan, GuardedTables]) -> None:
     plan, tables = warm
     x, other = drawn(8, torch.bfloat16), drawn(9, torch.bfloat16)
     assert agrees(x, plan, tables, module=0)
     y = draw(SIGNED, plan.tokens, OUT[1], dtype=torch.bfloat16, seed=1)
     apply(y, other, plan, 1, tables)
     assert agrees(x, plan, tables, module=1)
-
-
-def test_tensors_of_inference_mode_share_nothing(warm: tuple[Plan, GuardedTables]) -> None:
-    with torch.inference_mode():
-        x = drawn(8, torch.bfloat16)
-        assert agrees(x, *warm, module=0)
-        x.neg_()
-        assert agrees(x, *warm, module=1)
+    a = draw(SIGNED, 4, FEATURES, dtype=torch.bfloat16, seed=77)
+    b = draw(SIGNED, OUT[1], 4, dtype=torch.bfloat16, seed=78)
+    tables.put(1, 0, a, b, 2.0)
+    for module in (1, 2, 0, 1):
+        assert agrees(x, plan, tables, module)
 
 
 def test_a_group_of_modules_that_are_not_there_is_refused() -> None:

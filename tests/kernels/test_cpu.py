@@ -1,0 +1,502 @@
+"""`apply`, `shrink` and `expand` on the CPU: each way forced by thresholds, against float64 and PEFT.
+
+In memory where every stray read is a NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf
+from threading import Barrier, Thread
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from kernel_cases import (
+    DTYPES,
+    INTEGERS,
+    MIXED,
+    POSITIVE,
+    SIGNED,
+    GuardedTables,
+    assert_untouched,
+    bits,
+    check_apply,
+    draw,
+    error_bound,
+    guarded,
+    guards_hold,
+    make_plan,
+    make_tables,
+    memory_of,
+)
+from lorax_kernels import Operands, Plan, Thresholds, apply, expand, shrink
+from lorax_kernels.reference import reference
+
+ALONE = Thresholds(dense_bfloat16=0, dense_float16=0, dense_float32=0, turned_rank=0)
+WAYS = {
+    "default": Thresholds(),
+    "alone": ALONE,
+    "turned": Thresholds(dense_bfloat16=0, turned_rank=999, turned_features=0),
+    "dense": Thresholds(dense_bfloat16=inf, dense_float16=inf, dense_float32=inf),
+}
+PASSES = 3
+"""A plan looks, puts weights together, and uses them again."""
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def check(
+    kind: str,
+    segments: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    scales: Sequence[float],
+    way: str,
+) -> None:
+    """Each pass of one plan against float64, with other rows each time."""
+    tables, plan = make_tables(kind, ranks, features, dtype, 1.0), make_plan(segments, WAYS[way])
+    for slot, rank in enumerate(ranks):
+        if rank:
+            a, b, _ = tables.operands(1, slot) or pytest.fail("no operands")
+            tables.put(1, slot, a, b, scales[slot % len(scales)])
+    for seed in range(PASSES):
+        check_apply(kind, plan, tables, segments, ranks, features, dtype, (seed, 20 + seed))
+
+
+@each_dtype
+@each_way
+@pytest.mark.parametrize(
+    ("kind", "scales"),
+    [(SIGNED, (7 / 3,)), (POSITIVE, (2.0, 0.5, 3.0)), (SIGNED, (0.3, 2.0)), (INTEGERS, (-1.0,))],
+)
+def test_within_the_rounding_bound(
+    kind: str, scales: tuple[float, ...], way: str, dtype: torch.dtype
+) -> None:
+    """Small integers are exact."""
+    ranks = [1, 2, 3, 4, 0, 5] if kind == INTEGERS else [1, 3, 12, 20, 0, 64]
+    more = [(480, 60), (1, 5)] if scales == (7 / 3,) else []
+    for features in [(67, 129), (33, 1), *more]:
+        check(kind, MIXED, ranks, features, dtype, scales, way)
+
+
+@each_dtype
+@pytest.mark.parametrize("rank", [1, 3, 12, 20, 64, 256])
+def test_one_segment(rank: int, dtype: torch.dtype) -> None:
+    for rows in (0, 1, 15, 16, 17, 33):
+        check(POSITIVE, [(1, rows)], [2, rank], (65, 127), dtype, [0.3], "default")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    segments=st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 9)), max_size=12),
+    ranks=st.lists(st.integers(0, 7), min_size=4, max_size=4),
+    features=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from([INTEGERS, POSITIVE, SIGNED]),
+    scale=st.sampled_from([1.0, -2.0]),
+    way=st.sampled_from(sorted(WAYS)),
+)
+def test_any_segments(
+    segments: list[tuple[int, int]],
+    ranks: list[int],
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    kind: str,
+    scale: float,
+    way: str,
+) -> None:
+    check(kind, segments, ranks, features, dtype, [scale], way)
+
+
+def passes(y: Tensor, x: Tensor, plan: Plan, tables: GuardedTables, count: int = PASSES) -> Tensor:
+    """What the last of several calls makes of `y`."""
+    for _ in range(count):
+        result = y.clone()
+        apply(result, x, plan, 1, tables)
+    return result
+
+
+def inputs(rows: int, features: int, out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = draw(SIGNED, rows, features, dtype=dtype, seed=1)
+    return x, draw(SIGNED, rows, out, dtype=dtype, seed=2)
+
+
+@each_dtype
+@each_way
+def test_rows_without_an_adapter_keep_every_bit_and_no_row_spoils_another(
+    way: str, dtype: torch.dtype
+) -> None:
+    """Slot 1 has no such module, and slot 2 an adapter that is not finite."""
+    tables = make_tables(SIGNED, [4, 0, 4, 4], (16, 8), dtype, 2.0)
+    a, b, _ = tables.operands(1, 2) or pytest.fail("no operands")
+    a[0], b[0] = torch.nan, torch.inf
+    segments = [(0, 2), (-1, 1), (3, 2), (1, 1), (2, 2), (-1, 1)]
+    x, y = inputs(9, 16, 8, dtype)
+    without = [2, 5, 8]
+    x[without] = torch.nan
+    y[2] = torch.tensor([-0.0, torch.nan, -torch.nan, torch.inf, 1e-7, 0.0, -1.0, 3.0]).to(dtype)
+    result = passes(y, x, make_plan(segments, WAYS[way]), tables)
+    assert torch.equal(bits(result[without]), bits(y[without]))
+    sound = result[[0, 1, 3, 4]]
+    assert sound.isfinite().all()
+    assert (sound != y[[0, 1, 3, 4]]).any(dim=1).all()
+    assert not result[6:8].isfinite().all()
+
+
+def test_in_float32_a_row_does_not_depend_on_who_else_is_there() -> None:
+    tables = make_tables(SIGNED, [8, 4, 16], (576, 192), torch.float32, 2.0)
+    x, y = inputs(12, 576, 192, torch.float32)
+    mixed = passes(y, x, make_plan([(0, 1), (1, 4), (2, 7)]), tables)
+    for rows, alone in (
+        (slice(0, 1), [(0, 1), (-1, 11)]),
+        (slice(1, 5), [(-1, 1), (1, 4), (-1, 7)]),
+        (slice(5, 12), [(-1, 5), (2, 7)]),
+    ):
+        result = passes(y, x, make_plan(alone), tables, count=1)
+        assert torch.equal(bits(result[rows]), bits(mixed[rows]))
+
+
+@each_way
+def test_a_plan_stays_right_whatever_comes_between(way: str) -> None:
+    """Inference mode, and other weights in a slot; with nothing kept, segments are computed alone."""
+    tables = make_tables(SIGNED, [4, 4], (16, 16), torch.bfloat16, 2.0)
+    x, y = inputs(4, 16, 16, torch.bfloat16)
+    segments = [(0, 2), (1, 2)]
+    nothing = passes(
+        y, x, make_plan(segments, Thresholds(dense_bfloat16=inf, kept_bytes=0)), tables
+    )
+    assert torch.equal(nothing, passes(y, x, make_plan(segments, ALONE), tables))
+    expected = passes(y, x, make_plan(segments, WAYS[way]), tables)
+    plan = make_plan(segments, WAYS[way])
+    with torch.inference_mode():
+        assert torch.equal(passes(y, x, plan, tables), expected)
+    assert torch.equal(passes(y, x, plan, tables), expected)
+    a, b = (draw(SIGNED, *size, dtype=torch.bfloat16, seed=9) for size in ((6, 16), (16, 6)))
+    tables.put(1, 1, a, b, 3.0)
+    for _ in range(PASSES):
+        result, exact = passes(y, x, plan, tables, count=1), reference(y, x, plan, 1, tables)
+        assert ((result.double() - exact).abs() <= error_bound(y, x, plan, tables)).all()
+
+
+@each_way
+def test_threads_that_share_a_plan_do_not_disturb_each_other(way: str) -> None:
+    tables = make_tables(SIGNED, [8, 8, 8, 8], (256, 256), torch.bfloat16, 2.0)
+    plan = make_plan([(slot, 2) for slot in range(4)], WAYS[way])
+    xs = [draw(SIGNED, 8, 256, dtype=torch.bfloat16, seed=seed) for seed in range(4)]
+    y = draw(SIGNED, 8, 256, dtype=torch.bfloat16, seed=9)
+    before = [passes(y, x, plan, tables) for x in xs]
+    barrier, wrong = Barrier(len(xs)), []
+
+    def compute(number: int) -> None:
+        barrier.wait()
+        for _ in range(40):
+            result = passes(y, xs[number], plan, tables, count=1)
+            bound = error_bound(y, xs[number], plan, tables) * 2
+            if not ((result.double() - before[number].double()).abs() <= bound).all():
+                wrong.append(number)
+
+    threads = [Thread(target=compute, args=(number,)) for number in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def peft_linear(rank: int, *, rslora: bool) -> LoraLinear:
+    config = LoraConfig(
+        r=rank, lora_alpha=7, use_rslora=rslora, target_modules=["q"], init_lora_weights=False
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(rank)
+        model = inject_adapter_in_model(config, nn.ModuleDict({"q": nn.Linear(576, 192)}))
+    layer = model.eval().get_submodule("q")
+    assert isinstance(layer, LoraLinear)
+    return layer
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rank", [1, 3, 12, 16, 20])
+def test_float32_has_the_bits_of_peft(rank: int, rslora: bool) -> None:
+    layer, tables = peft_linear(rank, rslora=rslora), GuardedTables(1, 1)
+    a, b = (layer.get_parameter(f"lora_{part}.default.weight") for part in "AB")
+    tables.put(0, 0, a.detach(), b.detach(), layer.scaling["default"])
+    for shape in ((1, 1), (1, 5), (2, 17), (3, 33)):
+        x, rows = draw(SIGNED, *shape, 576, dtype=torch.float32, seed=1), shape[0] * shape[1]
+        with torch.inference_mode():
+            y = layer.base_layer(x)
+            apply(y.view(rows, 192), x.view(rows, 576), make_plan([(0, rows)]), 0, tables)
+            assert torch.equal(y, layer(x))
+            assert not torch.equal(y, layer.base_layer(x))
+
+
+# -- by hand, and in halves -----------------------------------------------------------------------
+
+
+def by_hand() -> GuardedTables:
+    tables = GuardedTables(1, 2)
+    tables.put(0, 0, torch.tensor([[3.0, 1.0]]), torch.tensor([[5.0], [7.0]]), 0.5)
+    return tables
+
+
+def test_values_worked_out_by_hand() -> None:
+    """And nothing is recorded for autograd."""
+    x, y, h = torch.tensor([[2.0, 4.0], [1.0, 1.0]]), torch.ones(2, 2), torch.ones(2, 2)
+    plan = Plan.from_segments([0, 1, 2], [0, 1])  # slot 1 has no such module
+    expected = [[26.0, 36.0], [1.0, 1.0]]  # 1 + 0.5 * 5 * (3*2 + 1*4), 1 + 0.5 * 7 * 10
+    assert reference(y, x, plan, 0, by_hand()).tolist() == expected
+    apply(y, x, plan, 0, by_hand())
+    assert y.tolist() == expected
+    shrink(h, x, plan, 0, by_hand())
+    assert h.tolist() == [[10.0, 0.0], [0.0, 0.0]]
+    y.fill_(1)
+    expand(y, h, plan, 0, by_hand())
+    assert y.tolist() == expected
+    y = nn.Linear(2, 2)(x.requires_grad_())
+    recorded, before = y.grad_fn, y.tolist()
+    apply(y, x, plan, 0, by_hand())
+    assert y.grad_fn is recorded
+    assert y.tolist() != before
+
+
+@each_dtype
+def test_shrink_is_x_times_a_and_zero_elsewhere_and_expand_adds_the_rest(
+    dtype: torch.dtype,
+) -> None:
+    """What is beyond an adapter's rank is not read."""
+    ranks = [1, 2, 12, 20, 0, 5]
+    tables, plan = make_tables(INTEGERS, ranks, (31, 45), dtype, -1.0), make_plan(MIXED)
+    x = guarded(draw(INTEGERS, plan.tokens, 31, dtype=dtype, seed=1))
+    h = guarded(torch.full((plan.tokens, 24), torch.nan, dtype=dtype))
+    before = draw(INTEGERS, plan.tokens, 45, dtype=dtype, seed=2)
+    for _ in range(PASSES):
+        shrink(h, x, plan, 1, tables)
+        assert guards_hold(h)
+        exact = torch.zeros(h.shape).double()
+        for start, stop, slot in plan.segments:
+            if (operands := tables.operands(1, slot)) is not None:
+                rank = len(operands[0])
+                exact[start:stop, :rank] = x[start:stop].double() @ operands[0].double().T
+        assert torch.equal(h.double(), exact)
+        unread = torch.full_like(h, torch.nan)
+        for start, stop, slot in plan.segments:
+            unread[start:stop, : ranks[slot]] = h[start:stop, : ranks[slot]]
+        y = guarded(before)
+        expand(y, unread, plan, 1, tables)
+        assert guards_hold(y)
+        bound = error_bound(before, x, plan, tables)
+        assert ((y.double() - reference(before, x, plan, 1, tables)).abs() <= bound).all()
+        assert_untouched(y, before, MIXED, ranks)
+
+
+# -- what does not fit ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("y", "x", "module", "slot", "named"),
+    [
+        ((4, 2), (3, 2), 0, 0, r"expected y contiguous \[3, features\] on cpu, got \[4, 2\]"),
+        ((3, 2), (2, 2), 0, 0, r"expected x contiguous \[3, features\] on cpu, got \[2, 2\]"),
+        ((3, 1, 2), (3, 2), 0, 0, r"expected y contiguous \[3, features\]"),
+        ((3, 5), (3, 2), 0, 0, r"y \[tokens, 2\] in torch.float32, got .* y \[3, 5\]"),
+        ((3, 2), (3, 5), 0, 0, r"expected x \[tokens, 2\] in torch.float32 .* got x \[3, 5\]"),
+        ((3, 2), (3, 2), 1, 0, "expected a module from 0 to 0, got 1"),
+        ((3, 2), (3, 2), -1, 0, "expected a module from 0 to 0, got -1"),
+        ((3, 2), (3, 2), 0, 2, "expected slots below 2, the plan has slot 2"),
+    ],
+)
+def test_apply_refuses_what_does_not_fit(
+    y: tuple[int, ...], x: tuple[int, ...], module: int, slot: int, named: str
+) -> None:
+    output = torch.ones(y)
+    with pytest.raises(ValueError, match=named):
+        apply(output, torch.ones(x), Plan.from_segments([0, 3], [slot]), module, by_hand())
+    assert (output == 1).all()
+
+
+def test_apply_refuses_other_dtypes_strides_and_devices() -> None:
+    """Also in a later segment, which leaves the earlier ones alone."""
+    plan, good, tables = Plan.from_segments([0, 2], [0]), torch.ones(2, 2), by_hand()
+    for y, x, named in (
+        (good, good.bfloat16(), r"torch.float32, got x .* in torch.bfloat16"),
+        (good.double(), good, r"y \[2, 2\] in torch.float64"),
+        (good.half(), good.half(), r"expected x \[tokens, 2\] in torch.float32"),
+        (good.t(), good, r"expected y contiguous .* strides \(1, 2\)"),
+        (good, good.to("meta"), r"expected x contiguous .* on meta"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            apply(y, x, plan, 0, tables)
+    later = Plan.from_segments([0, 1, 2], [0, 1])
+    for a, b, named in (
+        (torch.ones(1, 3), torch.ones(2, 1), r"expected x \[tokens, 3\]"),
+        (torch.ones(1, 2), torch.ones(2, 1).half(), "x .* in torch.float32 and y .* torch.float1"),
+    ):
+        tables.put(0, 1, a, b, 1.0)
+        with pytest.raises(ValueError, match=named):
+            apply(good, torch.ones(2, 2), later, 0, tables)
+    assert (good == 1).all()
+
+
+HALVES: dict[str, Callable[[Tensor, Tensor, Plan, int, GuardedTables], None]] = {
+    "shrink": shrink,
+    "expand": expand,
+}
+
+
+@pytest.mark.parametrize(
+    ("half", "written", "read", "slot", "named"),
+    [
+        ("shrink", (3, 2), (2, 8), 0, r"expected x contiguous \[3, features\] on cpu"),
+        ("shrink", (2, 2), (3, 8), 0, r"expected h contiguous \[3, features\] on cpu"),
+        ("shrink", (3, 1), (3, 8), 0, r"expected h \[tokens, 2 or more\] in torch.float32"),
+        ("shrink", (3, 2), (3, 7), 0, r"expected x \[tokens, 8\] in torch.float32, got x"),
+        ("shrink", (3, 2), (3, 8), 1, "expected slots below 1, the plan has slot 1"),
+        ("expand", (2, 6), (3, 2), 0, r"expected y contiguous \[3, features\] on cpu"),
+        ("expand", (3, 5), (3, 2), 0, r"expected y \[tokens, 6\] in torch.float32, got y \[3, 5\]"),
+        ("expand", (3, 6), (3, 1), 0, r"expected h \[tokens, 2 or more\] .* got \[3, 1\]"),
+        ("expand", (3, 6), (3, 2), 1, "expected slots below 1, the plan has slot 1"),
+    ],
+)
+def test_halves_refuse_what_does_not_fit(
+    half: str, written: tuple[int, int], read: tuple[int, int], slot: int, named: str
+) -> None:
+    tables, result = make_tables(SIGNED, [2], (8, 6), torch.float32, 1.0), torch.ones(written)
+    with pytest.raises(ValueError, match=named):
+        HALVES[half](result, torch.ones(read), make_plan([(slot, 3)]), 1, tables)
+    if half == "shrink" and written == (3, 2):
+        with pytest.raises(ValueError, match=r"expected h \[tokens, 2 or more\] in torch.float32"):
+            shrink(result.half(), torch.ones(3, 8), make_plan([(0, 3)]), 1, tables)
+        with pytest.raises(ValueError, match="expected a module from 0 to 1, got 2"):
+            shrink(result, torch.ones(3, 8), make_plan([(0, 3)]), 2, tables)
+    assert (result == 1).all()
+
+
+# -- memory that is shared ------------------------------------------------------------------------
+
+ROWS, FEATURES, RANK = 6, 8, 8
+"""All alike, so that x, h and y may be any part of one buffer."""
+
+SIZE = ROWS * FEATURES
+SEGMENTS = [(0, 2), (-1, 1), (1, 3)]
+Call = Callable[[Tensor, Tensor, Plan], None]
+TABLES = make_tables(SIGNED, [RANK, RANK], (FEATURES, FEATURES), torch.float32, 0.5)
+CALLS: dict[str, Call] = {
+    "apply": lambda y, x, plan: apply(y, x, plan, 1, TABLES),
+    "grouped": lambda y, x, plan: apply(y, x, plan, 1, TABLES, group=(0, 1)),
+    "shrink": lambda h, x, plan: shrink(h, x, plan, 1, TABLES),
+    "expand": lambda y, h, plan: expand(y, h, plan, 1, TABLES),
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request: pytest.FixtureRequest) -> Call:
+    return CALLS[request.param]
+
+
+def part(buffer: Tensor, start: int) -> Tensor:
+    return buffer[start : start + SIZE].view(ROWS, FEATURES)
+
+
+def fresh() -> Tensor:
+    return draw(SIGNED, 3 * SIZE, dtype=torch.float32, seed=7)
+
+
+@pytest.mark.parametrize("apart", [-SIZE + 1, -FEATURES, -1, 0, 1, FEATURES, SIZE - 1])
+def test_overlapping_tensors_are_refused(call: Call, apart: int) -> None:
+    """Also by a batch without adapters."""
+    plan, buffer = make_plan(SEGMENTS), fresh()
+    written, read = part(buffer, SIZE + apart), part(buffer, SIZE)
+    for _ in range(PASSES):
+        call(torch.zeros(ROWS, FEATURES), read, plan)
+        for refusing in (plan, make_plan([(-1, ROWS)])):
+            with pytest.raises(ValueError, match=r"memory of their own, .* overlap by \d+ bytes"):
+                call(written, read, refusing)
+        assert torch.equal(buffer, fresh())
+
+
+def test_neighbours_in_one_buffer_are_apart(call: Call) -> None:
+    """So are columns of a single row, and rows of an empty batch."""
+    for apart in (-SIZE, SIZE):
+        plan, buffer, expected = make_plan(SEGMENTS), fresh(), part(fresh(), SIZE + apart).clone()
+        call(expected, part(fresh(), SIZE).clone(), plan)
+        for _ in range(PASSES):
+            buffer.copy_(fresh())
+            call(part(buffer, SIZE + apart), part(buffer, SIZE), plan)
+            assert torch.equal(part(buffer, SIZE + apart), expected)
+            assert torch.equal(part(buffer, SIZE), part(fresh(), SIZE))
+    plan, row = make_plan([(0, 1)]), fresh()[None, : 2 * FEATURES].clone()
+    expected = row[:, FEATURES:].clone()
+    call(expected, row[:, :FEATURES].clone(), plan)
+    call(row[:, FEATURES:], row[:, :FEATURES], plan)
+    assert torch.equal(row[:, FEATURES:], expected)
+    call(row[0, 5:5].view(0, FEATURES), row[0, 5:5].view(0, FEATURES), make_plan([(0, 0)]))
+
+
+@pytest.mark.parametrize("factor", [0, 1])
+@pytest.mark.parametrize("slot", [0, 1])
+def test_outputs_in_the_memory_of_weights_are_refused(call: Call, slot: int, factor: int) -> None:
+    operands = TABLES.operands(1, slot)
+    assert operands is not None
+    memory, first = memory_of(operands[:2][factor])
+    before, plan = memory.clone(), make_plan(SEGMENTS)
+    # From where an element is shared with the beginning of the weights, to their last one.
+    for start in (first + 1 - SIZE, first, first + RANK * FEATURES - 1):
+        for _ in range(PASSES):
+            call(torch.zeros(ROWS, FEATURES), part(fresh(), 0), plan)
+            with pytest.raises(ValueError, match=f"weights of slot {slot} .*overlap"):
+                call(part(memory, start), part(fresh(), 0), plan)
+    assert torch.equal(memory.nan_to_num(0.5), before.nan_to_num(0.5))
+
+
+# -- scales ---------------------------------------------------------------------------------------
+
+
+class _Scaled(GuardedTables):
+    """Of modules 0 and 1, of which one slot of module 1 has the scale."""
+
+    def __init__(self, scale: float, dtype: torch.dtype) -> None:
+        super().__init__(2, 2)
+        self.given, self.rank[:] = scale, RANK
+        self.made = make_tables(SIGNED, [RANK, RANK], (FEATURES, FEATURES), dtype, 1.0)
+
+    def operands(self, module: int, slot: int) -> Operands | None:
+        a, b, scale = self.made.operands(1, slot) or pytest.fail("no operands")
+        return a, b, self.given if (module, slot) == (1, 1) else scale
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "scale", [3.41e38, -1e39, 1e308, float("inf"), float("nan"), 10**400], ids=lambda s: str(s)[:8]
+)
+def test_scales_that_float32_does_not_hold_are_refused(scale: float, dtype: torch.dtype) -> None:
+    tables, plan = _Scaled(scale, dtype), make_plan(SEGMENTS)
+    x, y = (part(fresh(), n * SIZE).to(dtype) for n in range(2))
+    before = y.clone()
+    for _ in range(PASSES):
+        for half in (apply, expand):
+            with pytest.raises(ValueError, match=r"finite scale .* for module 1, slot 1 has"):
+                half(y, x, plan, 1, tables)
+        assert torch.equal(y, before)
+    apply(y, x, plan, 0, tables)
+    assert not torch.equal(y, before)
+
+
+@pytest.mark.parametrize("scale", [3.4e38, -3.4e38, 0.0, -0.0, 1e-46, -2.5], ids=str)
+def test_all_other_scales_are_applied(scale: float) -> None:
+    tables = GuardedTables(2, 1)
+    a, b = (draw(SIGNED, RANK, FEATURES, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    tables.put(1, 0, a / 64, b.T.contiguous() / 64, scale)
+    x, y = (part(fresh(), n * SIZE) for n in range(2))
+    plan = make_plan([(0, ROWS)])
+    expected, bound = reference(y, x, plan, 1, tables), error_bound(y, x, plan, tables)
+    apply(y, x, plan, 1, tables)
+    assert y.isfinite().all()
+    assert ((y.double() - expected).abs() <= bound).all()
