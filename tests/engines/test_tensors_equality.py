@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from engines.variants import (
     FEATURE_WARNINGS,
-    PEFT_WARNING,
     VARIANTS,
     llama,
     logits_of,
@@ -21,21 +20,10 @@ from engines.variants import (
     wrapped,
 )
 from lorax_async import AdapterLoader, LoaderConfig, Shard, layouts
-from merges import weights_of
+from merges import assert_same, weights_of
 
-pytestmark = [
-    pytest.mark.filterwarnings(PEFT_WARNING),
-    pytest.mark.filterwarnings(FEATURE_WARNINGS),
-]
+pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]
 
-SMALL = [
-    "every_linear",
-    "rslora",
-    "dora",
-    "lora_bias",
-    "embedding_and_all",
-    "dora_embedding",
-]
 PATTERNS = {
     "r": 4,
     "lora_alpha": 8,
@@ -44,16 +32,17 @@ PATTERNS = {
     "rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn.*": 3},
     "alpha_pattern": {"layers.1.self_attn.q_proj": 5, "q_proj": 1},
 }
+SMALL = ("every_linear", "rslora", "dora", "lora_bias", "embedding_and_all", "dora_embedding")
 LORAS: dict[str, Any] = {name: VARIANTS[name].lora for name in SMALL} | {"patterns": PATTERNS}
 
 
 @pytest.mark.parametrize("name", LORAS)
-async def test_it_answers_as_the_live_model(tmp_path: Path, name: str) -> None:
+async def test_it_answers_as_the_live_model_and_is_what_its_file_is(
+    tmp_path: Path, name: str
+) -> None:
     model, inputs = llama(), prompt(2)
     with wrapped(llama(), LORAS[name], seed=5) as live:
-        given: dict[str, torch.Tensor] = get_peft_model_state_dict(
-            live, save_embedding_layers=False
-        )
+        given = get_peft_model_state_dict(live, save_embedding_layers=False)
         config: LoraConfig = live.peft_config["default"]
         expected = logits_of(live.eval(), inputs)
         live.save_pretrained(tmp_path, save_embedding_layers=False)
@@ -65,11 +54,19 @@ async def test_it_answers_as_the_live_model(tmp_path: Path, name: str) -> None:
             logits = await asyncio.to_thread(logits_of, model, inputs)
         if name != "patterns":  # PEFT sorts them when it saves: its own file does not load
             async with await loader.load(tmp_path) as twin:
-                ours, its = weights_of(handle), weights_of(twin)
-                assert ours.keys() == its.keys()
-                assert all(torch.equal(ours[key], its[key]) for key in ours)
+                assert_same(weights_of(handle), weights_of(twin))
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
     assert not torch.allclose(logits, logits_of(model, inputs), atol=1e-3)
+    if name == "every_linear":
+        for rank in range(2):
+            settings = LoaderConfig(shard=Shard(rank, 2), dtype="bfloat16")
+            async with (
+                AdapterLoader(layouts.from_module(model), settings) as loader,
+                await loader.load_tensors("policy", given, config) as handle,
+                await loader.load(tmp_path) as twin,
+            ):
+                assert_same(weights_of(handle), weights_of(twin))
+                assert handle.nbytes == twin.nbytes
 
 
 async def test_each_step_of_training_is_served() -> None:
@@ -92,21 +89,3 @@ async def test_each_step_of_training_is_served() -> None:
                 torch.testing.assert_close(logits[0], expected[0], atol=2e-5, rtol=2e-5)
                 torch.testing.assert_close(logits[1], base[1], atol=2e-5, rtol=2e-5)
             assert len(loader.residency()) == 1
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-async def test_a_shard_of_it_is_that_of_its_file(tmp_path: Path, rank: int) -> None:
-    model = llama()
-    with wrapped(llama(), VARIANTS["every_linear"].lora, seed=5) as live:
-        given = get_peft_model_state_dict(live)
-        config = live.peft_config["default"]
-        live.save_pretrained(tmp_path)
-    settings = LoaderConfig(shard=Shard(rank, 2), dtype="bfloat16")
-    async with (
-        AdapterLoader(layouts.from_module(model), settings) as loader,
-        await loader.load_tensors("policy", given, config) as handle,
-        await loader.load(tmp_path) as twin,
-    ):
-        ours, its = weights_of(handle), weights_of(twin)
-        assert all(torch.equal(ours[key], its[key]) for key in its)
-        assert handle.nbytes == twin.nbytes
