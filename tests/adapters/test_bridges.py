@@ -61,38 +61,6 @@ def test_every_row_gets_its_own_adapter(case: Case) -> None:
     assert torch.equal(y, before + expected)
 
 
-def test_values_worked_out_by_hand() -> None:
-    one = StandIn(
-        torch.tensor([[[3.0], [1.0]], [[0.0], [2.0]]]), torch.tensor([[[5.0, 7.0]], [[1.0, -1.0]]])
-    )
-    bridge = bridge_of({6: one}, [6, 0])
-    x, y = torch.tensor([[2.0, 4.0], [1.0, 1.0]]), torch.ones(2, 2)
-    bridge.apply(y, x, 0)
-    assert y.tolist() == [[51.0, 71.0], [1.0, 1.0]]  # 1 + 5 * (3*2 + 1*4), 1 + 7 * 10
-    bridge.apply(y, x, 1)
-    assert y.tolist() == [[59.0, 63.0], [1.0, 1.0]]  # + 8, - 8
-
-
-def test_rows_without_weights_keep_their_bits() -> None:
-    bridge = bridge_of({1: stand_in(8)}, [0, 1, 2])
-    y = torch.tensor([[-0.0, torch.nan, torch.inf], [1.0, 1.0, 1.0], [1e-300, -0.0, -torch.nan]])
-    y, x = y.double(), torch.full((3, IN), torch.nan).double()
-    x[1] = 1.0
-    before = y.clone()
-    bridge.apply(y, x, 0)
-    assert torch.equal(bits(y[[0, 2]]), bits(before[[0, 2]]))
-    assert y[1].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_of_models(dtype: torch.dtype) -> None:
-    one = StandIn(integers(1, LAYERS, IN, 8).to(dtype), integers(2, LAYERS, 8, OUT).to(dtype))
-    x, y = integers(3, 4, IN), torch.zeros(4, OUT, dtype=dtype)
-    bridge_of({0: one}, [0] * 4).apply(y, x.to(dtype), 1)
-    exact = delta_by_token({0: one}, [0] * 4, x, 1)
-    assert torch.equal(y, exact.to(dtype))  # integers of this size are exact in all of them
-
-
 @pytest.mark.parametrize("local_rank", [1, 4, 8, 10, 12, 16, 200])
 def test_any_local_rank_is_applied_and_a_padded_one_where_it_is(local_rank: int) -> None:
     """A rank that is no multiple of 8 is copied; other weights are used in their own memory."""
@@ -219,42 +187,6 @@ def test_all_processes_together_add_each_tokens_adapter(
                 assert torch.equal(v[row], expected)
 
 
-@pytest.mark.parametrize(
-    ("rank", "world", "padded", "local", "width"), [(33, 4, 48, 12, 16), (65, 8, 80, 10, 16)]
-)
-def test_local_ranks_that_are_no_multiple_of_8(
-    rank: int, world: int, padded: int, local: int, width: int
-) -> None:
-    """Rank i of A takes input 0 times i + 1, and B gives it to output 0 and, negated, to the last."""
-    a = torch.zeros(LAYERS, world, padded).double()
-    b = torch.zeros(LAYERS, padded, world).double()
-    a[1, 0, :rank] = torch.arange(1, rank + 1).double()
-    b[1, :rank, 0], b[1, :rank, -1] = 1.0, -1.0
-    every, x = World({7: Whole(a, b)}, [7, 2], world, by_rank=True), torch.ones(2, world).double()
-    for place, v in enumerate(every.shrink(x, 1)):
-        ranks = range(place * local + 1, place * local + local + 1)
-        first = [float(i) if i <= rank else 0.0 for i in ranks]
-        assert v.tolist() == [first + [0.0] * (width - local), [0.0] * width]
-    y = every.apply(torch.zeros(2, world).double(), x, 1)
-    total = rank * (rank + 1) / 2
-    assert y.tolist() == [[total, *[0.0] * (world - 2), -total], [0.0] * world]
-
-
-def test_columns_of_different_ranks_line_up() -> None:
-    """Two processes; local ranks 8 and 24 (16 and 48 padded), so that a part is 24 wide."""
-    low, high = whole(16, 2, seed=1), whole(48, 2, seed=2)
-    every = World({0: low, 1: high}, [0, 1, 9], 2, by_rank=True)
-    v = torch.zeros(2, 3, 24).double()
-    v[1, 0, 3] = 5.0  # of process 1: rank 8 + 3 of the first adapter, 24 + 3 of the second
-    v[1, 1, 3] = 7.0
-    v[0, 0, 8:] = v[1, 0, 8:] = 99.0  # beyond the first adapter's local rank
-    v[:, 2] = 99.0
-    y = every.expand(v, torch.zeros(3, 2 * OUT_EACH).double(), 1)
-    assert torch.equal(y[0], 5 * low.b[1, 11])
-    assert torch.equal(y[1], 7 * high.b[1, 27])
-    assert not y[2].any()
-
-
 @pytest.mark.parametrize("by_rank", [True, False])
 def test_what_came_together_may_lie_in_any_order(by_rank: bool) -> None:
     process = World({0: whole(16, 2)}, [0, 0, 0], 2, by_rank=by_rank).processes[0]
@@ -266,23 +198,33 @@ def test_what_came_together_may_lie_in_any_order(by_rank: bool) -> None:
     assert torch.equal(turned, straight)
 
 
-@pytest.mark.parametrize("by_rank", [True, False])
-def test_rows_without_weights_keep_their_bits_in_every_process(by_rank: bool) -> None:
-    every = World({1: whole(8, 2)}, [0, 1, 2], 2, by_rank=by_rank)
+@pytest.mark.parametrize("by_rank", [True, False, None])
+def test_rows_without_weights_keep_their_bits(by_rank: bool | None) -> None:
     before = torch.tensor([-0.0, torch.nan, torch.inf, -torch.nan, 1e-300, 1.0]).double()
     y, x = before.repeat(3, 1), torch.full((3, 2 * IN_EACH), torch.nan).double()
     x[1], y[1] = 1.0, 0.0
-    after = every.apply(y, x, 0)
+    if by_rank is None:
+        after = y.clone()
+        bridge_of({1: whole(8, 2).share(1, 0, by_rank=True)}, [0, 1, 2]).apply(after, x, 0)
+    else:
+        after = World({1: whole(8, 2)}, [0, 1, 2], 2, by_rank=by_rank).apply(y, x, 0)
     assert torch.equal(bits(after[[0, 2]]), bits(y[[0, 2]]))
     assert after[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_of_split_models(dtype: torch.dtype) -> None:
-    a, b = integers(1, LAYERS, IN_EACH, 16).to(dtype), integers(2, LAYERS, 16, 4).to(dtype)
-    every, x = World({0: Whole(a, b)}, [0, 0], 2, by_rank=True), integers(3, 2, IN_EACH)
-    y = every.apply(torch.zeros(2, 4, dtype=dtype), x.to(dtype), 1)
-    assert torch.equal(y, every.exact(x, 1).to(dtype))
+@pytest.mark.parametrize("world", [1, 2])
+def test_dtypes_of_models(dtype: torch.dtype, world: int) -> None:
+    """Integers of this size are exact in all of them."""
+    a = integers(1, LAYERS, IN_EACH * world, 16).to(dtype)
+    one, x = Whole(a, integers(2, LAYERS, 16, 4).to(dtype)), integers(3, 2, IN_EACH * world)
+    every = World({0: one}, [0, 0], world, by_rank=True)
+    exact = every.exact(x, 1).to(dtype)
+    y = torch.zeros(2, 4, dtype=dtype)
+    assert torch.equal(every.apply(y, x.to(dtype), 1), exact)
+    if world == 1:
+        bridge_of({0: one.share(1, 0, by_rank=True)}, [0, 0]).apply(y, x.to(dtype), 1)
+        assert torch.equal(y, exact)
 
 
 class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -165,19 +165,6 @@ def test_strange_files_are_refused_and_closed(
     assert len(names) == 12
 
 
-def test_a_header_that_is_longer_than_the_first_read(tmp_path: Path) -> None:
-    made = {
-        f"base_model.model.{'x' * 400}.{n}.lora_{part}.weight": torch.full((1, 1), float(n))
-        for n in range(150)
-        for part in "AB"
-    }
-    folder = base.write(tmp_path / "long", made, 1)
-    assert int.from_bytes((folder / WEIGHTS).read_bytes()[:8], "little") > 128 << 10
-    with WeightsFile.open(folder) as file:
-        assert len(file) == 300
-        assert file.read(f"base_model.model.{'x' * 400}.149.lora_B.weight").item() == 149
-
-
 # -- LoraWeights from it --------------------------------------------------------------------------
 
 

@@ -29,7 +29,6 @@ from engines.variants import (
     build,
     logits_of,
     serving,
-    stored,
 )
 from late_device.world import loaded
 from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, layouts
@@ -119,23 +118,12 @@ async def test_logits_are_pefts(
 
 
 @pytest.mark.slow
-async def test_a_mixed_batch_gives_pefts_logits(model: Any, theirs: Any, folder: FolderOf) -> None:
-    names = ["rank_12", "__base__", "patterns", "rank_12", "f16", "rank_3"]
-    inputs = left_padded(len(names))
-    adapters = {name: folder(name) for name in names if name != "__base__"}
-    with active(theirs, **adapters) as peft_model:
-        expected = logits_of(peft_model, inputs, adapter_names=names)
-    ours = [adapters.get(name) for name in names]
-    near(await answer(model, ours, partial(logits_of, model, inputs)), expected)
-
-
-@pytest.mark.slow
 async def test_a_mixed_batch_gives_each_row_what_it_gets_alone(
     model: Any, theirs: Any, folder: FolderOf
 ) -> None:
     """Rows of one adapter apart and side by side. PEFT itself mixes no DoRA."""
     names = ["dora", "", "lora_bias", "plain", "embedding_and_all", "dora_embedding"]
-    names += ["dora", "dora"]
+    names += ["dora", "dora", "patterns", "f16", "rank_3", "rank_12"]
     inputs = left_padded(len(names))
     base = logits_of(theirs, inputs)
     ours = [folder(name) if name else None for name in names]
@@ -280,29 +268,6 @@ async def test_layers_compute_while_later_ones_are_on_their_way(
 # -- the device's bytes are the file's ------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("plain", "float32"), ("rank_12", "bfloat16"), ("rank_20", "float16")]
-)
-async def test_the_devices_bytes_are_the_files(
-    name: str, dtype: str, model: Any, folder: FolderOf
-) -> None:
-    config = LoaderConfig(dtype=dtype, device_bytes=1 << 26)
-    async with (
-        AdapterLoader(layouts.from_module(model), config) as loader,
-        await loader.load(folder(name)) as handle,
-    ):
-        assert handle.vectors is None
-        expected = stored(folder(name))
-        assert set(handle.modules) == set(expected)
-        for module, (a, b) in expected.items():
-            weights = handle.modules[module]
-            assert (weights.bias, weights.magnitude) == (None, None)
-            assert weights.a.dtype == a.dtype  # or else the comparison would be of a cast
-            assert torch.equal(weights.a.view(torch.uint8), a.view(torch.uint8)), module
-            assert torch.equal(weights.b.view(torch.uint8), b.view(torch.uint8)), module
-
-
 @pytest.fixture(scope="module")
 def late() -> Iterator[None]:
     """The code of `CudaDevice` on host memory that is written late."""
@@ -313,9 +278,16 @@ def late() -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["cpu", "simulated", "late"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("padded_dora", "bfloat16"), ("padded_bias", "float32"), ("embedding", "float32")],
+    [
+        ("padded_dora", "bfloat16"),
+        ("padded_bias", "float32"),
+        ("embedding", "float32"),
+        ("plain", "float32"),
+        ("rank_12", "bfloat16"),
+        ("rank_20", "float16"),
+    ],
 )
-async def test_a_handles_vectors_are_the_files(
+async def test_a_handles_weights_are_the_files(
     kind: str, name: str, dtype: str, model: Any, folder: FolderOf, request: pytest.FixtureRequest
 ) -> None:
     """Bit for bit, whatever A and B are stored as; on a device of its own while they still come."""
@@ -323,7 +295,7 @@ async def test_a_handles_vectors_are_the_files(
     settings: dict[str, Any] = {"dtype": dtype, "device_bytes": 1 << 26, "timeout": 60.0}
     if kind == "late":
         request.getfixturevalue("late")
-        stored = {"bfloat16": "BF16", "float32": "F32"}[dtype]
+        stored = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}[dtype]
         device = CudaDevice(layout, dtype=stored, nbytes=1 << 26, slots=4, device="late")
     else:
         settings["device"] = kind
@@ -331,15 +303,17 @@ async def test_a_handles_vectors_are_the_files(
         AdapterLoader(layout, LoaderConfig(**settings), device=device) as loader,
         loader.stream(folder(name)) as handle,
     ):
+        saved = load_file(folder(name) / "adapter_model.safetensors")
+        paths = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in saved}
+        assert set(handle.modules) == paths
         for layer in handle.layers:
             await handle.layer_ready(layer)
-            compare_layer(handle, layout, layer, folder(name))
-        assert (handle.vectors is None) == (name == "embedding")
+            compare_layer(handle, layout, layer, saved)
+        assert (handle.vectors is None) == (not name.startswith("padded"))
         assert name != "embedding" or handle.layers == (-1,)
 
 
-def compare_layer(handle: AdapterHandle, layout: ModelLayout, layer: int, adapter: Path) -> None:
-    saved = load_file(adapter / "adapter_model.safetensors")
+def compare_layer(handle: AdapterHandle, layout: ModelLayout, layer: int, saved: Any) -> None:
     here = {module.name: module for module in layout.modules if module.layer == layer}
     for name in here.keys() & set(handle.modules):
         weights, path = handle.modules[name], f"base_model.model.{name}"

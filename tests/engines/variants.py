@@ -131,20 +131,6 @@ def active(model: Any, **folders: Path) -> Iterator[Any]:
         peft_model.unload()
 
 
-def stored(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A and B by module path, as safetensors' own reader sees the file."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    suffix = ".lora_A.weight"
-    names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
-    return {
-        name.removeprefix("base_model.model."): (
-            tensors[f"{name}{suffix}"],
-            tensors[f"{name}.lora_B.weight"],
-        )
-        for name in names
-    }
-
-
 def llama(**changes: Any) -> Any:
     """A random decoder of two layers, in float32."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
