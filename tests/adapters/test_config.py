@@ -9,6 +9,7 @@ import json
 import re
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -304,48 +305,27 @@ def test_no_such_folder(tmp_path: Path, name: str) -> None:
 
 # -- the hub cache --------------------------------------------------------------------------------
 
-FIRST, SECOND = "1" * 40, "2" * 40
 
-
-@pytest.fixture
-def versions(tmp_path: Path, cache: Path) -> None:
-    """Two commits of one adapter: the first is v1, the second main and a pull request."""
-    for rank, commit, refs in ((4, FIRST, ("v1",)), (8, SECOND, ("main", "refs/pr/1"))):
-        path = base.write(tmp_path / f"rank {rank}", base.tensors(rank, types=["q_proj"]), rank)
-        files = {name: (path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-        hub_cache.put(cache, "org/sql", files, commit=commit, refs=refs)
-
-
-@pytest.mark.usefixtures("versions")
-async def test_hub_ids_are_found_in_the_cache() -> None:
-    for revision, rank in (("", 8), ("@main", 8), ("@v1", 4), ("@refs/pr/1", 8), (f"@{FIRST}", 4)):
-        id = f"org/sql{revision}"
-        assert LoraConfig.load(id, "hf_token").r == rank
-        assert (await LoraConfig.load_async(id, None)).r == rank
-        with WeightsFile.open(id, None) as file:
-            assert file.shape(base.key(0, "q_proj", "A")) == (rank, 840)
-
-
-@pytest.mark.usefixtures("versions")
+@pytest.mark.parametrize("call", [LoraConfig.load, WeightsFile.open])
 def test_a_cache_that_is_damaged_or_may_not_be_read(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[str], object]
 ) -> None:
     """Damaged by what was being written when the machine went down, say."""
+    hub_cache.put(cache, "org/sql", {CONFIG: b"{}"}, commit="1" * 40, refs=("main",))
     (cache / "models--org--sql" / "refs" / "main").write_bytes(b"\xff\xfe")
-    for call in (LoraConfig.load, WeightsFile.open):
-        with pytest.raises(FetchError, match="cache is damaged") as caught:
-            call("org/sql")
-        assert caught.value.id == "org/sql"
+    with pytest.raises(FetchError, match="cache is damaged") as caught:
+        call("org/sql")
+    assert caught.value.id == "org/sql"
 
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "no")
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", refused)
     with pytest.raises(AccessDeniedError, match="hub cache may not be read"):
-        LoraConfig.load("org/sql")
+        call("org/sql")
 
 
-@pytest.mark.usefixtures("versions")
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
     "id",
     [

@@ -112,7 +112,7 @@ async def test_many_at_once_get_the_same_while_the_loop_goes_on(
 
 
 @pytest.mark.parametrize("revision", ["v1", "refs/pr/1"])
-def test_config_and_weights_are_of_one_commit(
+async def test_config_and_weights_are_of_one_commit(
     hub: HubStandIn, tmp_path: Path, revision: str
 ) -> None:
     """The branch moves after the config was fetched; another revision is another adapter."""
@@ -124,6 +124,10 @@ def test_config_and_weights_are_of_one_commit(
     commit = hub.repos[SQL].refs["main"]
     ranks = [rank_of(id) for id in (SQL, f"{SQL}@{commit}", f"{SQL}@{revision}")]
     assert ranks == [8, 4, 4]
+    hub.asked.clear()  # and all are in the cache
+    for id, rank in ((SQL, 8), (f"{SQL}@main", 8), (f"{SQL}@{revision}", 4)):
+        assert (await LoraConfig.load_async(id)).r == rank_of(id) == rank
+    assert not hub.asked
 
 
 def test_weights_in_several_files(hub: HubStandIn, tmp_path: Path) -> None:
