@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,24 +64,11 @@ def layout(dtype: str = "F32") -> ModelLayout:
 # -- a model with the attributes that LoRAX's have ------------------------------------------------
 
 
-class Linear:
-    def __init__(self, weight: Tensor, **attributes: object) -> None:
-        self.weight = weight
-        vars(self).update(attributes)
+Linear = BaseLayer = ParallelLayer = SimpleNamespace
+"""A parallel layer has a `base_layer`, that a `linear`, and that a `weight`.
 
-
-class BaseLayer:
-    def __init__(self, linear: Linear, **attributes: object) -> None:
-        self.linear = linear
-        vars(self).update(attributes)
-
-
-class ParallelLayer:
-    """Says how it is split: column-parallel ones have `layer_names`, row-parallel `layer_name`."""
-
-    def __init__(self, base_layer: BaseLayer, **attributes: object) -> None:
-        self.base_layer = base_layer
-        vars(self).update(attributes)
+The first says how it is split: column-parallel ones have `layer_names`, row-parallel `layer_name`.
+"""
 
 
 def weight(outputs: int, inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -125,19 +113,24 @@ def lorax_model(
     for layer in range(LAYERS):
         for names in (QKV, GATE_UP):
             sizes = [SHAPES[name][1] for name in names]
-            linear = Linear(weight(sum(sizes) // world_size, HIDDEN, dtype))
-            fused = ParallelLayer(BaseLayer(linear), layer_names=names, sizes=sizes)
+            linear = Linear(weight=weight(sum(sizes) // world_size, HIDDEN, dtype))
+            fused = ParallelLayer(
+                base_layer=BaseLayer(linear=linear), layer_names=names, sizes=sizes
+            )
             for name in names:
                 model.target_to_layer[layer, name] = module_name(layer, name), fused
         for name in ("o_proj", "down_proj"):
             inputs, outputs = SHAPES[name]
-            linear = Linear(weight(outputs, inputs // world_size, dtype))
-            row = ParallelLayer(BaseLayer(linear), layer_name=name)
+            linear = Linear(weight=weight(outputs, inputs // world_size, dtype))
+            row = ParallelLayer(base_layer=BaseLayer(linear=linear), layer_name=name)
             model.target_to_layer[layer, name] = module_name(layer, name), row
     gathers = world_size > 1 and vocabulary % world_size == 0
-    head = Linear(weight(vocabulary // world_size if gathers else vocabulary, HIDDEN, dtype))
-    base = BaseLayer(head, should_gather=gathers)
-    model.target_to_layer[0, "lm_head"] = "lm_head", ParallelLayer(base, layer_name="lm_head")
+    head = Linear(weight=weight(vocabulary // world_size if gathers else vocabulary, HIDDEN, dtype))
+    base = BaseLayer(linear=head, should_gather=gathers)
+    model.target_to_layer[0, "lm_head"] = (
+        "lm_head",
+        ParallelLayer(base_layer=base, layer_name="lm_head"),
+    )
     return model
 
 

@@ -143,7 +143,7 @@ def _peak(load: Callable[[], LoraWeights | None]) -> int:
     [("bfloat16", 1, False), ("float32", 1, False), ("bfloat16", 2, False), ("bfloat16", 1, True)],
 )
 async def test_the_peak(tmp_path: Path, stored: str, world_size: int, resident: bool) -> None:
-    modules, made = [], {}
+    modules, made = list[Module](), dict[str, torch.Tensor]()
     for layer in range(LAYERS):
         name = f"layers.{layer}.q_proj"
         modules.append(Module(name, HIDDEN, HIDDEN, layer, Parallel.COLUMN))

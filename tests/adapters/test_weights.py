@@ -455,7 +455,9 @@ def test_layers_of_a_type_are_alike_and_on_one_device(
 ) -> None:
     model = base.lorax_model()
     name, layer = model.target_to_layer[1, "o_proj"]
-    other = base.ParallelLayer(base.BaseLayer(Linear(weight)), layer_name="o_proj")
+    other = base.ParallelLayer(
+        base_layer=base.BaseLayer(linear=Linear(weight=weight)), layer_name="o_proj"
+    )
     assert layer.base_layer.linear.weight.shape == (840, 840)
     model.target_to_layer[1, "o_proj"] = name, other
     made = base.tensors(types=["o_proj"]) | base.pair(name, inputs, 840)
@@ -515,9 +517,9 @@ def test_parts_are_found_by_name_in_any_order(names: tuple[str, ...]) -> None:
         load(base.config(), model, made, names[0])
 
 
-def _one_layer(linear: Linear, layer_type: str, world_size: int, **attributes: object) -> Any:
+def _one_layer(linear: Any, layer_type: str, world_size: int, **attributes: object) -> Any:
     model = base.LoraxModel(world_size=world_size)
-    layer = base.ParallelLayer(base.BaseLayer(linear), **attributes)
+    layer = base.ParallelLayer(base_layer=base.BaseLayer(linear=linear), **attributes)
     model.target_to_layer[0, layer_type] = f"model.layers.0.{layer_type}", layer
     return model
 
@@ -535,7 +537,7 @@ def _one_layer(linear: Linear, layer_type: str, world_size: int, **attributes: o
 def test_a_layer_with_one_name_is_compared_as_a_whole(
     layer_type: str, outputs: int, attributes: Any
 ) -> None:
-    model = _one_layer(Linear(base.weight(outputs, HIDDEN)), layer_type, 1, **attributes)
+    model = _one_layer(Linear(weight=base.weight(outputs, HIDDEN)), layer_type, 1, **attributes)
     module = f"model.layers.0.{layer_type}"
     made = base.pair(module, HIDDEN, outputs)
     weights = loaded(base.config(), model, made, layer_type)
@@ -547,8 +549,8 @@ def test_a_layer_with_one_name_is_compared_as_a_whole(
 
 def test_a_layer_that_does_not_say_its_sizes_is_not_asked() -> None:
     """Of packed integers, or split among processes, nobody knows how."""
-    packed = Linear(torch.zeros(7, 1, dtype=torch.uint8))
-    for linear, world_size in ((packed, 1), (Linear(base.weight(7, 7)), 2)):
+    packed = Linear(weight=torch.zeros(7, 1, dtype=torch.uint8))
+    for linear, world_size in ((packed, 1), (Linear(weight=base.weight(7, 7)), 2)):
         model = _one_layer(linear, "fc", world_size)
         assert load(base.config(), model, base.pair("model.layers.0.fc", 64, 32), "fc") is not None
 
@@ -611,12 +613,14 @@ class _FourBits(Tensor):
 
 INT32, INT8, FLOAT8 = torch.int32, torch.int8, torch.float8_e4m3fn
 QUANTIZED = {
-    "awq": Linear(base.weight(HIDDEN, ALL // 8, INT32), in_features=HIDDEN, out_features=ALL),
-    "gptq": Linear(base.weight(HIDDEN // 8, ALL, INT32), infeatures=HIDDEN, outfeatures=ALL),
-    "bitsandbytes-nf4": Linear(torch.zeros(9, 1, dtype=torch.uint8).as_subclass(_FourBits)),
-    "fp8": Linear(base.weight(HIDDEN, ALL, FLOAT8)),
-    "eetq": Linear(base.weight(HIDDEN, ALL, INT8)),
-    "bitsandbytes": Linear(base.weight(ALL, HIDDEN, INT8)),
+    "awq": Linear(
+        weight=base.weight(HIDDEN, ALL // 8, INT32), in_features=HIDDEN, out_features=ALL
+    ),
+    "gptq": Linear(weight=base.weight(HIDDEN // 8, ALL, INT32), infeatures=HIDDEN, outfeatures=ALL),
+    "bitsandbytes-nf4": Linear(weight=torch.zeros(9, 1, dtype=torch.uint8).as_subclass(_FourBits)),
+    "fp8": Linear(weight=base.weight(HIDDEN, ALL, FLOAT8)),
+    "eetq": Linear(weight=base.weight(HIDDEN, ALL, INT8)),
+    "bitsandbytes": Linear(weight=base.weight(ALL, HIDDEN, INT8)),
 }
 SILENT_ON_INPUTS = {"eetq", "bitsandbytes"}
 

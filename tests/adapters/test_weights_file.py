@@ -81,18 +81,12 @@ async def test_it_holds_what_safetensors_reads(folder: Path) -> None:
                 assert torch.equal(file.read(key), tensor)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        torch.zeros(840, 8),
-        torch.zeros(8, 840, dtype=torch.float16),
-        torch.zeros(840, 8).T,
-        torch.zeros(8, 840, device="meta"),
-    ],
-)
-def test_a_target_fits_exactly(folder: Path, target: torch.Tensor) -> None:
-    with WeightsFile.open(folder) as file, pytest.raises(UsageError, match="does not fit"):
-        file.read_into(A, target)
+def test_a_target_fits_exactly(folder: Path) -> None:
+    plain = torch.zeros(8, 840)
+    with WeightsFile.open(folder) as file:
+        for target in (plain.T, plain.half(), torch.zeros(840, 8).T, plain.to("meta")):
+            with pytest.raises(UsageError, match="does not fit"):
+                file.read_into(A, target)
 
 
 def test_a_file_that_changed_is_no_mixture_and_a_closed_one_reads_nothing(folder: Path) -> None:
@@ -352,7 +346,7 @@ class OnDevice:
 
     def __init__(self, host: LayoutModel) -> None:
         weight = torch.empty(1, 1, dtype=torch.float32, device=LATE)
-        layer = base.ParallelLayer(base.BaseLayer(base.Linear(weight)))
+        layer = base.ParallelLayer(base_layer=base.BaseLayer(linear=base.Linear(weight=weight)))
         self.dtype, self.world_size, self.layout = torch.float32, host.world_size, host.layout
         self.target_to_layer = {
             key: (name, layer) for key, (name, _) in host.target_to_layer.items()

@@ -180,7 +180,8 @@ async def test_rows_are_measured_once_in_a_stay(
 
     def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
         measured[turn] += 1
-        return norm(*args, **kwargs)
+        length: torch.Tensor = norm(*args, **kwargs)
+        return length
 
     monkeypatch.setattr(torch.linalg, "norm", noted)
     async with serving(small, max_slots=1) as (loader, attached):
@@ -320,7 +321,7 @@ class Told(torch.Tensor):
 def told(linear: nn.Linear) -> nn.Module:
     weight = linear.weight.detach().as_subclass(Told)
     del linear.weight
-    linear.weight = weight  # type: ignore[assignment]
+    linear.weight = weight
     return linear
 
 

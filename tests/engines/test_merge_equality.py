@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from engines.variants import llama, save
-from lorax_async import AdapterLoader, LoaderConfig, Merge, layouts
+from lorax_async import AdapterLoader, AdapterRef, LoaderConfig, Merge, layouts
 from lorax_async import adapters as lorax
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")]
@@ -72,7 +72,7 @@ class Weights(NamedTuple):
 
 
 def folders_of(merge: Merge) -> list[Path]:
-    return [Path(str(ref.id)) for ref in merge.refs]
+    return [Path(str(ref.id)) for ref in merge.refs if isinstance(ref, AdapterRef)]
 
 
 def theirs(merge: Merge) -> tuple[dict[str, Weights], Any]:

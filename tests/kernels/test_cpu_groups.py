@@ -144,7 +144,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 def watched(seed: int, dtype: torch.dtype, plan: Plan, tables: Any, group: Any) -> Watched:
     x = draw(SIGNED, plan.tokens, FEATURES, dtype=dtype, seed=seed)
     ys = [draw(SIGNED, plan.tokens, out, dtype=dtype, seed=out) for out in OUT]
-    with Watched() as watch:
+    watch = Watched()
+    with watch:
         for module, y in enumerate(ys):
             apply(y, x, plan, module, tables, group=group)
     return watch

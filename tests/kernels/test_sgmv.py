@@ -1,21 +1,34 @@
-"""The GPU's kernels without a GPU: interpreted against float64, and compiled for two of them."""
+"""The GPU's kernels without a GPU: interpreted against float64, and compiled for two; and on one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lorax_kernels import Operands, Plan
+from lorax_kernels import Operands, Plan, apply
+from sgmv.cases import BY_HAND, SIGNED, Case, full_grid, pairwise
+from sgmv.judge import World
 
 TESTS = Path(__file__).parents[1]
 
 pytestmark = [pytest.mark.needs("triton"), pytest.mark.slow]
+
+
+@pytest.fixture
+def sgmv() -> Any:
+    """The module, which imports Triton."""
+    from lorax_kernels import sgmv
+
+    return sgmv
 
 
 PLAN = Plan.from_segments([0, 3], [0], tile_rows=16, max_rank=8)
@@ -84,73 +97,65 @@ def test_compiled_for_sm_80_and_sm_90() -> None:
         ([Y], X, [4], "expected a module from 0 to 3, got 4"),
     ],
 )
-def test_a_group_refuses(ys: list[Tensor], x: Tensor, modules: list[int], named: str) -> None:
-    from lorax_kernels.sgmv import apply_group
-
+def test_a_group_refuses(
+    ys: list[Tensor], x: Tensor, modules: list[int], named: str, sgmv: Any
+) -> None:
     with pytest.raises(ValueError, match=named):
-        apply_group(ys, x, PLAN, modules, Tables())
+        sgmv.apply_group(ys, x, PLAN, modules, Tables())
 
 
-def test_the_halves_refuse_other_planes() -> None:
-    from lorax_kernels.sgmv import expand, shrink
-
+def test_the_halves_refuse_other_planes(sgmv: Any) -> None:
     for shape in ((1, 2, 3, 8), (1, 1, 3, 16), (2, 1, 3, 8)):
         with pytest.raises(ValueError, match=r"expected planes contiguous \[1, 1, 3, 8\]"):
-            shrink(torch.ones(shape), X, PLAN, [0], Tables())
+            sgmv.shrink(torch.ones(shape), X, PLAN, [0], Tables())
     with pytest.raises(ValueError, match=r"16 bytes on, got \[1, 1, 3, 8\] in torch.float16"):
-        shrink(torch.ones(1, 1, 3, 8).half(), X, PLAN, [0], Tables())
+        sgmv.shrink(torch.ones(1, 1, 3, 8).half(), X, PLAN, [0], Tables())
     with pytest.raises(ValueError, match=r"expected planes contiguous \[2, 1, 3, 8\]"):
-        expand([Y], torch.ones(2, 3, 3, 8), PLAN, [0], Tables())
+        sgmv.expand([Y], torch.ones(2, 3, 3, 8), PLAN, [0], Tables())
     for modules in ([], [0, 1, 2, 3]):
         with pytest.raises(ValueError, match="expected one to 3 modules, got"):
-            shrink(torch.ones(1, len(modules), 3, 8), X, PLAN, modules, Tables())
+            sgmv.shrink(torch.ones(1, len(modules), 3, 8), X, PLAN, modules, Tables())
     with pytest.raises(ValueError, match="expected a plan with tiles"):
-        shrink(torch.ones(1), X, Plan.from_segments([0, 3], [0]), [0], Tables())
+        sgmv.shrink(torch.ones(1), X, Plan.from_segments([0, 3], [0]), [0], Tables())
 
 
-def test_launches_refuse_tensors_that_overlap() -> None:
-    from lorax_kernels.sgmv import apply_group, expand, expand_one, shrink, shrink_one
-
+def test_launches_refuse_tensors_that_overlap(sgmv: Any) -> None:
     memory = torch.ones(96 * 8)
     rows, wide = memory[:48].view(3, 16), memory[32:128].view(3, 32)
     for ys in ([rows], [Y, rows], [Y, torch.ones(3, 16), rows]):
         with pytest.raises(ValueError, match="expected y and x in memory of their own"):
-            apply_group(ys, wide, PLAN, list(range(len(ys))), Tables())
+            sgmv.apply_group(ys, wide, PLAN, list(range(len(ys))), Tables())
     later = memory[47:95].view(3, 16)
     for ys in ([rows, later], [later, Y, rows], [Y, Y]):
         with pytest.raises(ValueError, match="expected y and y in memory of their own"):
-            apply_group(ys, X, PLAN, list(range(len(ys))), Tables())
+            sgmv.apply_group(ys, X, PLAN, list(range(len(ys))), Tables())
     planes = memory[20:44].view(1, 1, 3, 8)
     with pytest.raises(ValueError, match="expected planes and x in memory of their own"):
-        shrink(planes, memory[:96].view(3, 32), PLAN, [0], Tables())
+        sgmv.shrink(planes, memory[:96].view(3, 32), PLAN, [0], Tables())
     with pytest.raises(ValueError, match="expected y and planes in memory of their own"):
-        expand([rows], planes, PLAN, [0], Tables())
+        sgmv.expand([rows], planes, PLAN, [0], Tables())
     with pytest.raises(ValueError, match="expected h and x in memory of their own"):
-        shrink_one(memory[30:54].view(3, 8), memory[:96].view(3, 32), PLAN, 0, Tables())
+        sgmv.shrink_one(memory[30:54].view(3, 8), memory[:96].view(3, 32), PLAN, 0, Tables())
     with pytest.raises(ValueError, match="expected y and h in memory of their own"):
-        expand_one(rows, memory[30:54].view(3, 8), PLAN, 0, Tables())
+        sgmv.expand_one(rows, memory[30:54].view(3, 8), PLAN, 0, Tables())
     assert (memory == 1).all()
 
 
-def test_a_launch_refuses_a_scale_that_float32_does_not_hold() -> None:
-    from lorax_kernels.sgmv import apply_group
-
+def test_a_launch_refuses_a_scale_that_float32_does_not_hold(sgmv: Any) -> None:
     class Beyond(Tables):
         def operands(self, module: int, slot: int) -> Operands | None:
             return torch.ones(8, 32), torch.ones(16, 8), 1e39
 
     with pytest.raises(ValueError, match="finite scale .* for module 1, slot 0 has 1e.39"):
-        apply_group([Y], X, PLAN, [1], Beyond())
+        sgmv.apply_group([Y], X, PLAN, [1], Beyond())
 
 
-def test_the_number_of_planes_follows_from_the_shapes() -> None:
-    from lorax_kernels.sgmv import new_planes
-
+def test_the_number_of_planes_follows_from_the_shapes(sgmv: Any) -> None:
     expected = {32: 1, 1024: 2, 4096: 8, 14336: 8}
     for features, count in expected.items():
-        assert new_planes(torch.ones(3, features), PLAN, 2).shape == (count, 2, 3, 8)
+        assert sgmv.new_planes(torch.ones(3, features), PLAN, 2).shape == (count, 2, 3, 8)
     busy = Plan.from_segments([0, 3], [0], tile_rows=16, tile_room=512)
-    assert new_planes(torch.ones(3, 4096), busy, 1).shape == (1, 1, 3, 256)
+    assert sgmv.new_planes(torch.ones(3, 4096), busy, 1).shape == (1, 1, 3, 256)
 
 
 @pytest.mark.soak
@@ -162,3 +167,89 @@ def test_the_whole_grid(dtype: str) -> None:
 @pytest.mark.soak
 def test_compiled_for_the_other_dtypes() -> None:
     prove("sgmv.compiled", "other_gates")
+
+
+# -- on a GPU: the same cases, the same bits again, and a captured graph --------------------------
+
+DEVICE = "cuda"
+MIXED = Case(
+    kind=SIGNED,
+    ranks=(16, 8, 0, 64),
+    features=(4096, 1024),
+    segments=((0, 1), (-1, 2), (1, 3), (3, 1), (0, 16), (2, 1)),
+    planes=None,
+    members=3,
+    spare=True,
+)
+
+
+def require_right(cases: Iterable[Case], sgmv: Any) -> None:
+    wrong = []
+    for case in cases:
+        world = World(case, DEVICE)
+        planes = world.planes(sgmv)
+        world.compute(sgmv, planes)
+        wrong += [f"{case}: {text}" for text in world.complaints(planes)]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+@pytest.mark.gpu
+def test_cases_by_hand_on_a_gpu(sgmv: Any) -> None:
+    require_right(BY_HAND.values(), sgmv)
+
+
+@pytest.mark.gpu
+def test_every_pair_of_levels_on_a_gpu(sgmv: Any) -> None:
+    require_right(pairwise(), sgmv)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_whole_grid_on_a_gpu(dtype: str, sgmv: Any) -> None:
+    require_right(full_grid(dtype), sgmv)
+
+
+@pytest.mark.gpu
+def test_the_entry_that_everybody_calls() -> None:
+    world = World(replace(MIXED, members=1), DEVICE)
+    [module] = world.modules
+    world.arena.remember()
+    apply(world.ys[0], world.x, world.plan, module, world.tables)
+    no_planes = world.ys[0].new_empty(0, 1, 0, 0)
+    assert not world.complaints(no_planes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_equal_inputs_give_equal_bits(dtype: str, sgmv: Any) -> None:
+    worlds = [World(replace(MIXED, dtype=dtype), DEVICE) for _ in range(20)]
+    for world in worlds:
+        sgmv.apply_group(world.ys, world.x, world.plan, world.modules, world.tables)
+    torch.cuda.synchronize()
+    first, *others = ([y.view(torch.uint8).cpu() for y in world.ys] for world in worlds)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_meets_the_adapters_and_rows_of_its_replay(sgmv: Any) -> None:
+    """Other weights, ranks and segments in the same tables and tiles: the bits of a plain launch."""
+    captured, plain = World(MIXED, DEVICE), World(MIXED, DEVICE)
+    sgmv.apply_group(captured.ys, captured.x, captured.plan, captured.modules, captured.tables)
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        sgmv.apply_group(captured.ys, captured.x, captured.plan, captured.modules, captured.tables)
+    for segments in ([(0, 1, 1), (1, 18, 3)], [(2, 5, 0), (5, 6, 1), (6, 7, 2)], []):
+        for world in (captured, plain):
+            world.restart(seed=len(segments))
+            assert world.plan.tiles is not None
+            world.plan.tiles.refill(segments)
+        graph.replay()
+        sgmv.apply_group(plain.ys, plain.x, plain.plan, plain.modules, plain.tables)
+        torch.cuda.synchronize()
+        for mine, expected, before in zip(captured.ys, plain.ys, plain.ys_before, strict=True):
+            assert torch.equal(mine.view(torch.uint8), expected.view(torch.uint8))
+            assert torch.equal(expected.cpu(), before) == (not segments)
