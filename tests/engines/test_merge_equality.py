@@ -228,7 +228,8 @@ def in_loraxs_form(merge: Merge) -> dict[str, Weights]:
 async def test_another_seed_drops_others_and_no_global_random_number_is_drawn(
     folder: Folders,
 ) -> None:
-    folders, before = [folder("one"), folder("two")], torch.get_rng_state()
+    folders, _ = [folder("one"), folder("two")], llama()  # which seeds it
+    before = torch.get_rng_state()
     first, second = [
         await ours(Merge("dare_linear", folders, (1, 1), density=0.5, seed=seed)) for seed in (1, 2)
     ]
