@@ -383,14 +383,6 @@ def test_a_module_map_of_the_contract(model: Any) -> None:
     assert names == {"somebody else's"}
 
 
-def test_a_failed_load_leaves_the_names(model: Any) -> None:
-    config, made = base.config(4), base.tensors(8)
-    module_map, names = config.map_weights_for_model(made, model.weight_names)
-    with pytest.raises(AdapterFormatError, match="rank 4, which the config says"):
-        LoraWeights.load(config, model, module_map, "q_proj", names)
-    assert names == set(made)
-
-
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 def test_a_module_map_has_both_factors(model: Any, factor: str) -> None:
     config, made = base.config(), base.tensors(types=["q_proj"])
@@ -420,10 +412,11 @@ MODULE = base.module_name(1, "q_proj")
             r"layers.1.*B torch.int8",
         ),
         (base.config(8, 1e40), {}, "q_proj", AdapterFormatError, "lora_alpha"),
+        (base.config(4), {}, "q_proj", AdapterFormatError, "rank 4, which the config says"),
         (base.config(), {}, "x_proj", UsageError, r"no layer.* type 'x_proj'"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_what_does_not_fit_is_refused_and_leaves_the_names(
     model: Any,
     config: LoraConfig,
     changed: dict[str, Tensor],
@@ -431,8 +424,11 @@ def test_what_does_not_fit_is_refused(
     kind: type[LoraxError],
     problem: str,
 ) -> None:
+    made = base.tensors() | changed
+    module_map, names = config.map_weights_for_model(made, model.weight_names)
     with pytest.raises(kind, match=problem):
-        load(config, model, base.tensors() | changed, layer_type)
+        LoraWeights.load(config, model, module_map, layer_type, names)
+    assert names == set(made)
 
 
 def test_a_scale_of_one_module_that_no_float32_holds(tmp_path: Path, model: Any) -> None:

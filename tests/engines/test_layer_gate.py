@@ -211,15 +211,37 @@ async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
         go.set()
 
 
-async def test_on_the_loops_thread_nobody_is_taken_out_for_it(
+async def test_on_the_loops_thread_nobody_is_waited_for_or_taken_out(
     small: Any, source: FakeSource
 ) -> None:
     async with streaming(small, source) as (attached, warm, cold):
-        with attached.batch([warm, cold], budget=1.0) as gate:
-            with pytest.raises(UsageError, match=r"layer 0 .*asyncio\.to_thread"):
-                logits_of(small, prompt(2))
-            assert not gate.out
+        for budget in (1.0, None):
+            with attached.batch([warm, cold], budget) as gate:
+                with pytest.raises(UsageError, match=r"layer 0 .*asyncio\.to_thread"):
+                    logits_of(small, prompt(2))
+                assert not gate.out
         source.allow("cold")
+        await cold.layer_ready(cold.layers[-1])
+        with attached.batch([warm, cold]):
+            logits_of(small, prompt(2))  # here now: nothing to wait for
+
+
+@pytest.mark.parametrize("released", [True, False])
+async def test_without_a_budget_a_pass_raises_what_ended_its_adapter(
+    small: Any, source: FakeSource, waits: threading.Event, released: bool
+) -> None:
+    source.fail("bring", FetchError("the line is down"), id="cold", at=1)
+    async with streaming(small, source) as (attached, warm, cold):
+        with attached.batch([warm, cold]):
+            passing, layer = forward(small, 2), asyncio.create_task(cold.layer_ready(1))
+            await until(waits.is_set)
+            if released:
+                cold.release()
+            else:
+                source.allow("cold")
+            for waiting in (passing, layer):
+                with pytest.raises(HandleClosedError if released else FetchError):
+                    await asyncio.wait_for(waiting, 10)
 
 
 async def test_a_budget_is_a_number_of_seconds(served: Served) -> None:
@@ -262,3 +284,17 @@ async def test_who_is_alone_waits_until_others_could_be_computed_or_the_loader_w
             await passing
             assert isinstance(gate.out[0], AdapterTimeoutError)
             assert problem in str(gate.out[0])
+
+
+async def test_an_adapter_that_came_too_late_for_itself_is_not_waited_for(
+    small: Any, source: FakeSource, waits: threading.Event
+) -> None:
+    """Its error is of the kind that a look in vain raises, too."""
+    source.fail("bring", AdapterTimeoutError("too late for itself"), id="cold", at=1)
+    async with streaming(small, source, timeout=1000.0) as (attached, _, cold):
+        with attached.batch([cold], budget=0.0) as gate:
+            passing = forward(small, 1)
+            await until(waits.is_set)
+            source.allow("cold")
+            await asyncio.wait_for(passing, 10)
+            assert "too late for itself" in str(gate.out[0])
