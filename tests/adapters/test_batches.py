@@ -135,20 +135,19 @@ def test_joining_refuses_bounds_that_do_not_fit(
 # -- groups ---------------------------------------------------------------------------------------
 
 
-def segments(group: RankSegments) -> tuple[list[int], list[int]]:
+def listed(values: torch.Tensor | None) -> list[int] | None:
+    return None if values is None else [int(value) for value in values]
+
+
+def segments(group: RankSegments) -> tuple[list[int] | None, list[int] | None]:
     assert group.indices is None
-    assert group.segment_starts is not None
-    assert group.segment_ends is not None
-    return group.segment_starts.tolist(), group.segment_ends.tolist()
+    return listed(group.segment_starts), listed(group.segment_ends)
 
 
-def places(group: RankSegments) -> tuple[int, list[int]]:
-    assert group.segment_starts is None
-    assert group.segment_ends is None
-    assert group.indices is not None
-    assert group.indices.dtype == torch.int64
+def places(group: RankSegments) -> tuple[int, list[int] | None]:
+    assert group.segment_starts is group.segment_ends is None
     assert len(group.lora_a_ptr) == len(group.lora_b_ptr)
-    return len(group.lora_a_ptr), group.indices.tolist()
+    return len(group.lora_a_ptr), listed(group.indices)
 
 
 @pytest.mark.parametrize("prefill", [True, False])

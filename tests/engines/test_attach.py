@@ -32,8 +32,6 @@ from lorax_async import (
     UsageError,
     layouts,
 )
-from lorax_async.core.layout import Module, Parallel
-from lorax_async.engines.shared_inputs import groups_of
 from lorax_async.engines.transformers import attach
 from lorax_async.testing import FakeSource
 from lorax_kernels import Plan
@@ -384,24 +382,6 @@ async def test_the_next_batch_of_the_same_rows_has_the_same_plan(
                 with attached.batch(rows):
                     logits_of(small, prompt(len(rows)))
         assert len(made) == 3 + 7  # the one that was used longest ago has gone
-
-
-@pytest.mark.parametrize(
-    ("names", "groups"),
-    [
-        (["a.q_proj", "a.o_proj", "a.v_proj", "b.q_proj", "b.k_proj"], [(0, 2), (3, 4)]),
-        (["m.up_proj", "m.gate_proj"], [(0, 1)]),
-        (["a.q_proj", "a.k_proj wide", "b.up_proj", "head"], []),
-    ],
-)
-def test_modules_below_one_parent_that_get_the_same_input(
-    names: list[str], groups: list[tuple[int, ...]]
-) -> None:
-    modules = [
-        Module(name.split()[0], 16 if "wide" in name else 8, 8, 0, Parallel.REPLICATED)
-        for name in names
-    ]
-    assert groups_of(modules) == {index: group for group in groups for index in group}
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
