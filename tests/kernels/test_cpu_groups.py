@@ -86,7 +86,7 @@ def test_any_segments_and_ranks_are_within_the_rounding_bound(
     segments: list[tuple[int, int]], ranks: list[tuple[int, int, int]], dtype: torch.dtype
 ) -> None:
     tables = three_modules(dtype, ranks)
-    for way in WAYS.values():
+    for way in [*WAYS.values(), Thresholds(kept_bytes=0)]:
         plan = make_plan(segments, way)
         for seed in range(3):
             x = guarded(draw(SIGNED, plan.tokens, FEATURES, dtype=dtype, seed=seed))
