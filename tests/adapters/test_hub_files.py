@@ -160,27 +160,26 @@ def test_a_private_adapter(
     assert rank_of(SQL) == 8
 
 
-@pytest.mark.parametrize("token", ["", "two words", "ö"])
-def test_no_token(hub: HubStandIn, token: str) -> None:
-    with pytest.raises(UsageError, match="token"):
-        LoraConfig.load(SQL, token)
+def test_no_token(hub: HubStandIn) -> None:
+    for token in ("", "two words", "ö"):
+        with pytest.raises(UsageError, match="token"):
+            LoraConfig.load(SQL, token)
     assert not hub.asked
 
 
 @pytest.mark.parametrize(
     ("id", "without", "problem"),
     [
-        ("org/other", (), "org/other"),
-        (f"{SQL}@v2", (), "no revision 'v2'"),
-        (SQL, (CONFIG,), f"no {CONFIG} at 'main'"),
-        (SQL, (WEIGHTS,), f"no {WEIGHTS} at 'main'"),
+        ("org/other", "", "org/other"),
+        (f"{SQL}@v2", "", "no revision 'v2'"),
+        (SQL, CONFIG, f"no {CONFIG} at 'main'"),
+        (SQL, WEIGHTS, f"no {WEIGHTS} at 'main'"),
     ],
 )
 def test_what_the_hub_has_not(
-    hub: HubStandIn, tmp_path: Path, id: str, without: tuple[str, ...], problem: str
+    hub: HubStandIn, tmp_path: Path, id: str, without: str, problem: str
 ) -> None:
-    found = contents(adapter(tmp_path))
-    hub.put(SQL, {name: content for name, content in found.items() if name not in without})
+    hub.put(SQL, {k: v for k, v in contents(adapter(tmp_path)).items() if k != without})
     with pytest.raises(LoraxError, match=problem) as caught:
         WeightsFile.open(id)
     assert isinstance(caught.value, AdapterNotFoundError | AccessDeniedError)

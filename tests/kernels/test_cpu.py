@@ -345,37 +345,59 @@ def test_apply_refuses_other_dtypes_strides_and_devices() -> None:
     assert (good == 1).all()
 
 
-HALVES: dict[str, Callable[[Tensor, Tensor, Plan, int, GuardedTables], None]] = {
-    "shrink": shrink,
-    "expand": expand,
-}
-
-
 @pytest.mark.parametrize(
-    ("half", "written", "read", "slot", "named"),
+    ("half", "written", "read", "dtype", "module", "slot", "named"),
     [
-        ("shrink", (3, 2), (2, 8), 0, r"expected x contiguous \[3, features\] on cpu"),
-        ("shrink", (2, 2), (3, 8), 0, r"expected h contiguous \[3, features\] on cpu"),
-        ("shrink", (3, 1), (3, 8), 0, r"expected h \[tokens, 2 or more\] in torch.float32"),
-        ("shrink", (3, 2), (3, 7), 0, r"expected x \[tokens, 8\] in torch.float32, got x"),
-        ("shrink", (3, 2), (3, 8), 1, "expected slots below 1, the plan has slot 1"),
-        ("expand", (2, 6), (3, 2), 0, r"expected y contiguous \[3, features\] on cpu"),
-        ("expand", (3, 5), (3, 2), 0, r"expected y \[tokens, 6\] in torch.float32, got y \[3, 5\]"),
-        ("expand", (3, 6), (3, 1), 0, r"expected h \[tokens, 2 or more\] .* got \[3, 1\]"),
-        ("expand", (3, 6), (3, 2), 1, "expected slots below 1, the plan has slot 1"),
+        (shrink, (3, 2), (2, 8), "float32", 1, 0, r"expected x contiguous \[3, features\] on cpu"),
+        (shrink, (2, 2), (3, 8), "float32", 1, 0, r"expected h contiguous \[3, features\] on cpu"),
+        (shrink, (3, 1), (3, 8), "float32", 1, 0, r"expected h \[tokens, 2 or more\] in torch.flo"),
+        (shrink, (3, 2), (3, 8), "float16", 1, 0, r"expected h \[tokens, 2 or more\] in torch.flo"),
+        (
+            shrink,
+            (3, 2),
+            (3, 7),
+            "float32",
+            1,
+            0,
+            r"expected x \[tokens, 8\] in torch.float32, got",
+        ),
+        (shrink, (3, 2), (3, 8), "float32", 2, 0, "expected a module from 0 to 1, got 2"),
+        (shrink, (3, 2), (3, 8), "float32", 1, 1, "expected slots below 1, the plan has slot 1"),
+        (expand, (2, 6), (3, 2), "float32", 1, 0, r"expected y contiguous \[3, features\] on cpu"),
+        (
+            expand,
+            (3, 5),
+            (3, 2),
+            "float32",
+            1,
+            0,
+            r"y \[tokens, 6\] in torch.float32, got y \[3, 5",
+        ),
+        (
+            expand,
+            (3, 6),
+            (3, 1),
+            "float32",
+            1,
+            0,
+            r"expected h \[tokens, 2 or more\] .* got \[3, 1",
+        ),
+        (expand, (3, 6), (3, 2), "float32", 1, 1, "expected slots below 1, the plan has slot 1"),
     ],
 )
 def test_halves_refuse_what_does_not_fit(
-    half: str, written: tuple[int, int], read: tuple[int, int], slot: int, named: str
+    half: Callable[..., None],
+    written: tuple[int, int],
+    read: tuple[int, int],
+    dtype: str,
+    module: int,
+    slot: int,
+    named: str,
 ) -> None:
-    tables, result = make_tables(SIGNED, [2], (8, 6), torch.float32, 1.0), torch.ones(written)
+    tables = make_tables(SIGNED, [2], (8, 6), torch.float32, 1.0)
+    result = torch.ones(written, dtype=getattr(torch, dtype))
     with pytest.raises(ValueError, match=named):
-        HALVES[half](result, torch.ones(read), make_plan([(slot, 3)]), 1, tables)
-    if half == "shrink" and written == (3, 2):
-        with pytest.raises(ValueError, match=r"expected h \[tokens, 2 or more\] in torch.float32"):
-            shrink(result.half(), torch.ones(3, 8), make_plan([(0, 3)]), 1, tables)
-        with pytest.raises(ValueError, match="expected a module from 0 to 1, got 2"):
-            shrink(result, torch.ones(3, 8), make_plan([(0, 3)]), 2, tables)
+        half(result, torch.ones(read), make_plan([(slot, 3)]), module, tables)
     assert (result == 1).all()
 
 
