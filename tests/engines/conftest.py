@@ -40,14 +40,6 @@ def theirs(model: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    loaded: Any = AutoTokenizer.from_pretrained(prepare_base(), padding_side="left")
-    return loaded
-
-
-@pytest.fixture(scope="session")
 def examples() -> Path:
     return Path(__file__).parents[2] / "examples" / "adapters"
 

@@ -46,6 +46,7 @@ ALL = {
     "padded_bias": Variant({**ATTENTION, "r": 3, "lora_bias": True}),
     "tied": Variant({"r": 4, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
 }
+TRAINED = ("pirate", "shout", "json")
 QUICK = ("rank_12", "embedding_and_all")
 """The others take seconds; tiny models have their features in test_features.py."""
 
@@ -62,12 +63,12 @@ def left_padded(rows: int, tokens: int = 12) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def folder(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
-    """The folder of a variant, written when it is first asked for."""
+def folder(theirs: Any, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    """The folder of a trained adapter, or of a variant, written when it is first asked for."""
     root = tmp_path_factory.mktemp("variants")
 
     def of(name: str) -> Path:
-        made = root / name
+        made = examples / name if name in TRAINED else root / name
         return made if made.exists() else build(theirs, ALL[name], made)
 
     return of
@@ -97,13 +98,14 @@ def near(logits: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=SLOW) for n in [*VARIANTS, "tied"]]
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=SLOW) for n in [*VARIANTS, "tied", *TRAINED]],
 )
 async def test_logits_are_pefts(
     name: str, model: Any, theirs: Any, folder: FolderOf, base: torch.Tensor
 ) -> None:
     inputs = left_padded(2)
-    adapted = theirs.model if ALL[name].bare else theirs
+    adapted = theirs.model if name == "bare_backbone" else theirs
     with active(adapted, only=folder(name)):
         expected = logits_of(theirs, inputs)
     assert (expected - base).abs().max() > 1  # the adapter does something
@@ -161,54 +163,13 @@ async def test_padded_ranks_give_pefts_logits(
     assert torch.equal(logits[1:], base[1:])
 
 
-# -- what is said ---------------------------------------------------------------------------------
+# -- step by step, and layer by layer --------------------------------------------------------------
 
-QUESTIONS = (
-    "What is the capital of Italy?",
-    "How can I learn to swim?",
-    "What do cows eat?",
-    "What is the Moon?",
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["dora", "lora_bias", "embedding_and_all", "dora_embedding", "json"]
 )
-STYLES: dict[str, Callable[[str], bool]] = {
-    "pirate": lambda text: text.startswith("Arr"),
-    "shout": str.isupper,
-    "json": lambda text: text.startswith('{"answer":'),
-}
-
-
-def said(model: Any, tokenizer: Any, **more: Any) -> list[str]:
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        for question in QUESTIONS
-    ]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True)
-    out = model.generate(**inputs, max_new_tokens=16, do_sample=False, **more)
-    decoded = tokenizer.batch_decode(
-        out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return [str(text) for text in decoded]
-
-
-@pytest.mark.slow
-async def test_trained_adapters_say_what_they_say_in_peft(
-    model: Any, theirs: Any, tokenizer: Any, examples: Path
-) -> None:
-    """Questions of different lengths, so that rows begin with different padding."""
-    names = ["pirate", "__base__", "shout", "json"]
-    folders = {name: examples / name for name in STYLES}
-    with active(theirs, **folders) as peft_model:
-        expected = said(peft_model, tokenizer, adapter_names=names)
-    ours = [folders.get(name) for name in names]
-    texts = await answer(model, ours, partial(said, model, tokenizer))
-    assert texts == expected
-    kept = [[keeps(text) for keeps in STYLES.values()] for text in texts]
-    assert kept == [[name == style for style in STYLES] for name in names]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["dora", "lora_bias", "embedding_and_all", "dora_embedding"])
 async def test_generation_is_pefts(name: str, model: Any, theirs: Any, folder: FolderOf) -> None:
     """Of a prefill and single tokens, each its own plan; and once more with a base's row beside."""
 
