@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from engines.conftest import one_thread
+
+__all__ = ["one_thread"]
+
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
