@@ -82,6 +82,7 @@ BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 @example(segments=SEGMENTS, ranks=[(4, 0, 4), (8, 8, 0), (4, 4, 4)], dtype=BFLOAT16)
 @example(segments=SEGMENTS, ranks=[(4, 4, 0), (8, 8, 0), (4, 4, 0)], dtype=BFLOAT16)
 @example(segments=SEGMENTS, ranks=[(0, 4, 0), (0, 0, 0), (0, 0, 4)], dtype=FLOAT32)
+@example(segments=SEGMENTS, ranks=[(0, 4, 0), (0, 0, 0), (0, 2, 0)], dtype=BFLOAT16)
 def test_any_segments_and_ranks_are_within_the_rounding_bound(
     segments: list[tuple[int, int]], ranks: list[tuple[int, int, int]], dtype: torch.dtype
 ) -> None:
