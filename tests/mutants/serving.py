@@ -75,11 +75,11 @@ SERVING: Mutants = {
         f"{KEYS}::test_what_does_not_follow_changes_nothing", skipped(KeptKeys, "_check")
     ),
     "server: requests under way are counted": mutant(
-        "server/calls/test_server_ends.py::test_a_signal_drains",
+        "server/test_ends.py::test_a_signal_drains",
         (UnderWay, "one", lambda _: nullcontext()),
     ),
     "server: a client that hangs up frees its place": mutant(
-        "server/calls/test_server_clients.py::test_who_hangs_up_frees_its_place",
+        "server/test_clients.py::test_a_client_that_hangs_up_frees_its_place",
         (Watch, "_listen", nothing_awaited),
     ),
     "warm list: it is on the disk before it has its name": mutant(

@@ -7,7 +7,7 @@ import functools
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,15 @@ TEMPLATE = (
 KEY = "a client's key"
 TOKEN = "the-admin-token"
 MAX_LENGTH = 1 << 16
-POST = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+COMPLETIONS = "/v1/completions"
+POST = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 """Of a request that a test writes itself."""
+
+
+def request(body: object) -> bytes:
+    """A completion's head and body, as bytes."""
+    content = json.dumps(body).encode()
+    return f"{POST}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 @functools.cache
@@ -107,7 +114,7 @@ class FakeEngine:
         self.max_length = max_length
         self.alive = True
         self.submitted: list[FakeTokens] = []
-        self._rule = rule
+        self.rule = rule
         self._waiting: set[FakeTokens] = set()
         self._news = asyncio.Event()
 
@@ -122,8 +129,8 @@ class FakeEngine:
         self.submitted.append(tokens)
         self._waiting.add(tokens)
         self._news.set()
-        if self._rule is not None:
-            self._rule(tokens)
+        if self.rule is not None:
+            self.rule(tokens)
         return tokens
 
     def begun(self, tokens: FakeTokens) -> None:
@@ -163,6 +170,23 @@ def failing(error: LoraxError) -> Rule:
     return lambda tokens: tokens.fail(error)
 
 
+def loading(loader: AdapterLoader, said: str = "loaded") -> Rule:
+    """Answers once the adapter is loaded, as a real engine does."""
+
+    async def answer(tokens: FakeTokens) -> None:
+        adapter = tokens.generation.adapter
+        try:
+            if adapter is not None:
+                (await loader.load(adapter)).release()
+        except Exception as error:
+            tokens.fail(error)
+        else:
+            saying(said)(tokens)
+
+    tasks = set[asyncio.Task[None]]()
+    return lambda tokens: tasks.add(asyncio.ensure_future(answer(tokens)))
+
+
 @dataclass
 class World:
     """A server on loopback, and what talks to it."""
@@ -198,6 +222,22 @@ class World:
     async def admin(self, path: str, body: object) -> Answer:
         return await self.ask("POST", path, body, Authorization=f"Bearer {TOKEN}")
 
+    def completing(self, body: object) -> asyncio.Task[Answer]:
+        """One completion, on its way."""
+        return asyncio.create_task(self.ask("POST", COMPLETIONS, body))
+
+    async def ends(self) -> bool:
+        """Whether the last request under way ends in time."""
+        return await self.service.under_way.ended(20)
+
+    async def until_busy(self) -> None:
+        """Wait until a request is under way, be it not yet whole."""
+        for _ in range(5000):
+            if not await self.service.under_way.ended(0):
+                return
+            await asyncio.sleep(0.001)
+        raise AssertionError("nothing came")
+
 
 @dataclass
 class Answer:
@@ -224,6 +264,29 @@ class Answer:
 
 
 @asynccontextmanager
+async def listening(
+    service: Service, *, send_buffer: int | None = None
+) -> AsyncIterator[tuple[Serving, asyncio.Task[None], int, AsyncOpenAI]]:
+    """A server on loopback, what it runs in, its port and a client."""
+    ready = asyncio.Event()
+    server, listener = Serving(service, ready.set), listen("127.0.0.1", 0)
+    if send_buffer is not None:  # of all connections that it accepts
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    port = listener.getsockname()[1]
+    ended = asyncio.create_task(server.serve([listener]))
+    await ready.wait()
+    http = DefaultAsyncHttpxClient(trust_env=False)
+    async with AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, http_client=http
+    ) as client:
+        yield server, ended, port, client
+    server.stop()
+    await asyncio.wait([ended])
+    if not ended.cancelled():
+        await ended
+
+
+@asynccontextmanager
 async def serving(
     engine: Any = None,
     loader: AdapterLoader | None = None,
@@ -234,25 +297,8 @@ async def serving(
     """A server before `engine`, or before one that says "hello"."""
     engine = FakeEngine(saying("hello")) if engine is None else engine
     plain: dict[str, Any] = {"base": "base", "admin_token": TOKEN, "sources": (Allow("hub"),)}
-    async with AsyncExitStack() as stack:
-        loader = await stack.enter_async_context(tiny_loader() if loader is None else loader)
-        made = ServerSettings(**(plain | settings))
+    async with tiny_loader() if loader is None else loader as there:
         eos = frozenset({tokenizer().eos_token_id})
-        service = Service(made, engine, loader, tokenizer(), eos)
-        ready = asyncio.Event()
-        server, listener = Serving(service, ready.set), listen("127.0.0.1", 0)
-        if send_buffer is not None:  # of all connections that it accepts
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        port = listener.getsockname()[1]
-        ended = asyncio.create_task(server.serve([listener]))
-        await ready.wait()
-        http = DefaultAsyncHttpxClient(trust_env=False)
-        client = AsyncOpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, http_client=http
-        )
-        async with client:
+        service = Service(ServerSettings(**(plain | settings)), engine, there, tokenizer(), eos)
+        async with listening(service, send_buffer=send_buffer) as (server, ended, port, client):
             yield World(service, server, engine, client, port, ended)
-        server.stop()
-        await asyncio.wait([ended])
-        if not ended.cancelled():
-            await ended

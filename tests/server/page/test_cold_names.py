@@ -65,7 +65,7 @@ async def test_who_shares_the_end_of_an_id_has_no_name(tmp_path: Path) -> None:
         await asked(world.client, "one")
         assert "load one" in await names_in(world)
         engine = world.engine
-        engine._rule = None
+        engine.rule = None
         task = asyncio.create_task(asked(world.client, "other"))
         tokens = await engine.asked(2)
         for id in ("two/last", "three/last", "four/other"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,24 @@ import pytest
 from hub_stand_in import HubStandIn
 from user_loads import at, contents, loader, written
 
-from lorax_async import AdapterLoader, Allow, ConfigError
+from lorax_async import Allow, ConfigError
 from lorax_async.commands.places import as_source, opened, sources_of
 from lorax_async.commands.serve import named
 from lorax_async.identity import AdapterRef
 from lorax_async.server.settings import ServerSettings
-from server.world import Answer, FakeEngine, FakeTokens, Rule, World, echo, serving
+from server.world import Answer, FakeEngine, World, echo, loading, serving
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "hub_client")
 
 TOKEN = "hf_0perat0rsToken"
 OWN = f"Bearer {TOKEN}"
-PRIVATE, PUBLIC, ELSEWHERE = "org/private", "org/public", "other/private"
 CHAT = "/v1/chat/completions"
-LOAD = "/v1/load_lora_adapter"
+PRIVATE, PUBLIC, ELSEWHERE = "org/private", "org/public", "other/private"
 
 
 async def ask(world: World, model: str) -> Answer:
     body = {"model": model, "messages": [{"role": "user", "content": "x"}]}
     return await world.ask("POST", CHAT, body)
-
-
-# -- which ids ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +65,7 @@ async def test_requests_may_name_what_is_below_a_source() -> None:
         assert list(statuses.values()) == [200, 200, 200, 200, 403, 403, 403, 403], statuses
 
 
-def test_what_is_no_source() -> None:
+def test_a_source_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="sources must be a tuple of Allow"):
         ServerSettings(base="base", sources=("hub",))  # type: ignore[arg-type]
 
@@ -87,27 +82,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]
         for repo in (PRIVATE, ELSEWHERE):
             found.put(repo, files, private_token=TOKEN)
         yield found
-
-
-def loading(there: AdapterLoader) -> Rule:
-    """An engine that loads what is asked for."""
-    tasks = set[asyncio.Task[None]]()
-
-    async def answer(tokens: FakeTokens) -> None:
-        try:
-            adapter = tokens.generation.adapter
-            assert adapter is not None
-            (await there.load(adapter)).release()
-        except Exception as error:
-            tokens.fail(error)
-        else:
-            tokens.say("loaded")
-            tokens.end()
-
-    def rule(tokens: FakeTokens) -> None:
-        tasks.add(asyncio.ensure_future(answer(tokens)))
-
-    return rule
 
 
 def settings_for(
@@ -142,7 +116,7 @@ def sent(hub: HubStandIn, repo: str) -> set[str | None]:
     ],
     ids=["closed", "hub", "org", "hub and org"],
 )
-async def test_what_a_strangers_id_is_asked_for_with(
+async def test_a_strangers_id_gets_the_token_of_its_source_alone(
     hub: HubStandIn,
     tmp_path: Path,
     sources: list[str],
@@ -159,30 +133,25 @@ async def test_what_a_strangers_id_is_asked_for_with(
 
 
 @pytest.mark.parametrize("by", ["--adapters", "the admin"])
-async def test_what_the_operator_names_is_asked_for_with_his_token(
+async def test_what_the_operator_names_is_asked_for_with_the_operators_token(
     hub: HubStandIn, tmp_path: Path, by: str
 ) -> None:
     """And that makes it no stranger's, though it is on the device and the hub is open to all."""
     commit = hub.repos[PRIVATE].refs["main"]
     given = [f"sql={PRIVATE}"] if by == "--adapters" else []
     of_loader, of_server = settings_for(hub, given, ["hub"])
-
-    async def body() -> None:
-        there = loader(tmp_path, layers=4, **of_loader)
-        async with serving(FakeEngine(loading(there)), there, **of_server) as world:
-            if by == "the admin":
-                body = {"lora_name": "sql", "lora_path": PRIVATE}
-                assert (await world.admin(LOAD, body)).status == 200
-            assert (await ask(world, "sql")).status == 200
-            assert sent(hub, PRIVATE) == {OWN}
-            begun = len(hub.asked)
-            for id in (PRIVATE, f"{PRIVATE}@main", f"{PRIVATE}@{commit}"):
-                assert (await ask(world, id)).status == 403
-            later = {each.fields.get("authorization") for each in hub.asked[begun:]}
-            assert later == {None}
-            assert (await ask(world, "sql")).status == 200
-
-    await body()
+    there = loader(tmp_path, layers=4, **of_loader)
+    async with serving(FakeEngine(loading(there)), there, **of_server) as world:
+        if by == "the admin":
+            body = {"lora_name": "sql", "lora_path": PRIVATE}
+            assert (await world.admin("/v1/load_lora_adapter", body)).status == 200
+        assert (await ask(world, "sql")).status == 200
+        assert sent(hub, PRIVATE) == {OWN}
+        begun = len(hub.asked)
+        for id in (PRIVATE, f"{PRIVATE}@main", f"{PRIVATE}@{commit}"):
+            assert (await ask(world, id)).status == 403
+        assert {each.fields.get("authorization") for each in hub.asked[begun:]} == {None}
+        assert (await ask(world, "sql")).status == 200
 
 
 async def test_offline_nobody_is_asked(hub: HubStandIn, tmp_path: Path) -> None:

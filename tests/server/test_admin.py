@@ -1,0 +1,295 @@
+"""Adapters by name, as in vLLM, and where they are; for whoever has the token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from starlette.responses import JSONResponse
+
+import tiny
+from common import until
+from lorax_async import FetchError
+from server.world import TOKEN, Answer, World, serving
+from tiny_loaders import loader as tiny_loader
+from tiny_loaders import on_device
+from tiny_sources import over, stocked
+
+LOAD, UNLOAD, ADAPTERS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters"
+
+
+async def load(world: World, name: str, path: object, **more: Any) -> Answer:
+    return await world.admin(LOAD, {"lora_name": name, "lora_path": str(path)} | more)
+
+
+async def unload(world: World, name: str) -> Answer:
+    return await world.admin(UNLOAD, {"lora_name": name})
+
+
+async def adapters(world: World) -> Any:
+    answer = await world.ask("GET", ADAPTERS, Authorization=f"Bearer {TOKEN}")
+    return answer.json["data"]
+
+
+async def asked_for(world: World, model: str) -> object:
+    """What the engine is asked for by that name."""
+    await world.client.completions.create(model=model, prompt="x")
+    return world.engine.submitted[-1].generation.adapter
+
+
+async def test_load_use_and_unload(tmp_path: Path) -> None:
+    """A folder with two names stays for the other one."""
+    folder = tiny.write(tmp_path / "pirate")
+    async with serving() as world:
+        loaded = await load(world, "pirate", folder)
+        assert loaded.status == 200
+        assert loaded.body == b"Success: LoRA adapter 'pirate' added successfully."
+        assert [where.state for where in on_device(world.service.loader)] == ["resident"]
+        models = await world.client.models.list()
+        assert [model.id for model in models.data] == ["base", "pirate"]
+        assert await asked_for(world, "pirate") == folder
+
+        assert (await load(world, "second", folder)).status == 200
+        unloaded = await unload(world, "pirate")
+        assert unloaded.status == 200
+        assert unloaded.body == b"Success: LoRA adapter 'pirate' removed successfully."
+        assert len(on_device(world.service.loader)) == 1
+        await unload(world, "second")
+        models = await world.client.models.list()
+        assert [model.id for model in models.data] == ["base"]
+        assert on_device(world.service.loader) == []
+        again = await unload(world, "pirate")
+        assert (again.status, again.error["type"]) == (404, "NotFoundError")
+        assert again.error["message"] == "The lora adapter 'pirate' cannot be found."
+
+
+async def test_a_name_is_given_once(tmp_path: Path) -> None:
+    """But to another adapter in its place; what is no folder is an id of the loader's sources."""
+    source = stocked(tmp_path, "one", "two")
+    async with serving(loader=over(source)) as world:
+        assert (await load(world, "a", "one")).status == 200
+        assert await asked_for(world, "a") == "one"
+        for name in ("a", "base"):
+            again = await load(world, name, "two")
+            assert (again.status, again.error["type"]) == (400, "InvalidUserInput")
+            assert name == "base" or "has already been loaded" in again.error["message"]
+        assert world.service.loader.statistics().loads == 1, "nothing was loaded for nothing"
+        assert (await load(world, "a", "two", load_inplace=True)).status == 200
+        assert await asked_for(world, "a") == "two"
+
+
+async def test_of_two_loads_of_one_name_the_first_counts(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "first", "second")
+    source.hold("first")
+    source.hold("second")
+    async with serving(loader=over(source)) as world:
+        first, second = (
+            asyncio.create_task(load(world, "a", path)) for path in ("first", "second")
+        )
+        await until(lambda: world.service.loader.usage().waiting == 2)
+        source.allow("first")
+        assert (await first).status == 200
+        source.allow("second")
+        assert (await second).status == 400
+        assert await asked_for(world, "a") == "first"
+
+
+async def test_an_adapter_in_use_is_unloaded_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorax_async.server.calls.admin.UNLOAD_SECONDS", 0.01)
+    folder = tiny.write(tmp_path / "one")
+    async with serving(adapters={"a": folder}) as world:
+        async with await world.service.loader.load(folder) as handle:
+            assert (await unload(world, "a")).status == 200
+            assert not handle.released
+        assert (await world.ask("GET", "/v1/models/a")).status == 404
+
+
+async def test_a_load_is_under_way_and_none_begins_while_the_server_closes(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    async with serving(loader=over(source)) as world:
+        loading = asyncio.create_task(load(world, "a", "a"))
+        await until(lambda: world.service.loader.usage().waiting)
+        assert not await world.service.under_way.ended(0)
+        world.service.under_way.close()
+        assert (await load(world, "a", "a")).status == 503
+        assert (await unload(world, "a")).status == 503
+        source.allow("a")
+        assert (await loading).status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 400),
+        ({"lora_name": "a"}, 400),
+        ({"lora_name": "", "lora_path": "x/y"}, 400),
+        ({"lora_name": "a", "lora_path": "no id"}, 400),
+        ({"lora_name": "a", "lora_path": "./nowhere"}, 404),
+        ({"lora_name": "a", "lora_path": "/etc/nowhere"}, 404),
+        ({"lora_name": "a", "lora_path": "../nowhere"}, 403),
+        ({"lora_name": "a", "lora_path": "x/\0"}, 400),
+        ({"lora_name": 5, "lora_path": "x/y"}, 400),
+    ],
+)
+async def test_what_cannot_be_loaded_is_refused(tmp_path: Path, body: Any, status: int) -> None:
+    async with serving(loader=tiny_loader(local_roots=(tmp_path,))) as world:
+        assert (await world.admin(LOAD, body)).status == status
+        assert len((await world.client.models.list()).data) == 1
+
+
+def spoil_header(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(b"\xff" * 8 + weights.read_bytes()[8:])
+
+
+def save(folder: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+    changed = dict(change(name, tensor) for name, tensor in tiny.tensors(3).items())
+    save_file(changed, folder / "adapter_model.safetensors")
+
+
+def reshaped(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    return name, torch.cat([tensor, tensor], -1) if "lora_A" in name else tensor
+
+
+def configure(**changes: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / "adapter_config.json").write_text(json.dumps(tiny.config() | changes))
+
+    return change
+
+
+def replace_by_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("x")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "no JSON": (
+        lambda folder: (folder / "adapter_config.json").write_text("{"),
+        *(422, "adapter_malformed"),
+    ),
+    "target modules": (configure(target_modules=["c_attn"]), 422, "adapter_incompatible"),
+    "target pattern": (configure(target_modules=r".*\.c_attn"), 422, "adapter_incompatible"),
+    "no target modules": (configure(target_modules=[]), 422, "adapter_malformed"),
+    "broken target pattern": (configure(target_modules="("), 422, "adapter_malformed"),
+    "layers to transform": (configure(layers_to_transform=[77]), 422, "adapter_incompatible"),
+    "tensors": (
+        lambda folder: save(folder, lambda name, t: (name.replace("q_proj", "c_attn"), t)),
+        *(422, "adapter_incompatible"),
+    ),
+    "shapes": (lambda folder: save(folder, reshaped), 422, "adapter_incompatible"),
+    "layers": (lambda folder: tiny.write(folder, layers=9), 422, "adapter_incompatible"),
+    "rank": (lambda folder: tiny.write(folder, rank=300), 422, "adapter_unsupported"),
+    "feature": (configure(modules_to_save=["lm_head"]), 422, "adapter_unsupported"),
+    "header": (spoil_header, 422, "adapter_malformed"),
+    "no weights": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        *(404, "model_not_found"),
+    ),
+    "no folder": (shutil.rmtree, 404, "model_not_found"),
+    "a file": (replace_by_file, 422, "adapter_malformed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_a_refused_adapter_is_not_named(tmp_path: Path, case: str) -> None:
+    """And a name that it was to get in place keeps its meaning."""
+    spoil, status, code = REFUSED[case]
+    good, bad = tiny.write(tmp_path / "good", 1), tiny.write(tmp_path / "bad", 2)
+    spoil(bad)
+    async with serving() as world:
+        refused = await load(world, "a", bad)
+        assert (refused.status, refused.error["code"]) == (status, code)
+        assert str(bad) in refused.error["message"]
+        assert (await world.ask("GET", "/v1/models/a")).status == 404
+        assert (await unload(world, "a")).status == 404
+        usage = world.service.loader.usage()
+        assert (usage.waiting, usage.leases, usage.device_bytes.used) == (0, 0, 0)
+
+        assert (await load(world, "a", good)).status == 200
+        again = await load(world, "a", bad, load_inplace=True)
+        assert (again.status, again.error["code"]) == (status, code)
+        assert await asked_for(world, "a") == good
+
+
+async def test_where_adapters_are(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "one")
+    async with serving() as world:
+        await load(world, "a", folder)
+        async with await world.service.loader.load(folder):
+            (one,) = await adapters(world)
+    assert one["names"] == ["a"]
+    assert one["id"].endswith(str(folder))
+    assert (one["tier"], one["state"], one["leases"], one["pins"]) == ("device", "resident", 1, 0)
+    assert one["slot"] == {"index": 0, "generation": 1}
+    assert one["device_bytes"] == 4 * 2 * 1536
+    assert [event["event"] for event in one["story"]] == ["SlotGranted", "Resident"]
+    assert one["story"][0]["layers"] == [0, 1, 2, 3]
+
+
+async def test_neither_the_disk_nor_a_long_list_holds_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = list[threading.Thread]()
+
+    def noting(kind: type[Any], name: str, concerns: Callable[..., bool]) -> None:
+        original = getattr(kind, name)
+
+        def noted(*given: Any) -> Any:
+            if concerns(*given):
+                threads.append(threading.current_thread())
+            return original(*given)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    noting(Path, "is_dir", lambda path: str(path) == "no/such")
+    noting(JSONResponse, "render", lambda _, content: "data" in content)
+    async with serving() as world:
+        await load(world, "a", "no/such")
+        await adapters(world)
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+
+
+async def test_a_failure_stands_in_the_story_with_its_error(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "org/a")
+    source.fail("bring", FetchError("the line was cut", retryable=False))
+    async with serving(loader=over(source)) as world:
+        with pytest.raises(FetchError):
+            await world.service.loader.load("org/a")
+        (await world.service.loader.load("org/a")).release()
+        story = (await adapters(world))[0]["story"]
+    names = [event["event"] for event in story]
+    assert names == ["SlotGranted", "Failed", "Leaving", "SlotGranted", "Resident"]
+    assert story[1]["error"]["error"] == "FetchError"
+    assert "the line was cut" in story[1]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "key", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", "Bearer \xe9", None]
+)
+async def test_calls_of_the_operator_need_the_token(key: str | None) -> None:
+    """Where the server has none, nobody makes them."""
+    token, said = (None, f"Bearer {TOKEN}") if key is None else (TOKEN, key)
+    async with serving(admin_token=token) as world:
+        for method, path in (("POST", LOAD), ("POST", UNLOAD), ("GET", ADAPTERS)):
+            answer = await world.raw(
+                f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization:"
+                f" {said}\r\nContent-Length: 2\r\n\r\n{{}}".encode("latin-1")
+            )
+            if key is None:
+                assert (answer.status, answer.error["code"]) == (403, "admin_disabled")
+            else:
+                assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+                assert TOKEN not in answer.body.decode()

@@ -1,0 +1,358 @@
+"""The API as its users call it: the official client, its strict forms, and text as it is made."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai import DefaultAsyncHttpxClient
+from openai.types import Completion, CompletionUsage, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
+from tokenizers import Tokenizer, decoders, models
+
+from lorax_async.server.calls.text import Detokenizer, StopStrings
+from server.world import (
+    COMPLETIONS,
+    FakeEngine,
+    echo,
+    saying,
+    serving,
+    text_of,
+    tokenizer,
+    tokens_of,
+)
+
+CHATS = "/v1/chat/completions"
+HI: Any = [{"role": "user", "content": "hi"}]
+PROMPT = "<user>hi<assistant>"
+
+# -- whole answers --------------------------------------------------------------------------------
+
+
+async def test_a_chat() -> None:
+    async with serving(FakeEngine(saying("ahoy!"))) as world:
+        answer = await world.client.chat.completions.create(model="base", messages=HI)
+    assert answer.id.startswith("chatcmpl-")
+    assert (answer.object, answer.model) == ("chat.completion", "base")
+    (choice,) = answer.choices
+    assert (choice.index, choice.finish_reason) == (0, "stop")
+    assert (choice.message.role, choice.message.content) == ("assistant", "ahoy!")
+    assert answer.usage is not None
+    assert answer.usage.model_dump(exclude_none=True) == {
+        "prompt_tokens": len(PROMPT),
+        "completion_tokens": 5,
+        "total_tokens": len(PROMPT) + 5,
+    }
+
+
+async def test_a_completion_of_several_prompts() -> None:
+    async with serving(FakeEngine(echo)) as world:
+        answer = await world.client.completions.create(
+            model="base", prompt=["one", "two"], n=2, seed=5, temperature=0.5, top_p=0.25
+        )
+        generations = [tokens.generation for tokens in world.engine.submitted]
+    assert (answer.id[:5], answer.object) == ("cmpl-", "text_completion")
+    assert [(choice.index, choice.text) for choice in answer.choices] == [
+        (0, "None|one|0.5|0.25|5"),
+        (1, "None|one|0.5|0.25|6"),
+        (2, "None|two|0.5|0.25|7"),
+        (3, "None|two|0.5|0.25|8"),
+    ]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 4 * 19)
+    assert {generation.max_new_tokens for generation in generations} == {16}
+    assert {generation.stop_tokens for generation in generations} == {frozenset({256})}
+
+
+async def test_defaults_are_those_of_openai() -> None:
+    async with serving(FakeEngine(echo, max_length=100)) as world:
+        await world.client.chat.completions.create(model="base", messages=HI)
+        await world.client.completions.create(model="base", prompt=tokens_of("ab"))
+        await world.client.completions.create(model="base", prompt=[[1, 2], [3]])
+        chat, completion, *rest = [tokens.generation for tokens in world.engine.submitted]
+    assert chat.max_new_tokens == 100 - len(PROMPT)
+    assert (chat.sampling.temperature, chat.sampling.top_p, chat.sampling.seed) == (1.0, 1.0, None)
+    assert completion.prompt == tuple(tokens_of("ab"))
+    assert [generation.prompt for generation in rest] == [(1, 2), (3,)]
+
+
+async def test_seeds_of_several_sequences_stay_seeds() -> None:
+    async with serving(FakeEngine(saying("x"))) as world:
+        asked = {"model": "base", "prompt": "x", "n": 3, "seed": 2**63 - 2}
+        assert (await world.ask("POST", COMPLETIONS, asked)).status == 200
+        seeds = [tokens.generation.sampling.seed for tokens in world.engine.submitted]
+    assert seeds == [2**63 - 2, 2**63 - 1, -(2**63)]
+
+
+async def test_a_conversation_is_sent_back_with_all_its_fields() -> None:
+    """Parts of texts are lines."""
+    async with serving(FakeEngine(saying("yo"))) as world:
+        chat = world.client.chat.completions
+        first = await chat.create(model="base", messages=HI)
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        messages: Any = [
+            {"role": "developer", "content": "be brief"},
+            first.choices[0].message.model_dump(),
+            {"role": "user", "content": parts},
+        ]
+        await chat.create(model="base", messages=messages)
+        prompt = text_of(world.engine.submitted[1].generation.prompt)
+    assert prompt == "<system>be brief<assistant>yo<user>a\nb<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("limit", "text"), [({"max_tokens": 2}, "12"), ({"max_completion_tokens": 3}, "123")]
+)
+async def test_max_tokens_cut_an_answer(limit: Any, text: str) -> None:
+    async with serving(FakeEngine(saying("12345"))) as world:
+        chat = world.client.chat.completions
+        (choice,) = (await chat.create(model="base", messages=HI, **limit)).choices
+    assert (choice.message.content, choice.finish_reason) == (text, "length")
+
+
+async def test_models_are_listed_with_their_base() -> None:
+    async with serving(adapters={"pirate": "org/pirate"}) as world:
+        listed = await world.client.models.list()
+        one = await world.client.models.retrieve("pirate")
+        card = (await world.ask("GET", "/v1/models")).json["data"][0]
+    assert [model.id for model in listed.data] == ["base", "pirate"]
+    said: Any = one
+    assert (one.id, one.object, one.owned_by) == ("pirate", "model", "lorax-async")
+    assert said.parent == "base"
+    assert Model.model_validate(card, strict=True).id == "base"
+    # As vLLM has them.
+    assert card.keys() - Model.model_fields.keys() == {"parent", "max_model_len"}
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [("base", None), ("pirate", "org/pirate"), ("org/other@main", "org/other@main")],
+)
+async def test_model_names_an_adapter(model: str, adapter: str | None) -> None:
+    async with serving(adapters={"pirate": "org/pirate"}) as world:
+        answer = await world.client.completions.create(model=model, prompt="x")
+        assert answer.model == model
+        assert world.engine.submitted[0].generation.adapter == adapter
+
+
+# -- streams --------------------------------------------------------------------------------------
+
+
+async def test_a_streamed_chat() -> None:
+    async with serving(FakeEngine(saying("aé!"))) as world:
+        stream = await world.client.chat.completions.create(
+            model="base", messages=HI, stream=True, stream_options={"include_usage": True}
+        )
+        first, *middle, last, usage = [chunk async for chunk in stream]
+    assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
+    assert [chunk.choices[0].delta.content for chunk in middle] == ["a", "é", "!"]
+    assert all(chunk.choices[0].finish_reason is None for chunk in (first, *middle))
+    assert (last.choices[0].delta.content, last.choices[0].finish_reason) == (None, "stop")
+    assert usage.choices == []
+    assert usage.usage is not None
+    assert (usage.usage.prompt_tokens, usage.usage.completion_tokens) == (19, 4)
+    assert {chunk.usage for chunk in (first, *middle, last)} == {None}
+    assert len({(chunk.id, chunk.created) for chunk in (first, *middle, last, usage)}) == 1
+    assert {chunk.object for chunk in (first, last)} == {"chat.completion.chunk"}
+
+
+async def test_a_streamed_completion_comes_as_it_is_made() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as world:
+        creating = world.client.completions.create(model="base", prompt="x", n=2, stream=True)
+        reading = asyncio.create_task(creating)
+        second = await engine.asked(2)
+        second.say("b")
+        stream = await reading
+        pieces = [await anext(stream)]
+        first = engine.submitted[0]
+        first.say("a")
+        pieces.append(await anext(stream))
+        second.end("length")
+        pieces.append(await anext(stream))
+        first.end()
+        pieces += [piece async for piece in stream]
+    told = [(p.choices[0].index, p.choices[0].text, p.choices[0].finish_reason) for p in pieces]
+    assert told == [(1, "b", None), (0, "a", None), (1, "", "length"), (0, "", "stop")]
+    assert {piece.object for piece in pieces} == {"text_completion"}
+
+
+async def test_sequences_of_one_request_take_turns() -> None:
+    async with serving(FakeEngine(saying("abc"))) as world:
+        create = world.client.completions.create
+        stream = await create(model="base", prompt="x", n=2, stream=True)
+        assert [piece.choices[0].index async for piece in stream] == [0, 1] * 4
+
+
+# -- stop strings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_ends_before_its_stop_string(stream: bool) -> None:
+    """Nothing of it is sent, and what comes after it is not even computed."""
+    engine = FakeEngine(lambda tokens: tokens.say("one STOP two"))
+    async with serving(engine) as world:
+        create: Any = world.client.completions.create
+        answer = await create(model="base", prompt="x", stop=["STOP", "zz"], stream=stream)
+        pieces = [piece async for piece in answer] if stream else [answer]
+        await engine.submitted[0].cancelled.wait()
+    text = "".join(piece.choices[0].text for piece in pieces)
+    assert (text, pieces[-1].choices[0].finish_reason) == ("one ", "stop")
+    assert stream or pieces[-1].usage.completion_tokens == len("one STOP")
+
+
+async def test_what_looked_like_a_stop_string_comes_out() -> None:
+    async with serving(FakeEngine(saying("one ST"))) as world:
+        answer = await world.client.completions.create(model="base", prompt="x", stop="STOP")
+        assert answer.choices[0].text == "one ST"
+
+
+async def test_a_stop_string_ends_its_own_sequence_only() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as world:
+        create = world.client.completions.create
+        asked = asyncio.create_task(create(model="base", prompt="x", n=2, stop="STOP"))
+        other = await engine.asked(2)
+        engine.submitted[0].say("one STOP two")
+        async with asyncio.timeout(20):
+            await engine.submitted[0].cancelled.wait()
+        other.say("more")
+        other.end()
+        assert [choice.text for choice in (await asked).choices] == ["one ", "more"]
+
+
+# -- the package's own forms ----------------------------------------------------------------------
+
+
+def require_form(kind: type[BaseModel], told: Any) -> None:
+    """Nothing of another type, nothing missing, and nothing that has no name there."""
+    assert told.keys() <= kind.model_fields.keys()
+    found = kind.model_validate(told, strict=True)
+    for choice, said in zip(getattr(found, "choices", ()), told["choices"], strict=True):
+        assert choice.model_extra == {}
+        for part in (getattr(choice, "message", None), getattr(choice, "delta", None)):
+            assert part is None or part.model_extra == {}
+        assert said.keys() <= type(choice).model_fields.keys()
+    usage = getattr(found, "usage", None)
+    assert usage is None or usage.model_extra == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind", "piece"),
+    [
+        (CHATS, {"messages": HI, "n": 2}, ChatCompletion, ChatCompletionChunk),
+        (COMPLETIONS, {"prompt": ["a", "b"]}, Completion, Completion),
+    ],
+    ids=["chat", "completion"],
+)
+async def test_answers_and_their_pieces_have_the_packages_forms(
+    path: str, body: Any, kind: type[BaseModel], piece: type[BaseModel]
+) -> None:
+    body = {"model": "base"} | body
+    async with (
+        serving(FakeEngine(saying("aé!"))) as world,
+        DefaultAsyncHttpxClient(trust_env=False) as client,
+    ):
+        whole = await world.ask("POST", path, body)
+        assert (whole.status, whole.headers["content-type"]) == (200, "application/json")
+        require_form(kind, whole.json)
+        streamed = {"stream": True, "stream_options": {"include_usage": True}}
+        answer = await client.post(f"http://127.0.0.1:{world.port}{path}", json=body | streamed)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *events, done, end = answer.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all(event.startswith("data: ") for event in events)
+    pieces = [json.loads(event.removeprefix("data: ")) for event in events]
+    for told in pieces:
+        for choice in told["choices"] if piece is Completion else ():
+            # The package says that a reason is there always; OpenAI sends null until it is.
+            choice["finish_reason"] = choice["finish_reason"] or "stop"
+        require_form(piece, told)
+    CompletionUsage.model_validate(pieces[-1]["usage"], strict=True)
+
+
+# -- tokens become text ---------------------------------------------------------------------------
+
+
+BACKEND = tokenizer().backend_tokenizer
+
+
+@given(st.text(max_size=20), st.text(max_size=6))
+def test_a_text_comes_back(text: str, prompt: str) -> None:
+    reader = Detokenizer(BACKEND, tokens_of(prompt))
+    assert "".join(map(reader.feed, tokens_of(text))) == text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces"),
+    [
+        (tokens_of("a😀b"), ["a", "", "", "", "😀", "b"]),
+        ([*tokens_of("a"), tokenizer().eos_token_id, *tokens_of("b")], ["a", "", "b"]),
+    ],
+    ids=["half characters", "special tokens"],
+)
+def test_what_is_no_character_yet_is_no_text(tokens: list[int], pieces: list[str]) -> None:
+    reader = Detokenizer(BACKEND, ())
+    assert [reader.feed(token) for token in tokens] == pieces
+
+
+@given(st.lists(st.integers(0, 300), max_size=20))
+def test_any_tokens_are_read(tokens: list[int]) -> None:
+    """Also bytes that are no text, and ids of which the tokenizer knows nothing."""
+    reader = Detokenizer(BACKEND, ())
+    text = "".join(map(reader.feed, tokens))
+    whole = BACKEND.decode(tokens, skip_special_tokens=True)
+    assert whole.startswith(text) or "\N{REPLACEMENT CHARACTER}" in whole
+
+
+def test_the_first_word_keeps_its_space() -> None:
+    """Some decoders drop the space of a text's first word, which is not where an answer begins."""
+
+    made = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
+    made.decoder = decoders.Metaspace()
+    assert Detokenizer(made, [0]).feed(1) == " b"
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "out"),
+    [
+        ((), ["a", "b"], ["a", "b"]),
+        (("STOP",), ["on", "e ST", "O", "P two"], ["on", "e ", "", ""]),
+        (("STOP",), ["ST", "ST", "OP"], ["", "ST", ""]),
+        (("ab", "b"), ["b"], [""]),
+        (("abc", "b"), ["abc"], ["a"]),  # "b" is complete first
+        (("xy",), ["x"], [""]),
+    ],
+)
+def test_stop_strings_are_found_across_pieces(
+    stops: tuple[str, ...], pieces: list[str], out: list[str]
+) -> None:
+    reader = StopStrings(stops)
+    assert [reader.feed(piece) for piece in pieces] == out
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=4),
+    st.text("ab", max_size=12),
+    st.lists(st.integers(0, 12), max_size=4),
+)
+def test_where_a_text_is_cut_changes_nothing(stops: list[str], text: str, cuts: list[int]) -> None:
+    """The oracle takes one character more at a time, until the text so far ends with a stop."""
+    expected, hit = text, False
+    for end in range(len(text) + 1):
+        ended = [stop for stop in stops if text[:end].endswith(stop)]
+        if ended:
+            expected, hit = text[: end - max(map(len, ended))], True
+            break
+    reader, out = StopStrings(stops), ""
+    bounds = [0, *sorted(cuts), len(text)]
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        out += reader.feed(text[begin:end])
+        assert expected.startswith(out), "nothing of a stop string is let through"
+    out += reader.end()
+    assert (out, reader.hit) == (expected, hit)

@@ -1,0 +1,348 @@
+"""Clients that go away, take nothing, or send too much: each frees its place, and nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import socket
+import sys
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from common import until
+from lorax_async import LoaderClosedError, UsageError
+from lorax_async.server.calls.answering import Answering
+from lorax_async.server.calls.bodies import read_body, refuse_unread
+from lorax_async.server.calls.errors import Refusal
+from lorax_async.server.calls.events import ABORT
+from lorax_async.server.calls.requests import CompletionBody
+from lorax_async.server.calls.under_way import ClientGone, UnderWay, Watch, until_gone
+from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
+
+PLAIN = {"model": "org/a", "prompt": "x"}
+ONE: dict[str, Any] = {"max_adapters_per_client": 1, "max_waiting": 2, "max_choices": 2}
+"""Room for one request, so that a place that is not given back shows."""
+
+
+def ours() -> list[str]:
+    """Tasks that read a sequence, or watch for a client that hangs up."""
+    names = (task.get_name() for task in asyncio.all_tasks())
+    return [name for name in names if name in {"lorax choice", "lorax client's presence"}]
+
+
+async def require_free(world: World) -> None:
+    """Wait for the last request; then the client has its places again."""
+    assert await world.ends()
+    await asyncio.sleep(0)
+    assert (world.engine.waiting, ours()) == (0, [])
+    world.engine.rule = saying("hello")
+    another = {"model": "org/another", "prompt": "x", "n": 2}
+    assert (await world.ask("POST", COMPLETIONS, another)).status == 200
+
+
+def taking_little(world: World) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.connect(("127.0.0.1", world.port))
+    return client
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(("stream", "begun"), [(False, False), (True, False), (True, True)])
+async def test_a_client_that_hangs_up_frees_its_place(stream: bool, begun: bool, n: int) -> None:
+    engine = FakeEngine()
+    async with serving(engine, **ONE) as world:
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(request(PLAIN | {"stream": stream, "n": n}))
+        tokens = await engine.asked(n)
+        if n > 1:  # they are read beside each other
+            await until(lambda: ours().count("lorax choice") == n)
+        if begun:
+            tokens.say("a")
+            await reader.readuntil(b'"text":"a"')
+        writer.close()
+        for each in engine.submitted:
+            await each.cancelled.wait()
+        await require_free(world)
+
+
+async def test_a_client_that_hangs_up_in_its_body_asks_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving() as world:
+        _, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(request(PLAIN)[:-1])
+        await world.until_busy()
+        writer.close()
+        assert await world.ends()
+        assert not world.engine.submitted
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+async def test_a_client_that_takes_nothing_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    """More is said than all buffers have room for. It ends when its connection has: before,
+    uvicorn would complain that it has no answer.
+    """
+    engine = FakeEngine()
+    async with serving(engine, slow_client=0.05, send_buffer=4096, **ONE) as world:
+        with closing(taking_little(world)) as client:
+            client.sendall(request(PLAIN | {"stream": True, "max_tokens": 2_000}))
+            tokens = await engine.asked()
+            tokens.say("x" * 2_000)
+            await tokens.cancelled.wait()
+            await require_free(world)
+    assert "without completing" not in caplog.text
+
+
+class Blocked:
+    """A client's side of ASGI, which takes the beginning of an answer and nothing after it."""
+
+    def __init__(self, takes: int) -> None:
+        self.sent: list[Any] = []
+        self.gone = asyncio.Event()
+        self.blocked = asyncio.Event()
+        self._takes = takes
+        self._body = [
+            {"type": "http.request", "body": json.dumps(PLAIN | {"stream": True}).encode()}
+        ]
+
+    async def receive(self) -> Any:
+        if self._body:
+            return self._body.pop()
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if len(self.sent) == self._takes:
+            self.blocked.set()
+            await asyncio.Event().wait()
+        self.sent.append(message)
+
+    def asking(self, world: World) -> asyncio.Task[None]:
+        scope: Any = {
+            "type": "http",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "state": {ABORT: self.gone.set},
+        }
+        endpoint = Answering(world.service, CompletionBody)
+        return asyncio.create_task(endpoint(scope, self.receive, self.send))
+
+
+@pytest.mark.parametrize("takes", [0, 1, 2])
+async def test_a_slow_client_is_cut_off_wherever_it_stops(takes: int) -> None:
+    async with serving(FakeEngine(lambda t: t.say("abc")), slow_client=0.01, **ONE) as world:
+        client = Blocked(takes)
+        await client.asking(world)
+        assert client.gone.is_set()
+        assert len(client.sent) == takes
+        assert world.engine.submitted[0].cancelled.is_set()
+        await require_free(world)
+
+
+@pytest.mark.parametrize("by", ["cancelled", "failed"])
+async def test_a_request_that_is_ended_from_outside_frees_its_place(by: str) -> None:
+    """Nothing was told before it was taken: while its status waits, it gets another one."""
+    async with serving(FakeEngine(lambda t: t.say("abc")), slow_client=1e6, **ONE) as world:
+        client = Blocked(0)
+        asked = client.asking(world)
+        await client.blocked.wait()
+        if by == "cancelled":
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+        else:
+            world.service.under_way.fail()
+            with pytest.raises(Refusal) as refused:
+                await asked
+            assert refused.value.status == 503
+        assert world.engine.submitted[0].cancelled.is_set()
+        assert await world.ends()
+        assert ours() == []
+
+
+async def test_sequences_that_fail_together_leave_no_complaint() -> None:
+    """Not even asyncio's, of an exception that nobody asked for."""
+    complaints = list[Any]()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    async with serving(FakeEngine(lambda tokens: tokens.fail(UsageError("no")))) as world:
+        answer = await world.ask("POST", COMPLETIONS, PLAIN | {"n": 3})
+        assert answer.status == 400
+        await asyncio.sleep(0)
+        gc.collect()
+    assert complaints == []
+
+
+async def test_a_connection_is_used_again_after_an_answer_and_a_refusal() -> None:
+    async with serving(FakeEngine(FakeTokens.end)) as world:
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        statuses = []
+        for body in (PLAIN, {"model": 5}, PLAIN):
+            writer.write(request(body))
+            statuses.append((await reader.readline()).split()[1])
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            await reader.readexactly(int(head.split(b"content-length: ")[1].split()[0]))
+        writer.close()
+    assert statuses == [b"200", b"400", b"200"]
+
+
+# -- bodies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["announced", "in chunks"])
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/load_lora_adapter"])
+async def test_a_body_that_is_too_large_is_refused(said: bool, path: str) -> None:
+    """The client gets its answer, though it still sends; the rest is not kept."""
+    body = b"x" * 400_000
+    head = POST.replace(COMPLETIONS, path).encode() + b"Authorization: Bearer the-admin-token\r\n"
+    if said:
+        content = head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+    else:
+        head += b"Transfer-Encoding: chunked\r\n\r\n"
+        content = head + f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    async with serving(max_body_bytes=100_000) as world:
+        answer = await world.raw(content)
+    assert (answer.status, answer.headers["connection"]) == (413, "close")
+    assert answer.error["message"] == "The body is larger than 100000 bytes"
+
+
+async def test_a_large_body_is_refused_before_it_is_sent() -> None:
+    """`Expect: 100-continue`: the answer comes first, and is the whole one."""
+    async with serving(max_body_bytes=10, slow_client=0.05) as world:
+        head = f"{POST}Expect: 100-continue\r\nContent-Length: 1000000000\r\n\r\n"
+        assert (await world.raw(head.encode())).status == 413
+
+
+async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who goes on sending is listened to for so many bytes, and no longer."""
+    monkeypatch.setattr("lorax_async.server.calls.bodies.LINGER_BYTES", 100_000)
+    async with serving(max_body_bytes=10) as world:
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(POST.encode() + b"Content-Length: 999999999999999\r\n\r\n")
+        with pytest.raises(ConnectionError):
+            while True:
+                writer.write(b"x" * 65536)
+                await writer.drain()
+        del reader
+
+
+async def test_a_body_that_does_not_come_is_timed_out() -> None:
+    async with serving(slow_client=0.01) as world:
+        answer = await world.raw(request(PLAIN)[:-1])
+    assert (answer.status, answer.error["code"]) == (408, "timeout")
+
+
+SCOPE: Any = {"type": "http", "method": "POST", "path": "/", "headers": []}
+
+
+@pytest.fixture
+def collected() -> Iterator[list[AsyncGenerator[Any, Any]]]:
+    """Generators that nobody closed."""
+    found, before = list[AsyncGenerator[Any, Any]](), sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(finalizer=found.append)
+    yield found
+    sys.set_asyncgen_hooks(*before)
+
+
+async def test_nothing_is_left_of_a_body_that_is_not_read_to_its_end(
+    collected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is out before the rest is thrown away."""
+    monkeypatch.setattr("lorax_async.server.calls.bodies.LINGER_BYTES", 2500)
+    got, pieces = list[Any](), [0]
+
+    async def receive() -> Any:
+        pieces[0] += 1
+        return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
+
+    async def send(message: Any) -> None:
+        got.append((message["type"], message.get("more_body"), pieces[0]))
+
+    with pytest.raises(Refusal) as refused:
+        await read_body(Request(SCOPE, receive), 2500, 20)
+    assert (refused.value.status, pieces) == (413, [3])
+    refused.value.__traceback__ = None
+    await refuse_unread(Refusal(413, "too large", close=True), SCOPE, receive, send, 20)
+    assert got == [
+        ("http.response.start", None, 3),
+        ("http.response.body", True, 3),
+        ("http.response.body", False, 6),
+    ]
+    assert collected == []
+
+
+# -- requests under way ---------------------------------------------------------------------------
+
+
+async def test_only_a_disconnect_is_a_hang_up() -> None:
+    """However well the first part of a body would read."""
+    said = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": b"{}", "more_body": True},
+    ]
+
+    async def receive() -> Any:
+        return said.pop()
+
+    with pytest.raises(ClientGone):
+        await read_body(Request(SCOPE, receive), 100, 20)
+    said = [{"type": "http.disconnect"}, {"type": "http.request"}]
+    await until_gone(receive)
+    assert said == []
+
+
+async def interrupted(watch: Watch, *reasons: Exception) -> None:
+    """A block that is interrupted while it waits."""
+
+    def interrupt() -> None:
+        for reason in reasons:
+            watch.interrupt(reason)
+
+    async with watch:
+        asyncio.get_running_loop().call_soon(interrupt)
+        await asyncio.Event().wait()
+
+
+async def test_the_first_reason_ends_a_request() -> None:
+    """A cancellation besides stays one; who waits next is not cancelled, and nothing listens."""
+    watches, receive = set[Watch](), asyncio.Event().wait
+    with pytest.raises(ClientGone):
+        await interrupted(Watch(watches, receive), ClientGone(), LoaderClosedError("late"))  # type: ignore[arg-type]
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+    watch = Watch(watches, receive)  # type: ignore[arg-type]
+    waiting = asyncio.create_task(interrupted(watch))
+    await asyncio.sleep(0)
+    watch.interrupt(ClientGone())
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+
+    async with Watch(watches, receive):  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        assert len(ours()) == len(watches) == 1
+    await asyncio.sleep(0)
+    assert (ours(), watches) == ([], set())
+
+
+async def test_the_last_request_ends_the_waiting_for_it() -> None:
+    under_way = UnderWay()
+    assert await under_way.ended(0)
+    with under_way.one():
+        with pytest.raises(ValueError, match="its own"), under_way.one():
+            raise ValueError("its own")
+        under_way.close()
+        with pytest.raises(LoaderClosedError), under_way.one():
+            pass
+        assert not await under_way.ended(0)
+        ending = asyncio.create_task(under_way.ended(20))
+        await asyncio.sleep(0)
+    assert await ending

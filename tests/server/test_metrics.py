@@ -1,0 +1,225 @@
+"""GET /metrics, read by Prometheus' own parser, after requests known by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from openai import APIStatusError
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+import tiny
+from lorax_async import FetchError
+from lorax_async.metrics.collector import LAG_PERIOD
+from lorax_async.server.calls.metrics import CountedRequests, ServerMetrics
+from lorax_async.server.calls.names import Names
+from metrics.scraping import Samples, of, parsed
+from server.world import FakeEngine, World, failing, request, serving
+from tiny_loaders import loader
+
+INFO = "vllm:lora_requests_info"
+NONE = "max_lora=4,running_lora_adapters=,waiting_lora_adapters="
+
+
+async def scraped(world: World) -> Samples:
+    answer = await world.ask("GET", "/metrics")
+    assert answer.status == 200
+    return parsed(answer.body.decode())
+
+
+def requests(samples: Samples) -> Samples:
+    return of(samples, "lorax_server_requests_total")
+
+
+def sequences(samples: Samples) -> tuple[float, float]:
+    """How many wait, and how many run."""
+    waiting, running = (f"lorax_server_sequences_{state}" for state in ("waiting", "running"))
+    return samples[waiting], samples[running]
+
+
+async def until_sequences(world: World, waiting: int, running: int) -> Samples:
+    async with asyncio.timeout(20):
+        while sequences(samples := await scraped(world)) != (waiting, running):
+            pass
+    return samples
+
+
+async def test_requests_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = "five!"
+    async with serving() as world:
+        ask = world.client.completions.create
+        await ask(model="base", prompt=prompt)
+        async for _ in await ask(model="base", prompt=prompt, stream=True):
+            pass
+        with pytest.raises(APIStatusError):
+            await ask(model="base", prompt=prompt, max_tokens=-1)
+        for path in ("/v1/models/base", "/v1/models/nobody", "/made/up"):
+            await world.ask("GET", path)
+        world.engine.rule = failing(FetchError("the source is down"))
+        with pytest.raises(APIStatusError):
+            await ask(model="org/x", prompt="x")
+        monkeypatch.setattr(world.service.names, "find", lambda model: 1 / 0)
+        with pytest.raises(APIStatusError):
+            await ask(model="base", prompt="x")
+        samples = await scraped(world)
+        told = world.service.loader.statistics()
+    assert requests(samples) == {
+        "call=/v1/completions,status=200": 2,
+        "call=/v1/completions,status=400": 1,
+        "call=/v1/completions,status=500": 1,
+        "call=/v1/completions,status=502": 1,
+        "call=/v1/models,status=200": 1,
+        "call=/v1/models,status=404": 1,
+        "call=other,status=404": 1,
+    }
+    assert samples["lorax_server_prompt_tokens_total"] == 2 * len(prompt) + 1
+    assert samples["lorax_server_tokens_total"] == 2 * len("hello")
+    assert samples["lorax_server_first_token_seconds_count"] == 2
+    assert samples["lorax_server_inter_token_seconds_count"] == 2 * (len("hello") - 1)
+    assert samples["lorax_loads_total"] == told.loads == 0
+    assert samples["lorax_slots_limit"] == 4
+    assert sequences(samples) == (0, 0)
+
+
+async def test_what_waits_and_runs_is_told_as_vllm_does(tmp_path: Path) -> None:
+    """A name with a comma would be read as two, and ids of strangers are theirs."""
+    engine = FakeEngine()
+    folders = {name: tiny.write(tmp_path / name) for name in ("pirate", "shout", "a,b")}
+    async with serving(engine, adapters=folders) as world:
+        tasks = []
+        for number, model in enumerate((*folders, "org/strangers", "base"), 1):
+            tasks.append(world.completing({"model": model, "prompt": "x"}))
+            await engine.asked(number)
+        engine.submitted[0].say("a")
+        samples = await until_sequences(world, waiting=4, running=1)
+        ((info, now),) = of(samples, INFO).items()
+        assert info == "max_lora=4,running_lora_adapters=pirate,waiting_lora_adapters=shout"
+        assert now > 1.7e9
+        for tokens in engine.submitted:
+            tokens.end()
+        await asyncio.gather(*tasks)
+        samples = await scraped(world)
+        assert list(of(samples, INFO)) == [NONE]
+        assert sequences(samples) == (0, 0)
+
+
+async def test_an_ended_sequence_runs_no_more_though_its_request_goes_on() -> None:
+    """By itself, at a stop string, or by its client; at a stop its tokens were all counted."""
+    engine = FakeEngine()
+    async with serving(engine) as world:
+        asked = world.completing({"model": "base", "prompt": "x", "n": 2, "stop": "c"})
+        other = await engine.asked(2)
+        engine.submitted[0].say("a")
+        await until_sequences(world, waiting=1, running=1)
+        engine.submitted[0].end()
+        await until_sequences(world, waiting=1, running=0)
+        other.say("bc")
+        assert [choice["text"] for choice in (await asked).json["choices"]] == ["a", "b"]
+        samples = await scraped(world)
+        assert (sequences(samples), samples["lorax_server_tokens_total"]) == ((0, 0), 3)
+
+        _, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(request({"model": "base", "prompt": "x"}))
+        await engine.asked(3)
+        writer.close()
+        samples = await until_sequences(world, waiting=0, running=0)
+        assert requests(samples)["call=/v1/completions,status=499"] == 1
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8",
+        "text/plain",
+        "",
+    ],
+)
+async def test_names_are_the_same_for_every_client(accept: str) -> None:
+    """The first is what Prometheus 2 sends. Its parser wants sample and family of one name."""
+    async with serving() as world:
+        answer = await world.ask("GET", "/metrics", Accept=accept)
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert len(of(parsed(answer.body.decode()), INFO)) == 1
+
+
+async def test_looks_at_the_loop_end_with_the_server() -> None:
+    async with serving() as world:
+
+        async def looks() -> float:
+            answer = await world.service.metrics.show(Request({"type": "http"}))
+            return parsed(bytes(answer.body).decode())["lorax_loop_lag_seconds_count"]
+
+        before = await looks()
+        await asyncio.sleep(2 * LAG_PERIOD)
+        world.server.stop()
+        await asyncio.wait([world.ended])
+        during = await looks()
+        await asyncio.sleep(2 * LAG_PERIOD)
+        assert before < during == await looks()
+
+
+# -- by hand --------------------------------------------------------------------------------------
+
+
+async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, nothing = FakeEngine(), cast(Any, None)
+    async with loader() as there:
+        metrics, clock = ServerMetrics(there, Names("base", {})), [100.0]
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda: clock[0])
+            submitted = engine.submit(nothing)
+            submitted.say("abc")
+            tokens = metrics.measured(submitted, "base", 5)
+            for seconds in (0.5, 0.25, 0.125):
+                clock[0] += seconds
+                await anext(tokens)
+        sums = []
+        for histogram in (metrics.first, metrics.between):
+            (family,) = histogram.collect()
+            values = {each.name.rpartition("_")[2]: each.value for each in family.samples}
+            sums.append((values["count"], values["sum"]))
+        assert sums == [(1, 0.5), (2, 0.375)]
+        tokens.cancel()
+        metrics.close()
+
+
+async def test_a_cancelled_sequence_runs_no_more() -> None:
+    """Though a token may be on its way: it is not counted as a first one."""
+    async with serving(FakeEngine()) as world:
+        tokens = world.engine.submit(None)
+        measured = world.service.metrics.measured(tokens, "base", 1)
+        reading = asyncio.create_task(anext(measured))
+        await asyncio.sleep(0)
+        assert sequences(await scraped(world)) == (1, 0)
+        measured.cancel()
+        tokens.say("a")
+        await reading
+        assert sequences(await scraped(world)) == (0, 0)
+
+
+async def test_a_status_that_was_sent_is_the_one_that_counts() -> None:
+    """And what is no request counts nothing."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200})
+            raise RuntimeError("in the middle of the answer")
+
+    async def receive() -> Any:
+        raise AssertionError("nobody asks")
+
+    async def send(_: Message) -> None:
+        return
+
+    async with serving() as world:
+        counted = CountedRequests(app, world.service.metrics)
+        for kind in ("lifespan", "websocket"):
+            await counted({"type": kind}, receive, send)
+        with pytest.raises(RuntimeError, match="middle"):
+            await counted({"type": "http", "path": "/health"}, receive, send)
+        assert requests(await scraped(world)) == {"call=/health,status=200": 1}
