@@ -48,7 +48,7 @@ servers: $(VENV)/installed
 page: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,page]'
 	PYTHON='$(PYTHON)' .ci/servers chromium
-	$(BIN)/python -m pytest -p no:randomly tests/server/page/test_in_chromium.py $(ARGS)
+	$(BIN)/python -m pytest -p no:randomly tests/server/test_page_in_chromium.py $(ARGS)
 
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)

@@ -1,0 +1,537 @@
+"""The page's own calls: its files, adapters with their tiers, live, and the last cold request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+from xml.etree import ElementTree as ET
+
+import pytest
+
+import tiny
+from common import until
+from lorax_async import AdapterFormatError, CapacityError
+from lorax_async.server import cold_requests
+from lorax_async.server.calls.names import Names
+from lorax_async.server.calls.page import board, routes
+from lorax_async.server.calls.page import watching as watching_module
+from lorax_async.tracing.trace import Trace
+from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, serving
+from tiny_loaders import ONE, gated
+from tiny_loaders import loader as tiny_loader
+from tiny_sources import over, stocked
+from tracing.chrome_format import require_trace
+
+EVENTS, TRACE, PICTURE = "/page/events", "/page/trace.json", "/page/timeline.svg"
+OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
+
+
+class Told:
+    """A stream of events, put together as a page does it."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self.rows: dict[str, Any] = {}
+        self.first: dict[str, Any] = {}
+        self.cold: Any = None
+        self.more = 0
+        self._reader = reader
+
+    async def next(self) -> dict[str, Any] | None:
+        """One event; None once the server has ended the stream."""
+        async with asyncio.timeout(20):
+            while True:
+                line = await self._reader.readline()
+                if not line or line == b"data: [DONE]\n":
+                    return None
+                if line.startswith(b"data: "):
+                    break
+        news: dict[str, Any] = json.loads(line[len(b"data: ") :])
+        self.first = self.first or news
+        self.rows |= news.get("rows", {})
+        for id in news.get("gone", ()):
+            del self.rows[id]
+        self.cold = news.get("cold", self.cold)
+        self.more = news.get("more", self.more)
+        return news
+
+    async def until_tier(self, id: str, tier: str) -> dict[str, Any]:
+        while self.rows.get(id, {}).get("tier") != tier:
+            assert await self.next() is not None
+        found: dict[str, Any] = self.rows[id]
+        return found
+
+    async def until_cold(self, number: int) -> dict[str, Any]:
+        while self.cold is None or self.cold["number"] != number:
+            assert await self.next() is not None
+        found: dict[str, Any] = self.cold
+        return found
+
+
+@asynccontextmanager
+async def watching(world: World, headers: dict[str, str] | None = None) -> AsyncIterator[Told]:
+    """The events of one open page, of which the first has come."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    try:
+        fields = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+        writer.write(f"GET {EVENTS} HTTP/1.1\r\nHost: test\r\n{fields}\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        assert b"content-type: text/event-stream" in head
+        told = Told(reader)
+        await told.next()
+        yield told
+    finally:
+        writer.close()
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+async def test_the_page_needs_nothing_from_elsewhere() -> None:
+    """Nor could it: the browser is told so. Behind a proxy, no path begins at the root."""
+    kinds = {"css": "text/css", "js": "text/javascript", "html": "text/html"}
+    async with serving() as world:
+        text = (await world.ask("GET", "/")).body.decode()
+        named = {f"/{name}" for name in re.findall(r'(?:src|href)="(page/[^"]+)"', text)}
+        script = (await world.ask("GET", "/page/page.js")).body.decode()
+        named |= {f"/page/{name}" for name in re.findall(r'from "\./(.+?)"', script)}
+        assert named == routes.FILES.keys() - {"/"}
+        for path in ("/", *named):
+            answer = await world.ask("GET", path)
+            kind = kinds[path.rpartition(".")[2]] if path in named else "text/html"
+            assert (answer.status, bool(answer.body)) == (200, True)
+            assert answer.headers["content-type"] == f"{kind}; charset=utf-8"
+            policy = answer.headers["content-security-policy"]
+            assert "default-src 'none'" in policy
+            assert "script-src 'self';" in policy
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert not re.search(rb"""["'(](?:https?:)?//|(?:src|href)=["']/""", answer.body)
+            head = await world.ask("HEAD", path)
+            assert (head.status, head.body) == (200, b"")
+
+
+async def test_only_reading_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A HEAD keeps no place."""
+    monkeypatch.setattr(watching_module, "MOST", 1)
+    async with serving() as world:
+        for path in ("/", EVENTS, PICTURE, TRACE):
+            assert (await world.ask("POST", path)).status == 405
+        for path in ("/page/other.js", "/page/../settings.py"):
+            assert (await world.ask("GET", path)).status == 404
+        assert (await world.ask("HEAD", EVENTS)).status == 200
+        async with watching(world):
+            pass
+
+
+@pytest.mark.parametrize("path", [EVENTS, PICTURE, TRACE])
+async def test_a_wrong_token_is_refused(path: str) -> None:
+    for token, status, code in ((TOKEN, 401, "invalid_api_key"), (None, 403, "admin_disabled")):
+        async with serving(admin_token=token) as world:
+            answer = await world.ask("GET", path, Authorization="Bearer wrong")
+            assert (answer.status, answer.error["code"]) == (status, code)
+
+
+# -- adapters, live -------------------------------------------------------------------------------
+
+
+async def test_names_and_tiers_are_told_as_they_change(tmp_path: Path) -> None:
+    one, late = tiny.write(tmp_path / "one", 1), tiny.write(tmp_path / "late", 2)
+    async with serving(adapters={"one": one}) as world, watching(world) as told:
+        assert (told.first["base"], told.first["cold"]) == ("base", None)
+        assert told.rows["one"]["tier"] == "source"
+        async with await world.service.loader.load(one):
+            row = await told.until_tier("one", "device")
+            assert (row["state"], row["bytes"]) == ("resident", ONE)
+            assert (row["leases"], row["error"]) == (1, None)
+        while told.rows["one"]["leases"]:
+            await told.next()
+        await world.service.loader.unload(one)
+        await told.until_tier("one", "disk")
+        await world.admin("/v1/load_lora_adapter", {"lora_name": "late", "lora_path": str(late)})
+        news: Any = await told.next()
+        assert news.keys() == {"rows"}
+        assert news["rows"].keys() == {"late"}, "what has not changed is not told again"
+        await told.until_tier("late", "device")
+        await world.admin("/v1/unload_lora_adapter", {"lora_name": "late"})
+        while told.rows.keys() != {"one"}:
+            await told.next()
+
+
+async def test_layers_are_counted_as_they_come(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "slow")
+    loader, device = gated()
+    device.gate.clear()
+    async with serving(loader=loader, adapters={"slow": folder}) as world, watching(world) as told:
+        load = asyncio.create_task(loader.load(folder))
+        row = await told.until_tier("slow", "device")
+        assert (row["state"], row["layers"]) == ("filling", [0, 4])
+        device.gate.set()
+        (await load).release()
+        while told.rows["slow"]["state"] != "resident":
+            await told.next()
+        assert told.rows["slow"]["layers"] == [4, 4]
+
+
+async def test_ids_of_requests_are_the_operators_to_see(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "org/secret", "org/named")
+    async with serving(loader=over(source), adapters={"mine": "org/named"}) as world:
+        for id in ("org/secret", "org/named"):
+            (await world.service.loader.load(id)).release()
+        async with watching(world) as anybody, watching(world, OPERATOR) as operator:
+            assert anybody.first["operator"] is False
+            assert anybody.rows.keys() == {"mine"}
+            assert operator.first["operator"] is True
+            found = {row["name"]: row["named"] for row in operator.rows.values()}
+            assert found == {"mine": True, "memory:org/secret": False}
+
+
+async def test_a_failure_is_told_by_the_name_and_not_by_the_path(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "hidden" / "broken")
+    (folder / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":1}  ')
+    async with serving(adapters={"broken": folder}) as world, watching(world) as told:
+        with pytest.raises(AdapterFormatError):
+            await world.service.loader.load(folder)
+        while not told.rows["broken"]["error"]:
+            await told.next()
+        assert "'broken'" in told.rows["broken"]["error"]
+        assert "hidden" not in json.dumps(told.rows)
+
+
+async def test_many_adapters_are_cut_and_names_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those without names the nearest are shown."""
+    monkeypatch.setattr(board, "MOST", 2)
+    source = stocked(tmp_path, *(f"org/a{n}" for n in range(6)))
+    async with serving(loader=over(source, max_slots=2)) as world:
+        for n in range(6):
+            (await world.service.loader.load(f"org/a{n}")).release()
+        async with watching(world, OPERATOR) as told:
+            names = {row["name"] for row in told.rows.values()}
+            assert names == {"memory:org/a4", "memory:org/a5"}
+    adapters = {f"a{n}": f"org/a{n}" for n in range(5)}
+    async with serving(adapters=adapters) as world, watching(world) as told:
+        assert (told.rows.keys(), told.first["more"]) == ({"a0", "a1"}, 3)
+        for n in range(4):
+            await world.admin("/v1/unload_lora_adapter", {"lora_name": f"a{n}"})
+        while told.rows.keys() != {"a4"} or told.more:
+            await told.next()
+
+
+def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A look of 50 ms, at many adapters, is the only one in a second."""
+    clock, looks = [100.0], list[float]()
+
+    class Loader:
+        def whereabouts(self, _: object) -> None:
+            clock[0] += 0.05
+            looks.append(clock[0])
+
+        def story(self, _: object) -> tuple[()]:
+            return ()
+
+    monkeypatch.setattr(board, "monotonic", lambda: clock[0])
+    shared = board.Board(cast(Any, Loader()), Names("base", {"one": "org/one"}), cast(Any, None))
+    counts = list[int]()
+    for _ in range(8):
+        assert shared.rows(operator=False) is shared.rows(operator=False)
+        counts.append(len(looks))
+        clock[0] += 0.25
+    assert counts == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
+# -- open pages -----------------------------------------------------------------------------------
+
+
+async def test_a_stop_ends_the_stream_at_once() -> None:
+    """A page that is open does not keep a server from ending, nor its answers from being drained."""
+    async with serving(drain=30) as world, watching(world) as told:
+        world.server.stop()
+        async with asyncio.timeout(5):
+            while await told.next() is not None:
+                pass
+            await world.ended
+
+
+@pytest.mark.parametrize("stops", [1, 2])
+async def test_a_page_that_reads_nothing_keeps_no_server(
+    stops: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watching_module, "TICK", 0.01)
+    monkeypatch.setattr(watching_module, "LAST_SECONDS", 0.2)
+    monkeypatch.setattr(board, "FRESH", 0.0)
+    adapters = {f"{n} {'x' * 20_000}": f"org/a{n}" for n in range(50)}
+    async with serving(adapters=adapters, send_buffer=4096, drain=30) as world:
+        _reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1)
+        writer.write(f"GET {EVENTS} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await asyncio.sleep(0.3)  # it is full
+        for _ in range(stops):
+            world.server.stop()
+            await asyncio.sleep(0.05)
+        async with asyncio.timeout(3):
+            await world.ended
+        writer.close()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_open_pages_are_counted_apart_from_the_operators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And a silent one is told something, since proxies end what is silent."""
+    monkeypatch.setattr(watching_module, "MOST", 1)
+    monkeypatch.setattr(watching_module, "SILENCE", 0.5)
+    async with serving() as world:
+        async with watching(world) as told:
+            refused = await world.ask("GET", EVENTS)
+            assert refused.status == 429
+            assert "retry-after" in refused.headers
+            async with watching(world, OPERATOR) as operators:
+                assert operators.first["operator"]
+            assert await told.next() == {}
+        assert await world.ends()
+        async with watching(world) as told:
+            assert told.first
+
+
+# -- the last cold request ------------------------------------------------------------------------
+
+
+async def asked(world: World, model: str) -> str:
+    answer = await world.client.completions.create(model=model, prompt="x", max_tokens=8)
+    return answer.choices[0].text
+
+
+async def loaded_beside(world: World, name: str, *others: str) -> None:
+    """Ask for `name`, and load others before its first token."""
+    engine, before = world.engine, len(world.engine.submitted)
+    engine.rule = None
+    task = asyncio.create_task(asked(world, name))
+    tokens = await engine.asked(before + 1)
+    for id in (*others, world.service.names.adapters[name]):
+        (await world.service.loader.load(id)).release()
+    tokens.say("aye")
+    tokens.end()
+    await task
+
+
+async def cold_of(world: World, headers: dict[str, str] | None = None) -> Any:
+    async with watching(world, headers) as told:
+        return told.cold
+
+
+async def names_in(world: World, headers: dict[str, str] | None = None) -> set[str]:
+    """All texts of the trace; the picture has no others."""
+    answer = await world.ask("GET", TRACE, **(headers or {}))
+    assert answer.status == 200
+    require_trace(answer.json)
+    texts = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(answer.json["traceEvents"]))
+    drawn = ET.fromstring((await world.ask("GET", PICTURE, **(headers or {}))).body)
+    for each in drawn.iter("{http://www.w3.org/2000/svg}text"):
+        assert not re.search("secret|link|real|last|two", each.text or "") or each.text in texts
+    return set(texts)
+
+
+async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -> None:
+    """Until its adapter has left. Afterwards nothing is recorded any more."""
+    folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
+    engine = FakeEngine(loading(there, "aye"))
+    async with serving(engine, there, adapters={"pirate": folder}) as world:
+        for path in (TRACE, PICTURE):
+            answer = await world.ask("GET", path)
+            assert (answer.status, answer.error["code"]) == (404, "no_cold_request")
+        async with watching(world) as told:
+            assert told.cold is None
+            assert await asked(world, "pirate") == "aye"
+            cold = await told.until_cold(1)
+            assert (cold["name"], cold["outcome"]) == ("pirate", "first token")
+            assert 0 < cold["seconds"] < 20
+            assert await asked(world, "pirate") == "aye"
+            assert await asked(world, "base") == "aye"
+            assert there.tracer.on is None
+        assert await cold_of(world) == cold
+        trace = await world.ask("GET", TRACE)
+        assert "attachment" in trace.headers["content-disposition"]
+        assert trace.json["otherData"]["producer"] == "lorax_async"
+        spans = trace.json["traceEvents"]
+        (span,) = [each for each in spans if each["name"] == "request pirate"]
+        assert span["args"] == {"adapter": "pirate", "outcome": "first token"}
+        names = await names_in(world)
+        assert {"request pirate", "load pirate", "fetch header", "layer 0"} <= names
+        drawn = await world.ask("GET", PICTURE)
+        assert drawn.headers["content-type"] == "image/svg+xml"
+        assert drawn.headers["cache-control"] == "no-store"
+        await there.unload(folder)
+        await asked(world, "pirate")
+        assert (await cold_of(world))["number"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "status", "outcome"),
+    [
+        ("load", 404, "AdapterNotFoundError"),
+        (lambda tokens: tokens.end(), 200, "no token"),
+        ("refuse the second", 429, "cancelled"),
+        ("hang up", None, "cancelled"),
+        ("closed", 503, None),
+    ],
+)
+async def test_a_cold_request_without_a_token_is_shown_with_its_outcome(
+    tmp_path: Path, rule: Any, status: int | None, outcome: str | None
+) -> None:
+    """One that is not taken is none."""
+    there, engine = over(stocked(tmp_path, "org/there")), FakeEngine()
+
+    def refuse_the_second(_: FakeTokens) -> None:
+        if len(engine.submitted) == 2:
+            raise CapacityError("there is no room for a second one")
+
+    rules = {"load": loading(there), "refuse the second": refuse_the_second}
+    engine.rule = rule if callable(rule) else rules.get(rule)
+    async with serving(engine, there, adapters={"gone": "org/gone"}) as world:
+        engine.alive = rule != "closed"
+        body = {"model": "gone", "prompt": ["x", "y"] if rule == "refuse the second" else "x"}
+        if status is not None:
+            assert (await world.ask("POST", COMPLETIONS, body)).status == status
+        else:
+            task = world.completing(body)
+            await engine.asked()
+            assert there.tracer.on is not None
+            task.cancel()
+            await asyncio.wait([task])
+        await until(lambda: there.tracer.on is None)
+        cold = await cold_of(world)
+        assert (cold and cold["outcome"]) == outcome
+
+
+async def test_few_cold_requests_are_recorded_at_a_time(tmp_path: Path) -> None:
+    """Of one adapter, one; and strangers' keep no adapter with a name from being recorded."""
+    most = cold_requests.MOST
+    folders = {f"a{n}": tiny.write(tmp_path / f"a{n}", n) for n in range(most + 1)}
+    engine = FakeEngine()
+    async with serving(engine, adapters=folders) as world:
+        names = ["org/slow", "org/slower", "a0", *folders]
+        tasks = [asyncio.create_task(asked(world, name)) for name in names]
+        await engine.asked(len(names))
+        recorder = world.service.loader.tracer.on
+        assert recorder is not None
+        assert len(recorder.rings) == most
+        for tokens in engine.submitted:
+            tokens.say("x")
+            tokens.end()
+        await asyncio.gather(*tasks)
+        assert world.service.loader.tracer.on is None
+        assert (await cold_of(world))["number"] == most
+
+
+async def test_a_trace_is_made_once_in_a_thread_and_then_there_is_a_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strangers may ask as often as they like."""
+    adapters = {name: tiny.write(tmp_path / name, n) for n, name in enumerate(("one", "two"))}
+    encoded, there = Trace.encoded, tiny_loader()
+    begun, gate, threads = list[float](), threading.Event(), set[threading.Thread]()
+
+    def encode(self: Trace, *given: Any) -> Any:
+        begun.append(time.monotonic())
+        threads.add(threading.current_thread())
+        assert gate.wait(20)
+        return encoded(self, *given)
+
+    monkeypatch.setattr(Trace, "encoded", encode)
+    async with serving(FakeEngine(loading(there)), there, adapters=adapters) as world:
+        await asked(world, "one")
+        tasks = [asyncio.create_task(world.ask("GET", TRACE)) for _ in range(4)]
+        await until(lambda: begun)
+        await asyncio.sleep(0.1)
+        gate.set()
+        answers = await asyncio.gather(*tasks)
+        ended = time.monotonic()
+        assert {answer.status for answer in answers} == {200}
+        assert (len({answer.body for answer in answers}), len(begun)) == (1, 1)
+        await asked(world, "two")
+        assert b"request two" in (await world.ask("GET", TRACE)).body
+    assert begun[1] - ended >= 0.2  # three times as long as it took, less what was lost since
+    assert threading.main_thread() not in threads
+
+
+async def test_a_trace_says_what_it_had_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold_requests, "LIMIT", 5)
+    folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
+    async with serving(FakeEngine(loading(there)), there, adapters={"pirate": folder}) as world:
+        await asked(world, "pirate")
+        gone = (await world.ask("GET", TRACE)).json["otherData"]["dropped"]
+        assert gone > 0
+        assert f"{gone} spans gone".encode() in (await world.ask("GET", PICTURE)).body
+
+
+# -- what adapters are called there ---------------------------------------------------------------
+
+
+async def test_adapters_without_names_are_the_operators_to_see(tmp_path: Path) -> None:
+    """A request for a named adapter is anybody's to see, but not what was loaded beside it."""
+    there = over(stocked(tmp_path, "org/secret", "org/pirate", "org/shout"))
+    adapters = {"pirate": "org/pirate", "loud": "org/shout"}
+    async with serving(FakeEngine(), there, adapters=adapters) as world:
+        await loaded_beside(world, "pirate", "org/secret", "org/shout")
+        seen = await names_in(world)
+        assert not [name for name in seen if "secret" in name]
+        assert {"load another adapter", "load pirate", "load loud", "pirate"} <= seen
+        assert {"load secret", "load pirate"} <= await names_in(world, OPERATOR)
+        await world.admin("/v1/unload_lora_adapter", {"lora_name": "loud"})
+        assert "load loud" not in await names_in(world), "its name was taken back"
+
+        await there.unload("org/secret")
+        world.engine.rule = loading(there)
+        await asked(world, "org/secret")
+        assert (await cold_of(world))["name"] == "pirate"
+        assert (await cold_of(world, OPERATOR))["name"] == "secret"
+        await world.admin("/v1/unload_lora_adapter", {"lora_name": "pirate"})
+        assert (await world.ask("GET", TRACE)).status == 404
+
+
+async def test_an_adapter_has_the_operators_name(tmp_path: Path) -> None:
+    """Behind a link, the id that was asked for ends in one word, and what was found in another."""
+    (tmp_path / "link").symlink_to(tiny.write(tmp_path / "real"))
+    there = tiny_loader()
+    adapters = {"pirate": tmp_path / "link"}
+    async with serving(FakeEngine(loading(there)), there, adapters=adapters) as world:
+        await asked(world, "pirate")
+        assert (await cold_of(world))["name"] == "pirate"
+        seen = await names_in(world)
+        assert {"request pirate", "load pirate", "pirate"} <= seen
+        assert not seen & {"another adapter", "link", "real"}
+
+
+async def test_adapters_whose_ids_end_alike_have_no_name(tmp_path: Path) -> None:
+    """But for the adapter that was asked for."""
+    there = over(stocked(tmp_path, "one/last", "two/last", "three/last", "four/other"))
+    adapters = {"one": "one/last", "two": "two/last", "other": "four/other"}
+    async with serving(FakeEngine(loading(there)), there, adapters=adapters) as world:
+        await asked(world, "one")
+        assert "load one" in await names_in(world)
+        await loaded_beside(world, "other", "two/last", "three/last")
+        seen = await names_in(world)
+        assert {"load other", "load another adapter"} <= seen
+        assert not [name for name in seen if "last" in name or "two" in name]
+
+
+def test_the_first_name_that_is_left_counts(tmp_path: Path) -> None:
+    names = Names("base", {"one": "org/x", "two": "org/x", "path": tmp_path})
+    assert (names.name_of("org/x"), names.name_of(tmp_path)) == ("one", "path")
+    assert names.name_of(str(tmp_path)) is None, "a request's text is no path"
+    names.put("one", "org/y")
+    assert (names.name_of("org/x"), names.name_of("org/y")) == ("two", "one")
+    assert names.take("two") == "org/x"
+    assert names.name_of("org/x") is None
+    assert names.take("two") is None
