@@ -26,8 +26,7 @@ from mutants.mutation import (
 
 THREADS = "engines/test_attach_threads.py"
 LOCKS = "engines/test_engine_locks.py"
-ENDS = "server/test_engine_ends.py"
-TURNS = "server/test_engine_turns.py"
+ENGINE = "server/test_engine.py"
 KEYS = "server/decoding/test_kept_keys.py"
 WARM = "server/test_warm_list_order.py"
 
@@ -54,18 +53,19 @@ SERVING: Mutants = {
         skipped(AdapterHandle, "wait_layer"),
     ),
     "engine: close waits for the step that is computed": mutant(
-        f"{ENDS}::test_closing_fails_the_rest_after_the_step_that_is_computed",
+        f"{ENGINE}::test_closing_fails_the_rest_after_the_step_that_is_computed",
         (engine, "ThreadPoolExecutor", lambda _, name: ThreadPoolExecutor(2, name)),
     ),
     "engine: a sequence leaves its place before another takes it": mutant(
-        f"{ENDS}::test_who_has_gone_has_left_its_place_before_another_takes_it",
+        f"{ENGINE}::test_an_answer_leaves_its_place_before_another_takes_it",
         (Engine, "_take_gone", _only_told),
     ),
     "engine: an ended sequence is freed": mutant(
-        f"{ENDS}::test_cancelled_while_it_is_computed", skipped(Engine, "_take_gone", ())
+        f"{ENGINE}::test_an_answer_is_cancelled_while_it_is_computed",
+        skipped(Engine, "_take_gone", ()),
     ),
     "engine: no token of false weights comes out": mutant(
-        f"{TURNS}::test_no_token_of_an_adapter_that_was_false_comes_out",
+        f"{ENGINE}::test_no_token_of_an_adapter_that_was_false_comes_out",
         (engine, "_counts", lambda _: True),
     ),
     "keys: a free place holds nothing": mutant(

@@ -10,6 +10,7 @@ from typing import Any
 from common import our_threads
 from lorax_async import AdapterLoader, LoraxError
 from lorax_async.adapter import AdapterId
+from lorax_async.server.decoding.sampling import Sampler, choose
 from lorax_async.server.engine import Engine
 from lorax_async.server.generation import Generation, Sampling
 from lorax_async.server.ports import Computed, Step
@@ -70,13 +71,27 @@ def asked(
     return Generation(adapter, tuple(prompt), new, **{"sampling": GREEDY, **more})
 
 
-def alone(prompt: Sequence[int], new: int, adapter: str | None = None) -> list[int]:
-    """The likeliest tokens after the prompt."""
-    tokens = list(prompt)
+def alone(
+    prompt: Sequence[int], new: int, adapter: str | None = None, sampling: Sampling = GREEDY
+) -> list[int]:
+    """The tokens after the prompt when nothing else is computed."""
+    tokens, sampler = list(prompt), Sampler(sampling)
     for _ in range(new):
-        tokens.append(int(fake_logits(adapter, tokens, VOCABULARY).argmax()))
+        (token,) = choose(fake_logits(adapter, tokens, VOCABULARY)[None], [sampler])
+        assert token is not None
+        tokens.append(token)
     return tokens[len(prompt) :]
 
 
-async def all_of(tokens: Any) -> list[int]:
-    return [token async for token in tokens]
+async def all_of(tokens: Any, error: type[LoraxError] | None = None) -> list[int]:
+    """The tokens that come, until the end or until this error."""
+    got = list[int]()
+    try:
+        async for token in tokens:
+            got.append(token)
+    except LoraxError as raised:
+        if error is None or not isinstance(raised, error):
+            raise
+    else:
+        assert error is None, "it ended without an error"
+    return got

@@ -1,209 +1,196 @@
-"""A whole server of a tiny base: what is closed when it is left, and in which order."""
+"""A whole server of a tiny base: one story over a socket, what is closed, what comes back."""
 
 from __future__ import annotations
 
-import importlib
+import asyncio
 import json
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hub_stand_in import HubStandIn
-from transformers import LlamaConfig, LlamaForCausalLM
+from openai import PermissionDeniedError
+from transformers import LlamaForCausalLM
 
 from common import our_threads, until
-from engines.variants import PEFT_WARNING, save
-from lorax_async import (
-    AdapterLoader,
-    AdapterRef,
-    Allow,
-    ConfigError,
-    LoaderClosedError,
-    LoaderConfig,
-    UsageError,
-)
-from lorax_async.server.assembly import Base, Capacity, Noted, assembled
+from engines.variants import PEFT_WARNING, active, save
+from lorax_async import AdapterRef, Allow, LoaderConfig, UsageError
+from lorax_async.server.assembly import Base, Capacity, assembled
 from lorax_async.server.calls.service import Service
-from lorax_async.server.cold_requests import ColdRequests
 from lorax_async.server.generation import Generation
 from lorax_async.server.settings import ServerSettings
 from server.generating import GREEDY, all_of
-from server.test_bases import SIZES
-from server.world import tokenizer
+from server.world import TOKEN, listening, llama_config, tokenizer, tokens_of
+from tiny_loaders import on_device
 
 pytestmark = [
     pytest.mark.filterwarnings(PEFT_WARNING),
-    pytest.mark.usefixtures("nothing_left"),
+    pytest.mark.usefixtures("nothing_left", "hub_client"),
 ]
+
+NEW = 8
 
 
 @pytest.fixture
 def base() -> Base:
     torch.manual_seed(1)
-    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model: Any = LlamaForCausalLM(llama_config())
     return Base(model.eval(), tokenizer(), frozenset())
 
 
 @pytest.fixture
-def adapter(tmp_path: Path, base: Base) -> Path:
-    return save(base.model, {"r": 2, "target_modules": ["q_proj"]}, tmp_path / "one")
+def folders(tmp_path: Path, base: Base) -> dict[str, Path]:
+    """Adapters of which each makes the base say something else."""
+    return {
+        name: save(base.model, {"r": 2, "target_modules": [target]}, tmp_path / name)
+        for name, target in (("one", "q_proj"), ("two", "v_proj"), ("late", "o_proj"))
+    }
 
 
-def noting_of(service: Service) -> Any:
-    assert isinstance(service.engine, ColdRequests)
-    noting = service.engine._engine
-    assert isinstance(noting, Noted)
-    return noting
+@asynccontextmanager
+async def whole(
+    base: Base,
+    warm: Path | None = None,
+    named: dict[str, Any] | None = None,
+    sources: tuple[Allow, ...] = (),
+    **config: Any,
+) -> AsyncIterator[Service]:
+    plain = {"dtype": "float32", "device_bytes": 1 << 20, "max_slots": 3}
+    settings = ServerSettings(base="b", adapters=named or {}, sources=sources, admin_token=TOKEN)
+    loader = LoaderConfig(**(plain | config))  # type: ignore[arg-type]
+    async with assembled(base, loader, settings, Capacity(sequences=2), warm) as service:
+        yield service
 
 
-async def test_all_of_it_is_closed(tmp_path: Path, base: Base, adapter: Path) -> None:
-    """The list of the warm last of all that need the loader, and first of all that end."""
-    warm = tmp_path / "warm"
-    config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=2)
-    settings = ServerSettings(base="base")
+async def test_a_server_answers_over_a_socket(base: Base, folders: dict[str, Path]) -> None:
+    """Two adapters in one forward pass, as PEFT says, one loaded by name, and a last answer."""
+    expected, passes = dict[str, str](), list[int]()
+    with active(base.model, **folders) as peft_model:
+        for name in folders:
+            peft_model.set_adapter(name)
+            ids = torch.tensor([tokens_of("x")])
+            found = peft_model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)
+            expected[name] = base.tokenizer.backend_tokenizer.decode(found[0, 1:].tolist())
+    base.model.register_forward_pre_hook(
+        lambda _, __, given: passes.append(len(given["input_ids"])), with_kwargs=True
+    )
+    late = folders.pop("late")
+    async with whole(base, named=folders) as service, listening(service) as (_, ended, __, client):
+
+        async def streamed(name: str) -> str:
+            stream = await client.completions.create(
+                model=name, prompt="x", max_tokens=NEW, temperature=0, stream=True
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        assert [model.id for model in (await client.models.list()).data] == ["b", "one", "two"]
+        for name in folders:
+            assert await streamed(name) == expected[name]
+        assert set(passes) == {1}
+        passes.clear()
+        found = await asyncio.gather(*map(streamed, folders))
+        assert found == [expected[name] for name in folders]
+        assert 2 in passes
+        assert len(passes) < 2 * NEW, "one after the other it would be as many"
+        with pytest.raises(PermissionDeniedError):
+            await streamed("./late")
+        body = {"lora_name": "late", "lora_path": str(late)}
+        admin = {"Authorization": f"Bearer {TOKEN}"}
+        await client.with_options(default_headers=admin).post(
+            "/load_lora_adapter", cast_to=str, body=body
+        )
+        last = asyncio.create_task(streamed("late"))
+        await until(lambda: service.engine.waiting or last.done())
+        service.under_way.close()
+        assert await last == expected["late"]
+        assert not ended.done()
+
+
+async def test_all_of_it_is_closed(tmp_path: Path, base: Base, folders: dict[str, Path]) -> None:
+    """The list of the warm first; an adapter whose request is refused is not among them."""
+    warm, tasks = tmp_path / "warm", asyncio.all_tasks()
     forwards = [vars(module).get("forward") for module in base.model.modules()]
-    async with assembled(base, config, settings, Capacity(sequences=2), warm) as service:
-        engine = service.engine
-        assert isinstance(engine, ColdRequests)
-        answer = engine.submit(Generation(adapter, (1, 2, 3), 4, GREEDY))
-        assert len(await all_of(answer)) == 4
-        scheduler = noting_of(service)._engine._scheduler
+    async with whole(base, warm) as service:
+        engine, loader = service.engine, service.loader
+        submitted = engine.submit(Generation(folders["one"], (1, 2, 3), 4, GREEDY))
+        assert len(await all_of(submitted)) == 4
+        (await loader.load(folders["two"])).release()
+        with pytest.raises(UsageError):
+            engine.submit(Generation(folders["two"], (), 4, GREEDY))
     assert "lorax-decoder_0" not in our_threads()
     assert not engine.alive
-    assert service.loader.closed
-    with pytest.raises(LoaderClosedError):
-        await scheduler.next_batch(1, 1)
+    assert loader.closed
+    assert asyncio.all_tasks() == tasks
     assert [vars(module).get("forward") for module in base.model.modules()] == forwards
     (row,) = json.loads(warm.read_text())["adapters"]
-    assert row["path"] == str(adapter)
+    assert row["path"] == str(folders["one"])
 
 
-@pytest.mark.parametrize("sources", [(), (Allow("hub", prefix="org/"),)], ids=["closed", "open"])
-@pytest.mark.usefixtures("hub_client")
-async def test_what_requests_may_no_longer_name_does_not_come_back(
-    tmp_path: Path, base: Base, sources: tuple[Allow, ...]
+# -- on whose authority an adapter of the warm list comes back ------------------------------------
+
+
+def listed(path: Path, *rows: dict[str, Any]) -> Path:
+    plain = {"source": None, "revision": None}
+    path.write_text(json.dumps({"adapters": [plain | row for row in rows]}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sources", "tokens"),
+    [
+        ((), {"org/named": "own"}),
+        ((Allow("hub", prefix="org/"),), {"org/named": "own", "org/loaded": None, "org/old": None}),
+        (
+            (Allow("hub", prefix="org/", use_token=True),),
+            {"org/named": "own", "org/loaded": "own", "org/old": "own"},
+        ),
+    ],
+    ids=["closed", "open", "open with the token"],
+)
+async def test_an_adapter_comes_back_as_a_request_could_name_it_now(
+    tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch, sources: Any, tokens: Any
 ) -> None:
-    """A stranger may have named it while more was allowed."""
-    warm, ids = tmp_path / "warm", ["org/theirs", "org/named", "org/loaded"]
-    rows: list[dict[str, Any]] = [{"id": id, "source": None, "revision": None} for id in ids]
-    rows[2] |= {"use_token": True}
-    warm.write_text(json.dumps({"adapters": rows}))
-    settings = ServerSettings(base="b", adapters={"named": "org/named"}, sources=sources)
-    expected = set(ids) if sources else {"org/named"}
+    """A stranger may have named it while more was allowed; only a name keeps its authority."""
+    monkeypatch.setenv("HF_TOKEN", "own")
+    ids = ("other/loaded", "org/named", "org/loaded")
+    rows = [{"id": id, "source": "hub", "use_token": True} for id in ids]
+    warm = listed(tmp_path / "warm", *rows, {"id": "org/old"})
+    named = {"named": AdapterRef("org/named", "hub", use_token=True)}
 
-    def asked() -> set[str]:
-        return {id for id in ids for each in hub.asked if id in each.target}
+    def sent() -> dict[str, str | None]:
+        asked = {
+            (id, each.fields.get("authorization", "").removeprefix("Bearer ") or None)
+            for id in (*ids, "org/old")
+            for each in hub.asked
+            if id in each.target
+        }
+        assert len(dict(asked)) == len(asked), "each is asked for on one authority"
+        return dict(asked)
 
     with HubStandIn() as hub:
-        config = LoaderConfig(
-            dtype="float32",
-            device_bytes=1 << 20,
-            max_slots=3,
-            hub_endpoint=hub.endpoint,
-            cache_dir=tmp_path / "cache",
-        )
-        async with assembled(base, config, settings, Capacity(sequences=1), warm):
-            await until(lambda: asked() >= expected)
-        assert asked() == expected
-
-
-@pytest.mark.parametrize("lends", [False, True])
-@pytest.mark.usefixtures("hub_client")
-async def test_an_adapter_without_its_name_comes_back_without_the_names_authority(
-    tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch, *, lends: bool
-) -> None:
-    """A source that covers the id decides about the token."""
-    monkeypatch.setenv("HF_TOKEN", "hf_operator")
-    warm, sources = tmp_path / "warm", (Allow("hub", prefix="org/", use_token=lends),)
-    rows = [
-        {"id": id, "source": "hub", "revision": None, "use_token": True}
-        for id in ("other/loaded", "org/named", "org/loaded")
-    ]
-    warm.write_text(json.dumps({"adapters": rows}))
-    named = AdapterRef("org/named", "hub", use_token=True)
-    settings = ServerSettings(base="b", adapters={"named": named}, sources=sources)
-
-    def sent(id: str) -> set[str | None]:
-        return {each.fields.get("authorization") for each in hub.asked if id in each.target}
-
-    with HubStandIn() as hub:
-        config = LoaderConfig(
-            dtype="float32",
-            device_bytes=1 << 20,
-            max_slots=3,
-            hub_endpoint=hub.endpoint,
-            allow=sources,
-            cache_dir=tmp_path / "cache",
-        )
-        async with assembled(base, config, settings, Capacity(sequences=1), warm):
-            await until(lambda: bool(sent("org/named") and sent("org/loaded")))
-        assert sent("org/named") == {"Bearer hf_operator"}
-        assert sent("org/loaded") == {"Bearer hf_operator" if lends else None}
-        assert sent("other/loaded") == set()
+        config = {"hub_endpoint": hub.endpoint, "cache_dir": tmp_path / "cache", "max_slots": 4}
+        config |= {"allow": sources} if sources else {}
+        async with whole(base, warm, named, sources, **config):
+            await until(lambda: sent().keys() >= tokens.keys())
+        assert sent() == tokens
 
 
 async def test_a_folder_without_its_name_comes_back_below_a_local_root_only(
-    tmp_path: Path, base: Base, adapter: Path
+    tmp_path: Path, base: Base, folders: dict[str, Path]
 ) -> None:
     """An operator's path needs no root, so the list must not keep that authority."""
-    folders = {
-        name: Path(shutil.copytree(adapter, tmp_path / name))
+    paths = [
+        Path(shutil.copytree(folders["one"], tmp_path / name))
         for name in ("loaded", "named", "root/open")
-    }
-    warm = tmp_path / "warm"
-    warm.write_text(
-        json.dumps(
-            {
-                "adapters": [
-                    {"path": str(folder), "source": None, "revision": None}
-                    for folder in folders.values()
-                ]
-            }
-        )
-    )
-    config = LoaderConfig(
-        dtype="float32",
-        device_bytes=1 << 20,
-        max_slots=3,
-        local_roots=(tmp_path / "root",),
-    )
-    settings = ServerSettings(base="b", adapters={"named": folders["named"]})
-
-    def on_device(loader: AdapterLoader) -> set[str]:
-        found = loader.residency().items()
-        return {Path(str(key.location)).name for key, where in found if where.tier == "device"}
-
-    async with assembled(base, config, settings, Capacity(sequences=1), warm) as service:
-        there = service.loader
-        await until(lambda: len(on_device(there)) == 2)
-        assert on_device(there) == {"named", "open"}
-
-
-async def test_who_is_refused_is_not_noted(base: Base, adapter: Path) -> None:
-    config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=2)
-    settings, noted = ServerSettings(base="base"), list[object]()
-    async with assembled(base, config, settings, Capacity(sequences=2)) as service:
-        noting_of(service).used = noted.append
-        with pytest.raises(UsageError):
-            service.engine.submit(Generation(adapter, (), 4, GREEDY))
-    assert noted == []
-
-
-def test_what_is_told_of_a_base_is_told_again_after_it(tmp_path: Path) -> None:
-    """Also after one that is none."""
-    (tmp_path / "config.json").write_text("{}")
-    logging: Any = importlib.import_module("transformers.utils.logging")  # untyped
-    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_info()
-    logging.enable_progress_bar()
-    try:
-        with pytest.raises(ConfigError):
-            Base.load(tmp_path, dtype="float32", device="cpu")
-        assert logging.get_verbosity() == logging.INFO
-        assert logging.is_progress_bar_enabled()
-    finally:
-        logging.set_verbosity(before)
-        if not shown:
-            logging.disable_progress_bar()
+    ]
+    warm = listed(tmp_path / "warm", *({"path": str(path)} for path in paths))
+    roots = (tmp_path / "root",)
+    async with whole(base, warm, {"named": paths[1]}, local_roots=roots) as service:
+        await until(lambda: len(on_device(service.loader)) == 2)
+        found = service.loader.residency().items()
+        names = {Path(str(key.location)).name for key, it in found if it.tier == "device"}
+        assert names == {"named", "open"}

@@ -1,29 +1,42 @@
-"""Generations become tokens: beside each other what they would be alone."""
+"""Generations become tokens: beside each other what they would be alone, whatever ends some."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from common import until
+from common import our_threads, until
 from lorax_async import (
+    AdapterFormatError,
+    AdapterKey,
     AdapterNotFoundError,
+    AdapterRef,
     AdapterTimeoutError,
     FetchError,
+    IntegrityError,
+    InternalError,
     LoaderClosedError,
+    LoraxError,
     UsageError,
 )
-from lorax_async.server.generation import Generating, Generation, Sampling
-from lorax_async.testing import FakeSource
-from scheduling.serving import warm
-from server.generating import VOCABULARY, all_of, alone, asked, generating
+from lorax_async.server.decoding.answer import Answer
+from lorax_async.server.decoding.sampling import Sampler
+from lorax_async.server.engine import Engine
+from lorax_async.server.generation import Generation, Sampling
+from lorax_async.server.ports import Step
+from lorax_async.testing import FakeDecoder, FakeSource
+from scheduling.serving import opened, warm
+from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
 from tiny_sources import stocked
-
-pytestmark = pytest.mark.each_loop
 
 
 @pytest.fixture
@@ -31,14 +44,18 @@ def source(tmp_path: Path) -> FakeSource:
     return stocked(tmp_path, "a", "b", "c")
 
 
+# -- answers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.each_loop
 async def test_adapters_are_mixed_in_one_step_and_each_answer_is_its_own(
     source: FakeSource,
 ) -> None:
+    """Whoever comes later joins those under way."""
     wanted = [(None, [1, 2]), ("a", [1, 2]), ("b", [1, 2, 3]), ("a", [7]), (None, [9, 8])]
     async with generating(source) as (engine, decoder, loader):
-        served: Generating = engine
         await warm(loader, "a", "b")
-        answers = [served.submit(asked(prompt, 6, name)) for name, prompt in wanted]
+        answers = [engine.submit(asked(prompt, 6, name)) for name, prompt in wanted]
         found = await asyncio.gather(*map(all_of, answers))
         assert found == [alone(prompt, 6, name) for name, prompt in wanted]
         assert [answer.finish for answer in answers] == ["length"] * 5
@@ -48,16 +65,10 @@ async def test_adapters_are_mixed_in_one_step_and_each_answer_is_its_own(
         ]
         assert {None, "a", "b"} in names
         assert len(decoder.steps) <= 8  # and not one by one, which would be 30
-
-
-async def test_who_comes_later_joins_those_under_way(source: FakeSource) -> None:
-    async with generating(source) as (engine, decoder, _):
         first = engine.submit(asked([1], 30))
         got = [await anext(first) for _ in range(3)]
-        second = engine.submit(asked([2], 5))
-        assert await all_of(second) == alone([2], 5)
+        assert await all_of(engine.submit(asked([2], 5))) == alone([2], 5)
         assert got + await all_of(first) == alone([1], 30)
-        assert max(len(step.parts) for step in decoder.steps) == 2
 
 
 async def test_a_stop_token_ends_it_and_does_not_come_out(source: FakeSource) -> None:
@@ -99,27 +110,25 @@ async def test_what_waits_is_counted_until_something_of_it_was_computed(source: 
         assert engine.waiting == 0
 
 
-async def test_an_adapter_that_fails_fails_its_own(source: FakeSource) -> None:
+@pytest.mark.each_loop
+async def test_an_adapter_that_fails_or_is_late_fails_its_own_answers(source: FakeSource) -> None:
     source.fail("bring", FetchError("the line is down", retryable=False), id="a", at=1)
+    source.hold("c")
     async with generating(source) as (engine, _, __):
         lost, missing, good, base = (
             engine.submit(asked([1, 2], 6, name)) for name in ("a", "missing", "b", None)
         )
-        for tokens, error in ((lost, FetchError), (missing, AdapterNotFoundError)):
-            with pytest.raises(error) as caught:
-                await all_of(tokens)
-            assert caught.value.id in {"a", "missing"}
+        late = engine.submit(asked([1], 2, "c", deadline=0.01))
+        for tokens, error in (
+            (lost, FetchError),
+            (missing, AdapterNotFoundError),
+            (late, AdapterTimeoutError),
+        ):
+            assert await all_of(tokens, error) == []
             assert tokens.finish is None
         assert await all_of(good) == alone([1, 2], 6, "b")
         assert await all_of(base) == alone([1, 2], 6)
-
-
-async def test_a_deadline_is_for_the_first_step(source: FakeSource) -> None:
-    source.hold("a")
-    async with generating(source) as (engine, _, __):
-        with pytest.raises(AdapterTimeoutError):
-            await all_of(engine.submit(asked([1], 2, "a", deadline=0.01)))
-        source.allow("a")
+        source.allow("c")
 
 
 async def test_the_loop_is_free_while_a_step_is_computed(source: FakeSource) -> None:
@@ -139,8 +148,7 @@ async def test_the_loop_is_free_while_a_step_is_computed(source: FakeSource) -> 
     assert set(threads) == {"lorax-decoder_0"}
 
 
-async def test_seeds_give_the_same_tokens_beside_anybody(source: FakeSource) -> None:
-    """And sequences of one request are others by their seeds."""
+async def test_seeds_give_the_same_tokens_beside_others(source: FakeSource) -> None:
     state = torch.get_rng_state()
 
     def sampled(seed: int | None) -> Generation:
@@ -180,3 +188,519 @@ async def test_what_can_never_be_computed_is_refused(source: FakeSource) -> None
     with pytest.raises(LoaderClosedError):
         engine_.submit(asked([1], 1))
     assert steps == 6
+
+
+# -- cancelled, or left out of a step -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other(
+    source: FakeSource, seed: int
+) -> None:
+    shuffled = random.Random(seed)
+    places = {"scheduling": {"max_begun": 4}, "max_tokens": 12, "max_sequences": 4}
+    async with generating(source, **places) as (engine, decoder, _):  # type: ignore[arg-type]
+
+        async def client() -> None:
+            prompt = [shuffled.randrange(32) for _ in range(shuffled.randint(1, 20))]
+            name, new = shuffled.choice((None, "a", "b", "c")), shuffled.randint(1, 12)
+            got, patience = list[int](), shuffled.choice([0, 1, 3, 99])
+            answer = engine.submit(asked(prompt, new, name))
+            for _ in range(shuffled.choice([0, 0, 3])):
+                await asyncio.sleep(0)
+            if patience:
+                async for token in answer:
+                    got.append(token)
+                    if len(got) == patience:
+                        break
+            answer.cancel()
+            answer.cancel()
+            got += await all_of(answer)
+            assert got == alone(prompt, new, name)[: len(got)]
+            assert len(got) >= min(patience, new)
+
+        await asyncio.gather(*(client() for _ in range(25)))
+        assert engine.waiting == 0
+        assert await all_of(engine.submit(asked([1], 3))) == alone([1], 3)
+        assert len(decoder.kept) <= 1
+
+
+@pytest.mark.each_loop
+async def test_an_answer_is_cancelled_while_it_is_computed(source: FakeSource) -> None:
+    began, free = threading.Event(), threading.Event()
+
+    def before(number: int) -> None:
+        if number == 1:
+            began.set()
+            assert free.wait(20)
+
+    async with generating(source) as (engine, decoder, _):
+        decoder.before = before
+        gone, stays = engine.submit(asked([1], 9)), engine.submit(asked([2], 9))
+        assert [await anext(gone)] == alone([1], 1)
+        await until(began.is_set)
+        gone.cancel()
+        assert (await all_of(gone), gone.finish) == ([], None)
+        free.set()
+        assert await all_of(stays) == alone([2], 9)
+        assert len(decoder.kept) == 1
+
+
+async def test_an_answer_leaves_its_place_before_another_takes_it(source: FakeSource) -> None:
+    """A reader that has enough says so in the very turn of the loop in which a batch is made."""
+    async with generating(source, scheduling={"max_begun": 2}, max_sequences=2) as (engine, dec, _):
+        kept = list[int]()
+
+        def count(number: int, step: Step) -> dict[int, LoraxError]:
+            kept.append(len(dec.kept))
+            return {}
+
+        async def client(number: int) -> None:
+            answer = engine.submit(asked([number], 9))
+            got = [await anext(answer) for _ in range(number % 4 + 1)]
+            answer.cancel()
+            assert got == alone([number], len(got))
+
+        dec.leave = count
+        await asyncio.gather(*map(client, range(10)))
+        assert max(kept) <= 2
+
+
+async def test_an_answer_left_out_of_a_step_goes_on_and_says_nothing_twice(
+    source: FakeSource,
+) -> None:
+    """With its random numbers where they were; left out of its first step, it still waits."""
+    late, waiting = AdapterTimeoutError("late", id="a"), list[int]()
+
+    def leave(number: int, step: Step) -> dict[int, LoraxError]:
+        waiting.append(engine.waiting)
+        ours = [n for n, part in enumerate(step.parts) if part.handle is not None]
+        return dict.fromkeys(ours, late) if number in {0, 3, 4, 7} else {}
+
+    for sampling in (GREEDY, Sampling(1.0, 0.9, seed=3)):
+        async with generating(source, max_tokens=4) as (engine, decoder, loader):
+            await warm(loader, "a")
+            decoder.leave = leave
+            request = asked([1, 2, 3, 4, 5], 8, "a", sampling=sampling)
+            answer, other = engine.submit(request), engine.submit(asked([7], 8))
+            assert await all_of(other) == alone([7], 8)
+            assert await all_of(answer) == alone([1, 2, 3, 4, 5], 8, "a", sampling)
+            assert answer.finish == "length"
+        assert (waiting[0], waiting[1] >= 1, waiting[-1]) == (2, True, 0)
+        waiting.clear()
+
+
+# -- faults ---------------------------------------------------------------------------------------
+
+
+async def test_a_decoder_that_raises_fails_those_of_the_step_and_goes_on(
+    source: FakeSource,
+) -> None:
+    async with generating(source, max_sequences=2) as (engine, decoder, _):
+        faults = [3]
+
+        def before(number: int) -> None:
+            if number in faults:
+                faults.remove(number)
+                raise MemoryError("no room for keys")
+
+        decoder.before = before
+        answers = [engine.submit(asked([1], 9)), engine.submit(asked([2], 9))]
+        third = engine.submit(asked([3], 4))
+        for number, answer in enumerate(answers, 1):
+            got = await all_of(answer, InternalError)
+            assert got == alone([number], len(got))
+            assert answer.finish is None
+            with pytest.raises(InternalError, match="no room for keys") as caught:
+                await anext(answer)
+            assert isinstance(caught.value.__cause__, MemoryError)
+        assert await all_of(third) == alone([3], 4)
+        assert await all_of(engine.submit(asked([1], 9))) == alone([1], 9)
+
+
+async def test_logits_that_are_no_numbers_fail_their_own_row(source: FakeSource) -> None:
+    class Broken(ScriptedDecoder):
+        def compute(self, step: Step) -> Any:
+            computed = super().compute(step)
+            for number, part in enumerate(step.parts):
+                if part.handle is not None and part.handle.id == "a":
+                    computed.logits[number] = torch.nan
+            return computed
+
+    decoder = Broken(loop=asyncio.get_running_loop())
+    async with opened(source) as (loader, scheduler), Engine(scheduler, decoder) as engine:
+        await warm(loader, "a", "b")
+        broken, good, base = (engine.submit(asked([1], 5, name)) for name in ("a", "b", None))
+        with pytest.raises(AdapterFormatError, match="'a'"):
+            await all_of(broken)
+        assert await all_of(good) == alone([1], 5, "b")
+        assert await all_of(base) == alone([1], 5)
+
+
+async def test_a_decoder_that_cannot_forget_leaves_no_thread(source: FakeSource) -> None:
+    def forget(sequence: int) -> None:
+        raise RuntimeError("it cannot")
+
+    with pytest.raises(RuntimeError, match="it cannot"):
+        async with generating(source) as (engine, decoder, _):
+            await all_of(engine.submit(asked([1], 2)))
+            decoder.forget = forget  # type: ignore[method-assign]
+    assert "lorax-decoder_0" not in our_threads()
+    assert not engine.alive
+
+
+@pytest.mark.parametrize("ends", ["by a mistake", "closed"])
+async def test_an_engine_whose_scheduler_ends_tells_all_its_answers(
+    source: FakeSource, ends: str
+) -> None:
+    source.hold("a")
+    decoder = FakeDecoder(loop=asyncio.get_running_loop())
+    async with opened(source) as (_, scheduler), Engine(scheduler, decoder) as engine:
+        answers = [engine.submit(asked([1], 30)), engine.submit(asked([1], 9, "a"))]
+        await anext(answers[0])
+        if ends == "closed":
+            await scheduler.close()
+        else:
+
+            async def failing(*limits: int) -> Any:
+                raise ValueError("a mistake")
+
+            scheduler.next_batch = failing  # type: ignore[method-assign, assignment]
+        error = LoaderClosedError if ends == "closed" else InternalError
+        for answer in answers:
+            await all_of(answer, error)
+            with pytest.raises(error, match="closed|ValueError: a mistake"):
+                await anext(answer)
+        await until(lambda: not engine.alive)
+        with pytest.raises(LoaderClosedError, match="was closed|the engine has failed"):
+            engine.submit(asked([1], 1))
+        assert await engine.drain(20)
+        source.allow("a")
+
+
+def gate_digests(source: FakeSource) -> asyncio.Event:
+    """No digest is known until the event is set."""
+    digest, gate = source.digest, asyncio.Event()
+
+    async def gated(key: AdapterKey) -> str:
+        await gate.wait()
+        return await digest(key)
+
+    source.digest = gated  # type: ignore[method-assign]
+    return gate
+
+
+FALSE = AdapterRef("a", digest="0" * 64)
+
+
+async def test_no_token_of_an_adapter_that_was_false_comes_out(source: FakeSource) -> None:
+    """It is found out while the step is computed, and no event tells."""
+    gate, loop = gate_digests(source), asyncio.get_running_loop()
+
+    def leave(number: int, step: Step) -> dict[int, LoraxError]:
+        loop.call_soon_threadsafe(gate.set)
+        handle = step.parts[0].handle
+        assert handle is not None
+        late = time.monotonic() + 20
+        while time.monotonic() < late:
+            try:
+                handle.require_sound()
+            except IntegrityError:
+                return {}
+            time.sleep(0.001)
+        raise AssertionError("it stayed sound")
+
+    async with generating(source) as (engine, decoder, loader):
+        await warm(loader, "a")
+        decoder.leave = leave
+        assert await all_of(engine.submit(asked([1], 9, FALSE)), IntegrityError) == []
+
+
+# -- ends -----------------------------------------------------------------------------------------
+
+
+async def test_draining_ends_what_was_taken_and_takes_nothing_more(source: FakeSource) -> None:
+    async with generating(source, max_sequences=1) as (engine, _, __):
+        assert await engine.drain(0)
+        with pytest.raises(LoaderClosedError):
+            engine.submit(asked([1], 1))
+    async with generating(source, max_sequences=1) as (engine, _, __):
+        answers = [engine.submit(asked([n], 5, "a")) for n in range(3)]
+        assert await engine.drain(20)
+        assert [answer.finish for answer in answers] == ["length"] * 3
+        for n, answer in enumerate(answers):
+            assert await all_of(answer) == alone([n], 5, "a")
+
+
+@pytest.mark.each_loop
+@pytest.mark.usefixtures("nothing_left")
+async def test_closing_fails_the_rest_after_the_step_that_is_computed(source: FakeSource) -> None:
+    """Nothing is taken meanwhile, and cancelling who closes it does not stop it."""
+    source.hold("b")
+    began, free = threading.Event(), threading.Event()
+
+    def before(number: int) -> None:
+        if number == 1:
+            began.set()
+            assert free.wait(20)
+
+    async with generating(source) as (engine, decoder, _):
+        decoder.before = before
+        running, waiting = engine.submit(asked([1], 9, "a")), engine.submit(asked([1], 9, "b"))
+        await until(began.is_set)
+        assert not await engine.drain(0.01)
+        cancelled, closing = (asyncio.create_task(engine.close()) for _ in range(2))
+        try:
+            assert await all_of(running, LoaderClosedError) == alone([1], 1, "a")
+            await all_of(waiting, LoaderClosedError)
+            with pytest.raises(LoaderClosedError, match="the engine was closed"):
+                engine.submit(asked([1], 1))
+            assert not engine.alive
+            cancelled.cancel()
+            await asyncio.wait([cancelled])
+            assert cancelled.cancelled()
+            assert not closing.done()
+            assert [*decoder.kept.values()] == [[1]]
+        finally:
+            free.set()
+        await closing
+
+
+@pytest.mark.parametrize("turns", range(10))
+async def test_closing_in_any_turn_leaves_an_answer_whole_or_broken_off(
+    source: FakeSource, turns: int
+) -> None:
+    """As its last step ends, and as a step begins; the decoder forgets all in either case."""
+    loop, closing = asyncio.get_running_loop(), list[asyncio.Task[None]]()
+
+    async def close() -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await engine.close()
+
+    def leave(number: int, step: Step) -> dict[int, LoraxError]:
+        loop.call_soon_threadsafe(lambda: closing.append(asyncio.create_task(close())))
+        return {}
+
+    async with generating(source) as (engine, decoder, _):
+        assert await all_of(engine.submit(asked([2], 1))) == alone([2], 1)
+        decoder.leave = leave
+        answer = engine.submit(asked([1], 1))
+        await until(lambda: closing)
+        await closing[0]
+        whole = answer.finish == "length"
+        got = await all_of(answer, None if whole else LoaderClosedError)
+        assert got == (alone([1], 1) if whole else [])
+    async with generating(source) as (engine, decoder, _):
+        assert await all_of(engine.submit(asked([2], 1))) == alone([2], 1)
+        engine.submit(asked([1], 9))
+        await close()
+
+
+# -- shares of the places -------------------------------------------------------------------------
+
+PLACES, LONG = 16, 50
+ROOM: dict[str, Any] = {"scheduling": {"max_begun": PLACES}, "max_sequences": PLACES}
+SEEDED = Sampling(temperature=0.8, top_p=0.9, seed=7)
+
+
+@asynccontextmanager
+async def full(
+    source: FakeSource, *, adapter: Any = "a", room: dict[str, Any] = ROOM, **more: Any
+) -> AsyncIterator[tuple[Engine, ScriptedDecoder, list[Answer]]]:
+    """An engine whose places are all taken by long answers, each with its first tokens."""
+    names = [adapter] if not isinstance(adapter, list) else adapter
+    async with generating(source, **room) as (engine, decoder, loader):
+        await warm(loader, "a", "b", "c")
+        answers = [
+            engine.submit(asked([n, 1, 2], LONG, names[n % len(names)], **more))
+            for n in range(PLACES)
+        ]
+        await until(lambda: all(len(answer.known) > 4 for answer in answers))
+        yield engine, decoder, answers
+
+
+def steps_with(decoder: ScriptedDecoder, answer: Answer) -> list[int]:
+    return [
+        number
+        for number, step in enumerate(decoder.steps)
+        if any(part.sequence == answer.number for part in step.parts)
+    ]
+
+
+async def require_whole(
+    answers: list[Answer], adapter: str = "a", *, start: int = 0, sampling: Sampling = GREEDY
+) -> None:
+    for number, answer in enumerate(answers, start):
+        assert await all_of(answer) == alone([number, 1, 2], LONG, adapter, sampling)
+        assert answer.finish == "length"
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+async def test_the_youngest_gives_way_to_another_adapters_short_answer(
+    source: FakeSource, sampling: Sampling
+) -> None:
+    """It goes on at once when there is room, and no answer loses a token or gets one twice."""
+    async with full(source, sampling=sampling) as (engine, decoder, answers):
+        before = len(decoder.steps)
+        short = engine.submit(asked([5], 3, "b"))
+        assert await all_of(short) == alone([5], 3, "b")
+        during = steps_with(decoder, short)
+        assert during[0] - before <= 2
+        assert sum(len(answer.known) - 3 == LONG for answer in answers) == 0
+        await require_whole(answers, sampling=sampling)
+        assert all(set(during) <= set(steps_with(decoder, each)) for each in answers[:-1])
+        last = steps_with(decoder, answers[-1])
+        assert not set(during) & set(last)
+        assert max(during) + 1 in last
+        parts = [part for step in decoder.steps for part in step.parts]
+        again = [part.start for part in parts if part.sequence == answers[-1].number]
+        assert again.count(0) == 2  # it was computed again once, and not at every step
+
+
+@pytest.mark.parametrize(
+    ("adapter", "client", "another"), [("a", "two", "a"), (["a", "b"], "two", "c")]
+)
+async def test_one_client_does_not_fill_the_places(
+    source: FakeSource, adapter: Any, client: str, another: str
+) -> None:
+    """Neither with one adapter nor with many."""
+    async with full(source, adapter=adapter, client="one") as (engine, decoder, answers):
+        before = len(decoder.steps)
+        short = engine.submit(asked([5], 3, another, client=client))
+        assert await all_of(short) == alone([5], 3, another)
+        assert steps_with(decoder, short)[0] - before <= 2
+        for number, answer in enumerate(answers):
+            name = adapter[number % len(adapter)]
+            assert await all_of(answer) == alone([number, 1, 2], LONG, name)
+
+
+def used_by(decoder: ScriptedDecoder) -> list[tuple[int, int]]:
+    """How many places "a" and "b" have in each step."""
+    ids = [[p.handle.id for p in step.parts if p.handle] for step in decoder.steps]
+    return [(row.count("a"), row.count("b")) for row in ids]
+
+
+async def test_while_others_wait_an_adapter_has_its_share(source: FakeSource) -> None:
+    """Of sixteen places both have eight, whoever came first; alone, one has all of them."""
+    async with full(source) as (engine, decoder, first):
+        second = [engine.submit(asked([n, 1, 2], LONG, "b")) for n in range(PLACES)]
+        await until(lambda: len(second[7].known) > 10)
+        assert used_by(decoder)[-5:] == [(8, 8)] * 5
+        assert engine.waiting == 8, "the preempted were computed before, and do not wait"
+        await require_whole(first)
+        await require_whole(second, "b")
+        used = used_by(decoder)
+        assert (0, PLACES) not in used[: used.index((PLACES, 0)) + 1]
+        parts = [part for step in decoder.steps for part in step.parts if not part.start]
+        assert len(parts) == 2 * PLACES + 8  # eight were preempted, once each
+
+
+@pytest.mark.parametrize(("share", "most", "preempted"), [(0.25, 8, 8), (1.0, 0, 0)])
+async def test_the_share_is_a_setting(
+    source: FakeSource, share: float, most: int, preempted: int
+) -> None:
+    room = ROOM | {"scheduling": {"max_begun": PLACES, "max_share": share}}
+    async with full(source, room=room) as (engine, decoder, first):
+        second = [engine.submit(asked([n, 3], 5, "b")) for n in range(2 * PLACES)]
+        for answer in (*first, *second):
+            await all_of(answer)
+        assert max(b for a, b in used_by(decoder) if a) == most
+        begun = [part for step in decoder.steps for part in step.parts if not part.start]
+        assert len(begun) - 3 * PLACES == preempted
+
+
+async def test_a_preempted_answer_can_be_cancelled(source: FakeSource) -> None:
+    async with full(source) as (engine, _, answers):
+        others = [engine.submit(asked([n, 1, 2], LONG, "b")) for n in range(8)]
+        await until(lambda: len(others[-1].known) > 3)
+        had = len(answers[-1].known)
+        answers[-1].cancel()
+        answers[0].cancel()  # its place is for one that was preempted
+        await require_whole(answers[1:-1], start=1)
+        await require_whole(others, "b")
+        assert len(answers[-1].known) == had
+        assert engine.waiting == 0
+
+
+@pytest.mark.parametrize("ends", ["adapter", "engine"])
+async def test_preempted_answers_end_after_the_tokens_that_came_before(
+    source: FakeSource, ends: str
+) -> None:
+    """With their adapter, or with the engine."""
+    gate = gate_digests(source)
+    async with full(source, adapter=FALSE) as (engine, _, answers):
+        others = [engine.submit(asked([n, 1, 2], LONG, "b")) for n in range(8)]
+        await until(lambda: len(others[-1].known) > 3)
+        if ends == "engine":
+            await engine.close()
+        gate.set()
+        error = LoaderClosedError if ends == "engine" else IntegrityError
+        for number, answer in enumerate(answers):
+            got = await all_of(answer, error)
+            assert got == alone([number, 1, 2], LONG, "a")[: len(got)]
+            assert got
+        if ends == "adapter":
+            await require_whole(others, "b")
+
+
+# -- one answer and its reader --------------------------------------------------------------------
+
+
+class FakeTicket:
+    cancels = 0
+
+    def cancel(self) -> None:
+        self.cancels += 1
+
+
+@pytest.fixture
+def answer() -> Answer:
+    return Answer(1, asked([1], 9), Sampler(GREEDY), FakeTicket())  # type: ignore[arg-type]
+
+
+async def reading(answer: Answer) -> asyncio.Task[int]:
+    task = asyncio.ensure_future(anext(answer))
+    await asyncio.sleep(0)
+    assert not task.done()
+    return task
+
+
+@pytest.mark.parametrize(
+    ("wake", "error"),
+    [
+        (lambda answer: answer.add(5), None),
+        (lambda answer: answer.end(), StopAsyncIteration),
+        (lambda answer: answer.end(LoaderClosedError("closed")), LoaderClosedError),
+        (lambda answer: answer.cancel(), StopAsyncIteration),
+    ],
+    ids=["a token", "the end", "an error", "cancelling"],
+)
+async def test_a_reader_is_woken(
+    answer: Answer, wake: Callable[[Answer], None], error: type[Exception] | None
+) -> None:
+    task = await reading(answer)
+    wake(answer)
+    async with asyncio.timeout(20):
+        if error is None:
+            assert await task == 5
+        else:
+            with pytest.raises(error):
+                await task
+
+
+async def test_a_reader_that_was_cancelled_loses_nothing(answer: Answer) -> None:
+    """Its token comes in the very turn, and is the next one's. The first end counts."""
+    task = await reading(answer)
+    task.cancel()
+    await asyncio.wait([task])
+    answer.add(5)
+    assert await anext(answer) == 5
+    task = await reading(answer)
+    task.cancel()
+    answer.add(6)
+    await asyncio.wait([task])
+    answer.end(LoaderClosedError("closed"))
+    answer.end(InternalError("another"))
+    answer.end()
+    assert await all_of(answer, LoaderClosedError) == [6]

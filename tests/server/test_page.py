@@ -218,7 +218,7 @@ async def test_many_adapters_are_cut_and_names_counted(
             assert names == {"memory:org/a4", "memory:org/a5"}
     adapters = {f"a{n}": f"org/a{n}" for n in range(5)}
     async with serving(adapters=adapters) as world, watching(world) as told:
-        assert (told.rows.keys(), told.first["more"]) == ({"a0", "a1"}, 3)
+        assert (set(told.rows), told.first["more"]) == ({"a0", "a1"}, 3)
         for n in range(4):
             await world.admin("/v1/unload_lora_adapter", {"lora_name": f"a{n}"})
         while told.rows.keys() != {"a4"} or told.more:

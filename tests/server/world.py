@@ -13,7 +13,7 @@ from typing import Any
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lorax_async import AdapterLoader, Allow, LoaderClosedError, LoraxError
 from lorax_async.server.calls.service import Service
@@ -61,6 +61,19 @@ def tokens_of(text: str) -> list[int]:
 
 def text_of(tokens: tuple[int, ...]) -> str:
     return str(tokenizer().backend_tokenizer.decode(tokens))
+
+
+def llama_config() -> Any:
+    """Of a tiny base for the tokenizer."""
+    return LlamaConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
 
 
 class FakeTokens:
