@@ -28,7 +28,7 @@ THREADS = "engines/test_attach_threads.py"
 LOCKS = "engines/test_engine_locks.py"
 ENGINE = "server/test_engine.py"
 KEYS = "server/decoding/test_kept_keys.py"
-WARM = "server/test_warm_list_order.py"
+WARM = "server/test_warm_list.py"
 
 
 def _only_told(self: Engine) -> list[int]:

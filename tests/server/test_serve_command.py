@@ -1,14 +1,19 @@
-"""`lorax-async serve` as its operator meets it: a process, its signals, its warm list."""
+"""`lorax-async serve` as its operator meets it: its options, its files, a process, its signals."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,21 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from openai import DefaultHttpxClient, OpenAI
 
 import tiny
-from lorax_async import Allow, ConfigError, LoaderConfig
+from lorax_async import Allow, ConfigError
 from lorax_async.cli import main
 from lorax_async.commands import serve
 from lorax_async.commands.places import as_place, as_source, opened, sources_of
 from lorax_async.commands.serve import ADMIN_TOKEN, how_to_serve, named
-from lorax_async.server import serving as serving_module
-from lorax_async.server.assembly import Base, Capacity, assembled
-from lorax_async.server.settings import ServerSettings
-
-pytestmark = pytest.mark.slow
+from lorax_async.server.assembly import Base
+from server.world import llama_config, tokenizer
 
 TOKEN = "a-token"
+
+# -- a process ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -80,16 +86,13 @@ def listed(path: Path) -> set[str]:
     return {Path(row["path"]).name for row in rows}
 
 
+@pytest.mark.slow
 def test_killed_it_comes_back_with_the_adapters_that_it_had(examples: Path, tmp_path: Path) -> None:
     warm = tmp_path / "warm"
     options = ("--adapters", str(examples), "--warm", str(warm))
     with served(*options) as (process, client):
-        assert [model.id for model in client.models.list()] == [
-            "smollm2",
-            "json",
-            "pirate",
-            "shout",
-        ]
+        models = [model.id for model in client.models.list()]
+        assert models == ["smollm2", "json", "pirate", "shout"]
         assert answer(client, "pirate").startswith("Arr")
         assert answer(client, "shout").isupper()
         until(lambda: listed(warm) == {"pirate", "shout"})
@@ -112,10 +115,24 @@ def test_killed_it_comes_back_with_the_adapters_that_it_had(examples: Path, tmp_
     assert listed(warm) == {"pirate", "shout"}
 
 
-# -- arguments ------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.needs("curl")
+def test_the_two_lines_that_the_demo_ends_with(examples: Path) -> None:
+    serving, asking = how_to_serve(examples)
+    program, *words = shlex.split(serving)
+    assert Path(program).is_file()
+    assert words == ["serve", "--base", "smollm2", "--adapters", str(examples)]
+    with served("--adapters", str(examples)) as (_, client):
+        line = asking.replace("127.0.0.1:8000", f"{client.base_url.host}:{client.base_url.port}")
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    assert said.startswith("Arr")
 
 
-def test_names_of_adapters(tmp_path: Path) -> None:
+# -- options --------------------------------------------------------------------------------------
+
+
+def test_adapters_have_names(tmp_path: Path) -> None:
     one = tiny.write(tmp_path / "one")
     two = tiny.write(tmp_path / "all" / "two")
     (tmp_path / "all" / "no adapter").mkdir()
@@ -135,21 +152,20 @@ def test_names_of_adapters(tmp_path: Path) -> None:
     ("given", "said"),
     [
         (["{0}", "{0}"], "two adapters are called 'one'"),
-        (["{0}/.."], "is no adapter, and holds none"),
+        (["{0}/../.."], "is no adapter, and holds none"),
         (["x=ftp://host/a"], "--adapters"),
     ],
     ids=["twice", "empty", "no id"],
 )
-def test_adapters_that_have_no_name(tmp_path: Path, given: list[str], said: str) -> None:
-    folder = tmp_path / "below" / "deep" / "one"
-    tiny.write(folder)
-    if "{0}/.." in given:
-        folder = folder.parent
+def test_adapters_that_have_no_name_are_refused(
+    tmp_path: Path, given: list[str], said: str
+) -> None:
+    folder = tiny.write(tmp_path / "below" / "deep" / "one")
     with pytest.raises(ConfigError, match=said):
         named([text.format(folder) for text in given])
 
 
-def test_places_that_requests_may_name(tmp_path: Path) -> None:
+def test_sources_are_places_that_requests_may_name(tmp_path: Path) -> None:
     https, s3 = "https://files.example/loras/", "s3://bucket/loras/"
     given = [as_source(text) for text in (str(tmp_path), https, s3)]
     arguments = argparse.Namespace(source=given)
@@ -182,54 +198,251 @@ def test_the_hub_is_closed_unless_it_is_opened(
 
 
 @pytest.mark.parametrize("text", ["hub:org", "no/such/folder", "ftp://host/"])
-def test_places_that_are_none(text: str) -> None:
+def test_a_source_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         as_source(text)
 
 
-def test_a_base_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--base", str(tmp_path), "--json"]) == 1
-    assert "is no base model that can be served" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("port", ["65536", "-1", "x", "²", ""])
-def test_ports_that_are_none(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_none_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--base", "smollm2", f"--port={port}"])
     assert ended.value.code == 2
     assert "is no port" in capsys.readouterr().err
 
 
-async def test_only_what_goes_wrong_with_the_place_is_said_of_it(
+def test_what_lives_for_ever_is_not_looked_through_again_and_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given: Any = argparse.Namespace(host="127.0.0.1", port=1, warm=None)
-    monkeypatch.setattr(serving_module, "listen", refusing_to_listen)
-    nothing: Any = None
-    with pytest.raises(ConfigError, match="127.0.0.1:1: in use"):
-        await serve._run(given, nothing, nothing, nothing, nothing, nothing)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    try:
+        serve.as_application()
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
 
 
-def refusing_to_listen(host: str, port: int) -> Any:
-    raise OSError("in use")
+# -- what is wrong is said before the slow part ---------------------------------------------------
 
 
-async def test_a_length_of_nothing_is_refused(small: Any) -> None:
-    config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=1)
-    base, settings = Base(small, None, frozenset()), ServerSettings(base="base")
-    with pytest.raises(ConfigError, match="max_length"):
-        async with assembled(base, config, settings, Capacity(length=0)):
-            pass
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Start a server with these options; returns the one line that it ends with."""
+
+    def load(*_: Any, **__: Any) -> Base:
+        raise AssertionError("the base model was loaded")
+
+    def start(*options: str) -> str:
+        command = ["serve", "--base", str(tmp_path), "--port", "0", "--json", *options]
+        assert main(command) == 1
+        told = capsys.readouterr()
+        assert told.out == ""
+        (line,) = told.err.splitlines()
+        assert line.startswith("ConfigError: ")
+        return line
+
+    monkeypatch.setattr(Base, "load", load)
+    return start
 
 
-@pytest.mark.needs("curl")
-def test_the_two_lines_that_the_demo_ends_with(examples: Path) -> None:
-    serving, asking = how_to_serve(examples)
-    program, *words = shlex.split(serving)
-    assert Path(program).is_file()
-    assert words == ["serve", "--base", "smollm2", "--adapters", str(examples)]
-    with served("--adapters", str(examples)) as (_, client):
-        line = asking.replace("127.0.0.1:8000", f"{client.base_url.host}:{client.base_url.port}")
-        done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
-    said = json.loads(done.stdout)["choices"][0]["message"]["content"]
-    assert said.startswith("Arr")
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+def _large(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+def _holds(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "is a folder; name a file"),
+        (_fifo, "is no regular file; name a file"),
+        (_socket, "cannot be read"),
+        (lambda path: path.symlink_to(path.name), "cannot be read"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no regular file; name a file"),
+        (_large, "it has over 16,777,216 bytes; delete it"),
+        (_holds(b""), "it is no JSON: .*; delete it"),
+        (_holds(b'{"adapters": ['), "it is no JSON: .*line 1 column 15.*; delete it"),
+        (_holds(b"\x00"), "it is no JSON: .*; delete it"),
+        (_holds(b"\xff\xfe{"), "it is no text in UTF-8.*; delete it"),
+        (_holds(b"[" * 100_000), "nested too deeply.*; delete it"),
+        *(
+            (_holds(content), "it has no list called adapters.*; delete it")
+            for content in (b"[]", b"{}", b'{"adapters": 5}', b'{"adapters": {}}')
+        ),
+        *(
+            (_holds(b'{"adapters": [%s]}' % row), "its adapter number 1 is none.*; delete it")
+            for row in (
+                b"5",
+                b'{"id": 1, "source": null}',
+                b'{"id": "a/b", "source": 5, "revision": null}',
+                b'{"id": "a/b", "source": null, "revision": null, "use_token": 1}',
+            )
+        ),
+    ],
+)
+def test_a_warm_list_that_is_none_is_refused_and_left_alone(
+    refused: Callable[..., str], tmp_path: Path, make: Callable[[Path], object], reason: str
+) -> None:
+    path = tmp_path / "warm"
+    make(path)
+    before = _seen(path)
+    found: list[str] = []
+    start = threading.Thread(target=lambda: found.append(refused("--warm", str(path))))
+    start.start()
+    start.join(60)
+    assert not start.is_alive(), "it waits for somebody to write"
+    assert str(path) in found[0]
+    assert re.search(reason, found[0]), found[0]
+    assert _seen(path) == before
+
+
+def _seen(path: Path) -> tuple[int, int, int, int]:
+    """What changes if somebody writes to it, or replaces it; reading changes its atime."""
+    status = path.lstat()
+    return status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns
+
+
+def test_files_and_places_that_are_not_there_are_told(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    whole = tiny.write(tmp_path / "all" / "whole")
+    broken = tiny.write(tmp_path / "all" / "broken")
+    (broken / "adapter_model.safetensors").unlink()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for option, given, said in (
+        ("--adapters", "{0}/missing", "there is no folder {0}/missing"),
+        ("--adapters", "sql={0}/missing", "there is no folder {0}/missing"),
+        ("--adapters", "sql={0}/empty", "{0}/empty: .*adapter_config.json"),
+        ("--adapters", str(broken), "{0}/all/broken: .*adapter_model.safetensors"),
+        ("--adapters", "{0}/all", "{0}/all/broken: .*adapter_model.safetensors"),
+        ("--adapters", str(whole / "adapter_config.json"), "there is no folder"),
+        ("--warm", "{0}/none/warm", "there is no folder {0}/none; make it"),
+        ("--warm", "{0}/file/warm", r"cannot be read \(Not a directory\)"),
+        ("--cache-dir", "{0}/file", "'{0}/file' is not a folder"),
+        ("--host", "", "the host is empty"),
+        ("--host", "a..b", "no host has such a name"),
+    ):
+        told = refused(option, given.format(tmp_path))
+        assert re.search(said.format(tmp_path), told), told
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port}: " in refused("--port", port)
+
+
+# -- base models ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    model: Any = transformers.LlamaForCausalLM(llama_config())
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_base_is_loaded(whole: Path) -> None:
+    base = Base.load(whole, dtype="float32", device="cpu")
+    assert base.max_length == 64
+    assert not base.model.training
+
+
+def _says(**fields: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _file(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def _only_config(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (shutil.rmtree, "there is no such folder"),
+        (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
+        (_says(num_hidden_layers=2), "it lacks 9 weights"),
+        (_says(vocab_size=100), ""),
+        (_says(hidden_size="x"), ""),
+        (_cut, ""),
+        (_file("model.safetensors", ""), ""),
+        (_file("config.json", "[]"), ""),
+        (_file("tokenizer.json", "{}"), ""),
+        (_only_config, "(?!.*safetensors).*tokenizer"),
+        (_file("tokenizer_config.json", "[]"), ""),
+    ],
+    ids=[
+        "no folder", "no config", "weights missing", "other sizes", "other types", "cut", "empty",
+        "a list", "no tokenizer", "neither tokenizer nor weights", "no tokenizer's config",
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_base_is_told_of_in_a_line(
+    whole: Path, tmp_path: Path, change: Callable[[Path], object], said: str
+) -> None:
+    """The tokenizer is read before the weights; transformers' own words are restored."""
+    folder = tmp_path / "changed"
+    shutil.copytree(whole, folder)
+    change(folder)
+    logging: Any = transformers.utils.logging
+    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        with pytest.raises(ConfigError) as told:
+            Base.load(folder, dtype="float32", device="cpu")
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, True)
+    finally:
+        logging.set_verbosity(before)
+        if not shown:
+            logging.disable_progress_bar()
+    reason = str(told.value).replace(str(folder), "")
+    assert re.match(rf" is no base model that can be served: {said}", reason), reason
+    assert "\n" not in reason
+
+
+def test_a_device_that_is_not_there_is_told(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="finds no device of the kind cuda"):
+        Base.load(whole, dtype="float32", device="cuda")
+
+
+def test_a_length_of_nothing_is_refused(
+    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, also where it is found out as the server begins."""
+    monkeypatch.setattr(serve, "as_application", lambda: None)
+    options = ["--port", "0", "--json", "--max-length", "0"]
+    assert main(["serve", "--base", str(whole), *options]) == 1
+    told = capsys.readouterr()
+    assert (told.out, len(told.err.splitlines())) == ("", 1)
+    assert "max_length" in told.err

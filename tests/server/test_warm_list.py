@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
+import os
+import threading
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import tiny
 from common import until
-from lorax_async import AdapterLoader, AdapterRef, ConfigError
+from lorax_async import AdapterLoader, AdapterRef
 from lorax_async.server.warm_list import WarmList
+from scheduling.serving import turns, warm
 from tiny_loaders import loader
 from tiny_sources import is_resident, over, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "warm"
+
+
+@pytest.fixture
+def one_named(path: Path) -> None:
+    path.write_text(json.dumps({"adapters": [{"id": "one", "source": None, "revision": None}]}))
 
 
 def named(path: Path) -> list[str]:
@@ -23,138 +39,262 @@ def named(path: Path) -> list[str]:
     return [row.get("id") or row["path"] for row in found["adapters"]]
 
 
-async def test_who_is_on_the_device_is_named_the_last_one_used_first(tmp_path: Path) -> None:
-    source, path = stocked(tmp_path, "one", "two", "three"), tmp_path / "warm"
-    async with over(source, max_slots=2) as there, WarmList(path, there, pause=0) as warm:
-        for name in ("one", "two"):
-            warm.used(name)
-            (await there.load(name)).release()
+async def use(there: AdapterLoader, listed: WarmList, *adapters: Any) -> None:
+    for adapter in adapters:
+        listed.used(adapter)
+        await warm(there, adapter)
+
+
+# -- what it names --------------------------------------------------------------------------------
+
+
+async def test_it_names_what_is_on_the_device_the_last_one_used_first(
+    tmp_path: Path, path: Path
+) -> None:
+    source = stocked(tmp_path, "one", "two", "three")
+    async with over(source, max_slots=2) as there, WarmList(path, there, pause=0) as listed:
+        await use(there, listed, "one", "two")
         await until(lambda: named(path) == ["two", "one"])
-        warm.used("one")
+        listed.used("one")
         await until(lambda: named(path) == ["one", "two"])
-        warm.used("three")
-        (await there.load("three")).release()  # one of the others has left for it
+        await use(there, listed, "three")  # one of the others has left for it
         await until(lambda: named(path)[0] == "three" and len(named(path)) == 2)
 
 
 async def test_of_many_names_only_the_last_ones_are_looked_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is done on the loop, again and again."""
-    source, path = stocked(tmp_path, "one"), tmp_path / "warm"
-    asked, story = list[object](), AdapterLoader.story
+    asked, story = set[object](), AdapterLoader.story
 
     def counted(self: AdapterLoader, ref: Any) -> Any:
-        asked.append(ref)
+        asked.add(ref)
         return story(self, ref)
 
-    async with over(source) as there, WarmList(path, there, pause=0) as warm:
-        (await there.load("one")).release()
+    async with over(stocked(tmp_path, "one")) as there, WarmList(path, there, pause=0) as listed:
+        await warm(there, "one")
         for number in range(500):
-            warm.used(f"another/{number}")
-        warm.used("one")
+            listed.used(f"another/{number}")
+        listed.used("one")
         monkeypatch.setattr(AdapterLoader, "story", counted)
         await until(lambda: named(path) == ["one"])
-    assert set(asked) == {AdapterRef("one")}
+    assert asked == {AdapterRef("one")}
 
 
-async def test_the_next_one_brings_them_back(tmp_path: Path) -> None:
-    source, path = stocked(tmp_path, "one", "two"), tmp_path / "warm"
-    async with over(source) as there, WarmList(path, there) as warm:
-        warm.used(AdapterRef("one"))
-        (await there.load("one")).release()
-    assert named(path) == ["one"], "leaving it writes what has not been written"
-    async with over(source) as there, WarmList(path, there) as warm:
-        assert warm.restored is not None
-        await warm.restored
-        assert is_resident(there, "one")
-        assert not is_resident(there, "two")
-        assert there.try_acquire("two") is None
-    assert named(path) == ["one"]
+@pytest.mark.parametrize("kind", ["id", "operator's", "path"])
+async def test_the_next_server_brings_them_back(tmp_path: Path, path: Path, kind: str) -> None:
+    """With the operator's authority where it named them; a path is one again."""
+    source = stocked(tmp_path, "one", "two")
+    refs: dict[str, Any] = {
+        "id": "one",
+        "operator's": AdapterRef("one", use_token=True),
+        "path": tmp_path / "one",
+    }
+
+    def server() -> AdapterLoader:
+        return loader() if kind == "path" else over(source)
+
+    async with server() as there, WarmList(path, there) as listed:
+        await use(there, listed, refs[kind])
+    async with server() as there, WarmList(path, there) as listed:
+        (row,) = json.loads(path.read_text())["adapters"]
+        assert row.get("use_token", False) is (kind == "operator's")
+        assert listed.restored is not None
+        await listed.restored
+        assert is_resident(there, refs[kind])
+        assert len(there.residency()) == 1
+    assert json.loads(path.read_text())["adapters"] == [row]
 
 
-async def test_a_path_comes_back_as_a_path(tmp_path: Path) -> None:
-    folder, path = tiny.write(tmp_path / "one"), tmp_path / "warm"
-    async with loader() as there, WarmList(path, there) as warm:
-        warm.used(folder)
-        (await there.load(folder)).release()
-    async with loader() as there, WarmList(path, there) as warm:
-        assert warm.restored is not None
-        await warm.restored
-        assert is_resident(there, folder)
-
-
-async def test_who_is_coming_back_stays_named(tmp_path: Path) -> None:
-    """Killed while they come, the list is what it was."""
-    source, path = stocked(tmp_path, "one"), tmp_path / "warm"
-    path.write_text(json.dumps({"adapters": [{"id": "one", "source": None, "revision": None}]}))
-    source.hold("one")
-    async with over(source) as there, WarmList(path, there, pause=0) as warm:
-        warm.used("elsewhere/other")
-        await until(lambda: path.read_text().startswith("{\n"))  # it was written anew
-        assert named(path) == ["one"]
-        source.allow("one")
-        assert warm.restored is not None
-        await warm.restored
-
-
-async def test_tokens_are_not_written(tmp_path: Path) -> None:
-    source, path = stocked(tmp_path, "one"), tmp_path / "warm"
-    async with over(source) as there, WarmList(path, there) as warm:
-        ref = AdapterRef("one", token="SECRET")
-        warm.used(ref)
-        (await there.load(ref)).release()
+async def test_tokens_are_not_written(tmp_path: Path, path: Path) -> None:
+    async with over(stocked(tmp_path, "one")) as there, WarmList(path, there) as listed:
+        await use(there, listed, AdapterRef("one", token="SECRET"))
     assert named(path) == []
 
 
-async def test_that_the_operator_named_it_is_written(tmp_path: Path) -> None:
-    """So that the next server asks on his authority again."""
-    source, path = stocked(tmp_path, "one"), tmp_path / "warm"
-    ref = AdapterRef("one", use_token=True)
-    async with over(source) as there, WarmList(path, there) as warm:
-        warm.used(ref)
-        (await there.load(ref)).release()
-    assert json.loads(path.read_text())["adapters"][0]["use_token"] is True
-    async with over(source) as there, WarmList(path, there) as warm:
-        assert warm.restored is not None
-        await warm.restored
-        assert is_resident(there, ref)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"adapters": {}}',
-        '{"adapters": [1]}',
-        '{"adapters": [{"id": "a/b", "source": null, "revision": null, "use_token": 1}]}',
-        '{"adapters": [{"id": 1, "source": null}]}',
-        '{"adapters": [{"id": "a/b", "source": 5, "revision": null}]}',
-        "[" * 100_000,
-        "\x00",
-    ],
-    ids=lambda content: content[:70],
-)
-async def test_what_is_no_such_list_is_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "warm"
-    path.write_text(content)
-    async with loader() as there:
-        with pytest.raises(ConfigError, match="delete it"):
-            async with WarmList(path, there):
-                pass
-    assert path.read_text() == content
-
-
-async def test_a_folder_that_cannot_be_written_is_told_and_no_more(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.usefixtures("one_named")
+@pytest.mark.parametrize("comes", [True, False], ids=["comes", "stays away"])
+async def test_an_adapter_that_is_still_coming_stays_named(
+    tmp_path: Path, path: Path, comes: bool
 ) -> None:
-    """Where it could be when the list was entered."""
-    path = tmp_path / "folder" / "warm"
-    path.parent.mkdir()
-    async with over(stocked(tmp_path, "one")) as there, WarmList(path, there) as warm:
-        path.parent.rmdir()
-        warm.used("one")
-        (await there.load("one")).release()
-    assert "could not be written" in caplog.text
+    """Killed meanwhile, the list is what it was; at the end it comes no further."""
+    source = stocked(tmp_path, "one")
+    source.hold("one")
+    async with over(source) as there:
+        async with WarmList(path, there, pause=0) as listed:
+            listed.used("elsewhere/other")
+            await until(lambda: path.read_text().startswith("{\n"))  # it was written anew
+            assert named(path) == ["one"]
+            restored = listed.restored
+            assert restored is not None
+            if comes:
+                source.allow("one")
+                await restored
+                await there.unload("one")
+                await until(lambda: named(path) == [])
+        await until(lambda: restored.done)
+        source.allow("one")
+    assert named(path) == ([] if comes else ["one"])
+
+
+# -- its file -------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Names a file when it is let, and counts; no thread of the loop touches it."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free = threading.Event()
+        self.free.set()
+        self.begun = self.ended = 0
+        self.threads = set[threading.Thread]()
+        self._replace = os.replace
+        opened = os.open
+
+        def open_file(name: Any, *given: Any, **more: Any) -> int:
+            if name == path:
+                self.threads.add(threading.current_thread())
+            return opened(name, *given, **more)
+
+        monkeypatch.setattr(os, "open", open_file)
+        monkeypatch.setattr(os, "replace", self.replace)
+
+    def replace(self, source: str, target: Path) -> None:
+        self.begun += 1
+        self.threads.add(threading.current_thread())
+        assert self.free.wait(20)
+        self._replace(source, target)
+        self.ended += 1
+
+
+@pytest.fixture
+def disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk(path, monkeypatch)
+    yield disk
+    assert threading.main_thread() not in disk.threads
+
+
+async def test_what_changes_while_it_is_written_is_written_then(
+    tmp_path: Path, path: Path, disk: Disk
+) -> None:
+    source = stocked(tmp_path, "one", "two")
+    async with over(source) as there, WarmList(path, there, pause=0) as listed:
+        await use(there, listed, "two", "one")
+        await until(lambda: named(path) == ["one", "two"])
+        disk.free.clear()
+        before = disk.begun
+        listed.used("two")
+        await until(lambda: disk.begun > before)
+        listed.used("one")
+        await asyncio.sleep(0)
+        disk.free.set()
+        await until(lambda: disk.begun > before + 1)
+        await until(lambda: named(path) == ["one", "two"])
+
+
+async def test_leaving_waits_for_what_is_written(tmp_path: Path, path: Path, disk: Disk) -> None:
+    async def leave(listed: WarmList) -> None:
+        await listed.__aexit__(None, None, None)
+
+    async with over(stocked(tmp_path, "one")) as there:
+        listed = await WarmList(path, there, pause=0).__aenter__()
+        disk.free.clear()
+        await use(there, listed, "one")
+        await until(lambda: disk.begun > disk.ended)
+        first, second = (asyncio.create_task(leave(listed)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled()
+        assert not second.done()
+        disk.free.set()
+        await second
+        assert disk.begun == disk.ended
+        assert named(path) == ["one"]
+        left = weakref.ref(listed)
+        del listed, first, second
+        gc.collect()
+        assert left() is None, "the loader tells it no more"
+
+
+async def test_it_is_written_once_in_a_pause_and_at_the_end(
+    tmp_path: Path, path: Path, disk: Disk
+) -> None:
+    """However long that is: leaving waits for no pause."""
+    async with over(stocked(tmp_path, "one", "two")) as there:
+        async with WarmList(path, there, pause=1e6) as listed:
+            listed.used("one")
+            await until(lambda: disk.ended)
+            await use(there, listed, "one", "two")
+            assert disk.begun == 1
+        assert (disk.begun, named(path)) == (2, ["two", "one"])
+
+
+async def test_it_looks_when_something_changed_and_writes_only_that(
+    path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, residency = list[object](), AdapterLoader.residency
+
+    def counted(self: AdapterLoader, **given: Any) -> Any:
+        looks.append(None)
+        return residency(self, **given)
+
+    monkeypatch.setattr(AdapterLoader, "residency", counted)
+    async with loader() as there, WarmList(path, there, pause=0) as listed:
+        await turns()
+        assert not looks
+        for _ in range(3):
+            looks.clear()
+            listed.used("org/elsewhere")
+            await until(lambda: looks and disk.ended)
+            await turns(100)
+            assert len(looks) == 1
+        assert disk.begun == 1
+
+
+async def test_one_of_which_nothing_was_asked_is_written_empty(path: Path) -> None:
+    async with loader() as there, WarmList(path, there):
+        await turns()  # it waits for a change
+    assert path.exists()
+    assert named(path) == []
+
+
+async def test_the_file_is_whole_on_the_disk_before_it_has_its_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, fsync, replace = list[tuple[str, bytes]](), os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        assert not path.exists()
+        steps.append(("fsync", os.pread(number, 100, 0)))
+        fsync(number)
+
+    def named_so(source: str, target: Path) -> None:
+        steps.append(("replace", Path(source).read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named_so)
+    async with loader() as there, WarmList(path, there):
+        pass
+    assert steps == [("fsync", path.read_bytes()), ("replace", path.read_bytes())]
+
+
+async def test_a_file_that_cannot_be_written_is_told_of_and_nothing_is_left(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Be it that its folder went, or that it gets no name."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    async with loader() as there, WarmList(folder / "warm", there):
+        folder.rmdir()
+    assert caplog.text.count("could not be written") == 1
+
+    def fail(source: str, target: Path) -> None:
+        raise OSError("it is read-only")
+
+    monkeypatch.setattr(os, "replace", fail)
+    async with loader() as there, WarmList(path, there):
+        pass
+    assert caplog.text.count("could not be written") == 2
+    assert not list(tmp_path.iterdir())
