@@ -27,7 +27,7 @@ from mutants.mutation import (
 THREADS = "engines/test_attach_threads.py"
 LOCKS = "engines/test_engine_locks.py"
 ENGINE = "server/test_engine.py"
-KEYS = "server/decoding/test_kept_keys.py"
+KEYS = "server/test_sampling.py"
 WARM = "server/test_warm_list.py"
 
 

@@ -2,7 +2,7 @@
 
     python tests/server/clients.py < what.json > answers.jsonl
 
-Tells each answer, or the error in its place, in a line of JSON.
+Prints each answer, or the error in its place, as a line of JSON.
 """
 
 from __future__ import annotations
@@ -19,48 +19,35 @@ from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
 PROMPTS = ("What is ice?", "What do bees make?", "What color is grass?", "Where do penguins live?")
 
 
-async def ask(client: AsyncOpenAI, model: str, draw: random.Random) -> dict[str, Any]:
-    """One question, by either call, streaming or not."""
-    prompt = draw.choice(PROMPTS)
-    begun = monotonic()
+async def ask(client: AsyncOpenAI, model: str, prompt: str, *, stream: bool) -> dict[str, Any]:
+    create: Any = client.chat.completions.create
+    messages = [{"role": "user", "content": prompt}]
     try:
-        text = await said(client, model, prompt, streaming=draw.random() < 0.5)
-        found: dict[str, Any] = {"text": text}
+        answer = await create(
+            model=model, messages=messages, temperature=0, max_tokens=32, stream=stream
+        )
+        if not stream:
+            return {"text": answer.choices[0].message.content}
+        pieces = [chunk.choices[0].delta.content or "" async for chunk in answer]
     except APIStatusError as error:
-        found = {"status": error.status_code, "said": str(error)}
-    return {"model": model, "prompt": prompt, "seconds": monotonic() - begun, **found}
-
-
-async def said(client: AsyncOpenAI, model: str, prompt: str, *, streaming: bool) -> str:
-    given: dict[str, Any] = {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-        "max_tokens": 32,
-    }
-    if not streaming:
-        whole = await client.chat.completions.create(**given)
-        return str(whole.choices[0].message.content)
-    parts = []
-    async for chunk in await client.chat.completions.create(**given, stream=True):
-        parts += [choice.delta.content or "" for choice in chunk.choices]
-    return "".join(parts)
+        return {"status": error.status_code, "said": str(error)}
+    return {"text": "".join(pieces)}
 
 
 async def asking(what: dict[str, Any], number: int, client: AsyncOpenAI, until: float) -> None:
-    draw = random.Random(what["seed"] + number)
-    models = what["models"]
-    weights = [1 / (place + 1) ** what["exponent"] for place in range(len(models))]
+    draw, models = random.Random(7 + number), what["models"]
+    weights = [1 / (place + 1) ** 0.7 for place in range(len(models))]
     while monotonic() < until:
         (model,) = draw.choices(models, weights)
-        sys.stdout.write(json.dumps(await ask(client, model, draw)) + "\n")
+        found = await ask(client, model, draw.choice(PROMPTS), stream=draw.random() < 0.5)
+        sys.stdout.write(json.dumps({"model": model} | found) + "\n")
 
 
 async def main() -> None:
     what = json.loads(sys.stdin.read())
     http = DefaultAsyncHttpxClient(trust_env=False)
     async with AsyncOpenAI(
-        base_url=what["url"] + "/v1", api_key="a key", max_retries=0, http_client=http, timeout=300
+        base_url=what["url"], api_key="a key", max_retries=0, http_client=http, timeout=300
     ) as client:
         until = monotonic() + what["seconds"]
         await asyncio.gather(*(asking(what, n, client, until) for n in range(what["clients"])))
