@@ -182,13 +182,6 @@ async def test_a_streamed_completion_comes_as_it_is_made() -> None:
     assert {piece.object for piece in pieces} == {"text_completion"}
 
 
-async def test_sequences_of_one_request_take_turns() -> None:
-    async with serving(FakeEngine(saying("abc"))) as world:
-        create = world.client.completions.create
-        stream = await create(model="base", prompt="x", n=2, stream=True)
-        assert [piece.choices[0].index async for piece in stream] == [0, 1] * 4
-
-
 # -- stop strings ---------------------------------------------------------------------------------
 
 
@@ -204,26 +197,6 @@ async def test_an_answer_ends_before_its_stop_string(stream: bool) -> None:
     text = "".join(piece.choices[0].text for piece in pieces)
     assert (text, pieces[-1].choices[0].finish_reason) == ("one ", "stop")
     assert stream or pieces[-1].usage.completion_tokens == len("one STOP")
-
-
-async def test_what_looked_like_a_stop_string_comes_out() -> None:
-    async with serving(FakeEngine(saying("one ST"))) as world:
-        answer = await world.client.completions.create(model="base", prompt="x", stop="STOP")
-        assert answer.choices[0].text == "one ST"
-
-
-async def test_a_stop_string_ends_its_own_sequence_only() -> None:
-    engine = FakeEngine()
-    async with serving(engine) as world:
-        create = world.client.completions.create
-        asked = asyncio.create_task(create(model="base", prompt="x", n=2, stop="STOP"))
-        other = await engine.asked(2)
-        engine.submitted[0].say("one STOP two")
-        async with asyncio.timeout(20):
-            await engine.submitted[0].cancelled.wait()
-        other.say("more")
-        other.end()
-        assert [choice.text for choice in (await asked).choices] == ["one ", "more"]
 
 
 # -- the package's own forms ----------------------------------------------------------------------

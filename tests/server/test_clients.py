@@ -21,7 +21,7 @@ from lorax_async.server.calls.bodies import read_body, refuse_unread
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.events import ABORT
 from lorax_async.server.calls.requests import CompletionBody
-from lorax_async.server.calls.under_way import ClientGone, UnderWay, Watch, until_gone
+from lorax_async.server.calls.under_way import ClientGone, Watch, until_gone
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
 
 PLAIN = {"model": "org/a", "prompt": "x"}
@@ -331,18 +331,3 @@ async def test_the_first_reason_ends_a_request() -> None:
         assert len(ours()) == len(watches) == 1
     await asyncio.sleep(0)
     assert (ours(), watches) == ([], set())
-
-
-async def test_the_last_request_ends_the_waiting_for_it() -> None:
-    under_way = UnderWay()
-    assert await under_way.ended(0)
-    with under_way.one():
-        with pytest.raises(ValueError, match="its own"), under_way.one():
-            raise ValueError("its own")
-        under_way.close()
-        with pytest.raises(LoaderClosedError), under_way.one():
-            pass
-        assert not await under_way.ended(0)
-        ending = asyncio.create_task(under_way.ended(20))
-        await asyncio.sleep(0)
-    assert await ending

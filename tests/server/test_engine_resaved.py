@@ -19,7 +19,6 @@ from lorax_async import (
     IntegrityError,
     LoaderConfig,
 )
-from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.server.engine import Engine
 from lorax_async.server.generation import Sampling
@@ -99,18 +98,6 @@ async def test_a_second_change_is_told_and_a_later_request_gets_what_is_there(
         assert await all_of(engine.submit(asked([1], 5, folder))) == alone([1], 5, str(folder))
 
 
-async def test_an_answer_can_be_cancelled_meanwhile(folder: Path) -> None:
-    async with engine_of() as (engine, device):
-        device.gate.clear()
-        answer = engine.submit(asked([1], 5, folder))
-        await copying(device)
-        tiny.write(folder, 2)
-        device.gate.set()
-        await asyncio.sleep(0.01)
-        answer.cancel()
-        assert await all_of(answer) == []
-
-
 @pytest.mark.parametrize("save", SAVES)
 async def test_clients_of_an_adapter_that_is_saved_all_the_time(folder: Path, save: Save) -> None:
     other = tiny.write(folder.with_name("b"), 1)
@@ -128,15 +115,3 @@ async def test_clients_of_an_adapter_that_is_saved_all_the_time(folder: Path, sa
             async with asyncio.TaskGroup() as group:
                 for number in range(CLIENTS):
                     group.create_task(client(engine, number))
-
-
-async def test_what_is_false_without_a_change_is_told(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise IntegrityError("the disk gave other bytes")
-
-    monkeypatch.setattr(CpuDevice, "copy", fail)
-    async with engine_of() as (engine, _):
-        with pytest.raises(IntegrityError, match="other bytes"):
-            await all_of(engine.submit(asked([1], 5, folder)))
