@@ -27,7 +27,7 @@ from mutants.mutation import (
 THREADS = "engines/test_attach_threads.py"
 LOCKS = "engines/test_engine_locks.py"
 ENGINE = "server/test_engine.py"
-KEYS = "server/test_sampling.py"
+DECODER = "server/test_decoder.py"
 WARM = "server/test_warm_list.py"
 
 
@@ -69,17 +69,17 @@ SERVING: Mutants = {
         (engine, "_counts", lambda _: True),
     ),
     "keys: a free place holds nothing": mutant(
-        f"{KEYS}::test_nothing_is_left_at_a_place_that_is_free", skipped(KeptLayer, "clear")
+        f"{DECODER}::test_what_was_at_a_place_never_matters", skipped(KeptLayer, "clear")
     ),
     "keys: what does not follow changes nothing": mutant(
-        f"{KEYS}::test_what_does_not_follow_changes_nothing", skipped(KeptKeys, "_check")
+        f"{DECODER}::test_steps_that_do_not_follow_change_nothing", skipped(KeptKeys, "_check")
     ),
     "server: requests under way are counted": mutant(
-        "server/test_ends.py::test_a_signal_drains",
+        "server/test_connections.py::test_a_signal_drains",
         (UnderWay, "one", lambda _: nullcontext()),
     ),
     "server: a client that hangs up frees its place": mutant(
-        "server/test_clients.py::test_a_client_that_hangs_up_frees_its_place",
+        "server/test_connections.py::test_a_client_that_hangs_up_frees_its_place",
         (Watch, "_listen", nothing_awaited),
     ),
     "warm list: it is on the disk before it has its name": mutant(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,31 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     Qwen3NextConfig,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
 
+import tiny
 from engines.gate_inputs import source
 from engines.variants import PEFT_WARNING, active, logits_of, serving, streaming
-from lorax_async import AdapterHandle, AdapterTimeoutError, ConfigError, FetchError, UsageError
+from lorax_async import (
+    AdapterHandle,
+    AdapterLoader,
+    AdapterScheduler,
+    AdapterTimeoutError,
+    ConfigError,
+    FetchError,
+    UsageError,
+)
 from lorax_async.engines.transformers import Attached
+from lorax_async.server.decoding.kept_keys import BLOCK, KeptKeys, KeptLayer
+from lorax_async.server.decoding.sampling import Sampler, choose
 from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
+from lorax_async.server.engine import Engine
+from lorax_async.server.generation import Sampling
 from lorax_async.server.ports import Computed, Part, Step
 from lorax_async.testing import FakeSource
+from server.generating import all_of, asked
 
 __all__ = ["source"]
 
@@ -172,31 +189,14 @@ async def test_rows_that_decode_together_are_what_generate_says(small: Any) -> N
         async with serving(small) as (_, attached):
             play = Play(TransformersDecoder(small, attached, 3), base_alone(base))
             rows = [Row(n, None, None, list(prompt)) for n, prompt in enumerate(prompts)]
-            for _ in range(new):
+            await play.step((rows[0], 1), (rows[1], 7))
+            await play.step((rows[0], 2), (rows[1], 2), (rows[2], 60))
+            for _ in range(new - 1):
                 await play.whole(*rows)
             assert [row.tokens for row in rows] == expected
     finally:
         hook.remove()
     assert {shape[1] for shape in shapes} == {1}
-
-
-@pytest.mark.slow
-async def test_the_trained_adapters_answer_in_one_batch_as_alone(
-    model: Any, theirs: Any, examples: Path
-) -> None:
-    names = ("pirate", "shout", "json")
-    with alone(theirs, **{name: examples / name for name in names}) as solo:
-        async with serving(model) as (loader, attached):
-            handles = {name: await loader.load(examples / name) for name in names}
-            rows = [
-                Row(n, name, handles.get(name or ""), list(range(1000, 1005 + n % 2)))
-                for n, name in enumerate([*names, None, "pirate"])
-            ]
-            play = Play(TransformersDecoder(model, attached, 5), solo, atol=1e-3)
-            for _ in range(4):
-                await play.whole(*rows)
-            for handle in handles.values():
-                handle.release()
 
 
 SIZES: dict[str, Any] = {
@@ -379,3 +379,228 @@ async def test_steps_that_do_not_follow_change_nothing(small: Any) -> None:
         decoder.forget(1)
         decoder.forget(1)
         decoder.compute(step((2, 0, [1])))
+
+
+# -- the whole way: generations for adapters that are still coming -------------------------------
+
+
+def generated(peft_model: Any, name: str | None, prompt: list[int], new: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    if name is not None:
+        peft_model.set_adapter(name)
+        found = peft_model.generate(input_ids=ids, max_new_tokens=new, **given)
+    else:
+        with peft_model.disable_adapter():
+            found = peft_model.generate(input_ids=ids, max_new_tokens=new, **given)
+    tokens: list[int] = found[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.fixture
+def three(adapters: list[Path]) -> FakeSource:
+    source = FakeSource()
+    for name, folder in (("most", adapters[0]), ("some", adapters[1]), ("lost", adapters[1])):
+        source.put(name, *tiny.files(folder))
+    return source
+
+
+@asynccontextmanager
+async def engine_of(
+    small: Any, source: FakeSource, max_tokens: int
+) -> AsyncIterator[tuple[AdapterLoader, Engine]]:
+    async with (
+        serving(small, source=source, max_slots=4) as (loader, attached),
+        AdapterScheduler(loader, max_begun=4) as scheduler,
+    ):
+        decoder = TransformersDecoder(small, attached, 4)
+        limits = {"max_tokens": max_tokens, "max_sequences": 4}
+        async with Engine(scheduler, decoder, **limits) as engine:
+            yield loader, engine
+        assert decoder.sequences == 0
+
+
+async def test_preempted_answers_are_what_generate_says(
+    small: Any, adapters: list[Path], three: FakeSource
+) -> None:
+    with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
+        expected = [generated(peft_model, "most", [n, 2, 3], 24) for n in range(4)]
+        expected_short = generated(peft_model, "some", [5], 2)
+    async with engine_of(small, three, 64) as (loader, engine):
+        for name in ("most", "some"):
+            (await loader.load(name)).release()
+        answers = [engine.submit(asked([n, 2, 3], 24, "most")) for n in range(4)]
+        firsts = [[await anext(answer) for _ in range(3)] for answer in answers]
+        assert await all_of(engine.submit(asked([5], 2, "some"))) == expected_short
+        assert all(len(answer.known) < 3 + 24 for answer in answers)
+        found = [first + await all_of(a) for first, a in zip(firsts, answers, strict=True)]
+        assert found == expected
+
+
+async def test_answers_are_what_generate_says_while_adapters_come_and_one_fails(
+    small: Any, adapters: list[Path], three: FakeSource
+) -> None:
+    wanted: list[tuple[str | None, list[int]]] = [
+        *((None, [1, 2, 3]), ("most", [1, 2, 3]), ("some", [4, 5])),
+        *(("most", list(range(1, 30))), (None, [9]), ("some", [4, 5])),
+    ]
+    three.hold("most")
+    three.fail("bring", FetchError("the line is down", retryable=False), id="lost", at=1)
+    with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
+        expected = [generated(peft_model, name, prompt, 8) for name, prompt in wanted]
+    async with engine_of(small, three, 16) as (_, engine):
+        lost = engine.submit(asked([1, 2], 8, "lost"))
+        answers = [engine.submit(asked(prompt, 8, name)) for name, prompt in wanted]
+        assert await all_of(answers[0]) == expected[0]  # nobody waits for "most"
+        three.allow("most")
+        assert await asyncio.gather(*map(all_of, answers[1:])) == expected[1:]
+        assert await all_of(lost, FetchError) == []
+
+
+# -- which tokens are chosen ----------------------------------------------------------------------
+
+
+def random_logits(seed: int, vocabulary: int, spread: float = 3.0) -> torch.Tensor:
+    return spread * torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def chances(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Of each token, by transformers."""
+    ids: Any = None  # they do not look at it
+    scores = TemperatureLogitsWarper(temperature)(ids, logits[None])
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(ids, scores)
+    return torch.softmax(scores[0].double(), dim=-1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 1.0])
+def test_tokens_come_as_often_as_transformers_says(temperature: float, top_p: float) -> None:
+    logits, draws = random_logits(1, 40), 4000
+    sampler = Sampler(Sampling(temperature, top_p, seed=5))
+    found = torch.bincount(
+        torch.tensor([sampler.choose(logits) for _ in range(draws)]), minlength=40
+    )
+    likely = chances(logits, temperature, top_p)
+    deviation = (draws * likely * (1 - likely)).sqrt()
+    assert ((found - draws * likely).abs() <= 5 * deviation).all()
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+def test_a_nucleus_of_any_size_is_transformers_own(spread: float) -> None:
+    """Of few tokens, of thousands, and of nearly all: only these ever come."""
+    logits = random_logits(2, 20_000, spread)
+    for top_p in (0.1, 0.7, 0.99):
+        sampler = Sampler(Sampling(1.0, top_p, seed=1))
+        allowed = chances(logits, 1.0, top_p) > 0
+        assert allowed[[sampler.choose(logits) for _ in range(50)]].all()
+
+
+def test_no_temperature_takes_the_likeliest() -> None:
+    """And a tiny one nearly does."""
+    logits = torch.stack([random_logits(3, 50), random_logits(4, 50)])
+    samplers = [Sampler(Sampling(temperature=0, top_p=p)) for p in (0.5, 1.0)]
+    assert choose(logits, samplers) == logits.argmax(dim=-1).tolist()
+    nearly = Sampler(Sampling(temperature=1e-300, seed=1))
+    assert nearly.choose(logits[0]) == int(logits[0].argmax())
+
+
+def test_logits_that_are_no_numbers_choose_nothing() -> None:
+    logits = torch.stack([random_logits(seed, 50) for seed in range(4)])
+    logits[1, 7], logits[2, 8], logits[3, 9] = nan, inf, -inf
+    samplers = [Sampler(Sampling(temperature=t)) for t in (0, 0, 1, 0)]
+    assert choose(logits, samplers) == [
+        int(logits[0].argmax()),
+        None,
+        None,
+        int(logits[3].argmax()),
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, (1 << 63) - 1, -(1 << 63)])
+def test_a_seed_says_which_tokens_come_whatever_is_beside_it(seed: int) -> None:
+    """The process's own random numbers are left alone."""
+    logits, before = torch.stack([random_logits(n, 50) for n in range(3)]), torch.get_rng_state()
+
+    def alone(seed: int) -> list[int]:
+        sampler = Sampler(Sampling(seed=seed))
+        return [sampler.choose(logits[1]) for _ in range(20)]
+
+    samplers = [Sampler(Sampling()), Sampler(Sampling(seed=seed)), Sampler(Sampling(top_p=0.5))]
+    beside = [choose(logits, samplers)[1] for _ in range(20)]
+    assert beside == alone(seed) != alone(8)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"temperature": t} for t in (-0.1, nan, inf, "1", True, None, 10**400)),
+        *({"top_p": p} for p in (0, -1, 1.01, nan, "1", None)),
+        *({"seed": s} for s in (1.5, True, 1 << 63, -(1 << 63) - 1, "1")),
+    ],
+    ids=repr,
+)
+def test_what_is_out_of_range_is_refused(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(UsageError, match=name):
+        Sampler(Sampling(**given))
+
+
+# -- keys and values ------------------------------------------------------------------------------
+
+HEADS, DIM = 2, 3
+
+
+def filled(kept: KeptKeys, sequences: list[int], starts: list[int], tokens: int) -> torch.Tensor:
+    """What the one layer gives for keys that are the sequence's number."""
+    kept.begin(sequences, starts, tokens)
+    new = torch.tensor(sequences, dtype=torch.float32).view(-1, 1, 1, 1)
+    new = new.expand(-1, HEADS, tokens, DIM).clone()
+    keys, values = kept.cache.update(new, 2 * new, 0)
+    assert torch.equal(values, 2 * keys)
+    found: torch.Tensor = keys
+    return found
+
+
+def layer_of(kept: KeptKeys) -> KeptLayer:
+    layer = kept.cache.layers[0]
+    assert isinstance(layer, KeptLayer)
+    return layer
+
+
+def is_view(keys: torch.Tensor, kept: KeptKeys) -> bool:
+    store = layer_of(kept).keys
+    assert store is not None
+    return keys.untyped_storage().data_ptr() == store.untyped_storage().data_ptr()
+
+
+def test_rows_in_another_order_are_copied_once() -> None:
+    kept = KeptKeys(1, 4, torch.device("cpu"))
+    filled(kept, [10, 11, 12], [0, 0, 0], 5)
+    assert is_view(filled(kept, [10, 11, 12], [5, 5, 5], 1), kept)
+    views = list[bool]()
+    for start in (6, 7, 8):
+        keys = filled(kept, [12, 10], [start, start], 1)
+        views.append(is_view(keys, kept))
+        expected = torch.tensor([12.0, 10.0]).view(-1, 1, 1, 1).expand(-1, HEADS, start + 1, DIM)
+        assert torch.equal(keys, expected)
+    assert views == [False, True, True]
+    assert torch.equal(filled(kept, [11], [6], 1), torch.full((1, HEADS, 7, DIM), 11.0))
+
+
+def test_places_are_as_many_and_as_long_as_were_needed_at_a_time() -> None:
+    kept = KeptKeys(1, 100, torch.device("cpu"))
+    for sequence in range(20):
+        filled(kept, [sequence], [0], 3)
+        if sequence:
+            kept.forget(sequence - 1)
+    store = layer_of(kept).keys
+    assert store is not None
+    assert store.shape == (2, HEADS, BLOCK, DIM)
+    filled(kept, [30], [0], BLOCK + 1)
+    store = layer_of(kept).keys
+    assert store is not None
+    assert store.shape == (2, HEADS, 2 * BLOCK, DIM)
+    assert (store[0, :, BLOCK + 1 :] == 0).all()
+    assert len(kept) == 2

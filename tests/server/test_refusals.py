@@ -1,29 +1,40 @@
-"""Requests that are refused: the right status, in the form that clients know, and by which limit."""
+"""Requests that are refused: by their bodies, limits and origins; in the form that clients know."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from pydantic import ValidationError
 
 import lorax_async as la
 import tiny
 from lorax_async import ConfigError, LoraxError, UsageError
-from lorax_async.server.calls.errors import INTERNAL, refusal_of
+from lorax_async.commands.serve import hosts_of
+from lorax_async.server.calls.errors import INTERNAL, Refusal, refusal_of
+from lorax_async.server.calls.prompts import Prompts
+from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody, parsed
+from lorax_async.server.serving import listen
 from lorax_async.server.settings import ServerSettings
 from server.world import (
     COMPLETIONS,
     TOKEN,
     FakeEngine,
     FakeTokens,
+    World,
+    echo,
     failing,
     loading,
     saying,
     serving,
+    tokenizer,
     tokens_of,
 )
 from tiny_loaders import loader as tiny_loader
@@ -356,3 +367,402 @@ def test_settings_keep_their_own_names() -> None:
 
 def test_a_token_is_shown_nowhere() -> None:
     assert TOKEN not in repr(ServerSettings(base="b", admin_token=TOKEN))
+
+
+BODY: dict[str, Any] = {"model": "m", "prompt": "p"}
+
+
+def messages(*given: Any) -> dict[str, Any]:
+    return {"messages": list(given)}
+
+
+def user(content: Any = "c", **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content} | more
+
+
+def completion(**fields: Any) -> CompletionBody:
+    return parsed(CompletionBody, json.dumps(BODY | fields).encode())
+
+
+def chat(**fields: Any) -> ChatBody:
+    return parsed(ChatBody, json.dumps({"model": "m"} | messages(user()) | fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        ([], []),
+    ],
+)
+def test_forms_of_prompts(prompt: Any, prompts: Any) -> None:
+    assert completion(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"logprobs": None, "echo": False, "best_of": 1, "suffix": None, "logit_bias": {}},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "user": "u", "n": 1, "seed": -1},
+        {"temperature": None, "top_p": None, "max_tokens": None, "stop": None, "stream": False},
+        {"stream": True, "stream_options": {"include_usage": True}},
+    ],
+)
+def test_fields_that_change_nothing_are_taken(neutral: dict[str, Any]) -> None:
+    assert completion(**neutral).prompts == ["p"]
+    chat(
+        tools=[], tool_choice="auto", response_format={"type": "text"}, logprobs=False,
+        metadata={"a": "b"}, service_tier="auto", store=False, modalities=["text"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"logprobs": 0}, {"logprobs": True}, {"echo": True}, {"best_of": 2}, {"suffix": "x"}),
+        *({"logit_bias": {"5": 1}}, {"presence_penalty": 0.1}, {"frequency_penalty": -1}),
+        *({"tools": [{}]}, {"response_format": {"type": "json_object"}}),
+    ],
+    ids=repr,
+)
+def test_what_is_not_implemented_is_refused_by_name(fields: Any) -> None:
+    (param,) = fields
+    for refuse in (completion, chat):
+        with pytest.raises(Refusal, match=f"{param} is not implemented") as refused:
+            refuse(**fields)
+        assert (refused.value.status, refused.value.param) == (400, param)
+        assert refused.value.code == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        *(({name: value}, name) for name, value in (
+            ("max_token", 5), ("temperature", 2.1), ("temperature", -0.1), ("temperature", "1"),
+            ("temperature", True), ("top_p", 0), ("top_p", 1.5), ("n", 0), ("n", 1.5),
+            ("max_tokens", 0), ("seed", 2**63), ("stop", ["a"] * 5), ("stop", ""),
+            ("stop", "x" * 257), ("stop", 5), ("prompt", None), ("prompt", [1, "a"]),
+            ("prompt", [[1], "a"]), ("prompt", {"a": 1}), ("model", ""), ("model", 5),
+            ("stream", "yes"), ("stream_options", {"include_usage": True}),
+        )),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_refused_by_name(fields: Any, param: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        completion(**fields)
+    assert (refused.value.status, refused.value.param) == (400, param)
+    assert param in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ([], "messages"),
+        ([{"role": "tool", "content": "x"}], "messages.0.role"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([user(None)], "messages.0.content"),
+        ([user([{"type": "image_url"}])], "messages.0.content"),
+        ([user(tool_calls=[{}])], "messages.0.tool_calls"),
+        ([user(weight=1)], "messages.0.weight"),
+        (["x"], "messages.0"),
+    ],
+)
+def test_wrong_messages_are_refused_by_name(given: list[Any], param: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        chat(messages=given)
+    assert (refused.value.status, refused.value.param) == (400, param)
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"x", b"\xff", b"[]", b"null", b'"a"', b'{"model": NaN}', b'{"model": "\\ud800"}',
+        b'{"a":' * 5000, b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_object_is_refused(kind: type[Body], content: bytes) -> None:
+    with pytest.raises(Refusal) as refused:
+        parsed(kind, content)
+    assert (refused.value.status, refused.value.code) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("missing", ["prompt", "model"])
+def test_what_is_missing_is_named(missing: str) -> None:
+    there = {name: value for name, value in BODY.items() if name != missing}
+    with pytest.raises(Refusal, match=f"Missing required parameter: {missing}"):
+        parsed(CompletionBody, json.dumps(there).encode())
+
+
+@pytest.mark.parametrize("content", [b"{", b"null", b'{"model": "base"}'])
+async def test_a_wrong_body_is_refused_over_a_socket(content: bytes) -> None:
+    async with serving() as world:
+        answer = await world.ask("POST", "/v1/completions", content)
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+
+
+# -- the loop, on which all others are answered ---------------------------------------------------
+
+MANY = 3000
+MEMBERS = {f"x{n}": 1 for n in range(MANY)}
+TEXT = {"type": "text", "text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param"),
+    [
+        (CompletionBody, {"prompt": [1.5] * MANY}, "prompt"),
+        (CompletionBody, {"prompt": [None] * MANY}, "prompt"),
+        (CompletionBody, {"prompt": [[None] * MANY]}, "prompt"),
+        (CompletionBody, {"prompt": [1] + [""] * MANY}, "prompt"),
+        (CompletionBody, {"prompt": [[""] * 3] * MANY}, "prompt"),
+        (CompletionBody, {"prompt": [[]] * MANY}, "prompt"),
+        (CompletionBody, {"prompt": "x", "stop": [""] * MANY}, "stop"),
+        (CompletionBody, {"prompt": "x"} | MEMBERS, "the body"),
+        (ChatBody, messages(*[{}] * MANY), "messages.0.role"),
+        (ChatBody, messages(*[1] * MANY), "messages.0"),
+        (ChatBody, messages(*[user("x")] * MANY), "messages"),
+        (ChatBody, messages(user("x") | MEMBERS), "messages.0"),
+        (ChatBody, messages(user([{}] * MANY)), "messages.0.content"),
+        (ChatBody, messages(user([TEXT] * MANY)), "messages.0.content"),
+        (ChatBody, messages(user([TEXT | MEMBERS])), "messages.0.content"),
+    ],
+)
+def test_a_body_full_of_faults_is_refused_at_the_first_few(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Body], fields: Any, param: str
+) -> None:
+    """A body of 1 MiB has room for half a million mistakes, which took seconds to list."""
+    counts = list[int]()
+
+    def validate(found: Any) -> Body:
+        try:
+            return kind(**found)
+        except ValidationError as error:
+            counts.append(error.error_count())
+            raise
+
+    monkeypatch.setattr(kind, "model_validate", validate)
+    with pytest.raises(Refusal) as refused:
+        parsed(kind, json.dumps({"model": "m"} | fields).encode())
+    assert (refused.value.status, refused.value.param) == (400, param)
+    assert max(counts) < 10
+
+
+@pytest.fixture
+def no_thread_is_interrupted() -> Iterator[None]:
+    """Threads run when another one lets them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("no_thread_is_interrupted")
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_other_threads_run_while_a_long_text_becomes_tokens(kind: type[Body]) -> None:
+    prompts, text = Prompts(tokenizer()), "what is ice " * 30_000
+    fields = messages(user(text)) if kind is ChatBody else {"prompt": text}
+    body = parsed(kind, json.dumps({"model": "m"} | fields).encode())
+    begun, read = threading.Event(), list[int]()
+
+    def reading() -> None:
+        begun.set()
+        read.extend(map(len, prompts.read(body)))
+
+    thread = threading.Thread(target=reading)
+    thread.start()
+    begun.wait()
+    assert not read
+    thread.join()
+    assert read[0] >= len(text)
+
+
+async def test_a_prompt_is_read_off_the_loop() -> None:
+    threads = list[threading.Thread]()
+    async with serving() as world:
+        read = world.service.prompts.read
+
+        def noted(body: Any) -> Any:
+            threads.append(threading.current_thread())
+            return read(body)
+
+        world.service.prompts.read = noted  # type: ignore[method-assign]
+        answer = await world.ask("POST", "/v1/completions", {"model": "base", "prompt": "x"})
+        assert answer.status == 200
+    assert len(threads) == 1
+    assert threading.main_thread() not in threads
+
+
+POSTS = (
+    *(COMPLETIONS, "/v1/chat/completions"),
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+)
+
+
+JSON_TYPES = [
+    "application/json",
+    "Application/JSON",
+    "application/json; charset=utf-8",
+    "application/json;charset=UTF-8",
+    " application/json ",
+]
+
+
+OTHER_TYPES = [
+    "",
+    "text/plain",
+    "text/plain;charset=UTF-8",
+    "text/plain; application/json",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=x",
+    "application/json-seq",
+    "application/jsonx",
+    "json",
+    "application/json, text/plain",
+    "text/plain\r\nContent-Type: application/json",
+    "application/json\r\nContent-Type: text/plain",
+]
+
+
+@pytest.mark.parametrize("kind", [*JSON_TYPES, *OTHER_TYPES])
+async def test_only_json_is_computed(kind: str) -> None:
+    """By every call that takes a body, whoever brings the operator's token too."""
+    async with serving(FakeEngine(echo)) as world:
+        if kind in JSON_TYPES:
+            answer = await world.ask("POST", COMPLETIONS, PLAIN, Content_Type=kind)
+            assert answer.status == 200
+            return
+        for path in POSTS:
+            for content in (PLAIN, b""):
+                answer = await world.ask(
+                    "POST", path, content, Content_Type=kind, Authorization=f"Bearer {TOKEN}"
+                )
+                assert answer.status == 415
+                assert answer.error["type"] == "invalid_request_error"
+                assert answer.error["code"] == "unsupported_media_type"
+                assert "application/json" in answer.error["message"]
+        assert not world.engine.submitted
+
+
+async def test_a_large_body_of_another_type_is_not_kept() -> None:
+    async with serving(max_body_bytes=10) as world:
+        large = b"x" * 400_000
+        answer = await world.ask("POST", COMPLETIONS, large, Content_Type="text/plain")
+    assert (answer.status, answer.headers["connection"]) == (415, "close")
+
+
+async def test_no_other_origin_is_let_in() -> None:
+    """A browser asks before it sends JSON across origins, and gets no leave; nor may it read."""
+    asks = {"Origin": "https://evil.example"}
+    preflight = asks | {
+        "Access_Control_Request_Method": "POST",
+        "Access_Control_Request_Headers": "content-type,authorization",
+    }
+    async with serving(FakeEngine(echo)) as world:
+        answers = [await world.ask("OPTIONS", path, b"", **preflight) for path in POSTS]
+        assert [answer.status for answer in answers] == [405] * 4
+        answers.append(await world.ask("POST", COMPLETIONS, PLAIN, **asks))
+        answers += [await world.ask("GET", path, b"", **asks) for path in ("/v1/models", "/")]
+    for answer in answers:
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+# -- hosts ----------------------------------------------------------------------------------------
+
+
+async def called(world: World, *hosts: str, path: str = "/health") -> int:
+    fields = "".join(f"Host: {host}\r\n" for host in hosts)
+    answer = await world.raw(f"GET {path} HTTP/1.1\r\n{fields}Connection: close\r\n\r\n".encode())
+    return answer.status
+
+
+@pytest.mark.parametrize(
+    ("allowed", "right", "wrong"),
+    [
+        (
+            ("API.example.com", "*.lan.example", "10.0.0.7", "[2001:DB8::0:1]"),
+            [
+                *("api.example.com", "api.example.com:8000", "API.EXAMPLE.COM", "api.example.com."),
+                *("a.lan.example", "a.b.lan.example:1", "10.0.0.7:80", "[2001:db8::1]:8000"),
+            ],
+            [
+                *("example.com", "evil.example", "api.example.com.evil.example", "lan.example"),
+                *("xlan.example", "10.0.0.8", "[2001:db8::2]", "localhost", "127.0.0.1", ""),
+                *("api.example.com:80:80", "api.example.com@evil.example", "[::1", "a b"),
+            ],
+        ),
+        (("*",), ["evil.example", "10.0.0.8:1"], []),
+        (None, ["evil.example", "10.0.0.8:1"], []),
+    ],
+    ids=["names", "all", "not said"],
+)
+async def test_only_allowed_hosts_are_answered(
+    allowed: tuple[str, ...] | None, right: list[str], wrong: list[str]
+) -> None:
+    async with serving(allowed_hosts=allowed) as world:
+        assert [await called(world, host) for host in right] == [200] * len(right)
+        assert [await called(world, host) for host in wrong] == [400] * len(wrong)
+
+
+async def test_another_host_reaches_no_call() -> None:
+    async with serving(FakeEngine(echo), allowed_hosts=("localhost",)) as world:
+        content = json.dumps(PLAIN)
+        for path in (*POSTS, "/v1/models", "/", "/metrics", "/page/page.js", "/none"):
+            method = "POST" if path in POSTS else "GET"
+            answer = await world.raw(
+                f"{method} {path} HTTP/1.1\r\nHost: evil.example:8000\r\nAuthorization: Bearer"
+                f" {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+                f"\r\n\r\n{content}".encode()
+            )
+            assert (answer.status, answer.error["code"]) == (400, "invalid_host"), path
+            assert "--allowed-hosts" in answer.error["message"]
+        assert await called(world, "localhost", "evil.example") == 400
+        assert await called(world, "evil.example", "localhost") == 400
+        assert not world.engine.submitted
+
+
+@pytest.mark.parametrize(
+    ("host", "right", "wrong"),
+    [
+        (
+            "127.0.0.1",
+            ["localhost:8000", "127.0.0.1:8000", "[::1]:8000", "app.localhost"],
+            ["evil.example", "192.168.0.2", "localhost.evil.example", "0.0.0.0"],
+        ),
+        ("localhost", ["localhost", "127.0.0.1"], ["evil.example"]),
+        ("127.0.0.5", ["127.0.0.5", "localhost"], ["127.0.0.6"]),
+        ("0.0.0.0", ["evil.example", "192.168.0.2"], []),
+    ],
+)
+async def test_a_loopback_server_answers_this_machines_names_by_default(
+    host: str, right: list[str], wrong: list[str]
+) -> None:
+    with listen(host, 0) as listener:
+        allowed = hosts_of(listener, host, None)
+        assert hosts_of(listener, host, ["api.example.com"]) == ("api.example.com",)
+    async with serving(allowed_hosts=allowed) as world:
+        assert [await called(world, each) for each in right] == [200] * len(right)
+        assert [await called(world, each) for each in wrong] == [400] * len(wrong)
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        "localhost",
+        (5,),
+        ("",),
+        ("a:80",),
+        ("http://a",),
+        ("a/b",),
+        ("a.*",),
+        ("**",),
+        ("[::1]:80",),
+    ],
+)
+def test_hosts_that_are_none_are_refused(hosts: Any) -> None:
+    with pytest.raises(ConfigError, match="host"):
+        ServerSettings(base="base", allowed_hosts=hosts)

@@ -252,13 +252,6 @@ async def test_it_looks_when_something_changed_and_writes_only_that(
         assert disk.begun == 1
 
 
-async def test_one_of_which_nothing_was_asked_is_written_empty(path: Path) -> None:
-    async with loader() as there, WarmList(path, there):
-        await turns()  # it waits for a change
-    assert path.exists()
-    assert named(path) == []
-
-
 async def test_the_file_is_whole_on_the_disk_before_it_has_its_name(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
