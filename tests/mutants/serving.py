@@ -57,11 +57,11 @@ SERVING: Mutants = {
         (engine, "ThreadPoolExecutor", lambda _, name: ThreadPoolExecutor(2, name)),
     ),
     "engine: a sequence leaves its place before another takes it": mutant(
-        f"{ENGINE}::test_an_answer_leaves_its_place_before_another_takes_it",
+        f"{ENGINE}::test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other",
         (Engine, "_take_gone", _only_told),
     ),
     "engine: an ended sequence is freed": mutant(
-        f"{ENGINE}::test_an_answer_is_cancelled_while_it_is_computed",
+        f"{ENGINE}::test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other",
         skipped(Engine, "_take_gone", ()),
     ),
     "engine: no token of false weights comes out": mutant(

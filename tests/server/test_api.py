@@ -253,19 +253,6 @@ def test_a_text_comes_back(text: str, prompt: str) -> None:
     assert "".join(map(reader.feed, tokens_of(text))) == text
 
 
-@pytest.mark.parametrize(
-    ("tokens", "pieces"),
-    [
-        (tokens_of("a😀b"), ["a", "", "", "", "😀", "b"]),
-        ([*tokens_of("a"), tokenizer().eos_token_id, *tokens_of("b")], ["a", "", "b"]),
-    ],
-    ids=["half characters", "special tokens"],
-)
-def test_what_is_no_character_yet_is_no_text(tokens: list[int], pieces: list[str]) -> None:
-    reader = Detokenizer(BACKEND, ())
-    assert [reader.feed(token) for token in tokens] == pieces
-
-
 @given(st.lists(st.integers(0, 300), max_size=20))
 def test_any_tokens_are_read(tokens: list[int]) -> None:
     """Also bytes that are no text, and ids of which the tokenizer knows nothing."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, nan
 from pathlib import Path
@@ -27,11 +27,11 @@ from transformers import (
 )
 
 import tiny
+from common import until
 from engines.gate_inputs import source
 from engines.variants import PEFT_WARNING, active, logits_of, serving, streaming
 from lorax_async import (
     AdapterHandle,
-    AdapterLoader,
     AdapterScheduler,
     AdapterTimeoutError,
     ConfigError,
@@ -397,64 +397,41 @@ def generated(peft_model: Any, name: str | None, prompt: list[int], new: int) ->
     return tokens
 
 
-@pytest.fixture
-def three(adapters: list[Path]) -> FakeSource:
+async def test_answers_are_what_generate_says_while_adapters_come_and_one_fails(
+    small: Any, adapters: list[Path]
+) -> None:
+    """Those of the first adapter give way to the second's, and are computed again."""
+    wanted: list[tuple[str | None, list[int]]] = [
+        *((None, [1, 2, 3]), ("most", [1, 2, 3]), ("some", [4, 5])),
+        *(("most", list(range(1, 30))), (None, [9]), ("some", [4, 5])),
+    ]
     source = FakeSource()
     for name, folder in (("most", adapters[0]), ("some", adapters[1]), ("lost", adapters[1])):
         source.put(name, *tiny.files(folder))
-    return source
-
-
-@asynccontextmanager
-async def engine_of(
-    small: Any, source: FakeSource, max_tokens: int
-) -> AsyncIterator[tuple[AdapterLoader, Engine]]:
+    source.hold("most")
+    source.fail("bring", FetchError("the line is down", retryable=False), id="lost", at=1)
+    with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
+        expected = [generated(peft_model, name, prompt, 8) for name, prompt in wanted]
+        expected_long = [generated(peft_model, "most", [n, 2, 3], 24) for n in range(4)]
     async with (
         serving(small, source=source, max_slots=4) as (loader, attached),
         AdapterScheduler(loader, max_begun=4) as scheduler,
     ):
         decoder = TransformersDecoder(small, attached, 4)
-        limits = {"max_tokens": max_tokens, "max_sequences": 4}
-        async with Engine(scheduler, decoder, **limits) as engine:
-            yield loader, engine
+        async with Engine(scheduler, decoder, max_tokens=16, max_sequences=4) as engine:
+            lost = engine.submit(asked([1, 2], 8, "lost"))
+            answers = [engine.submit(asked(prompt, 8, name)) for name, prompt in wanted]
+            assert await all_of(answers[0]) == expected[0]  # nobody waits for "most"
+            source.allow("most")
+            assert await asyncio.gather(*map(all_of, answers[1:])) == expected[1:]
+            assert await all_of(lost, FetchError) == []
+
+            answers = [engine.submit(asked([n, 2, 3], 24, "most")) for n in range(4)]
+            await until(lambda: all(len(answer.known) > 5 for answer in answers))
+            assert await all_of(engine.submit(asked([4, 5], 8, "some"))) == expected[2]
+            assert all(len(answer.known) < 3 + 24 for answer in answers)
+            assert await asyncio.gather(*map(all_of, answers)) == expected_long
         assert decoder.sequences == 0
-
-
-async def test_preempted_answers_are_what_generate_says(
-    small: Any, adapters: list[Path], three: FakeSource
-) -> None:
-    with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
-        expected = [generated(peft_model, "most", [n, 2, 3], 24) for n in range(4)]
-        expected_short = generated(peft_model, "some", [5], 2)
-    async with engine_of(small, three, 64) as (loader, engine):
-        for name in ("most", "some"):
-            (await loader.load(name)).release()
-        answers = [engine.submit(asked([n, 2, 3], 24, "most")) for n in range(4)]
-        firsts = [[await anext(answer) for _ in range(3)] for answer in answers]
-        assert await all_of(engine.submit(asked([5], 2, "some"))) == expected_short
-        assert all(len(answer.known) < 3 + 24 for answer in answers)
-        found = [first + await all_of(a) for first, a in zip(firsts, answers, strict=True)]
-        assert found == expected
-
-
-async def test_answers_are_what_generate_says_while_adapters_come_and_one_fails(
-    small: Any, adapters: list[Path], three: FakeSource
-) -> None:
-    wanted: list[tuple[str | None, list[int]]] = [
-        *((None, [1, 2, 3]), ("most", [1, 2, 3]), ("some", [4, 5])),
-        *(("most", list(range(1, 30))), (None, [9]), ("some", [4, 5])),
-    ]
-    three.hold("most")
-    three.fail("bring", FetchError("the line is down", retryable=False), id="lost", at=1)
-    with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
-        expected = [generated(peft_model, name, prompt, 8) for name, prompt in wanted]
-    async with engine_of(small, three, 16) as (_, engine):
-        lost = engine.submit(asked([1, 2], 8, "lost"))
-        answers = [engine.submit(asked(prompt, 8, name)) for name, prompt in wanted]
-        assert await all_of(answers[0]) == expected[0]  # nobody waits for "most"
-        three.allow("most")
-        assert await asyncio.gather(*map(all_of, answers[1:])) == expected[1:]
-        assert await all_of(lost, FetchError) == []
 
 
 # -- which tokens are chosen ----------------------------------------------------------------------

@@ -41,7 +41,6 @@ from lorax_async.server.ports import Step
 from lorax_async.testing import FakeDecoder, FakeSource
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
-from test_resaved import CLIENTS, SAVES, Save, resaving
 from tiny_sources import stocked
 
 
@@ -89,14 +88,6 @@ async def test_a_stop_token_ends_it_and_does_not_come_out(source: FakeSource) ->
         last = engine.submit(asked([3, 4], 5, stop_tokens=frozenset({stop})))
         assert (await all_of(last), last.finish) == (expected[:4], "stop")
         assert len(decoder.steps) == 10
-
-
-async def test_a_long_prompt_comes_in_parts(source: FakeSource) -> None:
-    prompt = [n % VOCABULARY for n in range(20)]
-    async with generating(source, max_tokens=8, max_sequences=2) as (engine, decoder, _):
-        assert await all_of(engine.submit(asked(prompt, 3))) == alone(prompt, 3)
-        assert [len(step.parts[0].tokens) for step in decoder.steps] == [8, 8, 4, 1, 1]
-        assert [step.parts[0].start for step in decoder.steps] == [0, 8, 16, 20, 21]
 
 
 async def test_what_waits_is_counted_until_something_of_it_was_computed(source: FakeSource) -> None:
@@ -194,47 +185,6 @@ async def test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other(
         assert engine.waiting == 0
         assert await all_of(engine.submit(asked([1], 3))) == alone([1], 3)
         assert len(decoder.kept) <= 1
-
-
-@pytest.mark.each_loop
-async def test_an_answer_is_cancelled_while_it_is_computed(source: FakeSource) -> None:
-    began, free = threading.Event(), threading.Event()
-
-    def before(number: int) -> None:
-        if number == 1:
-            began.set()
-            assert free.wait(20)
-
-    async with generating(source) as (engine, decoder, _):
-        decoder.before = before
-        gone, stays = engine.submit(asked([1], 9)), engine.submit(asked([2], 9))
-        assert [await anext(gone)] == alone([1], 1)
-        await until(began.is_set)
-        gone.cancel()
-        assert (await all_of(gone), gone.finish) == ([], None)
-        free.set()
-        assert await all_of(stays) == alone([2], 9)
-        assert len(decoder.kept) == 1
-
-
-async def test_an_answer_leaves_its_place_before_another_takes_it(source: FakeSource) -> None:
-    """A reader that has enough says so in the very turn of the loop in which a batch is made."""
-    async with generating(source, scheduling={"max_begun": 2}, max_sequences=2) as (engine, dec, _):
-        kept = list[int]()
-
-        def count(number: int, step: Step) -> dict[int, LoraxError]:
-            kept.append(len(dec.kept))
-            return {}
-
-        async def client(number: int) -> None:
-            answer = engine.submit(asked([number], 9))
-            got = [await anext(answer) for _ in range(number % 4 + 1)]
-            answer.cancel()
-            assert got == alone([number], len(got))
-
-        dec.leave = count
-        await asyncio.gather(*map(client, range(10)))
-        assert max(kept) <= 2
 
 
 async def test_an_answer_left_out_of_a_step_goes_on_and_says_nothing_twice(
@@ -690,22 +640,3 @@ async def test_a_second_change_is_told_and_a_later_request_gets_what_is_there(
         device.gate.set()
         await all_of(answer, IntegrityError)
         assert await all_of(engine.submit(asked([1], 5, folder))) == alone([1], 5, str(folder))
-
-
-@pytest.mark.parametrize("save", SAVES)
-async def test_clients_of_an_adapter_that_is_saved_all_the_time(folder: Path, save: Save) -> None:
-    other = tiny.write(folder.with_name("b"), 1)
-
-    async def client(engine: Engine, number: int) -> None:
-        end = time.monotonic() + 0.6
-        while time.monotonic() < end:
-            # One slot, so that it is loaded again and again.
-            adapter = folder if number % 2 else other
-            got = await all_of(engine.submit(asked([number], 3, adapter)))
-            assert got == alone([number], 3, str(adapter))
-
-    async with engine_of(slots=1) as (engine, _):
-        with resaving(folder, save):
-            async with asyncio.TaskGroup() as group:
-                for number in range(CLIENTS):
-                    group.create_task(client(engine, number))

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -60,17 +60,9 @@ class Told:
         self.more = news.get("more", self.more)
         return news
 
-    async def until_tier(self, id: str, tier: str) -> dict[str, Any]:
-        while self.rows.get(id, {}).get("tier") != tier:
+    async def until(self, condition: Callable[[], object]) -> None:
+        while not condition():
             assert await self.next() is not None
-        found: dict[str, Any] = self.rows[id]
-        return found
-
-    async def until_cold(self, number: int) -> dict[str, Any]:
-        while self.cold is None or self.cold["number"] != number:
-            assert await self.next() is not None
-        found: dict[str, Any] = self.cold
-        return found
 
 
 @asynccontextmanager
@@ -146,21 +138,20 @@ async def test_names_and_tiers_are_told_as_they_change(tmp_path: Path) -> None:
         assert (told.first["base"], told.first["cold"]) == ("base", None)
         assert told.rows["one"]["tier"] == "source"
         async with await world.service.loader.load(one):
-            row = await told.until_tier("one", "device")
+            await told.until(lambda: told.rows["one"]["tier"] == "device")
+            row = told.rows["one"]
             assert (row["state"], row["bytes"]) == ("resident", ONE)
             assert (row["leases"], row["error"]) == (1, None)
-        while told.rows["one"]["leases"]:
-            await told.next()
+        await told.until(lambda: not told.rows["one"]["leases"])
         await world.service.loader.unload(one)
-        await told.until_tier("one", "disk")
+        await told.until(lambda: told.rows["one"]["tier"] == "disk")
         await world.admin("/v1/load_lora_adapter", {"lora_name": "late", "lora_path": str(late)})
         news: Any = await told.next()
         assert news.keys() == {"rows"}
         assert news["rows"].keys() == {"late"}, "what has not changed is not told again"
-        await told.until_tier("late", "device")
+        await told.until(lambda: told.rows["late"]["tier"] == "device")
         await world.admin("/v1/unload_lora_adapter", {"lora_name": "late"})
-        while told.rows.keys() != {"one"}:
-            await told.next()
+        await told.until(lambda: told.rows.keys() == {"one"})
 
 
 async def test_layers_are_counted_as_they_come(tmp_path: Path) -> None:
@@ -169,12 +160,11 @@ async def test_layers_are_counted_as_they_come(tmp_path: Path) -> None:
     device.gate.clear()
     async with serving(loader=loader, adapters={"slow": folder}) as world, watching(world) as told:
         load = asyncio.create_task(loader.load(folder))
-        row = await told.until_tier("slow", "device")
-        assert (row["state"], row["layers"]) == ("filling", [0, 4])
+        await told.until(lambda: told.rows["slow"]["layers"] == [0, 4])
+        assert (told.rows["slow"]["tier"], told.rows["slow"]["state"]) == ("device", "filling")
         device.gate.set()
         (await load).release()
-        while told.rows["slow"]["state"] != "resident":
-            await told.next()
+        await told.until(lambda: told.rows["slow"]["state"] == "resident")
         assert told.rows["slow"]["layers"] == [4, 4]
 
 
@@ -197,8 +187,7 @@ async def test_a_failure_is_told_by_the_name_and_not_by_the_path(tmp_path: Path)
     async with serving(adapters={"broken": folder}) as world, watching(world) as told:
         with pytest.raises(AdapterFormatError):
             await world.service.loader.load(folder)
-        while not told.rows["broken"]["error"]:
-            await told.next()
+        await told.until(lambda: told.rows["broken"]["error"])
         assert "'broken'" in told.rows["broken"]["error"]
         assert "hidden" not in json.dumps(told.rows)
 
@@ -220,8 +209,7 @@ async def test_many_adapters_are_cut_and_names_counted(
         assert (set(told.rows), told.first["more"]) == ({"a0", "a1"}, 3)
         for n in range(4):
             await world.admin("/v1/unload_lora_adapter", {"lora_name": f"a{n}"})
-        while told.rows.keys() != {"a4"} or told.more:
-            await told.next()
+        await told.until(lambda: told.rows.keys() == {"a4"} and not told.more)
 
 
 def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
@@ -333,7 +321,8 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
         async with watching(world) as told:
             assert told.cold is None
             assert await asked(world, "pirate") == "aye"
-            cold = await told.until_cold(1)
+            await told.until(lambda: told.cold)
+            cold: Any = told.cold
             assert (cold["name"], cold["outcome"]) == ("pirate", "first token")
             assert 0 < cold["seconds"] < 20
             assert await asked(world, "pirate") == "aye"
@@ -354,7 +343,7 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
         await there.unload(folder)
         await asked(world, "pirate")
         async with watching(world) as told:
-            await told.until_cold(2)
+            await told.until(lambda: told.cold["number"] == 2)
 
 
 @pytest.mark.parametrize(
@@ -437,18 +426,6 @@ async def test_a_trace_is_made_once_in_a_thread(
         assert b"request two" in (await world.ask("GET", TRACE)).body
     assert made[1][1] - made[0][1] >= 0.4, "it rests three times as long as it took"
     assert threading.main_thread() not in dict(made)
-
-
-async def test_a_trace_says_what_it_had_no_room_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cold_requests, "LIMIT", 5)
-    folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
-    async with serving(FakeEngine(loading(there)), there, adapters={"pirate": folder}) as world:
-        await asked(world, "pirate")
-        gone = (await world.ask("GET", TRACE)).json["otherData"]["dropped"]
-        assert gone > 0
-        assert f"{gone} spans gone".encode() in (await world.ask("GET", PICTURE)).body
 
 
 # -- what adapters are called there ---------------------------------------------------------------

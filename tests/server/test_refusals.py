@@ -498,13 +498,6 @@ def test_what_is_missing_is_named(missing: str) -> None:
         parsed(CompletionBody, json.dumps(there).encode())
 
 
-@pytest.mark.parametrize("content", [b"{", b"null", b'{"model": "base"}'])
-async def test_a_wrong_body_is_refused_over_a_socket(content: bytes) -> None:
-    async with serving() as world:
-        answer = await world.ask("POST", "/v1/completions", content)
-    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
-
-
 # -- the loop, on which all others are answered ---------------------------------------------------
 
 MANY = 3000
