@@ -97,8 +97,6 @@ def test_a_source_says_itself_when_to_come_back() -> None:
     ("error", "kind"),
     [
         (la.AdapterNotFoundError("nothing there", id="org/x"), openai.NotFoundError),
-        (la.AccessDeniedError("not allowed", id="org/x"), openai.PermissionDeniedError),
-        (la.UnsupportedAdapterError("DoRA", id="org/x"), openai.UnprocessableEntityError),
         (la.CapacityError("full"), openai.RateLimitError),
         (la.LoaderClosedError("closing"), openai.InternalServerError),
     ],
@@ -242,23 +240,8 @@ async def test_where_one_sequence_is_refused_all_are() -> None:
         assert engine.waiting == 0
 
 
-async def test_the_engine_is_told_the_client() -> None:
-    """By the key, else by the address; it shares its places between them."""
-    async with serving() as world:
-        for key in ("anna", "anna", "bert", None, None):
-            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-            await world.ask("POST", "/v1/completions", PLAIN, **headers)
-        one, two, three, four, five = (
-            tokens.generation.client for tokens in world.engine.submitted
-        )
-        assert one == two
-        assert four == five
-        assert len({one, three, four}) == 3
-        assert "anna" not in repr(world.engine.submitted[0].generation)
-
-
 async def test_a_client_has_a_number_of_adapters_under_way() -> None:
-    """By its key, else by its address, which it cannot choose."""
+    """By its key, else by its address, which it cannot choose; the engine is told which it is."""
     engine = FakeEngine()
     async with serving(engine, max_adapters_per_client=1) as world:
 
@@ -268,36 +251,31 @@ async def test_a_client_has_a_number_of_adapters_under_way() -> None:
             answer = await world.ask("POST", COMPLETIONS, PLAIN | {"model": model}, **headers)
             return answer.status
 
-        asked = []
-        for number, (model, key) in enumerate(
-            [("org/a", "anna"), ("org/a", "anna"), ("base", "anna"), ("org/b", "bert")]
-            + [("org/a", None)],
-            1,
-        ):
+        asked, keys = [], ("anna", "anna", "anna", "bert", None, None)
+        models = ("org/a", "org/a", "base", "org/b", "org/a", "base")
+        for number, (model, key) in enumerate(zip(models, keys, strict=True), 1):
             asked.append(asyncio.create_task(status(model, key)))
             await engine.asked(number)
-        assert await status("org/b", "anna") == 429
-        assert await status("org/b", None) == 429
+        assert await status("org/b", "anna") == await status("org/b", None) == 429
+        clients = [tokens.generation.client for tokens in engine.submitted]
+        assert len({*clients[:3]}) == len({*clients[4:]}) == 1
+        assert len({*clients}) == 3
+        assert "anna" not in repr(engine.submitted[0].generation)
         engine.rule = FakeTokens.end
         for tokens in engine.submitted:
             tokens.end()
-        assert await asyncio.gather(*asked) == [200] * 5
+        assert await asyncio.gather(*asked) == [200] * 6
         assert await status("org/b", "anna") == 200, "the place is free again"
 
 
-@pytest.fixture
-def roots(tmp_path: Path) -> Path:
+async def test_ids_are_a_loaders(tmp_path: Path) -> None:
+    """Names of requests are local below the operator's roots only; what is there is told by status."""
     roots = tmp_path / "roots"
     tiny.write(tmp_path / "outside", 1)
     tiny.write(roots / "good", 0)
     tiny.write(roots / "deep", 0, layers=5)
     tiny.write(roots / "other", 0, peft_type="IA3")
     (tiny.write(roots / "torn", 0) / "adapter_config.json").write_text("{")
-    return roots
-
-
-async def test_ids_are_a_loaders(roots: Path) -> None:
-    """Names of requests are local below the operator's roots only; what is there is told by status."""
     there, outside = tiny_loader(local_roots=(roots,), offline=True), roots.parent / "outside"
     async with serving(FakeEngine(loading(there)), there, adapters={"outside": outside}) as world:
         for model, status, said in (
@@ -337,37 +315,29 @@ async def test_health() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"admin_token": ""},
-        {"admin_token": "two words"},
-        {"max_body_bytes": 0},
-        {"max_prompt_tokens": 0},
-        {"max_waiting": 1},
-        {"slow_client": 0},
-        {"drain": -1},
-        {"retry_after": "1"},
-        {"base": ""},
-        {"adapters": {"b": "x/y"}},
-        {"adapters": {"": "x/y"}},
-        {"adapters": {"a": 5}},
+        *({"admin_token": ""}, {"admin_token": "two words"}, {"max_body_bytes": 0}),
+        *({"max_prompt_tokens": 0}, {"max_waiting": 1}, {"slow_client": 0}, {"drain": -1}),
+        *({"retry_after": "1"}, {"base": ""}),
+        *({"adapters": adapters} for adapters in ({"b": "x/y"}, {"": "x/y"}, {"a": 5})),
     ],
+    ids=repr,
 )
 def test_settings_are_checked(wrong: Any) -> None:
     with pytest.raises((ConfigError, UsageError)):
         ServerSettings(**({"base": "b"} | wrong))
 
 
-def test_settings_keep_their_own_names() -> None:
+def test_settings_have_names_of_their_own_and_hide_the_token() -> None:
     names = {"a": "x/y"}
-    settings = ServerSettings(base="b", adapters=names)
+    settings = ServerSettings(base="b", adapters=names, admin_token=TOKEN)
     names["c"] = "x/z"
     assert settings.adapters == {"a": "x/y"}
     with pytest.raises(TypeError):
         settings.adapters["d"] = "x/y"  # type: ignore[index]
+    assert TOKEN not in repr(settings)
 
 
-def test_a_token_is_shown_nowhere() -> None:
-    assert TOKEN not in repr(ServerSettings(base="b", admin_token=TOKEN))
-
+# -- bodies ---------------------------------------------------------------------------------------
 
 BODY: dict[str, Any] = {"model": "m", "prompt": "p"}
 
@@ -437,44 +407,62 @@ def test_what_is_not_implemented_is_refused_by_name(fields: Any) -> None:
         assert refused.value.code == "unsupported_parameter"
 
 
+MANY = 3000
+MEMBERS = {f"x{n}": 1 for n in range(MANY)}
+TEXT = {"type": "text", "text": "x"}
+"""A body of 1 MiB has room for half a million mistakes, which took seconds to list."""
+
+
 @pytest.mark.parametrize(
-    ("fields", "param"),
+    ("kind", "fields", "param"),
     [
-        *(({name: value}, name) for name, value in (
+        *((CompletionBody, {name: value}, name) for name, value in (
             ("max_token", 5), ("temperature", 2.1), ("temperature", -0.1), ("temperature", "1"),
             ("temperature", True), ("top_p", 0), ("top_p", 1.5), ("n", 0), ("n", 1.5),
             ("max_tokens", 0), ("seed", 2**63), ("stop", ["a"] * 5), ("stop", ""),
-            ("stop", "x" * 257), ("stop", 5), ("prompt", None), ("prompt", [1, "a"]),
-            ("prompt", [[1], "a"]), ("prompt", {"a": 1}), ("model", ""), ("model", 5),
+            ("stop", "x" * 257), ("stop", 5), ("stop", [""] * MANY), ("model", ""), ("model", 5),
             ("stream", "yes"), ("stream_options", {"include_usage": True}),
+            ("prompt", None), ("prompt", [1, "a"]), ("prompt", [[1], "a"]), ("prompt", {"a": 1}),
+            ("prompt", [1.5] * MANY), ("prompt", [None] * MANY), ("prompt", [[None] * MANY]),
+            ("prompt", [1] + [""] * MANY), ("prompt", [[""] * 3] * MANY), ("prompt", [[]] * MANY),
         )),
-        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        (CompletionBody, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        (CompletionBody, MEMBERS, "the body"),
+        *((ChatBody, messages(*given), param) for given, param in (
+            ([], "messages"), ([user("x")] * MANY, "messages"),
+            (["x"], "messages.0"), ([1] * MANY, "messages.0"), ([user() | MEMBERS], "messages.0"),
+            ([{"role": "tool", "content": "x"}], "messages.0.role"),
+            ([{}] * MANY, "messages.0.role"),
+            ([{"role": "user"}], "messages.0.content"),
+            ([user(None)], "messages.0.content"),
+            ([user([{"type": "image_url"}])], "messages.0.content"),
+            ([user([{}] * MANY)], "messages.0.content"),
+            ([user([TEXT] * MANY)], "messages.0.content"),
+            ([user([TEXT | MEMBERS])], "messages.0.content"),
+            ([user(tool_calls=[{}])], "messages.0.tool_calls"),
+            ([user(weight=1)], "messages.0.weight"),
+        )),
     ],
 )  # fmt: skip
-def test_wrong_values_are_refused_by_name(fields: Any, param: str) -> None:
+def test_a_wrong_field_is_refused_by_name_at_the_first_few_faults(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Body], fields: Any, param: str
+) -> None:
+    counts = [0]
+
+    def validate(found: Any) -> Body:
+        try:
+            return kind(**found)
+        except ValidationError as error:
+            counts.append(error.error_count())
+            raise
+
+    monkeypatch.setattr(kind, "model_validate", validate)
+    plain = BODY if kind is CompletionBody else {"model": "m"}
     with pytest.raises(Refusal) as refused:
-        completion(**fields)
+        parsed(kind, json.dumps(plain | fields).encode())
     assert (refused.value.status, refused.value.param) == (400, param)
     assert param in refused.value.message
-
-
-@pytest.mark.parametrize(
-    ("given", "param"),
-    [
-        ([], "messages"),
-        ([{"role": "tool", "content": "x"}], "messages.0.role"),
-        ([{"role": "user"}], "messages.0.content"),
-        ([user(None)], "messages.0.content"),
-        ([user([{"type": "image_url"}])], "messages.0.content"),
-        ([user(tool_calls=[{}])], "messages.0.tool_calls"),
-        ([user(weight=1)], "messages.0.weight"),
-        (["x"], "messages.0"),
-    ],
-)
-def test_wrong_messages_are_refused_by_name(given: list[Any], param: str) -> None:
-    with pytest.raises(Refusal) as refused:
-        chat(messages=given)
-    assert (refused.value.status, refused.value.param) == (400, param)
+    assert max(counts) < 10
 
 
 @pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
@@ -499,50 +487,6 @@ def test_what_is_missing_is_named(missing: str) -> None:
 
 
 # -- the loop, on which all others are answered ---------------------------------------------------
-
-MANY = 3000
-MEMBERS = {f"x{n}": 1 for n in range(MANY)}
-TEXT = {"type": "text", "text": "x"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "param"),
-    [
-        (CompletionBody, {"prompt": [1.5] * MANY}, "prompt"),
-        (CompletionBody, {"prompt": [None] * MANY}, "prompt"),
-        (CompletionBody, {"prompt": [[None] * MANY]}, "prompt"),
-        (CompletionBody, {"prompt": [1] + [""] * MANY}, "prompt"),
-        (CompletionBody, {"prompt": [[""] * 3] * MANY}, "prompt"),
-        (CompletionBody, {"prompt": [[]] * MANY}, "prompt"),
-        (CompletionBody, {"prompt": "x", "stop": [""] * MANY}, "stop"),
-        (CompletionBody, {"prompt": "x"} | MEMBERS, "the body"),
-        (ChatBody, messages(*[{}] * MANY), "messages.0.role"),
-        (ChatBody, messages(*[1] * MANY), "messages.0"),
-        (ChatBody, messages(*[user("x")] * MANY), "messages"),
-        (ChatBody, messages(user("x") | MEMBERS), "messages.0"),
-        (ChatBody, messages(user([{}] * MANY)), "messages.0.content"),
-        (ChatBody, messages(user([TEXT] * MANY)), "messages.0.content"),
-        (ChatBody, messages(user([TEXT | MEMBERS])), "messages.0.content"),
-    ],
-)
-def test_a_body_full_of_faults_is_refused_at_the_first_few(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Body], fields: Any, param: str
-) -> None:
-    """A body of 1 MiB has room for half a million mistakes, which took seconds to list."""
-    counts = list[int]()
-
-    def validate(found: Any) -> Body:
-        try:
-            return kind(**found)
-        except ValidationError as error:
-            counts.append(error.error_count())
-            raise
-
-    monkeypatch.setattr(kind, "model_validate", validate)
-    with pytest.raises(Refusal) as refused:
-        parsed(kind, json.dumps({"model": "m"} | fields).encode())
-    assert (refused.value.status, refused.value.param) == (400, param)
-    assert max(counts) < 10
 
 
 @pytest.fixture
@@ -589,6 +533,8 @@ async def test_a_prompt_is_read_off_the_loop() -> None:
     assert len(threads) == 1
     assert threading.main_thread() not in threads
 
+
+# -- origins --------------------------------------------------------------------------------------
 
 POSTS = (
     *(COMPLETIONS, "/v1/chat/completions"),
@@ -690,12 +636,24 @@ async def called(world: World, *hosts: str, path: str = "/health") -> int:
         ),
         (("*",), ["evil.example", "10.0.0.8:1"], []),
         (None, ["evil.example", "10.0.0.8:1"], []),
+        (
+            "127.0.0.1",
+            ["localhost:8000", "127.0.0.1:8000", "[::1]:8000", "app.localhost"],
+            ["evil.example", "192.168.0.2", "localhost.evil.example", "0.0.0.0"],
+        ),
+        ("localhost", ["localhost", "127.0.0.1"], ["evil.example"]),
+        ("127.0.0.5", ["127.0.0.5", "localhost"], ["127.0.0.6"]),
+        ("0.0.0.0", ["evil.example", "192.168.0.2"], []),
     ],
-    ids=["names", "all", "not said"],
 )
 async def test_only_allowed_hosts_are_answered(
-    allowed: tuple[str, ...] | None, right: list[str], wrong: list[str]
+    allowed: tuple[str, ...] | str | None, right: list[str], wrong: list[str]
 ) -> None:
+    """By default this machine's own names, where the server listens at such an address alone."""
+    if isinstance(allowed, str):
+        with listen(allowed, 0) as listener:
+            assert hosts_of(listener, allowed, ["api.example.com"]) == ("api.example.com",)
+            allowed = hosts_of(listener, allowed, None)
     async with serving(allowed_hosts=allowed) as world:
         assert [await called(world, host) for host in right] == [200] * len(right)
         assert [await called(world, host) for host in wrong] == [400] * len(wrong)
@@ -716,30 +674,6 @@ async def test_another_host_reaches_no_call() -> None:
         assert await called(world, "localhost", "evil.example") == 400
         assert await called(world, "evil.example", "localhost") == 400
         assert not world.engine.submitted
-
-
-@pytest.mark.parametrize(
-    ("host", "right", "wrong"),
-    [
-        (
-            "127.0.0.1",
-            ["localhost:8000", "127.0.0.1:8000", "[::1]:8000", "app.localhost"],
-            ["evil.example", "192.168.0.2", "localhost.evil.example", "0.0.0.0"],
-        ),
-        ("localhost", ["localhost", "127.0.0.1"], ["evil.example"]),
-        ("127.0.0.5", ["127.0.0.5", "localhost"], ["127.0.0.6"]),
-        ("0.0.0.0", ["evil.example", "192.168.0.2"], []),
-    ],
-)
-async def test_a_loopback_server_answers_this_machines_names_by_default(
-    host: str, right: list[str], wrong: list[str]
-) -> None:
-    with listen(host, 0) as listener:
-        allowed = hosts_of(listener, host, None)
-        assert hosts_of(listener, host, ["api.example.com"]) == ("api.example.com",)
-    async with serving(allowed_hosts=allowed) as world:
-        assert [await called(world, each) for each in right] == [200] * len(right)
-        assert [await called(world, each) for each in wrong] == [400] * len(wrong)
 
 
 @pytest.mark.parametrize(
