@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from starlette.responses import JSONResponse
 
 import tiny
@@ -148,28 +145,7 @@ async def test_what_cannot_be_loaded_is_refused(tmp_path: Path, body: Any, statu
         assert len((await world.client.models.list()).data) == 1
 
 
-def spoil_header(folder: Path) -> None:
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(b"\xff" * 8 + weights.read_bytes()[8:])
-
-
-def save(folder: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
-    changed = dict(change(name, tensor) for name, tensor in tiny.tensors(3).items())
-    save_file(changed, folder / "adapter_model.safetensors")
-
-
-def reshaped(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    return name, torch.cat([tensor, tensor], -1) if "lora_A" in name else tensor
-
-
-def configure(**changes: object) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        (folder / "adapter_config.json").write_text(json.dumps(tiny.config() | changes))
-
-    return change
-
-
-def replace_by_file(folder: Path) -> None:
+def write_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("x")
 
@@ -179,27 +155,20 @@ REFUSED: dict[str, tuple[Callable[[Path], object], int, str]] = {
         lambda folder: (folder / "adapter_config.json").write_text("{"),
         *(422, "adapter_malformed"),
     ),
-    "target modules": (configure(target_modules=["c_attn"]), 422, "adapter_incompatible"),
-    "target pattern": (configure(target_modules=r".*\.c_attn"), 422, "adapter_incompatible"),
-    "no target modules": (configure(target_modules=[]), 422, "adapter_malformed"),
-    "broken target pattern": (configure(target_modules="("), 422, "adapter_malformed"),
-    "layers to transform": (configure(layers_to_transform=[77]), 422, "adapter_incompatible"),
-    "tensors": (
-        lambda folder: save(folder, lambda name, t: (name.replace("q_proj", "c_attn"), t)),
-        *(422, "adapter_incompatible"),
+    "header": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 100),
+        *(422, "adapter_malformed"),
     ),
-    "shapes": (lambda folder: save(folder, reshaped), 422, "adapter_incompatible"),
     "layers": (lambda folder: tiny.write(folder, layers=9), 422, "adapter_incompatible"),
     "rank": (lambda folder: tiny.write(folder, rank=300), 422, "adapter_unsupported"),
-    "feature": (configure(modules_to_save=["lm_head"]), 422, "adapter_unsupported"),
-    "header": (spoil_header, 422, "adapter_malformed"),
     "no weights": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
         *(404, "model_not_found"),
     ),
     "no folder": (shutil.rmtree, 404, "model_not_found"),
-    "a file": (replace_by_file, 422, "adapter_malformed"),
+    "a file": (write_file, 422, "adapter_malformed"),
 }
+"""One for each answer; what else is refused, and why, is the loader's."""
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -29,7 +29,7 @@ import tiny
 from lorax_async import Allow, ConfigError
 from lorax_async.cli import main
 from lorax_async.commands import serve
-from lorax_async.commands.places import as_place, as_source, opened, sources_of
+from lorax_async.commands.places import as_source, opened, sources_of
 from lorax_async.commands.serve import ADMIN_TOKEN, how_to_serve, named
 from lorax_async.server.assembly import Base
 from server.world import llama_config, tokenizer
@@ -177,24 +177,6 @@ def test_sources_are_places_that_requests_may_name(tmp_path: Path) -> None:
     )
     assert opened(arguments) == places
     assert set(found["allow"]) == {*places, Allow("hub")}, "the operator may name all of the hub"
-
-
-@pytest.mark.parametrize(
-    ("given", "allowed"),
-    [
-        ([], ()),
-        (["hub"], (Allow("hub"),)),
-        (["hub:org/"], (Allow("hub", prefix="org/", use_token=True),)),
-    ],
-)
-def test_the_hub_is_closed_unless_it_is_opened(
-    given: list[str], allowed: tuple[Allow, ...]
-) -> None:
-    arguments = argparse.Namespace(source=[as_source(text) for text in given])
-    assert opened(arguments) == allowed
-    found = sources_of(arguments, [as_place("org/sql")])
-    lending = [entry for entry in found["allow"] if entry.use_token]
-    assert lending == [entry for entry in allowed if entry.prefix]
 
 
 @pytest.mark.parametrize("text", ["hub:org", "no/such/folder", "ftp://host/"])

@@ -86,21 +86,19 @@ class FakeTokens:
         self._engine = engine
         self._coming: asyncio.Queue[int | Finish | Exception] = asyncio.Queue()
 
+    def give(self, *items: int | Finish | Exception) -> None:
+        self._engine.begun(self)
+        for item in items:
+            self._coming.put_nowait(item)
+
     def say(self, text: str) -> None:
         self.give(*tokens_of(text))
 
-    def give(self, *tokens: int) -> None:
-        self._engine.begun(self)
-        for token in tokens:
-            self._coming.put_nowait(token)
-
     def end(self, finish: Finish = "stop") -> None:
-        self._engine.begun(self)
-        self._coming.put_nowait(finish)
+        self.give(finish)
 
     def fail(self, error: Exception) -> None:
-        self._engine.begun(self)
-        self._coming.put_nowait(error)
+        self.give(error)
 
     def cancel(self) -> None:
         self._engine.begun(self)
