@@ -1,4 +1,4 @@
-"""Adapters by name, as in vLLM, and where they are; for whoever has the token."""
+"""Adapters by name, as in vLLM, and where they are; for the operator, by a token."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ async def test_a_failure_stands_in_the_story_with_its_error(tmp_path: Path) -> N
     "key", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", "Bearer \xe9", None]
 )
 async def test_calls_of_the_operator_need_the_token(key: str | None) -> None:
-    """Where the server has none, nobody makes them."""
+    """Where the server has none, they are refused."""
     token, said = (None, f"Bearer {TOKEN}") if key is None else (TOKEN, key)
     async with serving(admin_token=token) as world:
         for method, path in (("POST", LOAD), ("POST", UNLOAD), ("GET", ADAPTERS)):

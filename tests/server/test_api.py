@@ -191,6 +191,12 @@ async def test_an_answer_ends_before_its_stop_string(stream: bool) -> None:
     assert stream or pieces[-1].usage.completion_tokens == len("one STOP")
 
 
+async def test_what_looked_like_a_stop_string_comes_out() -> None:
+    async with serving(FakeEngine(saying("one ST"))) as world:
+        answer = await world.client.completions.create(model="base", prompt="x", stop="STOP")
+        assert answer.choices[0].text == "one ST"
+
+
 # -- the package's own forms ----------------------------------------------------------------------
 
 
@@ -239,6 +245,8 @@ async def test_answers_and_their_pieces_have_the_packages_forms(
             choice["finish_reason"] = choice["finish_reason"] or "stop"
         require_form(piece, told)
     CompletionUsage.model_validate(pieces[-1]["usage"], strict=True)
+    ends = [choice["index"] for told in pieces for choice in told["choices"]][-8:]
+    assert ends == [0, 1] * 4, "they take turns: a, é, ! and the end"
 
 
 # -- tokens become text ---------------------------------------------------------------------------

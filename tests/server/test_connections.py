@@ -23,7 +23,7 @@ from lorax_async.server.calls.bodies import read_body
 from lorax_async.server.calls.errors import Refusal
 from lorax_async.server.calls.events import ABORT
 from lorax_async.server.calls.requests import CompletionBody
-from lorax_async.server.calls.under_way import ClientGone, Watch
+from lorax_async.server.calls.under_way import ClientGone, Watch, until_gone
 from lorax_async.server.serving import Serving, listen
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
 
@@ -58,7 +58,8 @@ def taking_little(world: World) -> socket.socket:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize(("stream", "begun"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
 async def test_a_client_that_hangs_up_frees_its_place(stream: bool, begun: bool, n: int) -> None:
     engine = FakeEngine()
     async with serving(engine, **ONE) as world:
@@ -69,7 +70,8 @@ async def test_a_client_that_hangs_up_frees_its_place(stream: bool, begun: bool,
             await until(lambda: ours().count("lorax choice") == n)
         if begun:
             tokens.say("a")
-            await reader.readuntil(b'"text":"a"')
+            if stream:
+                await reader.readuntil(b'"text":"a"')
         writer.close()
         for each in engine.submitted:
             await each.cancelled.wait()
@@ -171,7 +173,7 @@ async def test_a_request_that_is_ended_from_outside_frees_its_place(by: str, tak
 
 
 async def test_sequences_that_fail_together_leave_no_complaint() -> None:
-    """Not even asyncio's, of an exception that nobody asked for."""
+    """Not even asyncio's, of an exception that was never retrieved."""
     complaints = list[Any]()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: complaints.append(context))
@@ -228,7 +230,7 @@ async def test_a_body_that_is_not_read_is_refused(
 
 
 async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody who goes on sending is listened to for so many bytes, and no longer."""
+    """A client that goes on sending is read for a number of bytes, and no longer."""
     monkeypatch.setattr("lorax_async.server.calls.bodies.LINGER_BYTES", 100_000)
     async with serving(max_body_bytes=10) as world:
         reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
@@ -255,6 +257,9 @@ async def test_only_a_disconnect_is_a_hang_up() -> None:
 
     with pytest.raises(ClientGone):
         await read_body(Request({"type": "http", "headers": []}, receive), 100, 20)
+    said = [{"type": "http.disconnect"}, {"type": "http.request"}]
+    await until_gone(receive)
+    assert said == []
 
 
 async def interrupted(watch: Watch, *reasons: Exception) -> None:
@@ -270,7 +275,7 @@ async def interrupted(watch: Watch, *reasons: Exception) -> None:
 
 
 async def test_the_first_reason_ends_a_request() -> None:
-    """A cancellation besides stays one; who waits next is not cancelled, and nothing listens."""
+    """A cancellation besides stays one; the next wait is not cancelled, and nothing listens."""
     watches, receive = set[Watch](), asyncio.Event().wait
     with pytest.raises(ClientGone):
         await interrupted(Watch(watches, receive), ClientGone(), LoaderClosedError("late"))  # type: ignore[arg-type]
@@ -345,7 +350,7 @@ async def test_dates_go_on() -> None:
 
 
 async def test_the_process_keeps_its_logging(caplog: pytest.LogCaptureFixture) -> None:
-    """uvicorn alone would write to it; and nobody asked for a line for each request."""
+    """uvicorn alone would change it, and write a line for each request."""
     access = logging.getLogger("uvicorn.access")
     before = (list(access.handlers), access.propagate, access.level)
     with caplog.at_level(logging.INFO):
@@ -362,7 +367,6 @@ async def test_the_process_keeps_its_logging(caplog: pytest.LogCaptureFixture) -
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains(number: int) -> None:
     engine, before = FakeEngine(), signal.getsignal(number)
-    asyncio.get_running_loop().set_debug(True)  # it raises for calls from elsewhere
     async with serving(engine) as world:
         first = world.completing(BASE)
         tokens = await engine.asked()
@@ -428,12 +432,15 @@ async def test_a_body_that_comes_too_late_is_not_begun_with() -> None:
         assert not world.engine.submitted
 
 
+@pytest.mark.each_loop
 async def test_connections_that_ask_nothing_are_closed() -> None:
+    """A signal wakes a loop that sleeps, wherever it is heard."""
     async with serving() as world:
         reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
         writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
-        world.server.stop()
+        asyncio.get_running_loop().set_debug(True)  # it raises for calls from other threads
+        await asyncio.to_thread(world.server.handle_exit, signal.SIGTERM, None)
         await world.ended
         assert await reader.read() == b""
         writer.close()

@@ -88,7 +88,7 @@ class Play:
     atol: float = 2e-5
 
     async def step(self, *rows: tuple[Row, int], budget: float = 0.0) -> Computed:
-        """Compute so many tokens of each; whoever has all its tokens gets the likeliest next one."""
+        """Compute this many tokens of each; a row that is complete gets the likeliest next one."""
         step = Step([one.part(count) for one, count in rows], budget, lambda: False)
         computed = await asyncio.to_thread(self.decoder.compute, step)
         for number, (one, count) in enumerate(rows):
@@ -143,7 +143,7 @@ def tokens_of(shuffled: random.Random, length: int) -> list[int]:
 async def test_each_row_is_its_solo_run(
     small: Any, adapters: list[Path], attention: str, seed: int
 ) -> None:
-    """Prompts whole or in parts, beside whoever decodes; rows come, go, move, and begin again."""
+    """Prompts whole or in parts, beside rows that decode; rows come, go, move, and begin again."""
     small = copy.deepcopy(small)
     small.set_attn_implementation(attention)
     shuffled, there = random.Random(seed), list[Row]()

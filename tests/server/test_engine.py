@@ -56,7 +56,7 @@ def source(tmp_path: Path) -> FakeSource:
 async def test_adapters_are_mixed_in_one_step_and_each_answer_is_its_own(
     source: FakeSource,
 ) -> None:
-    """Whoever comes later joins those under way."""
+    """One that comes later joins those under way."""
     wanted = [(None, [1, 2]), ("a", [1, 2]), ("b", [1, 2, 3]), ("a", [7]), (None, [9, 8])]
     async with generating(source) as (engine, decoder, loader):
         await warm(loader, "a", "b")
@@ -356,7 +356,7 @@ async def test_draining_ends_what_was_taken_and_takes_nothing_more(source: FakeS
 @pytest.mark.each_loop
 @pytest.mark.usefixtures("nothing_left")
 async def test_closing_fails_the_rest_after_the_step_that_is_computed(source: FakeSource) -> None:
-    """Nothing is taken meanwhile, and cancelling who closes it does not stop it."""
+    """Nothing is taken meanwhile, and cancelling the closing task does not stop it."""
     source.hold("b")
     began, free = threading.Event(), threading.Event()
 
@@ -503,7 +503,7 @@ def used_by(decoder: ScriptedDecoder) -> list[tuple[int, int]]:
 
 
 async def test_while_others_wait_an_adapter_has_its_share(source: FakeSource) -> None:
-    """Of sixteen places both have eight, whoever came first; alone, one has all of them."""
+    """Of sixteen places both have eight, whichever came first; alone, one has all of them."""
     async with full(source) as (engine, decoder, first):
         second = [engine.submit(asked([n, 1, 2], LONG, "b")) for n in range(PLACES)]
         await until(lambda: len(second[7].known) > 10)

@@ -111,20 +111,23 @@ async def test_an_ended_sequence_runs_no_more_though_its_request_goes_on() -> No
     """By itself, at a stop string, or by its client; at a stop its tokens were all counted."""
     engine = FakeEngine()
     async with serving(engine) as world:
-        asked = world.completing({"model": "base", "prompt": "x", "n": 2, "stop": "c"})
-        other = await engine.asked(2)
+        asked = world.completing({"model": "base", "prompt": "x", "n": 3, "stop": "c"})
+        last = await engine.asked(3)
         engine.submitted[0].say("a")
-        await until_sequences(world, waiting=1, running=1)
+        await until_sequences(world, waiting=2, running=1)
         engine.submitted[0].end()
+        await until_sequences(world, waiting=2, running=0)
+        engine.submitted[1].say("bcd")
+        await engine.submitted[1].cancelled.wait()
         await until_sequences(world, waiting=1, running=0)
-        other.say("bc")
-        assert [choice["text"] for choice in (await asked).json["choices"]] == ["a", "b"]
+        last.end()
+        assert [choice["text"] for choice in (await asked).json["choices"]] == ["a", "b", ""]
         samples = await scraped(world)
         assert (sequences(samples), samples["lorax_server_tokens_total"]) == ((0, 0), 3)
 
         _, writer = await asyncio.open_connection("127.0.0.1", world.port)
         writer.write(request({"model": "base", "prompt": "x"}))
-        await engine.asked(3)
+        await engine.asked(4)
         writer.close()
         samples = await until_sequences(world, waiting=0, running=0)
         assert requests(samples)["call=/v1/completions,status=499"] == 1

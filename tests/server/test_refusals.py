@@ -569,7 +569,7 @@ OTHER_TYPES = [
 
 @pytest.mark.parametrize("kind", [*JSON_TYPES, *OTHER_TYPES])
 async def test_only_json_is_computed(kind: str) -> None:
-    """By every call that takes a body, whoever brings the operator's token too."""
+    """By any call that takes a body, not even with the operator's token."""
     async with serving(FakeEngine(echo)) as world:
         if kind in JSON_TYPES:
             answer = await world.ask("POST", COMPLETIONS, PLAIN, Content_Type=kind)

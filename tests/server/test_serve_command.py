@@ -294,7 +294,7 @@ def test_a_warm_list_that_is_none_is_refused_and_left_alone(
 
 
 def _seen(path: Path) -> tuple[int, int, int, int]:
-    """What changes if somebody writes to it, or replaces it; reading changes its atime."""
+    """What changes if it is written to or replaced; reading changes its atime."""
     status = path.lstat()
     return status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns
 

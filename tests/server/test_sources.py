@@ -154,7 +154,7 @@ async def test_what_the_operator_names_is_asked_for_with_the_operators_token(
         assert (await ask(world, "sql")).status == 200
 
 
-async def test_offline_nobody_is_asked(hub: HubStandIn, tmp_path: Path) -> None:
+async def test_offline_no_source_is_asked(hub: HubStandIn, tmp_path: Path) -> None:
     of_loader, of_server = settings_for(hub, [f"sql={PRIVATE}"], ["hub:org/"], offline=True)
     there = loader(tmp_path, layers=4, **of_loader)
     async with serving(FakeEngine(loading(there)), there, **of_server) as world:

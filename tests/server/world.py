@@ -157,7 +157,7 @@ class FakeEngine:
 
 
 def saying(text: str, finish: Finish = "stop") -> Rule:
-    """Whoever is asked says it; cut to what was asked for, as an engine does."""
+    """Answer with the text, cut to `max_new_tokens`, as an engine does."""
 
     def rule(tokens: FakeTokens) -> None:
         said, most = tokens_of(text), tokens.generation.max_new_tokens
@@ -168,7 +168,7 @@ def saying(text: str, finish: Finish = "stop") -> Rule:
 
 
 def echo(tokens: FakeTokens) -> None:
-    """Says who was asked what, and how."""
+    """Answer with the adapter, the prompt and the sampling of the request."""
     asked = tokens.generation
     sampling = asked.sampling
     tokens.say(
