@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 import time
@@ -41,6 +42,7 @@ from lorax_async.server.ports import Step
 from lorax_async.testing import FakeDecoder, FakeSource
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
+from test_resaved import CLIENTS, SAVES, Save, resaving
 from tiny_sources import stocked
 
 
@@ -570,29 +572,70 @@ async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
     assert await all_of(answer, LoaderClosedError) == [7]
 
 
-@pytest.mark.usefixtures("nothing_left")
-async def test_answers_without_a_token_get_the_version_that_is_saved_meanwhile(
-    tmp_path: Path,
-) -> None:
-    """In place, while they wait for their adapter's layers."""
-    folder = tiny.write(tmp_path / "a", 1)
-    device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=2)
-    config = LoaderConfig(device_bytes=1 << 20, max_slots=2, io_threads=2, timeout=20)
+# -- an adapter is saved again in place while answers wait for its layers ------------------------
+
+
+@asynccontextmanager
+async def over_files(slots: int) -> AsyncIterator[tuple[Engine, GatedDevice]]:
+    device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=slots)
+    config = LoaderConfig(device_bytes=1 << 20, max_slots=slots, io_threads=2, timeout=20)
     decoder = FakeDecoder(max_sequences=4, loop=asyncio.get_running_loop())
-    samplings = [GREEDY] * 6 + [SEEDED]
     async with (
         AdapterLoader(tiny.layout(), config, device=device) as loader,
         AdapterScheduler(loader, max_begun=4) as scheduler,
         Engine(scheduler, decoder, max_sequences=4) as engine,
     ):
+        yield engine, device
+    assert decoder.kept == {}
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(
+    ("saves", "error"), [([2], None), ([0], AdapterFormatError), ([2, 3], IntegrityError)]
+)
+async def test_answers_without_a_token_get_the_version_that_is_saved_meanwhile(
+    tmp_path: Path, saves: list[int], error: type[LoraxError] | None
+) -> None:
+    """A version in pieces (0) is told, and so is a second one."""
+    folder, samplings = tiny.write(tmp_path / "a", 1), [GREEDY] * 6 + [SEEDED]
+    async with over_files(slots=2) as (engine, device):
         device.gate.clear()
         answers = [
             engine.submit(asked([n], 5, folder, sampling=sampling))
             for n, sampling in enumerate(samplings)
         ]
-        await until(lambda: device.copies)
-        tiny.write(folder, 2)
-        device.gate.set()
+        for seed in saves:
+            copies = device.copies
+            await until(lambda: device.copies > copies)
+            if seed:
+                tiny.write(folder, seed)
+            else:
+                os.truncate(folder / "adapter_model.safetensors", 1000)
+            device.gate.set()
+            if seed != saves[-1]:
+                await asyncio.sleep(0.01)
+                device.gate.clear()
         for n, (answer, sampling) in enumerate(zip(answers, samplings, strict=True)):
-            assert await all_of(answer) == alone([n], 5, str(folder), sampling)
-    assert decoder.kept == {}
+            got = await all_of(answer, error)
+            assert got == ([] if error else alone([n], 5, str(folder), sampling))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("save", SAVES)
+async def test_clients_of_an_adapter_that_is_saved_all_the_time(tmp_path: Path, save: Save) -> None:
+    folders = tiny.write(tmp_path / "a", 1), tiny.write(tmp_path / "b", 1)
+    end = time.monotonic() + 0.6
+
+    async def client(engine: Engine, number: int) -> None:
+        while time.monotonic() < end:
+            # One slot, so that it is loaded again and again.
+            folder = folders[number % 2]
+            got = await all_of(engine.submit(asked([number], 3, folder)))
+            assert got == alone([number], 3, str(folder))
+
+    async with over_files(slots=1) as (engine, _), asyncio.TaskGroup() as group:
+        with resaving(folders[0], save):
+            for number in range(CLIENTS):
+                group.create_task(client(engine, number))
+            await asyncio.sleep(end - time.monotonic())
