@@ -189,7 +189,8 @@ async def test_rows_that_decode_together_are_what_generate_says(small: Any) -> N
         async with serving(small) as (_, attached):
             play = Play(TransformersDecoder(small, attached, 3), base_alone(base))
             rows = [Row(n, None, None, list(prompt)) for n, prompt in enumerate(prompts)]
-            await play.step((rows[0], 1), (rows[1], 3), (rows[2], 1))
+            for row, count in zip(rows, (1, 3, 1), strict=True):
+                await play.step((row, count))
             await play.step((rows[0], 2), (rows[2], 2))  # one is between their places
             await play.step((rows[1], 6), (rows[2], 57))
             for _ in range(new - 1):

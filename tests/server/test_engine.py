@@ -33,6 +33,7 @@ from lorax_async import (
     LoraxError,
     UsageError,
 )
+from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.server.decoding.answer import Answer
 from lorax_async.server.decoding.sampling import Sampler
@@ -618,6 +619,31 @@ async def test_answers_without_a_token_get_the_version_that_is_saved_meanwhile(
         for n, (answer, sampling) in enumerate(zip(answers, samplings, strict=True)):
             got = await all_of(answer, error)
             assert got == ([] if error else alone([n], 5, str(folder), sampling))
+
+
+async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    async with over_files(slots=2) as (engine, device):
+        device.gate.clear()
+        answer = engine.submit(asked([1], 5, folder))
+        await until(lambda: device.copies)
+        tiny.write(folder, 2)
+        device.gate.set()
+        await asyncio.sleep(0.01)
+        answer.cancel()
+        assert await all_of(answer) == []
+
+
+async def test_bytes_that_are_false_without_a_change_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise IntegrityError("the disk gave other bytes")
+
+    monkeypatch.setattr(CpuDevice, "copy", fail)
+    async with over_files(slots=2) as (engine, _):
+        with pytest.raises(IntegrityError, match="other bytes"):
+            await all_of(engine.submit(asked([1], 5, tiny.write(tmp_path / "a", 1))))
 
 
 @pytest.mark.slow
