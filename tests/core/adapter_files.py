@@ -38,6 +38,28 @@ def file_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
     return struct.pack("<Q", len(header)) + header + body
 
 
+def pair(
+    path: str,
+    inputs: int,
+    outputs: int,
+    *,
+    rank: int = 16,
+    dtype: str = "BF16",
+    vector: str | None = None,
+    own: str = "F32",
+    embedding: bool = False,
+) -> list[tuple[str, torch.Tensor]]:
+    """What PEFT writes for one module: A, B, and a vector of dtype `own`."""
+    stem, end = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
+    made = [
+        (f"base_model.model.{path}.{stem}A{end}", torch.randn(rank, inputs).to(TORCH[dtype])),
+        (f"base_model.model.{path}.{stem}B{end}", torch.randn(outputs, rank).to(TORCH[dtype])),
+    ]
+    if vector is not None:
+        made.append((f"base_model.model.{path}.{vector}", torch.randn(outputs).to(TORCH[own])))
+    return made
+
+
 def layout_of(
     *modules: tuple[str, int, int, int], num_layers: int = 12, transposed: bool = False
 ) -> ModelLayout:

@@ -1,20 +1,51 @@
-"""Shards by hand: which rows and columns a rank holds, and refusals."""
+"""Shards by hand: which rows and columns a rank holds, what is read of them, and refusals."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from core.adapter_files import plan
-from core.shard_plans import SPEC, adapter, column, layout, row
-from lorax_async.config import Shard
+from core.adapter_files import file_of, pair, plan
+from lorax_async.adapter import AdapterSpec
+from lorax_async.config import Limits, Shard
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
+from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Zero
+from lorax_async.core.runs import Span
 from lorax_async.core.sharding import Cut, shard_layout
 from lorax_async.errors import ConfigError, IncompatibleAdapterError
 
 COLUMN, ROW, REPLICATED = Parallel
+SPEC = AdapterSpec(rank=4, alpha=4.0)
+
+
+def layout(*modules: Module) -> ModelLayout:
+    return ModelLayout(modules, 1, "F32")
+
+
+def column(outputs: int, *parts: Part, name: str = "layers.0.up_proj", inputs: int = 16) -> Module:
+    return Module(name, inputs, outputs, 0, COLUMN, parts=parts)
+
+
+def row(inputs: int, name: str = "layers.0.down_proj") -> Module:
+    return Module(name, inputs, 16, 0, ROW)
+
+
+def adapter(*modules: Module, rank: int = 4) -> bytes:
+    pairs = (pair(m.name, m.in_features, m.out_features, rank=rank, dtype="F32") for m in modules)
+    return file_of([tensor for each in pairs for tensor in each])
+
+
+def planned(
+    module: Module, shard: Shard, *, rank: int = 4, dtype: str = "F32", **how: Any
+) -> tuple[GroupPlan, int]:
+    """The plan of an adapter of this one module, and where its tensors begin in the file."""
+    file, base = adapter(module, rank=rank), layout(module)
+    spec, cuts = AdapterSpec(rank=rank, alpha=float(rank)), shard_layout(base, shard).cuts
+    (group,) = plan(file, spec, base, dtype=dtype, cuts=cuts, **how).groups
+    return group, len(file) - 4 * rank * (module.in_features + module.out_features)
 
 
 # -- what is held ---------------------------------------------------------------------------------
@@ -78,6 +109,101 @@ def test_a_file_is_checked_against_the_whole_base() -> None:
     file = adapter(column(6))
     with pytest.raises(IncompatibleAdapterError, match=r"16 → 6, the base's is 16 → 12"):
         plan(file, SPEC, base, cuts=shard_layout(base, Shard(0, 2)).cuts)
+
+
+# -- what is read, by hand -------------------------------------------------------------------------
+
+
+def test_rows_of_b_are_one_range_for_each_part() -> None:
+    """A is [4, 16], 256 bytes; B's rows of four F32 take 16 each and come after it."""
+    group, start = planned(column(12, Part(8), Part(4)), Shard(1, 2))
+    b = start + 256
+    assert group.reads == (
+        Read(start, 256, 0),
+        Read(b + 4 * 16, 64, 256),
+        Read(b + 10 * 16, 32, 320),
+    )
+    assert group.spans == (Span(start, b), Span(b + 64, b + 128), Span(b + 160, b + 192))
+    assert (group.nbytes, group.converts, group.zeros) == (384, (), ())
+    assert group.rows == (Row(0, 0, 256, 4, 4, 1.0),)
+
+
+def test_columns_of_a_are_a_piece_of_each_row() -> None:
+    """A is [4, 24]: rows of 96 bytes, of which the second of three ranks has bytes 32 to 64."""
+    group, start = planned(row(24), Shard(1, 3))
+    assert group.reads == (Read(start + 32, 4 * 32, 0, 4, 96), Read(start + 384, 256, 128))
+    columns, b = group.spans
+    assert b == Span(start + 384, start + 640)
+    assert list(columns.ranges()) == [(start + 96 * n + 32, start + 96 * n + 64) for n in range(4)]
+    assert (group.nbytes, group.rows) == (384, (Row(0, 0, 128, 4, 4, 1.0),))
+
+
+def test_casts_and_padding_of_a_cut_b() -> None:
+    """Rank 3 becomes 8: rows of three F32 become rows of eight BF16."""
+    group, start = planned(
+        column(4, Part(2), Part(2)), Shard(1, 2), rank=3, dtype="BF16", rank_multiple=8
+    )
+    assert group.converts == (
+        Convert(start, 192, "F32", rows=1, columns=48, target=0, row_pitch=48),
+        Convert(start + 192 + 12, 12, "F32", rows=1, columns=3, target=256, row_pitch=8),
+        Convert(start + 192 + 36, 12, "F32", rows=1, columns=3, target=272, row_pitch=8),
+    )
+    assert group.zeros == (Zero(96, 5 * 16 * 2),)
+    assert (group.reads, group.rows) == ((), (Row(0, 0, 256, 3, 8, 1.0),))
+
+
+def test_casts_and_padding_of_a_cut_a() -> None:
+    group, start = planned(row(4), Shard(0, 2), rank=2, dtype="BF16", rank_multiple=8)
+    pieces = (Span(start, start + 8, 2, 16),)
+    assert group.converts[0] == Convert(
+        start, 16, "F32", rows=1, columns=4, target=0, row_pitch=4, pieces=pieces
+    )
+    assert group.zeros == (Zero(8, 6 * 2 * 2),)
+    assert group.rows == (Row(0, 0, 64, 2, 8, 1.0),)
+
+
+def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
+    """A is [4, 64], B [16, 4]; a move holds 256 bytes of F32: two halves of rows, then B."""
+    how: dict[str, Any] = {"dtype": "BF16", "limits": Limits(max_rank=32)}
+    group, start = planned(row(64), Shard(1, 2), staging_move_bytes=256, **how)
+    assert [move.sources for move in group.converts] == [
+        (Span(start + 128, start + 256, 2, 256),),
+        (Span(start + 640, start + 768, 2, 256),),
+        (Span(start + 1024, start + 1280),),
+    ]
+    assert [move.target for move in group.converts] == [0, 128, 256]
+    whole_b = Span(start + 1024, start + 1280)
+    assert group.spans == (Span(start + 128, start + 256, 4, 256), whole_b)
+    # A move of 192 holds one row of 128 bytes and a half.
+    group, start = planned(row(64), Shard(1, 2), staging_move_bytes=192, **how)
+    start += 128
+    first, second, third, *_ = (move.sources for move in group.converts)
+    assert first == (Span(start, start + 128), Span(start + 256, start + 320))
+    assert second == (Span(start + 320, start + 384), Span(start + 512, start + 640))
+    assert third == (Span(start + 768, start + 896), Span(start + 896, start + 960))  # of B
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("rank", [5, 205])
+def test_a_plan_of_many_rows_has_no_more_to_remember(dtype: str, multiple: int, rank: int) -> None:
+    group, _ = planned(
+        *(row(24), Shard(0, 3)),
+        rank=rank,
+        dtype=dtype,
+        rank_multiple=multiple,
+        limits=Limits(max_rank=256),
+    )
+    assert (len(group.reads) + len(group.converts), len(group.spans)) == (2, 2)
+
+
+def test_what_many_pieces_take_to_remember_is_counted() -> None:
+    """Of B there is one for each part, of A one for all rows, and else one for both."""
+    base = layout(column(24, *[Part(4)] * 6))
+    file = adapter(*base.modules)
+    whole = plan(file, SPEC, base)
+    cut = plan(file, SPEC, base, cuts=shard_layout(base, Shard(1, 4)).cuts)
+    assert [made.needs(holdable=False).weight for made in (whole, cut)] == [1, 7]
 
 
 # -- refusals -------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
-"""Plans, carried out by slices and torch casts, against safetensors' own reader."""
+"""Plans, carried out by slices and torch casts, against safetensors' own reader.
+
+Which tensors and flags belong together is PEFT's own account.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import safetensors.torch
@@ -12,12 +14,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.adapter_files import ALIGNMENT, TORCH, carry_out, file_of, layout_of, matrix, plan
+from core.adapter_files import (
+    ALIGNMENT,
+    TORCH,
+    carry_out,
+    file_of,
+    layout_of,
+    matrix,
+    pair,
+    plan,
+)
 from lorax_async.adapter import AdapterSpec, ModulePattern
-from lorax_async.config import Limits
-from lorax_async.core.layout import ModelLayout
+from lorax_async.config import Limits, Shard
+from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.core.layout import Part as OutputPart
+from lorax_async.core.moves import Row
+from lorax_async.core.peft_names import Part
 from lorax_async.core.runs import Span
-from lorax_async.core.transfer_plan import Convert, Read, TransferPlan, Zero
+from lorax_async.core.sharding import shard_layout
+from lorax_async.core.transfer_plan import Convert, GroupPlan, Read, TransferPlan, Zero
+from lorax_async.core.windows import windows
 from lorax_async.errors import (
     AdapterError,
     AdapterFormatError,
@@ -26,118 +42,237 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
 )
 
+COLUMN, ROW, REPLICATED = Parallel
 SPEC = AdapterSpec(rank=16, alpha=32.0)
 LIMITS = Limits(max_rank=32)
-SIZES = st.sampled_from([1, 5, 32, 48, 64, 96])
+PREFIX = "base_model.model."
+Named = tuple[str, torch.Tensor]
+DORA, BIAS = "lora_magnitude_vector", "lora_B.bias"
+PARTS = {DORA: Part.MAGNITUDE, BIAS: Part.BIAS}
 
 
-def pair(
-    path: str, inputs: int, outputs: int, *, rank: int = 16, dtype: str = "BF16"
-) -> list[tuple[str, torch.Tensor]]:
-    a = torch.randn(rank, inputs).to(TORCH[dtype])
-    b = torch.randn(outputs, rank).to(TORCH[dtype])
-    name = f"base_model.model.{path}.lora_"
-    return [(f"{name}A.weight", a), (f"{name}B.weight", b)]
+def spec_of(vector: str | None, rank: int = 2) -> AdapterSpec:
+    return AdapterSpec(rank=rank, alpha=4.0, dora=vector == DORA, lora_bias=vector == BIAS)
 
 
-def saved(tensors: dict[str, torch.Tensor]) -> bytes:
-    """The file as PEFT leaves it: written by safetensors, which chooses the order."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter_model.safetensors"
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-        return path.read_bytes()
+# -- any adapter for any base in any world --------------------------------------------------------
 
 
 @st.composite
-def adapters(draw: st.DrawFn) -> tuple[bytes, AdapterSpec, ModelLayout]:
-    count = draw(st.sampled_from([1, 3, 12]))
-    kinds = draw(st.dictionaries(st.sampled_from(["q", "k", "mlp.up"]), SIZES, min_size=1))
-    modules = [
-        (f"model.layers.{layer}.{kind}", size, draw(SIZES), layer)
-        for layer in range(count)
-        for kind, size in kinds.items()
-    ]
-    modules.append(("lm_head", draw(SIZES), draw(SIZES), count))
-    chosen = draw(st.lists(st.sampled_from(modules), min_size=1, unique=True))
-    rank = draw(st.integers(1, 20))
+def output_parts(draw: st.DrawFn, world: int) -> tuple[OutputPart, ...]:
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    made = []
+    for _ in range(draw(st.integers(0, 3))):
+        unit = draw(st.integers(1, 5))
+        replicable = draw(st.booleans())
+        few = replicable and draw(st.booleans())
+        units = draw(st.sampled_from(divisors)) if few else world * draw(st.integers(1, 3))
+        made.append(OutputPart(units * unit, unit, replicable))
+    return tuple(made)
+
+
+@st.composite
+def bases(draw: st.DrawFn, world: int) -> ModelLayout:
+    """A layout that `world` ranks can share."""
+    count = draw(st.sampled_from([1, 2, 12]))
+    sizes = st.sampled_from([1, 5, 9, 32, 64]) if world < 3 else st.integers(1, 9)
+    embedding = Module("model.embed", 20, draw(sizes), -1, REPLICATED, embedding=True)
+    modules = [embedding, Module("lm_head", draw(sizes), world * draw(sizes), count, COLUMN)]
+    for n in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(Parallel))
+        fused = draw(output_parts(world)) if kind is COLUMN else ()
+        inputs = draw(sizes) * (world if kind is ROW else 1)
+        outputs = draw(sizes) * (world if kind is COLUMN else 1)
+        outputs = sum(part.size for part in fused) or outputs
+        modules += [
+            Module(f"model.layers.{layer}.m{n}", inputs, outputs, layer, kind, parts=fused)
+            for layer in range(count)
+        ]
+    return ModelLayout(tuple(modules), count, "BF16", "model.")
+
+
+@dataclass
+class Adapter:
+    """A file and its base; tensors as safetensors reads them, by module: A, B and vectors."""
+
+    layout: ModelLayout
+    file: bytes
+    vector: str | None
+    rank: int
+    tensors: dict[str, list[torch.Tensor]]
+
+
+@st.composite
+def adapters(draw: st.DrawFn, world: int) -> Adapter:
+    layout = draw(bases(world))
+    vector = draw(st.sampled_from([None, DORA, BIAS]))
+    modules = [m for m in layout.modules if not (m.embedding and vector == BIAS)]
+    chosen = draw(st.lists(st.sampled_from(modules), min_size=1, max_size=9, unique=True))
+    rank, bare = draw(st.integers(1, 20)), draw(st.booleans())
     dtypes = draw(st.lists(st.sampled_from(sorted(TORCH)), min_size=1, max_size=3, unique=True))
-    bare = draw(st.booleans())
-    tensors: dict[str, torch.Tensor] = {}
-    for n, (name, inputs, outputs, _) in enumerate(chosen):
-        path = name.removeprefix("model.") if bare else name
-        tensors |= pair(path, inputs, outputs, rank=rank, dtype=dtypes[n % len(dtypes)])
-    shuffled = draw(st.booleans())
-    file = file_of(draw(st.permutations(sorted(tensors.items())))) if shuffled else saved(tensors)
-    return file, AdapterSpec(rank=rank, alpha=8.0), layout_of(*modules, num_layers=count)
+    named: dict[str, list[Named]] = {}
+    for n, m in enumerate(chosen):
+        path = m.name.removeprefix("model.") if bare else m.name
+        named[m.name] = pair(
+            *(path, m.in_features, m.out_features),
+            rank=rank,
+            dtype=dtypes[n % len(dtypes)],
+            vector=vector,
+            own=dtypes[-1],
+            embedding=m.embedding,
+        )
+    flat = [each for tensors in named.values() for each in tensors]
+    if draw(st.booleans()):
+        file = file_of(draw(st.permutations(flat)))
+    else:
+        file = safetensors.torch.save(dict(flat), {"format": "pt"})  # it chooses the order
+    loaded = safetensors.torch.load(file)
+    found = {name: [loaded[each] for each, _ in tensors] for name, tensors in named.items()}
+    return Adapter(layout, file, vector, rank, found)
 
 
-def check_moves(made: TransferPlan, file: bytes, most: int) -> None:
-    spans = sorted(span for group in made.groups for span in group.spans)
-    assert sum(span.nbytes for span in spans) == len(file) - spans[0].start
-    assert all(one.end <= two.start for one, two in zip(spans, spans[1:], strict=False))
+def held_by(module: Module, tensors: list[torch.Tensor], shard: Shard) -> list[torch.Tensor]:
+    """What one rank has of A, B and vectors, by torch's own slicing."""
+    a, *rest = tensors
+    if module.parallel is ROW:
+        return [a.chunk(shard.world_size, 1)[shard.rank], *rest]
+    if module.parallel is REPLICATED:
+        return tensors
+    made = [a]
+    for whole in rest:
+        kept, left = [], whole
+        for part in module.parts or (OutputPart(len(whole)),):
+            rows, left = left[: part.size], left[part.size :]
+            pieces = min(shard.world_size, part.size // part.unit)
+            kept.append(rows.chunk(pieces)[shard.rank // (shard.world_size // pieces)])
+        made.append(torch.cat(kept))
+    return made
+
+
+def check_bytes(made: TransferPlan, wanted: int, most: int) -> None:
+    """Moves read `wanted` bytes, none twice, and `spans` say which; casts hold `most` bytes."""
     for group in made.groups:
         assert group.nbytes % ALIGNMENT == 0
         moved = [read.source for read in group.reads]
-        for each in moved + [each for move in group.converts for each in move.sources]:
-            assert each.rows == 1
-            assert any(s.start <= each.start and each.stop <= s.stop for s in group.spans)
+        moved += [piece for move in group.converts for piece in move.sources]
+        covered = [
+            n
+            for start, stop in sorted(r for s in moved for r in s.ranges())
+            for n in range(start, stop)
+        ]
+        assert len(covered) == len(set(covered))
+        told = [piece for span in group.spans for piece in span.ranges()]
+        assert covered == [n for start, stop in told for n in range(start, stop)]
+        for one, two in pairwise(group.spans):
+            assert one.end < two.start or (one.end == two.start and max(one.rows, two.rows) > 1)
         for convert in group.converts:
             assert convert.nbytes <= most
             assert convert.rows * convert.row_pitch * TORCH[made.dtype].itemsize <= most
+        wanted -= len(covered)
+    assert wanted == 0
 
 
-@settings(max_examples=150, deadline=None)
+def check_windows(
+    group: GroupPlan, extent: torch.Tensor, file: bytes, dtype: str, nbytes: int
+) -> None:
+    """Parts of at most `nbytes` that are filled on their own, none smaller than it must be."""
+    item = TORCH[dtype].itemsize
+    spans = [(c.target, c.target + c.rows * c.row_pitch * item) for c in group.converts]
+
+    def may_be_cut(place: int) -> bool:
+        if any(first < place < last for first, last in spans):
+            return False
+        return place % 64 == 0 or any(place in span for span in spans) or place == group.nbytes
+
+    made = windows(group, nbytes, item)
+    assert [each.start for each in made] == [0, *(each.stop for each in made[:-1])]
+    assert made[-1].stop == group.nbytes
+    assert all(0 < each.nbytes <= nbytes and may_be_cut(each.stop) for each in made)
+    parts = [GroupPlan(0, w.nbytes, w.reads, w.converts, w.zeros, (), ()) for w in made]
+    assert torch.equal(torch.cat([carry_out(part, file, dtype) for part in parts]), extent)
+    assert sum(len(each.converts) for each in made) == len(group.converts)
+    assert sum(len(w.reads) for w in made) <= 3 * (len(group.reads) + len(made) - 1)
+    assert sum(read.nbytes for w in made for read in w.reads) == sum(r.nbytes for r in group.reads)
+    for each in made[:-1]:
+        beyond = range(each.stop + -each.stop % 64, each.start + nbytes + 1, 64)
+        assert [place for place in beyond if may_be_cut(place)] in ([], [each.stop])
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    adapter=adapters(),
+    data=st.data(),
+    world=st.integers(1, 8) | st.just(1),
     dtype=st.sampled_from([None, *TORCH]),
     multiple=st.sampled_from([1, 8]),
     most=st.sampled_from([256, 1_000, 1 << 20]),
+    more=st.sampled_from([0, 88]),
 )
-def test_every_matrix_arrives(
-    adapter: tuple[bytes, AdapterSpec, ModelLayout], dtype: str | None, multiple: int, most: int
+def test_every_rank_has_its_rows_and_columns_of_every_tensor(
+    data: st.DataObject, world: int, dtype: str | None, multiple: int, most: int, more: int
 ) -> None:
-    file, spec, layout = adapter
-    made = plan(
-        file,
-        spec,
-        layout,
-        dtype=dtype,
-        rank_multiple=multiple,
-        limits=LIMITS,
-        staging_move_bytes=most,
-    )
+    adapter = data.draw(adapters(world))
+    layout, file, rank = adapter.layout, adapter.file, adapter.rank
     stored = dtype or "BF16"
-    assert (made.dtype, made.rank, made.file_bytes) == (stored, spec.rank, len(file))
-    assert made.nbytes == sum(group.nbytes for group in made.groups)
-    check_moves(made, file, most)
-    expected = {
-        name.removeprefix("base_model.model.").removeprefix("model."): tensor
-        for name, tensor in safetensors.torch.load(file).items()
-    }
-    for group in made.groups:
-        extent = carry_out(group, file, stored)
-        for row in group.rows:
-            module = layout.modules[row.module]
-            assert (module.layer, row.rank) == (group.layer, spec.rank)
-            assert (row.padded_rank - row.rank) in range(multiple)
-            assert row.padded_rank % multiple == row.a % ALIGNMENT == row.b % ALIGNMENT == 0
-            a = matrix(extent, row.a, row.padded_rank, module.in_features, stored)
-            b = matrix(extent, row.b, module.out_features, row.padded_rank, stored)
-            name = module.name.removeprefix("model.")
-            assert torch.equal(a[: row.rank], expected.pop(f"{name}.lora_A.weight").to(a.dtype))
-            assert torch.equal(b[:, : row.rank], expected.pop(f"{name}.lora_B.weight").to(b.dtype))
-            assert not a[row.rank :].any()
-            assert not b[:, row.rank :].any()
-    assert not expected
-    layers = [group.layer for group in made.groups]
-    assert layers == sorted(set(layers))
+    for shard in [Shard(n, world) for n in range(world)]:
+        sharding = shard_layout(layout, shard)
+        made = plan(
+            *(file, spec_of(adapter.vector, rank), layout),
+            dtype=dtype,
+            rank_multiple=multiple,
+            limits=LIMITS,
+            staging_move_bytes=most,
+            cuts=sharding.cuts,
+        )
+        assert (made.dtype, made.rank, made.file_bytes) == (stored, rank, len(file))
+        assert made.nbytes == sum(group.nbytes for group in made.groups)
+        assert made.has_vectors == (adapter.vector is not None)
+        layers = [group.layer for group in made.groups]
+        assert layers == sorted(set(layers))
+        expected = {
+            name: held_by(layout.modules[layout.index(name)], tensors, shard)
+            for name, tensors in adapter.tensors.items()
+        }
+        check_bytes(made, sum(t.nbytes for each in expected.values() for t in each), most)
+        for group in made.groups:
+            extent = carry_out(group, file, stored)  # no byte twice, none outside
+            check_windows(group, extent, file, stored, most + more)
+            for row in group.rows:
+                held = sharding.held.modules[row.module]
+                assert (held.layer, row.rank) == (group.layer, rank)
+                assert (row.padded_rank - rank) in range(multiple)
+                assert row.padded_rank % multiple == row.a % ALIGNMENT == row.b % ALIGNMENT == 0
+                a = matrix(extent, row.a, row.padded_rank, held.in_features, stored)
+                b = matrix(extent, row.b, held.out_features, row.padded_rank, stored)
+                whole_a, whole_b, *_ = expected[held.name]
+                assert torch.equal(a[:rank], whole_a.to(a.dtype))
+                assert torch.equal(b[:, :rank], whole_b.to(b.dtype))
+                assert not a[rank:].any()
+                assert not b[:, rank:].any()
+                if adapter.vector is None:
+                    del expected[held.name]
+            for vector in group.vectors:
+                whole = expected.pop(sharding.held.modules[vector.module].name)[2]
+                assert vector.offset % ALIGNMENT == 0
+                assert (TORCH[vector.dtype], vector.length) == (whole.dtype, len(whole))
+                assert vector.part is PARTS[adapter.vector or ""]
+                there = extent[vector.offset : vector.offset + vector.nbytes]
+                assert torch.equal(there.view(whole.dtype), whole)
+        assert not expected
 
+
+# -- what a plan is made of, by hand --------------------------------------------------------------
 
 TWELVE = [(f"model.layers.{n}.{kind}", 64, 96, n) for n in range(12) for kind in "qv"]
+Q, V, EMBED = "model.layers.0.q", "model.layers.0.v", "model.embed"
+
+
+def twelve_layers(dtype: str = "BF16") -> bytes:
+    tensors = dict(sum((pair(name, 64, 96, dtype=dtype) for name, *_ in TWELVE), []))
+    return safetensors.torch.save(tensors, {"format": "pt"})
 
 
 def test_a_layer_of_a_file_by_peft_is_one_read() -> None:
-    file = saved(dict(sum((pair(name, 64, 96) for name, *_ in TWELVE), [])))
+    file = twelve_layers()
     made = plan(file, SPEC, layout_of(*TWELVE))
     size = 2 * (16 * 64 + 96 * 16) * 2
     start = len(file) - 12 * size
@@ -150,8 +285,18 @@ def test_a_layer_of_a_file_by_peft_is_one_read() -> None:
         assert (group.nbytes, group.converts, group.zeros) == (size, (), ())
 
 
+def test_a_layer_with_magnitudes_is_one_read_where_nothing_is_cast() -> None:
+    """64 bytes of A, 64 of B, 64 of the magnitude (of 16, 8 and 32 elements)."""
+    file = file_of(pair(Q, 16, 16, rank=1, dtype="F32", vector=DORA))
+    layout = ModelLayout((Module(Q, 16, 16, 0, COLUMN),), 1, "F32")
+    [group] = plan(file, spec_of(DORA, 1), layout).groups
+    assert group.reads == (Read(len(file) - 192, 192, target=0),)
+    assert [tuple(vector) for vector in group.vectors] == [(0, Part.MAGNITUDE, 128, 16, "F32")]
+    assert (group.nbytes, group.converts) == (192, ())
+
+
 def test_a_cast_layer_is_a_few_large_moves() -> None:
-    file = saved(dict(sum((pair(name, 64, 96, dtype="F32") for name, *_ in TWELVE), [])))
+    file = twelve_layers("F32")
     elements = 2 * (16 * 64 + 96 * 16)
     [first, *_] = plan(file, SPEC, layout_of(*TWELVE)).groups
     start = first.spans[0].start
@@ -168,151 +313,171 @@ def test_a_cast_layer_is_a_few_large_moves() -> None:
 
 
 def test_where_the_packing_breaks_the_alignment_each_tensor_has_its_place() -> None:
-    name = "model.layers.0.q"
-    file = file_of(pair(name, 5, 7, rank=3))
-    [group] = plan(file, AdapterSpec(rank=3, alpha=3.0), layout_of((name, 5, 7, 0))).groups
+    file = file_of(pair(Q, 5, 7, rank=3))
+    [group] = plan(file, AdapterSpec(rank=3, alpha=3.0), layout_of((Q, 5, 7, 0))).groups
     start = len(file) - 30 - 42
     assert group.reads == (Read(start, 30, target=0), Read(start + 30, 42, target=64))
     assert (group.nbytes, group.spans) == (128, (Span(start, len(file)),))
 
 
 def test_a_rank_is_padded_with_zero_rows_of_a_and_columns_of_b() -> None:
-    name = "model.layers.0.q"
-    file = file_of(pair(name, 32, 4, rank=6))
-    layout = layout_of((name, 32, 4, 0))
+    file, layout = file_of(pair(Q, 32, 4, rank=6)), layout_of((Q, 32, 4, 0))
     [group] = plan(file, AdapterSpec(rank=6, alpha=3.0), layout, rank_multiple=8).groups
     start = len(file) - 6 * 32 * 2 - 4 * 6 * 2
     assert group.reads == (Read(start, 384, target=0),)
     assert group.zeros == (Zero(384, 128),)
     assert group.converts == (Convert(start + 384, 48, "BF16", 4, 6, target=512, row_pitch=8),)
-    [row] = group.rows
-    assert (row.module, row.a, row.b, row.rank, row.padded_rank, row.scale) == (
-        0,
-        0,
-        512,
-        6,
-        8,
-        0.5,
-    )
+    assert group.rows == (Row(0, a=0, b=512, rank=6, padded_rank=8, scale=0.5),)
 
 
 def test_patterns_are_matched_against_the_path_in_the_file() -> None:
     # PEFT matched them against the model that was trained, here the bare backbone.
     bare = ModulePattern("layers.0.q", lambda module: module == "layers.0.q", 2)
     spec = AdapterSpec(rank=16, alpha=3.0, rslora=True, rank_patterns=(bare,))
-    layout = layout_of(("model.layers.0.q", 8, 8, 0), ("model.layers.1.q", 8, 8, 1))
+    layout = layout_of((Q, 8, 8, 0), ("model.layers.1.q", 8, 8, 1))
     file = file_of([*pair("layers.0.q", 8, 8, rank=2), *pair("layers.1.q", 8, 8)])
     made = plan(file, spec, layout)
     assert [row.rank for group in made.groups for row in group.rows] == [2, 16]
     assert [row.scale for group in made.groups for row in group.rows] == [3.0 / 2**0.5, 0.75]
     assert made.rank == 16
     with pytest.raises(AdapterFormatError, match=r"model.layers.0.q.*pair of rank 16"):
-        plan(file_of(pair("model.layers.0.q", 8, 8, rank=2)), spec, layout)
+        plan(file_of(pair(Q, 8, 8, rank=2)), spec, layout)
 
 
-LAYOUT = layout_of(
-    ("model.layers.0.q", 8, 4, 0), ("model.layers.0.v", 8, 4, 0), ("lm_head", 8, 9, 12)
+# -- what belongs together ------------------------------------------------------------------------
+
+EMBEDDING = Module(EMBED, 20, 8, -1, REPLICATED, embedding=True)
+LINEAR = (
+    Module(Q, 8, 4, 0, COLUMN),
+    Module(V, 8, 4, 0, COLUMN),
+    Module("lm_head", 8, 9, 12, COLUMN),
 )
-GOOD = pair("model.layers.0.q", 8, 4)
+LAYOUT = ModelLayout((*LINEAR, EMBEDDING), 12, "BF16", "model.")
+GOOD = pair(Q, 8, 4)
 A, B = GOOD
+QB, QM, QP = (pair(Q, 8, 4, vector=vector) for vector in (BIAS, DORA, None))
+VB, VM, VP = (pair(V, 8, 4, vector=vector) for vector in (BIAS, DORA, None))
+TOKENS = pair(EMBED, 20, 8, embedding=True)
+ODD = torch.ones(5)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "error", "text"),
+    ("vector", "tensors", "error", "text"),
     [
-        ([], AdapterFormatError, "no tensors"),
-        ([A], AdapterFormatError, "has no B"),
-        ([B], AdapterFormatError, "has no A"),
-        ([*GOOD, *pair("layers.0.q", 8, 4)], AdapterFormatError, "same module"),
-        (pair("model.layers.0.q", 8, 4, rank=8), AdapterFormatError, "pair of rank 16"),
-        ([(A[0], A[1][:8]), B], AdapterFormatError, r"A \[8, 8\] and B \[4, 16\]"),
-        ([(A[0], A[1].flatten()), B], AdapterFormatError, "no pair"),
-        (pair("model.layers.0.q", 8, 5), IncompatibleAdapterError, "8 → 5.*8 → 4"),
-        (pair("model.layers.0.q", 9, 4), IncompatibleAdapterError, r"\(1 module in all"),
+        (None, [], AdapterFormatError, "no tensors"),
+        (None, [A], AdapterFormatError, "has no B"),
+        (None, [B], AdapterFormatError, "has no A"),
+        (None, [*GOOD, *pair("layers.0.q", 8, 4)], AdapterFormatError, "same module"),
+        (None, pair(Q, 8, 4, rank=8), AdapterFormatError, "pair of rank 16"),
+        (None, [(A[0], A[1][:8]), B], AdapterFormatError, r"A \[8, 8\] and B \[4, 16\]"),
+        (None, [(A[0], A[1].flatten()), B], AdapterFormatError, "no pair"),
+        (None, pair(Q, 8, 5), IncompatibleAdapterError, "8 → 5.*8 → 4"),
+        (None, pair(Q, 9, 4), IncompatibleAdapterError, r"\(1 module in all"),
         (
-            [*pair("model.layers.0.q", 9, 4), *pair("model.layers.0.v", 8, 2)],
-            IncompatibleAdapterError,
+            *(None, [*pair(Q, 9, 4), *pair(V, 8, 2)], IncompatibleAdapterError),
             "layers.0.q .*layers.0.v .*2 modules in all",
         ),
-        (pair("model.layers.1.q", 8, 4), IncompatibleAdapterError, r"layers\.1.*2 tensors in all"),
-        (pair("model.lm_head", 8, 9), IncompatibleAdapterError, "no such module"),
-        ([*GOOD, ("base_model.model.x.weight", A[1])], UnsupportedAdapterError, "x.weight"),
+        (None, pair("model.layers.1.q", 8, 4), IncompatibleAdapterError, r"1.*2 tensors in all"),
+        (None, pair("model.lm_head", 8, 9), IncompatibleAdapterError, "no such module"),
+        (None, [*GOOD, (f"{PREFIX}x.weight", A[1])], UnsupportedAdapterError, "x.weight"),
+        # Vectors and the flags that announce them.
+        (DORA, QP, AdapterFormatError, f"use_dora is set, and module '{Q}' has no magnitude"),
+        (BIAS, QP, AdapterFormatError, f"lora_bias is set, and module '{Q}' has no bias"),
+        (DORA, [*QM, *VP], AdapterFormatError, f"module '{V}' has no magnitude"),
+        (BIAS, [*QB, *VP], AdapterFormatError, f"module '{V}' has no bias"),
+        (DORA, QB, AdapterFormatError, f"module '{Q}' has no magnitude"),
+        (BIAS, QM, AdapterFormatError, f"module '{Q}' has no bias"),
+        (None, QM, AdapterFormatError, f"{Q}.lora_magnitude_vector' is there .* use_dora"),
+        (None, QB, AdapterFormatError, f"{Q}.lora_B.bias' is there .* not set lora_bias"),
+        (DORA, [*QM, QB[2]], AdapterFormatError, "bias' is there .* not set lora_bias"),
+        (BIAS, [*QB, QM[2]], AdapterFormatError, "vector' is there .* not set use_dora"),
+        (DORA, [*QM, VM[2]], AdapterFormatError, f"{V}.*has no A"),
+        (None, [*QP, VM[2]], AdapterFormatError, f"{V}.*has no A"),
+        (DORA, [*QM[:2], (QM[2][0], ODD)], AdapterFormatError, r"shape \[5\], and B has 4"),
+        (BIAS, [*QB[:2], (QB[2][0], ODD)], AdapterFormatError, r"shape \[5\], and B has 4"),
+        (DORA, [*QM[:2], (QM[2][0], ODD.view(5, 1))], AdapterFormatError, r"\[5, 1\]"),
+        (DORA, [QM[0], QM[2]], AdapterFormatError, "has no B"),
+        # Embeddings and linear modules.
+        (BIAS, TOKENS, UnsupportedAdapterError, f"'{EMBED}' is an embedding, for"),
+        (
+            *(None, pair(Q, 8, 4, embedding=True), IncompatibleAdapterError),
+            "is for an embedding, and the base has a linear module there",
+        ),
+        (
+            *(None, pair(EMBED, 20, 8), IncompatibleAdapterError),
+            "is for a linear module, and the base has an embedding there",
+        ),
+        (
+            *(None, pair(EMBED, 21, 8, embedding=True), IncompatibleAdapterError),
+            r"embed \(21 → 8, .* 20 → 8\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    tensors: list[tuple[str, torch.Tensor]], error: type[AdapterError], text: str
+    vector: str | None, tensors: list[Named], error: type[AdapterError], text: str
 ) -> None:
-    with pytest.raises(error, match=text):
-        plan(file_of(tensors), SPEC, LAYOUT)
+    with pytest.raises(error, match=text) as caught:
+        plan(file_of(tensors), spec_of(vector, 16), LAYOUT)
+    if vector is not None:
+        assert ";" in str(caught.value)  # what is wrong; what to do
 
 
 @pytest.mark.parametrize(
-    "targets",
+    ("targets", "layers", "refused"),
     [
-        ("nonexistent",),
-        ("nonexistent", "q_proj", "layers.1.q"),
-        ("0.q.",),
-        ("layers",),
-        ("proj_q",),
-        r".*\.nonexistent",
-        r"model\.layers\.[3-9]\.q",
-        "nonexistent",
+        *(
+            (targets, (), "none of the target_modules")
+            for targets in [
+                ("nonexistent",),
+                ("nonexistent", "q_proj", "layers.1.q"),
+                ("0.q.",),
+                ("layers",),
+                ("proj_q",),
+                r".*\.nonexistent",
+                r"model\.layers\.[3-9]\.q",
+                "nonexistent",
+            ]
+        ),
+        *(
+            (targets, (), None)
+            for targets in [
+                None,
+                (),
+                ("q",),
+                ("0.q",),
+                ("model.layers.0.q",),
+                ("q", "nonexistent"),
+                ("v",),
+                "all-linear",
+                "ALL-LINEAR",
+                r".*\.q",
+                r"layers\.0\.q",
+                r".*\.0\.(q|k)",
+                r"(?!model\.vision).*\.nonexistent",  # re2 has no look-ahead: the tensors decide
+            ]
+        ),
+        *(
+            (targets, layers, f"layers_to_transform.*{layers[0]}")
+            for targets in (None, ("q",), ("0.q", "v"))
+            for layers in ((77,), (1, 12), (-1,))
+        ),
+        (None, (0,), None),
+        (("q",), (0, 77), None),
+        (("model.layers.0.q",), (77,), None),  # PEFT limits only what is named by its end
     ],
 )
-def test_target_modules_that_the_base_lacks_are_refused(targets: tuple[str, ...] | str) -> None:
+def test_targets_and_layers_of_which_the_base_has_none_are_refused(
+    targets: tuple[str, ...] | str | None, layers: tuple[int, ...], refused: str | None
+) -> None:
     """PEFT would find nothing to adapt, though the file's tensors fit."""
-    with pytest.raises(IncompatibleAdapterError, match="none of the target_modules") as caught:
-        plan(file_of(GOOD), replace(SPEC, targets=targets), LAYOUT)
-    assert repr(targets if isinstance(targets, str) else targets[0]) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "targets",
-    [
-        None,
-        (),
-        ("q",),
-        ("0.q",),
-        ("model.layers.0.q",),
-        ("q", "nonexistent"),
-        ("v",),
-        "all-linear",
-        "ALL-LINEAR",
-        r".*\.q",
-        r"layers\.0\.q",
-        r".*\.0\.(q|k)",
-        r"(?!model\.vision).*\.nonexistent",  # re2 has no look-ahead: the tensors decide
-    ],
-)
-def test_target_modules_of_which_the_base_has_one_are_accepted(
-    targets: tuple[str, ...] | str | None,
-) -> None:
-    made = plan(file_of(GOOD), replace(SPEC, targets=targets), LAYOUT)
-    assert [group.layer for group in made.groups] == [0]
-
-
-@pytest.mark.parametrize("targets", [None, ("q",), ("0.q", "v")])
-@pytest.mark.parametrize("layers", [(77,), (1, 12), (-1,)])
-def test_layers_that_the_base_lacks_are_refused(
-    targets: tuple[str, ...] | None, layers: tuple[int, ...]
-) -> None:
     spec = replace(SPEC, targets=targets, layers=layers)
-    with pytest.raises(IncompatibleAdapterError, match=f"layers_to_transform.*{layers[0]}"):
+    if refused is None:
+        assert [group.layer for group in plan(file_of(GOOD), spec, LAYOUT).groups] == [0]
+        return
+    with pytest.raises(IncompatibleAdapterError, match=refused) as caught:
         plan(file_of(GOOD), spec, LAYOUT)
-
-
-@pytest.mark.parametrize(
-    ("targets", "layers"),
-    [
-        (None, (0,)),
-        (("q",), (0, 77)),
-        (("model.layers.0.q",), (77,)),  # PEFT limits only what is named by its end
-    ],
-)
-def test_layers_of_which_the_base_has_one_are_accepted(
-    targets: tuple[str, ...] | None, layers: tuple[int, ...]
-) -> None:
-    assert plan(file_of(GOOD), replace(SPEC, targets=targets, layers=layers), LAYOUT).groups
+    if targets and not layers:
+        assert repr(targets if isinstance(targets, str) else targets[0]) in str(caught.value)
 
 
 def test_a_pattern_that_would_take_too_long_is_left_to_the_tensors(
@@ -336,32 +501,38 @@ def test_only_the_first_offenders_are_named_and_all_are_counted() -> None:
     assert len(str(caught.value)) < 1_000
 
 
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e300, -1e300])
-def test_a_scale_that_float32_cannot_hold_is_refused(alpha: float) -> None:
-    with pytest.raises(AdapterFormatError, match="lora_alpha"):
-        plan(file_of(GOOD), AdapterSpec(rank=16, alpha=alpha), LAYOUT)
+LARGE = ModulePattern("q", lambda module: module.endswith("q"), 1e40)
 
 
-@pytest.mark.parametrize("by_pattern", [False, True])
-def test_a_scale_that_float32_cannot_hold_is_refused_by_module(by_pattern: bool) -> None:
-    all_of_it = ModulePattern("q", lambda module: module.endswith("q"), 1e40)
-    patterns = (all_of_it,) if by_pattern else ()
-    spec = AdapterSpec(rank=16, alpha=1.0 if by_pattern else 1e40, alpha_patterns=patterns)
-    with pytest.raises(AdapterFormatError, match=r"'model\.layers\.0\.q' .* 6.25e\+38"):
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        *((AdapterSpec(16, alpha), "lora_alpha") for alpha in (float("nan"), float("inf"), 1e300)),
+        (AdapterSpec(rank=16, alpha=-1e300), "lora_alpha"),
+        (AdapterSpec(rank=16, alpha=1e40), r"'model\.layers\.0\.q' .* 6.25e\+38"),
+        (
+            AdapterSpec(rank=16, alpha=1.0, alpha_patterns=(LARGE,)),
+            r"'model\.layers\.0\.q' .* 6.25e\+38",
+        ),
+    ],
+)
+def test_a_scale_that_float32_cannot_hold_is_refused(spec: AdapterSpec, text: str) -> None:
+    with pytest.raises(AdapterFormatError, match=text):
         plan(file_of(GOOD), spec, LAYOUT)
 
 
 def test_fan_in_fan_out_contradicts_a_base_without_such_modules() -> None:
     spec = AdapterSpec(rank=16, alpha=1.0, fan_in_fan_out=True)
-    with pytest.raises(IncompatibleAdapterError, match="fan_in_fan_out"):
-        plan(file_of(GOOD), spec, LAYOUT)
-    conv = layout_of(("model.layers.0.q", 8, 4, 0), transposed=True)
+    for tensors in (GOOD, [*TOKENS, *GOOD]):
+        with pytest.raises(IncompatibleAdapterError, match="fan_in_fan_out"):
+            plan(file_of(tensors), spec, LAYOUT)
+    assert plan(file_of(TOKENS), spec, LAYOUT).groups, "it says nothing of embeddings"
+    conv = layout_of((Q, 8, 4, 0), transposed=True)
+    linear = layout_of((Q, 8, 4, 0))
     # False is the default: it says nothing, and A and B are the same either way.
-    assert (
-        plan(file_of(GOOD), spec, conv).groups[0].reads
-        == plan(file_of(GOOD), SPEC, LAYOUT).groups[0].reads
-    )
-    assert plan(file_of(GOOD), SPEC, conv) == plan(file_of(GOOD), SPEC, LAYOUT)
+    there = plan(file_of(GOOD), SPEC, linear)
+    assert plan(file_of(GOOD), spec, conv).groups[0].reads == there.groups[0].reads
+    assert plan(file_of(GOOD), SPEC, conv) == there
 
 
 @pytest.mark.parametrize(

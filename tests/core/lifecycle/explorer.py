@@ -8,8 +8,8 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import TypeVar
 
-from core.lifecycle_actions import actions, perform
-from core.lifecycle_world import Action, Setting, Violation, World, keys, new_world, pace
+from core.lifecycle.checks import perform
+from core.lifecycle.world import Action, Setting, Violation, World, actions, forbid
 from lorax_async.core.life import Life
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.residency import ImageBudget, Residency
@@ -43,7 +43,7 @@ def clone(world: World) -> World:
 def _clone_lifecycle(world: World) -> Lifecycle:
     """What copy.deepcopy would give, a hundred times faster."""
     original = world.lifecycle
-    twin = Lifecycle(_clone_budgets(world), pace(world.setting))
+    twin = Lifecycle(_clone_budgets(world), world.setting.pace)
     for key, life in original.lives.items():
         twin.lives[key] = _clone_life(life)
     old, new = original._settling, twin._settling
@@ -93,32 +93,30 @@ def _twin(original: _Budget, **own: object) -> _Budget:
     return twin
 
 
+_PRINTED = (
+    *("fetches", "populating", "held", "read_ahead", "releasing", "readable", "content"),
+    *("idle_leases", "busy_leases", "orphan_uses", "broken", "told", "wiping", "pins", "unloads"),
+)
+
+
 def fingerprint(world: World) -> tuple[object, ...]:
     """Two worlds with one fingerprint have the same future: no counters, only their order."""
     order = {w: n for n, w in enumerate(sorted(world.waiting))}
-    names = keys(world.setting)
-    lives = tuple(_life_print(world, world.lifecycle.lives.get(key), order) for key in names)
+    lives = world.lifecycle.lives
     return (
-        lives,
+        tuple(_life_print(world, lives.get(key), order) for key in world.setting.keys),
         _queue_print(world),
-        tuple(sorted(world.fetches.items())),
-        frozenset(world.populating),
-        frozenset(world.held),
-        frozenset(world.read_ahead),
-        frozenset(world.releasing),
+        *(_frozen(getattr(world, name)) for name in _PRINTED),
         frozenset(world.copies),
-        tuple(sorted(world.readable.items())),
-        tuple(sorted(world.content.items())),
-        tuple(sorted(world.idle_leases)),
-        tuple(sorted(world.busy_leases)),
-        tuple(sorted(world.orphan_uses)),
-        frozenset(world.broken),
-        frozenset(world.told),
         tuple(sorted((a, grant.extents) for a, grant in world.dirty.items())),
-        frozenset(world.wiping),
-        tuple((a, world.pins.get(a), world.unloads.get(a)) for a in range(len(names))),
         world.closed,
     )
+
+
+def _frozen(state: dict[int, object] | set[int] | list[int]) -> object:
+    if isinstance(state, set):
+        return frozenset(state)
+    return tuple(sorted(state.items() if isinstance(state, dict) else state))
 
 
 def _queue_print(world: World) -> tuple[object, ...]:
@@ -193,7 +191,7 @@ def explore(setting: Setting, *, limit: int = 1_000_000) -> int:
 
 
 def _explore(setting: Setting, limit: int) -> int:
-    start = new_world(setting)
+    start = World.new(setting)
     seen = {fingerprint(start)}
     queue: deque[tuple[World, _Way]] = deque([(start, None)])
     while queue:
@@ -208,8 +206,7 @@ def _explore(setting: Setting, limit: int) -> int:
             except Exception as error:
                 raise Violation(f"{error!r} after: {_told((way, action))}") from error
             if mark not in seen:
-                if len(seen) >= limit:
-                    raise Violation(f"more than {limit} states")
+                forbid(len(seen) >= limit, f"more than {limit} states")
                 seen.add(mark)
                 queue.append((twin, (way, action)))
     return len(seen)

@@ -1,11 +1,10 @@
-"""What must never be commanded in a world: every command of the lifecycle is judged here."""
+"""What must never be commanded in a world, and what must hold in it between any two steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from core.lifecycle_invariants import require_complete, require_open
-from core.lifecycle_world import AGE, Violation, World, forget_content, keys
+from core.lifecycle.world import AGE, Action, World, forbid
 from lorax_async.core import commands
 from lorax_async.core.arena import Extent
 from lorax_async.core.transitions import FileState, SlotState
@@ -13,17 +12,14 @@ from lorax_async.core.waiters import Tier
 from lorax_async.errors import CapacityError
 
 
-def obey(world: World, answer: list[commands.Command]) -> None:
-    names = keys(world.setting)
-    for command in answer:
+def perform(world: World, action: Action) -> None:
+    """Let `action` happen, and check everything the lifecycle answers."""
+    names = world.setting.keys
+    for command in getattr(world, str(action[0]))(*action[1:]):
         judge = _JUDGES.get(type(command))
         if judge is not None:
             judge(world, names.index(command.key), command)
-
-
-def forbid(wrong: object, problem: str) -> None:
-    if wrong:
-        raise Violation(problem)
+    _check_between_steps(world)
 
 
 # -- files and host memory --------------------------------------------------------------------------
@@ -62,8 +58,7 @@ def _release(world: World, a: int, _: commands.Release) -> None:
 
 def _forget(world: World, a: int, command: commands.Forget) -> None:
     forbid(command.key in world.lifecycle.lives, "forgotten but known")
-    held = world.held | world.populating | world.releasing
-    forbid(a in held, "forgotten but in host memory")
+    forbid(a in world.held | world.populating | world.releasing, "forgotten but in host memory")
     forbid(a in world.holder, "forgotten but on the device")
     world.read_ahead.discard(a)
 
@@ -135,7 +130,7 @@ def _wipe(world: World, a: int, command: commands.Wipe) -> None:
 
 def _forbid_use(world: World, a: int, deed: str) -> None:
     forbid(any(copying == a for copying, _ in world.copies), f"a slot was {deed} under a copy")
-    forbid(a in world.idle_leases + world.busy_leases, f"a slot was {deed} under a lease")
+    forbid(a in world.leased, f"a slot was {deed} under a lease")
     forbid(a in world.orphan_uses, f"a slot was {deed} under a kernel")
 
 
@@ -160,7 +155,7 @@ def _serve(world: World, a: int, command: commands.Serve) -> None:
     leases = tier >= Tier.STREAM and foreground
     forbid((command.grant is not None) != leases, "a lease for a prefetch, or none for a load")
     if tier is Tier.DEVICE:
-        require_complete(world, a)
+        world.require_complete(a)
     elif tier is Tier.HOST:
         forbid(not (world.is_complete(a) or _in_host(world, a)), "served before it is in memory")
     elif tier is Tier.DISK:
@@ -168,7 +163,7 @@ def _serve(world: World, a: int, command: commands.Serve) -> None:
         forbid(not (world.is_complete(a) or present), "served before the file is here")
     if tier >= Tier.STREAM:
         forbid(a not in world.holder, "a lease without a slot")
-        require_open(world, a)
+        world.require_open(a)
     if leases:
         forbid(command.grant != world.holder[a], "a lease on another's slot")
         world.idle_leases.append(a)
@@ -200,7 +195,7 @@ def _tell_leaving(world: World, a: int, command: commands.TellLeaving) -> None:
     ordered = world.unloads.get(a) or world.closed or a in world.broken
     if not ordered and a in world.resident_at:
         due = world.now >= world.resident_at[a] + world.setting.min_residency
-        due = due and a not in world.idle_leases + world.busy_leases
+        due = due and a not in world.leased
         forbid(not (due or _starves(world, a)), "evicted before its time")
 
 
@@ -232,7 +227,7 @@ def _tell_unloaded(world: World, a: int, command: commands.TellUnloaded) -> None
     kept = life is not None and life.image is not None and life.slot is SlotState.NONE
     forbid(kept, "unloaded, but its image is kept")
     world.unloads[a] = 0
-    forget_content(world, a)
+    world.forget_content(a)
 
 
 _JUDGES: dict[type[commands.Command], Callable[..., None]] = {
@@ -253,3 +248,110 @@ _JUDGES: dict[type[commands.Command], Callable[..., None]] = {
     commands.TellReady: _tell_ready,
     commands.TellUnloaded: _tell_unloaded,
 }
+
+
+# -- between any two steps --------------------------------------------------------------------------
+
+
+def _check_between_steps(world: World) -> None:
+    free = world.setting.copies - len(world.copies)
+    forbid(world.lifecycle.budgets.device.copies_free != free, "places for copies leaked")
+    for life in world.lifecycle.lives.values():
+        filling = life.slot is SlotState.FILLING
+        forbid(filling and life.leaving and life.leases, "told to leave while filling")
+    _check_host(world)
+    if world.setting.image_bytes:
+        _check_images(world)
+    _check_told(world)
+    _check_served(world)
+    _check_memory(world)
+    _check_forward(world)
+
+
+def _check_host(world: World) -> None:
+    holders = (world.populating | world.held).intersection(world.setting.holdable)
+    free = world.setting.host_bytes - sum(sum(world.setting.sizes[a]) for a in holders)
+    forbid(free < 0, "more is held than host_bytes")
+    forbid(world.lifecycle.budgets.host.free != free, "host_bytes leaked")
+
+
+def _check_images(world: World) -> None:
+    lives = world.lifecycle.lives.values()
+    extents = sorted(
+        (extent.offset, extent.offset + extent.nbytes)
+        for life in lives
+        for extent in life.image or ()
+    )
+    ends = [0, *(end for _, end in extents)]
+    starts = [*(start for start, _ in extents), world.setting.image_bytes]
+    forbid(any(start < end for end, start in zip(ends, starts, strict=True)), "two images overlap")
+    free = world.setting.image_bytes - sum(end - start for start, end in extents)
+    forbid(world.lifecycle.budgets.images.arena.free_bytes != free, "page-locked memory leaked")
+    for (a, group), copy in world.copies.items():
+        image = world.life(a).image
+        gone = image is None or image[group] != copy.image
+        forbid(copy.image is not None and gone, "an image was given away under a copy")
+
+
+def _check_told(world: World) -> None:
+    """Whoever holds a slot has heard whether it is leaving."""
+    for a in world.holder:
+        life = world.life(a)
+        leaves = life.departing or life.slot is SlotState.DRAINING or world.closed
+        forbid(a in world.told and not leaves, "told to be leaving, but stays")
+        forbid(life.departing and a not in world.told, "leaving, but nobody was told")
+
+
+def _check_served(world: World) -> None:
+    """Nobody waits for what is here, nor past their age for what others take leases on."""
+    for waiter, (a, tier, foreground) in world.waiting.items():
+        open_for_leases = a not in world.told and not world.unloads.get(a)
+        here = world.is_complete(a) or (tier is Tier.STREAM and a in world.holder)
+        forbid(here and open_for_leases, "not served, although it is here")
+        if tier >= Tier.STREAM and foreground and world.since[waiter] + AGE <= world.now:
+            _check_starving(world, a)
+
+
+def _check_starving(world: World, a: int) -> None:
+    life = world.life(a)
+    if world.setting.slots > 1 or a in world.holder or life.unloads or not life.wants_slot:
+        return
+    for holder in world.holder:
+        rests = world.is_complete(holder) and not world.pins.get(holder)
+        forbid(rests and holder not in world.told, "somebody starves while others may take leases")
+
+
+def _check_memory(world: World) -> None:
+    """What holds nothing of any budget is remembered up to a limit, and no longer."""
+    settling = world.lifecycle._settling
+    idle = {key for key, life in world.lifecycle.lives.items() if life.is_idle}
+    forbid(set(settling.idle) != idle, "others are remembered than those that are idle")
+    nothing = sum(_holds_nothing(world, a) for a in range(len(world.setting.keys)))
+    forbid(nothing > world.setting.max_idle, "more is remembered than max_idle")
+    plans = {id(life.needs): life.needs for life in world.lifecycle.lives.values() if life.is_idle}
+    rows = sum(needs.weight for needs in plans.values() if needs is not None)
+    forbid(settling.idle.weight != 8 * len(idle) + rows, "the weight of what is remembered leaked")
+
+
+def _holds_nothing(world: World, a: int) -> bool:
+    life = world.lifecycle.lives.get(world.setting.keys[a])
+    if life is None or life.image is not None or life.waiters or life.unloads or life.demoted:
+        return False
+    busy = (world.fetches, world.populating, world.releasing, world.held, world.holder)
+    return not any(a in each for each in busy)
+
+
+def _check_forward(world: World) -> None:
+    """With nothing in flight and nothing in use nobody may still wait, whatever is pinned."""
+    lifecycle = world.lifecycle
+    stages = (world.fetches, world.populating, world.releasing, world.copies, world.wiping)
+    in_flight = any(stages)
+    forbid(lifecycle.at_rest and (in_flight or world.holder), "at rest, but something is under way")
+    if in_flight or world.leased or world.orphan_uses:
+        return
+    due = world.setting.min_residency and lifecycle.next_tick is not None
+    forbid(world.waiting and not due, "stranded")
+    forbid(any(world.unloads.values()), "nobody ends an unload")
+    forbid(any(life.demoted for life in lifecycle.lives.values()), "nobody ends a demotion")
+    active = not lifecycle.at_rest or world.held or world.holder
+    forbid(world.closed and active, "closed and idle, but not at rest")

@@ -1,0 +1,415 @@
+"""A world around the real lifecycle in which everything that can happen is one of `actions`.
+
+The world plays driver, device and callers, one step at a time: it holds what is in flight. It is
+small enough to be explored exhaustively, which `explore` does; `checks` judges every command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.commands import Command, Copy
+from lorax_async.core.life import Grant, Life, Needs
+from lorax_async.core.lifecycle import Lifecycle
+from lorax_async.core.policies import GDSF, LFU, LRU, Policy, PolicyName
+from lorax_async.core.residency import HostBudget, ImageBudget, Residency
+from lorax_async.core.settling import Budgets, Pace
+from lorax_async.core.transitions import FileState
+from lorax_async.core.waiters import Tier, Waiter
+from lorax_async.errors import FetchError, LoaderClosedError, TransferError
+
+AGE = 10.0
+MIN_RESIDENCY = 5.0
+ALIGNMENT = 64
+Action = tuple[object, ...]
+"""The name of one of World's methods, and its arguments."""
+
+
+class Violation(AssertionError):
+    """The lifecycle did something that must never happen."""
+
+
+def forbid(wrong: object, problem: str) -> None:
+    if wrong:
+        raise Violation(problem)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What may happen in a world; each wish is (tier, foreground).
+
+    `holdable` are the adapters that host memory can hold, and not only read ahead. `leases`,
+    `pins` and `unloads` are how many there may be at once of one adapter.
+    """
+
+    wishes: tuple[tuple[Tier, bool], ...]
+    sizes: tuple[tuple[int, ...], ...]
+    slots: int = 1
+    device_bytes: int = 128
+    host_bytes: int = 0
+    image_bytes: int = 0
+    holdable: tuple[int, ...] = ()
+    copies: int = 2
+    policy: PolicyName = "lru"
+    streaming: bool = True
+    kernels: bool = True
+    failures: bool = True
+    withdrawals: bool = True
+    lookups: bool = False
+    ageing: bool = False
+    min_residency: float = 0.0
+    leases: int = 1
+    clones: bool = False
+    pins: int = 0
+    unloads: int = 0
+    closing: bool = True
+    max_idle: int = 10
+    forgets: bool = False
+
+    @property
+    def step(self) -> float:
+        """Seconds that pass at once: wishes starve after one, or after two residencies."""
+        return MIN_RESIDENCY + 1 if self.min_residency else AGE + 1
+
+    @property
+    def keys(self) -> tuple[AdapterKey, ...]:
+        return _KEYS[: len(self.sizes)]
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(starvation_age=AGE, min_residency=self.min_residency, max_idle=self.max_idle)
+
+
+_KEYS = tuple(AdapterKey(name, ()) for name in "abc")
+
+POLICIES: dict[PolicyName, Callable[[], Policy]] = {
+    "lru": LRU,
+    "lfu": lambda: LFU(half_life=3),
+    "gdsf": lambda: GDSF(most_uses=2),
+}
+"""As they are, but that they forget soon: what they remember must be finite, and small."""
+
+
+@dataclass
+class World:
+    setting: Setting
+    lifecycle: Lifecycle
+    now: float = 0.0
+    fetches: dict[int, tuple[bool, frozenset[int], bool]] = field(default_factory=dict)
+    """By adapter: header told, groups told, cancelled."""
+    populating: set[int] = field(default_factory=set)
+    held: set[int] = field(default_factory=set)
+    """Adapters whose pages are in host memory, from Populated to Released."""
+    read_ahead: set[int] = field(default_factory=set)
+    """Adapters that were populated where nothing can be held."""
+    releasing: set[int] = field(default_factory=set)
+    copies: dict[tuple[int, int], Copy] = field(default_factory=dict)
+    on_device: dict[int, frozenset[int]] = field(default_factory=dict)
+    readable: dict[int, frozenset[int]] = field(default_factory=dict)
+    content: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Offset in the page-locked memory → adapter and group whose bytes lie there in whole."""
+    holder: dict[int, Grant] = field(default_factory=dict)
+    """Adapter → grant, from TakeSlot to ClearColumn."""
+    dirty: dict[int, Grant] = field(default_factory=dict)
+    """Adapter → grant that broke, until it was zeroed."""
+    wiping: set[int] = field(default_factory=set)
+    told: set[int] = field(default_factory=set)
+    """Adapters that were told to be leaving."""
+    resident_at: dict[int, float] = field(default_factory=dict)
+    idle_leases: list[int] = field(default_factory=list)
+    busy_leases: list[int] = field(default_factory=list)
+    orphan_uses: list[int] = field(default_factory=list)
+    """Kernels that outlived their lease."""
+    broken: set[int] = field(default_factory=set)
+    pins: dict[int, int] = field(default_factory=dict)
+    unloads: dict[int, int] = field(default_factory=dict)
+    waiting: dict[int, tuple[int, Tier, bool]] = field(default_factory=dict)
+    """Waiter id → adapter, tier, foreground."""
+    since: dict[int, float] = field(default_factory=dict)
+    """Of those who wait."""
+    next_waiter: int = 0
+    closed: bool = False
+
+    @classmethod
+    def new(cls, setting: Setting) -> World:
+        new_policy = POLICIES[setting.policy]
+        device = Residency(
+            device_bytes=setting.device_bytes,
+            alignment=ALIGNMENT,
+            max_slots=setting.slots,
+            copies=setting.copies,
+            policy=new_policy(),
+        )
+        host = HostBudget(setting.host_bytes, new_policy())
+        images = ImageBudget(setting.image_bytes, ALIGNMENT, new_policy())
+        return cls(setting, Lifecycle(Budgets(device, host, images), setting.pace))
+
+    @property
+    def leased(self) -> list[int]:
+        """Adapters, once for each lease."""
+        return self.idle_leases + self.busy_leases
+
+    def is_complete(self, a: int) -> bool:
+        return self.on_device.get(a) == frozenset(range(len(self.setting.sizes[a])))
+
+    def life(self, a: int) -> Life:
+        return self.lifecycle.lives[self.setting.keys[a]]
+
+    def forget_content(self, a: int) -> None:
+        """What lies in page-locked memory of this adapter must not be used again."""
+        for offset in [offset for offset, (owner, _) in self.content.items() if owner == a]:
+            del self.content[offset]
+
+    def require_complete(self, a: int) -> None:
+        forbid(not self.is_complete(a), "resident before its last byte")
+
+    def require_open(self, a: int) -> None:
+        """What is leaving gives no lease."""
+        leaving = a in self.told or self.unloads.get(a)
+        forbid(leaving, "a lease on an adapter that is leaving")
+
+    # -- what callers do --------------------------------------------------------------------------
+
+    def want(self, a: int, tier: Tier, foreground: bool) -> list[Command]:
+        self.next_waiter += 1
+        self.now += 1e-3
+        self.waiting[self.next_waiter] = (a, tier, foreground)
+        self.since[self.next_waiter] = self.now
+        waiter = Waiter(self.next_waiter, tier, self.now, foreground)
+        return self.lifecycle.want(self.setting.keys[a], waiter)
+
+    def look_up(self, a: int) -> list[Command]:
+        grant = self.lifecycle.take_lease(self.setting.keys[a])
+        if grant is not None:
+            self.require_complete(a)
+            self.require_open(a)
+            self.idle_leases.append(a)
+        return []
+
+    def withdraw(self, waiter: int) -> list[Command]:
+        a, _, _ = self.waiting.pop(waiter)
+        del self.since[waiter]
+        return self.lifecycle.withdraw(self.setting.keys[a], waiter)
+
+    def clone_lease(self, a: int) -> list[Command]:
+        self.idle_leases.append(a)
+        self.lifecycle.add_lease(self.setting.keys[a])
+        return []
+
+    def pin(self, a: int) -> list[Command]:
+        departing = a in self.told or self.unloads.get(a, 0) > 0 or self.closed
+        complete = self.is_complete(a)
+        pinned = self.lifecycle.pin(self.setting.keys[a])
+        forbid(pinned and (departing or not complete), "a pin on what leaves, or is not here")
+        forbid(not pinned and not departing and complete, "what stays could not be pinned")
+        if pinned:
+            self.pins[a] = self.pins.get(a, 0) + 1
+        return []
+
+    def unpin(self, a: int) -> list[Command]:
+        self.pins[a] -= 1
+        return self.lifecycle.unpin(self.setting.keys[a], self.holder[a])
+
+    def unload(self, a: int) -> list[Command]:
+        self.unloads[a] = self.unloads.get(a, 0) + 1
+        self.pins.pop(a, None)
+        return self.lifecycle.unload(self.setting.keys[a])
+
+    def give_up_unload(self, a: int) -> list[Command]:
+        self.unloads[a] -= 1
+        return self.lifecycle.withdraw_unload(self.setting.keys[a])
+
+    def forget(self, a: int) -> list[Command]:
+        return self.lifecycle.forget(self.setting.keys[a])
+
+    def end_lease(self, a: int) -> list[Command]:
+        self.idle_leases.remove(a)
+        return self.lifecycle.end_lease(self.setting.keys[a])
+
+    def start_kernel(self, a: int) -> list[Command]:
+        self.idle_leases.remove(a)
+        self.busy_leases.append(a)
+        return []
+
+    def end_kernel(self, a: int) -> list[Command]:
+        self.busy_leases.remove(a)
+        self.idle_leases.append(a)
+        return []
+
+    def end_lease_under_kernel(self, a: int) -> list[Command]:
+        self.busy_leases.remove(a)
+        self.orphan_uses.append(a)
+        return self.lifecycle.end_lease(self.setting.keys[a], in_use=True)
+
+    def end_orphan(self, a: int) -> list[Command]:
+        self.orphan_uses.remove(a)
+        return self.lifecycle.end_use(self.setting.keys[a])
+
+    def age(self) -> list[Command]:
+        """Time passes; the lifecycle hears of it only where it asked to."""
+        self.now += self.setting.step
+        due = self.lifecycle.next_tick
+        if due is not None and due <= self.now:
+            return self.lifecycle.tick(self.now)
+        self.lifecycle.note_time(self.now)
+        return []
+
+    def close(self) -> list[Command]:
+        self.closed = True
+        self.pins.clear()
+        return self.lifecycle.close(LoaderClosedError("ordered"))
+
+    # -- what threads and devices answer ----------------------------------------------------------
+
+    def header(self, a: int) -> list[Command]:
+        self.fetches[a] = (True, *self.fetches[a][1:])
+        sizes = self.setting.sizes[a]
+        needs = Needs(sizes, file_nbytes=sum(sizes), holdable=a in self.setting.holdable)
+        return self.lifecycle.header_checked(*self._attempt(a), needs)
+
+    def span(self, a: int, group: int) -> list[Command]:
+        header, told, cancelled = self.fetches[a]
+        self.fetches[a] = (header, told | {group}, cancelled)
+        self.readable[a] = self.readable.get(a, frozenset()) | {group}
+        return self.lifecycle.span_fetched(*self._attempt(a), group)
+
+    def published(self, a: int) -> list[Command]:
+        del self.fetches[a]
+        self.readable[a] = frozenset(range(len(self.setting.sizes[a])))
+        return self.lifecycle.published(*self._attempt(a))
+
+    def fetch_failed(self, a: int) -> list[Command]:
+        _, _, cancelled = self.fetches.pop(a)
+        if a in self.holder and not cancelled:
+            self.dirty[a] = self.holder[a]
+        self.forget_content(a)
+        return self.lifecycle.fetch_failed(*self._attempt(a), FetchError("ordered"))
+
+    def populated(self, a: int) -> list[Command]:
+        self.populating.discard(a)
+        (self.held if a in self.setting.holdable else self.read_ahead).add(a)
+        return self.lifecycle.populated(*self._attempt(a))
+
+    def lost(self, a: int) -> list[Command]:
+        self.populating.discard(a)
+        self.forget_content(a)
+        return self.lifecycle.lost(*self._attempt(a), FetchError("ordered"))
+
+    def released(self, a: int) -> list[Command]:
+        for pages in (self.releasing, self.held, self.read_ahead):
+            pages.discard(a)
+        return self.lifecycle.released(*self._attempt(a))
+
+    def copy_done(self, a: int, group: int) -> list[Command]:
+        copy = self.copies.pop((a, group))
+        if copy.image is not None:
+            self.content[copy.image.offset] = (a, group)
+        self.on_device[a] = self.on_device[a] | {group}
+        if self.is_complete(a):
+            self.resident_at[a] = self.now
+        return self.lifecycle.copy_done(self.setting.keys[a], group)
+
+    def copy_failed(self, a: int, group: int) -> list[Command]:
+        del self.copies[a, group]
+        return self.lifecycle.copy_failed(self.setting.keys[a], TransferError("ordered"))
+
+    def copy_lost(self, a: int, group: int) -> list[Command]:
+        del self.copies[a, group]
+        self.forget_content(a)
+        key = self.setting.keys[a]
+        return self.lifecycle.copy_failed(key, FetchError("ordered"), file_lost=True)
+
+    def wiped(self, a: int) -> list[Command]:
+        self.wiping.discard(a)
+        del self.dirty[a]
+        return self.lifecycle.wiped(self.setting.keys[a])
+
+    def _attempt(self, a: int) -> tuple[AdapterKey, int]:
+        return self.setting.keys[a], self.life(a).attempt
+
+
+# -- what can happen next -------------------------------------------------------------------------
+
+
+def actions(world: World) -> Iterator[Action]:
+    setting = world.setting
+    for a in range(len(setting.sizes)):
+        if not world.closed:
+            yield from _wishes(world, a)
+        if world.unloads.get(a):
+            yield ("give_up_unload", a)
+        if world.pins.get(a):
+            yield ("unpin", a)
+    if setting.withdrawals:
+        yield from (("withdraw", waiter) for waiter in world.waiting)
+    yield from _outcomes(world)
+    yield from _uses(world)
+    passes = setting.ageing or setting.min_residency
+    if passes and (world.waiting or world.lifecycle.next_tick is not None):
+        yield ("age",)
+    if setting.closing and not world.closed:
+        yield ("close",)
+
+
+def _wishes(world: World, a: int) -> Iterator[Action]:
+    setting = world.setting
+    if world.leased.count(a) < setting.leases:
+        for tier, foreground in setting.wishes:
+            if (a, tier, foreground) not in world.waiting.values():
+                yield ("want", a, tier, foreground)
+        if setting.lookups:
+            yield ("look_up", a)
+    if world.unloads.get(a, 0) < setting.unloads:
+        yield ("unload", a)
+    if setting.forgets:
+        yield ("forget", a)
+
+
+def _outcomes(world: World) -> Iterator[Action]:
+    for a in world.fetches:
+        yield from _fetch_outcomes(world, a)
+    for a in world.populating:
+        yield ("populated", a)
+        if world.setting.failures:
+            yield ("lost", a)
+    yield from (("released", a) for a in world.releasing)
+    yield from (("wiped", a) for a in world.wiping)
+    for (a, group), copy in world.copies.items():
+        yield ("copy_done", a, group)
+        if world.setting.failures:
+            yield ("copy_failed", a, group)
+            if not copy.warm and world.life(a).file in (FileState.PRESENT, FileState.ENDING):
+                yield ("copy_lost", a, group)
+
+
+def _fetch_outcomes(world: World, a: int) -> Iterator[Action]:
+    header, told, cancelled = world.fetches[a]
+    if world.setting.failures or cancelled:
+        yield ("fetch_failed", a)
+    groups = range(len(world.setting.sizes[a]))
+    if not header:
+        yield ("header", a)
+    elif not world.setting.streaming or len(told) == len(groups):
+        yield ("published", a)
+    else:
+        yield from (("span", a, group) for group in groups if group not in told)
+
+
+def _uses(world: World) -> Iterator[Action]:
+    setting = world.setting
+    for a in set(world.idle_leases):
+        yield ("end_lease", a)
+        used = world.busy_leases + world.orphan_uses
+        if setting.kernels and a not in used and a not in world.broken:
+            yield ("start_kernel", a)
+        if world.pins.get(a, 0) < setting.pins:
+            yield ("pin", a)
+        if setting.clones and world.leased.count(a) < 2:
+            yield ("clone_lease", a)
+    for a in set(world.busy_leases):
+        yield ("end_kernel", a)
+        yield ("end_lease_under_kernel", a)
+    for a in set(world.orphan_uses):
+        yield ("end_orphan", a)
