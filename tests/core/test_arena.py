@@ -145,20 +145,6 @@ def test_one_run_that_holds_everything_is_always_enough(sizes: list[int], slack:
     assert arena.free_bytes == slack * ALIGNMENT
 
 
-def test_neighbours_merge_whatever_the_order_of_their_return() -> None:
-    arena = Arena(4 * 64, 64)
-    one, two, three, four = arena.allocate([64] * 4) or ()
-    arena.free([one])
-    arena.free([three])
-    assert arena.can_allocate([64])
-    assert not arena.can_allocate([65])
-    arena.free([two])
-    assert arena.can_allocate([192])
-    assert not arena.can_allocate([193])
-    arena.free([four])
-    assert arena.allocate([256]) == (Extent(0, 256),)
-
-
 def test_all_or_none() -> None:
     arena = Arena(3 * 64, 64)
     low, _middle, high = arena.allocate([64, 64, 64]) or ()
@@ -166,10 +152,7 @@ def test_all_or_none() -> None:
     assert arena.allocate([64, 128]) is None
     assert arena.free_bytes == 128
     assert arena.allocate([1, 2]) == (Extent(128, 64), Extent(0, 64))
-
-
-def test_nothing_asked_is_nothing_given() -> None:
-    assert Arena(64, 64).allocate([]) == ()
+    assert arena.allocate([]) == ()
 
 
 @pytest.mark.parametrize("size", [0, -1, -64])

@@ -1,105 +1,167 @@
-"""The trace of `eviction_trace` played through the whole lifecycle, with a driver that never fails."""
+"""The same requests to the whole lifecycle, to the loader's budget, and to the simulation of both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from core.eviction_trace import (
-    DEVICE_NBYTES,
-    GROUP_NBYTES,
-    HITS,
-    RELOADED,
-    REQUESTS,
-    SIZES,
-    SLOTS,
-    Step,
-    steps,
-)
 from lorax_async.adapter import AdapterKey
 from lorax_async.core import commands
 from lorax_async.core.life import Needs
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.policies import EVICTION_POLICIES, LRU, PolicyName, policy
+from lorax_async.core.popularity import Zipf
 from lorax_async.core.residency import HostBudget, ImageBudget, Residency
 from lorax_async.core.settling import Budgets
+from lorax_async.core.simulation import Outcome, Room, fitting, simulate
 from lorax_async.core.waiters import Tier, Waiter
-
-
-def new_lifecycle(name: PolicyName) -> Lifecycle:
-    device = Residency(
-        device_bytes=DEVICE_NBYTES, alignment=64, max_slots=SLOTS, copies=2, policy=policy(name)
-    )
-    return Lifecycle(Budgets(device, HostBudget(0, LRU()), ImageBudget(0, 64, LRU())))
-
-
-def needs(key: AdapterKey) -> Needs:
-    nbytes = SIZES[key.location]
-    return Needs((GROUP_NBYTES,) * (nbytes // GROUP_NBYTES), file_nbytes=nbytes)
+from lorax_async.errors import ConfigError
 
 
 @dataclass
 class Driver:
-    """Does at once what it is told."""
+    """Does at once what the lifecycle commands, and never fails."""
 
     lifecycle: Lifecycle
-    served: int = 0
-    cleared: list[str] = field(default_factory=list)
-    loaded: list[str] = field(default_factory=list)
+    needs: Sequence[Needs]
+    loads: list[int] = field(default_factory=list)
+    hits: int = 0
+    refused: int = 0
+    evictions: int = 0
+    device_bytes: int = 0
 
-    def obey(self, answer: list[commands.Command]) -> None:
-        queue = list(answer)
+    def request(self, number: int, position: int, *, look_up: bool) -> None:
+        """Load one adapter and let it go again."""
+        key, before = AdapterKey(str(position), ()), (len(self.loads), self.refused)
+        if look_up and self.lifecycle.take_lease(key) is not None:
+            queue = self.lifecycle.end_lease(key)
+        else:
+            queue = self.lifecycle.want(key, Waiter(number, Tier.DEVICE, float(number)))
         while queue:
             queue += self._do(queue.pop(0))
+        self.hits += before == (len(self.loads), self.refused)
 
     def _do(self, command: commands.Command) -> list[commands.Command]:
         key, lifecycle = command.key, self.lifecycle
         match command:
             case commands.Fetch():
-                checked = lifecycle.header_checked(key, command.attempt, needs(key))
+                needs = self.needs[int(key.location)]
+                checked = lifecycle.header_checked(key, command.attempt, needs)
                 return [*checked, *lifecycle.published(key, command.attempt)]
             case commands.Copy():
                 return lifecycle.copy_done(key, command.group)
             case commands.TakeSlot():
-                self.loaded.append(key.location)
+                self.loads.append(int(key.location))
+                self.device_bytes += command.grant.nbytes
             case commands.ClearColumn():
-                self.cleared.append(key.location)
+                self.evictions += 1
+            case commands.Fail():
+                self.refused += 1
             case commands.Serve():
-                self.served += 1
                 return lifecycle.end_lease(key)
         return []
 
-    def request(self, number: int, name: str) -> Step:
-        """Load one adapter and let it go again."""
-        before = len(self.loaded)
-        self.cleared.clear()
-        waiter = Waiter(number, Tier.DEVICE, float(number))
-        self.obey(self.lifecycle.want(AdapterKey(name, ()), waiter))
-        ranked = tuple(key.location for key in self.lifecycle.budgets.device.ranked())
-        return Step(name, len(self.loaded) == before, tuple(self.cleared), ranked)
+    def outcome(self) -> Outcome:
+        return Outcome(
+            requests=self.hits + self.refused + len(self.loads),
+            hits=self.hits,
+            refused=self.refused,
+            loads=len(self.loads),
+            first_loads=len(set(self.loads)),
+            evictions=self.evictions,
+            device_bytes=self.device_bytes,
+            file_bytes=sum(self.needs[position].file_nbytes for position in self.loads),
+        )
+
+
+GROUPS = st.lists(st.integers(1, 5 * 64), min_size=1, max_size=4).map(tuple)
 
 
 @pytest.mark.parametrize("name", EVICTION_POLICIES)
-def test_a_trace_of_loads_hits_and_evicts_as_worked_out_by_hand(name: PolicyName) -> None:
-    driver = Driver(new_lifecycle(name))
-    played = [driver.request(number, request) for number, request in enumerate(REQUESTS)]
+@given(
+    asked=st.lists(st.integers(0, 7), max_size=60),
+    nbytes=st.integers(0, 40 * 64),
+    groups=st.lists(GROUPS, min_size=8, max_size=8),
+    files=st.lists(st.integers(0, 1 << 24), min_size=8, max_size=8),
+    look_up=st.booleans(),
+)
+def test_the_lifecycle_evicts_as_it_is_simulated(
+    name: PolicyName,
+    asked: list[int],
+    nbytes: int,
+    groups: list[tuple[int, ...]],
+    files: list[int],
+    look_up: bool,
+) -> None:
+    """Lookups that need no waiting count as uses, too."""
+    needs = [Needs(*each) for each in zip(groups, [()] * 8, files, strict=True)]
+    device = Residency(
+        device_bytes=nbytes, alignment=64, max_slots=4, copies=2, policy=policy(name)
+    )
+    budgets = Budgets(device, HostBudget(0, LRU()), ImageBudget(0, 64, LRU()))
+    driver = Driver(Lifecycle(budgets), needs)
+    for number, position in enumerate(asked):
+        driver.request(number, position, look_up=look_up)
+    ranking = policy(name)
+    assert simulate(asked, needs, Room(nbytes, 64, 4), ranking) == driver.outcome()
+    assert list(ranking.ranked()) == list(device.ranked())
 
-    assert [number for number, step in enumerate(played) if step.hit] == sorted(HITS[name])
-    assert played == list(steps(name))
-    assert driver.served == len(REQUESTS)
-    again = [one for n, one in enumerate(driver.loaded) if one in driver.loaded[:n]]
-    assert sum(SIZES[one] for one in again) == RELOADED[name]
+
+@pytest.mark.parametrize(
+    ("name", "hits", "reloaded"), [("lru", 17, 146), ("lfu", 24, 132), ("gdsf", 26, 84)]
+)
+def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: int) -> None:
+    """Popularity falls off as in Zipf's law, and ids that come only once (u to z) go through.
+
+    Units are layer groups of 2 MiB; opening an adapter costs as much as two of them.
+    """
+    sizes = dict(zip("abcdefuvwxyz", (2, 4, 1, 8, 2, 4, 4, 2, 1, 8, 4, 2), strict=True))
+    asked = "cccbacdbeccfecedueybzcwcvfxadddccfecddefccdcfedc"
+    needs = [Needs((2 << 20,) * size, file_nbytes=size << 21) for size in sizes.values()]
+    names = list(sizes)
+    found = simulate(map(names.index, asked), needs, Room(26 << 20, 64, 4), policy(name))
+    first = sum(sizes[each] for each in set(asked)) << 21
+    assert (found.hits, found.file_bytes - first) == (hits, reloaded << 20)
+    assert (found.device_bytes, found.loads) == (found.file_bytes, len(asked) - hits)
+    assert found.hit_rate == hits / len(asked)
 
 
-@pytest.mark.parametrize("name", EVICTION_POLICIES)
-def test_lookups_that_need_no_waiting_count_as_uses_too(name: PolicyName) -> None:
-    driver = Driver(new_lifecycle(name))
-    for number, request in enumerate(REQUESTS):
-        key = AdapterKey(request, ())
-        if driver.lifecycle.take_lease(key) is None:
-            assert number not in HITS[name]
-            driver.request(number, request)
-        else:
-            assert number in HITS[name]
-            driver.obey(driver.lifecycle.end_lease(key))
+def test_what_fits_no_empty_device_is_refused_and_nobody_goes_for_it() -> None:
+    small, large = Needs((64,), file_nbytes=60), Needs((64, 128), file_nbytes=180)
+    found = simulate([0, 1, 0, 1], [small, large], Room(128, 64, 8), LRU())
+    assert found == Outcome(4, 1, 2, 1, 1, 0, 64, 60)
+    assert simulate([], [small], Room(64, 64, 8), LRU()) == Outcome()
+    assert Outcome().hit_rate == 0
+
+
+def test_holes_that_are_too_small_count() -> None:
+    """Four units: a, b, c and d take one each; with b and d gone, two single ones hold no pair."""
+    one, pair = Needs((64,), file_nbytes=1), Needs((128,), file_nbytes=2)
+    asked = [0, 1, 2, 3, 0, 2, 4]  # b and d are the least recently used, and then a
+    found = simulate(asked, [one, one, one, one, pair], Room(256, 64, 8), LRU())
+    assert found == Outcome(7, 2, 0, 5, 5, 3, 4 * 64 + 128, 6)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "slots", "fit"), [(6 * 64 + 191, 8, 2), (9 * 64, 2, 2), (191, 8, 0)]
+)
+def test_so_many_fit(nbytes: int, slots: int, fit: int) -> None:
+    assert fitting(Needs((64, 128)), Room(nbytes, 64, slots)) == fit
+
+
+def test_zipfs_law() -> None:
+    """Of 1 : 1/2 : 1/3 the sum is 11/6: the first has 6/11 of all, the second 3/11."""
+    three = Zipf(3, 1)
+    assert [three.pick(n / 11 + 1e-9) for n in range(11)] == [0] * 6 + [1] * 3 + [2] * 2
+    assert [Zipf(4, 0).pick(n / 8) for n in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert three.pick(1 - 2**-53) == 2
+
+
+@pytest.mark.parametrize(("count", "exponent"), [(0, 1.0), (1, -0.1), (1, float("nan")), (1, 11.0)])
+def test_no_law_for_nobody(count: int, exponent: float) -> None:
+    with pytest.raises(ConfigError, match="Zipf's law"):
+        Zipf(count, exponent)

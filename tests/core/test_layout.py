@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from typing import Any
 
 import pytest
 
@@ -20,46 +21,41 @@ LAYOUT = ModelLayout((HEAD, SECOND, FIRST, AFTER_FIRST, BEFORE), 2, "BF16", "mod
 
 def test_modules_are_in_layer_order_and_within_a_layer_as_given() -> None:
     assert LAYOUT.modules == (BEFORE, FIRST, AFTER_FIRST, SECOND, HEAD)
-    for position, module in enumerate(LAYOUT.modules):
-        assert LAYOUT.index(module.name) == position
-
-
-def test_a_name_that_the_base_lacks() -> None:
+    assert [LAYOUT.index(module.name) for module in LAYOUT.modules] == [0, 1, 2, 3, 4]
     with pytest.raises(KeyError):
         LAYOUT.index("layers.0.q_proj")
-    assert LAYOUT.resolve("model.layers.2.q_proj") is None
+
+
+BARE = dataclasses.replace(LAYOUT, backbone_prefix="")
+TWINS = ModelLayout(
+    (Module("model.x", 1, 1, 0, Parallel.ROW), Module("x", 2, 2, 0, Parallel.ROW)),
+    1,
+    "F32",
+    "model.",
+)
 
 
 @pytest.mark.parametrize(
-    ("path", "position"),
+    ("layout", "path", "position"),
     [
-        ("model.layers.0.q_proj", 1),
-        ("layers.0.q_proj", 1),
-        ("lm_head", 4),
-        ("model.lm_head", None),
-        ("model.model.layers.0.q_proj", None),
-        ("ers.0.q_proj", None),
-        ("", None),
+        (LAYOUT, "model.layers.0.q_proj", 1),
+        (LAYOUT, "layers.0.q_proj", 1),
+        (LAYOUT, "lm_head", 4),
+        (LAYOUT, "model.layers.2.q_proj", None),
+        (LAYOUT, "model.lm_head", None),
+        (LAYOUT, "model.model.layers.0.q_proj", None),
+        (LAYOUT, "ers.0.q_proj", None),
+        (LAYOUT, "", None),
+        (BARE, "layers.0.q_proj", None),
+        (BARE, "model.layers.0.q_proj", 1),
+        (TWINS, "x", 1),  # the base's own spelling comes first
+        (TWINS, "model.x", 0),
     ],
 )
-def test_paths_of_the_bare_backbone_are_the_bases(path: str, position: int | None) -> None:
-    assert LAYOUT.resolve(path) == position
-
-
-def test_without_a_prefix_only_the_name_itself_counts() -> None:
-    bare = dataclasses.replace(LAYOUT, backbone_prefix="")
-    assert bare.resolve("layers.0.q_proj") is None
-    assert bare.resolve("model.layers.0.q_proj") == 1
-
-
-def test_the_bases_own_spelling_comes_first() -> None:
-    twins = (
-        Module("model.layers.0.x", 1, 1, 0, Parallel.ROW),
-        Module("layers.0.x", 2, 2, 0, Parallel.ROW),
-    )
-    layout = ModelLayout(twins, 1, "F32", "model.")
-    assert layout.resolve("layers.0.x") == 1
-    assert layout.resolve("model.layers.0.x") == 0
+def test_paths_of_the_bare_backbone_are_the_bases(
+    layout: ModelLayout, path: str, position: int | None
+) -> None:
+    assert layout.resolve(path) == position
 
 
 def test_equal_by_value_in_every_process() -> None:
@@ -70,60 +66,62 @@ def test_equal_by_value_in_every_process() -> None:
     assert LAYOUT.fingerprint == "5d64cec612decb58"
 
 
+CHANGES: list[dict[str, Any]] = [
+    {"name": "model.layers.0.k_proj"},
+    {"in_features": 9},
+    {"out_features": 9},
+    {"layer": 1},
+    {"parallel": Parallel.COLUMN},
+    {"transposed": True},
+    {"embedding": True},
+    {"parts": (Part(8),)},
+    {"parts": (Part(8, 2),)},
+    {"parts": (Part(4), Part(4))},
+]
+
+
 @pytest.mark.parametrize(
-    "other",
+    "changes",
     [
-        dataclasses.replace(LAYOUT, dtype="F32"),
-        dataclasses.replace(LAYOUT, num_layers=3),
-        dataclasses.replace(LAYOUT, backbone_prefix=""),
-        dataclasses.replace(LAYOUT, modules=LAYOUT.modules[1:]),
+        {"dtype": "F32"},
+        {"num_layers": 3},
+        {"backbone_prefix": ""},
+        {"modules": LAYOUT.modules[1:]},
         *(
-            dataclasses.replace(LAYOUT, modules=(BEFORE, FIRST, SECOND, HEAD, changed))
-            for changed in (
-                dataclasses.replace(AFTER_FIRST, name="model.layers.0.k_proj"),
-                dataclasses.replace(AFTER_FIRST, in_features=9),
-                dataclasses.replace(AFTER_FIRST, out_features=9),
-                dataclasses.replace(AFTER_FIRST, layer=1),
-                dataclasses.replace(AFTER_FIRST, parallel=Parallel.COLUMN),
-                dataclasses.replace(AFTER_FIRST, transposed=True),
-                dataclasses.replace(AFTER_FIRST, embedding=True),
-                dataclasses.replace(AFTER_FIRST, parts=(Part(8),)),
-                dataclasses.replace(AFTER_FIRST, parts=(Part(8, 2),)),
-                dataclasses.replace(AFTER_FIRST, parts=(Part(4), Part(4))),
-            )
+            {"modules": (BEFORE, FIRST, SECOND, HEAD, dataclasses.replace(AFTER_FIRST, **change))}
+            for change in CHANGES
         ),
     ],
 )
-def test_every_field_counts(other: ModelLayout) -> None:
+def test_every_field_counts(changes: dict[str, Any]) -> None:
+    other = dataclasses.replace(LAYOUT, **changes)
     assert other != LAYOUT
     assert other.fingerprint != LAYOUT.fingerprint
 
 
-def test_it_is_immutable() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        LAYOUT.dtype = "F32"  # type: ignore[misc]
-
-
 @pytest.mark.parametrize(
-    ("modules", "num_layers", "dtype", "text"),
+    ("changes", "text"),
     [
-        ((), 1, "BF16", "at least one"),
-        ((FIRST,), 0, "BF16", "at least one"),
-        ((FIRST,), 1, "bfloat16", "dtype must be one of F32, F16, BF16"),
-        ((FIRST, FIRST), 1, "BF16", "same name"),
-        ((HEAD,), 1, "BF16", "outside -1 … 1"),
-        ((dataclasses.replace(FIRST, layer=-2),), 1, "BF16", "outside"),
-        ((dataclasses.replace(FIRST, in_features=0),), 1, "BF16", "positive sizes"),
-        ((dataclasses.replace(FIRST, out_features=-8),), 1, "BF16", "positive sizes"),
-        ((dataclasses.replace(FIRST, name=""),), 1, "BF16", "a name"),
-        ((dataclasses.replace(FIRST, parts=(Part(4),)),), 1, "BF16", "not its output"),
-        ((dataclasses.replace(FIRST, parts=(Part(8, 3),)),), 1, "BF16", "whole units"),
-        ((dataclasses.replace(FIRST, parts=(Part(8, 0),)),), 1, "BF16", "whole units"),
-        ((dataclasses.replace(FIRST, parts=(Part(8), Part(0))),), 1, "BF16", "whole units"),
+        ({"modules": ()}, "at least one"),
+        ({"num_layers": 0}, "at least one"),
+        ({"dtype": "bfloat16"}, "dtype must be one of F32, F16, BF16"),
+        ({"modules": (FIRST, FIRST)}, "same name"),
+        ({"modules": (HEAD,), "num_layers": 1}, "outside -1 … 1"),
+        *(
+            ({"modules": (dataclasses.replace(FIRST, **change),)}, text)
+            for change, text in [
+                ({"layer": -2}, "outside"),
+                ({"in_features": 0}, "positive sizes"),
+                ({"out_features": -8}, "positive sizes"),
+                ({"name": ""}, "a name"),
+                ({"parts": (Part(4),)}, "not its output"),
+                ({"parts": (Part(8, 3),)}, "whole units"),
+                ({"parts": (Part(8, 0),)}, "whole units"),
+                ({"parts": (Part(8), Part(0))}, "whole units"),
+            ]
+        ),
     ],
 )
-def test_models_that_cannot_be(
-    modules: tuple[Module, ...], num_layers: int, dtype: str, text: str
-) -> None:
+def test_models_that_cannot_be(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        ModelLayout(modules, num_layers, dtype)
+        dataclasses.replace(LAYOUT, **changes)

@@ -1,270 +1,219 @@
-"""Eviction policies: a trace and its hits worked out by hand, ageing, ties and faults."""
+"""Eviction policies against models of their definitions, and in every state of small worlds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Hashable
+from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from core.eviction_trace import (
-    DEVICE_NBYTES,
-    HITS,
-    OPENING_COST,
-    RELOADED,
-    REQUESTS,
-    SIZES,
-    SLOTS,
-    Step,
-    steps,
-)
 from lorax_async.adapter import AdapterKey
-from lorax_async.core.policies import EVICTION_POLICIES, GDSF, LFU, Policy, PolicyName, policy
+from lorax_async.core.policies import EVICTION_POLICIES, GDSF, LFU, LRU, Policy, PolicyName, policy
 from lorax_async.errors import InternalError
 
-A, B, C, D = (AdapterKey(name, ()) for name in "abcd")
+KEYS = A, B, C, *_ = tuple(AdapterKey(name, ()) for name in "abcdef")
+NBYTES = (1024, 2, 64, 512, 8, 1)
+COSTS = (2048, 2, 64, 0, 100, 3)
+
+Operation = tuple[str, int]
+operations = st.lists(
+    st.tuples(st.sampled_from(["ask", "ask", "ask", "evict", "unload"]), st.integers(0, 5)),
+    max_size=60,
+)
 
 
-def names(one: Policy) -> str:
-    return "".join(key.location for key in one.ranked())
+def carry_out(one: Policy, operation: Operation, holders: set[int]) -> None:
+    """Ask for an adapter, which loads it if it is not there, or take its room from it."""
+    verb, index = operation
+    if verb == "ask" and index not in holders:
+        one.admit(KEYS[index], NBYTES[index], COSTS[index])
+        holders.add(index)
+    elif verb == "ask":
+        one.use(KEYS[index])
+    elif index in holders:
+        one.remove(KEYS[index], evicted=verb == "evict")
+        holders.remove(index)
 
 
-def admit(one: Policy, *keys: AdapterKey) -> None:
-    for key in keys:
-        one.admit(key, 4, 8)
+def told(one: Policy, history: list[Operation]) -> set[int]:
+    """Carry a history out; returns who holds room after it."""
+    holders: set[int] = set()
+    for operation in history:
+        carry_out(one, operation, holders)
+    return holders
 
 
-def use(one: Policy, key: AdapterKey, times: int = 1) -> None:
-    for _ in range(times):
-        one.use(key)
+# -- the definitions, each from the whole history -------------------------------------------------
 
 
-# -- the trace ------------------------------------------------------------------------------------
-
-
-def play(one: Policy) -> Iterator[Step]:
-    """A cache that does what the trace's description says."""
-    cached: set[str] = set()
-    for request in REQUESTS:
-        victims: list[str] = []
-        hit = request in cached
-        if hit:
-            one.use(AdapterKey(request, ()))
+def stays(history: list[Operation]) -> dict[int, list[int]]:
+    """Who holds room after a history, and at which of its operations each was used since."""
+    uses: dict[int, list[int]] = {}
+    for number, (verb, index) in enumerate(history):
+        if verb == "ask":
+            uses.setdefault(index, []).append(number)
         else:
-            while not fits(cached, request):
-                victim = next(one.ranked())
-                one.remove(victim, evicted=True)
-                cached.remove(victim.location)
-                victims.append(victim.location)
-            size = SIZES[request]
-            one.admit(AdapterKey(request, ()), size, size + OPENING_COST)
-            cached.add(request)
-        yield Step(request, hit, tuple(victims), tuple(names(one)))
+            uses.pop(index, None)
+    return uses
 
 
-def fits(cached: set[str], name: str) -> bool:
-    taken = sum(map(SIZES.__getitem__, cached))
-    return len(cached) < SLOTS and taken + SIZES[name] <= DEVICE_NBYTES
-
-
-def reloaded(played: list[Step]) -> int:
-    return sum(
-        SIZES[step.request]
-        for number, step in enumerate(played)
-        if not step.hit and step.request in REQUESTS[:number]
+def gdsf_priority(history: list[Operation], index: int, most_uses: int) -> Fraction:
+    """How old the cache was at the last use, and what its uses are worth."""
+    uses = stays(history)[index]
+    before = history[: uses[-1]]
+    evictions = (
+        gdsf_priority(before[:number], gone, most_uses)
+        for number, (verb, gone) in enumerate(before)
+        if verb == "evict" and gone in stays(before[:number])
     )
+    age = max(evictions, default=Fraction(0))
+    return age + min(len(uses), most_uses) * Fraction(COSTS[index], NBYTES[index])
 
 
-@pytest.mark.parametrize("name", EVICTION_POLICIES)
-def test_the_trace_goes_as_worked_out_by_hand(name: PolicyName) -> None:
-    played = list(play(policy(name)))
-    for number, (done, expected) in enumerate(zip(played, steps(name), strict=True)):
-        assert done == expected, number
-    assert {number for number, step in enumerate(played) if step.hit} == HITS[name]
-    assert reloaded(played) == RELOADED[name]
+def lfu_count(history: list[Operation], index: int, half_life: int) -> int:
+    """Of each block of `half_life` uses the next one sees half."""
+    count = 0
+    asked = [number for number, (verb, _) in enumerate(history) if verb == "ask"]
+    halved = set(asked[half_life - 1 :: half_life])
+    own = set(stays(history)[index])
+    for number in range(len(history)):
+        count += number in own
+        if number in halved:
+            count //= 2
+    return count
 
 
-def test_the_policies_differ_and_gdsf_loads_the_fewest_bytes_again() -> None:
-    again = {name: reloaded(list(play(policy(name)))) for name in EVICTION_POLICIES}
-    assert again["gdsf"] < again["lfu"] < again["lru"]
-    assert len(set(HITS.values())) == 3
-
-
-# -- ageing, ties, faults -------------------------------------------------------------------------
-
-
-def test_lfu_forgets_what_was_popular() -> None:
-    one = LFU(half_life=4)
-    admit(one, A)
-    use(one, A, 6)  # Uses 1 to 7: halved to 2 after the fourth, 5 at the seventh.
-    admit(one, B)  # The eighth: 5 and 1 become 2 and 0.
-    assert names(one) == "ba"
-    use(one, B, 3)  # 2 and 3.
-    assert names(one) == "ab"
-
-
-def test_without_ageing_lfu_would_not_forget() -> None:
-    one = LFU(half_life=1000)
-    admit(one, A)
-    use(one, A, 6)
-    admit(one, B)
-    use(one, B, 3)
-    assert names(one) == "ba"
-
-
-def test_lfu_halves_to_nothing_and_ranks_by_recency_then() -> None:
-    one = LFU(half_life=3)
-    admit(one, B, A)
-    use(one, B)  # The third use: b has 1, a has 0.
-    admit(one, C, D)
-    use(one, C)  # The sixth: b 0, a 0, c 1, d 0.
-    assert names(one) == "abdc"
-
-
-def test_lfu_counts_the_longer_the_more_hold_room() -> None:
-    """200 holders halve after 1,600 uses: first a with 1,024 of its own, and then 376 more."""
-    one = LFU()
-    admit(one, *(AdapterKey(f"other {number}", ()) for number in range(199)))
-    admit(one, A)
-    use(one, A, 1023)
-    use(one, AdapterKey("other 0", ()), 375)
-    assert dict(one._marks)[A] == 1024
-    use(one, AdapterKey("other 0", ()), 2)
-    assert dict(one._marks)[A] == 512
-
-
-def test_lfu_halves_after_1024_uses_where_few_hold_room() -> None:
-    one = LFU()
-    admit(one, B, A)
-    use(one, A, 1021)
-    assert dict(one._marks)[A] == 1022
-    use(one, A)
-    assert dict(one._marks)[A] == 511
-    one.remove(B, evicted=True)
-    use(one, A, 1024)
-    assert dict(one._marks)[A] == (511 + 1024) // 2
-
-
-def scanned_until_gone(one: Policy, key: AdapterKey, limit: int) -> int:
-    """Scan ids once each through one place beside `key`; returns how many came before it went."""
-    for count in range(limit):
-        newcomer = AdapterKey(f"scan {count}", ())
-        one.admit(newcomer, 4, 8)
-        victim = next(one.ranked())
-        if victim == key:
-            return count
-        one.remove(victim, evicted=True)
-    return limit
-
-
-def test_gdsf_lets_go_of_what_was_popular() -> None:
-    one = GDSF()
-    admit(one, A)
-    use(one, A, 9)
-    # Each use is worth 2: a has 20, scan n comes with 2(n + 1) and takes L there. At 20 a is older.
-    assert scanned_until_gone(one, A, 100) == 9
-
-
-def test_gdsf_counts_no_more_uses_than_matter() -> None:
-    one = GDSF(most_uses=5)
-    admit(one, A)
-    use(one, A, 1000)
-    assert scanned_until_gone(one, A, 100) == 4
-
-
-@pytest.mark.parametrize(("evicted", "first"), [(True, "bc"), (False, "cb")])
-def test_gdsf_ages_by_evictions_alone(evicted: bool, first: str) -> None:
-    one = GDSF()
-    one.admit(A, 1, 4)
-    one.admit(B, 1, 5)
-    one.remove(A, evicted=evicted)
-    one.admit(C, 1, 3)  # 3, and 4 more if a was evicted: before or after the 5 of b.
-    assert names(one) == first
-
-
-def test_gdsf_does_not_grow_younger() -> None:
-    one = GDSF()
-    one.admit(A, 1, 1)
-    one.admit(B, 1, 10)
-    one.remove(B, evicted=True)  # a was in use and passed over: L is 10,
-    one.remove(A, evicted=True)  # and stays 10 when a goes at 1.
-    one.admit(C, 1, 1)  # 11
-    one.admit(D, 2, 1)  # 10.5
-    assert names(one) == "dc"
-
-
-def test_gdsf_weighs_cost_by_size() -> None:
-    one = GDSF()
-    one.admit(A, 100, 200)
-    one.admit(B, 10, 30)
-    one.admit(C, 1000, 1000)
-    assert names(one) == "cab"
-
-
-@pytest.mark.parametrize("name", EVICTION_POLICIES)
-def test_of_equals_the_least_recently_used_goes(name: PolicyName) -> None:
-    one = policy(name)
-    admit(one, A, B, C)
-    use(one, B)
-    use(one, A)
-    use(one, C)
-    assert names(one) == "bac"
-
-
-@pytest.mark.parametrize("name", EVICTION_POLICIES)
-def test_what_comes_back_starts_anew(name: PolicyName) -> None:
-    one = policy(name)
-    admit(one, A, B)
-    use(one, A, 3)
-    one.remove(A, evicted=False)
-    assert names(one) == "b"
-    admit(one, A)
-    assert names(one) == "ba"
-    use(one, B)
-    assert names(one) == "ab"
-
-
-@pytest.mark.parametrize("name", EVICTION_POLICIES)
-def test_the_ranking_stands_while_holders_go(name: PolicyName) -> None:
-    one = policy(name)
-    admit(one, A, B, C)
-    for key in one.ranked():
+@pytest.mark.parametrize(
+    ("new", "length", "worth"),
+    [
+        (LRU, 60, lambda _, index: 0),
+        *(
+            (lambda n=n: LFU(n), 60, lambda history, index, n=n: lfu_count(history, index, n))
+            for n in (1, 2, 3, 7, 1024)
+        ),
+        *(
+            (lambda n=n: GDSF(n), 14, lambda history, index, n=n: gdsf_priority(history, index, n))
+            for n in (2, 64)
+        ),
+    ],
+)
+@given(history=operations)
+def test_each_policy_is_its_definition(
+    new: Callable[[], Policy],
+    length: int,
+    worth: Callable[[list[Operation], int], int | Fraction],
+    history: list[Operation],
+) -> None:
+    """Of equals the one goes first that was used the longest time ago."""
+    one, history = new(), history[:length]
+    told(one, history)
+    uses = stays(history)
+    ranking = sorted(uses, key=lambda index: (worth(history, index), uses[index][-1]))
+    assert list(one.ranked()) == [KEYS[index] for index in ranking]
+    for key in one.ranked():  # it stands while holders go
         one.remove(key, evicted=True)
-    assert names(one) == ""
+    assert list(one.ranked()) == []
+
+
+@pytest.mark.parametrize(("others", "ranked"), [(0, "ab"), (198, "ba")])
+def test_lfu_halves_after_1024_uses_or_eight_for_each_that_holds_room(
+    others: int, ranked: str
+) -> None:
+    """After 1,192 uses of 2 a has 300 and b 389; the 1,388 of 200 are fewer than 1,600."""
+    one = LFU()
+    for key in (*(AdapterKey(f"other {n}", ()) for n in range(others)), A, B):
+        one.admit(key, 4, 8)
+    for key in [A] * 600 + [B] * 590:
+        one.use(key)
+    assert "".join(key.location for key in one.ranked() if key in (A, B)) == ranked
+
+
+# -- copies, states, memory and faults ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVICTION_POLICIES)
-def test_the_first_is_found_whoever_was_used_and_went_before(name: PolicyName) -> None:
+@given(before=operations, after=operations)
+def test_a_copy_goes_its_own_way(
+    name: PolicyName, before: list[Operation], after: list[Operation]
+) -> None:
+    one, whole = policy(name), policy(name)
+    holders = told(one, before)
+    twin = one.copy()
+    state, ranking = one.state(), list(one.ranked())
+    assert (twin.state(), list(twin.ranked())) == (state, ranking)
+    for operation in after:
+        carry_out(twin, operation, holders)
+        next(twin.ranked(), None)
+    assert (one.state(), list(one.ranked())) == (state, ranking)
+    told(whole, before + after)
+    assert (twin.state(), list(twin.ranked())) == (whole.state(), list(whole.ranked()))
+
+
+def after_each(one: Policy, keys: int) -> dict[Operation, Policy]:
+    """What may happen next, each to a copy."""
+    holders = {KEYS.index(key) for key in one.ranked()}
+    successors = {}
+    for index in range(keys):
+        for verb in ("ask", "evict", "unload") if index in holders else ("ask",):
+            twin = one.copy()
+            carry_out(twin, (verb, index), set(holders))
+            successors[verb, index] = twin
+    return successors
+
+
+@pytest.mark.parametrize(
+    ("start", "keys", "count"),
+    [
+        (LRU(), 3, 1 + 3 + 6 + 6),  # one for each order of holders
+        (LRU(), 4, 1 + 4 + 12 + 24 + 24),
+        (LFU(half_life=2), 1, 6),  # gone or there, at the first or second use of two, 0 to 2
+        (LFU(half_life=3), 3, None),
+        (GDSF(most_uses=2), 1, 3),  # gone, or there at L + 2 or L + 4
+        (GDSF(most_uses=3), 3, None),
+    ],
+)
+def test_policies_in_equal_states_rank_alike_for_ever(
+    start: Policy, keys: int, count: int | None
+) -> None:
+    """Every state is reached; of two policies that meet in one, what follows is the same."""
+    futures: dict[Hashable, tuple[list[AdapterKey], dict[Operation, Hashable]]] = {}
+    queue = [start]
+    while queue:
+        one = queue.pop()
+        successors = after_each(one, keys)
+        future = list(one.ranked()), {step: twin.state() for step, twin in successors.items()}
+        if one.state() not in futures:
+            futures[one.state()] = future
+            queue.extend(successors.values())
+        assert futures[one.state()] == future
+        assert len(futures) < 10_000
+    assert len(futures) == count or (count is None and len(futures) > 100)
+
+
+@pytest.mark.parametrize("name", EVICTION_POLICIES)
+def test_what_is_remembered_is_bounded_by_the_holders(name: PolicyName) -> None:
     one = policy(name)
-    admit(one, A, B, C)
-    use(one, A)
-    use(one, B, 2)
-    one.remove(C, evicted=False)
-    assert next(one.ranked()) == A  # What was remembered of c's place, and of a's first, is old.
-    one.remove(A, evicted=True)
-    assert names(one) == "b"
-    one.remove(B, evicted=True)
-    assert next(one.ranked(), None) is None
-
-
-@pytest.mark.parametrize("kind", [LFU, GDSF])
-def test_what_is_remembered_is_bounded_by_the_holders(kind: type[LFU | GDSF]) -> None:
-    one = kind()
-    admit(one, A, B)
-    for _ in range(500):
-        use(one, A)
-        admit(one, C)
-        one.remove(C, evicted=True)
-    assert len(one._heap) <= 2 * 3 + 64
-    assert names(one) == "ba"
+    sizes = []
+    for _ in range(2):
+        for n in range(1_000):
+            (one.use if n else lambda key: one.admit(key, 4, 8))(A)
+            one.admit(C, 4, 8)
+            one.remove(C, evicted=True)
+        sizes.append(len(pickle.dumps(one)))
+        one.remove(A, evicted=False)
+    assert max(sizes) < 5_000
 
 
 @pytest.mark.parametrize("name", EVICTION_POLICIES)
 def test_a_holder_that_is_none_is_a_fault_and_changes_nothing(name: PolicyName) -> None:
     one = policy(name)
-    admit(one, A, B)
+    one.admit(A, 4, 8)
     before = one.state()
     with pytest.raises(InternalError, match="a holds room already"):
-        admit(one, A)
+        one.admit(A, 4, 8)
     with pytest.raises(InternalError, match="c holds no room"):
         one.use(C)
     with pytest.raises(InternalError, match="c holds no room"):
@@ -277,4 +226,4 @@ def test_gdsf_refuses_numbers_out_of_range(nbytes: int, cost: float) -> None:
     one = GDSF()
     with pytest.raises(InternalError, match="a takes"):
         one.admit(A, nbytes, cost)
-    assert names(one) == ""
+    assert list(one.ranked()) == []

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorax_async.core.arrivals import Arrivals
 from lorax_async.core.ranges import (
     Link,
     PieceSizes,
     overlaps,
     plan_waves,
-    size_of,
     split_of,
     without,
 )
-from lorax_async.core.spans import Span
+from lorax_async.core.spans import Span, SpanSet
+from lorax_async.errors import InternalError
 
 LAYER = 2_621_440
 THROTTLED = Link(delay=0.010, rate=20e6)
@@ -100,16 +102,6 @@ def test_one_span_is_cut_evenly(nbytes: int, connections: int, sizes: PieceSizes
         assert len(wave) % connections == 0 or min(lengths) < 2 * sizes.least
 
 
-@settings(max_examples=200, deadline=None)
-@given(groups=grouped(), connections=st.integers(1, 8))
-def test_no_piece_is_much_larger_than_its_part(groups: list[list[Span]], connections: int) -> None:
-    sizes = PieceSizes(least=64, most=1 << 30)
-    total = size_of(span for group in groups for span in group)
-    for wave in plan_waves(groups, first=0, connections=connections, link=THROTTLED, sizes=sizes):
-        parts = max(1, min(connections, total // sizes.least))
-        assert max(stop - start for start, stop in wave) <= total // parts + 1 + 2 * sizes.least
-
-
 def test_the_first_layer_over_all_connections_then_the_rest() -> None:
     """The design's measured plan: 84 MB, 16 connections of 20 MB/s, 10 ms."""
     groups = adapter()
@@ -121,9 +113,19 @@ def test_the_first_layer_over_all_connections_then_the_rest() -> None:
     assert {stop - start for start, stop in rest} == {31 * LAYER // 16}
 
 
-def test_nobody_waits_so_it_is_one_wave() -> None:
-    (wave,) = plan_waves(adapter(), first=0, connections=16, link=THROTTLED)
-    assert len(wave) == 16
+@pytest.mark.parametrize(
+    ("groups", "first", "link", "pieces"),
+    [
+        (adapter(), 0, THROTTLED, [16]),  # nobody waits: one wave
+        (adapter(), 2, Link(0.2, 20e6), [16]),  # a long delay is not paid twice
+        ([[(0, 1 << 30)]], 0, THROTTLED, [32]),  # large files are cut into rounds
+        ([[], []], 1, THROTTLED, []),
+        ([], 0, THROTTLED, []),
+    ],
+)
+def test_waves_by_hand(groups: list[list[Span]], first: int, link: Link, pieces: list[int]) -> None:
+    waves = plan_waves(groups, first=first, connections=16, link=link)
+    assert [len(wave) for wave in waves] == pieces
 
 
 def test_a_slow_link_brings_layers_in_order() -> None:
@@ -133,39 +135,10 @@ def test_a_slow_link_brings_layers_in_order() -> None:
     assert max(len(wave) for wave in waves) <= 16 + 4, "and hardly a request more than needed"
 
 
-def test_a_long_delay_is_not_paid_twice() -> None:
-    assert len(plan_waves(adapter(), first=2, connections=16, link=Link(0.2, 20e6))) == 1
-
-
 def test_a_small_adapter_is_not_shredded() -> None:
     """1 MB on 16 connections: no piece below 64 KiB but for what is smaller by itself."""
     waves = plan_waves(adapter(8, 131_072), first=2, connections=16, link=Link(0.0001, 1e6))
     assert min(stop - start for wave in waves for start, stop in wave) == 65_536
-
-
-def test_large_files_are_cut_into_rounds() -> None:
-    (wave,) = plan_waves([[(0, 1 << 30)]], first=0, connections=16, link=THROTTLED)
-    assert [stop - start for start, stop in wave] == [32 << 20] * 32
-
-
-def test_nothing_to_fetch() -> None:
-    assert plan_waves([[], []], first=1, connections=4, link=THROTTLED) == ()
-    assert plan_waves([], first=0, connections=4, link=THROTTLED) == ()
-
-
-@settings(max_examples=200, deadline=None)
-@given(groups=grouped(), have=st.lists(st.tuples(st.integers(0, 9_000), st.integers(0, 3_000))))
-def test_what_is_missing(groups: list[list[Span]], have: list[tuple[int, int]]) -> None:
-    spans = [span for group in groups for span in group]
-    here = [(start, start + length) for start, length in have]
-    left = without(spans, here)
-    assert set(bytes_of(list(left))) == set(bytes_of(spans)) - set(bytes_of(here))
-    assert all(a[1] < b[0] for a, b in pairwise(left))
-
-
-def test_overlaps_by_hand() -> None:
-    assert overlaps([(30, 40), (0, 10)], (5, 35)) == ((5, 10), (30, 35))
-    assert overlaps([(0, 10)], (10, 20)) == ()
 
 
 @settings(max_examples=300, deadline=None)
@@ -190,8 +163,63 @@ def test_a_straggler_of_a_tenth_of_the_speed_gives_most_away() -> None:
     """10 MB left at 2 MB/s, the newcomer does 20 MB/s after 10 ms: x / 20 + 10 ms = (10 − x) / 2."""
     cut = split_of((0, 10_000_000), 2e6, THROTTLED, 65_536)
     assert cut == pytest.approx(10_000_000 - 20 * (10 / 2 - 0.01) / (1 + 10) * 1e6, abs=2)
-
-
-def test_what_is_nearly_done_is_left_alone() -> None:
-    assert split_of((0, 300_000), 20e6, THROTTLED, 65_536) is None
+    assert split_of((0, 300_000), 20e6, THROTTLED, 65_536) is None, "it is nearly done"
     assert split_of((0, 100), 1.0, THROTTLED, 65_536) is None
+
+
+# -- sets of spans, against sets of bytes ---------------------------------------------------------
+
+spans = st.lists(st.tuples(st.integers(0, 39), st.integers(1, 12)), max_size=12)
+
+
+def runs(model: set[int]) -> list[Span]:
+    """The fewest spans of these bytes."""
+    starts = sorted(byte for byte in model if byte - 1 not in model)
+    stops = sorted(byte + 1 for byte in model if byte + 1 not in model)
+    return list(zip(starts, stops, strict=True))
+
+
+@given(spans, st.tuples(st.integers(0, 52), st.integers(0, 52)).map(sorted))
+def test_a_span_set_is_the_set_of_its_bytes(
+    given_spans: list[tuple[int, int]], wanted: list[int]
+) -> None:
+    found, model = SpanSet(), set[int]()
+    for start, length in given_spans:
+        part = found.add(start, start + length)
+        model |= set(range(start, start + length))
+        assert list(found) == runs(model)
+        assert part in runs(model)
+        assert part[0] <= start < start + length <= part[1]
+    assert (found.nbytes, found.end) == (len(model), max(model, default=-1) + 1)
+    start, stop = wanted
+    gaps = set(range(start, stop)) - model
+    assert found.missing(start, stop) == runs(gaps)
+    assert found.covers(start, stop) == (not gaps)
+    assert found.reach(start) == min(set(range(start, 99)) - model)
+    left = without([(start, stop)], list(found)) if start < stop else ()
+    assert list(left) == runs(gaps)
+    assert overlaps(list(found), (start, stop)) == tuple(runs(set(range(start, stop)) & model))
+
+
+@settings(max_examples=200, deadline=None)
+@given(owners=st.lists(st.integers(0, 4), min_size=1, max_size=60), seed=st.integers(0, 1 << 16))
+def test_groups_arrive_in_order_once_they_are_whole(owners: list[int], seed: int) -> None:
+    """Byte n belongs to group owners[n]; they land in runs, in any order."""
+    groups = [[(n, n + 1) for n, owner in enumerate(owners) if owner == g] for g in range(5)]
+    arrivals = Arrivals(groups)
+    draw = random.Random(seed)
+    cuts = sorted({0, len(owners), *(draw.randrange(len(owners)) for _ in range(6))})
+    pieces = list(pairwise(cuts))
+    draw.shuffle(pieces)
+    here: set[int] = set()
+    told: list[int] = arrivals.take()
+    arrivals.landed((len(owners), 99))  # bytes of no group count for none
+    for start, stop in pieces:
+        assert arrivals.missing == len(owners) - len(here)
+        arrivals.landed((start, stop))
+        here |= set(range(start, stop))
+        told += arrivals.take()
+        whole = [all(n in here for n, _ in group) for group in groups]
+        assert told == list(range(next((n for n, each in enumerate(whole) if not each), 5)))
+    with pytest.raises(InternalError, match="landed twice"):
+        arrivals.landed(pieces[0])

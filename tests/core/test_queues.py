@@ -1,9 +1,10 @@
-"""Whose copy goes next: equal shares by bytes, nobody starves, and foreground goes first."""
+"""Whose turn is next: of copies in equal shares by bytes, and of slots the most urgent."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, product
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from lorax_async.core.arena import Extent
 from lorax_async.core.commands import Command, Copy
 from lorax_async.core.decisions import Decisions
 from lorax_async.core.life import Grant, Life, Needs
+from lorax_async.core.line import Line
 from lorax_async.core.policies import LRU
 from lorax_async.core.queues import CopyQueue
 from lorax_async.core.residency import HostBudget, ImageBudget, Residency
@@ -73,16 +75,9 @@ def _copy(command: Command) -> Copy:
     return command
 
 
-@pytest.fixture
-def first_come_first_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_arrival(life: Life) -> int:
-        assert life.grant is not None
-        return life.grant.slot.generation
-
-    monkeypatch.setattr(queues, "_copy_order", by_arrival)
-
-
-def assert_equal_shares(flows: list[list[int]], window: int) -> None:
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.lists(groups, min_size=2, max_size=6), st.integers(1, 8))
+def test_equal_shares_at_any_time(flows: list[list[int]], window: int) -> None:
     """Of any two that have something left, neither is ahead by more than the other's largest."""
     link = Link(window)
     for number, sizes in enumerate(flows):
@@ -91,22 +86,9 @@ def assert_equal_shares(flows: list[list[int]], window: int) -> None:
     for name, size in link.run():
         moved[int(name)] += size
         waiting = [n for n, sizes in enumerate(flows) if moved[n] < sum(sizes)]
-        for one in waiting:
-            for other in waiting:
-                assert moved[one] - moved[other] <= max(flows[other])
+        for one, other in product(waiting, waiting):
+            assert moved[one] - moved[other] <= max(flows[other])
     assert moved == [sum(sizes) for sizes in flows]
-
-
-@settings(max_examples=200, derandomize=True, deadline=None)
-@given(st.lists(groups, min_size=2, max_size=6), st.integers(1, 8))
-def test_equal_shares_at_any_time(flows: list[list[int]], window: int) -> None:
-    assert_equal_shares(flows, window)
-
-
-@pytest.mark.usefixtures("first_come_first_served")
-def test_unequal_shares_are_noticed() -> None:
-    with pytest.raises(AssertionError):
-        assert_equal_shares([[2] * 4, [1] * 4], 1)
 
 
 def test_the_small_ones_do_not_wait_for_the_large_one() -> None:
@@ -173,13 +155,9 @@ def test_foreground_goes_before_prefetch() -> None:
     ran = [name for name, _ in link.run()]
     assert set(ran[:4]) == {"load", "late", "joined"}
     assert ran[4:] == ["hint"] * 4
-
-
-def test_prefetches_share_what_is_left() -> None:
-    link = Link()
     link.begin("L", [3] * 2, foreground=False)
     link.begin("a", [1] * 6, foreground=False)
-    assert "".join(name for name, _ in link.run()) == "aaLaaaLa"
+    assert "".join(name for name, _ in link.run()) == "aaLaaaLa", "prefetches share, too"
 
 
 def test_no_more_than_the_window_is_under_way() -> None:
@@ -200,3 +178,47 @@ def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
     link.queue.submit()
     names = [_copy(command).key.location for command in link.decisions.take_commands()]
     assert names == ["small", "large"]
+
+
+# -- a queue by urgency ---------------------------------------------------------------------------
+
+KEYS = [AdapterKey(name, ()) for name in "abcde"]
+urgencies = st.none() | st.tuples(st.booleans(), st.integers(0, 3))
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(KEYS), urgencies), max_size=300))
+def test_the_head_is_the_most_urgent(
+    changes: list[tuple[AdapterKey, tuple[bool, int] | None]],
+) -> None:
+    line: Line[tuple[bool, int]] = Line()
+    waiting: dict[AdapterKey, tuple[bool, int]] = {}
+    for key, urgency in changes:
+        line.update(key, urgency)
+        if urgency is None:
+            waiting.pop(key, None)
+        else:
+            waiting[key] = urgency
+        assert (line.head is None) == (not waiting)
+        assert line.head is None or waiting[line.head] == min(waiting.values())
+
+
+def test_of_equals_the_first_is_first() -> None:
+    line: Line[tuple[bool, float]] = Line()
+    for key in KEYS[::-1]:
+        line.update(key, (False, 1.0))
+    for key in KEYS[::-1]:
+        assert line.head == key
+        line.update(key, None)
+
+
+def test_wishes_that_come_and_go_behind_a_head_that_stays_take_no_memory() -> None:
+    line: Line[tuple[bool, float]] = Line()
+    line.update(KEYS[0], (False, 0.0))
+    for n in range(10_000):
+        line.update(KEYS[1], (False, 1.0 + n))
+        line.update(KEYS[1], None)
+        line.update(KEYS[2], (True, 1.0))
+        line.update(KEYS[2], None)
+    assert line.head == KEYS[0]
+    assert len(pickle.dumps(line)) < 5_000
