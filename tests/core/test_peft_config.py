@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import nn
 
 from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
+from lorax_async.core.config_writing import write_config
 from lorax_async.core.peft_config import MAX_PATTERNS, parse_config
 from lorax_async.core.peft_fields import FIELDS, Use
-from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError
+from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
 
 LIMITS = Limits()
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
@@ -28,26 +30,21 @@ def parse(**members: object) -> AdapterSpec:
     return parse_config(json.dumps(PLAIN | members).encode(), LIMITS)
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(4, 4)
-        self.o_proj = nn.Linear(4, 4)
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.self_attn = Attention()
-        self.up_proj = nn.Linear(4, 4)
-
-
-class Decoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.Module()
-        self.model.layers = nn.ModuleList(Layer() for _ in range(11))
-        self.lm_head = nn.Linear(4, 4)
+def decoder() -> nn.Module:
+    """Eleven layers with a q_proj, an o_proj and an up_proj, and a head."""
+    layers = [
+        nn.ModuleDict(
+            {
+                "self_attn": nn.ModuleDict(
+                    {name: nn.Linear(4, 4) for name in ("q_proj", "o_proj")}
+                ),
+                "up_proj": nn.Linear(4, 4),
+            }
+        )
+        for _ in range(11)
+    ]
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+    return nn.ModuleDict({"model": model, "lm_head": nn.Linear(4, 4)})
 
 
 def saved(folder: Path, config: LoraConfig) -> bytes:
@@ -56,7 +53,7 @@ def saved(folder: Path, config: LoraConfig) -> bytes:
 
 
 def scales_of_peft(config: LoraConfig) -> dict[str, tuple[int, float]]:
-    model = get_peft_model(Decoder(), config)
+    model = get_peft_model(decoder(), config)
     return {
         name.removeprefix("base_model.model."): (layer.r["default"], layer.scaling["default"])
         for name, layer in model.named_modules()
@@ -105,57 +102,94 @@ def test_ranks_and_scales_are_those_of_peft(
     assert {m: (spec.rank_of(m), spec.scale_of(m)) for m in expected} == expected
 
 
-def test_the_first_pattern_of_the_file_wins() -> None:
-    text = b'{"peft_type":"LORA","r":8,"lora_alpha":16,"rank_pattern":{"z":2,"a.z":4}}'
-    assert parse_config(text, LIMITS).rank_of("a.z") == 2
-
-
 def test_every_field_of_peft_is_treated() -> None:
     assert set(FIELDS) == {field.name for field in fields(LoraConfig)}
     assert len(FIELDS) == 42  # peft 0.21.2, with runtime_config, which it does not save
 
 
-def test_a_config_that_peft_wrote_becomes_data(tmp_path: Path) -> None:
-    config = LoraConfig(
-        r=4,
-        lora_alpha=10,
-        target_modules=["v_proj"],
-        base_model_name_or_path="some/base",
-        fan_in_fan_out=True,
-        task_type="CAUSAL_LM",
-    )
-    assert parse_config(saved(tmp_path, config), LIMITS) == AdapterSpec(
-        rank=4, alpha=10.0, targets=("v_proj",), base_model="some/base", fan_in_fan_out=True
-    )
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {
+                "lora_alpha": 10,
+                "target_modules": ["v_proj"],
+                "base_model_name_or_path": "some/base",
+                "fan_in_fan_out": True,
+                "task_type": "CAUSAL_LM",
+            },
+            {
+                "alpha": 10.0,
+                "targets": ("v_proj",),
+                "base_model": "some/base",
+                "fan_in_fan_out": True,
+            },
+        ),
+        ({}, {}),
+        ({"use_dora": True}, {"dora": True}),
+        ({"lora_bias": True}, {"lora_bias": True}),
+        ({"lora_bias": True, "init_lora_weights": False}, {"lora_bias": True}),
+        ({"use_dora": True, "init_lora_weights": "gaussian"}, {"dora": True}),
+    ],
+)
+def test_a_config_that_peft_wrote_becomes_data(
+    config: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    written = saved(tmp_path, LoraConfig(r=4, **config))
+    assert parse_config(written, LIMITS) == AdapterSpec(**{"rank": 4, "alpha": 8.0, **expected})
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True:UserWarning")
+@pytest.mark.parametrize(
+    ("members", "named"),
+    [
+        ({"use_dora": True, "lora_bias": True}, "lora_bias with use_dora"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias with init_.*gaussian"),
+        ({"lora_bias": True, "init_lora_weights": None}, "lora_bias with init_.*None"),
+        ({"use_dora": True, "init_lora_weights": "mica"}, "use_dora with init_.*mica"),
+    ],
+)
+def test_combinations_that_peft_refuses_are_refused_by_name(
+    members: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=r"lora_bias=True is|variant combination"):
+        get_peft_model(decoder(), LoraConfig(target_modules=["q_proj"], **members))
+    with pytest.raises(UnsupportedAdapterError, match=f"{named}.* is a combination"):
+        parse(**members)
 
 
 @pytest.mark.parametrize(
-    ("written", "kept"),
-    [(None, None), ("all-linear", "all-linear"), (".*q", ".*q"), (["b", "a"], ("b", "a"))],
+    ("name", "written", "field", "kept"),
+    [
+        ("target_modules", None, "targets", None),
+        ("target_modules", "all-linear", "targets", "all-linear"),
+        ("target_modules", ".*q", "targets", ".*q"),
+        ("target_modules", ["b", "a"], "targets", ("b", "a")),
+        # What only `re` understands, or what takes too long to judge: the tensors decide.
+        *(
+            ("target_modules", text, "targets", text)
+            for text in [
+                *(r"(?!model\.vision).*q", "(?x) q # (", "[[:q:]", "q{2000}", "q*+", "(" * 600),
+            ]
+        ),
+        ("layers_to_transform", None, "layers", ()),
+        ("layers_to_transform", [], "layers", ()),
+        ("layers_to_transform", 3, "layers", (3,)),
+        ("layers_to_transform", 0, "layers", (0,)),
+        ("layers_to_transform", [2, 0], "layers", (2, 0)),
+        *(("lora_alpha", alpha, "alpha", alpha) for alpha in (0, -16, 0.5, 2**0.5, 10**20)),
+    ],
 )
-def test_targets_are_kept_as_written(written: object, kept: object) -> None:
-    assert parse(target_modules=written).targets == kept
+def test_what_is_written_is_kept(name: str, written: object, field: str, kept: object) -> None:
+    spec = parse(**{name: written})
+    assert getattr(spec, field) == kept
+    assert spec.scale_of("q") == spec.alpha / 8
 
 
 @pytest.mark.parametrize("written", ["(", "q)", "*q", "[q", "[z-a]", [], ""])
 def test_targets_that_peft_cannot_use_are_refused(written: object) -> None:
     with pytest.raises(AdapterFormatError, match=r"'target_modules'.*(correct|write)"):
         parse(target_modules=written)
-
-
-@pytest.mark.parametrize(
-    "written", [r"(?!model\.vision).*q", "(?x) q # (", "[[:q:]", "q{2000}", "q*+", "(" * 600]
-)
-def test_targets_that_only_re_understands_are_kept(written: str) -> None:
-    """As are those that take too long to judge: the tensors decide."""
-    assert parse(target_modules=written).targets == written
-
-
-@pytest.mark.parametrize(
-    ("written", "kept"), [(None, ()), ([], ()), (3, (3,)), (0, (0,)), ([2, 0], (2, 0))]
-)
-def test_layers_are_kept_as_written(written: object, kept: tuple[int, ...]) -> None:
-    assert parse(layers_to_transform=written).layers == kept
 
 
 FEATURES: list[tuple[str, object, str]] = [
@@ -279,11 +313,6 @@ def test_malformed_configs(text: bytes) -> None:
         parse_config(text, LIMITS)
 
 
-@pytest.mark.parametrize("alpha", [0, -16, 0.5, 2**0.5, 10**20])
-def test_any_finite_alpha(alpha: float) -> None:
-    assert parse(lora_alpha=alpha).scale_of("q") == alpha / 8
-
-
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(
     SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=4), v, max_size=3)
@@ -291,7 +320,7 @@ VALUES = st.recursive(
 NAMES = st.sampled_from(sorted(FIELDS)) | st.text(max_size=8)
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(st.dictionaries(NAMES, VALUES, max_size=5), st.booleans())
 def test_any_object_is_a_spec_or_refused(members: dict[str, Any], plain: bool) -> None:
     text = json.dumps(PLAIN | members if plain else members).encode()
@@ -309,3 +338,67 @@ def test_limits_are_the_callers() -> None:
     assert parse_config(text, Limits(max_rank=512)).rank == 512
     with pytest.raises(AdapterFormatError, match="limit"):
         parse_config(text, Limits(max_config_bytes=10))
+
+
+# -- configs in memory, written as PEFT writes them -----------------------------------------------
+
+LORAS: list[dict[str, Any]] = [
+    {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},
+    {"r": 4, "target_modules": "all-linear", "exclude_modules": ["lm_head"], "use_dora": True},
+    {"r": 8, "rank_pattern": {"b": 2, "a": 3}, "alpha_pattern": {"z": 1.5}, "use_rslora": True},
+    {"r": 8, "lora_bias": True, "layers_to_transform": [1, 2], "target_modules": {"k_proj"}},
+]
+
+
+@pytest.mark.parametrize("lora", LORAS, ids=range(4))
+def test_the_members_are_those_that_peft_writes(tmp_path: Path, lora: dict[str, Any]) -> None:
+    config = LoraConfig(**lora)
+    config.save_pretrained(str(tmp_path))
+    theirs = json.loads((tmp_path / "adapter_config.json").read_text())
+    ours = json.loads(write_config(config))
+    for members in (theirs, ours):
+        for name, value in members.items():
+            if isinstance(value, list):
+                members[name] = sorted(value)
+    assert ours == theirs
+    assert parse_config(write_config(config), Limits()).rank == lora["r"]
+
+
+def test_patterns_keep_their_order() -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"z": 2, "a": 3}}
+    for each in (config, LoraConfig(r=4, rank_pattern={"z": 2, "a": 3})):
+        spec = parse_config(write_config(each), Limits())
+        assert [pattern.text for pattern in spec.rank_patterns] == ["z", "a"]
+
+
+def test_sets_have_one_spelling_and_what_is_given_is_not_changed() -> None:
+    names = [f"module_{n}" for n in range(50)]
+    config: dict[str, object] = {"target_modules": set(names)}
+    written = {write_config({"target_modules": kind(names)}) for kind in (frozenset, sorted)}
+    assert written == {write_config(config)}
+    assert config == {"target_modules": set(names)}
+
+
+@pytest.mark.parametrize("config", [None, "{}", [("r", 4)], LoraConfig, 4])
+def test_what_is_no_config(config: Any) -> None:
+    with pytest.raises(UsageError, match=r"a dict as in adapter_config.json, or a peft.LoraConfig"):
+        write_config(config)
+
+
+def deep(depth: int) -> dict[str, object]:
+    return reduce(lambda inner, _: {"x": inner}, range(depth), dict[str, object]())
+
+
+CIRCULAR: dict[str, object] = {}
+CIRCULAR["x"] = CIRCULAR
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"r": float("inf")}, {"r": b"4"}, {"x": {1, "a"}}, {(1, 2): 3}, {"x": Path()}, CIRCULAR]
+    + [deep(100_000)],
+    ids=range(7),
+)
+def test_what_json_does_not_have(config: dict[str, object]) -> None:
+    with pytest.raises(AdapterFormatError, match="adapter_config.json cannot be written"):
+        write_config(config)

@@ -1,14 +1,16 @@
-"""Several files as one: what safetensors reads of it, where its bytes are, what is refused."""
+"""Weights in several files: their index, the one file that they are, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -16,11 +18,121 @@ from lorax_async.config import Limits
 from lorax_async.core.header import parse_header
 from lorax_async.core.runs import Span
 from lorax_async.core.split_file import Head, SplitArrivals, SplitPlan, plan_split
-from lorax_async.core.split_index import parse_index
+from lorax_async.core.split_index import MAX_FILES, parse_index, split_name
 from lorax_async.errors import AdapterFormatError, InternalError
-from split_files import contents_of, index_of, name_of
+from split_files import INDEX, contents_of, index_of, name_of
 
 LIMITS = Limits()
+
+
+def index(weight_map: object, **others: object) -> bytes:
+    return json.dumps({"weight_map": weight_map, **others}).encode()
+
+
+def test_what_huggingface_hub_writes_is_read(tmp_path: Path) -> None:
+    tensors = {f"layer.{n}.ü": torch.ones(4, n + 1) for n in range(9)}
+    pattern = "adapter_model{suffix}.safetensors"
+    save_torch_state_dict(tensors, tmp_path, filename_pattern=pattern, max_shard_size=200)
+    told = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=200)
+    found = parse_index((tmp_path / INDEX).read_bytes(), LIMITS)
+    names = found.file_names
+    assert {name: names[n - 1] for name, n in found.numbers.items()} == told.tensor_to_filename
+    assert set(names) == set(told.filename_to_tensors)
+    assert dict(zip(names, found.tensors_in, strict=True)) == {
+        name: len(tensors) for name, tensors in told.filename_to_tensors.items()
+    }
+    assert found.count > 3
+
+
+def test_one_file_may_have_an_index_too_and_256() -> None:
+    found = parse_index(index({"a": name_of(1, 1)}), LIMITS)
+    assert (found.count, found.tensors_in, dict(found.numbers)) == (1, (1,), {"a": 1})
+    weight_map = {f"t{n}": name_of(n, MAX_FILES) for n in range(1, MAX_FILES + 1)}
+    assert parse_index(index(weight_map), LIMITS).count == MAX_FILES == 256
+    assert split_name(3, 12) == "adapter_model-00003-of-00012.safetensors"
+
+
+NO_FILES = [
+    *("", "../x", "adapter_model.safetensors", "model-00001-of-00001.safetensors"),
+    *("../adapter_model-00001-of-00001.safetensors", "/adapter_model-00001-of-00001.safetensors"),
+    *("a/adapter_model-00001-of-00001.safetensors", "adapter_model-00001-of-00001.safetensors/"),
+    "adapter_model-00001-of-00001.safetensors\n",
+    "adapter_model-00001-of-00001.safetensors\0",
+    "adapter_model-00000-of-00001.safetensors",
+    "adapter_model-00002-of-00001.safetensors",
+    *("adapter_model-1-of-1.safetensors", "adapter_model-000001-of-000001.safetensors"),
+    "adapter_model-٠٠٠٠١-of-٠٠٠٠١.safetensors",
+    *("adapter_model-+0001-of-00001.safetensors", "Adapter_model-00001-of-00001.safetensors"),
+    *("adapter_model-00001-of-00001.bin", "f" * 100_000),
+]
+
+
+@pytest.mark.parametrize("name", ["the.tensor", "n" * 100_000])
+@pytest.mark.parametrize("file", NO_FILES)
+def test_other_names_of_files_are_refused(file: str, name: str) -> None:
+    with pytest.raises(AdapterFormatError) as caught:
+        parse_index(index({name: file}), LIMITS)
+    problem = caught.value.problem
+    assert INDEX in problem
+    assert name[:10] in problem
+    assert "of-00003" in problem
+    assert "\n" not in problem
+    assert len(problem) <= 1000
+
+
+FILE = name_of(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "Expecting|expected"),
+        (b"[]", "expected an object"),
+        (b"{}", "names no tensors"),
+        (index({}), "names no tensors"),
+        (b'{"metadata": {}}', "names no tensors"),
+        (index([]), "expected an object"),
+        (index({"a": 1}), "'a' has no name of a file"),
+        (index({"a": None}), "'a' has no name of a file"),
+        (index({"a": [name_of(1, 1)]}), "'a' has no name of a file"),
+        (index({"a": FILE}, weights={}), "member 'weights' is unknown"),
+        (index({"a": FILE}) + b"{}", "more than one value"),
+        (b"\xef\xbb\xbf" + index({"a": FILE}), "byte order mark"),
+        (index({"a": FILE})[:-1], "expected"),
+        (index({"a": name_of(1, 2), "b": name_of(2, 3)}), "'b' is in one of 3 files"),
+        (index({"a": name_of(1, 3), "b": name_of(3, 3)}), "no tensor is in .*-00002-of-00003"),
+        (index({"a": name_of(2, 2)}), "no tensor is in .*-00001-of-00002"),
+        (index({"a": name_of(1, MAX_FILES + 1)}), "one of 257 files, over the limit of 256"),
+        (index({"a": name_of(1, 99_999)}), "one of 99,999 files"),
+        (b'{"weight_map": {}, "weight_map": {}}', "'weight_map' stands there twice"),
+        (b'{"weight_map": {}, "weight_m\\u0061p": {}}', "'weight_map' stands there twice"),
+        (index({"a": FILE}, metadata="x" * 70_000), "metadata .of 65,536 characters"),
+        (f'{{"weight_map": {{"a": "{FILE}", "a": "{FILE}"}}}}'.encode(), "'a' stands there twice"),
+        (
+            f'{{"weight_map": {{"a": "{FILE}", "\\u0061": "{FILE}"}}}}'.encode(),
+            "'a' stands there twice",
+        ),
+        (index({"a": FILE}, metadata=[[]] * 3 + [[[[[]]]]] * 40), None),
+        (index({"a": FILE}, metadata=json.loads("[" * 16 + "]" * 16)), "metadata.*deeper"),
+    ],
+)
+def test_what_is_odd_is_refused(data: bytes, words: str | None) -> None:
+    if words is None:
+        assert parse_index(data, LIMITS).count == 1
+    else:
+        with pytest.raises(AdapterFormatError, match=words):
+            parse_index(data, LIMITS)
+
+
+def test_limits_of_the_index_are_the_last_that_pass() -> None:
+    data = index({f"t{n}": name_of(1, 1) for n in range(5)})
+    assert parse_index(data, Limits(max_header_bytes=len(data), max_tensors=5)).tensors_in == (5,)
+    assert "over the limit" in refused([], data, Limits(max_header_bytes=len(data) - 1))
+    assert "'t4' is more than the limit of 4" in refused([], data, Limits(max_tensors=4))
+
+
+# -- the one file ----------------------------------------------------------------------------------
+
 Parts = Sequence[Mapping[str, torch.Tensor]]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.bool)
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
@@ -56,24 +168,6 @@ def cut(content: bytes, span: Span) -> bytes:
     return b"".join(content[start:stop] for start, stop in span.ranges())
 
 
-@settings(max_examples=150, deadline=None)
-@given(parts_of_files())
-def test_safetensors_reads_the_one_file(parts: Parts) -> None:
-    contents = contents_of(parts)
-    plan = plan_of(contents, index_of(parts))
-    content = whole(plan, contents)
-    assert len(content) == plan.nbytes
-    loaded = safetensors.torch.load(content)
-    expected = {name: tensor for part in parts for name, tensor in part.items()}
-    assert loaded.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert loaded[name].dtype == tensor.dtype
-        assert torch.equal(loaded[name], tensor)
-    assert {span.name for span in parse_header(plan.prefix, plan.nbytes).tensors} == set(expected)
-    assert plan.nbytes >= sum(map(len, contents))
-    assert plan_of(contents, index_of(parts)) == plan
-
-
 @st.composite
 def spans_in(draw: st.DrawFn, nbytes: int) -> Span:
     start = draw(st.integers(0, nbytes))
@@ -84,28 +178,28 @@ def spans_in(draw: st.DrawFn, nbytes: int) -> Span:
     return Span(start, start + size, rows, pitch if rows > 1 else 0)
 
 
-@settings(max_examples=300, deadline=None)
-@given(parts_of_files(), st.data())
-def test_bytes_of_the_one_file_are_those_of_its_pieces(parts: Parts, data: st.DataObject) -> None:
-    contents = contents_of(parts)
-    plan = plan_of(contents, index_of(parts))
-    content = whole(plan, contents)
-    span = data.draw(spans_in(plan.nbytes))
-    pieces = list(plan.pieces(span))
-    files = [plan.prefix, *contents]
-    assert b"".join(cut(files[number], piece) for number, piece in pieces) == cut(content, span)
-    assert all(piece.nbytes for _, piece in pieces)
-    assert all((piece.rows > 1) == (piece.pitch > 0) for _, piece in pieces)
-
-
 @settings(max_examples=100, deadline=None)
 @given(parts_of_files(), st.data())
-def test_each_file_has_its_bytes_of_each_group(parts: Parts, data: st.DataObject) -> None:
+def test_safetensors_reads_the_one_file_and_its_bytes_are_those_of_its_pieces(
+    parts: Parts, data: st.DataObject
+) -> None:
     contents = contents_of(parts)
     plan = plan_of(contents, index_of(parts))
     content = whole(plan, contents)
-    spans = st.lists(spans_in(plan.nbytes), max_size=3)
-    groups = data.draw(st.lists(spans, max_size=5))
+    loaded = safetensors.torch.load(content)
+    expected = {name: tensor for part in parts for name, tensor in part.items()}
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (loaded[name].dtype, loaded[name].tolist()) == (tensor.dtype, tensor.tolist())
+    assert {span.name for span in parse_header(plan.prefix, plan.nbytes).tensors} == set(expected)
+    assert len(content) == plan.nbytes >= sum(map(len, contents))
+    assert plan_of(contents, index_of(parts)) == plan
+    span = data.draw(spans_in(plan.nbytes))
+    pieces = list(plan.pieces(span))
+    all_files = [plan.prefix, *contents]
+    assert b"".join(cut(all_files[n], piece) for n, piece in pieces) == cut(content, span)
+    assert all(piece.nbytes and (piece.rows > 1) == (piece.pitch > 0) for _, piece in pieces)
+    groups = data.draw(st.lists(st.lists(spans_in(plan.nbytes), max_size=3), max_size=5))
     files = plan.by_file(groups)
     assert len(files) == len(parts)
     for n, group in enumerate(groups):
@@ -135,12 +229,7 @@ def test_of_a_matrix_in_one_file_the_rows_stay_one_span() -> None:
     (piece,) = plan.pieces(Span(start + 16, start + 32, 8, 64))
     at = header.data_start + 16
     assert piece == (2, Span(at, at + 16, 8, 64))
-
-
-def test_bytes_beyond_the_end_are_nobodys() -> None:
-    parts: Parts = [{"a": torch.ones(3)}]
-    plan = plan_of(contents_of(parts), index_of(parts))
-    with pytest.raises(InternalError):
+    with pytest.raises(InternalError):  # bytes beyond the end
         list(plan.pieces(Span(plan.nbytes - 1, plan.nbytes + 1)))
 
 
@@ -175,30 +264,36 @@ def refused(contents: Sequence[bytes], index: bytes, limits: Limits = LIMITS) ->
     return caught.value.problem
 
 
-def test_a_tensor_that_the_index_does_not_know() -> None:
-    contents = contents_of([THREE[0], {**THREE[1], "more": torch.ones(1)}, THREE[2]])
-    problem = refused(contents, index_of(THREE))
-    assert problem.startswith(f"{name_of(2, 3)}: has tensor 'more'")
-    assert "nowhere" in problem
+def named(index: int) -> str:
+    return name_of(index, 3)
 
 
-def test_a_tensor_in_another_file_than_the_index_says() -> None:
-    contents = contents_of([{"a": THREE[0]["a"]}, {**THREE[1], "b": THREE[0]["b"]}, THREE[2]])
-    assert refused(contents, index_of(THREE)).startswith(f"{name_of(1, 3)}: has no tensor 'b'")
-    contents = contents_of([THREE[0], {**THREE[1], "d": THREE[2]["d"]}, THREE[2]])
-    problem = refused(contents, index_of(THREE))
-    assert problem.startswith(f"{name_of(2, 3)}: has tensor 'd'")
-    assert f"is in {name_of(3, 3)}" in problem
-
-
-def test_a_tensor_that_is_nowhere() -> None:
-    contents = contents_of([THREE[0], THREE[1], {"d": THREE[2]["d"]}])
-    assert refused(contents, index_of(THREE)).startswith(f"{name_of(3, 3)}: has no tensor 'e'")
-
-
-def test_two_files_that_were_swapped() -> None:
-    first, second, third = contents_of(THREE)
-    assert "has tensor 'c'" in refused([second, first, third], index_of(THREE))
+@pytest.mark.parametrize(
+    ("parts", "begins", "words"),
+    [
+        (
+            [THREE[0], {**THREE[1], "more": torch.ones(1)}, THREE[2]],
+            f"{named(2)}: has tensor 'more'",
+            "nowhere",
+        ),
+        (
+            [{"a": THREE[0]["a"]}, {**THREE[1], "b": THREE[0]["b"]}, THREE[2]],
+            f"{named(1)}: has no tensor 'b'",
+            "",
+        ),
+        (
+            [THREE[0], {**THREE[1], "d": THREE[2]["d"]}, THREE[2]],
+            f"{named(2)}: has tensor 'd'",
+            f"is in {named(3)}",
+        ),
+        ([THREE[0], THREE[1], {"d": THREE[2]["d"]}], f"{named(3)}: has no tensor 'e'", ""),
+        ([THREE[1], THREE[0], THREE[2]], "", "has tensor 'c'"),
+    ],
+)
+def test_files_and_index_say_the_same(parts: Parts, begins: str, words: str) -> None:
+    problem = refused(contents_of(parts), index_of(THREE))
+    assert problem.startswith(begins)
+    assert words in problem
 
 
 def edited(content: bytes, change: Callable[[dict[str, dict[str, list[int]]]], object]) -> bytes:
