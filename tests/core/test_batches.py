@@ -1,0 +1,385 @@
+"""Batches: rows in kernel order, shares of adapters, who comes first, and what passes will take."""
+
+from __future__ import annotations
+
+from itertools import groupby, pairwise
+from math import inf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorax_async.core.arrival_estimate import LATE, Arrival, Course, Courses
+from lorax_async.core.batch_plan import (
+    BASE_ONLY,
+    NOWHERE,
+    BatchPlan,
+    Place,
+    Segments,
+    Tenant,
+    plan_batch,
+    plan_rows,
+    require_current,
+)
+from lorax_async.core.pace import DECAY, Pace
+from lorax_async.core.progress import Progress
+from lorax_async.core.shares import level, share
+from lorax_async.core.urgency import LookAhead, Reach, urgency
+from lorax_async.errors import HandleClosedError
+
+# -- rows in kernel order -------------------------------------------------------------------------
+
+TENANTS = {0: Tenant(4, 16), 1: Tenant(9, 8), 2: Tenant(5, 16), 3: Tenant(1, 64)}
+A, B, C = Place(0, 4), Place(1, 9), Place(2, 5)
+
+
+def test_rows_are_ordered_by_rank_then_slot() -> None:
+    plan = plan_batch([C, NOWHERE, A, B, A, NOWHERE], [1, 2, 1, 20, 3, 1], TENANTS)
+    assert plan == BatchPlan(
+        order=(1, 5, 3, 2, 4, 0),
+        segments=Segments((0, 3, 23, 27, 28), (-1, 1, 0, 2)),
+        tiles=((0, 0, 3), (1, 3, 19), (1, 19, 23), (2, 23, 27), (3, 27, 28)),
+        groups=((0, 0, 1), (8, 1, 2), (16, 2, 4)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        (Place(0, 3), "generation 3 of slot 0, which generation 4 has"),
+        (Place(0, 5), "generation 5 of slot 0, which generation 4 has"),
+        (Place(7, 1), "generation 1 of slot 7, which nobody has"),
+        (Place(7, -1), "generation -1 of slot 7, which nobody has"),
+    ],
+)
+def test_a_stale_row_is_refused(place: Place, named: str) -> None:
+    with pytest.raises(HandleClosedError, match=named):
+        plan_batch([A, place, NOWHERE], [1, 1, 1], TENANTS)
+    with pytest.raises(HandleClosedError, match=named):
+        require_current([A, place, NOWHERE], TENANTS)
+    require_current([A, NOWHERE, C], TENANTS)
+
+
+@pytest.mark.parametrize(("places", "lengths"), [([A], [0]), ([A], []), ([A, B], [1])])
+def test_sequences_without_tokens_are_refused(places: list[Place], lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        plan_batch(places, lengths, TENANTS)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([NOWHERE, *(Place(slot, t.generation) for slot, t in TENANTS.items())]),
+            st.integers(1, 40),
+        ),
+        max_size=30,
+    ),
+    st.integers(1, 16),
+)
+def test_a_plan_is_its_definition_token_by_token(batch: list[tuple[Place, int]], rows: int) -> None:
+    def rank(place: Place) -> int:
+        return 0 if place == NOWHERE else TENANTS[place.slot].rank
+
+    order = sorted(range(len(batch)), key=lambda n: (rank(batch[n][0]), batch[n][0].slot))
+    tokens = [batch[n][0] for n in order for _ in range(batch[n][1])]
+    runs = [(place, len(list(run))) for place, run in groupby(tokens)]
+    plan = plan_batch([place for place, _ in batch], [n for _, n in batch], TENANTS, tile_rows=rows)
+    assert list(plan.order) == order
+    assert plan.segments.slots == tuple(place.slot for place, _ in runs)
+    bounds = plan.segments.bounds
+    cut = [(s, at) for s in range(len(runs)) for at in range(bounds[s], bounds[s + 1])]
+    assert [(s, at) for s, start, stop in plan.tiles for at in range(start, stop)] == cut
+    assert all(0 < stop - start <= rows for _, start, stop in plan.tiles)
+    ranks = [r for r, first, stop in plan.groups for _ in range(first, stop)]
+    assert ranks == [rank(place) for place, _ in runs]
+    assert len({r for r, _, _ in plan.groups}) == len(plan.groups)
+
+
+@given(st.lists(st.tuples(st.integers(BASE_ONLY, 3), st.integers(0, 40)), max_size=30))
+def test_segments_are_the_runs_of_equal_tokens(batch: list[tuple[int, int]]) -> None:
+    tokens = [slot for slot, length in batch for _ in range(length)]
+    runs = [(slot, len(list(run))) for slot, run in groupby(tokens)]
+    found = plan_rows([slot for slot, _ in batch], [length for _, length in batch])
+    assert found.slots == tuple(slot for slot, _ in runs)
+    assert [two - one for one, two in pairwise(found.bounds)] == [length for _, length in runs]
+    assert (found.bounds[0], found.tokens) == (0, len(tokens))
+    assert plan_rows(tokens, [1] * len(tokens)) == found
+
+
+@pytest.mark.parametrize(
+    ("slots", "lengths", "named"),
+    [
+        ([0], [-1], "slot 0 and -1 tokens"),
+        ([-2], [1], "slot -2 and 1 tokens"),
+        ([-2], [0], "slot -2 and 0 tokens"),
+        ([0, 1], [1], "shorter"),
+        ([0], [1, 2], "longer"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(slots: list[int], lengths: list[int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        plan_rows(slots, lengths)
+
+
+# -- shares of a batch -----------------------------------------------------------------------------
+
+wants = st.lists(st.lists(st.integers(1, 200), max_size=6), max_size=6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens", "rows", "given"),
+    [
+        ([[1, 100], [], [3]], 104, 3, [[1, 100], [], [3]]),  # what fits
+        # A hot adapter leaves rows to the others; of an odd one the more urgent has more.
+        ([[1] * 100, [1], [1, 1, 1]], 1000, 8, [[1] * 4, [1], [1] * 3]),
+        ([[1] * 9, [1] * 9, [1] * 9], 1000, 4, [[1, 1], [1], [1]]),
+        ([[1], [1], [1]], 1000, 2, [[1], [1], []]),
+        # 64 tokens for a row of each prompt, 1 for the decoding one; of the other 127,
+        # whoever wants more has the odd one.
+        ([[1000], [1], [500]], 256, 8, [[128], [1], [127]]),
+        # 64 + 64 are begun with, and 100 - 64 wanted by the second: the first has the rest.
+        ([[1000], [100]], 256, 8, [[156], [100]]),
+        # No prompt is begun with a few tokens, but its end may be few, or the batch smaller.
+        ([[1000], [1000], [1000]], 150, 8, [[75], [75], []]),
+        ([[1000], [3], [10]], 80, 8, [[67], [3], [10]]),
+        ([[1000], [1]], 10, 8, [[10], []]),
+        ([[100, 100]], 170, 8, [[100, 70]]),  # the first prompt of an adapter comes first
+    ],
+)
+def test_shares_by_hand(
+    asked: list[list[int]], tokens: int, rows: int, given: list[list[int]]
+) -> None:
+    assert share(asked, tokens, rows) == given
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "given"),
+    [
+        ([5, 1, 3], 7, [3, 1, 3]),
+        ([5, 5], 5, [3, 2]),
+        ([2, 9, 9], 12, [2, 5, 5]),
+        ([1, 2], 10, [1, 2]),
+        ([4], 0, [0]),
+        ([], 3, []),
+    ],
+)
+def test_levels(asked: list[int], room: int, given: list[int]) -> None:
+    assert level(asked, room) == given
+
+
+@given(wants, st.integers(1, 500), st.integers(1, 20), st.integers(1, 64))
+def test_nobody_gets_too_much_and_nothing_is_left(
+    asked: list[list[int]], tokens: int, rows: int, least: int
+) -> None:
+    given = share(asked, tokens, rows, least=least)
+    flat = [each for adapter in given for each in adapter]
+    assert sum(flat) <= tokens
+    assert len(flat) <= rows
+    assert all(len(one) <= len(other) for one, other in zip(given, asked, strict=True))
+    for adapter, wanted in zip(given, asked, strict=True):
+        for number, got in enumerate(adapter):
+            assert min(least, tokens, wanted[number]) <= got <= wanted[number]
+    wanting = [number for number, each in enumerate(asked) if each]
+    if wanting:
+        assert given[wanting[0]], "the most urgent one always gets some"
+    # Tokens are left over only where every row has all that it wants.
+    if (
+        sum(flat) < tokens
+        and len(flat) < rows
+        and all(len(one) == len(two) for one, two in zip(given, asked, strict=True))
+    ):
+        assert given == asked
+
+
+@given(wants, st.integers(1, 500), st.integers(1, 20))
+def test_nobody_has_two_rows_more_than_one_who_wants_one(
+    asked: list[list[int]], tokens: int, rows: int
+) -> None:
+    asked = [[1] * len(each) for each in asked]
+    given = [len(each) for each in share(asked, tokens, rows)]
+    for number, got in enumerate(given):
+        if got < len(asked[number]):
+            assert max(given) <= got + 1
+
+
+# -- who comes first --------------------------------------------------------------------------------
+
+LEVEL = 5.0
+
+
+@pytest.mark.parametrize(
+    ("since", "priority", "deadline", "expected"),
+    [
+        (100.0, 0, inf, 100.0),
+        (100.0, 2, inf, 90.0),
+        (100.0, -1, inf, 105.0),
+        (100.0, 0, 105.0, 100.0),  # as long as a level: as if there were none
+        (100.0, 0, 102.0, 97.0),  # 3 s less than a level: as if it had waited for 3 s
+        (100.0, 1, 101.0, 91.0),
+    ],
+)
+def test_urgency(since: float, priority: int, deadline: float, expected: float) -> None:
+    assert urgency(since, priority, deadline, LEVEL) == expected
+
+
+@given(st.floats(0, 1e6), st.integers(-3, 3), st.floats(0, 1e3), st.integers(-3, 3))
+def test_a_low_priority_waits_for_a_bounded_time(
+    since: float, low: int, later: float, high: int
+) -> None:
+    """Whoever comes later than by the levels between, and one for a deadline, is behind."""
+    old = urgency(since, low, inf, LEVEL)
+    after = since + LEVEL * max(0, high - low) + LEVEL + 1 + later
+    assert old < urgency(after, high, after, LEVEL)
+
+
+def test_look_ahead_goes_from_loads_to_the_device_to_the_host() -> None:
+    ahead = LookAhead(loads=2, slots=5, hints=3)
+    load, device, host = Reach.LOAD, Reach.DEVICE, Reach.HOST
+    assert ahead.reaches(0) == [load, load, device, device, device, host, host, host]
+    assert ahead.reaches(2) == [load, load, device, host, host, host]
+    assert ahead.reaches(4) == [load, load, host, host, host]
+    assert ahead.reaches(5) == [load, load, host, host, host]
+
+
+# -- what passes take, and when layers are expected -------------------------------------------------
+
+
+def line(tokens: int) -> float:
+    return 0.5 + 0.01 * tokens
+
+
+@pytest.mark.parametrize(
+    ("passes", "tokens", "seconds"),
+    [
+        # Of one size: smaller ones are shorter, larger ones no longer.
+        ([(100, 2.0), (100, 2.0)], 100, 2.0),
+        ([(100, 2.0), (100, 2.0)], 50, 1.0),
+        ([(100, 2.0), (100, 2.0)], 200, 2.0),
+        *(([(n, line(n)) for n in (1, 200, 8, 64)], n, line(n)) for n in (1, 100, 1000)),
+        # The line would be at -0.7 for 0, and downwards.
+        ([(10, 0.1), (20, 0.9)], 5, 5 * (0.1 * DECAY + 0.9) / (10 * DECAY + 20)),
+        ([(10, 1.0), (20, 0.5)], 1000, (1.0 * DECAY + 0.5) / (DECAY + 1)),
+        ([(10, 1.0)] * 50 + [(10, 2.0)] * 50, 10, pytest.approx(2.0, rel=0.01)),  # the latest count
+    ],
+)
+def test_a_pass_is_predicted_by_those_before(
+    passes: list[tuple[int, float]], tokens: int, seconds: float
+) -> None:
+    pace = Pace()
+    assert pace.predict(tokens) is None
+    for seen in passes:
+        pace.note(*seen)
+    assert pace.predict(tokens) == seconds or pace.predict(tokens) == pytest.approx(seconds)
+
+
+def test_a_sequence_counts_its_tokens_also_after_a_restart() -> None:
+    progress = Progress(10, 5)
+    assert not progress.advance(6)
+    assert (progress.position, progress.wants, progress.generated) == (6, 4, 0)
+    assert not progress.advance(4)
+    assert (progress.position, progress.wants, progress.generated) == (10, 1, 1)
+    assert not progress.advance(1)
+    progress.restart()
+    assert (progress.position, progress.wants, progress.generated) == (0, 12, 2)
+    assert [progress.advance(n) for n in (12, 1, 1)] == [False, False, True]
+    assert (progress.position, progress.generated) == (14, 5)
+
+
+LAYERS = (0, 1, 2, 3)
+
+
+def arrival(course: Course | None = None, nbytes: int = 400, since: float = 10.0) -> Arrival:
+    return Arrival(LAYERS, nbytes, since, Course() if course is None else course)
+
+
+def test_nothing_is_expected_before_something_came_in_some_time() -> None:
+    load = arrival()
+    assert load.expected(10.0) is None
+    assert load.joins_at(10.0, 100.0, 4) == inf
+    assert load.latest == 10.0
+    load.note(0, 10.0)
+    assert load.expected(10.0) is None
+    load.note(1, 12.0)
+    assert load.expected(12.0) == pytest.approx([13.0, 14.0])
+
+
+@pytest.mark.parametrize(
+    ("last", "at", "now", "expected"),
+    [
+        (0, 12.0, 12.0, [14.0, 16.0, 18.0]),  # the rest as the first came
+        (2, 13.0, 13.0, [14.0]),  # several may come at once
+        (0, 12.0, 14.0, [14.0, 16.0, 18.0]),
+        # After 10 s the second layer is expected after 11, and the others in proportion.
+        (0, 12.0, 20.0, [10 + 10 * LATE * n for n in (1, 1.5, 2)]),
+    ],
+)
+def test_the_rest_is_expected_as_it_came_or_later_and_later(
+    last: int, at: float, now: float, expected: list[float]
+) -> None:
+    load = arrival()
+    load.note(last, at)
+    assert (load.arrived, load.latest) == (last + 1, at)
+    assert load.expected(now) == pytest.approx(expected)
+
+
+def test_a_pass_may_begin_when_no_layer_is_computed_before_it_is_expected() -> None:
+    load = arrival()
+    load.note(0, 12.0)  # the others at 14, 16, 18
+    # A second per layer: layer 3 is computed 3 s after the beginning, and expected at 18.
+    assert load.joins_at(12.0, 4.0, 4) == pytest.approx(15.0)
+    # Three seconds per layer: layer 1 is the one to wait for, at 14 - 3.
+    assert load.joins_at(12.0, 12.0, 4) == pytest.approx(11.0)
+    assert load.joins_at(12.0, None, 4) == pytest.approx(18.0)
+
+
+def test_groups_outside_of_the_layers_are_needed_at_the_beginning_and_at_the_end() -> None:
+    load = Arrival((-1, 0, 1, 2), 300, 0.0, Course())
+    load.note(-1, 1.0)  # the others at 2, 3, 4
+    # Two layers of 1 s: 0 at once, 1 after 1 s, the head (2) after 2 s.
+    assert load.joins_at(1.0, 2.0, 2) == pytest.approx(2.0)
+
+
+def test_one_that_has_stopped_does_not_join() -> None:
+    load = arrival()
+    load.note(2, 13.0)  # the last one is expected at 14
+    assert load.joins_at(13.0, 4.0, 4) <= 13.0
+    assert load.joins_at(110.0, 4.0, 4) > 110.0
+
+
+def test_a_load_teaches_the_course_of_the_next_one() -> None:
+    course = Course()
+    first = arrival(course)
+    first.note(0, 11.0)
+    first.note(3, 18.0)  # the rest at once, after 8 s
+    assert course.per_byte == pytest.approx(8.0 / 400)
+    assert course.part(0.25) == pytest.approx(1 / 8)
+    assert course.part(0.5) == pytest.approx(1.0)
+    second = arrival(course, since=0.0)
+    second.note(0, 2.0)  # half as fast
+    assert second.expected(2.0) == pytest.approx([16.0, 16.0, 16.0])
+
+
+def test_courses_are_averaged() -> None:
+    course = Course()
+    course.note([4.0], 4)
+    course.note([8.0], 4)
+    assert course.per_byte == pytest.approx(1.5)
+    course.note([0.0], 4)  # no time has passed: it says nothing
+    assert course.per_byte == pytest.approx(1.5)
+
+
+def test_a_load_that_nobody_saw_begin_teaches_nothing() -> None:
+    course = Course()
+    course.note([1.0, 2.0, 3.0, 4.0], 400)
+    load = arrival(course)
+    load.missed(2)
+    assert load.arrived == 2
+    assert load.expected(10.0) == pytest.approx([13.0, 14.0])  # as others went
+    load.note(3, 30.0)
+    assert course.per_byte == pytest.approx(4.0 / 400)
+
+
+def test_each_kind_has_its_course() -> None:
+    courses = Courses()
+    assert courses.of("file") is courses.of("file")
+    assert courses.of("file") is not courses.of("hub")
