@@ -28,18 +28,20 @@ def shard(number: int, count: int) -> str:
     return f"adapter_model-{number:05d}-of-{count:05d}.safetensors"
 
 
-@pytest.mark.parametrize("source", ["org/name", "a/b.c-d_e", "O_1/x"])
-def test_folders_are_named_as_the_library_names_them(source: str) -> None:
-    assert repo_folder(source) == repo_folder_name(repo_id=source, repo_type="model")
-
-
 @pytest.mark.parametrize(
-    "source",
-    ["name", "a/b/c", "a--b/c", "a/b--c", "a..b/c", "../c", "a/..", "/c", "a/", "a/.c", "a/-c", ""]
-    + ["a b/c", "a/b\n", "a/\0", "é/b", f"a/{'b' * 97}", "s3://a/b"],
+    ("source", "is_one"),
+    [(source, True) for source in ("org/name", "a/b.c-d_e", "O_1/x")]
+    + [
+        (source, False)
+        for source in [
+            *("name", "a/b/c", "a--b/c", "a/b--c", "a..b/c", "../c", "a/..", "/c", "a/", "a/.c"),
+            *("a/-c", "", "a b/c", "a/b\n", "a/\0", "é/b", f"a/{'b' * 97}", "s3://a/b"),
+        ]
+    ],
 )
-def test_what_is_no_repository(source: str) -> None:
-    assert repo_folder(source) is None
+def test_folders_are_named_as_the_library_names_them(source: str, is_one: bool) -> None:
+    expected = repo_folder_name(repo_id=source, repo_type="model") if is_one else None
+    assert repo_folder(source) == expected
 
 
 def test_commits_and_revisions() -> None:
@@ -81,16 +83,13 @@ def test_files_of_an_adapter() -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        [],
-        [CONFIG],
-        [WEIGHTS],
-        [CONFIG, INDEX],
-        [CONFIG, INDEX, shard(1, 2)],
-        [CONFIG, INDEX, shard(1, 2), shard(3, 2)],
-        [CONFIG, INDEX, shard(1, 2), shard(2, 2), shard(1, 1)],
-        [CONFIG, INDEX, shard(1, 2), shard(2, 2), shard(1, 3)],
-        [CONFIG, shard(1, 1)],
-        [INDEX, shard(1, 1)],
+        *([], [CONFIG], [WEIGHTS], [CONFIG, INDEX], [CONFIG, shard(1, 1)], [INDEX, shard(1, 1)]),
+        *(
+            [CONFIG, INDEX, shard(1, 2), *others]
+            for others in [
+                *([], [shard(3, 2)], [shard(2, 2), shard(1, 1)], [shard(2, 2), shard(1, 3)]),
+            ]
+        ),
     ],
 )
 def test_files_that_are_no_whole_adapter(names: list[str]) -> None:

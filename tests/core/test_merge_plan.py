@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import torch
 
-from core.adapter_files import file_of, layout_of
+from core.adapter_files import file_of, layout_of, pair
 from lorax_async.adapter import AdapterKey, Merge, MergedKey
 from lorax_async.config import Limits
 from lorax_async.core.header import header_size, parse_header
@@ -27,14 +26,13 @@ LAYOUT = layout_of((Q, 24, 16, 0), (OUT, 16, 24, 1), ("lm_head", 24, 40, 12))
 
 
 def part(ranks: dict[str, int], layout: ModelLayout = LAYOUT, **config: Any) -> PartFile:
-    """Zeros of these ranks; the config says them by patterns."""
-    tensors: list[tuple[str, torch.Tensor]] = []
-    for name, rank in ranks.items():
-        module = layout.modules[layout.index(name)]
-        stem = f"base_model.model.{name}"
-        tensors.append((f"{stem}.lora_A.weight", torch.zeros(rank, module.in_features)))
-        tensors.append((f"{stem}.lora_B.weight", torch.zeros(module.out_features, rank)))
-    content = file_of(tensors)
+    """Tensors of these ranks; the config says them by patterns."""
+    modules = {name: layout.modules[layout.index(name)] for name in ranks}
+    pairs = [
+        pair(name, module.in_features, module.out_features, rank=ranks[name], dtype="F32")
+        for name, module in modules.items()
+    ]
+    content = file_of([tensor for each in pairs for tensor in each])
     plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": ranks}
     prefix = content[: header_size(content, len(content))]
     return PartFile(json.dumps(plain | config).encode(), prefix, len(content))
@@ -78,20 +76,16 @@ def test_modules_of_either_part_in_the_layouts_order() -> None:
     assert {spec.scale_of(name) for name in (Q, OUT, "lm_head")} == {1.0}
 
 
-def test_weights_and_scales_by_module() -> None:
+def test_weights_and_scales_by_module_and_tensors_on_multiples_of_64() -> None:
     parts = part({Q: 4, OUT: 2}), part({Q: 4}, use_rslora=True, lora_alpha=6)
     plan = planned(linear(0.5, -2), *parts)
     assert [(p.weight, p.scale) for p in plan.tensors[0].pieces] == [(0.5, 2.0), (-2.0, 3.0)]
     assert [(p.weight, p.scale) for p in plan.tensors[2].pieces] == [(0.5, 4.0)]
-
-
-def test_tensors_lie_on_multiples_of_64() -> None:
-    plan = planned(linear(1, 1), part({Q: 4, OUT: 4}), part({Q: 4, OUT: 4}))
     assert {tensor.start % 64 for tensor in plan.tensors} == {0}
 
 
-@pytest.mark.parametrize(("bases", "named"), [(("x", "x"), "x"), (("x", "y"), None)])
-def test_the_bases_name_if_they_have_one(bases: tuple[str, str], named: str | None) -> None:
+@pytest.mark.parametrize(("bases", "named"), [("xx", "x"), ("xy", None)])
+def test_the_bases_name_if_they_have_one(bases: str, named: str | None) -> None:
     parts = [part({Q: 4}, base_model_name_or_path=base) for base in bases]
     assert parse_config(planned(linear(1, 1), *parts).config, Limits()).base_model == named
 
@@ -151,27 +145,25 @@ def test_a_config_that_would_be_too_long_is_filled_up() -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
+GOOD = part({Q: 4})
+BAD_RANK = IncompatibleAdapterError, f"'{Q}': .*the parts have 4 and 3"
+BAD_CONFIG = AdapterFormatError, r"part 2 \('1'\): .*r must be"
+BAD_HEADER = AdapterFormatError, r"part 2 \('1'\): "
+
+
 @pytest.mark.parametrize(
-    ("parts", "kind", "problem"),
+    ("other", "refusal"),
     [
-        (
-            [part({Q: 4}), part({Q: 3})],
-            IncompatibleAdapterError,
-            f"'{Q}': .*the parts have 4 and 3",
-        ),
-        ([part({Q: 4}), part({Q: 4}, r=0)], AdapterFormatError, r"part 2 \('1'\): .*r must be"),
-        (
-            [part({Q: 4})._replace(prefix=b"\x09" + b"\0" * 7 + b"{}"), part({Q: 4})],
-            AdapterFormatError,
-            r"part 1 \('0'\): ",
-        ),
+        (part({Q: 3}), BAD_RANK),
+        (part({Q: 4}, r=0), BAD_CONFIG),
+        (GOOD._replace(prefix=b"\x09" + b"\0" * 7 + b"{}"), BAD_HEADER),
     ],
 )
 def test_parts_that_cannot_be_merged(
-    parts: list[PartFile], kind: type[LoraxError], problem: str
+    other: PartFile, refusal: tuple[type[LoraxError], str]
 ) -> None:
-    with pytest.raises(kind, match=problem):
-        planned(dare(), *parts)
+    with pytest.raises(refusal[0], match=refusal[1]):
+        planned(dare(), GOOD, other)
 
 
 def test_equal_ranks_are_a_modules_own_affair() -> None:
@@ -192,32 +184,23 @@ def test_a_factor_that_no_float32_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "expected"),
+    ("config", "expected"),
     [
-        (None, Start(4 * (24 + 16), 0)),
-        (True, Start(4 * (24 + 24 + 16), 0)),
-        (False, Start(4 * (24 + 16), 0)),
-        ("gaussian", Start(4 * (24 + 16), 4 * 24)),
-        ("Gaussian", Start(4 * (24 + 16), 4 * 24)),
-        ("eva", Start(4 * (24 + 16), 0)),
+        ({}, Start(4 * 64, 0)),  # PEFT's default
+        ({"init_lora_weights": None}, Start(4 * (24 + 16), 0)),
+        ({"init_lora_weights": True}, Start(4 * (24 + 24 + 16), 0)),
+        ({"init_lora_weights": False}, Start(4 * (24 + 16), 0)),
+        ({"init_lora_weights": "gaussian"}, Start(4 * (24 + 16), 4 * 24)),
+        ({"init_lora_weights": "Gaussian"}, Start(4 * (24 + 16), 4 * 24)),
+        ({"init_lora_weights": "eva"}, Start(4 * (24 + 16), 0)),
+        # New layers have the largest rank of the first part.
+        ({"rank_pattern": {"q": 4, "nowhere": 6}}, Start(6 * 64, 0)),
     ],
 )
-def test_what_is_drawn_first(start: object, expected: Start) -> None:
-    first = part({Q: 4}, init_lora_weights=start)
-    assert planned(dare(), first, part({Q: 4})).starts == (expected,)
+def test_what_is_drawn_first(config: dict[str, Any], expected: Start) -> None:
+    assert planned(dare(), part({Q: 4}, **config), GOOD).starts == (expected,)
 
 
-def test_a_config_that_says_no_start_has_pefts_default() -> None:
-    assert planned(dare(), part({Q: 4}), part({Q: 4})).starts == (Start(4 * 64, 0),)
-
-
-def test_new_layers_have_the_largest_rank_of_the_first_part() -> None:
-    parts = part({Q: 2}, rank_pattern={"q": 2, "nowhere": 6}), part({Q: 2})
-    assert planned(dare(), *parts).starts == (Start(6 * 64, 0),)
-
-
-def test_where_nothing_is_dropped_nothing_is_drawn() -> None:
-    pair = part({Q: 4}), part({Q: 4})
-    assert planned(dare(1.0), *pair).starts == ()
-    assert planned(replace(dare(), strategy="ties"), *pair).starts == ()
-    assert planned(linear(1, 1), *pair).starts == ()
+@pytest.mark.parametrize("merge", [dare(1.0), replace(dare(), strategy="ties"), linear(1, 1)])
+def test_where_nothing_is_dropped_nothing_is_drawn(merge: Merge) -> None:
+    assert planned(merge, GOOD, GOOD).starts == ()
