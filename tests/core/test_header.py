@@ -5,22 +5,18 @@ import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import safetensors
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from lorax_async.core.header import (
     DTYPE_BITS,
     Header,
     HeaderLimits,
-    TensorSpan,
     header_size,
     parse_header,
 )
@@ -143,22 +139,6 @@ def test_what_safetensors_writes_is_read_back(
         assert span.nbytes == arrays[span.name].nbytes
 
 
-def test_a_file_on_disk_reads_as_safe_open_reads_it(tmp_path: Path) -> None:
-    tensors = {
-        f"layers.{k}.lora_A.weight": torch.full((k, 3), float(k), dtype=dtype)
-        for k, dtype in enumerate([torch.float32, torch.bfloat16, torch.float16, torch.float64])
-    }
-    path = tmp_path / "adapter_model.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
-    header = parse_header(path.read_bytes(), path.stat().st_size)
-    with safetensors.safe_open(path, "pt") as file:
-        assert {span.name for span in header.tensors} == set(file.keys())
-        assert header.metadata == file.metadata()
-        for span in header.tensors:
-            view = file.get_slice(span.name)
-            assert (span.dtype, list(span.shape)) == (view.get_dtype(), view.get_shape())
-
-
 def test_the_dtypes_and_their_sizes_are_those_of_safetensors() -> None:
     with pytest.raises(safetensors.SafetensorError) as refusal:
         deserialize(framed(f'{{"a":{entry((), (0, 0), "no such")}}}'))
@@ -172,7 +152,7 @@ def test_the_dtypes_and_their_sizes_are_those_of_safetensors() -> None:
 TOKENS = st.sampled_from([b"0", b"9", b"-", b",", b"]", b'"', b" ", b"\\u0041", b"F4"])
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(legal_files() | legal_files(canonical=True), st.data())
 def test_a_damaged_file_is_refused_or_reads_as_safetensors_reads_it(
     file: bytes, data: st.DataObject
@@ -197,36 +177,18 @@ def test_an_empty_file_of_no_tensors() -> None:
     assert parse('{"__metadata__":{"format":"pt"}} \n', data=0).metadata == {"format": "pt"}
 
 
-def test_spans_are_absolute_in_file_order_and_empty_ones_by_name() -> None:
-    text = (
-        f'{{"late":{entry((2,), (4, 12))},"z":{entry((0, 5), (4, 4))},"first":{entry()}'
-        f',"a":{entry((0,), (4, 4))},"end":{entry((0,), (12, 12))}}}'
-    )
-    header = parse(text, data=12)
-    base = 8 + len(text)
-    assert header.data_start == base
-    assert header.tensors == (
-        TensorSpan("first", "F32", (1,), base, base + 4),
-        TensorSpan("a", "F32", (0,), base + 4, base + 4),
-        TensorSpan("z", "F32", (0, 5), base + 4, base + 4),
-        TensorSpan("late", "F32", (2,), base + 4, base + 12),
-        TensorSpan("end", "F32", (0,), base + 12, base + 12),
-    )
-
-
-LEGAL = {
-    "a scalar": entry((), (0, 4)),
-    "eight dimensions": entry((1,) * 8),
-    "an int64 dimension beside zero": entry((INT64_MAX, 0), (0, 0)),
-    "white space everywhere": '\t{\n"dtype" : "F32" , "shape" :[ 1 ] , "data_offsets":[ 0,4]\r}',
-    "escapes": r'{"\u0064type":"F\u00332","shape":[1],"data_offsets":[0,4]}',
-}
-
-
-@pytest.mark.parametrize("value", LEGAL.values(), ids=LEGAL.keys())
+@pytest.mark.parametrize(
+    "value",
+    [
+        entry((), (0, 4)),
+        entry((1,) * 8),
+        entry((INT64_MAX, 0), (0, 0)),
+        '\t{\n"dtype" : "F32" , "shape" :[ 1 ] , "data_offsets":[ 0,4]\r}',
+        r'{"\u0064type":"F\u00332","shape":[1],"data_offsets":[0,4]}',
+    ],
+)
 def test_legal_entries(value: str) -> None:
-    data = 0 if "0,0" in value else 4
-    agrees_with_safetensors(framed(f'{{"a":{value}}}') + bytes(data))
+    agrees_with_safetensors(framed(f'{{"a":{value}}}') + bytes(0 if "0,0" in value else 4))
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 512, "é" * 256, "\N{GRINNING FACE}" * 128, "\0"])
@@ -236,147 +198,112 @@ def test_names_of_one_to_512_bytes_are_legal(name: str, ascii_only: bool) -> Non
     assert [span.name for span in parse(text).tensors] == [name]
 
 
+def placed(**tensors: tuple[int, int, int]) -> str:
+    """A header of tensors of so many F32, from one offset to another."""
+    entries = (f'"{name}":{entry((n,), (at, to))}' for name, (n, at, to) in tensors.items())
+    return f"{{{','.join(entries)}}}"
+
+
+OVERLAP = "'x': bytes overlap those of 'a'"
 PLACES = {
-    "hole at the start": (f'{{"x":{entry((1,), (4, 8))}}}', 8, "'x': a hole of 4 bytes"),
-    "hole between": (f'{{"a":{GOOD},"x":{entry((1,), (8, 12))}}}', 12, "'x': a hole of 4 bytes"),
-    "empty tensor in a hole": (f'{{"a":{GOOD},"x":{entry((0,), (8, 8))}}}', 8, "'x': a hole"),
-    "empty tensor inside another": (
-        f'{{"a":{GOOD},"x":{entry((0,), (2, 2))}}}',
-        4,
-        "'x': bytes overlap those of 'a'",
-    ),
-    "overlap": (
-        f'{{"a":{entry((2,), (0, 8))},"x":{entry((2,), (4, 12))}}}',
-        12,
-        "'x': bytes overlap those of 'a'",
-    ),
-    "nested": (
-        f'{{"x":{entry((1,), (4, 8))},"a":{entry((3,), (0, 12))}}}',
-        12,
-        "'x': bytes overlap those of 'a'",
-    ),
-    "same start": (f'{{"a":{GOOD},"x":{entry((2,), (0, 8))}}}', 8, "'x': bytes overlap"),
-    "one span for two": (f'{{"a":{GOOD},"x":{GOOD}}}', 4, "'x': bytes overlap those of 'a'"),
-    "trailing bytes": (f'{{"x":{GOOD}}}', 7, "3 bytes after the last tensor"),
+    "hole at the start": (placed(x=(1, 4, 8)), 8, "'x': a hole of 4 bytes"),
+    "hole between": (placed(a=(1, 0, 4), x=(1, 8, 12)), 12, "'x': a hole of 4 bytes"),
+    "empty tensor in a hole": (placed(a=(1, 0, 4), x=(0, 8, 8)), 8, "'x': a hole"),
+    "empty tensor inside another": (placed(a=(1, 0, 4), x=(0, 2, 2)), 4, OVERLAP),
+    "overlap": (placed(a=(2, 0, 8), x=(2, 4, 12)), 12, OVERLAP),
+    "nested": (placed(x=(1, 4, 8), a=(3, 0, 12)), 12, OVERLAP),
+    "same start": (placed(a=(1, 0, 4), x=(2, 0, 8)), 8, "'x': bytes overlap"),
+    "one span for two": (placed(a=(1, 0, 4), x=(1, 0, 4)), 4, OVERLAP),
+    "trailing bytes": (placed(x=(1, 0, 4)), 7, "3 bytes after the last tensor"),
     "trailing bytes and no tensor": ("{}", 1, "1 bytes after the last tensor"),
-    "truncated": (f'{{"x":{GOOD}}}', 3, "'x': the file ends 1 bytes before it does"),
-    "offsets of another planet": (f'{{"x":{entry((1,), (2**90, 2**90 + 4))}}}', 4, "'x': a hole"),
+    "truncated": (placed(x=(1, 0, 4)), 3, "'x': the file ends 1 bytes before it does"),
+    "offsets of another planet": (placed(x=(1, 2**90, 2**90 + 4)), 4, "'x': a hole"),
 }
 
-ENTRIES = {
-    "too few bytes": (entry((2,)), "needs 8 bytes"),
-    "too many bytes": (entry((0,)), "needs 0 bytes"),
-    "offsets backwards": (entry((1,), (4, 0)), "needs 4 bytes"),
-    "one offset": (entry((1,), (0,)), "needs 4 bytes, not [0]"),
-    "three offsets": (entry((1,), (0, 4, 4)), "not [0, 4, 4]"),
-    "nine dimensions": (entry((1,) * 9), "9 dimensions, more than the limit of 8"),
-    "a dimension beyond int64": (entry((INT64_MAX + 1, 0)), "beyond int64"),
-    "a product beyond int64": (entry((2**32, 2**31)), "beyond int64"),
-    "a product beyond int64 beside zero": (entry((2**32, 2**31, 0)), "beyond int64"),
-    "half a byte": (entry((3,), (0, 1), "F4"), "does not fill whole bytes"),
-    "three quarters of a byte": (entry((1,), (0, 1), "F6_E2M3"), "does not fill whole bytes"),
-    "an unknown dtype": (entry(dtype="F31"), "unknown dtype 'F31'"),
-    "a dtype in lower case": (entry(dtype="f32"), "unknown dtype 'f32'"),
-    "a dtype that is no string": (entry(dtype=32), "dtype is not a string"),
-    "a float in the shape": (entry((1.0,)), "shape holds something else than integers"),
-    "a bool in the shape": (entry((True,)), "shape holds something else than integers"),
-    "a null in the shape": (entry((None,)), "shape holds something else than integers"),
-    "a string in the shape": (entry(("1",)), "shape holds something else than integers"),
-    "a list in the shape": (entry(((1,),)), "shape holds something else than integers"),
-    "a negative dimension": (entry((-1,)), "shape holds something else than integers"),
-    "minus zero": (entry().replace("[1]", "[-0]"), "shape holds something else than integers"),
-    "an exponent": (entry().replace("[1]", "[1e0]"), "shape holds something else than integers"),
-    "a shape that is no list": (entry(1), "shape is not a list"),
-    "a float offset": (entry(offsets=(0, 4.0)), "data_offsets holds something else"),
-    "a bool offset": (entry(offsets=(False, 4)), "data_offsets holds something else"),
-    "a negative offset": (entry(offsets=(-4, 0)), "data_offsets holds something else"),
-    "offsets that are no list": (entry(offsets="04"), "data_offsets is not a list"),
-    "a leading zero": (entry().replace("[1]", "[01]"), "delimiter"),
-    "a trailing comma": (entry().replace("[1]", "[1,]"), "at character"),
-    "no dtype": ('{"shape":[1],"data_offsets":[0,4]}', "'dtype' is missing"),
-    "no shape": ('{"dtype":"F32","data_offsets":[0,4]}', "'shape' is missing"),
-    "no offsets": ('{"dtype":"F32","shape":[1]}', "'data_offsets' is missing"),
-    "an unknown member": (GOOD.replace("}", ',"strides":[1]}'), "'strides' is unknown"),
-    "a member twice": (GOOD.replace("}", ',"shape":[1]}'), "'shape' appears twice"),
-    "a member twice by an escape": (
-        GOOD.replace("}", r',"sh\u0061pe":[1]}'),
-        "'shape' appears twice",
-    ),
-    "a lone surrogate": (GOOD.replace("F32", r"\ud800"), "lone surrogate"),
-    "NaN": (GOOD.replace("[1]", "[NaN]"), "NaN"),
-    "Infinity": (GOOD.replace("[1]", "[Infinity]"), "Infinity"),
-    "a list for an entry": ('["F32",[1],[0,4]]', "not an object of just"),
-    "null for an entry": ("null", "not an object of just"),
-    "an object inside": (GOOD.replace("[1]", "{}"), "not an object of just"),
-    "a huge entry": (GOOD.replace("{", "{" + " " * 65_536), "not an object of just"),
-    "depth of 17": (GOOD.replace("[1]", "[" * 15 + "]" * 15), "nests deeper than 15"),
-    "depth of 20,000": (GOOD.replace("[1]", "[" * 20_000 + "]" * 20_000), "nests deeper than"),
-    "a number of 5,000 digits": (GOOD.replace("[1]", f"[{'1' * 5_000}]"), "5000 characters"),
-    "cut short": (GOOD[:20], "Unterminated string"),
+NO_SHAPES: list[object] = [(1.0,), (True,), (None,), ("1",), ((1,),), (-1,)]
+ENTRIES: dict[str, list[str]] = {
+    "needs 8 bytes": [entry((2,))],
+    "needs 0 bytes": [entry((0,))],
+    "needs 4 bytes": [entry((1,), (4, 0))],
+    "needs 4 bytes, not [0]": [entry((1,), (0,))],
+    "not [0, 4, 4]": [entry((1,), (0, 4, 4))],
+    "9 dimensions, more than the limit of 8": [entry((1,) * 9)],
+    "beyond int64": [entry((INT64_MAX + 1, 0)), entry((2**32, 2**31)), entry((2**32, 2**31, 0))],
+    "does not fill whole bytes": [entry((3,), (0, 1), "F4"), entry((1,), (0, 1), "F6_E2M3")],
+    "unknown dtype 'F31'": [entry(dtype="F31")],
+    "unknown dtype 'f32'": [entry(dtype="f32")],
+    "dtype is not a string": [entry(dtype=32)],
+    "shape holds something else than integers": [
+        *(entry(shape) for shape in NO_SHAPES),
+        *(entry().replace("[1]", other) for other in ("[-0]", "[1e0]")),
+    ],
+    "shape is not a list": [entry(1)],
+    "data_offsets holds something else": [
+        entry(offsets=offsets) for offsets in ((0, 4.0), (False, 4), (-4, 0))
+    ],
+    "data_offsets is not a list": [entry(offsets="04")],
+    "delimiter": [entry().replace("[1]", "[01]")],
+    "at character": [entry().replace("[1]", "[1,]")],
+    "'dtype' is missing": ['{"shape":[1],"data_offsets":[0,4]}'],
+    "'shape' is missing": ['{"dtype":"F32","data_offsets":[0,4]}'],
+    "'data_offsets' is missing": ['{"dtype":"F32","shape":[1]}'],
+    "'strides' is unknown": [GOOD.replace("}", ',"strides":[1]}')],
+    "'shape' appears twice": [
+        GOOD.replace("}", again) for again in (',"shape":[1]}', r',"sh\u0061pe":[1]}')
+    ],
+    "lone surrogate": [GOOD.replace("F32", r"\ud800")],
+    "NaN": [GOOD.replace("[1]", "[NaN]")],
+    "Infinity": [GOOD.replace("[1]", "[Infinity]")],
+    "not an object of just": [
+        *('["F32",[1],[0,4]]', "null", GOOD.replace("[1]", "{}")),
+        GOOD.replace("{", "{" + " " * 65_536),
+    ],
+    "nests deeper than 15": [GOOD.replace("[1]", "[" * n + "]" * n) for n in (15, 20_000)],
+    "5000 characters": [GOOD.replace("[1]", f"[{'1' * 5_000}]")],
+    "Unterminated string": [GOOD[:20]],
 }
-
-TEXTS = {
-    "a name twice": (f'{{"x":{entry((0,), (0, 0))},"x":{GOOD}}}', "'x': the name stands there"),
-    "a name twice by an escape": (f'{{"x":{entry((0,), (0, 0))},"\\u0078":{GOOD}}}', "'x'"),
-    "no name": (f'{{"":{GOOD}}}', "a name of 0 bytes"),
-    "a name of 513 bytes": (f'{{"{"x" * 513}":{GOOD}}}', "'xxx"),
-    "a name of 513 bytes in 257 characters": (f'{{"{"é" * 256}x":{GOOD}}}', "name of 513 bytes"),
-    "a lone surrogate in a name": (rf'{{"\ud800":{GOOD}}}', "lone surrogate"),
-    "a control character in a name": (f'{{"a\tb":{GOOD}}}', "control character"),
-    "a bad escape in a name": (rf'{{"\x41":{GOOD}}}', "bad escape"),
-    "no value": ('{"x"}', "expected ':'"),
-    "no comma": (f'{{"a":{GOOD} "x":{GOOD}}}', "expected ',' or '}'"),
-    "a trailing comma": (f'{{"x":{GOOD},}}', "expected a string"),
-    "no end": (f'{{"x":{GOOD}', "expected ',' or '}'"),
-    "two values": (f'{{"x":{GOOD}}}{{}}', "more than one value"),
-    "null bytes as padding": (f'{{"x":{GOOD}}}\0\0', "more than one value"),
-    "white space first": (f' {{"x":{GOOD}}}', "expected an object at character 0"),
-    "a list": ("[]", "expected an object at character 0"),
-    "nothing": ("", "expected an object at character 0"),
-    "a byte order mark": (f'\ufeff{{"x":{GOOD}}}', "byte order mark"),
-    "invalid UTF-8": (b'{"\xff":' + GOOD.encode() + b"}", "not valid UTF-8"),
-    "a surrogate in UTF-8": (b'{"\xed\xa0\x80":' + GOOD.encode() + b"}", "not valid UTF-8"),
-    "null metadata": (f'{{"__metadata__":null,"x":{GOOD}}}', "__metadata__: expected an object"),
-    "a tensor named __metadata__": (f'{{"__metadata__":{GOOD}}}', "'shape' is not a string"),
-    "a number in the metadata": ('{"__metadata__":{"k":1}}', "'k' is not a string"),
-    "an object in the metadata": ('{"__metadata__":{"k":{}}}', "'k' is not a string"),
-    "metadata twice": ('{"__metadata__":{},"__metadata__":{}}', "__metadata__: stands there twice"),
-    "metadata twice by an escape": (
-        r'{"__metadata__":{},"\u005f_metadata__":{}}',
-        "__metadata__: stands there twice",
-    ),
-    "a key of the metadata twice": (
-        r'{"__metadata__":{"k":"1","\u006b":"1"}}',
-        "'k' appears twice",
-    ),
-    "a lone surrogate in the metadata": (r'{"__metadata__":{"k":"\udfff"}}', "lone surrogate"),
+EMPTY = entry((0,), (0, 0))
+TEXTS: dict[str, list[str | bytes]] = {
+    "'x': the name stands there": [f'{{"x":{EMPTY},"{x}":{GOOD}}}' for x in ("x", "\\u0078")],
+    "a name of 0 bytes": [f'{{"":{GOOD}}}'],
+    "name of 513 bytes": [f'{{"{"x" * 513}":{GOOD}}}', f'{{"{"é" * 256}x":{GOOD}}}'],
+    "lone surrogate": [rf'{{"\ud800":{GOOD}}}', r'{"__metadata__":{"k":"\udfff"}}'],
+    "control character": [f'{{"a\tb":{GOOD}}}'],
+    "bad escape": [rf'{{"\x41":{GOOD}}}'],
+    "expected ':'": ['{"x"}'],
+    "expected ',' or '}'": [f'{{"a":{GOOD} "x":{GOOD}}}', f'{{"x":{GOOD}'],
+    "expected a string": [f'{{"x":{GOOD},}}'],
+    "more than one value": [f'{{"x":{GOOD}}}{{}}', f'{{"x":{GOOD}}}\0\0'],
+    "expected an object at character 0": [f' {{"x":{GOOD}}}', "[]", ""],
+    "byte order mark": [f'\ufeff{{"x":{GOOD}}}'],
+    "not valid UTF-8": [
+        b'{"%s":%s}' % (name, GOOD.encode()) for name in (b"\xff", b"\xed\xa0\x80")
+    ],
+    "__metadata__: expected an object": [f'{{"__metadata__":null,"x":{GOOD}}}'],
+    "'shape' is not a string": [f'{{"__metadata__":{GOOD}}}'],  # a tensor of that name
+    "'k' is not a string": ['{"__metadata__":{"k":1}}', '{"__metadata__":{"k":{}}}'],
+    "__metadata__: stands there twice": [
+        f'{{"__metadata__":{{}},"{name}":{{}}}}' for name in ("__metadata__", r"\u005f_metadata__")
+    ],
+    "'k' appears twice": [r'{"__metadata__":{"k":"1","\u006b":"1"}}'],
 }
-
-# Strings of the metadata are read in pieces.
-TEXTS |= {
-    f"{literal} at {at}": ('{"__metadata__":{"k":' + literal, f"at character {at + 21};")
-    for literal, at in [
-        (r'"\ud800"', 1),
-        (r'"ab\ude00\ud83d"', 3),
-        (r'"\ud800\u0041"', 1),
-        (r'"\x41"', 1),
-        (r'"\u00g0"', 1),
-        ('"a\\n\x01"', 4),
-        (r'"\na', 4),
-        (r'"\n\"', 5),
-    ]
+STRINGS = {  # of the metadata are read in pieces
+    *((r'"\ud800"', 1), (r'"ab\ude00\ud83d"', 3), (r'"\ud800\u0041"', 1), (r'"\x41"', 1)),
+    *((r'"\u00g0"', 1), ('"a\\n\x01"', 4), (r'"\na', 4), (r'"\n\"', 5)),
 }
-REFUSED = {
-    **PLACES,
-    **{
-        f"entry: {name}": (f'{{"x":{value}}}', 4, f"'x': {text}")
-        for name, (value, text) in ENTRIES.items()
-    },
-    **{f"text: {name}": (text, 4, fragment) for name, (text, fragment) in TEXTS.items()},
-}
+REFUSED: list[tuple[str | bytes, int, str]] = [
+    *PLACES.values(),
+    *((f'{{"x":{each}}}', 4, f"'x': {words}") for words, all_ in ENTRIES.items() for each in all_),
+    *((each, 4, words) for words, all_ in TEXTS.items() for each in all_),
+    *(('{"__metadata__":{"k":' + text, 4, f"at character {at + 21};") for text, at in STRINGS),
+]
 
 
-@pytest.mark.parametrize(("text", "data", "fragment"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(
+    ("text", "data", "fragment"),
+    REFUSED,
+    ids=[f"{n}: {words}" for n, (*_, words) in enumerate(REFUSED)],
+)
 def test_what_the_contract_forbids_is_refused_and_the_offender_named(
     text: bytes | str, data: int, fragment: str
 ) -> None:
@@ -407,9 +334,6 @@ def test_limits_are_limits(spelling: str) -> None:
     ]:
         with pytest.raises(AdapterFormatError, match=re.escape(fragment)):
             parse(text, limits=limits)
-
-
-def test_the_metadata_has_a_limit_of_its_own() -> None:
     text = '{"__metadata__":{"a":"","b":""}}'
     assert parse(text, 0, HeaderLimits(max_metadata_members=2)).metadata == {"a": "", "b": ""}
     with pytest.raises(AdapterFormatError, match="more than the limit of 1 members"):
@@ -434,17 +358,12 @@ def test_the_default_number_of_tensors_is_65_536() -> None:
         ((2**24 + 1).to_bytes(8, "little"), 2**30, "a header of 16,777,217 bytes is over"),
         (b"\xff" * 8, 2**63, "or this is no safetensors file"),
         (b"PK\3\4\0\0\0\0", 2**40, "or this is no safetensors file"),
+        (b"\2\0\0\0\0\0\0\0{", 10, "only 9 of its 10 bytes could be read"),
     ],
 )
 def test_sizes_that_cannot_be(first: bytes, file_size: int, fragment: str) -> None:
     with pytest.raises(AdapterFormatError, match=fragment):
-        header_size(first, file_size)
-
-
-def test_a_prefix_that_was_read_short() -> None:
-    assert header_size(b"\2\0\0\0\0\0\0\0{}", 10) == 10
-    with pytest.raises(AdapterFormatError, match="only 9 of its 10 bytes could be read"):
-        parse_header(b"\2\0\0\0\0\0\0\0{", 10)
+        parse_header(first, file_size)
 
 
 @pytest.mark.parametrize(

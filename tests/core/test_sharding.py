@@ -12,7 +12,7 @@ from core.adapter_files import file_of, pair, plan
 from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits, Shard
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
-from lorax_async.core.moves import Convert, GroupPlan, Read, Row, Zero
+from lorax_async.core.moves import GroupPlan, Read, Row
 from lorax_async.core.runs import Span
 from lorax_async.core.sharding import Cut, shard_layout
 from lorax_async.errors import ConfigError, IncompatibleAdapterError
@@ -136,30 +136,6 @@ def test_columns_of_a_are_a_piece_of_each_row() -> None:
     assert b == Span(start + 384, start + 640)
     assert list(columns.ranges()) == [(start + 96 * n + 32, start + 96 * n + 64) for n in range(4)]
     assert (group.nbytes, group.rows) == (384, (Row(0, 0, 128, 4, 4, 1.0),))
-
-
-def test_casts_and_padding_of_a_cut_b() -> None:
-    """Rank 3 becomes 8: rows of three F32 become rows of eight BF16."""
-    group, start = planned(
-        column(4, Part(2), Part(2)), Shard(1, 2), rank=3, dtype="BF16", rank_multiple=8
-    )
-    assert group.converts == (
-        Convert(start, 192, "F32", rows=1, columns=48, target=0, row_pitch=48),
-        Convert(start + 192 + 12, 12, "F32", rows=1, columns=3, target=256, row_pitch=8),
-        Convert(start + 192 + 36, 12, "F32", rows=1, columns=3, target=272, row_pitch=8),
-    )
-    assert group.zeros == (Zero(96, 5 * 16 * 2),)
-    assert (group.reads, group.rows) == ((), (Row(0, 0, 256, 3, 8, 1.0),))
-
-
-def test_casts_and_padding_of_a_cut_a() -> None:
-    group, start = planned(row(4), Shard(0, 2), rank=2, dtype="BF16", rank_multiple=8)
-    pieces = (Span(start, start + 8, 2, 16),)
-    assert group.converts[0] == Convert(
-        start, 16, "F32", rows=1, columns=4, target=0, row_pitch=4, pieces=pieces
-    )
-    assert group.zeros == (Zero(8, 6 * 2 * 2),)
-    assert group.rows == (Row(0, 0, 64, 2, 8, 1.0),)
 
 
 def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:

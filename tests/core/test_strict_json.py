@@ -60,51 +60,41 @@ def test_a_damaged_object_is_refused_or_reads_as_the_standard_library_reads_it(
     assert accepted == json.loads(bytes(text))
 
 
-ILLEGAL = {
-    "nothing": (b"", "Expecting value"),
-    "white space only": (b" \n", "Expecting value"),
-    "a list": (b"[]", "not a JSON object"),
-    "a number": (b"1", "not a JSON object"),
-    "two values": (b"{} {}", "more than one value"),
-    "text after the value": (b"{}x", "more than one value"),
-    "a null byte after the value": (b"{}\0", "more than one value"),
-    "a byte order mark": (b"\xef\xbb\xbf{}", "byte order mark"),
-    "UTF-16": ("{}".encode("utf-16-le"), "Expecting"),
-    "invalid UTF-8": (b'{"a":"\xff"}', "UTF-8"),
-    "UTF-8 cut short": (b'{"a":"\xc3', "UTF-8"),
-    "overlong UTF-8": (b'{"a":"\xc0\xaf"}', "UTF-8"),
-    "a surrogate in UTF-8": (b'{"a":"\xed\xa0\x80"}', "UTF-8"),
-    "NaN": (b'{"a":NaN}', "NaN"),
-    "Infinity": (b'{"a":[Infinity]}', "Infinity"),
-    "-Infinity": (b'{"a":-Infinity}', "-Infinity"),
-    "a float that overflows": (b'{"a":1e999}', "1e999"),
-    "a lone high surrogate": (rb'{"a":"\ud83d"}', "lone surrogate"),
-    "a lone low surrogate": (rb'{"a":"\ude00"}', "lone surrogate"),
-    "surrogates in the wrong order": (rb'{"a":"\ude00\ud83d"}', "lone surrogate"),
-    "a lone surrogate in a name": (rb'{"a":{"\ud800":1}}', "lone surrogate"),
-    "a lone surrogate in a list": (rb'{"a":["\ud800"]}', "lone surrogate"),
-    "a member twice": (b'{"rank":1,"rank":1}', "'rank' appears twice"),
-    "a member twice inside": (b'{"a":[{"rank":1,"b":2,"rank":3}]}', "'rank' appears twice"),
-    "a member twice by an escape": (rb'{"rank":1,"\u0072ank":1}', "'rank' appears twice"),
-    "a trailing comma": (b'{"a":1,}', "at character"),
-    "a trailing comma in a list": (b'{"a":[1,]}', "at character"),
-    "single quotes": (b"{'a':1}", "property name"),
-    "a comment": (b'{"a":1 /* */}', "delimiter"),
-    "a control character": (b'{"a":"\x01"}', "control character"),
-    "a bad escape": (rb'{"a":"\x41"}', "escape"),
-    "a short escape": (rb'{"a":"\u12"}', "escape"),
-    "a leading zero": (b'{"a":01}', "delimiter"),
-    "a plus sign": (b'{"a":+1}', "Expecting value"),
-    "a bare point": (b'{"a":.5}', "Expecting value"),
-    "digits of another script": ('{"a":\N{ARABIC-INDIC DIGIT ONE}}'.encode(), "Expecting value"),
-    "a form feed as white space": (b'{\x0c"a":1}', "property name"),
-    "a no-break space": ('{\N{NO-BREAK SPACE}"a":1}'.encode(), "property name"),
-    "no end": (b'{"a":[1', "delimiter"),
+ILLEGAL: dict[str, list[bytes]] = {
+    "Expecting value": [b"", b" \n", b'{"a":+1}', b'{"a":.5}', '{"a":\u0661}'.encode()],
+    "not a JSON object": [b"[]", b"1"],
+    "more than one value": [b"{} {}", b"{}x", b"{}\0"],
+    "byte order mark": [b"\xef\xbb\xbf{}"],
+    "Expecting": ["{}".encode("utf-16-le")],
+    "UTF-8": [b'{"a":"\xff"}', b'{"a":"\xc3', b'{"a":"\xc0\xaf"}', b'{"a":"\xed\xa0\x80"}'],
+    "NaN": [b'{"a":NaN}'],
+    "Infinity": [b'{"a":[Infinity]}', b'{"a":-Infinity}'],
+    "1e999": [b'{"a":1e999}'],
+    "lone surrogate": [
+        *(rb'{"a":"\ud83d"}', rb'{"a":"\ude00"}', rb'{"a":"\ude00\ud83d"}'),
+        *(rb'{"a":{"\ud800":1}}', rb'{"a":["\ud800"]}'),
+    ],
+    "'rank' appears twice": [
+        *(b'{"rank":1,"rank":1}', b'{"a":[{"rank":1,"b":2,"rank":3}]}'),
+        rb'{"rank":1,"\u0072ank":1}',
+    ],
+    "at character": [b'{"a":1,}', b'{"a":[1,]}'],
+    "property name": [b"{'a':1}", b'{\x0c"a":1}', '{\N{NO-BREAK SPACE}"a":1}'.encode()],
+    "delimiter": [b'{"a":1 /* */}', b'{"a":01}', b'{"a":[1'],
+    "control character": [b'{"a":"\x01"}'],
+    "escape": [rb'{"a":"\x41"}', rb'{"a":"\u12"}'],
+    "nests deeper than 16": [
+        b'{"a":' + b"[" * (n - 1) + b"]" * (n - 1) + b"}" for n in (17, 18, 500, 100_000)
+    ],
 }
 
 
-@pytest.mark.parametrize(("data", "fragment"), ILLEGAL.values(), ids=ILLEGAL.keys())
-def test_what_strict_json_is_not_is_refused(data: bytes, fragment: str) -> None:
+@pytest.mark.parametrize(
+    ("fragment", "data"),
+    [(fragment, data) for fragment, all_ in ILLEGAL.items() for data in all_],
+    ids=lambda value: repr(value[:40]),
+)
+def test_what_strict_json_is_not_is_refused(fragment: str, data: bytes) -> None:
     with pytest.raises(AdapterFormatError, match=f"config: .*{re.escape(fragment)}"):
         read(data)
 
@@ -121,20 +111,11 @@ def test_what_strict_json_is_not_is_refused(data: bytes, fragment: str) -> None:
         (b'{"a":' + b"[" * 15 + b"]" * 15 + b"}", {"a": json.loads("[" * 15 + "]" * 15)}),
         (b'{"a":"%s"}' % (b"x" + "é".encode() * (1 << 18)), {"a": "x" + "é" * (1 << 18)}),
     ],
-    ids=["pair", "backslash", "elsewhere", "no name", "delete", "brackets", "depth 16", "long"],
+    ids=lambda value: repr(value)[:40],
 )
 def test_legal_corners(data: bytes, value: dict[str, JsonValue]) -> None:
     assert read(data) == value
-
-
-def test_minus_zero_is_a_float() -> None:
-    assert isinstance(read(b'{"a":-0}')["a"], float)
-
-
-@pytest.mark.parametrize("depth", [17, 18, 500, 100_000])
-def test_what_nests_deeper_is_refused(depth: int) -> None:
-    with pytest.raises(AdapterFormatError, match="nests deeper than 16"):
-        read(b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}")
+    assert isinstance(read(b'{"a":-0}')["a"], float), "as safetensors reads it"
 
 
 @pytest.mark.parametrize("digits", [101, 5_000, 200_000])

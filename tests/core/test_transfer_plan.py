@@ -28,17 +28,17 @@ from lorax_async.adapter import AdapterSpec, ModulePattern
 from lorax_async.config import Limits, Shard
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.core.layout import Part as OutputPart
-from lorax_async.core.moves import Row
 from lorax_async.core.peft_names import Part
 from lorax_async.core.runs import Span
 from lorax_async.core.sharding import shard_layout
-from lorax_async.core.transfer_plan import Convert, GroupPlan, Read, TransferPlan, Zero
+from lorax_async.core.transfer_plan import Convert, GroupPlan, Read, TransferPlan
 from lorax_async.core.windows import windows
 from lorax_async.errors import (
     AdapterError,
     AdapterFormatError,
     ConfigError,
     IncompatibleAdapterError,
+    InternalError,
     UnsupportedAdapterError,
 )
 
@@ -312,24 +312,6 @@ def test_a_cast_layer_is_a_few_large_moves() -> None:
     assert first.nbytes == 2 * elements
 
 
-def test_where_the_packing_breaks_the_alignment_each_tensor_has_its_place() -> None:
-    file = file_of(pair(Q, 5, 7, rank=3))
-    [group] = plan(file, AdapterSpec(rank=3, alpha=3.0), layout_of((Q, 5, 7, 0))).groups
-    start = len(file) - 30 - 42
-    assert group.reads == (Read(start, 30, target=0), Read(start + 30, 42, target=64))
-    assert (group.nbytes, group.spans) == (128, (Span(start, len(file)),))
-
-
-def test_a_rank_is_padded_with_zero_rows_of_a_and_columns_of_b() -> None:
-    file, layout = file_of(pair(Q, 32, 4, rank=6)), layout_of((Q, 32, 4, 0))
-    [group] = plan(file, AdapterSpec(rank=6, alpha=3.0), layout, rank_multiple=8).groups
-    start = len(file) - 6 * 32 * 2 - 4 * 6 * 2
-    assert group.reads == (Read(start, 384, target=0),)
-    assert group.zeros == (Zero(384, 128),)
-    assert group.converts == (Convert(start + 384, 48, "BF16", 4, 6, target=512, row_pitch=8),)
-    assert group.rows == (Row(0, a=0, b=512, rank=6, padded_rank=8, scale=0.5),)
-
-
 def test_patterns_are_matched_against_the_path_in_the_file() -> None:
     # PEFT matched them against the model that was trained, here the bare backbone.
     bare = ModulePattern("layers.0.q", lambda module: module == "layers.0.q", 2)
@@ -551,3 +533,9 @@ def test_limits(limits: Limits, text: str) -> None:
 def test_a_move_holds_at_least_one_row() -> None:
     with pytest.raises(ConfigError, match="staging_bytes"):
         plan(file_of(GOOD), SPEC, LAYOUT, staging_move_bytes=1_000)
+
+
+def test_a_move_that_no_window_holds() -> None:
+    converts = (Convert(0, 400, "F32", 1, 100, 0, 100),)
+    with pytest.raises(InternalError, match="192 bytes is too small"):
+        windows(GroupPlan(0, 256, (), converts, (), (), ()), 192, 2)
