@@ -23,7 +23,7 @@ from lorax_async.core.batch_plan import (
 )
 from lorax_async.core.pace import DECAY, Pace
 from lorax_async.core.progress import Progress
-from lorax_async.core.shares import level, share
+from lorax_async.core.shares import share
 from lorax_async.core.urgency import LookAhead, Reach, urgency
 from lorax_async.errors import HandleClosedError
 
@@ -152,21 +152,6 @@ def test_shares_by_hand(
     assert share(asked, tokens, rows) == given
 
 
-@pytest.mark.parametrize(
-    ("asked", "room", "given"),
-    [
-        ([5, 1, 3], 7, [3, 1, 3]),
-        ([5, 5], 5, [3, 2]),
-        ([2, 9, 9], 12, [2, 5, 5]),
-        ([1, 2], 10, [1, 2]),
-        ([4], 0, [0]),
-        ([], 3, []),
-    ],
-)
-def test_levels(asked: list[int], room: int, given: list[int]) -> None:
-    assert level(asked, room) == given
-
-
 @given(wants, st.integers(1, 500), st.integers(1, 20), st.integers(1, 64))
 def test_nobody_gets_too_much_and_nothing_is_left(
     asked: list[list[int]], tokens: int, rows: int, least: int
@@ -285,51 +270,52 @@ def test_a_sequence_counts_its_tokens_also_after_a_restart() -> None:
     assert (progress.position, progress.generated) == (14, 5)
 
 
-LAYERS = (0, 1, 2, 3)
-
-
-def arrival(course: Course | None = None, nbytes: int = 400, since: float = 10.0) -> Arrival:
-    return Arrival(LAYERS, nbytes, since, Course() if course is None else course)
-
-
-def test_nothing_is_expected_before_something_came_in_some_time() -> None:
-    load = arrival()
-    assert load.expected(10.0) is None
-    assert load.joins_at(10.0, 100.0, 4) == inf
-    assert load.latest == 10.0
-    load.note(0, 10.0)
-    assert load.expected(10.0) is None
-    load.note(1, 12.0)
-    assert load.expected(12.0) == pytest.approx([13.0, 14.0])
+def arrival(course: Course, since: float = 10.0, *notes: tuple[int, float]) -> Arrival:
+    """Of four layers, of which some came: up to this one, at this time."""
+    load = Arrival((0, 1, 2, 3), 400, since, course)
+    for note in notes:
+        load.note(*note)
+    return load
 
 
 @pytest.mark.parametrize(
-    ("last", "at", "now", "expected"),
+    ("notes", "now", "expected"),
     [
-        (0, 12.0, 12.0, [14.0, 16.0, 18.0]),  # the rest as the first came
-        (2, 13.0, 13.0, [14.0]),  # several may come at once
-        (0, 12.0, 14.0, [14.0, 16.0, 18.0]),
+        ([], 10.0, None),
+        ([(0, 10.0)], 10.0, None),  # it came in no time
+        ([(0, 10.0), (1, 12.0)], 12.0, [13.0, 14.0]),
+        ([(0, 12.0)], 12.0, [14.0, 16.0, 18.0]),  # the rest as the first came
+        ([(2, 13.0)], 13.0, [14.0]),  # several may come at once
+        ([(0, 12.0)], 14.0, [14.0, 16.0, 18.0]),
         # After 10 s the second layer is expected after 11, and the others in proportion.
-        (0, 12.0, 20.0, [10 + 10 * LATE * n for n in (1, 1.5, 2)]),
+        ([(0, 12.0)], 20.0, [10 + 10 * LATE * n for n in (1, 1.5, 2)]),
     ],
 )
-def test_the_rest_is_expected_as_it_came_or_later_and_later(
-    last: int, at: float, now: float, expected: list[float]
+def test_layers_are_expected_as_others_came_or_later_and_later(
+    notes: list[tuple[int, float]], now: float, expected: list[float] | None
 ) -> None:
-    load = arrival()
-    load.note(last, at)
-    assert (load.arrived, load.latest) == (last + 1, at)
-    assert load.expected(now) == pytest.approx(expected)
+    load = arrival(Course(), 10.0, *notes)
+    assert load.expected(now) == (None if expected is None else pytest.approx(expected))
+    assert load.latest == (notes[-1][1] if notes else 10.0)
 
 
-def test_a_pass_may_begin_when_no_layer_is_computed_before_it_is_expected() -> None:
-    load = arrival()
-    load.note(0, 12.0)  # the others at 14, 16, 18
-    # A second per layer: layer 3 is computed 3 s after the beginning, and expected at 18.
-    assert load.joins_at(12.0, 4.0, 4) == pytest.approx(15.0)
-    # Three seconds per layer: layer 1 is the one to wait for, at 14 - 3.
-    assert load.joins_at(12.0, 12.0, 4) == pytest.approx(11.0)
-    assert load.joins_at(12.0, None, 4) == pytest.approx(18.0)
+@pytest.mark.parametrize(
+    ("load", "now", "seconds", "layers", "joins"),
+    [
+        (arrival(Course()), 10.0, 100.0, 4, inf),
+        # A second per layer: layer 3 is computed 3 s after the beginning, and expected at 18.
+        (arrival(Course(), 10.0, (0, 12.0)), 12.0, 4.0, 4, 15.0),
+        # Three seconds per layer: layer 1 is the one to wait for, at 14 - 3.
+        (arrival(Course(), 10.0, (0, 12.0)), 12.0, 12.0, 4, 11.0),
+        (arrival(Course(), 10.0, (0, 12.0)), 12.0, None, 4, 18.0),
+        # One that has stopped is late: at 110 it is expected after 11/10 of its 100 s.
+        (arrival(Course(), 10.0, (2, 13.0)), 110.0, 4.0, 4, 10 + 100 * LATE - 3),
+    ],
+)
+def test_a_pass_may_begin_when_no_layer_is_computed_before_it_is_expected(
+    load: Arrival, now: float, seconds: float | None, layers: int, joins: float
+) -> None:
+    assert load.joins_at(now, seconds, layers) == pytest.approx(joins)
 
 
 def test_groups_outside_of_the_layers_are_needed_at_the_beginning_and_at_the_end() -> None:
@@ -339,33 +325,20 @@ def test_groups_outside_of_the_layers_are_needed_at_the_beginning_and_at_the_end
     assert load.joins_at(1.0, 2.0, 2) == pytest.approx(2.0)
 
 
-def test_one_that_has_stopped_does_not_join() -> None:
-    load = arrival()
-    load.note(2, 13.0)  # the last one is expected at 14
-    assert load.joins_at(13.0, 4.0, 4) <= 13.0
-    assert load.joins_at(110.0, 4.0, 4) > 110.0
-
-
-def test_a_load_teaches_the_course_of_the_next_one() -> None:
-    course = Course()
-    first = arrival(course)
-    first.note(0, 11.0)
-    first.note(3, 18.0)  # the rest at once, after 8 s
+def test_loads_of_a_kind_teach_their_course_to_the_next_one() -> None:
+    courses = Courses()
+    course = courses.of("file")
+    arrival(course, 10.0, (0, 11.0), (3, 18.0))  # the rest at once, after 8 s
     assert course.per_byte == pytest.approx(8.0 / 400)
     assert course.part(0.25) == pytest.approx(1 / 8)
     assert course.part(0.5) == pytest.approx(1.0)
-    second = arrival(course, since=0.0)
-    second.note(0, 2.0)  # half as fast
+    second = arrival(courses.of("file"), 0.0, (0, 2.0))  # half as fast
     assert second.expected(2.0) == pytest.approx([16.0, 16.0, 16.0])
-
-
-def test_courses_are_averaged() -> None:
-    course = Course()
-    course.note([4.0], 4)
-    course.note([8.0], 4)
-    assert course.per_byte == pytest.approx(1.5)
-    course.note([0.0], 4)  # no time has passed: it says nothing
-    assert course.per_byte == pytest.approx(1.5)
+    other = courses.of("hub")
+    other.note([4.0], 4)
+    other.note([8.0], 4)
+    other.note([0.0], 4)  # no time has passed: it says nothing
+    assert other.per_byte == pytest.approx(1.5)
 
 
 def test_a_load_that_nobody_saw_begin_teaches_nothing() -> None:
@@ -377,9 +350,3 @@ def test_a_load_that_nobody_saw_begin_teaches_nothing() -> None:
     assert load.expected(10.0) == pytest.approx([13.0, 14.0])  # as others went
     load.note(3, 30.0)
     assert course.per_byte == pytest.approx(4.0 / 400)
-
-
-def test_each_kind_has_its_course() -> None:
-    courses = Courses()
-    assert courses.of("file") is courses.of("file")
-    assert courses.of("file") is not courses.of("hub")

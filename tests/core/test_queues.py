@@ -91,16 +91,6 @@ def test_equal_shares_at_any_time(flows: list[list[int]], window: int) -> None:
     assert moved == [sum(sizes) for sizes in flows]
 
 
-def test_the_small_ones_do_not_wait_for_the_large_one() -> None:
-    """By hand: two of 1 unit a group, and one of 4, which has its turn when they have moved 4."""
-    link = Link()
-    link.begin("L", [4, 4])
-    for name in "ab":
-        link.begin(name, [1] * 6)
-    order = "".join(name for name, _ in link.run())
-    assert order == "ababab" + "Lab" + "abab" + "L"
-
-
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(groups, st.lists(groups, min_size=1, max_size=5))
 def test_shares_count_from_the_arrival_on(early: list[int], late: list[list[int]]) -> None:

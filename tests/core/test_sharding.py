@@ -163,13 +163,8 @@ def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("rank", [5, 205])
 def test_a_plan_of_many_rows_has_no_more_to_remember(dtype: str, multiple: int, rank: int) -> None:
-    group, _ = planned(
-        *(row(24), Shard(0, 3)),
-        rank=rank,
-        dtype=dtype,
-        rank_multiple=multiple,
-        limits=Limits(max_rank=256),
-    )
+    how: dict[str, Any] = {"rank_multiple": multiple, "limits": Limits(max_rank=256)}
+    group, _ = planned(row(24), Shard(0, 3), rank=rank, dtype=dtype, **how)
     assert (len(group.reads) + len(group.converts), len(group.spans)) == (2, 2)
 
 
