@@ -130,27 +130,10 @@ def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: in
     assert found.hit_rate == hits / len(asked)
 
 
-def test_what_fits_no_empty_device_is_refused_and_nobody_goes_for_it() -> None:
-    small, large = Needs((64,), file_nbytes=60), Needs((64, 128), file_nbytes=180)
-    found = simulate([0, 1, 0, 1], [small, large], Room(128, 64, 8), LRU())
-    assert found == Outcome(4, 1, 2, 1, 1, 0, 64, 60)
-    assert simulate([], [small], Room(64, 64, 8), LRU()) == Outcome()
+def test_so_many_fit() -> None:
+    rooms = [Room(6 * 64 + 191, 64, 8), Room(9 * 64, 64, 2), Room(191, 64, 8)]
+    assert [fitting(Needs((64, 128)), room) for room in rooms] == [2, 2, 0]
     assert Outcome().hit_rate == 0
-
-
-def test_holes_that_are_too_small_count() -> None:
-    """Four units: a, b, c and d take one each; with b and d gone, two single ones hold no pair."""
-    one, pair = Needs((64,), file_nbytes=1), Needs((128,), file_nbytes=2)
-    asked = [0, 1, 2, 3, 0, 2, 4]  # b and d are the least recently used, and then a
-    found = simulate(asked, [one, one, one, one, pair], Room(256, 64, 8), LRU())
-    assert found == Outcome(7, 2, 0, 5, 5, 3, 4 * 64 + 128, 6)
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "slots", "fit"), [(6 * 64 + 191, 8, 2), (9 * 64, 2, 2), (191, 8, 0)]
-)
-def test_so_many_fit(nbytes: int, slots: int, fit: int) -> None:
-    assert fitting(Needs((64, 128)), Room(nbytes, 64, slots)) == fit
 
 
 def test_zipfs_law() -> None:
@@ -159,9 +142,6 @@ def test_zipfs_law() -> None:
     assert [three.pick(n / 11 + 1e-9) for n in range(11)] == [0] * 6 + [1] * 3 + [2] * 2
     assert [Zipf(4, 0).pick(n / 8) for n in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert three.pick(1 - 2**-53) == 2
-
-
-@pytest.mark.parametrize(("count", "exponent"), [(0, 1.0), (1, -0.1), (1, float("nan")), (1, 11.0)])
-def test_no_law_for_nobody(count: int, exponent: float) -> None:
-    with pytest.raises(ConfigError, match="Zipf's law"):
-        Zipf(count, exponent)
+    for count, exponent in [(0, 1.0), (1, -0.1), (1, float("nan")), (1, 11.0)]:
+        with pytest.raises(ConfigError, match="Zipf's law"):
+            Zipf(count, exponent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
@@ -28,20 +27,16 @@ def shard(number: int, count: int) -> str:
     return f"adapter_model-{number:05d}-of-{count:05d}.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("source", "is_one"),
-    [(source, True) for source in ("org/name", "a/b.c-d_e", "O_1/x")]
-    + [
-        (source, False)
-        for source in [
-            *("name", "a/b/c", "a--b/c", "a/b--c", "a..b/c", "../c", "a/..", "/c", "a/", "a/.c"),
-            *("a/-c", "", "a b/c", "a/b\n", "a/\0", "é/b", f"a/{'b' * 97}", "s3://a/b"),
-        ]
-    ],
-)
-def test_folders_are_named_as_the_library_names_them(source: str, is_one: bool) -> None:
-    expected = repo_folder_name(repo_id=source, repo_type="model") if is_one else None
-    assert repo_folder(source) == expected
+NO_REPOSITORIES = [
+    *("name", "a/b/c", "a--b/c", "a/b--c", "a..b/c", "../c", "a/..", "/c", "a/", "a/.c", "a/-c"),
+    *("", "a b/c", "a/b\n", "a/\0", "é/b", f"a/{'b' * 97}", "s3://a/b"),
+]
+
+
+def test_folders_are_named_as_the_library_names_them() -> None:
+    for source in ("org/name", "a/b.c-d_e", "O_1/x"):
+        assert repo_folder(source) == repo_folder_name(repo_id=source, repo_type="model")
+    assert [source for source in NO_REPOSITORIES if repo_folder(source) is not None] == []
 
 
 def test_commits_and_revisions() -> None:
@@ -80,17 +75,14 @@ def test_files_of_an_adapter() -> None:
     assert adapter_files([*one.values(), *several.values()]) == one
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        *([], [CONFIG], [WEIGHTS], [CONFIG, INDEX], [CONFIG, shard(1, 1)], [INDEX, shard(1, 1)]),
-        *(
-            [CONFIG, INDEX, shard(1, 2), *others]
-            for others in [
-                *([], [shard(3, 2)], [shard(2, 2), shard(1, 1)], [shard(2, 2), shard(1, 3)]),
-            ]
-        ),
-    ],
-)
-def test_files_that_are_no_whole_adapter(names: list[str]) -> None:
-    assert adapter_files(names) == {}
+NO_ADAPTERS = [
+    *([], [CONFIG], [WEIGHTS], [CONFIG, INDEX], [CONFIG, shard(1, 1)], [INDEX, shard(1, 1)]),
+    [CONFIG, INDEX, shard(1, 2)],
+    [CONFIG, INDEX, shard(1, 2), shard(3, 2)],
+    [CONFIG, INDEX, shard(1, 2), shard(2, 2), shard(1, 1)],
+    [CONFIG, INDEX, shard(1, 2), shard(2, 2), shard(1, 3)],
+]
+
+
+def test_files_that_are_no_whole_adapter() -> None:
+    assert [names for names in NO_ADAPTERS if adapter_files(names)] == []

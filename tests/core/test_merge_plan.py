@@ -146,29 +146,21 @@ def test_a_config_that_would_be_too_long_is_filled_up() -> None:
 
 
 GOOD = part({Q: 4})
-BAD_RANK = IncompatibleAdapterError, f"'{Q}': .*the parts have 4 and 3"
-BAD_CONFIG = AdapterFormatError, r"part 2 \('1'\): .*r must be"
-BAD_HEADER = AdapterFormatError, r"part 2 \('1'\): "
 
 
 @pytest.mark.parametrize(
-    ("other", "refusal"),
+    ("other", "kind", "problem"),
     [
-        (part({Q: 3}), BAD_RANK),
-        (part({Q: 4}, r=0), BAD_CONFIG),
-        (GOOD._replace(prefix=b"\x09" + b"\0" * 7 + b"{}"), BAD_HEADER),
+        (part({Q: 3}), IncompatibleAdapterError, f"'{Q}': .*the parts have 4 and 3"),
+        (part({Q: 4}, r=0), AdapterFormatError, r"part 2 \('1'\): .*r must be"),
+        (GOOD._replace(prefix=b"\x09" + b"\0" * 7), AdapterFormatError, r"part 2 \('1'\): "),
     ],
 )
-def test_parts_that_cannot_be_merged(
-    other: PartFile, refusal: tuple[type[LoraxError], str]
-) -> None:
-    with pytest.raises(refusal[0], match=refusal[1]):
+def test_parts_that_cannot_be_merged(other: PartFile, kind: type[LoraxError], problem: str) -> None:
+    with pytest.raises(kind, match=problem):
         planned(dare(), GOOD, other)
-
-
-def test_equal_ranks_are_a_modules_own_affair() -> None:
-    plan = planned(dare(), part({Q: 4, OUT: 2}), part({Q: 4, OUT: 2}))
-    assert ranks_of(plan) == {Q: 4, OUT: 2}
+    pair_of_two = part({Q: 4, OUT: 2}), part({Q: 4, OUT: 2})
+    assert ranks_of(planned(dare(), *pair_of_two)) == {Q: 4, OUT: 2}, "a module's own affair"
 
 
 def test_a_factor_that_no_float32_holds() -> None:

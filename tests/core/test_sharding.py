@@ -84,25 +84,6 @@ def test_q_k_and_v_are_cut_by_heads(rank: int, world: int, rows: tuple[tuple[int
     assert (held.in_features, held.out_features) == (16, size + 8)
 
 
-def test_modules_of_every_kind() -> None:
-    whole = Module("layers.0.gate", 3, 5, 0, REPLICATED)
-    head = Module("lm_head", 16, 30, 1, COLUMN)
-    tokens = Module("embed", 30, 16, -1, ROW, embedding=True)
-    base = layout(column(12), row(9), whole, head, tokens)
-    sharding = shard_layout(base, Shard(2, 3))
-    assert sharding.cuts == (
-        Cut(((0, 16),), (20, 30)),
-        Cut(((8, 12),), (0, 16)),
-        Cut(((0, 16),), (6, 9)),
-        Cut(((0, 5),), (0, 3)),
-        Cut(((20, 30),), (0, 16)),
-    )
-    sizes = [(held.in_features, held.out_features) for held in sharding.held.modules]
-    assert sizes == [(10, 16), (16, 4), (3, 16), (3, 5), (16, 10)]
-    assert [held.name for held in sharding.held.modules] == [m.name for m in base.modules]
-    assert sharding.held.fingerprint != base.fingerprint
-
-
 def test_a_file_is_checked_against_the_whole_base() -> None:
     """An adapter of a rank's sizes is none of this base's."""
     base = layout(column(12))
@@ -112,20 +93,6 @@ def test_a_file_is_checked_against_the_whole_base() -> None:
 
 
 # -- what is read, by hand -------------------------------------------------------------------------
-
-
-def test_rows_of_b_are_one_range_for_each_part() -> None:
-    """A is [4, 16], 256 bytes; B's rows of four F32 take 16 each and come after it."""
-    group, start = planned(column(12, Part(8), Part(4)), Shard(1, 2))
-    b = start + 256
-    assert group.reads == (
-        Read(start, 256, 0),
-        Read(b + 4 * 16, 64, 256),
-        Read(b + 10 * 16, 32, 320),
-    )
-    assert group.spans == (Span(start, b), Span(b + 64, b + 128), Span(b + 160, b + 192))
-    assert (group.nbytes, group.converts, group.zeros) == (384, (), ())
-    assert group.rows == (Row(0, 0, 256, 4, 4, 1.0),)
 
 
 def test_columns_of_a_are_a_piece_of_each_row() -> None:
@@ -150,13 +117,6 @@ def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
     assert [move.target for move in group.converts] == [0, 128, 256]
     whole_b = Span(start + 1024, start + 1280)
     assert group.spans == (Span(start + 128, start + 256, 4, 256), whole_b)
-    # A move of 192 holds one row of 128 bytes and a half.
-    group, start = planned(row(64), Shard(1, 2), staging_move_bytes=192, **how)
-    start += 128
-    first, second, third, *_ = (move.sources for move in group.converts)
-    assert first == (Span(start, start + 128), Span(start + 256, start + 320))
-    assert second == (Span(start + 320, start + 384), Span(start + 512, start + 640))
-    assert third == (Span(start + 768, start + 896), Span(start + 896, start + 960))  # of B
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])

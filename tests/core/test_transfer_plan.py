@@ -76,7 +76,8 @@ def bases(draw: st.DrawFn, world: int) -> ModelLayout:
     """A layout that `world` ranks can share."""
     count = draw(st.sampled_from([1, 2, 12]))
     sizes = st.sampled_from([1, 5, 9, 32, 64]) if world < 3 else st.integers(1, 9)
-    embedding = Module("model.embed", 20, draw(sizes), -1, REPLICATED, embedding=True)
+    kind = draw(st.sampled_from([REPLICATED, ROW]))
+    embedding = Module("model.embed", 3 * world, draw(sizes), -1, kind, embedding=True)
     modules = [embedding, Module("lm_head", draw(sizes), world * draw(sizes), count, COLUMN)]
     for n in range(draw(st.integers(1, 3))):
         kind = draw(st.sampled_from(Parallel))
@@ -404,40 +405,22 @@ def test_what_does_not_fit_is_refused(
         assert ";" in str(caught.value)  # what is wrong; what to do
 
 
+NO_TARGETS: list[tuple[str, ...] | str] = [
+    *(("nonexistent",), ("nonexistent", "q_proj", "layers.1.q"), ("0.q.",), ("layers",)),
+    *(("proj_q",), r".*\.nonexistent", r"model\.layers\.[3-9]\.q", "nonexistent"),
+]
+TARGETS: list[tuple[str, ...] | str | None] = [
+    *(None, (), ("q",), ("0.q",), ("model.layers.0.q",), ("q", "nonexistent"), ("v",)),
+    *("all-linear", "ALL-LINEAR", r".*\.q", r"layers\.0\.q", r".*\.0\.(q|k)"),
+    r"(?!model\.vision).*\.nonexistent",  # re2 has no look-ahead: the tensors decide
+]
+
+
 @pytest.mark.parametrize(
     ("targets", "layers", "refused"),
     [
-        *(
-            (targets, (), "none of the target_modules")
-            for targets in [
-                ("nonexistent",),
-                ("nonexistent", "q_proj", "layers.1.q"),
-                ("0.q.",),
-                ("layers",),
-                ("proj_q",),
-                r".*\.nonexistent",
-                r"model\.layers\.[3-9]\.q",
-                "nonexistent",
-            ]
-        ),
-        *(
-            (targets, (), None)
-            for targets in [
-                None,
-                (),
-                ("q",),
-                ("0.q",),
-                ("model.layers.0.q",),
-                ("q", "nonexistent"),
-                ("v",),
-                "all-linear",
-                "ALL-LINEAR",
-                r".*\.q",
-                r"layers\.0\.q",
-                r".*\.0\.(q|k)",
-                r"(?!model\.vision).*\.nonexistent",  # re2 has no look-ahead: the tensors decide
-            ]
-        ),
+        *((targets, (), "none of the target_modules") for targets in NO_TARGETS),
+        *((targets, (), None) for targets in TARGETS),
         *(
             (targets, layers, f"layers_to_transform.*{layers[0]}")
             for targets in (None, ("q",), ("0.q", "v"))
