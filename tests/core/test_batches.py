@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.core.arrival_estimate import LATE, Arrival, Course
+from lorax_async.core.arrival_estimate import LATE, Arrival, Course, Courses
 from lorax_async.core.batch_plan import (
     BASE_ONLY,
     NOWHERE,
@@ -280,11 +280,15 @@ def test_a_pass_may_begin_when_no_layer_is_computed_before_it_is_expected(
 
 
 def test_a_load_that_nobody_saw_begin_teaches_nothing() -> None:
-    course = Course()
+    courses = Courses()
+    course = courses.of("file")
     course.note([1.0, 2.0, 3.0, 4.0], 400)
-    load = arrival(course)
+    load = arrival(courses.of("file"))
     load.missed(2)
     assert load.arrived == 2
     assert load.expected(10.0) == pytest.approx([13.0, 14.0])  # as others went
     load.note(3, 30.0)
     assert course.per_byte == pytest.approx(4.0 / 400)
+    course.note([8.0] * 4, 400)
+    assert course.per_byte == pytest.approx(6.0 / 400), "courses are averaged"
+    assert courses.of("hub").per_byte != course.per_byte

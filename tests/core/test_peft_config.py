@@ -32,19 +32,18 @@ def parse(**members: object) -> AdapterSpec:
 
 def decoder() -> nn.Module:
     """Eleven layers with a q_proj, an o_proj and an up_proj, and a head."""
+
+    def linears(*names: str) -> dict[str, nn.Module]:
+        return {name: nn.Linear(4, 4) for name in names}
+
     layers = [
         nn.ModuleDict(
-            {
-                "self_attn": nn.ModuleDict(
-                    {name: nn.Linear(4, 4) for name in ("q_proj", "o_proj")}
-                ),
-                "up_proj": nn.Linear(4, 4),
-            }
+            {"self_attn": nn.ModuleDict(linears("q_proj", "o_proj")), **linears("up_proj")}
         )
         for _ in range(11)
     ]
     model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
-    return nn.ModuleDict({"model": model, "lm_head": nn.Linear(4, 4)})
+    return nn.ModuleDict({"model": model, **linears("lm_head")})
 
 
 def saved(folder: Path, config: LoraConfig) -> bytes:
@@ -158,32 +157,28 @@ def test_combinations_that_peft_refuses_are_refused_by_name(
         parse(**members)
 
 
+# What only `re` understands, or what takes too long to judge: the tensors decide.
+OTHER_TARGETS = [r"(?!model\.vision).*q", "(?x) q # (", "[[:q:]", "q{2000}", "q*+", "(" * 600]
+
+
 @pytest.mark.parametrize(
-    ("name", "written", "field", "kept"),
+    ("name", "field", "kept"),
     [
-        ("target_modules", None, "targets", None),
-        ("target_modules", "all-linear", "targets", "all-linear"),
-        ("target_modules", ".*q", "targets", ".*q"),
-        ("target_modules", ["b", "a"], "targets", ("b", "a")),
-        # What only `re` understands, or what takes too long to judge: the tensors decide.
-        *(
-            ("target_modules", text, "targets", text)
-            for text in [
-                *(r"(?!model\.vision).*q", "(?x) q # (", "[[:q:]", "q{2000}", "q*+", "(" * 600),
-            ]
-        ),
-        ("layers_to_transform", None, "layers", ()),
-        ("layers_to_transform", [], "layers", ()),
-        ("layers_to_transform", 3, "layers", (3,)),
-        ("layers_to_transform", 0, "layers", (0,)),
-        ("layers_to_transform", [2, 0], "layers", (2, 0)),
-        *(("lora_alpha", alpha, "alpha", alpha) for alpha in (0, -16, 0.5, 2**0.5, 10**20)),
+        *(("target_modules", "targets", text) for text in (None, "all-linear", ".*q")),
+        *(("target_modules", "targets", text) for text in OTHER_TARGETS),
+        *(("lora_alpha", "alpha", alpha) for alpha in (0, -16, 0.5, 2**0.5, 10**20)),
     ],
 )
-def test_what_is_written_is_kept(name: str, written: object, field: str, kept: object) -> None:
-    spec = parse(**{name: written})
+def test_what_is_written_is_kept(name: str, field: str, kept: object) -> None:
+    spec = parse(**{name: kept})
     assert getattr(spec, field) == kept
     assert spec.scale_of("q") == spec.alpha / 8
+
+
+def test_lists_are_kept_as_tuples() -> None:
+    assert parse(target_modules=["b", "a"]).targets == ("b", "a")
+    layers = [parse(layers_to_transform=each).layers for each in (None, [], 3, 0, [2, 0])]
+    assert layers == [(), (), (3,), (0,), (2, 0)]
 
 
 @pytest.mark.parametrize("written", ["(", "q)", "*q", "[q", "[z-a]", [], ""])
@@ -192,9 +187,17 @@ def test_targets_that_peft_cannot_use_are_refused(written: object) -> None:
         parse(target_modules=written)
 
 
+INITS = {
+    "PiSSA": ["pissa", "pissa_niter_16"],
+    "OLoRA": ["OLoRA"],
+    "CorDA": ["corda"],
+    "LoRA-GA": ["lora_ga"],
+    "LoftQ": ["loftq"],
+    "'fancy' is unknown": ["fancy"],
+}
+LONG_PATTERNS = {f".*{n}.*" + "x?" * 40: 1 for n in range(60)}
 FEATURES: list[tuple[str, object, str]] = [
-    ("bias", "all", "biases"),
-    ("bias", "lora_only", "biases"),
+    *(("bias", value, "biases") for value in ("all", "lora_only")),
     ("modules_to_save", ["lm_head"], "full copies"),
     ("trainable_token_indices", [1], "rows of the embedding"),
     ("trainable_token_indices", {"embed_tokens": [1]}, "rows of the embedding"),
@@ -208,25 +211,14 @@ FEATURES: list[tuple[str, object, str]] = [
     ("use_bdlora", {}, "BD-LoRA"),
     ("arrow_config", {}, "Arrow"),
     ("kasa_config", {}, "KaSA"),
-    ("init_lora_weights", "pissa", "PiSSA"),
-    ("init_lora_weights", "pissa_niter_16", "PiSSA"),
-    ("init_lora_weights", "OLoRA", "OLoRA"),
-    ("init_lora_weights", "corda", "CorDA"),
-    ("init_lora_weights", "lora_ga", "LoRA-GA"),
-    ("init_lora_weights", "loftq", "LoftQ"),
-    ("init_lora_weights", "fancy", "'fancy' is unknown"),
+    *(("init_lora_weights", value, name) for name, all_ in INITS.items() for value in all_),
     ("enable_lora", [True, False], "'enable_lora' is set"),
-    ("new_field", 0, "'new_field' is set"),
-    ("new_field", 1.5, "'new_field' is set"),
-    ("new_field", True, "'new_field' is set"),
-    ("new_field", {"x": None}, "'new_field' is set"),
-    ("peft_type", "ADALORA", "'ADALORA' is not LORA"),
-    ("peft_type", "lora", "'lora' is not LORA"),
-    ("r", 257, "Limits.max_rank"),
-    ("rank_pattern", {"q": 1_000}, "Limits.max_rank"),
+    *(("new_field", value, "'new_field' is set") for value in (0, 1.5, True, {"x": None})),
+    *(("peft_type", value, f"'{value}' is not LORA") for value in ("ADALORA", "lora")),
+    *(("r", 257, "Limits.max_rank"), ("rank_pattern", {"q": 1_000}, "Limits.max_rank")),
     ("alpha_pattern", {"(?=q)": 1}, "pattern"),
     ("rank_pattern", {str(n): 1 for n in range(MAX_PATTERNS + 1)}, "more patterns"),
-    ("rank_pattern", {f".*{n}.*" + "x?" * 40: 1 for n in range(60)}, "more patterns"),
+    ("rank_pattern", LONG_PATTERNS, "more patterns"),
 ]
 
 

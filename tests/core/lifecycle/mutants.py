@@ -38,14 +38,6 @@ _tell_stays = Decisions.tell_stays
 _unloaded = Decisions._unloaded
 
 
-def never(*_: object, **__: object) -> bool:
-    return False
-
-
-def nothing(*_: object, **__: object) -> None:
-    return
-
-
 def no_commands(*_: object) -> list[object]:
     return []
 
@@ -340,22 +332,22 @@ BROKEN: dict[str, dict[str, Mutant]] = {
         "what broke is not zeroed": (Decisions, "_slot_quiesced", _not_zeroed),
         "zeroing is not waited for": (Decisions, "_slot_quiesced", _zeroing_is_not_waited_for),
         "what drains is trusted": (Decisions, "distrust", _distrusts_what_is_held),
-        "slot never freed": (Decisions, "_slot_quiesced", never),
+        "slot never freed": (Decisions, "_slot_quiesced", always(False)),
         "file gone while it is fetched": (Decisions, "file_quiesced", _file_gone_under_fetch),
-        "file never ends": (Decisions, "file_quiesced", never),
+        "file never ends": (Decisions, "file_quiesced", always(False)),
         "served before the last byte": (Decisions, "reached", _early),
-        "nobody is served": (Decisions, "_serve", never),
-        "nobody is evicted": (Decisions, "_evicted", never),
-        "no room is made": (SlotQueue, "_make_room", nothing),
+        "nobody is served": (Decisions, "_serve", always(False)),
+        "nobody is evicted": (Decisions, "_evicted", always(False)),
+        "no room is made": (SlotQueue, "_make_room", always(None)),
         "no change of a holder is noticed": (Holders, "note", _notes_in_silence),
-        "failed fetches fail nobody": (Decisions, "fail", nothing),
+        "failed fetches fail nobody": (Decisions, "fail", always(None)),
         "copies of bytes not here": (CopyQueue, "submit", _copies_unread),
         "fetched while ending": (Decisions, "_fetch", _fetch_twice),
-        "fetched never": (Decisions, "_fetch", never),
+        "fetched never": (Decisions, "_fetch", always(False)),
         "close fails nobody": (Lifecycle, "close", no_commands),
         "a withdrawal decides nothing": (Lifecycle, "withdraw", _unsettled_withdraw),
-        "an unwanted slot stays": (Decisions, "_slot_unwanted", never),
-        "turns of copies never come": (CopyQueue, "update", nothing),
+        "an unwanted slot stays": (Decisions, "_slot_unwanted", always(False)),
+        "turns of copies never come": (CopyQueue, "update", always(None)),
     },
     "lookups and ageing": {
         "leased while leaving": (Decisions, "reached", _blind_to_leaving),
@@ -364,76 +356,62 @@ BROKEN: dict[str, dict[str, Mutant]] = {
         "the starving wait on": (SlotQueue, "_starves_at", always(float("inf"))),
     },
     "one copy at a time": {
-        "a copy's place is not given back": (CopyQueue, "copied", _forgets_the_place),
+        "a copy's place is not given back": (CopyQueue, "copied", _forgets_the_place)
     },
     "prefetch beside foreground": {
         "a prefetch takes a slot early": (Life, "wants_slot", property(_prefetch_is_foreground)),
         "a prefetch gets a lease": (Decisions, "_serve", _leases_for_all),
     },
-    "too large": {
-        "any slot fits": (Residency, "fits_beside", always(True)),
-    },
+    "too large": {"any slot fits": (Residency, "fits_beside", always(True))},
     "minimum residency": {
         "minimum residency ignored": (SlotQueue, "_evictable_at", always(0.0)),
         "minimum residency has no end": (SlotQueue, "_evictable_at", always(float("inf"))),
     },
-    "pins of one of three": {
-        "the pinned are picked": (holders, "may_go", _pins_may_go),
-    },
+    "pins of one of three": {"the pinned are picked": (holders, "may_go", _pins_may_go)},
     "pins": {
         "the pinned-out wait": (Residency, "fits_beside", _blind_to_pins),
         "pinned after close": (Lifecycle, "pin", _pin_after_close),
         "pins survive close": (Lifecycle, "close", _close_keeps_pins),
         "unpin decides nothing": (Lifecycle, "unpin", no_commands),
     },
-    "pins and streams": {
-        "pins survive a drain": (Decisions, "drain", _drains_pinned),
-    },
-    "pins and ageing": {
-        "what leaves is pinned": (Lifecycle, "pin", _pin_anything),
-    },
-    "pins and unload": {
-        "pins survive unload": (Lifecycle, "unload", _unload_keeps_pins),
-    },
+    "pins and streams": {"pins survive a drain": (Decisions, "drain", _drains_pinned)},
+    "pins and ageing": {"what leaves is pinned": (Lifecycle, "pin", _pin_anything)},
+    "pins and unload": {"pins survive unload": (Lifecycle, "unload", _unload_keeps_pins)},
     "unload beside loads": {
         "unload is told to nobody": (Lifecycle, "unload", _unload_untold),
         "leased while it is unloaded": (Life, "departing", property(lambda life: life.leaving)),
         "unloaded under a lease": (Decisions, "_unloaded", _unloaded_unless("slot")),
-        "unload has no end": (Decisions, "_unloaded", never),
+        "unload has no end": (Decisions, "_unloaded", always(False)),
         "unload strands those who wait": (Decisions, "_unloaded", _unload_never_over),
         "unload cannot be given up": (Lifecycle, "withdraw_unload", _unload_not_lifted),
-        "who stays is not told": (Decisions, "tell_stays", nothing),
+        "who stays is not told": (Decisions, "tell_stays", always(None)),
     },
     "host memory and unload": {
         "unloaded before its pages": (Decisions, "_unloaded", _unloaded_unless("host")),
         "close keeps what is held": (Decisions, "_host_unwanted", _no_end_of_host),
     },
     "images, unload and failures": {
-        "unloaded before its image": (Decisions, "_host_unwanted", never),
+        "unloaded before its image": (Decisions, "_host_unwanted", always(False)),
         "an image outlives its file": (ImageBudget, "drop", _outlives_its_file),
     },
-    "forgotten on demand": {
-        "forgets whatever it is": (Settling, "forget", _forget_anything),
-    },
+    "forgotten on demand": {"forgets whatever it is": (Settling, "forget", _forget_anything)},
     "unload beside streams": {
         "giving up unload decides nothing": (Lifecycle, "withdraw_unload", _unsettled_lift),
         "who fills and stays is not told": (Decisions, "tell_stays", _stays_if_resident),
     },
     "host memory for one of two": {
-        "held bytes are not counted": (HostBudget, "claim", nothing),
-        "held bytes are counted for ever": (HostBudget, "release", nothing),
+        "held bytes are not counted": (HostBudget, "claim", always(None)),
+        "held bytes are counted for ever": (HostBudget, "release", always(None)),
         "released is not awaited": (Decisions, "release_host", _released_at_once),
-        "nothing is released for others": (HostQueue, "_make_room", nothing),
+        "nothing is released for others": (HostQueue, "_make_room", always(None)),
         "demotion is never served": (Life, "wants_host", property(_not_demoted)),
         "what is held is demoted": (Decisions, "_evicted", _demotes_the_held),
         "what is released is used": (HostBudget, "use", _uses_what_leaves),
     },
     "some can be held": {
-        "several are populated at once": (HostQueue, "settle_head", _several_at_once),
+        "several are populated at once": (HostQueue, "settle_head", _several_at_once)
     },
-    "no host memory": {
-        "what cannot be held waits": (HostQueue, "_refuse", nothing),
-    },
+    "no host memory": {"what cannot be held waits": (HostQueue, "_refuse", always(None))},
     "populated and forgotten": {
         "what was read ahead is never forgotten": (
             Life,
@@ -442,7 +420,7 @@ BROKEN: dict[str, dict[str, Mutant]] = {
         ),
     },
     "an image between two slots": {
-        "an image is given away under a copy": (host_tier, "_is_idle", always(True)),
+        "an image is given away under a copy": (host_tier, "_is_idle", always(True))
     },
     "images for one of two": {
         "warm without the bytes": (Images, "claim", _all_lies_there),
