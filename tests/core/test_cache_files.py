@@ -60,57 +60,47 @@ def test_a_name_is_the_same_in_every_process_and_version() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "role"),
-    [
-        ("adapter_config.json", CONFIG_FILE),
-        ("adapter_model.safetensors.index.json", INDEX_FILE),
-        ("adapter_model.safetensors", WEIGHTS_FILE),
-        ("adapter_model-00001.safetensors", FileRole("weights", 1)),
-        ("adapter_model-99999.safetensors", FileRole("weights", 99_999)),
-        *(
-            (name, None)
-            for name in [
-                *("", "adapter_model.bin", "adapter_model-00000.safetensors", "record.json"),
-                *("adapter_model-1.safetensors", "adapter_model-000001.safetensors"),
-                *("adapter_config.json.chunks", "../adapter_config.json", "adapter_config.json\n"),
-            ]
-        ),
-    ],
-)
-def test_files_have_the_names_that_tools_know(name: str, role: FileRole | None) -> None:
-    assert role_of(name) == role
-    assert role is None or role.file_name == name
+FILE_NAMES = {
+    "adapter_config.json": CONFIG_FILE,
+    "adapter_model.safetensors.index.json": INDEX_FILE,
+    "adapter_model.safetensors": WEIGHTS_FILE,
+    "adapter_model-00001.safetensors": FileRole("weights", 1),
+    "adapter_model-99999.safetensors": FileRole("weights", 99_999),
+}
+OTHER_NAMES = [
+    *("", "adapter_model.bin", "adapter_model-00000.safetensors", "record.json"),
+    *("adapter_model-1.safetensors", "adapter_model-000001.safetensors"),
+    *("adapter_config.json.chunks", "../adapter_config.json", "adapter_config.json\n"),
+]
 
 
-@pytest.mark.parametrize(("kind", "number"), [("weights", 100_000), ("weights", -1), ("config", 1)])
-def test_there_is_no_such_file(kind: Any, number: int) -> None:
-    with pytest.raises(UsageError, match="no "):
-        FileRole(kind, number)
+def test_files_have_the_names_that_tools_know() -> None:
+    assert {role.file_name: role_of(role.file_name) for role in FILE_NAMES.values()} == FILE_NAMES
+    assert [name for name in OTHER_NAMES if role_of(name) is not None] == []
+    no_files: list[tuple[Any, int]] = [("weights", 100_000), ("weights", -1), ("config", 1)]
+    for kind, number in no_files:
+        with pytest.raises(UsageError, match="no "):
+            FileRole(kind, number)
 
 
 ENTRY = CacheKey("a", "b").name
 OWNER = Owner("0123456789abcdef0123456789abcdef", 4026531836, 2**22, 2**40)
 
 
-@pytest.mark.parametrize("owner", [None, OWNER])
-def test_a_partials_name_says_who_writes_to_it(owner: Owner | None) -> None:
-    name = PartialName(ENTRY, owner, "0f" * 8)
-    assert partial_name(str(name)) == name
-    assert is_partial_name(str(name))
-    assert not is_entry_name(str(name))
-    assert len(str(name)) < 255
+NO_PARTIALS = [
+    *(BUDGET_LOCK, ENTRY, f"{ENTRY[1:]}.free.00", f"{ENTRY}.ab-1-2.00", f"{ENTRY}.ab-1-2-x.00"),
+    *(f"{ENTRY}.{end}" for end in ("free", "free.", "other.00", "free.00/..", "free.00\n")),
+]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [BUDGET_LOCK, ENTRY, f"{ENTRY[1:]}.free.00"]
-    + [f"{ENTRY}.{end}" for end in ("free", "free.", "other.00", "free.00/..", "free.00\n")]
-    + [f"{ENTRY}.ab-1-2.00", f"{ENTRY}.ab-1-2-x.00"],
-)
-def test_no_other_name_is_a_partials(name: str) -> None:
-    assert partial_name(name) is None
-    assert not is_partial_name(name)
+def test_a_partials_name_says_who_writes_to_it() -> None:
+    for owner in (None, OWNER):
+        name = PartialName(ENTRY, owner, "0f" * 8)
+        assert partial_name(str(name)) == name
+        assert is_partial_name(str(name))
+        assert not is_entry_name(str(name))
+        assert len(str(name)) < 255
+    assert [name for name in NO_PARTIALS if partial_name(name) or is_partial_name(name)] == []
 
 
 # -- records --------------------------------------------------------------------------------------
@@ -127,27 +117,13 @@ def test_a_record_is_json_that_people_can_read_and_comes_back() -> None:
     assert decoded_record(RECORD.encoded()) == RECORD
     assert RECORD.nbytes == 2**40 + 7
     assert RECORD.name == FIELDS["entry"] == CacheKey("hub:o/n", "c0ffee").name
-    assert {**FIELDS, "entry": None} == {
-        "format": 1,
-        "entry": None,
-        "source": "hub:o/n",
-        "version": "c0ffee",
-        "files": [
-            {
-                "file": "adapter_config.json",
-                "nbytes": 7,
-                "mtime_ns": 1_700_000_000_123_456_789,
-                "kind": "git-sha1",
-                "digest": "ab" * 20,
-            },
-            {
-                "file": "adapter_model.safetensors",
-                "nbytes": 2**40,
-                "mtime_ns": 0,
-                "kind": "transport",
-                "digest": "01" * 32,
-            },
-        ],
+    assert (FIELDS["format"], FIELDS["source"], FIELDS["version"]) == (1, "hub:o/n", "c0ffee")
+    assert FIELDS["files"][0] == {
+        "file": "adapter_config.json",
+        "nbytes": 7,
+        "mtime_ns": 1_700_000_000_123_456_789,
+        "kind": "git-sha1",
+        "digest": "ab" * 20,
     }
 
 
@@ -160,25 +136,28 @@ def test_any_key_has_a_record(text: str) -> None:
     assert len(record.source) <= 1_000
 
 
+NO_RECORDS: list[dict[str, object]] = [
+    *({"format": 2}, {"entry": 5}, {"source": None}, {"version": []}, {"files": []}),
+    *({"files": {}}, {"files": ["adapter_config.json"]}),
+    *(
+        {"files": [FIELDS["files"][0] | change, FIELDS["files"][1]]}
+        for change in [
+            *({"file": "../../etc/passwd"}, {"file": "adapter_model.safetensors"}, {"file": 3}),
+            *({"nbytes": -1}, {"nbytes": True}, {"nbytes": 1.5}, {"mtime_ns": "0"}),
+            *({"kind": "md5"}, {"digest": "ab" * 19}),
+        ]
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        *({"format": 2}, {"entry": 5}, {"source": None}, {"version": []}, {"files": []}),
-        *({"files": {}}, {"files": ["adapter_config.json"]}),
-        *(
-            {"files": [FIELDS["files"][0] | change, FIELDS["files"][1]]}
-            for change in [
-                *({"file": "../../etc/passwd"}, {"file": "adapter_model.safetensors"}),
-                *({"file": 3}, {"nbytes": -1}, {"nbytes": True}, {"nbytes": 1.5}),
-                *({"mtime_ns": "0"}, {"kind": "md5"}, {"digest": "ab" * 19}),
-            ]
-        ),
-    ],
+    "content",
+    [b"", b"[]", b"{}", RECORD.encoded()[:-10]]
+    + [json.dumps(FIELDS | changes).encode() for changes in NO_RECORDS],
 )
-def test_what_is_no_record_is_refused(changes: dict[str, object]) -> None:
-    for content in (b"", b"[]", b"{}", RECORD.encoded()[:-10], json.dumps(FIELDS | changes)):
-        with pytest.raises(AdapterFormatError, match="the cache's record"):
-            decoded_record(content.encode() if isinstance(content, str) else content)
+def test_what_is_no_record_is_refused(content: bytes) -> None:
+    with pytest.raises(AdapterFormatError, match="the cache's record"):
+        decoded_record(content)
 
 
 # -- maps of chunks -------------------------------------------------------------------------------
@@ -233,21 +212,22 @@ def test_a_map_in_the_default_size() -> None:
 GOOD = ChunkMap(100, 10).encoded()
 
 
-@pytest.mark.parametrize(
-    ("content", "nbytes", "spans"),
-    [
+NO_MAPS = [
+    *(b"", GOOD[:-1], GOOD + b"\0", GOOD[:20], b"X" + GOOD[1:]),
+    *(
+        GOOD[:8] + struct.pack("<QQ", *sizes) + GOOD[24:]
+        for sizes in [(101, 10), (100, 0), (100, 1 << 40)]
+    ),
+    GOOD[:-1] + b"\x04",  # the eleventh chunk of ten
+]
+
+
+def test_what_is_no_map_of_the_file_is_none() -> None:
+    assert [content for content in NO_MAPS if ChunkMap.decoded(content, 100)] == []
+    for content, nbytes, spans in [
         (ChunkMap(0).encoded(), 0, []),
         (GOOD[:-1] + b"\x03", 100, [(80, 100)]),
-        *((content, 100, None) for content in (b"", GOOD[:-1], GOOD + b"\0", GOOD[:20])),
-        (b"X" + GOOD[1:], 100, None),
-        (GOOD[:8] + struct.pack("<QQ", 101, 10) + GOOD[24:], 100, None),
-        (GOOD[:8] + struct.pack("<QQ", 100, 0) + GOOD[24:], 100, None),
-        (GOOD[:8] + struct.pack("<QQ", 100, 1 << 40) + GOOD[24:], 100, None),
-        (GOOD[:-1] + b"\x04", 100, None),  # the eleventh chunk of ten
-    ],
-)
-def test_what_is_no_map_of_the_file_is_none(
-    content: bytes, nbytes: int, spans: list[Span] | None
-) -> None:
-    found = ChunkMap.decoded(content, nbytes)
-    assert (None if found is None else list(found.spans())) == spans
+    ]:
+        found = ChunkMap.decoded(content, nbytes)
+        assert found is not None
+        assert list(found.spans()) == spans

@@ -221,9 +221,9 @@ def test_a_holder_that_is_none_is_a_fault_and_changes_nothing(name: PolicyName) 
     assert one.state() == before
 
 
-@pytest.mark.parametrize(("nbytes", "cost"), [(0, 1.0), (1, -1.0), (1, float("nan"))])
-def test_gdsf_refuses_numbers_out_of_range(nbytes: int, cost: float) -> None:
+def test_gdsf_refuses_numbers_out_of_range() -> None:
     one = GDSF()
-    with pytest.raises(InternalError, match="a takes"):
-        one.admit(A, nbytes, cost)
+    for nbytes, cost in [(0, 1.0), (1, -1.0), (1, float("nan"))]:
+        with pytest.raises(InternalError, match="a takes"):
+            one.admit(A, nbytes, cost)
     assert list(one.ranked()) == []
