@@ -106,36 +106,32 @@ def test_every_field_of_peft_is_treated() -> None:
     assert len(FIELDS) == 42  # peft 0.21.2, with runtime_config, which it does not save
 
 
+OF_BASE: dict[str, Any] = {"base_model_name_or_path": "some/base", "fan_in_fan_out": True}
+LAST: dict[str, Any] = {"exclude_modules": ["lm_head"], "layers_to_transform": [1, 2]}
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (
-            {
-                "lora_alpha": 10,
-                "target_modules": ["v_proj"],
-                "base_model_name_or_path": "some/base",
-                "fan_in_fan_out": True,
-                "task_type": "CAUSAL_LM",
-            },
-            {
-                "alpha": 10.0,
-                "targets": ("v_proj",),
-                "base_model": "some/base",
-                "fan_in_fan_out": True,
-            },
-        ),
-        ({}, {}),
+        ({"lora_alpha": 10, **OF_BASE}, {"base_model": "some/base", "fan_in_fan_out": True}),
+        ({"target_modules": ["v_proj"], "task_type": "CAUSAL_LM"}, {"targets": ("v_proj",)}),
+        ({"target_modules": "all-linear"}, {"targets": "all-linear"}),
+        (LAST, {"layers": (1, 2)}),
         ({"use_dora": True}, {"dora": True}),
         ({"lora_bias": True}, {"lora_bias": True}),
         ({"lora_bias": True, "init_lora_weights": False}, {"lora_bias": True}),
         ({"use_dora": True, "init_lora_weights": "gaussian"}, {"dora": True}),
     ],
 )
-def test_a_config_that_peft_wrote_becomes_data(
+def test_a_config_of_peft_becomes_data_and_is_written_as_peft_writes_it(
     config: dict[str, Any], expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    written = saved(tmp_path, LoraConfig(r=4, **config))
-    assert parse_config(written, LIMITS) == AdapterSpec(**{"rank": 4, "alpha": 8.0, **expected})
+    lora = LoraConfig(r=4, **config)
+    theirs, ours = saved(tmp_path, lora), write_config(lora)
+    alpha = float(config.get("lora_alpha", 8))
+    assert parse_config(theirs, LIMITS) == AdapterSpec(rank=4, alpha=alpha, **expected)
+    assert parse_config(ours, LIMITS) == parse_config(theirs, LIMITS)
+    assert json.loads(ours) == json.loads(theirs)
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True:UserWarning")
@@ -334,47 +330,19 @@ def test_limits_are_the_callers() -> None:
 
 # -- configs in memory, written as PEFT writes them -----------------------------------------------
 
-LORAS: list[dict[str, Any]] = [
-    {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},
-    {"r": 4, "target_modules": "all-linear", "exclude_modules": ["lm_head"], "use_dora": True},
-    {"r": 8, "rank_pattern": {"b": 2, "a": 3}, "alpha_pattern": {"z": 1.5}, "use_rslora": True},
-    {"r": 8, "lora_bias": True, "layers_to_transform": [1, 2], "target_modules": {"k_proj"}},
-]
 
-
-@pytest.mark.parametrize("lora", LORAS, ids=range(4))
-def test_the_members_are_those_that_peft_writes(tmp_path: Path, lora: dict[str, Any]) -> None:
-    config = LoraConfig(**lora)
-    config.save_pretrained(str(tmp_path))
-    theirs = json.loads((tmp_path / "adapter_config.json").read_text())
-    ours = json.loads(write_config(config))
-    for members in (theirs, ours):
-        for name, value in members.items():
-            if isinstance(value, list):
-                members[name] = sorted(value)
-    assert ours == theirs
-    assert parse_config(write_config(config), Limits()).rank == lora["r"]
-
-
-def test_patterns_keep_their_order() -> None:
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"z": 2, "a": 3}}
-    for each in (config, LoraConfig(r=4, rank_pattern={"z": 2, "a": 3})):
-        spec = parse_config(write_config(each), Limits())
-        assert [pattern.text for pattern in spec.rank_patterns] == ["z", "a"]
-
-
-def test_sets_have_one_spelling_and_what_is_given_is_not_changed() -> None:
+def test_patterns_keep_their_order_and_sets_have_one_spelling() -> None:
     names = [f"module_{n}" for n in range(50)]
-    config: dict[str, object] = {"target_modules": set(names)}
-    written = {write_config({"target_modules": kind(names)}) for kind in (frozenset, sorted)}
-    assert written == {write_config(config)}
-    assert config == {"target_modules": set(names)}
-
-
-@pytest.mark.parametrize("config", [None, "{}", [("r", 4)], LoraConfig, 4])
-def test_what_is_no_config(config: Any) -> None:
-    with pytest.raises(UsageError, match=r"a dict as in adapter_config.json, or a peft.LoraConfig"):
-        write_config(config)
+    patterns = {"rank_pattern": {"z": 2, "a": 3}, "alpha_pattern": {"q": 1.5}}
+    config: dict[str, Any] = {**PLAIN, **patterns, "target_modules": set(names)}
+    specs = [
+        parse_config(write_config(each), LIMITS)
+        for each in (config, {**config, "target_modules": sorted(names)}, LoraConfig(**config))
+    ]
+    assert [[pattern.text for pattern in spec.rank_patterns] for spec in specs] == [["z", "a"]] * 3
+    written = {write_config({"x": kind(names)}) for kind in (set, frozenset, sorted)}
+    assert len(written) == 1
+    assert config["target_modules"] == set(names), "what is given is not changed"
 
 
 def deep(depth: int) -> dict[str, object]:
@@ -385,12 +353,17 @@ CIRCULAR: dict[str, object] = {}
 CIRCULAR["x"] = CIRCULAR
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{"r": float("inf")}, {"r": b"4"}, {"x": {1, "a"}}, {(1, 2): 3}, {"x": Path()}, CIRCULAR]
-    + [deep(100_000)],
-    ids=range(7),
-)
-def test_what_json_does_not_have(config: dict[str, object]) -> None:
-    with pytest.raises(AdapterFormatError, match="adapter_config.json cannot be written"):
-        write_config(config)
+NO_JSON: list[Any] = [
+    *({"r": float("inf")}, {"r": b"4"}, {"x": {1, "a"}}, {(1, 2): 3}, {"x": Path()}),
+    *(CIRCULAR, deep(100_000)),
+]
+
+
+def test_what_is_no_config_is_not_written() -> None:
+    for config in NO_JSON:
+        with pytest.raises(AdapterFormatError, match="adapter_config.json cannot be written"):
+            write_config(config)
+    no_configs: list[Any] = [None, "{}", [("r", 4)], LoraConfig, 4]
+    for config in no_configs:
+        with pytest.raises(UsageError, match="a dict as in adapter_config.json, or a peft.Lora"):
+            write_config(config)
