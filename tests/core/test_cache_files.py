@@ -136,7 +136,7 @@ def test_any_key_has_a_record(text: str) -> None:
     assert len(record.source) <= 1_000
 
 
-NO_RECORDS: list[dict[str, object]] = [
+NO_RECORDS: list[dict[str, Any]] = [
     *({"format": 2}, {"entry": 5}, {"source": None}, {"version": []}, {"files": []}),
     *({"files": {}}, {"files": ["adapter_config.json"]}),
     *(

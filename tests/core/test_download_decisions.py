@@ -133,3 +133,5 @@ def test_a_use_counts_wherever_it_was() -> None:
     assert list(found.victims()) == ["b", "c", "a"]
     found.observe(entries | {"a": Stored(1, 10), "b": Stored(1, 11)}, {})  # another process's
     assert list(found.victims()) == ["c", "a", "b"]
+    found.use("a", Stored(12, 12))  # another one of the same name
+    assert (found.used, list(found.victims())) == (14, ["c", "b", "a"])

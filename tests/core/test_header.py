@@ -271,7 +271,9 @@ TEXTS: dict[str, list[str | bytes]] = {
     "control character": [f'{{"a\tb":{GOOD}}}'],
     "bad escape": [rf'{{"\x41":{GOOD}}}'],
     "expected ':'": ['{"x"}'],
-    "expected ',' or '}'": [f'{{"a":{GOOD} "x":{GOOD}}}', f'{{"x":{GOOD}'],
+    "expected ',' or '}'": [
+        *(f'{{"a":{GOOD} "x":{GOOD}}}', f'{{"x":{GOOD}', '{"__metadata__":{"k":"v" "l":""}}'),
+    ],
     "expected a string": [f'{{"x":{GOOD},}}'],
     "more than one value": [f'{{"x":{GOOD}}}{{}}', f'{{"x":{GOOD}}}\0\0'],
     "expected an object at character 0": [f' {{"x":{GOOD}}}', "[]", ""],

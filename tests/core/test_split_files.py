@@ -241,8 +241,8 @@ def test_each_file_is_held_to_the_format(number: int) -> None:
         assert words in problem
 
 
-def test_a_short_name_may_become_a_long_one_in_the_one_header() -> None:
-    """Headers are written in ASCII, where a letter of three bytes takes six."""
+def test_limits_hold_for_all_files_together() -> None:
+    """And for the one header, written in ASCII, where a letter of three bytes takes six."""
     parts: Parts = [{"あ" * 150: torch.ones(1)}]
     contents, index = contents_of(parts), index_of(parts)
     plan = plan_of(contents, index)
@@ -253,6 +253,9 @@ def test_a_short_name_may_become_a_long_one_in_the_one_header() -> None:
     headers = sum(8 + int(struct.unpack_from("<Q", content)[0]) for content in contents_of(THREE))
     limits = Limits(max_header_bytes=headers - 1)
     assert f"{headers:,} header bytes" in refused(contents_of(THREE), index_of(THREE), limits)
+    nbytes = sum(map(len, contents_of(THREE)))
+    limits = Limits(max_adapter_bytes=nbytes - 1)
+    assert f"{nbytes:,} bytes, over" in refused(contents_of(THREE), index_of(THREE), limits)
     assert safetensors.torch.load(whole(plan, contents)).keys() == parts[0].keys()
 
 
