@@ -22,6 +22,9 @@ THREE = ((64,), (64,), (64,))
 BOTH = (0, 1)
 QUIET = "streaming kernels closing"
 """Files come whole, and neither kernels nor close are looked at."""
+ALONE = f"failures withdrawals {QUIET}"
+HOSTED: dict[str, Any] = {"host_bytes": 64, "holdable": BOTH}
+RESIDENT: dict[str, Any] = {"min_residency": MIN_RESIDENCY}
 
 
 def _world(
@@ -73,9 +76,7 @@ SETTINGS = {
     "pins beside a second slot": _world(
         DEVICE, sizes=UNEVEN, slots=2, pins=1, without="streaming kernels failures"
     ),
-    "pins of one of three": _world(
-        DEVICE, sizes=THREE, slots=2, pins=1, without=f"failures withdrawals {QUIET}"
-    ),
+    "pins of one of three": _world(DEVICE, sizes=THREE, slots=2, pins=1, without=ALONE),
     "pins and unload": _world(
         DEVICE, sizes=SMALL, pins=1, unloads=1, without="streaming kernels failures"
     ),
@@ -84,31 +85,22 @@ SETTINGS = {
     ),
     "unload beside loads": _world(DEVICE, sizes=SMALL, unloads=1, without="streaming"),
     "host memory for one of two": _world(
-        *(PREFETCH_HOST, DEVICE),
-        sizes=SMALL,
-        host_bytes=64,
-        holdable=BOTH,
-        without=f"withdrawals {QUIET}",
+        PREFETCH_HOST, DEVICE, sizes=SMALL, without=f"withdrawals {QUIET}", **HOSTED
     ),
     "host memory and unload": _world(
         HOST, DEVICE, sizes=ONE, host_bytes=128, holdable=BOTH, unloads=1, without="streaming"
     ),
-    "some can be held": _world(
-        *(HOST,),
-        sizes=THREE,
-        host_bytes=64,
-        holdable=BOTH,
-        unloads=1,
-        without=f"failures withdrawals {QUIET}",
-    ),
+    "some can be held": _world(HOST, sizes=THREE, unloads=1, without=ALONE, **HOSTED),
     "no host memory": _world(PREFETCH_HOST, DEVICE, sizes=SMALL, holdable=BOTH, without=QUIET),
     "prefetch targets": _world(
-        *(DEVICE, PREFETCH, PREFETCH_HOST, PREFETCH_DISK),
+        DEVICE,
+        PREFETCH,
+        PREFETCH_HOST,
+        PREFETCH_DISK,
         sizes=((64,),),
-        host_bytes=64,
-        holdable=BOTH,
         unloads=1,
         without="kernels",
+        **HOSTED,
     ),
     "images for one of two": _world(
         DEVICE, sizes=SMALL, image_bytes=64, max_idle=1, without="streaming kernels"
@@ -120,13 +112,11 @@ SETTINGS = {
         DEVICE, PREFETCH_HOST, sizes=ONE, image_bytes=128, unloads=1, without="streaming kernels"
     ),
     "minimum residency and starving": _world(
-        DEVICE, sizes=SMALL, min_residency=MIN_RESIDENCY, leases=2, without="streaming kernels"
+        DEVICE, sizes=SMALL, leases=2, without="streaming kernels", **RESIDENT
     ),
-    "least often used": _world(
-        DEVICE, sizes=SMALL, policy="lfu", without=f"failures withdrawals {QUIET}"
-    ),
+    "least often used": _world(DEVICE, sizes=SMALL, policy="lfu", without=ALONE),
     "cheapest to have back": _world(
-        *(DEVICE,),
+        DEVICE,
         sizes=UNEVEN,
         policy="gdsf",
         image_bytes=128,
@@ -134,12 +124,7 @@ SETTINGS = {
         holdable=BOTH,
         without=f"failures {QUIET}",
     ),
-    "minimum residency": _world(
-        *(DEVICE, PREFETCH),
-        sizes=SMALL,
-        min_residency=MIN_RESIDENCY,
-        without=f"failures withdrawals {QUIET}",
-    ),
+    "minimum residency": _world(DEVICE, PREFETCH, sizes=SMALL, without=ALONE, **RESIDENT),
 }
 
 LARGER = {
@@ -149,29 +134,18 @@ LARGER = {
     "prefetch": _world(DEVICE, PREFETCH, sizes=UNEVEN, without="kernels closing"),
     "three adapters": _world(DEVICE, sizes=THREE, ageing=True, without=QUIET),
     "pins and unload of three": _world(
-        DEVICE, sizes=THREE, slots=2, pins=1, unloads=1, without=f"failures withdrawals {QUIET}"
+        DEVICE, sizes=THREE, slots=2, pins=1, unloads=1, without=ALONE
     ),
     "unload beside streams and kernels": _world(
         DEVICE, STREAM, sizes=ONE, unloads=2, clones=True, max_idle=0
     ),
     "every tier of two": _world(
-        *(DEVICE, PREFETCH_HOST),
-        sizes=SMALL,
-        host_bytes=64,
-        image_bytes=64,
-        holdable=BOTH,
-        unloads=1,
-        without=f"failures withdrawals {QUIET}",
+        DEVICE, PREFETCH_HOST, sizes=SMALL, image_bytes=64, unloads=1, without=ALONE, **HOSTED
     ),
     "minimum residency and prefetch": _world(
-        DEVICE, PREFETCH, sizes=SMALL, min_residency=MIN_RESIDENCY, pins=1, without=QUIET
+        DEVICE, PREFETCH, sizes=SMALL, pins=1, without=QUIET, **RESIDENT
     ),
     "least often used, and host memory": _world(
-        *(DEVICE, PREFETCH_HOST),
-        sizes=SMALL,
-        policy="lfu",
-        host_bytes=64,
-        holdable=BOTH,
-        without=f"failures withdrawals {QUIET}",
+        DEVICE, PREFETCH_HOST, sizes=SMALL, policy="lfu", without=ALONE, **HOSTED
     ),
 }
