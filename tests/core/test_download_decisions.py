@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.core.disk_budget import DiskBudget, Stored
+from lorax_async.core.disk_budget import FETCH_FIXED_COST, DiskBudget, Stored
 from lorax_async.core.policies import policy
 from lorax_async.core.retries import Retries, retry_after_of
 from lorax_async.core.sharing import Claim, shares
@@ -135,3 +135,11 @@ def test_a_use_counts_wherever_it_was() -> None:
     assert list(found.victims()) == ["c", "a", "b"]
     found.use("a", Stored(12, 12))  # another one of the same name
     assert (found.used, list(found.victims())) == (14, ["c", "b", "a"])
+
+
+def test_gdsf_weighs_what_a_fetch_costs() -> None:
+    """Of equal use the large one goes: (32 MiB + n) / n falls with n. An empty one is one, too."""
+    found = DiskBudget(100, policy("gdsf"))
+    found.observe({"empty": Stored(0, 3), "large": Stored(90, 2), "small": Stored(9, 1)}, {})
+    assert list(found.victims()) == ["large", "small", "empty"]
+    assert FETCH_FIXED_COST == 33_554_432
