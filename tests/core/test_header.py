@@ -279,10 +279,10 @@ TEXTS: dict[str, list[str | bytes]] = {
     ],
     "'k' appears twice": [r'{"__metadata__":{"k":"1","\u006b":"1"}}'],
 }
-STRINGS = {  # of the metadata are read in pieces
+STRINGS = [  # of the metadata are read in pieces
     *((r'"\ud800"', 1), (r'"ab\ude00\ud83d"', 3), (r'"\ud800\u0041"', 1), (r'"\x41"', 1)),
     *((r'"\u00g0"', 1), ('"a\\n\x01"', 4), (r'"\na', 4), (r'"\n\"', 5)),
-}
+]
 REFUSED: list[tuple[str | bytes, int, str]] = [
     *PLACES.values(),
     *((f'{{"x":{each}}}', 4, f"'x': {words}") for words, all_ in ENTRIES.items() for each in all_),

@@ -199,7 +199,7 @@ def check_windows(
         assert [place for place in beyond if may_be_cut(place)] in ([], [each.stop])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     data=st.data(),
     world=st.integers(1, 8) | st.just(1),
