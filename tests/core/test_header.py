@@ -264,7 +264,7 @@ TEXTS: dict[str, list[str | bytes]] = {
     "expected ',' or '}'": [
         *(f'{{"a":{GOOD} "x":{GOOD}}}', f'{{"x":{GOOD}', '{"__metadata__":{"k":"v" "l":""}}'),
     ],
-    "expected a string": [f'{{"x":{GOOD},}}'],
+    "expected a string": [f'{{"x":{GOOD},}}', '{"__metadata__":{1:""}}'],
     "more than one value": [f'{{"x":{GOOD}}}{{}}', f'{{"x":{GOOD}}}\0\0'],
     "expected an object at character 0": [f' {{"x":{GOOD}}}', "[]", ""],
     "byte order mark": [f'\ufeff{{"x":{GOOD}}}'],

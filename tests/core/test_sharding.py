@@ -105,6 +105,25 @@ def test_columns_of_a_are_a_piece_of_each_row() -> None:
     assert (group.nbytes, group.rows) == (384, (Row(0, 0, 128, 4, 4, 1.0),))
 
 
+def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
+    """A is [4, 64], B [16, 4]; moves hold two halves of rows of F32, then one and a half."""
+    how: dict[str, Any] = {"dtype": "BF16", "limits": Limits(max_rank=32)}
+    group, start = planned(row(64), Shard(1, 2), staging_move_bytes=256, **how)
+    whole_b = Span(start + 1024, start + 1280)
+    assert [move.sources for move in group.converts] == [
+        (Span(start + 128, start + 256, 2, 256),),
+        (Span(start + 640, start + 768, 2, 256),),
+        (whole_b,),
+    ]
+    assert [move.target for move in group.converts] == [0, 128, 256]
+    assert group.spans == (Span(start + 128, start + 256, 4, 256), whole_b)
+    group, _ = planned(row(64), Shard(1, 2), staging_move_bytes=192, **how)
+    first, second, *_ = (move.sources for move in group.converts)
+    start += 128
+    assert first == (Span(start, start + 128), Span(start + 256, start + 320))
+    assert second == (Span(start + 320, start + 384), Span(start + 512, start + 640))
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("rank", [5, 205])
