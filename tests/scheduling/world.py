@@ -186,7 +186,7 @@ class World:
     async def settle(self) -> None:
         """Until everything has happened that does not wait for time to pass."""
         # Nothing public says that a thread still reads bytes for a copy: the one look inside.
-        lives = self.loader._machinery.driver.lifecycle.lives
+        lives = self.loader._machinery.driver.lifecycle.lives  # noqa: SLF001
         quiet = 0
         while quiet < 3:
             for _ in range(6):
