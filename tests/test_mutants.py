@@ -23,6 +23,7 @@ def test_what_a_mutant_replaces_exists(name: str) -> None:
         assert getattr_static(owner, attribute) is not replacement
 
 
+@pytest.mark.slow
 def test_their_tests_exist(children: Children) -> None:
     verdict = children.run(NODES, None, "--collect-only", "-q", hangs_after=60)
     assert verdict.code == 0, verdict.output
