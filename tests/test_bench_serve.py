@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benching.stand_in import Asked, standing_in
 from command_line import output
 from common import Run
 from lorax_async import AdapterNotFoundError
 from lorax_async.cli import main
-from lorax_async.commands.bench_serve import WORDS
+from lorax_async.commands.benching.report import percentile
+from lorax_async.core.request_schedule import Arrival, schedule
 from server.world import FakeEngine, FakeTokens, saying, serving
 
 Capture = pytest.CaptureFixture[str]
@@ -41,7 +41,7 @@ def test_the_server_is_asked(run: Run, tmp_path: Path, capsys: Capture) -> None:
     status = ask_real(
         *(run, engine, "--models", str(tmp_path / "models"), "--rate", "60", "--seconds", "0.5"),
         *("--new-tokens", "5", "--prompt-tokens", "3", "--seed", "4", "--json"),
-        *("--lines", str(tmp_path / "lines"), "--plot", str(tmp_path / "out.png")),
+        *("--lines", str(tmp_path / "lines")),
         adapters=names,
     )
     told = output(capsys)
@@ -60,7 +60,6 @@ def test_the_server_is_asked(run: Run, tmp_path: Path, capsys: Capture) -> None:
         assert line["due_s"] <= line["sent_s"]
         assert line["sent_s"] < line["chunks_s"][0] <= line["ended_s"]
         assert line["ttft_s"] == line["chunks_s"][0] - line["due_s"]
-    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     asked = engine.submitted[0].generation
     assert asked.max_new_tokens == 5
     assert asked.sampling.temperature == 0
@@ -84,39 +83,6 @@ def test_errors_are_counted_by_status(run: Run, capsys: Capture) -> None:
     assert rows.keys() >= {"warm", "cold"}
 
 
-async def test_what_is_posted(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
-    found: list[Asked] = []
-
-    async def script(asked: Asked) -> None:
-        found.append(asked)
-        await asked.begin()
-        await asked.done()
-
-    async def body() -> int:
-        async with standing_in(script) as there:
-            arguments = ["--models", "m", "--rate", "60", "--seconds", "0.2", "--json"]
-            arguments += ["--call", "completions", "--ignore-eos", "--prompt-tokens", "12"]
-            return await asyncio.to_thread(main, ["bench-serve", f"{there.url}/v1", *arguments])
-
-    assert await body() == 0
-    assert found
-    for asked in found:
-        prompt = asked.body.pop("prompt").split(" ")
-        assert len(prompt) == 12
-        assert set(prompt) <= set(WORDS)
-        assert asked.path == "/v1/completions"
-        assert "Bearer from the environment" in asked.headers
-        assert asked.body == {
-            "model": "m",
-            "max_tokens": 32,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "ignore_eos": True,
-        }
-
-
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -138,29 +104,23 @@ def test_what_cannot_be_asked_is_said(
     assert text in capsys.readouterr().err
 
 
-def test_models_that_are_no_text_are_refused(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "models").write_bytes(b"a\n\xff\n")
-    arguments = ["bench-serve", "http://localhost", "--models", str(tmp_path / "models"), "--json"]
-    assert main(arguments) == 1
-    assert "no text in UTF-8" in capsys.readouterr().err
+def test_three_numbers_make_an_arrival() -> None:
+    """Gaps are -ln(1 - u) / 2: of u = 1/2 they are ln(2) / 2, of u = 0 nothing."""
+    half = math.log(2) / 2
+    numbers = iter([0.5, 0.9, 0.0, 0.5, 0.1, 0.7, 0.0, 0.6, 0.7, 0.5])
+    # a, b are left for Zipf (2 : 1), for one of three is cold; 0.0 is a and 0.7 is b.
+    arrivals = schedule(
+        lambda: next(numbers),
+        ["a", "b", "new"],
+        rate=2.0,
+        seconds=1.0,
+        exponent=1.0,
+        cold_share=0.5,
+    )
+    assert arrivals == [Arrival(half, "a"), Arrival(2 * half, "new"), Arrival(2 * half, "b")]
 
 
-def test_what_was_measured_is_told_although_no_picture_can_be_written(
-    run: Run, tmp_path: Path, capsys: Capture
-) -> None:
-    (tmp_path / "out.png").symlink_to("/dev/full")
-    arguments = ("--models", "base", "--rate", "60", "--seconds", "0.2", "--json")
-    plot = ("--plot", str(tmp_path / "out.png"))
-    assert ask_real(run, FakeEngine(saying("x")), *arguments, *plot, adapters={}) == 1
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["all"]["whole"] > 0
-    assert "No space left" in captured.err
-
-
-def test_without_matplotlib_nothing_is_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    plot = ("--plot", str(tmp_path / "out.png"))
-    assert main(["bench-serve", "http://localhost", "--models", "a", *plot, "--json"]) == 1
-    assert "lorax-async[measure]" in capsys.readouterr().err
+def test_percentiles_are_values_that_occur() -> None:
+    values = [float(n) for n in range(1, 11)]
+    assert [percentile(values, p) for p in (50, 90, 99, 100, 1)] == [5, 9, 10, 10, 1]
+    assert percentile([7.0], 50) == percentile([7.0], 99) == 7
