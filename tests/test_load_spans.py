@@ -13,14 +13,13 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tracer_provider
 
 from common import until
 from lorax_async import AdapterLoader, AdapterNotFoundError, FetchError, UsageError
 from lorax_async.adapter import AdapterKey
 from lorax_async.load_spans import LoadSpans
-from tiny_sources import over, state, stocked
+from tiny_sources import over, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -161,15 +160,6 @@ async def test_streams_pins_and_cancelled_calls(tmp_path: Path, kept: Kept, trac
     assert all(span.end_time for span in parts)
 
 
-async def test_a_call_that_is_not_sampled_has_no_span(tmp_path: Path, kept: Kept) -> None:
-    provider = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(kept))
-    async with over(stocked(tmp_path, "a")) as there:
-        with LoadSpans(there, provider.get_tracer("tests")):
-            await load(there, "a")
-    assert kept.get_finished_spans() == ()
-
-
 async def test_one_watches_and_no_globals_are_touched(
     tmp_path: Path, kept: Kept, tracer: Tracer
 ) -> None:
@@ -212,39 +202,6 @@ async def test_a_call_that_joins_while_bytes_still_come_waits_for_the_copy(
     _, (joined, its) = calls(kept)
     assert joined.name == "lorax load"
     assert stages(its) == ["resolve", "copy"]
-
-
-class CheckedSpans(LoadSpans):
-    """Notes which headers were checked."""
-
-    seen: list[AdapterKey]
-
-    def checked(self, key: AdapterKey) -> None:
-        super().checked(key)
-        self.seen.append(key)
-
-
-async def test_a_stage_is_entered_only_further_on(
-    tmp_path: Path, kept: Kept, tracer: Tracer
-) -> None:
-    """What was checked may be checked again, while it waits for a slot, and in one."""
-    source = stocked(tmp_path, "a", "b")
-    async with over(source, max_slots=1) as there:
-        before = await there.load("b")
-        spans = CheckedSpans(there, tracer)
-        spans.seen = []
-        with spans:
-            source.hold("a")
-            waiting = asyncio.create_task(load(there, "a"))
-            await until(lambda: spans.seen)
-            spans.checked(spans.seen[0])
-            before.release()
-            await until(lambda: state(there, "a") == "filling")
-            spans.checked(spans.seen[0])
-            source.allow("a", 0, 1, 2, 3)
-            await waiting
-    ((_, its),) = calls(kept)
-    assert stages(its) == ALL
 
 
 async def test_news_of_one_adapter_look_at_no_others_calls(

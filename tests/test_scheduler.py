@@ -18,10 +18,8 @@ from lorax_async import (
     AdapterRef,
     AdapterScheduler,
     ConfigError,
-    Event,
     HandleClosedError,
     InvalidAdapterIdError,
-    Leaving,
     Request,
     UsageError,
 )
@@ -29,12 +27,10 @@ from scheduling.clock import VirtualClock
 from scheduling.serving import (
     MANY,
     held,
-    ids,
     leases,
     next_batch,
     opened,
     rows,
-    silence,
     step,
     turns,
     wanted,
@@ -184,19 +180,6 @@ async def test_the_loop_turns_before_a_batch_that_is_there(tmp_path: Path) -> No
         ticket.cancel()
 
 
-async def test_next_batch_waits_for_a_request_and_for_a_completed_batch(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path)) as (_, scheduler):
-        waiting = await wanted(scheduler)
-        ticket = scheduler.submit(Request(None, 1, 2))
-        batch = await asyncio.wait_for(waiting, 5)
-        waiting = await wanted(scheduler)
-        scheduler.complete(batch)
-        batch = await asyncio.wait_for(waiting, 5)
-        assert rows(batch) == [(None, 1, 1, True)]
-        scheduler.complete(batch)
-        assert await ticket == 2
-
-
 async def test_what_was_lost_is_computed_again(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path, "a"), max_begun=1) as (_, scheduler):
         ticket = scheduler.submit(Request("a", 10, 4))
@@ -249,83 +232,6 @@ async def test_alone_a_streaming_adapter_joins_when_its_first_layer_is_there(
         assert await ticket == 1
 
 
-async def test_a_streaming_adapter_joins_others_only_once_their_pace_is_known(
-    tmp_path: Path,
-) -> None:
-    source = stocked(tmp_path, "cold")
-    source.hold("cold")
-    source.allow("cold", 0)
-    async with opened(source) as (loader, scheduler):
-        scheduler.submit(Request("cold", 10, 1))
-        await until(lambda: layers_of(loader, "cold"))
-        scheduler.submit(Request(None, 10, 1))
-        assert ids(await step(scheduler)) == [None]
-        source.allow("cold")
-        assert ids(await step(scheduler)) == ["cold"]
-
-
-async def test_a_streaming_adapter_joins_when_it_is_time_though_no_event_comes(
-    tmp_path: Path,
-) -> None:
-    """A pass of four layers takes 12 s. The first one took 4 s to come, so that the last one is
-    here after 16: the pass, which needs it after 9, may begin after 7.
-    """
-    source, clock = stocked(tmp_path, "a"), VirtualClock()
-    source.hold("a")
-    settings = {"timeout": 60.0, "starvation_age": 1000.0}
-    async with opened(source, settings, clock=clock) as (loader, scheduler):
-        scheduler.submit(Request(None, 10, 1))
-        batch = await scheduler.next_batch(MANY, MANY)
-        clock.pass_until(12.0)
-        scheduler.complete(batch)
-        ticket = scheduler.submit(Request("a", 10, 1))
-        await held(loader, "a")
-        clock.pass_until(16.0)
-        source.allow("a", 0)
-        await until(lambda: layers_of(loader, "a") == 1)
-        given_up = await wanted(scheduler)
-        assert clock.due == pytest.approx(19.0)
-        given_up.cancel()
-        await asyncio.wait([given_up])
-        assert clock.due == 72.0, "but for the request's deadline"
-        waiting = await wanted(scheduler)
-        clock.step()
-        batch = await asyncio.wait_for(waiting, 5)
-        (handle,) = batch.streaming
-        source.allow("a")
-        await handle.layer_ready(handle.layers[-1])
-        scheduler.complete(batch)
-        assert await ticket == 1
-
-
-async def test_a_row_that_waited_in_vain_joins_again_when_all_of_its_adapter_is_there(
-    tmp_path: Path,
-) -> None:
-    source = stocked(tmp_path, "a")
-    source.hold("a")
-    source.allow("a", 0)
-    async with opened(source) as (loader, scheduler):
-        ticket = scheduler.submit(Request("a", 10, 2))
-        batch = await next_batch(scheduler)
-        told = [batch.others_wait]
-        scheduler.submit(Request(None, 3, 1))
-        told.append(batch.others_wait)
-        assert told == [False, True]
-        scheduler.complete(batch, again=[ticket])
-        assert ids(await step(scheduler)) == [None]
-        waiting = await wanted(scheduler)
-        source.allow("a", 1)
-        await until(lambda: layers_of(loader, "a") == 2)
-        await turns()
-        assert not waiting.done()
-        source.allow("a")
-        batch = await asyncio.wait_for(waiting, 5)
-        assert (rows(batch), batch.streaming) == ([("a", 0, 10, True)], ())
-        scheduler.complete(batch)
-        assert rows(await step(scheduler)) == [("a", 10, 1, True)]
-        assert await ticket == 2
-
-
 async def test_an_adapter_that_came_too_late_may_stream_into_its_next_slot(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     source.hold("a")
@@ -341,29 +247,6 @@ async def test_an_adapter_that_came_too_late_may_stream_into_its_next_slot(tmp_p
         await handle.layer_ready(tiny.LAYERS - 1)
         scheduler.complete(batch)
         assert await ticket == 1
-
-
-async def test_a_pass_hears_of_others_that_did_not_fit(tmp_path: Path) -> None:
-    """They were there before it; nothing that happens later would tell."""
-    source, clock = stocked(tmp_path, "a"), VirtualClock()
-    source.hold("a")
-    async with opened(source, PATIENT, clock=clock) as (loader, scheduler):
-        scheduler.submit(Request(None, 1, 1))
-        batch = await scheduler.next_batch(MANY, MANY)
-        clock.pass_until(100.0)
-        scheduler.complete(batch)  # a pass is slow: an adapter on its way may join it
-        streams = scheduler.submit(Request("a", 1, 1))
-        await held(loader, "a")
-        clock.pass_until(101.0)
-        source.allow("a", 0)
-        await until(lambda: layers_of(loader, "a"))
-        scheduler.submit(Request(None, 1, 1))
-        batch = await next_batch(scheduler, sequences=1)
-        assert (rows(batch), batch.others_wait) == ([("a", 0, 1, True)], True)
-        scheduler.complete(batch, again=[streams])
-        assert rows(await step(scheduler)) == [(None, 0, 1, True)]
-        source.allow("a")
-        await step(scheduler)
 
 
 async def test_an_adapter_is_computed_whose_last_layer_came_before_its_slot_was_known(
@@ -429,23 +312,6 @@ async def test_what_comes_next_is_brought_nearer(tmp_path: Path) -> None:
         assert [await ticket for ticket in tickets] == [1] * 6
 
 
-async def test_the_next_one_is_brought_nearer_when_a_slot_is_given_back(tmp_path: Path) -> None:
-    """The one before it has no answer."""
-    source = stocked(tmp_path, "a", "silent", "next")
-    silence(source, "silent")
-    settings = {"max_slots": 2, "starvation_age": 1000.0}
-    async with opened(source, settings, loads=1, look_ahead=0) as (loader, scheduler):
-        await warm(loader, "a")
-        ids = ("a", "silent", "next")
-        first, *others = (scheduler.submit(Request(id, 1, 1)) for id in ids)
-        await turns()
-        await step(scheduler)
-        assert await first == 1
-        await until(lambda: is_resident(loader, "next"))
-        for ticket in others:
-            ticket.cancel()
-
-
 async def test_an_adapter_is_given_back_after_the_last_of_its_batches(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
         await warm(loader, "a")
@@ -487,71 +353,6 @@ async def test_a_leaving_adapter_is_in_no_further_batch(tmp_path: Path) -> None:
         again = await asyncio.wait_for(waiting, 5)
         assert [row.ticket for row in again.rows] == tickets[1:]
         assert again.rows[0].place.generation > first.rows[0].place.generation
-        scheduler.complete(again)
-
-
-async def test_an_adapter_that_is_to_leave_before_its_slot_is_known_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its load is there, and the scheduler has not heard that yet. No engine wants a batch."""
-    stream, unloading = AdapterLoader.stream, list[asyncio.Task[Any]]()
-
-    @asynccontextmanager
-    async def slow(loader: AdapterLoader, *args: Any, **more: Any) -> AsyncIterator[AdapterHandle]:
-        async with stream(loader, *args, **more) as handle:
-            if not unloading:
-                left = list[Event]()
-                await until(lambda: handle.resident)
-                loader.subscribe(left.append)
-                unloading.append(asyncio.create_task(loader.unload("a")))
-                await until(lambda: left)
-            yield handle
-
-    monkeypatch.setattr(AdapterLoader, "stream", slow)
-    unloading.clear()
-    async with opened(stocked(tmp_path, "a")) as (_, scheduler):
-        ticket = scheduler.submit(Request("a", 1, 1))
-        await until(lambda: unloading)
-        await asyncio.wait_for(unloading[0], 5)
-        assert rows(await step(scheduler)) == [("a", 0, 1, True)]
-        assert await ticket == 1
-
-
-async def test_an_adapter_that_is_to_leave_while_layers_come_leaves_when_they_are_there(
-    tmp_path: Path,
-) -> None:
-    source = stocked(tmp_path, "a")
-    source.hold("a")
-    source.allow("a", 0)
-    async with opened(source) as (loader, scheduler):
-        ticket = scheduler.submit(Request("a", 1, MANY))
-        batch = await next_batch(scheduler)
-        (handle,) = batch.streaming
-        unloading = asyncio.create_task(loader.unload("a"))
-        await turns()
-        source.allow("a")
-        await until(lambda: handle.resident)
-        scheduler.complete(batch)
-        await asyncio.wait_for(unloading, 5)
-        ticket.cancel()
-
-
-async def test_an_adapter_that_need_not_leave_any_more_stays(tmp_path: Path) -> None:
-    """What waited for its slot was given up, while it was computed."""
-    settings = {"max_slots": 1, "starvation_age": 0.02}
-    async with opened(stocked(tmp_path, "a", "b"), settings) as (loader, scheduler):
-        left = list[Leaving]()
-        loader.subscribe(lambda event: left.append(event) if isinstance(event, Leaving) else None)
-        ticket = scheduler.submit(Request("a", 1, MANY))
-        batch = await next_batch(scheduler)
-        waits = asyncio.create_task(loader.load("b"))
-        await until(lambda: left)
-        waits.cancel()
-        await asyncio.wait([waits])
-        scheduler.complete(batch)
-        again = await next_batch(scheduler)
-        assert again.handles == batch.handles
-        ticket.cancel()
         scheduler.complete(again)
 
 
@@ -613,49 +414,6 @@ async def test_a_slot_in_which_nothing_comes_is_given_away_with_its_batch(tmp_pa
         assert rows(await step(scheduler)) == [("b", 0, 1, True)]
         source.allow("stalls")
         assert rows(await step(scheduler)) == [("stalls", 0, 1, True)]
-
-
-async def test_a_slot_is_given_to_an_adapter_that_has_lost_its_own(tmp_path: Path) -> None:
-    source, clock = stocked(tmp_path, "a", "stalls"), VirtualClock()
-    source.hold("stalls")
-    async with opened(source, PATIENT | {"max_slots": 2}, clock=clock) as (loader, scheduler):
-        await warm(loader, "a")
-        tickets = [scheduler.submit(Request(id, 1, MANY)) for id in ("a", "stalls")]
-        await held(loader, "stalls")
-        silence(source, "a")
-        await loader.unload("a")
-        kept = []
-        for moment in (999.0, 1001.0):
-            clock.pass_until(moment)
-            kept.append(leases(loader, "stalls"))
-        assert kept == [1, 0]
-        for ticket in tickets:
-            ticket.cancel()
-
-
-async def test_every_slot_is_waited_for_since_something_came_into_it(tmp_path: Path) -> None:
-    """The first one gets a layer, the other one nothing; each is later than the alarm before it."""
-    source, clock = stocked(tmp_path, "one", "two", "b"), VirtualClock()
-    for id in ("one", "two"):
-        source.hold(id)
-    silence(source, "b")
-    async with opened(source, PATIENT | {"max_slots": 2}, clock=clock) as (loader, scheduler):
-        tickets = [scheduler.submit(Request("one", 1, 1))]
-        await held(loader, "one")
-        clock.pass_until(100.0)
-        tickets += [scheduler.submit(Request("two", 1, 1))]
-        await held(loader, "two")
-        tickets += [scheduler.submit(Request("b", 1, 1))]
-        clock.pass_until(500.0)
-        source.allow("one", 0)
-        await until(lambda: layers_of(loader, "one") == 1)
-        kept = []
-        for moment in (1001.0, 1099.0, 1101.0, 1499.0, 1501.0):
-            clock.pass_until(moment)
-            kept.append((leases(loader, "one"), leases(loader, "two")))
-        assert kept == [(1, 1)] * 2 + [(1, 0)] * 2 + [(0, 0)]
-        for ticket in tickets:
-            ticket.cancel()
 
 
 async def test_a_slot_in_which_nothing_comes_is_kept_once_no_other_waits(tmp_path: Path) -> None:

@@ -258,25 +258,6 @@ async def test_the_engine_may_say_that_a_row_failed(tmp_path: Path) -> None:
         assert raised.value.id == "a"
 
 
-async def test_a_failure_is_told_beside_a_batch_that_goes_on(tmp_path: Path) -> None:
-    """Though its adapter is leaving already, so that no other event follows."""
-    source = stocked(tmp_path, "a")
-    source.hold("a")
-    source.allow("a", 0)
-    source.fail("bring", FetchError("as told"), id="a", at=2)
-    async with opened(source) as (loader, scheduler):
-        tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
-        batch = await asyncio.wait_for(scheduler.next_batch(MANY, 1), 5)
-        unloading = asyncio.create_task(loader.unload("a"))
-        await turns()
-        source.allow("a")
-        for ticket in tickets:
-            with pytest.raises(FetchError, match="as told"):
-                await asyncio.wait_for(ticket, 5)
-        scheduler.complete(batch)
-        await unloading
-
-
 @pytest.mark.parametrize("resident", [False, True])
 async def test_another_digest_fails_the_request(tmp_path: Path, resident: bool) -> None:
     """Also when the engine did not ask; requests for the same adapter without one go on."""
@@ -321,41 +302,6 @@ async def test_a_token_of_false_weights_does_not_count(tmp_path: Path) -> None:
         scheduler.complete(batch)
         with pytest.raises(IntegrityError):
             await ticket
-
-
-async def test_false_weights_are_in_no_further_batch(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
-        await warm(loader, "a")
-        false = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, MANY))
-        batch = await scheduler.next_batch(MANY, MANY)
-        scheduler.complete(batch)
-        await _until_unsound(batch.handles[0])
-        scheduler.submit(Request(None, 1, 1))
-        assert [row[0] for row in rows(await step(scheduler))] == [None]
-        assert isinstance(false.error, IntegrityError)
-
-
-async def test_a_failure_in_a_batch_makes_room_for_no_more_than_its_own(tmp_path: Path) -> None:
-    """Its slot breaks, and leaves: both are told of the same requests."""
-    source = stocked(tmp_path, "a")
-    source.hold_verification("a")
-    source.fail("verify", IntegrityError("others than promised"), id="a")
-    async with opened(source, max_begun=3) as (_, scheduler):
-        bad = [scheduler.submit(Request("a", 1, MANY)) for _ in range(2)]
-        while not bad[1].begun:
-            await step(scheduler)
-        good = [scheduler.submit(Request(None, 1, 2)) for _ in range(3)]
-        await step(scheduler)
-        assert [each.begun for each in (*bad, *good)] == [True] * 3 + [False] * 2
-        batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
-        source.allow_verification("a")
-        await until(lambda: bad[0].done)
-        await asyncio.sleep(0.01)  # whatever else is told
-        scheduler.complete(batch)
-        assert good[0].done
-        more = [scheduler.submit(Request(None, 1, 2)) for _ in range(3)]
-        assert len((await step(scheduler)).rows) == 3
-        await finish(scheduler, more[-1])
 
 
 async def test_a_second_load_that_gets_no_answer_does_not_hold_up_close(tmp_path: Path) -> None:
@@ -423,27 +369,6 @@ async def test_a_request_that_has_begun_is_not_late(tmp_path: Path, deadline: fl
         scheduler.complete(batch)
         await finish(scheduler, begun)
         assert await begun == 2
-
-
-@pytest.mark.parametrize("begun", [True, False])
-async def test_a_request_whose_adapter_lost_its_slot_has_all_its_time_again_if_it_has_begun(
-    tmp_path: Path, begun: bool
-) -> None:
-    """Each time; the engine keeps what it has of it. One that has not begun has its own time."""
-    clock = VirtualClock()
-    async with opened(stocked(tmp_path, "a"), PATIENT, clock=clock) as (loader, scheduler):
-        ticket = scheduler.submit(Request("a", 1, MANY))
-        if begun:
-            await step(scheduler)
-        await held(loader, "a")
-        for moment in (0.0, 40.0):
-            clock.pass_until(moment)
-            await loader.unload("a")
-            await held(loader, "a")
-        clock.pass_until(99.0 if begun else 59.0)
-        assert not ticket.done
-        clock.pass_until(101.0 if begun else 61.0)
-        assert isinstance(ticket.error, AdapterTimeoutError)
 
 
 # -- close -----------------------------------------------------------------------------------------
@@ -543,24 +468,6 @@ async def test_close_waits_for_its_loads(tmp_path: Path, monkeypatch: pytest.Mon
         assert ended
         with pytest.raises(LoaderClosedError):
             await ticket
-
-
-async def test_a_request_that_is_computed_fails_when_the_loader_is_closed(tmp_path: Path) -> None:
-    """As soon as somebody wants another batch; that one may never be completed."""
-    async with over(stocked(tmp_path, "a")) as loader:
-        scheduler = AdapterScheduler(loader)
-        ticket = scheduler.submit(Request("a", 1, 1))
-        batch = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
-        await loader.close(timeout=0.01)
-        waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
-        with pytest.raises(LoaderClosedError):
-            await asyncio.wait_for(ticket, 5)
-        with pytest.raises(HandleClosedError):
-            batch.check()
-        scheduler.complete(batch)
-        await scheduler.close()
-        with pytest.raises(LoaderClosedError):
-            await waiting
 
 
 async def test_close_ends_the_waiting_for_a_batch_without_any_request(tmp_path: Path) -> None:

@@ -11,22 +11,17 @@ import pytest
 from common import until
 from lorax_async import (
     AdapterLoader,
-    AdapterRef,
     AdapterScheduler,
     Batch,
-    FetchError,
     Request,
     Ticket,
 )
-from lorax_async.adapter import AdapterKey
 from lorax_async.testing import FakeSource
 from scheduling.clock import VirtualClock
 from scheduling.serving import (
     MANY,
     finish,
-    held,
     ids,
-    leases,
     opened,
     rows,
     silence,
@@ -141,20 +136,6 @@ async def test_a_request_whose_adapter_has_not_come_preempts_none(tmp_path: Path
         assert not (await step(scheduler)).preempted
 
 
-async def test_what_is_computed_is_not_preempted(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with opened(source, max_begun=4) as (loader, scheduler):
-        await warm(loader, "a", "b")
-        submit(scheduler, "a", LONG, 4)
-        flying = await scheduler.next_batch(MANY, 3)
-        assert not flying.preempted
-        submit(scheduler, "b", 1, 2)
-        beside = await step(scheduler)
-        assert not {row.ticket for row in flying.rows} & set(beside.preempted)
-        scheduler.complete(flying)
-        assert counts(await step(scheduler), "a") != [4]
-
-
 async def test_preempting_ends(tmp_path: Path) -> None:
     """Of several adapters and clients that want all, each keeps what it got."""
     source = stocked(tmp_path, "a", "b", "c")
@@ -192,21 +173,6 @@ async def test_alone_an_adapter_gets_all_back(tmp_path: Path) -> None:
         assert starts[tickets[3]] == (0, 2)  # the prompt, and the token that came out
 
 
-async def test_a_batch_without_room_for_all_that_may_begin(tmp_path: Path) -> None:
-    """Those begin that find room: here one of two long prompts, and the other one after it."""
-    source = stocked(tmp_path, "a", "b")
-    async with opened(source, max_begun=4) as (loader, scheduler):
-        await warm(loader, "a", "b")
-        submit(scheduler, "a", LONG, 4)
-        await step(scheduler)
-        for _ in range(2):
-            scheduler.submit(Request("b", 200, LONG))
-        batches = [await step(scheduler, 100) for _ in range(5)]
-        assert counts(batches[0], "a", "b") == [3, 1]
-        assert counts(batches[-1], "a", "b") == [2, 2]
-        assert [len(batch.preempted) for batch in batches if batch.preempted] == [1, 1]
-
-
 async def _begun_without_its_slot(
     loader: AdapterLoader, scheduler: AdapterScheduler, source: FakeSource
 ) -> Ticket:
@@ -232,48 +198,7 @@ async def test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot(
         scheduler.complete(batch)
 
 
-async def test_a_request_may_begin_when_another_has_failed_that_lost_its_slot(
-    tmp_path: Path,
-) -> None:
-    source = stocked(tmp_path, "a")
-    async with opened(source, max_begun=1) as (loader, scheduler):
-        begun = scheduler.submit(Request("a", 1, MANY))
-        await step(scheduler)
-        go = asyncio.Event()
-
-        async def failing(ref: AdapterRef) -> AdapterKey:
-            await go.wait()
-            raise FetchError("as told")
-
-        source.resolve = failing  # type: ignore[method-assign]
-        await loader.unload("a")
-        fresh = scheduler.submit(Request(None, 1, 1))
-        waiting = await wanted(scheduler)
-        go.set()
-        batch = await asyncio.wait_for(waiting, 5)
-        assert [row.ticket for row in batch.rows] == [fresh]
-        assert isinstance(begun.error, FetchError)
-        scheduler.complete(batch)
-
-
 # -- slots -----------------------------------------------------------------------------------------
-
-
-async def test_a_request_that_may_not_begin_keeps_its_slot_while_others_are_computed(
-    tmp_path: Path,
-) -> None:
-    """These may be through with it soon."""
-    async with opened(stocked(tmp_path, "a"), max_begun=1) as (loader, scheduler):
-        await warm(loader, "a")
-        scheduler.submit(Request(None, 1, 1))
-        batch = await scheduler.next_batch(MANY, MANY)
-        scheduler.submit(Request("a", 1, 1))
-        waiting = await wanted(scheduler)
-        assert leases(loader, "a") == 1
-        scheduler.complete(batch)
-        batch = await asyncio.wait_for(waiting, 5)
-        assert ids(batch) == ["a"]
-        scheduler.complete(batch)
 
 
 async def test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun(
@@ -293,35 +218,7 @@ async def test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun
         assert (await begun, await other) == (3, 1)
 
 
-async def test_a_request_that_gave_way_in_vain_keeps_what_it_gets_next(tmp_path: Path) -> None:
-    """The one that has begun, and waits for a slot, cannot take it yet."""
-    source = stocked(tmp_path, "a", "b")
-    async with opened(source, max_begun=1) as (loader, scheduler):
-        begun = await _begun_without_its_slot(loader, scheduler, source)
-        fresh = scheduler.submit(Request("b", 1, MANY))
-        await held(loader, "b")
-        waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
-        seen = [1]
-        for _ in range(300):
-            await asyncio.sleep(0)
-            if leases(loader, "b") != seen[-1]:
-                seen.append(leases(loader, "b"))
-        assert seen == [1, 0, 1]
-        for ticket in (begun, fresh):
-            ticket.cancel()
-        waiting.cancel()
-
-
 # -- loads -----------------------------------------------------------------------------------------
-
-
-async def test_the_more_urgent_adapter_is_loaded_first(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c")
-    async with opened(source, {"max_slots": 1}, loads=1, look_ahead=0) as (_, scheduler):
-        for id, priority in (("a", 0), ("b", 0), ("c", 2)):
-            scheduler.submit(Request(id, 1, 1, priority=priority))
-        seen = [rows(await step(scheduler))[0][0] for _ in range(3)]
-        assert seen == ["c", "a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -390,27 +287,3 @@ async def test_a_cancelled_requests_load_makes_way_for_the_next(tmp_path: Path) 
         await turns()
         tickets[0].cancel()
         assert rows(await step(scheduler)) == [("b", 0, 1, True)]
-
-
-async def test_nothing_is_loaded_when_its_hint_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stream, loaded = AdapterLoader.stream, list[object]()
-
-    def noted(loader: AdapterLoader, ref: AdapterRef, **more: Any) -> Any:
-        loaded.append(ref.text)
-        return stream(loader, ref, **more)
-
-    monkeypatch.setattr(AdapterLoader, "stream", noted)
-    source = stocked(tmp_path, "silent", "b")
-    silence(source, "silent")
-    source.hold("b")
-    settings = {"max_slots": 2, "starvation_age": 1000.0, "timeout": 1000.0}
-    async with opened(source, settings, loads=1, look_ahead=0) as (loader, scheduler):
-        tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
-        await until(lambda: loader.usage().waiting)
-        tickets[1].cancel()
-        await turns()
-        assert not loader.usage().waiting
-        assert loaded == ["silent"]
-        tickets[0].cancel()

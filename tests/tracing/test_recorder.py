@@ -13,12 +13,11 @@ import pytest
 from lorax_async.adapter import AdapterKey
 from lorax_async.errors import FetchError
 from lorax_async.tracing import copies, layers, recorder
-from lorax_async.tracing import recorder as recorders
 from lorax_async.tracing import trace as traces
 from lorax_async.tracing.chrome import as_events
 from lorax_async.tracing.copies import CopyTimes
 from lorax_async.tracing.layers import LayerTimes
-from lorax_async.tracing.recorder import Kept, Record, Recorder, Ring, Row, Span, Tracer, now
+from lorax_async.tracing.recorder import Kept, Record, Recorder, Ring, Row, Tracer, now
 from lorax_async.tracing.stays import Stays
 from lorax_async.tracing.trace import Trace
 from tracing.chrome_format import of, require_trace
@@ -42,15 +41,6 @@ def spans(ring: Ring) -> list[tuple[str, int, int]]:
 # -- rings -----------------------------------------------------------------------------------------
 
 
-def test_the_oldest_go_and_are_counted() -> None:
-    ring = Ring(3)
-    records = [record(number, number + 1) for number in range(5)]
-    for each in records:
-        ring.add(each)
-    for _ in range(2):
-        assert ring.look().since(0) == (records[2:], 2)
-
-
 def test_passes_do_not_push_out_a_load() -> None:
     """A decoding step has a span for each layer; a slow load outlives thousands of them."""
     ring = Ring(3)
@@ -60,14 +50,6 @@ def test_passes_do_not_push_out_a_load() -> None:
     for each in passes:
         ring.add(each)
     assert ring.look().since(0) == ([load, *passes[-3:]], 997)
-
-
-def test_what_is_gone_is_missing_only_where_it_was() -> None:
-    ring = Ring(3)
-    for number in range(5):
-        ring.add(record(number * 10, number * 10 + 5))
-    assert ring.look().since(0)[1] == ring.look().since(25)[1] == 2
-    assert ring.look().since(26) == ([record(30, 35), record(40, 45)], 0)
 
 
 def test_a_look_counts_no_more_than_was_added_and_loses_nothing() -> None:
@@ -124,99 +106,7 @@ def test_a_part_is_cut_out(clock: list[int]) -> None:
     assert again == found
 
 
-def test_a_part_says_what_is_missing_in_it(clock: list[int]) -> None:
-    clock[0] = t = 1_000_000
-    tracer = Tracer()
-    trace = Trace(tracer, 2, dict).start()
-    recorder = tracer.on
-    assert recorder is not None
-    for number in range(4):
-        recorder.add("files", "x", "y", t + 1_000 * number, t + 1_000 * number + 500)
-    clock[0] = t + 10_000
-    gone = [trace.as_json(t + since)["otherData"] for since in (2_400, 2_600)]
-    assert gone == [{"producer": "lorax_async", "dropped": number} for number in (2, 0)]
-    trace.stop()
-    assert [trace.as_json(t + since)["otherData"] for since in (2_400, 2_600)] == gone
-
-
 # -- spans -----------------------------------------------------------------------------------------
-
-
-class Seen(Tracer):
-    """Remembers what a thread would find at the moment in which there is a recorder."""
-
-    found: list[tuple[int, list[str]]]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "on" and value is not None:
-            stays = [stay.name for stay in value.stays.values()]
-            self.found.append((len(value.rings), stays))
-        super().__setattr__(name, value)
-
-
-def test_a_thread_that_finds_a_recorder_finds_all_of_it() -> None:
-    tracer = Seen()
-    tracer.found = []
-    tracer.begin(Ring(3), {0: "one"})
-    assert tracer.found == [(1, ["one"])]
-
-
-def test_a_span_ends_once() -> None:
-    _, recorder, ring = recording()
-    span = recorder.begin("files", "lane", "one")
-    assert len(list(recorder.unfinished())) == 1
-    recorder.end(span)
-    recorder.end(span)
-    assert len(spans(ring)) == 1
-    assert list(recorder.unfinished()) == []
-
-
-def test_spans_begin_and_end_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder, until = Recorder(), Span.until
-    first = recorder.begin("files", "lane", "one")
-
-    def meanwhile(self: Span, stop: int, **more: object) -> Any:
-        monkeypatch.setattr(Span, "until", until)
-        recorder.begin("files", "lane", "two")
-        recorder.begin("files", "lane", "three")
-        return self.until(stop, **more)
-
-    monkeypatch.setattr(Span, "until", meanwhile)
-    assert [record.name for record in recorder.unfinished()] == ["one"]
-    recorder.end(first)
-    assert [record.name for record in recorder.unfinished()] == ["two", "three"]
-
-
-def test_a_span_that_begins_while_it_is_read_has_no_negative_length(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recorder = Recorder()
-
-    def late() -> int:
-        monkeypatch.undo()
-        time = now()
-        recorder.begin("requests", None, "load b")
-        return time
-
-    recorder.begin("requests", None, "load a")
-    monkeypatch.setattr(recorders, "now", late)
-    assert all(each.start <= each.stop for each in recorder.unfinished())
-
-
-def test_a_trace_that_is_stopped_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    tracer = Tracer()
-    trace = Trace(tracer, 9, dict).start()
-    assert tracer.on is not None
-    tracer.on.add("files", "x", "fetch", now(), now())
-    unfinished = Recorder.unfinished
-
-    def stopping(recorder: Recorder) -> list[Record]:
-        monkeypatch.undo()
-        trace.stop()
-        return unfinished(recorder)
-
-    monkeypatch.setattr(Recorder, "unfinished", stopping)
-    assert trace.as_json() == trace.as_json()
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -280,20 +170,6 @@ def test_no_arrow_leads_backwards_or_from_an_adapter_that_is_not_known() -> None
     before = of_layer("copies", 1_000, 2_000, stay=0)  # it had its slot before the recording
     assert arrows(before, of_layer("compute", 3_000, 4_000, stays=[0])) == []
     assert arrows(copy, of_layer("compute", 3_000, 4_000, stays=[2])) == []
-
-
-def test_a_request_is_never_drawn_inside_another() -> None:
-    records = [
-        Record("requests", None, name, *at, None)
-        for name, at in (("load a", (0, 9)), ("load b", (2, 5)), ("load c", (6, 12)))
-    ]
-    events = require_trace({"traceEvents": as_events(records, 0), "displayTimeUnit": "ms"})
-    assert {each["name"]: each["tid"] for each in events} == {"load a": 1, "load b": 2, "load c": 2}
-
-
-def test_what_was_before_is_left_out() -> None:
-    """A layer is reported with the next one: it may have ended before the trace began."""
-    assert as_events([record(1, 2)], 3) == []
 
 
 @pytest.mark.parametrize(

@@ -203,19 +203,6 @@ async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) ->
     assert not [each for each in events if each["args"].get("unfinished")]
 
 
-async def test_an_evicted_adapter_has_its_ends(folders: list[Path]) -> None:
-    async with loader(max_slots=1, min_residency=0.0) as there:
-        with there.trace() as trace:
-            await passed(there, *folders[:2])
-    events = of(require_trace(trace.as_json()), "layers")
-    first, second = ([each for each in events if each["args"]["stay"] == n] for n in (1, 2))
-    bounds = [(each["name"], each["args"].get("outcome")) for each in first]
-    for bound in (("a", "resident"), ("resident", "leaving"), ("leaving", "left")):
-        assert bound in bounds
-    assert max(map(stop, first)) <= min(each["ts"] for each in second)
-    assert [each["name"] for each in second if each["args"].get("unfinished")] == ["resident"]
-
-
 async def test_what_goes_on_at_the_end_is_cut_there(folders: list[Path]) -> None:
     there, device = gated()
     async with there:
@@ -349,16 +336,6 @@ async def test_only_what_is_shown_has_its_name(tmp_path: Path) -> None:
             assert f'"prefetch to disk {name}"' in said
         for found in (hidden, trace.as_json(called={})):
             assert "mine" not in json.dumps(found)
-
-
-async def test_as_a_file_it_is_the_same(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "org/mine")) as loader:
-        with loader.trace() as trace:
-            (await loader.load("org/mine")).release()
-        trace.write(tmp_path / "trace.json")
-        assert json.loads((tmp_path / "trace.json").read_bytes()) == trace.as_json()
-        called = {"mine": "unsers, größer"}
-        assert json.loads(trace.encoded(called)) == trace.as_json(called=called)
 
 
 @pytest.mark.parametrize(

@@ -123,24 +123,6 @@ def test_a_piece_that_waits_keeps_no_other() -> None:
     assert [piece for _, piece, _ in office.begin()] == [first]
 
 
-def test_a_job_that_waits_leaves_its_share_to_others() -> None:
-    office = Office()
-    job = office.job(4)
-    for _, _, attempt in office.begin():
-        job.left(attempt, setback(10.0))
-    other = office.job(4)
-    assert [task[0] for task in office.begin()] == [other] * 4
-
-
-def test_earlier_pieces_go_first_also_when_they_come_back() -> None:
-    office = Office(connections=1)
-    job = office.job(3)
-    ((_, _, attempt),) = office.begin()
-    job.left(attempt, setback())
-    ((_, piece, _),) = office.begin()
-    assert piece.order == 0
-
-
 @pytest.mark.parametrize("named", [[10.0] * 4, [1.0, 10.0, 1.0, 1.0]])
 def test_a_job_that_was_turned_away_comes_back_after_the_latest_time_named_and_with_fewer(
     named: list[float],
@@ -155,15 +137,6 @@ def test_a_job_that_was_turned_away_comes_back_after_the_latest_time_named_and_w
     assert office.desk.wanted() == 0
     office.now = 10.0
     assert len(office.begin()) == 1
-
-
-def test_as_many_connections_as_were_served_come_back() -> None:
-    office = Office()
-    job = office.job(9)
-    _, _, attempt = office.begin()[0]
-    job.left(attempt, setback(crowded=True))
-    assert office.begin() == []
-    assert len(job.running) == 3
 
 
 @pytest.mark.parametrize("origin", ["a", "b"])
@@ -251,16 +224,6 @@ def _answers(office: Office) -> None:
     leave(job)
 
 
-def _pauses(office: Office) -> None:
-    """It is seen to pause for half a second: so long it may again."""
-    job = office.job(4)
-    office.begin()
-    office.now = 0.5
-    bring(job, ANSWER)
-    office.look()
-    leave(job)
-
-
 def _loses_its_callers(office: Office) -> None:
     """These leave sooner than it is noticed."""
     for _ in range(4):
@@ -292,7 +255,6 @@ def _sends_a_few_bytes(office: Office) -> None:
     ("past", "waited", "stalled"),
     [
         (_answers, 0.1, False),
-        (_pauses, 0.45, False),
         (_loses_its_callers, 0.06, True),
         (_sends_a_few_bytes, 0.06, True),
     ],
@@ -308,35 +270,6 @@ def test_an_origin_is_stalled_by_what_it_sent_and_not_by_who_waits(
     other = office.job(9, "b")
     office.look()
     assert office.counts(again, other) == ([1, 3] if stalled else [2, 2])
-
-
-def test_small_answers_do_not_make_an_origin_a_healthy_one() -> None:
-    """It sends configs at once, and of the weights nothing."""
-    office = Office()
-    stalled = office.job(9, "a")
-    office.begin()
-    office.look(0.3)
-    config, healthy = office.job(1, "a"), office.job(1, "b")
-    office.look()
-    assert office.counts(stalled, config, healthy)[2] == 1
-    leave(config)
-    leave(healthy)
-    another = office.job(9, "b")
-    office.look(0.4)
-    assert office.counts(stalled, another)[1] == 3
-
-
-def test_the_origin_that_a_redirect_leads_to_counts() -> None:
-    """A request that waits there takes nothing from those that the first one may have."""
-    office = Office()
-    led_on = office.job(9, "hub")
-    for _, _, attempt in office.begin():
-        attempt.origin = "stalls"
-    office.look(0.0, 0.3)
-    another = office.job(2, "hub")
-    led_on.pending.clear()
-    office.look()
-    assert office.counts(led_on, another) == [2, 2]
 
 
 # -- downloads -------------------------------------------------------------------------------------
@@ -376,17 +309,3 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
     piece.rate, piece.claimed = 1e6, LARGE - (4 << 20)
     _, rest, _ = office.begin(1)[0]
     assert piece.claimed <= piece.stop == rest.at < rest.stop == LARGE
-
-
-def test_a_download_that_was_turned_away_takes_no_part_of_what_another_thread_brings() -> None:
-    office = Office(connections=3)
-    job = download(office, 3)
-    (_, _, first), (_, _, second), (_, third, _) = office.begin()
-    third.rate = 1e6
-    job.left(first, setback(10.0, crowded=True))
-    job.running[second].at = job.running[second].stop
-    job.left(second, None)
-    assert job.limit > len(job.running) == 1
-    assert office.begin() == []
-    office.now = 10.0
-    assert len(office.begin()) == 1

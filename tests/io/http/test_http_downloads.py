@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import threading
 import time
 import weakref
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -71,27 +69,6 @@ def test_shares_are_even() -> None:
             job.done.result(10)
         # Four of the first were under way; then it is the second's turn until both have two.
         assert gate.waiting[:6] == [*["/a"] * 4, *["/b"] * 2]
-
-
-def test_the_foreground_goes_first() -> None:
-    """Of a hint that came earlier only what was under way comes before it."""
-    sizes = PieceSizes(least=10_000, most=20_000)
-    with FaultServer(DATA) as server, engine(timeouts=PATIENT, sizes=sizes) as fetching:
-        hint, wanted = asked(fetching, server.url("/hint")), asked(fetching, server.url("/wanted"))
-        gate = server.behave = Gate(server)
-        behind = fetching.download(hint, GROUPS, MemorySink(), lambda _: None, urgency=PREFETCH)
-        until(lambda: len(gate.waiting) == 4)
-        before = fetching.download(wanted, GROUPS, MemorySink(), lambda _: None)
-        gate.opened.set()
-        before.done.result(10)
-        behind.done.result(10)
-        pieces = gate.waiting.count("/wanted")
-        assert pieces >= 20
-        assert gate.waiting[:4] == ["/hint"] * 4
-        # The server's four threads may note those that are asked for at once in any order.
-        others = gate.waiting[4 : 4 + pieces + 3]
-        assert others.count("/wanted") == pieces
-        assert others[: pieces - 3].count("/hint") == 0
 
 
 def test_a_long_piece_makes_way() -> None:
@@ -399,74 +376,6 @@ def test_idle_threads_and_connections_end_or_rest() -> None:
             assert time.process_time() - used < 0.05, "they wait, and do not look all the time"
             begun = time.monotonic()
         assert took(begun) < 2, "whoever rests ends at once"
-
-
-def test_a_request_that_is_to_be_made_once_more_is() -> None:
-    """Though its thread would rest for minutes."""
-
-    def once(asked: Asked, client: Client) -> None:
-        if len(server.asked) == 1:
-            client.head("500 Oops", "Content-Length: 0")
-        else:
-            server.right(asked, client)
-
-    with FaultServer(DATA) as server, engine(timeouts=LASTING) as fetching:
-        server.behave = once
-        assert fetching.ask(target(server.url()), 9).done.result(5).start == DATA[:9]
-
-
-def test_connections_that_were_turned_away_come_back() -> None:
-    """The source turned one of two away; later it serves both at a time again."""
-    both, number = threading.Barrier(2), itertools.count()
-    together: list[bool] = []
-
-    def behave(asked: Asked, client: Client) -> None:
-        if next(number) == 1:
-            client.head("503 Busy", "Content-Length: 0", "Retry-After: 0")
-            return
-        with suppress(threading.BrokenBarrierError):
-            both.wait(0.1)
-            together.append(True)
-        both.reset()
-        server.right(asked, client)
-
-    retries = Retries(attempts=5, base=0.0, most=0.0)
-    sizes = PieceSizes(least=10_000, most=50_000)
-    with FaultServer(DATA) as server, engine(2, retries=retries, sizes=sizes) as fetching:
-        server.behave = behave
-        check(*fetched(fetching, asked(fetching, server.url())))
-        assert together
-
-
-@pytest.mark.parametrize("name", ["lorax-http-clock", "lorax-http"])
-def test_an_end_waits_for_a_thread_that_is_being_started(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = threading.Thread.start
-    closings: list[threading.Thread] = []
-    errors: list[Exception] = []
-
-    def close() -> None:
-        try:
-            fetching.close()
-        except Exception as error:
-            errors.append(error)
-
-    def slowly(thread: threading.Thread) -> None:
-        if thread.name == name and not closings:
-            closings.append(threading.Thread(target=close))
-            start(closings[0])
-            closings[0].join(0.2)
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", slowly)
-    fetching = engine()
-    job = fetching.ask(target("http://127.0.0.1:1/"), 9)
-    with pytest.raises(FetchError, match="closed"):
-        job.done.result(5)
-    closings[0].join(5)
-    assert errors == []
-    assert not our_threads()
 
 
 @pytest.mark.parametrize("name", ["lorax-http-clock", "lorax-http"])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-import socket
-import time
 from pathlib import Path
 
 import pytest
 from fetching import Anywhere
 
-from link import BURST, Link
+from link import Link
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.file_sink import FileSink
 from lorax_async.io.http.settings import HttpSettings
@@ -38,38 +36,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "weights"
     path.write_bytes(DATA)
     return path
-
-
-def ask(connected: socket.socket, start: int, stop: int) -> bytes:
-    connected.sendall(f"GET /w HTTP/1.1\r\nRange: bytes={start}-{stop - 1}\r\n\r\n".encode())
-    data = b""
-    while b"\r\n\r\n" not in data:
-        data += connected.recv(65_536)
-    head, _, body = data.partition(b"\r\n\r\n")
-    assert f"Content-Range: bytes {start}-{stop - 1}/{len(DATA)}".encode() in head
-    while len(body) < stop - start:
-        body += connected.recv(65_536)
-    return body
-
-
-def test_a_bucket_goes_on_from_request_to_request(file: Path) -> None:
-    """200 KB at 1 MB/s in 20 ranges: never faster than the bucket lets them."""
-    pieces, step = 20, 10_000
-    with Link({"w": file}, rate=1e6, delay=0.002) as link:
-        with socket.create_connection(("127.0.0.1", link.port)) as connected:
-            begun = time.monotonic()
-            body = b"".join(ask(connected, n * step, (n + 1) * step) for n in range(pieces))
-            took = time.monotonic() - begun
-        assert body == DATA[:200_000]
-        assert took >= max((200_000 - BURST) / 1e6, pieces * 0.002)
-        found = link.counts(reset=True)
-        assert found == {
-            "requests": pieces,
-            "bytes": 200_000,
-            "connections": 1,
-            "in_sequence": pieces,
-        }
-        assert link.counts()["requests"] == 0
 
 
 class CountingSink(FileSink):

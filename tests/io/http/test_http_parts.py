@@ -14,66 +14,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorax_async.io.http.attempt import Attempt
-from lorax_async.io.http.failures import AbortedError, SetbackError
-from lorax_async.io.http.head import Head, MalformedHeadError, parse_head
-from lorax_async.io.http.links import UNKNOWN, Links
+from lorax_async.io.http.failures import AbortedError
+from lorax_async.io.http.head import MalformedHeadError, parse_head
 from lorax_async.io.http.pool import Connection, Pool
 from lorax_async.io.http.settings import HttpSettings, Timeouts
-from lorax_async.io.http.stream import Pace, Stream
-from lorax_async.io.http.urls import Origin, parse_url
+from lorax_async.io.http.stream import Stream
+from lorax_async.io.http.urls import parse_url
 from lorax_async.io.http.wire import Wire
 from lorax_async.tracing.recorder import Tracer
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 # -- heads and rates -------------------------------------------------------------------------------
-
-
-TOKEN = st.text("abcXYZ09-_.!#", min_size=1, max_size=12)
-
-
-VALUE = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=30)
-
-
-def test_a_head() -> None:
-    head = parse_head(
-        b'HTTP/1.1 206 Partial Content\r\nETag:  "a b" \r\nVia: x\r\nvia:\ty\r\nEmpty:\r\n'
-        b"Content-Length: 5\r\nContent-Length: 5\r\nName: caf\xe9"
-    )
-    assert head.status == 206
-    assert head.fields == {
-        "etag": '"a b"',
-        "via": "x, y",
-        "empty": "",
-        "content-length": "5",
-        "name": "café",
-    }
-
-
-@pytest.mark.parametrize(
-    ("line", "connection", "keeps"),
-    [
-        ("HTTP/1.1 200 OK", "", True),
-        ("HTTP/1.1 200 OK", "Connection: Close", False),
-        ("HTTP/1.1 200", "Connection: x, close", False),
-        ("HTTP/1.0 200 OK", "", False),
-        ("HTTP/1.0 200 OK", "Connection: keep-alive", True),
-    ],
-)
-def test_whether_the_connection_stays(line: str, connection: str, keeps: bool) -> None:
-    lines = [line, connection] if connection else [line]
-    assert parse_head("\r\n".join(lines).encode()).keeps_alive is keeps
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    status=st.integers(100, 599),
-    fields=st.dictionaries(TOKEN.map(str.lower), VALUE, max_size=20),
-    reason=VALUE,
-)
-def test_heads_come_out_as_they_went_in(status: int, fields: dict[str, str], reason: str) -> None:
-    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {text}" for name, text in fields.items())]
-    assert parse_head("\r\n".join(lines).encode()) == Head(status, fields, 1)
 
 
 @settings(max_examples=500, deadline=None)
@@ -87,33 +39,6 @@ def test_anything_else_is_malformed_and_no_other_error(data: bytes) -> None:
         return
     assert data.startswith(b"HTTP/1.")
     assert 100 <= head.status < 600
-
-
-def test_a_link_is_guessed_until_it_was_measured() -> None:
-    links, here = Links(), Origin("http", "h", 80)
-    assert links.of(here) == UNKNOWN
-    links.answered(here, 0.5)
-    assert (links.of(here).delay, links.of(here).rate) == (0.5, UNKNOWN.rate)
-    links.moved(here, 1e6)
-    links.moved(here, 2e6)
-    assert links.of(here).rate == pytest.approx(1.3e6)
-    for n in range(1_000):
-        links.moved(Origin("http", f"h{n}", 80), 1.0)
-    assert links.of(here) == UNKNOWN, "of so many the oldest are forgotten"
-
-
-def test_what_drips_is_too_slow() -> None:
-    """1,000 bytes per second are asked for, over each 10 s of waiting."""
-    pace = Pace(Timeouts(slowest=1_000, over=10), "h")
-    for _ in range(19):
-        pace.add(500, 0.5)
-    pace.add(500, 0.5)
-    for _ in range(9):
-        pace.add(999, 1.0)
-    with pytest.raises(SetbackError, match="999 bytes per second") as caught:
-        pace.add(999, 1.0)
-    assert caught.value.error.retryable
-    assert pace.rate == pytest.approx((20 * 500 + 10 * 999) / 20)
 
 
 # -- an end at any moment --------------------------------------------------------------------------

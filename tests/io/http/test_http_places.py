@@ -29,7 +29,7 @@ from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.network import Endpoint
 from lorax_async.io.http.settings import Rules, Timeouts, is_public
 from lorax_async.io.http.target import Target
-from lorax_async.io.http.urls import InvalidUrlError, Origin, parse_url
+from lorax_async.io.http.urls import InvalidUrlError, parse_url
 from lorax_async.io.remote.rules import AllowRules
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -80,25 +80,6 @@ class NoLoopback(Anywhere):
 
 
 # -- URLs and addresses ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "origin", "where"),
-    [
-        ("http://h", Origin("http", "h", 80), "/"),
-        (
-            "HTTPS://Host.Example:8443/a%20b?c=d#e",
-            Origin("https", "host.example", 8443),
-            "/a%20b?c=d",
-        ),
-        ("https://[2001:DB8::1]/x", Origin("https", "2001:db8::1", 443), "/x"),
-        ("http://h?q", Origin("http", "h", 80), "/?q"),
-    ],
-)
-def test_urls(text: str, origin: Origin, where: str) -> None:
-    url = parse_url(text)
-    assert (url.origin, url.target) == (origin, where)
-    assert where == "/" or where not in repr(url) + str(url)
 
 
 @pytest.mark.parametrize(
@@ -194,30 +175,6 @@ def test_a_place_that_no_connection_leads_to() -> None:
         asked(fetching, "http://nowhere.example/")
 
 
-def test_a_full_backlog_is_a_timeout() -> None:
-    """The system drops what it cannot queue: the connection never comes about."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        place = listener.getsockname()
-        waiting = [socket.socket() for _ in range(4)]
-        for each in waiting:
-            each.setblocking(False)
-            each.connect_ex(place)
-        with engine(timeouts=Timeouts(connect=0.1)) as fetching:
-            begun = time.monotonic()
-            with pytest.raises(FetchTimeoutError):
-                asked(fetching, f"http://127.0.0.1:{place[1]}/")
-            assert took(begun) < 3
-            job = fetching.ask(target(f"http://127.0.0.1:{place[1]}/"), 9)
-            time.sleep(0.05)
-            job.cancel(FetchError("enough"))
-            with pytest.raises(FetchError, match="enough"):
-                job.done.result(5)
-        for each in waiting:
-            each.close()
-
-
 class SlowNames(PretendNetwork):
     """A name service that answers when it is told to."""
 
@@ -255,21 +212,6 @@ def test_a_name_service_that_does_not_answer() -> None:
         with engine(1, network=network) as fetching, pytest.raises(FetchError):
             asked(fetching, "http://slow.example/")
     assert network.resolved == ["slow.example"] * 3, "each of three attempts asks anew"
-
-
-def test_no_more_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said plainly; and what has sockets goes on."""
-
-    def full(*_: object, **__: object) -> socket.socket:
-        raise OSError(24, "Too many open files")
-
-    with FaultServer(DATA) as server, engine() as fetching:
-        answer = asked(fetching, server.url())
-        with monkeypatch.context() as patched:
-            patched.setattr("lorax_async.io.http.network.socket.socket", full)
-            with pytest.raises(FetchError, match=r"EMFILE.*ulimit -n"):
-                asked(fetching, "http://127.0.0.1:1/")
-        check(*fetched(fetching, answer))
 
 
 # -- redirects -------------------------------------------------------------------------------------
@@ -488,18 +430,3 @@ def test_an_idle_connection_is_not_a_way_around() -> None:
             assert len(server.asked) == 1
             assert _started(fetching, URL, named) == DATA[:100]
             assert len(server.clients) == 1, "it was kept for those who may use it"
-
-
-def test_an_idle_connection_through_a_proxy_is_not_one_either() -> None:
-    with FaultServer(DATA) as proxy:
-        place = f"http://{INSIDE}/weights"
-        with engine(proxies={"http": f"http://127.0.0.1:{proxy.port}"}) as fetching:
-            assert _started(fetching, place, AllowRules((Allow("http", INSIDE),))) == DATA[:100]
-            assert proxy.asked[0].target == place
-
-            class Careless(AllowRules):
-                def allows(self, url: object, hop: int) -> bool:
-                    return True
-
-            _refused(fetching, place, Careless(), "not public")
-            assert len(proxy.asked) == 1

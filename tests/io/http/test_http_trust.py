@@ -6,16 +6,14 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_server import Asked, Client, FaultServer, Hangup, until
-from fetching import DATA, PretendNetwork, asked, check, engine, fetched, target, took
+from fault_server import Asked, Client, FaultServer, Hangup
+from fetching import DATA, PretendNetwork, asked, check, engine, fetched
 
-from lorax_async.errors import AccessDeniedError, ConfigError, FetchError
-from lorax_async.io.http.settings import Timeouts
+from lorax_async.errors import AccessDeniedError, ConfigError
 from lorax_async.io.http.trust import Proxies, tls_context
 from lorax_async.io.http.urls import Origin
 
@@ -180,29 +178,6 @@ def test_certificates_that_are_not_trusted(certificate: Path, case: str) -> None
             asked(fetching, f"https://{host}/weights?k=swordfish")
         assert "swordfish" not in str(caught.value)
         assert not server.asked
-
-
-@pytest.mark.parametrize("when", ["handshake", "request"])
-def test_a_request_over_tls_is_cancelled(certificate: Path, when: str) -> None:
-    """Also while the other end does not answer the handshake."""
-    with (
-        tls_server(certificate) as server,
-        socket.create_server(("127.0.0.1", 0)) as mute,
-    ):
-        network = network_of(server)
-        server.behave = lambda _, client: client.stall()
-        if when == "handshake":
-            network.ports[PUBLIC] = mute.getsockname()[1]
-        patient = Timeouts(connect=20, read=20)
-        with engine(network=network, ca_bundle=str(certificate), timeouts=patient) as fetching:
-            job = fetching.ask(target("https://files.example/x"), 9)
-            until(lambda: server.asked or (when == "handshake" and network.connected))
-            time.sleep(0.05)
-            begun = time.monotonic()
-            job.cancel(FetchError("enough"))
-            with pytest.raises(FetchError, match="enough"):
-                job.done.result(5)
-            assert took(begun) < 1
 
 
 def test_https_does_not_go_on_as_http(certificate: Path) -> None:
