@@ -17,7 +17,6 @@ from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tra
 
 from common import until
 from lorax_async import AdapterLoader, AdapterNotFoundError, FetchError, UsageError
-from lorax_async.adapter import AdapterKey
 from lorax_async.load_spans import LoadSpans
 from tiny_sources import over, stocked
 
@@ -202,35 +201,6 @@ async def test_a_call_that_joins_while_bytes_still_come_waits_for_the_copy(
     _, (joined, its) = calls(kept)
     assert joined.name == "lorax load"
     assert stages(its) == ["resolve", "copy"]
-
-
-async def test_news_of_one_adapter_look_at_no_others_calls(
-    tmp_path: Path, tracer: Tracer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Thousands may wait, and each layer is news."""
-    names = [f"a{number}" for number in range(20)]
-    source = stocked(tmp_path, *names)
-    compared: list[object] = []
-    plain = AdapterKey.__eq__
-
-    def compare(key: AdapterKey, other: object) -> bool:
-        compared.append(other)
-        return plain(key, other)
-
-    async with over(source, max_slots=20) as there:
-        with LoadSpans(there, tracer):
-            for name in names:
-                source.hold(name)
-            waiting = [asyncio.create_task(load(there, name)) for name in names]
-            await until(lambda: there.usage().slots.used == 20)
-            monkeypatch.setattr(AdapterKey, "__eq__", compare)
-            source.allow("a7", 0, 1, 2, 3)
-            await waiting[7]
-            assert len(compared) < 20
-            monkeypatch.undo()
-            for name in names:
-                source.allow(name, 0, 1, 2, 3)
-            await asyncio.gather(*waiting)
 
 
 # -- a tracer that fails ---------------------------------------------------------------------------

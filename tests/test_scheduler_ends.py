@@ -45,41 +45,11 @@ from scheduling.serving import (
     warm,
 )
 from sweeping import stepwise
-from tiny_sources import is_resident, over, simulated, stocked
+from tiny_sources import over, simulated, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 # -- cancelled -------------------------------------------------------------------------------------
-
-
-@pytest.mark.each_loop
-@pytest.mark.parametrize("when", ["waiting", "streaming", "computing", "between"])
-async def test_a_cancelled_request_leaves_the_others_alone(tmp_path: Path, when: str) -> None:
-    source = stocked(tmp_path, "a", "b")
-    source.hold("a")
-    async with opened(source) as (loader, scheduler):
-        ticket, other, base = (scheduler.submit(Request(id, 4, 3)) for id in ("a", "a", None))
-        batch: Batch | None = None
-        if when != "waiting":
-            await held(loader, "a")
-        if when in ("computing", "between"):
-            source.allow("a")
-            await until(lambda: is_resident(loader, "a"))
-            batch = await scheduler.next_batch(MANY, MANY)
-            if when == "between":
-                scheduler.complete(batch)
-        assert ticket.cancel()
-        assert not ticket.cancel()
-        if when == "computing":
-            assert batch is not None
-            scheduler.complete(batch)
-        source.allow("a")
-        await finish(scheduler, other, base)
-        assert [await other, await base] == [3, 3]
-        assert ticket.cancelled
-        assert "cancelled" in repr(ticket)
-        with pytest.raises(asyncio.CancelledError):
-            await ticket
 
 
 async def test_the_last_request_takes_its_load_with_it(tmp_path: Path) -> None:

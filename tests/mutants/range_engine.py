@@ -12,9 +12,8 @@ from lorax_async.io.http.download import Download
 from lorax_async.io.http.wire import Wire
 from mutants.mutation import Mutants, NoLock, mutant, skipped
 
-PARTS = "io/http/test_http_parts.py"
 ANSWERS = "io/http/test_http_responses.py"
-SHARES = "io/http/test_http_desk.py"
+DESK = "io/http/test_http_desk.py"
 DOWNLOADS = "io/http/test_http_downloads.py"
 
 _write, _tell = Download._write, Download._tell
@@ -68,26 +67,26 @@ def _split_while_read(self: Download, now: float) -> desk.Piece | None:
 
 HTTP: Mutants = {
     "attempt: one that was ended gets no connection": mutant(
-        f"{PARTS}::test_an_ended_attempt_gets_no_connection", (Attempt, "use", _used_after_an_end)
+        f"{DESK}::test_an_ended_attempt_gets_no_connection", (Attempt, "use", _used_after_an_end)
     ),
     "attempt: an end does not reach a connection that was given back": mutant(
-        f"{PARTS}::test_an_end_does_not_reach_what_was_given_back", skipped(Attempt, "leave")
+        f"{DESK}::test_an_end_does_not_reach_what_was_given_back", skipped(Attempt, "leave")
     ),
     "attempt: a connection is given back after its end": mutant(
-        f"{PARTS}::test_what_is_being_ended_is_given_back_afterwards", (attempt, "Lock", NoLock)
+        f"{DESK}::test_what_is_being_ended_is_given_back_afterwards", (attempt, "Lock", NoLock)
     ),
     "wire: an end reaches a thread that waits": mutant(
         f"{DOWNLOADS}::test_an_end_from_outside", skipped(Wire, "abort")
     ),
     "wire: an end reaches a socket that is being opened": mutant(
-        f"{PARTS}::test_a_socket_is_not_opened_for_an_ended_attempt",
+        f"{DESK}::test_a_socket_is_not_opened_for_an_ended_attempt",
         (Wire, "attach", _attached_after_an_abort),
     ),
     "wire: a descriptor is not closed while it is shut down": mutant(
-        f"{PARTS}::test_a_descriptor_is_not_closed_while_it_is_ended", (wire, "Lock", NoLock)
+        f"{DESK}::test_a_descriptor_is_not_closed_while_it_is_ended", (wire, "Lock", NoLock)
     ),
     "pool: an idle connection is taken by one": mutant(
-        f"{PARTS}::test_an_idle_connection_is_taken_by_one", (pool, "Lock", NoLock)
+        f"{DESK}::test_an_idle_connection_is_taken_by_one", (pool, "Lock", NoLock)
     ),
     "pool: unasked bytes answer no request": mutant(
         f"{ANSWERS}::test_what_comes_unasked_answers_nothing",
@@ -107,7 +106,7 @@ HTTP: Mutants = {
         (Download, "_claim", _claimed_after_an_end),
     ),
     "download: what is being read is not given to another thread": mutant(
-        f"{SHARES}::test_what_is_being_read_is_not_given_to_another",
+        f"{DESK}::test_what_is_being_read_is_not_given_to_another",
         (Download, "split", _split_while_read),
     ),
     "download: what is left of a piece is put back": mutant(

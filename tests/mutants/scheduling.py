@@ -12,7 +12,6 @@ from lorax_async.scheduling.waiting import Waiting
 from mutants.mutation import Mutants, mutant, skipped
 
 BATCHES = "test_scheduler.py"
-SHARES = "test_scheduler_shares.py"
 ENDS = "test_scheduler_ends.py"
 
 _landed = Guestbook.landed
@@ -48,7 +47,7 @@ SCHEDULING: Mutants = {
         f"{BATCHES}::test_a_stale_batch_is_caught", skipped(Batch, "check")
     ),
     "scheduler: a slot held in vain makes way": mutant(
-        f"{SHARES}::test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun",
+        f"{BATCHES}::test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun",
         skipped(Guestbook, "make_way"),
     ),
     "scheduler: tokens of false weights do not count": mutant(
@@ -56,11 +55,11 @@ SCHEDULING: Mutants = {
         skipped(Guestbook, "judge"),
     ),
     "scheduler: a preempted request gives its place back": mutant(
-        f"{SHARES}::test_preempting_ends",
+        f"{BATCHES}::test_preempting_ends",
         skipped(Guestbook, "preempt"),
     ),
     "scheduler: a load ends with its last request": mutant(
-        f"{SHARES}::test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot",
+        f"{BATCHES}::test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot",
         (Waiting, "remove", _forgotten_but_loaded),
     ),
     "scheduler: close waits for its loads": mutant(

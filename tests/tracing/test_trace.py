@@ -27,7 +27,8 @@ from lorax_async.commands.timeline import traced
 from lorax_async.config import LoaderConfig
 from lorax_async.testing import FakeSource
 from lorax_async.tracing.names import last_part, name_of
-from lorax_async.tracing.recorder import now
+from lorax_async.tracing.recorder import Kept, Record, Ring, Row, Tracer, now
+from lorax_async.tracing.trace import Trace
 from tiny_loaders import gated, loader
 from tiny_sources import over, stocked
 from tracing.chrome_format import of, require_trace, stop
@@ -413,3 +414,96 @@ async def test_an_error_of_the_command_is_raised_whatever_becomes_of_the_trace(
         assert there.tracer.on is None
     if not full:
         assert requests(json.loads(path.read_text())) == ["load a", "load none"]
+
+
+# -- what a recording keeps -------------------------------------------------------------------------
+
+
+def test_passes_do_not_push_out_a_load() -> None:
+    """A decoding step has a span for each layer; a slow load outlives thousands of them."""
+    ring = Ring(3)
+
+    def record(start: int, row: Row) -> Record:
+        return Record(row, "lane", "layer 0", start, start + 1, {"layer": 0})
+
+    load = record(0, "copies")
+    ring.add(load)
+    passes = [record(number, "compute") for number in range(1, 1_001)]
+    for each in passes:
+        ring.add(each)
+    assert ring.look().since(0) == ([load, *passes[-3:]], 997)
+
+
+def test_a_part_is_cut_out() -> None:
+    tracer = Tracer()
+    trace = Trace(tracer, 100, dict).start()
+    t = now()
+    recorder = tracer.on
+    assert recorder is not None
+    for start, end in ((1_000, 2_000), (2_000, 4_000), (4_500, 6_000), (7_000, 9_000)):
+        recorder.add("files", "stream", str(start), t + start, t + end)
+    recorder.add("files", "stream", "9500", t + 9_500, t + 9_900)
+    while now() < t + 10_000:  # it is not read in the future
+        pass
+    found: Any = trace.as_json(t + 3_000, t + 8_000)
+    events = require_trace(found)
+    assert {each["name"]: (each["ts"], each["dur"]) for each in of(events, "files")} == {
+        "2000": (0, 1),
+        "4500": (1.5, 1.5),
+        "7000": (4, 1),
+    }
+    cut = [(each["args"].get("began_before"), each["args"].get("goes_on")) for each in events]
+    assert cut == [(True, None), (None, None), (None, True)]
+    assert [each["name"] for each in require_trace(trace.as_json(t + 9_200))] == ["9500"]
+    trace.stop()
+    again: Any = trace.as_json(t + 3_000, t + 8_000)
+    assert again == found
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_span_that_ends_while_the_trace_is_read_is_there_once(
+    monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Just before, or after, the ended ones were looked at."""
+    tracer = Tracer()
+    with Trace(tracer, 100, dict) as trace:
+        recorder = tracer.on
+        assert recorder is not None
+        span = recorder.begin("requests", None, "load a")
+        look = Ring.look
+
+        def ending(ring: Ring) -> Kept:
+            found = look(ring) if not before else None
+            recorder.end(span, outcome="done")
+            return found or look(ring)
+
+        monkeypatch.setattr(Ring, "look", ending)
+        (event,) = require_trace(trace.as_json())
+        assert event["name"] == "load a"
+        if before:
+            assert event["args"] == {"outcome": "done"}
+
+
+# -- large traces ----------------------------------------------------------------------------------
+
+
+def test_a_trace_is_written_event_by_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of json holds the GIL from its beginning to its end."""
+    longest = 0
+    dumps = json.dumps
+
+    def watched(value: Any, **settings: Any) -> str:
+        nonlocal longest
+        text = dumps(value, **settings)
+        longest = max(longest, len(text))
+        return text
+
+    tracer = Tracer()
+    with Trace(tracer, 5_000, dict) as trace:
+        recorder = tracer.on
+        assert recorder is not None
+        for _ in range(5_000):
+            recorder.add("files", "x", "fetch", now(), now())
+    monkeypatch.setattr(json, "dumps", watched)
+    assert len(trace.encoded()) > 400_000
+    assert 0 < longest < 1_000

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import random
 import threading
 import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fault_server import ETAG, Asked, Client, FaultServer, Hangup, until
@@ -14,6 +17,7 @@ from fetching import (
     DATA,
     GROUPS,
     PATIENT,
+    Anywhere,
     MemorySink,
     asked,
     check,
@@ -24,11 +28,15 @@ from fetching import (
 )
 
 from common import open_sockets, our_threads
+from link import Link
 from lorax_async.core.ranges import PieceSizes
 from lorax_async.core.retries import Retries
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
+from lorax_async.io.http.file_sink import FileSink
 from lorax_async.io.http.settings import HttpSettings, Timeouts
+from lorax_async.io.http.target import Target
+from lorax_async.io.http.urls import parse_url
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -399,3 +407,59 @@ def test_a_thread_that_cannot_start_ends_in_an_error(
             late = isinstance(error, FetchTimeoutError)
             assert late is (name == "lorax-http")
         check(*fetched(fetching, asked(fetching, server.url())))
+
+
+LAYERS = 16
+
+
+LAYER = 125_000
+
+
+HEADER = 20_000
+
+
+THROTTLED = random.Random(3).randbytes(HEADER + LAYERS * LAYER)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights"
+    path.write_bytes(THROTTLED)
+    return path
+
+
+class CountingSink(FileSink):
+    landed = 0
+
+    def write(self, offset: int, data: memoryview) -> None:
+        super().write(offset, data)
+        self.landed += len(data)
+
+
+def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(file: Path, tmp_path: Path) -> None:
+    """2 MB on 4 connections of 600 KB/s. Bytes are counted: no clock is looked at."""
+    spans = [(HEADER + n * LAYER, HEADER + (n + 1) * LAYER) for n in range(LAYERS)]
+    names = sorted(range(LAYERS), key=str)
+    groups = [[], *([spans[names.index(layer)]] for layer in range(LAYERS)), []]
+    fd = os.open(tmp_path / "copy", os.O_RDWR | os.O_CREAT)
+    sink, told = CountingSink(fd), list[tuple[int, int]]()
+    with Link({"w": file}, rate=6e5, delay=0.005) as link:
+        with RangeEngine(HttpSettings(connections=4, proxies={})) as engine:
+            place = Target(parse_url(link.url("w")), "w", rules=Anywhere())
+            answer = engine.ask(place, HEADER).done.result(10)
+            os.pwrite(fd, answer.start, 0)
+            job = engine.download(
+                answer,
+                groups,
+                sink,
+                lambda group: told.append((group, sink.landed)),
+                first=2,
+            )
+            job.done.result(20)
+        counts = link.counts()
+    assert os.pread(fd, len(THROTTLED), 0) == THROTTLED
+    os.close(fd)
+    assert [group for group, _ in told] == list(range(LAYERS + 2))
+    assert told[1][1] < 0.3 * sink.landed
+    assert counts["bytes"] == len(THROTTLED), "and every byte was sent once"
+    assert counts["requests"] <= 1 + 4 * 6

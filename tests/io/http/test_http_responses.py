@@ -25,7 +25,6 @@ from fetching import (
     took,
 )
 
-from lorax_async.core.ranges import PieceSizes
 from lorax_async.core.retries import Retries
 from lorax_async.core.spans import Span
 from lorax_async.errors import (
@@ -165,29 +164,6 @@ def test_connections_that_end_between_requests_cost_no_failure() -> None:
         for _ in range(2):
             check(*fetched(fetching, asked(fetching, server.url())))
         assert all(client.requests <= 2 for client in server.clients)
-
-
-def test_too_many_connections_for_the_server() -> None:
-    """It serves two at a time and turns away the others; nothing fails."""
-    room = threading.Semaphore(2)
-    turned_away = [0]
-
-    def crowded(asked: Asked, client: Client) -> None:
-        if not room.acquire(blocking=False):
-            turned_away[0] += 1
-            client.head("503 Busy", "Content-Length: 0")
-            return
-        try:
-            client.ending.wait(0.02)
-            server.right(asked, client)
-        finally:
-            room.release()
-
-    sizes = PieceSizes(least=10_000, most=20_000)
-    with FaultServer(DATA) as server, engine(8, sizes=sizes) as fetching:
-        server.behave = crowded
-        check(*fetched(fetching, asked(fetching, server.url())))
-        assert 0 < turned_away[0] <= 20, "it learns how many may be"
 
 
 def test_retry_after_is_waited_for_without_a_connection() -> None:
@@ -495,25 +471,6 @@ def test_hostile_heads_are_refused(name: str) -> None:
 
 LARGE = DATA * 4
 """More than is read at once."""
-
-
-def test_of_two_answers_that_have_all_one_counts() -> None:
-    both = threading.Barrier(2)
-
-    def all_of_it(request: Asked, client: Client) -> None:
-        if request.span == (0, 5_000):
-            server.right(request, client)
-            return
-        with suppress(threading.BrokenBarrierError):
-            both.wait(0.3)
-        _head_of_all(client)
-        client.send(DATA)
-
-    for _ in range(3):
-        both.reset()
-        with FaultServer(DATA) as server, engine(2, timeouts=PATIENT) as fetching:
-            server.behave = all_of_it
-            check(*fetched(fetching, asked(fetching, server.url())))
 
 
 class EndsItself(MemorySink):
