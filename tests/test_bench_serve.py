@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from command_line import output
 from common import Run
 from lorax_async import AdapterNotFoundError
 from lorax_async.cli import main
-from lorax_async.commands.benching.report import percentile
-from lorax_async.core.request_schedule import Arrival, schedule
 from server.world import FakeEngine, FakeTokens, saying, serving
 
 Capture = pytest.CaptureFixture[str]
@@ -102,25 +99,3 @@ def test_what_cannot_be_asked_is_said(
 ) -> None:
     assert main(["bench-serve", *arguments, "--json"]) == 1
     assert text in capsys.readouterr().err
-
-
-def test_three_numbers_make_an_arrival() -> None:
-    """Gaps are -ln(1 - u) / 2: of u = 1/2 they are ln(2) / 2, of u = 0 nothing."""
-    half = math.log(2) / 2
-    numbers = iter([0.5, 0.9, 0.0, 0.5, 0.1, 0.7, 0.0, 0.6, 0.7, 0.5])
-    # a, b are left for Zipf (2 : 1), for one of three is cold; 0.0 is a and 0.7 is b.
-    arrivals = schedule(
-        lambda: next(numbers),
-        ["a", "b", "new"],
-        rate=2.0,
-        seconds=1.0,
-        exponent=1.0,
-        cold_share=0.5,
-    )
-    assert arrivals == [Arrival(half, "a"), Arrival(2 * half, "new"), Arrival(2 * half, "b")]
-
-
-def test_percentiles_are_values_that_occur() -> None:
-    values = [float(n) for n in range(1, 11)]
-    assert [percentile(values, p) for p in (50, 90, 99, 100, 1)] == [5, 9, 10, 10, 1]
-    assert percentile([7.0], 50) == percentile([7.0], 99) == 7

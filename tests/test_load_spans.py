@@ -12,7 +12,7 @@ import pytest
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter as Kept
 from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tracer_provider
 
 from common import until
@@ -23,9 +23,6 @@ from tiny_sources import over, stocked
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 ALL = ["resolve", "fetch", "queue", "copy"]
-
-
-Kept = InMemorySpanExporter
 
 
 @pytest.fixture
@@ -179,28 +176,6 @@ async def test_one_watches_and_no_globals_are_touched(
         gc.collect()
         assert reference() is None, "the loader holds none that was closed"
     assert isinstance(get_tracer_provider(), ProxyTracerProvider)
-
-
-# -- stages ----------------------------------------------------------------------------------------
-
-
-async def test_a_call_that_joins_while_bytes_still_come_waits_for_the_copy(
-    tmp_path: Path, kept: Kept, tracer: Tracer
-) -> None:
-    source = stocked(tmp_path, "a")
-    async with over(source) as there:
-        with LoadSpans(there, tracer):
-            source.hold("a")
-            async with there.stream("a") as handle:
-                source.allow("a", 0)
-                await handle.layer_ready(0)
-                joining = asyncio.create_task(load(there, "a"))
-                await until(lambda: there.usage().waiting)
-                source.allow("a", 1, 2, 3)
-                await joining
-    _, (joined, its) = calls(kept)
-    assert joined.name == "lorax load"
-    assert stages(its) == ["resolve", "copy"]
 
 
 # -- a tracer that fails ---------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ import pytest
 import tiny
 from common import until
 from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
     AdapterScheduler,
     Batch,
     ConfigError,
@@ -24,14 +20,12 @@ from lorax_async import (
     Ticket,
     UsageError,
 )
-from lorax_async.testing import FakeSource
 from scheduling.clock import VirtualClock
 from scheduling.serving import (
     MANY,
     finish,
     held,
     ids,
-    leases,
     next_batch,
     opened,
     rows,
@@ -47,12 +41,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 PATIENT: dict[str, float] = {"timeout": 10_000.0, "starvation_age": 1000.0}
 """Seconds of a virtual clock; in real time nothing is too late."""
-
-
-def layers_of(loader: AdapterLoader, id: str) -> int:
-    """How many layers are on the device."""
-    found = loader.whereabouts(id)
-    return 0 if found is None or found.layers is None else found.layers[0]
 
 
 # -- requests and batches --------------------------------------------------------------------------
@@ -226,44 +214,6 @@ async def test_alone_a_streaming_adapter_joins_when_its_first_layer_is_there(
         assert await ticket == 1
 
 
-async def test_an_adapter_that_came_too_late_may_stream_into_its_next_slot(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    source.hold("a")
-    source.allow("a", 0)
-    async with opened(source) as (loader, scheduler):
-        ticket = scheduler.submit(Request("a", 1, 1))
-        batch = await next_batch(scheduler)
-        scheduler.complete(batch, again=[ticket])
-        await loader.unload("a")
-        batch = await next_batch(scheduler)
-        (handle,) = batch.streaming
-        source.allow("a")
-        await handle.layer_ready(tiny.LAYERS - 1)
-        scheduler.complete(batch)
-        assert await ticket == 1
-
-
-async def test_an_adapter_is_computed_whose_last_layer_came_before_its_slot_was_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The scheduler hears of its slot after the last layer: no event follows."""
-    stream = AdapterLoader.stream
-
-    @asynccontextmanager
-    async def slow(loader: AdapterLoader, *args: Any, **more: Any) -> AsyncIterator[AdapterHandle]:
-        async with stream(loader, *args, **more) as handle:
-            await until(lambda: handle.resident)
-            await turns()
-            yield handle
-
-    monkeypatch.setattr(AdapterLoader, "stream", slow)
-    async with opened(stocked(tmp_path, "a")) as (_, scheduler):
-        ticket = scheduler.submit(Request("a", 1, 1))
-        waiting = await wanted(scheduler)
-        scheduler.complete(await asyncio.wait_for(waiting, 5))
-        assert await ticket == 1
-
-
 # -- slots -----------------------------------------------------------------------------------------
 
 
@@ -357,20 +307,6 @@ async def test_a_slot_in_which_nothing_comes_is_given_to_others(
         assert rows(await step(scheduler)) == [("stalls", 0, 1, True)]
 
 
-async def test_a_slot_in_which_nothing_comes_is_kept_once_no_other_waits(tmp_path: Path) -> None:
-    source, clock = stocked(tmp_path, "stalls", "b"), VirtualClock()
-    source.hold("stalls")
-    async with opened(source, PATIENT | {"max_slots": 1}, clock=clock) as (loader, scheduler):
-        ticket = scheduler.submit(Request("stalls", 1, 1))
-        await held(loader, "stalls")
-        other = scheduler.submit(Request("b", 1, 1))
-        clock.pass_until(500.0)
-        other.cancel()
-        clock.pass_until(1001.0)
-        assert leases(loader, "stalls") == 1
-        ticket.cancel()
-
-
 LONG = 500
 
 
@@ -407,7 +343,7 @@ async def test_the_more_urgent_come_first(tmp_path: Path) -> None:
         assert seen == [high, soon, plain]
 
 
-# -- places ----------------------------------------------------------------------------------------
+# -- places and slots ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("age", [0.0, 10.0, 2000.0])
@@ -487,32 +423,21 @@ async def test_alone_an_adapter_gets_all_back(tmp_path: Path) -> None:
         assert starts[tickets[3]] == (0, 2)  # the prompt, and the token that came out
 
 
-async def _begun_without_its_slot(
-    loader: AdapterLoader, scheduler: AdapterScheduler, source: FakeSource
-) -> Ticket:
-    """A request of `a` that has begun, and whose adapter does not come back."""
-    begun = scheduler.submit(Request("a", 1, MANY))
-    await step(scheduler)
-    silence(source, "a")
-    await loader.unload("a")
-    return begun
-
-
 async def test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot(
     tmp_path: Path,
 ) -> None:
     source = stocked(tmp_path, "a")
     async with opened(source, max_begun=1) as (loader, scheduler):
-        begun = await _begun_without_its_slot(loader, scheduler, source)
+        begun = scheduler.submit(Request("a", 1, MANY))
+        await step(scheduler)
+        silence(source, "a")  # it does not come back
+        await loader.unload("a")
         fresh = scheduler.submit(Request(None, 1, 1))
         waiting = await wanted(scheduler)
         begun.cancel()
         batch = await asyncio.wait_for(waiting, 5)
         assert [row.ticket for row in batch.rows] == [fresh]
         scheduler.complete(batch)
-
-
-# -- slots -----------------------------------------------------------------------------------------
 
 
 async def test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun(
@@ -579,17 +504,6 @@ async def test_sources_that_do_not_answer_hold_up_the_next_for_a_while_only(
         scheduler.complete(batch)
         for ticket in (silent, urgent):
             ticket.cancel()
-
-
-async def test_adapters_whose_bytes_do_not_come_hold_up_no_other(tmp_path: Path) -> None:
-    source = stocked(tmp_path, *"abcd")
-    for id in "abc":
-        source.hold(id)
-    settings = {"starvation_age": 0.02, "max_slots": 4}
-    async with opened(source, settings, loads=1, look_ahead=0) as (_, scheduler):
-        for id in "abcd":
-            scheduler.submit(Request(id, 1, 1))
-        assert rows(await step(scheduler)) == [("d", 0, 1, True)]
 
 
 async def test_a_cancelled_requests_load_makes_way_for_the_next(tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ from lorax_async import (
     TransferError,
     UsageError,
 )
-from lorax_async.adapter import AdapterKey
 from scheduling.clock import VirtualClock
 from scheduling.serving import (
     MANY,
@@ -41,7 +40,6 @@ from scheduling.serving import (
     rows,
     step,
     turns,
-    wanted,
     warm,
 )
 from sweeping import stepwise
@@ -168,27 +166,6 @@ async def test_a_failing_adapter_fails_its_requests_and_no_other(
         assert await again == 2
 
 
-async def test_a_load_that_fails_half_way(tmp_path: Path) -> None:
-    """Of rows in a batch, and of those that wait."""
-    source = stocked(tmp_path, "a")
-    source.hold("a")
-    source.allow("a", 0)
-    source.fail("bring", FetchError("as told"), id="a", at=2)
-    async with opened(source) as (_, scheduler):
-        computed, waits = (scheduler.submit(Request("a", 3, 2)) for _ in range(2))
-        batch = await asyncio.wait_for(scheduler.next_batch(MANY, 1), 5)
-        assert batch.rows[0].ticket is computed
-        source.allow("a")
-        for ticket in (computed, waits):
-            with pytest.raises(FetchError, match="as told"):
-                await asyncio.wait_for(ticket, 5)
-        (handle,) = batch.streaming
-        with pytest.raises(FetchError):
-            handle.require_sound()
-        scheduler.complete(batch)
-        assert handle.released
-
-
 async def test_bytes_that_turn_out_to_be_false(tmp_path: Path) -> None:
     """All layers were there, and tokens had come out."""
     source = stocked(tmp_path, "a")
@@ -272,28 +249,6 @@ async def test_a_token_of_false_weights_does_not_count(tmp_path: Path) -> None:
         scheduler.complete(batch)
         with pytest.raises(IntegrityError):
             await ticket
-
-
-async def test_a_second_load_that_gets_no_answer_does_not_hold_up_close(tmp_path: Path) -> None:
-    """A more urgent request asks once more, while the first load waits for a slot."""
-    source = stocked(tmp_path, "a", "b")
-    resolve, answer = source.resolve, asyncio.Event()
-
-    async def silent(ref: AdapterRef) -> AdapterKey:
-        await answer.wait()
-        return await resolve(ref)
-
-    async with opened(source, {"max_slots": 1}) as (loader, scheduler):
-        async with await loader.load("b"):
-            first = scheduler.submit(Request("a", 1, 1))
-            await until(lambda: loader.usage().waiting)
-            source.resolve = silent  # type: ignore[method-assign]
-            urgent = scheduler.submit(Request("a", 1, 1, priority=1))
-            await asyncio.sleep(0.01)
-        await step(scheduler)
-        assert await first == await urgent == 1
-        await asyncio.wait_for(scheduler.close(), 5)
-        answer.set()
 
 
 # -- deadlines -------------------------------------------------------------------------------------
@@ -438,17 +393,6 @@ async def test_close_waits_for_its_loads(tmp_path: Path, monkeypatch: pytest.Mon
         assert ended
         with pytest.raises(LoaderClosedError):
             await ticket
-
-
-async def test_close_ends_the_waiting_for_a_batch_without_any_request(tmp_path: Path) -> None:
-    """Though there is no request whose end could tell."""
-    async with over(stocked(tmp_path)) as loader:
-        scheduler = AdapterScheduler(loader)
-        several = [await wanted(scheduler) for _ in range(2)]
-        await scheduler.close()
-        for waiting in several:
-            with pytest.raises(LoaderClosedError):
-                await asyncio.wait_for(waiting, 5)
 
 
 async def test_no_alarm_and_no_subscription_outlives_the_scheduler(tmp_path: Path) -> None:

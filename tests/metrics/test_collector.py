@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import prometheus_client
 import pytest
@@ -26,7 +26,6 @@ from lorax_async import (
 )
 from lorax_async.errors import Stage
 from lorax_async.metrics import LoaderCollector
-from lorax_async.metrics.loop_lag import BOUNDS, LoopLag
 from lorax_async.testing import FakeSource
 from metrics.scraping import Samples, loaded, of, registered, scraped
 from spilling_loaders import FILE, roomy
@@ -38,8 +37,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 STAGES: tuple[Stage, ...] = ("queue", "resolve", "fetch", "verify", "stage", "copy", "ready")
 KEPT = ("memory", "cache")
 
-PADDED = 2 * ONE
-"""On a device of its own, where rank 4 lies as rank 8."""
 
 Watched = tuple[AdapterLoader, CollectorRegistry]
 
@@ -310,43 +307,3 @@ async def test_looks_at_the_loop_end_with_the_collector_and_with_the_loader() ->
         assert samples["lorax_loop_lag_seconds_bucket{le=+Inf}"] == samples[count]
         await asyncio.sleep(0.01)
         assert scraped(each)[count] == samples[count]
-
-
-class ByHand:
-    """A loop whose timers run when the test says so, and the time."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.timers: list[tuple[float, Callable[[], None]]] = []
-
-    def call_later(self, delay: float, callback: Callable[[], None]) -> Any:
-        timer = (self.now + delay, callback)
-        self.timers.append(timer)
-        return cast(Any, type("Handle", (), {"cancel": lambda _: self.timers.remove(timer)})())
-
-    def run(self, late: float) -> None:
-        ((due, callback),) = self.timers
-        self.timers.clear()
-        self.now = due + late
-        callback()
-
-
-def test_each_look_is_counted_in_its_bucket() -> None:
-    """Each bucket has its upper end; and no look follows the last one."""
-    loop, ended = ByHand(), [False]
-    loop.now = 0.0
-    lag = LoopLag(cast(Any, loop), 0.25, lambda: ended[0], lambda: loop.now)
-    for late in (0.0, -0.001, 0.0015, 0.0625, 3.0, 0.25):
-        loop.run(late)
-    counts, total = lag.lags()
-    assert counts == (2, 3, 3, 3, 3, 3, 4, 5, 5, 5, 6)
-    assert BOUNDS == (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-    assert total == pytest.approx(3.314)
-    assert lag.running
-    ended[0] = True
-    loop.run(0.0)
-    assert (lag.running, loop.timers) == (False, [])
-    other = LoopLag(cast(Any, loop), 0.25, lambda: False, lambda: loop.now)
-    for each in (lag, other, other):
-        each.close()
-    assert (other.running, loop.timers) == (False, [])

@@ -276,25 +276,6 @@ async def test_a_limit_is_a_number(limit: Any) -> None:
             pass
 
 
-async def test_a_part_has_the_last_load_of_many(folders: list[Path]) -> None:
-    async with loader() as there:
-        with there.trace(limit=200) as trace:
-            for number in range(60):
-                await passed(there, folders[number % 2])
-                await there.unload(folders[number % 2])
-            since = now()
-            await passed(there, folders[2])
-            until = now()
-            await there.unload(folders[2])
-        part: Any = await asyncio.to_thread(trace.as_json, since, until)
-    events = require_trace(part)
-    assert trace.dropped
-    assert part["otherData"]["dropped"] == 0
-    assert requests(part) == ["load c"]
-    assert {each["args"]["layer"] for each in of(events, "copies")} == set(range(tiny.LAYERS))
-    assert max(map(stop, events)) <= (until - since) / 1e3 + 0.001
-
-
 # -- names -----------------------------------------------------------------------------------------
 
 
@@ -399,7 +380,7 @@ async def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_load
 
 @pytest.mark.parametrize("full", [False, True])
 async def test_an_error_of_the_command_is_raised_whatever_becomes_of_the_trace(
-    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+    folders: list[Path], tmp_path: Path, full: bool
 ) -> None:
     path = tmp_path / "trace.json"
     if full:
@@ -482,9 +463,6 @@ def test_a_span_that_ends_while_the_trace_is_read_is_there_once(
         assert event["name"] == "load a"
         if before:
             assert event["args"] == {"outcome": "done"}
-
-
-# -- large traces ----------------------------------------------------------------------------------
 
 
 def test_a_trace_is_written_event_by_event(monkeypatch: pytest.MonkeyPatch) -> None:

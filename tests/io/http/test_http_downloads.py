@@ -30,7 +30,6 @@ from fetching import (
 from common import open_sockets, our_threads
 from link import Link
 from lorax_async.core.ranges import PieceSizes
-from lorax_async.core.retries import Retries
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.io.http.file_sink import FileSink
@@ -47,36 +46,6 @@ LASTING = replace(PATIENT, idle=600.0)
 
 
 LARGE = 8 << 20
-
-
-class Gate:
-    """Answers range requests when it is told to, and counts those that wait."""
-
-    def __init__(self, server: FaultServer) -> None:
-        self.server = server
-        self.opened = threading.Event()
-        self.waiting: list[str] = []
-
-    def __call__(self, asked: Asked, client: Client) -> None:
-        if asked.span != (0, 5_000):
-            self.waiting.append(asked.target)
-            self.opened.wait(20)
-        self.server.right(asked, client)
-
-
-def test_shares_are_even() -> None:
-    """Two at once on four connections, the second later: each has two of them in the end."""
-    with FaultServer(DATA) as server, engine(timeouts=PATIENT) as fetching:
-        first, second = asked(fetching, server.url("/a")), asked(fetching, server.url("/b"))
-        gate = server.behave = Gate(server)
-        jobs = [fetching.download(first, GROUPS, MemorySink(), lambda _: None)]
-        until(lambda: len(gate.waiting) == 4)
-        jobs += [fetching.download(second, GROUPS, MemorySink(), lambda _: None)]
-        gate.opened.set()
-        for job in jobs:
-            job.done.result(10)
-        # Four of the first were under way; then it is the second's turn until both have two.
-        assert gate.waiting[:6] == [*["/a"] * 4, *["/b"] * 2]
 
 
 def test_a_long_piece_makes_way() -> None:
@@ -170,37 +139,6 @@ def test_a_straggler_is_relieved() -> None:
         assert took(begun) < 3.2, "alone the slow one would have taken 4.2 s"
         assert len(server.asked) > 3, "one more request than the plan had"
         assert sink.times == b"\1" * len(data)
-
-
-def test_many_at_once_on_few_connections() -> None:
-    """Every third request fails; one by one they are whole, and the connections never too many."""
-    count = [0]
-    lock = threading.Lock()
-
-    with FaultServer(DATA) as server:
-
-        def moody(asked: Asked, client: Client) -> None:
-            with lock:
-                count[0] += 1
-                bad = count[0] % 3 == 0
-            if bad:
-                client.send(b"HTTP/1.1 206 Partial")
-                client.reset()
-            server.right(asked, client)
-
-        server.behave = moody
-        retries = Retries(attempts=20, base=0.01, most=0.02)
-        with engine(6, retries=retries) as fetching:
-            answer = asked(fetching, server.url())
-            done = []
-            for n in range(20):
-                sink, order = MemorySink(), list[int]()
-                job = fetching.download(answer, GROUPS, sink, order.append, first=2, urgency=n % 2)
-                done.append((job, sink, order))
-            assert server.connected() <= 6 + 6
-            for job, sink, order in done:
-                job.done.result(30)
-                check(sink, order)
 
 
 # -- ends from outside -----------------------------------------------------------------------------
@@ -310,24 +248,6 @@ def test_close_returns_once_nothing_is_written_any_more() -> None:
         assert job.done.exception(0) is not None
 
 
-def test_a_thread_of_the_engine_may_close_it() -> None:
-    """It does not wait for itself, and leaves nothing open."""
-    ended: list[int] = []
-
-    def end(group: int) -> None:
-        fetching.close()
-        ended.append(group)
-
-    with FaultServer(DATA) as server:
-        fetching = engine()
-        answer = asked(fetching, server.url())
-        job = fetching.download(answer, GROUPS[1:], MemorySink(), end)
-        with pytest.raises(FetchError, match="closed"):
-            job.done.result(10)
-        until(lambda: not our_threads())
-        assert ended
-
-
 # -- the caller's own faults -----------------------------------------------------------------------
 
 
@@ -409,23 +329,13 @@ def test_a_thread_that_cannot_start_ends_in_an_error(
         check(*fetched(fetching, asked(fetching, server.url())))
 
 
+# -- layers on a throttled link --------------------------------------------------------------------
+
+
 LAYERS = 16
-
-
 LAYER = 125_000
-
-
 HEADER = 20_000
-
-
 THROTTLED = random.Random(3).randbytes(HEADER + LAYERS * LAYER)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "weights"
-    path.write_bytes(THROTTLED)
-    return path
 
 
 class CountingSink(FileSink):
@@ -436,8 +346,10 @@ class CountingSink(FileSink):
         self.landed += len(data)
 
 
-def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(file: Path, tmp_path: Path) -> None:
+def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) -> None:
     """2 MB on 4 connections of 600 KB/s. Bytes are counted: no clock is looked at."""
+    file = tmp_path / "weights"
+    file.write_bytes(THROTTLED)
     spans = [(HEADER + n * LAYER, HEADER + (n + 1) * LAYER) for n in range(LAYERS)]
     names = sorted(range(LAYERS), key=str)
     groups = [[], *([spans[names.index(layer)]] for layer in range(LAYERS)), []]

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from fault_server import until
-from fetching import DATA, GROUPS, MemorySink, asked, check, engine, fetched
+from fetching import DATA, asked, check, engine, fetched
 
 import servers
 from lorax_async.core.retries import Retries
-from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
 from servers import Nginx
 
 pytestmark = [
@@ -47,25 +46,3 @@ def test_a_server_that_limits_requests(nginx: Nginx) -> None:
     with engine(8, retries=retries) as fetching:
         check(*fetched(fetching, asked(fetching, nginx.url("slow/weights"))))
     until(lambda: any('" 503 ' in line for line in nginx.requests()))
-
-
-def test_another_file_under_the_same_name(nginx: Nginx) -> None:
-    with engine() as fetching:
-        answer = asked(fetching, nginx.url("weights"))
-        nginx.put("weights", DATA[::-1])
-        with pytest.raises(IntegrityError, match="changed"):
-            fetched(fetching, answer)
-        sink = MemorySink()
-        again = asked(fetching, nginx.url("weights"))
-        fetching.download(again, GROUPS, sink, lambda _: None).done.result(10)
-        assert sink.data[5_000:] == DATA[::-1][5_000:]
-
-
-def test_what_is_not_there(nginx: Nginx) -> None:
-    with engine() as fetching:
-        with pytest.raises(AdapterNotFoundError, match="404"):
-            asked(fetching, nginx.url("nothing"))
-        with pytest.raises(FetchError, match="3 redirects"):
-            asked(fetching, nginx.url("loop"))
-        nginx.put("weights", b"")
-        assert asked(fetching, nginx.url("weights")).known.size == 0

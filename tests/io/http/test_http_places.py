@@ -36,13 +36,8 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 
 PUBLIC = "93.184.216.34"
-
-
 INSIDE = "10.1.2.3"
-
-
 URL = "http://files.internal/loras/weights?key=swordfish"
-
 SECRET = "Bearer hf_swordfish"
 
 
@@ -86,15 +81,8 @@ class NoLoopback(Anywhere):
     "text",
     [
         *("", "x", "//h/x", "ftp://h/", "http://", "http://u:p@h/", "http://h/a b", "http://h/\n"),
-        *(
-            "http://h:0/",
-            "http://h:65536/",
-            "http://h:x/",
-            "http://é/",
-            "http://h\\x",
-            "http://-h/",
-        ),
-        *("http://h/é", "http://h\x00/", "http://[::1", " http://h/", "http://a@h"),
+        *("http://h:0/", "http://h:65536/", "http://h:x/", "http://é/", "http://h\\x"),
+        *("http://h/é", "http://h\x00/", "http://[::1", " http://h/", "http://a@h", "http://-h/"),
     ],
 )
 def test_what_is_no_url(text: str) -> None:
@@ -313,19 +301,19 @@ def test_redirects_to_what_is_no_place(location: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "headers",
+    ("name", "text"),
     [
-        {"Host": "x"},
-        {"Range": "bytes=0-"},
-        {"a b": "x"},
-        {"X": "a\r\nY: b"},
-        {"X": "a\n"},
-        {"": "x"},
+        ("Host", "x"),
+        ("Range", "bytes=0-"),
+        ("a b", "x"),
+        ("X", "a\r\nY: b"),
+        ("X", "a\n"),
+        ("", "x"),
     ],
 )
-def test_fields_that_a_caller_may_not_set(headers: dict[str, str]) -> None:
+def test_fields_that_a_caller_may_not_set(name: str, text: str) -> None:
     with pytest.raises(UsageError):
-        target("http://127.0.0.1/", headers)
+        target("http://127.0.0.1/", {name: text})
 
 
 @pytest.mark.parametrize("expired", [False, True])
@@ -347,17 +335,12 @@ def test_a_place_that_is_known_is_asked_first_and_without_credentials(expired: b
 # -- what the operator allows ----------------------------------------------------------------------
 
 
-def test_without_rules_plain_http_is_refused() -> None:
-    with FaultServer(DATA) as server, engine() as fetching:
-        with pytest.raises(AccessDeniedError, match="not allowed"):
-            fetching.ask(Target(parse_url(server.url()), "weights"), 10).done.result(10)
-        assert not server.asked
-
-
 def test_a_private_name_needs_its_word() -> None:
     with FaultServer(DATA) as server:
         network = network_of(files=(INSIDE, server))
         with engine(network=network) as fetching:
+            with pytest.raises(AccessDeniedError, match="not allowed"):  # without any rules
+                fetching.ask(Target(parse_url(URL), "weights"), 10).done.result(10)
             _refused(fetching, URL, AllowRules(), "not allowed")
             assert network.resolved == []
             _refused(fetching, URL, AllowRules((Allow("http", "files.internal"),)), "not public")
