@@ -11,9 +11,8 @@ import pytest
 
 from command_line import output
 from common import Run
-from lorax_async import AdapterNotFoundError
 from lorax_async.cli import main
-from server.world import FakeEngine, FakeTokens, saying, serving
+from server.world import FakeEngine, saying, serving
 
 Capture = pytest.CaptureFixture[str]
 
@@ -60,24 +59,6 @@ def test_the_server_is_asked(run: Run, tmp_path: Path, capsys: Capture) -> None:
     asked = engine.submitted[0].generation
     assert asked.max_new_tokens == 5
     assert asked.sampling.temperature == 0
-
-
-def test_errors_are_counted_by_status(run: Run, capsys: Capture) -> None:
-    def rule(tokens: FakeTokens) -> None:
-        if tokens.generation.adapter is None:
-            saying("x")(tokens)
-        else:
-            tokens.fail(AdapterNotFoundError("there is none", id="gone"))
-
-    status = ask_real(
-        *(run, FakeEngine(rule), "--models", "base", "gone", "--zipf", "0", "--rate", "60"),
-        *("--seconds", "0.4", "--call", "completions"),
-        adapters={"gone": Path("/nowhere")},
-    )
-    assert status == 1
-    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
-    assert "× 404" in rows["all"]
-    assert rows.keys() >= {"warm", "cold"}
 
 
 @pytest.mark.parametrize(

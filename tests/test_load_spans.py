@@ -13,6 +13,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter as Kept
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tracer_provider
 
 from common import until
@@ -154,6 +155,15 @@ async def test_streams_pins_and_cancelled_calls(tmp_path: Path, kept: Kept, trac
     assert [event.name for event in cancelled.events] == ["cancelled"]
     assert cancelled.status.status_code is StatusCode.UNSET
     assert all(span.end_time for span in parts)
+
+
+async def test_a_call_that_is_not_sampled_has_no_span(tmp_path: Path, kept: Kept) -> None:
+    provider = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    async with over(stocked(tmp_path, "a")) as there:
+        with LoadSpans(there, provider.get_tracer("tests")):
+            await load(there, "a")
+    assert kept.get_finished_spans() == ()
 
 
 async def test_one_watches_and_no_globals_are_touched(

@@ -60,26 +60,6 @@ EVENTS = [
 # -- pictures --------------------------------------------------------------------------------------
 
 
-def test_rows_and_boxes_are_those_of_the_file() -> None:
-    picture = picture_of(EVENTS)
-    assert [(lane.row, lane.title) for lane in picture.lanes] == [
-        ("copies", "copy stream"),
-        ("compute", "thread 1"),
-    ]
-    copies, computed = (list(lane.boxes) for lane in picture.lanes)
-    assert [(box.start, box.stop, box.layer) for box in copies] == [(0, 10, 0), (10, 40, 1)]
-    assert [(box.name, box.depth) for box in computed] == [
-        ("wait for layer 0", 0),
-        ("layer 0", 0),
-        ("layer 1", 0),
-        ("<b>&\"'", 1),
-    ]
-    assert (picture.start, picture.stop, picture.layers) == (0, 60, (0, 1))
-    # 10 ms of layer 0 and 30 of layer 1 are computed; 10 and 10 of these before 40 ms.
-    assert picture.overlap() == (40, 20)
-    assert "40.0 ms, of which 20.0 ms (50 %)" in summary(picture)
-
-
 def test_a_part_of_it() -> None:
     picture = picture_of(EVENTS, 15, 25)
     assert [[box.name for box in lane.boxes] for lane in picture.lanes] == [
@@ -91,6 +71,15 @@ def test_a_part_of_it() -> None:
     assert summary(picture).startswith("10.0 ms; layers were computed for 5.0 ms, of which 5.0 ms")
     with pytest.raises(UsageError, match="nothing to draw"):
         picture_of(EVENTS, 100, 200)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [(float("nan"), None), (None, float("inf")), (10, 5), (5, 5), (float("-inf"), None)],
+)
+def test_a_part_is_from_a_moment_until_a_later_one(start: Any, stop: Any) -> None:
+    with pytest.raises(UsageError, match="a part goes from"):
+        picture_of([span()], start, stop)
 
 
 def test_a_page_needs_nothing_else() -> None:

@@ -238,10 +238,6 @@ def drip(asked: Asked, client: Client) -> None:
     client.drip(right_head(asked, client))
 
 
-def silent(asked: Asked, client: Client) -> None:
-    client.stall()
-
-
 def slow_head(asked: Asked, client: Client) -> None:
     client.drip(b"HTTP/1.1 206 Partial Content\r\nX: " + b"y" * 60_000, 0.005)
 
@@ -258,7 +254,6 @@ FAULTS: dict[Behaviour, type[LoraxError]] = {
     truncated: FetchError,
     stall: FetchTimeoutError,
     drip: FetchTimeoutError,
-    silent: FetchTimeoutError,
     slow_head: FetchTimeoutError,
     gone: FetchError,
     unavailable: FetchError,

@@ -14,7 +14,7 @@ from fault_server import Asked, Client, FaultServer, Hangup
 from fetching import DATA, PretendNetwork, asked, check, engine, fetched
 
 from lorax_async.errors import AccessDeniedError, ConfigError
-from lorax_async.io.http.trust import Proxies
+from lorax_async.io.http.trust import Proxies, tls_context
 from lorax_async.io.http.urls import Origin
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -51,6 +51,18 @@ def pour(source: socket.socket, drain: socket.socket) -> None:
 
 
 # -- proxies ---------------------------------------------------------------------------------------
+
+
+def test_plain_requests_through_a_proxy() -> None:
+    with FaultServer(DATA) as server, FaultServer(DATA, forward(server)) as proxy:
+        given = {"http": f"http://user:sword%20fish@127.0.0.1:{proxy.port}"}
+        with engine(proxies=given) as fetching:
+            check(*fetched(fetching, asked(fetching, "http://files.example/weights")))
+        first = proxy.asked[0]
+        assert first.target == "http://files.example/weights"
+        assert first.fields["proxy-authorization"] == "Basic dXNlcjpzd29yZCBmaXNo"
+        assert first.fields["host"] == "files.example"
+        assert not server.clients
 
 
 def test_addresses_behind_a_proxy_are_checked() -> None:
@@ -175,3 +187,12 @@ def test_https_does_not_go_on_as_http(certificate: Path) -> None:
             asked(fetching, "https://files.example/weights")
         assert "swordfish" not in str(caught.value)
         assert not plain.clients
+
+
+def test_bundles_of_other_tools_count(certificate: Path, tmp_path: Path) -> None:
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        context = tls_context(None, {name: str(certificate)})
+        assert "files.example" in str(context.get_ca_certs())
+    with pytest.raises(ConfigError, match="cannot be read"):
+        tls_context(str(tmp_path / "none.pem"), {})
+    assert tls_context(None, {}).verify_mode is ssl.CERT_REQUIRED
