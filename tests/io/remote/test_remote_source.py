@@ -188,6 +188,8 @@ async def test_a_release_is_done_though_it_was_cancelled_before_it_began() -> No
     for _ in range(3):
         await asyncio.sleep(0)
         letting_go.cancel()
+    await asyncio.sleep(0)
+    assert not letting_go.done()
     busy.set()
     await asyncio.wait([letting_go])
     assert done.is_set()
