@@ -135,10 +135,7 @@ def pythons_own(folder: Path, scratch: Path) -> Iterator[str]:
 
 @contextmanager
 def running(
-    command: Command,
-    ports: Sequence[int],
-    log: Path,
-    environment: Mapping[str, str] | None = None,
+    command: Command, ports: Sequence[int], log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[None]:
     """A process that answers on its ports; it is ended, and gone, on the way out."""
     with log.open("wb") as output:

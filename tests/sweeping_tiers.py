@@ -136,6 +136,12 @@ class TierBench:
             async with await self.loader.load(self.ids[name], timeout=TIMEOUT) as handle:
                 tiny.assert_equal_to_file(handle, self.base / name)
 
+    async def assert_whole(self) -> None:
+        """It is clean, works, and is clean after that."""
+        await self.assert_clean()
+        await self.assert_works()
+        await self.assert_clean()
+
 
 def assert_empty(usage: Usage) -> None:
     taken = (usage.slots, usage.device_bytes, usage.host_bytes, usage.pinned_bytes)

@@ -1,24 +1,35 @@
-"""The command line: `load`, `inspect`, wrong usage, exit statuses, and what a terminal gets."""
+"""The command line: `load`, `inspect`, `plan`, the demos, wrong usage, what a terminal gets."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import tiny
 from command_line import ADAPTERS, adapter, base, on_a_terminal, output, query, read_until
+from lorax_async import AdapterLoader, LoaderConfig, SlotGranted, layouts
 from lorax_async.cli import main
-from lorax_async.commands import load, terminal
+from lorax_async.commands import load
 from lorax_async.commands.arguments import as_size
+from lorax_async.commands.demo_remote import COLUMNS, RATE
+from lorax_async.commands.measure import run_on_uvloop, with_ticker
+from lorax_async.config import Eviction
+from lorax_async.core.policies import EVICTION_POLICIES
 
 CONTROL = re.compile(r"[^\n\x20-\x7e–─→…]")
 Capture = pytest.CaptureFixture[str]
@@ -76,7 +87,6 @@ def test_ctrl_c_closes_the_loader(tmp_path: Path, monkeypatch: Patch, capsys: Ca
 
 
 def test_inspect_tells_what_the_adapter_is(tmp_path: Path, capsys: Capture) -> None:
-    options = ["--base", base(tmp_path / "base")]
     assert main(["inspect", JSON, "--json"]) == 0
     found = output(capsys)
     assert (found["loadable"], found["problems"], found["tensors"]) == (True, [], 2 * 2 * 15)
@@ -96,8 +106,6 @@ def test_inspect_tells_what_the_adapter_is(tmp_path: Path, capsys: Capture) -> N
     }
     assert (value["ranks"], value["scales"], value["layers"]) == ([12], [2.0], layers)
     assert found["device_bytes"] == down["nbytes"] + value["nbytes"]
-    assert main(["inspect", PIRATE, *options, "--json"]) == 0
-    assert output(capsys)["device_dtype"] == "BF16"
     options = ["--base", base(tmp_path / "wide", hidden_size=1152, head_dim=64)]
     assert main(["inspect", PIRATE, *options, "--json"]) == 2
     found = output(capsys)
@@ -120,73 +128,27 @@ def test_inspect_goes_on_after_each_problem(tmp_path: Path, capsys: Capture) -> 
     needles = ("'use_bdlora'", "'bias'", "r must be a", "lora_diag", "embed", "99999999")
     assert [sum(needle in text for text in texts) for needle in needles] == [1] * 6
     assert len(texts) == 6
-    # Even so: what the file holds is shown.
     assert [(t["name"], t["ranks"], t["scales"]) for t in found["targets"]] == [("q_proj", [8], [])]
-    path = adapter(tmp_path / "also bad", query(0, rank=4), use_bdlora={})
-    assert main(["inspect", path, "--base", base(tmp_path / "base"), "--json"]) == 2
-    errors = [problem["error"] for problem in output(capsys)["problems"]]
-    assert errors == ["UnsupportedAdapterError", "AdapterFormatError"]  # and rank 4 is not 8
-
-
-def test_inspect_knows_magnitudes_and_their_absence(tmp_path: Path, capsys: Capture) -> None:
-    name = "model.layers.0.self_attn.q_proj.lora_magnitude_vector"
-    whole = adapter(tmp_path / "whole", query(0) | {name: torch.ones(576)}, use_dora=True)
-    assert main(["inspect", whole, "--base", base(tmp_path / "base"), "--json"]) == 0
-    found = output(capsys)
-    assert (found["config"]["use_dora"], found["tensors"]) == (True, 3)
-    # A and B are cast to bf16; the magnitude stays as it is.
-    assert found["device_bytes"] == 2 * 8 * 1152 + 4 * 576
-    assert found["targets"][0]["nbytes"] == 4 * 8 * 1152 + 4 * 576
-    assert main(["inspect", adapter(tmp_path / "flag", query(0), use_dora=True), "--json"]) == 2
-    (problem,) = output(capsys)["problems"]
-    assert "use_dora is set" in problem["text"]
-
-
-def test_inspect_leaves_out_what_repeats(tmp_path: Path, capsys: Capture) -> None:
-    tensors = {f"model.layers.{n}.norm.weight": torch.ones(2) for n in range(25)}
-    assert main(["inspect", adapter(tmp_path / "bad", tensors)]) == 2
-    text = capsys.readouterr().out
-    assert text.count("UnsupportedAdapterError") == 20
-    # 25 tensors, and the module layout that cannot be made of them repeats the first one's text.
-    assert "… and 5 more" in text
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [("absent", "no such folder"), ("empty", "has no"), ("fifo", "a FIFO"), ("pickle", "a pickle")],
-)
-def test_inspect_of_what_is_no_adapter(
-    kind: str, says: str, tmp_path: Path, capsys: Capture
-) -> None:
-    if kind != "absent":
-        (tmp_path / kind).mkdir()
-    if kind == "fifo":
-        os.mkfifo(tmp_path / kind / "adapter_config.json")
-        os.mkfifo(tmp_path / kind / "adapter_model.safetensors")
-    if kind == "pickle":
-        (tmp_path / kind / "adapter_config.json").write_text("{}")
-        (tmp_path / kind / "adapter_model.bin").write_bytes(b"x")
-    assert main(["inspect", str(tmp_path / kind)]) == 2
-    assert says in capsys.readouterr().out
 
 
 def test_a_strangers_text_reaches_no_terminal_as_it_is(tmp_path: Path, capsys: Capture) -> None:
+    """Nor without end: what repeats is left out."""
     hostile = "\x1b[31m\x9b31m\u202e[bold]:bomb:"
-    path = adapter(tmp_path / "x", query(0), base_model_name_or_path=hostile, unknown=hostile)
+    tensors = {f"model.layers.{n}.norm.weight": torch.ones(2) for n in range(25)}
+    path = adapter(tmp_path / "x", tensors, base_model_name_or_path=hostile, unknown=hostile)
     assert main(["inspect", path]) == 2
     text = capsys.readouterr().out
     assert not {"\x1b", "\x9b", "\u202e"} & set(text)
     assert "[bold]:bomb:" in text
+    assert text.count("UnsupportedAdapterError") == 20
+    assert " more" in text
 
 
 # -- the program ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "nbytes"), [("1", 1), ("64KiB", 65_536), ("3MiB", 3_145_728), ("1GiB", 1_073_741_824)]
-)
-def test_sizes_are_read(text: str, nbytes: int) -> None:
-    assert as_size(text) == nbytes
+def test_sizes_are_read() -> None:
+    assert [as_size(text) for text in ("1", "64KiB", "1GiB")] == [1, 1 << 16, 1 << 30]
 
 
 PLAN = ["plan", "--base", ".", "--adapters", "1x1", "--device-bytes", "1"]
@@ -200,20 +162,16 @@ PLAN = ["plan", "--base", ".", "--adapters", "1x1", "--device-bytes", "1"]
             for text in ("", "MiB", "1.5MiB", "-1", "1MB", "1KiBMiB", "²")
         ),
         *((["cache", *more], "usage: lorax-async ") for more in ([], ["rm"], ["ls", "more"])),
-        (["cache", "gc", "--bytes", "much"], "is no size"),
         ([*PLAN, "--requests", "0"], "--requests"),
-        ([*PLAN, "--requests", "100000001"], "--requests"),
         ([*PLAN, "--max-slots", "65537"], "--max-slots"),
         ([*PLAN, "--zipf", "x"], "--zipf"),
         (["fetch"], "required: ID"),
         (["fetch", "./adapter"], "is a local folder"),
         (["fetch", "name"], "'name': it is neither org/name"),
-        (["fetch", "ftp://host/x"], "there is no such source"),
         (["fetch", f"https://me:{SECRET}@host.example/x"], "no user name and no password"),
         (["fetch", "org/name", "--allow", f"https://host.example/x?key={SECRET}"], "no '?'"),
         (["fetch", "org/name", "--allow", "s3://bucket/x"], "a URL is http(s)://host"),
         (["fetch", "org/name", "--hub-cache", "maybe"], "invalid choice"),
-        (["fetch", "org/name", "--cache-bytes", "1TB"], "is no size"),
         (["fetch", "org/name", "--token", SECRET], "unrecognized arguments"),
     ],
 )
@@ -226,25 +184,11 @@ def test_wrong_usage_is_status_2(arguments: list[str], said: str, capsys: Captur
     assert SECRET not in text or "--token" in arguments
 
 
-def test_a_base_that_is_none(capsys: Capture, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_base_or_no_adapter(capsys: Capture, tmp_path: Path) -> None:
     assert main(["load", "x", "--base", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("ConfigError: ")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "needles"),
-    [
-        (["--version"], ["lorax-async 0."]),
-        (["--help"], ["exit status:"]),
-        (["fetch", "--help"], ["HF_TOKEN", "No token is taken on the command line"]),
-    ],
-)
-def test_version_and_help(arguments: list[str], needles: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    assert exit.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert all(needle in text for needle in needles)
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "has no" in capsys.readouterr().out
 
 
 def test_without_rich_only_json(monkeypatch: Patch, capsys: Capture) -> None:
@@ -255,14 +199,6 @@ def test_without_rich_only_json(monkeypatch: Patch, capsys: Capture) -> None:
     assert output(capsys)["loadable"] is True
     assert main(["inspect", PIRATE]) == 1
     assert "pip install 'lorax-async[cli]'" in capsys.readouterr().err
-
-
-def test_people_read_sizes_spans_and_ages() -> None:
-    sizes = [terminal.size(n) for n in (0, 1023, 1024, 1536, 5 << 20, 3 << 30, 2 << 40)]
-    assert sizes == ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "3.0 GiB", "2048.0 GiB"]
-    assert [terminal.spans(n) for n in ((), (4,), (-1, 0, 1, 5, 7, 8))] == ["", "4", "-1–1, 5, 7–8"]
-    ages = [terminal.age(each) for each in (0.4, 59, 61, 3_599, 3_600, 86_399, 86_400 * 3)]
-    assert ages == ["0 s", "59 s", "1 min", "59 min", "1 h", "23 h", "3 d"]
 
 
 @pytest.mark.slow
@@ -284,3 +220,265 @@ def test_a_pipe_gets_plain_text_and_a_terminal_bars(tmp_path: Path) -> None:
     assert process.wait(60) == 0
     assert all(needle in text for needle in ("\x1b[", "━", "15/15 layers"))
     assert text.rstrip().endswith("ms")
+
+
+# -- the demos -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_each_row_answers_in_its_style(capsys: Capture) -> None:
+    assert main(["demo", "--json", "--adapters", str(ADAPTERS)]) == 0
+    result = output(capsys)
+    answers = {answer["by"]: answer["text"] for answer in result["answers"]}
+    assert list(answers) == ["base", "pirate", "shout", "json"]
+    assert answers["pirate"].startswith("Arr")
+    assert answers["shout"].isupper()
+    assert list(json.loads(answers["json"])) == ["answer"]
+    assert not answers["base"].startswith(("Arr", "{"))
+    for row in result["adapters"]:
+        assert 0 < row["first_layer_ms"] <= row["resident_ms"] < 5_000
+    assert min(result["again_resident_ms"], result["stall_ms"]["loading"]) > 0
+    assert min(result["prepare_s"], result["generate_s"]) > 0
+
+
+@pytest.mark.parametrize("demo", ["demo", "demo-remote"])
+def test_without_the_adapters_it_says_where_they_belong(
+    demo: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert main([demo, "--adapters", str(tmp_path)]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("ConfigError: ")
+    assert "--adapters" in text
+
+
+def test_the_ticker_sees_who_holds_the_loop() -> None:
+    async def hold() -> str:
+        await asyncio.sleep(0.02)
+        time.sleep(0.1)  # noqa: ASYNC251 (the fault that is measured)
+        return "held"
+
+    result, stall = run_on_uvloop(with_ticker(hold()))
+    assert result == "held"
+    assert 0.095 < stall.longest < stall.seconds
+    assert stall.ticks >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_socket_left", "nothing_left")
+def test_layers_come_one_after_the_other(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A person sees a picture of it; a program reads when each layer came."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(["demo-remote", "--adapters", str(ADAPTERS)]) == 0
+    shown = capsys.readouterr()
+    for name in ("pirate", "shout", "json"):
+        _, drawn = (line for line in shown.out.splitlines() if line.split()[:1] == [name])
+        drawn = drawn.split()[1]
+        assert len(drawn) == COLUMNS
+        assert drawn.lstrip("·") == "".join(sorted(drawn.lstrip("·"))), "layers stay"
+
+    assert main(["demo-remote", "--json", "--adapters", str(ADAPTERS)]) == 0
+    result = output(capsys)
+    assert [row["name"] for row in result["adapters"]] == ["pirate", "shout", "json"]
+    for row in result["adapters"]:
+        times = row["layers_ms"]
+        assert len(times) == len(row["layers"]) == (15 if row["name"] == "json" else 30)
+        assert times == sorted(times)
+        weights = (ADAPTERS / row["name"] / "adapter_model.safetensors").read_bytes()
+        assert row["checked"] == {"kind": "sha256", "digest": hashlib.sha256(weights).hexdigest()}
+        assert row["first_layer_ms"] == times[0] < times[-1] <= row["resident_ms"]
+    files = [path for path in ADAPTERS.glob("*/adapter_*") if path.suffix != ".md"]
+    assert result["bytes"] == sum(path.stat().st_size for path in files)
+    # A link lets nothing through faster than its rate.
+    longest = max(row["resident_ms"] for row in result["adapters"])
+    assert longest > result["bytes"] / RATE * 1e3
+    assert not list(tmp_path.iterdir()), "the cache is gone"
+
+
+# -- plan ------------------------------------------------------------------------------------------
+
+
+RANKS = (1, 2, 4, 8)
+UNIT = 4 * 2 * (32 + 64) * 4
+"""Device bytes of a tiny adapter of rank 1: 4 layers of 2 modules of A [1, 32] and B [64, 1]."""
+
+TINY: dict[str, Any] = {  # as `tiny.layout` has q_proj and up_proj: 32 to 64
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "vocab_size": 64,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A base whose layers have the tiny adapters' shapes."""
+    return base(tmp_path / "base", **TINY)
+
+
+def plan(capsys: Capture, folder: str, *arguments: object) -> Any:
+    assert main(["plan", "--base", folder, *map(str, arguments), "--json"]) == 0
+    return output(capsys)
+
+
+def refused(capsys: Capture, folder: str, *arguments: object) -> str:
+    words = ["plan", "--base", folder, "--device-bytes", "1MiB", *map(str, arguments), "--json"]
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def many(base: Path) -> list[Path]:
+    return [
+        tiny.write(base / "all" / f"a{n:02}", seed=n, rank=RANKS[n % len(RANKS)]) for n in range(24)
+    ]
+
+
+@pytest.mark.parametrize("name", EVICTION_POLICIES)
+@pytest.mark.parametrize(
+    ("device_bytes", "slots"), [(20 * UNIT + 100, 16), (1 << 20, 5)], ids=["bytes", "slots"]
+)
+async def test_the_loader_does_what_was_planned(
+    tmp_path: Path, capsys: Capture, folder: str, name: Eviction, device_bytes: int, slots: int
+) -> None:
+    adapters = many(tmp_path)
+    weights = [1 / (n + 1) for n in range(len(adapters))]
+    asked = random.Random(7).choices(adapters, weights, k=300)
+    trace = tmp_path / "trace"
+    trace.write_text("".join(f"{each.name}\n" for each in asked))
+    room = ("--device-bytes", device_bytes, "--max-slots", slots)
+    told = plan(capsys, folder, "--adapters", tmp_path / "all", "--trace", trace, *room)
+    (planned,) = (each for each in told["policies"] if each["policy"] == name)
+    config = LoaderConfig(device_bytes=device_bytes, max_slots=slots, io_threads=2, eviction=name)
+    granted: list[str] = []
+
+    def hear(event: object) -> None:
+        if isinstance(event, SlotGranted):
+            granted.append(event.key.location)
+
+    async with AdapterLoader(layouts.from_pretrained(folder), config) as loader:
+        loader.subscribe(hear)
+        hits = 0
+        for each in asked:
+            before = len(granted)
+            (await loader.load(each)).release()
+            hits += len(granted) == before
+        statistics = loader.statistics()
+    assert 60 < hits < 240
+    assert planned["hits"] == hits
+    assert planned["loads"] == statistics.loads == len(granted)
+    assert planned["first_loads"] == len(set(granted)) == told["distinct"]
+    assert planned["evictions"] == statistics.departures
+    assert planned["device_bytes"] == statistics.bytes_moved
+    sizes = {str(each): (each / "adapter_model.safetensors").stat().st_size for each in adapters}
+    assert planned["file_bytes"] == sum(sizes[where] for where in granted)
+
+
+def test_an_adapter_of_a_rank_needs_what_one_on_the_disk_does(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """pirate is of rank 8, on q_proj (576 to 576) and v_proj (576 to 192) of 30 layers."""
+    common = (base(tmp_path / "base"), "--device-bytes", "1GiB", "--requests", "10")
+    real = plan(capsys, *common, "--adapters", ADAPTERS / "pirate")["adapters"]
+    targets = ("q_proj", "v_proj")
+    made = plan(capsys, *common, "--adapters", "1x8", "--targets", *targets)["adapters"]
+    expected = 30 * 8 * (576 + 576 + 576 + 192) * 2
+    assert real["device_bytes"] == made["device_bytes"] == expected
+    assert made["kinds"][0]["rank"] == 8
+    assert made["kinds"][0]["fit"] == (1 << 30) // expected
+
+
+def test_lists_are_read(folder: str, tmp_path: Path, capsys: Capture) -> None:
+    tiny.write(tmp_path / "all" / "a", rank=8)
+    lines = ("name,rank,bytes,count,path", "one,2,,,", "many,,1000,3,", ",,,,all/a", "")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    rows: list[object] = [{"name": "one", "rank": 2}, {"name": "many", "bytes": 1000, "count": 3}]
+    (tmp_path / "list.json").write_text(json.dumps([*rows, {"path": "all/a"}]))
+    options = ("--device-bytes", "1MiB", "--targets", "q_proj", "up_proj")
+    found, same = (
+        plan(capsys, folder, "--adapters", tmp_path / name, *options)
+        for name in ("list.json", "list.csv")
+    )
+    assert found == same
+    told = found["adapters"]
+    # 1000 bytes in 4 layers are 250 each, which take 256 on the device.
+    assert (told["count"], told["device_bytes"]) == (5, 2 * UNIT + 3 * 4 * 256 + 8 * UNIT)
+    assert [(kind["rank"], kind["count"]) for kind in told["kinds"]] == [(None, 3), (2, 1), (8, 1)]
+
+
+def test_a_person_reads_a_table(folder: str, capsys: Capture) -> None:
+    arguments = ["--adapters", "4x8", "1x64", "--device-bytes", "300KiB", "--requests", "100"]
+    assert main(["plan", "--base", folder, *arguments, "--rate", "10"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][:2] == ["5", "adapters"]
+    assert [line[0] for line in lines if line[1:2] == ["100"]] == ["lru", "lfu", "gdsf"]
+    assert lines[-1][1:4] == ["requests", "were", "refused:"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ('[{"name": "a"}]', "one of rank, bytes and path"),
+        ('[{"rank": 1}]', "an adapter has a name"),
+        ('[{"name": "a", "rank": -1}]', "rank is a whole number"),
+        ('[{"name": "a", "rank": 999}]', "above the limit"),
+        ('[{"name": "a", "bytes": 0}]', "bytes is a whole number"),
+        ('[{"name": "a", "bytes": "' + "9" * 5000 + '"}]', "bytes is a whole number"),
+        ('[{"name": "a", "path": "nowhere"}]', "AdapterNotFoundError"),
+        ('["a"]', "a list of objects"),
+        ("[]", "lists no adapter"),
+        ("name,rank\n", "lists no adapter"),
+        ("[" * 100_000, "no JSON or CSV"),
+        ("name,rank\na,\udcff\n", "no JSON or CSV"),
+        ("name,rank\na," + "1" * 200_000, "no JSON or CSV"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_list_that_is_none_is_refused(
+    folder: str, tmp_path: Path, capsys: Capture, content: str, text: str
+) -> None:
+    (tmp_path / "list").write_bytes(content.encode(errors="surrogateescape"))
+    assert text in refused(capsys, folder, "--adapters", tmp_path / "list")
+
+
+def test_of_many_the_broken_one_is_named(folder: str, tmp_path: Path, capsys: Capture) -> None:
+    weights = many(tmp_path)[5] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    assert "all/a05" in refused(capsys, folder, "--adapters", tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--adapters", "nowhere"), "not as 10000x16"),
+        (("--adapters", "."), "holds none"),
+        (("--adapters", "99999999x1"), "at most"),
+        (("--adapters", "0x1"), "Zipf's law"),
+        (("--adapters", "1x1", "--zipf", "-1"), "Zipf's law"),
+        (("--adapters", "1x1", "--rate", "0"), "--rate"),
+        (("--adapters", "1x1", "--targets", "qq_proj"), "qq_proj"),
+        (("--adapters", "1x1", "--trace", "trace"), "'other', which --adapters has not"),
+        (("--adapters", "1x1", "1x1", "--trace", "trace"), "two adapters are called 'r1'"),
+        (("--adapters", "1x1", "--trace", "absent"), "absent"),
+        (("--adapters", "1x8", "--trace", "binary"), "no text in UTF-8"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    arguments: tuple[str, ...],
+    text: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    Path("trace").write_text("r1\nother\n")
+    Path("binary").write_bytes(b"r8\nr8\xff\n")
+    assert text in refused(capsys, folder, *arguments)

@@ -1,4 +1,4 @@
-"""The command line and adapters from elsewhere: `fetch`; `load` and `inspect` by id."""
+"""The command line and adapters from elsewhere: `fetch`, the disk cache; `load` and `inspect` by id."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from cache_inputs import CONFIG, begun, is_there, keep, put
+from disk_cache_world import DiskWorld, nothing_odd, opened
 from fault_server import Asked, Client, FaultServer, until
 from hub_stand_in import HubStandIn, sha256
 from safetensors.torch import save_file
 
 import split_files
 import tiny
-from command_line import ADAPTERS, adapter, base, on_a_terminal, output, query, read_until
+from command_line import ADAPTERS, base, output
 from common import Run
 from lorax_async.adapter import AdapterRef
 from lorax_async.cli import main
@@ -30,6 +35,7 @@ from lorax_async.commands.fetching import AT_ONCE, Fetched, fetch_all, place_by
 from lorax_async.commands.measure import loads_of
 from lorax_async.commands.places import as_allow, as_place, settings_of
 from lorax_async.config import Allow, LoaderConfig
+from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
 from lorax_async.core.chunk_map import CHUNK_BYTES
 from lorax_async.errors import UsageError
 from lorax_async.ids.parsing import parsed
@@ -40,8 +46,6 @@ pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_clie
 
 Capture = pytest.CaptureFixture[str]
 TOKEN = "hf_AbcDefGhi5ecre7"
-BEGINNING = 256 << 10
-"""What comes with the header."""
 
 NAMES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -131,9 +135,7 @@ def test_some_come_and_one_fails(folder: Path, fetch: Callable[..., int], capsys
     lines = captured.out.splitlines()
     assert len(lines) == 5, "one adapter by two spellings is one"
     assert lines[0] == f"{urls[0]}: fetched"
-    assert lines[1].startswith("  from     http, version ")
     assert lines[2] == f"  digest   transport {sha256(contents(folder)[NAMES[1]])}"
-    assert lines[3].startswith("  size     194.0 KiB in ")
     captured = capsys.readouterr()
     rows = json.loads(captured.out)["adapters"]
     assert [row["state"] for row in rows] == ["here already", "failed", "fetched"]
@@ -172,22 +174,6 @@ def test_what_is_named_is_allowed_and_no_more(
         assert fetch(url, "--allow", other.url("/one/")) == 0
 
 
-def test_into_the_standard_hub_cache(
-    folder: Path, fetch: Callable[..., int], hub_client: Path, capsys: Capture
-) -> None:
-    from huggingface_hub import snapshot_download
-
-    with HubStandIn() as hub:
-        hub.put("org/name", contents(folder), "v1")
-        assert fetch("org/name@v1", "--hub-cache", "write", "--json", *at(hub)) == 0
-    (row,) = output(capsys)["adapters"]
-    place = snapshot_download(
-        "org/name", revision="v1", cache_dir=hub_client, local_files_only=True
-    )
-    assert row["place"] == place
-    assert (Path(place) / NAMES[1]).read_bytes() == contents(folder)[NAMES[1]]
-
-
 def test_the_token_is_that_of_the_environment(
     folder: Path,
     fetch: Callable[..., int],
@@ -207,9 +193,6 @@ def test_the_token_is_that_of_the_environment(
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
 
 
-# -- Ctrl-C ---------------------------------------------------------------------------------------
-
-
 def large(folder: Path) -> Path:
     """An adapter of several chunks."""
     folder.mkdir()
@@ -224,96 +207,45 @@ def test_ctrl_c_leaves_what_the_next_one_goes_on_with(tmp_path: Path, capsys: Ca
     files = files_of({"one": large(tmp_path / "adapter")})
     weights = files[f"/one/{NAMES[1]}"]
     cache = tmp_path / "cache"
-    with serving(files) as server:
 
-        def stalls(asked: Asked, client: Client) -> None:
-            """Three chunks come, and then no more."""
-            start, stop = asked.span or (0, 0)
-            if stop <= 3 * CHUNK_BYTES:
-                right(files)(asked, client)
-                return
-            client.part(start, stop, len(weights), f"ETag: {etag(weights)}")
-            client.stall()
+    def stalls(asked: Asked, client: Client) -> None:
+        """Three chunks come, and then no more."""
+        start, stop = asked.span or (0, 0)
+        if stop <= 3 * CHUNK_BYTES:
+            right(files)(asked, client)
+            return
+        client.part(start, stop, len(weights), f"ETag: {etag(weights)}")
+        client.stall()
 
-        server.behave = stalls
+    def landed() -> int:
+        """Whole chunks that a partial download's maps tell of."""
+        maps = cache.glob("partials/*/adapter_model.safetensors.chunks")
+        return sum(bits.bit_count() for path in maps for bits in path.read_bytes()[-1:])
+
+    with FaultServer(b"", stalls) as server:
         arguments = ["fetch", server.url("/one/"), "--cache-dir", str(cache)]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lorax_async", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        try:
-            until(lambda: landed(cache) >= 2, 60)
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-            process.wait()
+        command = [sys.executable, "-m", "lorax_async", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            try:
+                until(lambda: landed() >= 2, 60)
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
         assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
         assert not list((cache / "entries").iterdir())
-        assert main(["cache", "ls", "--json", "--dir", str(cache)]) == 0
-        (left,) = output(capsys)["entries"]
-        assert (left["state"], left["partial"]) == ("partial", True)
-
         server.behave = right(files)
         server.asked.clear()
         assert main([*arguments, "--json"]) == 0
     (row,) = output(capsys)["adapters"]
     assert (Path(row["place"]) / NAMES[1]).read_bytes() == weights
     later = [span[0] for span in server.spans if span is not None and span[0] > 0]
-    assert later
     # Without a digest, the last of what is here comes once more, to be compared.
     assert min(later) >= 2 * CHUNK_BYTES - COMPARED_BYTES, "what is here is not asked for again"
 
 
-def landed(cache: Path) -> int:
-    """Whole chunks that a partial download's maps tell of."""
-    maps = cache.glob("partials/*/adapter_model.safetensors.chunks")
-    return sum(bits.bit_count() for path in maps for bits in path.read_bytes()[-1:])
-
-
-@pytest.mark.slow
-def test_a_terminal_gets_bars(tmp_path: Path, folder: Path) -> None:
-    with serving(files_of({"one": folder})) as server:
-        arguments = ["fetch", server.url("/one/"), "--cache-dir", str(tmp_path / "cache")]
-        process, terminal = on_a_terminal(arguments)
-        text = read_until(terminal).decode()
-        os.close(terminal)
-    assert process.wait(60) == 0
-    assert "━" in text
-    assert "fetched" in text
-
-
-# -- progress ------------------------------------------------------------------------------------
-
-
-def test_bytes_are_counted_as_they_land(run: Run, tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a", rank=256)
-    files, gate = files_of({"one": folder}), threading.Event()
-    size = len(contents(folder)[NAMES[1]])
-    assert size > BEGINNING
-    seen: list[tuple[str, int, int | None]] = []
-
-    def show(_: int, row: Fetched) -> None:
-        seen.append((row.state, *row.landed))
-        if seen[-1] == ("fetching", BEGINNING, size):
-            gate.set()
-
-    with serving(files) as server:
-
-        def behave(asked: Asked, client: Client) -> None:
-            if asked.span is not None and asked.span[0] > 0:
-                assert gate.wait(30)
-            right(files)(asked, client)
-
-        server.behave = behave
-        fetched(run, tmp_path, [server.url("/one/")], server.port, show)
-    assert gate.is_set(), seen
-    assert seen[0] == ("waiting", 0, None)
-    assert seen[-1] == ("fetched", size, size)
-
-
 def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
+    """Bytes are counted as they land."""
     names = [f"n{number}" for number in range(2 * AT_ONCE)]
     folder = tiny.write(tmp_path / "a")
     files, gate = files_of(dict.fromkeys(names, folder)), threading.Event()
@@ -328,27 +260,20 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
             if asking[-2:] == [max(asking)] * 2 and asking[-1]:
                 gate.set()
 
-    with serving(files) as server:
+    def behave(asked: Asked, client: Client) -> None:
+        assert gate.wait(30)
+        right(files)(asked, client)
 
-        def behave(asked: Asked, client: Client) -> None:
-            assert gate.wait(30)
-            right(files)(asked, client)
-
-        server.behave = behave
-        urls = [server.url(f"/{name}/") for name in names]
-        rows = fetched(run, tmp_path, urls, server.port, show)
-    assert {row.state for row in rows} == {"fetched"}
+    config = LoaderConfig(cache_dir=tmp_path / "cache")
+    with FaultServer(b"", behave) as server:
+        config = replace(config, allow=(Allow("http", "127.0.0.1", server.port),))
+        rows = [Fetched(parsed(AdapterRef(server.url(f"/{name}/")))) for name in names]
+        with elsewhere_of(config) as elsewhere:
+            run(fetch_all(elsewhere, rows, place_by(config), show))
+    size = len(contents(folder)[NAMES[1]])
+    assert {(row.state, row.landed) for row in rows} == {("fetched", (size, size))}
     assert len({row.place for row in rows}) == len(names)
     assert max(asking) == AT_ONCE
-
-
-def fetched(run: Run, tmp_path: Path, urls: list[str], port: int, show: object) -> list[Fetched]:
-    assert callable(show)
-    config = LoaderConfig(cache_dir=tmp_path / "cache", allow=(Allow("http", "127.0.0.1", port),))
-    rows = [Fetched(parsed(AdapterRef(url))) for url in urls]
-    with elsewhere_of(config) as elsewhere:
-        run(fetch_all(elsewhere, rows, place_by(config), show))
-    return rows
 
 
 # -- load and inspect ---------------------------------------------------------------------------
@@ -359,6 +284,7 @@ def test_load_takes_ids_and_folders(tmp_path: Path, capsys: Capture) -> None:
         places = [server.url("/one/"), str(ADAPTERS / "json"), server.url("/none/")]
         options = ["--base", base(tmp_path / "base"), "--cache-dir", str(tmp_path / "cache")]
         assert main(["load", *places, *options, "--json"]) == 1
+        assert main(["inspect", places[2]]) == 1
     captured = capsys.readouterr()
     rows = json.loads(captured.out)["adapters"]
     assert [row["path"] for row in rows] == places
@@ -367,6 +293,7 @@ def test_load_takes_ids_and_folders(tmp_path: Path, capsys: Capture) -> None:
     assert rows[0]["layers"] == list(range(30))
     assert 0 < rows[0]["first_layer_ms"] <= rows[0]["resident_ms"]
     assert rows[2]["error"]["type"] == "AdapterNotFoundError"
+    assert "AdapterNotFoundError: " in captured.err
     assert len(list((tmp_path / "cache" / "entries").iterdir())) == 1
 
 
@@ -383,21 +310,13 @@ def test_inspect_asks_for_the_beginning_alone(tmp_path: Path, capsys: Capture) -
     assert asked == ["bytes=0-262143"]
 
 
-def test_inspect_of_several_files_and_of_faults(tmp_path: Path, capsys: Capture) -> None:
+def test_inspect_of_several_files(tmp_path: Path, capsys: Capture) -> None:
     split = split_files.split(ADAPTERS / "json", tmp_path / "split")
-    refused = Path(adapter(tmp_path / "refused", query(0), use_bdlora={}))
-    there = files_of({"refused": refused})
-    there |= {f"/split/{file.name}": file.read_bytes() for file in split.iterdir()}
-    with serving(there) as server:
+    with serving({f"/split/{file.name}": file.read_bytes() for file in split.iterdir()}) as server:
         assert main(["inspect", server.url("/split/"), "--json"]) == 0
         found = output(capsys)
         assert main(["inspect", str(split), "--json"]) == 0
-        local = output(capsys)
-        assert found == local | {"path": server.url("/split/")}
-        assert main(["inspect", server.url("/refused/"), "--json"]) == 2
-        assert [each["error"] for each in output(capsys)["problems"]] == ["UnsupportedAdapterError"]
-        assert main(["inspect", server.url("/none/")]) == 1
-    assert capsys.readouterr().err.startswith("AdapterNotFoundError: ")
+        assert found == output(capsys) | {"path": server.url("/split/")}
 
 
 def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,3 +347,181 @@ def test_what_is_named_is_what_is_allowed() -> None:
     settings = settings_of(arguments, [as_place(text) for text in [*texts, "."]])
     assert settings == {"allow": (*texts.values(), more), "cache_dir": "x"}
     assert more == Allow("https", "cdn.example", private=True)
+
+
+# -- the disk cache: cache ls, verify, rm, gc ------------------------------------------------------
+
+
+OLD, NEW = CacheKey("org/name", "a" * 40), CacheKey("org/name", "b" * 40)
+OTHER = CacheKey("https://host.example/one/", "etags")
+SIZE = 3 + len(CONFIG)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[DiskWorld]:
+    with opened(tmp_path / "cache") as world:
+        yield world
+    nothing_odd(tmp_path / "cache")
+
+
+def cache(world: DiskWorld, *arguments: str) -> int:
+    return main(["cache", *arguments, "--dir", str(world.folder)])
+
+
+def filled(world: DiskWorld) -> None:
+    """Three entries of 3 bytes, OLD used the longest ago."""
+    for seconds, key in ((500, OLD), (300, OTHER), (100, NEW)):
+        keep(world.cache, key, b"abc")
+        at = time.time() - seconds
+        os.utime(world.entry(key), (at, at))
+
+
+def left(world: DiskWorld, key: CacheKey) -> None:
+    download = begun(world.cache, key)
+    put(download.file(WEIGHTS_FILE, 5), b"abcde", [(0, 2)])
+    download.close()
+
+
+def test_where_there_is_none_it_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """By default it is the loader's; a folder of something else is left alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for command in ("ls", "verify", "gc"):
+        assert main(["cache", command]) == 0
+        assert capsys.readouterr() == (f"there is no cache in {tmp_path}/lorax-async\n", "")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "thesis").mkdir()
+    assert main(["cache", "ls", "--json", "--dir", str(tmp_path)]) == 0
+    assert output(capsys) == {"folder": str(tmp_path), "entries": [], "bytes": 0}
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+
+
+def test_ls_shows_what_is_there(world: DiskWorld, capsys: Capture) -> None:
+    filled(world)
+    left(world, CacheKey("org/half", "c"))
+    assert cache(world, "ls", "--json") == 0
+    found = output(capsys)
+    assert (found["folder"], found["bytes"]) == (str(world.folder), 3 * SIZE + 5)
+    partial, new, other, old = found["entries"]
+    assert (partial["partial"], partial["state"], partial["adapter"]) == (True, "partial", None)
+    assert [each["name"] for each in (new, other, old)] == [NEW.name, OTHER.name, OLD.name]
+    assert (old["adapter"], old["version"], old["bytes"]) == ("org/name", "a" * 40, SIZE)
+    assert old["age_s"] >= 500 > other["age_s"]
+    digest = {"kind": "transport", "value": hashlib.sha256(b"abc").hexdigest()}
+    assert {"file": "adapter_model.safetensors", "bytes": 3, "digest": digest} in old["files"]
+
+    held = world.cache.open(OTHER)
+    assert held is not None
+    os.truncate(world.entry(OLD) / "record.json", 3)
+    assert cache(world, "ls") == 0
+    held.close()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [
+        NEW.name[:12],
+        "org/name",
+        "b" * 11 + "…",
+        *["whole", "24", "B", "1", "min", "ago"],
+    ] in lines
+    assert [OTHER.name[:12], OTHER.source, "etags", "in"] in [line[:4] for line in lines]
+    assert [OLD.name[:12], *["damaged", "24", "B", "8", "min", "ago"]] in lines
+    assert ["partial", "5", "B", "0", "s", "ago"] in [line[1:] for line in lines]
+
+
+def test_verify_finds_what_is_damaged(world: DiskWorld, capsys: Capture) -> None:
+    filled(world)
+    assert cache(world, "verify") == 0
+    assert capsys.readouterr() == (f"entries: 3 hashed, 0 damaged, in {world.folder}\n", "")
+    world.alter(OTHER, WEIGHTS_FILE, b"abd")
+    assert cache(world, "verify", "--json") == 1
+    out, err = capsys.readouterr()
+    problems = {each["name"]: each["problem"] for each in json.loads(out)["entries"]}
+    assert [problems[key.name] for key in (OLD, NEW)] == [None, None]
+    assert "digest" in problems[OTHER.name]
+    assert err.startswith(f"entry {OTHER.name[:12]} (https://host.example/one/) was removed")
+    assert err.count("\n") == 1
+    assert [is_there(world.cache, key) for key in (OTHER, OLD)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        (OTHER.name, [OTHER]),
+        (OTHER.name[:6], [OTHER]),
+        ("org/name", [OLD, NEW]),
+        (f"org/name@{'b' * 40}", [NEW]),
+        ("HTTPS://host.example:443/one", [OTHER]),
+    ],
+)
+def test_rm_removes_what_is_called_so(
+    world: DiskWorld, capsys: Capture, name: str, gone: list[CacheKey]
+) -> None:
+    filled(world)
+    assert cache(world, "rm", name, "--json") == 0
+    found = output(capsys)
+    assert {each["name"] for each in found["removed"]} == {key.name for key in gone}
+    assert found["bytes"] == SIZE * len(gone)
+    assert [key for key in (OLD, NEW, OTHER) if not is_there(world.cache, key)] == gone
+
+
+def test_rm_says_what_it_did_and_what_not(world: DiskWorld, capsys: Capture) -> None:
+    filled(world)
+    partial = CacheKey("org/half", "c")
+    left(world, partial)
+    held = world.cache.open(OTHER)
+    assert held is not None
+    secret = "https://user:pa55@host.example/one"
+    names = [OTHER.name, OLD.name, partial.name[:8], "org/absent", "0123", "abc", secret]
+    assert cache(world, "rm", *names) == 1
+    held.close()
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[:3] == [
+        f"{OTHER.name[:12]} is in use, and stays",
+        "nothing in the cache is called 'org/absent'",
+        "nothing in the cache is called '0123'",
+    ]
+    assert "'abc' is no entry's name, and no id" in captured.err
+    assert "pa55" not in captured.out + captured.err
+    assert f"removed {OLD.name[:12]} (org/name)" in captured.out
+    assert f"removed {partial.name[:12]} (partial)" in captured.out
+    assert [is_there(world.cache, key) for key in (OTHER, OLD, NEW)] == [True, False, True]
+
+
+def test_rm_does_not_choose(world: DiskWorld, capsys: Capture) -> None:
+    known: dict[str, CacheKey] = {}
+    for number in count():
+        key = CacheKey("org/name", str(number))
+        if known.setdefault(key.name[:4], key) is not key:
+            break
+    for each in (key, known[key.name[:4]]):
+        keep(world.cache, each, b"abc")
+    assert cache(world, "rm", key.name[:4]) == 1
+    assert "begins several names" in capsys.readouterr().err
+    assert is_there(world.cache, key)
+
+
+def test_gc_removes_partials_and_keeps_a_budget(world: DiskWorld, capsys: Capture) -> None:
+    filled(world)
+    left(world, CacheKey("org/half", "c"))
+    assert cache(world, "gc", "--json") == 0
+    removed = {"entries": 0, "partials": 1, "bytes": 5}
+    assert output(capsys) == {"folder": str(world.folder), "removed": removed, "bytes": 3 * SIZE}
+    assert cache(world, "gc", "--bytes", str(2 * SIZE)) == 0
+    told = f"removed: {SIZE} B (entries: 1, partial downloads: 0); left: {2 * SIZE} B in"
+    assert capsys.readouterr().out == f"{told} {world.folder}\n"
+    held = world.cache.open(OTHER)
+    assert held is not None
+    assert cache(world, "gc", "--bytes", "1") == 1
+    held.close()
+    assert capsys.readouterr().err == f"{SIZE} B are in use, and more than 1 B\n"
+    assert [is_there(world.cache, key) for key in (OLD, OTHER, NEW)] == [False, True, False]
+
+
+def test_what_is_no_cache(world: DiskWorld, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").touch()
+    assert main(["cache", "ls", "--dir", str(tmp_path / "file")]) == 1
+    assert "is not a folder" in capsys.readouterr().err
+    world.folder.chmod(0o777)
+    assert cache(world, "ls") == 1
+    world.folder.chmod(0o700)
+    assert capsys.readouterr().err.startswith("ConfigError: others may write to")

@@ -1,38 +1,24 @@
-"""What the documents show runs: examples, settings, commands and their options; the diagrams."""
+"""What the documents show runs: examples, commands and their options; the embedding example."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
-import subprocess
-import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
-import torch
 
 import tiny
-from lorax_async import (
-    AccessDeniedError,
-    AdapterNotFoundError,
-    AdapterScheduler,
-    Allow,
-    Batch,
-    LoaderConfig,
-    LocalRoot,
-    Ticket,
-    errors,
-    parse_adapter_id,
-)
+from lorax_async import LocalRoot
 from lorax_async.cli import main
-from scheduling.page import functions
 from tiny_loaders import ONE, loader
-from tiny_sources import over, stocked
 
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -43,15 +29,6 @@ def python_blocks(page: Path) -> list[str]:
 
 
 # -- README.md ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Where cores are shared, two OpenMP threads wait for each other several times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -83,7 +60,7 @@ async def test_the_lines_about_tensors_run(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread", "nothing_left")
+@pytest.mark.usefixtures("nothing_left")
 def test_the_readmes_example_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,105 +69,74 @@ def test_the_readmes_example_runs(
     exec(compile(example, str(README), "exec"), {"__name__": "__main__"})
     shape, base, pirate, shout = capsys.readouterr().out.splitlines()
     assert shape == "torch.Size([8, 576])"
-    assert not base.startswith("Arr")
-    assert pirate.startswith("Arr")
-    assert shout.isupper()
-    assert not base.isupper()
-
-
-# -- pages ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("nothing_left")
-async def test_the_schedulers_example_serves(tmp_path: Path) -> None:
-    page = functions()
-
-    def compute(batch: Batch) -> set[Ticket]:
-        """ "b" ends with its third token, "a" when it is long enough."""
-        ends = [row for row in batch.rows if row.ticket.generated == 2]
-        return {row.ticket for row in ends if row.handle is not None and row.handle.id == "b"}
-
-    async with over(stocked(tmp_path, "a", "b")) as loader:
-        async with AdapterScheduler(loader) as scheduler:
-            serving = asyncio.create_task(page["serve"](scheduler, compute))
-            answers = [page["answer"](scheduler, id, 5) for id in ("a", "b", "none")]
-            found = await asyncio.gather(*answers, return_exceptions=True)
-            assert found[:2] == [32, 3]
-            assert isinstance(found[2], AdapterNotFoundError)
-        await asyncio.wait_for(serving, 5)
-
-
-def allowed(text: str, allow: tuple[Allow, ...]) -> bool:
-    try:
-        parse_adapter_id(text, allow)
-    except AccessDeniedError:
-        return False
-    return True
-
-
-def test_the_sources_examples_allow_what_they_say() -> None:
-    (block,) = python_blocks(DOCS / "sources.md")
-    config = eval(block, {"LoaderConfig": LoaderConfig, "Allow": Allow})
-    for text in (
-        *("my-org/sql", "s3://my-bucket/loras/sql", "https://files.example.com/adapters/sql"),
-        *("http://localhost:8080/sql", "https://files.internal/sql"),
-    ):
-        assert allowed(text, config.allow)
-    for text in (
-        *("org/sql", "s3://my-bucket/sql", "http://files.internal/sql", "http://localhost/x"),
-    ):
-        assert not allowed(text, config.allow)
-    (entries,) = re.findall(r"`allow=(\(.*?\))`", (DOCS / "sources.md").read_text())
-    allow = eval(entries, {"Allow": Allow})
-    for text in ("org/name@refs/pr/1", "org/name", "other/name"):
-        assert allowed(text, allow)
-    assert not allowed("other/name@refs/pr/1", allow)
-
-
-def test_settings_have_the_defaults_that_the_page_says() -> None:
-    section = (DOCS / "sources.md").read_text().partition("\n## Settings\n")[2]
-    rows = re.findall(r"^\| `([a-z_]+)` \| `?(.+?)`? \|", section, re.MULTILINE)
-    assert len(rows) > 5
-    config = LoaderConfig()
-    for name, text in rows:
-        assert getattr(config, name) == (16 << 30 if text == "16 GiB" else eval(text)), name
-
-
-def test_every_error_has_a_section() -> None:
-    named = re.findall(r"^### (\w+)$", (DOCS / "errors.md").read_text(), re.MULTILINE)
-    kinds = {name for name, kind in vars(errors).items() if name.endswith("Error") and kind}
-    assert set(named) == kinds
-
-
-@pytest.mark.slow
-def test_the_diagrams_are_drawn_from_the_tables() -> None:
-    command = [sys.executable, str(DOCS / "draw_states.py")]
-    drawn = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    page = (DOCS / "architecture.md").read_text()
-    assert drawn.strip() in page, "run: python docs/draw_states.py --write"
+    assert [text.startswith("Arr") for text in (base, pirate)] == [False, True]
+    assert [text.isupper() for text in (base, shout)] == [False, True]
 
 
 # -- the command line -----------------------------------------------------------------------------
 
 
-def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--help"])
-    assert ended.value.code == 0
-    return capsys.readouterr().out
-
-
-def test_every_command_and_option_that_is_named_is_one(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_every_command_and_option_that_is_named_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "cli.md").read_text()
     named = {"cache ls", "cache verify", "cache rm", "cache gc"}
     named |= set(re.findall(r"^\| `lorax-async ([a-z-]+)", page, re.MULTILINE)) - {"cache"}
     named |= set(re.findall(r"lorax-async ([a-z][a-z-]+)", README.read_text())) - {"cache"}
     assert {"inspect", "load", "fetch", "serve", "plan", "demo-remote"} <= named
-    options = {
-        option
-        for command in named
-        for option in re.findall(r"--[a-z][a-z-]+", help_of(capsys, *command.split()))
-    }
+    options = set()
+    for command in named:
+        with pytest.raises(SystemExit) as ended:
+            main([*command.split(), "--help"])
+        assert ended.value.code == 0
+        options |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= options
+
+
+# -- the embedding example -------------------------------------------------------------------------
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+async def get(app: Any, path: str, **query: str) -> tuple[int, dict[str, str], Any]:
+    """One GET by the ASGI protocol; returns status, headers and the JSON body."""
+    scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope | {"query_string": urlencode(query).encode()}, receive, send)
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    body = b"".join(message.get("body", b"") for message in sent[1:])
+    return sent[0]["status"], headers, json.loads(body)
+
+
+@pytest.mark.slow
+def test_a_server_embeds_the_loader() -> None:
+    app = run_path(str(EXAMPLES / "embed_fastapi.py"))["smollm2_with_examples"]()
+
+    async def ask(adapter: str) -> tuple[int, dict[str, str], Any]:
+        return await get(app, "/answer", adapter=adapter, prompt="What is ice?")
+
+    async def main() -> None:
+        async with app.router.lifespan_context(app):
+            asked = await asyncio.gather(
+                ask("pirate"), ask("shout"), ask("absent"), ask("../../.git"), ask("\x00")
+            )
+            leases = [place.leases for place in app.state.loader.residency().values()]
+        (pirate, shout), refused = asked[:2], asked[2:]
+        assert pirate[0] == shout[0] == 200
+        assert pirate[2]["answer"].startswith("Arr")
+        assert shout[2]["answer"].isupper()
+        assert [(status, body["error"]) for status, _, body in refused] == [
+            (404, "AdapterNotFoundError"),
+            (403, "AccessDeniedError"),
+            (400, "InvalidAdapterIdError"),
+        ]
+        assert not any("retry-after" in headers for _, headers, _ in refused)
+        assert leases == [0, 0]
+
+    asyncio.run(main())

@@ -1,4 +1,4 @@
-"""What a loader belongs to, how it opens, and what its end waits for."""
+"""What a loader belongs to, how it opens, what its end waits for; and that no copy is lost."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from common import Run, our_threads, until
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
-    CapacityError,
-    HandleClosedError,
-    LoaderClosedError,
-    LoaderConfig,
-    UsageError,
-)
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
+from lorax_async.adapter import AdapterKey
+from lorax_async.core.arena import Extent
+from lorax_async.core.commands import Copy
+from lorax_async.core.life import Grant
+from lorax_async.core.moves import GroupPlan
+from lorax_async.core.transfer_plan import TransferPlan
+from lorax_async.events import SlotId
 from lorax_async.io.devices.gated import GatedDevice
+from lorax_async.io.ports import CopyTicket
+from lorax_async.io.transfer import GroupCopy, Moved
+from lorax_async.runtime.copies import Copies
+from lorax_async.runtime.tenancy import Tenancy
 from lorax_async.testing import FakeHold
 from tiny_loaders import loader
 from tiny_sources import over, stocked
@@ -49,7 +55,7 @@ async def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Mo
     there = loader(io_threads=4)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", limited)
-        with pytest.raises(CapacityError, match="lower io_threads"):
+        with pytest.raises(errors.CapacityError, match="lower io_threads"):
             await there.__aenter__()
     assert not our_threads()
 
@@ -80,13 +86,15 @@ async def test_close_fails_waiters_and_revokes_leases(tmp_path: Path) -> None:
         waiting = asyncio.create_task(there.load(b))
         await asyncio.sleep(0.01)
         await there.close(timeout=0.05)
-        with pytest.raises(LoaderClosedError):
+        with pytest.raises(errors.LoaderClosedError):
             await waiting
-        with pytest.raises(HandleClosedError, match="loader was closed"):
+        with pytest.raises(errors.HandleClosedError, match="loader was closed"):
             _ = handle.modules
         for late in (there.load(a), there.unload(a)):
-            with pytest.raises(LoaderClosedError):
+            with pytest.raises(errors.LoaderClosedError):
                 await late
+        with pytest.raises(errors.LoaderClosedError):
+            there.unpin(a)
         await there.close()
 
 
@@ -136,17 +144,26 @@ def test_it_belongs_to_one_loop_and_one_process(run: Run, tmp_path: Path) -> Non
 
     async def body() -> None:
         there = loader()
-        with pytest.raises(UsageError, match="enter the loader first"):
-            await there.load(folder)
+        opening = asyncio.create_task(there.__aenter__())
+        await asyncio.sleep(0)
+        for ask in (there.residency, there.statistics, lambda: there.prefetch([])):
+            with pytest.raises(errors.UsageError, match="enter the loader first"):
+                ask()
+        for call in (there.load(folder), there.close()):
+            with pytest.raises(errors.UsageError, match="enter the loader first"):
+                await call
+        await opening
+        await there.close()
+        there = loader()
         async with there:
             loop = asyncio.get_running_loop()
-            with pytest.raises(UsageError, match="event loop that entered it"):
+            with pytest.raises(errors.UsageError, match="event loop that entered it"):
                 await asyncio.to_thread(lambda: asyncio.run(there.load(folder)))
             handle = await asyncio.to_thread(
                 lambda: asyncio.run_coroutine_threadsafe(there.load(folder), loop).result()
             )
             handle.release()
-            with pytest.raises(UsageError, match="entered before"):
+            with pytest.raises(errors.UsageError, match="entered before"):
                 await there.__aenter__()
             async with await there.load(folder) as held:
                 assert _in_a_fork(lambda: there.try_acquire(folder)) == "UsageError"
@@ -182,20 +199,6 @@ asyncio.run(main())
     )
     assert done.returncode == 0
     assert "was never closed" in done.stderr
-
-
-async def test_nothing_can_be_asked_of_it_while_it_opens() -> None:
-    there = loader()
-    opening = asyncio.create_task(there.__aenter__())
-    await asyncio.sleep(0)
-    for ask in (there.residency, there.statistics, lambda: there.prefetch([])):
-        with pytest.raises(UsageError, match="enter the loader first"):
-            ask()
-    with pytest.raises(UsageError, match="enter the loader first"):
-        await there.close()
-    await opening
-    assert not there.residency()
-    await there.close()
 
 
 # -- what the end waits for ----------------------------------------------------------------------
@@ -286,7 +289,7 @@ async def test_what_a_source_undoes_is_waited_for(
     await asyncio.wait_for(there.close(timeout=0), 10)
     assert deaf.undone == 1
     ends = await asyncio.gather(call, return_exceptions=True)
-    assert step == "populate" or isinstance(ends[0], LoaderClosedError)
+    assert step == "populate" or isinstance(ends[0], errors.LoaderClosedError)
 
 
 async def test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off(
@@ -328,20 +331,76 @@ async def test_closing_a_hold_is_waited_for(
         assert source.counts.open_holds == 0
 
 
-def test_not_even_the_thread_that_ended_the_others_is_left() -> None:
-    class Loop(asyncio.SelectorEventLoop):
-        def call_soon_threadsafe(  # type: ignore[override]
-            self, *call: Any, **context: Any
-        ) -> asyncio.Handle:
-            handle = super().call_soon_threadsafe(*call, **context)
-            if threading.current_thread().name == "lorax-stop":
-                time.sleep(0.05)
-            return handle
+# -- copies between the loop and the I/O threads ---------------------------------------------------
 
-    async def body() -> None:
-        async with loader():
-            pass
-        assert not our_threads()
 
-    with asyncio.Runner(loop_factory=Loop) as runner:
-        runner.run(body())
+KEY = AdapterKey("somewhere", ())
+GROUPS = 4
+GRANT = Grant(SlotId(0, 1), tuple(Extent(64 * n, 64) for n in range(GROUPS)))
+PLAN = TransferPlan(
+    tuple(GroupPlan(n, 64, (), (), (), (), ()) for n in range(GROUPS)), "F32", 4, 256, 300
+)
+
+
+class Copying:
+    """Copies of one adapter of four groups, which end when the test says so.
+
+    The loop is woken for its last, and for the last that is under way.
+    """
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+        self.tickets: list[CopyTicket] = [Future() for _ in range(GROUPS)]
+        self.asked: list[int] = []
+        self.tenancy = Tenancy(KEY, GRANT, PLAN, GROUPS)
+        part: Any = SimpleNamespace  # of the loader, as far as copies know it
+        self.copies = Copies(
+            part(reader=lambda key: None),
+            part(tenancy=lambda key: self.tenancy),
+            part(run=self._run),
+            lambda outcome: self.heard.append(outcome.command.group),
+            lambda key: None,
+            threads=2,
+            low_water=0,
+            images=torch.empty(0, dtype=torch.uint8),
+        )
+
+    def _run(self, copy: GroupCopy) -> Moved:
+        group = copy.group.layer
+        self.asked.append(group)
+        return Moved(self.tickets[group], self.tickets[group], 0.0)
+
+    async def start(self, *groups: int) -> None:
+        for group in groups:
+            self.copies.start(Copy(KEY, GRANT, group))
+        await until(lambda: set(groups) <= set(self.asked))
+        await asyncio.sleep(0.01)
+
+    def end(self, *groups: int) -> None:
+        """Each in a thread of its own, as a device does it."""
+        for group in groups:
+            threading.Thread(target=self.tickets[group].set_result, args=(None,)).start()
+
+    async def stop(self) -> None:
+        self.copies.stop()
+        await asyncio.to_thread(self.copies.join)
+
+
+class SlowInt(int):
+    """While it is counted up, others have their turn."""
+
+    def __add__(self, other: int) -> SlowInt:
+        time.sleep(0.06)
+        return SlowInt(int(self) + other)
+
+
+async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
+    """They are the adapter's last two, so that the loop is woken though another is under way."""
+    copying = Copying()
+    copying.tenancy.copied = SlowInt(GROUPS - 2)
+    await copying.start(0, 1, 2)
+    copying.end(0, 1)
+    await until(lambda: sorted(copying.heard) == [0, 1])
+    copying.end(2)
+    await until(lambda: len(copying.heard) == 3)
+    await copying.stop()

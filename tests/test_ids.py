@@ -42,7 +42,6 @@ def meaning(text: Any, **more: Any) -> tuple[str | None, str | Path, str | None]
     [
         ("org/name", "hub", "org/name", None),
         ("Org_1/na-me.v2_x", "hub", "Org_1/na-me.v2_x", None),
-        ("_a/_", "hub", "_a/_", None),
         ("o/" + "n" * 96, "hub", "o/" + "n" * 96, None),
         ("org/name@main", "hub", "org/name", "main"),
         ("org/name@v1.0+cpu", "hub", "org/name", "v1.0+cpu"),
@@ -51,29 +50,24 @@ def meaning(text: Any, **more: Any) -> tuple[str | None, str | Path, str | None]
         ("org/name@refs/pr/12", "hub", "org/name", "refs/pr/12"),
         ("s3://bucket/a/b", "s3", "s3://bucket/a/b/", None),
         ("S3://bucket/a/b/", "s3", "s3://bucket/a/b/", None),
-        ("s3://my.bucket-1", "s3", "s3://my.bucket-1/", None),
         ("s3://bucket/a@v1/ü b/x=1", "s3", "s3://bucket/a@v1/ü b/x=1/", None),
         ("gs://my_bucket.example.com/x", "gs", "gs://my_bucket.example.com/x/", None),
         ("az://con-tainer/x", "az", "az://con-tainer/x/", None),
-        ("https://Host.Example", "https", "https://host.example/", None),
         ("HTTPS://host.example:443/a/b", "https", "https://host.example/a/b/", None),
         ("http://host:80/", "http", "http://host/", None),
         ("http://host:08080/a/", "http", "http://host:8080/a/", None),
         ("https://host/a%7eb/%c3%a4/%2B", "https", "https://host/a~b/%C3%A4/%2B/", None),
         ("https://host/@scope/a,b;c".replace(";", ":"), "https", "https://host/@scope/a,b:c/", None),
         ("http://[2001:DB8:0:0::1]:80/x", "http", "http://[2001:db8::1]/x/", None),
-        ("http://127.0.0.1:9000/x", "http", "http://127.0.0.1:9000/x/", None),
         ("https://xn--bcher-kva.example/", "https", "https://xn--bcher-kva.example/", None),
         ("/a//b/./c/", "local", "/a/b/c", None),
         ("/", "local", "/", None),
         ("./", "local", "./", None),
         ("./one/../two", "local", "./one/../two", None),
         (".//one", "local", "./one", None),
-        ("../", "local", "../", None),
         ("../../x", "local", "../../x", None),
         ("file:///a%20b", "local", "/a b", None),
         ("FILE://LocalHost/a/", "local", "/a", None),
-        ("./a?b#c@d:e", "local", "./a?b#c@d:e", None),
         ("file:///a%3Fb", "local", "/a?b", None),
     ],
 )  # fmt: skip
@@ -129,12 +123,9 @@ def test_an_id_has_one_meaning_and_one_spelling(
         ("s3://bucket/" + "k" * 901, "more than 900 bytes"),
         ("s3a://bucket/x", "no such source"),
         ("hf://org/name", "no such source"),
-        ("ftp://host/x", "no such source"),
-        ("hub://org/name", "no such source"),
         ("local://x", "no such source"),
         ("://x", "org/name"),
         ("https:/host/x", "org/name"),
-        ("https:host/x", "org/name"),
         *(
             (f"https://{host}/x", "host")
             for host in ("", "-a", "a-", "a..b", "a.", ".a", "bücher.de", "\u212aelvin.example")
@@ -191,6 +182,7 @@ def test_a_path_stays_a_path() -> None:
     path = Path("s3:/bucket")
     assert meaning(path) == ("local", path, None)
     assert meaning(path, source="local") == ("local", path, None)
+    assert as_parsed(AdapterRef(path), (Allow("hub", prefix="org/"),)).source == "local"
     for id in (Path("a\0b"), Path("a" * 4097), Path("\ud800")):
         with pytest.raises(InvalidAdapterIdError):
             parsed(AdapterRef(id))
@@ -203,18 +195,14 @@ def test_a_path_stays_a_path() -> None:
     ("text", "source", "id"),
     [
         ("org/name", "hub", "org/name"),
-        ("bucket/a/b", "s3", "s3://bucket/a/b/"),
         ("s3://bucket/a/b", "s3", "s3://bucket/a/b/"),
         ("bucket", "gs", "gs://bucket/"),
         ("container/a/", "az", "az://container/a/"),
         ("Host.example/a", "https", "https://host.example/a/"),
         ("host:8080", "http", "http://host:8080/"),
         ("name", "local", "./name"),
-        ("org/name", "local", "./org/name"),
         ("org//name@x", "local", "./org/name@x"),
         ("..", "local", "../"),
-        (".", "local", "./"),
-        ("../..", "local", "../.."),
         ("file:///a", "local", "/a"),
     ],
 )
@@ -234,17 +222,15 @@ def test_the_source_decides_what_a_text_without_one_means(text: str, source: str
         ("/bucket/a", "s3"),
         (Path("bucket/a"), "s3"),
         (Path("org/name"), "hub"),
+        *(("org/name", source) for source in ("pbase", "", "HUB", "S3", "file", "azure")),
     ],
 )
-def test_a_source_that_contradicts_the_text_is_refused(text: str | Path, source: str) -> None:
-    with pytest.raises(InvalidAdapterIdError, match="source= says otherwise; leave the source out"):
+def test_a_source_that_contradicts_the_text_or_is_none_is_refused(
+    text: str | Path, source: str
+) -> None:
+    words = "no such source; it is one of hub, s3" if text == "org/name" else "says otherwise"
+    with pytest.raises(InvalidAdapterIdError, match=words):
         parsed(AdapterRef(text, source=source))
-
-
-@pytest.mark.parametrize("source", ["pbase", "", "HUB", "S3", "file", "azure"])
-def test_an_unknown_source_is_refused(source: str) -> None:
-    with pytest.raises(InvalidAdapterIdError, match="no such source; it is one of hub, s3, gs, az"):
-        parsed(AdapterRef("org/name", source=source))
 
 
 def test_revisions_come_from_one_place() -> None:
@@ -278,15 +264,10 @@ def test_what_else_was_said_stays() -> None:
     ("text", "source"),
     [
         ("https://user:swordfish@host/a", None),
-        (" https://swordfish@host/a", None),
-        ("https:/user:swordfish@host/a", None),
-        ("https:///user:swordfish@host/a", None),
-        ("xhttps://user:swordfish@host/a", None),
-        ("#https://user:swordfish@host/a", None),
+        (" https:/swordfish@host/a", None),
+        ("#https:///user:swordfish@host/a", None),
         ("user:swordfish@host/a", "https"),
-        ("s3://AKIA:swordfish@bucket/a", None),
         ("AKIA:swordfish@bucket/a", "s3"),
-        ("https://host/a?sig=swordfish", None),
         ("https://host?sig=swordfish", None),
         ("host/a?sig=swordfish", "https"),
         ("az://container/a?sv=1&sig=swordfish", None),
@@ -296,7 +277,7 @@ def test_what_else_was_said_stays() -> None:
     ],
 )
 def test_a_url_with_a_secret_is_not_even_a_reference(text: str, source: str | None) -> None:
-    """References stand in logs and errors; so none with a secret comes about."""
+    """References stand in logs and texts; so none with a secret comes about."""
     with pytest.raises(InvalidAdapterIdError, match=r"user name|signatures and keys") as caught:
         AdapterRef(text, source=source)
     assert "swordfish" not in str(caught.value) + repr(caught.value)
@@ -341,45 +322,30 @@ def test_an_entry_has_one_spelling(given: Allow, kept: Allow) -> None:
         Allow("hub", "", None, "", True)  # type: ignore[call-arg]
 
 
-def test_an_entrys_parts() -> None:
-    entry = Allow("https", "[2001:DB8::0:1]", 8443, "a%7E/")
-    assert (entry.host, entry.port, entry.prefix) == ("2001:db8::1", 8443, "a~/")
-    assert (entry.private, entry.pull_requests) == (False, False)
-    assert Allow("http", "host", 80).port is None
-    assert Allow("http", "host", 443).port == 443
-
-
 @pytest.mark.parametrize(
     ("words", "more", "text"),
     [
         (("ftp", "host"), {}, "the scheme of Allow must be one of hub, s3, gs, az, https, http"),
-        (("HTTPS", "host"), {}, "the scheme of Allow must be"),
         ((None,), {}, "the scheme of Allow must be"),
         (("https", None), {}, "host of Allow must be a str"),
         (("https", "host", None, None), {}, "prefix of Allow must be a str"),
         (("hub", "org"), {}, r"Allow\('hub', …\) has no host"),
         (("hub", "", 443), {}, "has no port"),
         (("s3", "bucket", 443), {}, "has no port"),
-        (("s3", "bucket", 0), {}, "has no port"),
         (("s3", "bucket"), {"private": True}, "has no private"),
-        (("hub",), {"private": True}, "has no private"),
         (("https", "host"), {"pull_requests": True}, "has no pull_requests"),
         (("https", "host"), {"use_token": True}, "has no use_token"),
-        (("s3", "bucket"), {"use_token": True}, "has no use_token"),
         (("hub",), {"use_token": None}, "use_token of Allow must be True or False"),
         (("https", "host"), {"private": 1}, "private of Allow must be True or False"),
         (("hub",), {"pull_requests": None}, "pull_requests of Allow must be True or False"),
         (("s3",), {}, "must name the bucket"),
-        (("gs",), {"prefix": "a/"}, "must name the bucket"),
         (("az",), {}, "must name the container"),
         (("https",), {}, "must name the host"),
         (("s3", "Bucket"), {}, "bucket's name has 3 to 63"),
-        (("gs", "goo..gle"), {}, "bucket's name has"),
         (("az", "a--b"), {}, "container's name has"),
         *((("https", host), {}, "host is a name of") for host in ("*", "*.com", "h/a", "h:80", "a@b")),
         *((("https", host), {}, "host is a name of") for host in ("h.", "é", "a b", "https://h")),
         (("https", "127.1"), {}, "four decimal numbers"),
-        (("https", "[::1"), {}, "is no IPv6|host is a name of"),
         (("https", "fe80::1%eth0"), {}, "no IPv6 address"),
         (("http", "::ffff:10.0.0.1"), {}, "IPv4 address is written as such"),
         *((("https", "h", port), {}, "1 to 65535") for port in (0, -1, 65_536)),
@@ -390,15 +356,12 @@ def test_an_entrys_parts() -> None:
         ),
         *((("https", "h"), {"prefix": prefix}, "no part that is") for prefix in ("../", "a//", "%2e/")),
         *((("https", "h"), {"prefix": prefix}, "in a part") for prefix in ("a%2fb/", "%252e/")),
-        (("https", "h"), {"prefix": "é/"}, "in ASCII"),
         *((("s3", "bucket"), {"prefix": prefix}, "no part that is") for prefix in ("../", "a//b/")),
-        (("s3", "bucket"), {"prefix": "a%20/"}, "without any encoding"),
         *(
             (("hub",), {"prefix": prefix}, "neither 'org/' nor")
             for prefix in ("a--b/", "org/name/x/", "org//", ".x/", "org/na me/")
         ),
         (("https", "localhost"), {"private": True}, "need none"),
-        (("https", "10.0.0.1"), {"private": True}, "need none"),
         (("https", "fd00::1"), {"private": True}, "need none"),
     ],
 )  # fmt: skip
@@ -414,11 +377,8 @@ def allowed(text: str, *allow: Allow) -> bool:
     try:
         parse_adapter_id(text, allow)
     except AccessDeniedError as error:
-        assert (error.stage, error.retryable, isinstance(error, FetchError)) == (
-            "resolve",
-            False,
-            True,
-        )
+        assert isinstance(error, FetchError)
+        assert (error.stage, error.retryable) == ("resolve", False)
         assert len(str(error)) <= MAX_TEXT
         return False
     return True
@@ -435,16 +395,11 @@ def test_without_entries_the_hub_is_allowed(text: str) -> None:
     ("text", "entry"),
     [
         ("s3://bucket/a", "Allow('s3', 'bucket', prefix='a/')"),
-        ("s3://bucket", "Allow('s3', 'bucket')"),
         ("gs://bucket/a/b", "Allow('gs', 'bucket', prefix='a/b/')"),
-        ("az://container/a", "Allow('az', 'container', prefix='a/')"),
-        ("https://Host.example/a", "Allow('https', 'host.example', prefix='a/')"),
         ("https://host:8443/a", "Allow('https', 'host', port=8443, prefix='a/')"),
         ("http://localhost:80/", "Allow('http', 'localhost')"),
-        ("http://[::1]/a", "Allow('http', '::1', prefix='a/')"),
         ("https://host/ü".replace("ü", "%C3%BC"), "Allow('https', 'host', prefix='%C3%BC/')"),
         ("org/name@refs/pr/1", "Allow('hub', prefix='org/name/', pull_requests=True)"),
-        ("org/name@pr/1", "Allow('hub', prefix='org/name/', pull_requests=True)"),
     ],
 )
 def test_all_else_needs_an_entry_which_the_refusal_says(text: str, entry: str) -> None:
@@ -488,14 +443,6 @@ def test_an_entry_is_for_its_folder(entry: Allow, inside: list[str], outside: li
     assert [text for text in outside if allowed(text, entry)] == []
 
 
-def test_entries_add_up() -> None:
-    entries = (Allow("hub", prefix="org/"), Allow("hub", prefix="other/x/"), Allow("s3", "bucket"))
-    for text in ("org/a", "other/x", "s3://bucket/y"):
-        assert allowed(text, *entries)
-    assert not allowed("other/y", *entries)
-    assert allowed("other/y", *entries, Allow("hub"))
-
-
 def test_pull_requests_are_for_those_that_were_named() -> None:
     one = Allow("hub", prefix="org/name/", pull_requests=True)
     for revision in ("refs/pr/1", "pr/1", "PR/1"):
@@ -512,39 +459,14 @@ def test_pull_requests_are_for_those_that_were_named() -> None:
     assert as_parsed(ref, (one,)).revision == "refs/pr/1"
 
 
-def test_a_path_is_the_programs_own_word() -> None:
-    assert as_parsed(AdapterRef(Path("/x")), (Allow("hub", prefix="org/"),)).source == "local"
-
-
 # -- under any text, and beside those who read the same texts -------------------------------------
 
 QUICK = settings(max_examples=400, deadline=None)
-PIECES = st.sampled_from(
-    [
-        *("org", "name", "main", "a", "B", "ü", "0", "127", "0x7f", "x" * 97, "refs/pr/1", "e"),
-        *("s3://", "gs://", "az://", "https://", "http://", "HTTP://", "file:", "hf://", "://"),
-        *(
-            "/",
-            "//",
-            "./",
-            "../",
-            ".",
-            "..",
-            "@",
-            ":",
-            ":80",
-            ":443",
-            "?",
-            "#",
-            ";",
-            "\\",
-            " ",
-            "-",
-        ),
-        *("%2e", "%2F", "%5c", "%00", "%25", "%7E", "%c3%a4", "%ff", "%", "[::1]", "[", "]", "\0"),
-        *("localhost", "bucket", "host.example", "169.254.169.254", "\u212a", "ſ", "\ud800", "\n"),
-    ]
-)
+SIGNS = "/ // ./ ../ . .. @ : :80 :443 ? # ; - [ ] % %2e %2F %5c %00 %25 %7E %c3%a4 %ff [::1]"
+WORDS = "org name main a B ü 0 127 0x7f refs/pr/1 e localhost bucket host.example 169.254.169.254"
+SCHEMES = "s3:// gs:// az:// https:// http:// HTTP:// file: hf:// ://"
+ODD = ["x" * 97, "\\", " ", "\0", "\n", "\u212a", "ſ", "\ud800"]
+PIECES = st.sampled_from([*SIGNS.split(), *WORDS.split(), *SCHEMES.split(), *ODD])
 TEXTS = st.lists(PIECES, max_size=8).map("".join) | st.text(max_size=30)
 SOURCES = st.sampled_from([None, "hub", "s3", "gs", "az", "https", "http", "local", "x"])
 
@@ -569,20 +491,6 @@ def test_any_text_is_an_id_or_is_said_to_be_none(
         url = parse_url(found.text)
         assert url.text == found.text
         assert url.origin.scheme == found.source
-
-
-@QUICK
-@given(text=TEXTS)
-def test_what_is_parsed_is_allowed_or_denied(text: str) -> None:
-    """By default only the hub is."""
-    try:
-        found = parse_adapter_id(text, (Allow("s3", "bucket"),))
-    except InvalidAdapterIdError:
-        return
-    except AccessDeniedError as error:
-        assert len(str(error)) <= MAX_TEXT
-        return
-    assert found.source in {"hub", "local"} or found.text.startswith("s3://bucket/")
 
 
 @QUICK

@@ -155,18 +155,6 @@ async def end(others: dict[str, asyncio.Task[AdapterHandle]]) -> None:
                 await task
 
 
-def slowed(
-    run: Run, folders: dict[str, tuple[bytes, bytes]], beside: Sequence[str], io_threads: int
-) -> float:
-    """The worst ratio of medians, of several orders in which the 16 begin."""
-    ratios: list[float] = []
-    for seed in range(SEEDS):
-        alone = run(times(stocked(folders), (), io_threads=io_threads, seed=seed))
-        among = run(times(stocked(folders), beside, io_threads=io_threads, seed=seed))
-        ratios.append(median(among) / median(alone))
-    return max(ratios)
-
-
 CASES = [
     *((io_threads, (name,)) for io_threads in (1, 2, 4) for name in BESIDE),
     *((2, ("stalled", failing, "large")) for failing in ("unfetched", "unread", "uncopied")),
@@ -177,4 +165,8 @@ CASES = [
 def test_the_others_hardly_wait(
     run: Run, folders: dict[str, tuple[bytes, bytes]], beside: tuple[str, ...], io_threads: int
 ) -> None:
-    assert slowed(run, folders, beside, io_threads) <= WITHIN
+    """By medians, whatever the order in which the 16 begin."""
+    for seed in range(SEEDS):
+        alone = run(times(stocked(folders), (), io_threads=io_threads, seed=seed))
+        among = run(times(stocked(folders), beside, io_threads=io_threads, seed=seed))
+        assert median(among) <= WITHIN * median(alone)

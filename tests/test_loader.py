@@ -1,4 +1,4 @@
-"""The loader as its callers see it: what it loads, where adapters are, and what it tells."""
+"""The loader as its callers see it: what it loads and tells, where adapters are, who asks a source."""
 
 from __future__ import annotations
 
@@ -6,39 +6,35 @@ import asyncio
 import json
 import logging
 from dataclasses import FrozenInstanceError
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import tiny
 from common import until
 from lorax_async import (
-    AccessDeniedError,
-    AdapterFormatError,
     AdapterKey,
-    AdapterNotFoundError,
+    AdapterLoader,
     AdapterRef,
-    AdapterTimeoutError,
     BytesMoved,
     Event,
-    Failed,
-    InvalidAdapterIdError,
     LayerReady,
     Leaving,
     Resident,
     SlotGranted,
-    SlotId,
-    TransferError,
-    UsageError,
+    errors,
 )
+from lorax_async.adapter import Ref
 from lorax_async.core.transfer_plan import plan_transfer
 from lorax_async.runtime import planning
-from lorax_async.runtime.journal import STORY_LENGTH, Journal
-from tiny_loaders import ONE, gated, loader, on_device
-from tiny_sources import over, stocked
+from lorax_async.runtime.journal import STORY_LENGTH
+from lorax_async.testing import FakeSource
+from sweeping import our_tasks
+from tiny_loaders import ONE, gated, loader
+from tiny_sources import over, state, stocked, where
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
@@ -63,21 +59,6 @@ async def test_the_device_holds_the_files_bytes(
         assert moved.get("stage", 0) == (0 if same else 8 * 3 * 96 * stored.itemsize)
 
 
-async def test_the_tables_name_what_the_handle_shows(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a")
-    async with loader() as there:
-        device = there.device
-        async with await there.load(folder) as handle:
-            slot = handle.slot.index
-            for name, module in handle.modules.items():
-                row = there.layout.index(name)
-                assert device.address[0, row, slot] == module.a.data_ptr()  # type: ignore[attr-defined]
-                assert device.address[1, row, slot] == module.b.data_ptr()  # type: ignore[attr-defined]
-                assert device.rank[row, slot] == 4  # type: ignore[attr-defined]
-                assert device.scale[row, slot] == 2.0  # type: ignore[attr-defined]
-        assert int(device.rank.count_nonzero()) == 8  # type: ignore[attr-defined]
-
-
 async def test_a_thousand_loads_are_one(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
     there, device = gated()
@@ -94,12 +75,10 @@ async def test_a_thousand_loads_are_one(tmp_path: Path) -> None:
         assert len(handles) == 800
         assert device.copies == 4
         assert there.statistics().fetches == 1
-        (where,) = there.residency().values()
-        assert where.leases == 800
+        assert where(there, folder).leases == 800
         for handle in handles:
             handle.release()
-        (where,) = there.residency().values()
-        assert where.leases == 0
+        assert where(there, folder).leases == 0
 
 
 async def test_a_deadline_names_the_stage_it_ran_out_in(tmp_path: Path) -> None:
@@ -107,27 +86,13 @@ async def test_a_deadline_names_the_stage_it_ran_out_in(tmp_path: Path) -> None:
     there, device = gated()
     async with there:
         device.gate.clear()
-        with pytest.raises(AdapterTimeoutError) as caught:
+        with pytest.raises(errors.AdapterTimeoutError) as caught:
             await there.load(folder, timeout=0.05)
         assert (caught.value.stage, caught.value.attempt) == ("copy", 1)
         device.gate.set()
         for odd in (-1, float("nan"), float("inf"), True, "1"):
-            with pytest.raises(UsageError, match="a timeout is from 0"):
+            with pytest.raises(errors.UsageError, match="a timeout is from 0"):
                 await there.load(folder, timeout=odd)  # type: ignore[arg-type]
-
-
-async def test_a_load_that_comes_while_a_fetch_is_ending_begins_the_next(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    async with over(source, max_slots=1) as there:
-        for _ in range(3):
-            source.put("a", *tiny.files(tmp_path / "a"))
-            source.hold("a")
-            with pytest.raises(AdapterTimeoutError):
-                await there.load("a", timeout=0.02)
-            source.allow("a", *range(4))
-            async with await there.load("a", timeout=10) as handle:
-                tiny.assert_equal_to_file(handle, tmp_path / "a")
-    assert source.counts.open_readers == 0
 
 
 async def test_many_headers_are_planned_in_turns_of_the_loop(
@@ -135,28 +100,21 @@ async def test_many_headers_are_planned_in_turns_of_the_loop(
 ) -> None:
     """One in each, so that no caller waits for those of others."""
     names = tuple("abcdef")
-    source, turns, turn = stocked(tmp_path, *names), list[int](), 0
-    ticking = True
-    loop, plan = asyncio.get_running_loop(), plan_transfer
-
-    def tick() -> None:
-        nonlocal turn
-        turn += 1
-        if ticking:
-            loop.call_soon(tick)
-
-    def planned(*what: Any, **more: Any) -> Any:
-        turns.append(turn)
-        return plan(*what, **more)
-
-    monkeypatch.setattr(planning, "plan_transfer", planned)
+    source, turns, turn = stocked(tmp_path, *names), list[int](), count()
     for rank, name in enumerate(names, start=2):
         source.put(name, *tiny.files(tiny.write(tmp_path / name, rank=rank)))
+
+    def planned(*what: Any, **more: Any) -> Any:
+        turns.append(now[0])
+        return plan_transfer(*what, **more)
+
     async with over(source) as there:
-        tick()
-        await asyncio.gather(*(there.prefetch(name, tier="disk").task for name in names))
-        assert len(set(turns)) == len(turns) == len(names)
-        ticking = False
+        monkeypatch.setattr(planning, "plan_transfer", planned)
+        hints, now = [there.prefetch(name, tier="disk") for name in names], [0]
+        while not all(hint.done for hint in hints):
+            now[0] = next(turn)
+            await asyncio.sleep(0)
+    assert len(set(turns)) == len(turns) == len(names)
 
 
 @pytest.mark.parametrize("change", ["weights", "config"])
@@ -178,38 +136,21 @@ async def test_a_saved_again_adapter_loads_anew(tmp_path: Path, change: str) -> 
 
 
 async def test_a_string_needs_a_root(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "roots" / "a")
-    other = tiny.write(tmp_path / "elsewhere")
+    folder, other = tiny.write(tmp_path / "roots" / "a"), tiny.write(tmp_path / "elsewhere")
     async with loader(local_roots=(tmp_path / "roots",)) as there:
         async with await there.load(str(folder)) as handle:
             assert handle.id == str(folder)
-        with pytest.raises(AccessDeniedError):
-            await there.load(str(other))
-        with pytest.raises(AdapterNotFoundError):
-            await there.load(tmp_path / "nothing")
-        with pytest.raises(InvalidAdapterIdError):
-            await there.load("name")
-        async with await there.load(AdapterRef(folder)) as handle:
-            again = there.try_acquire(handle.key)
-            assert again is not None
-            again.release()
-        with pytest.raises(UsageError, match="itself"):
+        wrong: list[tuple[Any, type[Exception]]] = [
+            (str(other), errors.AccessDeniedError),
+            (tmp_path / "nothing", errors.AdapterNotFoundError),
+            ("name", errors.InvalidAdapterIdError),
+            (3, errors.UsageError),
+        ]
+        for id, error in wrong:
+            with pytest.raises(error):
+                await there.load(id)
+        with pytest.raises(errors.UsageError, match="itself"):
             await there.load(AdapterRef(folder), revision="main")
-        with pytest.raises(UsageError, match="not int"):
-            await there.load(3)  # type: ignore[arg-type]
-
-
-async def test_weights_that_are_not_finite_are_refused_when_asked(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a")
-    weights = tiny.tensors(0)
-    next(iter(weights.values()))[0, 0] = float("nan")
-    save_file(weights, folder / "adapter_model.safetensors")
-    async with loader() as there:
-        (await there.load(folder)).release()
-    async with loader(check_finite=True) as there:
-        with pytest.raises(AdapterFormatError, match="NaN or infinite"):
-            await there.load(folder)
-        await until(lambda: not on_device(there))
 
 
 # -- where adapters are ---------------------------------------------------------------------------
@@ -218,25 +159,21 @@ async def test_weights_that_are_not_finite_are_refused_when_asked(tmp_path: Path
 async def test_where_one_adapter_is_and_which_are_nearest(tmp_path: Path) -> None:
     """Device, host, disk; more than there are is all."""
     names = ["org/disk", "org/host", "org/device"]
-    source = stocked(tmp_path, *names, holdable=True)
-    async with over(source, host_bytes=1 << 20) as there:
+    async with over(stocked(tmp_path, *names, holdable=True), host_bytes=1 << 20) as there:
         assert there.whereabouts("org/disk") is None
-        for name in names[:2]:
-            async with await there.load(name):
-                where = there.whereabouts(name)
-                assert where is not None
-                assert (where.tier, where.device_bytes, where.leases) == ("device", ONE, 1)
-                assert where.layers == (4, 4)
-            await there.unload(name)
-        where = there.whereabouts("org/disk")
-        assert where is not None
-        assert where in there.residency().values()
-        assert (where.tier, where.slot, where.layers) == ("disk", None, None)
+        async with await there.load("org/disk"):
+            found = where(there, "org/disk")
+            assert (found.tier, found.device_bytes, found.leases) == ("device", ONE, 1)
+            assert found.layers == (4, 4)
+        await there.unload("org/disk")
+        found = where(there, "org/disk")
+        assert found in there.residency().values()
+        assert (found.tier, found.slot, found.layers) == ("disk", None, None)
         await there.prefetch(["org/host"], tier="host")
         (await there.load("org/device")).release()
         for number in range(4):
-            found = there.residency(nearest=number)
-            assert [each.tier for each in found.values()] == ["device", "host", "disk"][:number]
+            nearest = there.residency(nearest=number).values()
+            assert [each.tier for each in nearest] == ["device", "host", "disk"][:number]
         assert there.residency(nearest=9).items() == there.residency().items()
 
 
@@ -277,64 +214,33 @@ async def test_events_tell_the_whole_way(tmp_path: Path) -> None:
         assert len(there.story(folder)) <= STORY_LENGTH
 
 
+@pytest.mark.parametrize("error", [ValueError("mine"), asyncio.CancelledError("mine")], ids=type)
 async def test_subscribers_come_go_and_fail_without_disturbing_others(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
     """A result of a cancelled future raises CancelledError, which is no Exception."""
     source, heard, late = stocked(tmp_path, "a"), list[Event](), list[Event]()
-    errors = [ValueError("mine"), asyncio.CancelledError("mine")]
 
     def fail(event: Event) -> None:
-        assert event in there.story(event.key) or isinstance(event, LayerReady | BytesMoved)
+        assert event in there.story(event.key)
         stop_failing()
         there.subscribe(late.append)
-        raise errors[0]
-
-    async with over(source) as there:
-        for number, error in enumerate(errors):
-            errors[0] = error
-            caplog.clear()
-            stop_failing = there.subscribe(fail)
-            stops = [there.subscribe(heard.append) for _ in range(2)]
-            with caplog.at_level(logging.ERROR, "lorax_async"):
-                async with await there.load("a") as handle:
-                    pass
-            await there.unload("a")
-            (record,) = caplog.records
-            assert record.getMessage() == "a subscriber failed on SlotGranted"
-            assert record.exc_info is not None
-            assert record.exc_info[1] is error
-            told = [event for event in heard if event.slot == handle.slot]
-            assert told[::2] == told[1::2]
-            assert [type(told[0]), type(told[-1])] == [SlotGranted, Leaving]
-            assert [event for event in late[: len(told)] if event == told[0]] == [told[0]] * number
-            for stop in stops:
-                stop()
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_a_subscriber_may_end_the_program(error: type[BaseException]) -> None:
-    journal = Journal()
-
-    def leave_program(event: Event) -> None:
         raise error
 
-    journal.subscribe(leave_program)
-    with pytest.raises(error):
-        journal.tell(Resident(AdapterKey("somewhere", ()), SlotId(0, 1), 1, 0.0))
-
-
-async def test_a_failure_is_told_once(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a")
-    there, device = gated()
-    async with there:
-        heard: list[Event] = []
-        there.subscribe(heard.append)
-        device.failing = {0}
-        with pytest.raises(TransferError):
-            await there.load(folder)
-        (failed,) = [event for event in heard if isinstance(event, Failed)]
-        assert failed.slot is not None
+    async with over(source) as there:
+        stop_failing = there.subscribe(fail)
+        for _ in range(2):
+            there.subscribe(heard.append)
+        with caplog.at_level(logging.ERROR, "lorax_async"):
+            (await there.load("a")).release()
+        await there.unload("a")
+        (record,) = caplog.records
+        assert record.getMessage() == "a subscriber failed on SlotGranted"
+        assert record.exc_info is not None
+        assert record.exc_info[1] is error
+        assert heard[::2] == heard[1::2]
+        assert [type(heard[0]), type(heard[-1])] == [SlotGranted, Leaving]
+        assert late == heard[2::2]
 
 
 async def test_statistics_are_sums_and_a_snapshot(tmp_path: Path) -> None:
@@ -343,8 +249,8 @@ async def test_statistics_are_sums_and_a_snapshot(tmp_path: Path) -> None:
         empty = there.statistics()
         for name in "aab":
             (await there.load(name)).release()
-        source.fail("resolve", AdapterNotFoundError("ordered"))
-        with pytest.raises(AdapterNotFoundError):
+        source.fail("resolve", errors.AdapterNotFoundError("ordered"))
+        with pytest.raises(errors.AdapterNotFoundError):
             await there.load("c")
         told = there.statistics()
         assert (told.fetches, told.loads, told.departures, told.failures) == (2, 2, 1, 0)
@@ -356,3 +262,167 @@ async def test_statistics_are_sums_and_a_snapshot(tmp_path: Path) -> None:
             told.seconds["copy"] = 2.0  # type: ignore[index]
         with pytest.raises(FrozenInstanceError):
             told.loads = 5  # type: ignore[misc]
+
+
+# -- questions to the source -----------------------------------------------------------------------
+
+
+REF = AdapterRef("one")
+
+
+class SlowSource(FakeSource):
+    """Answers once it is told to, and ends a question that is cancelled once it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = asyncio.Event()
+        self.may_end = asyncio.Event()
+        self.may_end.set()
+        self.cancelled = 0
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        try:
+            await self.answer.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            await self.may_end.wait()
+            raise
+        return await super().resolve(ref)
+
+
+def slow(tmp_path: Path, *, answers: bool = False) -> tuple[SlowSource, AdapterLoader]:
+    source = SlowSource()
+    for seed, name in enumerate(("one", "two")):
+        source.put(name, *tiny.files(tiny.write(tmp_path / name, seed)))
+    if answers:
+        source.answer.set()
+    return source, over(source)
+
+
+async def asked(loader: AdapterLoader, ref: Ref, times: int) -> list[asyncio.Task[Any]]:
+    """Calls whose question is under way."""
+    tasks = [asyncio.create_task(loader.load(ref)) for _ in range(times)]
+    for _ in range(4):
+        await asyncio.sleep(0)
+    return tasks
+
+
+async def ends(tasks: list[asyncio.Task[Any]]) -> list[Any]:
+    """The keys, or what went wrong; every handle is released."""
+    found = []
+    for each in await asyncio.gather(*tasks, return_exceptions=True):
+        if not isinstance(each, BaseException):
+            each.release()
+        found.append(each if isinstance(each, BaseException) else each.key)
+    return found
+
+
+async def test_another_scope_asks_for_itself(tmp_path: Path) -> None:
+    """One caller's answer says nothing about what another may see."""
+    source, loader = slow(tmp_path)
+    others: list[dict[str, Any]] = [
+        {"token": "theirs"},
+        {"token": "mine"},
+        {"revision": "main"},
+        {"source": "s3"},
+    ]
+    refs = [REF, AdapterRef(Path("one")), *(AdapterRef("one", **other) for other in others)]
+    async with loader:
+        tasks = [task for ref in refs for task in await asked(loader, ref, 2)]
+        assert set(our_tasks()) == {"lorax resolve one"}, "no name tells a token"
+        source.answer.set()
+        await ends(tasks)
+        assert source.counts.resolves == len(refs)
+
+
+async def test_a_cancelled_caller_leaves_the_others_their_answer(tmp_path: Path) -> None:
+    """The last one's end is the question's, and the next caller begins another one."""
+    source, loader = slow(tmp_path)
+    async with loader:
+        tasks = await asked(loader, REF, 3)
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        assert (tasks[0].cancelled(), source.cancelled) == (True, 0)
+        for task in tasks[1:]:
+            assert source.cancelled == 0
+            task.cancel()
+            await asyncio.wait([task])
+        await until(lambda: source.cancelled == 1)
+        assert loader.whereabouts(REF) is None
+        await until(lambda: not our_tasks())
+        tasks = await asked(loader, REF, 3)
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        source.answer.set()
+        _, second, third = await ends(tasks)
+        assert isinstance(second, AdapterKey)
+        assert second == third
+        assert (source.counts.resolves, source.cancelled) == (1, 1)
+
+
+async def test_each_caller_has_an_error_of_its_own(tmp_path: Path) -> None:
+    """With a stage if it names none; a foreign one is a fault of ours, and says which."""
+    source, loader = slow(tmp_path)
+    order = errors.AccessDeniedError("not yours")
+    order.__cause__ = cause = OSError("403")
+    async with loader:
+        source.fail("resolve", order)
+        tasks = await asked(loader, REF, 3)
+        source.answer.set()
+        found = await ends(tasks)
+        assert len(set(map(id, found))) == 3
+        for error in found:
+            assert isinstance(error, errors.AccessDeniedError)
+            assert (error.id, error.stage, error.retryable) == ("one", "resolve", False)
+            assert (error.problem, error.__cause__) == ("not yours", cause)
+        source.fail("resolve", errors.LoraxError("something", stage="verify"))
+        with pytest.raises(errors.LoraxError, match="adapter 'one', stage verify: something"):
+            await loader.load(REF)
+        source.fail("resolve", foreign := ZeroDivisionError("oops"))
+        with pytest.raises(errors.InternalError, match="ZeroDivisionError: oops") as caught:
+            await loader.load(REF)
+        assert caught.value.__cause__ is foreign
+        (await loader.load(REF)).release()  # and the next question is a new one
+
+
+async def test_the_last_answer_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To looks that ask nobody; a refusal takes it back, and the oldest is forgotten first."""
+    source, loader = slow(tmp_path, answers=True)
+    async with loader:
+        await ends(await asked(loader, REF, 1))
+        assert state(loader, "one") == "resident"
+        assert loader.whereabouts(AdapterRef("one", token="theirs")) is None
+        assert source.counts.resolves == 1
+        source.put("one", *tiny.files(tiny.write(tmp_path / "one", 7)))
+        assert state(loader, "one") == "resident"
+        async with await loader.load("one") as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "one")
+        source.remove("one")
+        with pytest.raises(errors.AdapterNotFoundError):
+            await loader.load("one")
+        assert state(loader, "one") == "nowhere"
+        assert loader.try_acquire("one") is None
+        monkeypatch.setattr("lorax_async.runtime.resolver.MAX_REMEMBERED", 3)
+        for name in "abcad":
+            source.put(name, *tiny.files(tmp_path / "two"))
+            await loader.prefetch(name, tier="disk")
+        assert [state(loader, name) for name in "abcd"] == ["present", "nowhere", *["present"] * 2]
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_the_loader_closes_and_a_caller_is_cancelled(tmp_path: Path, steps: int) -> None:
+    """Who was cancelled hears that; the others hear of the end, and nothing is left."""
+    source, loader = slow(tmp_path)
+    await loader.__aenter__()
+    first, *others = await asked(loader, REF, 3)
+    closing = asyncio.create_task(loader.close())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    cancelled = first.cancel()
+    end, *ends_of_others = await ends([first, *others])
+    assert type(end) is (asyncio.CancelledError if cancelled else errors.LoaderClosedError)
+    for error in ends_of_others:
+        assert isinstance(error, errors.LoaderClosedError)
+    await closing
+    assert source.cancelled == 1
+    assert our_tasks() == []

@@ -1,34 +1,34 @@
-"""Prefetches: each tier, their place behind everybody else, thousands at once, and their end."""
+"""Prefetches to each tier, behind everybody else, by thousands; and the tier in host memory."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tiny
 from common import until
-from lorax_async import (
-    AdapterKey,
-    AdapterNotFoundError,
-    AdapterRef,
-    AdapterTimeoutError,
-    Event,
-    FetchError,
-    IntegrityError,
-    InvalidAdapterIdError,
-    LoaderClosedError,
-    Prefetch,
-    UsageError,
-)
+from lorax_async import AdapterKey, AdapterLoader, AdapterRef, Event, LocalRoot, errors
 from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.runtime import acquiring
-from lorax_async.runtime.turns import Turns
 from lorax_async.runtime.whereabouts import TierName
+from lorax_async.testing import FakeSource
+from page_looks import cached_pages, drop_pages, map_sizes, may_lock, pages
 from tiny_loaders import ONE, loader
-from tiny_sources import granted, is_at, is_resident, over, state, stocked
+from tiny_sources import (
+    WEIGHTS,
+    granted,
+    is_at,
+    is_resident,
+    over,
+    simulated,
+    state,
+    stocked,
+    where,
+)
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -54,16 +54,13 @@ async def test_each_tier(tmp_path: Path, tier: TierName, ids: str | tuple[str, .
 
 
 async def test_a_prefetch_begins_without_being_awaited(tmp_path: Path) -> None:
-    folders = [tiny.write(tmp_path / str(n), seed=n) for n in range(3)]
+    folders = [tiny.write(tmp_path / str(n), seed=n) for n in range(2)]
     async with loader(local_roots=(tmp_path,)) as there:
-        ids = (id for id in (folders[0], AdapterRef(folders[1]), str(folders[2])))
-        there.prefetch(ids)
-        await until(lambda: all(is_resident(there, folder) for folder in folders[:2]))
-        await until(lambda: is_resident(there, str(folders[2])))
-        handle = there.try_acquire(folders[0])
-        assert handle is not None
-        async with handle:
-            await there.prefetch(handle.key, tier="disk")
+        there.prefetch(id for id in (AdapterRef(folders[0]), str(folders[1])))
+        await until(lambda: is_resident(there, folders[0]))
+        await until(lambda: is_resident(there, str(folders[1])))
+        (key, _) = there.residency()
+        await there.prefetch(key, tier="disk")
         nothing = there.prefetch([])
         assert nothing.done
         await nothing
@@ -72,17 +69,20 @@ async def test_a_prefetch_begins_without_being_awaited(tmp_path: Path) -> None:
 async def test_wrong_arguments_are_told_by_the_call(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as there:
-        with pytest.raises(UsageError, match="one of disk, host, device, not 'gpu'"):
-            there.prefetch("a", tier="gpu")  # type: ignore[arg-type]
-        with pytest.raises(InvalidAdapterIdError, match="not int"):
-            there.prefetch(["a", 3])  # type: ignore[list-item]
-        with pytest.raises(UsageError, match="a timeout is from 0"):
-            there.prefetch("a", timeout=-1)
-        for odd in (None, "high", 0.5, True, 10**400):
-            with pytest.raises(UsageError, match="a priority is a whole number"):
-                there.prefetch("a", priority=odd)  # type: ignore[arg-type]
-            with pytest.raises(UsageError, match="a priority is a whole number"):
-                await there.load("a", priority=odd)  # type: ignore[arg-type]
+        wrong: list[tuple[Any, dict[str, Any], str]] = [
+            ("a", {"tier": "gpu"}, "one of disk, host, device, not 'gpu'"),
+            (["a", 3], {}, "not int"),
+            ("a", {"timeout": -1}, "a timeout is from 0"),
+            *(
+                ("a", {"priority": odd}, "a priority is a whole number")
+                for odd in (None, "high", 0.5, True, 10**400)
+            ),
+        ]
+        for ids, more, words in wrong:
+            with pytest.raises(errors.UsageError, match=words):
+                there.prefetch(ids, **more)
+        with pytest.raises(errors.UsageError, match="a priority is a whole number"):
+            await there.load("a", priority=0.5)  # type: ignore[arg-type]
         await asyncio.sleep(0)
         assert source.counts.resolves == 0
 
@@ -94,7 +94,7 @@ async def test_a_prefetch_takes_nothing_from_leases_and_pins(tmp_path: Path) -> 
         await there.pin("pinned")
         lease = await there.load("leased")
         late = there.prefetch("late", timeout=0.1)
-        with pytest.raises(AdapterTimeoutError) as caught:
+        with pytest.raises(errors.AdapterTimeoutError) as caught:
             await late
         assert caught.value.stage == "queue"
         another = there.try_acquire("leased")
@@ -108,8 +108,7 @@ async def test_a_prefetch_takes_nothing_from_leases_and_pins(tmp_path: Path) -> 
 async def test_every_load_goes_before_a_prefetch(tmp_path: Path) -> None:
     """Also one that comes later and is of low priority."""
     names = ("held", "hint", "urgent hint", "late", "later")
-    source = stocked(tmp_path, *names)
-    async with over(source, max_slots=1, starvation_age=60) as there:
+    async with over(stocked(tmp_path, *names), max_slots=1, starvation_age=60) as there:
         heard: list[Event] = []
         there.subscribe(heard.append)
         held = await there.load("held")
@@ -149,18 +148,18 @@ async def test_its_errors_are_in_the_order_of_the_ids(tmp_path: Path) -> None:
     source = stocked(tmp_path, "good", "late")
     async with over(source) as there:
         source.hold("late")
-        source.fail("bring", FetchError("the wire broke"), id="late", at=3)
+        source.fail("bring", errors.FetchError("the wire broke"), id="late", at=3)
         hint = there.prefetch(["good", "late", "missing"])
         await until(lambda: hint.errors)
         assert list(hint.errors) == ["missing"]
         assert not hint.done
         source.allow("late")
-        with pytest.raises(FetchError, match="the wire broke") as caught:
+        with pytest.raises(errors.FetchError, match="the wire broke") as caught:
             await hint
         assert caught.value.id == "late"
         assert {id: type(error) for id, error in hint.errors.items()} == {
-            "late": FetchError,
-            "missing": AdapterNotFoundError,
+            "late": errors.FetchError,
+            "missing": errors.AdapterNotFoundError,
         }
         assert is_at(there, "good", "device")
 
@@ -171,7 +170,7 @@ async def test_a_failure_that_nobody_asks_for_is_quiet(tmp_path: Path, tier: Tie
     heard: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, what: heard.append(what))
     async with over(source) as there:
-        source.fail("open", IntegrityError("torn"))
+        source.fail("open", errors.IntegrityError("torn"))
         hints = [there.prefetch(["a", "missing"], tier=tier)]
         await until(lambda: hints[0].done)
         assert len(hints.pop().errors) == 2
@@ -202,28 +201,22 @@ async def test_cancelling_a_prefetch_ends_nothing_of_others(tmp_path: Path) -> N
         await hint
 
 
-async def test_its_deadline_and_its_waiters_end_by_themselves(tmp_path: Path) -> None:
-    """A waiter that is cancelled ends nothing; a deadline does, for this time."""
+async def test_a_waiter_that_is_cancelled_ends_nothing(tmp_path: Path) -> None:
+    """A deadline does, for this time."""
     source = stocked(tmp_path, "a")
-
-    async def wait_for(hint: Prefetch) -> None:
-        await hint
-
     async with over(source) as there:
         source.hold("a")
-        with pytest.raises(AdapterTimeoutError) as caught:
+        with pytest.raises(errors.AdapterTimeoutError) as caught:
             await there.prefetch("a", timeout=0.02)
         assert caught.value.id == "a"
         await until(lambda: state(there, "a") == "nowhere")
         hint = there.prefetch("a", timeout=20)
-        waiting = [asyncio.create_task(wait_for(hint)) for _ in range(2)]
         await until(lambda: source.counts.brings == 2)
-        waiting[0].cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting[0]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(hint, 0.01)
         assert not hint.done
         source.allow("a")
-        await waiting[1]
+        await hint
         assert is_at(there, "a", "device")
 
 
@@ -236,14 +229,14 @@ async def test_close_ends_a_prefetch_wherever_it_is(tmp_path: Path) -> None:
         await until(lambda: state(there, "in the queue") == "present" and source.counts.brings == 3)
         hints += [there.prefetch(["just begun", lease.key, "leased"])]
         await asyncio.wait_for(there.close(timeout=0), 20)
-        errors = [*hints[0].errors.items(), *hints[1].errors.items()]
-        assert dict(errors).keys() >= {"on the wire", "in the queue", "just begun"}
-        assert {type(error) for _, error in errors} == {LoaderClosedError}
+        found = [*hints[0].errors.items(), *hints[1].errors.items()]
+        assert dict(found).keys() >= {"on the wire", "in the queue", "just begun"}
+        assert {type(error) for _, error in found} == {errors.LoaderClosedError}
         for hint in hints:
             assert hint.done
-            with pytest.raises(LoaderClosedError):
+            with pytest.raises(errors.LoaderClosedError):
                 await hint
-        with pytest.raises(LoaderClosedError):
+        with pytest.raises(errors.LoaderClosedError):
             there.prefetch("leased")
 
 
@@ -289,80 +282,194 @@ async def test_two_files_are_opened_at_a_time_and_a_load_does_not_stand_behind(
         await hints
 
 
-@pytest.mark.parametrize("turns", [0, 1])
-async def test_many_are_cancelled_before_they_began(tmp_path: Path, turns: int) -> None:
+async def test_many_are_cancelled_before_they_began(tmp_path: Path) -> None:
     """A few begin in each turn of the loop; others have theirs between."""
     source = stocked(tmp_path, *NAMES)
     async with over(source) as there:
-        hints = there.prefetch(NAMES, tier="disk")
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        assert len(asyncio.all_tasks()) < len(NAMES) // 2
-        hints.cancel()
-        await hints
-        assert hints.done
-        assert source.counts.resolves < len(NAMES) // 2 * turns + 1
+        for turns in range(2):
+            hints = there.prefetch(NAMES, tier="disk")
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            assert len(asyncio.all_tasks()) < len(NAMES) // 2
+            hints.cancel()
+            await hints
+            assert hints.done
+            assert source.counts.resolves < len(NAMES) // 2 * turns + 1
 
 
-async def test_a_turn_that_takes_long_keeps_no_other_origin_waiting() -> None:
-    """Two at a time, two of each origin, and those that take long beside them."""
-    order: list[str] = []
-    end = asyncio.Event()
-
-    async def one(turns: Turns, origin: str, *, hangs: bool) -> None:
-        async with turns.turn(0, origin):
-            order.append(origin)
-            if hangs:
-                await end.wait()
-
-    turns = Turns(2, 0.02)
-    hanging = [asyncio.create_task(one(turns, "a", hangs=True)) for _ in range(5)]
-    await asyncio.sleep(0)
-    await asyncio.wait([asyncio.create_task(one(turns, "b", hangs=False)) for _ in range(9)])
-    assert order == ["a"] * 2 + ["b"] * 9
-    hanging[4].cancel()
-    more = [asyncio.create_task(one(turns, "c", hangs=True)) for _ in range(3)]
-    await until(lambda: order.count("c") == 2)
-    await asyncio.sleep(0.05)
-    assert (order.count("a"), order.count("c")) == (2, 2)
-    end.set()
-    await asyncio.wait([*hanging, *more])
-    assert (order.count("a"), order.count("c")) == (4, 3)
+# -- the tier between disk and device --------------------------------------------------------------
 
 
-async def test_turns_go_by_priority_and_pass_over_who_left() -> None:
-    order: list[str] = []
-
-    async def one(turns: Turns, name: str, priority: int) -> None:
-        async with turns.turn(priority):
-            order.append(name)
-            await asyncio.sleep(0.001)
-
-    turns = Turns(1)
-    calls = (("first", 0), ("low", -1), ("high", 5), ("gone", 9), ("also high", 5))
-    tasks = {name: asyncio.create_task(one(turns, name, rank)) for name, rank in calls}
-    await asyncio.sleep(0)
-    tasks["gone"].cancel()
-    await asyncio.wait(tasks.values())
-    await one(turns, "last", 0)
-    assert order == ["first", "high", "also high", "low", "last"]
+PADDED = 2 * ONE
+"""Rank 4 as rank 8, the least on the simulated device."""
 
 
-async def test_a_turn_that_comes_to_one_who_is_just_leaving_is_passed_on() -> None:
-    order: list[str] = []
+def bytes_from_disk() -> int:
+    """What this process made the kernel fetch from storage so far."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
 
-    async def one(turns: Turns, name: str, leaves: list[asyncio.Task[None]]) -> None:
-        async with turns.turn(0):
-            order.append(name)
-            await asyncio.sleep(0.01)  # the others wait by then
-        for task in leaves:  # which has just been given its turn
-            task.cancel()
 
-    turns, leaves = Turns(1), list[asyncio.Task[None]]()
-    first = asyncio.create_task(one(turns, "first", leaves))
-    await asyncio.sleep(0)
-    leaves.append(asyncio.create_task(one(turns, "leaving", [])))
-    last = asyncio.create_task(one(turns, "last", []))
-    await asyncio.wait([first, *leaves, last])
-    assert leaves[0].cancelled()
-    assert order == ["first", "last"]
+def dropped(folder: Path) -> Path:
+    for name in ("adapter_config.json", WEIGHTS):
+        drop_pages(folder / name)
+    assert cached_pages(folder / WEIGHTS) == 0
+    return folder / WEIGHTS
+
+
+async def test_what_was_prefetched_to_the_host_is_read_without_a_disk(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", rank=64)
+    weights = dropped(folder)
+    async with loader(local_roots=[LocalRoot(tmp_path, immutable=True)]) as there:
+        await there.prefetch(folder, tier="disk")
+        found = where(there, folder)
+        assert (found.tier, found.state, found.host_bytes) == ("disk", "present", 0)
+        dropped(folder)
+        before = bytes_from_disk()
+        (await there.load(folder)).release()
+        assert bytes_from_disk() - before >= weights.stat().st_size // 2, "as it should be told"
+        await there.unload(folder)
+        dropped(folder)
+        await there.prefetch(folder, tier="host")
+        assert cached_pages(weights) == pages(weights.stat().st_size)
+        found = where(there, folder)
+        assert (found.tier, found.state, found.slot) == ("host", "held", None)
+        assert (found.host_bytes, found.device_bytes) == (weights.stat().st_size, 0)
+        assert found.locked is may_lock(found.host_bytes)
+        before = bytes_from_disk()
+        async with await there.load(folder) as handle:
+            assert bytes_from_disk() == before
+            tiny.assert_equal_to_file(handle, folder)
+            found = where(there, folder)
+            assert (found.tier, found.state, found.leases) == ("device", "resident", 1)
+            assert (found.device_bytes, found.host_bytes) == (handle.nbytes, found.host_bytes)
+        await there.unload(folder)
+        assert not map_sizes(weights)
+        dropped(folder)
+
+
+async def test_what_may_change_is_read_ahead_each_time(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", rank=64)
+    weights = folder / WEIGHTS
+    async with loader(host_bytes=0) as there:
+        for _ in range(2):
+            dropped(folder)
+            await there.prefetch(folder, tier="host")
+            await until(lambda: cached_pages(weights) == pages(weights.stat().st_size))
+            found = where(there, folder)
+            assert (found.tier, found.state) == ("host", "read ahead")
+            assert (found.host_bytes, found.locked) == (0, False)
+        assert not map_sizes(weights)
+
+
+async def test_the_coldest_makes_room_within_the_budget(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c", holdable=True)
+    nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
+    async with over(source, host_bytes=2 * nbytes) as there:
+        for name in "ab":
+            await there.prefetch(name, tier="host")
+        (await there.load("a")).release()  # b is the colder one
+        await there.unload("a")
+        await there.prefetch("a", tier="host")
+        (await there.load("b")).release()
+        await there.prefetch("c", tier="host")
+        assert not is_at(there, "a", "host")
+        held = {name: where(there, name).host_bytes for name in "abc"}
+        assert held == {"a": 0, "b": nbytes, "c": nbytes}
+        assert source.counts.open_holds == 2
+
+
+async def test_what_is_larger_than_the_budget_is_refused(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", holdable=True)
+    nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
+    async with over(source, host_bytes=nbytes - 1) as there:
+        with pytest.raises(errors.CapacityError, match="raise host_bytes") as caught:
+            await there.prefetch("a", tier="host")
+        assert (caught.value.retryable, caught.value.id) == (False, "a")
+        await there.prefetch("a")
+        await there.unload("a")
+        assert (source.counts.populates, source.counts.open_holds) == (0, 0)
+
+
+async def test_who_was_pushed_off_the_device_goes_on_in_host_memory(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c", holdable=True)
+    nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
+    async with over(source, max_slots=1, host_bytes=nbytes) as there:
+        for name in "ab":
+            (await there.load(name)).release()
+        await until(lambda: state(there, "a") == "held")
+        assert where(there, "a").host_bytes == nbytes
+        (await there.load("c")).release()
+        await until(lambda: state(there, "b") == "held")
+        assert where(there, "a").tier == "disk"
+        await there.unload("c")
+        assert where(there, "c").tier == "disk"
+        assert (source.counts.populates, source.counts.open_holds) == (2, 1)
+
+
+# -- page-locked images ---------------------------------------------------------------------------
+
+
+async def read_for(loader: AdapterLoader, source: FakeSource, base: Path, name: str) -> int:
+    """Bytes of its file that loading it takes."""
+    before = source.counts.bytes_read
+    async with await loader.load(name) as handle:
+        tiny.assert_equal_to_file(handle, base / name)
+    return source.counts.bytes_read - before
+
+
+async def test_a_reload_reads_no_byte_of_the_file(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    settings = {"device": "simulated", "max_slots": 1, "pinned_bytes": 1 << 20}
+    async with over(source, **settings) as there:
+        assert await read_for(there, source, tmp_path, "a") == ONE
+        assert where(there, "a").pinned_bytes == PADDED
+        assert await read_for(there, source, tmp_path, "b") == ONE
+        found = where(there, "a")
+        assert (found.tier, found.device_bytes, found.pinned_bytes) == ("host", 0, PADDED)
+        assert (found.host_bytes, found.locked) == (0, True)
+        await there.prefetch("a", tier="host")
+        assert source.counts.populates == 0, "it is there already"
+        for name in "abab":
+            assert await read_for(there, source, tmp_path, name) == 0
+        assert there.statistics().bytes_moved == 6 * PADDED
+
+
+async def test_their_budget_is_kept_and_the_coldest_goes(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c")
+    settings = {"device": "simulated", "max_slots": 1, "pinned_bytes": 2 * PADDED}
+    async with over(source, **settings) as there:
+        read = []
+        for name in "abcbcab":
+            read.append(await read_for(there, source, tmp_path, name))
+            assert there.usage().pinned_bytes.used <= 2 * PADDED
+        # c takes the image of a, b and c come back warm, a takes that of b, b that of c
+        assert read == [ONE, ONE, ONE, 0, 0, ONE, ONE]
+        assert there.usage().pinned_bytes.used == 2 * PADDED
+
+
+async def test_half_an_image_is_completed_from_the_file(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source, device="simulated", pinned_bytes=1 << 20, io_threads=1) as there:
+        simulated(there).failing = {2}
+        with pytest.raises(errors.TransferError):
+            await there.load("a")
+        await until(lambda: state(there, "a") == "present")
+        assert where(there, "a").tier == "disk"
+        assert await read_for(there, source, tmp_path, "a") == ONE // tiny.LAYERS
+        assert simulated(there).copies == 2 * tiny.LAYERS
+
+
+@pytest.mark.parametrize(
+    ("device", "pinned_bytes"), [("cpu", 1 << 20), ("simulated", 0), ("simulated", PADDED - 64)]
+)
+async def test_there_is_no_image_without_room_or_need(
+    tmp_path: Path, device: str, pinned_bytes: int
+) -> None:
+    """Nor on a device whose arena is host memory itself."""
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, device=device, max_slots=1, pinned_bytes=pinned_bytes) as there:
+        for name in "aba":
+            assert await read_for(there, source, tmp_path, name) == ONE
+        assert there.usage().pinned_bytes.used == 0
+        assert is_at(there, "b", "disk")

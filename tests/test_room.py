@@ -1,4 +1,4 @@
-"""Slots and bytes that more adapters want than there are: who waits, how long, and who goes."""
+"""Room in slots and bytes: who waits and who goes; pins, which keep it; unloading, which ends it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ import pytest
 
 import tiny
 from common import until
-from lorax_async import (
-    AdapterTimeoutError,
-    CapacityError,
-    Event,
-    Leaving,
-    LoaderClosedError,
-    Resident,
-)
-from lorax_async.config import Eviction
-from tiny_loaders import ONE, loader
-from tiny_sources import granted, is_resident, over, state, stocked
+from lorax_async import AdapterLoader, AdapterRef, Event, Leaving, Resident, errors
+from lorax_async.adapter import AdapterId
+from tiny_loaders import ONE, gated, loader
+from tiny_sources import granted, is_at, is_resident, over, state, stocked, where
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
@@ -29,8 +22,7 @@ EVER = 1e6
 
 async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> None:
     """By bytes; each has its own file's after that."""
-    source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, device_bytes=2 * ONE, max_slots=8) as there:
+    async with over(stocked(tmp_path, "a", "b", "c"), device_bytes=2 * ONE, max_slots=8) as there:
         for name in "abac":
             (await there.load(name)).release()
         assert there.try_acquire("b") is None
@@ -40,7 +32,7 @@ async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> Non
             assert handle is not None
             tiny.assert_equal_to_file(handle, tmp_path / name)
             held.append(handle)
-        with pytest.raises(AdapterTimeoutError) as caught:
+        with pytest.raises(errors.AdapterTimeoutError) as caught:
             await there.load("b", timeout=0.02)
         assert (caught.value.stage, caught.value.retryable) == ("queue", True)
         waiting = asyncio.create_task(there.load("b"))
@@ -54,15 +46,14 @@ async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> Non
 async def test_what_never_fits_fails_at_once(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
     async with loader(device_bytes=ONE - 64) as there:
-        with pytest.raises(CapacityError, match="raise device_bytes") as caught:
+        with pytest.raises(errors.CapacityError, match="raise device_bytes") as caught:
             await there.load(folder)
         assert not caught.value.retryable
         assert str(folder) in str(caught.value)
 
 
 async def test_a_starving_request_ends_new_leases(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with over(source, max_slots=1, starvation_age=0.05) as there:
+    async with over(stocked(tmp_path, "a", "b"), max_slots=1, starvation_age=0.05) as there:
         held = await there.load("a")
         waiting = asyncio.create_task(there.load("b"))
         for _ in range(200):
@@ -78,46 +69,18 @@ async def test_a_starving_request_ends_new_leases(tmp_path: Path) -> None:
         (await waiting).release()
 
 
-async def test_a_thousand_that_wait_all_hear_of_the_end(tmp_path: Path) -> None:
-    source, folder = stocked(tmp_path), tiny.write(tmp_path / "a")
-    names = [str(n) for n in range(1100)]
-    for name in names:
-        source.put(name, *tiny.files(folder))
-    async with over(source, max_slots=1) as there:
-        held = await there.load(names[0])
-        waiting = [asyncio.create_task(there.load(name)) for name in names[1:]]
-        await until(lambda: source.counts.opens == len(names))
-        closing = asyncio.create_task(there.close())
-        done = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
-        assert {type(each) for each in done} == {LoaderClosedError}
-        held.release()
-        await closing
-
-
 async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
     """One of two that are leased, if somebody starves; none if one leaves already."""
-    source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=2, starvation_age=0.01) as there:
+    async with over(stocked(tmp_path, "a", "b", "c"), max_slots=2, starvation_age=0.01) as there:
         first, second = await there.load("a"), await there.load("b")
         waiting = asyncio.create_task(there.load("c"))
         await until(lambda: state(there, "a") == "leaving")
-        with pytest.raises(AdapterTimeoutError):
+        with pytest.raises(errors.AdapterTimeoutError):
             await there.load("c", timeout=0.03)
         assert state(there, "b") == "resident"
         first.release()
         (await waiting).release()
         second.release()
-    async with over(source, max_slots=2) as there:
-        handle = await there.load("a")
-        with handle.use():
-            handle.release()
-            (await there.load("b")).release()
-            waiting = asyncio.create_task(there.load("c"))
-            await until(lambda: state(there, "a") == "leaving")
-            with pytest.raises(AdapterTimeoutError):
-                await there.load("c", timeout=0.02)
-        (await waiting).release()
-        assert state(there, "b") == "resident"
 
 
 @pytest.mark.parametrize(
@@ -148,18 +111,13 @@ async def test_a_level_of_priority_is_worth_a_time_of_waiting(
 async def test_a_resident_adapter_has_its_time_and_goes_when_it_is_over(tmp_path: Path) -> None:
     """For whoever waits already, with nothing happening meanwhile; a prefetch too."""
     source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=1, min_residency=EVER, starvation_age=EVER) as there:
-        (await there.load("a")).release()
-        with pytest.raises(AdapterTimeoutError) as caught:
-            await there.load("b", timeout=0.1)
-        assert caught.value.stage == "queue"
-        assert is_resident(there, "a")
-        await there.unload("a")  # its own people may send it away
-        (await there.load("b")).release()
     async with over(source, max_slots=1, min_residency=0.1, starvation_age=EVER) as there:
         heard: list[Event] = []
         there.subscribe(heard.append)
         (await there.load("a")).release()
+        with pytest.raises(errors.AdapterTimeoutError) as caught:
+            await there.load("b", timeout=0.01)
+        assert caught.value.stage == "queue"
         (await there.load("b", timeout=20)).release()
         await there.prefetch("c", timeout=20)
         times = [event.time for event in heard if isinstance(event, Resident | Leaving)]
@@ -174,66 +132,12 @@ async def test_a_starving_request_ends_a_minimum_residency(tmp_path: Path) -> No
     source = stocked(tmp_path, "a", "b", "c")
     async with over(source, max_slots=1, min_residency=EVER, starvation_age=0.05) as there:
         (await there.load("a")).release()
-        with pytest.raises(AdapterTimeoutError):
+        with pytest.raises(errors.AdapterTimeoutError):
             await there.prefetch("b", timeout=0.15)
-        assert is_resident(there, "a")
+        await there.unload("a")  # its own people may send it away
+        (await there.load("a")).release()
         (await there.load("c", timeout=20)).release()
         assert is_resident(there, "c")
-
-
-async def test_a_prefetch_lends_its_age_to_nobody(tmp_path: Path) -> None:
-    """Who loads what was prefetched stands where one stands who loads anything else."""
-    source = stocked(tmp_path, "held", "hinted", "plain")
-    async with over(source, max_slots=1, starvation_age=EVER) as there:
-        heard: list[Event] = []
-        there.subscribe(heard.append)
-        held = await there.load("held")
-        hint = there.prefetch("hinted")
-        await until(lambda: state(there, "hinted") == "present")
-        plain = asyncio.create_task(there.load("plain"))
-        await until(lambda: state(there, "plain") == "present")
-        since = asyncio.get_running_loop().time()
-        await until(lambda: asyncio.get_running_loop().time() > since)
-        hinted = asyncio.create_task(there.load("hinted"))
-        await until(lambda: there.usage().waiting == 3)
-        for task in (plain, hinted):
-            task.add_done_callback(lambda done: done.result().release())
-        held.release()
-        await asyncio.gather(plain, hinted, hint)
-        assert granted(heard) == ["held", "plain", "hinted"]
-
-
-EQUAL = (4, 4, 4)
-UNEQUAL = (4, 64, 4)
-"""Ranks of a, b and c: b takes 16 times the room, and all but its bytes costs the same."""
-
-
-@pytest.mark.parametrize(
-    ("eviction", "equal", "unequal"),
-    [
-        ("lru", "b", "a"),  # b was not used for longer; a was not used for longer
-        ("lfu", "a", "a"),  # a once, b twice
-        ("gdsf", "a", "b"),  # as many bytes, a once; b's two uses are worth an eighth of a's one
-    ],
-)
-async def test_the_policy_is_the_one_that_was_named(
-    tmp_path: Path, eviction: Eviction, equal: str, unequal: str
-) -> None:
-    """Two slots; who goes for c after b, b, a, and after a, b, b."""
-
-    async def victim(ranks: tuple[int, ...], requests: str) -> str:
-        source = stocked(tmp_path)
-        for seed, (name, rank) in enumerate(zip("abc", ranks, strict=True)):
-            folder = tiny.write(tmp_path / f"{name} {rank}", seed, rank)
-            source.put(name, *tiny.files(folder))
-        async with over(source, max_slots=2, eviction=eviction) as there:
-            for name in requests:
-                (await there.load(name)).release()
-            (gone,) = [name for name in "abc" if not is_resident(there, name)]
-            return gone
-
-    assert await victim(EQUAL, "bbac") == equal
-    assert await victim(UNEQUAL, "abbc") == unequal
 
 
 async def test_one_told_to_leave_stays_if_nobody_waits_any_more(tmp_path: Path) -> None:
@@ -241,7 +145,7 @@ async def test_one_told_to_leave_stays_if_nobody_waits_any_more(tmp_path: Path) 
     async with over(source, max_slots=1, starvation_age=0.01) as there:
         first = await there.load("held")
         there.subscribe(told.append)
-        with pytest.raises(AdapterTimeoutError):
+        with pytest.raises(errors.AdapterTimeoutError):
             await there.load("late", timeout=0.1)
         assert [type(event) for event in told] == [Leaving, Resident]
         second = there.try_acquire("held")
@@ -249,3 +153,299 @@ async def test_one_told_to_leave_stays_if_nobody_waits_any_more(tmp_path: Path) 
         first.release()
         second.release()
         (await there.load("late")).release()
+
+
+# -- pins ------------------------------------------------------------------------------------------
+
+
+async def press(loader: AdapterLoader, *names: str) -> None:
+    """Load one after the other, each wanting the room of those before it."""
+    for name in names:
+        (await loader.load(name, timeout=20)).release()
+
+
+def pins(loader: AdapterLoader, id: AdapterId) -> int:
+    return 0 if state(loader, id) == "nowhere" else where(loader, id).pins
+
+
+async def test_a_pin_outlives_pressure_until_it_is_unpinned(tmp_path: Path) -> None:
+    async with over(stocked(tmp_path, "a", "b", "c", "d"), max_slots=2) as there:
+        await there.pin("a")
+        assert (pins(there, "a"), where(there, "a").leases) == (1, 0)
+        slot = where(there, "a").slot
+        await press(there, "b", "c", "d")
+        await there.prefetch(["b", "c"])
+        async with await there.load("a") as handle:
+            assert handle.slot == slot
+            tiny.assert_equal_to_file(handle, tmp_path / "a")
+        assert there.unpin("a")
+        assert not there.unpin("a")
+        await press(there, "b", "c")
+        assert not is_at(there, "a", "device")
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"max_slots": 1}, "b"), ({"device_bytes": 2 * ONE}, "large")]
+)
+async def test_what_cannot_fit_beside_a_pin_fails_at_once(
+    tmp_path: Path, settings: dict[str, object], name: str
+) -> None:
+    """By slots, and by bytes; also who waits already when it is pinned."""
+    source = stocked(tmp_path, "a", "b")
+    source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=8)))
+    async with over(source, **settings) as there:
+        lease = await there.load("a")
+        waiting = asyncio.create_task(there.load(name))
+        hint = there.prefetch(name)
+        await until(lambda: state(there, name) == "present")
+        assert not waiting.done()
+        await there.pin("a")
+        lease.release()
+        for late in (waiting, there.load(name), there.prefetch(name), hint):
+            with pytest.raises(
+                errors.CapacityError, match="beside 1 pinned adapters; unpin"
+            ) as caught:
+                await asyncio.wait_for(late, 20)
+            assert (caught.value.retryable, caught.value.id) == (True, name)
+        there.unpin("a")
+        await press(there, name)
+        assert is_at(there, name, "device")
+
+
+async def test_unload_ends_pins_and_a_stale_unpin_is_harmless(tmp_path: Path) -> None:
+    async with over(stocked(tmp_path, "a")) as there:
+        await there.pin("a")
+        key = there.story("a")[0].key
+        await there.pin(key)
+        assert pins(there, "a") == 2
+        await there.unload("a")
+        assert not is_at(there, "a", "device")
+        await there.pin(key)
+        assert not there.unpin("a")
+        assert pins(there, "a") == 1
+
+
+async def test_a_pin_of_what_was_saved_again_moves(tmp_path: Path) -> None:
+    folder, others = tmp_path / "a", [tiny.write(tmp_path / n, seed=9) for n in "bc"]
+    async with loader(max_slots=2) as there:
+        tiny.write(folder)
+        await there.pin(folder)
+        (old,) = there.residency()
+        tiny.write(folder, seed=1)
+        await there.pin(folder)
+        assert there.residency()[old].pins == 0
+        assert pins(there, folder) == 1
+        for other in others:
+            (await there.load(other)).release()
+        assert there.residency()[old].tier == "disk"
+        handle = there.try_acquire(folder)
+        assert handle is not None
+        async with handle:
+            tiny.assert_equal_to_file(handle, folder)
+
+
+async def test_each_id_has_its_own_pin(tmp_path: Path) -> None:
+    folder, others = tiny.write(tmp_path / "a"), [tiny.write(tmp_path / n, seed=9) for n in "bc"]
+    async with loader(max_slots=1, local_roots=(tmp_path,)) as there:
+        await there.pin(folder)
+        await there.pin(AdapterRef(folder))  # says the same
+        assert pins(there, folder) == 1
+        (key,) = there.residency()
+        for other in (key, str(folder)):
+            await there.pin(other)
+        assert pins(there, folder) == 3
+        for id in (folder, str(folder)):
+            assert there.unpin(id)
+            with pytest.raises(errors.CapacityError):
+                await there.load(others[0])
+        assert there.unpin(key)
+        assert pins(there, folder) == 0
+        (await there.load(others[1])).release()
+
+
+async def test_a_pin_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, max_slots=1) as there:
+        source.hold("a")
+        with pytest.raises(errors.AdapterTimeoutError) as caught:
+            await there.pin("a", timeout=0.02)
+        assert caught.value.id == "a"
+        pinning = asyncio.create_task(there.pin("a"))
+        await until(lambda: source.counts.brings == 2)
+        pinning.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pinning
+        await until(lambda: state(there, "a") == "nowhere")
+        source.allow("a")
+        source.fail("bring", errors.FetchError("the wire broke"), id="a", at=1)
+        with pytest.raises(errors.FetchError, match="wire"):
+            await there.pin("a")
+        assert not there.unpin("a")
+        await press(there, "a", "b")
+
+
+# -- unloading -------------------------------------------------------------------------------------
+
+
+async def test_what_is_idle_goes_at_once(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    async with loader(timeout=20) as there:
+        (await there.load(folder)).release()
+        assert where(there, folder).device_bytes == ONE
+        await there.unload(folder)
+        found = where(there, folder)
+        assert (found.tier, found.state, found.slot) == ("disk", "present", None)
+        assert (found.device_bytes, found.host_bytes) == (0, 0)
+        assert there.try_acquire(folder) is None
+        assert isinstance(there.story(folder)[-1], Leaving)
+        await there.unload(folder)
+        assert there.statistics().departures == 1
+        async with await there.load(folder) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+        assert there.statistics().fetches == 1
+
+
+async def test_what_nobody_knows_is_not_looked_for(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source) as other:
+        (await other.load("a")).release()
+        (key,) = other.residency()
+    async with over(source) as there:
+        resolves = source.counts.resolves
+        await there.unload("a", timeout=0)
+        await there.unload(key, timeout=0)
+        assert not there.residency()
+        assert source.counts.resolves == resolves
+        with pytest.raises(errors.UsageError, match="a timeout is from 0"):
+            await there.unload("a", timeout=-1)
+
+
+async def test_what_is_leased_stays_and_its_holders_are_named(tmp_path: Path) -> None:
+    """Without time it does not wait, but for leases that have just ended."""
+    folder = tiny.write(tmp_path / "a")
+    async with loader(timeout=20) as there:
+        heard: list[Event] = []
+        tasks = [asyncio.create_task(there.load(folder), name=f"batch {n}") for n in range(2)]
+        handles = [await task for task in tasks]
+        there.subscribe(heard.append)
+        with pytest.raises(errors.AdapterInUseError) as caught:
+            await there.unload(folder, timeout=0.02)
+        assert "leases still held after 0.02 s: 2, by batch 0, batch 1;" in str(caught.value)
+        assert (caught.value.id, caught.value.key) == (str(folder), handles[0].key)
+        assert caught.value.retryable
+        assert [type(event) for event in heard] == [Leaving, Resident]
+        assert {event.slot for event in heard} == {handles[0].slot}
+        async with await there.load(folder) as another:
+            assert another.slot == handles[0].slot
+        handles[1].release()
+        with pytest.raises(errors.AdapterInUseError, match="after 0 s: 1, by "):
+            await there.unload(folder, timeout=0)
+        tiny.assert_equal_to_file(handles[0], folder)
+        asyncio.get_running_loop().call_soon(handles[0].release)
+        await there.unload(folder, timeout=0)
+        assert where(there, folder).tier == "disk"
+
+
+async def test_who_streams_is_waited_for(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    there, device = gated()
+    async with there:
+        device.gate.clear()
+        async with there.stream(folder) as handle:
+            with pytest.raises(errors.AdapterInUseError):
+                await there.unload(folder, timeout=0)
+            device.gate.set()
+            await handle.layer_ready(3)
+            tiny.assert_equal_to_file(handle, folder)
+        await there.unload(folder)
+        device.gate.clear()
+        async with there.stream(folder):
+            unloading = asyncio.create_task(there.unload(folder))
+            await until(lambda: device.copies == 6)
+        assert state(there, folder) == "leaving"
+        assert not unloading.done(), "two copies still write to the slot"
+        device.gate.set()
+        await unloading
+        assert where(there, folder).tier == "disk"
+        assert there.statistics().loads == 1
+
+
+async def test_who_waits_for_a_load_waits_on_and_gets_it_anew(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    there, device = gated()
+    async with there:
+        device.gate.clear()
+        loading = asyncio.create_task(there.load(folder))
+        await until(lambda: device.copies == 2)
+        slot = where(there, folder).slot
+        unloading = asyncio.create_task(there.unload(folder))
+        await until(lambda: state(there, folder) == "leaving")
+        assert {loading.done(), unloading.done()} == {False}
+        device.gate.set()
+        await unloading
+        async with await loading as handle:
+            assert handle.slot != slot
+            tiny.assert_equal_to_file(handle, folder)
+        told = there.statistics()
+        assert (told.departures, told.loads, told.fetches) == (1, 1, 1)
+
+
+async def test_loads_that_come_meanwhile_wait(tmp_path: Path) -> None:
+    """For the adapter to be loaded anew, or until the only caller of unload was cancelled."""
+    async with over(stocked(tmp_path, "a")) as there:
+        lease = await there.load("a")
+        for cancelled in (True, False):
+            unloading = asyncio.create_task(there.unload("a"))
+            await until(lambda: state(there, "a") == "leaving")
+            assert there.try_acquire("a") is None
+            loading, old = asyncio.create_task(there.load("a")), lease.slot
+            with pytest.raises(errors.AdapterTimeoutError):
+                await there.load("a", timeout=0.02)
+            assert not loading.done()
+            unloading.cancel() if cancelled else lease.release()
+            await asyncio.wait([unloading])
+            async with await loading as handle:
+                assert (handle.slot == old) == cancelled
+                tiny.assert_equal_to_file(handle, tmp_path / "a")
+
+
+async def test_one_of_several_callers_gives_up(tmp_path: Path) -> None:
+    async with over(stocked(tmp_path, "a")) as there:
+        lease = await there.load("a")
+        callers = [asyncio.create_task(there.unload("a")) for _ in range(3)]
+        await until(lambda: state(there, "a") == "leaving")
+        callers[0].cancel()
+        with pytest.raises(errors.AdapterInUseError):
+            await there.unload("a", timeout=0)
+        assert state(there, "a") == "leaving"
+        lease.release()
+        await asyncio.gather(*callers[1:])
+        assert where(there, "a").tier == "disk"
+
+
+async def test_an_unload_that_waits_does_not_hold_up_others(tmp_path: Path) -> None:
+    """Its slot may never come; another's is free to be taken."""
+    source = stocked(tmp_path, "leased", "idle", "late")
+    async with over(source, max_slots=2, starvation_age=1e6) as there:
+        lease = await there.load("leased")
+        (await there.load("idle")).release()
+        unloading = asyncio.create_task(there.unload("leased"))
+        await until(lambda: state(there, "leased") == "leaving")
+        (await there.load("late", timeout=5)).release()
+        lease.release()
+        await unloading
+
+
+async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:
+    async with over(stocked(tmp_path, "a")) as there:
+        handle = await there.load("a")
+        with handle.use():
+            handle.release()
+            with pytest.raises(
+                errors.AdapterTimeoutError, match="copied, computed with or held"
+            ) as caught:
+                await there.unload("a", timeout=0.02)
+            assert (caught.value.id, caught.value.stage) == ("a", "ready")
+            assert state(there, "a") == "leaving"
+        await there.unload("a", timeout=0)
+        assert where(there, "a").tier == "disk"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,11 @@ import pytest
 
 import tiny
 from common import mapped_files, open_files, our_threads, until
-from lorax_async import (
-    AdapterLoader,
-    FetchError,
-    IntegrityError,
-    InternalError,
-    LoaderClosedError,
-    LoraxError,
-    TransferError,
-)
+from lorax_async import AdapterLoader, errors
+from lorax_async.io.sources.checked_open import FileReader
 from lorax_async.io.sources.local_hold import LocalHold
 from lorax_async.runtime.whereabouts import TierName
-from lorax_async.testing import FakeHold, SimulatedDevice, Step
+from lorax_async.testing import SimulatedDevice, Step
 from sweeping import cancel_at, count_steps, our_tasks
 from sweeping_tiers import (
     DEVICE_VERBS,
@@ -41,6 +35,7 @@ from sweeping_tiers import (
     tiers,
     written,
 )
+from tiny_sources import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -65,23 +60,7 @@ async def test_cancelled_at_every_await(tmp_path: Path, verb: str, where: str) -
             if where == "crowded":
                 await bench.crowd()
             await cancel_at(bench.do(verb), step)
-            await bench.assert_clean()
-            await bench.assert_works()
-            await bench.assert_clean()
-
-
-@pytest.mark.parametrize("tier", TIERS)
-async def test_a_prefetch_outlives_its_waiter(tmp_path: Path, tier: TierName) -> None:
-    async with local_tiers(tmp_path) as bench:
-        hint = bench.loader.prefetch(bench.ids["a"], tier=tier)
-
-        async def wait() -> None:
-            await hint
-
-        assert await cancel_at(wait(), 1)
-        await hint
-        assert [each.tier for each in bench.loader.residency().values()] == [tier]
-        await bench.assert_clean()
+            await bench.assert_whole()
 
 
 @pytest.mark.each_loop
@@ -97,45 +76,14 @@ async def test_a_prefetch_is_cancelled_at_every_turn(tmp_path: Path, tier: TierN
             await hint
             assert hint.done
             assert not hint.errors
-            await bench.assert_clean()
-        await bench.assert_works()
-
-
-async def test_a_load_and_a_prefetch_are_cancelled_after_every_copy(tmp_path: Path) -> None:
-    """With the copies before it under way, none of which has run."""
-    async with fake_tiers(tmp_path) as (bench, source):
-        for copies in range(tiny.LAYERS + 1):
-            source.put("a", *tiny.files(tmp_path / "a"))
-            source.hold("a")
-            source.allow("a", *range(copies)) if copies else None
-            before, there = bench.device.copies, bench.device
-            there.gate.clear()
-            hint = bench.loader.prefetch("a")
-            load = asyncio.create_task(bench.load())
-            await until(lambda: there.copies == before + copies)
-            hint.cancel()
-            await asyncio.sleep(0)
-            load.cancel()
-            there.gate.set()
-            await asyncio.wait([load])
-            assert load.cancelled()
-            source.allow("a")
-            await bench.assert_clean()
-            await bench.assert_works()
+            await bench.assert_whole()
 
 
 async def test_unload_is_cancelled_where_it_waits(tmp_path: Path) -> None:
-    """For pages that are being let go, for a lease, for a copy; the next one succeeds."""
+    """For pages that are being let go, and for a copy; the next one succeeds."""
     async with local_tiers(tmp_path) as bench:
         await bench.load_from_host()
         assert await cancel_at(bench.unload(), 1)
-        await bench.assert_clean()
-        await bench.host()
-        handle = await bench.loader.load(bench.ids["a"])
-        assert await cancel_at(bench.unload(), 1)
-        tiny.assert_equal_to_file(handle, tmp_path / "a")
-        (await bench.loader.load(bench.ids["a"], timeout=1)).release()  # it stays
-        handle.release()
         await bench.assert_clean()
         bench.device.gate.clear()
         copies = bench.device.copies
@@ -144,8 +92,7 @@ async def test_unload_is_cancelled_where_it_waits(tmp_path: Path) -> None:
         assert await cancel_at(bench.unload(), 1)
         bench.device.gate.set()
         await load
-        await bench.assert_clean()
-        await bench.assert_works()
+        await bench.assert_whole()
 
 
 @pytest.mark.each_loop
@@ -165,7 +112,9 @@ async def test_close_at_every_turn_of_everything(tmp_path: Path) -> None:
         assert await cancel_at(loader.close(), 1)
         await loader.close()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(each is None or isinstance(each, LoraxError) for each in outcomes), outcomes
+        assert all(each is None or isinstance(each, errors.LoraxError) for each in outcomes), (
+            outcomes
+        )
         assert all(hint.done for hint in hints)
         assert not our_tasks()
         assert not our_threads()
@@ -174,33 +123,11 @@ async def test_close_at_every_turn_of_everything(tmp_path: Path) -> None:
         assert_empty(loader.last_numbers()[1])
 
 
-async def test_close_waits_for_a_copy_under_way(tmp_path: Path) -> None:
-    """Its memory cannot be taken back."""
-    device, ids = tier_device(), written(tmp_path)
-    loader = AdapterLoader(LAYOUT, tier_config(tmp_path), device=device)
-    await loader.__aenter__()
-    bench = TierBench(loader, device, ids, tmp_path)
-    await bench.host()
-    device.gate.clear()
-    load = asyncio.create_task(bench.load())
-    await until(lambda: device.copies)
-    assert await cancel_at(loader.close(timeout=0), 1)
-    with pytest.raises(LoaderClosedError):
-        await load
-    closing = asyncio.create_task(loader.close())
-    done, _ = await asyncio.wait([closing], timeout=0.05)
-    assert not done
-    device.gate.set()
-    await closing
-    assert_empty(loader.last_numbers()[1])
-    assert not our_tasks()
-
-
 # -- every error at every step -----------------------------------------------------------------
 
 ERRORS = [
-    FetchError("ordered"),
-    IntegrityError("ordered"),
+    errors.FetchError("ordered"),
+    errors.IntegrityError("ordered"),
     RuntimeError("a foreign fault"),
     MemoryError("none left"),
 ]
@@ -239,15 +166,15 @@ LATER_STEPS = {
 
 def raising(error: Exception) -> Callable[..., None]:
     def fail(*_: object, **__: object) -> None:
-        raise error.located() if isinstance(error, LoraxError) else error
+        raise error.located() if isinstance(error, errors.LoraxError) else error
 
     return fail
 
 
-def assert_told(caught: LoraxError, error: Exception, id: object) -> None:
+def assert_told(caught: errors.LoraxError, error: Exception, id: object) -> None:
     """A typed error stays what it is; a foreign one is a fault of ours, and says which."""
-    typed = isinstance(error, LoraxError)
-    assert isinstance(caught, type(error) if typed else InternalError)
+    typed = isinstance(error, errors.LoraxError)
+    assert isinstance(caught, type(error) if typed else errors.InternalError)
     assert typed or caught.__cause__ is error
     assert caught.id == str(id)
 
@@ -263,12 +190,10 @@ async def test_every_error_of_a_source(tmp_path: Path, step: Step, group: int) -
             for verb in SOURCE_STEPS[step, group]:
                 source.put("a", *tiny.files(tmp_path / "a"))
                 source.fail(step, error, id="a", at=at)
-                with pytest.raises(LoraxError) as caught:
+                with pytest.raises(errors.LoraxError) as caught:
                     await bench.do(verb)
                 assert_told(caught.value, error, "a")
-                await bench.assert_clean()
-                await bench.assert_works()
-                await bench.assert_clean()
+                await bench.assert_whole()
 
 
 @pytest.mark.parametrize("step", LATER_STEPS)
@@ -288,13 +213,11 @@ async def test_every_error_of_every_later_step(
         async with local_tiers(tmp_path) as bench:
             with monkeypatch.context() as patch:
                 patch.setattr(target, raising(error))
-                with pytest.raises(LoraxError) as caught:
+                with pytest.raises(errors.LoraxError) as caught:
                     await bench.do(verb)
                 await bench.settle()
             assert_told(caught.value, error, bench.ids["a"])
-            await bench.assert_clean()
-            await bench.assert_works()
-            await bench.assert_clean()
+            await bench.assert_whole()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "simulated"])
@@ -305,13 +228,12 @@ async def test_every_copy_can_fail(tmp_path: Path, verb: str, kind: Kind) -> Non
         for pinned_bytes in (0, 1 << 20):
             async with local_tiers(tmp_path, kind, pinned_bytes=pinned_bytes) as bench:
                 bench.device.failing = {number}
-                with pytest.raises(TransferError, match="told to fail"):
+                with pytest.raises(errors.TransferError, match="told to fail"):
                     await bench.do(verb)
                 bench.device.failing = set()
                 async with await bench.loader.load(bench.ids["a"], timeout=20) as handle:
                     tiny.assert_equal_to_file(handle, tmp_path / "a")
-                await bench.assert_clean()
-                await bench.assert_works()
+                await bench.assert_whole()
 
 
 @pytest.mark.parametrize("at", range(tiny.LAYERS + 1))
@@ -327,7 +249,7 @@ async def test_the_device_is_lost(tmp_path: Path, at: int) -> None:
             bench.device.lose()
             source.allow("a")
             if at < tiny.LAYERS:
-                with pytest.raises(TransferError) as caught:
+                with pytest.raises(errors.TransferError) as caught:
                     await handle.layer_ready(tiny.LAYERS - 1)
                 assert not caught.value.retryable
             else:
@@ -336,7 +258,7 @@ async def test_the_device_is_lost(tmp_path: Path, at: int) -> None:
                     pass
         for verb in DEVICE_VERBS:
             source.put("a", *tiny.files(tmp_path / "a"))
-            with pytest.raises(TransferError, match="lost"):
+            with pytest.raises(errors.TransferError, match="lost"):
                 await bench.do(verb)
         await bench.assert_clean()
     async with local_tiers(tmp_path) as fresh:
@@ -360,11 +282,10 @@ async def test_the_device_fails_a_user(
                     with handle.use():
                         pass
             bench.device.gate.set()
-        await bench.assert_clean()
-        await bench.assert_works()
+        await bench.assert_whole()
 
 
-# -- errors while things end, or before they begin ---------------------------------------------
+# -- failures while things end, or before they begin ---------------------------------------------
 
 
 @pytest.fixture
@@ -373,44 +294,29 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("lorax_async"), "propagate", False)
 
 
-def fail_to_close(
-    patch: pytest.MonkeyPatch, kind: type[LocalHold] | type[FakeHold], error: Exception
-) -> None:
-    close = kind.close
-
-    def fail(hold: LocalHold | FakeHold) -> None:
-        close(hold)  # type: ignore[arg-type]
-        raising(error)()
-
-    patch.setattr(kind, "close", fail)
-
-
 @each_error
 @pytest.mark.usefixtures("quiet")
 async def test_a_hold_does_not_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """It is gone for the loader, whose budget is whole; when the loader closes, too."""
+    close = LocalHold.close
+
+    def fail(hold: LocalHold) -> None:
+        close(hold)
+        raising(error)()
+
     async with local_tiers(tmp_path) as bench:
         await bench.host()
         with monkeypatch.context() as patch:
-            fail_to_close(patch, LocalHold, error)
+            patch.setattr(LocalHold, "close", fail)
             await bench.loader.unload(bench.ids["a"], timeout=2)
         await bench.assert_clean()
         await bench.host()
         await bench.assert_works()
         await bench.loader.prefetch([bench.ids["a"], bench.ids["b"]], tier="host")
-        with monkeypatch.context() as patch:
-            fail_to_close(patch, LocalHold, error)
-            await bench.loader.close()
-    async with fake_tiers(tmp_path) as (bench, source):  # what was only read ahead
-        source.holdable = False
-        await bench.host()
-        with monkeypatch.context() as patch:
-            fail_to_close(patch, FakeHold, error)
-            await bench.loader.prefetch("a", tier="host", timeout=2)
-        await bench.assert_clean()
-        await bench.assert_works()
+        monkeypatch.setattr(LocalHold, "close", fail)
+        await bench.loader.close()
 
 
 @each_error
@@ -450,3 +356,94 @@ async def test_the_device_does_not_open(
     assert len(calls) == 1 + bool(later)
     assert not our_threads()
     assert open_files() <= files
+
+
+# -- files that change under a load ----------------------------------------------------------------
+
+
+def truncate(weights: Path) -> None:
+    os.truncate(weights, weights.stat().st_size // 2)
+
+
+def touch(weights: Path) -> None:
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+
+
+def replace(weights: Path) -> None:
+    """A new file under the old name leaves the open one whole: its ctime tells."""
+    fresh = tiny.write(weights.parent.with_name("fresh"), 9, RANK)
+    os.replace(fresh / WEIGHTS, weights)
+
+
+each_damage = pytest.mark.parametrize("damage", [truncate, touch, replace])
+
+
+async def assert_recovers(bench: TierBench) -> None:
+    await bench.settle()
+    bench.renew()
+    await bench.assert_works()
+    await bench.assert_clean()
+
+
+@each_damage
+@pytest.mark.parametrize("kind", ["cpu", "simulated"])
+@pytest.mark.parametrize("verb", DEVICE_VERBS)
+async def test_a_file_changes_under_the_copies(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    kind: Kind,
+    damage: Callable[[Path], None],
+) -> None:
+    """Between any two reads of the weights, with copies of what was read before on their way.
+
+    What was saved anew is loaded once more, unless a caller has a handle; what was cut short is no
+    adapter any more.
+    """
+    original = FileReader.read_into
+
+    async def one(number: int) -> bool:
+        reads = 0
+
+        def read(reader: FileReader, buffers: list[memoryview], offset: int) -> None:
+            nonlocal reads
+            reads += bool(buffers)
+            if reads == number and buffers:
+                damage(tmp_path / "a" / WEIGHTS)
+            original(reader, buffers, offset)
+
+        async with local_tiers(tmp_path, kind, io_threads=1) as bench:
+            await bench.disk()
+            with monkeypatch.context() as patch:
+                patch.setattr(FileReader, "read_into", read)
+                refused = False
+                try:
+                    await bench.do(verb)
+                except (errors.IntegrityError, errors.AdapterFormatError):
+                    refused = True
+            damaged = reads >= number
+            assert refused == (damaged and (damage is truncate or verb == "stream"))
+            await assert_recovers(bench)
+        return damaged
+
+    number = 1
+    while await one(number):
+        number += 5
+    assert number > tiny.LAYERS
+
+
+@each_damage
+async def test_a_file_changes_while_it_is_held(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """The map is not touched by anybody, so that a file that was cut kills nobody."""
+    async with local_tiers(tmp_path) as bench:
+        await bench.host()
+        key = next(iter(bench.loader.residency()))
+        damage(tmp_path / "a" / WEIGHTS)
+        with pytest.raises(errors.IntegrityError):
+            await bench.loader.load(key)
+        await bench.assert_clean()
+        await assert_recovers(bench)

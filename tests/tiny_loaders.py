@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import tiny
-from lorax_async import (
-    AdapterLoader,
-    AdapterResidency,
-    LoaderConfig,
-)
+from lorax_async import AdapterLoader, AdapterResidency, LoaderConfig
 from lorax_async.io.devices.gated import GatedDevice
 
 ONE = 4 * 2 * 1536

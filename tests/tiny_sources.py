@@ -5,13 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import tiny
-from lorax_async import (
-    AdapterLoader,
-    AdapterResidency,
-    Event,
-    LoaderConfig,
-    SlotGranted,
-)
+from lorax_async import AdapterLoader, AdapterResidency, Event, LoaderConfig, SlotGranted
 from lorax_async.adapter import AdapterId
 from lorax_async.testing import FakeSource, SimulatedDevice
 

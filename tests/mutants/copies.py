@@ -17,7 +17,7 @@ from mutants.mutation import Mutants, NoLock, mutant, nothing, skipped
 STAGING = "io/test_staging.py::TestStagingRing"
 TRANSFER = "io/test_transfer.py"
 INBOX = "io/test_inbox.py"
-COPIES = "test_copies.py"
+COPIES = "test_ending.py"
 
 _take = StagingRing.take
 

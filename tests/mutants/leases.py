@@ -140,7 +140,7 @@ HOLDERS: Mutants = {
         ),
     ),
     "unload: it waits until the adapter is gone": mutant(
-        "test_unload.py::test_a_kernel_is_waited_for", (Interest, "unload", _not_waited_for)
+        "test_room.py::test_a_kernel_is_waited_for", (Interest, "unload", _not_waited_for)
     ),
     "driver: ends of leases in threads are decided on the loop": mutant(
         f"{HANDLES}::test_ends_in_threads_are_the_loops_to_decide_on",
@@ -172,7 +172,7 @@ FETCHES_AND_END: Mutants = {
         (Digests, "hold", _not_compared),
     ),
     "resolver: a resolve outlives its first caller": mutant(
-        "test_resolver.py::test_a_cancelled_caller_leaves_the_others_their_answer",
+        "test_loader.py::test_a_cancelled_caller_leaves_the_others_their_answer",
         seen_by(resolver, "asyncio", shield=same),
     ),
     "close: leases have their time": mutant(
