@@ -9,6 +9,7 @@ import pytest
 
 import tiny
 from common import until
+from given import file_bytes, give
 from lorax_async import AdapterLoader, AdapterRef, Event, Leaving, Resident, errors
 from lorax_async.adapter import AdapterId
 from tiny_loaders import ONE, gated, loader
@@ -449,3 +450,38 @@ async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:
             assert state(there, "a") == "leaving"
         await there.unload("a", timeout=0)
         assert where(there, "a").tier == "disk"
+
+
+async def test_a_thousand_waiters_hear_of_the_close(tmp_path: Path) -> None:
+    source, folder = stocked(tmp_path), tiny.write(tmp_path / "a")
+    names = [str(n) for n in range(1100)]
+    for name in names:
+        source.put(name, *tiny.files(folder))
+    async with over(source, max_slots=1) as there:
+        held = await there.load(names[0])
+        waiting = [asyncio.create_task(there.load(name)) for name in names[1:]]
+        await until(lambda: source.counts.opens == len(names))
+        closing = asyncio.create_task(there.close())
+        done = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+        assert {type(each) for each in done} == {errors.LoaderClosedError}
+        held.release()
+        await closing
+
+
+async def test_hundreds_of_unloads_at_once_need_no_deep_stack() -> None:
+    """Each would take some calls on the stack, which has room for a thousand."""
+    async with loader(max_slots=1) as there:
+        names = [str(n) for n in range(250)]
+        for seed, name in enumerate(names):
+            (await give(there, seed, name)).release()
+        held = await give(there, len(names), "held")
+        loading = [asyncio.create_task(there.load(name)) for name in names]
+        await asyncio.sleep(0)
+        await asyncio.gather(*(there.unload(name) for name in names))
+        assert there.usage().memory_bytes.used > 250 * file_bytes(), "they may still be had"
+        await there.close(timeout=0)
+        assert there.last_numbers()[1].memory_bytes.used == 0
+        for load in loading:
+            with pytest.raises(errors.LoaderClosedError):
+                await load
+        held.release()
