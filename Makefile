@@ -38,6 +38,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/draw_states.py --check
 
 # Servers that others wrote, those that are not here below .tools/, and the tests that need them.
 servers: $(VENV)/installed

@@ -69,8 +69,13 @@ def redrawn(page: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="rewrite architecture.md")
-    if parser.parse_args().write:
+    parser.add_argument("--check", action="store_true", help="fail if architecture.md is outdated")
+    arguments = parser.parse_args()
+    if arguments.write:
         PAGE.write_text(redrawn(PAGE.read_text()))
+    elif arguments.check:
+        if redrawn(PAGE.read_text()) != PAGE.read_text():
+            sys.exit("the diagrams are outdated; run: python docs/draw_states.py --write")
     else:
         sys.stdout.write(f"{section()}\n")
 
