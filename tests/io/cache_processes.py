@@ -150,14 +150,6 @@ def leave(folder: Path) -> None:
 # -- several at once ------------------------------------------------------------------------------
 
 
-def together(folder: Path, count: int, pause: float) -> list[tuple[int, list[Any]]]:
-    """So many processes want the same adapter at once."""
-    children = [fork(lambda tell: fetch(folder, tell, pause)) for _ in range(count)]
-    outcomes = [ended(*child) for child in children]
-    nothing_odd(folder)
-    return outcomes
-
-
 def without_locks() -> None:
     fcntl.flock = lambda fd, how: None
 
@@ -252,8 +244,6 @@ def main(what: str, base: Path, locks: str) -> object:
         return kills(base)
     if what == "left":
         return ended(*fork(lambda _: leave(base)))[0]
-    if what == "together":
-        return [together(base / str(pause), 4, pause) for pause in (0.0, 0.02)]
     return adventures(base / "cache", 1)
 
 

@@ -16,7 +16,6 @@ from accelerators import (
     compute_stream,
     copy_stream,
     devices_of,
-    eventually,
     held,
     opened_devices,
     read_on,
@@ -127,23 +126,6 @@ class TestOpening:
         move(device, NEW, extent(0), 0)
         holds(device, 0, NEW.weights)
 
-    def test_no_more_threads(self, new_late: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        device, start = new_late(), threading.Thread.start
-
-        def refuse(thread: threading.Thread) -> None:
-            if thread.name == "lorax-watch-uses":
-                raise RuntimeError("can't start new thread")
-            start(thread)
-
-        monkeypatch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(CapacityError, match="lorax-watch-uses"):
-            device.open()
-        assert not our_threads()
-        assert tensors_of("late") == []
-        monkeypatch.undo()
-        device.open()
-        move(device, NEW, extent(0), 0)
-
     def test_no_room_for_staging(self, new_late: Made) -> None:
         device = new_late()
         device.open()
@@ -233,17 +215,6 @@ class TestClosing:
         assert [ticket.exception(0) for ticket in tickets] == [None] * 4
         assert not our_threads()
 
-    def test_waits_for_a_clearing_that_has_no_ticket(self, device: CudaDevice) -> None:
-        """The memory is another's afterwards."""
-        closing = threading.Thread(target=device.close)
-        with held(copy_stream(device)):
-            device.clear_column(0)
-            closing.start()
-            closing.join(0.03)
-            assert closing.is_alive()
-        closing.join(10)
-        assert not closing.is_alive()
-
     def test_a_device_that_is_not_open_takes_no_work(self, new_device: Made) -> None:
         device = new_device()
         piece = NEW.staged(device)
@@ -265,27 +236,6 @@ class TestClosing:
         assert device.operands(0, 0) is None
         assert not tensors_of(torch.device(device.name).type)
         device.wait_for(done)
-
-    def test_a_copy_that_waits_for_an_image_meanwhile(self, device: CudaDevice) -> None:
-        piece = NEW.staged(device)
-        with ThreadPoolExecutor(2) as threads:
-            with held(copy_stream(device)):
-                for _ in range(IMAGES):
-                    device.copy(piece, NEW.rows, extent(0), 0)
-                late = threads.submit(device.copy, piece, NEW.rows, extent(0), 0)
-                closing = threads.submit(device.close)
-                eventually(lambda: is_closing(device))
-            with pytest.raises(UsageError, match="not open"):
-                late.result(10)
-            closing.result(10)
-
-
-def is_closing(device: CudaDevice) -> bool:
-    try:
-        device.note_use()
-    except UsageError:
-        return True
-    return False
 
 
 def failing(ticket: CopyTicket) -> LoraxError:
@@ -404,21 +354,6 @@ class TestCallbacks:
         assert sorted(called) == ["lorax-watch-copies", "lorax-watch-uses"]
         assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
         holds(late, 0, NEW.weights)
-
-    def test_the_row_image_is_back_before_they_run(self, late: CudaDevice) -> None:
-        """So that a callback may ask for the next copy."""
-        tickets: list[CopyTicket] = []
-        piece = NEW.staged(late)
-        with build.held(copy_stream(late)):
-            for _ in range(IMAGES):
-                ticket = late.copy(piece, NEW.rows, extent(0), 0)
-                ticket.add_done_callback(
-                    lambda _: tickets.append(late.copy(piece, NEW.rows, extent(1), 1))
-                )
-        ticket.result(10)
-        settle(late)
-        assert len(tickets) == IMAGES
-        holds(late, 1, NEW.weights)
 
 
 class SetEvent:

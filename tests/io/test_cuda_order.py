@@ -29,12 +29,11 @@ from accelerators import (
 )
 from device_groups import NEW, OLD, begin, extent, holds, move, settle
 
-from common import our_threads
 from late_device import build
 from late_device.build import POISON
 from late_device.world import bytes_now
 from lorax_async.core.moves import Row
-from lorax_async.io.devices import cuda, streams
+from lorax_async.io.devices import cuda
 from lorax_async.io.devices.columns import IMAGES, Columns
 from lorax_async.io.devices.cuda import CudaDevice
 from lorax_async.io.ports import CopyTicket, StagedPiece
@@ -79,16 +78,6 @@ class TestACopy:
             assert build.pending() == 1  # the event
         ticket.result(10)
         holds(late, 1, NEW.weights)
-
-    def test_reads_its_staged_bytes_late(self, late: CudaDevice) -> None:
-        """So that whoever writes to them before the ticket is done sees wrong bytes."""
-        piece = OLD.staged(late)
-        with build.held(copy_stream(late)):
-            ticket = late.copy(piece, OLD.rows, extent(0), 0)
-            piece.memory.copy_(NEW.staged(late).memory)
-            assert not ticket.done()
-        ticket.result(10)
-        assert torch.equal(a_of_module_0(late, OLD, 0).cpu(), NEW_A)
 
     @pytest.mark.parametrize("rows", [OLD.rows, ()])
     def test_keeps_its_memory_alive_until_it_is_done(
@@ -189,19 +178,6 @@ class TestAWipe:
             assert old.cpu().any()
         ticket.result(10)
         assert not old.cpu().any()
-
-    def test_comes_between_the_copies_around_it(self, device: CudaDevice) -> None:
-        with held(copy_stream(device)):
-            tickets = [begin(device, OLD, extent(n), n) for n in range(2)]
-            wiped = device.wipe([extent(0), extent(1)])
-            device.clear_column(0)
-            device.clear_column(1)
-            tickets.append(begin(device, NEW, extent(0), 2))
-            assert not wiped.done()
-        for ticket in (*tickets, wiped):
-            ticket.result(10)
-        holds(device, 2, NEW.weights)
-        assert not device.view(extent(1)).cpu().any()
 
 
 class TestCompute:
@@ -306,43 +282,6 @@ def test_one_thing_is_put_at_a_time(late: CudaDevice, crowd: Crowd, clears: bool
     assert crowd.most == 1
     holds(late, 0, NEW.weights)
     holds(late, 1, {} if clears else NEW.weights)
-
-
-def test_close_comes_after_a_copy_that_is_being_put(late: CudaDevice, crowd: Crowd) -> None:
-    piece = NEW.staged(late)
-    with ThreadPoolExecutor(1) as threads:
-        copying = threads.submit(late.copy, piece, NEW.rows, extent(0), 0)
-        assert crowd.entered.wait(10)
-        late.close()
-        assert copying.result(10).result(0) is None
-    assert not our_threads()
-
-
-def test_nothing_is_watched_before_its_event_is_recorded(
-    late: CudaDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To wait for an event that was never recorded is no wait."""
-
-    class Slow:
-        def __init__(self, of: torch.device) -> None:
-            event = streams.new_event(of)
-            self.wait, self.synchronize = event.wait, event.synchronize
-            self._record = event.record
-
-        def record(self, stream: torch.Stream) -> None:
-            time.sleep(0.03)
-            self._record(stream)
-
-    piece, compute = NEW.staged(late), compute_stream(late)
-    monkeypatch.setattr(cuda, "new_event", Slow)
-    with build.held(compute), build.held(copy_stream(late)):
-        with compute:
-            late.rank.zero_()
-        tickets = [late.copy(piece, (), extent(0), 0), late.note_use(compute)]
-        time.sleep(0.02)
-        assert not any(ticket.done() for ticket in tickets)
-    for ticket in tickets:
-        ticket.result(10)
 
 
 def test_a_use_without_an_event_is_waited_for(

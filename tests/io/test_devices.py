@@ -6,7 +6,6 @@ import errno
 import mmap
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,18 +29,15 @@ from device_groups import (
     is_poison,
     made_by,
     move,
-    settle,
-    staged,
     weights,
 )
 
 from lorax_async.core.arena import Extent
-from lorax_async.errors import CapacityError, TransferError, UsageError
+from lorax_async.errors import CapacityError
 from lorax_async.io.devices import cpu
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.ports import CopyTicket
-from lorax_async.testing import SimulatedDevice, SimulatedTicket
+from lorax_async.testing import SimulatedDevice
 
 Made = Callable[..., CpuDevice]
 
@@ -169,114 +165,6 @@ def test_a_closed_arena_is_given_back(kind: Callable[..., TabledDevice]) -> None
 # -- the simulated device: what it is told, and what it shows of a wait that is missing ----------
 
 
-def test_what_was_never_written_is_poison_and_rows_are_taken_at_once(
-    device: SimulatedDevice,
-) -> None:
-    device.copy(staged(device, bytes(64), 0), NEW.rows, extent(3), 0).result(10)
-    assert is_poison(weights(device))
-    device.gate.clear()
-    rows, asked = list(NEW.rows), [extent(3)]
-    tickets = [device.copy(NEW.staged(device), rows, extent(0), 1), device.wipe(asked)]
-    rows.clear()
-    asked.clear()
-    assert not any(ticket.cancel() or ticket.done() for ticket in tickets)
-    assert device.view(extent(3)).any()
-    device.gate.set()
-    for ticket in tickets:
-        ticket.result(10)
-    holds(device, 1, NEW.weights)
-    assert not device.view(extent(3)).any()
-
-
-def test_copies_that_are_told_to_fail(device: SimulatedDevice) -> None:
-    device.failing = {1}
-    move(device, OLD, extent(0), 0)
-    there = weights(device)
-    ticket = begin(device, NEW, extent(0), 1)
-    device.wait_for(ticket)
-    assert device.note_use().result(10) is None, "the stream goes on"
-    with pytest.raises(TransferError, match="copy 1 was told to fail") as caught:
-        ticket.result(10)
-    assert caught.value.retryable
-    holds(device, 1, {})
-    assert is_poison(there)
-    move(device, NEW, extent(0), 1)
-    holds(device, 1, NEW.weights)
-    assert device.copies == 3
-
-
-def test_a_lost_device(device: SimulatedDevice) -> None:
-    move(device, OLD, extent(0), 0)
-    device.gate.clear()
-    waiting = [begin(device, NEW, extent(1 + n), 1) for n in range(3)]
-    device.lose()
-    device.gate.set()
-    for ticket in waiting:
-        with pytest.raises(TransferError, match="lost") as caught:
-            ticket.result(10)
-        assert not caught.value.retryable
-    with pytest.raises(TransferError, match="lost"):
-        begin(device, NEW, extent(0), 0)
-    holds(device, 1, {})
-    assert is_of(OLD, weights(device)), "nobody touched it"
-
-
-def test_the_clock_counts_what_the_link_took(new_simulated: Simulated) -> None:
-    """At 1,000 bytes a second, and half a second for each copy; a failed one takes its time."""
-    device = new_simulated(bytes_per_second=1000.0, seconds_per_copy=0.5)
-    device.open()
-    device.failing = {1}
-    sizes = (250, 1000, 2000)
-    started = time.monotonic()
-    tickets = [device.copy(staged(device, bytes(n), 0), (), extent(0), 0) for n in sizes]
-    settle(device)
-    assert device.clock == pytest.approx(4.75 + 0.5 + 0.064)
-    assert time.monotonic() - started < 4, "nothing sleeps for it"
-    tickets.append(device.note_use())
-    tickets[-1].result(10)
-    times = [ticket.finished_at for ticket in tickets if isinstance(ticket, SimulatedTicket)]
-    assert times == [0.75, 2.25, 4.75, None]
-
-
-def test_a_kernels_error_is_its_tickets(device: SimulatedDevice, new_simulated: Simulated) -> None:
-    def fail() -> None:
-        raise ZeroDivisionError("in the kernel")
-
-    with pytest.raises(ZeroDivisionError, match="in the kernel"):
-        device.compute.run(fail).result(10)
-    assert device.note_use().result(10) is None
-    for stream in (new_simulated().compute, object()):
-        with pytest.raises(UsageError, match="a stream of another device"):
-            device.note_use(stream)
-
-
-def test_closing_opens_the_gate_and_ends_the_threads(device: SimulatedDevice) -> None:
-    def threads() -> int:
-        return sum(thread.name.startswith("lorax-sim-") for thread in threading.enumerate())
-
-    before, piece = threads(), NEW.staged(device)
-    device.gate.clear()
-    ticket = begin(device, NEW, extent(0), 0)
-    other = device.stream("other")
-    device.wait_for(ticket, other)
-    used = [device.note_use(other), device.note_use()]
-    assert threads() == before + 3
-    device.close()
-    assert threads() == before
-    assert ticket.result(0) is None
-    assert all(use.done() for use in used)
-    device.close()
-    for ask in (
-        lambda: device.copy(piece, (), extent(0), 0),
-        lambda: device.clear_column(0),
-        lambda: device.wipe([extent(0)]),
-        device.note_use,
-        lambda: device.compute.run(lambda: None),
-    ):
-        with pytest.raises(UsageError, match="the device is closed"):
-            ask()
-
-
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_kernel_that_does_not_wait_reads_poison(device: SimulatedDevice, waits: bool) -> None:
     """Not the old bytes, which would do no harm, and not the new ones. It overtakes the copy."""
@@ -318,53 +206,3 @@ def test_an_extent_that_is_given_away_under_a_kernel(device: SimulatedDevice, wa
     may_read.set()
     used.result(10)
     assert is_of(OLD if waits else NEW, seen[0])
-
-
-def test_bytes_come_before_rows_and_rows_before_the_ticket(device: SimulatedDevice) -> None:
-    move(device, OLD, extent(0), 0)
-    there, seen, tickets = weights(device), list[tuple[bool, bool]](), list[CopyTicket]()
-    device.gate.clear()
-
-    def look() -> None:
-        seen.append((is_of(NEW, there), tickets[0].done()))
-
-    watched = NEW.rows[0]._replace(padded_rank=Watched(look))  # type: ignore[arg-type]
-    tickets.append(device.copy(NEW.staged(device), [watched], extent(0), 1))
-    device.gate.set()
-    tickets[0].result(10)
-    assert seen == [(True, False)]
-
-
-def test_a_wait_holds_up_its_own_stream_alone(device: SimulatedDevice) -> None:
-    """And a use ends after the kernels before it."""
-    other, running = device.stream("other"), threading.Event()
-    device.gate.clear()
-    ticket = begin(device, NEW, extent(0), 0)
-    device.wait_for(ticket, other)
-    behind, beside = device.note_use(other), device.note_use()
-    beside.result(10)
-    kernel = device.compute.run(lambda: running.wait(10))
-    used = device.note_use()
-    with pytest.raises(TimeoutError):
-        used.result(0.05)
-    running.set()
-    used.result(10)
-    assert kernel.done()
-    assert not behind.done()
-    device.gate.set()
-    behind.result(10)
-    assert ticket.done()
-
-
-def test_columns_are_cleared_in_their_turn_and_weights_with_them(device: SimulatedDevice) -> None:
-    move(device, OLD, extent(0), 0)
-    there = weights(device)
-    device.gate.clear()
-    device.clear_column(0)
-    holds(device, 0, OLD.weights)
-    device.gate.set()
-    settle(device)
-    holds(device, 0, {})
-    assert is_poison(there), "a kernel that still runs must show it"
-    with pytest.raises(IndexError):
-        device.clear_column(3)

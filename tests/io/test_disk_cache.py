@@ -273,16 +273,6 @@ class TestContents:
         assert content_of(entry) == content
         entry.close()
 
-    def test_nothing_is_left_of_what_was_discarded(self, world: DiskWorld) -> None:
-        download = begun(world.cache)
-        put(download.file(WEIGHTS_FILE, NBYTES), weights(), [(0, NBYTES)])
-        download.discard()
-        download.discard()
-        download.close()
-        download = begun(world.cache)
-        assert download.file(WEIGHTS_FILE, NBYTES).missing() == [(0, NBYTES)]
-        download.close()
-
 
 def full(room: Room, adapters: int, policy: PolicyName = "lru") -> DiskCache:
     """A cache of that many adapters, all there: their keys count from 0."""
@@ -335,17 +325,6 @@ class TestRoom:
             assert content_of(entry) == bytes(10_000)
             entry.close()
         assert there(cache, 4) == [0, 1, 3]
-
-    def test_what_was_just_published_is_held(self, room: Room) -> None:
-        cache = room(SIZE, "lru")
-        entry = stored(cache, key(0), bytes(10_000))
-        download = begun(cache, key(1))
-        with pytest.raises(CapacityError, match=f"10,000 bytes.*{SIZE:,} beside"):
-            download.file(WEIGHTS_FILE, 10_000)
-        download.close()
-        entry.close()
-        keep(cache, key(1), bytes(10_000))
-        assert there(cache, 2) == [1]
 
     def test_partials_that_nobody_writes_to_go_first(self, room: Room) -> None:
         cache = room(3 * SIZE, "lru")

@@ -275,22 +275,6 @@ def test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("locks", ["flock", "none"])
-def test_of_several_processes_one_downloads(tmp_path: Path, locks: str) -> None:
-    """Without locks all may, and all are right."""
-    for outcomes in run_script("together", tmp_path, locks):
-        assert [code for code, _ in outcomes] == [0, 0, 0, 0]
-        ends = sorted(told[-1] for _, told in outcomes)
-        spans = [each for _, told in outcomes for each in told if isinstance(each, list)]
-        if locks == "flock":
-            assert ends == ["had", "had", "had", "published"]
-            assert sum(stop - start for start, stop in spans) == NBYTES
-        else:
-            assert "published" in ends
-            assert set(ends) <= {"had", "published"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("locks", ["flock", "none"])
 def test_anything_at_any_time(tmp_path: Path, locks: str) -> None:
     """Fetches, evictions, kills and giving up, in six processes at a time on a small budget."""
     outcome = run_script("adventures", tmp_path, locks)

@@ -3,65 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
-import weakref
 from collections import deque
 from typing import Any
 
 import pytest
 
-from common import LOOPS, until
+from common import until
 from lorax_async.io import inbox as inbox_module
 from lorax_async.io.inbox import Inbox
 
 pytestmark = pytest.mark.each_loop
 
 
-class CountedLoop:
-    """An event loop as the inbox sees it, with a count of its wake-ups."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.wakes = 0
-
-    def call_soon_threadsafe(self, *call: Any) -> object:
-        self.wakes += 1
-        return self._loop.call_soon_threadsafe(*call)
-
-    def call_soon(self, *call: Any) -> object:
-        return self._loop.call_soon(*call)
-
-
 def in_thread(work: Any) -> None:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-
-
-async def test_many_items_one_wake_up() -> None:
-    """What is left alone waits for the next."""
-    loop, seen = CountedLoop(asyncio.get_running_loop()), list[int]()
-    inbox: Inbox[int] = Inbox(loop, seen.append)  # type: ignore[arg-type]
-    in_thread(lambda: inbox.leave(0))
-    await asyncio.sleep(0.01)
-    assert (seen, loop.wakes) == ([], 0)
-
-    def work() -> None:
-        for n in range(1, 100):
-            inbox.put(n)
-
-    in_thread(work)
-    assert seen == []
-    await until(lambda: seen)
-    assert (seen, loop.wakes) == (list(range(100)), 1)
-    inbox.put(100)
-    inbox.take()
-    assert seen == list(range(101))
-    inbox.take()
-    threading.Timer(0.05, inbox.put, (101,)).start()
-    await until(lambda: len(seen) == 102)
-    assert seen == list(range(102))
 
 
 async def test_threads_at_once() -> None:
@@ -145,23 +103,3 @@ async def test_one_that_raises_does_not_hold_up_the_rest() -> None:
     assert told == [errors[1], errors[2]]
     inbox.put(4)
     await until(lambda: len(seen) == 3)
-
-
-class Item: ...
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_after_the_loop_nobody_listens(name: str) -> None:
-    """No error, no call, and nothing is kept."""
-    loop = LOOPS[name]()
-    seen: list[Item] = []
-    inbox = Inbox(loop, seen.append)
-    loop.close()
-    for _ in range(3):
-        item = Item()
-        gone = weakref.ref(item)
-        in_thread(lambda item=item: inbox.put(item))
-        del item
-        gc.collect()
-        assert gone() is None
-    assert seen == []

@@ -277,30 +277,3 @@ async def test_columns_of_every_tensor_are_the_files(world: MergedWorld, merge: 
     reader.close()
     with pytest.raises(FetchError, match="closed"):
         read_rows(reader, Span(0, 2, 2, 4))
-
-
-@pytest.mark.parametrize("merge", BOTH)
-async def test_threads_that_take_turns_compute_their_tensors_once(
-    world: MergedWorld, merge: Merge
-) -> None:
-    """Each reads a tensor of its own, some rows at a time, as small windows do."""
-    turns = Barrier(2)
-    reader, content = await opened(world, merge)
-    mine = tensors_of(reader)[0:3:2]  # of two modules' A
-    once = computed(world, partial(read_whole, reader, *mine))
-
-    def rows_at_a_time(tensor: MergedTensor) -> bool:
-        whole = columns(tensor, 0, 2)
-        size = whole.nbytes // whole.rows
-        good = True
-        for row in range(whole.rows):
-            turns.wait(20)
-            for span in whole.cut(row * size, (row + 1) * size):
-                good &= read_rows(reader, span) == rows_of(content, span)
-        return good
-
-    before = world.inner.counts.bytes_read
-    results = await asyncio.gather(*(asyncio.to_thread(rows_at_a_time, each) for each in mine))
-    assert results == [True, True]
-    assert world.inner.counts.bytes_read - before == once
-    reader.close()

@@ -24,11 +24,10 @@ from common import Run
 from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.core.runs import Span
-from lorax_async.core.split_index import SplitIndex
 from lorax_async.io.ports import Demand, Reader
-from lorax_async.io.sources import local_folder, local_weights
+from lorax_async.io.sources import local_weights
 from lorax_async.io.sources.checked_open import identity_of, open_same
-from split_files import INDEX, name_of, write
+from split_files import INDEX, name_of
 
 
 @pytest.fixture
@@ -175,28 +174,6 @@ async def test_cancelled_at_any_await(
     assert ends == sorted(ends, reverse=True)
 
 
-async def test_an_index_is_read_once_until_it_changes(
-    world: LocalWorld, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every request for the adapter resolves its id."""
-    read_index, reads = local_folder.read_index, []
-
-    def counted(*given: Any) -> SplitIndex:
-        reads.append(given)
-        return read_index(*given)
-
-    monkeypatch.setattr(local_folder, "read_index", counted)
-    key = await world.source.resolve(AdapterRef(folder))
-    assert {await world.source.resolve(AdapterRef("./one")) for _ in range(5)} == {key}
-    assert len(reads) == 1
-    touch(folder / FILES[3])
-    assert await world.source.resolve(AdapterRef(folder)) != key
-    assert len(reads) == 1
-    write(folder, [tensors(1)])
-    assert len((await world.source.resolve(AdapterRef(folder))).files) == 3
-    assert len(reads) == 2
-
-
 # -- what is refused ------------------------------------------------------------------------------
 
 
@@ -237,15 +214,6 @@ def test_an_index_of_a_stranger(world: LocalWorld, folder: Path, file: str, word
     assert type(error) is errors.AdapterFormatError
     assert INDEX in error.problem
     assert words in error.problem
-
-
-@pytest.mark.parametrize("name", [INDEX, FILES[3]])
-def test_no_ordinary_file(world: LocalWorld, folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-    error = refusal(world, folder)
-    assert type(error) is errors.AdapterFormatError
-    assert f"{name} is a FIFO" in error.problem
 
 
 @pytest.mark.parametrize("name", [INDEX, FILES[3]])

@@ -18,9 +18,8 @@ from device_groups import BytesReader
 
 from common import until
 from lorax_async.core.moves import Convert, Read
-from lorax_async.core.runs import Span
-from lorax_async.errors import FetchError, InternalError
-from lorax_async.io.staging import Buffer, StagingRing, read
+from lorax_async.errors import InternalError
+from lorax_async.io.staging import StagingRing, read
 
 BUFFER = 4096
 
@@ -156,12 +155,6 @@ class TestStagingRing:
             with pytest.raises(InternalError, match="no buffer"):
                 new_staging(nbytes, move_bytes)
 
-    def test_a_buffer_keeps_its_memory(self) -> None:
-        buffer = Buffer.of(torch.full((1 << 20,), 7, dtype=torch.uint8))
-        others = [torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(4)]
-        assert buffer.memory.tobytes() == bytes([7]) * (1 << 20)
-        assert len(others) == 4
-
     async def test_who_came_first_is_served_first(self) -> None:
         """Who waits for two does not hold the one that is free, and is not passed."""
         staging, served = new_staging(2 * BUFFER), list[int]()
@@ -201,17 +194,6 @@ class TestStagingRing:
             assert list(threads.map(take, range(200), timeout=30)) == [None] * 200
         assert (taken, staging.free) == ([0, count * (buffers // count)], buffers)
 
-    def test_a_failed_read_gives_the_buffer_back(self) -> None:
-        def fail() -> None:
-            raise FetchError("the disk is on fire")
-
-        staging, extent = new_staging(BUFFER), torch.full((64,), POISON, dtype=torch.uint8)
-        with pytest.raises(FetchError, match="on fire"), staging.buffer() as scratch:
-            reader = BytesReader(bytes(64), fail)
-            scratch.convert(reader, (flat(bytes(64), "F32"),), "F32", extent)
-        assert staging.free == 1
-        assert (extent == POISON).all()
-
 
 class CountingReader(BytesReader):
     """Remembers where its calls began, and into how many buffers each read."""
@@ -247,25 +229,3 @@ def test_one_call_reads_what_adjoins_in_the_file_and_one_all_rows_of_a_strided_m
     rows = [*range(10, 14), *range(30, 34), *range(50, 54)]
     assert list(extent[:28]) == [*range(10), *range(54, 60), *rows]
     assert list(extent[28:]) == [22, 23, *[POISON] * 6, *range(60, 64)]
-
-
-def test_one_call_reads_all_rows_of_a_cast() -> None:
-    """Two rows of four F32 and one of two: what a cut inside rows leaves."""
-    values = torch.arange(64, dtype=torch.float32)
-    reader = CountingReader(values.view(torch.uint8).numpy().tobytes())
-    pieces = (Span(16, 32, 2, 48), Span(112, 120))
-    move = Convert(16, 40, "F32", rows=1, columns=10, target=4, row_pitch=10, pieces=pieces)
-    buffer = Buffer.of(torch.zeros(64, dtype=torch.uint8))
-    target = torch.zeros(32, dtype=torch.uint8)
-    buffer.convert(reader, (move,), "BF16", target)
-    assert (reader.calls, reader.rows) == ([(112, 1)], [(16, 2, 48)])
-    expected = [0, 0, *range(4, 8), *range(16, 20), 28, 29, *[0] * 4]
-    assert target.view(torch.bfloat16).tolist() == expected
-
-
-def test_the_kernel_takes_no_more_than_1024_buffers_at_once() -> None:
-    reader, extent = CountingReader(bytes(range(250)) * 10), bytearray(2500)
-    moves = tuple(Read(n, 1, 2499 - n) for n in range(2500))
-    read(reader, moves, memoryview(extent))
-    assert reader.calls == [(0, 1024), (1024, 1024), (2048, 452)]
-    assert extent == bytes(reversed(bytes(range(250)) * 10))

@@ -616,21 +616,3 @@ def test_vectors_arrive_as_they_are_in_the_file(stored: str, own: str, way: str)
                 moving.run(made.copy(image=image))
             if way != "host":  # there the row is written by the copy that brought the bytes
                 holds(device, 0, {})
-
-
-@pytest.mark.parametrize("value", [None, torch.nan])
-def test_a_vector_may_be_cut_between_windows(value: float | None) -> None:
-    made = vector_case("F32", "F32", rank=8, dtypes=("F32", "F32"), value=value)
-    small = 128
-    ends = [(v.offset // small, (v.offset + v.nbytes - 1) // small) for v in made.group.vectors]
-    assert any(first < last for first, last in ends)
-    with opened() as device:
-        ring = ring_of(device, 4, small)
-        moving = transfer(device, ring, check_finite=True)
-        if value is None:
-            moving.run(made.copy(place=1)).done.result(10)
-            holds_vectors(device, made, extent(1), "F32")
-        else:
-            with pytest.raises(AdapterFormatError, match=r"'layers\.0\.q' has NaN"):
-                moving.run(made.copy(place=1))
-        require_whole(ring)
