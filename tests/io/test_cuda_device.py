@@ -1,31 +1,45 @@
-"""The CUDA device keeps to the port, on the late device and on a GPU; what it lacks, and failures."""
+"""The CUDA device, on the late device and on a GPU: the port, the order of its work, failures."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
-from collections.abc import Callable, Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
-from accelerators import (
-    KINDS,
-    Made,
-    compute_stream,
-    copy_stream,
-    devices_of,
-    held,
-    opened_devices,
-    read_on,
-)
 from device_conformance import StagedDeviceConformance
-from device_groups import ARENA, LAYOUT, NEW, OLD, SLOTS, begin, extent, holds, move, settle
+from device_groups import (
+    ARENA,
+    EXTENT,
+    LAYOUT,
+    NEW,
+    OLD,
+    SHAPES,
+    SLOTS,
+    Group,
+    begin,
+    extent,
+    holds,
+    made_by,
+    move,
+    settle,
+)
 
 from common import our_threads
 from late_device import build
+from late_device.build import POISON
+from late_device.world import bytes_now, loaded
 from lorax_async.core.arena import Extent
+from lorax_async.core.moves import Row
 from lorax_async.errors import (
     CapacityError,
     ConfigError,
@@ -34,11 +48,152 @@ from lorax_async.errors import (
     TransferError,
     UsageError,
 )
-from lorax_async.io.devices import device_memory
+from lorax_async.io.devices import cuda, device_memory
 from lorax_async.io.devices.columns import IMAGES, Columns
 from lorax_async.io.devices.cuda import CudaDevice
 from lorax_async.io.devices.watcher import EventTicket, Watcher
 from lorax_async.io.ports import CopyTicket, StagedPiece
+
+Made = Callable[..., CudaDevice]
+
+KINDS = ["late", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""One in a process: where the late device is loaded, it is the accelerator that torch sees."""
+
+_PRODUCTS = 200  # some tenths of a second
+
+
+def devices_of(kind: str) -> Iterator[Made]:
+    """For a fixture `new_device`."""
+    if kind == "late":
+        with contextmanager(loaded)():
+            yield from made_by(partial(CudaDevice, device=kind))
+        return
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type != kind:
+        pytest.skip(f"{kind} is not this process's accelerator")
+    yield from made_by(partial(CudaDevice, device=kind))
+
+
+def opened_devices(kind: str) -> Iterator[CudaDevice]:
+    """For a fixture `device`."""
+    for make in devices_of(kind):
+        device = make()
+        device.open()
+        yield device
+
+
+class _Witness(torch.Tensor):
+    """Staged bytes that note on which stream they are copied."""
+
+    seen: torch.Stream
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") == "copy_":
+            cls.seen = torch.accelerator.current_stream()
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+_copy_streams: weakref.WeakKeyDictionary[CudaDevice, torch.Stream] = weakref.WeakKeyDictionary()
+
+
+def copy_stream(device: CudaDevice) -> torch.Stream:
+    """The stream that the device's copies run on: the first look copies some bytes."""
+    if device not in _copy_streams:
+        piece = StagedPiece(device.staging_memory(64).as_subclass(_Witness), 0)
+        device.copy(piece, (), Extent(ARENA - EXTENT, EXTENT), 0).result(10)
+        _copy_streams[device] = _Witness.seen
+    return _copy_streams[device]
+
+
+def compute_stream(device: CudaDevice) -> torch.Stream:
+    return torch.Stream(device=device.name)
+
+
+@contextmanager
+def held(stream: torch.Stream) -> Iterator[None]:
+    """The stream starts nothing more until the block ends; on CUDA it computes for a while."""
+    if stream.device.type == "late":
+        with build.held(stream):
+            yield
+        return
+    with stream:
+        square = torch.ones(4096, 4096, device=stream.device)
+        for _ in range(_PRODUCTS):
+            square = square @ square
+    yield
+
+
+def a_of_module_0(device: CudaDevice, made: Group, offset: int) -> torch.Tensor:
+    """Where A of module 0 is, or will be, whatever the device says of it."""
+    want = made.weights[0][0]
+    found = device.view(Extent(offset + made.rows[0].a, want.nbytes))
+    return found.view(want.dtype).view(want.shape)
+
+
+def read_on(stream: torch.Stream, source: torch.Tensor, into: torch.Tensor) -> None:
+    """Stands for a kernel: reads `source` when the stream gets there. Allocates nothing."""
+    with stream:
+        into.copy_(source, non_blocking=True)
+
+
+def stays_queued(stream: torch.Stream) -> None:
+    """What is on it does not run, however much time it has."""
+    for _ in range(30):
+        assert not stream.query()
+        time.sleep(0.001)
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    for _ in range(5000):
+        if condition():
+            return
+        time.sleep(0.001)
+    raise AssertionError("it never happened")
+
+
+Column = tuple[list[list[int]], list[float], list[int]]
+
+
+def column_now(device: CudaDevice, slot: int) -> Column:
+    """Addresses `[modules][A, B]`, scales and ranks, whatever streams have yet to do."""
+    return (
+        _now(device.address)[:, :, slot].T.tolist(),
+        _now(device.scale)[:, slot].tolist(),
+        _now(device.rank)[:, slot].tolist(),
+    )
+
+
+def _now(table: torch.Tensor) -> torch.Tensor:
+    content = table.untyped_storage()
+    words = torch.frombuffer(
+        bytearray(ctypes.string_at(content.data_ptr(), content.nbytes())), dtype=table.dtype
+    )
+    return words.as_strided(table.shape, table.stride(), table.storage_offset())
+
+
+def column_of(device: CudaDevice, made: Group, offset: int) -> Column:
+    """What the column of a slot is to be that has this group alone."""
+    base = device.view(Extent(offset, 1)).data_ptr()
+    addresses, scales, ranks = [[0, 0]] * len(SHAPES), [0.0] * len(SHAPES), [0] * len(SHAPES)
+    for row in made.rows:
+        addresses[row.module] = [base + row.a, base + row.b]
+        scales[row.module] = float(torch.tensor(row.scale, dtype=torch.float32))
+        ranks[row.module] = row.padded_rank
+    return addresses, scales, ranks
+
+
+EMPTY_COLUMN: Column = ([[0, 0]] * len(SHAPES), [0.0] * len(SHAPES), [0] * len(SHAPES))
+
+
+def step(device: CudaDevice) -> None:
+    """Let the copy stream of a late device, which is held, do one thing."""
+    left = build.pending() - 1
+    build.allow(1, copy_stream(device))
+    eventually(lambda: build.pending() == left)
+
 
 LOST = r"late:0: the device was lost \(late device error.*restart the process"
 
@@ -153,36 +308,6 @@ def tensors_of(kind: str) -> list[torch.Size]:
 
 
 class TestCopying:
-    @pytest.mark.parametrize(
-        ("target", "place"),
-        [
-            (-1, extent(0)),
-            (extent(0).nbytes - 63, extent(0)),
-            (0, Extent(ARENA - 64, 128)),
-            (0, Extent(-64, 64)),
-        ],
-    )
-    def test_what_does_not_fit_is_refused(
-        self, device: CudaDevice, target: int, place: Extent
-    ) -> None:
-        with pytest.raises(InternalError, match=r"64 bytes at .* do not fit"):
-            device.copy(StagedPiece(device.staging_memory(64), target), (), place, 0)
-
-    def test_memory_of_others_and_a_slot_that_is_not_there_are_refused(
-        self, device: CudaDevice
-    ) -> None:
-        pinned = device.staging_memory(128)
-        for memory in (pinned.view(torch.int32), pinned[::2], pinned.view(2, 64)):
-            with pytest.raises(InternalError, match="uint8"):
-                device.copy(StagedPiece(memory, 0), (), extent(0), 0)
-        with pytest.raises(InternalError, match="pinned"):
-            device.copy(StagedPiece(torch.empty(64, dtype=torch.uint8), 0), (), extent(0), 0)
-        piece = NEW.staged(device)
-        for _ in range(IMAGES + 1):  # none of them costs a row image
-            with pytest.raises(IndexError):
-                device.copy(piece, NEW.rows, extent(0), SLOTS)
-        device.copy(piece, NEW.rows, extent(0), 0).result(10)
-
     def test_streams_that_are_others_or_captured(self, late: CudaDevice) -> None:
         class Captured(torch.Stream):
             def is_capturing(self) -> bool:
@@ -395,3 +520,245 @@ def test_a_watchers_end_waits_for_all_events_also_while_others_capture() -> None
     assert not our_threads()
     with pytest.raises(UsageError, match="closed"):
         watcher.watch(EventTicket(None, SetEvent()))
+
+
+# -- the order of what it puts on its stream ---------------------------------------------------------
+
+OLD_A, NEW_A = OLD.weights[0][0], NEW.weights[0][0]
+
+
+def empty_like(device: CudaDevice, weights: torch.Tensor) -> torch.Tensor:
+    made = torch.empty_like(weights, device=device.name)
+    torch.accelerator.synchronize()
+    return made
+
+
+class TestACopy:
+    def test_writes_bytes_then_rows_then_its_ticket(self, late: CudaDevice) -> None:
+        place = extent(2)
+        target = a_of_module_0(late, NEW, place.offset)
+        addresses, scales, ranks = column_of(late, NEW, place.offset)
+        with build.held(copy_stream(late)):
+            ticket = begin(late, NEW, place, 1)
+            assert bytes_now(target) == {POISON}
+            step(late)
+            assert torch.equal(target.cpu(), NEW_A)
+            assert column_now(late, 1) == EMPTY_COLUMN
+            step(late)
+            assert column_now(late, 1) == (addresses, scales, EMPTY_COLUMN[2])
+            step(late)
+            assert column_now(late, 1) == (addresses, scales, ranks)
+            assert late.operands(0, 1) is None
+            assert not ticket.done()
+            assert build.pending() == 1  # the event
+        ticket.result(10)
+        holds(late, 1, NEW.weights)
+
+    @pytest.mark.parametrize("rows", [OLD.rows, ()])
+    def test_keeps_its_memory_alive_until_it_is_done(
+        self, device: CudaDevice, rows: tuple[Row, ...]
+    ) -> None:
+        piece = OLD.staged(device)
+        memory = weakref.ref(piece.memory)
+        with held(copy_stream(device)):
+            ticket = device.copy(piece, rows, extent(0), 0)
+            del piece
+            gc.collect()
+            assert memory() is not None
+        ticket.result(10)
+        gc.collect()
+        assert memory() is None
+
+    def test_allocates_nothing(self, late: CudaDevice) -> None:
+        pieces = [OLD.staged(late), NEW.staged(late)]
+        build.fail_allocations(device=1, pinned=1)
+        for slot, (made, piece) in enumerate(zip((OLD, NEW), pieces, strict=True)):
+            late.copy(piece, made.rows, extent(slot), slot).result(10)
+            late.clear_column(2)
+            late.note_use().result(10)
+        build.fail_allocations()
+        holds(late, 0, OLD.weights)
+        holds(late, 1, NEW.weights)
+
+    def test_waits_while_all_row_images_are_in_use(self, device: CudaDevice) -> None:
+        """Each image holds its own rows until its copy is done."""
+        tickets: list[CopyTicket] = []
+
+        def copy(n: int) -> None:
+            rows = [row._replace(scale=float(n)) for row in OLD.rows]
+            tickets.append(device.copy(StagedPiece(memory, 0), rows, extent(0), n % 3))
+
+        memory = device.staging_memory(64)
+        last = threading.Thread(target=copy, args=(IMAGES,))
+        with held(copy_stream(device)):
+            for n in range(IMAGES):
+                copy(n)
+            last.start()
+            last.join(0.03)
+            assert last.is_alive()
+            assert len(tickets) == IMAGES
+            device.copy(StagedPiece(memory, 0), (), extent(0), 0)  # needs none
+        last.join(10)
+        for ticket in tickets:
+            ticket.result(10)
+        assert device.scale[0].tolist() == [63.0, 64.0, 62.0]
+
+
+class TestAClearing:
+    def test_comes_before_the_next_tenant_and_ranks_first(self, late: CudaDevice) -> None:
+        place = extent(0)
+        move(late, OLD, place, 0)
+        addresses, scales, _ = column_of(late, OLD, place.offset)
+        with build.held(copy_stream(late)):
+            late.clear_column(0)
+            assert late.operands(0, 0) is None
+            ticket = begin(late, NEW, place, 1)
+            step(late)
+            assert column_now(late, 0) == (addresses, scales, EMPTY_COLUMN[2])
+            step(late)
+            assert column_now(late, 0) == EMPTY_COLUMN
+            assert torch.equal(a_of_module_0(late, OLD, place.offset).cpu(), OLD_A)
+            step(late)
+            assert torch.equal(a_of_module_0(late, NEW, place.offset).cpu(), NEW_A)
+        ticket.result(10)
+        holds(late, 0, {})
+        holds(late, 1, NEW.weights)
+
+
+class TestAWipe:
+    def test_has_its_ticket_after_the_zeros(self, late: CudaDevice) -> None:
+        move(late, OLD, extent(0), 0)
+        old = a_of_module_0(late, OLD, extent(0).offset)
+        with build.held(copy_stream(late)):
+            ticket = late.wipe([extent(0)])
+            assert not ticket.done()
+            assert old.cpu().any()
+        ticket.result(10)
+        assert not old.cpu().any()
+
+
+class TestCompute:
+    @pytest.mark.parametrize("waits", ["on its stream", "on the current stream", ""])
+    def test_sees_the_copy_only_if_it_waits(self, device: CudaDevice, waits: str) -> None:
+        move(device, OLD, extent(0), 0)
+        source = a_of_module_0(device, NEW, 0)
+        seen, compute = empty_like(device, source), compute_stream(device)
+        piece = NEW.staged(device)
+        with held(copy_stream(device)):
+            ticket = device.copy(piece, NEW.rows, extent(0), 0)
+            if waits == "on its stream":
+                device.wait_for(ticket, compute)
+            elif waits:
+                with compute:
+                    device.wait_for(ticket)
+            read_on(compute, source, seen)
+            if waits:
+                stays_queued(compute)
+            else:
+                compute.synchronize()
+        ticket.result(10)
+        compute.synchronize()
+        assert torch.equal(seen.cpu(), NEW_A if waits else OLD_A)
+
+    def test_waits_for_no_copy_but_its_own(self, device: CudaDevice) -> None:
+        move(device, OLD, extent(0), 0)
+        first, source = begin(device, OLD, extent(1), 1), a_of_module_0(device, OLD, 0)
+        seen, compute = empty_like(device, source), compute_stream(device)
+        first.result(10)
+        piece = NEW.staged(device)
+        with held(copy_stream(device)):
+            later = device.copy(piece, NEW.rows, extent(2), 2)
+            device.wait_for(first, compute)
+            read_on(compute, source, seen)
+            compute.synchronize()
+            assert not later.done()
+        assert torch.equal(seen.cpu(), OLD_A)
+
+    def test_a_use_is_noted_until_it_has_run(self, device: CudaDevice) -> None:
+        """On its own stream; the news of copies, and uses of other streams, do not wait for it."""
+        move(device, OLD, extent(0), 0)
+        source = a_of_module_0(device, OLD, 0)
+        seen, compute = empty_like(device, source), compute_stream(device)
+        piece = NEW.staged(device)
+        with held(compute):
+            assert device.note_use(compute_stream(device)).result(10) is None
+            read_on(compute, source, seen)
+            with compute:
+                uses = [device.note_use(), device.note_use(compute)]
+            device.copy(piece, NEW.rows, extent(1), 1).result(10)
+            assert not any(use.done() for use in uses)
+        for use in uses:
+            use.result(10)
+        assert torch.equal(seen.cpu(), OLD_A)
+
+
+# -- several threads at the same moment ----------------------------------------------------------
+
+
+class Crowd:
+    """Counts who is inside at the same time; each stays for a while."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self.entered = threading.Event()
+        self._inside = 0
+
+    def around(self, work: Callable[..., None]) -> Callable[..., None]:
+        def slowly(*args: object) -> None:
+            self._inside += 1
+            self.most = max(self.most, self._inside)
+            self.entered.set()
+            time.sleep(0.03)
+            work(*args)
+            self._inside -= 1
+
+        return slowly
+
+
+@pytest.fixture
+def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
+    crowd = Crowd()
+    for name in ("write", "clear"):
+        monkeypatch.setattr(Columns, name, crowd.around(getattr(Columns, name)))
+    return crowd
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_one_thing_is_put_at_a_time(late: CudaDevice, crowd: Crowd, clears: bool) -> None:
+    """A copy's bytes, rows and event stand together, and so does a clearing."""
+    piece = NEW.staged(late)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(late.copy, piece, NEW.rows, extent(0), 0)
+        assert crowd.entered.wait(10)
+        if clears:
+            late.clear_column(1)
+        else:
+            late.copy(piece, NEW.rows, extent(1), 1).result(10)
+        first.result(10).result(10)
+    settle(late)
+    assert crowd.most == 1
+    holds(late, 0, NEW.weights)
+    holds(late, 1, {} if clears else NEW.weights)
+
+
+def test_a_use_without_an_event_is_waited_for(
+    late: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for it; what stands on the stream runs all the same."""
+
+    class Refused:
+        def __init__(self, of: torch.device) -> None: ...
+
+        def record(self, stream: torch.Stream) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+    compute = compute_stream(late)
+    monkeypatch.setattr(cuda, "new_event", Refused)
+    with ThreadPoolExecutor(1) as threads:
+        with build.held(compute):
+            with compute:
+                late.rank.zero_()
+            noting = threads.submit(late.note_use, compute)
+            with pytest.raises(TimeoutError):
+                noting.result(0.03)
+        assert noting.result(10).done()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -185,24 +184,3 @@ def test_a_kernel_that_does_not_wait_reads_poison(device: SimulatedDevice, waits
     kernel.result(10)
     assert is_poison(seen[0]) != waits
     assert is_of(NEW, seen[0]) == waits
-
-
-@pytest.mark.parametrize("waits", [True, False])
-def test_an_extent_that_is_given_away_under_a_kernel(device: SimulatedDevice, waits: bool) -> None:
-    move(device, OLD, extent(0), 0)
-    there, seen, may_read = weights(device), list[torch.Tensor](), threading.Event()
-
-    def kernel() -> None:
-        may_read.wait(10)
-        seen.append(there.clone())
-
-    device.compute.run(kernel)
-    used = device.note_use()
-    if waits:
-        may_read.set()
-        used.result(10)
-    device.clear_column(0)
-    move(device, NEW, extent(0), 1)
-    may_read.set()
-    used.result(10)
-    assert is_of(OLD if waits else NEW, seen[0])

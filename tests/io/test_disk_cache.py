@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from random import Random
 from threading import Event
 
 import pytest
@@ -109,22 +108,6 @@ class TestContents:
             assert (entry.record.source, entry.record.version) == (KEY.source, KEY.version)
             entry.close()
             entry.close()
-
-    def test_many_threads_write_one_file_while_one_hashes(self, world: DiskWorld) -> None:
-        content = weights(3)
-        spans = [(at, min(NBYTES, at + 9_999)) for at in range(0, NBYTES, 9_999)]
-        Random(3).shuffle(spans)
-        download = begun(world.cache)
-        file = download.file(WEIGHTS_FILE, NBYTES, sha256(content))
-        with ThreadPoolExecutor(9) as threads:
-            writes = [threads.submit(put, file, content, [span]) for span in spans]
-            done = [threads.submit(file.hash_along).result() for _ in range(20)]
-            assert [write.result() for write in writes] == [None] * len(spans)
-        assert done == sorted(done)
-        assert file.hash_along() == NBYTES
-        entry = download.publish()
-        assert content_of(entry) == content
-        entry.close()
 
     def test_wrong_bytes_leave_nothing(self, world: DiskWorld) -> None:
         content = weights()
@@ -636,19 +619,6 @@ def forget(make: Callable[[], object]) -> None:
 
 
 class TestOwners:
-    def test_after_close_everything_is_refused(self, tmp_path: Path) -> None:
-        with opened(tmp_path / "cache") as world:
-            keep(world.cache, KEY, weights(1, NBYTES))
-        calls: list[Callable[[CacheKey], object]] = [
-            world.cache.open,
-            world.cache.remove,
-            lambda of: begun(world.cache, of),
-        ]
-        for call in calls:
-            with pytest.raises(FetchError, match="closed"):
-                call(KEY)
-        world.cache.close()
-
     @pytest.mark.parametrize(
         ("make", "name"),
         [

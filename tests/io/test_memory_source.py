@@ -22,7 +22,6 @@ from lorax_async.errors import (
     CapacityError,
     FetchError,
     IntegrityError,
-    LoaderClosedError,
 )
 from lorax_async.io.ports import Demand
 from lorax_async.io.sources.from_memory import MemorySource
@@ -143,12 +142,3 @@ async def test_cancelled_at_any_await(world: World, late: float) -> None:
 
 async def _forget(world: World) -> None:
     world.source.copies.drop(await world.take())
-
-
-async def test_nothing_begins_once_it_is_closed(world: World) -> None:
-    def closed() -> None:
-        raise LoaderClosedError("the loader is closed")
-
-    with pytest.raises(LoaderClosedError):
-        await world.source.take(tensors(1), CONFIG, closed)
-    assert world.used == 0

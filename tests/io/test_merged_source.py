@@ -7,11 +7,9 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from threading import Barrier
-from typing import Any, NoReturn
 
 import pytest
 import safetensors.torch
@@ -25,10 +23,8 @@ from lorax_async.config import Limits
 from lorax_async.core.merge_plan import MergedTensor
 from lorax_async.core.runs import Span
 from lorax_async.errors import (
-    AdapterFormatError,
     FetchError,
     IntegrityError,
-    LoraxError,
     UsageError,
 )
 from lorax_async.io.ports import AdapterFile, Demand
@@ -132,18 +128,6 @@ async def test_when_a_part_fails_the_others_have_ended(
     assert sorted(undone) == ["memory:a", "memory:c"]
 
 
-@pytest.mark.parametrize("id", ["a", "b", "c"])
-@pytest.mark.parametrize("step", ["open", "bring", "populate"])
-async def test_a_part_that_fails_is_named(world: MergedWorld, id: str, step: Any) -> None:
-    key = world.key(LINEAR)
-    world.inner.fail(step, FetchError("ordered"), id=id)
-    with pytest.raises(FetchError, match=rf"part {'abc'.index(id) + 1} \('memory:{id}'\): ord"):
-        if step == "populate":
-            await world.source.populate(key)
-        else:
-            await whole(world, key)
-
-
 async def test_a_reader_reads_these_bytes_and_no_others(world: MergedWorld) -> None:
     key = world.key(LINEAR)
     content = await whole(world, key)
@@ -190,28 +174,6 @@ async def test_who_reads_in_a_thread_hears_that_the_loop_has_ended(world: Merged
         with pytest.raises(FetchError, match="the loader was closed"):
             reading.result()
     reader.close()
-
-
-class _Outdated(FakeSource):
-    """Its files cannot be refused: the source has another version by now."""
-
-    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
-        file = await super().open(key, demand)
-
-        async def refuse(error: LoraxError, *, weights: bool) -> NoReturn:
-            file.reader.close()
-            raise IntegrityError("it is another version by now; load it again")
-
-        return replace(file, refuse=refuse)
-
-
-async def test_a_refusal_that_fails_closes_the_other_parts() -> None:
-    with ThreadPoolExecutor(2) as threads:
-        world = MergedWorld(threads, _Outdated())
-        file = await world.source.open(world.key(LINEAR), Demand())
-        with pytest.raises(IntegrityError, match="another version"):
-            await file.refused(AdapterFormatError("a merge that does not fit"))
-    assert world.inner.counts.open_readers == 0
 
 
 # -- rows that lie apart: a tensor is computed once for all of them -------------------------------

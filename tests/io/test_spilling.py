@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -168,73 +165,6 @@ async def test_two_loaders_share_an_entry(on_disk: World, tmp_path: Path) -> Non
         other.close()
         assert inode(tmp_path, key) is None
         other_cache.close()
-
-
-CHILD = """
-import asyncio, os, signal, sys
-sys.path += ["tests", "tests/io"]
-from concurrent.futures import ThreadPoolExecutor
-from lorax_async.core.policies import policy
-from lorax_async.io.disk_cache import DiskCache
-from test_spilling import World
-
-async def main():
-    cache = DiskCache(sys.argv[1], 1 << 30, policy("lru"))
-    world = World(cache, ThreadPoolExecutor(2))
-    await world.take(1)
-    if sys.argv[2] == "half":
-        from lorax_async.io.cache.download import DiskDownload
-        DiskDownload.publish = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-    await world.take(2)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-asyncio.run(main())
-"""
-
-
-def killed(folder: Path, when: str) -> None:
-    """A process that spilled adapter 1, or was about to publish it."""
-    root = Path(__file__).parent.parent.parent
-    ended = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), when],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": f"{root}:{root}/kernels"},
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == -signal.SIGKILL
-
-
-@pytest.mark.slow
-async def test_what_a_killed_process_left_is_taken_up(on_disk: World, tmp_path: Path) -> None:
-    """And makes room for anybody."""
-    killed(tmp_path, "whole")
-    key = await on_disk.take(1)
-    left = inode(tmp_path, key)
-    assert left is not None
-    await on_disk.take(2)
-    assert inode(tmp_path, key) == left
-    await on_disk.assert_is(key, 1)
-    on_disk.source.copies.clear()
-    await until(lambda: on_disk.cache.used() == 0)
-    killed(tmp_path, "whole")
-    small = DiskCache(tmp_path, 2 * SIZE, policy("lru"))
-    assert small.used() > SIZE
-    stored(small, CacheKey("hub:org/name", "1"), bytes(SIZE)).close()
-    assert small.used() < 2 * SIZE
-    small.close()
-
-
-@pytest.mark.slow
-async def test_what_was_half_written_is_written_anew(on_disk: World, tmp_path: Path) -> None:
-    killed(tmp_path, "half")
-    (file,) = (tmp_path / "partials").rglob("*.safetensors")
-    file.write_bytes(bytes(file.stat().st_size))  # and the disk has lost its bytes
-    key = await on_disk.take(1)
-    await on_disk.take(2)
-    assert on_disk.is_spilled(key)
-    await on_disk.assert_is(key, 1)
-    assert list((tmp_path / "partials").iterdir()) == []
 
 
 @pytest.mark.parametrize("wrong", ["damaged", "another's"])

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from cancelling import was_cancelled
-from local_world import CONFIG_NAME, LIMITS, WEIGHTS_NAME, LocalWorld, nothing_left_open, refusal
+from local_world import CONFIG_NAME, WEIGHTS_NAME, LocalWorld, nothing_left_open, refusal
 from source_inputs import CONFIG, read, read_rows, rows_of, tensors
 from split_world import FILES, cut, put, replace, touch
 
@@ -26,7 +26,7 @@ from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.core.runs import Span
 from lorax_async.io.ports import Demand, Reader
 from lorax_async.io.sources import local_weights
-from lorax_async.io.sources.checked_open import identity_of, open_same
+from lorax_async.io.sources.checked_open import open_same
 from split_files import INDEX, name_of
 
 
@@ -47,13 +47,6 @@ async def opened(world: LocalWorld, key: AdapterKey, *, again: bool = False) -> 
         return file.reader
     file.reader.close()
     return world.source.reopen(key)
-
-
-async def test_a_key_names_every_file(world: LocalWorld, folder: Path) -> None:
-    key = await world.source.resolve(AdapterRef("./one"))
-    assert key.location == str(folder)
-    assert key.files == tuple(identity_of((folder / name).stat()) for name in FILES)
-    assert await world.source.resolve(AdapterRef(folder)) == key
 
 
 async def test_one_file_of_weights_comes_first(world: LocalWorld, folder: Path) -> None:
@@ -233,11 +226,3 @@ def test_links_stay_in_the_folder(world: LocalWorld, folder: Path, run: Run, nam
     (folder / name).symlink_to(other / name)
     key = run(world.source.resolve(AdapterRef(folder)))
     assert key.files[FILES.index(name)].inode == (other / name).stat().st_ino
-
-
-def test_limits_hold_for_all_files_together(world: LocalWorld, folder: Path) -> None:
-    for name in FILES[2:4]:
-        os.truncate(folder / name, LIMITS.max_adapter_bytes // 2)
-    error = refusal(world, folder)
-    assert type(error) is errors.AdapterFormatError
-    assert f"the files up to {FILES[4]} have" in error.problem

@@ -17,9 +17,8 @@ import torch
 from device_groups import BytesReader
 
 from common import until
-from lorax_async.core.moves import Convert, Read
-from lorax_async.errors import InternalError
-from lorax_async.io.staging import StagingRing, read
+from lorax_async.core.moves import Convert
+from lorax_async.io.staging import StagingRing
 
 BUFFER = 4096
 
@@ -107,26 +106,6 @@ class TestCasts:
         assert extent[128 : 128 + len(expected)] == expected
         assert set(extent[:128] + extent[128 + len(expected) :]) == {POISON}
 
-    def test_go_to_their_places(self) -> None:
-        """The second move is shorter: the buffer still holds the end of the first."""
-        first, second = np.arange(1000, dtype="<f4"), np.arange(50, 60, dtype="<f2")
-        content = second.tobytes() + first.tobytes()
-        moves = [
-            flat(first.tobytes(), "F32", offset=20, target=256),
-            flat(second.tobytes(), "F16", offset=0, target=64),
-        ]
-        extent = converted(content, moves, "F16")
-        assert extent[256:2256] == first.astype("<f2").tobytes()
-        assert extent[64:84] == second.tobytes()
-        assert set(extent[:64] + extent[84:256] + extent[2256:]) == {POISON}
-
-    def test_may_fill_the_buffer_and_no_more(self) -> None:
-        content = np.arange(BUFFER // 4 + 1, dtype="<f4").tobytes()
-        extent = converted(content[:BUFFER], [flat(content[:BUFFER], "F32")], "F32")
-        assert extent[:BUFFER] == content[:BUFFER]
-        with pytest.raises(InternalError, match="4100 bytes exceeds"):
-            converted(content, [flat(content, "F32")], "F32")
-
 
 async def waiting_in(staging: StagingRing, count: int) -> None:
     await until(lambda: f"{count} waiting" in repr(staging))
@@ -147,13 +126,6 @@ class TestStagingRing:
         staging = new_staging(1_000, 333)
         assert (staging.move_bytes, staging.buffers) == (320, 3)
         assert {buffer.tensor.storage_offset() % 64 for buffer in staging.take(3)} == {0}
-
-    def test_what_the_ring_does_not_have(self) -> None:
-        with pytest.raises(InternalError, match="3 buffers of a ring of 2"):
-            new_staging(2 * BUFFER).take(3)
-        for nbytes, move_bytes in ((BUFFER - 1, BUFFER), (BUFFER, 63)):
-            with pytest.raises(InternalError, match="no buffer"):
-                new_staging(nbytes, move_bytes)
 
     async def test_who_came_first_is_served_first(self) -> None:
         """Who waits for two does not hold the one that is free, and is not passed."""
@@ -193,39 +165,3 @@ class TestStagingRing:
         with ThreadPoolExecutor(6) as threads:
             assert list(threads.map(take, range(200), timeout=30)) == [None] * 200
         assert (taken, staging.free) == ([0, count * (buffers // count)], buffers)
-
-
-class CountingReader(BytesReader):
-    """Remembers where its calls began, and into how many buffers each read."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(content)
-        self.calls: list[tuple[int, int]] = []
-        self.rows: list[tuple[int, int, int]] = []
-
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self.calls.append((offset, len(buffers)))
-        super().read_into(buffers, offset)
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        self.rows.append((offset, rows, pitch))
-        super().read_rows(buffer, offset, rows, pitch)
-
-
-def test_one_call_reads_what_adjoins_in_the_file_and_one_all_rows_of_a_strided_move() -> None:
-    reader, extent = CountingReader(bytes(range(100))), bytearray([POISON]) * 64
-    moves = (Read(20, 10, 0), Read(50, 8, 16), Read(0, 20, 32), Read(30, 5, 56))
-    read(reader, moves, memoryview(extent))
-    assert (reader.calls, reader.rows) == ([(0, 3), (50, 1)], [])
-    placed = dict.fromkeys(range(64), POISON)
-    for move in moves:
-        placed |= {move.target + n: move.file_offset + n for n in range(move.nbytes)}
-    assert list(extent) == list(placed.values())
-    reader, extent = CountingReader(bytes(range(100))), bytearray([POISON]) * 40
-    strided = Read(10, 12, 16, 3, 20)
-    others = [Read(60, 4, 36), Read(0, 10, 0), Read(54, 6, 10), Read(22, 2, 28)]
-    read(reader, (*others[:2], strided, *others[2:]), memoryview(extent))
-    assert (reader.calls, reader.rows) == ([(0, 1), (22, 1), (54, 2)], [(10, 3, 20)])
-    rows = [*range(10, 14), *range(30, 34), *range(50, 54)]
-    assert list(extent[:28]) == [*range(10), *range(54, 60), *rows]
-    assert list(extent[28:]) == [22, 23, *[POISON] * 6, *range(60, 64)]

@@ -5,9 +5,8 @@ To a device that copies staged bytes, which the simulated one is, and to one tha
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +21,6 @@ from device_groups import (
     SLOTS,
     TORCH,
     BytesReader,
-    TabledDevice,
     extent,
     holds,
     settle,
@@ -33,7 +31,7 @@ from core.adapter_files import file_of, plan
 from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
 from lorax_async.core.arena import Extent
-from lorax_async.core.moves import Convert, GroupPlan, Row, Zero
+from lorax_async.core.moves import GroupPlan, Row
 from lorax_async.errors import AdapterFormatError, FetchError, InternalError, TransferError
 from lorax_async.io.devices.gated import POISON, GatedDevice
 from lorax_async.io.ports import CopyTicket, Device, FilePieces, Reader, StagedPiece
@@ -361,41 +359,25 @@ def test_each_read(kind: str, way: str) -> None:
         works(device, ring, made)
 
 
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("buffers", [2, 3, 20])
 @pytest.mark.parametrize("kind", ["verbatim", "mixed"])
-def test_each_copy_that_is_refused(kind: str) -> None:
+def test_each_copy_that_fails_later(kind: str, buffers: int, refused: bool) -> None:
+    """Heard where it is asked for, if it is refused or fails before the last, or from `done`."""
     made = case(kind)
     with opened(made.dtype) as device:
         device.delay = LATE
-        ring = ring_of(device, 3)
-        for number in range(made.windows):
-            device.refusing = {len(device.tickets) + number}
-            with pytest.raises(TransferError, match="refused"):
-                transfer(device, ring).run(made.copy())
-            left_nothing(device, ring, at_once=True)
-        device.refusing = {len(device.tickets)}
-        with pytest.raises(TransferError, match="refused"):
-            transfer(device, ring).run(made.copy(image=image_of(device, made)))
-        left_nothing(device, ring, at_once=True)
-        device.refusing = set()
-        works(device, ring, made)
-
-
-@pytest.mark.parametrize("buffers", [2, 3, 20])
-@pytest.mark.parametrize("kind", ["verbatim", "mixed"])
-def test_each_copy_that_fails_later(kind: str, buffers: int) -> None:
-    """Heard where it is asked for, if it fails before the last, or from `done`."""
-    made = case(kind)
-    with opened(made.dtype) as device:
         ring = ring_of(device, buffers)
         works(device, ring, made)
         for number in range(made.windows):
-            first = device.copies
-            device.failing = {first + number}
-            with pytest.raises(TransferError, match=f"copy {first + number} was told"):
+            device.refusing = {len(device.tickets) + number} if refused else set()
+            device.failing = set() if refused else {device.copies + number}
+            with pytest.raises(TransferError, match="refused" if refused else "was told"):
                 transfer(device, ring).run(made.copy()).done.result(10)
-            clear(device, 0)
-            left_nothing(device, ring, at_once=False)
-        device.failing = set()
+            if not refused:
+                clear(device, 0)
+            left_nothing(device, ring, at_once=refused)
+        device.refusing, device.failing = set(), set()
         works(device, ring, made)
 
 
@@ -439,58 +421,12 @@ async def test_a_device_that_is_lost_frees_who_waits_for_a_buffer() -> None:
 # -- to a device that reads files: what is cast or padded is there before it is asked ------------
 
 
-class LookingDevice(GatedDevice):
-    """Looks at its memory at the moment it is asked to copy; may be late."""
-
-    seen: torch.Tensor
-    late = False
-
-    def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
-    ) -> CopyTicket:
-        self.seen = self.host_view(extent).clone()
-        if not self.late:
-            return super().copy(pieces, rows, extent, slot)
-        ticket: CopyTicket = Future()
-
-        def copy() -> None:
-            ticket.set_result(super(LookingDevice, self).copy(pieces, rows, extent, slot).result())
-
-        threading.Timer(0.03, copy).start()
-        return ticket
-
-
 @contextmanager
-def from_file(dtype: str = "F32") -> Iterator[tuple[LookingDevice, StagingRing]]:
-    device = LookingDevice(LAYOUT, dtype=dtype, nbytes=ARENA, slots=SLOTS)
+def from_file(dtype: str = "F32") -> Iterator[tuple[GatedDevice, StagingRing]]:
+    device = GatedDevice(LAYOUT, dtype=dtype, nbytes=ARENA, slots=SLOTS)
     device.open()
     yield device, StagingRing(device.staging_memory(4096), 2048)
     device.close()
-
-
-@pytest.mark.parametrize("check_finite", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_move_reaches_its_place(kind: str, check_finite: bool) -> None:
-    made = case(kind)
-    with from_file(made.dtype) as (device, ring):
-        moving = Transfer(device, ring, NAMES, check_finite=check_finite)
-        moving.run(made.copy(slot=1, place=2))
-        holds(device, 1, made.weights)
-        assert (device.host_view(extent(2))[made.group.nbytes :] == POISON).all()
-        cast = torch.zeros(made.group.nbytes, dtype=torch.bool)
-        moves: list[Convert | Zero] = [*made.group.converts, *made.group.zeros]
-        for move in moves:
-            cast[move.target : move.target + size_of(move, made.dtype)] = True
-        seen, there = (each[: len(cast)] for each in (device.seen, device.host_view(extent(2))))
-        assert torch.equal(seen[cast], there[cast])
-        assert (seen[~cast] == POISON).all(), "this is the device's to read"
-
-
-def size_of(move: Convert | Zero, dtype: str) -> int:
-    """Of what it writes."""
-    if isinstance(move, Zero):
-        return move.nbytes
-    return move.rows * move.row_pitch * TORCH[dtype].itemsize
 
 
 def test_a_reader_or_a_device_that_fails_leaves_no_row() -> None:
@@ -514,16 +450,14 @@ def test_a_reader_or_a_device_that_fails_leaves_no_row() -> None:
         holds(device, 0, {})
 
 
-@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", ["A", "B"])
-def test_weights_in_host_memory_that_are_not_finite(part: str, value: float, late: bool) -> None:
+def test_weights_in_host_memory_that_are_not_finite(part: str, value: float) -> None:
     """They are looked at once they are there; and no others are, which are poison."""
     content = tensors(3, 5, ("F32", "F32"))
     content[f"base_model.model.layers.0.q.lora_{part}.weight"][-1, -1] = value
     bad, good = case_of(content, 5, "F32"), case("verbatim")
     with from_file() as (device, ring):
-        device.late = late
         with pytest.raises(AdapterFormatError, match=r"layers\.0\.q.* check_finite=False"):
             Transfer(device, ring, NAMES, check_finite=True).run(bad.copy())
         Transfer(device, ring, NAMES, check_finite=False).run(bad.copy(place=1)).done.result(10)
@@ -540,79 +474,36 @@ LOOKS_NAN = torch.tensor(0x3F80FFFF, dtype=torch.int32).view(torch.float32)
 DTYPES = [("F32", "F32"), ("BF16", "F32"), ("F16", "BF16"), ("F32", "F16"), ("BF16", "BF16")]
 
 
-def vector_case(
-    stored: str,
-    own: str,
-    *,
-    rank: int = 5,
-    dtypes: tuple[str, str] = ("F32", "BF16"),
-    value: float | None = None,
-) -> Case:
+def vector_case(stored: str, own: str, value: float | None = None) -> Case:
     """Two modules with magnitudes in dtype `own`; `value` comes last in the first one's."""
-    content = tensors(4, rank, dtypes)
-    prefix = "base_model.model.layers.0"
+    content = tensors(4, 5, ("F32", "BF16"))
     for name, length in (("q", 40), ("k", 8)):
         vector = LOOKS_NAN.repeat(length).to(TORCH[own])
         if value is not None and name == "q":
             vector[-1] = value
-        content[f"{prefix}.{name}.lora_magnitude_vector"] = vector
-    file = file_of(sorted(content.items()))
-    spec = AdapterSpec(rank=rank, alpha=2.0 * rank, dora=True)
+        content[f"base_model.model.layers.0.{name}.lora_magnitude_vector"] = vector
+    file, spec = file_of(sorted(content.items())), AdapterSpec(rank=5, alpha=10.0, dora=True)
     (group,) = plan(
         file, spec, LAYOUT, dtype=stored, rank_multiple=8, staging_move_bytes=1 << 11
     ).groups
-    weights = {
-        n: (
-            *padded(
-                content[f"{prefix}.{name}.lora_A.weight"],
-                content[f"{prefix}.{name}.lora_B.weight"],
-                stored,
-            ),
-            2.0,
-        )
-        for n, name in enumerate("qk")
-    }
-    return Case(file, group, stored, weights)
-
-
-def holds_vectors(device: Device, made: Case, where: Extent, own: str) -> None:
-    """Bit for bit those of the file."""
-    assert [vector.module for vector in made.group.vectors] == [0, 1]
-    for vector in made.group.vectors:
-        place = Extent(where.offset + vector.offset, vector.nbytes)
-        there = device.view(place).view(TORCH[own])
-        assert torch.equal(there, LOOKS_NAN.repeat((40, 8)[vector.module]).to(TORCH[own]))
-
-
-@contextmanager
-def vector_device(
-    stored: str, way: str, made: Case
-) -> Iterator[tuple[TabledDevice, Transfer, torch.Tensor | None]]:
-    """In windows of a few tensors, at once by an image, or read straight into host memory."""
-    if way == "host":
-        with from_file(stored) as (device, ring):
-            yield device, Transfer(device, ring, NAMES, check_finite=True), None
-        return
-    with opened(stored) as staged:
-        ring = ring_of(staged, 3, 4 * MOVE)
-        image = image_of(staged, made) if way == "image" else None
-        yield staged, transfer(staged, ring, check_finite=True), image
-        require_whole(ring)
+    return Case(file, group, stored, {})
 
 
 @pytest.mark.parametrize("way", ["windows", "image", "host"])
 @pytest.mark.parametrize(("stored", "own"), DTYPES)
 def test_vectors_arrive_as_they_are_in_the_file(stored: str, own: str, way: str) -> None:
     """Nobody takes them for what they are not; one that is not finite is refused."""
-    made = vector_case(stored, own)
-    with vector_device(stored, way, made) as (device, moving, image):
+    with from_file(stored) as (host, host_ring), opened(stored) as staged:
+        device, ring = (host, host_ring) if way == "host" else (staged, ring_of(staged, 3, 2048))
+        moving = Transfer(device, ring, NAMES, check_finite=True)
+        made = vector_case(stored, own)
+        image = image_of(staged, made) if way == "image" else None
         moving.run(made.copy(slot=1, place=2, image=image)).done.result(10)
-        holds(device, 1, made.weights)
-        holds_vectors(device, made, extent(2), own)
-    for value in (torch.nan, torch.inf, -torch.inf):
-        made = vector_case(stored, own, value=value)
-        with vector_device(stored, way, made) as (device, moving, image):
+        assert [vector.module for vector in made.group.vectors] == [0, 1]
+        for vector, length in zip(made.group.vectors, (40, 8), strict=True):
+            there = device.view(Extent(extent(2).offset + vector.offset, vector.nbytes))
+            assert torch.equal(there.view(TORCH[own]), LOOKS_NAN.repeat(length).to(TORCH[own]))
+        for value in (torch.nan, torch.inf, -torch.inf):
             with pytest.raises(AdapterFormatError, match=r"'layers\.0\.q' has NaN"):
-                moving.run(made.copy(image=image))
-            if way != "host":  # there the row is written by the copy that brought the bytes
-                holds(device, 0, {})
+                moving.run(vector_case(stored, own, value).copy(image=image))
+        require_whole(ring)

@@ -33,13 +33,12 @@ from mutants.mutation import (
 )
 
 DISK = "io/test_disk_cache.py"
-PROCESSES = "io/test_disk_cache_processes.py"
 FAILURES = "io/test_disk_cache_failures.py"
 HUB = "io/remote/test_hub_cache.py"
 
 PUBLISHED = f"{FAILURES}::test_all_is_on_the_disk_before_it_is_published"
 RESUMABLE = f"{FAILURES}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
-HELD = f"{PROCESSES}::test_what_one_holds_the_other_does_not_evict"
+HELD = f"{FAILURES}::test_what_one_holds_the_other_does_not_evict"
 UNLOCKED = f"{FAILURES}::test_without_locks_a_process_still_knows_what_it_holds"
 ROOM = f"{DISK}::TestRoom::test_is_reserved_by_one_at_a_time"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
@@ -108,7 +107,7 @@ CACHES: Mutants = {
         RESUMABLE, skipped(PartialFile, "sync")
     ),
     "cache: bytes of another boot are not trusted": mutant(
-        f"{PROCESSES}::test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed",
+        f"{FAILURES}::test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed",
         (partials, "can_be_trusted", lambda *_: True),
     ),
     "cache: what is being written is not dropped": mutant(
@@ -127,15 +126,15 @@ CACHES: Mutants = {
         HELD, (download, "granted_shared", lambda _: True)
     ),
     "cache: what is opened is held": mutant(
-        f"{PROCESSES}::test_what_one_has_opened_the_other_does_not_remove",
+        f"{FAILURES}::test_what_one_has_opened_the_other_does_not_remove",
         (entries, "granted_shared", lambda _: True),
     ),
     "cache: an entry that was replaced is not held": mutant(
-        f"{PROCESSES}::test_what_is_replaced_just_before_one_holds_it_stays",
+        f"{FAILURES}::test_what_is_replaced_just_before_one_holds_it_stays",
         (Entries, "_is_still", _locked_only),
     ),
     "cache: a lock's file is still there when it is taken": mutant(
-        f"{PROCESSES}::test_of_two_that_begin_at_the_same_moment_one_downloads",
+        f"{FAILURES}::test_of_two_that_begin_at_the_same_moment_one_downloads",
         seen_by(locks, "os", path=seen_by(os, "path", samestat=lambda *_: True)[2]),
         skipped(Folder, "status", True),
     ),

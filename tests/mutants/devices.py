@@ -13,9 +13,8 @@ from lorax_async.io.devices.device_memory import DeviceMemory
 from lorax_async.io.devices.watcher import EventTicket, Watcher
 from mutants.mutation import Mutants, NoLock, initialized, mutant, nothing, seen_by, skipped
 
-ORDER = "io/test_cuda_order.py"
-COPY = f"{ORDER}::TestACopy"
 DEVICE = "io/test_cuda_device.py"
+COPY = f"{DEVICE}::TestACopy"
 CPU = "io/test_devices.py"
 
 _ticket, _put, _copy = CudaDevice._ticket, CudaDevice._put, CpuDevice.copy
@@ -92,15 +91,15 @@ DEVICES: Mutants = {
         f"{COPY}::test_writes_bytes_then_rows_then_its_ticket", (Columns, "write", _ranks_first)
     ),
     "cuda: ranks are cleared first": mutant(
-        f"{ORDER}::TestAClearing::test_comes_before_the_next_tenant_and_ranks_first",
+        f"{DEVICE}::TestAClearing::test_comes_before_the_next_tenant_and_ranks_first",
         (Columns, "clear", _ranks_cleared_last),
     ),
     "cuda: compute waits for the copy's event": mutant(
-        f"{ORDER}::TestCompute::test_sees_the_copy_only_if_it_waits",
+        f"{DEVICE}::TestCompute::test_sees_the_copy_only_if_it_waits",
         skipped(CudaDevice, "wait_for"),
     ),
     "cuda: a use ends after its kernels": mutant(
-        f"{ORDER}::TestCompute::test_a_use_is_noted_until_it_has_run",
+        f"{DEVICE}::TestCompute::test_a_use_is_noted_until_it_has_run",
         (CudaDevice, "note_use", done),
     ),
     "cuda: a row image is reused after its copy": mutant(
@@ -116,10 +115,10 @@ DEVICES: Mutants = {
         (EventTicket, "succeeded", property(lambda _: True)),
     ),
     "cuda: one copy or clearing is enqueued at a time": mutant(
-        f"{ORDER}::test_one_thing_is_put_at_a_time", seen_by(cuda, "threading", Lock=NoLock)
+        f"{DEVICE}::test_one_thing_is_put_at_a_time", seen_by(cuda, "threading", Lock=NoLock)
     ),
     "cuda: zeros have an event": mutant(
-        f"{ORDER}::TestAWipe::test_has_its_ticket_after_the_zeros", (CudaDevice, "wipe", done)
+        f"{DEVICE}::TestAWipe::test_has_its_ticket_after_the_zeros", (CudaDevice, "wipe", done)
     ),
     "cuda: the copy stream starts behind the current one": mutant(
         f"{DEVICE}::TestOpening::test_what_stands_on_the_current_stream_comes_first",
