@@ -157,17 +157,6 @@ class DeviceConformance:
         ticket.result(10)
         other.wait_for(ticket)
 
-    @pytest.mark.parametrize("nbytes", [1, 4096, 100_001])
-    def test_staging_memory_is_the_askers(self, new_device: NewDevice, nbytes: int) -> None:
-        (device := new_device()).open()
-        memory, other = device.staging_memory(nbytes), device.staging_memory(nbytes)
-        assert (memory.dtype, memory.shape) == (torch.uint8, (nbytes,))
-        assert memory.device.type == "cpu"
-        other.fill_(1)
-        memory.fill_(7)
-        assert (other == 1).all()
-        assert (memory == 7).all()
-
     @pytest.mark.parametrize("nbytes", IMPOSSIBLE)
     def test_memory_beyond_the_machine(self, new_device: NewDevice, nbytes: int) -> None:
         (device := new_device()).open()

@@ -1,4 +1,7 @@
-"""A place with two roots and the local source over them; afterwards nothing may be open."""
+"""A place with two roots and the local source over them; afterwards nothing may be open.
+
+Weights may be three files, which have something of each layer.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 import uvloop
 from source_inputs import CONFIG, tensors
 
@@ -18,6 +22,7 @@ from lorax_async import errors
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits, LocalRoot
 from lorax_async.io.sources.local import LocalSource
+from split_files import INDEX, name_of, write
 
 LIMITS = Limits(max_config_bytes=4096, max_adapter_bytes=1 << 24, max_header_bytes=1 << 20)
 CONFIG_NAME = "adapter_config.json"
@@ -91,3 +96,34 @@ def refusal(world: LocalWorld, ref: AdapterRef | str | Path) -> errors.LoraxErro
     with pytest.raises(errors.LoraxError) as caught:
         asyncio.run(world.source.resolve(ref))
     return caught.value
+
+
+FILES = [CONFIG_NAME, INDEX, name_of(1, 3), name_of(2, 3), name_of(3, 3)]
+
+
+def parts(seed: int) -> list[dict[str, torch.Tensor]]:
+    """Each layer's tensors in two files."""
+    made: list[dict[str, torch.Tensor]] = [{}, {}, {}]
+    for n, (name, tensor) in enumerate(tensors(seed).items()):
+        made[n % 3][name] = tensor
+    return made
+
+
+def put_split(folder: Path, seed: int = 1) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).write_bytes(CONFIG)
+    write(folder, parts(seed))
+    return folder
+
+
+def touch(path: Path) -> None:
+    os.utime(path, (5, 5))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def replace(path: Path) -> None:
+    path.with_name("new").write_bytes(path.read_bytes())
+    path.with_name("new").rename(path)

@@ -66,18 +66,6 @@ def new_device() -> Iterator[Made]:
     yield from made_by(CpuDevice)
 
 
-@pytest.fixture
-def new_simulated() -> Iterator[Simulated]:
-    yield from made_by(SimulatedDevice)
-
-
-@pytest.fixture
-def device(new_simulated: Simulated) -> SimulatedDevice:
-    device = new_simulated()
-    device.open()
-    return device
-
-
 def test_staged_bytes_are_copied_too(new_device: Made) -> None:
     device, made = new_device(), group(1, [0, 2])
     device.open()
@@ -161,7 +149,12 @@ def test_a_closed_arena_is_given_back(kind: Callable[..., TabledDevice]) -> None
     assert address_space() - before < 0.1 * size + STACKS
 
 
-# -- the simulated device: what it is told, and what it shows of a wait that is missing ----------
+@pytest.fixture
+def device() -> Iterator[SimulatedDevice]:
+    for make in made_by(SimulatedDevice):
+        device = make()
+        device.open()
+        yield device
 
 
 @pytest.mark.parametrize("waits", [True, False])

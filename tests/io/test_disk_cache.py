@@ -222,21 +222,6 @@ class TestContents:
             entry.reader(INDEX_FILE)
         entry.close()
 
-    @pytest.mark.parametrize("nbytes", [NBYTES - 1, NBYTES + 1, None])
-    def test_a_file_of_another_size_begins_anew(self, world: DiskWorld, nbytes: int | None) -> None:
-        download = begun(world.cache)
-        put(download.file(WEIGHTS_FILE, NBYTES), weights(8), [(0, NBYTES)])
-        download.close()
-        content = weights(9, nbytes or 5_000)
-        download = begun(world.cache)
-        file = download.file(WEIGHTS_FILE, nbytes)
-        assert file.missing(0, len(content)) == [(0, len(content))]
-        put(file, content, [(0, len(content))])
-        file.ends_at(len(content))
-        entry = download.publish()
-        assert content_of(entry) == content
-        entry.close()
-
     def test_what_was_left_is_compared_with_what_comes_again(self, world: DiskWorld) -> None:
         content = weights(7)
         download = begun(world.cache)
@@ -606,38 +591,25 @@ class TestFolder:
         assert os.listdir(tmp_path / "beside") == []
 
 
-def reader_of_a_download(cache: DiskCache) -> object:
-    download = begun(cache)
-    reader = download.file(WEIGHTS_FILE, 1).reader()
-    download.close()
-    return reader
-
-
 def forget(make: Callable[[], object]) -> None:
     make()
     gc.collect()
 
 
-class TestOwners:
-    @pytest.mark.parametrize(
-        ("make", "name"),
-        [
-            (lambda cache: stored(cache, KEY, b"abc"), "entry"),
-            (begun, "download"),
-            (reader_of_a_download, "safetensors"),
-        ],
-    )
-    def test_what_is_forgotten_is_closed_with_a_warning(
-        self, tmp_path: Path, make: Callable[[DiskCache], object], name: str
-    ) -> None:
-        with opened(tmp_path / "cache") as world:
-            before = open_below(tmp_path)
-            with pytest.warns(ResourceWarning, match=f"unclosed.*{name}"):
-                forget(lambda: make(world.cache))
-            assert open_below(tmp_path) == before
-        with pytest.warns(ResourceWarning, match="unclosed disk cache"):
-            forget(lambda: DiskCache(tmp_path / "other", 1, policy("lru")))
-        assert open_below(tmp_path) == []
+@pytest.mark.parametrize("name", ["entry", "download"])
+def test_what_is_forgotten_is_closed_with_a_warning(tmp_path: Path, name: str) -> None:
+    with opened(tmp_path / "cache") as world:
+        before = open_below(tmp_path)
+        with pytest.warns(ResourceWarning, match=f"unclosed.*{name}"):
+            forget(
+                lambda: (
+                    begun(world.cache) if name == "download" else stored(world.cache, KEY, b"abc")
+                )
+            )
+        assert open_below(tmp_path) == before
+    with pytest.warns(ResourceWarning, match="unclosed disk cache"):
+        forget(lambda: DiskCache(tmp_path / "other", 1, policy("lru")))
+    assert open_below(tmp_path) == []
 
 
 class TestLastVersions:

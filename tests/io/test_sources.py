@@ -1,4 +1,4 @@
-"""Every source of adapters in this process keeps to the port; and the fake does as it is told."""
+"""Every source of adapters in this process keeps to the port."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 from local_world import LIMITS, LocalWorld, nothing_left_open
-from populate_conformance import PopulateConformance
-from source_conformance import SourceConformance
-from source_inputs import CONFIG, groups_of, read, weights
+from source_conformance import PopulateConformance, SourceConformance
 
 import tiny
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
-from lorax_async.errors import (
-    InternalError,
-)
-from lorax_async.io.ports import AdapterFile, Demand, Source
+from lorax_async.io.ports import Source
 from lorax_async.io.sources.from_memory import MemorySource
 from lorax_async.io.sources.local import LocalSource
 from lorax_async.io.sources.merged import MergedSource
@@ -81,29 +76,3 @@ class TestConformance(SourceConformance):
 
 class TestPopulate(PopulateConformance):
     pass
-
-
-@pytest.fixture
-def source() -> Iterator[FakeSource]:
-    source = FakeSource(holdable=True)
-    yield source
-    assert (source.counts.open_readers, source.counts.open_holds) == (0, 0)
-
-
-async def opened(source: FakeSource, content: bytes, name: str = "one") -> AdapterFile:
-    return await source.open(source.put(name, CONFIG, content), Demand())
-
-
-async def test_the_fakes_bytes_that_have_not_arrived_cannot_be_read(source: FakeSource) -> None:
-    content = weights(1)
-    file = await opened(source, content)
-    (first,), (middle,), _ = groups_of(content)
-    late = [(first.start, first.stop), (0, len(content)), (middle.start, middle.start + 1)]
-    for start, stop in late:
-        with pytest.raises(InternalError, match="before they arrived"):
-            read(file.reader, start, stop)
-    await source.bring(file, [[middle]], lambda _: None, Demand())
-    assert read(file.reader, 0, middle.stop) == content[: middle.stop]
-    with pytest.raises(InternalError, match="before they arrived"):
-        read(file.reader, middle.start, middle.stop + 1)
-    file.reader.close()

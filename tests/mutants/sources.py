@@ -117,7 +117,7 @@ SOURCES: Mutants = {
         (merged, "_all", _not_waited_for),
     ),
     "tensors: writes during the copy are noticed": mutant(
-        "io/test_snapshot.py::test_a_write_at_any_time_is_noticed",
+        "io/test_memory_source.py::test_a_write_at_any_time_is_noticed",
         skipped(Snapshot, "_require_unchanged"),
     ),
     "tensors: room is claimed before they are copied": mutant(

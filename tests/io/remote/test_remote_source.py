@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 import pytest
 from cache_inputs import begun
 from fault_server import Asked, Client
-from populate_conformance import PopulateConformance
 from remote_world import RemoteWorld, brought, opened, stocked
-from source_conformance import SourceConformance
+from source_conformance import PopulateConformance, SourceConformance
 from source_inputs import CONFIG, weights
 
 from common import until
