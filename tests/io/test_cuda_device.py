@@ -48,7 +48,7 @@ from lorax_async.errors import (
     TransferError,
     UsageError,
 )
-from lorax_async.io.devices import device_memory
+from lorax_async.io.devices import cuda, device_memory
 from lorax_async.io.devices.columns import IMAGES, Columns
 from lorax_async.io.devices.cuda import CudaDevice
 from lorax_async.io.devices.watcher import EventTicket, Watcher
@@ -279,6 +279,22 @@ class TestOpening:
         move(device, NEW, extent(0), 0)
         holds(device, 0, NEW.weights)
 
+    def test_no_more_threads(self, new_late: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        device, start = new_late(), threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            if thread.name == "lorax-watch-uses":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(CapacityError, match="lorax-watch-uses"):
+                device.open()
+        assert not our_threads()
+        assert tensors_of("late") == []
+        device.open()
+
     def test_no_room_for_staging(self, new_late: Made) -> None:
         device = new_late()
         device.open()
@@ -306,6 +322,13 @@ def tensors_of(kind: str) -> list[torch.Size]:
 
 
 class TestCopying:
+    def test_a_copy_that_is_refused_costs_no_row_image(self, device: CudaDevice) -> None:
+        piece = NEW.staged(device)
+        for _ in range(IMAGES + 1):
+            with pytest.raises(IndexError):
+                device.copy(piece, NEW.rows, extent(0), SLOTS)
+        device.copy(piece, NEW.rows, extent(0), 0).result(10)
+
     def test_streams_that_are_others_or_captured(self, late: CudaDevice) -> None:
         class Captured(torch.Stream):
             def is_capturing(self) -> bool:
@@ -719,3 +742,25 @@ def test_one_thing_is_put_at_a_time(late: CudaDevice, crowd: Crowd, clears: bool
     assert crowd.most == 1
     holds(late, 0, NEW.weights)
     holds(late, 1, {} if clears else NEW.weights)
+
+
+def test_a_use_without_an_event_is_waited_for(
+    late: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for it; what stands on the stream runs all the same."""
+
+    class Refused:
+        def __init__(self, of: torch.device) -> None: ...
+
+        def record(self, stream: torch.Stream) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+    compute = compute_stream(late)
+    monkeypatch.setattr(cuda, "new_event", Refused)
+    with ThreadPoolExecutor(1) as threads:
+        with build.held(compute):
+            read_on(compute, late.rank, late.rank.clone())
+            noting = threads.submit(late.note_use, compute)
+            with pytest.raises(TimeoutError):
+                noting.result(0.03)
+        assert noting.result(10).done()

@@ -274,26 +274,6 @@ class TestRoom:
         assert cache.remove(key(4))
         assert cache.used() == SIZE
 
-    def test_what_is_held_stays(self, room: Room) -> None:
-        """As does all, for what cannot fit."""
-        cache = full(room, 3)
-        held = [cache.open(key(number)) for number in range(2)]
-        for nbytes, words in ((SIZE + 1, "in use"), (3 * SIZE + 1, "budget")):
-            download = begun(cache, key(3))
-            with pytest.raises(CapacityError, match=words) as raised:
-                download.file(WEIGHTS_FILE, nbytes)
-            assert raised.value.retryable is (words == "in use")
-            assert raised.value.stage == "fetch"
-            download.close()
-        assert there(cache, 4) == [0, 1, 2]
-        use(cache, key(2))
-        keep(cache, key(3), bytes(10_000))
-        for entry in held:
-            assert entry is not None
-            assert content_of(entry) == bytes(10_000)
-            entry.close()
-        assert there(cache, 4) == [0, 1, 3]
-
     def test_partials_that_nobody_writes_to_go_first(self, room: Room) -> None:
         cache = room(3 * SIZE, "lru")
         keep(cache, key(0), bytes(10_000))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections import deque
 from typing import Any
 
 import pytest
 
-from common import until
+from common import LOOPS, until
 from lorax_async.io import inbox as inbox_module
 from lorax_async.io.inbox import Inbox
 
@@ -20,31 +21,6 @@ def in_thread(work: Any) -> None:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-
-
-async def test_threads_at_once() -> None:
-    """Each one's items in its order, each exactly once, all on the loop's thread."""
-    seen: list[tuple[int, int]] = []
-    here = threading.get_ident()
-
-    def handle(item: tuple[int, int]) -> None:
-        assert threading.get_ident() == here
-        seen.append(item)
-
-    inbox = Inbox(asyncio.get_running_loop(), handle)
-
-    def work(number: int) -> None:
-        for n in range(2000):
-            inbox.put((number, n))
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    await until(lambda: len(seen) == 8000)
-    for thread in threads:
-        thread.join()
-    for number in range(4):
-        assert [n for who, n in seen if who == number] == list(range(2000))
 
 
 class Ambushed(deque[int]):
@@ -103,3 +79,14 @@ async def test_one_that_raises_does_not_hold_up_the_rest() -> None:
     assert told == [errors[1], errors[2]]
     inbox.put(4)
     await until(lambda: len(seen) == 3)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_after_the_loop_nobody_listens_and_nothing_is_kept(name: str) -> None:
+    loop, item = LOOPS[name](), {1}
+    inbox: Inbox[set[int]] = Inbox(loop, pytest.fail)
+    loop.close()
+    gone = weakref.ref(item)
+    inbox.put(item)
+    del item
+    assert gone() is None

@@ -26,69 +26,60 @@ def late() -> Iterator[None]:
     yield from loaded()
 
 
-class TestCopies:
-    def test_pinned_memory_is_read_and_written_when_the_stream_gets_there(self) -> None:
-        """And it outlives its copy."""
-        source, there = pinned(1), on_device(4)
-        target, back, kept = on_device(), pinned(0), on_device()
-        copied = torch.Event(device=LATE)
-        with build.held():
-            target.copy_(source, non_blocking=True)
-            back.copy_(there, non_blocking=True)
-            kept.copy_(pinned(7), non_blocking=True)
-            copied.record()
-            others = [pinned(8) for _ in range(4)]
-            source.fill_(2)
-            assert (bytes_now(target), bytes_now(back)) == ({POISON}, {0})
-        copied.synchronize()
-        assert (bytes_now(target), bytes_now(back), bytes_now(kept)) == ({2}, {4}, {7})
-        assert all(other.is_pinned() and other[5:].is_pinned() for other in others)
+def test_pinned_memory_is_read_and_written_when_the_stream_gets_there() -> None:
+    """And it outlives its copy."""
+    source, there = pinned(1), on_device(4)
+    target, back, kept = on_device(), pinned(0), on_device()
+    copied = torch.Event(device=LATE)
+    with build.held():
+        target.copy_(source, non_blocking=True)
+        back.copy_(there, non_blocking=True)
+        kept.copy_(pinned(7), non_blocking=True)
+        copied.record()
+        others = [pinned(8) for _ in range(4)]
+        source.fill_(2)
+        assert (bytes_now(target), bytes_now(back)) == ({POISON}, {0})
+    copied.synchronize()
+    assert (bytes_now(target), bytes_now(back), bytes_now(kept)) == ({2}, {4}, {7})
+    assert all(other.is_pinned() and other[5:].is_pinned() for other in others)
 
 
-class TestOrder:
-    def waits(self, kind: str, second: torch.Stream, first: torch.Stream) -> None:
-        if kind == "wait_stream":
-            second.wait_stream(first)
-        if kind == "wait_event":
-            second.wait_event(first.record_event())
-        if kind == "wait":
-            event = torch.Event(device=LATE)
-            event.record(first)
-            event.wait(second)
-
-    @pytest.mark.parametrize("kind", ["wait_stream", "wait_event", "wait", "nothing"])
-    def test_a_missing_wait_shows_as_wrong_bytes(self, kind: str) -> None:
-        first, second, done = new_stream(), new_stream(), torch.Event(device=LATE)
-        middle, seen = on_device(), on_device()
-        build.hold(first)
-        with first:
-            middle.copy_(pinned(1), non_blocking=True)
-        self.waits(kind, second, first)
-        with second:
-            seen.copy_(middle)
-            done.record()
-        if kind == "nothing":
-            done.synchronize()
-            assert bytes_now(seen) == {POISON}
-        assert done.query() == (kind == "nothing")
-        build.release()
+@pytest.mark.parametrize("kind", ["wait_stream", "wait_event", "wait", "nothing"])
+def test_a_missing_wait_shows_as_wrong_bytes(kind: str) -> None:
+    first, second, done = new_stream(), new_stream(), torch.Event(device=LATE)
+    middle, seen = on_device(), on_device()
+    build.hold(first)
+    with first:
+        middle.copy_(pinned(1), non_blocking=True)
+    if kind == "wait_stream":
+        second.wait_stream(first)
+    elif kind == "wait_event":
+        second.wait_event(first.record_event())
+    elif kind == "wait":
+        event = torch.Event(device=LATE)
+        event.record(first)
+        event.wait(second)
+    with second:
+        seen.copy_(middle)
+        done.record()
+    if kind == "nothing":
         done.synchronize()
-        assert bytes_now(seen) == ({POISON} if kind == "nothing" else {1})
+        assert bytes_now(seen) == {POISON}
+    assert done.query() == (kind == "nothing")
+    build.release()
+    done.synchronize()
+    assert bytes_now(seen) == ({POISON} if kind == "nothing" else {1})
 
 
-class TestFreedMemory:
-    def copied_late(self, *, told: bool) -> set[int]:
-        stream, source, seen = new_stream(), on_device(1), on_device()
-        build.hold(stream)
-        with stream:
-            seen.copy_(source)
-        if told:
-            source.record_stream(stream)
-        del source
-        build.release()
-        stream.synchronize()
-        return bytes_now(seen)
-
-    def test_is_poison_for_a_stream_that_nobody_told_of(self) -> None:
-        assert self.copied_late(told=False) == {POISON}
-        assert self.copied_late(told=True) == {1}
+@pytest.mark.parametrize("told", [False, True])
+def test_freed_memory_is_poison_for_a_stream_that_nobody_told_of(told: bool) -> None:
+    stream, source, seen = new_stream(), on_device(1), on_device()
+    build.hold(stream)
+    with stream:
+        seen.copy_(source)
+    if told:
+        source.record_stream(stream)
+    del source
+    build.release()
+    stream.synchronize()
+    assert bytes_now(seen) == ({1} if told else {POISON})

@@ -27,6 +27,7 @@ from lorax_async.errors import (
     CapacityError,
     FetchError,
     IntegrityError,
+    LoaderClosedError,
     UnsupportedAdapterError,
 )
 from lorax_async.io import snapshot as snapshot_module
@@ -150,6 +151,15 @@ async def test_cancelled_at_any_await(world: World, late: float) -> None:
 
 async def _forget(world: World) -> None:
     world.source.copies.drop(await world.take())
+
+
+async def test_nothing_begins_once_it_is_closed(world: World) -> None:
+    def closed() -> None:
+        raise LoaderClosedError("the loader is closed")
+
+    with pytest.raises(LoaderClosedError):
+        await world.source.take(tensors(1), CONFIG, closed)
+    assert world.used == 0
 
 
 # -- the copy: safetensors' own reader reads it ----------------------------------------------------

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from cache_inputs import content_of, stored
+from cache_inputs import begun, content_of, put, stored
 from disk_cache_world import open_below
 from source_inputs import CONFIG, read, read_rows, rows_of, tensors
 
 from common import until
 from lorax_async.adapter import AdapterKey
 from lorax_async.config import Limits
-from lorax_async.core.cache_names import CONFIG_FILE, CacheKey
+from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
 from lorax_async.core.policies import policy
 from lorax_async.core.runs import Span
 from lorax_async.errors import CapacityError, FetchError
@@ -147,6 +147,17 @@ async def test_two_loaders_share_an_entry(world: World, tmp_path: Path) -> None:
         other.close()
         assert inode(tmp_path, key) is None
         other_cache.close()
+
+
+async def test_what_was_half_written_is_written_anew(world: World) -> None:
+    """By a killed process, and the disk has lost its bytes."""
+    key = await world.take(1)
+    download = begun(world.cache, entry_key(key))
+    put(download.file(WEIGHTS_FILE, SIZE), bytes(SIZE), [(0, SIZE)])
+    download.close()
+    await world.take(2)
+    assert world.is_spilled(key)
+    await world.assert_is(key, 1)
 
 
 @pytest.mark.parametrize("wrong", ["damaged", "another's"])

@@ -19,6 +19,7 @@ from cancelling import was_cancelled
 from local_world import (
     CONFIG_NAME,
     FILES,
+    LIMITS,
     WEIGHTS_NAME,
     LocalWorld,
     cut,
@@ -106,7 +107,7 @@ async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bo
 async def test_many_first_reads_open_it_once(
     world: LocalWorld, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was never read is never opened."""
+    """A read ends before its files are closed; what was never read is never opened."""
     key, calls = await world.source.resolve(AdapterRef(folder)), list[str]()
 
     def counted(path: str, identity: Any) -> int:
@@ -123,7 +124,14 @@ async def test_many_first_reads_open_it_once(
         parts = [threads.submit(read, reader, 0, 900) for _ in range(8)]
         assert len({part.result() for part in parts}) == 1
     assert sorted(calls) == FILES[2:]
-    reader.close()
+    preadv = os.preadv
+
+    def closing(fd: int, buffers: Any, offset: int) -> int:
+        reader.close()
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", closing)
+    assert safetensors.torch.load(read(reader, 0, reader.nbytes)).keys() == tensors(1).keys()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -223,3 +231,9 @@ def test_links_stay_in_the_folder(world: LocalWorld, folder: Path, run: Run, nam
     (folder / name).symlink_to(other / name)
     key = run(world.source.resolve(AdapterRef(folder)))
     assert key.files[FILES.index(name)].inode == (other / name).stat().st_ino
+
+
+def test_limits_hold_for_all_files_together(world: LocalWorld, folder: Path) -> None:
+    for name in FILES[2:4]:
+        os.truncate(folder / name, LIMITS.max_adapter_bytes // 2)
+    assert f"the files up to {FILES[4]} have" in refusal(world, folder).problem

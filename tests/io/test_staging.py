@@ -123,9 +123,9 @@ class TestStagingRing:
             for byte, buffer in enumerate(buffers):
                 assert buffer.memory.tobytes() == bytes([byte]) * BUFFER
                 assert (buffer.memory.format, buffer.memory.readonly) == ("B", False)
-        staging = new_staging(1_000, 333)
-        assert (staging.move_bytes, staging.buffers) == (320, 3)
-        assert {buffer.tensor.storage_offset() % 64 for buffer in staging.take(3)} == {0}
+        assert {
+            buffer.tensor.storage_offset() % 64 for buffer in new_staging(999, 333).take(3)
+        } == {0}
 
     async def test_who_came_first_is_served_first(self) -> None:
         """Who waits for two does not hold the one that is free, and is not passed."""

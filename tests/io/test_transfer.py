@@ -476,13 +476,14 @@ DTYPES = [("F32", "F32"), ("BF16", "F32"), ("F16", "BF16"), ("F32", "F16"), ("BF
 
 def vector_case(stored: str, own: str, value: float | None = None) -> Case:
     """Two modules with magnitudes in dtype `own`; `value` comes last in the first one's."""
-    content = tensors(4, 5, ("F32", "BF16"))
+    rank, dtypes = (8, ("F32", "F32")) if stored == own == "F32" else (5, ("F32", "BF16"))
+    content = tensors(4, rank, dtypes)
     for name, length in (("q", 40), ("k", 8)):
         vector = LOOKS_NAN.repeat(length).to(TORCH[own])
         if value is not None and name == "q":
             vector[-1] = value
         content[f"base_model.model.layers.0.{name}.lora_magnitude_vector"] = vector
-    file, spec = file_of(sorted(content.items())), AdapterSpec(rank=5, alpha=10.0, dora=True)
+    file, spec = file_of(sorted(content.items())), AdapterSpec(rank=rank, alpha=8.0, dora=True)
     (group,) = plan(
         file, spec, LAYOUT, dtype=stored, rank_multiple=8, staging_move_bytes=1 << 11
     ).groups
