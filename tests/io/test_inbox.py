@@ -84,7 +84,7 @@ async def test_one_that_raises_does_not_hold_up_the_rest() -> None:
 @pytest.mark.parametrize("name", LOOPS)
 def test_after_the_loop_nobody_listens_and_nothing_is_kept(name: str) -> None:
     loop, item = LOOPS[name](), {1}
-    inbox: Inbox[set[int]] = Inbox(loop, pytest.fail)
+    inbox: Inbox[set[int]] = Inbox(loop, lambda _: pytest.fail("nobody listens"))
     loop.close()
     gone = weakref.ref(item)
     inbox.put(item)

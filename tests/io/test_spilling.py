@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -152,8 +153,10 @@ async def test_two_loaders_share_an_entry(world: World, tmp_path: Path) -> None:
 async def test_what_was_half_written_is_written_anew(world: World) -> None:
     """By a killed process, and the disk has lost its bytes."""
     key = await world.take(1)
+    with closing(world.source.reopen(key)) as reader:
+        nbytes = reader.nbytes
     download = begun(world.cache, entry_key(key))
-    put(download.file(WEIGHTS_FILE, SIZE), bytes(SIZE), [(0, SIZE)])
+    put(download.file(WEIGHTS_FILE, nbytes), bytes(nbytes), [(0, nbytes)])
     download.close()
     await world.take(2)
     assert world.is_spilled(key)
