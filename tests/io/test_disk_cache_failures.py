@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from lorax_async.io import disk_cache
 from lorax_async.io.cache import entries, locks
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.disk_cache import DiskCache
+from tools import on_a_small_disk
 
 CONTENT = weights()
 
@@ -249,6 +250,51 @@ def test_a_file_over_the_process_limit(world: DiskWorld, nbytes: int | None) -> 
     download.close()
     assert below(world.folder) == set()
     keep(world.cache, KEY, CONTENT)
+
+
+SMALL_DISK = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_disk_cache_failures import it_goes_on_once_there_is_room
+it_goes_on_once_there_is_room(Path(sys.argv[1]))
+"""
+
+
+def it_goes_on_once_there_is_room(folder: Path) -> None:
+    """Of 2 MiB. What was written stays, and is gone on with when there is room again."""
+    with opened(folder / "cache") as world:
+        keep(world.cache, key(0), bytes(500_000))
+        download = begun(world.cache)
+        with pytest.raises(CapacityError, match=r"ENOSPC.*disk is full"):
+            download.file(WEIGHTS_FILE, 1_700_000)
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
+        put(file, CONTENT, [(0, NBYTES)])
+        with (folder / "other").open("wb", buffering=0) as other, suppress(OSError):
+            while True:
+                other.write(bytes(4096))
+        with pytest.raises(CapacityError, match=r"publish.*ENOSPC"):
+            download.publish()
+        download.close()
+        (folder / "other").unlink()
+        download = begun(world.cache)
+        file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
+        assert file.missing() == []
+        entry = download.publish()
+        assert content_of(entry) == CONTENT
+        entry.close()
+        assert is_there(world.cache, key(0))
+    nothing_odd(folder / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.needs("unshare")
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    paths = [tests, tests.parent, tests.parent.parent, tests.parent.parent / "kernels"]
+    command = [*on_a_small_disk(tmp_path), sys.executable, "-c", SMALL_DISK]
+    done = subprocess.run([*command, tmp_path, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # -- file systems without locks -------------------------------------------------------------------
