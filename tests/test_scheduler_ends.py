@@ -280,6 +280,30 @@ async def test_a_deadline_ends_the_waiting(
         assert await patient == 1
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_a_request_that_loses_its_slot_has_all_its_time_again_if_it_had_begun(
+    tmp_path: Path, has_begun: bool
+) -> None:
+    clock = VirtualClock()
+    settings = {"timeout": 60.0, "starvation_age": 1000.0}
+    async with opened(stocked(tmp_path, "a"), settings, clock=clock) as (loader, scheduler):
+        ticket = scheduler.submit(Request("a", 1, MANY, deadline=60.0))
+        if has_begun:
+            await step(scheduler)
+        else:
+            await held(loader, "a")
+        for moment in (0.0, 40.0):
+            clock.pass_until(moment)
+            await loader.unload("a")
+            await held(loader, "a")
+        clock.pass_until(59.0)
+        assert not ticket.done
+        clock.pass_until(61.0)
+        assert ticket.done != has_begun
+        clock.pass_until(101.0)
+        assert isinstance(ticket.error, AdapterTimeoutError)
+
+
 @pytest.mark.parametrize("deadline", [3.0, None])
 async def test_a_request_that_has_begun_is_not_late(tmp_path: Path, deadline: float | None) -> None:
     """Without a deadline of its own a request has the config's timeout to begin in."""
