@@ -330,7 +330,7 @@ async def test_a_column_is_not_cleared(
         with monkeypatch.context() as patch:
             patch.setattr(bench.device, "clear_column", raising(error))
             await bench.unload()
-        assert open_files() <= bench.files_before
+        await until(lambda: open_files() <= bench.files_before)
         await bench.assert_works()
         await bench.assert_clean()
 
