@@ -1,4 +1,4 @@
-"""A decoder without a model, for tests of whoever generates with one."""
+"""A decoder without a model, for tests of the server's engine."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lorax_async.server.ports import Computed, Step
 
 
 class FakeDecoder:
-    """Its logits are random numbers, which depend on a sequence's tokens and its adapter alone.
+    """A `Decoder` whose logits are random numbers, seeded by a sequence's tokens and adapter.
 
     Parameters
     ----------
     max_sequences
-        Of which tokens are kept at a time; None is any number.
+        How many sequences may be kept at a time; None means any number.
     loop
-        The loader's. It waits for the layers of adapters as a model does; without it, for nothing.
+        The loader's event loop. If given, each step waits for the adapters' layers as a model does.
 
     Attributes
     ----------
     steps
-        That were computed, in their order.
+        The steps that were computed, in order.
     kept
         The tokens of each sequence that was not forgotten.
 
@@ -81,7 +81,7 @@ class FakeDecoder:
         self.kept.pop(sequence, None)
 
     def _passed(self, step: Step) -> dict[int, LoraxError]:
-        """Through all layers; who is out, and why."""
+        """Pass through all layers; return the parts left without their adapter, and why."""
         handles = [part.handle for part in step.parts]
         if self._loop is None:
             return {}
@@ -96,7 +96,7 @@ class FakeDecoder:
 
 
 def fake_logits(id: str | None, tokens: Sequence[int], vocabulary: int) -> torch.Tensor:
-    """Of the token after these, with the adapter of that id: `[vocabulary]`."""
+    """Return the logits `[vocabulary]` of the token after `tokens`, with the adapter `id`."""
     seed = crc32(repr((id, list(tokens))).encode())
     return torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
 

@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.001
 
 @dataclass(slots=True)
 class SourceCounts:
-    """What a `FakeSource` was asked for; calls are counted when they begin."""
+    """How often each method of a `FakeSource` was called, counted when the call begins."""
 
     resolves: int = 0
     opens: int = 0
@@ -54,7 +54,7 @@ class _Failure:
 
 @dataclass(slots=True)
 class Version:
-    """One version of an adapter; `here` are the [start, stop) that have arrived, merged."""
+    """One version of an adapter; `here` lists the byte ranges [start, stop) that have arrived."""
 
     id: str
     key: AdapterKey
@@ -76,7 +76,7 @@ class Version:
 
 
 class _Open:
-    """Counted as open, by `closed`, until it is closed the first time."""
+    """Call `closed` on the first `close`, so that open objects can be counted."""
 
     def __init__(self, closed: Callable[[], None]) -> None:
         self._closed = closed
@@ -91,7 +91,7 @@ class _Open:
 
 
 class FakeReader(_Open):
-    """The `Reader` of a `FakeSource`: `read` gives the bytes of [start, stop), or raises."""
+    """The `Reader` of a `FakeSource`; `read` returns the bytes of [start, stop), or raises."""
 
     def __init__(
         self,
@@ -138,20 +138,19 @@ class FakeSource:
     Parameters
     ----------
     pace
-        Seconds that every group takes to arrive.
+        Seconds that each group takes to arrive.
     holdable
-        Does `populate` hold an adapter's bytes, and say that they are locked? Adapters opened from
-        now on tell so.
+        Whether `populate` keeps an adapter's bytes in memory and reports them as locked.
 
-    `bring` may be held back (`hold`, `allow`; with all groups there, `hold_verification`), steps
-    fail to order (`fail`), and a read of bytes that have not arrived is an `InternalError`. All
-    methods but the port's own are quick and may be called from any thread. Bytes that arrived once
-    stay, as they would in a cache on disk.
+    A test can hold back groups (`hold`, `allow`) or the end of a load (`hold_verification`), and
+    make steps fail (`fail`). Reading bytes that have not arrived raises `InternalError`. Bytes stay
+    once they have arrived, as in a disk cache. Methods that are not part of `Source` return at once
+    and may be called from any thread.
 
     Attributes
     ----------
     verifications
-        What `bring` returns, by id; `UNCHECKED` where nothing stands.
+        What `bring` returns, by id; `UNCHECKED` by default.
     """
 
     def __init__(self, *, pace: float = 0.0, holdable: bool = False) -> None:
@@ -168,7 +167,7 @@ class FakeSource:
         self._failures: list[_Failure] = []
 
     def put(self, id: str, config: bytes, weights: bytes) -> AdapterKey:
-        """Add an adapter, or replace it by a new version; returns the version's key."""
+        """Add an adapter or a new version of it; return the key of that version."""
         number = next(self._numbers)
         files = tuple(
             FileIdentity(0, number, len(content), number, number) for content in (config, weights)
@@ -178,22 +177,22 @@ class FakeSource:
         return key
 
     def remove(self, id: str) -> None:
-        """Forget an adapter; readers of it fail from here on."""
+        """Remove an adapter; its readers fail from now on."""
         del self._current[id]
 
     def hold(self, id: str) -> None:
-        """From here on a group of `id` arrives only when it is allowed."""
+        """Hold back each group of `id` until `allow` releases it."""
         self._allowed[id] = set()
 
     def allow(self, id: str, *groups: int) -> None:
-        """Let these groups (indices into `bring`'s argument) arrive; without any, all of them."""
+        """Release these groups (indices into `bring`'s argument); all if none is named."""
         if not groups:
             self._allowed.pop(id, None)
         elif id in self._allowed:
             self._allowed[id].update(groups)
 
     def hold_verification(self, id: str) -> None:
-        """From here on `bring` of `id` returns only when it is allowed."""
+        """Hold back the return of `bring` for `id` until `allow_verification` releases it."""
         self._unverified.add(id)
 
     def allow_verification(self, id: str) -> None:
@@ -342,5 +341,5 @@ def _changed() -> IntegrityError:
 
 
 def _fresh(error: Exception) -> Exception:
-    """A raised error collects frames; each raise gets its own where it can."""
+    """Copy a `LoraxError`, because a raised error collects frames."""
     return error.located() if isinstance(error, LoraxError) else error
