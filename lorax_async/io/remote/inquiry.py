@@ -6,9 +6,9 @@ import asyncio
 from typing import Self
 
 from lorax_async.errors import FetchError
-from lorax_async.io.http.asking import Ask, Enough
+from lorax_async.io.http.downloads import NeededBytes, ProbeRequest
 from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.http.target import Answer, Target
+from lorax_async.io.http.target import ProbeResult, Target
 
 
 class Inquiry:
@@ -19,17 +19,17 @@ class Inquiry:
 
     def __init__(self, engine: RangeEngine) -> None:
         self._engine = engine
-        self._asked: list[Ask] = []
+        self._asked: list[ProbeRequest] = []
 
-    def beginning(self, target: Target, nbytes: int, enough: Enough) -> Ask:
-        """Ask for the first bytes of a file; see `RangeEngine.ask`."""
-        return self._followed(self._engine.ask(target, nbytes, enough=enough))
+    def beginning(self, target: Target, nbytes: int, enough: NeededBytes) -> ProbeRequest:
+        """Request the first bytes of a file; see `RangeEngine.probe`."""
+        return self._followed(self._engine.probe(target, nbytes, needed_bytes=enough))
 
-    def whole(self, target: Target, most: int) -> Ask:
-        """Ask for all of a file, which may have `most` bytes."""
-        return self._followed(self._engine.ask(target, most, ranged=False))
+    def whole(self, target: Target, most: int) -> ProbeRequest:
+        """Request all of a file, which may have `most` bytes."""
+        return self._followed(self._engine.probe(target, most, ranged=False))
 
-    def _followed(self, job: Ask) -> Ask:
+    def _followed(self, job: ProbeRequest) -> ProbeRequest:
         self._asked.append(job)
         return job
 
@@ -42,6 +42,6 @@ class Inquiry:
                 job.cancel(FetchError("nobody waits for the answer any more"))
 
 
-async def answered(job: Ask) -> Answer:
+async def answered(job: ProbeRequest) -> ProbeResult:
     """What came, or the engine's error. A cancellation leaves the job to its inquiry."""
     return await asyncio.wrap_future(job.done)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from lorax_async.errors import FetchError
-from lorax_async.io.http.desk import Job
+from lorax_async.io.http.download_scheduler import Job
 from lorax_async.io.http.engine import FOREGROUND
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.workers import ended
@@ -29,7 +29,7 @@ async def followed(demand: Demand, *jobs: Job[Any]) -> AsyncIterator[None]:
             if demand.ended:
                 job.cancel(nobody_waits())
             elif demand.urgent:
-                job.hasten(FOREGROUND)
+                job.raise_priority(FOREGROUND)
 
     try:
         with demand.watched(follow):

@@ -31,8 +31,8 @@ from common import open_sockets, our_threads
 from link import Link
 from lorax_async.core.ranges import PieceSizes
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
+from lorax_async.io.http.downloads import FileSink
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
-from lorax_async.io.http.file_sink import FileSink
 from lorax_async.io.http.settings import HttpSettings, Timeouts
 from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import parse_url
@@ -192,7 +192,7 @@ def test_a_closed_engine_takes_no_more_and_an_unclosed_one_warns() -> None:
     fetching.close()
     fetching.close()
     with pytest.raises(FetchError, match="closed"):
-        fetching.ask(target("http://127.0.0.1:1/"), 9)
+        fetching.probe(target("http://127.0.0.1:1/"), 9)
     cycle: list[object] = [RangeEngine(HttpSettings(proxies={}))]
     reference = weakref.ref(cycle[0])
     cycle.append(cycle)
@@ -321,7 +321,7 @@ def test_a_thread_that_cannot_start_ends_in_an_error(
     with FaultServer(DATA) as server, engine() as fetching:
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", refuse)
-            job = fetching.ask(target(server.url()), 9, timeout=0.2)
+            job = fetching.probe(target(server.url()), 9, timeout=0.2)
             error = job.done.exception(5)
             assert isinstance(error, FetchError)
             late = isinstance(error, FetchTimeoutError)
@@ -358,7 +358,7 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
     with Link({"w": file}, rate=6e5, delay=0.005) as link:
         with RangeEngine(HttpSettings(connections=4, proxies={})) as engine:
             place = Target(parse_url(link.url("w")), "w", rules=Anywhere())
-            answer = engine.ask(place, HEADER).done.result(10)
+            answer = engine.probe(place, HEADER).done.result(10)
             os.pwrite(fd, answer.start, 0)
             job = engine.download(
                 answer,

@@ -26,7 +26,7 @@ from fetching import (
 from lorax_async import Allow
 from lorax_async.errors import AccessDeniedError, FetchError, FetchTimeoutError, UsageError
 from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.http.network import Endpoint
+from lorax_async.io.http.pool import Endpoint
 from lorax_async.io.http.settings import Rules, Timeouts, is_public
 from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import InvalidUrlError, parse_url
@@ -42,7 +42,7 @@ SECRET = "Bearer hf_swordfish"
 
 
 def _started(fetching: RangeEngine, url: str, rules: Rules | None = None) -> bytes:
-    return fetching.ask(target(url, rules=rules), 100).done.result(10).start
+    return fetching.probe(target(url, rules=rules), 100).done.result(10).start
 
 
 def _refused(fetching: RangeEngine, url: str, rules: Rules, words: str = "not public") -> None:
@@ -182,7 +182,9 @@ def test_a_name_service_that_does_not_answer() -> None:
     try:
         with engine(network=network, timeouts=PATIENT) as fetching:
             begun = time.monotonic()
-            jobs = [fetching.ask(target("http://slow.example/"), 9, timeout=0.3) for _ in range(3)]
+            jobs = [
+                fetching.probe(target("http://slow.example/"), 9, timeout=0.3) for _ in range(3)
+            ]
             for job in jobs:
                 with pytest.raises(FetchTimeoutError):
                     job.done.result(5)
@@ -217,7 +219,7 @@ def test_credentials_go_to_their_own_origin_only() -> None:
                 client.head("307 Moved", "Content-Length: 0", f"Location: {place}")
 
         hub.behave = to_store
-        answer = fetching.ask(target(hub.url(), headers), 5_000).done.result(10)
+        answer = fetching.probe(target(hub.url(), headers), 5_000).done.result(10)
         check(*fetched(fetching, answer))
         assert len(hub.asked) == 2, "ranges are asked for where the file lies"
         for each in hub.asked:
@@ -226,7 +228,7 @@ def test_credentials_go_to_their_own_origin_only() -> None:
         for each in store.asked:
             assert "swordfish" not in each.raw.partition("\r\n")[2]
             assert each.target == "/signed?X-Signature=swordfish"
-        assert "swordfish" not in repr(answer) + repr(answer.target) + repr(answer.place)
+        assert "swordfish" not in repr(answer) + repr(answer.target) + repr(answer.location)
 
 
 def test_credentials_are_not_sent_again_by_way_of_another_origin() -> None:
@@ -242,7 +244,7 @@ def test_credentials_are_not_sent_again_by_way_of_another_origin() -> None:
             client.head("302 F", "Content-Length: 0", f"Location: {home.url('/private')}")
 
         home.behave, away.behave = leave, come_back
-        fetching.ask(target(home.url(), {"Authorization": SECRET}), 100).done.result(10)
+        fetching.probe(target(home.url(), {"Authorization": SECRET}), 100).done.result(10)
         first, last = home.asked
         assert first.fields["authorization"] == SECRET
         assert "authorization" not in last.fields
@@ -318,8 +320,8 @@ def test_a_place_that_is_known_is_asked_first_and_without_credentials(expired: b
         if expired:
             store.behave = lambda _, client: client.head("403 Forbidden", "Content-Length: 0")
         plain = target(hub.url(), {"Authorization": SECRET})
-        there = replace(plain, found=parse_url(store.url("/signed")))
-        answer = fetching.ask(there, 5_000).done.result(10)
+        there = replace(plain, redirected_to=parse_url(store.url("/signed")))
+        answer = fetching.probe(there, 5_000).done.result(10)
         check(*fetched(fetching, answer))
         assert all("authorization" not in each.fields for each in store.asked)
         assert all(each.fields["authorization"] == SECRET for each in hub.asked)
@@ -335,7 +337,7 @@ def test_a_private_name_needs_its_word() -> None:
         network = network_of(files=(INSIDE, server))
         with engine(network=network) as fetching:
             with pytest.raises(AccessDeniedError, match="not allowed"):  # without any rules
-                fetching.ask(Target(parse_url(URL), "weights"), 10).done.result(10)
+                fetching.probe(Target(parse_url(URL), "weights"), 10).done.result(10)
             _refused(fetching, URL, AllowRules(), "not allowed")
             assert network.resolved == []
             _refused(fetching, URL, AllowRules((Allow("http", "files.internal"),)), "not public")

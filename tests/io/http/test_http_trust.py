@@ -14,7 +14,7 @@ from fault_server import Asked, Client, FaultServer, Hangup
 from fetching import DATA, PretendNetwork, asked, check, engine, fetched
 
 from lorax_async.errors import AccessDeniedError, ConfigError
-from lorax_async.io.http.trust import Proxies, tls_context
+from lorax_async.io.http.settings import Proxies, tls_context
 from lorax_async.io.http.urls import Origin
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")

@@ -72,9 +72,9 @@ async def test_an_adapter_and_where_its_files_lie(hub: HubStandIn) -> None:
     at = f"{hub.endpoint}/{REPO}/resolve/{commit}"
     assert config.target.url.text == f"{at}/adapter_config.json"
     assert weights.target.url.text == f"{at}/adapter_model.safetensors"
-    assert config.target.found is None
-    assert weights.target.found is not None
-    assert weights.target.found.text.startswith(f"http://{hub.store_netloc}/store/")
+    assert config.target.redirected_to is None
+    assert weights.target.redirected_to is not None
+    assert weights.target.redirected_to.text.startswith(f"http://{hub.store_netloc}/store/")
     assert weights.target.name == "org/name/adapter_model.safetensors"
     assert config.target.headers == weights.target.headers == {}
     assert [asked.method for asked in hub.asked] == ["HEAD", "HEAD"]
@@ -235,7 +235,7 @@ async def test_a_place_that_is_no_url(hub: HubStandIn, place: str) -> None:
             assert not error.retryable
             assert "bad" not in error.problem
         else:
-            assert [file.target.found for file in located.files] == [None, None]
+            assert [file.target.redirected_to for file in located.files] == [None, None]
 
 
 async def test_a_silent_hub_holds_up_only_its_callers() -> None:
