@@ -49,7 +49,6 @@ class LinkStatistics:
         )
 
     def record_delay(self, origin: Origin, seconds: float) -> None:
-        """Record a request's time to first byte."""
         self._record(origin, delay=seconds)
 
     def record_rate(self, origin: Origin, rate: float) -> None:
@@ -108,21 +107,19 @@ class Response:
 
     def __init__(
         self,
+        client: HttpClient,
         connection: Connection,
         head: ResponseHead,
         location: ResolvedLocation,
-        pool: ConnectionPool,
-        links: LinkStatistics,
         attempt: Attempt,
         request_span: RequestSpan | None,
     ) -> None:
         self.head = head
         self.location = location
-        self._connection = connection
-        self._pool = pool
-        self._links = links
-        self._attempt = attempt
         self.request_span = request_span
+        self._client = client
+        self._connection = connection
+        self._attempt = attempt
         self._released = False
 
     @property
@@ -134,7 +131,7 @@ class Response:
     @property
     def reconnect_seconds(self) -> float:
         """How long another connection would take to bring something, or a bit more."""
-        return _CONNECT_SECONDS + 2 * self._links.link(self.location.url.origin).delay
+        return _CONNECT_SECONDS + 2 * self._client.links.link(self.location.url.origin).delay
 
     def fill(self, view: memoryview) -> int:
         """Read until the view is full or the body ends; return the number of bytes.
@@ -164,9 +161,9 @@ class Response:
         if self.request_span is not None:
             self.request_span.end("whole" if connection.body_ended else "left")
         if self.rate is not None:
-            self._links.record_rate(self.location.url.origin, self.rate)
+            self._client.links.record_rate(self.location.url.origin, self.rate)
         if connection.is_reusable:
-            self._pool.put(connection)
+            self._client.pool.put(connection)
         else:
             connection.close()
 
@@ -183,8 +180,8 @@ class HttpClient:
         tracer: Tracer,
     ) -> None:
         self._settings = settings
-        self._pool = pool
-        self._links = links
+        self.pool = pool
+        self.links = links
         self._clock = clock
         self._tracer = tracer
 
@@ -246,11 +243,11 @@ class HttpClient:
         attempt.origin = url.origin
         fields = self._fields(target, location, span, validators)
         try:
-            idle = self._pool.take(url, target.rules, attempt)
+            idle = self.pool.take(url, target.rules, attempt)
             if idle is not None:
                 with suppress(ConnectionError):
                     return self._send(idle, fields, location, attempt, span)
-            fresh = self._pool.open(url, target.rules, attempt)
+            fresh = self.pool.open(url, target.rules, attempt)
             return self._send(fresh, fields, location, attempt, span)
         except OSError as error:
             raise failed_io(error, str(url)) from error
@@ -275,10 +272,10 @@ class HttpClient:
         try:
             connection.send(lines)
             head = connection.receive_head()
-            self._links.record_delay(url.origin, self._clock() - begun)
+            self.links.record_delay(url.origin, self._clock() - begun)
             if traced is not None:
                 traced.set_status(head.status)
-            return Response(connection, head, location, self._pool, self._links, attempt, traced)
+            return Response(self, connection, head, location, attempt, traced)
         except BaseException:
             if traced is not None:
                 traced.end("failed")

@@ -95,12 +95,10 @@ class AbortableSocket:
 
     @property
     def socket(self) -> socket.socket:
-        """The socket that is used now."""
         assert self._socket is not None
         return self._socket
 
     def send(self, data: bytes) -> None:
-        """Send all of it."""
         try:
             self.socket.sendall(data)
         except OSError:
@@ -166,7 +164,6 @@ class Attempt:
 
     @property
     def ended(self) -> bool:
-        """Whether `end` was called."""
         return self._ended
 
     @property
@@ -431,7 +428,6 @@ class Connection:
 
     @property
     def throughput(self) -> Throughput:
-        """That of the present body."""
         return self._receiver.throughput
 
     @property

@@ -117,7 +117,6 @@ class Job(ABC, Generic[T]):
         self.scheduler.fail(self, error)
 
     def raise_priority(self, urgency: int) -> None:
-        """Set its urgency. From any thread; quick."""
         with self.scheduler.changed:
             self.urgency = urgency
 
@@ -146,7 +145,6 @@ class Job(ABC, Generic[T]):
         return None
 
     def put_back(self, piece: Piece) -> None:
-        """Make the piece pending again."""
         insort(self.pending, piece, key=lambda each: each.order)
 
     def leave(self, attempt: Attempt, failure: Exception | None) -> None:
@@ -244,7 +242,6 @@ class OriginActivity:
         self._origins: OrderedDict[Hashable, _Silence] = OrderedDict()
 
     def begun(self, attempt: Attempt, piece: Piece) -> None:
-        """Record the start of an attempt."""
         now = self._clock()
         received = (piece.received, attempt.received)
         self._attempts[attempt] = _Observation(attempt.origin, received, now)
@@ -265,7 +262,6 @@ class OriginActivity:
         return self._attempts[attempt].since
 
     def ended(self, attempt: Attempt, piece: Piece, failure: Exception | None) -> None:
-        """Record the end of an attempt."""
         self.look(attempt, piece)
         last = self._attempts.pop(attempt)
         reason = failure.error if isinstance(failure, RetryableError) else failure

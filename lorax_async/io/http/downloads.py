@@ -13,7 +13,7 @@ from lorax_async.core.arrivals import Arrivals
 from lorax_async.core.ranges import Wave, overlaps, split_of, without
 from lorax_async.core.spans import Span
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
-from lorax_async.io.http.client import HttpClient, LinkStatistics, Response
+from lorax_async.io.http.client import HttpClient, Response
 from lorax_async.io.http.connection import Attempt
 from lorax_async.io.http.download_scheduler import DownloadScheduler, Job, Piece
 from lorax_async.io.http.failures import AbortedError, RetryableError, broken_off
@@ -68,11 +68,9 @@ class ProbeRequest(Job[ProbeResult]):
 
     @property
     def origin(self) -> Origin:
-        """The origin of its next request."""
         return self._location.url.origin
 
     def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002
-        """Request and read the beginning."""
         target = self._target
         span = (0, self._nbytes) if self._ranged else None
         response = self._client.get(target, self._location, span, Validators(), attempt)
@@ -132,7 +130,6 @@ class ProbeRequest(Job[ProbeResult]):
         )
 
     def settle(self, piece: Piece) -> None:
-        """Try again without a result."""
         if self.result is None:
             self.put_back(piece)
         else:
@@ -169,7 +166,6 @@ class Download(Job[None]):
         self,
         scheduler: DownloadScheduler,
         client: HttpClient,
-        links: LinkStatistics,
         probe: ProbeResult,
         waves: Sequence[Wave],
         arrivals: Arrivals,
@@ -183,7 +179,6 @@ class Download(Job[None]):
     ) -> None:
         super().__init__(scheduler, urgency, deadline)
         self._client = client
-        self._links = links
         self._target = probe.target
         self._location = probe.location
         self._validators = probe.validators
@@ -206,29 +201,25 @@ class Download(Job[None]):
 
     @property
     def origin(self) -> Origin:
-        """The origin of its next request."""
         return self._location.url.origin
 
     def hands_over(self, piece: Piece) -> bool:
-        """Whether its thread looks for other jobs between two reads."""
         return piece is not self._whole
 
     def wanted(self, now: float) -> int:
-        """Return how many connections it can use now."""
         if self._whole is None:
             return super().wanted(now)
         ready = now >= max(self.not_before, self._whole.not_before)
         return max(len(self.running), int(ready))
 
     def take(self, now: float) -> Piece | None:
-        """Take the first piece that may start."""
         return self._whole or super().take(now)
 
     def split(self, now: float) -> Piece | None:
         """Cut a part off the piece that has most left, where that saves time."""
         if self._whole is not None or now < self.not_before or len(self.running) >= int(self.limit):
             return None
-        link = self._links.link(self.origin)
+        link = self._client.links.link(self.origin)
         for piece in sorted(self.running.values(), key=lambda each: each.claimed - each.stop):
             left = (max(piece.at, piece.claimed), piece.stop)
             if piece.rate is None or left[0] >= left[1]:
@@ -241,7 +232,6 @@ class Download(Job[None]):
         return None
 
     def settle(self, piece: Piece) -> None:
-        """Put back what is left of the piece."""
         if piece is not self._whole and piece.at < piece.stop:
             self.put_back(piece)
         else:  # after throttling: one more after each round that went well
@@ -249,7 +239,6 @@ class Download(Job[None]):
         self.over = not self.pending and not self.running
 
     def put_back(self, piece: Piece) -> None:
-        """Make the piece pending again."""
         if piece is not self._whole:
             piece.claimed = piece.at
             super().put_back(piece)
@@ -257,7 +246,6 @@ class Download(Job[None]):
     # -- without it -------------------------------------------------------------------------------
 
     def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
-        """Request and write the piece."""
         location = self._location
         span = None if piece is self._whole else (piece.at, piece.stop)
         response = self._client.get(self._target, location, span, self._validators, attempt)

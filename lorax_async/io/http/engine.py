@@ -142,7 +142,7 @@ class RangeEngine:
             sizes=self._settings.sizes,
         )
         job = Download(
-            *(self._scheduler, self._client, self._links, probe, waves, arrivals, sink, arrived),
+            *(self._scheduler, self._client, probe, waves, arrivals, sink, arrived),
             least=self._settings.sizes.least,
             urgency=urgency,
             deadline=self._clock() + timeout,

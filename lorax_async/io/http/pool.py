@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from ipaddress import ip_address
 from itertools import count
-from threading import Event, Lock, Thread
+from threading import Lock, Thread
 from typing import NamedTuple, Protocol
 
 from lorax_async.errors import AccessDeniedError, AdapterError, FetchError
@@ -29,6 +30,7 @@ _MAX_ADDRESSES = 4
 """Addresses of a host that are tried."""
 
 _MAX_LOOKUPS = 64
+_CHECK_SECONDS = 0.05
 
 # -- the network -----------------------------------------------------------------------------------
 
@@ -63,7 +65,6 @@ class RealNetwork:
     """The operating system's network."""
 
     def resolve(self, host: str, port: int) -> list[Endpoint]:
-        """Ask the system's name service."""
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return [Endpoint(family, str(place[0]), port) for family, _, _, _, place in infos]
 
@@ -79,15 +80,7 @@ class RealNetwork:
         return connecting
 
     def peer(self, connected: socket.socket) -> str:
-        """Ask the socket."""
         return str(connected.getpeername()[0])
-
-
-class _Lookup:
-    def __init__(self) -> None:
-        self.done = Event()
-        self.endpoints: list[Endpoint] = []
-        self.error: Exception | None = None
 
 
 class Lookups:
@@ -100,7 +93,7 @@ class Lookups:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._lock = Lock()
-        self._running: dict[tuple[str, int], _Lookup] = {}
+        self._running: dict[tuple[str, int], Future[list[Endpoint]]] = {}
 
     def find(self, origin: Origin, timeout: float, check: Callable[[], None]) -> list[Endpoint]:
         """Return the host's endpoints.
@@ -112,22 +105,20 @@ class Lookups:
             return self._network.resolve(host, port)
         lookup = self._begin(host, port)
         waited = 0.0
-        while not lookup.done.wait(0.05):
-            waited += 0.05
+        while not wait([lookup], _CHECK_SECONDS).done:
+            waited += _CHECK_SECONDS
             check()
             if waited >= timeout:
                 raise TimeoutError(f"no answer for {host!r}")
-        if lookup.error is not None:
-            raise lookup.error
-        return lookup.endpoints
+        return lookup.result()
 
-    def _begin(self, host: str, port: int) -> _Lookup:
+    def _begin(self, host: str, port: int) -> Future[list[Endpoint]]:
         with self._lock:
             lookup = self._running.get((host, port))
             if lookup is None:
                 if len(self._running) >= _MAX_LOOKUPS:
                     raise RetryableError(FetchError("the name service answers nothing any more"))
-                lookup = _Lookup()
+                lookup = Future()
                 work = (host, port, lookup)
                 thread = Thread(target=self._run, args=work, name="lorax-lookup", daemon=True)
                 try:
@@ -139,14 +130,18 @@ class Lookups:
                 self._running[host, port] = lookup
             return lookup
 
-    def _run(self, host: str, port: int, lookup: _Lookup) -> None:
+    def _run(self, host: str, port: int, lookup: Future[list[Endpoint]]) -> None:
+        endpoints, failure = list[Endpoint](), None
         try:
-            lookup.endpoints = self._network.resolve(host, port)
+            endpoints = self._network.resolve(host, port)
         except Exception as error:  # noqa: BLE001 - raised by `find`
-            lookup.error = error
+            failure = error
         with self._lock:
             del self._running[host, port]
-        lookup.done.set()
+        if failure is None:
+            lookup.set_result(endpoints)
+        else:
+            lookup.set_exception(failure)
 
 
 def _is_address(host: str) -> bool:

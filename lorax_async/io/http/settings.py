@@ -39,11 +39,9 @@ class PublicOnly:
     """The default rules: https and public addresses."""
 
     def allows(self, url: Url, hop: int) -> bool:  # noqa: ARG002 - the same on each hop
-        """Allow https."""
         return url.secure
 
     def allows_address(self, url: Url, address: Address) -> bool:  # noqa: ARG002 - none is
-        """Allow no address that is not public."""
         return False
 
 
@@ -191,7 +189,6 @@ class Proxies:
         self._direct = [host.strip() for host in direct if host.strip()]
 
     def to(self, origin: Origin) -> Proxy | None:
-        """Return the proxy that leads to the origin."""
         return None if self._is_direct(origin) else self._by_scheme.get(origin.scheme)
 
     def _is_direct(self, origin: Origin) -> bool:

@@ -57,7 +57,6 @@ class Url:
 
     @property
     def secure(self) -> bool:
-        """Whether it is https."""
         return self.origin.scheme == "https"
 
 

@@ -264,7 +264,6 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
     job = Download(
         scheduler,
         HttpClient(settings, pool, links, scheduler.clock, Tracer()),
-        links,
         ProbeResult(place, place.location, Validators(), {}, b"", ranges=True),
         [(span,)],
         Arrivals([[span]]),
