@@ -94,12 +94,12 @@ HTTP: Mutants = {
         (AbortableSocket, "is_quiet", property(lambda _: True)),
     ),
     "download: bytes are written before their group is reported": mutant(
-        f"{ANSWERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
+        f"{ANSWERS}::test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it",
         (Download, "_write", _written_later),
         (Download, "_report", _reported_before_written),
     ),
     "download: groups are reported by one thread at a time": mutant(
-        f"{ANSWERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
+        f"{ANSWERS}::test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it",
         (Download, "_report", _reported_by_many),
     ),
     "download: nothing is read after an end": mutant(
@@ -117,7 +117,7 @@ HTTP: Mutants = {
         f"{DOWNLOADS}::test_a_source_that_is_stuck_makes_way", skipped(DownloadScheduler, "reclaim")
     ),
     "engine: it has ended when its threads have": mutant(
-        f"{DOWNLOADS}::test_close_returns_once_nothing_is_written_any_more",
+        f"{DOWNLOADS}::test_an_end_is_reported_once_nothing_is_written_any_more",
         skipped(WorkerPool, "_running_thread"),
     ),
 }
