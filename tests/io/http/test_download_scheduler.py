@@ -1,4 +1,4 @@
-"""Which piece of which job starts when, and who may end or take a connection.
+"""Which piece of which job starts when, and which thread may end or take a connection.
 
 `World` is all that knows the download scheduler's calls; its clock stands until it is set.
 `test_stalled_origins.py` tests the same against servers.

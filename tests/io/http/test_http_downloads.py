@@ -287,7 +287,7 @@ def test_idle_threads_and_connections_end_or_rest() -> None:
             time.sleep(0.1)
             assert time.process_time() - used < 0.05, "they wait, and do not look all the time"
             begun = time.monotonic()
-        assert took(begun) < 2, "whoever rests ends at once"
+        assert took(begun) < 2, "idle threads end at once"
 
 
 @pytest.mark.parametrize("name", ["lorax-http-clock", "lorax-http"])

@@ -1,4 +1,4 @@
-"""Where connections may lead: URLs, names, addresses, redirects, and who gets credentials."""
+"""Where connections may lead: URLs, names, addresses, redirects, and where credentials go."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _refused(fetching: RangeEngine, url: str, rules: Rules, words: str = "not pu
 
 
 def network_of(**places: tuple[str, FaultServer]) -> PretendNetwork:
-    """Hosts by their first label: which address they have, and who answers there."""
+    """Map hosts, by their first label, to an address and to the server behind it."""
     return PretendNetwork(
         names={f"{name}.internal": [address] for name, (address, _) in places.items()},
         ports={address: server.port for address, server in places.values()},
@@ -164,7 +164,7 @@ def test_a_place_that_no_connection_leads_to() -> None:
 
 
 class SlowNames(PretendNetwork):
-    """A name service that answers when it is told to."""
+    """A name service that answers once `answer` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class SlowNames(PretendNetwork):
 
 
 def test_a_name_service_that_does_not_answer() -> None:
-    """The deadline holds, and all who ask share one question; another one is for who asks later."""
+    """The deadline holds; concurrent lookups of a name are one, and later ones are new."""
     network = SlowNames()
     try:
         with engine(network=network, timeouts=PATIENT) as fetching:
@@ -218,7 +218,7 @@ def test_credentials_go_to_their_own_origin_only() -> None:
         hub.behave = to_store
         answer = fetching.probe(target(hub.url(), headers), 5_000).done.result(10)
         check(*fetched(fetching, answer))
-        assert len(hub.asked) == 2, "ranges are asked for where the file lies"
+        assert len(hub.asked) == 2, "ranges are requested where the file lies"
         for each in hub.asked:
             assert each.fields["authorization"] == SECRET
         assert store.asked
@@ -293,7 +293,7 @@ def test_fields_that_a_caller_may_not_set(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("expired", [False, True])
 def test_a_place_that_is_known_is_asked_first_and_without_credentials(expired: bool) -> None:
-    """Where it has expired the way is asked for anew."""
+    """If it has expired, the redirects are followed anew."""
     with FaultServer(DATA) as store, FaultServer(DATA) as hub, engine() as fetching:
         if expired:
             store.behave = lambda _, client: client.head("403 Forbidden", "Content-Length: 0")
@@ -358,7 +358,7 @@ def test_a_redirect_to_what_was_named() -> None:
 
 
 def test_an_idle_connection_is_not_a_way_around() -> None:
-    """It leads inside, and was opened for somebody who may go there."""
+    """It leads inside, and was opened by rules that allow that."""
     with FaultServer(DATA) as server:
         network = network_of(files=(INSIDE, server))
         with engine(network=network) as fetching:
@@ -368,4 +368,4 @@ def test_an_idle_connection_is_not_a_way_around() -> None:
             _refused(fetching, URL, AllowRules((Allow("http", "files.internal"),)), "not public")
             assert len(server.asked) == 1
             assert _started(fetching, URL, named) == DATA[:100]
-            assert len(server.clients) == 1, "it was kept for those who may use it"
+            assert len(server.clients) == 1, "it was kept for requests that may use it"
