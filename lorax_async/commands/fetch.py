@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from lorax_async.commands.arguments import FAILED, OK, AddParser, add_command
-from lorax_async.commands.fetching import Fetched, fetch_all, place_by
+from lorax_async.commands.fetching import FetchRow, fetch_all
 from lorax_async.commands.measure import error_as_json, run_on_uvloop
 from lorax_async.commands.places import (
     ID_HELP,
@@ -41,14 +42,10 @@ def add_to(add: AddParser) -> None:
 
 def _fetch(arguments: argparse.Namespace, screen: Screen) -> int:
     refs = [at_revision(ref, arguments.revision) for ref in dict.fromkeys(arguments.ids)]
-    rows = [Fetched(ref) for ref in refs]
+    rows = [FetchRow(ref) for ref in refs]
     config = LoaderConfig(**settings_of(arguments, refs))
     with elsewhere_of(config) as elsewhere, screen.bars() as bars:
-
-        def show(number: int, row: Fetched) -> None:
-            _show_progress(number, row, bars)
-
-        run_on_uvloop(fetch_all(elsewhere, rows, place_by(config), show))
+        run_on_uvloop(fetch_all(elsewhere, rows, partial(_show_progress, bars)))
     if arguments.json:
         screen.json({"adapters": [_as_json(row) for row in rows]})
     else:
@@ -59,14 +56,14 @@ def _fetch(arguments: argparse.Namespace, screen: Screen) -> int:
     return FAILED if any(row.error for row in rows) else OK
 
 
-def _show_progress(number: int, row: Fetched, bars: Bars) -> None:
+def _show_progress(bars: Bars, number: int, row: FetchRow) -> None:
     done, wanted = row.landed
     if row.nbytes is not None:
         done = wanted = row.nbytes
     bars.update(number, row.ref.text, done, wanted, row.state)
 
 
-def _show(rows: list[Fetched], screen: Screen) -> None:
+def _show(rows: list[FetchRow], screen: Screen) -> None:
     for row in rows:
         style = "bold red" if row.error else "green"
         screen.say(f"{row.ref.text}: {row.state}", style)
@@ -74,7 +71,7 @@ def _show(rows: list[Fetched], screen: Screen) -> None:
             screen.pairs(_facts(row))
 
 
-def _facts(row: Fetched) -> list[tuple[str, str]]:
+def _facts(row: FetchRow) -> list[tuple[str, str]]:
     assert row.nbytes is not None
     assert row.verification is not None
     kind, digest = row.verification.kind, row.verification.digest
@@ -86,7 +83,7 @@ def _facts(row: Fetched) -> list[tuple[str, str]]:
     ]
 
 
-def _as_json(row: Fetched) -> dict[str, object]:
+def _as_json(row: FetchRow) -> dict[str, object]:
     found = row.verification
     return {
         "id": row.ref.text,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf
+from typing import NamedTuple
 
 from lorax_async.adapter import AdapterRef, RemoteKey
 from lorax_async.core.cache_names import CacheKey, FileRole
@@ -11,11 +12,33 @@ from lorax_async.errors import AdapterNotFoundError, CapacityError, FetchError, 
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.ports import AnotherVersionError, Located, Locator, RemoteFile
-from lorax_async.io.remote.questions import question_of
 from lorax_async.io.remote.workers import Workers
 
 Caches = Callable[[str], Cache]
 """The cache for what a kind of source has; made when it is first asked for, which blocks."""
+
+
+class ResolutionRequest(NamedTuple):
+    """A source and what it is asked for, on whose authority; "" where the caller said nothing."""
+
+    source: str
+    text: str
+    revision: str
+    scope: str
+
+    @classmethod
+    def of(cls, ref: AdapterRef, scope: str) -> ResolutionRequest:
+        return cls(ref.source or "", ref.text, ref.revision or "", scope)
+
+    def __str__(self) -> str:
+        """As caches note it; `resolution_request` reads it."""
+        return "\n".join(self)
+
+
+def resolution_request(text: str) -> ResolutionRequest | None:
+    """Return the request that `text` stands for, or None."""
+    parts = text.split("\n")
+    return ResolutionRequest(*parts) if len(parts) == len(ResolutionRequest._fields) else None
 
 
 class Resolving:
@@ -151,9 +174,9 @@ class Resolving:
         if not ref.allow_stale and not self._offline:
             return None
         scope = await locator.scope(ref)
-        question = question_of(ref, scope)
+        request = str(ResolutionRequest.of(ref, scope))
         found = await self._workers.run(
-            lambda: self._caches(ref.source or "").last_version(question)
+            lambda: self._caches(ref.source or "").last_version(request)
         )
         if found is None:
             return None
@@ -166,19 +189,19 @@ class Resolving:
 
     async def _note(self, ref: AdapterRef, located: Located) -> None:
         """For the time when the source cannot be asked. Nobody waits in vain for want of it."""
-        question = question_of(ref, located.scope)
-        if self._noted.get(question) == located.version:
+        request = str(ResolutionRequest.of(ref, located.scope))
+        if self._noted.get(request) == located.version:
             return
         answer = (located.source, located.version)
         try:
             await self._workers.run(
-                lambda: self._caches(ref.source or "").note_version(question, *answer)
+                lambda: self._caches(ref.source or "").note_version(request, *answer)
             )
         except (CapacityError, FetchError):
             return  # what is here already needs no room; who needs some is told when he fetches
         if len(self._noted) >= _MAX_NOTED:
             self._noted.clear()
-        self._noted[question] = located.version
+        self._noted[request] = located.version
 
 
 def _for_whom(ref: AdapterRef) -> str:

@@ -32,7 +32,7 @@ from lorax_async import (
     IntegrityError,
 )
 from lorax_async.adapter import AdapterRef
-from lorax_async.commands.fetching import Fetched
+from lorax_async.commands.fetching import FetchRow, fetch_all
 from lorax_async.io.remote.elsewhere import elsewhere_of
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -189,8 +189,8 @@ async def published(world: World) -> None:
     async with world.loader() as there:
         config = there.config
     with elsewhere_of(config) as source:
-        row = Fetched(AdapterRef(world.id, source="http"))
-        await row.run(source, lambda _: "")
+        row = FetchRow(AdapterRef(world.id, source="http"))
+        await fetch_all(source, [row], lambda *_: None)
     assert row.error is None, row.error
 
 
@@ -575,10 +575,10 @@ class Game:
         """As `lorax-async fetch` does: stored without being checked against a base."""
         config = (await self._open()).config
         with elsewhere_of(config) as source:
-            row = Fetched(AdapterRef(self.world.id, source="http"))
+            row = FetchRow(AdapterRef(self.world.id, source="http"))
             try:
                 async with asyncio.timeout(0.5):
-                    await row.run(source, lambda _: "")
+                    await fetch_all(source, [row], lambda *_: None)
             except TimeoutError:
                 self._tell("fetch: late")
             else:

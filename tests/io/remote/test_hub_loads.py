@@ -272,17 +272,14 @@ async def test_a_hub_that_does_not_say_which_repository_answers_lends_nothing(
 
 
 @pytest.mark.usefixtures("logged_in")
-@pytest.mark.parametrize("hub_cache", ["off", "read", "write"])
+@pytest.mark.parametrize("hub_cache", ["off", "read"])
 async def test_what_the_token_brought_is_for_no_stranger(
     hub: HubStandIn, adapter: Path, tmp_path: Path, hub_cache: str
 ) -> None:
     """Neither resident, nor from a cache, nor while the hub is down or is not to be asked."""
     commit = hub.repos[PRIVATE].refs["main"]
     names = (PRIVATE, f"{PRIVATE}@{commit}", f"{PRIVATE}@main")
-    settings: dict[str, Any] = {
-        "hub_cache": hub_cache,
-        "hub_cache_private": hub_cache == "write",
-    }
+    settings: dict[str, Any] = {"hub_cache": hub_cache}
     named = AdapterRef(PRIVATE, use_token=True)
 
     async def refuse(there: AdapterLoader, kind: type[LoraxError]) -> None:
