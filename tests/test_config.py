@@ -166,7 +166,7 @@ def test_an_endpoint_has_one_spelling(monkeypatch: Patch) -> None:
 
 
 def test_a_removed_value_says_what_to_use_instead() -> None:
-    with pytest.raises(ConfigError, match=r"removed.*cache_dir.*hf download"):
+    with pytest.raises(errors.ConfigError, match=r"removed.*cache_dir.*hf download"):
         LoaderConfig(hub_cache="write")  # type: ignore[arg-type]
 
 
