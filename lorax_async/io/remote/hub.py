@@ -13,7 +13,6 @@ from itertools import count
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.core.retries import Retries
-from lorax_async.core.split_index import split_name
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterNotFoundError,
@@ -172,7 +171,7 @@ class HubLocator:
         queries = [
             FileQuery(
                 located.source,
-                split_name(role.number, len(roles)),
+                role.file_name,
                 located.version,
                 self._endpoint,
                 None if said is None else said.removeprefix(_BEARER),

@@ -26,7 +26,6 @@ from lorax_async.adapter import FileIdentity
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CacheKey, FileRole
 from lorax_async.core.cache_record import FileRecord, record_of
 from lorax_async.core.file_digest import Digest, FileHash
-from lorax_async.core.split_index import split_name
 from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.io.cache.hashing import hash_on
 from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry
@@ -187,17 +186,16 @@ class StandardHubCache:
     def _files(self, folder: str) -> tuple[HubFile, ...]:
         """Return all files of the adapter in a snapshot; none if one is missing or refused."""
         try:
-            names = adapter_files(os.listdir(folder))
-            found = [self._file(folder, role, name) for role, name in names.items()]
+            found = [self._file(folder, role) for role in adapter_files(os.listdir(folder))]
         except OSError as error:
             _require_absent(error)
             return ()
         files = tuple(file for file in found if file is not None)
         return files if len(files) == len(found) else ()
 
-    def _file(self, folder: str, role: FileRole, name: str) -> HubFile | None:
+    def _file(self, folder: str, role: FileRole) -> HubFile | None:
         """Return what a snapshot's link leads to. Raises `OSError`."""
-        path = os.path.join(folder, name)
+        path = os.path.join(folder, role.file_name)
         link = _LINK.fullmatch(os.readlink(path))
         digest = None if link is None else digest_of_etag(link["blob"])
         if link is None or digest is None:
@@ -264,23 +262,23 @@ class TieredCache:
         """Whoever made the caches closes them."""
 
 
-def adapter_files(names: Iterable[str]) -> dict[FileRole, str]:
-    """Return a commit's files that are its adapter, by role; none if it is not whole.
+def adapter_files(names: Iterable[str]) -> list[FileRole]:
+    """Return which of a commit's files are its adapter; none if it is not whole.
 
     The config comes first, then the weights, or else their index and all files that it may name.
     """
     there = set(names)
     weights = [role for role in (WEIGHTS_FILE, INDEX_FILE) if role.file_name in there]
     if CONFIG_FILE.file_name not in there or not weights:
-        return {}
-    found = {role: role.file_name for role in (CONFIG_FILE, weights[0])}
+        return []
+    roles = [CONFIG_FILE, weights[0]]
     if weights[0] == INDEX_FILE:
         counts = {int(each["count"]) for each in map(_SHARD.fullmatch, there) if each is not None}
         if len(counts) != 1:
-            return {}
-        for number in range(1, (count := counts.pop()) + 1):
-            found[FileRole("weights", number)] = split_name(number, count)
-    return found if there.issuperset(found.values()) else {}
+            return []
+        count = counts.pop()
+        roles += [FileRole("weights", number, count) for number in range(1, count + 1)]
+    return roles if there.issuperset(role.file_name for role in roles) else []
 
 
 def _is_revision(text: str) -> bool:

@@ -144,7 +144,9 @@ async def _in_parts(probes: CancelScope, folder: _Folder, config: Answer) -> _In
     begun = [probes.beginning(folder.file(name), FIRST_BYTES, _needed) for name in names]
     parts = [await answered(job) for job in begun]
     files = (_told(CONFIG_FILE, config), _told(INDEX_FILE, index))
-    shards = tuple(_told(FileRole("weights", n), part) for n, part in enumerate(parts, 1))
+    shards = tuple(
+        _told(FileRole("weights", n, len(parts)), part) for n, part in enumerate(parts, 1)
+    )
     version = _version([config, index, *parts])
     return _InParts(folder.url.text, version, folder.scope, files, shards)
 

@@ -289,11 +289,11 @@ async def test_weights_in_several_files(hub: HubStandIn) -> None:
     located, commit = await sharded(hub)
     assert [file.role for file in located.files] == [CONFIG_FILE, INDEX_FILE]
     hub.put(REPO, ADAPTER)  # a later commit is nobody's business
-    roles = [FileRole("weights", k) for k in (1, 2, 3)]
+    roles = [FileRole("weights", k, 3) for k in (1, 2, 3)]
     with locating(hub) as locator:
         files = await locator.shards(located, roles)
         with pytest.raises(AdapterNotFoundError, match=r"00001-of-00002.*index names"):
-            await locator.shards(located, roles[:2])
+            await locator.shards(located, [FileRole("weights", k, 2) for k in (1, 2)])
     assert [file.role for file in files] == roles
     for file, (name, content) in zip(files, SHARDS.items(), strict=True):
         assert file.target.url.text == f"{hub.endpoint}/{REPO}/resolve/{commit}/{name}"

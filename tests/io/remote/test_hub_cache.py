@@ -54,7 +54,7 @@ ROLES = {
     CONFIG: CONFIG_FILE,
     NAME: WEIGHTS_FILE,
     INDEX: INDEX_FILE,
-    **{name: FileRole("weights", k) for k, name in enumerate(SHARDS, 1)},
+    **{name: FileRole("weights", k, 2) for k, name in enumerate(SHARDS, 1)},
 }
 
 
@@ -104,16 +104,15 @@ def test_commits_and_digests() -> None:
 
 def test_files_of_an_adapter() -> None:
     one, several = [CONFIG, NAME], list(SPLIT)
-    found = adapter_files(["README.md", *reversed(several)])
-    assert list(found.items()) == [(ROLES[name], name) for name in several]
+    assert adapter_files(["README.md", *reversed(several)]) == [ROLES[name] for name in several]
     for names in (one, [*one, "README.md"], [*one, *several]):
-        assert adapter_files(names) == {CONFIG_FILE: CONFIG, WEIGHTS_FILE: NAME}
+        assert adapter_files(names) == [CONFIG_FILE, WEIGHTS_FILE]
     for names in (
         *([], [CONFIG], [NAME], [CONFIG, INDEX], [CONFIG, shard(1, 1)], [INDEX, shard(1, 1)]),
         *([CONFIG, INDEX, shard(1, 2)], [CONFIG, INDEX, shard(1, 2), shard(3, 2)]),
         *([*several, shard(1, 1)], [*several, shard(1, 3)]),
     ):
-        assert adapter_files(names) == {}
+        assert adapter_files(names) == []
 
 
 # -- what is found --------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ def test_what_huggingface_hub_stored_is_found(hub_client: Path, files: Mapping[s
         assert entry.folder == snapshot
         assert not entry.mappable, "others may change it"
         with pytest.raises(InternalError, match="00009"):
-            entry.reader(FileRole("weights", 9))
+            entry.reader(FileRole("weights", 9, 9))
         entry.close()
     assert tree(hub_client) == before
 
