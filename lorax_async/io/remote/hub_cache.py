@@ -26,7 +26,8 @@ from lorax_async.adapter import FileIdentity
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CacheKey, FileRole
 from lorax_async.core.cache_record import FileRecord, record_of
 from lorax_async.core.file_digest import Digest, FileHash
-from lorax_async.errors import FetchError, IntegrityError, InternalError
+from lorax_async.errors import FetchError, IntegrityError, InternalError, InvalidAdapterIdError
+from lorax_async.ids.hub import checked_revision
 from lorax_async.io.cache.hashing import hash_on
 from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry
 from lorax_async.io.ports import Demand
@@ -45,8 +46,6 @@ _ABSENT = {
 _LINK = re.compile(r"\.\./\.\./blobs/(?P<blob>[0-9a-z-]{40,80})")
 _SHARED = re.compile(r"/blobs/(?P<first>[0-9a-f]{2})/(?P=first)[0-9a-f]{62}")
 _SHARD = re.compile(r"adapter_model-[0-9]{5}-of-(?P<count>[0-9]{5})\.safetensors")
-_REVISION_PART = re.compile(r"(?!\.{1,2}$)[^/\x00-\x20\x7f\\]{1,255}")
-_MAX_REVISION = 1_024
 
 
 def standard_folder() -> str:
@@ -162,7 +161,9 @@ class StandardHubCache:
         """Return the commit that a revision was when its config was stored; None if it was not."""
         if is_commit(revision):
             return revision
-        if not _is_revision(revision):
+        try:
+            checked_revision(revision)  # as a path it leads nowhere else
+        except InvalidAdapterIdError:
             return None
         config = self._cached(source, revision)
         commit = "" if config is None else os.path.basename(os.path.dirname(config))
@@ -279,12 +280,6 @@ def adapter_files(names: Iterable[str]) -> list[FileRole]:
         count = counts.pop()
         roles += [FileRole("weights", number, count) for number in range(1, count + 1)]
     return roles if there.issuperset(role.file_name for role in roles) else []
-
-
-def _is_revision(text: str) -> bool:
-    """Return whether git may call something so; it is then a path that leads nowhere else."""
-    parts = text.split("/")
-    return len(text) <= _MAX_REVISION and all(_REVISION_PART.fullmatch(part) for part in parts)
 
 
 def _require_absent(error: OSError) -> None:
