@@ -99,7 +99,7 @@ Outcome = FileInfo | MissingFile | LoraxError
 
 
 def checked_token(token: str | None) -> str | None:
-    """Raises `UsageError` for what can be no token: an empty one is not "no token"."""
+    """Raise `UsageError` for what cannot be a token: an empty one does not mean "no token"."""
     if token is not None and not _TOKEN.fullmatch(token):
         raise UsageError(
             "the hub's token is empty, or has characters that no token has; leave it out (None) to"
@@ -115,7 +115,7 @@ def endpoint_in_use(endpoint: str | None) -> str:
 
 
 def machine_token() -> str | None:
-    """The token that huggingface_hub asks with by itself. May go to the network, to renew it."""
+    """Return the token that huggingface_hub would send by itself. May renew it over the network."""
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub.errors import DeviceCodeError, OIDCError  # noqa: PLC0415
 
@@ -148,7 +148,7 @@ def has_stored_token() -> bool:
 
 
 def url_of(source: str, name: str, revision: str, endpoint: str | None) -> Url:
-    """Where a file of a repository is asked for. Raises `InvalidAdapterIdError`."""
+    """Return the URL of a file of a repository. Raise `InvalidAdapterIdError`."""
     from huggingface_hub import hf_hub_url  # noqa: PLC0415 (slow)
 
     try:
@@ -179,11 +179,9 @@ def _query(query: FileQuery, url: Url) -> FileInfo | MissingFile:
     from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError  # noqa: PLC0415
 
     try:
+        token, endpoint = query.token or False, query.endpoint
         found = get_hf_file_metadata(
-            url.text,
-            token=query.token or False,
-            timeout=query.timeout,
-            endpoint=query.endpoint,
+            url.text, token=token, timeout=query.timeout, endpoint=endpoint
         )
     except RemoteEntryNotFoundError as error:
         return MissingFile(_commit_of(error))
@@ -212,7 +210,7 @@ def _query(query: FileQuery, url: Url) -> FileInfo | MissingFile:
 def fetch_repository_id(query: FileQuery) -> str | LoraxError:
     """Return the id of the repository that answers to `query.source` and has its commit.
 
-    It is another one where the repository was moved. Never raise an error that can be returned.
+    A moved repository has another id. Return errors; never raise one.
     """
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub import HfApi  # noqa: PLC0415
@@ -220,11 +218,9 @@ def fetch_repository_id(query: FileQuery) -> str | LoraxError:
 
     try:
         url = url_of(query.source, query.name, query.revision, query.endpoint)
-        info = HfApi(endpoint=query.endpoint).model_info(
-            query.source,
-            revision=query.revision,
-            timeout=query.timeout,
-            token=query.token or False,
+        hub, token = HfApi(endpoint=query.endpoint), query.token or False
+        info = hub.model_info(
+            query.source, revision=query.revision, timeout=query.timeout, token=token
         )
     except LoraxError as error:
         return error
@@ -242,7 +238,7 @@ def fetch_repository_id(query: FileQuery) -> str | LoraxError:
 
 
 def _location(text: str, asked: Url) -> Url | None:
-    """Where it was found, if that is elsewhere, and the engine would ask there."""
+    """Return where a redirect led, if the range engine can ask there."""
     try:
         found = parse_url(text)
     except InvalidUrlError:
@@ -256,7 +252,7 @@ def _commit_of(error: HfHubHTTPError) -> str | None:
 
 
 def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
-    """What is raised for an error of huggingface_hub or of its client."""
+    """Return our error for one of huggingface_hub or its HTTP client."""
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415 (slow)
 
     if isinstance(error, HfHubHTTPError):
@@ -265,7 +261,7 @@ def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
 
 
 def _refusal(error: HfHubHTTPError, query: FileQuery, url: Url) -> AdapterError:
-    """For an answer that is an error."""
+    """Map an error response."""
     from huggingface_hub.errors import (  # noqa: PLC0415 (slow)
         GatedRepoError,
         RepositoryNotFoundError,
@@ -301,7 +297,7 @@ def _by_status(error: HfHubHTTPError, problem: str) -> AdapterError:
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:
-    """By `Retry-After`, or by the hub's own fields for those who asked too often."""
+    """Return seconds by `Retry-After`, or by the hub's own rate limit fields."""
     # Documented, and not declared: that module imports it when it is used.
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
         parse_ratelimit_headers,
@@ -321,7 +317,7 @@ def _denied(problem: str) -> AccessDeniedError:
 
 
 def _failure(error: Exception, url: Url) -> AdapterError:
-    """For a request that has no answer."""
+    """Map a request without a response."""
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub.errors import OfflineModeIsEnabled  # noqa: PLC0415
 
