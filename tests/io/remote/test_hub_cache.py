@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from cache_inputs import content_of, put
-from hub_stand_in import HubStandIn, git_sha1, is_large
-from hub_world import ADAPTER, REPO, WEIGHTS
+from hub_stand_in import ADAPTER, REPO, WEIGHTS, HubStandIn, git_sha1, is_large
 from huggingface_hub import constants, snapshot_download
 from source_inputs import read
 
