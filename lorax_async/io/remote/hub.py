@@ -30,7 +30,6 @@ from lorax_async.io.remote.hub_calls import (
     MissingFile,
     Outcome,
     checked_token,
-    endpoint_in_use,
     fetch_repository_id,
     has_stored_token,
     is_commit,
@@ -65,7 +64,7 @@ class HubLocator:
     Parameters
     ----------
     endpoint
-        The hub's URL, in place of huggingface_hub's (`HF_ENDPOINT`, https://huggingface.co).
+        The hub's URL.
     rules
         Where the engine may go for files. huggingface_hub asks the endpoint itself, and follows
         redirects to that origin and to the hub's own only; the operator answers for its address.
@@ -89,7 +88,7 @@ class HubLocator:
     def __init__(
         self,
         *,
-        endpoint: str | None,
+        endpoint: str,
         rules: Rules,
         threads: Executor,
         allow: Sequence[Allow] = (),
@@ -104,9 +103,8 @@ class HubLocator:
         self._timeout = timeout
         self._retries = retries
         self._draw = draw
-        self._place: str | None = None
         self._own: _MachineToken | None = None
-        """Both are None until the first look-up."""
+        """None until the first look-up."""
 
     async def scope(self, ref: AdapterRef) -> str:
         """See `Locator`. From then on `recalled` knows the machine's token."""
@@ -118,15 +116,15 @@ class HubLocator:
         None if it has one that cannot be had, or is not to be sent. Blocks.
         """
         try:
-            self._place, own = endpoint_in_use(self._endpoint), machine_token()
+            own = machine_token()
         except LoraxError:
             return None
         return None if own is None and has_stored_token() else self._scope(own)
 
     def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        """See `Locator`; None before the first `scope` or `locate`."""
+        """See `Locator`; with the machine's token, None before the first `scope` or `locate`."""
         token = checked_token(ref.token)
-        if self._place is None or ref.revision is None or not is_commit(ref.revision):
+        if ref.revision is None or not is_commit(ref.revision):
             return None
         if self._uses_own(ref):
             if self._own is None:
@@ -136,15 +134,8 @@ class HubLocator:
 
     async def locate(self, ref: AdapterRef) -> Located:
         token = await self._authority(ref)
-        first = FileQuery(
-            ref.text,
-            CONFIG_FILE.file_name,
-            _MAIN if ref.revision is None else ref.revision,
-            self._endpoint,
-            token,
-            self._rules,
-            self._timeout,
-        )
+        revision = _MAIN if ref.revision is None else ref.revision
+        first = self._query(ref.text, CONFIG_FILE, revision, token)
         config, weights = await self._answers(first, replace(first, name=WEIGHTS_FILE.file_name))
         if isinstance(config, MissingFile):
             raise _lacking(first, f"no {CONFIG_FILE.file_name}: it is no adapter of PEFT")
@@ -168,18 +159,8 @@ class HubLocator:
         if [role.number for role in roles] != list(range(1, len(roles) + 1)):
             raise InternalError("the shards of an adapter are to be asked for all at once")
         said = located.files[0].target.headers.get("Authorization")
-        queries = [
-            FileQuery(
-                located.source,
-                role.file_name,
-                located.version,
-                self._endpoint,
-                None if said is None else said.removeprefix(_BEARER),
-                self._rules,
-                self._timeout,
-            )
-            for role in roles
-        ]
+        token = None if said is None else said.removeprefix(_BEARER)
+        queries = [self._query(located.source, role, located.version, token) for role in roles]
         found = []
         for role, query, info in zip(roles, queries, await self._answers(*queries), strict=True):
             if isinstance(info, MissingFile):
@@ -203,14 +184,12 @@ class HubLocator:
 
     async def _authority(self, ref: AdapterRef) -> str | None:
         """Return the token to ask with."""
-        given, uses_own = checked_token(ref.token), self._uses_own(ref)
-        looking = self._threads.submit(_look, self._endpoint, own=uses_own)
-        place, own = await asyncio.wrap_future(looking)
-        self._place = place
-        if own is None:
+        given = checked_token(ref.token)
+        if not self._uses_own(ref):
             return given
-        self._own = own
-        return own.token
+        own = await asyncio.wrap_future(self._threads.submit(machine_token))
+        self._own = _MachineToken(own)
+        return own
 
     def _uses_own(self, ref: AdapterRef) -> bool:
         """Return whether this machine's own token is lent to an id; a stranger's gets none."""
@@ -278,6 +257,10 @@ class HubLocator:
                 each.cancel()
         return [each.result() for each in asking]
 
+    def _query(self, source: str, role: FileRole, revision: str, token: str | None) -> FileQuery:
+        hub = (self._endpoint, token, self._rules, self._timeout)
+        return FileQuery(source, role.file_name, revision, *hub)
+
     def _file(self, role: FileRole, asked: FileQuery, info: FileInfo) -> RemoteFile:
         """Return a file whose target is the commit's URL, first tried where the answer led."""
         url = url_of(asked.source, asked.name, info.commit, self._endpoint)
@@ -291,12 +274,10 @@ class HubLocator:
         if token is None:
             return ""
         # An endpoint has no spaces, nor has a token.
-        return hashlib.sha256(f"{self._place} {token}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._endpoint} {token}".encode()).hexdigest()
 
 
-def _checked_endpoint(endpoint: str | None) -> str | None:
-    if endpoint is None:
-        return None
+def _checked_endpoint(endpoint: str) -> str:
     try:
         found = parse_url(endpoint)
     except InvalidUrlError as error:
@@ -304,11 +285,6 @@ def _checked_endpoint(endpoint: str | None) -> str | None:
     if "?" in found.target:
         raise ConfigError("the hub's endpoint is a URL without a query")
     return found.text.rstrip("/")
-
-
-def _look(endpoint: str | None, *, own: bool) -> tuple[str, _MachineToken | None]:
-    """Return the endpoint, and this machine's own token if `own`. Blocks."""
-    return endpoint_in_use(endpoint), _MachineToken(machine_token()) if own else None
 
 
 def _of_that_commit(query: FileQuery, info: FileInfo | MissingFile) -> FileInfo | MissingFile:
