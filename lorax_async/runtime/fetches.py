@@ -26,7 +26,6 @@ from lorax_async.adapter import (
 )
 from lorax_async.errors import (
     AdapterTimeoutError,
-    EvictedError,
     InternalError,
     LoaderClosedError,
     LoraxError,
@@ -40,8 +39,7 @@ from lorax_async.runtime.resolver import Resolver
 from lorax_async.verification import Verification
 
 MAX_ATTEMPTS = 3
-"""Attempts of one call, where an entry left the cache before it was held, or a partial download has
-other bytes than the source."""
+"""Attempts of one call where interrupted downloads have other bytes than the source."""
 
 Watch = Callable[[Reader], None]
 
@@ -304,7 +302,7 @@ class Fetching:
             try:
                 folder = await self._fetches.fetch(ref, key)
                 break
-            except (EvictedError, LeftoverError):
+            except LeftoverError:
                 key = await self._key(ref)
         else:
             folder = await self._fetches.fetch(ref, key)

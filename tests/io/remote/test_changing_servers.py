@@ -216,6 +216,19 @@ async def test_an_interrupted_download_of_other_bytes_is_discarded(
         await has(there, world.id, adapters[1])
 
 
+async def test_a_fetch_begins_anew_where_an_interrupted_download_has_other_bytes(
+    world: World, adapters: list[Path]
+) -> None:
+    """They differ behind the first answer, so that it is noticed while the rest comes."""
+    old, new = (contents(adapter)[WEIGHTS] for adapter in adapters)
+    world.origin.files[WEIGHTS] = old
+    async with world.loader() as there:
+        await interrupted(world, there, 1_500_000)
+        world.origin.files[WEIGHTS] = mixed = old[:1_000_000] + new[1_000_000:]
+        with await there.fetch(world.id) as folder:
+            assert (folder.path / WEIGHTS).read_bytes() == mixed
+
+
 async def test_the_config_of_an_interrupted_download_is_compared(
     world: World, adapters: list[Path]
 ) -> None:
