@@ -31,7 +31,7 @@ from command_line import ADAPTERS, base, output
 from common import Run
 from lorax_async.adapter import AdapterRef
 from lorax_async.cli import main
-from lorax_async.commands.fetching import AT_ONCE, FetchRow, fetch_all
+from lorax_async.commands.fetch import AT_ONCE, FetchRow, fetch_all
 from lorax_async.commands.measure import loads_of
 from lorax_async.commands.places import as_allow, as_place, settings_of
 from lorax_async.config import Allow, LoaderConfig

@@ -32,7 +32,7 @@ from lorax_async import (
     IntegrityError,
 )
 from lorax_async.adapter import AdapterRef
-from lorax_async.commands.fetching import FetchRow, fetch_all
+from lorax_async.commands.fetch import FetchRow, fetch_all
 from lorax_async.io.remote.elsewhere import elsewhere_of
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
