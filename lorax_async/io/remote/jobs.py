@@ -16,14 +16,14 @@ from lorax_async.io.ports import Demand
 from lorax_async.io.remote.workers import ended
 
 LONGEST = 86_400.0
-"""Seconds. Who waits has a deadline of his own, and what nobody waits for ends."""
+"""Seconds. Callers have deadlines of their own, and what no caller waits for is cancelled."""
 
 
 @asynccontextmanager
 async def followed(demand: Demand, *jobs: Job[Any]) -> AsyncIterator[None]:
-    """While this is entered they are as urgent as the demand, and end with it.
+    """Give jobs the demand's urgency, and cancel them when it ends.
 
-    On an error or a cancellation they are ended, and their threads have left when it is raised.
+    On an error or a cancellation, cancel them and wait until their threads have left.
     """
 
     def follow() -> None:
