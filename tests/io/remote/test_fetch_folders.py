@@ -22,7 +22,7 @@ from hub_stand_in import HubStandIn
 from huggingface_hub import snapshot_download
 from remote_world import RemoteWorld, over, stocked
 from safetensors.torch import load_file
-from user_loads import at, contents, loader, stored_in, written
+from user_loads import at, contents, has, loader, stored_in, written
 
 import split_files
 import tiny
@@ -328,7 +328,13 @@ async def test_offline_it_is_where_it_was_stored(
                 assert contents(adapter).items() <= contents(folder.path).items()
                 async with await there.load(folder.path) as handle:
                     tiny.assert_equal_to_file(handle, whole)
-        assert len(hub.asked) == asked
+            assert await has(there, "org/name", whole) == commit
+        async with loader(tmp_path, layers=4, **settings) as there:
+            assert await has(there, f"org/name@{commit}", whole) == commit
+        assert len(hub.asked) == asked, "what is pinned needs no answer"
+        async with loader(tmp_path, layers=4, **settings) as there:
+            assert await has(there, "org/name", whole) == commit
+        assert {each.method for each in hub.asked[asked:]} == {"HEAD"}
     assert stored_in(tmp_path) == (stored_by == "this loader", 0)
 
 

@@ -25,12 +25,10 @@ from user_loads import (
     contents,
     has,
     loader,
-    stored_in,
     until,
     written,
 )
 
-import split_files
 import tiny
 from lorax_async import (
     AccessDeniedError,
@@ -118,36 +116,6 @@ async def given_up(there: AdapterLoader, id: str, hub: HubStandIn) -> None:
     loading.cancel()
     await asyncio.wait([loading])
     go_on.set()
-
-
-FILES = pytest.mark.parametrize("files", ["one file", "several files"])
-
-
-def saved(folder: Path, files: str) -> tuple[Path, dict[str, bytes]]:
-    """An adapter as it was, and as it is put on the hub."""
-    whole = written(folder / "whole", layers=16, rank=64)
-    if files == "one file":
-        return whole, contents(whole)
-    return whole, contents(split_files.split(whole, folder / "several"))
-
-
-@FILES
-async def test_a_load_finds_what_it_has_stored(files: str, tmp_path: Path) -> None:
-    """Offline, and pinned, without asking; else after one HEAD for each file that tells a version."""
-    adapter, there = saved(tmp_path, files)
-    with HubStandIn() as hub:
-        commit = hub.put("org/name", there)
-        snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
-        begun = len(hub.asked)
-        async with over(hub, tmp_path, layers=16, offline=True) as ours:
-            assert await has(ours, "org/name", adapter) == commit
-        async with over(hub, tmp_path, layers=16) as ours:
-            assert await has(ours, f"org/name@{commit}", adapter) == commit
-        assert len(hub.asked) == begun
-        async with over(hub, tmp_path, layers=16) as ours:
-            assert await has(ours, "org/name", adapter) == commit
-        assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}
-    assert stored_in(tmp_path) == (0, 0)
 
 
 TOKEN = "hf_0perat0rsToken"
