@@ -19,8 +19,7 @@ from common import until
 from lorax_async import AdapterFormatError, CapacityError
 from lorax_async.server import cold_requests
 from lorax_async.server.calls.names import Names
-from lorax_async.server.calls.page import board, routes
-from lorax_async.server.calls.page import watching as watching_module
+from lorax_async.server.calls.page import dashboard, routes
 from lorax_async.tracing.trace import Trace
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, gated
@@ -28,7 +27,7 @@ from tiny_loaders import loader as tiny_loader
 from tiny_sources import over, stocked
 from tracing.chrome_format import require_trace
 
-EVENTS, TRACE, PICTURE = "/page/events", "/page/trace.json", "/page/timeline.svg"
+EVENTS, TRACE = "/page/events", "/page/trace.json"
 OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -110,9 +109,9 @@ async def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 async def test_only_reading_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A HEAD keeps no place."""
-    monkeypatch.setattr(watching_module, "MOST", 1)
+    monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
     async with serving() as world:
-        for path in ("/", EVENTS, PICTURE, TRACE):
+        for path in ("/", EVENTS, TRACE):
             assert (await world.ask("POST", path)).status == 405
         for path in ("/page/other.js", "/page/../settings.py"):
             assert (await world.ask("GET", path)).status == 404
@@ -121,7 +120,7 @@ async def test_only_reading_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
 
-@pytest.mark.parametrize("path", [EVENTS, PICTURE, TRACE])
+@pytest.mark.parametrize("path", [EVENTS, TRACE])
 async def test_a_wrong_token_is_refused(path: str) -> None:
     for token, status, code in ((TOKEN, 401, "invalid_api_key"), (None, 403, "admin_disabled")):
         async with serving(admin_token=token) as world:
@@ -196,7 +195,7 @@ async def test_many_adapters_are_cut_and_names_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of those without names the nearest are shown."""
-    monkeypatch.setattr(board, "MOST", 2)
+    monkeypatch.setattr(dashboard, "MAX_ROWS", 2)
     source = stocked(tmp_path, *(f"org/a{n}" for n in range(6)))
     async with serving(loader=over(source, max_slots=2)) as world:
         for n in range(6):
@@ -226,8 +225,10 @@ def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
         def story(self, _: object) -> tuple[()]:
             return ()
 
-    monkeypatch.setattr(board, "monotonic", lambda: clock[0])
-    shared = board.Board(cast(Any, Loader()), Names("base", {"one": "org/one"}), cast(Any, None))
+    monkeypatch.setattr(dashboard, "monotonic", lambda: clock[0])
+    shared = dashboard.Dashboard(
+        cast(Any, Loader()), Names("base", {"one": "org/one"}), cast(Any, None)
+    )
     counts = list[int]()
     for _ in range(8):
         assert shared.rows(operator=False) is shared.rows(operator=False)
@@ -253,9 +254,9 @@ async def test_a_stop_ends_the_stream_at_once() -> None:
 async def test_a_page_that_reads_nothing_keeps_no_server(
     stops: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watching_module, "TICK", 0.01)
-    monkeypatch.setattr(watching_module, "LAST_SECONDS", 0.2)
-    monkeypatch.setattr(board, "FRESH", 0.0)
+    monkeypatch.setattr(dashboard, "TICK", 0.01)
+    monkeypatch.setattr(dashboard, "LAST_SECONDS", 0.2)
+    monkeypatch.setattr(dashboard, "FRESH_SECONDS", 0.0)
     adapters = {f"{n} {'x' * 20_000}": f"org/a{n}" for n in range(50)}
     async with serving(adapters=adapters, send_buffer=4096, drain=30) as world:
         _reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1)
@@ -274,8 +275,8 @@ async def test_open_pages_are_counted_apart_from_the_operators(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And a silent one is told something, since proxies end what is silent."""
-    monkeypatch.setattr(watching_module, "MOST", 1)
-    monkeypatch.setattr(watching_module, "SILENCE", 0.5)
+    monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
+    monkeypatch.setattr(dashboard, "SILENCE", 0.5)
     async with serving() as world:
         async with watching(world) as told:
             refused = await world.ask("GET", EVENTS)
@@ -316,9 +317,8 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
     folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
     engine = FakeEngine(loading(there, "aye"))
     async with serving(engine, there, adapters={"pirate": folder}) as world:
-        for path in (TRACE, PICTURE):
-            answer = await world.ask("GET", path)
-            assert (answer.status, answer.error["code"]) == (404, "no_cold_request")
+        answer = await world.ask("GET", TRACE)
+        assert (answer.status, answer.error["code"]) == (404, "no_cold_request")
         async with watching(world) as told:
             assert told.cold is None
             assert await asked(world, "pirate") == "aye"
@@ -338,9 +338,7 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
         assert span["args"] == {"adapter": "pirate", "outcome": "first token"}
         names = await names_in(world)
         assert {"request pirate", "load pirate", "fetch header", "layer 0"} <= names
-        drawn = await world.ask("GET", PICTURE)
-        assert drawn.headers["content-type"] == "image/svg+xml"
-        assert drawn.headers["cache-control"] == "no-store"
+        assert trace.headers["cache-control"] == "no-store"
         await there.unload(folder)
         await asked(world, "pirate")
         async with watching(world) as told:
@@ -448,7 +446,6 @@ async def test_adapters_without_names_are_the_operators_to_see(tmp_path: Path) -
         await task
         seen = await names_in(world)
         assert not [name for name in seen if re.search("secret|last|two|three", name)]
-        assert b"secret" not in (await world.ask("GET", PICTURE)).body
         assert {"load another adapter", "load pirate", "load loud", "pirate"} <= seen
         assert {"load secret", "load pirate"} <= await names_in(world, OPERATOR)
         await world.admin("/v1/unload_lora_adapter", {"lora_name": "loud"})

@@ -27,8 +27,8 @@ from lorax_async.commands.timeline import traced
 from lorax_async.config import LoaderConfig
 from lorax_async.testing import FakeSource
 from lorax_async.tracing.names import last_part, name_of
-from lorax_async.tracing.recorder import Kept, Record, Ring, Row, Tracer, now
-from lorax_async.tracing.trace import Trace
+from lorax_async.tracing.recorder import Record, Ring, RingContents, Row, Tracer, now
+from lorax_async.tracing.trace import Trace, microseconds
 from tiny_loaders import gated, loader
 from tiny_sources import over, stocked
 from tracing.chrome_format import of, require_trace, stop
@@ -453,7 +453,7 @@ def test_a_span_that_ends_while_the_trace_is_read_is_there_once(
         span = recorder.begin("requests", None, "load a")
         look = Ring.look
 
-        def ending(ring: Ring) -> Kept:
+        def ending(ring: Ring) -> RingContents:
             found = look(ring) if not before else None
             recorder.end(span, outcome="done")
             return found or look(ring)
@@ -463,6 +463,14 @@ def test_a_span_that_ends_while_the_trace_is_read_is_there_once(
         assert event["name"] == "load a"
         if before:
             assert event["args"] == {"outcome": "done"}
+
+
+@pytest.mark.parametrize("around", [1, 10**6, 10**10, 10**14])
+def test_no_nanosecond_is_lost_where_fractions_are_cut_off(around: int) -> None:
+    """Up to a day. Spans that touch must touch in whole nanoseconds: else one is thrown away."""
+    for nanoseconds in range(around, around + 20_000, 7):
+        value = json.loads(json.dumps(microseconds(nanoseconds)))
+        assert int(value * 1000.0) == round(value * 1000.0) == nanoseconds
 
 
 def test_a_trace_is_written_event_by_event(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import { ask, eventsOf } from "./events.js";
+import { show as showTimeline } from "./timeline.js";
 
 const RETRY = 2000; // milliseconds until a lost server is asked again
 const at = (id) => document.getElementById(id);
@@ -124,6 +125,7 @@ function size(bytes) {
 
 let newest = null;
 let drawing = false;
+let trace = ""; // what is drawn, as it came
 
 async function showCold(cold) {
   newest = cold;
@@ -134,36 +136,30 @@ async function showCold(cold) {
 }
 
 async function draw(cold) {
-  at("legend").hidden = at("timeline").hidden = !cold;
+  at("timeline").hidden = at("save").hidden = !cold;
   if (!cold) {
     at("cold").textContent = NONE_YET;
     return;
   }
   const when = new Date(cold.ended * 1000).toLocaleTimeString();
+  const took = cold.seconds * 1000;
   try {
-    const response = await ask("page/timeline.svg", { headers: headers() });
-    const svg = new DOMParser().parseFromString(await response.text(), "image/svg+xml");
-    const picture = document.importNode(svg.documentElement, true);
-    at("timeline").replaceChildren(picture);
-    const took = `${cold.outcome} after ${milliseconds(cold.seconds * 1000)}`;
-    const rest = picture.getAttribute("aria-label").replace(/^[^;]*; /, "");
-    at("cold").textContent = `${cold.name}, ${when}: ${took}; ${rest}.`;
+    const response = await ask("page/trace.json", { headers: headers() });
+    trace = await response.text();
+    const summary = showTimeline(at("timeline"), JSON.parse(trace), { from: 0, until: took });
+    const rest = summary.replace(/^[^;]*; /, "");
+    at("cold").textContent = `${cold.name}, ${when}: ${cold.outcome} after ${milliseconds(took)}; ${rest}.`;
   } catch (error) {
     at("cold").textContent = `${cold.name}, ${when}: no timeline: ${error.message}`;
   }
 }
 
-at("save").onclick = async () => {
-  try {
-    const response = await ask("page/trace.json", { headers: headers() });
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(await response.blob());
-    link.download = "cold-request.json";
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // some browsers read it later
-  } catch (error) {
-    at("cold").textContent = `no trace: ${error.message}`;
-  }
+at("save").onclick = () => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([trace], { type: "application/json" }));
+  link.download = "cold-request.json";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // some browsers read it later
 };
 
 // -- a prompt ------------------------------------------------------------------------------------
