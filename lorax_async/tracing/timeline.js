@@ -170,18 +170,18 @@ export function show(place, trace, { from, until } = {}) {
   const ended = new AbortController();
   shown.set(place, ended);
   const drawing = layout(trace, from, until);
-  const said = summary(drawing);
-  const [bar, canvas, told, legend] = ["div", "canvas", "p", "p"].map((tag) => document.createElement(tag));
+  const text = summary(drawing);
+  const [bar, canvas, note, legend] = ["div", "canvas", "p", "p"].map((tag) => document.createElement(tag));
   canvas.tabIndex = 0;
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `timeline: ${said}`);
+  canvas.setAttribute("aria-label", `timeline: ${text}`);
   Object.assign(canvas.style, { display: "block", width: "100%", touchAction: "pan-y" });
-  Object.assign(told.style, { minHeight: "2.8em", overflowWrap: "anywhere" });
-  told.className = "told";
-  told.textContent = KEYS;
+  Object.assign(note.style, { minHeight: "2.8em", overflowWrap: "anywhere" });
+  note.className = "note";
+  note.textContent = KEYS;
   legend.textContent = LEGEND;
-  place.replaceChildren(bar, canvas, told, legend);
-  const view = new View(canvas, drawing, (boxes) => (told.textContent = boxes.length ? details(boxes) : KEYS));
+  place.replaceChildren(bar, canvas, note, legend);
+  const view = new View(canvas, drawing, (boxes) => (note.textContent = boxes.length ? details(boxes) : KEYS));
   for (const [name, text, act] of view.buttons()) {
     const button = document.createElement("button");
     button.type = "button";
@@ -191,7 +191,7 @@ export function show(place, trace, { from, until } = {}) {
     bar.append(button);
   }
   view.listen(ended.signal);
-  return said;
+  return text;
 }
 
 class View {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -114,8 +116,8 @@ def test_a_prompt_makes_a_tier_change(
         assert said
         assert said == said.upper(), "the adapter's style"
         assert "layers were computed" in shows(page, "#cold", "shout")
-        drawn = page.locator("#timeline svg text").all_text_contents()
-        assert {"requests", "files", "copies", "layers", "compute"} <= set(drawn)
+        page.locator("#timeline canvas").hover(position={"x": 300, "y": 45})
+        shows(page, "#timeline .note", "request shout: ")
         with page.expect_download() as download:
             page.get_by_role("button", name="Save the trace").click()
         assert download.value.suggested_filename == "cold-request.json"
@@ -134,8 +136,30 @@ def test_by_keyboard_alone(chromium: Any, site: str) -> None:
         page.keyboard.press("Control+Enter")
         shows(page, "#times", "first token after")
         assert page.locator("#answer").inner_text()
-        _tab_to(page, "its timeline, which scrolls")
+        _tab_to(page, "zoom in")
+        _tab_to(page, "timeline: ")
         _tab_to(page, "Save the trace")
+
+
+def test_the_timeline_is_zoomed(chromium: Any, site: str) -> None:
+    with opened(chromium, site, DESK) as page:
+        row(page, "json").click()
+        ask(page)
+        shows(page, "#cold", "layers were computed")
+        canvas = page.locator("#timeline canvas")
+        canvas.hover(position={"x": 300, "y": 45})
+        whole = canvas.screenshot()
+        button = partial(page.get_by_role, "button")
+        ways: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
+            (partial(page.mouse.wheel, 0, -480), partial(page.mouse.wheel, 0, 2_000)),
+            (partial(canvas.press, "+"), partial(canvas.press, "0")),
+            (button(name="zoom in").click, button(name="show all").click),
+        ]
+        for zoom, show_all in ways:
+            zoom()
+            _looks(canvas, whole, same=False)
+            show_all()
+            _looks(canvas, whole, same=True)
 
 
 def test_an_error_is_shown(chromium: Any, site: str) -> None:
@@ -267,6 +291,13 @@ def _tab_to(page: Any, name: str) -> None:
         if called.startswith(name):
             return
     raise AssertionError(f"nobody gets to {name!r} by Tab")
+
+
+def _looks(canvas: Any, picture: bytes, *, same: bool) -> None:
+    """Wait until it looks the same, or different."""
+    deadline = monotonic() + PATIENCE / 1e3
+    while (canvas.screenshot() == picture) != same:
+        assert monotonic() < deadline
 
 
 def _picture(page: Any, config: pytest.Config, name: str) -> None:
