@@ -43,13 +43,12 @@ class Told:
 
     async def next(self) -> dict[str, Any] | None:
         """One event; None once the server has ended the stream."""
+        line = b""
         async with asyncio.timeout(20):
-            while True:
+            while not line.startswith(b"data: {"):
                 line = await self._reader.readline()
                 if not line or line == b"data: [DONE]\n":
                     return None
-                if line.startswith(b"data: "):
-                    break
         news: dict[str, Any] = json.loads(line[len(b"data: ") :])
         self.first = self.first or news
         self.rows |= news.get("rows", {})
@@ -169,25 +168,21 @@ async def test_layers_are_counted_as_they_come(tmp_path: Path) -> None:
         assert told.rows["slow"]["layers"] == [4, 4]
 
 
-async def test_ids_of_requests_are_the_operators_to_see(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "org/secret", "org/named")
+async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
+    """A failure is told by the adapter's name."""
+    source, broken = stocked(tmp_path, "org/secret", "org/named"), tiny.write(tmp_path / "hidden")
+    (broken / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":1}  ')
     async with serving(loader=over(source), adapters={"mine": "org/named"}) as world:
         for id in ("org/secret", "org/named"):
             (await world.service.loader.load(id)).release()
         async with watching(world) as anybody, watching(world, OPERATOR) as operator:
-            assert anybody.first["operator"] is False
+            assert (anybody.first["operator"], operator.first["operator"]) == (False, True)
             assert anybody.rows.keys() == {"mine"}
-            assert operator.first["operator"] is True
             found = {row["name"]: row["named"] for row in operator.rows.values()}
             assert found == {"mine": True, "memory:org/secret": False}
-
-
-async def test_a_failure_is_told_by_the_name_and_not_by_the_path(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "hidden" / "broken")
-    (folder / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":1}  ')
-    async with serving(adapters={"broken": folder}) as world, watching(world) as told:
+    async with serving(adapters={"broken": broken}) as world, watching(world) as told:
         with pytest.raises(AdapterFormatError):
-            await world.service.loader.load(folder)
+            await world.service.loader.load(broken)
         await told.until(lambda: told.rows["broken"]["error"])
         assert "'broken'" in told.rows["broken"]["error"]
         assert "hidden" not in json.dumps(told.rows)
@@ -480,10 +475,9 @@ async def test_an_adapter_has_the_operators_name(tmp_path: Path) -> None:
 
 def test_the_first_name_that_is_left_counts(tmp_path: Path) -> None:
     names = Names("base", {"one": "org/x", "two": "org/x", "path": tmp_path})
-    assert (names.name_of("org/x"), names.name_of(tmp_path)) == ("one", "path")
-    assert names.name_of(str(tmp_path)) is None, "a request's text is no path"
+    # A request's text is no path.
+    ids = ("org/x", tmp_path, str(tmp_path))
+    assert [names.name_of(id) for id in ids] == ["one", "path", None]
     names.put("one", "org/y")
     assert (names.name_of("org/x"), names.name_of("org/y")) == ("two", "one")
-    assert names.take("two") == "org/x"
-    assert names.name_of("org/x") is None
-    assert names.take("two") is None
+    assert (names.take("two"), names.name_of("org/x"), names.take("two")) == ("org/x", None, None)
