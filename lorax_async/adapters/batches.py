@@ -34,8 +34,7 @@ Stacks = Mapping[int, tuple[Tensor, Tensor]]
 class Runs:
     """Run i is the rows `bounds[i]` to `bounds[i + 1]`, not included, of adapter `indices[i]`.
 
-    A run may be empty, and neighbours may share an adapter. Raise `UsageError` unless the bounds
-    are 0, …, ascending, one more than the indices.
+    A run may be empty, and neighbours may share an adapter. Raise `UsageError` for other bounds.
     """
 
     def __init__(self, bounds: Integers = (0,), indices: Integers = ()) -> None:
@@ -60,8 +59,7 @@ class Runs:
     def over(self, heads: Integers) -> Runs:
         """Return the same runs over the rows `heads` only; one without a head stays, empty.
 
-        Raise `UsageError` unless the heads are rows of the batch in ascending order: in any other,
-        a run's rows would not be neighbours.
+        Raise `UsageError` if they do not ascend: a run's rows would not be neighbours.
         """
         rows = to_list("prefill_head_indices", heads)
         if rows != sorted(rows) or (rows and not 0 <= rows[0] <= rows[-1] < self.bounds[-1]):
@@ -74,11 +72,10 @@ class Runs:
 
 
 def find_segments(adapter_indices: Integers) -> tuple[list[int], list[int]]:
-    """Return bounds and adapter indices of the longest runs of tokens with one adapter.
+    """Return bounds and adapters of the longest runs of tokens with one adapter.
 
-    `adapter_indices` `[tokens]` is the adapter of each token; a tensor on an accelerator is copied
-    once. Segment i is the tokens `bounds[i]` to `bounds[i + 1]`, not included. Raise `UsageError`
-    for anything but a row of integers.
+    `adapter_indices` `[tokens]` is the adapter of each token. Segment i is the tokens `bounds[i]`
+    to `bounds[i + 1]`, not included. Raise `UsageError` for anything but a row of integers.
     """
     tokens = to_list("adapter_indices", adapter_indices)
     changes = [at for at, (before, after) in enumerate(pairwise(tokens), 1) if before != after]
@@ -89,11 +86,7 @@ def find_segments(adapter_indices: Integers) -> tuple[list[int], list[int]]:
 def concat_segments(
     batches: Iterable[tuple[Integers, Sequence[int]]],
 ) -> tuple[list[int], list[int]]:
-    """Return the segments of batches put one after another, each given as by `find_segments`.
-
-    Neighbours of one adapter are joined, as `find_segments` would find them in all tokens. Raise
-    `UsageError` for bounds that do not fit.
-    """
+    """Return the segments of concatenated batches, equal neighbours joined; as `find_segments`."""
     runs = [Runs(bounds, indices) for bounds, indices in batches]
     pieces = ((i, n) for run in runs for i, n in zip(run.indices, run.lengths, strict=True) if n)
     joined_bounds, joined = [0], list[int]()
@@ -120,15 +113,11 @@ def to_list(name: str, values: Integers) -> list[int]:
 class AdapterBatchMetadata:
     """Which adapter each token of a batch uses. Not frozen: LoRAX's models assign to it."""
 
-    adapter_indices: Tensor
-    """`[tokens]`: the adapter of each token."""
+    adapter_indices: Tensor  # [tokens]: the adapter of each
     adapter_set: set[int]
-    adapter_segments: Tensor
-    """`[segments + 1]`: the bounds of the runs of tokens with one adapter."""
-    segment_indices: list[int]
-    """The adapter of each segment."""
-    adapter_list: list[int] = field(default_factory=list)
-    """The adapter of each request: only carried, for LoRAX's punica wrapper."""
+    adapter_segments: Tensor  # [segments + 1]: the bounds of the runs of one adapter
+    segment_indices: list[int]  # the adapter of each segment
+    adapter_list: list[int] = field(default_factory=list)  # only carried, for LoRAX's punica
 
     @classmethod
     def from_indices(cls, adapter_indices: Tensor) -> Self:
@@ -147,18 +136,15 @@ class RankSegments:
     """
 
     rank: int
-    lora_a_ptr: Tensor
-    """Int64 `[n]`: for each of n segments the address of its adapter's stacked weights."""
+    lora_a_ptr: Tensor  # int64 [n]: for each of n segments the address of its adapter's weights
     lora_b_ptr: Tensor
     # Scratch memory of punica's CUDA kernels, which alone can size it: callers of punica's `sgmv`
     # assign their own. `lorax_kernels.apply` needs none.
     tmp_shrink: Tensor | None = None
     tmp_expand: Tensor | None = None
-    segment_starts: Tensor | None = None
-    """`[n]` in the dtype of `adapter_segments`."""
+    segment_starts: Tensor | None = None  # [n] in the dtype of adapter_segments
     segment_ends: Tensor | None = None
-    indices: Tensor | None = None
-    """Int64 `[rows]`: which of the n addresses a row uses, -1 for none in this group."""
+    indices: Tensor | None = None  # int64 [rows]: which of the n addresses a row uses, -1 for none
 
 
 class BatchAdapterWeights(ABC):
@@ -193,19 +179,13 @@ class BatchLoraWeights(BatchAdapterWeights):
     lora_a: dict[int, Tensor]
     lora_b: dict[int, Tensor]
     adapter_index_configs: dict[int, Any]
-    rank_data: dict[int, RankSegments]
-    """By local rank, in the order of first use. Tokens without LoRA weights are in no group."""
-    use_sgmv: bool
-    """Whether the groups are by segment (prefill, or a local rank above 128) or by token."""
+    rank_data: dict[int, RankSegments]  # by local rank; tokens without weights are in no group
+    use_sgmv: bool  # groups are by segment (prefill, or a local rank above 128), else by token
     layer_name: str
-    prefill_head_indices: Integers | None
-    """The tokens that the layer gets, None for all of them."""
+    prefill_head_indices: Integers | None  # the tokens that the layer gets, None for all
     adapters: dict[int, Any] = field(default_factory=dict)
-    """The `LoraWeights`; any property of theirs may be read for every batch: none may copy."""
-    runs: Runs = field(default_factory=Runs)
-    """Which rows use which adapter, after `prefill_head_indices`."""
-    stacks: Stacks = field(default_factory=dict)
-    """The tensors whose addresses are in `rank_data`: they live as long as this."""
+    runs: Runs = field(default_factory=Runs)  # of rows, after prefill_head_indices
+    stacks: Stacks = field(default_factory=dict)  # keeps what the addresses in rank_data name
 
     def has_adapter(self, adapter_index: int) -> bool:
         return adapter_index in self.adapter_index_configs
@@ -231,11 +211,11 @@ class BatchLoraWeights(BatchAdapterWeights):
         prefill: bool,
         prefill_head_indices: Integers | None,
     ) -> Self | None:
-        """As LoRAX's; None if no token's adapter has LoRA weights.
+        """Make it of `LoraWeights`; return None if no token's adapter has any.
 
-        With `prefill_head_indices` (ascending) the rows of the layer are these tokens only, in
-        prefill and in decoding. Copy the metadata to the host. Raise `UsageError` for metadata that
-        contradicts itself, and for weights whose addresses a kernel could not use.
+        With `prefill_head_indices` (ascending) the rows of the layer are these tokens only. Raise
+        `UsageError` for metadata that contradicts itself, and for weights whose addresses a kernel
+        could not use.
         """
         indices = to_list("segment_indices", meta.segment_indices)
         used = {index: adapter_weights[index] for index in indices if index in adapter_weights}

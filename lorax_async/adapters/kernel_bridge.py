@@ -80,20 +80,18 @@ class Bridge:
     """
 
     plan: Plan
+    # The weights where they are; only a rank that is no multiple of 8 is copied, with zeros.
     stacks: list[Stack] = field(repr=False)
-    """The weights where they are; only a rank that is no multiple of 8 is copied, with zeros."""
     local_ranks: list[int]
     world_size: int
-    parts: int
-    """How many parts `expand` takes: `world_size` if A is split by rank, else 1."""
+    parts: int  # that `expand` takes: world_size if A is split by rank, else 1
 
     @classmethod
     def of(cls, batch: BatchLoraWeights, *, world_size: int = 1) -> Self:
-        """Make it for a batch in any form, in every process.
+        """Make it in every process. Raise `UsageError` if adapters do not fit it or each other.
 
         How the weights are split shows in their ranks: B always has all of it, A as much (split by
-        `in`) or one part of `world_size`. Raise `UsageError` if the adapters do not fit one layer
-        type, this world or each other.
+        `in`) or one part of `world_size`.
         """
         if not batch.adapters:
             raise UsageError("this batch was made by hand, without adapters; use load")
@@ -130,11 +128,11 @@ class Bridge:
         return max(a.shape[1] for a, _ in self.stacks)
 
     def apply(self, y: Tensor, x: Tensor, layer: int) -> None:
-        """Add each row's adapter to a layer's output: `y += x @ A @ B`, in place.
+        """Add each row's adapter to a layer's output, `y += x @ A @ B`, in place.
 
-        `x` `[rows, in]` is the input of the layer at place `layer` of the stacked weights, `y`
-        `[rows, out]` its output; a row is a token, or one of `prefill_head_indices`. Rows without
-        LoRA weights keep their bits. Raise `UsageError` for tensors that do not fit.
+        `x` `[rows, in]` and `y` `[rows, out]` are of the layer at place `layer` of the stacked
+        weights; a row is a token, or one of `prefill_head_indices`. Rows without LoRA weights keep
+        their bits. Raise `UsageError` for tensors that do not fit.
         """
         out = self.stacks[0][1].shape[1]
         if self.world_size > 1 or (y.dim() == 2 and y.shape[1] > out and y.shape[1] % out == 0):
@@ -145,11 +143,7 @@ class Bridge:
         self._whole.add(y, x, self.plan, layer)
 
     def shrink(self, x: Tensor, layer: int) -> Tensor:
-        """Return what this process has of `x @ A`, by row, as a new tensor `[rows, width]`.
-
-        A row has its adapter's local rank of columns, the others are zero. Raise `UsageError` for a
-        tensor that does not fit.
-        """
+        """Return this process's `x @ A`, `[rows, width]`: zeros beyond a row's local rank."""
         v = x.new_zeros(self.plan.tokens, self.width)
         self._shrinking.add(v, x, self.plan, layer)
         return v
@@ -158,8 +152,7 @@ class Bridge:
         """Add `v @ B` to this process's output columns `y`, in place.
 
         `v` is what all processes shrank: `[world_size, rows, width]`, gathered in their order, if A
-        is split by rank, else `[rows, width]`, their sum. Raise `UsageError` for tensors that do
-        not fit.
+        is split by rank, else `[rows, width]`, their sum.
         """
         part = [self.plan.tokens, self.width]
         blocks = v[None] if v.dim() == 2 else v

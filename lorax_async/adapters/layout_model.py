@@ -78,13 +78,8 @@ def layers_of(by_type: Mapping[str, Mapping[int, Module]], layer_type: str) -> M
 class LayoutModel:
     """What `LoraWeights.load` asks of a model, answered from a layout: no model in memory.
 
-    This is process number `rank` of `world_size`; weights are loaded as `dtype`.
-
-    Raises
-    ------
-    ConfigError
-        The dtype is not of floating point, the rank not of the world, or layers of one type are
-        not split alike.
+    This is process number `rank` of `world_size`; weights are loaded as `dtype`. Raise
+    `ConfigError` for an impossible one, or if layers of one type are not split alike.
     """
 
     layout: ModelLayout
@@ -149,9 +144,9 @@ class LayoutModel:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return this process's parts of every A `[in, r]` and B `[r, out]`, split as LoRAX does.
 
-        Where the base is split by its input, A is split by `in`, otherwise by the rank; B by `out`
-        in both, a fused one part by part. A replicated module is whole everywhere. Raise
-        `IncompatibleAdapterError` if a size is not shared evenly.
+        A is split by `in` where the base is, otherwise by the rank; B always by `out`, a fused one
+        part by part. A replicated module is whole everywhere. Raise `IncompatibleAdapterError` if a
+        size is not shared evenly.
         """
         row = self.is_row_parallel(layer_type)
         module = next(iter(layers_of(self._types, layer_type).values()))
