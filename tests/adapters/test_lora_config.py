@@ -409,9 +409,10 @@ def put(cache: Path, config: object) -> None:
     ("name", "config", "outcome"),
     [
         *[(same, {"architectures": QWEN}, None) for same in ("", None, "org/served")],
+        ("org/base", {"architectures": LLAMA}, UserWarning),
         *[
-            ("org/base", config, UserWarning)  # shapes decide
-            for config in ({"architectures": LLAMA}, None, {"architectures": []}, {}, b"{")
+            ("org/base", nothing, UserWarning)
+            for nothing in (None, {"architectures": []}, {}, b"{")
         ],
         ("org/base", {"architectures": QWEN}, IncompatibleAdapterError),
         ("org/base", {"architectures": LLAMA + QWEN}, IncompatibleAdapterError),

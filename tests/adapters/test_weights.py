@@ -482,7 +482,7 @@ FP8, EETQ = (Linear(weight=base.weight(HIDDEN, ALL, dtype)) for dtype in (FLOAT8
 PACKED = Linear(weight=torch.zeros(7, 1, dtype=torch.uint8))
 
 
-def _linear(inputs: int, outputs: int) -> Linear:
+def _linear(inputs: int, outputs: int) -> Any:
     return Linear(weight=base.weight(outputs, inputs))
 
 
