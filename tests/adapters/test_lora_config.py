@@ -410,10 +410,9 @@ def put(cache: Path, config: object) -> None:
     [
         *[(same, {"architectures": QWEN}, None) for same in ("", None, "org/served")],
         ("org/base", {"architectures": LLAMA}, UserWarning),
-        *[
-            ("org/base", nothing, UserWarning)
-            for nothing in (None, {"architectures": []}, {}, b"{")
-        ],
+        ("org/base", None, UserWarning),
+        ("org/base", {"architectures": []}, UserWarning),
+        ("org/base", b"{", UserWarning),
         ("org/base", {"architectures": QWEN}, IncompatibleAdapterError),
         ("org/base", {"architectures": LLAMA + QWEN}, IncompatibleAdapterError),
     ],
