@@ -102,7 +102,7 @@ class Beginnings:
             return Beginning(said, None, await self._parts([second], [start], demand), None)
         content = self._whole(second, start)
         index = await self._workers.run(partial(parse_index, content, self._limits))
-        roles = [FileRole("weights", number + 1) for number in range(index.count)]
+        roles = [FileRole("weights", number + 1, index.count) for number in range(index.count)]
         async with bound_to(demand):
             files = await self._shards(located, roles)
         for file in files:
