@@ -42,7 +42,7 @@ from lorax_async.io.sources.local_folder import CONFIG, find_adapter
 from lorax_async.io.sources.local_ids import parse_place
 
 if TYPE_CHECKING:
-    from lorax_async.server.assembly import Base, Capacity
+    from lorax_async.server.service import Base, Capacity
     from lorax_async.server.settings import ServerSettings
 
 ADMIN_TOKEN = "LORAX_ADMIN_TOKEN"  # noqa: S105 - the variable's name
@@ -175,7 +175,7 @@ def as_share(text: str) -> float:
 
 def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
     try:
-        from lorax_async.server.assembly import Base, Capacity  # noqa: PLC0415 - what others need not
+        from lorax_async.server.service import Base, Capacity  # noqa: PLC0415 - what others need not
         from lorax_async.server.settings import ServerSettings  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(f"{error}; run: pip install 'lorax-async[serve]'") from error
@@ -234,7 +234,7 @@ def hosts_of(
 
     There nobody is meant to call it by another name, but a page in a browser here can.
     """
-    from lorax_async.server.host_names import LOOPBACK  # noqa: PLC0415
+    from lorax_async.server.hosts import LOOPBACK  # noqa: PLC0415
 
     if given is not None:
         return tuple(given)
@@ -272,11 +272,11 @@ async def _run(
     settings: ServerSettings,
     capacity: Capacity,
 ) -> None:
-    from lorax_async.server.assembly import assembled  # noqa: PLC0415
+    from lorax_async.server.service import open_service  # noqa: PLC0415
     from lorax_async.server.serving import serve  # noqa: PLC0415
 
     with _listener(arguments) as listener:
-        async with assembled(base, config, settings, capacity, arguments.warm) as service:
+        async with open_service(base, config, settings, capacity, arguments.warm) as service:
             await serve(
                 service, listener, ready=lambda: _tell(listener, settings, arguments.json, screen)
             )

@@ -1,48 +1,59 @@
-"""`Engine`: generations become tokens, many at a time, with a decoder in a thread of its own."""
+"""`Engine`: continuous batching of generations over a decoder in its own thread."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
-from lorax_async.errors import InternalError, LoaderClosedError, LoraxError, UsageError
+from lorax_async.errors import (
+    AdapterFormatError,
+    InternalError,
+    LoaderClosedError,
+    LoraxError,
+    UsageError,
+)
 from lorax_async.scheduler import AdapterScheduler
-from lorax_async.scheduling.batch import Batch
+from lorax_async.scheduling.batch import Batch, BatchRow
 from lorax_async.scheduling.requests import Request, Ticket
-from lorax_async.server.decoding.answer import Answer
-from lorax_async.server.decoding.sampling import Sampler
-from lorax_async.server.decoding.steps import Outcome, Work
-from lorax_async.server.generation import Generation
-from lorax_async.server.ports import Decoder
+from lorax_async.server.generation import (
+    Computed,
+    Decoder,
+    Finish,
+    Generation,
+    SequencePart,
+    Step,
+)
+from lorax_async.server.sampling import Sampler, choose
 from lorax_async.settings.requirements import require_count
 
 T = TypeVar("T")
 
 
 class Engine:
-    """Continuous batching: each step computes a batch of whoever can be computed.
+    """Compute a batch of the ready generations in each step.
 
     Parameters
     ----------
     scheduler
-        Open, and closed after the engine. Nobody else takes its batches. Its `max_begun` is the
-        number of sequences that the decoder has room for. One that the scheduler preempts is
-        computed again later, with the tokens that it has, and goes on from there.
+        Open, and closed after the engine, which alone takes its batches. Its `max_begun` is the
+        number of sequences that the decoder has room for. A preempted sequence is computed again
+        later, from its prompt and the tokens that it has.
     decoder
-        Called in one thread, the engine's; nothing of a model is computed on the event loop.
+        Called in the engine's thread only; no model code runs on the event loop.
     max_tokens, max_sequences
-        Of a step, at most. A longer prompt is computed in parts.
+        Limits of one step. Longer prompts are computed in parts.
 
-    Use it as an async context manager, on the scheduler's loop. What goes wrong with an adapter
-    goes wrong with its generations alone. Where the decoder raises, those of the step end with
-    `InternalError`, and the others go on.
+    Use it as an async context manager, on the scheduler's loop. An adapter that fails, fails its
+    own generations only. If the decoder raises, those of the step end with `InternalError`.
     """
 
     def __init__(
@@ -59,13 +70,13 @@ class Engine:
         self._decoder = decoder
         self._limits = max_tokens, max_sequences
         self._numbers = itertools.count()
-        self._answers: dict[Ticket, Answer] = {}
-        self._waiting: set[Answer] = set()
+        self._streams: dict[Ticket, TokenStream] = {}
+        self._waiting: set[TokenStream] = set()
         self._gone: list[int] = []
         self._thread = ThreadPoolExecutor(1, "lorax-decoder")
         self._refusing: str | None = "the engine is not open yet"
-        self._ended = asyncio.Event()
-        self._ended.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._running: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -85,15 +96,15 @@ class Engine:
         await self.close()
 
     async def drain(self, timeout: float | None = None) -> bool:
-        """Take nothing more, and wait until what was taken has ended; whether it has, in time."""
+        """Refuse new generations and wait for the others; return whether they ended in time."""
         self._refusing = "the server is closing"
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                await self._ended.wait()
-        return self._ended.is_set()
+                await self._idle.wait()
+        return self._idle.is_set()
 
     async def close(self) -> None:
-        """End what is under way with `LoaderClosedError`. Waits for the step that is computed.
+        """End all generations with `LoaderClosedError`, and wait for the step being computed.
 
         Idempotent; cancelling the caller does not stop it.
         """
@@ -106,10 +117,10 @@ class Engine:
         self._end_all(LoaderClosedError("the engine was closed"))
         if self._running is not None:
             self._running.cancel()
-        try:  # behind the step that is computed, if there is one
+        try:  # queued behind the step being computed
             await self._in_thread(self._forget, self._take_gone())
         finally:
-            self._thread.shutdown()  # it has nothing to do any more
+            self._thread.shutdown()  # idle by now
 
     # -- generations -------------------------------------------------------------------------------
 
@@ -123,17 +134,17 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Generations that were submitted, and of which nothing has been computed yet."""
+        """The number of submitted generations of which nothing was computed yet."""
         return len(self._waiting)
 
-    def submit(self, generation: Generation) -> Answer:
-        """Queue it; its adapter begins to come. What is wrong with that, its tokens raise.
+    def submit(self, generation: Generation) -> TokenStream:
+        """Queue a generation, and begin to load its adapter, whose errors the tokens raise.
 
         Raises
         ------
         UsageError
-            A number is out of range; a token is none of the model's; or prompt and
-            `max_new_tokens` together are more than `max_length`.
+            A number is out of range, a token is not in the vocabulary, or prompt and
+            `max_new_tokens` exceed `max_length`.
         LoaderClosedError
             The engine is not open, or closing.
         """
@@ -149,12 +160,12 @@ class Engine:
         )
         self._check(generation)
         ticket = self._scheduler.submit(request)
-        answer = Answer(next(self._numbers), generation, sampler, ticket)
-        self._answers[ticket] = answer
-        self._waiting.add(answer)
-        self._ended.clear()
-        ticket.add_done_callback(partial(self._leave, answer))
-        return answer
+        stream = TokenStream(next(self._numbers), generation, sampler, ticket)
+        self._streams[ticket] = stream
+        self._waiting.add(stream)
+        self._idle.clear()
+        ticket.add_done_callback(partial(self._leave, stream))
+        return stream
 
     def _check(self, generation: Generation) -> None:
         length, vocabulary = len(generation.prompt), self._decoder.vocabulary
@@ -166,21 +177,21 @@ class Engine:
         if not all(isinstance(t, int) and 0 <= t < vocabulary for t in generation.prompt):
             raise UsageError(f"the prompt's tokens must be integers from 0 to {vocabulary - 1}")
 
-    def _leave(self, answer: Answer) -> None:
-        """Its ticket is done."""
-        ticket = answer.ticket
-        self._answers.pop(ticket, None)
-        self._waiting.discard(answer)
-        self._gone.append(answer.number)
-        answer.end(None if ticket.cancelled else ticket.error)
-        if not self._answers:
-            self._ended.set()
+    def _leave(self, stream: TokenStream) -> None:
+        """Forget a stream whose ticket is done."""
+        ticket = stream.ticket
+        self._streams.pop(ticket, None)
+        self._waiting.discard(stream)
+        self._gone.append(stream.number)
+        stream.end(None if ticket.cancelled else ticket.error)
+        if not self._streams:
+            self._idle.set()
 
     def _end_all(self, error: LoraxError) -> None:
-        """But not who has ended, and is told in the loop's next turn."""
-        for answer in tuple(self._answers.values()):
-            if answer.ticket.cancel():
-                answer.end(error)
+        """End all streams, except those whose ticket is done and whose callback is due."""
+        for stream in tuple(self._streams.values()):
+            if stream.ticket.cancel():
+                stream.end(error)
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -190,44 +201,43 @@ class Engine:
                 await self._step(await self._scheduler.next_batch(*self._limits))
         except LoaderClosedError:
             self._refusing = "the scheduler was closed"
-        except Exception as error:  # noqa: BLE001 - nobody waits for ever
+        except Exception as error:  # noqa: BLE001 - no stream may wait forever
             self._refusing = "the engine has failed"
             failed = InternalError(f"the engine has failed: {type(error).__name__}: {error}")
             failed.__cause__ = error
             self._end_all(failed)
 
     async def _step(self, batch: Batch) -> None:
-        work = Work.of(batch, self._answers)
-        gone = [*self._take_gone(), *self._preempted(batch)]
-        self._complete(work, await self._in_thread(work.compute, self._decoder, gone))
+        step = BatchStep.of(batch, self._streams)
+        preempted = [self._streams.get(ticket) for ticket in batch.preempted]
+        gone = [
+            *self._take_gone(),
+            *(stream.number for stream in preempted if stream is not None),
+        ]
+        self._complete(step, await self._in_thread(step.compute, self._decoder, gone))
 
-    def _preempted(self, batch: Batch) -> list[int]:
-        """Return the sequences that have lost their places."""
-        answers = [self._answers.get(ticket) for ticket in batch.preempted]
-        return [answer.number for answer in answers if answer is not None]
-
-    def _complete(self, work: Work, outcome: Outcome) -> None:
+    def _complete(self, step: BatchStep, outcome: StepOutcome) -> None:
         finished = [
-            answer.ticket
-            for answer, token in outcome.tokens.items()
-            if token in answer.generation.stop_tokens
+            stream.ticket
+            for stream, token in outcome.tokens.items()
+            if token in stream.generation.stop_tokens
         ]
         again = self._scheduler.complete(
-            work.batch, finished, again=outcome.again, failed=outcome.failed
+            step.batch, finished, again=outcome.again, failed=outcome.failed
         )
-        for row, answer in work.rows:
+        for row, stream in step.rows:
             if row.ticket in again:
-                if answer in outcome.tokens:  # its first one, which does not count
-                    answer.sampler = Sampler(answer.generation.sampling)
+                if stream in outcome.tokens:  # its first token, discarded: restart the sampler
+                    stream.sampler = Sampler(stream.generation.sampling)
                 continue
-            self._waiting.discard(answer)
-            if answer in outcome.tokens and _counts(row.ticket):
-                answer.add(outcome.tokens[answer])
+            self._waiting.discard(stream)
+            if stream in outcome.tokens and _counts(row.ticket):
+                stream.add(outcome.tokens[stream])
 
     def _take_gone(self) -> list[int]:
-        """All whose places the scheduler may have given away, told in this turn or not."""
-        untold = [answer.number for ticket, answer in self._answers.items() if ticket.done]
-        gone, self._gone = self._gone + untold, []
+        """Return all sequences whose places may be reused, also before their callbacks ran."""
+        done = [stream.number for ticket, stream in self._streams.items() if ticket.done]
+        gone, self._gone = self._gone + done, []
         return gone
 
     def _forget(self, gone: Iterable[int]) -> None:
@@ -235,12 +245,158 @@ class Engine:
             self._decoder.forget(number)
 
     async def _in_thread(self, work: Callable[..., T], *given: object) -> T:
-        """Once it is asked for it is done, whoever is cancelled meanwhile."""
+        """Run `work` to its end, even if the caller is cancelled."""
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self._thread, copy_context().run, work, *given)
         return await asyncio.shield(done)
 
 
 def _counts(ticket: Ticket) -> bool:
-    """Its token is good: its adapter has not turned out to be false meanwhile, and it is wanted."""
+    """Return whether a token is wanted, and its adapter was not found corrupt meanwhile."""
     return not ticket.cancelled and ticket.error is None
+
+
+class TokenStream:
+    """The `Tokens` of one generation, for one reader. On the event loop.
+
+    Attributes
+    ----------
+    number
+        Names its sequence to the decoder.
+    known
+        Token ids, those of the prompt and those generated.
+    finish
+        Why it ended by itself.
+    """
+
+    def __init__(
+        self, number: int, generation: Generation, sampler: Sampler, ticket: Ticket
+    ) -> None:
+        self.number = number
+        self.generation = generation
+        self.sampler = sampler
+        self.ticket = ticket
+        self.known = list(generation.prompt)
+        self.finish: Finish | None = None
+        self._ready = deque[int]()
+        self._ended = False
+        self._error: LoraxError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self
+
+    async def __anext__(self) -> int:
+        while not self._ready:
+            if self._error is not None:
+                raise self._error.located() from self._error.__cause__
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._ready.popleft()
+
+    def cancel(self) -> None:
+        """Stop generating. Idempotent."""
+        self.ticket.cancel()
+        self.end()
+
+    def add(self, token: int) -> None:
+        """Add a generated token; a stop token ends the stream and is not returned."""
+        self.known.append(token)
+        if token in self.generation.stop_tokens:
+            self.finish = "stop"
+            return
+        if len(self.known) == len(self.generation.prompt) + self.generation.max_new_tokens:
+            self.finish = "length"
+        self._ready.append(token)
+        self._wake()
+
+    def end(self, error: LoraxError | None = None) -> None:
+        """End the stream. Only the first call counts."""
+        if not self._ended:
+            self._ended = True
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """The result of a step's rows.
+
+    Attributes
+    ----------
+    tokens
+        New tokens.
+    again
+        Rows that were not computed.
+    failed
+        Rows without finite logits; all rows, if the decoder raised.
+    """
+
+    tokens: dict[TokenStream, int] = field(default_factory=dict)
+    again: list[Ticket] = field(default_factory=list)
+    failed: dict[Ticket, LoraxError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStep:
+    """A batch of the scheduler as a step of the decoder."""
+
+    batch: Batch
+    rows: Sequence[tuple[BatchRow, TokenStream]]
+    step: Step
+
+    @classmethod
+    def of(cls, batch: Batch, streams: Mapping[Ticket, TokenStream]) -> BatchStep:
+        rows = [(row, streams[row.ticket]) for row in batch.rows]
+        parts = [
+            SequencePart(
+                stream.number,
+                row.start,
+                stream.known[row.start : row.start + row.tokens],
+                row.handle,
+            )
+            for row, stream in rows
+        ]
+        return cls(batch, rows, Step(parts, batch.budget, lambda: batch.others_wait))
+
+    def compute(self, decoder: Decoder, gone: Iterable[int]) -> StepOutcome:
+        """Forget the sequences in `gone`, then compute the step. Blocks; in the thread."""
+        try:
+            for number in gone:
+                decoder.forget(number)
+            return self._choose(decoder.compute(self.step))
+        except Exception as error:  # noqa: BLE001 - the engine outlives its decoder's errors
+            failed = error
+            if not isinstance(failed, LoraxError):
+                failed = InternalError(f"the decoder failed: {type(error).__name__}: {error}")
+                failed.__cause__ = error
+            return StepOutcome(failed={row.ticket: failed for row, _ in self.rows})
+
+    def _choose(self, computed: Computed) -> StepOutcome:
+        outcome = StepOutcome(again=[self.rows[number][0].ticket for number in computed.out])
+        numbers = [
+            number
+            for number, (row, _) in enumerate(self.rows)
+            if row.last and number not in computed.out
+        ]
+        rows = [self.rows[number] for number in numbers]
+        tokens = choose(computed.logits[numbers], [stream.sampler for _, stream in rows])
+        for (row, stream), token in zip(rows, tokens, strict=True):
+            if token is not None:
+                outcome.tokens[stream] = token
+            elif row.handle is None:
+                outcome.failed[row.ticket] = InternalError(
+                    "the base gave logits that are no numbers"
+                )
+            else:
+                outcome.failed[row.ticket] = AdapterFormatError(
+                    "with its weights the logits are no numbers", stage="ready"
+                )
+        return outcome

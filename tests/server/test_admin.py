@@ -102,7 +102,7 @@ async def test_of_two_loads_of_one_name_the_first_counts(tmp_path: Path) -> None
 async def test_an_adapter_in_use_is_unloaded_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorax_async.server.calls.admin.UNLOAD_SECONDS", 0.01)
+    monkeypatch.setattr("lorax_async.server.admin.UNLOAD_SECONDS", 0.01)
     folder = tiny.write(tmp_path / "one")
     async with serving(adapters={"a": folder}) as world:
         async with await world.service.loader.load(folder) as handle:
@@ -117,8 +117,8 @@ async def test_a_load_is_under_way_and_none_begins_while_the_server_closes(tmp_p
     async with serving(loader=over(source)) as world:
         loading = asyncio.create_task(load(world, "a", "a"))
         await until(lambda: world.service.loader.usage().waiting)
-        assert not await world.service.under_way.ended(0)
-        world.service.under_way.close()
+        assert not await world.service.in_flight.ended(0)
+        world.service.in_flight.close()
         assert (await load(world, "a", "a")).status == 503
         assert (await unload(world, "a")).status == 503
         source.allow("a")

@@ -11,20 +11,19 @@ import signal
 import socket
 import threading
 from contextlib import closing, suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from common import Run, until
 from lorax_async import LoaderClosedError, UsageError
-from lorax_async.server.calls.answering import Answering
-from lorax_async.server.calls.bodies import read_body
-from lorax_async.server.calls.errors import Refusal
-from lorax_async.server.calls.events import ABORT
-from lorax_async.server.calls.requests import CompletionBody
-from lorax_async.server.calls.under_way import ClientGone, Watch, until_gone
-from lorax_async.server.serving import Serving, listen
+from lorax_async.server.clients import ABORT, read_body, until_gone
+from lorax_async.server.completions import CompletionEndpoint
+from lorax_async.server.errors import Refusal
+from lorax_async.server.in_flight import RequestScope
+from lorax_async.server.requests import CompletionBody
+from lorax_async.server.serving import DrainingServer, listen
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
 
 pytestmark = pytest.mark.usefixtures("no_socket_left")
@@ -137,7 +136,7 @@ class Blocked:
             "client": ("127.0.0.1", 1),
             "state": {ABORT: self.gone.set},
         }
-        endpoint = Answering(world.service, CompletionBody)
+        endpoint = CompletionEndpoint(world.service, CompletionBody)
         return asyncio.create_task(endpoint(scope, self.receive, self.send))
 
 
@@ -158,7 +157,7 @@ async def test_a_request_that_is_ended_from_outside_frees_its_place(by: str, tak
             with pytest.raises(asyncio.CancelledError):
                 await asked
         elif by == "a failure":
-            world.service.under_way.fail()
+            world.service.in_flight.fail()
             with pytest.raises(Refusal) as refused:
                 await asked
             assert refused.value.status == 503
@@ -232,7 +231,7 @@ async def test_a_body_that_is_not_read_is_refused(
 
 async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that goes on sending is read for a number of bytes, and no longer."""
-    monkeypatch.setattr("lorax_async.server.calls.bodies.LINGER_BYTES", 100_000)
+    monkeypatch.setattr("lorax_async.server.clients.LINGER_BYTES", 100_000)
     async with serving(max_body_bytes=10) as world:
         reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
         writer.write(POST.encode() + b"Content-Length: 999999999999999\r\n\r\n")
@@ -256,14 +255,14 @@ async def test_only_a_disconnect_is_a_hang_up() -> None:
     async def receive() -> Any:
         return said.pop()
 
-    with pytest.raises(ClientGone):
+    with pytest.raises(ClientDisconnect):
         await read_body(Request({"type": "http", "headers": []}, receive), 100, 20)
     said = [{"type": "http.disconnect"}, {"type": "http.request"}]
     await until_gone(receive)
     assert said == []
 
 
-async def interrupted(watch: Watch, *reasons: Exception) -> None:
+async def interrupted(watch: RequestScope, *reasons: Exception) -> None:
     """A block that is interrupted while it waits."""
 
     def interrupt() -> None:
@@ -277,22 +276,24 @@ async def interrupted(watch: Watch, *reasons: Exception) -> None:
 
 async def test_the_first_reason_ends_a_request() -> None:
     """A cancellation besides stays one; the next wait is not cancelled, and nothing listens."""
-    watches, receive = set[Watch](), asyncio.Event().wait
-    with pytest.raises(ClientGone):
-        await interrupted(Watch(watches, receive), ClientGone(), LoaderClosedError("late"))  # type: ignore[arg-type]
+    watches, receive = set[RequestScope](), cast(Any, asyncio.Event().wait)
+    with pytest.raises(ClientDisconnect):
+        await interrupted(
+            RequestScope(watches, receive), ClientDisconnect(), LoaderClosedError("late")
+        )
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
 
-    watch = Watch(watches, receive)  # type: ignore[arg-type]
+    watch = RequestScope(watches, receive)
     waiting = asyncio.create_task(interrupted(watch))
     await asyncio.sleep(0)
-    watch.interrupt(ClientGone())
+    watch.interrupt(ClientDisconnect())
     waiting.cancel()
     await asyncio.wait([waiting])
     assert waiting.cancelled()
 
-    async with Watch(watches, receive):  # type: ignore[arg-type]
+    async with RequestScope(watches, receive):
         await asyncio.sleep(0)
         assert len(ours()) == len(watches) == 1
     await asyncio.sleep(0)
@@ -309,7 +310,7 @@ async def test_it_is_ready_when_it_listens() -> None:
     """One that cannot begin closes its listener."""
     async with serving() as world:
         told, listener = list[bool](), listen("127.0.0.1", 0)
-        other = Serving(world.service, lambda: told.append(other.started))
+        other = DrainingServer(world.service, lambda: told.append(other.started))
         ended = asyncio.create_task(other.serve([listener]))
         await until(lambda: told)
         other.stop()
@@ -320,7 +321,7 @@ async def test_it_is_ready_when_it_listens() -> None:
             raise OSError("it cannot")
 
         listener = listen("127.0.0.1", 0)
-        third: Any = Serving(world.service)
+        third: Any = DrainingServer(world.service)
         third.startup = fail
         with pytest.raises(OSError, match="it cannot"):
             await third.serve([listener])
@@ -478,7 +479,7 @@ async def test_left_by_force_it_leaves_nothing() -> None:
             await world.ended
         assert not world.service.healthy
         assert tokens.cancelled.is_set(), "its request has ended, and not only its connection"
-        assert await world.service.under_way.ended(0)
+        assert await world.service.in_flight.ended(0)
         assert signal.getsignal(signal.SIGTERM) == before
         with pytest.raises(ConnectionRefusedError):
             await world.completing(BASE)

@@ -39,12 +39,11 @@ from lorax_async import (
     UsageError,
 )
 from lorax_async.engines.transformers import Attached
-from lorax_async.server.decoding.kept_keys import BLOCK, KeptKeys
-from lorax_async.server.decoding.sampling import Sampler, choose
-from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
+from lorax_async.server.decoder import TransformersDecoder
 from lorax_async.server.engine import Engine
-from lorax_async.server.generation import Sampling
-from lorax_async.server.ports import Computed, Part, Step
+from lorax_async.server.generation import Computed, Sampling, SequencePart, Step
+from lorax_async.server.kv_cache import BLOCK, KVCache
+from lorax_async.server.sampling import Sampler, choose
 from lorax_async.testing import FakeSource
 from server.generating import all_of, asked
 
@@ -70,9 +69,9 @@ class Row:
     def wants(self) -> int:
         return len(self.tokens) - self.computed
 
-    def part(self, count: int) -> Part:
+    def part(self, count: int) -> SequencePart:
         tokens = self.tokens[self.computed : self.computed + count]
-        return Part(self.number, self.computed, tokens, self.handle)
+        return SequencePart(self.number, self.computed, tokens, self.handle)
 
 
 def row(number: int, length: int, name: str | None = None, handle: Any = None) -> Row:
@@ -363,7 +362,7 @@ def test_numbers_are_limited_by_the_model(small: Any, numbers: tuple[int, int | 
 
 async def test_steps_that_do_not_follow_change_nothing(small: Any) -> None:
     def step(*parts: tuple[int, int, list[int]]) -> Step:
-        made = [Part(number, start, tokens, None) for number, start, tokens in parts]
+        made = [SequencePart(number, start, tokens, None) for number, start, tokens in parts]
         return Step(made, 0.0, lambda: False)
 
     async with serving(small) as (_, attached):
@@ -532,7 +531,7 @@ HEADS, DIM = 2, 3
 
 
 def filled(
-    kept: KeptKeys, sequences: list[int], starts: list[int], tokens: int
+    kept: KVCache, sequences: list[int], starts: list[int], tokens: int
 ) -> tuple[torch.Tensor, bool]:
     """What the one layer gives for keys that are the sequence's number; whether it copied."""
     kept.begin(sequences, starts, tokens)
@@ -545,7 +544,7 @@ def filled(
 
 
 def test_rows_in_another_order_are_copied_once() -> None:
-    kept = KeptKeys(1, 4, torch.device("cpu"))
+    kept = KVCache(1, 4, torch.device("cpu"))
     filled(kept, [10, 11, 12], [0, 0, 0], 5)
     _, copied = filled(kept, [10, 11, 12], [5, 5, 5], 1)
     assert not copied
@@ -558,7 +557,7 @@ def test_rows_in_another_order_are_copied_once() -> None:
 
 
 def test_places_are_as_many_and_as_long_as_were_needed_at_a_time() -> None:
-    kept = KeptKeys(1, 100, torch.device("cpu"))
+    kept = KVCache(1, 100, torch.device("cpu"))
     for sequence in range(20):
         filled(kept, [sequence], [0], 3)
         if sequence:

@@ -35,11 +35,9 @@ from lorax_async import (
 )
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.server.decoding.answer import Answer
-from lorax_async.server.decoding.sampling import Sampler
-from lorax_async.server.engine import Engine
-from lorax_async.server.generation import Sampling
-from lorax_async.server.ports import Step
+from lorax_async.server.engine import Engine, TokenStream
+from lorax_async.server.generation import Sampling, Step
+from lorax_async.server.sampling import Sampler
 from lorax_async.testing import FakeDecoder, FakeSource
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
@@ -431,7 +429,7 @@ SEEDED = Sampling(temperature=0.8, top_p=0.9, seed=7)
 @asynccontextmanager
 async def full(
     source: FakeSource, *, adapter: Any = "a", room: dict[str, Any] = ROOM, **more: Any
-) -> AsyncIterator[tuple[Engine, ScriptedDecoder, list[Answer]]]:
+) -> AsyncIterator[tuple[Engine, ScriptedDecoder, list[TokenStream]]]:
     """An engine whose places are all taken by long answers, each with its first tokens."""
     names = [adapter] if not isinstance(adapter, list) else adapter
     async with generating(source, **room) as (engine, decoder, loader):
@@ -444,7 +442,7 @@ async def full(
         yield engine, decoder, answers
 
 
-def steps_with(decoder: ScriptedDecoder, answer: Answer) -> list[int]:
+def steps_with(decoder: ScriptedDecoder, answer: TokenStream) -> list[int]:
     return [
         number
         for number, step in enumerate(decoder.steps)
@@ -453,7 +451,7 @@ def steps_with(decoder: ScriptedDecoder, answer: Answer) -> list[int]:
 
 
 async def require_whole(
-    answers: list[Answer], adapter: str = "a", *, start: int = 0, sampling: Sampling = GREEDY
+    answers: list[TokenStream], adapter: str = "a", *, start: int = 0, sampling: Sampling = GREEDY
 ) -> None:
     for number, answer in enumerate(answers, start):
         assert await all_of(answer) == alone([number, 1, 2], LONG, adapter, sampling)
@@ -558,7 +556,7 @@ async def test_preempted_answers_end_after_the_tokens_that_came_before(
 async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
     """Its token comes in the very turn, and is the next one's. The first end counts."""
     ticket: Any = None
-    answer = Answer(1, asked([1], 9), Sampler(GREEDY), ticket)
+    answer = TokenStream(1, asked([1], 9), Sampler(GREEDY), ticket)
     for token in (5, 6):
         task = asyncio.ensure_future(anext(answer))
         await asyncio.sleep(0)

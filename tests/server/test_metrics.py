@@ -15,8 +15,9 @@ from starlette.types import Message, Receive, Scope, Send
 import tiny
 from lorax_async import FetchError
 from lorax_async.metrics.collector import LAG_PERIOD
-from lorax_async.server.calls.metrics import CountedRequests, ServerMetrics
-from lorax_async.server.calls.names import Names
+from lorax_async.server.generation import ObservedTokens
+from lorax_async.server.metrics import RequestCounter, ServerMetrics
+from lorax_async.server.names import Names
 from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, request, serving
 from tiny_loaders import loader
@@ -62,7 +63,7 @@ async def test_requests_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         world.engine.rule = failing(FetchError("the source is down"))
         with pytest.raises(APIStatusError):
             await ask(model="org/x", prompt="x")
-        monkeypatch.setattr(world.service.names, "find", lambda model: 1 / 0)
+        monkeypatch.setattr(world.service.names, "resolve", lambda model: 1 / 0)
         with pytest.raises(APIStatusError):
             await ask(model="base", prompt="x")
         samples = await scraped(world)
@@ -177,7 +178,7 @@ async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyP
             patch.setattr(time, "monotonic", lambda: clock[0])
             submitted = engine.submit(nothing)
             submitted.say("abc")
-            tokens = metrics.measured(submitted, "base", 5)
+            tokens = ObservedTokens(submitted, [metrics.sequence("base", 5)])
             for seconds in (0.5, 0.25, 0.125):
                 clock[0] += seconds
                 await anext(tokens)
@@ -195,7 +196,7 @@ async def test_a_cancelled_sequence_runs_no_more() -> None:
     """Though a token may be on its way: it is not counted as a first one."""
     async with serving(FakeEngine()) as world:
         tokens = world.engine.submit(None)
-        measured = world.service.metrics.measured(tokens, "base", 1)
+        measured = ObservedTokens(tokens, [world.service.metrics.sequence("base", 1)])
         reading = asyncio.create_task(anext(measured))
         await asyncio.sleep(0)
         assert sequences(await scraped(world)) == (1, 0)
@@ -220,7 +221,7 @@ async def test_a_status_that_was_sent_is_the_one_that_counts() -> None:
         return
 
     async with serving() as world:
-        counted = CountedRequests(app, world.service.metrics)
+        counted = RequestCounter(app, world.service.metrics)
         for kind in ("lifespan", "websocket"):
             await counted({"type": kind}, receive, send)
         with pytest.raises(RuntimeError, match="middle"):

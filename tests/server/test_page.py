@@ -18,9 +18,9 @@ import tiny
 from common import until
 from lorax_async import AdapterFormatError, CapacityError
 from lorax_async.server import cold_requests
-from lorax_async.server.calls.names import Names
 from lorax_async.server.calls.page import board, routes
 from lorax_async.server.calls.page import watching as watching_module
+from lorax_async.server.names import Names
 from lorax_async.tracing.trace import Trace
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, gated
@@ -483,8 +483,8 @@ def test_the_first_name_that_is_left_counts(tmp_path: Path) -> None:
     names = Names("base", {"one": "org/x", "two": "org/x", "path": tmp_path})
     assert (names.name_of("org/x"), names.name_of(tmp_path)) == ("one", "path")
     assert names.name_of(str(tmp_path)) is None, "a request's text is no path"
-    names.put("one", "org/y")
+    names.add("one", "org/y")
     assert (names.name_of("org/x"), names.name_of("org/y")) == ("two", "one")
-    assert names.take("two") == "org/x"
+    assert names.remove("two") == "org/x"
     assert names.name_of("org/x") is None
-    assert names.take("two") is None
+    assert names.remove("two") is None

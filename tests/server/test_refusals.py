@@ -18,9 +18,14 @@ import lorax_async as la
 import tiny
 from lorax_async import ConfigError, LoraxError, UsageError
 from lorax_async.commands.serve import hosts_of
-from lorax_async.server.calls.errors import INTERNAL, Refusal, refusal_of
-from lorax_async.server.calls.prompts import Prompts
-from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody, parsed
+from lorax_async.server.errors import INTERNAL, Refusal, refusal_of
+from lorax_async.server.requests import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    Prompts,
+    parse_body,
+)
 from lorax_async.server.serving import listen
 from lorax_async.server.settings import ServerSettings
 from server.world import (
@@ -240,7 +245,7 @@ async def test_where_one_sequence_is_refused_all_are() -> None:
         assert engine.waiting == 0
 
 
-async def test_a_client_has_a_number_of_adapters_under_way() -> None:
+async def test_a_client_has_a_number_of_adapters_in_flight() -> None:
     """By its key, else by its address, which it cannot choose; the engine is told which it is."""
     engine = FakeEngine()
     async with serving(engine, max_adapters_per_client=1) as world:
@@ -303,7 +308,7 @@ async def test_health() -> None:
         assert (gone.status, gone.error["code"]) == (503, "engine_gone")
         assert (await world.ask("POST", COMPLETIONS, PLAIN)).status == 503
         world.engine.alive = True
-        world.service.under_way.close()
+        world.service.in_flight.close()
         closing = await world.ask("GET", "/health")
         assert (closing.status, closing.error["code"]) == (503, "closing")
         assert closing.headers["retry-after"] == "1"
@@ -351,11 +356,11 @@ def user(content: Any = "c", **more: Any) -> dict[str, Any]:
 
 
 def completion(**fields: Any) -> CompletionBody:
-    return parsed(CompletionBody, json.dumps(BODY | fields).encode())
+    return parse_body(CompletionBody, json.dumps(BODY | fields).encode())
 
 
 def chat(**fields: Any) -> ChatBody:
-    return parsed(ChatBody, json.dumps({"model": "m"} | messages(user()) | fields).encode())
+    return parse_body(ChatBody, json.dumps({"model": "m"} | messages(user()) | fields).encode())
 
 
 @pytest.mark.parametrize(
@@ -445,11 +450,11 @@ TEXT = {"type": "text", "text": "x"}
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_refused_by_name_at_the_first_few_faults(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Body], fields: Any, param: str
+    monkeypatch: pytest.MonkeyPatch, kind: type[GenerationBody], fields: Any, param: str
 ) -> None:
     counts = [0]
 
-    def validate(found: Any) -> Body:
+    def validate(found: Any) -> GenerationBody:
         try:
             return kind(**found)
         except ValidationError as error:
@@ -459,7 +464,7 @@ def test_a_wrong_field_is_refused_by_name_at_the_first_few_faults(
     monkeypatch.setattr(kind, "model_validate", validate)
     plain = BODY if kind is CompletionBody else {"model": "m"}
     with pytest.raises(Refusal) as refused:
-        parsed(kind, json.dumps(plain | fields).encode())
+        parse_body(kind, json.dumps(plain | fields).encode())
     assert (refused.value.status, refused.value.param) == (400, param)
     assert param in refused.value.message
     assert max(counts) < 10
@@ -473,9 +478,9 @@ def test_a_wrong_field_is_refused_by_name_at_the_first_few_faults(
         b'{"a":' * 5000, b"[" * 100_000,
     ],
 )  # fmt: skip
-def test_what_is_no_object_is_refused(kind: type[Body], content: bytes) -> None:
+def test_what_is_no_object_is_refused(kind: type[GenerationBody], content: bytes) -> None:
     with pytest.raises(Refusal) as refused:
-        parsed(kind, content)
+        parse_body(kind, content)
     assert (refused.value.status, refused.value.code) == (400, "invalid_json")
 
 
@@ -483,7 +488,7 @@ def test_what_is_no_object_is_refused(kind: type[Body], content: bytes) -> None:
 def test_what_is_missing_is_named(missing: str) -> None:
     there = {name: value for name, value in BODY.items() if name != missing}
     with pytest.raises(Refusal, match=f"Missing required parameter: {missing}"):
-        parsed(CompletionBody, json.dumps(there).encode())
+        parse_body(CompletionBody, json.dumps(there).encode())
 
 
 # -- the loop, on which all others are answered ---------------------------------------------------
@@ -500,10 +505,10 @@ def no_thread_is_interrupted() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_thread_is_interrupted")
 @pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
-def test_other_threads_run_while_a_long_text_becomes_tokens(kind: type[Body]) -> None:
+def test_other_threads_run_while_a_long_text_becomes_tokens(kind: type[GenerationBody]) -> None:
     prompts, text = Prompts(tokenizer()), "what is ice " * 30_000
     fields = messages(user(text)) if kind is ChatBody else {"prompt": text}
-    body = parsed(kind, json.dumps({"model": "m"} | fields).encode())
+    body = parse_body(kind, json.dumps({"model": "m"} | fields).encode())
     begun, read = threading.Event(), list[int]()
 
     def reading() -> None:

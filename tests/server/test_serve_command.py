@@ -31,7 +31,7 @@ from lorax_async.cli import main
 from lorax_async.commands import serve
 from lorax_async.commands.places import as_source, opened, sources_of
 from lorax_async.commands.serve import ADMIN_TOKEN, how_to_serve, named
-from lorax_async.server.assembly import Base
+from lorax_async.server.service import Base
 from server.world import llama_config, tokenizer
 
 TOKEN = "a-token"

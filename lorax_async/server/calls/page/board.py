@@ -12,8 +12,8 @@ from lorax_async.errors import shorten
 from lorax_async.events import Event, Failed
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.whereabouts import AdapterResidency
-from lorax_async.server.calls.names import Names
 from lorax_async.server.cold_requests import ColdRequests
+from lorax_async.server.names import Names
 
 MOST = 200
 """Adapters with names, and as many others, of which the nearest are shown."""

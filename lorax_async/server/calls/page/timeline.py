@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from lorax_async.adapter import AdapterId, AdapterRef, Ref, as_ref
 from lorax_async.errors import LoraxError
 from lorax_async.ids.parsing import parsed
-from lorax_async.server.calls.names import Names
 from lorax_async.server.cold_requests import ColdRequest, ColdRequests
+from lorax_async.server.names import Names
 from lorax_async.tracing.hiding import ANOTHER
 from lorax_async.tracing.names import name_of
 from lorax_async.tracing.picture import picture_of

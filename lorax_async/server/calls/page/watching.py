@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lorax_async.errors import CapacityError
-from lorax_async.server.calls.events import EventStream
 from lorax_async.server.calls.page.board import Board, Rows
+from lorax_async.server.clients import EventStream
 
 MOST = 64
 """Pages that are told at a time, and as many of the operator's: nobody keeps him out."""

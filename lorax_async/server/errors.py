@@ -1,10 +1,12 @@
-"""What a client is told when it gets no answer: OpenAI's form, with a status that fits."""
+"""Error responses: a status and OpenAI's JSON form for every error of a request."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil
 from typing import Any, NamedTuple
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from lorax_async.errors import (
@@ -44,10 +46,10 @@ TABLE = (
     _Row(IncompatibleAdapterError, 422, "adapter_incompatible"),
     _Row(CapacityError, 429, "over_capacity"),
     _Row(LoaderClosedError, 503, "closing"),
-    _Row(HandleClosedError, 503, "closing"),  # leases are revoked by closing only
+    _Row(HandleClosedError, 503, "closing"),  # only closing revokes leases
     _Row(AdapterTimeoutError, 504, "timeout"),
     _Row(FetchTimeoutError, 504, "timeout"),
-    # The source's doing, not the client's: it cannot change what it asked for.
+    # The source is at fault, not the client, which cannot ask for anything else.
     _Row(IntegrityError, 502, "adapter_altered"),
     _Row(EvictedError, 503, "evicted"),
     _Row(FetchError, 502, "fetch_failed"),
@@ -55,20 +57,20 @@ TABLE = (
     _Row(UsageError, 400, "invalid_request"),
     _Row(TransferError, 500, "transfer_failed"),
 )
-"""The first class that an error is an instance of decides. All else is `INTERNAL`."""
+"""The first row whose class matches an error decides; other errors get `INTERNAL`."""
 
 INTERNAL = "The server made a mistake; its log has more."
-"""What went wrong inside is for whoever runs the server."""
+"""Internal details are for the operator's log only."""
 
-_COME_BACK = frozenset({429, 503})
-_MAY_PASS = frozenset({502, 504})
+_RETRY_LATER = frozenset({429, 503})
+_RETRY_IF_TRANSIENT = frozenset({502, 504})
 
 
-class Refusal(Exception):  # noqa: N818 - what a client is told, whosever fault it was
-    """A request that gets no answer.
+class Refusal(Exception):  # noqa: N818 - a response, whoever is at fault
+    """An error response to one request.
 
-    `kind` is the word that OpenAI's clients know as an error's type; None takes what is usual for
-    the status. `retry_after` is in seconds.
+    `kind` is the error's type in OpenAI's JSON; None derives it from the status. `retry_after` is
+    in seconds. With `close`, nothing more is read from the connection.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Refusal(Exception):  # noqa: N818 - what a client is told, whosever fault 
         kind: str | None = None,
         retry_after: float | None = None,
         close: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -88,9 +91,14 @@ class Refusal(Exception):  # noqa: N818 - what a client is told, whosever fault 
         self.param = param
         self.code = code
         self.kind = kind or _kind_of(status)
-        self.retry_after = retry_after
         self.close = close
-        """Whether nothing further is read from this connection."""
+        self._headers = dict(headers or {})
+        if retry_after is not None:
+            self._headers["Retry-After"] = str(max(1, ceil(retry_after)))
+        if status == 401:
+            self._headers["WWW-Authenticate"] = "Bearer"
+        if close:
+            self._headers["Connection"] = "close"
 
     def as_json(self) -> dict[str, Any]:
         error = {
@@ -102,34 +110,29 @@ class Refusal(Exception):  # noqa: N818 - what a client is told, whosever fault 
         return {"error": error}
 
     def response(self) -> JSONResponse:
-        headers = {}
-        if self.retry_after is not None:
-            headers["Retry-After"] = str(max(1, ceil(self.retry_after)))
-        if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        if self.close:
-            headers["Connection"] = "close"
-        return JSONResponse(self.as_json(), self.status, headers)
+        return JSONResponse(self.as_json(), self.status, self._headers)
 
 
 def refusal_of(error: Exception, retry_after: float, model: str | None = None) -> Refusal:
-    """What to tell of an error; `model` is what the client called the adapter.
+    """Return the response to an error; `model` is the client's name for the adapter.
 
-    Its own word stands in the text: of a name that the operator gave, the id may be a path.
+    It replaces the id in the message: behind an operator's name, the id may be a path.
     """
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, HTTPException):  # starlette's: no such path, or not with this method
+        return Refusal(error.status_code, error.detail, code="unknown_url", headers=error.headers)
     row = next((row for row in TABLE if isinstance(error, row.kind)), None)
     if row is None or not isinstance(error, LoraxError):
         return Refusal(500, INTERNAL, code="internal_error")
-    told = error if model is None or error.id is None else error.located(id=model)
-    comes_back = row.status in _COME_BACK or (row.status in _MAY_PASS and error.retryable)
+    shown = error if model is None or error.id is None else error.located(id=model)
+    retry = row.status in _RETRY_LATER or (row.status in _RETRY_IF_TRANSIENT and error.retryable)
     return Refusal(
         row.status,
-        str(told),
+        str(shown),
         param="model" if error.id is not None else None,
         code=row.code,
-        retry_after=(error.retry_after or retry_after) if comes_back else None,
+        retry_after=(error.retry_after or retry_after) if retry else None,
     )
 
 
