@@ -7,8 +7,8 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -19,8 +19,9 @@ from tokenizers.decoders import DecodeStream
 from lorax_async.adapter import AdapterId
 from lorax_async.errors import InternalError, LoraxError
 from lorax_async.server.clients import EventStream, client_of, read_json
-from lorax_async.server.errors import Refusal, refusal_of
-from lorax_async.server.generation import Finish, Generation, Sampling, Tokens
+from lorax_async.server.engine import ObservedTokens
+from lorax_async.server.errors import Refusal, invalid, refusal_of
+from lorax_async.server.generation import Finish, Generation, Sampling
 from lorax_async.server.requests import (
     MAX_SEED,
     MIN_SEED,
@@ -102,8 +103,8 @@ class CompletionEndpoint:
 
 
 async def _send(body: GenerationBody, texts: TextStreams, asked: int, stream: EventStream) -> None:
-    choices = await texts.collect()
-    answer = _format_of(body).whole(choices, TokenUsage(asked, texts.count))
+    whole = await texts.collect()
+    answer = AnswerFormat(body).whole(whole, _usage(asked, texts.count))
     await stream.respond(JSONResponse(answer))
 
 
@@ -111,21 +112,16 @@ async def _stream(
     body: GenerationBody, texts: TextStreams, asked: int, stream: EventStream
 ) -> None:
     """Send events; an error before the first text is a status, as for whole answers."""
-    form = _format_of(body)
+    form = AnswerFormat(body)
     delta = await texts.next()
     await stream.begin()
-    for index in range(len(texts)):
-        opening = form.opening(index)
-        if opening is not None:
-            await stream.tell(opening)
+    for index in range(len(texts) if form.is_chat else 0):
+        await stream.tell(form.opening(index))
     while delta is not None:
-        if delta.finish is None:
-            await stream.tell(form.delta(delta.choice, delta.text))
-        else:
-            await stream.tell(form.end(delta.choice, delta.finish))
+        await stream.tell(form.delta(delta))
         delta = await texts.next()
     if form.with_usage:
-        await stream.tell(form.usage(TokenUsage(asked, texts.count)))
+        await stream.tell(form.usage(_usage(asked, texts.count)))
     await stream.end()
 
 
@@ -135,12 +131,8 @@ async def _stream(
 def _require_few(body: GenerationBody, limit: int) -> None:
     prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
     if prompts * (body.n or 1) > limit:
-        raise Refusal(
-            400,
-            f"A request may ask for {limit} sequences at most: its prompts, times n",
-            param="n" if prompts == 1 else "prompt",
-            code="invalid_value",
-        )
+        message = f"A request may ask for {limit} sequences at most: its prompts, times n"
+        raise invalid(message, "n" if prompts == 1 else "prompt")
 
 
 def _generations(
@@ -169,13 +161,11 @@ def _generations(
 
 
 def _too_long(service: Service, asked: str, param: str) -> Refusal:
-    return Refusal(
-        400,
+    message = (
         f"This model takes {service.engine.max_length} tokens, new ones included, and prompts of"
-        f" {service.max_prompt_tokens}; this request has {asked}",
-        param=param,
-        code="context_length_exceeded",
+        f" {service.max_prompt_tokens}; this request has {asked}"
     )
+    return invalid(message, param, "context_length_exceeded")
 
 
 def _sampling(body: GenerationBody, number: int) -> Sampling:
@@ -201,62 +191,40 @@ class TextDelta(NamedTuple):
     finish: Finish | None
 
 
-class CompletedText(NamedTuple):
-    """The whole text of one sequence."""
-
-    text: str
-    finish: Finish | None
-
-
+@dataclass(slots=True)
 class TextStream:
-    """The text of one sequence.
+    """The text of one sequence. `count` is its tokens so far."""
 
-    Attributes
-    ----------
-    count
-        Tokens received.
-    """
-
-    def __init__(
-        self, index: int, tokens: Tokens, detokenizer: Detokenizer, stops: StopStrings
-    ) -> None:
-        self.count = 0
-        self.finish: Finish | None = None
-        self._index = index
-        self._tokens = tokens
-        self._coming = aiter(tokens)
-        self._detokenizer = detokenizer
-        self._stops = stops
-        self._ended: Finish | None = None
-
-    def cancel(self) -> None:
-        self._tokens.cancel()
+    choice: int
+    tokens: ObservedTokens
+    detokenizer: Detokenizer
+    stops: StopStrings
+    count: int = 0
+    finish: Finish | None = None
 
     async def next(self) -> TextDelta | None:
         """Return the next text, then the end, then None. Raise the `LoraxError` that ended it."""
-        while self._ended is None:
-            text = await self._read()
+        if self.finish is not None:
+            return None
+        ended: Finish | None = "stop" if self.stops.hit else None
+        while ended is None:
+            try:
+                token = await anext(self.tokens)
+            except StopAsyncIteration:
+                ended = self.tokens.finish
+                if ended is None:
+                    raise InternalError("a generation ended, and said no reason") from None
+                text = self.stops.end()
+            else:
+                self.count += 1
+                text = self.stops.feed(self.detokenizer.feed(token))
+                if self.stops.hit:
+                    self.tokens.cancel()
+                    ended = "stop"
             if text:
-                return TextDelta(self._index, text, None)
-        if self.finish is None:
-            self.finish = self._ended
-            return TextDelta(self._index, "", self.finish)
-        return None
-
-    async def _read(self) -> str:
-        try:
-            token = await anext(self._coming)
-        except StopAsyncIteration:
-            self._ended = self._tokens.finish
-            if self._ended is None:
-                raise InternalError("a generation ended, and said no reason") from None
-            return self._stops.end()
-        self.count += 1
-        text = self._stops.feed(self._detokenizer.feed(token))
-        if self._stops.hit:
-            self._tokens.cancel()
-            self._ended = "stop"
-        return text
+                return TextDelta(self.choice, text, None)
+        self.finish = ended
+        return TextDelta(self.choice, "", ended)
 
 
 class TextStreams:
@@ -296,19 +264,17 @@ class TextStreams:
                 return delta
         return None
 
-    async def collect(self) -> list[CompletedText]:
-        """Return all texts, once all sequences have ended."""
+    async def collect(self) -> list[tuple[str, Finish | None]]:
+        """Return all texts, and why they ended, once all have."""
         texts: list[list[str]] = [[] for _ in self._streams]
         while (delta := await self.next()) is not None:
             texts[delta.choice].append(delta.text)
-        return [
-            CompletedText("".join(text), stream.finish)
-            for text, stream in zip(texts, self._streams, strict=True)
-        ]
+        finishes = [stream.finish for stream in self._streams]
+        return list(zip(map("".join, texts), finishes, strict=True))
 
     def close(self) -> None:
         for stream in self._streams:
-            stream.cancel()
+            stream.tokens.cancel()
         for task in self._reading:
             task.cancel()
         self._reading.clear()
@@ -383,94 +349,53 @@ class StopStrings:
 # -- the JSON of answers --------------------------------------------------------------------------
 
 
-class TokenUsage(NamedTuple):
-    """The numbers of tokens that went in and came out."""
+class AnswerFormat:
+    """Format the answer to one request, whole or as events.
 
-    prompt_tokens: int
-    completion_tokens: int
-
-    def as_json(self) -> Json:
-        return {**self._asdict(), "total_tokens": self.prompt_tokens + self.completion_tokens}
-
-
-def _format_of(body: GenerationBody) -> CompletionFormat:
-    options = body.stream_options
-    kind = ChatFormat if isinstance(body, ChatBody) else CompletionFormat
-    return kind(body.model, bool(options is not None and options.include_usage))
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionFormat:
-    """Format the answer to one request of /v1/completions.
-
-    `with_usage`: the last event has the usage, and the others have null.
+    With `include_usage`, the last event has the usage, and the others have null.
     """
 
-    model: str
-    with_usage: bool = False
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    whole_object: ClassVar[str] = "text_completion"
-    delta_object: ClassVar[str] = "text_completion"
-
-    def whole(self, texts: Sequence[CompletedText], usage: TokenUsage) -> Json:
-        choices = [self._choice(n, text, finish) for n, (text, finish) in enumerate(texts)]
-        return self._envelope(self.whole_object, choices) | {"usage": usage.as_json()}
-
-    def opening(self, index: int) -> Json | None:
-        """Return the event before the first text of a sequence, if there is one."""
-        del index
-        return None
-
-    def delta(self, index: int, text: str) -> Json:
-        return self._event(self._choice(index, text, None))
-
-    def end(self, index: int, finish: Finish) -> Json:
-        return self._event(self._choice(index, "", finish))
-
-    def usage(self, usage: TokenUsage) -> Json:
-        return self._event() | {"usage": usage.as_json()}
-
-    def _choice(self, index: int, text: str, finish: Finish | None) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
-
-    def _event(self, *choices: Json) -> Json:
-        no_usage = {"usage": None} if self.with_usage else {}
-        return self._envelope(self.delta_object, choices) | no_usage
-
-    def _envelope(self, kind: str, choices: Sequence[Json]) -> Json:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
+    def __init__(self, body: GenerationBody) -> None:
+        options = body.stream_options
+        self.with_usage = bool(options is not None and options.include_usage)
+        self.is_chat = isinstance(body, ChatBody)
+        self._common = {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body.model,
         }
 
+    def whole(self, texts: Sequence[tuple[str, Finish | None]], usage: Json) -> Json:
+        choices = []
+        for index, (text, finish) in enumerate(texts):
+            message = {"role": "assistant", "content": text, "refusal": None}
+            content = {"message": message} if self.is_chat else {"text": text}
+            choices.append(_choice(index, content, finish))
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return {**self._common, "object": kind, "choices": choices, "usage": usage}
 
-@dataclass(frozen=True, slots=True)
-class ChatFormat(CompletionFormat):
-    """Format the answer to one request of /v1/chat/completions."""
+    def opening(self, index: int) -> Json:
+        """Return the event before the first text of a chat's sequence."""
+        return self._event(_choice(index, {"delta": {"role": "assistant", "content": ""}}, None))
 
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    def delta(self, delta: TextDelta) -> Json:
+        chat = {"delta": {} if delta.finish else {"content": delta.text}}
+        content = chat if self.is_chat else {"text": delta.text}
+        return self._event(_choice(delta.choice, content, delta.finish))
 
-    whole_object: ClassVar[str] = "chat.completion"
-    delta_object: ClassVar[str] = "chat.completion.chunk"
+    def usage(self, usage: Json) -> Json:
+        return self._event() | {"usage": usage}
 
-    def opening(self, index: int) -> Json | None:
-        return self._delta(index, {"role": "assistant", "content": ""}, None)
+    def _event(self, *choices: Json) -> Json:
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        no_usage = {"usage": None} if self.with_usage else {}
+        return {**self._common, "object": kind, "choices": choices, **no_usage}
 
-    def delta(self, index: int, text: str) -> Json:
-        return self._delta(index, {"content": text}, None)
 
-    def end(self, index: int, finish: Finish) -> Json:
-        return self._delta(index, {}, finish)
+def _choice(index: int, content: Json, finish: Finish | None) -> Json:
+    return {"index": index, **content, "logprobs": None, "finish_reason": finish}
 
-    def _delta(self, index: int, delta: Json, finish: Finish | None) -> Json:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return self._event(choice)
 
-    def _choice(self, index: int, text: str, finish: Finish | None) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
+def _usage(prompt: int, completion: int) -> Json:
+    total = prompt + completion
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}

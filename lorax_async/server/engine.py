@@ -7,12 +7,10 @@ import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from lorax_async.errors import (
     AdapterFormatError,
@@ -22,7 +20,7 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.scheduler import AdapterScheduler
-from lorax_async.scheduling.batch import Batch, BatchRow
+from lorax_async.scheduling.batch import Batch
 from lorax_async.scheduling.requests import Request, Ticket
 from lorax_async.server.generation import (
     Computed,
@@ -75,8 +73,6 @@ class Engine:
         self._gone: list[int] = []
         self._thread = ThreadPoolExecutor(1, "lorax-decoder")
         self._refusing: str | None = "the engine is not open yet"
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._running: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -87,21 +83,8 @@ class Engine:
         self._running = asyncio.create_task(self._run(), name="lorax engine")
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    async def drain(self, timeout: float | None = None) -> bool:
-        """Refuse new generations and wait for the others; return whether they ended in time."""
-        self._refusing = "the server is closing"
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self._idle.wait()
-        return self._idle.is_set()
 
     async def close(self) -> None:
         """End all generations with `LoaderClosedError`, and wait for the step being computed.
@@ -126,10 +109,12 @@ class Engine:
 
     @property
     def max_length(self) -> int:
+        """The maximum number of tokens of a sequence, prompt included."""
         return self._decoder.max_length
 
     @property
     def alive(self) -> bool:
+        """Whether it takes generations: False when closing, or after a failure."""
         return self._refusing is None
 
     @property
@@ -163,7 +148,6 @@ class Engine:
         stream = TokenStream(next(self._numbers), generation, sampler, ticket)
         self._streams[ticket] = stream
         self._waiting.add(stream)
-        self._idle.clear()
         ticket.add_done_callback(partial(self._leave, stream))
         return stream
 
@@ -184,8 +168,6 @@ class Engine:
         self._waiting.discard(stream)
         self._gone.append(stream.number)
         stream.end(None if ticket.cancelled else ticket.error)
-        if not self._streams:
-            self._idle.set()
 
     def _end_all(self, error: LoraxError) -> None:
         """End all streams, except those whose ticket is done and whose callback is due."""
@@ -208,12 +190,10 @@ class Engine:
             self._end_all(failed)
 
     async def _step(self, batch: Batch) -> None:
-        step = BatchStep.of(batch, self._streams)
-        preempted = [self._streams.get(ticket) for ticket in batch.preempted]
-        gone = [
-            *self._take_gone(),
-            *(stream.number for stream in preempted if stream is not None),
-        ]
+        step = BatchStep(batch, self._streams)
+        streams = map(self._streams.get, batch.preempted)
+        preempted = [stream.number for stream in streams if stream is not None]
+        gone = self._take_gone() + preempted
         self._complete(step, await self._in_thread(step.compute, self._decoder, gone))
 
     def _complete(self, step: BatchStep, outcome: StepOutcome) -> None:
@@ -257,7 +237,9 @@ def _counts(ticket: Ticket) -> bool:
 
 
 class TokenStream:
-    """The `Tokens` of one generation, for one reader. On the event loop.
+    """The tokens of one generation, for one reader. On the event loop.
+
+    Iterating raises the `LoraxError` that ended it, after the last token.
 
     Attributes
     ----------
@@ -266,7 +248,7 @@ class TokenStream:
     known
         Token ids, those of the prompt and those generated.
     finish
-        Why it ended by itself.
+        Why it ended; None before, and if it failed or was cancelled.
     """
 
     def __init__(
@@ -297,7 +279,7 @@ class TokenStream:
         return self._ready.popleft()
 
     def cancel(self) -> None:
-        """Stop generating. Idempotent."""
+        """Stop generating, and free its place. Idempotent."""
         self.ticket.cancel()
         self.end()
 
@@ -325,53 +307,81 @@ class TokenStream:
             waiter.set_result(None)
 
 
+class TokenObserver(Protocol):
+    """Learns of the tokens of one generation."""
+
+    def token(self) -> None:
+        """Another token came."""
+
+    def ended(self, outcome: str) -> None:
+        """No more tokens are read: "no token", "cancelled" or an error's class. May repeat."""
+
+
+class ObservedTokens:
+    """Pass tokens on, and notify observers of them."""
+
+    def __init__(self, tokens: TokenStream, observers: Sequence[TokenObserver]) -> None:
+        self._tokens = tokens
+        self._coming = aiter(tokens)
+        self._observers = observers
+
+    @property
+    def finish(self) -> Finish | None:
+        return self._tokens.finish
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self
+
+    async def __anext__(self) -> int:
+        try:
+            token = await anext(self._coming)
+        except StopAsyncIteration:
+            self._end("no token")
+            raise
+        except BaseException as error:
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            self._end("cancelled" if is_cancelled else type(error).__name__)
+            raise
+        for observer in self._observers:
+            observer.token()
+        return token
+
+    def cancel(self) -> None:
+        self._end("cancelled")
+        self._tokens.cancel()
+
+    def _end(self, outcome: str) -> None:
+        for observer in self._observers:
+            observer.ended(outcome)
+
+
 @dataclass(slots=True)
 class StepOutcome:
-    """The result of a step's rows.
-
-    Attributes
-    ----------
-    tokens
-        New tokens.
-    again
-        Rows that were not computed.
-    failed
-        Rows without finite logits; all rows, if the decoder raised.
-    """
+    """The new tokens of a step's rows, the rows to compute again, and those that failed."""
 
     tokens: dict[TokenStream, int] = field(default_factory=dict)
     again: list[Ticket] = field(default_factory=list)
     failed: dict[Ticket, LoraxError] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
 class BatchStep:
     """A batch of the scheduler as a step of the decoder."""
 
-    batch: Batch
-    rows: Sequence[tuple[BatchRow, TokenStream]]
-    step: Step
-
-    @classmethod
-    def of(cls, batch: Batch, streams: Mapping[Ticket, TokenStream]) -> BatchStep:
-        rows = [(row, streams[row.ticket]) for row in batch.rows]
-        parts = [
-            SequencePart(
-                stream.number,
-                row.start,
-                stream.known[row.start : row.start + row.tokens],
-                row.handle,
-            )
-            for row, stream in rows
-        ]
-        return cls(batch, rows, Step(parts, batch.budget, lambda: batch.others_wait))
+    def __init__(self, batch: Batch, streams: Mapping[Ticket, TokenStream]) -> None:
+        self.batch = batch
+        self.rows = [(row, streams[row.ticket]) for row in batch.rows]
+        parts = []
+        for row, stream in self.rows:
+            tokens = stream.known[row.start : row.start + row.tokens]
+            parts.append(SequencePart(stream.number, row.start, tokens, row.handle))
+        self._step = Step(parts, batch.budget, lambda: batch.others_wait)
 
     def compute(self, decoder: Decoder, gone: Iterable[int]) -> StepOutcome:
         """Forget the sequences in `gone`, then compute the step. Blocks; in the thread."""
         try:
             for number in gone:
                 decoder.forget(number)
-            return self._choose(decoder.compute(self.step))
+            return self._choose(decoder.compute(self._step))
         except Exception as error:  # noqa: BLE001 - the engine outlives its decoder's errors
             failed = error
             if not isinstance(failed, LoraxError):
@@ -381,22 +391,16 @@ class BatchStep:
 
     def _choose(self, computed: Computed) -> StepOutcome:
         outcome = StepOutcome(again=[self.rows[number][0].ticket for number in computed.out])
-        numbers = [
-            number
-            for number, (row, _) in enumerate(self.rows)
-            if row.last and number not in computed.out
-        ]
-        rows = [self.rows[number] for number in numbers]
-        tokens = choose(computed.logits[numbers], [stream.sampler for _, stream in rows])
+        done = [n for n, (row, _) in enumerate(self.rows) if row.last and n not in computed.out]
+        rows = [self.rows[number] for number in done]
+        tokens = choose(computed.logits[done], [stream.sampler for _, stream in rows])
         for (row, stream), token in zip(rows, tokens, strict=True):
             if token is not None:
                 outcome.tokens[stream] = token
             elif row.handle is None:
-                outcome.failed[row.ticket] = InternalError(
-                    "the base gave logits that are no numbers"
-                )
+                error = InternalError("the base gave logits that are no numbers")
+                outcome.failed[row.ticket] = error
             else:
-                outcome.failed[row.ticket] = AdapterFormatError(
-                    "with its weights the logits are no numbers", stage="ready"
-                )
+                reason = "with its weights the logits are no numbers"
+                outcome.failed[row.ticket] = AdapterFormatError(reason, stage="ready")
         return outcome

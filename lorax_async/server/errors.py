@@ -9,26 +9,8 @@ from typing import Any, NamedTuple
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterFormatError,
-    AdapterInUseError,
-    AdapterNotFoundError,
-    AdapterTimeoutError,
-    CapacityError,
-    EvictedError,
-    FetchError,
-    FetchTimeoutError,
-    HandleClosedError,
-    IncompatibleAdapterError,
-    IntegrityError,
-    InvalidAdapterIdError,
-    LoaderClosedError,
-    LoraxError,
-    TransferError,
-    UnsupportedAdapterError,
-    UsageError,
-)
+from lorax_async import errors
+from lorax_async.errors import LoraxError
 
 
 class _Row(NamedTuple):
@@ -38,30 +20,31 @@ class _Row(NamedTuple):
 
 
 TABLE = (
-    _Row(AdapterNotFoundError, 404, "model_not_found"),
-    _Row(AccessDeniedError, 403, "model_access_denied"),
-    _Row(InvalidAdapterIdError, 400, "invalid_model_id"),
-    _Row(AdapterFormatError, 422, "adapter_malformed"),
-    _Row(UnsupportedAdapterError, 422, "adapter_unsupported"),
-    _Row(IncompatibleAdapterError, 422, "adapter_incompatible"),
-    _Row(CapacityError, 429, "over_capacity"),
-    _Row(LoaderClosedError, 503, "closing"),
-    _Row(HandleClosedError, 503, "closing"),  # only closing revokes leases
-    _Row(AdapterTimeoutError, 504, "timeout"),
-    _Row(FetchTimeoutError, 504, "timeout"),
+    _Row(errors.AdapterNotFoundError, 404, "model_not_found"),
+    _Row(errors.AccessDeniedError, 403, "model_access_denied"),
+    _Row(errors.InvalidAdapterIdError, 400, "invalid_model_id"),
+    _Row(errors.AdapterFormatError, 422, "adapter_malformed"),
+    _Row(errors.UnsupportedAdapterError, 422, "adapter_unsupported"),
+    _Row(errors.IncompatibleAdapterError, 422, "adapter_incompatible"),
+    _Row(errors.CapacityError, 429, "over_capacity"),
+    _Row(errors.LoaderClosedError, 503, "closing"),
+    _Row(errors.HandleClosedError, 503, "closing"),  # only closing revokes leases
+    _Row(errors.AdapterTimeoutError, 504, "timeout"),
+    _Row(errors.FetchTimeoutError, 504, "timeout"),
     # The source is at fault, not the client, which cannot ask for anything else.
-    _Row(IntegrityError, 502, "adapter_altered"),
-    _Row(EvictedError, 503, "evicted"),
-    _Row(FetchError, 502, "fetch_failed"),
-    _Row(AdapterInUseError, 409, "adapter_in_use"),
-    _Row(UsageError, 400, "invalid_request"),
-    _Row(TransferError, 500, "transfer_failed"),
+    _Row(errors.IntegrityError, 502, "adapter_altered"),
+    _Row(errors.EvictedError, 503, "evicted"),
+    _Row(errors.FetchError, 502, "fetch_failed"),
+    _Row(errors.AdapterInUseError, 409, "adapter_in_use"),
+    _Row(errors.UsageError, 400, "invalid_request"),
+    _Row(errors.TransferError, 500, "transfer_failed"),
 )
 """The first row whose class matches an error decides; other errors get `INTERNAL`."""
 
 INTERNAL = "The server made a mistake; its log has more."
 """Internal details are for the operator's log only."""
 
+_KINDS = {400: "invalid_request_error", 429: "rate_limit_error"}
 _RETRY_LATER = frozenset({429, 503})
 _RETRY_IF_TRANSIENT = frozenset({502, 504})
 
@@ -90,7 +73,7 @@ class Refusal(Exception):  # noqa: N818 - a response, whoever is at fault
         self.message = message
         self.param = param
         self.code = code
-        self.kind = kind or _kind_of(status)
+        self.kind = kind or _KINDS.get(status, "server_error" if status >= 500 else _KINDS[400])
         self.close = close
         self._headers = dict(headers or {})
         if retry_after is not None:
@@ -101,16 +84,16 @@ class Refusal(Exception):  # noqa: N818 - a response, whoever is at fault
             self._headers["Connection"] = "close"
 
     def as_json(self) -> dict[str, Any]:
-        error = {
-            "message": self.message,
-            "type": self.kind,
-            "param": self.param,
-            "code": self.code,
-        }
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.as_json(), self.status, self._headers)
+
+
+def invalid(message: str, param: str, code: str = "invalid_value") -> Refusal:
+    """Return the response to a parameter that cannot be used."""
+    return Refusal(400, message, param=param, code=code)
 
 
 def refusal_of(error: Exception, retry_after: float, model: str | None = None) -> Refusal:
@@ -134,9 +117,3 @@ def refusal_of(error: Exception, retry_after: float, model: str | None = None) -
         code=row.code,
         retry_after=(error.retry_after or retry_after) if retry else None,
     )
-
-
-def _kind_of(status: int) -> str:
-    if status >= 500:
-        return "server_error"
-    return "rate_limit_error" if status == 429 else "invalid_request_error"

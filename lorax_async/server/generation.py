@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from asyncio import CancelledError
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -15,7 +14,7 @@ from lorax_async.handle import AdapterHandle
 
 Finish = Literal["stop", "length"]
 
-# -- generations and their tokens -----------------------------------------------------------------
+# -- generations ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,89 +64,6 @@ class Generation:
     stop_tokens: frozenset[int] = frozenset()
     deadline: float | None = None
     client: Hashable = field(default=None, repr=False)
-
-
-class Tokens(Protocol):
-    """The tokens of one generation, as they come. On the event loop that submitted it."""
-
-    @property
-    def finish(self) -> Finish | None:
-        """Why it ended; None before, and if it failed or was cancelled."""
-
-    def __aiter__(self) -> AsyncIterator[int]:
-        """Iterate over token ids. Raise the `LoraxError` that ended it, after the last token."""
-
-    def cancel(self) -> None:
-        """Stop generating, and free its place. Idempotent."""
-
-
-class GenerationEngine(Protocol):
-    """Turn generations into tokens, many at a time."""
-
-    @property
-    def max_length(self) -> int:
-        """The maximum number of tokens of a sequence, prompt included."""
-
-    @property
-    def waiting(self) -> int:
-        """The number of submitted generations of which nothing was computed yet."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether it takes generations: False when closing, or after a failure."""
-
-    def submit(self, generation: Generation) -> Tokens:
-        """Queue a generation, and begin to load its adapter.
-
-        Raise `UsageError` for what can never be computed, `LoaderClosedError` when closing.
-        """
-
-
-class TokenObserver(Protocol):
-    """Learns of the tokens of one generation."""
-
-    def token(self) -> None:
-        """Another token came."""
-
-    def ended(self, outcome: str) -> None:
-        """No more tokens are read: "no token", "cancelled" or an error's class. May repeat."""
-
-
-class ObservedTokens:
-    """Pass tokens on, and notify observers of them."""
-
-    def __init__(self, tokens: Tokens, observers: Sequence[TokenObserver]) -> None:
-        self._tokens = tokens
-        self._coming = aiter(tokens)
-        self._observers = observers
-
-    @property
-    def finish(self) -> Finish | None:
-        return self._tokens.finish
-
-    def __aiter__(self) -> AsyncIterator[int]:
-        return self
-
-    async def __anext__(self) -> int:
-        try:
-            token = await anext(self._coming)
-        except StopAsyncIteration:
-            self._end("no token")
-            raise
-        except BaseException as error:
-            self._end("cancelled" if isinstance(error, CancelledError) else type(error).__name__)
-            raise
-        for observer in self._observers:
-            observer.token()
-        return token
-
-    def cancel(self) -> None:
-        self._end("cancelled")
-        self._tokens.cancel()
-
-    def _end(self, outcome: str) -> None:
-        for observer in self._observers:
-            observer.ended(outcome)
 
 
 # -- steps of a decoder ---------------------------------------------------------------------------

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from contextlib import contextmanager, suppress
 from typing import Self
 
 from starlette.requests import ClientDisconnect
@@ -45,18 +44,13 @@ class RequestScope:
         self._scopes.add(self)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._listening.cancel()
         self._scopes.discard(self)
-        if self._reason is None:
-            return
-        if self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise self._reason from None
+        if self._reason is not None:
+            cancelled = self._task.uncancel() > self._cancelling  # by someone else, too
+            if kind is asyncio.CancelledError and not cancelled:
+                raise self._reason from None
 
     async def _listen(self) -> None:
         await until_gone(self._receive)
@@ -109,12 +103,10 @@ class InFlightRequests:
 
     async def ended(self, seconds: float) -> bool:
         """Wait for the last request; return whether it ended in time."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        return self._idle.is_set()
 
 
 class ClientLimits:

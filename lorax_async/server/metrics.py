@@ -92,18 +92,18 @@ class SequenceGauges(Collector):
         return self.collect()
 
     def collect(self) -> Iterable[Metric]:
-        for name, text, models in (
-            ("waiting", "Sequences without a token yet.", self.waiting),
-            ("running", "Sequences that have a token, and no end.", self.running),
-        ):
-            yield GaugeMetricFamily(f"lorax_server_sequences_{name}", text, value=models.total())
+        name, waiting, running = "lorax_server_sequences", self.waiting, self.running
+        text = "Sequences without a token yet."
+        yield GaugeMetricFamily(f"{name}_waiting", text, value=waiting.total())
+        text = "Sequences that have a token, and no end."
+        yield GaugeMetricFamily(f"{name}_running", text, value=running.total())
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters with names that requests have now; the value is the time, in seconds.",
             labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
         )
-        lists = (self._adapters(self.waiting), self._adapters(self.running))
-        info.add_metric([str(self._max_lora), *lists], time.time())
+        labels = [str(self._max_lora), self._adapters(waiting), self._adapters(running)]
+        info.add_metric(labels, time.time())
         yield info
 
     def _adapters(self, models: Counter[str]) -> str:

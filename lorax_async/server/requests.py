@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from tokenizers import Tokenizer
 
 from lorax_async.errors import shorten
-from lorax_async.server.errors import Refusal
+from lorax_async.server.errors import Refusal, invalid
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
@@ -246,12 +246,9 @@ def _drop_neutral(
             for other in neutral[name]
         )
         if value is not None and not any(same):
-            raise Refusal(
-                400,
-                f"{prefix}{name} is not implemented here; leave it out",
-                param=f"{prefix}{name}",
-                code="unsupported_parameter",
-            )
+            param = f"{prefix}{name}"
+            message = f"{param} is not implemented here; leave it out"
+            raise invalid(message, param, "unsupported_parameter")
 
 
 def _refusal_of(error: ValidationError) -> Refusal:
@@ -262,16 +259,15 @@ def _refusal_of(error: ValidationError) -> Refusal:
     union = next((n for n, part in enumerate(path) if part in _EXPECTED), None)
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
-        message, code = f"Unrecognized request argument supplied: {name}", "unknown_parameter"
-    elif first["type"] == "missing" and (union is None or union == len(path) - 1):
-        message, code = f"Missing required parameter: {name}", "missing_required_parameter"
-    elif union is not None:
-        name, code = ".".join(path[: union + 1]), "invalid_value"
-        message = f"{name} {_EXPECTED[path[union]]}"
-    else:
-        name, code = name or "the body", "invalid_value"
-        message = f"{name} is refused: {first['msg'].lower()}"
-    return Refusal(400, message, param=name, code=code)
+        message = f"Unrecognized request argument supplied: {name}"
+        return invalid(message, name, "unknown_parameter")
+    if first["type"] == "missing" and (union is None or union == len(path) - 1):
+        return invalid(f"Missing required parameter: {name}", name, "missing_required_parameter")
+    if union is not None:
+        name = ".".join(path[: union + 1])
+        return invalid(f"{name} {_EXPECTED[path[union]]}", name)
+    name = name or "the body"
+    return invalid(f"{name} is refused: {first['msg'].lower()}", name)
 
 
 # -- prompts --------------------------------------------------------------------------------------
@@ -306,19 +302,15 @@ class Prompts:
         assert isinstance(body, CompletionBody)
         prompts = [self._read_prompt(prompt) for prompt in body.prompts]
         if not prompts or not all(prompts):
-            raise Refusal(400, "A prompt is empty", param="prompt", code="invalid_value")
+            raise invalid("A prompt is empty", "prompt")
         return prompts
 
     def _read_prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return self._encode(prompt)
         if prompt and not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
-            raise Refusal(
-                400,
-                f"A token id of the prompt is outside 0 … {self._vocabulary - 1}",
-                param="prompt",
-                code="invalid_value",
-            )
+            last = self._vocabulary - 1
+            raise invalid(f"A token id of the prompt is outside 0 … {last}", "prompt")
         return tuple(prompt)
 
     def _read_chat(self, body: ChatBody) -> tuple[int, ...]:
@@ -328,13 +320,8 @@ class Prompts:
                 messages, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError) as error:
-            reason = shorten(str(error), 300)
-            raise Refusal(
-                400,
-                f"The model's chat template refuses these messages: {reason}",
-                param="messages",
-                code="invalid_value",
-            ) from None
+            message = "The model's chat template refuses these messages: "
+            raise invalid(message + shorten(str(error), 300), "messages") from None
         # The template has written the special tokens.
         return self._encode(text, add_special_tokens=False)
 

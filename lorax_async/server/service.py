@@ -24,14 +24,8 @@ from lorax_async.server.calls.page.timeline import Timeline
 from lorax_async.server.calls.page.watching import Watching
 from lorax_async.server.cold_requests import ColdRequests
 from lorax_async.server.decoder import TransformersDecoder
-from lorax_async.server.engine import Engine
-from lorax_async.server.generation import (
-    Generation,
-    GenerationEngine,
-    ObservedTokens,
-    TokenObserver,
-    Tokens,
-)
+from lorax_async.server.engine import Engine, ObservedTokens, TokenObserver
+from lorax_async.server.generation import Generation
 from lorax_async.server.in_flight import ClientLimits, InFlightRequests
 from lorax_async.server.metrics import ServerMetrics
 from lorax_async.server.names import Names, is_requestable
@@ -62,7 +56,7 @@ class Service:
     def __init__(
         self,
         settings: ServerSettings,
-        engine: GenerationEngine,
+        engine: Engine,
         loader: AdapterLoader,
         tokenizer: ChatTokenizer,
         stop_tokens: frozenset[int],
@@ -102,8 +96,8 @@ class Service:
                 " may; ask again later"
             )
 
-    def submit(self, generation: Generation, model: str) -> Tokens:
-        """Submit to the engine; measure the tokens as `model`'s. Raise as `GenerationEngine`."""
+    def submit(self, generation: Generation, model: str) -> ObservedTokens:
+        """Submit to the engine; measure the tokens as `model`'s. Raise as `Engine.submit`."""
         adapter = generation.adapter
         recording = self._cold.record(adapter)
         try:

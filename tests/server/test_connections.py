@@ -29,6 +29,7 @@ from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, reque
 pytestmark = pytest.mark.usefixtures("no_socket_left")
 
 PLAIN = {"model": "org/a", "prompt": "x"}
+BASE = {"model": "base", "prompt": "x"}
 ONE: dict[str, Any] = {"max_adapters_per_client": 1, "max_waiting": 2, "max_choices": 2}
 """Room for one request, so that a place that is not given back shows."""
 
@@ -49,6 +50,13 @@ async def require_free(world: World) -> None:
     assert (await world.ask("POST", COMPLETIONS, another)).status == 200
 
 
+async def connection(world: World, sent: bytes) -> Any:
+    """The two ends of a connection, over which this was sent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(sent)
+    return reader, writer
+
+
 def taking_little(world: World) -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -62,8 +70,7 @@ def taking_little(world: World) -> socket.socket:
 async def test_a_client_that_hangs_up_frees_its_place(stream: bool, begun: bool, n: int) -> None:
     engine = FakeEngine()
     async with serving(engine, **ONE) as world:
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(request(PLAIN | {"stream": stream, "n": n}))
+        reader, writer = await connection(world, request(PLAIN | {"stream": stream, "n": n}))
         tokens = await engine.asked(n)
         if n > 1:  # they are read beside each other
             await until(lambda: ours().count("lorax choice") == n)
@@ -81,8 +88,7 @@ async def test_a_client_that_hangs_up_in_its_body_asks_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with serving() as world:
-        _, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(request(PLAIN)[:-1])
+        _, writer = await connection(world, request(PLAIN)[:-1])
         await world.until_busy()
         writer.close()
         assert await world.ends()
@@ -110,12 +116,10 @@ class Blocked:
 
     def __init__(self, takes: int) -> None:
         self.sent: list[Any] = []
-        self.gone = asyncio.Event()
-        self.blocked = asyncio.Event()
+        self.gone, self.blocked = asyncio.Event(), asyncio.Event()
         self._takes = takes
-        self._body = [
-            {"type": "http.request", "body": json.dumps(PLAIN | {"stream": True}).encode()}
-        ]
+        body = json.dumps(PLAIN | {"stream": True}).encode()
+        self._body = [{"type": "http.request", "body": body}]
 
     async def receive(self) -> Any:
         if self._body:
@@ -130,12 +134,8 @@ class Blocked:
         self.sent.append(message)
 
     def asking(self, world: World) -> asyncio.Task[None]:
-        scope: Any = {
-            "type": "http",
-            "headers": [(b"content-type", b"application/json")],
-            "client": ("127.0.0.1", 1),
-            "state": {ABORT: self.gone.set},
-        }
+        scope: Any = {"type": "http", "client": ("127.0.0.1", 1), "state": {ABORT: self.gone.set}}
+        scope["headers"] = [(b"content-type", b"application/json")]
         endpoint = CompletionEndpoint(world.service, CompletionBody)
         return asyncio.create_task(endpoint(scope, self.receive, self.send))
 
@@ -206,35 +206,31 @@ CHUNKS = f"Transfer-Encoding: chunked\r\n\r\n{len(LARGE):x}\r\n"
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/v1/load_lora_adapter"])
-@pytest.mark.parametrize(
-    ("rest", "status", "code"),
-    [
-        (ANNOUNCED.encode() + LARGE, 413, "request_too_large"),
-        (CHUNKS.encode() + LARGE + b"\r\n0\r\n\r\n", 413, "request_too_large"),
-        (b"Expect: 100-continue\r\n" + ANNOUNCED.encode(), 413, "request_too_large"),
-        (b"Content-Length: 9\r\n\r\n{", 408, "timeout"),
-        (b"Content-Type: text/plain\r\n" + ANNOUNCED.encode() + LARGE, 415, None),
-    ],
-    ids=["announced", "in chunks", "expects an answer", "does not come", "another type"],
-)
-async def test_a_body_that_is_not_read_is_refused(
-    path: str, rest: bytes, status: int, code: str | None
-) -> None:
+async def test_a_body_that_is_not_read_is_refused(path: str) -> None:
     """The client gets a whole answer, though it still sends or waits; the rest is not kept."""
     head = POST.replace(COMPLETIONS, path).encode() + b"Authorization: Bearer the-admin-token\r\n"
-    patience = 20 if LARGE in rest else 0.05
-    async with serving(max_body_bytes=100_000, slow_client=patience) as world:
-        answer = await world.raw(head + rest)
-    assert (answer.status, answer.headers["connection"]) == (status, "close")
-    assert answer.error["code"] == (code or "unsupported_media_type")
+    announced = ANNOUNCED.encode()
+    for rest, status, code in (
+        (announced + LARGE, 413, "request_too_large"),
+        (CHUNKS.encode() + LARGE + b"\r\n0\r\n\r\n", 413, "request_too_large"),
+        (b"Expect: 100-continue\r\n" + announced, 413, "request_too_large"),
+        (b"Content-Length: 9\r\n\r\n{", 408, "timeout"),
+        (b"Content-Type: text/plain\r\n" + announced + LARGE, 415, "unsupported_media_type"),
+    ):
+        patience = 20 if LARGE in rest else 0.05
+        async with serving(max_body_bytes=100_000, slow_client=patience) as world:
+            answer = await world.raw(head + rest)
+        assert (answer.status, answer.headers["connection"]) == (status, "close")
+        assert answer.error["code"] == code
 
 
 async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that goes on sending is read for a number of bytes, and no longer."""
     monkeypatch.setattr("lorax_async.server.clients.LINGER_BYTES", 100_000)
     async with serving(max_body_bytes=10) as world:
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(POST.encode() + b"Content-Length: 999999999999999\r\n\r\n")
+        reader, writer = await connection(
+            world, POST.encode() + b"Content-Length: 999999999999999\r\n\r\n"
+        )
         with pytest.raises(ConnectionError):
             while True:
                 writer.write(b"x" * 65536)
@@ -247,17 +243,15 @@ async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_only_a_disconnect_is_a_hang_up() -> None:
     """However well the first part of a body would read."""
-    said = [
-        {"type": "http.disconnect"},
-        {"type": "http.request", "body": b"{}", "more_body": True},
-    ]
+    gone, part = {"type": "http.disconnect"}, {"type": "http.request"}
+    said = [gone, part | {"body": b"{}", "more_body": True}]
 
     async def receive() -> Any:
         return said.pop()
 
     with pytest.raises(ClientDisconnect):
         await read_body(Request({"type": "http", "headers": []}, receive), 100, 20)
-    said = [{"type": "http.disconnect"}, {"type": "http.request"}]
+    said = [gone, part]
     await until_gone(receive)
     assert said == []
 
@@ -299,8 +293,6 @@ async def test_the_first_reason_ends_a_request() -> None:
     await asyncio.sleep(0)
     assert (ours(), watches) == ([], set())
 
-
-BASE = {"model": "base", "prompt": "x"}
 
 # -- beginning ------------------------------------------------------------------------------------
 
@@ -423,8 +415,7 @@ async def test_after_the_deadline_or_a_second_signal_the_rest_fails(
 
 async def test_a_body_that_comes_too_late_is_not_begun_with() -> None:
     async with serving() as world:
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(request(BASE)[:-1])
+        reader, writer = await connection(world, request(BASE)[:-1])
         await world.until_busy()
         world.server.stop()
         world.server.stop()
@@ -438,8 +429,7 @@ async def test_a_body_that_comes_too_late_is_not_begun_with() -> None:
 async def test_connections_that_ask_nothing_are_closed() -> None:
     """A signal wakes a loop that sleeps, wherever it is heard."""
     async with serving() as world:
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        reader, writer = await connection(world, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
         asyncio.get_running_loop().set_debug(True)  # it raises for calls from other threads
         await asyncio.to_thread(world.server.handle_exit, signal.SIGTERM, None)

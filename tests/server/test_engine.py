@@ -33,7 +33,6 @@ from lorax_async import (
     LoraxError,
     UsageError,
 )
-from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.server.engine import Engine, TokenStream
 from lorax_async.server.generation import Sampling, Step
@@ -296,7 +295,6 @@ async def test_an_engine_whose_scheduler_ends_tells_all_its_answers(
         await until(lambda: not engine.alive)
         with pytest.raises(LoaderClosedError, match="was closed|the engine has failed"):
             engine.submit(asked([1], 1))
-        assert await engine.drain(20)
         source.allow("a")
 
 
@@ -341,19 +339,6 @@ async def test_no_token_of_an_adapter_that_was_false_comes_out(source: FakeSourc
 # -- ends -----------------------------------------------------------------------------------------
 
 
-async def test_draining_ends_what_was_taken_and_takes_nothing_more(source: FakeSource) -> None:
-    async with generating(source, max_sequences=1) as (engine, _, __):
-        assert await engine.drain(0)
-        with pytest.raises(LoaderClosedError):
-            engine.submit(asked([1], 1))
-    async with generating(source, max_sequences=1) as (engine, _, __):
-        answers = [engine.submit(asked([n], 5, "a")) for n in range(3)]
-        assert await engine.drain(20)
-        assert [answer.finish for answer in answers] == ["length"] * 3
-        for n, answer in enumerate(answers):
-            assert await all_of(answer) == alone([n], 5, "a")
-
-
 @pytest.mark.each_loop
 @pytest.mark.usefixtures("nothing_left")
 async def test_closing_fails_the_rest_after_the_step_that_is_computed(source: FakeSource) -> None:
@@ -370,7 +355,6 @@ async def test_closing_fails_the_rest_after_the_step_that_is_computed(source: Fa
         decoder.before = before
         running, waiting = engine.submit(asked([1], 9, "a")), engine.submit(asked([1], 9, "b"))
         await until(began.is_set)
-        assert not await engine.drain(0.01)
         cancelled, closing = (asyncio.create_task(engine.close()) for _ in range(2))
         try:
             assert await all_of(running, LoaderClosedError) == alone([1], 1, "a")
@@ -630,18 +614,6 @@ async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Pat
         await asyncio.sleep(0.01)
         answer.cancel()
         assert await all_of(answer) == []
-
-
-async def test_bytes_that_are_false_without_a_change_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise IntegrityError("the disk gave other bytes")
-
-    monkeypatch.setattr(CpuDevice, "copy", fail)
-    async with over_files(slots=2) as (engine, _):
-        with pytest.raises(IntegrityError, match="other bytes"):
-            await all_of(engine.submit(asked([1], 5, tiny.write(tmp_path / "a", 1))))
 
 
 @pytest.mark.slow

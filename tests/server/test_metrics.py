@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 import tiny
 from lorax_async import FetchError
 from lorax_async.metrics.collector import LAG_PERIOD
-from lorax_async.server.generation import ObservedTokens
+from lorax_async.server.engine import ObservedTokens
 from lorax_async.server.metrics import RequestCounter, ServerMetrics
 from lorax_async.server.names import Names
 from metrics.scraping import Samples, of, parsed
@@ -178,7 +178,7 @@ async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyP
             patch.setattr(time, "monotonic", lambda: clock[0])
             submitted = engine.submit(nothing)
             submitted.say("abc")
-            tokens = ObservedTokens(submitted, [metrics.sequence("base", 5)])
+            tokens = ObservedTokens(cast(Any, submitted), [metrics.sequence("base", 5)])
             for seconds in (0.5, 0.25, 0.125):
                 clock[0] += seconds
                 await anext(tokens)
