@@ -25,10 +25,10 @@ DONE = b"data: [DONE]\n\n"
 
 _BODY = "http.response.body"
 _BEARER = "bearer "
-_EVENT_HEADERS = [
+_EVENT_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-]
+)
 
 _logger = logging.getLogger("lorax_async.server")
 
@@ -145,7 +145,8 @@ class EventStream:
 
     async def begin(self) -> None:
         self._streaming = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
+        headers = list(_EVENT_HEADERS)  # a middleware may append to it
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def tell(self, data: dict[str, Any]) -> None:
         """Send one event."""

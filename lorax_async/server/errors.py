@@ -13,31 +13,31 @@ from lorax_async import errors
 from lorax_async.errors import LoraxError
 
 
-class _Row(NamedTuple):
+class _StatusRow(NamedTuple):
     kind: type[LoraxError]
     status: int
     code: str
 
 
 TABLE = (
-    _Row(errors.AdapterNotFoundError, 404, "model_not_found"),
-    _Row(errors.AccessDeniedError, 403, "model_access_denied"),
-    _Row(errors.InvalidAdapterIdError, 400, "invalid_model_id"),
-    _Row(errors.AdapterFormatError, 422, "adapter_malformed"),
-    _Row(errors.UnsupportedAdapterError, 422, "adapter_unsupported"),
-    _Row(errors.IncompatibleAdapterError, 422, "adapter_incompatible"),
-    _Row(errors.CapacityError, 429, "over_capacity"),
-    _Row(errors.LoaderClosedError, 503, "closing"),
-    _Row(errors.HandleClosedError, 503, "closing"),  # only closing revokes leases
-    _Row(errors.AdapterTimeoutError, 504, "timeout"),
-    _Row(errors.FetchTimeoutError, 504, "timeout"),
+    _StatusRow(errors.AdapterNotFoundError, 404, "model_not_found"),
+    _StatusRow(errors.AccessDeniedError, 403, "model_access_denied"),
+    _StatusRow(errors.InvalidAdapterIdError, 400, "invalid_model_id"),
+    _StatusRow(errors.AdapterFormatError, 422, "adapter_malformed"),
+    _StatusRow(errors.UnsupportedAdapterError, 422, "adapter_unsupported"),
+    _StatusRow(errors.IncompatibleAdapterError, 422, "adapter_incompatible"),
+    _StatusRow(errors.CapacityError, 429, "over_capacity"),
+    _StatusRow(errors.LoaderClosedError, 503, "closing"),
+    _StatusRow(errors.HandleClosedError, 503, "closing"),  # only closing revokes leases
+    _StatusRow(errors.AdapterTimeoutError, 504, "timeout"),
+    _StatusRow(errors.FetchTimeoutError, 504, "timeout"),
     # The source is at fault, not the client, which cannot ask for anything else.
-    _Row(errors.IntegrityError, 502, "adapter_altered"),
-    _Row(errors.EvictedError, 503, "evicted"),
-    _Row(errors.FetchError, 502, "fetch_failed"),
-    _Row(errors.AdapterInUseError, 409, "adapter_in_use"),
-    _Row(errors.UsageError, 400, "invalid_request"),
-    _Row(errors.TransferError, 500, "transfer_failed"),
+    _StatusRow(errors.IntegrityError, 502, "adapter_altered"),
+    _StatusRow(errors.EvictedError, 503, "evicted"),
+    _StatusRow(errors.FetchError, 502, "fetch_failed"),
+    _StatusRow(errors.AdapterInUseError, 409, "adapter_in_use"),
+    _StatusRow(errors.UsageError, 400, "invalid_request"),
+    _StatusRow(errors.TransferError, 500, "transfer_failed"),
 )
 """The first row whose class matches an error decides; other errors get `INTERNAL`."""
 

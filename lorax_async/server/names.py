@@ -55,19 +55,22 @@ class Names:
 
     def add(self, name: str, adapter: AdapterId) -> None:
         """Name an adapter; a name in use changes its meaning."""
-        self.remove(name)
+        self._detach(name)
         self._adapters[name] = adapter
         self._names.setdefault(adapter, {})[name] = None
 
     def remove(self, name: str) -> AdapterId | None:
         """Forget a name; return the adapter that it named, if any."""
-        adapter = self._adapters.pop(name, None)
+        self._detach(name)
+        return self._adapters.pop(name, None)
+
+    def _detach(self, name: str) -> None:
+        adapter = self._adapters.get(name)
         if adapter is not None:
             names = self._names[adapter]
             del names[name]
             if not names:
                 del self._names[adapter]
-        return adapter
 
 
 def is_requestable(ref: AdapterRef, sources: Sequence[Allow]) -> bool:

@@ -7,7 +7,7 @@ neutral. Unknown parameters are refused, as OpenAI does: a typo must not be igno
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -273,21 +273,13 @@ def _refusal_of(error: ValidationError) -> Refusal:
 # -- prompts --------------------------------------------------------------------------------------
 
 
-class ChatTokenizer(Protocol):
-    """The part of a fast tokenizer of transformers that is used."""
-
-    @property
-    def backend_tokenizer(self) -> Tokenizer: ...
-
-    def apply_chat_template(
-        self, conversation: Any, /, *, tokenize: bool, add_generation_prompt: bool
-    ) -> Any: ...
-
-
 class Prompts:
-    """Turn prompts and conversations into token ids. Thread-safe; long texts block for long."""
+    """Turn prompts and conversations into token ids. Thread-safe; long texts block for long.
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    `tokenizer` is a fast one of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
         self._chat = tokenizer
         # A copy: it must not truncate or pad, and the caller's may be reconfigured at any time.
         self.tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

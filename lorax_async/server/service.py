@@ -29,7 +29,7 @@ from lorax_async.server.generation import Generation
 from lorax_async.server.in_flight import ClientLimits, InFlightRequests
 from lorax_async.server.metrics import ServerMetrics
 from lorax_async.server.names import Names, is_requestable
-from lorax_async.server.requests import ChatTokenizer, Prompts
+from lorax_async.server.requests import Prompts
 from lorax_async.server.settings import ServerSettings
 from lorax_async.server.warm_list import WarmList
 
@@ -58,7 +58,7 @@ class Service:
         settings: ServerSettings,
         engine: Engine,
         loader: AdapterLoader,
-        tokenizer: ChatTokenizer,
+        tokenizer: Any,
         stop_tokens: frozenset[int],
         on_use: Callable[[AdapterId], None] | None = None,
     ) -> None:

@@ -140,12 +140,12 @@ class DrainingServer(uvicorn.Server):
 
 
 def _config(service: Service) -> uvicorn.Config:
-    class Connection(_AbortableConnection, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    class ServedConnection(_AbortableConnection, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         head_seconds = service.settings.slow_client
 
     return uvicorn.Config(
         create_app(service),
-        http=Connection,
+        http=ServedConnection,
         ws="none",
         lifespan="off",
         log_config=None,  # the process configures logging

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorax_async.adapter import AdapterId, AdapterRef
 from lorax_async.errors import ConfigError, UsageError
@@ -117,8 +116,7 @@ class WarmList:
         await self._write()
 
     async def _write(self) -> None:
-        file = WarmFile(adapters=[WarmAdapter.of(ref) for ref in self._current()])
-        content = file.model_dump_json(indent=1, exclude_defaults=True).encode()
+        content = _as_json(self._current())
         if content == self._written:
             return
         try:
@@ -146,37 +144,18 @@ class WarmList:
         return found
 
 
-class WarmAdapter(BaseModel):
-    """One adapter of the file: a folder's path, or an id."""
-
-    model_config = ConfigDict(strict=True)
-
-    path: str | None = None
-    id: str | None = None
-    source: str | None
-    revision: str | None
-    use_token: bool = False
-
-    @classmethod
-    def of(cls, ref: AdapterRef) -> WarmAdapter:
-        is_path = isinstance(ref.id, Path)
-        return cls(
-            path=ref.text if is_path else None,
-            id=None if is_path else ref.text,
-            source=ref.source,
-            revision=ref.revision,
-            use_token=ref.use_token,
-        )
-
-    def ref(self) -> AdapterRef:
-        id: Any = self.id if self.path is None else Path(self.path)
-        return AdapterRef(id, self.source, self.revision, use_token=self.use_token)
-
-
-class WarmFile(BaseModel):
-    """The content of the file."""
-
-    adapters: list[WarmAdapter]
+def _as_json(refs: Sequence[AdapterRef]) -> bytes:
+    # json, unlike pydantic, keeps paths that are not UTF-8.
+    rows = [
+        {
+            "path" if isinstance(ref.id, Path) else "id": ref.text,
+            "source": ref.source,
+            "revision": ref.revision,
+        }
+        | ({"use_token": True} if ref.use_token else {})
+        for ref in refs
+    ]
+    return json.dumps({"adapters": rows}, indent=1).encode()
 
 
 def read_warm_list(path: Path) -> list[AdapterRef]:
@@ -194,14 +173,11 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
     if content is None:
         return []
     try:
-        return [adapter.ref() for adapter in WarmFile.model_validate_json(content).adapters]
-    except (ValidationError, UsageError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors(include_url=False, include_input=False)[0]
-            reason = ": ".join((".".join(map(str, first["loc"])) or "the file", first["msg"]))
+        return _refs_in(json.loads(content.decode()))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is no warm list of this server ({reason}); delete it, or name another file"
+            f"{path} is no warm list of this server ({_reason(error)}); delete it, or name another"
+            " file"
         ) from error
 
 
@@ -231,6 +207,32 @@ def _content(path: Path) -> bytes | None:
             " or name another file"
         )
     return content
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON: {error}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error)
+
+
+def _refs_in(found: Any) -> list[AdapterRef]:
+    """Return the adapters of the file's JSON. Raise `ValueError`."""
+    rows = found.get("adapters") if isinstance(found, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError("it has no list called adapters")  # noqa: TRY004 - the file is wrong
+    refs = []
+    for number, row in enumerate(rows, 1):
+        try:
+            id = Path(row["path"]) if "path" in row else row["id"]
+            use_token = row.get("use_token", False)
+            refs.append(AdapterRef(id, row["source"], row["revision"], use_token=use_token))
+        except (TypeError, KeyError, ValueError, UsageError) as error:
+            raise ValueError(f"its adapter number {number} is none") from error
+    return refs
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -138,6 +138,11 @@ async def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
         assert len((await world.client.models.list()).data) == 1
 
 
+def write_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("x")
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "no JSON": (
         lambda folder: (folder / "adapter_config.json").write_text("{"),
@@ -146,10 +151,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "layers": (lambda folder: tiny.write(folder, layers=9), 422, "adapter_incompatible"),
     "rank": (lambda folder: tiny.write(folder, rank=300), 422, "adapter_unsupported"),
     "no folder": (shutil.rmtree, 404, "model_not_found"),
-    "a file": (
-        lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
-        *(422, "adapter_malformed"),
-    ),
+    "a file": (write_file, 422, "adapter_malformed"),
 }
 """One for each answer; what else is refused, and why, is the loader's."""
 

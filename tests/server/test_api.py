@@ -34,22 +34,6 @@ PROMPT = "<user>hi<assistant>"
 # -- whole answers --------------------------------------------------------------------------------
 
 
-async def test_a_chat() -> None:
-    async with serving(FakeEngine(saying("ahoy!"))) as world:
-        answer = await world.client.chat.completions.create(model="base", messages=HI)
-    assert answer.id.startswith("chatcmpl-")
-    assert (answer.object, answer.model) == ("chat.completion", "base")
-    (choice,) = answer.choices
-    assert (choice.index, choice.finish_reason) == (0, "stop")
-    assert (choice.message.role, choice.message.content) == ("assistant", "ahoy!")
-    assert answer.usage is not None
-    assert answer.usage.model_dump(exclude_none=True) == {
-        "prompt_tokens": len(PROMPT),
-        "completion_tokens": 5,
-        "total_tokens": len(PROMPT) + 5,
-    }
-
-
 async def test_a_completion_of_several_prompts() -> None:
     """Each sequence has a seed of its own, which stays one."""
     seed = 2**63 - 2
@@ -231,6 +215,8 @@ async def test_answers_and_their_pieces_have_the_packages_forms(
         whole = await world.ask("POST", path, body)
         assert (whole.status, whole.headers["content-type"]) == (200, "application/json")
         require_form(kind, whole.json)
+        assert whole.json["id"].startswith("chatcmpl-" if kind is ChatCompletion else "cmpl-")
+        assert whole.json["model"] == "base"
         streamed = {"stream": True, "stream_options": {"include_usage": True}}
         answer = await client.post(f"http://127.0.0.1:{world.port}{path}", json=body | streamed)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"

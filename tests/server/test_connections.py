@@ -14,11 +14,11 @@ from contextlib import closing, suppress
 from typing import Any, cast
 
 import pytest
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 
 from common import Run, until
 from lorax_async import LoaderClosedError, UsageError
-from lorax_async.server.clients import ABORT, read_body, until_gone
+from lorax_async.server.clients import ABORT
 from lorax_async.server.completions import CompletionEndpoint
 from lorax_async.server.errors import Refusal
 from lorax_async.server.in_flight import RequestScope
@@ -241,57 +241,32 @@ async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- requests under way ---------------------------------------------------------------------------
 
 
-async def test_only_a_disconnect_is_a_hang_up() -> None:
-    """However well the first part of a body would read."""
-    gone, part = {"type": "http.disconnect"}, {"type": "http.request"}
-    said = [gone, part | {"body": b"{}", "more_body": True}]
-
-    async def receive() -> Any:
-        return said.pop()
-
-    with pytest.raises(ClientDisconnect):
-        await read_body(Request({"type": "http", "headers": []}, receive), 100, 20)
-    said = [gone, part]
-    await until_gone(receive)
-    assert said == []
-
-
-async def interrupted(watch: RequestScope, *reasons: Exception) -> None:
+async def interrupted(scope: RequestScope, *reasons: Exception) -> None:
     """A block that is interrupted while it waits."""
-
-    def interrupt() -> None:
+    async with scope:
         for reason in reasons:
-            watch.interrupt(reason)
-
-    async with watch:
-        asyncio.get_running_loop().call_soon(interrupt)
+            asyncio.get_running_loop().call_soon(scope.interrupt, reason)
         await asyncio.Event().wait()
 
 
 async def test_the_first_reason_ends_a_request() -> None:
     """A cancellation besides stays one; the next wait is not cancelled, and nothing listens."""
-    watches, receive = set[RequestScope](), cast(Any, asyncio.Event().wait)
+    scopes, receive = set[RequestScope](), cast(Any, asyncio.Event().wait)
     with pytest.raises(ClientDisconnect):
-        await interrupted(
-            RequestScope(watches, receive), ClientDisconnect(), LoaderClosedError("late")
-        )
-    task = asyncio.current_task()
-    assert task is not None
-    assert task.cancelling() == 0
-
-    watch = RequestScope(watches, receive)
-    waiting = asyncio.create_task(interrupted(watch))
+        late = LoaderClosedError("late")
+        await interrupted(RequestScope(scopes, receive), ClientDisconnect(), late)
     await asyncio.sleep(0)
-    watch.interrupt(ClientDisconnect())
+
+    scope = RequestScope(scopes, receive)
+    waiting = asyncio.create_task(interrupted(scope))
+    await asyncio.sleep(0)
+    assert len(ours()) == len(scopes) == 1
+    scope.interrupt(ClientDisconnect())
     waiting.cancel()
     await asyncio.wait([waiting])
     assert waiting.cancelled()
-
-    async with RequestScope(watches, receive):
-        await asyncio.sleep(0)
-        assert len(ours()) == len(watches) == 1
     await asyncio.sleep(0)
-    assert (ours(), watches) == ([], set())
+    assert (ours(), scopes) == ([], set())
 
 
 # -- beginning ------------------------------------------------------------------------------------

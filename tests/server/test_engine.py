@@ -40,7 +40,6 @@ from lorax_async.server.sampling import Sampler
 from lorax_async.testing import FakeDecoder, FakeSource
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
-from test_resaved import CLIENTS, SAVES, Save, resaving
 from tiny_sources import stocked
 
 
@@ -601,37 +600,3 @@ async def test_answers_without_a_token_get_the_version_that_is_saved_meanwhile(
         for n, (answer, sampling) in enumerate(zip(answers, samplings, strict=True)):
             got = await all_of(answer, error)
             assert got == ([] if error else alone([n], 5, str(folder), sampling))
-
-
-async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a", 1)
-    async with over_files(slots=2) as (engine, device):
-        device.gate.clear()
-        answer = engine.submit(asked([1], 5, folder))
-        await until(lambda: device.copies)
-        tiny.write(folder, 2)
-        device.gate.set()
-        await asyncio.sleep(0.01)
-        answer.cancel()
-        assert await all_of(answer) == []
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("save", SAVES)
-async def test_clients_of_an_adapter_that_is_saved_all_the_time(tmp_path: Path, save: Save) -> None:
-    folders = tiny.write(tmp_path / "a", 1), tiny.write(tmp_path / "b", 1)
-    end = time.monotonic() + 0.6
-
-    async def client(engine: Engine, number: int) -> None:
-        while time.monotonic() < end:
-            # One slot, so that it is loaded again and again.
-            folder = folders[number % 2]
-            got = await all_of(engine.submit(asked([number], 3, folder)))
-            assert got == alone([number], 3, str(folder))
-
-    async with over_files(slots=1) as (engine, _), asyncio.TaskGroup() as group:
-        with resaving(folders[0], save):
-            for number in range(CLIENTS):
-                group.create_task(client(engine, number))
-            await asyncio.sleep(end - time.monotonic())

@@ -302,6 +302,7 @@ async def test_health() -> None:
 
 
 def test_settings_are_checked() -> None:
+    wrong: Any
     for wrong in (
         *({"admin_token": ""}, {"admin_token": "two words"}, {"max_body_bytes": 0}),
         *({"max_prompt_tokens": 0}, {"max_waiting": 1}, {"slow_client": 0}, {"drain": -1}),
@@ -309,7 +310,7 @@ def test_settings_are_checked() -> None:
         *({"adapters": adapters} for adapters in ({"b": "x/y"}, {"": "x/y"}, {"a": 5})),
     ):
         with pytest.raises((ConfigError, UsageError)):
-            ServerSettings(**({"base": "b"} | wrong))  # type: ignore[arg-type]
+            ServerSettings(**({"base": "b"} | wrong))
 
 
 def test_settings_have_names_of_their_own_and_hide_the_token() -> None:
@@ -352,6 +353,7 @@ def test_forms_of_prompts() -> None:
 
 
 def test_fields_that_change_nothing_are_taken() -> None:
+    neutral: dict[str, Any]
     for neutral in (
         {"logprobs": None, "echo": False, "best_of": 1, "suffix": None, "logit_bias": {}},
         {"presence_penalty": 0, "frequency_penalty": 0.0, "user": "u", "n": 1, "seed": -1},
@@ -366,6 +368,7 @@ def test_fields_that_change_nothing_are_taken() -> None:
 
 
 def test_what_is_not_implemented_is_refused_by_name() -> None:
+    fields: dict[str, Any]
     for fields in (
         *({"logprobs": 0}, {"logprobs": True}, {"echo": True}, {"best_of": 2}, {"suffix": "x"}),
         *({"logit_bias": {"5": 1}}, {"presence_penalty": 0.1}, {"frequency_penalty": -1}),

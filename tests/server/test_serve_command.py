@@ -181,7 +181,7 @@ def test_options_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -
         with pytest.raises(SystemExit) as ended:
             main(["serve", "--base", "smollm2", f"--port={port}"])
         assert ended.value.code == 2
-        assert "is no port" in capsys.readouterr().err
+        assert "argument --port: " in capsys.readouterr().err
 
 
 def test_what_lives_for_ever_is_not_looked_through_again_and_again(
@@ -226,6 +226,11 @@ def _socket(path: Path) -> None:
         made.bind(str(path))
 
 
+def _large(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
 def _holds(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 
@@ -239,22 +244,21 @@ def _holds(content: bytes) -> Callable[[Path], object]:
         (lambda path: path.symlink_to(path.name), "cannot be read"),
         (lambda path: path.symlink_to("/dev/zero"), "is no regular file; name a file"),
         (
-            lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+            _large,
             "it has over 16,777,216 bytes; delete it",
         ),
+        (_holds(b'{"adapters": ['), "it is no JSON: .*line 1 column 15.*; delete it"),
+        *((_holds(text), "it is no JSON: .*; delete it") for text in (b"", b"\x00")),
+        (_holds(b"\xff\xfe{"), "it is no text in UTF-8.*; delete it"),
+        (_holds(b"[" * 100_000), "nested too deeply.*; delete it"),
         *(
-            (_holds(content), "no warm list .*Invalid JSON.*; delete it")
-            for content in (b"", b'{"adapters": [', b"\x00", b"\xff\xfe{", b"[" * 100_000)
-        ),
-        *(
-            (_holds(content), "no warm list .*(the file|adapters): .*; delete it")
+            (_holds(content), "it has no list called adapters.*; delete it")
             for content in (b"[]", b"{}", b'{"adapters": 5}', b'{"adapters": {}}')
         ),
         *(
-            (_holds(b'{"adapters": [%s]}' % row), "no warm list .*; delete it")
+            (_holds(b'{"adapters": [%s]}' % row), "its adapter number 1 is none.*; delete it")
             for row in (
-                b"5",
-                b'{"id": 1, "source": null}',
+                *(b"5", b'{"id": 1, "source": null}'),
                 b'{"id": "a/b", "source": 5, "revision": null}',
                 b'{"id": "a/b", "source": null, "revision": null, "use_token": 1}',
             )
