@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lorax_async.adapter import AdapterSpec, MergedKey
 from lorax_async.config import Limits
-from lorax_async.core.header import HeaderLimits, TensorSpan, parse_header
+from lorax_async.core.header import TensorSpan, parse_header
 from lorax_async.core.layout import ModelLayout, Module
 from lorax_async.core.merge_draws import Start, starts_of
 from lorax_async.core.merged_file import Entry, describe, lay_out
@@ -138,7 +138,7 @@ def part_words(key: MergedKey, number: int) -> str:
 
 def _pairs(part: PartFile, layout: ModelLayout, limits: Limits) -> tuple[AdapterSpec, list[Pair]]:
     spec = parse_config(part.config, limits)
-    header = parse_header(part.prefix, part.nbytes, HeaderLimits.of(limits))
+    header = parse_header(part.prefix, part.nbytes, limits)
     for span in header.tensors:
         if not span.name.endswith(_SUFFIXES):
             raise UnsupportedAdapterError(

@@ -33,7 +33,7 @@ def create_app(service: Service) -> Starlette:
         refusal = refusal_of(error, settings.retry_after)
         return UnreadRefusal(refusal, settings.slow_client) if refusal.close else refusal.response()
 
-    async def answer_nobody(_: Request, __: Exception) -> Response:
+    async def ignore_disconnect(_: Request, __: Exception) -> Response:
         return Response(status_code=int(GONE))
 
     middleware = [Middleware(RequestCounter, service.metrics)]
@@ -57,7 +57,7 @@ def create_app(service: Service) -> Starlette:
             LoraxError: refuse,
             Refusal: refuse,
             HTTPException: refuse,
-            ClientDisconnect: answer_nobody,
+            ClientDisconnect: ignore_disconnect,
             Exception: refuse,  # starlette raises it again afterwards, so that it is logged
         },
     )

@@ -19,9 +19,7 @@ from lorax_async.engines.transformers import attach
 from lorax_async.errors import CapacityError, ConfigError, shorten
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler import AdapterScheduler
-from lorax_async.server.calls.page.board import Board
-from lorax_async.server.calls.page.timeline import Timeline
-from lorax_async.server.calls.page.watching import Watching
+from lorax_async.server.calls.page.dashboard import ColdTrace, Dashboard, DashboardFeeds
 from lorax_async.server.cold_requests import ColdRequests
 from lorax_async.server.decoder import TransformersDecoder
 from lorax_async.server.engine import Engine, ObservedTokens, TokenObserver
@@ -73,8 +71,8 @@ class Service:
         self.metrics = ServerMetrics(loader, self.names)
         self._cold = ColdRequests(loader, self.names)
         self._on_use = on_use
-        self.watching = Watching(Board(loader, self.names, self._cold))
-        self.timeline = Timeline(self._cold, self.names)
+        self.feeds = DashboardFeeds(Dashboard(loader, self.names, self._cold))
+        self.cold_trace = ColdTrace(self._cold, self.names)
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -83,7 +83,7 @@ class DrainingServer(uvicorn.Server):
         if self._in_flight.closing:
             self._in_flight.fail()
         self._in_flight.close()
-        self._service.watching.end()
+        self._service.feeds.end()
         self.should_exit = True
         self._stopped.set()
 

@@ -94,7 +94,7 @@ class ServerSettings:
 
 
 def _require_token(token: object) -> None:
-    """An empty environment variable must not open the server."""
+    """Refuse an empty token: an unset variable must not open the server."""
     if token is None:
         return
     if not isinstance(token, str) or not token or not all("!" <= c <= "~" for c in token):
