@@ -435,8 +435,8 @@ async def test_spilling_cancelled_at_every_await(tmp_path: Path) -> None:
 
 STEPS = {
     "hash": ("lorax_async.io.spilled", "_digest"),
-    "write": ("lorax_async.io.cache.partial_file", "PartialFile.write"),
-    "publish": ("lorax_async.io.cache.download", "DiskDownload.publish"),
+    "write": ("lorax_async.io.cache.partials", "PartialFile.write"),
+    "publish": ("lorax_async.io.disk_cache", "DiskDownload.publish"),
     "switch": ("lorax_async.io.host_copies", "HostCopy.move"),
 }
 """Of a spill, in their order."""

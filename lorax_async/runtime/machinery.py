@@ -26,7 +26,7 @@ from lorax_async.core.waiters import Tier
 from lorax_async.errors import LoaderClosedError
 from lorax_async.ids.parsing import as_parsed
 from lorax_async.io.devices import make_device
-from lorax_async.io.own_cache import OwnCache
+from lorax_async.io.disk_cache import OwnCache
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.remote.elsewhere import Elsewhere
 from lorax_async.io.sources.anywhere import AnySource

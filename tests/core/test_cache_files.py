@@ -13,26 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorax_async.core.cache_names import (
-    BUDGET_LOCK,
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
     CacheKey,
     FileRole,
-    Owner,
-    PartialName,
     is_entry_name,
     is_partial_name,
-    partial_name,
     role_of,
     scope_name,
 )
 from lorax_async.core.cache_record import FileRecord, decoded_record, record_of
-from lorax_async.core.chunk_map import CHUNK_BYTES, ChunkMap, encoded_size
+from lorax_async.core.chunk_map import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
 from lorax_async.core.file_digest import Digest
 from lorax_async.core.spans import Span, SpanSet
 from lorax_async.errors import AdapterFormatError, UsageError
 
+BOOT = b"a" * 16
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
 
 
@@ -87,24 +84,12 @@ def test_files_have_the_names_that_tools_know() -> None:
             FileRole(kind, number, count)
 
 
-ENTRY = CacheKey("a", "b").name
-OWNER = Owner("0123456789abcdef0123456789abcdef", 4026531836, 2**22, 2**40)
-
-
-NO_PARTIALS = [
-    *(BUDGET_LOCK, ENTRY, f"{ENTRY[1:]}.free.00", f"{ENTRY}.ab-1-2.00", f"{ENTRY}.ab-1-2-x.00"),
-    *(f"{ENTRY}.{end}" for end in ("free", "free.", "other.00", "free.00/..", "free.00\n")),
-]
-
-
-def test_a_partials_name_says_who_writes_to_it() -> None:
-    for owner in (None, OWNER):
-        name = PartialName(ENTRY, owner, "0f" * 8)
-        assert partial_name(str(name)) == name
-        assert is_partial_name(str(name))
-        assert not is_entry_name(str(name))
-        assert len(str(name)) < 255
-    assert [name for name in NO_PARTIALS if partial_name(name) or is_partial_name(name)] == []
+def test_a_partials_name_begins_with_its_entrys() -> None:
+    entry = CacheKey("a", "b").name
+    assert is_partial_name(f"{entry}.00ff")
+    others = ("lock", entry, f"{entry}.", f"{entry[1:]}.00", f"{entry}.00/..", f"{entry}.00\n")
+    assert not any(map(is_partial_name, others))
+    assert not is_entry_name(f"{entry}.00ff")
 
 
 # -- records --------------------------------------------------------------------------------------
@@ -182,7 +167,7 @@ def test_the_map_on_disk_tells_of_whole_chunks_only(
     """Also where each of its bytes is as it was before or after, as a crash may leave it."""
     nbytes, chunk, spans = case
     here, model, found = SpanSet(), set[int](), ChunkMap(nbytes, chunk)
-    on_disk, moments = bytearray(found.encoded()), [found.encoded()]
+    on_disk, moments = bytearray(found.encoded(BOOT)), [found.encoded(BOOT)]
     chunks = [set(range(at, min(nbytes, at + chunk))) for at in range(0, nbytes, chunk)]
     for start, stop in spans:
         model |= set(range(start, stop))
@@ -190,14 +175,13 @@ def test_the_map_on_disk_tells_of_whole_chunks_only(
         if changed is not None:
             content, at = changed
             on_disk[at : at + len(content)] = content
-        moments.append(found.encoded())
-        left = ChunkMap.decoded(bytes(on_disk), nbytes)
+        moments.append(found.encoded(BOOT))
+        left = ChunkMap.decoded(bytes(on_disk), nbytes, BOOT)
         assert left is not None
         told = {byte for first, last in left.spans() for byte in range(first, last)}
         assert told == set[int]().union(*(each for each in chunks if each <= model))
-    torn = ChunkMap.decoded(
-        bytes(choice.choice(each) for each in zip(*moments, strict=True)), nbytes
-    )
+    content = bytes(choice.choice(each) for each in zip(*moments, strict=True))
+    torn = ChunkMap.decoded(content, nbytes, BOOT)
     assert torn is not None
     assert all(here.covers(start, stop) for start, stop in torn.spans())
 
@@ -206,32 +190,35 @@ def test_a_map_in_the_default_size() -> None:
     """As worked out by hand: 256 KiB a chunk, so 1 MiB and a byte are five."""
     found = ChunkMap((1 << 20) + 1)
     assert (found.chunks, CHUNK_BYTES) == (5, 262_144)
-    assert found.mark((262_143, 786_432), (262_143, 786_432)) == (b"\x06", 24)
-    assert found.mark((786_433, 1_048_577), (786_433, 1_048_577)) == (b"\x16", 24)
+    assert found.mark((262_143, 786_432), (262_143, 786_432)) == (b"\x06", 40)
+    assert found.mark((786_433, 1_048_577), (786_433, 1_048_577)) == (b"\x16", 40)
     assert list(found.spans()) == [(262_144, 786_432), (1_048_576, 1_048_577)]
-    assert found.encoded() == b"LRXCHNK1" + struct.pack("<QQ", 1_048_577, 262_144) + b"\x16"
-    assert encoded_size(1_048_577) == len(found.encoded()) == 25
+    assert (
+        found.encoded(BOOT) == b"LRXCHNK2" + BOOT + struct.pack("<QQ", 1_048_577, 262_144) + b"\x16"
+    )
+    assert encoded_size(1_048_577) == len(found.encoded(BOOT)) == 41
 
 
-GOOD = ChunkMap(100, 10).encoded()
-
-
+GOOD = ChunkMap(100, 10).encoded(BOOT)
+HEAD = GOOD[:24]
 NO_MAPS = [
-    *(b"", GOOD[:-1], GOOD + b"\0", GOOD[:20], b"X" + GOOD[1:]),
+    *(b"", GOOD[:-1], GOOD + b"\0", GOOD[:30], b"X" + GOOD[1:]),
     *(
-        GOOD[:8] + struct.pack("<QQ", *sizes) + GOOD[24:]
+        HEAD + struct.pack("<QQ", *sizes) + GOOD[40:]
         for sizes in [(101, 10), (100, 0), (100, 1 << 40)]
     ),
     GOOD[:-1] + b"\x04",  # the eleventh chunk of ten
+    ChunkMap(100, 10).encoded(b"b" * 16),  # of another boot
 ]
 
 
 def test_what_is_no_map_of_the_file_is_none() -> None:
-    assert [content for content in NO_MAPS if ChunkMap.decoded(content, 100)] == []
+    assert [each for each in NO_MAPS if ChunkMap.decoded(each, 100, BOOT) is not None] == []
     for content, nbytes, spans in [
-        (ChunkMap(0).encoded(), 0, []),
+        (ChunkMap(0).encoded(BOOT), 0, []),
         (GOOD[:-1] + b"\x03", 100, [(80, 100)]),
+        (ChunkMap(100, 10).encoded(SYNCED), 100, []),
     ]:
-        found = ChunkMap.decoded(content, nbytes)
+        found = ChunkMap.decoded(content, nbytes, BOOT)
         assert found is not None
         assert list(found.spans()) == spans

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.core.file_digest import Digest, DigestKind, FileHash
-from lorax_async.core.sent_digest import sent_sha256
+from lorax_async.core.file_digest import Digest, DigestKind, FileHash, sent_sha256
 from lorax_async.core.spans import SpanSet
 from lorax_async.errors import UsageError
 

@@ -1,4 +1,4 @@
-"""The disk cache: contents, its budget, several users, and looking after it."""
+"""The disk cache: contents, its budget, several users, damage, privacy, and maintenance."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ import errno
 import gc
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
 
 import pytest
-from cache_inputs import (
+from counted_calls import failing
+from disk_cache_world import (
     CONFIG,
     KEY,
     NBYTES,
     SCOPE,
+    DiskWorld,
     begun,
     below,
     content_of,
     is_there,
     keep,
     key,
+    left,
+    nothing_odd,
+    open_below,
+    opened,
     put,
+    read_back,
     sha256,
     stored,
     weights,
 )
-from counted_calls import failing
-from disk_cache_world import DiskWorld, nothing_odd, open_below, opened
 from source_inputs import read, read_rows, rows_of
 
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CacheKey
@@ -39,14 +43,13 @@ from lorax_async.core.file_digest import Digest
 from lorax_async.core.policies import PolicyName, policy
 from lorax_async.core.runs import Span
 from lorax_async.errors import CapacityError, ConfigError, FetchError, IntegrityError, InternalError
-from lorax_async.io.cache import upkeep
+from lorax_async.io.cache import maintenance
 from lorax_async.io.cache.entries import MAX_SCOPES
+from lorax_async.io.cache.maintenance import Freed
 from lorax_async.io.cache.ports import Cache, LeftoverError
-from lorax_async.io.cache.upkeep import Freed
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.ports import Demand
 
-Room = Callable[..., DiskCache]
 SIZE = 10_000 + len(CONFIG)
 """Of an adapter in the tests of the budget."""
 
@@ -61,26 +64,8 @@ def world(tmp_path: Path) -> Iterator[DiskWorld]:
     assert os.listdir(tmp_path / "beside") == []
 
 
-@pytest.fixture
-def room(tmp_path: Path) -> Iterator[Room]:
-    """Make caches of that many bytes on one folder."""
-    caches: list[DiskCache] = []
-
-    def made(nbytes: int, name: PolicyName = "lru") -> DiskCache:
-        caches.append(DiskCache(tmp_path / "cache", nbytes, policy(name)))
-        return caches[-1]
-
-    yield made
-    for cache in caches:
-        cache.close()
-    nothing_odd(tmp_path / "cache")
-
-
-HOSTILE = ["../../beside/x", "/etc/passwd", "", ".", "\0", "a" * 5_000, "\ud800", "x\n.json", "~"]
-
-
 class TestContents:
-    def test_bytes_in_any_order_become_an_entry(self, world: DiskWorld) -> None:
+    def test_bytes_in_any_order_become_a_folder_of_plain_files(self, world: DiskWorld) -> None:
         content = weights()
         assert world.cache.open(KEY) is None
         assert world.cache.remove(KEY)
@@ -90,7 +75,6 @@ class TestContents:
         assert (file.nbytes, file.missing(), file.resumed) == (NBYTES, [(0, NBYTES)], False)
         put(file, content, [(CHUNK_BYTES, NBYTES - 7)])
         assert file.missing() == [(0, CHUNK_BYTES), (NBYTES - 7, NBYTES)]
-        assert file.missing(5, CHUNK_BYTES + 1) == [(5, CHUNK_BYTES)]
         put(file, content, [(NBYTES - 7, NBYTES), (0, CHUNK_BYTES)])
         pieces = [memoryview(CONFIG)[at : at + 3] for at in range(0, len(CONFIG), 3)]
         config.write([memoryview(b""), *pieces], 0)
@@ -106,6 +90,9 @@ class TestContents:
             assert entry.record.files[0].digest == Digest("transport", sha256(CONFIG).value)
             assert entry.record.nbytes == NBYTES + len(CONFIG)
             assert (entry.record.source, entry.record.version) == (KEY.source, KEY.version)
+            folder = Path(entry.folder)
+            assert (folder / "adapter_config.json").read_bytes() == CONFIG
+            assert (folder / "adapter_model.safetensors").read_bytes() == content
             entry.close()
             entry.close()
 
@@ -138,37 +125,12 @@ class TestContents:
         for start in (10, 9):
             with pytest.raises(IntegrityError, match="after its 10 bytes"):
                 file.write([memoryview(b"ab")], start)
-        with pytest.raises(IntegrityError, match="11 bytes"):
-            file.ends_at(11)
-        file.ends_at(10)
         download.publish().close()
         for late in (download.publish, lambda: download.file(CONFIG_FILE, 1)):
             with pytest.raises(InternalError, match="ended"):
                 late()
         download.discard()
         assert is_there(world.cache, KEY)
-
-    def test_a_size_that_is_learned_late(self, world: DiskWorld) -> None:
-        content = weights(5)
-        download = begun(world.cache)
-        file = download.file(WEIGHTS_FILE, None, sha256(content))
-        put(file, content, [(0, 1_000), (2_000, 3_000)])
-        assert file.nbytes is None
-        assert file.missing(0, 4_000) == [(1_000, 2_000), (3_000, 4_000)]
-        assert file.hash_along() == 0
-        for early in (file.missing, file.reader):
-            with pytest.raises(InternalError, match="ends"):
-                early()
-        with pytest.raises(InternalError, match="before all of it"):
-            download.publish()
-        with pytest.raises(IntegrityError, match="2,999"):
-            file.ends_at(2_999)
-        file.ends_at(NBYTES)
-        assert file.hash_along() == 1_000
-        put(file, content, file.missing())
-        entry = download.publish()
-        assert content_of(entry) == content
-        entry.close()
 
     def test_what_is_here_can_be_read_already_and_still(self, world: DiskWorld) -> None:
         content = weights(6)
@@ -185,7 +147,9 @@ class TestContents:
                 read(reader, start, stop)
         with pytest.raises(IntegrityError, match="ends before byte"):
             read(reader, NBYTES - 1, NBYTES + 1)
+        assert file.hash_along() == 0
         put(file, content, file.missing())
+        assert file.hash_along() == NBYTES
         download.publish().close()
         assert read(reader, 0, NBYTES) == content
         reader.close()
@@ -208,11 +172,9 @@ class TestContents:
         file = download.file(WEIGHTS_FILE, NBYTES, sha256(content))
         assert (file.resumed, file.expected) == (True, sha256(content))
         missing = file.missing()
-        lost = sum(stop - start for start, stop in missing)
-        assert CHUNK_BYTES <= lost <= 2 * CHUNK_BYTES
+        assert CHUNK_BYTES <= sum(stop - start for start, stop in missing) <= 2 * CHUNK_BYTES
         assert all(stop <= 3 * CHUNK_BYTES for _, stop in missing)
-        config = download.file(CONFIG_FILE, len(CONFIG))
-        assert config.missing() == []
+        assert download.file(CONFIG_FILE, len(CONFIG)).missing() == []
         put(file, content, missing)
         entry = download.publish()
         assert content_of(entry) == content
@@ -224,9 +186,7 @@ class TestContents:
 
     def test_what_was_left_is_compared_with_what_comes_again(self, world: DiskWorld) -> None:
         content = weights(7)
-        download = begun(world.cache)
-        put(download.file(WEIGHTS_FILE, NBYTES), content, [(0, 2 * CHUNK_BYTES)])
-        download.close()
+        left(world.cache, KEY, content, [(0, 2 * CHUNK_BYTES)])
         download = begun(world.cache)
         file = download.file(WEIGHTS_FILE, NBYTES)
         assert file.resumed
@@ -237,35 +197,35 @@ class TestContents:
         with pytest.raises(LeftoverError, match="not what the source has now"):
             put(file, bytes(other), [(CHUNK_BYTES - 5, CHUNK_BYTES + 5)])
         put(file, content, file.missing())
-        entry = download.publish()
-        assert content_of(entry) == content
-        entry.close()
+        download.publish().close()
+        assert read_back(world.cache) == content
 
 
-def full(room: Room, adapters: int, policy: PolicyName = "lru") -> DiskCache:
-    """A cache of that many adapters, all there: their keys count from 0."""
-    cache = room(adapters * SIZE, policy)
+def full(cache: DiskCache, adapters: int) -> DiskCache:
     for number in range(adapters):
         keep(cache, key(number), bytes(10_000))
     return cache
 
 
 def there(cache: Cache, upto: int) -> list[int]:
-    """Which are there. The looks are uses."""
+    """Return which are there. The looks are uses."""
     return [number for number in range(upto) if is_there(cache, key(number))]
 
 
-def use(cache: Cache, *keys: CacheKey) -> None:
-    for each in keys:
-        assert is_there(cache, each)
-
-
 class TestRoom:
-    def test_the_least_recently_used_goes(self, room: Room) -> None:
+    @pytest.fixture
+    def cache(self, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[DiskCache]:
+        """With room for three adapters."""
+        name: PolicyName = getattr(request, "param", "lru")
+        with opened(tmp_path / "cache", 3 * SIZE, name) as world:
+            yield world.cache
+        nothing_odd(tmp_path / "cache")
+
+    def test_the_least_recently_used_goes(self, cache: DiskCache) -> None:
         """Every file counts; as many go as must."""
-        cache = full(room, 3)
-        assert cache.used() == 3 * SIZE
-        use(cache, key(0))
+        full(cache, 3)
+        assert (cache.used(), cache.last_used) == (3 * SIZE, 3 * SIZE)
+        assert is_there(cache, key(0))
         keep(cache, key(3), bytes(10_000))
         assert there(cache, 4) == [0, 2, 3]
         keep(cache, key(4), bytes(2 * SIZE - len(CONFIG)))
@@ -274,32 +234,23 @@ class TestRoom:
         assert cache.remove(key(4))
         assert cache.used() == SIZE
 
-    def test_partials_that_nobody_writes_to_go_first(self, room: Room) -> None:
-        cache = room(3 * SIZE, "lru")
+    @pytest.mark.parametrize("cache", ["gdsf"], indirect=True)
+    def test_gdsf_weighs_what_a_fetch_costs(self, cache: DiskCache) -> None:
+        """Of equal use the large one goes: (32 MiB + n) / n falls with n. An empty one is one."""
+        for number, nbytes in enumerate((0, 2 * SIZE - 3 * len(CONFIG), 5_000)):
+            keep(cache, key(number), bytes(nbytes))
+        keep(cache, key(3), bytes(10_000))
+        assert there(cache, 4) == [0, 2, 3]
+
+    def test_interrupted_downloads_go_first(self, cache: DiskCache) -> None:
         keep(cache, key(0), bytes(10_000))
-        download = begun(cache, key(1))
-        put(download.file(WEIGHTS_FILE, 10_000), bytes(10_000), [(0, 10_000)])
-        download.close()
+        left(cache, key(1), bytes(10_000), [(0, 10_000)])
         assert cache.used() == SIZE + 10_000
         keep(cache, key(2), bytes(10_000))
         assert cache.used() == 2 * SIZE + 10_000
         keep(cache, key(3), bytes(10_000))
         assert there(cache, 4) == [0, 2, 3]
         assert cache.used() == 3 * SIZE
-
-    def test_a_file_of_unknown_size_takes_room_as_it_grows(self, room: Room) -> None:
-        """At the end it takes no more than its size; what it needs meanwhile may be more."""
-        step = 8 << 20
-        cache = room(2 * step, "lru")
-        keep(cache, key(0), bytes(10_000))
-        download = begun(cache, key(1))
-        file = download.file(WEIGHTS_FILE, None)
-        put(file, bytes(1_000), [(0, 1_000)])
-        assert cache.used() <= 2 * step
-        file.ends_at(1_000)
-        assert cache.used() == SIZE + 1_000
-        download.publish().close()
-        assert cache.used() == SIZE + 1_000
 
     def test_is_reserved_by_one_at_a_time(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -337,8 +288,7 @@ class TestSharing:
         with ThreadPoolExecutor(3) as threads:
             others = [threads.submit(world.cache.begin, KEY, "other", Demand()) for _ in range(3)]
             put(download.file(WEIGHTS_FILE, 10), bytes(10), [(0, 10)])
-            time.sleep(0.05)
-            assert not any(other.done() for other in others)
+            assert not wait(others, timeout=0.05).done
             download.publish().close()
             for other in others:
                 entry = other.result()
@@ -400,10 +350,7 @@ class TestSharing:
         downloads[2].publish().close()
         for download in downloads:
             download.close()
-        entry = world.cache.open(KEY)
-        assert entry is not None
-        assert content_of(entry) == b"abc"
-        entry.close()
+        assert read_back(world.cache) == b"abc"
 
 
 class TestDamage:
@@ -422,9 +369,7 @@ class TestDamage:
         self, world: DiskWorld
     ) -> None:
         keep(world.cache, KEY, b"abc")
-        entry = world.cache.open(KEY, check=True)
-        assert entry is not None
-        entry.close()
+        assert read_back(world.cache, check=True) == b"abc"
         world.alter(KEY, WEIGHTS_FILE, b"abd")
         assert world.cache.open(KEY, check=True) is None
         assert not is_there(world.cache, KEY)
@@ -435,7 +380,9 @@ class TestDamage:
         world.entry(KEY).rename(world.entry(key(1)))
         assert world.cache.open(key(1)) is None, "it is another one's"
 
-    def test_a_held_entry_that_was_damaged_or_condemned_is_replaced(self, world: DiskWorld) -> None:
+    def test_a_leased_entry_that_was_damaged_or_condemned_is_replaced(
+        self, world: DiskWorld
+    ) -> None:
         held = stored(world.cache, KEY, b"abc")
         reader = held.reader(WEIGHTS_FILE)
         world.alter(KEY, WEIGHTS_FILE, b"longer")
@@ -443,13 +390,11 @@ class TestDamage:
             keep(world.cache, KEY, content)
             with pytest.raises(IntegrityError, match="again"):
                 reader.read_into([memoryview(bytearray(3))], 0)
-            entry = world.cache.open(KEY)
-            assert entry is not None
-            assert content_of(entry) == content
-            world.cache.condemn(KEY)
-            world.cache.condemn(KEY)
+            assert read_back(world.cache) == content
+            for _ in range(2):
+                world.cache.condemn(KEY)
             assert not is_there(world.cache, KEY)
-            entry.close()
+        assert held.granted(SCOPE) is None
         reader.close()
         held.close()
 
@@ -504,6 +449,9 @@ class TestDamage:
         (tmp_path / "beside" / "precious").unlink()
 
 
+HOSTILE = ["../../beside/x", "/etc/passwd", "", ".", "\0", "a" * 5_000, "\ud800", "x\n.json", "~"]
+
+
 class TestFolder:
     @pytest.mark.parametrize("text", HOSTILE)
     def test_hostile_keys_stay_in_the_folder(self, world: DiskWorld, text: str) -> None:
@@ -519,9 +467,7 @@ class TestFolder:
         try:
             with opened(tmp_path / "a" / "cache") as world:
                 keep(world.cache, KEY, b"abc")
-                download = begun(world.cache, key(1))
-                put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
-                download.close()
+                left(world.cache, key(1), b"abc", [(0, 3)])
         finally:
             os.umask(before)
         nothing_odd(tmp_path / "a" / "cache")
@@ -540,7 +486,7 @@ class TestFolder:
         assert open_below(tmp_path) == []
 
     @pytest.mark.parametrize("inside", [False, True])
-    def test_one_of_somebody_else_is_refused(
+    def test_one_of_another_user_is_refused(
         self, tmp_path: Path, inside: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = tmp_path / "cache"
@@ -581,49 +527,47 @@ def test_what_is_forgotten_is_closed_with_a_warning(tmp_path: Path, name: str) -
     with opened(tmp_path / "cache") as world:
         before = open_below(tmp_path)
         with pytest.warns(ResourceWarning, match=f"unclosed.*{name}"):
-            forget(
-                lambda: (
-                    begun(world.cache) if name == "download" else stored(world.cache, KEY, b"abc")
-                )
-            )
+            forget(lambda: (begun if name == "download" else is_forgotten)(world.cache))
         assert open_below(tmp_path) == before
     with pytest.warns(ResourceWarning, match="unclosed disk cache"):
         forget(lambda: DiskCache(tmp_path / "other", 1, policy("lru")))
     assert open_below(tmp_path) == []
 
 
-class TestLastVersions:
-    """What sources answered last is kept beside the entries, for when they cannot be asked."""
+def is_forgotten(cache: Cache) -> object:
+    return stored(cache, KEY, b"abc")
 
-    def test_are_remembered_and_none_says_who_asked(self, world: DiskWorld) -> None:
-        asked = "a secret \ud800 question"
+
+def test_last_versions_are_remembered_and_none_says_who_asked(world: DiskWorld) -> None:
+    """For when sources cannot be asked."""
+    asked = "a secret \ud800 question"
+    assert world.cache.last_version(asked) is None
+    world.cache.note_version(asked, "org/name", "1" * 40)
+    world.cache.note_version(asked, "org/elsewhere", "2" * 40)
+    with opened(world.folder) as another:
+        assert another.cache.last_version(asked) == ("org/elsewhere", "2" * 40)
+    (path,) = (path for path in world.folder.rglob("*") if path.is_file())
+    assert "secret" not in path.name
+    with failing(("fsync",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
+        world.cache.note_version(asked, "org/name", "3")
+    assert world.cache.last_version(asked) == ("org/elsewhere", "2" * 40)
+    for content in (b"", b"{}", b"null", b"\xff", b'{"source": 1, "version": ""}'):
+        path.write_bytes(content)
         assert world.cache.last_version(asked) is None
-        world.cache.note_version(asked, "org/name", "1" * 40)
-        world.cache.note_version(asked, "org/elsewhere", "2" * 40)
-        with opened(world.folder) as another:
-            assert another.cache.last_version(asked) == ("org/elsewhere", "2" * 40)
-        (path,) = (path for path in world.folder.rglob("*") if path.is_file())
-        assert "secret" not in path.name
-        with failing(("fsync",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
-            world.cache.note_version(asked, "org/name", "3")
-        assert world.cache.last_version(asked) == ("org/elsewhere", "2" * 40)
-        for content in (b"", b"{}", b"null", b"\xff", b'{"source": 1, "version": ""}'):
-            path.write_bytes(content)
-            assert world.cache.last_version(asked) is None
 
 
 def test_cleaning_up_removes_what_serves_nobody(world: DiskWorld) -> None:
-    """Entries without a record, partial downloads, and what was answered about neither."""
+    """Damaged entries, partial downloads, answers about neither, and a former version's locks."""
     for number in range(2):
         keep(world.cache, key(number), b"abc")
     (world.entry(key(1)) / "record.json").unlink()
-    download = begun(world.cache)
-    put(download.file(WEIGHTS_FILE, NBYTES), weights(), [(0, NBYTES)])
-    download.close()
+    left(world.cache, KEY, weights(), [(0, NBYTES)])
+    (former := world.folder / "locks").mkdir()
     world.cache.note_version("here?", key(0).source, key(0).version)
     world.cache.note_version("gone?", "org/elsewhere", "2" * 40)
-    assert upkeep.gc(world.cache, older_than=1_000) == Freed(1, 0, 3 + len(CONFIG))
-    assert upkeep.gc(world.cache) == Freed(0, 1, NBYTES)
+    assert maintenance.gc(world.cache, older_than=1_000) == Freed(1, 0, 3 + len(CONFIG))
+    assert maintenance.gc(world.cache) == Freed(0, 1, NBYTES)
     assert is_there(world.cache, key(0))
     assert world.cache.last_version("here?") == (key(0).source, key(0).version)
     assert world.cache.last_version("gone?") is None
+    assert not former.exists()

@@ -11,44 +11,47 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_inputs import (
+from counted_calls import CHANGES, LOOKS, Calls, failing
+from disk_cache_world import (
     CONFIG,
     KEY,
     NBYTES,
     SCOPE,
+    DiskWorld,
     begun,
     below,
     content_of,
     is_there,
     keep,
     key,
+    left,
+    nothing_odd,
+    open_below,
+    opened,
     put,
+    read_back,
     sha256,
     stored,
     weights,
 )
-from counted_calls import CHANGES, LOOKS, Calls, failing
-from disk_cache_world import DiskWorld, nothing_odd, open_below, opened
 
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.core.chunk_map import CHUNK_BYTES
 from lorax_async.core.policies import policy
 from lorax_async.errors import CapacityError, ConfigError, FetchError, LoraxError
 from lorax_async.io import disk_cache
-from lorax_async.io.cache import entries, locks
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.disk_cache import DiskCache
 from tools import on_a_small_disk
 
 CONTENT = weights()
-
 SIZE = 1_000 + len(CONFIG)
-
+ALL = [(0, NBYTES)]
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -59,33 +62,35 @@ def world(tmp_path: Path) -> Iterator[DiskWorld]:
     nothing_odd(tmp_path / "cache")
 
 
+Two = tuple[DiskWorld, DiskWorld]
+
+
 @pytest.fixture
-def two(tmp_path: Path) -> Iterator[tuple[DiskWorld, DiskWorld]]:
-    """With room for three adapters together."""
+def two(tmp_path: Path) -> Iterator[Two]:
+    """Two caches in this process, which are to each other as two processes' are.
+
+    There is room for three adapters.
+    """
     with opened(tmp_path / "cache", 3 * SIZE) as one, opened(tmp_path / "cache", 3 * SIZE) as other:
         yield one, other
     nothing_odd(tmp_path / "cache")
 
 
-Two = tuple[DiskWorld, DiskWorld]
+# -- calls that fail ------------------------------------------------------------------------------
 
 
 def resumed_and_published(cache: Cache) -> None:
-    """A download that was left is gone on with, published, opened, checked, and removed."""
+    """Leave a download, go on with it, publish, open, check, and remove it."""
     download = begun(cache)
     try:
-        file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
-        put(file, CONTENT, [(5, 400_000)])
+        put(download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT)), CONTENT, [(5, 400_000)])
     finally:
         download.close()
     download = begun(cache)
     try:
-        config = download.file(CONFIG_FILE, None)
-        put(config, CONFIG, [(0, len(CONFIG))])
-        config.ends_at(len(CONFIG))
+        put(download.file(CONFIG_FILE, len(CONFIG)), CONFIG, [(0, len(CONFIG))])
         file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
-        reader = file.reader()
-        reader.close()
+        file.reader().close()
         put(file, CONTENT, file.missing())
         download.publish().close()
     finally:
@@ -100,13 +105,6 @@ def resumed_and_published(cache: Cache) -> None:
     assert cache.remove(KEY)
 
 
-def calls_of_a_fetch(folder: Path, names: tuple[str, ...]) -> list[str]:
-    calls = Calls(names)
-    with opened(folder) as world, calls.counted():
-        resumed_and_published(world.cache)
-    return calls.made
-
-
 @pytest.mark.parametrize(
     ("code", "names"),
     [
@@ -119,26 +117,28 @@ def calls_of_a_fetch(folder: Path, names: tuple[str, ...]) -> list[str]:
 def test_whatever_call_fails_the_next_fetch_is_right(
     tmp_path: Path, code: int, names: tuple[str, ...]
 ) -> None:
-    made = calls_of_a_fetch(tmp_path / "first", names)
-    assert {*names, "flock"} == set(made)
-    failed = 0
-    for at in range(1, len(made) + 1):
-        with opened(tmp_path / "cache") as world:
-            unused = open_below(tmp_path / "cache")
+    calls = Calls(names)
+    with opened(tmp_path / "first") as world, calls.counted():
+        resumed_and_published(world.cache)
+    assert {*names, "flock"} == set(calls.made)
+    failed, folder = 0, tmp_path / "cache"
+    for at, call in enumerate(calls.made, 1):
+        with opened(folder) as world:
+            unused = open_below(folder)
             with failing(names, at, code).counted():
                 try:
                     resumed_and_published(world.cache)
                 except LoraxError as error:
                     failed += 1
                     full = code in FULL and isinstance(error, CapacityError)
-                    assert full or type(error) is FetchError, (at, made[at - 1], error)
+                    assert full or type(error) is FetchError, (at, call, error)
                     assert error.retryable
-            assert open_below(tmp_path / "cache") == unused, (at, made[at - 1])
-            assert world.cache.remove(KEY), (at, made[at - 1])
+            assert open_below(folder) == unused, (at, call)
+            assert world.cache.remove(KEY), (at, call)
             resumed_and_published(world.cache)
-            assert below(tmp_path / "cache") <= {"locks/budget"}, (at, made[at - 1])
-    nothing_odd(tmp_path / "cache")
-    assert failed > len(made) // 2
+            assert below(folder) == set(), (at, call)
+    nothing_odd(folder)
+    assert failed > len(calls.made) // 2
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.EACCES])
@@ -157,6 +157,21 @@ def test_a_cache_that_cannot_be_opened_leaves_nothing_open(tmp_path: Path, code:
     assert failed > len(calls.made) // 2
 
 
+def test_what_is_on_a_read_only_file_system_is_served(world: DiskWorld) -> None:
+    keep(world.cache, KEY, b"abc")
+    calls = Calls(CHANGES)
+
+    def refuse(name: str) -> None:
+        if name in {"mkdir", "utime", "rename", "unlink", "write"}:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    calls.before = refuse
+    with calls.counted():
+        assert read_back(world.cache) == b"abc"
+        with pytest.raises(FetchError, match="EROFS.*another cache_dir"):
+            begun(world.cache, key(1))
+
+
 def test_bytes_that_could_not_be_written_are_missing(world: DiskWorld) -> None:
     download = begun(world.cache)
     file = download.file(WEIGHTS_FILE, 10)
@@ -166,87 +181,79 @@ def test_bytes_that_could_not_be_written_are_missing(world: DiskWorld) -> None:
     download.discard()
 
 
+# -- what is on the disk before what --------------------------------------------------------------
+
+
+def made(calls: Calls, *names: str) -> list[str]:
+    return [name for name in calls.made if name in names]
+
+
 def test_all_is_on_the_disk_before_it_is_published(world: DiskWorld) -> None:
-    """Bytes, record and names; then the rename, and that too. Maps go after it."""
+    """Bytes, record and names; then the rename, and that too."""
     download = begun(world.cache)
     for role in (CONFIG_FILE, WEIGHTS_FILE):
         put(download.file(role, 5), b"abcde", [(0, 5)])
     calls = Calls(CHANGES)
     with calls.counted():
         entry = download.publish()
-    made = [name for name in calls.made if name in {"fsync", "rename", "write"}]
-    assert made == [*["fsync"] * 2, "write", *["fsync"] * 2, "rename", "fsync"]
+    assert made(calls, "fsync", "rename", "write") == [
+        *("fsync", "fsync", "write", "fsync", "fsync", "rename", "fsync")
+    ]
     entry.close()
 
 
 def test_what_is_left_is_on_the_disk_before_it_is_trusted(world: DiskWorld) -> None:
+    """Bytes, then the map that says so, then names. Who goes on revokes that at once."""
     download = begun(world.cache)
     put(download.file(WEIGHTS_FILE, 5), b"abcde", [(0, 5)])
     calls = Calls(CHANGES)
     with calls.counted():
         download.close()
-    made = [name for name in calls.made if name in {"fsync", "rename"}]
-    assert made == ["fsync", "fsync", "fsync", "rename"]
-
-
-def left(world: DiskWorld) -> Path:
-    """A partial that was left, with all bytes there."""
-    download = begun(world.cache)
-    put(download.file(WEIGHTS_FILE, NBYTES), CONTENT, [(0, NBYTES)])
-    download.close()
-    (path,) = (world.folder / "partials").iterdir()
-    return path
+    assert made(calls, "fsync", "pwritev") == ["fsync", "pwritev", "fsync", "fsync"]
+    download, calls = begun(world.cache), Calls(CHANGES)
+    with calls.counted():
+        assert download.file(WEIGHTS_FILE, 5).resumed
+    assert made(calls, "fsync", "pwritev") == ["pwritev", "fsync"]
+    download.discard()
 
 
 def test_a_map_goes_before_the_bytes_that_it_tells_of(world: DiskWorld) -> None:
-    left(world)
+    left(world.cache, KEY, CONTENT, ALL)
     download = begun(world.cache)
     calls = Calls(("unlink", "ftruncate"))
     with calls.counted():
         download.file(WEIGHTS_FILE, NBYTES - 1)
-    assert calls.made[:2] == ["unlink", "ftruncate"]
+    assert made(calls, "unlink", "ftruncate")[:2] == ["unlink", "ftruncate"]
     download.discard()
 
 
-@pytest.mark.parametrize("damage", [b"", b"LRXCHNK1", b"x" * 25])
+@pytest.mark.parametrize("damage", [b"", b"LRXCHNK2", b"x" * 41])
 def test_what_was_left_and_damaged_never_becomes_an_entry(world: DiskWorld, damage: bytes) -> None:
     """Whichever of its files it is: what is not believed is fetched again."""
-    for number in range(len(list(left(world).iterdir()))):
+    for number in range(2):
+        left(world.cache, KEY, CONTENT, ALL)
         (folder,) = (world.folder / "partials").iterdir()
-        sorted(folder.iterdir())[number].write_bytes(damage)
+        sorted(folder.glob("adapter*"))[number].write_bytes(damage)
         download = begun(world.cache)
         file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
         put(file, CONTENT, file.missing())
         download.publish().close()
-        entry = world.cache.open(KEY, check=True)
-        assert entry is not None
-        assert content_of(entry) == CONTENT
-        entry.close()
+        assert read_back(world.cache, check=True) == CONTENT
         assert world.cache.remove(KEY)
-        left(world)
-    assert world.cache.remove(KEY)
 
 
 # -- full disks -----------------------------------------------------------------------------------
 
 
-@contextmanager
-def file_limit(nbytes: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+def test_a_file_over_the_process_limit(world: DiskWorld) -> None:
+    download, before = begun(world.cache), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
-        yield
+        with pytest.raises(CapacityError, match="EFBIG.*RLIMIT_FSIZE") as raised:
+            download.file(WEIGHTS_FILE, NBYTES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("nbytes", [NBYTES, None])
-def test_a_file_over_the_process_limit(world: DiskWorld, nbytes: int | None) -> None:
-    download = begun(world.cache)
-    with file_limit(1 << 20), pytest.raises(CapacityError, match="EFBIG.*RLIMIT_FSIZE") as raised:
-        put(download.file(WEIGHTS_FILE, nbytes), CONTENT, [(0, NBYTES)])
-    assert raised.value.retryable
-    assert raised.value.stage == "fetch"
+    assert (raised.value.retryable, raised.value.stage) == (True, "fetch")
     download.close()
     assert below(world.folder) == set()
     keep(world.cache, KEY, CONTENT)
@@ -269,7 +276,7 @@ def it_goes_on_once_there_is_room(folder: Path) -> None:
         with pytest.raises(CapacityError, match=r"ENOSPC.*disk is full"):
             download.file(WEIGHTS_FILE, 1_700_000)
         file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
-        put(file, CONTENT, [(0, NBYTES)])
+        put(file, CONTENT, ALL)
         with (folder / "other").open("wb", buffering=0) as other, suppress(OSError):
             while True:
                 other.write(bytes(4096))
@@ -278,41 +285,46 @@ def it_goes_on_once_there_is_room(folder: Path) -> None:
         download.close()
         (folder / "other").unlink()
         download = begun(world.cache)
-        file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
-        assert file.missing() == []
-        entry = download.publish()
-        assert content_of(entry) == CONTENT
-        entry.close()
+        assert download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT)).missing() == []
+        download.publish().close()
+        assert read_back(world.cache) == CONTENT
         assert is_there(world.cache, key(0))
     nothing_odd(folder / "cache")
+
+
+IO = Path(__file__).parent
+PATHS = [str(IO), str(IO.parent), str(IO.parent.parent), str(IO.parent.parent / "kernels")]
 
 
 @pytest.mark.slow
 @pytest.mark.needs("unshare")
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    tests = Path(__file__).parent
-    paths = [tests, tests.parent, tests.parent.parent, tests.parent.parent / "kernels"]
-    command = [*on_a_small_disk(tmp_path), sys.executable, "-c", SMALL_DISK]
-    done = subprocess.run([*command, tmp_path, *paths], capture_output=True, text=True, check=False)
+    script = [sys.executable, "-c", SMALL_DISK, str(tmp_path), *PATHS]
+    command = [*on_a_small_disk(tmp_path), *script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 # -- file systems without locks -------------------------------------------------------------------
 
 
+def without_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def unsupported(fd: int, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+
+
 def there(world: DiskWorld, upto: int) -> list[int]:
     return [number for number in range(upto) if world.entry(key(number)).exists()]
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, 0])
-def test_a_file_system_without_locks(two: Two, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """Both download, and the first to end is what both have."""
-
-    def none(fd: int, how: int) -> None:
-        if code:
-            raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", none)
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_without_locks_each_downloads_into_a_folder_of_its_own(
+    two: Two, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """The first to end is what both have."""
+    without_locks(monkeypatch, code)
     downloads = [begun(world.cache) for world in two]
     for download in downloads:
         put(download.file(WEIGHTS_FILE, 10), b"0123456789", [(0, 10)])
@@ -327,11 +339,12 @@ def test_a_file_system_without_locks(two: Two, monkeypatch: pytest.MonkeyPatch, 
 def test_without_locks_a_process_still_knows_what_it_holds(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fcntl, "flock", lambda fd, how: None)
+    without_locks(monkeypatch, errno.ENOLCK)
     cache = two[0].cache
     held = stored(cache, key(0), bytes(1_000))
     download = begun(cache, key(1))
     download.file(WEIGHTS_FILE, SIZE)
+    assert isinstance(cache.try_begin(key(1), SCOPE), int)
     for number in range(2, 4):
         keep(cache, key(number), bytes(1_000))
     assert there(two[0], 4) == [0, 3]
@@ -342,27 +355,7 @@ def test_without_locks_a_process_still_knows_what_it_holds(
     held.close()
 
 
-IO = Path(__file__).parent
-
-PATHS = [str(IO), str(IO.parent), str(IO.parent.parent), str(IO.parent.parent / "kernels")]
-
-BUDGET = 1_000_000
-
-LARGEST = 560_000
-
-
-def run_script(what: str, base: Path, locks: str = "flock") -> Any:
-    done = subprocess.run(
-        [sys.executable, IO / "cache_processes.py", what, base, locks],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return json.loads(done.stdout)
+# -- several processes ----------------------------------------------------------------------------
 
 
 def aged(world: DiskWorld, *numbers: int) -> None:
@@ -370,9 +363,6 @@ def aged(world: DiskWorld, *numbers: int) -> None:
     for place, number in enumerate(numbers):
         at = time.time() - 1_000 + place
         os.utime(world.entry(key(number)), (at, at))
-
-
-# -- two caches in this process are to each other as two processes' are ---------------------------
 
 
 def test_the_budget_is_that_of_the_folder(two: Two) -> None:
@@ -439,18 +429,25 @@ def test_what_one_has_opened_the_other_does_not_remove(two: Two) -> None:
     assert one.cache.remove(KEY)
 
 
+def at_first_lock(act: Any) -> Calls:
+    """Calls, before whose first `flock` another process acts."""
+    calls = Calls(("open",))
+
+    def before(name: str) -> None:
+        if name == "flock":
+            calls.before = lambda name: None
+            act()
+
+    calls.before = before
+    return calls
+
+
 def test_what_is_published_just_before_one_may_begin_is_taken(two: Two) -> None:
     """And it is nobody's to download then."""
     one, other = two
-    download, calls = begun(one.cache), Calls(("open",))
+    download = begun(one.cache)
     put(download.file(WEIGHTS_FILE, 5), b"abcde", [(0, 5)])
-
-    def publish(name: str) -> None:
-        if name == "flock" and calls.made.count("flock") == 1:
-            download.publish().close()
-
-    calls.before = publish
-    with calls.counted():
+    with at_first_lock(lambda: download.publish().close()).counted():
         entry = other.cache.try_begin(KEY, SCOPE)
     assert hasattr(entry, "record")
     entry.close()  # type: ignore[union-attr]
@@ -459,60 +456,61 @@ def test_what_is_published_just_before_one_may_begin_is_taken(two: Two) -> None:
 
 
 def test_of_two_that_begin_at_the_same_moment_one_downloads(two: Two) -> None:
-    """Also where the one before ends between the other's opening a lock's file and locking it."""
+    """Also where the one before ends just before the other looks."""
     one, other = two
-    first, calls = begun(one.cache), Calls(("open",))
-
-    def end(name: str) -> None:
-        if name == "flock":
-            first.close()
-
-    calls.before = end
-    with calls.counted():
+    with at_first_lock(begun(one.cache).close).counted():
         second = other.cache.try_begin(KEY, SCOPE)
     assert not isinstance(second, int)
     assert isinstance(one.cache.try_begin(KEY, SCOPE), int), "it is downloaded now"
     second.close()
 
 
-def test_what_is_replaced_just_before_one_holds_it_stays(
-    two: Two, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_replaced_just_before_one_leases_it_stays(two: Two) -> None:
     one, other = two
     keep(one.cache, KEY, b"abc")
-    granted = locks.granted_shared
 
-    def late(fd: int) -> bool:
-        monkeypatch.undo()
+    def replace() -> None:
         assert other.cache.remove(KEY)
         keep(other.cache, KEY, b"abc")
-        return granted(fd)
 
-    monkeypatch.setattr(entries, "granted_shared", late)
-    assert one.cache.open(KEY) is None
+    with at_first_lock(replace).counted():
+        assert one.cache.open(KEY) is None
     assert is_there(one.cache, KEY)
 
 
-def test_a_process_that_hangs_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_hangs_is_not_waited_for(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that hangs finds, when it is back, that the other was faster."""
     monkeypatch.setattr(disk_cache, "PATIENCE_SECONDS", 0.1)
-    content = weights()
-    with opened(tmp_path / "cache") as world, opened(tmp_path / "cache") as other:
-        hanging = begun(world.cache)
-        file = hanging.file(WEIGHTS_FILE, NBYTES)
-        put(file, content, [(0, 1_000)])
-        entry = stored(other.cache, KEY, content)
-        put(file, content, [(1_000, NBYTES)])
-        theirs = hanging.publish()
-        assert theirs.record == entry.record
-        assert content_of(theirs) == content
-        theirs.close()
-        entry.close()
+    one, other = two
+    hanging = begun(one.cache)
+    file = hanging.file(WEIGHTS_FILE, 1_000)
+    put(file, CONTENT, [(0, 10)])
+    entry = stored(other.cache, KEY, CONTENT[:1_000])
+    put(file, CONTENT, [(10, 1_000)])
+    theirs = hanging.publish()
+    assert {file.digest for file in theirs.record.files} <= {
+        file.digest for file in entry.record.files
+    }
+    assert content_of(theirs) == CONTENT[:1_000]
+    theirs.close()
+    entry.close()
 
 
-# -- real processes -------------------------------------------------------------------------------
+# -- processes that are killed --------------------------------------------------------------------
+
+
+def run_script(what: str, base: Path, locks: str = "flock") -> Any:
+    done = subprocess.run(
+        [sys.executable, IO / "cache_processes.py", what, base, locks],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return json.loads(done.stdout)
 
 
 def chunks_in(spans: list[list[int]]) -> set[int]:
@@ -527,6 +525,7 @@ def chunks_in(spans: list[list[int]]) -> set[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("locks", ["flock", "none"])
 def test_killed_after_any_call_a_second_process_goes_on(tmp_path: Path, locks: str) -> None:
+    """Without locks it begins anew, and what was left stays until it is cleaned up."""
     outcomes = run_script("kills", tmp_path, locks)
     assert {"open", "mkdir", "pwritev", "posix_fallocate", "fsync", "rename", "unlink"} <= {
         outcome["call"] for outcome in outcomes
@@ -539,7 +538,8 @@ def test_killed_after_any_call_a_second_process_goes_on(tmp_path: Path, locks: s
             for start, stop in outcome["fetched"]
             for number in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES))
         }
-        assert not fetched & chunks_in(outcome["written"]), outcome
+        if locks == "flock":
+            assert not fetched & chunks_in(outcome["written"]), outcome
     assert [] in [outcome["fetched"] for outcome in outcomes]  # all was here, or published
 
 
@@ -554,14 +554,13 @@ def test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed(
 
     def another_boot(path: Path, *given: Any) -> str:
         is_id = str(path) == "/proc/sys/kernel/random/boot_id"
-        return "0" * 32 if is_id else read_text(path, *given)
+        return "0a" * 16 if is_id else read_text(path, *given)
 
     if rebooted:
         monkeypatch.setattr(Path, "read_text", another_boot)
     with opened(tmp_path) as world:
         download = begun(world.cache)
-        missing = download.file(WEIGHTS_FILE, NBYTES).missing()
-        assert missing == ([(0, NBYTES)] if rebooted else [])
+        assert download.file(WEIGHTS_FILE, NBYTES).missing() == (ALL if rebooted else [])
         download.discard()
 
 
@@ -576,10 +575,11 @@ def test_anything_at_any_time(tmp_path: Path, locks: str) -> None:
     assert "had" in told
     assert outcome["problems"] == []
     assert outcome["partials"] == 0
-    assert outcome["used"] <= BUDGET
+    budget, largest = 1_000_000, 560_000
+    assert outcome["used"] <= budget
     if locks == "flock":
         assert told == {"had"}
-        assert outcome["most"] <= BUDGET
+        assert outcome["most"] <= budget
     else:
         assert all("again" in text for text in told - {"had"})
-        assert outcome["most"] <= BUDGET + 5 * LARGEST
+        assert outcome["most"] <= budget + 5 * largest

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from cache_inputs import begun, content_of, put, stored
-from disk_cache_world import open_below
+from disk_cache_world import begun, content_of, open_below, put, stored
 from source_inputs import CONFIG, read, read_rows, rows_of, tensors
 
 from common import until

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.core.file_digest import sent_sha256
 from lorax_async.core.header import header_end
-from lorax_async.core.sent_digest import sent_sha256
 from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
