@@ -15,12 +15,11 @@ from lorax_async.io.cache.partials import Partial, PartialFile, Partials
 from mutants.mutation import Mutants, mutant, nothing, seen_by, skipped, without_context
 
 DISK = "io/test_disk_cache.py"
-FAILURES = "io/test_disk_cache_failures.py"
 
-PUBLISHED = f"{FAILURES}::test_all_is_on_the_disk_before_it_is_published"
-RESUMABLE = f"{FAILURES}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
-HELD = f"{FAILURES}::test_what_one_holds_the_other_does_not_evict"
-UNLOCKED = f"{FAILURES}::test_without_locks_a_process_still_knows_what_it_holds"
+PUBLISHED = f"{DISK}::test_all_is_on_the_disk_before_it_is_published"
+RESUMABLE = f"{DISK}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
+HELD = f"{DISK}::test_what_one_holds_the_other_does_not_evict"
+UNLOCKED = f"{DISK}::test_without_locks_a_process_still_knows_what_it_holds"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
 
 _checked_digest, _write = PartialFile.checked_digest, PartialFile.write
@@ -83,25 +82,25 @@ CACHES: Mutants = {
         skipped(PartialFile, "_compare"),
     ),
     "cache: bytes count once they are written": mutant(
-        f"{FAILURES}::test_bytes_that_could_not_be_written_are_missing",
+        f"{DISK}::test_bytes_that_could_not_be_written_are_missing",
         (PartialFile, "write", _mapped_before_written),
     ),
     "cache: the chunk map is removed before the bytes": mutant(
-        f"{FAILURES}::test_a_map_goes_before_the_bytes_that_it_tells_of",
+        f"{DISK}::test_a_map_goes_before_the_bytes_that_it_tells_of",
         (PartialFile, "_resumed", _cut_before_the_map_goes),
     ),
     "cache: bytes and maps are on the disk before they are left": mutant(
         RESUMABLE, seen_by(partials, "os", fsync=nothing)
     ),
     "cache: bytes of another boot are not trusted": mutant(
-        f"{FAILURES}::test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed",
+        f"{DISK}::test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed",
         (ChunkMap, "decoded", staticmethod(_decoded_of_any_boot)),
     ),
     "cache: what is being written is not dropped": mutant(
         UNLOCKED, skipped(Partials, "is_busy", False)
     ),
     "cache: what is being written by another process is not dropped": mutant(
-        f"{FAILURES}::test_what_one_downloads_the_other_does_not_drop",
+        f"{DISK}::test_what_one_downloads_the_other_does_not_drop",
         (partials, "try_lock", lambda _: True),
     ),
     "cache: room is reserved before it is written to": mutant(
@@ -116,12 +115,12 @@ CACHES: Mutants = {
         HELD, (entries, "try_lock", lambda _, **__: True)
     ),
     "cache: an entry that was replaced is not held": mutant(
-        f"{FAILURES}::test_what_is_replaced_just_before_one_leases_it_stays",
+        f"{DISK}::test_what_is_replaced_just_before_one_leases_it_stays",
         skipped(Folder, "is_named", True),
     ),
     "cache: what was just published is held": mutant(HELD, (entries, "try_lock", _never_shared)),
     "cache: what is opened is held": mutant(
-        f"{FAILURES}::test_what_one_has_opened_the_other_does_not_remove",
+        f"{DISK}::test_what_one_has_opened_the_other_does_not_remove",
         (entries, "try_lock", _never_shared),
     ),
     "cache: a download that ends is unlocked": mutant(
