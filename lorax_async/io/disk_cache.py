@@ -214,7 +214,7 @@ class DiskDownload:
             try:
                 theirs = self._renamed(partial)
                 if theirs is None:
-                    with self._ending(), self._cache.partials.ending(partial):
+                    with self._ending(), partial.ending():
                         self._cache.directory.entries.sync()
                         remove_leftovers(partial.folder)
             except BaseException:
@@ -236,7 +236,7 @@ class DiskDownload:
     def discard(self) -> None:
         if (partial := self._partial) is not None:
             with self._ending(), translated_errors("remove a download"):
-                self._cache.partials.discard(partial)
+                partial.discard()
 
     def close(self) -> None:
         if (partial := self._partial) is None:
@@ -245,12 +245,12 @@ class DiskDownload:
             try:
                 kept = [file.keep() for file in self._files.values()]
             except BaseException:
-                self._cache.partials.discard(partial)
+                partial.discard()
                 raise
             if any(kept):
-                self._cache.partials.leave(partial)
+                partial.leave()
             else:
-                self._cache.partials.discard(partial)
+                partial.discard()
 
     def __del__(self) -> None:
         if self._partial is not None:
@@ -271,10 +271,12 @@ class DiskDownload:
 
     def _renamed(self, partial: Partial) -> DiskEntry | None:
         """Rename the folder; return the entry of a process that was faster, if there is one."""
-        cache, name = self._cache, self.key.name
+        entries, name = self._cache.entries, self.key.name
+        parents = {"src_dir_fd": partial.parent.fd, "dst_dir_fd": entries.parent.fd}
         for _ in range(_PUBLICATIONS):
             try:
-                cache.directory.publish(partial.name, name)
+                with self._cache.directory.locked():
+                    os.rename(partial.name, name, **parents)
             except FileNotFoundError as error:
                 raise FetchError(
                     "another process took over the download where locks do not work, or somebody"
@@ -285,7 +287,7 @@ class DiskDownload:
                     raise
             else:
                 return None
-            theirs = cache.entries.open(name, check=False)  # a damaged one is removed by that
+            theirs = entries.open(name, check=False)  # a damaged one is removed by that
             if theirs is not None:
                 return theirs
         raise FetchError("the disk cache's entry was in the way again and again; load it again")

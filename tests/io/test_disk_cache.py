@@ -410,13 +410,18 @@ class TestDamage:
         reader.close()
         held.close()
 
-    @pytest.mark.parametrize("end", ["publish", "close"])
-    def test_a_download_whose_folder_was_removed_says_so(self, world: DiskWorld, end: str) -> None:
+    @pytest.mark.parametrize("removed", ["partials/*", "."])
+    @pytest.mark.parametrize("end", ["publish", "discard", "close"])
+    def test_a_download_whose_folder_was_removed_says_so(
+        self, world: DiskWorld, end: str, removed: str
+    ) -> None:
         """It leaves nothing, and the next one begins anew."""
         download = begun(world.cache)
         put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
-        for partial in (world.folder / "partials").iterdir():
-            shutil.rmtree(partial)
+        for folder in world.folder.glob(removed) if removed != "." else [world.folder]:
+            shutil.rmtree(folder)
+        if end == "discard":
+            download.discard()
         if end == "publish":
             with pytest.raises(FetchError, match="removed.*load it again"):
                 download.publish()

@@ -56,9 +56,9 @@ def _never_shared(fd: int, *, shared: bool = False) -> bool | None:
 
 
 @contextmanager
-def _left_locked(self: Partials, partial: Partial) -> Iterator[None]:
+def _left_locked(self: Partial) -> Iterator[None]:
     yield
-    self._directory.release(partial.name)
+    self._directory.release(self.name)
 
 
 CACHES: Mutants = {
@@ -124,7 +124,7 @@ CACHES: Mutants = {
         (entries, "try_lock", _never_shared),
     ),
     "cache: a download that ends is unlocked": mutant(
-        WAITED_FOR, (Partials, "ending", _left_locked)
+        WAITED_FOR, (Partial, "ending", _left_locked)
     ),
     "cache: a download of another process is waited for": mutant(
         WAITED_FOR, (Partials, "claim", _without_waiting)

@@ -237,7 +237,8 @@ class CacheDirectory:
             if not self._is_locked:
                 self._is_locked = True
                 held.callback(setattr, self, "_is_locked", False)
-                with suppress_read_only():
+                # Without the folder, or where nothing can be written, there is nothing to protect.
+                with suppress(FileNotFoundError), suppress_read_only():
                     fd = self._root.file(_LOCK_FILE, os.O_RDWR | os.O_CREAT)
                     held.callback(os.close, fd)
                     until, pause = monotonic() + LOCK_SECONDS, Event()
@@ -260,11 +261,6 @@ class CacheDirectory:
     def held(self) -> frozenset[str]:
         """Return the names of what this process uses. Atomic, with or without `holding`."""
         return frozenset(self._held)
-
-    def publish(self, partial: str, entry: str) -> None:
-        """Rename a partial download to an entry, atomically. Raise `OSError`."""
-        with self.locked():
-            os.rename(partial, entry, src_dir_fd=self.partials.fd, dst_dir_fd=self.entries.fd)
 
     def hide(self, folder: Folder, name: str) -> str | None:
         """Move a name into the trash, atomically; return its name there, None if it was gone."""

@@ -135,7 +135,11 @@ class Entries:
         """Return what an entry says of itself; None if it cannot be read. Raise `OSError`."""
         try:
             with self.parent.subfolder(name) as folder:
-                return _decoded(folder.read(RECORD, MAX_RECORD_BYTES), name)
+                fd = folder.file(RECORD, os.O_RDONLY)
+            try:
+                return _read_record(fd, name)
+            finally:
+                os.close(fd)
         except IntegrityError:
             return None
         except OSError as error:
@@ -240,14 +244,9 @@ class Entries:
 
 def _read_record(fd: int, name: str) -> Record:
     try:
-        return _decoded(read_all(fd, MAX_RECORD_BYTES), name)
+        record = decoded_record(read_all(fd, MAX_RECORD_BYTES))
     except IsADirectoryError as error:
         raise IntegrityError("the cache's record is no file") from error
-
-
-def _decoded(content: bytes, name: str) -> Record:
-    try:
-        record = decoded_record(content)
     except AdapterFormatError as error:
         raise IntegrityError(error.problem) from error
     if record.name != name:

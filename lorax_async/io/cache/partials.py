@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -300,13 +299,38 @@ def _write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
             left[first] = left[first][count:]
 
 
-@dataclass(frozen=True, slots=True)
 class Partial:
-    """The folder of a download of this process, open and locked until `opened` is closed."""
+    """The folder of a download of this process: open, and locked until it is closed."""
 
-    name: str
-    folder: Folder
-    opened: ExitStack
+    def __init__(self, directory: CacheDirectory, name: str) -> None:
+        self.name = name
+        self.parent = directory.partials
+        self._directory = directory
+        with ExitStack() as opened:
+            self.folder = opened.enter_context(self.parent.subfolder(name))
+            lock = self.folder.file(PARTIAL_LOCK, os.O_RDWR | os.O_CREAT)
+            opened.callback(os.close, lock)
+            try_lock(lock)
+            self._opened = opened.pop_all()
+
+    def leave(self) -> None:
+        """Close it: the next download adopts it. Raise `OSError`."""
+        with self.ending():
+            self.folder.sync()
+
+    def discard(self) -> None:
+        """Remove and close it. Raise `OSError`."""
+        with self.ending(), self._directory.locked():
+            self._directory.remove(self.parent, self.name)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Close it when the context is left."""
+        try:
+            yield
+        finally:
+            self._directory.release(self.name)
+            self._opened.close()
 
 
 class Partials:
@@ -348,16 +372,6 @@ class Partials:
         """Remove one; False if it is being written to, or not there."""
         return not self.is_busy(name) and self._directory.remove(self._parent, name)
 
-    def discard(self, partial: Partial) -> None:
-        """Remove one of this process and close it."""
-        with self.ending(partial), self._directory.locked():
-            self._directory.remove(self._parent, partial.name)
-
-    def leave(self, partial: Partial) -> None:
-        """Close one of this process: the next download adopts it."""
-        with self.ending(partial):
-            partial.folder.sync()
-
     def is_busy(self, name: str) -> bool:
         """Return whether any process is writing to it."""
         if name in self._directory.held():
@@ -391,21 +405,7 @@ class Partials:
                 os.mkdir(name, 0o700, dir_fd=self._parent.fd)
             else:
                 os.rename(left, name, src_dir_fd=self._parent.fd, dst_dir_fd=self._parent.fd)
-            with ExitStack() as opened:
-                folder = opened.enter_context(self._parent.subfolder(name))
-                lock = folder.file(PARTIAL_LOCK, os.O_RDWR | os.O_CREAT)
-                opened.callback(os.close, lock)
-                try_lock(lock)
-                return Partial(name, folder, opened.pop_all())
+            return Partial(self._directory, name)
         except BaseException:
             self._directory.release(name)
             raise
-
-    @contextmanager
-    def ending(self, partial: Partial) -> Iterator[None]:
-        """Close one of this process when the context is left."""
-        try:
-            yield
-        finally:
-            self._directory.release(partial.name)
-            partial.opened.close()
