@@ -90,6 +90,7 @@ def test_files_have_the_names_that_tools_know() -> None:
 def test_a_partials_name_begins_with_its_entrys() -> None:
     entry = CacheKey("a", "b").name
     assert is_partial_name(f"{entry}.00ff")
+    assert is_partial_name(f"{entry}.ab-1-2-3.00ff"), "of a former version"
     others = ("lock", entry, f"{entry}.", f"{entry[1:]}.00", f"{entry}.00/..", f"{entry}.00\n")
     assert not any(map(is_partial_name, others))
     assert not is_entry_name(f"{entry}.00ff")
