@@ -309,7 +309,7 @@ STEPS = {
     "hash": "lorax_async.io.snapshot.Buffer.of",
     "open": "lorax_async.io.host_copies.HostCopy.open",
     "plan": "lorax_async.runtime.planning.Planner.plan",
-    "read": "lorax_async.io.host_copies.HostReader.read_into",
+    "read": "lorax_async.io.host_copies.CopyReader.read_into",
     "to device": "lorax_async.io.devices.cpu.CpuDevice.copy",
     "exchange": "lorax_async.runtime.names.Names.give",
 }

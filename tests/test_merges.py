@@ -17,6 +17,7 @@ import torch
 import sharded
 import tiny
 from common import open_files, until
+from given import give, used
 from lorax_async import (
     AdapterKey,
     AdapterLoader,
@@ -34,7 +35,7 @@ from lorax_async.testing import FakeReader, Step
 from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
 from sweeping import cancel_at, count_steps, local_bench, released
 from tiny_loaders import loader
-from tiny_sources import WEIGHTS, is_resident, over, state, stocked, where
+from tiny_sources import WEIGHTS, over, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -160,13 +161,14 @@ def test_keys_of_merges_are_equal_where_the_bytes_would_be() -> None:
 # -- as any adapter ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cpu", "simulated"])
-@pytest.mark.parametrize("merge", BOTH)
-async def test_a_merge_is_computed_once_for_all_and_anew_after_it_was_evicted(
+@pytest.mark.parametrize(("merge", "device"), [(HALVES, "simulated"), (DROPPED, "cpu")])
+async def test_a_merge_is_computed_once_for_all_and_comes_back_the_same(
     tmp_path: Path, merge: Merge, device: str
 ) -> None:
+    """From memory, or computed anew where tensors took its room."""
     source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=1, device=device) as there:
+    settings = {"max_slots": 1, "device": device, "memory_bytes": 2 * part_bytes()}
+    async with over(source, cache_dir=tmp_path / "cache", **settings) as there:
         handles = await asyncio.gather(*(there.load(merge) for _ in range(20)))
         assert len({handle.slot for handle in handles}) == 1
         assert source.counts.bytes_read == part_bytes()
@@ -177,10 +179,17 @@ async def test_a_merge_is_computed_once_for_all_and_anew_after_it_was_evicted(
             handle.release()
         assert source.counts.open_readers == 0
         (await there.load("c")).release()
-        assert not is_resident(there, merge)
-        async with await there.load(merge) as handle:
+        assert (where(there, merge).tier, where(there, merge).state) == ("host", "held")
+        async with await there.load(merge) as handle, there.stream(merge) as streamed:
             assert_same(weights_of(handle), before)
-        assert there.statistics().fetches == 2, "it was not planned again"
+            assert streamed.slot == handle.slot
+        assert (there.statistics().fetches, source.counts.opens) == (2, 3)
+        for number in range(3):
+            (await give(there, number, str(number))).release()
+        async with there.stream(merge) as handle:
+            await handle.layer_ready(tiny.LAYERS - 1)
+            assert_same(weights_of(handle), before)
+        assert source.counts.bytes_read > 2 * part_bytes(), "it was computed anew"
         assert source.counts.open_readers == 0
 
 
@@ -233,7 +242,9 @@ async def test_a_merge_is_prefetched_pinned_tried_and_unloaded(tmp_path: Path) -
     async with over(source, max_slots=2) as there:
         assert there.try_acquire(HALVES) is None
         await there.prefetch(HALVES, tier="host")
-        assert where(there, HALVES).host_bytes == 0, "its parts are read ahead, and not held"
+        found = where(there, HALVES)
+        assert (found.tier, found.host_bytes) == ("host", used(there))
+        assert used(there) > part_bytes()
         await there.pin(HALVES)
         for name in ("a", "b", "c"):
             (await there.load(name)).release()
@@ -245,18 +256,20 @@ async def test_a_merge_is_prefetched_pinned_tried_and_unloaded(tmp_path: Path) -
         assert there.unpin(HALVES)
         assert not there.unpin(HALVES)
         await there.unload(HALVES)
-        assert state(there, HALVES) in {"nowhere", "present"}
+        assert (state(there, HALVES), used(there)) == ("nowhere", 0)
         assert there.try_acquire(HALVES) is None
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", WEIGHTS])
-async def test_a_part_that_changed_before_a_reload_is_named(tmp_path: Path, file: str) -> None:
+async def test_a_part_that_changed_before_it_is_computed_anew_is_named(
+    tmp_path: Path, file: str
+) -> None:
     for seed, name in enumerate("abc"):
         tiny.write(tmp_path / name, seed)
     async with loader(max_slots=1) as there:
         async with await there.load(at(tmp_path)) as handle:
             key = handle.key
-        (await there.load(tmp_path / "c")).release()
+        await there.unload(key)
         changed = tmp_path / "b" / file
         changed.write_bytes(changed.read_bytes())
         with pytest.raises(errors.IntegrityError, match=r"part 2 \('b'\): .* was changed"):
@@ -264,25 +277,6 @@ async def test_a_part_that_changed_before_a_reload_is_named(tmp_path: Path, file
         async with await there.load(at(tmp_path)) as handle:
             assert handle.key != key
             assert_halves(handle, tmp_path)
-
-
-@pytest.mark.parametrize("merge", BOTH)
-async def test_layers_are_ready_as_their_parts_arrive(tmp_path: Path, merge: Merge) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with over(source) as there:
-        source.hold("b")
-        source.allow("b", 0, 1)
-        async with there.stream(merge) as handle:
-            await handle.layer_ready(1, timeout=10)
-            assert not handle.is_ready(2)
-            with pytest.raises(errors.UsageError, match="layer 2 is not here yet"):
-                _ = handle.modules["model.layers.2.mlp.up_proj"]
-            source.allow("b")
-            await handle.layer_ready(tiny.LAYERS - 1, timeout=10)
-            streamed = weights_of(handle)
-        await there.unload(merge)
-        async with await there.load(merge) as handle:
-            assert_same(weights_of(handle), streamed)
 
 
 MERGES = [
@@ -401,7 +395,7 @@ async def test_a_part_that_fails_is_named(tmp_path: Path, merge: Merge, step: St
     source = stocked(tmp_path, "a", "b")
     async with over(source) as there:
         end = len(tiny.files(tmp_path / "b")[1]) - 1
-        at = {"bring": 2, "read": end}.get(step, 0)
+        at = end if step == "read" else 0
         source.fail(step, errors.FetchError("ordered"), id="b", at=at)
         with pytest.raises(errors.FetchError, match=r"part 2 \('(memory:)?b'\): ordered"):
             await there.load(merge)
@@ -429,20 +423,30 @@ async def test_a_merge_cancelled_at_every_await(tmp_path: Path, merge: Merge) ->
             (await bench.load()).release()
 
 
-async def test_a_loader_that_closes_while_a_merge_is_reopened(tmp_path: Path) -> None:
-    """A reload opens its parts by way of the loop, while an I/O thread waits."""
-    source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=1) as there:
-        (await there.load(HALVES)).release()
-        (await there.load("c")).release()
+@pytest.mark.parametrize("at", ["room", "part"])
+async def test_a_loader_that_closes_while_a_merge_waits(tmp_path: Path, at: str) -> None:
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, memory_bytes=2 * part_bytes()) as there:
         source.hold("b")
-        task = asyncio.create_task(there.load(HALVES))
-        await until(lambda: source.counts.brings >= 5)
-        closing = asyncio.create_task(there.close())
-        await asyncio.sleep(0.02)
-        assert not closing.done(), "a copy in flight is waited for"
-        source.allow("b")
-        with pytest.raises(errors.LoaderClosedError):
-            await task
-        await closing
+        tasks = [asyncio.create_task(there.load(merge)) for merge in (HALVES, DROPPED)]
+        await until(lambda: source.counts.brings >= 3 if at == "part" else used(there) > 0)
+        await there.close()
+        for task in tasks:
+            with pytest.raises(errors.LoaderClosedError):
+                await task
+        assert used(there) == 0
     assert source.counts.open_readers == 0
+
+
+async def test_merges_wait_for_the_room_of_others(tmp_path: Path) -> None:
+    """And one that has no room at all says what to raise."""
+    async with over(stocked(tmp_path, "a", "b"), memory_bytes=part_bytes() + 2000) as there:
+        merges = [Merge("linear", ["a", "b"], [n, 1]) for n in range(6)]
+        for handle in await asyncio.gather(*(there.load(merge) for merge in merges[:4])):
+            assert handle.resident
+            handle.release()
+        (await there.load(merges[4])).release()
+    async with over(stocked(tmp_path, "a", "b"), memory_bytes=part_bytes()) as there:
+        with pytest.raises(errors.CapacityError, match="memory_bytes") as caught:
+            await there.load(HALVES)
+        assert (caught.value.id, caught.value.retryable) == (HALVES.text, False)

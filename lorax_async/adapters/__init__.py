@@ -24,7 +24,7 @@ from lorax_async.adapters.config import LoraConfig
 from lorax_async.adapters.loading.unapplied import require_all_matched, require_all_used
 from lorax_async.adapters.loading.weights_file import WeightsFile
 from lorax_async.adapters.lora import get_scaling_factor
-from lorax_async.adapters.merging.merge import (
+from lorax_async.adapters.merging import (
     AdapterParameters,
     merge_adapters,
     merge_adapters_async,

@@ -1,4 +1,4 @@
-"""From tensors to an id that means them: copied, loaded beside what it meant, then exchanged."""
+"""Tensors as what an id means: copied, loaded beside what it meant before, then exchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 import torch
 
-from lorax_async.adapter import AdapterKey, AdapterRef, Ref, TensorsKey
+from lorax_async.adapter import AdapterKey, AdapterRef, MergedKey, Ref, TensorsKey
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, Stage, UsageError
 from lorax_async.io.sources.from_memory import MemorySource
@@ -20,11 +20,11 @@ from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.turns import InOrder
 
 
-class Giving:
+class TensorAdapters:
     """Gives ids the meaning of tensors, and takes it back.
 
-    A copy in `source` is kept for as long as a name means it, a call is about it, or somebody wants
-    or holds the adapter. `check_open` raises once nothing may begin.
+    A copy in `source` is kept for as long as an id means it, a call is about it, or the adapter is
+    waited for, leased or pinned. `check_open` raises once nothing may begin.
     """
 
     def __init__(
@@ -80,10 +80,13 @@ class Giving:
         raise problem  # without the frames of where it arose, which hold the bytes
 
     def take_back(self, ref: Ref, key: AdapterKey) -> None:
-        """`key` was unloaded as `ref`: that means it no longer, where it was given the meaning."""
+        """End what `ref` was given to mean, once `key` was unloaded as `ref`."""
         self._names.take_back(ref, key)
         if isinstance(key, TensorsKey):
             self._retire(key)
+        elif isinstance(key, MergedKey):
+            self._driver.forget(key)
+            self._source.copies.drop(key)
 
     async def _load(
         self, ref: AdapterRef, key: AdapterKey, deadline: _Deadline, priority: int
@@ -101,7 +104,7 @@ class Giving:
             lease.end()
 
     def _exchange(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
-        """In one step: the id, its pins, and the end of what it meant. False if it is leaving."""
+        """Move the id and its pins in one step; return False if the new version is leaving."""
         interest = self._driver.interest
         pinned = interest.pinned(lambda name: self._names.covers(ref, name))
         if not all(interest.pin(name, lease) for name in pinned):
@@ -125,7 +128,7 @@ class Giving:
             self._retire(key)
 
     def _retire(self, key: AdapterKey) -> None:
-        """Let it go, unless it is meant or about to be."""
+        """Let it go, unless an id means it or is about to."""
         if not self._names.mean(key) and key not in self._calls:
             self._driver.retiring.begin(key, self._gone)
 
@@ -155,7 +158,7 @@ class _Deadline:
 
     @asynccontextmanager
     async def at(self, stage: Stage) -> AsyncIterator[None]:
-        """Whoever is still there at the deadline gets `AdapterTimeoutError`."""
+        """Raise `AdapterTimeoutError` for what is not through at the deadline."""
         try:
             async with asyncio.timeout_at(self._until) as limit:
                 yield
