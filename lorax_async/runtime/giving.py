@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -60,23 +60,28 @@ class TensorAdapters:
         cancellation `ref` means what it meant.
         """
         require_priority(priority)
-        deadline = _Deadline(seconds)
+        deadline = asyncio.get_running_loop().time() + seconds
+        stage: Stage = "fetch"
         problem: LoraxError
         try:
-            with self._order.place(ref) as come_first:
-                async with deadline.at("fetch"):
+            with self._order.place(ref) as come_first, ExitStack() as kept:
+                async with asyncio.timeout_at(deadline) as limit:
                     key = await self._source.take(tensors, config, self._check_open)
-                with self._kept(key):
-                    async with deadline.at("queue"):
-                        await come_first()
-                    if not replaces:
-                        self._require_free(ref, key)
-                    return await self._load(ref, key, deadline, priority)
+                    kept.enter_context(self._kept(key))
+                    stage = "queue"
+                    await come_first()
+                if not replaces:
+                    self._require_free(ref, key)
+                return await self._load(ref, key, deadline, priority)
         except LoraxError as error:
             problem = error.located(id=ref.text)
         except Exception as error:  # noqa: BLE001 - a fault of ours, whatever it is
-            problem = InternalError(f"tensors were not taken: {error!r}", id=ref.text)
-            problem.__cause__ = error.with_traceback(None)
+            if isinstance(error, TimeoutError) and limit.expired():
+                late = f"it was not ready within {seconds:g} s"
+                problem = AdapterTimeoutError(late, id=ref.text, stage=stage)
+            else:
+                problem = InternalError(f"tensors were not taken: {error!r}", id=ref.text)
+                problem.__cause__ = error.with_traceback(None)
         raise problem  # without the frames of where it arose, which hold the bytes
 
     def take_back(self, ref: Ref, key: AdapterKey) -> None:
@@ -89,12 +94,12 @@ class TensorAdapters:
             self._source.copies.drop(key)
 
     async def _load(
-        self, ref: AdapterRef, key: AdapterKey, deadline: _Deadline, priority: int
+        self, ref: AdapterRef, key: AdapterKey, deadline: float, priority: int
     ) -> Lease:
+        clock = asyncio.get_running_loop().time
         while True:  # what leaves again at once cannot be pinned: it is loaded once more
-            lease = await self._acquiring.lease(
-                key, Tier.DEVICE, deadline.seconds_left, priority=priority
-            )
+            left = max(0.0, deadline - clock())
+            lease = await self._acquiring.lease(key, Tier.DEVICE, left, priority=priority)
             try:
                 if self._exchange(ref, key, lease):
                     return lease
@@ -144,26 +149,3 @@ class TensorAdapters:
                 "the name means other tensors already; replace them with `replace`, unload them"
                 " first, or choose another name"
             )
-
-
-class _Deadline:
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._clock = asyncio.get_running_loop().time
-        self._until = self._clock() + seconds
-
-    @property
-    def seconds_left(self) -> float:
-        return max(0.0, self._until - self._clock())
-
-    @asynccontextmanager
-    async def at(self, stage: Stage) -> AsyncIterator[None]:
-        """Raise `AdapterTimeoutError` for what is not through at the deadline."""
-        try:
-            async with asyncio.timeout_at(self._until) as limit:
-                yield
-        except TimeoutError as error:
-            if isinstance(error, LoraxError) or not limit.expired():
-                raise
-            problem = f"it was not ready within {self._seconds:g} s"
-            raise AdapterTimeoutError(problem, stage=stage) from None

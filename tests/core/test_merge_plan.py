@@ -20,7 +20,6 @@ from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
     LoraxError,
-    UnsupportedAdapterError,
 )
 
 Q, OUT = "model.layers.0.q", "model.layers.1.o"
@@ -144,12 +143,6 @@ def test_a_factor_that_no_float32_holds() -> None:
         AdapterFormatError, match=r"weight 20 times the scale of part 1 \(2.5e\+37\)"
     ):
         planned(linear(20), large)
-
-
-def test_limits_hold_for_the_merged_file() -> None:
-    limits = Limits(max_adapter_bytes=GOOD.nbytes)
-    with pytest.raises(UnsupportedAdapterError, match="bytes in its merged file, over the limit"):
-        planned(linear(1, 1), GOOD, GOOD, limits=limits)
 
 
 @pytest.mark.parametrize(

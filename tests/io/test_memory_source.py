@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from cancelling import was_cancelled
 from disk_cache_world import open_below
 from source_conformance import bring_all
 from source_inputs import CONFIG, groups_of, read, read_rows, rows_of, tensors
@@ -34,7 +33,6 @@ from lorax_async.errors import (
     EvictedError,
     FetchError,
     IntegrityError,
-    LoaderClosedError,
     LoraxError,
     UnsupportedAdapterError,
     UsageError,
@@ -198,43 +196,13 @@ async def test_bytes_keep_their_room_while_they_are_read(world: World) -> None:
     key = await world.take(1)
     copy = world.copies.get(key)
     assert copy is not None
+    large = {"x": torch.zeros(SIZE // 4)}
     with copy.held():
-        second = asyncio.create_task(world.take(2))
+        second = asyncio.create_task(world.source.take(large, CONFIG, lambda: None))
         await until(lambda: not world.is_in_memory(key))
         assert world.copies.used == copy.nbytes
         assert not second.done()
     await second
-
-
-@pytest.mark.parametrize("late", [0.0, 0.003])
-@IN_MEMORY
-async def test_cancelled_at_any_await(world: World, late: float) -> None:
-    for call in (_forget_tensors, _forget_merge):
-        ends = [await was_cancelled(call(world), at, late) for at in range(8)]
-        assert ends.count(True) >= 2
-        assert ends == sorted(ends, reverse=True)
-        await until(lambda: world.copies.used == 0)
-
-
-async def _forget_tensors(world: World) -> None:
-    world.copies.drop(await world.take())
-
-
-async def _forget_merge(world: World) -> None:
-    key = world.merge()
-    file = await world.source.open(key, Demand())
-    file.reader.close()
-    world.copies.drop(key)
-
-
-@IN_MEMORY
-async def test_nothing_begins_once_it_is_closed(world: World) -> None:
-    def closed() -> None:
-        raise LoaderClosedError("the loader is closed")
-
-    with pytest.raises(LoaderClosedError):
-        await world.source.take(tensors(1), CONFIG, closed)
-    assert world.copies.used == 0
 
 
 # -- merges ---------------------------------------------------------------------------------------
@@ -254,6 +222,7 @@ async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(wor
     )
     await asyncio.sleep(0.02)
     assert (world.copies.used, filling.done()) == (held, False), "it is read"
+    assert world.is_in_memory(key)
     reader.close()
     await filling
     late = world.source.reopen(key)
