@@ -47,6 +47,7 @@ from lorax_async.events import (
 )
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.fetches import AdapterFolder
 from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.module_views import ModuleWeights
 from lorax_async.runtime.prefetch import Prefetch
@@ -60,6 +61,7 @@ from lorax_async.verification import Verification
 __all__ = [
     "AccessDeniedError",
     "AdapterError",
+    "AdapterFolder",
     "AdapterFormatError",
     "AdapterHandle",
     "AdapterInUseError",

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 
 from lorax_async.commands import (
-    bench_serve,
     cache,
     demo_remote,
     fetch,
@@ -87,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     demo_remote.add_to(commands.add_parser)
     serve.add_to(commands.add_parser)
     plan.add_to(commands.add_parser)
-    bench_serve.add_to(commands.add_parser)
     timeline.add_to(commands.add_parser)
     return parser
 

@@ -51,7 +51,7 @@ _MOST = {"max_slots": MAX_SLOTS, "io_threads": MAX_THREADS, "connections": MAX_T
 Eviction = Literal["lru", "lfu", "gdsf"]
 """Who makes room."""
 
-HubCache = Literal["read", "write", "off"]
+HubCache = Literal["read", "off"]
 """What the standard hub cache of this machine is for."""
 
 Checking = Literal["none", "stream", "before_use"]
@@ -116,13 +116,10 @@ class LoaderConfig:
         URL of the hub. None is huggingface_hub's own: https://huggingface.co, or what `HF_ENDPOINT`
         said when huggingface_hub was imported; nothing here reads it. Wherever it leads is allowed.
     hub_cache
-        The standard hub cache, which other programs share: "read" takes what is there; "write" also
-        keeps there what comes from the hub, instead of in `cache_dir`; "off" leaves it alone.
-    hub_cache_private
-        Whether "write" is for adapters too that took a token: whoever may read that folder can
-        read them then.
+        The standard hub cache, which other programs share: "read" uses what is stored there, "off"
+        ignores it. It is never written: what comes from the hub goes to `cache_dir`.
     hub_cache_dir
-        Where that is; None is where huggingface_hub has it.
+        Its folder; None is huggingface_hub's.
     offline
         Ask no source: adapters come from local folders and the two caches only.
     verify
@@ -168,7 +165,6 @@ class LoaderConfig:
     allow: tuple[Allow, ...] = ()
     hub_endpoint: str | None = None
     hub_cache: HubCache = "read"
-    hub_cache_private: bool = False
     hub_cache_dir: str | os.PathLike[str] | None = None
     offline: bool = False
     verify: Checking = "stream"
@@ -184,9 +180,14 @@ class LoaderConfig:
             raise ConfigError(
                 f"device {self.device!r} is not 'cpu', 'cuda', 'cuda:N' or 'simulated'"
             )
+        if str(self.hub_cache) == "write":
+            raise ConfigError(
+                'hub_cache="write" was removed: what comes from the hub goes to cache_dir. Use'
+                ' hub_cache="read", and `hf download` to fill the standard hub cache'
+            )
         for name, words in (("eviction", Eviction), ("hub_cache", HubCache), ("verify", Checking)):
             require_one_of(name, getattr(self, name), get_args(words))
-        for name in ("check_finite", "spill", "offline", "hub_cache_private"):
+        for name in ("check_finite", "spill", "offline"):
             require_bool(name, getattr(self, name))
         if not isinstance(self.limits, Limits):
             raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")

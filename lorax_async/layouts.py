@@ -15,7 +15,7 @@ from torch import nn
 
 from lorax_async.adaptable import HEADS, adaptable, embedding_module, linear_module, parallel_of
 from lorax_async.config import DTYPES, Limits
-from lorax_async.core.header import Header, HeaderLimits, TensorSpan, header_size, parse_header
+from lorax_async.core.header import Header, TensorSpan, header_size, parse_header
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, layer_index, parse_tensor_name
@@ -241,9 +241,8 @@ def _read_header(folder: Path, limits: Limits) -> Header:
         return read_header(folder, limits)[0]
     if not path.is_file():
         raise AdapterNotFoundError(f"there is no file {str(path)!r}")
-    accepted = HeaderLimits.of(limits)
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
-        prefix = first + file.read(header_size(first, size, accepted) - len(first))
-    return parse_header(prefix, size, accepted)
+        prefix = first + file.read(header_size(first, size, limits) - len(first))
+    return parse_header(prefix, size, limits)

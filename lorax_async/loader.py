@@ -19,6 +19,7 @@ from lorax_async.errors import ConfigError, LoaderClosedError, LoraxError, Usage
 from lorax_async.handle import AdapterHandle, current_task_name
 from lorax_async.io.ports import Device, Source
 from lorax_async.looking import Looking
+from lorax_async.runtime.fetches import AdapterFolder
 from lorax_async.runtime.home import Home
 from lorax_async.runtime.machinery import Machinery
 from lorax_async.runtime.prefetch import Prefetch
@@ -181,6 +182,39 @@ class AdapterLoader(TensorCalls, Looking):
             yield handle
         finally:
             handle.release()
+
+    async def fetch(
+        self,
+        adapter_id: AdapterId,
+        *,
+        source: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        digest: str | None = None,
+        allow_stale: bool = False,
+        timeout: float | None = None,
+    ) -> AdapterFolder:
+        """Wait until the adapter's files are on this machine's disk and checked; nothing is loaded.
+
+        The result is a lease on their folder: the cache, of this or another process, keeps it until
+        the lease is released. Calls for one adapter, and loads of it, share one download. Whether
+        the adapter fits the base model is not asked.
+
+        Parameters
+        ----------
+        adapter_id, source, revision, token, digest, allow_stale, timeout
+            As for `load`. A local adapter is its own folder.
+
+        Raises
+        ------
+        AdapterError, CapacityError
+            As `load` does. Nothing is left behind but what a later download goes on from.
+        UsageError
+            The id means a merge, or tensors: these are in no folder.
+        """
+        self._check_open()
+        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
+        return await self._machinery.fetching.fetch(ref, self.config.seconds(timeout))
 
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
         """A lease if the adapter is resident now, else None. Touches no file and never waits.

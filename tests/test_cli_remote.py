@@ -31,7 +31,7 @@ from command_line import ADAPTERS, base, output
 from common import Run
 from lorax_async.adapter import AdapterRef
 from lorax_async.cli import main
-from lorax_async.commands.fetching import AT_ONCE, Fetched, fetch_all, place_by
+from lorax_async.commands.fetch import AT_ONCE, FetchRow, fetch_all
 from lorax_async.commands.measure import loads_of
 from lorax_async.commands.places import as_allow, as_place, settings_of
 from lorax_async.config import Allow, LoaderConfig
@@ -252,7 +252,7 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
     states: dict[int, str] = {}
     asking: list[int] = []
 
-    def show(number: int, row: Fetched) -> None:
+    def show(number: int, row: FetchRow) -> None:
         """Nobody is answered before it has been seen twice who asks."""
         states[number] = row.state
         if number == len(names) - 1:
@@ -267,9 +267,9 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
     config = LoaderConfig(cache_dir=tmp_path / "cache")
     with FaultServer(b"", behave) as server:
         config = replace(config, allow=(Allow("http", "127.0.0.1", server.port),))
-        rows = [Fetched(parsed(AdapterRef(server.url(f"/{name}/")))) for name in names]
+        rows = [FetchRow(parsed(AdapterRef(server.url(f"/{name}/")))) for name in names]
         with elsewhere_of(config) as elsewhere:
-            run(fetch_all(elsewhere, rows, place_by(config), show))
+            run(fetch_all(elsewhere, rows, show))
     size = len(contents(folder)[NAMES[1]])
     assert {(row.state, row.landed) for row in rows} == {("fetched", (size, size))}
     assert len({row.place for row in rows}) == len(names)

@@ -57,7 +57,7 @@ SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
         ([0, 1], [-1, True, 1.0, None, "1"], "must be an integer of at least 0"),
     ),
     "eviction": (["lru", "lfu", "gdsf"], [*NOT_WORDS, "LRU"], "must be one of lru, lfu, gdsf"),
-    "hub_cache": (["read", "write", "off"], NOT_WORDS, "must be one of read, write, off$"),
+    "hub_cache": (["read", "off"], NOT_WORDS, "must be one of read, off$"),
     "verify": (["none", "stream", "before_use"], NOT_WORDS, "must be one of none, stream, before"),
     **dict.fromkeys(
         ("check_finite", "offline"), ([True, False], ["no", 0, 1, None, NAN], "must be True or")
@@ -163,6 +163,11 @@ def test_an_endpoint_has_one_spelling(monkeypatch: Patch) -> None:
 
 
 # -- folders --------------------------------------------------------------------------------------
+
+
+def test_a_removed_value_says_what_to_use_instead() -> None:
+    with pytest.raises(errors.ConfigError, match=r"removed.*cache_dir.*hf download"):
+        LoaderConfig(hub_cache="write")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["cache_dir", "hub_cache_dir"])

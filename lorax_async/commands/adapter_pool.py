@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
-from lorax_async.core.header import HeaderLimits, parse_header
+from lorax_async.core.header import parse_header
 from lorax_async.core.header_writing import Described, write_header
 from lorax_async.core.layout import ModelLayout, Module
 from lorax_async.core.life import Needs
@@ -143,7 +143,7 @@ class Reckoning:
     def _plan(self, config: bytes, prefix: bytes, nbytes: int) -> Kind:
         limits, target = self._limits, self._target
         plan: TransferPlan = plan_transfer(
-            parse_header(prefix, nbytes, HeaderLimits.of(limits)),
+            parse_header(prefix, nbytes, limits),
             parse_config(config, limits),
             target.layout,
             dtype=target.dtype,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
+from lorax_async.adapter import AdapterRef, RemoteKey
 from lorax_async.commands.arguments import FAILED, OK, AddParser, add_command
-from lorax_async.commands.fetching import Fetched, fetch_all, place_by
 from lorax_async.commands.measure import error_as_json, run_on_uvloop
 from lorax_async.commands.places import (
     ID_HELP,
@@ -18,7 +23,18 @@ from lorax_async.commands.places import (
 )
 from lorax_async.commands.terminal import Bars, Screen, size
 from lorax_async.config import LoaderConfig
-from lorax_async.io.remote.elsewhere import elsewhere_of
+from lorax_async.errors import LoraxError
+from lorax_async.io.ports import Reader
+from lorax_async.io.remote.cached import FetchReader
+from lorax_async.io.remote.elsewhere import Elsewhere, elsewhere_of
+from lorax_async.runtime.fetches import Fetches
+from lorax_async.verification import Verification
+
+AT_ONCE = 4
+"""Adapters on their way at the same time: they share the connections anyway."""
+
+LOOK_SECONDS = 0.1
+"""Between two reports of progress."""
 
 
 def add_to(add: AddParser) -> None:
@@ -41,14 +57,10 @@ def add_to(add: AddParser) -> None:
 
 def _fetch(arguments: argparse.Namespace, screen: Screen) -> int:
     refs = [at_revision(ref, arguments.revision) for ref in dict.fromkeys(arguments.ids)]
-    rows = [Fetched(ref) for ref in refs]
+    rows = [FetchRow(ref) for ref in refs]
     config = LoaderConfig(**settings_of(arguments, refs))
     with elsewhere_of(config) as elsewhere, screen.bars() as bars:
-
-        def show(number: int, row: Fetched) -> None:
-            _show_progress(number, row, bars)
-
-        run_on_uvloop(fetch_all(elsewhere, rows, place_by(config), show))
+        run_on_uvloop(fetch_all(elsewhere, rows, partial(_show_progress, bars)))
     if arguments.json:
         screen.json({"adapters": [_as_json(row) for row in rows]})
     else:
@@ -59,14 +71,14 @@ def _fetch(arguments: argparse.Namespace, screen: Screen) -> int:
     return FAILED if any(row.error for row in rows) else OK
 
 
-def _show_progress(number: int, row: Fetched, bars: Bars) -> None:
+def _show_progress(bars: Bars, number: int, row: FetchRow) -> None:
     done, wanted = row.landed
     if row.nbytes is not None:
         done = wanted = row.nbytes
     bars.update(number, row.ref.text, done, wanted, row.state)
 
 
-def _show(rows: list[Fetched], screen: Screen) -> None:
+def _show(rows: list[FetchRow], screen: Screen) -> None:
     for row in rows:
         style = "bold red" if row.error else "green"
         screen.say(f"{row.ref.text}: {row.state}", style)
@@ -74,7 +86,7 @@ def _show(rows: list[Fetched], screen: Screen) -> None:
             screen.pairs(_facts(row))
 
 
-def _facts(row: Fetched) -> list[tuple[str, str]]:
+def _facts(row: FetchRow) -> list[tuple[str, str]]:
     assert row.nbytes is not None
     assert row.verification is not None
     kind, digest = row.verification.kind, row.verification.digest
@@ -86,7 +98,7 @@ def _facts(row: Fetched) -> list[tuple[str, str]]:
     ]
 
 
-def _as_json(row: Fetched) -> dict[str, object]:
+def _as_json(row: FetchRow) -> dict[str, object]:
     found = row.verification
     return {
         "id": row.ref.text,
@@ -99,3 +111,82 @@ def _as_json(row: Fetched) -> dict[str, object]:
         "place": row.place,
         "error": error_as_json(row.error),
     }
+
+
+# -- several at a time -----------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class FetchRow:
+    """One adapter's way onto the disk.
+
+    `nbytes` are those of all its files; `seconds` is how long it took, from its own turn on.
+    """
+
+    ref: AdapterRef
+    state: str = "waiting"
+    version: str | None = None
+    verification: Verification | None = None
+    nbytes: int | None = None
+    place: str | None = None
+    seconds: float = 0.0
+    error: LoraxError | None = None
+    _reader: Reader | None = None
+
+    @property
+    def landed(self) -> tuple[int, int | None]:
+        """Bytes of weights that are here, and how many there are, if that is known yet."""
+        return self._reader.landed() if isinstance(self._reader, FetchReader) else (0, None)
+
+    async def run(self, elsewhere: Elsewhere, fetches: Fetches) -> None:
+        """Fetch it, or keep the typed error."""
+        began = time.perf_counter()
+        try:
+            self.state = "asking"
+            key = await elsewhere.resolve(self.ref)
+            self.version = key.version if isinstance(key, RemoteKey) else None
+            with await fetches.fetch(self.ref, key, self._opened) as folder:
+                self.verification, self.nbytes = folder.verification, folder.nbytes
+                self.place = str(folder.path)
+                self.state = "fetched" if folder.downloaded else "here already"
+        except LoraxError as error:
+            self.state, self.error = "failed", error.located(id=self.ref.text)
+        self.seconds = time.perf_counter() - began
+
+    def _opened(self, reader: Reader) -> None:
+        self._reader = reader
+        self.state = "fetching" if isinstance(reader, FetchReader) else "checking"
+
+
+async def fetch_all(
+    elsewhere: Elsewhere, rows: Sequence[FetchRow], show: Callable[[int, FetchRow], None]
+) -> None:
+    """Fetch all of them, a few at a time; call `show` now and then, and at the end."""
+    turns = asyncio.Semaphore(AT_ONCE)
+
+    fetches = Fetches(elsewhere)
+
+    async def one(row: FetchRow) -> None:
+        async with turns:
+            await row.run(elsewhere, fetches)
+
+    async def report() -> None:
+        while True:
+            _show_all(rows, show)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            reporting = group.create_task(report(), name="report")
+            async with asyncio.TaskGroup() as fetching:
+                for row in rows:
+                    fetching.create_task(one(row), name=f"fetch {row.ref.text}")
+            reporting.cancel()
+    finally:
+        await fetches.close(0)
+    _show_all(rows, show)
+
+
+def _show_all(rows: Sequence[FetchRow], show: Callable[[int, FetchRow], None]) -> None:
+    for number, row in enumerate(rows):
+        show(number, row)

@@ -85,8 +85,7 @@ def add_caches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hub-cache",
         choices=get_args(HubCache),
-        help="what the standard hub cache is for: what is there is taken (read, the default), what"
-        " comes from the hub is also stored there (write), or nothing",
+        help="use what the standard hub cache has (read, the default) or not (off)",
     )
     add_cache_folder(parser, "--cache-dir")
     parser.add_argument(

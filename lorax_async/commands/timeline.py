@@ -1,4 +1,4 @@
-"""`lorax-async timeline`: a trace as one picture; and how other commands record one."""
+"""`lorax-async timeline`: draw a trace; and `--trace`, by which other commands record one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from lorax_async.commands.arguments import OK, AddParser, add_command
 from lorax_async.commands.terminal import Screen
 from lorax_async.errors import ConfigError
 from lorax_async.loader import AdapterLoader
-from lorax_async.tracing.picture import MOST_BYTES, Picture, picture_of, read_trace
-from lorax_async.tracing.words import summary
+from lorax_async.tracing.drawing import MAX_BYTES, as_html, drawing_of, read_trace, write_image
+
+IMAGES = (".png", ".svg")
 
 
 def add_to(add: AddParser) -> None:
@@ -26,7 +27,7 @@ def add_to(add: AddParser) -> None:
         type=Path,
         required=True,
         metavar="OUT",
-        help="the picture: a file whose name ends in .html, .svg, or .png (which needs matplotlib)",
+        help="a file whose name ends in .html, or in .png or .svg (which need matplotlib)",
     )
     for option, which in (("--from", "first"), ("--until", "last")):
         parser.add_argument(
@@ -34,7 +35,7 @@ def add_to(add: AddParser) -> None:
             dest=which,
             type=float,
             metavar="MS",
-            help=f"the {which} millisecond that is drawn (default: the trace's)",
+            help=f"the {which} millisecond to draw (default: the trace's)",
         )
 
 
@@ -49,9 +50,9 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def traced(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
-    """Record the block, however it ends, if there is a path to write the trace to.
+    """Record the block, however it ends, and write the trace to `path` unless it is None.
 
-    Raises `OSError`: before the block, where it can be known then, and never in place of its error.
+    Raises `OSError`: before the block where possible, and never in place of the block's own error.
     """
     if path is None:
         yield
@@ -67,36 +68,29 @@ def traced(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
         trace.write(path)
 
 
-def draw(picture: Picture, path: Path, title: str) -> None:
-    """As what the path's suffix says. Raises `ConfigError` for others, and `OSError`."""
-    suffix = path.suffix.lower()
-    if suffix == ".png":
-        from lorax_async.tracing.png import write_png  # noqa: PLC0415
-
-        write_png(picture, path, title)
-        return
-    from lorax_async.tracing.svg import as_html, as_svg  # noqa: PLC0415
-
-    if suffix not in {".html", ".svg"}:
-        raise ConfigError(f"{path.name} ends in none of .html, .svg, .png")
-    text = as_svg(picture) if suffix == ".svg" else as_html(picture, title)
-    path.write_text(text, encoding="utf-8")
-
-
 def _timeline(arguments: argparse.Namespace, screen: Screen) -> int:
-    with arguments.file.open("rb") as file:  # which may be anything, and endless
-        events, dropped = read_trace(file.read(MOST_BYTES + 1))
-    picture = picture_of(events, arguments.first, arguments.last, dropped=dropped)
-    draw(picture, arguments.out, arguments.file.stem)
+    out, title = arguments.out, arguments.file.stem
+    suffix = out.suffix.lower()
+    if suffix not in {".html", *IMAGES}:
+        raise ConfigError(f"{out.name} ends in none of .html, .png, .svg")
+    with arguments.file.open("rb") as file:  # it may be anything, and endless
+        events, dropped = read_trace(file.read(MAX_BYTES + 1))
+    drawing = drawing_of(events, arguments.first, arguments.last, dropped=dropped)
+    if suffix in IMAGES:
+        write_image(drawing, out, title)
+    else:
+        out.write_text(as_html(drawing, title), encoding="utf-8")
     if arguments.json:
-        computed, overlapped = picture.overlap()
-        lanes = [{"row": lane.row, "lane": lane.title} for lane in picture.lanes]
-        found = {"computed_ms": round(computed, 3), "before_last_copy_ms": round(overlapped, 3)}
+        computed, overlapped = drawing.overlap()
         screen.json({
-            "picture": str(arguments.out), "lanes": lanes, **found, "dropped": dropped
+            "picture": str(out),
+            "lanes": [{"row": lane.row, "lane": lane.title} for lane in drawing.lanes],
+            "computed_ms": round(computed, 3),
+            "before_last_copy_ms": round(overlapped, 3),
+            "dropped": dropped,
         })  # fmt: skip
     else:
-        many = len(picture.lanes)
-        plural = "" if many == 1 else "s"
-        screen.say(f"{arguments.out}: {many} lane{plural}; {summary(picture)}")
+        count = len(drawing.lanes)
+        plural = "" if count == 1 else "s"
+        screen.say(f"{out}: {count} lane{plural}; {drawing.summary()}")
     return OK

@@ -20,7 +20,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(
     r"(?P<config>adapter_config\.json)"
     r"|(?P<index>adapter_model\.safetensors\.index\.json)"
-    r"|(?P<weights>adapter_model(?:-(?P<number>[0-9]{5}))?\.safetensors)"
+    r"|(?P<weights>adapter_model(?:-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5}))?\.safetensors)"
 )
 _PARTIAL = re.compile(
     r"(?P<entry>[0-9a-f]{64})"
@@ -65,17 +65,19 @@ def is_entry_name(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True, order=True)
 class FileRole:
-    """Which of an adapter's files. Weights in one file have number 0, their shards count from 1.
+    """Which of an adapter's files. Weights in one file have number 0, `count` shards 1 … `count`.
 
     Raises `UsageError` for another number.
     """
 
     kind: Literal["config", "index", "weights"]
     number: int = 0
+    count: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.number <= (MAX_SHARDS if self.kind == "weights" else 0):
-            raise UsageError(f"there is no {self.kind} file number {self.number}")
+        most = MAX_SHARDS if self.kind == "weights" else 0
+        if not min(self.count, 1) <= self.number <= self.count <= most:
+            raise UsageError(f"there is no {self.kind} file {self.number} of {self.count}")
 
     @property
     def file_name(self) -> str:
@@ -83,7 +85,7 @@ class FileRole:
             return "adapter_config.json"
         if self.kind == "index":
             return "adapter_model.safetensors.index.json"
-        shard = f"-{self.number:05d}" if self.number else ""
+        shard = f"-{self.number:05d}-of-{self.count:05d}" if self.number else ""
         return f"adapter_model{shard}.safetensors"
 
 
@@ -99,8 +101,9 @@ def role_of(file_name: str) -> FileRole | None:
         return None
     if found["weights"] is None:
         return CONFIG_FILE if found["config"] else INDEX_FILE
-    role = FileRole("weights", int(found["number"] or 0))
-    return role if role.file_name == file_name else None
+    number, count = int(found["number"] or 0), int(found["count"] or 0)
+    is_shard = 1 <= number <= count
+    return FileRole("weights", number, count) if is_shard or found["number"] is None else None
 
 
 @dataclass(frozen=True, slots=True)

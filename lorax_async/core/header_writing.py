@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
-from lorax_async.core.header import LENGTH_BYTES
-from lorax_async.core.header_entries import DTYPE_BITS
+from lorax_async.core.header import DTYPE_BITS, LENGTH_BYTES
 
 ALIGNMENT = 64
 """The tensors begin on a multiple of it: most then lie in the file as on a device."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from lorax_async.adapter import AdapterSpec, MergedKey
 from lorax_async.config import Limits
-from lorax_async.core.header import HeaderLimits, TensorSpan, parse_header
+from lorax_async.core.header import TensorSpan, parse_header
 from lorax_async.core.header_writing import Described, write_header
 from lorax_async.core.layout import ModelLayout
 from lorax_async.core.pairing import MAX_MATCHING_STEPS, Pair, pair_tensors
@@ -203,7 +203,7 @@ def _tensor_name(module: str, factor: Part) -> str:
 
 def _pairs(part: PartFile, layout: ModelLayout, limits: Limits) -> tuple[AdapterSpec, list[Pair]]:
     spec = parse_config(part.config, limits)
-    header = parse_header(part.prefix, part.nbytes, HeaderLimits.of(limits))
+    header = parse_header(part.prefix, part.nbytes, limits)
     for span in header.tensors:
         if not span.name.endswith(_SUFFIXES):
             raise UnsupportedAdapterError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lorax_async.config import Limits
-from lorax_async.core.header import LENGTH_BYTES, Header, HeaderLimits, parse_header
+from lorax_async.core.header import LENGTH_BYTES, Header, parse_header
 from lorax_async.core.header_writing import Described, write_header
 from lorax_async.core.runs import Span
 from lorax_async.core.split_index import INDEX, SplitIndex, split_name
@@ -169,7 +169,7 @@ def plan_split(index: SplitIndex, heads: Iterable[Head], limits: Limits) -> Spli
 def _checked_header(index: SplitIndex, number: int, head: Head, limits: Limits) -> Header:
     name = split_name(number, index.count)
     try:
-        header = parse_header(head.prefix, head.nbytes, HeaderLimits.of(limits))
+        header = parse_header(head.prefix, head.nbytes, limits)
     except AdapterFormatError as error:
         raise error.prefixed(f"{name}: ") from None
     for span in header.tensors:

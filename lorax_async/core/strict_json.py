@@ -1,21 +1,16 @@
-"""One strict reader of strangers' JSON: the safetensors header and `adapter_config.json`.
+"""A strict reader of untrusted JSON: the safetensors header, the index, `adapter_config.json`.
 
-Strict is RFC 8259 without its loopholes: one value, UTF-8 without a byte order mark, no NaN or
-Infinity (nor a number that becomes one), no lone surrogate, no member twice in an object once
-escapes are resolved, a bounded depth. Everything else raises :class:`AdapterFormatError`;
-ValueError, RecursionError and MemoryError never leave this module.
-
-:func:`parse_object` reads a small document in one go. A large object is walked member by member
-with :func:`enter_object`, :func:`read_name`, :func:`read_string` or :func:`read_value`, and
-:func:`read_delimiter`, so that no single step holds the GIL for long.
+The grammar is the standard library's; its hooks close the loopholes of RFC 8259. One object, UTF-8
+without a byte order mark, no NaN or Infinity (nor a number that becomes one), no lone surrogate, no
+member twice once escapes are resolved, a bounded depth. Everything else raises
+`AdapterFormatError`; ValueError, RecursionError and MemoryError never leave this module.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
-import re
+import sys
 from collections import Counter
 from typing import Any, NoReturn, TypeAlias
 
@@ -25,29 +20,15 @@ JsonValue: TypeAlias = str | int | float | bool | list["JsonValue"] | dict[str, 
 
 MAX_DEPTH = 16
 MAX_NUMBER_CHARACTERS = 100
-"""Longer than any float64 or int64 is ever written; converting longer ones costs quadratic time."""
-
-_DECODE_PIECE = 1 << 20
-# Every repetition is bounded: one match holds the GIL.
-_WHITESPACE = re.compile(r"[ \t\n\r]{1,65536}")
-_PLAIN_STRING = re.compile(r'"([^"\\\x00-\x1f]{0,65536})"')
-# Runs and escapes, the surrogates among the escapes only in pairs. Nothing follows the repetition,
-# so it cannot backtrack.
-_STRING_PIECE = re.compile(
-    r"""(?: [^"\\\x00-\x1f]{1,256}
-          | \\["\\/bfnrt]
-          | \\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}
-          | \\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}
-        ){1,1024}""",
-    re.VERBOSE,
-)
+"""No float64 or int64 is written longer; converting longer ones takes quadratic time."""
 
 
 class _ViolationError(ValueError):
-    """Raised by the decoder's hooks, which do not know whose text they read."""
+    """Raised by the decoder's hooks, which do not know the document's name."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # It runs for every object, so that a long document lets other threads run in between.
     members = dict(pairs)
     if len(members) != len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -75,78 +56,59 @@ def _constant(text: str) -> NoReturn:
     raise _ViolationError(f"{text} is not JSON")
 
 
-_DECODER = json.JSONDecoder(
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
+_CAREFUL_DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
 )
+"""Four times as slow on a header: each integer is a call."""
 
 
 def quoted(name: str) -> str:
-    """A stranger's name for an error text; cut first, for it may be as long as the document."""
+    """Quote an untrusted name for an error text; cut first, for it may be very long."""
     return repr(shorten(name[:201], 200))
 
 
-def decode_text(data: bytes | memoryview, *, what: str) -> str:
-    """The UTF-8 `data` as text; a byte order mark and invalid bytes are refused."""
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    view = memoryview(data)
-    try:
-        pieces = [
-            decoder.decode(view[start : start + _DECODE_PIECE])
-            for start in range(0, len(view), _DECODE_PIECE)
-        ]
-        text = "".join([*pieces, decoder.decode(b"", final=True)])
-    except UnicodeDecodeError as error:
-        problem = f"not valid UTF-8 ({error.reason})"
-    except MemoryError:
-        problem = "too large for the memory at hand"
-    else:
-        if not text.startswith("\N{ZERO WIDTH NO-BREAK SPACE}"):
-            return text
-        problem = "begins with a byte order mark"
-    raise _malformed(what, problem)
-
-
 def parse_object(
-    data: bytes, *, what: str, max_bytes: int, max_depth: int = MAX_DEPTH
+    data: bytes | memoryview, *, what: str, max_bytes: int, max_depth: int | None = MAX_DEPTH
 ) -> dict[str, JsonValue]:
-    """The one JSON object that `data` holds, white space around it allowed.
+    """Parse the one JSON object in `data`; white space around it is allowed.
 
-    `what` names the document in errors. For documents of at most some 100 KiB: the whole is
-    decoded in one step. The outermost object counts as depth 1.
+    `what` names the document in errors. The outermost object counts as depth 1; `max_depth=None`
+    leaves the depth to a caller who checks every value's type.
     """
     if len(data) > max_bytes:
         raise _malformed(what, f"{len(data):,} bytes, more than the limit of {max_bytes:,}")
-    text = decode_text(data, what=what)
-    value, end = read_value(text, skip_whitespace(text, 0), what=what, max_depth=max_depth)
-    expect_end(text, end, what=what)
-    if not isinstance(value, dict):
-        raise _malformed(what, "not a JSON object")
-    return value
-
-
-def read_value(
-    text: str, position: int, *, what: str, max_depth: int = MAX_DEPTH
-) -> tuple[JsonValue, int]:
-    """The value that begins at `position`, and where it ends. Decoded in one step."""
-    value: JsonValue
     try:
-        value, end = _DECODER.raw_decode(text, position)
-        # Brackets bound the depth and only escapes make surrogates: ordinary values skip the walk.
-        brackets = text.count("{", position, end) + text.count("[", position, end)
-        if brackets > max_depth or text.find("\\", position, end) >= 0:
-            _check(value, max_depth)
+        return _decoded(data, max_depth)
+    except UnicodeDecodeError as error:
+        problem = f"not valid UTF-8 ({error.reason})"
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at character {error.pos:,}"
     except _ViolationError as error:
         problem = str(error)
+    except ValueError:
+        problem = f"a number of more than {sys.get_int_max_str_digits():,} digits"
     except RecursionError:
-        problem = f"nests deeper than {max_depth}"
+        problem = f"nests deeper than {max_depth or MAX_DEPTH}"
     except MemoryError:
         problem = "too large for the memory at hand"
-    else:
-        return value, end
     # Outside the handlers: a chained JSONDecodeError would keep the whole text alive.
     raise _malformed(what, problem)
+
+
+def _decoded(data: bytes | memoryview, max_depth: int | None) -> dict[str, JsonValue]:
+    text = str(data, "utf-8")
+    if text.startswith("\N{ZERO WIDTH NO-BREAK SPACE}"):
+        raise _ViolationError("begins with a byte order mark")
+    # Only these need the hook: -0, and integers where the program has lifted Python's own limit.
+    careful = "-0" in text or not sys.get_int_max_str_digits()
+    value = (_CAREFUL_DECODER if careful else _DECODER).decode(text)
+    if not isinstance(value, dict):
+        raise _ViolationError("not a JSON object")
+    # Brackets bound the depth and only escapes make surrogates: few documents are walked.
+    if "\\" in text or (max_depth and text.count("{") + text.count("[") > max_depth):
+        _check(value, max_depth or sys.getrecursionlimit())
+    return value
 
 
 def _check(value: JsonValue, levels: int) -> None:
@@ -166,68 +128,6 @@ def _check_surrogates(string: str) -> None:
         string.encode()
     except UnicodeEncodeError:
         raise _ViolationError("a string holds a lone surrogate") from None
-
-
-def enter_object(text: str, position: int, *, what: str) -> tuple[bool, int]:
-    """Step over the `{` at `position`: whether members follow, and where (else: after the `}`)."""
-    if not text.startswith("{", position):
-        raise _malformed(what, f"expected an object at character {position:,}")
-    position = skip_whitespace(text, position + 1)
-    empty = text.startswith("}", position)
-    return not empty, position + empty
-
-
-def read_name(text: str, position: int, *, what: str) -> tuple[str, int]:
-    """The name of the member at `position`, and where its value begins."""
-    name, end = read_string(text, skip_whitespace(text, position), what=what)
-    colon = skip_whitespace(text, end)
-    if not text.startswith(":", colon):
-        raise _malformed(what, f"expected ':' at character {colon:,}")
-    return name, skip_whitespace(text, colon + 1)
-
-
-def read_string(text: str, position: int, *, what: str) -> tuple[str, int]:
-    """The string that begins at `position`, and where it ends."""
-    if plain := _PLAIN_STRING.match(text, position):
-        return plain[1], plain.end()
-    if not text.startswith('"', position):
-        raise _malformed(what, f"expected a string at character {position:,}")
-    pieces = []
-    position += 1
-    while piece := _STRING_PIECE.match(text, position):
-        string, _ = read_value(f'"{piece[0]}"', 0, what=what)
-        pieces.append(str(string))
-        position = piece.end()
-    if not text.startswith('"', position):
-        raise _malformed(
-            what,
-            "a string with a lone surrogate, a bad escape, a control character or no end"
-            f" at character {position:,}",
-        )
-    return "".join(pieces), position + 1
-
-
-def read_delimiter(text: str, position: int, *, what: str) -> tuple[bool, int]:
-    """Step over the `,` or `}` after a value: whether another member follows, and where."""
-    position = skip_whitespace(text, position)
-    delimiter = text[position : position + 1]
-    if delimiter not in {",", "}"}:
-        raise _malformed(what, f"expected ',' or '}}' at character {position:,}")
-    return delimiter == ",", position + 1
-
-
-def expect_end(text: str, position: int, *, what: str) -> None:
-    """Nothing but white space may follow."""
-    position = skip_whitespace(text, position)
-    if position != len(text):
-        raise _malformed(what, f"more than one value: text goes on at character {position:,}")
-
-
-def skip_whitespace(text: str, position: int) -> int:
-    """The position of the next character that is not JSON white space."""
-    while match := _WHITESPACE.match(text, position):
-        position = match.end()
-    return position
 
 
 def _malformed(what: str, problem: str) -> AdapterFormatError:

@@ -22,8 +22,7 @@ from lorax_async.errors import LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.ports import Device
 from lorax_async.runtime.vectors import Vectors
-from lorax_async.tracing.layers import LayerTimes
-from lorax_async.tracing.recorder import Recorder, Span, Tracer
+from lorax_async.tracing.recorder import LayerTimes, Recorder, Span, Tracer
 from lorax_kernels import Plan, Tables, Thresholds, apply
 
 Rows = Sequence[AdapterHandle | None] | None

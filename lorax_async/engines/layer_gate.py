@@ -20,7 +20,7 @@ from types import MappingProxyType
 from lorax_async.errors import AdapterTimeoutError, HandleClosedError, LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.io.inbox import running_loop
-from lorax_async.tracing.layers import LayerTimes
+from lorax_async.tracing.recorder import LayerTimes
 
 _LOOK_SECONDS = 0.02
 """Between two looks at whether others wait."""

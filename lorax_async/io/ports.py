@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -196,6 +196,24 @@ class Source(Protocol):
         """Bring all bytes into memory, and keep them there as far as the source can.
 
         Raises as `open` does.
+        """
+
+
+class StoredFolder(NamedTuple):
+    """The folder with an adapter's files, and how many bytes these have."""
+
+    path: str
+    nbytes: int
+
+
+@runtime_checkable
+class FolderSource(Source, Protocol):
+    """A `Source` whose adapters are files in a folder of this machine, once they are brought."""
+
+    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
+        """Return the folder of what `bring` has brought. Its files stay until `reader` is closed.
+
+        Quick. Of folders that are not the cache's own, their owner may still remove files.
         """
 
 

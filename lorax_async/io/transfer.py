@@ -18,8 +18,7 @@ from lorax_async.errors import InternalError
 from lorax_async.io.finite import require_finite_operands, require_finite_window
 from lorax_async.io.ports import CopyTicket, Device, FilePieces, Reader, StagedPiece
 from lorax_async.io.staging import TORCH_DTYPES, Buffer, StagingRing, read, zero
-from lorax_async.tracing.copies import CopyTimes
-from lorax_async.tracing.recorder import Tracer, now
+from lorax_async.tracing.recorder import CopyTimes, Tracer, now
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from lorax_async.runtime.copies import Copies
 from lorax_async.runtime.files import Files
 from lorax_async.runtime.journal import Journal
 from lorax_async.runtime.tenants import Tenants
-from lorax_async.tracing.stays import Stays
+from lorax_async.tracing.recorder import Stays
 
 
 class Actions:

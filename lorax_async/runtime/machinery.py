@@ -38,6 +38,7 @@ from lorax_async.io.transfer import Transfer
 from lorax_async.runtime.acquiring import Acquiring, require_priority
 from lorax_async.runtime.digests import Digests
 from lorax_async.runtime.driver import Driver
+from lorax_async.runtime.fetches import Fetches, Fetching
 from lorax_async.runtime.giving import TensorAdapters
 from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.planning import Planner
@@ -76,6 +77,7 @@ class Machinery:
     digests: Digests
     acquiring: Acquiring
     giving: TensorAdapters
+    fetching: Fetching
 
     def __init__(
         self,
@@ -111,6 +113,7 @@ class Machinery:
             limits=config.limits,
             threads=self._metadata,
         )
+        self._fetches = Fetches(self._source)
         self._prefetching: set[asyncio.Task[None]] = set()
 
     async def open(self, check_open: Callable[[], None]) -> None:
@@ -122,6 +125,7 @@ class Machinery:
             self.driver.interest.calls.in_memory = self._copies.in_memory
             self.digests = Digests(self._memory, self.driver.journal, check_open)
             self.acquiring = Acquiring(self.resolver, self.driver, self.digests, check_open)
+            self.fetching = Fetching(self.resolver, self._fetches, self.digests)
             self.giving = TensorAdapters(
                 self._memory, self.resolver, self.acquiring, self.driver, check_open
             )
@@ -224,10 +228,12 @@ class Machinery:
         return prefetch
 
     async def close(self, timeout: float) -> None:
+        folders = asyncio.ensure_future(self._fetches.close(timeout))
         try:
             self.digests.begin_close()
             await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
         finally:
+            await folders
             await self.resolver.stop()
             await self.digests.stop()
             await asyncio.gather(*self._prefetching, return_exceptions=True)

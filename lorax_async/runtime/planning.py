@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from lorax_async.config import LoaderConfig
-from lorax_async.core.header import HeaderLimits, parse_header
+from lorax_async.core.header import parse_header
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.sharding import Sharding
 from lorax_async.core.transfer_plan import TransferPlan, plan_transfer
@@ -37,7 +37,6 @@ class Planner:
         self._rank_multiple = device.rank_multiple
         self._move_bytes = move_bytes
         self._remembered = lru_cache(maxsize=REMEMBERED_PLANS)(self._plan)
-        self._header_limits = HeaderLimits.of(config.limits)
 
     def is_long(self, file: AdapterFile) -> bool:
         """Whether planning would hold an event loop for longer than it should be held.
@@ -58,7 +57,7 @@ class Planner:
 
     def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:
         spec = parse_config(config, self._limits)
-        header = parse_header(prefix, file_size, self._header_limits)
+        header = parse_header(prefix, file_size, self._limits)
         return plan_transfer(
             header,
             spec,

@@ -83,7 +83,7 @@ class Serving(uvicorn.Server):
         if self._under_way.closing:
             self._under_way.fail()
         self._under_way.close()
-        self._service.watching.end()
+        self._service.feeds.end()
         self.should_exit = True
         self._stopped.set()
 

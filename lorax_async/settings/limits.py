@@ -15,7 +15,7 @@ GiB = 1 << 30
 class Limits:
     """How much of a stranger's adapter is accepted. Bytes, or counts."""
 
-    max_header_bytes: int = 16 * MiB
+    max_header_bytes: int = 2 * MiB
     max_tensors: int = 65_536
     max_name_bytes: int = 512
     max_dimensions: int = 8

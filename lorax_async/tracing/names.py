@@ -1,4 +1,4 @@
-"""What a trace calls adapters: enough to know them, and nothing that is nobody's business."""
+"""What a trace calls an adapter: enough to recognise it, and no path, host or token."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _UNSAFE = re.compile(r"[^\w.@:+ -]")
 
 
 def name_of(ref: Ref) -> str:
-    """The last part of an id or a location: no folder above it, no host, no query, no token.
+    """Return the last part of an id or a location, without folders, host, query and token.
 
-    A hub's adapter has no revision, as its key has none: it is of one name in all rows.
+    A hub id loses its revision, as its key does, so that an adapter has one name in all rows.
     """
     if isinstance(ref, Merge | MergedKey):
         return "merge"
@@ -28,11 +28,11 @@ def name_of(ref: Ref) -> str:
 
 
 def last_part(text: str) -> str:
-    """Of a path, a URL or an id."""
+    """Return the last part of a path, a URL or an id."""
     plain = re.split("[?#]", text, maxsplit=1)[0]
     _, elsewhere, rest = plain.partition("://")
     if elsewhere:
-        plain = rest.partition("/")[2]  # what comes before it is a host, or a bucket
+        plain = rest.partition("/")[2]  # drops the host or bucket
     return _plain(plain.rstrip("/").rpartition("/")[2].rpartition("\\")[2])
 
 

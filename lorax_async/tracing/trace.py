@@ -1,30 +1,55 @@
-"""`Trace`: what a caller holds of a recording, and how it becomes a file.
+"""`Trace`: one recording, and its spans as events of Chrome's trace event format.
 
 with loader.trace() as trace:
     ...
 trace.write("load.json")  # for `lorax-async timeline`, Perfetto, or chrome://tracing
+
+The format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+(complete events, metadata events, flow events). A row is a process there, and a lane a thread.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from math import inf, nextafter
 from operator import index
 from os import PathLike
 from pathlib import Path
 from threading import get_ident
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, get_args
 
 from lorax_async.errors import UsageError
 from lorax_async.events import SlotId
-from lorax_async.tracing.chrome import as_events
-from lorax_async.tracing.hiding import hide_others
-from lorax_async.tracing.recorder import Kept, Record, Recorder, Ring, Tracer, now
+from lorax_async.tracing.recorder import (
+    STREAM,
+    Record,
+    Recorder,
+    Ring,
+    RingContents,
+    Row,
+    Tracer,
+    now,
+)
 
 TRACE_LIMIT = 32_768
-"""Spans, of which a load of 32 layers has some 150; and as many of the computing."""
+"""Spans, of which a load of 32 layers has about 150; and as many of "compute"."""
+
+ANOTHER = "another adapter"
+"""The name of adapters that a viewer may not know of."""
+
+Event = dict[str, object]
+
+_ROWS: tuple[Row, ...] = get_args(Row)
+"""In the order of a byte's way."""
+
+_LANES = {"connections": "connection", "staging": "buffer", "layers": "slot", "compute": "thread"}
+_CONCURRENT = {"requests", "files"}
+"""Rows whose spans are independent: none is drawn inside another."""
 
 
 class _Handle(Protocol):
@@ -33,9 +58,9 @@ class _Handle(Protocol):
 
 
 class Trace:
-    """What happened while the block ran; `as_json` and `write` may be called in it, and after.
+    """What happened while the block ran. `as_json` and `write` work inside of it and afterwards.
 
-    Raises `UsageError` for a limit that is no whole number above 0.
+    Raises `UsageError` unless `limit` is a positive integer.
     """
 
     def __init__(
@@ -48,14 +73,14 @@ class Trace:
         self._ring = Ring(limit)
         self._recorder: Recorder | None = None
         self._began = now()
-        self._kept: tuple[Kept, list[Record]] | None = None
+        self._ended: tuple[RingContents, list[Record]] | None = None
 
     def __enter__(self) -> Self:
         return self.start()
 
     def start(self) -> Self:
-        """Record until `stop`. Raises `UsageError` the second time."""
-        if self._recorder is not None or self._kept is not None:
+        """Record until `stop`. Raises `UsageError` if called twice."""
+        if self._recorder is not None or self._ended is not None:
             raise UsageError("a trace is recorded once; take another one from the loader")
         self._began = now()
         self._recorder = self._tracer.begin(self._ring, self._tenants())
@@ -70,24 +95,24 @@ class Trace:
         self.stop()
 
     def stop(self) -> None:
-        """Record no more; what has not ended by now is cut here. Idempotent."""
+        """Stop recording; cut what has not ended. Idempotent."""
         if self._recorder is None:
             return
-        self._kept = self._look()
+        self._ended = self._look()
         self._tracer.end(self._ring)
         self._recorder = None
 
     @property
     def dropped(self) -> int:
-        """Spans that were recorded and are gone, for there were more than the limit."""
-        return sum(gone for _, gone in self._look()[0].kinds)
+        """How many recorded spans are gone because of the limit."""
+        return sum(evicted for _, evicted in self._look()[0].parts)
 
     @contextmanager
     def compute(self, layer: int, *handles: _Handle, name: str | None = None) -> Iterator[None]:
-        """For engines of one's own: the block computes `layer` with these adapters.
+        """Record that the block computes `layer` with these adapters, for engines of your own.
 
-        In any thread, at any time; without effect when nothing is recorded. `attach` reports its
-        layers by itself. Raises `UsageError`, before the block, for a layer that is no number.
+        Works in any thread and has no effect when nothing is recorded. `attach` reports its layers
+        by itself. Raises `UsageError`, before the block, if `layer` is not an integer.
         """
         try:
             number = index(layer)
@@ -97,7 +122,7 @@ class Trace:
         if recorder is None:
             yield
             return
-        # Who is in the slots now: the block may let them go.
+        # Look the slots up now: the block may release the handles.
         stays = [recorder.stay_in(handle.slot.index).number for handle in handles]
         args = {"layer": number, "stays": stays}
         text = f"layer {number}" if name is None else str(name)[:200]
@@ -114,19 +139,19 @@ class Trace:
         *,
         called: Mapping[str, str] | None = None,
     ) -> dict[str, object]:
-        """The trace as an object of Chrome's trace event format, which json can write.
+        """Return the trace as an object of Chrome's trace event format, which json can write.
 
-        Of a part: from `since` to `until`, in nanoseconds of `time.perf_counter_ns`; what lies
-        across these is cut there, and times count from `since`. From any thread, of which it takes
-        some milliseconds, and more with what it finds. `called` has other names for adapters, by
-        those that a trace gives them; adapters that are not in it have none, then.
+        `since` and `until`, in nanoseconds of `time.perf_counter_ns`, select a part: spans across
+        a bound are cut there, and times count from `since`. Takes some milliseconds, in any
+        thread. `called` maps the trace's names of adapters to others; adapters that are not in it
+        become "another adapter".
         """
         began = self._began if since is None else max(since, self._began)
-        kept, unfinished = self._look()
-        records, dropped = kept.since(began)
+        contents, unfinished = self._look()
+        records, dropped = contents.since(began)
         records += _not_among(records, unfinished)
         if called is not None:
-            records = list(hide_others(records, called))
+            records = [_renamed(record, called) for record in records]
         return {
             "traceEvents": as_events(records, began, until),
             "displayTimeUnit": "ms",
@@ -134,29 +159,29 @@ class Trace:
         }
 
     def encoded(self, called: Mapping[str, str] | None = None) -> bytes:
-        """`as_json` as the bytes of a file. Blocks, but never holds the GIL for long."""
+        """Return `as_json` as the bytes of a file. Blocks, but never holds the GIL for long."""
         found = self.as_json(called=called)
         events = found.pop("traceEvents")
         assert isinstance(events, list)
-        # One call of json for thousands of events would keep an event loop beside it waiting.
+        # One call of json for thousands of events would stall an event loop beside it.
         each = ",".join(map(_as_text, events))
         return f'{{"traceEvents":[{each}],{_as_text(found)[1:]}'.encode()
 
     def write(self, path: str | PathLike[str]) -> None:
-        """Write it as a file, in JSON. Blocks; raises `OSError`."""
+        """Write a JSON file. Blocks; raises `OSError`."""
         Path(path).write_bytes(self.encoded())
 
-    def _look(self) -> tuple[Kept, list[Record]]:
-        """What there is now, and what has begun before and ends later."""
-        recorder, kept = self._recorder, self._kept
-        if recorder is None and kept is not None:
-            return kept
+    def _look(self) -> tuple[RingContents, list[Record]]:
+        """Return the ended spans, and those still open."""
+        recorder, ended = self._recorder, self._ended
+        if recorder is None and ended is not None:
+            return ended
         unfinished = recorder.unfinished() if recorder is not None else []
         return self._ring.look(), unfinished
 
 
 def _not_among(records: list[Record], unfinished: list[Record]) -> list[Record]:
-    """Without what has ended between two looks, and is among the records by now."""
+    """Drop open spans that ended between the two looks and are among the records by now."""
     starts = {each.start for each in unfinished}
     ended = {record[:4] for record in records if record.start in starts}
     return [each for each in unfinished if each[:4] not in ended]
@@ -164,3 +189,195 @@ def _not_among(records: list[Record], unfinished: list[Record]) -> list[Record]:
 
 def _as_text(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
+
+
+def _renamed(record: Record, called: Mapping[str, str]) -> Record:
+    if record.row == "files":
+        return record._replace(lane=called.get(str(record.lane), ANOTHER))
+    args = record.args or {}
+    adapter = args.get("adapter")
+    if not isinstance(adapter, str):
+        return record
+    given = called.get(adapter, ANOTHER)
+    verb = record.name.removesuffix(adapter)  # "load pirate"
+    name = record.name if verb == record.name else verb + given
+    return record._replace(name=name, args={**args, "adapter": given})
+
+
+# -- Chrome's events -------------------------------------------------------------------------------
+
+
+def as_events(records: Iterable[Record], began: int, ended: int | None = None) -> list[Event]:
+    """Return the events of records between `began` and `ended`, in nanoseconds.
+
+    Metadata comes first, then everything by time, in microseconds since `began`.
+    """
+    by_row: dict[Row, list[Record]] = {row: [] for row in _ROWS}
+    for record in records:
+        if record.stop >= began and (ended is None or record.start <= ended):
+            by_row[record.row].append(_cut(record, began, ended))
+    names: list[Event] = []
+    spans: list[Event] = []
+    flows = _Flows()
+    for pid, (row, its) in enumerate(by_row.items(), 1):
+        if its:
+            names += _metadata("process", row, pid, 0)
+        for tid, lane in enumerate(_lanes(row, its), 1):
+            names += _metadata("thread", lane.title, pid, tid)
+            for record in lane.records:
+                event = _complete_event(record, pid, tid, began)
+                spans.append(event)
+                flows.add(record, event)
+    spans += flows.events()
+    return names + sorted(spans, key=lambda event: event["ts"])  # type: ignore[arg-type, return-value]
+
+
+def microseconds(nanoseconds: int) -> float:
+    """Return a float that truncates to the same nanosecond.
+
+    Older releases of Perfetto truncate, and drop one of two touching spans if they overlap then.
+    """
+    value = nanoseconds / 1e3
+    return value if int(value * 1e3) == nanoseconds else nextafter(value, inf)
+
+
+def _cut(record: Record, began: int, ended: int | None) -> Record:
+    """Cut a span at the bounds, and say so in its args."""
+    if record.start < began:
+        args = {**(record.args or {}), "began_before": True}
+        record = record._replace(start=began, args=args)
+    if ended is not None and record.stop > ended:
+        record = record._replace(stop=ended, args={**(record.args or {}), "goes_on": True})
+    return record
+
+
+@dataclass(slots=True)
+class _EventLane:
+    """Spans of which any two are disjoint, or one lies inside the other."""
+
+    title: str
+    records: list[Record] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+    def fits(self, record: Record, *, nested: bool) -> bool:
+        """Whether the record fits behind those that began no later."""
+        while self.ends and self.ends[-1] <= record.start:
+            self.ends.pop()
+        return not self.ends or (nested and record.stop <= self.ends[-1])
+
+    def put(self, record: Record) -> None:
+        self.records.append(record)
+        self.ends.append(record.stop)
+
+
+def _lanes(row: Row, records: Sequence[Record]) -> list[_EventLane]:
+    by_lane: dict[Hashable, list[Record]] = {}
+    for record in sorted(records, key=lambda each: (each.start, -each.stop)):
+        by_lane.setdefault(record.lane, []).append(record)
+    found: list[_EventLane] = []
+    # Thread ids mean nothing to a reader: number threads in the order of their first spans.
+    lanes = by_lane.items() if row == "compute" else sorted(by_lane.items(), key=_by_number)
+    threads = count(1)
+    for lane, its in lanes:
+        title = _title(row, lane, threads)
+        parallel: list[_EventLane] = []
+        for record in _in_sequence(its) if lane == STREAM else its:
+            nested = row not in _CONCURRENT
+            place = next((each for each in parallel if each.fits(record, nested=nested)), None)
+            if place is None:
+                more = f" ({len(parallel) + 1})" if parallel else ""
+                place = _EventLane(title + more)
+                parallel.append(place)
+            place.put(record)
+        found += parallel
+    return found
+
+
+def _by_number(item: tuple[Hashable, object]) -> tuple[int, str]:
+    """Sort numbers first; the sort is stable, so texts keep the order of their first spans."""
+    lane = item[0]
+    return (lane, "") if isinstance(lane, int) else (1 << 63, "")
+
+
+def _title(row: Row, lane: Hashable, threads: Iterator[int]) -> str:
+    if row == "compute" and isinstance(lane, int):
+        return f"thread {next(threads)}"
+    if isinstance(lane, int):
+        return f"{_LANES[row]} {lane}"
+    if lane == STREAM:
+        return "copy stream"
+    return row if lane is None else str(lane)
+
+
+def _in_sequence(records: Iterable[Record]) -> Iterator[Record]:
+    """Begin each copy of a stream when the one before has ended; it was queued until then."""
+    free = 0
+    for record in sorted(records, key=lambda each: (each.stop, each.start)):
+        start = max(record.start, free)
+        free = max(free, record.stop)
+        args = {**(record.args or {}), "queued_us": (start - record.start) / 1e3}
+        yield record._replace(start=min(start, record.stop), args=args)
+
+
+def _metadata(what: str, name: str, pid: int, tid: int) -> list[Event]:
+    place: Event = {"ph": "M", "pid": pid, "tid": tid, "ts": 0}
+    order = pid if what == "process" else tid
+    return [
+        {**place, "name": f"{what}_name", "args": {"name": name}},
+        {**place, "name": f"{what}_sort_index", "args": {"sort_index": order}},
+    ]
+
+
+def _complete_event(record: Record, pid: int, tid: int, began: int) -> Event:
+    return {
+        "ph": "X",
+        "name": record.name,
+        "cat": record.row,
+        "ts": microseconds(record.start - began),
+        "dur": microseconds(record.stop - record.start),
+        "pid": pid,
+        "tid": tid,
+        "args": dict(record.args or {}),
+    }
+
+
+@dataclass(slots=True)
+class _Flows:
+    """Arrows from each layer's last copy to its first computation."""
+
+    copies: dict[tuple[object, object], Event] = field(default_factory=dict)
+    computed: dict[tuple[object, object], Event] = field(default_factory=dict)
+
+    def add(self, record: Record, event: Event) -> None:
+        args: Mapping[str, object] = record.args or {}
+        if record.row == "copies":
+            key = args.get("stay"), args.get("layer")
+            before = self.copies.get(key)
+            if before is None or _end(before) < _end(event):
+                self.copies[key] = event
+        elif record.row == "compute" and not record.name.startswith("wait "):
+            stays = args.get("stays")
+            for stay in stays if isinstance(stays, list) else ():
+                key = stay, args.get("layer")
+                first = self.computed.get(key)
+                if first is None or event["ts"] < first["ts"]:  # type: ignore[operator]
+                    self.computed[key] = event
+
+    def events(self) -> Iterator[Event]:
+        number = 0
+        for key, copy in self.copies.items():
+            first = self.computed.get(key)
+            if key[0] == 0 or first is None or first["ts"] < copy["ts"]:  # type: ignore[operator]
+                continue
+            number += 1
+            arrow: Event = {"name": "layer", "cat": "flow", "id": number}
+            yield {**arrow, "ph": "s", **_place_of(copy)}
+            yield {**arrow, "ph": "f", "bp": "e", **_place_of(first)}
+
+
+def _place_of(event: Event) -> Event:
+    return {"pid": event["pid"], "tid": event["tid"], "ts": event["ts"]}
+
+
+def _end(event: Event) -> float:
+    return float(event["ts"]) + float(event["dur"])  # type: ignore[arg-type]

@@ -64,12 +64,13 @@ FILE_NAMES = {
     "adapter_config.json": CONFIG_FILE,
     "adapter_model.safetensors.index.json": INDEX_FILE,
     "adapter_model.safetensors": WEIGHTS_FILE,
-    "adapter_model-00001.safetensors": FileRole("weights", 1),
-    "adapter_model-99999.safetensors": FileRole("weights", 99_999),
+    "adapter_model-00001-of-00002.safetensors": FileRole("weights", 1, 2),
+    "adapter_model-99999-of-99999.safetensors": FileRole("weights", 99_999, 99_999),
 }
 OTHER_NAMES = [
     *("", "adapter_model.bin", "adapter_model-00000.safetensors", "record.json"),
-    *("adapter_model-1.safetensors", "adapter_model-000001.safetensors"),
+    *("adapter_model-1-of-2.safetensors", "adapter_model-00001.safetensors"),
+    *("adapter_model-00000-of-00002.safetensors", "adapter_model-00003-of-00002.safetensors"),
     *("adapter_config.json.chunks", "../adapter_config.json", "adapter_config.json\n"),
 ]
 
@@ -77,10 +78,13 @@ OTHER_NAMES = [
 def test_files_have_the_names_that_tools_know() -> None:
     assert {role.file_name: role_of(role.file_name) for role in FILE_NAMES.values()} == FILE_NAMES
     assert [name for name in OTHER_NAMES if role_of(name) is not None] == []
-    no_files: list[tuple[Any, int]] = [("weights", 100_000), ("weights", -1), ("config", 1)]
-    for kind, number in no_files:
+    no_files: list[tuple[Any, int, int]] = [
+        *(("weights", 100_000, 100_000), ("weights", -1, 0), ("weights", 0, 1)),
+        *(("weights", 1, 0), ("weights", 3, 2), ("config", 1, 1), ("index", 0, 1)),
+    ]
+    for kind, number, count in no_files:
         with pytest.raises(UsageError, match="no "):
-            FileRole(kind, number)
+            FileRole(kind, number, count)
 
 
 ENTRY = CacheKey("a", "b").name

@@ -1,11 +1,11 @@
 """The header parser against safetensors' own reader, and against every header that it forbids."""
 
-import codecs
 import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorax_async.config import Limits
 from lorax_async.core.header import (
     DTYPE_BITS,
     Header,
-    HeaderLimits,
     header_size,
     parse_header,
 )
@@ -38,7 +38,7 @@ def entry(shape: object = (1,), offsets: object = (0, 4), dtype: object = "F32")
     return json.dumps(members, separators=(",", ":"))
 
 
-def parse(text: bytes | str, data: int = 4, limits: HeaderLimits = HeaderLimits()) -> Header:
+def parse(text: bytes | str, data: int = 4, limits: Limits = Limits()) -> Header:
     prefix = framed(text)
     return parse_header(prefix, len(prefix) + data, limits)
 
@@ -210,84 +210,58 @@ PLACES = {
     "offsets of another planet": (placed(x=(1, 2**90, 2**90 + 4)), 4, "'x': a hole"),
 }
 
-NO_SHAPES: list[object] = [(1.0,), (True,), (None,), ("1",), ((1,),), (-1,)]
+NO_INTEGERS: list[object] = [(1.0,), (True,), (None,), ("1",), ((1,),), 1, "04"]
 ENTRIES: dict[str, list[str]] = {
     "needs 8 bytes": [entry((2,))],
     "needs 0 bytes": [entry((0,))],
-    "needs 4 bytes": [entry((1,), (4, 0))],
-    "needs 4 bytes, not [0]": [entry((1,), (0,))],
-    "not [0, 4, 4]": [entry((1,), (0, 4, 4))],
+    "needs 4 bytes": [entry((1,), (4, 0)), entry((1,), (-4, 0))],
+    "data_offsets has": [entry((1,), (0,)), entry((1,), (0, 4, 4))],
     "9 dimensions, more than the limit of 8": [entry((1,) * 9)],
-    "beyond int64": [entry((INT64_MAX + 1, 0)), entry((2**32, 2**31)), entry((2**32, 2**31, 0))],
+    "beyond int64": [
+        *(entry((n, 0)) for n in (INT64_MAX + 1, -1)),
+        *(entry((2**32, 2**31, *more)) for more in ((), (0,))),
+    ],
     "does not fill whole bytes": [entry((3,), (0, 1), "F4"), entry((1,), (0, 1), "F6_E2M3")],
     "unknown dtype 'F31'": [entry(dtype="F31")],
     "unknown dtype 'f32'": [entry(dtype="f32")],
     "dtype is not a string": [entry(dtype=32)],
-    "shape holds something else than integers": [
-        *(entry(shape) for shape in NO_SHAPES),
+    "shape is not a list of integers": [
+        *(entry(shape) for shape in NO_INTEGERS),
         *(entry().replace("[1]", other) for other in ("[-0]", "[1e0]")),
     ],
-    "shape is not a list": [entry(1)],
-    "data_offsets holds something else": [
-        entry(offsets=offsets) for offsets in ((0, 4.0), (False, 4), (-4, 0))
-    ],
-    "data_offsets is not a list": [entry(offsets="04")],
-    "delimiter": [entry().replace("[1]", "[01]")],
-    "at character": [entry().replace("[1]", "[1,]")],
+    "data_offsets is not a list of integers": [entry(offsets=other) for other in NO_INTEGERS],
     "'dtype' is missing": ['{"shape":[1],"data_offsets":[0,4]}'],
     "'shape' is missing": ['{"dtype":"F32","data_offsets":[0,4]}'],
     "'data_offsets' is missing": ['{"dtype":"F32","shape":[1]}'],
     "'strides' is unknown": [GOOD.replace("}", ',"strides":[1]}')],
-    "'shape' appears twice": [
-        GOOD.replace("}", again) for again in (',"shape":[1]}', r',"sh\u0061pe":[1]}')
-    ],
-    "lone surrogate": [GOOD.replace("F32", r"\ud800")],
-    "NaN": [GOOD.replace("[1]", "[NaN]")],
-    "Infinity": [GOOD.replace("[1]", "[Infinity]")],
-    "not an object of just": [
-        *('["F32",[1],[0,4]]', "null", GOOD.replace("[1]", "{}")),
-        GOOD.replace("{", "{" + " " * 65_536),
-    ],
-    "nests deeper than 15": [GOOD.replace("[1]", "[" * n + "]" * n) for n in (15, 20_000)],
-    "5000 characters": [GOOD.replace("[1]", f"[{'1' * 5_000}]")],
-    "Unterminated string": [GOOD[:20]],
+    "not an object of just": ['["F32",[1],[0,4]]', "null"],
 }
 EMPTY = entry((0,), (0, 0))
 TEXTS: dict[str, list[str | bytes]] = {
-    "'x': the name stands there": [f'{{"x":{EMPTY},"{x}":{GOOD}}}' for x in ("x", "\\u0078")],
+    "'x' appears twice": [f'{{"x":{EMPTY},"{x}":{GOOD}}}' for x in ("x", "\\u0078")],
+    "'shape' appears twice": [
+        f'{{"x":{GOOD[:-1]},"{name}":[1]}}}}' for name in ("shape", r"sh\u0061pe")
+    ],
     "a name of 0 bytes": [f'{{"":{GOOD}}}'],
     "name of 513 bytes": [f'{{"{"x" * 513}":{GOOD}}}', f'{{"{"é" * 256}x":{GOOD}}}'],
     "lone surrogate": [rf'{{"\ud800":{GOOD}}}', r'{"__metadata__":{"k":"\udfff"}}'],
-    "control character": [f'{{"a\tb":{GOOD}}}'],
-    "bad escape": [rf'{{"\x41":{GOOD}}}'],
-    "expected ':'": ['{"x"}'],
-    "expected ',' or '}'": [
-        *(f'{{"a":{GOOD} "x":{GOOD}}}', f'{{"x":{GOOD}', '{"__metadata__":{"k":"v" "l":""}}'),
-    ],
-    "expected a string": [f'{{"x":{GOOD},}}', '{"__metadata__":{1:""}}'],
-    "more than one value": [f'{{"x":{GOOD}}}{{}}', f'{{"x":{GOOD}}}\0\0'],
-    "expected an object at character 0": [f' {{"x":{GOOD}}}', "[]", ""],
-    "byte order mark": [f'\ufeff{{"x":{GOOD}}}'],
-    "not valid UTF-8": [
-        b'{"%s":%s}' % (name, GOOD.encode()) for name in (b"\xff", b"\xed\xa0\x80")
-    ],
-    "__metadata__: expected an object": [f'{{"__metadata__":null,"x":{GOOD}}}'],
+    "nests deeper than": [f'{{"x":{GOOD.replace("[1]", "[" * 20_000)}}}'],
+    "Expecting ',' delimiter": [f'{{"__metadata__":{{}}"x":{GOOD}}}', f'{{"a":{GOOD} "x":{GOOD}}}'],
+    "Expecting": [f'{{"x":{GOOD},}}', f'{{"x":{GOOD},,"y":{GOOD}}}', f'{{"x":{GOOD}'],
+    "Extra data": [f'{{"x":{GOOD}}}{{}}', f'{{"x":{GOOD}}}\0\0'],
+    "does not begin with '{'": [f' {{"x":{GOOD}}}', "[]", ""],
+    "__metadata__: not an object": [f'{{"__metadata__":null,"x":{GOOD}}}'],
     "'shape' is not a string": [f'{{"__metadata__":{GOOD}}}'],  # a tensor of that name
     "'k' is not a string": ['{"__metadata__":{"k":1}}', '{"__metadata__":{"k":{}}}'],
-    "__metadata__: stands there twice": [
+    "'__metadata__' appears twice": [
         f'{{"__metadata__":{{}},"{name}":{{}}}}' for name in ("__metadata__", r"\u005f_metadata__")
     ],
     "'k' appears twice": [r'{"__metadata__":{"k":"1","\u006b":"1"}}'],
 }
-STRINGS = [  # of the metadata are read in pieces
-    *((r'"\ud800"', 1), (r'"ab\ude00\ud83d"', 3), (r'"\ud800\u0041"', 1), (r'"\x41"', 1)),
-    *((r'"\u00g0"', 1), ('"a\\n\x01"', 4), (r'"\na', 4), (r'"\n\"', 5)),
-]
 REFUSED: list[tuple[str | bytes, int, str]] = [
     *PLACES.values(),
     *((f'{{"x":{each}}}', 4, f"'x': {words}") for words, all_ in ENTRIES.items() for each in all_),
     *((each, 4, words) for words, all_ in TEXTS.items() for each in all_),
-    *(('{"__metadata__":{"k":' + text, 4, f"at character {at + 21};") for text, at in STRINGS),
 ]
 
 
@@ -305,40 +279,34 @@ def test_what_the_contract_forbids_is_refused_and_the_offender_named(
     assert parse(f'{{"x":{GOOD}}}').tensors, "what the cases stand on"
 
 
-@pytest.mark.parametrize("offset", range(4))
-def test_long_strings_are_read_in_pieces_that_split_no_pair(offset: int) -> None:
-    text = r"\n" * offset + r"a\ud83D\uDE00\t" * 10_000
-    metadata = parse(f'{{"__metadata__":{{"k":"{text}"}}}}', 0).metadata
-    assert metadata["k"] == "\n" * offset + "a\N{GRINNING FACE}\t" * 10_000
+def test_limits_are_limits() -> None:
+    text = f'{{"x1":{EMPTY},"x2":{GOOD}}}'
+    exact = Limits(
+        max_header_bytes=len(text),
+        max_tensors=2,
+        max_name_bytes=2,
+        max_dimensions=1,
+    )
+    assert len(parse(text, limits=exact).tensors) == 2
+    for name, words in {
+        "max_header_bytes": f"over the limit of {len(text) - 1}.*raise Limits.max_header_bytes",
+        "max_tensors": "2 tensors, more than the limit of 1",
+        "max_name_bytes": "'x1': a name of 2 bytes",
+    }.items():
+        with pytest.raises(AdapterFormatError, match=words):
+            parse(text, limits=replace(exact, **{name: getattr(exact, name) - 1}))
 
 
-@pytest.mark.parametrize("spelling", [GOOD, GOOD.replace(",", ", ")], ids=["canonical", "spaced"])
-def test_limits_are_limits(spelling: str) -> None:
-    empty = spelling.replace("[1]", "[0]").replace("4]", "0]")
-    text = f'{{"x1":{empty},"x2":{spelling}}}'
-    size = len(text)
-    assert len(parse(text, limits=HeaderLimits(size, 2, 2, 1, 3)).tensors) == 2
-    for limits, fragment in [
-        (HeaderLimits(max_header_bytes=size - 1), f"over the limit of {size - 1}"),
-        (HeaderLimits(max_tensors=1), "'x2': more than the limit of 1 tensors"),
-        (HeaderLimits(max_name_bytes=1), "'x1': a name of 2 bytes"),
-        (HeaderLimits(max_dimensions=0), "'x1': 1 dimensions"),
-    ]:
-        with pytest.raises(AdapterFormatError, match=re.escape(fragment)):
-            parse(text, limits=limits)
-    text = '{"__metadata__":{"a":"","b":""}}'
-    assert parse(text, 0, HeaderLimits(max_metadata_members=2)).metadata == {"a": "", "b": ""}
-    with pytest.raises(AdapterFormatError, match="more than the limit of 1 members"):
-        parse(text, 0, HeaderLimits(max_metadata_members=1))
-
-
-def test_the_default_number_of_tensors_is_65_536() -> None:
-    empty = entry((0,), (0, 0))
-    text = ",".join(f'"{k}":{empty}' for k in range(65_536))
-    tensors = parse(f"{{{text}}}", 0).tensors
-    assert [span.name for span in tensors] == sorted(map(str, range(65_536)))
-    with pytest.raises(AdapterFormatError, match="'x': more than the limit of 65,536 tensors"):
-        parse(f'{{{text},"x":{empty}}}', 0)
+def test_by_default_a_header_may_have_2_mib_and_65_536_tensors() -> None:
+    entries = [f'"{k:x}":{EMPTY}' for k in range(65_537)]
+    text, fewer = ",".join(entries), ",".join(entries[:-1])
+    with pytest.raises(AdapterFormatError, match="is over the limit of 2,097,152"):
+        parse(f"{{{text}}}", 0)
+    roomy = Limits(max_header_bytes=1 << 23)
+    tensors = parse(f"{{{fewer}}}", 0, roomy).tensors
+    assert [span.name for span in tensors] == sorted(f"{k:x}" for k in range(65_536))
+    with pytest.raises(AdapterFormatError, match="65,537 tensors, more than the limit of 65,536"):
+        parse(f"{{{text}}}", 0, roomy)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +315,7 @@ def test_the_default_number_of_tensors_is_65_536() -> None:
         (b"", 0, "0 bytes and cannot be"),
         (b"\2\0\0\0\0\0\0", 7, "7 bytes and cannot be"),
         (b"\3\0\0\0\0\0\0\0", 10, "10 bytes and ends inside its header of 3"),
-        ((2**24 + 1).to_bytes(8, "little"), 2**30, "a header of 16,777,217 bytes is over"),
+        ((2**21 + 1).to_bytes(8, "little"), 2**30, "a header of 2,097,153 bytes is over"),
         (b"\xff" * 8, 2**63, "or this is no safetensors file"),
         (b"PK\3\4\0\0\0\0", 2**40, "or this is no safetensors file"),
         (b"\2\0\0\0\0\0\0\0{", 10, "only 9 of its 10 bytes could be read"),
@@ -364,10 +332,9 @@ def test_sizes_that_cannot_be(first: bytes, file_size: int, fragment: str) -> No
 def test_running_out_of_memory_is_the_documents_fault(
     read: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Exhausted(codecs.IncrementalDecoder):
-        def decode(self, *_: object) -> str:
-            raise MemoryError
+    def exhausted(*_: object) -> NoReturn:
+        raise MemoryError
 
-    monkeypatch.setattr(codecs, "getincrementaldecoder", lambda _: Exhausted)
+    monkeypatch.setattr(json.JSONDecoder, "decode", exhausted)
     with pytest.raises(AdapterFormatError, match="too large for the memory"):
         read("{}")

@@ -88,27 +88,26 @@ FILE = name_of(1, 1)
 
 
 ODD: dict[str, list[bytes]] = {
-    "Expecting|expected": [b"", index({"a": FILE})[:-1]],
-    "expected an object": [b"[]", index([])],
-    "names no tensors": [b"{}", index({}), b'{"metadata": {}}'],
+    "Expecting": [b"", index({"a": FILE})[:-1]],
+    "not a JSON object": [b"[]"],
+    "names no tensors": [b"{}", index({}), index([]), b'{"metadata": {}}'],
     "'a' has no name of a file": [index({"a": value}) for value in (1, None, [FILE])],
     "member 'weights' is unknown": [index({"a": FILE}, weights={})],
-    "more than one value": [index({"a": FILE}) + b"{}"],
+    "Extra data": [index({"a": FILE}) + b"{}"],
     "byte order mark": [b"\xef\xbb\xbf" + index({"a": FILE})],
     "'b' is in one of 3 files": [index({"a": name_of(1, 2), "b": name_of(2, 3)})],
     "no tensor is in .*-00002-of-00003": [index({"a": name_of(1, 3), "b": name_of(3, 3)})],
     "no tensor is in .*-00001-of-00002": [index({"a": name_of(2, 2)})],
     "one of 257 files, over the limit of 256": [index({"a": name_of(1, MAX_FILES + 1)})],
     "one of 99,999 files": [index({"a": name_of(1, 99_999)})],
-    "'weight_map' stands there twice": [
+    "'weight_map' appears twice": [
         b'{"weight_map": {}, "%s": {}}' % name for name in (b"weight_map", b"weight_m\\u0061p")
     ],
-    "'a' stands there twice": [
+    "'a' appears twice": [
         f'{{"weight_map": {{"a": "{FILE}", "{name}": "{FILE}"}}}}'.encode()
         for name in ("a", "\\u0061")
     ],
-    "metadata .of 65,536 characters": [index({"a": FILE}, metadata="x" * 70_000)],
-    "metadata.*deeper": [index({"a": FILE}, metadata=json.loads("[" * 16 + "]" * 16))],
+    "nests deeper than 16": [index({"a": FILE}, metadata=json.loads("[" * 16 + "]" * 16))],
 }
 
 
@@ -117,15 +116,13 @@ def test_what_is_odd_is_refused(words: str) -> None:
     for data in ODD[words]:
         with pytest.raises(AdapterFormatError, match=words):
             parse_index(data, LIMITS)
-    many = index({"a": FILE}, metadata=[[]] * 3 + [[[[[]]]]] * 40)
-    assert parse_index(many, LIMITS).count == 1
 
 
 def test_limits_of_the_index_are_the_last_that_pass() -> None:
     data = index({f"t{n}": name_of(1, 1) for n in range(5)})
     assert parse_index(data, Limits(max_header_bytes=len(data), max_tensors=5)).tensors_in == (5,)
-    assert "over the limit" in refused([], data, Limits(max_header_bytes=len(data) - 1))
-    assert "'t4' is more than the limit of 4" in refused([], data, Limits(max_tensors=4))
+    assert "than the limit" in refused([], data, Limits(max_header_bytes=len(data) - 1))
+    assert "5 tensors, over the limit of 4" in refused([], data, Limits(max_tensors=4))
 
 
 # -- the one file ----------------------------------------------------------------------------------
@@ -221,7 +218,7 @@ def hostile(content: bytes) -> Iterator[tuple[bytes, str]]:
     yield content[:20], "ends inside its header"
     yield content[:5], "cannot be a safetensors file"
     yield b"PK\3\4" + b"x" * 400, "over the limit"
-    yield content.replace(b'"b"', b'"a"'), "stands there twice"
+    yield content.replace(b'"b"', b'"a"'), "appears twice"
     yield edited(content, lambda h: h["b"].update(data_offsets=[0, 12])), "overlap"
     yield edited(content, lambda h: h["b"].update(data_offsets=[17, 29])), "a hole of 1 bytes"
     yield edited(content, lambda h: h["b"].update(data_offsets=[16, 27])), "needs 12 bytes"

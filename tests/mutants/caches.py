@@ -34,7 +34,6 @@ from mutants.mutation import (
 
 DISK = "io/test_disk_cache.py"
 FAILURES = "io/test_disk_cache_failures.py"
-HUB = "io/remote/test_hub_cache.py"
 
 PUBLISHED = f"{FAILURES}::test_all_is_on_the_disk_before_it_is_published"
 RESUMABLE = f"{FAILURES}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
@@ -42,7 +41,6 @@ HELD = f"{FAILURES}::test_what_one_holds_the_other_does_not_evict"
 UNLOCKED = f"{FAILURES}::test_without_locks_a_process_still_knows_what_it_holds"
 ROOM = f"{DISK}::TestRoom::test_is_reserved_by_one_at_a_time"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
-LINKED = f"{HUB}::test_all_is_on_the_disk_before_it_is_linked"
 
 _checked_digest, _write = PartialFile.checked_digest, PartialFile.write
 _resume = PartialFile.resume
@@ -141,8 +139,5 @@ CACHES: Mutants = {
     "cache: a download that ends is unlocked": mutant(WAITED_FOR, skipped(NamedLock, "release")),
     "cache: a download of another process is waited for": mutant(
         WAITED_FOR, (disk_cache, "one_at_a_time", _without_waiting)
-    ),
-    "hub cache: a blob's bytes are on the disk before links": mutant(
-        LINKED, skipped(PartialFile, "settled")
     ),
 }

@@ -19,8 +19,7 @@ from common import until
 from lorax_async import AdapterFormatError, CapacityError
 from lorax_async.server import cold_requests
 from lorax_async.server.calls.names import Names
-from lorax_async.server.calls.page import board, routes
-from lorax_async.server.calls.page import watching as watching_module
+from lorax_async.server.calls.page import dashboard, routes
 from lorax_async.tracing.trace import Trace
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, gated
@@ -28,7 +27,7 @@ from tiny_loaders import loader as tiny_loader
 from tiny_sources import over, stocked
 from tracing.chrome_format import require_trace
 
-EVENTS, TRACE, PICTURE = "/page/events", "/page/trace.json", "/page/timeline.svg"
+EVENTS, TRACE = "/page/events", "/page/trace.json"
 OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -44,13 +43,12 @@ class Told:
 
     async def next(self) -> dict[str, Any] | None:
         """One event; None once the server has ended the stream."""
+        line = b""
         async with asyncio.timeout(20):
-            while True:
+            while not line.startswith(b"data: {"):
                 line = await self._reader.readline()
                 if not line or line == b"data: [DONE]\n":
                     return None
-                if line.startswith(b"data: "):
-                    break
         news: dict[str, Any] = json.loads(line[len(b"data: ") :])
         self.first = self.first or news
         self.rows |= news.get("rows", {})
@@ -110,21 +108,23 @@ async def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 async def test_only_reading_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A HEAD keeps no place."""
-    monkeypatch.setattr(watching_module, "MOST", 1)
+    monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
     async with serving() as world:
-        for path in ("/", EVENTS, PICTURE, TRACE):
+        for path in ("/", EVENTS, TRACE):
             assert (await world.ask("POST", path)).status == 405
-        for path in ("/page/other.js", "/page/../settings.py"):
+        for path in ("/page/other.js", "/page/../settings.py", "/page/timeline.svg"):
             assert (await world.ask("GET", path)).status == 404
         assert (await world.ask("HEAD", EVENTS)).status == 200
         async with watching(world):
             pass
 
 
-@pytest.mark.parametrize("path", [EVENTS, PICTURE, TRACE])
-async def test_a_wrong_token_is_refused(path: str) -> None:
-    for token, status, code in ((TOKEN, 401, "invalid_api_key"), (None, 403, "admin_disabled")):
-        async with serving(admin_token=token) as world:
+@pytest.mark.parametrize(
+    ("token", "status", "code"), [(TOKEN, 401, "invalid_api_key"), (None, 403, "admin_disabled")]
+)
+async def test_a_wrong_token_is_refused(token: str | None, status: int, code: str) -> None:
+    async with serving(admin_token=token) as world:
+        for path in (EVENTS, TRACE):
             answer = await world.ask("GET", path, Authorization="Bearer wrong")
             assert (answer.status, answer.error["code"]) == (status, code)
 
@@ -168,25 +168,21 @@ async def test_layers_are_counted_as_they_come(tmp_path: Path) -> None:
         assert told.rows["slow"]["layers"] == [4, 4]
 
 
-async def test_ids_of_requests_are_the_operators_to_see(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "org/secret", "org/named")
+async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
+    """A failure is told by the adapter's name."""
+    source, broken = stocked(tmp_path, "org/secret", "org/named"), tiny.write(tmp_path / "hidden")
+    (broken / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":1}  ')
     async with serving(loader=over(source), adapters={"mine": "org/named"}) as world:
         for id in ("org/secret", "org/named"):
             (await world.service.loader.load(id)).release()
         async with watching(world) as anybody, watching(world, OPERATOR) as operator:
-            assert anybody.first["operator"] is False
+            assert (anybody.first["operator"], operator.first["operator"]) == (False, True)
             assert anybody.rows.keys() == {"mine"}
-            assert operator.first["operator"] is True
             found = {row["name"]: row["named"] for row in operator.rows.values()}
             assert found == {"mine": True, "memory:org/secret": False}
-
-
-async def test_a_failure_is_told_by_the_name_and_not_by_the_path(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "hidden" / "broken")
-    (folder / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":1}  ')
-    async with serving(adapters={"broken": folder}) as world, watching(world) as told:
+    async with serving(adapters={"broken": broken}) as world, watching(world) as told:
         with pytest.raises(AdapterFormatError):
-            await world.service.loader.load(folder)
+            await world.service.loader.load(broken)
         await told.until(lambda: told.rows["broken"]["error"])
         assert "'broken'" in told.rows["broken"]["error"]
         assert "hidden" not in json.dumps(told.rows)
@@ -196,7 +192,7 @@ async def test_many_adapters_are_cut_and_names_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of those without names the nearest are shown."""
-    monkeypatch.setattr(board, "MOST", 2)
+    monkeypatch.setattr(dashboard, "MAX_ROWS", 2)
     source = stocked(tmp_path, *(f"org/a{n}" for n in range(6)))
     async with serving(loader=over(source, max_slots=2)) as world:
         for n in range(6):
@@ -226,8 +222,10 @@ def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
         def story(self, _: object) -> tuple[()]:
             return ()
 
-    monkeypatch.setattr(board, "monotonic", lambda: clock[0])
-    shared = board.Board(cast(Any, Loader()), Names("base", {"one": "org/one"}), cast(Any, None))
+    monkeypatch.setattr(dashboard, "monotonic", lambda: clock[0])
+    shared = dashboard.Dashboard(
+        cast(Any, Loader()), Names("base", {"one": "org/one"}), cast(Any, None)
+    )
     counts = list[int]()
     for _ in range(8):
         assert shared.rows(operator=False) is shared.rows(operator=False)
@@ -253,9 +251,9 @@ async def test_a_stop_ends_the_stream_at_once() -> None:
 async def test_a_page_that_reads_nothing_keeps_no_server(
     stops: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watching_module, "TICK", 0.01)
-    monkeypatch.setattr(watching_module, "LAST_SECONDS", 0.2)
-    monkeypatch.setattr(board, "FRESH", 0.0)
+    monkeypatch.setattr(dashboard, "TICK", 0.01)
+    monkeypatch.setattr(dashboard, "LAST_SECONDS", 0.2)
+    monkeypatch.setattr(dashboard, "FRESH_SECONDS", 0.0)
     adapters = {f"{n} {'x' * 20_000}": f"org/a{n}" for n in range(50)}
     async with serving(adapters=adapters, send_buffer=4096, drain=30) as world:
         _reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1)
@@ -274,8 +272,8 @@ async def test_open_pages_are_counted_apart_from_the_operators(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And a silent one is told something, since proxies end what is silent."""
-    monkeypatch.setattr(watching_module, "MOST", 1)
-    monkeypatch.setattr(watching_module, "SILENCE", 0.5)
+    monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
+    monkeypatch.setattr(dashboard, "SILENCE", 0.5)
     async with serving() as world:
         async with watching(world) as told:
             refused = await world.ask("GET", EVENTS)
@@ -316,9 +314,8 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
     folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
     engine = FakeEngine(loading(there, "aye"))
     async with serving(engine, there, adapters={"pirate": folder}) as world:
-        for path in (TRACE, PICTURE):
-            answer = await world.ask("GET", path)
-            assert (answer.status, answer.error["code"]) == (404, "no_cold_request")
+        answer = await world.ask("GET", TRACE)
+        assert (answer.status, answer.error["code"]) == (404, "no_cold_request")
         async with watching(world) as told:
             assert told.cold is None
             assert await asked(world, "pirate") == "aye"
@@ -338,9 +335,7 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
         assert span["args"] == {"adapter": "pirate", "outcome": "first token"}
         names = await names_in(world)
         assert {"request pirate", "load pirate", "fetch header", "layer 0"} <= names
-        drawn = await world.ask("GET", PICTURE)
-        assert drawn.headers["content-type"] == "image/svg+xml"
-        assert drawn.headers["cache-control"] == "no-store"
+        assert trace.headers["cache-control"] == "no-store"
         await there.unload(folder)
         await asked(world, "pirate")
         async with watching(world) as told:
@@ -448,7 +443,6 @@ async def test_adapters_without_names_are_the_operators_to_see(tmp_path: Path) -
         await task
         seen = await names_in(world)
         assert not [name for name in seen if re.search("secret|last|two|three", name)]
-        assert b"secret" not in (await world.ask("GET", PICTURE)).body
         assert {"load another adapter", "load pirate", "load loud", "pirate"} <= seen
         assert {"load secret", "load pirate"} <= await names_in(world, OPERATOR)
         await world.admin("/v1/unload_lora_adapter", {"lora_name": "loud"})
@@ -481,10 +475,9 @@ async def test_an_adapter_has_the_operators_name(tmp_path: Path) -> None:
 
 def test_the_first_name_that_is_left_counts(tmp_path: Path) -> None:
     names = Names("base", {"one": "org/x", "two": "org/x", "path": tmp_path})
-    assert (names.name_of("org/x"), names.name_of(tmp_path)) == ("one", "path")
-    assert names.name_of(str(tmp_path)) is None, "a request's text is no path"
+    # A request's text is no path.
+    ids = ("org/x", tmp_path, str(tmp_path))
+    assert [names.name_of(id) for id in ids] == ["one", "path", None]
     names.put("one", "org/y")
     assert (names.name_of("org/x"), names.name_of("org/y")) == ("two", "one")
-    assert names.take("two") == "org/x"
-    assert names.name_of("org/x") is None
-    assert names.take("two") is None
+    assert (names.take("two"), names.name_of("org/x"), names.take("two")) == ("org/x", None, None)

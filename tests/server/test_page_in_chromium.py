@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from tools import tool
 pytestmark = [pytest.mark.needs("chromium"), pytest.mark.needs("playwright"), pytest.mark.slow]
 
 DESK, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
+COLD = {"number": 1, "name": "one", "outcome": "first token", "seconds": 1.0, "ended": 1.0}
 PATIENCE = 30_000
 """Milliseconds: the model computes on two cores."""
 
@@ -114,8 +117,8 @@ def test_a_prompt_makes_a_tier_change(
         assert said
         assert said == said.upper(), "the adapter's style"
         assert "layers were computed" in shows(page, "#cold", "shout")
-        drawn = page.locator("#timeline svg text").all_text_contents()
-        assert {"requests", "files", "copies", "layers", "compute"} <= set(drawn)
+        page.locator("#timeline canvas").hover(position={"x": 300, "y": 45})
+        shows(page, "#timeline .note", "request shout: ")
         with page.expect_download() as download:
             page.get_by_role("button", name="Save the trace").click()
         assert download.value.suggested_filename == "cold-request.json"
@@ -134,8 +137,35 @@ def test_by_keyboard_alone(chromium: Any, site: str) -> None:
         page.keyboard.press("Control+Enter")
         shows(page, "#times", "first token after")
         assert page.locator("#answer").inner_text()
-        _tab_to(page, "its timeline, which scrolls")
+        _tab_to(page, "zoom in")
+        _tab_to(page, "timeline: ")
         _tab_to(page, "Save the trace")
+
+
+def test_the_timeline_is_zoomed(chromium: Any, site: str) -> None:
+    """And tells what is pointed at, whose name is never markup."""
+    page = chromium.new_page(viewport=DESK)
+    span = {"ph": "X", "pid": 1, "tid": 1, "name": "<b>load", "dur": 5e4}
+    trace = {"traceEvents": [span | {"ts": number * 1e5} for number in range(10)]}
+    page.route("**/page/trace.json", lambda route: route.fulfill(json=trace))
+    _stream(page, told(["one"], COLD))
+    page.goto(site)
+    canvas = page.locator("#timeline canvas")
+    canvas.hover(position={"x": 150, "y": 45})
+    shows(page, "#timeline .note", "<b>load: 50.000 ms from 0.000")
+    whole = canvas.screenshot()
+    button = partial(page.get_by_role, "button")
+    ways: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
+        (partial(page.mouse.wheel, 0, -480), partial(page.mouse.wheel, 0, 2_000)),
+        (partial(canvas.press, "+"), partial(canvas.press, "0")),
+        (button(name="zoom in").click, button(name="show all").click),
+    ]
+    for zoom, show_all in ways:
+        zoom()
+        _looks(canvas, whole, same=False)
+        show_all()
+        _looks(canvas, whole, same=True)
+    page.close()
 
 
 def test_an_error_is_shown(chromium: Any, site: str) -> None:
@@ -220,8 +250,7 @@ def test_a_lost_stream_moves_nothing_under_the_finger(chromium: Any, site: str) 
     never markup.
     """
     page, four = chromium.new_page(viewport=DESK), "<b>four"
-    cold = {"number": 1, "name": "one", "outcome": "first token", "seconds": 1.0, "ended": 1.0}
-    _stream(page, told(["one", "two"], cold), told(["two", "three"]), told(["two", four]))
+    _stream(page, told(["one", "two"], COLD), told(["two", "three"]), told(["two", four]))
     page.goto(site)
     shows(page, "#cold", "one")
     row(page, "two").get_by_role("button").focus()
@@ -247,13 +276,13 @@ def told(names: list[str], cold: Any = None) -> dict[str, Any]:
 
 
 def _stream(page: Any, *events: dict[str, Any]) -> None:
-    """Instead of the server's: a stream for each event, which ends with it; the last one again."""
+    """Instead of the server's: a stream for each event, which ends with it; then no answer."""
     left = list(events)
 
     def answer(route: Any) -> None:
-        event = left.pop(0) if len(left) > 1 else left[0]
-        kind = {"content-type": "text/event-stream"}
-        route.fulfill(headers=kind, body=f"data: {json.dumps(event)}\n\n")
+        if left:
+            kind = {"content-type": "text/event-stream"}
+            route.fulfill(headers=kind, body=f"data: {json.dumps(left.pop(0))}\n\n")
 
     page.route("**/page/events", answer)
 
@@ -267,6 +296,13 @@ def _tab_to(page: Any, name: str) -> None:
         if called.startswith(name):
             return
     raise AssertionError(f"nobody gets to {name!r} by Tab")
+
+
+def _looks(canvas: Any, picture: bytes, *, same: bool) -> None:
+    """Wait until it looks the same, or different."""
+    deadline = monotonic() + PATIENCE / 1e3
+    while (canvas.screenshot() == picture) != same:
+        assert monotonic() < deadline
 
 
 def _picture(page: Any, config: pytest.Config, name: str) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorax_async.config import Limits
-from lorax_async.core.hub_names import repo_folder
 from lorax_async.core.split_index import INDEX, parse_index
 from lorax_async.errors import (
     AdapterFormatError,
@@ -23,17 +22,16 @@ from lorax_async.errors import (
 )
 from lorax_async.ids.hub import HubId
 from lorax_async.io.http.urls import Url
-from lorax_async.io.remote.hub_cache import standard_folder
+from lorax_async.io.remote.hub_cache import StandardHubCache, standard_folder
 from lorax_async.io.remote.hub_calls import (
-    Absent,
-    Question,
-    ask,
+    FileQuery,
+    MissingFile,
     checked_token,
     machine_token,
     problem_of,
+    query_file,
     url_of,
 )
-from lorax_async.io.remote.hub_layout import commit_of
 from lorax_async.io.remote.rules import AllowRules
 from lorax_async.io.sources.checked_open import code_of, translated
 from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS
@@ -137,16 +135,16 @@ class HubFiles:
         """None if the hub has no such file."""
         revision = self._commit() or self.id.revision or _MAIN
         url = url_of(self.id.repo, name, revision, None)
-        question = Question(
+        question = FileQuery(
             *(self.id.repo, name, revision, None),
             token=self.token or machine_token(),
             rules=AllowRules(named=[url.origin]),  # the environment's word is the operator's
             timeout=_SECONDS,
         )
-        told = ask(question)
+        told = query_file(question)
         if isinstance(told, LoraxError):
             raise told
-        if isinstance(told, Absent):
+        if isinstance(told, MissingFile):
             return None
         if told.nbytes is not None and told.nbytes > max_bytes:
             raise AdapterFormatError(
@@ -156,8 +154,8 @@ class HubFiles:
 
     def _commit(self) -> str | None:
         """Which one the cache takes the revision for."""
-        repo, revision = repo_folder(self.id.repo), self.id.revision or _MAIN
-        return None if repo is None else commit_of(standard_folder(), repo, revision.split("/"))
+        hub = StandardHubCache(standard_folder(), lambda: None)
+        return hub.commit_of(self.id.repo, self.id.revision or _MAIN)
 
 
 def _size_of(path: str, name: str) -> int:
@@ -167,7 +165,7 @@ def _size_of(path: str, name: str) -> int:
         raise translated(error, name) from error
 
 
-def _downloaded(question: Question, url: Url) -> str:
+def _downloaded(question: FileQuery, url: Url) -> str:
     """Where it then is in the standard hub cache."""
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub import hf_hub_download  # noqa: PLC0415

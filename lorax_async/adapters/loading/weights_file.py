@@ -16,7 +16,7 @@ from lorax_async.adapters.loading.places import LIMITS, folder_with_weights, nam
 from lorax_async.adapters.loading.threads import in_thread
 from lorax_async.adapters.loading.unapplied import require_plain_name
 from lorax_async.config import Limits
-from lorax_async.core.header import Header, HeaderLimits, TensorSpan, parse_header
+from lorax_async.core.header import Header, TensorSpan, parse_header
 from lorax_async.core.peft_names import WEIGHT_DTYPES
 from lorax_async.errors import (
     AdapterFormatError,
@@ -184,7 +184,7 @@ def _identity(path: str) -> FileIdentity:
 
 def _checked_header(prefix: bytes, nbytes: int, limits: Limits) -> Header:
     """What a loader checks before it knows the base: the format, and every name and dtype."""
-    header = parse_header(prefix, nbytes, HeaderLimits.of(limits))
+    header = parse_header(prefix, nbytes, limits)
     if not header.tensors:
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
     for span in header.tensors:

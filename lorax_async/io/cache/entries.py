@@ -47,6 +47,10 @@ class DiskEntry:
         self._files = files
         self._open = True
 
+    @property
+    def folder(self) -> str:
+        return os.readlink(f"/proc/self/fd/{self._folder.fd}")
+
     def used_now(self) -> Stored:
         """Every process can see that it was used now; as it is stored then. Raises `OSError`."""
         with _unless_read_only():

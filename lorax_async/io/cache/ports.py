@@ -38,6 +38,10 @@ class CacheEntry(Protocol):
     def record(self) -> Record:
         """Its files, their sizes and digests."""
 
+    @property
+    def folder(self) -> str:
+        """Absolute path of the folder with its files."""
+
     def reader(self, role: FileRole) -> Reader:
         """A reader of one file. Quick: opened by the first read.
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import INDEX_FILE, FileRole
-from lorax_async.core.header import HeaderLimits, header_end, header_size
+from lorax_async.core.header import header_end, header_size
 from lorax_async.core.split_file import Head, SplitPlan, plan_split
 from lorax_async.core.split_index import parse_index
 from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError
@@ -87,7 +87,6 @@ class Beginnings:
         self._workers = workers
         self._limits = limits
         self._shards = shards
-        self._header_limits = HeaderLimits(max_header_bytes=limits.max_header_bytes)
 
     async def of(self, located: Located, demand: Demand) -> Beginning:
         for file in located.files:
@@ -103,7 +102,7 @@ class Beginnings:
             return Beginning(said, None, await self._parts([second], [start], demand), None)
         content = self._whole(second, start)
         index = await self._workers.run(partial(parse_index, content, self._limits))
-        roles = [FileRole("weights", number + 1) for number in range(index.count)]
+        roles = [FileRole("weights", number + 1, index.count) for number in range(index.count)]
         async with bound_to(demand):
             files = await self._shards(located, roles)
         for file in files:
@@ -126,7 +125,7 @@ class Beginnings:
 
     async def _part(self, file: RemoteFile, start: Answer, demand: Demand) -> Part:
         nbytes = self._size(file, start)
-        needed = header_size(start.start[:8], nbytes, self._header_limits)
+        needed = header_size(start.start[:8], nbytes, self._limits)
         if needed > len(start.start):
             (again,) = await self._asked([(_unanswered(file), needed)], demand)
             if again.known != start.known:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from threading import Lock
 
-from lorax_async.adapter import RemoteKey
+from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, CacheKey, FileRole
 from lorax_async.core.cache_record import Record
@@ -15,7 +15,7 @@ from lorax_async.core.split_index import joined_digest, parse_index
 from lorax_async.errors import EvictedError, InternalError
 from lorax_async.io.cache.ports import CacheEntry
 from lorax_async.io.hashing import sha256_of
-from lorax_async.io.ports import AdapterFile, Reader
+from lorax_async.io.ports import AdapterFile, Reader, StoredFolder
 from lorax_async.io.remote.fetch import Fetch
 from lorax_async.io.sources.checked_open import FileReader
 from lorax_async.io.sources.local_hold import LocalHold, ReadAhead, close_all
@@ -166,6 +166,14 @@ def opened(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
     except BaseException:
         reader.close()
         raise
+
+
+def stored_folder(key: AdapterKey, reader: Reader) -> StoredFolder:
+    """Return the folder of the entry that a reader of `key` keeps in its cache."""
+    entry = reader.entry if isinstance(reader, EntryReader | FetchReader) else None
+    if entry is None:
+        raise InternalError(f"the files of {key} are not in a cache")
+    return StoredFolder(entry.folder, entry.record.nbytes)
 
 
 def held(entry: CacheEntry) -> LocalHold | ReadAhead:

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which commit a name means now, and where that commit's files lie."""
+"""The Hugging Face hub: the commit that a name means now, and where that commit's files are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from itertools import count
 
 from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
-from lorax_async.core.hub_names import hub_file_name, is_commit
 from lorax_async.core.retries import Retries
 from lorax_async.errors import (
     AccessDeniedError,
@@ -26,16 +25,16 @@ from lorax_async.io.http.settings import Rules
 from lorax_async.io.http.target import Target
 from lorax_async.io.http.urls import InvalidUrlError, Url, parse_url
 from lorax_async.io.remote.hub_calls import (
-    Absent,
+    FileInfo,
+    FileQuery,
+    MissingFile,
     Outcome,
-    Question,
-    Told,
-    ask,
     checked_token,
-    endpoint_in_use,
     fetch_repository_id,
     has_stored_token,
+    is_commit,
     machine_token,
+    query_file,
     url_of,
 )
 from lorax_async.io.remote.ports import Located, RemoteFile
@@ -49,7 +48,7 @@ _BEARER = "Bearer "
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
+class _MachineToken:
     """The token that this machine has, if any."""
 
     token: str | None = field(repr=False)
@@ -58,28 +57,27 @@ class _Own:
 class HubLocator:
     """The `Locator` of adapters on the hub: `ref.id` is org/name, a revision whatever git names.
 
-    A `ref` without a token is asked for without one, unless `ref.use_token` or an entry of `allow`
-    says otherwise: then with this machine's own (`HF_TOKEN`, or what `hf auth login` left), unless
-    huggingface_hub is told not to. An empty one is a `UsageError`.
+    A `ref` without a token is resolved without one, unless `ref.use_token` or an entry of `allow`
+    lends this machine's own (`HF_TOKEN`, `hf auth login`) and huggingface_hub may use that. An
+    empty token is a `UsageError`.
 
     Parameters
     ----------
     endpoint
-        The hub's URL, in place of huggingface_hub's (`HF_ENDPOINT`, https://huggingface.co).
+        The hub's URL.
     rules
-        Where the engine may go for files. The endpoint itself is asked by huggingface_hub, which
-        follows redirects to that origin and to the hub's own only; what address it has is the
-        operator's business.
+        Where the engine may go for files. huggingface_hub asks the endpoint itself, and follows
+        redirects to that origin and to the hub's own only; the operator answers for its address.
     allow
-        Entries with `use_token` lend this machine's own token to the ids that they cover, as long
-        as the repository that answers is covered too: the hub redirects from ids that were moved.
+        Entries with `use_token` lend this machine's own token to the ids that they cover, if the
+        repository that answers is covered too: the hub redirects from ids that were moved.
     threads
-        Where huggingface_hub is called, two calls per adapter at once. A call whose caller was
-        cancelled ends by itself.
+        Run huggingface_hub, two calls per adapter at once. A call whose caller was cancelled ends
+        by itself.
     timeout
         Seconds for connecting, and for each next byte of an answer.
     retries, draw
-        When a question is put again, and a draw from [0, 1).
+        When to query again, and a draw from [0, 1).
 
     Raises
     ------
@@ -90,7 +88,7 @@ class HubLocator:
     def __init__(
         self,
         *,
-        endpoint: str | None,
+        endpoint: str,
         rules: Rules,
         threads: Executor,
         allow: Sequence[Allow] = (),
@@ -105,12 +103,11 @@ class HubLocator:
         self._timeout = timeout
         self._retries = retries
         self._draw = draw
-        self._place: str | None = None
-        self._own: _Own | None = None
-        """Both are None until somebody looked."""
+        self._own: _MachineToken | None = None
+        """None until the first look-up."""
 
     async def scope(self, ref: AdapterRef) -> str:
-        """As of `Locator`. From then on `recalled` knows it."""
+        """See `Locator`. From then on `recalled` knows the machine's token."""
         return self._scope(await self._authority(ref))
 
     def own_scope(self) -> str | None:
@@ -119,15 +116,15 @@ class HubLocator:
         None if it has one that cannot be had, or is not to be sent. Blocks.
         """
         try:
-            self._place, own = endpoint_in_use(self._endpoint), machine_token()
+            own = machine_token()
         except LoraxError:
             return None
         return None if own is None and has_stored_token() else self._scope(own)
 
     def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        """As of `Locator`; None for all before the first `scope` or `locate`."""
+        """See `Locator`; with the machine's token, None before the first `scope` or `locate`."""
         token = checked_token(ref.token)
-        if self._place is None or ref.revision is None or not is_commit(ref.revision):
+        if ref.revision is None or not is_commit(ref.revision):
             return None
         if self._uses_own(ref):
             if self._own is None:
@@ -137,25 +134,18 @@ class HubLocator:
 
     async def locate(self, ref: AdapterRef) -> Located:
         token = await self._authority(ref)
-        first = Question(
-            ref.text,
-            CONFIG_FILE.file_name,
-            _MAIN if ref.revision is None else ref.revision,
-            self._endpoint,
-            token,
-            self._rules,
-            self._timeout,
-        )
-        config, weights = await self._told(first, replace(first, name=WEIGHTS_FILE.file_name))
-        if isinstance(config, Absent):
+        revision = _MAIN if ref.revision is None else ref.revision
+        first = self._query(ref.text, CONFIG_FILE, revision, token)
+        config, weights = await self._answers(first, replace(first, name=WEIGHTS_FILE.file_name))
+        if isinstance(config, MissingFile):
             raise _lacking(first, f"no {CONFIG_FILE.file_name}: it is no adapter of PEFT")
         pinned = replace(first, revision=config.commit)
         if config.redirected and token is not None and self._is_lent(ref):
             await self._require_covered(pinned)
         role = WEIGHTS_FILE
         if weights.commit != config.commit:  # a branch moved between the two answers
-            (weights,) = await self._told(replace(pinned, name=role.file_name))
-        if isinstance(weights, Absent):
+            (weights,) = await self._answers(replace(pinned, name=role.file_name))
+        if isinstance(weights, MissingFile):
             role = INDEX_FILE
             weights = await self._index(pinned)
         files = (
@@ -165,38 +155,26 @@ class HubLocator:
         return Located(ref.text, config.commit, self._scope(token), files)
 
     async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
-        """All shards of the weights, numbered from 1: the hub's names say how many there are."""
+        """Return all shards of the weights, numbered from 1: their names say how many there are."""
         if [role.number for role in roles] != list(range(1, len(roles) + 1)):
             raise InternalError("the shards of an adapter are to be asked for all at once")
         said = located.files[0].target.headers.get("Authorization")
-        questions = [
-            Question(
-                located.source,
-                hub_file_name(role, len(roles)),
-                located.version,
-                self._endpoint,
-                None if said is None else said.removeprefix(_BEARER),
-                self._rules,
-                self._timeout,
-            )
-            for role in roles
-        ]
+        token = None if said is None else said.removeprefix(_BEARER)
+        queries = [self._query(located.source, role, located.version, token) for role in roles]
         found = []
-        for role, question, told in zip(
-            roles, questions, await self._told(*questions), strict=True
-        ):
-            if isinstance(told, Absent):
-                raise _lacking(question, f"no {question.name}, which its index names")
-            found.append(self._file(role, question, told))
+        for role, query, info in zip(roles, queries, await self._answers(*queries), strict=True):
+            if isinstance(info, MissingFile):
+                raise _lacking(query, f"no {query.name}, which its index names")
+            found.append(self._file(role, query, info))
         return tuple(found)
 
-    async def _index(self, pinned: Question) -> Told:
-        """Of a repository that has no weights in one file."""
-        (index,) = await self._told(replace(pinned, name=INDEX_FILE.file_name))
-        if isinstance(index, Told):
+    async def _index(self, pinned: FileQuery) -> FileInfo:
+        """Return the index of a repository whose weights are not in one file."""
+        (index,) = await self._answers(replace(pinned, name=INDEX_FILE.file_name))
+        if isinstance(index, FileInfo):
             return index
-        (pickle,) = await self._told(replace(pinned, name=_PICKLE))
-        if isinstance(pickle, Told):
+        (pickle,) = await self._answers(replace(pinned, name=_PICKLE))
+        if isinstance(pickle, FileInfo):
             raise _lacking(
                 pinned,
                 f"its weights as {_PICKLE} only, a pickle, which can run any code and is never"
@@ -205,15 +183,13 @@ class HubLocator:
         raise _lacking(pinned, f"neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name}")
 
     async def _authority(self, ref: AdapterRef) -> str | None:
-        """The token to ask with."""
-        given, uses_own = checked_token(ref.token), self._uses_own(ref)
-        looking = self._threads.submit(_look, self._endpoint, own=uses_own)
-        place, own = await asyncio.wrap_future(looking)
-        self._place = place
-        if own is None:
+        """Return the token to ask with."""
+        given = checked_token(ref.token)
+        if not self._uses_own(ref):
             return given
-        self._own = own
-        return own.token
+        own = await asyncio.wrap_future(self._threads.submit(machine_token))
+        self._own = _MachineToken(own)
+        return own
 
     def _uses_own(self, ref: AdapterRef) -> bool:
         """Return whether this machine's own token is lent to an id; a stranger's gets none."""
@@ -227,7 +203,7 @@ class HubLocator:
         reach = Reach("hub", "", None, f"{repo}/")
         return any(entry.covers(reach) for entry in self._lending)
 
-    async def _require_covered(self, pinned: Question) -> None:
+    async def _require_covered(self, pinned: FileQuery) -> None:
         """Raise `AccessDeniedError` if the commit is of a repository that no entry lends to.
 
         The weights need no check of their own: they are of the same commit.
@@ -247,23 +223,23 @@ class HubLocator:
                 stage="resolve",
             )
 
-    async def _told(self, *questions: Question) -> list[Told | Absent]:
-        """The answers, when there are all; what may pass is asked again."""
-        answers: dict[Question, Told | Absent] = {}
+    async def _answers(self, *queries: FileQuery) -> list[FileInfo | MissingFile]:
+        """Return all answers; query again where the failure may pass."""
+        answers: dict[FileQuery, FileInfo | MissingFile] = {}
         for failed in count(1):
-            left = [question for question in questions if question not in answers]
+            left = [query for query in queries if query not in answers]
             problems = []
-            for question, outcome in zip(left, await self._round(left), strict=True):
+            for query, outcome in zip(left, await self._round(left), strict=True):
                 if isinstance(outcome, LoraxError):
                     problems.append(outcome)
                 else:
-                    answers[question] = _of_that_commit(question, outcome)
+                    answers[query] = _of_that_commit(query, outcome)
             if not problems:
                 break
-            # What no other attempt would mend is the one to tell.
+            # Report a failure that no retry would mend first.
             worst = min(problems, key=lambda problem: problem.retryable)
             await self._wait_to_retry(worst, failed)
-        return [answers[question] for question in questions]
+        return [answers[query] for query in queries]
 
     async def _wait_to_retry(self, problem: LoraxError, failed: int) -> None:
         """Wait before the next attempt after `failed` ones; raise `problem` if there is none."""
@@ -272,10 +248,8 @@ class HubLocator:
             raise problem
         await asyncio.sleep(wait)
 
-    async def _round(self, questions: Sequence[Question]) -> list[Outcome]:
-        asking = [
-            asyncio.wrap_future(self._threads.submit(ask, question)) for question in questions
-        ]
+    async def _round(self, queries: Sequence[FileQuery]) -> list[Outcome]:
+        asking = [asyncio.wrap_future(self._threads.submit(query_file, query)) for query in queries]
         try:
             await asyncio.wait(asking)
         finally:
@@ -283,25 +257,27 @@ class HubLocator:
                 each.cancel()
         return [each.result() for each in asking]
 
-    def _file(self, role: FileRole, asked: Question, told: Told) -> RemoteFile:
-        """It is asked for at the commit, and first where the hub's answer led to."""
-        url = url_of(asked.source, asked.name, told.commit, self._endpoint)
+    def _query(self, source: str, role: FileRole, revision: str, token: str | None) -> FileQuery:
+        hub = (self._endpoint, token, self._rules, self._timeout)
+        return FileQuery(source, role.file_name, revision, *hub)
+
+    def _file(self, role: FileRole, asked: FileQuery, info: FileInfo) -> RemoteFile:
+        """Return a file whose target is the commit's URL, first tried where the answer led."""
+        url = url_of(asked.source, asked.name, info.commit, self._endpoint)
         headers = {} if asked.token is None else {"Authorization": f"{_BEARER}{asked.token}"}
         target = Target(
-            url, f"{asked.source}/{asked.name}", headers, self._rules, _found(url, told)
+            url, f"{asked.source}/{asked.name}", headers, self._rules, _found(url, info)
         )
-        return RemoteFile(role, target, told.nbytes, told.expected)
+        return RemoteFile(role, target, info.nbytes, info.expected)
 
     def _scope(self, token: str | None) -> str:
         if token is None:
             return ""
         # An endpoint has no spaces, nor has a token.
-        return hashlib.sha256(f"{self._place} {token}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._endpoint} {token}".encode()).hexdigest()
 
 
-def _checked_endpoint(endpoint: str | None) -> str | None:
-    if endpoint is None:
-        return None
+def _checked_endpoint(endpoint: str) -> str:
     try:
         found = parse_url(endpoint)
     except InvalidUrlError as error:
@@ -311,32 +287,27 @@ def _checked_endpoint(endpoint: str | None) -> str | None:
     return found.text.rstrip("/")
 
 
-def _look(endpoint: str | None, *, own: bool) -> tuple[str, _Own | None]:
-    """The endpoint, and this machine's own token where it is wanted. Blocks."""
-    return endpoint_in_use(endpoint), _Own(machine_token()) if own else None
-
-
-def _of_that_commit(question: Question, told: Told | Absent) -> Told | Absent:
-    """Raises `IntegrityError` for an answer about another commit than was asked about."""
-    if is_commit(question.revision) and told.commit not in {None, question.revision}:
+def _of_that_commit(query: FileQuery, info: FileInfo | MissingFile) -> FileInfo | MissingFile:
+    """Raise `IntegrityError` for an answer about another commit than the query's."""
+    if is_commit(query.revision) and info.commit not in {None, query.revision}:
         raise IntegrityError(
-            f"the hub answered about another commit of {question.source!r} than was asked for",
+            f"the hub answered about another commit of {query.source!r} than was asked for",
             stage="resolve",
         )
-    return told
+    return info
 
 
-def _found(url: Url, told: Told) -> Url | None:
-    """Where the bytes of that very commit lie, if it is elsewhere.
+def _found(url: Url, info: FileInfo) -> Url | None:
+    """Return where the bytes of this very commit are, if a redirect led there.
 
     A redirect to a name of the hub, as after a renaming, may lead to something else tomorrow.
     """
-    found = told.location
+    found = info.location
     if found is None or found == url:
         return None
     moving = found.origin == url.origin or "/resolve/" in found.target
-    return None if moving and told.commit not in found.target else found
+    return None if moving and info.commit not in found.target else found
 
 
-def _lacking(question: Question, what: str) -> AdapterNotFoundError:
-    return AdapterNotFoundError(f"{question.source!r} at {question.revision!r} has {what}")
+def _lacking(query: FileQuery, what: str) -> AdapterNotFoundError:
+    return AdapterNotFoundError(f"{query.source!r} at {query.revision!r} has {what}")

@@ -1,59 +1,103 @@
-"""The standard hub cache: what other tools have stored there is used, and stored there for them.
+"""The standard Hugging Face cache beside our own: read through huggingface_hub, never written.
 
-Its layout is that of huggingface_hub (see `hub_layout`). What is whole in there is everybody's: it
-is never removed here, counts in no budget, and is never mapped, for others may change it.
+    models--org--name/refs/main     COMMIT
+    models--org--name/snapshots/COMMIT/adapter_config.json -> ../../blobs/ETAG
+    models--org--name/blobs/ETAG    a file, or a link to ../../blobs/XX/HASH, shared by repositories
 
-A download goes into a folder of this user's own first, which other tools overlook (below `.locks`,
-so that it is on the same disk), with partials, locks and scopes as in our own cache; then its files
-become blobs, each by one rename, and its links are made, the config's last. Who is killed in
-between leaves blobs that the next download uses.
+A file counts if its link leads to a blob of its repository (or one that repositories share), named
+by the digest of its bytes. The blob is opened by its real path and compared with the file that was
+found, so no link, whoever wrote it, decides which bytes are read. Nothing in there is removed,
+mapped or counted in a budget: other tools own it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import stat
 import time
-import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 from lorax_async.adapter import FileIdentity
-from lorax_async.core.cache_names import CacheKey, FileRole, is_partial_name
-from lorax_async.core.cache_record import record_of
-from lorax_async.core.hub_names import is_commit, is_revision, repo_folder
-from lorax_async.errors import InternalError
-from lorax_async.io.cache.failures import translated_errors
-from lorax_async.io.cache.locks import NamedLock
-from lorax_async.io.cache.partial_download import one_at_a_time
-from lorax_async.io.cache.partials import Partials, Taken
-from lorax_async.io.cache.place import Place
-from lorax_async.io.cache.sizes import Sizes, files_in
-from lorax_async.io.disk_cache import Turn
+from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CacheKey, FileRole
+from lorax_async.core.cache_record import FileRecord, record_of
+from lorax_async.core.file_digest import Digest, FileHash
+from lorax_async.errors import FetchError, IntegrityError, InternalError, InvalidAdapterIdError
+from lorax_async.ids.hub import checked_revision
+from lorax_async.io.cache.hashing import hash_on
+from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry
 from lorax_async.io.ports import Demand
-from lorax_async.io.remote.hub_download import HubDownload
-from lorax_async.io.remote.hub_layout import HubFile, commit_of, files_of, is_right, open_same
-from lorax_async.io.remote.hub_scopes import Scopes
-from lorax_async.io.remote.hub_writing import Shelf, write_ref
-from lorax_async.io.sources.checked_open import FileReader
+from lorax_async.io.remote.hub_calls import digest_of_etag, is_commit
+from lorax_async.io.remote.resolving import resolution_request
+from lorax_async.io.sources.checked_open import FileReader, code_of, located, open_same, translated
 
-MAX_REVISIONS = 4_096
+MAX_GRANTS = 65_536
+
+_MAIN = "main"
+_ABSENT = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    errno.EINVAL,  # of reading a link that is none
+    *(errno.EACCES, errno.EPERM),  # what this process may not read is as good as not there
+}
+_LINK = re.compile(r"\.\./\.\./blobs/(?P<blob>[0-9a-z-]{40,80})")
+_SHARED = re.compile(r"/blobs/(?P<first>[0-9a-f]{2})/(?P=first)[0-9a-f]{62}")
+_SHARD = re.compile(r"adapter_model-[0-9]{5}-of-(?P<count>[0-9]{5})\.safetensors")
 
 
 def standard_folder() -> str:
-    """Where huggingface_hub has it (`HF_HUB_CACHE`, `HF_HOME`). Slow at first."""
+    """Return huggingface_hub's cache folder (`HF_HUB_CACHE`, `HF_HOME`). The first call is slow."""
     from huggingface_hub import constants  # noqa: PLC0415 (slow)
 
     return constants.HF_HUB_CACHE
 
 
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """One file of a commit: the blob at `path`, which has no links in it."""
+
+    role: FileRole
+    path: str
+    digest: Digest
+    identity: FileIdentity
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(self.role, self.identity.size, self.identity.mtime_ns, self.digest)
+
+    def reader(self) -> FileReader:
+        name = self.role.file_name
+        return FileReader(partial(open_same, self.path, self.identity, name), self.identity, name)
+
+    def is_intact(self) -> bool:
+        """Hash all of it and compare that with the blob's name."""
+        try:
+            fd = open_same(self.path, self.identity, self.role.file_name)
+            try:
+                found = FileHash(self.digest.kind, self.identity.size)
+                hash_on(fd, found, self.identity.size, self.role.file_name)
+            finally:
+                os.close(fd)
+        except IntegrityError:
+            return False
+        except OSError as error:
+            raise translated(error, self.role.file_name) from error
+        return found.digest() == self.digest
+
+
 class HubEntry:
-    """The `CacheEntry` of a commit. It keeps nobody from removing it: then readers tell."""
+    """The `CacheEntry` of a commit. It cannot prevent removal; readers notice one."""
 
     mappable = False
 
-    def __init__(self, cache: HubCache, key: CacheKey, files: tuple[HubFile, ...]) -> None:
+    def __init__(
+        self, cache: StandardHubCache, key: CacheKey, folder: str, files: tuple[HubFile, ...]
+    ) -> None:
         self.record = record_of(key, tuple(file.record for file in files))
+        self.folder = folder
         self._cache = cache
         self._files = {file.role: file for file in files}
 
@@ -61,199 +105,184 @@ class HubEntry:
         file = self._files.get(role)
         if file is None:
             raise InternalError(f"the hub cache's entry has no {role.file_name}")
-        return FileReader(partial(open_same, self._cache.path, file), file.identity, role.file_name)
+        return file.reader()
 
     def granted(self, scope: str) -> float | None:
-        """What other tools have stored was stored on this machine's own authority.
+        """Other tools stored it on this machine's own authority.
 
-        Where it has a token, that may be private, and is for nobody who asks without it.
+        With the machine's token it may be private, and is for no caller who asks without one.
         """
-        scopes, name = self._cache.scopes, self.record.name
-        since = scopes.granted(name, scope)
-        if since is None and not scopes.are_all(name) and scope == self._cache.own_scope():
-            newest = max(file.mtime_ns for file in self.record.files)
-            return max(0.0, time.time() - newest / 1e9)
-        return since
+        since = self._cache.grants.get((self.record.name, scope))
+        if since is None and scope == self._cache.own_scope():
+            since = max(file.mtime_ns for file in self.record.files) / 1e9
+        return None if since is None else max(0.0, time.time() - since)
 
     def grant(self, scope: str) -> None:
-        self._cache.scopes.grant(self.record.name, scope)
+        grants = self._cache.grants
+        grants[self.record.name, scope] = time.time()
+        grants.move_to_end((self.record.name, scope))
+        if len(grants) > MAX_GRANTS:
+            grants.popitem(last=False)
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-class HubCache:
-    """The `Cache` in the standard hub cache's folder, whose keys are org/name and a commit.
+class StandardHubCache:
+    """The standard hub cache in a folder, which need not exist. Blocks.
 
-    Parameters
-    ----------
-    path
-        The folder; it need not be there.
-    own_scope
-        The scope of this machine's own token, "" if it has none. From any thread; may block.
-    write
-        Whether downloads are stored there. Else nothing in there is touched.
-    private
-        Whether also those that took a token, which may be private: every user of the folder can
-        read them.
-
-    Raises
-    ------
-    ConfigError
-        It shall be written to, and cannot be, or the folder in it that is to be this user's own is
-        not.
+    `own_scope` returns the scope of this machine's own token, "" if it has none.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        own_scope: Callable[[], str | None],
-        *,
-        write: bool = False,
-        private: bool = False,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], own_scope: Callable[[], str | None]) -> None:
         self.path = os.path.abspath(os.fspath(path))
         self.own_scope = own_scope
-        self._private = private
+        self.grants: OrderedDict[tuple[str, str], float] = OrderedDict()
+        """When a source last let a scope have an entry; kept as long as this object."""
         self._wrong: set[FileIdentity] = set()
-        self._meant: dict[CacheKey, set[str]] = {}
-        self._place: Place | None = None
-        self._partials: Partials | None = None
-        if write:
-            self._place, self._partials = _opened(self.path)
-        self.scopes = Scopes(None if self._place is None else self._place.entries)
-
-    def takes(self, scope: str) -> bool:
-        """Whether downloads on that authority are stored here."""
-        return self._place is not None and (self._private or not scope)
 
     def open(self, key: CacheKey, *, check: bool = False) -> HubEntry | None:
-        """The entry; None if there is none, or not whole, or (by `check`) it has other bytes.
+        """Return the entry; None if it is not there, not whole, or (by `check`) has other bytes.
 
-        That is remembered: who found wrong bytes is not given them again.
+        Wrong bytes are remembered: no later call returns them.
         """
-        repo = _repo_of(key)
-        files = () if repo is None else files_of(self.path, repo, key.version)
+        config = self._cached(key.source, key.version) if is_commit(key.version) else None
+        if config is None:
+            return None
+        folder = os.path.dirname(config)
+        files = self._files(folder)
         if not files or any(file.identity in self._wrong for file in files):
             return None
-        wrong = [file.identity for file in files if check and not is_right(self.path, file)]
+        wrong = [file.identity for file in files if check and not file.is_intact()]
         self._wrong.update(wrong)
-        return None if wrong else HubEntry(self, key, files)
+        return None if wrong else HubEntry(self, key, folder, files)
+
+    def commit_of(self, source: str, revision: str) -> str | None:
+        """Return the commit that a revision was when its config was stored; None if it was not."""
+        if is_commit(revision):
+            return revision
+        try:
+            checked_revision(revision)  # as a path it leads nowhere else
+        except InvalidAdapterIdError:
+            return None
+        config = self._cached(source, revision)
+        commit = "" if config is None else os.path.basename(os.path.dirname(config))
+        return commit if is_commit(commit) else None
+
+    def _cached(self, source: str, revision: str) -> str | None:
+        """Return the path of a repository's config in a snapshot."""
+        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (slow)
+
+        try:
+            found = try_to_load_from_cache(
+                source, CONFIG_FILE.file_name, cache_dir=self.path, revision=revision
+            )
+        except ValueError:  # no id of the hub, or a ref that is no text
+            return None
+        except OSError as error:
+            _require_absent(error)
+            return None
+        return found if isinstance(found, str) else None
+
+    def _files(self, folder: str) -> tuple[HubFile, ...]:
+        """Return all files of the adapter in a snapshot; none if one is missing or refused."""
+        try:
+            found = [self._file(folder, role) for role in adapter_files(os.listdir(folder))]
+        except OSError as error:
+            _require_absent(error)
+            return ()
+        files = tuple(file for file in found if file is not None)
+        return files if len(files) == len(found) else ()
+
+    def _file(self, folder: str, role: FileRole) -> HubFile | None:
+        """Return what a snapshot's link leads to. Raises `OSError`."""
+        path = os.path.join(folder, role.file_name)
+        link = _LINK.fullmatch(os.readlink(path))
+        digest = None if link is None else digest_of_etag(link["blob"])
+        if link is None or digest is None:
+            return None
+        with located(path) as file:
+            blob = file.real_path
+            # The operator may have put the cache or a repository elsewhere, by a link.
+            repo = os.path.realpath(os.path.dirname(os.path.dirname(folder)))
+            own, cache = f"{repo}/blobs/{link['blob']}", os.path.realpath(self.path)
+            shared = blob.startswith(cache) and _SHARED.fullmatch(blob, len(cache))
+            if not (blob == own or shared) or not stat.S_ISREG(file.status.st_mode):
+                return None
+            os.close(file.open())  # may this process read it?
+            return HubFile(role, blob, digest, file.identity)
+
+
+class TieredCache:
+    """The `Cache` that returns what the standard hub cache has, and else what our own has.
+
+    Downloads go to our own. Whoever made `disk` closes it.
+    """
+
+    def __init__(self, hub: StandardHubCache, disk: Cache) -> None:
+        self._hub = hub
+        self._disk = disk
+
+    def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None:
+        entry = self._hub.open(key, check=check)
+        return self._disk.open(key, check=check) if entry is None else entry
 
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
-    ) -> HubEntry | HubDownload | int:
-        repo, partials = _repo_of(key), self._partials
-        if partials is None or self._place is None or repo is None or not self.takes(scope):
-            raise InternalError(f"{key.source} was to be stored in the hub cache, which is not so")
-        self._place.restore()
-        shelf = Shelf(self.path, repo, key.version)
+    ) -> CacheEntry | CacheDownload | int:
+        entry = self._hub.open(key)
+        return self._disk.try_begin(key, scope, alone=alone) if entry is None else entry
 
-        def download(taken: Taken, lock: NamedLock | None) -> HubDownload:
-            published = partial(self._published, key, scope)
-            return HubDownload(shelf, published, partials, _without_budget, taken, lock)
-
-        return one_at_a_time(self._place, partials, key, self.open, download, alone=alone)
-
-    def begin(self, key: CacheKey, scope: str, demand: Demand) -> HubEntry | HubDownload:
-        turn = Turn(demand)
-        while isinstance(begun := self.try_begin(key, scope, alone=turn.alone), int):
-            turn.wait(begun)
-        return begun
-
-    def note_revision(self, source: str, revision: str, commit: str) -> None:
-        """A branch or tag means that commit now: from when it is here, other tools can see it."""
-        key = CacheKey(source, commit)
-        if self._place is None or _repo_of(key) is None or not is_revision(revision):
-            return
-        if len(self._meant) >= MAX_REVISIONS:
-            self._meant.clear()
-        self._meant.setdefault(key, set()).add(revision)
-        self._place.restore()
-        if self.open(key) is not None:
-            self._write_refs(key)
-
-    def commit_of(self, source: str, revision: str) -> str | None:
-        """Which commit a branch, tag or commit was when a tool looked last; None if none did."""
-        repo = repo_folder(source)
-        if repo is None or not is_revision(revision):
-            return None
-        return revision if is_commit(revision) else commit_of(self.path, repo, revision.split("/"))
+    def begin(self, key: CacheKey, scope: str, demand: Demand) -> CacheEntry | CacheDownload:
+        entry = self._hub.open(key)
+        return self._disk.begin(key, scope, demand) if entry is None else entry
 
     def note_version(self, question: str, source: str, version: str) -> None:
-        """Nothing: `note_revision` is what other tools understand."""
+        self._disk.note_version(question, source, version)
 
-    def last_version(self, question: str) -> tuple[str, str] | None:  # noqa: ARG002 - the port's
-        """None: `commit_of` knows."""
-        return None
+    def last_version(self, question: str) -> tuple[str, str] | None:
+        """What this loader was told last, or else the commit that other tools noted."""
+        found, request = self._disk.last_version(question), resolution_request(question)
+        if found is not None or request is None or request.source not in {"", "hub"}:
+            return found
+        commit = self._hub.commit_of(request.text, request.revision or _MAIN)
+        return None if commit is None else (request.text, commit)
 
     def condemn(self, key: CacheKey) -> None:
-        """Nothing: its files have the digests that they are named by; `open(check=True)` judges."""
+        """Remove our own; the hub cache's files are judged by the digests that name them."""
+        self._disk.condemn(key)
 
     def remove(self, key: CacheKey) -> bool:
-        """Partial downloads of it; what is whole stays, and then it is False."""
-        left = []
-        if self._partials is not None:
-            with translated_errors("remove a download"):
-                of = self._partials.of(key.name)
-                left = [name for name in of if not self._partials.drop(name)]
-        return not left and self.open(key) is None
+        """False also where the hub cache has it."""
+        return self._disk.remove(key) and self._hub.open(key) is None
 
     def used(self) -> int:
-        """Bytes that are on their way; what is whole is everybody's."""
-        if self._place is None:
-            return 0
-        with translated_errors("look at downloads"):
-            there = Sizes(self._place.partials, is_partial_name).look()
-        return sum(stored.nbytes for stored in there.values())
+        return self._disk.used()
 
     def close(self) -> None:
-        place, self._place = self._place, None
-        if place is not None:
-            place.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_place", None) is not None:
-            warnings.warn("unclosed hub cache", ResourceWarning, stacklevel=2)
-            self.close()
-
-    def _published(self, key: CacheKey, scope: str) -> HubEntry | None:
-        """All its files are here."""
-        self.scopes.begin(key.name)
-        self.scopes.grant(key.name, scope)
-        self._write_refs(key)
-        return self.open(key)
-
-    def _write_refs(self, key: CacheKey) -> None:
-        repo, place = _repo_of(key), self._place
-        assert repo is not None
-        assert place is not None
-        with translated_errors("note a revision in the hub cache"):
-            for revision in self._meant.get(key, set()) - {key.version}:
-                write_ref(self.path, repo, revision, key.version, place.trash)
-        self._meant.pop(key, None)
+        """Whoever made the caches closes them."""
 
 
-def _repo_of(key: CacheKey) -> str | None:
-    """Its folder's name; None for the key of another kind of source."""
-    return repo_folder(key.source) if is_commit(key.version) else None
+def adapter_files(names: Iterable[str]) -> list[FileRole]:
+    """Return which of a commit's files are its adapter; none if it is not whole.
+
+    The config comes first, then the weights, or else their index and all files that it may name.
+    """
+    there = set(names)
+    weights = [role for role in (WEIGHTS_FILE, INDEX_FILE) if role.file_name in there]
+    if CONFIG_FILE.file_name not in there or not weights:
+        return []
+    roles = [CONFIG_FILE, weights[0]]
+    if weights[0] == INDEX_FILE:
+        counts = {int(each["count"]) for each in map(_SHARD.fullmatch, there) if each is not None}
+        if len(counts) != 1:
+            return []
+        count = counts.pop()
+        roles += [FileRole("weights", number, count) for number in range(1, count + 1)]
+    return roles if there.issuperset(role.file_name for role in roles) else []
 
 
-def _without_budget(_: int) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
-def _opened(path: str) -> tuple[Place, Partials]:
-    place = Place(os.path.join(path, ".locks", f"lorax-async-{os.geteuid()}"))
-    try:
-        with translated_errors("clean up"):
-            place.tidy()
-            partials = Partials(place)
-            for name in place.partials.names():
-                # Of one that was killed when all its files were blobs.
-                if not files_in(place.partials, name):
-                    partials.drop(name)
-    except BaseException:
-        place.close()
-        raise
-    return place, partials
+def _require_absent(error: OSError) -> None:
+    """Raise `FetchError` unless the error says that a file is not there."""
+    if error.errno not in _ABSENT:
+        raise FetchError(f"the hub cache cannot be read ({code_of(error)})") from error

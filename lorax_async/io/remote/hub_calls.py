@@ -1,4 +1,4 @@
-"""What huggingface_hub is asked, and its errors as ours. Blocks.
+"""Queries to the hub through huggingface_hub, and its errors as ours. Blocks.
 
 Its errors hold URLs, fields and what servers wrote, so none of them is chained.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorax_async.core.file_digest import Digest
-from lorax_async.core.hub_names import digest_of_etag, is_commit
 from lorax_async.core.retries import retry_after_of
 from lorax_async.errors import (
     AccessDeniedError,
@@ -33,6 +32,8 @@ from lorax_async.io.http.urls import InvalidUrlError, Url, parse_url
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _DENIED = frozenset({401, 403, 407, 451})
 _ABSENT = frozenset({404, 410})
@@ -43,8 +44,25 @@ _REMEDY = (
 )
 
 
+def is_commit(text: str) -> bool:
+    return _COMMIT.fullmatch(text) is not None
+
+
+def digest_of_etag(etag: str | None) -> Digest | None:
+    """Return the digest that an ETag of the hub (without quotes) or a blob's name stands for.
+
+    That is the sha256 of large files, and git's name of the content for others. A mirror's ETag may
+    be neither, and then says nothing.
+    """
+    if etag is not None and _SHA256.fullmatch(etag):
+        return Digest("sha256", etag)
+    if etag is not None and _COMMIT.fullmatch(etag):
+        return Digest("git-sha1", etag)
+    return None
+
+
 @dataclass(frozen=True, slots=True)
-class Question:
+class FileQuery:
     """One file that the hub is asked about."""
 
     source: str
@@ -57,8 +75,8 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What the hub told of a file: it is in `commit`, and lies at `location`.
+class FileInfo:
+    """The hub's answer: the file is in `commit`, and its bytes are at `location`.
 
     `redirected` is False if the URL that was asked for answered itself.
     """
@@ -71,17 +89,17 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Absent:
-    """There is no such file; in which commit, if the hub said it."""
+class MissingFile:
+    """There is no such file; in which commit, if the hub said so."""
 
     commit: str | None
 
 
-Outcome = Told | Absent | LoraxError
+Outcome = FileInfo | MissingFile | LoraxError
 
 
 def checked_token(token: str | None) -> str | None:
-    """Raises `UsageError` for what can be no token: an empty one is not "no token"."""
+    """Raise `UsageError` for what cannot be a token: an empty one does not mean "no token"."""
     if token is not None and not _TOKEN.fullmatch(token):
         raise UsageError(
             "the hub's token is empty, or has characters that no token has; leave it out (None) to"
@@ -97,7 +115,7 @@ def endpoint_in_use(endpoint: str | None) -> str:
 
 
 def machine_token() -> str | None:
-    """The token that huggingface_hub asks with by itself. May go to the network, to renew it."""
+    """Return the token that huggingface_hub would send by itself. May renew it over the network."""
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub.errors import DeviceCodeError, OIDCError  # noqa: PLC0415
 
@@ -130,7 +148,7 @@ def has_stored_token() -> bool:
 
 
 def url_of(source: str, name: str, revision: str, endpoint: str | None) -> Url:
-    """Where a file of a repository is asked for. Raises `InvalidAdapterIdError`."""
+    """Return the URL of a file of a repository. Raise `InvalidAdapterIdError`."""
     from huggingface_hub import hf_hub_url  # noqa: PLC0415 (slow)
 
     try:
@@ -142,39 +160,37 @@ def url_of(source: str, name: str, revision: str, endpoint: str | None) -> Url:
         ) from None
 
 
-def ask(question: Question) -> Outcome:
-    """Never raises an error that it can return."""
+def query_file(query: FileQuery) -> Outcome:
+    """Ask the hub about one file. Return errors; never raise one."""
     try:
-        url = url_of(question.source, question.name, question.revision, question.endpoint)
-        if not question.rules.allows(url, 0):
+        url = url_of(query.source, query.name, query.revision, query.endpoint)
+        if not query.rules.allows(url, 0):
             return AccessDeniedError(
                 f"requests to {url} are not allowed; allow it explicitly", stage="resolve"
             )
-        return _asked(question, url)
+        return _query(query, url)
     except LoraxError as error:
         return error
 
 
-def _asked(question: Question, url: Url) -> Told | Absent:
+def _query(query: FileQuery, url: Url) -> FileInfo | MissingFile:
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub import get_hf_file_metadata  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError  # noqa: PLC0415
 
     try:
+        token, endpoint = query.token or False, query.endpoint
         found = get_hf_file_metadata(
-            url.text,
-            token=question.token or False,
-            timeout=question.timeout,
-            endpoint=question.endpoint,
+            url.text, token=token, timeout=query.timeout, endpoint=endpoint
         )
     except RemoteEntryNotFoundError as error:
-        return Absent(_commit_of(error))
+        return MissingFile(_commit_of(error))
     except HfHubHTTPError as error:
         if error.response.status_code in _ABSENT and "X-Error-Code" not in error.response.headers:
-            return Absent(_commit_of(error))  # a mirror, or a server of files
-        raise problem_of(error, question, url) from None
+            return MissingFile(_commit_of(error))  # a mirror, or a server of files
+        raise problem_of(error, query, url) from None
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-        raise problem_of(error, question, url) from None
+        raise problem_of(error, query, url) from None
     if found.commit_hash is None or not is_commit(found.commit_hash):
         raise FetchError(
             f"{url} names no commit in its answers: it is no hub; check the endpoint",
@@ -182,7 +198,7 @@ def _asked(question: Question, url: Url) -> Told | Absent:
             retryable=False,
         )
     nbytes = None if found.size is None or found.size < 0 else found.size
-    return Told(
+    return FileInfo(
         found.commit_hash,
         nbytes,
         digest_of_etag(found.etag),
@@ -191,32 +207,30 @@ def _asked(question: Question, url: Url) -> Told | Absent:
     )
 
 
-def fetch_repository_id(question: Question) -> str | LoraxError:
-    """Return the id of the repository that answers to `question.source` and has its commit.
+def fetch_repository_id(query: FileQuery) -> str | LoraxError:
+    """Return the id of the repository that answers to `query.source` and has its commit.
 
-    It is another one where the repository was moved. Never raise an error that can be returned.
+    A moved repository has another id. Return errors; never raise one.
     """
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub import HfApi  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
     try:
-        url = url_of(question.source, question.name, question.revision, question.endpoint)
-        info = HfApi(endpoint=question.endpoint).model_info(
-            question.source,
-            revision=question.revision,
-            timeout=question.timeout,
-            token=question.token or False,
+        url = url_of(query.source, query.name, query.revision, query.endpoint)
+        hub, token = HfApi(endpoint=query.endpoint), query.token or False
+        info = hub.model_info(
+            query.source, revision=query.revision, timeout=query.timeout, token=token
         )
     except LoraxError as error:
         return error
     except (HfHubHTTPError, httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-        return problem_of(error, question, url)
+        return problem_of(error, query, url)
     except (TypeError, KeyError, AttributeError):
         info = None
-    if info is None or not isinstance(info.id, str) or info.sha != question.revision:
+    if info is None or not isinstance(info.id, str) or info.sha != query.revision:
         return AccessDeniedError(
-            f"the hub does not say which repository answers for {question.source!r}, so the token"
+            f"the hub does not say which repository answers for {query.source!r}, so the token"
             " of this machine is not lent to it; name the repository by its own id",
             stage="resolve",
         )
@@ -224,7 +238,7 @@ def fetch_repository_id(question: Question) -> str | LoraxError:
 
 
 def _location(text: str, asked: Url) -> Url | None:
-    """Where it was found, if that is elsewhere, and the engine would ask there."""
+    """Return where a redirect led, if the range engine can ask there."""
     try:
         found = parse_url(text)
     except InvalidUrlError:
@@ -237,31 +251,31 @@ def _commit_of(error: HfHubHTTPError) -> str | None:
     return commit if is_commit(commit) else None
 
 
-def problem_of(error: Exception, question: Question, url: Url) -> AdapterError:
-    """What is raised for an error of huggingface_hub or of its client."""
+def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
+    """Return our error for one of huggingface_hub or its HTTP client."""
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415 (slow)
 
     if isinstance(error, HfHubHTTPError):
-        return _refusal(error, question, url)
+        return _refusal(error, query, url)
     return _failure(error, url)
 
 
-def _refusal(error: HfHubHTTPError, question: Question, url: Url) -> AdapterError:
-    """For an answer that is an error."""
+def _refusal(error: HfHubHTTPError, query: FileQuery, url: Url) -> AdapterError:
+    """Map an error response."""
     from huggingface_hub.errors import (  # noqa: PLC0415 (slow)
         GatedRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    source, status = question.source, error.response.status_code
+    source, status = query.source, error.response.status_code
     if isinstance(error, RevisionNotFoundError):
-        revision = shorten(question.revision, 200)
+        revision = shorten(query.revision, 200)
         return AdapterNotFoundError(f"{source!r} on {url} has no revision {revision!r}")
     if isinstance(error, GatedRepoError):
         return _denied(f"{source!r} on {url} is gated: accept its conditions there, and {_REMEDY}")
     if isinstance(error, RepositoryNotFoundError) and status != 403:
-        if question.token is None and status == 401:
+        if query.token is None and status == 401:
             return _denied(
                 f"{url} shows no {source!r} to whoever has no token: check the id, or if it is"
                 f" private {_REMEDY}"
@@ -269,9 +283,9 @@ def _refusal(error: HfHubHTTPError, question: Question, url: Url) -> AdapterErro
         if status != 401:
             return AdapterNotFoundError(f"{url} has no {source!r}, or none that the token may see")
     if status in _DENIED:
-        token = "without a token" if question.token is None else "with this token"
+        token = "without a token" if query.token is None else "with this token"
         return _denied(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
-    return _by_status(error, f"{question.name} of {source!r} at {url}: status {status}")
+    return _by_status(error, f"{query.name} of {source!r} at {url}: status {status}")
 
 
 def _by_status(error: HfHubHTTPError, problem: str) -> AdapterError:
@@ -283,7 +297,7 @@ def _by_status(error: HfHubHTTPError, problem: str) -> AdapterError:
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:
-    """By `Retry-After`, or by the hub's own fields for those who asked too often."""
+    """Return seconds by `Retry-After`, or by the hub's own rate limit fields."""
     # Documented, and not declared: that module imports it when it is used.
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
         parse_ratelimit_headers,
@@ -303,7 +317,7 @@ def _denied(problem: str) -> AccessDeniedError:
 
 
 def _failure(error: Exception, url: Url) -> AdapterError:
-    """For a request that has no answer."""
+    """Map a request without a response."""
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub.errors import OfflineModeIsEnabled  # noqa: PLC0415
 

@@ -1,27 +1,29 @@
-"""The engine's jobs, for as long as somebody wants what they bring."""
+"""The engine's jobs, cancelled when no caller waits for them any more."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 from lorax_async.errors import FetchError
+from lorax_async.io.http.asking import Ask, Enough
 from lorax_async.io.http.desk import Job
-from lorax_async.io.http.engine import FOREGROUND
+from lorax_async.io.http.engine import FOREGROUND, RangeEngine
+from lorax_async.io.http.target import Answer, Target
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.workers import ended
 
 LONGEST = 86_400.0
-"""Seconds. Who waits has a deadline of his own, and what nobody waits for ends."""
+"""Seconds. Callers have deadlines of their own, and what no caller waits for is cancelled."""
 
 
 @asynccontextmanager
 async def followed(demand: Demand, *jobs: Job[Any]) -> AsyncIterator[None]:
-    """While this is entered they are as urgent as the demand, and end with it.
+    """Give jobs the demand's urgency, and cancel them when it ends.
 
-    On an error or a cancellation they are ended, and their threads have left when it is raised.
+    On an error or a cancellation, cancel them and wait until their threads have left.
     """
 
     def follow() -> None:
@@ -64,3 +66,39 @@ async def bound_to(demand: Demand) -> AsyncIterator[None]:
 
 def nobody_waits() -> FetchError:
     return FetchError("nobody waits for the adapter any more")
+
+
+class CancelScope:
+    """Probe requests for several files at once. Leaving it cancels those without an answer.
+
+    It waits for nothing: the engine's threads leave their sockets by themselves.
+    """
+
+    def __init__(self, engine: RangeEngine) -> None:
+        self._engine = engine
+        self._asked: list[Ask] = []
+
+    def beginning(self, target: Target, nbytes: int, enough: Enough) -> Ask:
+        """Ask for the first bytes of a file; see `RangeEngine.ask`."""
+        return self._followed(self._engine.ask(target, nbytes, enough=enough))
+
+    def whole(self, target: Target, most: int) -> Ask:
+        """Ask for all of a file, which may have `most` bytes."""
+        return self._followed(self._engine.ask(target, most, ranged=False))
+
+    def _followed(self, job: Ask) -> Ask:
+        self._asked.append(job)
+        return job
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for job in self._asked:
+            if not job.done.done():
+                job.cancel(FetchError("nobody waits for the answer any more"))
+
+
+async def answered(job: Ask) -> Answer:
+    """Return the answer, or raise the engine's error. Cancelling leaves the job to its scope."""
+    return await asyncio.wrap_future(job.done)

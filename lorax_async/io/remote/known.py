@@ -1,4 +1,4 @@
-"""What sources have told, for as long as it may be taken as true."""
+"""Recent answers of sources: what an id resolved to, and where the files of a key are."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lorax_async.io.remote.ports import Located
 
 MAX_REFS = 65_536
 MAX_KEYS = 16_384
-"""As many as the lifecycle remembers idle adapters."""
+"""The lifecycle remembers as many idle adapters."""
 
 MAX_ANSWERS = 64
-"""First bytes that came with a version, and were not used yet; some 256 KiB each."""
+"""Unused first bytes that came with a version; about 256 KiB each."""
 
 
 ANSWER_SECONDS = 1.0
-"""First bytes that came earlier are asked for again: a source may have changed its file under the
-same validator, and they would be joined with the rest of another one."""
+"""Older first bytes are requested again: the source may have changed its file under the same
+validator, and they would be joined with the rest of another version."""
 
 LOCATED_SECONDS = 600.0
-"""For so long files are looked for where the source said: signed places expire."""
+"""How long a file's location counts: signed URLs expire."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who asked last for a key, and what its source told of it; None where it is to be asked."""
+    """The last request for a key, and its source's answer; None if it must be asked again."""
 
     ref: AdapterRef
     located: Located | None
@@ -35,9 +35,9 @@ class Origin:
 
 
 class Known:
-    """The answers of sources, by what was asked and by key.
+    """Sources' answers, by request and by key.
 
-    `seconds` they count for; `clock` in seconds.
+    They count for `seconds` of `clock`.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
@@ -48,7 +48,7 @@ class Known:
         self._answered: OrderedDict[RemoteKey, None] = OrderedDict()
 
     def recent(self, ref: AdapterRef) -> RemoteKey | None:
-        """What it was a moment ago."""
+        """Return the key that `ref` recently resolved to."""
         key, since = self._keys.get(ref, (None, 0.0))
         if key is None or self._clock() - since >= self._seconds:
             return None
@@ -56,7 +56,7 @@ class Known:
         return key
 
     def remember(self, ref: AdapterRef, key: RemoteKey, located: Located | None) -> None:
-        """`ref` is `key` now: its source says so, or the cache, where nobody had to be asked."""
+        """Record that `ref` is `key` now, by the source, or by the cache if none was asked."""
         self._keys[ref] = (key, self._clock())
         self._keys.move_to_end(ref)
         if len(self._keys) > MAX_REFS:
@@ -75,9 +75,9 @@ class Known:
                 self.used(next(iter(self._answered)))
 
     def _asked(self, ref: AdapterRef, key: RemoteKey) -> bool:
-        """Who asked last is in whose name it is fetched; False if nothing is known of the key.
+        """Let the key be fetched in the name of its last request; False if the key is unknown.
 
-        With another's token it might be refused, and held against another's digest.
+        Another request's token might be refused, and its digest is not this one's.
         """
         origin = self._origins.get(key)
         if origin is not None and origin.ref != ref:
@@ -92,7 +92,7 @@ class Known:
         return replace(origin, located=None)
 
     def used(self, key: RemoteKey) -> None:
-        """First bytes that came with it were used, or are too many: it is located anew."""
+        """Drop the first bytes that came with `key`: locate it again."""
         if key in self._answered:
             del self._answered[key]
             self._origins[key] = replace(self._origins[key], located=None)

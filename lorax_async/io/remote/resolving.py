@@ -1,9 +1,10 @@
-"""From what is asked for to a version: by the source's word, or by what it said before."""
+"""From an `AdapterRef` to a version: by the source's answer, or by what it answered before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf
+from typing import NamedTuple
 
 from lorax_async.adapter import AdapterRef, RemoteKey
 from lorax_async.core.cache_names import CacheKey, FileRole
@@ -11,26 +12,48 @@ from lorax_async.errors import AdapterNotFoundError, CapacityError, FetchError, 
 from lorax_async.io.cache.ports import Cache
 from lorax_async.io.remote.known import Known
 from lorax_async.io.remote.ports import AnotherVersionError, Located, Locator, RemoteFile
-from lorax_async.io.remote.questions import question_of
 from lorax_async.io.remote.workers import Workers
 
 Caches = Callable[[str], Cache]
-"""The cache for what a kind of source has; made when it is first asked for, which blocks."""
+"""Return the cache for a kind of source. The first call makes it, and blocks."""
+
+
+class ResolutionRequest(NamedTuple):
+    """A source and what it is asked for, on whose authority; "" where the caller said nothing."""
+
+    source: str
+    text: str
+    revision: str
+    scope: str
+
+    @classmethod
+    def of(cls, ref: AdapterRef, scope: str) -> ResolutionRequest:
+        return cls(ref.source or "", ref.text, ref.revision or "", scope)
+
+    def __str__(self) -> str:
+        """As caches note it; `resolution_request` reads it."""
+        return "\n".join(self)
+
+
+def resolution_request(text: str) -> ResolutionRequest | None:
+    """Return the request that `text` stands for, or None."""
+    parts = text.split("\n")
+    return ResolutionRequest(*parts) if len(parts) == len(ResolutionRequest._fields) else None
 
 
 class Resolving:
-    """Asks locators, by the kind of source, within what the settings allow.
+    """Resolves refs by the locators of their kinds of sources, as far as settings allow.
 
     Parameters
     ----------
     locators, caches
         By `AdapterRef.source`; both may block.
     known
-        What was told lately.
+        Recent answers.
     offline
-        Nobody is asked.
+        Ask no source.
     fresh
-        Seconds for which a scope may have from the cache what it was granted there.
+        Seconds for which a scope may have a cached adapter that it was granted.
     """
 
     def __init__(
@@ -57,7 +80,7 @@ class Resolving:
         return key if key is not None else await self._resolve(ref)
 
     async def located(self, key: RemoteKey) -> Located:
-        """Where the key's files are. Asks the source if that is not known."""
+        """Return where the key's files are. Ask the source if that is unknown."""
         origin = self._known.origin(key)
         if origin is None:
             raise AdapterNotFoundError("where this key lies is no longer known; load it by its id")
@@ -71,7 +94,7 @@ class Resolving:
         return located
 
     async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
-        """Where the files lie that its index names."""
+        """Return the files that the index names."""
         key = RemoteKey(located.source, (), located.version)
         origin = self._known.origin(key)
         assert origin is not None, "it was located a moment ago"
@@ -79,7 +102,7 @@ class Resolving:
 
     async def _resolve(self, ref: AdapterRef) -> RemoteKey:
         locator = await self._locator(ref)
-        await locator.scope(ref)  # from then on it is known who asks
+        await locator.scope(ref)  # from then on the locator knows this machine's token
         pinned = locator.recalled(ref)
         here = await self._here_already(ref, pinned, self._fresh)
         if here is not None:
@@ -103,7 +126,7 @@ class Resolving:
     async def _here_already(
         self, ref: AdapterRef, pinned: tuple[str, str, str] | None, within: float
     ) -> RemoteKey | None:
-        """What a pinned revision names, if it is in the cache for this caller."""
+        """Return the key of a pinned revision, if the cache has it for this caller."""
         if pinned is None or not await self._may_have(ref, *pinned, within):
             return None
         return self._remembered(ref, RemoteKey(pinned[0], (), pinned[1]), None)
@@ -130,7 +153,7 @@ class Resolving:
     async def _may_have(
         self, ref: AdapterRef, source: str, version: str, scope: str, within: float
     ) -> bool:
-        """Is it in the cache, and public or granted to this scope within so many seconds?"""
+        """Return whether the cache has it, public or granted to `scope` in the last `within` s."""
 
         def look() -> bool:
             entry = self._caches(ref.source or "").open(CacheKey(source, version))
@@ -147,13 +170,13 @@ class Resolving:
         return await self._workers.run(look)
 
     async def _last_known(self, ref: AdapterRef, locator: Locator) -> RemoteKey | None:
-        """What the source said last, if it is here, and the caller takes what may be old."""
+        """Return what the source last named, if it is here and the caller accepts stale ones."""
         if not ref.allow_stale and not self._offline:
             return None
         scope = await locator.scope(ref)
-        question = question_of(ref, scope)
+        request = str(ResolutionRequest.of(ref, scope))
         found = await self._workers.run(
-            lambda: self._caches(ref.source or "").last_version(question)
+            lambda: self._caches(ref.source or "").last_version(request)
         )
         if found is None:
             return None
@@ -165,24 +188,24 @@ class Resolving:
         return key
 
     async def _note(self, ref: AdapterRef, located: Located) -> None:
-        """For the time when the source cannot be asked. Nobody waits in vain for want of it."""
-        question = question_of(ref, located.scope)
-        if self._noted.get(question) == located.version:
+        """Note the answer for when the source cannot be asked. A failure is not the caller's."""
+        request = str(ResolutionRequest.of(ref, located.scope))
+        if self._noted.get(request) == located.version:
             return
         answer = (located.source, located.version)
         try:
             await self._workers.run(
-                lambda: self._caches(ref.source or "").note_version(question, *answer)
+                lambda: self._caches(ref.source or "").note_version(request, *answer)
             )
         except (CapacityError, FetchError):
-            return  # what is here already needs no room; who needs some is told when he fetches
+            return  # a cached adapter needs no room; a download reports the failure itself
         if len(self._noted) >= _MAX_NOTED:
             self._noted.clear()
-        self._noted[question] = located.version
+        self._noted[request] = located.version
 
 
 def _for_whom(ref: AdapterRef) -> str:
-    """The same whether it is there or not: the caller may be a stranger."""
+    """Return the same text whether it is there or not: the caller may be a stranger."""
     if ref.source != "hub" or ref.token is not None or ref.use_token:
         return ""
     return (

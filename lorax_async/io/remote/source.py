@@ -12,7 +12,7 @@ from lorax_async.core import runs
 from lorax_async.core.cache_record import Record
 from lorax_async.errors import IntegrityError, InternalError
 from lorax_async.io.cache.ports import CacheEntry
-from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, StoredFolder
 from lorax_async.io.remote.beginning import Beginning
 from lorax_async.io.remote.cached import (
     EntryReader,
@@ -21,6 +21,7 @@ from lorax_async.io.remote.cached import (
     gone,
     held,
     sha256_of_entry,
+    stored_folder,
     verification_of,
 )
 from lorax_async.io.remote.jobs import nobody_waits
@@ -108,6 +109,9 @@ class RemoteSource:
             arrived(group)
         await self._check(reader)
         return self._verification(reader.entry)
+
+    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
+        return stored_folder(key, reader)
 
     async def digest(self, key: AdapterKey) -> str:
         remote = _remote(key)

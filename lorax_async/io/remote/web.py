@@ -24,7 +24,7 @@ from lorax_async.io.http.settings import Rules
 from lorax_async.io.http.target import Answer, Known, Target
 from lorax_async.io.http.urls import Url, parse_url
 from lorax_async.io.remote.beginning import FIRST_BYTES
-from lorax_async.io.remote.inquiry import Inquiry, answered
+from lorax_async.io.remote.jobs import CancelScope, answered
 from lorax_async.io.remote.ports import WEAK, AnotherVersionError, Located, RemoteFile
 
 MAX_INDEX_BYTES = 2 << 20
@@ -92,14 +92,14 @@ class WebLocator:
         and the engine's errors.
         """
         folder = _folder(ref, self._rules)
-        with Inquiry(self._engine) as inquiry:
-            asked = inquiry.whole(folder.file(CONFIG_FILE.file_name), self._limits.max_config_bytes)
-            begun = inquiry.beginning(folder.file(WEIGHTS_FILE.file_name), FIRST_BYTES, _needed)
+        with CancelScope(self._engine) as probes:
+            asked = probes.whole(folder.file(CONFIG_FILE.file_name), self._limits.max_config_bytes)
+            begun = probes.beginning(folder.file(WEIGHTS_FILE.file_name), FIRST_BYTES, _needed)
             config = await answered(asked)
             try:
                 weights = await answered(begun)
             except AdapterNotFoundError:
-                located: Located = await _in_parts(inquiry, folder, config)
+                located: Located = await _in_parts(probes, folder, config)
                 etag = None  # of the index alone: it does not name the files that this names
             else:
                 files = (_told(CONFIG_FILE, config), _told(WEIGHTS_FILE, weights))
@@ -132,19 +132,21 @@ def _folder(ref: AdapterRef, rules: Rules) -> _Folder:
     return _Folder(url, {"Authorization": f"Bearer {ref.token}"}, rules, scope.hexdigest())
 
 
-async def _in_parts(inquiry: Inquiry, folder: _Folder, config: Answer) -> _InParts:
+async def _in_parts(probes: CancelScope, folder: _Folder, config: Answer) -> _InParts:
     try:
-        index = await answered(inquiry.whole(folder.file(INDEX_FILE.file_name), MAX_INDEX_BYTES))
+        index = await answered(probes.whole(folder.file(INDEX_FILE.file_name), MAX_INDEX_BYTES))
     except AdapterNotFoundError as error:
         raise AdapterNotFoundError(
             f"the folder at {folder.url} has neither {WEIGHTS_FILE.file_name} nor"
             f" {INDEX_FILE.file_name}; nothing else is read"
         ) from error
     names = _shard_names(index.start)
-    begun = [inquiry.beginning(folder.file(name), FIRST_BYTES, _needed) for name in names]
+    begun = [probes.beginning(folder.file(name), FIRST_BYTES, _needed) for name in names]
     parts = [await answered(job) for job in begun]
     files = (_told(CONFIG_FILE, config), _told(INDEX_FILE, index))
-    shards = tuple(_told(FileRole("weights", n), part) for n, part in enumerate(parts, 1))
+    shards = tuple(
+        _told(FileRole("weights", n, len(parts)), part) for n, part in enumerate(parts, 1)
+    )
     version = _version([config, index, *parts])
     return _InParts(folder.url.text, version, folder.scope, files, shards)
 

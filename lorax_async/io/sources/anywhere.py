@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 
 from lorax_async.adapter import AdapterKey, AdapterRef, RemoteKey
 from lorax_async.core.runs import Span
-from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
+from lorax_async.io.ports import (
+    AdapterFile,
+    Demand,
+    FolderSource,
+    Hold,
+    Reader,
+    StoredFolder,
+)
 from lorax_async.io.remote.cached import EntryReader, FetchReader
 from lorax_async.verification import Verification
 
@@ -19,7 +26,7 @@ class AnySource:
     """
 
     def __init__(
-        self, local: Source, remote: Source, parsed: Callable[[AdapterRef], AdapterRef]
+        self, local: FolderSource, remote: FolderSource, parsed: Callable[[AdapterRef], AdapterRef]
     ) -> None:
         self._local = local
         self._remote = remote
@@ -47,11 +54,14 @@ class AnySource:
         source = self._remote if remote else self._local
         return await source.bring(file, groups, arrived, demand)
 
+    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
+        return self._of(key).folder(key, reader)
+
     async def digest(self, key: AdapterKey) -> str:
         return await self._of(key).digest(key)
 
     async def populate(self, key: AdapterKey) -> Hold:
         return await self._of(key).populate(key)
 
-    def _of(self, key: AdapterKey) -> Source:
+    def _of(self, key: AdapterKey) -> FolderSource:
         return self._remote if isinstance(key, RemoteKey) else self._local

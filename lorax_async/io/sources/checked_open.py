@@ -91,12 +91,13 @@ def require_file(name: str, file: Located, max_bytes: int) -> None:
         raise AdapterFormatError(f"{name} has {size:,} bytes, over the limit of {max_bytes:,}")
 
 
-def open_same(path: str, identity: FileIdentity) -> int:
+def open_same(path: str, identity: FileIdentity, name: str | None = None) -> int:
     """A descriptor to read the file at `path` with, if it is still the one of that identity.
 
-    Raises `IntegrityError` if not, and what `translated` makes of other failures.
+    Raises `IntegrityError` if not, and what `translated` makes of other failures; both call it
+    `name`, by default the path's last part.
     """
-    name = os.path.basename(path)
+    name = name or os.path.basename(path)
     try:
         with located(path) as file:
             if file.identity != identity or not stat.S_ISREG(file.status.st_mode):

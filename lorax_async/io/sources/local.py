@@ -26,7 +26,7 @@ from lorax_async.core.runs import Span
 from lorax_async.core.split_index import joined_digest
 from lorax_async.errors import FetchError, IntegrityError, UsageError
 from lorax_async.io.hashing import sha256_of
-from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader
+from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, StoredFolder
 from lorax_async.io.sources.checked_open import (
     FileReader,
     changed,
@@ -144,6 +144,9 @@ class LocalSource:
         if not self._hashes:
             return UNCHECKED
         return Verification("transport", await self._digest(_files_of(file.reader), demand))
+
+    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:  # noqa: ARG002 - the port's
+        return StoredFolder(key.location, sum(file.size for file in key.files))
 
     async def digest(self, key: AdapterKey) -> str:
         readers = readers_of(key, known=True)

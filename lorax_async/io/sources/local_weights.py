@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lorax_async.adapter import AdapterKey, FileIdentity
 from lorax_async.config import Limits
-from lorax_async.core.header import Header, HeaderLimits, header_size, parse_header
+from lorax_async.core.header import Header, header_size, parse_header
 from lorax_async.core.split_file import Head, plan_split
 from lorax_async.core.split_index import INDEX, split_name
 from lorax_async.errors import AdapterFormatError
@@ -123,10 +123,9 @@ def _heads(readers: Sequence[FileReader], limits: Limits) -> Iterator[Head]:
 
 def read_prefix(reader: Reader, limits: Limits) -> bytes:
     """The beginning of the file, with its whole header."""
-    accepted = HeaderLimits(max_header_bytes=limits.max_header_bytes)
     prefix = bytearray(min(PREFIX_BYTES, reader.nbytes))
     reader.read_into([memoryview(prefix)], 0)
-    needed = header_size(memoryview(prefix), reader.nbytes, accepted)
+    needed = header_size(memoryview(prefix), reader.nbytes, limits)
     more = needed - len(prefix)
     if more > 0:
         rest = bytearray(more)
@@ -143,7 +142,7 @@ def read_header(folder: Path, limits: Limits) -> tuple[Header, int]:
     key = find_adapter(Place((os.fspath(folder),), trusted=True), (), limits)
     weights = open_weights(key, limits)
     try:
-        header = parse_header(weights.prefix, weights.reader.nbytes, HeaderLimits.of(limits))
+        header = parse_header(weights.prefix, weights.reader.nbytes, limits)
     finally:
         weights.reader.close()
     return header, sum(file.size for file in weight_files(key))

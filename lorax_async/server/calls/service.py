@@ -7,9 +7,7 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.server.calls.clients import Clients
 from lorax_async.server.calls.metrics import ServerMetrics
 from lorax_async.server.calls.names import Names
-from lorax_async.server.calls.page.board import Board
-from lorax_async.server.calls.page.timeline import Timeline
-from lorax_async.server.calls.page.watching import Watching
+from lorax_async.server.calls.page.dashboard import ColdTrace, Dashboard, DashboardFeeds
 from lorax_async.server.calls.prompts import ChatTokenizer, Prompts
 from lorax_async.server.calls.under_way import UnderWay
 from lorax_async.server.cold_requests import ColdRequests
@@ -52,8 +50,8 @@ class Service:
         self.clients = Clients(settings.max_adapters_per_client)
         self.under_way = UnderWay()
         self.metrics = ServerMetrics(loader, self.names)
-        self.watching = Watching(Board(loader, self.names, cold))
-        self.timeline = Timeline(cold, self.names)
+        self.feeds = DashboardFeeds(Dashboard(loader, self.names, cold))
+        self.cold_trace = ColdTrace(cold, self.names)
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -21,6 +21,10 @@ from urllib.parse import unquote
 
 from answering_server import AnsweringServer, Asked, Reply
 
+REPO = "org/name"
+CONFIG = b'{"peft_type": "LORA", "r": 4}'
+WEIGHTS = bytes(range(256)) * 20
+ADAPTER = {"adapter_config.json": CONFIG, "adapter_model.safetensors": WEIGHTS}
 SIGNATURE = "X-Amz-Signature=5ecre7"
 _RANGE = re.compile(r"bytes=([0-9]+)-([0-9]*)")
 _RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")

@@ -32,7 +32,7 @@ from lorax_async import (
     IntegrityError,
 )
 from lorax_async.adapter import AdapterRef
-from lorax_async.commands.fetching import Fetched
+from lorax_async.commands.fetch import FetchRow, fetch_all
 from lorax_async.io.remote.elsewhere import elsewhere_of
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -189,8 +189,8 @@ async def published(world: World) -> None:
     async with world.loader() as there:
         config = there.config
     with elsewhere_of(config) as source:
-        row = Fetched(AdapterRef(world.id, source="http"))
-        await row.run(source, lambda _: "")
+        row = FetchRow(AdapterRef(world.id, source="http"))
+        await fetch_all(source, [row], lambda *_: None)
     assert row.error is None, row.error
 
 
@@ -214,6 +214,19 @@ async def test_an_interrupted_download_of_other_bytes_is_discarded(
             await has(there, world.id, adapters[1])
     async with world.loader() as there:
         await has(there, world.id, adapters[1])
+
+
+async def test_a_fetch_begins_anew_where_an_interrupted_download_has_other_bytes(
+    world: World, adapters: list[Path]
+) -> None:
+    """They differ behind the first answer, so that it is noticed while the rest comes."""
+    old, new = (contents(adapter)[WEIGHTS] for adapter in adapters)
+    world.origin.files[WEIGHTS] = old
+    async with world.loader() as there:
+        await interrupted(world, there, 1_500_000)
+        world.origin.files[WEIGHTS] = mixed = old[:1_000_000] + new[1_000_000:]
+        with await there.fetch(world.id) as folder:
+            assert (folder.path / WEIGHTS).read_bytes() == mixed
 
 
 async def test_the_config_of_an_interrupted_download_is_compared(
@@ -575,10 +588,10 @@ class Game:
         """As `lorax-async fetch` does: stored without being checked against a base."""
         config = (await self._open()).config
         with elsewhere_of(config) as source:
-            row = Fetched(AdapterRef(self.world.id, source="http"))
+            row = FetchRow(AdapterRef(self.world.id, source="http"))
             try:
                 async with asyncio.timeout(0.5):
-                    await row.run(source, lambda _: "")
+                    await fetch_all(source, [row], lambda *_: None)
             except TimeoutError:
                 self._tell("fetch: late")
             else:

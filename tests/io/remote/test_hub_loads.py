@@ -25,12 +25,10 @@ from user_loads import (
     contents,
     has,
     loader,
-    stored_in,
     until,
     written,
 )
 
-import split_files
 import tiny
 from lorax_async import (
     AccessDeniedError,
@@ -118,36 +116,6 @@ async def given_up(there: AdapterLoader, id: str, hub: HubStandIn) -> None:
     loading.cancel()
     await asyncio.wait([loading])
     go_on.set()
-
-
-FILES = pytest.mark.parametrize("files", ["one file", "several files"])
-
-
-def saved(folder: Path, files: str) -> tuple[Path, dict[str, bytes]]:
-    """An adapter as it was, and as it is put on the hub."""
-    whole = written(folder / "whole", layers=16, rank=64)
-    if files == "one file":
-        return whole, contents(whole)
-    return whole, contents(split_files.split(whole, folder / "several"))
-
-
-@FILES
-async def test_a_load_finds_what_it_has_stored(files: str, tmp_path: Path) -> None:
-    """Offline, and pinned, without asking; else after one HEAD for each file that tells a version."""
-    adapter, there = saved(tmp_path, files)
-    with HubStandIn() as hub:
-        commit = hub.put("org/name", there)
-        snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
-        begun = len(hub.asked)
-        async with over(hub, tmp_path, layers=16, offline=True) as ours:
-            assert await has(ours, "org/name", adapter) == commit
-        async with over(hub, tmp_path, layers=16) as ours:
-            assert await has(ours, f"org/name@{commit}", adapter) == commit
-        assert len(hub.asked) == begun
-        async with over(hub, tmp_path, layers=16) as ours:
-            assert await has(ours, "org/name", adapter) == commit
-        assert {asked.method for asked in hub.asked[begun:]} == {"HEAD"}
-    assert stored_in(tmp_path) == (0, 0)
 
 
 TOKEN = "hf_0perat0rsToken"
@@ -272,17 +240,14 @@ async def test_a_hub_that_does_not_say_which_repository_answers_lends_nothing(
 
 
 @pytest.mark.usefixtures("logged_in")
-@pytest.mark.parametrize("hub_cache", ["off", "read", "write"])
+@pytest.mark.parametrize("hub_cache", ["off", "read"])
 async def test_what_the_token_brought_is_for_no_stranger(
     hub: HubStandIn, adapter: Path, tmp_path: Path, hub_cache: str
 ) -> None:
     """Neither resident, nor from a cache, nor while the hub is down or is not to be asked."""
     commit = hub.repos[PRIVATE].refs["main"]
     names = (PRIVATE, f"{PRIVATE}@{commit}", f"{PRIVATE}@main")
-    settings: dict[str, Any] = {
-        "hub_cache": hub_cache,
-        "hub_cache_private": hub_cache == "write",
-    }
+    settings: dict[str, Any] = {"hub_cache": hub_cache}
     named = AdapterRef(PRIVATE, use_token=True)
 
     async def refuse(there: AdapterLoader, kind: type[LoraxError]) -> None:

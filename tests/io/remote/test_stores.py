@@ -39,7 +39,7 @@ from lorax_async.errors import (
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 WEIGHTS = "adapter_model.safetensors"
-SHARDS = [FileRole("weights", n) for n in (1, 2)]
+SHARDS = [FileRole("weights", n, 2) for n in (1, 2)]
 SECRETS = (S3_KEY, S3_SECRET, AZURE_KEY, GOOGLE_ACCOUNT, "Signature", "X-Amz", "sig=")
 SIGNATURES = {"gs": "X-Goog-Signature", "s3": "X-Amz-Signature", "az": "sig="}
 

@@ -197,7 +197,7 @@ def index(*names: str) -> bytes:
     return json.dumps({"metadata": {"total_size": 9}, "weight_map": weight_map}, indent=2).encode()
 
 
-ROLES = [FileRole("weights", n) for n in (1, 2, 3)]
+ROLES = [FileRole("weights", n, 3) for n in (1, 2, 3)]
 
 SHARDS = {shard(n): bytes([n]) * (FIRST_BYTES + n) for n in (1, 2, 3)}
 

@@ -1,1 +1,1 @@
-"""The page at / of the server, and what it is told while it is open."""
+"""The page at / of the server, and the calls it makes."""

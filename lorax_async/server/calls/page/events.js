@@ -23,8 +23,8 @@ export async function* eventsOf(response) {
 export async function ask(path, options = {}) {
   const response = await fetch(path, options);
   if (response.ok) return response;
-  const said = await response.json().catch(() => null);
-  throw Object.assign(new Error(said?.error?.message ?? `status ${response.status}`), {
+  const body = await response.json().catch(() => null);
+  throw Object.assign(new Error(body?.error?.message ?? `status ${response.status}`), {
     status: response.status,
   });
 }

@@ -1,4 +1,5 @@
 import { ask, eventsOf } from "./events.js";
+import { show as showTimeline } from "./timeline.js";
 
 const RETRY = 2000; // milliseconds until a lost server is asked again
 const at = (id) => document.getElementById(id);
@@ -10,7 +11,7 @@ let watching = null;
 
 const headers = () => (token ? { Authorization: `Bearer ${token}` } : {});
 
-// -- what the server tells -----------------------------------------------------------------------
+// -- events of the server -----------------------------------------------------------------------
 
 async function watch() {
   watching?.abort();
@@ -19,46 +20,46 @@ async function watch() {
     try {
       const response = await ask("page/events", { headers: headers(), signal: mine.signal });
       at("link").textContent = "live";
-      for await (const news of eventsOf(response)) {
-        if (news.error) throw new Error(news.error.message);
-        show(news);
+      for await (const changes of eventsOf(response)) {
+        if (changes.error) throw new Error(changes.error.message);
+        show(changes);
       }
       at("link").textContent = "the server has ended this; asking again";
     } catch (error) {
       if (mine.signal.aborted) return;
       at("link").textContent = `not connected: ${error.message}`;
-      // What anybody may see, then; a token of odd characters is refused by the browser itself.
+      // Watch without the token then; the browser itself refuses one with odd characters.
       if (error.status === 401 || error.status === 403 || /[^!-~]/.test(token)) token = "";
     }
     await new Promise((done) => setTimeout(done, RETRY));
   }
 }
 
-function show(news) {
+function show(changes) {
   const known = rows.size;
-  let gone = news.gone ?? [];
-  if (news.base !== undefined) {
-    // All rows are in it, and those that are known keep their places, and the focus.
-    gone = [...rows.keys()].filter((id) => !Object.hasOwn(news.rows, id));
-    base = news.base;
+  let gone = changes.gone ?? [];
+  if (changes.base !== undefined) {
+    // It has all rows; those that are known keep their place and the focus.
+    gone = [...rows.keys()].filter((id) => !Object.hasOwn(changes.rows, id));
+    base = changes.base;
     at("base").textContent = base;
     if (!at("model").value) at("model").value = base;
-    if (news.operator) at("link").textContent = "live, all adapters";
+    if (changes.operator) at("link").textContent = "live, all adapters";
   }
   for (const id of gone) {
     rows.get(id)?.remove();
     rows.delete(id);
   }
-  for (const [id, row] of Object.entries(news.rows ?? {})) showRow(id, row);
-  if (news.base !== undefined || gone.length || rows.size !== known) {
+  for (const [id, row] of Object.entries(changes.rows ?? {})) showRow(id, row);
+  if (changes.base !== undefined || gone.length || rows.size !== known) {
     at("none").hidden = rows.size > 0;
     const names = [base, ...[...rows.keys()].filter((id) => !id.startsWith("\0"))];
     at("models").replaceChildren(...names.map((name) => new Option(name, name)));
   }
-  if (news.more !== undefined) {
-    at("more").textContent = news.more ? `and ${news.more} more with names, which can be asked, too` : "";
+  if (changes.more !== undefined) {
+    at("more").textContent = changes.more ? `and ${changes.more} more with names, which can be asked, too` : "";
   }
-  if (news.cold !== undefined) showCold(news.cold);
+  if (changes.cold !== undefined) showCold(changes.cold);
 }
 
 function showRow(id, row) {
@@ -89,13 +90,13 @@ function chooser(name) {
 }
 
 function details(row) {
-  const said = [];
-  if (row.state) said.push(row.state);
-  if (row.state === "filling" && row.layers) said.push(`${row.layers[0]} of ${row.layers[1]} layers`);
-  if (row.bytes) said.push(size(row.bytes));
-  if (row.leases) said.push(row.leases === 1 ? "in use" : `in use by ${row.leases}`);
-  if (row.error) said.push(row.error);
-  return said.join(", ");
+  const parts = [];
+  if (row.state) parts.push(row.state);
+  if (row.state === "filling" && row.layers) parts.push(`${row.layers[0]} of ${row.layers[1]} layers`);
+  if (row.bytes) parts.push(size(row.bytes));
+  if (row.leases) parts.push(row.leases === 1 ? "in use" : `in use by ${row.leases}`);
+  if (row.error) parts.push(row.error);
+  return parts.join(", ");
 }
 
 function bar([done, all]) {
@@ -106,10 +107,10 @@ function bar([done, all]) {
   return found;
 }
 
-function text(kind, said) {
+function text(kind, content) {
   const found = document.createElement("span");
   found.className = kind;
-  found.textContent = said;
+  found.textContent = content;
   return found;
 }
 
@@ -124,46 +125,41 @@ function size(bytes) {
 
 let newest = null;
 let drawing = false;
+let trace = ""; // what is drawn, as it came
 
 async function showCold(cold) {
   newest = cold;
-  if (drawing) return; // one at a time; of those that end meanwhile, the last one is next
+  if (drawing) return; // one at a time; then the newest
   drawing = true;
   for (let drawn; drawn !== newest; ) await draw((drawn = newest));
   drawing = false;
 }
 
 async function draw(cold) {
-  at("legend").hidden = at("timeline").hidden = !cold;
+  at("timeline").hidden = at("save").hidden = !cold;
   if (!cold) {
     at("cold").textContent = NONE_YET;
     return;
   }
   const when = new Date(cold.ended * 1000).toLocaleTimeString();
+  const took = cold.seconds * 1000;
   try {
-    const response = await ask("page/timeline.svg", { headers: headers() });
-    const svg = new DOMParser().parseFromString(await response.text(), "image/svg+xml");
-    const picture = document.importNode(svg.documentElement, true);
-    at("timeline").replaceChildren(picture);
-    const took = `${cold.outcome} after ${milliseconds(cold.seconds * 1000)}`;
-    const rest = picture.getAttribute("aria-label").replace(/^[^;]*; /, "");
-    at("cold").textContent = `${cold.name}, ${when}: ${took}; ${rest}.`;
+    const response = await ask("page/trace.json", { headers: headers() });
+    trace = await response.text();
+    const summary = showTimeline(at("timeline"), JSON.parse(trace), { from: 0, until: took });
+    const rest = summary.replace(/^[^;]*; /, "");
+    at("cold").textContent = `${cold.name}, ${when}: ${cold.outcome} after ${milliseconds(took)}; ${rest}.`;
   } catch (error) {
     at("cold").textContent = `${cold.name}, ${when}: no timeline: ${error.message}`;
   }
 }
 
-at("save").onclick = async () => {
-  try {
-    const response = await ask("page/trace.json", { headers: headers() });
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(await response.blob());
-    link.download = "cold-request.json";
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // some browsers read it later
-  } catch (error) {
-    at("cold").textContent = `no trace: ${error.message}`;
-  }
+at("save").onclick = () => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([trace], { type: "application/json" }));
+  link.download = "cold-request.json";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // some browsers read it later
 };
 
 // -- a prompt ------------------------------------------------------------------------------------
@@ -177,7 +173,7 @@ async function send() {
   const mine = (asking = new AbortController());
   at("error").textContent = at("answer").textContent = "";
   at("times").textContent = "waiting for the first token";
-  at("answer").setAttribute("aria-busy", "true"); // it is read aloud when it is whole, not word by word
+  at("answer").setAttribute("aria-busy", "true"); // read aloud once it is complete
   at("stop").disabled = false;
   const began = performance.now();
   let first = null;
@@ -197,9 +193,9 @@ async function send() {
     });
     for await (const chunk of eventsOf(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      const said = chunk.choices[0]?.delta?.content;
-      if (said) first ??= performance.now();
-      if (said) at("answer").append(said);
+      const content = chunk.choices[0]?.delta?.content;
+      if (content) first ??= performance.now();
+      if (content) at("answer").append(content);
       tokens = chunk.usage?.completion_tokens ?? tokens;
     }
     at("times").textContent = timesOf(began, first, tokens);
@@ -211,7 +207,7 @@ async function send() {
   }
   if (mine !== asking) return;
   at("answer").setAttribute("aria-busy", "false");
-  if (document.activeElement === at("stop")) at("send").focus(); // it would be nowhere
+  if (document.activeElement === at("stop")) at("send").focus(); // a disabled button loses it
   at("stop").disabled = true;
 }
 

@@ -1,4 +1,4 @@
-"""GET / and what the page there asks for."""
+"""GET /, and what the page there asks for."""
 
 from __future__ import annotations
 
@@ -15,76 +15,69 @@ from lorax_async.server.calls.errors import Refusal, refusal_of
 from lorax_async.server.calls.events import EventStream
 from lorax_async.server.calls.service import Service
 from lorax_async.server.calls.under_way import CLOSING, ClientGone
+from lorax_async.tracing.drawing import SCRIPT
 
 HERE = Path(__file__).parent
 
 FILES = {
-    "/": ("page.html", "text/html"),
-    "/page/page.css": ("page.css", "text/css"),
-    "/page/page.js": ("page.js", "text/javascript"),
-    "/page/events.js": ("events.js", "text/javascript"),
+    "/": (HERE / "page.html", "text/html"),
+    "/page/page.css": (HERE / "page.css", "text/css"),
+    "/page/page.js": (HERE / "page.js", "text/javascript"),
+    "/page/events.js": (HERE / "events.js", "text/javascript"),
+    "/page/timeline.js": (SCRIPT, "text/javascript"),
 }
 
 SAFE = {
     "cache-control": "no-cache",
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; connect-src 'self'; img-src data:;"
-        " style-src 'self' 'unsafe-inline'; base-uri 'none'; form-action 'none';"
-        " frame-ancestors 'none'"
+        " style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-"""Of every answer here. The picture has a style of its own, hence 'unsafe-inline' for styles."""
+"""The headers of every answer here."""
 
 
 def page_routes(service: Service) -> list[Route]:
-    """The page's files, and what they read. Blocks while it reads those files."""
-    live = Live(service)
+    """Return the page's files and the calls it makes. Blocks while it reads the files."""
     return [
-        *(Route(path, File(*of).show) for path, of in FILES.items()),
-        Route("/page/events", Events(service), methods=["GET"]),
-        Route("/page/timeline.svg", live.picture),
-        Route("/page/trace.json", live.trace),
+        *(Route(path, _File(*file).get) for path, file in FILES.items()),
+        Route("/page/events", _Events(service), methods=["GET"]),
+        Route("/page/trace.json", _Trace(service).get),
     ]
 
 
-class File:
-    """One of the page's own."""
-
-    def __init__(self, name: str, kind: str) -> None:
-        self._content = (HERE / name).read_bytes()
+class _File:
+    def __init__(self, path: Path, kind: str) -> None:
+        self._content = path.read_bytes()
         self._headers = SAFE | {"content-type": f"{kind}; charset=utf-8"}
 
-    async def show(self, _: Request) -> Response:
+    async def get(self, _: Request) -> Response:
         return Response(self._content, headers=self._headers)
 
 
-class Live:
-    """The last cold request."""
+class _Trace:
+    """GET /page/trace.json: the last cold request, for the page, Perfetto and the command line."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def picture(self, request: Request) -> Response:
-        """GET /page/timeline.svg."""
+    async def get(self, request: Request) -> Response:
         operator = is_operator(self._service.settings, request)
-        svg = await self._service.timeline.svg(operator=operator)
-        return _found(svg, "image/svg+xml", {})
+        content = await self._service.cold_trace.get(operator=operator)
+        if content is None:
+            raise Refusal(404, "No cold request has ended yet", code="no_cold_request")
+        headers = {
+            "content-type": "application/json",
+            "content-disposition": 'attachment; filename="cold-request.json"',
+            "cache-control": "no-store",  # the operator's trace is not for this browser's next user
+        }
+        return Response(content, headers=SAFE | headers)
 
-    async def trace(self, request: Request) -> Response:
-        """GET /page/trace.json, for Perfetto and for `lorax-async timeline`."""
-        operator = is_operator(self._service.settings, request)
-        content = await self._service.timeline.trace(operator=operator)
-        name = {"content-disposition": 'attachment; filename="cold-request.json"'}
-        return _found(content, "application/json", name)
 
-
-class Events:
-    """GET /page/events, in ASGI's form: it ends with its client, or with the server.
-
-    HEAD ends at once.
-    """
+class _Events:
+    """GET /page/events as an ASGI app: ends with its client or with the server, HEAD at once."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -99,22 +92,13 @@ class Events:
             await stream.begin()
             await stream.end()
             return
-        with service.watching.one(stream, operator=operator):
+        with service.feeds.admit(stream, operator=operator):
             try:
                 async with service.under_way.watched(receive):
-                    await service.watching.tell(stream, operator=operator)
+                    await service.feeds.send(stream, operator=operator)
             except ClientGone:
                 return
             except LoraxError as error:
                 if not stream.begun:
                     raise
                 await stream.fail(refusal_of(error, service.settings.retry_after), error)
-
-
-def _found(content: str | bytes | None, kind: str, more: dict[str, str]) -> Response:
-    if content is None:
-        raise Refusal(404, "No cold request has ended yet", code="no_cold_request")
-    # The operator's is for nobody else who has this browser later.
-    return Response(
-        content, headers=SAFE | {"content-type": kind, "cache-control": "no-store"} | more
-    )

@@ -1,0 +1,353 @@
+"""`loader.fetch`: a verified folder, held for whoever needs an adapter's files and not its tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from fault_server import Asked, Client
+from hub_stand_in import HubStandIn
+from huggingface_hub import snapshot_download
+from remote_world import RemoteWorld, over, stocked
+from safetensors.torch import load_file
+from user_loads import at, contents, has, loader, stored_in, written
+
+import split_files
+import tiny
+from common import until
+from lorax_async import (
+    AdapterFormatError,
+    AdapterLoader,
+    AdapterNotFoundError,
+    AdapterRef,
+    AdapterTimeoutError,
+    FetchError,
+    IncompatibleAdapterError,
+    IntegrityError,
+    LoaderClosedError,
+    LoraxError,
+    Merge,
+    UsageError,
+)
+from lorax_async.cli import main
+from lorax_async.config import Limits
+from lorax_async.testing import FakeSource
+from sweeping import stepwise
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[RemoteWorld]:
+    with RemoteWorld(tmp_path / "cache") as world:
+        yield world
+
+
+def bytes_asked(world: RemoteWorld, size: int) -> int:
+    """How many bytes of weights the server was asked for."""
+    spans = (asked.span for asked in world.server.asked if asked.target.endswith(WEIGHTS))
+    return sum(min(span[1], size) - span[0] for span in spans if span is not None)
+
+
+def is_evictable(world: RemoteWorld) -> bool:
+    """Make room in the cache as another process does; whether everything could go."""
+    return main(["cache", "gc", "--bytes", "1", "--dir", str(world.folder)]) == 0
+
+
+def refuse_to_answer(gate: threading.Event) -> Callable[[Asked, Client], None]:
+    def behave(_: Asked, client: Client) -> None:
+        gate.wait(20)
+        with suppress(OSError):
+            client.head("503 Service Unavailable", "Content-Length: 0")
+
+    return behave
+
+
+async def test_a_folder_that_peft_loads(world: RemoteWorld, tmp_path: Path) -> None:
+    """It is checked each time, and comes once."""
+    adapter = stocked(world, tmp_path)
+    size = (adapter / WEIGHTS).stat().st_size
+    ref = world.ref("one")
+    async with over(world) as there:
+        for downloaded in (True, False):
+            async with await there.fetch(ref) as folder:
+                assert contents(adapter).items() <= contents(folder.path).items()
+                loaded = peft.utils.load_peft_weights(str(folder.path), device="cpu")
+                saved = load_file(adapter / WEIGHTS)
+                assert all(torch.equal(loaded[name], saved[name]) for name in saved | loaded)
+                assert folder.downloaded is downloaded
+                assert (folder.id, folder.stale) == ("one", False)
+                assert folder.version == world.locator.there["one"].version
+                digest = sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
+                found = folder.verification
+                assert (found.kind, found.digest) == ("sha256", digest)
+                assert folder.nbytes == sum(map(len, contents(adapter).values()))
+            assert folder.released
+            folder.release()
+        blob = folder.path / WEIGHTS
+        blob.write_bytes(bytes(size))
+        async with await there.fetch(folder.key) as folder:
+            assert folder.downloaded, "wrong bytes are fetched again"
+            assert contents(adapter).items() <= contents(folder.path).items()
+    assert bytes_asked(world, size) == 2 * size
+    assert is_evictable(world)
+
+
+async def test_what_does_not_fit_the_base_is_files_all_the_same(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
+    stocked(world, tmp_path)
+    stored = world.locator.there["one"]
+    stored.weights = stored.weights.replace(b"q_proj", b"x_proj")
+    async with over(world) as there:
+        with pytest.raises(LoraxError) as caught:
+            await there.load(world.ref("one"))
+        assert isinstance(caught.value, IncompatibleAdapterError | AdapterFormatError)
+        async with await there.fetch(world.ref("one")) as folder:
+            assert (folder.path / WEIGHTS).read_bytes() == stored.weights
+
+
+async def test_a_lease_keeps_the_folder_from_other_processes(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
+    adapter = stocked(world, tmp_path)
+    command = [sys.executable, "-m", "lorax_async", "cache", "gc", "--bytes", "1"]
+    command += ["--dir", str(world.folder)]
+    async with over(world) as there:
+        one = await there.fetch(world.ref("one"))
+        two = await there.fetch(world.ref("one"))
+        one.release()
+        assert (await asyncio.to_thread(subprocess.run, command, check=False)).returncode == 1
+        assert contents(adapter).items() <= contents(two.path).items()
+        assert not is_evictable(world)
+        two.release()
+        assert is_evictable(world)
+        assert not two.path.exists()
+
+
+async def test_calls_that_overlap_and_loads_share_one_download(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
+    adapter = stocked(world, tmp_path)
+    size, ref = (adapter / WEIGHTS).stat().st_size, world.ref("one")
+    async with over(world) as there:
+        fetching = [asyncio.create_task(there.fetch(ref)) for _ in range(3)]
+        loading = asyncio.create_task(there.load(ref))
+        folders, handle = await asyncio.gather(*fetching), await loading
+        tiny.assert_equal_to_file(handle, adapter)
+        handle.release()
+        assert len({folder.path for folder in folders}) == 1
+        folders[0].release()
+        folders[1].release()
+        assert not is_evictable(world), "the third one holds it"
+        folders[2].release()
+        assert bytes_asked(world, size) == size
+        async with await there.load(ref):
+            assert is_evictable(world), "what is on the device needs no files"
+            async with await there.fetch(ref) as folder:
+                assert folder.downloaded
+
+
+async def test_who_leaves_early_takes_nothing_from_the_others(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
+    adapter, gate = stocked(world, tmp_path), threading.Event()
+
+    def late(asked: Asked, client: Client) -> None:
+        assert gate.wait(20)
+        world.serve(asked, client)
+
+    world.server.behave = late
+    async with over(world) as there:
+        first, second = (asyncio.create_task(there.fetch(world.ref("one"))) for _ in range(2))
+        await until(lambda: world.server.asked)
+        first.cancel()
+        await asyncio.wait([first])
+        gate.set()
+        async with await second as folder:
+            assert contents(adapter).items() <= contents(folder.path).items()
+    assert first.cancelled()
+
+
+async def test_given_up_at_every_step_it_leaves_nothing(world: RemoteWorld, tmp_path: Path) -> None:
+    """No lease, no download under way, and the next call goes on."""
+    left, call = 0, asyncio.current_task()
+
+    def count(_: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0 and call is not None:
+            call.cancel()
+
+    def stepping(method: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+        async def stepped(*given: Any) -> Any:
+            return await stepwise(method(*given), count)
+
+        return stepped
+
+    for name in ("resolve", "open", "bring"):
+        setattr(world.source, name, stepping(getattr(world.source, name)))
+    files = tiny.files(tiny.write(tmp_path / "a", rank=256))
+    async with over(world) as there:
+        for step in itertools.count(1):
+            ref, left = world.put(f"number-{step}", *files), step
+            call = fetching = asyncio.create_task(there.fetch(ref))
+            await asyncio.wait([fetching])
+            if not fetching.cancelled():
+                fetching.result().release()
+                break
+            await until(lambda: is_evictable(world))
+            async with await there.fetch(ref) as folder:
+                assert (folder.path / WEIGHTS).read_bytes() == files[1]
+    assert step > 6, "every await was met"
+    assert is_evictable(world)
+
+
+REFUSED: dict[str, tuple[Callable[[RemoteWorld], Any], type[LoraxError], str | None]] = {
+    "a merge": (
+        lambda world: Merge("linear", [world.ref("one"), world.ref("one")], [1, 1]),
+        UsageError,
+        "merge",
+    ),
+    "no such adapter": (lambda world: world.ref("none"), AdapterNotFoundError, "no such"),
+    "another digest": (
+        lambda world: replace(world.ref("one"), digest="0" * 64),
+        IntegrityError,
+        "digest",
+    ),
+    "too large": (lambda world: world.ref("large"), AdapterFormatError, "max_adapter_bytes"),
+}
+
+
+@pytest.mark.parametrize(("id", "kind", "words"), REFUSED.values(), ids=REFUSED)
+async def test_what_is_refused(
+    tmp_path: Path, id: Callable[[RemoteWorld], Any], kind: type[LoraxError], words: str
+) -> None:
+    with RemoteWorld(tmp_path / "cache", limits=Limits(max_adapter_bytes=1 << 20)) as world:
+        stocked(world, tmp_path)
+        world.put("large", world.locator.there["one"].config, bytes(1 << 21))
+        async with over(world) as there:
+            asked = id(world)
+            for _ in range(2):
+                with pytest.raises(kind, match=words) as caught:
+                    await there.fetch(asked)
+                assert caught.value.id == asked.text
+        assert is_evictable(world), "nothing is held"
+
+
+async def test_tensors_and_stand_ins_are_in_no_folder(tmp_path: Path) -> None:
+    adapter = tiny.write(tmp_path / "adapter")
+    source = FakeSource()
+    source.put("fake", *tiny.files(adapter))
+    async with AdapterLoader(tiny.layout(), source=source) as there:
+        given = load_file(adapter / WEIGHTS)
+        (await there.load_tensors("given", given, tiny.config())).release()
+        for id in ("fake", "given"):
+            with pytest.raises(UsageError, match="in no folder"):
+                await there.fetch(id)
+
+
+async def test_deadlines_and_the_end_of_the_loader(world: RemoteWorld, tmp_path: Path) -> None:
+    stocked(world, tmp_path)
+    gate, ref = threading.Event(), world.ref("one")
+    there = await over(world).__aenter__()
+    held = await there.fetch(ref)
+    stocked(world, tmp_path, "two", 1)
+    world.server.behave = refuse_to_answer(gate)
+    with pytest.raises(AdapterTimeoutError, match=r"within 0\.1 s") as caught:
+        await there.fetch(world.ref("two"), timeout=0.1)
+    assert (caught.value.stage, caught.value.id) == ("fetch", "two")
+    waiting = asyncio.create_task(there.fetch(world.ref("two")))
+    await until(lambda: len(world.server.asked) > 2)
+    closing = asyncio.create_task(there.close(timeout=0.2))
+    await asyncio.wait([waiting])
+    assert isinstance(waiting.exception(), LoaderClosedError)
+    assert not is_evictable(world), "leases are waited for"
+    gate.set()
+    await closing
+    assert is_evictable(world), "and are ended then"
+    held.release()
+    with pytest.raises(LoaderClosedError):
+        await there.fetch(ref)
+
+
+async def test_a_folder_that_is_never_released_is_told(world: RemoteWorld, tmp_path: Path) -> None:
+    stocked(world, tmp_path)
+    async with over(world) as there:
+        folder = await there.fetch(world.ref("one"))
+        folders = [folder]
+        del folder
+        with pytest.warns(ResourceWarning, match="'one' was not released"):
+            folders.clear()
+        await there.close(timeout=0)
+
+
+# -- from a hub, with its cache; local folders ----------------------------------------------------
+
+
+@pytest.mark.parametrize("files", ["one file", "several files"])
+@pytest.mark.parametrize("stored_by", ["this loader", "other tools"])
+async def test_offline_it_is_where_it_was_stored(
+    tmp_path: Path, files: str, stored_by: str
+) -> None:
+    whole = written(tmp_path / "whole", layers=4, rank=16)
+    several = files == "several files"
+    adapter = split_files.split(whole, tmp_path / "several") if several else whole
+    with HubStandIn() as hub:
+        settings: dict[str, Any] = {"allow": (at(hub.store_netloc),), "hub_endpoint": hub.endpoint}
+        commit = hub.put("org/name", contents(adapter))
+        if stored_by == "other tools":
+            where = snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
+        else:
+            async with loader(tmp_path, layers=4, **settings) as there:
+                with await there.fetch("org/name") as folder:
+                    where = str(folder.path)
+                assert (folder.downloaded, folder.version) == (True, commit)
+                assert folder.path.parent == tmp_path / "cache" / "entries"
+        asked = len(hub.asked)
+        async with loader(tmp_path, layers=4, offline=True, **settings) as there:
+            with pytest.raises(FetchError, match="offline"):
+                await there.fetch("org/other")
+            with await there.fetch("org/name") as folder:
+                assert (str(folder.path), folder.downloaded) == (where, False)
+                assert folder.verification.vouched
+                assert contents(adapter).items() <= contents(folder.path).items()
+                async with await there.load(folder.path) as handle:
+                    tiny.assert_equal_to_file(handle, whole)
+            assert await has(there, "org/name", whole) == commit
+        async with loader(tmp_path, layers=4, **settings) as there:
+            assert await has(there, f"org/name@{commit}", whole) == commit
+        assert len(hub.asked) == asked, "what is pinned needs no answer"
+        async with loader(tmp_path, layers=4, **settings) as there:
+            assert await has(there, "org/name", whole) == commit
+        assert {each.method for each in hub.asked[asked:]} == {"HEAD"}
+    assert stored_in(tmp_path) == (stored_by == "this loader", 0)
+
+
+async def test_a_local_adapter_is_its_own_folder(tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", layers=4, rank=4)
+    digest = sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
+    async with loader(tmp_path, layers=4, local_roots=(tmp_path,)) as there:
+        for id in (adapter, "./adapter", AdapterRef(adapter, digest=digest)):
+            with await there.fetch(id) as folder:
+                assert (folder.path, folder.version, folder.downloaded) == (adapter, None, False)
+        with pytest.raises(IntegrityError, match="digest"):
+            await there.fetch(adapter, digest="0" * 64)
+        (adapter / WEIGHTS).write_bytes(b"")
+        with pytest.raises(LoraxError):
+            await there.fetch(folder.key)
+    assert not (tmp_path / "cache").exists()
