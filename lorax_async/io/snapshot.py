@@ -115,8 +115,9 @@ class Snapshot:
         nbytes = count = 0
         for described, (start, stop) in zip(self._described, self._places, strict=True):
             source = _source(described.name, self._tensors[described.name])
-            target = content[start:stop].view(source.dtype)
-            for piece, rows in _pieces(source, target):
+            target = content[start:stop].view(source.dtype).view(source.shape)
+            several = max(1, STEP_BYTES * len(source) // max(1, source.nbytes))
+            for piece, rows in zip(target.split(several), source.split(several), strict=True):
                 _copy_piece(described.name, piece, rows)
                 self._digest.update(Buffer.of(piece.view(torch.uint8)).memory)
                 nbytes, count = nbytes + piece.nbytes, count + 1
@@ -191,33 +192,19 @@ def _described(name: object, tensor: torch.Tensor) -> Described:
 
 
 def _source(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Check that there is memory to read; reading a tensor without any ends the process."""
+    """Return rows to read, with memory behind them; reading without any ends the process."""
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     last = (tensor.storage_offset() + reach + 1) * tensor.itemsize
     if tensor.numel() and tensor.untyped_storage().nbytes() < last:
         problem = f"tensor {shorten(name, 200)!r} has no memory behind it; gather it first"
         raise FetchError(problem, retryable=False)
-    return tensor.detach()
-
-
-def _pieces(
-    source: torch.Tensor, target: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield flat pieces of the target with the rows of the source, of one step at most."""
-    if not source.numel():
-        return
-    rows = source if source.dim() else source.view(1)
-    row_elements = rows[0].numel()
-    several = max(1, STEP_BYTES // (row_elements * source.itemsize))
-    for first in range(0, len(rows), several):
-        some = rows[first : first + several]
-        start = first * row_elements
-        yield target[start : start + some.numel()], some
+    rows = tensor.detach()
+    return rows if rows.dim() else rows.view(1)
 
 
 def _copy_piece(name: str, piece: torch.Tensor, rows: torch.Tensor) -> None:
     try:
-        piece.view(rows.shape).copy_(rows)
+        piece.copy_(rows)
     except Exception as error:  # noqa: BLE001 - whatever a stranger's tensor raises
         problem = f"tensor {shorten(name, 200)!r} could not be copied: {error}"
         # Without its frames, which hold the bytes.
