@@ -117,7 +117,9 @@ class Snapshot:
             source = _source(described.name, self._tensors[described.name])
             target = content[start:stop].view(source.dtype).view(source.shape)
             several = max(1, STEP_BYTES * len(source) // max(1, source.nbytes))
-            for piece, rows in zip(target.split(several), source.split(several), strict=True):
+            cuts = list(range(several, len(source), several))
+            pieces = zip(target.tensor_split(cuts), source.tensor_split(cuts), strict=True)
+            for piece, rows in pieces if source.numel() else ():
                 _copy_piece(described.name, piece, rows)
                 self._digest.update(Buffer.of(piece.view(torch.uint8)).memory)
                 nbytes, count = nbytes + piece.nbytes, count + 1
