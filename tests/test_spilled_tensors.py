@@ -194,14 +194,6 @@ async def test_tensors_are_parts_of_merges_in_memory_and_on_disk(tmp_path: Path)
             await assert_all_there(there, 0, 1, 5, 6)
 
 
-async def test_a_closed_loader_leaves_nothing_on_disk(tmp_path: Path) -> None:
-    async with spilled(tmp_path, 3) as (there, _):
-        held = await there.load("0")
-        await there.close(timeout=0.01)
-        assert entries(tmp_path) == []
-        held.release()
-
-
 async def test_two_loaders_with_equal_tensors_have_an_entry_each(tmp_path: Path) -> None:
     async with roomy(tmp_path, 1) as other, spilled(tmp_path) as (there, keys):
         assert await given(other, 0) == keys[0]

@@ -98,9 +98,8 @@ def test_names_that_end_in_anothers_are_filled_up() -> None:
     assert ranks_of(plan) == {outer: 4, inner: 4, "x.q": 4}
     assert {tensor.shape for tensor in plan.tensors} == {(4, 8), (8, 4)}
     assert [p.span.shape for p in plan.tensors[2].pieces] == [(2, 8)]
-    assert [tensor.is_padded(linear(1)) for tensor in plan.tensors] == [False] * 2 + [True] * 2 + [
-        False
-    ] * 2
+    padded = [tensor.is_padded(linear(1)) for tensor in plan.tensors]
+    assert padded == [False, False, True, True, False, False]
 
 
 def test_a_config_that_would_be_too_long_is_filled_up() -> None:
