@@ -11,27 +11,24 @@ from lorax_async.adapters.batches import (
     AdapterBatchMetadata,
     BatchAdapterWeights,
     BatchLoraWeights,
+    RankSegments,
+    concat_segments,
+    find_segments,
 )
-from lorax_async.adapters.batching.bridge import Bridge, ShardBridge
-from lorax_async.adapters.batching.rank_segments import RankSegments
-from lorax_async.adapters.batching.segments import concat_segments, find_segments
 from lorax_async.adapters.compatibility import (
     cached_architectures,
     check_architectures,
     check_architectures_async,
 )
-from lorax_async.adapters.config import LoraConfig
-from lorax_async.adapters.loading.unapplied import require_all_matched, require_all_used
-from lorax_async.adapters.loading.weights_file import WeightsFile
-from lorax_async.adapters.lora import get_scaling_factor
+from lorax_async.adapters.kernel_bridge import Bridge
+from lorax_async.adapters.layout_model import LayoutModel, padded_rank
+from lorax_async.adapters.lora import LoraConfig, LoraWeights, get_scaling_factor, require_all_used
 from lorax_async.adapters.merging import (
     AdapterParameters,
     merge_adapters,
     merge_adapters_async,
 )
-from lorax_async.adapters.sharing.layout_model import LayoutModel
-from lorax_async.adapters.sharing.padding import padded_rank
-from lorax_async.adapters.weights import LoraWeights
+from lorax_async.adapters.weights_file import WeightsFile
 
 __all__ = [
     "AdapterBatchMetadata",
@@ -47,7 +44,6 @@ __all__ = [
     "LoraWeights",
     "ModuleMap",
     "RankSegments",
-    "ShardBridge",
     "WeightsFile",
     "cached_architectures",
     "check_architectures",
@@ -58,6 +54,5 @@ __all__ = [
     "merge_adapters",
     "merge_adapters_async",
     "padded_rank",
-    "require_all_matched",
     "require_all_used",
 ]

@@ -1,4 +1,4 @@
-"""What every kind of adapter has in LoRAX's form: a config, and the weights of each layer type.
+"""What LoRAX's form can express, and the bases of its kinds of adapters.
 
 Names and signatures are those of `config` and `weights` in `lorax_server.adapters`.
 """
@@ -14,33 +14,29 @@ from typing import Any, Protocol
 
 import torch
 
-from lorax_async.adapters.loading.weights_file import WeightsFile
+from lorax_async.adapters.weights_file import WeightsFile
 
 Content = torch.Tensor | WeightsFile
-"""A tensor, or the open file in which a tensor lies."""
+"""A tensor, or the open file that holds it."""
 
-ContentOrPath = Content | str | Path
-"""LoRAX's servers name the file by its path; whoever loads opens it, once for each layer type."""
-
-ModuleMap = Mapping[str, Mapping[str, tuple[ContentOrPath, str]]]
-"""By module name, "lora_A" and "lora_B": each the tensor, or its file, and its name in the file."""
+ModuleMap = Mapping[str, Mapping[str, tuple[Content | str | Path, str]]]
+"""Module name → "lora_A" and "lora_B" → (tensor, open file or a file's path; name in the file)."""
 
 OpenModuleMap = Mapping[str, Mapping[str, tuple[Content, str]]]
-"""A module map whose files are open."""
 
 
 @contextmanager
 def opened(module_map: ModuleMap) -> Iterator[OpenModuleMap]:
-    """With every file open that is named by its path, once each. Blocks, as `WeightsFile.at`."""
+    """Open every file that is named by its path, once each. Blocks, as `WeightsFile.at`."""
     files: dict[str | Path, WeightsFile] = {}
     with ExitStack() as stack:
 
-        def content(given: ContentOrPath) -> Content:
-            if not isinstance(given, str | Path):
-                return given
-            if given not in files:
-                files[given] = stack.enter_context(WeightsFile.at(given))
-            return files[given]
+        def content(given: Content | str | Path) -> Content:
+            if isinstance(given, str | Path):
+                if given not in files:
+                    files[given] = stack.enter_context(WeightsFile.at(given))
+                return files[given]
+            return given
 
         yield {
             name: {factor: (content(given), key) for factor, (given, key) in factors.items()}
@@ -49,17 +45,7 @@ def opened(module_map: ModuleMap) -> Iterator[OpenModuleMap]:
 
 
 class AdapterModel(Protocol):
-    """Of a model, what loading into LoRAX's form asks. LoRAX's models have it; so has LayoutModel.
-
-    Attributes
-    ----------
-    dtype
-        Of the weights that are loaded.
-    world_size
-        How many processes share a layer.
-    target_to_layer
-        By (layer id, layer type), a module's name and a layer with `base_layer.linear.weight`.
-    """
+    """What loading asks of a model; LoRAX's models have it, and so has `LayoutModel`."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -68,20 +54,21 @@ class AdapterModel(Protocol):
     def world_size(self) -> int: ...
 
     @property
-    def target_to_layer(self) -> Mapping[Any, tuple[str, Any]]: ...
+    def target_to_layer(self) -> Mapping[Any, tuple[str, Any]]:
+        """(layer id, layer type) → module name and a layer with `base_layer.linear.weight`."""
 
     def get_num_layers_for_type(self, layer_type: str, /) -> int | Sequence[int]:
-        """How many layers have this type, or their ids where these are not 0, 1, …"""
+        """Return how many layers have this type, or their ids where these are not 0, 1, …"""
 
     def shard_lora_weights(
         self, weights_a: list[torch.Tensor], weights_b: list[torch.Tensor], layer_type: str, /
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The parts that this process has of every A `[in, r]` and B `[r, out]`."""
+        """Return this process's parts of every A `[in, r]` and B `[r, out]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig(ABC):
-    """What an adapter's config says, and how its weights are found and loaded."""
+    """An adapter's config: how its weights are found and loaded."""
 
     base_model_name_or_path: str | None
 
@@ -91,7 +78,7 @@ class AdapterConfig(ABC):
         adapter_weights: Mapping[str, torch.Tensor | str | Path] | WeightsFile,
         weight_names: Sequence[str],
     ) -> tuple[ModuleMap, set[str]]:
-        """The weights of each module that the adapter changes, and all names that were matched."""
+        """Return the weights of each module that the adapter changes, and all matched names."""
 
     @abstractmethod
     def load_batched_adapter_weights(
@@ -102,7 +89,7 @@ class AdapterConfig(ABC):
         unused_weight_names: set[str],
         dynamic: bool,
     ) -> AdapterWeights | None:
-        """The weights of one layer type, or None where the adapter has none."""
+        """Return the weights of one layer type, or None where the adapter has none."""
 
 
 class AdapterWeights(ABC):
@@ -111,7 +98,7 @@ class AdapterWeights(ABC):
     @classmethod
     @abstractmethod
     def get_batch_types(cls) -> list[type[Any]]:
-        """The classes that put weights of this kind into batches."""
+        """Return the classes that put weights of this kind into batches."""
 
     @property
     def speculative_tokens(self) -> int:

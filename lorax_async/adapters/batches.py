@@ -1,33 +1,22 @@
-"""What one batch needs of the adapters it uses, for one layer type, in LoRAX's form.
+"""What a batch needs of its adapters for one layer type: segments, ranks and addresses.
 
 Names and signatures are those of `lorax_server.adapters.weights` and `lorax_server.adapters.lora`.
+An adapter is named by LoRAX's adapter index, an integer that a server gives it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, TypeGuard
+from itertools import chain, groupby, pairwise, repeat
+from operator import itemgetter
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from lorax_async.adapters.batching.rank_segments import (
-    RankSegments,
-    Stacked,
-    decode_stacks,
-    group_by_segment,
-    group_by_token,
-    prefill_stacks,
-)
-from lorax_async.adapters.batching.segments import (
-    Integers,
-    Runs,
-    find_segments,
-    runs_of,
-    to_list,
-)
 from lorax_async.errors import UsageError
 
 LORA = "lora"
@@ -35,44 +24,127 @@ LM_HEAD = "lm_head"
 MAX_DECODE_RANK = 128
 """Adapters of a higher local rank are applied by segment, also when a batch decodes."""
 
+Integers = Tensor | Sequence[int]
+"""A tensor `[n]` of integers on any device, or a plain sequence."""
 
-class Group(Protocol):
-    """Of `torch.distributed.ProcessGroup`, what is asked here."""
+Stacks = Mapping[int, tuple[Tensor, Tensor]]
+"""Adapter index → A and B of all layers of one type."""
 
-    def size(self) -> int:
-        """How many processes share a layer."""
+
+class Runs:
+    """Run i is the rows `bounds[i]` to `bounds[i + 1]`, not included, of adapter `indices[i]`.
+
+    A run may be empty, and neighbours may share an adapter. Raise `UsageError` for other bounds.
+    """
+
+    def __init__(self, bounds: Integers = (0,), indices: Integers = ()) -> None:
+        self.bounds = to_list("adapter_segments", bounds)
+        self.indices = to_list("segment_indices", indices)
+        count = len(self.indices)
+        ascending = self.bounds == sorted(self.bounds)
+        if len(self.bounds) != count + 1 or self.bounds[0] != 0 or not ascending:
+            raise UsageError(
+                f"expected adapter_segments of {count + 1} bounds from 0 in ascending order for"
+                f" {count} segments, got {self.bounds}; use find_segments"
+            )
+
+    @property
+    def lengths(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.bounds)]
+
+    def by_row(self) -> list[int]:
+        """Return the adapter index of each row."""
+        return list(chain.from_iterable(map(repeat, self.indices, self.lengths)))
+
+    def over(self, heads: Integers) -> Runs:
+        """Return the same runs over the rows `heads` only; one without a head stays, empty.
+
+        Raise `UsageError` if they do not ascend: a run's rows would not be neighbours.
+        """
+        rows = to_list("prefill_head_indices", heads)
+        if rows != sorted(rows) or (rows and not 0 <= rows[0] <= rows[-1] < self.bounds[-1]):
+            raise UsageError(
+                "expected prefill_head_indices in ascending order and from 0 to"
+                f" {self.bounds[-1] - 1}, got {rows}; give each request's last token, in the order"
+                " of the batch"
+            )
+        return Runs([bisect_left(rows, bound) for bound in self.bounds], self.indices)
+
+
+def find_segments(adapter_indices: Integers) -> tuple[list[int], list[int]]:
+    """Return bounds and adapters of the longest runs of tokens with one adapter.
+
+    `adapter_indices` `[tokens]` is the adapter of each token. Segment i is the tokens `bounds[i]`
+    to `bounds[i + 1]`, not included. Raise `UsageError` for anything but a row of integers.
+    """
+    tokens = to_list("adapter_indices", adapter_indices)
+    changes = [at for at, (before, after) in enumerate(pairwise(tokens), 1) if before != after]
+    starts = [0, *changes] if tokens else []
+    return [*starts, len(tokens)], [tokens[start] for start in starts]
+
+
+def concat_segments(
+    batches: Iterable[tuple[Integers, Sequence[int]]],
+) -> tuple[list[int], list[int]]:
+    """Return the segments of concatenated batches, equal neighbours joined; as `find_segments`."""
+    runs = [Runs(bounds, indices) for bounds, indices in batches]
+    pieces = ((i, n) for run in runs for i, n in zip(run.indices, run.lengths, strict=True) if n)
+    joined_bounds, joined = [0], list[int]()
+    for index, same in groupby(pieces, key=itemgetter(0)):
+        joined.append(index)
+        joined_bounds.append(joined_bounds[-1] + sum(length for _, length in same))
+    return joined_bounds, joined
+
+
+def to_list(name: str, values: Integers) -> list[int]:
+    """Copy `values` to the host. Raise `UsageError` unless they are a row of integers."""
+    if not isinstance(values, Tensor):
+        return list(values)
+    fractions = values.is_floating_point() or values.is_complex()
+    if values.dim() != 1 or (fractions and values.numel()):
+        raise UsageError(
+            f"expected {name} to be a row of integers, got {list(values.shape)} in {values.dtype}"
+        )
+    on_host: list[int] = values.tolist()
+    return on_host
 
 
 @dataclass(slots=True, eq=False)
 class AdapterBatchMetadata:
-    """Which adapter each token of a batch uses. Not frozen: LoRAX's models assign to it.
+    """Which adapter each token of a batch uses. Not frozen: LoRAX's models assign to it."""
 
-    Attributes
-    ----------
-    adapter_indices
-        `[tokens]` of integers, the adapter of each token.
-    adapter_set
-        All of them, once.
-    adapter_segments
-        `[segments + 1]` of integers, the bounds of the runs of tokens with one adapter.
-    segment_indices
-        The adapter of each segment.
-    adapter_list
-        The adapter of each request. Only carried: LoRAX gives it, and its punica wrapper reads it.
-    """
-
-    adapter_indices: Tensor
+    adapter_indices: Tensor  # [tokens]: the adapter of each
     adapter_set: set[int]
-    adapter_segments: Tensor
-    segment_indices: list[int]
-    adapter_list: list[int] = field(default_factory=list)
+    adapter_segments: Tensor  # [segments + 1]: the bounds of the runs of one adapter
+    segment_indices: list[int]  # the adapter of each segment
+    adapter_list: list[int] = field(default_factory=list)  # only carried, for LoRAX's punica
 
     @classmethod
     def from_indices(cls, adapter_indices: Tensor) -> Self:
-        """All of it from the adapter of each token, `[tokens]`; bounds are int32, on its device."""
+        """Make all of it from the adapter of each token; bounds are int32, on its device."""
         bounds, indices = find_segments(adapter_indices)
         segments = torch.tensor(bounds, dtype=torch.int32, device=adapter_indices.device)
         return cls(adapter_indices, set(indices), segments, indices)
+
+
+@dataclass(slots=True, eq=False)
+class RankSegments:
+    """The segments of a batch whose adapters have one local rank, for kernels that take addresses.
+
+    By segment (`segment_starts`): A and B are as in `weights_a` and `weights_b`. By token
+    (`indices`): as in `weights_a_t` and `weights_b_t`.
+    """
+
+    rank: int
+    lora_a_ptr: Tensor  # int64 [n]: for each of n segments the address of its adapter's weights
+    lora_b_ptr: Tensor
+    # Scratch memory of punica's CUDA kernels, which alone can size it: callers of punica's `sgmv`
+    # assign their own. `lorax_kernels.apply` needs none.
+    tmp_shrink: Tensor | None = None
+    tmp_expand: Tensor | None = None
+    segment_starts: Tensor | None = None  # [n] in the dtype of adapter_segments
+    segment_ends: Tensor | None = None
+    indices: Tensor | None = None  # int64 [rows]: which of the n addresses a row uses, -1 for none
 
 
 class BatchAdapterWeights(ABC):
@@ -80,12 +152,12 @@ class BatchAdapterWeights(ABC):
 
     @abstractmethod
     def has_adapter(self, adapter_index: int) -> bool:
-        """Whether a token of this batch uses this adapter, and it has weights of this kind."""
+        """Return whether the batch uses this adapter, and it has weights of this kind."""
 
     @classmethod
     @abstractmethod
     def key(cls) -> str:
-        """The name of the kind."""
+        """Return the name of the kind."""
 
     @classmethod
     @abstractmethod
@@ -97,52 +169,32 @@ class BatchAdapterWeights(ABC):
         prefill: bool,
         prefill_head_indices: Integers | None,
     ) -> Self | None:
-        """For a batch, out of a layer type's adapters; None where it uses none of the kind."""
+        """Make it of a layer type's adapters; return None where the batch uses none of the kind."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchLoraWeights(BatchAdapterWeights):
-    """The LoRA weights that one batch uses in the layers of one type.
-
-    Attributes
-    ----------
-    lora_a, lora_b
-        `weights_a` and `weights_b` by adapter index.
-    adapter_index_configs
-        The adapters' configs by adapter index.
-    rank_data
-        By local rank, in the order in which the batch first uses them. A token whose adapter has
-        no LoRA weights is in no group.
-    use_sgmv
-        Whether the groups are by segment (prefill, or a local rank above 128) or by token.
-    layer_name
-        The layer type.
-    prefill_head_indices
-        The tokens that the layer gets, None for all of them.
-    adapters
-        The weights themselves by adapter index.
-    runs
-        Which rows use which adapter, after `prefill_head_indices`.
-    pointed
-        The tensors whose addresses are in `rank_data`: they stay for as long as this does.
-    """
+    """The LoRA weights that one batch uses in the layers of one type, by adapter index."""
 
     lora_a: dict[int, Tensor]
     lora_b: dict[int, Tensor]
     adapter_index_configs: dict[int, Any]
-    rank_data: dict[int, RankSegments]
-    use_sgmv: bool
+    rank_data: dict[int, RankSegments]  # by local rank; tokens without weights are in no group
+    use_sgmv: bool  # groups are by segment (prefill, or a local rank above 128), else by token
     layer_name: str
-    prefill_head_indices: Integers | None
-    adapters: dict[int, Stacked] = field(default_factory=dict)
-    runs: Runs = field(default_factory=Runs)
-    pointed: tuple[Tensor, ...] = ()
+    prefill_head_indices: Integers | None  # the tokens that the layer gets, None for all
+    adapters: dict[int, Any] = field(default_factory=dict)
+    runs: Runs = field(default_factory=Runs)  # of rows, after prefill_head_indices
+    stacks: Stacks = field(default_factory=dict)  # keeps what the addresses in rank_data name
 
     def has_adapter(self, adapter_index: int) -> bool:
         return adapter_index in self.adapter_index_configs
 
-    def can_vectorize(self, pg: Group) -> bool:
-        """Whether LoRAX would use one kernel for all adapters, rather than a loop over them."""
+    def can_vectorize(self, pg: Any) -> bool:
+        """Return whether LoRAX would use one kernel for all adapters, rather than a loop.
+
+        `pg` is a `torch.distributed.ProcessGroup`; only its `size()` is called.
+        """
         ranks_fit = all(rank // pg.size() <= MAX_DECODE_RANK for rank in self.rank_data)
         return ranks_fit and self.layer_name != LM_HEAD
 
@@ -159,63 +211,89 @@ class BatchLoraWeights(BatchAdapterWeights):
         prefill: bool,
         prefill_head_indices: Integers | None,
     ) -> Self | None:
-        """As LoRAX's, by adapter index; None if no token's adapter has LoRA weights.
+        """Make it of `LoraWeights`; return None if no token's adapter has any.
 
-        With `prefill_head_indices` (ascending) the rows of the layer are these tokens only, in
-        prefill and in decoding. Copies the metadata to the host.
-
-        Raises UsageError for metadata that contradicts itself, and for weights whose addresses a
-        kernel could not use.
+        With `prefill_head_indices` (ascending) the rows of the layer are these tokens only. Raise
+        `UsageError` for metadata that contradicts itself, and for weights whose addresses a kernel
+        could not use.
         """
         indices = to_list("segment_indices", meta.segment_indices)
-        adapters = _lora_adapters(adapter_weights, indices)
+        used = {index: adapter_weights[index] for index in indices if index in adapter_weights}
+        # LoRAX's other kinds may carry theirs as `lora_weights`.
+        found = ((index, getattr(one, "lora_weights", one)) for index, one in used.items())
+        adapters: dict[int, Any] = {i: one for i, one in found if hasattr(one, "lora_a_r")}
         if not adapters:
             return None
-        ranks = {index: adapter.lora_a_r for index, adapter in adapters.items()}
-        by_segment = prefill or max(ranks.values()) > MAX_DECODE_RANK
         runs = _runs(meta)
         if prefill_head_indices is not None:
             runs = runs.over(prefill_head_indices)
-        if by_segment:
-            stacks = prefill_stacks(adapters)
-            rank_data = group_by_segment(ranks, runs, stacks, meta.adapter_segments.dtype)
-        else:
-            stacks = decode_stacks(adapters)
-            rank_data = group_by_token(ranks, runs, stacks)
+        by_segment = prefill or any(one.lora_a_r > MAX_DECODE_RANK for one in adapters.values())
+        stacks = stacks_of(adapters, turned=not by_segment)
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(runs.indices):
+            if index in adapters:
+                places.setdefault(adapters[index].lora_a_r, []).append(place)
+        dtype = meta.adapter_segments.dtype if by_segment else None
         return cls(
-            lora_a={index: adapter.weights_a for index, adapter in adapters.items()},
-            lora_b={index: adapter.weights_b for index, adapter in adapters.items()},
-            adapter_index_configs={i: adapter.adapter_config for i, adapter in adapters.items()},
-            rank_data=rank_data,
+            lora_a={index: one.weights_a for index, one in adapters.items()},
+            lora_b={index: one.weights_b for index, one in adapters.items()},
+            adapter_index_configs={i: one.adapter_config for i, one in adapters.items()},
+            rank_data={rank: _group(rank, runs, at, stacks, dtype) for rank, at in places.items()},
             use_sgmv=by_segment,
             layer_name=layer_name,
             prefill_head_indices=prefill_head_indices,
             adapters=adapters,
             runs=runs,
-            pointed=tuple(tensor for pair in stacks.values() for tensor in pair),
+            stacks=stacks,
         )
 
 
-def _lora_adapters(weights: Mapping[int, object], indices: Sequence[int]) -> dict[int, Stacked]:
-    """Those that the batch uses. LoRAX's own adapters may carry theirs as `lora_weights`."""
-    used = {index: weights[index] for index in indices if index in weights}
-    inner = {index: getattr(one, "lora_weights", one) for index, one in used.items()}
-    return {index: one for index, one in inner.items() if _is_stacked(one)}
-
-
-def _is_stacked(weights: object) -> TypeGuard[Stacked]:
-    return hasattr(weights, "lora_a_r")
-
-
 def _runs(meta: AdapterBatchMetadata) -> Runs:
-    """Checked, for a contradiction would apply a stranger's adapter to a token."""
-    runs = runs_of(meta.adapter_segments, meta.segment_indices)
+    """Check the metadata: a contradiction would apply another user's adapter to a token."""
+    runs = Runs(meta.adapter_segments, meta.segment_indices)
     tokens = to_list("adapter_indices", meta.adapter_indices)
     # Their number first: bounds that are wrong may be of any size.
     if runs.bounds[-1] != len(tokens) or runs.by_row() != tokens:
         raise UsageError(
-            f"adapter_indices ({len(tokens)} tokens) and the segments (up to "
-            f"{runs.bounds[-1]}) name different adapters for a token; make both from the same "
-            "tokens, with AdapterBatchMetadata.from_indices"
+            f"adapter_indices ({len(tokens)} tokens) and the segments (up to {runs.bounds[-1]})"
+            " name different adapters for a token; make both from the same tokens, with"
+            " AdapterBatchMetadata.from_indices"
         )
     return runs
+
+
+def stacks_of(adapters: Mapping[int, Any], *, turned: bool) -> Stacks:
+    """Return the form that kernels read by token (`turned`) or by segment."""
+    stacks = {
+        index: (one.weights_a_t, one.weights_b_t) if turned else (one.weights_a, one.weights_b)
+        for index, one in adapters.items()
+    }
+    device = next(iter(stacks.values()))[0].device
+    for index, pair in stacks.items():
+        for part in pair:
+            if part.device != device or not part.is_contiguous():
+                raise UsageError(
+                    f"expected the weights of adapter {index} contiguous on {device}, got"
+                    f" {list(part.shape)} with strides {part.stride()} on {part.device}"
+                )
+    return stacks
+
+
+def _group(
+    rank: int, runs: Runs, places: Sequence[int], stacks: Stacks, dtype: torch.dtype | None
+) -> RankSegments:
+    """Make the group of the runs at `places`: by segment with bounds of this dtype, or by token."""
+    used = [runs.indices[place] for place in places]
+    device = stacks[used[0]][0].device
+    addresses = {index: [part.data_ptr() for part in stacks[index]] for index in used}
+    a_ptr, b_ptr = torch.tensor([addresses[index] for index in used], device=device).T.contiguous()
+    bounds = [(runs.bounds[place], runs.bounds[place + 1]) for place in places]
+    if dtype is not None:
+        starts, ends = torch.tensor(bounds, dtype=dtype, device=device).T.contiguous()
+        return RankSegments(rank, a_ptr, b_ptr, segment_starts=starts, segment_ends=ends)
+    rows = [-1] * runs.bounds[-1]
+    first: dict[int, int] = {}
+    for at, (index, (start, stop)) in enumerate(zip(used, bounds, strict=True)):
+        rows[start:stop] = [first.setdefault(index, at)] * (stop - start)
+    indices = torch.tensor(rows, dtype=torch.int64, device=device)
+    return RankSegments(rank, a_ptr, b_ptr, indices=indices)

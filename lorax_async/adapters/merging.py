@@ -18,8 +18,8 @@ import torch
 from torch.nn.functional import pad
 
 from lorax_async.adapters.base import Content, ModuleMap, OpenModuleMap, opened
-from lorax_async.adapters.config import LoraConfig
-from lorax_async.adapters.loading.threads import in_thread
+from lorax_async.adapters.lora import LoraConfig
+from lorax_async.adapters.threads import in_thread
 from lorax_async.core.merge_plan import NewLayers
 from lorax_async.core.peft_names import Part
 from lorax_async.errors import (

@@ -72,7 +72,7 @@ def pair_tensors(
     modules = layout.modules
     plain = not (spec.rank_patterns or spec.alpha_patterns)
     if not plain:
-        _check_matching(spec, places.values())
+        check_matching(spec, (span.name for span in places.values()))
     rank, scale = 0, 0.0
     if plain:  # all modules alike: an error names the first
         names = (parse_tensor_name(span.name).module for span in header.tensors)
@@ -97,7 +97,7 @@ def pair_tensors(
     if misfits:
         raise IncompatibleAdapterError(f"wrong shapes for this base: {_first(misfits, 'module')}")
     if spec.fan_in_fan_out:
-        _require_transposed([modules[pair.module] for pair in pairs])
+        require_transposed([modules[pair.module] for pair in pairs])
     return pairs
 
 
@@ -225,7 +225,7 @@ def _surplus(places: Mapping[int, TensorSpan], wanted: Part | None) -> AdapterFo
     )
 
 
-def _require_transposed(modules: Sequence[Module]) -> None:
+def require_transposed(modules: Sequence[Module]) -> None:
     """False is PEFT's default and says nothing; with True, PEFT was shown an [in, out] weight."""
     linears = [module for module in modules if not module.embedding]
     if linears and not any(module.transposed for module in linears):
@@ -298,10 +298,10 @@ def _doubled(tensors: Sequence[TensorSpan], known: Mapping[str, int]) -> Adapter
     )
 
 
-def _check_matching(spec: AdapterSpec, spans: Iterable[TensorSpan]) -> None:
+def check_matching(spec: AdapterSpec, names: Iterable[str]) -> None:
     """Matching is linear in pattern and path, but a stranger may bring many of both."""
     steps = sum(pattern.cost for pattern in (*spec.rank_patterns, *spec.alpha_patterns))
-    if steps * sum(len(span.name) for span in spans) > MAX_MATCHING_STEPS:
+    if steps * sum(map(len, names)) > MAX_MATCHING_STEPS:
         raise UnsupportedAdapterError(
             "rank_pattern and alpha_pattern would take too long to match; write fewer of them"
         )

@@ -47,32 +47,20 @@ def test_types_are_the_last_component() -> None:
         model.get_num_layers_for_type("k_proj")
 
 
-def test_a_transposed_base_has_its_weight_so() -> None:
-    model = model_of(Module("h.0.c_attn", 4, 12, 0, COLUMN, transposed=True))
-    assert model.target_to_layer[0, "c_attn"][1].base_layer.linear.weight.shape == (4, 12)
-
-
-def test_more_components_where_one_does_not_tell_modules_apart() -> None:
-    """GPT-2's two c_proj, under the names that LoRAX gives them."""
+def test_more_components_and_ids_where_the_last_and_a_count_do_not_tell() -> None:
+    """GPT-2's two c_proj, under the names that LoRAX gives them; embeddings are not linear."""
     modules = [
-        Module(f"h.{layer}.{name}", 4, 4, layer, COLUMN)
-        for layer in range(2)
-        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        Module(f"h.{layer}.{name}", 4, 12, layer, COLUMN, transposed=True)
+        for layer in (3, 1)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")
     ]
-    model = model_of(*modules, layers=2)
-    assert sorted(model.adapter_layers) == ["attn.c_proj", "c_attn", "c_fc", "mlp.c_proj"]
-    assert model.target_to_layer[1, "mlp.c_proj"][0] == "h.1.mlp.c_proj"
-    assert model.get_num_layers_for_type("attn.c_proj") == 2
-
-
-def test_types_of_some_layers_only_tell_their_ids() -> None:
-    """Embeddings are no linear modules."""
-    modules = [Module(f"layers.{n}.x_proj", 4, 4, n, COLUMN) for n in (3, 1)]
     embedding = Module("embed_tokens", 100, 4, -1, COLUMN, embedding=True)
     model = model_of(embedding, *modules, layers=4)
-    assert model.get_num_layers_for_type("x_proj") == [1, 3]
-    assert set(model.target_to_layer) == {(1, "x_proj"), (3, "x_proj")}
-    assert model.weight_names == ("layers.1.x_proj", "layers.3.x_proj")
+    assert sorted(model.adapter_layers) == ["attn.c_proj", "c_attn", "mlp.c_proj"]
+    name, layer = model.target_to_layer[1, "mlp.c_proj"]
+    assert (name, layer.base_layer.linear.weight.shape) == ("h.1.mlp.c_proj", (4, 12))
+    assert model.get_num_layers_for_type("attn.c_proj") == [1, 3]
+    assert set(model.weight_names) == {module.name for module in modules}
 
 
 def test_what_is_no_model_is_refused() -> None:
@@ -157,14 +145,6 @@ def test_fused_modules_are_shared_part_by_part(
     assert (
         features_of(Module(f"l.0.{layer_type}", 16, out, 0, COLUMN, parts=parts), len(got)) == got
     )
-
-
-@pytest.mark.parametrize("world_size", range(1, 9))
-def test_all_processes_together_have_every_feature_once(world_size: int) -> None:
-    module = Module("l.0.qkv", 16, 3360, 0, COLUMN, parts=(Part(840), Part(1680, 2), Part(840)))
-    got = features_of(module, world_size, 8 * world_size)
-    assert sorted(feature for one in got for feature in one) == list(range(3360))
-    assert {len(one) for one in got} == {3360 // world_size}
 
 
 @pytest.mark.parametrize(

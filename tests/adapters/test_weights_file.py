@@ -81,16 +81,12 @@ async def test_it_holds_what_safetensors_reads(folder: Path) -> None:
                 assert torch.equal(file.read(key), tensor)
 
 
-def test_a_target_fits_exactly(folder: Path) -> None:
+def test_a_target_fits_and_a_file_that_changed_or_is_closed_gives_no_mixture(folder: Path) -> None:
     plain = torch.zeros(8, 840)
     with WeightsFile.open(folder) as file:
         for target in (plain.T, plain.half(), torch.zeros(840, 8).T, plain.to("meta")):
             with pytest.raises(UsageError, match="does not fit"):
                 file.read_into(A, target)
-
-
-def test_a_file_that_changed_is_no_mixture_and_a_closed_one_reads_nothing(folder: Path) -> None:
-    with WeightsFile.open(folder) as file:
         with pytest.raises(UsageError, match="no tensor 'x'"):
             file.read("x")
         with (folder / WEIGHTS).open("r+b") as there:
@@ -103,50 +99,35 @@ def test_a_file_that_changed_is_no_mixture_and_a_closed_one_reads_nothing(folder
         file.read(A)
 
 
-def _spoil(folder: Path, how: str) -> None:
-    path = folder / WEIGHTS
-    made = load_file(path)
-    path.unlink()
-    more = {
-        "cut": {},
-        "flat": {A: torch.zeros(8)},
-        "int": {A: torch.zeros(8, 840, dtype=torch.int8)},
-        "dora": {A[: -len("A.weight")] + "magnitude_vector": torch.zeros(8)},
-        "long name": {"x" * 600: torch.zeros(1)},
-    }
-    if how in more:
-        save_file(made | more[how], path)
-    elif how == "none":
-        save_file({}, path)
-    elif how == "pickle":
-        (folder / "adapter_model.bin").write_bytes(b"x")
-    elif how == "folder":
-        path.mkdir()
-    if how == "cut":
-        os.truncate(path, path.stat().st_size - 1)
-
-
-STRANGE: list[tuple[str, type[LoraxError], str]] = [
-    ("missing", AdapterNotFoundError, WEIGHTS),
-    ("cut", AdapterFormatError, "fetch it again"),
-    ("folder", AdapterFormatError, "a folder"),
-    ("none", AdapterFormatError, "no tensors"),
-    ("flat", AdapterFormatError, r"shape \[8\]"),
-    ("int", UnsupportedAdapterError, "I8"),
-    ("dora", UnsupportedAdapterError, "DoRA"),
-    ("long name", AdapterFormatError, "512"),
-    ("pickle", AdapterFormatError, "pickle"),
+STRANGE: list[tuple[str, Any, type[LoraxError], str]] = [
+    ("missing", None, AdapterNotFoundError, WEIGHTS),
+    ("cut", None, AdapterFormatError, "fetch it again"),
+    ("folder", None, AdapterFormatError, "a folder"),
+    ("pickle", None, AdapterFormatError, "pickle"),
+    ("none", {}, AdapterFormatError, "no tensors"),
+    ("flat", {A: torch.zeros(8)}, AdapterFormatError, r"shape \[8\]"),
+    ("int", {A: torch.zeros(8, 840, dtype=torch.int8)}, UnsupportedAdapterError, "I8"),
+    ("dora", {f"{A[:-9]}_magnitude_vector": torch.zeros(8)}, UnsupportedAdapterError, "DoRA"),
 ]
 
 
-@pytest.mark.parametrize(("how", "kind", "text"), STRANGE)
+@pytest.mark.parametrize(("how", "content", "kind", "text"), STRANGE)
 def test_strange_files_are_refused_and_closed(
-    folder: Path, how: str, kind: type[LoraxError], text: str
+    folder: Path, how: str, content: Any, kind: type[LoraxError], text: str
 ) -> None:
     """Also behind a path in place of a tensor, at the load."""
     config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
     module_map, names = config.map_weights_for_model(_lazily(path), model.weight_names)
-    _spoil(folder, how)
+    if how == "cut":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        path.unlink()
+    if content is not None:
+        save_file(content, path)
+    elif how == "pickle":
+        (folder / "adapter_model.bin").write_bytes(b"x")
+    elif how == "folder":
+        path.mkdir()
     before = open_files()
     with pytest.raises(kind, match=text) as caught:
         WeightsFile.open(folder)
@@ -195,23 +176,19 @@ def _lazily(*paths: Path | str) -> dict[str, Path | str]:
     return found
 
 
-def _split(folder: Path) -> tuple[Path, Path]:
-    """The adapter's tensors in two files, each with another half."""
-    saved = load_file(folder / WEIGHTS)
-    halves = folder / "a.safetensors", folder / "b.safetensors"
-    for path, part in zip(halves, ("lora_A", "lora_B"), strict=True):
-        save_file({name: tensor for name, tensor in saved.items() if part in name}, path)
-    return halves
-
-
 @pytest.mark.parametrize("how", ["str", "Path", "split", "open"])
 def test_each_file_is_opened_once(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """By `load` where tensors are named by paths, and not at all where it is open."""
     config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
-    wanted = loaded(config, model, load_file(path), "v_proj")
-    paths = _split(folder) if how == "split" else (str(path) if how == "str" else path,)
+    saved = load_file(path)
+    wanted = loaded(config, model, saved, "v_proj")
+    paths: list[Any] = [str(path) if how == "str" else path]
+    if how == "split":
+        paths = [folder / "lora_A", folder / "lora_B"]
+        for half in paths:
+            save_file({name: one for name, one in saved.items() if half.name in name}, half)
     with WeightsFile.open(folder) as file:
         content: Any = file if how == "open" else _lazily(*paths)
         module_map, names = config.map_weights_for_model(content, model.weight_names)

@@ -1,0 +1,365 @@
+"""An adapter's files for LoRAX's calls: in a local folder, or in the standard hub cache. Blocks.
+
+These calls name what the embedding program means itself, so a path is followed wherever it leads.
+What the hub cache has is used without a request; the rest huggingface_hub fetches into it, as it
+does for LoRAX. One commit holds for all files of an adapter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from lorax_async.adapter import AdapterRef
+from lorax_async.adapters.threads import in_thread
+from lorax_async.config import Limits
+from lorax_async.core.header import TensorSpan, parse_header
+from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, parse_tensor_name
+from lorax_async.core.split_index import INDEX, parse_index
+from lorax_async.errors import (
+    AdapterError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    ConfigError,
+    FetchError,
+    LoraxError,
+    UnsupportedAdapterError,
+    UsageError,
+    shorten,
+)
+from lorax_async.ids.parsing import parsed
+from lorax_async.io.ports import Reader
+from lorax_async.io.remote import hub_calls
+from lorax_async.io.remote.rules import AllowRules
+from lorax_async.io.sources.checked_open import (
+    FileReader,
+    changed,
+    code_of,
+    located,
+    open_same,
+    require_file,
+    translated,
+)
+from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS, find_adapter
+from lorax_async.io.sources.local_ids import Place
+from lorax_async.io.sources.local_weights import open_weights, read_prefix
+from lorax_async.io.staging import TORCH_DTYPES, Buffer
+
+LIMITS = Limits()
+_MAIN = "main"
+_TIMEOUT = 10.0  # seconds, to connect and for each read
+
+
+@contextmanager
+def named(adapter_id: object) -> Iterator[None]:
+    """Name the adapter in errors of the block."""
+    try:
+        yield
+    except LoraxError as error:
+        raise error.located(id=shorten(str(adapter_id), 200)) from error.__cause__
+
+
+def adapter_folder(adapter_id: str | Path, token: str | None, *, weights: bool) -> str:
+    """Return the folder with the adapter's config, and with `weights` what else it needs.
+
+    A `pathlib.Path`, or a str that begins with "/", "./" or "../", is a local folder;
+    `org/name[@revision]` is on the hub. Raise `InvalidAdapterIdError`, `ConfigError` for another
+    source, and what `HubFiles` raises.
+    """
+    local = isinstance(adapter_id, str) and adapter_id.startswith(("/", "./", "../"))
+    ref = parsed(AdapterRef(Path(adapter_id) if local else adapter_id))
+    if ref.source == "hub":
+        return HubFiles(str(ref.id), ref.revision, token).folder(weights=weights)
+    if not isinstance(ref.id, Path):
+        raise ConfigError(
+            "these calls read local folders and the hub; an AdapterLoader loads adapters from"
+            " elsewhere"
+        )
+    return str(ref.id)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFiles:
+    """The files of one adapter on the hub; a `token` of None is this machine's own, if any.
+
+    Raise `UsageError` for an impossible token, `AdapterFormatError` for files over the limits, else
+    `AdapterNotFoundError`, `AccessDeniedError` or `FetchError`, as the hub and its cache answer.
+    """
+
+    repo: str
+    revision: str | None
+    token: str | None = field(repr=False)
+
+    def __post_init__(self) -> None:
+        hub_calls.checked_token(self.token)
+
+    def folder(self, *, weights: bool) -> str:
+        """Return the cache's folder with the config, and the weights if asked for."""
+        if weights and self.cached(WEIGHTS) is None:
+            room, header = LIMITS.max_adapter_bytes, LIMITS.max_header_bytes
+            if self.cached(INDEX) is not None or self._fetched(WEIGHTS, room) is None:
+                folder = os.path.dirname(self._required(INDEX, header, WEIGHTS))
+                for name in parse_index(read_small(folder, INDEX, header), LIMITS).file_names:
+                    room = max(0, room - os.path.getsize(self._required(name, room, name)))
+        return os.path.dirname(self._required(CONFIG, LIMITS.max_config_bytes, CONFIG))
+
+    def cached(self, name: str) -> str | None:
+        """Return where the hub cache has a file, if it has it. Make no network request."""
+        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (slow)
+
+        try:
+            path = try_to_load_from_cache(self.repo, name, revision=self.revision)
+        except OSError as error:
+            raise translated(error, "the hub cache") from error
+        except ValueError as error:  # an id that the hub cannot have was refused before
+            raise FetchError(
+                "the hub cache is damaged: its note of this revision is no text; remove the"
+                " repository from it, and load the adapter again"
+            ) from error
+        return path if isinstance(path, str) else None
+
+    def _required(self, name: str, max_bytes: int, wanted: str) -> str:
+        path = self.cached(name) or self._fetched(name, max_bytes)
+        if path is None:
+            raise AdapterNotFoundError(
+                f"{self.repo!r} on the hub has no {wanted} at {self.revision or _MAIN!r}; check the"
+                f" id (a folder is a pathlib.Path, or './{self.repo}')"
+            )
+        return path
+
+    def _fetched(self, name: str, max_bytes: int) -> str | None:
+        """Fetch a file into the cache; return None if the hub has no such file."""
+        import httpx2  # noqa: PLC0415 (slow)
+        from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415
+        from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # noqa: PLC0415
+
+        cached = [path for each in (CONFIG, WEIGHTS, INDEX) if (path := self.cached(each))]
+        # The snapshot's folder is called by its commit: the branch may have moved.
+        revision = os.path.basename(os.path.dirname(cached[0])) if cached else self.revision
+        query = hub_calls.FileQuery(
+            *(self.repo, name, revision or _MAIN, None),
+            token=self.token or hub_calls.machine_token(),
+            rules=AllowRules(),
+            timeout=_TIMEOUT,
+        )
+        download: Any = partial(
+            hf_hub_download,
+            *(self.repo, name),
+            revision=revision,
+            token=query.token or False,
+            etag_timeout=_TIMEOUT,
+            tqdm_class=partial(tqdm, disable=True),
+        )
+        try:
+            nbytes = download(dry_run=True).file_size or 0
+            if nbytes <= max_bytes:
+                return str(download())
+        except errors.RemoteEntryNotFoundError:
+            return None
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, RuntimeError, OSError) as error:
+            raise _problem(error, query) from None
+        raise AdapterFormatError(
+            f"{name} has {nbytes:,} bytes, over the {max_bytes:,} that may come"
+        )
+
+
+def _problem(error: Exception, query: hub_calls.FileQuery) -> AdapterError:
+    import httpx2  # noqa: PLC0415 (slow)
+    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+
+    url = hub_calls.url_of(query.source, query.name, query.revision, None)
+    if isinstance(error, LocalEntryNotFoundError):  # the hub could not be asked
+        return hub_calls.problem_of(
+            error.__cause__ if isinstance(error.__cause__, Exception) else error, query, url
+        )
+    if isinstance(error, httpx2.HTTPError) or not isinstance(error, OSError):
+        return hub_calls.problem_of(error, query, url)
+    if error.errno is None:
+        return FetchError(f"{url} sent fewer or more bytes than it had promised")
+    return FetchError(
+        f"{query.name} cannot be stored in the hub cache ({code_of(error)}); see to its folder"
+        " (HF_HUB_CACHE) and to its disk",
+        retryable=False,
+    )
+
+
+def read_small(folder: str, name: str, max_bytes: int) -> bytes:
+    """Return all bytes of a small file.
+
+    Raise `AdapterNotFoundError`, `AdapterFormatError` if it is not a regular file of 1 to
+    `max_bytes` bytes, `AccessDeniedError` or `FetchError` if it cannot be read.
+    """
+    try:
+        with located(os.path.join(folder, name)) as file:
+            require_file(name, file, max_bytes)
+            size = file.status.st_size
+            with open(file.open(), "rb") as content:
+                text = content.read(size + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterNotFoundError(f"there is no {name} in this folder") from error
+    except OSError as error:
+        raise translated(error, name) from error
+    if len(text) != size:
+        raise changed(name)
+    return text
+
+
+def plain_module(name: str) -> str:
+    """Return the module that a tensor of plain LoRA belongs to, by the tensor's name.
+
+    Raise `UnsupportedAdapterError` for another feature's, `AdapterFormatError` for a malformed one.
+    """
+    found = parse_tensor_name(name)
+    if found.embedding or found.part not in {Part.A, Part.B}:
+        feature = {Part.BIAS: "lora_bias", Part.MAGNITUDE: "DoRA"}.get(found.part, EMBEDDING)
+        raise inexpressible(f"tensor {shorten(name, 200)!r}", feature)
+    return found.module
+
+
+EMBEDDING = "LoRA on an embedding"
+
+
+def inexpressible(what: str, feature: str) -> UnsupportedAdapterError:
+    """Make the error for a feature that LoRAX's form (A, B and a scale) cannot express."""
+    return UnsupportedAdapterError(
+        f"{what} belongs to {feature}, for which LoRAX's form has no place; use AdapterLoader, or"
+        " train without it"
+    )
+
+
+class WeightsFile:
+    """An adapter's open weights, in one file or in several; tensors are read when needed.
+
+    It stands for the dictionary of tensors in `LoraConfig.map_weights_for_model`, and in a module
+    map for each tensor: (file, key). Close it, or use it as a context manager.
+    """
+
+    def __init__(self, prefix: bytes, reader: Reader) -> None:
+        self._reader = reader
+        try:
+            header = parse_header(prefix, reader.nbytes, LIMITS)
+            if not header.tensors:
+                raise AdapterFormatError("the file holds no tensors; save the adapter again")
+            for span in header.tensors:
+                _check(span)
+        except BaseException:
+            reader.close()
+            raise
+        self._spans = {span.name: span for span in header.tensors}
+
+    @classmethod
+    def open(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
+        """Open the weights of an adapter, from the same places as `LoraConfig.load`. Blocks.
+
+        Raise as it does: `AdapterFormatError` and `UnsupportedAdapterError` for a malformed file,
+        and for tensors that are not those of plain LoRA.
+        """
+        with named(adapter_id):
+            folder = adapter_folder(adapter_id, api_token, weights=True)
+            key = find_adapter(Place((folder,), trusted=True), (), LIMITS)
+            weights = open_weights(key, LIMITS)
+            return cls(weights.prefix, weights.reader)
+
+    @classmethod
+    async def open_async(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
+        """As `open`, in a thread."""
+        return await in_thread(lambda _: cls.open(adapter_id, api_token), cls.close)
+
+    @classmethod
+    def at(cls, path: str | Path) -> Self:
+        """Open one file of weights by its own path, whatever its name. Blocks; as `open`."""
+        name = os.path.basename(path)
+        with named(path):
+            try:
+                with located(os.fspath(path)) as file:
+                    require_file(name, file, LIMITS.max_adapter_bytes)
+                    identity = file.identity
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise AdapterNotFoundError(f"there is no file {name!r} at this path") from error
+            except OSError as error:
+                raise translated(error, name) from error
+            reader = FileReader(partial(open_same, os.fspath(path), identity), identity, name)
+            try:
+                prefix = read_prefix(reader, LIMITS)
+            except BaseException:
+                reader.close()
+                raise
+            return cls(prefix, reader)
+
+    @classmethod
+    async def at_async(cls, path: str | Path) -> Self:
+        """As `at`, in a thread."""
+        return await in_thread(lambda _: cls.at(path), cls.close)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._spans
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return a tensor's shape, without reading."""
+        return self._span(key).shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return a tensor's stored dtype, without reading."""
+        return TORCH_DTYPES[self._span(key).dtype]
+
+    def read_into(self, key: str, target: torch.Tensor) -> None:
+        """Fill `target`, contiguous host memory of the tensor's shape and dtype. Blocks.
+
+        Raise `IntegrityError` if the file changed since it was opened, `FetchError` if it cannot be
+        read or was closed, `UsageError` for another target.
+        """
+        span = self._span(key)
+        fits = (tuple(target.shape), target.dtype) == (span.shape, TORCH_DTYPES[span.dtype])
+        if not (fits and target.is_contiguous() and target.device.type == "cpu"):
+            raise UsageError(f"{shorten(key, 200)!r} does not fit into this tensor")
+        flat = target.view(-1).view(torch.uint8)
+        self._reader.read_into([Buffer.of(flat).memory], span.start)
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return the tensor in memory of its own. Blocks; raise as `read_into`."""
+        tensor = torch.empty(self.shape(key), dtype=self.dtype(key))
+        self.read_into(key, tensor)
+        return tensor
+
+    def close(self) -> None:
+        """Close the files. Quick and idempotent."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _span(self, key: str) -> TensorSpan:
+        try:
+            return self._spans[key]
+        except KeyError:
+            raise UsageError(f"the file has no tensor {shorten(key, 200)!r}") from None
+
+
+def _check(span: TensorSpan) -> None:
+    plain_module(span.name)
+    if len(span.shape) != 2 or 0 in span.shape:
+        raise AdapterFormatError(
+            f"tensor {shorten(span.name, 200)!r} has shape {list(span.shape)}, not two positive"
+            " dimensions; save the adapter again"
+        )
+    if span.dtype not in WEIGHT_DTYPES:
+        raise UnsupportedAdapterError(
+            f"tensor {shorten(span.name, 200)!r} is {span.dtype}; save the adapter as"
+            f" {', '.join(WEIGHT_DTYPES)}"
+        )
