@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from math import inf, nan
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -29,7 +31,7 @@ from lorax_async import (
 from lorax_async.adapter import FileIdentity, MergedKey, as_ref, text_of
 from lorax_async.identity import PartId
 from lorax_async.merge import MAX_PARTS
-from lorax_async.testing import Step
+from lorax_async.testing import FakeReader, Step
 from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
 from sweeping import cancel_at, count_steps, local_bench, released
 from tiny_loaders import loader
@@ -380,17 +382,48 @@ async def test_a_merge_cancelled_at_every_await(tmp_path: Path, merge: Merge) ->
             (await bench.load()).release()
 
 
-@pytest.mark.parametrize("at", ["room", "part"])
-async def test_a_loader_that_closes_while_a_merge_waits(tmp_path: Path, at: str) -> None:
+async def test_a_loader_that_closes_while_merges_wait_for_parts_and_room(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
-    async with over(source, memory_bytes=2 * part_bytes()) as there:
+    async with over(source, memory_bytes=part_bytes() + 2000) as there:
         source.hold("b")
         tasks = [asyncio.create_task(there.load(merge)) for merge in (HALVES, DROPPED)]
-        await until(lambda: source.counts.brings >= 3 if at == "part" else used(there) > 0)
+        await until(lambda: (source.counts.brings, source.counts.opens) == (2, 4))
         await there.close()
         for task in tasks:
             with pytest.raises(errors.LoaderClosedError):
                 await task
+        assert used(there) == 0
+    assert source.counts.open_readers == 0
+
+
+async def test_a_merge_that_is_computed_holds_up_no_load_and_ends_with_the_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, began, go_on, read = (
+        stocked(tmp_path, "a", "b", "c"),
+        Event(),
+        Event(),
+        FakeReader.read_into,
+    )
+
+    def slowly(self: FakeReader, buffers: Sequence[memoryview], offset: int) -> None:
+        if self.version.id != "c":
+            began.set()
+            assert go_on.wait(20)
+        read(self, buffers, offset)
+
+    monkeypatch.setattr(FakeReader, "read_into", slowly)
+    async with over(source, io_threads=1) as there:
+        merging = asyncio.create_task(there.load(HALVES))
+        await until(began.is_set)
+        async with await there.load("c") as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "c")
+        closing = asyncio.create_task(there.close())
+        with pytest.raises(errors.LoaderClosedError):
+            await merging
+        assert used(there) > 0, "the thread has its memory"
+        go_on.set()
+        await closing
         assert used(there) == 0
     assert source.counts.open_readers == 0
 
