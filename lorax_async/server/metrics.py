@@ -16,32 +16,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorax_async.loader import AdapterLoader
 from lorax_async.metrics import LoaderCollector
-from lorax_async.server.calls.names import Names
-from lorax_async.server.generation import Tokens, TokensInFront
+from lorax_async.server.names import Names
 
 CALLS = frozenset({
     "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter", "/v1/adapters", "/health", "/metrics", "/", "/page",
 })  # fmt: skip
-"""Told apart in metrics; all others, which strangers make up, are "other"."""
+"""Paths with a label of their own; all others, which clients make up, are "other"."""
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 GONE = "499"
-"""The status of a request whose client left before it had one, as nginx counts them."""
+"""The status of a request whose client left before it had one, as in nginx."""
 
 FIRST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BETWEEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
 class ServerMetrics:
-    """A registry of its own, with the loader's numbers and the server's. On one event loop."""
+    """A registry with the loader's numbers and the server's. On one event loop."""
 
     def __init__(self, loader: AdapterLoader, names: Names) -> None:
         registry = self._registry = CollectorRegistry()
         self._loader = LoaderCollector(loader)
         registry.register(self._loader)
-        self.sequences = Sequences(names, loader.config.max_slots)
+        self.sequences = SequenceGauges(names, loader.config.max_slots)
         registry.register(self.sequences)
         self.requests = Total(
             "lorax_server_requests", "Requests answered.", ["call", "status"], registry=registry
@@ -64,24 +63,24 @@ class ServerMetrics:
         )
 
     def close(self) -> None:
-        """As of `LoaderCollector`."""
+        """Close the `LoaderCollector`."""
         self._loader.close()
 
-    def measured(self, tokens: Tokens, model: str, prompt: int) -> MeasuredTokens:
-        """The same tokens, counted; of a sequence for `model` whose prompt has so many."""
+    def sequence(self, model: str, prompt: int) -> SequenceMetrics:
+        """Return the observer of a sequence for `model` with a prompt of this many tokens."""
         self.prompt_tokens.inc(prompt)
-        return MeasuredTokens(tokens, model, self)
+        return SequenceMetrics(model, self)
 
     async def show(self, _: Request) -> Response:
-        """GET /metrics, in Prometheus' text form, whatever else the client understands.
+        """GET /metrics, always in Prometheus' text format.
 
-        In that of OpenMetrics, prometheus_client calls vLLM's metric by another name.
+        In OpenMetrics, prometheus_client gives vLLM's metric another name.
         """
         return Response(generate_latest(self._registry), headers={"content-type": TEXT})
 
 
-class Sequences(Collector):
-    """Which sequences wait and run now; also as vLLM tells routers which adapters do."""
+class SequenceGauges(Collector):
+    """Count waiting and running sequences, and list their adapters as vLLM does for routers."""
 
     def __init__(self, names: Names, max_lora: int) -> None:
         self.waiting: Counter[str] = Counter()
@@ -93,83 +92,72 @@ class Sequences(Collector):
         return self.collect()
 
     def collect(self) -> Iterable[Metric]:
-        for name, text, models in (
-            ("waiting", "Sequences without a token yet.", self.waiting),
-            ("running", "Sequences that have a token, and no end.", self.running),
-        ):
-            yield GaugeMetricFamily(f"lorax_server_sequences_{name}", text, value=models.total())
+        name, waiting, running = "lorax_server_sequences", self.waiting, self.running
+        text = "Sequences without a token yet."
+        yield GaugeMetricFamily(f"{name}_waiting", text, value=waiting.total())
+        text = "Sequences that have a token, and no end."
+        yield GaugeMetricFamily(f"{name}_running", text, value=running.total())
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters with names that requests have now; the value is the time, in seconds.",
             labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
         )
-        lists = (self._adapters(self.waiting), self._adapters(self.running))
-        info.add_metric([str(self._max_lora), *lists], time.time())
+        labels = [str(self._max_lora), self._adapters(waiting), self._adapters(running)]
+        info.add_metric(labels, time.time())
         yield info
 
     def _adapters(self, models: Counter[str]) -> str:
-        """Ids that requests brought are not told: they are their clients'.
+        """Join the operator's names; ids from requests belong to their clients.
 
-        Nor is a name with a comma, which would be read as two others.
+        Omit names with a comma, which would be read as two.
         """
         named = self._names.adapters
         return ",".join(sorted(name for name in models if name in named and "," not in name))
 
 
-class MeasuredTokens(TokensInFront):
-    """The `Tokens` of one sequence; tells when each one came."""
+class SequenceMetrics:
+    """Observe the tokens of one sequence."""
 
-    def __init__(self, tokens: Tokens, model: str, metrics: ServerMetrics) -> None:
-        super().__init__(tokens)
+    def __init__(self, model: str, metrics: ServerMetrics) -> None:
         self._model = model
         self._metrics = metrics
         self._begun = False
         self._since = time.monotonic()
-        self._in: Counter[str] | None = None
+        self._state: Counter[str] | None = None
         self._move(metrics.sequences.waiting)
 
-    def cancel(self) -> None:
-        self._move(None)
-        self._tokens.cancel()
-
-    async def __anext__(self) -> int:
-        try:
-            token = await super().__anext__()
-        except BaseException:
-            self._move(None)
-            raise
-        self._note()
-        return token
-
-    def _note(self) -> None:
-        """One more token."""
+    def token(self) -> None:
         metrics, now = self._metrics, time.monotonic()
         histogram = metrics.between if self._begun else metrics.first
         histogram.observe(now - self._since)
         metrics.tokens.inc()
-        if not self._begun and self._in is not None:
+        if not self._begun and self._state is not None:
             self._move(metrics.sequences.running)
         self._begun, self._since = True, now
 
-    def _move(self, models: Counter[str] | None) -> None:
-        before, self._in = self._in, models
+    def ended(self, outcome: str) -> None:
+        del outcome
+        self._move(None)
+
+    def _move(self, state: Counter[str] | None) -> None:
+        before, self._state = self._state, state
         if before is not None:
             before[self._model] -= 1
             if not before[self._model]:
                 del before[self._model]
-        if models is not None:
-            models[self._model] += 1
+        if state is not None:
+            state[self._model] += 1
 
 
-class CountedRequests:
-    """ASGI middleware: each request over HTTP by its call and the status it got."""
+class RequestCounter:
+    """ASGI middleware: count HTTP requests by call and status."""
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the server's own beginning and end, say
+        if scope["type"] != "http":  # lifespan, say
             await self._app(scope, receive, send)
             return
         status = GONE
@@ -183,7 +171,7 @@ class CountedRequests:
         try:
             await self._app(scope, receive, noting)
         except Exception:
-            status = "500" if status == GONE else status  # it is answered behind this
+            status = "500" if status == GONE else status  # an outer handler answers it
             raise
         finally:
             self._metrics.requests.labels(_call_of(scope), status).inc()

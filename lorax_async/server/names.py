@@ -1,4 +1,4 @@
-"""What requests call the base, and adapters that the operator named."""
+"""The names that requests use: the base's, and the operator's names for adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorax_async.settings.allow import Allow
 
 
 class Names:
-    """The base's name, and names for adapters, which come and go.
+    """The base's name, and a changing table of names for adapters.
 
     `sources` are the places below which a request may name adapters by id.
     """
@@ -25,22 +25,22 @@ class Names:
         self._adapters: dict[str, AdapterId] = {}
         self._names: dict[AdapterId, dict[str, None]] = {}
         for name, adapter in adapters.items():
-            self.put(name, adapter)
+            self.add(name, adapter)
 
     @property
     def adapters(self) -> Mapping[str, AdapterId]:
-        """What each name stands for."""
+        """The adapters by name."""
         return MappingProxyType(self._adapters)
 
-    def find(self, model: str) -> AdapterId | None:
-        """What a request's `model` means: None is the base; what has no name here is an id.
+    def resolve(self, model: str) -> AdapterId | None:
+        """Return the adapter that a request's `model` names; None is the base.
 
-        A request's text stays text, so that it is local only below `local_roots`. Raises
-        `AccessDeniedError` for an id that requests may not name.
+        An unknown name is an id. It stays text, so that it is local only below `local_roots`.
+        Raise `AccessDeniedError` for an id that requests may not name.
         """
         if model == self.base:
             return None
-        if model not in self._adapters and not is_open(AdapterRef(model), self._sources):
+        if model not in self._adapters and not is_requestable(AdapterRef(model), self._sources):
             raise AccessDeniedError(
                 "requests may name the models of this server (GET /v1/models), and no adapter"
                 " there by its id; the operator can allow that: --source",
@@ -50,20 +50,21 @@ class Names:
         return self._adapters.get(model, model)
 
     def name_of(self, adapter: AdapterId) -> str | None:
-        """The first name that stands for it."""
+        """Return the first name of an adapter."""
         return next(iter(self._names.get(adapter, ())), None)
 
-    def put(self, name: str, adapter: AdapterId) -> None:
-        self._leave(name)
+    def add(self, name: str, adapter: AdapterId) -> None:
+        """Name an adapter; a name in use changes its meaning."""
+        self._detach(name)
         self._adapters[name] = adapter
         self._names.setdefault(adapter, {})[name] = None
 
-    def take(self, name: str) -> AdapterId | None:
-        """Forget a name; what it stood for, or None if it was none."""
-        self._leave(name)
+    def remove(self, name: str) -> AdapterId | None:
+        """Forget a name; return the adapter that it named, if any."""
+        self._detach(name)
         return self._adapters.pop(name, None)
 
-    def _leave(self, name: str) -> None:
+    def _detach(self, name: str) -> None:
         adapter = self._adapters.get(name)
         if adapter is not None:
             names = self._names[adapter]
@@ -72,10 +73,10 @@ class Names:
                 del self._names[adapter]
 
 
-def is_open(ref: AdapterRef, sources: Sequence[Allow]) -> bool:
-    """Return whether a request may name this id, as far as `sources` say; the loader judges too.
+def is_requestable(ref: AdapterRef, sources: Sequence[Allow]) -> bool:
+    """Return whether `sources` let requests name this id.
 
-    Folders are judged by its `local_roots`, and what is no id is refused by it.
+    The loader judges folders by its `local_roots`, and refuses malformed ids.
     """
     try:
         found = parsed(ref)

@@ -1,4 +1,4 @@
-"""`TransformersDecoder`: a Hugging Face decoder with adapters attached, many rows at a time."""
+"""`TransformersDecoder`: a Hugging Face decoder with adapters attached, computed in batches."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lorax_async.engines.transformers import Attached
 from lorax_async.errors import ConfigError, LoraxError
-from lorax_async.server.decoding.kept_keys import KeptKeys
-from lorax_async.server.ports import Computed, Part, Step
+from lorax_async.server.generation import Computed, SequencePart, Step
+from lorax_async.server.kv_cache import KVCache
 from lorax_async.settings.requirements import require_count
 
 
 class TransformersDecoder:
-    """Computes steps with a transformers model; keys and values are kept beside it.
+    """Compute steps with a transformers model, and keep its KV cache.
 
-    Rows with the same number of tokens are one forward pass: all that decode, and prompts of the
-    same length. So each row is what it would be alone.
+    Rows with the same number of tokens share a forward pass: all rows that decode, and prompts of
+    the same length. No row is padded, so that each is what it would be alone.
 
     Parameters
     ----------
     model
-        An `AutoModelForCausalLM` in `eval` mode, every layer of which attends to all tokens before.
+        An `AutoModelForCausalLM` in `eval` mode, whose layers all attend to all earlier tokens.
     attached
-        What `engines.transformers.attach` gave for it.
+        What `engines.transformers.attach` returned for it.
     max_sequences
-        Of which keys and values are kept at a time: the scheduler's `max_begun`.
+        Sequences to keep at a time: the scheduler's `max_begun`.
     max_length
-        Tokens that a sequence may have; None is as many as the model knows positions.
+        Tokens of a sequence; None is as many as the model has positions for.
 
-    Keys and values take up to `max_sequences * max_length` tokens, each of two vectors of
-    `num_key_value_heads * head_dim` numbers per layer; as much as was ever needed stays.
+    The cache takes up to `max_sequences * max_length` tokens, each of two vectors of
+    `num_key_value_heads * head_dim` numbers per layer. It grows as needed and does not shrink.
 
-    Raises `ConfigError` for a model that it cannot compute, and for a number out of range.
+    Raise `ConfigError` for a model that it cannot compute, or a number out of range.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TransformersDecoder:
         self._vocabulary: int = config.vocab_size
         self._model = model
         self._attached = attached
-        self._kept = KeptKeys(_layers_of(model, config), max_sequences, model.device)
+        self._cache = KVCache(_layers_of(model, config), max_sequences, model.device)
 
     @property
     def max_length(self) -> int:
@@ -65,20 +65,19 @@ class TransformersDecoder:
 
     @property
     def sequences(self) -> int:
-        """Of which keys and values are kept."""
-        return len(self._kept)
+        """The number of sequences in the KV cache."""
+        return len(self._cache)
 
     @torch.inference_mode()
     def compute(self, step: Step) -> Computed:
-        """See `Decoder`. Raises `UsageError` for a step that does not follow the last one."""
-        passes = _passes(step.parts)
-        beside = len({part.handle for part in step.parts}) > 1
+        """Implement `Decoder`. Raise `UsageError` for a part that does not follow the cache."""
+        several = len({part.handle for part in step.parts}) > 1
         left, out = step.budget, dict[int, LoraxError]()
         logits: torch.Tensor | None = None
-        for numbers in passes:
+        for numbers in _passes(step.parts):
             parts = [step.parts[number] for number in numbers]
             handles = [part.handle for part in parts]
-            with self._attached.batch(handles, left, step.others_wait, beside=beside) as gate:
+            with self._attached.batch(handles, left, step.others_wait, beside=several) as gate:
                 found = self._forward(parts)
             left = max(0.0, gate.left)
             out.update({numbers[row]: error for row, error in gate.out.items()})
@@ -92,40 +91,40 @@ class TransformersDecoder:
 
     def forget(self, sequence: int) -> None:
         with torch.inference_mode():
-            self._kept.forget(sequence)
+            self._cache.forget(sequence)
 
-    def _forward(self, parts: Sequence[Part]) -> torch.Tensor:
-        """The logits after each part: float32 `[parts, vocabulary]`."""
+    def _forward(self, parts: Sequence[SequencePart]) -> torch.Tensor:
+        """Return the logits after each part, float32 `[parts, vocabulary]`."""
         ids = torch.tensor([list(part.tokens) for part in parts], device=self._model.device)
         sequences, starts = [part.sequence for part in parts], [part.start for part in parts]
-        rows = self._kept.begin(sequences, starts, ids.shape[1])
+        rows = self._cache.begin(sequences, starts, ids.shape[1])
         logits: torch.Tensor = self._model(
             input_ids=ids,
             attention_mask=rows.mask(),
             position_ids=rows.positions(),
-            past_key_values=self._kept.cache,
+            past_key_values=self._cache.cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits
         return logits[:, -1].float()
 
 
-def _passes(parts: Sequence[Part]) -> list[list[int]]:
-    """Numbers of parts that are computed together; those that may have to wait come last."""
-    found = dict[tuple[int, int], list[int]]()
+def _passes(parts: Sequence[SequencePart]) -> list[list[int]]:
+    """Group the numbers of parts by forward pass; passes that may wait for adapters come last."""
+    groups = dict[tuple[int, int], list[int]]()
     for number, part in enumerate(parts):
         tokens = len(part.tokens)
-        found.setdefault((tokens, part.start if tokens > 1 else 0), []).append(number)
+        groups.setdefault((tokens, part.start if tokens > 1 else 0), []).append(number)
 
     def waits(numbers: list[int]) -> bool:
         handles = (parts[number].handle for number in numbers)
         return any(handle is not None and not handle.resident for handle in handles)
 
-    return sorted(found.values(), key=waits)
+    return sorted(groups.values(), key=waits)
 
 
 def _layers_of(model: Any, config: Any) -> int:
-    """How many layers have keys; raises `ConfigError` if a row could depend on those beside it."""
+    """Return the number of layers. Raise `ConfigError` if a row could depend on other rows."""
     if model.training:
         raise ConfigError("the model is in training mode; call its eval()")
     if getattr(config, "is_encoder_decoder", False):
@@ -149,7 +148,7 @@ def _layers_of(model: Any, config: Any) -> int:
 
 
 def _rope_types(parameters: object) -> set[str]:
-    """Of all layers: they are given once, or by the type of a layer."""
+    """Return the rope types of all layers; parameters may be nested by layer type."""
     if not isinstance(parameters, Mapping):
         return set()
     nested = [_rope_types(each) for each in parameters.values()]
