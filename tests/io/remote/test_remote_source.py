@@ -227,7 +227,7 @@ class ToldJob:
         if not self.done.done():
             self.done.set_exception(error)
 
-    def hasten(self, urgency: int) -> None:
+    def raise_priority(self, urgency: int) -> None:
         """It needs no thread."""
 
 
