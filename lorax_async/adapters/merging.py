@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from lorax_async.adapters.base import Content, ModuleMap, OpenModuleMap, opened
 from lorax_async.adapters.lora import LoraConfig
 from lorax_async.adapters.threads import in_thread
-from lorax_async.core.merge_draws import Start
+from lorax_async.core.merge_plan import NewLayers
 from lorax_async.core.peft_names import Part
 from lorax_async.errors import (
     AdapterFormatError,
@@ -29,7 +29,7 @@ from lorax_async.errors import (
     shorten,
 )
 from lorax_async.identity import PartId
-from lorax_async.io.merging import Draws, combine, concatenate
+from lorax_async.io.merging import combine, concatenate, seeded
 from lorax_async.merge import MAX_FACTOR, MajoritySign, Merge, Strategy
 
 
@@ -129,9 +129,8 @@ class _Merging:
         self._merge = merge
         self._adapters = adapters
         self._generator: torch.Generator | None = None
-        if merge.drops and merge.density != 1:
-            starts = [self._start(name) for name in modules]
-            self._generator = Draws(merge.seed, starts, ()).before(0)
+        if merge.drops:
+            self._generator = seeded(merge, self._new_layers(modules))
 
     def one(self, module: str, part: Part) -> torch.Tensor:
         """Every adapter's A, or B, of one module as one."""
@@ -169,12 +168,12 @@ class _Merging:
             if module in module_map
         ]
 
-    def _start(self, module: str) -> Start:
-        """What PEFT draws for a new layer that starts as most do."""
+    def _new_layers(self, modules: Sequence[str]) -> NewLayers:
+        """Return what PEFT draws new layers for, which start as most do."""
         module_map, config = self._adapters[0]
         rank = max([config.r, *map(config.rank_of, module_map)])
-        a, b = (_shape(*self._held(module, part)[0][0]) for part in _FACTORS)
-        return Start(rank * (2 * a[1] + b[0]), 0)
+        shapes = [[_shape(*self._held(name, part)[0][0]) for part in _FACTORS] for name in modules]
+        return NewLayers(rank, tuple((a[-1], b[0]) for a, b in shapes), start=True)
 
     def _require_pairs(self, module: str) -> None:
         """Else the columns of one adapter's B would meet the rows of another one's A."""
