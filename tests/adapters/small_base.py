@@ -61,9 +61,6 @@ def layout(dtype: str = "F32") -> ModelLayout:
     return ModelLayout(tuple(modules), LAYERS, dtype, "model.")
 
 
-# -- a model with the attributes that LoRAX's have ------------------------------------------------
-
-
 Linear = BaseLayer = ParallelLayer = SimpleNamespace
 """A parallel layer has a `base_layer`, that a `linear`, and that a `weight`.
 
@@ -132,9 +129,6 @@ def lorax_model(
         ParallelLayer(base_layer=base, layer_name="lm_head"),
     )
     return model
-
-
-# -- adapters -------------------------------------------------------------------------------------
 
 
 def pair(module: str, inputs: int, outputs: int, rank: int = 8, seed: int = 0) -> dict[str, Tensor]:

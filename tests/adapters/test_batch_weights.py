@@ -41,7 +41,6 @@ from lorax_async.errors import UsageError
 TOKENS = [0, 0, 1, 1, 0, 0, 1, 1]
 Integers = torch.Tensor | list[int]
 
-# -- segments -------------------------------------------------------------------------------------
 
 tokens_of_a_batch = st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 5)), max_size=8).map(
     lambda runs: [index for index, length in runs for _ in range(length)]
@@ -118,9 +117,6 @@ def test_bounds_that_do_not_fit_are_refused(
             find_segments(values)
 
 
-# -- groups ---------------------------------------------------------------------------------------
-
-
 def listed(values: torch.Tensor | None) -> list[int] | None:
     return None if values is None else [int(value) for value in values]
 
@@ -181,11 +177,7 @@ def test_heads_make_segments_over_the_last_tokens(
 @pytest.mark.parametrize(
     ("ranks", "heads", "expected"),
     [
-        (
-            [8, 8, 16],
-            None,
-            {8: (4, [0, 0, 1, 1, 0, 0, 1, 1, -1, -1]), 16: (1, [-1] * 8 + [0, 0])},
-        ),
+        ([8, 8, 16], None, {8: (4, [0, 0, 1, 1, 0, 0, 1, 1, -1, -1]), 16: (1, [-1] * 8 + [0, 0])}),
         ([8, 16, 8], [1, 3, 4], {8: (3, [0, -1, 0]), 16: (2, [-1, 0, -1])}),
     ],
 )
@@ -215,9 +207,6 @@ def test_one_rank_above_128_puts_the_batch_into_segments(rank: int, by_segment: 
     head = BatchLoraWeights.load(weights, meta_of(TOKENS), "lm_head", True, None)
     assert head is not None
     assert not head.can_vectorize(SimpleNamespace(size=lambda: 8))
-
-
-# -- who is in, and who is not --------------------------------------------------------------------
 
 
 @dataclass
@@ -275,9 +264,6 @@ def test_what_an_address_names_stays_as_long_as_the_batch(prefill: bool) -> None
     gc.collect()
     assert made
     assert not [ref for ref in made if ref() is not None]
-
-
-# -- metadata, as models assign it ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefill", [True, False])

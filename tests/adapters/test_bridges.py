@@ -35,9 +35,6 @@ def bridge_of(weights: dict[int, StandIn], tokens: list[int], world_size: int = 
     return Bridge.of(load(weights, tokens), world_size=world_size)
 
 
-# -- whole ----------------------------------------------------------------------------------------
-
-
 @settings(max_examples=120, deadline=None)
 @given(cases(RANKS))
 def test_every_row_gets_its_own_adapter(case: Case) -> None:
@@ -68,8 +65,6 @@ def test_any_local_rank_is_applied_and_a_padded_one_where_it_is(local_rank: int)
     second = first if local_rank % 8 else delta_by_token(weights, tokens, x, 1)
     assert torch.equal(y, first + second)
 
-
-# -- split over processes -------------------------------------------------------------------------
 
 IN_EACH, OUT_EACH = 5, 3
 """Of one process, where a side is split."""
@@ -205,9 +200,6 @@ def test_dtypes_of_models(dtype: torch.dtype, world: int) -> None:
     if world == 1:
         every.processes[0].apply(y, x.to(dtype), 1)
         assert torch.equal(y, exact)
-
-
-# -- refusals -------------------------------------------------------------------------------------
 
 
 def shapes(*ranks: tuple[int, int]) -> dict[int, StandIn]:

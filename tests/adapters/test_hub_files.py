@@ -215,10 +215,7 @@ def test_files_that_are_over_the_limit_together(
 
 @pytest.mark.parametrize(
     ("reply", "kind", "after"),
-    [
-        (Reply(503, {"Retry-After": "7"}), FetchError, 7.0),
-        (Reply(403), AccessDeniedError, None),
-    ],
+    [(Reply(503, {"Retry-After": "7"}), FetchError, 7.0), (Reply(403), AccessDeniedError, None)],
 )
 def test_a_hub_that_refuses(
     hub: HubStandIn, reply: Reply, kind: type[LoraxError], after: float | None

@@ -27,9 +27,6 @@ def numbered(rows: int, columns: int) -> Tensor:
     return torch.arange(rows * columns, dtype=torch.float32).reshape(rows, columns)
 
 
-# -- names ----------------------------------------------------------------------------------------
-
-
 def test_types_are_the_last_component() -> None:
     model = LayoutModel(base.layout(), torch.bfloat16, 2, 1)
     assert model.adapter_layers == ["q_proj", "v_proj", "down_proj", "lm_head"]
@@ -73,9 +70,6 @@ def test_what_is_no_model_is_refused() -> None:
     modules = [Module("a.0.q", 4, 4, 0, COLUMN), Module("a.1.q", 4, 4, 1, ROW)]
     with pytest.raises(ConfigError, match="'q'"):
         model_of(*modules, layers=2)
-
-
-# -- sharing out ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

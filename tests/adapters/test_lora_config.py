@@ -55,9 +55,6 @@ def folder(tmp_path: Path, **changes: Any) -> Path:
     return base.write(tmp_path / "adapter", base.tensors(types=["q_proj"]), **changes)
 
 
-# -- LoRAX's names and calls ----------------------------------------------------------------------
-
-
 def test_the_names() -> None:
     assert set(lora.__all__) == {
         *("AdapterBatchMetadata", "AdapterConfig", "AdapterWeights", "BatchAdapterWeights"),
@@ -135,9 +132,6 @@ def test_the_calls_of_loraxs_models(tmp_path: Path) -> None:
     assert data.adapter_index_configs[7].padded_rank == 8
 
 
-# -- what it says ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("alpha", [16.5, 0, -3, 16])
 @pytest.mark.parametrize("targets", [None, "all-linear", r".*\.(q|v)_proj", ["q_proj"]])
 def test_peft_reads_the_same(tmp_path: Path, alpha: float, targets: object) -> None:
@@ -168,9 +162,6 @@ def test_made_by_hand_it_is_checked_and_never_changes(field: str, values: list[A
     for value in values:
         with pytest.raises(UsageError, match=r"r is|lora_alpha is"):
             base.config(**{field: value})
-
-
-# -- nobody else's word ---------------------------------------------------------------------------
 
 
 class Peft(peft.LoraConfig):
@@ -271,9 +262,6 @@ def test_configs_that_are_refused(
     assert caught.value.id == str(path)
 
 
-# -- local folders --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("spell", [Path, str, "./{}", "../here/{}"])
 async def test_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spell: Any) -> None:
     (tmp_path / "here").mkdir()
@@ -287,9 +275,6 @@ async def test_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sp
     assert LoraConfig.load(id).r == 8  # it needs no weights beside it
     with pytest.raises(AdapterNotFoundError, match=WEIGHTS):
         WeightsFile.open(id)
-
-
-# -- the hub cache --------------------------------------------------------------------------------
 
 
 def test_a_cache_that_is_damaged_or_may_not_be_read(
@@ -329,9 +314,6 @@ def test_no_ids(id: Any) -> None:
 def test_sources_that_only_a_loader_asks(id: str) -> None:
     with pytest.raises(ConfigError, match="an AdapterLoader loads adapters from elsewhere"):
         LoraConfig.load(id)
-
-
-# -- every tensor belongs to a module, or is refused by its name ----------------------------------
 
 
 Q1 = f"base_model.model.{base.module_name(1, 'q_proj')}"
@@ -394,8 +376,6 @@ def test_patterns_that_would_take_too_long(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapterError, match="too long to match"):
         LoraConfig.load(path).map_weights_for_model(made, names)
 
-
-# -- another base than the one that is served: names warn, architectures refuse -------------------
 
 LLAMA, QWEN = ["LlamaForCausalLM"], ["Qwen2ForCausalLM"]
 

@@ -116,8 +116,6 @@ async def test_more_than_a_and_b_of_linear_modules_is_refused_by_name(
             LoraWeights.from_adapter(handle, "q_proj")
 
 
-# -- at most the result and one layer at a time, by the process's own peak ------------------------
-
 LAYERS, HIDDEN, RANK = 24, 8192, 64
 MIB = 1 << 20
 

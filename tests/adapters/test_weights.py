@@ -41,9 +41,6 @@ def ones(rank: int | dict[str, int], *types: str) -> dict[str, Tensor]:
     return {n: torch.ones_like(t) for n, t in base.tensors(rank, types=types).items()}
 
 
-# -- scale ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("alpha", "r", "rslora", "scale"),
     [(16, 4, False, 4.0), (16, 4, True, 8.0), (16, 16, True, 4.0), (8, 32, False, 0.25)],
@@ -145,9 +142,6 @@ def test_a_scale_that_takes_b_beyond_its_dtype(
     assert loaded(base.config(8, 2.0**15), model, made, "q_proj").weights_b.max() == 4
 
 
-# -- ranks, layers and orientation ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("rank", "world_size", "padded"),
     [
@@ -245,9 +239,6 @@ def test_made_by_hand_of_a_tensor_for_each_layer(rank: int) -> None:
             LoraWeights(these, those, base.config())
 
 
-# -- split over processes -------------------------------------------------------------------------
-
-
 @settings(max_examples=40, deadline=None)
 @given(rank=st.integers(1, 256), world=st.integers(1, 8), layer_type=st.sampled_from(base.TYPES))
 def test_the_delta_is_the_same_split_over_any_world(rank: int, world: int, layer_type: str) -> None:
@@ -328,9 +319,6 @@ def test_deltas_are_those_of_peft(tmp_path: Path, world_size: int) -> None:
     assert compared == len(expected) == 7 * 2 + 1
 
 
-# -- names ----------------------------------------------------------------------------------------
-
-
 def test_a_module_map_of_the_contract(model: Any) -> None:
     config, made = base.config(), base.tensors()
     module_map, names = config.map_weights_for_model(made, model.weight_names)
@@ -357,8 +345,6 @@ def test_a_module_map_has_both_factors(model: Any, factor: str) -> None:
     with pytest.raises(UsageError, match=f"{module}.* has no {factor} in the module map"):
         LoraWeights.load(config, model, {**module_map, module: halved}, "q_proj", names)
 
-
-# -- what does not fit ----------------------------------------------------------------------------
 
 A, B = base.key(1, "q_proj", "A"), base.key(1, "q_proj", "B")
 MODULE = base.module_name(1, "q_proj")
@@ -457,8 +443,6 @@ def test_fan_in_fan_out_says_how_a_base_is_stored_and_not_the_file() -> None:
         with pytest.raises(IncompatibleAdapterError, match="fan_in_fan_out is true"):
             load(said, model, content, "q_proj")
 
-
-# -- each adapter is compared with its part of LoRAX's layers -------------------------------------
 
 ALL, INTERMEDIATE, VOCABULARY = HIDDEN + 2 * KEY_VALUE, base.INTERMEDIATE, base.VOCABULARY
 

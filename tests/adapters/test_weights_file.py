@@ -60,9 +60,6 @@ def opens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
         yield seen
 
 
-# -- one file -------------------------------------------------------------------------------------
-
-
 async def test_it_holds_what_safetensors_reads(folder: Path) -> None:
     saved = load_file(folder / WEIGHTS)
     moved = folder / "part-1.safetensors"
@@ -140,9 +137,6 @@ def test_strange_files_are_refused_and_closed(
     assert len(names) == 12
 
 
-# -- LoraWeights from it --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [5, 16, 64, 160])
@@ -203,9 +197,6 @@ def test_each_file_is_opened_once(
             assert torch.equal(got.weights_a, wanted.weights_a)
             assert torch.equal(got.weights_b, wanted.weights_b)
     assert len(names) == 6
-
-
-# -- on a loop ------------------------------------------------------------------------------------
 
 
 class Reads:
@@ -308,9 +299,6 @@ async def test_a_call_that_is_cancelled_before_its_thread_begins_reads_nothing(
         busy.set()
         await loop.shutdown_default_executor()
     assert seen == []
-
-
-# -- on a device of its own -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

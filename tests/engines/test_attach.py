@@ -37,8 +37,6 @@ from lorax_async.testing import FakeSource
 from lorax_kernels import Plan
 from tiny_sources import state
 
-# -- what is attached to --------------------------------------------------------------------------
-
 
 class Flat(nn.Module):
     """As some decoders do: the second linear's input has lost its rows."""
@@ -126,9 +124,6 @@ async def test_another_base_is_refused_before_anything_is_replaced(
     assert all(problem in str(caught.value) for problem in problems)
 
 
-# -- detaching ------------------------------------------------------------------------------------
-
-
 def anatomy(model: Any) -> list[object]:
     """Everything of a model that could change, by identity where there is one."""
     modules = [(name, id(m), type(m), vars(m).copy()) for name, m in model.named_modules()]
@@ -191,9 +186,6 @@ async def test_a_forward_that_somebody_else_replaced_is_kept_and_called(
         linear.forward = ours
     assert linear.forward is wrapped
     assert calls == [torch.Size([1, 5, 32])]
-
-
-# -- rows -----------------------------------------------------------------------------------------
 
 
 async def test_each_row_has_its_own_adapter(small: Any, served: Served) -> None:
@@ -280,9 +272,6 @@ async def test_what_would_miss_the_adapter_or_round_is_refused(
         logits_of(small, prompt(1))
 
 
-# -- handles --------------------------------------------------------------------------------------
-
-
 async def test_only_open_handles_of_this_loader_are_rows(
     small: Any, adapters: list[Path], served: Served
 ) -> None:
@@ -331,10 +320,7 @@ async def test_rows_of_an_adapter_that_turns_out_to_be_another_fail_and_the_othe
     for name, folder in zip(("a", "b"), adapters, strict=True):
         source.put(name, *tiny.files(folder))
     source.hold_verification("a")
-    async with (
-        serving(small, source=source) as (loader, attached),
-        await loader.load("b") as good,
-    ):
+    async with serving(small, source=source) as (loader, attached), await loader.load("b") as good:
         false = await loader.load("a")
         with attached.batch([None, good, false]):
             before = await asyncio.to_thread(logits_of, small, prompt(3))
@@ -351,9 +337,6 @@ async def test_rows_of_an_adapter_that_turns_out_to_be_another_fail_and_the_othe
         assert not torch.equal(after[2], before[2])
         false.release()
         await until(lambda: state(loader, "a") == "nowhere")
-
-
-# -- what the next pass finds ---------------------------------------------------------------------
 
 
 async def test_the_next_batch_of_the_same_rows_has_the_same_plan(

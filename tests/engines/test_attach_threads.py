@@ -18,8 +18,6 @@ from engines.conftest import Served
 from engines.variants import logits_of, prompt, serving
 from lorax_async import UsageError
 
-# -- threads --------------------------------------------------------------------------------------
-
 
 async def test_tasks_and_threads_have_batches_of_their_own(small: Any, served: Served) -> None:
     together = threading.Barrier(2)

@@ -84,9 +84,6 @@ def at_each_step(meet: Meet, scenario: Callable[[Meeting], None]) -> None:
             return
 
 
-# -- plans and the gate ---------------------------------------------------------------------------
-
-
 def test_two_threads_make_one_plan_and_one_that_is_being_made_is_forgotten(meet: Meet) -> None:
     for forgets in (False, True):
         meeting, made = meet(0), list[object]()
@@ -136,9 +133,6 @@ def test_two_threads_that_leave_somebody_out_leave_both_out(meet: Meet) -> None:
 
     for at in range(3):
         scenario(meet(at))
-
-
-# -- a batch --------------------------------------------------------------------------------------
 
 
 def begun(meeting: Meeting) -> tuple[Batch, list[str]]:

@@ -66,9 +66,6 @@ async def served(model: Any, adapter: Path) -> AsyncIterator[tuple[Attached, Ada
         yield attached, handle
 
 
-# -- other makes ----------------------------------------------------------------------------------
-
-
 def gpt2() -> Any:
     """Its weights are `[in, out]`, its linear modules have biases."""
     torch.manual_seed(1)
@@ -166,9 +163,6 @@ async def test_what_was_measured_in_one_grad_mode_serves_in_the_others(
     small.zero_grad(set_to_none=True)
 
 
-# -- a stay in a slot -----------------------------------------------------------------------------
-
-
 async def test_rows_are_measured_once_in_a_stay(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,8 +240,6 @@ async def test_layers_are_waited_for(small: Any, tmp_path: Path, lora: dict[str,
             assert torch.equal(await forward, expected)
 
 
-# -- shards ---------------------------------------------------------------------------------------
-
 WORLD = 2
 UP = "model.layers.1.mlp.up_proj"
 
@@ -296,9 +288,6 @@ async def test_a_rank_has_the_features_of_its_rows_and_refuses_those_for_after_t
     row = save(llama(), {**lora, "target_modules": ["up_proj", "down_proj"]}, tmp_path / "row")
     with pytest.raises(UsageError, match=r"'model.layers.0.mlp.down_proj', of which Shard\(rank=1"):
         await output(1, row, x)
-
-
-# -- refused --------------------------------------------------------------------------------------
 
 
 class Packed(nn.Linear):

@@ -59,9 +59,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-# -- beside others --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_a_spent_budget_takes_out_the_rows_that_wait(
     small: Any, adapters: list[Path], source: FakeSource, dtype: str
@@ -248,9 +245,6 @@ async def test_a_budget_is_a_number_of_seconds(served: Served) -> None:
     for budget in (-1.0, float("inf"), float("nan")):
         with pytest.raises(UsageError, match="budget"):
             served.attached.batch([served.first], budget).__enter__()
-
-
-# -- alone: nobody else could be computed meanwhile -----------------------------------------------
 
 
 async def test_who_is_alone_waits_beyond_the_budget(

@@ -163,9 +163,6 @@ async def test_padded_ranks_give_pefts_logits(
     assert torch.equal(logits[1:], base[1:])
 
 
-# -- step by step, and layer by layer --------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["dora", "lora_bias", "embedding_and_all", "dora_embedding", "json"]
@@ -224,9 +221,6 @@ async def test_layers_compute_while_later_ones_are_on_their_way(
             assert torch.equal(await forward, expected)
     for hook in hooks:
         hook.remove()
-
-
-# -- the device's bytes are the file's ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -447,11 +447,7 @@ class TestOutOfMemory:
         ],
     )
     def test_is_the_tickets_and_not_before_the_event(
-        self,
-        late: CudaDevice,
-        monkeypatch: pytest.MonkeyPatch,
-        kind: type[RuntimeError],
-        text: str,
+        self, late: CudaDevice, monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError], text: str
     ) -> None:
         def refuse(*_: object) -> None:
             raise kind(text)
@@ -538,8 +534,6 @@ def test_a_watchers_end_waits_for_all_events_also_while_others_capture() -> None
     with pytest.raises(UsageError, match="closed"):
         watcher.watch(EventTicket(None, SetEvent()))
 
-
-# -- the order of what it puts on its stream ---------------------------------------------------------
 
 OLD_A, NEW_A = OLD.weights[0][0], NEW.weights[0][0]
 
@@ -693,9 +687,6 @@ class TestCompute:
         for use in uses:
             use.result(10)
         assert torch.equal(seen.cpu(), OLD_A)
-
-
-# -- several threads at the same moment ----------------------------------------------------------
 
 
 class Crowd:

@@ -9,14 +9,7 @@ import torch
 
 from late_device import build
 from late_device.build import POISON
-from late_device.world import (
-    LATE,
-    bytes_now,
-    loaded,
-    new_stream,
-    on_device,
-    pinned,
-)
+from late_device.world import LATE, bytes_now, loaded, new_stream, on_device, pinned
 
 pytestmark = pytest.mark.usefixtures("late")
 

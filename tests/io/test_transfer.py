@@ -14,17 +14,7 @@ from itertools import product
 
 import pytest
 import torch
-from device_groups import (
-    ARENA,
-    LAYOUT,
-    SHAPES,
-    SLOTS,
-    TORCH,
-    BytesReader,
-    extent,
-    holds,
-    settle,
-)
+from device_groups import ARENA, LAYOUT, SHAPES, SLOTS, TORCH, BytesReader, extent, holds, settle
 
 from common import until
 from core.adapter_files import file_of, plan
@@ -309,8 +299,6 @@ def test_a_value_too_large_for_the_device_is_not_finite() -> None:
         holds(device, 1, made.weights)
 
 
-# -- failures: no copy is left behind, no buffer is lost, no row names the slot -------------------
-
 LATE = 0.002
 """Seconds that a copy is late: long enough to be still under way if nobody waits."""
 
@@ -418,9 +406,6 @@ async def test_a_device_that_is_lost_frees_who_waits_for_a_buffer() -> None:
         left_nothing(device, ring, at_once=True)
 
 
-# -- to a device that reads files ----------------------------------------------------------------
-
-
 @contextmanager
 def from_file(dtype: str = "F32") -> Iterator[tuple[GatedDevice, StagingRing]]:
     device = GatedDevice(LAYOUT, dtype=dtype, nbytes=ARENA, slots=SLOTS)
@@ -465,8 +450,6 @@ def test_weights_in_host_memory_that_are_not_finite(part: str, value: float) -> 
             good.copy(slot=1, place=2)
         ).done.result(10)
 
-
-# -- biases and magnitudes: verbatim, and looked at as what they are ------------------------------
 
 LOOKS_NAN = torch.tensor(0x3F80FFFF, dtype=torch.int32).view(torch.float32)
 """About 1.008, whose lower half is NaN if it is read as bfloat16 or float16."""

@@ -238,9 +238,6 @@ def test_float32_has_the_bits_of_peft(rank: int, rslora: bool) -> None:
             assert not torch.equal(y, layer.base_layer(x))
 
 
-# -- by hand, and in halves -----------------------------------------------------------------------
-
-
 def by_hand() -> GuardedTables:
     tables = GuardedTables(1, 2)
     tables.put(0, 0, torch.tensor([[3.0, 1.0]]), torch.tensor([[5.0], [7.0]]), 0.5)
@@ -295,9 +292,6 @@ def test_shrink_is_x_times_a_and_zero_elsewhere_and_expand_adds_the_rest(
         bound = error_bound(before, x, plan, tables)
         assert ((y.double() - reference(before, x, plan, 1, tables)).abs() <= bound).all()
         assert_untouched(y, before, MIXED, ranks)
-
-
-# -- what does not fit ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -401,8 +395,6 @@ def test_halves_refuse_what_does_not_fit(
     assert (result == 1).all()
 
 
-# -- memory that is shared ------------------------------------------------------------------------
-
 ROWS, FEATURES, RANK = 6, 8, 8
 """All alike, so that x, h and y may be any part of one buffer."""
 
@@ -476,9 +468,6 @@ def test_outputs_in_the_memory_of_weights_are_refused(call: Call, slot: int, fac
             with pytest.raises(ValueError, match=f"weights of slot {slot} .*overlap"):
                 call(part(memory, start), part(fresh(), 0), plan)
     assert torch.equal(memory.nan_to_num(0.5), before.nan_to_num(0.5))
-
-
-# -- scales ---------------------------------------------------------------------------------------
 
 
 class _Scaled(GuardedTables):

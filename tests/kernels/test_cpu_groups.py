@@ -165,9 +165,6 @@ def test_one_shrink_for_q_k_and_v(
     assert [watched(seed, dtype, plan, tables, group) for seed in range(3)][-1].products == products
 
 
-# -- never another input's -----------------------------------------------------------------------
-
-
 @pytest.fixture(params=WAYS)
 def warm(request: pytest.FixtureRequest) -> tuple[Plan, GuardedTables]:
     """A plan that has put its weights together."""

@@ -169,8 +169,6 @@ def test_compiled_for_the_other_dtypes() -> None:
     prove("sgmv.compiled", "other_gates")
 
 
-# -- on a GPU: the same cases, the same bits again, and a captured graph --------------------------
-
 DEVICE = "cuda"
 MIXED = Case(
     kind=SIGNED,

@@ -60,7 +60,7 @@ MUTANTS = _by_case(
             ("B stride", "+ column * rank", "+ column * width"),
         ],
         "one row in a tile of 16": [
-            ("row mask", "has_row = row < tl.load(tile + 1) - start", "has_row = row < tile_rows"),
+            ("row mask", "has_row = row < tl.load(tile + 1) - start", "has_row = row < tile_rows")
         ],
         "-0 below a row with an adapter": [
             (
@@ -93,20 +93,20 @@ MUTANTS = _by_case(
             ),
         ],
         "features that end in a tile": [
-            ("feature mask", "has_inner = inner < features - at", "has_inner = inner < tile_inner"),
+            ("feature mask", "has_inner = inner < features - at", "has_inner = inner < tile_inner")
         ],
         "sums half-way between bfloat16s": [
             ("bf16 truncation", "        bits += 0x7FFF + ((bits >> 16) & 1)\n", ""),
             ("ties away from zero", "0x7FFF + ((bits >> 16) & 1)", "0x8000"),
         ],
         "a shrunk 257, half-way in bfloat16": [
-            ("shrunk sums not rounded", "_rounded(shrunk, b_tile.dtype, promoted)", "shrunk"),
+            ("shrunk sums not rounded", "_rounded(shrunk, b_tile.dtype, promoted)", "shrunk")
         ],
         "a group with other outputs": [
-            ("one module for all", "packed >> (member * 20)", "packed >> 0"),
+            ("one module for all", "packed >> (member * 20)", "packed >> 0")
         ],
         "padded tiles": [
-            ("no slot is a slot", "mask=slot >= 0, other=0", "mask=slot >= -1, other=0"),
+            ("no slot is a slot", "mask=slot >= 0, other=0", "mask=slot >= -1, other=0")
         ],
     }
 )
@@ -129,11 +129,9 @@ COMPILED_MUTANTS = _by_case(
             ),
         ],
         "scalar loads of 32 bits": [
-            ("no hint on planes", "tl.multiple_of(plane_start, 16)", "plane_start"),
+            ("no hint on planes", "tl.multiple_of(plane_start, 16)", "plane_start")
         ],
-        "float32 products in tf32": [
-            ("products in short", ', input_precision="ieee"', ""),
-        ],
+        "float32 products in tf32": [("products in short", ', input_precision="ieee"', "")],
     }
 )
 """What only a compiler notices, with what `compiled.faults` says of it."""
