@@ -38,6 +38,9 @@ from kernel_cases import (
 from lorax_kernels import Operands, Plan, Thresholds, apply, expand, shrink
 from lorax_kernels.reference import reference
 
+Call = Callable[..., None]
+ones = torch.ones
+
 ALONE = Thresholds(dense_bfloat16=0, dense_float16=0, dense_float32=0, turned_rank=0)
 WAYS = {
     "default": Thresholds(),
@@ -81,17 +84,10 @@ def test_within_the_rounding_bound(
     kind: str, scales: tuple[float, ...], way: str, dtype: torch.dtype
 ) -> None:
     """Small integers are exact."""
-    ranks = [1, 2, 3, 4, 0, 5] if kind == INTEGERS else [1, 3, 12, 20, 0, 64]
+    ranks = [1, 2, 3, 4, 0, 5] if kind == INTEGERS else [1, 3, 12, 20, 0, 256]
     more = [(480, 60), (1, 5)] if scales == (7 / 3,) else []
     for features in [(67, 129), (33, 1), *more]:
         check(kind, MIXED, ranks, features, dtype, scales, way)
-
-
-@each_dtype
-@pytest.mark.parametrize("rank", [1, 3, 12, 20, 64, 256])
-def test_one_segment(rank: int, dtype: torch.dtype) -> None:
-    for rows in (0, 1, 15, 16, 17, 33):
-        check(POSITIVE, [(1, rows)], [2, rank], (65, 127), dtype, [0.3], "default")
 
 
 @settings(max_examples=60, deadline=None)
@@ -297,37 +293,31 @@ def test_shrink_is_x_times_a_and_zero_elsewhere_and_expand_adds_the_rest(
 @pytest.mark.parametrize(
     ("y", "x", "module", "slot", "named"),
     [
-        ((4, 2), (3, 2), 0, 0, r"expected y contiguous \[3, features\] on cpu, got \[4, 2\]"),
-        ((3, 2), (2, 2), 0, 0, r"expected x contiguous \[3, features\] on cpu, got \[2, 2\]"),
-        ((3, 1, 2), (3, 2), 0, 0, r"expected y contiguous \[3, features\]"),
-        ((3, 5), (3, 2), 0, 0, r"y \[tokens, 2\] in torch.float32, got .* y \[3, 5\]"),
-        ((3, 2), (3, 5), 0, 0, r"expected x \[tokens, 2\] in torch.float32 .* got x \[3, 5\]"),
-        ((3, 2), (3, 2), 1, 0, "expected a module from 0 to 0, got 1"),
-        ((3, 2), (3, 2), -1, 0, "expected a module from 0 to 0, got -1"),
-        ((3, 2), (3, 2), 0, 2, "expected slots below 2, the plan has slot 2"),
+        (ones(4, 2), ones(3, 2), 0, 0, r"expected y contiguous \[3, features\] on cpu, got \[4, 2"),
+        (ones(3, 2), ones(2, 2), 0, 0, r"expected x contiguous \[3, features\] on cpu, got \[2, 2"),
+        (ones(3, 1, 2), ones(3, 2), 0, 0, r"expected y contiguous \[3, features\]"),
+        (ones(3, 5), ones(3, 2), 0, 0, r"y \[tokens, 2\] in torch.float32, got .* y \[3, 5\]"),
+        (ones(3, 2), ones(3, 5), 0, 0, r"x \[tokens, 2\] in torch.float32 .* got x \[3, 5\]"),
+        (ones(3, 2), ones(3, 2), 1, 0, "expected a module from 0 to 0, got 1"),
+        (ones(3, 2), ones(3, 2), -1, 0, "expected a module from 0 to 0, got -1"),
+        (ones(3, 2), ones(3, 2), 0, 2, "expected slots below 2, the plan has slot 2"),
+        (ones(3, 2), ones(3, 2).bfloat16(), 0, 0, "torch.float32, got x .* in torch.bfloat16"),
+        (ones(3, 2).double(), ones(3, 2), 0, 0, r"y \[3, 2\] in torch.float64"),
+        (ones(3, 2).half(), ones(3, 2).half(), 0, 0, r"expected x \[tokens, 2\] in torch.float32"),
+        (ones(2, 3).t(), ones(3, 2), 0, 0, r"expected y contiguous .* strides \(1, 3\)"),
+        (ones(3, 2), ones(3, 2).to("meta"), 0, 0, "expected x contiguous .* on meta"),
     ],
 )
 def test_apply_refuses_what_does_not_fit(
-    y: tuple[int, ...], x: tuple[int, ...], module: int, slot: int, named: str
+    y: Tensor, x: Tensor, module: int, slot: int, named: str
 ) -> None:
-    output = torch.ones(y)
     with pytest.raises(ValueError, match=named):
-        apply(output, torch.ones(x), Plan.from_segments([0, 3], [slot]), module, by_hand())
-    assert (output == 1).all()
+        apply(y, x, Plan.from_segments([0, 3], [slot]), module, by_hand())
+    assert (y == 1).all()
 
 
-def test_apply_refuses_other_dtypes_strides_and_devices() -> None:
-    """Also in a later segment, which leaves the earlier ones alone."""
-    plan, good, tables = Plan.from_segments([0, 2], [0]), torch.ones(2, 2), by_hand()
-    for y, x, named in (
-        (good, good.bfloat16(), r"torch.float32, got x .* in torch.bfloat16"),
-        (good.double(), good, r"y \[2, 2\] in torch.float64"),
-        (good.half(), good.half(), r"expected x \[tokens, 2\] in torch.float32"),
-        (good.t(), good, r"expected y contiguous .* strides \(1, 2\)"),
-        (good, good.to("meta"), r"expected x contiguous .* on meta"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            apply(y, x, plan, 0, tables)
+def test_a_later_segment_that_does_not_fit_leaves_the_earlier_ones_alone() -> None:
+    good, tables = ones(2, 2), by_hand()
     later = Plan.from_segments([0, 1, 2], [0, 1])
     for a, b, named in (
         (torch.ones(1, 3), torch.ones(2, 1), r"expected x \[tokens, 3\]"),
@@ -340,59 +330,28 @@ def test_apply_refuses_other_dtypes_strides_and_devices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("half", "written", "read", "dtype", "module", "slot", "named"),
+    ("half", "written", "read", "module", "slot", "named"),
     [
-        (shrink, (3, 2), (2, 8), "float32", 1, 0, r"expected x contiguous \[3, features\] on cpu"),
-        (shrink, (2, 2), (3, 8), "float32", 1, 0, r"expected h contiguous \[3, features\] on cpu"),
-        (shrink, (3, 1), (3, 8), "float32", 1, 0, r"expected h \[tokens, 2 or more\] in torch.flo"),
-        (shrink, (3, 2), (3, 8), "float16", 1, 0, r"expected h \[tokens, 2 or more\] in torch.flo"),
-        (
-            shrink,
-            (3, 2),
-            (3, 7),
-            "float32",
-            1,
-            0,
-            r"expected x \[tokens, 8\] in torch.float32, got",
-        ),
-        (shrink, (3, 2), (3, 8), "float32", 2, 0, "expected a module from 0 to 1, got 2"),
-        (shrink, (3, 2), (3, 8), "float32", 1, 1, "expected slots below 1, the plan has slot 1"),
-        (expand, (2, 6), (3, 2), "float32", 1, 0, r"expected y contiguous \[3, features\] on cpu"),
-        (
-            expand,
-            (3, 5),
-            (3, 2),
-            "float32",
-            1,
-            0,
-            r"y \[tokens, 6\] in torch.float32, got y \[3, 5",
-        ),
-        (
-            expand,
-            (3, 6),
-            (3, 1),
-            "float32",
-            1,
-            0,
-            r"expected h \[tokens, 2 or more\] .* got \[3, 1",
-        ),
-        (expand, (3, 6), (3, 2), "float32", 1, 1, "expected slots below 1, the plan has slot 1"),
+        (shrink, ones(3, 2), ones(2, 8), 1, 0, r"expected x contiguous \[3, features\] on cpu"),
+        (shrink, ones(2, 2), ones(3, 8), 1, 0, r"expected h contiguous \[3, features\] on cpu"),
+        (shrink, ones(3, 1), ones(3, 8), 1, 0, r"expected h \[tokens, 2 or more\] in torch.flo"),
+        (shrink, ones(3, 2).half(), ones(3, 8), 1, 0, r"expected h \[tokens, 2 or more\] in t"),
+        (shrink, ones(3, 2), ones(3, 7), 1, 0, r"expected x \[tokens, 8\] in torch.float32, got"),
+        (shrink, ones(3, 2), ones(3, 8), 2, 0, "expected a module from 0 to 1, got 2"),
+        (shrink, ones(3, 2), ones(3, 8), 1, 1, "expected slots below 1, the plan has slot 1"),
+        (expand, ones(2, 6), ones(3, 2), 1, 0, r"expected y contiguous \[3, features\] on cpu"),
+        (expand, ones(3, 5), ones(3, 2), 1, 0, r"y \[tokens, 6\] in torch.float32, got y \[3, 5"),
+        (expand, ones(3, 6), ones(3, 1), 1, 0, r"expected h \[tokens, 2 or more\] .* got \[3, 1"),
+        (expand, ones(3, 6), ones(3, 2), 1, 1, "expected slots below 1, the plan has slot 1"),
     ],
 )
 def test_halves_refuse_what_does_not_fit(
-    half: Callable[..., None],
-    written: tuple[int, int],
-    read: tuple[int, int],
-    dtype: str,
-    module: int,
-    slot: int,
-    named: str,
+    half: Call, written: Tensor, read: Tensor, module: int, slot: int, named: str
 ) -> None:
     tables = make_tables(SIGNED, [2], (8, 6), torch.float32, 1.0)
-    result = torch.ones(written, dtype=getattr(torch, dtype))
     with pytest.raises(ValueError, match=named):
-        half(result, torch.ones(read), make_plan([(slot, 3)]), module, tables)
-    assert (result == 1).all()
+        half(written, read, make_plan([(slot, 3)]), module, tables)
+    assert (written == 1).all()
 
 
 ROWS, FEATURES, RANK = 6, 8, 8
@@ -400,7 +359,6 @@ ROWS, FEATURES, RANK = 6, 8, 8
 
 SIZE = ROWS * FEATURES
 SEGMENTS = [(0, 2), (-1, 1), (1, 3)]
-Call = Callable[[Tensor, Tensor, Plan], None]
 TABLES = make_tables(SIGNED, [RANK, RANK], (FEATURES, FEATURES), torch.float32, 0.5)
 CALLS: dict[str, Call] = {
     "apply": lambda y, x, plan: apply(y, x, plan, 1, TABLES),
