@@ -21,16 +21,8 @@ from adapters.small_base import WEIGHTS, loaded
 from common import Run, open_files, until
 from late_device.world import LATE
 from late_device.world import loaded as late_device
+from lorax_async import errors
 from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights, WeightsFile
-from lorax_async.errors import (
-    AdapterFormatError,
-    AdapterNotFoundError,
-    FetchError,
-    IntegrityError,
-    LoraxError,
-    UnsupportedAdapterError,
-    UsageError,
-)
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -82,35 +74,40 @@ def test_a_target_fits_and_a_file_that_changed_or_is_closed_gives_no_mixture(fol
     plain = torch.zeros(8, 840)
     with WeightsFile.open(folder) as file:
         for target in (plain.T, plain.half(), torch.zeros(840, 8).T, plain.to("meta")):
-            with pytest.raises(UsageError, match="does not fit"):
+            with pytest.raises(errors.UsageError, match="does not fit"):
                 file.read_into(A, target)
-        with pytest.raises(UsageError, match="no tensor 'x'"):
+        with pytest.raises(errors.UsageError, match="no tensor 'x'"):
             file.read("x")
         with (folder / WEIGHTS).open("r+b") as there:
             there.seek(-1, os.SEEK_END)
             there.write(b"x")
-        with pytest.raises(IntegrityError, match="changed"):
+        with pytest.raises(errors.IntegrityError, match="changed"):
             file.read(A)
     file.close()
-    with pytest.raises(FetchError, match="closed"):
+    with pytest.raises(errors.FetchError, match="closed"):
         file.read(A)
 
 
-STRANGE: list[tuple[str, Any, type[LoraxError], str]] = [
-    ("missing", None, AdapterNotFoundError, WEIGHTS),
-    ("cut", None, AdapterFormatError, "fetch it again"),
-    ("folder", None, AdapterFormatError, "a folder"),
-    ("pickle", None, AdapterFormatError, "pickle"),
-    ("none", {}, AdapterFormatError, "no tensors"),
-    ("flat", {A: torch.zeros(8)}, AdapterFormatError, r"shape \[8\]"),
-    ("int", {A: torch.zeros(8, 840, dtype=torch.int8)}, UnsupportedAdapterError, "I8"),
-    ("dora", {f"{A[:-9]}_magnitude_vector": torch.zeros(8)}, UnsupportedAdapterError, "DoRA"),
+STRANGE: list[tuple[str, Any, type[errors.LoraxError], str]] = [
+    ("missing", None, errors.AdapterNotFoundError, WEIGHTS),
+    ("cut", None, errors.AdapterFormatError, "fetch it again"),
+    ("folder", None, errors.AdapterFormatError, "a folder"),
+    ("pickle", None, errors.AdapterFormatError, "pickle"),
+    ("none", {}, errors.AdapterFormatError, "no tensors"),
+    ("flat", {A: torch.zeros(8)}, errors.AdapterFormatError, r"shape \[8\]"),
+    ("int", {A: torch.zeros(8, 840, dtype=torch.int8)}, errors.UnsupportedAdapterError, "I8"),
+    (
+        "dora",
+        {f"{A[:-9]}_magnitude_vector": torch.zeros(8)},
+        errors.UnsupportedAdapterError,
+        "DoRA",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("how", "content", "kind", "text"), STRANGE)
 def test_strange_files_are_refused_and_closed(
-    folder: Path, how: str, content: Any, kind: type[LoraxError], text: str
+    folder: Path, how: str, content: Any, kind: type[errors.LoraxError], text: str
 ) -> None:
     """Also behind a path in place of a tensor, at the load."""
     config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
@@ -157,7 +154,7 @@ def test_the_same_as_from_tensors(
             assert torch.equal(ours.weights_a, theirs.weights_a)
             assert torch.equal(ours.weights_b, theirs.weights_b)
     assert not names
-    with pytest.raises(FetchError, match="closed"):
+    with pytest.raises(errors.FetchError, match="closed"):
         LoraWeights.load(config, model, module_map, "q_proj", names)
 
 

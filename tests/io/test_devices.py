@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from device_conformance import FileDeviceConformance, StagedDeviceConformance
 from device_groups import (
     ARENA,
     EXTENT,
@@ -19,6 +18,8 @@ from device_groups import (
     OLD,
     SLOTS,
     START,
+    FileDeviceConformance,
+    StagedDeviceConformance,
     TabledDevice,
     begin,
     extent,
