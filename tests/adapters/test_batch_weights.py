@@ -60,7 +60,6 @@ def stand_in(rank: int, *, seed: int = 0, local_rank: int | None = None) -> Stan
 
 
 def of_ranks(*ranks: int) -> dict[int, StandIn]:
-    """Adapter i has the i-th local rank."""
     return {i: stand_in(1, seed=i, local_rank=rank) for i, rank in enumerate(ranks)}
 
 
@@ -79,20 +78,13 @@ def loaded(
     return BatchLoraWeights.load(weights, meta_of(tokens), "q_proj", prefill, chosen)
 
 
-def load(
-    weights: Mapping[int, object],
-    tokens: list[int],
-    *,
-    prefill: bool = True,
-    heads: list[int] | None = None,
-) -> BatchLoraWeights:
-    batch = loaded(weights, tokens, prefill=prefill, heads=heads)
+def load(weights: Mapping[int, object], tokens: list[int], **options: Any) -> BatchLoraWeights:
+    batch = loaded(weights, tokens, **options)
     assert batch is not None
     return batch
 
 
 def follow(address: int, shape: tuple[int, ...]) -> Tensor:
-    """The float64 values that lie there."""
     memory = (ctypes.c_double * prod(shape)).from_address(address)
     return torch.frombuffer(memory, dtype=torch.float64).view(shape)
 
@@ -125,7 +117,6 @@ def delta_by_address(batch: BatchLoraWeights, x: Tensor, layer: int) -> Tensor:
 def delta_by_token(
     weights: Mapping[int, StandIn], tokens: Sequence[int], x: Tensor, layer: int
 ) -> Tensor:
-    """`x · A · B` of each token's own adapter."""
     delta = torch.zeros(len(tokens), OUT).double()
     for row, index in enumerate(tokens):
         if index in weights:
@@ -144,7 +135,6 @@ class Case:
 
     @property
     def rows(self) -> list[int]:
-        """The adapters of the rows that a layer gets."""
         return self.tokens if self.heads is None else [self.tokens[at] for at in self.heads]
 
 
@@ -202,23 +192,12 @@ def test_segments_spell_the_tokens_also_when_batches_are_joined(batches: list[li
     assert concat_segments(find_segments(tokens) for tokens in batches) == (bounds, indices)
 
 
-FIRST = (torch.tensor([0, 1, 4, 7, 8]), [2, 1, 2, 1])
-LAST = (torch.tensor([0, 2, 5]), [1, 2])
-
-
-@pytest.mark.parametrize(
-    ("batches", "bounds", "indices"),
-    [
-        ([FIRST, LAST], [0, 1, 4, 7, 10, 13], [2, 1, 2, 1, 2]),  # and no argument is changed
-        ([([0, 2], [5]), ([0, 0, 3, 4], [7, 5, 5])], [0, 6], [5]),  # an empty run, equal ones
-        ([], [0], []),
-    ],
-)
-def test_equal_neighbours_are_joined(
-    batches: list[tuple[Integers, list[int]]], bounds: list[int], indices: list[int]
-) -> None:
+def test_equal_neighbours_are_joined() -> None:
+    first = (torch.tensor([0, 1, 4, 7, 8]), [2, 1, 2, 1])
+    last = (torch.tensor([0, 2, 5]), [1, 2])
     for _ in range(2):
-        assert concat_segments(batches) == (bounds, indices)
+        assert concat_segments([first, last]) == ([0, 1, 4, 7, 10, 13], [2, 1, 2, 1, 2])
+    assert concat_segments([([0, 2], [5]), ([0, 0, 3, 4], [7, 5, 5])]) == ([0, 6], [5])
 
 
 @pytest.mark.parametrize(
@@ -316,7 +295,6 @@ def test_decoding_names_an_address_for_each_token(
 
 @pytest.mark.parametrize(("rank", "by_segment"), [(128, False), (144, True)])
 def test_one_rank_above_128_puts_the_batch_into_segments(rank: int, by_segment: bool) -> None:
-    """An adapter that no token uses does not matter."""
     weights = of_ranks(8, rank)
     batch = load(weights, TOKENS, prefill=False)
     assert batch.use_sgmv is by_segment
@@ -365,8 +343,6 @@ def test_a_batch_without_lora_weights_has_nothing(prefill: bool) -> None:
 
 
 class Forgetful(StandIn):
-    """Makes its tensors anew whenever asked."""
-
     made: list[weakref.ref[Tensor]]
 
     def __getattribute__(self, name: str) -> object:
@@ -442,7 +418,6 @@ def test_heads_must_be_tokens_in_order(heads: list[int], prefill: bool) -> None:
 @pytest.mark.parametrize("prefill", [True, False])
 @pytest.mark.parametrize("where", ["turned", "meta"])
 def test_weights_that_an_address_does_not_describe_are_refused(prefill: bool, where: str) -> None:
-    """Not contiguous, or on another device than the first."""
     weights = of_ranks(8, 8)
     one = weights[1]
     if where == "meta":
@@ -465,7 +440,6 @@ def bridge_of(weights: dict[int, StandIn], tokens: list[int], world_size: int = 
 @settings(max_examples=120, deadline=None)
 @given(cases(RANKS))
 def test_every_row_gets_its_own_adapter(case: Case) -> None:
-    """By a bridge, and by kernels that follow the addresses of the groups."""
     weights = {index: stand_in(rank, seed=index) for index, rank in case.ranks.items()}
     batch = loaded(weights, case.tokens, prefill=case.prefill, heads=case.heads)
     if batch is None:
@@ -522,22 +496,15 @@ class World:
     """All processes in one; column-parallel where A is split by rank, else row-parallel."""
 
     def __init__(
-        self,
-        adapters: dict[int, Whole],
-        tokens: list[int],
-        world: int,
-        *,
-        by_rank: bool,
-        prefill: bool = True,
-        heads: list[int] | None = None,
+        self, adapters: dict[int, Whole], tokens: list[int], world: int, *, by_rank: bool, **of: Any
     ) -> None:
         self.adapters, self.by_rank, self.size = adapters, by_rank, world
+        heads: list[int] | None = of.get("heads")
         self.rows = tokens if heads is None else [tokens[at] for at in heads]
         self.processes = []
         for place in range(world):
             shares = {i: one.share(world, place, by_rank=by_rank) for i, one in adapters.items()}
-            batch = load(shares, tokens, prefill=prefill, heads=heads)
-            self.processes.append(Bridge.of(batch, world_size=world))
+            self.processes.append(Bridge.of(load(shares, tokens, **of), world_size=world))
 
     def shrink(self, x: Tensor, layer: int) -> list[Tensor]:
         parts = [x] * self.size if self.by_rank else x.chunk(self.size, dim=1)
@@ -552,7 +519,6 @@ class World:
         return torch.cat(outputs, dim=1)
 
     def exact(self, x: Tensor, layer: int) -> Tensor:
-        """`x · A · B` of each token's own adapter, of the weights as they were before the split."""
         out = next(iter(self.adapters.values())).b.shape[2]
         delta = torch.zeros(len(self.rows), out).double()
         for row, index in enumerate(self.rows):
@@ -630,7 +596,6 @@ def test_dtypes_of_models(dtype: torch.dtype, world: int) -> None:
 
 
 def shapes(*ranks: tuple[int, int]) -> dict[int, StandIn]:
-    """Adapter i has the i-th local rank in A, and whole rank in B."""
     return {
         i: StandIn(integers(1, LAYERS, IN, local), integers(2, LAYERS, rank, OUT))
         for i, (local, rank) in enumerate(ranks)
@@ -649,20 +614,12 @@ KINDS = r"adapter 1 has \(layers, in, out, dtypes\) "
 @pytest.mark.parametrize(
     ("weights", "world", "named"),
     [
-        (
-            shapes((12, 48)),
-            2,
-            "A of adapter 0 has rank 12 and B has 48, which is no share of one in 2",
-        ),
+        (shapes((12, 48)), 2, "A of adapter 0 has rank 12 and B has 48, .* no share of one in 2"),
         (shapes((12, 48)), 1, "B has 48, which is no share of one in 1"),
         (shapes((8, 16), (8, 24)), 2, "A of adapter 1 has rank 8 and B has 24"),
         (shapes((16, 8)), 2, "A of adapter 0 has rank 16 and B has 8"),
-        (shapes((8, 8)), 0, "no share of one in 0 processes; load the weights for this world size"),
-        (
-            shapes((8, 16), (16, 16)),
-            2,
-            "A of adapter 1 has 1/1 of its rank, .* the first .* 1/2; load",
-        ),
+        (shapes((8, 8)), 0, "no share of one in 0 processes; load the weights for this world"),
+        (shapes((8, 16), (16, 16)), 2, "A of adapter 1 has 1/1 of its rank, .* first .* 1/2; load"),
         ({0: stand_in(8), 1: OTHER["layers"]}, 1, KINDS + r"\(3, 5, 3, "),
         ({0: stand_in(8), 1: OTHER["in"]}, 1, KINDS + r"\(2, 6, 3, "),
         ({0: stand_in(8), 1: OTHER["out"]}, 1, KINDS + r"\(2, 5, 4, "),

@@ -52,7 +52,6 @@ def hub(hub_client: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandI
 
 
 def asked(hub: HubStandIn) -> set[tuple[str, str]]:
-    """Which files the hub itself was asked for, and by what."""
     return {(each.method, each.target.split("/")[-1]) for each in hub.asked if not each.at_store}
 
 
@@ -83,7 +82,6 @@ def test_the_two_files_are_fetched_once(
 async def test_many_at_once_get_the_same_while_the_loop_goes_on(
     hub: HubStandIn, tmp_path: Path
 ) -> None:
-    """Some are cancelled, whose threads go on."""
     hub.put(SQL, contents(adapter(tmp_path)))
     config = asyncio.create_task(LoraConfig.load_async(SQL))
     calls = [asyncio.create_task(WeightsFile.open_async(SQL)) for _ in range(12)]

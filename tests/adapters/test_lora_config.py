@@ -32,6 +32,7 @@ from lorax_async.adapters import (
     lora,
     require_all_used,
 )
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_network")
 
@@ -84,7 +85,6 @@ def test_the_signatures(call: Any, names: str) -> None:
 
 
 def test_the_calls_of_loraxs_models(tmp_path: Path) -> None:
-    """As `Model.load_adapter` makes them."""
     path = base.write(tmp_path / "sql", base.tensors(types=["q_proj", "lm_head"]))
     model = base.lorax_model(torch.float16)
     weight_names = tuple(v[0] for v in model.target_to_layer.values())
@@ -192,7 +192,7 @@ async def test_peft_gets_plain_values_in_a_thread_and_compiles_nothing(
     assert len(other_peft.threads) == 1
     assert threading.get_ident() not in other_peft.threads
     other_peft.refused = True
-    with pytest.raises(errors.AdapterFormatError, match="not this rank"):
+    with pytest.raises(AdapterFormatError, match="not this rank"):
         LoraConfig.load(path)
 
 
@@ -214,15 +214,15 @@ def test_peft_and_we_must_agree(
 @pytest.mark.parametrize(
     ("change", "kind", "text"),
     [
-        ({"use_dora": True}, errors.UnsupportedAdapterError, "DoRA"),
-        ({"lora_bias": True}, errors.UnsupportedAdapterError, "bias"),
-        ({"bias": "all"}, errors.UnsupportedAdapterError, "biases"),
+        ({"use_dora": True}, UnsupportedAdapterError, "DoRA"),
+        ({"lora_bias": True}, UnsupportedAdapterError, "bias"),
+        ({"bias": "all"}, UnsupportedAdapterError, "biases"),
         (None, errors.AdapterNotFoundError, CONFIG),
-        (b"", errors.AdapterFormatError, "empty"),
-        (b" " * (256 * 1024 + 1), errors.AdapterFormatError, "262,145"),
-        (b"{", errors.AdapterFormatError, CONFIG),
-        (b'{"r":1,"r":2}', errors.AdapterFormatError, "r"),
-        ("folder", errors.AdapterFormatError, "a folder"),
+        (b"", AdapterFormatError, "empty"),
+        (b" " * (256 * 1024 + 1), AdapterFormatError, "262,145"),
+        (b"{", AdapterFormatError, CONFIG),
+        (b'{"r":1,"r":2}', AdapterFormatError, "r"),
+        ("folder", AdapterFormatError, "a folder"),
         ("no folder", errors.AdapterNotFoundError, CONFIG),
         ("inside a file", errors.AdapterNotFoundError, CONFIG),
     ],
@@ -265,7 +265,6 @@ async def test_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sp
 def test_a_cache_that_is_damaged_or_may_not_be_read(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Damaged by what was being written when the machine went down, say."""
     hub_cache.put(cache, "org/sql", {CONFIG: b"{}"}, commit="1" * 40, refs=("main",))
     (cache / "models--org--sql" / "refs" / "main").write_bytes(b"\xff\xfe")
     for call in (LoraConfig.load, WeightsFile.open):
@@ -308,18 +307,13 @@ Q1 = f"{ROOT}{base.module_name(1, 'q_proj')}"
 @pytest.mark.parametrize(
     ("gone", "more", "kind", "text"),
     [
-        ("A", "", errors.AdapterFormatError, "q_proj.lora_B.weight' has no A"),
-        ("B", "", errors.AdapterFormatError, "q_proj.lora_A.weight' has no B"),
-        ("", f"{Q1}.lora_magnitude_vector", errors.UnsupportedAdapterError, "DoRA"),
-        ("", f"{Q1}.lora_B.bias", errors.UnsupportedAdapterError, "lora_bias"),
-        ("", f"{ROOT}model.embed.lora_embedding_A", errors.UnsupportedAdapterError, "embedding"),
-        (
-            "",
-            f"{ROOT}lm_head.base_layer.weight",
-            errors.UnsupportedAdapterError,
-            "copy of the base",
-        ),
-        ("", "something.else", errors.UnsupportedAdapterError, f"no '{ROOT}' in front"),
+        ("A", "", AdapterFormatError, "q_proj.lora_B.weight' has no A"),
+        ("B", "", AdapterFormatError, "q_proj.lora_A.weight' has no B"),
+        ("", f"{Q1}.lora_magnitude_vector", UnsupportedAdapterError, "DoRA"),
+        ("", f"{Q1}.lora_B.bias", UnsupportedAdapterError, "lora_bias"),
+        ("", f"{ROOT}model.embed.lora_embedding_A", UnsupportedAdapterError, "embedding"),
+        ("", f"{ROOT}lm_head.base_layer.weight", UnsupportedAdapterError, "copy of the base"),
+        ("", "something.else", UnsupportedAdapterError, f"no '{ROOT}' in front"),
     ],
 )
 def test_tensors_without_a_place_are_refused_by_name(
@@ -335,16 +329,14 @@ def test_tensors_that_nothing_applies_are_refused() -> None:
     """LoRAX drops them without a word; the adapter's answers are others then."""
     made = base.tensors()
     names = [n for n in base.lorax_model().weight_names if "v_proj" not in n]
-    with pytest.raises(errors.IncompatibleAdapterError, match=r"v_proj.*\(6 tensors in all\)"):
+    with pytest.raises(IncompatibleAdapterError, match=r"v_proj.*\(6 tensors in all\)"):
         base.config().map_weights_for_model(made, names)
     kept = {name: tensor for name, tensor in made.items() if "v_proj" not in name}
     module_map, matched = base.config().map_weights_for_model(kept, names)
     assert matched == set(kept)
     assert len(module_map) == len(kept) / 2
     require_all_used(set())
-    with pytest.raises(
-        errors.IncompatibleAdapterError, match=r"loaded a, b, c, … \(4 tensors in all\)"
-    ):
+    with pytest.raises(IncompatibleAdapterError, match=r"loaded a, b, c, … \(4 tensors in all\)"):
         require_all_used(set("abcd"))
 
 
@@ -356,7 +348,7 @@ def test_patterns_that_would_take_too_long(tmp_path: Path) -> None:
         for name in names
         for part in "AB"
     }
-    with pytest.raises(errors.UnsupportedAdapterError, match="too long to match"):
+    with pytest.raises(UnsupportedAdapterError, match="too long to match"):
         LoraConfig.load(path).map_weights_for_model(made, names)
 
 
@@ -376,8 +368,8 @@ def put(cache: Path, config: object) -> None:
         ("org/base", None, UserWarning),
         ("org/base", {"architectures": []}, UserWarning),
         ("org/base", b"{", UserWarning),
-        ("org/base", {"architectures": QWEN}, errors.IncompatibleAdapterError),
-        ("org/base", {"architectures": LLAMA + QWEN}, errors.IncompatibleAdapterError),
+        ("org/base", {"architectures": QWEN}, IncompatibleAdapterError),
+        ("org/base", {"architectures": LLAMA + QWEN}, IncompatibleAdapterError),
     ],
 )
 async def test_another_base_warns_and_another_architecture_is_refused(
@@ -402,10 +394,10 @@ async def test_another_base_warns_and_another_architecture_is_refused(
                 if found is not None:
                     await found
                     assert outcome is None
-            except (UserWarning, errors.IncompatibleAdapterError) as error:
+            except (UserWarning, IncompatibleAdapterError) as error:
                 assert type(error) is outcome
                 words = ("'sql'", "'org/served'", "serve 'org/base'")
-                more = (*LLAMA, *QWEN) if outcome is errors.IncompatibleAdapterError else ()
+                more = (*LLAMA, *QWEN) if outcome is IncompatibleAdapterError else ()
                 assert all(word in str(error) for word in (*words, *more))
             if check is check_architectures_async:  # it reads the cache in a thread
                 assert threading.get_ident() not in threads

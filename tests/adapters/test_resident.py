@@ -102,7 +102,6 @@ EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_"
 async def test_more_than_a_and_b_of_linear_modules_is_refused_by_name(
     tmp_path: Path, more: dict[str, torch.Tensor], config: dict[str, Any], feature: str
 ) -> None:
-    """Whichever type is asked for."""
     made = base.tensors(types=["q_proj"], skip=[(1, "q_proj"), (2, "q_proj")])
     folder = base.write(tmp_path / "a", made | more, **config)
     embedding = Module("model.embed_tokens", 100, 840, -1, Parallel.REPLICATED, embedding=True)
@@ -126,7 +125,6 @@ def _memory(name: str) -> int:
 
 
 def _peak(load: Callable[[], LoraWeights | None]) -> int:
-    """How far the process grows at most; what torch allocates once is there already."""
     load()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _memory("VmRSS")

@@ -19,6 +19,7 @@ from adapters.small_base import HIDDEN, KEY_VALUE, QKV, SHAPES, Linear, load, lo
 from engines.variants import llama, wrapped
 from lorax_async import errors, layouts
 from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights, WeightsFile, padded_rank
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 MODELS = [base.lorax_model(), LayoutModel(base.layout(), FLOAT32, 1)]
@@ -125,7 +126,7 @@ def test_a_scale_that_takes_b_beyond_its_dtype(
     problem = f"{base.module_name(2, 'q_proj')}.*B times the scale .* {dtype} holds"
     with WeightsFile.at(tmp_path / "weights") as file:
         for content in (made, file):
-            with pytest.raises(errors.AdapterFormatError, match=problem):
+            with pytest.raises(AdapterFormatError, match=problem):
                 load(base.config(8, alpha), model, content, "q_proj")
     made[name][-1, -1] = torch.inf  # its author's own
     weights = loaded(base.config(8, 16), model, made, "q_proj")
@@ -151,7 +152,7 @@ def test_ranks_that_the_processes_cannot_share_are_refused() -> None:
     for rank, world_size in product(range(1, 257), range(1, 9)):
         try:
             padded = padded_rank(rank, world_size)
-        except errors.IncompatibleAdapterError as error:
+        except IncompatibleAdapterError as error:
             refused += 1
             if (rank, world_size) == (41, 5):
                 assert "41 is padded to 48, which 5 processes cannot share" in str(error)
@@ -222,16 +223,15 @@ def test_made_by_hand_of_a_tensor_for_each_layer(rank: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(rank=st.integers(1, 256), world=st.integers(1, 8), layer_type=st.sampled_from(base.TYPES))
 def test_the_delta_is_the_same_split_over_any_world(rank: int, world: int, layer_type: str) -> None:
-    """By LoRAX's own models and by ours, to the same bits."""
     made = base.tensors(rank, types=[layer_type], dtype=torch.float64)
     config = base.config(rank, 2 * rank)
     ours: list[Any] = [LayoutModel(base.layout(), torch.float64, world, n) for n in range(world)]
     theirs = [base.lorax_model(torch.float64, world, n) for n in range(world)]
     try:
         padded = padded_rank(rank, world)
-    except errors.IncompatibleAdapterError:
+    except IncompatibleAdapterError:
         for model in (ours[0], theirs[0]):
-            with pytest.raises(errors.IncompatibleAdapterError):
+            with pytest.raises(IncompatibleAdapterError):
                 load(config, model, made, layer_type)
         return
     parts = [loaded(config, model, made, layer_type) for model in ours]
@@ -333,17 +333,11 @@ MODULE = base.module_name(1, "q_proj")
 @pytest.mark.parametrize(
     ("config", "changed", "layer_type", "kind", "problem"),
     [
-        ((), {A: torch.zeros(8, 839)}, "q_proj", errors.IncompatibleAdapterError, MODULE),
-        ((), {B: torch.zeros(841, 8)}, "q_proj", errors.IncompatibleAdapterError, MODULE),
-        (
-            (),
-            {B: torch.ones(840, 8).char()},
-            "q_proj",
-            errors.UnsupportedAdapterError,
-            "B torch.int8",
-        ),
-        ((8, -1e40), {}, "q_proj", errors.AdapterFormatError, r"q_proj.*-1.25e\+39.*lora_alpha"),
-        ((4,), {}, "q_proj", errors.AdapterFormatError, "rank 4, which the config says"),
+        ((), {A: torch.zeros(8, 839)}, "q_proj", IncompatibleAdapterError, MODULE),
+        ((), {B: torch.zeros(841, 8)}, "q_proj", IncompatibleAdapterError, MODULE),
+        ((), {B: torch.ones(840, 8).char()}, "q_proj", UnsupportedAdapterError, "B torch.int8"),
+        ((8, -1e40), {}, "q_proj", AdapterFormatError, r"q_proj.*-1.25e\+39.*lora_alpha"),
+        ((4,), {}, "q_proj", AdapterFormatError, "rank 4, which the config says"),
         ((), {}, "x_proj", errors.UsageError, "no layer.* type 'x_proj'"),
     ],
 )
@@ -365,7 +359,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_names(
 @pytest.mark.parametrize(
     ("weight", "inputs", "kind", "problem"),
     [
-        (torch.zeros(840, 420), 420, errors.IncompatibleAdapterError, "cannot be stacked"),
+        (torch.zeros(840, 420), 420, IncompatibleAdapterError, "cannot be stacked"),
         (torch.zeros(840, 840, device="meta"), 840, errors.UsageError, "2 devices"),
     ],
 )
@@ -390,9 +384,7 @@ def test_a_model_that_drops_a_remainder_is_found_out() -> None:
         name, fused = model.target_to_layer[layer, "q_proj"]
         fused.sizes = [841, *fused.sizes[1:]]
         made |= base.pair(name, 840, 841)
-    with pytest.raises(
-        errors.IncompatibleAdapterError, match=r"'q_proj': \[64, 105\] is no even share"
-    ):
+    with pytest.raises(IncompatibleAdapterError, match=r"'q_proj': \[64, 105\] is no even share"):
         load(base.config(), model, made, "q_proj")
 
 
@@ -406,7 +398,6 @@ def _transposed(*types: str) -> LayoutModel:
 
 
 def test_fan_in_fan_out_says_how_a_base_is_stored_and_not_the_file() -> None:
-    """One module of the adapter that is stored so is enough."""
     made, said = base.tensors(types=["q_proj", "v_proj"]), base.config(fan_in_fan_out=True)
     plain = loaded(base.config(), MODELS[1], made, "v_proj")
     for config in (base.config(), said):
@@ -416,7 +407,7 @@ def test_fan_in_fan_out_says_how_a_base_is_stored_and_not_the_file() -> None:
     assert load(said, _transposed("v_proj"), made, "q_proj") is not None
     only_q = base.tensors(types=["q_proj"])
     for model, content in ((MODELS[1], made), (_transposed("v_proj"), only_q)):
-        with pytest.raises(errors.IncompatibleAdapterError, match="fan_in_fan_out is true"):
+        with pytest.raises(IncompatibleAdapterError, match="fan_in_fan_out is true"):
             load(said, model, content, "q_proj")
 
 
@@ -480,7 +471,7 @@ def test_shapes_decide_by_what_a_layer_says(
         if (inputs in (None, other[0]) and outputs in (None, other[1])) or 0 in other:
             continue
         problem = f"{module}.*{other[0]} → {other[1]} .*the base's maps {words};"
-        with pytest.raises(errors.IncompatibleAdapterError, match=problem):
+        with pytest.raises(IncompatibleAdapterError, match=problem):
             load(base.config(), model, made, layer_type)
 
 
@@ -503,18 +494,15 @@ def test_a_head_is_split_by_vocabulary_or_not_at_all(vocabulary: int) -> None:
     if vocabulary == 3360:
         assert loaded(base.config(), model, right, "lm_head").weights_b.shape == (1, 16, 1680)
     else:  # it fits, but LoRAX cannot share it out evenly
-        with pytest.raises(errors.IncompatibleAdapterError, match="even share"):
+        with pytest.raises(IncompatibleAdapterError, match="even share"):
             load(base.config(), model, right, "lm_head")
-    with pytest.raises(
-        errors.IncompatibleAdapterError, match=f"{HIDDEN} → {2 * vocabulary} .*{HIDDEN} →"
-    ):
+    with pytest.raises(IncompatibleAdapterError, match=f"{HIDDEN} → {2 * vocabulary} .*{HIDDEN} →"):
         load(base.config(), model, wrong, "lm_head")
 
 
 @pytest.mark.parametrize("layer_type", SHAPES)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_other_sizes_than_the_parts_are_refused(layer_type: str, world_size: int) -> None:
-    """In the last layer, or in all of them, which could be stacked; in every process."""
     own, other = SHAPES[layer_type], base.INTERMEDIATE // 2
     wrong = [(own[0], other), (own[0], 2 * own[1]), (other, own[1]), (2 * own[0], own[1])]
     layers = base.layers_of(layer_type)
@@ -525,5 +513,5 @@ def test_other_sizes_than_the_parts_are_refused(layer_type: str, world_size: int
         name, model = base.module_name(some[0], layer_type), base.lorax_model(FLOAT32, world_size)
         model.rank = rank
         problem = f"{name}.*{sizes[0]} → {sizes[1]} .* {own[0]} → {own[1]}"
-        with pytest.raises(errors.IncompatibleAdapterError, match=problem):
+        with pytest.raises(IncompatibleAdapterError, match=problem):
             load(base.config(), model, made, layer_type)

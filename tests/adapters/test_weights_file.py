@@ -109,7 +109,6 @@ STRANGE: list[tuple[str, Any, type[errors.LoraxError], str]] = [
 def test_strange_files_are_refused_and_closed(
     folder: Path, how: str, content: Any, kind: type[errors.LoraxError], text: str
 ) -> None:
-    """Also behind a path in place of a tensor, at the load."""
     config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
     module_map, names = config.map_weights_for_model(_lazily(path), model.weight_names)
     if how == "cut":
@@ -171,7 +170,6 @@ def _lazily(*paths: Path | str) -> dict[str, Path | str]:
 def test_each_file_is_opened_once(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """By `load` where tensors are named by paths, and not at all where it is open."""
     config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
     saved = load_file(path)
     wanted = loaded(config, model, saved, "v_proj")
@@ -213,7 +211,6 @@ class Reads:
         monkeypatch.setattr(os, "preadv", held)
 
     async def cancel(self, call: Coroutine[Any, Any, object]) -> None:
-        """Once a read is held."""
         task = asyncio.ensure_future(call)
         await until(lambda: len(self.threads) > self.after)
         task.cancel()
@@ -304,8 +301,6 @@ def late() -> Iterator[None]:
 
 
 class OnDevice:
-    """A model whose weights are on the device."""
-
     def __init__(self, host: LayoutModel) -> None:
         weight = torch.empty(1, 1, dtype=torch.float32, device=LATE)
         layer = base.ParallelLayer(base_layer=base.BaseLayer(linear=base.Linear(weight=weight)))
@@ -319,7 +314,6 @@ class OnDevice:
 
 
 def bytes_now(tensor: torch.Tensor) -> bytes:
-    """What memory holds at this moment, whatever streams have yet to do."""
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 

@@ -1,7 +1,4 @@
-"""What attaching does to a model, which adapter each row uses, and what is refused.
-
-The oracle of answers is the model itself; PEFT's are in test_peft_equality.py.
-"""
+"""What attaching does to a model, which adapter each row uses, and what is refused."""
 
 from __future__ import annotations
 
@@ -238,7 +235,6 @@ async def test_a_mixed_batch_generates_what_its_rows_generate_alone(
 
 
 async def test_another_number_of_rows_is_refused(small: Any, served: Served) -> None:
-    """Beams and return sequences are such."""
     for count in (1, 3):
         for batch in ([served.second, None], [None, None]):
             with (
@@ -279,7 +275,6 @@ async def test_what_would_miss_the_adapter_or_round_is_refused(
 async def test_only_open_handles_of_this_loader_are_rows(
     small: Any, adapters: list[Path], served: Served
 ) -> None:
-    """One that is refused leaves the others free."""
     served.attached.detach()
     async with serving(small) as (loader, attached), await loader.load(adapters[0]) as kept:
         released = await loader.load(adapters[1])
@@ -302,7 +297,6 @@ async def test_only_open_handles_of_this_loader_are_rows(
 async def test_a_handle_released_inside_the_block_keeps_its_adapter_to_its_end(
     small: Any, adapters: list[Path]
 ) -> None:
-    """With one slot: the second adapter gets it when the block ends, and not before."""
     async with serving(small, max_slots=1) as (loader, attached):
         handle = await loader.load(adapters[0])
         with attached.batch([handle]):

@@ -175,8 +175,6 @@ def test_a_layer_that_begins_while_the_block_ends_keeps_its_adapters_or_is_refus
 
 
 def test_two_layers_that_end_at_once_are_both_over(meet: Meet) -> None:
-    """And the block with them."""
-
     def scenario(meeting: Meeting) -> None:
         batch, seen = begun(meeting)
         layers = [batch.computing() for _ in range(2)]

@@ -219,7 +219,6 @@ def test_a_second_process_waits_for_the_first_and_a_killed_one_leaves_nothing_th
 
 @pytest.mark.slow
 def test_the_real_base_answers_from_its_own_folder() -> None:
-    """And is not prepared again."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lines, base = list[str](), prepare_base()

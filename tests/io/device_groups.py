@@ -7,7 +7,7 @@ A module with a class of `DeviceConformance` has a fixture `new_device`, which m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -18,7 +18,6 @@ from lorax_async.core.arena import Extent
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.core.moves import Read, Row
 from lorax_async.errors import CapacityError, FetchError, LoraxError, UsageError
-from lorax_async.io.devices.gated import POISON
 from lorax_async.io.ports import CopyTicket, Device, FilePieces, StagedPiece
 from lorax_kernels import Operands, Tables
 
@@ -53,7 +52,6 @@ Made = TypeVar("Made", bound=Device)
 
 
 def made_by(kind: Callable[..., Made]) -> Iterator[Callable[..., Made]]:
-    """What a fixture `new_device` yields: makes devices, and closes them afterwards."""
     devices: list[Made] = []
 
     def make(
@@ -152,7 +150,6 @@ def group(seed: int, modules: Sequence[int], dtype: str = "F32", rank: int = 8) 
 
 
 def begin(device: Device, made: Group, extent: Extent, slot: int) -> CopyTicket:
-    """Ask for the copy, in the way that the device has."""
     if device.reads_files:
         return device.copy(made.file_pieces(), made.rows, extent, slot)
     piece = made.staged(device)
@@ -167,23 +164,7 @@ def move(device: Device, made: Group, extent: Extent, slot: int) -> None:
 
 
 def settle(device: Device) -> None:
-    """Wait until all that was asked for has taken effect; what has no ticket, too."""
     move(device, Group(b"", (), (), bytes(64), {}), extent(ARENA // EXTENT - 1), 0)
-
-
-def when_done(ticket: CopyTicket, look: Callable[[], None]) -> None:
-    """Look at the moment the ticket becomes done, in the thread that says so."""
-    looked: Future[None] = Future()
-
-    def called(_: CopyTicket) -> None:
-        try:
-            look()
-            looked.set_result(None)
-        except BaseException as error:
-            looked.set_exception(error)
-
-    ticket.add_done_callback(called)
-    looked.result(10)
 
 
 def extent(number: int) -> Extent:
@@ -214,7 +195,6 @@ def holds(device: TabledDevice, slot: int, expected: dict[int, Operands]) -> Non
 
 
 def shows(device: Device, made: Group, where: Extent) -> None:
-    """The device's view of the extent, and of any part of it, has the group's bytes."""
     whole = device.view(where)
     assert (whole.dtype, whole.shape) == (torch.uint8, (where.nbytes,))
     assert device.view(where).data_ptr() == whole.data_ptr()
@@ -227,21 +207,6 @@ def shows(device: Device, made: Group, where: Extent) -> None:
 
 OLD, NEW = group(1, [0, 1]), group(2, [0, 1])
 """They have the same shapes, and so the same places in an extent."""
-
-
-def weights(device: Device, slot: int = 0) -> torch.Tensor:
-    """A of module 0: a view, which shows what is there whenever it is looked at."""
-    operands = device.operands(0, slot)
-    assert operands is not None
-    return operands[0]
-
-
-def is_of(made: Group, seen: torch.Tensor) -> bool:
-    return torch.equal(seen, made.weights[0][0])
-
-
-def is_poison(seen: torch.Tensor) -> bool:
-    return bool((seen.view(torch.uint8) == POISON).all())
 
 
 NAN_BYTE = 0xFF
@@ -264,13 +229,6 @@ class DeviceConformance:
         for slot in (0, 2):
             holds(device, slot, {})
 
-    def test_it_is_there_once_the_ticket_is_done(self, new_device: NewDevice) -> None:
-        device, made = new_device(), group(1, [0, 1, 2, 3])
-        device.open()
-        ticket = begin(device, made, extent(1), 2)
-        when_done(ticket, lambda: holds(device, 2, made.weights))
-        assert ticket.result(0) is None
-
     def test_tables_are_as_the_kernels_expect(self, new_device: NewDevice) -> None:
         (device := new_device()).open()
         assert (device.address.dtype, device.address.shape) == (torch.int64, (2, 4, SLOTS))
@@ -283,7 +241,6 @@ class DeviceConformance:
         assert (device.address[:, 0, 0].cpu() % device.alignment).tolist() == [0, 0]
 
     def test_neighbours_are_left_alone(self, new_device: NewDevice) -> None:
-        """Each extent begins where the one before ends; the middle one is written last."""
         device, groups = new_device(), [group(n, [0, 3]) for n in range(3)]
         device.open()
         size = START + len(groups[0].image)
@@ -310,7 +267,6 @@ class DeviceConformance:
         assert tables == [table.data_ptr() for table in (device.address, device.rank, device.scale)]
 
     def test_what_is_wiped_is_zero(self, new_device: NewDevice) -> None:
-        """Its bytes alone; rows that name them are another call's."""
         device, gone, stays = new_device(), group(1, [0, 1]), group(2, [2, 3])
         device.open()
         for place, made in ((0, gone), (2, gone), (1, stays)):
@@ -381,7 +337,6 @@ class DeviceConformance:
         holds(device, 0, made.weights)
 
     def test_it_is_opened_once_and_closed_any_number_of_times(self, new_device: NewDevice) -> None:
-        """Closing ends what runs; views outlive the device."""
         new_device().close()
         device, made = new_device(), group(1, [0])
         device.open()
@@ -473,7 +428,6 @@ class StagedDeviceConformance(DeviceConformance):
         holds(device, 0, made.weights)
 
     def test_a_group_may_come_in_pieces(self, new_device: NewDevice) -> None:
-        """They touch, and each is written where it belongs, whatever the order."""
         device, made = new_device(), group(1, [0, 1, 2, 3])
         device.open()
         cuts = [0, 192, 1024, len(made.image)]

@@ -56,7 +56,6 @@ _PRODUCTS = 200  # some tenths of a second
 
 
 def devices_of(kind: str) -> Iterator[Made]:
-    """For a fixture `new_device`."""
     with contextmanager(loaded)() if kind == "late" else nullcontext():
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None or accelerator.type != kind:
@@ -118,7 +117,6 @@ def read_on(stream: torch.Stream, source: torch.Tensor, into: torch.Tensor) -> N
 
 
 def stays_queued(stream: torch.Stream) -> None:
-    """What is on it does not run, however much time it has."""
     for _ in range(30):
         assert not stream.query()
         time.sleep(0.001)
@@ -148,7 +146,6 @@ def column_now(device: CudaDevice, slot: int) -> Column:
 
 
 def column_of(device: CudaDevice, made: Group, offset: int) -> Column:
-    """What the column of a slot is to be that has this group alone."""
     base = device.view(Extent(offset, 1)).data_ptr()
     addresses, scales, ranks = [[0, 0]] * len(SHAPES), [0.0] * len(SHAPES), [0] * len(SHAPES)
     for row in made.rows:
@@ -178,7 +175,6 @@ def new_device(request: pytest.FixtureRequest) -> Iterator[Made]:
 
 @pytest.fixture
 def new_late() -> Iterator[Made]:
-    """Of the late device, which can be told to fail."""
     yield from devices_of("late")
 
 
@@ -190,7 +186,6 @@ def device(new_device: Made) -> CudaDevice:
 
 @pytest.fixture
 def late(new_late: Made) -> CudaDevice:
-    """For tests that tell the device to fail, or let its streams do one thing after the other."""
     (device := new_late()).open()
     return device
 
@@ -242,7 +237,6 @@ class TestOpening:
     def test_no_room_on_the_device_or_the_host(
         self, new_late: Made, monkeypatch: pytest.MonkeyPatch, pinned: int
     ) -> None:
-        """Nothing stays, not even in the error; and then there is room."""
         device = new_late()
         if pinned == 0:
             build.fail_allocations(device=1)
@@ -327,7 +321,6 @@ class TestCopying:
 
 class TestClosing:
     def test_waits_for_all_that_is_on_its_way(self, device: CudaDevice) -> None:
-        """As does a second one; and tickets cannot be cancelled."""
         piece, compute = NEW.staged(device), torch.Stream(device=device.name)
         with ThreadPoolExecutor(2) as threads:
             with held(compute), held(copy_stream(device)):
@@ -384,13 +377,13 @@ class TestALostDevice:
         build.lose()
         assert use.result(10) is None, "uses of it have ended"
         late.wait_for(tickets[0])
-        errors = [failing(ticket) for ticket in tickets]
-        for error in errors:
+        failures = [failing(ticket) for ticket in tickets]
+        for error in failures:
             assert type(error) is errors.TransferError
             assert not error.retryable
             with pytest.raises(errors.TransferError, match=LOST):
                 raise error
-        assert len(set(map(id, errors))) == 4  # raising collects frames
+        assert len(set(map(id, failures))) == 4  # raising collects frames
         assert late.operands(0, 0) is None
         late.wait_for(tickets[0])
         late.clear_column(0)
@@ -674,7 +667,6 @@ class TestCompute:
 def test_one_thing_is_put_at_a_time(
     late: CudaDevice, monkeypatch: pytest.MonkeyPatch, clears: bool
 ) -> None:
-    """A copy's bytes, rows and event stand together, and so does a clearing."""
     piece, inside, most, entered = NEW.staged(late), list[int](), list[int](), threading.Event()
 
     def slow(work: Callable[..., None]) -> Callable[..., None]:
@@ -707,8 +699,6 @@ def test_one_thing_is_put_at_a_time(
 def test_a_use_without_an_event_is_waited_for(
     late: CudaDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No memory for it; what stands on the stream runs all the same."""
-
     class Refused:
         def __init__(self, of: torch.device) -> None: ...
 

@@ -33,7 +33,6 @@ def on_device(value: int = POISON) -> torch.Tensor:
 
 
 def test_pinned_memory_is_read_and_written_when_the_stream_gets_there() -> None:
-    """And it outlives its copy."""
     source, there = pinned(1), on_device(4)
     target, back, kept = on_device(), pinned(0), on_device()
     copied = torch.Event(device=LATE)

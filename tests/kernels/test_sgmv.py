@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 from lorax_kernels import Operands, Plan, apply
-from sgmv.cases import BY_HAND, SIGNED, Case, full_grid, pairwise
-from sgmv.judge import World
+from sgmv.cases import BY_HAND, DTYPES, SIGNED, Case, World, full_grid, pairwise
 
 TESTS = Path(__file__).parents[1]
 
@@ -25,7 +25,6 @@ pytestmark = [pytest.mark.needs("triton"), pytest.mark.slow]
 
 @pytest.fixture
 def sgmv() -> Any:
-    """The module, which imports Triton."""
     from lorax_kernels import sgmv
 
     return sgmv
@@ -151,7 +150,7 @@ def test_the_number_of_planes_follows_from_the_shapes(sgmv: Any) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_whole_grid(dtype: str) -> None:
     prove("sgmv.interpreted", dtype, timeout=3500)
 
@@ -173,31 +172,25 @@ MIXED = Case(
 )
 
 
-def require_right(cases: Iterable[Case], sgmv: Any) -> None:
+GRIDS = {dtype: partial(full_grid, dtype) for dtype in DTYPES}
+ON_A_GPU: dict[str, Callable[[], Iterable[Case]]] = {
+    "by hand": BY_HAND.values,
+    "pairs": pairwise,
+    **GRIDS,
+}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.gpu
+@pytest.mark.parametrize("cases", ON_A_GPU)
+def test_cases_on_a_gpu(cases: str, sgmv: Any) -> None:
     wrong = []
-    for case in cases:
+    for case in ON_A_GPU[cases]():
         world = World(case, DEVICE)
         planes = world.planes(sgmv)
         world.compute(sgmv, planes)
         wrong += [f"{case}: {text}" for text in world.complaints(planes)]
     assert not wrong, "\n".join(wrong[:20])
-
-
-@pytest.mark.gpu
-def test_cases_by_hand_on_a_gpu(sgmv: Any) -> None:
-    require_right(BY_HAND.values(), sgmv)
-
-
-@pytest.mark.gpu
-def test_every_pair_of_levels_on_a_gpu(sgmv: Any) -> None:
-    require_right(pairwise(), sgmv)
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_whole_grid_on_a_gpu(dtype: str, sgmv: Any) -> None:
-    require_right(full_grid(dtype), sgmv)
 
 
 @pytest.mark.gpu
@@ -211,7 +204,7 @@ def test_the_entry_that_everybody_calls() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_inputs_give_equal_bits(dtype: str, sgmv: Any) -> None:
     worlds = [World(replace(MIXED, dtype=dtype), DEVICE) for _ in range(20)]
     for world in worlds:

@@ -91,7 +91,6 @@ def hold(stream: torch.Stream | None = None) -> None:
 
 
 def release(stream: torch.Stream | None = None) -> None:
-    """Let the stream (every stream: None) work."""
     allow(_UNLIMITED, stream)
 
 
@@ -132,7 +131,6 @@ def show_devices(count: int) -> None:
 
 
 def pending() -> int:
-    """Items of all streams that are queued or run."""
     return int(_library().late_pending())
 
 

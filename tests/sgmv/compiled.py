@@ -1,7 +1,6 @@
 """Compiles the kernels for GPUs that are not here: `python -m sgmv.compiled bfloat16 variants`.
 
-The launches are the real ones, up to where the driver would be asked: a driver that has no GPU
-says which one to compile for. Fails with what is wrong.
+Launches are real ones, up to where a driver without a GPU says which one to compile for.
 """
 
 from __future__ import annotations
@@ -108,7 +107,6 @@ def launch(
 
 
 def faults(kernel: Any, launched: Launch) -> list[str]:
-    """What a compiled kernel must not be."""
     ptx = kernel.asm["ptx"]
     used = _resources(kernel)
     found = []

@@ -1,7 +1,4 @@
-"""Cases in Triton's interpreter: `python -m sgmv.interpreted by_hand pairs …`.
-
-Fails with what is wrong.
-"""
+"""Cases in Triton's interpreter: `python -m sgmv.interpreted by_hand pairs …`."""
 
 from __future__ import annotations
 
@@ -19,8 +16,18 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from lorax_kernels import sgmv
-from sgmv.cases import BY_HAND, DTYPES, INTEGERS, KINDS, TILE_ROWS, Case, full_grid, pairwise
-from sgmv.judge import Arena, World
+from sgmv.cases import (
+    BY_HAND,
+    DTYPES,
+    INTEGERS,
+    KINDS,
+    TILE_ROWS,
+    Arena,
+    Case,
+    World,
+    full_grid,
+    pairwise,
+)
 
 _LOADS_AND_STORES = "_interpreter"
 """Triton's name for the object that does them."""
@@ -90,7 +97,6 @@ def pairs() -> int:
 
 
 def segments() -> int:
-    """Whatever segments: hypothesis makes them, and makes those that fail small."""
     seen = []
 
     @settings(max_examples=40, deadline=None, database=None)
