@@ -216,6 +216,11 @@ IMPOSSIBLE = [1 << 60, 1 << 63, 1 << 80]
 
 
 class DeviceConformance:
+    @pytest.fixture
+    def device(self, new_device: NewDevice) -> TabledDevice:
+        (device := new_device()).open()
+        return device
+
     @pytest.mark.parametrize("dtype", TORCH)
     def test_what_was_copied_is_there(self, new_device: NewDevice, dtype: str) -> None:
         device = new_device(dtype=dtype)
@@ -229,8 +234,7 @@ class DeviceConformance:
         for slot in (0, 2):
             holds(device, slot, {})
 
-    def test_tables_are_as_the_kernels_expect(self, new_device: NewDevice) -> None:
-        (device := new_device()).open()
+    def test_tables_are_as_the_kernels_expect(self, device: TabledDevice) -> None:
         assert (device.address.dtype, device.address.shape) == (torch.int64, (2, 4, SLOTS))
         assert (device.rank.dtype, device.rank.shape) == (torch.int32, (4, SLOTS))
         assert (device.scale.dtype, device.scale.shape) == (torch.float32, (4, SLOTS))
@@ -240,9 +244,8 @@ class DeviceConformance:
         move(device, group(1, [0]), extent(1), 0)
         assert (device.address[:, 0, 0].cpu() % device.alignment).tolist() == [0, 0]
 
-    def test_neighbours_are_left_alone(self, new_device: NewDevice) -> None:
-        device, groups = new_device(), [group(n, [0, 3]) for n in range(3)]
-        device.open()
+    def test_neighbours_are_left_alone(self, device: TabledDevice) -> None:
+        groups = [group(n, [0, 3]) for n in range(3)]
         size = START + len(groups[0].image)
         assert size % device.alignment == 0
         for n in (0, 2, 1):
@@ -250,10 +253,9 @@ class DeviceConformance:
         for n in range(3):
             holds(device, n, groups[n].weights)
 
-    def test_a_cleared_column_names_nobody(self, new_device: NewDevice) -> None:
+    def test_a_cleared_column_names_nobody(self, device: TabledDevice) -> None:
         """Nor does the next tenant see anything of the last; the tables stay where they are."""
-        device, stays = new_device(), group(9, [0, 1, 3])
-        device.open()
+        stays = group(9, [0, 1, 3])
         tables = [table.data_ptr() for table in (device.address, device.rank, device.scale)]
         move(device, stays, extent(2), 1)
         for seed, modules in ((1, [0, 1]), (2, [1, 2]), (3, [3])):
@@ -266,9 +268,8 @@ class DeviceConformance:
         holds(device, 1, stays.weights)
         assert tables == [table.data_ptr() for table in (device.address, device.rank, device.scale)]
 
-    def test_what_is_wiped_is_zero(self, new_device: NewDevice) -> None:
-        device, gone, stays = new_device(), group(1, [0, 1]), group(2, [2, 3])
-        device.open()
+    def test_what_is_wiped_is_zero(self, device: TabledDevice) -> None:
+        gone, stays = group(1, [0, 1]), group(2, [2, 3])
         for place, made in ((0, gone), (2, gone), (1, stays)):
             move(device, made, extent(place), place)
         assert device.wipe([extent(0), extent(2)]).result(10) is None
@@ -277,10 +278,9 @@ class DeviceConformance:
         shows(device, stays, extent(1))
         holds(device, 1, stays.weights)
 
-    def test_what_is_asked_for_takes_effect_in_order(self, new_device: NewDevice) -> None:
+    def test_what_is_asked_for_takes_effect_in_order(self, device: TabledDevice) -> None:
         """Copies, clearings and wipes; nobody waits in between, and extents change their owners."""
-        device, groups = new_device(), [group(n, [n % 4, (n + 1) % 4]) for n in range(8)]
-        device.open()
+        groups = [group(n, [n % 4, (n + 1) % 4]) for n in range(8)]
         tickets = [device.wipe([])]
         for n, made in enumerate(groups):
             for slot in (0, 1):
@@ -293,9 +293,7 @@ class DeviceConformance:
         holds(device, 1, groups[7].weights)
         assert not device.view(extent(2)).cpu().any()
 
-    def test_copies_side_by_side(self, new_device: NewDevice) -> None:
-        device = new_device()
-        device.open()
+    def test_copies_side_by_side(self, device: TabledDevice) -> None:
         groups = [group(n, [2 * (n % 2), 2 * (n % 2) + 1]) for n in range(2 * SLOTS)]
         with ThreadPoolExecutor(4) as threads:
             places = [(made, extent(n), n // 2) for n, made in enumerate(groups)]
@@ -303,9 +301,8 @@ class DeviceConformance:
         for slot in range(SLOTS):
             holds(device, slot, groups[2 * slot].weights | groups[2 * slot + 1].weights)
 
-    def test_a_stream_that_waits_for_a_copy_finds_it(self, new_device: NewDevice) -> None:
-        device, made = new_device(), group(1, [0, 1])
-        device.open()
+    def test_a_stream_that_waits_for_a_copy_finds_it(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1])
         ticket = begin(device, made, extent(2), 1)
         device.wait_for(ticket)
         device.note_use().result(10)
@@ -360,9 +357,8 @@ class DeviceConformance:
 class FileDeviceConformance(DeviceConformance):
     """Of devices that read files: the arena is host memory."""
 
-    def test_bytes_come_before_rows(self, new_device: NewDevice) -> None:
-        device, made, seen = new_device(), group(1, [0, 1]), []
-        device.open()
+    def test_bytes_come_before_rows(self, device: TabledDevice) -> None:
+        made, seen = group(1, [0, 1]), []
 
         def look() -> None:
             seen.append((int(device.rank.count_nonzero()), device.operands(0, 0)))
@@ -372,9 +368,8 @@ class FileDeviceConformance(DeviceConformance):
         assert set(seen) == {(0, None)}
         holds(device, 0, made.weights)
 
-    def test_nothing_else_is_written(self, new_device: NewDevice) -> None:
-        device, made = new_device(), group(1, [0, 1])
-        device.open()
+    def test_nothing_else_is_written(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1])
         memory = device.host_view(Extent(0, ARENA))
         memory.fill_(NAN_BYTE)
         move(device, made, extent(2), 0)
@@ -385,10 +380,9 @@ class FileDeviceConformance(DeviceConformance):
         assert (memory[untouched] == NAN_BYTE).all()
         holds(device, 0, made.weights)
 
-    def test_what_was_written_before_the_copy_counts(self, new_device: NewDevice) -> None:
+    def test_what_was_written_before_the_copy_counts(self, device: TabledDevice) -> None:
         """Converted tensors come this way: the copy has rows, and nothing to read."""
-        device, made = new_device(), group(1, [0, 3])
-        device.open()
+        made = group(1, [0, 3])
         memory = device.host_view(extent(1))
         assert (memory.dtype, memory.shape) == (torch.uint8, (EXTENT,))
         memory[START : START + len(made.image)] = torch.tensor(list(made.image))
@@ -398,9 +392,8 @@ class FileDeviceConformance(DeviceConformance):
         assert operands is not None
         assert operands[0].data_ptr() == memory.data_ptr() + made.rows[0].a
 
-    def test_a_failed_read_writes_no_row(self, new_device: NewDevice) -> None:
-        device, made = new_device(), group(1, [0, 1])
-        device.open()
+    def test_a_failed_read_writes_no_row(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1])
 
         def fail() -> None:
             raise FetchError("the disk is on fire")
@@ -415,9 +408,8 @@ class FileDeviceConformance(DeviceConformance):
 class StagedDeviceConformance(DeviceConformance):
     """Of devices with memory of their own."""
 
-    def test_what_it_cannot_do_it_refuses(self, new_device: NewDevice) -> None:
-        device, made = new_device(), group(1, [0, 1])
-        device.open()
+    def test_what_it_cannot_do_it_refuses(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1])
         with pytest.raises(UsageError, match="host memory"):
             device.host_view(extent(0))
         with pytest.raises(LoraxError, match="read files"):
@@ -427,9 +419,8 @@ class StagedDeviceConformance(DeviceConformance):
         move(device, made, extent(0), 0)
         holds(device, 0, made.weights)
 
-    def test_a_group_may_come_in_pieces(self, new_device: NewDevice) -> None:
-        device, made = new_device(), group(1, [0, 1, 2, 3])
-        device.open()
+    def test_a_group_may_come_in_pieces(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1, 2, 3])
         cuts = [0, 192, 1024, len(made.image)]
         pieces = [
             staged(device, made.image[start:stop], START + start)

@@ -122,14 +122,6 @@ def stays_queued(stream: torch.Stream) -> None:
         time.sleep(0.001)
 
 
-def eventually(condition: Callable[[], object]) -> None:
-    for _ in range(5000):
-        if condition():
-            return
-        time.sleep(0.001)
-    raise AssertionError("it never happened")
-
-
 Column = tuple[list[list[int]], list[float], list[int]]
 
 
@@ -162,7 +154,8 @@ def step(device: CudaDevice) -> None:
     """Let the copy stream of a late device, which is held, do one thing."""
     left = build.pending() - 1
     build.allow(1, copy_stream(device))
-    eventually(lambda: build.pending() == left)
+    while build.pending() != left:
+        time.sleep(0.001)
 
 
 LOST = r"late:0: the device was lost \(late device error.*restart the process"
