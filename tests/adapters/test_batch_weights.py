@@ -162,24 +162,21 @@ tokens_of_a_batch = st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 5)), m
 )
 
 
-@pytest.mark.parametrize(
-    ("tokens", "bounds", "indices"),
-    [
+def test_segments_are_the_runs() -> None:
+    for tokens, bounds, indices in [
         ([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 1, 1], [0, 3, 5, 10, 12], [0, 1, 2, 1]),
         ([], [0], []),
         ([0], [0, 1], [0]),
         ([7, 7], [0, 2], [7]),
         ([7, 3], [0, 1, 2], [7, 3]),
-    ],
-)
-def test_segments_are_the_runs(tokens: list[int], bounds: list[int], indices: list[int]) -> None:
-    assert find_segments(tokens) == (bounds, indices)
-    assert find_segments(torch.tensor(tokens)) == (bounds, indices)  # [] is a float tensor
-    meta = meta_of(tokens)
-    assert meta.adapter_indices.tolist() == tokens
-    assert meta.adapter_set == set(indices)
-    assert (meta.adapter_segments.tolist(), meta.segment_indices) == (bounds, indices)
-    assert meta.adapter_segments.dtype == torch.int32
+    ]:
+        assert find_segments(tokens) == (bounds, indices)
+        assert find_segments(torch.tensor(tokens)) == (bounds, indices)  # [] is a float tensor
+        meta = meta_of(tokens)
+        assert meta.adapter_indices.tolist() == tokens
+        assert meta.adapter_set == set(indices)
+        assert (meta.adapter_segments.tolist(), meta.segment_indices) == (bounds, indices)
+        assert meta.adapter_segments.dtype == torch.int32
 
 
 @given(st.lists(tokens_of_a_batch, max_size=5))
@@ -200,24 +197,20 @@ def test_equal_neighbours_are_joined() -> None:
     assert concat_segments([([0, 2], [5]), ([0, 0, 3, 4], [7, 5, 5])]) == ([0, 6], [5])
 
 
-@pytest.mark.parametrize(
-    ("bounds", "indices", "named"),
-    [
+def test_bounds_that_do_not_fit_are_refused() -> None:
+    for bounds, indices, named in [
         ([0, 2], [], r"1 bounds from 0 in ascending order for 0 segments, got \[0, 2\]"),
         ([0], [4], r"2 bounds .* for 1 segments, got \[0\]"),
         ([], [], r"1 bounds .* got \[\]"),
         ([1, 2], [4], r"got \[1, 2\]"),
         ([0, 3, 2], [4, 5], r"got \[0, 3, 2\]; use find_segments"),
-        (torch.tensor([[0, 1]]), [4], "expected adapter_segments to be a row of integers"),
-    ],
-)
-def test_bounds_that_do_not_fit_are_refused(
-    bounds: Integers, indices: list[int], named: str
-) -> None:
-    with pytest.raises(UsageError, match=named):
-        concat_segments([([0, 2], [1]), (bounds, indices)])
+    ]:
+        with pytest.raises(UsageError, match=named):
+            concat_segments([([0, 2], [1]), (bounds, indices)])
+    with pytest.raises(UsageError, match="adapter_segments to be a row of integers"):
+        concat_segments([(torch.tensor([[0, 1]]), [4])])
     for values in (torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]])):
-        with pytest.raises(UsageError, match="expected adapter_indices to be a row of integers, g"):
+        with pytest.raises(UsageError, match="adapter_indices to be a row of integers, g"):
             find_segments(values)
 
 
@@ -258,39 +251,27 @@ def test_groups_are_by_rank_and_have_each_adapters_address(prefill: bool) -> Non
     assert (batch.layer_name, batch.prefill_head_indices) == ("q_proj", None)
 
 
-@pytest.mark.parametrize(
-    ("heads", "of_rank_8", "of_rank_16"),
-    [
+def test_heads_make_segments_over_the_last_tokens() -> None:
+    for heads, of_rank_8, of_rank_16 in [
         ([1, 3, 5, 7], ([0, 2], [1, 3]), ([1, 3], [2, 4])),
         ([0, 1, 3, 5, 7], ([0, 3], [2, 4]), ([2, 4], [3, 5])),
         ([1, 7], ([0, 1], [1, 1]), ([1, 1], [1, 2])),  # two segments have no such token
         ([], ([0, 0], [0, 0]), ([0, 0], [0, 0])),
-    ],
-)
-def test_heads_make_segments_over_the_last_tokens(
-    heads: list[int],
-    of_rank_8: tuple[list[int], list[int]],
-    of_rank_16: tuple[list[int], list[int]],
-) -> None:
-    batch = load(of_ranks(8, 16), TOKENS, heads=heads)
-    assert segments(batch.rank_data[8]) == of_rank_8
-    assert segments(batch.rank_data[16]) == of_rank_16
-    assert batch.prefill_head_indices is not None
+    ]:
+        batch = load(of_ranks(8, 16), TOKENS, heads=heads)
+        assert segments(batch.rank_data[8]) == of_rank_8
+        assert segments(batch.rank_data[16]) == of_rank_16
+        assert batch.prefill_head_indices is not None
 
 
-@pytest.mark.parametrize(
-    ("ranks", "heads", "expected"),
-    [
+def test_decoding_names_an_address_for_each_token() -> None:
+    for ranks, heads, expected in [
         ([8, 8, 16], None, {8: (4, [0, 0, 1, 1, 0, 0, 1, 1, -1, -1]), 16: (1, [-1] * 8 + [0, 0])}),
         ([8, 16, 8], [1, 3, 4], {8: (3, [0, -1, 0]), 16: (2, [-1, 0, -1])}),
-    ],
-)
-def test_decoding_names_an_address_for_each_token(
-    ranks: list[int], heads: list[int] | None, expected: dict[int, tuple[int, list[int]]]
-) -> None:
-    batch = load(of_ranks(*ranks), [*TOKENS, 2, 2], prefill=False, heads=heads)
-    assert not batch.use_sgmv
-    assert {rank: places(group) for rank, group in batch.rank_data.items()} == expected
+    ]:
+        batch = load(of_ranks(*ranks), [*TOKENS, 2, 2], prefill=False, heads=heads)
+        assert not batch.use_sgmv
+        assert {rank: places(group) for rank, group in batch.rank_data.items()} == expected
 
 
 @pytest.mark.parametrize(("rank", "by_segment"), [(128, False), (144, True)])
@@ -611,9 +592,8 @@ OTHER = {
 KINDS = r"adapter 1 has \(layers, in, out, dtypes\) "
 
 
-@pytest.mark.parametrize(
-    ("weights", "world", "named"),
-    [
+def test_adapters_that_do_not_fit_the_world_or_each_other_are_refused() -> None:
+    for weights, world, named in [
         (shapes((12, 48)), 2, "A of adapter 0 has rank 12 and B has 48, .* no share of one in 2"),
         (shapes((12, 48)), 1, "B has 48, which is no share of one in 1"),
         (shapes((8, 16), (8, 24)), 2, "A of adapter 1 has rank 8 and B has 24"),
@@ -624,13 +604,9 @@ KINDS = r"adapter 1 has \(layers, in, out, dtypes\) "
         ({0: stand_in(8), 1: OTHER["in"]}, 1, KINDS + r"\(2, 6, 3, "),
         ({0: stand_in(8), 1: OTHER["out"]}, 1, KINDS + r"\(2, 5, 4, "),
         ({0: stand_in(8), 1: OTHER["dtype"]}, 1, KINDS + ".*torch.float32.*torch.float64"),
-    ],
-)
-def test_adapters_that_do_not_fit_the_world_or_each_other_are_refused(
-    weights: dict[int, StandIn], world: int, named: str
-) -> None:
-    with pytest.raises(UsageError, match=named):
-        bridge_of(weights, list(weights), world)
+    ]:
+        with pytest.raises(UsageError, match=named):
+            bridge_of(weights, list(weights), world)
 
 
 def test_one_processs_share_is_not_applied_as_a_whole() -> None:
@@ -644,22 +620,17 @@ def test_one_processs_share_is_not_applied_as_a_whole() -> None:
         Bridge.of(BatchLoraWeights({}, {}, {}, {}, False, "q_proj", None))
 
 
-@pytest.mark.parametrize(
-    ("rows", "layer", "named"),
-    [
+def test_what_the_kernels_refuse_is_refused_with_its_layer() -> None:
+    for rows, layer, named in [
         (3, 0, r"layer 0: expected x contiguous \[2, features\]"),
         (2, LAYERS, "layer 2: expected a module from 0 to 1, got 2"),
-    ],
-)
-def test_what_the_kernels_refuse_is_refused_with_its_layer(
-    rows: int, layer: int, named: str
-) -> None:
-    y, x = torch.ones(2, OUT).double(), torch.ones(rows, IN).double()
-    with pytest.raises(UsageError, match=named):
-        bridge_of({0: stand_in(8)}, [0, 0]).apply(y, x, layer)
-    with pytest.raises(UsageError, match=named):
-        World({0: whole(16, 2)}, [0, 0], 2, by_rank=False).processes[0].shrink(x, layer)
-    assert (y == 1).all()
+    ]:
+        y, x = torch.ones(2, OUT).double(), torch.ones(rows, IN).double()
+        with pytest.raises(UsageError, match=named):
+            bridge_of({0: stand_in(8)}, [0, 0]).apply(y, x, layer)
+        with pytest.raises(UsageError, match=named):
+            World({0: whole(16, 2)}, [0, 0], 2, by_rank=False).processes[0].shrink(x, layer)
+        assert (y == 1).all()
 
 
 GATHERED = r"layer 0: expected v \[2, 2, 8\], gathered .*"
@@ -667,22 +638,17 @@ SUMMED = r"layer 0: expected v \[2, 16\], summed .*"
 DOUBLE = torch.float64
 
 
-@pytest.mark.parametrize(
-    ("by_rank", "shape", "dtype", "y_columns", "named"),
-    [
+def test_what_others_shrank_must_have_come_together() -> None:
+    for by_rank, shape, dtype, y_columns, named in [
         (True, (2, 8), DOUBLE, OUT_EACH, rf"{GATHERED} got \[2, 8\]"),
         (True, (3, 2, 8), DOUBLE, OUT_EACH, rf"{GATHERED} got \[3, 2, 8\]"),
         (True, (2, 2, 8), torch.float32, OUT_EACH, r"in torch.float64, got \[2, 2, 8\] in .*32"),
         (False, (2, 2, 16), DOUBLE, OUT_EACH, rf"{SUMMED} got \[2, 2, 16\]"),
         (False, (3, 16), DOUBLE, OUT_EACH, rf"{SUMMED} got \[3, 16\]"),
         (False, (2, 16), DOUBLE, 6, r"layer 0: .* y \[tokens, 3\] .* y \[2, 6\]"),
-    ],
-)
-def test_what_others_shrank_must_have_come_together(
-    by_rank: bool, shape: tuple[int, ...], dtype: torch.dtype, y_columns: int, named: str
-) -> None:
-    process = World({0: whole(16, 2)}, [0, 0], 2, by_rank=by_rank).processes[0]
-    y = torch.ones(2, y_columns).double()
-    with pytest.raises(UsageError, match=named):
-        process.expand(y, torch.ones(shape, dtype=dtype), 0)
-    assert (y == 1).all()
+    ]:
+        process = World({0: whole(16, 2)}, [0, 0], 2, by_rank=by_rank).processes[0]
+        y = torch.ones(2, y_columns).double()
+        with pytest.raises(UsageError, match=named):
+            process.expand(y, torch.ones(shape, dtype=dtype), 0)
+        assert (y == 1).all()

@@ -60,29 +60,24 @@ LOAD = "config model module_map layer_type unused_weight_names"
 BATCHED = "self model module_map layer_type unused_weight_names dynamic"
 
 
-@pytest.mark.parametrize(
-    ("call", "names"),
-    [
-        (
-            lora.LoraConfig,
-            "base_model_name_or_path r target_modules fan_in_fan_out lora_alpha use_rslora",
-        ),
-        (lora.LoraConfig.load, "adapter_id api_token"),
-        (lora.LoraConfig.load_async, "adapter_id api_token"),
-        (lora.LoraConfig.map_weights_for_model, "self adapter_weights weight_names"),
-        (lora.LoraConfig.load_batched_adapter_weights, BATCHED),
-        (lora.LoraWeights, "weights_a weights_b adapter_config"),
-        (lora.LoraWeights.load, LOAD),
-        (lora.LoraWeights.load_async, LOAD),
-        (lora.LoraWeights.from_adapter, "handle layer_type"),
-        (LayoutModel, "layout dtype world_size rank"),
-        (lora.get_scaling_factor, "lora_alpha r uses_rslora"),
-    ],
-)
-def test_the_signatures(call: Any, names: str) -> None:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    parameters = inspect.signature(call).parameters.items()
-    assert [name for name, one in parameters if one.kind in kinds] == names.split()
+def test_the_signatures() -> None:
+    signatures: dict[Any, str] = {
+        lora.LoraConfig: "base_model_name_or_path r target_modules fan_in_fan_out lora_alpha use_rslora",
+        lora.LoraConfig.load: "adapter_id api_token",
+        lora.LoraConfig.load_async: "adapter_id api_token",
+        lora.LoraConfig.map_weights_for_model: "self adapter_weights weight_names",
+        lora.LoraConfig.load_batched_adapter_weights: BATCHED,
+        lora.LoraWeights: "weights_a weights_b adapter_config",
+        lora.LoraWeights.load: LOAD,
+        lora.LoraWeights.load_async: LOAD,
+        lora.LoraWeights.from_adapter: "handle layer_type",
+        LayoutModel: "layout dtype world_size rank",
+        lora.get_scaling_factor: "lora_alpha r uses_rslora",
+    }
+    for call, names in signatures.items():
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+        parameters = inspect.signature(call).parameters.items()
+        assert [name for name, one in parameters if one.kind in kinds] == names.split()
 
 
 def test_the_calls_of_loraxs_models(tmp_path: Path) -> None:
@@ -135,19 +130,17 @@ def test_peft_reads_the_same(tmp_path: Path, alpha: float, targets: object) -> N
     assert isinstance(config, AdapterConfig)
 
 
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("r", [0, True, 8.0, 10**400, 10**5000]),
-        ("alpha", [float("nan"), -float("inf"), 10**400, 10**5000, "16"]),
-    ],
-)
-def test_made_by_hand_it_is_checked_and_never_changes(field: str, values: list[Any]) -> None:
+def test_made_by_hand_it_is_checked_and_never_changes() -> None:
+    wrong: dict[str, list[Any]] = {
+        "r": [0, True, 8.0, 10**400, 10**5000],
+        "alpha": [float("nan"), -float("inf"), 10**400, 10**5000, "16"],
+    }
     with pytest.raises(dataclasses.FrozenInstanceError):
         base.config().r = 16  # type: ignore[misc]
-    for value in values:
-        with pytest.raises(errors.UsageError, match=r"r is|lora_alpha is"):
-            base.config(**{field: value})
+    for field, values in wrong.items():
+        for value in values:
+            with pytest.raises(errors.UsageError, match=r"r is|lora_alpha is"):
+                base.config(**{field: value})
 
 
 class Peft(peft.LoraConfig):
@@ -305,9 +298,8 @@ ROOT = "base_model.model."
 Q1 = f"{ROOT}{base.module_name(1, 'q_proj')}"
 
 
-@pytest.mark.parametrize(
-    ("gone", "more", "kind", "text"),
-    [
+def test_tensors_without_a_place_are_refused_by_name() -> None:
+    for gone, more, kind, text in [
         ("A", "", AdapterFormatError, "q_proj.lora_B.weight' has no A"),
         ("B", "", AdapterFormatError, "q_proj.lora_A.weight' has no B"),
         ("", f"{Q1}.lora_magnitude_vector", UnsupportedAdapterError, "DoRA"),
@@ -315,15 +307,11 @@ Q1 = f"{ROOT}{base.module_name(1, 'q_proj')}"
         ("", f"{ROOT}model.embed.lora_embedding_A", UnsupportedAdapterError, "embedding"),
         ("", f"{ROOT}lm_head.base_layer.weight", UnsupportedAdapterError, "copy of the base"),
         ("", "something.else", UnsupportedAdapterError, f"no '{ROOT}' in front"),
-    ],
-)
-def test_tensors_without_a_place_are_refused_by_name(
-    gone: str, more: str, kind: type[errors.LoraxError], text: str
-) -> None:
-    made = base.tensors() | ({more: torch.zeros(1)} if more else {})
-    made.pop(base.key(1, "q_proj", gone), None)
-    with pytest.raises(kind, match=text):
-        base.config().map_weights_for_model(made, base.lorax_model().weight_names)
+    ]:
+        made = base.tensors() | ({more: torch.zeros(1)} if more else {})
+        made.pop(base.key(1, "q_proj", gone), None)
+        with pytest.raises(kind, match=text):
+            base.config().map_weights_for_model(made, base.lorax_model().weight_names)
 
 
 def test_tensors_that_nothing_applies_are_refused() -> None:

@@ -107,44 +107,36 @@ def test_b_is_cast_first_and_scaled_then(
     assert weights.weights_a.dtype == weights.weights_b.dtype == dtype
 
 
-@pytest.mark.parametrize(
-    ("dtype", "largest", "alpha"),
-    [
+def test_a_scale_that_takes_b_beyond_its_dtype(tmp_path: Path) -> None:
+    for dtype, largest, alpha in [
         (FLOAT16, 100.0, 8000.0),  # B 100 x scale 1000, above 65504
         (FLOAT16, 1.0, -8 * 65536.0),
         (BFLOAT16, 1e3, 8e36),
         (FLOAT32, 1e3, 8e36),
-    ],
-)
-def test_a_scale_that_takes_b_beyond_its_dtype(
-    tmp_path: Path, dtype: torch.dtype, largest: float, alpha: float
-) -> None:
-    model, name = base.lorax_model(dtype), base.key(2, "q_proj", "B")
-    made = {k: torch.full_like(t, 2.0**-10) for k, t in base.tensors(types=["q_proj"]).items()}
-    made[name][-1, -1] = largest
-    save_file(made, tmp_path / "weights")
-    problem = f"{base.module_name(2, 'q_proj')}.*B times the scale .* {dtype} holds"
-    with WeightsFile.at(tmp_path / "weights") as file:
-        for content in (made, file):
-            with pytest.raises(AdapterFormatError, match=problem):
-                load(base.config(8, alpha), model, content, "q_proj")
-    made[name][-1, -1] = torch.inf  # its author's own
-    weights = loaded(base.config(8, 16), model, made, "q_proj")
-    assert weights.weights_b.isinf().sum() == 1
-    made[name][-1, -1] = 0  # B 2⁻¹⁰ x scale 2¹² fits all of them
-    assert loaded(base.config(8, 2.0**15), model, made, "q_proj").weights_b.max() == 4
+    ]:
+        model, name = base.lorax_model(dtype), base.key(2, "q_proj", "B")
+        made = {k: torch.full_like(t, 2.0**-10) for k, t in base.tensors(types=["q_proj"]).items()}
+        made[name][-1, -1] = largest
+        save_file(made, tmp_path / "weights")
+        problem = f"{base.module_name(2, 'q_proj')}.*B times the scale .* {dtype} holds"
+        with WeightsFile.at(tmp_path / "weights") as file:
+            for content in (made, file):
+                with pytest.raises(AdapterFormatError, match=problem):
+                    load(base.config(8, alpha), model, content, "q_proj")
+        made[name][-1, -1] = torch.inf  # its author's own
+        weights = loaded(base.config(8, 16), model, made, "q_proj")
+        assert weights.weights_b.isinf().sum() == 1
+        made[name][-1, -1] = 0  # B 2⁻¹⁰ x scale 2¹² fits all of them
+        assert loaded(base.config(8, 2.0**15), model, made, "q_proj").weights_b.max() == 4
 
 
-@pytest.mark.parametrize(
-    ("rank", "world_size", "padded"),
-    [
+def test_ranks_are_padded() -> None:
+    for rank, world_size, padded in [
         *[(8, 1, 8), (12, 1, 16), (12, 2, 16), (33, 1, 48), (65, 8, 80)],  # the contract's
         *[(1, 1, 8), (9, 1, 16), (16, 1, 16), (17, 1, 32), (256, 1, 256), (1, 8, 64), (64, 8, 64)],
         *[(1, 3, 24), (24, 3, 24), (33, 3, 48), (40, 5, 40), (65, 5, 80), (100, 7, 112)],
-    ],
-)
-def test_ranks_are_padded(rank: int, world_size: int, padded: int) -> None:
-    assert padded_rank(rank, world_size) == padded
+    ]:
+        assert padded_rank(rank, world_size) == padded
 
 
 def test_ranks_that_the_processes_cannot_share_are_refused() -> None:
@@ -330,52 +322,38 @@ A, B = base.key(1, "q_proj", "A"), base.key(1, "q_proj", "B")
 MODULE = base.module_name(1, "q_proj")
 
 
-@pytest.mark.parametrize(
-    ("config", "changed", "layer_type", "kind", "problem"),
-    [
+def test_what_does_not_fit_is_refused_and_leaves_the_names(model: Any) -> None:
+    refused: list[tuple[Any, Any, str, type[errors.LoraxError], str]] = [
         ((), {A: torch.zeros(8, 839)}, "q_proj", IncompatibleAdapterError, MODULE),
         ((), {B: torch.zeros(841, 8)}, "q_proj", IncompatibleAdapterError, MODULE),
         ((), {B: torch.ones(840, 8).char()}, "q_proj", UnsupportedAdapterError, "B torch.int8"),
         ((8, -1e40), {}, "q_proj", AdapterFormatError, r"q_proj.*-1.25e\+39.*lora_alpha"),
         ((4,), {}, "q_proj", AdapterFormatError, "rank 4, which the config says"),
         ((), {}, "x_proj", errors.UsageError, "no layer.* type 'x_proj'"),
-    ],
-)
-def test_what_does_not_fit_is_refused_and_leaves_the_names(
-    model: Any,
-    config: Any,
-    changed: Any,
-    layer_type: str,
-    kind: type[errors.LoraxError],
-    problem: str,
-) -> None:
-    lora, made = base.config(*config), base.tensors() | changed
-    module_map, names = lora.map_weights_for_model(made, model.weight_names)
-    with pytest.raises(kind, match=problem):
-        LoraWeights.load(lora, model, module_map, layer_type, names)
-    assert names == set(made)
+    ]
+    for config, changed, layer_type, kind, problem in refused:
+        lora, made = base.config(*config), base.tensors() | changed
+        module_map, names = lora.map_weights_for_model(made, model.weight_names)
+        with pytest.raises(kind, match=problem):
+            LoraWeights.load(lora, model, module_map, layer_type, names)
+        assert names == set(made)
 
 
-@pytest.mark.parametrize(
-    ("weight", "inputs", "kind", "problem"),
-    [
+def test_layers_of_a_type_are_alike_and_on_one_device() -> None:
+    for weight, inputs, kind, problem in [
         (torch.zeros(840, 420), 420, IncompatibleAdapterError, "cannot be stacked"),
         (torch.zeros(840, 840, device="meta"), 840, errors.UsageError, "2 devices"),
-    ],
-)
-def test_layers_of_a_type_are_alike_and_on_one_device(
-    weight: Tensor, inputs: int, kind: type[errors.LoraxError], problem: str
-) -> None:
-    model = base.lorax_model()
-    name, layer = model.target_to_layer[1, "o_proj"]
-    other = base.ParallelLayer(
-        base_layer=base.BaseLayer(linear=Linear(weight=weight)), layer_name="o_proj"
-    )
-    assert layer.base_layer.linear.weight.shape == (840, 840)
-    model.target_to_layer[1, "o_proj"] = name, other
-    made = base.tensors(types=["o_proj"]) | base.pair(name, inputs, 840)
-    with pytest.raises(kind, match=problem):
-        load(base.config(), model, made, "o_proj")
+    ]:
+        model = base.lorax_model()
+        name, layer = model.target_to_layer[1, "o_proj"]
+        other = base.ParallelLayer(
+            base_layer=base.BaseLayer(linear=Linear(weight=weight)), layer_name="o_proj"
+        )
+        assert layer.base_layer.linear.weight.shape == (840, 840)
+        model.target_to_layer[1, "o_proj"] = name, other
+        made = base.tensors(types=["o_proj"]) | base.pair(name, inputs, 840)
+        with pytest.raises(kind, match=problem):
+            load(base.config(), model, made, "o_proj")
 
 
 def test_a_model_that_drops_a_remainder_is_found_out() -> None:

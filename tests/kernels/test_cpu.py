@@ -387,9 +387,8 @@ def test_shrink_is_x_times_a_and_zero_elsewhere_and_expand_adds_the_rest(
         assert_untouched(y, before, MIXED, ranks)
 
 
-@pytest.mark.parametrize(
-    ("y", "x", "module", "slot", "named"),
-    [
+def test_apply_refuses_what_does_not_fit() -> None:
+    for y, x, module, slot, named in [
         (ones(4, 2), ones(3, 2), 0, 0, r"expected y contiguous \[3, features\] on cpu, got \[4, 2"),
         (ones(3, 2), ones(2, 2), 0, 0, r"expected x contiguous \[3, features\] on cpu, got \[2, 2"),
         (ones(3, 1, 2), ones(3, 2), 0, 0, r"expected y contiguous \[3, features\]"),
@@ -403,14 +402,10 @@ def test_shrink_is_x_times_a_and_zero_elsewhere_and_expand_adds_the_rest(
         (ones(3, 2).half(), ones(3, 2).half(), 0, 0, r"expected x \[tokens, 2\] in torch.float32"),
         (ones(2, 3).t(), ones(3, 2), 0, 0, r"expected y contiguous .* strides \(1, 3\)"),
         (ones(3, 2), ones(3, 2).to("meta"), 0, 0, "expected x contiguous .* on meta"),
-    ],
-)
-def test_apply_refuses_what_does_not_fit(
-    y: Tensor, x: Tensor, module: int, slot: int, named: str
-) -> None:
-    with pytest.raises(ValueError, match=named):
-        apply(y, x, Plan.from_segments([0, 3], [slot]), module, by_hand())
-    assert (y == 1).all()
+    ]:
+        with pytest.raises(ValueError, match=named):
+            apply(y, x, Plan.from_segments([0, 3], [slot]), module, by_hand())
+        assert (y == 1).all()
 
 
 def test_a_later_segment_that_does_not_fit_leaves_the_earlier_ones_alone() -> None:
@@ -426,9 +421,8 @@ def test_a_later_segment_that_does_not_fit_leaves_the_earlier_ones_alone() -> No
     assert (good == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("half", "written", "read", "module", "slot", "named"),
-    [
+def test_halves_refuse_what_does_not_fit() -> None:
+    for half, written, read, module, slot, named in [
         (shrink, ones(3, 2), ones(2, 8), 1, 0, r"expected x contiguous \[3, features\] on cpu"),
         (shrink, ones(2, 2), ones(3, 8), 1, 0, r"expected h contiguous \[3, features\] on cpu"),
         (shrink, ones(3, 1), ones(3, 8), 1, 0, r"expected h \[tokens, 2 or more\] in torch.flo"),
@@ -440,15 +434,11 @@ def test_a_later_segment_that_does_not_fit_leaves_the_earlier_ones_alone() -> No
         (expand, ones(3, 5), ones(3, 2), 1, 0, r"y \[tokens, 6\] in torch.float32, got y \[3, 5"),
         (expand, ones(3, 6), ones(3, 1), 1, 0, r"expected h \[tokens, 2 or more\] .* got \[3, 1"),
         (expand, ones(3, 6), ones(3, 2), 1, 1, "expected slots below 1, the plan has slot 1"),
-    ],
-)
-def test_halves_refuse_what_does_not_fit(
-    half: Call, written: Tensor, read: Tensor, module: int, slot: int, named: str
-) -> None:
-    tables = make_tables(SIGNED, [2], (8, 6), torch.float32, 1.0)
-    with pytest.raises(ValueError, match=named):
-        half(written, read, make_plan([(slot, 3)]), module, tables)
-    assert (written == 1).all()
+    ]:
+        tables = make_tables(SIGNED, [2], (8, 6), torch.float32, 1.0)
+        with pytest.raises(ValueError, match=named):
+            half(written, read, make_plan([(slot, 3)]), module, tables)
+        assert (written == 1).all()
 
 
 ROWS, FEATURES, RANK = 6, 8, 8
@@ -685,23 +675,20 @@ def test_nothing_is_allocated_once_a_plan_was_used_twice(
     assert storages[2:] == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "adapters", "group", "products"),
-    [
+def test_one_shrink_for_q_k_and_v() -> None:
+    for dtype, adapters, group, products in [
         (torch.bfloat16, 1, (), 6),
         (torch.bfloat16, 1, QKV, 4),  # one shrink for q, k and v
         (torch.bfloat16, 8, QKV, 4),  # small work of many adapters is one product each way
         (torch.float32, 1, QKV, 6),  # float32 shares no shrink unless asked to
-    ],
-)
-def test_one_shrink_for_q_k_and_v(
-    dtype: torch.dtype, adapters: int, group: tuple[int, ...], products: int
-) -> None:
-    tables, plan = (
-        three_modules(dtype, [(4, 4, 4)] * adapters),
-        make_plan([(n, 1) for n in range(adapters)]),
-    )
-    assert [watched(seed, dtype, plan, tables, group) for seed in range(3)][-1].products == products
+    ]:
+        tables, plan = (
+            three_modules(dtype, [(4, 4, 4)] * adapters),
+            make_plan([(n, 1) for n in range(adapters)]),
+        )
+        assert [watched(seed, dtype, plan, tables, group) for seed in range(3)][
+            -1
+        ].products == products
 
 
 @pytest.fixture(params=SHARING)
