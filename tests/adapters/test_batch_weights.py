@@ -371,22 +371,17 @@ def test_metadata_may_be_assigned_to_and_be_tensors(prefill: bool, dtype: torch.
 
 
 @pytest.mark.parametrize("prefill", [True, False])
-@pytest.mark.parametrize(
-    ("tokens", "bounds", "indices", "named"),
-    [
+def test_metadata_must_not_contradict_itself(prefill: bool) -> None:
+    for tokens, bounds, indices, named in [
         ([0, 0], [0, 3], [0], r"indices \(2 tokens\) and the segments \(up to 3\) name different"),
         ([0, 1], [0, 2], [0], "name different adapters for a token"),
         ([0, 0], [0, 2, 1], [0, 1], r"ascending order for 2 segments, got \[0, 2, 1\]"),
         ([0, 0], [0, 1 << 62], [0], r"adapter_indices \(2 tokens\) and the segments \(up to 46"),
         ([0, 0], [0, 1], [0], r"adapter_indices \(2 tokens\) and the segments \(up to 1\)"),
-    ],
-)
-def test_metadata_must_not_contradict_itself(
-    tokens: list[int], bounds: list[int], indices: list[int], named: str, prefill: bool
-) -> None:
-    meta = AdapterBatchMetadata(torch.tensor(tokens), {0}, torch.tensor(bounds), indices)
-    with pytest.raises(UsageError, match=named):
-        BatchLoraWeights.load(of_ranks(8, 8), meta, "q_proj", prefill, None)
+    ]:
+        meta = AdapterBatchMetadata(torch.tensor(tokens), {0}, torch.tensor(bounds), indices)
+        with pytest.raises(UsageError, match=named):
+            BatchLoraWeights.load(of_ranks(8, 8), meta, "q_proj", prefill, None)
 
 
 @pytest.mark.parametrize("prefill", [True, False])

@@ -87,9 +87,8 @@ ONE_MORE = partial(llama, num_hidden_layers=3)
 LOOKS = r"'model.embed_tokens' \(.*\) does not just look"
 
 
-@pytest.mark.parametrize(
-    ("model", "layout_of", "settings", "problem"),
-    [
+async def test_another_base_is_refused_before_anything_is_replaced() -> None:
+    refused: list[tuple[Any, Any, Any, str]] = [
         # gate, up and down of two layers, of which three are named
         (partial(llama, intermediate_size=64), llama, {}, "32 → 64, not 32 → 48.*and 3 more"),
         (llama, ONE_MORE, {}, "no module 'model.layers.2.self_attn.q_proj'"),
@@ -101,17 +100,14 @@ LOOKS = r"'model.embed_tokens' \(.*\) does not just look"
         (llama, llama, {"dtype": "float16"}, r"LoaderConfig\(dtype='float32'\)"),
         (lambda: llama().double(), llama, {}, "float64"),
         (lambda: llama().to("meta"), llama, {}, "the model is on meta"),
-    ],
-)
-async def test_another_base_is_refused_before_anything_is_replaced(
-    model: Callable[[], Any], layout_of: Callable[[], Any], settings: Any, problem: str
-) -> None:
-    made, config = model(), LoaderConfig(**{"device_bytes": 1 << 20} | settings)
-    async with AdapterLoader(layouts.from_module(layout_of()), config) as loader:
-        before = {name: vars(module).copy() for name, module in made.named_modules()}
-        with pytest.raises(ConfigError, match=problem):
-            attach(made, loader)
-        assert {name: vars(module) for name, module in made.named_modules()} == before
+    ]
+    for model, layout_of, settings, problem in refused:
+        made, config = model(), LoaderConfig(**{"device_bytes": 1 << 20} | settings)
+        async with AdapterLoader(layouts.from_module(layout_of()), config) as loader:
+            before = {name: vars(module).copy() for name, module in made.named_modules()}
+            with pytest.raises(ConfigError, match=problem):
+                attach(made, loader)
+            assert {name: vars(module) for name, module in made.named_modules()} == before
 
 
 def anatomy(model: Any) -> list[object]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, combinations, product
+from itertools import accumulate, combinations
 from math import ceil
 from types import ModuleType
 from typing import Any
@@ -56,28 +56,16 @@ TILE_ROWS = (16, 32)
 MEMBERS = (1, 2, 3)
 SPARE = (False, True)
 
-_Level = object
-_Levels = tuple[_Level, ...]
-_FULL: tuple[_Levels, ...] = (DTYPES, RANKS, FEATURES, PLANES, ROWS, AROUND)
-_TURNING: tuple[_Levels, ...] = (KINDS, TILE_ROWS, MEMBERS, SPARE)
-
-
-def full_grid(dtype: str) -> Iterator[Case]:
-    """Every combination of rank, features, planes, rows and neighbours.
-
-    What else there is takes turns, each at its own pace.
-    """
-    for place, levels in enumerate(product((dtype,), *_FULL[1:])):
-        turns = [
-            each[place // pace % len(each)]
-            for pace, each in zip((1, 5, 7, 11), _TURNING, strict=True)
-        ]
-        yield _case(*levels, *turns)
+_Levels = tuple[object, ...]
+_FACTORS: tuple[_Levels, ...] = (
+    *(DTYPES, RANKS, FEATURES, PLANES, ROWS, AROUND),
+    *(KINDS, TILE_ROWS, MEMBERS, SPARE),
+)
 
 
 def pairwise() -> Iterator[Case]:
     """Cases in which every two levels of any two properties meet. Few, always the same."""
-    factors = _FULL + _TURNING
+    factors = _FACTORS
     open_pairs = {
         (i, a, j, b)
         for i, j in combinations(range(len(factors)), 2)
