@@ -123,7 +123,9 @@ async def test_positions_of_one_row_are_pefts_and_of_more_are_refused(tmp_path: 
 
 
 @pytest.mark.parametrize("lora", [DORA, BIAS, TOKENS])
-async def test_bf16_is_as_near_to_float32_as_pefts(lora: dict[str, Any], tmp_path: Path) -> None:
+async def test_bf16_is_as_near_to_float32_as_pefts_and_autocast_is_refused(
+    lora: dict[str, Any], tmp_path: Path, small: Any
+) -> None:
     """PEFT keeps A and B in float32 there, which are rounded here; magnitudes are not."""
     adapter = save(llama(), lora, tmp_path / "adapter")
     exact = pefts(llama(), adapter, prompt(2))
@@ -131,6 +133,11 @@ async def test_bf16_is_as_near_to_float32_as_pefts(lora: dict[str, Any], tmp_pat
     ours = await logits_with(llama().bfloat16(), adapter, prompt(2))
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).norm() < 1.5 * (theirs.float() - exact).norm()
+    async with served(small, adapter) as (attached, handle):
+        autocast, refused = torch.autocast("cpu", torch.bfloat16), pytest.raises(UsageError)
+        with attached.batch([handle]), autocast, refused as caught:
+            logits_of(small, prompt(1))
+        assert "autocast" in str(caught.value)
 
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
