@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorax_kernels import Operands, Plan, apply
-from sgmv.cases import BY_HAND, DTYPES, SIGNED, Case, World, pairwise
+from sgmv.cases import BY_HAND, DTYPES, SIGNED, Case, World, full_grid, pairwise
 
 TESTS = Path(__file__).parents[1]
 
@@ -142,6 +142,12 @@ def test_the_number_of_planes_follows_from_the_shapes(sgmv: Any) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(7300)
+def test_the_whole_grid_interpreted() -> None:
+    prove("sgmv.interpreted", "grid", timeout=7200)
+
+
+@pytest.mark.soak
 def test_compiled_for_the_other_dtypes() -> None:
     prove("sgmv.compiled", "float32", "float16")
 
@@ -158,9 +164,10 @@ MIXED = Case(
 )
 
 
-ON_A_GPU = {"by hand": BY_HAND.values, "pairs": pairwise}
+ON_A_GPU = {"by hand": BY_HAND.values, "pairs": pairwise, "grid": full_grid}
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.gpu
 @pytest.mark.parametrize("cases", ON_A_GPU)
 def test_cases_on_a_gpu(cases: str, sgmv: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, product
 from math import ceil
 from types import ModuleType
 from typing import Any
@@ -61,6 +61,13 @@ _FACTORS: tuple[_Levels, ...] = (
     *(DTYPES, RANKS, FEATURES, PLANES, ROWS, AROUND),
     *(KINDS, TILE_ROWS, MEMBERS, SPARE),
 )
+
+
+def full_grid() -> Iterator[Case]:
+    """Every combination of dtype, rank, features, planes, rows and neighbours; the rest in turn."""
+    for place, levels in enumerate(product(*_FACTORS[:6])):
+        paces = zip((1, 5, 7, 11), _FACTORS[6:], strict=True)
+        yield _case(*levels, *(each[place // pace % len(each)] for pace, each in paces))
 
 
 def pairwise() -> Iterator[Case]:

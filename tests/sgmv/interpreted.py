@@ -25,6 +25,7 @@ from sgmv.cases import (
     Arena,
     Case,
     World,
+    full_grid,
     pairwise,
 )
 
@@ -93,6 +94,10 @@ def by_hand() -> int:
 
 def pairs() -> int:
     return _run_all(pairwise())
+
+
+def grid() -> int:
+    return _run_all(full_grid())
 
 
 def segments() -> int:
