@@ -61,7 +61,7 @@ async def put(there: AdapterLoader, seed: int, name: str | Path = "mine") -> Ada
     return await there.replace(name, tiny.tensors(seed), tiny.config())
 
 
-def acquired(there: AdapterLoader, name: str | Path = "mine") -> AdapterHandle:
+def acquired(there: AdapterLoader, name: AdapterId = "mine") -> AdapterHandle:
     handle = there.try_acquire(name)
     assert handle is not None
     return handle

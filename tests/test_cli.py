@@ -37,8 +37,6 @@ Patch = pytest.MonkeyPatch
 PIRATE, JSON = str(ADAPTERS / "pirate"), str(ADAPTERS / "json")
 SECRET = "hf_AbcDefGhi5ecre7"
 
-# -- load -----------------------------------------------------------------------------------------
-
 
 def test_load_reports_each_adapter(tmp_path: Path, capsys: Capture) -> None:
     refused = adapter(tmp_path / "refused", query(0), use_bdlora={})
@@ -81,9 +79,6 @@ def test_ctrl_c_closes_the_loader(tmp_path: Path, monkeypatch: Patch, capsys: Ca
     assert main(["load", PIRATE, "--base", base(tmp_path / "base")]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
     assert not [t for t in threading.enumerate() if t.name.startswith("lorax")]
-
-
-# -- inspect --------------------------------------------------------------------------------------
 
 
 def test_inspect_tells_what_the_adapter_is(tmp_path: Path, capsys: Capture) -> None:
@@ -132,7 +127,6 @@ def test_inspect_goes_on_after_each_problem(tmp_path: Path, capsys: Capture) -> 
 
 
 def test_a_strangers_text_reaches_no_terminal_as_it_is(tmp_path: Path, capsys: Capture) -> None:
-    """Nor without end: what repeats is left out."""
     hostile = "\x1b[31m\x9b31m\u202e[bold]:bomb:"
     tensors = {f"model.layers.{n}.norm.weight": torch.ones(2) for n in range(25)}
     path = adapter(tmp_path / "x", tensors, base_model_name_or_path=hostile, unknown=hostile)
@@ -142,9 +136,6 @@ def test_a_strangers_text_reaches_no_terminal_as_it_is(tmp_path: Path, capsys: C
     assert "[bold]:bomb:" in text
     assert text.count("UnsupportedAdapterError") == 20
     assert " more" in text
-
-
-# -- the program ----------------------------------------------------------------------------------
 
 
 def test_sizes_are_read() -> None:
@@ -222,9 +213,6 @@ def test_a_pipe_gets_plain_text_and_a_terminal_bars(tmp_path: Path) -> None:
     assert text.rstrip().endswith("ms")
 
 
-# -- the demos -------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_each_row_answers_in_its_style(capsys: Capture) -> None:
     assert main(["demo", "--json", "--adapters", str(ADAPTERS)]) == 0
@@ -242,9 +230,7 @@ def test_each_row_answers_in_its_style(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("demo", ["demo", "demo-remote"])
-def test_without_the_adapters_it_says_where_they_belong(
-    demo: str, tmp_path: Path, capsys: Capture
-) -> None:
+def test_demos_say_where_adapters_belong(demo: str, tmp_path: Path, capsys: Capture) -> None:
     assert main([demo, "--adapters", str(tmp_path)]) == 1
     text = capsys.readouterr().err
     assert text.startswith("ConfigError: ")
@@ -265,10 +251,7 @@ def test_the_ticker_sees_who_holds_the_loop() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_socket_left", "nothing_left")
-def test_layers_come_one_after_the_other(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A person sees a picture of it; a program reads when each layer came."""
+def test_layers_come_in_order(capsys: Capture, monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main(["demo-remote", "--adapters", str(ADAPTERS)]) == 0
     shown = capsys.readouterr()
@@ -291,15 +274,11 @@ def test_layers_come_one_after_the_other(
     files = [path for path in ADAPTERS.glob("*/adapter_*") if path.suffix != ".md"]
     assert result["bytes"] == sum(path.stat().st_size for path in files)
     # A link lets nothing through faster than its rate.
-    longest = max(row["resident_ms"] for row in result["adapters"])
-    assert longest > result["bytes"] / RATE * 1e3
+    assert max(row["resident_ms"] for row in result["adapters"]) > result["bytes"] / RATE * 1e3
     assert not list(tmp_path.iterdir()), "the cache is gone"
 
 
-# -- plan ------------------------------------------------------------------------------------------
-
-
-RANKS = (1, 2, 4, 8)
+ONE = ("--adapters", "1x1")
 UNIT = 4 * 2 * (32 + 64) * 4
 """Device bytes of a tiny adapter of rank 1: 4 layers of 2 modules of A [1, 32] and B [64, 1]."""
 
@@ -335,9 +314,7 @@ def refused(capsys: Capture, folder: str, *arguments: object) -> str:
 
 
 def many(base: Path) -> list[Path]:
-    return [
-        tiny.write(base / "all" / f"a{n:02}", seed=n, rank=RANKS[n % len(RANKS)]) for n in range(24)
-    ]
+    return [tiny.write(base / "all" / f"a{n:02}", n, 1 << n % 4) for n in range(24)]
 
 
 @pytest.mark.parametrize("name", EVICTION_POLICIES)
@@ -380,14 +357,12 @@ async def test_the_loader_does_what_was_planned(
     assert planned["file_bytes"] == sum(sizes[where] for where in granted)
 
 
-def test_an_adapter_of_a_rank_needs_what_one_on_the_disk_does(
-    tmp_path: Path, capsys: Capture
-) -> None:
+def test_an_adapter_of_a_rank_is_as_large_as_a_file(tmp_path: Path, capsys: Capture) -> None:
     """pirate is of rank 8, on q_proj (576 to 576) and v_proj (576 to 192) of 30 layers."""
     common = (base(tmp_path / "base"), "--device-bytes", "1GiB", "--requests", "10")
     real = plan(capsys, *common, "--adapters", ADAPTERS / "pirate")["adapters"]
-    targets = ("q_proj", "v_proj")
-    made = plan(capsys, *common, "--adapters", "1x8", "--targets", *targets)["adapters"]
+    targets = ("--targets", "q_proj", "v_proj")
+    made = plan(capsys, *common, "--adapters", "1x8", *targets)["adapters"]
     expected = 30 * 8 * (576 + 576 + 576 + 192) * 2
     assert real["device_bytes"] == made["device_bytes"] == expected
     assert made["kinds"][0]["rank"] == 8
@@ -400,12 +375,9 @@ def test_lists_are_read(folder: str, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "list.csv").write_text("\n".join(lines))
     rows: list[object] = [{"name": "one", "rank": 2}, {"name": "many", "bytes": 1000, "count": 3}]
     (tmp_path / "list.json").write_text(json.dumps([*rows, {"path": "all/a"}]))
-    options = ("--device-bytes", "1MiB", "--targets", "q_proj", "up_proj")
-    found, same = (
-        plan(capsys, folder, "--adapters", tmp_path / name, *options)
-        for name in ("list.json", "list.csv")
-    )
-    assert found == same
+    options = ("--device-bytes", "1MiB", "--targets", "q_proj", "up_proj", "--adapters")
+    found = plan(capsys, folder, *options, tmp_path / "list.json")
+    assert found == plan(capsys, folder, *options, tmp_path / "list.csv")
     told = found["adapters"]
     # 1000 bytes in 4 layers are 250 each, which take 256 on the device.
     assert (told["count"], told["device_bytes"]) == (5, 2 * UNIT + 3 * 4 * 256 + 8 * UNIT)
@@ -421,32 +393,6 @@ def test_a_person_reads_a_table(folder: str, capsys: Capture) -> None:
     assert lines[-1][1:4] == ["requests", "were", "refused:"]
 
 
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ('[{"name": "a"}]', "one of rank, bytes and path"),
-        ('[{"rank": 1}]', "an adapter has a name"),
-        ('[{"name": "a", "rank": -1}]', "rank is a whole number"),
-        ('[{"name": "a", "rank": 999}]', "above the limit"),
-        ('[{"name": "a", "bytes": 0}]', "bytes is a whole number"),
-        ('[{"name": "a", "bytes": "' + "9" * 5000 + '"}]', "bytes is a whole number"),
-        ('[{"name": "a", "path": "nowhere"}]', "AdapterNotFoundError"),
-        ('["a"]', "a list of objects"),
-        ("[]", "lists no adapter"),
-        ("name,rank\n", "lists no adapter"),
-        ("[" * 100_000, "no JSON or CSV"),
-        ("name,rank\na,\udcff\n", "no JSON or CSV"),
-        ("name,rank\na," + "1" * 200_000, "no JSON or CSV"),
-    ],
-    ids=lambda text: text[:40],
-)
-def test_a_list_that_is_none_is_refused(
-    folder: str, tmp_path: Path, capsys: Capture, content: str, text: str
-) -> None:
-    (tmp_path / "list").write_bytes(content.encode(errors="surrogateescape"))
-    assert text in refused(capsys, folder, "--adapters", tmp_path / "list")
-
-
 def test_of_many_the_broken_one_is_named(folder: str, tmp_path: Path, capsys: Capture) -> None:
     weights = many(tmp_path)[5] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
@@ -454,31 +400,41 @@ def test_of_many_the_broken_one_is_named(folder: str, tmp_path: Path, capsys: Ca
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("text", "content", "arguments"),
     [
-        (("--adapters", "nowhere"), "not as 10000x16"),
-        (("--adapters", "."), "holds none"),
-        (("--adapters", "99999999x1"), "at most"),
-        (("--adapters", "0x1"), "Zipf's law"),
-        (("--adapters", "1x1", "--zipf", "-1"), "Zipf's law"),
-        (("--adapters", "1x1", "--rate", "0"), "--rate"),
-        (("--adapters", "1x1", "--targets", "qq_proj"), "qq_proj"),
-        (("--adapters", "1x1", "--trace", "trace"), "'other', which --adapters has not"),
-        (("--adapters", "1x1", "1x1", "--trace", "trace"), "two adapters are called 'r1'"),
-        (("--adapters", "1x1", "--trace", "absent"), "absent"),
-        (("--adapters", "1x8", "--trace", "binary"), "no text in UTF-8"),
+        *(
+            (text, content, ("--adapters", "list"))
+            for text, *contents in (
+                ("one of rank, bytes and path", '[{"name": "a"}]'),
+                ("an adapter has a name", '[{"rank": 1}]'),
+                ("rank is a whole number", '[{"name": "a", "rank": -1}]'),
+                ("above the limit", '[{"name": "a", "rank": 999}]'),
+                ("bytes is a whole number", '[{"name": "a", "bytes": 0}]'),
+                ("bytes is a whole number", '[{"name": "a", "bytes": "' + "9" * 5000 + '"}]'),
+                ("AdapterNotFoundError", '[{"name": "a", "path": "nowhere"}]'),
+                ("a list of objects", '["a"]'),
+                ("lists no adapter", "[]", "name,rank\n"),
+                ("no JSON or CSV", "[" * 100_000, "a\n\udcff\n", f"a,b\na,{'1' * 200_000}"),
+            )
+            for content in contents
+        ),
+        ("not as 10000x16", "", ("--adapters", "nowhere")),
+        ("holds none", "", ("--adapters", ".")),
+        ("at most", "", ("--adapters", "99999999x1")),
+        ("Zipf's law", "", ("--adapters", "0x1")),
+        ("Zipf's law", "", (*ONE, "--zipf", "-1")),
+        ("--rate", "", (*ONE, "--rate", "0")),
+        ("qq_proj", "", (*ONE, "--targets", "qq_proj")),
+        ("'other', which --adapters has not", "r1\nother\n", (*ONE, "--trace", "list")),
+        ("two adapters are called 'r1'", "r1\n", (*ONE, "1x1", "--trace", "list")),
+        ("absent", "", (*ONE, "--trace", "absent")),
+        ("no text in UTF-8", "r8\nr8\udcff\n", ("--adapters", "1x8", "--trace", "list")),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_what_cannot_be_planned_is_said(
-    folder: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
-    arguments: tuple[str, ...],
-    text: str,
+    folder: str, monkeypatch: Patch, capsys: Capture, text: str, content: str, arguments: Any
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    Path("trace").write_text("r1\nother\n")
-    Path("binary").write_bytes(b"r8\nr8\xff\n")
+    monkeypatch.chdir(folder)
+    Path("list").write_bytes(content.encode(errors="surrogateescape"))
     assert text in refused(capsys, folder, *arguments)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tiny
-from lorax_async import AdapterLoader, Allow, Limits, LoaderConfig, LocalRoot, errors
+from lorax_async import AdapterLoader, Allow, Limits, LoaderConfig, LocalRoot, Shard, errors
 from lorax_async.config import MAX_SECONDS
 
 Patch = pytest.MonkeyPatch
@@ -78,6 +78,11 @@ SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
         [None, "hub", Allow("hub"), ("hub",), [Allow], {Allow("hub")}],
         r"must be a tuple of Allow\(",
     ),
+    "shard": (
+        [None, Shard(1, 2)],
+        [1, (0, 2), "0/2"],
+        r"must be Shard\(rank, world_size\) or None",
+    ),
     "hub_endpoint": ([None, "http://127.0.0.1:8090"], NOT_ENDPOINTS, ""),
     "local_roots": (
         [()],
@@ -106,7 +111,7 @@ def test_limits_are_positive_integers() -> None:
     for name in (entry.name for entry in fields(Limits)):
         for value in NOT_COUNTS:
             with pytest.raises(
-                errors.ConfigError, match=f"^{name} must be a positive integer, not "
+                errors.ConfigError, match=f"^{name} must be a positive integer, not"
             ):
                 Limits(**{name: value})  # type: ignore[arg-type]
 
@@ -135,7 +140,6 @@ def test_settings_are_frozen_and_go_by_name(config: LoaderConfig | Limits) -> No
 
 
 def test_a_calls_own_timeout_comes_first_and_is_checked_too() -> None:
-    """No time at all is a question: is it here already? The longest can be waited for in a lock."""
     config = made(timeout=7)
     assert [config.seconds(value) for value in (None, 0, 2.5, 10**9)] == [7.0, 0.0, 2.5, 1e9]
     assert MAX_SECONDS < TIMEOUT_MAX
@@ -144,11 +148,11 @@ def test_a_calls_own_timeout_comes_first_and_is_checked_too() -> None:
             config.seconds(value)
 
 
-@pytest.mark.parametrize("platform", ["darwin", "win32"])
-def test_other_platforms_are_refused(platform: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("sys.platform", platform)
-    with pytest.raises(errors.ConfigError, match="runs on Linux only"):
-        AdapterLoader(tiny.layout())
+def test_other_platforms_are_refused(monkeypatch: Patch) -> None:
+    for platform in ("darwin", "win32"):
+        monkeypatch.setattr("sys.platform", platform)
+        with pytest.raises(errors.ConfigError, match="runs on Linux only"):
+            AdapterLoader(tiny.layout())
 
 
 def test_an_endpoint_has_one_spelling(monkeypatch: Patch) -> None:
@@ -160,9 +164,6 @@ def test_an_endpoint_has_one_spelling(monkeypatch: Patch) -> None:
     ):
         assert made(hub_endpoint=given).hub_endpoint == kept
     assert made().hub_endpoint is None
-
-
-# -- folders --------------------------------------------------------------------------------------
 
 
 def test_a_removed_value_says_what_to_use_instead() -> None:
@@ -183,10 +184,7 @@ def test_a_caches_folder_may_be_there_or_not(name: str, tmp_path: Path, monkeypa
             made(**{name: wrong})
 
 
-def test_the_cache_is_where_the_xdg_specification_has_it(
-    tmp_path: Path, monkeypatch: Patch
-) -> None:
-    """Looked up when it is asked for; what is not absolute is to be ignored there."""
+def test_the_cache_folder_is_that_of_xdg(tmp_path: Path, monkeypatch: Patch) -> None:
     config, usual = made(), tmp_path / "home" / ".cache" / "lorax-async"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -216,10 +214,7 @@ class Place:
         return self._place
 
 
-def test_roots_are_absolute_folders_however_they_are_named(
-    tmp_path: Path, monkeypatch: Patch
-) -> None:
-    """And stay where they were when they were named."""
+def test_roots_are_absolute_folders(tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path)
     fixed = LocalRoot(str(tmp_path / "." / "inner") + "/", immutable=True)
@@ -250,13 +245,11 @@ def test_a_root_that_is_no_folder_is_refused(tmp_path: Path, root: str) -> None:
 
 
 def test_a_root_is_a_path_and_immutable_a_bool() -> None:
-    wrong_paths: list[Any] = [None, 5, b"/", ["/"], LocalRoot]
-    for path in wrong_paths:
-        with pytest.raises(
-            errors.ConfigError, match="a local root must be the path of a folder, not"
-        ):
+    paths: list[Any] = [None, 5, b"/", ["/"], LocalRoot]
+    for path in paths:
+        with pytest.raises(errors.ConfigError, match="a local root must be the path of a folder,"):
             LocalRoot(path)
-    wrong: list[Any] = [0, 1, None, "yes"]
-    for value in wrong:
+    values: list[Any] = [0, 1, None, "yes"]
+    for value in values:
         with pytest.raises(errors.ConfigError, match="immutable must be True or False, not"):
             LocalRoot("/", immutable=value)

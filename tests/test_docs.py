@@ -20,6 +20,8 @@ from lorax_async import LocalRoot
 from lorax_async.cli import main
 from tiny_loaders import ONE, loader
 
+Capture = pytest.CaptureFixture[str]
+
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 
@@ -28,11 +30,8 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-# -- README.md ------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("nothing_left")
-async def test_the_lines_about_room_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_lines_about_room_run(tmp_path: Path, capsys: Capture) -> None:
     _, lines, _ = python_blocks(README)
     scope: dict[str, Any] = {}
     exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
@@ -46,7 +45,7 @@ async def test_the_lines_about_room_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("nothing_left")
-async def test_the_lines_about_tensors_run(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_lines_about_tensors_run(capsys: Capture) -> None:
     *_, lines = python_blocks(README)
     steps = iter((1, 2))
     scope: dict[str, Any] = {
@@ -61,9 +60,7 @@ async def test_the_lines_about_tensors_run(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
-def test_the_readmes_example_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_readmes_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     example, *_ = python_blocks(README)
     monkeypatch.chdir(ROOT)
     exec(compile(example, str(README), "exec"), {"__name__": "__main__"})
@@ -73,10 +70,7 @@ def test_the_readmes_example_runs(
     assert [text.isupper() for text in (base, shout)] == [False, True]
 
 
-# -- the command line -----------------------------------------------------------------------------
-
-
-def test_every_command_and_option_that_is_named_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_and_option_that_is_named_is_one(capsys: Capture) -> None:
     page = (DOCS / "cli.md").read_text()
     named = {"cache ls", "cache verify", "cache rm", "cache gc"}
     named |= set(re.findall(r"^\| `lorax-async ([a-z-]+)", page, re.MULTILINE)) - {"cache"}
@@ -89,9 +83,6 @@ def test_every_command_and_option_that_is_named_is_one(capsys: pytest.CaptureFix
         assert ended.value.code == 0
         options |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= options
-
-
-# -- the embedding example -------------------------------------------------------------------------
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,8 @@ import torch
 
 import tiny
 from common import Run, our_threads, until
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
+from false_bytes import watched
+from lorax_async import AdapterHandle, errors
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.arena import Extent
 from lorax_async.core.commands import Copy
@@ -28,20 +29,21 @@ from lorax_async.core.life import Grant
 from lorax_async.core.moves import GroupPlan
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.events import SlotId
-from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.io.ports import CopyTicket
+from lorax_async.io.sources.checked_open import FileReader, identity_of
 from lorax_async.io.transfer import GroupCopy, Moved
 from lorax_async.runtime.copies import Copies
 from lorax_async.runtime.tenancy import Tenancy
 from lorax_async.testing import FakeHold
-from tiny_loaders import loader
-from tiny_sources import over, stocked
+from tiny_loaders import fails, gated, loader
+from tiny_sources import Slowed, over, state, stocked
+
+Patch = pytest.MonkeyPatch
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
-async def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third thread is refused; those before it end, and the loader may be entered later."""
+async def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: Patch) -> None:
     start = threading.Thread.start
     seen: list[str] = []
 
@@ -55,27 +57,17 @@ async def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Mo
     there = loader(io_threads=4)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", limited)
-        with pytest.raises(errors.CapacityError, match="lower io_threads"):
-            await there.__aenter__()
+        await fails(there.__aenter__(), errors.CapacityError, "lower io_threads")
     assert not our_threads()
 
 
 async def test_opening_does_not_hold_the_loop() -> None:
-    """Claiming memory takes a while; the loop must turn meanwhile, however slowly.
-
-    (That it also has the GIL meanwhile is a matter of time, and so of no test.)
-    """
-
-    async def _open_and_close() -> None:
-        async with loader(device_bytes=512 << 20, staging_bytes=256 << 20):
-            pass
-
-    turns = 0
-    opening = asyncio.create_task(_open_and_close())
+    there, turns = loader(device_bytes=512 << 20, staging_bytes=256 << 20), 0
+    opening = asyncio.create_task(there.__aenter__())
     while not opening.done():
         await asyncio.sleep(0.001)
         turns += 1
-    await opening
+    await there.close()
     assert turns > 5, "opening ran on the loop"
 
 
@@ -86,13 +78,11 @@ async def test_close_fails_waiters_and_revokes_leases(tmp_path: Path) -> None:
         waiting = asyncio.create_task(there.load(b))
         await asyncio.sleep(0.01)
         await there.close(timeout=0.05)
-        with pytest.raises(errors.LoaderClosedError):
-            await waiting
+        await fails(waiting, errors.LoaderClosedError)
         with pytest.raises(errors.HandleClosedError, match="loader was closed"):
             _ = handle.modules
         for late in (there.load(a), there.unload(a)):
-            with pytest.raises(errors.LoaderClosedError):
-                await late
+            await fails(late, errors.LoaderClosedError)
         with pytest.raises(errors.LoaderClosedError):
             there.unpin(a)
         await there.close()
@@ -150,8 +140,7 @@ def test_it_belongs_to_one_loop_and_one_process(run: Run, tmp_path: Path) -> Non
             with pytest.raises(errors.UsageError, match="enter the loader first"):
                 ask()
         for call in (there.load(folder), there.close()):
-            with pytest.raises(errors.UsageError, match="enter the loader first"):
-                await call
+            await fails(call, errors.UsageError, "enter the loader first")
         await opening
         await there.close()
         there = loader()
@@ -163,8 +152,7 @@ def test_it_belongs_to_one_loop_and_one_process(run: Run, tmp_path: Path) -> Non
                 lambda: asyncio.run_coroutine_threadsafe(there.load(folder), loop).result()
             )
             handle.release()
-            with pytest.raises(errors.UsageError, match="entered before"):
-                await there.__aenter__()
+            await fails(there.__aenter__(), errors.UsageError, "entered before")
             async with await there.load(folder) as held:
                 assert _in_a_fork(lambda: there.try_acquire(folder)) == "UsageError"
                 assert _in_a_fork(lambda: held.modules) == "UsageError"
@@ -201,9 +189,6 @@ asyncio.run(main())
     assert "was never closed" in done.stderr
 
 
-# -- what the end waits for ----------------------------------------------------------------------
-
-
 async def test_close_goes_on_when_its_caller_is_cancelled(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
     there = loader()
@@ -212,8 +197,7 @@ async def test_close_goes_on_when_its_caller_is_cancelled(tmp_path: Path) -> Non
     closing = asyncio.create_task(there.close(timeout=5))
     await asyncio.sleep(0.01)
     closing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await closing
+    await fails(closing, asyncio.CancelledError)
     handle.release()
     await there.close()
 
@@ -227,12 +211,10 @@ async def break_off(closing: asyncio.Task[None]) -> None:
     await asyncio.sleep(0.03)
 
 
-async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_device_outlives_copies(tmp_path: Path, monkeypatch: Patch) -> None:
     """Whoever copies still writes to the arena."""
     folder, ended = tiny.write(tmp_path / "a"), list[str]()
-    device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=1)
+    there, device = gated(slots=1)
     for name in ("copy", "close"):
         call = getattr(device, name)
 
@@ -243,12 +225,10 @@ async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(
                 ended.append(name)
 
         monkeypatch.setattr(device, name, noted)
-    config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
-    there = AdapterLoader(tiny.layout(), config, device=device)
     await there.__aenter__()
     device.gate.clear()
     loading = asyncio.create_task(there.load(folder))
-    await until(lambda: device.copies == 1)
+    await until(lambda: device.copies == 2)
     closing = asyncio.create_task(there.close())
     await break_off(closing)
     device.gate.set()
@@ -258,26 +238,11 @@ async def test_the_device_ends_after_the_copies_even_if_close_is_broken_off(
     assert ended == ["copy"] * tiny.LAYERS + ["close"]
 
 
-class Deaf:
-    """A step that never ends by itself, and has something to undo when it is cancelled."""
-
-    asked, undone = False, 0
-
-    async def __call__(self, *_: object) -> Any:
-        self.asked = True
-        try:
-            await asyncio.get_running_loop().create_future()
-        finally:
-            await asyncio.sleep(0.01)
-            self.undone += 1
-
-
-@pytest.mark.parametrize("step", ["resolve", "digest", "populate"])
-async def test_what_a_source_undoes_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    source, deaf = stocked(tmp_path, "a", holdable=True), Deaf()
-    monkeypatch.setattr(source, step, deaf)
+@pytest.mark.parametrize("step", ["resolve", "digest", "populate", "open"])
+async def test_undo_is_awaited(tmp_path: Path, step: str) -> None:
+    """Of a fetch even if close is broken off."""
+    source = stocked(tmp_path, "a", holdable=True)
+    slowed = Slowed(source, step)
     there = over(source)
     await there.__aenter__()
     if step == "populate":
@@ -285,33 +250,19 @@ async def test_what_a_source_undoes_is_waited_for(
     else:
         digest = "0" * 64 if step == "digest" else None
         call = asyncio.create_task(there.load("a", digest=digest))
-    await until(lambda: deaf.asked)
-    await asyncio.wait_for(there.close(timeout=0), 10)
-    assert deaf.undone == 1
-    ends = await asyncio.gather(call, return_exceptions=True)
-    assert step == "populate" or isinstance(ends[0], errors.LoaderClosedError)
-
-
-async def test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, deaf = stocked(tmp_path, "a"), Deaf()
-    monkeypatch.setattr(source, "open", deaf)
-    there = over(source)
-    await there.__aenter__()
-    loading = asyncio.create_task(there.load("a"))
-    await until(lambda: deaf.asked)
-    closing = asyncio.create_task(there.close())
-    await break_off(closing)
-    await asyncio.gather(loading, closing, return_exceptions=True)
-    assert deaf.undone == 1
+    await until(lambda: slowed.asked)
+    closing = asyncio.create_task(there.close(timeout=None if step == "open" else 0))
+    if step == "open":
+        await break_off(closing)
+    else:
+        await asyncio.wait_for(closing, 10)
+    ends = await asyncio.gather(call, closing, return_exceptions=True)
+    assert slowed.cancelled == 1
+    assert step in {"open", "populate"} or isinstance(ends[0], errors.LoaderClosedError)
 
 
 @pytest.mark.parametrize("by", ["unload", "close"])
-async def test_closing_a_hold_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
-) -> None:
-    """It is unmapped in a thread, which takes a while."""
+async def test_unmap_is_awaited(tmp_path: Path, monkeypatch: Patch, by: str) -> None:
     source, may_close = stocked(tmp_path, "a", holdable=True), threading.Event()
     close = FakeHold.close
 
@@ -331,61 +282,6 @@ async def test_closing_a_hold_is_waited_for(
         assert source.counts.open_holds == 0
 
 
-# -- copies between the loop and the I/O threads ---------------------------------------------------
-
-
-KEY = AdapterKey("somewhere", ())
-GROUPS = 4
-GRANT = Grant(SlotId(0, 1), tuple(Extent(64 * n, 64) for n in range(GROUPS)))
-PLAN = TransferPlan(
-    tuple(GroupPlan(n, 64, (), (), (), (), ()) for n in range(GROUPS)), "F32", 4, 256, 300
-)
-
-
-class Copying:
-    """Copies of one adapter of four groups, which end when the test says so.
-
-    The loop is woken for its last, and for the last that is under way.
-    """
-
-    def __init__(self) -> None:
-        self.heard: list[int] = []
-        self.tickets: list[CopyTicket] = [Future() for _ in range(GROUPS)]
-        self.asked: list[int] = []
-        self.tenancy = Tenancy(KEY, GRANT, PLAN, GROUPS)
-        part: Any = SimpleNamespace  # of the loader, as far as copies know it
-        self.copies = Copies(
-            part(reader=lambda key: None),
-            part(tenancy=lambda key: self.tenancy),
-            part(run=self._run),
-            lambda outcome: self.heard.append(outcome.command.group),
-            lambda key: None,
-            threads=2,
-            low_water=0,
-            images=torch.empty(0, dtype=torch.uint8),
-        )
-
-    def _run(self, copy: GroupCopy) -> Moved:
-        group = copy.group.layer
-        self.asked.append(group)
-        return Moved(self.tickets[group], self.tickets[group], 0.0)
-
-    async def start(self, *groups: int) -> None:
-        for group in groups:
-            self.copies.start(Copy(KEY, GRANT, group))
-        await until(lambda: set(groups) <= set(self.asked))
-        await asyncio.sleep(0.01)
-
-    def end(self, *groups: int) -> None:
-        """Each in a thread of its own, as a device does it."""
-        for group in groups:
-            threading.Thread(target=self.tickets[group].set_result, args=(None,)).start()
-
-    async def stop(self) -> None:
-        self.copies.stop()
-        await asyncio.to_thread(self.copies.join)
-
-
 class SlowInt(int):
     """While it is counted up, others have their turn."""
 
@@ -396,11 +292,76 @@ class SlowInt(int):
 
 async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
     """They are the adapter's last two, so that the loop is woken though another is under way."""
-    copying = Copying()
-    copying.tenancy.copied = SlowInt(GROUPS - 2)
-    await copying.start(0, 1, 2)
-    copying.end(0, 1)
-    await until(lambda: sorted(copying.heard) == [0, 1])
-    copying.end(2)
-    await until(lambda: len(copying.heard) == 3)
-    await copying.stop()
+    key, heard, asked = AdapterKey("somewhere", ()), list[int](), list[int]()
+    grant = Grant(SlotId(0, 1), tuple(Extent(64 * n, 64) for n in range(4)))
+    groups = tuple(GroupPlan(n, 64, (), (), (), (), ()) for n in range(4))
+    tenancy = Tenancy(key, grant, TransferPlan(groups, "F32", 4, 256, 300), 4)
+    tenancy.copied = SlowInt(2)
+    tickets: list[CopyTicket] = [Future() for _ in range(3)]
+
+    def run(copy: GroupCopy) -> Moved:
+        ticket = tickets[copy.group.layer]
+        asked.append(copy.group.layer)
+        return Moved(ticket, ticket, 0.0)
+
+    part: Any = SimpleNamespace  # of the loader, as far as copies know it
+    copies = Copies(
+        part(reader=lambda key: None),
+        part(tenancy=lambda key: tenancy),
+        part(run=run),
+        lambda outcome: heard.append(outcome.command.group),
+        lambda key: None,
+        threads=2,
+        low_water=0,
+        images=torch.empty(0, dtype=torch.uint8),
+    )
+    for group in range(3):
+        copies.start(Copy(key, grant, group))
+    await until(lambda: len(asked) == 3)
+    await asyncio.sleep(0.01)
+    for ticket in tickets[:2]:  # each in a thread of its own, as a device does it
+        threading.Thread(target=ticket.set_result, args=(None,)).start()
+    await until(lambda: sorted(heard) == [0, 1])
+    tickets[2].set_result(None)
+    await until(lambda: len(heard) == 3)
+    copies.stop()
+    await asyncio.to_thread(copies.join)
+
+
+async def test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    source.hold("a")
+    there, device = watched(source, max_slots=1, io_threads=2)
+    async with there:
+        device.gate.clear()
+        hint = there.prefetch("a", tier="disk")
+        async with there.stream("a"):
+            source.allow("a", 0, 1)
+            await until(lambda: device.copies == 2)
+        source.allow("a")
+        await hint
+        device.gate.set()
+        await until(lambda: state(there, "a") == "present")
+        async with await there.load("a") as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "a")
+        assert there.statistics().failures == 0
+        assert source.counts.opens == 1
+
+
+def test_a_file_is_opened_once_by_the_first_of_many_reads(tmp_path: Path) -> None:
+    path, opened = tmp_path / "file", list[int]()
+    path.write_bytes(b"content")
+
+    def open_slowly() -> int:
+        time.sleep(0.03)
+        opened.append(os.open(path, os.O_RDONLY))
+        return opened[-1]
+
+    reader = FileReader(open_slowly, identity_of(path.stat()), "the file")
+    with ThreadPoolExecutor(2) as threads:
+        buffers = [bytearray(7) for _ in range(2)]
+        for done in [threads.submit(reader.read_into, [memoryview(each)], 0) for each in buffers]:
+            done.result(10)
+    reader.close()
+    assert len(opened) == 1
+    assert buffers == [b"content"] * 2

@@ -55,7 +55,6 @@ def test_a_text_says_where_and_what() -> None:
 
 @each
 def test_a_located_copy_knows_all(kind: type[LoraxError]) -> None:
-    """And the original knows nothing of it; what is not said stays as it was."""
     original = kind("it broke", retryable=True, retry_after=2.5)
     original.__cause__ = cause = OSError("below")
     located = original.located(id="a", key=KEY, attempt=3, stage="ready", story=("s",))
@@ -96,7 +95,6 @@ def test_errors_travel_between_processes(kind: type[LoraxError]) -> None:
 
 @pytest.mark.parametrize("size", [999, 1001, 100_000])
 def test_texts_are_short(size: int) -> None:
-    """However it is shown: a stranger's names come without end."""
     error = AdapterFormatError("x" * size, id="y" * size, stage="verify")
     for each in (error, error.located(id="z" * size)):
         assert max(len(str(each)), len(each.problem), len(each.args[0])) <= 1000
@@ -116,7 +114,6 @@ def test_texts_are_one_printable_line(sign: str) -> None:
 
 
 def test_a_token_is_in_no_text() -> None:
-    """The token of a reference is compared, and shown nowhere."""
     ref = AdapterRef("org/name", source="hub", revision="main", token=SECRET)
     assert repr(ref) == (
         "AdapterRef(id='org/name', source='hub', revision='main', digest=None, allow_stale=False)"

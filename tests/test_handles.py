@@ -29,8 +29,10 @@ from lorax_async import (
 from lorax_async.core.arena import Arena
 from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.io.ports import FilePieces
-from tiny_loaders import gated, loader
+from tiny_loaders import fails, gated, loader
 from tiny_sources import WEIGHTS, over, simulated, state, stocked, where
+
+Patch = pytest.MonkeyPatch
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
@@ -41,11 +43,7 @@ def weights_of(folder: Path) -> torch.Tensor:
     return load_file(folder / WEIGHTS)[f"base_model.model.{MODULE}.lora_B.weight"]
 
 
-# -- layers ---------------------------------------------------------------------------------------
-
-
 async def test_layers_come_one_by_one(tmp_path: Path) -> None:
-    """Tasks and threads wake with their layer; layers without tensors are ready at once."""
     source = stocked(tmp_path, "a")
     weights = {n: t for n, t in tiny.tensors(0).items() if ".layers.1." not in n}
     save_file(weights, tmp_path / "a" / WEIGHTS)
@@ -57,14 +55,12 @@ async def test_layers_come_one_by_one(tmp_path: Path) -> None:
         with pytest.raises(errors.UsageError, match="layer 0 is not here yet"):
             handle.modules["model.layers.0.mlp.up_proj"]
         for layer in (-2, 5):
-            with pytest.raises(errors.UsageError, match="outside -1 … 4"):
-                await handle.layer_ready(layer)
+            await fails(handle.layer_ready(layer), errors.UsageError, "outside -1 … 4")
             with pytest.raises(errors.UsageError, match="outside -1 … 4"):
                 handle.is_ready(layer)
         with pytest.raises(errors.UsageError, match="would hold the event loop"):
             handle.wait_layer(0)
-        with pytest.raises(errors.AdapterTimeoutError, match="layer 0"):
-            await handle.layer_ready(0, timeout=0.01)
+        await fails(handle.layer_ready(0, timeout=0.01), errors.AdapterTimeoutError, "layer 0")
         with pytest.raises(errors.AdapterTimeoutError, match="layer 0"):
             await asyncio.to_thread(handle.wait_layer, 0, 0.01)
         waits = {layer: asyncio.create_task(handle.layer_ready(layer)) for layer in (0, 2, 3)}
@@ -87,9 +83,7 @@ async def test_layers_come_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["load", "stream"])
-async def test_a_stream_reads_layers_in_order_and_a_load_in_the_files(
-    tmp_path: Path, verb: str
-) -> None:
+async def test_order_of_reads(tmp_path: Path, verb: str) -> None:
     """Sorted by name a file has layer 10 before layer 2."""
     folder, layout = tiny.write(tmp_path / "a", layers=12), tiny.layout(layers=12)
     device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=1)
@@ -124,7 +118,6 @@ async def both_wait(handle: AdapterHandle) -> list[asyncio.Task[None]]:
 
 
 async def test_a_failure_reaches_all_who_wait(tmp_path: Path) -> None:
-    """Each gets a copy of its own, with its id and the cause; the handle is of no use any more."""
     source, error = stocked(tmp_path, "a"), errors.FetchError("torn")
     error.__cause__ = cause = OSError("no such disk")
     source.hold("a")
@@ -144,13 +137,11 @@ async def test_a_failure_reaches_all_who_wait(tmp_path: Path) -> None:
                 with pytest.raises(errors.FetchError):
                     use()
         assert there.statistics().failures == 1
-        with pytest.raises(errors.HandleClosedError, match="released"):
-            await handle.layer_ready(3)
+        await fails(handle.layer_ready(3), errors.HandleClosedError, "released")
         await until(lambda: state(there, "a") == "nowhere")
 
 
 async def test_a_release_ends_the_waits_of_others(tmp_path: Path) -> None:
-    """Of that handle; a clone's go on."""
     folder = tiny.write(tmp_path / "a")
     there, device = gated()
     async with there:
@@ -162,8 +153,7 @@ async def test_a_release_ends_the_waits_of_others(tmp_path: Path) -> None:
             ended, _ = await asyncio.wait(waits, timeout=10)
             assert len(ended) == 2
             for wait in waits:
-                with pytest.raises(errors.HandleClosedError):
-                    await wait
+                await fails(wait, errors.HandleClosedError)
             assert not other.done()
             assert not clone.resident
             device.gate.set()
@@ -171,11 +161,7 @@ async def test_a_release_ends_the_waits_of_others(tmp_path: Path) -> None:
             tiny.assert_equal_to_file(clone, folder)
 
 
-# -- computing beside copies ----------------------------------------------------------------------
-
-
 async def test_a_kernel_behind_copies_sees_their_bytes(tmp_path: Path) -> None:
-    """It is put on its stream before they have run; the device orders the two."""
     source = stocked(tmp_path, "a", rank=8)
     seen: list[torch.Tensor] = []
     async with over(source, device="simulated") as there:
@@ -209,10 +195,7 @@ async def test_a_kernel_behind_copies_sees_their_bytes(tmp_path: Path) -> None:
         assert torch.equal(tensor, weights_of(tmp_path / "a"))
 
 
-async def test_a_stream_waits_for_the_layers_before_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever order the device's copies have."""
+async def test_a_stream_awaits_all_before(tmp_path: Path, monkeypatch: Patch) -> None:
     async with over(stocked(tmp_path, "a", rank=8), device="simulated") as there:
         device, waited = simulated(there), list[object]()
         monkeypatch.setattr(device, "wait_for", lambda ticket, _: waited.append(ticket))
@@ -246,8 +229,7 @@ async def test_a_slot_is_kept_until_the_device_has_computed(tmp_path: Path, rele
                 handle.release()
         handle.release()
         waiting = asyncio.create_task(there.load("b"))
-        with pytest.raises(errors.AdapterTimeoutError):
-            await there.load("b", timeout=0.05)
+        await fails(there.load("b", timeout=0.05), errors.AdapterTimeoutError)
         assert state(there, "a") == "leaving"
         go.set()
         async with await waiting as other:
@@ -256,7 +238,6 @@ async def test_a_slot_is_kept_until_the_device_has_computed(tmp_path: Path, rele
 
 
 async def test_a_kernel_outlives_its_lease(tmp_path: Path) -> None:
-    """The last of two gives the slot back; a later one cannot begin."""
     async with over(stocked(tmp_path, "a", "b"), max_slots=1) as there:
         handle = await there.load("a")
         with handle.use():
@@ -264,14 +245,11 @@ async def test_a_kernel_outlives_its_lease(tmp_path: Path) -> None:
                 handle.release()
             with pytest.raises(errors.HandleClosedError):
                 handle.use().__enter__()
-            with pytest.raises(errors.AdapterTimeoutError):
-                await there.load("b", timeout=0.05)
+            await fails(there.load("b", timeout=0.05), errors.AdapterTimeoutError)
         (await there.load("b")).release()
 
 
-async def test_a_lease_that_ends_while_a_use_begins_keeps_the_slot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_release_while_a_use_begins(tmp_path: Path, monkeypatch: Patch) -> None:
     """Else the slot would be given away while the use goes on."""
     async with over(stocked(tmp_path, "a", "b"), max_slots=1) as there:
         handle, getpid = await there.load("a"), os.getpid
@@ -288,23 +266,17 @@ async def test_a_lease_that_ends_while_a_use_begins_keeps_the_slot(
         with handle.use():
             ending.join(10)
             assert handle.released
-            with pytest.raises(errors.AdapterTimeoutError):
-                await there.load("b", timeout=0.05)
+            await fails(there.load("b", timeout=0.05), errors.AdapterTimeoutError)
         (await there.load("b")).release()
 
 
-# -- clones ---------------------------------------------------------------------------------------
-
-
 async def test_a_clone_is_a_lease_of_its_own(tmp_path: Path) -> None:
-    """It names who took it, and can be had while the adapter leaves, which it does after both."""
     async with over(stocked(tmp_path, "a"), max_slots=1) as there:
         handle = await asyncio.create_task(there.load("a"), name="prefill")
         clone = handle.clone()
         assert (clone.id, clone.key, clone.slot) == ("a", handle.key, handle.slot)
         assert where(there, "a").leases == 2
-        with pytest.raises(errors.AdapterInUseError, match=": 2, by .*prefill"):
-            await there.unload("a", timeout=0)
+        await fails(there.unload("a", timeout=0), errors.AdapterInUseError, ": 2, by .*prefill")
         handle.release()
         with pytest.raises(errors.HandleClosedError):
             handle.clone()
@@ -332,12 +304,8 @@ async def test_a_handle_is_cloned_and_awaited_only_on_its_loop(tmp_path: Path) -
             (lambda: asyncio.run(call(handle.clone)), "event loop of its loader"),
             (lambda: asyncio.run(handle.layer_ready(0)), "awaited on the event loop"),
         ):
-            with pytest.raises(errors.UsageError, match=words):
-                await asyncio.to_thread(elsewhere)
+            await fails(asyncio.to_thread(elsewhere), errors.UsageError, words)
         assert where(there, folder).leases == 1
-
-
-# -- how leases end -------------------------------------------------------------------------------
 
 
 async def test_a_released_handle_shows_nothing_and_none_can_be_copied(tmp_path: Path) -> None:
@@ -354,13 +322,10 @@ async def test_a_released_handle_shows_nothing_and_none_can_be_copied(tmp_path: 
         for use in (lambda: handle.modules, lambda: modules[MODULE], handle.use().__enter__):
             with pytest.raises(errors.HandleClosedError):
                 use()
-        with pytest.raises(errors.HandleClosedError):
-            await handle.layer_ready(0)
+        await fails(handle.layer_ready(0), errors.HandleClosedError)
 
 
-async def test_ends_in_threads_are_the_loops_to_decide_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_loop_decides_on_ends(tmp_path: Path, monkeypatch: Patch) -> None:
     source, deciding = stocked(tmp_path, "a"), list[int]()
     async with over(source) as there:
         handle, clear = await there.load("a"), there.device.clear_column
@@ -382,9 +347,7 @@ async def test_ends_in_threads_are_the_loops_to_decide_on(
 
 
 @pytest.mark.parametrize("how", ["forgotten", "released"])
-async def test_a_lease_that_ends_in_the_midst_of_a_decision_ends_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+async def test_end_in_a_decision(tmp_path: Path, monkeypatch: Patch, how: str) -> None:
     """Garbage is collected anywhere, and a finalizer may release: while a slot is claimed, say."""
     source, held, leases = stocked(tmp_path, "a", "b"), list[AdapterHandle](), list[int]()
     async with over(source) as there:
@@ -408,10 +371,7 @@ async def test_a_lease_that_ends_in_the_midst_of_a_decision_ends_after_it(
         assert leases[0] == 1
 
 
-async def test_what_a_subscriber_causes_comes_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it unpins makes room for another, but not before all is told that was decided."""
+async def test_a_subscriber_unpins(tmp_path: Path, monkeypatch: Patch) -> None:
     source, told = stocked(tmp_path, "a", "b", "c"), list[str]()
     async with over(source, max_slots=2) as there:
         await there.pin("a")

@@ -40,40 +40,29 @@ def meaning(text: Any, **more: Any) -> tuple[str | None, str | Path, str | None]
 @pytest.mark.parametrize(
     ("text", "source", "id", "revision"),
     [
-        ("org/name", "hub", "org/name", None),
-        ("Org_1/na-me.v2_x", "hub", "Org_1/na-me.v2_x", None),
-        ("o/" + "n" * 96, "hub", "o/" + "n" * 96, None),
-        ("org/name@main", "hub", "org/name", "main"),
-        ("org/name@v1.0+cpu", "hub", "org/name", "v1.0+cpu"),
-        ("org/name@team/branch-2", "hub", "org/name", "team/branch-2"),
-        (f"org/name@{COMMIT}", "hub", "org/name", COMMIT),
-        ("org/name@refs/pr/12", "hub", "org/name", "refs/pr/12"),
-        ("s3://bucket/a/b", "s3", "s3://bucket/a/b/", None),
-        ("S3://bucket/a/b/", "s3", "s3://bucket/a/b/", None),
+        *((id, "hub", id, None) for id in ("org/name", "Org_1/na-me.v2_x", "o/" + "n" * 96)),
+        *(
+            (f"org/name@{revision}", "hub", "org/name", revision)
+            for revision in ("main", "v1.0+cpu", "team/branch-2", COMMIT, "refs/pr/12")
+        ),
+        *((text, "s3", "s3://bucket/a/b/", None) for text in ("s3://bucket/a/b", "S3://bucket/a/b/")),
         ("s3://bucket/a@v1/ü b/x=1", "s3", "s3://bucket/a@v1/ü b/x=1/", None),
         ("gs://my_bucket.example.com/x", "gs", "gs://my_bucket.example.com/x/", None),
         ("az://con-tainer/x", "az", "az://con-tainer/x/", None),
         ("HTTPS://host.example:443/a/b", "https", "https://host.example/a/b/", None),
+        ("https://host/a%7eb/%c3%a4/%2B", "https", "https://host/a~b/%C3%A4/%2B/", None),
+        ("https://host/@scope/a,b:c", "https", "https://host/@scope/a,b:c/", None),
+        ("https://xn--bcher-kva.example/", "https", "https://xn--bcher-kva.example/", None),
         ("http://host:80/", "http", "http://host/", None),
         ("http://host:08080/a/", "http", "http://host:8080/a/", None),
-        ("https://host/a%7eb/%c3%a4/%2B", "https", "https://host/a~b/%C3%A4/%2B/", None),
-        ("https://host/@scope/a,b;c".replace(";", ":"), "https", "https://host/@scope/a,b:c/", None),
         ("http://[2001:DB8:0:0::1]:80/x", "http", "http://[2001:db8::1]/x/", None),
-        ("https://xn--bcher-kva.example/", "https", "https://xn--bcher-kva.example/", None),
-        ("/a//b/./c/", "local", "/a/b/c", None),
-        ("/", "local", "/", None),
-        ("./", "local", "./", None),
-        ("./one/../two", "local", "./one/../two", None),
-        (".//one", "local", "./one", None),
-        ("../../x", "local", "../../x", None),
-        ("file:///a%20b", "local", "/a b", None),
+        *((id, "local", id, None) for id in ("/", "./", "./one/../two", "../../x")),
+        ("/a//b/./c/", "local", "/a/b/c", None), (".//one", "local", "./one", None),
+        ("file:///a%20b", "local", "/a b", None), ("file:///a%3Fb", "local", "/a?b", None),
         ("FILE://LocalHost/a/", "local", "/a", None),
-        ("file:///a%3Fb", "local", "/a?b", None),
     ],
 )  # fmt: skip
-def test_an_id_has_one_meaning_and_one_spelling(
-    text: str, source: str, id: str, revision: str | None
-) -> None:
+def test_an_id_has_one_spelling(text: str, source: str, id: str, revision: str | None) -> None:
     assert meaning(text) == (source, id, revision)
     again = AdapterRef(id, revision=revision)
     assert meaning(id, revision=revision) == (source, id, revision), "the one spelling is its own"
@@ -172,13 +161,11 @@ def test_a_text_that_is_no_id_is_refused(text: str, words: str) -> None:
     assert (caught.value.stage, caught.value.retryable) == ("resolve", False)
 
 
-@pytest.mark.parametrize("id", [7, None, b"org/name", ["org/name"]])
-def test_an_id_is_a_text_or_a_path(id: Any) -> None:
-    with pytest.raises(InvalidAdapterIdError, match="is a str or a pathlib.Path"):
-        parse_adapter_id(id)
-
-
-def test_a_path_stays_a_path() -> None:
+def test_an_id_is_a_text_or_a_path() -> None:
+    wrong: list[Any] = [7, None, b"org/name", ["org/name"]]
+    for id in wrong:
+        with pytest.raises(InvalidAdapterIdError, match="is a str or a pathlib.Path"):
+            parse_adapter_id(id)
     path = Path("s3:/bucket")
     assert meaning(path) == ("local", path, None)
     assert meaning(path, source="local") == ("local", path, None)
@@ -186,9 +173,6 @@ def test_a_path_stays_a_path() -> None:
     for id in (Path("a\0b"), Path("a" * 4097), Path("\ud800")):
         with pytest.raises(InvalidAdapterIdError):
             parsed(AdapterRef(id))
-
-
-# -- the form that LoRAX has ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,9 +209,7 @@ def test_the_source_decides_what_a_text_without_one_means(text: str, source: str
         *(("org/name", source) for source in ("pbase", "", "HUB", "S3", "file", "azure")),
     ],
 )
-def test_a_source_that_contradicts_the_text_or_is_none_is_refused(
-    text: str | Path, source: str
-) -> None:
+def test_a_source_that_contradicts_the_text_is_refused(text: str | Path, source: str) -> None:
     words = "no such source; it is one of hub, s3" if text == "org/name" else "says otherwise"
     with pytest.raises(InvalidAdapterIdError, match=words):
         parsed(AdapterRef(text, source=source))
@@ -255,9 +237,6 @@ def test_revisions_come_from_one_place() -> None:
 def test_what_else_was_said_stays() -> None:
     ref = AdapterRef("org/name@v1", token="t", digest="a" * 64, allow_stale=True)
     assert parsed(ref) == replace(ref, id="org/name", source="hub", revision="v1")
-
-
-# -- secrets --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,9 +278,6 @@ def test_no_text_repeats_what_was_given(text: str) -> None:
     with pytest.raises((InvalidAdapterIdError, AccessDeniedError)) as caught:
         parse_adapter_id(text, (Allow("https", "host"),))
     assert "swordfish" not in str(caught.value)
-
-
-# -- what the operator allows ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,9 +341,7 @@ def test_an_entry_has_one_spelling(given: Allow, kept: Allow) -> None:
         (("https", "fd00::1"), {"private": True}, "need none"),
     ],
 )  # fmt: skip
-def test_an_entry_that_makes_no_sense_is_refused(
-    words: tuple[Any, ...], more: dict[str, Any], text: str
-) -> None:
+def test_a_wrong_entry_is_refused(words: tuple[Any, ...], more: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         Allow(*words, **more)
     assert len(str(caught.value)) <= 1000
@@ -384,11 +358,10 @@ def allowed(text: str, *allow: Allow) -> bool:
     return True
 
 
-@pytest.mark.parametrize("text", ["org/name", "org/name@main", "./one", "/etc", "file:///x"])
-def test_without_entries_the_hub_is_allowed(text: str) -> None:
-    """And local folders, which `local_roots` decides on."""
-    assert allowed(text)
-    assert allowed(text, Allow("s3", "bucket"))
+def test_without_entries_the_hub_and_local_folders_are_allowed() -> None:
+    for text in ("org/name", "org/name@main", "./one", "/etc", "file:///x"):
+        assert allowed(text)
+        assert allowed(text, Allow("s3", "bucket"))
 
 
 @pytest.mark.parametrize(
@@ -398,7 +371,7 @@ def test_without_entries_the_hub_is_allowed(text: str) -> None:
         ("gs://bucket/a/b", "Allow('gs', 'bucket', prefix='a/b/')"),
         ("https://host:8443/a", "Allow('https', 'host', port=8443, prefix='a/')"),
         ("http://localhost:80/", "Allow('http', 'localhost')"),
-        ("https://host/ü".replace("ü", "%C3%BC"), "Allow('https', 'host', prefix='%C3%BC/')"),
+        ("https://host/%C3%BC", "Allow('https', 'host', prefix='%C3%BC/')"),
         ("org/name@refs/pr/1", "Allow('hub', prefix='org/name/', pull_requests=True)"),
     ],
 )
@@ -413,8 +386,7 @@ def test_all_else_needs_an_entry_which_the_refusal_says(text: str, entry: str) -
     ("entry", "inside", "outside"),
     [
         (
-            Allow("hub", prefix="org/"),
-            ["org/a", "org/b@v1"],
+            *(Allow("hub", prefix="org/"), ["org/a", "org/b@v1"]),
             ["org2/a", "or/g", "Org/a", "other/org"],
         ),
         (Allow("hub", prefix="org/name/"), ["org/name", "org/name@x"], ["org/name2", "org/nam"]),
@@ -459,8 +431,6 @@ def test_pull_requests_are_for_those_that_were_named() -> None:
     assert as_parsed(ref, (one,)).revision == "refs/pr/1"
 
 
-# -- under any text, and beside those who read the same texts -------------------------------------
-
 QUICK = settings(max_examples=400, deadline=None)
 SIGNS = "/ // ./ ../ . .. @ : :80 :443 ? # ; - [ ] % %2e %2F %5c %00 %25 %7E %c3%a4 %ff [::1]"
 WORDS = "org name main a B ü 0 127 0x7f refs/pr/1 e localhost bucket host.example 169.254.169.254"
@@ -475,9 +445,7 @@ SOURCES = st.sampled_from([None, "hub", "s3", "gs", "az", "https", "http", "loca
 @given(text=TEXTS, source=SOURCES, revision=st.none() | st.text(max_size=5))
 @example("httpſ://host/", None, None)
 @example("x" * 4096, "local", None)
-def test_any_text_is_an_id_or_is_said_to_be_none(
-    text: str, source: str | None, revision: str | None
-) -> None:
+def test_any_text_is_an_id_or_refused(text: str, source: str | None, revision: str | None) -> None:
     try:
         found = parsed(AdapterRef(text, source=source, revision=revision))
     except InvalidAdapterIdError as error:
@@ -502,14 +470,11 @@ def test_hub_names_are_what_the_hub_has(org: str, name: str) -> None:
     text = f"{org}/{name}"
     try:
         validate_repo_id(text)
-        accepted = True
     except HFValidationError:
-        accepted = False
-    try:
+        with pytest.raises(InvalidAdapterIdError):
+            parsed(AdapterRef(text, source="hub"))
+    else:
         assert parsed(AdapterRef(text, source="hub")).id == text
-        assert accepted
-    except InvalidAdapterIdError:
-        assert not accepted
 
 
 @QUICK
@@ -539,7 +504,6 @@ PATH_PIECES = st.sampled_from(
 @QUICK
 @given(path=st.lists(PATH_PIECES, max_size=6).map("".join))
 def test_a_path_has_one_reading(path: str) -> None:
-    """However often a server decodes and tidies it, it is below the same folders."""
     try:
         found = parsed(AdapterRef(f"https://host/{path}")).text
     except InvalidAdapterIdError:

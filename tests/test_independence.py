@@ -15,15 +15,7 @@ import pytest
 
 import tiny
 from common import Run, until
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
-    Event,
-    FetchError,
-    LoaderConfig,
-    SlotGranted,
-    TransferError,
-)
+from lorax_async import AdapterHandle, AdapterLoader, Event, LoaderConfig, SlotGranted, errors
 from lorax_async.core import queues
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Row
@@ -67,7 +59,7 @@ class TimedDevice(SimulatedDevice):
         self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
     ) -> CopyTicket:
         if slot == self.doomed and len(self._tickets.get(slot, ())) >= 3:
-            raise TransferError("ordered")
+            raise errors.TransferError("ordered")
         ticket = super().copy(pieces, rows, extent, slot)
         assert isinstance(ticket, SimulatedTicket)
         self._tickets.setdefault(slot, []).append(ticket)
@@ -99,9 +91,9 @@ def stocked(folders: dict[str, tuple[bytes, bytes]]) -> FakeSource:
         source.put(name, *files)
     source.hold("stalled")
     source.allow("stalled", 0, 1)
-    source.fail("bring", FetchError("ordered"), id="unfetched", at=3)
+    source.fail("bring", errors.FetchError("ordered"), id="unfetched", at=3)
     middle = len(folders["unread"][1]) // 2
-    source.fail("read", FetchError("ordered"), id="unread", at=middle)
+    source.fail("read", errors.FetchError("ordered"), id="unread", at=middle)
     return source
 
 
@@ -151,7 +143,7 @@ async def end(others: dict[str, asyncio.Task[AdapterHandle]]) -> None:
             task.cancel()
             await asyncio.wait([task])
         else:
-            with pytest.raises(TransferError if name == "uncopied" else FetchError):
+            with pytest.raises(errors.TransferError if name == "uncopied" else errors.FetchError):
                 await task
 
 
@@ -165,7 +157,6 @@ CASES = [
 def test_the_others_hardly_wait(
     run: Run, folders: dict[str, tuple[bytes, bytes]], beside: tuple[str, ...], io_threads: int
 ) -> None:
-    """By medians, whatever the order in which the 16 begin."""
     for seed in range(SEEDS):
         alone = run(times(stocked(folders), (), io_threads=io_threads, seed=seed))
         among = run(times(stocked(folders), beside, io_threads=io_threads, seed=seed))

@@ -1,8 +1,4 @@
-"""Layouts of real model classes and of adapters that PEFT saved; heads and fused outputs.
-
-The oracle of the latter is the models' own code, run rank by rank: a rank's attention is the own
-module with fewer heads, whose projections are the rows and columns that the sharded layout names.
-"""
+"""Layouts of real model classes and of adapters that PEFT saved; heads and fused outputs."""
 
 from __future__ import annotations
 
@@ -27,12 +23,9 @@ from lorax_async import layouts
 from lorax_async.config import Limits, Shard
 from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
 from lorax_async.core.sharding import Cut, Sharding, shard_layout
-from lorax_async.errors import (
-    AdapterFormatError,
-    AdapterNotFoundError,
-    ConfigError,
-    UnsupportedAdapterError,
-)
+from lorax_async.errors import AdapterFormatError as Malformed
+from lorax_async.errors import AdapterNotFoundError, ConfigError
+from lorax_async.errors import UnsupportedAdapterError as Unsupported
 
 # PEFT asks transformers for a property that is deprecated there.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -47,6 +40,7 @@ NEOX_SIZES = SHARED | {"intermediate_size": 40}
 QWEN = NEOX_SIZES | {"num_key_value_heads": 2}
 LLAMA = QWEN | {"head_dim": 8}
 COLUMN, ROW = Parallel.COLUMN, Parallel.ROW
+MODEL: Any = transformers.AutoModelForCausalLM
 
 
 def llama(**changes: Any) -> transformers.LlamaConfig:
@@ -106,21 +100,16 @@ def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
     assert layout.modules[-1] == Module("lm_head", 32, 48, 2, COLUMN)
 
 
-CONFIGS: list[Callable[[], Any]] = [
-    llama,
-    gpt2,
-    lambda: transformers.Qwen2Config(**QWEN),
-    lambda: transformers.GPTNeoXConfig(**NEOX_SIZES),
-]
+QWEN2 = partial(transformers.Qwen2Config, **QWEN)
+NEOX_TINY = partial(transformers.GPTNeoXConfig, **NEOX_SIZES)
 
 
-@pytest.mark.parametrize("make", CONFIGS)
+@pytest.mark.parametrize("make", [llama, gpt2, QWEN2, NEOX_TINY])
 def test_a_folder_with_nothing_but_a_config(make: Callable[[], Any], tmp_path: Path) -> None:
     config = make()
     config.dtype = torch.bfloat16
     config.save_pretrained(tmp_path)
-    auto: Any = transformers.AutoModelForCausalLM
-    model = auto.from_config(config).to(torch.bfloat16)
+    model = MODEL.from_config(config).to(torch.bfloat16)
     layout = layouts.from_pretrained(tmp_path)
     assert layout == layouts.from_module(model)
     assert layout.dtype == "BF16"
@@ -192,9 +181,8 @@ def test_models_that_no_adapter_is_for() -> None:
     for model in (nn.Sequential(), nn.Linear(2, 2)):
         with pytest.raises(ConfigError, match="no linear modules"):
             layouts.from_module(model)
-    adapted = get_peft_model(
-        transformers.LlamaForCausalLM(llama()), LoraConfig(target_modules=["q_proj"])
-    )
+    base: Any = transformers.LlamaForCausalLM(llama())
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="attached already"):
         layouts.from_module(adapted)
 
@@ -206,9 +194,8 @@ def save_adapter(folder: Path, **config: Any) -> Path:
 
 
 def test_an_adapter_by_peft(tmp_path: Path) -> None:
-    save_adapter(
-        tmp_path, r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}
-    )
+    targets = ["q_proj", "down_proj"]
+    save_adapter(tmp_path, r=4, target_modules=targets, rank_pattern={"down_proj": 2})
     layout = layouts.from_adapter(tmp_path)
     wanted = [m for m in by_hand_llama() if m.name.endswith(("q_proj", "down_proj"))]
     wanted = [replace(m, parts=()) for m in wanted]  # it does not say of how many heads
@@ -218,9 +205,10 @@ def test_an_adapter_by_peft(tmp_path: Path) -> None:
 
 
 Tensors = dict[str, torch.Tensor]
+Change = Callable[[Tensors], Tensors]
 
 
-def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
+def rewrite(folder: Path, change: Change) -> None:
     path = folder / "adapter_model.safetensors"
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
 
@@ -242,30 +230,24 @@ def test_the_dtype_of_an_adapter(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_a_conv1d(tmp_path: Path) -> None:
-    get_peft_model(
-        transformers.GPT2LMHeadModel(gpt2()),
-        LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True),
-    ).save_pretrained(str(tmp_path))
+    config = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    get_peft_model(transformers.GPT2LMHeadModel(gpt2()), config).save_pretrained(str(tmp_path))
     assert all(module.transposed for module in layouts.from_adapter(tmp_path).modules)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda t: {}, AdapterFormatError, "no tensors"),
-        (lambda t: dict(sorted(t.items())[:5]), AdapterFormatError, "only one of A and B"),
-        (lambda t: {name: w[0] for name, w in t.items()}, AdapterFormatError, "two positive dim"),
-        (
-            lambda t: {name: w[:, :3] for name, w in t.items()},
-            AdapterFormatError,
-            "no pair of rank",
-        ),
-        (lambda t: {name: w.int() for name, w in t.items()}, UnsupportedAdapterError, "is I32"),
-        (lambda t: t | {"x.weight": torch.ones(2, 2)}, UnsupportedAdapterError, "x.weight"),
+        (lambda t: {}, Malformed, "no tensors"),
+        (lambda t: dict(sorted(t.items())[:5]), Malformed, "only one of A and B"),
+        (lambda t: {name: w[0] for name, w in t.items()}, Malformed, "two positive dim"),
+        (lambda t: {name: w[:, :3] for name, w in t.items()}, Malformed, "no pair of rank"),
+        (lambda t: {name: w.int() for name, w in t.items()}, Unsupported, "is I32"),
+        (lambda t: t | {"x.weight": torch.ones(2, 2)}, Unsupported, "x.weight"),
     ],
 )
-def test_adapters_that_no_load_would_accept(
-    change: Callable[[Tensors], Tensors], error: type[Exception], text: str, tmp_path: Path
+def test_refused_adapters(
+    change: Change, error: type[Exception], text: str, tmp_path: Path
 ) -> None:
     save_adapter(tmp_path, target_modules=["q_proj"])
     rewrite(tmp_path, lambda t: {name: w.contiguous() for name, w in change(t).items()})
@@ -276,15 +258,12 @@ def test_adapters_that_no_load_would_accept(
 def test_limits_and_missing_files(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["q_proj"])
     for limits in (Limits(max_config_bytes=100), Limits(max_adapter_bytes=100), Limits(max_rank=7)):
-        with pytest.raises(UnsupportedAdapterError, match="limit of"):
+        with pytest.raises(Unsupported, match="limit of"):
             layouts.from_adapter(tmp_path, limits=limits)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp_path / name).unlink()
         with pytest.raises(AdapterNotFoundError, match=name):
             layouts.from_adapter(tmp_path)
-
-
-# -- embeddings -----------------------------------------------------------------------------------
 
 
 def embeddings_of(model: Any) -> list[str]:
@@ -298,21 +277,15 @@ def embeddings_of(model: Any) -> list[str]:
     return [module.name for module in found]
 
 
-OPT: dict[str, Any] = SHARED | {"ffn_dim": 40, "word_embed_proj_dim": 32}
-MODELS: dict[str, tuple[Any, list[str]]] = {
-    "llama": (llama, ["model.embed_tokens"]),
-    # Its embedding multiplies what it looks up.
-    "gemma": (lambda: transformers.Gemma3TextConfig(**LLAMA), ["model.embed_tokens"]),
-    # Its positions are counted from the attention mask, by an embedding of another kind.
-    "opt": (lambda: transformers.OPTConfig(**OPT), ["model.decoder.embed_tokens"]),
-}
+# Gemma's embedding multiplies what it looks up; OPT's positions are counted from the attention
+# mask, by an embedding of another kind.
+GEMMA = partial(transformers.Gemma3TextConfig, **LLAMA)
+OPT = partial(transformers.OPTConfig, **SHARED, ffn_dim=40, word_embed_proj_dim=32)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_embeddings_that_look_tokens_up(name: str) -> None:
-    config, names = MODELS[name]
-    auto: Any = transformers.AutoModelForCausalLM
-    assert embeddings_of(auto.from_config(config())) == names
+@pytest.mark.parametrize(("config", "path"), [(llama, ""), (GEMMA, ""), (OPT, "decoder.")])
+def test_embeddings_that_look_tokens_up(config: Callable[[], Any], path: str) -> None:
+    assert embeddings_of(MODEL.from_config(config())) == [f"model.{path}embed_tokens"]
 
 
 def test_an_adapter_of_embedding_head_and_layers(tmp_path: Path) -> None:
@@ -334,27 +307,13 @@ def test_an_embedding_is_whole_on_every_rank_whatever_its_name(tmp_path: Path) -
     assert (module.embedding, module.parallel) == (True, Parallel.REPLICATED)
 
 
-# -- heads and fused outputs -----------------------------------------------------------------------
-
-
-HIDDEN, LAYERS = 32, 1
-SIZES: dict[str, Any] = {
-    "vocab_size": 48,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 40,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "attn_implementation": "eager",
-}
+HIDDEN = 32
+SIZES = NEOX_SIZES | {"num_hidden_layers": 1, "num_attention_heads": 8}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"}
 GQA = SIZES | {"num_key_value_heads": 2}
 GROUPED = (transformers.LlamaConfig, transformers.Qwen2Config, transformers.Phi3Config)
 Q = Part(32, 4)
-K = Part(8, 4, replicable=True)
-FULL_K = Part(32, 4, replicable=True)
-ONE_K = Part(4, 4, replicable=True)
+K, FULL_K, ONE_K = (Part(outputs, 4, replicable=True) for outputs in (8, 32, 4))
 BY_HEAD = (Part(96, 12),)
 Parts = tuple[Part, ...]
 
@@ -367,6 +326,9 @@ MPT = {"d_model": HIDDEN, "n_heads": 8, "n_layers": 1}
 SHORT = {"n_positions": 16}
 CODE = SHORT | {"n_inner": 40}
 NEW_FALCON = {"num_kv_heads": 2, "new_decoder_architecture": True}
+FUSED: dict[str, Parts] = {"query_key_value": BY_HEAD}
+TWO_GROUPS: dict[str, Parts] = {"query_key_value": (Part(48, 24),)}
+BIGCODE, OWN = transformers.GPTBigCodeConfig, {"multi_query": False}
 CASES: dict[str, Case] = {
     "llama": (transformers.LlamaConfig, {"head_dim": 4}, {"q_proj": (Q,), "k_proj": (K,)}),
     "llama whose heads are wide": (transformers.LlamaConfig, {"head_dim": 6}, WIDE),
@@ -374,54 +336,39 @@ CASES: dict[str, Case] = {
     "gpt2": (transformers.GPT2Config, SHORT, {"c_attn": (Q, FULL_K, FULL_K), "c_proj": ()}),
     "phi3": (transformers.Phi3Config, {}, PHI),
     "gpt_neox": (transformers.GPTNeoXConfig, {}, NEOX),
-    "gpt_bigcode": (transformers.GPTBigCodeConfig, CODE, {"c_attn": (Q, ONE_K, ONE_K)}),
-    "gpt_bigcode without shared heads": (
-        *(transformers.GPTBigCodeConfig, CODE | {"multi_query": False}),
-        {"c_attn": BY_HEAD},
-    ),
+    "gpt_bigcode": (BIGCODE, CODE, {"c_attn": (Q, ONE_K, ONE_K)}),
+    "gpt_bigcode without shared heads": (BIGCODE, CODE | OWN, {"c_attn": BY_HEAD}),
     "falcon": (transformers.FalconConfig, {"multi_query": True}, FALCON),
-    "falcon without shared heads": (
-        *(transformers.FalconConfig, {"multi_query": False}),
-        {"query_key_value": BY_HEAD},
-    ),
-    "falcon's new decoder": (
-        *(transformers.FalconConfig, NEW_FALCON),
-        {"query_key_value": (Part(48, 24),)},
-    ),
+    "falcon without shared heads": (transformers.FalconConfig, OWN, FUSED),
+    "falcon's new decoder": (transformers.FalconConfig, NEW_FALCON, TWO_GROUPS),
 }
 """Of each kind: its config, changes, and the parts by hand."""
 
 
 def config_of(kind: Any, changes: dict[str, Any]) -> Any:
-    shared = GQA if kind in GROUPED else SIZES
-    return kind(**shared | changes)
+    return kind(**(GQA if kind in GROUPED else SIZES) | changes)
 
 
 def model_of(config: Any) -> nn.Module:
-    auto: Any = transformers.AutoModelForCausalLM
-    model = auto.from_config(config).double().eval()
+    model: nn.Module = MODEL.from_config(config).double().eval()
     for parameter in model.parameters():  # some are zero at first, and would show nothing
         nn.init.normal_(parameter, std=0.3)
-    assert isinstance(model, nn.Module)
     return model
 
 
+CROSS = SHORT | {"add_cross_attention": True}
 MORE: dict[str, Case] = {
     "bloom": (transformers.BloomConfig, {}, {"query_key_value": BY_HEAD, "dense": ()}),
     "mpt": (transformers.MptConfig, MPT, {"Wqkv": (Q, FULL_K, FULL_K), "up_proj": ()}),
     # Four blocks, each of q, v, k; and what attends to another sequence has no q.
     "codegen": (transformers.CodeGenConfig, {"rotary_dim": 4}, {"qkv_proj": (), "fc_in": ()}),
-    "gpt2 with cross attention": (
-        *(transformers.GPT2Config, SHORT | {"add_cross_attention": True}),
-        {"c_attn": (), "q_attn": (Q,)},
-    ),
+    "gpt2 with cross attention": (transformers.GPT2Config, CROSS, {"c_attn": (), "q_attn": (Q,)}),
 }
 
 
 def on_meta(config: Any) -> nn.Module:
-    auto: Any = transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        model: nn.Module = auto.from_config(config)
+        model: nn.Module = MODEL.from_config(config)
     return model
 
 
@@ -446,12 +393,10 @@ class Block(nn.Module):
 
     def __init__(self, model_type: str, outputs: int, **facts: int) -> None:
         super().__init__()
-        self.config = SimpleNamespace(
-            model_type=model_type, hidden_size=HIDDEN, num_attention_heads=8
-        )
-        attention = nn.ModuleDict(
-            {"c_attn": nn.Linear(HIDDEN, outputs), "k_proj": nn.Linear(HIDDEN, 8)}
-        )
+        sizes = {"hidden_size": HIDDEN, "num_attention_heads": 8}
+        self.config = SimpleNamespace(model_type=model_type, **sizes)
+        projections = {"c_attn": nn.Linear(HIDDEN, outputs), "k_proj": nn.Linear(HIDDEN, 8)}
+        attention = nn.ModuleDict(projections)
         for name, value in facts.items():
             setattr(attention, name, value)
         self.h = nn.ModuleList([nn.ModuleDict({"attn": attention})])
@@ -469,15 +414,12 @@ class Block(nn.Module):
         (nn.ModuleList([nn.ModuleDict({"c_attn": nn.Linear(8, 24)})]), (), None),
     ],
 )
-def test_facts_of_the_module_come_before_its_configs(
-    model: nn.Module, fused: Parts, k: Parts | None
-) -> None:
+def test_facts_of_the_module_come_first(model: nn.Module, fused: Parts, k: Parts | None) -> None:
     parts = {m.name.rpartition(".")[2]: m.parts for m in layouts.from_module(model).modules}
     assert (parts["c_attn"], parts.get("k_proj")) == (fused, k)
 
 
 def test_a_head_of_an_odd_vocabulary_is_kept_whole_on_request() -> None:
-    """50257, as GPT-2 has it, is odd: the error says how to go on, and then it does."""
     layout = layouts.from_module(on_meta(transformers.GPT2Config(**SIZES | {"vocab_size": 50257})))
     with pytest.raises(ConfigError, match=r"50,257 output.*layout\.replicate\('lm_head'\)"):
         shard_layout(layout, Shard(0, 2))
@@ -487,7 +429,11 @@ def test_a_head_of_an_odd_vocabulary_is_kept_whole_on_request() -> None:
 
 
 class Attention:
-    """The first attention module of a model: how it was called, and what it gave."""
+    """The first attention module of a model: how it was called, and what it gave.
+
+    A rank's is the model's own module with fewer heads, whose projections are the rows and columns
+    that the sharded layout names.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.path = next(

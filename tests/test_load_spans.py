@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tracer_provider
 
 from common import until
-from lorax_async import AdapterLoader, AdapterNotFoundError, FetchError, UsageError
+from lorax_async import AdapterLoader, errors
 from lorax_async.load_spans import LoadSpans
 from tiny_sources import over, stocked
 
@@ -59,8 +59,7 @@ async def load(there: AdapterLoader, name: str) -> None:
 
 
 async def test_a_call_and_its_stages(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with over(source, max_slots=1) as there:
+    async with over(stocked(tmp_path, "a", "b"), max_slots=1) as there:
         with LoadSpans(there, tracer):
             for name in ("a", "a", "b", "a"):
                 await load(there, name)
@@ -85,7 +84,6 @@ async def test_a_call_and_its_stages(tmp_path: Path, kept: Kept, tracer: Tracer)
 
 
 async def test_a_call_is_part_of_what_makes_it(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
-    """Two callers of one adapter have a span each, below their own requests."""
     source = stocked(tmp_path, "a")
 
     async def request(there: AdapterLoader, name: str) -> None:
@@ -112,10 +110,10 @@ async def test_a_call_is_part_of_what_makes_it(tmp_path: Path, kept: Kept, trace
 
 async def test_errors_are_recorded(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
     source = stocked(tmp_path, "a")
-    source.fail("open", FetchError("the source is down"), id="a")
+    source.fail("open", errors.FetchError("the source is down"), id="a")
     async with over(source) as there:
         with LoadSpans(there, tracer):
-            for name, error in (("missing", AdapterNotFoundError), ("a", FetchError)):
+            for name, error in (("missing", errors.AdapterNotFoundError), ("a", errors.FetchError)):
                 with pytest.raises(error):
                     await there.load(name)
     (missing, its), (failed, parts) = calls(kept)
@@ -166,12 +164,10 @@ async def test_a_call_that_is_not_sampled_has_no_span(tmp_path: Path, kept: Kept
     assert kept.get_finished_spans() == ()
 
 
-async def test_one_watches_and_no_globals_are_touched(
-    tmp_path: Path, kept: Kept, tracer: Tracer
-) -> None:
+async def test_one_watches_without_globals(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
     async with over(stocked(tmp_path, "a")) as there:
         first = LoadSpans(there, tracer)
-        with pytest.raises(UsageError, match="watched already"):
+        with pytest.raises(errors.UsageError, match="watched already"):
             LoadSpans(there, tracer)
         first.close()
         first.close()
@@ -186,9 +182,6 @@ async def test_one_watches_and_no_globals_are_touched(
         gc.collect()
         assert reference() is None, "the loader holds none that was closed"
     assert isinstance(get_tracer_provider(), ProxyTracerProvider)
-
-
-# -- a tracer that fails ---------------------------------------------------------------------------
 
 
 class Broken(SpanProcessor):
@@ -218,12 +211,12 @@ async def test_a_broken_tracer_hurts_no_load(
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(Broken(f"lorax {name}", at_end=at_end))
     source = stocked(tmp_path, "a", "b")
-    source.fail("open", FetchError("the source is down"), id="b")
+    source.fail("open", errors.FetchError("the source is down"), id="b")
     async with over(source, max_slots=1) as there:
         with LoadSpans(there, provider.get_tracer("tests")):
             for _ in range(2):
                 (await there.load("a")).release()
-            with pytest.raises(FetchError, match="down"):
+            with pytest.raises(errors.FetchError, match="down"):
                 await there.load("b")
             assert there.usage().waiting == 0
     assert any(record.exc_info for record in caplog.records)

@@ -33,17 +33,17 @@ from lorax_async.runtime import planning
 from lorax_async.runtime.journal import STORY_LENGTH
 from lorax_async.testing import FakeSource
 from sweeping import our_tasks
-from tiny_loaders import ONE, gated, loader
-from tiny_sources import over, state, stocked, where
+from tiny_loaders import ONE, fails, gated, loader
+from tiny_sources import Slowed, over, state, stocked, where
+
+Patch = pytest.MonkeyPatch
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16", None])
-async def test_the_device_holds_the_files_bytes(
-    tmp_path: Path, stored: torch.dtype, wanted: str | None
-) -> None:
+async def test_a_file_is_cast(tmp_path: Path, stored: torch.dtype, wanted: str | None) -> None:
     folder = tiny.write(tmp_path / "a", rank=3, dtype=stored, lora_alpha=6)
     async with loader(dtype=wanted) as there, await there.load(folder) as handle:
         tiny.assert_equal_to_file(handle, folder)
@@ -86,19 +86,15 @@ async def test_a_deadline_names_the_stage_it_ran_out_in(tmp_path: Path) -> None:
     there, device = gated()
     async with there:
         device.gate.clear()
-        with pytest.raises(errors.AdapterTimeoutError) as caught:
-            await there.load(folder, timeout=0.05)
-        assert (caught.value.stage, caught.value.attempt) == ("copy", 1)
+        caught = await fails(there.load(folder, timeout=0.3), errors.AdapterTimeoutError)
+        assert (caught.stage, caught.attempt) == ("copy", 1)
         device.gate.set()
         for odd in (-1, float("nan"), float("inf"), True, "1"):
             with pytest.raises(errors.UsageError, match="a timeout is from 0"):
                 await there.load(folder, timeout=odd)  # type: ignore[arg-type]
 
 
-async def test_many_headers_are_planned_in_turns_of_the_loop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One in each, so that no caller waits for those of others."""
+async def test_one_plan_per_loop_turn(tmp_path: Path, monkeypatch: Patch) -> None:
     names = tuple("abcdef")
     source, turns, turn = stocked(tmp_path, *names), list[int](), count()
     for rank, name in enumerate(names, start=2):
@@ -147,17 +143,11 @@ async def test_a_string_needs_a_root(tmp_path: Path) -> None:
             (3, errors.UsageError),
         ]
         for id, error in wrong:
-            with pytest.raises(error):
-                await there.load(id)
-        with pytest.raises(errors.UsageError, match="itself"):
-            await there.load(AdapterRef(folder), revision="main")
-
-
-# -- where adapters are ---------------------------------------------------------------------------
+            await fails(there.load(id), error)
+        await fails(there.load(AdapterRef(folder), revision="main"), errors.UsageError, "itself")
 
 
 async def test_where_one_adapter_is_and_which_are_nearest(tmp_path: Path) -> None:
-    """Device, host, disk; more than there are is all."""
     names = ["org/disk", "org/host", "org/device"]
     async with over(stocked(tmp_path, *names, holdable=True), host_bytes=1 << 20) as there:
         assert there.whereabouts("org/disk") is None
@@ -177,11 +167,7 @@ async def test_where_one_adapter_is_and_which_are_nearest(tmp_path: Path) -> Non
         assert there.residency(nearest=9).items() == there.residency().items()
 
 
-# -- what it tells --------------------------------------------------------------------------------
-
-
 async def test_events_tell_the_whole_way(tmp_path: Path) -> None:
-    """A story has the turning points alone: there are hundreds of layers and bytes."""
     folder, other = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", seed=1)
     heard: list[Event] = []
     async with loader(device_bytes=ONE, max_slots=1) as there:
@@ -250,8 +236,7 @@ async def test_statistics_are_sums_and_a_snapshot(tmp_path: Path) -> None:
         for name in "aab":
             (await there.load(name)).release()
         source.fail("resolve", errors.AdapterNotFoundError("ordered"))
-        with pytest.raises(errors.AdapterNotFoundError):
-            await there.load("c")
+        await fails(there.load("c"), errors.AdapterNotFoundError)
         told = there.statistics()
         assert (told.fetches, told.loads, told.departures, told.failures) == (2, 2, 1, 0)
         assert told.bytes_moved == 2 * ONE
@@ -264,39 +249,12 @@ async def test_statistics_are_sums_and_a_snapshot(tmp_path: Path) -> None:
             told.loads = 5  # type: ignore[misc]
 
 
-# -- questions to the source -----------------------------------------------------------------------
-
-
 REF = AdapterRef("one")
 
 
-class SlowSource(FakeSource):
-    """Answers once it is told to, and ends a question that is cancelled once it may."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.answer = asyncio.Event()
-        self.may_end = asyncio.Event()
-        self.may_end.set()
-        self.cancelled = 0
-
-    async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        try:
-            await self.answer.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            await self.may_end.wait()
-            raise
-        return await super().resolve(ref)
-
-
-def slow(tmp_path: Path, *, answers: bool = False) -> tuple[SlowSource, AdapterLoader]:
-    source = SlowSource()
-    for seed, name in enumerate(("one", "two")):
-        source.put(name, *tiny.files(tiny.write(tmp_path / name, seed)))
-    if answers:
-        source.answer.set()
-    return source, over(source)
+def slow(tmp_path: Path) -> tuple[FakeSource, Slowed, AdapterLoader]:
+    source = stocked(tmp_path, "one", "two")
+    return source, Slowed(source, "resolve"), over(source)
 
 
 async def asked(loader: AdapterLoader, ref: Ref, times: int) -> list[asyncio.Task[Any]]:
@@ -319,7 +277,7 @@ async def ends(tasks: list[asyncio.Task[Any]]) -> list[Any]:
 
 async def test_another_scope_asks_for_itself(tmp_path: Path) -> None:
     """One caller's answer says nothing about what another may see."""
-    source, loader = slow(tmp_path)
+    source, resolving, loader = slow(tmp_path)
     others: list[dict[str, Any]] = [
         {"token": "theirs"},
         {"token": "mine"},
@@ -330,45 +288,43 @@ async def test_another_scope_asks_for_itself(tmp_path: Path) -> None:
     async with loader:
         tasks = [task for ref in refs for task in await asked(loader, ref, 2)]
         assert set(our_tasks()) == {"lorax resolve one"}, "no name tells a token"
-        source.answer.set()
+        resolving.may_go_on.set()
         await ends(tasks)
         assert source.counts.resolves == len(refs)
 
 
 async def test_a_cancelled_caller_leaves_the_others_their_answer(tmp_path: Path) -> None:
-    """The last one's end is the question's, and the next caller begins another one."""
-    source, loader = slow(tmp_path)
+    source, resolving, loader = slow(tmp_path)
     async with loader:
         tasks = await asked(loader, REF, 3)
         tasks[0].cancel()
         await asyncio.wait(tasks[:1])
-        assert (tasks[0].cancelled(), source.cancelled) == (True, 0)
+        assert (tasks[0].cancelled(), resolving.cancelled) == (True, 0)
         for task in tasks[1:]:
-            assert source.cancelled == 0
+            assert resolving.cancelled == 0
             task.cancel()
             await asyncio.wait([task])
-        await until(lambda: source.cancelled == 1)
+        await until(lambda: resolving.cancelled == 1)
         assert loader.whereabouts(REF) is None
         await until(lambda: not our_tasks())
         tasks = await asked(loader, REF, 3)
         tasks[0].cancel()
         await asyncio.wait(tasks[:1])
-        source.answer.set()
+        resolving.may_go_on.set()
         _, second, third = await ends(tasks)
         assert isinstance(second, AdapterKey)
         assert second == third
-        assert (source.counts.resolves, source.cancelled) == (1, 1)
+        assert (source.counts.resolves, resolving.cancelled) == (1, 1)
 
 
 async def test_each_caller_has_an_error_of_its_own(tmp_path: Path) -> None:
-    """With a stage if it names none; a foreign one is a fault of ours, and says which."""
-    source, loader = slow(tmp_path)
+    source, resolving, loader = slow(tmp_path)
     order = errors.AccessDeniedError("not yours")
     order.__cause__ = cause = OSError("403")
     async with loader:
         source.fail("resolve", order)
         tasks = await asked(loader, REF, 3)
-        source.answer.set()
+        resolving.may_go_on.set()
         found = await ends(tasks)
         assert len(set(map(id, found))) == 3
         for error in found:
@@ -376,18 +332,16 @@ async def test_each_caller_has_an_error_of_its_own(tmp_path: Path) -> None:
             assert (error.id, error.stage, error.retryable) == ("one", "resolve", False)
             assert (error.problem, error.__cause__) == ("not yours", cause)
         source.fail("resolve", errors.LoraxError("something", stage="verify"))
-        with pytest.raises(errors.LoraxError, match="adapter 'one', stage verify: something"):
-            await loader.load(REF)
+        await fails(loader.load(REF), errors.LoraxError, "adapter 'one', stage verify: something")
         source.fail("resolve", foreign := ZeroDivisionError("oops"))
-        with pytest.raises(errors.InternalError, match="ZeroDivisionError: oops") as caught:
-            await loader.load(REF)
-        assert caught.value.__cause__ is foreign
+        caught = await fails(loader.load(REF), errors.InternalError, "ZeroDivisionError: oops")
+        assert caught.__cause__ is foreign
         (await loader.load(REF)).release()  # and the next question is a new one
 
 
-async def test_the_last_answer_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To looks that ask nobody; a refusal takes it back, and the oldest is forgotten first."""
-    source, loader = slow(tmp_path, answers=True)
+async def test_the_last_answer_is_known(tmp_path: Path, monkeypatch: Patch) -> None:
+    source, resolving, loader = slow(tmp_path)
+    resolving.may_go_on.set()
     async with loader:
         await ends(await asked(loader, REF, 1))
         assert state(loader, "one") == "resident"
@@ -398,8 +352,7 @@ async def test_the_last_answer_is_known(tmp_path: Path, monkeypatch: pytest.Monk
         async with await loader.load("one") as handle:
             tiny.assert_equal_to_file(handle, tmp_path / "one")
         source.remove("one")
-        with pytest.raises(errors.AdapterNotFoundError):
-            await loader.load("one")
+        await fails(loader.load("one"), errors.AdapterNotFoundError)
         assert state(loader, "one") == "nowhere"
         assert loader.try_acquire("one") is None
         monkeypatch.setattr("lorax_async.runtime.resolver.MAX_REMEMBERED", 3)
@@ -411,8 +364,7 @@ async def test_the_last_answer_is_known(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("steps", range(8))
 async def test_the_loader_closes_and_a_caller_is_cancelled(tmp_path: Path, steps: int) -> None:
-    """Who was cancelled hears that; the others hear of the end, and nothing is left."""
-    source, loader = slow(tmp_path)
+    _, resolving, loader = slow(tmp_path)
     await loader.__aenter__()
     first, *others = await asked(loader, REF, 3)
     closing = asyncio.create_task(loader.close())
@@ -424,5 +376,5 @@ async def test_the_loader_closes_and_a_caller_is_cancelled(tmp_path: Path, steps
     for error in ends_of_others:
         assert isinstance(error, errors.LoaderClosedError)
     await closing
-    assert source.cancelled == 1
+    assert resolving.cancelled == 1
     assert our_tasks() == []

@@ -11,13 +11,14 @@ import pytest
 
 import tiny
 from common import until
+from given import acquired
 from lorax_async import AdapterKey, AdapterLoader, AdapterRef, Event, LocalRoot, errors
 from lorax_async.io.ports import AdapterFile, Demand
 from lorax_async.runtime import acquiring
 from lorax_async.runtime.whereabouts import TierName
 from lorax_async.testing import FakeSource
 from page_looks import cached_pages, drop_pages, map_sizes, may_lock, pages
-from tiny_loaders import ONE, loader
+from tiny_loaders import ONE, fails, loader
 from tiny_sources import (
     WEIGHTS,
     granted,
@@ -88,17 +89,14 @@ async def test_wrong_arguments_are_told_by_the_call(tmp_path: Path) -> None:
 
 
 async def test_a_prefetch_takes_nothing_from_leases_and_pins(tmp_path: Path) -> None:
-    """However long it waits: it is no reason to end new leases."""
     source = stocked(tmp_path, "leased", "pinned", "late")
     async with over(source, max_slots=2, starvation_age=0.01) as there:
         await there.pin("pinned")
         lease = await there.load("leased")
         late = there.prefetch("late", timeout=0.1)
-        with pytest.raises(errors.AdapterTimeoutError) as caught:
-            await late
-        assert caught.value.stage == "queue"
-        another = there.try_acquire("leased")
-        assert another is not None
+        caught = await fails(late, errors.AdapterTimeoutError)
+        assert caught.stage == "queue"
+        another = acquired(there, "leased")
         for handle in (lease, another):
             handle.release()
         await there.prefetch("late")
@@ -106,7 +104,6 @@ async def test_a_prefetch_takes_nothing_from_leases_and_pins(tmp_path: Path) -> 
 
 
 async def test_every_load_goes_before_a_prefetch(tmp_path: Path) -> None:
-    """Also one that comes later and is of low priority."""
     names = ("held", "hint", "urgent hint", "late", "later")
     async with over(stocked(tmp_path, *names), max_slots=1, starvation_age=60) as there:
         heard: list[Event] = []
@@ -125,7 +122,6 @@ async def test_every_load_goes_before_a_prefetch(tmp_path: Path) -> None:
 
 
 async def test_nobody_waits_for_the_network_of_a_prefetch(tmp_path: Path) -> None:
-    """A slot is not claimed for what is still on its way; one who joins it in haste has it."""
     source = stocked(tmp_path, "slow", "here")
     async with over(source, max_slots=1, io_threads=1) as there:
         source.hold("slow")
@@ -154,9 +150,8 @@ async def test_its_errors_are_in_the_order_of_the_ids(tmp_path: Path) -> None:
         assert list(hint.errors) == ["missing"]
         assert not hint.done
         source.allow("late")
-        with pytest.raises(errors.FetchError, match="the wire broke") as caught:
-            await hint
-        assert caught.value.id == "late"
+        caught = await fails(hint, errors.FetchError, "the wire broke")
+        assert caught.id == "late"
         assert {id: type(error) for id, error in hint.errors.items()} == {
             "late": errors.FetchError,
             "missing": errors.AdapterNotFoundError,
@@ -202,18 +197,15 @@ async def test_cancelling_a_prefetch_ends_nothing_of_others(tmp_path: Path) -> N
 
 
 async def test_a_waiter_that_is_cancelled_ends_nothing(tmp_path: Path) -> None:
-    """A deadline does, for this time."""
     source = stocked(tmp_path, "a")
     async with over(source) as there:
         source.hold("a")
-        with pytest.raises(errors.AdapterTimeoutError) as caught:
-            await there.prefetch("a", timeout=0.02)
-        assert caught.value.id == "a"
+        caught = await fails(there.prefetch("a", timeout=0.02), errors.AdapterTimeoutError)
+        assert caught.id == "a"
         await until(lambda: state(there, "a") == "nowhere")
         hint = there.prefetch("a", timeout=20)
         await until(lambda: source.counts.brings == 2)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(hint, 0.01)
+        await fails(asyncio.wait_for(hint, 0.01), TimeoutError)
         assert not hint.done
         source.allow("a")
         await hint
@@ -234,21 +226,15 @@ async def test_close_ends_a_prefetch_wherever_it_is(tmp_path: Path) -> None:
         assert {type(error) for _, error in found} == {errors.LoaderClosedError}
         for hint in hints:
             assert hint.done
-            with pytest.raises(errors.LoaderClosedError):
-                await hint
+            await fails(hint, errors.LoaderClosedError)
         with pytest.raises(errors.LoaderClosedError):
             there.prefetch("leased")
 
 
-# -- many at once ---------------------------------------------------------------------------------
-
 NAMES = tuple(f"hint-{n}" for n in range(60))
 
 
-async def test_two_files_are_opened_at_a_time_and_a_load_does_not_stand_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of those that are hinted; their bytes, which may be long in coming, hold up no opening."""
+async def test_two_openings_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = stocked(tmp_path, *NAMES, "urgent")
     opened, opening, at_once = list[str](), set[str](), list[int]()
     plain_open = source.open
@@ -283,7 +269,6 @@ async def test_two_files_are_opened_at_a_time_and_a_load_does_not_stand_behind(
 
 
 async def test_many_are_cancelled_before_they_began(tmp_path: Path) -> None:
-    """A few begin in each turn of the loop; others have theirs between."""
     source = stocked(tmp_path, *NAMES)
     async with over(source) as there:
         for turns in range(2):
@@ -295,9 +280,6 @@ async def test_many_are_cancelled_before_they_began(tmp_path: Path) -> None:
             await hints
             assert hints.done
             assert source.counts.resolves < len(NAMES) // 2 * turns + 1
-
-
-# -- the tier between disk and device --------------------------------------------------------------
 
 
 PADDED = 2 * ONE
@@ -381,8 +363,7 @@ async def test_the_coldest_makes_room_within_the_budget(tmp_path: Path) -> None:
 
 async def test_what_is_larger_than_the_budget_is_refused(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", holdable=True)
-    nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
-    async with over(source, host_bytes=nbytes - 1) as there:
+    async with over(source, host_bytes=(tmp_path / "a" / WEIGHTS).stat().st_size - 1) as there:
         with pytest.raises(errors.CapacityError, match="raise host_bytes") as caught:
             await there.prefetch("a", tier="host")
         assert (caught.value.retryable, caught.value.id) == (False, "a")
@@ -405,9 +386,6 @@ async def test_who_was_pushed_off_the_device_goes_on_in_host_memory(tmp_path: Pa
         await there.unload("c")
         assert where(there, "c").tier == "disk"
         assert (source.counts.populates, source.counts.open_holds) == (2, 1)
-
-
-# -- page-locked images ---------------------------------------------------------------------------
 
 
 async def read_for(loader: AdapterLoader, source: FakeSource, base: Path, name: str) -> int:
@@ -452,8 +430,7 @@ async def test_half_an_image_is_completed_from_the_file(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source, device="simulated", pinned_bytes=1 << 20, io_threads=1) as there:
         simulated(there).failing = {2}
-        with pytest.raises(errors.TransferError):
-            await there.load("a")
+        await fails(there.load("a"), errors.TransferError)
         await until(lambda: state(there, "a") == "present")
         assert where(there, "a").tier == "disk"
         assert await read_for(there, source, tmp_path, "a") == ONE // tiny.LAYERS
@@ -463,10 +440,7 @@ async def test_half_an_image_is_completed_from_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "pinned_bytes"), [("cpu", 1 << 20), ("simulated", 0), ("simulated", PADDED - 64)]
 )
-async def test_there_is_no_image_without_room_or_need(
-    tmp_path: Path, device: str, pinned_bytes: int
-) -> None:
-    """Nor on a device whose arena is host memory itself."""
+async def test_no_image_without_room(tmp_path: Path, device: str, pinned_bytes: int) -> None:
     source = stocked(tmp_path, "a", "b")
     async with over(source, device=device, max_slots=1, pinned_bytes=pinned_bytes) as there:
         for name in "aba":

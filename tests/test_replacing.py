@@ -12,25 +12,14 @@ import torch
 import tiny
 from common import until
 from given import acquired, assert_holds, assert_means, give, kept, put, used
-from lorax_async import (
-    AdapterHandle,
-    AdapterRef,
-    CapacityError,
-    Event,
-    Leaving,
-    Merge,
-    Resident,
-    UsageError,
-)
-from lorax_async.adapter import AdapterId, AdapterKey
+from lorax_async import AdapterHandle, AdapterRef, Event, Leaving, Merge, Resident, errors
+from lorax_async.adapter import AdapterId
 from tiny_loaders import ONE, gated, loader, on_device
-from tiny_sources import over, state, stocked, where
+from tiny_sources import Slowed, over, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 MERGE = Merge("linear", ["mine", "a"], [1, 0.5])
-
-# -- what callers see -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
@@ -99,7 +88,7 @@ async def test_an_id_that_was_never_loaded_may_be_replaced(tmp_path: Path) -> No
         async with newer, await there.load("a") as handle:
             assert handle.key == newer.key != new.key
         for wrong in (new.key, Merge("linear", ["a"], [1])):
-            with pytest.raises(UsageError, match="replace an id"):
+            with pytest.raises(errors.UsageError, match="replace an id"):
                 await there.replace(wrong, tiny.tensors(2), tiny.config())
 
 
@@ -120,8 +109,7 @@ async def test_a_token_has_its_own_version_and_no_token_is_for_all(tmp_path: Pat
 
 
 async def test_pins_of_an_id_move_at_once_and_pins_of_a_key_stay(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=3) as there:
+    async with over(stocked(tmp_path, "a", "b", "c"), max_slots=3) as there:
         ids: tuple[AdapterId, ...] = ("a", AdapterRef("a", token="any"))
         for each in ids:
             await there.pin(each)
@@ -148,7 +136,7 @@ async def test_a_replacement_needs_room_beside_what_is_pinned() -> None:
         (await give(there, 1)).release()
         await there.pin("mine")
         before = used(there)
-        with pytest.raises(CapacityError, match="beside 1 pinned") as caught:
+        with pytest.raises(errors.CapacityError, match="beside 1 pinned") as caught:
             await put(there, 2)
         assert caught.value.id == "mine"
         assert used(there) == before
@@ -173,9 +161,6 @@ async def test_an_old_version_that_is_put_back_before_it_went_stays() -> None:
         for seed in (1, 2, 1):
             (await put(there, seed)).release()
         await assert_means(there, "mine", 1)
-
-
-# -- several at once ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -244,9 +229,7 @@ async def test_each_of_many_loads_sees_one_version_whole(device: str) -> None:
 
 
 async def test_merges_follow_the_versions_of_their_parts(tmp_path: Path) -> None:
-    """Also one that is on its way when its part is replaced and leaves."""
-    source = stocked(tmp_path, "a")
-    async with over(source, max_slots=8) as there:
+    async with over(stocked(tmp_path, "a"), max_slots=8) as there:
         (await give(there, 1)).release()
         async with await there.load(MERGE) as first:
             before = first.key
@@ -268,9 +251,6 @@ async def test_merges_follow_the_versions_of_their_parts(tmp_path: Path) -> None
         assert there.try_acquire(MERGE) is None
 
 
-# -- in the midst of other calls ------------------------------------------------------------------
-
-
 def assert_is_of(merged: AdapterHandle, seed: int) -> None:
     """Rows of A are those of its first part, times that one's scale of 2."""
     for name, module in merged.modules.items():
@@ -279,20 +259,13 @@ def assert_is_of(merged: AdapterHandle, seed: int) -> None:
 
 
 async def test_replaced_while_the_source_resolves_it(tmp_path: Path) -> None:
-    source, go_on = stocked(tmp_path, "a"), asyncio.Event()
-    resolve = source.resolve
-
-    async def slowly(ref: AdapterRef) -> AdapterKey:
-        answer = await resolve(ref)
-        await go_on.wait()
-        return answer
-
-    source.resolve = slowly  # type: ignore[method-assign]
+    source = stocked(tmp_path, "a")
+    resolving = Slowed(source, "resolve")
     async with over(source) as there:
         loading = asyncio.create_task(there.load("a"))
-        await until(lambda: source.counts.resolves == 1)
+        await until(lambda: resolving.asked)
         new = await put(there, 2, "a")
-        go_on.set()
+        resolving.may_go_on.set()
         async with await loading as handle:
             assert handle.key == new.key
         new.release()
@@ -387,21 +360,20 @@ async def test_a_cancelled_call_takes_no_bytes_from_another_name() -> None:
         device.gate.set()
         async with await giving as handle:
             assert_holds(handle, tiny.tensors(2))
-        with pytest.raises(UsageError, match="other tensors already"):
+        with pytest.raises(errors.UsageError, match="other tensors already"):
             await give(there, 2)
         await there.unload("other")
         assert used(there) == where(there, "mine").host_bytes
 
 
 async def test_of_two_calls_for_a_new_name_the_first_has_it() -> None:
-    """The second one's content is nowhere afterwards."""
     async with loader() as there:
         calls = [asyncio.create_task(give(there, seed)) for seed in (1, 2, 1)]
         await asyncio.wait(calls)
         for task in (calls[0], calls[2]):
             async with await task as handle:
                 assert_holds(handle, tiny.tensors(1))
-        with pytest.raises(UsageError, match="other tensors already"):
+        with pytest.raises(errors.UsageError, match="other tensors already"):
             await calls[1]
         assert used(there) == where(there, "mine").host_bytes
         assert len(there.residency()) == 1

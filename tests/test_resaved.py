@@ -16,18 +16,9 @@ from safetensors.torch import save_file
 
 import tiny
 from common import until
-from lorax_async import (
-    AdapterFormatError,
-    AdapterHandle,
-    AdapterLoader,
-    AdapterNotFoundError,
-    Event,
-    Failed,
-    IntegrityError,
-    Merge,
-)
+from lorax_async import AdapterHandle, AdapterLoader, Event, Failed, Merge, errors
 from lorax_async.io.devices.gated import GatedDevice
-from tiny_loaders import gated, loader
+from tiny_loaders import fails, gated, loader
 from tiny_sources import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -114,14 +105,14 @@ async def test_every_call_gets_one_whole_version(tmp_path: Path, save: Save) -> 
         try:
             async with await there.load(folder) as handle:
                 assert is_whole(handle)
-        except IntegrityError as error:  # a busy machine lets a slow writer rest
+        except errors.IntegrityError as error:  # a busy machine lets a slow writer rest
             assert save is rewrite_slowly
             assert "once more" in str(error)
 
     async def stream(there: AdapterLoader) -> None:
         # The slot may be had before the last byte was read.
         async with there.stream(folder) as handle:
-            with suppress(IntegrityError):
+            with suppress(errors.IntegrityError):
                 await handle.layer_ready(tiny.LAYERS - 1)
                 assert is_whole(handle)
 
@@ -179,7 +170,7 @@ async def test_one_change_is_loaded_anew_and_a_second_is_an_error(tmp_path: Path
         merge = Merge("linear", [one, two], [1, 1])
         (await interrupted(there, device, there.load(merge), change(4))).release()
         tiny.write(one, 5)
-        with pytest.raises(IntegrityError, match="again while they were loaded once more"):
+        with pytest.raises(errors.IntegrityError, match="again while they were loaded once more"):
             await interrupted(there, device, there.load(one), change(6), change(7))
         async with await there.load(one) as handle:
             tiny.assert_equal_to_file(handle, one)
@@ -189,22 +180,20 @@ async def test_a_file_removed_during_a_load_is_an_error(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", 1)
     there, device = gated()
     async with there:
-        with pytest.raises((IntegrityError, AdapterNotFoundError)):
+        with pytest.raises((errors.IntegrityError, errors.AdapterNotFoundError)):
             await interrupted(there, device, there.load(folder), (folder / WEIGHTS).unlink)
 
 
 async def test_a_key_means_one_version_and_a_digest_is_not_tried_twice(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", 1)
     async with loader() as there:
-        with pytest.raises(IntegrityError, match="sha256"):
-            await there.load(folder, digest="0" * 64)
+        await fails(there.load(folder, digest="0" * 64), errors.IntegrityError, "sha256")
         assert there.statistics().loads <= 1
         async with await there.load(folder) as handle:
             key = handle.key
         await there.unload(folder)
         tiny.write(folder, 2)
-        with pytest.raises(IntegrityError):
-            await there.load(key)
+        await fails(there.load(key), errors.IntegrityError)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      ", b"{" * 100])
@@ -212,8 +201,7 @@ async def test_a_half_written_file_that_rests_is_malformed(tmp_path: Path, conte
     folder = tiny.write(tmp_path / "a", 1)
     (folder / WEIGHTS).write_bytes(content)
     async with loader() as there:
-        with pytest.raises(AdapterFormatError):
-            await there.load(folder, timeout=1)
+        await fails(there.load(folder, timeout=1), errors.AdapterFormatError)
 
 
 @pytest.mark.slow
@@ -221,5 +209,5 @@ async def test_a_load_of_a_file_that_never_rests_ends_in_time(tmp_path: Path) ->
     folder = tiny.write(tmp_path / "a", 1)
     async with loader() as there:
         never_rests = resaving(folder, rewrite_slowly, pause=0)
-        with never_rests, suppress(IntegrityError, AdapterFormatError):
+        with never_rests, suppress(errors.IntegrityError, errors.AdapterFormatError):
             (await there.load(folder, timeout=6)).release()

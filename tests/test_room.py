@@ -9,10 +9,10 @@ import pytest
 
 import tiny
 from common import until
-from given import file_bytes, give
+from given import acquired, file_bytes, give
 from lorax_async import AdapterLoader, AdapterRef, Event, Leaving, Resident, errors
 from lorax_async.adapter import AdapterId
-from tiny_loaders import ONE, gated, loader
+from tiny_loaders import ONE, fails, gated, loader
 from tiny_sources import granted, is_at, is_resident, over, state, stocked, where
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
@@ -22,20 +22,17 @@ EVER = 1e6
 
 
 async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> None:
-    """By bytes; each has its own file's after that."""
     async with over(stocked(tmp_path, "a", "b", "c"), device_bytes=2 * ONE, max_slots=8) as there:
         for name in "abac":
             (await there.load(name)).release()
         assert there.try_acquire("b") is None
         held = []
         for name in "ac":
-            handle = there.try_acquire(name)
-            assert handle is not None
+            handle = acquired(there, name)
             tiny.assert_equal_to_file(handle, tmp_path / name)
             held.append(handle)
-        with pytest.raises(errors.AdapterTimeoutError) as caught:
-            await there.load("b", timeout=0.02)
-        assert (caught.value.stage, caught.value.retryable) == ("queue", True)
+        caught = await fails(there.load("b", timeout=0.02), errors.AdapterTimeoutError)
+        assert (caught.stage, caught.retryable) == ("queue", True)
         waiting = asyncio.create_task(there.load("b"))
         await until(lambda: there.usage().waiting == 1)
         held[0].release()
@@ -47,37 +44,18 @@ async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> Non
 async def test_what_never_fits_fails_at_once(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
     async with loader(device_bytes=ONE - 64) as there:
-        with pytest.raises(errors.CapacityError, match="raise device_bytes") as caught:
-            await there.load(folder)
-        assert not caught.value.retryable
-        assert str(folder) in str(caught.value)
-
-
-async def test_a_starving_request_ends_new_leases(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a", "b"), max_slots=1, starvation_age=0.05) as there:
-        held = await there.load("a")
-        waiting = asyncio.create_task(there.load("b"))
-        for _ in range(200):
-            renewed = there.try_acquire("a")
-            if renewed is None:
-                break
-            held.release()
-            held = renewed
-            await asyncio.sleep(0.005)
-        else:
-            pytest.fail("the adapter in use was leased for ever")
-        held.release()
-        (await waiting).release()
+        caught = await fails(there.load(folder), errors.CapacityError, "raise device_bytes")
+        assert not caught.retryable
+        assert str(folder) in str(caught)
 
 
 async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
-    """One of two that are leased, if somebody starves; none if one leaves already."""
     async with over(stocked(tmp_path, "a", "b", "c"), max_slots=2, starvation_age=0.01) as there:
         first, second = await there.load("a"), await there.load("b")
         waiting = asyncio.create_task(there.load("c"))
         await until(lambda: state(there, "a") == "leaving")
-        with pytest.raises(errors.AdapterTimeoutError):
-            await there.load("c", timeout=0.03)
+        assert there.try_acquire("a") is None
+        await fails(there.load("c", timeout=0.03), errors.AdapterTimeoutError)
         assert state(there, "b") == "resident"
         first.release()
         (await waiting).release()
@@ -87,9 +65,7 @@ async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("age", "order"), [(0.02, ["held", "patient", "urgent"]), (EVER, ["held", "urgent", "patient"])]
 )
-async def test_a_level_of_priority_is_worth_a_time_of_waiting(
-    tmp_path: Path, age: float, order: list[str]
-) -> None:
+async def test_priority_is_worth_waiting_time(tmp_path: Path, age: float, order: list[str]) -> None:
     source = stocked(tmp_path, "held", "patient", "urgent")
     async with over(source, max_slots=1, starvation_age=age) as there:
         heard: list[Event] = []
@@ -110,15 +86,13 @@ async def test_a_level_of_priority_is_worth_a_time_of_waiting(
 
 
 async def test_a_resident_adapter_has_its_time_and_goes_when_it_is_over(tmp_path: Path) -> None:
-    """For whoever waits already, with nothing happening meanwhile; a prefetch too."""
     source = stocked(tmp_path, "a", "b", "c")
     async with over(source, max_slots=1, min_residency=0.1, starvation_age=EVER) as there:
         heard: list[Event] = []
         there.subscribe(heard.append)
         (await there.load("a")).release()
-        with pytest.raises(errors.AdapterTimeoutError) as caught:
-            await there.load("b", timeout=0.01)
-        assert caught.value.stage == "queue"
+        caught = await fails(there.load("b", timeout=0.01), errors.AdapterTimeoutError)
+        assert caught.stage == "queue"
         (await there.load("b", timeout=20)).release()
         await there.prefetch("c", timeout=20)
         times = [event.time for event in heard if isinstance(event, Resident | Leaving)]
@@ -129,12 +103,10 @@ async def test_a_resident_adapter_has_its_time_and_goes_when_it_is_over(tmp_path
 
 
 async def test_a_starving_request_ends_a_minimum_residency(tmp_path: Path) -> None:
-    """A prefetch never starves."""
     source = stocked(tmp_path, "a", "b", "c")
     async with over(source, max_slots=1, min_residency=EVER, starvation_age=0.05) as there:
         (await there.load("a")).release()
-        with pytest.raises(errors.AdapterTimeoutError):
-            await there.prefetch("b", timeout=0.15)
+        await fails(there.prefetch("b", timeout=0.15), errors.AdapterTimeoutError)
         await there.unload("a")  # its own people may send it away
         (await there.load("a")).release()
         (await there.load("c", timeout=20)).release()
@@ -146,17 +118,12 @@ async def test_one_told_to_leave_stays_if_nobody_waits_any_more(tmp_path: Path) 
     async with over(source, max_slots=1, starvation_age=0.01) as there:
         first = await there.load("held")
         there.subscribe(told.append)
-        with pytest.raises(errors.AdapterTimeoutError):
-            await there.load("late", timeout=0.1)
+        await fails(there.load("late", timeout=0.1), errors.AdapterTimeoutError)
         assert [type(event) for event in told] == [Leaving, Resident]
-        second = there.try_acquire("held")
-        assert second is not None
+        second = acquired(there, "held")
         first.release()
         second.release()
         (await there.load("late")).release()
-
-
-# -- pins ------------------------------------------------------------------------------------------
 
 
 async def press(loader: AdapterLoader, *names: str) -> None:
@@ -188,10 +155,7 @@ async def test_a_pin_outlives_pressure_until_it_is_unpinned(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "name"), [({"max_slots": 1}, "b"), ({"device_bytes": 2 * ONE}, "large")]
 )
-async def test_what_cannot_fit_beside_a_pin_fails_at_once(
-    tmp_path: Path, settings: dict[str, object], name: str
-) -> None:
-    """By slots, and by bytes; also who waits already when it is pinned."""
+async def test_no_room_beside_a_pin(tmp_path: Path, settings: dict[str, object], name: str) -> None:
     source = stocked(tmp_path, "a", "b")
     source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=8)))
     async with over(source, **settings) as there:
@@ -239,8 +203,7 @@ async def test_a_pin_of_what_was_saved_again_moves(tmp_path: Path) -> None:
         for other in others:
             (await there.load(other)).release()
         assert there.residency()[old].tier == "disk"
-        handle = there.try_acquire(folder)
-        assert handle is not None
+        handle = acquired(there, folder)
         async with handle:
             tiny.assert_equal_to_file(handle, folder)
 
@@ -257,8 +220,7 @@ async def test_each_id_has_its_own_pin(tmp_path: Path) -> None:
         assert pins(there, folder) == 3
         for id in (folder, str(folder)):
             assert there.unpin(id)
-            with pytest.raises(errors.CapacityError):
-                await there.load(others[0])
+            await fails(there.load(others[0]), errors.CapacityError)
         assert there.unpin(key)
         assert pins(there, folder) == 0
         (await there.load(others[1])).release()
@@ -268,24 +230,18 @@ async def test_a_pin_that_fails_leaves_nothing(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
     async with over(source, max_slots=1) as there:
         source.hold("a")
-        with pytest.raises(errors.AdapterTimeoutError) as caught:
-            await there.pin("a", timeout=0.02)
-        assert caught.value.id == "a"
+        caught = await fails(there.pin("a", timeout=0.02), errors.AdapterTimeoutError)
+        assert caught.id == "a"
         pinning = asyncio.create_task(there.pin("a"))
         await until(lambda: source.counts.brings == 2)
         pinning.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await pinning
+        await fails(pinning, asyncio.CancelledError)
         await until(lambda: state(there, "a") == "nowhere")
         source.allow("a")
         source.fail("bring", errors.FetchError("the wire broke"), id="a", at=1)
-        with pytest.raises(errors.FetchError, match="wire"):
-            await there.pin("a")
+        await fails(there.pin("a"), errors.FetchError, "wire")
         assert not there.unpin("a")
         await press(there, "a", "b")
-
-
-# -- unloading -------------------------------------------------------------------------------------
 
 
 async def test_what_is_idle_goes_at_once(tmp_path: Path) -> None:
@@ -317,8 +273,7 @@ async def test_what_nobody_knows_is_not_looked_for(tmp_path: Path) -> None:
         await there.unload(key, timeout=0)
         assert not there.residency()
         assert source.counts.resolves == resolves
-        with pytest.raises(errors.UsageError, match="a timeout is from 0"):
-            await there.unload("a", timeout=-1)
+        await fails(there.unload("a", timeout=-1), errors.UsageError, "a timeout is from 0")
 
 
 async def test_what_is_leased_stays_and_its_holders_are_named(tmp_path: Path) -> None:
@@ -329,18 +284,16 @@ async def test_what_is_leased_stays_and_its_holders_are_named(tmp_path: Path) ->
         tasks = [asyncio.create_task(there.load(folder), name=f"batch {n}") for n in range(2)]
         handles = [await task for task in tasks]
         there.subscribe(heard.append)
-        with pytest.raises(errors.AdapterInUseError) as caught:
-            await there.unload(folder, timeout=0.02)
-        assert "leases still held after 0.02 s: 2, by batch 0, batch 1;" in str(caught.value)
-        assert (caught.value.id, caught.value.key) == (str(folder), handles[0].key)
-        assert caught.value.retryable
+        caught = await fails(there.unload(folder, timeout=0.02), errors.AdapterInUseError)
+        assert "leases still held after 0.02 s: 2, by batch 0, batch 1;" in str(caught)
+        assert (caught.id, caught.key) == (str(folder), handles[0].key)
+        assert caught.retryable
         assert [type(event) for event in heard] == [Leaving, Resident]
         assert {event.slot for event in heard} == {handles[0].slot}
         async with await there.load(folder) as another:
             assert another.slot == handles[0].slot
         handles[1].release()
-        with pytest.raises(errors.AdapterInUseError, match="after 0 s: 1, by "):
-            await there.unload(folder, timeout=0)
+        await fails(there.unload(folder, timeout=0), errors.AdapterInUseError, "after 0 s: 1, by ")
         tiny.assert_equal_to_file(handles[0], folder)
         asyncio.get_running_loop().call_soon(handles[0].release)
         await there.unload(folder, timeout=0)
@@ -353,8 +306,7 @@ async def test_who_streams_is_waited_for(tmp_path: Path) -> None:
     async with there:
         device.gate.clear()
         async with there.stream(folder) as handle:
-            with pytest.raises(errors.AdapterInUseError):
-                await there.unload(folder, timeout=0)
+            await fails(there.unload(folder, timeout=0), errors.AdapterInUseError)
             device.gate.set()
             await handle.layer_ready(3)
             tiny.assert_equal_to_file(handle, folder)
@@ -392,7 +344,6 @@ async def test_who_waits_for_a_load_waits_on_and_gets_it_anew(tmp_path: Path) ->
 
 
 async def test_loads_that_come_meanwhile_wait(tmp_path: Path) -> None:
-    """For the adapter to be loaded anew, or until the only caller of unload was cancelled."""
     async with over(stocked(tmp_path, "a")) as there:
         lease = await there.load("a")
         for cancelled in (True, False):
@@ -400,8 +351,7 @@ async def test_loads_that_come_meanwhile_wait(tmp_path: Path) -> None:
             await until(lambda: state(there, "a") == "leaving")
             assert there.try_acquire("a") is None
             loading, old = asyncio.create_task(there.load("a")), lease.slot
-            with pytest.raises(errors.AdapterTimeoutError):
-                await there.load("a", timeout=0.02)
+            await fails(there.load("a", timeout=0.02), errors.AdapterTimeoutError)
             assert not loading.done()
             unloading.cancel() if cancelled else lease.release()
             await asyncio.wait([unloading])
@@ -416,8 +366,7 @@ async def test_one_of_several_callers_gives_up(tmp_path: Path) -> None:
         callers = [asyncio.create_task(there.unload("a")) for _ in range(3)]
         await until(lambda: state(there, "a") == "leaving")
         callers[0].cancel()
-        with pytest.raises(errors.AdapterInUseError):
-            await there.unload("a", timeout=0)
+        await fails(there.unload("a", timeout=0), errors.AdapterInUseError)
         assert state(there, "a") == "leaving"
         lease.release()
         await asyncio.gather(*callers[1:])
@@ -425,7 +374,6 @@ async def test_one_of_several_callers_gives_up(tmp_path: Path) -> None:
 
 
 async def test_an_unload_that_waits_does_not_hold_up_others(tmp_path: Path) -> None:
-    """Its slot may never come; another's is free to be taken."""
     source = stocked(tmp_path, "leased", "idle", "late")
     async with over(source, max_slots=2, starvation_age=1e6) as there:
         lease = await there.load("leased")
@@ -482,6 +430,5 @@ async def test_hundreds_of_unloads_at_once_need_no_deep_stack() -> None:
         await there.close(timeout=0)
         assert there.last_numbers()[1].memory_bytes.used == 0
         for load in loading:
-            with pytest.raises(errors.LoaderClosedError):
-                await load
+            await fails(load, errors.LoaderClosedError)
         held.release()

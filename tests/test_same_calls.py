@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import tiny
 from common import until
 from late_device.world import loaded
-from lorax_async import AdapterHandle, AdapterLoader, Event, LoaderConfig, TransferError
+from lorax_async import AdapterHandle, AdapterLoader, Event, LoaderConfig, errors
 from lorax_async.core.layout import ModelLayout
 from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.cuda import CudaDevice
@@ -66,7 +66,7 @@ async def _script(loader: AdapterLoader, base: Path) -> None:
     for id in "cab":  # each in the place of another
         async with await loader.load(id) as handle:
             require_right(handle)
-    with pytest.raises(TransferError):
+    with pytest.raises(errors.TransferError):
         await loader.load("broken")
     await loader.prefetch("c", tier="device")
     await until(lambda: is_resident(loader, "c"))
@@ -94,7 +94,7 @@ def _told(event: Event) -> tuple[object, ...]:
 
 async def _play(make: Callable[[ModelLayout], Device], base: Path) -> list[tuple[object, ...]]:
     source = stocked(base, *"abcd", "broken", rank=RANK, holdable=True)
-    source.fail("read", TransferError("as told"), id="broken", at=4096)
+    source.fail("read", errors.TransferError("as told"), id="broken", at=4096)
     layout, heard = tiny.layout(), list[tuple[object, ...]]()
     config = LoaderConfig(device_bytes=BYTES, staging_bytes=1 << 17, max_slots=2, io_threads=1)
     async with AdapterLoader(layout, config, source=source, device=make(layout)) as loader:

@@ -17,15 +17,7 @@ import sharded
 import tiny
 from engines.variants import llama
 from late_device.world import loaded
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
-    ConfigError,
-    IncompatibleAdapterError,
-    LoaderConfig,
-    Shard,
-    layouts,
-)
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, Shard, errors, layouts
 from lorax_async.core.sharding import shard_layout
 from lorax_async.core.transfer_plan import plan_transfer
 from lorax_async.engines.transformers import attach
@@ -57,9 +49,6 @@ def loader(
     return AdapterLoader(sharded.layout(), config, source=source, device=device)
 
 
-# -- what is held ---------------------------------------------------------------------------------
-
-
 def assert_is_the_share(handle: AdapterHandle, folder: Path, shard: Shard) -> None:
     expected = sharded.share_of(folder, shard)
     assert handle.modules.keys() == expected.keys()
@@ -73,9 +62,7 @@ def assert_is_the_share(handle: AdapterHandle, folder: Path, shard: Shard) -> No
 @pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_every_rank_reads_its_share_and_no_other_byte(
-    device: str, dtype: str, rank: int, tmp_path: Path
-) -> None:
+async def test_a_rank_reads_its_share(device: str, dtype: str, rank: int, tmp_path: Path) -> None:
     """With so small a ring that groups come in several windows."""
     folder = sharded.write(tmp_path / "a", rank)
     for shard in [shard for world in WORLDS for shard in ranks(world)]:
@@ -140,8 +127,6 @@ async def test_a_plan_with_many_moves_is_made_once_and_off_the_loop(
             (await there.load(sharded.write(tmp_path / name, seed=seed))).release()
     assert [name[: len(thread)] for name in threads] == [thread]
 
-
-# -- what is computed -----------------------------------------------------------------------------
 
 Linear = Callable[[str, list[Tensor]], list[Tensor]]
 """A module's outputs on each rank, of its inputs on each."""
@@ -209,9 +194,6 @@ async def test_the_ranks_compute_what_the_whole_model_does(world: int, tmp_path:
     assert (found.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-# -- what is refused ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("rank", "world_size", "text"),
     [
@@ -225,7 +207,7 @@ async def test_the_ranks_compute_what_the_whole_model_does(world: int, tmp_path:
     ],
 )
 def test_a_shard_that_cannot_be_is_refused(rank: Any, world_size: Any, text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
+    with pytest.raises(errors.ConfigError, match=text):
         Shard(rank, world_size)
 
 
@@ -234,28 +216,28 @@ def test_a_shard_is_a_value() -> None:
     assert len({Shard(1, 2), Shard(1, 2), Shard(0, 2)}) == 2
     with pytest.raises(FrozenInstanceError):
         Shard(0, 1).rank = 1  # type: ignore[misc]
-    assert LoaderConfig().shard is None
-    for wrong in (1, (0, 2), "0/2"):
-        with pytest.raises(ConfigError, match=r"shard must be Shard\(rank, world_size\) or None"):
-            LoaderConfig(shard=wrong)  # type: ignore[arg-type]
 
 
 def test_a_base_that_cannot_be_sharded_is_refused_at_construction(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"8 × 4 output features, which 3 ranks cannot share"):
+    with pytest.raises(
+        errors.ConfigError, match=r"8 × 4 output features, which 3 ranks cannot share"
+    ):
         loader(Shard(0, 3))
     fused = layouts.from_adapter(sharded.write(tmp_path / "a"))
-    with pytest.raises(ConfigError, match=r"qkv_proj' may be fused.*layouts\.from_pretrained"):
+    with pytest.raises(
+        errors.ConfigError, match=r"qkv_proj' may be fused.*layouts\.from_pretrained"
+    ):
         AdapterLoader(fused, LoaderConfig(shard=Shard(0, 2)))
     AdapterLoader(fused.replicate("qkv_proj"), LoaderConfig(shard=Shard(0, 2)))
 
 
 async def test_a_file_that_was_cut_already_is_refused(tmp_path: Path) -> None:
-    """What was cut already would be cut again."""
     folder = sharded.write(tmp_path / "a")
-    cut = sharded.share_of(folder, Shard(0, 2))
-    sharded.save(folder, cut)
+    sharded.save(folder, sharded.share_of(folder, Shard(0, 2)))
     async with loader(Shard(0, 2)) as there:
-        with pytest.raises(IncompatibleAdapterError, match=r"32 → 24, the base's is 32 → 48"):
+        with pytest.raises(
+            errors.IncompatibleAdapterError, match=r"32 → 24, the base's is 32 → 48"
+        ):
             await there.load(folder)
 
 
@@ -269,7 +251,7 @@ async def test_a_whole_model_is_not_attached_to_a_sharded_loader() -> None:
             if shard.world_size == 1:
                 attach(model, there).detach()
                 return
-            with pytest.raises(ConfigError) as caught:
+            with pytest.raises(errors.ConfigError) as caught:
                 attach(model, there)
         text = str(caught.value)
         assert "the model is not the Shard(rank=1, world_size=2) that the loader holds" in text

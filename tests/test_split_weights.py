@@ -14,17 +14,8 @@ import torch
 
 import sharded
 import tiny
-from adapters import hub_cache
 from core.adapter_files import file_of
-from lorax_async import (
-    AdapterFormatError,
-    AdapterLoader,
-    AdapterNotFoundError,
-    LoaderConfig,
-    Shard,
-    layouts,
-)
-from lorax_async.adapters import WeightsFile
+from lorax_async import AdapterLoader, LoaderConfig, Shard, errors, layouts
 from lorax_async.cli import main
 from split_files import CONFIG, INDEX, WEIGHTS, deal, name_of, split
 from tiny_loaders import loader
@@ -38,9 +29,7 @@ BOTH = pytest.mark.parametrize("splitting", [split, deal])
 @BOTH
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_the_same_bytes_are_on_the_device_layer_by_layer(
-    tmp_path: Path, splitting: Splitting, dtype: str, device: str
-) -> None:
+async def test_same_bytes(tmp_path: Path, splitting: Splitting, dtype: str, device: str) -> None:
     one = tiny.write(tmp_path / "one", 7, 3)
     several = splitting(one, tmp_path / "several")
     small = loader(device=device, dtype=dtype, staging_bytes=4096)
@@ -53,9 +42,7 @@ async def test_the_same_bytes_are_on_the_device_layer_by_layer(
 
 @BOTH
 @pytest.mark.parametrize("rank", [0, 1])
-async def test_a_rank_of_a_sharded_server_has_its_share_of_the_files(
-    tmp_path: Path, splitting: Splitting, rank: int
-) -> None:
+async def test_a_rank_has_its_share(tmp_path: Path, splitting: Splitting, rank: int) -> None:
     """A's columns are strided, and B's rows are ranges, in whichever file they are."""
     one, shard = sharded.write(tmp_path / "one"), Shard(rank, 2)
     several = splitting(one, tmp_path / "several")
@@ -80,7 +67,7 @@ async def test_a_file_that_is_wrong_is_named(tmp_path: Path, change: str) -> Non
     else:
         index = {"weight_map": {"a": "../x"}}
         (several / INDEX).write_text(json.dumps(index))
-    kind = AdapterNotFoundError if change == "removed" else AdapterFormatError
+    kind = errors.AdapterNotFoundError if change == "removed" else errors.AdapterFormatError
     words = "'../x'" if change == "outside" else file.name
     async with loader() as there:
         for call in (there.load, there.prefetch):
@@ -107,11 +94,8 @@ async def test_tensors_may_lie_in_any_order(tmp_path: Path, device: str) -> None
             tiny.assert_equal_to_file(handle, one)
 
 
-# -- read by the rest of the package --------------------------------------------------------------
-
-
 @BOTH
-def test_inspect_and_layouts_read_split_weights(
+def test_inspect_reads_split_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], splitting: Splitting
 ) -> None:
     one = tiny.write(tmp_path / "one")
@@ -128,22 +112,3 @@ def test_inspect_and_layouts_read_split_weights(
     assert main(["inspect", str(several), "--json"]) == 2
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert name_of(1, 3) in problem["text"]
-
-
-@BOTH
-@pytest.mark.parametrize("cached", [False, True])
-def test_weights_files_of_lorax_read_split_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splitting: Splitting, cached: bool
-) -> None:
-    one = tiny.write(tmp_path / "one", 5)
-    several: Path | str = splitting(one, tmp_path / "several")
-    if cached:
-        files = {path.name: path.read_bytes() for path in Path(several).iterdir()}
-        hub_cache.put(tmp_path / "hub", "org/split", files, commit="1" * 40, refs=("main",))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-        several = "org/split"
-    saved = safetensors.torch.load_file(one / WEIGHTS)
-    with WeightsFile.open(several) as file:
-        assert set(file) == saved.keys()
-        for name, tensor in saved.items():
-            assert torch.equal(file.read(name), tensor)

@@ -5,46 +5,162 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 import tiny
 from common import mapped_files, open_files, our_threads, until
-from lorax_async import AdapterLoader, errors
+from lorax_async import AdapterLoader, LoaderConfig, LocalRoot, Usage, errors
+from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.io.sources.checked_open import FileReader
 from lorax_async.io.sources.local_hold import LocalHold
 from lorax_async.runtime.whereabouts import TierName
-from lorax_async.testing import SimulatedDevice, Step
-from sweeping import cancel_at, count_steps, our_tasks
-from sweeping_tiers import (
-    DEVICE_VERBS,
-    HOST_VERBS,
-    LAYOUT,
-    RANK,
-    VERBS,
-    Kind,
-    TierBench,
-    assert_empty,
-    fake_tiers,
-    local_tiers,
-    tier_config,
-    tier_device,
-    tiers,
-    written,
-)
+from lorax_async.testing import FakeSource, SimulatedDevice, Step
+from sweeping import cancel_at, count_steps, our_tasks, settle
+from tiny_loaders import fails
 from tiny_sources import WEIGHTS
+
+Patch = pytest.MonkeyPatch
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 TURNS = 24
 """Of the loop, one after the other; a fake adapter has all its bytes before that many."""
+RANK = 4
+"""Padded to 8 on the simulated device."""
+ONE = tiny.LAYERS * len(tiny.TARGETS) * 8 * (tiny.HIDDEN + 2 * tiny.HIDDEN) * 2
+"""Device bytes of a tiny adapter of rank 8: A [8, 32] and B [64, 8] in BF16."""
+ONE_LAYER = 2 * RANK * 4 * (tiny.HIDDEN + 2 * tiny.HIDDEN)
+"""Bytes of a layer in the file: two modules, F32, A [4, 32] and B [64, 4]."""
+SLOTS, TIMEOUT = 2, 20
+LAYOUT = tiny.layout("BF16")
+TIERS: tuple[TierName, ...] = get_args(TierName)
+DEVICE_VERBS = ("load", "stream", "device", "pin", "load_from_host")
+HOST_VERBS = ("host", "load_from_host")
+VERBS = ("disk", "host", *DEVICE_VERBS)
 
-TIERS: tuple[TierName, ...] = ("disk", "host", "device")
 
-# -- cancelled at every await ------------------------------------------------------------------
+def new_device(kind: str = "simulated") -> GatedDevice | SimulatedDevice:
+    made = GatedDevice if kind == "cpu" else SimulatedDevice
+    return made(LAYOUT, dtype="BF16", nbytes=SLOTS * ONE, slots=SLOTS)
+
+
+def config_for(base: Path) -> LoaderConfig:
+    """Pinned memory for two adapters, host memory for two and a half, four staging buffers."""
+    return LoaderConfig(
+        device_bytes=SLOTS * ONE,
+        max_slots=SLOTS,
+        pinned_bytes=2 * ONE,
+        host_bytes=35_000,
+        staging_bytes=16 << 10,
+        io_threads=2,
+        local_roots=(LocalRoot(base, immutable=True),),
+    )
+
+
+def written(base: Path) -> dict[str, Path]:
+    return {name: tiny.write(base / name, seed, RANK) for seed, name in enumerate("abc")}
+
+
+def assert_empty(usage: Usage) -> None:
+    taken = (usage.slots, usage.device_bytes, usage.host_bytes, usage.pinned_bytes)
+    assert [budget.used for budget in taken] == [0, 0, 0, 0]
+    assert (usage.leases, usage.waiting) == (0, 0)
+
+
+class Bench:
+    """`a` is what is swept; `b` and `c` are others. `base` has a folder of each."""
+
+    def __init__(self, loader: AdapterLoader, ids: dict[str, Any], base: Path) -> None:
+        self.loader = loader
+        self.device: Any = loader.device
+        self.ids = ids
+        self.base = base
+        self.source = FakeSource(holdable=True)
+        self.files_before = open_files()
+
+    async def do(self, verb: str) -> None:
+        id, there = self.ids["a"], self.loader
+        if verb in TIERS:
+            await there.prefetch(id, tier=verb, timeout=TIMEOUT)
+        elif verb == "stream":
+            async with there.stream(id, timeout=TIMEOUT) as handle:
+                for layer in range(tiny.LAYERS):
+                    await handle.layer_ready(layer)
+                    with handle.use():
+                        pass
+        elif verb in {"pin", "unload"}:
+            await getattr(there, verb)(id, timeout=TIMEOUT)
+        else:
+            if verb == "load_from_host":
+                await there.prefetch(id, tier="host", timeout=TIMEOUT)
+            (await there.load(id, timeout=TIMEOUT)).release()
+
+    def renew(self) -> None:
+        """The same bytes in new files, put in place by rename: a first sight again."""
+        self.source.put("a", *tiny.files(self.base / "a"))
+        for path in tiny.write(self.base / "fresh", rank=RANK).iterdir():
+            os.replace(path, self.base / "a" / path.name)
+
+    async def crowd(self) -> None:
+        """Every slot is taken, by what may be evicted, and so is the pinned memory."""
+        for other in "bc":
+            (await self.loader.load(self.ids[other], timeout=TIMEOUT)).release()
+
+    async def assert_clean(self) -> None:
+        """Nobody waits or holds; once all is unloaded, every budget is whole again."""
+        await settle(self.loader)
+        usage = self.loader.usage()
+        assert (usage.leases, usage.waiting) == (0, 0)
+        for key in tuple(self.loader.residency()):
+            await self.loader.unload(key, timeout=TIMEOUT)
+        await settle(self.loader)
+        assert_empty(self.loader.usage())
+        here = self.loader.residency().values()
+        assert {(found.tier, found.pins) for found in here} <= {("disk", 0)}
+        self.device.wipe([]).result(TIMEOUT)  # what was asked for before has been done
+        for module in range(len(LAYOUT.modules)):
+            for slot in range(SLOTS):
+                assert self.device.operands(module, slot) is None
+        # A thread that began for a cancelled call closes its files when it ends.
+        await until(lambda: not mapped_files() and open_files() <= self.files_before)
+        counts = self.source.counts
+        assert (counts.open_readers, counts.open_holds) == (0, 0)
+
+    async def assert_works(self) -> None:
+        """From nothing, from whatever a round of the others left, and beside them."""
+        for name in "abca":
+            async with await self.loader.load(self.ids[name], timeout=TIMEOUT) as handle:
+                tiny.assert_equal_to_file(handle, self.base / name)
+
+    async def assert_whole(self) -> None:
+        await self.assert_clean()
+        await self.assert_works()
+        await self.assert_clean()
+
+
+@asynccontextmanager
+async def tiers(base: Path, where: str = "local", **settings: Any) -> AsyncIterator[Bench]:
+    """Files for the "cpu" or the simulated device, or a source from which bytes are "arriving"."""
+    ids, device, source = written(base), new_device(where), FakeSource(holdable=True)
+    for name, folder in ids.items():
+        source.put(name, *tiny.files(folder))
+    config = replace(config_for(base), **settings)
+    arriving = where == "arriving"
+    there = AdapterLoader(LAYOUT, config, source=source if arriving else None, device=device)
+    async with there:
+        bench = Bench(there, {name: name for name in ids} if arriving else ids, base)
+        bench.source = source
+        yield bench
+    assert not mapped_files()
+    assert not our_threads()
+    assert (source.counts.open_readers, source.counts.open_holds) == (0, 0)
 
 
 @pytest.mark.each_loop
@@ -66,9 +182,9 @@ async def test_cancelled_at_every_await(tmp_path: Path, verb: str, where: str) -
 @pytest.mark.each_loop
 @pytest.mark.parametrize("tier", TIERS)
 async def test_a_prefetch_is_cancelled_at_every_turn(tmp_path: Path, tier: TierName) -> None:
-    async with fake_tiers(tmp_path) as (bench, source):
+    async with tiers(tmp_path, "arriving") as bench:
         for turns in range(TURNS):
-            source.put("a", *tiny.files(tmp_path / "a"))
+            bench.source.put("a", *tiny.files(tmp_path / "a"))
             hint = bench.loader.prefetch("a", tier=tier)
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -80,16 +196,15 @@ async def test_a_prefetch_is_cancelled_at_every_turn(tmp_path: Path, tier: TierN
 
 
 async def test_unload_is_cancelled_where_it_waits(tmp_path: Path) -> None:
-    """For pages that are being let go, and for a copy; the next one succeeds."""
-    async with local_tiers(tmp_path) as bench:
-        await bench.load_from_host()
-        assert await cancel_at(bench.unload(), 1)
+    async with tiers(tmp_path) as bench:
+        await bench.do("load_from_host")
+        assert await cancel_at(bench.do("unload"), 1)
         await bench.assert_clean()
         bench.device.gate.clear()
         copies = bench.device.copies
-        load = asyncio.create_task(bench.load())
+        load = asyncio.create_task(bench.do("load"))
         await until(lambda: bench.device.copies > copies)
-        assert await cancel_at(bench.unload(), 1)
+        assert await cancel_at(bench.do("unload"), 1)
         bench.device.gate.set()
         await load
         await bench.assert_whole()
@@ -97,24 +212,20 @@ async def test_unload_is_cancelled_where_it_waits(tmp_path: Path) -> None:
 
 @pytest.mark.each_loop
 async def test_close_at_every_turn_of_everything(tmp_path: Path) -> None:
-    """Begun at every turn, and cancelled at its await: it goes on, and nothing is left."""
     ids, files = written(tmp_path), open_files()
     for turns in range(TURNS):
-        device = tier_device()
-        loader = AdapterLoader(LAYOUT, tier_config(tmp_path), device=device)
+        loader = AdapterLoader(LAYOUT, config_for(tmp_path), device=new_device())
         await loader.__aenter__()
-        bench = TierBench(loader, device, ids, tmp_path)
-        calls = [bench.load(), bench.stream(), bench.pin(), bench.host(), bench.unload()]
-        tasks = [asyncio.create_task(call) for call in calls]
+        bench = Bench(loader, ids, tmp_path)
+        verbs = ("load", "stream", "pin", "host", "unload")
+        tasks = [asyncio.create_task(bench.do(verb)) for verb in verbs]
         hints = loader.prefetch(ids.values()), loader.prefetch(ids.values(), tier="host")
         for _ in range(turns):
             await asyncio.sleep(0)
         assert await cancel_at(loader.close(), 1)
         await loader.close()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(each is None or isinstance(each, errors.LoraxError) for each in outcomes), (
-            outcomes
-        )
+        assert all(each is None or isinstance(each, errors.LoraxError) for each in outcomes)
         assert all(hint.done for hint in hints)
         assert not our_tasks()
         assert not our_threads()
@@ -123,8 +234,6 @@ async def test_close_at_every_turn_of_everything(tmp_path: Path) -> None:
         assert_empty(loader.last_numbers()[1])
 
 
-# -- every error at every step -----------------------------------------------------------------
-
 ERRORS = [
     errors.FetchError("ordered"),
     errors.IntegrityError("ordered"),
@@ -132,9 +241,6 @@ ERRORS = [
     MemoryError("none left"),
 ]
 each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-
-ONE_LAYER = 2 * RANK * 4 * (tiny.HIDDEN + 2 * tiny.HIDDEN)
-"""Bytes of a layer in the file: two modules, F32, A [4, 32] and B [64, 4]."""
 
 SOURCE_STEPS: dict[tuple[Step, int], tuple[str, ...]] = {
     ("resolve", 0): VERBS,
@@ -182,17 +288,16 @@ def assert_told(caught: errors.LoraxError, error: Exception, id: object) -> None
 @pytest.mark.parametrize(("step", "group"), SOURCE_STEPS)
 async def test_every_error_of_a_source(tmp_path: Path, step: Step, group: int) -> None:
     """All with one loader: a staging buffer that each of them kept would be missed at last."""
-    async with fake_tiers(tmp_path) as (bench, source):
+    async with tiers(tmp_path, "arriving") as bench:
         _, weights = tiny.files(tmp_path / "a")
         first = 8 + int.from_bytes(weights[:8], "little")
         at = first + group * ONE_LAYER if step == "read" else group
         for error in ERRORS:
             for verb in SOURCE_STEPS[step, group]:
-                source.put("a", *tiny.files(tmp_path / "a"))
-                source.fail(step, error, id="a", at=at)
-                with pytest.raises(errors.LoraxError) as caught:
-                    await bench.do(verb)
-                assert_told(caught.value, error, "a")
+                bench.source.put("a", *tiny.files(tmp_path / "a"))
+                bench.source.fail(step, error, id="a", at=at)
+                caught = await fails(bench.do(verb), errors.LoraxError)
+                assert_told(caught, error, "a")
                 await bench.assert_whole()
 
 
@@ -206,30 +311,28 @@ async def test_every_error_of_a_source(tmp_path: Path, step: Step, group: int) -
     ids=lambda e: type(e).__name__,
 )
 async def test_every_error_of_every_later_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+    tmp_path: Path, monkeypatch: Patch, step: str, error: Exception
 ) -> None:
     target, verbs = LATER_STEPS[step]
     for verb in verbs:
-        async with local_tiers(tmp_path) as bench:
+        async with tiers(tmp_path) as bench:
             with monkeypatch.context() as patch:
                 patch.setattr(target, raising(error))
-                with pytest.raises(errors.LoraxError) as caught:
-                    await bench.do(verb)
-                await bench.settle()
-            assert_told(caught.value, error, bench.ids["a"])
+                caught = await fails(bench.do(verb), errors.LoraxError)
+                await settle(bench.loader)
+            assert_told(caught, error, bench.ids["a"])
             await bench.assert_whole()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "simulated"])
 @pytest.mark.parametrize("verb", DEVICE_VERBS)
-async def test_every_copy_can_fail(tmp_path: Path, verb: str, kind: Kind) -> None:
+async def test_every_copy_can_fail(tmp_path: Path, verb: str, kind: str) -> None:
     """Through images, and through the ring; the image of a copy that failed is not warm."""
     for number in range(tiny.LAYERS):
         for pinned_bytes in (0, 1 << 20):
-            async with local_tiers(tmp_path, kind, pinned_bytes=pinned_bytes) as bench:
+            async with tiers(tmp_path, kind, pinned_bytes=pinned_bytes) as bench:
                 bench.device.failing = {number}
-                with pytest.raises(errors.TransferError, match="told to fail"):
-                    await bench.do(verb)
+                await fails(bench.do(verb), errors.TransferError, "told to fail")
                 bench.device.failing = set()
                 async with await bench.loader.load(bench.ids["a"], timeout=20) as handle:
                     tiny.assert_equal_to_file(handle, tmp_path / "a")
@@ -238,40 +341,35 @@ async def test_every_copy_can_fail(tmp_path: Path, verb: str, kind: Kind) -> Non
 
 @pytest.mark.parametrize("at", range(tiny.LAYERS + 1))
 async def test_the_device_is_lost(tmp_path: Path, at: int) -> None:
-    """Before, between and after the copies: all is given back, and closing does not hang."""
-    async with fake_tiers(tmp_path) as (bench, source):
-        assert isinstance(bench.device, SimulatedDevice)
-        source.hold("a")
-        source.allow("a", *range(at)) if at else None
+    async with tiers(tmp_path, "arriving") as bench:
+        bench.source.hold("a")
+        bench.source.allow("a", *range(at)) if at else None
         async with bench.loader.stream("a", timeout=20) as handle:
             if at:
                 await handle.layer_ready(at - 1)
             bench.device.lose()
-            source.allow("a")
+            bench.source.allow("a")
             if at < tiny.LAYERS:
-                with pytest.raises(errors.TransferError) as caught:
-                    await handle.layer_ready(tiny.LAYERS - 1)
-                assert not caught.value.retryable
+                caught = await fails(handle.layer_ready(tiny.LAYERS - 1), errors.TransferError)
+                assert not caught.retryable
             else:
                 assert handle.resident
                 with handle.use():
                     pass
         for verb in DEVICE_VERBS:
-            source.put("a", *tiny.files(tmp_path / "a"))
-            with pytest.raises(errors.TransferError, match="lost"):
-                await bench.do(verb)
+            bench.source.put("a", *tiny.files(tmp_path / "a"))
+            await fails(bench.do(verb), errors.TransferError, "lost")
         await bench.assert_clean()
-    async with local_tiers(tmp_path) as fresh:
+    async with tiers(tmp_path) as fresh:
         await fresh.assert_works()
 
 
 @each_error
 @pytest.mark.parametrize("step", ["note_use", "wait_for"])
 async def test_the_device_fails_a_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+    tmp_path: Path, monkeypatch: Patch, step: str, error: Exception
 ) -> None:
-    """Whoever computes gets the device's error, and the lease ends as it would."""
-    async with fake_tiers(tmp_path) as (bench, _):
+    async with tiers(tmp_path, "arriving") as bench:
         bench.device.gate.clear()
         async with bench.loader.stream("a", timeout=20) as handle:
             await until(partial(handle.queue_behind, 0))
@@ -285,34 +383,28 @@ async def test_the_device_fails_a_user(
         await bench.assert_whole()
 
 
-# -- failures while things end, or before they begin ---------------------------------------------
-
-
 @pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def quiet(monkeypatch: Patch) -> None:
     """What is logged here was ordered."""
     monkeypatch.setattr(logging.getLogger("lorax_async"), "propagate", False)
 
 
 @each_error
 @pytest.mark.usefixtures("quiet")
-async def test_a_hold_does_not_close(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    """It is gone for the loader, whose budget is whole; when the loader closes, too."""
+async def test_a_hold_does_not_close(tmp_path: Path, monkeypatch: Patch, error: Exception) -> None:
     close = LocalHold.close
 
     def fail(hold: LocalHold) -> None:
         close(hold)
         raising(error)()
 
-    async with local_tiers(tmp_path) as bench:
-        await bench.host()
+    async with tiers(tmp_path) as bench:
+        await bench.do("host")
         with monkeypatch.context() as patch:
             patch.setattr(LocalHold, "close", fail)
             await bench.loader.unload(bench.ids["a"], timeout=2)
         await bench.assert_clean()
-        await bench.host()
+        await bench.do("host")
         await bench.assert_works()
         await bench.loader.prefetch([bench.ids["a"], bench.ids["b"]], tier="host")
         monkeypatch.setattr(LocalHold, "close", fail)
@@ -321,15 +413,12 @@ async def test_a_hold_does_not_close(
 
 @each_error
 @pytest.mark.usefixtures("quiet")
-async def test_a_column_is_not_cleared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    """Nothing of the adapter that left stays behind, its open file least of all."""
-    async with local_tiers(tmp_path) as bench:
-        await bench.load()
+async def test_a_column_cannot_clear(tmp_path: Path, monkeypatch: Patch, error: Exception) -> None:
+    async with tiers(tmp_path) as bench:
+        await bench.do("load")
         with monkeypatch.context() as patch:
             patch.setattr(bench.device, "clear_column", raising(error))
-            await bench.unload()
+            await bench.do("unload")
         await until(lambda: open_files() <= bench.files_before)
         await bench.assert_works()
         await bench.assert_clean()
@@ -338,10 +427,9 @@ async def test_a_column_is_not_cleared(
 @each_error
 @pytest.mark.parametrize("call", ["open", "staging_memory", "staging_memory, for images"])
 async def test_the_device_does_not_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+    tmp_path: Path, monkeypatch: Patch, call: str, error: Exception
 ) -> None:
-    """There is memory for the ring, at times, but none for images."""
-    device, files, calls = tier_device(), open_files(), list[object]()
+    device, files, calls = new_device(), open_files(), list[object]()
     name, _, later = call.partition(", ")
     original, fail = getattr(device, name), raising(error)
 
@@ -350,15 +438,11 @@ async def test_the_device_does_not_open(
         return original(*what) if later and len(calls) == 1 else fail()
 
     monkeypatch.setattr(device, name, called)
-    loader = AdapterLoader(LAYOUT, tier_config(tmp_path), device=device)
-    with pytest.raises(type(error)):
-        await loader.__aenter__()
+    loader = AdapterLoader(LAYOUT, config_for(tmp_path), device=device)
+    await fails(loader.__aenter__(), type(error))
     assert len(calls) == 1 + bool(later)
     assert not our_threads()
     assert open_files() <= files
-
-
-# -- files that change under a load ----------------------------------------------------------------
 
 
 def truncate(weights: Path) -> None:
@@ -371,17 +455,17 @@ def touch(weights: Path) -> None:
         file.write(b"\x7f")
 
 
-def replace(weights: Path) -> None:
+def rename(weights: Path) -> None:
     """A new file under the old name leaves the open one whole: its ctime tells."""
     fresh = tiny.write(weights.parent.with_name("fresh"), 9, RANK)
     os.replace(fresh / WEIGHTS, weights)
 
 
-each_damage = pytest.mark.parametrize("damage", [truncate, touch, replace])
+each_damage = pytest.mark.parametrize("damage", [truncate, touch, rename])
 
 
-async def assert_recovers(bench: TierBench) -> None:
-    await bench.settle()
+async def assert_recovers(bench: Bench) -> None:
+    await settle(bench.loader)
     bench.renew()
     await bench.assert_works()
     await bench.assert_clean()
@@ -392,9 +476,9 @@ async def assert_recovers(bench: TierBench) -> None:
 @pytest.mark.parametrize("verb", DEVICE_VERBS)
 async def test_a_file_changes_under_the_copies(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
     verb: str,
-    kind: Kind,
+    kind: str,
     damage: Callable[[Path], None],
 ) -> None:
     """Between any two reads of the weights, with copies of what was read before on their way.
@@ -414,8 +498,8 @@ async def test_a_file_changes_under_the_copies(
                 damage(tmp_path / "a" / WEIGHTS)
             original(reader, buffers, offset)
 
-        async with local_tiers(tmp_path, kind, io_threads=1) as bench:
-            await bench.disk()
+        async with tiers(tmp_path, kind, io_threads=1) as bench:
+            await bench.do("disk")
             with monkeypatch.context() as patch:
                 patch.setattr(FileReader, "read_into", read)
                 refused = False
@@ -435,15 +519,12 @@ async def test_a_file_changes_under_the_copies(
 
 
 @each_damage
-async def test_a_file_changes_while_it_is_held(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
+async def test_a_held_file_changes(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     """The map is not touched by anybody, so that a file that was cut kills nobody."""
-    async with local_tiers(tmp_path) as bench:
-        await bench.host()
+    async with tiers(tmp_path) as bench:
+        await bench.do("host")
         key = next(iter(bench.loader.residency()))
         damage(tmp_path / "a" / WEIGHTS)
-        with pytest.raises(errors.IntegrityError):
-            await bench.loader.load(key)
+        await fails(bench.loader.load(key), errors.IntegrityError)
         await bench.assert_clean()
         await assert_recovers(bench)

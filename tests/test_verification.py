@@ -13,14 +13,14 @@ import torch
 import tiny
 from common import until
 from false_bytes import told_false, watched
+from given import acquired
 from lorax_async import AdapterHandle, AdapterKey, AdapterLoader, AdapterRef, Failed, Merge, errors
 from lorax_async.adapter import MergedKey, RemoteKey, is_stale
 from lorax_async.core.arena import Extent
 from lorax_async.io.ports import CopyTicket
-from lorax_async.testing import FakeSource
 from lorax_async.verification import Verification, VerificationKind
-from tiny_loaders import loader
-from tiny_sources import WEIGHTS, is_resident, over, state, stocked
+from tiny_loaders import fails, loader
+from tiny_sources import WEIGHTS, Slowed, is_resident, over, state, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -36,11 +36,8 @@ def leases(there: AdapterLoader) -> int:
     return there.usage().leases
 
 
-# -- what is told of the check --------------------------------------------------------------------
-
-
 @pytest.mark.each_loop
-async def test_a_load_is_verified_after_it_is_there_and_until_it_is_released(
+async def test_a_load_is_verified_after_it_is_there(
     tmp_path: Path,
 ) -> None:
     source = stocked(tmp_path, "a")
@@ -69,13 +66,11 @@ async def test_a_load_is_verified_after_it_is_there_and_until_it_is_released(
         await asyncio.sleep(0)
         handle.release()
         for late in (waiting[0], handle.verified()):
-            with pytest.raises(errors.HandleClosedError):
-                await late
+            await fails(late, errors.HandleClosedError)
         source.allow_verification("a")
 
 
 async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Path) -> None:
-    """Back from wherever it went, nothing is fetched, nor checked anew."""
     source = stocked(tmp_path, "a", "b")
     source.verifications["a"] = Verification("git-sha1", "7" * 40)
     async with over(source, max_slots=1) as there:
@@ -85,8 +80,7 @@ async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Pa
                 assert found.kind == ("git-sha1" if name == "a" else "none")
         assert source.counts.brings == 2
         assert there.try_acquire("b") is None
-        at_once = there.try_acquire("a")
-        assert at_once is not None
+        at_once = acquired(there, "a")
         async with at_once as handle:
             assert (await handle.verified()).kind == "git-sha1"
 
@@ -108,8 +102,7 @@ async def test_before_use_all_is_checked_before_a_copy(tmp_path: Path) -> None:
         await asyncio.sleep(0.02)
         assert device.copies == 0
         told_false(source, "false")
-        with pytest.raises(errors.IntegrityError, match="not what was promised"):
-            await using[1]
+        await fails(using[1], errors.IntegrityError, "not what was promised")
         assert device.copies == 0
         source.allow_verification("a")
         await using[0]
@@ -142,9 +135,6 @@ async def test_a_merge_is_verified_as_far_as_its_least_part(tmp_path: Path) -> N
         assert await handle.verified() == Verification("transport")
 
 
-# -- a digest that a caller knows -----------------------------------------------------------------
-
-
 async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
     digest = digest_of(folder)
@@ -156,9 +146,8 @@ async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None
                     assert await each.verified() == Verification("sha256", digest)
         async with await there.load(folder) as handle:
             assert await handle.verified() == Verification("none"), "another's word"
-            with pytest.raises(errors.IntegrityError) as caught:
-                await there.load(folder, digest=OTHER)
-            error = caught.value
+            caught = await fails(there.load(folder, digest=OTHER), errors.IntegrityError)
+            error = caught
             assert (error.id, error.key, error.stage) == (str(folder), handle.key, "verify")
             assert not error.retryable
             assert error.story == there.story(folder)
@@ -179,15 +168,12 @@ async def test_every_call_compares_and_the_files_are_hashed_once(tmp_path: Path)
         (await there.load("b")).release()
         for tier in ("disk", "device"):
             await there.prefetch(right, tier=tier)
-            with pytest.raises(errors.IntegrityError):
-                await there.prefetch(wrong, tier=tier)
+            await fails(there.prefetch(wrong, tier=tier), errors.IntegrityError)
         for call in (there.load, there.pin):
-            with pytest.raises(errors.IntegrityError, match=f"{digests['a']}, not {OTHER}"):
-                await call(wrong)
+            await fails(call(wrong), errors.IntegrityError, f"{digests['a']}, not {OTHER}")
         await there.pin(right)
         assert not there.unpin(wrong)
-        at_once = there.try_acquire(right)
-        assert at_once is not None
+        at_once = acquired(there, right)
         at_once.release()
         assert there.try_acquire(wrong) is None
         assert there.unpin(right)
@@ -198,16 +184,12 @@ async def test_every_call_compares_and_the_files_are_hashed_once(tmp_path: Path)
             assert await handle.verified() == Verification("none")
         assert source.counts.digests == 2
         parts = [AdapterRef("a", digest=digests["b"]), AdapterRef("b")]
-        with pytest.raises(errors.IntegrityError, match=digests["a"]):
-            await there.load(Merge("linear", parts, [1, 1]))
+        await fails(there.load(Merge("linear", parts, [1, 1])), errors.IntegrityError, digests["a"])
 
 
 @pytest.mark.parametrize("kind", ["sha256", "transport", "git-sha1", "none"])
 @pytest.mark.parametrize("right", [True, False])
-async def test_a_sha256_that_the_source_found_is_not_computed_again(
-    tmp_path: Path, kind: VerificationKind, right: bool
-) -> None:
-    """Git's name of a file is none."""
+async def test_known_sha256_is_reused(tmp_path: Path, kind: VerificationKind, right: bool) -> None:
     source = stocked(tmp_path, "a")
     wanted = digest_of(tmp_path / "a")
     known = {"git-sha1": "7" * 40, "none": None}.get(kind, wanted if right else OTHER)
@@ -225,8 +207,7 @@ async def test_a_sha256_that_the_source_found_is_not_computed_again(
             async with await loading as handle:
                 assert await handle.verified() == Verification("sha256", wanted)
         else:
-            with pytest.raises(errors.IntegrityError):
-                await loading
+            await fails(loading, errors.IntegrityError)
         assert source.counts.digests == (0 if by_source else 1)
 
 
@@ -246,14 +227,12 @@ async def test_a_stream_hears_of_another_digest_when_all_is_here(tmp_path: Path)
         waiting = [asyncio.create_task(each.layer_ready(3)) for each in (handle, right)]
         verified = asyncio.create_task(handle.verified())
         source.allow("a")
-        with pytest.raises(errors.IntegrityError, match=f"not {OTHER}"):
-            await verified
+        await fails(verified, errors.IntegrityError, f"not {OTHER}")
         await waiting[1]
         for each in (handle, clone):
             with pytest.raises(errors.IntegrityError), each.use():
                 raise AssertionError("a kernel would run")
-            with pytest.raises(errors.IntegrityError):
-                await asyncio.to_thread(each.wait_layer, 3)
+            await fails(asyncio.to_thread(each.wait_layer, 3), errors.IntegrityError)
         await asyncio.gather(*waiting, return_exceptions=True)
         for each in (right, plain):
             tiny.assert_equal_to_file(each, tmp_path / "a")
@@ -270,55 +249,34 @@ async def test_a_digest_is_64_lowercase_hex_digits(tmp_path: Path, digest: objec
                 await call(tmp_path, digest=digest)  # type: ignore[arg-type]
 
 
-# -- waiting for a digest -------------------------------------------------------------------------
-
-
-class SlowToHash(FakeSource):
-    """Hashes until `through` is set."""
-
-    def __init__(self, base: Path) -> None:
-        super().__init__()
-        self.through, self.cancelled = asyncio.Event(), 0
-        self.put("a", *tiny.files(tiny.write(base / "a")))
-
-    async def digest(self, key: AdapterKey) -> str:
-        found = await super().digest(key)
-        try:
-            await self.through.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        return found
-
-
 @pytest.mark.each_loop
 @pytest.mark.parametrize("how", ["cancelled", "late", "released"])
 async def test_hashing_ends_when_nobody_waits_for_it(tmp_path: Path, how: str) -> None:
-    source = SlowToHash(tmp_path)
+    source = stocked(tmp_path, "a")
+    hashing = Slowed(source, "digest")
     async with over(source) as there:
         if how == "released":
             async with there.stream("a", digest=OTHER) as handle, handle.clone():
-                await until(lambda: source.counts.digests)
+                await until(lambda: hashing.asked)
                 handle.release()
                 await asyncio.sleep(0.01)
-                assert not source.cancelled, "the clone is left"
+                assert not hashing.cancelled, "the clone is left"
         elif how == "late":
             with pytest.raises(errors.AdapterTimeoutError) as caught:
                 await there.load("a", digest=OTHER, timeout=0.2)
             assert caught.value.stage == "verify"
         else:
             loads = [asyncio.create_task(there.load("a", digest=OTHER)) for _ in range(2)]
-            await until(lambda: source.counts.digests)
+            await until(lambda: hashing.asked)
             for load in loads:
-                assert not source.cancelled
+                assert not hashing.cancelled
                 load.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await load
-        await until(lambda: source.cancelled == 1)
+                await fails(load, asyncio.CancelledError)
+        await until(lambda: hashing.cancelled == 1)
         assert not leases(there)
-        source.through.set()
+        hashing.may_go_on.set()
         (await there.load("a", digest=digest_of(tmp_path / "a"))).release()
-        assert source.counts.digests == 2
+        assert hashing.asked == 2
 
 
 async def test_each_caller_gets_an_error_of_hashing_of_its_own(tmp_path: Path) -> None:
@@ -331,31 +289,27 @@ async def test_each_caller_gets_an_error_of_hashing_of_its_own(tmp_path: Path) -
         assert len(set(map(id, ends))) == 3
         source.fail("digest", RuntimeError("a foreign fault"))
         async with there.stream("a", digest=OTHER) as handle:
-            with pytest.raises(errors.InternalError, match="foreign fault"):
-                await handle.verified()
+            await fails(handle.verified(), errors.InternalError, "foreign fault")
         assert not leases(there)
         (await there.load("a", digest=digest_of(tmp_path / "a"))).release()
 
 
 @pytest.mark.parametrize("step", ["fetched", "hashed"])
 async def test_a_loader_that_closes_ends_the_wait_for_a_digest(tmp_path: Path, step: str) -> None:
-    source = SlowToHash(tmp_path)
+    source = stocked(tmp_path, "a")
+    hashing = Slowed(source, "digest")
     if step == "fetched":
         source.hold_verification("a")
     async with over(source) as there:
         loading = asyncio.create_task(there.load("a", digest=OTHER))
         await until(lambda: is_resident(there, "a"))
         if step == "hashed":
-            await until(lambda: source.counts.digests)
+            await until(lambda: hashing.asked)
         closing = asyncio.create_task(there.close())
-        with pytest.raises(errors.LoaderClosedError) as caught:
-            await loading
-        assert caught.value.id == "a"
+        caught = await fails(loading, errors.LoaderClosedError)
+        assert caught.id == "a"
         source.allow_verification("a")
         await closing
-
-
-# -- bytes that turn out to be false --------------------------------------------------------------
 
 
 def weights(handle: AdapterHandle) -> list[torch.Tensor]:
@@ -378,8 +332,7 @@ async def test_every_use_of_false_bytes_fails(tmp_path: Path) -> None:
             assert type(error) is errors.IntegrityError
             assert (error.id, error.key, error.stage) == ("a", handle.key, "verify")
         assert ends[0] is not ends[1]
-        with pytest.raises(errors.IntegrityError, match="not what was promised"):
-            await handle.layer_ready(0)
+        await fails(handle.layer_ready(0), errors.IntegrityError, "not what was promised")
         with pytest.raises(errors.IntegrityError, match="not what was promised"):
             await asyncio.to_thread(clone.wait_layer, 3)
         with pytest.raises(errors.IntegrityError), handle.use():
@@ -417,8 +370,7 @@ async def test_false_bytes_are_zeroed_before_their_slot_is_free(tmp_path: Path) 
         device.clear_column = cleared  # type: ignore[method-assign]
         with handle.use():
             told_false(source)
-            with pytest.raises(errors.IntegrityError):
-                await handle.verified()
+            await fails(handle.verified(), errors.IntegrityError)
             handle.release()
             others = [await there.load(name) for name in "bcd"]
             waiting = asyncio.create_task(there.load("e"))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import pytest
+
 import tiny
 from lorax_async import AdapterLoader, AdapterResidency, LoaderConfig
 from lorax_async.io.devices.gated import GatedDevice
@@ -25,3 +30,13 @@ def gated(device_bytes: int = 1 << 20, slots: int = 4) -> tuple[AdapterLoader, G
 def on_device(loader: AdapterLoader) -> list[AdapterResidency]:
     """The adapters that hold a slot."""
     return [where for where in loader.residency().values() if where.tier == "device"]
+
+
+E = TypeVar("E", bound=BaseException)
+
+
+async def fails(call: Awaitable[object], kind: type[E], match: str | None = None) -> E:
+    """The error of that kind with which a call ends."""
+    with pytest.raises(kind, match=match) as caught:
+        await call
+    return caught.value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import tiny
 from lorax_async import AdapterLoader, AdapterResidency, Event, LoaderConfig, SlotGranted
@@ -64,3 +66,22 @@ def granted(events: list[Event]) -> list[str]:
     """Ids of a fake source, in the order in which they were given slots."""
     grants = [event for event in events if isinstance(event, SlotGranted)]
     return [event.key.location.removeprefix("memory:") for event in grants]
+
+
+class Slowed:
+    """A step of a source that goes on when it may, and counts its cancelled calls at their end."""
+
+    def __init__(self, source: FakeSource, step: str) -> None:
+        self.asked, self.cancelled, self.may_go_on = 0, 0, asyncio.Event()
+        self._step = getattr(source, step)
+        setattr(source, step, self)
+
+    async def __call__(self, *args: object) -> Any:
+        self.asked += 1
+        try:
+            await self.may_go_on.wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.01)
+            self.cancelled += 1
+            raise
+        return await self._step(*args)

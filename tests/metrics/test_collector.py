@@ -15,22 +15,16 @@ from prometheus_client import CollectorRegistry
 
 import tiny
 from common import LOOPS, until
-from given import FILE, roomy
-from lorax_async import (
-    AdapterLoader,
-    AdapterNotFoundError,
-    AdapterTimeoutError,
-    CapacityError,
-    FetchError,
-    LoaderClosedError,
-    UsageError,
-)
+from given import FILE, acquired, roomy
+from lorax_async import AdapterLoader, errors
 from lorax_async.errors import Stage
 from lorax_async.metrics import LoaderCollector
 from lorax_async.testing import FakeSource
 from metrics.scraping import Samples, loaded, of, registered, scraped
-from tiny_loaders import ONE, loader
+from tiny_loaders import ONE, fails, loader
 from tiny_sources import over, stocked
+
+Patch = pytest.MonkeyPatch
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -48,22 +42,16 @@ async def watched(source: FakeSource, **settings: Any) -> AsyncIterator[Watched]
             yield there, registered(collector)
 
 
-# -- numbers ---------------------------------------------------------------------------------------
-
-
 async def known_sequence(there: AdapterLoader, source: FakeSource) -> None:
     """In two slots, of which the least recently used goes."""
     await loaded(there, "a", "a")
-    held = there.try_acquire("a")
-    assert held is not None
+    held = acquired(there, "a")
     held.release()
     await loaded(there, "b", "c", "a")  # c pushes a out, and a, which was opened before, b
-    with pytest.raises(AdapterNotFoundError):
-        await there.load("missing")
+    await fails(there.load("missing"), errors.AdapterNotFoundError)
     assert there.try_acquire("b") is None
-    source.fail("open", FetchError("the source is down"), id="d")
-    with pytest.raises(FetchError):
-        await there.load("d")
+    source.fail("open", errors.FetchError("the source is down"), id="d")
+    await fails(there.load("d"), errors.FetchError)
     await there.unload("c")
 
 
@@ -87,7 +75,6 @@ def assert_known(samples: Samples) -> None:
 
 
 async def test_a_known_sequence(tmp_path: Path) -> None:
-    """After the end, too, the last numbers are there."""
     source = stocked(tmp_path, "a", "b", "c", "d")
     async with watched(source, max_slots=2) as (there, registry):
         await known_sequence(there, source)
@@ -112,11 +99,9 @@ async def test_what_fails_for_one_caller_alone(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=64)))
     async with watched(source, device_bytes=2 * ONE) as (there, registry):
-        with pytest.raises(CapacityError):
-            await there.load("large")
+        await fails(there.load("large"), errors.CapacityError)
         source.hold("a")
-        with pytest.raises(AdapterTimeoutError):
-            await there.load("a", timeout=0.01)
+        await fails(there.load("a", timeout=0.01), errors.AdapterTimeoutError)
         cancelled = asyncio.create_task(there.load("a"))
         await asyncio.sleep(0)
         cancelled.cancel()
@@ -124,9 +109,9 @@ async def test_what_fails_for_one_caller_alone(tmp_path: Path) -> None:
         samples = scraped(registry)
     assert not [name for name in samples if "large" in name], "no label names an adapter"
     assert "error=CapacityError,stage=queue" in of(samples, "lorax_failures_total")
-    errors = of(samples, "lorax_call_errors_total")
-    assert errors.pop("error=CapacityError,stage=queue") == 1
-    ((kind, count),) = errors.items()
+    shown = of(samples, "lorax_call_errors_total")
+    assert shown.pop("error=CapacityError,stage=queue") == 1
+    ((kind, count),) = shown.items()
     assert (kind.split(",")[0], count) == ("error=AdapterTimeoutError", 1)
 
 
@@ -159,7 +144,6 @@ async def test_a_call_that_joins_a_load_or_waits_for_an_unload_is_no_hit(tmp_pat
 
 
 async def test_hits_in_held_memory(tmp_path: Path) -> None:
-    """What the device lets go goes on in host memory, which has room for one file."""
     source = stocked(tmp_path, "a", "b", holdable=True)
     nbytes = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     async with watched(source, max_slots=1, host_bytes=nbytes) as (there, registry):
@@ -175,7 +159,6 @@ async def test_hits_in_held_memory(tmp_path: Path) -> None:
 
 
 async def test_tensors_in_memory_and_on_disk(tmp_path: Path) -> None:
-    """Memory has room for one: the other goes to the disk cache, and is read from there."""
     async with roomy(tmp_path, 1, max_slots=1) as there:
         with LoaderCollector(there) as collector:
             registry = registered(collector)
@@ -213,9 +196,6 @@ async def test_registries_are_the_programs() -> None:
     assert b"lorax" not in prometheus_client.generate_latest()
 
 
-# -- scrapes of other threads ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", LOOPS)
 def test_a_closed_loop_is_not_asked(kind: str, tmp_path: Path) -> None:
     """A scrape's thread lives longer than `asyncio.run`."""
@@ -240,9 +220,7 @@ async def test_a_scrape_in_a_thread_wakes_the_loop_and_asks_it(tmp_path: Path) -
         assert (await asyncio.to_thread(scraped, registry))["lorax_loads_total"] == 1
 
 
-async def test_a_loop_that_does_not_answer_holds_up_no_scrape(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_loop_that_does_not_answer(tmp_path: Path, monkeypatch: Patch) -> None:
     source = stocked(tmp_path, "a")
     found: list[Samples] = []
     async with over(source) as there:
@@ -263,10 +241,7 @@ async def test_a_loop_that_does_not_answer_holds_up_no_scrape(
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError, TimeoutError])
-async def test_a_failure_is_raised_in_the_scrape(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
-) -> None:
-    """Also where it fails with what a loop raises that does not answer."""
+async def test_a_scrape_that_fails(monkeypatch: Patch, kind: type[Exception]) -> None:
 
     def failing() -> None:
         raise kind("a fault of ours")
@@ -275,22 +250,17 @@ async def test_a_failure_is_raised_in_the_scrape(
         with LoaderCollector(there, timeout=600) as collector:
             registry = registered(collector)
             monkeypatch.setattr(there, "last_numbers", failing)
-            with pytest.raises(kind, match="ours"):
-                await asyncio.to_thread(scraped, registry)
+            await fails(asyncio.to_thread(scraped, registry), kind, "ours")
 
 
 async def test_it_belongs_to_an_open_loader() -> None:
     there = loader()
-    with pytest.raises(UsageError):
+    with pytest.raises(errors.UsageError):
         LoaderCollector(there)
     async with there:
-        with pytest.raises(UsageError):
-            await asyncio.to_thread(LoaderCollector, there)
-    with pytest.raises(LoaderClosedError):
+        await fails(asyncio.to_thread(LoaderCollector, there), errors.UsageError)
+    with pytest.raises(errors.LoaderClosedError):
         LoaderCollector(there)
-
-
-# -- how late the loop is --------------------------------------------------------------------------
 
 
 async def test_looks_at_the_loop_end_with_the_collector_and_with_the_loader() -> None:

@@ -24,6 +24,8 @@ from lorax_async.tracing.drawing import SCRIPT, as_html, drawing_of, read_trace
 from tools import tool
 from tracing.chrome_format import of, require_trace
 
+Patch = pytest.MonkeyPatch
+
 Capture = pytest.CaptureFixture[str]
 
 FAR = 10**400
@@ -74,7 +76,6 @@ def test_a_part_is_laid_out() -> None:
 @pytest.mark.needs("node")
 @pytest.mark.parametrize("part", [(None, None), (15, 25), (100, 200)])
 def test_the_script_lays_out_the_same(part: tuple[Any, Any]) -> None:
-    """The page's script, in Node, which has no DOM."""
     trace = {"traceEvents": [*EVENTS, span(ts="now")], "otherData": {"dropped": 3}}
     script = (
         f"import {{ layout, marks, moved, summary, zoomed }} from {json.dumps(SCRIPT.as_uri())};"
@@ -83,11 +84,8 @@ def test_the_script_lays_out_the_same(part: tuple[Any, Any]) -> None:
         " moved([0, 50], [0, 100], 70), marks(0, 2457.2)];"
         "console.log(JSON.stringify([drawing, summary(drawing), view]));"
     )
-    node = subprocess.run(
-        [str(tool("node")), "--input-type=module", "--eval", script],
-        capture_output=True,
-        check=True,
-    )
+    command = [str(tool("node")), "--input-type=module", "--eval", script]
+    node = subprocess.run(command, capture_output=True, check=True)
     found, summary, view = json.loads(node.stdout)
     assert view == [[12.5, 62.5], [0, 100], [50, 100], [0, 500, 1000, 1500, 2000]]
     if part[0] == 100:
@@ -104,9 +102,6 @@ def test_the_script_lays_out_the_same(part: tuple[Any, Any]) -> None:
         assert boxes == [tuple(getattr(box, key) for key in keys) for box in same.boxes]
 
 
-# -- strange and damaged files ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "data", [b"", b"{}", b"[1]", b'{"traceEvents": 3}', b"[" * 100_000, b"\xff"]
 )
@@ -115,25 +110,20 @@ def test_other_files_are_refused(data: bytes) -> None:
         read_trace(data)
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"ts": None}, "no ts"),
-        ({"ts": "1"}, "no ts"),
-        ({"ts": FAR}, "no ts"),
-        ({"ts": 1e308, "dur": 1e308}, "no ts"),
-        ({"ts": float("nan")}, "no ts"),
-        ({"dur": True}, "no dur"),
-        ({"dur": float("inf")}, "no dur"),
-        ({"dur": -1}, "before it begins"),
-        ({"pid": [1]}, "no pid"),
-        ({"tid": {}}, "no pid and tid"),
-    ],
-)
-def test_a_malformed_span_is_refused(changes: dict[str, Any], problem: str) -> None:
-    events, _ = read_trace(json.dumps([span(), span(**changes)]).encode())
-    with pytest.raises(UsageError, match=problem):
-        drawing_of(events)
+BAD_SPANS: dict[str, list[dict[str, Any]]] = {
+    "no ts": [*({"ts": ts} for ts in (None, "1", FAR, float("nan"))), {"ts": 1e308, "dur": 1e308}],
+    "no dur": [{"dur": True}, {"dur": float("inf")}],
+    "before it begins": [{"dur": -1}],
+    "no pid and tid": [{"pid": [1]}, {"tid": {}}],
+}
+
+
+@pytest.mark.parametrize("problem", BAD_SPANS)
+def test_a_malformed_span_is_refused(problem: str) -> None:
+    for changes in BAD_SPANS[problem]:
+        events, _ = read_trace(json.dumps([span(), span(**changes)]).encode())
+        with pytest.raises(UsageError, match=problem):
+            drawing_of(events)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +138,7 @@ def test_a_malformed_span_is_refused(changes: dict[str, Any], problem: str) -> N
     ],
 )
 def test_what_cannot_be_drawn_is_refused(
-    monkeypatch: pytest.MonkeyPatch, events: Any, start: Any, stop: Any, problem: str
+    monkeypatch: Patch, events: Any, start: Any, stop: Any, problem: str
 ) -> None:
     monkeypatch.setattr(drawings, "MAX_BOXES", 3)
     with pytest.raises(UsageError, match=problem):
@@ -177,9 +167,6 @@ def test_strange_events_beside_it_do_no_harm(event: str) -> None:
     assert embedded(as_html(drawing, "x"))["traceEvents"][-1]["ph"] == "X"
 
 
-# -- the command -----------------------------------------------------------------------------------
-
-
 def embedded(page: str) -> Any:
     """The trace in an HTML file, as strict JSON."""
     found = re.search(r'<script type="application/json" id="trace">(.*?)</script>', page, re.DOTALL)
@@ -194,15 +181,11 @@ def embedded(page: str) -> Any:
 def test_two_commands_draw_a_timeline(tmp_path: Path, capsys: Capture) -> None:
     trace = tmp_path / "demo.json"
     run_remote_demo(ADAPTERS, Screen(io.StringIO(), io.StringIO()), rate=50e6, trace=trace)
-    found = json.loads(trace.read_bytes())
-    events = require_trace(found)
+    events = require_trace(json.loads(trace.read_bytes()))
     asked = {each["name"] for each in of(events, "requests")}
     assert asked == {"load pirate", "load shout", "load json"}
     ranges = [each for each in of(events, "connections") if "asked" in each["args"]]
-    weights = sum(
-        (ADAPTERS / name / "adapter_model.safetensors").stat().st_size
-        for name in ("pirate", "shout", "json")
-    )
+    weights = sum(path.stat().st_size for path in ADAPTERS.glob("*/adapter_model.safetensors"))
     # All of the weights came, and perhaps a part again that came with the header.
     assert sum(each["args"]["bytes"] for each in ranges) >= weights
     assert all(each["args"]["bytes"] <= each["args"]["asked"] for each in ranges)
@@ -232,10 +215,7 @@ def test_a_page_needs_nothing_else() -> None:
 
 @pytest.mark.parametrize("suffix", ["html", "png", "svg"])
 @pytest.mark.parametrize("name", ["$\\frac{$", "\udcff</script><script>"])
-def test_names_are_no_formulas_and_no_markup(
-    tmp_path: Path, capsys: Capture, suffix: str, name: str
-) -> None:
-    """As a name of a file, of a span, and of a lane; one has bytes that are no UTF-8."""
+def test_names_are_no_markup(tmp_path: Path, capsys: Capture, suffix: str, name: str) -> None:
     trace, out = tmp_path / f"{name}.json".replace("/", ""), tmp_path / f"out.{suffix}"
     lane = {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": name}}
     trace.write_text(json.dumps([lane, span(name=name)]))
@@ -244,10 +224,7 @@ def test_names_are_no_formulas_and_no_markup(
     assert out.read_bytes().count(b"<script") == (2 if suffix == "html" else 0)
 
 
-def test_what_the_command_cannot_do_is_said(
-    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An endless file is not read to its end."""
+def test_refused_commands(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(drawings, "MAX_BYTES", 1 << 20)
     monkeypatch.setattr("lorax_async.commands.timeline.MAX_BYTES", 1 << 20)
     monkeypatch.setattr(drawings, "MAX_LANES", 1)

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
-from lorax_async import AdapterLoader, AdapterNotFoundError, AdapterRef, FetchError, UsageError
+from lorax_async import AdapterLoader, AdapterRef, errors
 from lorax_async.adapter import AdapterKey, Merge, Ref, RemoteKey, TensorsKey
 from lorax_async.commands.timeline import traced
 from lorax_async.config import LoaderConfig
@@ -23,14 +23,13 @@ from lorax_async.testing import FakeSource
 from lorax_async.tracing.names import last_part, name_of
 from lorax_async.tracing.recorder import Record, Ring, RingContents, Row, Tracer, now
 from lorax_async.tracing.trace import Trace, microseconds
-from tiny_loaders import gated, loader
+from tiny_loaders import fails, gated, loader
 from tiny_sources import over, stocked
 from tracing.chrome_format import of, require_trace, stop
 
-pytestmark = [
-    pytest.mark.filterwarnings(PEFT_WARNING),
-    pytest.mark.usefixtures("nothing_left"),
-]
+Patch = pytest.MonkeyPatch
+
+pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING), pytest.mark.usefixtures("nothing_left")]
 
 LAYERS = 4
 
@@ -57,11 +56,7 @@ async def load(there: AdapterLoader, *folders: Path) -> None:
         (await there.load(folder)).release()
 
 
-# -- passes ----------------------------------------------------------------------------------------
-
-
 async def test_a_streamed_pass_lies_between_its_copies(adapter: Path) -> None:
-    """The last layer's bytes come when all others are computed."""
     model, source = llama(num_hidden_layers=LAYERS), FakeSource()
     source.put("cold", *tiny.files(adapter))
     source.hold("cold")
@@ -116,7 +111,6 @@ async def test_each_layer_has_an_arrow_from_its_copy(adapter: Path) -> None:
 
 
 async def test_staging_holds_a_buffer_until_its_copy_has_ended(folders: list[Path]) -> None:
-    """On a device with a copy stream: it copies one layer after the other."""
     async with loader(device="simulated") as there:
         with there.trace() as trace:
             await load(there, folders[0])
@@ -134,7 +128,6 @@ async def test_staging_holds_a_buffer_until_its_copy_has_ended(folders: list[Pat
 
 
 async def test_other_engines_report_their_layers(folders: list[Path]) -> None:
-    """A layer is of the adapter that was there when it began."""
     async with loader(max_slots=1, min_residency=0.0) as there:
         with there.trace() as trace:
             async with there.stream(folders[0]) as handle:
@@ -147,7 +140,7 @@ async def test_other_engines_report_their_layers(folders: list[Path]) -> None:
             with trace.compute(three, handle, name="attention"):
                 handle.release()
                 await load(there, folders[1])
-            with pytest.raises(UsageError, match="whole number"), trace.compute("3"):  # type: ignore[arg-type]
+            with pytest.raises(errors.UsageError, match="whole number"), trace.compute("3"):  # type: ignore[arg-type]
                 raise AssertionError("not to be entered")
             with pytest.raises(ZeroDivisionError), trace.compute(4):
                 raise ZeroDivisionError
@@ -161,19 +154,14 @@ async def test_other_engines_report_their_layers(folders: list[Path]) -> None:
     assert computed[-2]["args"] == {"layer": 3, "stays": [1]}
 
 
-# -- ends ------------------------------------------------------------------------------------------
-
-
 async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
     source = stocked(tmp_path, "broken", "held")
-    source.fail("bring", FetchError("the line is down"), id="broken", at=1)
+    source.fail("bring", errors.FetchError("the line is down"), id="broken", at=1)
     source.hold("held")
     async with over(source) as there:
         with there.trace() as trace:
-            with pytest.raises(FetchError):
-                await there.load("broken")
-            with pytest.raises(AdapterNotFoundError):
-                await there.load("nowhere")
+            await fails(there.load("broken"), errors.FetchError)
+            await fails(there.load("nowhere"), errors.AdapterNotFoundError)
             task = asyncio.create_task(there.load("held"))
             source.allow("held", 0)
             await until(lambda: any(each.slot for each in there.story("held")))
@@ -207,11 +195,7 @@ async def test_what_goes_on_at_the_end_is_cut_there(folders: list[Path]) -> None
     assert {each["name"] for each in events if each["args"].get("unfinished")} == {"load a", "a"}
 
 
-# -- how much is kept ------------------------------------------------------------------------------
-
-
 async def test_only_the_block_is_recorded(folders: list[Path]) -> None:
-    """Two at once, too; nothing is held when nobody records."""
     async with loader() as there:
         assert there.tracer.on is None
         with there.trace() as outer:
@@ -245,12 +229,12 @@ async def test_a_small_trace_says_how_much_is_gone(folders: list[Path], tmp_path
 async def test_a_limit_is_a_number_and_a_trace_is_recorded_once() -> None:
     async with loader() as there:
         for limit in (0, -1, True, 1.5, None):
-            with pytest.raises(UsageError, match="limit"):
+            with pytest.raises(errors.UsageError, match="limit"):
                 there.trace(limit=cast(Any, limit))
         trace = there.trace()
         with trace:
             pass
-        with pytest.raises(UsageError, match="once"), trace:
+        with pytest.raises(errors.UsageError, match="once"), trace:
             pass
 
 
@@ -268,9 +252,6 @@ def test_passes_do_not_push_out_a_load() -> None:
     assert ring.look().since(0) == ([copy, *passes[-3:]], 997)
 
 
-# -- names -----------------------------------------------------------------------------------------
-
-
 async def test_no_token_and_no_path_is_in_it(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "tenant-seven" / "sql")
     source = FakeSource()
@@ -278,7 +259,7 @@ async def test_no_token_and_no_path_is_in_it(tmp_path: Path) -> None:
     async with loader(local_roots=(tmp_path,)) as there:
         with there.trace() as trace:
             (await there.load(AdapterRef(folder))).release()
-            with pytest.raises(AdapterNotFoundError):
+            with pytest.raises(errors.AdapterNotFoundError):
                 await there.load(str(tmp_path / "tenant-seven" / "none"), token="hf_abcdef")
     config = LoaderConfig(device_bytes=1 << 20)
     async with AdapterLoader(tiny.layout(), config, source=source) as there:
@@ -293,8 +274,7 @@ async def test_no_token_and_no_path_is_in_it(tmp_path: Path) -> None:
 
 
 async def test_only_what_is_shown_has_its_name(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "org/mine", "org/theirs")
-    async with over(source) as loader:
+    async with over(stocked(tmp_path, "org/mine", "org/theirs")) as loader:
         with loader.trace() as trace:
             for name in ("org/mine", "org/theirs"):
                 await loader.prefetch([name], tier="disk")
@@ -312,46 +292,39 @@ async def test_only_what_is_shown_has_its_name(tmp_path: Path) -> None:
             assert "mine" not in json.dumps(found)
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("org/name@main", "name@main"),
-        ("https://host/a/b/?sig=secret", "b"),
-        ("https://host/a/b#x", "b"),
-        ("/home/tenant/sql", "sql"),
-        ("C:\\tenant\\sql", "sql"),
-        ("a\nb<c>", "a_b_c_"),
-        ("x" * 100, "x" * 64),
-        ("///", "adapter"),
-        ("https://host.example:8443/", "adapter"),
-        ("s3://bucket", "adapter"),
-        ("s3://bucket/chat", "chat"),
-        ("file:///home/tenant/sql", "sql"),
-        (AdapterRef("org/name"), "name"),
-        (AdapterRef("org/name@refs/pr/1"), "name"),
-        (AdapterRef("org/name@feature/x", source="hub"), "name"),
-        (AdapterRef("tenant/sql@v/1", source="local"), "1"),
-        (AdapterRef(Path("tenant/sql@v/1")), "1"),
-        (AdapterRef("./tenant@x/sql"), "sql"),
-        (AdapterRef("https://host.example", token="hf_secret"), "adapter"),
-        (RemoteKey("org/name", (), version="0123"), "name"),
-        (AdapterKey("/home/tenant@x/sql", ()), "sql"),
-        (TensorsKey.of("0123456789abcdef" * 4), "tensors 01234567"),
-        (Merge("linear", ["org/secret", "org/other"], [1, 1]), "merge"),
+NAMES: dict[str, list[str | Ref]] = {
+    "name@main": ["org/name@main"],
+    "b": ["https://host/a/b/?sig=secret", "https://host/a/b#x"],
+    "sql": [
+        *("/home/tenant/sql", "C:\\tenant\\sql", "file:///home/tenant/sql"),
+        *(AdapterRef("./tenant@x/sql"), AdapterKey("/home/tenant@x/sql", ())),
     ],
-)
-def test_a_name_is_the_last_part_of_an_id(text: str | Ref, name: str) -> None:
-    assert (last_part(text) if isinstance(text, str) else name_of(text)) == name
+    "a_b_c_": ["a\nb<c>"],
+    "x" * 64: ["x" * 100],
+    "adapter": [
+        *("///", "https://host.example:8443/", "s3://bucket"),
+        AdapterRef("https://host.example", token="hf_secret"),
+    ],
+    "chat": ["s3://bucket/chat"],
+    "name": [
+        *(AdapterRef("org/name"), AdapterRef("org/name@refs/pr/1")),
+        AdapterRef("org/name@feature/x", source="hub"),
+        RemoteKey("org/name", (), version="0123"),
+    ],
+    "1": [AdapterRef("tenant/sql@v/1", source="local"), AdapterRef(Path("tenant/sql@v/1"))],
+    "tensors 01234567": [TensorsKey.of("0123456789abcdef" * 4)],
+    "merge": [Merge("linear", ["org/secret", "org/other"], [1, 1])],
+}
 
 
-# -- traces of commands ----------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_the_last_part_of_an_id(name: str) -> None:
+    for text in NAMES[name]:
+        assert (last_part(text) if isinstance(text, str) else name_of(text)) == name
 
 
 @pytest.mark.parametrize("full", [False, True])
-async def test_a_command_writes_its_trace_and_raises_its_own_error(
-    folders: list[Path], tmp_path: Path, full: bool
-) -> None:
-    """What cannot be written is refused before the block, where that can be known."""
+async def test_a_command_writes_its_trace(folders: list[Path], tmp_path: Path, full: bool) -> None:
     path = tmp_path / "trace.json"
     if full:
         path.symlink_to("/dev/full")
@@ -359,7 +332,7 @@ async def test_a_command_writes_its_trace_and_raises_its_own_error(
         for nowhere in (tmp_path, tmp_path / "none" / "trace.json"):
             with pytest.raises(OSError, match="directory"), traced(there, nowhere):
                 raise AssertionError("not to be entered")
-        with pytest.raises(AdapterNotFoundError), traced(there, path):
+        with pytest.raises(errors.AdapterNotFoundError), traced(there, path):
             await load(there, folders[0])
             await there.load(tmp_path / "none")
         if full:
@@ -368,9 +341,6 @@ async def test_a_command_writes_its_trace_and_raises_its_own_error(
         assert there.tracer.on is None
     if not full:
         assert names(json.loads(path.read_text()), "requests") == ["load a", "load none"]
-
-
-# -- what becomes of the records -------------------------------------------------------------------
 
 
 def test_a_part_is_cut_out() -> None:
@@ -400,10 +370,7 @@ def test_a_part_is_cut_out() -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_span_that_ends_while_the_trace_is_read_is_there_once(
-    monkeypatch: pytest.MonkeyPatch, before: bool
-) -> None:
-    """Just before, or after, the ended ones were looked at."""
+def test_a_span_ends_while_it_is_read(monkeypatch: Patch, before: bool) -> None:
     tracer = Tracer()
     with Trace(tracer, 100, dict) as trace:
         recorder = tracer.on
@@ -431,7 +398,7 @@ def test_no_nanosecond_is_lost_where_fractions_are_cut_off(around: int) -> None:
         assert int(value * 1000.0) == round(value * 1000.0) == nanoseconds
 
 
-def test_a_trace_is_written_event_by_event(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_is_written_event_by_event(monkeypatch: Patch) -> None:
     """One call of json holds the GIL from its beginning to its end."""
     lengths = [0]
     dumps = json.dumps
