@@ -15,14 +15,7 @@ import pytest
 import lorax_async
 from lorax_async import errors
 from lorax_async.adapter import AdapterKey, AdapterRef, as_ref
-from lorax_async.errors import (
-    AdapterFormatError,
-    FetchError,
-    IntegrityError,
-    LoraxError,
-    UsageError,
-    shorten,
-)
+from lorax_async.errors import FetchError, IntegrityError, LoraxError, shorten
 
 RETRYABLE = {
     *("AdapterTimeoutError", "FetchError", "FetchTimeoutError", "EvictedError", "IntegrityError"),
@@ -95,7 +88,7 @@ def test_errors_travel_between_processes(kind: type[LoraxError]) -> None:
 
 @pytest.mark.parametrize("size", [999, 1001, 100_000])
 def test_texts_are_short(size: int) -> None:
-    error = AdapterFormatError("x" * size, id="y" * size, stage="verify")
+    error = errors.AdapterFormatError("x" * size, id="y" * size, stage="verify")
     for each in (error, error.located(id="z" * size)):
         assert max(len(str(each)), len(each.problem), len(each.args[0])) <= 1000
         assert sum(map(len, traceback.format_exception_only(each))) <= 1100
@@ -106,7 +99,7 @@ def test_texts_are_short(size: int) -> None:
 @pytest.mark.parametrize("sign", ["\n", "\r", "\0", "\x1b", "\u2028", "\u202e", "\udc80", "\x85"])
 def test_texts_are_one_printable_line(sign: str) -> None:
     """Names come from files: no line of a log is forged, no terminal driven, no encoding broken."""
-    error = AdapterFormatError(f"tensor 'a{sign}b'", id=f"c{sign}d")
+    error = errors.AdapterFormatError(f"tensor 'a{sign}b'", id=f"c{sign}d")
     assert sign not in str(error) + error.problem + error.args[0]
     str(error).encode()
     assert "a\ufffdb" in str(error)
@@ -122,7 +115,7 @@ def test_a_token_is_in_no_text() -> None:
         assert SECRET not in text
     assert ref != AdapterRef("org/name", source="hub", revision="main", token="other")
     assert as_ref("org/name", "hub", "main", SECRET) == ref
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(errors.UsageError) as caught:
         as_ref(ref, token=SECRET)
     assert SECRET not in repr(caught.value) + str(caught.value)
 
@@ -134,11 +127,11 @@ def test_a_reference_or_a_key_says_everything_itself() -> None:
     ]
     for given, extra in product((AdapterRef("a"), KEY), extras):
         assert as_ref(given) is given
-        with pytest.raises(UsageError, match="says source, revision, token, digest and"):
+        with pytest.raises(errors.UsageError, match="says source, revision, token, digest and"):
             as_ref(given, **extra)
     no_ids: list[Any] = [None, 5, b"org/name", ["a"], ...]
     for given in no_ids:
-        with pytest.raises(UsageError, match=r"a str or a pathlib\.Path, not"):
+        with pytest.raises(errors.UsageError, match=r"a str or a pathlib\.Path, not"):
             as_ref(given)
     assert as_ref(Path("a")) == AdapterRef(Path("a"))
     assert as_ref("a") != AdapterRef(Path("a")), "a string may be a stranger's, a Path is not"

@@ -17,16 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from common import until
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
-    Event,
-    LayerReady,
-    LoaderConfig,
-    Resident,
-    errors,
-)
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
 from lorax_async.core.arena import Arena
+from lorax_async.events import Event, LayerReady, Resident
 from lorax_async.io.devices.gated import GatedDevice
 from lorax_async.io.ports import FilePieces
 from tiny_loaders import fails, gated, loader
@@ -235,18 +228,6 @@ async def test_a_slot_is_kept_until_the_device_has_computed(tmp_path: Path, rele
         async with await waiting as other:
             assert torch.equal(seen[0], weights_of(tmp_path / "a"))
             tiny.assert_equal_to_file(other, tmp_path / "b")
-
-
-async def test_a_kernel_outlives_its_lease(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a", "b"), max_slots=1) as there:
-        handle = await there.load("a")
-        with handle.use():
-            with handle.use():
-                handle.release()
-            with pytest.raises(errors.HandleClosedError):
-                handle.use().__enter__()
-            await fails(there.load("b", timeout=0.05), errors.AdapterTimeoutError)
-        (await there.load("b")).release()
 
 
 async def test_release_while_a_use_begins(tmp_path: Path, monkeypatch: Patch) -> None:

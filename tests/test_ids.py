@@ -16,15 +16,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorax_async import (
-    AccessDeniedError,
-    AdapterRef,
-    Allow,
-    ConfigError,
-    FetchError,
-    InvalidAdapterIdError,
-    parse_adapter_id,
-)
+from lorax_async import AdapterRef, Allow, InvalidAdapterIdError, errors, parse_adapter_id
 from lorax_async.errors import MAX_TEXT
 from lorax_async.ids.parsing import as_parsed, parsed
 from lorax_async.io.http.urls import parse_url
@@ -275,7 +267,7 @@ def test_other_texts_may_be_names(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["https://host/swordfish/../x", "gs://swordfish--/", "swordfish"])
 def test_no_text_repeats_what_was_given(text: str) -> None:
-    with pytest.raises((InvalidAdapterIdError, AccessDeniedError)) as caught:
+    with pytest.raises((InvalidAdapterIdError, errors.AccessDeniedError)) as caught:
         parse_adapter_id(text, (Allow("https", "host"),))
     assert "swordfish" not in str(caught.value)
 
@@ -342,7 +334,7 @@ def test_an_entry_has_one_spelling(given: Allow, kept: Allow) -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_entry_is_refused(words: tuple[Any, ...], more: dict[str, Any], text: str) -> None:
-    with pytest.raises(ConfigError, match=text) as caught:
+    with pytest.raises(errors.ConfigError, match=text) as caught:
         Allow(*words, **more)
     assert len(str(caught.value)) <= 1000
 
@@ -350,8 +342,8 @@ def test_a_wrong_entry_is_refused(words: tuple[Any, ...], more: dict[str, Any], 
 def allowed(text: str, *allow: Allow) -> bool:
     try:
         parse_adapter_id(text, allow)
-    except AccessDeniedError as error:
-        assert isinstance(error, FetchError)
+    except errors.AccessDeniedError as error:
+        assert isinstance(error, errors.FetchError)
         assert (error.stage, error.retryable) == ("resolve", False)
         assert len(str(error)) <= MAX_TEXT
         return False
@@ -376,7 +368,9 @@ def test_without_entries_the_hub_and_local_folders_are_allowed() -> None:
     ],
 )
 def test_all_else_needs_an_entry_which_the_refusal_says(text: str, entry: str) -> None:
-    with pytest.raises(AccessDeniedError, match="not allowed here; the operator can") as caught:
+    with pytest.raises(
+        errors.AccessDeniedError, match="not allowed here; the operator can"
+    ) as caught:
         parse_adapter_id(text, ())
     assert f"LoaderConfig(allow=({entry}, …))" in caught.value.problem
     assert allowed(text, eval(entry))
@@ -426,7 +420,9 @@ def test_pull_requests_are_for_those_that_were_named() -> None:
     assert allowed("org/other@main", one, Allow("hub"))
     assert allowed("org/other@refs/pr/7", Allow("hub", pull_requests=True))
     ref = AdapterRef("org/name", revision="refs/pr/1")
-    with pytest.raises(AccessDeniedError, match="pull requests of this adapter are not allowed"):
+    with pytest.raises(
+        errors.AccessDeniedError, match="pull requests of this adapter are not allowed"
+    ):
         as_parsed(ref, ())
     assert as_parsed(ref, (one,)).revision == "refs/pr/1"
 

@@ -15,20 +15,10 @@ import torch
 
 import tiny
 from common import until
-from lorax_async import (
-    AdapterKey,
-    AdapterLoader,
-    AdapterRef,
-    BytesMoved,
-    Event,
-    LayerReady,
-    Leaving,
-    Resident,
-    SlotGranted,
-    errors,
-)
+from lorax_async import AdapterKey, AdapterLoader, AdapterRef, errors
 from lorax_async.adapter import Ref
 from lorax_async.core.transfer_plan import plan_transfer
+from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
 from lorax_async.runtime import planning
 from lorax_async.runtime.journal import STORY_LENGTH
 from lorax_async.testing import FakeSource

@@ -167,11 +167,9 @@ async def test_no_room_beside_a_pin(tmp_path: Path, settings: dict[str, object],
         await there.pin("a")
         lease.release()
         for late in (waiting, there.load(name), there.prefetch(name), hint):
-            with pytest.raises(
-                errors.CapacityError, match="beside 1 pinned adapters; unpin"
-            ) as caught:
-                await asyncio.wait_for(late, 20)
-            assert (caught.value.retryable, caught.value.id) == (True, name)
+            words, ending = "beside 1 pinned adapters; unpin", asyncio.wait_for(late, 20)
+            caught = await fails(ending, errors.CapacityError, words)
+            assert (caught.retryable, caught.id) == (True, name)
         there.unpin("a")
         await press(there, name)
         assert is_at(there, name, "device")
@@ -389,12 +387,11 @@ async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:
     async with over(stocked(tmp_path, "a")) as there:
         handle = await there.load("a")
         with handle.use():
-            handle.release()
-            with pytest.raises(
-                errors.AdapterTimeoutError, match="copied, computed with or held"
-            ) as caught:
-                await there.unload("a", timeout=0.02)
-            assert (caught.value.id, caught.value.stage) == ("a", "ready")
+            with handle.use():
+                handle.release()
+            unloading, words = there.unload("a", timeout=0.02), "copied, computed with or held"
+            caught = await fails(unloading, errors.AdapterTimeoutError, words)
+            assert (caught.id, caught.stage) == ("a", "ready")
             assert state(there, "a") == "leaving"
         await there.unload("a", timeout=0)
         assert where(there, "a").tier == "disk"

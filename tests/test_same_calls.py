@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -29,21 +31,11 @@ BYTES = 2 * 2 * ONE
 """Room for two adapters of rank 8."""
 
 
-@pytest.fixture
-def late() -> Iterator[None]:
-    yield from loaded()
-
-
-def _on_cpu(layout: ModelLayout) -> Device:
-    return CpuDevice(layout, dtype="F32", nbytes=BYTES, slots=2)
-
-
-def _simulated(layout: ModelLayout) -> Device:
-    return SimulatedDevice(layout, dtype="F32", nbytes=BYTES, slots=2)
-
-
-def _on_late(layout: ModelLayout) -> Device:
-    return CudaDevice(layout, dtype="F32", nbytes=BYTES, slots=2, device="late:0")
+late = pytest.fixture(loaded)
+SIZES: dict[str, Any] = {"dtype": "F32", "nbytes": BYTES, "slots": 2}
+CPU = partial(CpuDevice, **SIZES)
+SIMULATED = partial(SimulatedDevice, **SIZES)
+LATE = partial(CudaDevice, **SIZES, device="late:0")
 
 
 async def _script(loader: AdapterLoader, base: Path) -> None:
@@ -104,9 +96,9 @@ async def _play(make: Callable[[ModelLayout], Device], base: Path) -> list[tuple
 
 
 def test_a_simulated_device_is_as_the_cpu(tmp_path: Path) -> None:
-    assert asyncio.run(_play(_simulated, tmp_path)) == asyncio.run(_play(_on_cpu, tmp_path))
+    assert asyncio.run(_play(SIMULATED, tmp_path)) == asyncio.run(_play(CPU, tmp_path))
 
 
 @pytest.mark.usefixtures("late")
 def test_a_gpu_is_as_the_cpu(tmp_path: Path) -> None:
-    assert asyncio.run(_play(_on_late, tmp_path)) == asyncio.run(_play(_on_cpu, tmp_path))
+    assert asyncio.run(_play(LATE, tmp_path)) == asyncio.run(_play(CPU, tmp_path))

@@ -17,10 +17,11 @@ import sharded
 import tiny
 from engines.variants import llama
 from late_device.world import loaded
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, Shard, errors, layouts
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, Shard, layouts
 from lorax_async.core.sharding import shard_layout
 from lorax_async.core.transfer_plan import plan_transfer
 from lorax_async.engines.transformers import attach
+from lorax_async.errors import ConfigError, IncompatibleAdapterError
 from lorax_async.io.devices.cuda import CudaDevice
 from lorax_async.io.ports import Device, Source
 from lorax_async.testing import FakeSource
@@ -207,7 +208,7 @@ async def test_the_ranks_compute_what_the_whole_model_does(world: int, tmp_path:
     ],
 )
 def test_a_shard_that_cannot_be_is_refused(rank: Any, world_size: Any, text: str) -> None:
-    with pytest.raises(errors.ConfigError, match=text):
+    with pytest.raises(ConfigError, match=text):
         Shard(rank, world_size)
 
 
@@ -219,14 +220,10 @@ def test_a_shard_is_a_value() -> None:
 
 
 def test_a_base_that_cannot_be_sharded_is_refused_at_construction(tmp_path: Path) -> None:
-    with pytest.raises(
-        errors.ConfigError, match=r"8 × 4 output features, which 3 ranks cannot share"
-    ):
+    with pytest.raises(ConfigError, match=r"8 × 4 output features, which 3 ranks cannot share"):
         loader(Shard(0, 3))
     fused = layouts.from_adapter(sharded.write(tmp_path / "a"))
-    with pytest.raises(
-        errors.ConfigError, match=r"qkv_proj' may be fused.*layouts\.from_pretrained"
-    ):
+    with pytest.raises(ConfigError, match=r"qkv_proj' may be fused.*layouts\.from_pretrained"):
         AdapterLoader(fused, LoaderConfig(shard=Shard(0, 2)))
     AdapterLoader(fused.replicate("qkv_proj"), LoaderConfig(shard=Shard(0, 2)))
 
@@ -235,9 +232,7 @@ async def test_a_file_that_was_cut_already_is_refused(tmp_path: Path) -> None:
     folder = sharded.write(tmp_path / "a")
     sharded.save(folder, sharded.share_of(folder, Shard(0, 2)))
     async with loader(Shard(0, 2)) as there:
-        with pytest.raises(
-            errors.IncompatibleAdapterError, match=r"32 → 24, the base's is 32 → 48"
-        ):
+        with pytest.raises(IncompatibleAdapterError, match=r"32 → 24, the base's is 32 → 48"):
             await there.load(folder)
 
 
@@ -251,7 +246,7 @@ async def test_a_whole_model_is_not_attached_to_a_sharded_loader() -> None:
             if shard.world_size == 1:
                 attach(model, there).detach()
                 return
-            with pytest.raises(errors.ConfigError) as caught:
+            with pytest.raises(ConfigError) as caught:
                 attach(model, there)
         text = str(caught.value)
         assert "the model is not the Shard(rank=1, world_size=2) that the loader holds" in text

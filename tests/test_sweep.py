@@ -475,11 +475,7 @@ async def assert_recovers(bench: Bench) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "simulated"])
 @pytest.mark.parametrize("verb", DEVICE_VERBS)
 async def test_a_file_changes_under_the_copies(
-    tmp_path: Path,
-    monkeypatch: Patch,
-    verb: str,
-    kind: str,
-    damage: Callable[[Path], None],
+    tmp_path: Path, monkeypatch: Patch, verb: str, kind: str, damage: Callable[[Path], None]
 ) -> None:
     """Between any two reads of the weights, with copies of what was read before on their way.
 

@@ -37,19 +37,14 @@ def leases(there: AdapterLoader) -> int:
 
 
 @pytest.mark.each_loop
-async def test_a_load_is_verified_after_it_is_there(
-    tmp_path: Path,
-) -> None:
+async def test_a_load_is_verified_after_it_is_there(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     source.hold_verification("a")
     source.verifications["a"] = Verification("sha256", SOME)
     async with over(source) as there, await there.load("a") as handle:
         tiny.assert_equal_to_file(handle, tmp_path / "a")
-        with pytest.raises(
-            errors.AdapterTimeoutError, match="here and checked within 0.01"
-        ) as caught:
-            await handle.verified(timeout=0.01)
-        error = caught.value
+        words, checking = "here and checked within 0.01", handle.verified(timeout=0.01)
+        error = await fails(checking, errors.AdapterTimeoutError, words)
         assert (error.stage, error.id, error.key) == ("verify", "a", handle.key)
         async with handle.clone() as clone:
             waiting = [asyncio.create_task(each.verified()) for each in (handle, clone)]
