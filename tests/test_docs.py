@@ -85,9 +85,6 @@ def test_every_command_and_option_that_is_named_is_one(capsys: Capture) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= options
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
 async def get(app: Any, path: str, **query: str) -> tuple[int, dict[str, str], Any]:
     """One GET by the ASGI protocol; returns status, headers and the JSON body."""
     scope = {"type": "http", "method": "GET", "path": path, "headers": []}
@@ -107,16 +104,15 @@ async def get(app: Any, path: str, **query: str) -> tuple[int, dict[str, str], A
 
 @pytest.mark.slow
 def test_a_server_embeds_the_loader() -> None:
-    app = run_path(str(EXAMPLES / "embed_fastapi.py"))["smollm2_with_examples"]()
+    app = run_path(str(ROOT / "examples" / "embed_fastapi.py"))["smollm2_with_examples"]()
 
     async def ask(adapter: str) -> tuple[int, dict[str, str], Any]:
         return await get(app, "/answer", adapter=adapter, prompt="What is ice?")
 
     async def main() -> None:
         async with app.router.lifespan_context(app):
-            asked = await asyncio.gather(
-                ask("pirate"), ask("shout"), ask("absent"), ask("../../.git"), ask("\x00")
-            )
+            names = ("pirate", "shout", "absent", "../../.git", "\x00")
+            asked = await asyncio.gather(*map(ask, names))
             leases = [place.leases for place in app.state.loader.residency().values()]
         (pirate, shout), refused = asked[:2], asked[2:]
         assert pirate[0] == shout[0] == 200

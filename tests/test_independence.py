@@ -1,7 +1,6 @@
 """A stalled, a failing and a twelve times larger load beside 16 others, which hardly wait for them.
 
-Times are those of the simulated device's clock: what the link had worked when an adapter's last
-copy had run. How fast threads and event loops are has no part in them.
+Times are those of the simulated device's clock; how fast threads are has no part in them.
 """
 
 from __future__ import annotations

@@ -268,12 +268,7 @@ async def ends(tasks: list[asyncio.Task[Any]]) -> list[Any]:
 async def test_another_scope_asks_for_itself(tmp_path: Path) -> None:
     """One caller's answer says nothing about what another may see."""
     source, resolving, loader = slow(tmp_path)
-    others: list[dict[str, Any]] = [
-        {"token": "theirs"},
-        {"token": "mine"},
-        {"revision": "main"},
-        {"source": "s3"},
-    ]
+    others: list[Any] = [{"token": "a"}, {"token": "b"}, {"revision": "main"}, {"source": "s3"}]
     refs = [REF, AdapterRef(Path("one")), *(AdapterRef("one", **other) for other in others)]
     async with loader:
         tasks = [task for ref in refs for task in await asked(loader, ref, 2)]

@@ -300,9 +300,8 @@ async def test_a_pin_that_waits_for_the_old_version_ends_on_the_new_one(tmp_path
             old_key = old.key
         other = await there.load(tiny.write(tmp_path / "other"))  # has the slot
         pinning = asyncio.create_task(there.pin("mine"))
-        replacing = asyncio.create_task(
-            there.replace("mine", tiny.tensors(2), tiny.config(), priority=9)
-        )
+        call = there.replace("mine", tiny.tensors(2), tiny.config(), priority=9)
+        replacing = asyncio.create_task(call)
         await until(lambda: there.usage().waiting == 2)
         size = where(there, "mine").host_bytes
         await until(lambda: kept(there) == 2 * size)  # both wait for the slot

@@ -29,8 +29,6 @@ RANK = 8
 """No device pads it."""
 BYTES = 2 * 2 * ONE
 """Room for two adapters of rank 8."""
-
-
 late = pytest.fixture(loaded)
 SIZES: dict[str, Any] = {"dtype": "F32", "nbytes": BYTES, "slots": 2}
 CPU = partial(CpuDevice, **SIZES)

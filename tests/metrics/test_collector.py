@@ -42,19 +42,6 @@ async def watched(source: FakeSource, **settings: Any) -> AsyncIterator[Watched]
             yield there, registered(collector)
 
 
-async def known_sequence(there: AdapterLoader, source: FakeSource) -> None:
-    """In two slots, of which the least recently used goes."""
-    await loaded(there, "a", "a")
-    held = acquired(there, "a")
-    held.release()
-    await loaded(there, "b", "c", "a")  # c pushes a out, and a, which was opened before, b
-    await fails(there.load("missing"), errors.AdapterNotFoundError)
-    assert there.try_acquire("b") is None
-    source.fail("open", errors.FetchError("the source is down"), id="d")
-    await fails(there.load("d"), errors.FetchError)
-    await there.unload("c")
-
-
 def assert_known(samples: Samples) -> None:
     totals = {name: samples[f"lorax_{name}_total"] for name in ("fetches", "loads", "departures")}
     assert totals == {"fetches": 4, "loads": 4, "departures": 3}
@@ -77,7 +64,14 @@ def assert_known(samples: Samples) -> None:
 async def test_a_known_sequence(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c", "d")
     async with watched(source, max_slots=2) as (there, registry):
-        await known_sequence(there, source)
+        await loaded(there, "a", "a")
+        acquired(there, "a").release()
+        await loaded(there, "b", "c", "a")  # c pushes a out, and a, which was opened before, b
+        await fails(there.load("missing"), errors.AdapterNotFoundError)
+        assert there.try_acquire("b") is None
+        source.fail("open", errors.FetchError("the source is down"), id="d")
+        await fails(there.load("d"), errors.FetchError)
+        await there.unload("c")
         samples, told = scraped(registry), there.statistics()
     assert_known(samples)
     for name in ("fetches", "loads", "departures", "spills"):

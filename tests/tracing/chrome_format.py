@@ -1,7 +1,5 @@
-"""Whether something is a trace by the published description of Chrome's trace event format.
-
-"Trace Event Format" (Duan, Sunny and others): the JSON object format, complete, metadata and flow
-events. Complete events of one thread are disjoint, or one lies in the other.
+"""Whether something is a trace by "Trace Event Format" (Duan, Sunny and others): its JSON object
+format, complete, metadata and flow events. Those of one thread are disjoint or nested.
 """
 
 from __future__ import annotations
