@@ -19,17 +19,7 @@ from lorax_async.runtime.whereabouts import TierName
 from lorax_async.testing import FakeSource
 from page_looks import cached_pages, drop_pages, map_sizes, may_lock, pages
 from tiny_loaders import ONE, fails, loader
-from tiny_sources import (
-    WEIGHTS,
-    granted,
-    is_at,
-    is_resident,
-    over,
-    simulated,
-    state,
-    stocked,
-    where,
-)
+from tiny_sources import WEIGHTS, granted, is_at, over, simulated, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -58,8 +48,8 @@ async def test_a_prefetch_begins_without_being_awaited(tmp_path: Path) -> None:
     folders = [tiny.write(tmp_path / str(n), seed=n) for n in range(2)]
     async with loader(local_roots=(tmp_path,)) as there:
         there.prefetch(id for id in (AdapterRef(folders[0]), str(folders[1])))
-        await until(lambda: is_resident(there, folders[0]))
-        await until(lambda: is_resident(there, str(folders[1])))
+        await until(lambda: state(there, folders[0]) == "resident")
+        await until(lambda: state(there, str(folders[1])) == "resident")
         (key, _) = there.residency()
         await there.prefetch(key, tier="disk")
         nothing = there.prefetch([])
@@ -181,12 +171,12 @@ async def test_cancelling_a_prefetch_ends_nothing_of_others(tmp_path: Path) -> N
             source.hold(name)
         hint = there.prefetch(["shared", "alone", "arrived"])
         load = asyncio.create_task(there.load("shared"))
-        await until(lambda: is_resident(there, "arrived") and source.counts.brings == 3)
+        await until(lambda: state(there, "arrived") == "resident" and source.counts.brings == 3)
         hint.cancel()
         await until(lambda: state(there, "alone") == "nowhere")
         await hint
         assert not hint.errors
-        assert is_resident(there, "arrived")
+        assert state(there, "arrived") == "resident"
         assert not load.done()
         source.allow("shared")
         async with await load as handle:
