@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load
 
 from common import LOOPS, open_sockets
-from contention.play import complaints
+from contention.observer import complaints
 from lorax_async import (
     AdapterHandle,
     AdapterLoader,
@@ -385,8 +385,6 @@ class Soak:
         for stored in draw.sample(self._setting.library, AFTERWARDS):
             await self._everything_loads(stored, draw)
 
-    # -- callers -----------------------------------------------------------------------------------
-
     async def _caller(self, draw: random.Random, until: float) -> None:
         """One of them, one wish after the other."""
         while monotonic() < until:
@@ -453,8 +451,6 @@ class Soak:
         self._tally.outcomes["failed"] += 1
         self._tally.failed(error)
 
-    # -- wishes -----------------------------------------------------------------------------------
-
     async def _load(self, stored: Stored, draw: random.Random, seconds: float) -> None:
         ref = self._setting.ref(stored)
         handle = await self._setting.loader.load(ref, timeout=seconds, priority=draw.randrange(3))
@@ -501,8 +497,6 @@ class Soak:
             self._pinned.discard(stored)
             loader.unpin(ref)
 
-    # -- what they hold ---------------------------------------------------------------------------
-
     @contextmanager
     def _holding(self, handle: AdapterHandle) -> Iterator[None]:
         self.held.add(handle)
@@ -524,8 +518,6 @@ class Soak:
             story = self._setting.loader.story(handle.key)
             raise SoakError(f"{stored.name}: {layers} on the device is wrong ({told})", story)
         self._tally.outcomes["wrong bytes that were told of"] += len(layers)
-
-    # -- a look from outside ----
 
     async def _each_second(self, until: float) -> None:
         while monotonic() < until:

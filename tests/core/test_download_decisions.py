@@ -11,8 +11,6 @@ from lorax_async.core.policies import policy
 from lorax_async.core.retries import Retries, retry_after_of
 from lorax_async.core.sharing import Claim, shares
 
-# -- shares of connections ------------------------------------------------------------------------
-
 STALLED, OTHER = Claim(0, 99, "a", stalled=True), Claim(0, 2, "b")
 
 
@@ -61,8 +59,6 @@ def test_all_are_used_and_nobody_has_two_more_than_one_who_wants_more(
         assert not short or max(parts.values()) <= min(short) + 1
 
 
-# -- waits between attempts -----------------------------------------------------------------------
-
 NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 
 
@@ -99,9 +95,6 @@ RETRY_AFTER = {
 
 def test_retry_after() -> None:
     assert {text: retry_after_of(text, NOW) for text in RETRY_AFTER} == RETRY_AFTER
-
-
-# -- what a disk keeps ----------------------------------------------------------------------------
 
 
 def budget(entries: dict[str, Stored], partials: dict[str, Stored]) -> DiskBudget:

@@ -179,11 +179,7 @@ MUTANTS = [(world, *mutant) for world, mutants in BROKEN.items() for mutant in m
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "owner", "rule", "broken"), MUTANTS)
 def test_a_broken_rule_is_noticed(
-    world: str,
-    owner: type | ModuleType,
-    rule: str,
-    broken: object,
-    monkeypatch: pytest.MonkeyPatch,
+    world: str, owner: type | ModuleType, rule: str, broken: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, rule, broken)
     with pytest.raises(Violation):

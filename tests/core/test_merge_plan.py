@@ -96,9 +96,6 @@ def test_whole_tensors_of_the_parts_are_needed() -> None:
     assert plan.spans(1, [columns, *parts]) == []
 
 
-# -- ranks that a config cannot say ----------------------------------------------------------------
-
-
 def test_names_that_end_in_anothers_are_filled_up() -> None:
     """By PEFT's rules a pattern also means every module whose path ends in it."""
     outer, inner = "vision.layers.0.q", "layers.0.q"
@@ -123,9 +120,6 @@ def test_a_config_that_would_be_too_long_is_filled_up() -> None:
     plan = planned(linear(1), *parts, layout=layout, limits=short)
     assert set(ranks_of(plan).values()) == {5}
     assert len(plan.config) <= len(parts[0].config)
-
-
-# -- refusals --------------------------------------------------------------------------------------
 
 
 GOOD = part({Q: 4})
@@ -153,9 +147,6 @@ def test_a_factor_that_no_float32_holds() -> None:
         AdapterFormatError, match=r"weight 20 times the scale of part 1 \(2.5e\+37\)"
     ):
         planned(linear(20), large)
-
-
-# -- what PEFT draws -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

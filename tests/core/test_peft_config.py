@@ -328,9 +328,6 @@ def test_limits_are_the_callers() -> None:
         parse_config(text, Limits(max_config_bytes=10))
 
 
-# -- configs in memory, written as PEFT writes them -----------------------------------------------
-
-
 def test_patterns_keep_their_order_and_sets_have_one_spelling() -> None:
     names = [f"module_{n}" for n in range(50)]
     patterns = {"rank_pattern": {"z": 2, "a": 3}, "alpha_pattern": {"q": 1.5}}

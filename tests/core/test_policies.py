@@ -46,9 +46,6 @@ def told(one: Policy, history: list[Operation]) -> set[int]:
     return holders
 
 
-# -- the definitions, each from the whole history -------------------------------------------------
-
-
 def stays(history: list[Operation]) -> dict[int, list[int]]:
     """Who holds room after a history, and at which of its operations each was used since."""
     uses: dict[int, list[int]] = {}
@@ -129,9 +126,6 @@ def test_lfu_halves_after_1024_uses_or_eight_for_each_that_holds_room(
     for key in [A] * 600 + [B] * 590:
         one.use(key)
     assert "".join(key.location for key in one.ranked() if key in (A, B)) == ranked
-
-
-# -- copies, states, memory and faults ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVICTION_POLICIES)

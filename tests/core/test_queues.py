@@ -142,8 +142,6 @@ def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
     assert names == ["small", "large"]
 
 
-# -- a queue by urgency ---------------------------------------------------------------------------
-
 KEYS = [AdapterKey(name, ()) for name in "abcde"]
 urgencies = st.none() | st.tuples(st.booleans(), st.integers(0, 3))
 

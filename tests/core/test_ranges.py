@@ -10,14 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_async.core.arrivals import Arrivals
-from lorax_async.core.ranges import (
-    Link,
-    PieceSizes,
-    overlaps,
-    plan_waves,
-    split_of,
-    without,
-)
+from lorax_async.core.ranges import Link, PieceSizes, overlaps, plan_waves, split_of, without
 from lorax_async.core.spans import Span, SpanSet
 from lorax_async.errors import InternalError
 
@@ -126,8 +119,6 @@ def test_a_split_ends_earlier_for_both(length: int, own: float, link: Link) -> N
     assert straggler == pytest.approx(newcomer, abs=2 * grain)
     assert max(straggler, newcomer) <= length / own - 2 * link.delay + 2 * grain
 
-
-# -- sets of spans, against sets of bytes ---------------------------------------------------------
 
 spans = st.lists(st.tuples(st.integers(0, 39), st.integers(1, 12)), max_size=12)
 

@@ -125,8 +125,6 @@ def test_limits_of_the_index_are_the_last_that_pass() -> None:
     assert "5 tensors, over the limit of 4" in refused([], data, Limits(max_tensors=4))
 
 
-# -- the one file ----------------------------------------------------------------------------------
-
 Parts = Sequence[Mapping[str, torch.Tensor]]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.bool)
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)

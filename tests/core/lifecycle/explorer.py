@@ -31,9 +31,6 @@ def perform(world: World, action: Action) -> None:
     _check_between_steps(world)
 
 
-# -- files and host memory --------------------------------------------------------------------------
-
-
 def _fetch(world: World, a: int, _: commands.Fetch) -> None:
     forbid(a in world.fetches, "two fetches of one file")
     forbid(world.closed, "a fetch after close")
@@ -70,9 +67,6 @@ def _forget(world: World, a: int, command: commands.Forget) -> None:
     forbid(a in world.held | world.populating | world.releasing, "forgotten but in host memory")
     forbid(a in world.holder, "forgotten but on the device")
     world.read_ahead.discard(a)
-
-
-# -- slots and copies -------------------------------------------------------------------------------
 
 
 def _take_slot(world: World, a: int, command: commands.TakeSlot) -> None:
@@ -152,9 +146,6 @@ def _clear_column(world: World, a: int, command: commands.ClearColumn) -> None:
     world.resident_at.pop(a, None)
     world.broken.discard(a)
     world.told.discard(a)
-
-
-# -- what callers are told --------------------------------------------------------------------------
 
 
 def _serve(world: World, a: int, command: commands.Serve) -> None:
@@ -257,9 +248,6 @@ _JUDGES: dict[type[commands.Command], Callable[..., None]] = {
     commands.TellReady: _tell_ready,
     commands.TellUnloaded: _tell_unloaded,
 }
-
-
-# -- between any two steps --------------------------------------------------------------------------
 
 
 def _check_between_steps(world: World) -> None:
@@ -365,8 +353,6 @@ def _check_forward(world: World) -> None:
     active = not lifecycle.at_rest or world.held or world.holder
     forbid(world.closed and active, "closed and idle, but not at rest")
 
-
-# -- visiting every state ---
 
 _Way = tuple["_Way", Action] | None
 """The last action, and the way before it."""

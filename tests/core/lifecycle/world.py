@@ -171,8 +171,6 @@ class World:
         leaving = a in self.told or self.unloads.get(a)
         forbid(leaving, "a lease on an adapter that is leaving")
 
-    # -- what callers do --------------------------------------------------------------------------
-
     def want(self, a: int, tier: Tier, foreground: bool) -> list[Command]:
         self.next_waiter += 1
         self.now += 1e-3
@@ -262,8 +260,6 @@ class World:
         self.pins.clear()
         return self.lifecycle.close(LoaderClosedError("ordered"))
 
-    # -- what threads and devices answer ----------------------------------------------------------
-
     def header(self, a: int) -> list[Command]:
         self.fetches[a] = (True, *self.fetches[a][1:])
         sizes = self.setting.sizes[a]
@@ -329,9 +325,6 @@ class World:
 
     def _attempt(self, a: int) -> tuple[AdapterKey, int]:
         return self.setting.keys[a], self.life(a).attempt
-
-
-# -- what can happen next -------------------------------------------------------------------------
 
 
 def actions(world: World) -> Iterator[Action]:
@@ -415,8 +408,6 @@ def _uses(world: World) -> Iterator[Action]:
     for a in set(world.orphan_uses):
         yield ("end_orphan", a)
 
-
-# -- the small worlds that are explored ---
 
 DEVICE, STREAM = (Tier.DEVICE, True), (Tier.STREAM, True)
 HOST, DISK = (Tier.HOST, True), (Tier.DISK, True)
