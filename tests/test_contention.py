@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, seed, settings
@@ -270,176 +270,114 @@ class World:
         self.blame(told == {stay.slot for stay in self.device.stays.values()}, "residency differs")
 
 
+T = TypeVar("T")
+
+
+def _any(things: Sequence[T], which: int) -> Sequence[T]:
+    """One of those that there are, whose number depends on the threads; or none."""
+    return [things[which % len(things)]] if things else []
+
+
+def _try_acquire(world: World, id: str) -> None:
+    handle = world.loader.try_acquire(id)
+    if handle is not None:
+        world.blame(handle.resident, "an adapter was leased before it was there")
+        world.hold(handle)
+
+
+def _prefetch(world: World, wanted: list[str], tier: Tier, priority: int) -> None:
+    world.prefetches.append(world.loader.prefetch(wanted, tier=tier, priority=priority))
+
+
+def _pin(world: World, id: str) -> None:
+    world.pinned = True
+    world.want(world.loader.pin(id))
+
+
+def _unload(world: World, id: str, timeout: float | None) -> None:
+    world.hurried = world.hurried or timeout is not None
+    world.want(world.loader.unload(id, timeout=timeout))
+
+
+def _clone(world: World, which: int) -> None:
+    for holder in _any(world.holders, which):
+        with suppress(IntegrityError, TransferError, FetchError):  # a stay that failed
+            world.hold(holder.handle.clone())
+
+
+def _start_kernel(world: World, which: int, stream: int, layer: int, at_once: bool) -> None:
+    # At once: the latest, which may not be there yet.
+    for holder in _any(world.holders, -1 if at_once else which):
+        kernel = world.start_kernel(holder.handle, world.streams[stream], layer)
+        if at_once and kernel is not None:
+            kernel.go.set()
+
+
+def _finish_kernel(world: World, which: int) -> None:
+    for kernel in _any(world.kernels, which):
+        world.kernels.remove(kernel)
+        kernel.go.set()
+
+
+def _fail_source(world: World, id: str, step: SourceStep, group: int) -> None:
+    at = 4096 * group if step == "read" else group if step == "bring" else 0
+    world.source.fail(step, FetchError(f"the source was {TOLD}"), id=id, at=at)
+
+
+def _fail_a_copy(world: World, later: int) -> None:
+    device = world.device.simulated
+    device.failing.add(device.copies + later)
+
+
 Tier = Literal["disk", "host", "device"]
-
-
-class Users:
-    """What those who call the loader do; on its loop."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    def load(self, id: str, priority: int, timeout: float | None) -> None:
-        self.world.want(self.world.load(id, priority, timeout))
-
-    def stream(self, id: str, priority: int) -> None:
-        self.world.want(self.world.stream(id, priority))
-
-    def try_acquire(self, id: str) -> None:
-        handle = self.world.loader.try_acquire(id)
-        if handle is not None:
-            self.world.blame(handle.resident, "an adapter was leased before it was there")
-            self.world.hold(handle)
-
-    def prefetch(self, wanted: list[str], tier: Tier, priority: int) -> None:
-        hint = self.world.loader.prefetch(wanted, tier=tier, priority=priority)
-        self.world.prefetches.append(hint)
-
-    def cancel_prefetch(self, which: int) -> None:
-        if self.world.prefetches:
-            self.world.prefetches[which % len(self.world.prefetches)].cancel()
-
-    def pin(self, id: str) -> None:
-        self.world.pinned = True
-        self.world.want(self.world.loader.pin(id))
-
-    def unpin(self, id: str) -> None:
-        self.world.loader.unpin(id)
-
-    def unload(self, id: str, timeout: float | None) -> None:
-        self.world.hurried = self.world.hurried or timeout is not None
-        self.world.want(self.world.loader.unload(id, timeout=timeout))
-
-    def clone(self, which: int) -> None:
-        holder = self._holder(which)
-        if holder is not None:
-            with suppress(IntegrityError, TransferError, FetchError):  # a stay that failed
-                self.world.hold(holder.handle.clone())
-
-    def release(self, which: int) -> None:
-        holder = self._holder(which)
-        if holder is not None:
-            self.world.release(holder)
-
-    def cancel(self, which: int) -> None:
-        waiting = [task for task in self.world.wants if not task.done()]
-        if waiting:
-            waiting[which % len(waiting)].cancel()
-
-    def start_kernel(self, which: int, stream: int, layer: int, at_once: bool) -> None:
-        holder = self._holder(-1 if at_once else which)  # the latest may not be there yet
-        if holder is not None:
-            kernel = self.world.start_kernel(holder.handle, self.world.streams[stream], layer)
-            if at_once and kernel is not None:
-                kernel.go.set()
-
-    def finish_kernel(self, which: int) -> None:
-        kernels = self.world.kernels
-        if kernels:
-            kernels.pop(which % len(kernels)).go.set()
-
-    def _holder(self, which: int) -> Holder | None:
-        holders = self.world.holders
-        return holders[which % len(holders)] if holders else None
-
-
-class Steps(Users):
-    """And what source and device are told to do."""
-
-    def nothing(self) -> None: ...
-
-    def hold_source(self, id: str) -> None:
-        self.world.source.hold(id)
-
-    def allow_source(self, id: str, group: int | None) -> None:
-        self.world.source.allow(id, *([] if group is None else [group]))
-
-    def fail_source(self, id: str, step: SourceStep, group: int) -> None:
-        at = 4096 * group if step == "read" else group if step == "bring" else 0
-        self.world.source.fail(step, FetchError(f"the source was {TOLD}"), id=id, at=at)
-
-    def replace(self, id: str) -> None:
-        self.world.source.replace(id)
-
-    def shut_the_gate(self) -> None:
-        self.world.device.simulated.gate.clear()
-
-    def open_the_gate(self) -> None:
-        self.world.device.simulated.gate.set()
-
-    def fail_a_copy(self, later: int) -> None:
-        device = self.world.device.simulated
-        device.failing.add(device.copies + later)
-
-    def delay_copies(self, seconds: float) -> None:
-        self.world.device.simulated.delay = seconds
-
-    async def let_time_pass(self, milliseconds: int) -> None:
-        await asyncio.sleep(milliseconds / 1000)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One method of `Steps`, with its arguments."""
-
-    name: str
-    arguments: Mapping[str, Any]
-
-    async def take(self, steps: Steps) -> None:
-        waiting = getattr(steps, self.name)(**self.arguments)
-        if waiting is not None:
-            await waiting
-
-    def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.arguments.items())})"
-
-
-Strategies = Mapping[str, st.SearchStrategy[Any]]
-
+Strategies = dict[str, st.SearchStrategy[Any]]
 _id: Strategies = {"id": st.sampled_from(IDS)}
 _which: Strategies = {"which": st.integers(0, 7)}
-"""One of those that there are, whose number depends on the threads."""
 _priority: Strategies = {"priority": st.integers(0, 2)}
 _layers = st.integers(0, tiny.LAYERS - 1)
-_in_time = st.sampled_from([None, None, None, 0.003])
-
-ARGUMENTS: Mapping[str, Strategies] = {
-    "nothing": {},
-    "load": {**_id, **_priority, "timeout": _in_time},
-    "stream": {**_id, **_priority},
-    "try_acquire": _id,
-    "prefetch": {
-        "wanted": st.lists(st.sampled_from(IDS), min_size=1, max_size=3),
-        "tier": st.sampled_from(["disk", "host", "device"]),
-        **_priority,
-    },
-    "cancel_prefetch": _which,
-    "pin": _id,
-    "unpin": _id,
-    "unload": {**_id, "timeout": _in_time},
-    "clone": _which,
-    "release": _which,
-    "cancel": _which,
-    "start_kernel": {
-        **_which,
-        "stream": st.integers(0, 1),
-        "layer": _layers,
-        "at_once": st.booleans(),
-    },
-    "finish_kernel": _which,
-    "hold_source": _id,
-    "allow_source": {**_id, "group": st.none() | _layers},
-    "fail_source": {
-        **_id,
-        "step": st.sampled_from(["resolve", "open", "bring", "verify", "read", "populate"]),
-        "group": _layers,
-    },
-    "replace": _id,
-    "shut_the_gate": {},
-    "open_the_gate": {},
-    "fail_a_copy": {"later": st.integers(0, 5)},
-    "delay_copies": {"seconds": st.sampled_from([0.0, 0.001])},
-    "let_time_pass": {"milliseconds": st.integers(1, 8)},
+_timeout: Strategies = {"timeout": st.sampled_from([None, None, None, 0.003])}
+_wanted = st.lists(st.sampled_from(IDS), min_size=1, max_size=3)
+_streams: Strategies = {"stream": st.integers(0, 1), "layer": _layers, "at_once": st.booleans()}
+_faults = st.sampled_from(["resolve", "open", "bring", "verify", "read", "populate"])
+STEPS: Mapping[str, tuple[Callable[..., Any], Strategies]] = {
+    "nothing": (lambda _: None, {}),
+    "load": (lambda w, **how: w.want(w.load(**how)), _id | _priority | _timeout),
+    "stream": (lambda w, **how: w.want(w.stream(**how)), _id | _priority),
+    "try_acquire": (_try_acquire, _id),
+    "prefetch": (
+        _prefetch,
+        {"wanted": _wanted, "tier": st.sampled_from(["disk", "host", "device"]), **_priority},
+    ),
+    "cancel_prefetch": (lambda w, which: [p.cancel() for p in _any(w.prefetches, which)], _which),
+    "pin": (_pin, _id),
+    "unpin": (lambda w, **adapter: w.loader.unpin(adapter["id"]), _id),
+    "unload": (_unload, _id | _timeout),
+    "clone": (_clone, _which),
+    "release": (lambda w, which: [w.release(h) for h in _any(w.holders, which)], _which),
+    "cancel": (
+        lambda w, which: [t.cancel() for t in _any([t for t in w.wants if not t.done()], which)],
+        _which,
+    ),
+    "start_kernel": (_start_kernel, _which | _streams),
+    "finish_kernel": (_finish_kernel, _which),
+    "hold_source": (lambda w, **adapter: w.source.hold(**adapter), _id),
+    "allow_source": (
+        lambda w, groups, **adapter: w.source.allow(adapter["id"], *groups),
+        {**_id, "groups": st.lists(_layers, max_size=1)},
+    ),
+    "fail_source": (_fail_source, {**_id, "step": _faults, "group": _layers}),
+    "replace": (lambda w, **adapter: w.source.replace(**adapter), _id),
+    "shut_the_gate": (lambda w: w.device.simulated.gate.clear(), {}),
+    "open_the_gate": (lambda w: w.device.simulated.gate.set(), {}),
+    "fail_a_copy": (_fail_a_copy, {"later": st.integers(0, 5)}),
+    "delay_copies": (
+        lambda w, seconds: setattr(w.device.simulated, "delay", seconds),
+        {"seconds": st.sampled_from([0.0, 0.001])},
+    ),
+    "let_time_pass": (
+        lambda _, milliseconds: asyncio.sleep(milliseconds / 1000),
+        {"milliseconds": st.integers(1, 8)},
+    ),
 }
 OFTEN = (
     *("load", "load", "stream", "stream", "release"),
@@ -447,11 +385,24 @@ OFTEN = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One of `STEPS`, with its arguments."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+    async def take(self, world: World) -> None:
+        waiting = STEPS[self.name][0](world, **self.arguments)
+        if asyncio.iscoroutine(waiting):
+            await waiting
+
+
 def _step(name: str) -> st.SearchStrategy[Step]:
-    return st.builds(Step, st.just(name), st.fixed_dictionaries(dict(ARGUMENTS[name])))
+    return st.builds(Step, st.just(name), st.fixed_dictionaries(dict(STEPS[name][1])))
 
 
-_STEPS = {name: _step(name) for name in ARGUMENTS}
+_STEPS = {name: _step(name) for name in STEPS}
 _OFTEN = [_step(name) for name in OFTEN]  # a strategy that stands there twice counts once
 
 
@@ -460,7 +411,7 @@ def _of_kinds(kinds: list[str]) -> st.SearchStrategy[list[Step]]:
     return st.lists(several, min_size=25, max_size=70)
 
 
-plans = st.lists(st.sampled_from(sorted(ARGUMENTS)), min_size=3, max_size=12).flatmap(_of_kinds)
+plans = st.lists(st.sampled_from(sorted(STEPS)), min_size=3, max_size=12).flatmap(_of_kinds)
 """Each of some kinds of steps only, beside the common ones: what is everywhere hides the rest."""
 
 scenes = st.builds(
@@ -497,9 +448,8 @@ async def _play(scene: Scene, plan: Sequence[Step], seconds: float) -> None:
 
 
 async def _take(world: World, plan: Sequence[Step]) -> None:
-    steps = Steps(world)
     for step in plan:
-        await step.take(steps)
+        await step.take(world)
         for _ in range(2):
             await asyncio.sleep(0)
         world.check()

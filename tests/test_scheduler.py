@@ -1,7 +1,5 @@
 """Requests become batches: what joins when, in which slot, and what is waited for."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

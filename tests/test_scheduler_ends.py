@@ -1,7 +1,5 @@
 """How requests end early: cancelled at any moment, failing adapters, deadlines, and close."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import weakref

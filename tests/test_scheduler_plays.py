@@ -4,8 +4,6 @@ Nobody waits for ever; no row is computed before its adapter may join, no layer 
 nobody's batches are longer or fewer for adapters that do not come; and nothing is left.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -278,17 +276,7 @@ BUDGET = 0.1
 
 
 class Engine:
-    """Computes batch after batch, and judges each.
-
-    Attributes
-    ----------
-    computing
-        Batches that are under way.
-    passes
-        Batches that were computed.
-    waited
-        Virtual seconds for which passes waited for layers.
-    """
+    """Computes batch after batch, and judges each; `waited` are virtual seconds, for layers."""
 
     def __init__(self, world: World) -> None:
         self.world = world

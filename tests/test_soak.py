@@ -1,7 +1,5 @@
 """Many callers, a bad source, little room, for as long as told: `make soak`."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import hashlib
@@ -84,34 +82,25 @@ class Tally:
     rss: list[int] = field(default_factory=list)
     """Bytes, each second."""
 
-    def failed(self, error: LoraxError) -> None:
-        self.errors[f"{type(error).__name__} ({error.stage})"] += 1
-
     def peak(self, what: str, value: int) -> None:
         self.peaks[what] = max(self.peaks[what], value)
 
     def lines(self) -> list[str]:
         step = -(-len(self.rss) // 8) or 1
         grown = [max(self.rss[at : at + step]) for at in range(0, len(self.rss), step)]
-        return [
-            f"outcomes: {_told(self.outcomes)}",
-            f"errors: {_told(self.errors)}",
-            f"at most: {_told(self.peaks)}",
-            f"RSS, in eighths of the time: {[round(value / 1e6) for value in grown]} MB",
-        ]
+        lines = [f"RSS, in eighths of the time: {[round(value / 1e6) for value in grown]} MB"]
+        for name, counts in vars(self).items():
+            if isinstance(counts, Counter):
+                lines.append(f"{name}: {dict(sorted(counts.items()))}")
+        return lines
 
 
-def _told(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items())) or "none"
-
-
-EVERYWHERE = {"queue", "resolve", "fetch", "verify", "stage", "copy", "ready"}
 ALLOWED: dict[type[LoraxError], set[str]] = {
     FetchError: {"resolve", "fetch"},
     FetchTimeoutError: {"resolve", "fetch"},
     EvictedError: {"fetch"},
     IntegrityError: {"resolve", "fetch"},
-    AdapterTimeoutError: EVERYWHERE,
+    AdapterTimeoutError: {"queue", "resolve", "fetch", "verify", "stage", "copy", "ready"},
 }
 """By stage. All of them may pass, and say so."""
 
@@ -299,7 +288,7 @@ def digests(modules: Callable[[str], Iterable[torch.Tensor]], layers: range) -> 
         digest = hashlib.sha256()
         for name in MODULES[layer * len(TARGETS) : (layer + 1) * len(TARGETS)]:
             for tensor in modules(name):  # as raw bytes: not all of them are numbers
-                digest.update(tensor.contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         found.append(digest.hexdigest())
     return tuple(found)
 
@@ -390,13 +379,7 @@ class Soak:
         while monotonic() < until:
             (stored,) = draw.choices(self._setting.library, cum_weights=_POPULAR)
             (wish,) = draw.choices(list(WISHES), list(WISHES.values()))
-            doing = {
-                "load": self._load,
-                "stream": self._stream,
-                "prefetch": self._prefetch,
-                "pin": self._pin,
-            }[wish]
-            await self._wish(wish, doing, stored, draw)
+            await self._wish(wish, getattr(self, f"_{wish}"), stored, draw)
 
     async def _everything_loads(self, stored: Stored, draw: random.Random) -> None:
         """Now that the source is good; what was left of a bad download may show once."""
@@ -449,7 +432,7 @@ class Soak:
         self._judge.require_allowed(stored, error)
         assert isinstance(error, LoraxError)
         self._tally.outcomes["failed"] += 1
-        self._tally.failed(error)
+        self._tally.errors[f"{type(error).__name__} ({error.stage})"] += 1
 
     async def _load(self, stored: Stored, draw: random.Random, seconds: float) -> None:
         ref = self._setting.ref(stored)

@@ -93,10 +93,7 @@ Cell = tuple[int, int, int, float]
 
 @dataclass(slots=True, eq=False)
 class Stay:
-    """One adapter's time in a slot.
-
-    `cells` are the rows that have been written, by module.
-    """
+    """One adapter's time in a slot; `cells` are the rows that have been written, by module."""
 
     key: AdapterKey
     slot: SlotId
@@ -139,18 +136,8 @@ class Flight:
 class ObservedDevice(WrappedDevice):
     """Collects, as `faults`, what was not right.
 
-    Parameters
-    ----------
-    inner
-        The device.
-    nbytes
-        Of its arena.
-    budgets
-        Sizes of the host memory that may be claimed.
-    expected
-        What an adapter's modules must be.
-    leased
-        Whether the test holds a handle on this stay.
+    `budgets` are sizes of the host memory that may be claimed; `expected` says what an adapter's
+    modules must be, `leased` whether the test holds a handle on this stay.
     """
 
     def __init__(

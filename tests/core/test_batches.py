@@ -1,7 +1,5 @@
 """Batches: rows in kernel order, shares of adapters, who comes first, and what passes will take."""
 
-from __future__ import annotations
-
 from itertools import groupby, pairwise
 from math import inf
 

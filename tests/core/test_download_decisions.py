@@ -1,7 +1,5 @@
 """What the download scheduler decides by: shares of connections, waits, and what a disk keeps."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """The file that a merge would be: its config, its header, and what it is made of."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Whose turn is next: of copies in equal shares by bytes, and of slots the most urgent."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Sequence
 from itertools import count, product

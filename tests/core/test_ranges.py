@@ -1,7 +1,5 @@
 """Plans of ranges: every byte once, in order, balanced; and what a measured link makes of them."""
 
-from __future__ import annotations
-
 import random
 from itertools import pairwise
 

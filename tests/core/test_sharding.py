@@ -1,7 +1,5 @@
 """Shards by hand: which rows and columns a rank holds, what is read of them, and refusals."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Which tensors and flags belong together is PEFT's own account.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """A scheduler over tiny adapters, an engine that computes in no time, and a clock that tests move."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager

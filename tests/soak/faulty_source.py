@@ -4,8 +4,6 @@ Which ones follows from the seed, the request, and how often it came. It says it
 Needs neither torch nor this package.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

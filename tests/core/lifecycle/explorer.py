@@ -1,7 +1,5 @@
 """Visits every state that a world can reach, and checks what must hold in each."""
 
-from __future__ import annotations
-
 import gc
 from collections import deque
 from collections.abc import Callable

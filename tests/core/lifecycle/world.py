@@ -421,8 +421,10 @@ SMALL = ((64,), (64,))
 ONE = ((64, 64),)
 THREE = ((64,), (64,), (64,))
 BOTH = (0, 1)
-QUIET = "streaming kernels closing"
-"""Files come whole, and neither kernels nor close are looked at."""
+WHOLES = "streaming kernels"
+SOUND = f"{WHOLES} failures"
+QUIET = f"{WHOLES} closing"
+"""Files come whole; without kernels; nothing fails; or without kernels and close."""
 ALONE = f"failures withdrawals {QUIET}"
 HOSTED: dict[str, Any] = {"host_bytes": 64, "holdable": BOTH}
 RESIDENT: dict[str, Any] = {"min_residency": MIN_RESIDENCY}
@@ -469,18 +471,12 @@ SETTINGS = {
     "whole and streaming wishes": _world(
         DEVICE, STREAM, sizes=UNEVEN, without=f"withdrawals {QUIET}"
     ),
-    "pins": _world(DEVICE, sizes=SMALL, pins=2, without="streaming kernels"),
+    "pins": _world(DEVICE, sizes=SMALL, pins=2, without=WHOLES),
     "pins and streams": _world(STREAM, sizes=SMALL, pins=1, without="kernels closing"),
-    "pins and ageing": _world(
-        DEVICE, sizes=SMALL, pins=1, ageing=True, leases=2, without="streaming kernels failures"
-    ),
-    "pins beside a second slot": _world(
-        DEVICE, sizes=UNEVEN, slots=2, pins=1, without="streaming kernels failures"
-    ),
+    "pins and ageing": _world(DEVICE, sizes=SMALL, pins=1, ageing=True, leases=2, without=SOUND),
+    "pins beside a second slot": _world(DEVICE, sizes=UNEVEN, slots=2, pins=1, without=SOUND),
     "pins of one of three": _world(DEVICE, sizes=THREE, slots=2, pins=1, without=ALONE),
-    "pins and unload": _world(
-        DEVICE, sizes=SMALL, pins=1, unloads=1, without="streaming kernels failures"
-    ),
+    "pins and unload": _world(DEVICE, sizes=SMALL, pins=1, unloads=1, without=SOUND),
     "unload beside streams": _world(
         DEVICE, STREAM, sizes=ONE, unloads=2, clones=True, max_idle=0, without="kernels"
     ),
@@ -506,14 +502,12 @@ SETTINGS = {
     "images for one of two": _world(
         DEVICE, sizes=SMALL, image_bytes=64, max_idle=1, without="streaming kernels"
     ),
-    "images of two": _world(
-        DEVICE, sizes=UNEVEN, image_bytes=192, without="streaming kernels failures"
-    ),
+    "images of two": _world(DEVICE, sizes=UNEVEN, image_bytes=192, without=SOUND),
     "images, unload and failures": _world(
         DEVICE, PREFETCH_HOST, sizes=ONE, image_bytes=128, unloads=1, without="streaming kernels"
     ),
     "minimum residency and starving": _world(
-        DEVICE, sizes=SMALL, leases=2, without="streaming kernels", **RESIDENT
+        DEVICE, sizes=SMALL, leases=2, without=WHOLES, **RESIDENT
     ),
     "least often used": _world(DEVICE, sizes=SMALL, policy="lfu", without=ALONE),
     "cheapest to have back": _world(
@@ -523,7 +517,7 @@ SETTINGS = {
         image_bytes=128,
         host_bytes=128,
         holdable=BOTH,
-        without=f"failures {QUIET}",
+        without=f"{SOUND} closing",
     ),
     "minimum residency": _world(DEVICE, PREFETCH, sizes=SMALL, without=ALONE, **RESIDENT),
 }
