@@ -52,8 +52,7 @@ from lorax_async.testing import Step as SourceStep
 DEVICE_BYTES = LARGEST * 16 // 9
 """Room for the largest and one of rank 16, not for two of the largest."""
 HOST_BYTES = LARGEST_FILE * 4 // 3
-TOLD = "told to fail"
-"""In the errors that are ordered."""
+TOLD = "told to fail"  # In the errors that are ordered
 
 
 @dataclass(frozen=True, slots=True)

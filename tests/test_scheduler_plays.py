@@ -99,15 +99,13 @@ class TimedSource(FakeSource):
             raise FetchError("nobody waits for the adapter any more")
 
 
-LEVEL = 0.02
-"""`starvation_age`: of the scheduler in virtual seconds, of the loader in real ones."""
+LEVEL = 0.02  # `starvation_age`: of the scheduler in virtual seconds, of the loader in real ones
 
 TIMEOUT = 60.0
 BOUND = 30.0
 """Nobody waits longer whose adapter comes: more than all passes and loads of a plan take."""
 
-MISSING = "x"
-"""An id that nobody has."""
+MISSING = "x"  # An id that nobody has
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +119,8 @@ class Scene:
     max_begun: int | None
     loads: int | None
     conducts: Mapping[str, Conduct]
-    engines: int = 1
-    """Batches that are under way at a time."""
-    seconds: float = 0.01
-    """Of a pass, however many rows it has."""
+    engines: int = 1  # Batches that are under way at a time
+    seconds: float = 0.01  # Of a pass, however many rows it has
 
     def fate(self, id: str | None) -> str:
         if id is None:
@@ -271,8 +267,7 @@ class World:
                 await asyncio.sleep(0.0002)
 
 
-BUDGET = 0.1
-"""Of a pass, that may be waited for layers."""
+BUDGET = 0.1  # Of a pass, that may be waited for layers
 
 
 class Engine:
@@ -431,8 +426,7 @@ class Engine:
         self.world.note_ends()
 
 
-MOMENTS = 50_000
-"""More than any play has."""
+MOMENTS = 50_000  # More than any play has
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,8 +79,7 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     peaks: Counter[str] = field(default_factory=Counter)
-    rss: list[int] = field(default_factory=list)
-    """Bytes, each second."""
+    rss: list[int] = field(default_factory=list)  # Bytes, each second
 
     def peak(self, what: str, value: int) -> None:
         self.peaks[what] = max(self.peaks[what], value)
@@ -164,8 +163,7 @@ def _evictions(error: LoraxError) -> int:
 SLOTS = 4
 DEVICE_BYTES = LARGEST * 7 // 2
 PINNED_BYTES = LARGEST
-HOST_BYTES = LARGEST + (64 << 10)
-"""Files are held with their headers."""
+HOST_BYTES = LARGEST + (64 << 10)  # Files are held with their headers
 CONNECTIONS = 16
 REVALIDATE = 1.0
 
@@ -268,18 +266,15 @@ async def setting(
 AT_ONCE = 64
 ZIPF = 1.1
 CANCELLED = 0.2
-VERIFIED = 0.5
-"""Of those who load: they wait for the digest."""
-GRACE = 60.0
-"""Seconds after its deadline, or its cancellation, in which a call must have ended."""
+VERIFIED = 0.5  # Of those who load: they wait for the digest
+GRACE = 60.0  # Seconds after its deadline, or its cancellation, in which a call must have ended
 MOST_PINNED = 2
 
 WISHES = {"load": 55, "stream": 20, "prefetch": 15, "pin": 10}
 TIERS = ("disk", "host", "device")
 _POPULAR = list(accumulate(1 / (1 + n) ** ZIPF for n in range(COUNT)))
 
-Digests = tuple[str, ...]
-"""Of A and B of a device's modules, one for each layer."""
+Digests = tuple[str, ...]  # Of A and B of a device's modules, one for each layer
 
 
 def digests(modules: Callable[[str], Iterable[torch.Tensor]], layers: range) -> Digests:
@@ -320,8 +315,7 @@ MOST = {
 """More than there were before; 16 connections are in use, and as many idle."""
 RSS_SAMPLES, RSS_MARGIN = 60, 48 << 20
 """In fewer seconds nothing can be said about growth."""
-AFTERWARDS = 10
-"""So many adapters are loaded when the source is good again."""
+AFTERWARDS = 10  # So many adapters are loaded when the source is good again
 
 
 def opened() -> dict[str, int]:

@@ -46,8 +46,7 @@ KINDS = (
 
 LARGEST = 24 * (tiny.HIDDEN + 2 * tiny.HIDDEN) * DTYPE.itemsize * len(LAYERS)
 """Device bytes of an adapter of rank 24."""
-LARGEST_FILE = 2 * LARGEST
-"""In float32, without its header."""
+LARGEST_FILE = 2 * LARGEST  # In float32, without its header
 
 Weights = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -87,8 +86,7 @@ def _on_device(saved: dict[str, torch.Tensor], config: dict[str, object]) -> dic
     return found
 
 
-Cell = tuple[int, int, int, float]
-"""Where A and B are in the arena, padded rank, scale."""
+Cell = tuple[int, int, int, float]  # Where A and B are in the arena, padded rank, scale
 
 
 @dataclass(slots=True, eq=False)
@@ -105,8 +103,7 @@ class Stay:
     cells: dict[int, Cell] = field(default_factory=dict)
     kernels: int = 0
     resident: bool = False
-    over: bool = False
-    """It is leaving, or failed: nobody is promised anything of it."""
+    over: bool = False  # It is leaving, or failed: nobody is promised anything of it
 
     @property
     def copying(self) -> bool:

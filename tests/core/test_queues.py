@@ -21,8 +21,7 @@ from lorax_async.core.transitions import SlotState
 from lorax_async.core.waiters import Tier, Waiter
 from lorax_async.events import SlotId
 
-UNIT = 64
-"""Bytes; sizes below are multiples of it."""
+UNIT = 64  # Bytes; sizes below are multiples of it
 groups = st.lists(st.integers(1, 20), min_size=1, max_size=12)
 
 

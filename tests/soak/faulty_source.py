@@ -21,8 +21,7 @@ COUNT = 200
 LAYERS = 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HIDDEN = 512
-ITEM = 2
-"""Bytes of a bfloat16."""
+ITEM = 2  # Bytes of a bfloat16
 
 MODULES = tuple(
     f"model.layers.{layer}.self_attn.{target}" for layer in range(LAYERS) for target in TARGETS
@@ -30,8 +29,7 @@ MODULES = tuple(
 BYTES_PER_RANK = len(MODULES) * 2 * HIDDEN * ITEM
 LARGEST = 256 * BYTES_PER_RANK
 
-_PERIOD = 1_000_003
-"""A prime: what is read from a wrong place is no other place's bytes."""
+_PERIOD = 1_000_003  # A prime: what is read from a wrong place is no other place's bytes
 _STRIDE = 7_919
 
 
@@ -123,11 +121,9 @@ def _shapes(rank: int) -> dict[str, list[int]]:
     return shapes
 
 
-SHARE = 0.3
-"""Of the requests."""
+SHARE = 0.3  # Of the requests
 
-DAMAGING = ("wrong", "changed")
-"""After these the bytes are not those that were promised."""
+DAMAGING = ("wrong", "changed")  # After these the bytes are not those that were promised
 
 
 @dataclass(frozen=True)
@@ -138,8 +134,7 @@ class Answer:
     fields: list[str]
     body: bytes
     start: int
-    header: int
-    """The first bytes of the file that say what follows."""
+    header: int  # The first bytes of the file that say what follows
 
 
 class FaultySource(FaultServer):

@@ -352,8 +352,7 @@ def _check_forward(world: World) -> None:
     forbid(world.closed and active, "closed and idle, but not at rest")
 
 
-_Way = tuple["_Way", Action] | None
-"""The last action, and the way before it."""
+_Way = tuple["_Way", Action] | None  # The last action, and the way before it
 
 _Budget = TypeVar("_Budget")
 

@@ -24,8 +24,7 @@ from lorax_async.errors import FetchError, LoaderClosedError, TransferError
 AGE = 10.0
 MIN_RESIDENCY = 5.0
 ALIGNMENT = 64
-Action = tuple[object, ...]
-"""The name of one of World's methods, and its arguments."""
+Action = tuple[object, ...]  # The name of one of World's methods, and its arguments
 
 
 class Violation(AssertionError):
@@ -116,20 +115,17 @@ class World:
     dirty: dict[int, Grant] = field(default_factory=dict)
     """Adapter → grant that broke, until it was zeroed."""
     wiping: set[int] = field(default_factory=set)
-    told: set[int] = field(default_factory=set)
-    """Adapters that were told to be leaving."""
+    told: set[int] = field(default_factory=set)  # Adapters that were told to be leaving
     resident_at: dict[int, float] = field(default_factory=dict)
     idle_leases: list[int] = field(default_factory=list)
     busy_leases: list[int] = field(default_factory=list)
-    orphan_uses: list[int] = field(default_factory=list)
-    """Kernels that outlived their lease."""
+    orphan_uses: list[int] = field(default_factory=list)  # Kernels that outlived their lease
     broken: set[int] = field(default_factory=set)
     pins: dict[int, int] = field(default_factory=dict)
     unloads: dict[int, int] = field(default_factory=dict)
     waiting: dict[int, tuple[int, Tier, bool]] = field(default_factory=dict)
     """Waiter id → adapter, tier, foreground."""
-    since: dict[int, float] = field(default_factory=dict)
-    """Of those who wait."""
+    since: dict[int, float] = field(default_factory=dict)  # Of those who wait
     next_waiter: int = 0
     closed: bool = False
 
