@@ -2,7 +2,6 @@
 
 import gc
 from collections import deque
-from collections.abc import Callable
 from dataclasses import fields
 from operator import attrgetter
 from typing import TypeVar
@@ -23,13 +22,13 @@ def perform(world: World, action: Action) -> None:
     """Let `action` happen, and check everything the lifecycle answers."""
     names = world.setting.keys
     for command in getattr(world, str(action[0]))(*action[1:]):
-        judge = _JUDGES.get(type(command))
+        judge = globals().get(f"judge_{type(command).__name__}")
         if judge is not None:
             judge(world, names.index(command.key), command)
     _check_between_steps(world)
 
 
-def _fetch(world: World, a: int, _: commands.Fetch) -> None:
+def judge_Fetch(world: World, a: int, _: commands.Fetch) -> None:
     forbid(a in world.fetches, "two fetches of one file")
     forbid(world.closed, "a fetch after close")
     forbid(a in world.populating or a in world.held, "a file fetched anew while its old is held")
@@ -37,13 +36,13 @@ def _fetch(world: World, a: int, _: commands.Fetch) -> None:
     world.readable[a] = frozenset()
 
 
-def _cancel_fetch(world: World, a: int, _: commands.CancelFetch) -> None:
+def judge_CancelFetch(world: World, a: int, _: commands.CancelFetch) -> None:
     header, told, cancelled = world.fetches[a]
     forbid(cancelled, "a fetch was cancelled twice")
     world.fetches[a] = (header, told, True)
 
 
-def _populate(world: World, a: int, _: commands.Populate) -> None:
+def judge_Populate(world: World, a: int, _: commands.Populate) -> None:
     forbid(world.closed, "populated after close")
     forbid(bool(world.populating), "two are populated at once")
     forbid(a in world.releasing, "populated while it is released")
@@ -54,20 +53,20 @@ def _populate(world: World, a: int, _: commands.Populate) -> None:
     world.populating.add(a)
 
 
-def _release(world: World, a: int, _: commands.Release) -> None:
+def judge_Release(world: World, a: int, _: commands.Release) -> None:
     forbid(a not in world.held | world.read_ahead, "released what is not held")
     forbid(a in world.releasing, "released twice")
     world.releasing.add(a)
 
 
-def _forget(world: World, a: int, command: commands.Forget) -> None:
+def judge_Forget(world: World, a: int, command: commands.Forget) -> None:
     forbid(command.key in world.lifecycle.lives, "forgotten but known")
     forbid(a in world.held | world.populating | world.releasing, "forgotten but in host memory")
     forbid(a in world.holder, "forgotten but on the device")
     world.read_ahead.discard(a)
 
 
-def _take_slot(world: World, a: int, command: commands.TakeSlot) -> None:
+def judge_TakeSlot(world: World, a: int, command: commands.TakeSlot) -> None:
     grant, setting = command.grant, world.setting
     forbid(world.closed, "a slot was claimed after close")
     forbid(a in world.holder, "a second slot of one adapter")
@@ -89,7 +88,7 @@ def _take_slot(world: World, a: int, command: commands.TakeSlot) -> None:
     forbid(early, "a prefetch whose file is on the way took a slot")
 
 
-def _start_copy(world: World, a: int, command: commands.Copy) -> None:
+def judge_Copy(world: World, a: int, command: commands.Copy) -> None:
     group = command.group
     forbid(a not in world.holder, "a copy without a slot")
     forbid(group not in world.readable.get(a, frozenset()), "a copy of bytes that are not here")
@@ -121,7 +120,7 @@ def _overlap(some: tuple[Extent, ...], others: tuple[Extent, ...]) -> bool:
     )
 
 
-def _wipe(world: World, a: int, command: commands.Wipe) -> None:
+def judge_Wipe(world: World, a: int, command: commands.Wipe) -> None:
     forbid(world.dirty.get(a) != command.grant, "zeroed, but nothing broke")
     forbid(world.holder.get(a) != command.grant, "another's bytes were zeroed")
     forbid(a in world.wiping, "zeroed twice at once")
@@ -135,7 +134,7 @@ def _forbid_use(world: World, a: int, deed: str) -> None:
     forbid(a in world.orphan_uses, f"a slot was {deed} under a kernel")
 
 
-def _clear_column(world: World, a: int, command: commands.ClearColumn) -> None:
+def judge_ClearColumn(world: World, a: int, command: commands.ClearColumn) -> None:
     _forbid_use(world, a, "freed")
     forbid(world.pins.get(a), "a slot was freed under a pin")
     forbid(a not in world.told, "a slot was freed before it was told to be leaving")
@@ -146,7 +145,7 @@ def _clear_column(world: World, a: int, command: commands.ClearColumn) -> None:
     world.told.discard(a)
 
 
-def _serve(world: World, a: int, command: commands.Serve) -> None:
+def judge_Serve(world: World, a: int, command: commands.Serve) -> None:
     holder, tier, foreground = world.waiting.pop(command.waiter)
     del world.since[command.waiter]
     assert holder == a
@@ -172,20 +171,20 @@ def _in_host(world: World, a: int) -> bool:
     return a in world.held | world.read_ahead or len(groups) == len(world.setting.sizes[a])
 
 
-def _fail(world: World, _: int, command: commands.Fail) -> None:
+def judge_Fail(world: World, _: int, command: commands.Fail) -> None:
     for waiter in command.waiters:
         del world.waiting[waiter], world.since[waiter]
     if isinstance(command.error, CapacityError) and command.error.retryable:
         forbid(not any(world.pins.values()), "pinned out, but nothing is pinned")
 
 
-def _break_slot(world: World, a: int, _: commands.BreakSlot) -> None:
+def judge_BreakSlot(world: World, a: int, _: commands.BreakSlot) -> None:
     world.broken.add(a)
     world.dirty[a] = world.holder[a]
     world.pins.pop(a, None)
 
 
-def _tell_leaving(world: World, a: int, command: commands.TellLeaving) -> None:
+def judge_TellLeaving(world: World, a: int, command: commands.TellLeaving) -> None:
     forbid(world.holder.get(a) != command.grant, "told to leave without a slot")
     forbid(a in world.told, "told twice to be leaving")
     forbid(world.pins.get(a), "told to be leaving under a pin")
@@ -205,19 +204,19 @@ def _starves(world: World, a: int) -> bool:
     )
 
 
-def _tell_stays(world: World, a: int, command: commands.TellStays) -> None:
+def judge_TellStays(world: World, a: int, command: commands.TellStays) -> None:
     forbid(world.holder.get(a) != command.grant, "told to stay without a slot")
     forbid(a not in world.told, "told to stay, but never to be leaving")
     forbid(world.closed, "told to stay after close")
     world.told.discard(a)
 
 
-def _tell_ready(world: World, a: int, command: commands.TellReady) -> None:
+def judge_TellReady(world: World, a: int, command: commands.TellReady) -> None:
     missing = set(range(command.watermark)) - world.on_device[a]
     forbid(missing, "a layer was told before its bytes, or those before it")
 
 
-def _tell_unloaded(world: World, a: int, command: commands.TellUnloaded) -> None:
+def judge_TellUnloaded(world: World, a: int, command: commands.TellUnloaded) -> None:
     forbid(not world.unloads.get(a), "unloaded, but nobody asked for it")
     forbid(a in world.holder, "unloaded, but on the device")
     forbid(a in world.populating or a in world.held, "unloaded, but in host memory")
@@ -226,26 +225,6 @@ def _tell_unloaded(world: World, a: int, command: commands.TellUnloaded) -> None
     forbid(kept, "unloaded, but its image is kept")
     world.unloads[a] = 0
     world.forget_content(a)
-
-
-_JUDGES: dict[type[commands.Command], Callable[..., None]] = {
-    commands.Fetch: _fetch,
-    commands.CancelFetch: _cancel_fetch,
-    commands.Populate: _populate,
-    commands.Release: _release,
-    commands.Forget: _forget,
-    commands.TakeSlot: _take_slot,
-    commands.Copy: _start_copy,
-    commands.Wipe: _wipe,
-    commands.ClearColumn: _clear_column,
-    commands.Serve: _serve,
-    commands.Fail: _fail,
-    commands.BreakSlot: _break_slot,
-    commands.TellLeaving: _tell_leaving,
-    commands.TellStays: _tell_stays,
-    commands.TellReady: _tell_ready,
-    commands.TellUnloaded: _tell_unloaded,
-}
 
 
 def _check_between_steps(world: World) -> None:
