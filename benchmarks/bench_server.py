@@ -23,7 +23,7 @@ from cold_stage import Base
 from harness import SEED, WrongBytesError, run_on
 from lorax_async import AdapterLoader, AdapterScheduler, LoaderConfig
 from lorax_async.engines.transformers import attach
-from lorax_async.server.decoding.transformers_decoder import TransformersDecoder
+from lorax_async.server.decoder import TransformersDecoder
 from lorax_async.server.engine import Engine
 from lorax_async.server.generation import Generation, Sampling
 from times import Line, Times, print_lines, verdict

@@ -84,8 +84,8 @@ class LoaderConfig:
     host_bytes
         Budget of the host tier: file pages below immutable `LocalRoot`s that are held in memory.
     memory_bytes
-        Budget of adapters that were given as tensors: copies in host memory, kept until they are
-        unloaded or replaced, or spilled.
+        Budget of copies in host memory: of adapters that were given as tensors, until they are
+        unloaded, replaced or spilled, and of merges, until others need the room.
     spill
         Let those that were used longest ago go on in `cache_dir`, within `cache_bytes`, where a new
         one finds no room in `memory_bytes`; False writes no tensors to the disk.

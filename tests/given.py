@@ -1,15 +1,25 @@
-"""Tiny adapters that are given as tensors, and what a loader has of them."""
+"""Tiny adapters that are given as tensors, and loaders that have memory for few of them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 import tiny
-from lorax_async import AdapterHandle, AdapterLoader
-from lorax_async.adapter import AdapterId
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig
+from lorax_async.adapter import AdapterId, AdapterKey
+from lorax_async.testing import FakeSource
+from tiny_sources import WEIGHTS
+
+FILE = 14_500
+"""Bytes of a tiny F32 adapter of rank 4 with its header, and less than 300 more."""
+
+FILLERS = [f"filler {number}" for number in range(4)]
+"""Other adapters that the source of a `roomy` loader has: as many as there are slots."""
 
 
 def assert_holds(handle: AdapterHandle, given: dict[str, torch.Tensor]) -> None:
@@ -55,3 +65,35 @@ def acquired(there: AdapterLoader, name: str | Path = "mine") -> AdapterHandle:
     handle = there.try_acquire(name)
     assert handle is not None
     return handle
+
+
+def roomy(folder: Path, files: float, **settings: Any) -> AdapterLoader:
+    """A loader with memory for this many tiny adapters, and a disk cache in `folder`."""
+    plain: dict[str, Any] = {
+        "device_bytes": 1 << 20,
+        "max_slots": len(FILLERS),
+        "io_threads": 2,
+        "timeout": 20,
+        "memory_bytes": int(files * FILE),
+        "cache_dir": folder,
+    }
+    source = FakeSource()
+    for number, name in enumerate(FILLERS):
+        weights = safetensors.torch.save(tiny.tensors(1000 + number))
+        source.put(name, json.dumps(tiny.config()).encode(), weights)
+    return AdapterLoader(tiny.layout(), LoaderConfig(**(plain | settings)), source=source)
+
+
+def entries(folder: Path) -> list[Path]:
+    """The adapters in a disk cache, whole or on their way there."""
+    return [file.parent for file in folder.rglob(WEIGHTS)]
+
+
+def in_memory(there: AdapterLoader) -> set[AdapterKey]:
+    return {key for key, found in there.residency().items() if found.host_bytes}
+
+
+async def off_device(there: AdapterLoader) -> None:
+    """Other adapters take the slots of whatever nobody holds."""
+    for name in FILLERS:
+        (await there.load(name)).release()

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_inputs import CONFIG, begun, is_there, keep, put
-from disk_cache_world import DiskWorld, nothing_odd, opened
+from disk_cache_world import CONFIG, DiskWorld, begun, is_there, keep, nothing_odd, opened, put
 from fault_server import Asked, Client, FaultServer, until
 from hub_stand_in import HubStandIn, sha256
 from safetensors.torch import save_file

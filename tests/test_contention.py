@@ -564,7 +564,7 @@ def _nothing_is_left(world: World) -> None:
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 QUICK = settings(
-    max_examples=12,
+    max_examples=50,
     derandomize=True,
     database=None,
     deadline=None,

@@ -17,6 +17,7 @@ import torch
 import sharded
 import tiny
 from common import open_files, until
+from given import give, used
 from lorax_async import (
     AdapterKey,
     AdapterLoader,
@@ -34,7 +35,7 @@ from lorax_async.testing import FakeReader, Step
 from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
 from sweeping import cancel_at, count_steps, local_bench, released
 from tiny_loaders import loader
-from tiny_sources import WEIGHTS, is_resident, over, state, stocked, where
+from tiny_sources import WEIGHTS, over, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -68,6 +69,7 @@ DENSITY = "needs a density above 0 and up to 1, not"
         (("linear", ["one", 2], [1, 1]), r"refs\[1\]: an adapter id is a str or .*, not int"),
         (("linear", ["one", Merge("linear", TWO, [1, 1])], [1, 1]), r"refs\[1\] is a merge itself"),
         (("linear", [MERGED], [1]), r"refs\[0\] is a merge itself"),
+        (("linear", [None], [1]), r"refs\[0\]: an adapter id"),
         *((("linear", TWO, weights), NUMBERS) for weights in ([1], [1, 1, 1], 1, None)),
         (("linear", TWO, [-inf, 1]), r"weights\[0\] is a finite number"),
         (("linear", TWO, [1, nan]), r"weights\[1\] is a finite number that float32 holds, not nan"),
@@ -96,13 +98,9 @@ DENSITY = "needs a density above 0 and up to 1, not"
     ids=lambda value: None if isinstance(value, tuple) else str(value)[:40],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(given: tuple[Any, ...], problem: str) -> None:
-    with pytest.raises(errors.UsageError, match=problem):
+    kind = errors.InvalidAdapterIdError if "0\\]: an" in problem else errors.UsageError
+    with pytest.raises(kind, match=problem):
         Merge(*given)
-
-
-def test_a_part_that_is_no_id_keeps_its_kind_of_error() -> None:
-    with pytest.raises(errors.InvalidAdapterIdError, match=r"refs\[0\]: an adapter id"):
-        Merge("linear", [None], [1])  # type: ignore[list-item]
 
 
 def test_a_merge_is_a_value_and_an_id() -> None:
@@ -125,34 +123,27 @@ def test_a_merge_is_a_value_and_an_id() -> None:
     assert len(Merge("linear", ["a"] * MAX_PARTS, [0.5] * MAX_PARTS).parts) == MAX_PARTS
 
 
-OTHERS = [
-    Merge("linear", ["two", "one"], [1, 0.5]),
-    Merge("linear", ["one", "two"], [1, 0.25]),
-    Merge("ties", ["one", "two"], [1, 0.5], density=0.5),
-    Merge("ties", ["one", "two"], [1, 0.5], density=0.25),
-    Merge("ties", ["one", "two"], [1, 0.5], density=0.5, majority_sign="frequency"),
-    Merge("dare_ties", ["one", "two"], [1, 0.5], density=0.5),
-    Merge("dare_ties", ["one", "two"], [1, 0.5], density=0.5, seed=1),
-]
-
-
 def test_keys_of_merges_are_equal_where_the_bytes_would_be() -> None:
     """Whatever the parts were called, and not by their texts alone."""
-    parts = {"one": key("one", 1, 2), "two": key("two", 3, 4)}
+    one, two = parts = [key("one", 1, 2), key("two", 3, 4)]
     merge = Merge("linear", ["one", "two"], [1, 0.5])
-    first = MergedKey.of(merge, list(parts.values()))
+    first = MergedKey.of(merge, parts)
     by_path = Merge("linear", [Path("somewhere/one"), AdapterRef("two", token="t")], [1, 0.5])
-    second = MergedKey.of(by_path, list(parts.values()))
-    assert first == second
-    assert hash(first) == hash(second)
+    assert MergedKey.of(by_path, parts) == first
+    assert hash(MergedKey.of(by_path, parts)) == hash(first)
     assert first != AdapterKey(first.location, first.files)
-    saved_again = MergedKey.of(merge, [key("one", 1, 2), key("two", 3, 5)])
+    saved_again = MergedKey.of(merge, [one, key("two", 3, 5)])
     assert (saved_again.location, saved_again != first) == (first.location, True)
-    keys = {
-        MergedKey.of(m, [parts[p.text] for p in m.parts if isinstance(p, AdapterRef)])
-        for m in OTHERS
-    }
-    assert len(keys | {first}) == len(OTHERS) + 1
+    recipes: list[tuple[Any, ...]] = [
+        ("linear", [1, 0.25]),
+        ("ties", [1, 0.5], 0.5),
+        ("ties", [1, 0.5], 0.25),
+        ("ties", [1, 0.5], 0.5, "frequency"),
+        ("dare_ties", [1, 0.5], 0.5),
+        ("dare_ties", [1, 0.5], 0.5, "total", 1),
+    ]
+    others = {MergedKey.of(Merge(kind, ["one", "two"], *rest), parts) for kind, *rest in recipes}
+    assert len(others | {first, MergedKey.of(merge, [two, one])}) == len(recipes) + 2
     assert str(MERGED) == "linear(1.0 * /adapters/one, 1.0 * /adapters/two)"
     assert MERGED.files == key("one", 1, 2, 3, 4).files
 
@@ -160,13 +151,14 @@ def test_keys_of_merges_are_equal_where_the_bytes_would_be() -> None:
 # -- as any adapter ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cpu", "simulated"])
-@pytest.mark.parametrize("merge", BOTH)
-async def test_a_merge_is_computed_once_for_all_and_anew_after_it_was_evicted(
+@pytest.mark.parametrize(("merge", "device"), [(HALVES, "simulated"), (DROPPED, "cpu")])
+async def test_a_merge_is_computed_once_for_all_and_comes_back_the_same(
     tmp_path: Path, merge: Merge, device: str
 ) -> None:
+    """From memory, or computed anew where tensors took its room."""
     source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=1, device=device) as there:
+    settings = {"max_slots": 1, "device": device, "memory_bytes": 2 * part_bytes()}
+    async with over(source, cache_dir=tmp_path / "cache", **settings) as there:
         handles = await asyncio.gather(*(there.load(merge) for _ in range(20)))
         assert len({handle.slot for handle in handles}) == 1
         assert source.counts.bytes_read == part_bytes()
@@ -177,10 +169,17 @@ async def test_a_merge_is_computed_once_for_all_and_anew_after_it_was_evicted(
             handle.release()
         assert source.counts.open_readers == 0
         (await there.load("c")).release()
-        assert not is_resident(there, merge)
-        async with await there.load(merge) as handle:
+        assert (where(there, merge).tier, where(there, merge).state) == ("host", "held")
+        async with await there.load(merge) as handle, there.stream(merge) as streamed:
             assert_same(weights_of(handle), before)
-        assert there.statistics().fetches == 2, "it was not planned again"
+            assert streamed.slot == handle.slot
+        assert (there.statistics().fetches, source.counts.opens) == (2, 3)
+        for number in range(3):
+            (await give(there, number, str(number))).release()
+        async with there.stream(merge) as handle:
+            await handle.layer_ready(tiny.LAYERS - 1)
+            assert_same(weights_of(handle), before)
+        assert source.counts.bytes_read > 2 * part_bytes(), "it was computed anew"
         assert source.counts.open_readers == 0
 
 
@@ -205,35 +204,14 @@ async def test_equal_recipes_are_one_adapter(tmp_path: Path) -> None:
             assert_halves(handle, tmp_path)
 
 
-async def test_a_merge_leaves_an_io_thread_to_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = stocked(tmp_path, "a", "b", "c")
-    began, go_on, read = Event(), Event(), FakeReader.read_into
-
-    def slowly(self: FakeReader, buffers: Sequence[memoryview], offset: int) -> None:
-        if self.version.id != "c":
-            began.set()
-            assert go_on.wait(20)
-        read(self, buffers, offset)
-
-    monkeypatch.setattr(FakeReader, "read_into", slowly)
-    async with over(source, io_threads=2) as there:
-        merging = asyncio.create_task(there.load(HALVES))
-        await until(began.is_set)
-        async with await there.load("c") as handle:
-            tiny.assert_equal_to_file(handle, tmp_path / "c")
-        assert not merging.done()
-        go_on.set()
-        (await merging).release()
-
-
 async def test_a_merge_is_prefetched_pinned_tried_and_unloaded(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b", "c")
     async with over(source, max_slots=2) as there:
         assert there.try_acquire(HALVES) is None
         await there.prefetch(HALVES, tier="host")
-        assert where(there, HALVES).host_bytes == 0, "its parts are read ahead, and not held"
+        found = where(there, HALVES)
+        assert (found.tier, found.host_bytes) == ("host", used(there))
+        assert used(there) > part_bytes()
         await there.pin(HALVES)
         for name in ("a", "b", "c"):
             (await there.load(name)).release()
@@ -245,18 +223,20 @@ async def test_a_merge_is_prefetched_pinned_tried_and_unloaded(tmp_path: Path) -
         assert there.unpin(HALVES)
         assert not there.unpin(HALVES)
         await there.unload(HALVES)
-        assert state(there, HALVES) in {"nowhere", "present"}
+        assert (state(there, HALVES), used(there)) == ("nowhere", 0)
         assert there.try_acquire(HALVES) is None
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", WEIGHTS])
-async def test_a_part_that_changed_before_a_reload_is_named(tmp_path: Path, file: str) -> None:
+async def test_a_part_that_changed_before_it_is_computed_anew_is_named(
+    tmp_path: Path, file: str
+) -> None:
     for seed, name in enumerate("abc"):
         tiny.write(tmp_path / name, seed)
     async with loader(max_slots=1) as there:
         async with await there.load(at(tmp_path)) as handle:
             key = handle.key
-        (await there.load(tmp_path / "c")).release()
+        await there.unload(key)
         changed = tmp_path / "b" / file
         changed.write_bytes(changed.read_bytes())
         with pytest.raises(errors.IntegrityError, match=r"part 2 \('b'\): .* was changed"):
@@ -264,25 +244,6 @@ async def test_a_part_that_changed_before_a_reload_is_named(tmp_path: Path, file
         async with await there.load(at(tmp_path)) as handle:
             assert handle.key != key
             assert_halves(handle, tmp_path)
-
-
-@pytest.mark.parametrize("merge", BOTH)
-async def test_layers_are_ready_as_their_parts_arrive(tmp_path: Path, merge: Merge) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with over(source) as there:
-        source.hold("b")
-        source.allow("b", 0, 1)
-        async with there.stream(merge) as handle:
-            await handle.layer_ready(1, timeout=10)
-            assert not handle.is_ready(2)
-            with pytest.raises(errors.UsageError, match="layer 2 is not here yet"):
-                _ = handle.modules["model.layers.2.mlp.up_proj"]
-            source.allow("b")
-            await handle.layer_ready(tiny.LAYERS - 1, timeout=10)
-            streamed = weights_of(handle)
-        await there.unload(merge)
-        async with await there.load(merge) as handle:
-            assert_same(weights_of(handle), streamed)
 
 
 MERGES = [
@@ -336,13 +297,14 @@ async def test_a_part_that_is_missing_or_not_allowed_is_named(tmp_path: Path) ->
 
 REFUSED = [
     ({"use_dora": True}, errors.LoraxError, r"part 2 \('.*b'\): .*has no magnitude"),
+    (
+        {"use_dora": True, "lora_magnitude_vector": True},
+        errors.UnsupportedAdapterError,
+        r"part 2 \('.*b'\): tensor '.*lora_magnitude_vector' is of more than plain LoRA",
+    ),
     ({"bias": "all"}, errors.UnsupportedAdapterError, r"part 2 \('.*b'\): .*trained biases"),
     ({"lora_alpha": None}, errors.LoraxError, r"part 2 \('.*b'\): .*lora_alpha"),
-    (
-        {"rank": 3},
-        errors.IncompatibleAdapterError,
-        "layers.0.self_attn.q_proj.*equal ranks.*4 and 3",
-    ),
+    ({"r": 3}, errors.IncompatibleAdapterError, "layers.0.self_attn.q_proj.*equal ranks.*4 and 3"),
 ]
 
 
@@ -350,31 +312,22 @@ REFUSED = [
 async def test_a_part_that_is_refused_is_named(
     tmp_path: Path, config: dict[str, Any], kind: type[errors.LoraxError], problem: str
 ) -> None:
-    source = stocked(tmp_path, "a", "b")
-    source.put("b", *tiny.files(tiny.write(tmp_path / "b", 1, **config)))
+    source, tensors = stocked(tmp_path, "a", "b"), tiny.tensors(1, config.get("r", 4))
+    magnitudes = "lora_magnitude_vector" in config
+    for module in {name.partition(".lora_")[0] for name in tensors} if magnitudes else ():
+        tensors[f"{module}.lora_magnitude_vector"] = torch.ones(2 * tiny.HIDDEN)
+    members = {name: value for name, value in config.items() if name != "lora_magnitude_vector"}
+    written = json.dumps(tiny.config(**members)).encode()
+    source.put("b", written, safetensors.torch.save(tensors))
     async with over(source) as there:
         with pytest.raises(kind, match=problem) as caught:
             await there.load(DROPPED)
-        assert caught.value.id == DROPPED.text
-        assert caught.value.stage == "verify"
+        assert (caught.value.id, caught.value.stage) == (DROPPED.text, "verify")
         assert source.counts.open_readers == 0
         async with await there.load("a") as handle:
             tiny.assert_equal_to_file(handle, tmp_path / "a")
-
-
-async def test_a_part_that_is_not_plain_lora_is_named(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
-    tensors = tiny.tensors(1)
-    for name in list(tensors):
-        module = name.partition(".lora_")[0]
-        tensors[f"{module}.lora_magnitude_vector"] = torch.ones(2 * tiny.HIDDEN)
-    config = json.dumps(tiny.config(use_dora=True)).encode()
-    source.put("b", config, safetensors.torch.save(tensors))
-    async with over(source) as there:
-        problem = r"part 2 \('.*b'\): tensor '.*lora_magnitude_vector' is of more than plain LoRA"
-        with pytest.raises(errors.UnsupportedAdapterError, match=problem):
-            await there.load(HALVES)
-        (await there.load("b")).release()  # which alone is as good as any
+        if magnitudes:
+            (await there.load("b")).release()  # which alone is as good as any
 
 
 async def test_the_limits_hold_for_the_whole_merge(tmp_path: Path) -> None:
@@ -401,7 +354,7 @@ async def test_a_part_that_fails_is_named(tmp_path: Path, merge: Merge, step: St
     source = stocked(tmp_path, "a", "b")
     async with over(source) as there:
         end = len(tiny.files(tmp_path / "b")[1]) - 1
-        at = {"bring": 2, "read": end}.get(step, 0)
+        at = end if step == "read" else 0
         source.fail(step, errors.FetchError("ordered"), id="b", at=at)
         with pytest.raises(errors.FetchError, match=r"part 2 \('(memory:)?b'\): ordered"):
             await there.load(merge)
@@ -429,20 +382,61 @@ async def test_a_merge_cancelled_at_every_await(tmp_path: Path, merge: Merge) ->
             (await bench.load()).release()
 
 
-async def test_a_loader_that_closes_while_a_merge_is_reopened(tmp_path: Path) -> None:
-    """A reload opens its parts by way of the loop, while an I/O thread waits."""
-    source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=1) as there:
-        (await there.load(HALVES)).release()
-        (await there.load("c")).release()
+async def test_a_loader_that_closes_while_merges_wait_for_parts_and_room(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b")
+    async with over(source, memory_bytes=part_bytes() + 2000) as there:
         source.hold("b")
-        task = asyncio.create_task(there.load(HALVES))
-        await until(lambda: source.counts.brings >= 5)
-        closing = asyncio.create_task(there.close())
-        await asyncio.sleep(0.02)
-        assert not closing.done(), "a copy in flight is waited for"
-        source.allow("b")
-        with pytest.raises(errors.LoaderClosedError):
-            await task
-        await closing
+        tasks = [asyncio.create_task(there.load(merge)) for merge in (HALVES, DROPPED)]
+        await until(lambda: (source.counts.brings, source.counts.opens) == (2, 4))
+        await there.close()
+        for task in tasks:
+            with pytest.raises(errors.LoaderClosedError):
+                await task
+        assert used(there) == 0
     assert source.counts.open_readers == 0
+
+
+async def test_a_merge_that_is_computed_holds_up_no_load_and_ends_with_the_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, began, go_on, read = (
+        stocked(tmp_path, "a", "b", "c"),
+        Event(),
+        Event(),
+        FakeReader.read_into,
+    )
+
+    def slowly(self: FakeReader, buffers: Sequence[memoryview], offset: int) -> None:
+        if self.version.id != "c":
+            began.set()
+            assert go_on.wait(20)
+        read(self, buffers, offset)
+
+    monkeypatch.setattr(FakeReader, "read_into", slowly)
+    async with over(source, io_threads=1) as there:
+        merging = asyncio.create_task(there.load(HALVES))
+        await until(began.is_set)
+        async with await there.load("c") as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "c")
+        closing = asyncio.create_task(there.close())
+        with pytest.raises(errors.LoaderClosedError):
+            await merging
+        assert used(there) > 0, "the thread has its memory"
+        go_on.set()
+        await closing
+        assert used(there) == 0
+    assert source.counts.open_readers == 0
+
+
+async def test_merges_wait_for_the_room_of_others(tmp_path: Path) -> None:
+    """And one that has no room at all says what to raise."""
+    async with over(stocked(tmp_path, "a", "b"), memory_bytes=part_bytes() + 2000) as there:
+        merges = [Merge("linear", ["a", "b"], [n, 1]) for n in range(6)]
+        for handle in await asyncio.gather(*(there.load(merge) for merge in merges[:4])):
+            assert handle.resident
+            handle.release()
+        (await there.load(merges[4])).release()
+    async with over(stocked(tmp_path, "a", "b"), memory_bytes=part_bytes()) as there:
+        with pytest.raises(errors.CapacityError, match="memory_bytes") as caught:
+            await there.load(HALVES)
+        assert (caught.value.id, caught.value.retryable) == (HALVES.text, False)

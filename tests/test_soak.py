@@ -44,11 +44,10 @@ from lorax_async import (
 )
 from lorax_async.adapter import AdapterKey, AdapterRef
 from lorax_async.config import Limits
-from lorax_async.core.cache_names import partial_name
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.core.policies import policy
 from lorax_async.core.retries import Retries
-from lorax_async.io.cache import upkeep
+from lorax_async.io.cache import maintenance
 from lorax_async.io.disk_cache import DiskCache
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings, Timeouts
@@ -573,10 +572,8 @@ def require_nothing_left(setting: Setting) -> None:
         ("tasks", [task.get_name() for task in tasks]),
         ("threads", threads),
         ("staging buffers", [ring for ring in rings if ring.free < ring.buffers]),
-        ("locks", _listed(setting.folder / "locks")),
         ("trash", _listed(setting.folder / "trash")),
         ("answers half written", [n for n in _listed(setting.folder / "answers") if "." in n]),
-        ("partials in use", [n for n in _listed(setting.folder / "partials") if _is_used(n)]),
     ):
         if left:
             raise SoakError(f"{what} are left: {left}")
@@ -588,7 +585,10 @@ def require_right_on_disk(setting: Setting) -> int:
     try:
         if cache.used() > setting.cache_bytes:
             raise SoakError(f"{cache.used():,} bytes are left of {setting.cache_bytes:,}")
-        entries = list(upkeep.verify(cache))
+        in_use = [each.name for each in maintenance.ls(cache) if each.in_use]
+        if in_use:
+            raise SoakError(f"entries or downloads are in use still: {in_use}")
+        entries = list(maintenance.verify(cache))
     finally:
         cache.close()
     for entry in entries:
@@ -603,11 +603,6 @@ def require_right_on_disk(setting: Setting) -> int:
 
 def _listed(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def _is_used(name: str) -> bool:
-    found = partial_name(name)
-    return found is None or found.owner is not None
 
 
 def play(

@@ -27,8 +27,8 @@ from lorax_async.core.policies import policy
 from lorax_async.errors import InvalidAdapterIdError, UsageError, shorten
 from lorax_async.identity import AdapterRef
 from lorax_async.ids.parsing import parsed
-from lorax_async.io.cache import upkeep
-from lorax_async.io.cache.upkeep import Freed, Listed, Verified
+from lorax_async.io.cache import maintenance
+from lorax_async.io.cache.maintenance import Freed, Listed, Verified
 from lorax_async.io.disk_cache import DiskCache
 
 SHOWN = 12
@@ -77,7 +77,7 @@ def add_to(add: AddParser) -> None:
 
 def _ls(arguments: argparse.Namespace, screen: Screen) -> int:
     with _opened(arguments) as (folder, cache):
-        listed = [] if cache is None else upkeep.ls(cache)
+        listed = [] if cache is None else maintenance.ls(cache)
         total = sum(each.nbytes for each in listed)
         if arguments.json:
             entries = [_as_json(each) for each in listed]
@@ -168,7 +168,7 @@ def _verify(arguments: argparse.Namespace, screen: Screen) -> int:
 
 
 def _verified(cache: DiskCache, screen: Screen) -> list[Verified]:
-    sizes = {each.name: each.nbytes for each in upkeep.ls(cache) if not each.is_partial}
+    sizes = {each.name: each.nbytes for each in maintenance.ls(cache) if not each.is_partial}
     found: list[Verified] = []
     with screen.bars() as bars:
 
@@ -178,7 +178,7 @@ def _verified(cache: DiskCache, screen: Screen) -> list[Verified]:
             bars.update(0, "hashing", done, sum(sizes.values()), state)
 
         show()
-        for verified in upkeep.verify(cache):
+        for verified in maintenance.verify(cache):
             found.append(verified)
             show()
     return found
@@ -193,12 +193,12 @@ def _rm(arguments: argparse.Namespace, screen: Screen) -> int:
     with _opened(arguments) as (folder, cache):
         for name in dict.fromkeys(arguments.names):
             try:
-                meant = _meant(name, () if cache is None else upkeep.ls(cache))
+                meant = _meant(name, () if cache is None else maintenance.ls(cache))
             except UsageError as error:
                 problems.append(error.problem)
                 continue
             for each in meant:
-                if cache is not None and upkeep.rm(cache, each.name):
+                if cache is not None and maintenance.rm(cache, each.name):
                     removed.append(each)
                 else:
                     problems.append(f"{each.name[:SHOWN]} is in use, and stays")
@@ -248,7 +248,7 @@ def _asked(text: str) -> AdapterRef:
 def _gc(arguments: argparse.Namespace, screen: Screen) -> int:
     budget = sys.maxsize if arguments.bytes is None else arguments.bytes
     with _opened(arguments, budget) as (folder, cache):
-        freed = Freed(0, 0, 0) if cache is None else upkeep.gc(cache)
+        freed = Freed(0, 0, 0) if cache is None else maintenance.gc(cache)
         left = 0 if cache is None else cache.used()
     if arguments.json:
         removed = {"entries": freed.entries, "partials": freed.partials, "bytes": freed.nbytes}

@@ -22,6 +22,7 @@ from lorax_async.commands.arguments import (
     add_base,
     add_command,
     as_size,
+    number_from,
 )
 from lorax_async.commands.measure import run_on_uvloop
 from lorax_async.commands.places import (
@@ -42,14 +43,14 @@ from lorax_async.io.sources.local_folder import CONFIG, find_adapter
 from lorax_async.io.sources.local_ids import parse_place
 
 if TYPE_CHECKING:
-    from lorax_async.server.assembly import Base, Capacity
+    from lorax_async.server.service import Base, Capacity
     from lorax_async.server.settings import ServerSettings
 
 ADMIN_TOKEN = "LORAX_ADMIN_TOKEN"  # noqa: S105 - the variable's name
 PORT = 8000
 SWITCH_SECONDS = 0.0005
-"""For how long a thread may keep the interpreter from the loop's: Python's own 5 ms are as long as
-a whole token's budget of bookkeeping, and several threads wait in turn."""
+"""How long a thread may hold the GIL while the event loop waits: Python's 5 ms are a token's whole
+budget of bookkeeping, and several threads wait in turn."""
 
 
 def add_to(add: AddParser) -> None:
@@ -102,7 +103,11 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
 def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="to listen at (default: %(default)s)")
     parser.add_argument(
-        "--port", type=as_port, default=PORT, metavar="N", help="0 is any (default: %(default)s)"
+        "--port",
+        type=number_from(0, 65535),
+        default=PORT,
+        metavar="N",
+        help="0 is any (default: %(default)s)",
     )
     parser.add_argument(
         "--allowed-hosts",
@@ -155,15 +160,8 @@ def _add_room(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def as_port(text: str) -> int:
-    """For argparse."""
-    if not (text.isascii() and text.isdecimal() and int(text) < 1 << 16):
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; it is from 0 to 65535")
-    return int(text)
-
-
 def as_share(text: str) -> float:
-    """For argparse."""
+    """Parse a share, for argparse."""
     try:
         share = float(text)
     except ValueError:
@@ -175,7 +173,7 @@ def as_share(text: str) -> float:
 
 def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
     try:
-        from lorax_async.server.assembly import Base, Capacity  # noqa: PLC0415 - what others need not
+        from lorax_async.server.service import Base, Capacity  # noqa: PLC0415 - of the extra `serve`
         from lorax_async.server.settings import ServerSettings  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(f"{error}; run: pip install 'lorax-async[serve]'") from error
@@ -215,9 +213,9 @@ def _serve(arguments: argparse.Namespace, screen: Screen) -> int:
 
 
 def _require_ready(arguments: argparse.Namespace) -> tuple[str, ...] | None:
-    """Return by which names the server may be called; None is any.
+    """Return the names by which the server may be called; None is any.
 
-    Raises `ConfigError` for what would end the start only after the base model was loaded.
+    Raise `ConfigError` for faults that would otherwise show after the base model was loaded.
     """
     from lorax_async.server.warm_list import read_warm_list  # noqa: PLC0415
 
@@ -230,11 +228,11 @@ def _require_ready(arguments: argparse.Namespace) -> tuple[str, ...] | None:
 def hosts_of(
     listener: socket.socket, host: str, given: Sequence[str] | None
 ) -> tuple[str, ...] | None:
-    """Return those given, or else this machine's own where only this machine can connect.
+    """Return `given`, or this machine's own names if only this machine can connect.
 
-    There nobody is meant to call it by another name, but a page in a browser here can.
+    A page in a browser of this machine could use another name (DNS rebinding).
     """
-    from lorax_async.server.host_names import LOOPBACK  # noqa: PLC0415
+    from lorax_async.server.hosts import LOOPBACK  # noqa: PLC0415
 
     if given is not None:
         return tuple(given)
@@ -253,13 +251,13 @@ def _listener(arguments: argparse.Namespace) -> socket.socket:
 
 
 def as_application() -> None:
-    """What only the owner of a process may decide: this one is the server's own."""
+    """Make settings of the whole process: the command owns it."""
     import torch  # noqa: PLC0415
 
     sys.setswitchinterval(SWITCH_SECONDS)
-    # The loop and the loader's threads need a core as well, or each token waits for theirs.
+    # Leave cores to the event loop and the loader's threads, or tokens wait for them.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    # Else each full collection looks at all of the libraries, for tenths of a second, on the loop.
+    # Exempt the libraries from collections, which would stop the loop for tenths of a second.
     gc.collect()
     gc.freeze()
 
@@ -272,11 +270,11 @@ async def _run(
     settings: ServerSettings,
     capacity: Capacity,
 ) -> None:
-    from lorax_async.server.assembly import assembled  # noqa: PLC0415
+    from lorax_async.server.service import open_service  # noqa: PLC0415
     from lorax_async.server.serving import serve  # noqa: PLC0415
 
     with _listener(arguments) as listener:
-        async with assembled(base, config, settings, capacity, arguments.warm) as service:
+        async with open_service(base, config, settings, capacity, arguments.warm) as service:
             await serve(
                 service, listener, ready=lambda: _tell(listener, settings, arguments.json, screen)
             )
@@ -294,14 +292,14 @@ def _tell(listener: socket.socket, settings: ServerSettings, as_json: bool, scre
 
 
 def how_to_serve(adapters: Path) -> tuple[str, str]:
-    """Two lines for a shell in this folder: one that serves the demo's adapters, one that asks."""
+    """Return two shell commands for this folder: serve the demo's adapters, and ask one."""
     program = os.path.relpath(Path(sys.executable).with_name("lorax-async"))
     serving = shlex.join([program, "serve", "--base", "smollm2", "--adapters", str(adapters)])
     return serving, curl(f"http://127.0.0.1:{PORT}", "pirate")
 
 
 def curl(url: str, model: str) -> str:
-    """One line that asks."""
+    """Return a shell command that asks a model."""
     asked = {"model": model, "messages": [{"role": "user", "content": "What is ice?"}]}
     return shlex.join(
         [
@@ -312,7 +310,7 @@ def curl(url: str, model: str) -> str:
 
 
 def named(given: Sequence[str]) -> dict[str, AdapterId]:
-    """The adapters of `--adapters`, by name. Raises `ConfigError`."""
+    """Return the adapters of `--adapters` by name. Raise `ConfigError`."""
     found: dict[str, AdapterId] = {}
     for text in given:
         name, separator, place = text.partition("=")
@@ -345,7 +343,7 @@ def _places(name: str, place: str) -> list[tuple[str, AdapterId]]:
 
 
 def _require_adapter(folder: Path) -> None:
-    """Raise `ConfigError` where there are no files of an adapter. Reads none of them."""
+    """Raise `ConfigError` for a folder without an adapter's files, which are not read."""
     if not folder.is_dir():
         raise ConfigError(
             f"--adapters: there is no folder {folder}; an adapter on the hub is org/name"

@@ -1,4 +1,4 @@
-"""What an entry of the disk cache says of itself: `record.json`, written before it is published."""
+"""`record.json`: the files and digests of a cache entry, written before it is published."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorax_async.core.strict_json import parse_object
 from lorax_async.errors import AdapterFormatError, UsageError, shorten
 
 MAX_RECORD_BYTES = 16 << 20
-"""Some 200 bytes a file, of as many shards as there are numbers for."""
+"""About 200 bytes a file, for the largest number of shards."""
 
 _FORMAT = 1
 _WHAT = "the cache's record"
@@ -29,7 +29,7 @@ class FileRecord:
     digest: Digest
 
     def differs(self, other: FileRecord) -> bool:
-        """Whether the bytes are others; digests by sha256 and by git say nothing of each other."""
+        """Return whether the bytes differ. A sha256 and a git digest cannot be compared."""
         git = {self.digest.kind == "git-sha1", other.digest.kind == "git-sha1"}
         comparable = len(git) == 1
         return self.nbytes != other.nbytes or (
@@ -39,7 +39,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`name` is that of the entry; `source` and `version` are its key's, cut for people to read."""
+    """An entry: `name` is its folder's; `source` and `version` are its key's, shortened to read."""
 
     name: str
     source: str
@@ -48,16 +48,16 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Of the adapter's files together."""
+        """Return the size of all files together."""
         return sum(file.nbytes for file in self.files)
 
     @property
     def vouched(self) -> bool:
-        """Whether the source or the caller promised the digest of every file."""
+        """Return whether the source or the caller promised the digest of every file."""
         return all(file.digest.kind != "transport" for file in self.files)
 
     def contradicts(self, files: Iterable[FileRecord]) -> bool:
-        """Whether `files` are other bytes, as far as sizes and digests of one kind tell."""
+        """Return whether `files` are other bytes, as far as sizes and comparable digests tell."""
         ours = {file.role: file for file in self.files}
         return any(theirs.role not in ours or ours[theirs.role].differs(theirs) for theirs in files)
 
@@ -90,41 +90,37 @@ def record_of(key: CacheKey, files: tuple[FileRecord, ...]) -> Record:
 
 
 def decoded_record(content: bytes) -> Record:
-    """Raises `AdapterFormatError` for what is no record."""
+    """Decode a record. Raise `AdapterFormatError` for anything else."""
     fields = parse_object(content, what=_WHAT, max_bytes=MAX_RECORD_BYTES)
-    files = fields.get("files")
-    if fields.get("format") != _FORMAT or not isinstance(files, list) or not files:
-        raise AdapterFormatError(f"{_WHAT} is not of format {_FORMAT}, or names no file")
-    record = Record(
-        _text(fields, "entry"),
-        _text(fields, "source"),
-        _text(fields, "version"),
-        tuple(_file(each) for each in files),
-    )
-    if len({file.role for file in record.files}) != len(files):
-        raise AdapterFormatError(f"{_WHAT} names a file twice")
-    return record
-
-
-def _file(fields: object) -> FileRecord:
-    if not isinstance(fields, dict) or (role := role_of(_text(fields, "file"))) is None:
-        raise AdapterFormatError(f"{_WHAT} names a file that no adapter has")
-    kind: Any = _text(fields, "kind")
     try:
-        digest = Digest(kind, _text(fields, "digest"))
-    except UsageError as error:
-        raise AdapterFormatError(f"{_WHAT}: {error.problem}") from error
-    return FileRecord(role, _count(fields, "nbytes"), _count(fields, "mtime_ns"), digest)
+        if fields["format"] != _FORMAT:
+            raise ValueError(f"it is not of format {_FORMAT}")
+        listed: Any = fields["files"]
+        files = tuple(_file(each) for each in listed)
+        if not files or len({file.role for file in files}) != len(files):
+            raise ValueError("it names no file, or one twice")
+        entry, source, version = (_text(fields[name]) for name in ("entry", "source", "version"))
+        return Record(entry, source, version, files)
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise AdapterFormatError(f"{_WHAT} is damaged: {error}") from error
 
 
-def _text(fields: dict[str, Any], name: str) -> str:
-    if not isinstance(value := fields.get(name), str):
-        raise AdapterFormatError(f"{_WHAT} lacks the text {name!r}")
+def _file(fields: Any) -> FileRecord:
+    role = role_of(_text(fields["file"]))
+    if role is None:
+        raise ValueError("it names a file that no adapter has")
+    kind: Any = _text(fields["kind"])
+    digest = Digest(kind, _text(fields["digest"]))
+    return FileRecord(role, _count(fields["nbytes"]), _count(fields["mtime_ns"]), digest)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text is missing")
     return value
 
 
-def _count(fields: dict[str, Any], name: str) -> int:
-    value = fields.get(name)
+def _count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise AdapterFormatError(f"{_WHAT} lacks the number {name!r}")
+        raise ValueError("a number is missing")
     return value

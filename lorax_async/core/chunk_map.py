@@ -1,7 +1,8 @@
-"""What a partial download remembers of itself: a bit for each chunk that is here as a whole.
+"""The chunk map of a partial download: one bit for each chunk that is here as a whole.
 
-Bits are only ever set, and each after its bytes were written: whatever moment the file of the map
-is seen at, torn or not, a set bit is true.
+Bits are only ever set, each after its bytes were written: a set bit is true in any state of the
+map's file, torn or not, as long as the kernel that took the bytes runs. A crash of the machine may
+lose bytes and keep bits, so a map names the boot that it is good for, until both were synced.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import struct
 from lorax_async.core.spans import Span, SpanSet
 
 CHUNK_BYTES = 256 << 10
-"""What a kill costs each connection, besides what it is reading; 4 GiB are then 2 KiB of bits."""
+"""What a kill costs each connection; the map of 4 GiB is 2 KiB."""
 
-_MAGIC = b"LRXCHNK1"
-_HEADER = struct.Struct("<8sQQ")
 MAX_CHUNK_BYTES = 1 << 30
+SYNCED = bytes(16)
+"""In place of a boot: the bytes are on the disk."""
+
+_MAGIC = b"LRXCHNK2"
+_HEADER = struct.Struct("<8s16sQQ")
 
 
 class ChunkMap:
-    """The bits of a file of `nbytes`, with their place in the map's own file."""
+    """The bits of a file of `nbytes`."""
 
     __slots__ = ("_bits", "chunk_bytes", "nbytes")
 
@@ -33,9 +37,9 @@ class ChunkMap:
         return -(-self.nbytes // self.chunk_bytes)
 
     def mark(self, written: Span, here: Span) -> tuple[bytes, int] | None:
-        """Set the bits of chunks that `written` has made whole, `here` being the span it is in.
+        """Set the bits of the chunks that `written`, a part of `here`, has completed.
 
-        Returns what is to be written of the map's file and where; None if no bit changed.
+        Return what to write to the map's file, and its offset there; None if no bit changed.
         """
         start, stop = here
         first = max(-(-start // self.chunk_bytes), written[0] // self.chunk_bytes)
@@ -50,7 +54,7 @@ class ChunkMap:
         return bytes(self._bits[low:high]), _HEADER.size + low
 
     def spans(self) -> SpanSet:
-        """The bytes of the chunks that are here."""
+        """Return the bytes of the chunks that are here."""
         size = self.chunk_bytes
         return SpanSet(
             (chunk * size, min(self.nbytes, (chunk + 1) * size))
@@ -58,30 +62,27 @@ class ChunkMap:
             if self._bits[chunk // 8] >> chunk % 8 & 1
         )
 
-    def encoded(self) -> bytes:
-        return _HEADER.pack(_MAGIC, self.nbytes, self.chunk_bytes) + self._bits
+    def encoded(self, boot: bytes) -> bytes:
+        """Return the map's file: good for this boot, or for ever (`SYNCED`)."""
+        return _HEADER.pack(_MAGIC, boot, self.nbytes, self.chunk_bytes) + self._bits
 
     @classmethod
-    def decoded(cls, content: bytes, nbytes: int) -> ChunkMap | None:
-        """The map of a file of `nbytes` that `content` holds; None if it holds none."""
+    def decoded(cls, content: bytes, nbytes: int, boot: bytes) -> ChunkMap | None:
+        """Decode the map of a file of `nbytes`; None if it is none, or not good for this boot."""
         if len(content) < _HEADER.size:
             return None
-        magic, size, chunk_bytes = _HEADER.unpack_from(content)
+        magic, good_for, size, chunk_bytes = _HEADER.unpack_from(content)
         if magic != _MAGIC or size != nbytes or not 0 < chunk_bytes <= MAX_CHUNK_BYTES:
             return None
         found = cls(nbytes, chunk_bytes)
         bits = content[_HEADER.size :]
-        if len(bits) != len(found._bits) or _beyond(bits, found.chunks):
+        beyond = found.chunks % 8 and bits and bits[-1] >> found.chunks % 8
+        if good_for not in {SYNCED, boot} or len(bits) != len(found._bits) or beyond:
             return None
         found._bits[:] = bits
         return found
 
 
 def encoded_size(nbytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Bytes that the map of a file of `nbytes` takes."""
+    """Return the size of the map's file."""
     return _HEADER.size + -(-nbytes // (8 * chunk_bytes))
-
-
-def _beyond(bits: bytes, chunks: int) -> bool:
-    """Is a bit set that no chunk has?"""
-    return bool(chunks % 8 and bits[-1] >> chunks % 8)

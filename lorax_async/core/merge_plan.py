@@ -1,28 +1,28 @@
-"""What a merge consists of: a file that nobody wrote, and which bytes of its parts make it up.
+"""What a merge consists of: a safetensors file with a config, and the tensors of the parts in it.
 
-The merged adapter is planned as a safetensors file with a config beside it, so that everything
-which checks and moves adapters takes it as it takes any other. Its scale is 1 in every module:
-the parts' scales, and their weights, go into A and B.
+The merged adapter's scale is 1 in every module: the parts' scales and weights go into A and B.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
 from lorax_async.adapter import AdapterSpec, MergedKey
 from lorax_async.config import Limits
 from lorax_async.core.header import TensorSpan, parse_header
-from lorax_async.core.layout import ModelLayout, Module
-from lorax_async.core.merge_draws import Start, starts_of
-from lorax_async.core.merged_file import Entry, describe, lay_out
-from lorax_async.core.pairing import Pair, pair_tensors
-from lorax_async.core.peft_config import parse_config
-from lorax_async.core.peft_names import Part
-from lorax_async.core.runs import Span
+from lorax_async.core.header_writing import Described, write_header
+from lorax_async.core.layout import ModelLayout
+from lorax_async.core.pairing import MAX_MATCHING_STEPS, Pair, pair_tensors
+from lorax_async.core.peft_config import MAX_PATTERNS, parse_config
+from lorax_async.core.peft_fields import WHAT
+from lorax_async.core.peft_names import PREFIX, Part
+from lorax_async.core.strict_json import parse_object
+from lorax_async.core.transfer_plan import check_size
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
@@ -44,7 +44,7 @@ class PartFile(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A tensor of one part, and by what it counts: its weight in the merge, and its own scale."""
+    """A tensor of one part, its weight in the merge, and its own scale."""
 
     part: int
     span: TensorSpan
@@ -64,39 +64,41 @@ class MergedTensor(NamedTuple):
     stop: int
     pieces: tuple[Piece, ...]
 
+    def is_padded(self, merge: Merge) -> bool:
+        """Return whether the pieces fill less than the rank."""
+        along = 0 if self.factor is Part.A else 1
+        ranks = [piece.span.shape[along] for piece in self.pieces]
+        return (sum(ranks) if merge.strategy == "linear" else ranks[0]) < self.shape[along]
+
+
+class NewLayers(NamedTuple):
+    """The layers that PEFT's `add_weighted_adapter` makes, and initialises, before it merges.
+
+    `sizes` are in and out features in the model's order; `start` is the config's
+    `init_lora_weights`.
+    """
+
+    rank: int
+    sizes: tuple[tuple[int, int], ...]
+    start: object
+
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
     """A merged adapter: its config, its header, and its tensors in file order.
 
-    `dtype` ("F32", "F16" or "BF16") is what it is computed into; `starts` are what PEFT draws
-    before it merges, module by module (none where nothing is dropped).
+    `dtype` is "F32", "F16" or "BF16".
     """
 
     config: bytes
     prefix: bytes
     dtype: str
     tensors: tuple[MergedTensor, ...]
-    starts: tuple[Start, ...]
-    _offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_offsets", tuple(tensor.start for tensor in self.tensors))
+    new_layers: NewLayers
 
     @property
     def nbytes(self) -> int:
         return self.tensors[-1].stop
-
-    def touched(self, start: int, stop: int) -> range:
-        """The positions of the tensors that have bytes in [start, stop) of the file."""
-        first = max(0, bisect_right(self._offsets, start) - 1)
-        return range(first, bisect_right(self._offsets, stop - 1))
-
-    def spans(self, part: int, group: Sequence[Span]) -> list[Span]:
-        """Which bytes of a part's file these of the merged file are made of."""
-        touched = chain.from_iterable(self.touched(span.start, span.end) for span in group)
-        pieces = chain.from_iterable(self.tensors[n].pieces for n in dict.fromkeys(touched))
-        return [Span(p.span.start, p.span.stop) for p in pieces if p.part == part]
 
 
 def plan_merge(
@@ -120,20 +122,83 @@ def plan_merge(
         specs.append(spec)
         for pair in pairs:
             pieces.setdefault(pair.module, []).append((pair, number))
-    names = {module: layout.modules[module].name for module in sorted(pieces)}
-    ranks = {names[n]: _rank(merge, names[n], pieces[n], limits) for n in names}
-    config, ranks = describe(ranks, {spec.base_model for spec in specs}, limits)
-    entries = chain.from_iterable(_entries(layout.modules[n], ranks[names[n]]) for n in names)
-    prefix, spans = lay_out(list(entries), dtype)
-    tensors = tuple(_tensors(merge, [pieces[n] for n in names], spans))
-    starts = starts_of(merge, specs[0], parts[0].config, [layout.modules[n] for n in names], limits)
-    return MergePlan(config, prefix, dtype, tensors, starts)
+    modules = [layout.modules[module] for module in sorted(pieces)]
+    paired = [pieces[module] for module in sorted(pieces)]
+    needed = {
+        module.name: _rank(merge, module.name, pairs, limits)
+        for module, pairs in zip(modules, paired, strict=True)
+    }
+    config, ranks = write_config(needed, {spec.base_model for spec in specs}, limits)
+    shapes = [
+        (module.name, factor, shape)
+        for module in modules
+        for factor, shape in (
+            (Part.A, (ranks[module.name], module.in_features)),
+            (Part.B, (module.out_features, ranks[module.name])),
+        )
+    ]
+    prefix, places = write_header(
+        [Described(_tensor_name(name, factor), dtype, shape) for name, factor, shape in shapes]
+    )
+    tensors = tuple(
+        MergedTensor(factor, shape, *place, tuple(_pieces(merge, factor, paired[n // 2])))
+        for n, ((_, factor, shape), place) in enumerate(zip(shapes, places, strict=True))
+    )
+    check_size(places[-1][1], "in its merged file", limits)
+    sizes = tuple((module.in_features, module.out_features) for module in modules)
+    new_layers = NewLayers(_largest_rank(specs[0]), sizes, _start(parts[0].config, limits))
+    return MergePlan(config, prefix, dtype, tensors, new_layers)
 
 
 def part_words(key: MergedKey, number: int) -> str:
-    """How an error of one part begins. The name alone: whose folder it lies in is not told."""
+    """Return how an error of one part begins: with its name, not the folder that it lies in."""
     name = str(key.merge.parts[number]).rstrip("/").rpartition("/")[2]
     return f"part {number + 1} ({shorten(name, 100)!r}): "
+
+
+def write_config(
+    ranks: Mapping[str, int], bases: set[str | None], limits: Limits
+) -> tuple[bytes, dict[str, int]]:
+    """Return a config that gives each module its rank and the scale 1, and the ranks that it gives.
+
+    Where a config cannot tell the modules' ranks apart, or would be too long, all have the largest.
+    """
+    base = next(iter(bases)) if len(bases) == 1 else None
+    config = _config(ranks, base)
+    if _gives(config, ranks, limits):
+        return config, dict(ranks)
+    padded = dict.fromkeys(ranks, max(ranks.values()))
+    return _config(padded, base), padded
+
+
+def _config(ranks: Mapping[str, int], base: str | None) -> bytes:
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: other for name, other in ranks.items() if other != rank}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
+    return json.dumps(config, separators=(",", ":")).encode()
+
+
+def _gives(config: bytes, ranks: Mapping[str, int], limits: Limits) -> bool:
+    """Return whether every module has its rank by this config: a name may end in another's."""
+    exceptions = len(ranks) - max(Counter(ranks.values()).values())
+    characters = sum(2 * len(_tensor_name(name, Part.A)) for name in ranks)
+    if exceptions > MAX_PATTERNS or 2 * exceptions * characters > MAX_MATCHING_STEPS:
+        return False
+    if len(config) > limits.max_config_bytes:
+        return False
+    spec = parse_config(config, limits)
+    return all(spec.rank_of(name) == spec.alpha_of(name) == rank for name, rank in ranks.items())
+
+
+def _tensor_name(module: str, factor: Part) -> str:
+    return f"{PREFIX}{module}.lora_{factor.value}.weight"
 
 
 def _pairs(part: PartFile, layout: ModelLayout, limits: Limits) -> tuple[AdapterSpec, list[Pair]]:
@@ -172,22 +237,18 @@ def _rank(merge: Merge, module: str, pairs: Sequence[tuple[Pair, int]], limits: 
     return sum(ranks)
 
 
-def _entries(module: Module, rank: int) -> tuple[Entry, Entry]:
-    return (
-        Entry(module.name, Part.A, (rank, module.in_features)),
-        Entry(module.name, Part.B, (module.out_features, rank)),
+def _pieces(merge: Merge, factor: Part, pairs: Sequence[tuple[Pair, int]]) -> Iterator[Piece]:
+    for pair, number in pairs:
+        span = pair.a if factor is Part.A else pair.b
+        yield Piece(number, span, merge.weights[number], pair.scale)
+
+
+def _largest_rank(spec: AdapterSpec) -> int:
+    return max(chain([spec.rank], (int(entry.value) for entry in spec.rank_patterns)))
+
+
+def _start(config: bytes, limits: Limits) -> object:
+    members = parse_object(
+        config, what=WHAT, max_bytes=limits.max_config_bytes, max_depth=limits.max_json_depth
     )
-
-
-def _tensors(
-    merge: Merge,
-    pairs: Sequence[Sequence[tuple[Pair, int]]],
-    spans: Sequence[tuple[Entry, int, int]],
-) -> Iterator[MergedTensor]:
-    for n, (entry, start, stop) in enumerate(spans):
-        of_a = entry.factor is Part.A
-        pieces = tuple(
-            Piece(number, pair.a if of_a else pair.b, merge.weights[number], pair.scale)
-            for pair, number in pairs[n // 2]
-        )
-        yield MergedTensor(entry.factor, entry.shape, start, stop, pieces)
+    return members.get("init_lora_weights", True)

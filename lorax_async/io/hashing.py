@@ -1,4 +1,4 @@
-"""The sha256 of a file of weights, through its reader."""
+"""Hashing files: by a reader, or on by a descriptor."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import asyncio
 from concurrent.futures import Executor
 from hashlib import sha256
 
-from lorax_async.errors import FetchError
+from lorax_async.core.file_digest import FileHash
+from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.io.ports import Demand, Reader
+from lorax_async.io.sources.checked_open import fill
 
 PIECE_BYTES = 4 << 20
 """Read and hashed at once: milliseconds, after which others have the thread."""
@@ -29,3 +31,13 @@ async def sha256_of(reader: Reader, threads: Executor, demand: Demand | None = N
             raise FetchError("nobody waits for the adapter any more")
         await loop.run_in_executor(threads, feed, start)
     return found.hexdigest()
+
+
+def hash_on(fd: int, found: FileHash, stop: int, name: str) -> None:
+    """Hash on up to `stop`. Raise `OSError`, or `IntegrityError` if the file ends before."""
+    buffer = memoryview(bytearray(min(1 << 20, max(0, stop - found.done))))
+    while found.done < stop:
+        piece = buffer[: stop - found.done]
+        if not fill(fd, [piece], found.done):
+            raise IntegrityError(f"{name} in the cache ends before byte {stop:,}")
+        found.feed(piece)

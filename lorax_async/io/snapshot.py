@@ -1,10 +1,9 @@
-"""Tensors that somebody has in memory, copied as they are now into a safetensors file in memory."""
+"""Tensors of a caller, copied as they are now into a safetensors file in host memory."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -31,22 +30,12 @@ STEP_TENSORS = 256
 _SPELLED = {dtype: word for word, dtype in TORCH_DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorsFile:
-    """A safetensors file in memory, uint8 `[nbytes]`, with its config; `prefix` is its header."""
-
-    key: TensorsKey
-    config: bytes
-    prefix: bytes
-    content: torch.Tensor
-
-
 class Snapshot:
-    """Copies tensors, in steps of some milliseconds, for other threads to take, one at a time.
+    """Copies tensors in steps of some milliseconds, in any thread, one step at a time.
 
-    It is made where the tensors are known to be as they shall be; what has been put on this
-    thread's current streams by then is waited for. First `measure`, then `step` until it is
-    through, then `file`.
+    It is made while the tensors have the values to copy; what has been put on this thread's current
+    streams by then is waited for. Call `measure`, then `step` until it returns False; then `key`,
+    `prefix` and `content` (uint8 `[nbytes]`) are the file's.
 
     Raises `UsageError` for what are no tensors.
     """
@@ -62,35 +51,43 @@ class Snapshot:
                 f"{len(self._tensors):,} tensors are over the limit of {limits.max_tensors:,};"
                 " raise Limits.max_tensors to accept them"
             )
+        self.config = config
+        self.prefix = b""
         self._limits = limits
-        self._config = config
         self._versions = _versions(self._tensors)
-        self._written = _written(self._tensors)
+        self._events = _recorded_events(self._tensors)
         self._described: list[Described] = []
         self._places: list[tuple[int, int]] = []
-        self._prefix = b""
         self._content: torch.Tensor | None = None
         self._digest = hashlib.sha256()
         self._steps = self._copy()
 
+    @property
+    def key(self) -> TensorsKey:
+        return TensorsKey.of(self._digest.hexdigest())
+
+    @property
+    def content(self) -> torch.Tensor:
+        assert self._content is not None
+        return self._content
+
     def measure(self) -> int:
-        """Check what can be told without the bytes; how many they make. Blocks.
+        """Check everything but the bytes; return the file's size. Blocks.
 
         Raises `UnsupportedAdapterError`, also for more bytes than the limits accept.
         """
         described = [_described(name, tensor) for name, tensor in self._tensors.items()]
-        # As safetensors has them: the wider dtypes first, so that each lies on a multiple of its
-        # own size.
+        # As safetensors has them: the wider dtypes first, so that each is aligned to its own size.
         self._described = sorted(
             described, key=lambda each: (-TORCH_DTYPES[each.dtype].itemsize, each.name)
         )
-        self._prefix, self._places = write_header(self._described)
-        nbytes = self._places[-1][1] if self._places else len(self._prefix)
+        self.prefix, self._places = write_header(self._described)
+        nbytes = self._places[-1][1] if self._places else len(self.prefix)
         check_size(nbytes, "in its tensors", self._limits)
         return nbytes
 
     def step(self) -> bool:
-        """Copy some more; whether there is more to copy. Blocks.
+        """Copy some more; return whether there is more to copy. Blocks.
 
         Raises
         ------
@@ -104,22 +101,25 @@ class Snapshot:
         try:
             return next(self._steps, None) is not None
         except BaseException:
-            self._content = None  # whoever keeps the error must not keep the bytes
+            self._content = None  # an error that is kept must not keep the bytes
             raise
 
-    def file(self) -> TensorsFile:
-        """All of it, once `step` is through."""
-        assert self._content is not None
-        key = TensorsKey.of(self._digest.hexdigest())
-        return TensorsFile(key, self._config, self._prefix, self._content)
-
     def _copy(self) -> Iterator[bool]:
-        content = self._begin()
+        self._content = content = host_memory(
+            self._places[-1][1] if self._places else len(self.prefix), self.prefix
+        )
+        # The length, for a byte must not pass from one to the other.
+        self._digest.update(len(self.config).to_bytes(8, "little") + self.config + self.prefix)
+        for event in self._events:
+            event.synchronize()
         nbytes = count = 0
         for described, (start, stop) in zip(self._described, self._places, strict=True):
             source = _source(described.name, self._tensors[described.name])
-            target = content[start:stop].view(source.dtype)
-            for piece, rows in _pieces(source, target):
+            target = content[start:stop].view(source.dtype).view(source.shape)
+            several = max(1, STEP_BYTES * len(source) // max(1, source.nbytes))
+            cuts = list(range(several, len(source), several))
+            pieces = zip(target.tensor_split(cuts), source.tensor_split(cuts), strict=True)
+            for piece, rows in pieces if source.numel() else ():
                 _copy_piece(described.name, piece, rows)
                 self._digest.update(Buffer.of(piece.view(torch.uint8)).memory)
                 nbytes, count = nbytes + piece.nbytes, count + 1
@@ -128,25 +128,9 @@ class Snapshot:
                     yield True
         self._require_unchanged()
 
-    def _begin(self) -> torch.Tensor:
-        nbytes = self._places[-1][1] if self._places else len(self._prefix)
-        try:
-            content = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        except (RuntimeError, MemoryError) as error:
-            problem = f"there is no host memory for a copy of {nbytes:,} bytes"
-            raise CapacityError(problem, stage="fetch") from error
-        self._content = content
-        content[: len(self._prefix)] = torch.frombuffer(bytearray(self._prefix), dtype=torch.uint8)
-        # The length, for a byte must not pass from one to the other.
-        self._digest.update(len(self._config).to_bytes(8, "little") + self._config + self._prefix)
-        for event in self._written:
-            event.synchronize()
-        return content
-
     def _require_unchanged(self) -> None:
-        for name, before, now in zip(
-            self._tensors, self._versions, _versions(self._tensors), strict=True
-        ):
+        after = _versions(self._tensors)
+        for name, before, now in zip(self._tensors, self._versions, after, strict=True):
             if before != now:
                 raise IntegrityError(
                     f"tensor {shorten(name, 200)!r} was written to while it was copied; train on"
@@ -154,8 +138,19 @@ class Snapshot:
                 )
 
 
+def host_memory(nbytes: int, prefix: bytes) -> torch.Tensor:
+    """Return uint8 `[nbytes]` of host memory that begins with `prefix`, or `CapacityError`."""
+    try:
+        content = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    except (RuntimeError, MemoryError) as error:
+        problem = f"there is no host memory for a copy of {nbytes:,} bytes"
+        raise CapacityError(problem, stage="fetch") from error
+    content[: len(prefix)] = torch.frombuffer(bytearray(prefix), dtype=torch.uint8)
+    return content
+
+
 def _versions(tensors: Mapping[str, torch.Tensor]) -> list[int]:
-    """How often each was written to, as far as torch counts it."""
+    """Return how often each was written to, as far as torch counts it."""
     try:
         return [tensor._version for tensor in tensors.values()]  # noqa: SLF001 - torch has no other
     except AttributeError:
@@ -171,13 +166,12 @@ def _versions(tensors: Mapping[str, torch.Tensor]) -> list[int]:
         ]
 
 
-def _written(tensors: Mapping[str, torch.Tensor]) -> list[DeviceEvent]:
-    """Events that are done when the tensors' devices have done what they were told so far."""
+def _recorded_events(tensors: Mapping[str, torch.Tensor]) -> list[DeviceEvent]:
+    """Return events that are done when the tensors' devices have done what was asked so far."""
     if all(tensor.is_cpu for tensor in tensors.values()):
         return []
-    devices = {tensor.device for tensor in tensors.values()}
     events: list[DeviceEvent] = []
-    for device in devices:
+    for device in {tensor.device for tensor in tensors.values()}:
         if device.type not in {"cpu", "meta"}:
             event = new_event(device)
             event.record(stream_on(device, None))
@@ -200,33 +194,19 @@ def _described(name: object, tensor: torch.Tensor) -> Described:
 
 
 def _source(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """To read from; without the check, a tensor whose memory was freed would end the process."""
+    """Return rows to read, with memory behind them; reading without any ends the process."""
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     last = (tensor.storage_offset() + reach + 1) * tensor.itemsize
     if tensor.numel() and tensor.untyped_storage().nbytes() < last:
         problem = f"tensor {shorten(name, 200)!r} has no memory behind it; gather it first"
         raise FetchError(problem, retryable=False)
-    return tensor.detach()
-
-
-def _pieces(
-    source: torch.Tensor, target: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of the target, flat, and of the source in its own shape: rows that make one step at most."""
-    if not source.numel():
-        return
-    rows = source if source.dim() else source.view(1)
-    row_elements = rows[0].numel()
-    several = max(1, STEP_BYTES // (row_elements * source.itemsize))
-    for first in range(0, len(rows), several):
-        some = rows[first : first + several]
-        start = first * row_elements
-        yield target[start : start + some.numel()], some
+    rows = tensor.detach()
+    return rows if rows.dim() else rows.view(1)
 
 
 def _copy_piece(name: str, piece: torch.Tensor, rows: torch.Tensor) -> None:
     try:
-        piece.view(rows.shape).copy_(rows)
+        piece.copy_(rows)
     except Exception as error:  # noqa: BLE001 - whatever a stranger's tensor raises
         problem = f"tensor {shorten(name, 200)!r} could not be copied: {error}"
         # Without its frames, which hold the bytes.

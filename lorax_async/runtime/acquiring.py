@@ -13,6 +13,7 @@ from lorax_async.adapter import (
     AdapterRef,
     FileIdentity,
     Merge,
+    MergedKey,
     Ref,
     RemoteKey,
     is_stale,
@@ -147,6 +148,8 @@ class Acquiring:
                             key = await self._resolve(ref)
                         self._check_open()  # nobody would tell a wish that begins later
                         assert key is not None
+                        if isinstance(key, MergedKey) and not interest.calls.in_memory(key):
+                            self._driver.forget(key)  # idle, it has to be computed again
                         wish = interest.begin(key, tier, foreground=foreground, priority=priority)
                         if not foreground:
                             await self._driver.files.opened(key)
@@ -247,7 +250,11 @@ class Acquiring:
         seen while it can still be fetched again. Raises `EvictedError` then.
         """
         lease = await self._driver.interest.granted(wish)
-        if lease is None or tier is not Tier.STREAM or not isinstance(wish.key, RemoteKey):
+        if (
+            lease is None
+            or tier is not Tier.STREAM
+            or not isinstance(wish.key, RemoteKey | MergedKey)
+        ):
             return lease
         if not lease.tenancy.complete:
             try:

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from time import perf_counter
 from typing import Protocol
 
-from lorax_async.adapter import AdapterKey, RemoteKey
+from lorax_async.adapter import AdapterKey
 from lorax_async.core.transfer_plan import TransferPlan
 from lorax_async.errors import AdapterError, FetchError, InternalError, LoraxError
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Refuse, Source
@@ -118,7 +118,7 @@ class Files:
             reader = self.readers[key] = self._source.reopen(key)
         return reader
 
-    async def readable(self, key: RemoteKey) -> None:
+    async def readable(self, key: AdapterKey) -> None:
         """Wait until the file of an adapter that fills its slot is open, and so stays where it is.
 
         Raises `EvictedError` if it is gone.

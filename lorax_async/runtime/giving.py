@@ -1,15 +1,15 @@
-"""From tensors to an id that means them: copied, loaded beside what it meant, then exchanged."""
+"""Tensors as what an id means: copied, loaded beside what it meant before, then exchanged."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 
-from lorax_async.adapter import AdapterKey, AdapterRef, Ref, TensorsKey
+from lorax_async.adapter import AdapterKey, AdapterRef, MergedKey, Ref, TensorsKey
 from lorax_async.core.waiters import Tier
 from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, Stage, UsageError
 from lorax_async.io.sources.from_memory import MemorySource
@@ -20,11 +20,11 @@ from lorax_async.runtime.tenancy import Lease
 from lorax_async.runtime.turns import InOrder
 
 
-class Giving:
+class TensorAdapters:
     """Gives ids the meaning of tensors, and takes it back.
 
-    A copy in `source` is kept for as long as a name means it, a call is about it, or somebody wants
-    or holds the adapter. `check_open` raises once nothing may begin.
+    A copy in `source` is kept for as long as an id means it, a call is about it, or the adapter is
+    waited for, leased or pinned. `check_open` raises once nothing may begin.
     """
 
     def __init__(
@@ -60,38 +60,46 @@ class Giving:
         cancellation `ref` means what it meant.
         """
         require_priority(priority)
-        deadline = _Deadline(seconds)
+        deadline = asyncio.get_running_loop().time() + seconds
+        stage: Stage = "fetch"
         problem: LoraxError
         try:
-            with self._order.place(ref) as come_first:
-                async with deadline.at("fetch"):
+            with self._order.place(ref) as come_first, ExitStack() as kept:
+                async with asyncio.timeout_at(deadline) as limit:
                     key = await self._source.take(tensors, config, self._check_open)
-                with self._kept(key):
-                    async with deadline.at("queue"):
-                        await come_first()
-                    if not replaces:
-                        self._require_free(ref, key)
-                    return await self._load(ref, key, deadline, priority)
+                    kept.enter_context(self._kept(key))
+                    stage = "queue"
+                    await come_first()
+                if not replaces:
+                    self._require_free(ref, key)
+                return await self._load(ref, key, deadline, priority)
         except LoraxError as error:
             problem = error.located(id=ref.text)
         except Exception as error:  # noqa: BLE001 - a fault of ours, whatever it is
-            problem = InternalError(f"tensors were not taken: {error!r}", id=ref.text)
-            problem.__cause__ = error.with_traceback(None)
+            if isinstance(error, TimeoutError) and limit.expired():
+                late = f"it was not ready within {seconds:g} s"
+                problem = AdapterTimeoutError(late, id=ref.text, stage=stage)
+            else:
+                problem = InternalError(f"tensors were not taken: {error!r}", id=ref.text)
+                problem.__cause__ = error.with_traceback(None)
         raise problem  # without the frames of where it arose, which hold the bytes
 
     def take_back(self, ref: Ref, key: AdapterKey) -> None:
-        """`key` was unloaded as `ref`: that means it no longer, where it was given the meaning."""
+        """End what `ref` was given to mean, once `key` was unloaded as `ref`."""
         self._names.take_back(ref, key)
         if isinstance(key, TensorsKey):
             self._retire(key)
+        elif isinstance(key, MergedKey):
+            self._driver.forget(key)
+            self._source.copies.drop(key)
 
     async def _load(
-        self, ref: AdapterRef, key: AdapterKey, deadline: _Deadline, priority: int
+        self, ref: AdapterRef, key: AdapterKey, deadline: float, priority: int
     ) -> Lease:
+        clock = asyncio.get_running_loop().time
         while True:  # what leaves again at once cannot be pinned: it is loaded once more
-            lease = await self._acquiring.lease(
-                key, Tier.DEVICE, deadline.seconds_left, priority=priority
-            )
+            left = max(0.0, deadline - clock())
+            lease = await self._acquiring.lease(key, Tier.DEVICE, left, priority=priority)
             try:
                 if self._exchange(ref, key, lease):
                     return lease
@@ -101,7 +109,7 @@ class Giving:
             lease.end()
 
     def _exchange(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
-        """In one step: the id, its pins, and the end of what it meant. False if it is leaving."""
+        """Move the id and its pins in one step; return False if the new version is leaving."""
         interest = self._driver.interest
         pinned = interest.pinned(lambda name: self._names.covers(ref, name))
         if not all(interest.pin(name, lease) for name in pinned):
@@ -125,7 +133,7 @@ class Giving:
             self._retire(key)
 
     def _retire(self, key: AdapterKey) -> None:
-        """Let it go, unless it is meant or about to be."""
+        """Let it go, unless an id means it or is about to."""
         if not self._names.mean(key) and key not in self._calls:
             self._driver.retiring.begin(key, self._gone)
 
@@ -141,26 +149,3 @@ class Giving:
                 "the name means other tensors already; replace them with `replace`, unload them"
                 " first, or choose another name"
             )
-
-
-class _Deadline:
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._clock = asyncio.get_running_loop().time
-        self._until = self._clock() + seconds
-
-    @property
-    def seconds_left(self) -> float:
-        return max(0.0, self._until - self._clock())
-
-    @asynccontextmanager
-    async def at(self, stage: Stage) -> AsyncIterator[None]:
-        """Whoever is still there at the deadline gets `AdapterTimeoutError`."""
-        try:
-            async with asyncio.timeout_at(self._until) as limit:
-                yield
-        except TimeoutError as error:
-            if isinstance(error, LoraxError) or not limit.expired():
-                raise
-            problem = f"it was not ready within {self._seconds:g} s"
-            raise AdapterTimeoutError(problem, stage=stage) from None

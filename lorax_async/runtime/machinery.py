@@ -26,20 +26,20 @@ from lorax_async.core.waiters import Tier
 from lorax_async.errors import LoaderClosedError
 from lorax_async.ids.parsing import as_parsed
 from lorax_async.io.devices import make_device
-from lorax_async.io.own_cache import OwnCache
+from lorax_async.io.disk_cache import OwnCache
+from lorax_async.io.host_copies import HostCopies
 from lorax_async.io.ports import Device, Source
 from lorax_async.io.remote.elsewhere import Elsewhere
 from lorax_async.io.sources.anywhere import AnySource
 from lorax_async.io.sources.from_memory import MemorySource
 from lorax_async.io.sources.local import LocalSource
-from lorax_async.io.sources.merged import MergedSource
 from lorax_async.io.staging import StagingRing
 from lorax_async.io.transfer import Transfer
 from lorax_async.runtime.acquiring import Acquiring, require_priority
 from lorax_async.runtime.digests import Digests
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.fetches import Fetches, Fetching
-from lorax_async.runtime.giving import Giving
+from lorax_async.runtime.giving import TensorAdapters
 from lorax_async.runtime.journal import Statistics
 from lorax_async.runtime.planning import Planner
 from lorax_async.runtime.prefetch import Prefetch
@@ -76,7 +76,7 @@ class Machinery:
     resolver: Resolver
     digests: Digests
     acquiring: Acquiring
-    giving: Giving
+    giving: TensorAdapters
     fetching: Fetching
 
     def __init__(
@@ -104,17 +104,12 @@ class Machinery:
             self._elsewhere,
             partial(as_parsed, allow=config.allow),
         )
-        self._tensors = MemorySource(
+        self._copies = HostCopies(config.memory_bytes, self._cache.get if config.spill else None)
+        self._memory = MemorySource(
             self._source,
-            nbytes=config.memory_bytes,
-            limits=config.limits,
-            threads=self._metadata,
-            cache=self._cache.get if config.spill else None,
-        )
-        self._merged = MergedSource(
-            self._tensors,
+            self._copies,
             sharding.whole,
-            dtype=config.storage_dtype or sharding.whole.dtype,
+            dtype=config.storage_dtype,
             limits=config.limits,
             threads=self._metadata,
         )
@@ -127,12 +122,12 @@ class Machinery:
             loop = asyncio.get_running_loop()
             memory = await loop.run_in_executor(self._metadata, self._claim_memory)
             self._assemble(memory)
-            self.driver.interest.calls.in_memory = self._tensors.copies.in_memory
-            self.digests = Digests(self._merged, self.driver.journal, check_open)
+            self.driver.interest.calls.in_memory = self._copies.in_memory
+            self.digests = Digests(self._memory, self.driver.journal, check_open)
             self.acquiring = Acquiring(self.resolver, self.driver, self.digests, check_open)
             self.fetching = Fetching(self.resolver, self._fetches, self.digests)
-            self.giving = Giving(
-                self._tensors, self.resolver, self.acquiring, self.driver, check_open
+            self.giving = TensorAdapters(
+                self._memory, self.resolver, self.acquiring, self.driver, check_open
             )
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(self._in_thread(self._give_up)))
@@ -160,7 +155,7 @@ class Machinery:
                 self._budgets(memory),
                 Pace(starvation_age=config.starvation_age, min_residency=config.min_residency),
             ),
-            source=self._merged,
+            source=self._memory,
             device=device,
             transfer=Transfer(
                 device, staging, names, check_finite=config.check_finite, tracer=self.tracer
@@ -173,7 +168,7 @@ class Machinery:
             tracer=self.tracer,
             before_use=config.verify == "before_use",
         )
-        self.resolver = Resolver(self._tensors, self.driver.journal, config.revalidate)
+        self.resolver = Resolver(self._memory, self.driver.journal, config.revalidate)
 
     def _budgets(self, memory: _Memory) -> Budgets:
         config, alignment = self._config, self._device.alignment
@@ -190,8 +185,8 @@ class Machinery:
 
     @property
     def given(self) -> Mapping[AdapterKey, int]:
-        """Adapters that are in host memory, for they came as tensors; bytes of each."""
-        return self._tensors.copies.sizes
+        """Tensors that were given, and merges, in host memory; bytes of each."""
+        return self._copies.sizes
 
     def statistics(self) -> Statistics:
         """Also after `close`: the last ones."""
@@ -203,7 +198,7 @@ class Machinery:
         }
         return replace(
             self.driver.journal.statistics(),
-            spills=self._tensors.spills,
+            spills=self._copies.spills,
             hits=MappingProxyType(dict(calls.hits)),
             evictions=MappingProxyType(evictions),
             errors_by=MappingProxyType(dict(calls.errors)),
@@ -212,7 +207,7 @@ class Machinery:
     def usage(self) -> Usage:
         """Also after `close`."""
         driver, cache = self.driver, (self._cache.last_used, self._config.cache_bytes)
-        return usage_of(driver.lifecycle.budgets, driver.tenants, self._tensors.copies, cache)
+        return usage_of(driver.lifecycle.budgets, driver.tenants, self._copies, cache)
 
     def prefetch(self, refs: Sequence[Ref], tier: Tier, seconds: float, priority: int) -> Prefetch:
         """One task for each; `close` waits for those that are left."""
@@ -242,9 +237,9 @@ class Machinery:
             await self.resolver.stop()
             await self.digests.stop()
             await asyncio.gather(*self._prefetching, return_exceptions=True)
-            self._tensors.copies.clear()
+            self._copies.clear()
             await self._in_thread(self._end)
-            self._tensors.copies.clear()  # and what a call that was under way has put there
+            self._copies.clear()  # and what a call that was under way has put there
 
     def _give_up(self) -> None:
         self._metadata.shutdown()
@@ -252,7 +247,7 @@ class Machinery:
 
     def _end(self) -> None:
         self.driver.join()
-        self._tensors.close()
+        self._memory.close()
         self._elsewhere.close()
         self._metadata.shutdown()
         self._cache.close()

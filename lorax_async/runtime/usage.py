@@ -32,7 +32,7 @@ class Usage:
     pinned_bytes
         Of page-locked memory, in aligned extents.
     memory_bytes
-        Of adapters that were given as tensors.
+        Of adapters that were given as tensors, and of merges.
     cache_bytes
         Of the disk cache's folder, whoever of its processes put them there, as this loader saw it
         last; None before it did.

@@ -1,48 +1,57 @@
-"""`Engine`: generations become tokens, many at a time, with a decoder in a thread of its own."""
+"""`Engine`: continuous batching of generations over a decoder in its own thread."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import copy_context
+from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
-from lorax_async.errors import InternalError, LoaderClosedError, LoraxError, UsageError
+from lorax_async.errors import (
+    AdapterFormatError,
+    InternalError,
+    LoaderClosedError,
+    LoraxError,
+    UsageError,
+)
 from lorax_async.scheduler import AdapterScheduler
 from lorax_async.scheduling.batch import Batch
 from lorax_async.scheduling.requests import Request, Ticket
-from lorax_async.server.decoding.answer import Answer
-from lorax_async.server.decoding.sampling import Sampler
-from lorax_async.server.decoding.steps import Outcome, Work
-from lorax_async.server.generation import Generation
-from lorax_async.server.ports import Decoder
+from lorax_async.server.generation import (
+    Computed,
+    Decoder,
+    Finish,
+    Generation,
+    SequencePart,
+    Step,
+)
+from lorax_async.server.sampling import Sampler, choose
 from lorax_async.settings.requirements import require_count
 
 T = TypeVar("T")
 
 
 class Engine:
-    """Continuous batching: each step computes a batch of whoever can be computed.
+    """Compute a batch of the ready generations in each step.
 
     Parameters
     ----------
     scheduler
-        Open, and closed after the engine. Nobody else takes its batches. Its `max_begun` is the
-        number of sequences that the decoder has room for. One that the scheduler preempts is
-        computed again later, with the tokens that it has, and goes on from there.
+        Open, and closed after the engine, which alone takes its batches. Its `max_begun` is the
+        number of sequences that the decoder has room for. A preempted sequence is computed again
+        later, from its prompt and the tokens that it has.
     decoder
-        Called in one thread, the engine's; nothing of a model is computed on the event loop.
+        Called in the engine's thread only; no model code runs on the event loop.
     max_tokens, max_sequences
-        Of a step, at most. A longer prompt is computed in parts.
+        Limits of one step. Longer prompts are computed in parts.
 
-    Use it as an async context manager, on the scheduler's loop. What goes wrong with an adapter
-    goes wrong with its generations alone. Where the decoder raises, those of the step end with
-    `InternalError`, and the others go on.
+    Use it as an async context manager, on the scheduler's loop. An adapter that fails, fails its
+    own generations only. If the decoder raises, those of the step end with `InternalError`.
     """
 
     def __init__(
@@ -59,13 +68,11 @@ class Engine:
         self._decoder = decoder
         self._limits = max_tokens, max_sequences
         self._numbers = itertools.count()
-        self._answers: dict[Ticket, Answer] = {}
-        self._waiting: set[Answer] = set()
+        self._streams: dict[Ticket, TokenStream] = {}
+        self._waiting: set[TokenStream] = set()
         self._gone: list[int] = []
         self._thread = ThreadPoolExecutor(1, "lorax-decoder")
         self._refusing: str | None = "the engine is not open yet"
-        self._ended = asyncio.Event()
-        self._ended.set()
         self._running: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -76,24 +83,11 @@ class Engine:
         self._running = asyncio.create_task(self._run(), name="lorax engine")
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def drain(self, timeout: float | None = None) -> bool:
-        """Take nothing more, and wait until what was taken has ended; whether it has, in time."""
-        self._refusing = "the server is closing"
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self._ended.wait()
-        return self._ended.is_set()
-
     async def close(self) -> None:
-        """End what is under way with `LoaderClosedError`. Waits for the step that is computed.
+        """End all generations with `LoaderClosedError`, and wait for the step being computed.
 
         Idempotent; cancelling the caller does not stop it.
         """
@@ -106,34 +100,36 @@ class Engine:
         self._end_all(LoaderClosedError("the engine was closed"))
         if self._running is not None:
             self._running.cancel()
-        try:  # behind the step that is computed, if there is one
+        try:  # queued behind the step being computed
             await self._in_thread(self._forget, self._take_gone())
         finally:
-            self._thread.shutdown()  # it has nothing to do any more
+            self._thread.shutdown()  # idle by now
 
     # -- generations -------------------------------------------------------------------------------
 
     @property
     def max_length(self) -> int:
+        """The maximum number of tokens of a sequence, prompt included."""
         return self._decoder.max_length
 
     @property
     def alive(self) -> bool:
+        """Whether it takes generations: False when closing, or after a failure."""
         return self._refusing is None
 
     @property
     def waiting(self) -> int:
-        """Generations that were submitted, and of which nothing has been computed yet."""
+        """The number of submitted generations of which nothing was computed yet."""
         return len(self._waiting)
 
-    def submit(self, generation: Generation) -> Answer:
-        """Queue it; its adapter begins to come. What is wrong with that, its tokens raise.
+    def submit(self, generation: Generation) -> TokenStream:
+        """Queue a generation, and begin to load its adapter, whose errors the tokens raise.
 
         Raises
         ------
         UsageError
-            A number is out of range; a token is none of the model's; or prompt and
-            `max_new_tokens` together are more than `max_length`.
+            A number is out of range, a token is not in the vocabulary, or prompt and
+            `max_new_tokens` exceed `max_length`.
         LoaderClosedError
             The engine is not open, or closing.
         """
@@ -149,12 +145,11 @@ class Engine:
         )
         self._check(generation)
         ticket = self._scheduler.submit(request)
-        answer = Answer(next(self._numbers), generation, sampler, ticket)
-        self._answers[ticket] = answer
-        self._waiting.add(answer)
-        self._ended.clear()
-        ticket.add_done_callback(partial(self._leave, answer))
-        return answer
+        stream = TokenStream(next(self._numbers), generation, sampler, ticket)
+        self._streams[ticket] = stream
+        self._waiting.add(stream)
+        ticket.add_done_callback(partial(self._leave, stream))
+        return stream
 
     def _check(self, generation: Generation) -> None:
         length, vocabulary = len(generation.prompt), self._decoder.vocabulary
@@ -166,21 +161,19 @@ class Engine:
         if not all(isinstance(t, int) and 0 <= t < vocabulary for t in generation.prompt):
             raise UsageError(f"the prompt's tokens must be integers from 0 to {vocabulary - 1}")
 
-    def _leave(self, answer: Answer) -> None:
-        """Its ticket is done."""
-        ticket = answer.ticket
-        self._answers.pop(ticket, None)
-        self._waiting.discard(answer)
-        self._gone.append(answer.number)
-        answer.end(None if ticket.cancelled else ticket.error)
-        if not self._answers:
-            self._ended.set()
+    def _leave(self, stream: TokenStream) -> None:
+        """Forget a stream whose ticket is done."""
+        ticket = stream.ticket
+        self._streams.pop(ticket, None)
+        self._waiting.discard(stream)
+        self._gone.append(stream.number)
+        stream.end(None if ticket.cancelled else ticket.error)
 
     def _end_all(self, error: LoraxError) -> None:
-        """But not who has ended, and is told in the loop's next turn."""
-        for answer in tuple(self._answers.values()):
-            if answer.ticket.cancel():
-                answer.end(error)
+        """End all streams, except those whose ticket is done and whose callback is due."""
+        for stream in tuple(self._streams.values()):
+            if stream.ticket.cancel():
+                stream.end(error)
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -190,44 +183,41 @@ class Engine:
                 await self._step(await self._scheduler.next_batch(*self._limits))
         except LoaderClosedError:
             self._refusing = "the scheduler was closed"
-        except Exception as error:  # noqa: BLE001 - nobody waits for ever
+        except Exception as error:  # noqa: BLE001 - no stream may wait forever
             self._refusing = "the engine has failed"
             failed = InternalError(f"the engine has failed: {type(error).__name__}: {error}")
             failed.__cause__ = error
             self._end_all(failed)
 
     async def _step(self, batch: Batch) -> None:
-        work = Work.of(batch, self._answers)
-        gone = [*self._take_gone(), *self._preempted(batch)]
-        self._complete(work, await self._in_thread(work.compute, self._decoder, gone))
+        step = BatchStep(batch, self._streams)
+        streams = map(self._streams.get, batch.preempted)
+        preempted = [stream.number for stream in streams if stream is not None]
+        gone = self._take_gone() + preempted
+        self._complete(step, await self._in_thread(step.compute, self._decoder, gone))
 
-    def _preempted(self, batch: Batch) -> list[int]:
-        """Return the sequences that have lost their places."""
-        answers = [self._answers.get(ticket) for ticket in batch.preempted]
-        return [answer.number for answer in answers if answer is not None]
-
-    def _complete(self, work: Work, outcome: Outcome) -> None:
+    def _complete(self, step: BatchStep, outcome: StepOutcome) -> None:
         finished = [
-            answer.ticket
-            for answer, token in outcome.tokens.items()
-            if token in answer.generation.stop_tokens
+            stream.ticket
+            for stream, token in outcome.tokens.items()
+            if token in stream.generation.stop_tokens
         ]
         again = self._scheduler.complete(
-            work.batch, finished, again=outcome.again, failed=outcome.failed
+            step.batch, finished, again=outcome.again, failed=outcome.failed
         )
-        for row, answer in work.rows:
+        for row, stream in step.rows:
             if row.ticket in again:
-                if answer in outcome.tokens:  # its first one, which does not count
-                    answer.sampler = Sampler(answer.generation.sampling)
+                if stream in outcome.tokens:  # its first token, discarded: restart the sampler
+                    stream.sampler = Sampler(stream.generation.sampling)
                 continue
-            self._waiting.discard(answer)
-            if answer in outcome.tokens and _counts(row.ticket):
-                answer.add(outcome.tokens[answer])
+            self._waiting.discard(stream)
+            if stream in outcome.tokens and _counts(row.ticket):
+                stream.add(outcome.tokens[stream])
 
     def _take_gone(self) -> list[int]:
-        """All whose places the scheduler may have given away, told in this turn or not."""
-        untold = [answer.number for ticket, answer in self._answers.items() if ticket.done]
-        gone, self._gone = self._gone + untold, []
+        """Return all sequences whose places may be reused, also before their callbacks ran."""
+        done = [stream.number for ticket, stream in self._streams.items() if ticket.done]
+        gone, self._gone = self._gone + done, []
         return gone
 
     def _forget(self, gone: Iterable[int]) -> None:
@@ -235,12 +225,182 @@ class Engine:
             self._decoder.forget(number)
 
     async def _in_thread(self, work: Callable[..., T], *given: object) -> T:
-        """Once it is asked for it is done, whoever is cancelled meanwhile."""
+        """Run `work` to its end, even if the caller is cancelled."""
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self._thread, copy_context().run, work, *given)
         return await asyncio.shield(done)
 
 
 def _counts(ticket: Ticket) -> bool:
-    """Its token is good: its adapter has not turned out to be false meanwhile, and it is wanted."""
+    """Return whether a token is wanted, and its adapter was not found corrupt meanwhile."""
     return not ticket.cancelled and ticket.error is None
+
+
+class TokenStream:
+    """The tokens of one generation, for one reader. On the event loop.
+
+    Iterating raises the `LoraxError` that ended it, after the last token.
+
+    Attributes
+    ----------
+    number
+        Names its sequence to the decoder.
+    known
+        Token ids, those of the prompt and those generated.
+    finish
+        Why it ended; None before, and if it failed or was cancelled.
+    """
+
+    def __init__(
+        self, number: int, generation: Generation, sampler: Sampler, ticket: Ticket
+    ) -> None:
+        self.number = number
+        self.generation = generation
+        self.sampler = sampler
+        self.ticket = ticket
+        self.known = list(generation.prompt)
+        self.finish: Finish | None = None
+        self._ready = deque[int]()
+        self._ended = False
+        self._error: LoraxError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self
+
+    async def __anext__(self) -> int:
+        while not self._ready:
+            if self._error is not None:
+                raise self._error.located() from self._error.__cause__
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._ready.popleft()
+
+    def cancel(self) -> None:
+        """Stop generating, and free its place. Idempotent."""
+        self.ticket.cancel()
+        self.end()
+
+    def add(self, token: int) -> None:
+        """Add a generated token; a stop token ends the stream and is not returned."""
+        self.known.append(token)
+        if token in self.generation.stop_tokens:
+            self.finish = "stop"
+            return
+        if len(self.known) == len(self.generation.prompt) + self.generation.max_new_tokens:
+            self.finish = "length"
+        self._ready.append(token)
+        self._wake()
+
+    def end(self, error: LoraxError | None = None) -> None:
+        """End the stream. Only the first call counts."""
+        if not self._ended:
+            self._ended = True
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class TokenObserver(Protocol):
+    """Learns of the tokens of one generation."""
+
+    def token(self) -> None:
+        """Another token came."""
+
+    def ended(self, outcome: str) -> None:
+        """No more tokens are read: "no token", "cancelled" or an error's class. May repeat."""
+
+
+class ObservedTokens:
+    """Pass tokens on, and notify observers of them."""
+
+    def __init__(self, tokens: TokenStream, observers: Sequence[TokenObserver]) -> None:
+        self._tokens = tokens
+        self._coming = aiter(tokens)
+        self._observers = observers
+
+    @property
+    def finish(self) -> Finish | None:
+        return self._tokens.finish
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self
+
+    async def __anext__(self) -> int:
+        try:
+            token = await anext(self._coming)
+        except StopAsyncIteration:
+            self._end("no token")
+            raise
+        except BaseException as error:
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            self._end("cancelled" if is_cancelled else type(error).__name__)
+            raise
+        for observer in self._observers:
+            observer.token()
+        return token
+
+    def cancel(self) -> None:
+        self._end("cancelled")
+        self._tokens.cancel()
+
+    def _end(self, outcome: str) -> None:
+        for observer in self._observers:
+            observer.ended(outcome)
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """The new tokens of a step's rows, the rows to compute again, and those that failed."""
+
+    tokens: dict[TokenStream, int] = field(default_factory=dict)
+    again: list[Ticket] = field(default_factory=list)
+    failed: dict[Ticket, LoraxError] = field(default_factory=dict)
+
+
+class BatchStep:
+    """A batch of the scheduler as a step of the decoder."""
+
+    def __init__(self, batch: Batch, streams: Mapping[Ticket, TokenStream]) -> None:
+        self.batch = batch
+        self.rows = [(row, streams[row.ticket]) for row in batch.rows]
+        parts = []
+        for row, stream in self.rows:
+            tokens = stream.known[row.start : row.start + row.tokens]
+            parts.append(SequencePart(stream.number, row.start, tokens, row.handle))
+        self._step = Step(parts, batch.budget, lambda: batch.others_wait)
+
+    def compute(self, decoder: Decoder, gone: Iterable[int]) -> StepOutcome:
+        """Forget the sequences in `gone`, then compute the step. Blocks; in the thread."""
+        try:
+            for number in gone:
+                decoder.forget(number)
+            return self._choose(decoder.compute(self._step))
+        except Exception as error:  # noqa: BLE001 - the engine outlives its decoder's errors
+            failed = error
+            if not isinstance(failed, LoraxError):
+                failed = InternalError(f"the decoder failed: {type(error).__name__}: {error}")
+                failed.__cause__ = error
+            return StepOutcome(failed={row.ticket: failed for row, _ in self.rows})
+
+    def _choose(self, computed: Computed) -> StepOutcome:
+        outcome = StepOutcome(again=[self.rows[number][0].ticket for number in computed.out])
+        done = [n for n, (row, _) in enumerate(self.rows) if row.last and n not in computed.out]
+        rows = [self.rows[number] for number in done]
+        tokens = choose(computed.logits[done], [stream.sampler for _, stream in rows])
+        for (row, stream), token in zip(rows, tokens, strict=True):
+            if token is not None:
+                outcome.tokens[stream] = token
+            elif row.handle is None:
+                error = InternalError("the base gave logits that are no numbers")
+                outcome.failed[row.ticket] = error
+            else:
+                reason = "with its weights the logits are no numbers"
+                outcome.failed[row.ticket] = AdapterFormatError(reason, stage="ready")
+        return outcome

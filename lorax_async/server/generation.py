@@ -1,28 +1,34 @@
-"""What is to be generated, and what comes of it: words that the engine and its callers share."""
+"""The interfaces of generation: what clients submit to an engine, and an engine to a decoder."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import torch
+
 from lorax_async.adapter import AdapterId
+from lorax_async.errors import LoraxError
+from lorax_async.handle import AdapterHandle
 
 Finish = Literal["stop", "length"]
+
+# -- generations ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen.
+    """How to choose the next token.
 
     Attributes
     ----------
     temperature
         From 0, which takes the likeliest token.
     top_p
-        Above 0, at most 1: of the likeliest tokens, as many as have this probability together.
+        Above 0, at most 1: sample from the fewest tokens that have this probability together.
     seed
-        The same seed gives the same tokens, whoever else is computed beside them. None: any.
+        The same seed gives the same tokens, whatever is computed beside them. None: any.
     """
 
     temperature: float = 1.0
@@ -32,7 +38,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One sequence to be generated.
+    """One sequence to generate.
 
     Attributes
     ----------
@@ -41,14 +47,14 @@ class Generation:
     prompt
         Token ids, at least one.
     max_new_tokens
-        After so many it ends with "length".
+        End it with "length" after this many.
     stop_tokens
-        Any of these ends it with "stop"; it is not among what comes out.
+        Any of these ends it with "stop", and is not returned.
     deadline
-        Seconds from `submit` by which it must be computed for the first time; None takes the
-        loader's timeout.
+        Seconds from `submit` within which its first step must begin; None takes the loader's
+        timeout.
     client
-        Whose it is, as `scheduling.requests.Request` has it.
+        Whose it is, as in `scheduling.requests.Request`.
     """
 
     adapter: AdapterId | None
@@ -60,74 +66,79 @@ class Generation:
     client: Hashable = field(default=None, repr=False)
 
 
-class Tokens(Protocol):
-    """The tokens of one generation, as they come. On the event loop of whoever submitted it."""
-
-    @property
-    def finish(self) -> Finish | None:
-        """Why it ended, once it has; None before, and where it failed or was cancelled."""
-
-    def __aiter__(self) -> AsyncIterator[int]:
-        """Token ids. Raises the `LoraxError` that ended it, after the tokens before it."""
-
-    def cancel(self) -> None:
-        """Have no further token computed: its place is free for others. Idempotent."""
+# -- steps of a decoder ---------------------------------------------------------------------------
 
 
-class Generating(Protocol):
-    """Whoever turns generations into tokens, many at a time."""
+@dataclass(frozen=True, slots=True)
+class SequencePart:
+    """The part of one sequence to compute in a step.
+
+    Attributes
+    ----------
+    sequence
+        Names it from its first step until it is forgotten.
+    start
+        The position of the first of `tokens`; earlier steps computed those before. 0 starts over.
+    tokens
+        Token ids, at least one.
+    handle
+        Its adapter, resident or streaming, leased for the step; None is the base.
+    """
+
+    sequence: int
+    start: int
+    tokens: Sequence[int]
+    handle: AdapterHandle | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Parts of different sequences, computed together.
+
+    Attributes
+    ----------
+    budget
+        Seconds that it may wait for layers of adapters.
+    others_wait
+        Whether other sequences could be computed instead; see `scheduling.Batch`. In any thread.
+    """
+
+    parts: Sequence[SequencePart]
+    budget: float
+    others_wait: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """The result of a step.
+
+    Attributes
+    ----------
+    logits
+        float32 `[parts, vocabulary]`, of the token after each part's last one. Rows in `out` are
+        undefined.
+    out
+        The error of each part that was not computed, by its number. Its sequence is forgotten;
+        after an `AdapterTimeoutError` it can start over.
+    """
+
+    logits: torch.Tensor
+    out: Mapping[int, LoraxError]
+
+
+class Decoder(Protocol):
+    """A model with its KV cache, called in one worker thread, one step after the other."""
 
     @property
     def max_length(self) -> int:
-        """Tokens of a prompt and what is generated, together, at most."""
+        """The maximum number of tokens of a sequence."""
 
     @property
-    def waiting(self) -> int:
-        """Generations that were submitted, and of which nothing has been computed yet."""
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
 
-    @property
-    def alive(self) -> bool:
-        """Whether it takes generations: False once it is closing, or its model has failed it."""
+    def compute(self, step: Step) -> Computed:
+        """Compute a step; blocks. An exception fails all of its parts."""
 
-    def submit(self, generation: Generation) -> Tokens:
-        """Queue it; its adapter begins to come.
-
-        Raises `UsageError` for what can never be computed, `LoaderClosedError` when closing.
-        """
-
-
-class InFront:
-    """Of an engine: says of it what it says itself. What is submitted is the subclass's affair."""
-
-    def __init__(self, engine: Generating) -> None:
-        self._engine = engine
-
-    @property
-    def max_length(self) -> int:
-        return self._engine.max_length
-
-    @property
-    def waiting(self) -> int:
-        return self._engine.waiting
-
-    @property
-    def alive(self) -> bool:
-        return self._engine.alive
-
-
-class TokensInFront:
-    """Of the tokens of a generation: whoever stands in front of them looks at each one."""
-
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
-        self._coming = aiter(tokens)
-
-    @property
-    def finish(self) -> Finish | None:
-        return self._tokens.finish
-
-    def __aiter__(self) -> AsyncIterator[int]:
-        return self
-
-    async def __anext__(self) -> int:
-        return await anext(self._coming)
+    def forget(self, sequence: int) -> None:
+        """Free a sequence's keys and values. Idempotent."""

@@ -1,4 +1,4 @@
-"""What an operator decides: names, who may administer the server, and how much it takes on."""
+"""The operator's settings: names, the admin token, and limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from lorax_async.adapter import AdapterId, as_ref
 from lorax_async.errors import ConfigError
-from lorax_async.server.host_names import checked_hosts
+from lorax_async.server.hosts import checked_hosts
 from lorax_async.settings.allow import Allow, as_allow
 from lorax_async.settings.limits import MiB
 from lorax_async.settings.requirements import require_count, require_positive, require_seconds
@@ -21,44 +21,43 @@ class ServerSettings:
     Parameters
     ----------
     base
-        What requests call the base model; whatever else they name is an adapter.
+        The base model's name in requests; every other name is an adapter's.
     adapters
-        Names for adapters, as `AdapterLoader.load` takes them. A `pathlib.Path` is the operator's
-        own word. Names in requests that are not among them are ids, local only below `local_roots`.
+        Names for adapters, given as for `AdapterLoader.load`. A `pathlib.Path` carries the
+        operator's authority. Other names in requests are ids, local only below `local_roots`.
     sources
-        Below which places requests may name adapters by id, as far as the loader's `allow` lets
-        them. Empty: nowhere but below `local_roots`, and nothing of the hub.
+        The places below which requests may name adapters by id, as far as the loader's `allow`
+        lets them. Empty: only folders below `local_roots`, and nothing of the hub.
     admin_token
-        Who brings it as `Authorization: Bearer …` may load and unload by name, and look at all
-        adapters. None: nobody may.
+        Clients that send it as `Authorization: Bearer …` may load and unload by name, and list
+        all adapters. None: no client may.
     allowed_hosts
-        Names and addresses by which clients may call the server, without ports: "*.example.com" is
-        all below that name, "*" is all. None asks for nothing, as "*".
+        Names and addresses by which clients may call the server, without ports: "*.example.com"
+        is every name below it, "*" is any. None checks nothing, as "*".
     max_body_bytes
         Of one request.
     max_prompt_tokens
-        Of one prompt; None is as many as leave room for one new token.
+        Of one prompt; None leaves room for one new token.
     max_choices
-        Sequences that one request may ask for: its prompts, times `n`.
+        Sequences of one request: its prompts, times `n`.
     max_waiting
-        Sequences of all clients together of which nothing has been computed yet.
+        Sequences of all clients together of which nothing was computed yet.
     max_adapters_per_client
-        Different adapters that one client may have under way at a time. A client is who brings the
-        same bearer key, which nothing here verifies, or who has the same address.
+        Different adapters that one client may have in flight. Clients are told apart by their
+        bearer key, which is not verified, or else by their address.
     slow_client
-        Seconds within which a client sends its body, and within which it takes what is ready for
-        it, before its connection is cut.
+        Seconds for a client to send its body, and to take ready data, before it is disconnected.
     retry_after
-        Seconds told to clients where nobody knows better.
+        Seconds in `Retry-After` where no better estimate exists.
     drain
-        Seconds for which requests under way may go on once the server is told to end.
+        Seconds that in-flight requests have after the signal to end.
 
     Raises
     ------
     ConfigError
         A value is out of range.
     UsageError
-        Something among `adapters` is no adapter id.
+        A value of `adapters` is no adapter id.
     """
 
     base: str
@@ -95,7 +94,7 @@ class ServerSettings:
 
 
 def _require_token(token: object) -> None:
-    """An unset variable must not let everybody in."""
+    """Refuse an empty token: an unset variable must not open the server."""
     if token is None:
         return
     if not isinstance(token, str) or not token or not all("!" <= c <= "~" for c in token):

@@ -1,4 +1,4 @@
-"""Which adapters are on the device, in a file, for the server that comes after this one."""
+"""The warm list: a file with the adapters on the device, for the next server."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from lorax_async.adapter import AdapterId, AdapterKey, AdapterRef
+from lorax_async.adapter import AdapterId, AdapterRef
 from lorax_async.errors import ConfigError, UsageError
 from lorax_async.events import Event
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.prefetch import Prefetch
 
 _KEPT = 1024
-"""Names that are remembered: beyond these, those used last."""
+"""Adapters to remember, those used last."""
 
 _MOST_BYTES = 16 << 20
 
@@ -29,25 +28,25 @@ _logger = logging.getLogger("lorax_async")
 
 
 class WarmList:
-    """Keeps a file with the adapters that are on the device, those used last first.
+    """Keep a file with the adapters on the device, the last used first.
 
-    Entering it begins to bring back what the file names, after everybody who waits for an adapter.
-    The file is written when that has changed, at most every `pause` seconds, and replaced as a
-    whole: killed at any time, it is the old or the new one. Tokens are never written.
+    On entering, begin to load what the file names, at the lowest priority. The file is written
+    when the list has changed, at most every `pause` seconds, and replaced atomically. Tokens are
+    never written.
 
     Parameters
     ----------
     path
-        Its folder exists; the file need not.
+        Its folder must exist; the file need not.
     loader
         Open; closed after it.
     pause
-        Seconds between two writings.
+        Seconds between two writes.
     admits
-        Return an adapter that the file names as it is to come back, or None to leave it out.
-        Without it, every adapter comes back as it is.
+        Return an adapter of the file as it is to be loaded, or None to omit it. By default each
+        is loaded as it is.
 
-    Raises `ConfigError`, on entering it, where `read_warm_list` does.
+    Raise `ConfigError` on entering, as `read_warm_list`.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class WarmList:
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
         self.restored: Prefetch | None = None
-        """What the file named, on its way; None where there was none."""
+        """The running load of what the file named; None if it named nothing."""
 
     async def __aenter__(self) -> Self:
         named = await asyncio.to_thread(read_warm_list, self._path)
@@ -84,21 +83,16 @@ class WarmList:
         self._task = asyncio.create_task(self._keep(), name="lorax warm list")
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._unsubscribe()
         self._ended.set()
         self._changed.set()
-        await asyncio.shield(self._task)  # it may be writing
+        await asyncio.shield(self._task)  # a write may be in progress
         if self.restored is not None:
             self.restored.cancel()
 
     def used(self, adapter: AdapterId) -> None:
-        """Somebody asked for it just now."""
+        """Note that an adapter is used now."""
         if isinstance(adapter, str | Path):
             adapter = AdapterRef(adapter)
         if not isinstance(adapter, AdapterRef) or adapter.token is not None:
@@ -109,7 +103,7 @@ class WarmList:
             del self._used[next(iter(self._used))]
         self._changed.set()
 
-    def _on_event(self, event: Event) -> None:  # noqa: ARG002 - any may mean that others are there
+    def _on_event(self, event: Event) -> None:  # noqa: ARG002 - any event may change the list
         self._changed.set()
 
     async def _keep(self) -> None:
@@ -122,7 +116,7 @@ class WarmList:
         await self._write()
 
     async def _write(self) -> None:
-        content = _as_json(self._here())
+        content = _as_json(self._current())
         if content == self._written:
             return
         try:
@@ -132,28 +126,26 @@ class WarmList:
         else:
             self._written = content
 
-    def _here(self) -> list[AdapterRef]:
-        """Those on the device now, or on their way back there; the last one used first."""
+    def _current(self) -> list[AdapterRef]:
+        """Return the adapters on the device or being restored, the last used first."""
         coming = set(self._coming) if self.restored and not self.restored.done else set()
         residency = self._loader.residency()
         on_device = {key for key, where in residency.items() if where.tier == "device"}
         found = list[AdapterRef]()
         for ref in reversed(self._used):
             if not coming and not on_device:
-                break  # many more names may be remembered, and the loop has others to answer
-            key = self._key(ref)
+                break  # do not look up all remembered names on the event loop
+            story = self._loader.story(ref)
+            key = story[-1].key if story else None
             if ref in coming or key in on_device:
                 found.append(ref)
             coming.discard(ref)
             on_device.discard(key)
         return found
 
-    def _key(self, ref: AdapterRef) -> AdapterKey | None:
-        story = self._loader.story(ref)
-        return story[-1].key if story else None
-
 
 def _as_json(refs: Sequence[AdapterRef]) -> bytes:
+    # json, unlike pydantic, keeps paths that are not UTF-8.
     rows = [
         {
             "path" if isinstance(ref.id, Path) else "id": ref.text,
@@ -167,9 +159,9 @@ def _as_json(refs: Sequence[AdapterRef]) -> bytes:
 
 
 def read_warm_list(path: Path) -> list[AdapterRef]:
-    """Return the adapters that a warm list names; none where the file is not there yet. Blocks.
+    """Return the adapters of a warm list; none if the file does not exist. Blocks.
 
-    Raises `ConfigError`, with the path, the reason and what to do.
+    Raise `ConfigError`, with the path, the reason and what to do.
     """
     try:
         content = _content(path)
@@ -190,9 +182,9 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
 
 
 def _content(path: Path) -> bytes | None:
-    """None where there is no such file, and one can be made. Raises as `read_warm_list`."""
+    """Return None if there is no file, and one can be created. Raise as `read_warm_list`."""
     try:
-        # A FIFO would be waited for.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         if not path.parent.is_dir():
@@ -228,26 +220,23 @@ def _reason(error: Exception) -> str:
 
 
 def _refs_in(found: Any) -> list[AdapterRef]:
-    """Raises `ValueError`."""
+    """Return the adapters of the file's JSON. Raise `ValueError`."""
     rows = found.get("adapters") if isinstance(found, dict) else None
     if not isinstance(rows, list):
         raise ValueError("it has no list called adapters")  # noqa: TRY004 - the file is wrong
     refs = []
     for number, row in enumerate(rows, 1):
         try:
-            refs.append(_as_ref(row))
+            id = Path(row["path"]) if "path" in row else row["id"]
+            use_token = row.get("use_token", False)
+            refs.append(AdapterRef(id, row["source"], row["revision"], use_token=use_token))
         except (TypeError, KeyError, ValueError, UsageError) as error:
             raise ValueError(f"its adapter number {number} is none") from error
     return refs
 
 
-def _as_ref(row: dict[str, Any]) -> AdapterRef:
-    id = Path(row["path"]) if "path" in row else row["id"]
-    return AdapterRef(id, row["source"], row["revision"], use_token=row.get("use_token", False))
-
-
 def _replace(path: Path, content: bytes) -> None:
-    """Blocks."""
+    """Replace the file atomically, once the content is on disk. Blocks."""
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(number, "wb") as file:

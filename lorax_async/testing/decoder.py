@@ -13,7 +13,7 @@ import torch
 from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.errors import LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
-from lorax_async.server.ports import Computed, Step
+from lorax_async.server.generation import Computed, Step
 
 
 class FakeDecoder:

@@ -17,14 +17,6 @@ from lorax_async.adapters import (
     merge_adapters,
     merge_adapters_async,
 )
-from lorax_async.adapters.merging.merge_strategies import (
-    DareLinearMerge,
-    DareTiesMerge,
-    LinearMerge,
-    MergeStrategy,
-    TiesMerge,
-    strategy_registry,
-)
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
 from lorax_async.merge import Merge
 
@@ -132,9 +124,6 @@ def test_there_is_no_density_of_zero_and_as_many_adapters_as_ids() -> None:
     for density in (None, 0.0):
         with pytest.raises(UsageError, match="'ties' needs a density"):
             merge_adapters(pair, parameters(merge_strategy="ties", density=density))
-    for strategy in (TiesMerge(0.0), DareLinearMerge(1.5, torch.Generator())):
-        with pytest.raises(UsageError, match="a density is above 0"):
-            strategy.merge([torch.ones(2)], torch.ones(1))
     with pytest.raises(UsageError, match="2 adapter_ids, but 1 adapters"):
         merge_adapters(pair[:1], parameters())
 
@@ -165,23 +154,3 @@ def test_a_request_is_an_id_for_a_loader() -> None:
         majority_sign_method="FREQUENCY",
     )
     assert given.merge == Merge("dare_ties", ["a", "b"], [1, 2], 0.5, "frequency")
-
-
-def test_strategies_on_whole_deltas() -> None:
-    assert strategy_registry == {
-        "linear": LinearMerge,
-        "ties": TiesMerge,
-        "dare_linear": DareLinearMerge,
-        "dare_ties": DareTiesMerge,
-    }
-    pair = [torch.tensor([4.0, -1.0]), torch.tensor([-1.0, -3.0])]
-    weights, drawn = torch.tensor([2.0, 1.0]), torch.Generator().manual_seed(1)
-    cases: list[tuple[MergeStrategy, list[float]]] = [
-        (LinearMerge(), [7.0, -5.0]),
-        (TiesMerge(1.0), [8.0, -2.5]),
-        (TiesMerge(1.0, "frequency"), [8.0, -2.5]),
-        (DareLinearMerge(1.0, drawn), [7.0, -5.0]),
-        (DareTiesMerge(1.0, drawn), [8.0, -2.5]),
-    ]
-    for strategy, expected in cases:
-        assert strategy.merge(pair, weights).tolist() == expected

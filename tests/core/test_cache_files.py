@@ -1,10 +1,13 @@
-"""What lies in a disk cache: names, records of entries, and maps of the chunks that are here."""
+"""What lies in a disk cache: names, records, chunk maps, and digests, also those of responses."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import struct
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -13,26 +16,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorax_async.core.cache_names import (
-    BUDGET_LOCK,
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
     CacheKey,
     FileRole,
-    Owner,
-    PartialName,
     is_entry_name,
     is_partial_name,
-    partial_name,
     role_of,
     scope_name,
 )
 from lorax_async.core.cache_record import FileRecord, decoded_record, record_of
-from lorax_async.core.chunk_map import CHUNK_BYTES, ChunkMap, encoded_size
-from lorax_async.core.file_digest import Digest
+from lorax_async.core.chunk_map import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
+from lorax_async.core.file_digest import Digest, DigestKind, FileHash, sent_sha256
 from lorax_async.core.spans import Span, SpanSet
 from lorax_async.errors import AdapterFormatError, UsageError
 
+BOOT = b"a" * 16
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
 
 
@@ -87,24 +87,13 @@ def test_files_have_the_names_that_tools_know() -> None:
             FileRole(kind, number, count)
 
 
-ENTRY = CacheKey("a", "b").name
-OWNER = Owner("0123456789abcdef0123456789abcdef", 4026531836, 2**22, 2**40)
-
-
-NO_PARTIALS = [
-    *(BUDGET_LOCK, ENTRY, f"{ENTRY[1:]}.free.00", f"{ENTRY}.ab-1-2.00", f"{ENTRY}.ab-1-2-x.00"),
-    *(f"{ENTRY}.{end}" for end in ("free", "free.", "other.00", "free.00/..", "free.00\n")),
-]
-
-
-def test_a_partials_name_says_who_writes_to_it() -> None:
-    for owner in (None, OWNER):
-        name = PartialName(ENTRY, owner, "0f" * 8)
-        assert partial_name(str(name)) == name
-        assert is_partial_name(str(name))
-        assert not is_entry_name(str(name))
-        assert len(str(name)) < 255
-    assert [name for name in NO_PARTIALS if partial_name(name) or is_partial_name(name)] == []
+def test_a_partials_name_begins_with_its_entrys() -> None:
+    entry = CacheKey("a", "b").name
+    assert is_partial_name(f"{entry}.00ff")
+    assert is_partial_name(f"{entry}.ab-1-2-3.00ff"), "of a former version"
+    others = ("lock", entry, f"{entry}.", f"{entry[1:]}.00", f"{entry}.00/..", f"{entry}.00\n")
+    assert not any(map(is_partial_name, others))
+    assert not is_entry_name(f"{entry}.00ff")
 
 
 # -- records --------------------------------------------------------------------------------------
@@ -182,7 +171,7 @@ def test_the_map_on_disk_tells_of_whole_chunks_only(
     """Also where each of its bytes is as it was before or after, as a crash may leave it."""
     nbytes, chunk, spans = case
     here, model, found = SpanSet(), set[int](), ChunkMap(nbytes, chunk)
-    on_disk, moments = bytearray(found.encoded()), [found.encoded()]
+    on_disk, moments = bytearray(found.encoded(BOOT)), [found.encoded(BOOT)]
     chunks = [set(range(at, min(nbytes, at + chunk))) for at in range(0, nbytes, chunk)]
     for start, stop in spans:
         model |= set(range(start, stop))
@@ -190,14 +179,13 @@ def test_the_map_on_disk_tells_of_whole_chunks_only(
         if changed is not None:
             content, at = changed
             on_disk[at : at + len(content)] = content
-        moments.append(found.encoded())
-        left = ChunkMap.decoded(bytes(on_disk), nbytes)
+        moments.append(found.encoded(BOOT))
+        left = ChunkMap.decoded(bytes(on_disk), nbytes, BOOT)
         assert left is not None
         told = {byte for first, last in left.spans() for byte in range(first, last)}
         assert told == set[int]().union(*(each for each in chunks if each <= model))
-    torn = ChunkMap.decoded(
-        bytes(choice.choice(each) for each in zip(*moments, strict=True)), nbytes
-    )
+    content = bytes(choice.choice(each) for each in zip(*moments, strict=True))
+    torn = ChunkMap.decoded(content, nbytes, BOOT)
     assert torn is not None
     assert all(here.covers(start, stop) for start, stop in torn.spans())
 
@@ -206,32 +194,152 @@ def test_a_map_in_the_default_size() -> None:
     """As worked out by hand: 256 KiB a chunk, so 1 MiB and a byte are five."""
     found = ChunkMap((1 << 20) + 1)
     assert (found.chunks, CHUNK_BYTES) == (5, 262_144)
-    assert found.mark((262_143, 786_432), (262_143, 786_432)) == (b"\x06", 24)
-    assert found.mark((786_433, 1_048_577), (786_433, 1_048_577)) == (b"\x16", 24)
+    assert found.mark((262_143, 786_432), (262_143, 786_432)) == (b"\x06", 40)
+    assert found.mark((786_433, 1_048_577), (786_433, 1_048_577)) == (b"\x16", 40)
     assert list(found.spans()) == [(262_144, 786_432), (1_048_576, 1_048_577)]
-    assert found.encoded() == b"LRXCHNK1" + struct.pack("<QQ", 1_048_577, 262_144) + b"\x16"
-    assert encoded_size(1_048_577) == len(found.encoded()) == 25
+    assert (
+        found.encoded(BOOT) == b"LRXCHNK2" + BOOT + struct.pack("<QQ", 1_048_577, 262_144) + b"\x16"
+    )
+    assert encoded_size(1_048_577) == len(found.encoded(BOOT)) == 41
 
 
-GOOD = ChunkMap(100, 10).encoded()
-
-
+GOOD = ChunkMap(100, 10).encoded(BOOT)
+HEAD = GOOD[:24]
 NO_MAPS = [
-    *(b"", GOOD[:-1], GOOD + b"\0", GOOD[:20], b"X" + GOOD[1:]),
+    *(b"", GOOD[:-1], GOOD + b"\0", GOOD[:30], b"X" + GOOD[1:]),
     *(
-        GOOD[:8] + struct.pack("<QQ", *sizes) + GOOD[24:]
+        HEAD + struct.pack("<QQ", *sizes) + GOOD[40:]
         for sizes in [(101, 10), (100, 0), (100, 1 << 40)]
     ),
     GOOD[:-1] + b"\x04",  # the eleventh chunk of ten
+    ChunkMap(100, 10).encoded(b"b" * 16),  # of another boot
 ]
 
 
 def test_what_is_no_map_of_the_file_is_none() -> None:
-    assert [content for content in NO_MAPS if ChunkMap.decoded(content, 100)] == []
+    assert [each for each in NO_MAPS if ChunkMap.decoded(each, 100, BOOT) is not None] == []
     for content, nbytes, spans in [
-        (ChunkMap(0).encoded(), 0, []),
+        (ChunkMap(0).encoded(BOOT), 0, []),
         (GOOD[:-1] + b"\x03", 100, [(80, 100)]),
+        (ChunkMap(100, 10).encoded(SYNCED), 100, []),
     ]:
-        found = ChunkMap.decoded(content, nbytes)
+        found = ChunkMap.decoded(content, nbytes, BOOT)
         assert found is not None
         assert list(found.spans()) == spans
+
+
+# -- digests --------------------------------------------------------------------------------------
+
+KINDS: list[DigestKind] = ["git-sha1", "sha256", "transport"]
+
+
+@given(
+    content=st.binary(max_size=300),
+    cuts=st.lists(st.integers(0, 300), max_size=12),
+    order=st.randoms(),
+    kind=st.sampled_from(KINDS),
+)
+def test_the_digest_is_hashlibs_over_any_order(
+    content: bytes, cuts: list[int], order: Random, kind: DigestKind
+) -> None:
+    """Pieces arrive shuffled; after each, all that is there without a gap is fed."""
+    edges = sorted({0, len(content), *(cut for cut in cuts if cut < len(content))})
+    pieces = list(pairwise(edges))
+    order.shuffle(pieces)
+    here, found = SpanSet(), FileHash(kind, len(content))
+    for start, stop in pieces:
+        here.add(start, stop)
+        found.feed(memoryview(content)[found.done : here.reach(found.done)])
+    header = b"blob %d\0" % len(content)
+    oracle = hashlib.sha1(header + content) if kind == "git-sha1" else hashlib.sha256(content)
+    assert found.digest() == Digest(kind, oracle.hexdigest())
+    assert found.done == len(content)
+
+
+def test_gits_digest_is_what_git_hash_object_says() -> None:
+    found = FileHash("git-sha1", 6)
+    found.feed(memoryview(b"hello\n"))
+    assert found.digest().value == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+NO_DIGESTS: list[tuple[Any, Any]] = [
+    *(("md5", "0" * 32), ("sha256", "0" * 40), ("sha256", "A" * 64), ("sha256", 5)),
+    *(("sha256", "0" * 63 + "\n"), ("git-sha1", "0" * 64), ("transport", ""), ([], "0" * 64)),
+]
+
+
+def test_what_is_no_digest_is_refused() -> None:
+    for kind, value in NO_DIGESTS:
+        with pytest.raises(UsageError, match="digest"):
+            Digest(kind, value)
+
+
+# -- what responses tell --------------------------------------------------------------------------
+
+# RFC 9530, B.1: {"hello": "world"} with its line feed.
+EXAMPLE = "RK/0qy18MlBSVnWgjwz6lZEWjP/lF5HF9bvEF8FabDg="
+SHA512 = "YMAam51Jz/jOATT6/zvHrLVgOYTGFy1d6GJiOHTohq4yP+pgk4vf2aCsyRZOtw8MjkM7iw7yZ/WkppmM44T3qg=="
+TOLD = Digest("sha256", hashlib.sha256(b'{"hello": "world"}\n').hexdigest())
+PART = {"content-range": "bytes 0-9/19"}
+TELLING = [
+    f"sha-256=:{EXAMPLE}:",
+    f"sha-256=:{EXAMPLE}:, sha-512=:{SHA512}:",
+    f"sha-512=:{SHA512}:,sha-256=:{EXAMPLE}:",
+    f"sha-512=:{SHA512}:\t ,\tsha-256=:{EXAMPLE}:",
+    f'unixsum=1, a, b=?0, c=-1.5, d=tok/en:x, e="a, \\" :b:", sha-256=:{EXAMPLE}:',
+    f'sha-256=:{EXAMPLE}:;note="x"; *more',
+    f"sha-256=:AAAA:, sha-256=:{EXAMPLE}:",
+]
+MALFORMED = [
+    *("", ",", "sha-256", "sha-256=:AAAA:", "sha-256=::", f"sha-512=:{SHA512}:"),
+    *(f"SHA-256=:{EXAMPLE}:", f"sha-256={EXAMPLE}", f'sha-256="{EXAMPLE}"'),
+    *(f"sha-256=:{EXAMPLE}", f"sha-256=:{EXAMPLE[:-1]}:", f"sha-256=:{SHA512}:"),
+    f"sha-256=:{EXAMPLE[:-2]}h=:",  # bits behind the last byte
+    *(f"sha-256=:{EXAMPLE}:,", f"sha-256=:{EXAMPLE}: sha-512=:{SHA512}:"),
+    f"sha-256=:{EXAMPLE}:, sha-256=:AAAA:",  # the last one counts
+    *(f"sha-256 = :{EXAMPLE}:", f"sha-256=:{EXAMPLE}:, x=(1 2)", f"sha-256=:{EXAMPLE}:, \xe9"),
+    *(f" sha-256=:{EXAMPLE}:", f"sha-256=:{TOLD.value}:"),
+    *(part * 20_000 for part in ("a=:", "a;a", 'a="', "a, ", "a=b;c=d ")),  # read in one pass
+]
+
+
+def test_a_representations_digest_is_told_unless_it_is_malformed() -> None:
+    for more in ({}, PART):
+        assert {sent_sha256({"repr-digest": field, **more}) for field in TELLING} == {TOLD}
+    assert [field for field in MALFORMED if sent_sha256({"repr-digest": field}) is not None] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "more", "told"),
+    [
+        (EXAMPLE, {}, True),
+        (EXAMPLE, {"x-amz-checksum-type": "FULL_OBJECT"}, True),
+        (EXAMPLE, PART | {"x-amz-checksum-type": "FULL_OBJECT"}, True),
+        (EXAMPLE, PART, False),  # it may be that of one part of an upload
+        (EXAMPLE, {"x-amz-checksum-type": "COMPOSITE"}, False),
+        (EXAMPLE, {"x-amz-checksum-type": "something new"}, False),
+        (f"{EXAMPLE}-3", {}, False),
+        (f"{EXAMPLE}-3", {"x-amz-checksum-type": "FULL_OBJECT"}, False),
+        *(("not base64!", {}, False), ("\xe9", {}, False)),
+        # The digest of a part is not that of the file, and RFC 3230 is obsolete.
+        ("", {"content-digest": f"sha-256=:{EXAMPLE}:", "digest": f"sha-256={EXAMPLE}"}, False),
+    ],
+)
+def test_an_objects_checksum_is_told_if_it_is_of_all(
+    value: str, more: dict[str, str], told: bool
+) -> None:
+    assert sent_sha256({"x-amz-checksum-sha256": value} | more) == (TOLD if told else None)
+
+
+def test_the_representations_digest_comes_first() -> None:
+    other = hashlib.sha256(b"other")
+    amazon = {"x-amz-checksum-sha256": base64.b64encode(other.digest()).decode()}
+    assert sent_sha256({"repr-digest": f"sha-256=:{EXAMPLE}:", **amazon}) == TOLD
+    told = sent_sha256({"repr-digest": "nonsense(", **amazon})
+    assert told == Digest("sha256", other.hexdigest())
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=0xFF), max_size=60))
+def test_no_text_is_a_fault(text: str) -> None:
+    """Forty-three characters of base64 do not come about by chance."""
+    assert sent_sha256({"repr-digest": text, "x-amz-checksum-sha256": text}) is None

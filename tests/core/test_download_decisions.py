@@ -1,11 +1,9 @@
-"""What the download scheduler decides by: shares of connections, waits, and what a disk keeps."""
+"""What the download scheduler decides by: shares of connections, and waits."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.core.disk_budget import FETCH_FIXED_COST, DiskBudget, Stored
-from lorax_async.core.policies import policy
 from lorax_async.core.retries import Retries, retry_after_of
 from lorax_async.core.sharing import Claim, shares
 
@@ -93,44 +91,3 @@ RETRY_AFTER = {
 
 def test_retry_after() -> None:
     assert {text: retry_after_of(text, NOW) for text in RETRY_AFTER} == RETRY_AFTER
-
-
-def budget(entries: dict[str, Stored], partials: dict[str, Stored]) -> DiskBudget:
-    found = DiskBudget(100, policy("lru"))
-    found.observe(entries, partials)
-    return found
-
-
-def test_what_is_on_disk_counts_whoever_put_it_there_until_it_is_gone() -> None:
-    found = budget({"a": Stored(30, 1)}, {"p": Stored(20, 1)})
-    assert (found.used, found.free) == (50, 50)
-    found.observe({"b": Stored(90, 1)}, {"p": Stored(21, 1)})
-    assert (found.used, found.free) == (111, -11)
-    for name in ("p", "nobody"):
-        found.forget(name, evicted=True)
-    assert (found.used, list(found.victims())) == (90, ["b"])
-    found.observe({}, {})
-    assert (found.used, list(found.victims())) == (0, [])
-
-
-def test_a_use_counts_wherever_it_was() -> None:
-    entries = {name: Stored(1, at) for at, name in enumerate("abc")}
-    found = budget(entries, {"p": Stored(1, 99), "q": Stored(1, 98)})
-    found.use("a", Stored(1, 10))
-    assert list(found.victims()) == ["q", "p", "b", "c", "a"], "partials go first"
-    assert found.fits_beside(99, ["a", "nobody"])
-    assert not found.fits_beside(100, ["a", "nobody"])
-    found.observe(entries | {"a": Stored(1, 10)}, {})  # our own use again
-    assert list(found.victims()) == ["b", "c", "a"]
-    found.observe(entries | {"a": Stored(1, 10), "b": Stored(1, 11)}, {})  # another process's
-    assert list(found.victims()) == ["c", "a", "b"]
-    found.use("a", Stored(12, 12))  # another one of the same name
-    assert (found.used, list(found.victims())) == (14, ["c", "b", "a"])
-
-
-def test_gdsf_weighs_what_a_fetch_costs() -> None:
-    """Of equal use the large one goes: (32 MiB + n) / n falls with n. An empty one is one, too."""
-    found = DiskBudget(100, policy("gdsf"))
-    found.observe({"empty": Stored(0, 3), "large": Stored(90, 2), "small": Stored(9, 1)}, {})
-    assert list(found.victims()) == ["large", "small", "empty"]
-    assert FETCH_FIXED_COST == 33_554_432

@@ -1,7 +1,6 @@
 """The file that a merge would be: its config, its header, and what it is made of."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +11,14 @@ from lorax_async.adapter import AdapterKey, Merge, MergedKey
 from lorax_async.config import Limits
 from lorax_async.core.header import header_size, parse_header
 from lorax_async.core.layout import ModelLayout
-from lorax_async.core.merge_draws import Start
-from lorax_async.core.merge_plan import MergePlan, PartFile, plan_merge
+from lorax_async.core.merge_plan import MergePlan, NewLayers, PartFile, plan_merge
 from lorax_async.core.peft_config import parse_config
 from lorax_async.core.peft_names import Part
-from lorax_async.core.runs import Span
-from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, LoraxError
+from lorax_async.errors import (
+    AdapterFormatError,
+    IncompatibleAdapterError,
+    LoraxError,
+)
 
 Q, OUT = "model.layers.0.q", "model.layers.1.o"
 LAYOUT = layout_of((Q, 24, 16, 0), (OUT, 16, 24, 1), ("lm_head", 24, 40, 12))
@@ -80,20 +81,6 @@ def test_the_bases_name_if_they_have_one(bases: str, named: str | None) -> None:
     assert parse_config(planned(linear(1, 1), *parts).config, Limits()).base_model == named
 
 
-def test_whole_tensors_of_the_parts_are_needed() -> None:
-    """Also of some columns of four rows, and of two parts of the rows."""
-    one = part({Q: 4, OUT: 4})
-    plan = planned(linear(1, 1), one, part({OUT: 2}))
-    q_a, q_b, *_ = plan.tensors
-    assert list(plan.touched(0, len(plan.prefix))) == []
-    assert list(plan.touched(q_a.stop - 1, q_b.start + 1)) == [0, 1]
-    columns = Span(q_a.start + 4, q_a.start + 8, 4, (q_a.stop - q_a.start) // 4)
-    parts = [Span(q_b.start, q_b.start + 8), Span(q_b.stop - 8, q_b.stop)]
-    whole = [Span(t.start, t.stop) for t in parse_header(one.prefix, one.nbytes).tensors[:2]]
-    assert plan.spans(0, [columns, *parts]) == whole
-    assert plan.spans(1, [columns, *parts]) == []
-
-
 def test_names_that_end_in_anothers_are_filled_up() -> None:
     """By PEFT's rules a pattern also means every module whose path ends in it."""
     outer, inner = "vision.layers.0.q", "layers.0.q"
@@ -106,6 +93,8 @@ def test_names_that_end_in_anothers_are_filled_up() -> None:
     assert ranks_of(plan) == {outer: 4, inner: 4, "x.q": 4}
     assert {tensor.shape for tensor in plan.tensors} == {(4, 8), (8, 4)}
     assert [p.span.shape for p in plan.tensors[2].pieces] == [(2, 8)]
+    padded = [tensor.is_padded(linear(1)) for tensor in plan.tensors]
+    assert padded == [False, False, True, True, False, False]
 
 
 def test_a_config_that_would_be_too_long_is_filled_up() -> None:
@@ -148,23 +137,16 @@ def test_a_factor_that_no_float32_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("config", "rank", "start"),
     [
-        ({}, Start(4 * 64, 0)),  # PEFT's default
-        ({"init_lora_weights": None}, Start(4 * (24 + 16), 0)),
-        ({"init_lora_weights": True}, Start(4 * (24 + 24 + 16), 0)),
-        ({"init_lora_weights": False}, Start(4 * (24 + 16), 0)),
-        ({"init_lora_weights": "gaussian"}, Start(4 * (24 + 16), 4 * 24)),
-        ({"init_lora_weights": "Gaussian"}, Start(4 * (24 + 16), 4 * 24)),
-        ({"init_lora_weights": "eva"}, Start(4 * (24 + 16), 0)),
+        ({}, 4, True),
+        ({"init_lora_weights": "gaussian"}, 4, "gaussian"),
         # New layers have the largest rank of the first part.
-        ({"rank_pattern": {"q": 4, "nowhere": 6}}, Start(6 * 64, 0)),
+        ({"rank_pattern": {"q": 4, "nowhere": 6}, "init_lora_weights": False}, 6, False),
     ],
 )
-def test_what_is_drawn_first(config: dict[str, Any], expected: Start) -> None:
-    assert planned(dare(), part({Q: 4}, **config), GOOD).starts == (expected,)
-
-
-@pytest.mark.parametrize("merge", [dare(1.0), replace(dare(), strategy="ties"), linear(1, 1)])
-def test_where_nothing_is_dropped_nothing_is_drawn(merge: Merge) -> None:
-    assert planned(merge, GOOD, GOOD).starts == ()
+def test_new_layers_are_those_that_peft_would_make(
+    config: dict[str, Any], rank: int, start: object
+) -> None:
+    plan = planned(dare(), part({Q: 4, OUT: 4}, **config), GOOD)
+    assert plan.new_layers == NewLayers(rank, ((24, 16), (16, 24)), start)

@@ -5,6 +5,7 @@ One Python starts and imports; its children are forks, each of them a process to
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,28 +18,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cache_inputs import CONFIG, KEY, NBYTES, SCOPE, below, content_of, key, put, sha256, weights
 from counted_calls import CHANGES, Calls
-from disk_cache_world import nothing_odd
+from disk_cache_world import (
+    CONFIG,
+    KEY,
+    NBYTES,
+    SCOPE,
+    begun,
+    below,
+    content_of,
+    key,
+    nothing_odd,
+    put,
+    sha256,
+    weights,
+)
 
 from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
 from lorax_async.core.policies import policy
-from lorax_async.core.spans import Span
+from lorax_async.core.spans import Span, SpanSet
 from lorax_async.errors import CapacityError, FetchError
-from lorax_async.io.cache import upkeep
-from lorax_async.io.cache.download import DiskDownload
-from lorax_async.io.disk_cache import DiskCache
+from lorax_async.io.cache import maintenance
+from lorax_async.io.disk_cache import DiskCache, DiskDownload
 from lorax_async.io.ports import Demand
+
+Tell = Callable[[object], None]
 
 CONTENT = weights()
 SPANS = [(400_000, 900_000), (10, 300_000), (NBYTES - 9, NBYTES), (0, 10), (300_000, 400_000)]
 SPANS += [(900_000, NBYTES - 9)]
-KILLED = -signal.SIGKILL
 WRITE = os.write  # what a child tells is none of the calls that are counted
 
 
-def fork(main: Callable[[Callable[[object], None]], None]) -> tuple[int, int]:
-    """Run `main` in a process of its own, which may `tell`; its id, and where that is read."""
+def fork(main: Callable[..., None], *given: Any) -> tuple[int, int]:
+    """Run `main` in a process of its own, which may tell; its id, and where that is read."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:
@@ -47,16 +60,12 @@ def fork(main: Callable[[Callable[[object], None]], None]) -> tuple[int, int]:
     code = 1
     try:
         os.close(reading)
-        main(lambda told: written(writing, told))
+        main(*given, lambda told: WRITE(writing, json.dumps(told).encode() + b"\n"))
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-def written(pipe: int, told: object) -> None:
-    WRITE(pipe, json.dumps(told).encode() + b"\n")
 
 
 def ended(pid: int, reading: int) -> tuple[int, list[Any]]:
@@ -70,29 +79,20 @@ def opened(folder: Path, nbytes: int = 1 << 30) -> DiskCache:
     return DiskCache(folder, nbytes, policy("lru"))
 
 
-def bring(download: DiskDownload, tell: Callable[[object], None], pause: float = 0.0) -> None:
-    """All that is missing, and telling each span that was."""
-    config = download.file(CONFIG_FILE, len(CONFIG))
-    file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
-    for start, stop in SPANS:
-        for gap in file.missing(start, stop):
-            put(file, CONTENT, [gap])
-            tell(gap)
-            time.sleep(pause)
-        file.hash_along()
-    put(config, CONFIG, config.missing())
-
-
-def fetch(folder: Path, tell: Callable[[object], None], pause: float = 0.0) -> None:
-    """Have the adapter, and tell how."""
+def fetch(folder: Path, tell: Tell) -> None:
+    """Have the adapter, and tell each span that was missing."""
     cache = opened(folder)
     found = cache.begin(KEY, SCOPE, Demand())
     if isinstance(found, DiskDownload):
-        bring(found, tell, pause)
-        tell("published")
+        config = found.file(CONFIG_FILE, len(CONFIG))
+        file = found.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
+        for start, stop in SPANS:
+            for gap in SpanSet(SpanSet(file.missing()).missing(0, NBYTES)).missing(start, stop):
+                put(file, CONTENT, [gap])
+                tell(gap)
+            file.hash_along()
+        put(config, CONFIG, config.missing())
         found = found.publish()
-    else:
-        tell("had")
     assert content_of(found) == CONTENT
     assert content_of(found, CONFIG_FILE) == CONFIG
     found.close()
@@ -102,7 +102,7 @@ def fetch(folder: Path, tell: Callable[[object], None], pause: float = 0.0) -> N
 # -- kill -9 at every call ------------------------------------------------------------------------
 
 
-def fetch_until(folder: Path, at: int, tell: Callable[[object], None]) -> None:
+def fetch_until(folder: Path, at: int, tell: Tell) -> None:
     calls = Calls(CHANGES)
 
     def kill(name: str) -> None:
@@ -120,38 +120,29 @@ def kills(base: Path) -> list[dict[str, Any]]:
     outcomes: list[dict[str, Any]] = []
     for at in range(1, 10_000):
         folder = base / str(at)
-        code, told = ended(*fork(lambda tell, f=folder, n=at: fetch_until(f, n, tell)))  # type: ignore[misc]
-        if code != KILLED:
+        code, told = ended(*fork(fetch_until, folder, at))
+        if code != -signal.SIGKILL:
             assert code == 0
             return outcomes
-        second, then = ended(*fork(lambda tell, f=folder: fetch(f, tell)))  # type: ignore[misc]
+        second, then = ended(*fork(fetch, folder))
         nothing_odd(folder)
         outcomes.append(
             {
                 "call": next(each["killed after"] for each in told if isinstance(each, dict)),
                 "written": [each for each in told if isinstance(each, list)],
                 "second": second,
-                "fetched": [each for each in then if isinstance(each, list)],
-                "left": sorted(below(folder)),
+                "fetched": then,
+                "left": sorted(name for name in below(folder) if name.startswith("entries")),
             }
         )
     raise AssertionError("it never ended")
 
 
-def leave(folder: Path) -> None:
+def leave(folder: Path, _: Tell) -> None:
     """Write all of it, and be killed."""
-    cache = opened(folder)
-    download = cache.begin(KEY, SCOPE, Demand())
-    assert isinstance(download, DiskDownload)
+    download = begun(opened(folder))
     put(download.file(WEIGHTS_FILE, NBYTES), CONTENT, [(0, NBYTES)])
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-# -- several at once ------------------------------------------------------------------------------
-
-
-def without_locks() -> None:
-    fcntl.flock = lambda fd, how: None
 
 
 # -- anything at any time -------------------------------------------------------------------------
@@ -161,7 +152,7 @@ ADAPTERS = [weights(number, 200_000 + 90_000 * number) for number in range(KEYS)
 BUDGET = 1_000_000
 
 
-def adventure(folder: Path, seed: int, tell: Callable[[object], None]) -> None:
+def adventure(folder: Path, seed: int, tell: Tell) -> None:
     """Fetch what comes to mind, wait, give up, be killed."""
     draw = random.Random(seed)
     cache = opened(folder, BUDGET)
@@ -204,27 +195,26 @@ def pieces(gaps: list[Span], draw: random.Random) -> list[Span]:
     return found
 
 
-def adventures(folder: Path, seed: int) -> dict[str, Any]:
+def adventures(folder: Path) -> dict[str, Any]:
     """Six at a time, four times over; afterwards all that is there must be right."""
     codes: list[int] = []
     told: list[Any] = []
     most = 0
     cache = opened(folder, BUDGET)
     for turn in range(4):
-        first = seed + 6 * turn
-        children = [
-            fork(lambda tell, n=first + number: adventure(folder, n, tell))  # type: ignore[misc]
-            for number in range(6)
-        ]
-        for child in children:
+        for child in [fork(adventure, folder, 1 + 6 * turn + number) for number in range(6)]:
             code, each = ended(*child)
             codes.append(code)
             told += each
             most = max(most, cache.used())
-    problems = [each.problem for each in upkeep.verify(cache) if each.problem]
-    upkeep.gc(cache)
+    problems = [each.problem for each in maintenance.verify(cache) if each.problem]
+    for path in (folder / "partials").rglob("*"):
+        os.utime(path, (0, 0))  # without locks, what was written to lately may be in use
+    for path in (folder / "partials").iterdir():
+        os.utime(path, (0, 0))
+    maintenance.gc(cache)
     used = cache.used()
-    partials = sum(listed.is_partial for listed in upkeep.ls(cache))
+    partials = sum(listed.is_partial for listed in maintenance.ls(cache))
     cache.close()
     nothing_odd(folder)
     return {
@@ -239,12 +229,14 @@ def adventures(folder: Path, seed: int) -> dict[str, Any]:
 
 def main(what: str, base: Path, locks: str) -> object:
     if locks == "none":
-        without_locks()
+
+        def unsupported(fd: int, how: int) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        fcntl.flock = unsupported  # type: ignore[assignment]
     if what == "kills":
         return kills(base)
-    if what == "left":
-        return ended(*fork(lambda _: leave(base)))[0]
-    return adventures(base / "cache", 1)
+    return ended(*fork(leave, base))[0] if what == "left" else adventures(base / "cache")
 
 
 if __name__ == "__main__":

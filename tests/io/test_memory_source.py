@@ -1,86 +1,135 @@
-"""Tensors as a source has them: copied into the file that safetensors reads, within a budget."""
+"""What is in host memory, as a source has it: tensors, copied as they are, and merges."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from cancelling import was_cancelled
+from disk_cache_world import open_below
 from source_conformance import bring_all
 from source_inputs import CONFIG, groups_of, read, read_rows, rows_of, tensors
 
+import tiny
+from common import until
 from late_device import build
 from late_device.world import LATE, loaded
-from lorax_async.adapter import AdapterKey, TensorsKey
+from lorax_async.adapter import AdapterKey, Merge, MergedKey
 from lorax_async.config import Limits
 from lorax_async.core.header import parse_header
+from lorax_async.core.policies import policy
 from lorax_async.core.runs import Span
 from lorax_async.errors import (
     AdapterNotFoundError,
     CapacityError,
+    EvictedError,
     FetchError,
     IntegrityError,
-    LoaderClosedError,
+    LoraxError,
     UnsupportedAdapterError,
+    UsageError,
 )
 from lorax_async.io import snapshot as snapshot_module
-from lorax_async.io.ports import Demand
-from lorax_async.io.snapshot import STEP_BYTES, Snapshot, TensorsFile
+from lorax_async.io.disk_cache import DiskCache
+from lorax_async.io.host_copies import HostCopies
+from lorax_async.io.ports import AdapterFile, Demand
+from lorax_async.io.snapshot import STEP_BYTES, Snapshot
 from lorax_async.io.sources.from_memory import MemorySource
 from lorax_async.testing import FakeSource
 
 ROOM = 1 << 20
+SIZE = len(safetensors.torch.save(tensors(1)))
 
 
 class World:
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
-        self.inner = FakeSource()
-        self.source = MemorySource(self.inner, nbytes=ROOM, limits=Limits(), threads=threads)
+    """A fake source of adapters a, b and c; tensors in memory for `room` bytes and in `cache`."""
+
+    def __init__(self, threads: ThreadPoolExecutor, room: int, cache: DiskCache | None) -> None:
+        self.inner = FakeSource(holdable=True)
+        self.cache = cache
+        self.copies = HostCopies(room, None if cache is None else lambda: cache)
+        self.source = MemorySource(
+            self.inner, self.copies, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
+        )
+        config = json.dumps(tiny.config()).encode()
+        self.parts = [
+            self.inner.put(name, config, safetensors.torch.save(tiny.tensors(seed)))
+            for seed, name in enumerate("abc")
+        ]
 
     async def take(self, seed: int = 1) -> AdapterKey:
         return await self.source.take(tensors(seed), CONFIG, lambda: None)
 
-    @property
-    def used(self) -> int:
-        return self.source.copies.used
+    def merge(self, strategy: Any = "linear", **settings: Any) -> MergedKey:
+        return MergedKey.of(
+            Merge(strategy, ["a", "b", "c"], [1, -0.5, 0.25], **settings), self.parts
+        )
+
+    def is_in_memory(self, key: AdapterKey) -> bool:
+        return key in self.copies.sizes
+
+    async def read_all(self, key: AdapterKey) -> dict[str, torch.Tensor]:
+        file = await self.source.open(key, Demand())
+        try:
+            return safetensors.torch.load(read(file.reader, 0, file.reader.nbytes))
+        finally:
+            file.reader.close()
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
+@pytest.fixture(params=["memory", "disk"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    """With "disk", one adapter has room in memory, and the others go on in a cache."""
+    cache = DiskCache(tmp_path, 1 << 30, policy("lru")) if request.param == "disk" else None
     with ThreadPoolExecutor(2) as threads:
-        world = World(threads)
+        world = World(threads, ROOM if cache is None else SIZE + SIZE // 2, cache)
         yield world
-        world.source.copies.clear()
-    assert world.used == 0
-    assert world.inner.counts.open_readers == 0
+        world.copies.clear()
+        world.source.close()
+    assert world.copies.used == 0
+    assert (world.inner.counts.open_readers, world.inner.counts.open_holds) == (0, 0)
+    if cache is not None:
+        assert cache.used() == 0
+        cache.close()
+    assert open_below(tmp_path) == []
 
 
-async def test_it_is_opened_like_a_file(world: World) -> None:
+IN_MEMORY = pytest.mark.parametrize("world", ["memory"], indirect=True)
+ON_DISK = pytest.mark.parametrize("world", ["disk"], indirect=True)
+
+
+async def test_tensors_are_opened_like_a_file(world: World) -> None:
     key = await world.take()
-    assert isinstance(key, TensorsKey)
+    await world.take(2)
+    assert world.is_in_memory(key) == (world.cache is None)
     file = await world.source.open(key, Demand())
     content = read(file.reader, 0, file.reader.nbytes)
-    loaded = safetensors.torch.load(content)
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
-    assert loaded.keys() == tensors(1).keys()
-    assert file.config == CONFIG
+    assert_equal(safetensors.torch.load(content), tensors(1))
+    assert (file.config, file.holdable) == (CONFIG, False)
     assert content.startswith(file.prefix)
-    assert not file.holdable
     await bring_all(world.source, file, content)
-    again = world.source.reopen(key)
-    assert read(again, 3, 40) == content[3:40]
+    again, apart = world.source.reopen(key), Span(50, 55, 7, 11)
     parts = [memoryview(bytearray(n)) for n in (0, 5, 1, 64)]
     again.read_into(parts, 7)
     assert b"".join(parts) == content[7:77]
-    apart = Span(50, 55, 7, 11)
     assert read_rows(again, apart) == rows_of(content, apart)
+    hold = await world.source.populate(key)
+    assert (hold.nbytes, hold.locked) == (0, False)
+    hold.close()
+    assert await world.source.digest(key) == sha256(content).hexdigest()
+    demand = Demand()
+    demand.end()
+    with pytest.raises(FetchError, match="nobody waits"):
+        await world.source.bring(file, groups_of(content), lambda _: None, demand)
+    world.copies.drop(key)
+    assert read(again, 0, len(content)) == content, "open readers stay valid"
     for reader in (file.reader, again):
         with pytest.raises(IntegrityError, match="ends before byte"):
             read(reader, len(content) - 3, len(content) + 1)
@@ -92,27 +141,16 @@ async def test_it_is_opened_like_a_file(world: World) -> None:
             read(reader, 0, 1)
         with pytest.raises(FetchError, match="was closed"):
             read_rows(reader, apart)
-    assert world.used == len(content)
-    hold = await world.source.populate(key)
-    assert (hold.nbytes, hold.locked) == (0, False)
-    hold.close()
-    assert await world.source.digest(key) == sha256(content).hexdigest()
-    file, demand = await world.source.open(key, Demand()), Demand()
-    demand.end()
-    with pytest.raises(FetchError, match="nobody waits"):
-        await world.source.bring(file, groups_of(content), lambda _: None, demand)
-    file.reader.close()
 
 
-async def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World) -> None:
+@IN_MEMORY
+async def test_dropped_tensors_are_gone_when_their_readers_are_closed(world: World) -> None:
     key = await world.take()
     file = await world.source.open(key, Demand())
-    nbytes = world.used
-    world.source.copies.drop(key)
-    world.source.copies.drop(key)
-    assert world.source.copies.sizes == {}
-    assert world.used == nbytes, "who reads has the bytes"
-    assert len(read(file.reader, 0, nbytes)) == nbytes
+    nbytes = world.copies.used
+    world.copies.drop(key)
+    world.copies.drop(key)
+    assert world.copies.used == nbytes
     with pytest.raises(AdapterNotFoundError, match="give them again") as caught:
         await world.source.open(key, Demand())
     assert caught.value.stage == "fetch"
@@ -125,12 +163,12 @@ async def test_what_was_dropped_is_read_to_its_end_and_no_more(world: World) -> 
     with pytest.raises(FetchError, match="give them again"):
         read(late, 0, 1)
     late.close()
-    again = await world.take()
-    assert (again, world.used) == (key, 2 * nbytes)
+    assert (await world.take(), world.copies.used) == (key, 2 * nbytes)
     file.reader.close()
-    assert world.used == nbytes
+    assert world.copies.used == nbytes
 
 
+@IN_MEMORY
 async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
     large = {"x": torch.zeros(ROOM // 8)}  # F32: half of it, and the header besides
     keys = await asyncio.gather(
@@ -139,27 +177,111 @@ async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
     )
     (key,) = (key for key in keys if isinstance(key, AdapterKey))
     assert sum(isinstance(key, CapacityError) for key in keys) == 5
-    assert world.used == world.source.copies.sizes[key] < ROOM
+    assert world.copies.used == world.copies.sizes[key] < ROOM
 
 
-@pytest.mark.parametrize("late", [0.0, 0.003])
-async def test_cancelled_at_any_await(world: World, late: float) -> None:
-    ends = [await was_cancelled(_forget(world), at, late) for at in range(8)]
-    assert ends.count(True) >= 2
-    assert ends == sorted(ends, reverse=True)
+@ON_DISK
+async def test_an_open_reader_goes_on_in_the_file(world: World) -> None:
+    key = await world.take(1)
+    reader = world.source.reopen(key)
+    content = read(reader, 0, reader.nbytes)
+    await world.take(2)
+    assert not world.is_in_memory(key)
+    assert read(reader, 0, len(content)) == content
+    reader.close()
 
 
-async def _forget(world: World) -> None:
-    world.source.copies.drop(await world.take())
+@ON_DISK
+async def test_bytes_keep_their_room_while_they_are_read(world: World) -> None:
+    key = await world.take(1)
+    copy = world.copies.get(key)
+    assert copy is not None
+    large = {"x": torch.zeros(SIZE // 4)}
+    with copy.held():
+        second = asyncio.create_task(world.source.take(large, CONFIG, lambda: None))
+        await until(lambda: not world.is_in_memory(key))
+        assert world.copies.used == copy.nbytes
+        assert not second.done()
+    await second
 
 
-async def test_nothing_begins_once_it_is_closed(world: World) -> None:
-    def closed() -> None:
-        raise LoaderClosedError("the loader is closed")
+# -- merges ---------------------------------------------------------------------------------------
 
-    with pytest.raises(LoaderClosedError):
-        await world.source.take(tensors(1), CONFIG, closed)
-    assert world.used == 0
+
+@IN_MEMORY
+async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(world: World) -> None:
+    key = world.merge("dare_linear", density=0.3, seed=4)
+    merged = await world.read_all(key)
+    opens = world.inner.counts.opens
+    assert_equal(await world.read_all(key), merged)
+    assert world.inner.counts.opens == opens == 3
+    reader = world.source.reopen(key)
+    held = world.copies.used
+    filling = asyncio.create_task(
+        world.source.take({"x": torch.zeros(ROOM // 4 - 400)}, CONFIG, lambda: None)
+    )
+    await asyncio.sleep(0.02)
+    assert (world.copies.used, filling.done()) == (held, False), "it is read"
+    assert world.is_in_memory(key)
+    reader.close()
+    await filling
+    late = world.source.reopen(key)
+    for work in (
+        lambda: late.nbytes,
+        lambda: read(late, 0, 8),
+        lambda: read_rows(late, Span(0, 1, 2, 3)),
+    ):
+        with pytest.raises(EvictedError, match="load it again"):
+            work()
+    with pytest.raises(CapacityError, match="unload adapters that were given"):
+        await world.source.open(key, Demand())
+    world.copies.clear()
+    assert_equal(await world.read_all(key), merged)
+    with pytest.raises(UsageError, match="its parts have theirs"):
+        await world.source.digest(key)
+
+
+@IN_MEMORY
+async def test_when_a_part_fails_the_others_have_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source may have something to undo."""
+    undone: list[str] = []
+    open = world.inner.open
+
+    async def slow(key: AdapterKey, demand: Demand) -> AdapterFile:
+        file = await open(key, demand)
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await asyncio.sleep(0.01)
+            file.reader.close()
+            undone.append(key.location)
+        return file
+
+    world.inner.fail("open", FetchError("ordered"), id="b")
+    monkeypatch.setattr(world.inner, "open", slow)
+    with pytest.raises(FetchError, match="ordered"):
+        await world.source.open(world.merge(), Demand())
+    assert sorted(undone) == ["memory:a", "memory:c"]
+
+
+@IN_MEMORY
+@pytest.mark.parametrize("at", ["room", "bring", "compute"])
+async def test_a_merge_that_nothing_waits_for_ends(world: World, at: str) -> None:
+    demand, key = Demand(), world.merge()
+    if at == "bring":
+        world.inner.hold("b")
+    room = await world.copies.reserve(ROOM, lambda: None) if at == "room" else None
+    opening = asyncio.create_task(world.source.open(key, demand))
+    if at != "compute":
+        await until(lambda: world.inner.counts.opens == 3)
+    demand.end()
+    with pytest.raises(LoraxError):
+        await opening
+    if room is not None:
+        room.end()
+    assert world.copies.used == 0
 
 
 # -- the copy: safetensors' own reader reads it ----------------------------------------------------
@@ -171,14 +293,14 @@ def begun(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> Snapsh
     return snapshot
 
 
-def taken(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> TensorsFile:
+def taken(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> Snapshot:
     snapshot = begun(tensors, config)
     while snapshot.step():
         pass
-    return snapshot.file()
+    return snapshot
 
 
-def read_back(file: TensorsFile) -> dict[str, torch.Tensor]:
+def read_back(file: Snapshot) -> dict[str, torch.Tensor]:
     return safetensors.torch.load(bytes(file.content.tolist()))
 
 
@@ -217,9 +339,7 @@ def test_the_file_is_the_one_that_safetensors_reads() -> None:
     assert_equal(read_back(file), tensors)
     assert not file.content.requires_grad
     header = parse_header(file.prefix, file.content.nbytes)
-    for span in header.tensors:
-        dtype = {"F32": 4, "F16": 2, "BF16": 2}[span.dtype]
-        assert span.start % dtype == 0
+    assert all(span.start % (4 if span.dtype == "F32" else 2) == 0 for span in header.tensors)
     assert len(file.prefix) % 64 == 0
     assert bytes(file.content[: len(file.prefix)].tolist()) == file.prefix
     assert file.config == CONFIG
@@ -331,4 +451,4 @@ def test_what_its_stream_has_yet_to_write_is_waited_for(monkeypatch: pytest.Monk
         assert was_done == [False]
         assert not ended.is_set()
     thread.join(20)
-    assert_equal(read_back(snapshot.file()), {"x": source, "y": source})
+    assert_equal(read_back(snapshot), {"x": source, "y": source})

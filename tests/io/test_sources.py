@@ -14,10 +14,10 @@ from source_conformance import PopulateConformance, SourceConformance
 import tiny
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
+from lorax_async.io.host_copies import HostCopies
 from lorax_async.io.ports import Source
 from lorax_async.io.sources.from_memory import MemorySource
 from lorax_async.io.sources.local import LocalSource
-from lorax_async.io.sources.merged import MergedSource
 from lorax_async.testing import FakeSource
 
 
@@ -50,18 +50,19 @@ def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
         return
     with ThreadPoolExecutor(2) as threads:
         fake = FakeWorld(holds=held)
-        if kind == "tensors":  # whatever is none of its own, the other source answers
-            fake.source = MemorySource(fake.inner, nbytes=1 << 20, limits=Limits(), threads=threads)
-        if kind.startswith("merges"):
-            fake.source = MergedSource(
-                fake.inner, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
+        if kind.startswith("memory"):  # what is none of its own, the other source answers
+            fake.source = MemorySource(
+                *(fake.inner, HostCopies(1 << 20), tiny.layout()),
+                dtype="F32",
+                limits=Limits(),
+                threads=threads,
             )
         yield fake
     counts = fake.inner.counts
     assert (counts.open_readers, counts.open_holds) == (0, 0)
 
 
-KINDS = ["fake", "fake held", "local", "local held", "hashed", "merges held", "tensors"]
+KINDS = ["fake", "fake held", "local", "local held", "hashed", "memory", "memory held"]
 
 
 @pytest.fixture(params=KINDS)

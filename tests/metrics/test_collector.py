@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 import tiny
 from common import LOOPS, until
+from given import FILE, roomy
 from lorax_async import (
     AdapterLoader,
     AdapterNotFoundError,
@@ -28,7 +29,6 @@ from lorax_async.errors import Stage
 from lorax_async.metrics import LoaderCollector
 from lorax_async.testing import FakeSource
 from metrics.scraping import Samples, loaded, of, registered, scraped
-from spilling_loaders import FILE, roomy
 from tiny_loaders import ONE, loader
 from tiny_sources import over, stocked
 

@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from lorax_async.io import disk_cache
-from lorax_async.io.cache import (
-    download,
-    entries,
-    folders,
-    locks,
-    partial_download,
-    partial_file,
-    partials,
-)
-from lorax_async.io.cache import place as places
-from lorax_async.io.cache.entries import Entries
-from lorax_async.io.cache.folders import Folder
-from lorax_async.io.cache.locks import NamedLock
-from lorax_async.io.cache.partial_file import PartialFile
-from lorax_async.io.cache.partials import Partials
-from lorax_async.io.cache.room import Room
-from mutants.mutation import (
-    Mutants,
-    mutant,
-    nothing,
-    seen_by,
-    skipped,
-    without_context,
-)
+from lorax_async.core.chunk_map import ChunkMap
+from lorax_async.io.cache import directory, entries, partials
+from lorax_async.io.cache.budget import DiskBudget
+from lorax_async.io.cache.directory import CacheDirectory, Folder
+from lorax_async.io.cache.partials import Partial, PartialFile, Partials
+from mutants.mutation import Mutants, mutant, nothing, seen_by, skipped, without_context
 
 DISK = "io/test_disk_cache.py"
-FAILURES = "io/test_disk_cache_failures.py"
 
-PUBLISHED = f"{FAILURES}::test_all_is_on_the_disk_before_it_is_published"
-RESUMABLE = f"{FAILURES}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
-HELD = f"{FAILURES}::test_what_one_holds_the_other_does_not_evict"
-UNLOCKED = f"{FAILURES}::test_without_locks_a_process_still_knows_what_it_holds"
-ROOM = f"{DISK}::TestRoom::test_is_reserved_by_one_at_a_time"
+PUBLISHED = f"{DISK}::test_all_is_on_the_disk_before_it_is_published"
+RESUMABLE = f"{DISK}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
+HELD = f"{DISK}::test_what_one_holds_the_other_does_not_evict"
+UNLOCKED = f"{DISK}::test_without_locks_a_process_still_knows_what_it_holds"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
 
 _checked_digest, _write = PartialFile.checked_digest, PartialFile.write
-_resume = PartialFile.resume
-_one_at_a_time = partial_download.one_at_a_time
+_resumed, _claim = PartialFile._resumed, Partials.claim
+_decoded, _try_lock = ChunkMap.decoded, directory.try_lock
 
 
 def _unchecked(self: PartialFile) -> Any:
@@ -53,32 +33,40 @@ def _unchecked(self: PartialFile) -> Any:
 
 
 def _mapped_before_written(self: PartialFile, buffers: Sequence[memoryview], offset: int) -> None:
-    stop = offset + sum(buffer.nbytes for buffer in buffers)
-    self._make_room(stop)
-    self._remember(offset, stop)
+    self._here.add(offset, offset + sum(buffer.nbytes for buffer in buffers))
     _write(self, buffers, offset)
 
 
-def _cut_before_the_map_goes(self: PartialFile, nbytes: int | None) -> None:
+def _cut_before_the_map_goes(self: PartialFile) -> Any:
     with self._file.held() as fd:
         os.ftruncate(fd, 0)
-    _resume(self, nbytes)
+    return _resumed(self)
 
 
-def _without_waiting(*given: Any, alone: bool) -> Any:
-    return _one_at_a_time(*given, alone=True)
+def _without_waiting(self: Partials, entry: str, *, alone: bool) -> Any:
+    return _claim(self, entry, alone=True)
 
 
-def _locked_only(self: Entries, _: str, folder: Folder) -> bool:
-    return locks.granted_shared(folder.fd)
+def _decoded_of_any_boot(content: bytes, nbytes: int, _: bytes) -> ChunkMap | None:
+    return _decoded(content, nbytes, content[8:24])
+
+
+def _never_shared(fd: int, *, shared: bool = False) -> bool | None:
+    return shared or _try_lock(fd)
+
+
+@contextmanager
+def _left_locked(self: Partial) -> Iterator[None]:
+    yield
+    self._directory.release(self.name)
 
 
 CACHES: Mutants = {
     "cache: bytes are on the disk before publication": mutant(
-        PUBLISHED, seen_by(partial_file, "os", fsync=nothing)
+        PUBLISHED, seen_by(partials, "os", fsync=nothing)
     ),
     "cache: the record is on the disk before publication": mutant(
-        PUBLISHED, seen_by(folders, "os", fsync=nothing)
+        PUBLISHED, seen_by(directory, "os", fsync=nothing)
     ),
     "cache: names are on the disk before publication": mutant(PUBLISHED, skipped(Folder, "sync")),
     "cache: digests are checked before publication": mutant(
@@ -93,51 +81,52 @@ CACHES: Mutants = {
         f"{DISK}::TestContents::test_what_was_left_is_compared_with_what_comes_again",
         skipped(PartialFile, "_compare"),
     ),
-    "cache: the chunk map follows the bytes": mutant(
-        f"{FAILURES}::test_bytes_that_could_not_be_written_are_missing",
+    "cache: bytes count once they are written": mutant(
+        f"{DISK}::test_bytes_that_could_not_be_written_are_missing",
         (PartialFile, "write", _mapped_before_written),
     ),
     "cache: the chunk map is removed before the bytes": mutant(
-        f"{FAILURES}::test_a_map_goes_before_the_bytes_that_it_tells_of",
-        (PartialFile, "resume", _cut_before_the_map_goes),
+        f"{DISK}::test_a_map_goes_before_the_bytes_that_it_tells_of",
+        (PartialFile, "_resumed", _cut_before_the_map_goes),
     ),
     "cache: bytes and maps are on the disk before they are left": mutant(
-        RESUMABLE, skipped(PartialFile, "sync")
+        RESUMABLE, seen_by(partials, "os", fsync=nothing)
     ),
     "cache: bytes of another boot are not trusted": mutant(
-        f"{FAILURES}::test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed",
-        (partials, "can_be_trusted", lambda *_: True),
+        f"{DISK}::test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed",
+        (ChunkMap, "decoded", staticmethod(_decoded_of_any_boot)),
     ),
     "cache: what is being written is not dropped": mutant(
-        UNLOCKED, skipped(Partials, "_is_written", False)
+        UNLOCKED, skipped(Partials, "is_busy", False)
+    ),
+    "cache: what is being written by another process is not dropped": mutant(
+        f"{DISK}::test_what_one_downloads_the_other_does_not_drop",
+        (partials, "try_lock", lambda _: True),
     ),
     "cache: room is reserved before it is written to": mutant(
-        f"{DISK}::TestRoom::test_the_least_recently_used_goes", without_context(Room, "claimed")
+        f"{DISK}::TestRoom::test_the_least_recently_used_goes",
+        without_context(DiskBudget, "reserve"),
     ),
     "cache: room is reserved by one process at a time": mutant(
-        ROOM, without_context(places, "short_lock")
+        f"{DISK}::TestRoom::test_is_reserved_by_one_at_a_time",
+        without_context(CacheDirectory, "locked"),
     ),
     "cache: what another process holds is not evicted": mutant(
-        HELD, (entries, "granted_alone", lambda _: True)
-    ),
-    "cache: what was just published is held": mutant(
-        HELD, (download, "granted_shared", lambda _: True)
-    ),
-    "cache: what is opened is held": mutant(
-        f"{FAILURES}::test_what_one_has_opened_the_other_does_not_remove",
-        (entries, "granted_shared", lambda _: True),
+        HELD, (entries, "try_lock", lambda _, **__: True)
     ),
     "cache: an entry that was replaced is not held": mutant(
-        f"{FAILURES}::test_what_is_replaced_just_before_one_holds_it_stays",
-        (Entries, "_is_still", _locked_only),
+        f"{DISK}::test_what_is_replaced_just_before_one_leases_it_stays",
+        skipped(Folder, "is_named", True),
     ),
-    "cache: a lock's file is still there when it is taken": mutant(
-        f"{FAILURES}::test_of_two_that_begin_at_the_same_moment_one_downloads",
-        seen_by(locks, "os", path=seen_by(os, "path", samestat=lambda *_: True)[2]),
-        skipped(Folder, "status", True),
+    "cache: what was just published is held": mutant(HELD, (entries, "try_lock", _never_shared)),
+    "cache: what is opened is held": mutant(
+        f"{DISK}::test_what_one_has_opened_the_other_does_not_remove",
+        (entries, "try_lock", _never_shared),
     ),
-    "cache: a download that ends is unlocked": mutant(WAITED_FOR, skipped(NamedLock, "release")),
+    "cache: a download that ends is unlocked": mutant(
+        WAITED_FOR, (Partial, "ending", _left_locked)
+    ),
     "cache: a download of another process is waited for": mutant(
-        WAITED_FOR, (disk_cache, "one_at_a_time", _without_waiting)
+        WAITED_FOR, (Partials, "claim", _without_waiting)
     ),
 }

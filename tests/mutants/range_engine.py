@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax_async.io.http import attempt, desk, pool, wire
-from lorax_async.io.http.attempt import Attempt
-from lorax_async.io.http.crew import Crew
-from lorax_async.io.http.desk import Desk
-from lorax_async.io.http.download import Download
-from lorax_async.io.http.wire import Wire
+from lorax_async.io.http import connection, pool
+from lorax_async.io.http.connection import AbortableSocket, Attempt
+from lorax_async.io.http.download_scheduler import DownloadScheduler, Piece, WorkerPool
+from lorax_async.io.http.downloads import Download
 from mutants.mutation import Mutants, NoLock, mutant, skipped
 
 ANSWERS = "io/http/test_http_responses.py"
-DESK = "io/http/test_http_desk.py"
+SCHEDULER = "io/http/test_download_scheduler.py"
 DOWNLOADS = "io/http/test_http_downloads.py"
 
-_write, _tell = Download._write, Download._tell
+_write, _report = Download._write, Download._report
 _claim, _split, _use = Download._claim, Download.split, Attempt.use
 
 
-def _used_after_an_end(self: Attempt, used: Wire) -> None:
+def _used_after_an_end(self: Attempt, used: AbortableSocket) -> None:
     self._ended, ended = False, self._ended
     _use(self, used)
     self._ended = ended
 
 
-def _attached_after_an_abort(self: Wire, opened: Any) -> None:
+def _attached_after_an_abort(self: AbortableSocket, opened: Any) -> None:
     self._socket = opened
 
 
@@ -35,27 +33,27 @@ def _written_later(self: Download, offset: int, data: memoryview) -> None:
 
 
 def _reported_before_written(self: Download) -> None:
-    _tell(self)
+    _report(self)
     for offset, data in vars(self).pop("late", ()):
         _write(self, offset, data)
 
 
 def _reported_by_many(self: Download) -> None:
-    with self.desk.changed:
-        news, self._news = self._news, []
-    for group in news:
+    with self.scheduler.changed:
+        groups, self._complete = self._complete, []
+    for group in groups:
         self._arrived(group)
 
 
-def _claimed_after_an_end(self: Download, piece: desk.Piece, most: int) -> int:
-    with self.desk.changed:
+def _claimed_after_an_end(self: Download, piece: Piece, most: int) -> int:
+    with self.scheduler.changed:
         over, self.over = self.over, False
         count = _claim(self, piece, most)
         self.over = over
     return count
 
 
-def _split_while_read(self: Download, now: float) -> desk.Piece | None:
+def _split_while_read(self: Download, now: float) -> Piece | None:
     claims = {piece: piece.claimed for piece in self.running.values()}
     for piece in claims:
         piece.claimed = piece.at
@@ -67,56 +65,59 @@ def _split_while_read(self: Download, now: float) -> desk.Piece | None:
 
 HTTP: Mutants = {
     "attempt: one that was ended gets no connection": mutant(
-        f"{DESK}::test_an_ended_attempt_gets_no_connection", (Attempt, "use", _used_after_an_end)
+        f"{SCHEDULER}::test_an_ended_attempt_gets_no_connection",
+        (Attempt, "use", _used_after_an_end),
     ),
     "attempt: an end does not reach a connection that was given back": mutant(
-        f"{DESK}::test_an_end_does_not_reach_what_was_given_back", skipped(Attempt, "leave")
+        f"{SCHEDULER}::test_an_end_does_not_reach_what_was_released", skipped(Attempt, "release")
     ),
     "attempt: a connection is given back after its end": mutant(
-        f"{DESK}::test_what_is_being_ended_is_given_back_afterwards", (attempt, "Lock", NoLock)
+        f"{SCHEDULER}::test_what_is_being_ended_is_released_afterwards",
+        (connection, "Lock", NoLock),
     ),
-    "wire: an end reaches a thread that waits": mutant(
-        f"{DOWNLOADS}::test_an_end_from_outside", skipped(Wire, "abort")
+    "socket: an end reaches a thread that waits": mutant(
+        f"{DOWNLOADS}::test_an_end_from_outside", skipped(AbortableSocket, "abort")
     ),
-    "wire: an end reaches a socket that is being opened": mutant(
-        f"{DESK}::test_a_socket_is_not_opened_for_an_ended_attempt",
-        (Wire, "attach", _attached_after_an_abort),
+    "socket: an end reaches a socket that is being opened": mutant(
+        f"{SCHEDULER}::test_an_ended_attempt_gets_no_connection",
+        (AbortableSocket, "attach", _attached_after_an_abort),
     ),
-    "wire: a descriptor is not closed while it is shut down": mutant(
-        f"{DESK}::test_a_descriptor_is_not_closed_while_it_is_ended", (wire, "Lock", NoLock)
+    "socket: a descriptor is not closed while it is shut down": mutant(
+        f"{SCHEDULER}::test_a_descriptor_is_not_closed_while_it_is_aborted",
+        (connection, "Lock", NoLock),
     ),
     "pool: an idle connection is taken by one": mutant(
-        f"{DESK}::test_an_idle_connection_is_taken_by_one", (pool, "Lock", NoLock)
+        f"{SCHEDULER}::test_an_idle_connection_is_taken_by_one", (pool, "Lock", NoLock)
     ),
     "pool: unasked bytes answer no request": mutant(
         f"{ANSWERS}::test_what_comes_unasked_answers_nothing",
-        (Wire, "quiet", property(lambda _: True)),
+        (AbortableSocket, "is_quiet", property(lambda _: True)),
     ),
     "download: bytes are written before their group is reported": mutant(
-        f"{ANSWERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
+        f"{ANSWERS}::test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it",
         (Download, "_write", _written_later),
-        (Download, "_tell", _reported_before_written),
+        (Download, "_report", _reported_before_written),
     ),
     "download: groups are reported by one thread at a time": mutant(
-        f"{ANSWERS}::test_a_group_is_told_of_when_its_bytes_are_there_and_after_those_before_it",
-        (Download, "_tell", _reported_by_many),
+        f"{ANSWERS}::test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it",
+        (Download, "_report", _reported_by_many),
     ),
     "download: nothing is read after an end": mutant(
         f"{ANSWERS}::test_no_more_is_written_after_an_end",
         (Download, "_claim", _claimed_after_an_end),
     ),
     "download: what is being read is not given to another thread": mutant(
-        f"{DESK}::test_what_is_being_read_is_not_given_to_another",
+        f"{SCHEDULER}::test_what_is_being_read_is_not_given_to_another",
         (Download, "split", _split_while_read),
     ),
     "download: what is left of a piece is put back": mutant(
         f"{DOWNLOADS}::test_a_long_piece_makes_way", skipped(Download, "put_back")
     ),
     "shares: another origin gets its share from one that stalls": mutant(
-        f"{DOWNLOADS}::test_a_source_that_is_stuck_makes_way", skipped(Desk, "reclaim")
+        f"{DOWNLOADS}::test_a_source_that_is_stuck_makes_way", skipped(DownloadScheduler, "reclaim")
     ),
     "engine: it has ended when its threads have": mutant(
-        f"{DOWNLOADS}::test_close_returns_once_nothing_is_written_any_more",
-        skipped(Crew, "_some_thread"),
+        f"{DOWNLOADS}::test_an_end_is_reported_once_nothing_is_written_any_more",
+        skipped(WorkerPool, "_running_thread"),
     ),
 }

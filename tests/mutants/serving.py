@@ -9,9 +9,9 @@ from pathlib import Path
 from lorax_async.engines.batch import Batch
 from lorax_async.handle import AdapterHandle
 from lorax_async.server import engine, warm_list
-from lorax_async.server.calls.under_way import UnderWay, Watch
-from lorax_async.server.decoding.kept_keys import KeptKeys, KeptLayer
 from lorax_async.server.engine import Engine
+from lorax_async.server.in_flight import InFlightRequests, RequestScope
+from lorax_async.server.kv_cache import KVCache, PlacesLayer
 from mutants.mutation import (
     Mutants,
     NoLock,
@@ -69,18 +69,18 @@ SERVING: Mutants = {
         (engine, "_counts", lambda _: True),
     ),
     "keys: a free place holds nothing": mutant(
-        f"{DECODER}::test_what_was_at_a_place_never_matters", skipped(KeptLayer, "clear")
+        f"{DECODER}::test_what_was_at_a_place_never_matters", skipped(PlacesLayer, "clear")
     ),
     "keys: what does not follow changes nothing": mutant(
-        f"{DECODER}::test_steps_that_do_not_follow_change_nothing", skipped(KeptKeys, "_check")
+        f"{DECODER}::test_steps_that_do_not_follow_change_nothing", skipped(KVCache, "_check")
     ),
-    "server: requests under way are counted": mutant(
+    "server: in-flight requests are counted": mutant(
         "server/test_connections.py::test_a_signal_drains",
-        (UnderWay, "one", lambda _: nullcontext()),
+        (InFlightRequests, "counted", lambda _: nullcontext()),
     ),
     "server: a client that hangs up frees its place": mutant(
         "server/test_connections.py::test_a_client_that_hangs_up_frees_its_place",
-        (Watch, "_listen", nothing_awaited),
+        (RequestScope, "_listen", nothing_awaited),
     ),
     "warm list: it is on the disk before it has its name": mutant(
         f"{WARM}::test_the_file_is_whole_on_the_disk_before_it_has_its_name",

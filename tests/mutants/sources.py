@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lorax_async.io import host_copies
+from lorax_async.io import host_copies, merging
 from lorax_async.io.host_copies import HostCopies, HostCopy
 from lorax_async.io.remote import fetch, jobs, opening, workers
 from lorax_async.io.remote.cached import FetchReader
@@ -18,7 +18,7 @@ from lorax_async.io.remote.resolving import Resolving
 from lorax_async.io.remote.source import RemoteSource
 from lorax_async.io.remote.workers import Workers
 from lorax_async.io.snapshot import Snapshot
-from lorax_async.io.sources import local_hold, merged, opened_once
+from lorax_async.io.sources import local_hold, merged, split_reader
 from lorax_async.io.sources.checked_open import FileReader
 from lorax_async.io.sources.local_hold import LocalHold
 from mutants.mutation import (
@@ -33,8 +33,6 @@ from mutants.mutation import (
 )
 
 SPLIT = "io/test_split_source.py"
-MERGED = "io/test_merged_source.py"
-SPILLING = "io/test_spilling.py"
 MEMORY = "io/test_memory_source.py"
 REMOTE = "io/remote/test_remote_source.py"
 LOADS = "io/remote/test_remote_loads.py"
@@ -63,13 +61,18 @@ async def _not_waited_for(works: Sequence[Any], undo: object) -> list[Any]:
         raise
 
 
-def _free_of_charge(self: HostCopies, nbytes: int) -> host_copies.Claim:
-    return host_copies.Claim(0, nothing)
+async def _free_of_charge(self: HostCopies, *_: object) -> host_copies.Reservation:
+    return host_copies.Reservation(0, nothing)
 
 
-def _kept_though_dropped(self: HostCopy, home: Any) -> None:
-    self._home.leave()
-    self._home = home
+def _kept_though_dropped(self: HostCopy, file: Any) -> None:
+    self._file, self._content = file, None
+    self._free()
+
+
+def _freed_while_read(self: HostCopy) -> None:
+    if self._content is None:
+        self._room.end()
 
 
 async def _not_undone(self: Workers, work: Any, undo: object = None) -> Any:
@@ -106,31 +109,39 @@ SOURCES: Mutants = {
         (FileReader, "close", _closed_under_readers),
     ),
     "opened once: one read opens": mutant(
-        f"{SPLIT}::test_many_first_reads_open_it_once", (opened_once, "Lock", NoLock)
+        f"{SPLIT}::test_many_first_reads_open_it_once", (split_reader, "Lock", NoLock)
     ),
     "hold: what is held is what was opened": mutant(
         "io/test_local_hold.py::test_a_file_that_changes_is_not_held",
         (LocalHold, "settle", _held_unseen),
     ),
     "merge: parts that are given up are waited for": mutant(
-        f"{MERGED}::test_when_a_part_fails_the_others_have_ended",
+        f"{MEMORY}::test_when_a_part_fails_the_others_have_ended",
         (merged, "_all", _not_waited_for),
     ),
     "tensors: writes during the copy are noticed": mutant(
-        "io/test_memory_source.py::test_a_write_at_any_time_is_noticed",
+        f"{MEMORY}::test_a_write_at_any_time_is_noticed",
         skipped(Snapshot, "_require_unchanged"),
     ),
     "tensors: room is claimed before they are copied": mutant(
         f"{MEMORY}::test_the_budget_counts_what_is_being_copied",
-        (HostCopies, "claim", _free_of_charge),
+        (HostCopies, "reserve", _free_of_charge),
     ),
-    "tensors: a reader keeps its room": mutant(
-        f"{SPILLING}::test_what_is_read_or_copied_now_is_waited_for",
-        skipped(host_copies.Users, "join"),
+    "tensors: bytes keep their room while they are read": mutant(
+        f"{MEMORY}::test_bytes_keep_their_room_while_they_are_read",
+        (HostCopy, "_free", _freed_while_read),
     ),
     "spilling: what was dropped meanwhile leaves the disk": mutant(
         "test_spilled_tensors.py::test_unloaded_during_the_spill_it_is_gone",
         (HostCopy, "move", _kept_though_dropped),
+    ),
+    "merge: one that is read keeps its memory": mutant(
+        f"{MEMORY}::test_a_merge_is_computed_once_and_stays_until_others_need_the_room",
+        (HostCopy, "is_read", False),
+    ),
+    "merge: it draws no number of the process's generator": mutant(
+        "engines/test_merge_equality.py::test_another_seed_drops_others_and_no_global_random_number_is_drawn",
+        (merging, "_DrawingFrom", lambda _: NoLock()),
     ),
     "workers: a cancelled caller's result is undone": mutant(
         f"{REMOTE}::test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result",

@@ -10,10 +10,9 @@ from typing import Any
 from common import our_threads
 from lorax_async import AdapterLoader, LoraxError
 from lorax_async.adapter import AdapterId
-from lorax_async.server.decoding.sampling import Sampler, choose
 from lorax_async.server.engine import Engine
-from lorax_async.server.generation import Generation, Sampling
-from lorax_async.server.ports import Computed, Step
+from lorax_async.server.generation import Computed, Generation, Sampling, Step
+from lorax_async.server.sampling import Sampler, choose
 from lorax_async.testing import FakeDecoder, FakeSource, fake_logits
 from scheduling.serving import opened
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +85,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]
         yield found
 
 
-def settings_for(
-    hub: HubStandIn, adapters: list[str], sources: list[str], *, offline: bool = False
-) -> tuple[Any, Any]:
-    """For the loader and for the server, as the command line makes them."""
-    found = named(adapters)
-    arguments = argparse.Namespace(
-        source=[as_source(text) for text in sources],
-        hub_endpoint=hub.endpoint,
-        offline=offline,
-    )
+@asynccontextmanager
+async def served(
+    hub: HubStandIn, cache: Path, adapters: list[str], sources: list[str], *, offline: bool = False
+) -> AsyncIterator[World]:
+    """A server with a loader, as the command line makes them."""
+    found, places = named(adapters), [as_source(text) for text in sources]
+    arguments = argparse.Namespace(source=places, hub_endpoint=hub.endpoint, offline=offline)
     refs = [ref for ref in found.values() if isinstance(ref, AdapterRef)]
-    of_loader = sources_of(arguments, refs)
-    of_loader["allow"] = (*of_loader["allow"], at(hub.store_netloc))
-    return of_loader, {"adapters": found, "sources": opened(arguments)}
+    config = sources_of(arguments, refs)
+    config["allow"] = (*config["allow"], at(hub.store_netloc))
+    there = loader(cache, layers=4, **config)
+    engine = FakeEngine(loading(there))
+    async with serving(engine, there, adapters=found, sources=opened(arguments)) as world:
+        yield world
 
 
 def sent(hub: HubStandIn, repo: str) -> set[str | None]:
@@ -117,15 +118,9 @@ def sent(hub: HubStandIn, repo: str) -> set[str | None]:
     ids=["closed", "hub", "org", "hub and org"],
 )
 async def test_a_strangers_id_gets_the_token_of_its_source_alone(
-    hub: HubStandIn,
-    tmp_path: Path,
-    sources: list[str],
-    statuses: list[int],
-    tokens: list[set[str | None]],
+    hub: HubStandIn, tmp_path: Path, sources: list[str], statuses: list[int], tokens: Any
 ) -> None:
-    of_loader, of_server = settings_for(hub, [], sources)
-    there = loader(tmp_path, layers=4, **of_loader)
-    async with serving(FakeEngine(loading(there)), there, **of_server) as world:
+    async with served(hub, tmp_path, [], sources) as world:
         found = [await ask(world, model) for model in (PUBLIC, PRIVATE, ELSEWHERE)]
         assert [answer.status for answer in found] == statuses
         assert all(TOKEN.encode() not in answer.body for answer in found)
@@ -139,9 +134,7 @@ async def test_what_the_operator_names_is_asked_for_with_the_operators_token(
     """And that makes it no stranger's, though it is on the device and the hub is open to all."""
     commit = hub.repos[PRIVATE].refs["main"]
     given = [f"sql={PRIVATE}"] if by == "--adapters" else []
-    of_loader, of_server = settings_for(hub, given, ["hub"])
-    there = loader(tmp_path, layers=4, **of_loader)
-    async with serving(FakeEngine(loading(there)), there, **of_server) as world:
+    async with served(hub, tmp_path, given, ["hub"]) as world:
         if by == "the admin":
             body = {"lora_name": "sql", "lora_path": PRIVATE}
             assert (await world.admin("/v1/load_lora_adapter", body)).status == 200
@@ -155,9 +148,7 @@ async def test_what_the_operator_names_is_asked_for_with_the_operators_token(
 
 
 async def test_offline_no_source_is_asked(hub: HubStandIn, tmp_path: Path) -> None:
-    of_loader, of_server = settings_for(hub, [f"sql={PRIVATE}"], ["hub:org/"], offline=True)
-    there = loader(tmp_path, layers=4, **of_loader)
-    async with serving(FakeEngine(loading(there)), there, **of_server) as world:
+    async with served(hub, tmp_path, [f"sql={PRIVATE}"], ["hub:org/"], offline=True) as world:
         for model in ("sql", PRIVATE, PUBLIC):
             assert (await ask(world, model)).status == 502
     assert not hub.asked

@@ -19,9 +19,8 @@ from transformers import LlamaForCausalLM
 from common import our_threads, until
 from engines.variants import PEFT_WARNING, active, save
 from lorax_async import AdapterRef, Allow, LoaderConfig, UsageError
-from lorax_async.server.assembly import Base, Capacity, assembled
-from lorax_async.server.calls.service import Service
 from lorax_async.server.generation import Generation
+from lorax_async.server.service import Base, Capacity, Service, open_service
 from lorax_async.server.settings import ServerSettings
 from server.generating import GREEDY, all_of
 from server.world import TOKEN, listening, llama_config, tokenizer, tokens_of
@@ -62,7 +61,7 @@ async def whole(
     plain = {"dtype": "float32", "device_bytes": 1 << 20, "max_slots": 3}
     settings = ServerSettings(base="b", adapters=named or {}, sources=sources, admin_token=TOKEN)
     loader = LoaderConfig(**(plain | config))  # type: ignore[arg-type]
-    async with assembled(base, loader, settings, Capacity(sequences=2), warm) as service:
+    async with open_service(base, loader, settings, Capacity(sequences=2), warm) as service:
         yield service
 
 
@@ -105,7 +104,7 @@ async def test_a_server_answers_over_a_socket(base: Base, folders: dict[str, Pat
         )
         last = asyncio.create_task(streamed("late"))
         await until(lambda: service.engine.waiting or last.done())
-        service.under_way.close()
+        service.in_flight.close()
         assert await last == expected["late"]
         assert not ended.done()
 
@@ -116,11 +115,11 @@ async def test_all_of_it_is_closed(tmp_path: Path, base: Base, folders: dict[str
     forwards = [vars(module).get("forward") for module in base.model.modules()]
     async with whole(base, warm) as service:
         engine, loader = service.engine, service.loader
-        submitted = engine.submit(Generation(folders["one"], (1, 2, 3), 4, GREEDY))
+        submitted = service.submit(Generation(folders["one"], (1, 2, 3), 4, GREEDY), "one")
         assert len(await all_of(submitted)) == 4
         (await loader.load(folders["two"])).release()
         with pytest.raises(UsageError):
-            engine.submit(Generation(folders["two"], (), 4, GREEDY))
+            service.submit(Generation(folders["two"], (), 4, GREEDY), "two")
     assert "lorax-decoder_0" not in our_threads()
     assert not engine.alive
     assert loader.closed

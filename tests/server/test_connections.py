@@ -11,25 +11,25 @@ import signal
 import socket
 import threading
 from contextlib import closing, suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect
 
 from common import Run, until
 from lorax_async import LoaderClosedError, UsageError
-from lorax_async.server.calls.answering import Answering
-from lorax_async.server.calls.bodies import read_body
-from lorax_async.server.calls.errors import Refusal
-from lorax_async.server.calls.events import ABORT
-from lorax_async.server.calls.requests import CompletionBody
-from lorax_async.server.calls.under_way import ClientGone, Watch, until_gone
-from lorax_async.server.serving import Serving, listen
+from lorax_async.server.clients import ABORT
+from lorax_async.server.completions import CompletionEndpoint
+from lorax_async.server.errors import Refusal
+from lorax_async.server.in_flight import RequestScope
+from lorax_async.server.requests import CompletionBody
+from lorax_async.server.serving import DrainingServer, listen
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
 
 pytestmark = pytest.mark.usefixtures("no_socket_left")
 
 PLAIN = {"model": "org/a", "prompt": "x"}
+BASE = {"model": "base", "prompt": "x"}
 ONE: dict[str, Any] = {"max_adapters_per_client": 1, "max_waiting": 2, "max_choices": 2}
 """Room for one request, so that a place that is not given back shows."""
 
@@ -50,6 +50,13 @@ async def require_free(world: World) -> None:
     assert (await world.ask("POST", COMPLETIONS, another)).status == 200
 
 
+async def connection(world: World, sent: bytes) -> Any:
+    """The two ends of a connection, over which this was sent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(sent)
+    return reader, writer
+
+
 def taking_little(world: World) -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -63,8 +70,7 @@ def taking_little(world: World) -> socket.socket:
 async def test_a_client_that_hangs_up_frees_its_place(stream: bool, begun: bool, n: int) -> None:
     engine = FakeEngine()
     async with serving(engine, **ONE) as world:
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(request(PLAIN | {"stream": stream, "n": n}))
+        reader, writer = await connection(world, request(PLAIN | {"stream": stream, "n": n}))
         tokens = await engine.asked(n)
         if n > 1:  # they are read beside each other
             await until(lambda: ours().count("lorax choice") == n)
@@ -82,8 +88,7 @@ async def test_a_client_that_hangs_up_in_its_body_asks_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with serving() as world:
-        _, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(request(PLAIN)[:-1])
+        _, writer = await connection(world, request(PLAIN)[:-1])
         await world.until_busy()
         writer.close()
         assert await world.ends()
@@ -111,12 +116,10 @@ class Blocked:
 
     def __init__(self, takes: int) -> None:
         self.sent: list[Any] = []
-        self.gone = asyncio.Event()
-        self.blocked = asyncio.Event()
+        self.gone, self.blocked = asyncio.Event(), asyncio.Event()
         self._takes = takes
-        self._body = [
-            {"type": "http.request", "body": json.dumps(PLAIN | {"stream": True}).encode()}
-        ]
+        body = json.dumps(PLAIN | {"stream": True}).encode()
+        self._body = [{"type": "http.request", "body": body}]
 
     async def receive(self) -> Any:
         if self._body:
@@ -131,13 +134,9 @@ class Blocked:
         self.sent.append(message)
 
     def asking(self, world: World) -> asyncio.Task[None]:
-        scope: Any = {
-            "type": "http",
-            "headers": [(b"content-type", b"application/json")],
-            "client": ("127.0.0.1", 1),
-            "state": {ABORT: self.gone.set},
-        }
-        endpoint = Answering(world.service, CompletionBody)
+        scope: Any = {"type": "http", "client": ("127.0.0.1", 1), "state": {ABORT: self.gone.set}}
+        scope["headers"] = [(b"content-type", b"application/json")]
+        endpoint = CompletionEndpoint(world.service, CompletionBody)
         return asyncio.create_task(endpoint(scope, self.receive, self.send))
 
 
@@ -158,7 +157,7 @@ async def test_a_request_that_is_ended_from_outside_frees_its_place(by: str, tak
             with pytest.raises(asyncio.CancelledError):
                 await asked
         elif by == "a failure":
-            world.service.under_way.fail()
+            world.service.in_flight.fail()
             with pytest.raises(Refusal) as refused:
                 await asked
             assert refused.value.status == 503
@@ -207,35 +206,31 @@ CHUNKS = f"Transfer-Encoding: chunked\r\n\r\n{len(LARGE):x}\r\n"
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/v1/load_lora_adapter"])
-@pytest.mark.parametrize(
-    ("rest", "status", "code"),
-    [
-        (ANNOUNCED.encode() + LARGE, 413, "request_too_large"),
-        (CHUNKS.encode() + LARGE + b"\r\n0\r\n\r\n", 413, "request_too_large"),
-        (b"Expect: 100-continue\r\n" + ANNOUNCED.encode(), 413, "request_too_large"),
-        (b"Content-Length: 9\r\n\r\n{", 408, "timeout"),
-        (b"Content-Type: text/plain\r\n" + ANNOUNCED.encode() + LARGE, 415, None),
-    ],
-    ids=["announced", "in chunks", "expects an answer", "does not come", "another type"],
-)
-async def test_a_body_that_is_not_read_is_refused(
-    path: str, rest: bytes, status: int, code: str | None
-) -> None:
+async def test_a_body_that_is_not_read_is_refused(path: str) -> None:
     """The client gets a whole answer, though it still sends or waits; the rest is not kept."""
     head = POST.replace(COMPLETIONS, path).encode() + b"Authorization: Bearer the-admin-token\r\n"
-    patience = 20 if LARGE in rest else 0.05
-    async with serving(max_body_bytes=100_000, slow_client=patience) as world:
-        answer = await world.raw(head + rest)
-    assert (answer.status, answer.headers["connection"]) == (status, "close")
-    assert answer.error["code"] == (code or "unsupported_media_type")
+    announced = ANNOUNCED.encode()
+    for rest, status, code in (
+        (announced + LARGE, 413, "request_too_large"),
+        (CHUNKS.encode() + LARGE + b"\r\n0\r\n\r\n", 413, "request_too_large"),
+        (b"Expect: 100-continue\r\n" + announced, 413, "request_too_large"),
+        (b"Content-Length: 9\r\n\r\n{", 408, "timeout"),
+        (b"Content-Type: text/plain\r\n" + announced + LARGE, 415, "unsupported_media_type"),
+    ):
+        patience = 20 if LARGE in rest else 0.05
+        async with serving(max_body_bytes=100_000, slow_client=patience) as world:
+            answer = await world.raw(head + rest)
+        assert (answer.status, answer.headers["connection"]) == (status, "close")
+        assert answer.error["code"] == code
 
 
 async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that goes on sending is read for a number of bytes, and no longer."""
-    monkeypatch.setattr("lorax_async.server.calls.bodies.LINGER_BYTES", 100_000)
+    monkeypatch.setattr("lorax_async.server.clients.LINGER_BYTES", 100_000)
     async with serving(max_body_bytes=10) as world:
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(POST.encode() + b"Content-Length: 999999999999999\r\n\r\n")
+        reader, writer = await connection(
+            world, POST.encode() + b"Content-Length: 999999999999999\r\n\r\n"
+        )
         with pytest.raises(ConnectionError):
             while True:
                 writer.write(b"x" * 65536)
@@ -246,60 +241,33 @@ async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- requests under way ---------------------------------------------------------------------------
 
 
-async def test_only_a_disconnect_is_a_hang_up() -> None:
-    """However well the first part of a body would read."""
-    said = [
-        {"type": "http.disconnect"},
-        {"type": "http.request", "body": b"{}", "more_body": True},
-    ]
-
-    async def receive() -> Any:
-        return said.pop()
-
-    with pytest.raises(ClientGone):
-        await read_body(Request({"type": "http", "headers": []}, receive), 100, 20)
-    said = [{"type": "http.disconnect"}, {"type": "http.request"}]
-    await until_gone(receive)
-    assert said == []
-
-
-async def interrupted(watch: Watch, *reasons: Exception) -> None:
+async def interrupted(scope: RequestScope, *reasons: Exception) -> None:
     """A block that is interrupted while it waits."""
-
-    def interrupt() -> None:
+    async with scope:
         for reason in reasons:
-            watch.interrupt(reason)
-
-    async with watch:
-        asyncio.get_running_loop().call_soon(interrupt)
+            asyncio.get_running_loop().call_soon(scope.interrupt, reason)
         await asyncio.Event().wait()
 
 
 async def test_the_first_reason_ends_a_request() -> None:
     """A cancellation besides stays one; the next wait is not cancelled, and nothing listens."""
-    watches, receive = set[Watch](), asyncio.Event().wait
-    with pytest.raises(ClientGone):
-        await interrupted(Watch(watches, receive), ClientGone(), LoaderClosedError("late"))  # type: ignore[arg-type]
-    task = asyncio.current_task()
-    assert task is not None
-    assert task.cancelling() == 0
-
-    watch = Watch(watches, receive)  # type: ignore[arg-type]
-    waiting = asyncio.create_task(interrupted(watch))
+    scopes, receive = set[RequestScope](), cast(Any, asyncio.Event().wait)
+    with pytest.raises(ClientDisconnect):
+        late = LoaderClosedError("late")
+        await interrupted(RequestScope(scopes, receive), ClientDisconnect(), late)
     await asyncio.sleep(0)
-    watch.interrupt(ClientGone())
+
+    scope = RequestScope(scopes, receive)
+    waiting = asyncio.create_task(interrupted(scope))
+    await asyncio.sleep(0)
+    assert len(ours()) == len(scopes) == 1
+    scope.interrupt(ClientDisconnect())
     waiting.cancel()
     await asyncio.wait([waiting])
     assert waiting.cancelled()
-
-    async with Watch(watches, receive):  # type: ignore[arg-type]
-        await asyncio.sleep(0)
-        assert len(ours()) == len(watches) == 1
     await asyncio.sleep(0)
-    assert (ours(), watches) == ([], set())
+    assert (ours(), scopes) == ([], set())
 
-
-BASE = {"model": "base", "prompt": "x"}
 
 # -- beginning ------------------------------------------------------------------------------------
 
@@ -309,7 +277,7 @@ async def test_it_is_ready_when_it_listens() -> None:
     """One that cannot begin closes its listener."""
     async with serving() as world:
         told, listener = list[bool](), listen("127.0.0.1", 0)
-        other = Serving(world.service, lambda: told.append(other.started))
+        other = DrainingServer(world.service, lambda: told.append(other.started))
         ended = asyncio.create_task(other.serve([listener]))
         await until(lambda: told)
         other.stop()
@@ -320,7 +288,7 @@ async def test_it_is_ready_when_it_listens() -> None:
             raise OSError("it cannot")
 
         listener = listen("127.0.0.1", 0)
-        third: Any = Serving(world.service)
+        third: Any = DrainingServer(world.service)
         third.startup = fail
         with pytest.raises(OSError, match="it cannot"):
             await third.serve([listener])
@@ -422,8 +390,7 @@ async def test_after_the_deadline_or_a_second_signal_the_rest_fails(
 
 async def test_a_body_that_comes_too_late_is_not_begun_with() -> None:
     async with serving() as world:
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(request(BASE)[:-1])
+        reader, writer = await connection(world, request(BASE)[:-1])
         await world.until_busy()
         world.server.stop()
         world.server.stop()
@@ -437,8 +404,7 @@ async def test_a_body_that_comes_too_late_is_not_begun_with() -> None:
 async def test_connections_that_ask_nothing_are_closed() -> None:
     """A signal wakes a loop that sleeps, wherever it is heard."""
     async with serving() as world:
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        reader, writer = await connection(world, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
         asyncio.get_running_loop().set_debug(True)  # it raises for calls from other threads
         await asyncio.to_thread(world.server.handle_exit, signal.SIGTERM, None)
@@ -478,7 +444,7 @@ async def test_left_by_force_it_leaves_nothing() -> None:
             await world.ended
         assert not world.service.healthy
         assert tokens.cancelled.is_set(), "its request has ended, and not only its connection"
-        assert await world.service.under_way.ended(0)
+        assert await world.service.in_flight.ended(0)
         assert signal.getsignal(signal.SIGTERM) == before
         with pytest.raises(ConnectionRefusedError):
             await world.completing(BASE)

@@ -33,17 +33,13 @@ from lorax_async import (
     LoraxError,
     UsageError,
 )
-from lorax_async.io.devices.cpu import CpuDevice
 from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.server.decoding.answer import Answer
-from lorax_async.server.decoding.sampling import Sampler
-from lorax_async.server.engine import Engine
-from lorax_async.server.generation import Sampling
-from lorax_async.server.ports import Step
+from lorax_async.server.engine import Engine, TokenStream
+from lorax_async.server.generation import Sampling, Step
+from lorax_async.server.sampling import Sampler
 from lorax_async.testing import FakeDecoder, FakeSource
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
-from test_resaved import CLIENTS, SAVES, Save, resaving
 from tiny_sources import stocked
 
 
@@ -298,7 +294,6 @@ async def test_an_engine_whose_scheduler_ends_tells_all_its_answers(
         await until(lambda: not engine.alive)
         with pytest.raises(LoaderClosedError, match="was closed|the engine has failed"):
             engine.submit(asked([1], 1))
-        assert await engine.drain(20)
         source.allow("a")
 
 
@@ -343,19 +338,6 @@ async def test_no_token_of_an_adapter_that_was_false_comes_out(source: FakeSourc
 # -- ends -----------------------------------------------------------------------------------------
 
 
-async def test_draining_ends_what_was_taken_and_takes_nothing_more(source: FakeSource) -> None:
-    async with generating(source, max_sequences=1) as (engine, _, __):
-        assert await engine.drain(0)
-        with pytest.raises(LoaderClosedError):
-            engine.submit(asked([1], 1))
-    async with generating(source, max_sequences=1) as (engine, _, __):
-        answers = [engine.submit(asked([n], 5, "a")) for n in range(3)]
-        assert await engine.drain(20)
-        assert [answer.finish for answer in answers] == ["length"] * 3
-        for n, answer in enumerate(answers):
-            assert await all_of(answer) == alone([n], 5, "a")
-
-
 @pytest.mark.each_loop
 @pytest.mark.usefixtures("nothing_left")
 async def test_closing_fails_the_rest_after_the_step_that_is_computed(source: FakeSource) -> None:
@@ -372,7 +354,6 @@ async def test_closing_fails_the_rest_after_the_step_that_is_computed(source: Fa
         decoder.before = before
         running, waiting = engine.submit(asked([1], 9, "a")), engine.submit(asked([1], 9, "b"))
         await until(began.is_set)
-        assert not await engine.drain(0.01)
         cancelled, closing = (asyncio.create_task(engine.close()) for _ in range(2))
         try:
             assert await all_of(running, LoaderClosedError) == alone([1], 1, "a")
@@ -431,7 +412,7 @@ SEEDED = Sampling(temperature=0.8, top_p=0.9, seed=7)
 @asynccontextmanager
 async def full(
     source: FakeSource, *, adapter: Any = "a", room: dict[str, Any] = ROOM, **more: Any
-) -> AsyncIterator[tuple[Engine, ScriptedDecoder, list[Answer]]]:
+) -> AsyncIterator[tuple[Engine, ScriptedDecoder, list[TokenStream]]]:
     """An engine whose places are all taken by long answers, each with its first tokens."""
     names = [adapter] if not isinstance(adapter, list) else adapter
     async with generating(source, **room) as (engine, decoder, loader):
@@ -444,7 +425,7 @@ async def full(
         yield engine, decoder, answers
 
 
-def steps_with(decoder: ScriptedDecoder, answer: Answer) -> list[int]:
+def steps_with(decoder: ScriptedDecoder, answer: TokenStream) -> list[int]:
     return [
         number
         for number, step in enumerate(decoder.steps)
@@ -453,7 +434,7 @@ def steps_with(decoder: ScriptedDecoder, answer: Answer) -> list[int]:
 
 
 async def require_whole(
-    answers: list[Answer], adapter: str = "a", *, start: int = 0, sampling: Sampling = GREEDY
+    answers: list[TokenStream], adapter: str = "a", *, start: int = 0, sampling: Sampling = GREEDY
 ) -> None:
     for number, answer in enumerate(answers, start):
         assert await all_of(answer) == alone([number, 1, 2], LONG, adapter, sampling)
@@ -558,7 +539,7 @@ async def test_preempted_answers_end_after_the_tokens_that_came_before(
 async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
     """Its token comes in the very turn, and is the next one's. The first end counts."""
     ticket: Any = None
-    answer = Answer(1, asked([1], 9), Sampler(GREEDY), ticket)
+    answer = TokenStream(1, asked([1], 9), Sampler(GREEDY), ticket)
     for token in (5, 6):
         task = asyncio.ensure_future(anext(answer))
         await asyncio.sleep(0)
@@ -619,49 +600,3 @@ async def test_answers_without_a_token_get_the_version_that_is_saved_meanwhile(
         for n, (answer, sampling) in enumerate(zip(answers, samplings, strict=True)):
             got = await all_of(answer, error)
             assert got == ([] if error else alone([n], 5, str(folder), sampling))
-
-
-async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a", 1)
-    async with over_files(slots=2) as (engine, device):
-        device.gate.clear()
-        answer = engine.submit(asked([1], 5, folder))
-        await until(lambda: device.copies)
-        tiny.write(folder, 2)
-        device.gate.set()
-        await asyncio.sleep(0.01)
-        answer.cancel()
-        assert await all_of(answer) == []
-
-
-async def test_bytes_that_are_false_without_a_change_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise IntegrityError("the disk gave other bytes")
-
-    monkeypatch.setattr(CpuDevice, "copy", fail)
-    async with over_files(slots=2) as (engine, _):
-        with pytest.raises(IntegrityError, match="other bytes"):
-            await all_of(engine.submit(asked([1], 5, tiny.write(tmp_path / "a", 1))))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("save", SAVES)
-async def test_clients_of_an_adapter_that_is_saved_all_the_time(tmp_path: Path, save: Save) -> None:
-    folders = tiny.write(tmp_path / "a", 1), tiny.write(tmp_path / "b", 1)
-    end = time.monotonic() + 0.6
-
-    async def client(engine: Engine, number: int) -> None:
-        while time.monotonic() < end:
-            # One slot, so that it is loaded again and again.
-            folder = folders[number % 2]
-            got = await all_of(engine.submit(asked([number], 3, folder)))
-            assert got == alone([number], 3, str(folder))
-
-    async with over_files(slots=1) as (engine, _), asyncio.TaskGroup() as group:
-        with resaving(folders[0], save):
-            for number in range(CLIENTS):
-                group.create_task(client(engine, number))
-            await asyncio.sleep(end - time.monotonic())

@@ -10,13 +10,14 @@ from typing import Any, cast
 import pytest
 from openai import APIStatusError
 from starlette.requests import Request
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 import tiny
 from lorax_async import FetchError
 from lorax_async.metrics.collector import LAG_PERIOD
-from lorax_async.server.calls.metrics import CountedRequests, ServerMetrics
-from lorax_async.server.calls.names import Names
+from lorax_async.server.engine import ObservedTokens
+from lorax_async.server.metrics import RequestCounter, ServerMetrics
+from lorax_async.server.names import Names
 from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, request, serving
 from tiny_loaders import loader
@@ -62,7 +63,7 @@ async def test_requests_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         world.engine.rule = failing(FetchError("the source is down"))
         with pytest.raises(APIStatusError):
             await ask(model="org/x", prompt="x")
-        monkeypatch.setattr(world.service.names, "find", lambda model: 1 / 0)
+        monkeypatch.setattr(world.service.names, "resolve", lambda model: 1 / 0)
         with pytest.raises(APIStatusError):
             await ask(model="base", prompt="x")
         samples = await scraped(world)
@@ -133,21 +134,17 @@ async def test_an_ended_sequence_runs_no_more_though_its_request_goes_on() -> No
         assert requests(samples)["call=/v1/completions,status=499"] == 1
 
 
-@pytest.mark.parametrize(
-    "accept",
-    [
-        "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
-        "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8",
-        "text/plain",
-        "",
-    ],
-)
-async def test_names_are_the_same_for_every_client(accept: str) -> None:
+async def test_names_are_the_same_for_every_client() -> None:
     """The first is what Prometheus 2 sends. Its parser wants sample and family of one name."""
     async with serving() as world:
-        answer = await world.ask("GET", "/metrics", Accept=accept)
-        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-        assert len(of(parsed(answer.body.decode()), INFO)) == 1
+        for accept in (
+            "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+            "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8",
+            *("text/plain", ""),
+        ):
+            answer = await world.ask("GET", "/metrics", Accept=accept)
+            assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+            assert len(of(parsed(answer.body.decode()), INFO)) == 1
 
 
 async def test_looks_at_the_loop_end_with_the_server() -> None:
@@ -177,7 +174,7 @@ async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyP
             patch.setattr(time, "monotonic", lambda: clock[0])
             submitted = engine.submit(nothing)
             submitted.say("abc")
-            tokens = metrics.measured(submitted, "base", 5)
+            tokens = ObservedTokens(cast(Any, submitted), [metrics.sequence("base", 5)])
             for seconds in (0.5, 0.25, 0.125):
                 clock[0] += seconds
                 await anext(tokens)
@@ -191,20 +188,6 @@ async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyP
         metrics.close()
 
 
-async def test_a_cancelled_sequence_runs_no_more() -> None:
-    """Though a token may be on its way: it is not counted as a first one."""
-    async with serving(FakeEngine()) as world:
-        tokens = world.engine.submit(None)
-        measured = world.service.metrics.measured(tokens, "base", 1)
-        reading = asyncio.create_task(anext(measured))
-        await asyncio.sleep(0)
-        assert sequences(await scraped(world)) == (1, 0)
-        measured.cancel()
-        tokens.say("a")
-        await reading
-        assert sequences(await scraped(world)) == (0, 0)
-
-
 async def test_a_status_that_was_sent_is_the_one_that_counts() -> None:
     """And what is no request counts nothing."""
 
@@ -213,16 +196,11 @@ async def test_a_status_that_was_sent_is_the_one_that_counts() -> None:
             await send({"type": "http.response.start", "status": 200})
             raise RuntimeError("in the middle of the answer")
 
-    async def receive() -> Any:
-        raise AssertionError("nobody asks")
-
-    async def send(_: Message) -> None:
-        return
+    async def nothing(*_: Any) -> Any: ...
 
     async with serving() as world:
-        counted = CountedRequests(app, world.service.metrics)
-        for kind in ("lifespan", "websocket"):
-            await counted({"type": kind}, receive, send)
+        counted = RequestCounter(app, world.service.metrics)
+        await counted({"type": "lifespan"}, nothing, nothing)
         with pytest.raises(RuntimeError, match="middle"):
-            await counted({"type": "http", "path": "/health"}, receive, send)
+            await counted({"type": "http", "path": "/health"}, nothing, nothing)
         assert requests(await scraped(world)) == {"call=/health,status=200": 1}

@@ -22,7 +22,7 @@ from link import Link
 from lorax_async import Allow, LoaderConfig
 from lorax_async.commands import serve
 from lorax_async.engines.smollm2 import prepare_base
-from lorax_async.server.assembly import Base, Capacity, assembled
+from lorax_async.server.service import Base, Capacity, open_service
 from lorax_async.server.settings import ServerSettings
 from server.world import listening
 
@@ -123,7 +123,7 @@ async def minute(base: Base, link: Link, cache: Path, what: dict[str, Any]) -> M
     settings = ServerSettings(base="smollm2", sources=config.allow, max_adapters_per_client=1000)
     capacity = Capacity(sequences=16, length=256)
     async with (
-        assembled(base, config, settings, capacity) as service,
+        open_service(base, config, settings, capacity) as service,
         listening(service) as (_, __, port, ___),
     ):
         watching = asyncio.create_task(watch())

@@ -18,8 +18,8 @@ import tiny
 from common import until
 from lorax_async import AdapterFormatError, CapacityError
 from lorax_async.server import cold_requests
-from lorax_async.server.calls.names import Names
 from lorax_async.server.calls.page import dashboard, routes
+from lorax_async.server.names import Names
 from lorax_async.tracing.trace import Trace
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, gated
@@ -478,6 +478,10 @@ def test_the_first_name_that_is_left_counts(tmp_path: Path) -> None:
     # A request's text is no path.
     ids = ("org/x", tmp_path, str(tmp_path))
     assert [names.name_of(id) for id in ids] == ["one", "path", None]
-    names.put("one", "org/y")
+    names.add("one", "org/y")
     assert (names.name_of("org/x"), names.name_of("org/y")) == ("two", "one")
-    assert (names.take("two"), names.name_of("org/x"), names.take("two")) == ("org/x", None, None)
+    assert (names.remove("two"), names.name_of("org/x"), names.remove("two")) == (
+        "org/x",
+        None,
+        None,
+    )

@@ -18,9 +18,14 @@ import lorax_async as la
 import tiny
 from lorax_async import ConfigError, LoraxError, UsageError
 from lorax_async.commands.serve import hosts_of
-from lorax_async.server.calls.errors import INTERNAL, Refusal, refusal_of
-from lorax_async.server.calls.prompts import Prompts
-from lorax_async.server.calls.requests import Body, ChatBody, CompletionBody, parsed
+from lorax_async.server.errors import INTERNAL, Refusal, refusal_of
+from lorax_async.server.requests import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    Prompts,
+    parse_body,
+)
 from lorax_async.server.serving import listen
 from lorax_async.server.settings import ServerSettings
 from server.world import (
@@ -43,53 +48,39 @@ PLAIN = {"model": "base", "prompt": "x"}
 
 
 STATUSES = (
-    (la.AdapterNotFoundError, 404, "model_not_found"),
-    (la.AccessDeniedError, 403, "model_access_denied"),
-    (la.InvalidAdapterIdError, 400, "invalid_model_id"),
-    (la.AdapterFormatError, 422, "adapter_malformed"),
-    (la.UnsupportedAdapterError, 422, "adapter_unsupported"),
-    (la.IncompatibleAdapterError, 422, "adapter_incompatible"),
-    (la.CapacityError, 429, "over_capacity"),
-    (la.LoaderClosedError, 503, "closing"),
-    (la.HandleClosedError, 503, "closing"),
-    (la.AdapterTimeoutError, 504, "timeout"),
-    (la.FetchTimeoutError, 504, "timeout"),
-    (la.FetchError, 502, "fetch_failed"),
-    (la.IntegrityError, 502, "adapter_altered"),
-    (la.EvictedError, 503, "evicted"),
-    (la.AdapterInUseError, 409, "adapter_in_use"),
-    (la.UsageError, 400, "invalid_request"),
-    (la.TransferError, 500, "transfer_failed"),
-    (la.InternalError, 500, "internal_error"),
-)
+    *((la.AdapterNotFoundError, 404, "model_not_found"), (la.UsageError, 400, "invalid_request")),
+    *((la.AccessDeniedError, 403, "model_access_denied"), (la.EvictedError, 503, "evicted")),
+    *((la.InvalidAdapterIdError, 400, "invalid_model_id"), (la.CapacityError, 429, "over_capacity")),
+    *((la.AdapterFormatError, 422, "adapter_malformed"), (la.FetchError, 502, "fetch_failed")),
+    *((la.UnsupportedAdapterError, 422, "adapter_unsupported"), (la.FetchTimeoutError, 504, "timeout")),
+    *((la.IncompatibleAdapterError, 422, "adapter_incompatible"), (la.TransferError, 500, "transfer_failed")),
+    *((la.LoaderClosedError, 503, "closing"), (la.HandleClosedError, 503, "closing")),
+    *((la.AdapterTimeoutError, 504, "timeout"), (la.IntegrityError, 502, "adapter_altered")),
+    *((la.AdapterInUseError, 409, "adapter_in_use"), (la.InternalError, 500, "internal_error")),
+)  # fmt: skip
 
 
-def test_every_error_of_the_library_has_a_status() -> None:
+def test_every_error_of_the_library_has_its_status() -> None:
     """By its own row, or by that of the class above it, which says the same."""
-    told = {kind for kind, _, _ in STATUSES}
     inherited = {la.AdapterError, la.ConfigError, la.InvalidTransitionError, LoraxError}
     every = {e for e in vars(la).values() if isinstance(e, type) and issubclass(e, LoraxError)}
-    assert every == told | inherited
-
-
-@pytest.mark.parametrize(("kind", "status", "code"), STATUSES)
-def test_an_error_has_its_status(kind: type[LoraxError], status: int, code: str) -> None:
-    refusal = refusal_of(kind("the reason", id="org/x"), 2.5)
-    assert (refusal.status, refusal.code) == (status, code)
-    hidden = kind is la.InternalError
-    assert ("the reason" in refusal.message) is not hidden
-    assert hidden == (refusal.message == INTERNAL)
-    comes_back = status in {429, 503, 504} or code in {"fetch_failed", "adapter_altered"}
-    assert ("retry-after" in refusal.response().headers) == comes_back
-    if comes_back:
-        assert refusal.response().headers["retry-after"] == "3"
+    assert every == {kind for kind, _, _ in STATUSES} | inherited
+    for kind, status, code in STATUSES:
+        refusal = refusal_of(kind("the reason", id="org/x"), 2.5)
+        assert (refusal.status, refusal.code) == (status, code)
+        hidden = kind is la.InternalError
+        assert ("the reason" in refusal.message) is not hidden
+        assert hidden == (refusal.message == INTERNAL)
+        comes_back = status in {429, 503, 504} or code in {"fetch_failed", "adapter_altered"}
+        assert refusal.response().headers.get("retry-after") == ("3" if comes_back else None)
 
 
 def test_a_source_says_itself_when_to_come_back() -> None:
-    error = la.FetchError("busy", retry_after=40.2)
-    assert refusal_of(error, 1).response().headers["retry-after"] == "41"
-    for_good = la.FetchError("gone", retryable=False)
-    assert "retry-after" not in refusal_of(for_good, 1).response().headers
+    for error, retry_after in (
+        (la.FetchError("busy", retry_after=40.2), "41"),
+        (la.FetchError("gone", retryable=False), None),
+    ):
+        assert refusal_of(error, 1).response().headers.get("retry-after") == retry_after
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -140,9 +131,7 @@ async def test_an_error_in_a_streams_midst_is_its_last_event() -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-async def test_a_fault_in_the_engine_is_for_the_log_alone(
-    caplog: pytest.LogCaptureFixture, begun: bool
-) -> None:
+async def test_a_fault_in_the_engine_is_for_the_log_alone(caplog: Any, begun: bool) -> None:
     def rule(tokens: FakeTokens) -> None:
         if begun:
             tokens.say("a")
@@ -196,15 +185,15 @@ async def test_a_template_refuses_in_its_own_words() -> None:
     assert "the user speaks first" in answer.error["message"]
 
 
-@pytest.mark.parametrize(
-    ("path", "status"),
-    [("/v1", 404), (COMPLETIONS, 405), ("/v1/models/nobody", 404), ("/v1/models/org/x", 404)],
-)
-async def test_unknown_calls_are_told(path: str, status: int) -> None:
+async def test_unknown_calls_are_told() -> None:
     async with serving() as world:
-        answer = await world.ask("GET", path)
-    assert answer.status == status
-    assert answer.error["message"]
+        for path, status in (
+            *(("/v1", 404), (COMPLETIONS, 405)),
+            *(("/v1/models/nobody", 404), ("/v1/models/org/x", 404)),
+        ):
+            answer = await world.ask("GET", path)
+            assert answer.status == status
+            assert answer.error["message"]
 
 
 async def test_a_full_queue_refuses() -> None:
@@ -240,7 +229,7 @@ async def test_where_one_sequence_is_refused_all_are() -> None:
         assert engine.waiting == 0
 
 
-async def test_a_client_has_a_number_of_adapters_under_way() -> None:
+async def test_a_client_has_a_number_of_adapters_in_flight() -> None:
     """By its key, else by its address, which it cannot choose; the engine is told which it is."""
     engine = FakeEngine()
     async with serving(engine, max_adapters_per_client=1) as world:
@@ -303,7 +292,7 @@ async def test_health() -> None:
         assert (gone.status, gone.error["code"]) == (503, "engine_gone")
         assert (await world.ask("POST", COMPLETIONS, PLAIN)).status == 503
         world.engine.alive = True
-        world.service.under_way.close()
+        world.service.in_flight.close()
         closing = await world.ask("GET", "/health")
         assert (closing.status, closing.error["code"]) == (503, "closing")
         assert closing.headers["retry-after"] == "1"
@@ -312,19 +301,16 @@ async def test_health() -> None:
 # -- settings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
+def test_settings_are_checked() -> None:
+    wrong: Any
+    for wrong in (
         *({"admin_token": ""}, {"admin_token": "two words"}, {"max_body_bytes": 0}),
         *({"max_prompt_tokens": 0}, {"max_waiting": 1}, {"slow_client": 0}, {"drain": -1}),
         *({"retry_after": "1"}, {"base": ""}),
         *({"adapters": adapters} for adapters in ({"b": "x/y"}, {"": "x/y"}, {"a": 5})),
-    ],
-    ids=repr,
-)
-def test_settings_are_checked(wrong: Any) -> None:
-    with pytest.raises((ConfigError, UsageError)):
-        ServerSettings(**({"base": "b"} | wrong))
+    ):
+        with pytest.raises((ConfigError, UsageError)):
+            ServerSettings(**({"base": "b"} | wrong))
 
 
 def test_settings_have_names_of_their_own_and_hide_the_token() -> None:
@@ -351,60 +337,49 @@ def user(content: Any = "c", **more: Any) -> dict[str, Any]:
 
 
 def completion(**fields: Any) -> CompletionBody:
-    return parsed(CompletionBody, json.dumps(BODY | fields).encode())
+    return parse_body(CompletionBody, json.dumps(BODY | fields).encode())
 
 
 def chat(**fields: Any) -> ChatBody:
-    return parsed(ChatBody, json.dumps({"model": "m"} | messages(user()) | fields).encode())
+    return parse_body(ChatBody, json.dumps({"model": "m"} | messages(user()) | fields).encode())
 
 
-@pytest.mark.parametrize(
-    ("prompt", "prompts"),
-    [
-        ("a", ["a"]),
-        (["a", "b"], ["a", "b"]),
-        ([1, 2], [[1, 2]]),
-        ([[1], [2, 3]], [[1], [2, 3]]),
-        ([], []),
-    ],
-)
-def test_forms_of_prompts(prompt: Any, prompts: Any) -> None:
-    assert completion(prompt=prompt).prompts == prompts
+def test_forms_of_prompts() -> None:
+    for prompt, prompts in (
+        *(("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]])),
+        *(([[1], [2, 3]], [[1], [2, 3]]), ([], [])),
+    ):
+        assert completion(prompt=prompt).prompts == prompts
 
 
-@pytest.mark.parametrize(
-    "neutral",
-    [
+def test_fields_that_change_nothing_are_taken() -> None:
+    neutral: dict[str, Any]
+    for neutral in (
         {"logprobs": None, "echo": False, "best_of": 1, "suffix": None, "logit_bias": {}},
         {"presence_penalty": 0, "frequency_penalty": 0.0, "user": "u", "n": 1, "seed": -1},
         {"temperature": None, "top_p": None, "max_tokens": None, "stop": None, "stream": False},
         {"stream": True, "stream_options": {"include_usage": True}},
-    ],
-)
-def test_fields_that_change_nothing_are_taken(neutral: dict[str, Any]) -> None:
-    assert completion(**neutral).prompts == ["p"]
+    ):
+        assert completion(**neutral).prompts == ["p"]
     chat(
         tools=[], tool_choice="auto", response_format={"type": "text"}, logprobs=False,
         metadata={"a": "b"}, service_tier="auto", store=False, modalities=["text"],
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
+def test_what_is_not_implemented_is_refused_by_name() -> None:
+    fields: dict[str, Any]
+    for fields in (
         *({"logprobs": 0}, {"logprobs": True}, {"echo": True}, {"best_of": 2}, {"suffix": "x"}),
         *({"logit_bias": {"5": 1}}, {"presence_penalty": 0.1}, {"frequency_penalty": -1}),
         *({"tools": [{}]}, {"response_format": {"type": "json_object"}}),
-    ],
-    ids=repr,
-)
-def test_what_is_not_implemented_is_refused_by_name(fields: Any) -> None:
-    (param,) = fields
-    for refuse in (completion, chat):
-        with pytest.raises(Refusal, match=f"{param} is not implemented") as refused:
-            refuse(**fields)
-        assert (refused.value.status, refused.value.param) == (400, param)
-        assert refused.value.code == "unsupported_parameter"
+    ):
+        (param,) = fields
+        for refuse in (completion, chat):
+            with pytest.raises(Refusal, match=f"{param} is not implemented") as refused:
+                refuse(**fields)
+            assert (refused.value.status, refused.value.param) == (400, param)
+            assert refused.value.code == "unsupported_parameter"
 
 
 MANY = 3000
@@ -445,11 +420,11 @@ TEXT = {"type": "text", "text": "x"}
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_refused_by_name_at_the_first_few_faults(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Body], fields: Any, param: str
+    monkeypatch: pytest.MonkeyPatch, kind: type[GenerationBody], fields: Any, param: str
 ) -> None:
     counts = [0]
 
-    def validate(found: Any) -> Body:
+    def validate(found: Any) -> GenerationBody:
         try:
             return kind(**found)
         except ValidationError as error:
@@ -459,7 +434,7 @@ def test_a_wrong_field_is_refused_by_name_at_the_first_few_faults(
     monkeypatch.setattr(kind, "model_validate", validate)
     plain = BODY if kind is CompletionBody else {"model": "m"}
     with pytest.raises(Refusal) as refused:
-        parsed(kind, json.dumps(plain | fields).encode())
+        parse_body(kind, json.dumps(plain | fields).encode())
     assert (refused.value.status, refused.value.param) == (400, param)
     assert param in refused.value.message
     assert max(counts) < 10
@@ -473,17 +448,17 @@ def test_a_wrong_field_is_refused_by_name_at_the_first_few_faults(
         b'{"a":' * 5000, b"[" * 100_000,
     ],
 )  # fmt: skip
-def test_what_is_no_object_is_refused(kind: type[Body], content: bytes) -> None:
+def test_what_is_no_object_is_refused(kind: type[GenerationBody], content: bytes) -> None:
     with pytest.raises(Refusal) as refused:
-        parsed(kind, content)
+        parse_body(kind, content)
     assert (refused.value.status, refused.value.code) == (400, "invalid_json")
 
 
-@pytest.mark.parametrize("missing", ["prompt", "model"])
-def test_what_is_missing_is_named(missing: str) -> None:
-    there = {name: value for name, value in BODY.items() if name != missing}
-    with pytest.raises(Refusal, match=f"Missing required parameter: {missing}"):
-        parsed(CompletionBody, json.dumps(there).encode())
+def test_what_is_missing_is_named() -> None:
+    for missing in BODY:
+        there = {name: value for name, value in BODY.items() if name != missing}
+        with pytest.raises(Refusal, match=f"Missing required parameter: {missing}"):
+            parse_body(CompletionBody, json.dumps(there).encode())
 
 
 # -- the loop, on which all others are answered ---------------------------------------------------
@@ -500,10 +475,10 @@ def no_thread_is_interrupted() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_thread_is_interrupted")
 @pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
-def test_other_threads_run_while_a_long_text_becomes_tokens(kind: type[Body]) -> None:
+def test_other_threads_run_while_a_long_text_becomes_tokens(kind: type[GenerationBody]) -> None:
     prompts, text = Prompts(tokenizer()), "what is ice " * 30_000
     fields = messages(user(text)) if kind is ChatBody else {"prompt": text}
-    body = parsed(kind, json.dumps({"model": "m"} | fields).encode())
+    body = parse_body(kind, json.dumps({"model": "m"} | fields).encode())
     begun, read = threading.Event(), list[int]()
 
     def reading() -> None:
@@ -522,14 +497,10 @@ async def test_a_prompt_is_read_off_the_loop() -> None:
     threads = list[threading.Thread]()
     async with serving() as world:
         read = world.service.prompts.read
-
-        def noted(body: Any) -> Any:
-            threads.append(threading.current_thread())
-            return read(body)
-
-        world.service.prompts.read = noted  # type: ignore[method-assign]
-        answer = await world.ask("POST", "/v1/completions", {"model": "base", "prompt": "x"})
-        assert answer.status == 200
+        world.service.prompts.read = lambda body: (  # type: ignore[method-assign]
+            threads.append(threading.current_thread()) or read(body)  # type: ignore[func-returns-value]
+        )
+        assert (await world.ask("POST", COMPLETIONS, PLAIN)).status == 200
     assert len(threads) == 1
     assert threading.main_thread() not in threads
 
@@ -542,49 +513,34 @@ POSTS = (
 )
 
 
-JSON_TYPES = [
-    "application/json",
-    "Application/JSON",
-    "application/json; charset=utf-8",
-    "application/json;charset=UTF-8",
-    " application/json ",
-]
-
-
-OTHER_TYPES = [
-    "",
-    "text/plain",
-    "text/plain;charset=UTF-8",
-    "text/plain; application/json",
-    "application/x-www-form-urlencoded",
-    "multipart/form-data; boundary=x",
-    "application/json-seq",
-    "application/jsonx",
-    "json",
-    "application/json, text/plain",
+JSON_TYPES = (
+    *("application/json", "Application/JSON", " application/json "),
+    *("application/json; charset=utf-8", "application/json;charset=UTF-8"),
+)
+OTHER_TYPES = (
+    *("", "text/plain", "text/plain;charset=UTF-8", "text/plain; application/json", "json"),
+    *("application/x-www-form-urlencoded", "multipart/form-data; boundary=x"),
+    *("application/json-seq", "application/jsonx", "application/json, text/plain"),
     "text/plain\r\nContent-Type: application/json",
     "application/json\r\nContent-Type: text/plain",
-]
+)
 
 
-@pytest.mark.parametrize("kind", [*JSON_TYPES, *OTHER_TYPES])
-async def test_only_json_is_computed(kind: str) -> None:
+async def test_only_json_is_computed() -> None:
     """By any call that takes a body, not even with the operator's token."""
     async with serving(FakeEngine(echo)) as world:
-        if kind in JSON_TYPES:
+        for kind in OTHER_TYPES:
+            headers = {"Content_Type": kind, "Authorization": f"Bearer {TOKEN}"}
+            for path in POSTS:
+                for content in (PLAIN, b""):
+                    answer = await world.ask("POST", path, content, **headers)
+                    assert (answer.status, answer.error["type"]) == (415, "invalid_request_error")
+                    assert answer.error["code"] == "unsupported_media_type"
+                    assert "application/json" in answer.error["message"]
+        assert not world.engine.submitted
+        for kind in JSON_TYPES:
             answer = await world.ask("POST", COMPLETIONS, PLAIN, Content_Type=kind)
             assert answer.status == 200
-            return
-        for path in POSTS:
-            for content in (PLAIN, b""):
-                answer = await world.ask(
-                    "POST", path, content, Content_Type=kind, Authorization=f"Bearer {TOKEN}"
-                )
-                assert answer.status == 415
-                assert answer.error["type"] == "invalid_request_error"
-                assert answer.error["code"] == "unsupported_media_type"
-                assert "application/json" in answer.error["message"]
-        assert not world.engine.submitted
 
 
 async def test_no_other_origin_is_let_in() -> None:
@@ -669,13 +625,11 @@ async def test_another_host_reaches_no_call() -> None:
         assert not world.engine.submitted
 
 
-@pytest.mark.parametrize(
-    "hosts",
-    [
+def test_hosts_that_are_none_are_refused() -> None:
+    hosts: Any
+    for hosts in (
         *("localhost", (5,), ("",), ("a:80",), ("http://a",)),
         *(("a/b",), ("a.*",), ("**",), ("[::1]:80",)),
-    ],
-)
-def test_hosts_that_are_none_are_refused(hosts: Any) -> None:
-    with pytest.raises(ConfigError, match="host"):
-        ServerSettings(base="base", allowed_hosts=hosts)
+    ):
+        with pytest.raises(ConfigError, match="host"):
+            ServerSettings(base="base", allowed_hosts=hosts)

@@ -31,7 +31,7 @@ from lorax_async.cli import main
 from lorax_async.commands import serve
 from lorax_async.commands.places import as_source, opened, sources_of
 from lorax_async.commands.serve import ADMIN_TOKEN, how_to_serve, named
-from lorax_async.server.assembly import Base
+from lorax_async.server.service import Base
 from server.world import llama_config, tokenizer
 
 TOKEN = "a-token"
@@ -148,21 +148,15 @@ def test_adapters_have_names(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
+def test_adapters_that_have_no_name_are_refused(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "below" / "deep" / "one")
+    for given, said in (
         (["{0}", "{0}"], "two adapters are called 'one'"),
         (["{0}/../.."], "is no adapter, and holds none"),
         (["x=ftp://host/a"], "--adapters"),
-    ],
-    ids=["twice", "empty", "no id"],
-)
-def test_adapters_that_have_no_name_are_refused(
-    tmp_path: Path, given: list[str], said: str
-) -> None:
-    folder = tiny.write(tmp_path / "below" / "deep" / "one")
-    with pytest.raises(ConfigError, match=said):
-        named([text.format(folder) for text in given])
+    ):
+        with pytest.raises(ConfigError, match=said):
+            named([text.format(folder) for text in given])
 
 
 def test_sources_are_places_that_requests_may_name(tmp_path: Path) -> None:
@@ -179,18 +173,15 @@ def test_sources_are_places_that_requests_may_name(tmp_path: Path) -> None:
     assert set(found["allow"]) == {*places, Allow("hub")}, "the operator may name all of the hub"
 
 
-@pytest.mark.parametrize("text", ["hub:org", "no/such/folder", "ftp://host/"])
-def test_a_source_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
-        as_source(text)
-
-
-@pytest.mark.parametrize("port", ["65536", "-1", "x", "²", ""])
-def test_a_port_that_is_none_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "--base", "smollm2", f"--port={port}"])
-    assert ended.value.code == 2
-    assert "is no port" in capsys.readouterr().err
+def test_options_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("hub:org", "no/such/folder", "ftp://host/"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            as_source(text)
+    for port in ("65536", "-1", "x", "²", ""):
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "--base", "smollm2", f"--port={port}"])
+        assert ended.value.code == 2
+        assert "argument --port: " in capsys.readouterr().err
 
 
 def test_what_lives_for_ever_is_not_looked_through_again_and_again(
@@ -230,18 +221,14 @@ def refused(
     return start
 
 
-def _fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
 def _socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as made:
         made.bind(str(path))
 
 
 def _large(path: Path) -> None:
-    with path.open("wb") as file:
-        file.truncate(1 << 40)
+    path.touch()
+    os.truncate(path, 1 << 40)
 
 
 def _holds(content: bytes) -> Callable[[Path], object]:
@@ -252,14 +239,16 @@ def _holds(content: bytes) -> Callable[[Path], object]:
     ("make", "reason"),
     [
         (Path.mkdir, "is a folder; name a file"),
-        (_fifo, "is no regular file; name a file"),
+        (os.mkfifo, "is no regular file; name a file"),
         (_socket, "cannot be read"),
         (lambda path: path.symlink_to(path.name), "cannot be read"),
         (lambda path: path.symlink_to("/dev/zero"), "is no regular file; name a file"),
-        (_large, "it has over 16,777,216 bytes; delete it"),
-        (_holds(b""), "it is no JSON: .*; delete it"),
+        (
+            _large,
+            "it has over 16,777,216 bytes; delete it",
+        ),
         (_holds(b'{"adapters": ['), "it is no JSON: .*line 1 column 15.*; delete it"),
-        (_holds(b"\x00"), "it is no JSON: .*; delete it"),
+        *((_holds(text), "it is no JSON: .*; delete it") for text in (b"", b"\x00")),
         (_holds(b"\xff\xfe{"), "it is no text in UTF-8.*; delete it"),
         (_holds(b"[" * 100_000), "nested too deeply.*; delete it"),
         *(
@@ -269,8 +258,7 @@ def _holds(content: bytes) -> Callable[[Path], object]:
         *(
             (_holds(b'{"adapters": [%s]}' % row), "its adapter number 1 is none.*; delete it")
             for row in (
-                b"5",
-                b'{"id": 1, "source": null}',
+                *(b"5", b'{"id": 1, "source": null}'),
                 b'{"id": "a/b", "source": 5, "revision": null}',
                 b'{"id": "a/b", "source": null, "revision": null, "use_token": 1}',
             )
@@ -282,21 +270,20 @@ def test_a_warm_list_that_is_none_is_refused_and_left_alone(
 ) -> None:
     path = tmp_path / "warm"
     make(path)
-    before = _seen(path)
-    found: list[str] = []
+
+    def status() -> tuple[int, int, int, int]:
+        """What changes if it is written to or replaced; reading changes its atime."""
+        found = path.lstat()
+        return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns
+
+    before, found = status(), list[str]()
     start = threading.Thread(target=lambda: found.append(refused("--warm", str(path))))
     start.start()
     start.join(60)
     assert not start.is_alive(), "it waits for somebody to write"
     assert str(path) in found[0]
     assert re.search(reason, found[0]), found[0]
-    assert _seen(path) == before
-
-
-def _seen(path: Path) -> tuple[int, int, int, int]:
-    """What changes if it is written to or replaced; reading changes its atime."""
-    status = path.lstat()
-    return status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns
+    assert status() == before
 
 
 def test_files_and_places_that_are_not_there_are_told(
@@ -339,23 +326,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_base_is_loaded(whole: Path) -> None:
-    base = Base.load(whole, dtype="float32", device="cpu")
-    assert base.max_length == 64
-    assert not base.model.training
-
-
 def _says(**fields: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
     return change
-
-
-def _cut(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
 
 
 def _file(name: str, content: str) -> Callable[[Path], object]:
@@ -376,7 +352,7 @@ def _only_config(folder: Path) -> None:
         (_says(num_hidden_layers=2), "it lacks 9 weights"),
         (_says(vocab_size=100), ""),
         (_says(hidden_size="x"), ""),
-        (_cut, ""),
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), ""),
         (_file("model.safetensors", ""), ""),
         (_file("config.json", "[]"), ""),
         (_file("tokenizer.json", "{}"), ""),
@@ -412,7 +388,12 @@ def test_a_folder_that_is_no_base_is_told_of_in_a_line(
     assert "\n" not in reason
 
 
-def test_a_device_that_is_not_there_is_told(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_is_loaded_onto_a_device_that_is_there(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Base.load(whole, dtype="float32", device="cpu")
+    assert base.max_length == 64
+    assert not base.model.training
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="finds no device of the kind cuda"):
         Base.load(whole, dtype="float32", device="cuda")

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lorax_async import AdapterLoader, Allow, LoaderClosedError, LoraxError
-from lorax_async.server.calls.service import Service
 from lorax_async.server.generation import Finish, Generation
-from lorax_async.server.serving import Serving, listen
+from lorax_async.server.service import Service
+from lorax_async.server.serving import DrainingServer, listen
 from lorax_async.server.settings import ServerSettings
 from tiny_loaders import loader as tiny_loader
 
@@ -203,7 +203,7 @@ class World:
     """A server on loopback, and what talks to it."""
 
     service: Service
-    server: Serving
+    server: DrainingServer
     engine: Any
     client: AsyncOpenAI
     port: int
@@ -239,12 +239,12 @@ class World:
 
     async def ends(self) -> bool:
         """Whether the last request under way ends in time."""
-        return await self.service.under_way.ended(20)
+        return await self.service.in_flight.ended(20)
 
     async def until_busy(self) -> None:
         """Wait until a request is under way, be it not yet whole."""
         for _ in range(5000):
-            if not await self.service.under_way.ended(0):
+            if not await self.service.in_flight.ended(0):
                 return
             await asyncio.sleep(0.001)
         raise AssertionError("nothing came")
@@ -277,10 +277,10 @@ class Answer:
 @asynccontextmanager
 async def listening(
     service: Service, *, send_buffer: int | None = None
-) -> AsyncIterator[tuple[Serving, asyncio.Task[None], int, AsyncOpenAI]]:
+) -> AsyncIterator[tuple[DrainingServer, asyncio.Task[None], int, AsyncOpenAI]]:
     """A server on loopback, what it runs in, its port and a client."""
     ready = asyncio.Event()
-    server, listener = Serving(service, ready.set), listen("127.0.0.1", 0)
+    server, listener = DrainingServer(service, ready.set), listen("127.0.0.1", 0)
     if send_buffer is not None:  # of all connections that it accepts
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port = listener.getsockname()[1]

@@ -1,4 +1,8 @@
-"""Whole adapters in the cache: opening, checking and dropping them. Blocks."""
+"""Whole adapters in a disk cache: leasing, checking and removing them. Blocks.
+
+A lease is a shared `flock` on the entry's record; an entry is removed under an exclusive one, with
+the directory locked.
+"""
 
 from __future__ import annotations
 
@@ -7,76 +11,93 @@ import os
 import stat
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from threading import Lock
 
 from lorax_async.adapter import FileIdentity
-from lorax_async.core.cache_names import MAP_SUFFIX, RECORD, SCOPE_PREFIX, FileRole, scope_name
+from lorax_async.core.cache_names import (
+    MAP_SUFFIX,
+    PARTIAL_LOCK,
+    RECORD,
+    SCOPE_PREFIX,
+    FileRole,
+    scope_name,
+)
 from lorax_async.core.cache_record import MAX_RECORD_BYTES, FileRecord, Record, decoded_record
-from lorax_async.core.disk_budget import Stored
 from lorax_async.core.file_digest import FileHash
 from lorax_async.errors import AdapterFormatError, IntegrityError, InternalError
-from lorax_async.io.cache.failures import translated_errors
-from lorax_async.io.cache.folders import Folder, remove_tree
-from lorax_async.io.cache.hashing import hash_on
-from lorax_async.io.cache.locks import granted_alone, granted_shared
-from lorax_async.io.cache.place import Place
+from lorax_async.io.cache.directory import (
+    CacheDirectory,
+    Folder,
+    read_all,
+    suppress_read_only,
+    translated_errors,
+    try_lock,
+)
+from lorax_async.io.hashing import hash_on
 from lorax_async.io.sources.checked_open import FileReader, changed, identity_of, translated
-
-_NO_FOLDER = {errno.ENOTDIR, errno.ELOOP}
-_ABSENT = {errno.ENOENT, errno.EISDIR} | _NO_FOLDER
 
 MAX_SCOPES = 1_024
 """Scopes that an entry remembers; any other has to ask the source."""
+
+_NO_FOLDER = {errno.ENOTDIR, errno.ELOOP}
+_DAMAGED = {errno.ENOENT, errno.EISDIR} | _NO_FOLDER
 
 Identities = Mapping[FileRole, FileIdentity]
 
 
 class DiskEntry:
-    """The `CacheEntry` of a folder, which is open and locked against removal."""
+    """The `CacheEntry` of a folder, leased: no process removes it."""
 
     mappable = True
 
-    def __init__(self, shelf: Entries, folder: Folder, record: Record, files: Identities) -> None:
+    def __init__(self, entries: Entries, lease: int, record: Record, files: Identities) -> None:
         self.record = record
-        self._shelf = shelf
-        self._folder = folder
+        self._entries = entries
+        self._lease = lease
         self._files = files
         self._open = True
 
     @property
     def folder(self) -> str:
-        return os.readlink(f"/proc/self/fd/{self._folder.fd}")
+        return os.path.join(self._entries.directory.path, "entries", self.record.name)
 
-    def used_now(self) -> Stored:
-        """Every process can see that it was used now; as it is stored then. Raises `OSError`."""
-        with _unless_read_only():
-            os.utime(self._folder.fd)
-        return Stored(self.record.nbytes, os.fstat(self._folder.fd).st_mtime_ns)
+    def touch(self, now_ns: int) -> None:
+        """Let every process see when it was used. Raise `OSError`."""
+        with suppress_read_only(), suppress(FileNotFoundError):
+            parent = self._entries.parent.fd
+            os.utime(self.record.name, ns=(now_ns, now_ns), dir_fd=parent, follow_symlinks=False)
 
     def reader(self, role: FileRole) -> FileReader:
         identity = self._files.get(role)
         if identity is None:
             raise InternalError(f"the cache's entry has no {role.file_name}")
-        opener = partial(_open_same, self._shelf.folder, self.record.name, role, identity)
+        opener = partial(_open_same, self._entries.parent, self.record.name, role, identity)
         return FileReader(opener, identity, role.file_name)
 
     def granted(self, scope: str) -> float | None:
         with translated_errors("look at an entry"):
-            status = self._folder.status(scope_name(scope))
+            try:
+                with self._entries.parent.subfolder(self.record.name) as folder:
+                    status = folder.status(scope_name(scope))
+            except FileNotFoundError:
+                return None
         return None if status is None else max(0.0, time.time() - status.st_mtime)
 
     def grant(self, scope: str) -> None:
-        with translated_errors("write to an entry"), _unless_read_only():
-            grant(self._folder, scope)
+        with (
+            translated_errors("write to an entry"),
+            suppress_read_only(),
+            self._entries.parent.subfolder(self.record.name) as folder,
+        ):
+            grant(folder, scope)
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._shelf.leave(self.record.name, self._folder)
+            os.close(self._lease)
+            self._entries.directory.release(self.record.name)
 
     def __del__(self) -> None:
         if self._open:
@@ -85,164 +106,156 @@ class DiskEntry:
 
 
 class Entries:
-    """All entries, and which of them this process holds."""
+    """All entries. `drop` and `is_leased` are called with the directory locked."""
 
-    def __init__(self, place: Place) -> None:
-        self.folder = place.entries
-        self._place = place
-        self._lock = Lock()
-        self._held: Counter[str] = Counter()
-
-    def held(self) -> set[str]:
-        with self._lock:
-            return set(self._held)
+    def __init__(self, directory: CacheDirectory) -> None:
+        self.directory = directory
+        self.parent = directory.entries
 
     def open(self, name: str, *, check: bool) -> DiskEntry | None:
-        """The entry; None if there is none, or it was damaged and has been removed."""
+        """Lease an entry; None if there is none, or it was damaged and has been removed."""
         try:
             return self.require(name, check=check)
         except IntegrityError:
             return None
 
     def require(self, name: str, *, check: bool) -> DiskEntry | None:
-        """As `open`, but `IntegrityError` if it was damaged."""
+        """As `open`, but raise `IntegrityError` if it was damaged."""
+        entry = None
         with translated_errors("open an entry"):
-            folder = self._enter(name)
-            if folder is None:
-                return None
+            self.directory.hold(name)
             try:
-                return self._opened(name, folder, check=check)
-            except BaseException as error:
-                self.leave(name, folder)
-                if isinstance(error, IntegrityError):
-                    self.condemn(name)
-                raise
+                entry = self._opened(name, check=check)
+            finally:
+                if entry is None:
+                    self.directory.release(name)
+        return entry
 
     def record(self, name: str) -> Record | None:
-        """What an entry says of itself; None if it cannot be read. Raises `OSError`."""
+        """Return what an entry says of itself; None if it cannot be read. Raise `OSError`."""
         try:
-            with self.folder.subfolder(name) as folder:
-                return read_record(folder, name)
+            with self.parent.subfolder(name) as folder:
+                fd = folder.file(RECORD, os.O_RDONLY)
+            try:
+                return _read_record(fd, name)
+            finally:
+                os.close(fd)
         except IntegrityError:
             return None
         except OSError as error:
-            if error.errno not in _ABSENT:
+            if error.errno not in _DAMAGED:
                 raise
             return None
 
-    def adopt(self, folder: Folder, record: Record, files: Identities) -> DiskEntry:
-        """The entry that a folder of ours, which is open, has just become."""
-        with self._lock:
-            self._held[record.name] += 1
-        return DiskEntry(self, folder, record, files)
+    def adopt(self, folder: Folder, record: Record) -> DiskEntry:
+        """Lease a folder of this process that is about to become an entry. Raise `OSError`."""
+        files = _require_whole(folder, record, check=False)
+        lease = folder.file(RECORD, os.O_RDONLY)
+        try:
+            try_lock(lease, shared=True)
+        except BaseException:
+            os.close(lease)
+            raise
+        self.directory.hold(record.name)
+        return DiskEntry(self, lease, record, files)
 
     def drop(self, name: str) -> bool:
-        """Remove an entry; False if somebody holds it, or it is not there. Raises `OSError`."""
-        with self._lock:
-            removed = None if name in self._held else self._claimed(name)
-        if removed is not None:
-            remove_tree(removed, self._place.trash)
-        return removed is not None
+        """Remove an entry; False if it is leased, or not there. Raise `OSError`."""
+        with self.directory.holding, self._locked_alone(name) as alone:
+            hidden = self.directory.hide(self.parent, name) if alone else None
+        if hidden is not None:  # slow, so without the lock that leases need
+            self.directory.trash.remove_tree(hidden)
+        return hidden is not None
 
-    def condemn(self, name: str) -> None:
-        """Remove what nobody may have any more; whoever holds it keeps what he has open."""
-        with suppress(FileNotFoundError):
-            self._place.throw_away(self.folder, name)
+    def condemn(self, name: str, only: Folder | None = None) -> None:
+        """Remove an entry even if it is leased (`only` if it is still this folder)."""
+        with self.directory.locked():
+            if only is None or only.is_named(name, within=self.parent):
+                self.directory.remove(self.parent, name)
 
-    def leave(self, name: str, folder: Folder) -> None:
-        """One holder less."""
-        with self._lock:
-            self._held[name] -= 1
-            if not self._held[name]:
-                del self._held[name]
-        folder.close()
+    def is_leased(self, name: str) -> bool:
+        """Return whether any process holds it. Raise `OSError`."""
+        with self._locked_alone(name) as alone:
+            return not alone
 
-    def in_use(self, name: str) -> bool:
-        """Does somebody hold it, in any process? Raises `OSError`."""
+    @contextmanager
+    def _locked_alone(self, name: str) -> Iterator[bool]:
+        """Lock an entry's record; yield False if it is leased."""
+        if name in self.directory.held():
+            yield False
+            return
+        with ExitStack() as opened:
+            alone = True  # also where there is no record to lease, or all is read-only
+            try:
+                folder = opened.enter_context(self.parent.subfolder(name))
+                fd = folder.file(RECORD, os.O_RDWR)
+                opened.callback(os.close, fd)
+                alone = try_lock(fd) is not False
+            except OSError as error:
+                if error.errno not in _DAMAGED | {errno.EROFS}:
+                    raise
+            yield alone
+
+    def _opened(self, name: str, *, check: bool) -> DiskEntry | None:
         try:
-            with self.folder.subfolder(name) as folder:
-                return not granted_alone(folder.fd)
+            folder = self.parent.subfolder(name)
+        except FileNotFoundError:
+            return None
         except OSError as error:
-            if error.errno not in _ABSENT:
+            if error.errno not in _NO_FOLDER:
                 raise
-            return False
-
-    def _enter(self, name: str) -> Folder | None:
-        """Its folder, held; None if there is none, or it is being removed."""
-        with self._lock:
+            self.condemn(name)
+            raise IntegrityError("what stands in the entry's place is no folder") from error
+        with folder:
             try:
-                folder = self.folder.subfolder(name)
-            except FileNotFoundError:
-                return None
-            except OSError as error:
-                if error.errno not in _NO_FOLDER:
-                    raise
-                self.condemn(name)
-                return None
-            held = False
-            try:
-                held = self._is_still(name, folder)
-            finally:
-                if not held:
-                    folder.close()
-            if held:
-                self._held[name] += 1
-            return folder if held else None
+                return self._leased_entry(name, folder, check=check)
+            except IntegrityError:
+                self.condemn(name, only=folder)
+                raise
 
-    def _is_still(self, name: str, folder: Folder) -> bool:
-        """Is it locked for us before anybody removed it?"""
-        if not granted_shared(folder.fd):
-            return False
-        status = self.folder.status(name)
-        return status is not None and os.path.samestat(status, os.fstat(folder.fd))
+    def _leased_entry(self, name: str, folder: Folder, *, check: bool) -> DiskEntry | None:
+        try:
+            lease = folder.file(RECORD, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in _DAMAGED:
+                raise
+            if not folder.is_named(name, within=self.parent):
+                return None  # it is being removed
+            raise IntegrityError("the cache's record is missing") from error
+        entry = None
+        try:
+            if self._is_granted(lease) and folder.is_named(name, within=self.parent):
+                record = _read_record(lease, name)
+                files = _require_whole(folder, record, check=check)
+                remove_leftovers(folder)
+                entry = DiskEntry(self, lease, record, files)
+        finally:
+            if entry is None:
+                os.close(lease)
+        return entry
 
-    def _opened(self, name: str, folder: Folder, *, check: bool) -> DiskEntry:
-        record = read_record(folder, name)
-        files = require_whole(folder, record, check=check)
-        _tidy(folder)
-        return DiskEntry(self, folder, record, files)
-
-    def _claimed(self, name: str) -> str | None:
-        """Its name in the trash; None if another process holds it, or was faster."""
-        with suppress(FileNotFoundError):
-            try:
-                with self.folder.subfolder(name) as folder:
-                    free = granted_alone(folder.fd)
-                    return self._place.move_out(self.folder, name) if free else None
-            except OSError as error:
-                if error.errno not in _NO_FOLDER:
-                    raise
-                return self._place.move_out(self.folder, name)
-        return None
+    def _is_granted(self, lease: int) -> bool:
+        """Lock it; who looks whether it is leased, or removes it, locks it for a moment."""
+        if try_lock(lease, shared=True) is not False:
+            return True
+        with self.directory.locked():
+            return try_lock(lease, shared=True) is not False
 
 
-@contextmanager
-def _unless_read_only() -> Iterator[None]:
-    """On a read-only file system an entry is as good as elsewhere, and nothing is noted of it."""
+def _read_record(fd: int, name: str) -> Record:
     try:
-        yield
-    except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-
-
-def read_record(folder: Folder, name: str) -> Record:
-    """Raises `IntegrityError` if there is none, or another entry's; else `OSError`."""
-    try:
-        record = decoded_record(folder.read(RECORD, MAX_RECORD_BYTES))
+        record = decoded_record(read_all(fd, MAX_RECORD_BYTES))
+    except IsADirectoryError as error:
+        raise IntegrityError("the cache's record is no file") from error
     except AdapterFormatError as error:
         raise IntegrityError(error.problem) from error
-    except OSError as error:
-        if error.errno not in _ABSENT and error.errno is not None:
-            raise
-        raise IntegrityError("the cache's record is missing") from error
     if record.name != name:
         raise IntegrityError("the cache's record is that of another entry")
     return record
 
 
-def require_whole(folder: Folder, record: Record, *, check: bool) -> Identities:
-    """Which files these are; `IntegrityError` if one is not as it was published, else `OSError`."""
+def _require_whole(folder: Folder, record: Record, *, check: bool) -> Identities:
+    """Identify the files; raise `IntegrityError` if one is not as published, or `OSError`."""
     return {file.role: _identity(folder, file, check=check) for file in record.files}
 
 
@@ -263,15 +276,15 @@ def _identity(folder: Folder, file: FileRecord, *, check: bool) -> FileIdentity:
     return identity_of(status)
 
 
-def _tidy(folder: Folder) -> None:
-    """Whoever published it may have been killed before he had removed his maps."""
+def remove_leftovers(folder: Folder) -> None:
+    """Remove what only the download needed; a process may be killed after the publication."""
     for name in folder.names():
-        if name.endswith(MAP_SUFFIX):
+        if name == PARTIAL_LOCK or name.endswith(MAP_SUFFIX):
             folder.unlink(name)
 
 
 def grant(folder: Folder, scope: str) -> None:
-    """Let the folder's entry remember a scope, from now on. Raises `OSError`."""
+    """Record that a scope may have the entry, as of now. Raise `OSError`."""
     name = scope_name(scope)
     if folder.status(name) is None:
         if sum(each.startswith(SCOPE_PREFIX) for each in folder.names()) >= MAX_SCOPES:

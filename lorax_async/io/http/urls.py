@@ -1,28 +1,27 @@
-"""URLs, by a strict grammar, and texts about them that hold no secret."""
+"""URLs by a strict grammar; their `str` and `repr` show no secret."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
-from urllib.parse import quote, urljoin
+from urllib.parse import quote, urljoin, urlsplit
 
-_MOST = 8_192
-_PARTS = re.compile(
-    r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9.])?)"
-    r"(?::(?P<port>[0-9]{1,5}))?(?P<target>[/?][\x21-\x7e]*)?",
-    re.IGNORECASE | re.ASCII,
+_MAX_CHARACTERS = 8_192
+_TEXT = re.compile(r"[\x21-\x7e]+")
+_AUTHORITY = re.compile(
+    r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9.])?)(?::[0-9]{1,5})?"
 )
 _PORTS = {"http": 80, "https": 443}
 _PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 
 
 class InvalidUrlError(ValueError):
-    """The text is not a URL that this package asks for; says why without repeating it."""
+    """The text is not a URL that this package requests; the message does not repeat it."""
 
 
 class Origin(NamedTuple):
-    """What credentials belong to, and connections lead to."""
+    """The unit that credentials and connections belong to."""
 
     scheme: str
     host: str
@@ -33,16 +32,16 @@ class Origin(NamedTuple):
 
     @property
     def authority(self) -> str:
-        """As the `Host` field has it: the port only where it is not the scheme's own."""
+        """The `Host` field: the port only where it is not the scheme's default."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """Where one file lies.
+    """The address of one file.
 
-    `str` and `repr` tell the origin only: signatures and keys stand in paths and queries.
+    `str` and `repr` show the origin only: paths and queries hold signatures and keys.
     """
 
     origin: Origin
@@ -53,7 +52,7 @@ class Url:
 
     @property
     def text(self) -> str:
-        """All of it: a secret."""
+        """The whole URL: a secret."""
         return f"{self.origin}{self.target}"
 
     @property
@@ -62,28 +61,32 @@ class Url:
 
 
 def parse_url(text: str) -> Url:
-    """An absolute http or https URL in ASCII, without user and password; its fragment is dropped.
+    """Parse an absolute http(s) URL in ASCII without user and password; drop its fragment.
 
     Raises `InvalidUrlError`.
     """
-    if len(text) > _MOST:
-        raise InvalidUrlError(f"it is longer than {_MOST:,} characters")
-    found = _PARTS.fullmatch(text.partition("#")[0])
-    if found is None:
+    if len(text) > _MAX_CHARACTERS:
+        raise InvalidUrlError(f"it is longer than {_MAX_CHARACTERS:,} characters")
+    text = text.partition("#")[0]
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise InvalidUrlError("its host or port (1 to 65535) is malformed") from None
+    # urlsplit drops some control characters and splits odd authorities without complaint.
+    if parts.scheme not in _PORTS or not (_TEXT.fullmatch(text) and _AUTHORITY.fullmatch(parts[1])):
         raise InvalidUrlError(
             "it is not http(s)://host[:port]/path in ASCII without user name, password and spaces"
         )
-    scheme = found["scheme"].lower()
-    port = int(found["port"] or _PORTS[scheme])
-    if not 0 < port < 65_536:
+    if port == 0:
         raise InvalidUrlError("its port is not from 1 to 65535")
-    target = found["target"] or "/"
-    host = found["host"].strip("[]").lower()
-    return Url(Origin(scheme, host, port), target if target[0] == "/" else f"/{target}")
+    origin = Origin(parts.scheme, parts.hostname or "", port or _PORTS[parts.scheme])
+    target = text[len(f"{parts.scheme}://{parts.netloc}") :]  # to the letter: it may be signed
+    return Url(origin, target if target.startswith("/") else f"/{target}")
 
 
 def redirected(base: Url, location: str) -> Url:
-    """Where a `Location` field leads, which may be relative. Raises `InvalidUrlError`.
+    """Resolve a `Location` field, which may be relative. Raises `InvalidUrlError`.
 
     Bytes that are not ASCII are quoted, as browsers do.
     """

@@ -12,9 +12,9 @@ from lorax_async.core.header import header_end, header_size
 from lorax_async.core.split_file import Head, SplitPlan, plan_split
 from lorax_async.core.split_index import parse_index
 from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError
-from lorax_async.io.http.desk import Job
+from lorax_async.io.http.download_scheduler import Job
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
-from lorax_async.io.http.target import Answer, Known
+from lorax_async.io.http.target import ProbeResult, Validators
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.jobs import LONGEST, bound_to, followed
 from lorax_async.io.remote.ports import Located, RemoteFile
@@ -25,7 +25,7 @@ FIRST_BYTES = 256 << 10
 
 The header should be in it, or another round trip is needed: it has 60 KB for 448 tensors, and about
 235 KB for DoRA on all seven targets of 80 layers. What is beyond it would come sooner over all
-connections, and is left to these where it comes slowly (see `Ask`). Measured before that was so,
+connections, and is left to these where it comes slowly. Measured before that was so,
 84 MB over 16 connections of 20 MB/s with 10 ms: 390 ms with 64 KiB (which tell little of the link's
 rate), 351 with 128, 337 with 256, 350 with 512, 385 with 1 MiB; at 5 MB/s 1.13 s with 128 and with
 256 KiB, 1.18 with 512.
@@ -45,7 +45,7 @@ class Part:
     """One file of weights, of which the `prefix` with the whole header is here."""
 
     file: RemoteFile
-    answer: Answer
+    answer: ProbeResult
     nbytes: int
     prefix: bytes
 
@@ -114,7 +114,7 @@ class Beginnings:
         return Beginning(said, (second, content), parts, plan)
 
     async def _parts(
-        self, files: Sequence[RemoteFile], starts: Sequence[Answer], demand: Demand
+        self, files: Sequence[RemoteFile], starts: Sequence[ProbeResult], demand: Demand
     ) -> tuple[Part, ...]:
         return tuple(
             [
@@ -123,22 +123,22 @@ class Beginnings:
             ]
         )
 
-    async def _part(self, file: RemoteFile, start: Answer, demand: Demand) -> Part:
+    async def _part(self, file: RemoteFile, start: ProbeResult, demand: Demand) -> Part:
         nbytes = self._size(file, start)
         needed = header_size(start.start[:8], nbytes, self._limits)
         if needed > len(start.start):
             (again,) = await self._asked([(_unanswered(file), needed)], demand)
-            if again.known != start.known:
+            if again.validators != start.validators:
                 raise IntegrityError(
                     f"{file.target.name} changed while it was asked for; load it again"
                 )
             start = again
         return Part(file, start, nbytes, start.start[:needed])
 
-    def _size(self, file: RemoteFile, answer: Answer) -> int:
+    def _size(self, file: RemoteFile, answer: ProbeResult) -> int:
         """Of the whole file. Raises what is wrong with it."""
         name = file.target.name
-        size = file.nbytes if answer.known.size is None else answer.known.size
+        size = file.nbytes if answer.validators.size is None else answer.validators.size
         if size is None:
             raise FetchError(f"the source does not say how large {name} is", retryable=False)
         self._require_size(file, size)
@@ -154,7 +154,7 @@ class Beginnings:
                 f" raise Limits.{limit} to accept it"
             )
 
-    def _whole(self, file: RemoteFile, answer: Answer) -> bytes:
+    def _whole(self, file: RemoteFile, answer: ProbeResult) -> bytes:
         if file.nbytes not in {None, len(answer.start)}:
             raise IntegrityError(
                 f"{file.target.name} has {len(answer.start):,} bytes, and {file.nbytes:,} were"
@@ -162,26 +162,30 @@ class Beginnings:
             )
         return answer.start
 
-    async def _asked(self, files: Sequence[tuple[RemoteFile, int]], demand: Demand) -> list[Answer]:
+    async def _asked(
+        self, files: Sequence[tuple[RemoteFile, int]], demand: Demand
+    ) -> list[ProbeResult]:
         """Of each file the first bytes; of one that is small by its nature, all of it."""
-        jobs: list[Job[Answer] | Answer] = [
+        jobs: list[Job[ProbeResult] | ProbeResult] = [
             file.answer
-            or self._engine.ask(
+            or self._engine.probe(
                 file.target,
                 nbytes,
                 ranged=file.role.kind == "weights",
-                enough=_header if file.role.kind == "weights" else None,
+                needed_bytes=_header if file.role.kind == "weights" else None,
                 urgency=FOREGROUND if demand.urgent else PREFETCH,
                 timeout=LONGEST,
             )
             for file, nbytes in files
         ]
         async with followed(demand, *(job for job in jobs if isinstance(job, Job))):
-            answers = [job if isinstance(job, Answer) else await outcome(job.done) for job in jobs]
+            answers = [
+                job if isinstance(job, ProbeResult) else await outcome(job.done) for job in jobs
+            ]
         return [file.checked(answer) for (file, _), answer in zip(files, answers, strict=True)]
 
 
-def _header(start: memoryview, _: Known) -> int:
+def _header(start: memoryview, _: Validators) -> int:
     return header_end(start)
 
 

@@ -15,10 +15,10 @@ from lorax_async.config import LoaderConfig
 from lorax_async.core import runs
 from lorax_async.errors import LoaderClosedError
 from lorax_async.io.cache.ports import Cache
+from lorax_async.io.disk_cache import OwnCache
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import HttpSettings
 from lorax_async.io.http.urls import parse_url
-from lorax_async.io.own_cache import OwnCache
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, StoredFolder
 from lorax_async.io.remote.beginning import Beginning
 from lorax_async.io.remote.cached import stored_folder

@@ -14,7 +14,7 @@ from lorax_async.core.spans import Span, SpanSet
 from lorax_async.core.split_file import FileGroups, SplitArrivals
 from lorax_async.errors import AdapterFormatError, IntegrityError, LoraxError
 from lorax_async.io.cache.ports import CacheDownload, CacheEntry, CacheFile
-from lorax_async.io.http.desk import Job
+from lorax_async.io.http.download_scheduler import Job
 from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.io.ports import Demand, Reader
 from lorax_async.io.remote.beginning import Beginning

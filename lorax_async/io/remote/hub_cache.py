@@ -28,8 +28,8 @@ from lorax_async.core.cache_record import FileRecord, record_of
 from lorax_async.core.file_digest import Digest, FileHash
 from lorax_async.errors import FetchError, IntegrityError, InternalError, InvalidAdapterIdError
 from lorax_async.ids.hub import checked_revision
-from lorax_async.io.cache.hashing import hash_on
 from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry
+from lorax_async.io.hashing import hash_on
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.hub_calls import digest_of_etag, is_commit
 from lorax_async.io.remote.resolving import resolution_request

@@ -25,7 +25,7 @@ from lorax_async.errors import (
     UsageError,
     shorten,
 )
-from lorax_async.io.http.failures import SetbackError, failed_io, failed_lookup
+from lorax_async.io.http.failures import RetryableError, failed_io, failed_lookup
 from lorax_async.io.http.settings import Rules
 from lorax_async.io.http.urls import InvalidUrlError, Url, parse_url
 
@@ -338,7 +338,7 @@ def _failure(error: Exception, url: Url) -> AdapterError:
         what = type(error).__name__
         retryable = isinstance(error, httpx2.TransportError)
         found = FetchError(f"the request to {url} failed ({what})", retryable=retryable)
-    reason = found.error if isinstance(found, SetbackError) else found
+    reason = found.error if isinstance(found, RetryableError) else found
     return reason.located(stage="resolve")
 
 

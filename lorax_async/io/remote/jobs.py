@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 from typing import Any, Self
 
 from lorax_async.errors import FetchError
-from lorax_async.io.http.asking import Ask, Enough
-from lorax_async.io.http.desk import Job
+from lorax_async.io.http.download_scheduler import Job
+from lorax_async.io.http.downloads import NeededBytes, ProbeRequest
 from lorax_async.io.http.engine import FOREGROUND, RangeEngine
-from lorax_async.io.http.target import Answer, Target
+from lorax_async.io.http.target import ProbeResult, Target
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote.workers import ended
 
@@ -31,7 +31,7 @@ async def followed(demand: Demand, *jobs: Job[Any]) -> AsyncIterator[None]:
             if demand.ended:
                 job.cancel(nobody_waits())
             elif demand.urgent:
-                job.hasten(FOREGROUND)
+                job.raise_priority(FOREGROUND)
 
     try:
         with demand.watched(follow):
@@ -76,17 +76,17 @@ class CancelScope:
 
     def __init__(self, engine: RangeEngine) -> None:
         self._engine = engine
-        self._asked: list[Ask] = []
+        self._asked: list[ProbeRequest] = []
 
-    def beginning(self, target: Target, nbytes: int, enough: Enough) -> Ask:
-        """Ask for the first bytes of a file; see `RangeEngine.ask`."""
-        return self._followed(self._engine.ask(target, nbytes, enough=enough))
+    def beginning(self, target: Target, nbytes: int, enough: NeededBytes) -> ProbeRequest:
+        """Ask for the first bytes of a file; see `RangeEngine.probe`."""
+        return self._followed(self._engine.probe(target, nbytes, needed_bytes=enough))
 
-    def whole(self, target: Target, most: int) -> Ask:
-        """Ask for all of a file, which may have `most` bytes."""
-        return self._followed(self._engine.ask(target, most, ranged=False))
+    def whole(self, target: Target, most: int) -> ProbeRequest:
+        """Request all of a file, which may have `most` bytes."""
+        return self._followed(self._engine.probe(target, most, ranged=False))
 
-    def _followed(self, job: Ask) -> Ask:
+    def _followed(self, job: ProbeRequest) -> ProbeRequest:
         self._asked.append(job)
         return job
 
@@ -99,6 +99,6 @@ class CancelScope:
                 job.cancel(FetchError("nobody waits for the answer any more"))
 
 
-async def answered(job: Ask) -> Answer:
+async def answered(job: ProbeRequest) -> ProbeResult:
     """Return the answer, or raise the engine's error. Cancelling leaves the job to its scope."""
     return await asyncio.wrap_future(job.done)

@@ -12,10 +12,9 @@ from time import monotonic
 from lorax_async.adapter import RemoteKey
 from lorax_async.config import Checking, Limits
 from lorax_async.core.cache_names import CacheKey, FileRole
-from lorax_async.core.file_digest import Digest, FileHash
-from lorax_async.core.sent_digest import sent_sha256
+from lorax_async.core.file_digest import Digest, FileHash, sent_sha256
 from lorax_async.errors import AdapterError, AdapterFormatError, IntegrityError, LoraxError
-from lorax_async.io.cache.failures import CrowdedError
+from lorax_async.io.cache.directory import CrowdedError
 from lorax_async.io.cache.ports import (
     Cache,
     CacheDownload,

@@ -10,7 +10,7 @@ from lorax_async.adapter import AdapterRef
 from lorax_async.core.cache_names import FileRole
 from lorax_async.core.file_digest import Digest
 from lorax_async.errors import AdapterNotFoundError, IntegrityError
-from lorax_async.io.http.target import Answer, Target
+from lorax_async.io.http.target import ProbeResult, Target
 
 WEAK = "weak-"
 """A version that begins so does not name the bytes, but what could be learnt of them."""
@@ -40,14 +40,14 @@ class RemoteFile:
     nbytes: int | None = None
     expected: Digest | None = None
     etag: str | None = field(default=None, repr=False)
-    answer: Answer | None = field(default=None, repr=False)
+    answer: ProbeResult | None = field(default=None, repr=False)
 
-    def checked(self, answer: Answer) -> Answer:
+    def checked(self, answer: ProbeResult) -> ProbeResult:
         """The first answer, if it is about the file that the source told of.
 
         Raises `IntegrityError` if size or ETag are another's.
         """
-        size, etag = answer.known.size, answer.known.etag
+        size, etag = answer.validators.size, answer.validators.etag
         if None not in {self.nbytes, size} and self.nbytes != size:
             raise IntegrityError(
                 f"{self.role.file_name} has {size:,} bytes, and its source said {self.nbytes:,};"

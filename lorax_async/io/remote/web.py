@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
 from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.core.file_digest import sent_sha256
 from lorax_async.core.header import header_end
-from lorax_async.core.sent_digest import sent_sha256
 from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
@@ -21,7 +21,7 @@ from lorax_async.errors import (
 from lorax_async.ids.parsing import parsed
 from lorax_async.io.http.engine import RangeEngine
 from lorax_async.io.http.settings import Rules
-from lorax_async.io.http.target import Answer, Known, Target
+from lorax_async.io.http.target import ProbeResult, Target, Validators
 from lorax_async.io.http.urls import Url, parse_url
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.jobs import CancelScope, answered
@@ -105,7 +105,7 @@ class WebLocator:
                 files = (_told(CONFIG_FILE, config), _told(WEIGHTS_FILE, weights))
                 version = _version([config, weights])
                 located = Located(folder.url.text, version, folder.scope, files)
-                etag = _strong(weights.known)
+                etag = _strong(weights.validators)
         _check_revision(ref.revision, located, etag)
         return located
 
@@ -132,7 +132,7 @@ def _folder(ref: AdapterRef, rules: Rules) -> _Folder:
     return _Folder(url, {"Authorization": f"Bearer {ref.token}"}, rules, scope.hexdigest())
 
 
-async def _in_parts(probes: CancelScope, folder: _Folder, config: Answer) -> _InParts:
+async def _in_parts(probes: CancelScope, folder: _Folder, config: ProbeResult) -> _InParts:
     try:
         index = await answered(probes.whole(folder.file(INDEX_FILE.file_name), MAX_INDEX_BYTES))
     except AdapterNotFoundError as error:
@@ -165,36 +165,36 @@ def _shard_names(index: bytes) -> list[str]:
     return [f"adapter_model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 
-def _told(role: FileRole, answer: Answer) -> RemoteFile:
+def _told(role: FileRole, answer: ProbeResult) -> RemoteFile:
     expected = sent_sha256(answer.fields)
-    return RemoteFile(role, answer.target, answer.known.size, expected, answer=answer)
+    return RemoteFile(role, answer.target, answer.validators.size, expected, answer=answer)
 
 
-def _version(answers: Sequence[Answer]) -> str:
+def _version(answers: Sequence[ProbeResult]) -> str:
     lines = [_named(answer) or _described(answer) for answer in answers]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
-    return digest if all(_strong(answer.known) for answer in answers) else f"{WEAK}{digest}"
+    return digest if all(_strong(answer.validators) for answer in answers) else f"{WEAK}{digest}"
 
 
-def _needed(start: memoryview, known: Known) -> int:
+def _needed(start: memoryview, known: Validators) -> int:
     """Without a strong ETag all that was asked for is part of the version."""
     return header_end(start) if _strong(known) else FIRST_BYTES
 
 
-def _strong(known: Known) -> str | None:
+def _strong(known: Validators) -> str | None:
     """What names the very bytes of the file, by the server's word; None if nothing does."""
     etag = known.etag or ""
     return etag if _STRONG.fullmatch(etag) else None
 
 
-def _named(answer: Answer) -> str | None:
-    etag, version_id = _strong(answer.known), answer.fields.get("x-amz-version-id", "")
+def _named(answer: ProbeResult) -> str | None:
+    etag, version_id = _strong(answer.validators), answer.fields.get("x-amz-version-id", "")
     return None if etag is None else f"{answer.target.name} {etag} {version_id}"
 
 
-def _described(answer: Answer) -> str:
+def _described(answer: ProbeResult) -> str:
     """All that can be seen of it without reading it to its end."""
-    known, beginning = answer.known, hashlib.sha256(answer.start).hexdigest()
+    known, beginning = answer.validators, hashlib.sha256(answer.start).hexdigest()
     return repr((answer.target.name, known.size, known.etag, known.modified, beginning))
 
 

@@ -1,63 +1,62 @@
-"""Adapters that were given as tensors, beside another source's."""
+"""Adapters in host memory, beside another source's: tensors that were given, and merges."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from functools import partial
-from typing import TypeVar
 
 import torch
 
-from lorax_async.adapter import AdapterKey, AdapterRef, TensorsKey
+from lorax_async.adapter import AdapterKey, AdapterRef, MergedKey, TensorsKey
 from lorax_async.config import Limits
+from lorax_async.core.layout import ModelLayout
 from lorax_async.core.runs import Span
-from lorax_async.errors import AdapterNotFoundError, FetchError
-from lorax_async.io.cache.ports import Cache
+from lorax_async.errors import AdapterNotFoundError, EvictedError, FetchError, UsageError
 from lorax_async.io.hashing import sha256_of
-from lorax_async.io.host_copies import Claim, HostCopies, HostReader
+from lorax_async.io.host_copies import CopyReader, HostCopies, HostCopy
 from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
 from lorax_async.io.snapshot import Snapshot
-from lorax_async.io.spilled import SpilledReader
-from lorax_async.io.spilling import Spilling
-from lorax_async.verification import UNCHECKED, Verification
+from lorax_async.io.sources.merged import Merger
+from lorax_async.verification import Verification
 
-_T = TypeVar("_T")
+_GONE = "its tensors were let go; give them again with load_tensors"
 
 
 class MemorySource:
-    """A `Source` whose keys may also be `TensorsKey`s, of tensors that `take` copied.
+    """A `Source` of `TensorsKey`s and `MergedKey`s; `source` has everything else.
+
+    Tensors are there from `take` until they are dropped. A merge is computed when it is opened, and
+    stays in memory until others need the room.
 
     Parameters
     ----------
-    source
-        Has everything else.
-    nbytes
-        Budget of the copies in memory. They are kept until they are dropped.
+    copies
+        The budget of what is in memory.
+    layout, dtype
+        The base's modules, in whose order merges draw random numbers; and "F32", "F16" or "BF16",
+        which merges are stored as.
     limits
-        What of them is accepted.
+        What of tensors and merges is accepted.
     threads
-        Where tensors are copied, a few milliseconds at a time.
-    cache
-        Gives the disk cache (it blocks) where copies go on for which memory has no room; None
-        leaves them in memory.
+        Where tensors are copied, some milliseconds at a time, and merges planned.
     """
 
     def __init__(
         self,
         source: Source,
+        copies: HostCopies,
+        layout: ModelLayout,
         *,
-        nbytes: int,
+        dtype: str,
         limits: Limits,
         threads: Executor,
-        cache: Callable[[], Cache] | None = None,
     ) -> None:
-        self.copies = HostCopies(nbytes)
-        self._spilling = None if cache is None else Spilling(self.copies, cache)
+        self.copies = copies
         self._source = source
         self._limits = limits
         self._threads = threads
+        self._merger = Merger(self, copies, layout, dtype=dtype, limits=limits, threads=threads)
 
     async def take(
         self,
@@ -65,13 +64,14 @@ class MemorySource:
         config: bytes,
         check_open: Callable[[], None],
     ) -> AdapterKey:
-        """Copy tensors as they are now, and keep the copy; content that is here joins it.
+        """Copy tensors as they are now and keep the copy, unless there is one with equal content.
 
         `check_open` raises once nothing may begin. Raises what `Snapshot` does, and
         `CapacityError` if the budget has no room. Nothing is left on an error or a cancellation.
         """
-        snapshot = Snapshot(tensors, config, self._limits)
-        claim = await self._claim(await self._in_thread(snapshot.measure), check_open)
+        snapshot, loop = Snapshot(tensors, config, self._limits), asyncio.get_running_loop()
+        nbytes = await loop.run_in_executor(self._threads, snapshot.measure)
+        room = await self.copies.reserve(nbytes, check_open)
         running: Future[bool] | None = None
         try:
             more = True
@@ -81,32 +81,38 @@ class MemorySource:
                 more = await asyncio.wrap_future(running)
         except BaseException:
             if running is None:
-                claim.end()
+                room.end()
             else:  # a thread that still copies has its memory
-                running.add_done_callback(lambda _: claim.end())
+                running.add_done_callback(lambda _: room.end())
             raise
-        return self.copies.put(snapshot.file(), claim)
+        header = len(snapshot.prefix)
+        copy = HostCopy(snapshot.key, config, header, snapshot.content, room)
+        return self.copies.put(copy).key
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await self._source.resolve(ref)
 
     async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
-        if not isinstance(key, TensorsKey):
+        if not isinstance(key, TensorsKey | MergedKey):
             return await self._source.open(key, demand)
         copy = self.copies.get(key)
-        if copy is None:
+        if isinstance(key, MergedKey):
+            copy = copy or await self._merger.merge(key, demand)
+        elif copy is None:
             raise AdapterNotFoundError(_GONE, stage="fetch")
-        reader = copy.open()
-        if isinstance(reader, SpilledReader):
-            return await self._opened(reader)
-        assert isinstance(reader, HostReader)
-        return AdapterFile(reader.config, reader.prefix, reader)
+        reader, loop = copy.open(), asyncio.get_running_loop()
+        try:
+            prefix = await loop.run_in_executor(self._threads, reader.prefix)
+        except BaseException:
+            reader.close()
+            raise
+        return AdapterFile(copy.config, prefix, reader)
 
     def reopen(self, key: AdapterKey) -> Reader:
-        if not isinstance(key, TensorsKey):
+        if not isinstance(key, TensorsKey | MergedKey):
             return self._source.reopen(key)
         copy = self.copies.get(key)
-        return _Nothing() if copy is None else copy.open()
+        return _Missing(key) if copy is None else copy.open()
 
     async def bring(
         self,
@@ -115,84 +121,74 @@ class MemorySource:
         arrived: Callable[[int], None],
         demand: Demand,
     ) -> Verification:
-        """Of what was given, all is here already; nobody says what it should come to."""
-        if not isinstance(file.reader, HostReader | SpilledReader):
+        """Return at once for what is in memory, where all of it is here already."""
+        if not isinstance(file.reader, CopyReader):
             return await self._source.bring(file, groups, arrived, demand)
         if demand.ended:
             raise FetchError("nobody waits for the adapter any more")
-        return UNCHECKED
+        return file.reader.copy.verification
 
     async def digest(self, key: AdapterKey) -> str:
-        """Of tensors, that of the file which they became."""
+        """Hash the file that tensors became; a merge is in no file: `UsageError`."""
+        if isinstance(key, MergedKey):
+            raise UsageError(
+                "a merge has no digest; its parts have theirs, as AdapterRef(digest=…)"
+            )
         if not isinstance(key, TensorsKey):
             return await self._source.digest(key)
-        copy = self.copies.get(key)
-        if copy is None:
-            raise FetchError(_GONE, retryable=False)
-        reader = copy.open()
+        reader = self._known(key).open()
         try:
             return await sha256_of(reader, self._threads)
         finally:
             reader.close()
 
     async def populate(self, key: AdapterKey) -> Hold:
-        """What is in memory needs no hold; what is on disk is read ahead."""
-        if not isinstance(key, TensorsKey):
+        """Read a spilled file ahead; what is in memory needs no hold."""
+        if not isinstance(key, TensorsKey | MergedKey):
             return await self._source.populate(key)
-        copy = self.copies.get(key)
-        if copy is None:
-            raise FetchError(_GONE, retryable=False)
-        reader = copy.open()
+        reader, loop = self._known(key).open(), asyncio.get_running_loop()
         try:
-            if isinstance(reader, SpilledReader):
-                await self._in_thread(reader.read_ahead)
+            await loop.run_in_executor(self._threads, reader.read_ahead)
         finally:
             reader.close()
         return _NoHold()
 
-    @property
-    def spills(self) -> int:
-        """Copies that went to disk so far."""
-        return 0 if self._spilling is None else self._spilling.count
-
     def close(self) -> None:
-        """Leave nothing in the disk cache. Copies are to be dropped, and readers closed. Blocks."""
-        if self._spilling is not None:
-            self._spilling.close()
+        """End threads and leave nothing in the disk cache. Copies are to be dropped. Blocks."""
+        self._merger.close()
+        self.copies.close()
 
-    async def _claim(self, nbytes: int, check_open: Callable[[], None]) -> Claim:
-        if self._spilling is None:
-            return self.copies.claim(nbytes)
-        return await self._spilling.claim(nbytes, check_open)
-
-    async def _opened(self, reader: SpilledReader) -> AdapterFile:
-        try:
-            config, prefix = await self._in_thread(partial(reader.head, self._limits))
-        except BaseException:
-            reader.close()
-            raise
-        return AdapterFile(config, prefix, reader)
-
-    async def _in_thread(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    def _known(self, key: AdapterKey) -> HostCopy:
+        copy = self.copies.get(key)
+        if copy is None:
+            raise _missing(key)
+        return copy
 
 
-_GONE = "its tensors were let go; give them again with load_tensors"
+class _Missing:
+    """The `Reader` of a copy that was dropped."""
 
+    def __init__(self, key: AdapterKey) -> None:
+        self._key = key
 
-class _Nothing:
-    """The `Reader` of what is gone."""
-
-    nbytes = 0
+    @property
+    def nbytes(self) -> int:
+        raise _missing(self._key)
 
     def read_into(self, _: Sequence[memoryview], __: int) -> None:
-        raise FetchError(_GONE, retryable=False)
+        raise _missing(self._key)
 
     def read_rows(self, _: memoryview, __: int, ___: int, ____: int) -> None:
-        raise FetchError(_GONE, retryable=False)
+        raise _missing(self._key)
 
     def close(self) -> None:
-        """There is nothing to let go."""
+        """Nothing is open."""
+
+
+def _missing(key: AdapterKey) -> FetchError:
+    if isinstance(key, MergedKey):
+        return EvictedError("the merge made room in memory; load it again")
+    return FetchError(_GONE, retryable=False)
 
 
 class _NoHold:
@@ -200,4 +196,4 @@ class _NoHold:
     locked = False
 
     def close(self) -> None:
-        """There is nothing to let go."""
+        """Nothing is held."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 from lorax_async.core.runs import Span
 from lorax_async.core.split_file import SplitPlan
-from lorax_async.errors import IntegrityError
+from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.io.ports import Reader
-from lorax_async.io.sources.opened_once import OpenedOnce
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,21 +38,22 @@ class SplitReader:
     def __init__(
         self, files: SplitFiles | None, opener: Callable[[], SplitFiles] | None = None
     ) -> None:
-        self._shared = OpenedOnce("the weights were closed before they were read", files, opener)
-
-    @property
-    def files(self) -> SplitFiles | None:
+        self.files = files
         """What it reads, if that was opened."""
-        return self._shared.opened
+        self._opener = opener
+        self._lock = Lock()
+        self._opening = Lock()
+        self._users = 0
+        self._closed = False
 
     @property
     def nbytes(self) -> int:
-        with self._shared.held() as files:
+        with self._held() as files:
             return files.plan.nbytes
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         stop = offset + sum(buffer.nbytes for buffer in buffers)
-        with self._shared.held() as files:
+        with self._held() as files:
             pieces = _pieces(files.plan, Span(offset, stop))
             if len(pieces) == 1 and pieces[0][0]:
                 number, span = pieces[0]
@@ -62,11 +64,43 @@ class SplitReader:
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
         size = buffer.nbytes // rows
         span = Span(offset, offset + size, rows, pitch if rows > 1 else 0)
-        with self._shared.held() as files:
+        with self._held() as files:
             _fill(files, _pieces(files.plan, span), _Targets([buffer]))
 
     def close(self) -> None:
-        self._shared.close()
+        """Close the files now, or after the last read that is under way."""
+        with self._lock:
+            unused = not self._closed and not self._users
+            self._closed = True
+        if unused:
+            self._end()
+
+    @contextmanager
+    def _held(self) -> Iterator[SplitFiles]:
+        """Keep the files open; the first read opens them. Raise `FetchError` once it is closed."""
+        self._enter()
+        try:
+            with self._opening:
+                if self.files is None:
+                    assert self._opener is not None
+                    self.files = self._opener()
+            yield self.files
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self._closed and not self._users
+            if last:
+                self._end()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise FetchError("the weights were closed before they were read")
+            self._users += 1
+
+    def _end(self) -> None:
+        if self.files is not None:
+            self.files.close()
 
 
 def _pieces(plan: SplitPlan, span: Span) -> list[tuple[int, Span]]:

@@ -1,1 +1,1 @@
-"""OpenAI's calls, and the operator's, over HTTP."""
+"""The page of the server."""

@@ -86,7 +86,7 @@ Behaviour = Callable[[Asked, Client], None]
 
 @dataclass
 class FaultServer:
-    """Serves `data` at every target; `behave` is asked for each request and may do otherwise."""
+    """Serves `data` at every target; `behave` answers each request in its place."""
 
     data: bytes
     behave: Behaviour | None = None
@@ -191,7 +191,7 @@ def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 
 def meanwhile(call: Callable[[], object]) -> threading.Thread:
-    """It happens in another thread now, unless it has to wait for somebody."""
+    """Run it in another thread, and wait for it for a moment."""
     thread = threading.Thread(target=call)
     thread.start()
     thread.join(0.2)

@@ -13,9 +13,9 @@ from lorax_async.core.ranges import PieceSizes
 from lorax_async.core.retries import Retries
 from lorax_async.core.spans import Span
 from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.http.network import Endpoint, Network, RealNetwork
+from lorax_async.io.http.pool import Endpoint, Network, RealNetwork
 from lorax_async.io.http.settings import Address, HttpSettings, Rules, Timeouts
-from lorax_async.io.http.target import Answer, Target
+from lorax_async.io.http.target import ProbeResult, Target
 from lorax_async.io.http.urls import Url, parse_url
 
 DATA = random.Random(5).randbytes(400_000)
@@ -119,13 +119,13 @@ def target(url: str, headers: dict[str, str] | None = None, rules: Rules | None 
     return Target(parse_url(url), "weights", headers or {}, rules or Anywhere())
 
 
-def asked(engine: RangeEngine, url: str, nbytes: int = 5_000) -> Answer:
-    return engine.ask(target(url), nbytes, timeout=20).done.result(25)
+def asked(engine: RangeEngine, url: str, nbytes: int = 5_000) -> ProbeResult:
+    return engine.probe(target(url), nbytes, timeout=20).done.result(25)
 
 
 def fetched(
     engine: RangeEngine,
-    answer: Answer,
+    answer: ProbeResult,
     *,
     groups: Sequence[Sequence[Span]] = GROUPS,
     have: Sequence[Span] = (),

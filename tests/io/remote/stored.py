@@ -58,7 +58,7 @@ def brought(file: RemoteFile) -> bytes:
     """By ranges, as a source would: first the beginning, then the rest over many connections."""
     assert file.nbytes is not None
     with engine(4, timeouts=PATIENT) as fetching:
-        answer = fetching.ask(file.target, 5_000, timeout=30).done.result(40)
+        answer = fetching.probe(file.target, 5_000, timeout=30).done.result(40)
         assert file.checked(answer) is answer
         assert answer.ranges
         sink, order = MemorySink(file.nbytes), list[int]()

@@ -14,7 +14,7 @@ import tiny
 from common import LOOPS, our_threads, until
 from lorax_async import AdapterHandle, AdapterLoader, LoaderClosedError
 from lorax_async.adapter import AdapterRef
-from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.cache.maintenance import ls
 from lorax_async.io.ports import Source
 from sweeping import stepwise
 

@@ -71,7 +71,7 @@ from lorax_async.config import Checking, Limits
 from lorax_async.core.cache_names import WEIGHTS_FILE
 from lorax_async.core.retries import Retries
 from lorax_async.events import Failed
-from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.cache.maintenance import ls
 from lorax_async.io.http.settings import Timeouts
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.ports import Located

@@ -108,9 +108,9 @@ async def test_an_adapter_and_where_its_files_lie(hub: HubStandIn) -> None:
     for file, name in zip(found.files, ADAPTER, strict=True):
         assert file.target.url.text == f"{hub.endpoint}/{REPO}/resolve/{commit}/{name}"
         assert (file.target.name, file.target.headers) == (f"{REPO}/{name}", {})
-    assert config.target.found is None
-    assert weights.target.found is not None
-    assert weights.target.found.text.startswith(f"http://{hub.store_netloc}/store/")
+    assert config.target.redirected_to is None
+    assert weights.target.redirected_to is not None
+    assert weights.target.redirected_to.text.startswith(f"http://{hub.store_netloc}/store/")
     assert [asked.method for asked in hub.asked] == ["HEAD", "HEAD"]
 
 
@@ -206,7 +206,7 @@ async def test_a_place_that_is_no_url(hub: HubStandIn, place: str) -> None:
         assert not error.retryable
         assert "bad" not in error.problem
     else:
-        assert [file.target.found for file in found.files] == [None, None]
+        assert [file.target.redirected_to for file in found.files] == [None, None]
 
 
 # -- tokens ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from cache_inputs import content_of, put
+from disk_cache_world import content_of, put
 from hub_stand_in import ADAPTER, REPO, WEIGHTS, HubStandIn, git_sha1, is_large
 from huggingface_hub import constants, snapshot_download
 from source_inputs import read

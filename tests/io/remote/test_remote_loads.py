@@ -37,7 +37,7 @@ from lorax_async import (
 )
 from lorax_async.adapter import AdapterId, AdapterRef
 from lorax_async.config import Limits
-from lorax_async.io.cache.upkeep import ls, rm
+from lorax_async.io.cache.maintenance import ls, rm
 from lorax_async.io.remote.beginning import FIRST_BYTES
 from lorax_async.io.remote.ports import AnotherVersionError
 from merges import assert_halves

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-from cache_inputs import begun
+from disk_cache_world import begun
 from fault_server import Asked, Client
 from remote_world import RemoteWorld, brought, opened, stocked
 from source_conformance import PopulateConformance, SourceConformance
@@ -25,7 +25,7 @@ from lorax_async.adapter import AdapterKey, RemoteKey
 from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
 from lorax_async.core.runs import Span
 from lorax_async.core.split_file import Place, SplitArrivals, SplitPlan
-from lorax_async.io.cache.upkeep import ls
+from lorax_async.io.cache.maintenance import ls
 from lorax_async.io.ports import Demand
 from lorax_async.io.remote import fetch as fetch_module
 from lorax_async.io.remote import opening
@@ -227,7 +227,7 @@ class ToldJob:
         if not self.done.done():
             self.done.set_exception(error)
 
-    def hasten(self, urgency: int) -> None:
+    def raise_priority(self, urgency: int) -> None:
         """It needs no thread."""
 
 

@@ -29,7 +29,7 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.io.http.settings import PublicOnly
-from lorax_async.io.http.target import Answer, Known
+from lorax_async.io.http.target import ProbeResult, Validators
 from lorax_async.io.http.urls import parse_url
 from lorax_async.io.remote.buckets import Buckets
 from lorax_async.io.remote.store_ids import Folder, version_of
@@ -131,20 +131,20 @@ def test_the_origin_of_a_signed_url_is_allowed_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("known", "right"),
     [
-        (Known(10, '"v1"'), True),
-        (Known(None, '"v1"'), True),
-        (Known(10, '"v2"'), False),
-        (Known(11, '"v1"'), False),
-        (Known(10, None), False),
+        (Validators(10, '"v1"'), True),
+        (Validators(None, '"v1"'), True),
+        (Validators(10, '"v2"'), False),
+        (Validators(11, '"v1"'), False),
+        (Validators(10, None), False),
     ],
 )
 def test_the_first_answer_must_be_about_the_located_file(
-    known: Known, right: bool, monkeypatch: pytest.MonkeyPatch
+    known: Validators, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FaultServer(b"", of_names({})) as server:
         environment(monkeypatch, server)
         file = located(ID).files[1]
-    answer = Answer(file.target, file.target.place, known, {}, b"", ranges=True)
+    answer = ProbeResult(file.target, file.target.location, known, {}, b"", ranges=True)
     if right:
         assert file.checked(answer) is answer
         return

@@ -182,11 +182,11 @@ def test_a_file_that_is_replaced_on_the_way(store: Store) -> None:
     store.put_adapter()
     weights = located(store.id).files[1]
     with engine() as fetching:
-        known = fetching.ask(weights.target, 5_000, timeout=20).done.result(30)
+        known = fetching.probe(weights.target, 5_000, timeout=20).done.result(30)
         store.put(WEIGHTS, DATA[::-1])
         with pytest.raises(IntegrityError, match="changed"):
             fetched(fetching, known)
-        late = fetching.ask(weights.target, 5_000, timeout=20).done.result(30)
+        late = fetching.probe(weights.target, 5_000, timeout=20).done.result(30)
         with pytest.raises(IntegrityError, match="replaced"):
             weights.checked(late)
 
@@ -298,7 +298,7 @@ async def test_a_signed_url_ends(store: Store) -> None:
         weights = (await made.locate(AdapterRef(store.id))).files[1]
 
         def expired() -> AccessDeniedError | None:
-            error = fetching.ask(weights.target, 10, timeout=20).done.exception(30)
+            error = fetching.probe(weights.target, 10, timeout=20).done.exception(30)
             return error if isinstance(error, AccessDeniedError) else None
 
         until(expired, 30)

@@ -63,7 +63,7 @@ async def test_a_folder_is_located_by_two_requests(it: World) -> None:
     assert (weights.nbytes, weights.expected) == (len(DATA), None)
     pinned = it.ref(revision=located.version)
     assert it.locator.recalled(pinned) == (located.source, located.version, "")
-    for other in (None, weights.answer.known.etag, "main"):
+    for other in (None, weights.answer.validators.etag, "main"):
         assert it.locator.recalled(it.ref(revision=other)) is None
 
 

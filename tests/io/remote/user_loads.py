@@ -145,13 +145,14 @@ def _map_of_partial(cache: Path) -> bytes:
     for _ in range(100):
         maps = list(cache.glob(f"partials/*/adapter_model.safetensors{MAP_SUFFIX}"))
         if len(maps) == 1:
-            with suppress(FileNotFoundError):  # who leaves a partial download renames its folder
+            with suppress(FileNotFoundError):  # who adopts a partial download renames its folder
                 return maps[0].read_bytes()
     raise AssertionError("there is not one partial download")
 
 
 def missing_of(folder: Path, size: int) -> int:
     """How many bytes the one partial download lacks, in whole chunks, by its own map."""
-    found = ChunkMap.decoded(_map_of_partial(folder / "cache"), size)
+    content = _map_of_partial(folder / "cache")
+    found = ChunkMap.decoded(content, size, content[8:24])
     assert found is not None
     return sum(stop - start for start, stop in found.spans().missing(0, size))

@@ -15,9 +15,9 @@ from lorax_async.events import Event, Failed
 from lorax_async.ids.parsing import parsed
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.whereabouts import AdapterResidency
-from lorax_async.server.calls.events import EventStream
-from lorax_async.server.calls.names import Names
+from lorax_async.server.clients import EventStream
 from lorax_async.server.cold_requests import ColdRequest, ColdRequests
+from lorax_async.server.names import Names
 from lorax_async.tracing.names import name_of
 from lorax_async.tracing.trace import ANOTHER
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lorax_async.errors import LoraxError
-from lorax_async.server.calls.clients import is_operator
-from lorax_async.server.calls.errors import Refusal, refusal_of
-from lorax_async.server.calls.events import EventStream
-from lorax_async.server.calls.service import Service
-from lorax_async.server.calls.under_way import CLOSING, ClientGone
+from lorax_async.server.admin import is_operator
+from lorax_async.server.clients import EventStream
+from lorax_async.server.errors import Refusal, refusal_of
+from lorax_async.server.in_flight import CLOSING
+from lorax_async.server.service import Service
 from lorax_async.tracing.drawing import SCRIPT
 
 HERE = Path(__file__).parent
@@ -85,7 +85,7 @@ class _Events:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
         operator = is_operator(service.settings, Request(scope, receive))
-        if service.under_way.closing:
+        if service.in_flight.closing:
             raise Refusal(503, CLOSING, code="closing", retry_after=service.settings.retry_after)
         stream = EventStream(scope, receive, send, service.settings.slow_client)
         if scope["method"] == "HEAD":
@@ -94,9 +94,9 @@ class _Events:
             return
         with service.feeds.admit(stream, operator=operator):
             try:
-                async with service.under_way.watched(receive):
+                async with service.in_flight.watched(receive):
                     await service.feeds.send(stream, operator=operator)
-            except ClientGone:
+            except ClientDisconnect:
                 return
             except LoraxError as error:
                 if not stream.begun:

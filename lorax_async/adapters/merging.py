@@ -1,0 +1,224 @@
+"""Merging under LoRAX's names (`lorax_server.utils.merges`), with the numbers of PEFT.
+
+To have a merge resident, load the `Merge` that `AdapterParameters.merge` gives: this module is for
+code that merges module maps itself. Where LoRAX is wrong this is not: its "linear" adds A and B up
+by themselves, so that every adapter meets every other one's B; its weights count twice, once in A
+and once in B; the adapters' own scales do not count but for the first one's; and what DARE keeps is
+not made larger for what it drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch.nn.functional import pad
+
+from lorax_async.adapters.base import Content, ModuleMap, OpenModuleMap, opened
+from lorax_async.adapters.lora import LoraConfig
+from lorax_async.adapters.threads import in_thread
+from lorax_async.core.merge_plan import NewLayers
+from lorax_async.core.peft_names import Part
+from lorax_async.errors import (
+    AdapterFormatError,
+    IncompatibleAdapterError,
+    UsageError,
+    shorten,
+)
+from lorax_async.identity import PartId
+from lorax_async.io.merging import combine, concatenate, seeded
+from lorax_async.merge import MAX_FACTOR, MajoritySign, Merge, Strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterParameters:
+    """What a request of LoRAX's says of a merge. Names of strategies and signs in any case.
+
+    `weights` may be left out, and are 1 then. There is no default for the density, nor is it 0.
+    """
+
+    adapter_ids: Sequence[PartId]
+    weights: Sequence[float] = ()
+    merge_strategy: str = "linear"
+    density: float | None = None
+    majority_sign_method: str = "total"
+    seed: int = 0
+
+    @property
+    def merge(self) -> Merge:
+        """The same as an id for a loader. Raises `UsageError` as `Merge` does."""
+        return Merge(
+            cast(Strategy, self.merge_strategy.lower()),
+            refs=self.adapter_ids,
+            weights=self.weights or [1.0] * len(self.adapter_ids),
+            density=self.density,
+            majority_sign=cast(MajoritySign, self.majority_sign_method.lower()),
+            seed=self.seed,
+        )
+
+
+def merge_adapters(
+    adapters: Sequence[tuple[ModuleMap, LoraConfig]], merge_params: AdapterParameters
+) -> tuple[ModuleMap, LoraConfig]:
+    """One module map, and its config, out of several. Blocks where the maps hold files.
+
+    Parameters
+    ----------
+    adapters
+        Of every adapter of `merge_params.adapter_ids`, in this order. What DARE drops is what PEFT
+        drops if the first map has its modules in the model's order, and the others no more of them.
+
+    Returns
+    -------
+    float32 tensors, all of the config's rank (those of modules that have a smaller one end in
+    zeros), with the scale 1: all scales and weights are in A and B.
+
+    Raises
+    ------
+    AdapterFormatError
+        A module's scale, or its weight times its scale, is beyond float32.
+    IncompatibleAdapterError
+        Shapes do not fit each other, A and B are no pair, or a strategy's ranks are not equal.
+    UsageError
+        There is no such merge.
+    """
+    merge = merge_params.merge
+    if len(adapters) != len(merge.refs):
+        raise UsageError(f"{len(merge.refs)} adapter_ids, but {len(adapters)} adapters are given")
+    with ExitStack() as stack:
+        open_adapters = [(stack.enter_context(opened(one)), config) for one, config in adapters]
+        return _merged(merge, open_adapters)
+
+
+def _merged(
+    merge: Merge, adapters: Sequence[tuple[OpenModuleMap, LoraConfig]]
+) -> tuple[ModuleMap, LoraConfig]:
+    modules = dict.fromkeys(name for module_map, _ in adapters for name in module_map)
+    work = _Merging(merge, adapters, list(modules))
+    merged = {name: (work.one(name, Part.A), work.one(name, Part.B)) for name in modules}
+    first = adapters[0][1]
+    rank = max((len(a) for a, _ in merged.values()), default=first.r)
+    config = LoraConfig(
+        base_model_name_or_path=first.base_model_name_or_path,
+        r=rank,
+        target_modules=list(modules),
+        fan_in_fan_out=first.fan_in_fan_out,
+        lora_alpha=rank,
+        use_rslora=False,
+    )
+    return {name: work.entry(name, *merged[name], rank) for name in modules}, config
+
+
+async def merge_adapters_async(
+    adapters: Sequence[tuple[ModuleMap, LoraConfig]], merge_params: AdapterParameters
+) -> tuple[ModuleMap, LoraConfig]:
+    """As `merge_adapters`, in a thread."""
+    return await in_thread(lambda _: merge_adapters(adapters, merge_params))
+
+
+class _Merging:
+    def __init__(
+        self,
+        merge: Merge,
+        adapters: Sequence[tuple[OpenModuleMap, LoraConfig]],
+        modules: Sequence[str],
+    ) -> None:
+        self._merge = merge
+        self._adapters = adapters
+        self._generator: torch.Generator | None = None
+        if merge.drops:
+            self._generator = seeded(merge, self._new_layers(modules))
+
+    def one(self, module: str, part: Part) -> torch.Tensor:
+        """Every adapter's A, or B, of one module as one."""
+        held = self._held(module, part)
+        self._require_fit(module, part, [_shape(*content) for content, _ in held])
+        if part is Part.B:  # then both are matrices
+            self._require_pairs(module)
+        tensors = [_read(*content) for content, _ in held]
+        factors = [factor for _, factor in held]
+        if self._merge.strategy != "linear":
+            return combine(self._merge, part, tensors, factors, self._generator)
+        shape = list(tensors[0].shape)
+        along = _along_rank(part)
+        shape[along] = sum(tensor.shape[along] for tensor in tensors)
+        made = torch.empty(shape, dtype=torch.float32)
+        concatenate(made, part, tensors, factors)
+        return made
+
+    def entry(
+        self, module: str, a: torch.Tensor, b: torch.Tensor, rank: int
+    ) -> Mapping[str, tuple[torch.Tensor, str]]:
+        """Of a module map, with zeros up to `rank`."""
+        missing = rank - len(a)
+        padded = {Part.A: pad(a, (0, 0, 0, missing)), Part.B: pad(b, (0, missing))}
+        names = {part: self._held(module, part)[0][0][1] for part in _FACTORS}
+        return {f"lora_{part.value}": (padded[part], names[part]) for part in _FACTORS}
+
+    def _held(self, module: str, part: Part) -> list[tuple[_Place, tuple[float, float]]]:
+        """Where the adapters that change the module have it; weight and scale of each."""
+        return [
+            (module_map[module][f"lora_{part.value}"], (weight, _scale(module, config, weight)))
+            for (module_map, config), weight in zip(
+                self._adapters, self._merge.weights, strict=True
+            )
+            if module in module_map
+        ]
+
+    def _new_layers(self, modules: Sequence[str]) -> NewLayers:
+        """Return what PEFT draws new layers for, which start as most do."""
+        module_map, config = self._adapters[0]
+        rank = max([config.r, *map(config.rank_of, module_map)])
+        shapes = [[_shape(*self._held(name, part)[0][0]) for part in _FACTORS] for name in modules]
+        return NewLayers(rank, tuple((a[-1], b[0]) for a, b in shapes), start=True)
+
+    def _require_pairs(self, module: str) -> None:
+        """Else the columns of one adapter's B would meet the rows of another one's A."""
+        of_a, of_b = (self._held(module, part) for part in _FACTORS)
+        for (a, _), (b, _) in zip(of_a, of_b, strict=True):
+            if _shape(*a)[0] != _shape(*b)[1]:
+                raise IncompatibleAdapterError(
+                    f"module {shorten(module, 200)!r}: A {list(_shape(*a))} and B"
+                    f" {list(_shape(*b))} are no pair"
+                )
+
+    def _require_fit(self, module: str, part: Part, shapes: Sequence[tuple[int, ...]]) -> None:
+        linear, along = self._merge.strategy == "linear", _along_rank(part)
+        sizes = {shape[1 - along] if linear else shape for shape in shapes}
+        if len(sizes) > 1 or any(len(shape) != 2 for shape in shapes):
+            shown = " and ".join(str(list(shape)) for shape in shapes)
+            raise IncompatibleAdapterError(
+                f"module {shorten(module, 200)!r}: {self._merge.strategy!r} cannot merge"
+                f" lora_{part.value} of the shapes {shown}"
+            )
+
+
+_Place = tuple[Content, str]
+_FACTORS = (Part.A, Part.B)
+
+
+def _scale(module: str, config: LoraConfig, weight: float) -> float:
+    """Return an adapter's scale; raise `AdapterFormatError` if float32 cannot hold the factors."""
+    scale = config.scale_of(module)
+    if not max(abs(scale), abs(weight * scale)) <= MAX_FACTOR:
+        raise AdapterFormatError(
+            f"module {shorten(module, 200)!r} would be scaled by {scale:g} and weighted by"
+            f" {weight:g}, which together no float32 holds; lower the weight, or correct"
+            " lora_alpha or alpha_pattern in the config"
+        )
+    return scale
+
+
+def _along_rank(part: Part) -> int:
+    return 0 if part is Part.A else 1
+
+
+def _shape(content: Content, key: str) -> tuple[int, ...]:
+    return tuple(content.shape) if isinstance(content, torch.Tensor) else content.shape(key)
+
+
+def _read(content: Content, key: str) -> torch.Tensor:
+    return content if isinstance(content, torch.Tensor) else content.read(key)

@@ -1,0 +1,193 @@
+"""One client of the server: its key, the body it sends and the events it receives."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from contextlib import aclosing, suppress
+from typing import Any
+
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from lorax_async.server.errors import Refusal
+
+ABORT = "lorax_abort"
+"""Key in the scope's state: a function that drops the connection with all unsent data."""
+
+LINGER_BYTES = 8 << 20
+"""Bytes of an oversized body to discard before closing: a client that is still sending when the
+connection closes loses the response."""
+
+DONE = b"data: [DONE]\n\n"
+
+_BODY = "http.response.body"
+_BEARER = "bearer "
+_EVENT_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+)
+
+_logger = logging.getLogger("lorax_async.server")
+
+# -- who asks -------------------------------------------------------------------------------------
+
+
+def bearer_of(connection: HTTPConnection) -> str | None:
+    """Return the client's bearer key, if it sends one."""
+    field = connection.headers.get("authorization", "")
+    return field[len(_BEARER) :].strip() if field.lower().startswith(_BEARER) else None
+
+
+def client_of(connection: HTTPConnection) -> tuple[str, str]:
+    """Identify a client by its key if it has one, else by its address."""
+    key = bearer_of(connection)
+    if key is not None:
+        return "key", key
+    return "address", connection.client.host if connection.client else ""
+
+
+# -- what it sends --------------------------------------------------------------------------------
+
+
+async def read_json(request: Request, limit: int, seconds: float) -> bytes:
+    """Read a JSON body. Raise `Refusal` (415) for other content types, else as `read_body`.
+
+    A page of another origin can send other types without a preflight request.
+    """
+    fields = request.headers.getlist("content-type")
+    if {field.partition(";")[0].strip().lower() for field in fields} != {"application/json"}:
+        raise Refusal(
+            415,
+            "The body must be sent as Content-Type: application/json",
+            code="unsupported_media_type",
+            close=True,
+        )
+    return await read_body(request, limit, seconds)
+
+
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+    """Read a whole body. Raise `Refusal` (413, 408), or `ClientDisconnect`."""
+    too_large = Refusal(
+        413, f"The body is larger than {limit} bytes", code="request_too_large", close=True
+    )
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds), aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                if len(body) + len(chunk) > limit:
+                    raise too_large
+                body += chunk
+    except TimeoutError:
+        raise Refusal(
+            408, f"The body did not come within {seconds:g} s", code="timeout", close=True
+        ) from None
+    return bytes(body)
+
+
+async def until_gone(receive: Receive) -> None:
+    """Wait until the client disconnects. Its request has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+# -- what it receives -----------------------------------------------------------------------------
+
+
+class UnreadRefusal(Response):
+    """Refuse a request before its body was read, and close the connection.
+
+    The whole response is sent first; up to `LINGER_BYTES` of the body are discarded after it.
+    """
+
+    def __init__(self, refusal: Refusal, seconds: float) -> None:
+        self._refusal = refusal
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_unfinished(message: Message) -> None:
+            await send({**message, "more_body": True} if message["type"] == _BODY else message)
+
+        await self._refusal.response()(scope, receive, send_unfinished)
+        remaining, body = LINGER_BYTES, Request(scope, receive).stream()
+        with suppress(TimeoutError, ClientDisconnect):
+            async with asyncio.timeout(self._seconds), aclosing(body) as chunks:
+                async for chunk in chunks:
+                    remaining -= len(chunk)
+                    if remaining < 0:
+                        break
+        await send({"type": _BODY, "body": b"", "more_body": False})
+
+
+class EventStream:
+    """The response to one request, whole or as server-sent events.
+
+    A client that does not take ready data within `seconds` is disconnected: `ClientDisconnect`.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, seconds: float) -> None:
+        self.receive = receive
+        self.begun = False
+        """Whether a status was sent: later errors belong into the body."""
+        self._streaming = False
+        self._scope = scope
+        self._send_on = send
+        self._seconds = seconds
+
+    async def respond(self, response: Response) -> None:
+        """Send a whole response."""
+        await response(self._scope, self.receive, self._send)
+
+    async def begin(self) -> None:
+        self._streaming = True
+        headers = list(_EVENT_HEADERS)  # a middleware may append to it
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def tell(self, data: dict[str, Any]) -> None:
+        """Send one event."""
+        await self._body(_event(data))
+
+    async def end(self) -> None:
+        await self._body(DONE, more=False)
+
+    async def fail(self, refusal: Refusal, error: Exception) -> None:
+        """End a response that has begun with an error."""
+        if refusal.status == 500:
+            _logger.error("an answer broke off", exc_info=error)
+        with suppress(ClientDisconnect):
+            if self._streaming:
+                await self._body(_event(refusal.as_json()), more=False)
+            else:  # its length was announced, so it can only be dropped
+                await self._disconnect()
+
+    def cut(self) -> bool:
+        """Drop the connection with all unsent data; return whether that is possible."""
+        abort = self._scope.get("state", {}).get(ABORT)
+        if abort is not None:
+            abort()
+        return abort is not None
+
+    async def _body(self, content: bytes, *, more: bool = True) -> None:
+        await self._send({"type": _BODY, "body": content, "more_body": more})
+
+    async def _send(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._send_on(message)
+                self.begun = True
+        except TimeoutError:
+            await self._disconnect()
+            raise ClientDisconnect from None
+
+    async def _disconnect(self) -> None:
+        if self.cut():
+            await until_gone(self.receive)
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

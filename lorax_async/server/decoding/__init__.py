@@ -1,1 +1,0 @@
-"""A batch of sequences, from keys and values to the next tokens."""

@@ -1,0 +1,252 @@
+"""One server's parts: the base model, the loader, the scheduler, the engine, and `Service`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorax_async import layouts
+from lorax_async.adapter import AdapterId, AdapterRef, as_ref
+from lorax_async.config import LoaderConfig
+from lorax_async.engines.transformers import attach
+from lorax_async.errors import CapacityError, ConfigError, shorten
+from lorax_async.loader import AdapterLoader
+from lorax_async.scheduler import AdapterScheduler
+from lorax_async.server.calls.page.dashboard import ColdTrace, Dashboard, DashboardFeeds
+from lorax_async.server.cold_requests import ColdRequests
+from lorax_async.server.decoder import TransformersDecoder
+from lorax_async.server.engine import Engine, ObservedTokens, TokenObserver
+from lorax_async.server.generation import Generation
+from lorax_async.server.in_flight import ClientLimits, InFlightRequests
+from lorax_async.server.metrics import ServerMetrics
+from lorax_async.server.names import Names, is_requestable
+from lorax_async.server.requests import Prompts
+from lorax_async.server.settings import ServerSettings
+from lorax_async.server.warm_list import WarmList
+
+
+class Service:
+    """What all requests of one server share.
+
+    Parameters
+    ----------
+    settings
+        The operator's.
+    engine
+        Computes, with adapters of `loader`.
+    loader
+        Open, on this event loop. The service closes neither it nor the engine.
+    tokenizer
+        The base's, a fast one of transformers.
+    stop_tokens
+        Token ids with which the model ends an answer.
+    on_use
+        Called with the adapter of each generation that the engine takes.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        engine: Engine,
+        loader: AdapterLoader,
+        tokenizer: Any,
+        stop_tokens: frozenset[int],
+        on_use: Callable[[AdapterId], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.loader = loader
+        self.prompts = Prompts(tokenizer)
+        self.stop_tokens = stop_tokens
+        self.names = Names(settings.base, settings.adapters, settings.sources)
+        self.in_flight = InFlightRequests()
+        self.client_limits = ClientLimits(settings.max_adapters_per_client)
+        self.metrics = ServerMetrics(loader, self.names)
+        self._cold = ColdRequests(loader, self.names)
+        self._on_use = on_use
+        self.feeds = DashboardFeeds(Dashboard(loader, self.names, self._cold))
+        self.cold_trace = ColdTrace(self._cold, self.names)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The maximum length of a prompt, with room for one new token."""
+        room = self.engine.max_length - 1
+        limit = self.settings.max_prompt_tokens
+        return room if limit is None else min(limit, room)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether new requests are taken and computed."""
+        return self.engine.alive and not self.in_flight.closing
+
+    def require_room(self, sequences: int) -> None:
+        """Raise `CapacityError` if the queue has no room for this many more sequences."""
+        if self.engine.waiting + sequences > self.settings.max_waiting:
+            raise CapacityError(
+                f"{self.engine.waiting} sequences wait already, and {self.settings.max_waiting}"
+                " may; ask again later"
+            )
+
+    def submit(self, generation: Generation, model: str) -> ObservedTokens:
+        """Submit to the engine; measure the tokens as `model`'s. Raise as `Engine.submit`."""
+        adapter = generation.adapter
+        recording = self._cold.record(adapter)
+        try:
+            tokens = self.engine.submit(generation)
+        except BaseException:
+            if recording is not None:
+                recording.ended("refused")
+            raise
+        if adapter is not None and self._on_use is not None:
+            self._on_use(adapter)
+        observers: list[TokenObserver] = [self.metrics.sequence(model, len(generation.prompt))]
+        if recording is not None:
+            observers.append(recording)
+        return ObservedTokens(tokens, observers)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model with its tokenizer, and the token ids that end an answer."""
+
+    model: Any
+    tokenizer: Any
+    stop_tokens: frozenset[int]
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: str, device: str) -> Base:
+        """Load a folder; blocks for seconds. Raise `ConfigError` for a bad folder or device."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("torch finds no device of the kind cuda")
+        try:
+            if not folder.is_dir():
+                raise ValueError("there is no such folder")
+            if not (folder / "config.json").is_file():
+                raise ValueError("it has no config.json")
+            model, tokenizer = _read(folder, dtype)
+        except Exception as error:
+            reason = shorten(" ".join(str(error).split()), 400)
+            raise ConfigError(f"{folder} is no base model that can be served: {reason}") from error
+        eos = model.generation_config.eos_token_id
+        tokens = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        return cls(model.to(device).eval(), tokenizer, frozenset(tokens))
+
+    @property
+    def max_length(self) -> int:
+        """The number of positions that the model has."""
+        return int(self.model.config.max_position_embeddings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Limits of what is computed at a time.
+
+    Attributes
+    ----------
+    sequences
+        Sequences in progress; the KV cache has room for this many.
+    length
+        Tokens of one sequence; None is what the model was made for.
+    step_tokens
+        Tokens of all sequences in one step; longer prompts are computed in parts.
+    share
+        Of `sequences`, the share of one adapter, and of one client, while others wait.
+    """
+
+    sequences: int = 16
+    length: int | None = None
+    step_tokens: int = 1024
+    share: float = 0.5
+
+
+@asynccontextmanager
+async def open_service(
+    base: Base,
+    config: LoaderConfig,
+    settings: ServerSettings,
+    capacity: Capacity,
+    warm: Path | None = None,
+) -> AsyncIterator[Service]:
+    """Open a service, on the loop that serves; on leaving, close all of its parts.
+
+    Parameters
+    ----------
+    base
+        For the service alone.
+    config
+        The loader's; its dtype is the model's.
+    warm
+        The file of a `WarmList`; None keeps none.
+
+    Raise `ConfigError` for settings that do not fit together.
+    """
+    length = base.max_length if capacity.length is None else min(base.max_length, capacity.length)
+    async with AsyncExitStack() as stack:
+        loader = await stack.enter_async_context(
+            AdapterLoader(layouts.from_module(base.model), config)
+        )
+        attached = stack.enter_context(attach(base.model, loader))
+        scheduler = await stack.enter_async_context(
+            AdapterScheduler(loader, max_begun=capacity.sequences, max_share=capacity.share)
+        )
+        decoder = TransformersDecoder(
+            base.model, attached, max_sequences=capacity.sequences, max_length=length
+        )
+        engine = await stack.enter_async_context(
+            Engine(
+                scheduler,
+                decoder,
+                max_tokens=capacity.step_tokens,
+                max_sequences=capacity.sequences,
+            )
+        )
+        on_use = None
+        if warm is not None:
+            warm_list = WarmList(warm, loader, admits=partial(_admitted, settings))
+            on_use = (await stack.enter_async_context(warm_list)).used
+        yield Service(settings, engine, loader, base.tokenizer, base.stop_tokens, on_use)
+
+
+def _admitted(settings: ServerSettings, ref: AdapterRef) -> AdapterRef | None:
+    """Return an adapter of the warm list as it can be named now; None if it cannot be.
+
+    Only a name in the settings gives the operator's authority. Any other adapter comes back as a
+    request would name it: by its text, so that `sources`, `allow` and `local_roots` decide.
+    """
+    if ref in map(as_ref, settings.adapters.values()):
+        return ref
+    text = str(ref.id.absolute()) if isinstance(ref.id, Path) else ref.id
+    requested = replace(ref, id=text, use_token=False)
+    return requested if is_requestable(requested, settings.sources) else None
+
+
+def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """Read the model and its tokenizer without transformers' output on the terminal."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    logging: Any = importlib.import_module("transformers.utils.logging")  # untyped
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        # The tokenizer first: it fails quickly, and the weights may take minutes.
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        auto: Any = AutoModelForCausalLM  # its types lack the last option's result
+        model, found = auto.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers initializes them at random
+        raise ValueError(f"it lacks {len(missing)} weights, the first of them {missing[0]}")
+    return model, tokenizer
