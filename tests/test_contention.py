@@ -42,6 +42,8 @@ from lorax_async import (
     errors,
 )
 from lorax_async.adapter import AdapterKey
+from lorax_async.core.decisions import Decisions
+from lorax_async.core.life import Life
 from lorax_async.core.residency import HostBudget
 from lorax_async.io import transfer
 from lorax_async.io.ports import Hold
@@ -613,7 +615,16 @@ def test_much_more_of_it(scene: Scene, plan: list[Step]) -> None:
     play(scene, plan)
 
 
+def _blind_to_copies(self: Decisions, life: Life) -> bool:
+    kept, life.copying = life.copying, 0
+    changed: bool = _quiesced(self, life)
+    life.copying = kept
+    return changed
+
+
+_quiesced = vars(Decisions)["_slot_quiesced"]
 FAULTS: list[tuple[object, str, object]] = [
+    (Decisions, "_slot_quiesced", _blind_to_copies),
     (SimulatedDevice, "wait_for", lambda *_: None),  # a kernel does not wait for its copy
     (transfer, "zero", lambda *_: None),  # ranks are not padded
     (HostBudget, "claim", lambda *_: None),  # held files cost nothing
