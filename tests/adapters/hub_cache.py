@@ -9,7 +9,6 @@ from pathlib import Path
 def put(
     cache: Path, repo_id: str, files: dict[str, bytes], *, commit: str, refs: tuple[str, ...] = ()
 ) -> Path:
-    """One snapshot: links into blobs, and refs that name its commit."""
     folder = cache / f"models--{repo_id.replace('/', '--')}"
     snapshot = folder / "snapshots" / commit
     snapshot.mkdir(parents=True)

@@ -61,9 +61,6 @@ def layout(dtype: str = "F32") -> ModelLayout:
     return ModelLayout(tuple(modules), LAYERS, dtype, "model.")
 
 
-# -- a model with the attributes that LoRAX's have ------------------------------------------------
-
-
 Linear = BaseLayer = ParallelLayer = SimpleNamespace
 """A parallel layer has a `base_layer`, that a `linear`, and that a `weight`.
 
@@ -134,11 +131,7 @@ def lorax_model(
     return model
 
 
-# -- adapters -------------------------------------------------------------------------------------
-
-
 def pair(module: str, inputs: int, outputs: int, rank: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    """A and B of one module, by their names in the file."""
     random = torch.Generator().manual_seed(seed + inputs * outputs)
     prefix = f"base_model.model.{module}"
     return {
@@ -169,30 +162,20 @@ def tensors(
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
+BOTH = {"base_model_name_or_path": "org/base", "target_modules": list(TYPES)}
+
+
 def config(r: int = 8, alpha: float = 16, **changes: Any) -> LoraConfig:
-    given: dict[str, Any] = {
-        "base_model_name_or_path": "org/base",
-        "r": r,
-        "target_modules": list(TYPES),
-        "fan_in_fan_out": False,
-        "lora_alpha": alpha,
-        "use_rslora": False,
-    }
-    return LoraConfig(**(given | changes))
+    given = {"r": r, "lora_alpha": alpha, "fan_in_fan_out": False, "use_rslora": False}
+    values: dict[str, Any] = BOTH | given | changes
+    return LoraConfig(**values)
 
 
 def write(
     folder: Path, weights: Mapping[str, Tensor] | None = None, r: int = 8, **changes: Any
 ) -> Path:
-    """An adapter folder, written as PEFT writes it."""
     folder.mkdir(parents=True)
-    values = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": "org/base",
-        "r": r,
-        "lora_alpha": 16,
-        "target_modules": list(TYPES),
-    }
+    values = BOTH | {"peft_type": "LORA", "r": r, "lora_alpha": 16}
     (folder / "adapter_config.json").write_text(json.dumps(values | changes))
     made = tensors(r) if weights is None else weights
     save_file(dict(sorted(made.items())), folder / WEIGHTS)

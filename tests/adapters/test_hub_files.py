@@ -16,16 +16,8 @@ from huggingface_hub import constants, hf_hub_download
 
 import split_files
 from adapters import small_base as base
-from lorax_async import Limits
+from lorax_async import Limits, errors
 from lorax_async.adapters import LoraConfig, WeightsFile
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterFormatError,
-    AdapterNotFoundError,
-    FetchError,
-    LoraxError,
-    UsageError,
-)
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -60,7 +52,6 @@ def hub(hub_client: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandI
 
 
 def asked(hub: HubStandIn) -> set[tuple[str, str]]:
-    """Which files the hub itself was asked for, and by what."""
     return {(each.method, each.target.split("/")[-1]) for each in hub.asked if not each.at_store}
 
 
@@ -72,7 +63,7 @@ def test_the_two_files_are_fetched_once(
     assert asked(hub) == {("HEAD", CONFIG), ("GET", CONFIG)}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
-    with pytest.raises(FetchError, match="ask nobody") as caught:
+    with pytest.raises(errors.FetchError, match="ask nobody") as caught:
         WeightsFile.open(SQL)
     assert (caught.value.id, caught.value.retryable) == (SQL, False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -91,7 +82,6 @@ def test_the_two_files_are_fetched_once(
 async def test_many_at_once_get_the_same_while_the_loop_goes_on(
     hub: HubStandIn, tmp_path: Path
 ) -> None:
-    """Some are cancelled, whose threads go on."""
     hub.put(SQL, contents(adapter(tmp_path)))
     config = asyncio.create_task(LoraConfig.load_async(SQL))
     calls = [asyncio.create_task(WeightsFile.open_async(SQL)) for _ in range(12)]
@@ -148,9 +138,9 @@ def test_a_private_adapter(
 ) -> None:
     hub.put(SQL, contents(adapter(tmp_path)), private_token=TOKEN)
     for token in (None, "hf_another"):
-        with pytest.raises(LoraxError) as caught:
+        with pytest.raises(errors.LoraxError) as caught:
             LoraConfig.load(SQL, token)
-        assert isinstance(caught.value, AccessDeniedError | AdapterNotFoundError)
+        assert isinstance(caught.value, errors.AccessDeniedError | errors.AdapterNotFoundError)
         assert (caught.value.id, caught.value.stage) == (SQL, "resolve")
         assert "hf_" not in str(caught.value)
     assert LoraConfig.load(SQL, TOKEN).r == 8
@@ -158,7 +148,7 @@ def test_a_private_adapter(
     assert rank_of(SQL) == 8
     hub.asked.clear()
     for token in ("", "two words", "ö"):
-        with pytest.raises(UsageError, match="token"):
+        with pytest.raises(errors.UsageError, match="token"):
             LoraConfig.load("org/other", token)
     assert not hub.asked
 
@@ -176,15 +166,15 @@ def test_what_the_hub_has_not(
     hub: HubStandIn, tmp_path: Path, id: str, without: str, problem: str
 ) -> None:
     hub.put(SQL, {k: v for k, v in contents(adapter(tmp_path)).items() if k != without})
-    with pytest.raises(LoraxError, match=problem) as caught:
+    with pytest.raises(errors.LoraxError, match=problem) as caught:
         WeightsFile.open(id)
-    assert isinstance(caught.value, AdapterNotFoundError | AccessDeniedError)
+    assert isinstance(caught.value, errors.AdapterNotFoundError | errors.AccessDeniedError)
     assert caught.value.id == id
 
 
 def test_a_file_over_the_limit_is_not_fetched(hub: HubStandIn, hub_client: Path) -> None:
     hub.put(SQL, {CONFIG: b" " * (256 * 1024 + 1)})
-    with pytest.raises(AdapterFormatError, match="262,145 bytes, over the 262,144 that"):
+    with pytest.raises(errors.AdapterFormatError, match="262,145 bytes, over the 262,144 that"):
         LoraConfig.load(SQL)
     assert asked(hub) == {("HEAD", CONFIG)}
     assert not list(hub_client.rglob("blobs/*"))
@@ -207,7 +197,9 @@ def test_files_that_are_over_the_limit_together(
         return Reply(302, fields | there)
 
     hub.behave = behave
-    with pytest.raises(AdapterFormatError, match=f"{room + 1:,} bytes, over the {room:,} that"):
+    with pytest.raises(
+        errors.AdapterFormatError, match=f"{room + 1:,} bytes, over the {room:,} that"
+    ):
         WeightsFile.open(SQL)
     fetched = {file.name for file in hub_client.rglob("*-of-*.safetensors")}
     assert fetched == {file.name for file in first}
@@ -216,12 +208,12 @@ def test_files_that_are_over_the_limit_together(
 @pytest.mark.parametrize(
     ("reply", "kind", "after"),
     [
-        (Reply(503, {"Retry-After": "7"}), FetchError, 7.0),
-        (Reply(403), AccessDeniedError, None),
+        (Reply(503, {"Retry-After": "7"}), errors.FetchError, 7.0),
+        (Reply(403), errors.AccessDeniedError, None),
     ],
 )
 def test_a_hub_that_refuses(
-    hub: HubStandIn, reply: Reply, kind: type[LoraxError], after: float | None
+    hub: HubStandIn, reply: Reply, kind: type[errors.LoraxError], after: float | None
 ) -> None:
     hub.behave = lambda _: reply
     with pytest.raises(kind) as caught:
@@ -239,7 +231,9 @@ def test_a_disk_that_takes_no_more(
         raise OSError(errno.ENOSPC, "No space left on device", "/home/somebody/.cache")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
-    with pytest.raises(FetchError, match=r"cannot be stored in the hub cache \(ENOSPC\)") as caught:
+    with pytest.raises(
+        errors.FetchError, match=r"cannot be stored in the hub cache \(ENOSPC\)"
+    ) as caught:
         LoraConfig.load(SQL)
     assert (caught.value.id, caught.value.retryable) == (SQL, False)
     assert "somebody" not in str(caught.value)

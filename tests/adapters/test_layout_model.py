@@ -27,9 +27,6 @@ def numbered(rows: int, columns: int) -> Tensor:
     return torch.arange(rows * columns, dtype=torch.float32).reshape(rows, columns)
 
 
-# -- names ----------------------------------------------------------------------------------------
-
-
 def test_types_are_the_last_component() -> None:
     model = LayoutModel(base.layout(), torch.bfloat16, 2, 1)
     assert model.adapter_layers == ["q_proj", "v_proj", "down_proj", "lm_head"]
@@ -75,28 +72,20 @@ def test_what_is_no_model_is_refused() -> None:
         model_of(*modules, layers=2)
 
 
-# -- sharing out ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layer_type", "cut", "by_rank"),
-    [
+def test_a_is_split_by_the_rank_or_by_the_input() -> None:
+    for layer_type, cut, by_rank in [
         ("o_proj", ROW, False),
         ("q_proj", COLUMN, True),
         ("embed_out", COLUMN, True),
         ("lm_head", COLUMN, False),  # row-parallel in LoRAX, whatever the layout says
-    ],
-)
-def test_a_is_split_by_the_rank_or_by_the_input(
-    layer_type: str, cut: Parallel, by_rank: bool
-) -> None:
-    a, b = numbered(4, 8), numbered(8, 6)
-    for place in range(2):
-        model = model_of(Module(f"l.0.{layer_type}", 4, 6, 0, cut), world_size=2, rank=place)
-        part_a, part_b = shared(model, layer_type, a, b)
-        assert torch.equal(part_a, a.chunk(2, 1 if by_rank else 0)[place])
-        assert torch.equal(part_b, b.chunk(2, 1)[place])
-        assert model.is_row_parallel(layer_type) == (not by_rank)
+    ]:
+        a, b = numbered(4, 8), numbered(8, 6)
+        for place in range(2):
+            model = model_of(Module(f"l.0.{layer_type}", 4, 6, 0, cut), world_size=2, rank=place)
+            part_a, part_b = shared(model, layer_type, a, b)
+            assert torch.equal(part_a, a.chunk(2, 1 if by_rank else 0)[place])
+            assert torch.equal(part_b, b.chunk(2, 1)[place])
+            assert model.is_row_parallel(layer_type) == (not by_rank)
 
 
 def test_replicated_modules_are_whole_everywhere() -> None:
@@ -111,62 +100,39 @@ def test_replicated_modules_are_whole_everywhere() -> None:
     assert torch.equal(weights.weights_b_t[1, :, :8], b_of_second)
 
 
-def features_of(module: Module, world_size: int, rank: int = 8) -> list[list[int]]:
-    """Which output features of B each process gets, in its order."""
-    found = []
-    out, layer_type = module.out_features, module.name.rpartition(".")[2]
-    for place in range(world_size):
-        model = model_of(module, world_size=world_size, rank=place)
-        b = torch.arange(out).float().expand(rank, out)
-        _, part = shared(model, layer_type, torch.zeros(16, rank), b)
-        assert torch.equal(part, part[:1].expand_as(part))
-        found.append([int(feature) for feature in part[0]])
-    return found
+THIRDS = [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+HEADS = [[0, 1, 2, 3, 8, 9, 12, 13], [4, 5, 6, 7, 10, 11, 14, 15]]
 
 
-@pytest.mark.parametrize(
-    ("layer_type", "parts", "got"),
-    [
-        # Qwen's: in thirds
-        ("c_attn", (Part(4), Part(4), Part(4)), [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]),
+def test_fused_modules_are_shared_part_by_part() -> None:
+    for layer_type, parts, got in [
+        ("c_attn", (Part(4), Part(4), Part(4)), THIRDS),  # Qwen's
         # Phi-3's: 4 heads and 2 of keys and values, of 2 features each; and two halves
-        (
-            "qkv_proj",
-            (Part(8, 2), Part(4, 2), Part(4, 2)),
-            [[0, 1, 2, 3, 8, 9, 12, 13], [4, 5, 6, 7, 10, 11, 14, 15]],
-        ),
+        ("qkv_proj", (Part(8, 2), Part(4, 2), Part(4, 2)), HEADS),
         ("gate_up_proj", (Part(4), Part(4)), [[0, 4], [1, 5], [2, 6], [3, 7]]),
-    ],
-)
-def test_fused_modules_are_shared_part_by_part(
-    layer_type: str, parts: tuple[Part, ...], got: list[list[int]]
-) -> None:
-    out = sum(part.size for part in parts)
-    assert (
-        features_of(Module(f"l.0.{layer_type}", 16, out, 0, COLUMN, parts=parts), len(got)) == got
-    )
+    ]:
+        out, world = sum(part.size for part in parts), len(got)
+        module = Module(f"l.0.{layer_type}", 16, out, 0, COLUMN, parts=parts)
+        for place in range(world):
+            model = model_of(module, world_size=world, rank=place)
+            b = torch.arange(out).float().expand(8, out)
+            _, part = shared(model, layer_type, torch.zeros(16, 8), b)
+            assert part.tolist() == [got[place]] * 8
 
 
-@pytest.mark.parametrize(
-    ("module", "out", "what"),
-    [
-        (Module("l.0.q", 16, 10, 0, COLUMN), 10, "B of q: 10 cannot"),
-        (
-            Module("l.0.q", 16, 8, 0, COLUMN, parts=(Part(4, 2), Part(4))),
-            8,
-            "B of q: 4 in units of 2",
-        ),
-        (Module("l.0.q", 10, 8, 0, ROW), 8, "A of q: 10 cannot"),
-        (Module("l.0.q", 16, 10, 0, ROW), 10, "B of q: 10 cannot"),
-        (
-            Module("l.0.q", 16, 8, 0, COLUMN, parts=(Part(4), Part(4))),
-            6,
-            "has 6 output features, and its parts 8",
-        ),
-    ],
-)
-def test_sizes_that_do_not_divide_are_refused(module: Module, out: int, what: str) -> None:
+def q(inputs: int, outputs: int, cut: Parallel = COLUMN, *parts: Part) -> Module:
+    return Module("l.0.q", inputs, outputs, 0, cut, parts=parts)
+
+
+def test_sizes_that_do_not_divide_are_refused() -> None:
     """LoRAX drops the remainder, and with it features that the adapter changes."""
-    model = model_of(module, world_size=4)
-    with pytest.raises(IncompatibleAdapterError, match=what):
-        shared(model, "q", torch.zeros(module.in_features, 32), torch.zeros(32, out))
+    for module, out, what in [
+        (q(16, 10), 10, "B of q: 10 cannot"),
+        (q(16, 8, COLUMN, Part(4, 2), Part(4)), 8, "B of q: 4 in units of 2"),
+        (q(10, 8, ROW), 8, "A of q: 10 cannot"),
+        (q(16, 10, ROW), 10, "B of q: 10 cannot"),
+        (q(16, 8, COLUMN, Part(4), Part(4)), 6, "has 6 output features, and its parts 8"),
+    ]:
+        model = model_of(module, world_size=4)
+        with pytest.raises(IncompatibleAdapterError, match=what):
+            shared(model, "q", torch.zeros(module.in_features, 32), torch.zeros(32, out))

@@ -102,7 +102,6 @@ EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_"
 async def test_more_than_a_and_b_of_linear_modules_is_refused_by_name(
     tmp_path: Path, more: dict[str, torch.Tensor], config: dict[str, Any], feature: str
 ) -> None:
-    """Whichever type is asked for."""
     made = base.tensors(types=["q_proj"], skip=[(1, "q_proj"), (2, "q_proj")])
     folder = base.write(tmp_path / "a", made | more, **config)
     embedding = Module("model.embed_tokens", 100, 840, -1, Parallel.REPLICATED, embedding=True)
@@ -116,8 +115,6 @@ async def test_more_than_a_and_b_of_linear_modules_is_refused_by_name(
             LoraWeights.from_adapter(handle, "q_proj")
 
 
-# -- at most the result and one layer at a time, by the process's own peak ------------------------
-
 LAYERS, HIDDEN, RANK = 24, 8192, 64
 MIB = 1 << 20
 
@@ -128,7 +125,6 @@ def _memory(name: str) -> int:
 
 
 def _peak(load: Callable[[], LoraWeights | None]) -> int:
-    """How far the process grows at most; what torch allocates once is there already."""
     load()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _memory("VmRSS")

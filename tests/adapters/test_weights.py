@@ -17,16 +17,9 @@ from torch import Tensor
 from adapters import small_base as base
 from adapters.small_base import HIDDEN, KEY_VALUE, QKV, SHAPES, Linear, load, loaded
 from engines.variants import llama, wrapped
-from lorax_async import layouts
+from lorax_async import errors, layouts
 from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights, WeightsFile, padded_rank
-from lorax_async.errors import (
-    AdapterFormatError,
-    ConfigError,
-    IncompatibleAdapterError,
-    LoraxError,
-    UnsupportedAdapterError,
-    UsageError,
-)
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 MODELS = [base.lorax_model(), LayoutModel(base.layout(), FLOAT32, 1)]
@@ -39,9 +32,6 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 def ones(rank: int | dict[str, int], *types: str) -> dict[str, Tensor]:
     return {n: torch.ones_like(t) for n, t in base.tensors(rank, types=types).items()}
-
-
-# -- scale ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,47 +107,36 @@ def test_b_is_cast_first_and_scaled_then(
     assert weights.weights_a.dtype == weights.weights_b.dtype == dtype
 
 
-@pytest.mark.parametrize(
-    ("dtype", "largest", "alpha"),
-    [
+def test_a_scale_that_takes_b_beyond_its_dtype(tmp_path: Path) -> None:
+    for dtype, largest, alpha in [
         (FLOAT16, 100.0, 8000.0),  # B 100 x scale 1000, above 65504
         (FLOAT16, 1.0, -8 * 65536.0),
         (BFLOAT16, 1e3, 8e36),
         (FLOAT32, 1e3, 8e36),
-    ],
-)
-def test_a_scale_that_takes_b_beyond_its_dtype(
-    tmp_path: Path, dtype: torch.dtype, largest: float, alpha: float
-) -> None:
-    model, name = base.lorax_model(dtype), base.key(2, "q_proj", "B")
-    made = {k: torch.full_like(t, 2.0**-10) for k, t in base.tensors(types=["q_proj"]).items()}
-    made[name][-1, -1] = largest
-    save_file(made, tmp_path / "weights")
-    problem = f"{base.module_name(2, 'q_proj')}.*B times the scale .* {dtype} holds"
-    with WeightsFile.at(tmp_path / "weights") as file:
-        for content in (made, file):
-            with pytest.raises(AdapterFormatError, match=problem):
-                load(base.config(8, alpha), model, content, "q_proj")
-    made[name][-1, -1] = torch.inf  # its author's own
-    weights = loaded(base.config(8, 16), model, made, "q_proj")
-    assert weights.weights_b.isinf().sum() == 1
-    made[name][-1, -1] = 0  # B 2⁻¹⁰ x scale 2¹² fits all of them
-    assert loaded(base.config(8, 2.0**15), model, made, "q_proj").weights_b.max() == 4
+    ]:
+        model, name = base.lorax_model(dtype), base.key(2, "q_proj", "B")
+        made = {k: torch.full_like(t, 2.0**-10) for k, t in base.tensors(types=["q_proj"]).items()}
+        made[name][-1, -1] = largest
+        save_file(made, tmp_path / "weights")
+        problem = f"{base.module_name(2, 'q_proj')}.*B times the scale .* {dtype} holds"
+        with WeightsFile.at(tmp_path / "weights") as file:
+            for content in (made, file):
+                with pytest.raises(AdapterFormatError, match=problem):
+                    load(base.config(8, alpha), model, content, "q_proj")
+        made[name][-1, -1] = torch.inf  # its author's own
+        weights = loaded(base.config(8, 16), model, made, "q_proj")
+        assert weights.weights_b.isinf().sum() == 1
+        made[name][-1, -1] = 0  # B 2⁻¹⁰ x scale 2¹² fits all of them
+        assert loaded(base.config(8, 2.0**15), model, made, "q_proj").weights_b.max() == 4
 
 
-# -- ranks, layers and orientation ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rank", "world_size", "padded"),
-    [
+def test_ranks_are_padded() -> None:
+    for rank, world_size, padded in [
         *[(8, 1, 8), (12, 1, 16), (12, 2, 16), (33, 1, 48), (65, 8, 80)],  # the contract's
         *[(1, 1, 8), (9, 1, 16), (16, 1, 16), (17, 1, 32), (256, 1, 256), (1, 8, 64), (64, 8, 64)],
         *[(1, 3, 24), (24, 3, 24), (33, 3, 48), (40, 5, 40), (65, 5, 80), (100, 7, 112)],
-    ],
-)
-def test_ranks_are_padded(rank: int, world_size: int, padded: int) -> None:
-    assert padded_rank(rank, world_size) == padded
+    ]:
+        assert padded_rank(rank, world_size) == padded
 
 
 def test_ranks_that_the_processes_cannot_share_are_refused() -> None:
@@ -174,7 +153,7 @@ def test_ranks_that_the_processes_cannot_share_are_refused() -> None:
             assert padded % world_size == 0
     assert refused == 632
     for no_world in (0, -1, 1.0, True, "2", None):
-        with pytest.raises(ConfigError, match="world size"):
+        with pytest.raises(errors.ConfigError, match="world size"):
             padded_rank(8, no_world)  # type: ignore[arg-type]
 
 
@@ -207,18 +186,6 @@ def test_orientation(model: Any, rank: int, padded: int, by_rank: bool) -> None:
     assert not b[:, rank:].any()
 
 
-def test_absent_layers_are_zeros_and_an_absent_type_is_none(model: Any) -> None:
-    made = base.tensors(types=["q_proj"], skip=[(0, "q_proj"), (2, "q_proj")])
-    module_map, names = base.config().map_weights_for_model(made, model.weight_names)
-    assert LoraWeights.load(base.config(), model, module_map, "v_proj", names) is None
-    assert names == set(made)
-    weights = loaded(base.config(), model, made, "q_proj")
-    assert (weights.weights_a.shape, weights.weights_b.shape) == ((3, 840, 8), (3, 8, 840))
-    assert not weights.weights_a[::2].any()
-    assert not weights.weights_b[::2].any()
-    assert torch.equal(weights.weights_b[1].T, 2 * made[base.key(1, "q_proj", "B")])
-
-
 def test_layers_may_be_told_by_their_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """As LoRAX's vision models do: the result has the order of the ids."""
     model = base.lorax_model()
@@ -241,17 +208,13 @@ def test_made_by_hand_of_a_tensor_for_each_layer(rank: int) -> None:
     assert weights.adapter_config == base.config(rank)
     flat = torch.zeros(8)
     for these, those in (([], []), (a, []), ([a[0], a[0].T], b), ([flat], [flat])):
-        with pytest.raises(UsageError, match="of every layer"):
+        with pytest.raises(errors.UsageError, match="of every layer"):
             LoraWeights(these, those, base.config())
-
-
-# -- split over processes -------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
 @given(rank=st.integers(1, 256), world=st.integers(1, 8), layer_type=st.sampled_from(base.TYPES))
 def test_the_delta_is_the_same_split_over_any_world(rank: int, world: int, layer_type: str) -> None:
-    """By LoRAX's own models and by ours, to the same bits."""
     made = base.tensors(rank, types=[layer_type], dtype=torch.float64)
     config = base.config(rank, 2 * rank)
     ours: list[Any] = [LayoutModel(base.layout(), torch.float64, world, n) for n in range(world)]
@@ -328,9 +291,6 @@ def test_deltas_are_those_of_peft(tmp_path: Path, world_size: int) -> None:
     assert compared == len(expected) == 7 * 2 + 1
 
 
-# -- names ----------------------------------------------------------------------------------------
-
-
 def test_a_module_map_of_the_contract(model: Any) -> None:
     config, made = base.config(), base.tensors()
     module_map, names = config.map_weights_for_model(made, model.weight_names)
@@ -354,74 +314,46 @@ def test_a_module_map_has_both_factors(model: Any, factor: str) -> None:
     module_map, names = config.map_weights_for_model(made, model.weight_names)
     module = base.module_name(1, "q_proj")
     halved = {other: place for other, place in module_map[module].items() if other != factor}
-    with pytest.raises(UsageError, match=f"{module}.* has no {factor} in the module map"):
+    with pytest.raises(errors.UsageError, match=f"{module}.* has no {factor} in the module map"):
         LoraWeights.load(config, model, {**module_map, module: halved}, "q_proj", names)
 
-
-# -- what does not fit ----------------------------------------------------------------------------
 
 A, B = base.key(1, "q_proj", "A"), base.key(1, "q_proj", "B")
 MODULE = base.module_name(1, "q_proj")
 
 
-@pytest.mark.parametrize(
-    ("config", "changed", "layer_type", "kind", "problem"),
-    [
-        (base.config(), {A: torch.zeros(8, 839)}, "q_proj", IncompatibleAdapterError, MODULE),
-        (base.config(), {B: torch.zeros(841, 8)}, "q_proj", IncompatibleAdapterError, MODULE),
-        (
-            base.config(),
-            {B: torch.ones(840, 8, dtype=torch.int8)},
-            "q_proj",
-            UnsupportedAdapterError,
-            r"layers.1.*B torch.int8",
-        ),
-        (
-            base.config(8, -1e40),
-            {},
-            "q_proj",
-            AdapterFormatError,
-            r"q_proj.*-1.25e\+39.*lora_alpha",
-        ),
-        (base.config(4), {}, "q_proj", AdapterFormatError, "rank 4, which the config says"),
-        (base.config(), {}, "x_proj", UsageError, r"no layer.* type 'x_proj'"),
-    ],
-)
-def test_what_does_not_fit_is_refused_and_leaves_the_names(
-    model: Any,
-    config: LoraConfig,
-    changed: dict[str, Tensor],
-    layer_type: str,
-    kind: type[LoraxError],
-    problem: str,
-) -> None:
-    made = base.tensors() | changed
-    module_map, names = config.map_weights_for_model(made, model.weight_names)
-    with pytest.raises(kind, match=problem):
-        LoraWeights.load(config, model, module_map, layer_type, names)
-    assert names == set(made)
+def test_what_does_not_fit_is_refused_and_leaves_the_names(model: Any) -> None:
+    refused: list[tuple[Any, Any, str, type[errors.LoraxError], str]] = [
+        ((), {A: torch.zeros(8, 839)}, "q_proj", IncompatibleAdapterError, MODULE),
+        ((), {B: torch.zeros(841, 8)}, "q_proj", IncompatibleAdapterError, MODULE),
+        ((), {B: torch.ones(840, 8).char()}, "q_proj", UnsupportedAdapterError, "B torch.int8"),
+        ((8, -1e40), {}, "q_proj", AdapterFormatError, r"q_proj.*-1.25e\+39.*lora_alpha"),
+        ((4,), {}, "q_proj", AdapterFormatError, "rank 4, which the config says"),
+        ((), {}, "x_proj", errors.UsageError, "no layer.* type 'x_proj'"),
+    ]
+    for config, changed, layer_type, kind, problem in refused:
+        lora, made = base.config(*config), base.tensors() | changed
+        module_map, names = lora.map_weights_for_model(made, model.weight_names)
+        with pytest.raises(kind, match=problem):
+            LoraWeights.load(lora, model, module_map, layer_type, names)
+        assert names == set(made)
 
 
-@pytest.mark.parametrize(
-    ("weight", "inputs", "kind", "problem"),
-    [
+def test_layers_of_a_type_are_alike_and_on_one_device() -> None:
+    for weight, inputs, kind, problem in [
         (torch.zeros(840, 420), 420, IncompatibleAdapterError, "cannot be stacked"),
-        (torch.zeros(840, 840, device="meta"), 840, UsageError, "2 devices"),
-    ],
-)
-def test_layers_of_a_type_are_alike_and_on_one_device(
-    weight: Tensor, inputs: int, kind: type[LoraxError], problem: str
-) -> None:
-    model = base.lorax_model()
-    name, layer = model.target_to_layer[1, "o_proj"]
-    other = base.ParallelLayer(
-        base_layer=base.BaseLayer(linear=Linear(weight=weight)), layer_name="o_proj"
-    )
-    assert layer.base_layer.linear.weight.shape == (840, 840)
-    model.target_to_layer[1, "o_proj"] = name, other
-    made = base.tensors(types=["o_proj"]) | base.pair(name, inputs, 840)
-    with pytest.raises(kind, match=problem):
-        load(base.config(), model, made, "o_proj")
+        (torch.zeros(840, 840, device="meta"), 840, errors.UsageError, "2 devices"),
+    ]:
+        model = base.lorax_model()
+        name, layer = model.target_to_layer[1, "o_proj"]
+        other = base.ParallelLayer(
+            base_layer=base.BaseLayer(linear=Linear(weight=weight)), layer_name="o_proj"
+        )
+        assert layer.base_layer.linear.weight.shape == (840, 840)
+        model.target_to_layer[1, "o_proj"] = name, other
+        made = base.tensors(types=["o_proj"]) | base.pair(name, inputs, 840)
+        with pytest.raises(kind, match=problem):
+            load(base.config(), model, made, "o_proj")
 
 
 def test_a_model_that_drops_a_remainder_is_found_out() -> None:
@@ -444,7 +376,6 @@ def _transposed(*types: str) -> LayoutModel:
 
 
 def test_fan_in_fan_out_says_how_a_base_is_stored_and_not_the_file() -> None:
-    """One module of the adapter that is stored so is enough."""
     made, said = base.tensors(types=["q_proj", "v_proj"]), base.config(fan_in_fan_out=True)
     plain = loaded(base.config(), MODELS[1], made, "v_proj")
     for config in (base.config(), said):
@@ -458,9 +389,7 @@ def test_fan_in_fan_out_says_how_a_base_is_stored_and_not_the_file() -> None:
             load(said, model, content, "q_proj")
 
 
-# -- each adapter is compared with its part of LoRAX's layers -------------------------------------
-
-ALL, INTERMEDIATE, VOCABULARY = HIDDEN + 2 * KEY_VALUE, base.INTERMEDIATE, base.VOCABULARY
+ALL, INTERMEDIATE = HIDDEN + 2 * KEY_VALUE, base.INTERMEDIATE
 
 
 class _FourBits(Tensor):
@@ -527,7 +456,7 @@ def test_shapes_decide_by_what_a_layer_says(
 def test_a_layer_fused_of_other_types_and_one_that_may_be_a_share() -> None:
     model = base.lorax_model()
     model.target_to_layer[0, "q_proj"][1].layer_names = ("other", *QKV[1:])
-    with pytest.raises(UsageError, match="'q_proj' is fused of other"):
+    with pytest.raises(errors.UsageError, match="'q_proj' is fused of other"):
         load(base.config(), model, base.tensors(types=QKV), "q_proj")
     share = base.LoraxModel(world_size=2)
     layer = base.ParallelLayer(base_layer=base.BaseLayer(linear=_linear(7, 7)))
@@ -549,32 +478,18 @@ def test_a_head_is_split_by_vocabulary_or_not_at_all(vocabulary: int) -> None:
         load(base.config(), model, wrong, "lm_head")
 
 
-@pytest.mark.parametrize(
-    ("layer_type", "inputs", "outputs"),
-    [
-        *[("q_proj", HIDDEN, KEY_VALUE), ("q_proj", HIDDEN, ALL), ("q_proj", HIDDEN // 2, HIDDEN)],
-        *[("k_proj", HIDDEN, HIDDEN), ("k_proj", KEY_VALUE, HIDDEN), ("v_proj", HIDDEN, ALL)],
-        *[("gate_proj", HIDDEN, 2 * INTERMEDIATE), ("gate_proj", HIDDEN, INTERMEDIATE // 2)],
-        *[("up_proj", INTERMEDIATE, HIDDEN), ("up_proj", HIDDEN // 2, INTERMEDIATE)],
-        *[("o_proj", HIDDEN // 2, HIDDEN), ("o_proj", HIDDEN, HIDDEN // 2)],
-        *[("down_proj", HIDDEN, INTERMEDIATE), ("down_proj", INTERMEDIATE // 2, HIDDEN)],
-        *[("lm_head", VOCABULARY, HIDDEN), ("lm_head", HIDDEN, VOCABULARY // 2)],
-    ],
-)
+@pytest.mark.parametrize("layer_type", SHAPES)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_other_sizes_than_the_parts_are_refused(
-    layer_type: str, inputs: int, outputs: int, world_size: int
-) -> None:
-    """In the last layer, or in all of them, which could be stacked; in every process."""
-    own = "{} → {}".format(*SHAPES[layer_type])
-    for rank, layers in product(
-        range(world_size), (base.layers_of(layer_type), base.layers_of(layer_type)[-1:])
-    ):
+def test_other_sizes_than_the_parts_are_refused(layer_type: str, world_size: int) -> None:
+    own, other = SHAPES[layer_type], base.INTERMEDIATE // 2
+    wrong = [(own[0], other), (own[0], 2 * own[1]), (other, own[1]), (2 * own[0], own[1])]
+    layers = base.layers_of(layer_type)
+    for rank, sizes, some in product(range(world_size), wrong, (layers, layers[-1:])):
         made = base.tensors(types=[layer_type])
-        for layer in layers:
-            made |= base.pair(base.module_name(layer, layer_type), inputs, outputs)
-        problem = f"{base.module_name(layers[0], layer_type)}.*{inputs} → {outputs} .* {own}"
+        for layer in some:
+            made |= base.pair(base.module_name(layer, layer_type), *sizes)
+        name, model = base.module_name(some[0], layer_type), base.lorax_model(FLOAT32, world_size)
+        model.rank = rank
+        problem = f"{name}.*{sizes[0]} → {sizes[1]} .* {own[0]} → {own[1]}"
         with pytest.raises(IncompatibleAdapterError, match=problem):
-            load(
-                base.config(), base.lorax_model(world_size=world_size, rank=rank), made, layer_type
-            )
+            load(base.config(), model, made, layer_type)

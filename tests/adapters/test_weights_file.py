@@ -21,16 +21,8 @@ from adapters.small_base import WEIGHTS, loaded
 from common import Run, open_files, until
 from late_device.world import LATE
 from late_device.world import loaded as late_device
+from lorax_async import errors
 from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights, WeightsFile
-from lorax_async.errors import (
-    AdapterFormatError,
-    AdapterNotFoundError,
-    FetchError,
-    IntegrityError,
-    LoraxError,
-    UnsupportedAdapterError,
-    UsageError,
-)
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -60,9 +52,6 @@ def opens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
         yield seen
 
 
-# -- one file -------------------------------------------------------------------------------------
-
-
 async def test_it_holds_what_safetensors_reads(folder: Path) -> None:
     saved = load_file(folder / WEIGHTS)
     moved = folder / "part-1.safetensors"
@@ -85,37 +74,41 @@ def test_a_target_fits_and_a_file_that_changed_or_is_closed_gives_no_mixture(fol
     plain = torch.zeros(8, 840)
     with WeightsFile.open(folder) as file:
         for target in (plain.T, plain.half(), torch.zeros(840, 8).T, plain.to("meta")):
-            with pytest.raises(UsageError, match="does not fit"):
+            with pytest.raises(errors.UsageError, match="does not fit"):
                 file.read_into(A, target)
-        with pytest.raises(UsageError, match="no tensor 'x'"):
+        with pytest.raises(errors.UsageError, match="no tensor 'x'"):
             file.read("x")
         with (folder / WEIGHTS).open("r+b") as there:
             there.seek(-1, os.SEEK_END)
             there.write(b"x")
-        with pytest.raises(IntegrityError, match="changed"):
+        with pytest.raises(errors.IntegrityError, match="changed"):
             file.read(A)
     file.close()
-    with pytest.raises(FetchError, match="closed"):
+    with pytest.raises(errors.FetchError, match="closed"):
         file.read(A)
 
 
-STRANGE: list[tuple[str, Any, type[LoraxError], str]] = [
-    ("missing", None, AdapterNotFoundError, WEIGHTS),
-    ("cut", None, AdapterFormatError, "fetch it again"),
-    ("folder", None, AdapterFormatError, "a folder"),
-    ("pickle", None, AdapterFormatError, "pickle"),
-    ("none", {}, AdapterFormatError, "no tensors"),
-    ("flat", {A: torch.zeros(8)}, AdapterFormatError, r"shape \[8\]"),
-    ("int", {A: torch.zeros(8, 840, dtype=torch.int8)}, UnsupportedAdapterError, "I8"),
-    ("dora", {f"{A[:-9]}_magnitude_vector": torch.zeros(8)}, UnsupportedAdapterError, "DoRA"),
+STRANGE: list[tuple[str, Any, type[errors.LoraxError], str]] = [
+    ("missing", None, errors.AdapterNotFoundError, WEIGHTS),
+    ("cut", None, errors.AdapterFormatError, "fetch it again"),
+    ("folder", None, errors.AdapterFormatError, "a folder"),
+    ("pickle", None, errors.AdapterFormatError, "pickle"),
+    ("none", {}, errors.AdapterFormatError, "no tensors"),
+    ("flat", {A: torch.zeros(8)}, errors.AdapterFormatError, r"shape \[8\]"),
+    ("int", {A: torch.zeros(8, 840, dtype=torch.int8)}, errors.UnsupportedAdapterError, "I8"),
+    (
+        "dora",
+        {f"{A[:-9]}_magnitude_vector": torch.zeros(8)},
+        errors.UnsupportedAdapterError,
+        "DoRA",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("how", "content", "kind", "text"), STRANGE)
 def test_strange_files_are_refused_and_closed(
-    folder: Path, how: str, content: Any, kind: type[LoraxError], text: str
+    folder: Path, how: str, content: Any, kind: type[errors.LoraxError], text: str
 ) -> None:
-    """Also behind a path in place of a tensor, at the load."""
     config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
     module_map, names = config.map_weights_for_model(_lazily(path), model.weight_names)
     if how == "cut":
@@ -140,9 +133,6 @@ def test_strange_files_are_refused_and_closed(
     assert len(names) == 12
 
 
-# -- LoraWeights from it --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [5, 16, 64, 160])
@@ -163,7 +153,7 @@ def test_the_same_as_from_tensors(
             assert torch.equal(ours.weights_a, theirs.weights_a)
             assert torch.equal(ours.weights_b, theirs.weights_b)
     assert not names
-    with pytest.raises(FetchError, match="closed"):
+    with pytest.raises(errors.FetchError, match="closed"):
         LoraWeights.load(config, model, module_map, "q_proj", names)
 
 
@@ -180,7 +170,6 @@ def _lazily(*paths: Path | str) -> dict[str, Path | str]:
 def test_each_file_is_opened_once(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """By `load` where tensors are named by paths, and not at all where it is open."""
     config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
     saved = load_file(path)
     wanted = loaded(config, model, saved, "v_proj")
@@ -205,9 +194,6 @@ def test_each_file_is_opened_once(
     assert len(names) == 6
 
 
-# -- on a loop ------------------------------------------------------------------------------------
-
-
 class Reads:
     """Reads of files: in which threads; from number `after` on they wait until they may go on."""
 
@@ -225,7 +211,6 @@ class Reads:
         monkeypatch.setattr(os, "preadv", held)
 
     async def cancel(self, call: Coroutine[Any, Any, object]) -> None:
-        """Once a read is held."""
         task = asyncio.ensure_future(call)
         await until(lambda: len(self.threads) > self.after)
         task.cancel()
@@ -310,17 +295,12 @@ async def test_a_call_that_is_cancelled_before_its_thread_begins_reads_nothing(
     assert seen == []
 
 
-# -- on a device of its own -----------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def late() -> Iterator[None]:
     yield from late_device()
 
 
 class OnDevice:
-    """A model whose weights are on the device."""
-
     def __init__(self, host: LayoutModel) -> None:
         weight = torch.empty(1, 1, dtype=torch.float32, device=LATE)
         layer = base.ParallelLayer(base_layer=base.BaseLayer(linear=base.Linear(weight=weight)))
@@ -334,7 +314,6 @@ class OnDevice:
 
 
 def bytes_now(tensor: torch.Tensor) -> bytes:
-    """What memory holds at this moment, whatever streams have yet to do."""
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 

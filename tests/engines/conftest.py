@@ -46,13 +46,11 @@ def examples() -> Path:
 
 @pytest.fixture(scope="session")
 def small() -> Any:
-    """A tiny random decoder; a test leaves it as it was."""
     return llama()
 
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two adapters of the small model, on some of its linears each."""
     root = tmp_path_factory.mktemp("adapters")
     most = {"r": 4, "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj", "lm_head"]}
     return [
@@ -63,8 +61,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @dataclass(frozen=True)
 class Served:
-    """The small model with a loader attached, and both adapters resident."""
-
     loader: AdapterLoader
     attached: Attached
     first: AdapterHandle

@@ -1,15 +1,16 @@
-"""What attaching does to a model, which adapter each row uses, and what is refused.
-
-The oracle of answers is the model itself; PEFT's are in test_peft_equality.py.
-"""
+"""What attaching does to a model, which adapter each row uses, and what is refused."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import pickle
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ from lorax_async.engines.transformers import attach
 from lorax_async.testing import FakeSource
 from lorax_kernels import Plan
 from tiny_sources import state
-
-# -- what is attached to --------------------------------------------------------------------------
 
 
 class Flat(nn.Module):
@@ -84,49 +83,31 @@ def changed(name: str, module: nn.Module) -> Any:
 UP, TOKENS = "model.layers.1.mlp.up_proj", "model.embed_tokens"
 
 
-@pytest.mark.parametrize(
-    ("model", "layout_of", "settings", "problems"),
-    [
-        (
-            lambda: llama(intermediate_size=64),
-            llama,
-            {},  # gate, up and down of two layers, of which three are named
-            ["'model.layers.0.mlp.gate_proj' is 32 → 64, not 32 → 48", "(and 3 more)"],
-        ),
-        (
-            llama,
-            lambda: llama(num_hidden_layers=3),
-            {},
-            ["no module 'model.layers.2.self_attn.q_proj'"],
-        ),
-        (lambda: changed(UP, nn.Bilinear(1, 1, 1)), llama, {}, [f"'{UP}' is a Bilinear"]),
+ONE_MORE = partial(llama, num_hidden_layers=3)
+LOOKS = r"'model.embed_tokens' \(.*\) does not just look"
+
+
+async def test_another_base_is_refused_before_anything_is_replaced() -> None:
+    refused: list[tuple[Any, Any, Any, str]] = [
+        # gate, up and down of two layers, of which three are named
+        (partial(llama, intermediate_size=64), llama, {}, "32 → 64, not 32 → 48.*and 3 more"),
+        (llama, ONE_MORE, {}, "no module 'model.layers.2.self_attn.q_proj'"),
+        (partial(changed, UP, nn.Bilinear(1, 1, 1)), llama, {}, f"'{UP}' is a Bilinear"),
         # What such an embedding computes nobody here knows; a layout may have one (OPT's positions).
-        (lambda: changed(TOKENS, Doubled(64, 32)), llama, {}, ["(Doubled) does not just look"]),
-        (
-            lambda: changed(TOKENS, nn.Embedding(64, 32, max_norm=1.0)),
-            llama,
-            {},
-            ["'model.embed_tokens' (Embedding) does not just look"],
-        ),
-        (lambda: llama().bfloat16(), llama, {}, ["LoaderConfig(dtype='bfloat16')"]),
-        (llama, llama, {"dtype": "float16"}, ["LoaderConfig(dtype='float32')"]),
-        (lambda: llama().double(), llama, {}, ["float64"]),
-        (lambda: llama().to("meta"), llama, {}, ["the model is on meta"]),
-    ],
-)
-async def test_another_base_is_refused_before_anything_is_replaced(
-    model: Callable[[], Any], layout_of: Callable[[], Any], settings: Any, problems: list[str]
-) -> None:
-    made, config = model(), LoaderConfig(**{"device_bytes": 1 << 20} | settings)
-    async with AdapterLoader(layouts.from_module(layout_of()), config) as loader:
-        before = {name: vars(module).copy() for name, module in made.named_modules()}
-        with pytest.raises(ConfigError) as caught:
-            attach(made, loader)
-        assert {name: vars(module) for name, module in made.named_modules()} == before
-    assert all(problem in str(caught.value) for problem in problems)
-
-
-# -- detaching ------------------------------------------------------------------------------------
+        (partial(changed, TOKENS, Doubled(64, 32)), llama, {}, LOOKS),
+        (partial(changed, TOKENS, nn.Embedding(64, 32, max_norm=1.0)), llama, {}, LOOKS),
+        (lambda: llama().bfloat16(), llama, {}, r"LoaderConfig\(dtype='bfloat16'\)"),
+        (llama, llama, {"dtype": "float16"}, r"LoaderConfig\(dtype='float32'\)"),
+        (lambda: llama().double(), llama, {}, "float64"),
+        (lambda: llama().to("meta"), llama, {}, "the model is on meta"),
+    ]
+    for model, layout_of, settings, problem in refused:
+        made, config = model(), LoaderConfig(**{"device_bytes": 1 << 20} | settings)
+        async with AdapterLoader(layouts.from_module(layout_of()), config) as loader:
+            before = {name: vars(module).copy() for name, module in made.named_modules()}
+            with pytest.raises(ConfigError, match=problem):
+                attach(made, loader)
+            assert {name: vars(module) for name, module in made.named_modules()} == before
 
 
 def anatomy(model: Any) -> list[object]:
@@ -193,9 +174,6 @@ async def test_a_forward_that_somebody_else_replaced_is_kept_and_called(
     assert calls == [torch.Size([1, 5, 32])]
 
 
-# -- rows -----------------------------------------------------------------------------------------
-
-
 async def test_each_row_has_its_own_adapter(small: Any, served: Served) -> None:
     """A row's logits do not depend on its neighbours' adapters; base rows keep their bits."""
     attached, first, second = served.attached, served.first, served.second
@@ -242,7 +220,6 @@ async def test_a_mixed_batch_generates_what_its_rows_generate_alone(
 
 
 async def test_another_number_of_rows_is_refused(small: Any, served: Served) -> None:
-    """Beams and return sequences are such."""
     for count in (1, 3):
         for batch in ([served.second, None], [None, None]):
             with (
@@ -280,13 +257,9 @@ async def test_what_would_miss_the_adapter_or_round_is_refused(
         logits_of(small, prompt(1))
 
 
-# -- handles --------------------------------------------------------------------------------------
-
-
 async def test_only_open_handles_of_this_loader_are_rows(
     small: Any, adapters: list[Path], served: Served
 ) -> None:
-    """One that is refused leaves the others free."""
     served.attached.detach()
     async with serving(small) as (loader, attached), await loader.load(adapters[0]) as kept:
         released = await loader.load(adapters[1])
@@ -309,7 +282,6 @@ async def test_only_open_handles_of_this_loader_are_rows(
 async def test_a_handle_released_inside_the_block_keeps_its_adapter_to_its_end(
     small: Any, adapters: list[Path]
 ) -> None:
-    """With one slot: the second adapter gets it when the block ends, and not before."""
     async with serving(small, max_slots=1) as (loader, attached):
         handle = await loader.load(adapters[0])
         with attached.batch([handle]):
@@ -331,10 +303,7 @@ async def test_rows_of_an_adapter_that_turns_out_to_be_another_fail_and_the_othe
     for name, folder in zip(("a", "b"), adapters, strict=True):
         source.put(name, *tiny.files(folder))
     source.hold_verification("a")
-    async with (
-        serving(small, source=source) as (loader, attached),
-        await loader.load("b") as good,
-    ):
+    async with serving(small, source=source) as (loader, attached), await loader.load("b") as good:
         false = await loader.load("a")
         with attached.batch([None, good, false]):
             before = await asyncio.to_thread(logits_of, small, prompt(3))
@@ -351,9 +320,6 @@ async def test_rows_of_an_adapter_that_turns_out_to_be_another_fail_and_the_othe
         assert not torch.equal(after[2], before[2])
         false.release()
         await until(lambda: state(loader, "a") == "nowhere")
-
-
-# -- what the next pass finds ---------------------------------------------------------------------
 
 
 async def test_the_next_batch_of_the_same_rows_has_the_same_plan(
@@ -416,3 +382,70 @@ async def test_a_batch_shrinks_once_for_each_input(tmp_path: Path) -> None:
     assert first - third == 6
     torch.testing.assert_close(again, logits)
     assert (again - base).abs().max() > 10 * (again - logits).abs().max()
+
+
+async def test_tasks_and_threads_have_batches_of_their_own(small: Any, served: Served) -> None:
+    together = threading.Barrier(2)
+
+    def forward() -> list[torch.Tensor]:
+        together.wait(10)
+        return [logits_of(small, prompt(1)) for _ in range(20)]
+
+    async def one(handle: Any) -> list[torch.Tensor]:
+        with served.attached.batch([handle]):
+            return await asyncio.to_thread(forward)
+
+    handles = (served.first, served.second)
+    seen = await asyncio.gather(*map(one, handles))
+    for handle, logits in zip(handles, seen, strict=True):
+        with served.attached.batch([handle]):
+            expected = logits_of(small, prompt(1))
+        assert all(torch.equal(each, expected) for each in logits)
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+async def test_a_bare_thread_needs_the_context(small: Any, served: Served) -> None:
+    loop, forward = asyncio.get_running_loop(), partial(logits_of, small, prompt(1))
+    with ThreadPoolExecutor(1) as pool, served.attached.batch([served.first]):
+        expected = forward()
+        with pytest.raises(UsageError, match="copy_context"):
+            await loop.run_in_executor(pool, forward)
+        run = contextvars.copy_context().run
+        assert torch.equal(await loop.run_in_executor(pool, run, forward), expected)
+
+
+async def test_a_pass_that_outlives_its_block_stops_and_then_frees_its_adapter(
+    small: Any, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a task that awaits `asyncio.to_thread` is cancelled: the thread goes on."""
+    inside, go_on = threading.Event(), threading.Event()
+    linear = small.model.layers[1].self_attn.q_proj
+    base: Callable[[torch.Tensor], torch.Tensor] = linear.forward
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        inside.set()
+        go_on.wait(10)
+        return base(x)
+
+    monkeypatch.setattr(linear, "forward", slow)
+    async with serving(small, max_slots=1) as (loader, attached):
+        handle = await loader.load(adapters[0])
+        with attached.batch([handle]):
+            forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+            await asyncio.to_thread(inside.wait, 10)
+        handle.release()
+        waiting = asyncio.create_task(loader.load(adapters[1]))
+        await asyncio.wait([waiting], timeout=0.1)
+        assert not waiting.done()  # the linear still reads the first adapter's bytes
+        go_on.set()
+        with pytest.raises(UsageError, match="block of this batch was left"):
+            await forward
+        async with asyncio.timeout(10), await waiting:
+            pass
+
+
+async def test_a_task_that_starts_after_its_block_is_refused(small: Any, served: Served) -> None:
+    with served.attached.batch([None]):
+        late = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+    with pytest.raises(UsageError, match="block of this batch was left"):
+        await late

@@ -84,9 +84,6 @@ def at_each_step(meet: Meet, scenario: Callable[[Meeting], None]) -> None:
             return
 
 
-# -- plans and the gate ---------------------------------------------------------------------------
-
-
 def test_two_threads_make_one_plan_and_one_that_is_being_made_is_forgotten(meet: Meet) -> None:
     for forgets in (False, True):
         meeting, made = meet(0), list[object]()
@@ -138,9 +135,6 @@ def test_two_threads_that_leave_somebody_out_leave_both_out(meet: Meet) -> None:
         scenario(meet(at))
 
 
-# -- a batch --------------------------------------------------------------------------------------
-
-
 def begun(meeting: Meeting) -> tuple[Batch, list[str]]:
     """A batch of which every look at a field is a step; and what became of its adapter."""
 
@@ -181,8 +175,6 @@ def test_a_layer_that_begins_while_the_block_ends_keeps_its_adapters_or_is_refus
 
 
 def test_two_layers_that_end_at_once_are_both_over(meet: Meet) -> None:
-    """And the block with them."""
-
     def scenario(meeting: Meeting) -> None:
         batch, seen = begun(meeting)
         layers = [batch.computing() for _ in range(2)]

@@ -1,8 +1,4 @@
-"""Biases, magnitudes and embeddings on tiny models of several makes, as PEFT's active model has them.
-
-What is applied, how long it is kept, in shards, and what is refused. On the real base, in mixed
-batches and generation: test_peft_equality.py.
-"""
+"""Biases, magnitudes and embeddings on tiny models of several makes: answers are PEFT's."""
 
 from __future__ import annotations
 
@@ -64,9 +60,6 @@ CONV = {"r": 4, "target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out"
 async def served(model: Any, adapter: Path) -> AsyncIterator[tuple[Attached, AdapterHandle]]:
     async with serving(model) as (loader, attached), await loader.load(adapter) as handle:
         yield attached, handle
-
-
-# -- other makes ----------------------------------------------------------------------------------
 
 
 def gpt2() -> Any:
@@ -141,12 +134,10 @@ async def test_bf16_is_as_near_to_float32_as_pefts_and_autocast_is_refused(
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).norm() < 1.5 * (theirs.float() - exact).norm()
     async with served(small, adapter) as (attached, handle):
-        with (
-            attached.batch([handle]),
-            torch.autocast("cpu", torch.bfloat16),
-            pytest.raises(UsageError, match="autocast"),
-        ):
+        autocast, refused = torch.autocast("cpu", torch.bfloat16), pytest.raises(UsageError)
+        with attached.batch([handle]), autocast, refused as caught:
             logits_of(small, prompt(1))
+        assert "autocast" in str(caught.value)
 
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -166,13 +157,9 @@ async def test_what_was_measured_in_one_grad_mode_serves_in_the_others(
     small.zero_grad(set_to_none=True)
 
 
-# -- a stay in a slot -----------------------------------------------------------------------------
-
-
 async def test_rows_are_measured_once_in_a_stay(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two adapters take turns in one slot: neither gets what was measured for the other."""
     first = save(llama(), DORA, tmp_path / "first")
     second = save(llama(), {**DORA, "r": 6}, tmp_path / "second")
     expected = [pefts(llama(), adapter, prompt(2)) for adapter in (first, second)]
@@ -199,8 +186,6 @@ async def test_rows_are_measured_once_in_a_stay(
 
 
 def test_factors_are_there_when_they_are_known_and_forgotten_with_their_stay() -> None:
-    """Whatever stream the next pass computes on."""
-
     class Stay:
         """In place of a stay's vectors, by which factors are known."""
 
@@ -246,8 +231,6 @@ async def test_layers_are_waited_for(small: Any, tmp_path: Path, lora: dict[str,
             assert torch.equal(await forward, expected)
 
 
-# -- shards ---------------------------------------------------------------------------------------
-
 WORLD = 2
 UP = "model.layers.1.mlp.up_proj"
 
@@ -266,7 +249,6 @@ def share(rank: int) -> Any:
 
 
 async def output(rank: int, adapter: Path, x: torch.Tensor) -> torch.Tensor:
-    """What a rank's module makes of its input, for one row with the adapter."""
     layout = layouts.from_module(llama()).replicate("lm_head")
     config = LoaderConfig(device_bytes=1 << 20, shard=Shard(rank, WORLD))
     model = share(rank)
@@ -296,9 +278,6 @@ async def test_a_rank_has_the_features_of_its_rows_and_refuses_those_for_after_t
     row = save(llama(), {**lora, "target_modules": ["up_proj", "down_proj"]}, tmp_path / "row")
     with pytest.raises(UsageError, match=r"'model.layers.0.mlp.down_proj', of which Shard\(rank=1"):
         await output(1, row, x)
-
-
-# -- refused --------------------------------------------------------------------------------------
 
 
 class Packed(nn.Linear):
@@ -353,7 +332,6 @@ MAGNITUDE = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector
 async def test_what_a_load_refuses(
     device: str, how: str, text: str, small: Any, tmp_path: Path
 ) -> None:
-    """A magnitude that is no number, one that is not there, and a file that ends within one."""
     adapter = save(llama(), DORA, tmp_path / "adapter")
     made, file = load_file(adapter / WEIGHTS), adapter / WEIGHTS
     made[MAGNITUDE][3] = torch.nan
@@ -369,7 +347,6 @@ async def test_what_a_load_refuses(
 
 
 async def test_a_file_with_the_bases_embedding_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    """What PEFT writes unless it is told not to."""
     model = llama()
     with wrapped(model, TOKENS) as peft, pytest.warns(UserWarning, match="save_embedding_layers"):
         peft.save_pretrained(tmp_path)

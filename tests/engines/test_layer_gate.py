@@ -32,7 +32,6 @@ Rows = list[AdapterHandle | None]
 
 
 async def logits_with_all(small: Any, adapters: list[Path], **settings: Any) -> torch.Tensor:
-    """Of the rows [warm, cold, None] with everything there."""
     async with (
         serving(small, **settings) as (loader, attached),
         await loader.load(adapters[1]) as warm,
@@ -48,7 +47,6 @@ def forward(small: Any, rows: int = 3) -> asyncio.Task[torch.Tensor]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set when a pass waits for a layer."""
     event, real = threading.Event(), AdapterHandle.wait_layer
 
     def wait_layer(*args: Any, **kwargs: Any) -> None:
@@ -57,9 +55,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     monkeypatch.setattr(AdapterHandle, "wait_layer", wait_layer)
     return event
-
-
-# -- beside others --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,7 +113,6 @@ async def test_where_rows_may_be_out_no_product_is_of_several_adapters(
 async def test_a_layer_within_the_budget_is_waited_for(
     small: Any, adapters: list[Path], source: FakeSource, waits: threading.Event
 ) -> None:
-    """And each pass has the whole budget: a second one is not out for what the first has waited."""
     whole = await logits_with_all(small, adapters)
     async with streaming(small, source) as (attached, warm, cold):
         with attached.batch([warm, cold, None], budget=60.0) as gate:
@@ -137,7 +131,6 @@ async def test_a_layer_within_the_budget_is_waited_for(
 async def test_an_adapter_that_ends_takes_out_its_own_rows(
     small: Any, source: FakeSource, waits: threading.Event, ends: str
 ) -> None:
-    """In mid-stream, or between the scheduler's choice and the pass."""
     if ends != "is released":
         source.fail("bring", FetchError("the line is down"), id="cold", at=1)
     async with streaming(small, source) as (attached, warm, cold):
@@ -248,9 +241,6 @@ async def test_a_budget_is_a_number_of_seconds(served: Served) -> None:
     for budget in (-1.0, float("inf"), float("nan")):
         with pytest.raises(UsageError, match="budget"):
             served.attached.batch([served.first], budget).__enter__()
-
-
-# -- alone: nobody else could be computed meanwhile -----------------------------------------------
 
 
 async def test_who_is_alone_waits_beyond_the_budget(

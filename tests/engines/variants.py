@@ -101,7 +101,6 @@ def save(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
 ) -> Path:
-    """Write an adapter of `model` as PEFT does, then cast its file."""
     with wrapped(model, lora, seed) as peft_model:
         # An lm_head among the targets is LoRA like the others; the base's own weight is not needed.
         peft_model.save_pretrained(folder, save_embedding_layers=False)
@@ -132,7 +131,6 @@ def active(model: Any, **folders: Path) -> Iterator[Any]:
 
 
 def llama(**changes: Any) -> Any:
-    """A random decoder of two layers, in float32."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -179,7 +177,6 @@ async def streaming(
 async def logits_with(
     model: Any, adapter: Path, inputs: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Ours, computed in a thread, with the same adapter for all rows."""
     rows = len(inputs["input_ids"])
     async with serving(model) as (loader, attached), await loader.load(adapter) as handle:
         with attached.batch([handle] * rows):

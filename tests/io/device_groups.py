@@ -1,18 +1,23 @@
-"""Groups of weights to copy, with what should be on the device then: for tests of devices."""
+"""Groups of weights to copy, and what every `Device` keeps to then.
+
+A module with a class of `DeviceConformance` has a fixture `new_device`, which makes devices for
+`LAYOUT` and closes them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import pytest
 import torch
 
 from lorax_async.core.arena import Extent
 from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.core.moves import Read, Row
-from lorax_async.io.devices.gated import POISON
+from lorax_async.errors import CapacityError, FetchError, LoraxError, UsageError
 from lorax_async.io.ports import CopyTicket, Device, FilePieces, StagedPiece
 from lorax_kernels import Operands, Tables
 
@@ -47,7 +52,6 @@ Made = TypeVar("Made", bound=Device)
 
 
 def made_by(kind: Callable[..., Made]) -> Iterator[Callable[..., Made]]:
-    """What a fixture `new_device` yields: makes devices, and closes them afterwards."""
     devices: list[Made] = []
 
     def make(
@@ -146,7 +150,6 @@ def group(seed: int, modules: Sequence[int], dtype: str = "F32", rank: int = 8) 
 
 
 def begin(device: Device, made: Group, extent: Extent, slot: int) -> CopyTicket:
-    """Ask for the copy, in the way that the device has."""
     if device.reads_files:
         return device.copy(made.file_pieces(), made.rows, extent, slot)
     piece = made.staged(device)
@@ -161,23 +164,7 @@ def move(device: Device, made: Group, extent: Extent, slot: int) -> None:
 
 
 def settle(device: Device) -> None:
-    """Wait until all that was asked for has taken effect; what has no ticket, too."""
     move(device, Group(b"", (), (), bytes(64), {}), extent(ARENA // EXTENT - 1), 0)
-
-
-def when_done(ticket: CopyTicket, look: Callable[[], None]) -> None:
-    """Look at the moment the ticket becomes done, in the thread that says so."""
-    looked: Future[None] = Future()
-
-    def called(_: CopyTicket) -> None:
-        try:
-            look()
-            looked.set_result(None)
-        except BaseException as error:
-            looked.set_exception(error)
-
-    ticket.add_done_callback(called)
-    looked.result(10)
 
 
 def extent(number: int) -> Extent:
@@ -208,7 +195,6 @@ def holds(device: TabledDevice, slot: int, expected: dict[int, Operands]) -> Non
 
 
 def shows(device: Device, made: Group, where: Extent) -> None:
-    """The device's view of the extent, and of any part of it, has the group's bytes."""
     whole = device.view(where)
     assert (whole.dtype, whole.shape) == (torch.uint8, (where.nbytes,))
     assert device.view(where).data_ptr() == whole.data_ptr()
@@ -223,16 +209,223 @@ OLD, NEW = group(1, [0, 1]), group(2, [0, 1])
 """They have the same shapes, and so the same places in an extent."""
 
 
-def weights(device: Device, slot: int = 0) -> torch.Tensor:
-    """A of module 0: a view, which shows what is there whenever it is looked at."""
-    operands = device.operands(0, slot)
-    assert operands is not None
-    return operands[0]
+NAN_BYTE = 0xFF
+"""Memory full of it is NaN in every dtype."""
+
+IMPOSSIBLE = [1 << 60, 1 << 63, 1 << 80]
 
 
-def is_of(made: Group, seen: torch.Tensor) -> bool:
-    return torch.equal(seen, made.weights[0][0])
+class DeviceConformance:
+    @pytest.fixture
+    def device(self, new_device: NewDevice) -> TabledDevice:
+        (device := new_device()).open()
+        return device
+
+    @pytest.mark.parametrize("dtype", TORCH)
+    def test_what_was_copied_is_there(self, new_device: NewDevice, dtype: str) -> None:
+        device = new_device(dtype=dtype)
+        device.open()
+        first, second = group(1, [0, 1], dtype), group(2, [2, 3], dtype, rank=16)
+        move(device, second, extent(3), 1)
+        move(device, first, extent(1), 1)
+        holds(device, 1, first.weights | second.weights)
+        shows(device, first, extent(1))
+        shows(device, second, extent(3))
+        for slot in (0, 2):
+            holds(device, slot, {})
+
+    def test_tables_are_as_the_kernels_expect(self, device: TabledDevice) -> None:
+        assert (device.address.dtype, device.address.shape) == (torch.int64, (2, 4, SLOTS))
+        assert (device.rank.dtype, device.rank.shape) == (torch.int32, (4, SLOTS))
+        assert (device.scale.dtype, device.scale.shape) == (torch.float32, (4, SLOTS))
+        for slot in range(SLOTS):
+            holds(device, slot, {})
+        assert device.alignment % 64 == 0
+        move(device, group(1, [0]), extent(1), 0)
+        assert (device.address[:, 0, 0].cpu() % device.alignment).tolist() == [0, 0]
+
+    def test_neighbours_are_left_alone(self, device: TabledDevice) -> None:
+        groups = [group(n, [0, 3]) for n in range(3)]
+        size = START + len(groups[0].image)
+        assert size % device.alignment == 0
+        for n in (0, 2, 1):
+            move(device, groups[n], Extent(n * size, size), n)
+        for n in range(3):
+            holds(device, n, groups[n].weights)
+
+    def test_a_cleared_column_names_nobody(self, device: TabledDevice) -> None:
+        """Nor does the next tenant see anything of the last; the tables stay where they are."""
+        stays = group(9, [0, 1, 3])
+        tables = [table.data_ptr() for table in (device.address, device.rank, device.scale)]
+        move(device, stays, extent(2), 1)
+        for seed, modules in ((1, [0, 1]), (2, [1, 2]), (3, [3])):
+            made = group(seed, modules, rank=8 * seed)
+            move(device, made, extent(seed % 2), 0)
+            holds(device, 0, made.weights)
+            device.clear_column(0)
+        settle(device)
+        holds(device, 0, {})
+        holds(device, 1, stays.weights)
+        assert tables == [table.data_ptr() for table in (device.address, device.rank, device.scale)]
+
+    def test_what_is_wiped_is_zero(self, device: TabledDevice) -> None:
+        gone, stays = group(1, [0, 1]), group(2, [2, 3])
+        for place, made in ((0, gone), (2, gone), (1, stays)):
+            move(device, made, extent(place), place)
+        assert device.wipe([extent(0), extent(2)]).result(10) is None
+        for place in (0, 2):
+            assert not device.view(extent(place)).cpu().any()
+        shows(device, stays, extent(1))
+        holds(device, 1, stays.weights)
+
+    def test_what_is_asked_for_takes_effect_in_order(self, device: TabledDevice) -> None:
+        """Copies, clearings and wipes; nobody waits in between, and extents change their owners."""
+        groups = [group(n, [n % 4, (n + 1) % 4]) for n in range(8)]
+        tickets = [device.wipe([])]
+        for n, made in enumerate(groups):
+            for slot in (0, 1):
+                device.clear_column(slot)
+            tickets += [device.wipe([extent(1)]), begin(device, made, extent(1), n % 2)]
+        tickets += [begin(device, groups[0], extent(2), 2), device.wipe([extent(2)])]
+        for ticket in tickets:
+            ticket.result(10)
+        holds(device, 0, {})
+        holds(device, 1, groups[7].weights)
+        assert not device.view(extent(2)).cpu().any()
+
+    def test_copies_side_by_side(self, device: TabledDevice) -> None:
+        groups = [group(n, [2 * (n % 2), 2 * (n % 2) + 1]) for n in range(2 * SLOTS)]
+        with ThreadPoolExecutor(4) as threads:
+            places = [(made, extent(n), n // 2) for n, made in enumerate(groups)]
+            assert list(threads.map(lambda place: move(device, *place), places)) == [None] * 6
+        for slot in range(SLOTS):
+            holds(device, slot, groups[2 * slot].weights | groups[2 * slot + 1].weights)
+
+    def test_a_stream_that_waits_for_a_copy_finds_it(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1])
+        ticket = begin(device, made, extent(2), 1)
+        device.wait_for(ticket)
+        device.note_use().result(10)
+        assert device.rank[:, 1].cpu().tolist() == [8, 8, 0, 0]
+        ticket.result(10)
+        holds(device, 1, made.weights)
+        device.wait_for(ticket)
+        assert device.note_use().result(10) is None
+
+    def test_tickets_of_another_device(self, new_device: NewDevice) -> None:
+        (device := new_device()).open()
+        (other := new_device()).open()
+        ticket = begin(other, group(1, [0]), extent(0), 0)
+        with pytest.raises(UsageError, match="another device"):
+            device.wait_for(ticket)
+        ticket.result(10)
+        other.wait_for(ticket)
+
+    @pytest.mark.parametrize("nbytes", IMPOSSIBLE)
+    def test_memory_beyond_the_machine(self, new_device: NewDevice, nbytes: int) -> None:
+        (device := new_device()).open()
+        too_large = new_device(nbytes=nbytes)
+        for ask in (lambda: device.staging_memory(nbytes), too_large.open):
+            with pytest.raises(CapacityError, match=f"{nbytes:,} bytes"):
+                ask()
+        too_large.close()
+        made = group(1, [0])
+        move(device, made, extent(0), 0)
+        holds(device, 0, made.weights)
+
+    def test_it_is_opened_once_and_closed_any_number_of_times(self, new_device: NewDevice) -> None:
+        new_device().close()
+        device, made = new_device(), group(1, [0])
+        device.open()
+        move(device, made, extent(0), 0)
+        with pytest.raises(UsageError, match="make a new one"):
+            device.open()
+        holds(device, 0, made.weights)
+        operands = device.operands(0, 0)
+        tickets = [begin(device, group(n, [n]), extent(n), 1) for n in range(1, 4)]
+        tickets.append(device.note_use())
+        device.close()
+        assert [ticket.done() for ticket in tickets] == [True] * 4
+        device.close()
+        with pytest.raises(UsageError, match="make a new one"):
+            device.open()
+        assert operands is not None
+        assert torch.equal(operands[0].cpu(), made.weights[0][0])
+        assert torch.equal(operands[1].cpu(), made.weights[0][1])
 
 
-def is_poison(seen: torch.Tensor) -> bool:
-    return bool((seen.view(torch.uint8) == POISON).all())
+class FileDeviceConformance(DeviceConformance):
+    """Of devices that read files: the arena is host memory."""
+
+    def test_bytes_come_before_rows(self, device: TabledDevice) -> None:
+        made, seen = group(1, [0, 1]), []
+
+        def look() -> None:
+            seen.append((int(device.rank.count_nonzero()), device.operands(0, 0)))
+
+        device.copy(made.file_pieces(look), made.rows, extent(0), 0).result(10)
+        assert seen
+        assert set(seen) == {(0, None)}
+        holds(device, 0, made.weights)
+
+    def test_nothing_else_is_written(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1])
+        memory = device.host_view(Extent(0, ARENA))
+        memory.fill_(NAN_BYTE)
+        move(device, made, extent(2), 0)
+        untouched = torch.ones(ARENA, dtype=torch.bool)
+        for part in made.written:
+            untouched[extent(2).offset + part.start : extent(2).offset + part.stop] = False
+        assert untouched.sum() < ARENA
+        assert (memory[untouched] == NAN_BYTE).all()
+        holds(device, 0, made.weights)
+
+    def test_what_was_written_before_the_copy_counts(self, device: TabledDevice) -> None:
+        """Converted tensors come this way: the copy has rows, and nothing to read."""
+        made = group(1, [0, 3])
+        memory = device.host_view(extent(1))
+        assert (memory.dtype, memory.shape) == (torch.uint8, (EXTENT,))
+        memory[START : START + len(made.image)] = torch.tensor(list(made.image))
+        device.copy(FilePieces(BytesReader(b""), ()), made.rows, extent(1), 2).result(10)
+        holds(device, 2, made.weights)
+        operands = device.operands(0, 2)
+        assert operands is not None
+        assert operands[0].data_ptr() == memory.data_ptr() + made.rows[0].a
+
+    def test_a_failed_read_writes_no_row(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1])
+
+        def fail() -> None:
+            raise FetchError("the disk is on fire")
+
+        with pytest.raises(FetchError, match="on fire"):
+            device.copy(made.file_pieces(fail), made.rows, extent(0), 0).result(10)
+        holds(device, 0, {})
+        move(device, made, extent(0), 0)
+        holds(device, 0, made.weights)
+
+
+class StagedDeviceConformance(DeviceConformance):
+    """Of devices with memory of their own."""
+
+    def test_what_it_cannot_do_it_refuses(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1])
+        with pytest.raises(UsageError, match="host memory"):
+            device.host_view(extent(0))
+        with pytest.raises(LoraxError, match="read files"):
+            device.copy(made.file_pieces(), made.rows, extent(0), 0)
+        settle(device)
+        holds(device, 0, {})
+        move(device, made, extent(0), 0)
+        holds(device, 0, made.weights)
+
+    def test_a_group_may_come_in_pieces(self, device: TabledDevice) -> None:
+        made = group(1, [0, 1, 2, 3])
+        cuts = [0, 192, 1024, len(made.image)]
+        pieces = [
+            staged(device, made.image[start:stop], START + start)
+            for start, stop in zip(cuts, cuts[1:], strict=False)
+        ]
+        for piece, rows in ((pieces[2], ()), (pieces[0], ()), (pieces[1], made.rows)):
+            device.copy(piece, rows, extent(1), 1).result(10)
+        holds(device, 1, made.weights)

@@ -9,14 +9,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from typing import Any
 
 import pytest
 import torch
-from device_conformance import StagedDeviceConformance
 from device_groups import (
     ARENA,
     EXTENT,
@@ -26,6 +25,7 @@ from device_groups import (
     SHAPES,
     SLOTS,
     Group,
+    StagedDeviceConformance,
     begin,
     extent,
     holds,
@@ -38,16 +38,9 @@ from common import our_threads
 from late_device import build
 from late_device.build import POISON
 from late_device.world import bytes_now, loaded
+from lorax_async import errors
 from lorax_async.core.arena import Extent
 from lorax_async.core.moves import Row
-from lorax_async.errors import (
-    CapacityError,
-    ConfigError,
-    InternalError,
-    LoraxError,
-    TransferError,
-    UsageError,
-)
 from lorax_async.io.devices import cuda, device_memory
 from lorax_async.io.devices.columns import IMAGES, Columns
 from lorax_async.io.devices.cuda import CudaDevice
@@ -63,23 +56,11 @@ _PRODUCTS = 200  # some tenths of a second
 
 
 def devices_of(kind: str) -> Iterator[Made]:
-    """For a fixture `new_device`."""
-    if kind == "late":
-        with contextmanager(loaded)():
-            yield from made_by(partial(CudaDevice, device=kind))
-        return
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or accelerator.type != kind:
-        pytest.skip(f"{kind} is not this process's accelerator")
-    yield from made_by(partial(CudaDevice, device=kind))
-
-
-def opened_devices(kind: str) -> Iterator[CudaDevice]:
-    """For a fixture `device`."""
-    for make in devices_of(kind):
-        device = make()
-        device.open()
-        yield device
+    with contextmanager(loaded)() if kind == "late" else nullcontext():
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None or accelerator.type != kind:
+            pytest.skip(f"{kind} is not this process's accelerator")
+        yield from made_by(partial(CudaDevice, device=kind))
 
 
 class _Witness(torch.Tensor):
@@ -106,10 +87,6 @@ def copy_stream(device: CudaDevice) -> torch.Stream:
         device.copy(piece, (), Extent(ARENA - EXTENT, EXTENT), 0).result(10)
         _copy_streams[device] = _Witness.seen
     return _copy_streams[device]
-
-
-def compute_stream(device: CudaDevice) -> torch.Stream:
-    return torch.Stream(device=device.name)
 
 
 @contextmanager
@@ -140,18 +117,9 @@ def read_on(stream: torch.Stream, source: torch.Tensor, into: torch.Tensor) -> N
 
 
 def stays_queued(stream: torch.Stream) -> None:
-    """What is on it does not run, however much time it has."""
     for _ in range(30):
         assert not stream.query()
         time.sleep(0.001)
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    for _ in range(5000):
-        if condition():
-            return
-        time.sleep(0.001)
-    raise AssertionError("it never happened")
 
 
 Column = tuple[list[list[int]], list[float], list[int]]
@@ -159,23 +127,17 @@ Column = tuple[list[list[int]], list[float], list[int]]
 
 def column_now(device: CudaDevice, slot: int) -> Column:
     """Addresses `[modules][A, B]`, scales and ranks, whatever streams have yet to do."""
-    return (
-        _now(device.address)[:, :, slot].T.tolist(),
-        _now(device.scale)[:, slot].tolist(),
-        _now(device.rank)[:, slot].tolist(),
-    )
 
+    def now(table: torch.Tensor) -> torch.Tensor:
+        content = table.untyped_storage()
+        there = bytearray(ctypes.string_at(content.data_ptr(), content.nbytes()))
+        words = torch.frombuffer(there, dtype=table.dtype)
+        return words.as_strided(table.shape, table.stride(), table.storage_offset())[..., slot]
 
-def _now(table: torch.Tensor) -> torch.Tensor:
-    content = table.untyped_storage()
-    words = torch.frombuffer(
-        bytearray(ctypes.string_at(content.data_ptr(), content.nbytes())), dtype=table.dtype
-    )
-    return words.as_strided(table.shape, table.stride(), table.storage_offset())
+    return now(device.address).T.tolist(), now(device.scale).tolist(), now(device.rank).tolist()
 
 
 def column_of(device: CudaDevice, made: Group, offset: int) -> Column:
-    """What the column of a slot is to be that has this group alone."""
     base = device.view(Extent(offset, 1)).data_ptr()
     addresses, scales, ranks = [[0, 0]] * len(SHAPES), [0.0] * len(SHAPES), [0] * len(SHAPES)
     for row in made.rows:
@@ -192,7 +154,8 @@ def step(device: CudaDevice) -> None:
     """Let the copy stream of a late device, which is held, do one thing."""
     left = build.pending() - 1
     build.allow(1, copy_stream(device))
-    eventually(lambda: build.pending() == left)
+    while build.pending() != left:
+        time.sleep(0.001)
 
 
 LOST = r"late:0: the device was lost \(late device error.*restart the process"
@@ -205,19 +168,19 @@ def new_device(request: pytest.FixtureRequest) -> Iterator[Made]:
 
 @pytest.fixture
 def new_late() -> Iterator[Made]:
-    """Of the late device, which can be told to fail."""
     yield from devices_of("late")
 
 
-@pytest.fixture(params=KINDS)
-def device(request: pytest.FixtureRequest) -> Iterator[CudaDevice]:
-    yield from opened_devices(request.param)
+@pytest.fixture
+def device(new_device: Made) -> CudaDevice:
+    (device := new_device()).open()
+    return device
 
 
 @pytest.fixture
-def late() -> Iterator[CudaDevice]:
-    """For tests that tell the device to fail, or let its streams do one thing after the other."""
-    yield from opened_devices("late")
+def late(new_late: Made) -> CudaDevice:
+    (device := new_late()).open()
+    return device
 
 
 class TestCudaDevice(StagedDeviceConformance):
@@ -228,12 +191,14 @@ class TestOpening:
     @pytest.mark.parametrize("name", ["late:2", "cuda:5", "cuda", "cpu", "xpu:0"])
     def test_no_such_device_here(self, new_late: Made, name: str) -> None:
         for wrong in ("gpu", "cuda:x", "late:", ""):
-            with pytest.raises(ConfigError, match="no device"):
+            with pytest.raises(errors.ConfigError, match="no device"):
                 CudaDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS, device=wrong)
         build.show_devices(2)
         device = CudaDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS, device=name)
         for ask in (device.open, lambda: device.staging_memory(64)):
-            with pytest.raises(ConfigError, match=rf"no {name}; this machine has 2|not available"):
+            with pytest.raises(
+                errors.ConfigError, match=rf"no {name}; this machine has 2|not available"
+            ):
                 ask()
         device.close()
 
@@ -265,13 +230,14 @@ class TestOpening:
     def test_no_room_on_the_device_or_the_host(
         self, new_late: Made, monkeypatch: pytest.MonkeyPatch, pinned: int
     ) -> None:
-        """Nothing stays, not even in the error; and then there is room."""
         device = new_late()
         if pinned == 0:
             build.fail_allocations(device=1)
         else:
             monkeypatch.setattr(device_memory, "pinned", failing_at(pinned))
-        with pytest.raises(CapacityError, match=f"{ARENA:,} bytes and 3 slots.*lower") as caught:
+        with pytest.raises(
+            errors.CapacityError, match=f"{ARENA:,} bytes and 3 slots.*lower"
+        ) as caught:
             device.open()
         assert not tensors_of("late")
         assert "out of memory" in str(caught.value)
@@ -289,7 +255,7 @@ class TestOpening:
 
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
-            with pytest.raises(CapacityError, match="lorax-watch-uses"):
+            with pytest.raises(errors.CapacityError, match="lorax-watch-uses"):
                 device.open()
         assert not our_threads()
         assert tensors_of("late") == []
@@ -299,7 +265,9 @@ class TestOpening:
         device = new_late()
         device.open()
         build.fail_allocations(pinned=1)
-        with pytest.raises(CapacityError, match=r"4,096 bytes of pinned.*lower staging_bytes"):
+        with pytest.raises(
+            errors.CapacityError, match=r"4,096 bytes of pinned.*lower staging_bytes"
+        ):
             device.staging_memory(4096)
         assert device.staging_memory(4096).is_pinned()
 
@@ -339,14 +307,13 @@ class TestCopying:
         ticket = begin(late, NEW, extent(0), 0)
         for stream, problem in streams:
             for ask in (late.note_use, lambda each: late.wait_for(ticket, each)):
-                with pytest.raises(UsageError, match=problem):
+                with pytest.raises(errors.UsageError, match=problem):
                     ask(stream)
         ticket.result(10)
 
 
 class TestClosing:
     def test_waits_for_all_that_is_on_its_way(self, device: CudaDevice) -> None:
-        """As does a second one; and tickets cannot be cancelled."""
         piece, compute = NEW.staged(device), torch.Stream(device=device.name)
         with ThreadPoolExecutor(2) as threads:
             with held(compute), held(copy_stream(device)):
@@ -371,29 +338,29 @@ class TestClosing:
             device.note_use,
         ]
         for ask in asks:
-            with pytest.raises(UsageError, match="not open"):
+            with pytest.raises(errors.UsageError, match="not open"):
                 ask()
         device.open()
         done = device.copy(piece, NEW.rows, extent(0), 0)
         device.close()
         for ask in asks:
-            with pytest.raises(UsageError, match="not open"):
+            with pytest.raises(errors.UsageError, match="not open"):
                 ask()
         assert device.operands(0, 0) is None
         assert not tensors_of(torch.device(device.name).type)
         device.wait_for(done)
 
 
-def failing(ticket: CopyTicket) -> LoraxError:
+def failing(ticket: CopyTicket) -> errors.LoraxError:
     error = ticket.exception(10)
-    assert isinstance(error, LoraxError)
+    assert isinstance(error, errors.LoraxError)
     return error
 
 
 class TestALostDevice:
     def test_copies_on_their_way_fail_for_good(self, late: CudaDevice) -> None:
         """Whoever waits for one hears of it from its ticket alone; the device can be closed."""
-        build.hold(compute := compute_stream(late))
+        build.hold(compute := torch.Stream(device=late.name))
         read_on(compute, late.rank, late.rank.clone())
         use = late.note_use(compute)
         build.hold(copy_stream(late))
@@ -403,13 +370,13 @@ class TestALostDevice:
         build.lose()
         assert use.result(10) is None, "uses of it have ended"
         late.wait_for(tickets[0])
-        errors = [failing(ticket) for ticket in tickets]
-        for error in errors:
-            assert type(error) is TransferError
+        failures = [failing(ticket) for ticket in tickets]
+        for error in failures:
+            assert type(error) is errors.TransferError
             assert not error.retryable
-            with pytest.raises(TransferError, match=LOST):
+            with pytest.raises(errors.TransferError, match=LOST):
                 raise error
-        assert len(set(map(id, errors))) == 4  # raising collects frames
+        assert len(set(map(id, failures))) == 4  # raising collects frames
         assert late.operands(0, 0) is None
         late.wait_for(tickets[0])
         late.clear_column(0)
@@ -422,13 +389,13 @@ class TestALostDevice:
         done, piece = begin(late, OLD, extent(1), 1), NEW.staged(late)
         done.result(10)
         build.lose()
-        with pytest.raises(TransferError, match=LOST):
+        with pytest.raises(errors.TransferError, match=LOST):
             late.copy(piece, NEW.rows, extent(0), 0).result(10)
         if works_again:
             build.restore()
-        with pytest.raises(TransferError, match=LOST):
+        with pytest.raises(errors.TransferError, match=LOST):
             late.wipe([extent(0)])
-        with pytest.raises(TransferError, match=LOST) as caught:
+        with pytest.raises(errors.TransferError, match=LOST) as caught:
             late.copy(piece, NEW.rows, extent(0), 0)
         assert not caught.value.retryable
         late.clear_column(0)
@@ -447,11 +414,7 @@ class TestOutOfMemory:
         ],
     )
     def test_is_the_tickets_and_not_before_the_event(
-        self,
-        late: CudaDevice,
-        monkeypatch: pytest.MonkeyPatch,
-        kind: type[RuntimeError],
-        text: str,
+        self, late: CudaDevice, monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError], text: str
     ) -> None:
         def refuse(*_: object) -> None:
             raise kind(text)
@@ -463,7 +426,7 @@ class TestOutOfMemory:
             assert not ticket.done()
             assert build.pending() == 2  # the bytes, which were put there, and the event
         told = failing(ticket)
-        assert type(told) is TransferError
+        assert type(told) is errors.TransferError
         assert told.retryable
         assert "late:0 refused a copy (CUDA" in told.problem
         assert "might" not in told.problem
@@ -518,7 +481,7 @@ class SetEvent:
 
 
 def test_a_watchers_end_waits_for_all_events_also_while_others_capture() -> None:
-    watcher = Watcher("lorax-watch-test", lambda error: InternalError(str(error)))
+    watcher = Watcher("lorax-watch-test", lambda error: errors.InternalError(str(error)))
     watcher.start()
     events = [SetEvent() for _ in range(3)]
     tickets = [EventTicket(None, event) for event in events]
@@ -535,11 +498,9 @@ def test_a_watchers_end_waits_for_all_events_also_while_others_capture() -> None
             assert event.refusals == 0
         ending.result(10)
     assert not our_threads()
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(errors.UsageError, match="closed"):
         watcher.watch(EventTicket(None, SetEvent()))
 
-
-# -- the order of what it puts on its stream ---------------------------------------------------------
 
 OLD_A, NEW_A = OLD.weights[0][0], NEW.weights[0][0]
 
@@ -659,7 +620,7 @@ class TestCompute:
     def test_sees_the_copy_only_if_it_waits(self, device: CudaDevice, waits: str) -> None:
         move(device, OLD, extent(0), 0)
         source = a_of_module_0(device, NEW, 0)
-        seen, compute = empty_like(device, source), compute_stream(device)
+        seen, compute = empty_like(device, source), torch.Stream(device=device.name)
         piece = NEW.staged(device)
         with held(copy_stream(device)):
             ticket = device.copy(piece, NEW.rows, extent(0), 0)
@@ -681,10 +642,10 @@ class TestCompute:
         """On its own stream; the news of copies, and uses of other streams, do not wait for it."""
         move(device, OLD, extent(0), 0)
         source = a_of_module_0(device, OLD, 0)
-        seen, compute = empty_like(device, source), compute_stream(device)
+        seen, compute = empty_like(device, source), torch.Stream(device=device.name)
         piece = NEW.staged(device)
         with held(compute):
-            assert device.note_use(compute_stream(device)).result(10) is None
+            assert device.note_use(torch.Stream(device=device.name)).result(10) is None
             read_on(compute, source, seen)
             with compute:
                 uses = [device.note_use(), device.note_use(compute)]
@@ -695,51 +656,35 @@ class TestCompute:
         assert torch.equal(seen.cpu(), OLD_A)
 
 
-# -- several threads at the same moment ----------------------------------------------------------
+@pytest.mark.parametrize("clears", [False, True])
+def test_one_thing_is_put_at_a_time(
+    late: CudaDevice, monkeypatch: pytest.MonkeyPatch, clears: bool
+) -> None:
+    piece, inside, most, entered = NEW.staged(late), list[int](), list[int](), threading.Event()
 
-
-class Crowd:
-    """Counts who is inside at the same time; each stays for a while."""
-
-    def __init__(self) -> None:
-        self.most = 0
-        self.entered = threading.Event()
-        self._inside = 0
-
-    def around(self, work: Callable[..., None]) -> Callable[..., None]:
+    def slow(work: Callable[..., None]) -> Callable[..., None]:
         def slowly(*args: object) -> None:
-            self._inside += 1
-            self.most = max(self.most, self._inside)
-            self.entered.set()
+            inside.append(1)
+            most.append(len(inside))
+            entered.set()
             time.sleep(0.03)
             work(*args)
-            self._inside -= 1
+            inside.pop()
 
         return slowly
 
-
-@pytest.fixture
-def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
-    crowd = Crowd()
     for name in ("write", "clear"):
-        monkeypatch.setattr(Columns, name, crowd.around(getattr(Columns, name)))
-    return crowd
-
-
-@pytest.mark.parametrize("clears", [False, True])
-def test_one_thing_is_put_at_a_time(late: CudaDevice, crowd: Crowd, clears: bool) -> None:
-    """A copy's bytes, rows and event stand together, and so does a clearing."""
-    piece = NEW.staged(late)
+        monkeypatch.setattr(Columns, name, slow(getattr(Columns, name)))
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(late.copy, piece, NEW.rows, extent(0), 0)
-        assert crowd.entered.wait(10)
+        assert entered.wait(10)
         if clears:
             late.clear_column(1)
         else:
             late.copy(piece, NEW.rows, extent(1), 1).result(10)
         first.result(10).result(10)
     settle(late)
-    assert crowd.most == 1
+    assert max(most) == 1
     holds(late, 0, NEW.weights)
     holds(late, 1, {} if clears else NEW.weights)
 
@@ -747,15 +692,13 @@ def test_one_thing_is_put_at_a_time(late: CudaDevice, crowd: Crowd, clears: bool
 def test_a_use_without_an_event_is_waited_for(
     late: CudaDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No memory for it; what stands on the stream runs all the same."""
-
     class Refused:
         def __init__(self, of: torch.device) -> None: ...
 
         def record(self, stream: torch.Stream) -> None:
             raise torch.OutOfMemoryError("out of memory")
 
-    compute = compute_stream(late)
+    compute = torch.Stream(device=late.name)
     monkeypatch.setattr(cuda, "new_event", Refused)
     with ThreadPoolExecutor(1) as threads:
         with build.held(compute):

@@ -1,8 +1,4 @@
-"""The staging ring, and what is cast, padded and read through it.
-
-The oracles are numpy's rounding, and for bfloat16, which numpy does not have, IEEE 754's rounding to
-nearest even worked out on the bits.
-"""
+"""The staging ring, and what is cast, padded and read through it: oracles are numpy and the bits."""
 
 from __future__ import annotations
 
@@ -68,7 +64,6 @@ def new_staging(nbytes: int = 2 * BUFFER, move_bytes: int = BUFFER) -> StagingRi
 
 
 def converted(content: bytes, moves: Sequence[Convert], dtype: str) -> bytes:
-    """What a poisoned extent holds afterwards."""
     extent = torch.full((3 * BUFFER,), POISON, dtype=torch.uint8)
     staging = new_staging()
     try:
@@ -95,7 +90,6 @@ class TestCasts:
 
     @pytest.mark.parametrize(("source", "target"), PAIRS)
     def test_pad_columns_with_zeros(self, source: str, target: str) -> None:
-        """B of rank 3 in rows of 8, between bytes that are not the move's."""
         whole = np.arange(1, 31, dtype="<f4")
         content = b"odd" + rounded(whole, source)
         move = Convert(3, 30 * ITEM[source], source, rows=10, columns=3, target=128, row_pitch=8)

@@ -1,7 +1,4 @@
-"""Layer groups on their way: windows, buffers, images, checks, and whatever fails on the way.
-
-To a device that copies staged bytes, which the simulated one is, and to one that reads files.
-"""
+"""Layer groups on their way: windows, buffers, images, checks, and whatever fails on the way."""
 
 from __future__ import annotations
 
@@ -14,17 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from device_groups import (
-    ARENA,
-    LAYOUT,
-    SHAPES,
-    SLOTS,
-    TORCH,
-    BytesReader,
-    extent,
-    holds,
-    settle,
-)
+from device_groups import ARENA, LAYOUT, SHAPES, SLOTS, TORCH, BytesReader, extent, holds, settle
 
 from common import until
 from core.adapter_files import file_of, plan
@@ -78,7 +65,6 @@ class Case:
 
 
 def tensors(seed: int, rank: int, dtypes: Sequence[str]) -> Weights:
-    """A and B of the layer's two modules, q and k."""
     random = torch.Generator().manual_seed(seed)
     made = {}
     for name, dtype, (inputs, outputs) in zip("qk", dtypes, SHAPES[:2], strict=True):
@@ -128,8 +114,6 @@ KINDS = ("verbatim", "cast", "padded", "mixed", "narrow")
 
 
 class RecordingDevice(SimulatedDevice):
-    """Remembers tickets, and refuses the copies that it is told to refuse."""
-
     def __init__(self, dtype: str = "F32") -> None:
         super().__init__(LAYOUT, dtype=dtype, nbytes=ARENA, slots=SLOTS)
         self.tickets: list[CopyTicket] = []
@@ -143,9 +127,6 @@ class RecordingDevice(SimulatedDevice):
         self.tickets.append(super().copy(pieces, rows, extent, slot))
         return self.tickets[-1]
 
-    def bytes_at(self, where: Extent) -> torch.Tensor:
-        return self.view(where)
-
 
 @contextmanager
 def opened(dtype: str = "F32") -> Iterator[RecordingDevice]:
@@ -155,6 +136,14 @@ def opened(dtype: str = "F32") -> Iterator[RecordingDevice]:
         yield device
     finally:
         device.close()
+
+
+@contextmanager
+def from_file(dtype: str = "F32") -> Iterator[tuple[GatedDevice, StagingRing]]:
+    device = GatedDevice(LAYOUT, dtype=dtype, nbytes=ARENA, slots=SLOTS)
+    device.open()
+    yield device, StagingRing(device.staging_memory(4096), 2048)
+    device.close()
 
 
 def ring_of(device: RecordingDevice, buffers: int, move: int = MOVE) -> StagingRing:
@@ -181,7 +170,6 @@ def image_of(device: Device, made: Case) -> torch.Tensor:
 
 
 def failing_at(number: int, error: Exception) -> Callable[[], None]:
-    """For a reader: its call of this number raises."""
     calls = iter(range(1_000))
 
     def before() -> None:
@@ -205,7 +193,7 @@ def test_every_byte_arrives(kind: str, buffers: int, move: int, check_finite: bo
         moved = transfer(device, ring, check_finite=check_finite).run(made.copy(slot=1, place=2))
         moved.done.result(10)
         holds(device, 1, made.weights)
-        around = device.bytes_at(Extent(0, ARENA)).clone()
+        around = device.view(Extent(0, ARENA)).clone()
         around[extent(2).offset : extent(2).offset + made.group.nbytes] = POISON
         assert (around == POISON).all()
         assert len(device.tickets) == 1 if move == 4096 else len(device.tickets) >= made.windows
@@ -230,7 +218,6 @@ async def test_a_buffer_is_not_written_to_before_its_copy_is_done(kind: str) -> 
 
 
 def test_two_that_need_two_buffers_of_two() -> None:
-    """Nor do they mix their bytes, for each window has its own."""
     first, second = case("padded", 1), case("mixed", 2)
     with opened() as device, ThreadPoolExecutor(2) as threads:
         ring = ring_of(device, 2)
@@ -261,7 +248,7 @@ def test_an_image_is_filled_and_serves_the_next_load(kind: str) -> None:
         moving = transfer(device, ring, check_finite=True)
         moving.run(made.copy(image=image)).done.result(10)
         holds(device, 0, made.weights)
-        assert torch.equal(image, device.bytes_at(Extent(0, made.group.nbytes)))
+        assert torch.equal(image, device.view(Extent(0, made.group.nbytes)))
         device.gate.clear()
         again = made.copy(BytesReader(b"", unread), slot=2, place=5, image=image)
         moved = moving.run(replace(again, warm=True))
@@ -296,6 +283,10 @@ def test_weights_that_are_not_finite(
         made = case_of(content, rank, "F32")
         with opened() as device:
             refused(device, made, f"'layers.0.{name}'", in_image=in_image)
+        with from_file() as (host, ring):
+            with pytest.raises(AdapterFormatError, match=f"'layers.0.{name}' has NaN"):
+                Transfer(host, ring, NAMES, check_finite=True).run(made.copy())
+            Transfer(host, ring, NAMES, check_finite=False).run(made.copy()).done.result(10)
 
 
 def test_a_value_too_large_for_the_device_is_not_finite() -> None:
@@ -309,14 +300,11 @@ def test_a_value_too_large_for_the_device_is_not_finite() -> None:
         holds(device, 1, made.weights)
 
 
-# -- failures: no copy is left behind, no buffer is lost, no row names the slot -------------------
-
 LATE = 0.002
 """Seconds that a copy is late: long enough to be still under way if nobody waits."""
 
 
 def left_nothing(device: RecordingDevice, ring: StagingRing, *, at_once: bool) -> None:
-    """`at_once`: at this moment no copy is under way."""
     if at_once:
         assert all(ticket.done() for ticket in device.tickets)
     require_whole(ring)
@@ -418,19 +406,7 @@ async def test_a_device_that_is_lost_frees_who_waits_for_a_buffer() -> None:
         left_nothing(device, ring, at_once=True)
 
 
-# -- to a device that reads files ----------------------------------------------------------------
-
-
-@contextmanager
-def from_file(dtype: str = "F32") -> Iterator[tuple[GatedDevice, StagingRing]]:
-    device = GatedDevice(LAYOUT, dtype=dtype, nbytes=ARENA, slots=SLOTS)
-    device.open()
-    yield device, StagingRing(device.staging_memory(4096), 2048)
-    device.close()
-
-
 def test_a_reader_or_a_device_that_fails_leaves_no_row() -> None:
-    """First while staging, then while the device reads."""
     made = case("mixed")
     with from_file() as (device, ring):
         moving = Transfer(device, ring, NAMES, check_finite=True)
@@ -449,24 +425,6 @@ def test_a_reader_or_a_device_that_fails_leaves_no_row() -> None:
             moving.run(made.copy())
         holds(device, 0, {})
 
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("part", ["A", "B"])
-def test_weights_in_host_memory_that_are_not_finite(part: str, value: float) -> None:
-    """They are looked at once they are there; and no others are, which are poison."""
-    content = tensors(3, 5, ("F32", "F32"))
-    content[f"base_model.model.layers.0.q.lora_{part}.weight"][-1, -1] = value
-    bad, good = case_of(content, 5, "F32"), case("verbatim")
-    with from_file() as (device, ring):
-        with pytest.raises(AdapterFormatError, match=r"layers\.0\.q.* check_finite=False"):
-            Transfer(device, ring, NAMES, check_finite=True).run(bad.copy())
-        Transfer(device, ring, NAMES, check_finite=False).run(bad.copy(place=1)).done.result(10)
-        Transfer(device, ring, NAMES, check_finite=True).run(
-            good.copy(slot=1, place=2)
-        ).done.result(10)
-
-
-# -- biases and magnitudes: verbatim, and looked at as what they are ------------------------------
 
 LOOKS_NAN = torch.tensor(0x3F80FFFF, dtype=torch.int32).view(torch.float32)
 """About 1.008, whose lower half is NaN if it is read as bfloat16 or float16."""
@@ -493,7 +451,6 @@ def vector_case(stored: str, own: str, value: float | None = None) -> Case:
 @pytest.mark.parametrize("way", ["windows", "image", "host"])
 @pytest.mark.parametrize(("stored", "own"), DTYPES)
 def test_vectors_arrive_as_they_are_in_the_file(stored: str, own: str, way: str) -> None:
-    """Nobody takes them for what they are not; one that is not finite is refused."""
     with from_file(stored) as (host, host_ring), opened(stored) as staged:
         device, ring = (host, host_ring) if way == "host" else (staged, ring_of(staged, 3, 2048))
         moving = Transfer(device, ring, NAMES, check_finite=True)

@@ -24,19 +24,16 @@ def test_a_plan_keeps_all_segments_as_tensors_and_the_adapters_as_integers() -> 
     assert (tiled.tiles.rows, tiled.max_rank) == (32, 24)
 
 
-@pytest.mark.parametrize(
-    ("bounds", "slots", "named"),
-    [
+def test_a_plan_refuses() -> None:
+    for bounds, slots, named in [
         ([], [], "expected 1 bounds from 0 for 0 slots, got 0"),
         ([0, 1], [], "expected 1 bounds"),
         ([1, 2], [0], "got 2 from 1"),
         ([0, 3, 2], [0, 1], "ascending"),
         ([0, 1], [-2], "at least -1, got -2"),
-    ],
-)
-def test_a_plan_refuses(bounds: list[int], slots: list[int], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        Plan.from_segments(bounds, slots)
+    ]:
+        with pytest.raises(ValueError, match=named):
+            Plan.from_segments(bounds, slots)
 
 
 def test_tiles_are_runs_of_one_slot_and_their_table_is_refilled_where_it_is() -> None:

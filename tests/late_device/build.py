@@ -2,31 +2,16 @@
 
 The C++ beside this file is a PrivateUse1 backend. Code for an accelerator that is written on
 `torch.Stream`, `torch.Event`, `torch.accelerator`, `Tensor.copy_` and pinned memory runs on it
-unchanged, and a wait that it lacks shows as wrong bytes::
+unchanged, and a wait that it lacks shows as wrong bytes.
 
-    from late_device import build
+There are two devices, without copies between them. Each stream is a FIFO; `copy_`, `fill_` and
+`zero_` are put on the current one. A copy from or to memory that is not pinned, or with
+`non_blocking=False`, waits for its end; all other operators run on the CPU after what is on the
+current stream: with the gate shut they block. An event that was never recorded is done.
 
-    build.load()                                    # once in a process; NotBuilt says why not
-    with build.held():                              # no stream starts anything
-        target = torch.empty(8, device="late:0")
-        target.copy_(source, non_blocking=True)     # source: torch.empty(8, pin_memory=True)
-        source.fill_(7)                             # read late, so that 7 is what arrives
-    torch.accelerator.synchronize()
-
-What it does
-    Two devices, `late:0` and `late:1`, without copies between them; `torch.accelerator` counts one
-    until `show_devices(2)`. Each stream is a FIFO; `copy_` and `fill_`/`zero_` are put on the
-    current one (per thread and device, as CUDA's). A copy from or to memory that is not pinned, or
-    with `non_blocking=False`, waits for its end; all other operators run on the CPU after what is
-    on the current stream, and wait too: with the gate shut they block. An event that was never
-    recorded is done.
-Memory
-    Starts as bytes of `POISON`; more than 1 GiB at once is out of memory. Device memory that is
-    freed becomes poison in the order of the stream it was allocated on, and pinned memory lives
-    until the copies that use it are done.
-Threads
-    Streams are never shared and their workers end when they are idle; what is queued at exit is
-    dropped. Nothing holds the GIL while it waits.
+Memory starts as bytes of `POISON`, and more than 1 GiB at once is out of memory. What is freed
+becomes poison in the order of the stream it was allocated on; pinned memory lives until the copies
+that use it are done. What is queued at exit is dropped. Nothing holds the GIL while it waits.
 """
 
 from __future__ import annotations
@@ -106,7 +91,6 @@ def hold(stream: torch.Stream | None = None) -> None:
 
 
 def release(stream: torch.Stream | None = None) -> None:
-    """Let the stream (every stream: None) work."""
     allow(_UNLIMITED, stream)
 
 
@@ -122,11 +106,6 @@ def held(stream: torch.Stream | None = None) -> Iterator[None]:
         yield
     finally:
         release(stream)
-
-
-def set_delay(microseconds: int) -> None:
-    """Every copy and fill takes so much longer, from here on."""
-    _library().late_set_delay(microseconds)
 
 
 def fail_allocations(*, device: int = 0, pinned: int = 0) -> None:
@@ -152,14 +131,12 @@ def show_devices(count: int) -> None:
 
 
 def pending() -> int:
-    """Items of all streams that are queued or run."""
     return int(_library().late_pending())
 
 
 def reset() -> None:
     """As after `load`, once all that is queued has run. For the end of a test."""
     restore()
-    set_delay(0)
     fail_allocations()
     show_devices(1)
     release()
@@ -172,7 +149,6 @@ def _library() -> ctypes.CDLL:
     built = library_path()
     library = ctypes.CDLL(str(built))  # its functions are called without the GIL
     library.late_set_allowance.argtypes = [ctypes.c_int64, ctypes.c_int64]
-    library.late_set_delay.argtypes = [ctypes.c_int64]
     library.late_fail_allocations.argtypes = [ctypes.c_int64, ctypes.c_int64]
     library.late_set_lost.argtypes = [ctypes.c_bool]
     library.late_pending.restype = ctypes.c_int64

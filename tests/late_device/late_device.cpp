@@ -143,9 +143,6 @@ extern "C" {
 void late_set_allowance(int64_t stream_id, int64_t items) {
   late::streams().set_allowance(stream_id, items);
 }
-void late_set_delay(int64_t microseconds) {
-  late::streams().set_delay(microseconds);
-}
 void late_fail_allocations(int64_t device, int64_t pinned) {
   late::memory().failing = device;
   late::memory().failing_pinned = pinned;

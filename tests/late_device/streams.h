@@ -4,7 +4,6 @@
 #include <c10/util/Exception.h>
 
 #include <array>
-#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -135,11 +134,6 @@ class Streams {
     changed_.notify_all();
   }
 
-  void set_delay(int64_t microseconds) {
-    std::lock_guard lock(mutex_);
-    delay_ = std::chrono::microseconds(microseconds);
-  }
-
   // What was asked for and has not begun never happens: it counts as done, which wakes whoever
   // waits, who is told then.
   void set_lost(bool lost) {
@@ -225,9 +219,6 @@ class Streams {
     stream->items.pop_front();
     stream->allowance -= stream->allowance > 0;
     stream->running = true;
-    if (item.work) {
-      changed_.wait_for(lock, delay_, [&] { return lost_ || ending_; });
-    }
     auto dropped = lost_ || ending_;
     lock.unlock();
     if (item.work && !dropped) {
@@ -244,7 +235,6 @@ class Streams {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Stream*> all_;  // the default ones first
-  std::chrono::microseconds delay_{0};
   int64_t allowance_ = -1;  // of streams that are made from here on
   bool lost_ = false, ending_ = false;
 };

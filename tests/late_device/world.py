@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,9 +11,6 @@ import torch
 from late_device import build
 
 LATE = "late:0"  # no torch.device, which knows the name only once it is loaded
-SIZE = 1000
-
-T = TypeVar("T")
 
 
 def loaded() -> Iterator[None]:
@@ -28,18 +23,6 @@ def loaded() -> Iterator[None]:
     build.reset()
 
 
-def pinned(value: int) -> torch.Tensor:
-    return torch.full((SIZE,), value, dtype=torch.uint8, pin_memory=True)
-
-
-def on_device(value: int | None = None) -> torch.Tensor:
-    made = torch.empty(SIZE, dtype=torch.uint8, device=LATE)
-    if value is not None:
-        made.fill_(value)
-        torch.accelerator.synchronize(LATE)
-    return made
-
-
 def bytes_now(tensor: torch.Tensor) -> set[int]:
     """What memory holds at this moment, whatever streams have yet to do."""
     return set(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
@@ -47,8 +30,3 @@ def bytes_now(tensor: torch.Tensor) -> set[int]:
 
 def new_stream() -> torch.Stream:
     return torch.Stream(device=LATE)
-
-
-def in_thread(work: Callable[[], T]) -> T:
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result(30)

@@ -24,7 +24,7 @@ from mutants.mutation import (
     skipped,
 )
 
-THREADS = "engines/test_attach_threads.py"
+THREADS = "engines/test_attach.py"
 LOCKS = "engines/test_engine_locks.py"
 ENGINE = "server/test_engine.py"
 DECODER = "server/test_decoder.py"

@@ -1,10 +1,22 @@
-"""What the kernels are shown: a grid of batches, its pairwise subset, and cases made by hand."""
+"""Batches for the GPU's kernels, run in an arena of NaN, and what float64 says of them.
+
+Bit for bit where no rounding is allowed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import accumulate, combinations, product
+from math import ceil
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorax_kernels import Operands, Plan
+from lorax_kernels.tiles import Tiles
 
 INTEGERS, POSITIVE, SIGNED, ONES = "integers", "positive", "signed", "ones"
 
@@ -15,28 +27,11 @@ Segments = tuple[tuple[int, int], ...]
 class Case:
     """One batch on one group of modules.
 
-    Attributes
-    ----------
-    dtype
-        Name of x, y, A and B's.
-    kind
-        Of the numbers: signed, all positive, small integers whose results lie half-way between two
-        numbers of the dtype, or ones.
-    ranks
-        By slot, before they are padded to a multiple of 8; 0: does not touch the module. Those of
-        the second and third module are the same, moved by one and two slots.
-    features
-        Input and output.
-    segments
-        (slot, rows), slot -1: no adapter.
-    planes
-        At most so many, None: as many as the launch would take.
-    tile_rows
-        16 or 32.
-    members
-        Modules of the group.
-    spare
-        Room for two tiles and for ranks that nobody has.
+    `ranks` are by slot, before they are padded to a multiple of 8 (0: does not touch the module);
+    those of the second and third module are the same, moved by one and two slots. `segments` are
+    (slot, rows), slot -1: no adapter. `planes` of None: as many as the launch would take. `spare`:
+    room for two tiles and for ranks that nobody has. The results of INTEGERS lie half-way between
+    two numbers of the dtype.
     """
 
     dtype: str = "bfloat16"
@@ -61,28 +56,23 @@ TILE_ROWS = (16, 32)
 MEMBERS = (1, 2, 3)
 SPARE = (False, True)
 
-_Level = object
-_Levels = tuple[_Level, ...]
-_FULL: tuple[_Levels, ...] = (DTYPES, RANKS, FEATURES, PLANES, ROWS, AROUND)
-_TURNING: tuple[_Levels, ...] = (KINDS, TILE_ROWS, MEMBERS, SPARE)
+_Levels = tuple[object, ...]
+_FACTORS: tuple[_Levels, ...] = (
+    *(DTYPES, RANKS, FEATURES, PLANES, ROWS, AROUND),
+    *(KINDS, TILE_ROWS, MEMBERS, SPARE),
+)
 
 
-def full_grid(dtype: str) -> Iterator[Case]:
-    """Every combination of rank, features, planes, rows and neighbours.
-
-    What else there is takes turns, each at its own pace.
-    """
-    for place, levels in enumerate(product((dtype,), *_FULL[1:])):
-        turns = [
-            each[place // pace % len(each)]
-            for pace, each in zip((1, 5, 7, 11), _TURNING, strict=True)
-        ]
-        yield _case(*levels, *turns)
+def full_grid() -> Iterator[Case]:
+    """Every combination of dtype, rank, features, planes, rows and neighbours; the rest in turn."""
+    for place, levels in enumerate(product(*_FACTORS[:6])):
+        paces = zip((1, 5, 7, 11), _FACTORS[6:], strict=True)
+        yield _case(*levels, *(each[place // pace % len(each)] for pace, each in paces))
 
 
 def pairwise() -> Iterator[Case]:
     """Cases in which every two levels of any two properties meet. Few, always the same."""
-    factors = _FULL + _TURNING
+    factors = _FACTORS
     open_pairs = {
         (i, a, j, b)
         for i, j in combinations(range(len(factors)), 2)
@@ -114,23 +104,13 @@ def _pairs(chosen: dict[int, int]) -> set[tuple[int, int, int, int]]:
     return {(i, chosen[i], j, chosen[j]) for i, j in combinations(sorted(chosen), 2)}
 
 
-def _case(*levels: object) -> Case:
-    dtype, rank, features, planes, rows, around, kind, tile_rows, members, spare = levels
-    assert isinstance(rank, int)
-    assert isinstance(rows, int)
-    assert isinstance(around, str)
-    fields = {
-        "dtype": dtype,
-        "kind": kind,
-        "ranks": (rank, 8, 0, 24),
-        "features": features,
-        "segments": _around(around, rows),
-        "planes": planes,
-        "tile_rows": tile_rows,
-        "members": members,
-        "spare": spare,
-    }
-    return Case(**fields)  # type: ignore[arg-type]
+def _case(*levels: Any) -> Case:
+    dtype, rank, features, planes, rows, around, *more = levels
+    kind, tile_rows, members, spare = more
+    segments = _around(around, rows)
+    return Case(
+        dtype, kind, (rank, 8, 0, 24), features, segments, planes, tile_rows, members, spare
+    )
 
 
 def _around(name: str, rows: int) -> Segments:
@@ -161,3 +141,272 @@ BY_HAND = {
     "nothing but rows without an adapter": Case(segments=((-1, 3), (-1, 1))),
     "no rows": Case(segments=()),
 }
+
+
+ALIGNMENT = 64
+GUARD = 1 << 12
+MARGIN = 1 << 16
+"""Bytes at both ends: a kernel that reads far beyond its operands still reads NaN."""
+
+_NAN = 0xFF
+"""As every byte of a number: NaN in float32, float16 and bfloat16."""
+
+
+class Arena:
+    """Tensors one after the other in one buffer of a device, with guards between them."""
+
+    def __init__(self, nbytes: int, device: torch.device | str) -> None:
+        self.memory = torch.full((nbytes + 2 * MARGIN,), _NAN, dtype=torch.uint8, device=device)
+        self._next = MARGIN + -self.memory.data_ptr() % ALIGNMENT
+        self._before = self.memory
+        self._spans: list[tuple[int, int]] = []
+
+    def room(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        start, self._next = self._next, self._next + -(-(nbytes + GUARD) // ALIGNMENT) * ALIGNMENT
+        assert self._next <= len(self.memory) - MARGIN, "the arena is too small for this case"
+        self._spans.append((start, start + nbytes))
+        return self.memory[start : start + nbytes].view(dtype).view(shape)
+
+    def put(self, values: Tensor) -> Tensor:
+        view = self.room(*values.shape, dtype=values.dtype)
+        view.copy_(values)
+        return view
+
+    def owned(self) -> Tensor:
+        """Bool, by byte of the memory: where tensors are."""
+        owned = torch.zeros(len(self.memory), dtype=torch.bool)
+        for start, stop in self._spans:
+            owned[start:stop] = True
+        return owned
+
+    def remember(self) -> None:
+        self._before = self.memory.clone()
+
+    def changed_outside(self, views: Sequence[Tensor]) -> int:
+        """Bytes that are not in `views` and not what they were."""
+        different = self.memory != self._before
+        for view in views:
+            start = view.data_ptr() - self.memory.data_ptr()
+            different[start : start + view.numel() * view.element_size()] = False
+        return int(different.sum())
+
+
+MODULES = (4, 1, 3)
+"""Of five; the other rows of the tables lead nowhere."""
+
+_INNER = {16: 128, 32: 64}
+"""Features that are never cut, by a tile's rows."""
+
+_BITS = {2: torch.int16, 4: torch.int32}
+_HALF_WAY_FROM = {"float32": 1 << 24, "bfloat16": 1 << 8, "float16": 1 << 11}
+"""From here on, odd integers lie between two numbers."""
+
+
+class ArenaTables:
+    """Tables whose columns are contiguous, as a GPU's are, and host views for the reference."""
+
+    def __init__(self, arena: Arena, case: Case) -> None:
+        slots = len(case.ranks)
+        entries = arena.put(torch.zeros(slots, 5, 3, dtype=torch.int64, device=arena.memory.device))
+        entries[:] = arena.memory.data_ptr()
+        self.address = entries[:, :, :2].permute(2, 1, 0)
+        self.scale = entries.view(torch.float32)[:, :, 4].permute(1, 0)
+        ranks = torch.full((slots, 5), 8, dtype=torch.int32, device=arena.memory.device)
+        self.rank = arena.put(ranks).permute(1, 0)
+        self._operands: dict[tuple[int, int], Operands] = {}
+
+    def put(self, module: int, slot: int, a: Tensor, b: Tensor, scale: float) -> None:
+        self.address[0, module, slot], self.address[1, module, slot] = a.data_ptr(), b.data_ptr()
+        self.rank[module, slot] = a.shape[0]
+        self.scale[module, slot] = scale
+        if len(a):
+            self._operands[module, slot] = a.cpu(), b.cpu(), scale
+
+    def operands(self, module: int, slot: int) -> Operands | None:
+        return self._operands.get((module, slot))
+
+
+class World:
+    def __init__(self, case: Case, device: torch.device | str = "cpu") -> None:
+        self.case = case
+        self.dtype: torch.dtype = getattr(torch, case.dtype)
+        self.modules = MODULES[: case.members]
+        self._generator = torch.Generator().manual_seed(1)
+        self.arena = Arena(_nbytes(case), device)
+        self.tables = ArenaTables(self.arena, case)
+        for member, module in enumerate(self.modules):
+            for slot in range(len(case.ranks)):
+                rank = case.ranks[(slot + member) % len(case.ranks)]
+                self._put_adapter(module, slot, rank, self._out(member))
+        self.plan = self._make_plan(device)
+        self.x = self.arena.put(self._draw(self.plan.tokens, case.features[0]))
+        self.ys = [self.arena.put(self._y(self._out(n))) for n in range(case.members)]
+        self._poison_base_rows()
+        self.x_before, self.ys_before = self.x.clone().cpu(), [y.clone().cpu() for y in self.ys]
+
+    def restart(self, seed: int) -> None:
+        """Other numbers in x and y, without NaN, and other ranks in the tables."""
+        self._generator.manual_seed(seed)
+        self.x.copy_(self._draw(*self.x.shape))
+        for y in self.ys:
+            y.copy_(self._draw(*y.shape))
+        self.ys_before = [y.clone().cpu() for y in self.ys]
+        ranks = torch.tensor(self.case.ranks, dtype=torch.int32)
+        for member, module in enumerate(self.modules):
+            padded = (ranks + -ranks % 8).roll(-member)
+            self.tables.rank[module] = padded if seed % 2 else padded.clamp(max=8)
+
+    def _poison_base_rows(self) -> None:
+        """What must not be read into other rows, and what would change if 0 was added."""
+        base = torch.ones(self.plan.tokens, dtype=torch.bool, device=self.x.device)
+        for start, stop, _ in self.plan.segments:
+            base[start:stop] = False
+        self.x[base] = torch.nan
+        for y in self.ys:
+            y[base] = -0.0
+
+    def _out(self, member: int) -> int:
+        """The second module's output is smaller, as that of k is; the third's larger."""
+        out = self.case.features[1]
+        return (out, ceil(out / 3), out + 16)[member]
+
+    def _draw(self, *shape: int) -> Tensor:
+        if self.case.kind == ONES:
+            return torch.ones(shape, dtype=self.dtype)
+        if self.case.kind == INTEGERS:
+            return torch.randint(-1, 2, shape, generator=self._generator).to(self.dtype)
+        low = 0.0 if self.case.kind == POSITIVE else -1.0
+        return torch.empty(shape).uniform_(low, 1.0, generator=self._generator).to(self.dtype)
+
+    def _y(self, out: int) -> Tensor:
+        if self.case.kind == ONES:
+            return torch.ones(self.plan.tokens, out, dtype=self.dtype)
+        if self.case.kind != INTEGERS:
+            return self._draw(self.plan.tokens, out)
+        even = 2 * torch.randint(0, 100, (self.plan.tokens, out), generator=self._generator)
+        return (_HALF_WAY_FROM[self.case.dtype] + even).to(self.dtype)
+
+    def _put_adapter(self, module: int, slot: int, rank: int, out: int) -> None:
+        padded = rank + -rank % 8
+        a = torch.zeros(padded, self.case.features[0], dtype=self.dtype)
+        b = torch.zeros(out, padded, dtype=self.dtype)
+        a[:rank], b[:, :rank] = self._draw(rank, self.case.features[0]), self._draw(out, rank)
+        if self.case.kind not in {INTEGERS, ONES}:
+            b /= 8  # so that no sum is too large for float16
+        scale = {INTEGERS: -3.0, ONES: 1.0}.get(self.case.kind, 7 / 3)
+        self.tables.put(module, slot, self.arena.put(a), self.arena.put(b), scale)
+
+    def _make_plan(self, device: torch.device | str) -> Plan:
+        case = self.case
+        plan = Plan.from_segments(
+            (0, *accumulate(rows for _, rows in case.segments)),
+            [slot for slot, _ in case.segments],
+            device=device,
+            tile_rows=case.tile_rows,
+            max_rank=256 if case.spare else max(1, *case.ranks),
+        )
+        assert plan.tiles is not None
+        table = plan.tiles.table
+        if case.spare:
+            unused = torch.tensor([[0, 1, -1]], dtype=torch.int32, device=device)
+            table = torch.cat([unused, table, unused])
+        return replace(plan, tiles=Tiles(plan.tiles.rows, self.arena.put(table)))
+
+    def planes(self, sgmv: ModuleType) -> Tensor:
+        case = self.case
+        count = sgmv.new_planes(self.x, self.plan, case.members).shape[0]
+        if case.planes is not None:
+            tiles = ceil(case.features[0] / _INNER[case.tile_rows])
+            count = ceil(tiles / ceil(tiles / case.planes))
+        shape = (count, case.members, self.plan.tokens, self.plan.max_rank)
+        return self.arena.room(*shape, dtype=torch.float32)
+
+    def compute(self, sgmv: ModuleType, planes: Tensor) -> None:
+        self.arena.remember()
+        sgmv.shrink(planes, self.x, self.plan, self.modules, self.tables)
+        sgmv.expand(self.ys, planes, self.plan, self.modules, self.tables)
+
+    def complaints(self, planes: Tensor) -> list[str]:
+        wrong = [f"member {n}: {text}" for n in range(len(self.ys)) for text in self._judge(n)]
+        if changed := self.arena.changed_outside([planes, *self.ys]):
+            wrong.append(f"{changed} bytes of other memory changed")
+        if strays := self._stray_planes(planes):
+            wrong.append(f"{strays} elements of planes that no adapter has were written")
+        return wrong
+
+    def _judge(self, member: int) -> list[str]:
+        y, before, module = self.ys[member].cpu(), self.ys_before[member], self.modules[member]
+        wrong = []
+        kept = torch.ones(len(y), dtype=torch.bool)
+        for start, stop, slot in self.plan.segments:
+            operands = self.tables.operands(module, slot)
+            if operands is None:
+                continue
+            kept[start:stop] = False
+            result = y[start:stop].double()
+            if self.case.kind in {INTEGERS, ONES}:
+                expected = _exact(before[start:stop], self.x_before[start:stop], operands)
+                far = result != expected
+            else:
+                expected, bound = _bounded(before[start:stop], self.x_before[start:stop], operands)
+                far = ~((result - expected).abs() <= bound)
+            if far.any():
+                row, column = far.nonzero()[0].tolist()
+                wrong.append(
+                    f"rows {start} to {stop} of slot {slot}: {int(far.sum())} elements, the first "
+                    f"[{start + row}, {column}] is {result[row, column]}, not {expected[row, column]}"
+                )
+        if not torch.equal(_bits(y[kept]), _bits(before[kept])):
+            wrong.append("rows without an adapter changed")
+        return wrong
+
+    def _stray_planes(self, planes: Tensor) -> int:
+        """Elements outside every adapter's rows and padded ranks that are not NaN any more."""
+        written = ~planes.cpu().isnan()
+        for member, module in enumerate(self.modules):
+            for start, stop, slot in self.plan.segments:
+                operands = self.tables.operands(module, slot)
+                written[:, member, start:stop, : len(operands[0]) if operands else 0] = False
+        return int(written.sum())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(_BITS[tensor.element_size()])
+
+
+def _nbytes(case: Case) -> int:
+    inside, outside = case.features[0], case.features[1] + 16
+    weights = case.members * sum((rank + 8) * (inside + outside) * 4 for rank in case.ranks)
+    tokens = sum(rows for _, rows in case.segments)
+    batch = tokens * 4 * (inside + 3 * outside)
+    planes = 8 * case.members * tokens * (256 if case.spare else max(1, *case.ranks) + 8) * 4
+    return weights + batch + planes + (1 << 19)
+
+
+def _exact(y: Tensor, x: Tensor, operands: Operands) -> Tensor:
+    """Of integers: what is shrunk and the result are rounded once each, ties to even."""
+    a, b, scale = operands
+    shrunk = (x.double() @ a.double().T).to(y.dtype).double()
+    return (y.double() + scale * (shrunk @ b.double().T)).to(y.dtype).double()
+
+
+def _bounded(y: Tensor, x: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
+    """The result in float64, and how far rounding may take the kernels' from it.
+
+    Sums of n products in float32 are off by n·v of the sum of their magnitudes, in whatever order
+    (Higham, Accuracy and Stability, ch. 3); v is a whole unit, since tensor cores cut. What is
+    shrunk and the result are rounded to the working type: u each, or its smallest step.
+    """
+    u, v = torch.finfo(y.dtype).eps / 2, torch.finfo(torch.float32).eps
+    step = torch.finfo(y.dtype).smallest_normal * 2 * u
+    a, b, scale = operands[0].double(), operands[1].double(), operands[2]
+    size = x.double().abs() @ a.abs().T
+    shrunk_off = ((a.shape[1] + 8) * v * (1 + u) + u) * size + step
+    sums = size @ b.abs().T
+    inner = (len(a) + 2) * v
+    delta_off = (shrunk_off @ b.abs().T) * (1 + inner) + inner * sums
+    delta_off = abs(scale) * ((1 + 2 * v) * delta_off + 2 * v * sums)
+    total = y.double().abs() + abs(scale) * sums + delta_off
+    expected = y.double() + scale * (x.double() @ a.T @ b.T)
+    return expected, delta_off + (u + v) * total + step
