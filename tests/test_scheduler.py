@@ -1,7 +1,5 @@
 """Requests become batches: what joins when, in which slot, and what is waited for."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from lorax_async import (
     Ticket,
     UsageError,
 )
-from scheduling.clock import VirtualClock
 from scheduling.serving import (
     MANY,
+    VirtualClock,
     finish,
     held,
     ids,
@@ -33,7 +31,6 @@ from scheduling.serving import (
     step,
     turns,
     wanted,
-    warm,
 )
 from tiny_sources import is_at, is_resident, state, stocked
 
@@ -41,9 +38,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 PATIENT: dict[str, float] = {"timeout": 10_000.0, "starvation_age": 1000.0}
 """Seconds of a virtual clock; in real time nothing is too late."""
-
-
-# -- requests and batches --------------------------------------------------------------------------
+ONE_SLOT: dict[str, Any] = PATIENT | {"max_slots": 1}
 
 
 async def test_a_request_is_computed_a_token_at_a_time(tmp_path: Path) -> None:
@@ -51,11 +46,7 @@ async def test_a_request_is_computed_a_token_at_a_time(tmp_path: Path) -> None:
         ticket = scheduler.submit(Request("a", 10, 3))
         assert "'a' waiting" in repr(ticket)
         seen = [rows(await step(scheduler)) for _ in range(3)]
-        assert seen == [
-            [("a", 0, 10, True)],
-            [("a", 10, 1, True)],
-            [("a", 11, 1, True)],
-        ]
+        assert seen == [[("a", 0, 10, True)], [("a", 10, 1, True)], [("a", 11, 1, True)]]
         assert await ticket == 3
         assert (ticket.done, ticket.cancelled, ticket.error) == (True, False, None)
         assert "finished after 3 tokens" in repr(ticket)
@@ -65,38 +56,14 @@ async def test_a_request_is_computed_a_token_at_a_time(tmp_path: Path) -> None:
 async def test_an_engine_may_end_a_request_and_a_long_prompt_comes_in_parts(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path)) as (_, scheduler):
         ticket = scheduler.submit(Request(None, 10, MANY))
-        seen = [rows(await step(scheduler, tokens=4)) for _ in range(3)]
-        seen += [rows(await step(scheduler, tokens=4, finished=[ticket]))]
-        assert seen == [
-            [(None, 0, 4, False)],
-            [(None, 4, 4, False)],
-            [(None, 8, 2, True)],
-            [(None, 10, 1, True)],
-        ]
+        for start, tokens, last in ((0, 4, False), (4, 4, False), (8, 2, True)):
+            assert rows(await step(scheduler, tokens=4)) == [(None, start, tokens, last)]
+        assert rows(await step(scheduler, finished=[ticket])) == [(None, 10, 1, True)]
         assert await ticket == 2
 
 
-async def test_rows_of_one_adapter_are_neighbours(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a", "b")) as (loader, scheduler):
-        await warm(loader, "a", "b")
-        for id in ("b", None, "a", "b", "a"):
-            scheduler.submit(Request(id, 2, 1))
-        batch = await step(scheduler)
-        assert [row[0] for row in rows(batch)] == [None, "a", "a", "b", "b"]
-        assert batch.plan.segments.bounds == (0, 2, 6, 10)
-        assert batch.plan.segments.slots == (
-            -1,
-            *sorted({row.place.slot for row in batch.rows[1:]}),
-        )
-        assert batch.plan.groups == ((0, 0, 1), (4, 1, 3))
-        assert batch.plan.order == (0, 1, 2, 3, 4)
-        assert [handle and handle.id for handle in batch.handles] == [None, "a", "a", "b", "b"]
-        assert batch.streaming == ()
-
-
 async def test_several_batches_may_be_under_way(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
-        await warm(loader, "a")
+    async with opened(stocked(tmp_path, "a"), ready="a") as (_, scheduler):
         tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
         batches = [await scheduler.next_batch(MANY, 1) for _ in range(2)]
         assert [batch.rows[0].ticket for batch in batches] == tickets
@@ -173,25 +140,6 @@ async def test_the_loop_turns_before_a_batch_that_is_there(tmp_path: Path) -> No
         ticket.cancel()
 
 
-# -- adapters on their way -------------------------------------------------------------------------
-
-
-async def test_no_batch_waits_for_an_adapter_that_does_not_come(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "cold", "warm")
-    source.hold("cold")
-    async with opened(source) as (loader, scheduler):
-        await warm(loader, "warm")
-        cold = scheduler.submit(Request("cold", 5, 1))
-        ready = [scheduler.submit(Request(id, 5, 4)) for id in ("warm", None)]
-        for _ in range(4):
-            assert len((await step(scheduler)).rows) == 2
-        assert [await each for each in ready] == [4, 4]
-        assert not cold.done
-        source.allow("cold")
-        assert rows(await step(scheduler)) == [("cold", 0, 5, True)]
-        assert await cold == 1
-
-
 async def test_alone_a_streaming_adapter_joins_when_its_first_layer_is_there(
     tmp_path: Path,
 ) -> None:
@@ -214,9 +162,6 @@ async def test_alone_a_streaming_adapter_joins_when_its_first_layer_is_there(
         assert await ticket == 1
 
 
-# -- slots -----------------------------------------------------------------------------------------
-
-
 async def test_what_comes_next_is_brought_nearer(tmp_path: Path) -> None:
     """One is loaded, the next hinted onto the device, then into host memory; the last not."""
     source = stocked(tmp_path, *"abcdef", holdable=True)
@@ -235,8 +180,7 @@ async def test_what_comes_next_is_brought_nearer(tmp_path: Path) -> None:
 
 
 async def test_an_adapter_is_given_back_after_the_last_of_its_batches(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
-        await warm(loader, "a")
+    async with opened(stocked(tmp_path, "a"), ready="a") as (loader, scheduler):
         tickets = [scheduler.submit(Request("a", 1, MANY)) for _ in range(2)]
         batches = [await scheduler.next_batch(MANY, 1) for _ in range(2)]
         for ticket in tickets:
@@ -263,8 +207,7 @@ async def test_a_leaving_adapter_leaves_with_its_batch(tmp_path: Path) -> None:
 
 async def test_a_leaving_adapter_is_in_no_further_batch(tmp_path: Path) -> None:
     """Of another engine, say; else it would never leave. It comes back for its requests."""
-    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
-        await warm(loader, "a")
+    async with opened(stocked(tmp_path, "a"), ready="a") as (loader, scheduler):
         tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
         first = await scheduler.next_batch(MANY, 1)
         unloading = asyncio.create_task(loader.unload("a"))
@@ -278,9 +221,6 @@ async def test_a_leaving_adapter_is_in_no_further_batch(tmp_path: Path) -> None:
         scheduler.complete(again)
 
 
-# -- slots in which nothing comes ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("waited_before", [False, True])
 async def test_a_slot_in_which_nothing_comes_is_given_to_others(
     tmp_path: Path, waited_before: bool
@@ -289,7 +229,7 @@ async def test_a_slot_in_which_nothing_comes_is_given_to_others(
     source, clock = stocked(tmp_path, *"abc", "stalls"), VirtualClock()
     source.hold("stalls")
     others = "b" if waited_before else "bc"
-    async with opened(source, PATIENT | {"max_slots": 1}, clock=clock) as (loader, scheduler):
+    async with opened(source, ONE_SLOT, clock=clock) as (loader, scheduler):
         if waited_before:
             async with await loader.load("a"):
                 for id in ("stalls", others):
@@ -321,19 +261,6 @@ def counts(batch: Batch, *adapters: str | None) -> list[int]:
     return [ids.count(adapter) for adapter in adapters]
 
 
-# -- rows ------------------------------------------------------------------------------------------
-
-
-async def test_a_hot_adapter_does_not_own_the_batch(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "hot", "b")) as (loader, scheduler):
-        await warm(loader, "hot", "b")
-        for _ in range(20):
-            scheduler.submit(Request("hot", 1, 5))
-        scheduler.submit(Request("b", 1, 5))
-        batch = await step(scheduler, sequences=4)
-        assert sorted(str(row[0]) for row in rows(batch)) == ["b", "hot", "hot", "hot"]
-
-
 async def test_the_more_urgent_come_first(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path)) as (_, scheduler):
         plain = scheduler.submit(Request(None, 1, 1))
@@ -343,17 +270,14 @@ async def test_the_more_urgent_come_first(tmp_path: Path) -> None:
         assert seen == [high, soon, plain]
 
 
-# -- places and slots ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("age", [0.0, 10.0, 2000.0])
 async def test_a_place_is_for_the_adapter_with_the_fewest_tokens_or_for_an_old_request(
     tmp_path: Path, age: float
 ) -> None:
     clock = VirtualClock()
-    source = stocked(tmp_path, "a", "b", "c")
-    async with opened(source, PATIENT, max_begun=2, clock=clock) as (loader, scheduler):
-        await warm(loader, "a", "b", "c")
+    async with opened(
+        stocked(tmp_path, "a", "b", "c"), PATIENT, max_begun=2, clock=clock, ready="abc"
+    ) as (_, scheduler):
         submit(scheduler, "a", LONG)
         (short,) = submit(scheduler, "b", 20)
         (older,) = submit(scheduler, "b", 1)
@@ -369,8 +293,7 @@ async def test_a_place_is_for_the_adapter_with_the_fewest_tokens_or_for_an_old_r
 
 async def test_a_request_whose_adapter_has_not_come_preempts_none(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
-    async with opened(source, max_begun=4) as (loader, scheduler):
-        await warm(loader, "a")
+    async with opened(source, max_begun=4, ready="a") as (loader, scheduler):
         source.hold("b")
         submit(scheduler, "a", LONG, 4)
         await step(scheduler)
@@ -388,9 +311,9 @@ async def test_a_request_whose_adapter_has_not_come_preempts_none(tmp_path: Path
 
 async def test_preempting_ends(tmp_path: Path) -> None:
     """Of several adapters and clients that want all, each keeps what it got."""
-    source = stocked(tmp_path, "a", "b", "c")
-    async with opened(source, max_begun=8, max_share=0.25) as (loader, scheduler):
-        await warm(loader, "a", "b", "c")
+    async with opened(
+        stocked(tmp_path, "a", "b", "c"), max_begun=8, max_share=0.25, ready="abc"
+    ) as (_, scheduler):
         for adapter in ("a", "b", "c"):
             for client in ("x", "y", None):
                 submit(scheduler, adapter, LONG, 8, client=client)
@@ -405,9 +328,7 @@ async def test_preempting_ends(tmp_path: Path) -> None:
 
 
 async def test_alone_an_adapter_gets_all_back(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with opened(source, max_begun=4) as (loader, scheduler):
-        await warm(loader, "a", "b")
+    async with opened(stocked(tmp_path, "a", "b"), max_begun=4, ready="ab") as (_, scheduler):
         tickets = submit(scheduler, "a", LONG, 4)
         await step(scheduler)
         others = submit(scheduler, "b", LONG, 9)
@@ -443,9 +364,7 @@ async def test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot(
 async def test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun(
     tmp_path: Path,
 ) -> None:
-    source = stocked(tmp_path, "a", "b")
-    settings = {"max_slots": 1, "starvation_age": 1000.0, "timeout": 1000.0}
-    async with opened(source, settings, max_begun=1) as (loader, scheduler):
+    async with opened(stocked(tmp_path, "a", "b"), ONE_SLOT, max_begun=1) as (loader, scheduler):
         begun = scheduler.submit(Request("a", 1, 3))
         await step(scheduler)
         other = scheduler.submit(Request("b", 1, 1))
@@ -457,9 +376,6 @@ async def test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun
         assert (await begun, await other) == (3, 1)
 
 
-# -- loads -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("loads", "begun", "cancelled", "first"),
     [(1, False, False, "b"), (1, False, True, "a"), (1, True, False, "b"), (2, True, False, "b")],
@@ -469,8 +385,10 @@ async def test_an_adapter_of_an_urgent_request_is_loaded_first(
 ) -> None:
     """a and b wait for c's slot, and then another request asks for b; `begun`: loads have begun."""
     settings = {"max_slots": 1, "starvation_age": 100.0, "timeout": 1000.0}
-    source = stocked(tmp_path, "a", "b", "c")
-    async with opened(source, settings, loads=loads, look_ahead=0) as (loader, scheduler):
+    async with opened(stocked(tmp_path, "a", "b", "c"), settings, loads=loads, look_ahead=0) as (
+        loader,
+        scheduler,
+    ):
         async with await loader.load("c"):
             tickets = [scheduler.submit(Request(id, 1, 1)) for id in "ab"]
             if begun:
@@ -483,13 +401,10 @@ async def test_an_adapter_of_an_urgent_request_is_loaded_first(
         await finish(scheduler, *tickets)
 
 
-async def test_sources_that_do_not_answer_hold_up_the_next_for_a_while_only(
-    tmp_path: Path,
-) -> None:
+async def test_sources_that_do_not_answer_hold_up_the_next_for_a_while_only(tmp_path: Path) -> None:
     source, clock = stocked(tmp_path, "silent", "b"), VirtualClock()
     silence(source, "silent")
-    settings = {"max_slots": 1, "timeout": 10_000.0, "starvation_age": 1000.0}
-    async with opened(source, settings, clock=clock, loads=1, look_ahead=0) as (loader, scheduler):
+    async with opened(source, ONE_SLOT, clock=clock, loads=1, look_ahead=0) as (loader, scheduler):
         silent, _ = (scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b"))
         waiting = await wanted(scheduler)
         clock.pass_until(500.0)
@@ -509,8 +424,7 @@ async def test_sources_that_do_not_answer_hold_up_the_next_for_a_while_only(
 async def test_a_cancelled_requests_load_makes_way_for_the_next(tmp_path: Path) -> None:
     source = stocked(tmp_path, "silent", "b")
     silence(source, "silent")
-    settings = {"max_slots": 1, "starvation_age": 1000.0, "timeout": 1000.0}
-    async with opened(source, settings, loads=1, look_ahead=0) as (_, scheduler):
+    async with opened(source, ONE_SLOT, loads=1, look_ahead=0) as (_, scheduler):
         tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
         await turns()
         tickets[0].cancel()

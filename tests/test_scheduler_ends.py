@@ -1,7 +1,5 @@
 """How requests end early: cancelled at any moment, failing adapters, deadlines, and close."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import weakref
@@ -31,23 +29,11 @@ from lorax_async import (
     TransferError,
     UsageError,
 )
-from scheduling.clock import VirtualClock
-from scheduling.serving import (
-    MANY,
-    finish,
-    held,
-    opened,
-    rows,
-    step,
-    turns,
-    warm,
-)
+from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, warm
 from sweeping import stepwise
 from tiny_sources import over, simulated, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-# -- cancelled -------------------------------------------------------------------------------------
 
 
 async def test_the_last_request_takes_its_load_with_it(tmp_path: Path) -> None:
@@ -139,9 +125,6 @@ async def test_next_batch_cancelled_at_every_await_loses_nothing(tmp_path: Path)
         assert number >= 2
 
 
-# -- failing adapters ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("step_", ["resolve", "open", "bring", "verify", "read"])
 async def test_a_failing_adapter_fails_its_requests_and_no_other(
     tmp_path: Path, step_: Any
@@ -182,8 +165,7 @@ async def test_bytes_that_turn_out_to_be_false(tmp_path: Path) -> None:
 
 
 async def test_a_failing_copy(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with opened(source, {"device": "simulated"}) as (loader, scheduler):
+    async with opened(stocked(tmp_path, "a", "b"), {"device": "simulated"}) as (loader, scheduler):
         device = simulated(loader)
         device.failing.add(1)
         with pytest.raises(TransferError, match="told to fail"):
@@ -241,17 +223,13 @@ async def _until_unsound(handle: AdapterHandle | None) -> None:
 
 async def test_a_token_of_false_weights_does_not_count(tmp_path: Path) -> None:
     """No event notifies of another digest: the scheduler asks when a batch is completed."""
-    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
-        await warm(loader, "a")
+    async with opened(stocked(tmp_path, "a"), ready="a") as (_, scheduler):
         ticket = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, 1))
         batch = await scheduler.next_batch(MANY, MANY)
         await _until_unsound(batch.handles[0])
         scheduler.complete(batch)
         with pytest.raises(IntegrityError):
             await ticket
-
-
-# -- deadlines -------------------------------------------------------------------------------------
 
 
 PATIENT = {"timeout": 60.0, "starvation_age": 1000.0}
@@ -285,8 +263,7 @@ async def test_a_request_that_loses_its_slot_has_all_its_time_again_if_it_had_be
     tmp_path: Path, has_begun: bool
 ) -> None:
     clock = VirtualClock()
-    settings = {"timeout": 60.0, "starvation_age": 1000.0}
-    async with opened(stocked(tmp_path, "a"), settings, clock=clock) as (loader, scheduler):
+    async with opened(stocked(tmp_path, "a"), PATIENT, clock=clock) as (loader, scheduler):
         ticket = scheduler.submit(Request("a", 1, MANY, deadline=60.0))
         if has_begun:
             await step(scheduler)
@@ -318,9 +295,6 @@ async def test_a_request_that_has_begun_is_not_late(tmp_path: Path, deadline: fl
         scheduler.complete(batch)
         await finish(scheduler, begun)
         assert await begun == 2
-
-
-# -- close -----------------------------------------------------------------------------------------
 
 
 async def test_close_answers_all_requests(tmp_path: Path) -> None:
@@ -424,7 +398,6 @@ async def test_no_alarm_and_no_subscription_outlives_the_scheduler(tmp_path: Pat
     source, clock = stocked(tmp_path, "stalls", "b", "bad"), VirtualClock()
     source.hold("stalls")
     source.fail("resolve", FetchError("as told"), id="bad")
-    settings = {"max_slots": 1, "timeout": 10_000.0, "starvation_age": 1000.0}
 
     async def use(loader: AdapterLoader) -> weakref.ref[AdapterScheduler]:
         async with AdapterScheduler(loader, clock=clock) as scheduler:
@@ -444,7 +417,7 @@ async def test_no_alarm_and_no_subscription_outlives_the_scheduler(tmp_path: Pat
             await turns()
         return weakref.ref(scheduler)
 
-    async with over(source, **settings) as loader:
+    async with over(source, max_slots=1, timeout=10_000.0, starvation_age=1000.0) as loader:
         reference = await use(loader)
         assert clock.due is None
         await turns()

@@ -1,18 +1,25 @@
-"""Watches a device from outside: what may be copied where, and when a slot may be cleared.
+"""Six adapters of uneven sizes, in versions, and a device that is watched from outside.
 
-It believes the calls at the device's seam, the events that the loader tells, and what the test
-itself holds and runs; of the loader's own state it knows nothing.
+What is judged: what may be copied where, and when a slot may be cleared. It believes the calls at
+the device's seam, the events that the loader tells, and what the test itself holds and runs; of the
+loader's own state it knows nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Event, RLock
 
 import torch
+from safetensors.torch import load, save
 
-from contention.adapters import LAYERS, Weights
+import tiny
 from lorax_async import events
 from lorax_async.adapter import AdapterKey
 from lorax_async.core.arena import Extent
@@ -22,16 +29,69 @@ from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
 from lorax_async.testing import SimulatedDevice
 from wrapped_device import WrappedDevice
 
-Cell = tuple[int, int, int, float]
-"""Where A and B are in the arena, padded rank, scale."""
+IDS = "abcdef"
+DTYPE, RANK_MULTIPLE = torch.bfloat16, 8
+LAYOUT = tiny.layout("BF16")
+LAYERS = tuple(module.layer for module in LAYOUT.modules)
+
+KINDS = (
+    (8, torch.bfloat16),
+    (16, torch.float32),
+    (24, torch.float32),
+    (12, torch.float16),
+    (8, torch.float32),
+    (24, torch.bfloat16),
+)
+"""Rank and dtype of the files: as the device has them, to be cast, to be cast and padded."""
+
+LARGEST = 24 * (tiny.HIDDEN + 2 * tiny.HIDDEN) * DTYPE.itemsize * len(LAYERS)
+"""Device bytes of an adapter of rank 24."""
+LARGEST_FILE = 2 * LARGEST  # In float32, without its header
+
+Weights = tuple[torch.Tensor, torch.Tensor, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The files of one version; `weights` by module, as they must lie on the device: padded."""
+
+    config: bytes
+    content: bytes
+    weights: Mapping[int, Weights]
+
+
+@cache
+def made(id: str, version: int) -> Made:
+    """Each version has another rank and dtype than the one before."""
+    number = IDS.index(id)
+    rank, dtype = KINDS[(number + version) % len(KINDS)]
+    content = save(tiny.tensors(number + 100 * version, rank, dtype))
+    config = json.dumps(tiny.config(rank)).encode()
+    return Made(config, content, _on_device(load(content), tiny.config(rank)))
+
+
+def _on_device(saved: dict[str, torch.Tensor], config: dict[str, object]) -> dict[int, Weights]:
+    """By PEFT's definition, with safetensors' reader and torch's cast."""
+    rank, alpha = config["r"], config["lora_alpha"]
+    assert isinstance(rank, int)
+    assert isinstance(alpha, int)
+    more = -rank % RANK_MULTIPLE
+    found = {}
+    for number, module in enumerate(LAYOUT.modules):
+        a = saved[f"base_model.model.{module.name}.lora_A.weight"].to(DTYPE)
+        b = saved[f"base_model.model.{module.name}.lora_B.weight"].to(DTYPE)
+        a = torch.cat([a, torch.zeros(more, a.shape[1], dtype=DTYPE)])
+        b = torch.cat([b, torch.zeros(b.shape[0], more, dtype=DTYPE)], dim=1)
+        found[number] = (a, b, alpha / rank)
+    return found
+
+
+Cell = tuple[int, int, int, float]  # Where A and B are in the arena, padded rank, scale
 
 
 @dataclass(slots=True, eq=False)
 class Stay:
-    """One adapter's time in a slot.
-
-    `cells` are the rows that have been written, by module.
-    """
+    """One adapter's time in a slot; `cells` are the rows that have been written, by module."""
 
     key: AdapterKey
     slot: SlotId
@@ -43,8 +103,7 @@ class Stay:
     cells: dict[int, Cell] = field(default_factory=dict)
     kernels: int = 0
     resident: bool = False
-    over: bool = False
-    """It is leaving, or failed: nobody is promised anything of it."""
+    over: bool = False  # It is leaving, or failed: nobody is promised anything of it
 
     @property
     def copying(self) -> bool:
@@ -74,18 +133,8 @@ class Flight:
 class ObservedDevice(WrappedDevice):
     """Collects, as `faults`, what was not right.
 
-    Parameters
-    ----------
-    inner
-        The device.
-    nbytes
-        Of its arena.
-    budgets
-        Sizes of the host memory that may be claimed.
-    expected
-        What an adapter's modules must be.
-    leased
-        Whether the test holds a handle on this stay.
+    `budgets` are sizes of the host memory that may be claimed; `expected` says what an adapter's
+    modules must be, `leased` whether the test holds a handle on this stay.
     """
 
     def __init__(
@@ -113,8 +162,6 @@ class ObservedDevice(WrappedDevice):
     def blame(self, holds: object, fault: str) -> None:
         if not holds:
             self.faults.append(fault)
-
-    # -- what the loader tells ---------------------------------------------------------------------
 
     def heard(self, event: events.Event) -> None:
         """Every event, on the loop."""
@@ -157,8 +204,6 @@ class ObservedDevice(WrappedDevice):
         named = device.address[:, module, slot].tolist() == [a.data_ptr(), b.data_ptr()]
         shaped = int(device.rank[module, slot]) == want_a.shape[0] and scale == want_scale
         return named and shaped and torch.equal(a, want_a) and torch.equal(b, want_b)
-
-    # -- the device's seam -------------------------------------------------------------------------
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
         self.blame(nbytes in self._budgets, f"{nbytes} bytes of host memory are no budget")
@@ -251,8 +296,6 @@ class ObservedDevice(WrappedDevice):
                 self._blame_users(stay, "freed")
             super().clear_column(slot)
 
-    # -- kernels -----------------------------------------------------------------------------------
-
     def kernel(self, slot: SlotId, layer: int) -> Kernel:
         """One that reads all layers of a stay up to `layer`, from here on until it has run."""
         with self._lock:
@@ -297,3 +340,30 @@ def _inside(inner: range, outer: range) -> bool:
 
 def _meets(one: range, others: Sequence[range]) -> bool:
     return any(one.start < other.stop and other.start < one.stop for other in others)
+
+
+class _Complaints(logging.Handler):
+    """What is logged as an error is one."""
+
+    def __init__(self, blame: Callable[[object, str], None]) -> None:
+        super().__init__(logging.ERROR)
+        self._blame = blame
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._blame(False, self.format(record))
+
+
+@contextmanager
+def complaints(blame: Callable[[object, str], None]) -> Iterator[None]:
+    """While the block lasts, what is logged or goes wrong in a callback is blamed on the play."""
+
+    def complain(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+        blame(False, str(context))
+
+    asyncio.get_running_loop().set_exception_handler(complain)
+    logger, handler = logging.getLogger("lorax_async"), _Complaints(blame)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -1,7 +1,5 @@
 """Adapter files in memory, in any order of tensors, and plans carried out on the CPU by torch."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Iterable, Sequence

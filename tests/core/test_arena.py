@@ -1,7 +1,5 @@
 """The arena against a bitmap that is searched cell by cell."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (

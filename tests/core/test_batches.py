@@ -1,7 +1,5 @@
 """Batches: rows in kernel order, shares of adapters, who comes first, and what passes will take."""
 
-from __future__ import annotations
-
 from itertools import groupby, pairwise
 from math import inf
 
@@ -25,8 +23,6 @@ from lorax_async.core.pace import DECAY, Pace
 from lorax_async.core.shares import share
 from lorax_async.core.urgency import LookAhead, Reach, urgency
 from lorax_async.errors import HandleClosedError
-
-# -- rows in kernel order -------------------------------------------------------------------------
 
 TENANTS = {0: Tenant(4, 16), 1: Tenant(9, 8), 2: Tenant(5, 16), 3: Tenant(1, 64)}
 A, B, C = Place(0, 4), Place(1, 9), Place(2, 5)
@@ -120,8 +116,6 @@ def test_rows_that_cannot_be_are_refused(slots: list[int], lengths: list[int], n
         plan_rows(slots, lengths)
 
 
-# -- shares of a batch -----------------------------------------------------------------------------
-
 wants = st.lists(st.lists(st.integers(1, 200), max_size=6), max_size=6)
 
 
@@ -180,8 +174,6 @@ def test_nobody_has_two_rows_more_than_one_who_wants_one(
             assert max(given) <= got + 1
 
 
-# -- who comes first --------------------------------------------------------------------------------
-
 LEVEL = 5.0
 
 
@@ -205,9 +197,6 @@ def test_look_ahead_goes_from_loads_to_the_device_to_the_host() -> None:
     assert ahead.reaches(2) == [load, load, device, host, host, host]
     assert ahead.reaches(4) == [load, load, host, host, host]
     assert ahead.reaches(5) == [load, load, host, host, host]
-
-
-# -- what passes take, and when layers are expected -------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,11 @@
 """What the download scheduler decides by: shares of connections, and waits."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorax_async.core.retries import Retries, retry_after_of
 from lorax_async.core.sharing import Claim, shares
-
-# -- shares of connections ------------------------------------------------------------------------
 
 STALLED, OTHER = Claim(0, 99, "a", stalled=True), Claim(0, 2, "b")
 
@@ -58,8 +54,6 @@ def test_all_are_used_and_nobody_has_two_more_than_one_who_wants_more(
         short = [part for origin, part in parts.items() if part < wanted[origin]]
         assert not short or max(parts.values()) <= min(short) + 1
 
-
-# -- waits between attempts -----------------------------------------------------------------------
 
 NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 

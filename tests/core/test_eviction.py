@@ -1,12 +1,10 @@
 """The same requests to the whole lifecycle, to the loader's budget, and to the simulation of both."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_async.adapter import AdapterKey
@@ -82,6 +80,7 @@ GROUPS = st.lists(st.integers(1, 5 * 64), min_size=1, max_size=4).map(tuple)
 
 
 @pytest.mark.parametrize("name", EVICTION_POLICIES)
+@settings(deadline=None)
 @given(
     asked=st.lists(st.integers(0, 7), max_size=60),
     nbytes=st.integers(0, 40 * 64),

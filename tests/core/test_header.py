@@ -15,12 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_async.config import Limits
-from lorax_async.core.header import (
-    DTYPE_BITS,
-    Header,
-    header_size,
-    parse_header,
-)
+from lorax_async.core.header import DTYPE_BITS, Header, header_size, parse_header
 from lorax_async.core.strict_json import parse_object
 from lorax_async.errors import AdapterFormatError
 
@@ -281,12 +276,7 @@ def test_what_the_contract_forbids_is_refused_and_the_offender_named(
 
 def test_limits_are_limits() -> None:
     text = f'{{"x1":{EMPTY},"x2":{GOOD}}}'
-    exact = Limits(
-        max_header_bytes=len(text),
-        max_tensors=2,
-        max_name_bytes=2,
-        max_dimensions=1,
-    )
+    exact = Limits(max_header_bytes=len(text), max_tensors=2, max_name_bytes=2, max_dimensions=1)
     assert len(parse(text, limits=exact).tensors) == 2
     for name, words in {
         "max_header_bytes": f"over the limit of {len(text) - 1}.*raise Limits.max_header_bytes",

@@ -1,7 +1,5 @@
 """Layouts: order, lookup, checks, equality by value."""
 
-from __future__ import annotations
-
 import pickle
 from dataclasses import FrozenInstanceError, replace
 from typing import Any

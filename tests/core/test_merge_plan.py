@@ -1,7 +1,5 @@
 """The file that a merge would be: its config, its header, and what it is made of."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -83,9 +81,6 @@ def test_the_bases_name_if_they_have_one(bases: str, named: str | None) -> None:
     assert parse_config(planned(linear(1, 1), *parts).config, Limits()).base_model == named
 
 
-# -- ranks that a config cannot say ----------------------------------------------------------------
-
-
 def test_names_that_end_in_anothers_are_filled_up() -> None:
     """By PEFT's rules a pattern also means every module whose path ends in it."""
     outer, inner = "vision.layers.0.q", "layers.0.q"
@@ -112,9 +107,6 @@ def test_a_config_that_would_be_too_long_is_filled_up() -> None:
     plan = planned(linear(1), *parts, layout=layout, limits=short)
     assert set(ranks_of(plan).values()) == {5}
     assert len(plan.config) <= len(parts[0].config)
-
-
-# -- refusals --------------------------------------------------------------------------------------
 
 
 GOOD = part({Q: 4})

@@ -1,7 +1,5 @@
 """Tensor names against the ones PEFT itself writes, patterns against PEFT's own lookup."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """Eviction policies against models of their definitions, and in every state of small worlds."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Hashable
 from fractions import Fraction
@@ -44,9 +42,6 @@ def told(one: Policy, history: list[Operation]) -> set[int]:
     for operation in history:
         carry_out(one, operation, holders)
     return holders
-
-
-# -- the definitions, each from the whole history -------------------------------------------------
 
 
 def stays(history: list[Operation]) -> dict[int, list[int]]:
@@ -129,9 +124,6 @@ def test_lfu_halves_after_1024_uses_or_eight_for_each_that_holds_room(
     for key in [A] * 600 + [B] * 590:
         one.use(key)
     assert "".join(key.location for key in one.ranked() if key in (A, B)) == ranked
-
-
-# -- copies, states, memory and faults ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVICTION_POLICIES)

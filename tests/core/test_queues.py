@@ -1,7 +1,5 @@
 """Whose turn is next: of copies in equal shares by bytes, and of slots the most urgent."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Sequence
 from itertools import count, product
@@ -23,8 +21,7 @@ from lorax_async.core.transitions import SlotState
 from lorax_async.core.waiters import Tier, Waiter
 from lorax_async.events import SlotId
 
-UNIT = 64
-"""Bytes; sizes below are multiples of it."""
+UNIT = 64  # Bytes; sizes below are multiples of it
 groups = st.lists(st.integers(1, 20), min_size=1, max_size=12)
 
 
@@ -141,8 +138,6 @@ def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
     names = [_copy(command).key.location for command in link.decisions.take_commands()]
     assert names == ["small", "large"]
 
-
-# -- a queue by urgency ---------------------------------------------------------------------------
 
 KEYS = [AdapterKey(name, ()) for name in "abcde"]
 urgencies = st.none() | st.tuples(st.booleans(), st.integers(0, 3))

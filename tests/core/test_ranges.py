@@ -1,7 +1,5 @@
 """Plans of ranges: every byte once, in order, balanced; and what a measured link makes of them."""
 
-from __future__ import annotations
-
 import random
 from itertools import pairwise
 
@@ -10,14 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_async.core.arrivals import Arrivals
-from lorax_async.core.ranges import (
-    Link,
-    PieceSizes,
-    overlaps,
-    plan_waves,
-    split_of,
-    without,
-)
+from lorax_async.core.ranges import Link, PieceSizes, overlaps, plan_waves, split_of, without
 from lorax_async.core.spans import Span, SpanSet
 from lorax_async.errors import InternalError
 
@@ -126,8 +117,6 @@ def test_a_split_ends_earlier_for_both(length: int, own: float, link: Link) -> N
     assert straggler == pytest.approx(newcomer, abs=2 * grain)
     assert max(straggler, newcomer) <= length / own - 2 * link.delay + 2 * grain
 
-
-# -- sets of spans, against sets of bytes ---------------------------------------------------------
 
 spans = st.lists(st.tuples(st.integers(0, 39), st.integers(1, 12)), max_size=12)
 

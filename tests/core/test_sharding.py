@@ -1,7 +1,5 @@
 """Shards by hand: which rows and columns a rank holds, what is read of them, and refusals."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -48,9 +46,6 @@ def planned(
     return group, len(file) - 4 * rank * (module.in_features + module.out_features)
 
 
-# -- what is held ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shard", [None, Shard(0, 1)])
 def test_a_world_of_one_holds_everything_as_it_is(shard: Shard | None) -> None:
     """Also what no larger world could share."""
@@ -90,9 +85,6 @@ def test_a_file_is_checked_against_the_whole_base() -> None:
     file = adapter(column(6))
     with pytest.raises(IncompatibleAdapterError, match=r"16 → 6, the base's is 16 → 12"):
         plan(file, SPEC, base, cuts=shard_layout(base, Shard(0, 2)).cuts)
-
-
-# -- what is read, by hand -------------------------------------------------------------------------
 
 
 def test_columns_of_a_are_a_piece_of_each_row() -> None:
@@ -141,8 +133,6 @@ def test_what_many_pieces_take_to_remember_is_counted() -> None:
     cut = plan(file, SPEC, base, cuts=shard_layout(base, Shard(1, 4)).cuts)
     assert [made.needs(holdable=False).weight for made in (whole, cut)] == [1, 7]
 
-
-# -- refusals -------------------------------------------------------------------------------------
 
 KNOWS_HEADS = "take a layout that knows them (layouts.from_pretrained)"
 

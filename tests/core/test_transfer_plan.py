@@ -3,8 +3,6 @@
 Which tensors and flags belong together is PEFT's own account.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -14,16 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.adapter_files import (
-    ALIGNMENT,
-    TORCH,
-    carry_out,
-    file_of,
-    layout_of,
-    matrix,
-    pair,
-    plan,
-)
+from core.adapter_files import ALIGNMENT, TORCH, carry_out, file_of, layout_of, matrix, pair, plan
 from lorax_async.adapter import AdapterSpec, ModulePattern
 from lorax_async.config import Limits, Shard
 from lorax_async.core.layout import ModelLayout, Module, Parallel
@@ -53,9 +42,6 @@ PARTS = {DORA: Part.MAGNITUDE, BIAS: Part.BIAS}
 
 def spec_of(vector: str | None, rank: int = 2) -> AdapterSpec:
     return AdapterSpec(rank=rank, alpha=4.0, dora=vector == DORA, lora_bias=vector == BIAS)
-
-
-# -- any adapter for any base in any world --------------------------------------------------------
 
 
 @st.composite
@@ -261,8 +247,6 @@ def test_every_rank_has_its_rows_and_columns_of_every_tensor(
         assert not expected
 
 
-# -- what a plan is made of, by hand --------------------------------------------------------------
-
 TWELVE = [(f"model.layers.{n}.{kind}", 64, 96, n) for n in range(12) for kind in "qv"]
 Q, V, EMBED = "model.layers.0.q", "model.layers.0.v", "model.embed"
 
@@ -326,8 +310,6 @@ def test_patterns_are_matched_against_the_path_in_the_file() -> None:
     with pytest.raises(AdapterFormatError, match=r"model.layers.0.q.*pair of rank 16"):
         plan(file_of(pair(Q, 8, 8, rank=2)), spec, layout)
 
-
-# -- what belongs together ------------------------------------------------------------------------
 
 EMBEDDING = Module(EMBED, 20, 8, -1, REPLICATED, embedding=True)
 LINEAR = (

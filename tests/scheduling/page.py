@@ -1,7 +1,5 @@
 """The functions of docs/scheduler.md."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Callable

@@ -1,11 +1,11 @@
-"""The source of a soak, in a process of its own: three requests of ten meet a fault.
+"""The adapters of a soak, and their source in a process of its own: three requests of ten meet a fault.
 
 Which ones follows from the seed, the request, and how often it came. It says its port on stdout.
+Needs neither torch nor this package.
 """
 
-from __future__ import annotations
-
 import base64
+import hashlib
 import json
 import random
 import sys
@@ -13,27 +13,117 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from fault_server import Asked, Client, FaultServer, Hangup
 
-from soak.library import Stored, library
+COUNT = 200
+LAYERS = 8
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+HIDDEN = 512
+ITEM = 2  # Bytes of a bfloat16
 
-SHARE = 0.3
-"""Of the requests."""
+MODULES = tuple(
+    f"model.layers.{layer}.self_attn.{target}" for layer in range(LAYERS) for target in TARGETS
+)
+BYTES_PER_RANK = len(MODULES) * 2 * HIDDEN * ITEM
+LARGEST = 256 * BYTES_PER_RANK
 
-KINDS = {
-    "reset": 20,
-    "truncated": 20,
-    "stall": 15,
-    "slow": 15,
-    "crowded": 20,
-    "wrong": 5,
-    "changed": 5,
-}
-"""How often each is chosen, of a hundred."""
+_PERIOD = 1_000_003  # A prime: what is read from a wrong place is no other place's bytes
+_STRIDE = 7_919
 
-DAMAGING = ("wrong", "changed")
-"""After these the bytes are not those that were promised."""
+
+@dataclass(frozen=True)
+class Stored:
+    """One adapter as its source has it.
+
+    `promised`: the source tells the digests of its files before they are read.
+    """
+
+    number: int
+    rank: int
+    pattern: bytes
+
+    @property
+    def name(self) -> str:
+        return f"a{self.number:03d}"
+
+    @property
+    def promised(self) -> bool:
+        return self.number % 2 == 0
+
+    @cached_property
+    def config(self) -> bytes:
+        said = {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": 8,
+            "target_modules": list(TARGETS),
+        }
+        return json.dumps(said).encode()
+
+    @cached_property
+    def header(self) -> bytes:
+        """As safetensors writes it, the tensors in the order of their names."""
+        fields, at = {}, 0
+        for name, shape in sorted(_shapes(self.rank).items()):
+            nbytes = shape[0] * shape[1] * ITEM
+            fields[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + nbytes]}
+            at += nbytes
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights' file."""
+        return len(self.header) + self.rank * BYTES_PER_RANK
+
+    def weights(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of the weights' file."""
+        stop = self.nbytes if stop is None else stop
+        first, last = max(0, start - len(self.header)), max(0, stop - len(self.header))
+        return self.header[start:stop] + self._data(first, last - first)
+
+    def _data(self, at: int, count: int) -> bytes:
+        first = (at + self.number * _STRIDE) % _PERIOD
+        return (self.pattern * (count // _PERIOD + 2))[first : first + count]
+
+    @cached_property
+    def digests(self) -> tuple[str, str]:
+        """sha256 of config and weights."""
+        contents = (self.config, self.weights())
+        first, second = (hashlib.sha256(data).hexdigest() for data in contents)
+        return first, second
+
+    @property
+    def version(self) -> str:
+        """What stands in its ETags."""
+        return hashlib.sha1(f"{self.name} {self.rank}".encode() + self.pattern[:64]).hexdigest()
+
+
+def library(seed: int) -> tuple[Stored, ...]:
+    """All adapters, the most popular one first; their sizes are spread evenly by their logarithms."""
+    draw = random.Random(seed)
+    pattern = draw.randbytes(_PERIOD)
+    ranks = [round(2 * 128 ** (n / (COUNT - 1))) for n in range(COUNT)]
+    draw.shuffle(ranks)
+    return tuple(Stored(number, rank, pattern) for number, rank in enumerate(ranks))
+
+
+def _shapes(rank: int) -> dict[str, list[int]]:
+    """By the names that PEFT gives them in a file."""
+    shapes = {}
+    for module in MODULES:
+        name = f"base_model.model.{module}"
+        shapes[f"{name}.lora_A.weight"] = [rank, HIDDEN]
+        shapes[f"{name}.lora_B.weight"] = [HIDDEN, rank]
+    return shapes
+
+
+SHARE = 0.3  # Of the requests
+
+DAMAGING = ("wrong", "changed")  # After these the bytes are not those that were promised
 
 
 @dataclass(frozen=True)
@@ -44,8 +134,7 @@ class Answer:
     fields: list[str]
     body: bytes
     start: int
-    header: int
-    """The first bytes of the file that say what follows."""
+    header: int  # The first bytes of the file that say what follows
 
 
 class FaultySource(FaultServer):
@@ -98,7 +187,7 @@ class FaultySource(FaultServer):
             client.head(answer.status, *answer.fields)
             client.send(answer.body)
         else:
-            FAULTS[kind](answer, client, draw)
+            FAULTS[kind][1](answer, client, draw)
 
     def _fault(
         self, stored: Stored, asked: Asked, answer: Answer
@@ -110,7 +199,7 @@ class FaultySource(FaultServer):
             draw = random.Random(f"{self.seed} {request} {self._times[request]}")
             if self._calm or draw.random() >= SHARE:
                 return draw, None
-            possible = dict(KINDS)
+            possible = {kind: share for kind, (share, _) in FAULTS.items()}
             if not stored.promised or answer.start + len(answer.body) <= answer.header:
                 del possible["wrong"]  # nobody could notice
             (kind,) = draw.choices(list(possible), list(possible.values()))
@@ -208,15 +297,16 @@ def _other(answer: Answer, draw: random.Random) -> bytes:
     return bytes(body)
 
 
-FAULTS: dict[str, Callable[[Answer, Client, random.Random], None]] = {
-    "reset": _reset,
-    "truncated": _truncated,
-    "stall": _stall,
-    "slow": _slow,
-    "crowded": _crowded,
-    "wrong": _wrong,
-    "changed": _changed,
+FAULTS: dict[str, tuple[int, Callable[[Answer, Client, random.Random], None]]] = {
+    "reset": (20, _reset),
+    "truncated": (20, _truncated),
+    "stall": (15, _stall),
+    "slow": (15, _slow),
+    "crowded": (20, _crowded),
+    "wrong": (5, _wrong),
+    "changed": (5, _changed),
 }
+"""How often each is chosen, of a hundred."""
 
 
 def main() -> None:

@@ -1,6 +1,4 @@
-"""Visits every state that a world can reach."""
-
-from __future__ import annotations
+"""Visits every state that a world can reach, and checks what must hold in each."""
 
 import gc
 from collections import deque
@@ -8,16 +6,332 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import TypeVar
 
-from core.lifecycle.checks import perform
-from core.lifecycle.world import Action, Setting, Violation, World, actions, forbid
+from core.lifecycle.world import AGE, Action, Setting, Violation, World, actions, forbid
+from lorax_async.core import commands
+from lorax_async.core.arena import Extent
 from lorax_async.core.life import Life
 from lorax_async.core.lifecycle import Lifecycle
 from lorax_async.core.residency import ImageBudget, Residency
 from lorax_async.core.settling import Budgets
-from lorax_async.core.transitions import SlotState
+from lorax_async.core.transitions import FileState, SlotState
+from lorax_async.core.waiters import Tier
+from lorax_async.errors import CapacityError
 
-_Way = tuple["_Way", Action] | None
-"""The last action, and the way before it."""
+
+def perform(world: World, action: Action) -> None:
+    """Let `action` happen, and check everything the lifecycle answers."""
+    names = world.setting.keys
+    for command in getattr(world, str(action[0]))(*action[1:]):
+        judge = globals().get(f"judge_{type(command).__name__}")
+        if judge is not None:
+            judge(world, names.index(command.key), command)
+    _check_between_steps(world)
+
+
+def judge_Fetch(world: World, a: int, _: commands.Fetch) -> None:
+    forbid(a in world.fetches, "two fetches of one file")
+    forbid(world.closed, "a fetch after close")
+    forbid(a in world.populating or a in world.held, "a file fetched anew while its old is held")
+    world.fetches[a] = (False, frozenset(), False)
+    world.readable[a] = frozenset()
+
+
+def judge_CancelFetch(world: World, a: int, _: commands.CancelFetch) -> None:
+    header, told, cancelled = world.fetches[a]
+    forbid(cancelled, "a fetch was cancelled twice")
+    world.fetches[a] = (header, told, True)
+
+
+def judge_Populate(world: World, a: int, _: commands.Populate) -> None:
+    forbid(world.closed, "populated after close")
+    forbid(bool(world.populating), "two are populated at once")
+    forbid(a in world.releasing, "populated while it is released")
+    forbid(a in world.held, "populated while it is held")
+    forbid(world.unloads.get(a), "populated while it is unloaded")
+    forbid(a in world.fetches or not world.readable.get(a), "populated without a file")
+    world.read_ahead.discard(a)
+    world.populating.add(a)
+
+
+def judge_Release(world: World, a: int, _: commands.Release) -> None:
+    forbid(a not in world.held | world.read_ahead, "released what is not held")
+    forbid(a in world.releasing, "released twice")
+    world.releasing.add(a)
+
+
+def judge_Forget(world: World, a: int, command: commands.Forget) -> None:
+    forbid(command.key in world.lifecycle.lives, "forgotten but known")
+    forbid(a in world.held | world.populating | world.releasing, "forgotten but in host memory")
+    forbid(a in world.holder, "forgotten but on the device")
+    world.read_ahead.discard(a)
+
+
+def judge_TakeSlot(world: World, a: int, command: commands.TakeSlot) -> None:
+    grant, setting = command.grant, world.setting
+    forbid(world.closed, "a slot was claimed after close")
+    forbid(a in world.holder, "a second slot of one adapter")
+    forbid(world.unloads.get(a), "a slot was claimed for what is unloaded")
+    for other in world.holder.values():
+        forbid(other.slot.index == grant.slot.index, "a slot was granted before it was cleared")
+        forbid(_overlap(other.extents, grant.extents), "extents of two slots overlap")
+    for broken in world.dirty.values():
+        forbid(
+            _overlap(broken.extents, grant.extents), "what broke was granted before it was zeroed"
+        )
+    forbid(grant.slot.index >= setting.slots, "more slots than there are")
+    end = max(extent.offset + extent.nbytes for extent in grant.extents)
+    forbid(end > setting.device_bytes, "extents outside the arena")
+    world.holder[a] = grant
+    world.on_device[a] = frozenset()
+    foreground = any(wish[0] == a and wish[2] for wish in world.waiting.values())
+    early = world.life(a).file is not FileState.PRESENT and not foreground
+    forbid(early, "a prefetch whose file is on the way took a slot")
+
+
+def judge_Copy(world: World, a: int, command: commands.Copy) -> None:
+    group = command.group
+    forbid(a not in world.holder, "a copy without a slot")
+    forbid(group not in world.readable.get(a, frozenset()), "a copy of bytes that are not here")
+    forbid(len(world.copies) >= world.setting.copies, "more copies at once than there is room for")
+    again = (a, group) in world.copies or group in world.on_device[a]
+    forbid(again, "a group was copied twice")
+    if command.image is not None:
+        _use_image(world, a, command, command.image)
+    world.copies[a, group] = command
+
+
+def _use_image(world: World, a: int, command: commands.Copy, image: Extent) -> None:
+    for other in world.copies.values():
+        shared = other.image is not None and _overlap((other.image,), (image,))
+        forbid(shared, "an image was used while a copy goes through it")
+    if command.warm:
+        forbid(world.content.get(image.offset) != (a, command.group), "warm, but not its bytes")
+        return
+    for offset in list(world.content):
+        if image.offset - 64 < offset < image.offset + image.nbytes:
+            del world.content[offset]
+
+
+def _overlap(some: tuple[Extent, ...], others: tuple[Extent, ...]) -> bool:
+    return any(
+        one.offset < other.offset + other.nbytes and other.offset < one.offset + one.nbytes
+        for one in some
+        for other in others
+    )
+
+
+def judge_Wipe(world: World, a: int, command: commands.Wipe) -> None:
+    forbid(world.dirty.get(a) != command.grant, "zeroed, but nothing broke")
+    forbid(world.holder.get(a) != command.grant, "another's bytes were zeroed")
+    forbid(a in world.wiping, "zeroed twice at once")
+    _forbid_use(world, a, "zeroed")
+    world.wiping.add(a)
+
+
+def _forbid_use(world: World, a: int, deed: str) -> None:
+    forbid(any(copying == a for copying, _ in world.copies), f"a slot was {deed} under a copy")
+    forbid(a in world.leased, f"a slot was {deed} under a lease")
+    forbid(a in world.orphan_uses, f"a slot was {deed} under a kernel")
+
+
+def judge_ClearColumn(world: World, a: int, command: commands.ClearColumn) -> None:
+    _forbid_use(world, a, "freed")
+    forbid(world.pins.get(a), "a slot was freed under a pin")
+    forbid(a not in world.told, "a slot was freed before it was told to be leaving")
+    forbid(world.holder.pop(a) != command.grant, "another's column was cleared")
+    world.on_device.pop(a, None)
+    world.resident_at.pop(a, None)
+    world.broken.discard(a)
+    world.told.discard(a)
+
+
+def judge_Serve(world: World, a: int, command: commands.Serve) -> None:
+    holder, tier, foreground = world.waiting.pop(command.waiter)
+    del world.since[command.waiter]
+    assert holder == a
+    leases = tier >= Tier.STREAM and foreground
+    forbid((command.grant is not None) != leases, "a lease for a prefetch, or none for a load")
+    if tier is Tier.DEVICE:
+        world.require_complete(a)
+    elif tier is Tier.HOST:
+        forbid(not (world.is_complete(a) or _in_host(world, a)), "served before it is in memory")
+    elif tier is Tier.DISK:
+        present = a not in world.fetches and bool(world.readable.get(a))
+        forbid(not (world.is_complete(a) or present), "served before the file is here")
+    if tier >= Tier.STREAM:
+        forbid(a not in world.holder, "a lease without a slot")
+        world.require_open(a)
+    if leases:
+        forbid(command.grant != world.holder[a], "a lease on another's slot")
+        world.idle_leases.append(a)
+
+
+def _in_host(world: World, a: int) -> bool:
+    groups = {group for owner, group in world.content.values() if owner == a}
+    return a in world.held | world.read_ahead or len(groups) == len(world.setting.sizes[a])
+
+
+def judge_Fail(world: World, _: int, command: commands.Fail) -> None:
+    for waiter in command.waiters:
+        del world.waiting[waiter], world.since[waiter]
+    if isinstance(command.error, CapacityError) and command.error.retryable:
+        forbid(not any(world.pins.values()), "pinned out, but nothing is pinned")
+
+
+def judge_BreakSlot(world: World, a: int, _: commands.BreakSlot) -> None:
+    world.broken.add(a)
+    world.dirty[a] = world.holder[a]
+    world.pins.pop(a, None)
+
+
+def judge_TellLeaving(world: World, a: int, command: commands.TellLeaving) -> None:
+    forbid(world.holder.get(a) != command.grant, "told to leave without a slot")
+    forbid(a in world.told, "told twice to be leaving")
+    forbid(world.pins.get(a), "told to be leaving under a pin")
+    world.told.add(a)
+    ordered = world.unloads.get(a) or world.closed or a in world.broken
+    if not ordered and a in world.resident_at:
+        due = world.now >= world.resident_at[a] + world.setting.min_residency
+        due = due and a not in world.leased
+        forbid(not (due or _starves(world, a)), "evicted before its time")
+
+
+def _starves(world: World, a: int) -> bool:
+    waits_ahead = {holder for holder, _, foreground in world.waiting.values() if foreground}
+    return any(
+        holder != a and holder in waits_ahead and world.since[waiter] + AGE <= world.now
+        for waiter, (holder, _, _) in world.waiting.items()
+    )
+
+
+def judge_TellStays(world: World, a: int, command: commands.TellStays) -> None:
+    forbid(world.holder.get(a) != command.grant, "told to stay without a slot")
+    forbid(a not in world.told, "told to stay, but never to be leaving")
+    forbid(world.closed, "told to stay after close")
+    world.told.discard(a)
+
+
+def judge_TellReady(world: World, a: int, command: commands.TellReady) -> None:
+    missing = set(range(command.watermark)) - world.on_device[a]
+    forbid(missing, "a layer was told before its bytes, or those before it")
+
+
+def judge_TellUnloaded(world: World, a: int, command: commands.TellUnloaded) -> None:
+    forbid(not world.unloads.get(a), "unloaded, but nobody asked for it")
+    forbid(a in world.holder, "unloaded, but on the device")
+    forbid(a in world.populating or a in world.held, "unloaded, but in host memory")
+    life = world.lifecycle.lives.get(command.key)
+    kept = life is not None and life.image is not None and life.slot is SlotState.NONE
+    forbid(kept, "unloaded, but its image is kept")
+    world.unloads[a] = 0
+    world.forget_content(a)
+
+
+def _check_between_steps(world: World) -> None:
+    free = world.setting.copies - len(world.copies)
+    forbid(world.lifecycle.budgets.device.copies_free != free, "places for copies leaked")
+    for life in world.lifecycle.lives.values():
+        filling = life.slot is SlotState.FILLING
+        forbid(filling and life.leaving and life.leases, "told to leave while filling")
+    _check_host(world)
+    if world.setting.image_bytes:
+        _check_images(world)
+    _check_told(world)
+    _check_served(world)
+    _check_memory(world)
+    _check_forward(world)
+
+
+def _check_host(world: World) -> None:
+    holders = (world.populating | world.held).intersection(world.setting.holdable)
+    free = world.setting.host_bytes - sum(sum(world.setting.sizes[a]) for a in holders)
+    forbid(free < 0, "more is held than host_bytes")
+    forbid(world.lifecycle.budgets.host.free != free, "host_bytes leaked")
+
+
+def _check_images(world: World) -> None:
+    lives = world.lifecycle.lives.values()
+    extents = sorted(
+        (extent.offset, extent.offset + extent.nbytes)
+        for life in lives
+        for extent in life.image or ()
+    )
+    ends = [0, *(end for _, end in extents)]
+    starts = [*(start for start, _ in extents), world.setting.image_bytes]
+    forbid(any(start < end for end, start in zip(ends, starts, strict=True)), "two images overlap")
+    free = world.setting.image_bytes - sum(end - start for start, end in extents)
+    forbid(world.lifecycle.budgets.images.arena.free_bytes != free, "page-locked memory leaked")
+    for (a, group), copy in world.copies.items():
+        image = world.life(a).image
+        gone = image is None or image[group] != copy.image
+        forbid(copy.image is not None and gone, "an image was given away under a copy")
+
+
+def _check_told(world: World) -> None:
+    """Whoever holds a slot has heard whether it is leaving."""
+    for a in world.holder:
+        life = world.life(a)
+        leaves = life.departing or life.slot is SlotState.DRAINING or world.closed
+        forbid(a in world.told and not leaves, "told to be leaving, but stays")
+        forbid(life.departing and a not in world.told, "leaving, but nobody was told")
+
+
+def _check_served(world: World) -> None:
+    """Nobody waits for what is here, nor past their age for what others take leases on."""
+    for waiter, (a, tier, foreground) in world.waiting.items():
+        open_for_leases = a not in world.told and not world.unloads.get(a)
+        here = world.is_complete(a) or (tier is Tier.STREAM and a in world.holder)
+        forbid(here and open_for_leases, "not served, although it is here")
+        if tier >= Tier.STREAM and foreground and world.since[waiter] + AGE <= world.now:
+            _check_starving(world, a)
+
+
+def _check_starving(world: World, a: int) -> None:
+    life = world.life(a)
+    if world.setting.slots > 1 or a in world.holder or life.unloads or not life.wants_slot:
+        return
+    for holder in world.holder:
+        rests = world.is_complete(holder) and not world.pins.get(holder)
+        forbid(rests and holder not in world.told, "somebody starves while others may take leases")
+
+
+def _check_memory(world: World) -> None:
+    """What holds nothing of any budget is remembered up to a limit, and no longer."""
+    settling = world.lifecycle._settling
+    idle = {key for key, life in world.lifecycle.lives.items() if life.is_idle}
+    forbid(set(settling.idle) != idle, "others are remembered than those that are idle")
+    nothing = sum(_holds_nothing(world, a) for a in range(len(world.setting.keys)))
+    forbid(nothing > world.setting.max_idle, "more is remembered than max_idle")
+    plans = {id(life.needs): life.needs for life in world.lifecycle.lives.values() if life.is_idle}
+    rows = sum(needs.weight for needs in plans.values() if needs is not None)
+    forbid(settling.idle.weight != 8 * len(idle) + rows, "the weight of what is remembered leaked")
+
+
+def _holds_nothing(world: World, a: int) -> bool:
+    life = world.lifecycle.lives.get(world.setting.keys[a])
+    if life is None or life.image is not None or life.waiters or life.unloads or life.demoted:
+        return False
+    busy = (world.fetches, world.populating, world.releasing, world.held, world.holder)
+    return not any(a in each for each in busy)
+
+
+def _check_forward(world: World) -> None:
+    """With nothing in flight and nothing in use nobody may still wait, whatever is pinned."""
+    lifecycle = world.lifecycle
+    stages = (world.fetches, world.populating, world.releasing, world.copies, world.wiping)
+    in_flight = any(stages)
+    forbid(lifecycle.at_rest and (in_flight or world.holder), "at rest, but something is under way")
+    if in_flight or world.leased or world.orphan_uses:
+        return
+    due = world.setting.min_residency and lifecycle.next_tick is not None
+    forbid(world.waiting and not due, "stranded")
+    forbid(any(world.unloads.values()), "nobody ends an unload")
+    forbid(any(life.demoted for life in lifecycle.lives.values()), "nobody ends a demotion")
+    active = not lifecycle.at_rest or world.held or world.holder
+    forbid(world.closed and active, "closed and idle, but not at rest")
+
+
+_Way = tuple["_Way", Action] | None  # The last action, and the way before it
 
 _Budget = TypeVar("_Budget")
 
