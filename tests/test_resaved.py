@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import tiny
 from common import until
-from lorax_async import AdapterHandle, AdapterLoader, Event, Failed, Merge, errors
+from lorax_async import AdapterHandle, AdapterLoader, Event, Failed, errors
 from lorax_async.io.devices.gated import GatedDevice
 from tiny_loaders import fails, gated, loader
 from tiny_sources import WEIGHTS
@@ -158,7 +158,7 @@ async def interrupted(
 
 
 async def test_one_change_is_loaded_anew_and_a_second_is_an_error(tmp_path: Path) -> None:
-    one, two = tiny.write(tmp_path / "a", 1), tiny.write(tmp_path / "b", 2)
+    one = tiny.write(tmp_path / "a", 1)
     there, device = gated()
     async with there:
 
@@ -167,8 +167,6 @@ async def test_one_change_is_loaded_anew_and_a_second_is_an_error(tmp_path: Path
 
         async with await interrupted(there, device, there.load(one), change(3)) as handle:
             tiny.assert_equal_to_file(handle, one)
-        merge = Merge("linear", [one, two], [1, 1])
-        (await interrupted(there, device, there.load(merge), change(4))).release()
         tiny.write(one, 5)
         with pytest.raises(errors.IntegrityError, match="again while they were loaded once more"):
             await interrupted(there, device, there.load(one), change(6), change(7))
